@@ -1,0 +1,79 @@
+"""Magnitude pruning: the smallest weights become zero."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxmodel.compress.method import Method
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import Compressed, Sparse
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude(Method):
+    """Keep the weights of largest absolute value (Han et al., 2015) and store the rest as zero bits of a mask.
+
+    Attributes:
+      fraction: of weights that become zero, in [0, 1).
+      scope: "row" compares within each row, so that all rows keep as many and nothing is padded; "leaf" compares within each
+        layer's leaf, and rows are padded to the fullest.
+      pattern: None, or (N, M) to keep the N largest of each M neighbours; `fraction` and `scope` then say nothing.
+    """
+
+    fraction: float = 0.5
+    scope: str = "row"
+    pattern: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise InputError(f"magnitude: fraction is {self.fraction!r}; allowed: from 0 to below 1")
+        if self.scope not in ("row", "leaf"):
+            raise InputError(f"magnitude: scope is {self.scope!r}; allowed: 'row', 'leaf'")
+        if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1]:
+            raise InputError(f"magnitude: pattern is {self.pattern!r}; allowed: (N, M) with 0 < N < M")
+
+    def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
+        if isinstance(leaf, Compressed):
+            raise InputError(f"magnitude: takes a plain leaf, not {type(leaf).__name__}; prune before you quantise")
+        if self.pattern is None and self.fraction == 0:
+            return leaf
+        if self.pattern is not None and leaf.shape[-1] % self.pattern[1]:
+            raise InputError(f"magnitude: pattern {self.pattern} does not divide rows of {leaf.shape[-1]} weights")
+        return Sparse.from_dense(leaf, _keep(leaf, self), pattern=self.pattern)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _keep(weight: Float[Array, "... out in"], method: Magnitude) -> Bool[Array, "... out in"]:
+    size = jnp.abs(weight.astype(jnp.float32))
+    *lead, out, n = weight.shape
+    if method.pattern is not None:
+        kept, per = method.pattern
+        return largest(size.reshape(*lead, out, n // per, per), kept).reshape(weight.shape)
+    if method.scope == "row":
+        return largest(size, n - round(n * method.fraction))
+    return largest(size.reshape(*lead, out * n), out * n - round(out * n * method.fraction)).reshape(weight.shape)
+
+
+def largest(scores: Float[Array, "... n"], count: int) -> Bool[Array, "... n"]:
+    """True for the `count` largest of non-negative scores along the last axis; of equal ones the first.
+
+    The threshold is found bit by bit: the patterns of non-negative floats have their order, so 31 passes that only count
+    settle it. No sort, and on a mesh only counts travel.
+    """
+    pattern = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
+
+    def refine(i: Array, threshold: Array) -> Array:
+        higher = threshold | (jnp.int32(1) << (30 - i))
+        enough = jnp.sum(pattern >= higher, axis=-1, keepdims=True, dtype=jnp.int32) >= count
+        return jnp.where(enough, higher, threshold)
+
+    threshold = jax.lax.fori_loop(0, 31, refine, jnp.zeros((*pattern.shape[:-1], 1), jnp.int32))
+    above, equal = pattern > threshold, pattern == threshold
+    room = count - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))

@@ -1,0 +1,100 @@
+"""`Method`: a frozen record that turns one leaf into a compressed one; chains of methods and their text form.
+
+A chain is a tuple of methods, applied in order. Its text form is what the command line takes:
+
+>>> parse("magnitude(0.5) | rtn(bits=8)")
+(Magnitude(fraction=0.5, scope='row', pattern=None), Rtn(bits=8, group=None, symmetric=True, activations=None, scale_dtype=None))
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any
+
+from jaxmodel.errors import InputError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of the methods: a frozen dataclass of settings with one function.
+
+    A new method is a subclass in a file of this folder; the command line, the recipes and the contract tests find it by its
+    class name in lower case.
+    """
+
+    def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
+        """The leaf, compressed.
+
+        Args:
+          leaf: `[..., out, in]`: an array, or what an earlier method of the chain made. Leading axes are layers.
+          stats: what `observe` measured of the input of this leaf's contraction, or None.
+
+        Raises:
+          InputError: the method does not take this kind of leaf, or needs statistics that are not there.
+        """
+        raise NotImplementedError
+
+
+type Chain = tuple[Method, ...]
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by the name of its text form."""
+    package = __name__.rsplit(".", 1)[0]
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{info.name}")
+    return {cls.__name__.lower(): cls for cls in Method.__subclasses__()}
+
+
+def parse(text: str) -> Chain:
+    """A chain from its text: methods joined by `|`, each a call with literal arguments; empty text is the empty chain.
+
+    Raises:
+      InputError: not of that form, an unknown method, or arguments that it does not take.
+    """
+    if not text.strip():
+        return ()
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise InputError(f"method: {text!r} is not readable; write it as 'magnitude(0.5) | rtn(bits=8)'") from None
+    return tuple(_method(part, text) for part in _parts(node))
+
+
+def text_of(chain: Chain) -> str:
+    """The text form of a chain; settings at their default are left out.
+
+    >>> text_of(parse("magnitude(0.5) | rtn(bits=8)"))
+    'magnitude(fraction=0.5) | rtn()'
+    """
+
+    def one(method: Method) -> str:
+        given = [(f.name, getattr(method, f.name)) for f in dataclasses.fields(method) if getattr(method, f.name) != f.default]
+        return f"{type(method).__name__.lower()}({', '.join(f'{name}={value!r}' for name, value in given)})"
+
+    return " | ".join(map(one, chain))
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return [*_parts(node.left), *_parts(node.right)]
+    return [node]
+
+
+def _method(node: ast.expr, text: str) -> Method:
+    name = node.func if isinstance(node, ast.Call) else node
+    known = methods()
+    if not isinstance(name, ast.Name) or name.id not in known:
+        raise unknown("method", ast.unparse(name), known)
+    try:
+        args = [ast.literal_eval(a) for a in node.args] if isinstance(node, ast.Call) else []
+        kwargs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
+        return known[name.id](*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        fields = ", ".join(f.name for f in dataclasses.fields(known[name.id]))
+        raise InputError(f"method: {ast.unparse(node)!r} in {text!r}: {name.id} takes the settings {fields}") from None

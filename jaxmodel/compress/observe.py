@@ -1,0 +1,73 @@
+"""`observe`: statistics of the input of every contraction, by differentiation of probes (see `jaxmodel.ops.probe`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.models import Inputs, Model
+from jaxmodel.report import progress
+
+type Stats = dict[str, dict[str, jax.Array]]  # path of a leaf -> statistic -> array, stacked as the leaf is
+
+
+def observe(
+    model: Model,
+    params: tree.Params,
+    batches: Iterable[Inputs],
+    paths: str = ".*",
+    statistics: Sequence[str] = ("square",),
+) -> Stats:
+    """Sum statistics of the inputs of every matrix over batches.
+
+    Args:
+      model: whose `apply` is run.
+      params: with separate leaves (not fused); compressed leaves are measured as they run.
+      batches: inputs of `model.apply`, of one shape if possible (each shape compiles once).
+      paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats a layer: where those of all layers
+        do not fit, take some layers at a time.
+      statistics: of `ops.STATISTICS`; `count` is always there.
+
+    Returns:
+      Path of a leaf -> statistic -> array, with the leaf's layer axis in front.
+
+    Raises:
+      InputError: no matrix matches `paths`, no batches, or a leaf whose input was never seen.
+    """
+    regex = re.compile(paths)
+    layers = {layer: bool(regex.fullmatch(layer)) for path in tree.flatten(params) for layer in tree.layer_paths(path)}
+    params = tree.split(params, layers)
+    leaves = tree.flatten(params)
+    zeros = {
+        path: ops.zeros_for(leaf.shape, statistics, tree.is_stacked(path))
+        for path, leaf in leaves.items()
+        if layers[tree.layer_paths(path)[0]] and len(tree.layer_shape(path, leaf)) == 2
+    }
+    if not zeros:
+        raise InputError(f"paths: {paths!r} matches no matrix; e.g. {', '.join(list(leaves)[:3])}")
+
+    @jax.jit
+    def measure(zeros: Stats, params: tree.Params, inputs: Inputs) -> Stats:
+        def loss(zeros: Stats) -> jax.Array:
+            probed = {p: ops.Probe(leaf, zeros[p]) if p in zeros else leaf for p, leaf in tree.flatten(params).items()}
+            return jnp.sum(model.apply(tree.unflatten(probed), inputs).logits)
+
+        return jax.grad(loss)(zeros)
+
+    total: Stats | None = None
+    for inputs in progress(batches, "observe"):
+        found = measure(zeros, params, inputs)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    if total is None:
+        raise InputError("batches: there is none")
+    for path, found in total.items():
+        if not np.all(np.asarray(found["count"] + found["taken"]) > 0):
+            raise InputError(f"observe: the leaf {path!r} was never reached (count 0); is it used, and not behind an argmax?")
+    return total

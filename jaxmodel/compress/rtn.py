@@ -1,0 +1,82 @@
+"""Round to nearest: codes of 1 to 8 bits with the range taken from the weights alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodel.compress.method import Method
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import Compressed, QTensor, Sparse
+
+
+@dataclasses.dataclass(frozen=True)
+class Rtn(Method):
+    """Round each weight to the nearest of `2^bits` levels.
+
+    Symmetric: `scale = max|w| / (2^(bits-1) - 1)` (at one bit: the mean of |w|, which is the least squares choice). Affine:
+    levels from the smallest to the largest weight. The codes are rounded for the scale as it is stored.
+
+    Attributes:
+      bits: 1 to 8.
+      group: weights of a row that share a scale; None for one scale a row.
+      symmetric: whether zero is a level and the range is even around it.
+      activations: None, or "int8" to round the input of the contraction too, a row at a time, as it comes.
+      scale_dtype: None for float32 with one scale a row, float16 with groups.
+    """
+
+    bits: int = 8
+    group: int | None = None
+    symmetric: bool = True
+    activations: str | None = None
+    scale_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in range(1, 9):
+            raise InputError(f"rtn: bits is {self.bits!r}; allowed: 1 to 8")
+        if self.group is not None and self.group < 1:
+            raise InputError(f"rtn: group is {self.group!r}; allowed: a positive length or None")
+        if self.activations not in (None, "int8"):
+            raise InputError(f"rtn: activations is {self.activations!r}; allowed: None, 'int8'")
+
+    def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
+        if isinstance(leaf, Sparse):
+            if isinstance(leaf.values, Compressed) or not self.symmetric:
+                raise InputError("rtn: the values of a sparse leaf are rounded once, symmetrically, so that zeros stay zero")
+            return dataclasses.replace(leaf, values=self(leaf.values))
+        if isinstance(leaf, Compressed):
+            raise InputError(f"rtn: takes a plain or sparse leaf, not {type(leaf).__name__}")
+        return _rtn(leaf, self)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rtn(weight: jax.Array, method: Rtn) -> QTensor:
+    bits, group = method.bits, method.group
+    weight = weight.astype(jnp.float32)
+    *lead, n = weight.shape
+    extra = -n % group if group else 0
+    # the padding repeats the last weight, so that it does not widen a range
+    padded = jnp.concatenate([weight, jnp.repeat(weight[..., -1:], extra, axis=-1)], axis=-1) if extra else weight
+    grouped = padded.reshape(*lead, -1, group or n)
+    dtype = jnp.dtype(method.scale_dtype or ("float16" if group else "float32"))
+    if method.symmetric:
+        size = jnp.mean(jnp.abs(grouped), axis=-1) if bits == 1 else jnp.max(jnp.abs(grouped), axis=-1)
+        scale, minimum = size / max(2 ** (bits - 1) - 1, 1), None
+    else:
+        low = jnp.min(grouped, axis=-1)
+        minimum = low.astype(dtype)
+        scale = (jnp.max(grouped, axis=-1) - minimum.astype(jnp.float32)) / (2**bits - 1)
+    scale = jnp.maximum(scale, jnp.finfo(dtype).tiny).astype(dtype)
+    wide = scale.astype(jnp.float32)[..., None]
+    if minimum is not None:
+        codes = jnp.clip(jnp.round((grouped - minimum.astype(jnp.float32)[..., None]) / wide), 0, 2**bits - 1)
+    elif bits == 1:
+        codes = jnp.where(grouped < 0, -1.0, 1.0)
+    else:
+        codes = jnp.clip(jnp.round(grouped / wide), -(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1)
+    codes = codes.reshape(padded.shape)[..., :n].astype(jnp.int32)
+    return QTensor.from_codes(codes, scale, minimum, bits=bits, group=group, activations=method.activations)

@@ -1,0 +1,157 @@
+"""Token ids to arrays of one width: consecutive windows of a text, or documents packed into bins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxmodel.errors import InputError
+
+type Ids = Sequence[int] | np.ndarray
+
+_LARGEST = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """Rows of one width that hold several documents each; three int32 arrays [N, length].
+
+    Attributes:
+      tokens: token ids, 0 where there is padding.
+      segments: 1, 2, ... in the order in which pieces of documents follow each other in the row; 0 is padding.
+      positions: 0, 1, ... from the start of each segment; 0 in padding.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+
+    @property
+    def fill(self) -> float:
+        """The share of positions that hold a token."""
+        return float(np.count_nonzero(self.segments) / self.segments.size)
+
+
+def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None = None) -> np.ndarray:
+    """Cut the ids of a whole text into windows; a remainder shorter than a window is dropped.
+
+    For batches of width T in which every token but the first is predicted once, cut `length=T + 1, stride=T`.
+
+    Args:
+      ids: token ids [n].
+      length: tokens in a window.
+      stride: tokens between the starts of two windows; `length` (windows that do not overlap) when left out.
+      limit: at most this many windows, the first ones.
+
+    Returns:
+      int32 [N, length].
+
+    Raises:
+      InputError: fewer ids than one window, or a size below 1.
+
+    >>> windows(range(8), length=3)
+    array([[0, 1, 2],
+           [3, 4, 5]], dtype=int32)
+    """
+    stride = length if stride is None else stride
+    for argument, value in (("length", length), ("stride", stride), ("limit", 1 if limit is None else limit)):
+        _at_least_one(argument, value)
+    flat = _int32("ids", ids)
+    if flat.size < length:
+        raise InputError(
+            f"ids: {flat.size} tokens are fewer than one window of {length}; give a longer text or a smaller window"
+        )
+    views = np.lib.stride_tricks.sliding_window_view(flat, length)[::stride][:limit]
+    return np.array(views)  # a copy: views of one buffer would be read-only and alias each other
+
+
+def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bins:
+    """Pack documents into bins: each token stands in exactly one place, and no order depends on a seed or on hosts.
+
+    A document longer than a bin is cut into pieces of `length` (the last is shorter); each piece is its own segment.
+    In the order given, every piece goes into the first bin that has room for it (first fit with all bins open; a tree
+    of free space finds the bin in O(log N)). Empty documents are skipped. Batches of width T need `length=T + 1`.
+
+    Args:
+      documents: token ids of each document.
+      length: tokens in a bin.
+      eos_id: appended to every document, before it is cut.
+
+    Returns:
+      Bins of [N, length].
+
+    Raises:
+      InputError: no document has a token, or a size below 1.
+
+    >>> pack([[5, 6, 7], [8, 9, 10], [11]], length=4).segments
+    array([[1, 1, 1, 2],
+           [1, 1, 1, 0]], dtype=int32)
+    """
+    _at_least_one("length", length)
+    end = np.empty(0, np.int32) if eos_id is None else _int32("eos_id", [eos_id])
+    arrays = [_int32(f"documents[{i}]", ids) for i, ids in enumerate(documents) if len(ids)]
+    if not arrays:
+        raise InputError(f"documents: none of the {len(documents)} holds a token; at least one must")
+    flat = np.concatenate([part for array in arrays for part in (array, end)])
+    totals = np.array([array.size for array in arrays]) + end.size
+    counts = -(-totals // length)
+    pieces = np.full(counts.sum(), length)
+    pieces[np.cumsum(counts) - 1] = totals - (counts - 1) * length
+
+    rows, offsets, segments, bins = _first_fit(pieces.tolist(), length)
+    within = np.arange(flat.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    places = np.repeat(rows * length + offsets, pieces) + within
+
+    def scatter(values: np.ndarray) -> np.ndarray:
+        out = np.zeros(bins * length, np.int32)
+        out[places] = values
+        return out.reshape(bins, length)
+
+    return Bins(scatter(flat), scatter(np.repeat(segments, pieces)), scatter(within))
+
+
+def _first_fit(pieces: list[int], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Row, offset and segment number of each piece, and the number of rows."""
+    # First fit leaves at most one bin half empty or worse, which bounds the bins. Bins not yet begun are leaves of the
+    # tree with all their room, so that "the first with room" is one descent.
+    leaves = 1 << min(len(pieces), 2 * sum(pieces) // length + 1).bit_length()
+    room = [length] * (2 * leaves)
+    held = [0] * leaves
+    placed = []
+    for size in pieces:
+        node = 1
+        while node < leaves:
+            node *= 2
+            if room[node] < size:
+                node += 1
+        row = node - leaves
+        held[row] += 1
+        placed.append((row, length - room[node], held[row]))
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            most = max(room[2 * node], room[2 * node + 1])
+            if room[node] == most:
+                break
+            room[node] = most
+    rows, offsets, segments = np.array(placed).T
+    return rows, offsets, segments, int(rows.max()) + 1
+
+
+def _int32(argument: str, ids: Ids) -> np.ndarray:
+    array: np.ndarray[Any, Any] = np.asarray(ids)
+    if array.ndim == 1 and array.size == 0:
+        return np.empty(0, np.int32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(f"{argument}: {array.dtype} of shape {array.shape} given; a flat list of integers is needed")
+    if array.min() < 0 or array.max() > _LARGEST:
+        raise InputError(f"{argument}: ids from {array.min()} to {array.max()} given; 0 to {_LARGEST} is allowed")
+    return array.astype(np.int32, copy=False)
+
+
+def _at_least_one(argument: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{argument}: {value} given; at least 1 is needed")

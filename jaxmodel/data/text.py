@@ -1,0 +1,225 @@
+"""Text sources by name or path, and the rule that splits a text into documents.
+
+A name is looked up in `$JAXMODEL_DATA`, then in an installed package, then at the hub; `Text.origin` says which it was.
+
+| name              | text                                          | `$JAXMODEL_DATA`      | package | hub      |
+|-------------------|-----------------------------------------------|-----------------------|---------|----------|
+| `wikitext2-test`  | WikiText-2, test part                         | `wikitext2-test.txt`  | -       | wikitext |
+| `wikitext2-valid` | WikiText-2, validation part                   | `wikitext2-valid.txt` | -       | wikitext |
+| `tinyshakespeare` | 1.1 MB of Shakespeare                         | `tinyshakespeare.txt` | -       | -        |
+| `pydoc`           | Python's language reference, all topics       | -                     | pydoc   | -        |
+| `english`         | held-out: WikiText-2 test, else part of pydoc | `wikitext2-test.txt`  | pydoc   | -        |
+| `english_train`   | to train on: WikiText-2 valid, else the rest  | `wikitext2-valid.txt` | pydoc   | -        |
+
+(pydoc: the module pydoc_data.topics of every CPython; wikitext: the data set Salesforce/wikitext.)
+
+The topics of pydoc repeat each other (the one on compound statements contains those on `if`, `for`, ...). So for
+`english` and `english_train` a topic is left out when at least half of it stands in larger ones. Of the others, in
+order of name, those that begin in the first 60 % of the characters are to train on and the later ones are held out; the
+former lose every paragraph that also occurs in the latter, so that the two share none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import re
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from jaxmodel.errors import InputError, nearest, require
+
+NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")
+
+_PACKAGE = "pydoc_data.topics"
+_WIKITEXT = {"english": "wikitext2-test", "english_train": "wikitext2-valid"}
+# Part of WikiText-2 -> (its file in Salesforce/wikitext, sha256 of the text that all figures refer to).
+_HUB = {
+    "wikitext2-test": (
+        "wikitext-2-v1/test-00000-of-00001.parquet",
+        "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+    ),
+    "wikitext2-valid": (
+        "wikitext-2-v1/validation-00000-of-00001.parquet",
+        "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    ),
+}
+# What ends a document: a blank line before a title (` = Title = `, or underlined by stars), else any blank lines.
+_TITLE = re.compile(r"(?m)(?:\A|^[ \t\r]*\n)(?= ?= [^=\n]+ = ?\r?\n[ \t\r]*\n|[^\n]*\S[^\n]*\n\*{3,}\r?\n)")
+_BLANK = re.compile(r"\n(?:[ \t\r]*\n)+")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it came from.
+
+    Attributes:
+      text: the characters, exactly as in the file (line ends are not translated).
+      name: the name or path that was asked for.
+      origin: the place used: `$JAXMODEL_DATA/wikitext2-test.txt`, `package pydoc_data.topics`, `hub ...`, or the path.
+      sha256: of the text in UTF-8, hexadecimal.
+    """
+
+    text: str
+    name: str
+    origin: str
+    sha256: str
+
+
+def load_text(source: str | Path) -> Text:
+    """The text of a known name (see the table above) or of a UTF-8 file; a name wins over a file of the same name.
+
+    Args:
+      source: one of `NAMES`, or a path.
+
+    Returns:
+      The text with its origin and digest.
+
+    Raises:
+      InputError: neither a name nor a file, a text that is found nowhere, an unreadable, empty or non-UTF-8 file.
+
+    >>> load_text("pydoc").origin
+    'package pydoc_data.topics'
+    """
+    name = str(source)
+    if isinstance(source, str) and source in NAMES:
+        text, origin = _named(source)
+    else:
+        path = Path(source).expanduser()
+        text, origin = _read(name, path), _shown(name, path)
+    return Text(text, name, origin, _sha256(text))
+
+
+def split_documents(text: str) -> list[str]:
+    """Split a text into documents: articles where it has titles, else paragraphs.
+
+    A title follows a blank line and is either a WikiText one (` = Title = `, a blank line after it) or underlined by
+    stars, as in pydoc. Paragraphs end with blank lines. Nothing is lost: the documents joined give the text back.
+
+    >>> split_documents("First Citizen:\\nSpeak.\\n\\nAll:\\nResolved.\\n")
+    ['First Citizen:\\nSpeak.\\n\\n', 'All:\\nResolved.\\n']
+    """
+    if not text.strip():
+        return []
+    first = len(text) - len(text.lstrip())
+    last = len(text.rstrip())
+    for mark in (_TITLE, _BLANK):
+        marks = [m.end() for m in mark.finditer(text)]
+        if marks:
+            starts = [place for place in marks if first < place < last]
+            return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
+    return [text]
+
+
+def _named(name: str) -> tuple[str, str]:
+    folder = os.environ.get("JAXMODEL_DATA")
+    file = f"{_WIKITEXT.get(name, name)}.txt"
+    if folder and name != "pydoc" and (path := Path(folder, file)).is_file():
+        return _read(name, path), f"$JAXMODEL_DATA/{file}"
+    if name in ("pydoc", "english", "english_train"):
+        train, held_out = (_topics().values(), ()) if name == "pydoc" else _split_topics(_topics())
+        return "\n\n\n".join(held_out if name == "english" else train) + "\n", f"package {_PACKAGE}"
+    missing = f"data source: {name!r} is not in $JAXMODEL_DATA ({folder or 'not set'}), where {file} is looked for"
+    if name not in _HUB:
+        raise InputError(f"{missing}, and neither a package nor the hub has it")
+    try:
+        return _from_hub(name)
+    except InputError as error:
+        raise InputError(f"{missing}, nor in a package, nor at the hub: {error}") from None
+
+
+def _read(given: str, path: Path) -> str:
+    if not path.is_file():
+        raise _no_file(given, path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x}"
+        message = f"is not UTF-8: byte {byte} at offset {error.start} ({error.reason}); a UTF-8 text file is needed"
+        raise InputError(f"data source: {given!r} {message}") from None
+    except OSError as error:
+        raise InputError(f"data source: {given!r} cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise InputError(
+            f"data source: {given!r} holds no text ({len(text)} white-space characters); some text is needed"
+        )
+    return text
+
+
+def _no_file(given: str, path: Path) -> InputError:
+    if path.is_dir():
+        return InputError(f"data source: {given!r} is a folder; a UTF-8 text file is needed")
+    beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file()) if path.parent.is_dir() else []
+    close = nearest(path.name, [*beside, *(NAMES if path.parent == Path() else ())])
+    hint = f" (nearest: {', '.join(close)})" if close else ""
+    if not path.parent.is_dir():
+        hint = f" (there is no folder {str(path.parent)!r})"
+    return InputError(
+        f"data source: {given!r} is neither a file nor a known text; allowed: a UTF-8 file, {', '.join(NAMES)}{hint}"
+    )
+
+
+def _shown(given: str, path: Path) -> str:
+    # Paths of one machine should not enter reports that another machine repeats.
+    folder = os.environ.get("JAXMODEL_DATA")
+    if folder and path.resolve().is_relative_to(Path(folder).resolve()):
+        return f"$JAXMODEL_DATA/{path.resolve().relative_to(Path(folder).resolve()).as_posix()}"
+    return given
+
+
+def _topics() -> dict[str, str]:
+    try:
+        topics = importlib.import_module(_PACKAGE).topics
+    except ImportError:
+        raise InputError(
+            f"data source: this Python was installed without its module {_PACKAGE}; name a UTF-8 file"
+        ) from None
+    return {name: topics[name].strip() for name in sorted(topics)}
+
+
+def _split_topics(topics: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The training and the held-out documents; the module's docstring has the rule."""
+    seen: set[str] = set()
+    kept = set()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = [_plain(p) for p in _paragraphs(topics[name])]
+        if 2 * sum(len(p) for p in paragraphs if p in seen) < sum(map(len, paragraphs)):
+            kept.add(name)
+            seen.update(paragraphs)
+    texts = [text for name, text in topics.items() if name in kept]
+    begins = [0, *accumulate(map(len, texts))]
+    train = [text for text, begin in zip(texts, begins, strict=False) if 10 * begin < 6 * begins[-1]]
+    held_out = texts[len(train) :]
+    secret = {_plain(p) for text in held_out for p in _paragraphs(text)}
+    train = ["".join(p for p in _paragraphs(text) if _plain(p) not in secret).strip() for text in train]
+    return [text for text in train if text], held_out
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"(?<=\n\n)(?=[^\n])", text)
+
+
+def _plain(paragraph: str) -> str:
+    return " ".join(paragraph.split())  # the same paragraph is indented differently in different topics
+
+
+def _from_hub(name: str) -> tuple[str, str]:
+    file, digest = _HUB[name]
+    hub = require("huggingface_hub", "hub")
+    parquet = require("pyarrow.parquet", "data")
+    try:
+        path = hub.hf_hub_download("Salesforce/wikitext", file, repo_type="dataset")
+    except (OSError, ValueError) as error:  # the hub's errors derive from these
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"Salesforce/wikitext:{file} could not be fetched ({reason})") from None
+    rows = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    text = "".join(row or " \n" for row in rows)  # one row a line; the data set stores the line " \n" as ""
+    if _sha256(text) != digest:
+        raise InputError(f"Salesforce/wikitext:{file} is not the text that was published (sha256 {_sha256(text)})")
+    return text, f"hub Salesforce/wikitext:{file}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,0 +1,107 @@
+"""Perplexity of a language model on windows of tokens, with a bootstrap interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.models import Model, hidden
+from jaxmodel.report import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """The mean negative log-likelihood of the next token, in nats, and what follows from it.
+
+    Attributes:
+      nll: mean over all predictions.
+      perplexity: exp(nll).
+      predictions: how many: a window of T tokens has T - 1.
+      interval: 95 % bootstrap interval of nll, over blocks of neighbouring predictions.
+    """
+
+    nll: float
+    perplexity: float
+    predictions: int
+    interval: tuple[float, float]
+
+
+def perplexity(model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128, seed: int = 0) -> Perplexity:
+    """Score windows of tokens, each on its own.
+
+    Args:
+      model: a decoder.
+      params: its parameters; the form that runs (`bundle.running()`) is quickest.
+      windows: tokens; the first of each window is context only.
+      chunk: positions whose logits exist at once.
+      seed: of the bootstrap.
+
+    Returns:
+      See `Perplexity`.
+    """
+    return summarize(token_nll(model, params, windows, chunk=chunk), seed=seed)
+
+
+def token_nll(model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128) -> Float[np.ndarray, "N P"]:
+    """Negative log-likelihood of every token but the first of each window, in nats.
+
+    Raises:
+      InputError: no windows, windows of one token, or longer than the model's context.
+    """
+    n, t = windows.shape
+    if n < 1 or t < 2:
+        raise InputError(f"windows: shape {windows.shape} has nothing to predict; at least one window of 2 tokens is needed")
+    if t > model.config.context:
+        raise InputError(f"window: {t} is longer than the model's context of {model.config.context}")
+    score = _scorer(model, min(chunk, t))
+    return np.stack([np.asarray(score(params, jnp.asarray(w)[None])) for w in progress(windows, "perplexity")])
+
+
+def summarize(nll: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0) -> Perplexity:
+    """Mean and bootstrap interval. Neighbouring predictions depend on each other, so blocks of them are resampled."""
+    mean = float(np.mean(nll, dtype=np.float64))
+    return Perplexity(mean, math.exp(mean), nll.size, bootstrap(nll, block=block, resamples=resamples, seed=seed))
+
+
+def bootstrap(
+    values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean, resampling blocks of neighbours (Kuensch, 1989).
+
+    Differences of two models' values on the same tokens give the interval of their difference, which is far narrower.
+    """
+    pieces = [piece for row in values for piece in np.array_split(row, max(1, len(row) // block))]
+    sums, sizes = np.array([p.sum(dtype=np.float64) for p in pieces]), np.array([p.size for p in pieces])
+    draws = np.random.default_rng(seed).integers(0, len(pieces), (resamples, len(pieces)))
+    means = sums[draws].sum(1) / sizes[draws].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=16)
+def _scorer(model: Model, chunk: int) -> Callable[..., jax.Array]:
+    @jax.jit
+    def score(params: tree.Params, tokens: Int[jax.Array, "1 T"]) -> Float[jax.Array, " P"]:
+        x = hidden(model, params, {"tokens": tokens}).hidden[0, :-1]
+        targets = tokens[0, 1:]
+        extra = -x.shape[0] % chunk
+        parts = jnp.pad(x, ((0, extra), (0, 0))).reshape(-1, 1, chunk, x.shape[-1])
+        labels = jnp.pad(targets, (0, extra)).reshape(-1, chunk)
+
+        def one(part: Any) -> jax.Array:
+            logits = model.parts.head(params, part[0])[0]
+            return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
+
+        return jax.lax.map(one, (parts, labels)).reshape(-1)[: x.shape[0]]
+
+    return score

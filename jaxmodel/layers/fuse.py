@@ -1,0 +1,112 @@
+"""Fuse the linear maps of one input into one leaf for inference, and part them again.
+
+A small contraction costs its start on a CPU however small it is, so `q`, `k`, `v` and `gate`, `up` run faster as one. The fused
+leaf's key tells how it divides, in proportions: `3q+k+v` is one weight whose first three fifths are `q`. This is the only
+exception to stable paths, and it is for running only: what is stored, compressed or trained is the tree with separate leaves.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodel import tree
+from jaxmodel.leaves import Compressed, QTensor
+
+GROUPS = (("q", "k", "v"), ("gate", "up"))
+
+
+def fuse(params: tree.Params) -> tree.Params:
+    """`params` with each group of maps joined where their leaves can be: plain arrays of one dtype, or `QTensor`s of the same
+    static fields with a scale for every row. Others stay apart."""
+    out = {key: child if tree.is_leaf(child) else fuse(child) for key, child in params.items()}
+    for group in GROUPS:
+        members = [out.get(name) for name in group]
+        biases = [out.get(f"{name}_bias") for name in group]
+        if not _joinable(members) or any(b is None for b in biases) != all(b is None for b in biases):
+            continue
+        key = _key(group, [leaf.shape[-2] for leaf in members])
+        out[key] = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-2), *members)
+        if biases[0] is not None:
+            out[f"{key}_bias"] = jnp.concatenate(biases, axis=-1)
+        for name in group:
+            out.pop(name)
+            out.pop(f"{name}_bias", None)
+    return out
+
+
+def unfuse(params: tree.Params) -> tree.Params:
+    """The inverse of `fuse`."""
+    out: dict[str, Any] = {}
+    for key, child in params.items():
+        parts = divide(key.removesuffix("_bias"))
+        if parts is None:
+            out[key] = child if tree.is_leaf(child) else unfuse(child)
+            continue
+        axis, suffix = (-1, "_bias") if key.endswith("_bias") else (-2, "")
+        for name, (start, stop) in parts.items():
+            out[name + suffix] = jax.tree.map(lambda a, s=start, e=stop, x=axis: _cut(a, s, e, x), child)
+    return out
+
+
+def divide(key: str) -> dict[str, tuple[float, float]] | None:
+    """Where the members of a fused key stand, as fractions of the leaf; None for any other key.
+
+    >>> divide("3q+k")
+    {'q': (0.0, 0.75), 'k': (0.75, 1.0)}
+    """
+    if "+" not in key:
+        return None
+    members = [re.fullmatch(r"(\d*)(\w+)", part) for part in key.split("+")]
+    if not all(members):
+        return None
+    weights = {m[2]: int(m[1] or 1) for m in members if m}
+    total, start, parts = sum(weights.values()), 0, {}
+    for name, weight in weights.items():
+        parts[name] = (start / total, (start + weight) / total)
+        start += weight
+    return parts
+
+
+def fused_key(keys: Iterable[str], group: Iterable[str]) -> str | None:
+    """The key among `keys` that holds this group fused."""
+    wanted = list(group)
+    return next((key for key in keys if list(divide(key) or ()) == wanted), None)
+
+
+def cut(y: jax.Array, key: str) -> list[jax.Array]:
+    """The members' parts of a fused result, along its last axis."""
+    parts: Mapping[str, tuple[float, float]] = divide(key) or {}
+    return [_cut(y, start, stop, -1) for start, stop in parts.values()]
+
+
+def _cut(a: jax.Array, start: float, stop: float, axis: int) -> jax.Array:
+    n = a.shape[axis]
+    return jax.lax.slice_in_dim(a, round(start * n), round(stop * n), axis=axis)
+
+
+def _key(group: Iterable[str], widths: list[int]) -> str:
+    unit = math.gcd(*widths)
+    return "+".join(f"{width // unit if width > unit else ''}{name}" for name, width in zip(group, widths, strict=True))
+
+
+def _joinable(members: list[Any]) -> bool:
+    first = members[0]
+    if any(leaf is None for leaf in members):
+        return False
+    if isinstance(first, Compressed):
+        if not all(isinstance(leaf, QTensor) and leaf.scale.shape[-2] == leaf.shape[-2] for leaf in members):
+            return False
+    elif not all(hasattr(leaf, "at") or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in members):
+        return False
+    same_fields = all(jax.tree.structure(leaf) == jax.tree.structure(first) for leaf in members)
+
+    def signature(leaf: Any) -> list[Any]:
+        return [(a.dtype, a.shape[:-2], a.shape[-1]) for a in jax.tree.leaves(leaf)]
+
+    return same_fields and all(signature(leaf) == signature(first) for leaf in members)

@@ -1,0 +1,43 @@
+"""Several linear maps of one input, which may stand fused in one leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from jaxmodel import ops
+from jaxmodel.layers.fuse import cut, fused_key
+from jaxmodel.layers.leaf import leaf
+
+Initializer = nn.initializers.Initializer
+
+
+def linear(
+    module: nn.Module,
+    x: Float[Array, "B T I"],
+    outputs: Mapping[str, int],
+    initializer: Initializer,
+    bias: bool,
+    policy: ops.Policy,
+) -> list[Float[Array, "B T O"]]:
+    """`x @ w.T + b` for every named weight `[O, I]`, with biases named `{name}_bias`.
+
+    Args:
+      module: the Linen module that owns the leaves.
+      x: the input.
+      outputs: name -> width O of a new leaf; a leaf that exists has its own.
+      initializer: of the weights; biases start at zero.
+      bias: whether each map has one.
+      policy: dtypes and placement.
+    """
+
+    def one(name: str, width: int) -> Array:
+        y = ops.einsum("BTI,OI->BTO", x, leaf(module, name, initializer, (width, x.shape[-1])), policy)
+        if bias:
+            y = y + leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype)
+        return y
+
+    fused = fused_key(module.variables.get("params", {}), outputs) if len(outputs) > 1 else None
+    return cut(one(fused, 0), fused) if fused else [one(name, width) for name, width in outputs.items()]

@@ -1,0 +1,31 @@
+"""Norms with their weights."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from jaxmodel import ops
+from jaxmodel.layers.leaf import leaf
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a weight `[D]`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return ops.rms_norm(x, leaf(self, "weight", nn.initializers.ones, x.shape[-1:]), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a weight and a bias `[D]`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        weight = leaf(self, "weight", nn.initializers.ones, x.shape[-1:])
+        bias = leaf(self, "bias", nn.initializers.zeros, x.shape[-1:])
+        return ops.layer_norm(x, weight, bias, self.eps)

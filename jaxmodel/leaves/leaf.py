@@ -1,0 +1,190 @@
+"""What every compressed leaf is: a frozen dataclass pytree with a shape, a decoder, partition specs and named tensors.
+
+A leaf's arrays may carry a leading axis of layers, which `scan` slices off. Its static fields therefore hold no absolute
+shape and nothing about that axis: shapes follow from the arrays, and axes are counted from the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError, unknown
+
+type AxisSizes = Mapping[str, int]
+
+
+def register(cls: type) -> type:
+    """Class decorator: a frozen dataclass whose fields marked `static()` are pytree metadata."""
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    names = [(f.name, bool(f.metadata.get("static"))) for f in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(
+        cls, data_fields=[n for n, s in names if not s], meta_fields=[n for n, s in names if s]
+    )
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that is pytree metadata: hashable, compared when leaves are stacked, stored as JSON."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+class Compressed:
+    """Base of the compressed leaves. A subclass is decorated with `register` and defines what is abstract here."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that the leaf stands for, with the layer axis if there is one."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of `decode()`."""
+        raise NotImplementedError
+
+    def decode(self, dtype: Any = None) -> jax.Array:
+        """The array that the leaf stands for, in `dtype` or the leaf's own."""
+        raise NotImplementedError
+
+    def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Compressed:
+        """The same leaf with a `PartitionSpec` in place of each array.
+
+        Args:
+          spec: of the logical axes (with an entry for the layer axis if there is one).
+          sizes: the number of devices along each mesh axis.
+
+        Raises:
+          InputError: the spec would split a group or a byte.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Check the invariants of the class docstring; raise InputError where one is broken."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes, the layer axis included."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of weights that the leaf stands for."""
+        n = 1
+        for length in self.shape:
+            n *= length
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers: codes, scales, masks."""
+        return tree.nbytes(self)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight, scales and masks counted."""
+        return 8 * self.nbytes / self.size
+
+
+def decode(leaf: Any, dtype: Any = None) -> jax.Array:
+    """A leaf as a plain array, compressed or not."""
+    if isinstance(leaf, Compressed):
+        return leaf.decode(dtype)
+    return leaf if dtype is None else leaf.astype(dtype)
+
+
+def require(ok: bool, leaf: Compressed, message: str) -> None:
+    """Raise InputError with the leaf's class and the message unless `ok`."""
+    if not ok:
+        raise InputError(f"{type(leaf).__name__}: {message}")
+
+
+def shards(entry: Any, sizes: AxisSizes) -> int:
+    """Into how many parts one entry of a partition spec cuts its axis."""
+    n = 1
+    for name in (entry,) if isinstance(entry, str) else (entry or ()):
+        n *= sizes[name]
+    return n
+
+
+def full_spec(spec: PartitionSpec, ndim: int) -> list[Any]:
+    """The entries of a spec, one for every axis."""
+    return [*spec, *[None] * (ndim - len(spec))]
+
+
+# ------------------------------------------------------------------------------------- the same leaf by name, on disk
+
+
+def to_tensors(leaf: Any) -> tuple[dict[str, jax.Array], dict[str, Any] | None]:
+    """A leaf as named arrays and its static fields.
+
+    Returns:
+      `({"": array}, None)` for a plain array. For a compressed leaf the arrays by field name (`packed`, `scale`; those of
+      a nested leaf joined by `_`, `values_packed`) and what JSON needs to put them together again.
+    """
+    if not isinstance(leaf, Compressed):
+        return {"": leaf}, None
+    arrays: dict[str, jax.Array] = {}
+    fields: dict[str, Any] = {"type": type(leaf).__name__}
+    for field in dataclasses.fields(leaf):  # pyright: ignore[reportArgumentType]
+        value = getattr(leaf, field.name)
+        if field.metadata.get("static"):
+            fields[field.name] = value
+        elif value is not None:
+            inner, inner_fields = to_tensors(value)
+            arrays |= {f"{field.name}_{name}" if name else field.name: array for name, array in inner.items()}
+            if inner_fields is not None:
+                fields[field.name] = inner_fields
+    return arrays, fields
+
+
+def tensor_names(fields: Mapping[str, Any] | None) -> list[str]:
+    """The array names that a leaf with these static fields may have, as `to_tensors` gives them."""
+    if fields is None:
+        return [""]
+    names = []
+    for field in dataclasses.fields(_class(fields)):  # pyright: ignore[reportArgumentType]
+        if not field.metadata.get("static"):
+            inner = tensor_names(fields.get(field.name))
+            names += [f"{field.name}_{name}" if name else field.name for name in inner]
+    return names
+
+
+def from_tensors(arrays: Mapping[str, Any], fields: Mapping[str, Any] | None) -> Any:
+    """The leaf behind `to_tensors`, checked.
+
+    Raises:
+      InputError: an unknown type, a missing array, or a broken invariant.
+    """
+    if fields is None:
+        return arrays[""]
+    cls = _class(fields)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        name, given = field.name, fields.get(field.name)
+        if field.metadata.get("static"):
+            if name in fields:
+                values[name] = tuple(given) if isinstance(given, list) else given
+        elif given is not None:
+            head = f"{name}_"
+            values[name] = from_tensors({k[len(head) :]: v for k, v in arrays.items() if k.startswith(head)}, given)
+        elif name in arrays:
+            values[name] = arrays[name]
+    try:
+        leaf = cls(**values)
+    except TypeError as error:
+        raise InputError(f"{cls.__name__}: {error}") from None
+    leaf.check()
+    return leaf
+
+
+def _class(fields: Mapping[str, Any]) -> type[Compressed]:
+    classes = {cls.__name__: cls for cls in Compressed.__subclasses__()}
+    if fields.get("type") not in classes:
+        raise unknown("leaf type", fields.get("type"), classes)
+    return classes[fields["type"]]

@@ -1,0 +1,162 @@
+"""`QTensor`: a weight as integer codes of 1 to 8 bits with scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Integer
+
+from jaxmodel.leaves.leaf import AxisSizes, Compressed, full_spec, register, require, shards, static
+from jaxmodel.leaves.packing import codes_per_unit, pack, pad_last, unpack, unpacked_length
+
+
+@register
+class QTensor(Compressed):
+    """A weight `[..., out, in]` as codes along its last axis, with a scale per tensor, channel or group.
+
+    Symmetric (no `minimum`): `w = scale * q` with q in [-2^(bits-1), 2^(bits-1) - 1], at one bit in {-1, +1}.
+    Affine: `w = scale * code + minimum` with code in [0, 2^bits - 1].
+
+    Invariants (`check`):
+      packed: int8 holding q itself where bits is 8 and the leaf symmetric; else uint8, the unsigned codes (q + 2^(bits-1)
+        if symmetric) in the layout of `jaxmodel.leaves.packing`. The last axis holds `in + pad` codes in whole bytes.
+      scale: floating, as many axes as the weight. Last axis: 1, or the number of groups, which divides `in + pad`. The axis
+        before it: `out`, or 1. Scales of length 1 on both are per tensor; with groups there is one for every row.
+      minimum: None or as scale, in shape and dtype.
+      pad: codes at the end of each row that stand for nothing, fewer than a group (or, without groups, a byte) needs.
+      activations: None (the contraction runs in floating point) or "int8" (its input is rounded to int8, a row at a time).
+    """
+
+    packed: Any  # the buffers are Any because specs() and tree maps put other things in their place
+    scale: Any
+    minimum: Any = None
+    bits: int = static(8)
+    pad: int = static(0)
+    activations: str | None = static(None)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Integer[Array, "... out in"],
+        scale: Float[Array, "... o g"],
+        minimum: Float[Array, "... o g"] | None = None,
+        *,
+        bits: int,
+        group: int | None = None,
+        activations: str | None = None,
+    ) -> QTensor:
+        """Pack codes: q if symmetric (no `minimum`), else unsigned.
+
+        Args:
+          codes: one integer for each weight.
+          scale: `[..., out or 1, groups or 1]`.
+          minimum: of the same shape, for an affine leaf.
+          bits: 1 to 8.
+          group: length of a group along the last axis; None for one scale a row or tensor.
+          activations: None or "int8".
+        """
+        if minimum is None and bits == 8:
+            stored, pad = pad_last(codes.astype(jnp.int8), group or 1)
+        else:
+            if minimum is None:
+                codes = (codes + 1) // 2 if bits == 1 else codes + 2 ** (bits - 1)
+            unit = codes_per_unit(bits)
+            stored, pad = pad_last(codes.astype(jnp.uint8), max(group or 1, unit))
+            stored = pack(stored, bits)
+        leaf = cls(stored, scale, minimum, bits=bits, pad=pad, activations=activations)
+        leaf.check()
+        return leaf
+
+    @property
+    def _in(self) -> int:
+        return self._padded - self.pad
+
+    @property
+    def _padded(self) -> int:
+        n = self.packed.shape[-1]
+        return n if self.packed.dtype == jnp.int8 else unpacked_length(n, self.bits)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.packed.shape[:-1], self._in)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def groups(self) -> int:
+        """The number of scales along the last axis."""
+        return self.scale.shape[-1]
+
+    def codes(self) -> Integer[Array, "... out in"]:
+        """int8 q of a symmetric leaf, uint8 codes of an affine one, without the padding."""
+        codes = self._padded_codes()
+        return codes[..., : self._in] if self.pad else codes
+
+    def _padded_codes(self) -> Integer[Array, "... out n"]:
+        if self.packed.dtype == jnp.int8:
+            return self.packed
+        codes = unpack(self.packed, self.bits)
+        if self.minimum is not None:
+            return codes
+        q = codes.astype(jnp.int8)
+        return 2 * q - 1 if self.bits == 1 else q - jnp.int8(2 ** (self.bits - 1))
+
+    def decode(self, dtype: Any = None) -> jax.Array:
+        dtype = self.dtype if dtype is None else dtype
+        codes = self._padded_codes()
+        *lead, n = codes.shape
+        grouped = codes.reshape(*lead, self.groups, n // self.groups).astype(dtype)
+        weight = grouped * self.scale[..., None].astype(dtype)
+        if self.minimum is not None:
+            weight = weight + self.minimum[..., None].astype(dtype)
+        return weight.reshape(*lead, n)[..., : self._in]
+
+    def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> QTensor:
+        *lead, out, last = full_spec(spec, self.ndim)
+        parts = shards(last, sizes)
+        unit = max(self._padded // self.groups if self.groups > 1 else 1, codes_per_unit(self.bits))
+        require(
+            parts == 1 or (self.pad == 0 and self._in % (parts * unit) == 0),
+            self,
+            f"a spec {spec} cuts the last axis of {self._in} codes into {parts} parts, which splits a "
+            f"{'group' if self.groups > 1 else 'byte'} of {unit}; use an axis that leaves whole ones, or another axis",
+        )
+        scale = PartitionSpec(
+            *lead, out if self.scale.shape[-2] > 1 else None, last if self.groups > 1 and parts > 1 else None
+        )
+        return type(self)(
+            PartitionSpec(*lead, out, last),  # pyright: ignore[reportArgumentType]
+            scale,  # pyright: ignore[reportArgumentType]
+            None if self.minimum is None else scale,  # pyright: ignore[reportArgumentType]
+            bits=self.bits,
+            pad=self.pad,
+            activations=self.activations,
+        )
+
+    def check(self) -> None:
+        p, s = self.packed, self.scale
+        require(self.bits in range(1, 9), self, f"bits is {self.bits}; allowed: 1 to 8")
+        signed = self.bits == 8 and self.minimum is None
+        want = jnp.int8 if signed else jnp.uint8
+        require(p.dtype == want, self, f"packed has dtype {p.dtype}; {jnp.dtype(want)} is needed at {self.bits} bits")
+        require(p.ndim >= 2, self, f"packed has shape {p.shape}; at least [out, in] is needed")
+        unit = codes_per_unit(self.bits)
+        require(signed or self._padded % unit == 0, self, f"{self._padded} codes of {self.bits} bits are not whole bytes")
+        require(jnp.issubdtype(s.dtype, jnp.floating), self, f"scale has dtype {s.dtype}; a floating one is needed")
+        require(
+            s.ndim == p.ndim and s.shape[:-2] == p.shape[:-2] and s.shape[-2] in (1, p.shape[-2]),
+            self,
+            f"scale has shape {s.shape}; [..., out or 1, groups or 1] of packed {p.shape} is needed",
+        )
+        require(self._padded % s.shape[-1] == 0, self, f"{s.shape[-1]} groups do not divide {self._padded} codes")
+        require(s.shape[-1] == 1 or s.shape[-2] == p.shape[-2], self, "groups need a scale for every row")
+        limit = max(self._padded // s.shape[-1] if s.shape[-1] > 1 else 1, unit)
+        require(0 <= self.pad < self._padded and (s.shape[-1] == 1 or self.pad < limit), self, f"pad is {self.pad}; a whole group or more stands for nothing")
+        if self.minimum is not None:
+            require(self.minimum.shape == s.shape and self.minimum.dtype == s.dtype, self, "minimum differs from scale in shape or dtype")
+        require(self.activations in (None, "int8"), self, f"activations is {self.activations!r}; allowed: None, 'int8'")

@@ -1,0 +1,143 @@
+"""`Sparse`: a weight with zeros, as a bitmask and the values that it keeps."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool
+
+from jaxmodel import tree
+from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, full_spec, register, require, shards, static
+from jaxmodel.leaves.packing import pack, pad_last, unpack
+from jaxmodel.leaves.qtensor import QTensor
+
+
+@register
+class Sparse(Compressed):
+    """A weight `[..., out, in]` as one bit for each element and the values of the elements that are kept, row by row.
+
+    Invariants (`check`, `check_values`):
+      mask: uint8 `[..., out, (in + pad) / 8]`; element i of a row is bit `i % 8` of byte `i // 8`. The bits of the padding
+        are zero.
+      values: `[..., out, n]`, an array or a symmetric `QTensor`, n the largest number of kept elements of any row. The
+        kept values of a row stand in order at its start and zeros fill the rest.
+      pattern: None, or (N, M): each M neighbours along the last axis keep exactly N (a zero may be kept); then
+        `n = in / M * N` and nothing is padded.
+      pad: elements that fill the last byte of each row, fewer than 8.
+    """
+
+    mask: Any
+    values: Any
+    pattern: tuple[int, int] | None = static(None)
+    pad: int = static(0)
+
+    @classmethod
+    def from_dense(
+        cls, weight: jax.Array, keep: Bool[Array, "... out in"] | None = None, *, pattern: tuple[int, int] | None = None
+    ) -> Sparse:
+        """Store the elements where `keep` is true (default: where the weight is not zero). Not for use under jit: the
+        length of `values` depends on the data, unless `pattern` says it."""
+        keep = weight != 0 if keep is None else keep
+        if pattern is not None:
+            n = weight.shape[-1] // pattern[1] * pattern[0]
+        else:
+            n = max(1, int(jnp.max(jnp.sum(keep, axis=-1)))) if keep.size else 1
+        bits, pad = pad_last(keep, 8)
+        leaf = cls(pack(bits.astype(jnp.uint8), 1), _gather(weight, keep, n), pattern=pattern, pad=pad)
+        leaf.check()
+        return leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.mask.shape[:-1], self.mask.shape[-1] * 8 - self.pad)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
+
+    def keep(self) -> Bool[Array, "... out in"]:
+        """Which elements are kept."""
+        return unpack(self.mask, 1)[..., : self.shape[-1]].astype(jnp.bool_)
+
+    def decode(self, dtype: Any = None) -> jax.Array:
+        return _scatter(self.keep(), decode(self.values, dtype))
+
+    def expand(self) -> jax.Array | QTensor:
+        """The same weight with its zeros in place: a plain array, or a `QTensor` of the same codes where values is one."""
+        if not isinstance(self.values, QTensor):
+            return self.decode()
+        if self.values.groups > 1:  # a group of kept values has no place in the dense row
+            return self.decode()
+        codes = _scatter(self.keep(), self.values.codes())
+        return QTensor.from_codes(codes, self.values.scale, bits=self.values.bits, activations=self.values.activations)
+
+    def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Sparse:
+        *lead, out, last = full_spec(spec, self.ndim)
+        parts = shards(last, sizes)
+        n, per = self.shape[-1], 8 * (self.pattern[1] if self.pattern else 1)
+        require(
+            parts == 1 or (self.pattern is not None and self.pad == 0 and n % (parts * per) == 0),
+            self,
+            f"a spec {spec} cuts the last axis of {n} elements into {parts} parts; only an N:M pattern with whole bytes and "
+            "groups in each part can be cut there, so shard another axis",
+        )
+        inner = PartitionSpec(*lead, out, last)
+        values = self.values.specs(inner, sizes) if isinstance(self.values, Compressed) else inner
+        return type(self)(inner, values, pattern=self.pattern, pad=self.pad)  # pyright: ignore[reportArgumentType]
+
+    def check(self) -> None:
+        m, v = self.mask, self.values
+        require(m.dtype == jnp.uint8 and m.ndim >= 2, self, f"mask is {m.dtype} {m.shape}; uint8 [..., out, bytes] is needed")
+        require(
+            len(v.shape) == m.ndim and v.shape[:-1] == m.shape[:-1],
+            self,
+            f"values has shape {v.shape}; [..., out, kept] of mask {m.shape} is needed",
+        )
+        require(0 <= self.pad < 8, self, f"pad is {self.pad}; allowed: 0 to 7")
+        if isinstance(v, Compressed):
+            require(isinstance(v, QTensor) and v.minimum is None, self, "values must be an array or a symmetric QTensor")
+            v.check()
+        if self.pattern is not None:
+            n, per = self.pattern
+            require(0 < n <= per and self.shape[-1] % per == 0, self, f"{n}:{per} does not divide {self.shape[-1]} elements")
+            want = self.shape[-1] // per * n
+            require(v.shape[-1] == want, self, f"{v.shape[-1]} values a row; {n}:{per} needs {want}")
+
+    def check_values(self) -> None:
+        """Check what needs the data: counts of the mask, zeros behind the last value (not for use under jit)."""
+        kept = jnp.sum(self.keep(), axis=-1, dtype=jnp.int32)
+        n = self.values.shape[-1]
+        require(int(jnp.max(kept, initial=0)) <= n, self, f"a row keeps {int(jnp.max(kept))} elements but has {n} values")
+        if self.pattern is not None:
+            groups = self.keep().reshape(*self.shape[:-1], -1, self.pattern[1]).sum(-1)
+            require(bool(jnp.all(groups == self.pattern[0])), self, f"a group does not keep {self.pattern[0]} elements")
+        behind = jnp.arange(n) >= kept[..., None]
+        require(not bool(jnp.any(jnp.where(behind, decode(self.values), 0) != 0)), self, "a value stands behind the last kept")
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _gather(weight: jax.Array, keep: Bool[Array, "... out in"], n: int) -> jax.Array:
+    """The kept elements of each row at its start, zeros behind them: the inverse of `_scatter`."""
+    width = weight.shape[-1]
+    place = jnp.where(keep, jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1, n)  # n is outside and dropped
+    row = jax.vmap(lambda w, p: jnp.zeros(n, w.dtype).at[p].set(w, mode="drop"))
+    return row(weight.reshape(-1, width), place.reshape(-1, width)).reshape(*weight.shape[:-1], n)
+
+
+def _scatter(keep: Bool[Array, "... out in"], values: jax.Array) -> jax.Array:
+    """Put the values of each row at the places that are kept, zeros elsewhere."""
+    place = jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1
+    spread = jnp.take_along_axis(values, jnp.clip(place, 0, values.shape[-1] - 1), axis=-1)
+    return jnp.where(keep, spread, jnp.zeros((), values.dtype))
+
+
+def expand(params: tree.Params) -> tree.Params:
+    """`params` with each `Sparse` leaf expanded, for running: on a device without sparse kernels that is many times faster
+    (a bitmask expanded in every decode step costs more than the step). Bytes in memory grow; the stored tree stays packed.
+    """
+    run = jax.jit(lambda leaf: leaf.expand())
+    return tree.map_leaves(lambda _, leaf: run(leaf) if isinstance(leaf, Sparse) else leaf, params)

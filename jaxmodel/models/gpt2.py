@@ -1,0 +1,117 @@
+"""GPT-2 (Radford et al., 2019): layer norm in front of each part, learnt positions, biases, a tied head.
+
+>>> gpt2 = model(SIZES["tiny"])
+>>> params = gpt2.init(jax.random.key(0))
+>>> gpt2.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+(2, 8, 256)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.layers import MLP, Attention, LayerNorm, init_layers
+from jaxmodel.models.model import Model, Parts, compose, decoder_context
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      vocab: tokens V.
+      width: D.
+      depth: layers L.
+      heads: H, which divide D.
+      context: the longest sequence: learnt positions.
+      norm_eps: of the layer norms.
+      init_scale: standard deviation of new weights.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    context: int
+    norm_eps: float = 1e-5
+    init_scale: float = 0.02
+
+
+SIZES = {
+    "tiny": Config(256, 32, 3, 4, 128),
+    "gpt2": Config(50257, 768, 12, 12, 1024),
+    "gpt2-medium": Config(50257, 1024, 24, 16, 1024),
+    "gpt2-large": Config(50257, 1280, 36, 20, 1024),
+    "gpt2-xl": Config(50257, 1600, 48, 25, 1024),
+}
+
+RULES: tree.Rules = (
+    ("embed", P("tensor", "fsdp")),
+    ("positions", P(None, "fsdp")),
+    ("blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
+    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
+    ("blocks/.*/(q|k|v|up)_bias", P("tensor")),
+    ("blocks/.*/(o|down)_bias", P()),
+    (".*norm/(weight|bias)", P()),
+)
+
+
+class _Block(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any]:
+        c = self.config
+        normal = nn.initializers.normal(c.init_scale)
+        out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
+        mix = Attention(c.heads, c.heads, c.width // c.heads, True, normal, out, self.policy, name="attn")
+        mlp = MLP(4 * c.width, nn.gelu, False, True, normal, out, self.policy, name="mlp")
+        y, cache = mix(LayerNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer)
+        x = x + y
+        return x + mlp(LayerNorm(c.norm_eps, name="mlp_norm")(x)), cache
+
+
+@functools.cache
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:  # noqa: B008 - frozen
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    block_module, norm_module = _Block(config, policy), LayerNorm(config.norm_eps)
+    wide = dataclasses.replace(policy, stream="float32")
+
+    def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None) -> tuple[jax.Array, dict[str, Any]]:
+        positions, context = decoder_context(inputs, cache)
+        x = ops.take(params["embed"], inputs["tokens"], policy) + ops.take(params["positions"], positions, policy, "TD")
+        return x, context
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):  # noqa: ANN202
+        x, cache = block_module.apply({"params": params}, x, context, cache, layer)
+        return x, cache, {}
+
+    def head(params: tree.Params, x: jax.Array) -> jax.Array:
+        return ops.einsum("BTD,VD->BTV", norm_module.apply({"params": params["norm"]}, x), params["embed"], wide)
+
+    def init(key: jax.Array) -> tree.Params:
+        embed_key, position_key, blocks_key, head_key = jax.random.split(key, 4)
+        x, tokens = jnp.zeros((1, 1, config.width)), {"tokens": jnp.zeros((1, 1), jnp.int32)}
+        params: tree.Params = {
+            "embed": config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width)),
+            "positions": config.init_scale / 2 * jax.random.normal(position_key, (config.context, config.width)),
+            "norm": norm_module.init(head_key, x)["params"],
+        }
+        context = embed(params, tokens)[1]
+        blocks = init_layers(lambda k: block_module.init(k, x, context, None, 0)["params"], blocks_key, config.depth)
+        return {**params, "blocks": blocks}
+
+    def init_cache(batch: int, capacity: int) -> ops.KVCache:
+        return ops.KVCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
+
+    parts = Parts(embed, block, head)
+    return Model(config, policy, init, compose(parts, policy), parts, init_cache, RULES)

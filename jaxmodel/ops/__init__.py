@@ -1,0 +1,29 @@
+"""Arrays in, arrays out: every contraction, gather, convolution, attention and norm of the models goes through here."""
+
+from jaxmodel.ops.attention import KVCache, attention, causal_mask
+from jaxmodel.ops.contract import conv, einsum, round_rows, take
+from jaxmodel.ops.norms import layer_norm, rms_norm
+from jaxmodel.ops.policy import MESH_AXES, Policy
+from jaxmodel.ops.probe import STATISTICS, Probe, histogram, tap, zeros_for
+from jaxmodel.ops.rope import rope_tables, rotate
+
+__all__ = [
+    "MESH_AXES",
+    "STATISTICS",
+    "KVCache",
+    "Policy",
+    "Probe",
+    "attention",
+    "causal_mask",
+    "conv",
+    "einsum",
+    "histogram",
+    "layer_norm",
+    "rms_norm",
+    "rope_tables",
+    "rotate",
+    "round_rows",
+    "take",
+    "tap",
+    "zeros_for",
+]

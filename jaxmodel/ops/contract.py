@@ -1,0 +1,240 @@
+"""The one place where activations meet weights: `einsum`, `take` and `conv`, dispatching on the leaf.
+
+Weights are stored `[..., out, in]`. Letters of an equation are logical; letters in parentheses share one stored axis, so
+`einsum("BTD,(Hh)D->BTHh", x, w, h=64)` contracts with a weight `[H*h, D]` and returns heads apart.
+
+On a CPU a single row is slow in bfloat16 and int8 (XLA leaves its matrix kernels), so one row is computed as two.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import Compressed, QTensor, Sparse, decode
+from jaxmodel.ops.policy import Policy
+from jaxmodel.ops.probe import OF_TAKE, Probe, tap
+from jaxmodel.sharding import constrain
+
+DEFAULT = Policy()
+
+
+class _Plan(NamedTuple):
+    batch: int  # leading axes that x, w and the result share
+    x_groups: tuple[tuple[str, ...], ...]  # the stored axes of x, as tuples of letters
+    w_in: tuple[str, ...]
+    w_out: tuple[str, ...]
+    result: tuple[str, ...]
+
+
+def einsum(equation: str, x: Float[Array, "..."], w: Any, policy: Policy = DEFAULT, **sizes: int) -> Float[Array, "..."]:
+    """Contract an activation with a weight leaf.
+
+    Args:
+      equation: `x,w->y`. The weight's last axis is contracted and its axis before that goes out; letters in front of both are
+        batch letters, which x and y share (`"ETD,EFD->ETF"`). One stored axis of the weight may be several letters in
+        parentheses.
+      x: the activation.
+      w: an array, a compressed leaf or a `Probe`.
+      policy: dtypes and placement.
+      **sizes: lengths of letters that the shapes do not tell (all but one of an outgoing group).
+
+    Returns:
+      y, in `policy.stream`; the sum is float32.
+
+    Raises:
+      InputError: an equation of another form, or shapes that do not fit.
+    """
+    plan = _parse(equation)
+    known = dict(sizes)
+    for letters, length in zip(plan.x_groups, x.shape, strict=True):
+        known.setdefault(letters[0], length)
+    lead = x.shape[plan.batch : x.ndim - len(plan.w_in)]
+    flat = x.reshape(*x.shape[: plan.batch], *lead, -1)
+    if flat.shape[-1] != w.shape[-1]:
+        raise InputError(f"einsum {equation!r}: x {x.shape} has {flat.shape[-1]} features, the weight {w.shape} takes {w.shape[-1]}")
+    run = functools.partial(_matmul, policy=policy)
+    for _ in range(plan.batch):
+        run = jax.vmap(run)
+    y = run(flat, w)
+    y = y.reshape(*y.shape[:-1], *_out_shape(equation, plan.w_out, y.shape[-1], known))
+    return constrain(y.astype(policy.stream), "".join(plan.result), policy.axes)
+
+
+def take(table: Any, ids: Int[Array, "B T"], policy: Policy = DEFAULT, letters: str = "VD") -> Float[Array, "B T D"]:
+    """Rows of a table `[V, D]`: an embedding. Ids outside the table take its nearest row.
+
+    Args:
+      table: an array, a compressed leaf or a `Probe`.
+      ids: rows to take.
+      policy: dtypes and placement.
+      letters: of the table's axes. While it is looked up it lies as activations with these letters do, so that a table whose
+        width is cut over the same devices as the batch is gathered, as every weight is, and not the activations.
+    """
+    if isinstance(table, Probe):
+        rows = take(table.weight, ids, policy, letters)
+        return tap(rows, ids, {name: zero for name, zero in table.zeros.items() if name in OF_TAKE})
+    if not isinstance(table, Compressed):
+        table = constrain(table, letters, policy.axes)
+    return constrain(_rows(table, ids).astype(policy.stream), "BTD", policy.axes)
+
+
+def conv(
+    x: Float[Array, "B Y X I"],
+    w: Any,
+    policy: Policy = DEFAULT,
+    *,
+    kernel: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: str = "SAME",
+) -> Float[Array, "B P Q O"]:
+    """Convolve images with a weight `[O, I * kernel_y * kernel_x]`, the kernel flattened as `[O, I, ky, kx]` is.
+
+    Two axes, so that every method of compression sees the matrix that the patches are multiplied with.
+    """
+    if isinstance(w, Probe) or (isinstance(w, Compressed) and _dynamic(w)):
+        patches = jax.lax.conv_general_dilated_patches(x, kernel, stride, padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
+        return einsum("BYXI,OI->BYXO", patches, w, policy)
+    compute = jnp.dtype(policy.compute)
+    weight = decode(w, compute)
+    y = jax.lax.conv_general_dilated(
+        x.astype(compute),
+        weight.reshape(weight.shape[0], x.shape[-1], *kernel),
+        stride,
+        padding,
+        dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        precision=_precision(compute),
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(policy.stream)
+
+
+# ------------------------------------------------------------------------------------------ dispatch on the leaf
+
+
+def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "... out"]:
+    """`x @ w.T` in float32 for a leaf `[out, in]`."""
+    if isinstance(w, Probe):
+        y = _matmul(x, w.weight, policy)
+        return tap(y, x, {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE})
+    if isinstance(w, Sparse):
+        return _matmul(x, w.expand(), policy)
+    compute = jnp.dtype(policy.compute)
+    if isinstance(w, QTensor):
+        plain_codes = w.groups == 1 and w.minimum is None
+        if w.activations == "int8":
+            if plain_codes:
+                return _int8_matmul(x, w)
+            q, scale = round_rows(x)  # codes in groups: the rounding of the input, then a contraction of decoded weights
+            x = x + jax.lax.stop_gradient(q.astype(jnp.float32) * scale - x)
+        elif plain_codes:
+            return _dot(x.astype(compute), w.codes().astype(compute)) * w.scale.astype(jnp.float32)[..., 0]
+    return _dot(x.astype(compute), decode(w, compute))
+
+
+def _dot(x: Array, w: Array) -> Array:
+    """`x @ w.T` with a float32 (int8: int32) result; a single row as two where a CPU would leave its matrix kernels."""
+    exact = x.dtype == jnp.int8
+    rows = x.reshape(-1, x.shape[-1])
+    single = rows.shape[0] == 1 and x.dtype != jnp.float32 and jax.default_backend() == "cpu"
+    if single:
+        rows = jnp.broadcast_to(rows, (2, rows.shape[1]))
+    y = jax.lax.dot_general(
+        rows,
+        w,
+        (((1,), (1,)), ((), ())),
+        precision=None if exact else _precision(x.dtype),
+        preferred_element_type=jnp.int32 if exact else jnp.float32,
+    )
+    return (y[:1] if single else y).reshape(*x.shape[:-1], w.shape[0])
+
+
+def round_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Array, "... 1"]]:
+    """Each row rounded to int8 in [-127, 127] with its own scale: `x ~ q * scale`."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-12) / 127
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+@jax.custom_jvp
+def _int8_matmul(x: Float[Array, "... in"], w: QTensor) -> Float[Array, "... out"]:
+    """int8 x int8 -> int32, scaled back."""
+    q, scale = round_rows(x)
+    return _dot(q, w.codes()).astype(jnp.float32) * scale * w.scale.astype(jnp.float32)[..., 0]
+
+
+@_int8_matmul.defjvp
+def _int8_matmul_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    # The rounding counts as the identity, so that gradients (and the statistics of probes) pass; codes and scales get none.
+    x, w = primals
+    return _int8_matmul(x, w), _dot(tangents[0].astype(jnp.float32), w.decode(jnp.float32))
+
+
+def _dynamic(w: Any) -> bool:
+    return w.activations == "int8" if isinstance(w, QTensor) else isinstance(w, Sparse) and _dynamic(w.values)
+
+
+def _rows(leaf: Any, ids: Array) -> Array:
+    """Decode the taken rows only."""
+
+    def rows_of(a: Array) -> Array:
+        return jnp.take(a, ids if a.shape[-2] > 1 else jnp.zeros_like(ids), axis=-2, mode="clip")
+
+    if isinstance(leaf, Compressed):
+        return decode(jax.tree.map(rows_of, leaf))
+    return rows_of(leaf)
+
+
+def _precision(dtype: Any) -> jax.lax.Precision | None:
+    """float32 means float32 also on accelerators, whose default is one bfloat16 pass."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+# ------------------------------------------------------------------------------------------------- equations
+
+
+@functools.cache
+def _parse(equation: str) -> _Plan:
+    try:
+        inputs, output = equation.replace(" ", "").split("->")
+        x_term, w_term = inputs.split(",")
+        x_letters, y_letters, w_axes = tuple(x_term), tuple(output), _axes(w_term)
+        *lead, w_out, w_in = w_axes
+        batch = tuple(letter for (letter,) in lead)
+        n, rows = len(batch), x_letters[len(batch) : len(x_letters) - len(w_in)]
+        ok = x_letters == (*batch, *rows, *w_in) and y_letters == (*batch, *rows, *w_out) and len(set(x_letters)) == len(x_letters)
+    except ValueError:
+        ok = False
+    if not ok:
+        raise InputError(
+            f"einsum: {equation!r} is not of the form 'batch rows in, batch out in -> batch rows out' with weights stored "
+            "[..., out, in], such as 'BTD,FD->BTF' or 'BTHh,D(Hh)->BTD'"
+        )
+    return _Plan(n, tuple((letter,) for letter in x_letters), w_in, w_out, y_letters)
+
+
+def _axes(term: str) -> list[tuple[str, ...]]:
+    axes: list[tuple[str, ...]] = []
+    while term:
+        if term[0] == "(":
+            group, term = term[1:].split(")", 1)
+            axes.append(tuple(group))
+        else:
+            axes.append((term[0],))
+            term = term[1:]
+    return axes
+
+
+def _out_shape(equation: str, letters: tuple[str, ...], length: int, known: dict[str, int]) -> list[int]:
+    shape = [known.get(letter, -1) for letter in letters] if len(letters) > 1 else [length]
+    product = 1
+    for n in shape:
+        product *= abs(n)
+    if shape.count(-1) > 1 or length % product:
+        raise InputError(f"einsum {equation!r}: cannot part an axis of {length} into {dict(zip(letters, shape, strict=True))}")
+    return shape

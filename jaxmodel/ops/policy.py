@@ -1,0 +1,48 @@
+"""`Policy`: how a model computes. Dtypes, rematerialisation, and where activations lie on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxmodel.errors import unknown
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Frozen and hashable, so that equal policies give the same compiled functions.
+
+    Attributes:
+      compute: dtype of the operands of every contraction; sums, norms and softmax are float32 whatever it is.
+      stream: dtype of the activations between operations.
+      cache: dtype of keys and values in the cache; None for `compute`.
+      remat: what the backward pass computes again: "none", "full" (each block), "dots" (all but the contractions).
+      axes: letter of an activation's axis -> mesh axes, `(("B", ("data", "fsdp")), ("H", "tensor"), ("F", "tensor"))`.
+    """
+
+    compute: str = "float32"
+    stream: str = "float32"
+    cache: str | None = None
+    remat: str = "none"
+    axes: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("compute", "stream", "cache"):
+            value = getattr(self, name)
+            if value not in _DTYPES and not (name == "cache" and value is None):
+                raise unknown(f"policy.{name}", value, _DTYPES)
+        if self.remat not in _REMAT:
+            raise unknown("policy.remat", self.remat, _REMAT)
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """The dtype of the cache."""
+        return jnp.dtype(self.cache or self.compute)
+
+
+MESH_AXES = (("B", ("data", "fsdp")), ("H", "tensor"), ("K", "tensor"), ("F", "tensor"), ("V", "tensor"))
+"""The usual placement of activations: batch over data and fsdp, heads, feed-forward and vocabulary over tensor."""

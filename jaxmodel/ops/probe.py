@@ -1,0 +1,134 @@
+"""`Probe`: a leaf that measures the input of its contraction, read out by differentiation.
+
+The op computes its output `y` and returns `tap(y, x, zeros)`: `y` unchanged, but with a gradient for the zeros that is the
+statistic of `x`. `jax.grad` of anything downstream with respect to the zeros then returns the statistics of every layer, under
+`scan`, `remat`, `jit` and on a mesh, without hooks and without a second model. The *output* is tapped because the gradient of
+an input is zero behind a rounding or an argmax, and the statistic would silently be too.
+
+Every statistic is a sum over tokens, so batches and shards add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel.errors import unknown
+from jaxmodel.leaves.leaf import register
+
+HISTOGRAM_BINS = 64
+HISTOGRAM_STEP = 0.5  # octaves; bin i counts |x| in [2^(i*STEP + LOW), 2^((i+1)*STEP + LOW))
+HISTOGRAM_LOW = -24.0
+
+STATISTICS = ("count", "taken", "square", "gram", "histogram", "tokens")
+OF_TAKE = ("taken", "tokens")  # the statistics of a lookup; the others are of a contraction
+
+
+@register
+class Probe:
+    """A weight and the zeros whose gradient is the statistics.
+
+    zeros maps a statistic to an array, with the layer axis in front if the weight has one:
+      count: [], rows of x seen by a contraction (always there).
+      taken: [], rows looked up by `take` (always there).
+      square: [in], sum of x^2.
+      gram: [in, in], X^T X.
+      histogram: [bins], elements of x by the logarithm of |x| on a fixed grid.
+      tokens: [rows of the table], how often each row was looked up.
+    """
+
+    weight: Any
+    zeros: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The weight's dtype."""
+        return self.weight.dtype
+
+
+def zeros_for(shape: tuple[int, ...], statistics: Iterable[str], stacked: bool = False) -> dict[str, Array]:
+    """The zeros of a probe on a weight `[out, in]` (or `[L, out, in]` if stacked).
+
+    Raises:
+      InputError: an unknown statistic.
+    """
+    lead = shape[:1] if stacked else ()
+    out, width = shape[-2], shape[-1]
+    shapes = {
+        "count": (),
+        "taken": (),
+        "square": (width,),
+        "gram": (width, width),
+        "histogram": (HISTOGRAM_BINS,),
+        "tokens": (out,),
+    }
+    wanted = dict.fromkeys(("count", "taken", *statistics))
+    for name in wanted:
+        if name not in shapes:
+            raise unknown("statistics", name, STATISTICS)
+    return {name: jnp.zeros((*lead, *shapes[name]), jnp.float32) for name in wanted}
+
+
+def tap(y: Array, x: Array, zeros: dict[str, Array]) -> Array:
+    """`y`, whose gradient carries the statistics of `x` to `zeros`."""
+    return _tap(y, jax.lax.stop_gradient(x), zeros)
+
+
+@jax.custom_vjp
+def _tap(y: Array, x: Array, zeros: dict[str, Array]) -> Array:
+    return y
+
+
+def _forward(y: Array, x: Array, zeros: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+    return y, (x, zeros)
+
+
+def _backward(saved: tuple[Array, dict[str, Array]], g: Array) -> tuple[Array, Any, dict[str, Array]]:
+    x, zeros = saved
+    sums = {name: _statistic(name, x, zero).reshape(zero.shape) for name, zero in zeros.items()}
+    return g, None, {name: _like(total, zeros[name]) for name, total in sums.items()}
+
+
+_tap.defvjp(_forward, _backward)
+
+
+def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:
+    if name == "tokens":
+        return jnp.zeros(zero.shape, jnp.float32).at[x.reshape(-1)].add(1.0)
+    if name == "taken":
+        return jnp.asarray(x.size, jnp.float32)
+    if name == "count":
+        return jnp.asarray(x.size // x.shape[-1], jnp.float32)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if name == "square":
+        return jnp.sum(rows * rows, axis=0)
+    if name == "gram":
+        return jnp.einsum("ni,nj->ij", rows, rows, precision="highest")
+    return histogram(rows)
+
+
+def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
+    """Counts of |x| on the fixed logarithmic grid; what lies outside it falls into the first or last bin."""
+    octave = jnp.log2(jnp.maximum(jnp.abs(x.reshape(-1).astype(jnp.float32)), 1e-30))
+    place = jnp.clip((octave - HISTOGRAM_LOW) / HISTOGRAM_STEP, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
+    return jnp.zeros(HISTOGRAM_BINS, jnp.float32).at[place].add(1.0)
+
+
+def _like(total: Array, zero: Array) -> Array:
+    """Sum over the mesh axes that the data varies over but the zeros do not (inside `shard_map`)."""
+    axes = tuple(_varying(total) - _varying(zero))
+    return jax.lax.psum(total, axes) if axes else total
+
+
+def _varying(x: Array) -> frozenset[str]:
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # the name before JAX 0.12

@@ -1,0 +1,31 @@
+"""What a person or a program gets to see: tables, progress, plots, pages, JSON rows, run folders."""
+
+from jaxmodel.report import html, plot
+from jaxmodel.report.files import atomic_write
+from jaxmodel.report.json_out import check_target, clean_stdout, emit, goal_met, rows, to_plain
+from jaxmodel.report.progress import bar, progress, set_quiet, step
+from jaxmodel.report.run import Run, read_run, start_run
+from jaxmodel.report.table import Column, console_for, print_table, to_markdown
+
+__all__ = [
+    "Column",
+    "Run",
+    "atomic_write",
+    "bar",
+    "check_target",
+    "clean_stdout",
+    "console_for",
+    "emit",
+    "goal_met",
+    "html",
+    "plot",
+    "print_table",
+    "progress",
+    "read_run",
+    "rows",
+    "set_quiet",
+    "start_run",
+    "step",
+    "to_markdown",
+    "to_plain",
+]

@@ -1,0 +1,146 @@
+"""A report as one HTML file: loads nothing from elsewhere, light or dark as the reader's screen, readable on a phone.
+
+>>> cost = table([{"name": "int8", "nll": 3.389}], [Column("name"), Column("nll")], caption="One row for each version.")
+>>> page("SmolLM2, compressed", [text("How much worse?"), cost]).startswith("<!doctype html>")
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+from xml.etree import ElementTree
+
+from jaxmodel.errors import InputError
+from jaxmodel.report import plot
+from jaxmodel.report.table import Column, Row
+from jaxmodel.report.table import text as plain
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#23272e;--dim:#5c6570;--line:#d9dde3;--paper:#fff;--tint:#f4f6f8}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--dim:#a3adb8;--line:#3d444d;--paper:#15181c;--tint:#1f242a}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:58rem;padding:1.5rem 1rem 4rem;background:var(--paper);color:var(--ink);
+font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
+h1{font-size:1.7rem;line-height:1.2}
+h2{font-size:1.25rem;margin:2.2rem 0 .6rem}h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
+p{max-width:44rem;white-space:pre-line}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
+caption,figcaption{text-align:left;color:var(--dim);font-size:.9rem;padding:.3rem 0}
+th,td{padding:.35rem .8rem .35rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+th{color:var(--dim);font-weight:600;vertical-align:bottom;white-space:pre-line}
+.r{text-align:right;font-variant-numeric:tabular-nums}td.r,td:first-child{white-space:nowrap}
+figure{margin:1.2rem 0}figure svg{display:block;width:100%;max-width:44rem;height:auto}
+svg text{font-family:inherit}
+pre{background:var(--tint);padding:.8rem 1rem;border-radius:.4rem;white-space:pre-wrap;
+font:.86rem/1.5 ui-monospace,monospace}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.2rem;font-size:.95rem}
+dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
+@media(max-width:30rem){dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
+"""
+_SVG = "{http://www.w3.org/2000/svg}"
+_DRAWN = frozenset(["svg", "g", "defs", "style", "path", "rect", "circle", "clipPath", "use", "text", "tspan"])
+
+
+@dataclass(frozen=True)
+class Section:
+    """A piece of a page: HTML that is already safe. The functions of this file make them."""
+
+    html: str
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+    """The whole page.
+
+    Args:
+      title: stands on top and in the browser's tab.
+      sections: what `heading`, `text`, `table`, `figure`, `code`, `key_value` made, in order.
+    """
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    body = "\n".join(section.html for section in sections)
+    name = escape(title)
+    start = f'<!doctype html>\n<html lang="en"><head>{head}<title>{name}</title><style>{_STYLE}</style></head>'
+    return f"{start}\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
+
+
+def heading(words: str, level: int = 2) -> Section:
+    """A heading; level 2 (under the title) or 3."""
+    if level not in (2, 3):
+        raise InputError(f"level: {level!r} is no heading inside a page; allowed: 2, 3")
+    return Section(f"<h{level}>{escape(words)}</h{level}>")
+
+
+def text(words: str) -> Section:
+    """A paragraph; line breaks are kept."""
+    return Section(f"<p>{escape(words)}</p>")
+
+
+def table(rows: Sequence[Row], columns: Sequence[Column], caption: str = "") -> Section:
+    """The same table that `print_table` shows on a terminal."""
+    kinds = [' class="r"' if column.to_right(rows) else "" for column in columns]
+
+    def line(tag: str, cells: Iterable[str]) -> str:
+        made = [f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)]
+        return f"<tr>{''.join(made)}</tr>"
+
+    head = line("th", (column.title or column.key for column in columns))
+    body = "".join(line("td", (column.cell(row) for column in columns)) for row in rows)
+    label = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return Section(f'<div class="wide"><table>{label}<thead>{head}</thead><tbody>{body}</tbody></table></div>')
+
+
+def code(words: str) -> Section:
+    """Text set in a fixed width: a command, a sample of a model."""
+    return Section(f"<pre>{escape(words)}</pre>")
+
+
+def key_value(pairs: Mapping[str, Any]) -> Section:
+    """Names and values, such as a configuration; values of values are named `mesh.tensor`."""
+    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in _flat(pairs, ""))
+    return Section(f"<dl>{items}</dl>")
+
+
+def figure(svg: bytes | str, caption: str = "") -> Section:
+    """A drawing, as the functions of `plot` return it; ink, grid and paper take the page's colours, light or dark.
+
+    Only shapes and text are let through: no scripts, no links to elsewhere.
+
+    Raises:
+      InputError: that is no SVG, or it holds something else.
+    """
+    source = svg.decode() if isinstance(svg, bytes) else svg
+    allowed = "an SVG of shapes and text, as jaxmodel.report.plot makes it"
+    try:
+        root = ElementTree.fromstring(source[max(0, source.find("<svg")) :])
+    except ElementTree.ParseError as error:
+        raise InputError(f"svg: {source[:40]!r}... cannot be read ({error}); allowed: {allowed}") from None
+    for node in root.iter():
+        node.tag = str(node.tag).removeprefix(_SVG)
+        node.attrib = {name.rpartition("}")[2]: value for name, value in node.attrib.items()}
+        given = [*node.attrib.items(), ("style", node.text or "")] if node.tag == "style" else node.attrib.items()
+        wrong = [name for name, value in given if name.startswith("on") or _leads_away(name, value)]
+        if node.tag not in _DRAWN or wrong:
+            raise InputError(f"svg: <{' '.join([node.tag, *wrong])}> is refused; allowed: {allowed}")
+    root.attrib = {"viewBox": root.get("viewBox", "0 0 300 150"), "role": "img", "aria-label": caption or "plot"}
+    drawing = ElementTree.tostring(root, encoding="unicode")  # written anew: comments and foreign names are gone
+    for colour, name in ((plot.INK, "ink"), (plot.GRID, "line"), (plot.PAPER, "paper")):
+        drawing = drawing.replace(colour, f"var(--{name})")
+    return Section(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+def _leads_away(name: str, value: str) -> bool:
+    value = value.lower().replace("url(#", "")
+    return (name == "href" and value[:1] != "#") or any(sign in value for sign in ("//", "\\", "@import", "url("))
+
+
+def _flat(pairs: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    items: list[tuple[str, str]] = []
+    for key, value in pairs.items():
+        if isinstance(value, Mapping) and value:
+            items += _flat(value, f"{prefix}{key}.")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else plain(value)
+            items.append((f"{prefix}{key}", "–" if value is None else shown))
+    return items

@@ -1,0 +1,251 @@
+"""Plots as bytes, from plain numbers, in one house style: SVG to stand in a page, PNG to be a file.
+
+Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; lines differ in dash and points in
+shape as well. Figures are objects of their own, so nothing leaks into a notebook's plots.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from jaxmodel.errors import InputError, require
+
+INK, GRID, PAPER = "#23272e", "#d9dde3", "#ffffff"  # `html.figure` gives these the page's own colours
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10,
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and coloured
+    "svg.hashsalt": "jaxmodel",  # equal plots are equal bytes
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def curves(
+    series: Mapping[str, tuple[Any, Any]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    fmt: str = "svg",
+    logx: bool = False,
+    logy: bool = False,
+) -> bytes:
+    """Lines over a common axis, such as losses over steps.
+
+    Args:
+      series: name to (x, y), two equally long sequences; a y that is not finite leaves a gap.
+
+    Raises:
+      InputError: nothing to draw, or x and y differ in length.
+    """
+    with _axes(title, xlabel, ylabel, fmt, 3.8) as (ax, out):
+        for index, (name, (x, y)) in enumerate(_some(series, "series").items()):
+            if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
+                shapes = f"x of shape {np.shape(x)} and y of shape {np.shape(y)}"
+                raise InputError(f"series: {name!r} has {shapes}; allowed: two sequences of equal length")
+            look = {"color": COLOURS[index % 6], "linestyle": _DASHES[index % 4], "markersize": 5}
+            marker = _MARKERS[index % 6] if len(x) <= 25 else None
+            ax.plot(np.asarray(x, float), np.asarray(y, float), label=name, marker=marker, **look)
+        _scale(ax, logx, logy)
+        if len(series) > 1:
+            ax.figure.legend(loc="outside lower center", ncols=min(3, len(series)))
+    return out.getvalue()
+
+
+def bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", fmt: str = "svg") -> bytes:
+    """Horizontal bars with their values, in groups; a value that is missing or not finite is a dash.
+
+    Args:
+      groups: group to series to value, such as version to {"prefill": 1124.0, "decode": 59.9}.
+
+    Raises:
+      InputError: nothing to draw.
+    """
+    names = list(dict.fromkeys(name for group in _some(groups, "groups").values() for name in group))
+    height = 0.8 / len(_some(names, "groups"))
+    inches = 1.1 + len(groups) * max(0.36, 0.24 * len(names)) + 0.3 * (len(names) > 1)
+    with _axes(title, xlabel, "", fmt, inches) as (ax, out):
+        for index, name in enumerate(names):
+            values = np.array([group.get(name) for group in groups.values()], float)  # None becomes not a number
+            where = np.arange(len(groups)) + (index - (len(names) - 1) / 2) * height
+            lengths = np.where(np.isfinite(values), values, 0)
+            drawn = ax.barh(where, lengths, height * 0.9, label=name, color=COLOURS[index % 6])
+            labels = [_tick(value, 4) if math.isfinite(value) else "–" for value in values]
+            ax.bar_label(drawn, labels, padding=4, fontsize=9)
+        ax.set_yticks(range(len(groups)), list(groups))
+        ax.invert_yaxis()  # the first group on top
+        ax.margins(x=0.14)
+        ax.xaxis.set_major_formatter(lambda value, _: _tick(value))
+        ax.grid(False, axis="y")
+        ax.tick_params(axis="y", length=0)
+        if len(names) > 1:
+            ax.figure.legend(loc="outside lower center", ncols=min(4, len(names)))
+    return out.getvalue()
+
+
+def scatter(
+    points: Mapping[str, tuple[Any, Any]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    fmt: str = "svg",
+    logx: bool = False,
+    logy: bool = False,
+) -> bytes:
+    """Named points, such as size against perplexity; labels keep clear of each other and of the points.
+
+    Args:
+      points: label to (x, y). One that cannot stand on the axes (not finite, or not positive on a logarithmic one) is
+        named below the plot instead.
+
+    Raises:
+      InputError: no point can be drawn.
+    """
+    inside = {
+        name: (float(x), float(y))
+        for name, (x, y) in points.items()
+        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not logx) and (y > 0 or not logy)
+    }
+    left_out = ", ".join(f"{name} ({x:.4g}, {y:.4g})" for name, (x, y) in points.items() if name not in inside)
+    with _axes(title, xlabel + (f"\nnot shown: {left_out}" if left_out else ""), ylabel, fmt, 4.2) as (ax, out):
+        for index, (x, y) in enumerate(_some(inside, "points").values()):
+            ax.plot(x, y, _MARKERS[index % 6], color=COLOURS[index % 6], ms=8.5, mec=PAPER, mew=0.8)
+        ax.margins(0.12)
+        _scale(ax, logx, logy)
+        _label(ax, inside)
+    return out.getvalue()
+
+
+def place_labels(anchors: np.ndarray, sizes: np.ndarray, bounds: tuple[Any, Any], clear: float = 7.5) -> np.ndarray:
+    """Where labels go so that they cover neither each other nor a point: for each the nearest free place, in order.
+
+    Args:
+      anchors: the points, [N, 2], pixels.
+      sizes: width and height of each label, [N, 2], pixels.
+      bounds: width and height of the area that holds them all.
+      clear: radius around each point that stays free.
+
+    Returns:
+      The lower left corner of each label, [N, 2]. Where nothing is free, the place that covers least.
+    """
+    taken = [np.concatenate([point - clear, point + clear]) for point in anchors]
+    corners = np.zeros((len(anchors), 2))
+    for index, (point, size) in enumerate(zip(anchors, sizes, strict=True)):
+        best = (math.inf, np.zeros(4))
+        for radius, (dx, dy) in itertools.product((0, 6, 14, 24, 36, 50, 70, 95, 125, 160), _DIRECTIONS):
+            centre = point + np.array([dx, dy]) * (size / 2 + clear + 1 + radius)
+            centre = np.clip(centre, size / 2, np.maximum(np.array(bounds) - size / 2, size / 2))
+            box = np.concatenate([centre - size / 2, centre + size / 2])
+            covered = sum(_overlap(box, other) for other in taken)
+            if covered < best[0]:
+                best = (covered, box)
+            if covered == 0:
+                break
+        taken.append(best[1])
+        corners[index] = best[1][:2]
+    return corners
+
+
+_DIRECTIONS = [(1, 0), (0, 1), (0, -1), (-1, 0), *itertools.product((1, -1, 0.5, -0.5), (1, -1))]
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)))
+
+
+def _label(ax: Any, points: Mapping[str, tuple[Any, Any]]) -> None:
+    figure = ax.figure
+    figure.draw_without_rendering()  # settles the layout, so that pixels mean something
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer()
+    pixel = 72 / figure.dpi  # in points, which mean the same whatever the file's resolution
+    look = {"textcoords": "offset points", "fontsize": 9, "va": "bottom"}
+    texts = [ax.annotate(name, at, (0, 0), **look) for name, at in points.items()]
+    sizes = np.array([text.get_window_extent(renderer).size for text in texts]) + 2
+    area, anchors = ax.get_window_extent(renderer), ax.transData.transform(np.array(list(points.values())))
+    corners = place_labels(anchors - area.p0, sizes, (area.width, area.height)) + area.p0
+    for text, corner, size, anchor in zip(texts, corners, sizes, anchors, strict=True):
+        text.set_position(tuple((corner + 1 - anchor) * pixel))
+        nearest = np.clip(anchor, corner, corner + size)
+        if np.linalg.norm(nearest - anchor) > 16:  # too far to be seen as its own: a thread between them
+            ends = ax.transData.inverted().transform([nearest, anchor])
+            ax.plot(*ends.T, color=INK, linewidth=0.6, zorder=1, scalex=False, scaley=False)
+
+
+@contextmanager
+def _axes(title: str, xlabel: str, ylabel: str, fmt: str, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
+    """Empty axes in the house style; what was drawn on them is in the buffer afterwards."""
+    if fmt not in ("svg", "png"):
+        raise InputError(f"fmt: {fmt!r} is not known; allowed: svg, png")
+    matplotlib = require("matplotlib", "notebook")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, height), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.add_subplot()
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        yield ax, out
+        if fmt == "png":
+            figure.savefig(out, format="png", dpi=200, facecolor=PAPER)
+        else:
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+
+
+def _scale(ax: Any, logx: bool, logy: bool) -> None:
+    for log, name, axis in ((logx, "x", ax.xaxis), (logy, "y", ax.yaxis)):
+        if log:
+            ax.set(**{f"{name}scale": "log"})
+            _log_ticks(axis)
+
+
+def _log_ticks(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    if decades < 0.7:  # no power of ten inside, perhaps not even a 2 or a 5
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: _tick(value))
+
+
+def _tick(value: Any, digits: int = 6) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.{digits}g}"
+
+
+def _some(things: Any, argument: str) -> Any:
+    if not things:
+        raise InputError(f"{argument}: nothing to draw; allowed: at least one entry with finite numbers")
+    return things

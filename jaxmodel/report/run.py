@@ -1,0 +1,190 @@
+"""Run folders: what was run, with which versions on which machine, and what came out.
+
+`runs/<YYYYmmdd-HHMMSS>-<name>/` holds `config.json` and `versions.json` from its first moment, `metrics.jsonl` as it
+grows, and whatever the run saves. Start one per job, not one per process of it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxmodel.errors import InputError
+from jaxmodel.report.files import atomic_write
+from jaxmodel.report.json_out import dumps, to_plain
+
+_PACKAGES = ("jaxmodel", "jax", "jaxlib", "flax", "optax", "numpy")
+_FLAGS = re.compile(r"sse4_2|fma|f16c|avx\w*|amx\w*|asimd\w*|sve\w*|bf16|i8mm")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+      folder: where it is.
+      config: what was asked for, everything resolved: the verb, the options, the seeds.
+      versions: what it ran on, see `versions`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    versions: dict[str, Any]
+
+    def path(self, name: str) -> Path:
+        """The place of a file inside the folder; its parents are made.
+
+        Raises:
+          InputError: `name` leads out of the folder, or the parents cannot be made.
+        """
+        place = self.folder / name
+        if not place.resolve().is_relative_to(self.folder.resolve()) or not name:
+            raise InputError(f"name: {name!r} leads out of the run folder; allowed: a path inside {str(self.folder)!r}")
+        _make_folder(place.parent)
+        return place
+
+    def log(self, **metrics: Any) -> None:
+        """Append one line to `metrics.jsonl`; it is there when this returns, and a number that is not finite is null.
+
+        Raises:
+          InputError: the file cannot be written.
+        """
+        try:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(dumps(metrics, indent=None) + "\n")
+        except OSError as error:
+            raise InputError(f"metrics.jsonl in {str(self.folder)!r} cannot be written ({error.strerror})") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was logged; a last line that a crash has torn is left out."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().split("\n") if file.exists() else [""]
+        return [json.loads(line) for line in lines[:-1]]  # a whole line ends with a break
+
+    def save_json(self, name: str, obj: Any) -> Path:
+        """Write `obj` as JSON (see `to_plain`), whole or not at all."""
+        return atomic_write(self.path(name), dumps(obj) + "\n")
+
+    def save_bytes(self, name: str, data: bytes | str) -> Path:
+        """Write a file (a plot, a page), whole or not at all."""
+        return atomic_write(self.path(name), data)
+
+
+def start_run(name: str, config: Mapping[str, Any], root: str | os.PathLike[str] = "runs") -> Run:
+    """Make a run folder and record what is run on what.
+
+    Args:
+      name: letters, digits, `.`, `_`, `-`.
+      config: the resolved configuration, with the verb and every seed.
+      root: the folder of all runs; made when missing.
+
+    Raises:
+      InputError: the name holds something else, or the folder cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"name: {name!r} cannot name a run folder; allowed: letters, digits, '.', '_', '-'")
+    _make_folder(Path(root))
+    stamp, folder, again = time.strftime("%Y%m%d-%H%M%S"), None, 1
+    while folder is None:
+        place = Path(root) / (f"{stamp}-{name}" if again == 1 else f"{stamp}-{name}-{again}")
+        folder, again = (place if _make_folder(place, new=True) else None), again + 1
+    run = Run(folder, to_plain(config), versions())
+    run.save_json("versions.json", run.versions)
+    run.save_json("config.json", run.config)
+    return run
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """The run in `folder`, as `start_run` gave it.
+
+    Raises:
+      InputError: that is no run folder, or its records cannot be read.
+    """
+    records = []
+    for file in ("config.json", "versions.json"):
+        try:
+            record = json.loads((Path(folder) / file).read_text())
+        except (OSError, ValueError):
+            record = None
+        if not isinstance(record, dict):
+            why = f"is no run folder ({file} is missing or unreadable); allowed: runs/<time>-<name>"
+            raise InputError(f"folder: {str(folder)!r} {why}")
+        records.append(record)
+    return Run(Path(folder), *records)
+
+
+def versions() -> dict[str, Any]:
+    """Versions of Python and packages, machine, processor, devices, commit of the code; starts JAX's backend.
+
+    Returns:
+      `{"python", "jaxmodel", "jax", "jaxlib", "flax", "optax", "numpy", "platform", "cpu": {"model", "flags", "count"},
+      "devices": {"platform", "kind", "count", "processes"}, "git": {"commit", "dirty"} or None}`. `cpu.count` is the
+      number of processors this process may use: results repeat bit for bit only where it and the flags are the same.
+    """
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "devices": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "git": _git(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    entries = dict(re.findall(r"^(model name|flags|Features)\s*: *(.*)$", info, re.MULTILINE))
+    flags = entries.get("flags", entries.get("Features", "")).split()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model = entries.get("model name") or platform.processor() or platform.machine()
+    return {"model": model, "flags": sorted(filter(_FLAGS.fullmatch, flags)), "count": usable}
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of the tree that this code lies in, and whether anything there differs from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
+        return None
+
+
+def _make_folder(folder: Path, new: bool = False) -> bool:
+    try:
+        folder.mkdir(parents=not new, exist_ok=not new)
+    except FileExistsError as error:
+        if new:
+            return False
+        raise InputError(f"folder: {str(folder)!r} is a file; allowed: a folder") from error
+    except OSError as error:
+        allowed = "a place in a writable folder"
+        raise InputError(f"folder: {str(folder)!r} cannot be made ({error.strerror}); allowed: {allowed}") from error
+    return True

@@ -1,0 +1,134 @@
+"""Tables for people: one list of rows and columns, on a terminal or as Markdown."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Row = Mapping[str, Any]
+
+
+def number(value: float | int, digits: int = 4) -> str:
+    """A number with `digits` significant digits; the digits before the point are never dropped.
+
+    >>> number(29.602), number(0.0021), number(1234567.8), number(3.1e-7), number(5)
+    ('29.60', '0.002100', '1,234,568', '3.100e-07', '5')
+    """
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])  # of the rounded value: 9.9996 becomes 10.00
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}" if -4 <= exponent < 15 else f"{value:.{digits - 1}e}"
+
+
+def significant(digits: int) -> Callable[[float | int], str]:
+    """The format `number` with that many significant digits, for a `Column`."""
+    return lambda value: number(value, digits)
+
+
+def count(value: float | int) -> str:
+    """A whole number with its thousands apart: `134,515,008`."""
+    return f"{round(value):,}"
+
+
+def megabytes(value: float | int) -> str:
+    """Bytes as MB (a million bytes), without the unit, which stands in the column's title.
+
+    >>> megabytes(538_060_032), megabytes(12_400)
+    ('538.1', '0.0124')
+    """
+    return f"{value / 1e6:,.1f}" if abs(value) >= 1e5 else f"{value / 1e6:.3g}"
+
+
+def rate(value: float | int) -> str:
+    """Tokens (or anything) per second with three significant digits, without the unit: `1,124`, `59.9`."""
+    return number(float(value), 3)
+
+
+def percent(value: float | int) -> str:
+    """A fraction as per cent: `0.5` is `50.0 %`."""
+    return f"{100 * value:.1f} %"
+
+
+def text(value: Any) -> str:
+    """The format of a column that names none: numbers by `number`, truth as yes and no, the rest as it is written."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, int | float) else str(value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+      key: the rows' key. A row without it, or with None, shows a dash.
+      title: what stands above, with the unit; may hold line breaks; the key when empty.
+      format: value to text.
+      align: `auto` puts a column of numbers to the right and the rest to the left.
+    """
+
+    key: str
+    title: str = ""
+    format: Callable[[Any], str] = text
+    align: Literal["auto", "left", "right"] = "auto"
+
+    def cell(self, row: Row) -> str:
+        """The text of this column in one row."""
+        value: Any = row.get(self.key)
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()  # NumPy and JAX scalars
+        return "–" if value is None else self.format(value)
+
+    def to_right(self, rows: Sequence[Row]) -> bool:
+        """Whether the column is set flush right."""
+        if self.align != "auto":
+            return self.align == "right"
+        values = [row[self.key] for row in rows if row.get(self.key) is not None]
+        return bool(values) and all(hasattr(v, "__float__") and not isinstance(v, bool) for v in values)
+
+
+def console_for(json_target: str | None = None) -> Any:
+    """The rich console where tables go: standard output, or standard error when `--json -` has taken standard output.
+
+    What is no terminal has no width either, so tables in a pipe or a file are never folded.
+    """
+    from rich.console import Console
+
+    stderr = json_target == "-"
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else 500)
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str | None = None, console: Any = None) -> None:
+    """Print rows as a table on `console` (standard output when None; see `console_for`)."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", pad_edge=False)
+    for column in columns:
+        justify = "right" if column.to_right(rows) else "left"
+        table.add_column(Text(column.title or column.key), justify=justify, overflow="fold", vertical="bottom")
+    for row in rows:
+        table.add_row(*(Text(column.cell(row)) for column in columns))  # Text: brackets in a name are no markup
+    (console or console_for()).print(table)
+
+
+def to_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Rows as a Markdown table, without a closing line break.
+
+    >>> print(to_markdown([{"name": "int8", "nll": 3.389}], [Column("name"), Column("nll", "NLL")]))
+    | name | NLL |
+    | :-- | --: |
+    | int8 | 3.389 |
+    """
+    head = [column.title or column.key for column in columns]
+    rule = ["--:" if column.to_right(rows) else ":--" for column in columns]
+    body = [[column.cell(row) for column in columns] for row in rows]
+    lines = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in [head, *body]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

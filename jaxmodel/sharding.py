@@ -1,0 +1,135 @@
+"""Meshes, and rules that place the leaves of a tree on one.
+
+A sharding rule gives the `PartitionSpec` of the logical axes of one layer's leaf: `("blocks/.*/attn/q", P("tensor", "fsdp"))`
+for a weight `[out, in]`. A stacked segment gets an unsharded layer axis in front; a compressed leaf derives the specs of its
+parts. Mesh axes that the mesh lacks are left out, so the same rules serve every mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+
+type AxisTable = Sequence[tuple[str, str | tuple[str, ...]]]  # letter of an axis -> mesh axes
+
+
+def make_mesh(shape: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with Auto axes, to be entered with `jax.set_mesh`.
+
+    Args:
+      shape: `{"fsdp": 4, "tensor": 2}` or its text form `"fsdp=4,tensor=2"`.
+      devices: the devices; default the first of `jax.devices()` that the shape needs.
+
+    Raises:
+      InputError: the shape is not readable or needs more devices than there are.
+    """
+    if isinstance(shape, str):
+        try:
+            shape = {name.strip(): int(n) for name, n in (part.split("=") for part in shape.split(","))}
+        except ValueError:
+            raise InputError(f"mesh: {shape!r} is not readable; write it as 'fsdp=4,tensor=2'") from None
+    sizes = tuple(shape.values())
+    need = 1
+    for n in sizes:
+        need *= n
+    devices = jax.devices() if devices is None else devices
+    if need < 1 or need > len(devices):
+        raise InputError(f"mesh: {dict(shape)} needs {need} devices; there are {len(devices)}")
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=devices[:need])
+
+
+def shardings(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tuple[tree.Params, tree.Params]:
+    """The tree (split where rules tell layers apart) and a tree of `NamedSharding` beside it.
+
+    A compressed leaf's place holds a leaf of the same class whose buffers are shardings, so the result serves as
+    `in_shardings`, for `jax.device_put` and for a restore.
+
+    Raises:
+      InputError: a rule or leaf without the other (see `tree.assign`), or a mesh that does not divide an axis.
+    """
+    params, specs = tree.match(rules, params)
+    return params, tree.map_leaves(lambda path, leaf: _leaf_sharding(path, leaf, specs[path], mesh), params)
+
+
+def place(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tree.Params:
+    """Put a tree on a mesh by rules."""
+    return jax.device_put(*shardings(rules, params, mesh))
+
+
+def inherit(state: Any, placed: tree.Params, mesh: Mesh) -> Any:
+    """Shardings for an optimiser state: a leaf whose path ends in a parameter's path lies as that parameter does, any other
+    is on every device.
+
+    Args:
+      state: any pytree, of arrays or shape structs.
+      placed: the parameters' shardings, as `shardings` gives them.
+      mesh: the mesh.
+    """
+    known = {_key_path(path): s for path, s in jax.tree_util.tree_flatten_with_path(placed)[0]}
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        keys = _key_path(path)
+        for start in range(len(keys)):
+            if keys[start:] in known:
+                return known[keys[start:]] if len(known[keys[start:]].spec) <= len(leaf.shape) else everywhere
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
+    """Constrain the sharding of an activation: each letter of `"B T D"` lies on the mesh axes that `table` gives it.
+
+    Without a mesh, without a table, or where the mesh axes do not divide the dimension, nothing is constrained.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not table or mesh.empty:
+        return x
+    axes = dict(table)
+    entries = []
+    for letter, length in zip(letters.replace(" ", ""), x.shape, strict=True):
+        names = _present(axes.get(letter), mesh.shape)
+        entries.append(names if names and length % _product(names, mesh.shape) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def _leaf_sharding(path: str, leaf: tree.Leaf, spec: PartitionSpec, mesh: Mesh) -> Any:
+    shape = tree.layer_shape(path, leaf)
+    if len(spec) > len(shape):
+        raise InputError(f"rules: the leaf {path!r} has {len(shape)} axes {shape} but its spec {spec} has {len(spec)}")
+    entries = [_present(entry, mesh.shape) for entry in spec]
+    for axis, names in enumerate(entries):
+        parts = _product(names, mesh.shape)
+        if shape[axis] % parts:
+            raise InputError(
+                f"mesh: {dict(mesh.shape)} does not divide the leaf {path!r}: axis {axis} of {shape} has length "
+                f"{shape[axis]}, which {'*'.join(names)} = {parts} does not divide"
+            )
+    spec = PartitionSpec(*([None] if tree.is_stacked(path) else []), *(names or None for names in entries))
+    specs = leaf.specs(spec, dict(mesh.shape)) if hasattr(leaf, "specs") else spec
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def _present(entry: Any, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes of one spec entry that the mesh has."""
+    names = (entry,) if isinstance(entry, str) else (entry or ())
+    return tuple(name for name in names if name in sizes)
+
+
+def _product(names: Sequence[str], sizes: Mapping[str, int]) -> int:
+    n = 1
+    for name in names:
+        n *= sizes[name]
+    return n
+
+
+def _key_path(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

@@ -1,0 +1,147 @@
+"""`fit`: the loop around a step. Short, to be copied and changed where it does not serve."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxmodel import tree
+from jaxmodel.data import Stream, prefetch
+from jaxmodel.errors import InputError
+from jaxmodel.models import Model
+from jaxmodel.report import bar
+from jaxmodel.train.losses import Loss, next_token
+from jaxmodel.train.state import TrainState, init_state, state_shardings
+from jaxmodel.train.step import make_step
+
+BATCH_AXES = ("data", "fsdp")  # a batch's rows lie along these axes of the mesh, where it has them
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+      steps: updates.
+      learning_rate: at its peak.
+      warmup: steps of linear rise; a cosine to a tenth follows.
+      weight_decay: of AdamW, where `decay` says so.
+      clip: largest global norm of the gradient.
+      beta2: of AdamW.
+      seed: of the initial parameters and of each step's randomness.
+      log_every: steps between two rows of the history.
+      eval_every: steps between two held-out losses; 0 for the end only.
+      eval_batches: batches of a held-out loss.
+      decay: rules, path -> whether weights decay.
+      trainable: rules, path -> whether the leaf trains; None for every plain floating leaf.
+    """
+
+    steps: int = 200
+    learning_rate: float = 1e-3
+    warmup: int = 20
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    beta2: float = 0.95
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 8
+    decay: tree.Rules = ((tree.optional(".*(norm/.*|_bias)"), False), (".*", True))
+    trainable: tree.Rules | None = None
+
+
+def adamw(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with clipping, warm-up and cosine."""
+    if config.steps < 1:
+        raise InputError(f"steps: {config.steps} given; at least 1 is needed")
+    warmup = min(config.warmup, config.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps, config.learning_rate / 10)
+
+    def decays(params: tree.Params) -> tree.Params:
+        values = tree.assign(config.decay, params)
+        return tree.map_leaves(lambda path, _: values[tree.layer_paths(path)[0]], params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(rate, b1=0.9, b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
+    )
+
+
+def fit(
+    model: Model,
+    stream: Stream,
+    config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
+    *,
+    params: tree.Params | None = None,
+    heldout: Stream | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    loss: Loss = next_token,
+    optimizer: optax.GradientTransformation | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Train a model on a stream of batches.
+
+    Args:
+      model: what is trained; its `rules` place it on the mesh.
+      stream: batches by step.
+      config: see `TrainConfig`.
+      params: to start from; default fresh ones from the seed.
+      heldout: stream of a held-out loss.
+      mesh: None for one device.
+      loss: see `jaxmodel.train.losses`.
+      optimizer: default `adamw(config)`.
+      on_log: called with each row of the history.
+
+    Returns:
+      The last state and the history: rows with step, loss, grad_norm, tokens_per_second, seconds, and heldout_loss where one
+      was taken.
+    """
+    optimizer = optimizer or adamw(config)
+
+    def start(key: jax.Array) -> TrainState:
+        return init_state(model.init(key) if params is None else params, optimizer, config.trainable)
+
+    key = jax.random.key(config.seed)
+    step = make_step(model, loss, optimizer, seed=config.seed, trainable=config.trainable)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        where = None if mesh is None else state_shardings(jax.eval_shape(start, key), model.rules, mesh)
+        state = jax.jit(start, out_shardings=where)(key)
+        run = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        score = jax.jit(lambda params, batch: loss(model, params, batch, None)[0])
+        history: list[dict[str, Any]] = []
+        began = time.perf_counter()
+        since, tokens = began, 0
+        with bar(config.steps, "train") as shown:
+            for i, batch in enumerate(prefetch(stream, 0, config.steps), start=1):
+                state, metrics = run(state, _put(batch, mesh))
+                tokens += batch["tokens"].size
+                shown.advance(1)
+                due = config.eval_every and i % config.eval_every == 0
+                if not (i == 1 or i % config.log_every == 0 or i == config.steps or due):
+                    continue
+                row = {"step": i, **{name: float(value) for name, value in metrics.items()}}
+                now = time.perf_counter()
+                row |= {"tokens_per_second": tokens / (now - since), "seconds": now - began}
+                if heldout is not None and (i == config.steps or due):
+                    batches = (heldout.batch(j) for j in range(config.eval_batches))
+                    row["heldout_loss"] = float(np.mean([float(score(state.params, _put(b, mesh))) for b in batches]))
+                since, tokens = time.perf_counter(), 0
+                shown.advance(0, loss=row["loss"], tokens_s=round(row["tokens_per_second"]))
+                history.append(row)
+                if on_log is not None:
+                    on_log(row)
+    return state, history
+
+
+def _put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
+    if mesh is None:
+        return jax.device_put(batch)
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    return jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.P(axes)))

@@ -1,0 +1,58 @@
+"""`TrainState`: everything that a training run carries from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmodel import sharding, tree
+from jaxmodel.leaves.leaf import register
+
+
+@register
+class TrainState:
+    """A pytree; with the seed and the data it determines the rest of the run.
+
+    Attributes:
+      step: int32, updates made.
+      data_step: int32, the next batch; apart from `step`, so that a run can move past bad data.
+      params: the whole tree, what trains and what is frozen.
+      opt_state: the optimiser's, of the part that trains.
+      extra: named pytrees that ride along (averages, the best so far).
+    """
+
+    step: Any
+    data_step: Any
+    params: Any
+    opt_state: Any
+    extra: Any = dataclasses.field(default_factory=dict)
+
+
+def init_state(params: tree.Params, optimizer: optax.GradientTransformation, trainable: tree.Rules | None = None) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: the tree; split by `trainable` where its rules tell layers of a segment apart.
+      optimizer: any optax transformation.
+      trainable: rules, path -> bool; see `tree.partition`.
+    """
+    trains, frozen = tree.partition(params, trainable)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, tree.combine(trains, frozen), optimizer.init(trains))
+
+
+def state_shardings(state: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh) -> TrainState:
+    """Where each part of a state (of arrays or shape structs) lies: parameters by rules, the optimiser's state beside them."""
+    _, placed = sharding.shardings(rules, state.params, mesh)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    return TrainState(
+        everywhere,
+        everywhere,
+        placed,
+        sharding.inherit(state.opt_state, placed, mesh),
+        sharding.inherit(state.extra, placed, mesh),
+    )

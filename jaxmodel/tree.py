@@ -1,0 +1,362 @@
+"""Parameter trees: paths, rules with first match, segments of equal layers, partition, sizes, fingerprints.
+
+Params are a plain nested `dict`. Whatever is not a dict is a leaf: a `jax.Array` or a compressed leaf (any pytree that has
+`shape` and `dtype`, see `jaxmodel.leaves`). A leaf's path joins the keys with `/`.
+
+Segments. Where blocks repeat, a dict maps a *segment* of equal layers to their stacked leaves: in
+`{"blocks": {"0-28": ..., "29": ...}}` every leaf under `0-28` has a leading axis of 29 layers and the leaves under `29`
+have none. Rules never see segments: they see the path of one layer (`blocks/7/attn/q`). Where rules give the layers of a
+segment different values the segment is split, and `stack` joins equal neighbours again.
+
+Rules. An ordered list `[(pattern, value), ...]`. A pattern is a regular expression that must match the whole path; the first
+match wins. A leaf that no rule covers is an error, and so is a rule that decides nothing, unless its pattern is
+`optional(...)` or the closing catch-all `.*`.
+
+>>> params = {"embed": jnp.ones((5, 2)), "blocks": {"0-3": {"up": jnp.ones((4, 3, 2))}}}
+>>> params, bits = match([("embed", 8), ("blocks/[01]/.*", 8), (".*", 4)], params)
+>>> bits
+{'embed': 8, 'blocks/0-1/up': 8, 'blocks/2-3/up': 4}
+>>> list(flatten(stack(params)))
+['embed', 'blocks/0-3/up']
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodel.errors import InputError
+
+type Leaf = Any  # a jax.Array or a compressed leaf
+type Params = dict[str, Any]
+type Rules = Sequence[tuple[str, Any]]
+
+_SEGMENT = re.compile(r"(\d+)(?:-(\d+))?")
+_LAYER_AXIS = re.compile(r"(^|/)\d+-\d+/")  # a stacked segment inside a path
+
+
+class optional(str):
+    """A rule's pattern that may match nothing: `(optional("head"), P("tensor", None))`."""
+
+    __slots__ = ()
+
+
+# ---------------------------------------------------------------------------------------------------------- paths
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether a node of a parameter tree is a leaf: everything but a dict is."""
+    return not isinstance(node, dict)
+
+
+def flatten(params: Params) -> dict[str, Leaf]:
+    """All leaves by path; layers and segments in the order of depth, other keys as they stand."""
+    return dict(_walk(params, ()))
+
+
+def unflatten(leaves: Mapping[str, Leaf]) -> Params:
+    """The nested dict whose `flatten` is `leaves`."""
+    root: Params = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = root
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return root
+
+
+def map_leaves(fn: Callable[[str, Leaf], Leaf], params: Params) -> Params:
+    """`params` with every leaf replaced by `fn(path, leaf)`."""
+    return unflatten({path: fn(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def _walk(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
+    if is_leaf(node):
+        yield "/".join(keys), node
+        return
+    for key in _ordered(node) if is_segmented(node) else node:
+        yield from _walk(node[key], (*keys, key))
+
+
+# ------------------------------------------------------------------------------------------------------- segments
+
+
+def span(key: str) -> range | None:
+    """The layers of a segment's key: `"3-5"` is `range(3, 6)`, `"7"` is `range(7, 8)`, any other key is None."""
+    found = _SEGMENT.fullmatch(key)
+    if not found:
+        return None
+    first = int(found[1])
+    return range(first, int(found[2] or first) + 1)
+
+
+def segment_key(layers: range) -> str:
+    """The key of a segment: the inverse of `span`."""
+    return f"{layers.start}" if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"
+
+
+def is_segmented(node: Any) -> bool:
+    """Whether a node maps segments of layers to their leaves."""
+    return isinstance(node, dict) and bool(node) and all(span(key) for key in node)
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the leaf at this path carries a leading axis of layers."""
+    return bool(_LAYER_AXIS.search(path))
+
+
+def segments(node: Params) -> list[str]:
+    """The keys of a segmented node in the order of depth.
+
+    Raises:
+      InputError: the segments do not cover 0, 1, 2, ... without gap or overlap.
+    """
+    keys = _ordered(node)
+    expected = 0
+    for key in keys:
+        if _span(key).start != expected or len(_span(key)) == 0:
+            raise InputError(f"segments: {keys} must cover the layers from 0 on without gap or overlap")
+        expected = _span(key).stop
+    return keys
+
+
+def _ordered(node: Params) -> list[str]:
+    """Segments by depth. A part of a tree (see `partition`) may lack some, which `segments` does not allow."""
+    return sorted(node, key=lambda key: _span(key).start)
+
+
+def depth(node: Params) -> int:
+    """The number of layers of a segmented node."""
+    return _span(segments(node)[-1]).stop
+
+
+def layer_paths(path: str) -> list[str]:
+    """The path of each layer behind a leaf's path.
+
+    >>> layer_paths("blocks/0-2/attn/q")
+    ['blocks/0/attn/q', 'blocks/1/attn/q', 'blocks/2/attn/q']
+    """
+    keys = path.split("/")
+    for i, key in enumerate(keys):
+        if (layers := span(key)) is not None:
+            return ["/".join([*keys[:i], str(layer), *keys[i + 1 :]]) for layer in layers]
+    return [path]
+
+
+def layer_shape(path: str, leaf: Leaf) -> tuple[int, ...]:
+    """The shape of one layer's leaf: without the leading axis of a stacked segment."""
+    return tuple(leaf.shape[1:] if is_stacked(path) else leaf.shape)
+
+
+def layer_slice(node: Any, layers: range, part: range) -> Any:
+    """The layers `part` of a segment that holds `layers`; one layer alone has no leading axis."""
+    start, stop = part.start - layers.start, part.stop - layers.start
+    if len(layers) == 1:
+        return node
+    if len(part) == 1:
+        return jax.tree.map(lambda a: a[start], node)
+    return node if len(part) == len(layers) else jax.tree.map(lambda a: a[start:stop], node)
+
+
+def split(params: Params, values: Mapping[str, Any]) -> Params:
+    """Split each segment where neighbouring layers have different values.
+
+    Args:
+      params: the tree.
+      values: a value for every layer path (`blocks/7/attn/q`); compared by `==`.
+    """
+
+    def cut(node: Any, keys: tuple[str, ...]) -> Any:
+        if is_leaf(node):
+            return node
+        if not is_segmented(node):
+            return {key: cut(child, (*keys, key)) for key, child in node.items()}
+        out: Params = {}
+        for key in _ordered(node):
+            layers, names = _span(key), list(flatten(node[key]))
+            signature = {i: [values["/".join([*keys, str(i), name])] for name in names] for i in layers}
+            start = layers.start
+            for i in layers:
+                if i + 1 == layers.stop or signature[i + 1] != signature[start]:
+                    part = range(start, i + 1)
+                    out[segment_key(part)] = layer_slice(node[key], layers, part)
+                    start = i + 1
+        return out
+
+    return cut(params, ())
+
+
+def unstack(params: Params) -> Params:
+    """Every layer in a segment of its own, so that leaf paths are layer paths."""
+    return split(params, {path: path for path in _all_layer_paths(params)})
+
+
+def stack(params: Params) -> Params:
+    """Join neighbouring segments whose layers are equal in structure, static fields, shapes and dtypes."""
+    if not is_segmented(params):
+        return {key: child if is_leaf(child) else stack(child) for key, child in params.items()}
+    out: Params = {}
+    run: list[str] = []
+    for key in [*_ordered(params), None]:
+        if run and (key is None or not _joins(run, key, params)):
+            layers = range(_span(run[0]).start, _span(run[-1]).stop)
+            out[segment_key(layers)] = _join([(_span(k), params[k]) for k in run])
+            run = []
+        if key is not None:
+            run.append(key)
+    return out
+
+
+def _join(parts: list[tuple[range, Any]]) -> Any:
+    if len(parts) == 1:
+        return parts[0][1]
+    lifted = [jax.tree.map(lambda a: a[None], node) if len(layers) == 1 else node for layers, node in parts]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *lifted)
+
+
+def _joins(run: list[str], key: str, node: Params) -> bool:
+    return _span(run[-1]).stop == _span(key).start and _signature(run[0], node) == _signature(key, node)
+
+
+def _signature(key: str, node: Params) -> tuple[Any, ...]:
+    """What must be equal for two layers to share a stack."""
+    leaves, structure = jax.tree.flatten(node[key])
+    lead = int(len(_span(key)) > 1)
+    return structure, [(a.shape[lead:], a.dtype) for a in leaves]
+
+
+def _span(key: str) -> range:
+    layers = span(key)
+    assert layers is not None, key
+    return layers
+
+
+def _all_layer_paths(params: Params) -> list[str]:
+    return [layer for path in flatten(params) for layer in layer_paths(path)]
+
+
+# ---------------------------------------------------------------------------------------------------------- rules
+
+
+def assign(rules: Rules, params: Params) -> dict[str, Any]:
+    """The value that the first matching rule gives to each layer path.
+
+    Raises:
+      InputError: a leaf that no rule covers, or a rule that decides nothing and is neither `optional` nor a closing `.*`.
+    """
+    compiled = []
+    for pattern, value in rules:
+        try:
+            compiled.append((pattern, re.compile(pattern), value))
+        except re.error as error:
+            raise InputError(f"rules: {str(pattern)!r} is not a regular expression: {error}") from None
+    values: dict[str, Any] = {}
+    winners: set[int] = set()
+    for path in _all_layer_paths(params):
+        for i, (_, regex, value) in enumerate(compiled):
+            if regex.fullmatch(path):
+                values[path] = value
+                winners.add(i)
+                break
+        else:
+            patterns = ", ".join(repr(str(pattern)) for pattern, _ in rules) or "none"
+            raise InputError(f"rules: no rule covers the leaf {path!r}; rules: {patterns}")
+    for i, (pattern, regex, _) in enumerate(compiled):
+        closing = i + 1 == len(compiled) and pattern == ".*"
+        if i in winners or closing or isinstance(pattern, optional):
+            continue
+        if any(regex.fullmatch(path) for path in values):
+            raise InputError(f"rules: {str(pattern)!r} decides nothing: earlier rules match all of its leaves")
+        close = difflib.get_close_matches(re.sub(r"[\\^$()]|\.\*|\.\+", "", pattern), list(values), n=3, cutoff=0.0)
+        raise InputError(f"rules: {str(pattern)!r} matches no leaf; nearest: {', '.join(close)}")
+    return values
+
+
+def match(rules: Rules, params: Params) -> tuple[Params, dict[str, Any]]:
+    """Split the segments by the rules; return the tree and the value of each of its leaves by path.
+
+    Raises:
+      InputError: as `assign`.
+    """
+    by_layer = assign(rules, params)
+    params = split(params, by_layer)
+    return params, {path: by_layer[layer_paths(path)[0]] for path in flatten(params)}
+
+
+def partition(params: Params, rules: Rules | None = None) -> tuple[Params, Params]:
+    """Part a tree in two: what trains and what is frozen. `combine` puts them together again.
+
+    Args:
+      params: the tree.
+      rules: path -> bool (whether the leaf trains). Without rules every plain floating-point array trains, and compressed
+        or integer leaves do not.
+
+    Returns:
+      Two trees with disjoint paths. A segment is split where its layers part ways.
+    """
+    if rules is None:
+        chosen = {path: _is_float_array(leaf) for path, leaf in flatten(params).items()}
+    else:
+        params, chosen = match(rules, params)
+    leaves = flatten(params)
+    trains = {path: leaf for path, leaf in leaves.items() if chosen[path]}
+    frozen = {path: leaf for path, leaf in leaves.items() if not chosen[path]}
+    return unflatten(trains), unflatten(frozen)
+
+
+def combine(*parts: Params) -> Params:
+    """The union of trees with disjoint paths: the inverse of `partition`."""
+    out: dict[str, Leaf] = {}
+    for part in parts:
+        for path, leaf in flatten(part).items():
+            if path in out:
+                raise InputError(f"combine: the leaf {path!r} is in two of the trees")
+            out[path] = leaf
+    return unflatten(out)
+
+
+def _is_float_array(leaf: Leaf) -> bool:
+    return jax.tree.structure(leaf).num_nodes == 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+# ---------------------------------------------------------------------------------------------------------- sizes
+
+
+def nbytes(params: Any) -> int:
+    """Bytes of all buffers of a tree or leaf, as they stand (packed codes, scales and masks counted)."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
+
+
+def count(params: Params) -> int:
+    """The number of weights that the leaves stand for, compressed or not."""
+    total = 0
+    for leaf in flatten(params).values():
+        size = 1
+        for n in leaf.shape:
+            size *= n
+        total += size
+    return total
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Plain floating-point leaves in another dtype; integer and compressed leaves stay as they are."""
+    return map_leaves(lambda _, leaf: leaf.astype(dtype) if _is_float_array(leaf) else leaf, params)
+
+
+def fingerprint(params: Params) -> str:
+    """SHA-256 of paths, static fields, dtypes, shapes and bytes; the same however the layers are stacked."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(unstack(params)).items()):
+        arrays, structure = jax.tree.flatten(leaf)
+        digest.update(f"{path} {structure}".encode())
+        for array in arrays:
+            digest.update(f" {array.dtype} {array.shape} ".encode())
+            digest.update(jax.device_get(array).tobytes())
+    return digest.hexdigest()

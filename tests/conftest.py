@@ -1,0 +1,78 @@
+"""What holds in every test: one CPU device, strict numerics, shapes checked, compiled programs kept between runs.
+
+How to write an annotation so that the check works: `from __future__ import annotations`, `x: Float[Array, "B T D"]`,
+and every name in it imported at run time, not under TYPE_CHECKING (beartype evaluates the strings at the first call).
+A letter means one size over all arguments and the result of a call; `...` any axes, `""` none. Under jit the check runs
+while tracing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+# In the environment, so that processes that tests start (command line, notebooks) have it too; read by `import jax`.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "agg"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax  # noqa: E402
+import optax  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("jaxmodel", "beartype.beartype")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The same examples in every run; no deadline, since the first example of a shape compiles.
+settings.register_profile("house", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.load_profile("house")
+
+
+def _standard[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
+    """`fn` under JAX's own rules of promotion."""
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.numpy_dtype_promotion("standard"):
+            return fn(*args, **kwargs)
+
+    return call
+
+
+# Optax mixes float and integer scalars (Adam's `decay**count`, every schedule), which strict promotion does not allow.
+# So what runs inside a gradient transformation is exempt; what computes gradients and applies updates is not.
+_new = optax.GradientTransformation.__new__
+optax.GradientTransformation.__new__ = lambda cls, init, update: _new(cls, _standard(init), _standard(update))
+
+
+@pytest.fixture(scope="session")
+def devices8() -> Callable[..., str]:
+    """A function that runs Python in a process of its own with eight simulated CPU devices and returns its stdout.
+
+    `devices8("import jax; print(jax.device_count())")` runs a snippet, `devices8(path, "arg")` a file. There, too, rank
+    promotion raises; dtypes and shapes are not checked. If it fails, so does the test, with what it wrote to stderr.
+    """
+
+    def run(program: str | Path, *args: object, timeout: float = 300) -> str:
+        source = [str(program)] if isinstance(program, Path) else ["-c", textwrap.dedent(program)]
+        env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
+        command = [sys.executable, *source, *map(str, args)]
+        done = subprocess.run(command, env=env, cwd=REPO, timeout=timeout, capture_output=True, text=True)
+        if done.returncode:
+            pytest.fail(f"exit code {done.returncode} on eight devices\n{done.stdout}{done.stderr}", pytrace=False)
+        return done.stdout
+
+    return run

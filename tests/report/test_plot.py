@@ -1,0 +1,117 @@
+"""Plots: valid files, what must be in them, labels that keep clear of each other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxmodel.errors import InputError
+from jaxmodel.report import plot
+
+POINTS = {
+    "f32": (538.1, 29.60),
+    "bf16": (269.0, 29.63),
+    "int8": (141.0, 30.5),
+    "int8-weight": (141.0, 29.66),
+    "int4": (86.0, 41.2),
+    "sparse50-int8": (98.0, 472.0),
+}
+X = np.arange(50)
+DRAW = {
+    "curves": lambda fmt: plot.curves({"loss $a_b$": (X, X), "b": ([1, 2], [3, 4])}, "step", "nats", "<t>", fmt),
+    "log curves": lambda fmt: plot.curves({"a": (X, X - 3.0)}, "step", "nats", "t", fmt, logx=True, logy=True),
+    "bars": lambda fmt: plot.bars({"f32": {"a": 1.0, "b": 2.0}, "int8": {"a": np.nan, "b": None}}, "MB", "t", fmt),
+    "scatter": lambda fmt: plot.scatter(POINTS, "MB", "perplexity", "t", fmt, logx=True, logy=True),
+    "one point": lambda fmt: plot.scatter({"f32": (1.0, 1.0)}, "MB", "perplexity", "t", fmt, logy=True),
+}
+
+
+def words(svg: bytes) -> list[str]:
+    return ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_png_and_svg(name):
+    png = DRAW[name]("png")
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and png == DRAW[name]("png")
+    svg = DRAW[name]("svg")
+    assert svg == DRAW[name]("svg"), "equal plots are equal bytes"
+    assert "t" in words(svg) or "<t>" in words(svg)
+
+
+def test_names_are_text_and_dollars_are_dollars():
+    assert {"loss $a_b$", "b", "step", "nats", "<t>"} <= set(words(DRAW["curves"]("svg")))
+    assert set(POINTS) <= set(words(DRAW["scatter"]("svg")))
+    assert words(DRAW["bars"]("svg")).count("–") == 2
+
+
+def test_a_point_off_the_axes_is_named_below():
+    svg = plot.scatter({"ok": (1, 1), "diverged": (2, float("inf")), "free": (0, 3)}, "MB", "ppl", logx=True)
+    assert any("not shown: diverged (2, inf), free (0, 3)" in word for word in words(svg))
+
+
+def test_labels_do_not_overlap_in_the_picture(monkeypatch):
+    """Measured by the renderer on the finished figure, not by the placement's own arithmetic."""
+    seen = {}
+    label = plot._label
+
+    def spy(ax, points):
+        label(ax, points)
+        renderer = ax.figure.canvas.get_renderer()
+        seen.update({text.get_text(): text.get_window_extent(renderer) for text in ax.texts})
+        seen["axes"] = ax.get_window_extent(renderer)
+
+    monkeypatch.setattr(plot, "_label", spy)
+    DRAW["scatter"]("png")
+    axes = seen.pop("axes").padded(1)
+    boxes = list(seen.values())
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(axes.containsx(box.x0) and axes.containsx(box.x1) and axes.containsy(box.y0) for box in boxes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 560), st.floats(0, 320)), min_size=6, max_size=6), st.booleans())
+def test_six_labels_find_free_places(anchors, clustered):
+    points = np.array(anchors) * (0.05 if clustered else 1) + (250 if clustered else 0)
+    points = np.clip(points, 0, [560, 320])
+    sizes = np.array([[28, 14], [34, 14], [32, 14], [80, 14], [32, 14], [92, 14]], float)
+    corners = plot.place_labels(points, sizes, (560, 320))
+    ends = corners + sizes
+    for i in range(6):
+        for j in range(i):
+            apart = (corners[i] >= ends[j]) | (corners[j] >= ends[i])
+            assert apart.any(), f"labels {j} and {i} overlap"
+    assert (corners >= -1e-9).all() and (ends <= np.array([560, 320]) + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("draw", "what"),
+    [
+        (lambda: plot.curves({}, "x", "y"), "series: nothing"),
+        (lambda: plot.curves({"a": ([1, 2], [1])}, "x", "y"), r"series: 'a' has x of shape \(2,\)"),
+        (lambda: plot.bars({}, "x"), "groups: nothing"),
+        (lambda: plot.bars({"a": {}}, "x"), "groups: nothing"),
+        (lambda: plot.scatter({"a": (1, float("nan"))}, "x", "y"), "points: nothing"),
+        (lambda: plot.curves({"a": ([1], [1])}, "x", "y", fmt="pdf"), "fmt: 'pdf'"),
+    ],
+)
+def test_bad_input(draw, what):
+    with pytest.raises(InputError, match=what):
+        draw()
+
+
+def test_matplotlib_is_lazy_and_untouched():
+    program = (
+        "import sys, jaxmodel.report as r; assert not {'matplotlib', 'rich'} & set(sys.modules)\n"
+        "import matplotlib; before = dict(matplotlib.rcParams)\n"
+        "r.plot.curves({'a': ([1, 2], [1, 2])}, 'x', 'y')\n"
+        "assert dict(matplotlib.rcParams) == before and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)

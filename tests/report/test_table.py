@@ -1,0 +1,96 @@
+"""Tables: what stands in the cells, on a terminal and in Markdown."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from jaxmodel.report import Column, console_for, print_table, to_markdown
+from jaxmodel.report.table import count, megabytes, number, percent, rate, significant
+
+COLUMNS = [Column("name", "version"), Column("bytes", "resident\nMB", megabytes), Column("nll", "NLL", significant(5))]
+ROWS = [{"name": "f32 [red]", "bytes": 538_060_032, "nll": np.float32(3.38783)}, {"name": "a|b", "bytes": None}]
+
+
+def shown(rows, columns, width, title=None):
+    out = io.StringIO()
+    print_table(rows, columns, title, Console(file=out, width=width))
+    return out.getvalue()
+
+
+def test_print_table_shows_every_cell_and_no_markup():
+    out = shown(ROWS, COLUMNS, 80, "[b]sizes")
+    assert all(cell in out for cell in ("[b]sizes", "f32 [red]", "a|b", "538.1", "3.3878", "–"))
+    right = [line.rstrip() for line in out.splitlines() if "3.3878" in line or "NLL" in line]
+    assert len({len(line) for line in right}) == 1  # numbers end where their title ends
+
+
+def test_a_narrow_terminal_folds_and_loses_nothing():
+    out = shown([{"name": "x" * 30}], [Column("name")], 12)
+    assert out.count("x") == 30
+
+
+def test_a_pipe_is_never_folded(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "20")
+    print_table([{f"k{i}": 10**8 for i in range(12)}], [Column(f"k{i}") for i in range(12)])
+    assert any(line.count("100,000,000") == 12 for line in out.getvalue().splitlines())
+
+
+def test_console_leaves_standard_output_to_json(capsys):
+    print_table(ROWS, COLUMNS, console=console_for("-"))
+    out, err = capsys.readouterr()
+    assert out == "" and "538.1" in err
+    print_table(ROWS, COLUMNS)
+    assert "538.1" in capsys.readouterr().out
+
+
+def test_to_markdown():
+    assert to_markdown(ROWS, COLUMNS).splitlines() == [
+        "| version | resident MB | NLL |",
+        "| :-- | --: | --: |",
+        "| f32 [red] | 538.1 | 3.3878 |",
+        "| a\\|b | – | – |",
+    ]
+
+
+def test_alignment_and_default_format():
+    rows = [{"met": True, "n": jnp.float32(2), "s": 1}]
+    assert to_markdown(rows, [Column("met"), Column("n"), Column("s", align="left")]).splitlines()[1:] == [
+        "| :-- | --: | :-- |",
+        "| yes | 2.000 | 1 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (number(9.9996), "10.00"),
+        (number(-0.00012345, 3), "-0.000123"),
+        (number(float("nan")), "nan"),
+        (number(float("-inf")), "-inf"),
+        (number(0.0), "0"),
+        (count(134515008.0), "134,515,008"),
+        (megabytes(0), "0"),
+        (megabytes(1.5e9), "1,500.0"),
+        (rate(1124.4), "1,124"),
+        (rate(59.94), "59.9"),
+        (percent(0.505), "50.5 %"),
+    ],
+)
+def test_formats(text, expected):
+    assert text == expected
+
+
+@given(st.floats(1e-12, 1e14), st.integers(1, 8))
+def test_number_is_right_to_its_digits(value, digits):
+    assert math.isclose(float(number(value, digits).replace(",", "")), value, rel_tol=0.5001 * 10 ** (1 - digits))
