@@ -7,16 +7,32 @@ parts. Mesh axes that the mesh lacks are left out, so the same rules serve every
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 
 type AxisTable = Sequence[tuple[str, str | tuple[str, ...]]]  # letter of an axis -> mesh axes
+type AnyMesh = Mesh | AbstractMesh  # the latter for lowering without the devices
+
+
+def simulate_devices(count: int) -> None:
+    """Let this process have `count` CPU devices, for trying a mesh; to be called before the first computation.
+
+    Raises:
+      InputError: a count below 1.
+    """
+    if count < 1:
+        raise InputError(f"devices: {count} given; at least 1 is needed")
+    # With its default schedule XLA runs independent collectives of one program in another order on each device, and
+    # they wait for each other for ever: seen with data=2,fsdp=2 in half of the runs.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def make_mesh(shape: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -31,21 +47,27 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[jax.Device] | No
     """
     if isinstance(shape, str):
         try:
-            shape = {name.strip(): int(n) for name, n in (part.split("=") for part in shape.split(","))}
+            parts = [part.split("=") for part in shape.split(",")]
+            axes = {name.strip(): int(n) for name, n in parts}
         except ValueError:
-            raise InputError(f"mesh: {shape!r} is not readable; write it as 'fsdp=4,tensor=2'") from None
+            axes = {}
+        if not all(axes) or len(axes) != len(shape.split(",")):
+            raise InputError(f"mesh: {shape!r} is not readable; write it as 'fsdp=4,tensor=2'")
+        shape = axes
     sizes = tuple(shape.values())
     need = 1
     for n in sizes:
         need *= n
     devices = jax.devices() if devices is None else devices
-    if need < 1 or need > len(devices):
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"mesh: {dict(shape)} is no mesh; each axis needs a length of 1 or more")
+    if need > len(devices):
         raise InputError(f"mesh: {dict(shape)} needs {need} devices; there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
     return jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=devices[:need])
 
 
-def shardings(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tuple[tree.Params, tree.Params]:
+def shardings(rules: tree.Rules, params: tree.Params, mesh: AnyMesh) -> tuple[tree.Params, tree.Params]:
     """The tree (split where rules tell layers apart) and a tree of `NamedSharding` beside it.
 
     A compressed leaf's place holds a leaf of the same class whose buffers are shardings, so the result serves as
@@ -63,9 +85,9 @@ def place(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tree.Params:
     return jax.device_put(*shardings(rules, params, mesh))
 
 
-def inherit(state: Any, placed: tree.Params, mesh: Mesh) -> Any:
-    """Shardings for an optimiser state: a leaf whose path ends in a parameter's path lies as that parameter does, any other
-    is on every device.
+def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
+    """Shardings for an optimiser state: a leaf whose path ends in a parameter's path lies as that parameter does if it can
+    (a factored moment has another shape), any other is on every device.
 
     Args:
       state: any pytree, of arrays or shape structs.
@@ -79,7 +101,8 @@ def inherit(state: Any, placed: tree.Params, mesh: Mesh) -> Any:
         keys = _key_path(path)
         for start in range(len(keys)):
             if keys[start:] in known:
-                return known[keys[start:]] if len(known[keys[start:]].spec) <= len(leaf.shape) else everywhere
+                sharding = known[keys[start:]]
+                return sharding if _divides(sharding.spec, leaf.shape, mesh.shape) else everywhere
         return everywhere
 
     return jax.tree_util.tree_map_with_path(find, state)
@@ -101,7 +124,7 @@ def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
-def _leaf_sharding(path: str, leaf: tree.Leaf, spec: PartitionSpec, mesh: Mesh) -> Any:
+def _leaf_sharding(path: str, leaf: tree.Leaf, spec: PartitionSpec, mesh: AnyMesh) -> Any:
     shape = tree.layer_shape(path, leaf)
     if len(spec) > len(shape):
         raise InputError(f"rules: the leaf {path!r} has {len(shape)} axes {shape} but its spec {spec} has {len(spec)}")
@@ -116,6 +139,12 @@ def _leaf_sharding(path: str, leaf: tree.Leaf, spec: PartitionSpec, mesh: Mesh) 
     spec = PartitionSpec(*([None] if tree.is_stacked(path) else []), *(names or None for names in entries))
     specs = leaf.specs(spec, dict(mesh.shape)) if hasattr(leaf, "specs") else spec
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def _divides(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
+    """Whether an array of this shape can lie as the spec says."""
+    parts = [_product(_present(entry, sizes), sizes) for entry in spec]
+    return len(parts) <= len(shape) and all(n % part == 0 for n, part in zip(shape, parts, strict=False))
 
 
 def _present(entry: Any, sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ def segments(node: Params) -> list[str]:
     keys = _ordered(node)
     expected = 0
     for key in keys:
-        if _span(key).start != expected or len(_span(key)) == 0:
+        if _span(key).start != expected or len(_span(key)) == 0 or segment_key(_span(key)) != key:
             raise InputError(f"segments: {keys} must cover the layers from 0 on without gap or overlap")
         expected = _span(key).stop
     return keys

@@ -68,6 +68,7 @@ def devices8() -> Callable[..., str]:
     def run(program: str | Path, *args: object, timeout: float = 300) -> str:
         source = [str(program)] if isinstance(program, Path) else ["-c", textwrap.dedent(program)]
         env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+        env["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"  # see sharding.simulate_devices
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
         command = [sys.executable, *source, *map(str, args)]
         done = subprocess.run(command, env=env, cwd=REPO, timeout=timeout, capture_output=True, text=True)

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from jaxmodel import tree
 from jaxmodel.compress.method import Chain, text_of
-from jaxmodel.compress.recipes import Recipe
+from jaxmodel.compress.recipes import COMPUTE, Recipe
+from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
+from jaxmodel.models import with_policy
 from jaxmodel.report import progress
 
 
@@ -59,6 +61,16 @@ def apply(recipe: Recipe, params: tree.Params, stats: Mapping[str, Any] | None =
     result = tree.stack(tree.unflatten(out))
     after = tree.nbytes(result)
     return result, Report(before, after, 8 * after / tree.count(result), tuple(rows))
+
+
+def compress_bundle(bundle: Bundle, recipe: Recipe, name: str) -> tuple[Bundle, Report]:
+    """A bundle made smaller, with what else its recipe wants (see `recipes.COMPUTE`) and the fact on its card."""
+    params, report = apply(recipe, bundle.params)
+    model, compute = bundle.model, COMPUTE.get(name)
+    if compute is not None:
+        model = with_policy(model, dataclasses.replace(model.policy, compute=compute))
+    card = {**bundle.card, "recipe": name, "bits_per_weight": report.bits_per_weight}
+    return dataclasses.replace(bundle, model=model, params=params, card=card), report
 
 
 def run_chain(chain: Chain, leaf: Any, stats: Any = None) -> Any:

@@ -2,8 +2,8 @@
 
 A chain is a tuple of methods, applied in order. Its text form is what the command line takes:
 
->>> parse("magnitude(0.5) | rtn(bits=8)")
-(Magnitude(fraction=0.5, scope='row', pattern=None), Rtn(bits=8, group=None, symmetric=True, activations=None, scale_dtype=None))
+>>> [type(method).__name__ for method in parse("magnitude(0.5) | rtn(bits=8)")]
+['Magnitude', 'Rtn']
 """
 
 from __future__ import annotations
@@ -65,15 +65,16 @@ def parse(text: str) -> Chain:
 
 
 def text_of(chain: Chain) -> str:
-    """The text form of a chain; settings at their default are left out.
+    """The text form of a chain; settings at their default are left out, but for the first.
 
     >>> text_of(parse("magnitude(0.5) | rtn(bits=8)"))
-    'magnitude(fraction=0.5) | rtn()'
+    'magnitude(fraction=0.5) | rtn(bits=8)'
     """
 
     def one(method: Method) -> str:
-        given = [(f.name, getattr(method, f.name)) for f in dataclasses.fields(method) if getattr(method, f.name) != f.default]
-        return f"{type(method).__name__.lower()}({', '.join(f'{name}={value!r}' for name, value in given)})"
+        settings = [(f.name, getattr(method, f.name), f.default) for f in dataclasses.fields(method)]
+        shown = [f"{name}={value!r}" for i, (name, value, default) in enumerate(settings) if i == 0 or value != default]
+        return f"{type(method).__name__.lower()}({', '.join(shown)})"
 
     return " | ".join(map(one, chain))
 

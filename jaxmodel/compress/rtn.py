@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxmodel.compress.method import Method
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, QTensor, Sparse
+from jaxmodel.leaves.packing import codes_per_unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Rtn(Method):
 
     Attributes:
       bits: 1 to 8.
-      group: weights of a row that share a scale; None for one scale a row.
+      group: weights of a row that share a scale, in whole bytes; None for one scale a row.
       symmetric: whether zero is a level and the range is even around it.
       activations: None, or "int8" to round the input of the contraction too, a row at a time, as it comes.
       scale_dtype: None for float32 with one scale a row, float16 with groups.
@@ -40,6 +41,9 @@ class Rtn(Method):
             raise InputError(f"rtn: bits is {self.bits!r}; allowed: 1 to 8")
         if self.group is not None and self.group < 1:
             raise InputError(f"rtn: group is {self.group!r}; allowed: a positive length or None")
+        if self.group is not None and self.group % codes_per_unit(self.bits):
+            unit = codes_per_unit(self.bits)
+            raise InputError(f"rtn: group is {self.group}; at {self.bits} bits a multiple of {unit} fills whole bytes")
         if self.activations not in (None, "int8"):
             raise InputError(f"rtn: activations is {self.activations!r}; allowed: None, 'int8'")
 
@@ -70,7 +74,7 @@ def _rtn(weight: jax.Array, method: Rtn) -> QTensor:
         low = jnp.min(grouped, axis=-1)
         minimum = low.astype(dtype)
         scale = (jnp.max(grouped, axis=-1) - minimum.astype(jnp.float32)) / (2**bits - 1)
-    scale = jnp.maximum(scale, jnp.finfo(dtype).tiny).astype(dtype)
+    scale = jnp.maximum(scale, float(jnp.finfo(dtype).tiny)).astype(dtype)
     wide = scale.astype(jnp.float32)[..., None]
     if minimum is not None:
         codes = jnp.clip(jnp.round((grouped - minimum.astype(jnp.float32)[..., None]) / wide), 0, 2**bits - 1)

@@ -36,7 +36,9 @@ class Perplexity:
     interval: tuple[float, float]
 
 
-def perplexity(model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128, seed: int = 0) -> Perplexity:
+def perplexity(
+    model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128, seed: int = 0
+) -> Perplexity:
     """Score windows of tokens, each on its own.
 
     Args:
@@ -52,7 +54,9 @@ def perplexity(model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"
     return summarize(token_nll(model, params, windows, chunk=chunk), seed=seed)
 
 
-def token_nll(model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128) -> Float[np.ndarray, "N P"]:
+def token_nll(
+    model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128
+) -> Float[np.ndarray, "N P"]:
     """Negative log-likelihood of every token but the first of each window, in nats.
 
     Raises:
@@ -73,9 +77,7 @@ def summarize(nll: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int 
     return Perplexity(mean, math.exp(mean), nll.size, bootstrap(nll, block=block, resamples=resamples, seed=seed))
 
 
-def bootstrap(
-    values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of the mean, resampling blocks of neighbours (Kuensch, 1989).
 
     Differences of two models' values on the same tokens give the interval of their difference, which is far narrower.

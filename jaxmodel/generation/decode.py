@@ -1,7 +1,7 @@
 """The device side of generation: prefill, then several decode steps in one compiled loop.
 
-Everything here has static shapes, so lengths are rounded up to few sizes (`round_up`), and what is compiled for a model, a
-`Sampling` and a shape is used again by every later call.
+Everything here has static shapes: lengths are rounded up to few sizes (`round_up`), and what is compiled for a model,
+a `Sampling` and a shape is used again by every later call.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmodel import models, tree
 from jaxmodel.generation.sampling import Sampling, sample
 
-STEPS = 8
+STEPS = 16
 """Decode steps in one call of the device."""
 PIECE = 512
 """The most tokens of a prompt that are run at once: attention's scores grow with this times the capacity."""
@@ -58,9 +58,9 @@ def run(
     model: models.Model,
     params: tree.Params,
     rows: Sequence[Sequence[int]],
-    sampling: Sampling,
     done: np.ndarray,
     *,
+    sampling: Sampling,
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
     seed: int = 0,
@@ -73,8 +73,8 @@ def run(
       model: its pure functions.
       params: best in the form of `Bundle.running`.
       rows: token ids of the prompts, none empty; lengths may differ.
-      sampling: how tokens are chosen.
       done: bool `[B]`; the caller sets it where a row has ended, and generation ends when all have.
+      sampling: how tokens are chosen.
       max_new_tokens: at least 1.
       eos_ids: a row that has drawn one of these is left alone until the end of the call that drew it.
       seed: of all randomness.
@@ -93,18 +93,18 @@ def run(
             mark[np.asarray(row)] = True
         seen = jnp.asarray(marks)
     last = jnp.asarray([row[-1] for row in rows], jnp.int32)
-    numbers = jnp.arange(first_row, first_row + len(rows), dtype=jnp.uint32)
-    state = State(cache, last, jnp.asarray(lengths - 1), _row_keys(jax.random.key(seed), numbers), seen)
-    state = _first(sampling)(state, logits)
+    numbers = jnp.asarray(np.arange(first_row, first_row + len(rows), dtype=np.int32))
+    state = State(None, last, jnp.asarray(lengths - 1), _row_keys(jax.random.key(seed), numbers), seen)
+    state = _first(sampling)(state, logits)._replace(cache=cache)
     eos = jnp.asarray([*eos_ids] or [-1], jnp.int32)
     advance = decoder(model, sampling)
     if max_new_tokens > 1:  # no steps: only compiles, so that the time of decoding is that of decoding
-        state, _ = advance(params, state, jnp.asarray(done), 0, eos)
-    yield np.asarray(state.token)[:, None]
+        state, _ = advance(params, state, jnp.array(done), 0, eos)
+    yield np.array(state.token)[:, None]  # a copy: the buffer is donated
     left = max_new_tokens - 1
     while left and not done.all():
         count = min(left, steps)
-        state, tokens = advance(params, state, jnp.asarray(done), count, eos)
+        state, tokens = advance(params, state, jnp.array(done), count, eos)
         yield np.asarray(tokens)[:, :count]
         left -= count
 
@@ -118,48 +118,51 @@ def prefill(
       The logits `[B, V]` of the token after each prompt, and the cache, with room for `max_new_tokens` more.
     """
     batch, longest = len(rows), max(len(row) for row in rows)
-    size = min(round_up(longest), PIECE)
-    padded = -(-longest // size) * size
+    tail = (longest - 1) % PIECE + 1  # tokens in the last piece
+    padded = longest - tail + round_up(tail)
     capacity = round_up(max(padded, longest + max_new_tokens), 64)
     tokens, lengths = np.zeros((batch, padded), np.int32), np.array([len(row) for row in rows], np.int32)
     for line, row in zip(tokens, rows, strict=True):
         line[: len(row)] = row
-    # one piece attends to itself only; its cache grows afterwards
-    cache = model.init_cache(batch, size if padded == size else capacity)
-    logits = jnp.zeros((batch, 0), jnp.float32)
-    for start in range(0, padded, size):
-        count = jnp.asarray(np.clip(lengths - start, 0, size))
-        logits, cache = _piece(model)(params, jnp.asarray(tokens[:, start : start + size]), count, cache, logits)
-    return logits, _grow(model)(cache, capacity) if padded == size else cache
+    # a single piece attends to itself only; its cache grows afterwards
+    single, logits = longest <= PIECE, None
+    cache = model.init_cache(batch, padded if single else capacity)
+    for start in range(0, longest, PIECE):
+        piece = jnp.asarray(tokens[:, start : start + PIECE])
+        count = jnp.asarray(np.clip(lengths - start, 0, piece.shape[1]))
+        new, cache = _piece(model)(params, piece, count, cache)
+        # a row that ended in an earlier piece keeps the logits it has
+        logits = new if logits is None else jnp.where(count[:, None] > 0, new, logits)
+    assert logits is not None
+    return logits, _grow(model)(cache, batch, capacity) if single else cache
 
 
 @functools.cache
 def _piece(model: models.Model) -> Callable[..., tuple[jax.Array, Any]]:
     """The jitted prefill of one piece: the head runs only on the last token of each row."""
 
-    @functools.partial(jax.jit, donate_argnames=("cache", "logits"))
+    @functools.partial(jax.jit, donate_argnames="cache")
     def piece(
-        params: tree.Params, tokens: Int[Array, "B T"], count: Int[Array, " B"], cache: Any, logits: jax.Array
-    ) -> tuple[jax.Array, Any]:
+        params: tree.Params, tokens: Int[Array, "B T"], count: Int[Array, " B"], cache: Any
+    ) -> tuple[Float[Array, "B V"], Any]:
         mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < count[:, None]
         out = models.hidden(model, params, {"tokens": tokens, "mask": mask}, cache)
-        at = jnp.maximum(count - 1, 0)[:, None, None]
-        new = model.parts.head(params, jnp.take_along_axis(out.hidden, at, axis=1))[:, 0]
-        # a row that ended in an earlier piece keeps the logits it has
-        return jnp.where(count[:, None] > 0, new, logits) if logits.size else new, out.cache
+        last = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
+        return model.parts.head(params, last)[:, 0], out.cache
 
     return piece
 
 
 @functools.cache
-def _grow(model: models.Model) -> Callable[[Any, int], Any]:
-    """A jitted function that gives a cache more capacity: whatever its arrays are, they begin a larger empty one's."""
+def _grow(model: models.Model) -> Callable[[Any, int, int], Any]:
+    """The jitted `(cache, batch, capacity) -> cache`: each array becomes the beginning of a larger empty one."""
 
-    @functools.partial(jax.jit, static_argnames="capacity")
-    def grow(cache: Any, capacity: int) -> Any:
-        batch = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(1, 1)))
-        del batch
-        return cache
+    def begin(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
+
+    @functools.partial(jax.jit, static_argnames=("batch", "capacity"))
+    def grow(cache: Any, batch: int, capacity: int) -> Any:
+        return jax.tree.map(begin, model.init_cache(batch, capacity), cache)
 
     return grow
 
@@ -178,7 +181,7 @@ def decoder(model: models.Model, sampling: Sampling) -> Callable[..., tuple[Stat
 
     @functools.partial(jax.jit, donate_argnames="state")
     def advance(
-        params: tree.Params, state: State, done: Bool[Array, " B"], count: int, eos: Int[Array, " E"]
+        params: tree.Params, state: State, done: Bool[Array, " B"], count: Int[Array, ""] | int, eos: Int[Array, " E"]
     ) -> tuple[State, Int[Array, "B steps"]]:
         def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             i, state, done, tokens = carry

@@ -1,6 +1,6 @@
 """From logits to the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
 
-Nothing is sorted over the whole vocabulary: a sort of 49,152 logits takes 9 ms a row on a CPU, which is half a decode step.
+Nothing is sorted over the whole vocabulary: a sort of 49,152 logits takes 9 ms a row on a CPU, half a decode step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ from jaxmodel.errors import InputError
 _COLDEST = 1e-6  # below this temperature only ties would still be drawn
 
 
+def _check(name: str, value: float | int, ok: Callable[[float], bool], allowed: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not ok(value):
+        raise InputError(f"{name}: {value!r}; allowed: {allowed}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; each stage keeps at least one token. In the order in which they apply:
@@ -25,21 +31,23 @@ class Sampling:
     Attributes:
       repetition_penalty: the logit of a token that is in the prompt or the text so far is divided by it if positive and
         multiplied by it if negative (Keskar et al., CTRL, 2019); above 0, 1 is off.
-      temperature: logits are divided by it; 0 (anything below 1e-6) is greedy: the best token, of equal ones the lowest id.
+      temperature: logits are divided by it; 0 (anything below 1e-6) is greedy: the best token, of equal ones the one
+        with the lowest id.
       top_k: keep the k best tokens (Fan et al., 2018), and those equal to the k-th; 0 is off.
-      top_p: keep the smallest set of best tokens whose probabilities sum to at least this (Holtzman et al., 2020), and those
-        equal to its last; above 0 and at most 1, 1 is off.
-      min_p: keep the tokens of at least this share of the best one's probability (Nguyen et al., 2024); 0 to 1, 0 is off.
+      top_p: keep the smallest set of best tokens whose probabilities sum to at least this (Holtzman et al., 2020), and
+        those equal to its last; above 0 and at most 1, 1 is off.
+      min_p: keep the tokens of at least this share of the best one's probability (Nguyen et al., 2024); 0 to 1, 0 is
+        off.
 
     Raises:
       InputError: a value out of its range.
     """
 
-    temperature: float = 1.0
+    temperature: float | int = 1.0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_p: float | int = 1.0
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, lambda x: x >= 0, "0 (greedy) or above")
@@ -89,7 +97,7 @@ def sample(
 def filter_logits(
     logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
-    """The logits, up to a constant of each row, whose softmax `sample` draws from: -inf where a token was filtered out."""
+    """The logits whose softmax `sample` draws from (up to a constant of each row): -inf for a token filtered out."""
     x = logits.astype(jnp.float32)
     if sampling.repetition_penalty != 1 and seen is not None:
         penalty = sampling.repetition_penalty
@@ -113,13 +121,13 @@ def _keep(x: Float[Array, "B V"], keep: Bool[Array, "B V"]) -> Float[Array, "B V
 def _nucleus(x: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
     """Which tokens top-p keeps: those for which all better ones together have less than `p`.
 
-    That threshold is found by bisection over the bits of a float (32 passes over the row, 24 times faster than a sort).
+    That threshold is found by bisection over the bits of a float (32 passes over the row; a sort takes 24 times that).
     """
     probabilities = jax.nn.softmax(x, axis=-1)
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # no -0.0
     rank = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats are
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Int[Array, ""] | int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # (low + high) // 2 without overflow
         better = jnp.sum(jnp.where(rank > middle[:, None], probabilities, 0.0), axis=-1)
@@ -135,9 +143,3 @@ def _argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     best = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), ids, x.shape[-1] - 1)
     return jnp.min(best, axis=-1)
-
-
-def _check(name: str, value: float, ok: Callable[[float], bool], allowed: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not ok(value):
-        raise InputError(f"{name}: {value!r}; allowed: {allowed}")

@@ -1,18 +1,20 @@
 """`Bundle`: a model with its weights, processor and card; and its form on disk, a folder in HF layout.
 
     config.json         the config under HF names
-    model.safetensors   one tensor per layer and leaf under HF names; a compressed leaf is several (weight_packed, weight_scale)
+    model.safetensors   a tensor a layer and leaf under HF names; a compressed leaf is several (weight_scale, ...)
     jaxmodel.json       versioned: family, config, policy, card, and the static fields of the compressed leaves
     tokenizer.json ...  the processor
 
-A folder with plain leaves is one that transformers loads. Saving is atomic: the new folder is written beside the old one,
-synced, and takes its place at the end, so a full disk leaves the old bundle whole.
+A folder with plain leaves is one that transformers loads. Saving is atomic: the new folder is written beside the old
+one, synced, and takes its place at the end, so a full disk or a kill leaves the old bundle whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -30,14 +33,20 @@ from safetensors.numpy import save_file
 from jaxmodel import layers, tree
 from jaxmodel.errors import InputError, nearest, unknown
 from jaxmodel.hub import tokenizer as tokenizers
-from jaxmodel.hub.names import FAMILIES, Family, Name, find, heads_of, to_leaf
+from jaxmodel.hub.names import FAMILIES, Family, Name, file_shape, find, heads_of, to_leaf
 from jaxmodel.leaves import expand, from_tensors, to_tensors
 from jaxmodel.leaves.leaf import tensor_names
 from jaxmodel.models import Model
 from jaxmodel.ops import Policy
 
 FORMAT = 1
-WEIGHTS, OURS = "model.safetensors", "jaxmodel.json"
+WEIGHTS, OURS, HEAD = "model.safetensors", "jaxmodel.json", "lm_head.weight"
+
+# What a folder may hold that a save takes the place of: the files of a bundle, as we or transformers write them.
+_REPLACED = re.compile(
+    r"(config|jaxmodel|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|merges\.txt|chat_template\.jinja|\.DS_Store"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,36 +74,61 @@ class Bundle:
         return layers.fuse(expand(self.params))
 
 
+def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
+    """The bundle's tokenizer.
+
+    Raises:
+      InputError: it has none.
+    """
+    if bundle.processor is None:
+        raise InputError(f"model: {bundle.card.get('name', 'the bundle')!r} has no tokenizer; text cannot be read")
+    return bundle.processor
+
+
 def save(bundle: Bundle, folder: str | Path) -> Path:
     """Write a bundle; the files are those of the module's docstring.
 
     Raises:
-      InputError: the folder cannot be written. What stood there before is untouched.
+      InputError: params that are not those of the config, or a folder that cannot be written; its content is untouched.
     """
     kind, family = _family_of(bundle.model)
     tensors: dict[str, np.ndarray] = {}
     fields: dict[str, Any] = {}
-    for path, leaf in tree.flatten(tree.unstack(jax.device_get(bundle.params))).items():
+    parts: dict[str, list[tuple[Name, str, np.ndarray]]] = {}
+    leaves = tree.flatten(tree.unstack(jax.device_get(bundle.params)))
+    for path, want in tree.flatten(tree.unstack(layer_shapes(bundle.model))).items():
+        if path not in leaves:
+            raise InputError(f"params: the leaf {path!r} is missing; a fused tree is for running, not for saving")
+        shape = tuple(leaves[path].shape)
+        if shape != want.shape:
+            raise InputError(f"params: {path!r} has shape {list(shape)}; the config needs {list(want.shape)}")
+    for path, leaf in leaves.items():
         name, layer = find(family.hf, path)
         arrays, static = to_tensors(leaf)
         if static is None:
-            _put(tensors, name, layer, np.asarray(arrays[""]))
+            plain = np.asarray(arrays[""])
+            parts.setdefault(name.tensor.format(layer), []).append((name, layer, plain.T if name.transposed else plain))
         else:
             base = name.packed.format(layer)
             fields[base] = static
-            tensors |= {f"{base}_{suffix}": np.asarray(array) for suffix, array in arrays.items()}
+            tensors |= {f"{base}_{suffix}": np.ascontiguousarray(array) for suffix, array in arrays.items()}
+    for tensor, found in parts.items():
+        tensors |= _join(tensor, found)
+    policy = dataclasses.asdict(bundle.model.policy)
+    del policy["axes"]  # they belong to a mesh
     ours = {
         "format": FORMAT,
         "family": kind,
         "config": dataclasses.asdict(bundle.model.config),
-        "policy": {k: v for k, v in dataclasses.asdict(bundle.model.policy).items() if k != "axes"},  # axes belong to a mesh
+        "policy": policy,
         "card": dict(bundle.card),
         "leaves": fields,
+        "leaves_sha256": _digest(fields),
     }
     with _replacing(Path(folder)) as beside:
-        whole = {name: _whole(part) for name, part in tensors.items()}
-        save_file(whole, beside / WEIGHTS, metadata={"format": "pt"})
-        (beside / "config.json").write_text(json.dumps(family.config_to_hf(bundle.model.config), indent=2) + "\n")
+        save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
+        config = {**family.config_to_hf(bundle.model.config), **_special_ids(bundle.processor)}
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (beside / OURS).write_text(json.dumps(ours, indent=1) + "\n")
         if bundle.processor is not None:
             bundle.processor.save(beside)
@@ -108,17 +142,12 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None) -
       InputError: a file, tensor or key is missing, of an unknown family, or does not fit; nothing is half loaded.
     """
     config_json = _read_json(folder / "config.json")
-    kind = config_json.get("model_type")
+    kind = str(config_json.get("model_type"))
     if kind not in FAMILIES:
         raise unknown(f"{folder}/config.json: model_type", kind, FAMILIES)
     family = FAMILIES[kind]
-    ours = _read_json(folder / OURS) if (folder / OURS).exists() else {}
-    if ours and ours.get("format") != FORMAT:
-        raise InputError(f"{folder}/{OURS}: format {ours.get('format')!r} is not read; allowed: {FORMAT}")
-    try:
-        config = family.config_from_hf(config_json)
-    except KeyError as error:
-        raise InputError(f"{folder}/config.json: the key {error} is missing") from None
+    config = _config(family, config_json, folder)
+    ours = _read_ours(folder / OURS, kind, config) if (folder / OURS).exists() else {}
     stored = Policy(**ours["policy"]) if ours else Policy()
     policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
     model = family.model(config, policy)
@@ -130,41 +159,96 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None) -
     return Bundle(model, params, tokenizers.from_folder(folder) if has_tokenizer else None, ours.get("card", {}))
 
 
+def _config(family: Family, hf: Mapping[str, Any], folder: Path) -> Any:
+    """The config in config.json, with the types of its fields checked."""
+    try:
+        config = family.config_from_hf(hf)
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"{folder}/config.json: the key {error} is missing") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{folder}/config.json: a value is of the wrong kind: {error}") from None
+    kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) not in kinds.get(str(field.type), (type(value),)) or (field.type == "int" and value < 1):
+            raise InputError(f"{folder}/config.json: {field.name} is {value!r}; allowed: a positive {field.type}")
+    return config
+
+
+def _read_ours(path: Path, kind: str, config: Any) -> dict[str, Any]:
+    """jaxmodel.json, which must agree with itself and with config.json."""
+    ours = _read_json(path)
+    if ours.get("format") != FORMAT:
+        raise InputError(f"{path}: format {ours.get('format')!r} is not read; allowed: {FORMAT}")
+    for key in ("family", "config", "policy", "card", "leaves", "leaves_sha256"):
+        if key not in ours:
+            raise InputError(f"{path}: the key {key!r} is missing")
+    theirs = {"family": kind, **dataclasses.asdict(config)}
+    for key, value in {"family": ours["family"], **ours["config"]}.items():
+        if theirs.get(key) != value:
+            raise InputError(f"{path}: {key} is {value!r}, but config.json says {theirs.get(key)!r}")
+    fields = [field.name for field in dataclasses.fields(Policy)]
+    for key in ours["policy"]:
+        if key not in fields:
+            raise unknown(f"{path}: policy", key, fields)
+    if _digest(ours["leaves"]) != ours["leaves_sha256"]:  # some wrong fields fit the arrays and give other weights
+        raise InputError(f"{path}: the static fields of the leaves are not those that were written (leaves_sha256)")
+    return ours
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def _read_params(
     model: Model, family: Family, fields: Mapping[str, Any], files: Mapping[str, Any], where: str
 ) -> tree.Params:
     shapes = tree.flatten(tree.unstack(layer_shapes(model)))
     used: set[str] = set()
 
+    def place(tensor: str) -> str | None:
+        return next((name for name in (tensor, tensor.removeprefix(family.prefix)) if name in files), None)
+
     def read(tensor: str) -> np.ndarray:
-        for name in (tensor, tensor.removeprefix(family.prefix)):
-            if name in files:
-                used.add(name)
-                return files[name].get_tensor(name)
-        close = ", ".join(nearest(tensor, files)) or "nothing like it"
-        raise InputError(f"{where}: the tensor {tensor!r} is missing; there is {close}")
+        name = place(tensor)
+        if name is None:
+            close = ", ".join(nearest(tensor, files)) or "nothing like it"
+            raise InputError(f"{where}: the tensor {tensor!r} is missing; there is {close}")
+        used.add(name)
+        return files[name].get_tensor(name)
+
+    def fits(tensor: str, found: tuple[int, ...], needed: tuple[int, ...]) -> None:
+        if tuple(found) != tuple(needed):
+            raise InputError(f"{where}: the tensor {tensor!r} has shape {list(found)}; the config needs {list(needed)}")
 
     leaves: dict[str, Any] = {}
     for path, want in shapes.items():
         name, layer = find(family.hf, path)
-        tensor, base = name.tensor.format(layer), name.packed.format(layer)
+        base = name.packed.format(layer)
         if base in fields:
-            static = fields[base]
-            there = [s for s in tensor_names(static) if f"{base}_{s}" in files]
-            leaves[path] = from_tensors({suffix: read(f"{base}_{suffix}") for suffix in there}, static)
-        else:
-            raw = read(tensor)
+            there = [suffix for suffix in tensor_names(fields[base]) if place(f"{base}_{suffix}")]
+            arrays = {suffix: read(f"{base}_{suffix}") for suffix in there}
             try:
-                leaves[path] = to_leaf(name, raw, heads_of(model.config, path))
-            except ValueError:
-                leaves[path] = raw
-        if tuple(leaves[path].shape) != tuple(want.shape):
-            found, needed = list(leaves[path].shape), list(want.shape)
-            raise InputError(f"{where}: the tensor {tensor!r} has shape {found}; the config needs {needed}")
+                leaves[path] = from_tensors(arrays, fields[base])
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{where}: the tensor {base!r} does not fit its fields: {error}") from None
+            fits(base, leaves[path].shape, want.shape)
+            continue
+        name = name.alone if name.part is not None and place(base) else name
+        tensor = name.tensor.format(layer)
+        raw = read(tensor)
+        if not jnp.issubdtype(raw.dtype, jnp.floating):
+            raise InputError(f"{where}: the tensor {tensor!r} is {raw.dtype}; floating-point numbers are needed")
+        fits(tensor, raw.shape, file_shape(name, want.shape))
+        leaves[path] = to_leaf(name, raw, heads_of(model.config, path))
     extra = [n for n in files if n not in used and not re.fullmatch(f"({family.prefix})?({family.ignored})", n)]
     if extra:
-        raise InputError(f"{where}: {len(extra)} tensors have no place in the model, the first is {sorted(extra)[0]!r}")
-    return tree.stack(tree.unflatten(leaves))
+        raise InputError(f"{where}: {len(extra)} tensors have no place in the model, the first is {min(extra)!r}")
+    if HEAD in files and HEAD not in used and not np.array_equal(files[HEAD].get_tensor(HEAD), leaves["embed"]):
+        raise InputError(f"{where}: the tensor {HEAD!r} is not the embedding, to which this config ties the head")
+    return jax.device_put(tree.stack(tree.unflatten(leaves)))  # not NumPy: that would travel at every call
 
 
 def layer_shapes(model: Model) -> tree.Params:
@@ -183,8 +267,12 @@ def layer_shapes(model: Model) -> tree.Params:
 @contextlib.contextmanager
 def _open(folder: Path) -> Iterator[dict[str, Any]]:
     """Tensor name -> the open safetensors file that has it; all shards of an index."""
-    index = folder / f"{WEIGHTS}.index.json"
-    shards = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    index, shards = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
+    if index.exists() and not (folder / WEIGHTS).exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index}: the key 'weight_map' (tensor -> file) is missing")
+        shards = sorted(set(weight_map.values()))
     files: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         for shard in shards:
@@ -203,24 +291,25 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """A fresh folder beside `folder`, which takes its place when the block ends well and vanishes when it does not."""
     beside = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
+        target = Path(os.path.realpath(folder))  # a link stays one
+        if target.exists() and not target.is_dir():
             raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise InputError(f"out: {str(folder)!r} holds something else than a bundle; choose an empty or new folder")
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+        there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+        other = [name for name in there if not _REPLACED.fullmatch(name)]
+        if other or (there and "config.json" not in there):
+            what = f"{(other or there)[0]!r}, which is no file of a bundle" if other else "no config.json, so no bundle"
+            raise InputError(f"out: {str(folder)!r} holds {what}; choose an empty or new folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         beside.chmod(0o755)
         yield beside
         for path in [*beside.iterdir(), beside]:
             _sync(path)
-        if folder.exists():
-            old = beside.with_name(beside.name.replace(".new-", ".old-"))
-            folder.rename(old)
-            beside.rename(folder)
-            shutil.rmtree(old)
+        if target.is_dir():
+            _exchange(beside, target)  # what is beside now is the old one
         else:
-            beside.rename(folder)
-        _sync(folder.parent)
+            beside.rename(target)
+        _sync(target.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(f"out: {str(folder)!r} cannot be written: {error}; what stood there is unchanged") from error
     finally:
@@ -228,10 +317,29 @@ def _replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: where the system can (Linux) at once, so that a crash leaves one or the other."""
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with contextlib.suppress(AttributeError, TypeError):
+        if ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+            return
+    aside = one.with_name(f"{one.name}-old")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
+    aside.rename(one)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # not every file system syncs folders
+            raise
     finally:
         os.close(handle)
 
@@ -255,15 +363,21 @@ def _family_of(model: Model) -> tuple[str, Family]:
     raise InputError(f"hub: no file layout is known for {type(model.config).__module__}")
 
 
-def _put(tensors: dict[str, Any], name: Name, layer: str, array: np.ndarray) -> None:
-    """Add a plain leaf in the file's form; equal parts of one tensor wait until all are there (see `_whole`)."""
-    tensor = name.tensor.format(layer)
-    array = array.T if name.transposed else array
+def _special_ids(processor: tokenizers.Tokenizer | None) -> dict[str, int | None]:
+    """Where a text begins and ends: what transformers would otherwise take from GPT-2's or Llama's own vocabulary."""
+    if processor is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    end = next(iter(processor.eos_ids), None)
+    return {"bos_token_id": processor.bos_id, "eos_token_id": end, "pad_token_id": processor.pad_id}
+
+
+def _join(tensor: str, found: list[tuple[Name, str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Plain leaves in the file's form: parts of a tensor joined, or apart where they differ or some are compressed."""
+    name, _, first = found[0]
+    alike = len({(array.shape, array.dtype) for _, _, array in found}) == 1
     if name.part is None:
-        tensors[tensor] = array
-    else:
-        tensors.setdefault(tensor, [None] * name.part[1])[name.part[0]] = array
-
-
-def _whole(value: np.ndarray | list[np.ndarray]) -> np.ndarray:
-    return np.ascontiguousarray(np.concatenate(value, axis=-1) if isinstance(value, list) else value)
+        return {tensor: np.ascontiguousarray(first)}
+    if len(found) < name.part[1] or not alike:
+        return {name.packed.format(layer): np.ascontiguousarray(array) for name, layer, array in found}
+    arrays = [array for _, _, array in sorted(found, key=lambda item: item[0].part or (0, 0))]
+    return {tensor: np.concatenate(arrays, axis=-1)}

@@ -1,8 +1,8 @@
 """How other people's files name and shape the leaves of each family: HF folders and GGUF.
 
-A `Names` entry maps the path of a leaf (with `{}` for the layer) to a tensor's name. The two may differ in form: `transposed`
-(GPT-2 stores `[in, out]`), `part` (one of several equal parts of a tensor, GPT-2's joined q, k, v), `interleaved` (GGUF stores
-the rows of q and k for rotary pairs that are neighbours).
+A `Name` maps the path of a leaf (with `{}` for the layer) to a tensor's name. The two may differ in form: `transposed`
+(GPT-2 stores `[in, out]`), `part` (one of several equal parts of a tensor, GPT-2's joined q, k, v), `interleaved` (GGUF
+stores the rows of q and k for rotary pairs that are neighbours).
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Name:
         stem, kind = self.tensor.rsplit(".", 1)
         return f"{stem}.{self.path.rsplit('/', 1)[1].removesuffix('_bias')}.{kind}"
 
+    @property
+    def alone(self) -> Name:
+        """The entry for a part that is a tensor of its own, because its siblings have another form."""
+        return dataclasses.replace(self, tensor=self.packed, part=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -54,7 +59,7 @@ class Family:
       hf: entries for HF folders.
       config_from_hf: config.json -> Config.
       config_to_hf: Config -> config.json.
-      ignored: regular expression of tensors that carry no weights (masks, tables).
+      ignored: regular expression of tensors that carry no weights (masks, tables, a copy of the tied embedding).
       prefix: of HF names, which older files leave out.
       gguf: entries for GGUF.
       config_from_gguf: metadata -> Config.
@@ -80,6 +85,12 @@ def find(names: tuple[Name, ...], layer_path: str) -> tuple[Name, str]:
     raise InputError(f"hub: no file name is known for the leaf {layer_path!r}")
 
 
+def file_shape(name: Name, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the file's tensor (the whole one, where the leaf is a part of it) behind a leaf of this shape."""
+    shape = shape[::-1] if name.transposed else shape
+    return shape if name.part is None else (*shape[:-1], shape[-1] * name.part[1])
+
+
 def to_leaf(name: Name, tensor: np.ndarray, heads: int) -> np.ndarray:
     """A file's tensor in the form of our leaf."""
     if name.part is not None:
@@ -91,7 +102,7 @@ def to_leaf(name: Name, tensor: np.ndarray, heads: int) -> np.ndarray:
 
 def heads_of(config: Any, path: str) -> int:
     """The heads among the rows of q or k."""
-    return config.kv_heads if path.endswith("/k") else config.heads
+    return getattr(config, "kv_heads", config.heads) if path.endswith("/k") else config.heads
 
 
 # -------------------------------------------------------------------------------------------------------- llama
@@ -173,7 +184,7 @@ def _llama_from_gguf(metadata: Mapping[str, Any]) -> llama.Config:
         raise InputError(f"gguf: the rope scaling {metadata['llama.rope.scaling.type']!r} is not read; allowed: 'none'")
     heads, width = get("attention.head_count"), get("embedding_length")
     return llama.Config(
-        vocab=metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
+        vocab=metadata.get("llama.vocab_size") or len(metadata.get("tokenizer.ggml.tokens") or get("vocab_size")),
         width=width,
         depth=get("block_count"),
         heads=heads,
@@ -193,7 +204,7 @@ LLAMA = Family(
     + tuple(Name(ours, f"{hf}.weight") for ours, (hf, _) in _LLAMA_TOP.items()),
     config_from_hf=_llama_from_hf,
     config_to_hf=_llama_to_hf,
-    ignored=r".*rotary_emb\.inv_freq",
+    ignored=r".*rotary_emb\.inv_freq|lm_head\.weight",
     gguf=tuple(
         Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}.weight", interleaved=ours in ("attn/q", "attn/k"))
         for ours, (_, theirs) in _LLAMA_LEAVES.items()
@@ -224,9 +235,19 @@ def _gpt2_names() -> tuple[Name, ...]:
     return tuple(names)
 
 
+_GPT2_FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
 def _gpt2_from_hf(hf: Mapping[str, Any]) -> gpt2.Config:
-    if hf.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise InputError(f"config.json: activation_function is {hf['activation_function']!r}; this family has 'gelu_new'")
+    for key, allowed in _GPT2_FIXED.items():
+        if hf.get(key, allowed[0]) not in allowed:
+            raise InputError(f"config.json: {key} is {hf[key]!r}; this family has {allowed[0]!r}")
     if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
         raise InputError(f"config.json: n_inner is {hf['n_inner']}; this family has 4 * n_embd = {4 * hf['n_embd']}")
     return gpt2.Config(

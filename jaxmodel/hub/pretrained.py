@@ -60,7 +60,7 @@ def _from_gguf(path: Path, policy: Policy | None, dtype: str | None, name: str) 
     if "output.weight" in file.tensors:
         config = dataclasses.replace(config, tied=False)
     model = family.model(config, policy or Policy(compute=dtype or "float32"))
-    leaves = {}
+    leaves, extra = {}, set(file.tensors)
     for leaf_path, want in tree.flatten(layer_shapes(model)).items():
         entry, layer = find(family.gguf, leaf_path)
         tensor = entry.tensor.format(layer)
@@ -68,9 +68,13 @@ def _from_gguf(path: Path, policy: Policy | None, dtype: str | None, name: str) 
             raise InputError(f"{path.name}: the tensor {tensor!r} is missing")
         found = file.tensors[tensor].shape
         if found != want.shape:
-            raise InputError(f"{path.name}: the tensor {tensor!r} has shape {list(found)}; the metadata needs {list(want.shape)}")
+            needed = f"the metadata needs {list(want.shape)}"
+            raise InputError(f"{path.name}: the tensor {tensor!r} has shape {list(found)}; {needed}")
+        extra.discard(tensor)
         leaf = to_leaf(entry, file.read(tensor), heads_of(config, leaf_path))
         leaves[leaf_path] = jnp.asarray(leaf, dtype or "float32")
+    if extra:  # a bias or a table of rotary factors left out would be another model
+        raise InputError(f"{path.name}: {len(extra)} tensors have no place in the model, the first is {min(extra)!r}")
     processor = tokenizers.from_gguf(file.metadata)
     card = {"name": name, "source": path.name, "license": file.metadata.get("general.license")}
     return Bundle(model, tree.stack(tree.unflatten(leaves)), processor, card)

@@ -62,5 +62,5 @@ class Attention(nn.Module):
         o = leaf(self, "o", self.out_initializer, (x.shape[-1], mixed.shape[2] * self.width))
         y = ops.einsum("BTHh,D(Hh)->BTD", mixed, o, self.policy)
         if self.bias:
-            y = y + leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype)
+            y = y + ops.on_last(leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y, cache

@@ -36,7 +36,7 @@ def linear(
     def one(name: str, width: int) -> Array:
         y = ops.einsum("BTI,OI->BTO", x, leaf(module, name, initializer, (width, x.shape[-1])), policy)
         if bias:
-            y = y + leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype)
+            y = y + ops.on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y
 
     fused = fused_key(module.variables.get("params", {}), outputs) if len(outputs) > 1 else None

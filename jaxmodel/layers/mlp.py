@@ -45,5 +45,5 @@ class MLP(nn.Module):
         down = leaf(self, "down", self.out_initializer, (x.shape[-1], hidden.shape[-1]))
         y = ops.einsum("BTF,DF->BTD", hidden, down, self.policy)
         if self.bias:
-            y = y + leaf(self, "down_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype)
+            y = y + ops.on_last(leaf(self, "down_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y

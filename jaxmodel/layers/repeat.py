@@ -66,7 +66,7 @@ def repeat(
             indices = jnp.arange(layers.start, layers.stop, dtype=jnp.int32)
             (x, cache), stacked = jax.lax.scan(body, (x, cache), (params[key], indices))
             aux = jax.tree.map(lambda a: jnp.sum(a, axis=0), stacked)
-        total = {name: total[name] + value if name in total else value for name, value in aux.items()}
+        total |= {name: total[name] + value if name in total else value for name, value in aux.items()}
     return x, cache, total
 
 

@@ -135,7 +135,9 @@ def to_tensors(leaf: Any) -> tuple[dict[str, jax.Array], dict[str, Any] | None]:
         value = getattr(leaf, field.name)
         if field.metadata.get("static"):
             fields[field.name] = value
-        elif value is not None:
+        elif value is None:
+            fields[field.name] = None  # so that an array that is missing on disk is not taken for one that never was
+        else:
             inner, inner_fields = to_tensors(value)
             arrays |= {f"{field.name}_{name}" if name else field.name: array for name, array in inner.items()}
             if inner_fields is not None:
@@ -144,12 +146,12 @@ def to_tensors(leaf: Any) -> tuple[dict[str, jax.Array], dict[str, Any] | None]:
 
 
 def tensor_names(fields: Mapping[str, Any] | None) -> list[str]:
-    """The array names that a leaf with these static fields may have, as `to_tensors` gives them."""
+    """The array names of a leaf with these static fields, as `to_tensors` gives them."""
     if fields is None:
         return [""]
     names = []
     for field in dataclasses.fields(_class(fields)):  # pyright: ignore[reportArgumentType]
-        if not field.metadata.get("static"):
+        if not field.metadata.get("static") and fields.get(field.name, "") is not None:
             inner = tensor_names(fields.get(field.name))
             names += [f"{field.name}_{name}" if name else field.name for name in inner]
     return names
@@ -175,6 +177,8 @@ def from_tensors(arrays: Mapping[str, Any], fields: Mapping[str, Any] | None) ->
             values[name] = from_tensors({k[len(head) :]: v for k, v in arrays.items() if k.startswith(head)}, given)
         elif name in arrays:
             values[name] = arrays[name]
+        elif name not in fields:
+            raise InputError(f"{cls.__name__}: the tensor {name!r} is missing")
     try:
         leaf = cls(**values)
     except TypeError as error:

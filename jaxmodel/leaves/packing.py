@@ -13,7 +13,7 @@ from jaxtyping import Array, Integer, UInt8
 
 
 def codes_per_unit(bits: int) -> int:
-    """The smallest number of codes that fill whole bytes."""
+    """Codes in a unit of the layout, which is a whole number of bytes."""
     return 8 // bits if bits in (1, 2, 4, 8) else 8
 
 

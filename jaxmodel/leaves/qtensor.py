@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ class QTensor(Compressed):
       scale: floating, as many axes as the weight. Last axis: 1, or the number of groups, which divides `in + pad`. The axis
         before it: `out`, or 1. Scales of length 1 on both are per tensor; with groups there is one for every row.
       minimum: None or as scale, in shape and dtype.
-      pad: codes at the end of each row that stand for nothing, fewer than a group (or, without groups, a byte) needs.
+      pad: codes at the end of each row that stand for nothing: fewer than one of several groups (or a byte) holds; where a
+        row has one scale, fewer than all.
       activations: None (the contraction runs in floating point) or "int8" (its input is rounded to int8, a row at a time).
     """
 
@@ -63,11 +65,15 @@ class QTensor(Compressed):
         else:
             if minimum is None:
                 codes = (codes + 1) // 2 if bits == 1 else codes + 2 ** (bits - 1)
-            unit = codes_per_unit(bits)
-            stored, pad = pad_last(codes.astype(jnp.uint8), max(group or 1, unit))
+            stored, pad = pad_last(codes.astype(jnp.uint8), math.lcm(group or 1, codes_per_unit(bits)))
             stored = pack(stored, bits)
         leaf = cls(stored, scale, minimum, bits=bits, pad=pad, activations=activations)
         leaf.check()
+        require(
+            group is None or leaf.groups * group == leaf._padded,
+            leaf,
+            f"{leaf.groups} scales a row do not fit groups of {group} in rows of {leaf.shape[-1]} codes and whole bytes",
+        )
         return leaf
 
     @property
@@ -119,7 +125,7 @@ class QTensor(Compressed):
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> QTensor:
         *lead, out, last = full_spec(spec, self.ndim)
         parts = shards(last, sizes)
-        unit = max(self._padded // self.groups if self.groups > 1 else 1, codes_per_unit(self.bits))
+        unit = math.lcm(self._padded // self.groups if self.groups > 1 else 1, codes_per_unit(self.bits))
         require(
             parts == 1 or (self.pad == 0 and self._in % (parts * unit) == 0),
             self,
@@ -153,10 +159,11 @@ class QTensor(Compressed):
             self,
             f"scale has shape {s.shape}; [..., out or 1, groups or 1] of packed {p.shape} is needed",
         )
-        require(self._padded % s.shape[-1] == 0, self, f"{s.shape[-1]} groups do not divide {self._padded} codes")
+        require(s.shape[-1] > 0 and self._padded % s.shape[-1] == 0, self, f"{s.shape[-1]} groups do not divide {self._padded} codes")
         require(s.shape[-1] == 1 or s.shape[-2] == p.shape[-2], self, "groups need a scale for every row")
-        limit = max(self._padded // s.shape[-1] if s.shape[-1] > 1 else 1, unit)
-        require(0 <= self.pad < self._padded and (s.shape[-1] == 1 or self.pad < limit), self, f"pad is {self.pad}; a whole group or more stands for nothing")
+        limit = max(self._padded // s.shape[-1], unit) if s.shape[-1] > 1 else self._padded
+        require(0 <= self.pad < limit, self, f"pad is {self.pad}; a whole group or more stands for nothing")
         if self.minimum is not None:
-            require(self.minimum.shape == s.shape and self.minimum.dtype == s.dtype, self, "minimum differs from scale in shape or dtype")
+            same = self.minimum.shape == s.shape and self.minimum.dtype == s.dtype
+            require(same, self, "minimum differs from scale in shape or dtype")
         require(self.activations in (None, "int8"), self, f"activations is {self.activations!r}; allowed: None, 'int8'")

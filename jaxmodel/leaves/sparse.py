@@ -24,7 +24,7 @@ class Sparse(Compressed):
       mask: uint8 `[..., out, (in + pad) / 8]`; element i of a row is bit `i % 8` of byte `i // 8`. The bits of the padding
         are zero.
       values: `[..., out, n]`, an array or a symmetric `QTensor`, n the largest number of kept elements of any row. The
-        kept values of a row stand in order at its start and zeros fill the rest.
+        kept values of a row stand in order at its start and zeros fill the rest (at one bit, which has no zero, anything).
       pattern: None, or (N, M): each M neighbours along the last axis keep exactly N (a zero may be kept); then
         `n = in / M * N` and nothing is padded.
       pad: elements that fill the last byte of each row, fewer than 8.
@@ -49,6 +49,8 @@ class Sparse(Compressed):
         bits, pad = pad_last(keep, 8)
         leaf = cls(pack(bits.astype(jnp.uint8), 1), _gather(weight, keep, n), pattern=pattern, pad=pad)
         leaf.check()
+        if pattern is not None and not isinstance(keep, jax.core.Tracer):
+            leaf.check_values()  # a group with more than N would lose weights silently
         return leaf
 
     @property
@@ -72,8 +74,8 @@ class Sparse(Compressed):
             return self.decode()
         if self.values.groups > 1:  # a group of kept values has no place in the dense row
             return self.decode()
-        codes = _scatter(self.keep(), self.values.codes())
-        return QTensor.from_codes(codes, self.values.scale, bits=self.values.bits, activations=self.values.activations)
+        codes, bits = _scatter(self.keep(), self.values.codes()), max(self.values.bits, 2)  # one bit has no code for zero
+        return QTensor.from_codes(codes, self.values.scale, bits=bits, activations=self.values.activations)
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Sparse:
         *lead, out, last = full_spec(spec, self.ndim)
@@ -115,7 +117,11 @@ class Sparse(Compressed):
         if self.pattern is not None:
             groups = self.keep().reshape(*self.shape[:-1], -1, self.pattern[1]).sum(-1)
             require(bool(jnp.all(groups == self.pattern[0])), self, f"a group does not keep {self.pattern[0]} elements")
-        behind = jnp.arange(n) >= kept[..., None]
+        padding = unpack(self.mask, 1)[..., self.shape[-1] :]
+        require(not bool(jnp.any(padding != 0)), self, "the mask keeps an element of the padding")
+        if isinstance(self.values, QTensor) and self.values.bits == 1:
+            return
+        behind = jnp.expand_dims(jnp.arange(n), range(kept.ndim)) >= kept[..., None]
         require(not bool(jnp.any(jnp.where(behind, decode(self.values), 0) != 0)), self, "a value stands behind the last kept")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from types import ModuleType
 
 from jaxmodel.models.model import Inputs, Model, Output, Parts, compose, hidden
+from jaxmodel.ops import Policy
 
-__all__ = ["Inputs", "Model", "Output", "Parts", "compose", "families", "hidden"]
+__all__ = ["Inputs", "Model", "Output", "Parts", "compose", "families", "hidden", "with_policy"]
 
 
 def families() -> dict[str, ModuleType]:
@@ -16,3 +18,8 @@ def families() -> dict[str, ModuleType]:
     names = [info.name for info in pkgutil.iter_modules(__path__)]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "Config")}
+
+
+def with_policy(model: Model, policy: Policy) -> Model:
+    """The same architecture and sizes, computing by another policy."""
+    return sys.modules[type(model.config).__module__].model(model.config, policy)

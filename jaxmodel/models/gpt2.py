@@ -81,7 +81,7 @@ class _Block(nn.Module):
 
 
 @functools.cache
-def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:  # noqa: B008 - frozen
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
     block_module, norm_module = _Block(config, policy), LayerNorm(config.norm_eps)
     wide = dataclasses.replace(policy, stream="float32")
@@ -91,7 +91,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:  # noqa: 
         x = ops.take(params["embed"], inputs["tokens"], policy) + ops.take(params["positions"], positions, policy, "TD")
         return x, context
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):  # noqa: ANN202
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
         x, cache = block_module.apply({"params": params}, x, context, cache, layer)
         return x, cache, {}
 
@@ -100,7 +100,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:  # noqa: 
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, position_key, blocks_key, head_key = jax.random.split(key, 4)
-        x, tokens = jnp.zeros((1, 1, config.width)), {"tokens": jnp.zeros((1, 1), jnp.int32)}
+        x, tokens = jnp.zeros((1, 1, config.width), policy.stream), {"tokens": jnp.zeros((1, 1), jnp.int32)}
         params: tree.Params = {
             "embed": config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width)),
             "positions": config.init_scale / 2 * jax.random.normal(position_key, (config.context, config.width)),

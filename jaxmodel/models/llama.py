@@ -104,7 +104,7 @@ class _Head(nn.Module):
 
 
 @functools.cache
-def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:  # noqa: B008 - frozen
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
     block_module, head_module = _Block(config, policy), _Head(config, policy)
 
@@ -113,7 +113,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:  # noqa: 
         context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base)
         return ops.take(params["embed"], inputs["tokens"], policy), context
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):  # noqa: ANN202
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
         x, cache = block_module.apply({"params": params}, x, context, cache, layer)
         return x, cache, {}
 
@@ -123,7 +123,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:  # noqa: 
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
-        x = jnp.zeros((1, 1, config.width))
+        x = jnp.zeros((1, 1, config.width), policy.stream)
         tokens = {"tokens": jnp.zeros((1, 1), jnp.int32)}
         table = config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width))
         context = embed({"embed": table}, tokens)[1]

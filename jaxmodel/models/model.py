@@ -70,9 +70,7 @@ class Model:
     rules: tree.Rules
 
 
-def hidden(
-    model: Model, params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False
-) -> Output:
+def hidden(model: Model, params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
     """`apply` without the head: `logits` is None. For a prefill, features, and losses that chunk the vocabulary."""
     return _hidden(model.parts, model.policy, params, inputs, cache, rng, train)
 
@@ -80,23 +78,17 @@ def hidden(
 def compose(parts: Parts, policy: ops.Policy) -> Callable[..., Output]:
     """`apply`, as the composition of a model's parts."""
 
-    def apply(
-        params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False
-    ) -> Output:
+    def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
         out = _hidden(parts, policy, params, inputs, cache, rng, train)
         return dataclasses.replace(out, logits=parts.head(params, out.hidden))  # pyright: ignore
 
     return apply
 
 
-def _hidden(
-    parts: Parts, policy: ops.Policy, params: tree.Params, inputs: Inputs, cache: Any, rng: Any, train: bool
-) -> Output:
+def _hidden(parts: Parts, policy: ops.Policy, params: tree.Params, inputs: Inputs, cache: Any, rng: Any, train: bool) -> Output:
     named = dict(inputs) if isinstance(inputs, Mapping) else {"tokens": inputs}
     x, context = parts.embed(params, named, cache)
-    x, cache, aux = layers.repeat(
-        parts.block, params["blocks"], x, context, cache, rng, train, policy.remat
-    )
+    x, cache, aux = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, policy.remat)
     if cache is not None:
         mask = named.get("mask")
         cache = cache.advance(x.shape[1] if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32))

@@ -2,7 +2,7 @@
 
 from jaxmodel.ops.attention import KVCache, attention, causal_mask
 from jaxmodel.ops.contract import conv, einsum, round_rows, take
-from jaxmodel.ops.norms import layer_norm, rms_norm
+from jaxmodel.ops.norms import layer_norm, on_last, rms_norm
 from jaxmodel.ops.policy import MESH_AXES, Policy
 from jaxmodel.ops.probe import STATISTICS, Probe, histogram, tap, zeros_for
 from jaxmodel.ops.rope import rope_tables, rotate
@@ -19,6 +19,7 @@ __all__ = [
     "einsum",
     "histogram",
     "layer_norm",
+    "on_last",
     "rms_norm",
     "rope_tables",
     "rotate",

@@ -14,7 +14,7 @@ def attention(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B K S h"],
     v: Float[Array, "B K S h"],
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "#B T S"],
     policy: Policy,
 ) -> Float[Array, "B T H h"]:
     """`softmax(q k^T / sqrt(h)) v`, heads in groups that share a key head (Ainslie et al., 2023); softmax in float32.
@@ -47,7 +47,7 @@ def _batched(x: Array, y: Array, equation: str) -> Array:
 
 def causal_mask(
     t: int, segments: Int[Array, "B T"] | None = None, valid: Bool[Array, "B T"] | None = None
-) -> Bool[Array, "B T T"]:
+) -> Bool[Array, "#B T T"]:
     """Each position sees itself and what came before: in its own segment, and only valid keys.
 
     Args:
@@ -93,7 +93,7 @@ class KVCache:
 
     def positions(self, t: int) -> Int[Array, "B T"]:
         """Where the next `t` tokens of each row stand."""
-        return self.length[:, None] + jnp.arange(t, dtype=jnp.int32)
+        return self.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
 
     def update(
         self, layer: jax.Array | int, k: Float[Array, "B T K h"], v: Float[Array, "B T K h"]
@@ -105,7 +105,7 @@ class KVCache:
           with fewer key heads than the cache uses the first of its heads. `advance` moves on when all layers are written.
         """
         keys, values = (self._write(store, layer, new) for store, new in ((self.k, k), (self.v, v)))
-        seen = jnp.arange(self.capacity) <= self.positions(k.shape[1])[..., None]
+        seen = jnp.arange(self.capacity, dtype=jnp.int32)[None, None] <= self.positions(k.shape[1])[..., None]
         heads = k.shape[2]
         cache = KVCache(keys, values, self.length)
         return keys[layer][:, :heads], values[layer][:, :heads], seen, cache

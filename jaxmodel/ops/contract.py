@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, QTensor, Sparse, decode
+from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.probe import OF_TAKE, Probe, tap
 from jaxmodel.sharding import constrain
@@ -26,7 +27,7 @@ DEFAULT = Policy()
 
 class _Plan(NamedTuple):
     batch: int  # leading axes that x, w and the result share
-    x_groups: tuple[tuple[str, ...], ...]  # the stored axes of x, as tuples of letters
+    x_letters: tuple[str, ...]
     w_in: tuple[str, ...]
     w_out: tuple[str, ...]
     result: tuple[str, ...]
@@ -52,8 +53,11 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any, policy: Policy = DEFAU
     """
     plan = _parse(equation)
     known = dict(sizes)
-    for letters, length in zip(plan.x_groups, x.shape, strict=True):
-        known.setdefault(letters[0], length)
+    fits = x.ndim == len(plan.x_letters) and len(w.shape) == plan.batch + 2
+    if not fits or x.shape[: plan.batch] != w.shape[: plan.batch]:
+        raise InputError(f"einsum {equation!r}: x {x.shape} and the weight {w.shape} do not have these axes")
+    for letter, length in zip(plan.x_letters, x.shape, strict=True):
+        known.setdefault(letter, length)
     lead = x.shape[plan.batch : x.ndim - len(plan.w_in)]
     flat = x.reshape(*x.shape[: plan.batch], *lead, -1)
     if flat.shape[-1] != w.shape[-1]:
@@ -100,6 +104,8 @@ def conv(
     if isinstance(w, Probe) or (isinstance(w, Compressed) and _dynamic(w)):
         patches = jax.lax.conv_general_dilated_patches(x, kernel, stride, padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
         return einsum("BYXI,OI->BYXO", patches, w, policy)
+    if len(w.shape) != 2 or w.shape[1] != x.shape[-1] * kernel[0] * kernel[1]:
+        raise InputError(f"conv: the weight {w.shape} does not take {x.shape[-1]} channels by a kernel of {kernel}")
     compute = jnp.dtype(policy.compute)
     weight = decode(w, compute)
     y = jax.lax.conv_general_dilated(
@@ -123,17 +129,17 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
         y = _matmul(x, w.weight, policy)
         return tap(y, x, {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE})
     if isinstance(w, Sparse):
-        return _matmul(x, w.expand(), policy)
+        dense = w.expand()
+        return _matmul(x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x), dense, policy)
     compute = jnp.dtype(policy.compute)
     if isinstance(w, QTensor):
         plain_codes = w.groups == 1 and w.minimum is None
         if w.activations == "int8":
             if plain_codes:
                 return _int8_matmul(x, w)
-            q, scale = round_rows(x)  # codes in groups: the rounding of the input, then a contraction of decoded weights
-            x = x + jax.lax.stop_gradient(q.astype(jnp.float32) * scale - x)
+            x = _rounded(x)  # codes in groups: the rounding of the input, then a contraction of decoded weights
         elif plain_codes:
-            return _dot(x.astype(compute), w.codes().astype(compute)) * w.scale.astype(jnp.float32)[..., 0]
+            return _dot(x.astype(compute), w.codes().astype(compute)) * _row_scale(w, x.ndim)
     return _dot(x.astype(compute), decode(w, compute))
 
 
@@ -161,11 +167,18 @@ def round_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Arr
     return jnp.round(x / scale).astype(jnp.int8), scale
 
 
+def _rounded(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
+    """The input as its int8 codes stand for it; the gradient of the identity."""
+    q, scale = round_rows(x)
+    x = x.astype(jnp.float32)
+    return x + jax.lax.stop_gradient(q.astype(jnp.float32) * scale - x)
+
+
 @jax.custom_jvp
 def _int8_matmul(x: Float[Array, "... in"], w: QTensor) -> Float[Array, "... out"]:
     """int8 x int8 -> int32, scaled back."""
     q, scale = round_rows(x)
-    return _dot(q, w.codes()).astype(jnp.float32) * scale * w.scale.astype(jnp.float32)[..., 0]
+    return _dot(q, w.codes()).astype(jnp.float32) * scale * _row_scale(w, x.ndim)
 
 
 @_int8_matmul.defjvp
@@ -173,6 +186,11 @@ def _int8_matmul_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tup
     # The rounding counts as the identity, so that gradients (and the statistics of probes) pass; codes and scales get none.
     x, w = primals
     return _int8_matmul(x, w), _dot(tangents[0].astype(jnp.float32), w.decode(jnp.float32))
+
+
+def _row_scale(w: QTensor, ndim: int) -> Array:
+    """The scale of each row, along the last axis of a product of `ndim` axes."""
+    return on_last(w.scale.astype(jnp.float32)[..., 0], ndim)
 
 
 def _dynamic(w: Any) -> bool:
@@ -207,7 +225,8 @@ def _parse(equation: str) -> _Plan:
         *lead, w_out, w_in = w_axes
         batch = tuple(letter for (letter,) in lead)
         n, rows = len(batch), x_letters[len(batch) : len(x_letters) - len(w_in)]
-        ok = x_letters == (*batch, *rows, *w_in) and y_letters == (*batch, *rows, *w_out) and len(set(x_letters)) == len(x_letters)
+        ok = x_letters == (*batch, *rows, *w_in) and y_letters == (*batch, *rows, *w_out)
+        ok = ok and len({*x_letters, *w_out}) == len(x_letters) + len(w_out)
     except ValueError:
         ok = False
     if not ok:
@@ -215,7 +234,7 @@ def _parse(equation: str) -> _Plan:
             f"einsum: {equation!r} is not of the form 'batch rows in, batch out in -> batch rows out' with weights stored "
             "[..., out, in], such as 'BTD,FD->BTF' or 'BTHh,D(Hh)->BTD'"
         )
-    return _Plan(n, tuple((letter,) for letter in x_letters), w_in, w_out, y_letters)
+    return _Plan(n, x_letters, w_in, w_out, y_letters)
 
 
 def _axes(term: str) -> list[tuple[str, ...]]:
@@ -235,6 +254,6 @@ def _out_shape(equation: str, letters: tuple[str, ...], length: int, known: dict
     product = 1
     for n in shape:
         product *= abs(n)
-    if shape.count(-1) > 1 or length % product:
+    if shape.count(-1) > 1 or length % product or (-1 not in shape and product != length):
         raise InputError(f"einsum {equation!r}: cannot part an axis of {length} into {dict(zip(letters, shape, strict=True))}")
     return shape

@@ -11,7 +11,7 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
     """`x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich, 2019), in x's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+    return (wide * on_last(weight.astype(jnp.float32), x.ndim)).astype(x.dtype)
 
 
 def layer_norm(
@@ -20,5 +20,11 @@ def layer_norm(
     """`(x - mean) / sqrt(var + eps) * weight + bias` (Ba et al., 2016), in x's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * weight.astype(jnp.float32)
-    return (wide if bias is None else wide + bias.astype(jnp.float32)).astype(x.dtype)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    wide = wide * on_last(weight.astype(jnp.float32), x.ndim)
+    return (wide if bias is None else wide + on_last(bias.astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+def on_last(vector: Array, ndim: int) -> Array:
+    """The vector as the last of `ndim` axes, so that nothing is promoted in rank silently."""
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)

@@ -95,7 +95,7 @@ def _forward(y: Array, x: Array, zeros: dict[str, Array]) -> tuple[Array, tuple[
 def _backward(saved: tuple[Array, dict[str, Array]], g: Array) -> tuple[Array, Any, dict[str, Array]]:
     x, zeros = saved
     sums = {name: _statistic(name, x, zero).reshape(zero.shape) for name, zero in zeros.items()}
-    return g, None, {name: _like(total, zeros[name]) for name, total in sums.items()}
+    return g, None, {name: _gather(total, x, zeros[name]) for name, total in sums.items()}
 
 
 _tap.defvjp(_forward, _backward)
@@ -103,7 +103,7 @@ _tap.defvjp(_forward, _backward)
 
 def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:
     if name == "tokens":
-        return jnp.zeros(zero.shape, jnp.float32).at[x.reshape(-1)].add(1.0)
+        return jnp.zeros(zero.shape, jnp.float32).at[jnp.clip(x.reshape(-1), 0, zero.shape[0] - 1)].add(1.0)
     if name == "taken":
         return jnp.asarray(x.size, jnp.float32)
     if name == "count":
@@ -123,10 +123,13 @@ def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
     return jnp.zeros(HISTOGRAM_BINS, jnp.float32).at[place].add(1.0)
 
 
-def _like(total: Array, zero: Array) -> Array:
+def _gather(total: Array, x: Array, zero: Array) -> Array:
     """Sum over the mesh axes that the data varies over but the zeros do not (inside `shard_map`)."""
-    axes = tuple(_varying(total) - _varying(zero))
-    return jax.lax.psum(total, axes) if axes else total
+    axes = _varying(x) - _varying(zero)
+    if not axes:
+        return total
+    same = tuple(axes - _varying(total))  # a count is a constant: the same number on every shard, to be added nevertheless
+    return jax.lax.psum(jax.lax.pcast(total, same, to="varying") if same else total, tuple(axes))
 
 
 def _varying(x: Array) -> frozenset[str]:

@@ -15,7 +15,7 @@ def rope_tables(positions: Int[Array, "B T"], width: int, base: float) -> tuple[
       base: of the frequencies.
     """
     frequency = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
     return jnp.sin(angle), jnp.cos(angle)
 
 

@@ -6,5 +6,13 @@ from jaxmodel.train.state import TrainState, init_state, state_shardings
 from jaxmodel.train.step import make_step
 
 __all__ = [
-    "Loss", "TrainConfig", "TrainState", "adamw", "fit", "init_state", "make_step", "next_token", "state_shardings",
+    "Loss",
+    "TrainConfig",
+    "TrainState",
+    "adamw",
+    "fit",
+    "init_state",
+    "make_step",
+    "next_token",
+    "state_shardings",
 ]

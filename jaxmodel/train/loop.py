@@ -77,7 +77,7 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
 def fit(
     model: Model,
     stream: Stream,
-    config: TrainConfig = TrainConfig(),  # noqa: B008 - frozen
+    config: TrainConfig = TrainConfig(),
     *,
     params: tree.Params | None = None,
     heldout: Stream | None = None,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
+from jaxmodel.errors import InputError
 from jaxmodel.models import Model, hidden
 
 type Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -39,6 +40,8 @@ def next_token(
 
     if chunk is None or chunk >= targets.shape[1]:
         total = part(x, targets, weights)
+    elif targets.shape[1] % chunk:
+        raise InputError(f"chunk: {chunk} does not divide the {targets.shape[1]} positions of the batch")
     else:
         pieces = [jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0) for a in (x, targets, weights)]
         total, _ = jax.lax.scan(lambda sum_, xs: (sum_ + jax.checkpoint(part)(*xs), None), jnp.zeros(()), tuple(pieces))

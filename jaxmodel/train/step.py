@@ -50,6 +50,6 @@ def make_step(
             params=tree.combine(optax.apply_updates(trains, updates), frozen),  # pyright: ignore[reportArgumentType]
             opt_state=opt_state,
         )
-        return new, {**metrics, "loss": value, "grad_norm": optax.global_norm(grads)}
+        return new, {**metrics, "loss": value, "grad_norm": optax.tree.norm(grads)}
 
     return step

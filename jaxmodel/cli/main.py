@@ -1,0 +1,102 @@
+"""The entry point: read the options, run the verb, keep its results, turn errors of a person into one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from jaxmodel.cli.options import VERBS, Common, Rerun
+from jaxmodel.errors import InputError
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one verb; exits with 0, with 2 on bad input, with 1 where a rerun differs."""
+    if "JAX_PLATFORMS" not in os.environ and not any(map(glob.glob, ("/dev/accel*", "/dev/nvidia*", "/dev/vfio/*", "/dev/kfd"))):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # no accelerator: an installed libtpu would print lines of noise
+    try:
+        options = read(sys.argv[1:] if args is None else args)
+        _, code = run(options)
+    except InputError as error:
+        print(f"jaxmodel: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("jaxmodel: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(code)
+
+
+def read(args: Sequence[str]) -> Common:
+    """The options of a command line.
+
+    Raises:
+      InputError: what tyro says in a box, as one line.
+      SystemExit: after printing help.
+    """
+    kinds = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in VERBS.items()]
+    union = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    said = io.StringIO()
+    about = "Functional JAX models: train, make smaller, measure, generate. Each verb leaves runs/<time>-<verb>/."
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(union, prog="jaxmodel", description=about, args=list(args))  # pyright: ignore
+    except SystemExit as end:
+        if end.code != 2:
+            raise
+    raise InputError(_one_line(said.getvalue()))
+
+
+def run(options: Common) -> tuple[dict[str, Any], int]:
+    """Run a verb in a run folder of its own; returns its results and the exit code."""
+    from jaxmodel import report
+    from jaxmodel.cli import rerun, verbs
+
+    name = next(name for name, cls in VERBS.items() if type(options) is cls)
+    report.check_target(options.json)
+    verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, code=rerun.code)
+    verb.prepare(options)
+    with report.clean_stdout(options.json):
+        folder = report.start_run(name, {"verb": name, **dataclasses.asdict(options)}, options.runs)
+        result = verb.run(options, folder)
+        folder.save_json("report.json", result)
+        verb.show(result, report.console_for(options.json))
+        print(f"{folder.folder}/", file=sys.stderr)
+    report.emit(result, options.json)
+    return result, verb.code(result)
+
+
+def _rerun(options: Rerun, folder: Any) -> dict[str, Any]:
+    from jaxmodel.cli import rerun
+
+    result, _ = run(rerun.options_of(options.folder, folder))
+    return rerun.compare(options.folder, result, folder)
+
+
+def _one_line(box: str) -> str:
+    """tyro's message without its frame: what is wrong, and the options that were perhaps meant."""
+    lines = [line.strip("│╭╮╰╯ ").strip() for line in box.splitlines()]
+    lines = [line for line in lines[1:-1] if line and not line.startswith("For full helptext")]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if set(line) == {"─"}:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    text = [" ".join(parts[0])]
+    for part in parts[1:]:
+        if part and part[0].startswith("Perhaps"):
+            meant = dict.fromkeys(m[0] for line in part[1:] if (m := re.match(r"--\S+", line)))
+            text.append(f"perhaps you meant {' or '.join(meant)}")
+        elif part and part[0].startswith("Available"):
+            text.append(" ".join(part))
+    return "; ".join(text)

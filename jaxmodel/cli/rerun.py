@@ -1,0 +1,95 @@
+"""`jaxmodel rerun`: repeat a run from its folder and compare what does not depend on the clock."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jaxmodel import report
+from jaxmodel.cli.options import VERBS, Common
+from jaxmodel.errors import InputError, unknown
+
+CLOCK = (
+    "seconds",
+    "tokens_per_second",
+    "prefill_seconds",
+    "prefill_tps",
+    "decode_tps_1",
+    "decode_tps_8",
+    "out",
+    "history",
+)
+"""Keys whose values depend on the clock or on the folder; rows of a history are compared by their losses."""
+
+
+def options_of(folder: str, room: report.Run) -> Common:
+    """The options of an ended run, with their outputs led into the folder of the repetition.
+
+    Raises:
+      InputError: that is no run folder, its run did not end, or its verb or options are not those of this version.
+    """
+    before = report.read_run(folder)
+    config = dict(before.config)
+    verb = config.pop("verb", None)
+    if verb not in VERBS or verb == "rerun":
+        raise unknown(f"{folder}/config.json: verb", verb, [v for v in VERBS if v != "rerun"])
+    if not (before.folder / "report.json").exists():
+        raise InputError(f"folder: {folder!r} has no report.json; the run did not end")
+    config |= {"json": None, "runs": str(room.path("again"))}
+    if "out" in config:
+        config["out"] = str(room.path("out"))
+    try:
+        return VERBS[verb](**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    except TypeError as error:
+        raise InputError(f"{folder}/config.json: {error}") from None
+
+
+def compare(folder: str, result: dict[str, Any], room: report.Run) -> dict[str, Any]:
+    """The repetition's result beside the recorded one."""
+    before = report.read_run(folder)
+    old = dict(leaves(json.loads((before.folder / "report.json").read_text())))
+    new = dict(leaves(report.to_plain(result)))
+    paths = [path for path in {**old, **new} if not _same(old.get(path), new.get(path))]
+    changed = {k: [v, room.versions.get(k)] for k, v in before.versions.items() if v != room.versions.get(k)}
+    return {
+        "verb": before.config["verb"],
+        "folder": folder,
+        "compared": len(old),
+        "differ": {path: [old.get(path), new.get(path)] for path in paths},
+        "versions_changed": changed,
+    }
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value by its path, but for those that depend on the clock."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if key == "history":
+                yield from ((f"{path}/history/{row['step']}/loss", row["loss"]) for row in child)
+            elif key not in CLOCK:
+                yield from leaves(child, f"{path}/{key}")
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from leaves(child, f"{path}/{i}")
+    else:
+        yield path, value
+
+
+def show(result: dict[str, Any], console: Any) -> None:
+    """How many values are the same, and those that are not."""
+    console.print(f"{result['verb']}: {result['compared'] - len(result['differ'])} of {result['compared']} values are the same")
+    for path, (was, now) in sorted(result["differ"].items())[:20]:
+        console.print(f"  {path}: {was} then, {now} now", markup=False)
+    for name, (was, now) in result["versions_changed"].items() if result["differ"] else ():
+        console.print(f"  {name} was {was}, is {now}", markup=False)
+
+
+def code(result: dict[str, Any]) -> int:
+    """1 where a value differs."""
+    return int(bool(result["differ"]))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))

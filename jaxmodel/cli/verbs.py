@@ -1,0 +1,194 @@
+"""What each verb does: `run(options, folder) -> result` and `show(result, console)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxmodel.cli.options import Compress, Eval, Generate, Train
+
+
+class Verb(NamedTuple):
+    """A verb's functions.
+
+    run(options, folder) -> result: does the work; the result is plain data.
+    show(result, console): prints it for people.
+    prepare(options): what must happen before JAX starts its devices.
+    code(result): the exit code.
+    """
+
+    run: Callable[..., dict[str, Any]]
+    show: Callable[..., None]
+    prepare: Callable[..., None] = lambda options: None
+    code: Callable[[dict[str, Any]], int] = lambda result: 0
+
+
+def find(name: str) -> Verb:
+    """The functions of a verb; those of the large ones are imported only now."""
+    if name == "demo":
+        from jaxmodel.cli import demo
+
+        return Verb(demo.run, demo.show)
+    return {
+        "eval": Verb(_eval, _show_eval),
+        "generate": Verb(_generate, _show_generate),
+        "compress": Verb(_compress, _show_compress),
+        "train": Verb(_train, _show_train, _simulate_devices),
+    }[name]
+
+
+# --------------------------------------------------------------------------------------------------------- eval
+
+
+def _eval(options: Eval, folder: Any) -> dict[str, Any]:
+    from jaxmodel import data, evaluate, hub
+
+    text = data.load_text(options.data)
+    bundle = hub.from_pretrained(options.model, dtype=options.dtype)
+    ids = hub.need_processor(bundle).encode(text.text)
+    windows = data.windows(ids, options.window, limit=options.max_windows)
+    score = evaluate.perplexity(bundle.model, bundle.running(), windows, seed=options.seed)
+    return {
+        **dataclasses.asdict(score),
+        "tokens": len(ids),
+        "windows": len(windows),
+        "model": options.model,
+        "data": {"name": text.name, "origin": text.origin, "sha256": text.sha256},
+    }
+
+
+def _show_eval(result: dict[str, Any], console: Any) -> None:
+    low, high = result["interval"]
+    console.print(f"{result['data']['origin']}: {result['tokens']} tokens, {result['predictions']} predictions")
+    console.print(f"NLL {result['nll']:.5f} [{low:.3f}, {high:.3f}], perplexity {result['perplexity']:.3f}")
+
+
+# ----------------------------------------------------------------------------------------------------- generate
+
+
+def _generate(options: Generate, folder: Any) -> dict[str, Any]:
+    from jaxmodel import generation, hub
+
+    bundle = hub.from_pretrained(options.model, dtype=options.dtype)
+    prompt = options.prompt
+    if options.chat:
+        prompt = hub.need_processor(bundle).apply_chat([{"role": "user", "content": prompt}])
+    sampling = generation.Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    (done,) = generation.generate_ids(
+        bundle, [prompt], sampling, max_new_tokens=options.max_new_tokens, stop=options.stop, seed=options.seed
+    )
+    return {**dataclasses.asdict(done), "prompt": prompt, "model": options.model}
+
+
+def _show_generate(result: dict[str, Any], console: Any) -> None:
+    from rich.text import Text
+
+    console.print(Text(result["prompt"], style="dim") + Text(result["text"]))
+    speed = f"{len(result['ids'])} tokens, {result['tokens_per_second']:.1f} tokens/s, ended by {result['finish_reason']}"
+    console.print(Text(speed, style="dim"))
+
+
+# ----------------------------------------------------------------------------------------------------- compress
+
+
+def _compress(options: Compress, folder: Any) -> dict[str, Any]:
+    from pathlib import Path
+
+    from jaxmodel import compress, hub, report
+
+    recipe = compress.named(options.recipe)
+    bundle = hub.from_pretrained(options.model)
+    smaller, done = compress.compress_bundle(bundle, recipe, options.recipe)
+    with report.step("save"):
+        smaller.save_pretrained(options.out)
+    file_bytes = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
+    return {**dataclasses.asdict(done), "file_bytes": file_bytes, "recipe": options.recipe, "out": options.out}
+
+
+def _show_compress(result: dict[str, Any], console: Any) -> None:
+    from jaxmodel import report
+    from jaxmodel.report.table import megabytes, number, percent, text
+
+    columns = [
+        report.Column("path"),
+        report.Column("method"),
+        report.Column("shape", format=lambda shape: " x ".join(map(str, shape))),
+        report.Column("layers"),
+        report.Column("bytes_before", "MB before", megabytes),
+        report.Column("bytes_after", "MB after", megabytes),
+        report.Column("bits_per_weight", "bits/weight", number),
+        report.Column("relative_error", "error", percent),
+    ]
+    rows = [{**row, "method": row["method"] or "kept"} for row in result["leaves"]]
+    report.print_table(rows, columns, f"{result['recipe']} -> {text(result['out'])}", console)
+    console.print(
+        f"{megabytes(result['bytes_before'])} MB -> {megabytes(result['bytes_after'])} MB, "
+        f"{result['bits_per_weight']:.3f} bits a weight, file {megabytes(result['file_bytes'])} MB"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- train
+
+
+def _simulate_devices(options: Train) -> None:
+    if options.devices != 1:
+        from jaxmodel import sharding
+
+        sharding.simulate_devices(options.devices)
+
+
+def _train(options: Train, folder: Any) -> dict[str, Any]:
+    import jax
+
+    from jaxmodel import data, hub, report, sharding, train
+    from jaxmodel.generation import generate
+    from jaxmodel.models import gpt2
+    from jaxmodel.ops import MESH_AXES, Policy
+
+    began = time.perf_counter()
+    mesh = None if options.mesh is None else sharding.make_mesh(options.mesh)
+    texts = [data.load_text(source) for source in (options.data, options.heldout)]
+    with report.step("tokenise"):
+        tokenizer = hub.train_bpe([texts[0].text], options.vocab)
+        rows = [data.windows(tokenizer.encode(t.text), options.context + 1, stride=options.context) for t in texts]
+    streams = [data.Stream(r, options.batch, options.seed) for r in rows]
+    config = gpt2.Config(tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
+    model = gpt2.model(config, Policy(compute=options.dtype, axes=MESH_AXES))
+    settings = train.TrainConfig(
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        eval_every=max(1, options.steps // 4),
+    )
+    state, history = train.fit(model, streams[0], settings, heldout=streams[1], mesh=mesh, on_log=lambda row: folder.log(**row))
+    card = {"name": "gpt2-small-from-scratch", "trained_on": texts[0].origin, "steps": options.steps, "seed": options.seed}
+    single = gpt2.model(config, Policy(compute=options.dtype))
+    bundle = hub.Bundle(single, jax.device_put(jax.device_get(state.params)), tokenizer, card)
+    out = options.out or str(folder.path("bundle"))
+    bundle.save_pretrained(out)
+    sample = generate(bundle, options.sample, max_new_tokens=min(64, options.context // 2), temperature=0.8, seed=options.seed)
+    steady = history[1:] or history  # the first row holds the compilation
+    return {
+        "out": out,
+        "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
+        "mesh": dict(mesh.shape) if mesh is not None else {},
+        "devices": jax.device_count(),
+        "data": [dataclasses.asdict(t) | {"text": len(t.text)} for t in texts],
+        "loss": history[-1]["loss"],
+        "heldout_loss": history[-1]["heldout_loss"],
+        "tokens_per_second": sum(r["tokens_per_second"] for r in steady) / len(steady),
+        "sample": options.sample + sample,
+        "history": history,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _show_train(result: dict[str, Any], console: Any) -> None:
+    console.print(
+        f"{result['parameters']} parameters on {result['devices']} device(s) {result['mesh'] or ''}: loss {result['loss']:.3f}, "
+        f"held-out {result['heldout_loss']:.3f}, {result['tokens_per_second']:.0f} tokens/s, saved in {result['out']}",
+        markup=False,
+    )
+    console.print(result["sample"], markup=False)

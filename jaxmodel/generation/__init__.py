@@ -1,0 +1,18 @@
+"""Text from a model: sampling, the decode loop, `generate` and `stream`, and how fast it runs."""
+
+from jaxmodel.generation.generate import Completion, generate, generate_ids, running, stream
+from jaxmodel.generation.sampling import GREEDY, Sampling, filter_logits, sample
+from jaxmodel.generation.timing import measure_speed
+
+__all__ = [
+    "GREEDY",
+    "Completion",
+    "Sampling",
+    "filter_logits",
+    "generate",
+    "generate_ids",
+    "measure_speed",
+    "running",
+    "sample",
+    "stream",
+]

@@ -1,0 +1,234 @@
+"""Text from prompts: `generate`, `stream`, and `generate_ids` for all that is known about each text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodel import report, tree
+from jaxmodel.errors import InputError
+from jaxmodel.generation import decode
+from jaxmodel.generation.sampling import GREEDY, Sampling
+from jaxmodel.generation.text import Writer
+from jaxmodel.hub.bundle import Bundle, need_processor
+from jaxmodel.hub.pretrained import from_pretrained
+from jaxmodel.hub.tokenizer import Tokenizer
+
+type Source = Bundle | str | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One generated text.
+
+    Attributes:
+      text: without the prompt and the stop string.
+      ids: its tokens: without the one that ends a text, with those of the stop string.
+      finish_reason: "eos" (the model ended it), "stop" (a stop string came) or "length" (max_new_tokens).
+      tokens_per_second: of this row after its first token; 0 where there is only one.
+      prefill_seconds: from the prompts of its batch to their first tokens; the first call of a shape compiles in it.
+    """
+
+    text: str
+    ids: list[int]
+    finish_reason: str
+    tokens_per_second: float
+    prefill_seconds: float
+
+
+def generate[T: (str, list[str])](
+    source: Source,
+    prompts: T,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float | int = 0.0,
+    top_k: int = 0,
+    top_p: float | int = 1.0,
+    min_p: float | int = 0.0,
+    repetition_penalty: float | int = 1.0,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    chunk: int = 16,
+) -> T:
+    """Continue a prompt, or each of several.
+
+    Args:
+      source: a bundle, or what `from_pretrained` takes (then it is loaded at each call).
+      prompts: one text or several, of any lengths.
+      max_new_tokens: the most tokens to add.
+      temperature: 0, the default, is greedy; see `Sampling` for this and the next four.
+      top_k: sample from the k best tokens.
+      top_p: sample from the best tokens that together have this probability.
+      min_p: sample from tokens of at least this share of the best one's probability.
+      repetition_penalty: above 1 makes tokens that were there less likely, greedy or not.
+      stop: a text ends before the first of these strings.
+      seed: same seed, same text. Row r of `prompts` draws the token at position p with
+        `fold_in(fold_in(key(seed), r), p)`, whatever the other rows are.
+      chunk: rows that run together; it bounds the memory of the cache and does not change the draws.
+
+    Returns:
+      The new text, or a list of them.
+
+    Raises:
+      InputError: an empty prompt, one too long for the model's context, a bundle without a tokenizer, a value out of
+        range.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    options = {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "chunk": chunk}
+    if isinstance(prompts, str):
+        return generate_ids(source, [prompts], sampling, **options)[0].text
+    return [completion.text for completion in generate_ids(source, prompts, sampling, **options)]
+
+
+def generate_ids(
+    source: Source,
+    prompts: Sequence[str],
+    sampling: Sampling = GREEDY,
+    *,
+    max_new_tokens: int = 64,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    chunk: int = 16,
+) -> list[Completion]:
+    """`generate` with ids, the reason for each end, and speed; arguments and errors as there."""
+    if isinstance(prompts, str):
+        raise InputError(f"prompts: a single string was given ({prompts!r:.40}); give a list of strings")
+    _at_least_one("chunk", chunk)
+    rows, run, new_writer = _begin(source, prompts, sampling, max_new_tokens, stop, seed)
+    completions = []
+    with report.bar(len(rows) * max_new_tokens, "generating") as job:
+        for first in range(0, len(rows), chunk):
+            part = rows[first : first + chunk]
+            writers = [new_writer() for _ in part]
+            seconds, done = np.zeros(len(part)), np.zeros(len(part), bool)
+            start, prefill = time.perf_counter(), None
+            for tokens in run(part, done, first_row=first):
+                if prefill is None:
+                    prefill, start = time.perf_counter() - start, time.perf_counter()
+                for writer, line in zip(writers, tokens.tolist(), strict=True):
+                    writer.write(line)
+                job.advance(int(np.sum(~done)) * tokens.shape[1])
+                seconds[~done] = time.perf_counter() - start
+                done[:] = [writer.finish_reason is not None for writer in writers]
+            for writer, spent in zip(writers, seconds.tolist(), strict=True):
+                drawn = len(writer.ids) + (writer.finish_reason == "eos") - 1  # the first came with the prefill
+                speed = drawn / spent if drawn > 0 else 0.0
+                reason = writer.finish_reason or "length"
+                completions.append(Completion(writer.text, writer.ids, reason, speed, prefill or 0.0))
+    return completions
+
+
+def stream(
+    source: Source,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float | int = 0.0,
+    top_k: int = 0,
+    top_p: float | int = 1.0,
+    min_p: float | int = 0.0,
+    repetition_penalty: float | int = 1.0,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+) -> Iterator[str]:
+    """`generate` for one prompt, piece by piece as the tokens come.
+
+    A piece is never half a character or a part of a stop string. Together they are the text of `generate` with the same
+    arguments, whose errors are raised here at once. The iterator may be left at any time.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    rows, run, new_writer = _begin(source, [prompt], sampling, max_new_tokens, stop, seed)
+    writer, done = new_writer(), np.zeros(1, bool)
+
+    def pieces() -> Iterator[str]:
+        for tokens in run(rows, done, steps=1):
+            writer.write(tokens[0].tolist())
+            done[:] = writer.finish_reason is not None
+            if piece := writer.read():
+                yield piece
+
+    return pieces()
+
+
+def running(bundle: Bundle) -> tree.Params:
+    """`bundle.running()`, made once for each bundle and kept as long as it lives."""
+    if bundle not in _running:
+        _running[bundle] = bundle.running()
+    return _running[bundle]
+
+
+_running: weakref.WeakKeyDictionary[Bundle, tree.Params] = weakref.WeakKeyDictionary()
+
+
+def _begin(
+    source: Source,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop: str | Sequence[str],
+    seed: int,
+) -> tuple[list[list[int]], Callable[..., Iterator[np.ndarray]], Callable[[], Writer]]:
+    """The ids of the prompts, `decode.run` without its rows, and what makes the writer of a row.
+
+    Raises:
+      InputError: see `generate`.
+    """
+    _at_least_one("max_new_tokens", max_new_tokens)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed: {seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for item in stops:
+        if not isinstance(item, str) or not item:
+            raise InputError(f"stop: {item!r}; allowed: strings of one character or more")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise InputError(f"{_name(prompts, i)}: {prompt!r}; allowed: a text of one token or more")
+    bundle = source if isinstance(source, Bundle) else from_pretrained(source)
+    tokenizer = need_processor(bundle)
+    rows = _encode(tokenizer, prompts, max_new_tokens, bundle.model.config)
+    run = functools.partial(
+        decode.run,
+        bundle.model,
+        running(bundle),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        eos_ids=tokenizer.eos_ids,
+        seed=seed,
+    )
+    return rows, run, functools.partial(Writer, tokenizer, max_new_tokens, stops)
+
+
+def _encode(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, config: Any) -> list[list[int]]:
+    """The ids of the prompts, if there are any and the model has room for them and the new ones."""
+    bare = tokenizer.encode_batch(prompts)
+    rows = tokenizer.encode_batch(prompts, special=True)
+    for i, row in enumerate(rows):
+        name = _name(prompts, i)
+        if not bare[i]:
+            raise InputError(f"{name}: {prompts[i]!r:.40} has no tokens; allowed: a text of one token or more")
+        if len(row) >= config.context:
+            raise InputError(f"{name}: {len(row)} tokens; allowed: fewer than the model's context of {config.context}")
+        if len(row) + max_new_tokens > config.context:
+            raise InputError(
+                f"max_new_tokens: {max_new_tokens}; allowed: at most {config.context - len(row)}, because the model's "
+                f"context is {config.context} and {name} has {len(row)} tokens"
+            )
+        if max(row) >= config.vocab:
+            raise InputError(f"{name}: the tokenizer gives id {max(row)}; the model knows 0 to {config.vocab - 1}")
+    return rows
+
+
+def _name(prompts: Sequence[str], i: int) -> str:
+    return "prompt" if len(prompts) == 1 else f"prompts[{i}]"
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}: {value!r}; allowed: a whole number of 1 or more")

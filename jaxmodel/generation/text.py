@@ -1,0 +1,67 @@
+"""From ids to text while it is generated: whole characters only, cut at the first stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from jaxmodel.hub.tokenizer import Tokenizer, stream_decoder
+
+
+class Writer:
+    """The text of one row, token by token.
+
+    Attributes:
+      ids: the tokens so far: not the one that ends a text, but with those of a stop string.
+      text: what they say, up to the stop string.
+      finish_reason: "eos", "stop" or "length"; None while it goes on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_new_tokens: int, stop: Sequence[str] = ()):
+        self.ids: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._limit, self._stop, self._eos = max_new_tokens, stop, frozenset(tokenizer.eos_ids)
+        self._decode = stream_decoder(tokenizer)
+        self._sent = 0
+
+    def write(self, ids: Iterable[int]) -> None:
+        """Take the next ids; those after the end are ignored."""
+        for token in map(int, ids):
+            if self.finish_reason:
+                return
+            if token in self._eos:
+                self._finish("eos")
+                return
+            self.ids.append(token)
+            self._add(self._decode(token))
+            if len(self.ids) >= self._limit and not self.finish_reason:
+                self._finish("length")
+
+    def read(self) -> str:
+        """The text since the last call that no stop string can still claim."""
+        end = len(self.text)
+        if not self.finish_reason:
+            end -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
+        piece, self._sent = self.text[self._sent : end], max(self._sent, end)
+        return piece
+
+    def _finish(self, reason: str) -> None:
+        self._add(self._decode(None))
+        self.finish_reason = self.finish_reason or reason
+
+    def _add(self, piece: str) -> None:
+        start = len(self.text)
+        self.text += piece
+        found = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop]
+        if cut := [i for i in found if i >= 0]:
+            self.text = self.text[: min(cut)]
+            self.finish_reason = "stop"
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`.
+
+    >>> _overlap("so\\n", "\\n\\n")
+    1
+    """
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,123 @@
+"""`apply` and `observe`: recipes by rules over whole models."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import compress, tree
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.models import gpt2, llama
+
+MODELS = {"llama": llama.model(llama.SIZES["tiny"]), "gpt2": gpt2.model(gpt2.SIZES["tiny"])}
+TOKENS = jax.random.randint(jax.random.key(1), (2, 16), 0, 256)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {name: jax.jit(model.init)(jax.random.key(0)) for name, model in MODELS.items()}
+
+
+@pytest.mark.parametrize("recipe", compress.NAMED)
+@pytest.mark.parametrize("family", MODELS)
+def test_named_recipes(family, recipe, params):
+    small, report = compress.apply(compress.NAMED[recipe], params[family])
+    assert list(tree.flatten(small)) == list(tree.flatten(params[family]))  # same paths
+    assert report.bytes_before == tree.nbytes(params[family]) and report.bytes_after == tree.nbytes(small)
+    assert sum(row["bytes_after"] for row in report.leaves) == report.bytes_after
+    assert report.bits_per_weight == pytest.approx(8 * tree.nbytes(small) / tree.count(small))
+    for row in report.leaves:
+        leaf = tree.flatten(small)[row["path"]]
+        assert bool(row["method"]) == isinstance(leaf, QTensor | Sparse) == (row["relative_error"] > 0)
+        assert row["bits_per_weight"] == pytest.approx(8 * tree.nbytes(leaf) / np.prod(leaf.shape))
+    model = MODELS[family]
+    exact, near = (model.apply(p, TOKENS).logits for p in (params[family], small))
+    limit = {"int8": 0.05, "int8-weight": 0.03, "int4": 0.3, "sparse50-int8": 1.0}[recipe]
+    assert 0 < float(jnp.std(near - exact) / jnp.std(exact)) < limit
+
+
+def test_layers_may_differ(params):
+    rules = (
+        ("blocks/0/.*/(q|k|v|o|gate|up|down)", compress.parse("rtn(bits=4, group=8)")),
+        ("blocks/1/.*/(gate|up|down)", compress.parse("magnitude(pattern=(2, 4)) | rtn(bits=8)")),
+        (".*", ()),
+    )
+    small, report = compress.apply(rules, params["llama"])
+    assert list(small["blocks"]) == ["0", "1", "2"]
+    assert len(report.leaves) == len(tree.flatten(small))
+    decoded = jax.tree.map(lambda a: a, small)
+    decoded = tree.map_leaves(lambda _, leaf: leaf.decode() if hasattr(leaf, "decode") else leaf, decoded)
+    same = MODELS["llama"].apply(decoded, TOKENS).logits
+    np.testing.assert_allclose(MODELS["llama"].apply(small, TOKENS).logits, same, atol=1e-4)
+
+
+def test_a_recipe_of_the_wrong_rules_is_refused(params):
+    with pytest.raises(InputError, match="'blocks/.*/wq' matches no leaf"):
+        compress.apply((("blocks/.*/wq", compress.parse("rtn()")), (".*", ())), params["llama"])
+    with pytest.raises(InputError, match="no rule covers the leaf"):
+        compress.apply(((compress.recipes.BLOCKS, compress.parse("rtn()")),), params["llama"])
+
+
+def test_named_takes_names_and_chains():
+    assert compress.named("int4") is compress.NAMED["int4"]
+    assert compress.named("rtn(bits=3)")[0][1] == (compress.Rtn(3),)
+    with pytest.raises(InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4"):
+        compress.named("int5")
+
+
+@pytest.mark.parametrize("recipe", [None, "int8"])
+def test_observe_equals_hand_computed_statistics(recipe, params):
+    """The inputs of the first layer's q and of the head can be computed without probes."""
+    model, tree_ = MODELS["llama"], params["llama"]
+    if recipe:
+        tree_ = compress.apply(compress.NAMED[recipe], tree_)[0]
+    stats = compress.observe(model, tree_, [TOKENS, TOKENS[:, ::-1]], statistics=("gram", "square", "histogram"))
+    grams = []
+    for tokens in (TOKENS, TOKENS[:, ::-1]):
+        x, _ = model.parts.embed(tree_, {"tokens": tokens})
+        weight = tree.flatten(tree.unstack(tree_))["blocks/0/attn_norm/weight"]
+        x = np.asarray(x, np.float64)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.config.norm_eps) * np.asarray(weight)
+        grams.append(np.einsum("bti,btj->ij", x, x))
+    for name in "qkv":
+        found = stats[f"blocks/0-2/attn/{name}"]
+        np.testing.assert_allclose(found["gram"][0], sum(grams), rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(found["square"][0], np.diag(sum(grams)), rtol=1e-4, atol=1e-3)
+    assert all(np.all(found["count"] == 64) for path, found in stats.items() if path != "embed")
+    assert float(stats["embed"]["taken"]) == 64 and float(stats["embed"]["count"]) == 0
+    assert all(np.all(found["histogram"].sum(-1) == found["count"] * found["square"].shape[-1]) for found in stats.values())
+
+
+def test_observe_some_paths(params):
+    stats = compress.observe(MODELS["gpt2"], params["gpt2"], [TOKENS], paths="blocks/1/mlp/.*")
+    assert list(stats) == ["blocks/1/mlp/down", "blocks/1/mlp/up"]
+    assert stats["blocks/1/mlp/up"]["square"].shape == (32,)
+
+
+def test_observe_says_what_is_wrong(params):
+    with pytest.raises(InputError, match="paths: 'nothing' matches no matrix"):
+        compress.observe(MODELS["gpt2"], params["gpt2"], [TOKENS], paths="nothing")
+    with pytest.raises(InputError, match="batches: there is none"):
+        compress.observe(MODELS["gpt2"], params["gpt2"], [])
+    with pytest.raises(InputError, match="statistics: 'grm' is not known"):
+        compress.observe(MODELS["gpt2"], params["gpt2"], [TOKENS], statistics=("grm",))
+
+
+def test_recipes_give_the_same_codes_on_a_mesh(devices8):
+    program = """
+        import jax, numpy as np
+        from jaxmodel import compress, sharding, tree
+        from jaxmodel.models import llama
+        model = llama.model(llama.SIZES["tiny"])
+        params = jax.jit(model.init)(jax.random.key(0))
+        for recipe in compress.NAMED.values():
+            want = tree.fingerprint(compress.apply(recipe, params)[0])
+            for shape in ("fsdp=2", "fsdp=2,tensor=2", "fsdp=4,tensor=2"):
+                placed = sharding.place(model.rules, params, sharding.make_mesh(shape))
+                assert tree.fingerprint(compress.apply(recipe, placed)[0]) == want, shape
+        print("same")
+    """
+    assert devices8(program).strip() == "same"

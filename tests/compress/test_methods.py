@@ -1,0 +1,151 @@
+"""Methods: each against plain NumPy, and the laws that every method keeps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxmodel import compress, leaves
+from jaxmodel.compress.magnitude import largest
+from jaxmodel.errors import InputError
+
+WEIGHT = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 24)), jnp.float32)
+CHAINS = [
+    "rtn(bits=8)",
+    "rtn(bits=4, group=8)",
+    "rtn(bits=3, group=16)",
+    "rtn(bits=1)",
+    "rtn(bits=2, symmetric=False)",
+    "rtn(bits=5, group=8, symmetric=False)",
+    "rtn(bits=8, activations='int8')",
+    "magnitude(fraction=0.25)",
+    "magnitude(fraction=0.5, scope='leaf')",
+    "magnitude(fraction=0.5, pattern=(2, 4))",
+    "magnitude(fraction=0.5) | rtn(bits=8, activations='int8')",
+    "magnitude(fraction=0.5, pattern=(2, 4)) | rtn(bits=4)",
+]
+
+
+def run(text: str, weight=WEIGHT):
+    return compress.apply((("w", compress.parse(text)),), {"w": weight})[0]["w"]
+
+
+@pytest.mark.parametrize("text", CHAINS)
+def test_text_form_round_trips(text):
+    assert compress.text_of(compress.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", CHAINS)
+def test_laws_of_every_chain(text):
+    leaf = run(text)
+    leaf.check()
+    assert leaf.shape == WEIGHT.shape and leaf.nbytes < WEIGHT.nbytes
+    again = run(text)
+    jax.tree.map(np.testing.assert_array_equal, leaf, again)  # deterministic
+    for i in range(3):  # stacked layers are compressed as each alone
+        alone = leaves.decode(run(text, WEIGHT[i]))
+        np.testing.assert_array_equal(leaves.decode(leaf)[i], alone)
+
+
+def test_every_method_is_in_a_chain():
+    assert {name for name in compress.methods() if any(name in text for text in CHAINS)} == set(compress.methods())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rtn_error_is_at_most_half_a_step(bits, group, symmetric):
+    leaf = compress.Rtn(bits, group, symmetric, scale_dtype="float32")(WEIGHT)
+    if bits == 1 and symmetric:
+        signs = np.where(np.asarray(WEIGHT) < 0, -1, 1)
+        size = np.abs(np.asarray(WEIGHT)).reshape(3, 6, -1, group or 24).mean(-1, keepdims=True)
+        want = (signs.reshape(3, 6, -1, group or 24) * size).reshape(WEIGHT.shape)
+        np.testing.assert_allclose(leaf.decode(), want, rtol=1e-6)
+        return
+    step = np.repeat(np.asarray(leaf.scale), 24 // leaf.groups, axis=-1)
+    assert np.all(np.abs(np.asarray(leaf.decode() - WEIGHT)) <= step / 2 * (1 + 1e-5))
+
+
+def test_rtn_scale_is_that_of_the_largest_weight():
+    leaf = compress.Rtn(4, group=8)(WEIGHT)
+    grouped = np.abs(np.asarray(WEIGHT)).reshape(3, 6, 3, 8).max(-1)
+    np.testing.assert_array_equal(leaf.scale, (grouped / 7).astype(np.float16))
+    assert leaf.scale.dtype == jnp.float16 and leaf.bits_per_weight == 4 + 16 / 8
+
+
+def test_rtn_of_a_row_of_zeros_is_zeros():
+    assert not np.any(np.asarray(compress.Rtn(4, group=8)(jnp.zeros((2, 16))).decode()))
+    assert np.all(np.abs(np.asarray(compress.Rtn(4, symmetric=False)(jnp.zeros((2, 16))).decode())) < 1e-30)
+
+
+def test_values_on_the_grid_are_exact():
+    codes = np.random.default_rng(1).integers(-7, 8, (4, 32))
+    codes[:, ::8] = 7
+    np.testing.assert_array_equal(compress.Rtn(4, group=8)(jnp.asarray(codes * 0.25, jnp.float32)).decode(), codes * 0.25)
+
+
+@pytest.mark.parametrize("scope", ["row", "leaf"])
+def test_magnitude_keeps_the_largest(scope):
+    leaf = compress.Magnitude(0.5, scope)(WEIGHT)
+    leaf.check_values()
+    size = np.abs(np.asarray(WEIGHT))
+    flat = size.reshape(3, 6, 24) if scope == "row" else size.reshape(3, 1, 144)
+    cut = np.sort(flat, -1)[..., flat.shape[-1] // 2][..., None]
+    want = np.where(flat >= cut, np.asarray(WEIGHT).reshape(flat.shape), 0).reshape(WEIGHT.shape)
+    np.testing.assert_array_equal(leaf.decode(), want)
+
+
+def test_magnitude_pattern_keeps_two_of_four():
+    leaf = compress.Magnitude(pattern=(2, 4))(WEIGHT)
+    leaf.check_values()
+    groups = np.asarray(WEIGHT).reshape(-1, 4)
+    rank = np.argsort(np.argsort(-np.abs(groups), axis=-1, kind="stable"), axis=-1)
+    np.testing.assert_array_equal(leaf.decode().reshape(-1, 4), np.where(rank < 2, groups, 0))
+
+
+def test_no_pruning_is_the_identity():
+    assert run("magnitude(0.0)") is WEIGHT
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.5, 1e-30]), min_size=1, max_size=30), st.data())
+def test_largest_equals_a_stable_sort(scores, draws):
+    count = draws.draw(st.integers(0, len(scores)))
+    got = np.asarray(largest(jnp.asarray(scores, jnp.float32), count))
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    assert set(np.flatnonzero(got)) == set(order[:count])
+
+
+def test_zeros_survive_rounding():
+    pruned = compress.Magnitude(0.5)(WEIGHT)
+    rounded = compress.Rtn(8)(pruned)
+    np.testing.assert_array_equal(np.asarray(rounded.decode()) == 0, np.asarray(pruned.decode()) == 0)
+    expanded = rounded.expand()
+    assert isinstance(expanded, leaves.QTensor)
+    np.testing.assert_array_equal(expanded.decode(), rounded.decode())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rtm(4)", r"method: 'rtm' is not known; allowed: magnitude, rtn \(nearest: rtn\)"),
+        ("rtn(bits=9)", "bits is 9; allowed: 1 to 8"),
+        ("rtn(bit=4)", "rtn takes the settings bits, group, symmetric"),
+        ("rtn(4", "not readable"),
+        ("rtn(group=0)", "group is 0"),
+        ("rtn(bits=3, group=5)", "at 3 bits a multiple of 8"),
+        ("magnitude(1.5)", "fraction is 1.5; allowed: from 0 to below 1"),
+        ("magnitude(scope='column')", "scope is 'column'"),
+        ("magnitude(pattern=(4, 2))", r"pattern is \(4, 2\)"),
+        ("rtn() | magnitude()", "prune before you quantise"),
+        ("rtn() | rtn()", "takes a plain or sparse leaf, not QTensor"),
+        ("magnitude() | rtn(symmetric=False)", "symmetrically"),
+        ("magnitude(pattern=(2, 5))", "does not divide rows of 24"),
+    ],
+)
+def test_bad_input_says_what_is_allowed(text, says):
+    with pytest.raises(InputError, match=says):
+        run(text)

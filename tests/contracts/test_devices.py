@@ -1,0 +1,279 @@
+"""What runs on one device runs on a mesh of eight and gives the same, for every family and every compressed leaf.
+
+This file runs itself once, in a process of its own with eight simulated devices, where each `check_*` writes down how it
+went; the tests here read that. Run it by hand with `JAX_NUM_CPU_DEVICES=8 python tests/contracts/test_devices.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, sharding, tree
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.models import families
+
+MESH = "fsdp=4,tensor=2"
+B, T = 8, 6
+
+
+# ---------------------------------------------------------------------------------------------------------- the helpers
+
+
+def build(family: str):
+    """The model on one device, the one whose policy places activations, large parameters, tokens."""
+    module = families()[family]
+    config = module.SIZES["tiny"]
+    alone, placed = module.model(config), module.model(config, ops.Policy(axes=ops.MESH_AXES))
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(alone.init, jax.random.key(0))
+    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.2, a.dtype), shapes)
+    return alone, placed, params, jnp.asarray(rng.integers(0, config.vocab, (B, T)), jnp.int32)
+
+
+def loss(model, params, tokens):
+    logits = model.apply(params, tokens).logits
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean(), logits
+
+
+def close(got, want, tolerance: float = 1e-5) -> None:
+    """Equal relative to the largest value of each leaf."""
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1), jax.tree_util.keystr(path)
+
+
+def quantise(w: jax.Array, bits: int = 8, group: int | None = None, tensor: bool = False, **static) -> QTensor:
+    n = w.shape[-1]
+    grouped = np.pad(np.asarray(w), [(0, 0)] * (w.ndim - 1) + [(0, -n % (group or 1))])
+    grouped = grouped.reshape(*w.shape[:-1], -1, group or n)
+    scale = np.abs(grouped).max(-1) / (2 ** (bits - 1) - 1)
+    scale = np.full_like(scale[..., :1, :], scale.max()) if tensor else scale
+    codes = np.round(grouped / scale[..., None]).astype(np.int32).reshape(*w.shape[:-1], -1)[..., :n]
+    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static)
+
+
+def affine(w: jax.Array, group: int) -> QTensor:
+    grouped = np.asarray(w).reshape(*w.shape[:-1], -1, group)
+    low = grouped.min(-1)
+    scale = (grouped.max(-1) - low) / 15
+    codes = np.round((grouped - low[..., None]) / scale[..., None]).astype(np.int32).reshape(w.shape)
+    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(low), bits=4, group=group)
+
+
+def sparse(w: jax.Array) -> Sparse:
+    size = np.abs(np.asarray(w))
+    return Sparse.from_dense(w, jnp.asarray(size >= np.median(size, axis=-1, keepdims=True)))
+
+
+def refused(run, message: str) -> None:
+    try:
+        run()
+    except InputError as error:
+        assert re.search(message, str(error)), str(error)
+    else:
+        raise AssertionError(f"nothing raised; wanted: {message}")
+
+
+# ------------------------------------------------------------------------------------ the checks, one for each family
+
+
+def check_a_training_step(family: str) -> None:
+    """Logits, gradients, and Adam, whose moments lie as their parameters do, before and after."""
+    alone, placed, params, tokens = build(family)
+    optimizer = optax.adam(1e-2)
+
+    def step(model):
+        @jax.jit
+        def run(params, state, tokens):
+            (_, logits), grads = jax.value_and_grad(lambda p: loss(model, p, tokens), has_aux=True)(params)
+            updates, state = optimizer.update(grads, state, params)
+            return logits, grads, state, optax.apply_updates(params, updates)
+
+        return run
+
+    logits, grads, state, trained = step(alone)(params, optimizer.init(params), tokens)
+    mesh = sharding.make_mesh(MESH)
+    params, places = sharding.shardings(alone.rules, params, mesh)
+    on_mesh = jax.device_put(params, places)
+    cut = [leaf for leaf in jax.tree.leaves(on_mesh) if not leaf.is_fully_replicated]
+    assert sum(leaf.size for leaf in cut) > 0.9 * tree.count(params)
+    assert tree.fingerprint(on_mesh) == tree.fingerprint(params)
+    inherited = sharding.inherit(optimizer.init(params), places, mesh)
+    for moment in (inherited[0].mu, inherited[0].nu):
+        assert jax.tree.leaves(moment) == jax.tree.leaves(places)
+    before = jax.device_put(optimizer.init(params), inherited)
+    with jax.set_mesh(mesh):
+        got = step(placed)(on_mesh, before, jax.device_put(tokens, NamedSharding(mesh, P("fsdp"))))
+    close(got[:2], (logits, grads))
+    close(got[2], state)
+    assert got[0].sharding.shard_shape(logits.shape) == (B // 4, T, alone.config.vocab // 2)
+    for after in (got[2][0].mu, got[2][0].nu, got[3]):
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(on_mesh), strict=True):
+            assert a.sharding.shard_shape(a.shape) == b.sharding.shard_shape(b.shape)
+    # adam divides by the root of its moment: where a gradient is all rounding, so is its update
+    for a, b, nu in zip(*map(jax.tree.leaves, (got[3], trained, state[0].nu)), strict=True):
+        assert np.all((np.abs(a - b) < 1e-4) | (np.sqrt(nu) < 1e-6))
+
+
+def check_cache(family: str) -> None:
+    alone, placed, params, tokens = build(family)
+    want = jax.jit(alone.apply)(params, tokens).logits
+    mesh = sharding.make_mesh(MESH)
+    with jax.set_mesh(mesh):
+        run = jax.jit(placed.apply)
+        on_mesh = sharding.place(alone.rules, params, mesh)
+        first = run(on_mesh, tokens[:, : T - 1], placed.init_cache(B, T))
+        last = run(on_mesh, tokens[:, T - 1 :], first.cache)
+    close(jnp.concatenate([first.logits, last.logits], axis=1), want)
+
+
+def check_compressed_leaves(family: str) -> None:
+    """Layers of int8 rows, int4 in groups that divide with int8 activations, and sparse, cut by rows; an int8 table."""
+    alone, placed, params, tokens = build(family)
+    kinds = (quantise, lambda w: quantise(w, 4, group=8, activations="int8"), sparse)
+    compressed, rows = {}, []
+    for path, leaf in tree.flatten(tree.unstack(jax.device_get(params))).items():
+        leaf = jnp.asarray(leaf)
+        if leaf.ndim != 2:
+            compressed[path] = leaf
+        elif not path.startswith("blocks/"):
+            compressed[path] = quantise(leaf) if path == "embed" else leaf
+        else:
+            compressed[path] = kinds[int(path.split("/")[1]) % 3](leaf)
+            rows += [path] if isinstance(compressed[path], Sparse) else []
+    compressed = tree.unflatten(compressed)
+    rules = [("|".join(rows), P("tensor")), *alone.rules]
+    want = jax.jit(alone.apply)(compressed, tokens).logits
+    mesh = sharding.make_mesh(MESH)
+    on_mesh = sharding.place(rules, compressed, mesh)
+    with jax.set_mesh(mesh):
+        got = jax.jit(placed.apply)(on_mesh, tokens).logits
+    # a rounded activation on the edge between two codes may fall to either side
+    assert np.sqrt(np.mean((got - want) ** 2)) < 1e-3 * np.std(want)
+    assert np.median(np.abs(got - want)) < 1e-5
+    cut = [a.sharding.shard_shape(a.shape) != a.shape for a in jax.tree.leaves(on_mesh) if a.size >= 512]
+    assert all(cut)
+    assert tree.fingerprint(on_mesh) == tree.fingerprint(compressed)
+
+
+# --------------------------------------------------------------------------------------------- the checks, once
+
+
+def check_each_leaf_on_rows_and_columns() -> None:
+    """einsum and take of every leaf that can be cut so, by rows, by columns and by both."""
+    mesh = sharding.make_mesh(MESH)
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 64), (8, 64)))
+    keep = np.argsort(np.argsort(-np.abs(np.asarray(w)).reshape(16, 16, 4)), axis=-1) < 2
+    two_of_four = Sparse.from_dense(w, jnp.asarray(keep.reshape(16, 64)), pattern=(2, 4))
+    anywhere = {
+        "array": w,
+        "int8": quantise(w),
+        "int8 tensor": quantise(w, tensor=True),
+        "dynamic": quantise(w, activations="int8"),
+        "int4 rows": quantise(w, 4),
+        "int4 groups": quantise(w, 4, group=8),
+        "affine groups": affine(w, 16),
+    }
+    by_rows = {"int3 padded": quantise(w[:, :45], 3), "int4 padded": quantise(w[:, :60], 4, group=16), "sparse": sparse(w)}
+    ids = jnp.asarray(rng.integers(0, 16, (2, 5)), jnp.int32)
+    both = jax.jit(lambda leaf, x: (ops.einsum("BD,FD->BF", x, leaf), ops.take(leaf, ids)))
+    rows, columns = P(("fsdp", "tensor")), P("fsdp", "tensor")
+    cases = [(leaf, spec) for leaf in anywhere.values() for spec in (rows, P("tensor", "fsdp"))]
+    for leaf, spec in [*cases, *((leaf, rows) for leaf in by_rows.values()), (two_of_four, columns)]:
+        narrow = x[:, : leaf.shape[-1]]
+        placed = sharding.place([("w", spec)], {"w": leaf}, mesh)["w"]
+        main = jax.tree.leaves(placed)[0]
+        assert main.sharding.shard_shape(main.shape)[0] * (8 if spec == rows else mesh.shape[spec[0]]) == 16
+        with jax.set_mesh(mesh):
+            close(both(placed, narrow), both(leaf, narrow), 2e-5)
+
+
+def check_stacked_leaves_scan_on_a_mesh() -> None:
+    mesh = sharding.make_mesh(MESH)
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=shape) / 6, jnp.float32) for shape in ((3, 32, 32), (8, 32)))
+    body = lambda x, leaf: (jnp.tanh(ops.einsum("BD,FD->BF", x, leaf)), None)
+    run = jax.jit(lambda leaf, x: jax.lax.scan(body, x, leaf)[0])
+    for leaf, spec in ((quantise(w, 4, group=8), P("tensor", "fsdp")), (sparse(w), P("tensor")), (w, P("tensor", "fsdp"))):
+        params = {"blocks": {"0-2": {"w": leaf}}}
+        with jax.set_mesh(mesh):
+            placed = sharding.place([(".*", spec)], params, mesh)["blocks"]["0-2"]["w"]
+            got = run(placed, x)
+        assert all(not a.is_fully_replicated for a in jax.tree.leaves(placed))
+        close(got, run(leaf, x))
+
+
+def check_what_cannot_be_cut_is_refused() -> None:
+    mesh = sharding.make_mesh(MESH)
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)), jnp.float32)
+    cut = lambda leaf, spec: lambda: sharding.place([("w", spec)], {"w": leaf}, mesh)
+    refused(cut(quantise(w, 4, group=32), P(None, "fsdp")), "64 codes into 4 parts, which splits a group of 32")
+    refused(cut(quantise(w[:, :4], 4), P(None, "fsdp")), "splits a byte of 2")
+    refused(cut(quantise(w[:, :60], 4, group=8), P(None, "tensor")), "cuts the last axis of 60")
+    refused(cut(sparse(w), P(None, "tensor")), "only an N:M pattern")
+    refused(cut(w[:6], P("fsdp")), "does not divide the leaf 'w': axis 0 of .6, 64. has length 6, which fsdp = 4")
+    cut(quantise(w, 4, group=32), P(None, "tensor"))()  # two groups of 32 on two devices
+
+
+def check_meshes() -> None:
+    assert sharding.make_mesh("data=2,fsdp=2,tensor=2").devices.shape == (2, 2, 2)
+    assert list(sharding.make_mesh("fsdp=3").devices.flat) == jax.devices()[:3]
+    last = sharding.make_mesh({"fsdp": 4}, jax.devices()[4:])
+    assert {device.id for device in last.devices.flat} == {4, 5, 6, 7}
+    refused(lambda: sharding.make_mesh("fsdp=4,tensor=4"), "needs 16 devices; there are 8")
+    refused(lambda: sharding.make_mesh("fsdp=8", jax.devices()[:4]), "needs 8 devices; there are 4")
+
+
+FAMILY_CHECKS = (check_a_training_step, check_cache, check_compressed_leaves)
+CHECKS = (
+    check_each_leaf_on_rows_and_columns,
+    check_stacked_leaves_scan_on_a_mesh,
+    check_what_cannot_be_cut_is_refused,
+    check_meshes,
+)
+NAMES = [f"{check.__name__} {family}" for family in families() for check in FAMILY_CHECKS] + [c.__name__ for c in CHECKS]
+
+
+def run_all() -> dict[str, str]:
+    """The name of each check and how it failed, "" if it did not."""
+    found = {}
+    for name in NAMES:
+        function, *family = name.split(" ")
+        try:
+            globals()[function](*family)
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the tests
+
+
+@pytest.fixture(scope="module")
+def outcome(devices8):
+    return json.loads(devices8(Path(__file__)).splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_eight_devices(name, outcome):
+    if outcome[name]:
+        pytest.fail(outcome[name], pytrace=False)
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8, "run with JAX_NUM_CPU_DEVICES=8"
+    print(json.dumps(run_all()))

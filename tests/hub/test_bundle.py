@@ -1,0 +1,637 @@
+"""Bundles on disk: what is saved comes back bit for bit, what is wrong is named, what stood there survives."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxmodel import compress, layers, tree
+from jaxmodel.compress import Magnitude, Rtn
+from jaxmodel.errors import InputError
+from jaxmodel.hub import Bundle, from_pretrained, train_bpe
+from jaxmodel.hub import bundle as bundles
+from jaxmodel.hub import gguf as gguf_files
+from jaxmodel.models import families
+from jaxmodel.ops import Policy
+
+GOLDENS = Path(__file__).parent / "goldens"
+TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+KINDS = ("gpt2", "llama")
+
+# Layers that differ in bits, groups, sparsity and N:M; of gpt2's joined q, k, v some are compressed and some are not.
+MIXED = (
+    ("blocks/0/attn/q", (Rtn(4, group=16),)),
+    ("blocks/0/mlp/(up|down)", (Magnitude(pattern=(2, 4)), Rtn(8))),
+    ("blocks/1/attn/(q|k)", (Magnitude(0.7, scope="leaf"),)),
+    ("blocks/1/attn/(v|o)", (Rtn(3, group=8, symmetric=False),)),
+    ("blocks/1/mlp/.*[pn]", (Magnitude(pattern=(1, 4)),)),
+    ("blocks/2/attn/.", (Rtn(5),)),
+    ("blocks/2/mlp/down", (Magnitude(0.9), Rtn(1))),
+    ("embed", (Rtn(6, activations="int8"),)),
+    (".*", ()),
+)
+VARIANTS = ("plain", "bf16", "mixed", *compress.NAMED)
+
+
+@functools.cache
+def plain(kind: str, **change: Any) -> Bundle:
+    module = families()[kind]
+    model = module.model(dataclasses.replace(module.SIZES["tiny"], init_scale=0.2, **change))
+    noise = lambda path, leaf: leaf + 0.1 * np.random.default_rng(len(path)).normal(size=leaf.shape).astype(np.float32)
+    params = tree.map_leaves(noise, jax.jit(model.init)(jax.random.key(0)))
+    return Bundle(model, params, None, {"name": f"tiny {kind}", "trained": {"steps": 3}})
+
+
+@functools.cache
+def variant(kind: str, name: str) -> Bundle:
+    bundle = plain(kind)
+    if name == "plain":
+        return bundle
+    if name == "bf16":
+        return dataclasses.replace(bundle, params=tree.cast(bundle.params, "bfloat16"))
+    return compress.compress_bundle(bundle, MIXED if name == "mixed" else compress.NAMED[name], name)[0]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder of each kind and variant that the tests below damage."""
+    root = tmp_path_factory.mktemp("stored")
+    for kind, name in (("gpt2", "plain"), ("llama", "plain"), ("llama", "mixed"), ("llama", "int4")):
+        variant(kind, name).save_pretrained(root / f"{kind}-{name}")
+    variant("llama", "plain")
+    plain("llama", tied=True).save_pretrained(root / "llama-tied")
+    shutil.copytree(GOLDENS / "llama-tied", root / "shards")
+    return root
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def refused(source: str | Path, *parts: str, **options: Any) -> None:
+    """Loading raises InputError in one line that has all the parts."""
+    with pytest.raises(InputError) as caught:
+        from_pretrained(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+# --------------------------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(kind: str, name: str, tmp_path: Path) -> None:
+    bundle = variant(kind, name)
+    back = from_pretrained(bundle.save_pretrained(tmp_path / "out"))
+    assert tree.fingerprint(back.params) == tree.fingerprint(bundle.params)
+    assert jax.tree.structure(back.params) == jax.tree.structure(bundle.params)  # the same segments, too
+    assert back.model is bundle.model  # equal config and policy, so nothing is compiled again
+    assert back.card == bundle.card and back.processor is None
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(back.params))
+    if name == "mixed":
+        assert len(bundle.params["blocks"]) == 3
+        apply = jax.jit(bundle.model.apply)
+        np.testing.assert_array_equal(apply(back.params, TOKENS).logits, apply(bundle.params, TOKENS).logits)
+
+
+def test_parts_of_gpt2s_joined_tensor(tmp_path: Path) -> None:
+    """Joined while all are plain and alike; by name where one is compressed or of another dtype."""
+    bundle = variant("gpt2", "mixed")
+    blocks = {**bundle.params["blocks"]}
+    blocks["2"] = {**blocks["2"], "attn": {**blocks["2"]["attn"]}}
+    blocks["2"]["attn"]["v_bias"] = blocks["2"]["attn"]["v_bias"].astype(jnp.bfloat16)
+    bundle = dataclasses.replace(bundle, params={**bundle.params, "blocks": blocks})
+    tensors = load_file(bundle.save_pretrained(tmp_path / "out") / "model.safetensors")
+    assert tensors["transformer.h.0.attn.c_attn.bias"].shape == (96,)
+    attn = {key.removeprefix("transformer.h.") for key in tensors if "c_attn" in key}
+    assert attn == {
+        *("0.attn.c_attn.q.weight_packed", "0.attn.c_attn.q.weight_scale", "0.attn.c_attn.k.weight"),
+        *("0.attn.c_attn.v.weight", "0.attn.c_attn.bias", "1.attn.c_attn.bias"),
+        *(f"1.attn.c_attn.{part}.weight_{name}" for part in "qk" for name in ("mask", "values")),
+        *(f"1.attn.c_attn.v.weight_{name}" for name in ("packed", "scale", "minimum")),
+        *(f"2.attn.c_attn.{part}.weight_{name}" for part in "qkv" for name in ("packed", "scale")),
+        *(f"2.attn.c_attn.{part}.bias" for part in "qkv"),
+    }
+    assert tree.fingerprint(from_pretrained(tmp_path / "out").params) == tree.fingerprint(bundle.params)
+
+
+@pytest.mark.parametrize("name", ["plain", "bf16"])
+def test_plain_folders_have_the_names_of_transformers(name: str, tmp_path: Path) -> None:
+    for kind, golden in (("gpt2", "gpt2-a"), ("llama", "llama-untied")):
+        tensors = load_file(variant(kind, name).save_pretrained(tmp_path / kind) / "model.safetensors")
+        theirs = load_file(GOLDENS / golden / "model.safetensors")
+        assert {key for key in tensors if ".2." not in key} == set(theirs)  # theirs has two layers
+        assert {value.dtype.name for value in tensors.values()} == {"float32" if name == "plain" else "bfloat16"}
+
+
+def test_saving_what_transformers_wrote_changes_no_tensor(tmp_path: Path) -> None:
+    for golden in ("gpt2-a", "llama-untied"):
+        bundle = from_pretrained(GOLDENS / golden)
+        ours = load_file(bundle.save_pretrained(tmp_path / golden) / "model.safetensors")
+        theirs = load_file(GOLDENS / golden / "model.safetensors")
+        assert set(ours) == set(theirs) and all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+        config = json.loads((tmp_path / golden / "config.json").read_text())
+        given = json.loads((GOLDENS / golden / "config.json").read_text())
+        same = {key for key in config if key in given and config[key] == given[key]}
+        assert set(config) - same <= {"n_ctx", "rope_theta", "bos_token_id", "eos_token_id"}
+
+
+def test_policy_and_dtype(tmp_path: Path) -> None:
+    policy = Policy(compute="bfloat16", stream="bfloat16", cache="float16", remat="dots", axes=(("B", "data"),))
+    bundle = plain("llama")
+    model = families()["llama"].model(bundle.model.config, policy)
+    folder = dataclasses.replace(bundle, model=model).save_pretrained(tmp_path / "out")
+    assert from_pretrained(folder).model.policy == dataclasses.replace(policy, axes=())  # axes belong to a mesh
+    assert from_pretrained(folder, policy=Policy()).model.policy == Policy()
+    half = from_pretrained(folder, dtype="float16")
+    assert half.model.policy == dataclasses.replace(policy, axes=(), compute="float16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"float16"}
+    compressed = from_pretrained(variant("llama", "int4").save_pretrained(tmp_path / "int4"), dtype="bfloat16")
+    assert compressed.params["embed"].packed.dtype == jnp.int8  # only plain leaves are cast
+    assert compressed.params["norm"]["weight"].dtype == jnp.bfloat16
+
+
+def test_tokenizer_and_where_a_text_ends(tmp_path: Path) -> None:
+    processor = train_bpe(["a newer text, and the newest"], vocab_size=260)
+    folder = dataclasses.replace(plain("gpt2"), processor=processor).save_pretrained(tmp_path / "out")
+    back = from_pretrained(folder).processor
+    assert back is not None and back.encode("a newer one") == processor.encode("a newer one")
+    assert (back.eos_ids, back.bos_id, back.pad_id) == ((0,), 0, 0)
+    config = json.loads((folder / "config.json").read_text())  # else transformers would end GPT-2's texts at 50256
+    assert [config[f"{key}_token_id"] for key in ("bos", "eos", "pad")] == [0, 0, 0]
+
+
+def test_equal_bundles_give_equal_files(tmp_path: Path) -> None:
+    one, two = (variant("gpt2", "mixed").save_pretrained(tmp_path / name) for name in "ab")
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+
+
+@pytest.mark.parametrize("recipe", ["int4", "sparse50-int8"])
+def test_file_size_is_that_of_the_buffers(recipe: str, tmp_path: Path) -> None:
+    bundle = plain("llama", width=256, heads=8, kv_heads=4, head_width=32, mlp_width=1024, vocab=2048)
+    params, _ = compress.apply(compress.NAMED[recipe], bundle.params)
+    folder = dataclasses.replace(bundle, params=params).save_pretrained(tmp_path / "out")
+    size = (folder / "model.safetensors").stat().st_size
+    assert tree.nbytes(params) < size < 1.01 * tree.nbytes(params)
+
+
+# ------------------------------------------------------------------------------------------- names and the hub
+
+
+def test_unknown_names() -> None:
+    refused("smollm2-135", "'smollm2-135' is not known", "nearest: smollm2-135m", "existing folder", "org/name")
+    refused("a/b/c", "'a/b/c' is not known")
+    refused("./not/here", "'./not/here' is not known")
+    refused("smollm2-135m", "'float12'", "bfloat16", dtype="float12")
+
+
+def test_a_hub_id(monkeypatch: pytest.MonkeyPatch, stored: Path) -> None:
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name == "org/absent":
+            raise OSError("404 Client Error.\nRepository not found, and much more")
+        return str(stored / "gpt2-plain")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert from_pretrained("org/name").model is plain("gpt2").model
+    assert asked[0][0] == "org/name" and "*.safetensors" in asked[0][1]
+    refused("org/absent", "'org/absent'", "404 Client Error.")
+
+
+def test_missing_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused("org/name", "'huggingface_hub'", "pip install 'jaxmodel[hub]'")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    gguf_files._reader_class.cache_clear()
+    try:
+        refused(path, "'gguf'", "pip install 'jaxmodel[hub]'")
+    finally:
+        gguf_files._reader_class.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------- bad folders
+
+
+def _config(**change: Any) -> Callable[[Path], None]:
+    """An edit of config.json; None removes the key."""
+
+    def edit(folder: Path) -> None:
+        given = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in given.items() if v is not None}))
+
+    return edit
+
+
+def _ours(change: Callable[[dict[str, Any]], Any], signed: bool = False) -> Callable[[Path], None]:
+    """An edit of jaxmodel.json; `signed` as if it had been written so."""
+
+    def edit(folder: Path) -> None:
+        edit_json(folder / "jaxmodel.json", change)
+        if signed:
+            edit_json(folder / "jaxmodel.json", lambda j: j.update(leaves_sha256=bundles._digest(j["leaves"])))
+
+    return edit
+
+
+def _field(**change: Any) -> Callable[[dict[str, Any]], None]:
+    """Other static fields for one leaf of 4 bits."""
+    return lambda j: j["leaves"]["model.layers.0.self_attn.q_proj.weight"].update(change)
+
+
+def _tensors(change: Callable[[dict[str, np.ndarray]], Any], file: str = "model.safetensors") -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        change(tensors)
+        save_file(tensors, folder / file)
+
+    return edit
+
+
+def _text(file: str, text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / file).write_text(text)
+
+
+def _cut(file: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / file, size)
+
+
+def _gone(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
+
+
+EMBED, C_ATTN, Q = (
+    "model.embed_tokens.weight",
+    "transformer.h.1.attn.c_attn.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+)
+SHARD = "model-00002-of-00004.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("source", "damage", "parts"),
+    [
+        ("gpt2-plain", _gone("config.json"), ["gpt2-plain", "'config.json' is missing"]),
+        ("gpt2-plain", _text("config.json", "{'a': 1}"), ["config.json: not JSON"]),
+        ("gpt2-plain", _text("config.json", "[1]"), ["config.json: an object is needed, found list"]),
+        ("gpt2-plain", _config(model_type="gpt-2"), ["model_type: 'gpt-2'", "nearest: gpt2"]),
+        ("gpt2-plain", _config(model_type=["gpt2"]), ["model_type"]),
+        ("gpt2-plain", _config(model_type=None), ["model_type", "allowed: gpt2, llama"]),
+        ("gpt2-plain", _config(n_embd=None), ["config.json: the key 'n_embd' is missing"]),
+        ("gpt2-plain", _config(n_embd="32"), ["config.json", "width is '32'", "positive int"]),
+        ("gpt2-plain", _config(n_layer=-1), ["depth is -1"]),
+        ("gpt2-plain", _config(tie_word_embeddings=False), ["tie_word_embeddings is False"]),
+        ("gpt2-plain", _config(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx is True"]),
+        ("gpt2-plain", _config(activation_function="relu"), ["activation_function is 'relu'", "gelu_new"]),
+        ("gpt2-plain", _config(n_inner=77), ["n_inner is 77"]),
+        ("llama-plain", _config(num_attention_heads=0, head_dim=None), ["config.json: a value is of the wrong kind"]),
+        ("llama-plain", _config(hidden_act="gelu"), ["hidden_act is 'gelu'"]),
+        ("llama-plain", _config(mlp_bias=True), ["mlp_bias"]),
+        ("llama-plain", _config(rope_scaling={"rope_type": "llama3"}), ["rope type 'llama3'"]),
+        ("llama-plain", _config(rope_theta=500.0), ["rope_base is 10000.0", "config.json says 500.0"]),
+        ("gpt2-plain", _gone("model.safetensors"), ["'model.safetensors' is missing"]),
+        ("gpt2-plain", _cut("model.safetensors", 50_000), ["model.safetensors: not a whole safetensors file"]),
+        ("gpt2-plain", _cut("model.safetensors", 100), ["not a whole safetensors file"]),
+        ("gpt2-plain", _cut("model.safetensors", 0), ["not a whole safetensors file"]),
+        ("gpt2-plain", _text("model.safetensors", "a text, renamed" * 9), ["not a whole safetensors file"]),
+        ("gpt2-plain", _tensors(lambda t: t.pop(C_ATTN)), [f"{C_ATTN!r} is missing", "there is transformer.h."]),
+        ("llama-plain", _tensors(lambda t: t.pop("lm_head.weight")), ["'lm_head.weight' is missing"]),
+        ("llama-mixed", _tensors(lambda t: t.pop(f"{Q}_scale")), [repr(Q), "scale"]),
+        (
+            "gpt2-plain",
+            _tensors(lambda t: t.update({C_ATTN: t[C_ATTN][:, :-1]})),
+            [f"{C_ATTN!r} has shape [32, 95]", "needs [32, 96]"],
+        ),
+        (
+            "gpt2-plain",
+            _tensors(lambda t: t.update({C_ATTN: t[C_ATTN].T.copy()})),
+            [f"{C_ATTN!r} has shape [96, 32]", "needs [32, 96]"],
+        ),
+        (
+            "llama-plain",
+            _tensors(lambda t: t.update({EMBED: t[EMBED][:-1]})),
+            [f"{EMBED!r} has shape [255, 32]", "needs [256, 32]"],
+        ),
+        ("llama-plain", _tensors(lambda t: t.update({EMBED: t[EMBED].astype(np.int8)})), [repr(EMBED), "is int8"]),
+        (
+            "llama-plain",
+            _tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t["lm_head.weight"]})),
+            ["1 tensors have no place", "'model.layers.0.self_attn.q_proj.bias'"],
+        ),
+        (
+            "llama-plain",
+            _tensors(lambda t: t.update({"model.layers.3.a": t["lm_head.weight"]})),
+            ["'model.layers.3.a'"],
+        ),
+        ("llama-tied", _tensors(lambda t: t.update({"lm_head.weight": t[EMBED] + 1})), ["'lm_head.weight' is not"]),
+        (
+            "gpt2-plain",
+            _tensors(lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1})),
+            ["'lm_head.weight' is not the embedding"],
+        ),
+        ("llama-int4", _text("jaxmodel.json", "{"), ["jaxmodel.json: not JSON"]),
+        ("llama-int4", _text("jaxmodel.json", "{}"), ["jaxmodel.json: format None", "allowed: 1"]),
+        ("llama-int4", _ours(lambda j: j.update(format=2)), ["jaxmodel.json: format 2 is not read", "allowed: 1"]),
+        ("llama-int4", _ours(lambda j: j.pop("policy")), ["jaxmodel.json: the key 'policy' is missing"]),
+        ("llama-int4", _ours(lambda j: j.update(family="gpt2")), ["family is 'gpt2'", "says 'llama'"]),
+        ("llama-int4", _ours(lambda j: j["config"].update(norm_eps=0.5)), ["norm_eps is 0.5", "says 1e-05"]),
+        ("llama-int4", _ours(lambda j: j["policy"].update(dtype="f4")), ["policy: 'dtype'", "compute"]),
+        ("llama-int4", _ours(lambda j: j["policy"].update(compute="f4")), ["policy.compute: 'f4'"]),
+        ("llama-int4", _ours(_field(bits=2)), ["jaxmodel.json: the static fields", "leaves_sha256"]),
+        ("llama-int4", _ours(_field(pad=0)), ["leaves_sha256"]),
+        ("llama-int4", _ours(_field(activations="int8")), ["leaves_sha256"]),
+        (
+            "llama-mixed",
+            _ours(lambda j: j["leaves"]["model.layers.0.mlp.up_proj.weight"].update(pattern=None)),
+            ["sha256"],
+        ),
+        ("llama-int4", _ours(_field(bits=3), signed=True), [repr(Q), "QTensor"]),
+        ("llama-int4", _ours(_field(bits=9), signed=True), [repr(Q), "bits is 9; allowed: 1 to 8"]),
+        ("llama-int4", _ours(_field(pad=31), signed=True), [repr(Q), "has shape [32, 33]", "needs [32, 32]"]),
+        ("llama-int4", _ours(_field(pad="1"), signed=True), [repr(Q)]),
+        ("llama-int4", _ours(_field(type="QTensors"), signed=True), [repr(Q), "'QTensors'", "nearest: QTensor"]),
+        ("llama-int4", _ours(_field(colour=1), signed=True), [repr(Q), "colour"]),
+        ("llama-int4", _ours(lambda j: j["leaves"].pop(Q), signed=True), [f"{Q!r} is missing", f"{Q}_packed"]),
+        (
+            "llama-int4",
+            _tensors(lambda t: t.update({f"{Q}_packed": t[f"{Q}_packed"].astype(np.int8)})),
+            [repr(Q), "packed has dtype int8"],
+        ),
+        ("shards", _gone(SHARD), [f"{SHARD!r} is missing"]),
+        ("shards", _cut(SHARD, 5000), [SHARD, "not a whole safetensors file"]),
+        ("shards", _text("model.safetensors.index.json", "{}"), ["index.json", "'weight_map'"]),
+        ("shards", _text("model.safetensors.index.json", "no"), ["index.json: not JSON"]),
+        ("shards", _tensors(lambda t: t.popitem(), SHARD), ["is missing"]),
+        ("gpt2-plain", _text("tokenizer.json", "{}"), ["tokenizer.json"]),
+    ],
+)
+def test_bad_folder(source: str, damage: Callable[[Path], Any], parts: list[str], stored: Path, tmp_path: Path) -> None:
+    folder = tmp_path / source
+    shutil.copytree(stored / source, folder)
+    from_pretrained(folder)
+    damage(folder)
+    refused(folder, *parts)
+
+
+def test_a_copy_of_the_tied_embedding_is_no_error(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored / "llama-tied", tmp_path / "a")
+    _tensors(lambda t: t.update({"lm_head.weight": t[EMBED].copy()}))(tmp_path / "a")
+    assert tree.fingerprint(from_pretrained(tmp_path / "a").params) == tree.fingerprint(
+        plain("llama", tied=True).params
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- GGUF
+
+
+def write_gguf(
+    path: Path, architecture: str = "llama", tensors: dict[str, np.ndarray | None] | None = None, **metadata: Any
+) -> Path:
+    """The golden `llama-untied` as GGUF; `tensors` and `metadata` change what is in it, None leaves it out."""
+    hf = load_file(GOLDENS / "llama-untied" / "model.safetensors")
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    names |= {"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+    names |= {
+        "model.layers": "blk",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+    }
+    found: dict[str, np.ndarray | None] = {}
+    for name, value in hf.items():
+        if name.endswith(
+            ("q_proj.weight", "k_proj.weight")
+        ):  # rotary halves become neighbours, a head of 4 rows at a time
+            value = value.reshape(-1, 2, 2, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        found[name] = value
+    keys = {"block_count": 2, "embedding_length": 16, "feed_forward_length": 24, "context_length": 2048}
+    keys |= {"attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 4}
+    keys |= {"rope.freq_base": 500.0, "attention.layer_norm_rms_epsilon": 1e-2}
+    entries: dict[str, Any] = {f"llama.{key}": value for key, value in keys.items()}
+    tokens = [chr(i) for i in range(33, 126)] + ["ab", "cd", "<s>", "</s>"]
+    entries |= {
+        f"tokenizer.ggml.{k}": v for k, v in {"model": "gpt2", "tokens": tokens, "merges": ["a b", "c d"]}.items()
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in (entries | metadata).items():
+        if value is not None:
+            add[type(value)](key, value)
+    for name, value in (found | (tensors or {})).items():
+        if value is not None:
+            writer.add_tensor(name, np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_equals_the_folder(tmp_path: Path) -> None:
+    bundle, folder = from_pretrained(write_gguf(tmp_path / "a.gguf")), from_pretrained(GOLDENS / "llama-untied")
+    assert tree.fingerprint(bundle.params) == tree.fingerprint(folder.params)
+    assert bundle.card["source"] == "a.gguf" and bundle.processor is not None and bundle.processor.vocab_size == 97
+    epsilon = float(np.float32(1e-2))
+    assert bundle.model.config == dataclasses.replace(folder.model.config, norm_eps=epsilon)
+    saved = from_pretrained(bundle.save_pretrained(tmp_path / "out"))
+    assert saved.model is bundle.model and saved.processor is not None and saved.processor.encode("abcd") == [93, 94]
+    half = from_pretrained(tmp_path / "a.gguf", dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
+
+
+K = "blk.1.attn_k.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"architecture": "mamba"}, ["general.architecture: 'mamba'", "allowed: llama"]),
+        ({"architecture": "gpt2"}, ["general.architecture: 'gpt2'", "allowed: llama"]),
+        ({"tensors": {K: None}}, ["a.gguf", f"{K!r} is missing"]),
+        ({"tensors": {K: np.ones((8, 12), np.float32)}}, [f"{K!r} has shape [8, 12]", "needs [8, 16]"]),
+        (
+            {"tensors": {"rope_freqs.weight": np.ones(2, np.float32)}},
+            ["1 tensors have no place", "'rope_freqs.weight'"],
+        ),
+        ({"llama.block_count": 1}, ["tensors have no place", "'blk.1."]),
+        ({"llama.block_count": None}, ["'llama.block_count' is missing"]),
+        ({"llama.rope.scaling.type": "yarn"}, ["rope scaling 'yarn'"]),
+        ({"tokenizer.ggml.tokens": None}, ["'llama.vocab_size' is missing"]),
+        ({"tokenizer.ggml.model": "llama"}, ["tokenizer.ggml.model: 'llama'"]),
+    ],
+)
+def test_bad_gguf(options: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+    refused(write_gguf(tmp_path / "a.gguf", **options), *parts)
+
+
+# ------------------------------------------------------------------------------------------------------- saving
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def save_refused(bundle: Bundle, out: Path, *parts: str) -> None:
+    """Saving raises InputError in one line, and everything in the folder of `out` is as before."""
+    before = contents(out.parent)
+    with pytest.raises(InputError) as caught:
+        bundle.save_pretrained(out)
+    message = str(caught.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+    assert contents(out.parent) == before and not [path for path in out.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_takes_the_place_of_a_whole_bundle(tmp_path: Path, stored: Path) -> None:
+    out = tmp_path / "models" / "out"
+    processor = train_bpe([], vocab_size=257)
+    dataclasses.replace(plain("gpt2"), processor=processor).save_pretrained(str(out))  # parents are made
+    shutil.copy(stored / "shards" / SHARD, out)
+    variant("llama", "int4").save_pretrained(out)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "jaxmodel.json", "model.safetensors"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert out.stat().st_mode & 0o777 == 0o755
+    (tmp_path / "link").symlink_to(out)
+    plain("gpt2").save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and from_pretrained(out).model is plain("gpt2").model
+    (tmp_path / "empty").mkdir()
+    assert from_pretrained(plain("gpt2").save_pretrained(tmp_path / "empty")).card == plain("gpt2").card
+
+
+def test_where_a_bundle_cannot_go(tmp_path: Path, stored: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    save_refused(plain("gpt2"), tmp_path / "file", "out: ", "file' is a file; a folder is needed")
+    with pytest.raises(InputError, match="cannot be written: .*Not a directory"):
+        plain("gpt2").save_pretrained(tmp_path / "file" / "below")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("mine")
+    save_refused(plain("gpt2"), tmp_path / "photos", "'a.jpg'", "choose an empty or new folder")
+    shutil.copytree(stored / "gpt2-plain", tmp_path / "bundle")
+    (tmp_path / "bundle" / "notes.txt").write_text("mine")  # a bundle, but not only
+    save_refused(plain("gpt2"), tmp_path / "bundle", "'notes.txt'")
+    (tmp_path / "weights").mkdir()
+    shutil.copy(stored / "gpt2-plain" / "model.safetensors", tmp_path / "weights")
+    save_refused(plain("gpt2"), tmp_path / "weights", "no config.json")
+
+
+def test_params_that_do_not_fit_the_config(tmp_path: Path) -> None:
+    bundle = plain("llama")
+    fused = dataclasses.replace(bundle, params=layers.fuse(bundle.params))
+    save_refused(fused, tmp_path / "out", "'blocks/0/attn/q' is missing", "fused")
+    short = dataclasses.replace(bundle, params={**bundle.params, "embed": bundle.params["embed"][:-1]})
+    save_refused(short, tmp_path / "out", "'embed' has shape [255, 32]", "needs [256, 32]")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["save_file", "write_text", "fsync", "mkdtemp", "rename"])
+def test_full_disk(stage: str, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(stored / "gpt2-plain", tmp_path / "out")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner = {"save_file": bundles, "write_text": Path, "fsync": os, "mkdtemp": bundles.tempfile, "rename": Path}[stage]
+    if stage == "rename":  # where folders cannot be swapped at once: the second rename fails, the first is undone
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
+        rename = Path.rename
+        monkeypatch.setattr(
+            Path, "rename", lambda a, b: full() if ".new-" in a.name and b.name == "out" else rename(a, b)
+        )
+    elif stage == "fsync":  # of a file; a folder need not be synced
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: full() if os.path.isfile(f"/proc/self/fd/{fd}") else fsync(fd))
+    else:
+        monkeypatch.setattr(owner, stage, full)
+    save_refused(variant("llama", "plain"), tmp_path / "out", "cannot be written", "No space left", "is unchanged")
+    monkeypatch.undo()
+    assert tree.fingerprint(from_pretrained(tmp_path / "out").params) == tree.fingerprint(plain("gpt2").params)
+
+
+def test_swap_without_the_systems_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = plain("gpt2").save_pretrained(tmp_path / "out")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(renameat2=lambda *args: -1))
+    variant("llama", "plain").save_pretrained(out)
+    assert from_pretrained(out).model is plain("llama").model and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# In a process of its own: a file larger than the system allows, then a kill.
+PROGRAM = """
+import os, resource, signal, sys
+from jaxmodel import hub, tree
+from jaxmodel.errors import InputError
+from jaxmodel.hub import bundle as bundles
+
+source, out, stage = sys.argv[1:]
+bundle = hub.from_pretrained(source)
+if stage == "weights":
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        bundle.save_pretrained(out)
+    except InputError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+print(sorted(os.listdir(os.path.dirname(out))), flush=True)
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+save_file = bundles.save_file
+def half(tensors, path, metadata):
+    save_file(tensors, path, metadata)
+    os.truncate(path, os.path.getsize(path) // 2)
+    kill()
+
+sync = bundles._sync
+if stage == "weights":
+    bundles.save_file = half
+else:
+    bundles._sync = lambda path: kill() if path == bundles.Path(out).parent else sync(path)
+bundle.save_pretrained(out)
+"""
+
+
+@pytest.mark.parametrize("stage", ["weights", "swapped"])
+def test_file_limit_and_kill(stage: str, stored: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(stored / "gpt2-plain", out)
+    command = [sys.executable, "-c", PROGRAM, str(stored / "llama-plain"), str(out), stage]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == -9, done.stderr
+    *message, listing = done.stdout.splitlines()
+    assert listing == "['out']"
+    if stage == "weights":
+        assert len(message) == 1 and "cannot be written" in message[0] and "File too large" in message[0]
+        assert contents(out) == contents(stored / "gpt2-plain")
+        kind = "gpt2"
+    else:
+        kind = "llama"
+    assert tree.fingerprint(from_pretrained(out).params) == tree.fingerprint(plain(kind).params)
+    plain("llama").save_pretrained(out)  # what the kill left beside is in nobody's way
+    assert from_pretrained(out).model is plain("llama").model

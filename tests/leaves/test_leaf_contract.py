@@ -1,0 +1,181 @@
+"""The laws that every compressed leaf keeps: one function for jit, scan, vmap, stacking, naming and placing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import Compressed, QTensor, Sparse, decode, from_tensors, to_tensors
+from jaxmodel.leaves.leaf import tensor_names
+
+L, OUT, IN = 3, 4, 24
+
+
+def qtensor(bits: int, affine: bool = False, scales: str = "row", group: int | None = None, n: int = IN, **static) -> QTensor:
+    rng = np.random.default_rng(bits)
+    shape = (L, 1 if scales == "tensor" else OUT, -(-n // group) if group else 1)
+    if affine:
+        codes = rng.integers(0, 2**bits, (L, OUT, n))
+    elif bits == 1:
+        codes = rng.choice([-1, 1], (L, OUT, n))
+    else:
+        codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (L, OUT, n))
+    scale = jnp.asarray(rng.uniform(0.5, 2, shape), static.pop("dtype", jnp.float32))
+    minimum = -scale if affine else None
+    return QTensor.from_codes(jnp.asarray(codes, jnp.int32), scale, minimum, bits=bits, group=group, **static)
+
+
+def sparse(n: int = IN, pattern: tuple[int, int] | None = None, values: QTensor | None = None) -> Sparse:
+    rng = np.random.default_rng(0)
+    m = pattern[1] if pattern else n
+    keep = np.argsort(rng.random((L, OUT, n // m, m)), axis=-1) < (pattern[0] if pattern else n // 2)
+    weight = np.where(keep.reshape(L, OUT, n), rng.normal(size=(L, OUT, n)), 0).astype(np.float32)
+    leaf = Sparse.from_dense(jnp.asarray(weight), jnp.asarray(keep.reshape(L, OUT, n)), pattern=pattern)
+    return leaf if values is None else dataclasses.replace(leaf, values=values)
+
+
+LEAVES = {
+    "int8 rows": qtensor(8),
+    "int8 tensor": qtensor(8, scales="tensor"),
+    "int8 affine": qtensor(8, affine=True),
+    "int8 activations": qtensor(8, activations="int8"),
+    "int4 groups": qtensor(4, group=8, dtype=jnp.float16),
+    "int4 padded": qtensor(4, group=16, n=21),
+    "int3 affine groups": qtensor(3, affine=True, group=8),
+    "int2 padded": qtensor(2, n=13),
+    "int1 tensor": qtensor(1, scales="tensor"),
+    "sparse": sparse(),
+    "sparse padded": sparse(n=13),
+    "sparse 2:4": sparse(pattern=(2, 4)),
+    "sparse int8": sparse(values=qtensor(8, n=IN // 2, activations="int8")),
+    "sparse int4 groups": sparse(pattern=(2, 4), values=qtensor(4, n=IN // 2, group=4)),
+}
+
+
+@pytest.fixture(params=LEAVES, scope="module")
+def leaf(request):
+    return LEAVES[request.param]
+
+
+def layer(leaf: Compressed, i: int) -> Compressed:
+    return jax.tree.map(lambda a: a[i], leaf)
+
+
+def test_every_leaf_type_stands_in_the_list():
+    assert {type(leaf) for leaf in LEAVES.values()} == set(Compressed.__subclasses__())
+
+
+def test_describes_itself(leaf):
+    leaf.check()
+    dense = leaf.decode()
+    assert leaf.shape == dense.shape
+    assert leaf.dtype == dense.dtype
+    assert leaf.ndim == 3
+    assert leaf.size == dense.size == L * layer(leaf, 0).size
+    assert leaf.nbytes == sum(np.asarray(a).nbytes for a in jax.tree.leaves(leaf)) == tree.nbytes({"w": leaf})
+    assert leaf.bits_per_weight == pytest.approx(8 * leaf.nbytes / dense.size)
+    assert tree.count({"w": leaf}) == dense.size
+    assert leaf.nbytes < dense.nbytes
+    assert layer(leaf, 1).shape == leaf.shape[1:]
+
+
+def test_jit_scan_and_vmap_equal_a_loop_over_layers(leaf):
+    def run(leaf):
+        body = lambda carry, one: (carry + 1, decode(one))
+        return leaf.decode(), jax.lax.scan(body, 0, leaf)[1], jax.vmap(decode)(leaf)
+
+    whole, scanned, mapped = jax.jit(run)(leaf)
+    loop = np.stack([layer(leaf, i).decode() for i in range(L)])
+    for got in (whole, scanned, mapped):
+        np.testing.assert_allclose(got, loop, rtol=1e-6, atol=1e-6)  # XLA may fuse multiply and add
+    np.testing.assert_array_equal(leaf.decode(), loop)
+
+
+def test_abstract_evaluation_knows_the_shape(leaf):
+    shapes = jax.eval_shape(lambda leaf: leaf, leaf)
+    assert shapes.shape == leaf.shape
+    assert shapes.nbytes == leaf.nbytes
+    assert jax.eval_shape(decode, leaf).shape == leaf.shape
+
+
+def test_stack_and_unstack(leaf):
+    stacked = {"blocks": {"0-2": {"w": leaf}}}
+    single = tree.unstack(stacked)
+    assert list(tree.flatten(single)) == ["blocks/0/w", "blocks/1/w", "blocks/2/w"]
+    for i in range(L):
+        one = single["blocks"][str(i)]["w"]
+        one.check()
+        np.testing.assert_array_equal(one.decode(), layer(leaf, i).decode())
+    again = tree.stack(single)
+    assert jax.tree.structure(again) == jax.tree.structure(stacked)
+    jax.tree.map(np.testing.assert_array_equal, again, stacked)
+    assert tree.fingerprint(single) == tree.fingerprint(stacked)
+
+
+def test_names_of_its_tensors_and_back(leaf):
+    tensors, fields = to_tensors(leaf)
+    assert list(tensors) == tensor_names(fields)
+    assert sorted(id(a) for a in tensors.values()) == sorted(id(a) for a in jax.tree.leaves(leaf))
+    fields = json.loads(json.dumps(fields))  # what stands on disk
+    back = from_tensors({name: np.asarray(a) for name, a in tensors.items()}, fields)
+    assert jax.tree.structure(back) == jax.tree.structure(leaf)
+    jax.tree.map(np.testing.assert_array_equal, back, leaf)
+
+
+def test_a_missing_tensor_is_an_error(leaf):
+    tensors, fields = to_tensors(leaf)
+    for name in tensors:
+        rest = {key: a for key, a in tensors.items() if key != name}
+        with pytest.raises(InputError, match=f"the tensor {name.removeprefix('values_')!r} is missing"):
+            from_tensors(rest, fields)
+
+
+def test_device_put_keeps_the_leaf(leaf):
+    device = jax.devices()[0]
+    moved = jax.device_put(leaf, device)
+    assert all(a.devices() == {device} for a in jax.tree.leaves(moved))
+    assert jax.tree.structure(moved) == jax.tree.structure(leaf)
+    shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(device), leaf)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_put(leaf, shardings), leaf)
+
+
+def test_other_static_fields_are_another_structure(leaf):
+    """So that jit compiles again and `tree.stack` does not join."""
+    assert hash(jax.tree.structure(leaf)) == hash(jax.tree.structure(layer(leaf, 0)))
+    other = dataclasses.replace(leaf, pad=leaf.pad + 1)
+    assert jax.tree.structure(other) != jax.tree.structure(leaf)
+    assert list(tree.stack({"0": {"w": layer(leaf, 0)}, "1": {"w": layer(other, 1)}})) == ["0", "1"]
+
+
+# ---------------------------------------------------------------------------------------- what is no leaf of ours
+
+
+def test_a_plain_array_has_one_nameless_tensor():
+    array = jnp.ones(3)
+    tensors, fields = to_tensors(array)
+    assert tensors == {"": array}
+    assert fields is None
+    assert tensor_names(fields) == [""]
+    assert from_tensors(tensors, fields) is array
+    assert decode(array) is array
+    assert decode(array, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_an_unknown_type_names_those_that_are_known():
+    with pytest.raises(InputError, match=r"leaf type: 'QTensr' is not known; allowed: QTensor, Sparse \(nearest: QTensor"):
+        from_tensors({}, {"type": "QTensr"})
+
+
+def test_broken_arrays_are_refused():
+    tensors, fields = to_tensors(LEAVES["int4 groups"])
+    with pytest.raises(InputError, match="3 groups do not divide|scale has shape"):
+        from_tensors({**tensors, "scale": tensors["scale"][:, :2]}, fields)
+    with pytest.raises(InputError, match="bits is 12"):
+        from_tensors(tensors, {**fields, "bits": 12})

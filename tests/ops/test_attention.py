@@ -1,0 +1,163 @@
+"""Attention against softmax written out, and the cache against a forward pass over everything at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import ops
+from jaxmodel.models import families
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """One query at a time, float64."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    out = np.zeros(q.shape)
+    share = q.shape[2] // k.shape[1]
+    for b, t, head in np.ndindex(q.shape[:3]):
+        seen = np.flatnonzero(np.asarray(mask)[b, t])
+        scores = k[b, head // share, seen] @ q[b, t, head] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, t, head] = weights / weights.sum() @ v[b, head // share, seen]
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_attention_is_softmax_written_out(heads, kv_heads):
+    q, k, v = normal(2, 5, heads, 8), normal(2, kv_heads, 7, 8, seed=1), normal(2, kv_heads, 7, 8, seed=2)
+    mask = np.random.default_rng(3).random((2, 5, 7)) < 0.6
+    mask[:, :, 0] = True
+    got = jax.jit(ops.attention, static_argnums=4)(q, k, v, jnp.asarray(mask), ops.Policy())
+    np.testing.assert_allclose(got, naive(q, k, v, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_masked_has_no_influence():
+    q, k, v = normal(1, 3, 2, 8), normal(1, 2, 3, 8, seed=1), normal(1, 2, 3, 8, seed=2)
+    mask = ops.causal_mask(3)
+    before = ops.attention(q, k, v, mask, ops.Policy())
+    after = ops.attention(q, k.at[:, :, 2].set(1e4), v.at[:, :, 2].set(-1e4), mask, ops.Policy())
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+    assert not np.allclose(before[:, 2], after[:, 2])
+
+
+def test_attention_in_bfloat16():
+    q, k, v = normal(2, 5, 4, 8), normal(2, 2, 5, 8, seed=1), normal(2, 2, 5, 8, seed=2)
+    mask = jnp.broadcast_to(ops.causal_mask(5), (2, 5, 5))
+    got = ops.attention(q, k, v, mask, ops.Policy(compute="bfloat16", stream="bfloat16"))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), naive(q, k, v, mask), atol=0.05)
+
+
+def test_a_query_that_sees_nothing_is_finite():
+    got = ops.attention(normal(1, 1, 1, 4), normal(1, 1, 2, 4), normal(1, 1, 2, 4), jnp.zeros((1, 1, 2), bool), ops.Policy())
+    assert np.all(np.isfinite(got))
+
+
+def test_causal_mask():
+    segments, valid = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 2, 2]]), np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
+    plain, both = ops.causal_mask(5), ops.causal_mask(5, jnp.asarray(segments), jnp.asarray(valid))
+    assert plain.shape == (1, 5, 5)
+    for b, t, s in np.ndindex(2, 5, 5):
+        assert bool(plain[0, t, s]) == (s <= t)
+        assert bool(both[b, t, s]) == (s <= t and segments[b, t] == segments[b, s] and valid[b, s])
+
+
+# ---------------------------------------------------------------------------------------------------------- the cache
+
+
+def test_the_cache_writes_each_row_behind_its_own_length():
+    cache = ops.KVCache.zeros(2, 2, 1, 6, 4, ops.Policy())
+    assert cache.capacity == 6
+    cache = cache.advance(jnp.asarray([3, 1]))
+    np.testing.assert_array_equal(cache.positions(2), [[3, 4], [1, 2]])
+    k, v = normal(2, 2, 1, 4), normal(2, 2, 1, 4, seed=1)
+    keys, values, mask, cache = jax.jit(lambda c: c.update(1, k, v))(cache)
+    for b, start in enumerate((3, 1)):
+        np.testing.assert_array_equal(keys[b, 0, start : start + 2], k[b, :, 0])
+        np.testing.assert_array_equal(values[b, 0, start : start + 2], v[b, :, 0])
+        for t in range(2):
+            np.testing.assert_array_equal(mask[b, t], np.arange(6) <= start + t)
+    assert not np.any(cache.k[0])  # the other layer
+    np.testing.assert_array_equal(cache.k[1], keys)
+    np.testing.assert_array_equal(cache.length, [3, 1])
+    np.testing.assert_array_equal(cache.advance(2).length, [5, 3])
+
+
+def test_a_layer_with_fewer_heads_uses_the_first_of_the_cache():
+    cache = ops.KVCache.zeros(1, 1, 3, 4, 2, ops.Policy())
+    k = normal(1, 1, 2, 2)
+    keys, values, _, cache = cache.update(0, k, k)
+    assert keys.shape == values.shape == (1, 2, 4, 2)
+    np.testing.assert_array_equal(keys[0, :, 0], k[0, 0])
+    assert not np.any(cache.k[:, :, 2])
+
+
+@pytest.mark.parametrize(("policy", "dtype"), [({"cache": "bfloat16"}, "bfloat16"), ({"compute": "bfloat16"}, "bfloat16")])
+def test_dtype_of_the_cache(policy, dtype):
+    cache = ops.KVCache.zeros(1, 1, 1, 2, 4, ops.Policy(**policy))
+    assert cache.k.dtype == cache.v.dtype == dtype
+    assert cache.update(0, normal(1, 1, 1, 4), normal(1, 1, 1, 4))[3].k.dtype == dtype
+
+
+# ------------------------------------------------------------------------------------------- prefill, decode, full
+
+
+@pytest.fixture(scope="module", params=families())
+def family(request):
+    """A model and parameters that are large everywhere, so that no part of it (a bias, a norm) goes untested."""
+    module = families()[request.param]
+    model = module.model(module.SIZES["tiny"])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.2, a.dtype), shapes)
+
+
+LENGTHS, NEW = (3, 6, 1), 4
+
+
+def test_prefill_and_decode_of_ragged_rows_equal_the_whole_at_once(family):
+    model, params = family
+    traces = []
+
+    @jax.jit
+    def run(params, inputs, cache):
+        traces.append(inputs["tokens"].shape)
+        out = model.apply(params, inputs, cache)
+        return out.logits, out.cache
+
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab, (len(LENGTHS), max(LENGTHS) + NEW))
+    lengths = np.array(LENGTHS)
+    whole = np.asarray(jax.jit(lambda p, t: model.apply(p, t).logits)(params, jnp.asarray(tokens)))
+
+    prompt = np.where(np.arange(max(LENGTHS)) < lengths[:, None], tokens[:, : max(LENGTHS)], 99)  # 99 is padding
+    mask = jnp.asarray(np.arange(max(LENGTHS)) < lengths[:, None])
+    cache = model.init_cache(len(LENGTHS), max(LENGTHS) + NEW)
+    logits, cache = run(params, {"tokens": jnp.asarray(prompt), "mask": mask}, cache)
+    for row, n in enumerate(LENGTHS):
+        np.testing.assert_allclose(logits[row, :n], whole[row, :n], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(cache.length, lengths)
+
+    for step in range(NEW):
+        place = (np.arange(len(LENGTHS)), lengths + step)
+        logits, cache = run(params, {"tokens": jnp.asarray(tokens[place][:, None]), "mask": mask[:, :1]}, cache)
+        np.testing.assert_allclose(logits[:, 0], whole[place], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(cache.length, lengths + NEW)
+    assert traces == [(3, 6), (3, 1)]  # one compilation for each shape, none on the second call
+
+
+def test_a_prompt_may_come_in_pieces(family):
+    model, params = family
+    run = jax.jit(model.apply)
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, model.config.vocab)
+    whole = run(params, tokens).logits
+    cache, parts = model.init_cache(2, 8), []
+    for start in (0, 4):
+        out = run(params, tokens[:, start : start + 4], cache)
+        cache, parts = out.cache, [*parts, out.logits]
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,250 @@
+"""Statistics by differentiation against the same sums taken by hand from the inputs of each contraction."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import ops
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import QTensor, Sparse
+
+ALL = ("count", "square", "gram", "histogram")
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def by_hand(x: jax.Array) -> dict[str, np.ndarray]:
+    """The documented statistics of the rows of x, in numpy."""
+    rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    edges = 2.0 ** (-24 + 0.5 * np.arange(65))
+    inside = np.clip(np.abs(rows), edges[0], edges[-1] * (1 - 1e-9))
+    return {
+        "count": np.float64(len(rows)),
+        "taken": np.float64(0),
+        "square": (rows**2).sum(0),
+        "gram": rows.T @ rows,
+        "histogram": np.histogram(inside, edges)[0],
+    }
+
+
+def close(got: dict, want: dict) -> None:
+    assert set(got) == set(want)
+    for name, statistic in want.items():
+        np.testing.assert_allclose(got[name], statistic, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def quantise(w: jax.Array, **static) -> QTensor:
+    scale = jnp.max(jnp.abs(w), axis=-1, keepdims=True) / 127
+    return QTensor.from_codes(jnp.round(w / scale).astype(jnp.int32), scale, bits=8, **static)
+
+
+# ------------------------------------------------------------------------------------------------------ one contraction
+
+
+WEIGHTS = {
+    "array": lambda w: w,
+    "int8": quantise,
+    "dynamic": lambda w: quantise(w, activations="int8"),
+    "sparse": lambda w: Sparse.from_dense(jnp.where(w > 0, w, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_statistics_of_one_contraction(kind):
+    x, weight = normal(2, 5, 6), WEIGHTS[kind](normal(4, 6, seed=1))
+    zeros = ops.zeros_for(weight.shape, ALL)
+
+    def loss(zeros):
+        y = ops.einsum("BTD,FD->BTF", x, ops.Probe(weight, zeros))
+        return jnp.sum(y**2), y
+
+    got, y = jax.jit(jax.grad(loss, has_aux=True))(zeros)
+    close(got, by_hand(x))
+    np.testing.assert_array_equal(y, jax.jit(lambda: ops.einsum("BTD,FD->BTF", x, weight))())
+
+
+def test_a_probe_stands_for_its_weight():
+    weight = quantise(normal(4, 6))
+    probe = ops.Probe(weight, ops.zeros_for(weight.shape, []))
+    assert (probe.shape, probe.dtype) == (weight.shape, weight.dtype)
+    assert set(probe.zeros) == {"count", "taken"}
+
+
+def test_zeros_for_unknown_and_stacked_statistics():
+    with pytest.raises(InputError, match=r"statistics: 'gramm' is not known; allowed: .*gram.*nearest: gram"):
+        ops.zeros_for((2, 3), ["gramm"])
+    zeros = ops.zeros_for((5, 2, 3), [*ALL, "tokens"], stacked=True)
+    shapes = {"count": (5,), "taken": (5,), "square": (5, 3), "gram": (5, 3, 3), "histogram": (5, 64), "tokens": (5, 2)}
+    assert {name: zero.shape for name, zero in zeros.items()} == shapes
+    assert set(ops.STATISTICS) == set(shapes)
+
+
+def test_the_gradients_of_everything_else_are_unchanged():
+    x, w = normal(3, 6), normal(4, 6, seed=1)
+    plain = jax.grad(lambda x, w: jnp.sum(jnp.sin(ops.einsum("BD,FD->BF", x, w))), (0, 1))(x, w)
+
+    def probed(x, w, zeros):
+        return jnp.sum(jnp.sin(ops.einsum("BD,FD->BF", x, ops.Probe(w, zeros))))
+
+    got = jax.grad(probed, (0, 1, 2))(x, w, ops.zeros_for(w.shape, ALL))
+    for a, b in zip(got[:2], plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+    close(got[2], by_hand(x))
+
+
+def test_the_statistic_does_not_depend_on_the_loss():
+    x, w = normal(3, 6), normal(4, 6, seed=1)
+    for loss in (jnp.sum, lambda y: 1e6 * jnp.sum(y**3), lambda y: 0.0 * jnp.sum(y), lambda y: y[0, 0]):
+        zeros = ops.zeros_for(w.shape, ALL)
+        close(jax.grad(lambda z, f=loss: f(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(zeros), by_hand(x))
+
+
+def test_what_no_gradient_reaches_counts_zero():
+    """So that it can be told from a statistic of zeros."""
+    x, w = normal(3, 6), normal(4, 6, seed=1)
+    blocked = lambda z: jnp.sum(jax.lax.stop_gradient(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))
+    assert jax.grad(blocked)(ops.zeros_for(w.shape, ALL))["count"] == 0
+
+
+def test_batch_letters_have_statistics_each():
+    x, w = normal(3, 5, 6), normal(3, 4, 6, seed=1)
+    zeros = ops.zeros_for(w.shape, ALL, stacked=True)
+    got = jax.grad(lambda z: jnp.sum(ops.einsum("ETD,EFD->ETF", x, ops.Probe(w, z))))(zeros)
+    for i in range(3):
+        close({name: statistic[i] for name, statistic in got.items()}, by_hand(x[i]))
+
+
+def test_grouped_input_letters_are_one_axis():
+    x, w = normal(2, 3, 2, 4), normal(5, 8, seed=1)
+    got = jax.grad(lambda z: jnp.sum(ops.einsum("BTHh,D(Hh)->BTD", x, ops.Probe(w, z))))(ops.zeros_for(w.shape, ALL))
+    close(got, by_hand(x.reshape(2, 3, 8)))
+
+
+def test_statistics_of_a_convolution_are_of_its_patches():
+    x, w = normal(2, 4, 4, 3), normal(5, 3 * 4, seed=1)
+    probed = lambda z: jnp.sum(ops.conv(x, ops.Probe(w, z), kernel=(2, 2), padding="VALID"))
+    got = jax.jit(jax.grad(probed))(ops.zeros_for(w.shape, ALL))
+    patches = [x[:, i : i + 2, j : j + 2].transpose(0, 3, 1, 2).reshape(2, 12) for i in range(3) for j in range(3)]
+    close(got, by_hand(jnp.concatenate(patches)))
+
+
+# ------------------------------------------------------------------------------------------------------ many layers
+
+L, D = 3, 6
+
+
+def layers_by_hand(x: jax.Array, weights: list) -> list[dict]:
+    """Statistics of each layer of `x -> tanh(W x)`, with the ops one at a time."""
+    found = []
+    for w in weights:
+        found.append(by_hand(x))
+        x = jnp.tanh(ops.einsum("BD,FD->BF", x, w))
+    return found
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kind", ["array", "dynamic"])
+def test_statistics_of_every_scanned_layer(kind, remat):
+    x, w = normal(4, D), WEIGHTS[kind](normal(L, D, D, seed=1))
+
+    def loss(zeros):
+        def body(x, leaf):
+            return jnp.tanh(ops.einsum("BD,FD->BF", x, leaf)), None
+
+        body = jax.checkpoint(body) if remat else body
+        return jnp.sum(jax.lax.scan(body, x, ops.Probe(w, zeros))[0])
+
+    got = jax.jit(jax.grad(loss))(ops.zeros_for(w.shape, ALL, stacked=True))
+    layers = [jax.tree.map(lambda a, i=i: a[i], w) for i in range(L)]
+    for i, want in enumerate(layers_by_hand(x, layers)):
+        close({name: statistic[i] for name, statistic in got.items()}, want)
+
+
+def test_batches_add_up():
+    x, w = normal(6, D), normal(D, D, seed=1)
+    run = jax.jit(jax.grad(lambda z, x: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(w, z)))))
+    parts = [run(ops.zeros_for(w.shape, ALL), part) for part in jnp.split(x, 3)]
+    close(jax.tree.map(lambda *a: sum(a), *parts), by_hand(x))
+
+
+def test_a_tied_table_counts_lookups_and_contractions_apart():
+    table, ids = normal(7, D), jnp.asarray([[0, 3, 3, 6], [1, 3, 0, 0]])
+
+    def loss(zeros, weight):
+        leaf = ops.Probe(weight, zeros)
+        return jnp.sum(ops.einsum("BTD,VD->BTV", jnp.tanh(ops.take(leaf, ids)), leaf) ** 2)
+
+    for weight in (table, quantise(table), quantise(table, activations="int8")):
+        got = jax.jit(jax.grad(loss))(ops.zeros_for(table.shape, [*ALL, "tokens"]), weight)
+        want = by_hand(jnp.tanh(ops.take(weight, ids)))
+        close(got, {**want, "taken": np.float64(8), "tokens": np.bincount(np.asarray(ids).reshape(-1), minlength=7)})
+
+
+def test_tokens_outside_the_table_count_for_the_row_that_they_take():
+    table, ids = normal(4, D), jnp.asarray([[-1, 4, 99, 2]])
+    got = jax.grad(lambda z: jnp.sum(ops.take(ops.Probe(table, z), ids)))(ops.zeros_for(table.shape, ["tokens"]))
+    np.testing.assert_array_equal(got["tokens"], [1, 0, 1, 2])
+    assert (got["taken"], got["count"]) == (4, 0)
+
+
+def test_histogram_covers_the_line():
+    x = jnp.asarray([0.0, 1.0, -1.0, 1.5, 2.0, 1e-30, -1e30, 2.0**-24])
+    counts = np.asarray(ops.histogram(x))
+    assert counts.sum() == x.size
+    assert (counts[0], counts[-1]) == (3, 1)  # 0, 1e-30, 2^-24; 1e30
+    assert (counts[48], counts[49], counts[50]) == (2, 1, 1)  # [1, sqrt 2), [sqrt 2, 2), [2, 2 sqrt 2)
+
+
+# ------------------------------------------------------------------------------------------------------ eight devices
+
+PROGRAM = """
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from jaxmodel import ops
+    from jaxmodel.leaves import QTensor
+    from jaxmodel.sharding import make_mesh
+
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 8), (3, 8, 8)))
+    scale = jnp.max(jnp.abs(w), axis=-1, keepdims=True) / 127
+    codes = QTensor.from_codes(jnp.round(w / scale).astype(jnp.int32), scale, bits=8, activations="int8")
+    zeros = ops.zeros_for(w.shape, ["square", "gram", "histogram"], stacked=True)
+
+    def statistics(zeros, w, x, policy=ops.Policy()):
+        def loss(zeros):
+            body = lambda x, leaf: (jnp.tanh(ops.einsum("BD,FD->BF", x, leaf, policy)), None)
+            return jnp.sum(jax.lax.scan(body, x, ops.Probe(w, zeros))[0])
+        return jax.grad(loss)(zeros)
+
+    alone = {kind: jax.jit(statistics)(zeros, leaf, x) for kind, leaf in (("array", w), ("int8", codes))}
+    gram = np.asarray(x).T @ np.asarray(x)
+    np.testing.assert_allclose(alone["array"]["gram"][0], gram, rtol=1e-5, atol=1e-5)
+
+    def compare(name, got, want):
+        for key in want:
+            np.testing.assert_allclose(got[key], want[key], rtol=1e-4, atol=1e-4, err_msg=f"{name} {key}")
+        print("equal", name)
+
+    mesh = make_mesh("fsdp=4,tensor=2")
+    with jax.set_mesh(mesh):
+        on_mesh = jax.jit(lambda z, w, x: statistics(z, w, x, ops.Policy(axes=ops.MESH_AXES)))
+        put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+        compare("jit array", on_mesh(zeros, put(w, None, "tensor", "fsdp"), put(x, "fsdp")), alone["array"])
+        specs = codes.specs(P(None, "tensor", "fsdp"), dict(mesh.shape))
+        placed = jax.tree.map(lambda s, a: put(a, *s), specs, codes, is_leaf=lambda s: isinstance(s, P))
+        compare("jit int8", on_mesh(zeros, placed, put(x, "fsdp")), alone["int8"])
+        for name, leaf in (("array", w), ("int8", codes)):
+            for axes in ("fsdp", ("fsdp", "tensor")):
+                manual = jax.shard_map(statistics, mesh=mesh, in_specs=(P(), P(), P(axes)), out_specs=P())
+                compare(f"shard_map {name} {axes}", jax.jit(manual)(zeros, leaf, x), alone[name])
+"""
+
+
+def test_statistics_on_a_mesh_equal_those_on_one_device(devices8):
+    lines = devices8(PROGRAM).splitlines()
+    assert len([line for line in lines if line.startswith("equal")]) == 6
