@@ -258,4 +258,4 @@ for i, (x, layer) in enumerate(zip(entering, apart["blocks"].values(), strict=Tr
 
 # %%
 bundle = hub.Bundle(model, smaller, tokenizer, {"name": "a small GPT, made smaller"})
-print("The " + generate(bundle, "The ", max_new_tokens=28, temperature=0.5, seed=0))
+generate(bundle, "The statement ", max_new_tokens=20, temperature=0.5, seed=0)

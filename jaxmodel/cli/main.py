@@ -84,14 +84,14 @@ def _rerun(options: Rerun, folder: Any) -> dict[str, Any]:
 
 def _one_line(box: str) -> str:
     """tyro's message without its frame: what is wrong, and the options that were perhaps meant."""
-    lines = [line.strip("│╭╮╰╯ ").strip() for line in box.splitlines()]
-    lines = [line for line in lines[1:-1] if line and not line.startswith("For full helptext")]
     parts: list[list[str]] = [[]]
-    for line in lines:
-        if set(line) == {"─"}:
+    for line in (line.strip(" │") for line in box.splitlines()):
+        if line and set(line) <= set("─-"):
             parts.append([])
-        else:
+        elif line and line[0] not in "╭╰" and not line.startswith("For full helptext"):
             parts[-1].append(line)
+    if "╭" not in box:  # the frame for terminals without such characters has the title inside
+        parts = parts[1:]
     text = [" ".join(parts[0])]
     for part in parts[1:]:
         if part and part[0].startswith("Perhaps"):

@@ -95,23 +95,26 @@ def save(bundle: Bundle, folder: str | Path) -> Path:
     tensors: dict[str, np.ndarray] = {}
     fields: dict[str, Any] = {}
     parts: dict[str, list[tuple[Name, str, np.ndarray]]] = {}
-    leaves = tree.flatten(tree.unstack(jax.device_get(bundle.params)))
-    for path, want in tree.flatten(tree.unstack(layer_shapes(bundle.model))).items():
-        if path not in leaves:
+    leaves = tree.flatten(bundle.params)
+    shapes = {layer: tree.layer_shape(path, leaf) for path, leaf in leaves.items() for layer in tree.layer_paths(path)}
+    for path, want in tree.flatten(layer_shapes(bundle.model)).items():
+        if path not in shapes:
             raise InputError(f"params: the leaf {path!r} is missing; a fused tree is for running, not for saving")
-        shape = tuple(leaves[path].shape)
-        if shape != want.shape:
-            raise InputError(f"params: {path!r} has shape {list(shape)}; the config needs {list(want.shape)}")
+        if shapes[path] != want.shape:
+            raise InputError(f"params: {path!r} has shape {list(shapes[path])}; the config needs {list(want.shape)}")
     for path, leaf in leaves.items():
-        name, layer = find(family.hf, path)
         arrays, static = to_tensors(leaf)
-        if static is None:
-            plain = np.asarray(arrays[""])
-            parts.setdefault(name.tensor.format(layer), []).append((name, layer, plain.T if name.transposed else plain))
-        else:
-            base = name.packed.format(layer)
-            fields[base] = static
-            tensors |= {f"{base}_{suffix}": np.ascontiguousarray(array) for suffix, array in arrays.items()}
+        arrays = {suffix: np.asarray(array) for suffix, array in arrays.items()}
+        for i, layer_path in enumerate(tree.layer_paths(path)):
+            name, layer = find(family.hf, layer_path)
+            one = {suffix: array[i] if tree.is_stacked(path) else array for suffix, array in arrays.items()}
+            if static is None:
+                plain = one[""].T if name.transposed else one[""]
+                parts.setdefault(name.tensor.format(layer), []).append((name, layer, plain))
+            else:
+                base = name.packed.format(layer)
+                fields[base] = static
+                tensors |= {f"{base}_{suffix}": np.ascontiguousarray(array) for suffix, array in one.items()}
     for tensor, found in parts.items():
         tensors |= _join(tensor, found)
     policy = dataclasses.asdict(bundle.model.policy)
@@ -205,7 +208,7 @@ def _digest(fields: Mapping[str, Any]) -> str:
 def _read_params(
     model: Model, family: Family, fields: Mapping[str, Any], files: Mapping[str, Any], where: str
 ) -> tree.Params:
-    shapes = tree.flatten(tree.unstack(layer_shapes(model)))
+    shapes = tree.flatten(layer_shapes(model))
     used: set[str] = set()
 
     def place(tensor: str) -> str | None:

@@ -120,7 +120,7 @@ def full_spec(spec: PartitionSpec, ndim: int) -> list[Any]:
 # ------------------------------------------------------------------------------------- the same leaf by name, on disk
 
 
-def to_tensors(leaf: Any) -> tuple[dict[str, jax.Array], dict[str, Any] | None]:
+def to_tensors(leaf: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A leaf as named arrays and its static fields.
 
     Returns:
@@ -129,7 +129,7 @@ def to_tensors(leaf: Any) -> tuple[dict[str, jax.Array], dict[str, Any] | None]:
     """
     if not isinstance(leaf, Compressed):
         return {"": leaf}, None
-    arrays: dict[str, jax.Array] = {}
+    arrays: dict[str, Any] = {}
     fields: dict[str, Any] = {"type": type(leaf).__name__}
     for field in dataclasses.fields(leaf):  # pyright: ignore[reportArgumentType]
         value = getattr(leaf, field.name)

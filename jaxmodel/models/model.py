@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import layers, ops, tree
+from jaxmodel.layers.repeat import Block
 from jaxmodel.leaves.leaf import register
 
 type Inputs = jax.Array | Mapping[str, jax.Array]
@@ -41,7 +42,7 @@ class Parts(NamedTuple):
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
-    block: layers.repeat.Block  # pyright: ignore
+    block: Block
     head: Callable[..., jax.Array]
 
 

@@ -1,0 +1,181 @@
+"""The command line as a user meets it: what it prints, what it leaves, and one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodel import hub, ops, tree
+from jaxmodel.cli import main
+from jaxmodel.cli.options import VERBS
+from jaxmodel.models import llama
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny bundle and a text."""
+    room = tmp_path_factory.mktemp("cli")
+    tokenizer = hub.train_bpe([TEXT], 300)
+    config = llama.Config(tokenizer.vocab_size, 64, 2, 4, 2, 16, 128, 128, tied=True)
+    model = llama.model(config)
+    bundle = hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)), tokenizer, {"name": "tiny"})
+    bundle.save_pretrained(room / "tiny")
+    (room / "text.txt").write_text(TEXT)
+    return room
+
+
+def call(capsys, *args, code=0):
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in args])
+    out = capsys.readouterr()
+    assert end.value.code == code, out.err
+    return out
+
+
+def as_json(capsys, folder, *args):
+    """What `--json -` prints: JSON and nothing else."""
+    return json.loads(call(capsys, *args, "--json", "-", "--runs", folder / "runs").out)
+
+
+def test_eval(capsys, folder):
+    args = ("eval", folder / "tiny", "--data", folder / "text.txt", "--window", 32)
+    got = as_json(capsys, folder, *args, "--max-windows", 3)
+    assert got["predictions"] == 3 * 31 and got["windows"] == 3
+    assert got["perplexity"] == pytest.approx(np.exp(got["nll"]))
+    assert got["tokens"] == len(hub.from_pretrained(folder / "tiny").processor.encode(TEXT))
+    low, high = got["interval"]
+    assert low < got["nll"] < high
+    assert "NLL" in call(capsys, *args, "--runs", folder / "runs").out
+
+
+def test_generate(capsys, folder):
+    args = ("generate", folder / "tiny", "--prompt", "The quick", "--max-new-tokens", 5)
+    got = as_json(capsys, folder, *args, "--temperature", 0)
+    assert len(got["ids"]) == 5 and got["tokens_per_second"] > 0
+    assert got["text"] == hub.from_pretrained(folder / "tiny").processor.decode(got["ids"])
+    assert "The quick" in call(capsys, *args, "--temperature", 1, "--seed", 3, "--runs", folder / "runs").out
+
+
+def test_compress_then_every_verb_takes_the_folder(capsys, folder):
+    out = folder / "small"
+    got = as_json(capsys, folder, "compress", folder / "tiny", "--recipe", "int8", "--out", out)
+    assert got["bytes_after"] < got["bytes_before"] / 3.5 and 8 < got["bits_per_weight"] < 9
+    assert got["bytes_after"] == tree.nbytes(hub.from_pretrained(out).params)
+    assert {leaf["path"] for leaf in got["leaves"]} == set(tree.flatten(hub.from_pretrained(out).params))
+    scores = [
+        as_json(capsys, folder, "eval", bundle, "--data", folder / "text.txt", "--window", 32)["nll"]
+        for bundle in (folder / "tiny", out)
+    ]
+    assert abs(scores[0] - scores[1]) < 0.05
+    assert as_json(capsys, folder, "generate", out, "--prompt", "The", "--max-new-tokens", 2)["ids"]
+
+
+def test_a_recipe_from_text(capsys, folder):
+    recipe = "magnitude(0.5) | rtn(bits=4, group=16)"
+    with pytest.raises(SystemExit) as end:
+        main(["compress", str(folder / "tiny"), "--recipe", recipe, "--out", str(folder / "x"), "--runs", str(folder / "runs")])
+    assert end.value.code == 0 and "magnitude(fraction=0.5) | rtn(bits=4, group=16)" in capsys.readouterr().out
+
+
+def test_a_run_leaves_a_folder_that_rerun_repeats(capsys, folder):
+    runs = folder / "kept"
+    call(capsys, "eval", folder / "tiny", "--data", folder / "text.txt", "--window", 32, "--runs", runs)
+    (run,) = runs.iterdir()
+    assert {"config.json", "versions.json", "report.json"} <= {p.name for p in run.iterdir()}
+    assert json.loads((run / "config.json").read_text())["verb"] == "eval"
+    got = as_json(capsys, folder, "rerun", run)
+    assert got["differ"] == {} and got["compared"] > 8
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**report, "nll": report["nll"] + 1e-9}))
+    out = call(capsys, "rerun", run, "--runs", folder / "runs", code=1).out
+    assert "/nll" in out
+
+
+def test_train_on_eight_devices_and_rerun(folder):
+    """In processes of their own, as users run them."""
+    args = ["train", "--steps", 4, "--width", 32, "--depth", 2, "--context", 32, "--batch", 8, "--vocab", 300]
+    args += ["--data", folder / "text.txt", "--heldout", folder / "text.txt", "--devices", 8, "--mesh", "fsdp=4,tensor=2"]
+    command = [sys.executable, "-m", "jaxmodel", *args, "--runs", folder / "train", "--json", "-"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["devices"] == 8 and got["mesh"] == {"fsdp": 4, "tensor": 2}
+    assert got["history"][-1]["heldout_loss"] == got["heldout_loss"] < got["history"][0]["loss"]
+    (run,) = (folder / "train").iterdir()
+    bundle = hub.from_pretrained(run / "bundle")
+    assert sum(a.size for a in jax.tree.leaves(bundle.params)) == got["parameters"]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(got["history"])
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help(capsys, verb):
+    out = call(capsys, *filter(None, [verb]), "--help").out
+    assert "usage: jaxmodel" in out and (verb in ("", "rerun") or "--seed" in out or verb == "compress")
+
+
+BAD = [
+    (["evl"], "Unrecognized options: evl; Available subcommands: demo"),
+    (["eval"], "Missing from jaxmodel eval: MODEL"),
+    (["eval", "tiny", "--windw", "3"], "Unrecognized options: --windw, 3; perhaps you meant --window"),
+    (["eval", "tiny", "--window", "x"], "--window"),
+    (["eval", "smolm2-135m"], "model: 'smolm2-135m' is not known; allowed: smollm2-135m (nearest: smollm2-135m)"),
+    (["eval", "{tiny}", "--data", "wikitext2-tst"], "wikitext2-tst"),
+    (["eval", "{tiny}", "--data", "{empty}"], "empty"),
+    (["eval", "{tiny}", "--data", "{text}", "--window", "500"], "500 is longer than the model's context of 128"),
+    (["eval", "{tiny}", "--data", "{text}", "--window", "100000"], "100000"),
+    (["eval", "{tiny}", "--json", "{missing}/x.json"], "x.json"),
+    (["generate", "{tiny}", "--prompt", ""], "prompt"),
+    (["generate", "{tiny}", "--prompt", "fox " * 300], "context"),
+    (["generate", "{tiny}", "--prompt", "fox", "--temperature", "-1"], "temperature"),
+    (["generate", "{tiny}", "--prompt", "fox", "--chat"], "chat_template: this tokenizer has none"),
+    (["compress", "{tiny}", "--recipe", "int5", "--out", "{new}"], "recipe: 'int5' is not known; allowed: int4, int8"),
+    (["compress", "{tiny}", "--recipe", "rtn(bits=12)", "--out", "{new}"], "bits is 12; allowed: 1 to 8"),
+    (["compress", "{tiny}", "--recipe", "int8", "--out", "{text}"], "is a file; a folder is needed"),
+    (["compress", "{renamed}", "--recipe", "int8", "--out", "{new}"], "not a GGUF file"),
+    (["train", "--mesh", "fsdp=3", "--data", "{text}"], "needs 3 devices; there are 1"),
+    (["train", "--mesh", "fsdp", "--data", "{text}"], "mesh: 'fsdp' is not readable"),
+    (["train", "--devices", "0"], "devices: 0 given"),
+    (["train", "--steps", "0", "--data", "{text}", "--heldout", "{text}"], "steps: 0 given"),
+    (["rerun", "{missing}"], "is no run folder"),
+    (["demo", "--windows", "0"], "windows: 0"),
+]
+
+
+@pytest.mark.parametrize(("args", "says"), BAD, ids=[" ".join(args)[:40] for args, _ in BAD])
+def test_bad_input_is_one_line_and_code_2(capsys, folder, args, says):
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "renamed.gguf").write_text("this is not a model")
+    places = {
+        "tiny": folder / "tiny",
+        "text": folder / "text.txt",
+        "empty": folder / "empty.txt",
+        "renamed": folder / "renamed.gguf",
+        "missing": folder / "nowhere",
+        "new": folder / "new",
+    }
+    args = [a.format(**places) if a.startswith("{") else a for a in args]
+    err = call(capsys, *args, *(["--runs", folder / "runs"] if len(args) > 1 else []), code=2).err
+    lines = [line for line in err.splitlines() if line.startswith("jaxmodel: ")]
+    assert len(lines) == 1 and says in lines[0], err
+    assert "Traceback" not in err and not (folder / "new").exists()
+
+
+def test_import_is_light():
+    """`import jaxmodel` brings nothing heavy, not even JAX; `--help` neither."""
+    program = "import sys, jaxmodel, jaxmodel.cli; print([m for m in ('jax', 'flax', 'optax', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ})
+    assert done.stdout.strip() == "[]"
+
+
+def test_policy_travels_with_the_bundle(folder):
+    bundle = hub.from_pretrained(folder / "tiny", policy=ops.Policy(compute="bfloat16"))
+    bundle.save_pretrained(folder / "half")
+    assert hub.from_pretrained(folder / "half").model.policy.compute == "bfloat16"
