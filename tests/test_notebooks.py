@@ -35,8 +35,11 @@ def executed(script: Path, folder: Path) -> Any:
 
 def kinds(notebook: Any) -> list[list[tuple[str, ...]]]:
     """What each code cell shows, without the content."""
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [[(out.output_type, out.get("name", ""), *sorted(out.get("data", ()))) for out in cell.outputs] for cell in code]
+
+    def kind(out: Any) -> tuple[str, ...]:
+        return (out.output_type, out.get("name", ""), *sorted(out.get("data", ())))
+
+    return [[kind(out) for out in cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def test_each_notebook_is_a_pair():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
@@ -19,6 +20,7 @@ from jaxmodel.leaves import QTensor
 # ---------------------------------------------------------------------------- layers as a list: the oracle
 
 
+@functools.cache
 def layer(kind: str, seed: int) -> dict:
     """One layer: kinds differ in shape, dtype, structure or static fields, so that no two of them can share a stack."""
     random = np.random.default_rng(seed)
@@ -53,19 +55,19 @@ def same(a: dict, b: dict) -> bool:
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
 
 
-@st.composite
-def segmented(draw: st.DrawFn) -> tuple[list[str], list[dict], list[int]]:
-    """Kinds of layers, the layers, and where segments start: wherever the kind changes and at some other places."""
-    kinds = draw(st.lists(st.sampled_from(["plain", "wide", "half", "int4", "bias"]), min_size=1, max_size=5))
-    more = draw(st.sets(st.integers(1, 4)))
-    cuts = sorted({*changes(kinds), *(i for i in more if i < len(kinds))})
-    return kinds, [layer(kind, i) for i, kind in enumerate(kinds)], cuts
+KINDS = st.lists(st.sampled_from(["plain", "wide", "half", "int4", "bias"]), min_size=1, max_size=5)
+MORE = st.sets(st.integers(1, 4))
+
+
+def segmented(kinds: list[str], more: set[int]) -> tuple[list[dict], list[int]]:
+    """Layers of these kinds, and where segments start: wherever the kind changes and at some other places."""
+    return [layer(kind, i) for i, kind in enumerate(kinds)], sorted({*changes(kinds), *(i for i in more if i < len(kinds))})
 
 
 @settings(max_examples=40, deadline=None)
-@given(segmented())
-def test_stack_and_unstack_are_inverse_and_keep_the_fingerprint(case):
-    kinds, layers, cuts = case
+@given(KINDS, MORE)
+def test_stack_and_unstack_are_inverse_and_keep_the_fingerprint(kinds, more):
+    layers, cuts = segmented(kinds, more)
     given_tree, whole = assemble(layers, cuts), assemble(layers, changes(kinds))
     single = assemble(layers, list(range(1, len(layers))))
     assert same(tree.unstack(given_tree), single)
@@ -75,9 +77,9 @@ def test_stack_and_unstack_are_inverse_and_keep_the_fingerprint(case):
 
 
 @settings(max_examples=40, deadline=None)
-@given(segmented(), st.data())
-def test_split_cuts_exactly_where_values_change(case, data):
-    _, layers, cuts = case
+@given(KINDS, MORE, st.data())
+def test_split_cuts_exactly_where_values_change(kinds, more, data):
+    layers, cuts = segmented(kinds, more)
     value = data.draw(st.lists(st.integers(0, 1), min_size=len(layers), max_size=len(layers)))
     given_tree = assemble(layers, cuts)
     values = {"embed": 0}
@@ -247,9 +249,9 @@ def test_a_pattern_that_is_no_regular_expression():
 
 
 @settings(max_examples=30, deadline=None)
-@given(segmented(), st.data())
-def test_partition_by_rules_and_combine_are_inverse(case, data):
-    kinds, layers, cuts = case
+@given(KINDS, MORE, st.data())
+def test_partition_by_rules_and_combine_are_inverse(kinds, more, data):
+    layers, cuts = segmented(kinds, more)
     trains = data.draw(st.lists(st.booleans(), min_size=len(layers), max_size=len(layers)))
     rules = [(tree.optional(f"blocks/{i}/norm"), True) for i, t in enumerate(trains) if t] + [(".*", False)]
     first, second = tree.partition(assemble(layers, cuts), rules)

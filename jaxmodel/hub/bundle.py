@@ -171,7 +171,7 @@ def _config(family: Family, hf: Mapping[str, Any], folder: Path) -> Any:
     except KeyError as error:
         raise InputError(f"{folder}/config.json: the key {error} is missing") from None
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{folder}/config.json: a value is of the wrong kind: {error}") from None
+        raise InputError(f"{folder}/config.json: a value is of the wrong kind: {_line(error)}") from None
     kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -231,12 +231,11 @@ def _read_params(
         name, layer = find(family.hf, path)
         base = name.packed.format(layer)
         if base in fields:
-            there = [suffix for suffix in tensor_names(fields[base]) if place(f"{base}_{suffix}")]
-            arrays = {suffix: read(f"{base}_{suffix}") for suffix in there}
             try:
-                leaves[path] = from_tensors(arrays, fields[base])
+                there = [suffix for suffix in tensor_names(fields[base]) if place(f"{base}_{suffix}")]
+                leaves[path] = from_tensors({suffix: read(f"{base}_{suffix}") for suffix in there}, fields[base])
             except (TypeError, ValueError) as error:
-                raise InputError(f"{where}: the tensor {base!r} does not fit its fields: {error}") from None
+                raise InputError(f"{where}: the tensor {base!r} does not fit its fields: {_line(error)}") from None
             fits(base, leaves[path].shape, want.shape)
             continue
         name = name.alone if name.part is not None and place(base) else name
@@ -359,6 +358,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _family_of(model: Model) -> tuple[str, Family]:
     for kind, family in FAMILIES.items():
         if type(model.config).__module__ == family.model.__module__:
@@ -383,4 +386,4 @@ def _join(tensor: str, found: list[tuple[Name, str, np.ndarray]]) -> dict[str, n
     if len(found) < name.part[1] or not alike:
         return {name.packed.format(layer): np.ascontiguousarray(array) for name, layer, array in found}
     arrays = [array for _, _, array in sorted(found, key=lambda item: item[0].part or (0, 0))]
-    return {tensor: np.concatenate(arrays, axis=-1)}
+    return {tensor: np.ascontiguousarray(np.concatenate(arrays, axis=-1))}  # of transposed arrays it is not yet

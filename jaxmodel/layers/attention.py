@@ -1,4 +1,4 @@
-"""Self-attention with grouped heads."""
+"""Causal self-attention with grouped heads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
             mask, k, v = context["mask"], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         else:
             k, v, mask, cache = cache.update(layer, k, v)
-        mixed = ops.attention(q, k, v, mask, self.policy)
+        mixed = ops.attention(q, k, v, mask, self.policy, causal=True)
         o = leaf(self, "o", self.out_initializer, (x.shape[-1], mixed.shape[2] * self.width))
         y = ops.einsum("BTHh,D(Hh)->BTD", mixed, o, self.policy)
         if self.bias:

@@ -80,9 +80,13 @@ class _Block(nn.Module):
         return x + mlp(LayerNorm(c.norm_eps, name="mlp_norm")(x)), cache
 
 
-@functools.cache
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
     block_module, norm_module = _Block(config, policy), LayerNorm(config.norm_eps)
     wide = dataclasses.replace(policy, stream="float32")
 

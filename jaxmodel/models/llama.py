@@ -103,9 +103,13 @@ class _Head(nn.Module):
         return ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
 
 
-@functools.cache
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
     block_module, head_module = _Block(config, policy), _Head(config, policy)
 
     def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None) -> tuple[jax.Array, dict[str, Any]]:

@@ -205,9 +205,8 @@ for name, change in {"gpt2": {}, "llama": {}, "llama-tied": LLAMA, "gpt2-bf16": 
     params = tree.map_leaves(noise, params)
     if name.endswith("bf16"):
         params = tree.cast(params, "bfloat16")
-    folder = hub.Bundle(model, params, processor, {"name": name}).save_pretrained(out / name)
-    back = hub.from_pretrained(folder)
-    logits = back.model.apply(tree.cast(back.params, "float32"), tokens).logits
+    hub.Bundle(model, params, processor, {"name": name}).save_pretrained(out / name)
+    logits = model.apply(tree.cast(params, "float32"), tokens).logits
     np.savez(out / (name + ".npz"), tokens=tokens, logits=logits, eos=processor.eos_ids[0])
 """
 
