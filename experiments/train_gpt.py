@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel import compress, data, evaluate, hub, report
+from jaxmodel.report.run import versions
 
 VOCAB = 1024
 
@@ -63,7 +64,7 @@ def main() -> None:
         ("throughput, 1 device", one["tokens_per_second"], "tokens/s"),
         ("throughput, 8 simulated devices", eight["tokens_per_second"], "tokens/s"),
     ]
-    protocol = {"steps": steps, "seed": args.seed, "data": eight["data"], **report.run.versions()}
+    protocol = {"steps": steps, "seed": args.seed, "data": eight["data"], **versions()}
     report.emit(report.rows(entries, time.perf_counter() - began, protocol), args.json or "-")
 
 

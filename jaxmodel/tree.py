@@ -353,10 +353,10 @@ def cast(params: Params, dtype: Any) -> Params:
 def fingerprint(params: Params) -> str:
     """SHA-256 of paths, static fields, dtypes, shapes and bytes; the same however the layers are stacked."""
     digest = hashlib.sha256()
-    for path, leaf in sorted(flatten(unstack(params)).items()):
+    for path, leaf in sorted(flatten(unstack(jax.device_get(params))).items()):
         arrays, structure = jax.tree.flatten(leaf)
         digest.update(f"{path} {structure}".encode())
         for array in arrays:
             digest.update(f" {array.dtype} {array.shape} ".encode())
-            digest.update(jax.device_get(array).tobytes())
+            digest.update(array.tobytes())
     return digest.hexdigest()

@@ -59,7 +59,11 @@ def test_more_devices_than_there_are():
 
 # --------------------------------------------------------------------------------------------------------------- rules
 
-PARAMS = {"embed": struct(16, 8), "blocks": {"0-1": {"q": struct(2, 8, 8)}, "2": {"q": struct(8, 4)}}, "norm": struct(8)}
+PARAMS = {
+    "embed": struct(16, 8),
+    "blocks": {"0-1": {"q": struct(2, 8, 8)}, "2": {"q": struct(8, 4)}},
+    "norm": struct(8),
+}
 RULES = [("embed", P("tensor", "fsdp")), (".*/q", P(("fsdp", "tensor"))), ("norm", P())]
 
 
@@ -96,7 +100,10 @@ def test_layers_that_rules_tell_apart_are_split():
         ([("embed", P())], "no rule covers the leaf"),
         ([*RULES, ("head", P())], "'head' matches no leaf"),
         ([("norm", P(None, "fsdp")), (".*", P())], r"the leaf 'norm' has 1 axes \(8,\) but its spec"),
-        ([(".*/q", P(None, ("fsdp", "tensor"))), (".*", P())], r"does not divide the leaf 'blocks/2/q': axis 1 of \(8, 4\)"),
+        (
+            [(".*/q", P(None, ("fsdp", "tensor"))), (".*", P())],
+            r"does not divide the leaf 'blocks/2/q': axis 1 of \(8, 4\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_an_error(rules, message):

@@ -41,7 +41,7 @@ def read(args: Sequence[str]) -> Common:
       InputError: what tyro says in a box, as one line.
       SystemExit: after printing help.
     """
-    kinds = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in VERBS.items()]
+    kinds: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in VERBS.items()]
     union = kinds[0]
     for kind in kinds[1:]:
         union = union | kind

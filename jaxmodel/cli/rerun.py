@@ -31,7 +31,7 @@ def options_of(folder: str, room: report.Run) -> Common:
       InputError: that is no run folder, its run did not end, or its verb or options are not those of this version.
     """
     before = report.read_run(folder)
-    config = dict(before.config)
+    config: dict[str, Any] = dict(before.config)
     verb = config.pop("verb", None)
     if verb not in VERBS or verb == "rerun":
         raise unknown(f"{folder}/config.json: verb", verb, [v for v in VERBS if v != "rerun"])
@@ -41,7 +41,8 @@ def options_of(folder: str, room: report.Run) -> Common:
     if "out" in config:
         config["out"] = str(room.path("out"))
     try:
-        return VERBS[verb](**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return VERBS[verb](**values)
     except TypeError as error:
         raise InputError(f"{folder}/config.json: {error}") from None
 

@@ -61,9 +61,7 @@ def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None 
         _at_least_one(argument, value)
     flat = _int32("ids", ids)
     if flat.size < length:
-        raise InputError(
-            f"ids: {flat.size} tokens are fewer than one window of {length}; give a longer text or a smaller window"
-        )
+        raise InputError(f"ids: {flat.size} tokens are fewer than one window of {length}; give a longer text or a smaller window")
     views = np.lib.stride_tricks.sliding_window_view(flat, length)[::stride][:limit]
     return np.array(views)  # a copy: views of one buffer would be read-only and alias each other
 

@@ -142,9 +142,7 @@ def _read(given: str, path: Path) -> str:
     except OSError as error:
         raise InputError(f"data source: {given!r} cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise InputError(
-            f"data source: {given!r} holds no text ({len(text)} white-space characters); some text is needed"
-        )
+        raise InputError(f"data source: {given!r} holds no text ({len(text)} white-space characters); some text is needed")
     return text
 
 
@@ -173,9 +171,7 @@ def _topics() -> dict[str, str]:
     try:
         topics = importlib.import_module(_PACKAGE).topics
     except ImportError:
-        raise InputError(
-            f"data source: this Python was installed without its module {_PACKAGE}; name a UTF-8 file"
-        ) from None
+        raise InputError(f"data source: this Python was installed without its module {_PACKAGE}; name a UTF-8 file") from None
     return {name: topics[name].strip() for name in sorted(topics)}
 
 

@@ -94,9 +94,7 @@ def sample(
     return _argmax(x)
 
 
-def filter_logits(
-    logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None
-) -> Float[Array, "B V"]:
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None) -> Float[Array, "B V"]:
     """The logits whose softmax `sample` draws from (up to a constant of each row): -inf for a token filtered out."""
     x = logits.astype(jnp.float32)
     if sampling.repetition_penalty != 1 and seen is not None:

@@ -205,9 +205,7 @@ def _digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _read_params(
-    model: Model, family: Family, fields: Mapping[str, Any], files: Mapping[str, Any], where: str
-) -> tree.Params:
+def _read_params(model: Model, family: Family, fields: Mapping[str, Any], files: Mapping[str, Any], where: str) -> tree.Params:
     shapes = tree.flatten(layer_shapes(model))
     used: set[str] = set()
 

@@ -92,9 +92,7 @@ class Tokenizer:
             raise jinja2.TemplateError(message)
 
         # The settings that HF templates are written for; the sandbox because a template is somebody else's program.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = refuse
         special = {key: token or "" for key, token in self._special_tokens().items()}

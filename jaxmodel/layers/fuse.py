@@ -26,8 +26,8 @@ def fuse(params: tree.Params) -> tree.Params:
     static fields with a scale for every row. Others stay apart."""
     out = {key: child if tree.is_leaf(child) else fuse(child) for key, child in params.items()}
     for group in GROUPS:
-        members = [out.get(name) for name in group]
-        biases = [out.get(f"{name}_bias") for name in group]
+        members: list[Any] = [out.get(name) for name in group]
+        biases: list[Any] = [out.get(f"{name}_bias") for name in group]
         if not _joinable(members) or any(b is None for b in biases) != all(b is None for b in biases):
             continue
         key = _key(group, [leaf.shape[-2] for leaf in members])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,19 @@ from jaxmodel.errors import InputError, unknown
 type AxisSizes = Mapping[str, int]
 
 
-def register(cls: type) -> type:
+def static(*, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that is pytree metadata: hashable, compared when leaves are stacked, stored as JSON."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
+def register[T: type](cls: T) -> T:
     """Class decorator: a frozen dataclass whose fields marked `static()` are pytree metadata."""
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    names = [(f.name, bool(f.metadata.get("static"))) for f in dataclasses.fields(cls)]
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)  # pyright: ignore[reportAssignmentType]
+    names = [(f.name, bool(f.metadata.get("static"))) for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     return jax.tree_util.register_dataclass(
         cls, data_fields=[n for n, s in names if not s], meta_fields=[n for n, s in names if s]
     )
-
-
-def static(default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that is pytree metadata: hashable, compared when leaves are stacked, stored as JSON."""
-    return dataclasses.field(default=default, metadata={"static": True})
 
 
 class Compressed:

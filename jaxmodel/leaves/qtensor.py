@@ -35,9 +35,9 @@ class QTensor(Compressed):
     packed: Any  # the buffers are Any because specs() and tree maps put other things in their place
     scale: Any
     minimum: Any = None
-    bits: int = static(8)
-    pad: int = static(0)
-    activations: str | None = static(None)
+    bits: int = static(default=8)
+    pad: int = static(default=0)
+    activations: str | None = static(default=None)
 
     @classmethod
     def from_codes(
@@ -132,9 +132,7 @@ class QTensor(Compressed):
             f"a spec {spec} cuts the last axis of {self._in} codes into {parts} parts, which splits a "
             f"{'group' if self.groups > 1 else 'byte'} of {unit}; use an axis that leaves whole ones, or another axis",
         )
-        scale = PartitionSpec(
-            *lead, out if self.scale.shape[-2] > 1 else None, last if self.groups > 1 and parts > 1 else None
-        )
+        scale = PartitionSpec(*lead, out if self.scale.shape[-2] > 1 else None, last if self.groups > 1 and parts > 1 else None)
         return type(self)(
             PartitionSpec(*lead, out, last),  # pyright: ignore[reportArgumentType]
             scale,  # pyright: ignore[reportArgumentType]
@@ -159,7 +157,9 @@ class QTensor(Compressed):
             self,
             f"scale has shape {s.shape}; [..., out or 1, groups or 1] of packed {p.shape} is needed",
         )
-        require(s.shape[-1] > 0 and self._padded % s.shape[-1] == 0, self, f"{s.shape[-1]} groups do not divide {self._padded} codes")
+        require(
+            s.shape[-1] > 0 and self._padded % s.shape[-1] == 0, self, f"{s.shape[-1]} groups do not divide {self._padded} codes"
+        )
         require(s.shape[-1] == 1 or s.shape[-2] == p.shape[-2], self, "groups need a scale for every row")
         limit = max(self._padded // s.shape[-1], unit) if s.shape[-1] > 1 else self._padded
         require(0 <= self.pad < limit, self, f"pad is {self.pad}; a whole group or more stands for nothing")

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
@@ -32,8 +33,8 @@ class Sparse(Compressed):
 
     mask: Any
     values: Any
-    pattern: tuple[int, int] | None = static(None)
-    pad: int = static(0)
+    pattern: tuple[int, int] | None = static(default=None)
+    pad: int = static(default=0)
 
     @classmethod
     def from_dense(
@@ -49,7 +50,7 @@ class Sparse(Compressed):
         bits, pad = pad_last(keep, 8)
         leaf = cls(pack(bits.astype(jnp.uint8), 1), _gather(weight, keep, n), pattern=pattern, pad=pad)
         leaf.check()
-        if pattern is not None and not isinstance(keep, jax.core.Tracer):
+        if pattern is not None and not isinstance(keep, Tracer):
             leaf.check_values()  # a group with more than N would lose weights silently
         return leaf
 

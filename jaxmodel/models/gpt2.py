@@ -100,7 +100,9 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return x, cache, {}
 
     def head(params: tree.Params, x: jax.Array) -> jax.Array:
-        return ops.einsum("BTD,VD->BTV", norm_module.apply({"params": params["norm"]}, x), params["embed"], wide)
+        normed = norm_module.apply({"params": params["norm"]}, x)
+        assert isinstance(normed, jax.Array)
+        return ops.einsum("BTD,VD->BTV", normed, params["embed"], wide)
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, position_key, blocks_key, head_key = jax.random.split(key, 4)
@@ -111,7 +113,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             "norm": norm_module.init(head_key, x)["params"],
         }
         context = embed(params, tokens)[1]
-        blocks = init_layers(lambda k: block_module.init(k, x, context, None, 0)["params"], blocks_key, config.depth)
+        blocks = init_layers(lambda k: dict(block_module.init(k, x, context, None, 0)["params"]), blocks_key, config.depth)
         return {**params, "blocks": blocks}
 
     def init_cache(batch: int, capacity: int) -> ops.KVCache:

@@ -123,7 +123,9 @@ def _model(config: Config, policy: ops.Policy) -> Model:
 
     def head(params: tree.Params, x: jax.Array) -> jax.Array:
         own = {name: params[name] for name in ("norm", "head") if name in params}
-        return head_module.apply({"params": own}, x, None if "head" in params else params["embed"])
+        logits = head_module.apply({"params": own}, x, None if "head" in params else params["embed"])
+        assert isinstance(logits, jax.Array)
+        return logits
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
@@ -131,7 +133,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         tokens = {"tokens": jnp.zeros((1, 1), jnp.int32)}
         table = config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width))
         context = embed({"embed": table}, tokens)[1]
-        blocks = init_layers(lambda k: block_module.init(k, x, context, None, 0)["params"], blocks_key, config.depth)
+        blocks = init_layers(lambda k: dict(block_module.init(k, x, context, None, 0)["params"]), blocks_key, config.depth)
         top = head_module.init(head_key, x, table if config.tied else None)["params"]
         return {"embed": table, "blocks": blocks, **top}
 

@@ -9,7 +9,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmodel.leaves.leaf import register
 from jaxmodel.ops.policy import Policy
 
-
 CAUSAL_PARTS = 8  # queries of a causal square are run in so many parts, each with the keys it can see
 CAUSAL_FROM = 256  # positions from which that is worth its overhead
 

@@ -61,7 +61,9 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any, policy: Policy = DEFAU
     lead = x.shape[plan.batch : x.ndim - len(plan.w_in)]
     flat = x.reshape(*x.shape[: plan.batch], *lead, -1)
     if flat.shape[-1] != w.shape[-1]:
-        raise InputError(f"einsum {equation!r}: x {x.shape} has {flat.shape[-1]} features, the weight {w.shape} takes {w.shape[-1]}")
+        raise InputError(
+            f"einsum {equation!r}: x {x.shape} has {flat.shape[-1]} features, the weight {w.shape} takes {w.shape[-1]}"
+        )
     run = functools.partial(_matmul, policy=policy)
     for _ in range(plan.batch):
         run = jax.vmap(run)
@@ -218,6 +220,10 @@ def _precision(dtype: Any) -> jax.lax.Precision | None:
 
 @functools.cache
 def _parse(equation: str) -> _Plan:
+    problem = InputError(
+        f"einsum: {equation!r} is not of the form 'batch rows in, batch out in -> batch rows out' with weights stored "
+        "[..., out, in], such as 'BTD,FD->BTF' or 'BTHh,D(Hh)->BTD'"
+    )
     try:
         inputs, output = equation.replace(" ", "").split("->")
         x_term, w_term = inputs.split(",")
@@ -228,12 +234,9 @@ def _parse(equation: str) -> _Plan:
         ok = x_letters == (*batch, *rows, *w_in) and y_letters == (*batch, *rows, *w_out)
         ok = ok and len({*x_letters, *w_out}) == len(x_letters) + len(w_out)
     except ValueError:
-        ok = False
+        raise problem from None
     if not ok:
-        raise InputError(
-            f"einsum: {equation!r} is not of the form 'batch rows in, batch out in -> batch rows out' with weights stored "
-            "[..., out, in], such as 'BTD,FD->BTF' or 'BTHh,D(Hh)->BTD'"
-        )
+        raise problem
     return _Plan(n, x_letters, w_in, w_out, y_letters)
 
 

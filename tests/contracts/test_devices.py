@@ -187,7 +187,11 @@ def check_each_leaf_on_rows_and_columns() -> None:
         "int4 groups": quantise(w, 4, group=8),
         "affine groups": affine(w, 16),
     }
-    by_rows = {"int3 padded": quantise(w[:, :45], 3), "int4 padded": quantise(w[:, :60], 4, group=16), "sparse": sparse(w)}
+    by_rows = {
+        "int3 padded": quantise(w[:, :45], 3),
+        "int4 padded": quantise(w[:, :60], 4, group=16),
+        "sparse": sparse(w),
+    }
     ids = jnp.asarray(rng.integers(0, 16, (2, 5)), jnp.int32)
     both = jax.jit(lambda leaf, x: (ops.einsum("BD,FD->BF", x, leaf), ops.take(leaf, ids)))
     rows, columns = P(("fsdp", "tensor")), P("fsdp", "tensor")
@@ -207,7 +211,11 @@ def check_stacked_leaves_scan_on_a_mesh() -> None:
     w, x = (jnp.asarray(rng.normal(size=shape) / 6, jnp.float32) for shape in ((3, 32, 32), (8, 32)))
     body = lambda x, leaf: (jnp.tanh(ops.einsum("BD,FD->BF", x, leaf)), None)
     run = jax.jit(lambda leaf, x: jax.lax.scan(body, x, leaf)[0])
-    for leaf, spec in ((quantise(w, 4, group=8), P("tensor", "fsdp")), (sparse(w), P("tensor")), (w, P("tensor", "fsdp"))):
+    for leaf, spec in (
+        (quantise(w, 4, group=8), P("tensor", "fsdp")),
+        (sparse(w), P("tensor")),
+        (w, P("tensor", "fsdp")),
+    ):
         params = {"blocks": {"0-2": {"w": leaf}}}
         with jax.set_mesh(mesh):
             placed = sharding.place([(".*", spec)], params, mesh)["blocks"]["0-2"]["w"]

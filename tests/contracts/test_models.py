@@ -237,7 +237,6 @@ def test_mixed_compressed_layers_run_close_to_their_decoded_version(case):
     decoded = tree.map_leaves(lambda _, leaf: decode(leaf), compressed)
     want = case.apply(decoded, case.tokens)
     close(case.apply(compressed, case.tokens), want)
-    close(case.apply(tree.stack(decoded), case.tokens), want)
     assert np.abs(want - case.apply(case.params, case.tokens)).max() > 0.05  # they are compressed
     # in floating point arithmetic that is exact, what remains is the rounding of activations
     dynamic = jax.tree.map(

@@ -102,9 +102,7 @@ def test_small_topics_inside_large_ones_are_left_out() -> None:
     assert train == ["Alpha two, which goes on for a good deal longer than the first one."]
 
 
-def hub(
-    monkeypatch: pytest.MonkeyPatch, rows: list[str], digest_of: str, fails: Exception | None = None
-) -> list[tuple]:
+def hub(monkeypatch: pytest.MonkeyPatch, rows: list[str], digest_of: str, fails: Exception | None = None) -> list[tuple]:
     calls = []
 
     def download(*args: str, **keywords: str) -> str:

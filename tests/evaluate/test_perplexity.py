@@ -54,7 +54,9 @@ def test_bootstrap_repeats():
     assert evaluate.bootstrap(values, seed=3) == evaluate.bootstrap(values, seed=3) != evaluate.bootstrap(values, seed=4)
 
 
-@pytest.mark.parametrize(("shape", "says"), [((0, 9), "nothing to predict"), ((2, 1), "nothing to predict"), ((1, 200), "context of 128")])
+@pytest.mark.parametrize(
+    ("shape", "says"), [((0, 9), "nothing to predict"), ((2, 1), "nothing to predict"), ((1, 200), "context of 128")]
+)
 def test_windows_that_cannot_be_scored(shape, says, params):
     with pytest.raises(InputError, match=says):
         evaluate.token_nll(MODEL, params, np.zeros(shape, np.int32))

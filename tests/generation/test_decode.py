@@ -148,9 +148,7 @@ def test_generation_ends_when_all_rows_have(model, params):
 def test_a_row_that_has_ended_keeps_still(model, params):
     logits, cache = decode.prefill(model, params, ROWS, 16)
     b = len(ROWS)
-    state = decode.State(
-        cache, sample(logits, None, GREEDY), cache.length + 0, jax.random.split(jax.random.key(0), b), None
-    )
+    state = decode.State(cache, sample(logits, None, GREEDY), cache.length + 0, jax.random.split(jax.random.key(0), b), None)
     first, before = state.token.tolist(), state.cache.length.tolist()
     done = jnp.array([False, True, False, True])
     state, tokens = decode.decoder(model, GREEDY)(params, state, done, 5, jnp.array([-1]))

@@ -100,16 +100,10 @@ def test_the_prompt_gets_what_the_tokenizer_puts_around_it(bundle):
     from tokenizers import processors
 
     backend = type(bundle.processor.backend).from_str(bundle.processor.backend.to_str())
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     begins = dataclasses.replace(bundle, processor=dataclasses.replace(bundle.processor, backend=backend))
     text = generate(begins, "the cat", max_new_tokens=12)
-    assert (
-        text
-        == generate(bundle, "<|endoftext|>the cat", max_new_tokens=12)
-        != generate(bundle, "the cat", max_new_tokens=12)
-    )
+    assert text == generate(bundle, "<|endoftext|>the cat", max_new_tokens=12) != generate(bundle, "the cat", max_new_tokens=12)
     with pytest.raises(InputError, match="prompt: ''"):
         generate(begins, "")
 

@@ -59,9 +59,7 @@ jitted_filter = jax.jit(filter_logits, static_argnames="sampling")
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @settings(deadline=None, max_examples=60)
-@given(
-    logits=st.lists(st.integers(-40, 40), min_size=8, max_size=8), seen=st.lists(st.booleans(), min_size=8, max_size=8)
-)
+@given(logits=st.lists(st.integers(-40, 40), min_size=8, max_size=8), seen=st.lists(st.booleans(), min_size=8, max_size=8))
 def test_filters_as_the_reference(sampling, logits, seen):
     x, marks = np.array(logits, np.float32) / 8, np.array(seen)  # few values, so that many are equal
     expected = reference(x, sampling, marks)

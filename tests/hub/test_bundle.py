@@ -368,9 +368,7 @@ def test_bad_folder(source: str, damage: Callable[[Path], Any], parts: list[str]
 def test_a_copy_of_the_tied_embedding_is_no_error(stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored / "llama-tied", tmp_path / "a")
     _put(HEAD, np.copy, like=EMBED)(tmp_path / "a")
-    assert tree.fingerprint(from_pretrained(tmp_path / "a").params) == tree.fingerprint(
-        plain("llama", tied=True).params
-    )
+    assert tree.fingerprint(from_pretrained(tmp_path / "a").params) == tree.fingerprint(plain("llama", tied=True).params)
 
 
 # -------------------------------------------------------------------------------------------------------- GGUF
@@ -523,9 +521,7 @@ def test_full_disk(stage: str, stored: Path, tmp_path: Path, monkeypatch: pytest
     if stage == "rename":  # where folders cannot be swapped at once: the second rename fails, the first is undone
         monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
         rename = Path.rename
-        monkeypatch.setattr(
-            Path, "rename", lambda a, b: full() if a.name.count("-") == 1 and b.name == "out" else rename(a, b)
-        )
+        monkeypatch.setattr(Path, "rename", lambda a, b: full() if a.name.count("-") == 1 and b.name == "out" else rename(a, b))
     elif stage == "fsync":  # of a file; a folder need not be synced
         fsync = os.fsync
         monkeypatch.setattr(os, "fsync", lambda fd: full() if os.path.isfile(f"/proc/self/fd/{fd}") else fsync(fd))

@@ -105,9 +105,7 @@ def test_decoding_with_a_cache(golden: Golden) -> None:
     tokens, mask, params = jnp.asarray(want["tokens"]), want["mask"], bundle.params
     start = int(mask[1].sum())
     apply = jax.jit(bundle.model.apply)
-    head = mask[:, :start] & np.array(
-        [[True] * start, [True] * (start - 3) + [False] * 3]
-    )  # the second row three behind
+    head = mask[:, :start] & np.array([[True] * start, [True] * (start - 3) + [False] * 3])  # the second row three behind
     out = apply(params, {"tokens": tokens[:, :start], "mask": head}, bundle.model.init_cache(2, mask.shape[1]))
     near(out.logits[head], want["logits"][:, :start][head], 2e-5)
     for step in range(mask.shape[1] - start):
@@ -135,9 +133,7 @@ def test_names_without_the_prefix(tmp_path: Path) -> None:
     renamed |= {"h.0.attn.bias": np.ones((1, 1, 24, 24), np.float32), "lm_head.weight": renamed["wte.weight"].copy()}
     save_file(renamed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((GOLDENS / "gpt2-a" / "config.json").read_bytes())
-    assert tree.fingerprint(from_pretrained(tmp_path).params) == tree.fingerprint(
-        from_pretrained(GOLDENS / "gpt2-a").params
-    )
+    assert tree.fingerprint(from_pretrained(tmp_path).params) == tree.fingerprint(from_pretrained(GOLDENS / "gpt2-a").params)
 
 
 # ------------------------------------------------------------------------------------------------------ SmolLM2

@@ -147,9 +147,7 @@ def test_from_gguf_equals_the_tokenizer_it_describes(trained: Tokenizer) -> None
 
 def test_from_gguf_reads_special_and_user_defined_tokens() -> None:
     n = TINY.vocab_size
-    metadata = gguf_metadata(
-        TINY, {"<bos>": 3, "<eot>": 3, "   ": 4, "[PAD1]": 5}, padding_token_id=n, eot_token_id=n + 1
-    )
+    metadata = gguf_metadata(TINY, {"<bos>": 3, "<eot>": 3, "   ": 4, "[PAD1]": 5}, padding_token_id=n, eot_token_id=n + 1)
     read = from_gguf(metadata)
     assert (read.eos_ids, read.pad_id) == ((0, n + 1), n)
     assert read.encode("<bos>   <eot>") == [n, n + 2, n + 1]
@@ -254,9 +252,7 @@ def test_foreign_folder(tmp_path: Path) -> None:
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     backend.add_special_tokens(words[:4])
     backend.enable_padding(length=128)
     backend.enable_truncation(max_length=3)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxmodel import layers, ops, tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import QTensor, Sparse, decode
+from jaxmodel.leaves import QTensor, Sparse
 from jaxmodel.models import llama
 
 B, T = 2, 5
@@ -69,19 +69,13 @@ def test_mixed_segments_equal_the_loop(mixed):
     single, stacked = mixed
     assert tree.segments(stacked["blocks"]) == ["0-1", "2-3", "4", "5", "6"]
     tokens = jax.random.randint(jax.random.key(1), (B, T), 0, CONFIG.vocab)
-
-    @jax.jit
-    def loop(params):
-        x, context = MODEL.parts.embed(params, {"tokens": tokens})
-        for i in range(CONFIG.depth):
-            x, _, _ = MODEL.parts.block(params["blocks"][str(i)], x, context)
-        return MODEL.parts.head(params, x)
-
-    want = loop(single)
-    for params in (stacked, single):
-        np.testing.assert_allclose(jax.jit(MODEL.apply)(params, tokens).logits, want, rtol=1e-4, atol=1e-4)
-    plain = loop(tree.map_leaves(lambda _, leaf: decode(leaf), single))
-    assert 1e-3 < np.abs(plain - want).max() < 0.5  # the rounding of activations, and nothing more
+    embed, block, head = map(jax.jit, MODEL.parts)
+    x, context = embed(single, {"tokens": tokens})
+    for layer in tree.segments(single["blocks"]):
+        x, _, _ = block(single["blocks"][layer], x, context)
+    got = jax.jit(MODEL.apply)(stacked, tokens)
+    np.testing.assert_allclose(got.hidden, x, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got.logits, head(single, x), rtol=1e-4, atol=1e-4)
 
 
 def test_mixed_segments_with_a_cache_equal_the_whole(mixed):
@@ -162,17 +156,21 @@ def test_init_layers_gives_each_layer_a_key_of_its_own():
 # ----------------------------------------------------------------------------------------------- rematerialisation
 
 
-def test_remat_gives_the_same_gradients_and_saves_less():
-    tokens = jax.random.randint(jax.random.key(1), (B, T), 0, CONFIG.vocab)
-    params = jax.jit(MODEL.init)(jax.random.key(0))
-    results, saved = {}, {}
+@pytest.mark.parametrize("cuts", [["0-4"], ["0", "1-4"]])
+def test_remat_gives_the_same_gradients_and_saves_less(cuts):
+    def block(params, x, context, cache, layer, rng, train):
+        hidden = jnp.tanh(ops.einsum("BTD,FD->BTF", x, params["up"]))
+        return x + ops.einsum("BTF,DF->BTD", jnp.sin(hidden), params["down"]), None, {}
+
+    stack = {"up": normal(5, 8, 4), "down": normal(5, 4, 8, seed=1)}
+    params = {key: tree.layer_slice(stack, range(5), tree.span(key)) for key in cuts}
+    x, results, saved = normal(B, T, 4, seed=2), {}, {}
     for remat in ("none", "full", "dots"):
-        model = llama.model(CONFIG, ops.Policy(remat=remat))
-        loss = lambda p, m=model: jnp.mean(m.apply(p, tokens).logits ** 2)
+        loss = lambda p, mode=remat: jnp.mean(layers.repeat(block, p, x, {}, remat=mode)[0] ** 2)
         results[remat] = jax.jit(jax.value_and_grad(loss))(params)
         residuals = jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params)
         saved[remat] = sum(a.size for a in jax.tree.leaves(residuals))
     for remat in ("full", "dots"):
         for got, want in zip(jax.tree.leaves(results[remat]), jax.tree.leaves(results["none"]), strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     assert saved["full"] < saved["dots"] < saved["none"]

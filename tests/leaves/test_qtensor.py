@@ -51,10 +51,10 @@ def cases(draw: st.DrawFn) -> tuple[int, bool, int, str, int | None, tuple[int, 
     bits, affine = draw(st.integers(1, 8)), draw(st.booleans())
     scales = draw(st.sampled_from(["tensor", "row", "group"]))
     group = draw(st.sampled_from([8, 16])) if scales == "group" else None
-    return bits, affine, draw(st.sampled_from([1, 13, 16])), scales, group, draw(st.sampled_from([(), (2,)]))
+    return bits, affine, draw(st.sampled_from([13, 16])), scales, group, draw(st.sampled_from([(), (2,)]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases(), st.integers(0, 1000))
 def test_decode_is_the_formula(case, seed):
     leaf, codes, weight = make(*case, seed=seed)

@@ -116,9 +116,7 @@ def tiny(name: str) -> None:
         for key, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=draw)
             value.copy_(
-                1 + 0.3 * noise
-                if key.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
-                else 0.3 * noise
+                1 + 0.3 * noise if key.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.3 * noise
             )
     model.save_pretrained(HERE / name, max_shard_size=shard)
     (HERE / name / "generation_config.json").unlink()
@@ -174,9 +172,7 @@ def smollm2(ours: str) -> None:
     assert apart < 2e-4, f"the GGUF and our folder differ by {apart}"
     mean = nll["gguf"].mean()
     save("smollm2", windows=windows.to(torch.int32), token_nll=nll["gguf"].float(), nll=mean)
-    print(
-        f"smollm2: {windows.numel()} tokens, mean NLL {mean:.6f}; GGUF and folder differ by at most {apart:.1e} a token"
-    )
+    print(f"smollm2: {windows.numel()} tokens, mean NLL {mean:.6f}; GGUF and folder differ by at most {apart:.1e} a token")
 
 
 def token_nll(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
@@ -223,16 +219,10 @@ def check(ours: str) -> None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             text = TEXT.read_text(encoding="utf-8")
             ids = tokenizer(text)["input_ids"]
-            assert ids[:120] == stored["tokens"].ravel().tolist() and tokenizer.decode(ids) == text, (
-                f"{file.stem}: tokens"
-            )
-            assert tokenizer.eos_token_id == model.generation_config.eos_token_id == int(stored["eos"]), (
-                f"{file.stem}: end"
-            )
+            assert ids[:120] == stored["tokens"].ravel().tolist() and tokenizer.decode(ids) == text, f"{file.stem}: tokens"
+            assert tokenizer.eos_token_id == model.generation_config.eos_token_id == int(stored["eos"]), f"{file.stem}: end"
             with torch.no_grad():
-                logits = (
-                    model.float().eval()(input_ids=torch.tensor(stored["tokens"], dtype=torch.int64)).logits.numpy()
-                )
+                logits = model.float().eval()(input_ids=torch.tensor(stored["tokens"], dtype=torch.int64)).logits.numpy()
             apart = np.abs(logits - stored["logits"]).max()
             assert apart < 2e-4, f"{file.stem}: logits differ by {apart}"
             print(f"{file.stem}: {type(model).__name__}, logits within {apart:.1e}, {len(ids)} tokens the same")
@@ -252,9 +242,7 @@ def save(name: str, **arrays: torch.Tensor) -> None:
 def main() -> None:
     """Write the goldens, or check ours with transformers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="load folders that our save_pretrained writes; store nothing"
-    )
+    parser.add_argument("--check", action="store_true", help="load folders that our save_pretrained writes; store nothing")
     parser.add_argument("--ours", default=str(REPO / ".venv/bin/python"), help="the Python that has jaxmodel")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
