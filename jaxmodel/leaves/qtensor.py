@@ -116,10 +116,12 @@ class QTensor(Compressed):
         dtype = self.dtype if dtype is None else dtype
         codes = self._padded_codes()
         *lead, n = codes.shape
-        grouped = codes.reshape(*lead, self.groups, n // self.groups).astype(dtype)
-        weight = grouped * self.scale[..., None].astype(dtype)
+        # in float32 whatever the dtype, so that a scale is not rounded before its weights are
+        grouped = codes.reshape(*lead, self.groups, n // self.groups).astype(jnp.float32)
+        weight = grouped * self.scale[..., None].astype(jnp.float32)
         if self.minimum is not None:
-            weight = weight + self.minimum[..., None].astype(dtype)
+            weight = weight + self.minimum[..., None].astype(jnp.float32)
+        weight = weight.astype(dtype)
         return weight.reshape(*lead, n)[..., : self._in]
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> QTensor:
