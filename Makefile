@@ -62,7 +62,7 @@ lint: .venv/.lint  ## ruff and pyright
 	.venv/bin/pyright
 
 numbers: .venv/.test  ## the quick form of every experiment; writes experiments/RESULTS.md
-	.venv/bin/python experiments/numbers.py $(ARGS)
+	.venv/bin/python experiments/make_numbers.py $(ARGS)
 
 peers: .peers/.done  ## .peers/: torch, transformers and llama.cpp, for goldens and for timing side by side
 

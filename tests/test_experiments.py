@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "numbers")
+NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "make_numbers")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,9 +37,9 @@ print(json.dumps({"rows": rows, "seconds": 1.0, "protocol": {"cpu": "some"}}))
 """
     (tmp_path / "fake.py").write_text(fake)
     (tmp_path / "broken.py").write_text("raise SystemExit(3)")
-    (tmp_path / "numbers.py").write_text((FOLDER / "numbers.py").read_text())
+    (tmp_path / "make_numbers.py").write_text((FOLDER / "make_numbers.py").read_text())
     (tmp_path / "RESULTS.md").write_text("# Results\n\n## older\n\nkept\n")
-    subprocess.run([sys.executable, tmp_path / "numbers.py"], check=True, capture_output=True)
+    subprocess.run([sys.executable, tmp_path / "make_numbers.py"], check=True, capture_output=True)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## older\n\nkept" in text and "## broken\n\nfailed with exit code 3" in text
     assert "| a\\|b | 1.500 | x | >= 2 | **no** |" in text, text

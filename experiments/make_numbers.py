@@ -1,6 +1,6 @@
 """Run the quick form of every experiment and write experiments/RESULTS.md: each number with its goal, met or not.
 
-Command:  make numbers            (or python experiments/numbers.py [--full] [NAME ...])
+Command:  make numbers            (or python experiments/make_numbers.py [--full] [NAME ...])
 Cost:     the sum of the quick forms: about 4 minutes on two cores.
 """
 
@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from jaxmodel import report
-from jaxmodel.report.table import number
+from jaxmodel.report.table import significant
 
 HERE = Path(__file__).parent
 COLUMNS = (
     report.Column("name", "number"),
-    report.Column("value", format=number),
+    report.Column("value", format=significant(6)),
     report.Column("unit"),
     report.Column("goal", format=lambda goal: goal or ""),
     report.Column("met", format=lambda met: {True: "yes", False: "**no**"}.get(met, "")),
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the full forms")
     parser.add_argument("names", nargs="*", metavar="NAME")
     args = parser.parse_args()
-    known = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "numbers")
+    known = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "make_numbers")
     if unknown := set(args.names) - set(known):
         parser.error(f"no experiment {sorted(unknown)}; there are {known}")
     target = HERE / "RESULTS.md"
