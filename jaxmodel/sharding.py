@@ -32,6 +32,7 @@ def simulate_devices(count: int) -> None:
     # With its default schedule XLA runs independent collectives of one program in another order on each device, and
     # they wait for each other for ever: seen with data=2,fsdp=2 in half of the runs.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
 

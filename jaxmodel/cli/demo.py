@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import compress, data, evaluate, generation, hub, models, report, tree
+from jaxmodel import compress, data, evaluate, generation, hub, leaves, models, report, tree
 from jaxmodel.cli.options import Demo
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, require
 from jaxmodel.report import html, plot
 from jaxmodel.report.table import megabytes, number, rate
 
@@ -34,28 +36,35 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
     began = time.perf_counter()
     if options.windows < 1 or options.train_steps < 0:
         raise InputError(f"windows: {options.windows}, train-steps: {options.train_steps}; at least 1 and 0 are needed")
+    require("matplotlib", "notebook")  # the plots come last; what they lack must be known first
     text = data.load_text(options.data)
     with report.step(f"load {options.model}"):
-        bundle = hub.from_pretrained(options.model)
+        bundle = hub.from_pretrained(options.model, dtype="float32")
+        if any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values()):
+            raise InputError(f"model: {options.model!r} is compressed already; the demo starts from plain weights")
         ids = hub.need_processor(bundle).encode(text.text)
         windows = data.windows(ids, options.window, limit=options.windows)
     rows: list[dict[str, Any]] = []
     base: np.ndarray | None = None
+    same = False
     with report.bar(len(VERSIONS), "versions") as shown:
         for name, version in _versions(bundle):
             row, nll = _measure(name, version, windows, base, folder, options.seed)
             base = nll if base is None else base
             rows.append(row)
+            if name == "int8":
+                same = _loads_back(version, folder, windows[:1, :64])
             shown.advance(1, done=name)
     result: dict[str, Any] = {
         "rows": rows,
         "text": {"name": text.name, "origin": text.origin, "sha256": text.sha256, "tokens": len(ids)},
         "predictions": int(windows.shape[0] * (windows.shape[1] - 1)),
         "prompt": PROMPT,
-        "int8_loads_back_identical": _loads_back(folder, windows),
+        "int8_loads_back_identical": same,
         "train": _train(options, folder) if options.train_steps else {},
     }
     result["seconds"] = time.perf_counter() - began
+    folder.save_json("report.json", result)
     _write_page(result, folder)
     return result
 
@@ -112,13 +121,11 @@ def _file_bytes(bundle: hub.Bundle, keep: Path | None) -> int:
         return sum(file.stat().st_size for file in place.glob("*.safetensors"))
 
 
-def _loads_back(folder: report.Run, windows: np.ndarray) -> bool:
-    """Whether the saved int8 bundle gives the same logits as one made anew from it in memory, bit for bit."""
+def _loads_back(bundle: hub.Bundle, folder: report.Run, tokens: np.ndarray) -> bool:
+    """Whether the bundle read back from disk gives the same logits as this one in memory, bit for bit."""
     loaded = hub.from_pretrained(folder.path("int8"))
-    with tempfile.TemporaryDirectory() as room:
-        again = hub.from_pretrained(loaded.save_pretrained(Path(room) / "again"))
-    tokens = windows[:1, :64]
-    first, second = (np.asarray(b.model.apply(b.params, tokens).logits) for b in (loaded, again))
+    inputs = jnp.asarray(tokens)
+    first, second = (np.asarray(jax.jit(b.model.apply)(b.params, inputs).logits) for b in (bundle, loaded))
     return bool(np.array_equal(first, second))
 
 

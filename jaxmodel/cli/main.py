@@ -20,13 +20,20 @@ from jaxmodel.errors import InputError
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, with 2 on bad input, with 1 where a rerun differs."""
-    if "JAX_PLATFORMS" not in os.environ and not any(map(glob.glob, ("/dev/accel*", "/dev/nvidia*", "/dev/vfio/*", "/dev/kfd"))):
+    if "JAX_PLATFORMS" not in os.environ and not any(
+        map(glob.glob, ("/dev/accel*", "/dev/nvidia*", "/dev/vfio/*", "/dev/kfd", "/dev/dxg"))
+    ):
         os.environ["JAX_PLATFORMS"] = "cpu"  # no accelerator: an installed libtpu would print lines of noise
     try:
         options = read(sys.argv[1:] if args is None else args)
         _, code = run(options)
     except InputError as error:
         print(f"jaxmodel: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"jaxmodel: {str(error.filename)!r} cannot be used: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("jaxmodel: interrupted", file=sys.stderr)
@@ -61,9 +68,11 @@ def run(options: Common) -> tuple[dict[str, Any], int]:
     from jaxmodel import report
     from jaxmodel.cli import rerun, verbs
 
-    name = next(name for name, cls in VERBS.items() if type(options) is cls)
+    name = rerun.name_of(options)
     report.check_target(options.json)
-    verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, code=rerun.code)
+    verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
+    if not 0 <= getattr(options, "seed", 0) < 2**32:
+        raise InputError(f"seed: {options.seed} given; allowed: 0 to {2**32 - 1}")  # pyright: ignore[reportAttributeAccessIssue]
     verb.prepare(options)
     with report.clean_stdout(options.json):
         folder = report.start_run(name, {"verb": name, **dataclasses.asdict(options)}, options.runs)
@@ -75,10 +84,18 @@ def run(options: Common) -> tuple[dict[str, Any], int]:
     return result, verb.code(result)
 
 
+def _prepare_rerun(options: Rerun) -> None:
+    from jaxmodel.cli import rerun, verbs
+
+    again = rerun.options_of(options.folder)
+    verbs.find(rerun.name_of(again)).prepare(again)
+
+
 def _rerun(options: Rerun, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import rerun
 
-    result, _ = run(rerun.options_of(options.folder, folder))
+    again = rerun.options_of(options.folder)
+    result, _ = run(rerun.redirect(again, folder))
     return rerun.compare(options.folder, result, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -24,8 +25,13 @@ CLOCK = (
 """Keys whose values depend on the clock or on the folder; rows of a history are compared by their losses."""
 
 
-def options_of(folder: str, room: report.Run) -> Common:
-    """The options of an ended run, with their outputs led into the folder of the repetition.
+def name_of(options: Common) -> str:
+    """The verb that these are the options of."""
+    return next(name for name, cls in VERBS.items() if type(options) is cls)
+
+
+def options_of(folder: str) -> Common:
+    """The options of an ended run.
 
     Raises:
       InputError: that is no run folder, its run did not end, or its verb or options are not those of this version.
@@ -37,9 +43,6 @@ def options_of(folder: str, room: report.Run) -> Common:
         raise unknown(f"{folder}/config.json: verb", verb, [v for v in VERBS if v != "rerun"])
     if not (before.folder / "report.json").exists():
         raise InputError(f"folder: {folder!r} has no report.json; the run did not end")
-    config |= {"json": None, "runs": str(room.path("again"))}
-    if "out" in config:
-        config["out"] = str(room.path("out"))
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
         return VERBS[verb](**values)
@@ -47,10 +50,21 @@ def options_of(folder: str, room: report.Run) -> Common:
         raise InputError(f"{folder}/config.json: {error}") from None
 
 
+def redirect(options: Common, room: report.Run) -> Common:
+    """The same options with their outputs led into the folder of the repetition."""
+    places: dict[str, Any] = {"json": None, "runs": str(room.path("again"))}
+    if hasattr(options, "out"):
+        places["out"] = str(room.path("out"))
+    return dataclasses.replace(options, **places)
+
+
 def compare(folder: str, result: dict[str, Any], room: report.Run) -> dict[str, Any]:
     """The repetition's result beside the recorded one."""
     before = report.read_run(folder)
-    old = dict(leaves(json.loads((before.folder / "report.json").read_text())))
+    try:
+        old = dict(leaves(json.loads((before.folder / "report.json").read_text())))
+    except ValueError as error:
+        raise InputError(f"{folder}/report.json: not JSON: {error}") from None
     new = dict(leaves(report.to_plain(result)))
     paths = [path for path in {**old, **new} if not _same(old.get(path), new.get(path))]
     changed = {k: [v, room.versions.get(k)] for k, v in before.versions.items() if v != room.versions.get(k)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxmodel.cli.options import Compress, Eval, Generate, Train
+from jaxmodel.errors import InputError
 
 
 class Verb(NamedTuple):
@@ -99,6 +100,7 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
     from jaxmodel import compress, hub, report
 
     recipe = compress.named(options.recipe)
+    hub.check_target(options.out)
     bundle = hub.from_pretrained(options.model)
     smaller, done = compress.compress_bundle(bundle, recipe, options.recipe)
     with report.step("save"):
@@ -148,11 +150,16 @@ def _train(options: Train, folder: Any) -> dict[str, Any]:
     from jaxmodel.ops import MESH_AXES, Policy
 
     began = time.perf_counter()
+    hub.check_target(options.out or folder.path("bundle"))
     mesh = None if options.mesh is None else sharding.make_mesh(options.mesh)
     texts = [data.load_text(source) for source in (options.data, options.heldout)]
     with report.step("tokenise"):
         tokenizer = hub.train_bpe([texts[0].text], options.vocab)
         rows = [data.windows(tokenizer.encode(t.text), options.context + 1, stride=options.context) for t in texts]
+    if not tokenizer.encode(options.sample) or len(tokenizer.encode(options.sample)) >= options.context:
+        raise InputError(
+            f"sample: {options.sample!r} must have at least one token and fewer than the context of {options.context}"
+        )
     streams = [data.Stream(r, options.batch, options.seed) for r in rows]
     config = gpt2.Config(tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
     model = gpt2.model(config, Policy(compute=options.dtype, axes=MESH_AXES))
@@ -168,13 +175,14 @@ def _train(options: Train, folder: Any) -> dict[str, Any]:
     bundle = hub.Bundle(single, jax.device_put(jax.device_get(state.params)), tokenizer, card)
     out = options.out or str(folder.path("bundle"))
     bundle.save_pretrained(out)
-    sample = generate(bundle, options.sample, max_new_tokens=min(64, options.context // 2), temperature=0.8, seed=options.seed)
+    room = options.context - len(tokenizer.encode(options.sample))
+    sample = generate(bundle, options.sample, max_new_tokens=min(64, room), temperature=0.8, seed=options.seed)
     steady = history[1:] or history  # the first row holds the compilation
     return {
         "out": out,
         "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
         "mesh": dict(mesh.shape) if mesh is not None else {},
-        "devices": jax.device_count(),
+        "devices": mesh.size if mesh is not None else 1,
         "data": [dataclasses.asdict(t) | {"text": len(t.text)} for t in texts],
         "loss": history[-1]["loss"],
         "heldout_loss": history[-1]["heldout_loss"],

@@ -35,7 +35,9 @@ class Magnitude(Method):
             raise InputError(f"magnitude: fraction is {self.fraction!r}; allowed: from 0 to below 1")
         if self.scope not in ("row", "leaf"):
             raise InputError(f"magnitude: scope is {self.scope!r}; allowed: 'row', 'leaf'")
-        if self.pattern is not None and not 0 < self.pattern[0] < self.pattern[1]:
+        pattern = self.pattern
+        whole = isinstance(pattern, tuple) and len(pattern) == 2 and all(isinstance(n, int) for n in pattern)
+        if pattern is not None and not (whole and 0 < pattern[0] < pattern[1]):
             raise InputError(f"magnitude: pattern is {self.pattern!r}; allowed: (N, M) with 0 < N < M")
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:

@@ -37,13 +37,15 @@ class Rtn(Method):
     scale_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 9):
+        if not isinstance(self.bits, int) or self.bits not in range(1, 9):
             raise InputError(f"rtn: bits is {self.bits!r}; allowed: 1 to 8")
-        if self.group is not None and self.group < 1:
+        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
             raise InputError(f"rtn: group is {self.group!r}; allowed: a positive length or None")
         if self.group is not None and self.group % codes_per_unit(self.bits):
             unit = codes_per_unit(self.bits)
             raise InputError(f"rtn: group is {self.group}; at {self.bits} bits a multiple of {unit} fills whole bytes")
+        if self.scale_dtype not in (None, "float32", "float16", "bfloat16"):
+            raise InputError(f"rtn: scale_dtype is {self.scale_dtype!r}; allowed: None, float32, float16, bfloat16")
         if self.activations not in (None, "int8"):
             raise InputError(f"rtn: activations is {self.activations!r}; allowed: None, 'int8'")
 

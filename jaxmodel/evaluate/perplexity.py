@@ -74,7 +74,7 @@ def token_nll(
 def summarize(nll: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0) -> Perplexity:
     """Mean and bootstrap interval. Neighbouring predictions depend on each other, so blocks of them are resampled."""
     mean = float(np.mean(nll, dtype=np.float64))
-    return Perplexity(mean, math.exp(mean), nll.size, bootstrap(nll, block=block, resamples=resamples, seed=seed))
+    return Perplexity(mean, math.exp(min(mean, 700.0)), nll.size, bootstrap(nll, block=block, resamples=resamples, seed=seed))
 
 
 def bootstrap(values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -31,21 +31,22 @@ def measure_speed(
     Args:
       bundle: model and weights; no tokenizer is needed.
       streams: for each, rows that are decoded at once.
-      prompt: tokens of the one prompt that is read; only its last position goes through the head.
+      prompt: tokens of the one prompt that is read (at most the model's context); only its last position goes through the head.
       new: tokens that each row writes in a run.
-      cache: positions that each of them attends to.
+      cache: positions that each of them attends to (at most the model's context).
       repeats: timed runs; the best one counts, for a shared machine only ever makes a run slower.
 
     Returns:
       `prefill_tps`, and `decode_tps_N` (over all rows) for each N of `streams`.
 
     Raises:
-      InputError: `prompt` or `cache` beyond the model's context.
+      InputError: `prompt` or `cache` below 1.
     """
     model, params = bundle.model, running(bundle)
     for name, tokens in (("prompt", prompt), ("cache", cache)):
-        if not 0 < tokens <= model.config.context:
-            raise InputError(f"{name}: {tokens} tokens; allowed: 1 to the model's context of {model.config.context}")
+        if tokens < 1:
+            raise InputError(f"{name}: {tokens} tokens; at least 1 is needed")
+    prompt, cache = min(prompt, model.config.context), min(cache, model.config.context)
     row = [i % model.config.vocab for i in range(prompt)]
 
     def read() -> jax.Array:

@@ -286,19 +286,29 @@ def _open(folder: Path) -> Iterator[dict[str, Any]]:
         yield files
 
 
+def check_target(folder: str | Path) -> Path:
+    """Where a bundle saved to `folder` will stand; to be asked before the work whose result is saved there.
+
+    Raises:
+      InputError: it is a file, or a folder that holds something else than a bundle.
+    """
+    target = Path(os.path.realpath(folder))  # a link stays one
+    if target.exists() and not target.is_dir():
+        raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
+    there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    other = [name for name in there if not _REPLACED.fullmatch(name)]
+    if other or (there and "config.json" not in there):
+        what = f"{(other or there)[0]!r}, which is no file of a bundle" if other else "no config.json, so no bundle"
+        raise InputError(f"out: {str(folder)!r} holds {what}; choose an empty or new folder")
+    return target
+
+
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A fresh folder beside `folder`, which takes its place when the block ends well and vanishes when it does not."""
     beside = None
     try:
-        target = Path(os.path.realpath(folder))  # a link stays one
-        if target.exists() and not target.is_dir():
-            raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
-        there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-        other = [name for name in there if not _REPLACED.fullmatch(name)]
-        if other or (there and "config.json" not in there):
-            what = f"{(other or there)[0]!r}, which is no file of a bundle" if other else "no config.json, so no bundle"
-            raise InputError(f"out: {str(folder)!r} holds {what}; choose an empty or new folder")
+        target = check_target(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         beside.chmod(0o755)

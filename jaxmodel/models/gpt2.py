@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
 from jaxmodel.layers import MLP, Attention, LayerNorm, init_layers
-from jaxmodel.models.model import Model, Parts, compose, decoder_context
+from jaxmodel.models.model import Model, Parts, check_sizes, compose, decoder_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Config:
     context: int
     norm_eps: float = 1e-5
     init_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("vocab", "width", "depth", "heads", "context"))
+        if self.width % self.heads:
+            raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
 
 
 SIZES = {
@@ -90,7 +96,9 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     block_module, norm_module = _Block(config, policy), LayerNorm(config.norm_eps)
     wide = dataclasses.replace(policy, stream="float32")
 
-    def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None) -> tuple[jax.Array, dict[str, Any]]:
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
         positions, context = decoder_context(inputs, cache)
         x = ops.take(params["embed"], inputs["tokens"], policy) + ops.take(params["positions"], positions, policy, "TD")
         return x, context
@@ -99,7 +107,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         x, cache = block_module.apply({"params": params}, x, context, cache, layer)
         return x, cache, {}
 
-    def head(params: tree.Params, x: jax.Array) -> jax.Array:
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         normed = norm_module.apply({"params": params["norm"]}, x)
         assert isinstance(normed, jax.Array)
         return ops.einsum("BTD,VD->BTV", normed, params["embed"], wide)

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
 from jaxmodel.layers import MLP, Attention, RMSNorm, init_layers, leaf
-from jaxmodel.models.model import Model, Parts, compose, decoder_context
+from jaxmodel.models.model import Model, Parts, check_sizes, compose, decoder_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,14 @@ class Config:
     norm_eps: float = 1e-5
     tied: bool = False
     init_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context"))
+        if self.heads % self.kv_heads or self.head_width % 2:
+            raise InputError(
+                f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given; a divisor of {self.heads} heads and an even "
+                "width are needed"
+            )
 
 
 SIZES = {
@@ -112,7 +121,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 def _model(config: Config, policy: ops.Policy) -> Model:
     block_module, head_module = _Block(config, policy), _Head(config, policy)
 
-    def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None) -> tuple[jax.Array, dict[str, Any]]:
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
         positions, context = decoder_context(inputs, cache)
         context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base)
         return ops.take(params["embed"], inputs["tokens"], policy), context
@@ -121,7 +132,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         x, cache = block_module.apply({"params": params}, x, context, cache, layer)
         return x, cache, {}
 
-    def head(params: tree.Params, x: jax.Array) -> jax.Array:
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         own = {name: params[name] for name in ("norm", "head") if name in params}
         logits = head_module.apply({"params": own}, x, None if "head" in params else params["embed"])
         assert isinstance(logits, jax.Array)

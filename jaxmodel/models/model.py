@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodel import layers, ops, tree
+from jaxmodel.errors import InputError
 from jaxmodel.layers.repeat import Block
 from jaxmodel.leaves.leaf import register
 
@@ -36,9 +37,9 @@ class Output:
 class Parts(NamedTuple):
     """The functions that `apply` is the composition of.
 
-    embed(params, inputs, cache) -> (x, context): activations, and what a step computes once for all layers.
+    embed(params, inputs, cache, rng, train) -> (x, context): activations, and what a step computes once for all layers.
     block(layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux): one layer.
-    head(params, x) -> logits.
+    head(params, x, rng, train) -> logits.
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -76,19 +77,34 @@ def hidden(model: Model, params: tree.Params, inputs: Inputs, cache: Any = None,
     return _hidden(model.parts, model.policy, params, inputs, cache, rng, train)
 
 
+def check_sizes(config: Any, names: Iterable[str]) -> None:
+    """Raise InputError where one of these sizes of a config is not a positive whole number."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}: {value!r} given; a whole number of at least 1 is needed")
+
+
 def compose(parts: Parts, policy: ops.Policy) -> Callable[..., Output]:
     """`apply`, as the composition of a model's parts."""
 
     def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
         out = _hidden(parts, policy, params, inputs, cache, rng, train)
-        return dataclasses.replace(out, logits=parts.head(params, out.hidden))  # pyright: ignore
+        return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore
 
     return apply
 
 
+_EMBED, _HEAD = 2**32 - 1, 2**32 - 2  # what embed and head fold into the step's key; layer i folds in i
+
+
+def _key(rng: Any, number: int) -> Any:
+    return None if rng is None else jax.random.fold_in(rng, number)
+
+
 def _hidden(parts: Parts, policy: ops.Policy, params: tree.Params, inputs: Inputs, cache: Any, rng: Any, train: bool) -> Output:
     named = dict(inputs) if isinstance(inputs, Mapping) else {"tokens": inputs}
-    x, context = parts.embed(params, named, cache)
+    x, context = parts.embed(params, named, cache, _key(rng, _EMBED), train)
     x, cache, aux = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, policy.remat)
     if cache is not None:
         mask = named.get("mask")

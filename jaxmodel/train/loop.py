@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,61 +17,12 @@ from jaxmodel.data import Stream, prefetch
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
+from jaxmodel.train.config import TrainConfig, adamw, split_by
 from jaxmodel.train.losses import Loss, next_token
 from jaxmodel.train.state import TrainState, init_state, state_shardings
 from jaxmodel.train.step import make_step
 
 BATCH_AXES = ("data", "fsdp")  # a batch's rows lie along these axes of the mesh, where it has them
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-      steps: updates.
-      learning_rate: at its peak.
-      warmup: steps of linear rise; a cosine to a tenth follows.
-      weight_decay: of AdamW, where `decay` says so.
-      clip: largest global norm of the gradient.
-      beta2: of AdamW.
-      seed: of the initial parameters and of each step's randomness.
-      log_every: steps between two rows of the history.
-      eval_every: steps between two held-out losses; 0 for the end only.
-      eval_batches: batches of a held-out loss.
-      decay: rules, path -> whether weights decay.
-      trainable: rules, path -> whether the leaf trains; None for every plain floating leaf.
-    """
-
-    steps: int = 200
-    learning_rate: float = 1e-3
-    warmup: int = 20
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    beta2: float = 0.95
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    eval_batches: int = 8
-    decay: tree.Rules = ((tree.optional(".*(norm/.*|_bias)"), False), (".*", True))
-    trainable: tree.Rules | None = None
-
-
-def adamw(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine."""
-    if config.steps < 1:
-        raise InputError(f"steps: {config.steps} given; at least 1 is needed")
-    warmup = min(config.warmup, config.steps // 2)
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps, config.learning_rate / 10)
-
-    def decays(params: tree.Params) -> tree.Params:
-        values = tree.assign(config.decay, params)
-        return tree.map_leaves(lambda path, _: values[tree.layer_paths(path)[0]], params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b1=0.9, b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
-    )
 
 
 def fit(
@@ -105,16 +56,22 @@ def fit(
     """
     optimizer = optimizer or adamw(config)
 
-    def start(key: jax.Array) -> TrainState:
-        return init_state(model.init(key) if params is None else params, optimizer, config.trainable)
+    if stream.batch_size % _batch_parts(mesh):
+        raise InputError(
+            f"batch: {stream.batch_size} rows do not divide over the {_batch_parts(mesh)} devices of {BATCH_AXES} in the mesh"
+        )
+
+    def start(key: jax.Array, params: tree.Params | None) -> TrainState:
+        params = model.init(key) if params is None else params
+        return init_state(split_by(config, params), optimizer, config.trainable)
 
     key = jax.random.key(config.seed)
     step = make_step(model, loss, optimizer, seed=config.seed, trainable=config.trainable)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        where = None if mesh is None else state_shardings(jax.eval_shape(start, key), model.rules, mesh)
-        state = jax.jit(start, out_shardings=where)(key)
+        where = None if mesh is None else state_shardings(jax.eval_shape(start, key, params), model.rules, mesh)
+        state = jax.jit(start, out_shardings=where)(key, params)
         run = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        score = jax.jit(lambda params, batch: loss(model, params, batch, None)[0])
+        score = jax.jit(lambda params, batch: loss(model, params, batch, None, train=False)[0])
         history: list[dict[str, Any]] = []
         began = time.perf_counter()
         since, tokens = began, 0
@@ -138,6 +95,11 @@ def fit(
                 if on_log is not None:
                     on_log(row)
     return state, history
+
+
+def _batch_parts(mesh: jax.sharding.Mesh | None) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape) if mesh is not None else 1
 
 
 def _put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Losses: `loss(model, params, batch, rng) -> (scalar, metrics)`."""
+"""Losses: `loss(model, params, batch, rng, train=True) -> (scalar, metrics)`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ type Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def next_token(
-    model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, chunk: int | None = None
+    model: Model,
+    params: tree.Params,
+    batch: Mapping[str, Array],
+    rng: Array | None = None,
+    *,
+    train: bool = True,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross entropy of the next token, in nats, over the positions with weight.
 
@@ -26,10 +32,11 @@ def next_token(
       batch: `tokens`, `targets` `[B, T]`, and if there `weights` (0 where there is nothing to predict), `segments`,
         `positions`.
       rng: for dropout.
+      train: False for a held-out loss.
       chunk: positions whose logits exist at once, so that `[B, T, V]` never does; None for all. It divides T.
     """
     inputs = {name: batch[name] for name in ("tokens", "segments", "positions") if name in batch}
-    x = hidden(model, params, inputs, rng=rng, train=True).hidden
+    x = hidden(model, params, inputs, rng=rng, train=train).hidden
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
 

@@ -113,6 +113,30 @@ def test_train_on_eight_devices_and_rerun(folder):
     bundle = hub.from_pretrained(run / "bundle")
     assert sum(a.size for a in jax.tree.leaves(bundle.params)) == got["parameters"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == len(got["history"])
+    again = [sys.executable, "-m", "jaxmodel", "rerun", run, "--runs", folder / "again", "--json", "-"]
+    done = subprocess.run([str(c) for c in again], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads(done.stdout)["differ"] == {} and "/history/4/loss" not in json.loads(done.stdout)["differ"]
+
+
+def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder):
+    """The main job from end to end, with the training in a process of its own."""
+    args = ("--window", 32, "--windows", 2, "--train-steps", 2, "--runs", folder / "demo")
+    out = call(capsys, "demo", "--model", folder / "tiny", "--data", folder / "text.txt", *args, "--json", folder / "demo.json")
+    got = json.loads((folder / "demo.json").read_text())
+    names = [row["name"] for row in got["rows"]]
+    assert names == ["f32", "bf16", "int8", "int8-weight", "int4", "sparse50-int8"]
+    assert all(name in out.out for name in names) and got["int8_loads_back_identical"] is True
+    for row in got["rows"]:
+        assert row["file_bytes"] > row["packed_bytes"] > 0 and row["perplexity"] == pytest.approx(np.exp(row["nll"]))
+        assert min(row["prefill_tps"], row["decode_tps_1"], row["decode_tps_8"]) > 0
+    assert got["train"]["mesh"] == {"fsdp": 4, "tensor": 2} and set(got["train"]["compressed"]) == {"f32", "int8", "int4"}
+    (run,) = (folder / "demo").iterdir()
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") == 3 and "http" not in page.replace("http://www.w3.org", "")
+    assert {p.name for p in (run / "plots").iterdir()} == {"size.png", "speed.png", "loss.png"}
+    assert hub.from_pretrained(run / "int8").params
+    assert as_json(capsys, folder, "rerun", run)["differ"] == {}
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -144,6 +168,13 @@ BAD = [
     (["train", "--mesh", "fsdp", "--data", "{text}"], "mesh: 'fsdp' is not readable"),
     (["train", "--devices", "0"], "devices: 0 given"),
     (["train", "--steps", "0", "--data", "{text}", "--heldout", "{text}"], "steps: 0 given"),
+    (["train", "--heads", "0", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "heads: 0 given"),
+    (["train", "--heads", "3", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "a divisor of the width 128"),
+    (["train", "--sample", "", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "sample: ''"),
+    (["train", "--out", "{text}"], "is a file; a folder is needed"),
+    (["eval", "{tiny}", "--seed", "-1"], "seed: -1 given"),
+    (["compress", "{tiny}", "--recipe", "rtn(scale_dtype='int8')", "--out", "{new}"], "scale_dtype is 'int8'"),
+    (["eval", "x" * 300], "cannot be used: File name too long"),
     (["rerun", "{missing}"], "is no run folder"),
     (["demo", "--windows", "0"], "windows: 0"),
 ]

@@ -100,6 +100,29 @@ def test_weights_decay_by_rules(params):
         assert bool(np.any(np.asarray(update) != 0)) == (not plain and bool(np.any(tree.flatten(params)[path] != 0))), path
 
 
+def test_decay_may_differ_by_layer(params):
+    rules = ((r"blocks/0/.*", True), (".*", False))
+    config = train.TrainConfig(steps=1, warmup=0, weight_decay=0.5, learning_rate=0.1, decay=rules)
+    with pytest.raises(InputError, match="the layers of 'blocks/0-2/"):
+        train.adamw(config).init(params)
+    state, _ = train.fit(MODEL, STREAM, config, params=params)
+    assert list(state.params["blocks"]) == ["0", "1-2"]
+
+
+def test_a_batch_that_the_mesh_does_not_divide(devices8):
+    program = """
+        import numpy as np
+        from jaxmodel import data, errors, sharding, train
+        from jaxmodel.models import gpt2
+        stream = data.Stream(np.zeros((16, 17), np.int32), 6)
+        try:
+            train.fit(gpt2.model(gpt2.SIZES["tiny"]), stream, mesh=sharding.make_mesh("data=2,fsdp=2"))
+        except errors.InputError as error:
+            print(error)
+    """
+    assert "batch: 6 rows do not divide over the 4 devices" in devices8(program)
+
+
 def test_one_compilation_for_all_steps(params):
     step = jax.jit(train.make_step(MODEL, train.next_token, optax.sgd(0.1)))
     state = train.init_state(params, optax.sgd(0.1))
