@@ -42,7 +42,7 @@ print(json.dumps({"rows": rows, "seconds": 1.0, "protocol": {"cpu": "some"}}))
     subprocess.run([sys.executable, tmp_path / "make_numbers.py"], check=True, capture_output=True)
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## older\n\nkept" in text and "## broken\n\nfailed with exit code 3" in text
-    assert "| a\\|b | 1.5 | x | >= 2 | **no** |" in text, text
+    assert "| a\\|b | 1.50000 | x | >= 2 | **no** |" in text, text
 
 
 def test_results_name_only_experiments_that_are_there():

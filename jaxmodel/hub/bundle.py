@@ -166,8 +166,8 @@ def _config(family: Family, hf: Mapping[str, Any], folder: Path) -> Any:
     """The config in config.json, with the types of its fields checked."""
     try:
         config = family.config_from_hf(hf)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{folder}/config.json: {str(error).removeprefix('config.json: ')}") from None
     except KeyError as error:
         raise InputError(f"{folder}/config.json: the key {error} is missing") from None
     except (TypeError, ValueError, ArithmeticError) as error:

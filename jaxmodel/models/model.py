@@ -82,7 +82,7 @@ def check_sizes(config: Any, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name}: {value!r} given; a whole number of at least 1 is needed")
+            raise InputError(f"{name} is {value!r}; allowed: a whole number of at least 1")
 
 
 def compose(parts: Parts, policy: ops.Policy) -> Callable[..., Output]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -31,6 +32,7 @@ def fit(
     config: TrainConfig = TrainConfig(),
     *,
     params: tree.Params | None = None,
+    state: TrainState | None = None,
     heldout: Stream | None = None,
     mesh: jax.sharding.Mesh | None = None,
     loss: Loss = next_token,
@@ -44,6 +46,7 @@ def fit(
       stream: batches by step.
       config: see `TrainConfig`.
       params: to start from; default fresh ones from the seed.
+      state: to go on from, up to `config.steps` updates in all; it stays usable. The result is that of a run without a stop.
       heldout: stream of a held-out loss.
       mesh: None for one device.
       loss: see `jaxmodel.train.losses`.
@@ -55,7 +58,6 @@ def fit(
       was taken.
     """
     optimizer = optimizer or adamw(config)
-
     if stream.batch_size % _batch_parts(mesh):
         raise InputError(
             f"batch: {stream.batch_size} rows do not divide over the {_batch_parts(mesh)} devices of {BATCH_AXES} in the mesh"
@@ -69,32 +71,36 @@ def fit(
     step = make_step(model, loss, optimizer, seed=config.seed, trainable=config.trainable)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         where = None if mesh is None else state_shardings(jax.eval_shape(start, key, params), model.rules, mesh)
-        state = jax.jit(start, out_shardings=where)(key, params)
+        if state is None:
+            current: TrainState = jax.jit(start, out_shardings=where)(key, params)
+        else:
+            current = jax.device_put(jax.tree.map(jnp.copy, state), where)  # a copy, because the steps donate theirs
+        done, next_batch = int(current.step), int(current.data_step)
         run = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         score = jax.jit(lambda params, batch: loss(model, params, batch, None, train=False)[0])
         history: list[dict[str, Any]] = []
         began = time.perf_counter()
         since, tokens = began, 0
-        with bar(config.steps, "train") as shown:
-            for i, batch in enumerate(prefetch(stream, 0, config.steps), start=1):
-                state, metrics = run(state, _put(batch, mesh))
+        with bar(config.steps - done, "train") as shown:
+            for i, batch in enumerate(prefetch(stream, next_batch, next_batch + config.steps - done), start=done + 1):
+                current, metrics = run(current, _put(batch, mesh))
                 tokens += batch["tokens"].size
                 shown.advance(1)
                 due = config.eval_every and i % config.eval_every == 0
-                if not (i == 1 or i % config.log_every == 0 or i == config.steps or due):
+                if not (i == done + 1 or i % config.log_every == 0 or i == config.steps or due):
                     continue
                 row = {"step": i, **{name: float(value) for name, value in metrics.items()}}
                 now = time.perf_counter()
                 row |= {"tokens_per_second": tokens / (now - since), "seconds": now - began}
                 if heldout is not None and (i == config.steps or due):
                     batches = (heldout.batch(j) for j in range(config.eval_batches))
-                    row["heldout_loss"] = float(np.mean([float(score(state.params, _put(b, mesh))) for b in batches]))
+                    row["heldout_loss"] = float(np.mean([float(score(current.params, _put(b, mesh))) for b in batches]))
                 since, tokens = time.perf_counter(), 0
                 shown.advance(0, loss=row["loss"], tokens_s=round(row["tokens_per_second"]))
                 history.append(row)
                 if on_log is not None:
                     on_log(row)
-    return state, history
+    return current, history
 
 
 def _batch_parts(mesh: jax.sharding.Mesh | None) -> int:

