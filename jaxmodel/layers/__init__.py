@@ -2,7 +2,7 @@
 
 from jaxmodel.layers.attention import Attention
 from jaxmodel.layers.fuse import fuse, unfuse
-from jaxmodel.layers.leaf import leaf, optional_leaf
+from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
 from jaxmodel.layers.mlp import MLP
 from jaxmodel.layers.norm import LayerNorm, RMSNorm
@@ -17,7 +17,6 @@ __all__ = [
     "init_layers",
     "leaf",
     "linear",
-    "optional_leaf",
     "repeat",
     "unfuse",
 ]

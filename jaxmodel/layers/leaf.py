@@ -16,8 +16,3 @@ def leaf(module: nn.Module, name: str, initializer: nn.initializers.Initializer,
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, initializer, shape, jnp.float32)
-
-
-def optional_leaf(module: nn.Module, name: str) -> Any:
-    """The leaf of this name, or None."""
-    return module.get_variable("params", name) if module.has_variable("params", name) else None
