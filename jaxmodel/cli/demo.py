@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import compress, data, evaluate, generation, hub, leaves, models, report, tree
+from jaxmodel import compress, data, evaluate, generation, hub, leaves, report, tree
 from jaxmodel.cli.options import Demo
 from jaxmodel.errors import InputError, require
 from jaxmodel.report import html, plot
@@ -78,7 +78,7 @@ def _versions(bundle: hub.Bundle) -> Iterator[tuple[str, hub.Bundle]]:
     """The model as it is, in bfloat16, and by each named recipe; one at a time, so that two never share the memory."""
     yield "f32", bundle
     policy = dataclasses.replace(bundle.model.policy, compute="bfloat16")
-    half = models.with_policy(bundle.model, policy)
+    half = bundle.model.with_policy(policy)
     yield "bf16", dataclasses.replace(bundle, model=half, params=tree.cast(bundle.params, "bfloat16"))
     for name, recipe in compress.NAMED.items():
         yield name, compress.compress_bundle(bundle, recipe, name)[0]

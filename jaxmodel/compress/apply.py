@@ -14,7 +14,6 @@ from jaxmodel.compress.method import Chain, text_of
 from jaxmodel.compress.recipes import COMPUTE, Recipe
 from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
-from jaxmodel.models import with_policy
 from jaxmodel.report import progress
 
 
@@ -68,7 +67,7 @@ def compress_bundle(bundle: Bundle, recipe: Recipe, name: str) -> tuple[Bundle, 
     params, report = apply(recipe, bundle.params)
     model, compute = bundle.model, COMPUTE.get(name)
     if compute is not None:
-        model = with_policy(model, dataclasses.replace(model.policy, compute=compute))
+        model = model.with_policy(dataclasses.replace(model.policy, compute=compute))
     card = {**bundle.card, "recipe": name, "bits_per_weight": report.bits_per_weight}
     return dataclasses.replace(bundle, model=model, params=params, card=card), report
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import Model, hidden
+from jaxmodel.models import Model
 from jaxmodel.report import progress
 
 
@@ -94,7 +94,7 @@ def bootstrap(values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: i
 def _scorer(model: Model, chunk: int) -> Callable[..., jax.Array]:
     @jax.jit
     def score(params: tree.Params, tokens: Int[jax.Array, "1 T"]) -> Float[jax.Array, " P"]:
-        x = hidden(model, params, {"tokens": tokens}).hidden[0, :-1]
+        x = model.hidden(params, {"tokens": tokens}).hidden[0, :-1]
         targets = tokens[0, 1:]
         extra = -x.shape[0] % chunk
         parts = jnp.pad(x, ((0, extra), (0, 0))).reshape(-1, 1, chunk, x.shape[-1])

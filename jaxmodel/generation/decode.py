@@ -146,7 +146,7 @@ def _piece(model: models.Model) -> Callable[..., tuple[jax.Array, Any]]:
         params: tree.Params, tokens: Int[Array, "B T"], count: Int[Array, " B"], cache: Any
     ) -> tuple[Float[Array, "B V"], Any]:
         mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < count[:, None]
-        out = models.hidden(model, params, {"tokens": tokens, "mask": mask}, cache)
+        out = model.hidden(params, {"tokens": tokens, "mask": mask}, cache)
         last = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
         return model.parts.head(params, last)[:, 0], out.cache
 

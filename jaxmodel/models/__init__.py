@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
 from types import ModuleType
 
-from jaxmodel.models.model import Inputs, Model, Output, Parts, compose, hidden
-from jaxmodel.ops import Policy
+from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
 
-__all__ = ["Inputs", "Model", "Output", "Parts", "compose", "families", "hidden", "with_policy"]
+__all__ = ["Inputs", "Model", "Output", "Parts", "families", "wrap"]
 
 
 def families() -> dict[str, ModuleType]:
@@ -18,8 +16,3 @@ def families() -> dict[str, ModuleType]:
     names = [info.name for info in pkgutil.iter_modules(__path__)]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "Config")}
-
-
-def with_policy(model: Model, policy: Policy) -> Model:
-    """The same architecture and sizes, computing by another policy."""
-    return sys.modules[type(model.config).__module__].model(model.config, policy)

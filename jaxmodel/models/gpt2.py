@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers import MLP, Attention, LayerNorm, init_layers
-from jaxmodel.models.model import Model, Parts, check_sizes, compose, decoder_context
+from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,5 +127,5 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def init_cache(batch: int, capacity: int) -> ops.KVCache:
         return ops.KVCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
 
-    parts = Parts(embed, block, head)
-    return Model(config, policy, init, compose(parts, policy), parts, init_cache, RULES)
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, RULES, again)

@@ -37,13 +37,15 @@ class Output:
 class Parts(NamedTuple):
     """The functions that `apply` is the composition of.
 
-    embed(params, inputs, cache, rng, train) -> (x, context): activations, and what a step computes once for all layers.
-    block(layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux): one layer.
+    embed(params, inputs, cache, rng, train) -> (x, context): activations, and what a step computes once for all layers. The
+      context may name `aux`, scalars of its own, and `cache`, one to be used instead of the one given.
+    block(layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux): one layer of `params["blocks"]`; None for a
+      model without layers that repeat.
     head(params, x, rng, train) -> logits.
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
-    block: Block
+    block: Block | None
     head: Callable[..., jax.Array]
 
 
@@ -51,30 +53,62 @@ class Parts(NamedTuple):
 class Model:
     """A model is its config and pure functions over a parameter tree.
 
+    `apply` and `hidden` are compositions of `parts` and cannot be replaced by themselves: who changes a part changes what the
+    losses, the prefill and the evaluation run too (see `wrap`).
+
     Attributes:
       config: the family's frozen `Config`.
       policy: how it computes.
       init: key -> params.
+      parts: see `Parts`.
+      inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` cannot do without, by name.
+      init_cache: (batch, capacity) -> cache; None for a model that does not decode.
+      rules: path -> PartitionSpec of the logical axes.
+      with_policy: policy -> the same model computing by it.
       apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of `tokens` `[B, T]` and,
         if wanted, `positions`, `segments` (packed documents, 0 for padding) and `mask` (true for tokens; padding stands
-        on the right). An array alone is taken as the tokens.
-      parts: see `Parts`.
-      init_cache: (batch, capacity) -> cache.
-      rules: path -> PartitionSpec of the logical axes.
+        on the right). An array alone is taken as the one input that the model needs.
+      hidden: `apply` without the head: `logits` is None. For a prefill, features, and losses that chunk the vocabulary.
     """
 
     config: Any
     policy: ops.Policy
     init: Callable[[jax.Array], tree.Params]
-    apply: Callable[..., Output]
     parts: Parts
-    init_cache: Callable[[int, int], Any]
+    inputs: Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]
+    init_cache: Callable[[int, int], Any] | None
     rules: tree.Rules
+    with_policy: Callable[[ops.Policy], Model]
+    apply: Callable[..., Output] = dataclasses.field(init=False, repr=False)
+    hidden: Callable[..., Output] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        parts, policy, names = self.parts, self.policy, tuple(self.inputs(1, 1))
+
+        def hidden(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
+            return _hidden(parts, policy, params, _by_name(inputs, names), cache, rng, train)
+
+        def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
+            out = hidden(params, inputs, cache, rng, train)
+            return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore
+
+        object.__setattr__(self, "hidden", hidden)
+        object.__setattr__(self, "apply", apply)
 
 
-def hidden(model: Model, params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
-    """`apply` without the head: `logits` is None. For a prefill, features, and losses that chunk the vocabulary."""
-    return _hidden(model.parts, model.policy, params, inputs, cache, rng, train)
+def wrap(model: Model, change: Callable[[Parts], Parts]) -> Model:
+    """The model with other parts, which stay with it under another policy too.
+
+    >>> from jaxmodel.models import gpt2
+    >>> model = gpt2.model(gpt2.SIZES["tiny"])
+    >>> cooler = wrap(model, lambda parts: parts._replace(head=lambda *args: parts.head(*args) / 2))
+    >>> params, tokens = model.init(jax.random.key(0)), jnp.zeros((1, 4), jnp.int32)
+    >>> bool(jnp.allclose(cooler.apply(params, tokens).logits, model.apply(params, tokens).logits / 2))
+    True
+    """
+    return dataclasses.replace(
+        model, parts=change(model.parts), with_policy=lambda policy: wrap(model.with_policy(policy), change)
+    )
 
 
 def check_sizes(config: Any, names: Iterable[str]) -> None:
@@ -85,16 +119,6 @@ def check_sizes(config: Any, names: Iterable[str]) -> None:
             raise InputError(f"{name} is {value!r}; allowed: a whole number of at least 1")
 
 
-def compose(parts: Parts, policy: ops.Policy) -> Callable[..., Output]:
-    """`apply`, as the composition of a model's parts."""
-
-    def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
-        out = _hidden(parts, policy, params, inputs, cache, rng, train)
-        return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore
-
-    return apply
-
-
 _EMBED, _HEAD = 2**32 - 1, 2**32 - 2  # what embed and head fold into the step's key; layer i folds in i
 
 
@@ -102,14 +126,31 @@ def _key(rng: Any, number: int) -> Any:
     return None if rng is None else jax.random.fold_in(rng, number)
 
 
-def _hidden(parts: Parts, policy: ops.Policy, params: tree.Params, inputs: Inputs, cache: Any, rng: Any, train: bool) -> Output:
-    named = dict(inputs) if isinstance(inputs, Mapping) else {"tokens": inputs}
-    x, context = parts.embed(params, named, cache, _key(rng, _EMBED), train)
-    x, cache, aux = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, policy.remat)
+def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    if len(names) != 1:
+        raise InputError(f"inputs: an array was given; a dict of {', '.join(names)} is needed")
+    return {names[0]: inputs}
+
+
+def _hidden(
+    parts: Parts, policy: ops.Policy, params: tree.Params, inputs: dict[str, Any], cache: Any, rng: Any, train: bool
+) -> Output:
+    x, context = parts.embed(params, inputs, cache, _key(rng, _EMBED), train)
+    cache, aux = context.pop("cache", cache), context.pop("aux", {})
+    if parts.block is not None:
+        x, cache, more = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, policy.remat)
+        aux = {**aux, **more}
     if cache is not None:
-        mask = named.get("mask")
+        mask = inputs.get("mask")
         cache = cache.advance(x.shape[1] if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32))
     return Output(hidden=x, cache=cache, aux=aux)
+
+
+def token_inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The inputs of a model of one text: `tokens` `[B, T]`."""
+    return {"tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32)}
 
 
 def decoder_context(inputs: Mapping[str, jax.Array], cache: Any) -> tuple[jax.Array, dict[str, Any]]:

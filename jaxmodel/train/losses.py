@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import Model, hidden
+from jaxmodel.models import Model
 
 type Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -36,7 +36,7 @@ def next_token(
       chunk: positions whose logits exist at once, so that `[B, T, V]` never does; None for all. It divides T.
     """
     inputs = {name: batch[name] for name in ("tokens", "segments", "positions") if name in batch}
-    x = hidden(model, params, inputs, rng=rng, train=train).hidden
+    x = model.hidden(params, inputs, rng=rng, train=train).hidden
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
 

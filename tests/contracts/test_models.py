@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, sharding, tree
 from jaxmodel.layers import fuse, unfuse
 from jaxmodel.leaves import QTensor, Sparse, decode
-from jaxmodel.models import Output, families, hidden
+from jaxmodel.models import Output, families, wrap
 
 B, T = 3, 8
 
@@ -130,7 +130,7 @@ def test_apply_is_the_composition_of_its_parts(case):
 
     logits, x = composed(case.params, case.tokens)
     close(case.apply(case.params, case.tokens), logits)
-    out = jax.jit(lambda p, t: hidden(case.model, p, t))(case.params, case.tokens)
+    out = jax.jit(lambda p, t: case.model.hidden(p, t))(case.params, case.tokens)
     assert isinstance(out, Output)
     assert out.logits is None
     close(out.hidden, x)
@@ -322,3 +322,21 @@ def test_one_step_lowers_on_an_abstract_mesh(case):
         text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
     assert "num_partitions = 8" in text
     assert text.count("sharding_constraint") >= 4  # activations are placed too
+
+
+def test_a_wrapped_model_is_wrapped_everywhere(case):
+    """Also in what runs the parts on their own (losses, prefill, perplexity), and under another policy."""
+
+    def quieter(parts):
+        return parts._replace(embed=lambda *args: (lambda x, context: (0 * x, context))(*parts.embed(*args)))
+
+    wrapped = wrap(case.model, quieter)
+    other = wrapped.with_policy(ops.Policy(compute="bfloat16"))
+    zeros, ones = jnp.zeros_like(case.tokens), jnp.ones_like(case.tokens)
+    for model in (wrapped, other):
+        for run in (model.apply, model.hidden):
+            first, second = (run(case.params, tokens).hidden for tokens in (zeros, ones))
+            np.testing.assert_array_equal(first, second)
+    assert other.policy.compute == "bfloat16"
+    with pytest.raises(ValueError, match="init=False"):
+        dataclasses.replace(case.model, apply=lambda params, inputs: None)
