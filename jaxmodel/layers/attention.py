@@ -1,7 +1,9 @@
-"""Causal self-attention with grouped heads."""
+"""Self-attention with grouped heads."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,16 +17,20 @@ from jaxmodel.sharding import constrain
 
 
 class Attention(nn.Module):
-    """Leaves q `[H*h, D]`, k and v `[K*h, D]`, o `[D, H*h]`, and biases of all four if `bias`.
+    """Leaves q `[H*h, D]`, k and v `[K*h, D]`, o `[D, H*h]`, biases if wanted, q_norm and k_norm weights `[h]` if wanted.
 
     Attributes:
       heads: query heads H of new leaves; leaves that exist have their own number.
       kv_heads: key heads K.
       width: of a head, h.
-      bias: whether the four maps have biases.
+      bias: whether q, k and v have biases.
       initializer: of q, k and v.
       out_initializer: of o.
       policy: dtypes and placement.
+      out_bias: whether o has a bias; None for as the others.
+      qk_norm: the RMS norm of each head's queries and keys (Henry et al., 2020), or None.
+      scale: of the scores; None for `1 / sqrt(h)`.
+      softcap: of the scores; see `ops.attention`.
     """
 
     heads: int
@@ -34,33 +40,43 @@ class Attention(nn.Module):
     initializer: Initializer
     out_initializer: Initializer
     policy: ops.Policy
+    out_bias: bool | None = None
+    qk_norm: Callable[..., nn.Module] | None = None
+    scale: float | None = None
+    softcap: float | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: dict[str, Any], cache: Any, layer: jax.Array | int
+        self, x: Float[Array, "B T D"], context: dict[str, Any], cache: Any, layer: jax.Array | int, window: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the mixed activations and the cache with this layer written.
 
         Args:
           x: normed activations.
-          context: what a step computes once: `mask` `[B, T, S]` where there is no cache, `rope` tables where the model has
-            them.
+          context: what a step computes once: `seen` where there is no cache, `rope` tables and a `bias` `[#B, H, T, S]` of the
+            scores where the model has them.
           cache: see `ops.KVCache`, or None.
           layer: where in the cache to write.
+          window: see `ops.Seen`.
         """
         outputs = {"q": self.heads * self.width, "k": self.kv_heads * self.width, "v": self.kv_heads * self.width}
         flat = linear(self, x, outputs, self.initializer, self.bias, self.policy)
         q, k, v = (y.reshape(*y.shape[:2], -1, self.width) for y in flat)
         q, k, v = (constrain(y, f"BT{n}h", self.policy.axes) for y, n in ((q, "H"), (k, "K"), (v, "K")))
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(name="q_norm")(q), self.qk_norm(name="k_norm")(k)
         if "rope" in context:
             q, k = ops.rotate(q, context["rope"]), ops.rotate(k, context["rope"])
         if cache is None:
-            mask, k, v = context["mask"], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+            seen, k, v = context["seen"], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         else:
-            k, v, mask, cache = cache.update(layer, k, v)
-        mixed = ops.attention(q, k, v, mask, self.policy, causal=True)
+            k, v, seen, cache = cache.update(layer, k, v)
+        if window is not None:
+            seen = dataclasses.replace(seen, window=window)
+        bias = context.get("bias")
+        mixed = ops.attention(q, k, v, seen, self.policy, scale=self.scale, softcap=self.softcap, bias=bias)
         o = leaf(self, "o", self.out_initializer, (x.shape[-1], mixed.shape[2] * self.width))
         y = ops.einsum("BTHh,D(Hh)->BTD", mixed, o, self.policy)
-        if self.bias:
+        if self.bias if self.out_bias is None else self.out_bias:
             y = y + ops.on_last(leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y, cache

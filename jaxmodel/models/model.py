@@ -143,6 +143,7 @@ def _hidden(
         x, cache, more = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, policy.remat)
         aux = {**aux, **more}
     if cache is not None:
+        x = cache.checked(x)
         mask = inputs.get("mask")
         cache = cache.advance(x.shape[1] if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32))
     return Output(hidden=x, cache=cache, aux=aux)
@@ -154,12 +155,20 @@ def token_inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def decoder_context(inputs: Mapping[str, jax.Array], cache: Any) -> tuple[jax.Array, dict[str, Any]]:
-    """Positions `[B, T]` and the context of a causal decoder: the mask, where there is no cache to give it."""
+    """Positions `[B, T]` and the context of a causal decoder: what each token sees, where there is no cache to say it.
+
+    Raises:
+      InputError: segments and a cache, whose tokens are one document.
+    """
     tokens = inputs["tokens"]
     t = tokens.shape[1]
+    segments = inputs.get("segments")
     if cache is not None:
+        if segments is not None:
+            raise InputError("segments: given with a cache; a row of a cache is one document, so leave them out")
         return inputs.get("positions", cache.positions(t)), {}
     positions = inputs.get("positions")
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), tokens.shape)
-    return positions, {"mask": ops.causal_mask(t, inputs.get("segments"), inputs.get("mask"))}
+    seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=inputs.get("mask"))
+    return positions, {"seen": seen}

@@ -1,11 +1,13 @@
 """Arrays in, arrays out: every contraction, gather, convolution, attention and norm of the models goes through here."""
 
-from jaxmodel.ops.attention import KVCache, attention, causal_mask
+from jaxmodel.ops.attention import attention
+from jaxmodel.ops.cache import KVCache
 from jaxmodel.ops.contract import conv, einsum, round_rows, take
 from jaxmodel.ops.norms import layer_norm, on_last, rms_norm
 from jaxmodel.ops.policy import MESH_AXES, Policy
 from jaxmodel.ops.probe import STATISTICS, Probe, histogram, tap, zeros_for
-from jaxmodel.ops.rope import rope_tables, rotate
+from jaxmodel.ops.rope import RopeScaling, rope_tables, rotate
+from jaxmodel.ops.seen import Seen
 
 __all__ = [
     "MESH_AXES",
@@ -13,8 +15,9 @@ __all__ = [
     "KVCache",
     "Policy",
     "Probe",
+    "RopeScaling",
+    "Seen",
     "attention",
-    "causal_mask",
     "conv",
     "einsum",
     "histogram",

@@ -73,7 +73,8 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any, policy: Policy = DEFAU
 
 
 def take(table: Any, ids: Int[Array, "B T"], policy: Policy = DEFAULT, letters: str = "VD") -> Float[Array, "B T D"]:
-    """Rows of a table `[V, D]`: an embedding. Ids outside the table take its nearest row.
+    """Rows of a table `[V, D]`: an embedding. An id outside the table gives a row of NaN: wrong input must not
+    look like right input.
 
     Args:
       table: an array, a compressed leaf or a `Probe`.
@@ -87,7 +88,9 @@ def take(table: Any, ids: Int[Array, "B T"], policy: Policy = DEFAULT, letters: 
         return tap(rows, ids, {name: zero for name, zero in table.zeros.items() if name in OF_TAKE})
     if not isinstance(table, Compressed):
         table = constrain(table, letters, policy.axes)
-    return constrain(_rows(table, ids).astype(policy.stream), "BTD", policy.axes)
+    inside = (ids >= 0) & (ids < table.shape[-2])
+    rows = jnp.where(inside[..., None], _rows(table, ids).astype(policy.stream), jnp.asarray(jnp.nan, policy.stream))
+    return constrain(rows, "BTD", policy.axes)
 
 
 def conv(

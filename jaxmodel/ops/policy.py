@@ -10,6 +10,7 @@ from jaxmodel.errors import unknown
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _REMAT = ("none", "full", "dots")
+_ATTENTION = ("auto", "plain", "blockwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Policy:
       stream: dtype of the activations between operations.
       cache: dtype of keys and values in the cache; None for `compute`.
       remat: what the backward pass computes again: "none", "full" (each block), "dots" (all but the contractions).
+      attention: how attention runs: "plain" (all scores at once), "blockwise" (memory linear in length), "auto" (by length).
       axes: letter of an activation's axis -> mesh axes, `(("B", ("data", "fsdp")), ("H", "tensor"), ("F", "tensor"))`.
     """
 
@@ -28,6 +30,7 @@ class Policy:
     stream: str = "float32"
     cache: str | None = None
     remat: str = "none"
+    attention: str = "auto"
     axes: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
 
     def __post_init__(self) -> None:
@@ -37,6 +40,8 @@ class Policy:
                 raise unknown(f"policy.{name}", value, _DTYPES)
         if self.remat not in _REMAT:
             raise unknown("policy.remat", self.remat, _REMAT)
+        if self.attention not in _ATTENTION:
+            raise unknown("policy.attention", self.attention, _ATTENTION)
 
     @property
     def cache_dtype(self) -> jnp.dtype:

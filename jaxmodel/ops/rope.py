@@ -1,22 +1,96 @@
-"""Rotary position embedding (Su et al., 2021), in the half-split order of HF weights."""
+"""Rotary position embedding (Su et al., 2021), in the half-split order of HF weights, and its stretched forms."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmodel.errors import InputError, unknown
 
-def rope_tables(positions: Int[Array, "B T"], width: int, base: float) -> tuple[Float[Array, "B T f"], Float[Array, "B T f"]]:
+KINDS = ("linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of a model are stretched for a longer context than that of its training.
+
+    Attributes:
+      kind: "linear" (Chen et al., 2023): all by `factor`; "llama3" (Llama 3.1, 2024): only waves longer than the context, with a
+        smooth passage; "yarn" (Peng et al., 2023): by how often a wave turns in the context, and scores sharpened.
+      factor: of the context's length.
+      context: tokens of the training; "llama3" and "yarn" need it.
+      low: llama3: a wave that fits the context fewer than so many times is stretched whole.
+      high: llama3: one that fits it more often is left alone.
+      fast: yarn: a dimension that turns more often than this in the context is left alone.
+      slow: yarn: one that turns less often is stretched whole.
+      sharpen: yarn: factor of sine and cosine; None for `0.1 ln(factor) + 1`.
+    """
+
+    kind: str
+    factor: float
+    context: int = 0
+    low: float = 1.0
+    high: float = 4.0
+    fast: float = 32.0
+    slow: float = 1.0
+    sharpen: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown("rope scaling", self.kind, KINDS)
+        if self.factor < 1 or (self.kind != "linear" and self.context < 1):
+            raise InputError(f"rope scaling: factor {self.factor}, context {self.context}; at least 1 is needed of each")
+        if self.kind == "llama3" and not self.low < self.high:
+            raise InputError(f"rope scaling: low {self.low} must be below high {self.high}")
+
+    def apply(self, frequency: np.ndarray, base: float) -> np.ndarray:
+        """The frequencies of the stretched model, from those of the plain one."""
+        slower = frequency / self.factor
+        if self.kind == "linear":
+            return slower
+        if self.kind == "llama3":
+            fits = self.context * frequency / (2 * math.pi)
+            kept = np.clip((fits - self.low) / (self.high - self.low), 0.0, 1.0)
+        else:
+            width = 2 * len(frequency)
+
+            def place(turns: float) -> float:
+                return width * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+            first, last = max(math.floor(place(self.fast)), 0), min(math.ceil(place(self.slow)), width - 1)
+            last = last + 0.001 if first == last else last
+            kept = 1 - np.clip((np.arange(len(frequency)) - first) / (last - first), 0.0, 1.0)
+        return slower * (1 - kept) + frequency * kept
+
+    @property
+    def gain(self) -> float:
+        """What sine and cosine are multiplied with."""
+        if self.kind != "yarn":
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1 if self.sharpen is None else self.sharpen
+
+
+def rope_tables(
+    positions: Int[Array, "B T"], width: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[Float[Array, "B T f"], Float[Array, "B T f"]]:
     """Sine and cosine of every position, to be computed once a step and used in all layers.
 
     Args:
       positions: of the tokens.
       width: of a head; there are `f = width / 2` frequencies `base^(-2i / width)`.
       base: of the frequencies.
+      scaling: see `RopeScaling`.
     """
-    frequency = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
-    return jnp.sin(angle), jnp.cos(angle)
+    frequency = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    if scaling is not None:
+        frequency = scaling.apply(frequency, base)
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)[None, None]
+    gain = 1.0 if scaling is None else scaling.gain
+    return jnp.sin(angle) * gain, jnp.cos(angle) * gain
 
 
 def rotate(x: Float[Array, "B T N h"], tables: tuple[Array, Array]) -> Float[Array, "B T N h"]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmodel import ops
+from jaxmodel.errors import InputError
 from jaxmodel.models import families
 
 
@@ -33,39 +37,52 @@ def test_attention_is_softmax_written_out(heads, kv_heads):
     q, k, v = normal(2, 5, heads, 8), normal(2, kv_heads, 7, 8, seed=1), normal(2, kv_heads, 7, 8, seed=2)
     mask = np.random.default_rng(3).random((2, 5, 7)) < 0.6
     mask[:, :, 0] = True
-    got = jax.jit(ops.attention, static_argnums=4)(q, k, v, jnp.asarray(mask), ops.Policy())
+    got = jax.jit(ops.attention, static_argnums=4)(q, k, v, ops.Seen(mask=jnp.asarray(mask), causal=False), ops.Policy())
     np.testing.assert_allclose(got, naive(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_masked_has_no_influence():
     q, k, v = normal(1, 3, 2, 8), normal(1, 2, 3, 8, seed=1), normal(1, 2, 3, 8, seed=2)
-    mask = ops.causal_mask(3)
-    before = ops.attention(q, k, v, mask, ops.Policy())
-    after = ops.attention(q, k.at[:, :, 2].set(1e4), v.at[:, :, 2].set(-1e4), mask, ops.Policy())
+    seen = ops.Seen()
+    before = ops.attention(q, k, v, seen, ops.Policy())
+    after = ops.attention(q, k.at[:, :, 2].set(1e4), v.at[:, :, 2].set(-1e4), seen, ops.Policy())
     np.testing.assert_array_equal(before[:, :2], after[:, :2])
     assert not np.allclose(before[:, 2], after[:, 2])
 
 
 def test_attention_in_bfloat16():
     q, k, v = normal(2, 5, 4, 8), normal(2, 2, 5, 8, seed=1), normal(2, 2, 5, 8, seed=2)
-    mask = jnp.broadcast_to(ops.causal_mask(5), (2, 5, 5))
-    got = ops.attention(q, k, v, mask, ops.Policy(compute="bfloat16", stream="bfloat16"))
+    mask = np.broadcast_to(ops.Seen().square(5, 5), (2, 5, 5))
+    got = ops.attention(q, k, v, ops.Seen(), ops.Policy(compute="bfloat16", stream="bfloat16"))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), naive(q, k, v, mask), atol=0.05)
 
 
 def test_a_query_that_sees_nothing_is_finite():
-    got = ops.attention(normal(1, 1, 1, 4), normal(1, 1, 2, 4), normal(1, 1, 2, 4), jnp.zeros((1, 1, 2), bool), ops.Policy())
-    assert np.all(np.isfinite(got))
+    seen = ops.Seen(mask=jnp.zeros((1, 1, 2), bool))
+    for how in ("plain", "blockwise"):
+        got = ops.attention(normal(1, 1, 1, 4), normal(1, 1, 2, 4), normal(1, 1, 2, 4), seen, ops.Policy(attention=how))
+        assert np.all(np.isfinite(got))
 
 
-def test_causal_mask():
+def test_what_is_seen():
     segments, valid = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 2, 2]]), np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
-    plain, both = ops.causal_mask(5), ops.causal_mask(5, jnp.asarray(segments), jnp.asarray(valid))
+    pair = jnp.asarray(segments), jnp.asarray(segments)
+    plain, both = ops.Seen().square(5, 5), ops.Seen(segments=pair, valid=jnp.asarray(valid)).square(5, 5)
     assert plain.shape == (1, 5, 5)
     for b, t, s in np.ndindex(2, 5, 5):
         assert bool(plain[0, t, s]) == (s <= t)
         assert bool(both[b, t, s]) == (s <= t and segments[b, t] == segments[b, s] and valid[b, s])
+    query = jnp.asarray([[3, 4], [0, 1]], jnp.int32)
+    moved = ops.Seen(query=query, window=jnp.int32(3)).square(2, 5)
+    near = ops.Seen(window=2, causal=False).square(5, 5)
+    part = ops.Seen(segments=pair, window=3).square(2, 3, jnp.int32(3), 1)
+    for b, t, s in np.ndindex(2, 2, 5):
+        assert bool(moved[b, t, s]) == (0 <= int(query[b, t]) - s < 3)
+    for t, s in np.ndindex(5, 5):
+        assert bool(near[0, t, s]) == (abs(t - s) < 2)
+    for b, t, s in np.ndindex(2, 2, 3):
+        assert bool(part[b, t, s]) == (0 <= t + 3 - (s + 1) < 3 and segments[b, t + 3] == segments[b, s + 1])
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
@@ -77,12 +94,12 @@ def test_the_cache_writes_each_row_behind_its_own_length():
     cache = cache.advance(jnp.asarray([3, 1]))
     np.testing.assert_array_equal(cache.positions(2), [[3, 4], [1, 2]])
     k, v = normal(2, 2, 1, 4), normal(2, 2, 1, 4, seed=1)
-    keys, values, mask, cache = jax.jit(lambda c: c.update(1, k, v))(cache)
+    keys, values, seen, cache = jax.jit(lambda c: c.update(1, k, v))(cache)
     for b, start in enumerate((3, 1)):
         np.testing.assert_array_equal(keys[b, 0, start : start + 2], k[b, :, 0])
         np.testing.assert_array_equal(values[b, 0, start : start + 2], v[b, :, 0])
         for t in range(2):
-            np.testing.assert_array_equal(mask[b, t], np.arange(6) <= start + t)
+            np.testing.assert_array_equal(seen.square(2, 6)[b, t], np.arange(6) <= start + t)
     assert not np.any(cache.k[0])  # the other layer
     np.testing.assert_array_equal(cache.k[1], keys)
     np.testing.assert_array_equal(cache.length, [3, 1])
@@ -103,6 +120,16 @@ def test_dtype_of_the_cache(policy, dtype):
     cache = ops.KVCache.zeros(1, 1, 1, 2, 4, ops.Policy(**policy))
     assert cache.k.dtype == cache.v.dtype == dtype
     assert cache.update(0, normal(1, 1, 1, 4), normal(1, 1, 1, 4))[3].k.dtype == dtype
+
+
+def test_a_full_cache_is_loud(family):
+    """Rows without room get NaN, not the text of a cache that was written over."""
+    model, params = family
+    tokens = jnp.ones((2, 3), jnp.int32)
+    cache = model.init_cache(2, 5).advance(jnp.asarray([1, 3]))
+    logits = jax.jit(model.apply)(params, tokens, cache).logits
+    assert np.all(np.isfinite(logits[0]))
+    assert np.all(np.isnan(logits[1]))
 
 
 # ------------------------------------------------------------------------------------------- prefill, decode, full
@@ -168,7 +195,70 @@ def test_a_causal_square_in_parts_is_the_whole(heads):
     """Long prompts leave out what the mask would hide."""
     q, k, v = normal(2, 256, 2, 8), normal(2, heads, 256, 8, seed=1), normal(2, heads, 256, 8, seed=2)
     segments = jnp.asarray(np.repeat([[1, 2], [1, 1]], 128, axis=1), jnp.int32)
-    mask = ops.causal_mask(256, segments)
-    run = jax.jit(ops.attention, static_argnums=(4, 5))
-    whole, parts = (run(q, k, v, mask, ops.Policy(), causal) for causal in (False, True))
+    seen = ops.Seen(segments=(segments, segments))
+    square = dataclasses.replace(seen, mask=seen.square(256, 256), causal=False)  # not known to be causal: no parts
+    run = jax.jit(ops.attention, static_argnums=4)
+    whole, parts = (run(q, k, v, how, ops.Policy()) for how in (square, seen))
     np.testing.assert_allclose(parts, whole, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- blockwise
+
+SEEN = {
+    "causal": lambda b, t: ops.Seen(),
+    "both ways": lambda b, t: ops.Seen(causal=False),
+    "window": lambda b, t: ops.Seen(window=jnp.int32(300)),
+    "window both ways": lambda b, t: ops.Seen(window=jnp.int32(100), causal=False),
+    "segments": lambda b, t: ops.Seen(segments=(jnp.sort(jnp.arange(b * t).reshape(b, t) % 5),) * 2),
+    "padding": lambda b, t: ops.Seen(valid=jnp.arange(t)[None] < jnp.asarray([t, t // 3])[:, None], causal=False),
+    "places": lambda b, t: ops.Seen(query=jnp.asarray([[0], [37]], jnp.int32) + jnp.arange(t, dtype=jnp.int32)[None] // 2),
+    "a mask": lambda b, t: ops.Seen(mask=jnp.asarray((np.random.default_rng(5).random((1, t, t)) < 0.5) | np.eye(t, dtype=bool))),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("t", [700, 1024])  # whole blocks, and not
+def test_blockwise_equals_plain_with_its_gradients(name, t):
+    q, k, v, weight = (normal(2, *shape, seed=i) for i, shape in enumerate([(t, 4, 8), (2, t, 8), (2, t, 8), (t, 4, 8)]))
+    seen = SEEN[name](2, t)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(how, softcap, q, k, v):
+        def total(q, k, v):
+            out = ops.attention(q, k, v, seen, ops.Policy(attention=how), scale=0.5, softcap=softcap)
+            return jnp.sum(out * weight), out
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    softcap = 2.0 if name == "window" else None
+    ((_, want), grads), ((_, got), got_grads) = (run(how, softcap, q, k, v) for how in ("plain", "blockwise"))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got_grads, grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+
+
+def test_blockwise_holds_no_square():
+    """32k positions, which plain attention would need tens of gigabytes for: the compiler's own account."""
+    t, heads = 32768, 8
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, t, heads, 64), (1, heads, t, 64)))
+
+    def loss(how, q, k, v):
+        return jnp.sum(ops.attention(q, k, v, ops.Seen(), ops.Policy(attention=how)))
+
+    def needs(how):
+        memory = jax.jit(jax.grad(functools.partial(loss, how), argnums=(0, 1, 2))).lower(q, k, k).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+    assert needs("auto") < 2e9 < 30e9 < needs("plain")
+
+
+def test_scale_softcap_and_bias():
+    q, k, v, bias = normal(1, 3, 4, 8), normal(1, 2, 5, 8, seed=1), normal(1, 2, 5, 8, seed=2), normal(1, 4, 3, 5, seed=3)
+    got = ops.attention(q, k, v, ops.Seen(causal=False), ops.Policy(), scale=0.7, softcap=1.5, bias=bias)
+    scores = np.einsum("bthd,bhsd->bhts", np.asarray(q), np.repeat(k, 2, axis=1)) * 0.7
+    scores = 1.5 * np.tanh(scores / 1.5) + np.asarray(bias)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    want = np.einsum("bhts,bhsd->bthd", weights, np.repeat(v, 2, axis=1))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="takes no bias"):
+        ops.attention(q, k, v, ops.Seen(causal=False), ops.Policy(attention="blockwise"), bias=bias)

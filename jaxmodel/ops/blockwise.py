@@ -1,0 +1,164 @@
+"""Blockwise attention: the same function as the plain one, with memory linear in length.
+
+Queries and keys are taken a block at a time, and the softmax is kept as a running maximum, sum and weighted mean (Rabe & Staats,
+2021; Dao et al., 2022). The backward pass computes the scores of each block again from the saved logarithm of each row's sum.
+Blocks that no query can see (behind it, or out of its window) are never run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel.ops.policy import Policy
+from jaxmodel.ops.seen import Seen, masked
+
+QUERIES, KEYS = 256, 512  # of a block
+
+
+def blockwise(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B K S h"],
+    v: Float[Array, "B K S h"],
+    seen: Seen,
+    policy: Policy,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B T H h"]:
+    """See `ops.attention`."""
+    b, t, heads, width = q.shape
+    groups, s, compute = heads // k.shape[1], k.shape[2], jnp.dtype(policy.compute)
+    grouped = q.reshape(b, t, k.shape[1], groups, width).transpose(0, 2, 3, 1, 4)
+    # whole blocks: what is added at the end is hidden from all queries, and its own results are cut off
+    extra, extra_keys = -t % min(QUERIES, t), -s % min(KEYS, s)
+    grouped, k, v = _longer(grouped, extra, 3), _longer(k, extra_keys, 2), _longer(v, extra_keys, 2)
+    if extra or extra_keys:
+        seen = _pad(seen, b, t, s, extra, extra_keys)
+    out = _blockwise(grouped.astype(compute), k.astype(compute), v.astype(compute), seen, scale, softcap)
+    out = out[:, :, :, :t].transpose(0, 3, 1, 2, 4)
+    return out.reshape(b, t, heads, width).astype(policy.stream)
+
+
+def _longer(a: Array, extra: int, axis: int) -> Array:
+    return jnp.pad(a, [(0, extra if i == axis else 0) for i in range(a.ndim)])
+
+
+def _pad(seen: Seen, b: int, t: int, s: int, extra: int, extra_keys: int) -> Seen:
+    valid = jnp.ones((b, s), jnp.bool_) if seen.valid is None else seen.valid
+    segments = seen.segments
+    if segments is not None:
+        segments = (_longer(segments[0], extra, 1), _longer(segments[1], extra_keys, 1))
+    query = None if seen.query is None else _longer(seen.query, extra, 1)
+    mask = None if seen.mask is None else _longer(_longer(seen.mask, extra, 1), extra_keys, 2)
+    return Seen(query, segments, _longer(valid, extra_keys, 1), seen.window, mask, seen.causal)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blockwise(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None) -> Float[Array, "B K G T h"]:
+    return _forward(q, k, v, seen, scale, softcap)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None) -> tuple[Array, Any]:
+    bq, bk = min(QUERIES, q.shape[3]), min(KEYS, k.shape[2])
+
+    def rows(i: Array) -> tuple[Array, Array]:
+        block = jax.lax.dynamic_slice_in_dim(q, i * bq, bq, axis=3)
+
+        def column(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, mean = carry
+            scores, _ = _scores(block, _keys(k, j, bk), seen, i * bq, j * bk, scale, softcap)
+            higher = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            total = total * shrink + jnp.sum(weights, axis=-1)
+            mean = mean * shrink[..., None] + _dot(weights.astype(v.dtype), _keys(v, j, bk), "bkgts,bksh->bkgth")
+            return higher, total, mean
+
+        start = jnp.full(block.shape[:-1], -jnp.inf), jnp.zeros(block.shape[:-1]), jnp.zeros(block.shape, jnp.float32)
+        top, total, mean = jax.lax.fori_loop(*_reach(seen, i, bq, bk, k.shape[2]), column, start)
+        return mean / total[..., None], top + jnp.log(total)
+
+    out, log_total = jax.lax.map(rows, jnp.arange(q.shape[3] // bq, dtype=jnp.int32))
+    out, log_total = _joined(out), _joined(log_total)
+    return out, (q, k, v, seen, out, log_total)
+
+
+def _backward(scale: float, softcap: float | None, saved: Any, g: Array) -> tuple[Any, ...]:
+    q, k, v, seen, out, log_total = saved
+    bq, bk = min(QUERIES, q.shape[3]), min(KEYS, k.shape[2])
+    through = jnp.sum(g * out, axis=-1)  # what the normalisation of each row passes back
+
+    def rows(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
+        block, g_block, top, passed = (jax.lax.dynamic_slice_in_dim(a, i * bq, bq, axis=3) for a in (q, g, log_total, through))
+
+        def column(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = carry
+            keys, values = _keys(k, j, bk), _keys(v, j, bk)
+            scores, slope = _scores(block, keys, seen, i * bq, j * bk, scale, softcap)
+            weights = jnp.exp(scores - top[..., None])
+            dv = _add(dv, _dot(weights.astype(v.dtype), g_block.astype(v.dtype), "bkgts,bkgth->bksh"), j, bk)
+            d_weights = _dot(g_block.astype(v.dtype), values, "bkgth,bksh->bkgts")
+            d_scores = (weights * (d_weights - passed[..., None]) * slope * scale).astype(q.dtype)
+            dk = _add(dk, _dot(d_scores, block, "bkgts,bkgth->bksh"), j, bk)
+            return dq + _dot(d_scores, keys, "bkgts,bksh->bkgth"), dk, dv
+
+        start = jnp.zeros(block.shape, jnp.float32), *carry
+        dq, dk, dv = jax.lax.fori_loop(*_reach(seen, i, bq, bk, k.shape[2]), column, start)
+        return (dk, dv), dq
+
+    zero = jnp.zeros(k.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(rows, (zero, zero), jnp.arange(q.shape[3] // bq, dtype=jnp.int32))
+    return _joined(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _scores(
+    q: Array, k: Array, seen: Seen, first: Array, first_key: Array, scale: float, softcap: float | None
+) -> tuple[Array, Array]:
+    """The scores of a block, and their derivative by the scores without the soft cap."""
+    scores, slope = _dot(q, k, "bkgth,bksh->bkgts") * scale, jnp.ones(())
+    if softcap is not None:
+        bent = jnp.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1 - bent * bent
+    return masked(scores, seen.square(q.shape[3], k.shape[2], first, first_key)), slope
+
+
+def _reach(seen: Seen, i: Array, bq: int, bk: int, s: int) -> tuple[Any, Any]:
+    """The blocks of keys that the queries of block `i` can see, from the first to behind the last.
+
+    At least the first block stays in, so that a row that sees nothing is finite, as it is in plain attention.
+    """
+    first, stop = jnp.zeros((), jnp.int32), jnp.asarray(s // bk, jnp.int32)
+    if seen.query is not None:
+        low, high = (f(jax.lax.dynamic_slice_in_dim(seen.query, i * bq, bq, axis=1)) for f in (jnp.min, jnp.max))
+    else:
+        low, high = i * bq, i * bq + bq - 1
+    if seen.causal:
+        stop = jnp.clip(high // bk + 1, 1, s // bk)
+        if seen.window is not None:
+            first = jnp.clip((low - seen.window + 1) // bk, 0, stop - 1)
+    return first.astype(jnp.int32), stop.astype(jnp.int32)
+
+
+def _keys(a: Array, j: Array, length: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, j * length, length, axis=2)
+
+
+def _add(total: Array, part: Array, j: Array, length: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(total, _keys(total, j, length) + part, j * length, axis=2)
+
+
+def _joined(blocks: Array) -> Array:
+    """`[N, B, K, G, t, ...]` -> `[B, K, G, N * t, ...]`."""
+    moved = jnp.moveaxis(blocks, 0, 3)
+    return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])
+
+
+def _dot(x: Array, y: Array, equation: str) -> Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
