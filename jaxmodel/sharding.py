@@ -2,11 +2,13 @@
 
 A sharding rule gives the `PartitionSpec` of the logical axes of one layer's leaf: `("blocks/.*/attn/q", P("tensor", "fsdp"))`
 for a weight `[out, in]`. A stacked segment gets an unsharded layer axis in front; a compressed leaf derives the specs of its
-parts. Mesh axes that the mesh lacks are left out, so the same rules serve every mesh.
+parts. Mesh axes that the mesh lacks are left out, so the same rules serve every mesh. The reverse is an error: along an axis
+of the mesh that nothing uses, every device would hold and compute the same (`--mesh fdsp=4`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +17,17 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, nearest
 
 type AxisTable = Sequence[tuple[str, str | tuple[str, ...]]]  # letter of an axis -> mesh axes
 type AnyMesh = Mesh | AbstractMesh  # the latter for lowering without the devices
+
+BATCH_AXES = ("data", "fsdp")
+"""A batch's rows lie along these axes of the mesh, where it has them."""
+
+ACTIVATION_AXES = (*BATCH_AXES, "sequence")
+"""The axes that cut activations, so that a mesh may have them though no rule names them. An axis that cuts parameters
+(`tensor`, `expert`, `pipeline`) does not belong here: where no rule names it, the model at hand does not know it."""
 
 
 def simulate_devices(count: int) -> None:
@@ -56,9 +65,7 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
             raise InputError(f"mesh: {shape!r} is not readable; write it as 'fsdp=4,tensor=2'")
         shape = axes
     sizes = tuple(shape.values())
-    need = 1
-    for n in sizes:
-        need *= n
+    need = math.prod(sizes)
     devices = jax.devices() if devices is None else devices
     if not sizes or min(sizes) < 1:
         raise InputError(f"mesh: {dict(shape)} is no mesh; each axis needs a length of 1 or more")
@@ -75,10 +82,13 @@ def shardings(rules: tree.Rules, params: tree.Params, mesh: AnyMesh) -> tuple[tr
     `in_shardings`, for `jax.device_put` and for a restore.
 
     Raises:
-      InputError: a rule or leaf without the other (see `tree.assign`), or a mesh that does not divide an axis.
+      InputError: a rule or leaf without the other (see `tree.assign`), a mesh that does not divide an axis, or one with an
+        axis that neither a rule nor `ACTIVATION_AXES` names.
     """
     params, specs = tree.match(rules, params)
-    return params, tree.map_leaves(lambda path, leaf: _leaf_sharding(path, leaf, specs[path], mesh), params)
+    placed = tree.map_leaves(lambda path, leaf: _leaf_sharding(path, leaf, specs[path], mesh), params)
+    _check_axes(rules, mesh)
+    return params, placed
 
 
 def place(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tree.Params:
@@ -88,7 +98,8 @@ def place(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tree.Params:
 
 def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
     """Shardings for an optimiser state: a leaf whose path ends in a parameter's path lies as that parameter does if it can
-    (a factored moment has another shape), any other is on every device.
+    (a factored moment has another shape), any other is on every device. A compressed leaf (a moment in 8 bits) derives the
+    places of its buffers from the parameter's, as parameters do, if it can be cut so.
 
     Args:
       state: any pytree, of arrays or shape structs.
@@ -98,15 +109,23 @@ def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
     known = {_key_path(path): s for path, s in jax.tree_util.tree_flatten_with_path(placed)[0]}
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = _key_path(path)
-        for start in range(len(keys)):
-            if keys[start:] in known:
-                sharding = known[keys[start:]]
-                return sharding if _divides(sharding.spec, leaf.shape, mesh.shape) else everywhere
-        return everywhere
+    def fitting(spec: PartitionSpec, array: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec) if _divides(spec, array.shape, mesh.shape) else everywhere
 
-    return jax.tree_util.tree_map_with_path(find, state)
+    def find(path: tuple[Any, ...], leaf: Any) -> Any:
+        keys = _key_path(path)
+        beside = next((known[keys[start:]] for start in range(len(keys)) if keys[start:] in known), None)
+        if not hasattr(leaf, "specs"):
+            return everywhere if beside is None else fitting(beside.spec, leaf)
+        if beside is None:  # its parameter, if it has one, is compressed too: a buffer lies as that of the same name
+            return jax.tree_util.tree_map_with_path(lambda inner, buffer: find((*path, *inner), buffer), leaf)
+        try:
+            specs = leaf.specs(fitting(beside.spec, leaf).spec, mesh.shape)
+        except InputError:  # it would split a group or a byte
+            specs = leaf.specs(PartitionSpec(), mesh.shape)
+        return jax.tree.map(fitting, specs, leaf, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+
+    return jax.tree_util.tree_map_with_path(find, state, is_leaf=lambda node: hasattr(node, "specs"))
 
 
 def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
@@ -123,6 +142,19 @@ def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
         names = _present(axes.get(letter), mesh.shape)
         entries.append(names if names and length % _product(names, mesh.shape) == 0 else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def _check_axes(rules: tree.Rules, mesh: AnyMesh) -> None:
+    """Refuse a mesh with an axis of several devices that nothing uses."""
+    named = {name for _, spec in rules for entry in spec for name in _names(entry)}
+    known = sorted({*named, *ACTIVATION_AXES})
+    for name, length in mesh.shape.items():
+        if length > 1 and name not in known:
+            close = nearest(name, known)
+            raise InputError(
+                f"mesh: the axis {name!r} would hold {length} copies of everything, since no rule names it; allowed: "
+                f"{', '.join(known)}{f' (nearest: {close[0]})' if close else ''}"
+            )
 
 
 def _leaf_sharding(path: str, leaf: tree.Leaf, spec: PartitionSpec, mesh: AnyMesh) -> Any:
@@ -150,15 +182,16 @@ def _divides(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
 
 def _present(entry: Any, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes of one spec entry that the mesh has."""
-    names = (entry,) if isinstance(entry, str) else (entry or ())
-    return tuple(name for name in names if name in sizes)
+    return tuple(name for name in _names(entry) if name in sizes)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one spec entry."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _product(names: Sequence[str], sizes: Mapping[str, int]) -> int:
-    n = 1
-    for name in names:
-        n *= sizes[name]
-    return n
+    return math.prod(sizes[name] for name in names)
 
 
 def _key_path(path: tuple[Any, ...]) -> tuple[str, ...]:

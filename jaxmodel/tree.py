@@ -3,10 +3,16 @@
 Params are a plain nested `dict`. Whatever is not a dict is a leaf: a `jax.Array` or a compressed leaf (any pytree that has
 `shape` and `dtype`, see `jaxmodel.leaves`). A leaf's path joins the keys with `/`.
 
-Segments. Where blocks repeat, a dict maps a *segment* of equal layers to their stacked leaves: in
+Segments. Where layers repeat, the dict under the key `blocks` maps a *segment* of equal layers to their stacked leaves: in
 `{"blocks": {"0-28": ..., "29": ...}}` every leaf under `0-28` has a leading axis of 29 layers and the leaves under `29`
 have none. Rules never see segments: they see the path of one layer (`blocks/7/attn/q`). Where rules give the layers of a
 segment different values the segment is split, and `stack` joins equal neighbours again.
+
+The law of segments. Only the key `blocks` makes them, at any depth: `encoder/blocks/0-5/q` and `decoder/blocks/0-2/q` are
+two stacks of one tree, and `experts/0/up` is a plain path whose key happens to be a number. Under `blocks` either all keys
+are segments (`7`, `3-5`) that share no layer, or none is. Blocks inside of a segment are an error: a leaf has one axis of
+layers at most. All functions here therefore take trees from their root, not what stands under `blocks`; but for
+`segments` and `depth`, which take that.
 
 Rules. An ordered list `[(pattern, value), ...]`. A pattern is a regular expression that must match the whole path; the first
 match wins. A leaf that no rule covers is an error, and so is a rule that decides nothing, unless its pattern is
@@ -24,6 +30,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,8 +45,10 @@ type Leaf = Any  # a jax.Array or a compressed leaf
 type Params = dict[str, Any]
 type Rules = Sequence[tuple[str, Any]]
 
+BLOCKS = "blocks"
+"""The key whose children are segments of layers."""
+
 _SEGMENT = re.compile(r"(\d+)(?:-(\d+))?")
-_LAYER_AXIS = re.compile(r"(^|/)\d+-\d+/")  # a stacked segment inside a path
 
 
 class optional(str):
@@ -56,7 +66,11 @@ def is_leaf(node: Any) -> bool:
 
 
 def flatten(params: Params) -> dict[str, Leaf]:
-    """All leaves by path; layers and segments in the order of depth, other keys as they stand."""
+    """All leaves by path; segments in the order of depth, other keys as they stand.
+
+    Raises:
+      InputError: what stands under a key `blocks` breaks the law of segments (see above).
+    """
     return dict(_walk(params, ()))
 
 
@@ -81,7 +95,7 @@ def _walk(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
     if is_leaf(node):
         yield "/".join(keys), node
         return
-    for key in _ordered(node) if is_segmented(node) else node:
+    for key in _segments_at(keys, node) or node:
         yield from _walk(node[key], (*keys, key))
 
 
@@ -102,38 +116,55 @@ def segment_key(layers: range) -> str:
     return f"{layers.start}" if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"
 
 
-def is_segmented(node: Any) -> bool:
-    """Whether a node maps segments of layers to their leaves."""
-    return isinstance(node, dict) and bool(node) and all(span(key) for key in node)
-
-
 def is_stacked(path: str) -> bool:
     """Whether the leaf at this path carries a leading axis of layers."""
-    return bool(_LAYER_AXIS.search(path))
+    keys = path.split("/")
+    return (at := _segment_place(keys)) is not None and len(_span(keys[at])) > 1
 
 
 def segments(node: Params) -> list[str]:
-    """The keys of a segmented node in the order of depth.
+    """The segments of what stands under a key `blocks`, in the order of depth.
 
     Raises:
-      InputError: the segments do not cover 0, 1, 2, ... without gap or overlap.
+      InputError: a key is no segment, or they do not cover 0, 1, 2, ... without gap or overlap.
     """
-    keys = _ordered(node)
-    expected = 0
-    for key in keys:
-        if _span(key).start != expected or len(_span(key)) == 0 or segment_key(_span(key)) != key:
-            raise InputError(f"segments: {keys} must cover the layers from 0 on without gap or overlap")
-        expected = _span(key).stop
+    keys = _segments_at((BLOCKS,), node)
+    edges = [0, *(_span(key).stop for key in keys)]
+    if not keys or any(_span(key).start != start for key, start in zip(keys, edges, strict=False)):
+        raise InputError(f"segments: {keys or list(node)} must cover the layers from 0 on without gap or overlap")
     return keys
 
 
-def _ordered(node: Params) -> list[str]:
-    """Segments by depth. A part of a tree (see `partition`) may lack some, which `segments` does not allow."""
-    return sorted(node, key=lambda key: _span(key).start)
+def _segments_at(keys: tuple[str, ...], node: Params) -> list[str]:
+    """The segments of the dict at a path by depth, none if it is a plain dict. This and `_segment_place` are the law.
+
+    A part of a tree (see `partition`) may lack some segments, which `segments` does not allow.
+    """
+    if keys[-1:] != (BLOCKS,) or all(span(key) is None for key in node):
+        return []
+    where = "/".join(keys)
+    for key in node:
+        layers = span(key)
+        if not layers or segment_key(layers) != key:  # no segment at all, an empty one (1-0), or of another form (3-3, 01)
+            raise InputError(f"{where}: the key {key!r} is no segment of layers as others there are; allowed: such as '7', '3-5'")
+    found = sorted(node, key=lambda key: _span(key).start)
+    for one, following in itertools.pairwise(found):
+        if _span(following).start < _span(one).stop:
+            raise InputError(f"{where}: the segments {one!r} and {following!r} overlap; allowed: each layer once")
+    _segment_place([*keys, found[0]])
+    return found
+
+
+def _segment_place(keys: Sequence[str]) -> int | None:
+    """Which of a path's keys is the segment."""
+    found = [i for i in range(1, len(keys)) if keys[i - 1] == BLOCKS and span(keys[i]) is not None]
+    if len(found) > 1:
+        raise InputError(f"{'/'.join(keys)}: blocks inside of blocks; allowed: one segment of layers in a path")
+    return found[0] if found else None
 
 
 def depth(node: Params) -> int:
-    """The number of layers of a segmented node."""
+    """The number of layers of what stands under a key `blocks`."""
     return _span(segments(node)[-1]).stop
 
 
@@ -144,10 +175,9 @@ def layer_paths(path: str) -> list[str]:
     ['blocks/0/attn/q', 'blocks/1/attn/q', 'blocks/2/attn/q']
     """
     keys = path.split("/")
-    for i, key in enumerate(keys):
-        if (layers := span(key)) is not None:
-            return ["/".join([*keys[:i], str(layer), *keys[i + 1 :]]) for layer in layers]
-    return [path]
+    if (at := _segment_place(keys)) is None:
+        return [path]
+    return ["/".join([*keys[:at], str(layer), *keys[at + 1 :]]) for layer in _span(keys[at])]
 
 
 def layer_shape(path: str, leaf: Leaf) -> tuple[int, ...]:
@@ -176,18 +206,16 @@ def split(params: Params, values: Mapping[str, Any]) -> Params:
     def cut(node: Any, keys: tuple[str, ...]) -> Any:
         if is_leaf(node):
             return node
-        if not is_segmented(node):
+        if not (found := _segments_at(keys, node)):
             return {key: cut(child, (*keys, key)) for key, child in node.items()}
         out: Params = {}
-        for key in _ordered(node):
-            layers, names = _span(key), list(flatten(node[key]))
-            signature = {i: [values["/".join([*keys, str(i), name])] for name in names] for i in layers}
-            start = layers.start
-            for i in layers:
-                if i + 1 == layers.stop or signature[i + 1] != signature[start]:
-                    part = range(start, i + 1)
-                    out[segment_key(part)] = layer_slice(node[key], layers, part)
-                    start = i + 1
+        for key in found:
+            layers = _span(key)
+            by_leaf = [[values[layer] for layer in layer_paths(path)] for path, _ in _walk(node[key], (*keys, key))]
+            signature = [[of_layers[i] for of_layers in by_leaf] for i in range(len(layers))]
+            starts = [i for i in range(len(layers)) if i == 0 or signature[i] != signature[i - 1]]
+            for start, stop in itertools.pairwise([*starts, len(layers)]):
+                out[segment_key(layers[start:stop])] = layer_slice(node[key], layers, layers[start:stop])
         return out
 
     return cut(params, ())
@@ -200,18 +228,25 @@ def unstack(params: Params) -> Params:
 
 def stack(params: Params) -> Params:
     """Join neighbouring segments whose layers are equal in structure, static fields, shapes and dtypes."""
-    if not is_segmented(params):
-        return {key: child if is_leaf(child) else stack(child) for key, child in params.items()}
-    out: Params = {}
-    run: list[str] = []
-    for key in [*_ordered(params), None]:
-        if run and (key is None or not _joins(run, key, params)):
-            layers = range(_span(run[0]).start, _span(run[-1]).stop)
-            out[segment_key(layers)] = _join([(_span(k), params[k]) for k in run])
-            run = []
-        if key is not None:
-            run.append(key)
-    return out
+
+    def join(node: Any, keys: tuple[str, ...]) -> Any:
+        if is_leaf(node):
+            return node
+        if not (found := _segments_at(keys, node)):
+            return {key: join(child, (*keys, key)) for key, child in node.items()}
+        runs: list[list[str]] = []
+        for key in found:
+            if runs and _joins(runs[-1], key, node):
+                runs[-1].append(key)
+            else:
+                runs.append([key])
+        return {
+            segment_key(range(_span(run[0]).start, _span(run[-1]).stop)): _join([(_span(key), node[key]) for key in run])
+            for run in runs
+        }
+
+    flatten(params)  # looks inside of the segments too, where nothing else here does, so the law is kept there
+    return join(params, ())
 
 
 def _join(parts: list[tuple[range, Any]]) -> Any:
@@ -336,13 +371,7 @@ def nbytes(params: Any) -> int:
 
 def count(params: Params) -> int:
     """The number of weights that the leaves stand for, compressed or not."""
-    total = 0
-    for leaf in flatten(params).values():
-        size = 1
-        for n in leaf.shape:
-            size *= n
-        total += size
-    return total
+    return sum(math.prod(leaf.shape) for leaf in flatten(params).values())
 
 
 def cast(params: Params, dtype: Any) -> Params:

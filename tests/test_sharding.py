@@ -111,6 +111,36 @@ def test_what_does_not_fit_is_an_error(rules, message):
         sharding.shardings(rules, PARAMS, MESH)
 
 
+@pytest.mark.parametrize(
+    ("axis", "hint"), [("fdsp", "fsdp"), ("tenosr", "tensor"), ("Data", "data"), ("seq", "sequence"), ("expert", None)]
+)
+def test_an_axis_that_nothing_uses_is_an_error(axis, hint):
+    """A mistyped axis would place a copy of everything on each of its devices, and train on with none of them in use."""
+    mesh = AbstractMesh((4, 2), (axis, "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(InputError) as error:
+        sharding.shardings(RULES, PARAMS, mesh)
+    assert str(error.value) == (
+        f"mesh: the axis {axis!r} would hold 4 copies of everything, since no rule names it; "
+        f"allowed: data, fsdp, sequence, tensor{f' (nearest: {hint})' if hint else ''}"
+    )
+    one = AbstractMesh((1, 2), (axis, "tensor"), axis_types=(AxisType.Auto,) * 2)
+    assert specs(RULES, PARAMS, one)["norm"] == P()  # one device holds no copies
+
+
+def test_a_mesh_may_have_axes_that_only_rules_or_only_activations_know():
+    def mesh(axis: str) -> AbstractMesh:
+        return AbstractMesh((2,), (axis,), axis_types=(AxisType.Auto,))
+
+    for axis in sharding.ACTIVATION_AXES:
+        assert specs([(".*", P())], PARAMS, mesh(axis)) == dict.fromkeys(["embed", "blocks/0-1/q", "blocks/2/q", "norm"], P()) | {
+            "blocks/0-1/q": P(None)
+        }
+    rules = [(tree.optional(".*/experts/.*"), P(("expert", "fsdp"), None)), (".*", P())]
+    assert specs(rules, PARAMS, mesh("expert"))["embed"] == P()
+    with pytest.raises(InputError, match="the axis 'tensor' would hold 2 copies"):
+        sharding.shardings(rules, PARAMS, mesh("tensor"))
+
+
 def test_a_compressed_leaf_gets_a_spec_for_each_part():
     groups = QTensor.from_codes(jnp.zeros((2, 8, 64), jnp.int32), jnp.ones((2, 8, 8)), bits=4, group=8)
     rows = QTensor.from_codes(jnp.zeros((8, 64), jnp.int32), jnp.ones((8, 1)), bits=8)
@@ -168,6 +198,68 @@ def test_factored_moments_of_another_shape_are_everywhere():
         where.shard_shape(leaf.shape)  # raises where the mesh does not divide the leaf
     assert inherited.v["bias"].spec == P(("tensor",))
     assert inherited.v_row["w"].spec == P()
+
+
+def codes(*shape: int, bits: int = 8, group: int | None = None) -> QTensor:
+    scale = jnp.ones((*shape[:-1], -(-shape[-1] // group) if group else 1))
+    return QTensor.from_codes(jnp.zeros(shape, jnp.int32), scale, bits=bits, group=group)
+
+
+def inherited(moments: tree.Params, rules: tree.Rules, params: tree.Params) -> dict[str, P]:
+    """Where the buffers of these moments lie, which is checked to be possible."""
+    state = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), moments))  # a count, and moments at the parameters' paths
+    placed = sharding.inherit(state, sharding.shardings(rules, params, MESH)[1], MESH)
+    assert jax.tree.structure(placed) == jax.tree.structure(state)
+    for buffer, where in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        where.shard_shape(buffer.shape)  # raises where the mesh does not divide the buffer
+    flat = jax.tree_util.tree_flatten_with_path(placed[1])[0]
+    return {"/".join(str(getattr(k, "key", getattr(k, "name", ""))) for k in path): s.spec for path, s in flat}
+
+
+def test_a_compressed_moment_derives_its_places_from_its_parameter():
+    params = {"blocks": {"0-1": {"q": struct(2, 8, 64)}, "2": {"q": struct(8, 64)}}, "norm": struct(64), "embed": struct(8, 64)}
+    moments = {
+        "blocks": {"0-1": {"q": codes(2, 8, 64, bits=4, group=8)}, "2": {"q": codes(8, 64)}},
+        "norm": jnp.zeros(64),
+        "embed": codes(8, 64, group=16),
+    }
+    rules = [("norm", P("tensor")), (".*", P("tensor", "fsdp"))]
+    cut, stacked = P(("tensor",), ("fsdp",)), P(None, ("tensor",), ("fsdp",))
+    assert inherited(moments, rules, params) == {
+        "blocks/0-1/q/packed": stacked,
+        "blocks/0-1/q/scale": stacked,
+        "blocks/2/q/packed": cut,
+        "blocks/2/q/scale": P(("tensor",), None),  # a scale for a whole row
+        "norm": P(("tensor",)),
+        "embed/packed": cut,
+        "embed/scale": cut,
+    }
+    sparse = Sparse.from_dense(jnp.tile(jnp.asarray([0.0, 0.0, 1.0, 1.0]), (8, 32)), pattern=(2, 4))
+    assert inherited({"w": sparse}, rules[1:], {"w": struct(8, 128)}) == {"w/mask": cut, "w/values": cut}
+
+
+@pytest.mark.parametrize(
+    ("moment", "spec"),
+    [
+        (codes(8, 64, group=32), P("tensor", "fsdp")),  # would split a group
+        (codes(8, 60, bits=4, group=8), P("tensor", "fsdp")),  # ends in padding
+        (codes(64, 256), P("tensor", None, "fsdp")),  # fewer axes than its parameter
+        (codes(3, 64), P("tensor")),  # no two halves of its rows
+        (Sparse.from_dense(jnp.ones((8, 64))), P("tensor", "fsdp")),  # kept values lie anywhere in a row
+    ],
+)
+def test_a_compressed_moment_that_cannot_be_cut_so_is_everywhere(moment, spec):
+    params = {"w": struct(8, 8, 8) if len(spec) == 3 else struct(8, 64)}
+    assert all(not any(where) for where in inherited({"w": moment}, [("w", spec)], params).values())
+
+
+def test_a_compressed_leaf_beside_its_compressed_parameter_lies_as_that_does():
+    """What rides along in a state: an average, the best so far."""
+    params = {"w": codes(8, 64, bits=4, group=8), "frozen": codes(8, 64)}
+    rules = [("w", P("tensor", "fsdp")), ("frozen", P())]
+    cut = P(("tensor",), ("fsdp",))
+    got = inherited(params, rules, params)
+    assert got == {"w/packed": cut, "w/scale": cut, "frozen/packed": P(None, None), "frozen/scale": P(None, None)}
 
 
 # ---------------------------------------------------------------------------------------------------------- activations

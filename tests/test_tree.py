@@ -130,13 +130,38 @@ def test_segment_key_and_span_are_inverse(start, length):
 @pytest.mark.parametrize("key", ["", "q", "0-", "-1", "0-1-2", "a0", "0a", " 0", "1.5", "norm0"])
 def test_other_keys_are_no_segments(key):
     assert tree.span(key) is None
-    assert not tree.is_segmented({key: 1, "0": 1})
+    assert tree.layer_paths(f"blocks/{key}/0-2") == [f"blocks/{key}/0-2"]
+    assert list(tree.flatten({"blocks": {key: 1}})) == [f"blocks/{key}"]
+    with pytest.raises(
+        InputError, match=rf"^a/blocks: the key {re.escape(repr(key))} is no segment .* allowed: such as '7', '3-5'$"
+    ):
+        tree.flatten({"a": {"blocks": {key: 1, "0": 1}}})
 
 
-@pytest.mark.parametrize("keys", [["1-2"], ["0-1", "3"], ["0-2", "2-3"], ["0", "1-0"], ["0", "1-1"], ["0", "01"]])
-def test_segments_must_cover_the_layers_once(keys):
-    with pytest.raises(InputError, match="without gap or overlap"):
-        tree.segments(dict.fromkeys(keys, 1))
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["1-2"], r"\['1-2'\] must cover the layers from 0 on without gap or overlap"),
+        (["0-1", "3"], r"\['0-1', '3'\] must cover the layers from 0 on without gap or overlap"),
+        (["norm"], r"\['norm'\] must cover the layers from 0 on without gap or overlap"),
+        ([], r"\[\] must cover the layers from 0 on without gap or overlap"),
+        (["2-3", "0-2"], "the segments '0-2' and '2-3' overlap"),
+        (["0-4", "2"], "the segments '0-4' and '2' overlap"),
+        (["0", "1-0"], "the key '1-0' is no segment"),
+        (["0", "1-1"], "the key '1-1' is no segment"),
+        (["0", "01"], "the key '01' is no segment"),
+    ],
+)
+def test_segments_must_cover_the_layers_once(keys, message):
+    node = dict.fromkeys(keys, jnp.ones(1))
+    with pytest.raises(InputError, match=message):
+        tree.segments(node)
+    if "without gap" in message:  # a part of a tree may have gaps
+        assert list(tree.flatten({"blocks": node})) == [f"blocks/{key}" for key in keys]
+        return
+    for walk in (tree.flatten, tree.stack, tree.unstack, lambda params: tree.split(params, {})):
+        with pytest.raises(InputError, match=message):
+            walk({"blocks": node})
 
 
 def test_segments_are_in_order_of_depth():
@@ -149,15 +174,116 @@ def test_layer_paths_and_shapes():
     assert tree.layer_paths("embed") == ["embed"]
     assert tree.layer_paths("blocks/7/attn/q") == ["blocks/7/attn/q"]
     assert tree.layer_paths("blocks/9-11/attn/q") == [f"blocks/{i}/attn/q" for i in (9, 10, 11)]
-    assert [tree.is_stacked(p) for p in ("embed", "blocks/7/q", "blocks/0-7/q", "0-7/q")] == [False, False, True, True]
+    stacked = ["blocks/0-7/q", "blocks/0-7", "a/blocks/0-7/b/q", "blocks/blocks/0-7"]
+    single = [
+        "embed",
+        "blocks/7/q",
+        "blocks/7",
+        "blocks",
+        "0-7/q",
+        "experts/0-7/q",
+        "myblocks/0-7/q",
+        "blocks/a/0-7",
+        "blocks/0/e/0-7",
+    ]
+    assert [path for path in stacked + single if tree.is_stacked(path)] == stacked
+    assert [path for path in stacked + single if len(tree.layer_paths(path)) == 8] == stacked
     stack = jnp.zeros((3, 4, 5))
     assert tree.layer_shape("blocks/0-2/q", stack) == (4, 5)
     assert tree.layer_shape("blocks/0/q", stack) == (3, 4, 5)
+    assert tree.layer_shape("experts/0-2/q", stack) == (3, 4, 5)
 
 
 def test_stack_does_not_join_what_is_not_next_to_each_other():
     part = {"blocks": {"0": layer("plain", 0), "2": layer("plain", 2)}}  # as `partition` may leave it
     assert same(tree.stack(part), part)
+
+
+# ------------------------------------------------------------------ the law of segments, wherever in a tree they stand
+
+
+def experts(i: int) -> dict:
+    """A dict that is no stack, though its keys are numbers; not in their order, so that sorting would show."""
+    return {str(e): {"up": np.full((2, 3), 100 * i + e, np.float32)} for e in (10, 2, 0)}
+
+
+def grown(stacks: dict[str, list[dict]], cuts: dict[str, list[int]]) -> dict:
+    """A tree with a stack of layers at each of these paths, and with dicts of numbers beside and inside of them."""
+    leaves = {"embed": np.ones((5, 4), np.float32), **{f"router/{k}": leaf for k, leaf in tree.flatten(experts(0)).items()}}
+    for where, layers in stacks.items():
+        for a, b in itertools.pairwise([0, *cuts[where], len(layers)]):
+            layer_leaves = tree.flatten(segment([{**one, "experts": experts(i)} for i, one in enumerate(layers[a:b], a)]))
+            leaves |= {f"{where}/{tree.segment_key(range(a, b))}/{name}": leaf for name, leaf in layer_leaves.items()}
+    return tree.unflatten(leaves)
+
+
+STACKS = ("blocks", "encoder/blocks", "stages/0/blocks", "stages/1/blocks")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(st.sampled_from(STACKS), st.tuples(KINDS, MORE), min_size=1), st.data())
+def test_all_functions_agree_on_what_a_segment_is(chosen, data):
+    if "encoder/blocks" in chosen and "blocks" in chosen:
+        chosen = {**chosen, "decoder/blocks": chosen["encoder/blocks"]}
+    stacks = {where: segmented(*of)[0] for where, of in chosen.items()}
+    cuts = {where: segmented(*of)[1] for where, of in chosen.items()}
+    params = grown(stacks, cuts)
+    whole = grown(stacks, {where: changes(kinds) for where, (kinds, _) in chosen.items()})
+    single = grown(stacks, {where: list(range(1, len(layers))) for where, layers in stacks.items()})
+
+    paths = [layer for path in tree.flatten(params) for layer in tree.layer_paths(path)]
+    assert set(paths) == set(tree.flatten(single)) and len(paths) == len(set(paths))
+    assert not any(tree.is_stacked(path) for path in tree.flatten(single))
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(single).items()}
+    for path, leaf in tree.flatten(params).items():
+        layers = tree.layer_paths(path)
+        assert tree.is_stacked(path) == (len(layers) > 1)
+        assert {tree.layer_shape(path, leaf)} == {shapes[layer] for layer in layers}
+        assert leaf.shape == ((len(layers),) if len(layers) > 1 else ()) + shapes[layers[0]]
+
+    assert same(tree.unstack(params), single)
+    assert same(tree.stack(params), whole) and same(tree.stack(single), whole)
+    assert tree.fingerprint(params) == tree.fingerprint(single)
+
+    values = {path: data.draw(st.booleans()) if path.endswith("norm") else False for path in paths}
+    want = {where: sorted({*cuts[where], *changes([values[f"{where}/{i}/norm"] for i in range(len(layers))])})
+            for where, layers in stacks.items()}  # fmt: skip
+    assert same(tree.split(params, values), grown(stacks, want))
+    rules = [(tree.optional(re.escape(path)), True) for path, value in values.items() if value] + [(".*", False)]
+    parts = tree.partition(params, rules)
+    assert {layer for path in tree.flatten(parts[0]) for layer in tree.layer_paths(path)} == {p for p in paths if values[p]}
+    assert same(tree.stack(tree.combine(*parts)), whole)
+
+
+def test_rules_reach_one_stack_of_two():
+    params = grown({f"{side}/blocks": [layer("plain", i) for i in range(3)] for side in ("encoder", "decoder")},
+                   {"encoder/blocks": [], "decoder/blocks": []})  # fmt: skip
+    split, values = tree.match([("encoder/blocks/1/norm", 4), (r".*/experts/10/up", 2), (".*", 8)], params)
+    assert (list(split["encoder"]["blocks"]), list(split["decoder"]["blocks"])) == (["0", "1", "2"], ["0-2"])
+    assert [path for path, value in values.items() if value == 4] == ["encoder/blocks/1/norm"]
+    assert len([path for path, value in values.items() if value == 2]) == 3 + 1
+
+
+@pytest.mark.parametrize("path", ["blocks/0-1/blocks/0/q", "encoder/blocks/3/mlp/blocks/0-1/q"])
+def test_blocks_inside_of_blocks_are_refused(path):
+    params = tree.unflatten({path: jnp.ones((2, 2))})
+    message = rf"{path.removesuffix('/q')}(/q)?: blocks inside of blocks; allowed: one segment of layers in a path"
+    for refuses in (tree.flatten, tree.stack, tree.unstack, tree.fingerprint, tree.count):
+        with pytest.raises(InputError, match=message):
+            refuses(params)
+    for refuses in (tree.layer_paths, tree.is_stacked, lambda path: tree.layer_shape(path, jnp.ones(2))):
+        with pytest.raises(InputError, match=message):
+            refuses(path)
+    with pytest.raises(InputError, match=message):
+        tree.split(params, {path: 0})
+
+
+def test_a_dict_of_that_name_without_segments_is_one_like_any_other():
+    pair = np.ones((2, 3), np.float32)
+    params = {"blocks": {"0-1": {"blocks": {"b": pair, "a": pair}}, "2": {"q": np.ones(3, np.float32)}}}
+    assert list(tree.flatten(params)) == ["blocks/0-1/blocks/b", "blocks/0-1/blocks/a", "blocks/2/q"]
+    assert tree.layer_paths("blocks/0-1/blocks/b") == ["blocks/0/blocks/b", "blocks/1/blocks/b"]
+    assert same(tree.stack(tree.unstack(params)), params)
 
 
 # ------------------------------------------------------------------------------------------------------- rules

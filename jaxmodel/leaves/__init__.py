@@ -2,11 +2,25 @@
 
 `QTensor` holds codes of 1 to 8 bits with scales, `Sparse` holds a bitmask and the values that it keeps; the values of a
 `Sparse` may be a `QTensor`. Every leaf jits, scans over its leading layer axis, shards and is stored by name.
+`static_fields` and `check_fields` guard a checkpoint that stores arrays alone.
 """
 
+from jaxmodel.leaves.fields import check_fields, static_fields
 from jaxmodel.leaves.leaf import Compressed, decode, from_tensors, to_tensors
 from jaxmodel.leaves.packing import pack, unpack
 from jaxmodel.leaves.qtensor import QTensor
 from jaxmodel.leaves.sparse import Sparse, expand
 
-__all__ = ["Compressed", "QTensor", "Sparse", "decode", "expand", "from_tensors", "pack", "to_tensors", "unpack"]
+__all__ = [
+    "Compressed",
+    "QTensor",
+    "Sparse",
+    "check_fields",
+    "decode",
+    "expand",
+    "from_tensors",
+    "pack",
+    "static_fields",
+    "to_tensors",
+    "unpack",
+]

@@ -7,6 +7,7 @@ shape and nothing about that axis: shapes follow from the arrays, and axes are c
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, dataclass_transform
 
@@ -76,10 +77,7 @@ class Compressed:
     @property
     def size(self) -> int:
         """The number of weights that the leaf stands for."""
-        n = 1
-        for length in self.shape:
-            n *= length
-        return n
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +97,7 @@ def decode(leaf: Any, dtype: Any = None) -> jax.Array:
     return leaf if dtype is None else leaf.astype(dtype)
 
 
-def require(ok: bool, leaf: Compressed, message: str) -> None:
+def expect(ok: bool, leaf: Compressed, message: str) -> None:
     """Raise InputError with the leaf's class and the message unless `ok`."""
     if not ok:
         raise InputError(f"{type(leaf).__name__}: {message}")
@@ -107,10 +105,7 @@ def require(ok: bool, leaf: Compressed, message: str) -> None:
 
 def shards(entry: Any, sizes: AxisSizes) -> int:
     """Into how many parts one entry of a partition spec cuts its axis."""
-    n = 1
-    for name in (entry,) if isinstance(entry, str) else (entry or ()):
-        n *= sizes[name]
-    return n
+    return math.prod(sizes[name] for name in ((entry,) if isinstance(entry, str) else (entry or ())))
 
 
 def full_spec(spec: PartitionSpec, ndim: int) -> list[Any]:

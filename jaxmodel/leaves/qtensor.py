@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
-from jaxmodel.leaves.leaf import AxisSizes, Compressed, full_spec, register, require, shards, static
+from jaxmodel.leaves.leaf import AxisSizes, Compressed, expect, full_spec, register, shards, static
 from jaxmodel.leaves.packing import codes_per_unit, pack, pad_last, unpack, unpacked_length
 
 
@@ -69,7 +69,7 @@ class QTensor(Compressed):
             stored = pack(stored, bits)
         leaf = cls(stored, scale, minimum, bits=bits, pad=pad, activations=activations)
         leaf.check()
-        require(
+        expect(
             group is None or leaf.groups * group == leaf._padded,
             leaf,
             f"{leaf.groups} scales a row do not fit groups of {group} in rows of {leaf.shape[-1]} codes and whole bytes",
@@ -128,7 +128,7 @@ class QTensor(Compressed):
         *lead, out, last = full_spec(spec, self.ndim)
         parts = shards(last, sizes)
         unit = math.lcm(self._padded // self.groups if self.groups > 1 else 1, codes_per_unit(self.bits))
-        require(
+        expect(
             parts == 1 or (self.pad == 0 and self._in % (parts * unit) == 0),
             self,
             f"a spec {spec} cuts the last axis of {self._in} codes into {parts} parts, which splits a "
@@ -146,26 +146,26 @@ class QTensor(Compressed):
 
     def check(self) -> None:
         p, s = self.packed, self.scale
-        require(self.bits in range(1, 9), self, f"bits is {self.bits}; allowed: 1 to 8")
+        expect(self.bits in range(1, 9), self, f"bits is {self.bits}; allowed: 1 to 8")
         signed = self.bits == 8 and self.minimum is None
         want = jnp.int8 if signed else jnp.uint8
-        require(p.dtype == want, self, f"packed has dtype {p.dtype}; {jnp.dtype(want)} is needed at {self.bits} bits")
-        require(p.ndim >= 2, self, f"packed has shape {p.shape}; at least [out, in] is needed")
+        expect(p.dtype == want, self, f"packed has dtype {p.dtype}; {jnp.dtype(want)} is needed at {self.bits} bits")
+        expect(p.ndim >= 2, self, f"packed has shape {p.shape}; at least [out, in] is needed")
         unit = codes_per_unit(self.bits)
-        require(signed or self._padded % unit == 0, self, f"{self._padded} codes of {self.bits} bits are not whole bytes")
-        require(jnp.issubdtype(s.dtype, jnp.floating), self, f"scale has dtype {s.dtype}; a floating one is needed")
-        require(
+        expect(signed or self._padded % unit == 0, self, f"{self._padded} codes of {self.bits} bits are not whole bytes")
+        expect(jnp.issubdtype(s.dtype, jnp.floating), self, f"scale has dtype {s.dtype}; a floating one is needed")
+        expect(
             s.ndim == p.ndim and s.shape[:-2] == p.shape[:-2] and s.shape[-2] in (1, p.shape[-2]),
             self,
             f"scale has shape {s.shape}; [..., out or 1, groups or 1] of packed {p.shape} is needed",
         )
-        require(
+        expect(
             s.shape[-1] > 0 and self._padded % s.shape[-1] == 0, self, f"{s.shape[-1]} groups do not divide {self._padded} codes"
         )
-        require(s.shape[-1] == 1 or s.shape[-2] == p.shape[-2], self, "groups need a scale for every row")
+        expect(s.shape[-1] == 1 or s.shape[-2] == p.shape[-2], self, "groups need a scale for every row")
         limit = max(self._padded // s.shape[-1], unit) if s.shape[-1] > 1 else self._padded
-        require(0 <= self.pad < limit, self, f"pad is {self.pad}; a whole group or more stands for nothing")
+        expect(0 <= self.pad < limit, self, f"pad is {self.pad}; a whole group or more stands for nothing")
         if self.minimum is not None:
             same = self.minimum.shape == s.shape and self.minimum.dtype == s.dtype
-            require(same, self, "minimum differs from scale in shape or dtype")
-        require(self.activations in (None, "int8"), self, f"activations is {self.activations!r}; allowed: None, 'int8'")
+            expect(same, self, "minimum differs from scale in shape or dtype")
+        expect(self.activations in (None, "int8"), self, f"activations is {self.activations!r}; allowed: None, 'int8'")

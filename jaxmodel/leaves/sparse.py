@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
 from jaxmodel import tree
-from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, full_spec, register, require, shards, static
+from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, expect, full_spec, register, shards, static
 from jaxmodel.leaves.packing import pack, pad_last, unpack
 from jaxmodel.leaves.qtensor import QTensor
 
@@ -82,7 +82,7 @@ class Sparse(Compressed):
         *lead, out, last = full_spec(spec, self.ndim)
         parts = shards(last, sizes)
         n, per = self.shape[-1], 8 * (self.pattern[1] if self.pattern else 1)
-        require(
+        expect(
             parts == 1 or (self.pattern is not None and self.pad == 0 and n % (parts * per) == 0),
             self,
             f"a spec {spec} cuts the last axis of {n} elements into {parts} parts; only an N:M pattern with whole bytes and "
@@ -94,36 +94,36 @@ class Sparse(Compressed):
 
     def check(self) -> None:
         m, v = self.mask, self.values
-        require(m.dtype == jnp.uint8 and m.ndim >= 2, self, f"mask is {m.dtype} {m.shape}; uint8 [..., out, bytes] is needed")
-        require(
+        expect(m.dtype == jnp.uint8 and m.ndim >= 2, self, f"mask is {m.dtype} {m.shape}; uint8 [..., out, bytes] is needed")
+        expect(
             len(v.shape) == m.ndim and v.shape[:-1] == m.shape[:-1],
             self,
             f"values has shape {v.shape}; [..., out, kept] of mask {m.shape} is needed",
         )
-        require(0 <= self.pad < 8, self, f"pad is {self.pad}; allowed: 0 to 7")
+        expect(0 <= self.pad < 8, self, f"pad is {self.pad}; allowed: 0 to 7")
         if isinstance(v, Compressed):
-            require(isinstance(v, QTensor) and v.minimum is None, self, "values must be an array or a symmetric QTensor")
+            expect(isinstance(v, QTensor) and v.minimum is None, self, "values must be an array or a symmetric QTensor")
             v.check()
         if self.pattern is not None:
             n, per = self.pattern
-            require(0 < n <= per and self.shape[-1] % per == 0, self, f"{n}:{per} does not divide {self.shape[-1]} elements")
+            expect(0 < n <= per and self.shape[-1] % per == 0, self, f"{n}:{per} does not divide {self.shape[-1]} elements")
             want = self.shape[-1] // per * n
-            require(v.shape[-1] == want, self, f"{v.shape[-1]} values a row; {n}:{per} needs {want}")
+            expect(v.shape[-1] == want, self, f"{v.shape[-1]} values a row; {n}:{per} needs {want}")
 
     def check_values(self) -> None:
         """Check what needs the data: counts of the mask, zeros behind the last value (not for use under jit)."""
         kept = jnp.sum(self.keep(), axis=-1, dtype=jnp.int32)
         n = self.values.shape[-1]
-        require(int(jnp.max(kept, initial=0)) <= n, self, f"a row keeps {int(jnp.max(kept))} elements but has {n} values")
+        expect(int(jnp.max(kept, initial=0)) <= n, self, f"a row keeps {int(jnp.max(kept))} elements but has {n} values")
         if self.pattern is not None:
             groups = self.keep().reshape(*self.shape[:-1], -1, self.pattern[1]).sum(-1)
-            require(bool(jnp.all(groups == self.pattern[0])), self, f"a group does not keep {self.pattern[0]} elements")
+            expect(bool(jnp.all(groups == self.pattern[0])), self, f"a group does not keep {self.pattern[0]} elements")
         padding = unpack(self.mask, 1)[..., self.shape[-1] :]
-        require(not bool(jnp.any(padding != 0)), self, "the mask keeps an element of the padding")
+        expect(not bool(jnp.any(padding != 0)), self, "the mask keeps an element of the padding")
         if isinstance(self.values, QTensor) and self.values.bits == 1:
             return
         behind = jnp.expand_dims(jnp.arange(n), range(kept.ndim)) >= kept[..., None]
-        require(not bool(jnp.any(jnp.where(behind, decode(self.values), 0) != 0)), self, "a value stands behind the last kept")
+        expect(not bool(jnp.any(jnp.where(behind, decode(self.values), 0) != 0)), self, "a value stands behind the last kept")
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -133,7 +133,7 @@ def test_cache_keys_and_aux_do_not_depend_on_the_segments(cuts):
 def test_aux_of_only_some_layers_is_not_lost():
     singles, x, context = toy_case(3)
     singles["0"]["extra"], singles["1"]["extra"] = jnp.asarray(2.0), jnp.asarray(3.0)
-    aux = layers.repeat(toy, tree.stack(singles), x, context)[2]
+    aux = layers.repeat(toy, tree.stack({"blocks": singles})["blocks"], x, context)[2]
     assert aux["extra"] == 5
     assert layers.repeat(toy, {"0": singles["2"]}, x, context)[2].keys() == {"square"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,8 +76,8 @@ def test_every_leaf_type_stands_in_the_list():
 def test_describes_itself(leaf):
     leaf.check()
     dense = leaf.decode()
-    assert leaf.shape == dense.shape
-    assert leaf.dtype == dense.dtype
+    chex.assert_shape(dense, leaf.shape)
+    chex.assert_type(dense, leaf.dtype)
     assert leaf.ndim == 3
     assert leaf.size == dense.size == L * layer(leaf, 0).size
     assert leaf.nbytes == sum(np.asarray(a).nbytes for a in jax.tree.leaves(leaf)) == tree.nbytes({"w": leaf})
@@ -94,15 +95,28 @@ def test_jit_scan_and_vmap_equal_a_loop_over_layers(leaf):
     whole, scanned, mapped = jax.jit(run)(leaf)
     loop = np.stack([layer(leaf, i).decode() for i in range(L)])
     for got in (whole, scanned, mapped):
-        np.testing.assert_allclose(got, loop, rtol=1e-6, atol=1e-6)  # XLA may fuse multiply and add
-    np.testing.assert_array_equal(leaf.decode(), loop)
+        chex.assert_trees_all_close(got, loop, rtol=1e-6, atol=1e-6, strict=True)  # XLA may fuse multiply and add
+    chex.assert_trees_all_equal(leaf.decode(), loop, strict=True)
+
+
+def test_it_is_traced_once_for_all_layers(leaf):
+    """Its static fields are equal in all layers, and hash: no layer compiles anew."""
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(one):
+        return one.decode()
+
+    chex.assert_tree_all_finite([run(layer(leaf, i)) for i in range(L)])
 
 
 def test_abstract_evaluation_knows_the_shape(leaf):
     shapes = jax.eval_shape(lambda leaf: leaf, leaf)
     assert shapes.shape == leaf.shape
     assert shapes.nbytes == leaf.nbytes
-    assert jax.eval_shape(decode, leaf).shape == leaf.shape
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, leaf)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(decode, leaf), leaf.decode())
 
 
 def test_stack_and_unstack(leaf):
@@ -112,10 +126,8 @@ def test_stack_and_unstack(leaf):
     for i in range(L):
         one = single["blocks"][str(i)]["w"]
         one.check()
-        np.testing.assert_array_equal(one.decode(), layer(leaf, i).decode())
-    again = tree.stack(single)
-    assert jax.tree.structure(again) == jax.tree.structure(stacked)
-    jax.tree.map(np.testing.assert_array_equal, again, stacked)
+        chex.assert_trees_all_equal(one, layer(leaf, i), strict=True)
+    chex.assert_trees_all_equal(tree.stack(single), stacked, strict=True)
     assert tree.fingerprint(single) == tree.fingerprint(stacked)
 
 
@@ -125,8 +137,7 @@ def test_names_of_its_tensors_and_back(leaf):
     assert sorted(id(a) for a in tensors.values()) == sorted(id(a) for a in jax.tree.leaves(leaf))
     fields = json.loads(json.dumps(fields))  # what stands on disk
     back = from_tensors({name: np.asarray(a) for name, a in tensors.items()}, fields)
-    assert jax.tree.structure(back) == jax.tree.structure(leaf)
-    jax.tree.map(np.testing.assert_array_equal, back, leaf)
+    chex.assert_trees_all_equal(back, leaf, strict=True)
 
 
 def test_a_missing_tensor_is_an_error(leaf):
@@ -140,10 +151,9 @@ def test_a_missing_tensor_is_an_error(leaf):
 def test_device_put_keeps_the_leaf(leaf):
     device = jax.devices()[0]
     moved = jax.device_put(leaf, device)
-    assert all(a.devices() == {device} for a in jax.tree.leaves(moved))
-    assert jax.tree.structure(moved) == jax.tree.structure(leaf)
+    chex.assert_tree_is_on_device(moved, device=device)
     shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(device), leaf)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_put(leaf, shardings), leaf)
+    chex.assert_trees_all_equal(moved, jax.device_put(leaf, shardings), leaf, strict=True)
 
 
 def test_other_static_fields_are_another_structure(leaf):
@@ -151,7 +161,8 @@ def test_other_static_fields_are_another_structure(leaf):
     assert hash(jax.tree.structure(leaf)) == hash(jax.tree.structure(layer(leaf, 0)))
     other = dataclasses.replace(leaf, pad=leaf.pad + 1)
     assert jax.tree.structure(other) != jax.tree.structure(leaf)
-    assert list(tree.stack({"0": {"w": layer(leaf, 0)}, "1": {"w": layer(other, 1)}})) == ["0", "1"]
+    assert list(tree.stack({"blocks": {"0": {"w": layer(leaf, 0)}, "1": {"w": layer(other, 1)}}})["blocks"]) == ["0", "1"]
+    assert list(tree.stack({"blocks": {"0": {"w": layer(leaf, 0)}, "1": {"w": layer(leaf, 1)}}})["blocks"]) == ["0-1"]
 
 
 # ---------------------------------------------------------------------------------------- what is no leaf of ours
