@@ -4,13 +4,16 @@ from jaxmodel.compress.apply import Report, apply, compress_bundle
 from jaxmodel.compress.magnitude import Magnitude
 from jaxmodel.compress.method import Method, methods, parse, text_of
 from jaxmodel.compress.observe import observe
-from jaxmodel.compress.recipes import NAMED, named
+from jaxmodel.compress.recipes import NAMED, Recipe, named
 from jaxmodel.compress.rtn import Rtn
+from jaxmodel.compress.versions import VERSIONS, versions
 
 __all__ = [
     "NAMED",
+    "VERSIONS",
     "Magnitude",
     "Method",
+    "Recipe",
     "Report",
     "Rtn",
     "apply",
@@ -20,4 +23,5 @@ __all__ = [
     "observe",
     "parse",
     "text_of",
+    "versions",
 ]

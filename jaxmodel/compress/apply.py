@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ import jax.numpy as jnp
 
 from jaxmodel import tree
 from jaxmodel.compress.method import Chain, text_of
-from jaxmodel.compress.recipes import COMPUTE, Recipe
+from jaxmodel.compress.observe import Stats
+from jaxmodel.compress.recipes import Recipe, as_recipe
+from jaxmodel.compress.stats import names_of, places, stats_of
+from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
 from jaxmodel.report import progress
@@ -35,41 +39,56 @@ class Report:
     leaves: tuple[Mapping[str, Any], ...]
 
 
-def apply(recipe: Recipe, params: tree.Params, stats: Mapping[str, Any] | None = None) -> tuple[tree.Params, Report]:
+def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None = None) -> tuple[tree.Params, Report]:
     """Compress each leaf by the chain of methods that the recipe's rules give it.
 
     Args:
-      recipe: rules, path -> tuple of methods; the empty tuple leaves a leaf as it is.
-      params: the tree. Segments are split where layers get different chains, and equal neighbours are joined at the end.
-      stats: by path of a leaf, from `observe`, for methods that want them.
+      recipe: a `Recipe` or its rules alone. `Recipe.compute` concerns the model, not its params: `recipe.adapt(model)` sees to
+        it, and so does `compress_bundle`.
+      params: the tree. Segments are split where layers get different chains or have different statistics, and equal
+        neighbours are joined at the end.
+      stats: by path of a leaf, from `observe`, for methods that want them; layers may be stacked in any way.
 
     Returns:
       The compressed tree and the report.
 
     Raises:
-      InputError: a rule or leaf without the other, or a method that does not take a leaf.
+      InputError: a rule or leaf without the other, a rule whose value is no chain, statistics of a leaf that is not there, or
+        a method that does not take a leaf.
     """
+    stats = stats or {}
     before = tree.nbytes(params)
-    split, chains = tree.match(recipe, params)
-    by_layer = {layer: value for path, value in (stats or {}).items() for layer in [path, *tree.layer_paths(path)]}
+    chains = tree.assign(as_recipe(recipe).rules, params)
+    where = places(stats, chains)
+    split = tree.split(params, {layer: (chain, names_of(layer, stats, where)) for layer, chain in chains.items()})
     out: dict[str, Any] = {}
     rows = []
     for path, leaf in progress(tree.flatten(split).items(), "compress"):
-        out[path] = run_chain(chains[path], leaf, by_layer.get(path, by_layer.get(tree.layer_paths(path)[0])))
-        rows.append(_row(path, chains[path], leaf, out[path]))
+        chain, shape = chains[tree.layer_paths(path)[0]], tree.layer_shape(path, leaf)
+        if chain and len(shape) < 2:  # stacked, it would pass for a matrix
+            raise InputError(f"recipe: {text_of(chain)!r} is given to {path!r} of shape {list(shape)}; methods take matrices")
+        out[path] = run_chain(chain, leaf, stats_of(path, stats, where))
+        rows.append(_row(path, chain, leaf, out[path]))
     result = tree.stack(tree.unflatten(out))
     after = tree.nbytes(result)
-    return result, Report(before, after, 8 * after / tree.count(result), tuple(rows))
+    return result, Report(before, after, 8 * after / max(tree.count(result), 1), tuple(rows))
 
 
-def compress_bundle(bundle: Bundle, recipe: Recipe, name: str) -> tuple[Bundle, Report]:
-    """A bundle made smaller, with what else its recipe wants (see `recipes.COMPUTE`) and the fact on its card."""
+def compress_bundle(bundle: Bundle, recipe: Recipe | tree.Rules, name: str | None = None) -> tuple[Bundle, Report]:
+    """A bundle made smaller, computing as the recipe wants it to, with the fact on its card.
+
+    Args:
+      bundle: the model, its params, its card.
+      recipe: a `Recipe` or its rules alone.
+      name: what the card calls the recipe; None for its own name, and where it has none its rules.
+
+    Raises:
+      InputError: as `apply`.
+    """
+    recipe = as_recipe(recipe)
     params, report = apply(recipe, bundle.params)
-    model, compute = bundle.model, COMPUTE.get(name)
-    if compute is not None:
-        model = model.with_policy(dataclasses.replace(model.policy, compute=compute))
-    card = {**bundle.card, "recipe": name, "bits_per_weight": report.bits_per_weight}
-    return dataclasses.replace(bundle, model=model, params=params, card=card), report
+    card = {**bundle.card, "recipe": name or recipe.name or recipe.texts(), "bits_per_weight": report.bits_per_weight}
+    return dataclasses.replace(bundle, model=recipe.adapt(bundle.model), params=params, card=card), report
 
 
 def run_chain(chain: Chain, leaf: Any, stats: Any = None) -> Any:
@@ -80,9 +99,6 @@ def run_chain(chain: Chain, leaf: Any, stats: Any = None) -> Any:
 
 
 def _row(path: str, chain: Chain, before: Any, after: Any) -> dict[str, Any]:
-    size = 1
-    for n in after.shape:
-        size *= n
     return {
         "path": path,
         "method": text_of(chain),
@@ -90,7 +106,7 @@ def _row(path: str, chain: Chain, before: Any, after: Any) -> dict[str, Any]:
         "layers": len(tree.layer_paths(path)),
         "bytes_before": tree.nbytes(before),
         "bytes_after": tree.nbytes(after),
-        "bits_per_weight": 8 * tree.nbytes(after) / size,
+        "bits_per_weight": 8 * tree.nbytes(after) / max(math.prod(after.shape), 1),
         "relative_error": float(_relative_error(before, after)) if chain else 0.0,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.models import Inputs, Model
 from jaxmodel.report import progress
 
-type Stats = dict[str, dict[str, jax.Array]]  # path of a leaf -> statistic -> array, stacked as the leaf is
+type Stats = Mapping[str, Mapping[str, jax.Array]]  # path of a leaf -> statistic -> array, stacked as the leaf is
 
 
 def observe(
@@ -28,26 +28,32 @@ def observe(
 
     Args:
       model: whose `apply` is run.
-      params: with separate leaves (not fused); compressed leaves are measured as they run.
+      params: with separate leaves (not fused); compressed leaves are measured as they run. Matrices are the leaves of two
+        axes or more (kernels of convolutions, experts), and each runs through `ops`.
       batches: inputs of `model.apply`, of one shape if possible (each shape compiles once).
-      paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats a layer: where those of all layers
+      paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats a matrix: where those of all layers
         do not fit, take some layers at a time.
-      statistics: of `ops.STATISTICS`; `count` is always there.
+      statistics: of `ops.STATISTICS`; `count` and `taken` are always there.
 
     Returns:
-      Path of a leaf -> statistic -> array, with the leaf's layer axis in front.
+      Path of a leaf -> statistic -> array, with the leaf's leading axes (layers, experts) in front. Layers are stacked as
+      those of the params are, but for segments that `paths` splits; `apply` cuts and joins them as it needs them, so what was
+      measured some layers at a time is put together as `{**first, **second}`.
 
     Raises:
       InputError: no matrix matches `paths`, no batches, or a leaf whose input was never seen.
     """
-    regex = re.compile(paths)
+    try:
+        regex = re.compile(paths)
+    except re.error as error:
+        raise InputError(f"paths: {paths!r} is not a regular expression: {error}") from None
     layers = {layer: bool(regex.fullmatch(layer)) for path in tree.flatten(params) for layer in tree.layer_paths(path)}
     params = tree.split(params, layers)
     leaves = tree.flatten(params)
     zeros = {
-        path: ops.zeros_for(leaf.shape, statistics, tree.is_stacked(path))
+        path: ops.zeros_for(leaf.shape, statistics)
         for path, leaf in leaves.items()
-        if layers[tree.layer_paths(path)[0]] and len(tree.layer_shape(path, leaf)) == 2
+        if layers[tree.layer_paths(path)[0]] and len(tree.layer_shape(path, leaf)) >= 2
     }
     if not zeros:
         raise InputError(f"paths: {paths!r} matches no matrix; e.g. {', '.join(list(leaves)[:3])}")

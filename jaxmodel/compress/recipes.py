@@ -1,38 +1,108 @@
-"""Named recipes, and recipes from text. A recipe is a rule list: path -> chain of methods."""
+"""`Recipe`: what compression does to a model, in one value; named recipes, and recipes from text."""
 
 from __future__ import annotations
 
-from jaxmodel import tree
-from jaxmodel.compress.magnitude import Magnitude
-from jaxmodel.compress.method import parse
-from jaxmodel.compress.rtn import Rtn
-from jaxmodel.errors import unknown
+import dataclasses
+from typing import Any
 
-type Recipe = tree.Rules
+from jaxmodel import ops, tree
+from jaxmodel.compress.magnitude import Magnitude
+from jaxmodel.compress.method import Chain, Method, parse, text_of
+from jaxmodel.compress.rtn import Rtn
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.models import Model
 
 BLOCKS = "blocks/.*/(q|k|v|o|gate|up|down)"
 TABLES = tree.optional("embed|head|positions")
 
+_CHAIN = "a tuple of methods, or text such as 'magnitude(0.5) | rtn(bits=8)'"
+_RULES = "a Recipe, or a list of pairs (pattern, chain); compress.named finds one by its name"
 
-def _recipe(blocks: str, tables: str) -> Recipe:
-    return ((BLOCKS, parse(blocks)), (TABLES, parse(tables)), (".*", ()))
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What compression does to a model, in one value. Where a recipe is wanted its rules alone are taken too.
+
+    Attributes:
+      rules: path -> chain of methods: a tuple, or its text (see `parse`), kept as a tuple. `()` and `""` leave a leaf as it is.
+      compute: what the model computes in afterwards (`Policy.compute`): attention and its cache, and contractions that are
+        not int8; None for as before.
+      name: what a bundle's card calls it; None for its rules.
+
+    Raises:
+      InputError: rules that are no list of pairs, a value that is no chain, or no dtype.
+
+    >>> Recipe([(".*/up", "rtn(4)"), (".*", ())]).texts()
+    [['.*/up', 'rtn(bits=4)'], ['.*', '']]
+    """
+
+    rules: tree.Rules
+    compute: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rules, list | tuple):
+            raise InputError(f"recipe: {self.rules!r} is given; allowed: {_RULES}")
+        object.__setattr__(self, "rules", tuple(map(_rule, self.rules)))
+        if self.compute is not None:
+            ops.Policy(compute=self.compute)  # refuses what is no dtype
+
+    def adapt(self, model: Model) -> Model:
+        """The model, computing as the recipe wants it to."""
+        if self.compute is None:
+            return model
+        return model.with_policy(dataclasses.replace(model.policy, compute=self.compute))
+
+    def texts(self) -> list[list[str]]:
+        """The rules as patterns and texts of chains, for JSON."""
+        return [[str(pattern), text_of(chain)] for pattern, chain in self.rules]
 
 
-NAMED: dict[str, Recipe] = {
-    # the embedding is also the head where weights are tied, so its rounding counts as any layer's does
-    "int8": ((BLOCKS, (Rtn(8, activations="int8"),)), (TABLES, (Rtn(8, activations="int8"),)), (".*", ())),
-    "int8-weight": ((BLOCKS, (Rtn(8),)), (TABLES, (Rtn(8),)), (".*", ())),
-    "int4": ((BLOCKS, (Rtn(4, group=64),)), (TABLES, (Rtn(8),)), (".*", ())),
-    "sparse50-int8": (
-        (BLOCKS, (Magnitude(0.5), Rtn(8, activations="int8"))),
-        (TABLES, (Rtn(8, activations="int8"),)),
-        (".*", ()),
-    ),
-}
+def as_recipe(recipe: Recipe | tree.Rules) -> Recipe:
+    """The recipe of rules alone; a `Recipe` as it is.
+
+    Raises:
+      InputError: as `Recipe`.
+    """
+    return recipe if isinstance(recipe, Recipe) else Recipe(recipe)
+
+
+def _rule(rule: Any) -> tuple[str, Chain]:
+    if not (isinstance(rule, list | tuple) and len(rule) == 2 and isinstance(rule[0], str)):
+        raise InputError(f"recipe: {rule!r} is not a pair (pattern, chain); allowed: {_RULES}")
+    pattern, value = rule
+    at = f"recipe: the rule {str(pattern)!r}"
+    if isinstance(value, str):
+        try:
+            return pattern, parse(value)
+        except InputError as error:
+            raise InputError(f"{at}: {error}") from None
+    if isinstance(value, Method):
+        raise InputError(f"{at} gives the method {text_of((value,))} alone; allowed: {_CHAIN}")
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{at} gives {value!r}, which is no chain; allowed: {_CHAIN}")
+    for method in value:
+        if not isinstance(method, Method):
+            raise InputError(f"{at} gives a chain with {method!r}, which is no method; allowed: {_CHAIN}")
+    return pattern, tuple(value)
+
+
+def _recipe(name: str, blocks: Chain, tables: Chain = (Rtn(8),), compute: str | None = None) -> Recipe:
+    return Recipe(((BLOCKS, blocks), (TABLES, tables), (".*", ())), compute, name)
+
+
+_W8A8 = (Rtn(8, activations="int8"),)
+
+# The embedding is also the head where weights are tied, so its rounding counts as any layer's does. Where all contractions
+# are int8, what is left (attention and its cache) is computed in bfloat16.
+_ALL = (
+    _recipe("int8", _W8A8, _W8A8, "bfloat16"),
+    _recipe("int8-weight", (Rtn(8),)),
+    _recipe("int4", (Rtn(4, group=64),)),
+    _recipe("sparse50-int8", (Magnitude(0.5), *_W8A8), _W8A8, "bfloat16"),
+)
+NAMED: dict[str, Recipe] = {str(recipe.name): recipe for recipe in _ALL}
 """`int8` rounds the activations as they come, `int8-weight` does not; `int4` has symmetric groups of 64 with float16 scales."""
-
-COMPUTE = {"int8": "bfloat16", "sparse50-int8": "bfloat16"}
-"""What else is computed in where all contractions are int8: attention and its cache."""
 
 
 def named(name: str) -> Recipe:
@@ -45,4 +115,4 @@ def named(name: str) -> Recipe:
         return NAMED[name]
     if "(" not in name:
         raise unknown("recipe", name, NAMED)
-    return _recipe(name, "rtn(bits=8)")
+    return _recipe(name, parse(name))

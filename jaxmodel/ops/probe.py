@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmodel.errors import unknown
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.leaves.leaf import register
 
 HISTOGRAM_BINS = 64
@@ -32,7 +32,7 @@ OF_TAKE = ("taken", "tokens")  # the statistics of a lookup; the others are of a
 class Probe:
     """A weight and the zeros whose gradient is the statistics.
 
-    zeros maps a statistic to an array, with the layer axis in front if the weight has one:
+    zeros maps a statistic to an array, with the weight's leading axes (layers, experts) in front:
       count: [], rows of x seen by a contraction (always there).
       taken: [], rows looked up by `take` (always there).
       square: [in], sum of x^2.
@@ -55,14 +55,23 @@ class Probe:
         return self.weight.dtype
 
 
-def zeros_for(shape: tuple[int, ...], statistics: Iterable[str], stacked: bool = False) -> dict[str, Array]:
-    """The zeros of a probe on a weight `[out, in]` (or `[L, out, in]` if stacked).
+def zeros_for(shape: tuple[int, ...], statistics: Iterable[str]) -> dict[str, Array]:
+    """The zeros of a probe on a weight.
+
+    Args:
+      shape: `[..., out, in]`. Each matrix behind the leading axes (of layers, that `scan` slices off; of experts, batch
+        letters of the equation) has statistics of its own.
+      statistics: of `STATISTICS`; `count` and `taken` are always there.
+
+    Returns:
+      Statistic -> float32 zeros, the leading axes in front.
 
     Raises:
-      InputError: an unknown statistic.
+      InputError: an unknown statistic, or a vector.
     """
-    lead = shape[:1] if stacked else ()
-    out, width = shape[-2], shape[-1]
+    if len(shape) < 2:
+        raise InputError(f"shape: {shape} is not that of a matrix; allowed: [..., out, in]")
+    *lead, out, width = shape
     shapes = {
         "count": (),
         "taken": (),
@@ -105,15 +114,20 @@ def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:
     if name == "tokens":
         return jnp.zeros(zero.shape, jnp.float32).at[jnp.clip(x.reshape(-1), 0, zero.shape[0] - 1)].add(1.0)
     if name == "taken":
-        return jnp.asarray(x.size, jnp.float32)
+        return _size(x)
     if name == "count":
-        return jnp.asarray(x.size // x.shape[-1], jnp.float32)
+        return _size(x[..., 0])
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if name == "square":
         return jnp.sum(rows * rows, axis=0)
     if name == "gram":
         return jnp.einsum("ni,nj->ij", rows, rows, precision="highest")
     return histogram(rows)
+
+
+def _size(x: Array) -> Float[Array, ""]:
+    """The number of elements, as a sum over x: `vmap` adds up what depends on a mapped x, and would count a constant once."""
+    return jnp.sum(jnp.where(x == x, 1.0, 1.0), dtype=jnp.float32)
 
 
 def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
@@ -126,10 +140,7 @@ def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
 def _gather(total: Array, x: Array, zero: Array) -> Array:
     """Sum over the mesh axes that the data varies over but the zeros do not (inside `shard_map`)."""
     axes = _varying(x) - _varying(zero)
-    if not axes:
-        return total
-    same = tuple(axes - _varying(total))  # a count is a constant: the same number on every shard, to be added nevertheless
-    return jax.lax.psum(jax.lax.pcast(total, same, to="varying") if same else total, tuple(axes))
+    return jax.lax.psum(total, tuple(axes)) if axes else total
 
 
 def _varying(x: Array) -> frozenset[str]:

@@ -61,13 +61,6 @@ def test_a_recipe_of_the_wrong_rules_is_refused(params):
         compress.apply(((compress.recipes.BLOCKS, compress.parse("rtn()")),), params["llama"])
 
 
-def test_named_takes_names_and_chains():
-    assert compress.named("int4") is compress.NAMED["int4"]
-    assert compress.named("rtn(bits=3)")[0][1] == (compress.Rtn(3),)
-    with pytest.raises(InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4"):
-        compress.named("int5")
-
-
 @pytest.mark.parametrize("recipe", [None, "int8"])
 def test_observe_equals_hand_computed_statistics(recipe, params):
     """The inputs of the first layer's q and of the head can be computed without probes."""
@@ -121,3 +114,11 @@ def test_recipes_give_the_same_codes_on_a_mesh(devices8):
         print("same")
     """
     assert devices8(program).strip() == "same"
+
+
+def test_a_vector_takes_no_method():
+    """Stacked over layers it looks like a matrix, and its layers would share scales."""
+    params = {"blocks": {"0-1": {"norm": jnp.ones((2, 8)), "up": jnp.ones((2, 4, 8))}}}
+    with pytest.raises(InputError, match=r"'rtn\(bits=8\)' is given to 'blocks/0-1/norm' of shape \[8\]; methods take matrices"):
+        compress.apply([(".*", (compress.Rtn(8),))], params)
+    compress.apply([(".*up", (compress.Rtn(8),)), (".*", ())], params)

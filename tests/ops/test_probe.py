@@ -75,13 +75,19 @@ def test_a_probe_stands_for_its_weight():
     assert set(probe.zeros) == {"count", "taken"}
 
 
-def test_zeros_for_unknown_and_stacked_statistics():
+@pytest.mark.parametrize("lead", [(), (5,), (4, 5)])
+def test_zeros_have_the_leading_axes_of_the_weight(lead):
+    zeros = ops.zeros_for((*lead, 2, 3), [*ALL, "tokens"])
+    shapes = {"count": (), "taken": (), "square": (3,), "gram": (3, 3), "histogram": (64,), "tokens": (2,)}
+    assert {name: zero.shape for name, zero in zeros.items()} == {name: (*lead, *shape) for name, shape in shapes.items()}
+    assert set(ops.STATISTICS) == set(shapes)
+
+
+def test_zeros_for_says_what_is_wrong():
     with pytest.raises(InputError, match=r"statistics: 'gramm' is not known; allowed: .*gram.*nearest: gram"):
         ops.zeros_for((2, 3), ["gramm"])
-    zeros = ops.zeros_for((5, 2, 3), [*ALL, "tokens"], stacked=True)
-    shapes = {"count": (5,), "taken": (5,), "square": (5, 3), "gram": (5, 3, 3), "histogram": (5, 64), "tokens": (5, 2)}
-    assert {name: zero.shape for name, zero in zeros.items()} == shapes
-    assert set(ops.STATISTICS) == set(shapes)
+    with pytest.raises(InputError, match=r"shape: \(3,\) is not that of a matrix; allowed: \[..., out, in\]"):
+        ops.zeros_for((3,), ["gram"])
 
 
 def test_the_gradients_of_everything_else_are_unchanged():
@@ -113,7 +119,7 @@ def test_what_no_gradient_reaches_counts_zero():
 
 def test_batch_letters_have_statistics_each():
     x, w = normal(3, 5, 6), normal(3, 4, 6, seed=1)
-    zeros = ops.zeros_for(w.shape, ALL, stacked=True)
+    zeros = ops.zeros_for(w.shape, ALL)
     got = jax.grad(lambda z: jnp.sum(ops.einsum("ETD,EFD->ETF", x, ops.Probe(w, z))))(zeros)
     for i in range(3):
         close({name: statistic[i] for name, statistic in got.items()}, by_hand(x[i]))
@@ -159,10 +165,63 @@ def test_statistics_of_every_scanned_layer(kind, remat):
         body = jax.checkpoint(body) if remat else body
         return jnp.sum(jax.lax.scan(body, x, ops.Probe(w, zeros))[0])
 
-    got = jax.jit(jax.grad(loss))(ops.zeros_for(w.shape, ALL, stacked=True))
+    got = jax.jit(jax.grad(loss))(ops.zeros_for(w.shape, ALL))
     layers = [jax.tree.map(lambda a, i=i: a[i], w) for i in range(L)]
     for i, want in enumerate(layers_by_hand(x, layers)):
         close({name: statistic[i] for name, statistic in got.items()}, want)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_statistics_of_every_expert_of_every_scanned_layer(remat):
+    """Two leading axes: one that scan slices off, one of batch letters."""
+    experts = 2
+    x, w = normal(experts, 4, D), normal(L, experts, D, D, seed=1)
+
+    def loss(zeros):
+        body = lambda x, leaf: (jnp.tanh(ops.einsum("END,EFD->ENF", x, leaf)), None)
+        return jnp.sum(jax.lax.scan(jax.checkpoint(body) if remat else body, x, ops.Probe(w, zeros))[0])
+
+    got = jax.jit(jax.grad(loss))(ops.zeros_for(w.shape, ALL))
+    for e in range(experts):
+        for i, want in enumerate(layers_by_hand(x[e], list(w[:, e]))):
+            close({name: statistic[i, e] for name, statistic in got.items()}, want)
+
+
+def test_two_batch_letters_have_statistics_each():
+    x, w = normal(2, 3, 5, 6), normal(2, 3, 4, 6, seed=1)
+    got = jax.grad(lambda z: jnp.sum(ops.einsum("GETD,GEFD->GETF", x, ops.Probe(w, z))))(ops.zeros_for(w.shape, ALL))
+    for g, e in np.ndindex(2, 3):
+        close({name: statistic[g, e] for name, statistic in got.items()}, by_hand(x[g, e]))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_vmap_over_inputs_is_a_sum(jit):
+    """One probe, many inputs: every statistic, the counts too, is that of all of them together."""
+    x, w = normal(5, 2, 3, D), normal(4, D, seed=1)
+    ids = jnp.asarray(np.random.default_rng(2).integers(0, 4, (5, 2, 3)))
+
+    def loss(zeros):
+        leaf = ops.Probe(w, zeros)
+        y = jax.vmap(jax.vmap(lambda x: ops.einsum("BD,FD->BF", x, leaf)))(x)
+        return jnp.sum(y) + jnp.sum(jax.vmap(lambda i: ops.take(leaf, i))(ids))
+
+    grad = jax.jit(jax.grad(loss)) if jit else jax.grad(loss)
+    want = {**by_hand(x), "taken": np.float64(30), "tokens": np.bincount(np.asarray(ids).reshape(-1), minlength=4)}
+    close(grad(ops.zeros_for(w.shape, [*ALL, "tokens"])), want)
+
+
+def test_vmap_of_the_gradient_keeps_inputs_apart():
+    x, w = normal(5, 3, D), normal(4, D, seed=1)
+    one = lambda x: jax.grad(lambda z: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(ops.zeros_for(w.shape, ALL))
+    got = jax.vmap(one)(x)
+    for i in range(5):
+        close({name: statistic[i] for name, statistic in got.items()}, by_hand(x[i]))
+
+
+def test_counts_do_not_read_the_values():
+    x = jnp.asarray([[jnp.nan, 1.0], [jnp.inf, 2.0]])
+    got = jax.grad(lambda z: jnp.nansum(ops.einsum("BD,FD->BF", x, ops.Probe(normal(3, 2), z))))(ops.zeros_for((3, 2), []))
+    assert float(got["count"]) == 2
 
 
 def test_batches_add_up():
@@ -213,7 +272,7 @@ PROGRAM = """
     x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 8), (3, 8, 8)))
     scale = jnp.max(jnp.abs(w), axis=-1, keepdims=True) / 127
     codes = QTensor.from_codes(jnp.round(w / scale).astype(jnp.int32), scale, bits=8, activations="int8")
-    zeros = ops.zeros_for(w.shape, ["square", "gram", "histogram"], stacked=True)
+    zeros = ops.zeros_for(w.shape, ["square", "gram", "histogram"])
 
     def statistics(zeros, w, x, policy=ops.Policy()):
         def loss(zeros):
@@ -231,7 +290,18 @@ PROGRAM = """
         print("equal", name)
 
     mesh = make_mesh("fsdp=4,tensor=2")
+    experts = jnp.asarray(rng.normal(size=(4, 16, 8)), jnp.float32)  # E N D, one matrix for each of the four
+
+    def of_experts(zeros, w, x):
+        return jax.grad(lambda z: jnp.sum(ops.einsum("END,EFD->ENF", x, ops.Probe(w, z))))(zeros)
+
+    matrices = jnp.stack([w[0], w[1], w[2], w[0]])
+    each = {name: jnp.zeros((4, *zero.shape[1:])) for name, zero in zeros.items()}
+    want = of_experts(each, matrices, experts)
+    np.testing.assert_allclose(want["gram"], np.einsum("eni,enj->eij", experts, experts), rtol=1e-4, atol=1e-4)
     with jax.set_mesh(mesh):
+        cut = (jax.device_put(a, NamedSharding(mesh, P(*s))) for a, s in ((matrices, ("tensor",)), (experts, ("tensor", "fsdp"))))
+        compare("experts", jax.jit(of_experts)(each, *cut), want)
         on_mesh = jax.jit(lambda z, w, x: statistics(z, w, x, ops.Policy(axes=ops.MESH_AXES)))
         put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
         compare("jit array", on_mesh(zeros, put(w, None, "tensor", "fsdp"), put(x, "fsdp")), alone["array"])
@@ -247,4 +317,4 @@ PROGRAM = """
 
 def test_statistics_on_a_mesh_equal_those_on_one_device(devices8):
     lines = devices8(PROGRAM).splitlines()
-    assert len([line for line in lines if line.startswith("equal")]) == 6
+    assert len([line for line in lines if line.startswith("equal")]) == 7

@@ -1,0 +1,54 @@
+"""Statistics by the path of a layer: what `observe` stacked in one way, cut and joined as the leaf at hand is stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodel import tree
+from jaxmodel.compress.observe import Stats
+from jaxmodel.errors import InputError, nearest
+
+type Places = dict[str, tuple[str, int]]  # layer path -> path in the statistics, position in its segment
+
+
+def places(stats: Stats, layers: Iterable[str]) -> Places:
+    """Where the statistics of each layer's leaf are. Of two entries that hold the same layer the later one counts.
+
+    Args:
+      stats: from `observe`.
+      layers: all layer paths of the params.
+
+    Raises:
+      InputError: statistics of a leaf that is not one of them.
+    """
+    found = {layer: (path, i) for path in stats for i, layer in enumerate(tree.layer_paths(path))}
+    known = set(layers)
+    for layer, (path, _) in found.items():
+        if layer not in known:
+            close = "".join(nearest(layer, known, 1))
+            raise InputError(f"stats: {path!r} is not a leaf of these params" + (f"; nearest: {close}" if close else ""))
+    return found
+
+
+def names_of(layer: str, stats: Stats, where: Places) -> frozenset[str]:
+    """Which statistics there are of a layer's leaf. Layers that differ in this are not compressed as one leaf."""
+    return frozenset(stats[where[layer][0]]) if layer in where else frozenset()
+
+
+def stats_of(path: str, stats: Stats, where: Places) -> dict[str, jax.Array] | None:
+    """The statistics of the leaf at `path`, stacked as its layers are; None if there are none."""
+
+    def one(layer: str) -> dict[str, jax.Array]:
+        source, i = where[layer]
+        return {name: a[i] if tree.is_stacked(source) else a for name, a in stats[source].items()}
+
+    layers = tree.layer_paths(path)
+    if layers[0] not in where:
+        return None
+    if all(where[layer][0] == path for layer in layers):
+        return dict(stats[path])
+    each = [one(layer) for layer in layers]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each) if tree.is_stacked(path) else each[0]

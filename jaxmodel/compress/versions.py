@@ -1,0 +1,42 @@
+"""The versions of a model that are compared: as it is, in bfloat16, and by each named recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from jaxmodel import leaves, tree
+from jaxmodel.compress.apply import compress_bundle
+from jaxmodel.compress.recipes import NAMED
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.hub import Bundle
+
+VERSIONS = ("f32", "bf16", *NAMED)
+
+
+def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Callable[[], Bundle]]:
+    """Functions that make the named versions of a bundle, for `evaluate.compare`; nothing is made before they are called.
+
+    Args:
+      bundle: with plain float32 weights.
+      names: `f32`, `bf16` or recipes of `NAMED`.
+
+    Raises:
+      InputError: a name that is not known, or a bundle that is compressed already.
+    """
+    for name in names:
+        if name not in VERSIONS:
+            raise unknown("names", name, VERSIONS)
+    if any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values()):
+        called = bundle.card.get("name", "the bundle")
+        raise InputError(f"model: {called!r} is compressed already; plain weights are needed to compare versions of them")
+
+    def make(name: str) -> Bundle:
+        if name in NAMED:
+            return compress_bundle(bundle, NAMED[name])[0]
+        if name == "f32":
+            return dataclasses.replace(bundle)  # of its own, so that what it caches for running goes with it
+        model = bundle.model.with_policy(dataclasses.replace(bundle.model.policy, compute="bfloat16"))
+        return dataclasses.replace(bundle, model=model, params=tree.cast(bundle.params, "bfloat16"))
+
+    return {name: lambda name=name: make(name) for name in names}
