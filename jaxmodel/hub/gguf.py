@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxmodel.errors import InputError, require, unknown
 
-READ_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+_PLAIN, _BLOCKS = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+READ_TYPES = (*_PLAIN, *_BLOCKS, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,37 @@ class GGUFFile:
     tensors: dict[str, TensorEntry] = field(repr=False)
     _raw: dict[str, np.ndarray] = field(repr=False)
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor `name`, dequantised.
+    def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
+        """The tensor `name`, or a part of it, dequantised.
+
+        Args:
+          name: of the tensor.
+          index: slices of the first axes; the first may be an array of rows. Other rows are not touched.
 
         Returns:
-          A writable float32 array of shape `tensors[name].shape` that does not depend on the file any more.
+          A writable float32 array that does not depend on the file any more.
 
         Raises:
           InputError: no tensor has this name, or its type is not one of `READ_TYPES`.
+        """
+        entry, gguf = self.entry(name), require("gguf", "hub")
+        data = self._raw[name]
+        if len(entry.shape) > 1 and index:
+            data, index = data[index[0]], (slice(None), *index[1:])
+        values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[entry.type])
+        # Only F32 comes back as a view of the (read-only) memory map.
+        return np.array(values[index], np.float32, copy=entry.type == "F32" or None)
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor's blocks, `[..., bytes]`: a view of the file."""
+        self.entry(name)
+        return self._raw[name]
+
+    def entry(self, name: str) -> TensorEntry:
+        """What the file says about a tensor of a type that is read.
+
+        Raises:
+          InputError: as `read`.
         """
         if name not in self.tensors:
             raise unknown("tensor", name, self.tensors)
@@ -49,10 +73,7 @@ class GGUFFile:
         if entry.type not in READ_TYPES:
             allowed = ", ".join(READ_TYPES)
             raise InputError(f"tensor: {name!r} in {str(self.path)!r} has type {entry.type}; types read: {allowed}")
-        gguf = require("gguf", "hub")
-        values = gguf.quants.dequantize(self._raw[name], gguf.GGMLQuantizationType[entry.type])
-        # Only F32 comes back as a view of the (read-only) memory map.
-        return np.array(values, np.float32, copy=entry.type == "F32" or None)
+        return entry
 
 
 def read_gguf(path: str | Path) -> GGUFFile:

@@ -1,44 +1,54 @@
-"""How other people's files name and shape the leaves of each family: HF folders and GGUF.
+"""How other people's files name and shape the leaves of a model.
 
-A `Name` maps the path of a leaf (with `{}` for the layer) to a tensor's name. The two may differ in form: `transposed`
-(GPT-2 stores `[in, out]`), `part` (one of several equal parts of a tensor, GPT-2's joined q, k, v), `interleaved` (GGUF
-stores the rows of q and k for rotary pairs that are neighbours).
+A `Name` maps the path of a leaf (with `{}` for the layer) to a tensor's name, and says how the two differ in form. The tables of
+each family stand in `jaxmodel.hub.families`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 
+from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import gpt2, llama
+from jaxmodel.models import Model
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """Where the leaf `path` stands in a file.
+    """Where the leaf `path` stands in a file, and in which form.
 
     Attributes:
       path: of the leaf, `{}` for the layer.
-      tensor: its name in the file, `{}` for the layer.
-      transposed: whether the file has `[in, out]`.
-      part: (index, count): the leaf is one of equal parts along the file's last axis.
-      interleaved: whether rows of each head stand in rotary pairs.
+      tensor: its name in the file, `{}` for the layer, `{expert}` for the expert.
+      transposed: whether the file has `[in, out]` (GPT-2).
+      part: (index, count): the leaf is one of equal parts along the file's last axis (GPT-2's joined q, k, v).
+      pairs: heads whose rows stand in rotary pairs that are neighbours (GGUF's q and k); 0 where they do not.
+      trailing: axes of the file that our last one flattens (the kernel of a convolution).
+      lead: leading axes of length one that the file has and we have not.
+      experts: the leaf's first axis is a tensor for each expert; 0 where it is not.
     """
 
     path: str
     tensor: str
     transposed: bool = False
     part: tuple[int, int] | None = None
-    interleaved: bool = False
+    pairs: int = 0
+    trailing: tuple[int, ...] = ()
+    lead: int = 0
+    experts: int = 0
 
     @property
     def packed(self) -> str:
         """The name under which a compressed leaf is stored: one for each leaf, so a part's own name goes in."""
+        if self.experts:
+            return self.tensor.replace("{expert}.", "")
         if self.part is None:
             return self.tensor
         stem, kind = self.tensor.rsplit(".", 1)
@@ -49,33 +59,119 @@ class Name:
         """The entry for a part that is a tensor of its own, because its siblings have another form."""
         return dataclasses.replace(self, tensor=self.packed, part=None)
 
+    def tensors(self, layer: str) -> list[str]:
+        """The names of the file's tensors behind the leaf of a layer."""
+        return [self.tensor.replace("{expert}", str(e)).format(layer) for e in range(max(self.experts, 1))]
+
+    def rows(self, count: int) -> np.ndarray:
+        """Where the rows of our leaf stand in a file whose rows are in rotary pairs."""
+        return np.arange(count).reshape(self.pairs, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the file's tensor (the whole one, where the leaf is a part) behind a leaf of this shape."""
+        shape = shape[1:] if self.experts else shape
+        shape = shape[::-1] if self.transposed else shape
+        shape = shape if self.part is None else (*shape[:-1], shape[-1] * self.part[1])
+        return (*(1,) * self.lead, *(shape[:-1] if self.trailing else shape), *self.trailing)
+
+
+class Tensors:
+    """The tensors of a file or folder. `where` names it in messages."""
+
+    where: str = ""
+
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        raise NotImplementedError
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read` gives."""
+        raise NotImplementedError
+
+    def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
+        """A part of a tensor: slices of the first axes; the first may be an array of rows."""
+        raise NotImplementedError
+
+
+def read_leaf(tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a layer's leaf of this shape, reading no more of the file than it needs.
+
+    Args:
+      tensors: the file.
+      name: the leaf's entry.
+      layer: its number as text.
+      shape: of the whole leaf.
+      index: a slice for each axis of the leaf, with its start and stop.
+    """
+    stored = name.tensors(layer)
+    if name.experts:
+        return np.stack([_read(tensors, stored[e], name, shape[1:], index[1:]) for e in range(index[0].start, index[0].stop)])
+    return _read(tensors, stored[0], name, shape, index)
+
+
+def _read(tensors: Tensors, stored: str, name: Name, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    place: list[Any] = list(index[::-1] if name.transposed else index)
+    if name.part is not None:
+        first = name.part[0] * (shape[0] if name.transposed else shape[-1])
+        place[-1] = slice(place[-1].start + first, place[-1].stop + first)
+    if name.pairs:
+        place[0] = name.rows(shape[0])[place[0]]
+    if name.trailing:
+        whole = tensors.read(stored, (slice(0, 1),) * name.lead + tuple(place[:-1]))
+        return whole.reshape(*whole.shape[name.lead : -len(name.trailing)], -1)[..., index[-1]]
+    found = tensors.read(stored, (slice(0, 1),) * name.lead + tuple(place))
+    found = found.reshape(found.shape[name.lead :])
+    return found.T if name.transposed else found
+
+
+def to_file(name: Name, leaf: np.ndarray) -> np.ndarray:
+    """A plain leaf (of one expert) in the file's form, but for what it is a part of."""
+    leaf = leaf.T if name.transposed else leaf
+    leaf = leaf.reshape(*leaf.shape[:-1], *name.trailing) if name.trailing else leaf
+    return leaf.reshape((1,) * name.lead + leaf.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How a family's files look.
+    """How the files of one architecture look.
 
     Attributes:
-      model: (config, policy) -> Model.
-      hf: entries for HF folders.
+      module: of `jaxmodel.models`.
+      kinds: values of `model_type` in config.json that it reads.
+      names: config -> entries for HF folders.
       config_from_hf: config.json -> Config.
-      config_to_hf: Config -> config.json.
+      config_to_hf: Config -> config.json, with the `model_type` that fits it; None where no HF family has this config.
       ignored: regular expression of tensors that carry no weights (masks, tables, a copy of the tied embedding).
-      prefix: of HF names, which older files leave out.
-      gguf: entries for GGUF.
-      config_from_gguf: metadata -> Config.
+      prefix: of HF names, which some files leave out.
+      gguf_kinds: values of `general.architecture` that it reads.
+      gguf_names: config -> entries for GGUF.
+      config_from_gguf: metadata, names of the tensors -> Config.
+      copies: tensor -> the leaf that it must equal, where a file may hold a copy of a tied one.
     """
 
-    model: Callable[..., Any]
-    hf: tuple[Name, ...]
+    module: ModuleType
+    kinds: tuple[str, ...]
+    names: Callable[[Any], Iterable[Name]]
     config_from_hf: Callable[[Mapping[str, Any]], Any]
-    config_to_hf: Callable[[Any], dict[str, Any]]
+    config_to_hf: Callable[[Any], dict[str, Any] | None]
     ignored: str = r"(?!)"
     prefix: str = ""
-    gguf: tuple[Name, ...] = ()
-    config_from_gguf: Callable[[Mapping[str, Any]], Any] | None = None
+    gguf_kinds: tuple[str, ...] = ()
+    gguf_names: Callable[[Any], Iterable[Name]] | None = None
+    config_from_gguf: Callable[[Mapping[str, Any], Collection[str]], Any] | None = None
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of its file in `jaxmodel.models`."""
+        return self.module.__name__.rsplit(".", 1)[1]
 
 
-def find(names: tuple[Name, ...], layer_path: str) -> tuple[Name, str]:
+def find(names: Iterable[Name], layer_path: str) -> tuple[Name, str]:
     """The entry for a layer's leaf (`blocks/7/attn/q`) and the layer's number as text."""
     layer = re.search(r"(?:^|/)(\d+)/", layer_path)
     template = layer_path if layer is None else layer_path.replace(f"/{layer[1]}/", "/{}/", 1)
@@ -85,207 +181,40 @@ def find(names: tuple[Name, ...], layer_path: str) -> tuple[Name, str]:
     raise InputError(f"hub: no file name is known for the leaf {layer_path!r}")
 
 
-def file_shape(name: Name, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the file's tensor (the whole one, where the leaf is a part of it) behind a leaf of this shape."""
-    shape = shape[::-1] if name.transposed else shape
-    return shape if name.part is None else (*shape[:-1], shape[-1] * name.part[1])
+def check_fields(config: Any, where: str) -> Any:
+    """A config made from a file, whose fields must have the types that the class declares.
+
+    Raises:
+      InputError: one has not, or is a size below 1.
+    """
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), str(field.type)
+        if kind not in kinds:
+            continue  # what has structure is checked by its own class
+        least = 0 if field.default == 0 else 1
+        if type(value) not in kinds[kind] or (kind == "int" and value < least):
+            raise InputError(f"{where}: {field.name} is {value!r}; allowed: a positive {kind}")
+    return config
 
 
-def to_leaf(name: Name, tensor: np.ndarray, heads: int) -> np.ndarray:
-    """A file's tensor in the form of our leaf."""
-    if name.part is not None:
-        tensor = np.split(tensor, name.part[1], axis=-1)[name.part[0]]
-    if name.interleaved:
-        tensor = tensor.reshape(heads, -1, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-    return tensor.T if name.transposed else tensor
+def fixed(hf: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise InputError where a key of config.json says what this family does not have.
 
-
-def heads_of(config: Any, path: str) -> int:
-    """The heads among the rows of q or k."""
-    return getattr(config, "kv_heads", config.heads) if path.endswith("/k") else config.heads
-
-
-# -------------------------------------------------------------------------------------------------------- llama
-
-_LLAMA_LEAVES = {
-    "attn_norm/weight": ("input_layernorm", "attn_norm"),
-    "attn/q": ("self_attn.q_proj", "attn_q"),
-    "attn/k": ("self_attn.k_proj", "attn_k"),
-    "attn/v": ("self_attn.v_proj", "attn_v"),
-    "attn/o": ("self_attn.o_proj", "attn_output"),
-    "mlp_norm/weight": ("post_attention_layernorm", "ffn_norm"),
-    "mlp/gate": ("mlp.gate_proj", "ffn_gate"),
-    "mlp/up": ("mlp.up_proj", "ffn_up"),
-    "mlp/down": ("mlp.down_proj", "ffn_down"),
-}
-_LLAMA_TOP = {
-    "embed": ("model.embed_tokens", "token_embd"),
-    "norm/weight": ("model.norm", "output_norm"),
-    "head": ("lm_head", "output"),
-}
-
-
-def _llama_from_hf(hf: Mapping[str, Any]) -> llama.Config:
-    if hf.get("attention_bias") or hf.get("mlp_bias"):
-        raise InputError("config.json: attention_bias and mlp_bias are not read; this family has no biases")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json: hidden_act is {hf['hidden_act']!r}; this family has 'silu'")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"config.json: the rope type {kind!r} is not read; allowed: 'default'")
-    heads = hf["num_attention_heads"]
-    return llama.Config(
-        vocab=hf["vocab_size"],
-        width=hf["hidden_size"],
-        depth=hf["num_hidden_layers"],
-        heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
-        mlp_width=hf["intermediate_size"],
-        context=hf.get("max_position_embeddings", 2048),
-        rope_base=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied=hf.get("tie_word_embeddings", False),
-        init_scale=hf.get("initializer_range", 0.02),
-    )
-
-
-def _llama_to_hf(config: llama.Config) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.context,
-        "rope_theta": config.rope_base,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": config.init_scale,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-
-
-def _llama_from_gguf(metadata: Mapping[str, Any]) -> llama.Config:
-    def get(key: str) -> Any:
-        try:
-            return metadata[f"llama.{key}"]
-        except KeyError:
-            raise InputError(f"gguf: the metadata 'llama.{key}' is missing") from None
-
-    if metadata.get("llama.rope.scaling.type", "none") != "none":
-        raise InputError(f"gguf: the rope scaling {metadata['llama.rope.scaling.type']!r} is not read; allowed: 'none'")
-    heads, width = get("attention.head_count"), get("embedding_length")
-    return llama.Config(
-        vocab=metadata.get("llama.vocab_size") or len(metadata.get("tokenizer.ggml.tokens") or get("vocab_size")),
-        width=width,
-        depth=get("block_count"),
-        heads=heads,
-        kv_heads=metadata.get("llama.attention.head_count_kv", heads),
-        head_width=metadata.get("llama.rope.dimension_count", width // heads),
-        mlp_width=get("feed_forward_length"),
-        context=get("context_length"),
-        rope_base=float(metadata.get("llama.rope.freq_base", 10000.0)),
-        norm_eps=float(np.float32(get("attention.layer_norm_rms_epsilon"))),
-        tied=True,  # the reader unties it where the file has an output matrix
-    )
-
-
-LLAMA = Family(
-    model=llama.model,
-    hf=tuple(Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{hf}.weight") for ours, (hf, _) in _LLAMA_LEAVES.items())
-    + tuple(Name(ours, f"{hf}.weight") for ours, (hf, _) in _LLAMA_TOP.items()),
-    config_from_hf=_llama_from_hf,
-    config_to_hf=_llama_to_hf,
-    ignored=r".*rotary_emb\.inv_freq|lm_head\.weight",
-    gguf=tuple(
-        Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}.weight", interleaved=ours in ("attn/q", "attn/k"))
-        for ours, (_, theirs) in _LLAMA_LEAVES.items()
-    )
-    + tuple(Name(ours, f"{theirs}.weight") for ours, (_, theirs) in _LLAMA_TOP.items()),
-    config_from_gguf=_llama_from_gguf,
-)
-
-# --------------------------------------------------------------------------------------------------------- gpt2
-
-
-def _gpt2_names() -> tuple[Name, ...]:
-    names = [
-        Name("embed", "transformer.wte.weight"),
-        Name("positions", "transformer.wpe.weight"),
-        Name("norm/weight", "transformer.ln_f.weight"),
-        Name("norm/bias", "transformer.ln_f.bias"),
-    ]
-    layer, stem = "blocks/{}/", "transformer.h.{}."
-    for ours, theirs in {"attn_norm": "ln_1", "mlp_norm": "ln_2"}.items():
-        names += [Name(f"{layer}{ours}/{kind}", f"{stem}{theirs}.{kind}") for kind in ("weight", "bias")]
-    for i, leaf in enumerate("qkv"):
-        names.append(Name(f"{layer}attn/{leaf}", f"{stem}attn.c_attn.weight", transposed=True, part=(i, 3)))
-        names.append(Name(f"{layer}attn/{leaf}_bias", f"{stem}attn.c_attn.bias", part=(i, 3)))
-    for ours, theirs in {"attn/o": "attn.c_proj", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}.items():
-        names.append(Name(layer + ours, f"{stem}{theirs}.weight", transposed=True))
-        names.append(Name(f"{layer}{ours}_bias", f"{stem}{theirs}.bias"))
-    return tuple(names)
-
-
-_GPT2_FIXED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "tie_word_embeddings": (True,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
-
-
-def _gpt2_from_hf(hf: Mapping[str, Any]) -> gpt2.Config:
-    for key, allowed in _GPT2_FIXED.items():
+    Args:
+      hf: config.json.
+      values: key -> what is allowed; the first is what a missing key means.
+    """
+    for key, allowed in values.items():
         if hf.get(key, allowed[0]) not in allowed:
-            raise InputError(f"config.json: {key} is {hf[key]!r}; this family has {allowed[0]!r}")
-    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
-        raise InputError(f"config.json: n_inner is {hf['n_inner']}; this family has 4 * n_embd = {4 * hf['n_embd']}")
-    return gpt2.Config(
-        vocab=hf["vocab_size"],
-        width=hf["n_embd"],
-        depth=hf["n_layer"],
-        heads=hf["n_head"],
-        context=hf.get("n_positions", 1024),
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        init_scale=hf.get("initializer_range", 0.02),
-    )
+            raise InputError(f"config.json: {key} is {hf[key]!r}; this family has {' or '.join(map(repr, allowed))}")
 
 
-def _gpt2_to_hf(config: gpt2.Config) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab,
-        "n_embd": config.width,
-        "n_layer": config.depth,
-        "n_head": config.heads,
-        "n_positions": config.context,
-        "n_ctx": config.context,
-        "layer_norm_epsilon": config.norm_eps,
-        "initializer_range": config.init_scale,
-        "activation_function": "gelu_new",
-        "tie_word_embeddings": True,
-    }
-
-
-GPT2 = Family(
-    model=gpt2.model,
-    hf=_gpt2_names(),
-    config_from_hf=_gpt2_from_hf,
-    config_to_hf=_gpt2_to_hf,
-    ignored=r".*\.attn\.(masked_)?bias|lm_head\.weight",
-    prefix="transformer.",
-)
-
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "gpt2": GPT2}
-"""By `model_type` of config.json and `general.architecture` of GGUF."""
+def layer_shapes(model: Model) -> tree.Params:
+    """The shapes of all leaves, a layer each."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    leaves: dict[str, Any] = {}
+    for path, leaf in tree.flatten(shapes).items():
+        for layer in tree.layer_paths(path):
+            leaves[layer] = jax.ShapeDtypeStruct(tree.layer_shape(path, leaf), leaf.dtype)
+    return tree.unflatten(leaves)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 
-from jaxmodel import tree
 from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.hub import tokenizer as tokenizers
-from jaxmodel.hub.bundle import Bundle, layer_shapes, load
+from jaxmodel.hub.assemble import assemble
+from jaxmodel.hub.blocks import Blocks
+from jaxmodel.hub.bundle import Bundle, load
+from jaxmodel.hub.families import family_of_kind
 from jaxmodel.hub.gguf import find_smollm2, read_gguf
-from jaxmodel.hub.names import FAMILIES, find, heads_of, to_leaf
+from jaxmodel.hub.names import check_fields
 from jaxmodel.ops import Policy
 
 KNOWN: dict[str, Callable[[], Path]] = {"smollm2-135m": find_smollm2}
 """Models that installed packages carry, by name."""
 
 
-def from_pretrained(source: str | Path, *, policy: Policy | None = None, dtype: str | None = None) -> Bundle:
+def from_pretrained(
+    source: str | Path,
+    *,
+    policy: Policy | None = None,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    packed: bool = False,
+) -> Bundle:
     """Load a model with its weights and processor.
 
     Args:
@@ -29,55 +37,45 @@ def from_pretrained(source: str | Path, *, policy: Policy | None = None, dtype: 
       policy: how to compute; default the stored policy of our own folders, else float32.
       dtype: of the plain floating leaves, and of the computation unless a policy is given; default as stored in our own
         folders, else float32.
+      mesh: places the params by the model's rules; each device's slice is read by itself.
+      packed: leave the blocks of a GGUF file packed: its matrices become `QTensor` leaves that decode to the same weights.
 
     Raises:
       InputError: nothing of that name, or a file that is damaged, of an unknown kind or incomplete.
     """
     if dtype is not None:
         Policy(compute=dtype)  # names what is allowed
-    path, name = Path(source), str(source)
-    if name in KNOWN:
-        return _from_gguf(KNOWN[name](), policy, dtype, name)
+    name = str(source)
+    path = KNOWN[name]() if name in KNOWN else Path(source)
+    is_gguf = path.suffix == ".gguf" or path.is_file()
+    if packed and not is_gguf:
+        raise InputError(f"packed: {name!r} is no GGUF file, and only its blocks can stay packed; leave packed out")
     if path.is_dir():
-        return load(path, policy, dtype)
-    if path.suffix == ".gguf" or path.is_file():
-        return _from_gguf(path, policy, dtype, path.stem)
+        return load(path, policy, dtype, mesh)
+    if is_gguf:
+        return _from_gguf(path, policy, dtype, mesh, packed, name if name in KNOWN else path.stem)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
-        return load(_download(name), policy, dtype)
+        return load(_download(name), policy, dtype, mesh)
     error = unknown("model", name, KNOWN)
     raise InputError(f"{error}; or give an existing folder, a .gguf file, or a hub id 'org/name'")
 
 
-def _from_gguf(path: Path, policy: Policy | None, dtype: str | None, name: str) -> Bundle:
+def _from_gguf(
+    path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, packed: bool, name: str
+) -> Bundle:
     file = read_gguf(path)
-    kind = file.metadata.get("general.architecture")
-    readable = {k: f for k, f in FAMILIES.items() if f.config_from_gguf}
-    if kind not in readable:
-        raise unknown(f"{path.name}: general.architecture", kind, readable)
-    family = readable[kind]
-    assert family.config_from_gguf is not None
-    config = family.config_from_gguf(file.metadata)
-    if "output.weight" in file.tensors:
-        config = dataclasses.replace(config, tied=False)
-    model = family.model(config, policy or Policy(compute=dtype or "float32"))
-    leaves, extra = {}, set(file.tensors)
-    for leaf_path, want in tree.flatten(layer_shapes(model)).items():
-        entry, layer = find(family.gguf, leaf_path)
-        tensor = entry.tensor.format(layer)
-        if tensor not in file.tensors:
-            raise InputError(f"{path.name}: the tensor {tensor!r} is missing")
-        found = file.tensors[tensor].shape
-        if found != want.shape:
-            needed = f"the metadata needs {list(want.shape)}"
-            raise InputError(f"{path.name}: the tensor {tensor!r} has shape {list(found)}; {needed}")
-        extra.discard(tensor)
-        leaf = to_leaf(entry, file.read(tensor), heads_of(config, leaf_path))
-        leaves[leaf_path] = jnp.asarray(leaf, dtype or "float32")
-    if extra:  # a bias or a table of rotary factors left out would be another model
-        raise InputError(f"{path.name}: {len(extra)} tensors have no place in the model, the first is {min(extra)!r}")
+    family = family_of_kind(str(file.metadata.get("general.architecture")), f"{path.name}: general.architecture", gguf=True)
+    assert family.config_from_gguf is not None and family.gguf_names is not None
+    try:
+        config = check_fields(family.config_from_gguf(file.metadata, list(file.tensors)), path.name)
+    except InputError as error:
+        raise InputError(f"{path.name}: {str(error).removeprefix(f'{path.name}: ')}") from None
+    model = family.module.model(config, policy or Policy(compute=dtype or "float32"))
+    blocks, kind = Blocks(file, packed), dtype or "float32"
+    params = assemble(model, family, family.gguf_names(config), blocks, fields=blocks.fields, dtype=kind, mesh=mesh)
     processor = tokenizers.from_gguf(file.metadata)
     card = {"name": name, "source": path.name, "license": file.metadata.get("general.license")}
-    return Bundle(model, tree.stack(tree.unflatten(leaves)), processor, card)
+    return Bundle(model, params, processor, card)
 
 
 def _download(name: str) -> Path:

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.hub.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -121,7 +122,7 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         if len(self.eos_ids) > 1:
             path = folder / "generation_config.json"
-            _write_json(path, {**_read_json(path), "eos_token_id": list(self.eos_ids)})
+            _write_json(path, {**read_json(path, missing=True), "eos_token_id": list(self.eos_ids)})
 
     def _special_tokens(self) -> dict[str, str | None]:
         ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None), "pad_token": self.pad_id}
@@ -147,9 +148,9 @@ def from_folder(folder: str | Path) -> Tokenizer:
     backend.no_truncation()
 
     names = ("special_tokens_map.json", "tokenizer_config.json")
-    config = {k: v for name in names for k, v in _read_json(folder / name).items() if v is not None}
+    config = {k: v for name in names for k, v in read_json(folder / name, missing=True).items() if v is not None}
     token_ids = {key: _token_id(backend, config.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
-    more = _read_json(folder / "generation_config.json").get("eos_token_id")
+    more = read_json(folder / "generation_config.json", missing=True).get("eos_token_id")
     eos = [token_ids["eos"], *(more if isinstance(more, list) else [more])]
     return Tokenizer(
         backend, _distinct(eos), token_ids["bos"], token_ids["pad"], _chat_template(folder, config.get("chat_template"))
@@ -324,17 +325,6 @@ def _chat_template(folder: Path, entry: str | list[dict[str, str]] | None) -> st
     if isinstance(entry, list):  # named templates
         return {item["name"]: item["template"] for item in entry}.get("default")
     return entry
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in the file, or an empty one where there is no file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"folder: {str(path)!r} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"folder: {str(path)!r} holds {type(value).__name__}, not a JSON object")
-    return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -281,10 +281,10 @@ def test_wrong_folder(tmp_path: Path) -> None:
         from_folder(tmp_path)
     TINY.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ')
-    with pytest.raises(InputError, match=r"tokenizer_config.json' is not JSON"):
+    with pytest.raises(InputError, match=r"tokenizer_config.json: not JSON"):
         from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"tokenizer_config.json' holds list"):
+    with pytest.raises(InputError, match=r"tokenizer_config.json: an object is needed, found list"):
         from_folder(tmp_path)
 
 

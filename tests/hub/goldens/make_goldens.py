@@ -2,152 +2,163 @@
 
     make peers                                             # .peers/: torch, transformers 5.23.0, gguf
     .peers/bin/python -m pip install accelerate            # which transformers wants for reading GGUF
-    .peers/bin/python tests/hub/goldens/make_goldens.py            # writes the folders and .npz beside this file
-    .peers/bin/python tests/hub/goldens/make_goldens.py --check    # transformers reads what our save_pretrained writes
+    .peers/bin/python tests/hub/goldens/make_goldens.py            # GPT-2 and SmolLM2: the folders and .npz beside this file
+    .peers/bin/python tests/hub/goldens/make_llama.py              # the Llama family
+    .peers/bin/python tests/hub/goldens/make_llama.py --check      # transformers reads what our save_pretrained writes
 
-Both take about half a minute on two cores. `--ours` names the Python that has jaxmodel (default .venv/bin/python): it
-says where the SmolLM2 GGUF is, and writes the folders that `--check` and the golden NLL read.
+Each takes about half a minute on two cores; `make_goldens.py --check` does the same for GPT-2. Names of models behind the
+command write those alone. `--ours` names the Python that has jaxmodel (default .venv/bin/python): it says where the SmolLM2
+GGUF is, and writes the folders that `--check` and the golden NLL read.
 
 Each tiny model (random weights, biases and norms too) is a folder as transformers writes it and a `.npz`:
 
     tokens, mask, logits              [2, T]: a full row (of the whole context where short), one padded on the right
     positions, apart, apart_logits    one row of tokens `apart` at positions with gaps, up to the last of the context
     loss, grad:NAME                   mean cross entropy of the next token over what is not padding; its gradients
+    load_balance                      where there are experts: transformers' loss of each layer by itself, summed
 
 `smollm2.npz` has the tokens of text.txt in windows and the negative log-likelihood of each by SmolLM2 in float32.
 
-With torch 2.13.0: the NLL by the GGUF and by our folder is equal bit for bit, both tokenizers give the same ids, and
-`--check` finds logits within 2e-5 for both families, tied and untied, float32 and bfloat16.
+With torch 2.13.0: the NLL by the GGUF and by our folder is equal bit for bit, both tokenizers give the same ids. `--check`
+finds logits within 2e-5 for every kind, tied and untied, float32 and bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[2]
 TEXT = HERE / "text.txt"
 WINDOW = 128
 
-# name -> config, length of the padded row, how many bytes a shard has
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """One model to write.
+
+    Attributes:
+      seed: of its weights and tokens.
+      config: of transformers.
+      length: of the full row.
+      short: tokens of the padded row.
+      gradients: regular expression of the tensors whose gradients are kept.
+      shard: how many bytes a file of weights has.
+    """
+
+    seed: int
+    config: transformers.PretrainedConfig
+    length: int
+    short: int
+    gradients: str
+    shard: str = "1GB"
+
+
+_GPT2: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
+_KEPT = r"transformer\.(wte\.weight|wpe\.weight|h\.1\.attn\.c_attn\.weight|h\.0\.attn\.c_attn\.bias)"
 MODELS = {
-    "gpt2-a": (
-        GPT2Config(vocab_size=97, n_embd=16, n_layer=2, n_head=4, n_positions=24, bos_token_id=0, eos_token_id=0),
-        15,
-        "1GB",
-    ),
-    "gpt2-b": (
-        GPT2Config(
-            vocab_size=64,
-            n_embd=12,
-            n_layer=3,
-            n_head=1,
-            n_positions=32,
-            layer_norm_epsilon=1e-2,
-            bos_token_id=0,
-            eos_token_id=0,
-        ),
-        9,
-        "1GB",
-    ),
-    "llama-untied": (
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=2048,
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-            rms_norm_eps=1e-2,
-        ),
-        11,
-        "1GB",
-    ),
-    "llama-tied": (
-        LlamaConfig(
-            vocab_size=101,
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=12,  # not hidden_size / heads
-            intermediate_size=24,
-            max_position_embeddings=24,
-            tie_word_embeddings=True,
-        ),
-        17,
-        "12KB",  # several files and an index
-    ),
-}
-GRADIENTS = {
-    "gpt2": (
-        "transformer.wte.weight",
-        "transformer.wpe.weight",
-        "transformer.h.1.attn.c_attn.weight",
-        "transformer.h.0.attn.c_attn.bias",
-    ),
-    "llama": (
-        "model.embed_tokens.weight",
-        "model.layers.1.self_attn.k_proj.weight",
-        "model.layers.0.self_attn.q_proj.weight",
+    "gpt2-a": Tiny(0, GPT2Config(vocab_size=97, n_embd=16, n_layer=2, n_head=4, n_positions=24, **_GPT2), 24, 15, _KEPT),
+    "gpt2-b": Tiny(
+        1,
+        GPT2Config(vocab_size=64, n_embd=12, n_layer=3, n_head=1, n_positions=32, layer_norm_epsilon=1e-2, **_GPT2),
+        *(32, 9, _KEPT),
     ),
 }
 
+# family, size and changes of what --check writes
+WRITTEN = {"gpt2": ("gpt2", "tiny", {}), "gpt2-bf16": ("gpt2", "tiny", {"norm_eps": 1e-2})}
 
-def tiny(name: str) -> None:
+AROUND_ONE = r"(?!.*gemma).*(norm|ln_.)\.weight"  # Gemma's norms stand around zero
+
+
+def tiny(name: str, spec: Tiny) -> None:
     """One model: its folder and its `.npz`."""
-    config, short, shard = MODELS[name]
-    seed = sorted(MODELS).index(name)
-    draw = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    config, kind = spec.config, spec.config.model_type
+    draw = torch.Generator().manual_seed(spec.seed)
+    torch.manual_seed(spec.seed)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    ).eval()
     with torch.no_grad():  # norms at 1 and biases at 0 would hide a wrong name
         for key, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=draw)
-            value.copy_(
-                1 + 0.3 * noise if key.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.3 * noise
-            )
-    model.save_pretrained(HERE / name, max_shard_size=shard)
+            noise = 0.3 * torch.randn(value.shape, generator=draw)
+            value.copy_(1 + noise if re.fullmatch(AROUND_ONE, f"{kind}.{key}") else noise)
+    model.save_pretrained(HERE / name, max_shard_size=spec.shard)
     (HERE / name / "generation_config.json").unlink()
 
     context = config.max_position_embeddings
-    length = min(context, 24 if config.model_type == "llama" else 32)
-    tokens = torch.randint(config.vocab_size, (2, length), generator=draw)
+    tokens = torch.randint(config.vocab_size, (2, spec.length), generator=draw)
     mask = torch.ones_like(tokens)
-    tokens[1, short:], mask[1, short:] = 0, 0
-    logits = model(input_ids=tokens, attention_mask=mask).logits
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    tokens[1, spec.short :], mask[1, spec.short :] = 0, 0
+    experts = {"output_router_logits": True} if hasattr(config, "num_local_experts") else {}
+    out = model(input_ids=tokens, attention_mask=mask, **experts)
+    losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     loss = (losses * mask[:, 1:]).sum() / mask[:, 1:].sum()
     loss.backward()
-    named = dict(model.named_parameters())
 
     gaps = torch.tensor([[0, 1, context // 3, context // 3 + 1, context // 2, context - 3, context - 2, context - 1]])
     apart = torch.randint(config.vocab_size, gaps.shape, generator=draw)
     with torch.no_grad():  # with a mask, else transformers takes a gap for the start of another document
         apart_logits = model(input_ids=apart, position_ids=gaps, attention_mask=torch.ones_like(apart)).logits
+    more = {"load_balance": load_balance(config, out, mask)} if experts else {}
     save(
         name,
         tokens=tokens.to(torch.int32),
         mask=mask.bool(),
-        logits=logits,
+        logits=out.logits,
         positions=gaps.to(torch.int32),
         apart=apart.to(torch.int32),
         apart_logits=apart_logits,
         loss=loss,
-        **{f"grad:{key}": named[key].grad for key in GRADIENTS[config.model_type]},
+        **more,
+        **{f"grad:{key}": grad for key, grad in gradients(model).items() if re.fullmatch(spec.gradients, key)},
     )
-    print(f"{name}: logits from {logits.min():.2f} to {logits.max():.2f}, loss {loss:.4f}")
+    print(f"{name}: logits from {out.logits.min():.2f} to {out.logits.max():.2f}, loss {loss:.4f}")
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By the names of the files: experts are one tensor in memory, and one each there."""
+    found: dict[str, torch.Tensor] = {}
+    for key, value in model.named_parameters():
+        grad = value.grad
+        assert grad is not None, key
+        stem = key.replace(".mlp.", ".block_sparse_moe.") if hasattr(model.config, "num_local_experts") else key
+        if key.endswith("experts.gate_up_proj"):
+            for e, both in enumerate(grad):
+                gate, up = both.chunk(2)
+                found |= {stem.replace("gate_up_proj", f"{e}.w1.weight"): gate, stem.replace("gate_up_proj", f"{e}.w3.weight"): up}
+        elif key.endswith("experts.down_proj"):
+            found |= {stem.replace("down_proj", f"{e}.w2.weight"): down for e, down in enumerate(grad)}
+        else:
+            found[stem] = grad
+    return found
+
+
+def load_balance(config: Any, out: Any, mask: torch.Tensor) -> torch.Tensor:
+    """The sum of transformers' loss over the layers, each by itself."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as of_layers
+
+    total = torch.zeros(())
+    for logits in out.router_logits:
+        best = torch.sort(logits.softmax(-1), descending=True).values
+        gap = best[:, config.num_experts_per_tok - 1] - best[:, config.num_experts_per_tok]
+        assert gap.min() > 1e-4, f"a token stands between two experts ({gap.min():.1e}); take another seed"
+        total = total + of_layers((logits,), config.num_local_experts, config.num_experts_per_tok, mask)
+    return total
 
 
 def smollm2(ours: str) -> None:
@@ -185,17 +196,20 @@ def token_nll(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
 WRITE = """
 import sys, dataclasses, json, pathlib
 import jax, numpy as np
-from jaxmodel import hub, tree
+from jaxmodel import hub, ops, tree
 from jaxmodel.models import families
 
 out, text = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]).read_text(encoding="utf-8")
-LLAMA = {"tied": True, "head_width": 12, "rope_base": 500.0, "norm_eps": 1e-2}
 processor = hub.train_bpe([text], vocab_size=300)
 tokens = np.array([processor.encode(text)[:60], processor.encode(text)[60:120]], np.int32)
-for name, change in {"gpt2": {}, "llama": {}, "llama-tied": LLAMA, "gpt2-bf16": {"norm_eps": 1e-2}}.items():
-    module = families()[name.split("-")[0]]
+for name, (family, size, change) in json.loads(sys.argv[3]).items():
+    module = families()[family]
+    if "rope_scaling" in change:
+        change["rope_scaling"] = ops.RopeScaling(**change["rope_scaling"])
+    if "windows" in change:
+        change["windows"] = tuple(change["windows"])
     change = {"vocab": processor.vocab_size, "init_scale": 0.2, **change}
-    model = module.model(dataclasses.replace(module.SIZES["tiny"], **change))
+    model = module.model(dataclasses.replace(module.SIZES[size], **change))
     params = model.init(jax.random.key(1))
     noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(len(path)), a.shape)
     params = tree.map_leaves(noise, params)
@@ -207,20 +221,23 @@ for name, change in {"gpt2": {}, "llama": {}, "llama-tied": LLAMA, "gpt2-bf16": 
 """
 
 
-def check(ours: str) -> None:
-    """transformers loads the folders that we write, and gives the same logits and tokens."""
+def check(ours: str, written: Mapping[str, tuple[str, str, dict[str, Any]]]) -> None:
+    """transformers loads the folders that we write as the kind that their names begin with, and gives the same logits and
+    tokens."""
     with tempfile.TemporaryDirectory() as out:
-        run(ours, WRITE, out, str(TEXT))
+        run(ours, WRITE, out, str(TEXT), json.dumps(written))
         for file in sorted(Path(out).glob("*.npz")):
             stored, folder = np.load(file), file.with_suffix("")
             model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
             assert not any(info.values()), f"{file.stem}: {info}"
+            assert model.config.model_type == file.stem.split("-")[0], f"{file.stem}: {model.config.model_type}"
             assert next(model.parameters()).dtype == (torch.bfloat16 if "bf16" in file.stem else torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             text = TEXT.read_text(encoding="utf-8")
             ids = tokenizer(text)["input_ids"]
             assert ids[:120] == stored["tokens"].ravel().tolist() and tokenizer.decode(ids) == text, f"{file.stem}: tokens"
             assert tokenizer.eos_token_id == model.generation_config.eos_token_id == int(stored["eos"]), f"{file.stem}: end"
+            model.set_attn_implementation("eager")  # the others leave soft caps out
             with torch.no_grad():
                 logits = model.float().eval()(input_ids=torch.tensor(stored["tokens"], dtype=torch.int64)).logits.numpy()
             apart = np.abs(logits - stored["logits"]).max()
@@ -239,20 +256,26 @@ def save(name: str, **arrays: torch.Tensor) -> None:
     np.savez_compressed(HERE / f"{name}.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
 
 
-def main() -> None:
+def main(
+    models: Mapping[str, Tiny],
+    written: Mapping[str, tuple[str, str, dict[str, Any]]],
+    others: Mapping[str, Callable[[str], None]] | None = None,
+) -> None:
     """Write the goldens, or check ours with transformers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    makers = {name: lambda ours, name=name, spec=spec: tiny(name, spec) for name, spec in models.items()} | dict(others or {})
+    parser = argparse.ArgumentParser(description="What transformers computes, stored for tests/hub/test_goldens.py.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(makers)}; default all")
     parser.add_argument("--check", action="store_true", help="load folders that our save_pretrained writes; store nothing")
     parser.add_argument("--ours", default=str(REPO / ".venv/bin/python"), help="the Python that has jaxmodel")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if options.check:
-        check(options.ours)
+        check(options.ours, written)
         return
-    for name in MODELS:
-        tiny(name)
-    smollm2(options.ours)
+    for name in options.names or makers:
+        makers[name](options.ours)
 
 
 if __name__ == "__main__":
-    main()
+    main(MODELS, WRITTEN, {"smollm2": smollm2})

@@ -1,0 +1,205 @@
+"""From the tensors of a file to a parameter tree: checked first, then read a leaf at a time into the place where it stays.
+
+On a mesh each device's slice is read by itself. On a CPU a slice is read into the very buffer that the device uses, so loading
+takes the memory of the weights and of the one tensor that is being converted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodel import report, sharding, tree
+from jaxmodel.errors import InputError, nearest
+from jaxmodel.hub.names import Family, Name, Tensors, find, layer_shapes, read_leaf
+from jaxmodel.leaves import Compressed, from_tensors
+from jaxmodel.leaves.leaf import tensor_names
+from jaxmodel.models import Model
+
+ALIGNED = 64  # bytes; a buffer that starts on such an address is taken by a CPU device as it is
+type Read = Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def assemble(
+    model: Model,
+    family: Family,
+    names: Iterable[Name],
+    tensors: Tensors,
+    *,
+    fields: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tree.Params:
+    """The parameters of a model.
+
+    Args:
+      model: whose leaves are looked for.
+      family: what its files may leave out or hold besides.
+      names: the file's entry of each leaf.
+      tensors: the file.
+      fields: the static fields of compressed leaves by their packed name.
+      dtype: of plain floating leaves; None for as they are stored.
+      mesh: to place them on by the model's rules; None for the default device.
+
+    Raises:
+      InputError: a tensor is missing, does not fit, or has no place. Nothing is read before all is checked.
+    """
+    names, fields = tuple(names), fields or {}
+    shapes = tree.flatten(layer_shapes(model))
+    there, used = tensors.names(), set[str]()
+
+    def place(tensor: str) -> str | None:
+        return next((name for name in (tensor, tensor.removeprefix(family.prefix)) if name in there), None)
+
+    def need(tensor: str) -> str:
+        name = place(tensor)
+        if name is None:
+            close = ", ".join(nearest(tensor, there)) or "nothing like it"
+            raise InputError(f"{tensors.where}: the tensor {tensor!r} is missing; there is {close}")
+        used.add(name)
+        return name
+
+    def fits(tensor: str, found: Iterable[int], needed: Iterable[int]) -> None:
+        if tuple(found) != tuple(needed):
+            raise InputError(f"{tensors.where}: the tensor {tensor!r} has shape {list(found)}; the config needs {list(needed)}")
+
+    readers: dict[str, list[Read]] = {}  # layer path -> a reader for each buffer of its leaf
+    leaves: dict[str, Any] = {}  # and the leaf, with the shapes of its buffers
+    for path, want in shapes.items():
+        name, layer = find(names, path)
+        base = name.packed.format(layer)
+        if base in fields:
+            leaves[path], readers[path] = _packed(tensors, base, name, want.shape, fields[base], place, need)
+            fits(base, leaves[path].shape, want.shape)
+            continue
+        name = name.alone if name.part is not None and place(base) else name
+        found: set[np.dtype] = set()
+        for tensor in name.tensors(layer):
+            stored = need(tensor)
+            if not jnp.issubdtype(tensors.dtype(stored), jnp.floating):
+                raise InputError(
+                    f"{tensors.where}: the tensor {tensor!r} is {tensors.dtype(stored)}; floating-point numbers are needed"
+                )
+            fits(tensor, tensors.shape(stored), name.file_shape(want.shape))
+            found.add(tensors.dtype(stored))
+        kind = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*found) if len(found) > 1 else found.pop()
+        leaves[path] = jax.ShapeDtypeStruct(want.shape, kind)
+        readers[path] = [_reader(tensors, name, layer, want.shape, place)]
+    _check_rest(tensors, family, used, shapes, place, names)
+    shape_tree = jax.eval_shape(tree.stack, tree.unflatten(leaves))
+    if mesh is None:
+        placed = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shape_tree)
+    else:
+        shape_tree, placed = sharding.shardings(model.rules, shape_tree, mesh)
+    places = tree.flatten(placed)
+    out: dict[str, Any] = {}
+    for path, leaf in report.progress(tree.flatten(shape_tree).items(), "load"):
+        buffers, structure = jax.tree.flatten(leaf)
+        layers = [readers[layer] for layer in tree.layer_paths(path)]
+        stacked = tree.is_stacked(path)
+        made = [
+            _make(buffer, where, [of_layer[i] for of_layer in layers], stacked)
+            for i, (buffer, where) in enumerate(zip(buffers, jax.tree.leaves(places[path]), strict=True))
+        ]
+        out[path] = jax.tree.unflatten(structure, made)
+        if isinstance(out[path], Compressed):
+            out[path].check()
+    return tree.unflatten(out)
+
+
+def _reader(tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], place: Callable[[str], str | None]) -> Read:
+    """What reads a part of a plain leaf; a prefix that the file leaves out is left out of the entry."""
+    stored = place(name.tensors(layer)[0])
+    assert stored is not None
+    cut = len(name.tensors(layer)[0]) - len(stored)
+    entry = dataclasses.replace(name, tensor=name.tensor[cut:])
+    return lambda index: read_leaf(tensors, entry, layer, shape, index)
+
+
+def _packed(
+    tensors: Tensors,
+    base: str,
+    name: Name,
+    shape: tuple[int, ...],
+    fields: Mapping[str, Any],
+    place: Callable[[str], str | None],
+    need: Callable[[str], str],
+) -> tuple[Any, list[Read]]:
+    """A compressed leaf with the shapes of its buffers, and a reader for each."""
+    try:
+        present = [suffix for suffix in tensor_names(fields) if place(f"{base}_{suffix}")]
+        stored = {suffix: need(f"{base}_{suffix}") for suffix in present}
+        shapes = {s: jax.ShapeDtypeStruct(tensors.shape(name), tensors.dtype(name)) for s, name in stored.items()}
+        leaf = from_tensors(shapes, fields)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{tensors.where}: the tensor {base!r} does not fit its fields: {reason}") from None
+    by_buffer = {id(shapes[suffix]): name for suffix, name in stored.items()}
+    order = [by_buffer[id(buffer)] for buffer in jax.tree.leaves(leaf)]
+    rows = name.rows(shape[0]) if name.pairs else None
+
+    def reader(stored: str) -> Read:
+        return lambda index: tensors.read(stored, index if rows is None else (rows[index[0]], *index[1:]))
+
+    return leaf, [reader(name) for name in order]
+
+
+def _make(buffer: jax.ShapeDtypeStruct, where: jax.sharding.Sharding, readers: list[Read], stacked: bool) -> jax.Array:
+    """One array, on each of this host's devices only its own slice."""
+    done: dict[Any, np.ndarray] = {}  # a slice that several devices hold is read once
+    shards = []
+    for device, index in where.addressable_devices_indices_map(buffer.shape).items():
+        full = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), buffer.shape, strict=True))
+        key = tuple((s.start, s.stop) for s in full)
+        if key not in done:
+            done[key] = _aligned(tuple(s.stop - s.start for s in full), buffer.dtype)
+            if stacked:
+                for i, reader in enumerate(readers[full[0]]):
+                    done[key][i] = reader(full[1:])
+            else:
+                done[key][...] = readers[0](full)
+        shards.append(jax.device_put(done[key], device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(buffer.shape, where, shards)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNED, np.uint8)
+    start = -raw.ctypes.data % ALIGNED
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _check_rest(
+    tensors: Tensors,
+    family: Family,
+    used: set[str],
+    shapes: Mapping[str, Any],
+    place: Callable[[str], str | None],
+    names: tuple[Name, ...],
+) -> None:
+    """What the model did not take: masks and tables, copies of tied leaves, and nothing else."""
+    ignored = re.compile(f"({re.escape(family.prefix)})?({family.ignored})")
+    for tensor, path in family.copies.items():
+        name = place(tensor)
+        if name is None or name in used or path not in shapes:
+            continue
+        used.add(name)
+        entry, layer = find(names, path)
+        original = place(entry.tensors(layer)[0])
+        if original is not None and not _equal(tensors, name, original):
+            raise InputError(f"{tensors.where}: the tensor {name!r} is not {original!r}, to which this config ties it")
+    extra = [name for name in tensors.names() if name not in used and not ignored.fullmatch(name)]
+    if extra:  # a bias or a table of rotary factors left out would be another model
+        raise InputError(f"{tensors.where}: {len(extra)} tensors have no place in the model, the first is {min(extra)!r}")
+
+
+def _equal(tensors: Tensors, one: str, other: str, rows: int = 4096) -> bool:
+    shape = tensors.shape(one)
+    pieces = [(slice(i, min(i + rows, shape[0])),) for i in range(0, shape[0], rows)]
+    return shape == tensors.shape(other) and all(np.array_equal(tensors.read(one, i), tensors.read(other, i)) for i in pieces)

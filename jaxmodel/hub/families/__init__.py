@@ -1,0 +1,104 @@
+"""One file for each architecture that has files by others: a `FAMILY` with the names and configs of HF folders and GGUF.
+
+Any other architecture, and any config that no HF family has, is stored under its own names (`own`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import re
+import typing
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from jaxmodel import models, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.hub.names import Family, Name, layer_shapes
+
+OWN = "jaxmodel-"
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family whose files others write, by the name of its file."""
+    names = [info.name for info in pkgutil.iter_modules(__path__)]
+    return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
+
+
+def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
+    """The family that stores a model, and its config.json.
+
+    Raises:
+      InputError: the model is not of one of the architectures in `jaxmodel.models`.
+    """
+    where = type(model.config).__module__
+    name = where.rsplit(".", 1)[1] if "." in where else where
+    known = models.families()
+    if name not in known or known[name].__name__ != where:
+        raise InputError(f"hub: no file layout is known for the config {type(model.config).__qualname__} of {where}")
+    theirs = families()[name].config_to_hf(model.config) if name in families() else None
+    if theirs is not None:
+        return families()[name], theirs
+    family = own(known[name])
+    return family, family.config_to_hf(model.config) or {}
+
+
+def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
+    """The family that reads a `model_type` of config.json, or a `general.architecture` of GGUF.
+
+    Args:
+      kind: the value.
+      argument: its name in the message.
+      gguf: which of the two.
+
+    Raises:
+      InputError: none reads it.
+    """
+    known = {k: family for family in families().values() for k in (family.gguf_kinds if gguf else family.kinds)}
+    if not gguf and kind.removeprefix(OWN) in models.families() and kind.startswith(OWN):
+        return own(models.families()[kind.removeprefix(OWN)])
+    if kind not in known:
+        raise unknown(argument, kind, known)
+    return known[kind]
+
+
+@functools.cache
+def own(module: ModuleType) -> Family:
+    """The layout of an architecture under its own names: the paths of the leaves with dots, the fields of the config."""
+    kind = OWN + module.__name__.rsplit(".", 1)[1]
+
+    def names(config: Any) -> list[Name]:
+        paths = [re.sub(r"(^|/)\d+/", r"\1{}/", path, count=1) for path in tree.flatten(layer_shapes(module.model(config)))]
+        return [Name(path, path.replace("/", ".")) for path in dict.fromkeys(paths)]
+
+    def from_hf(hf: Mapping[str, Any]) -> Any:
+        return from_plain(module.Config, hf["config"])
+
+    def to_hf(config: Any) -> dict[str, Any]:
+        return {"model_type": kind, "config": dataclasses.asdict(config)}
+
+    return Family(module, (kind,), names, from_hf, to_hf)
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """A dataclass (with dataclasses and tuples inside) from what JSON made of it.
+
+    Raises:
+      InputError: a key that is no field, or a field that is missing.
+    """
+    options = [option for option in typing.get_args(kind) if dataclasses.is_dataclass(option)]
+    kind = options[0] if options and isinstance(value, Mapping) else kind
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        fields, hints = [f.name for f in dataclasses.fields(kind)], typing.get_type_hints(kind)
+        for key in value:
+            if key not in fields:
+                raise unknown("config.json: config", key, fields)
+        try:
+            return kind(**{key: from_plain(hints[key], item) for key, item in value.items()})  # pyright: ignore
+        except TypeError as error:
+            raise InputError(f"config.json: {error}") from None
+    return tuple(from_plain(None, item) for item in value) if isinstance(value, list) else value

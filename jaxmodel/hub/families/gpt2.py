@@ -1,0 +1,81 @@
+"""Files of GPT-2: HF folders, where q, k and v are one tensor `[in, out]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodel.errors import InputError
+from jaxmodel.hub.names import Family, Name, fixed
+from jaxmodel.models import gpt2
+
+_FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def _names(config: gpt2.Config) -> list[Name]:
+    names = [
+        Name("embed", "transformer.wte.weight"),
+        Name("positions", "transformer.wpe.weight"),
+        Name("norm/weight", "transformer.ln_f.weight"),
+        Name("norm/bias", "transformer.ln_f.bias"),
+    ]
+    layer, stem = "blocks/{}/", "transformer.h.{}."
+    for ours, theirs in {"attn_norm": "ln_1", "mlp_norm": "ln_2"}.items():
+        names += [Name(f"{layer}{ours}/{kind}", f"{stem}{theirs}.{kind}") for kind in ("weight", "bias")]
+    for i, leaf in enumerate("qkv"):
+        names.append(Name(f"{layer}attn/{leaf}", f"{stem}attn.c_attn.weight", transposed=True, part=(i, 3)))
+        names.append(Name(f"{layer}attn/{leaf}_bias", f"{stem}attn.c_attn.bias", part=(i, 3)))
+    for ours, theirs in {"attn/o": "attn.c_proj", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}.items():
+        names.append(Name(layer + ours, f"{stem}{theirs}.weight", transposed=True))
+        names.append(Name(f"{layer}{ours}_bias", f"{stem}{theirs}.bias"))
+    return names
+
+
+def _from_hf(hf: Mapping[str, Any]) -> gpt2.Config:
+    fixed(hf, _FIXED)
+    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
+        raise InputError(f"config.json: n_inner is {hf['n_inner']}; this family has 4 * n_embd = {4 * hf['n_embd']}")
+    return gpt2.Config(
+        vocab=hf["vocab_size"],
+        width=hf["n_embd"],
+        depth=hf["n_layer"],
+        heads=hf["n_head"],
+        context=hf.get("n_positions", 1024),
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        init_scale=hf.get("initializer_range", 0.02),
+    )
+
+
+def _to_hf(config: gpt2.Config) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab,
+        "n_embd": config.width,
+        "n_layer": config.depth,
+        "n_head": config.heads,
+        "n_positions": config.context,
+        "n_ctx": config.context,
+        "layer_norm_epsilon": config.norm_eps,
+        "initializer_range": config.init_scale,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+    }
+
+
+FAMILY = Family(
+    module=gpt2,
+    kinds=("gpt2",),
+    names=_names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    ignored=r".*\.attn\.(masked_)?bias",
+    prefix="transformer.",
+    copies={"lm_head.weight": "embed"},
+)

@@ -1,0 +1,279 @@
+"""Files of the Llama family: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxmodel.errors import InputError
+from jaxmodel.hub.names import Family, Name, fixed
+from jaxmodel.models import llama
+from jaxmodel.ops import RopeScaling
+
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+_GEMMA = ("gemma2", "gemma3_text")
+
+# leaf -> HF, GGUF
+_LAYER = {
+    "attn_norm/weight": ("input_layernorm.weight", "attn_norm.weight"),
+    "attn/q": ("self_attn.q_proj.weight", "attn_q.weight"),
+    "attn/k": ("self_attn.k_proj.weight", "attn_k.weight"),
+    "attn/v": ("self_attn.v_proj.weight", "attn_v.weight"),
+    "attn/o": ("self_attn.o_proj.weight", "attn_output.weight"),
+    "mlp_norm/weight": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    "mlp/gate": ("mlp.gate_proj.weight", "ffn_gate.weight"),
+    "mlp/up": ("mlp.up_proj.weight", "ffn_up.weight"),
+    "mlp/down": ("mlp.down_proj.weight", "ffn_down.weight"),
+    "attn/q_bias": ("self_attn.q_proj.bias", "attn_q.bias"),
+    "attn/k_bias": ("self_attn.k_proj.bias", "attn_k.bias"),
+    "attn/v_bias": ("self_attn.v_proj.bias", "attn_v.bias"),
+    "attn/q_norm/weight": ("self_attn.q_norm.weight", "attn_q_norm.weight"),
+    "attn/k_norm/weight": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+}
+_POST_NORMS = {
+    "attn_post_norm/weight": "post_attention_layernorm.weight",
+    "mlp_norm/weight": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm/weight": "post_feedforward_layernorm.weight",
+}
+_TOP = {
+    "embed": ("model.embed_tokens.weight", "token_embd.weight"),
+    "norm/weight": ("model.norm.weight", "output_norm.weight"),
+    "head": ("lm_head.weight", "output.weight"),
+}
+
+
+def _names(config: llama.Config) -> list[Name]:
+    layer = {ours: theirs for ours, (theirs, _) in _LAYER.items()} | (_POST_NORMS if config.post_norms else {})
+    names = [Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}") for ours, theirs in layer.items()]
+    return names + [Name(ours, theirs) for ours, (theirs, _) in _TOP.items()]
+
+
+def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+    kind, gemma = hf["model_type"], hf["model_type"] in _GEMMA
+    biased = {"attention_bias": (False,), "mlp_bias": (False,)}
+    activation = {"hidden_activation": ("gelu_pytorch_tanh",)} if gemma else {"hidden_act": ("silu",)}
+    fixed(hf, {**biased, **activation, "use_bidirectional_attention": (False, None)})
+    heads, local = hf["num_attention_heads"], None
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if "full_attention" in rope:  # transformers 5: by kind of layer
+        local, rope = rope.get("sliding_attention", {}), rope["full_attention"]
+    elif kind == "gemma3_text":
+        local = {"rope_theta": hf.get("rope_local_base_freq", 10000.0)}
+    if local is not None and local.get("rope_type", "default") != "default":
+        raise InputError(f"config.json: the rope type {local['rope_type']!r} in layers with a window is not read")
+    softcaps = {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    return llama.Config(
+        vocab=hf["vocab_size"],
+        width=hf["hidden_size"],
+        depth=hf["num_hidden_layers"],
+        heads=heads,
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
+        mlp_width=hf["intermediate_size"],
+        context=hf.get("max_position_embeddings", 2048),
+        rope_base=float(rope.get("rope_theta", hf.get("rope_theta", 1e6 if kind == "gemma3_text" else 10000.0))),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tied=hf.get("tie_word_embeddings", gemma),
+        init_scale=hf.get("initializer_range", 0.02),
+        rope_scaling=_scaling(rope, hf.get("max_position_embeddings", 2048)),
+        windows=_windows(hf),
+        local_rope_base=None if local is None else float(local["rope_theta"]),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        activation="gelu_tanh" if gemma else "silu",
+        norm_offset=1.0 if gemma else 0.0,
+        post_norms=gemma,
+        embed_scale=hf["hidden_size"] ** 0.5 if gemma else 1.0,
+        query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5 if gemma else None,
+        **{ours: hf.get(theirs) for ours, theirs in softcaps.items() if gemma},
+    )
+
+
+def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if "mscale" in rope or "mscale_all_dim" in rope or not rope.get("truncate", True):
+        raise InputError("config.json: mscale, mscale_all_dim and truncate of the rope scaling are not read")
+    wanted = {"low": "low_freq_factor", "high": "high_freq_factor", "fast": "beta_fast", "slow": "beta_slow"}
+    options = {ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None}
+    if kind == "yarn" and rope.get("attention_factor") is not None:
+        options["sharpen"] = float(rope["attention_factor"])
+    trained = 0 if kind == "linear" else rope.get("original_max_position_embeddings") or context
+    if "factor" not in rope:
+        raise InputError(f"config.json: the rope scaling {kind!r} has no factor")
+    return RopeScaling(kind, float(rope["factor"]), trained, **options)
+
+
+def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """The windows of the layers, as the shortest pattern that repeats."""
+    window, depth = hf.get("sliding_window"), hf["num_hidden_layers"]
+    kind = hf["model_type"]
+    if not window or kind == "llama" or (kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window")):
+        return ()
+    types = hf.get("layer_types")
+    if types is None:
+        every = {"gemma2": 2, "gemma3_text": hf.get("sliding_window_pattern") or 6}
+        if kind in ("qwen2", "qwen3"):
+            near = [i >= hf.get("max_window_layers", 28) for i in range(depth)]
+        else:
+            near = [kind == "mistral" or bool((i + 1) % every[kind]) for i in range(depth)]
+        types = ["sliding_attention" if n else "full_attention" for n in near]
+    if unknown := set(types) - {"sliding_attention", "full_attention"}:
+        raise InputError(f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', 'full_attention'")
+    windows = tuple(window if t == "sliding_attention" else 0 for t in types)
+    if not any(windows):
+        return ()
+    for period in range(1, depth):
+        if all(windows[i] == windows[i % period] for i in range(depth)):
+            return windows[:period]
+    return windows
+
+
+def _kind(c: llama.Config) -> str | None:
+    """The `model_type` whose models have exactly what this config has; None where there is none."""
+    if (c.activation == "gelu_tanh") != c.post_norms or (c.norm_offset == 1.0) != c.post_norms:
+        return None
+    if c.post_norms:
+        if c.qkv_bias or c.embed_scale != c.width**0.5 or c.query_scale is None or len(set(c.windows) - {0}) != 1:
+            return None
+        return ("gemma3_text" if c.local_rope_base is not None else None) if c.qk_norm else _only(c, "gemma2")
+    plain = c.embed_scale == 1 and c.query_scale is None and c.attn_softcap is None and c.logit_softcap is None
+    if not plain or c.local_rope_base is not None or (c.qk_norm and c.qkv_bias):
+        return None
+    if c.qk_norm or c.qkv_bias:
+        return "qwen3" if c.qk_norm else "qwen2"
+    if len(c.windows) > 1:
+        return None
+    return "mistral" if any(c.windows) else "llama"
+
+
+def _only(c: llama.Config, kind: str) -> str | None:
+    return kind if c.local_rope_base is None and c.rope_scaling is None else None
+
+
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+
+
+def _to_hf(c: llama.Config) -> dict[str, Any] | None:
+    kind = _kind(c)
+    if kind is None:
+        return None
+    hf: dict[str, Any] = {
+        "architectures": [_CLASSES[kind]],
+        "model_type": kind,
+        "vocab_size": c.vocab,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_width,
+        "intermediate_size": c.mlp_width,
+        "max_position_embeddings": c.context,
+        "rope_theta": c.rope_base,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "initializer_range": c.init_scale,
+        "attention_bias": False,
+    }
+    if kind == "llama":
+        hf["mlp_bias"] = False
+    hf |= {"hidden_activation": "gelu_pytorch_tanh"} if kind in _GEMMA else {"hidden_act": "silu"}
+    if c.rope_scaling is not None:
+        hf["rope_scaling"] = _scaling_to_hf(c.rope_scaling)
+    windows = c.window_of_layers()
+    if kind != "llama":
+        hf["sliding_window"] = max(windows) or None
+    if kind in ("qwen2", "qwen3"):
+        hf["use_sliding_window"] = any(windows)
+    if kind not in ("llama", "mistral"):
+        hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+    if kind in _GEMMA:
+        assert c.query_scale is not None
+        hf["query_pre_attn_scalar"] = _whole(c.query_scale**-2)
+        hf |= {"attn_logit_softcapping": c.attn_softcap, "final_logit_softcapping": c.logit_softcap}
+    if kind == "gemma3_text":
+        hf["rope_local_base_freq"] = c.local_rope_base
+    return hf
+
+
+def _whole(value: float) -> float | int:
+    return round(value) if abs(value - round(value)) < 1e-6 * value else value
+
+
+def _scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
+    hf: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind != "linear":
+        hf["original_max_position_embeddings"] = s.context
+    if s.kind == "llama3":
+        hf |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
+    if s.kind == "yarn":
+        hf |= {"beta_fast": s.fast, "beta_slow": s.slow, "attention_factor": s.sharpen}
+    return hf
+
+
+# ------------------------------------------------------------------------------------------------------------ GGUF
+
+
+def _gguf_names(config: llama.Config) -> list[Name]:
+    # llama.cpp turns the pairs of q and k for its own rotation, in files of the architecture "llama" only
+    paired = not (config.qkv_bias or config.qk_norm)
+    heads = {"attn/q": config.heads, "attn/k": config.kv_heads} if paired else {}
+    names = [Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}", pairs=heads.get(ours, 0)) for ours, (_, theirs) in _LAYER.items()]
+    return names + [Name(ours, theirs) for ours, (_, theirs) in _TOP.items()]
+
+
+def _from_gguf(metadata: Mapping[str, Any], tensors: Collection[str]) -> llama.Config:
+    kind = metadata["general.architecture"]
+
+    def get(key: str, *default: Any) -> Any:
+        if f"{kind}.{key}" in metadata:
+            return metadata[f"{kind}.{key}"]
+        if default:
+            return default[0]
+        raise InputError(f"the metadata '{kind}.{key}' is missing")
+
+    scaling = get("rope.scaling.type", "none")
+    if scaling != "none":
+        raise InputError(f"the rope scaling {scaling!r} is not read; allowed: 'none'")
+    heads, width = get("attention.head_count"), get("embedding_length")
+    if not isinstance(heads, int) or heads < 1 or not isinstance(width, int):
+        raise InputError(f"attention.head_count, embedding_length: {heads!r}, {width!r}; whole numbers of at least 1 are needed")
+    return llama.Config(
+        vocab=get("vocab_size", None) or len(metadata.get("tokenizer.ggml.tokens") or get("vocab_size")),
+        width=width,
+        depth=get("block_count"),
+        heads=heads,
+        kv_heads=get("attention.head_count_kv", heads),
+        head_width=get("attention.key_length", get("rope.dimension_count", width // heads)),
+        mlp_width=get("feed_forward_length"),
+        context=get("context_length"),
+        rope_base=float(get("rope.freq_base", 10000.0)),
+        norm_eps=float(np.float32(get("attention.layer_norm_rms_epsilon"))),
+        tied="output.weight" not in tensors,
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+    )
+
+
+FAMILY = Family(
+    module=llama,
+    kinds=KINDS,
+    names=_names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    ignored=r".*rotary_emb\.inv_freq",
+    copies={"lm_head.weight": "embed"},
+    gguf_kinds=("llama", "qwen2", "qwen3"),
+    gguf_names=_gguf_names,
+    config_from_gguf=_from_gguf,
+)

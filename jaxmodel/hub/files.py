@@ -1,0 +1,199 @@
+"""Files on disk: JSON read with clear errors, folders of safetensors, and a folder that is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxmodel.errors import InputError
+from jaxmodel.hub.names import Tensors
+
+WEIGHTS = "model.safetensors"
+
+# What a folder may hold that a save takes the place of: the files of a bundle, as we or transformers write them.
+_REPLACED = re.compile(
+    r"(config|jaxmodel|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|preprocessor_config|processor_config)\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|merges\.txt|vocab\.txt|chat_template\.jinja"
+    r"|spiece\.model|\.DS_Store"
+)
+
+_DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
+    **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_},
+}
+
+
+def read_json(path: Path, missing: bool = False) -> dict[str, Any]:
+    """The object in a file; with `missing`, an empty one where there is no file.
+
+    Raises:
+      InputError: there is no file, it is not JSON, or it holds something else than an object.
+    """
+    if missing and not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent}: the file {path.name!r} is missing") from None
+    except ValueError as error:  # of JSON and of UTF-8
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: an object is needed, found {type(value).__name__}")
+    return value
+
+
+class Folder(Tensors):
+    """The tensors of a folder of safetensors: one file, or all shards of an index."""
+
+    def __init__(self, where: str, files: dict[str, Any]):
+        self.where, self._files = where, files
+        self._slices: dict[str, Any] = {}
+
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        kind = self._slice(name).get_dtype()
+        if kind not in _DTYPES:
+            raise InputError(f"{self.where}: the tensor {name!r} is {kind}, which is not read; allowed: {', '.join(_DTYPES)}")
+        return np.dtype(_DTYPES[kind])
+
+    def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
+        part = self._slice(name)
+        whole = all(i == slice(0, n) for i, n in zip(index, self.shape(name), strict=False))
+        return self._files[name].get_tensor(name) if whole else part[index]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._slices:
+            self._slices[name] = self._files[name].get_slice(name)
+        return self._slices[name]
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[Folder]:
+    """The tensors of a folder, while it is open.
+
+    Raises:
+      InputError: a file is missing or damaged.
+    """
+    index, shards = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
+    if index.exists() and not (folder / WEIGHTS).exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index}: the key 'weight_map' (tensor -> file) is missing")
+        shards = sorted(set(weight_map.values()))
+    files: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for shard in shards:
+            if not (folder / shard).exists():
+                raise InputError(f"{folder}: the file {shard!r} is missing")
+            try:
+                file = stack.enter_context(safe_open(folder / shard, framework="numpy"))
+            except SafetensorError as error:
+                raise InputError(f"{folder / shard}: not a whole safetensors file: {error}") from None
+            files |= dict.fromkeys(file.keys(), file)
+        yield Folder(str(folder), files)
+
+
+def check_target(folder: str | Path) -> Path:
+    """Where a bundle saved to `folder` will stand; to be asked before the work whose result is saved there.
+
+    Raises:
+      InputError: it is a file, or a folder that holds something else than a bundle.
+    """
+    target = Path(os.path.realpath(folder))  # a link stays one
+    if target.exists() and not target.is_dir():
+        raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
+    there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    other = [name for name in there if not _REPLACED.fullmatch(name)]
+    if other or (there and "config.json" not in there):
+        what = f"{(other or there)[0]!r}, which is no file of a bundle" if other else "no config.json, so no bundle"
+        raise InputError(f"out: {str(folder)!r} holds {what}; choose an empty or new folder")
+    return target
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside `folder`, which takes its place when the block ends well and vanishes when it does not."""
+    beside = None
+    try:
+        target = check_target(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(target)
+        beside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        beside.chmod(0o755)
+        yield beside
+        for path in [*beside.iterdir(), beside]:
+            _sync(path)
+        if target.is_dir():
+            _exchange(beside, target)  # what is beside now is the old one
+        else:
+            beside.rename(target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"out: {str(folder)!r} cannot be written: {error}; what stood there is unchanged") from error
+    finally:
+        if beside is not None and beside.exists():
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.new-{platform.node()}-{os.getpid()}-"
+
+
+def _clear_abandoned(target: Path) -> None:
+    """Remove what earlier saves to this place left when their process, on this machine, was killed."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.new-{glob.escape(platform.node())}-*"):
+        process = path.name.rsplit("-", 2)[1]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (ValueError, OSError):
+            continue  # somebody else's
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders: where the system can (Linux) at once, so that a crash leaves one or the other."""
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with contextlib.suppress(AttributeError, TypeError):
+        if ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+            return
+    aside = one.with_name(f"{one.name}-old")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
+    aside.rename(one)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # not every file system syncs folders
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,163 @@
+"""The goldens of the Llama family: see `make_goldens.py`, which has the commands, what is written, and the code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from make_goldens import Tiny, main
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+
+def sizes(vocab: int, depth: int = 2, kv_heads: int = 2, **more: Any) -> dict[str, Any]:
+    """What the configs of all kinds have; four heads of width 4 unless said otherwise."""
+    given = {
+        "vocab_size": vocab,
+        "hidden_size": 16,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": 20,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    return given | more
+
+
+def rope(kind: str, base: float = 500.0, **more: Any) -> dict[str, Any]:
+    """The parameters of a rope that was trained on 16 positions, fewer than any text here."""
+    trained = {"original_max_position_embeddings": 16} if kind in ("llama3", "yarn") else {}
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": base, **trained, **more}}
+
+
+_OLD = r"model\.(embed_tokens|layers\.1\.self_attn\.k_proj|layers\.0\.self_attn\.q_proj)\.weight"
+_FIRST, _SECOND = r"model\.(embed_tokens|layers\.0)\..*", r"model\.(embed_tokens|layers\.1)\..*"
+_GEMMA = {"head_dim": 6, "attention_bias": False}
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS = {
+    "llama-untied": Tiny(
+        3,
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=2048,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            rms_norm_eps=1e-2,
+        ),
+        *(24, 11, _OLD),
+    ),
+    "llama-tied": Tiny(
+        2,
+        LlamaConfig(
+            vocab_size=101,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=12,  # not hidden_size / heads
+            intermediate_size=24,
+            max_position_embeddings=24,
+            tie_word_embeddings=True,
+        ),
+        *(24, 17, _OLD),
+        shard="12KB",  # several files and an index
+    ),
+    "llama-linear": Tiny(4, LlamaConfig(**sizes(53, **rope("linear", factor=4.0))), 18, 9, _SECOND),
+    "llama-llama3": Tiny(5, LlamaConfig(**sizes(59, head_dim=8, **rope("llama3", 100.0, **_LLAMA3))), 18, 10, _SECOND),
+    "llama-yarn": Tiny(
+        6, LlamaConfig(**sizes(61, kv_heads=1, head_dim=16, **rope("yarn", 100.0, factor=4.0, beta_fast=4.0))), 18, 11, _SECOND
+    ),
+    "mistral-a": Tiny(7, MistralConfig(**sizes(53, sliding_window=5, **rope("default"))), 18, 9, _SECOND),
+    "mistral-b": Tiny(
+        8,
+        MistralConfig(**sizes(59, 3, kv_heads=1, head_dim=6, sliding_window=1, tie_word_embeddings=True)),
+        *(17, 12, _SECOND),
+    ),
+    "qwen2-a": Tiny(9, Qwen2Config(**sizes(61, **rope("default"))), 18, 10, _SECOND),
+    "qwen2-b": Tiny(
+        10,
+        Qwen2Config(
+            **sizes(53, 3, kv_heads=4, use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True)
+        ),
+        *(17, 13, _SECOND),
+    ),
+    "qwen3-a": Tiny(11, Qwen3Config(**sizes(59, head_dim=8, tie_word_embeddings=True)), 18, 9, _SECOND),
+    "qwen3-b": Tiny(
+        12,
+        Qwen3Config(
+            **sizes(61, 3, kv_heads=1, head_dim=6, use_sliding_window=True, sliding_window=6, max_window_layers=2),
+            **rope("yarn", 1000.0, factor=4.0, attention_factor=1.3),
+        ),
+        *(18, 12, _SECOND),
+    ),
+    "gemma2-a": Tiny(
+        13,
+        Gemma2Config(
+            **sizes(53, 3, sliding_window=4, pad_token_id=0, **_GEMMA),
+            **{"query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        ),
+        *(17, 11, _SECOND),
+    ),
+    "gemma3_text-a": Tiny(
+        14,
+        Gemma3TextConfig(
+            **sizes(59, 3, kv_heads=1, sliding_window=3, pad_token_id=0, **_GEMMA),
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            query_pre_attn_scalar=10,
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+            },
+        ),
+        *(17, 12, r"model\.(embed_tokens|layers\.2)\..*"),
+    ),
+    "mixtral-a": Tiny(15, MixtralConfig(**sizes(53, 1), num_local_experts=4), 17, 11, _FIRST),
+    "mixtral-b": Tiny(
+        16,
+        MixtralConfig(
+            **sizes(61, 2, kv_heads=1, head_dim=6, sliding_window=5, tie_word_embeddings=True),
+            **{"num_local_experts": 5, "num_experts_per_tok": 3},
+        ),
+        *(18, 9, _SECOND),
+    ),
+}
+
+_TIED = {"tied": True, "head_width": 12, "rope_base": 500.0, "norm_eps": 1e-2}
+_PLAIN_GEMMA = {"qkv_bias": False, "query_scale": 0.3}
+WRITTEN = {
+    "llama": ("llama", "tiny", {}),
+    "llama-tied": ("llama", "tiny", _TIED),
+    "llama-bf16": ("llama", "tiny", {}),
+    "llama-linear": ("llama", "tiny", {"rope_scaling": {"kind": "linear", "factor": 4.0}}),
+    "llama-llama3": ("llama", "tiny", {"rope_scaling": {"kind": "llama3", "factor": 8.0, "context": 16}}),
+    "llama-yarn": ("llama", "tiny", {"rope_scaling": {"kind": "yarn", "factor": 4.0, "context": 16, "sharpen": 1.2}}),
+    "llama-yarn-plain": ("llama", "tiny", {"rope_scaling": {"kind": "yarn", "factor": 4.0, "context": 16}}),
+    "mistral": ("llama", "tiny", {"windows": [5]}),
+    "qwen2": ("llama", "tiny", {"qkv_bias": True}),
+    "qwen2-window": ("llama", "tiny", {"qkv_bias": True, "windows": [0, 7], "tied": True}),
+    "qwen3": ("llama", "tiny", {"qk_norm": True}),
+    "qwen3-window": ("llama", "tiny", {"qk_norm": True, "windows": [0, 0, 7], "tied": True}),
+    "gemma2": ("llama", "tiny-gemma", {**_PLAIN_GEMMA, "qk_norm": False, "local_rope_base": None}),
+    "gemma3_text": ("llama", "tiny-gemma", {**_PLAIN_GEMMA, "attn_softcap": None, "logit_softcap": None}),
+    "gemma3_text-scaled": ("llama", "tiny-gemma", {**_PLAIN_GEMMA, "rope_scaling": {"kind": "linear", "factor": 8.0}}),
+    "mixtral": ("llama", "tiny-moe", {}),
+    "mixtral-window": ("llama", "tiny-moe", {"windows": [5], "experts_per_token": 3, "tied": True}),
+    "mixtral-bf16": ("llama", "tiny-moe", {}),
+}
+
+if __name__ == "__main__":
+    main(MODELS, WRITTEN)
