@@ -10,13 +10,15 @@ from jaxmodel.layers.leaf import leaf
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm with a weight `[D]`."""
+    """Root mean square norm with a weight `[D]`, to which `offset` is added (Gemma stores weights around zero)."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return ops.rms_norm(x, leaf(self, "weight", nn.initializers.ones, x.shape[-1:]), self.eps)
+        weight = leaf(self, "weight", nn.initializers.constant(1 - self.offset), x.shape[-1:])
+        return ops.rms_norm(x, weight + self.offset if self.offset else weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -5,10 +5,21 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Any
 
 from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
 
-__all__ = ["Inputs", "Model", "Output", "Parts", "families", "wrap"]
+__all__ = ["Inputs", "Model", "Output", "Parts", "families", "sizes", "wrap"]
+
+
+def sizes() -> dict[str, tuple[ModuleType, Any]]:
+    """Every named size as `family/name`, with its module and config.
+
+    >>> module, config = sizes()["gpt2/gpt2-xl"]
+    >>> config.width
+    1600
+    """
+    return {f"{family}/{name}": (m, config) for family, m in families().items() for name, config in m.SIZES.items()}
 
 
 def families() -> dict[str, ModuleType]:

@@ -1,4 +1,8 @@
-"""Llama (Touvron et al., 2023): RMS norm, rotary positions, grouped heads, a gated feed-forward part, no biases.
+"""Llama (Touvron et al., 2023) and what its config makes of it: Mistral, Qwen 2 and 3, Gemma 2 and 3, SmolLM2.
+
+RMS norm, rotary positions, grouped heads, a gated feed-forward part. Mistral (Jiang et al., 2023) adds a window of attention,
+Qwen 2 (2024) biases of q, k and v, Qwen 3 (2025) norms of queries and keys, Gemma (2024, 2025) norms behind each part,
+soft caps and windows in most layers only.
 
 >>> config = SIZES["tiny"]
 >>> llama = model(config)
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import MLP, Attention, RMSNorm, init_layers, leaf
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
@@ -41,6 +46,18 @@ class Config:
       norm_eps: of the RMS norms.
       tied: whether the head reads the embedding.
       init_scale: standard deviation of new weights.
+      rope_scaling: for contexts longer than that of the training.
+      windows: of attention, taken by the layers in turn; 0 for all positions, () for all in every layer.
+      local_rope_base: of the rotary frequencies in layers with a window; None for `rope_base`, and with the scaling.
+      qkv_bias: whether q, k and v have biases.
+      qk_norm: whether each head's queries and keys are normed.
+      activation: of the gate, "silu" or "gelu_tanh".
+      norm_offset: added to the weight of every norm.
+      post_norms: whether the result of each part is normed too.
+      embed_scale: factor of the embedding.
+      query_scale: of the scores; None for `head_width ** -0.5`.
+      attn_softcap: of the scores, or None.
+      logit_softcap: of the logits, or None.
     """
 
     vocab: int
@@ -55,6 +72,18 @@ class Config:
     norm_eps: float = 1e-5
     tied: bool = False
     init_scale: float = 0.02
+    rope_scaling: ops.RopeScaling | None = None
+    windows: tuple[int, ...] = ()
+    local_rope_base: float | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embed_scale: float = 1.0
+    query_scale: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context"))
@@ -63,21 +92,62 @@ class Config:
                 f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given; a divisor of {self.heads} heads and an even "
                 "width are needed"
             )
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        if any(not isinstance(w, int) or w < 0 for w in self.windows):
+            raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
 
+    def window_of_layers(self) -> tuple[int, ...]:
+        """The window of every layer; 0 for none."""
+        return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu_tanh": nn.gelu}
+
+
+_LLAMA31 = ops.RopeScaling("llama3", 8.0, 8192)
+_GEMMA: dict[str, Any] = {"tied": True, "activation": "gelu_tanh", "norm_offset": 1.0, "post_norms": True}
 
 SIZES = {
     "tiny": Config(256, 32, 3, 4, 2, 8, 64, 128),
+    "tiny-gemma": dataclasses.replace(
+        Config(256, 32, 3, 4, 2, 8, 64, 128, windows=(3, 0), embed_scale=32**0.5, **_GEMMA),
+        local_rope_base=1000.0,
+        qk_norm=True,
+        qkv_bias=True,
+        attn_softcap=5.0,
+        logit_softcap=3.0,
+    ),
     "smollm2-135m": Config(49152, 576, 30, 9, 3, 64, 1536, 8192, 100000.0, tied=True),
     "llama-2-7b": Config(32000, 4096, 32, 32, 32, 128, 11008, 4096),
     "llama-3-8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 8192, 500000.0),
     "llama-3-70b": Config(128256, 8192, 80, 64, 8, 128, 28672, 8192, 500000.0),
     "llama-3-405b": Config(128256, 16384, 126, 128, 8, 128, 53248, 8192, 500000.0),
+    "llama-3.1-8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 131072, 500000.0, rope_scaling=_LLAMA31),
+    "mistral-7b": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, windows=(4096,)),
+    "qwen2-0.5b": Config(151936, 896, 24, 14, 2, 64, 4864, 32768, 1000000.0, 1e-6, tied=True, qkv_bias=True),
+    "qwen2-7b": Config(152064, 3584, 28, 28, 4, 128, 18944, 32768, 1000000.0, 1e-6, qkv_bias=True),
+    "qwen3-0.6b": Config(151936, 1024, 28, 16, 8, 128, 3072, 40960, 1000000.0, 1e-6, tied=True, qk_norm=True),
+    "qwen3-8b": Config(151936, 4096, 36, 32, 8, 128, 12288, 40960, 1000000.0, 1e-6, qk_norm=True),
+    "gemma-2-2b": dataclasses.replace(
+        Config(256000, 2304, 26, 8, 4, 256, 9216, 8192, norm_eps=1e-6, windows=(4096, 0), embed_scale=2304**0.5, **_GEMMA),
+        query_scale=256**-0.5,
+        attn_softcap=50.0,
+        logit_softcap=30.0,
+    ),
+    "gemma-3-1b": dataclasses.replace(
+        Config(262144, 1152, 26, 4, 1, 256, 6912, 32768, 1e6, 1e-6, windows=(512,) * 5 + (0,), embed_scale=1152**0.5, **_GEMMA),
+        query_scale=256**-0.5,
+        local_rope_base=10000.0,
+        qk_norm=True,
+    ),
 }
 
 RULES: tree.Rules = (
     ("embed", P("tensor", "fsdp")),
     (tree.optional("head"), P("tensor", "fsdp")),
     ("blocks/.*/(q|k|v|gate|up)", P("tensor", "fsdp")),
+    (tree.optional("blocks/.*/(q|k|v)_bias"), P("tensor")),
     ("blocks/.*/(o|down)", P("fsdp", "tensor")),
     (".*norm/weight", P()),
 )
@@ -92,11 +162,34 @@ class _Block(nn.Module):
         c = self.config
         normal = nn.initializers.normal(c.init_scale)
         out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
-        mix = Attention(c.heads, c.kv_heads, c.head_width, False, normal, out, self.policy, name="attn")
-        mlp = MLP(c.mlp_width, nn.silu, True, False, normal, out, self.policy, name="mlp")
-        y, cache = mix(RMSNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer)
-        x = x + y
-        return x + mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x)), cache
+        norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset)
+        mix = Attention(
+            *(c.heads, c.kv_heads, c.head_width, c.qkv_bias, normal, out, self.policy),
+            out_bias=False,
+            qk_norm=norm if c.qk_norm else None,
+            scale=c.query_scale,
+            softcap=c.attn_softcap,
+            name="attn",
+        )
+        mlp = MLP(c.mlp_width, ACTIVATIONS[c.activation], True, False, normal, out, self.policy, name="mlp")
+        context, window = _of_layer(c, context, layer)
+        y, cache = mix(norm(name="attn_norm")(x), context, cache, layer, window)
+        x = x + (norm(name="attn_post_norm")(y) if c.post_norms else y)
+        y = mlp(norm(name="mlp_norm")(x))
+        return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), cache
+
+
+def _of_layer(config: Config, context: dict[str, Any], layer: Any) -> tuple[dict[str, Any], Any]:
+    """The context and the window of one layer, whose number is traced where layers are scanned."""
+    windows = config.window_of_layers()
+    if not any(windows):
+        return context, None
+    everything = jnp.iinfo(jnp.int32).max
+    window = jnp.asarray([w or everything for w in windows], jnp.int32)[layer]
+    if config.local_rope_base is not None:
+        pick = lambda near, far: jnp.where(window < everything, near, far)
+        context = {**context, "rope": jax.tree.map(pick, context["local_rope"], context["rope"])}
+    return context, window
 
 
 class _Head(nn.Module):
@@ -106,10 +199,11 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, table: Any = None) -> jax.Array:
         c = self.config
-        x = RMSNorm(c.norm_eps, name="norm")(x)
+        x = RMSNorm(c.norm_eps, c.norm_offset, name="norm")(x)
         if table is None:
             table = leaf(self, "head", nn.initializers.normal(c.init_scale), (c.vocab, x.shape[-1]))
-        return ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
+        logits = ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
+        return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
 
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
@@ -125,8 +219,11 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
     ) -> tuple[jax.Array, dict[str, Any]]:
         positions, context = decoder_context(inputs, cache)
-        context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base)
-        return ops.take(params["embed"], inputs["tokens"], policy), context
+        context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base, config.rope_scaling)
+        if config.local_rope_base is not None:
+            context["local_rope"] = ops.rope_tables(positions, config.head_width, config.local_rope_base)
+        x = ops.take(params["embed"], inputs["tokens"], policy)
+        return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype), context
 
     def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
         x, cache = block_module.apply({"params": params}, x, context, cache, layer)

@@ -44,21 +44,21 @@ def attention(
       InputError: a bias with blockwise attention.
     """
     t, s = q.shape[1], k.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     long = policy.attention == "auto" and t * s >= BLOCKWISE_FROM and t > 1 and bias is None
     if policy.attention == "blockwise" or long:
         if bias is not None:
             raise InputError("policy.attention: 'blockwise' takes no bias of relative positions; allowed: 'plain', 'auto'")
-        return blockwise(q, k, v, seen, policy, scale, softcap)
+        return blockwise(q, k, v, seen, policy, factor, softcap)
     if not (seen.causal and t == s and t >= CAUSAL_FROM and t % CAUSAL_PARTS == 0):
-        return _plain(q, k, v, seen.square(t, s), policy, scale, softcap, bias)
+        return _plain(q, k, v, seen.square(t, s), policy, factor, softcap, bias)
     size = t // CAUSAL_PARTS  # nearly half of the work is left out: no query sees behind the end of its part
     parts = []
     for start in range(0, t, size):
         stop = start + size
         square = seen.square(size, stop, start)
         near = None if bias is None else bias[:, :, start:stop, :stop]
-        parts.append(_plain(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], square, policy, scale, softcap, near))
+        parts.append(_plain(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], square, policy, factor, softcap, near))
     return jnp.concatenate(parts, axis=1)
 
 
