@@ -4,23 +4,21 @@ Command:  python experiments/train_gpt.py [--quick] [--seed N] --json -
 Cost:     about 4 minutes on two cores; --quick about 1 (40 steps instead of 200).
 Goals:    the loss of every step on mesh fsdp 4 x tensor 2 equals that of one device to 1e-4 relative; the held-out loss falls at
           least 2 nats below that of guessing evenly (1 in the quick form); int8 changes the held-out loss by at most 0.01.
-Measured: see RESULTS.md (`make numbers`).
+Measured: all goals met (RESULTS.md, quick form, 41 s): losses equal to 5.5e-6; held-out loss 5.080 (goal 5.931); int8 changes it
+          by +0.00002, int4 by +0.0001; 11,745 tokens/s on one device, 9,039 on eight simulated ones.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from jaxmodel import compress, data, evaluate, hub, report
-from jaxmodel.report.run import versions
 
 VOCAB = 1024
 
@@ -34,39 +32,30 @@ def train(room: Path, name: str, steps: int, seed: int, *options: str) -> dict[s
     return json.loads(out.read_text())
 
 
-def main() -> None:
+def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     """Train twice, compare, compress."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="40 steps instead of 200")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", default=None, metavar="FILE")
-    args = parser.parse_args()
-    began = time.perf_counter()
-    steps = 40 if args.quick else 200
+    steps = 40 if quick else 200
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)
-        one = train(room, "one", steps, args.seed)
-        eight = train(room, "eight", steps, args.seed, "--devices", "8", "--mesh", "fsdp=4,tensor=2")
+        one = train(room, "one", steps, seed)
+        eight = train(room, "eight", steps, seed, "--devices", "8", "--mesh", "fsdp=4,tensor=2")
         bundle = hub.from_pretrained(room / "eight")
     pairs = [(a["loss"], b["loss"]) for a, b in zip(one["history"], eight["history"], strict=True)]
-    windows = data.windows(hub.need_processor(bundle).encode(data.load_text("english").text), 128, limit=32)
-    nll = {}
-    for name in ("f32", "int8", "int4"):
-        version = bundle if name == "f32" else compress.compress_bundle(bundle, compress.NAMED[name], name)[0]
-        nll[name] = evaluate.perplexity(version.model, version.running(), windows).nll
-    goal = math.log(VOCAB) - (1 if args.quick else 2)
+    ids = hub.need_processor(bundle).encode(data.load_text("english").text)
+    windows = data.windows(ids, bundle.model.config.context, limit=32)
+    _, int8, int4 = evaluate.compare(compress.versions(bundle, ("f32", "int8", "int4")), windows, seed=seed)
+    goal = math.log(VOCAB) - (1 if quick else 2)
     entries: list[tuple] = [
         ("largest relative difference of losses, 8 devices and 1", max(abs(a / b - 1) for a, b in pairs), "", "<= 1e-4"),
         ("held-out loss", eight["heldout_loss"], "nats", f"<= {goal:.3f}"),
         ("training loss, last step", eight["loss"], "nats"),
-        ("int8 change of held-out loss", nll["int8"] - nll["f32"], "nats", "<= 0.01"),
-        ("int4 change of held-out loss", nll["int4"] - nll["f32"], "nats"),
+        ("int8 change of held-out loss", int8["nll_change"], "nats", "<= 0.01"),
+        ("int4 change of held-out loss", int4["nll_change"], "nats"),
         ("throughput, 1 device", one["tokens_per_second"], "tokens/s"),
         ("throughput, 8 simulated devices", eight["tokens_per_second"], "tokens/s"),
     ]
-    protocol = {"steps": steps, "seed": args.seed, "data": eight["data"], **versions()}
-    report.emit(report.rows(entries, time.perf_counter() - began, protocol), args.json or "-")
+    return entries, {"steps": steps, "data": eight["data"]}
 
 
 if __name__ == "__main__":
-    main()
+    report.experiment(__doc__, "40 steps instead of 200", run)

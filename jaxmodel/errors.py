@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import numbers
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -32,6 +33,21 @@ def unknown(argument: str, given: object, allowed: Iterable[str]) -> InputError:
     hint = f" (nearest: {', '.join(close)})" if close else ""
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return InputError(f"{argument}: {given!r} is not known; allowed: {shown}{hint}")
+
+
+def at_least(argument: str, value: object, least: int = 1) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    Raises:
+      InputError: it is smaller, or something else (True is no number).
+
+    >>> at_least("steps", 0)
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: steps: 0 given; allowed: a whole number of at least 1
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
+        raise InputError(f"{argument}: {value!r} given; allowed: a whole number of at least {least}")
 
 
 def require(module: str, extra: str) -> ModuleType:

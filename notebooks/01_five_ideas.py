@@ -28,9 +28,9 @@ import numpy as np
 import optax
 from IPython.display import SVG, Markdown
 
-from jaxmodel import compress, data, evaluate, generate, hub, ops, report, train, tree
+from jaxmodel import compress, data, evaluate, generate, hub, models, ops, report, train, tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import Output, llama
+from jaxmodel.models import llama
 from jaxmodel.report import Column, plot
 
 report.set_quiet()  # no progress lines between the cells
@@ -95,12 +95,13 @@ print(f"largest difference: {jnp.max(jnp.abs(model.parts.head(params, x) - logit
 
 
 # %%
-def average(params, inputs, **options):
-    each = jax.vmap(lambda member: model.apply(member, inputs, **options).logits)(params)
-    return Output(logits=jnp.mean(each, axis=0))
+def average(params, inputs, cache=None, rng=None, train=False):
+    each = jax.vmap(lambda member: model.apply(member, inputs, rng=rng, train=train).logits)(params)
+    return jnp.mean(each, axis=0), {}
 
 
-ensemble = dataclasses.replace(model, apply=average)
+parts = models.Parts(average, None, lambda params, x, rng=None, train=False: x)
+ensemble = dataclasses.replace(model, parts=parts)
 two = jax.tree.map(lambda a: jnp.stack([a, 0.9 * a]), params)
 jax.jit(ensemble.apply)(two, tokens).logits.shape
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 
 from jaxmodel import errors
@@ -36,6 +37,18 @@ def test_nearest_counts_and_orders():
     names = ["blocks/0/attn/q", "blocks/0/attn/k", "embed"]
     assert errors.nearest("blocks/0/attn/qq", names, count=1) == ["blocks/0/attn/q"]
     assert errors.nearest("zzz", names) == []
+
+
+def test_at_least():
+    for fine in (1, np.int64(7)):
+        errors.at_least("chunk", fine)
+    errors.at_least("steps", 0, 0)
+    for bad in (0, -3, 1.0, "1", True, None, np.float32(2)):
+        with pytest.raises(InputError) as caught:
+            errors.at_least("chunk", bad)
+        assert str(caught.value) == f"chunk: {bad!r} given; allowed: a whole number of at least 1"
+    with pytest.raises(InputError, match="at least 257"):
+        errors.at_least("vocab", 256, 257)
 
 
 def test_require_returns_the_module():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ def test_docstring_states_command_cost_and_goals(name):
     doc = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
     assert f"python experiments/{name}.py [--quick] [--seed N] --json -" in doc
     assert all(f"\n{word}:" in doc for word in ("Command", "Cost", "Goals", "Measured"))
+    assert len(re.findall(r"\d+\.\d+", doc.partition("\nMeasured:")[2])) >= 3  # the last values, not only where they stand
 
 
 @pytest.mark.parametrize("name", NAMES)

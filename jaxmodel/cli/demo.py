@@ -6,130 +6,57 @@ make that smaller too; write it all down as a page.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jaxmodel import compress, data, evaluate, generation, hub, leaves, report, tree
+from jaxmodel import compress, data, evaluate, hub, report
+from jaxmodel.cli import resolved
 from jaxmodel.cli.options import Demo
 from jaxmodel.errors import InputError, require
 from jaxmodel.report import html, plot
 from jaxmodel.report.table import megabytes, number, rate
 
 PROMPT = "The capital of France is"
-NEW_TOKENS = 16
 MESH = "fsdp=4,tensor=2"
 
 
 def run(options: Demo, folder: report.Run) -> dict[str, Any]:
     """The whole job; see the module's docstring."""
     began = time.perf_counter()
-    if options.windows < 1 or options.train_steps < 0:
-        raise InputError(f"windows: {options.windows}, train-steps: {options.train_steps}; at least 1 and 0 are needed")
     require("matplotlib", "notebook")  # the plots come last; what they lack must be known first
     text = data.load_text(options.data)
     with report.step(f"load {options.model}"):
         bundle = hub.from_pretrained(options.model, dtype="float32")
-        if any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values()):
-            raise InputError(f"model: {options.model!r} is compressed already; the demo starts from plain weights")
-        ids = hub.need_processor(bundle).encode(text.text)
-        windows = data.windows(ids, options.window, limit=options.windows)
-    rows: list[dict[str, Any]] = []
-    base: np.ndarray | None = None
-    same = False
-    with report.bar(len(VERSIONS), "versions") as shown:
-        for name, version in _versions(bundle):
-            row, nll = _measure(name, version, windows, base, folder, options.seed)
-            base = nll if base is None else base
-            rows.append(row)
-            if name == "int8":
-                same = _loads_back(version, folder, windows[:1, :64])
-            shown.advance(1, done=name)
+        versions = compress.versions(bundle)
+        windows, tokens = resolved.windows(
+            text, hub.need_processor(bundle), options.window, options="--data, --window", limit=options.windows
+        )
+    recipes = {name: recipe.texts() for name, recipe in compress.NAMED.items()}
+    folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(text), recipes=recipes)
+    rows = evaluate.compare(
+        versions,
+        windows,
+        keep={"int8": folder.path("int8")},
+        speed=True,
+        prompt=PROMPT,
+        seed=options.seed,
+        on_row=lambda row: folder.log(**row),
+    )
     result: dict[str, Any] = {
         "rows": rows,
-        "text": {"name": text.name, "origin": text.origin, "sha256": text.sha256, "tokens": len(ids)},
+        "text": {**resolved.of_text(text), "tokens": tokens},
         "predictions": int(windows.shape[0] * (windows.shape[1] - 1)),
         "prompt": PROMPT,
-        "int8_loads_back_identical": same,
+        "int8_loads_back_identical": next(row["loads_back"] for row in rows if row["name"] == "int8"),
         "train": _train(options, folder) if options.train_steps else {},
     }
     result["seconds"] = time.perf_counter() - began
     folder.save_json("report.json", result)
     _write_page(result, folder)
     return result
-
-
-# ------------------------------------------------------------------------------------------------------ versions
-
-VERSIONS = ("f32", "bf16", *compress.NAMED)
-
-
-def _versions(bundle: hub.Bundle) -> Iterator[tuple[str, hub.Bundle]]:
-    """The model as it is, in bfloat16, and by each named recipe; one at a time, so that two never share the memory."""
-    yield "f32", bundle
-    policy = dataclasses.replace(bundle.model.policy, compute="bfloat16")
-    half = bundle.model.with_policy(policy)
-    yield "bf16", dataclasses.replace(bundle, model=half, params=tree.cast(bundle.params, "bfloat16"))
-    for name, recipe in compress.NAMED.items():
-        yield name, compress.compress_bundle(bundle, recipe, name)[0]
-
-
-def _measure(
-    name: str, bundle: hub.Bundle, windows: np.ndarray, base: np.ndarray | None, folder: report.Run, seed: int
-) -> tuple[dict[str, Any], np.ndarray]:
-    """One row of the table, and the loss of every token."""
-    file_bytes = _file_bytes(bundle, folder.path("int8") if name == "int8" else None)
-    params = generation.running(bundle)
-    nll = evaluate.token_nll(bundle.model, params, windows)
-    score = evaluate.summarize(nll, seed=seed)
-    change = nll - base if base is not None else np.zeros_like(nll)
-    with report.step(f"{name}: speed"):
-        speed = generation.measure_speed(bundle)
-    text = generation.generate(bundle, PROMPT, max_new_tokens=NEW_TOKENS)
-    row = {
-        "name": name,
-        "resident_bytes": tree.nbytes(params),
-        "packed_bytes": tree.nbytes(bundle.params),
-        "file_bytes": file_bytes,
-        "bits_per_weight": 8 * tree.nbytes(bundle.params) / tree.count(bundle.params),
-        "nll": score.nll,
-        "nll_interval": score.interval,
-        "perplexity": score.perplexity,
-        "nll_change": float(np.mean(change, dtype=np.float64)),
-        "nll_change_interval": evaluate.bootstrap(change, seed=seed),
-        **speed,
-        "continuation": text,
-    }
-    folder.log(**row)
-    return row, nll
-
-
-def _file_bytes(bundle: hub.Bundle, keep: Path | None) -> int:
-    """Bytes of the weights on disk; the folder stays only where `keep` says."""
-    with tempfile.TemporaryDirectory() as room:
-        place = bundle.save_pretrained(keep or Path(room) / "bundle")
-        return sum(file.stat().st_size for file in place.glob("*.safetensors"))
-
-
-def _loads_back(bundle: hub.Bundle, folder: report.Run, tokens: np.ndarray) -> bool:
-    """Whether the bundle read back from disk gives the same logits as this one in memory, bit for bit."""
-    loaded = hub.from_pretrained(folder.path("int8"))
-    inputs = jnp.asarray(tokens)
-    first, second = (np.asarray(jax.jit(b.model.apply)(b.params, inputs).logits) for b in (bundle, loaded))
-    return bool(np.array_equal(first, second))
-
-
-# --------------------------------------------------------------------------------------------------------- train
 
 
 def _train(options: Demo, folder: report.Run) -> dict[str, Any]:
@@ -143,14 +70,10 @@ def _train(options: Demo, folder: report.Run) -> dict[str, Any]:
         raise InputError(f"train: the training process ended with code {done.returncode}; its messages stand above")
     result = json.loads(answer.read_text())
     bundle = hub.from_pretrained(out)
-    heldout = data.load_text("english")
-    windows = data.windows(hub.need_processor(bundle).encode(heldout.text), bundle.model.config.context, limit=32)
-    smaller = {}
-    for name in ("f32", "int8", "int4"):
-        version = bundle if name == "f32" else compress.compress_bundle(bundle, compress.NAMED[name], name)[0]
-        score = evaluate.perplexity(version.model, version.running(), windows, seed=options.seed)
-        smaller[name] = {"resident_bytes": tree.nbytes(version.params), "nll": score.nll, "nll_interval": score.interval}
-    return {**result, "out": "gpt/bundle", "compressed": smaller}
+    ids = hub.need_processor(bundle).encode(data.load_text("english").text)
+    windows = data.windows(ids, bundle.model.config.context, limit=32)
+    rows = evaluate.compare(compress.versions(bundle, ("f32", "int8", "int4")), windows, seed=options.seed)
+    return {**result, "out": "gpt/bundle", "compressed": {row["name"]: row for row in rows}}
 
 
 # --------------------------------------------------------------------------------------------------------- show
@@ -191,7 +114,7 @@ def show(result: dict[str, Any], console: Any) -> None:
             f"held-out loss {number(train['heldout_loss'])}, {rate(train['tokens_per_second'])} tokens/s",
             markup=False,
         )
-        report.print_table([{"name": k, **v} for k, v in train["compressed"].items()], TRAIN_COLUMNS, None, console)
+        report.print_table([*train["compressed"].values()], TRAIN_COLUMNS, None, console)
         console.print(Text(train["sample"]))
     console.print(f"{result['seconds']:.0f} s")
 
@@ -236,7 +159,7 @@ def _write_page(result: dict[str, Any], folder: report.Run) -> None:
                 f"held-out loss {train['heldout_loss']:.3f}. Saved, loaded and made smaller by the same calls:"
             ),
             figures["loss"],
-            html.table([{"name": k, **v} for k, v in train["compressed"].items()], TRAIN_COLUMNS),
+            html.table([*train["compressed"].values()], TRAIN_COLUMNS),
             html.code(train["sample"]),
         ]
     sections += [

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxmodel.cli.options import VERBS, Common, Rerun
+from jaxmodel.cli.options import VERBS, Common, Rerun, check
 from jaxmodel.errors import InputError
 
 
@@ -69,10 +69,9 @@ def run(options: Common) -> tuple[dict[str, Any], int]:
     from jaxmodel.cli import rerun, verbs
 
     name = rerun.name_of(options)
+    check(options)
     report.check_target(options.json)
     verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
-    if not 0 <= getattr(options, "seed", 0) < 2**32:
-        raise InputError(f"seed: {options.seed} given; allowed: 0 to {2**32 - 1}")  # pyright: ignore[reportAttributeAccessIssue]
     verb.prepare(options)
     with report.clean_stdout(options.json):
         folder = report.start_run(name, {"verb": name, **dataclasses.asdict(options)}, options.runs)

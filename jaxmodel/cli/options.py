@@ -1,4 +1,4 @@
-"""The options of every verb, one frozen dataclass each: they are the command line, its help, and a run's resolved config.
+"""The options of every verb, one frozen dataclass each: they are the command line, its help, and what a run's config begins with.
 
 Nothing heavy is imported here, so that `--help` and a wrong option answer at once.
 """
@@ -6,143 +6,165 @@ Nothing heavy is imported here, so that `--help` and a wrong option answer at on
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-_MODEL = arg(metavar="MODEL", help="A known name (smollm2-135m), a bundle folder, a .gguf file, or a hub id 'org/name'.")
-_FILE = arg(metavar="FILE")
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.train.options import TrainOptions
+
+_SOURCE = "a known name (smollm2-135m), a bundle folder, a .gguf file, or a hub id 'org/name'"
+_TEXT = "a UTF-8 file, or one of english, english_train, pydoc, tinyshakespeare, wikitext2-test, wikitext2-valid"
+_RECIPE = (
+    "int8 (weights, and activations as they come), int8-weight (weights only), int4 (groups of 64), sparse50-int8 (half of the "
+    "weights zero); or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'."
+)
+_MODEL = arg(metavar="MODEL", help=f"The model: {_SOURCE}.")
+_DTYPE = arg(
+    metavar="{float32,bfloat16}",
+    help="Of plain weights and of the computation.",
+    help_behavior_hint="(default: as the bundle was stored, else float32)",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
     """What every verb takes."""
 
-    json: Annotated[str | None, _FILE] = None
-    """Write the numbers as JSON to FILE; '-' is standard output, and then nothing else is printed there."""
+    LEAST: ClassVar[Mapping[str, int]] = {}
+    """Option -> the smallest whole number that it allows."""
+
+    json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: no JSON)")] = None
+    """Write the numbers as JSON to FILE too; '-' prints them on standard output, and nothing else is printed there then."""
     runs: Annotated[str, arg(metavar="FOLDER")] = "runs"
-    """The folder that gets FOLDER/<time>-<verb>/ with the resolved config, versions and results."""
+    """Where the run leaves its own folder, FOLDER/<time>-<verb>/, with config, versions and results."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Common):
-    """The main job: load SmolLM2, make it smaller in five ways, measure each, train a small GPT on eight devices."""
+    """The main job, in a few minutes: load SmolLM2, make it smaller in five ways, measure each (size, quality, speed), train a
+    small GPT on eight simulated devices, and write it all down as report.html."""
 
-    model: Annotated[str, arg(metavar="MODEL")] = "smollm2-135m"
-    """The model to compress: a known name, a bundle folder, a .gguf file, or a hub id."""
-    data: Annotated[str, arg(metavar="TEXT")] = "english"
-    """Text for perplexity: a file or a known source."""
+    LEAST: ClassVar = {"windows": 1, "window": 2, "train_steps": 0}
+
+    model: Annotated[str, arg(metavar="MODEL", help=f"The model to make smaller: {_SOURCE}.")] = "smollm2-135m"
+    data: Annotated[str, arg(metavar="TEXT", help=f"The text to score: {_TEXT}.")] = "english"
     windows: int = 4
-    """Windows of text to score (16 for the full figure)."""
+    """How many windows of the text are scored; 16 for the figure that the project quotes."""
     window: int = 512
-    """Tokens in a window."""
+    """Tokens in a window, at most the model's context."""
     train_steps: int = 200
-    """Updates of the small GPT (0 leaves it out)."""
+    """Updates of the small GPT; 0 leaves it out."""
     seed: int = 0
-    """Of training and of the bootstrap intervals."""
+    """Of the training and of the bootstrap intervals."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(Common):
-    """Perplexity of a model on a text, with a bootstrap interval."""
+    """Score a text: how well a model predicts each next token (NLL in nats, perplexity), with a 95 % bootstrap interval."""
+
+    LEAST: ClassVar = {"window": 2, "max_windows": 1}
 
     model: Annotated[Positional[str], _MODEL]
-    data: Annotated[str, arg(metavar="TEXT")] = "english"
-    """A UTF-8 file, or a known source: english, wikitext2-test, wikitext2-valid, tinyshakespeare, pydoc."""
+    data: Annotated[str, arg(metavar="TEXT", help=f"The text to score: {_TEXT}.")] = "english"
     window: int = 512
-    """Tokens in a window; the whole text is tokenised at once and cut."""
-    max_windows: int | None = None
-    """Score only the first so many windows."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of plain weights and of the computation; default as the bundle was stored, else float32."""
+    """The text is cut into windows of so many tokens, each scored on its own; at most the model's context."""
+    max_windows: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: all)")] = None
+    """Score only so many windows, the first ones."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
     seed: int = 0
     """Of the bootstrap interval."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Common):
-    """Continue a prompt."""
+    """Continue a prompt, or with --chat answer it; the likeliest tokens, unless --temperature is above 0."""
+
+    LEAST: ClassVar = {"max_new_tokens": 1}
 
     model: Annotated[Positional[str], _MODEL]
-    prompt: str
+    prompt: Annotated[str, arg(metavar="TEXT")]
     """The text to continue."""
     max_new_tokens: int = 64
     """The most tokens to add."""
     temperature: float = 0.0
-    """0 takes the likeliest token; above 0 draws."""
+    """0 takes the likeliest token; above 0 draws, the more freely the higher. The next three narrow what is drawn from."""
     top_k: int = 0
-    """Draw among so many likeliest tokens (0: all)."""
+    """Only so many of the likeliest tokens; 0 for all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
+    """Only the likeliest tokens that together have this probability; 1 for all."""
     min_p: float = 0.0
-    """Draw among tokens at least so probable relative to the likeliest."""
+    """Only tokens with at least this share of the likeliest one's probability; 0 for all."""
     repetition_penalty: float = 1.0
-    """Divide the scores of tokens that were there by this."""
-    stop: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """End in front of this text (may be given several times)."""
+    """Above 1 makes tokens that are in the text already less likely."""
+    stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = ()
+    """End before this text; may be given several times."""
     chat: bool = False
-    """Put the prompt through the model's chat template, as a user's message."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of plain weights and of the computation; default as the bundle was stored, else float32."""
+    """Ask the prompt as a user's message, in the form that the model's chat template gives it."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
     seed: int = 0
-    """Of the draws."""
+    """Of the draws: the same seed gives the same text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compress(Common):
-    """Make a model smaller by a recipe and save it as a bundle."""
+    """Make a model smaller by a recipe and save it as a bundle, a folder that every verb takes as MODEL."""
 
     model: Annotated[Positional[str], _MODEL]
-    recipe: str
-    """int8 (weights and, as they come, activations), int8-weight, int4 (groups of 64), sparse50-int8; or a chain such as
-    'magnitude(0.5) | rtn(bits=4, group=32)' for the blocks."""
+    recipe: Annotated[str, arg(metavar="RECIPE", help=_RECIPE)]
     out: Annotated[str, arg(metavar="FOLDER")]
-    """Where the bundle goes; an older bundle there is replaced when the new one is whole."""
+    """Where the bundle goes: a new or empty folder, or an older bundle, which is replaced once the new one is whole."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(Common):
-    """Train a small GPT from scratch on a text, on one device or on a mesh, and save it as a bundle."""
+class Train(Common, TrainOptions):
+    """Train a small GPT from scratch on a text with AdamW, on one device or on a mesh, and save it as a bundle."""
 
-    out: Annotated[str | None, arg(metavar="FOLDER")] = None
-    """Where the bundle goes; default `bundle` in the run folder."""
-    data: Annotated[str, arg(metavar="TEXT")] = "english_train"
-    """Text to train on: a UTF-8 file or a known source."""
-    heldout: Annotated[str, arg(metavar="TEXT")] = "english"
-    """Text for the held-out loss."""
-    steps: int = 200
-    """Updates."""
+    LEAST: ClassVar = {
+        **dict.fromkeys(("steps", "batch", "width", "depth", "heads", "log_every", "eval_batches", "devices"), 1),
+        **dict.fromkeys(("warmup", "eval_every"), 0),
+        "context": 2,
+        "vocab": 257,  # all bytes and the end of a text
+    }
+
+    learning_rate: float = 3e-3  # a small model bears more than the default of `TrainOptions`
+    """At the peak of the schedule."""
+    eval_every: int = 0
+    """Updates between two held-out losses; 0 for four of them in the whole run."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and the sample."""
+    out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(default: bundle/ in the run's folder)")] = None
+    """Where the bundle goes."""
+    data: Annotated[str, arg(metavar="TEXT", help=f"The text to train on: {_TEXT}.")] = "english_train"
+    heldout: Annotated[str, arg(metavar="TEXT", help="The text of the held-out loss; like --data.")] = "english"
     batch: int = 16
-    """Rows in a batch."""
+    """Rows of the text in a batch."""
     context: int = 128
-    """Tokens in a row."""
+    """Tokens in a row, and the most that the model can read at once."""
     vocab: int = 1024
-    """Tokens of the byte-pair vocabulary, learnt from the training text."""
+    """Tokens of the vocabulary (byte-level BPE), which is learnt from the training text; at least 257."""
     width: int = 128
     """Width of the model."""
     depth: int = 4
-    """Layers."""
+    """Layers of the model."""
     heads: int = 4
-    """Attention heads."""
-    learning_rate: float = 3e-3
-    """At the peak of the schedule."""
+    """Attention heads of each layer; a divisor of the width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the operands of contractions; weights and the optimiser are float32."""
-    mesh: Annotated[str | None, arg(metavar="SHAPE")] = None
-    """Shape of the mesh, such as 'fsdp=4,tensor=2'; default one device."""
+    """What matrix products are computed in; weights and the optimiser are float32."""
+    mesh: Annotated[str | None, arg(metavar="SHAPE", help_behavior_hint="(default: one device)")] = None
+    """Train on several devices, laid out like this: 'fsdp=4,tensor=2' for eight. Axes: data, fsdp, tensor."""
     devices: int = 1
-    """Simulate so many CPU devices (for trying a mesh; slower than one)."""
-    sample: str = "The "
-    """Prompt of the sample that is shown at the end."""
-    seed: int = 0
-    """Of the initial weights, the order of the data and the sample."""
+    """Pretend that the CPU is so many devices, to try a --mesh without having one; slower than one."""
+    sample: Annotated[str, arg(metavar="TEXT")] = "The "
+    """Prompt of the sample that the trained model writes at the end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rerun(Common):
-    """Repeat a run from its folder and compare every number that does not depend on the clock."""
+    """Repeat a run from its folder and compare every number that does not depend on the clock; exits with 1 where one differs."""
 
-    folder: Annotated[Positional[str], arg(metavar="FOLDER", help="A folder under runs/.")]
+    folder: Annotated[Positional[str], arg(metavar="FOLDER", help="The folder that the run left: runs/<time>-<verb>.")]
 
 
 VERBS: dict[str, type[Common]] = {
@@ -154,4 +176,19 @@ VERBS: dict[str, type[Common]] = {
     "rerun": Rerun,
 }
 
-__all__ = ["VERBS", "Common", "Compress", "Demo", "Eval", "Generate", "Rerun", "Train"]
+
+def check(options: Common) -> None:
+    """Refuse numbers that no work could use, by the name of the option that was given.
+
+    Raises:
+      InputError: a whole number too small, or a seed out of range.
+    """
+    for name, least in options.LEAST.items():
+        if (value := getattr(options, name)) is not None:
+            at_least(f"--{name.replace('_', '-')}", value, least)
+    seed = getattr(options, "seed", 0)
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"--seed: {seed} given; allowed: 0 to {2**32 - 1}")
+
+
+__all__ = ["VERBS", "Common", "Compress", "Demo", "Eval", "Generate", "Rerun", "Train", "check"]

@@ -39,6 +39,7 @@ def options_of(folder: str) -> Common:
     before = report.read_run(folder)
     config: dict[str, Any] = dict(before.config)
     verb = config.pop("verb", None)
+    config.pop("resolved", None)  # what the options come to is found again
     if verb not in VERBS or verb == "rerun":
         raise unknown(f"{folder}/config.json: verb", verb, [v for v in VERBS if v != "rerun"])
     if not (before.folder / "report.json").exists():

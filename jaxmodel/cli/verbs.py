@@ -44,19 +44,22 @@ def find(name: str) -> Verb:
 
 
 def _eval(options: Eval, folder: Any) -> dict[str, Any]:
-    from jaxmodel import data, evaluate, hub
+    from jaxmodel import data, evaluate, generation, hub
+    from jaxmodel.cli import resolved
 
     text = data.load_text(options.data)
-    bundle = hub.from_pretrained(options.model, dtype=options.dtype)
-    ids = hub.need_processor(bundle).encode(text.text)
-    windows = data.windows(ids, options.window, limit=options.max_windows)
-    score = evaluate.perplexity(bundle.model, bundle.running(), windows, seed=options.seed)
+    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
+    folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(text))
+    windows, tokens = resolved.windows(
+        text, hub.need_processor(bundle), options.window, options="--data, --window", limit=options.max_windows
+    )
+    score = evaluate.perplexity(bundle.model, bundle.params, windows, seed=options.seed)
     return {
         **dataclasses.asdict(score),
-        "tokens": len(ids),
+        "tokens": tokens,
         "windows": len(windows),
         "model": options.model,
-        "data": {"name": text.name, "origin": text.origin, "sha256": text.sha256},
+        "data": resolved.of_text(text),
     }
 
 
@@ -71,15 +74,21 @@ def _show_eval(result: dict[str, Any], console: Any) -> None:
 
 def _generate(options: Generate, folder: Any) -> dict[str, Any]:
     from jaxmodel import generation, hub
+    from jaxmodel.cli import resolved
 
-    bundle = hub.from_pretrained(options.model, dtype=options.dtype)
+    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
     prompt = options.prompt
     if options.chat:
         prompt = hub.need_processor(bundle).apply_chat([{"role": "user", "content": prompt}])
-    sampling = generation.Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
-    (done,) = generation.generate_ids(
-        bundle, [prompt], sampling, max_new_tokens=options.max_new_tokens, stop=options.stop, seed=options.seed
+    request = generation.Request(
+        generation.Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty),
+        options.max_new_tokens,
+        options.stop,
+        options.seed,
+        special=not options.chat,  # a chat template writes what begins a text itself
     )
+    folder.resolve(model=resolved.of_model(bundle.model), request=request)
+    (done,) = generation.generate_ids(bundle, [prompt], request)
     return {**dataclasses.asdict(done), "prompt": prompt, "model": options.model}
 
 
@@ -98,11 +107,13 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
     from pathlib import Path
 
     from jaxmodel import compress, hub, report
+    from jaxmodel.cli import resolved
 
     recipe = compress.named(options.recipe)
     hub.check_target(options.out)
     bundle = hub.from_pretrained(options.model)
-    smaller, done = compress.compress_bundle(bundle, recipe, options.recipe)
+    smaller, done = compress.compress_bundle(bundle, recipe)
+    folder.resolve(model=resolved.of_model(smaller.model), recipe=recipe.texts())
     with report.step("save"):
         smaller.save_pretrained(options.out)
     file_bytes = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
@@ -145,6 +156,7 @@ def _train(options: Train, folder: Any) -> dict[str, Any]:
     import jax
 
     from jaxmodel import data, hub, report, sharding, train
+    from jaxmodel.cli import resolved
     from jaxmodel.generation import generate
     from jaxmodel.models import gpt2
     from jaxmodel.ops import MESH_AXES, Policy
@@ -155,19 +167,26 @@ def _train(options: Train, folder: Any) -> dict[str, Any]:
     texts = [data.load_text(source) for source in (options.data, options.heldout)]
     with report.step("tokenise"):
         tokenizer = hub.train_bpe([texts[0].text], options.vocab)
-        rows = [data.windows(tokenizer.encode(t.text), options.context + 1, stride=options.context) for t in texts]
+        length, stride = options.context + 1, options.context
+        rows = [
+            resolved.windows(text, tokenizer, length, stride=stride, options=f"--{name}, --context")[0]
+            for name, text in zip(("data", "heldout"), texts, strict=True)
+        ]
     if not tokenizer.encode(options.sample) or len(tokenizer.encode(options.sample)) >= options.context:
         raise InputError(
-            f"sample: {options.sample!r} must have at least one token and fewer than the context of {options.context}"
+            f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
         )
     streams = [data.Stream(r, options.batch, options.seed) for r in rows]
     config = gpt2.Config(tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
     model = gpt2.model(config, Policy(compute=options.dtype, axes=MESH_AXES))
-    settings = train.TrainConfig(
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-        eval_every=max(1, options.steps // 4),
+    values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
+    values["eval_every"] = options.eval_every or max(1, options.steps // 4)
+    settings = train.TrainConfig(**values)
+    folder.resolve(
+        train=settings,
+        model=resolved.of_model(model),
+        mesh=dict(mesh.shape) if mesh is not None else {},
+        data=[resolved.of_text(text) | {"stream": stream.fingerprint} for text, stream in zip(texts, streams, strict=True)],
     )
     state, history = train.fit(model, streams[0], settings, heldout=streams[1], mesh=mesh, on_log=lambda row: folder.log(**row))
     card = {"name": "gpt2-small-from-scratch", "trained_on": texts[0].origin, "steps": options.steps, "seed": options.seed}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, at_least
 
 type Ids = Sequence[int] | np.ndarray
 
@@ -58,7 +58,7 @@ def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None 
     """
     stride = length if stride is None else stride
     for argument, value in (("length", length), ("stride", stride), ("limit", 1 if limit is None else limit)):
-        _at_least_one(argument, value)
+        at_least(argument, value)
     flat = _int32("ids", ids)
     if flat.size < length:
         raise InputError(f"ids: {flat.size} tokens are fewer than one window of {length}; give a longer text or a smaller window")
@@ -88,7 +88,7 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
     array([[1, 1, 1, 2],
            [1, 1, 1, 0]], dtype=int32)
     """
-    _at_least_one("length", length)
+    at_least("length", length)
     end = np.empty(0, np.int32) if eos_id is None else _int32("eos_id", [eos_id])
     arrays = [_int32(f"documents[{i}]", ids) for i, ids in enumerate(documents) if len(ids)]
     if not arrays:
@@ -148,8 +148,3 @@ def _int32(argument: str, ids: Ids) -> np.ndarray:
     if array.min() < 0 or array.max() > _LARGEST:
         raise InputError(f"{argument}: ids from {array.min()} to {array.max()} given; 0 to {_LARGEST} is allowed")
     return array.astype(np.int32, copy=False)
-
-
-def _at_least_one(argument: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{argument}: {value} given; at least 1 is needed")

@@ -12,7 +12,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from jaxmodel.data.pack import Bins
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, at_least
 
 type Batch = dict[str, np.ndarray]
 
@@ -42,8 +42,7 @@ class Stream:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size: {self.batch_size} given; at least 1 is needed")
+        at_least("batch_size", self.batch_size)
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed: {self.seed} given; 0 to 2^64 - 1 is allowed")
         tokens, segments, positions = self.bins.tokens, self.bins.segments, self.bins.positions
@@ -62,11 +61,6 @@ class Stream:
         shape = self.data.shape
         places = np.arange(shape[-1], dtype=np.int32)
         return Bins(self.data, np.broadcast_to(np.int32(1), shape), np.broadcast_to(places, shape))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps, counted from step 0, after which every row has been seen: N / B, rounded up."""
-        return -(-len(self.bins.tokens) // self.batch_size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,8 +123,7 @@ def prefetch(stream: Stream, start: int, stop: int, workers: int = 2) -> Iterato
     """
     if not 0 <= start <= stop:
         raise InputError(f"start, stop: {start}, {stop} given; 0 <= start <= stop is needed")
-    if workers < 1:
-        raise InputError(f"workers: {workers} given; at least 1 is needed")
+    at_least("workers", workers)
     import grain  # late: it takes a second that only training should pay
 
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)

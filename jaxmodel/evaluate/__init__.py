@@ -1,5 +1,6 @@
-"""How good a model is, with intervals."""
+"""How good a model is, with intervals, alone and beside its smaller versions."""
 
+from jaxmodel.evaluate.compare import compare, resident_bytes
 from jaxmodel.evaluate.perplexity import Perplexity, bootstrap, perplexity, summarize, token_nll
 
-__all__ = ["Perplexity", "bootstrap", "perplexity", "summarize", "token_nll"]
+__all__ = ["Perplexity", "bootstrap", "compare", "perplexity", "resident_bytes", "summarize", "token_nll"]

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, at_least
 from jaxmodel.models import Model
 from jaxmodel.report import progress
+from jaxmodel.train import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,16 @@ def token_nll(
     """Negative log-likelihood of every token but the first of each window, in nats.
 
     Raises:
-      InputError: no windows, windows of one token, or longer than the model's context.
+      InputError: no windows, windows of one token or longer than the model's context, a chunk below 1.
     """
     n, t = windows.shape
     if n < 1 or t < 2:
         raise InputError(f"windows: shape {windows.shape} has nothing to predict; at least one window of 2 tokens is needed")
     if t > model.config.context:
         raise InputError(f"window: {t} is longer than the model's context of {model.config.context}")
-    score = _scorer(model, min(chunk, t))
-    return np.stack([np.asarray(score(params, jnp.asarray(w)[None])) for w in progress(windows, "perplexity")])
+    at_least("chunk", chunk)
+    score = _scorer(model, min(chunk, t - 1))
+    return np.concatenate([np.asarray(score(params, jnp.asarray(w)[None])) for w in progress(windows, "perplexity")])
 
 
 def summarize(nll: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0) -> Perplexity:
@@ -93,17 +94,8 @@ def bootstrap(values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: i
 @functools.lru_cache(maxsize=16)
 def _scorer(model: Model, chunk: int) -> Callable[..., jax.Array]:
     @jax.jit
-    def score(params: tree.Params, tokens: Int[jax.Array, "1 T"]) -> Float[jax.Array, " P"]:
-        x = model.hidden(params, {"tokens": tokens}).hidden[0, :-1]
-        targets = tokens[0, 1:]
-        extra = -x.shape[0] % chunk
-        parts = jnp.pad(x, ((0, extra), (0, 0))).reshape(-1, 1, chunk, x.shape[-1])
-        labels = jnp.pad(targets, (0, extra)).reshape(-1, chunk)
-
-        def one(part: Any) -> jax.Array:
-            logits = model.parts.head(params, part[0])[0]
-            return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
-
-        return jax.lax.map(one, (parts, labels)).reshape(-1)[: x.shape[0]]
+    def score(params: tree.Params, tokens: Int[jax.Array, "B T"]) -> Float[jax.Array, "B P"]:
+        x = model.hidden(params, {"tokens": tokens}).hidden[:, :-1]
+        return cross_entropy(model, params, x, tokens[:, 1:], chunk=chunk)
 
     return score

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmodel import models, tree
+from jaxmodel.errors import InputError
 from jaxmodel.generation.sampling import Sampling, sample
 
 STEPS = 16
@@ -126,7 +127,7 @@ def prefill(
         line[: len(row)] = row
     # a single piece attends to itself only; its cache grows afterwards
     single, logits = longest <= PIECE, None
-    cache = model.init_cache(batch, padded if single else capacity)
+    cache = new_cache(model, batch, padded if single else capacity)
     for start in range(0, longest, PIECE):
         piece = jnp.asarray(tokens[:, start : start + PIECE])
         count = jnp.asarray(np.clip(lengths - start, 0, piece.shape[1]))
@@ -135,6 +136,18 @@ def prefill(
         logits = new if logits is None else jnp.where(count[:, None] > 0, new, logits)
     assert logits is not None
     return logits, _grow(model)(cache, batch, capacity) if single else cache
+
+
+def new_cache(model: models.Model, batch: int, capacity: int) -> Any:
+    """An empty cache.
+
+    Raises:
+      InputError: the model has none, so it does not write text.
+    """
+    if model.init_cache is None:
+        family = type(model.config).__module__.rpartition(".")[2]
+        raise InputError(f"model: a model of the family {family!r} does not decode; one with a cache is needed")
+    return model.init_cache(batch, capacity)
 
 
 @functools.cache
@@ -162,7 +175,7 @@ def _grow(model: models.Model) -> Callable[[Any, int, int], Any]:
 
     @functools.partial(jax.jit, static_argnames=("batch", "capacity"))
     def grow(cache: Any, batch: int, capacity: int) -> Any:
-        return jax.tree.map(begin, model.init_cache(batch, capacity), cache)
+        return jax.tree.map(begin, new_cache(model, batch, capacity), cache)
 
     return grow
 

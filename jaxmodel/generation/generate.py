@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmodel import report, tree
-from jaxmodel.errors import InputError
+from jaxmodel import report
+from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation import decode
 from jaxmodel.generation.sampling import GREEDY, Sampling
 from jaxmodel.generation.text import Writer
@@ -22,6 +21,38 @@ from jaxmodel.hub.pretrained import from_pretrained
 from jaxmodel.hub.tokenizer import Tokenizer
 
 type Source = Bundle | str | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for besides the prompts.
+
+    Attributes:
+      sampling: how tokens are chosen; greedy unless another is given.
+      max_new_tokens: the most tokens to add.
+      stop: a text ends before the first of these strings; a single one may be given as it is.
+      seed: 0 to 2^32 - 1; same seed, same text.
+      special: whether a prompt gets what the tokenizer puts around a text (a begin-of-text id). False for what a chat template
+        made, which has it already.
+
+    Raises:
+      InputError: a value out of its range.
+    """
+
+    sampling: Sampling = GREEDY
+    max_new_tokens: int = 64
+    stop: str | Sequence[str] = ()
+    seed: int = 0
+    special: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("max_new_tokens", self.max_new_tokens)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise InputError(f"seed: {self.seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for item in self.stop:
+            if not isinstance(item, str) or not item:
+                raise InputError(f"stop: {item!r}; allowed: strings of one character or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +86,7 @@ def generate[T: (str, list[str])](
     repetition_penalty: float | int = 1.0,
     stop: str | Sequence[str] = (),
     seed: int = 0,
+    special: bool = True,
     chunk: int = 16,
 ) -> T:
     """Continue a prompt, or each of several.
@@ -71,6 +103,7 @@ def generate[T: (str, list[str])](
       stop: a text ends before the first of these strings.
       seed: same seed, same text. Row r of `prompts` draws the token at position p with
         `fold_in(fold_in(key(seed), r), p)`, whatever the other rows are.
+      special: False for prompts that a chat template made: they begin with the begin-of-text id already.
       chunk: rows that run together; it bounds the memory of the cache and does not change the draws.
 
     Returns:
@@ -81,29 +114,20 @@ def generate[T: (str, list[str])](
         range.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    options = {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "chunk": chunk}
+    request = Request(sampling, max_new_tokens, stop, seed, special)
     if isinstance(prompts, str):
-        return generate_ids(source, [prompts], sampling, **options)[0].text
-    return [completion.text for completion in generate_ids(source, prompts, sampling, **options)]
+        return generate_ids(source, [prompts], request, chunk=chunk)[0].text
+    return [completion.text for completion in generate_ids(source, prompts, request, chunk=chunk)]
 
 
-def generate_ids(
-    source: Source,
-    prompts: Sequence[str],
-    sampling: Sampling = GREEDY,
-    *,
-    max_new_tokens: int = 64,
-    stop: str | Sequence[str] = (),
-    seed: int = 0,
-    chunk: int = 16,
-) -> list[Completion]:
-    """`generate` with ids, the reason for each end, and speed; arguments and errors as there."""
+def generate_ids(source: Source, prompts: Sequence[str], request: Request = Request(), *, chunk: int = 16) -> list[Completion]:
+    """`generate` with ids, the reason for each end, and speed; for `source` and `chunk`, draws and errors see there."""
     if isinstance(prompts, str):
         raise InputError(f"prompts: a single string was given ({prompts!r:.40}); give a list of strings")
-    _at_least_one("chunk", chunk)
-    rows, run, new_writer = _begin(source, prompts, sampling, max_new_tokens, stop, seed)
+    at_least("chunk", chunk)
+    rows, run, new_writer = _begin(source, prompts, request)
     completions = []
-    with report.bar(len(rows) * max_new_tokens, "generating") as job:
+    with report.bar(len(rows) * request.max_new_tokens, "generating") as job:
         for first in range(0, len(rows), chunk):
             part = rows[first : first + chunk]
             writers = [new_writer() for _ in part]
@@ -125,26 +149,13 @@ def generate_ids(
     return completions
 
 
-def stream(
-    source: Source,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float | int = 0.0,
-    top_k: int = 0,
-    top_p: float | int = 1.0,
-    min_p: float | int = 0.0,
-    repetition_penalty: float | int = 1.0,
-    stop: str | Sequence[str] = (),
-    seed: int = 0,
-) -> Iterator[str]:
-    """`generate` for one prompt, piece by piece as the tokens come.
+def stream(source: Source, prompt: str, request: Request = Request()) -> Iterator[str]:
+    """`generate_ids` for one prompt, piece by piece as the tokens come.
 
-    A piece is never half a character or a part of a stop string. Together they are the text of `generate` with the same
-    arguments, whose errors are raised here at once. The iterator may be left at any time.
+    A piece is never half a character or a part of a stop string. Together they are the text of `generate_ids` with the same
+    request, whose errors are raised here at once. The iterator may be left at any time.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    rows, run, new_writer = _begin(source, [prompt], sampling, max_new_tokens, stop, seed)
+    rows, run, new_writer = _begin(source, [prompt], request)
     writer, done = new_writer(), np.zeros(1, bool)
 
     def pieces() -> Iterator[str]:
@@ -157,67 +168,50 @@ def stream(
     return pieces()
 
 
-def running(bundle: Bundle) -> tree.Params:
-    """`bundle.running()`, made once for each bundle and kept as long as it lives."""
-    if bundle not in _running:
-        _running[bundle] = bundle.running()
-    return _running[bundle]
-
-
-_running: weakref.WeakKeyDictionary[Bundle, tree.Params] = weakref.WeakKeyDictionary()
+def running_only(bundle: Bundle) -> Bundle:
+    """The bundle with its params in the form that runs and without the stored ones: all that a server holds of it."""
+    return dataclasses.replace(bundle, params=bundle.running())
 
 
 def _begin(
-    source: Source,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    max_new_tokens: int,
-    stop: str | Sequence[str],
-    seed: int,
+    source: Source, prompts: Sequence[str], request: Request
 ) -> tuple[list[list[int]], Callable[..., Iterator[np.ndarray]], Callable[[], Writer]]:
     """The ids of the prompts, `decode.run` without its rows, and what makes the writer of a row.
 
     Raises:
       InputError: see `generate`.
     """
-    _at_least_one("max_new_tokens", max_new_tokens)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise InputError(f"seed: {seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    for item in stops:
-        if not isinstance(item, str) or not item:
-            raise InputError(f"stop: {item!r}; allowed: strings of one character or more")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt:
             raise InputError(f"{_name(prompts, i)}: {prompt!r}; allowed: a text of one token or more")
-    bundle = source if isinstance(source, Bundle) else from_pretrained(source)
+    bundle = source if isinstance(source, Bundle) else running_only(from_pretrained(source))
     tokenizer = need_processor(bundle)
-    rows = _encode(tokenizer, prompts, max_new_tokens, bundle.model.config)
+    rows = _encode(tokenizer, prompts, request, bundle.model.config)
     run = functools.partial(
         decode.run,
         bundle.model,
-        running(bundle),
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
+        bundle.running(),
+        sampling=request.sampling,
+        max_new_tokens=request.max_new_tokens,
         eos_ids=tokenizer.eos_ids,
-        seed=seed,
+        seed=request.seed,
     )
-    return rows, run, functools.partial(Writer, tokenizer, max_new_tokens, stops)
+    return rows, run, functools.partial(Writer, tokenizer, request.max_new_tokens, request.stop)
 
 
-def _encode(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, config: Any) -> list[list[int]]:
+def _encode(tokenizer: Tokenizer, prompts: Sequence[str], request: Request, config: Any) -> list[list[int]]:
     """The ids of the prompts, if there are any and the model has room for them and the new ones."""
     bare = tokenizer.encode_batch(prompts)
-    rows = tokenizer.encode_batch(prompts, special=True)
+    rows = tokenizer.encode_batch(prompts, special=True) if request.special else bare
     for i, row in enumerate(rows):
         name = _name(prompts, i)
         if not bare[i]:
             raise InputError(f"{name}: {prompts[i]!r:.40} has no tokens; allowed: a text of one token or more")
         if len(row) >= config.context:
             raise InputError(f"{name}: {len(row)} tokens; allowed: fewer than the model's context of {config.context}")
-        if len(row) + max_new_tokens > config.context:
+        if len(row) + request.max_new_tokens > config.context:
             raise InputError(
-                f"max_new_tokens: {max_new_tokens}; allowed: at most {config.context - len(row)}, because the model's "
+                f"max_new_tokens: {request.max_new_tokens}; allowed: at most {config.context - len(row)}, because the model's "
                 f"context is {config.context} and {name} has {len(row)} tokens"
             )
         if max(row) >= config.vocab:
@@ -227,8 +221,3 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, c
 
 def _name(prompts: Sequence[str], i: int) -> str:
     return "prompt" if len(prompts) == 1 else f"prompts[{i}]"
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}: {value!r}; allowed: a whole number of 1 or more")

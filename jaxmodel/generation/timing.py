@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import at_least
 from jaxmodel.generation import decode
-from jaxmodel.generation.generate import running
 from jaxmodel.generation.sampling import GREEDY
 from jaxmodel.hub.bundle import Bundle
 from jaxmodel.models import Model
@@ -42,10 +41,9 @@ def measure_speed(
     Raises:
       InputError: `prompt` or `cache` below 1.
     """
-    model, params = bundle.model, running(bundle)
+    model, params = bundle.model, bundle.running()
     for name, tokens in (("prompt", prompt), ("cache", cache)):
-        if tokens < 1:
-            raise InputError(f"{name}: {tokens} tokens; at least 1 is needed")
+        at_least(name, tokens)
     prompt, cache = min(prompt, model.config.context), min(cache, model.config.context)
     row = [i % model.config.vocab for i in range(prompt)]
 
@@ -66,7 +64,7 @@ def _writer(model: Model, params: tree.Params, rows: int, capacity: int) -> Call
     advance, eos = decode.decoder(model, GREEDY), jnp.array([-1], jnp.int32)
     keys = jax.random.split(jax.random.key(0), rows)
     token, position, done = (jnp.zeros(rows, dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_))
-    state = decode.State(model.init_cache(rows, capacity), token, position, keys, None)
+    state = decode.State(decode.new_cache(model, rows, capacity), token, position, keys, None)
 
     def write(new: int) -> jax.Array:
         nonlocal state  # goes on where it was: an empty cache takes time to make, and attention always reads all of it

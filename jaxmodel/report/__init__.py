@@ -1,6 +1,7 @@
 """What a person or a program gets to see: tables, progress, plots, pages, JSON rows, run folders."""
 
 from jaxmodel.report import html, plot
+from jaxmodel.report.experiment import experiment
 from jaxmodel.report.files import atomic_write
 from jaxmodel.report.json_out import check_target, clean_stdout, emit, goal_met, rows, to_plain
 from jaxmodel.report.progress import bar, progress, set_quiet, step
@@ -16,6 +17,7 @@ __all__ = [
     "clean_stdout",
     "console_for",
     "emit",
+    "experiment",
     "goal_met",
     "html",
     "plot",

@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
       folder: where it is.
-      config: what was asked for, everything resolved: the verb, the options, the seeds.
+      config: what was asked for (the verb, the options, the seeds), and `resolved`, what that came to.
       versions: what it ran on, see `versions`.
     """
 
@@ -64,11 +64,10 @@ class Run:
         except OSError as error:
             raise InputError(f"metrics.jsonl in {str(self.folder)!r} cannot be written ({error.strerror})") from error
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """What was logged; a last line that a crash has torn is left out."""
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text().split("\n") if file.exists() else [""]
-        return [json.loads(line) for line in lines[:-1]]  # a whole line ends with a break
+    def resolve(self, **resolved: Any) -> None:
+        """Add to `config` and `config.json`, under `resolved`, what the options came to: whole configs, data by digest."""
+        self.config["resolved"] = self.config.get("resolved", {}) | to_plain(resolved)
+        self.save_json("config.json", self.config)
 
     def save_json(self, name: str, obj: Any) -> Path:
         """Write `obj` as JSON (see `to_plain`), whole or not at all."""
@@ -84,7 +83,7 @@ def start_run(name: str, config: Mapping[str, Any], root: str | os.PathLike[str]
 
     Args:
       name: letters, digits, `.`, `_`, `-`.
-      config: the resolved configuration, with the verb and every seed.
+      config: what is asked for, with the verb and every seed; `Run.resolve` adds what it comes to.
       root: the folder of all runs; made when missing.
 
     Raises:

@@ -8,46 +8,26 @@ from typing import Any
 import optax
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.train.options import TrainOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
+class TrainConfig(TrainOptions):
+    """How to train: the values of `TrainOptions`, and rules.
 
     Attributes:
-      steps: updates.
-      learning_rate: at its peak.
-      warmup: steps of linear rise; a cosine to a tenth follows.
-      weight_decay: of AdamW, where `decay` says so.
-      clip: largest global norm of the gradient.
-      beta2: of AdamW.
-      seed: of the initial parameters and of each step's randomness.
-      log_every: steps between two rows of the history.
-      eval_every: steps between two held-out losses; 0 for the end only.
-      eval_batches: batches of a held-out loss.
-      decay: rules, path -> whether weights decay.
+      decay: rules, path -> whether weights decay; as they stand, norms and biases do not.
       trainable: rules, path -> whether the leaf trains; None for every plain floating leaf.
     """
 
-    steps: int = 200
-    learning_rate: float = 1e-3
-    warmup: int = 20
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    beta2: float = 0.95
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    eval_batches: int = 8
     decay: tree.Rules = ((tree.optional(".*(norm/.*|_bias)"), False), (".*", True))
     trainable: tree.Rules | None = None
 
 
 def adamw(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW with clipping, warm-up and cosine."""
-    if config.steps < 1:
-        raise InputError(f"steps: {config.steps} given; at least 1 is needed")
+    at_least("steps", config.steps)
     warmup = min(config.warmup, config.steps // 2)
     rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps, config.learning_rate / 10)
 

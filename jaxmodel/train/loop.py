@@ -18,12 +18,11 @@ from jaxmodel.data import Stream, prefetch
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
+from jaxmodel.sharding import BATCH_AXES
 from jaxmodel.train.config import TrainConfig, adamw, split_by
 from jaxmodel.train.losses import Loss, next_token
 from jaxmodel.train.state import TrainState, init_state, state_shardings
 from jaxmodel.train.step import make_step
-
-BATCH_AXES = ("data", "fsdp")  # a batch's rows lie along these axes of the mesh, where it has them
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,10 +11,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from tokenizers import processors
 
-from jaxmodel import hub, ops, tree
+from jaxmodel import compress, hub, ops, report, train, tree
 from jaxmodel.cli import main
-from jaxmodel.cli.options import VERBS
+from jaxmodel.cli.options import VERBS, Train
+from jaxmodel.generation import decode
 from jaxmodel.models import llama
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 60
@@ -64,6 +67,22 @@ def test_generate(capsys, folder):
     assert "The quick" in call(capsys, *args, "--temperature", 1, "--seed", 3, "--runs", folder / "runs").out
 
 
+def test_chat_does_not_begin_the_text_twice(capsys, folder, monkeypatch):
+    """The template writes the begin-of-text token, and the tokenizer would put it in front of any text."""
+    bundle = hub.from_pretrained(folder / "tiny")
+    special = [("<|endoftext|>", 0)]
+    bundle.processor.backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=special)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    talks = dataclasses.replace(bundle.processor, chat_template=template)
+    dataclasses.replace(bundle, processor=talks).save_pretrained(folder / "chat")
+    read = []
+    monkeypatch.setattr(decode, "run", lambda model, params, rows, *_, **__: read.extend(rows) or iter(()))
+    for words in (["--chat"], []):
+        as_json(capsys, folder, "generate", folder / "chat", "--prompt", "The dog", *words)
+    ids = bundle.processor.encode("The dog")
+    assert read == [[0, *ids], [0, *ids]]
+
+
 def test_compress_then_every_verb_takes_the_folder(capsys, folder):
     out = folder / "small"
     got = as_json(capsys, folder, "compress", folder / "tiny", "--recipe", "int8", "--out", out)
@@ -90,18 +109,42 @@ def test_a_run_leaves_a_folder_that_rerun_repeats(capsys, folder):
     call(capsys, "eval", folder / "tiny", "--data", folder / "text.txt", "--window", 32, "--runs", runs)
     (run,) = runs.iterdir()
     assert {"config.json", "versions.json", "report.json"} <= {p.name for p in run.iterdir()}
-    assert json.loads((run / "config.json").read_text())["verb"] == "eval"
+    config = json.loads((run / "config.json").read_text())
+    assert config["verb"] == "eval"
+    model = hub.from_pretrained(folder / "tiny").model
+    assert config["resolved"]["model"] == report.to_plain({"family": "llama", "config": model.config, "policy": model.policy})
+    assert set(config["resolved"]["data"]) == {"name", "origin", "sha256"}
     got = as_json(capsys, folder, "rerun", run)
     assert got["differ"] == {} and got["compared"] > 8
-    report = json.loads((run / "report.json").read_text())
-    (run / "report.json").write_text(json.dumps({**report, "nll": report["nll"] + 1e-9}))
+    recorded = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**recorded, "nll": recorded["nll"] + 1e-9}))
     out = call(capsys, "rerun", run, "--runs", folder / "runs", code=1).out
     assert "/nll" in out
+    del config["resolved"]  # as an older version, or a run that was cut off early, left it
+    (run / "config.json").write_text(json.dumps(config))
+    call(capsys, "rerun", run, "--runs", folder / "runs", code=1)
+
+
+def test_the_config_of_a_run_is_what_its_options_came_to(capsys, folder):
+    def resolved(*args):
+        call(capsys, *args, "--runs", folder / args[0])
+        (run,) = (folder / args[0]).iterdir()
+        return json.loads((run / "config.json").read_text())["resolved"]
+
+    got = resolved("generate", folder / "tiny", "--prompt", "The", "--max-new-tokens", 2, "--top-k", 3, "--temperature", 0.5)
+    assert got["request"]["sampling"]["top_k"] == 3 and got["request"]["max_new_tokens"] == 2 and got["request"]["special"]
+    got = resolved("compress", folder / "tiny", "--recipe", "int8", "--out", folder / "resolved")
+    assert got["recipe"] == compress.NAMED["int8"].texts() and got["model"]["policy"]["compute"] == "bfloat16"
+
+
+def test_options_of_train_are_those_of_its_config():
+    shared = {field.name for field in dataclasses.fields(train.TrainOptions)}
+    assert shared < {field.name for field in dataclasses.fields(Train)} and issubclass(Train, train.TrainOptions)
 
 
 def test_train_on_eight_devices_and_rerun(folder):
     """In processes of their own, as users run them."""
-    args = ["train", "--steps", 4, "--width", 32, "--depth", 2, "--context", 32, "--batch", 8, "--vocab", 300]
+    args = ["train", "--steps", 4, "--beta2", 0.9, "--width", 32, "--depth", 2, "--context", 32, "--batch", 8, "--vocab", 300]
     args += ["--data", folder / "text.txt", "--heldout", folder / "text.txt", "--devices", 8, "--mesh", "fsdp=4,tensor=2"]
     command = [sys.executable, "-m", "jaxmodel", *args, "--runs", folder / "train", "--json", "-"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
@@ -110,6 +153,12 @@ def test_train_on_eight_devices_and_rerun(folder):
     assert got["devices"] == 8 and got["mesh"] == {"fsdp": 4, "tensor": 2}
     assert got["history"][-1]["heldout_loss"] == got["heldout_loss"] < got["history"][0]["loss"]
     (run,) = (folder / "train").iterdir()
+    resolved = json.loads((run / "config.json").read_text())["resolved"]
+    assert set(resolved["train"]) == {field.name for field in dataclasses.fields(train.TrainConfig)}
+    assert (resolved["train"]["eval_every"], resolved["train"]["beta2"], resolved["train"]["weight_decay"]) == (1, 0.9, 0.1)
+    assert resolved["train"]["decay"][-1] == [".*", True] and resolved["mesh"] == {"fsdp": 4, "tensor": 2}
+    assert resolved["model"]["family"] == "gpt2" and resolved["model"]["config"]["width"] == 32
+    assert resolved["model"]["policy"]["axes"] and len(resolved["data"][0]["stream"]) == 64
     bundle = hub.from_pretrained(run / "bundle")
     assert sum(a.size for a in jax.tree.leaves(bundle.params)) == got["parameters"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == len(got["history"])
@@ -136,6 +185,8 @@ def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder):
     assert page.count("<svg") == 3 and "http" not in page.replace("http://www.w3.org", "")
     assert {p.name for p in (run / "plots").iterdir()} == {"size.png", "speed.png", "loss.png"}
     assert hub.from_pretrained(run / "int8").params
+    resolved = json.loads((run / "config.json").read_text())["resolved"]
+    assert set(resolved["recipes"]) == set(compress.NAMED) and "resolved.model.config.width" in page
     assert as_json(capsys, folder, "rerun", run)["differ"] == {}
 
 
@@ -154,7 +205,15 @@ BAD = [
     (["eval", "{tiny}", "--data", "wikitext2-tst"], "wikitext2-tst"),
     (["eval", "{tiny}", "--data", "{empty}"], "empty"),
     (["eval", "{tiny}", "--data", "{text}", "--window", "500"], "500 is longer than the model's context of 128"),
-    (["eval", "{tiny}", "--data", "{text}", "--window", "100000"], "100000"),
+    (["eval", "{tiny}", "--data", "{text}", "--window", "100000"], "--data, --window: '"),
+    (["eval", "{tiny}", "--window", "1"], "--window: 1 given; allowed: a whole number of at least 2"),
+    (["eval", "{tiny}", "--max-windows", "0"], "--max-windows: 0 given; allowed: a whole number of at least 1"),
+    (["train", "--context", "0"], "--context: 0 given; allowed: a whole number of at least 2"),
+    (["train", "--context", "9999", "--data", "{text}", "--heldout", "{text}"], "allowed: at least the 10000 of one window"),
+    (["train", "--batch", "0"], "--batch: 0 given; allowed: a whole number of at least 1"),
+    (["train", "--vocab", "256"], "--vocab: 256 given; allowed: a whole number of at least 257"),
+    (["generate", "{tiny}", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: 0 given; allowed"),
+    (["demo", "--train-steps", "-1"], "--train-steps: -1 given; allowed: a whole number of at least 0"),
     (["eval", "{tiny}", "--json", "{missing}/x.json"], "x.json"),
     (["generate", "{tiny}", "--prompt", ""], "prompt"),
     (["generate", "{tiny}", "--prompt", "fox " * 300], "context"),
@@ -168,7 +227,10 @@ BAD = [
     (["train", "--mesh", "fsdp", "--data", "{text}"], "mesh: 'fsdp' is not readable"),
     (["train", "--devices", "0"], "devices: 0 given"),
     (["train", "--steps", "0", "--data", "{text}", "--heldout", "{text}"], "steps: 0 given"),
-    (["train", "--heads", "0", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "heads is 0; allowed"),
+    (
+        ["train", "--heads", "0", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"],
+        "--heads: 0 given; allowed: a whole number",
+    ),
     (["train", "--heads", "3", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "a divisor of the width 128"),
     (["train", "--sample", "", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"], "sample: ''"),
     (["train", "--out", "{text}"], "is a file; a folder is needed"),

@@ -93,7 +93,7 @@ def test_overlapping_by_one_predicts_each_token_once(count: int, width: int) -> 
 
 def test_bad_input_is_one_clear_line() -> None:
     for call, message in [
-        (lambda: windows([1, 2], 0), "length: 0 given; at least 1 is needed"),
+        (lambda: windows([1, 2], 0), "length: 0 given; allowed: a whole number of at least 1"),
         (lambda: windows([1, 2], 1, stride=0), "stride: 0 given"),
         (lambda: windows([1, 2], 1, limit=0), "limit: 0 given"),
         (lambda: windows([], 2), "ids: 0 tokens are fewer than one window of 2"),

@@ -60,3 +60,8 @@ def test_bootstrap_repeats():
 def test_windows_that_cannot_be_scored(shape, says, params):
     with pytest.raises(InputError, match=says):
         evaluate.token_nll(MODEL, params, np.zeros(shape, np.int32))
+
+
+def test_a_chunk_of_nothing(params):
+    with pytest.raises(InputError, match="chunk: 0 given; allowed: a whole number of at least 1"):
+        evaluate.token_nll(MODEL, params, np.zeros((1, 9), np.int32), chunk=0)

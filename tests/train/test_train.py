@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +36,39 @@ def test_next_token_is_the_mean_cross_entropy(params):
     assert metrics["tokens"] == 8 * 13
 
 
-def test_chunked_loss_has_the_same_value_and_gradient(params):
+@pytest.mark.parametrize("chunk", [1, 4, 5, 16, 99])  # 5: the 16 positions are padded to 20
+def test_chunked_loss_has_the_same_value_and_gradient(chunk, params):
     batch = jax.device_put(STREAM.batch(3))
     whole = jax.value_and_grad(lambda p: train.next_token(MODEL, p, batch)[0])(params)
-    parts = jax.value_and_grad(lambda p: train.next_token(MODEL, p, batch, chunk=4)[0])(params)
+    parts = jax.value_and_grad(lambda p: train.next_token(MODEL, p, batch, chunk=chunk)[0])(params)
     np.testing.assert_allclose(whole[0], parts[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole[1], parts[1])
 
 
-def test_a_chunk_that_does_not_divide_is_refused(params):
-    with pytest.raises(InputError, match=r"chunk: 5 .*16"):
-        train.next_token(MODEL, params, jax.device_put(STREAM.batch(0)), chunk=5)
+def test_a_chunk_bounds_the_logits_that_exist_at_once(params):
+    batch = jax.device_put(STREAM.batch(0))
+
+    def largest(chunk):
+        """Elements of the largest array with an axis of the vocabulary, and not the embedding, in the gradient's program."""
+        text = str(jax.make_jaxpr(jax.grad(lambda p: train.next_token(MODEL, p, batch, chunk=chunk)[0]))(params))
+        shapes = [tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)]
+        return max(np.prod(shape) for shape in shapes if len(shape) > 2 and MODEL.config.vocab in shape)
+
+    assert largest(None) == 8 * 16 * MODEL.config.vocab
+    assert largest(5) == 8 * 5 * MODEL.config.vocab
+
+
+def test_a_chunk_of_nothing_is_refused(params):
+    with pytest.raises(InputError, match="chunk: 0 given; allowed: a whole number of at least 1"):
+        train.next_token(MODEL, params, jax.device_put(STREAM.batch(0)), chunk=0)
+
+
+def test_options_are_the_config_without_its_rules():
+    names = {f.name for f in dataclasses.fields(train.TrainConfig)} - {f.name for f in dataclasses.fields(train.TrainOptions)}
+    assert names == {"decay", "trainable"}
+    assert set(train.__all__) == set(dir(train)) and all(hasattr(train, name) for name in train.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'fitt'"):
+        train.fitt  # noqa: B018
 
 
 def test_step_equals_optax_by_hand(params):
@@ -146,7 +169,7 @@ def test_one_compilation_for_all_steps(params):
 
 
 def test_no_steps_is_an_error():
-    with pytest.raises(InputError, match="steps: 0"):
+    with pytest.raises(InputError, match="steps: 0 given; allowed: a whole number of at least 1"):
         train.fit(MODEL, STREAM, train.TrainConfig(steps=0))
 
 
