@@ -222,6 +222,22 @@ def test_a_hub_id(monkeypatch: pytest.MonkeyPatch, stored: Path) -> None:
     refused("org/absent", "'org/absent'", "404 Client Error.")
 
 
+def test_a_hub_id_from_the_hubs_own_cache_without_a_network(stored: Path, tmp_path: Path) -> None:
+    """The real library, told to stay offline: a snapshot that is in its cache is found, any other is one clear line."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(stored / "gpt2-plain", snapshot)
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("0" * 40)
+    program = "import sys; from jaxmodel import hub, tree; print(tree.fingerprint(hub.from_pretrained(sys.argv[1]).params))"
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[2])
+    done = run([sys.executable, "-c", program, "org/name"])
+    assert done.stdout.strip() == tree.fingerprint(plain("gpt2").params), done.stderr
+    absent = run([sys.executable, "-m", "jaxmodel", "eval", "org/other"])
+    assert absent.returncode == 2 and absent.stderr.count("\n") == 1, absent.stderr
+    assert "'org/other' is no folder here and cannot be had from the hub" in absent.stderr
+
+
 def test_missing_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
