@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019): layer norm in front of each part, learnt positions, biases, a tied head.
+"""GPT-2 (Radford et al., 2019) and the sizes of GPT-3: layer norm in front of each part, learnt positions, biases, a tied head.
 
 >>> gpt2 = model(SIZES["tiny"])
 >>> params = gpt2.init(jax.random.key(0))
@@ -57,6 +57,16 @@ SIZES = {
     "gpt2-medium": Config(50257, 1024, 24, 16, 1024),
     "gpt2-large": Config(50257, 1280, 36, 20, 1024),
     "gpt2-xl": Config(50257, 1600, 48, 25, 1024),
+    # GPT-3 (Brown et al., 2020), with full attention in every layer; where the paper's table has a width that its heads do not
+    # divide (XL, 13B), the width or the heads that do.
+    "gpt3-small": Config(50257, 768, 12, 12, 2048),
+    "gpt3-medium": Config(50257, 1024, 24, 16, 2048),
+    "gpt3-large": Config(50257, 1536, 24, 16, 2048),
+    "gpt3-xl": Config(50257, 2048, 24, 16, 2048),
+    "gpt3-2.7b": Config(50257, 2560, 32, 32, 2048),
+    "gpt3-6.7b": Config(50257, 4096, 32, 32, 2048),
+    "gpt3-13b": Config(50257, 5120, 40, 40, 2048),
+    "gpt3-175b": Config(50257, 12288, 96, 96, 2048),
 }
 
 RULES: tree.Rules = (
