@@ -53,8 +53,8 @@ class CrossAttention(nn.Module):
         size = self.heads * self.width
         (q,) = self._heads(linear(self, x, {"q": size}, self.initializer, self.bias, self.policy))
         if "memory" in context:
-            names = dict.fromkeys(("memory_k", "memory_v"), size)
-            flat = linear(self, context["memory"], names, self.initializer, self.bias, self.policy)
+            maps = {"memory_k": size, "memory_v": size}
+            flat = linear(self, context["memory"], maps, self.initializer, self.bias, self.policy)
             k, v = (y.transpose(0, 2, 1, 3) for y in self._heads(flat))
             seen = ops.Seen(valid=context["memory_mask"], causal=False)
             cache = None if cache is None else cache.remember(layer, k, v)

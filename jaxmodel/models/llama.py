@@ -1,8 +1,8 @@
-"""Llama (Touvron et al., 2023) and what its config makes of it: Mistral, Qwen 2 and 3, Gemma 2 and 3, SmolLM2.
+"""Llama (Touvron et al., 2023) and what its config makes of it: Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3, SmolLM2.
 
 RMS norm, rotary positions, grouped heads, a gated feed-forward part. Mistral (Jiang et al., 2023) adds a window of attention,
-Qwen 2 (2024) biases of q, k and v, Qwen 3 (2025) norms of queries and keys, Gemma (2024, 2025) norms behind each part,
-soft caps and windows in most layers only.
+Mixtral (2024) experts, Qwen 2 (2024) biases of q, k and v, Qwen 3 (2025) norms of queries and keys, Gemma (2024, 2025) norms
+behind each part, soft caps and windows in most layers only.
 
 >>> config = SIZES["tiny"]
 >>> llama = model(config)
@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import MLP, Attention, RMSNorm, init_layers, leaf
+from jaxmodel.layers import MLP, Attention, MoE, RMSNorm, init_layers, leaf
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
@@ -58,6 +58,8 @@ class Config:
       query_scale: of the scores; None for `head_width ** -0.5`.
       attn_softcap: of the scores, or None.
       logit_softcap: of the logits, or None.
+      experts: feed-forward parts E of each layer, between which a router chooses; 0 for one without a router.
+      experts_per_token: how many it chooses.
     """
 
     vocab: int
@@ -84,6 +86,8 @@ class Config:
     query_scale: float | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
+    experts: int = 0
+    experts_per_token: int = 2
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context"))
@@ -96,6 +100,8 @@ class Config:
             raise unknown("activation", self.activation, ACTIVATIONS)
         if any(not isinstance(w, int) or w < 0 for w in self.windows):
             raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise InputError(f"experts_per_token: {self.experts_per_token} given; allowed: 1 to {self.experts}, the experts")
 
     def window_of_layers(self) -> tuple[int, ...]:
         """The window of every layer; 0 for none."""
@@ -118,6 +124,7 @@ SIZES = {
         attn_softcap=5.0,
         logit_softcap=3.0,
     ),
+    "tiny-moe": Config(256, 32, 3, 4, 2, 8, 64, 128, experts=4),
     "smollm2-135m": Config(49152, 576, 30, 9, 3, 64, 1536, 8192, 100000.0, tied=True),
     "llama-2-7b": Config(32000, 4096, 32, 32, 32, 128, 11008, 4096),
     "llama-3-8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 8192, 500000.0),
@@ -125,6 +132,7 @@ SIZES = {
     "llama-3-405b": Config(128256, 16384, 126, 128, 8, 128, 53248, 8192, 500000.0),
     "llama-3.1-8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 131072, 500000.0, rope_scaling=_LLAMA31),
     "mistral-7b": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, windows=(4096,)),
+    "mixtral-8x7b": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, 1000000.0, experts=8),
     "qwen2-0.5b": Config(151936, 896, 24, 14, 2, 64, 4864, 32768, 1000000.0, 1e-6, tied=True, qkv_bias=True),
     "qwen2-7b": Config(152064, 3584, 28, 28, 4, 128, 18944, 32768, 1000000.0, 1e-6, qkv_bias=True),
     "qwen3-0.6b": Config(151936, 1024, 28, 16, 8, 128, 3072, 40960, 1000000.0, 1e-6, tied=True, qk_norm=True),
@@ -146,6 +154,9 @@ SIZES = {
 RULES: tree.Rules = (
     ("embed", P("tensor", "fsdp")),
     (tree.optional("head"), P("tensor", "fsdp")),
+    (tree.optional("blocks/.*/moe/router"), P(None, "fsdp")),
+    (tree.optional("blocks/.*/moe/(gate|up)"), P("expert", "tensor", "fsdp")),
+    (tree.optional("blocks/.*/moe/down"), P("expert", "fsdp", "tensor")),
     ("blocks/.*/(q|k|v|gate|up)", P("tensor", "fsdp")),
     (tree.optional("blocks/.*/(q|k|v)_bias"), P("tensor")),
     ("blocks/.*/(o|down)", P("fsdp", "tensor")),
@@ -158,8 +169,8 @@ class _Block(nn.Module):
     policy: ops.Policy
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any]:
-        c = self.config
+    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
+        c, aux = self.config, {}
         normal = nn.initializers.normal(c.init_scale)
         out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset)
@@ -171,12 +182,17 @@ class _Block(nn.Module):
             softcap=c.attn_softcap,
             name="attn",
         )
-        mlp = MLP(c.mlp_width, ACTIVATIONS[c.activation], True, False, normal, out, self.policy, name="mlp")
+        act = ACTIVATIONS[c.activation]
         context, window = _of_layer(c, context, layer)
         y, cache = mix(norm(name="attn_norm")(x), context, cache, layer, window)
         x = x + (norm(name="attn_post_norm")(y) if c.post_norms else y)
-        y = mlp(norm(name="mlp_norm")(x))
-        return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), cache
+        y = norm(name="mlp_norm")(x)
+        if c.experts:
+            moe = MoE(c.experts, c.experts_per_token, c.mlp_width, act, normal, out, self.policy, name="moe")
+            y, aux = moe(y, context["real"])
+        else:
+            y = MLP(c.mlp_width, act, True, False, normal, out, self.policy, name="mlp")(y)
+        return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), cache, aux
 
 
 def _of_layer(config: Config, context: dict[str, Any], layer: Any) -> tuple[dict[str, Any], Any]:
@@ -190,6 +206,12 @@ def _of_layer(config: Config, context: dict[str, Any], layer: Any) -> tuple[dict
         pick = lambda near, far: jnp.where(window < everything, near, far)
         context = {**context, "rope": jax.tree.map(pick, context["local_rope"], context["rope"])}
     return context, window
+
+
+def _real(inputs: dict[str, jax.Array]) -> jax.Array | None:
+    """True for what is not padding, by the mask and the segments; None where there are neither."""
+    found = [inputs[name].astype(jnp.bool_) for name in ("mask", "segments") if name in inputs]
+    return functools.reduce(jnp.logical_and, found) if found else None
 
 
 class _Head(nn.Module):
@@ -222,12 +244,14 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base, config.rope_scaling)
         if config.local_rope_base is not None:
             context["local_rope"] = ops.rope_tables(positions, config.head_width, config.local_rope_base)
+        if config.experts:
+            context["real"] = _real(inputs)
         x = ops.take(params["embed"], inputs["tokens"], policy)
         return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype), context
 
     def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
-        x, cache = block_module.apply({"params": params}, x, context, cache, layer)
-        return x, cache, {}
+        out: Any = block_module.apply({"params": params}, x, context, cache, layer)
+        return out
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         own = {name: params[name] for name in ("norm", "head") if name in params}

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmodel.errors import InputError
 from jaxmodel.leaves.leaf import register
 from jaxmodel.ops.cache import KVCache
 from jaxmodel.ops.policy import Policy
@@ -40,8 +39,8 @@ class MemoryCache:
         source = jnp.zeros((layers, batch, heads, 0, width), policy.cache_dtype)
         return cls(target, source, source, jnp.zeros((batch, 0), jnp.bool_))
 
-    def reading(self, valid: Bool[Array, "B S"]) -> MemoryCache:
-        """The cache with room for a source, of which `remember` writes each layer."""
+    def reading(self, valid: Bool[Array, "B S"], memory: Float[Array, "B S D"]) -> MemoryCache:
+        """The cache with room for the keys and values of a memory; `remember` writes those of each layer."""
         layers, batch, heads, _, width = self.k.shape
         room = jnp.zeros((layers, batch, heads, valid.shape[1], width), self.k.dtype)
         return MemoryCache(self.target, room, room, valid)
@@ -86,9 +85,3 @@ class MemoryCache:
     def advance(self, count: Int[Array, " B"] | int) -> MemoryCache:
         """See `KVCache`."""
         return dataclasses.replace(self, target=self.target.advance(count))
-
-
-def need_source(there: bool) -> None:
-    """Raise InputError where a decoder that reads a source has none, neither in its inputs nor in its cache."""
-    if not there:
-        raise InputError("source: none given; allowed: token ids [B, S] at the first call, none only with a cache that has read one")

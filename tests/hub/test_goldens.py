@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from jaxmodel import tree
+from jaxmodel import compress, tree
+from jaxmodel.errors import InputError
 from jaxmodel.evaluate.perplexity import perplexity, token_nll
 from jaxmodel.hub import Bundle, from_pretrained
 from jaxmodel.hub.families import families, family_of
 from jaxmodel.hub.names import Tensors, find, read_leaf
+from jaxmodel.models import llama
+from jaxmodel.ops import rope
 from jaxmodel.train.losses import next_token
 
 GOLDENS = Path(__file__).parent / "goldens"
-NAMES = sorted(path.stem for path in GOLDENS.glob("*.npz") if path.stem != "smollm2")
+KINDS = ("gpt2", *families()["llama"].kinds)  # decoders; other families have goldens and tests of their own
+NAMES = sorted(path.parent.name for kind in KINDS for path in GOLDENS.glob(f"{kind}-*/config.json"))
 
 type Golden = tuple[Bundle, dict[str, np.ndarray]]
 
@@ -56,11 +64,21 @@ def near(found: Any, stored: np.ndarray, limit: float) -> None:
     assert np.abs(found - stored).max() < limit
 
 
-def test_every_folder_has_its_golden() -> None:
-    folders = sorted(path.name for path in GOLDENS.iterdir() if (path / "config.json").exists())
-    assert folders == NAMES and {name.split("-")[0] for name in NAMES} == set(families())
+def test_every_kind_has_goldens() -> None:
+    kinds = [json.loads((GOLDENS / name / "config.json").read_text())["model_type"] for name in NAMES]
+    assert kinds == [name.split("-")[0] for name in NAMES] and set(kinds) == set(KINDS)
     assert (GOLDENS / "llama-tied" / "model.safetensors.index.json").exists()  # one is in several files
-    assert sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()) < 300_000
+    files = [path for name in NAMES for path in (*(GOLDENS / name).iterdir(), GOLDENS / f"{name}.npz")]
+    assert sum(path.stat().st_size for path in files) < 900_000
+
+
+def test_the_goldens_between_them_have_every_part() -> None:
+    """Configs that differ from the plain Llama in every field that any kind sets."""
+    configs = [from_pretrained(GOLDENS / name).model.config for name in NAMES if not name.startswith("gpt2")]
+    plain = llama.SIZES["tiny"]
+    for field in dataclasses.fields(llama.Config):
+        assert len({getattr(config, field.name) for config in configs} | {getattr(plain, field.name)}) > 1, field.name
+    assert {config.rope_scaling.kind for config in configs if config.rope_scaling} == set(rope.KINDS)
 
 
 def test_logits(golden: Golden) -> None:
@@ -69,15 +87,18 @@ def test_logits(golden: Golden) -> None:
     assert mask[0].all() and not mask[1].all()
     logits = logits_of(bundle, tokens=want["tokens"], mask=mask)
     near(logits[mask], want["logits"][mask], 2e-5)
-    near(logits, want["logits"], 2e-5)  # padded queries see the same valid keys there as here
+    config = bundle.model.config
+    if not (getattr(config, "windows", ()) or getattr(config, "experts", 0)):
+        near(logits, want["logits"], 2e-5)  # padded queries see the same valid keys there as here
     short = mask[1].sum()
     near(logits_of(bundle, tokens=want["tokens"][1:, :short]), want["logits"][1:, :short], 2e-5)
 
 
 def test_running_form(golden: Golden) -> None:
     bundle, want = golden
-    logits = logits_of(bundle, bundle.running(), tokens=want["tokens"], mask=want["mask"])
-    near(logits, want["logits"], 2e-5)
+    mask = want["mask"]
+    logits = logits_of(bundle, bundle.running(), tokens=want["tokens"], mask=mask)
+    near(logits[mask], want["logits"][mask], 2e-5)
 
 
 def test_positions_with_gaps_up_to_the_last(golden: Golden) -> None:
@@ -102,13 +123,27 @@ def test_gradients(golden: Golden) -> None:
     names, seen = tuple(family.names(bundle.model.config)), set()
     for path, leaf in tree.flatten(tree.unstack(grads)).items():
         name, layer = find(names, path)
-        key = f"grad:{name.tensors(layer)[0]}"
-        if key in want:
-            seen.add(key)
-            size = np.abs(want[key]).max()  # of q, k, v together: the gradient of k's bias is zero by the softmax
+        keys = {f"grad:{tensor}" for tensor in name.tensors(layer)}
+        if keys <= set(want):
+            seen |= keys
             whole = tuple(slice(0, n) for n in leaf.shape)
-            near(leaf / size, read_leaf(Gradients(want), name, layer, leaf.shape, whole) / size, 1e-4)
+            stored = read_leaf(Gradients(want), name, layer, leaf.shape, whole)
+            # of q, k, v together: the gradient of k's bias is zero by the softmax
+            size = max(np.abs(want[key.replace("k_proj.bias", "q_proj.bias")]).max() for key in keys)
+            near(leaf / size, stored / size, 1e-4)
     assert seen == {key for key in want if key.startswith("grad:")} and len(seen) >= 3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("mixtral")])
+def test_load_balance(name: str) -> None:
+    """The loss without padding, by the mask or by segments, and without gradients to what is not the router."""
+    bundle, want = from_pretrained(GOLDENS / name), read(name)
+    mask, tokens = jnp.asarray(want["mask"]), jnp.asarray(want["tokens"])
+    balance = jax.jit(lambda params, inputs: bundle.model.hidden(params, inputs).aux["load_balance"])
+    near(balance(bundle.params, {"tokens": tokens, "mask": mask}), want["load_balance"], 1e-5)
+    segments = mask.astype(jnp.int32)
+    near(balance(bundle.params, {"tokens": tokens, "segments": segments}), want["load_balance"], 1e-5)
+    assert abs(float(balance(bundle.params, {"tokens": tokens})) - float(want["load_balance"])) > 1e-3
 
 
 def test_decoding_with_a_cache(golden: Golden) -> None:
@@ -128,6 +163,136 @@ def test_decoding_with_a_cache(golden: Golden) -> None:
     assert out.cache.length.tolist() == [mask.shape[1], start]
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gpt2")])
+def test_saving_it_again_changes_nothing(name: str, tmp_path: Path) -> None:
+    """The same kind, the same config, the same tensors under the same names; so `--check` of ours is a check of theirs."""
+    bundle = from_pretrained(GOLDENS / name, dtype="bfloat16" if name not in ("llama-tied", "llama-untied") else None)
+    folder = bundle.save_pretrained(tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == name.split("-")[0]
+    assert from_pretrained(folder).model is bundle.model
+    theirs = [load_file(path) for path in (GOLDENS / name).glob("*.safetensors")]
+    ours, given = load_file(folder / "model.safetensors"), {key: value for file in theirs for key, value in file.items()}
+    assert set(ours) == set(given) and all(np.array_equal(ours[key], given[key]) for key in given)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind: str) -> None:
+    full = json.loads((GOLDENS / "defaults.json").read_text())[kind]
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    family = families()["llama"]
+    assert family.config_from_hf({key: full[key] for key in ("model_type", *sizes)}) == family.config_from_hf(full)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale of the rope scaling is 0.7"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "'linear' has no factor"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token: 9 given; allowed: 1 to 8"),
+        ("qwen2", {"layer_types": ["linear_attention"], "use_sliding_window": True}, "layer_types has 'linear_attention'"),
+    ],
+)
+def test_what_is_not_read_is_named(kind: str, change: dict[str, Any], message: str) -> None:
+    full = json.loads((GOLDENS / "defaults.json").read_text())[kind]
+    with pytest.raises(InputError, match=message):
+        families()["llama"].config_from_hf({**full, **change})
+
+
+@pytest.mark.parametrize(
+    ("size", "change"),
+    [
+        ("tiny-gemma", {}),  # biases
+        ("tiny-gemma", {"qkv_bias": False, "query_scale": 0.3, "attn_softcap": None}),  # no whole number is its inverse square
+        ("tiny-gemma", {"qkv_bias": False, "query_scale": 20**-0.5}),  # a soft cap and norms of q and k
+        ("tiny", {"windows": (5, 0)}),
+        ("tiny", {"qk_norm": True, "qkv_bias": True}),
+        ("tiny", {"logit_softcap": 3.0}),
+        ("tiny-moe", {"qk_norm": True}),
+        ("tiny-moe", {"windows": (5, 0)}),
+    ],
+)
+def test_what_no_kind_has_is_stored_under_our_own_names(size: str, change: dict[str, Any], tmp_path: Path) -> None:
+    model = llama.model(dataclasses.replace(llama.SIZES[size], **change))
+    params = jax.jit(model.init)(jax.random.key(0))
+    folder = Bundle(model, params).save_pretrained(tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "jaxmodel-llama"
+    back = from_pretrained(folder)
+    assert back.model is model and tree.fingerprint(back.params) == tree.fingerprint(params)
+
+
+def test_compressed_experts_are_one_leaf_on_disk(tmp_path: Path) -> None:
+    """Plain ones are a tensor each, as transformers has them; the experts of a compressed leaf share its fields."""
+    bundle = from_pretrained(GOLDENS / "mixtral-b")
+    recipe = [("blocks/0/moe/(gate|down)", "rtn(bits=4)"), ("blocks/1/moe/up", "magnitude(0.5) | rtn(bits=8)"), (".*", ())]
+    params, _ = compress.apply(recipe, bundle.params)
+    folder = dataclasses.replace(bundle, params=params).save_pretrained(tmp_path / "out")
+    back = from_pretrained(folder)
+    assert tree.fingerprint(back.params) == tree.fingerprint(params) and back.model is bundle.model
+    names = {key for key in load_file(folder / "model.safetensors") if "experts" in key}
+    stem = "model.layers.{}.block_sparse_moe.experts.{}.weight"
+    plain = {stem.format(layer, f"{e}.{w}") for layer, w in ((0, "w3"), (1, "w1"), (1, "w2")) for e in range(5)}
+    packed = {f"{stem.format(0, w)}_{part}" for w in ("w1", "w2") for part in ("packed", "scale")}
+    assert names == plain | packed | {f"{stem.format(1, 'w3')}_{part}" for part in ("mask", "values_packed", "values_scale")}
+
+
+# ---------------------------------------------------------------------------------------------------------- GGUF
+
+
+def write_gguf(path: Path, name: str, architecture: str) -> Path:
+    """A golden as GGUF, with the names and keys of the gguf package."""
+    hf = load_file(GOLDENS / name / "model.safetensors")
+    config = json.loads((GOLDENS / name / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+    if "num_local_experts" in config:
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    vocabulary = ["AB", *(chr(i) for i in range(65, 64 + config["vocab_size"]))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_merges(["A B"])
+    experts: dict[str, list[np.ndarray]] = {}
+    for key in sorted(hf):
+        value, (stem, suffix) = hf[key].astype(np.float32), key.rsplit(".", 1)
+        if architecture == "llama" and re.search("[qk]_proj", key):  # rotary halves become neighbours
+            count = heads if "q_proj" in key else kv_heads
+            value = value.reshape(count, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        if ".experts." in stem:
+            experts.setdefault(re.sub(r"experts\.\d+", "experts", stem), []).append(value)
+        else:
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", value)
+    for stem, values in experts.items():
+        writer.add_tensor(f"{names.get_name(stem)}.weight", np.stack(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("qwen2-a", "qwen2"), ("qwen3-a", "qwen3"), ("mixtral-a", "llama")])
+def test_gguf_equals_the_folder(name: str, architecture: str, tmp_path: Path) -> None:
+    ours, theirs = from_pretrained(write_gguf(tmp_path / "a.gguf", name, architecture)), from_pretrained(GOLDENS / name)
+    assert tree.fingerprint(ours.params) == tree.fingerprint(theirs.params)
+    config = theirs.model.config
+    assert ours.model.config == dataclasses.replace(config, norm_eps=float(np.float32(config.norm_eps)), init_scale=0.02)
+
+
 def test_dtype_of_a_foreign_folder() -> None:
     """float32 unless said otherwise; bfloat16 stays within its rounding."""
     bundle, want = from_pretrained(GOLDENS / "gpt2-a", dtype="bfloat16"), read("gpt2-a")
@@ -138,8 +303,6 @@ def test_dtype_of_a_foreign_folder() -> None:
 
 def test_names_without_the_prefix(tmp_path: Path) -> None:
     """Older GPT-2 files say `wte.weight`, and carry masks and a copy of the embedding."""
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(GOLDENS / "gpt2-a" / "model.safetensors")
     renamed = {re.sub(r"^transformer\.", "", key): value for key, value in tensors.items()}
     renamed |= {"h.0.attn.bias": np.ones((1, 1, 24, 24), np.float32), "lm_head.weight": renamed["wte.weight"].copy()}

@@ -1,6 +1,11 @@
-"""Norms against float64, rotary positions against complex numbers."""
+"""Norms against float64, rotary positions against complex numbers, scaled ones against their definitions, a wave at a time.
+
+What transformers makes of whole models with them: tests/hub/test_goldens.py.
+"""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxmodel import ops
+from jaxmodel.errors import InputError
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -77,3 +83,70 @@ def test_scores_depend_on_the_distance_of_positions_only():
 def test_rotate_keeps_the_dtype():
     tables = ops.rope_tables(jnp.asarray([[3]]), 4, 10.0)
     assert ops.rotate(normal(1, 1, 2, 4).astype(jnp.bfloat16), tables).dtype == jnp.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------- longer contexts
+
+WIDTH, BASE, CONTEXT = 16, 100.0, 64  # waves of 6 to 353 positions: some fit the context often, some not once
+PLAIN = [BASE ** (-2 * i / WIDTH) for i in range(WIDTH // 2)]
+
+
+def scaled(scaling: ops.RopeScaling) -> np.ndarray:
+    """The frequencies, read off the angles at position 1, where none has come round."""
+    sin, cos = ops.rope_tables(jnp.asarray([[1]]), WIDTH, BASE, scaling)
+    np.testing.assert_allclose(np.hypot(sin, cos), scaling.gain, rtol=1e-5)
+    return np.arctan2(sin, cos)[0, 0]
+
+
+def test_linear_scaling_puts_positions_closer():
+    positions = jnp.asarray([[0, 3, 40, 200]])
+    got = ops.rope_tables(4 * positions, WIDTH, BASE, ops.RopeScaling("linear", 4.0))
+    for a, b in zip(got, ops.rope_tables(positions, WIDTH, BASE), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_llama3_scaling_wave_by_wave():
+    def wave(frequency: float) -> float:
+        turns = CONTEXT * frequency / (2 * math.pi)
+        if turns > 4:
+            return frequency
+        share = max((turns - 1) / (4 - 1), 0)
+        return (1 - share) * frequency / 8 + share * frequency
+
+    want = [wave(frequency) for frequency in PLAIN]
+    changed = np.asarray(PLAIN) / want
+    assert changed[0] == 1 and changed[-1] == pytest.approx(8) and np.any((changed > 1.01) & (changed < 7.99))
+    np.testing.assert_allclose(scaled(ops.RopeScaling("llama3", 8.0, CONTEXT)), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("fast", "slow"), [(32.0, 1.0), (4.0, 0.5), (1.0, 1.0)])
+def test_yarn_scaling_wave_by_wave(fast, slow):
+    def dimension(turns: float) -> float:
+        """Where, among the waves, one turns so often in the context: CONTEXT * BASE^(-2 d / WIDTH) = 2 pi turns."""
+        return WIDTH / 2 * math.log(CONTEXT / (2 * math.pi * turns)) / math.log(BASE)
+
+    first, last = max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), WIDTH - 1)
+    share = [min(max((i - first) / (last - first), 0), 1) for i in range(WIDTH // 2)]
+    want = [(1 - s) * frequency + s * frequency / 4 for s, frequency in zip(share, PLAIN, strict=True)]
+    assert want[0] == PLAIN[0] and any(0 < s < 1 for s in share) == (fast > slow)
+    np.testing.assert_allclose(scaled(ops.RopeScaling("yarn", 4.0, CONTEXT, fast=fast, slow=slow)), want, rtol=1e-5)
+
+
+def test_yarn_sharpens_the_scores():
+    assert ops.RopeScaling("yarn", 4.0, CONTEXT).gain == pytest.approx(0.1 * math.log(4) + 1)
+    assert ops.RopeScaling("yarn", 4.0, CONTEXT, sharpen=1.5).gain == 1.5
+    assert ops.RopeScaling("llama3", 4.0, CONTEXT).gain == ops.RopeScaling("linear", 4.0).gain == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("yarm", 4.0, CONTEXT), "rope scaling: 'yarm' is not known; allowed: .*nearest: yarn"),
+        (("linear", 0.5), "factor 0.5, context 0; at least 1"),
+        (("yarn", 4.0), "factor 4.0, context 0; at least 1"),
+        (("llama3", 4.0, CONTEXT, 4.0, 4.0), "low 4.0 must be below high 4.0"),
+    ],
+)
+def test_scalings_that_make_no_sense(given, message):
+    with pytest.raises(InputError, match=message):
+        ops.RopeScaling(*given)

@@ -1,4 +1,4 @@
-"""Files of the Llama family: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text)."""
+"""Files of the Llama family: Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3 (text)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,22 @@ from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
 from jaxmodel.ops import RopeScaling
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _GEMMA = ("gemma2", "gemma3_text")
+
+# What a key means that config.json leaves out, where it is not what the key's first use below says.
+_LONG, _GROUPED = {"max_position_embeddings": 131072}, {"num_key_value_heads": 8}
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
+_GEMMA_HAS = {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "tie_word_embeddings": True}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {**_LONG, **_GROUPED, "sliding_window": 4096},
+    "mixtral": {**_LONG, **_GROUPED, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "gemma2": {**_GEMMA_HAS, "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {**_GEMMA_HAS, **_LONG, "rope_theta": 1e6},
+}
+KINDS = tuple(_DEFAULTS)
 
 # leaf -> HF, GGUF
 _LAYER = {
@@ -31,6 +45,12 @@ _LAYER = {
     "attn/v_bias": ("self_attn.v_proj.bias", "attn_v.bias"),
     "attn/q_norm/weight": ("self_attn.q_norm.weight", "attn_q_norm.weight"),
     "attn/k_norm/weight": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+    "moe/router": ("block_sparse_moe.gate.weight", "ffn_gate_inp.weight"),
+}
+_EXPERTS = {
+    "moe/gate": ("block_sparse_moe.experts.{expert}.w1.weight", "ffn_gate_exps.weight"),
+    "moe/up": ("block_sparse_moe.experts.{expert}.w3.weight", "ffn_up_exps.weight"),
+    "moe/down": ("block_sparse_moe.experts.{expert}.w2.weight", "ffn_down_exps.weight"),
 }
 _POST_NORMS = {
     "attn_post_norm/weight": "post_attention_layernorm.weight",
@@ -47,14 +67,19 @@ _TOP = {
 def _names(config: llama.Config) -> list[Name]:
     layer = {ours: theirs for ours, (theirs, _) in _LAYER.items()} | (_POST_NORMS if config.post_norms else {})
     names = [Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}") for ours, theirs in layer.items()]
+    for ours, (theirs, _) in _EXPERTS.items():  # transformers joins gate, up and experts in memory, but not in files
+        names.append(Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}", experts=config.experts))
     return names + [Name(ours, theirs) for ours, (theirs, _) in _TOP.items()]
 
 
 def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
     kind, gemma = hf["model_type"], hf["model_type"] in _GEMMA
+    hf = {**_DEFAULTS[kind], **hf}
     biased = {"attention_bias": (False,), "mlp_bias": (False,)}
     activation = {"hidden_activation": ("gelu_pytorch_tanh",)} if gemma else {"hidden_act": ("silu",)}
-    fixed(hf, {**biased, **activation, "use_bidirectional_attention": (False, None)})
+    if kind == "gemma3_text":  # transformers reads the key and does not use it
+        fixed(hf, {"attn_logit_softcapping": (None,)})
+    fixed(hf, {**biased, **activation, "use_bidirectional_attention": (False, None), "partial_rotary_factor": (1.0, None)})
     heads, local = hf["num_attention_heads"], None
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if "full_attention" in rope:  # transformers 5: by kind of layer
@@ -73,9 +98,9 @@ def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
         head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
         mlp_width=hf["intermediate_size"],
         context=hf.get("max_position_embeddings", 2048),
-        rope_base=float(rope.get("rope_theta", hf.get("rope_theta", 1e6 if kind == "gemma3_text" else 10000.0))),
+        rope_base=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied=hf.get("tie_word_embeddings", gemma),
+        tied=hf.get("tie_word_embeddings", False),
         init_scale=hf.get("initializer_range", 0.02),
         rope_scaling=_scaling(rope, hf.get("max_position_embeddings", 2048)),
         windows=_windows(hf),
@@ -87,6 +112,8 @@ def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
         post_norms=gemma,
         embed_scale=hf["hidden_size"] ** 0.5 if gemma else 1.0,
         query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5 if gemma else None,
+        experts=hf["num_local_experts"] if kind == "mixtral" else 0,
+        experts_per_token=hf.get("num_experts_per_tok", 2) if kind == "mixtral" else 2,
         **{ours: hf.get(theirs) for ours, theirs in softcaps.items() if gemma},
     )
 
@@ -95,8 +122,10 @@ def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if "mscale" in rope or "mscale_all_dim" in rope or not rope.get("truncate", True):
-        raise InputError("config.json: mscale, mscale_all_dim and truncate of the rope scaling are not read")
+    refused = {"mscale": None, "mscale_all_dim": None, "truncate": True, "partial_rotary_factor": 1.0}
+    for key, usual in refused.items():
+        if rope.get(key, usual) not in (usual, None):
+            raise InputError(f"config.json: {key} of the rope scaling is {rope[key]!r}; allowed: {usual!r}")
     wanted = {"low": "low_freq_factor", "high": "high_freq_factor", "fast": "beta_fast", "slow": "beta_slow"}
     options = {ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None}
     if kind == "yarn" and rope.get("attention_factor") is not None:
@@ -110,19 +139,18 @@ def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
 def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
     """The windows of the layers, as the shortest pattern that repeats."""
     window, depth = hf.get("sliding_window"), hf["num_hidden_layers"]
-    kind = hf["model_type"]
+    kind, types = hf["model_type"], hf.get("layer_types")
+    if unknown := set(types or ()) - {"sliding_attention", "full_attention"}:
+        raise InputError(f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', 'full_attention'")
     if not window or kind == "llama" or (kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window")):
         return ()
-    types = hf.get("layer_types")
     if types is None:
         every = {"gemma2": 2, "gemma3_text": hf.get("sliding_window_pattern") or 6}
         if kind in ("qwen2", "qwen3"):
             near = [i >= hf.get("max_window_layers", 28) for i in range(depth)]
         else:
-            near = [kind == "mistral" or bool((i + 1) % every[kind]) for i in range(depth)]
+            near = [kind in ("mistral", "mixtral") or bool((i + 1) % every[kind]) for i in range(depth)]
         types = ["sliding_attention" if n else "full_attention" for n in near]
-    if unknown := set(types) - {"sliding_attention", "full_attention"}:
-        raise InputError(f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', 'full_attention'")
     windows = tuple(window if t == "sliding_attention" else 0 for t in types)
     if not any(windows):
         return ()
@@ -137,12 +165,17 @@ def _kind(c: llama.Config) -> str | None:
     if (c.activation == "gelu_tanh") != c.post_norms or (c.norm_offset == 1.0) != c.post_norms:
         return None
     if c.post_norms:
-        if c.qkv_bias or c.embed_scale != c.width**0.5 or c.query_scale is None or len(set(c.windows) - {0}) != 1:
+        scaled = c.query_scale is not None and round(c.query_scale**-2) ** -0.5 == c.query_scale  # files say a whole number
+        if c.experts or c.qkv_bias or c.embed_scale != c.width**0.5 or not scaled or len(set(c.windows) - {0}) != 1:
             return None
-        return ("gemma3_text" if c.local_rope_base is not None else None) if c.qk_norm else _only(c, "gemma2")
+        if c.qk_norm:
+            return "gemma3_text" if c.local_rope_base is not None and c.attn_softcap is None else None
+        return "gemma2" if c.local_rope_base is None and c.rope_scaling is None else None
     plain = c.embed_scale == 1 and c.query_scale is None and c.attn_softcap is None and c.logit_softcap is None
     if not plain or c.local_rope_base is not None or (c.qk_norm and c.qkv_bias):
         return None
+    if c.experts:
+        return "mixtral" if not (c.qk_norm or c.qkv_bias) and len(c.windows) <= 1 else None
     if c.qk_norm or c.qkv_bias:
         return "qwen3" if c.qk_norm else "qwen2"
     if len(c.windows) > 1:
@@ -150,13 +183,10 @@ def _kind(c: llama.Config) -> str | None:
     return "mistral" if any(c.windows) else "llama"
 
 
-def _only(c: llama.Config, kind: str) -> str | None:
-    return kind if c.local_rope_base is None and c.rope_scaling is None else None
-
-
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
@@ -195,19 +225,17 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
         hf["sliding_window"] = max(windows) or None
     if kind in ("qwen2", "qwen3"):
         hf["use_sliding_window"] = any(windows)
-    if kind not in ("llama", "mistral"):
+    if kind == "mixtral":
+        hf |= {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
+    if kind in (*_GEMMA, "qwen2", "qwen3"):
         hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
     if kind in _GEMMA:
         assert c.query_scale is not None
-        hf["query_pre_attn_scalar"] = _whole(c.query_scale**-2)
+        hf["query_pre_attn_scalar"] = round(c.query_scale**-2)
         hf |= {"attn_logit_softcapping": c.attn_softcap, "final_logit_softcapping": c.logit_softcap}
     if kind == "gemma3_text":
         hf["rope_local_base_freq"] = c.local_rope_base
     return hf
-
-
-def _whole(value: float) -> float | int:
-    return round(value) if abs(value - round(value)) < 1e-6 * value else value
 
 
 def _scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
@@ -228,7 +256,8 @@ def _gguf_names(config: llama.Config) -> list[Name]:
     # llama.cpp turns the pairs of q and k for its own rotation, in files of the architecture "llama" only
     paired = not (config.qkv_bias or config.qk_norm)
     heads = {"attn/q": config.heads, "attn/k": config.kv_heads} if paired else {}
-    names = [Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}", pairs=heads.get(ours, 0)) for ours, (_, theirs) in _LAYER.items()]
+    layer = {ours: theirs for ours, (_, theirs) in (_LAYER | _EXPERTS).items()}
+    names = [Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}", pairs=heads.get(ours, 0)) for ours, theirs in layer.items()]
     return names + [Name(ours, theirs) for ours, (_, theirs) in _TOP.items()]
 
 
@@ -262,6 +291,8 @@ def _from_gguf(metadata: Mapping[str, Any], tensors: Collection[str]) -> llama.C
         tied="output.weight" not in tensors,
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
+        experts=get("expert_count", 0),
+        experts_per_token=get("expert_used_count", 2),
     )
 
 

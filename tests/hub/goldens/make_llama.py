@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from make_goldens import Tiny, main
+from make_goldens import HERE, Tiny, main
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -41,7 +42,8 @@ def rope(kind: str, base: float = 500.0, **more: Any) -> dict[str, Any]:
 
 
 _OLD = r"model\.(embed_tokens|layers\.1\.self_attn\.k_proj|layers\.0\.self_attn\.q_proj)\.weight"
-_FIRST, _SECOND = r"model\.(embed_tokens|layers\.0)\..*", r"model\.(embed_tokens|layers\.1)\..*"
+_FIRST, _SECOND = r"model\.layers\.0\..*", r"model\.(norm|layers\.1)\..*"
+_SCALED = r"model\.(embed_tokens|norm|layers\.1)\..*"
 _GEMMA = {"head_dim": 6, "attention_bias": False}
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS = {
@@ -59,6 +61,7 @@ MODELS = {
             rms_norm_eps=1e-2,
         ),
         *(24, 11, _OLD),
+        dtype="float32",
     ),
     "llama-tied": Tiny(
         2,
@@ -74,6 +77,7 @@ MODELS = {
             tie_word_embeddings=True,
         ),
         *(24, 17, _OLD),
+        dtype="float32",
         shard="12KB",  # several files and an index
     ),
     "llama-linear": Tiny(4, LlamaConfig(**sizes(53, **rope("linear", factor=4.0))), 18, 9, _SECOND),
@@ -84,14 +88,14 @@ MODELS = {
     "mistral-a": Tiny(7, MistralConfig(**sizes(53, sliding_window=5, **rope("default"))), 18, 9, _SECOND),
     "mistral-b": Tiny(
         8,
-        MistralConfig(**sizes(59, 3, kv_heads=1, head_dim=6, sliding_window=1, tie_word_embeddings=True)),
+        MistralConfig(**sizes(59, kv_heads=1, head_dim=6, sliding_window=2, tie_word_embeddings=True)),
         *(17, 12, _SECOND),
     ),
-    "qwen2-a": Tiny(9, Qwen2Config(**sizes(61, **rope("default"))), 18, 10, _SECOND),
+    "qwen2-a": Tiny(9, Qwen2Config(**sizes(61, initializer_range=0.03, **rope("default"))), 18, 10, _SECOND),
     "qwen2-b": Tiny(
         10,
         Qwen2Config(
-            **sizes(53, 3, kv_heads=4, use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True)
+            **sizes(53, kv_heads=4, use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True)
         ),
         *(17, 13, _SECOND),
     ),
@@ -99,7 +103,7 @@ MODELS = {
     "qwen3-b": Tiny(
         12,
         Qwen3Config(
-            **sizes(61, 3, kv_heads=1, head_dim=6, use_sliding_window=True, sliding_window=6, max_window_layers=2),
+            **sizes(61, kv_heads=1, head_dim=6, use_sliding_window=True, sliding_window=6, max_window_layers=1),
             **rope("yarn", 1000.0, factor=4.0, attention_factor=1.3),
         ),
         *(18, 12, _SECOND),
@@ -107,15 +111,15 @@ MODELS = {
     "gemma2-a": Tiny(
         13,
         Gemma2Config(
-            **sizes(53, 3, sliding_window=4, pad_token_id=0, **_GEMMA),
+            **sizes(53, sliding_window=4, **_GEMMA),
             **{"query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         ),
-        *(17, 11, _SECOND),
+        *(17, 11, _SCALED),
     ),
     "gemma3_text-a": Tiny(
         14,
         Gemma3TextConfig(
-            **sizes(59, 3, kv_heads=1, sliding_window=3, pad_token_id=0, **_GEMMA),
+            **sizes(59, 3, kv_heads=1, sliding_window=3, **_GEMMA),
             layer_types=["sliding_attention", "sliding_attention", "full_attention"],
             query_pre_attn_scalar=10,
             rope_parameters={
@@ -123,13 +127,13 @@ MODELS = {
                 "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
             },
         ),
-        *(17, 12, r"model\.(embed_tokens|layers\.2)\..*"),
+        *(17, 12, r"model\.(norm|layers\.2)\..*"),
     ),
     "mixtral-a": Tiny(15, MixtralConfig(**sizes(53, 1), num_local_experts=4), 17, 11, _FIRST),
     "mixtral-b": Tiny(
         16,
         MixtralConfig(
-            **sizes(61, 2, kv_heads=1, head_dim=6, sliding_window=5, tie_word_embeddings=True),
+            **sizes(61, kv_heads=1, head_dim=6, sliding_window=5, tie_word_embeddings=True),
             **{"num_local_experts": 5, "num_experts_per_tok": 3},
         ),
         *(18, 9, _SECOND),
@@ -137,7 +141,7 @@ MODELS = {
 }
 
 _TIED = {"tied": True, "head_width": 12, "rope_base": 500.0, "norm_eps": 1e-2}
-_PLAIN_GEMMA = {"qkv_bias": False, "query_scale": 0.3}
+_PLAIN_GEMMA = {"qkv_bias": False, "query_scale": 20**-0.5}
 WRITTEN = {
     "llama": ("llama", "tiny", {}),
     "llama-tied": ("llama", "tiny", _TIED),
@@ -153,11 +157,23 @@ WRITTEN = {
     "qwen3-window": ("llama", "tiny", {"qk_norm": True, "windows": [0, 0, 7], "tied": True}),
     "gemma2": ("llama", "tiny-gemma", {**_PLAIN_GEMMA, "qk_norm": False, "local_rope_base": None}),
     "gemma3_text": ("llama", "tiny-gemma", {**_PLAIN_GEMMA, "attn_softcap": None, "logit_softcap": None}),
-    "gemma3_text-scaled": ("llama", "tiny-gemma", {**_PLAIN_GEMMA, "rope_scaling": {"kind": "linear", "factor": 8.0}}),
+    "gemma3_text-scaled": (
+        *("llama", "tiny-gemma"),
+        {**_PLAIN_GEMMA, "attn_softcap": None, "rope_scaling": {"kind": "linear", "factor": 8.0}},
+    ),
     "mixtral": ("llama", "tiny-moe", {}),
     "mixtral-window": ("llama", "tiny-moe", {"windows": [5], "experts_per_token": 3, "tied": True}),
     "mixtral-bf16": ("llama", "tiny-moe", {}),
 }
 
+CONFIGS = (LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Gemma2Config, Gemma3TextConfig)
+
+
+def defaults(ours: str) -> None:
+    """What each kind's config.json means where it says nothing but the kind: `defaults.json`."""
+    said = {config.model_type: config().to_dict() for config in CONFIGS}
+    (HERE / "defaults.json").write_text(json.dumps(said, indent=1, sort_keys=True) + "\n")
+
+
 if __name__ == "__main__":
-    main(MODELS, WRITTEN)
+    main(MODELS, WRITTEN, {"defaults": defaults})
