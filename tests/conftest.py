@@ -1,5 +1,7 @@
 """What holds in every test: one CPU device, strict numerics, shapes checked, compiled programs kept between runs.
 
+`make test` runs two processes of tests side by side; with `-p no:xdist`, or `-n 0`, there is one, for a debugger.
+
 How to write an annotation so that the check works: `from __future__ import annotations`, `x: Float[Array, "B T D"]`,
 and every name in it imported at run time, not under TYPE_CHECKING (beartype evaluates the strings at the first call).
 A letter means one size over all arguments and the result of a call; `...` any axes, `""` none. Under jit the check runs
@@ -13,7 +15,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,9 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("jaxmodel", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Nearly all of the time is compilation of programs that run once. In this process only: the command line, notebooks and
+# eight devices, in processes of their own, are compiled as users have them.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # The same examples in every run; no deadline, since the first example of a shape compiles.
 settings.register_profile("house", derandomize=True, deadline=None, database=None, max_examples=50)
@@ -55,6 +60,18 @@ def _standard[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
 # So what runs inside a gradient transformation is exempt; what computes gradients and applies updates is not.
 _new = optax.GradientTransformation.__new__
 optax.GradientTransformation.__new__ = lambda cls, init, update: _new(cls, _standard(init), _standard(update))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Forget the compiled programs of earlier modules before the process has as many memory maps as Linux allows (65,530).
+
+    Each program that XLA compiles for a CPU keeps some; at the limit the next compilation ends in a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def read(args: Sequence[str]) -> Common:
     raise InputError(_one_line(said.getvalue()))
 
 
-def run(options: Common) -> tuple[dict[str, Any], int]:
+def run(options: Common) -> tuple[Any, int]:
     """Run a verb in a run folder of its own; returns its results and the exit code."""
     from jaxmodel import report
     from jaxmodel.cli import rerun, verbs

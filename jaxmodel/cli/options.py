@@ -167,12 +167,45 @@ class Rerun(Common):
     folder: Annotated[Positional[str], arg(metavar="FOLDER", help="The folder that the run left: runs/<time>-<verb>.")]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models(Common):
+    """List every architecture and size: its parameters, the memory of its weights, and where trained ones can be had."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary(Common):
+    """Show what a model consists of: its leaves by path, with shapes, bytes, and where a mesh would cut them."""
+
+    name: Annotated[
+        Positional[str], arg(metavar="NAME", help=f"{_SOURCE[0].upper()}{_SOURCE[1:]}; or a size that `models` lists.")
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predict(Common):
+    """Classify files: texts, or images, with any bundle whose config has labels."""
+
+    LEAST: ClassVar = {"top": 1, "batch": 1}
+
+    model: Annotated[Positional[str], _MODEL]
+    input: Annotated[tuple[str, ...], arg(metavar="FILE")]
+    """UTF-8 texts for a model of text, images for a model of images; several, one after the other."""
+    top: int = 5
+    """How many labels are shown for each file, the likeliest first."""
+    batch: int = 8
+    """Files that are computed at once."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
+
+
 VERBS: dict[str, type[Common]] = {
     "demo": Demo,
     "train": Train,
     "generate": Generate,
     "eval": Eval,
     "compress": Compress,
+    "models": Models,
+    "summary": Summary,
+    "predict": Predict,
     "rerun": Rerun,
 }
 
@@ -191,4 +224,17 @@ def check(options: Common) -> None:
         raise InputError(f"--seed: {seed} given; allowed: 0 to {2**32 - 1}")
 
 
-__all__ = ["VERBS", "Common", "Compress", "Demo", "Eval", "Generate", "Rerun", "Train", "check"]
+__all__ = [
+    "VERBS",
+    "Common",
+    "Compress",
+    "Demo",
+    "Eval",
+    "Generate",
+    "Models",
+    "Predict",
+    "Rerun",
+    "Summary",
+    "Train",
+    "check",
+]

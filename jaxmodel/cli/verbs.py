@@ -20,10 +20,10 @@ class Verb(NamedTuple):
     code(result): the exit code.
     """
 
-    run: Callable[..., dict[str, Any]]
+    run: Callable[..., Any]
     show: Callable[..., None]
     prepare: Callable[..., None] = lambda options: None
-    code: Callable[[dict[str, Any]], int] = lambda result: 0
+    code: Callable[[Any], int] = lambda result: 0
 
 
 def find(name: str) -> Verb:
@@ -32,6 +32,10 @@ def find(name: str) -> Verb:
         from jaxmodel.cli import demo
 
         return Verb(demo.run, demo.show)
+    if name in ("models", "predict", "summary"):
+        from jaxmodel.cli import inspect
+
+        return Verb(getattr(inspect, name), getattr(inspect, f"show_{name}"))
     return {
         "eval": Verb(_eval, _show_eval),
         "generate": Verb(_generate, _show_generate),

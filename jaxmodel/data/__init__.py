@@ -1,4 +1,5 @@
 """Text to batches: load a text, cut it into windows or pack its documents into bins, stream batches of (seed, step).
+Images to batches: load them with their labels, stream their rows.
 
 >>> import numpy as np
 >>> stream = Stream(windows(range(100), length=9, stride=8), batch_size=4, seed=0)
@@ -7,8 +8,21 @@
 ((4, 8), True)
 """
 
+from jaxmodel.data.images import Images, load_images
 from jaxmodel.data.pack import Bins, pack, windows
 from jaxmodel.data.stream import Stream, prefetch
 from jaxmodel.data.text import NAMES, Text, load_text, split_documents
 
-__all__ = ["NAMES", "Bins", "Stream", "Text", "load_text", "pack", "prefetch", "split_documents", "windows"]
+__all__ = [
+    "NAMES",
+    "Bins",
+    "Images",
+    "Stream",
+    "Text",
+    "load_images",
+    "load_text",
+    "pack",
+    "prefetch",
+    "split_documents",
+    "windows",
+]

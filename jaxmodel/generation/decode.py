@@ -73,7 +73,7 @@ def run(
     Args:
       model: its pure functions.
       params: best in the form of `Bundle.running`.
-      rows: token ids of the prompts, none empty; lengths may differ.
+      rows: token ids of the prompts, none empty; lengths may differ. Of a model that reads a source they are the sources.
       done: bool `[B]`; the caller sets it where a row has ended, and generation ends when all have.
       sampling: how tokens are chosen.
       max_new_tokens: at least 1.
@@ -85,7 +85,10 @@ def run(
     Yields:
       The next tokens `[B, n]`: the first of each row, then up to `steps` at a time. What follows an end is arbitrary.
     """
-    logits, cache = prefill(model, params, rows, max_new_tokens)
+    sources = None
+    if reads_source(model):
+        sources, rows = rows, [[model.config.start]] * len(rows)
+    logits, cache = prefill(model, params, rows, max_new_tokens, sources)
     lengths = np.array([len(row) for row in rows], np.int32)
     seen = None
     if sampling.repetition_penalty != 1:
@@ -110,28 +113,47 @@ def run(
         left -= count
 
 
+def reads_source(model: models.Model) -> bool:
+    """Whether a model reads a source and writes a target that begins with `config.start`."""
+    return "source" in model.inputs(1, 1)
+
+
+def padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows padded on the right, int32 `[B, length]`, and where they hold a token."""
+    tokens, lengths = np.zeros((len(rows), length), np.int32), np.array([len(row) for row in rows], np.int32)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(row)] = row
+    return tokens, np.arange(length) < lengths[:, None]
+
+
 def prefill(
-    model: models.Model, params: tree.Params, rows: Sequence[Sequence[int]], max_new_tokens: int
+    model: models.Model,
+    params: tree.Params,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Run the prompts, padded on the right to one length.
+    """Run the prompts, padded on the right to one length; with the first of their tokens the sources, where there are any.
 
     Returns:
       The logits `[B, V]` of the token after each prompt, and the cache, with room for `max_new_tokens` more.
     """
     batch, longest = len(rows), max(len(row) for row in rows)
     tail = (longest - 1) % PIECE + 1  # tokens in the last piece
-    padded = longest - tail + round_up(tail)
-    capacity = round_up(max(padded, longest + max_new_tokens), 64)
-    tokens, lengths = np.zeros((batch, padded), np.int32), np.array([len(row) for row in rows], np.int32)
-    for line, row in zip(tokens, rows, strict=True):
-        line[: len(row)] = row
-    # a single piece attends to itself only; its cache grows afterwards
-    single, logits = longest <= PIECE, None
-    cache = new_cache(model, batch, padded if single else capacity)
+    whole = longest - tail + round_up(tail)
+    capacity = round_up(max(whole, longest + max_new_tokens), 64)
+    tokens, mask = padded(rows, whole)
+    lengths, source = mask.sum(axis=1), {}
+    if sources is not None:
+        given = padded(sources, round_up(max(len(row) for row in sources)))
+        source = dict(zip(("source", "source_mask"), map(jnp.asarray, given), strict=True))
+    # a single piece attends to itself only; its cache grows afterwards, if it holds nothing but these tokens
+    single, logits = longest <= PIECE and sources is None, None
+    cache = new_cache(model, batch, whole if single else capacity)
     for start in range(0, longest, PIECE):
         piece = jnp.asarray(tokens[:, start : start + PIECE])
-        count = jnp.asarray(np.clip(lengths - start, 0, piece.shape[1]))
-        new, cache = _piece(model)(params, piece, count, cache)
+        count = jnp.asarray(np.clip(lengths - start, 0, piece.shape[1]), jnp.int32)
+        new, cache = _piece(model)(params, piece, count, cache, {} if start else source)
         # a row that ended in an earlier piece keeps the logits it has
         logits = new if logits is None else jnp.where(count[:, None] > 0, new, logits)
     assert logits is not None
@@ -156,10 +178,10 @@ def _piece(model: models.Model) -> Callable[..., tuple[jax.Array, Any]]:
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def piece(
-        params: tree.Params, tokens: Int[Array, "B T"], count: Int[Array, " B"], cache: Any
+        params: tree.Params, tokens: Int[Array, "B T"], count: Int[Array, " B"], cache: Any, source: dict[str, jax.Array]
     ) -> tuple[Float[Array, "B V"], Any]:
         mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < count[:, None]
-        out = model.hidden(params, {"tokens": tokens, "mask": mask}, cache)
+        out = model.hidden(params, {"tokens": tokens, "mask": mask, **source}, cache)
         last = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
         return model.parts.head(params, last)[:, 0], out.cache
 

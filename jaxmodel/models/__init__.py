@@ -7,9 +7,31 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
+from jaxmodel.models.contents import summary
+from jaxmodel.models.foreign import from_linen, from_nnx
+from jaxmodel.models.initializers import initialize
+from jaxmodel.models.maximal_update import Mup, coordinates, mup, scale_updates
 from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
+from jaxmodel.models.predict import predict_fn
 
-__all__ = ["Inputs", "Model", "Output", "Parts", "families", "sizes", "wrap"]
+__all__ = [
+    "Inputs",
+    "Model",
+    "Mup",
+    "Output",
+    "Parts",
+    "coordinates",
+    "families",
+    "from_linen",
+    "from_nnx",
+    "initialize",
+    "mup",
+    "predict_fn",
+    "scale_updates",
+    "sizes",
+    "summary",
+    "wrap",
+]
 
 
 def sizes() -> dict[str, tuple[ModuleType, Any]]:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import Compressed, QTensor, Sparse, decode
+from jaxmodel.leaves import BlockSparse, Compressed, QTensor, Sparse, decode
+from jaxmodel.ops.block_sparse import beside, block_product
 from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.probe import OF_TAKE, Probe, tap
@@ -125,6 +126,32 @@ def conv(
     return y.astype(policy.stream)
 
 
+def blocks(x: Float[Array, "... in"], w: Any, columns: Int[Array, "rows n"], policy: Policy = DEFAULT) -> Float[Array, "... out"]:
+    """Contract with a weight of which only some blocks are there, at places that are known apart from it.
+
+    Args:
+      x: the activation.
+      w: a leaf `[rows, height, n * width]`: for each row of blocks those that are there, side by side.
+      columns: which block of x each of them meets.
+      policy: dtypes and placement.
+
+    Returns:
+      y, of `rows * height` features, in `policy.stream`.
+
+    Raises:
+      InputError: shapes that do not fit.
+    """
+    n, width = columns.shape[1], w.shape[-1] // max(columns.shape[1], 1)
+    if len(w.shape) != 3 or w.shape[0] != columns.shape[0] or w.shape[-1] != n * width or x.shape[-1] % max(width, 1):
+        raise InputError(f"blocks: x {x.shape}, the weight {w.shape} and columns {columns.shape} do not fit each other")
+    if isinstance(w, Compressed | Probe):
+        y = block_product(x, w, columns, width, lambda x, row: _matmul(x.T, row, policy).T)
+    else:
+        compute = jnp.dtype(policy.compute)
+        y = block_product(x.astype(compute), w.astype(compute), columns, width, _turned_dot)
+    return y.astype(policy.stream)
+
+
 # ------------------------------------------------------------------------------------------ dispatch on the leaf
 
 
@@ -137,6 +164,8 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
         dense = w.expand()
         return _matmul(x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x), dense, policy)
     compute = jnp.dtype(policy.compute)
+    if isinstance(w, BlockSparse):
+        return block_product(x.astype(compute), beside(w.values.astype(compute)), w.columns(), w.block[1], _turned_dot)
     if isinstance(w, QTensor):
         plain_codes = w.groups == 1 and w.minimum is None
         if w.activations == "int8":
@@ -163,6 +192,15 @@ def _dot(x: Array, w: Array) -> Array:
         preferred_element_type=jnp.int32 if exact else jnp.float32,
     )
     return (y[:1] if single else y).reshape(*x.shape[:-1], w.shape[0])
+
+
+def _turned_dot(x: Float[Array, "n B"], w: Float[Array, "m n"]) -> Float[Array, "m B"]:
+    """`w @ x` with a float32 result: `_dot` of what is turned."""
+    return (
+        _dot(x.T, w).T
+        if x.shape[1] == 1
+        else jax.lax.dot(w, x, precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+    )
 
 
 def round_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Array, "... 1"]]:
@@ -208,6 +246,8 @@ def _rows(leaf: Any, ids: Array) -> Array:
     def rows_of(a: Array) -> Array:
         return jnp.take(a, ids if a.shape[-2] > 1 else jnp.zeros_like(ids), axis=-2, mode="clip")
 
+    if isinstance(leaf, BlockSparse):
+        return leaf.rows(ids)
     if isinstance(leaf, Compressed):
         return decode(jax.tree.map(rows_of, leaf))
     return rows_of(leaf)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxmodel.errors import InputError
+from jaxmodel.leaves.leaf import register, static
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
@@ -23,6 +28,108 @@ def layer_norm(
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     wide = wide * on_last(weight.astype(jnp.float32), x.ndim)
     return (wide if bias is None else wide + on_last(bias.astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+def group_norm(
+    x: Float[Array, "B *space D"], weight: Float[Array, " D"], bias: Float[Array, " D"], groups: int, eps: float
+) -> Float[Array, "B *space D"]:
+    """`(x - mean) / sqrt(var + eps) * weight + bias`, moments of each row's groups of channels (Wu & He, 2018), in x's dtype.
+
+    Raises:
+      InputError: groups that do not divide the channels.
+    """
+    if groups < 1 or x.shape[-1] % groups:
+        raise InputError(f"groups: {groups} given; a divisor of the {x.shape[-1]} channels is needed")
+    wide = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    wide = wide - jnp.mean(wide, axis=(1, 3), keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=(1, 3), keepdims=True) + eps)
+    wide = wide.reshape(x.shape) * on_last(weight.astype(jnp.float32), x.ndim)
+    return (wide + on_last(bias.astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+def batch_norm(
+    x: Float[Array, "B *space D"],
+    weight: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    mean: Any,
+    variance: Float[Array, " D"],
+    eps: float,
+    train: bool = False,
+) -> Float[Array, "B *space D"]:
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` of each channel (Ioffe & Szegedy, 2015), in x's dtype.
+
+    Args:
+      x: activations.
+      weight: of the result.
+      bias: of the result.
+      mean: the statistics that inference normalises by. They are set, not trained, so they have no gradient; see
+        `jaxmodel.train.set_batch_statistics`. A `Measured` in the mean's place measures x.
+      variance: its other half.
+      eps: added to the variance.
+      train: normalise by the moments of x itself, over all axes but the last.
+    """
+    measured = mean if isinstance(mean, Measured) else None
+    wide = x.astype(jnp.float32)
+    if train or (measured is not None and measured.own):
+        axes = tuple(range(x.ndim - 1))
+        center = jnp.mean(wide, axis=axes)
+        wide = wide - on_last(center, x.ndim)
+        spread = jnp.mean(wide * wide, axis=axes)
+    else:
+        center: Any = mean if measured is None else measured.mean
+        center, spread = (jax.lax.stop_gradient(a.astype(jnp.float32)) for a in (center, variance))
+        wide = wide - on_last(center, x.ndim)
+    scale = jax.lax.rsqrt(spread + eps) * weight.astype(jnp.float32)
+    y = (wide * on_last(scale, x.ndim) + on_last(bias.astype(jnp.float32), x.ndim)).astype(x.dtype)
+    return y if measured is None else _tap(y, jax.lax.stop_gradient(x), measured.mean, measured.zeros)
+
+
+@register
+class Measured:
+    """The `mean` of a batch norm while its input is measured, as a `Probe` measures that of a contraction.
+
+    The gradient of the zeros, of anything downstream, is the count of x, the sum of `x - mean` and the sum of its squares, for
+    each channel. They are sums, so batches and shards add up; taking them around a mean that is nearly right keeps the
+    variance from being the difference of two large numbers.
+
+    Attributes:
+      mean: `[D]`, with the layers in front where they are stacked.
+      zeros: `count` `[]`, `sum` and `square` `[D]`, with the layers in front.
+      own: whether each batch is normalised by its own moments, as in training, rather than by `mean` and `variance`.
+    """
+
+    mean: Any
+    zeros: Any
+    own: bool = static(default=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The mean's shape."""
+        return self.mean.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The mean's dtype."""
+        return self.mean.dtype
+
+
+@jax.custom_vjp
+def _tap(y: Array, x: Array, mean: Array, zeros: dict[str, Array]) -> Array:
+    return y
+
+
+def _forward(y: Array, x: Array, mean: Array, zeros: dict[str, Array]) -> tuple[Array, tuple[Array, Array]]:
+    return y, (x, mean)
+
+
+def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None, None, dict[str, Array]]:
+    x, mean = saved
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32) - on_last(mean.astype(jnp.float32), 2)
+    count = jnp.asarray(rows.shape[0], jnp.float32)
+    return g, None, None, {"count": count, "sum": jnp.sum(rows, axis=0), "square": jnp.sum(rows * rows, axis=0)}
+
+
+_tap.defvjp(_forward, _backward)
 
 
 def on_last(vector: Array, ndim: int) -> Array:

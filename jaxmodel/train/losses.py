@@ -87,3 +87,64 @@ def cross_entropy(
     one = jax.checkpoint(lambda xs: part(*xs))  # the backward pass makes a chunk's logits again
     values = jnp.moveaxis(jax.lax.map(one, (pieces(hidden), pieces(targets))), 0, 1)
     return values.reshape(targets.shape[0], -1)[:, :length]
+
+
+def autoencoder(
+    model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Reconstruction plus `config.penalty` times the model's `kl` or `sparsity`, in nats, on average over the rows.
+
+    The reconstruction is the negative logarithm of the likelihood without its constant: `sum (x - y)^2 / 2` for normals of
+    variance 1, the cross entropy of each feature for Bernoulli variables. With a penalty of 1 a variational one's loss is the
+    negative evidence lower bound (Kingma & Welling, 2014).
+
+    Args:
+      model: of `jaxmodel.models.autoencoder`.
+      params: its parameters.
+      batch: `features` `[B, N]`.
+      rng: for the noise of a denoising and the sample of a variational one.
+      train: False for a held-out loss.
+
+    Returns:
+      The loss, and `reconstruction` and the model's aux values.
+    """
+    x = batch["features"].astype(jnp.float32)
+    out = model.apply(params, {"features": x}, rng=rng, train=train)
+    if model.config.reconstruction == "bernoulli":
+        each = jax.nn.softplus(out.logits) - x * out.logits
+    else:
+        each = 0.5 * (x - out.logits) ** 2
+    reconstruction = jnp.mean(jnp.sum(each, axis=-1))
+    penalty = sum((out.aux[name] for name in ("kl", "sparsity") if name in out.aux), start=jnp.float32(0))
+    return reconstruction + model.config.penalty * penalty, {"reconstruction": reconstruction, **out.aux}
+
+
+def classification(
+    model: Model,
+    params: tree.Params,
+    batch: Mapping[str, Array],
+    rng: Array | None = None,
+    *,
+    train: bool = True,
+    smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean cross entropy of the classes, in nats: `log sum_c exp(z_c) - (1 - s) z_label - s mean_c z_c`.
+
+    Args:
+      model: whose logits are `[B, C]`.
+      params: its parameters.
+      batch: `labels` `[B]`, and the model's inputs. A label that is no class gives NaN.
+      rng: for dropout.
+      train: False for a held-out loss.
+      smoothing: s, the share of each label that is spread over all classes (Szegedy et al., 2015).
+
+    Returns:
+      The loss, and `accuracy`, the share of rows whose largest logit is the label's.
+    """
+    labels = batch["labels"]
+    inputs = {name: a for name, a in batch.items() if name != "labels"}
+    logits = model.apply(params, inputs, rng=rng, train=train).logits
+    chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="fill")[:, 0]
+    loss = jax.nn.logsumexp(logits, axis=-1) - (1 - smoothing) * chosen - smoothing * jnp.mean(logits, axis=-1)
+    right = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
+    return jnp.mean(loss), {"accuracy": jnp.mean(right.astype(jnp.float32))}

@@ -13,7 +13,7 @@ import pytest
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import Compressed, QTensor, Sparse, decode, from_tensors, to_tensors
+from jaxmodel.leaves import BlockSparse, Compressed, QTensor, Sparse, decode, from_tensors, to_tensors
 from jaxmodel.leaves.leaf import tensor_names
 
 L, OUT, IN = 3, 4, 24
@@ -42,6 +42,13 @@ def sparse(n: int = IN, pattern: tuple[int, int] | None = None, values: QTensor 
     return leaf if values is None else dataclasses.replace(leaf, values=values)
 
 
+def blocks(columns: int) -> BlockSparse:
+    rng = np.random.default_rng(0)
+    keep = np.argsort(rng.random((L, OUT // 2, columns)), axis=-1) < columns // 2
+    weight = rng.normal(size=(L, OUT, 4 * columns)).astype(np.float32)
+    return BlockSparse.from_dense(jnp.asarray(weight), jnp.asarray(keep), block=(2, 4))
+
+
 LEAVES = {
     "int8 rows": qtensor(8),
     "int8 tensor": qtensor(8, scales="tensor"),
@@ -57,6 +64,8 @@ LEAVES = {
     "sparse 2:4": sparse(pattern=(2, 4)),
     "sparse int8": sparse(values=qtensor(8, n=IN // 2, activations="int8")),
     "sparse int4 groups": sparse(pattern=(2, 4), values=qtensor(4, n=IN // 2, group=4)),
+    "blocks": blocks(8),
+    "blocks padded": blocks(5),
 }
 
 
@@ -180,7 +189,9 @@ def test_a_plain_array_has_one_nameless_tensor():
 
 
 def test_an_unknown_type_names_those_that_are_known():
-    with pytest.raises(InputError, match=r"leaf type: 'QTensr' is not known; allowed: QTensor, Sparse \(nearest: QTensor"):
+    with pytest.raises(
+        InputError, match=r"leaf type: 'QTensr' is not known; allowed: BlockSparse, QTensor, Sparse \(nearest: QTensor"
+    ):
         from_tensors({}, {"type": "QTensr"})
 
 

@@ -1,0 +1,58 @@
+"""A network of two convolutions learns MNIST from the start to 99.1 % of the test images, in minutes on two cores.
+
+Command:  python experiments/mnist_cnn.py [--quick] [--seed N] --json -
+Cost:     about 2.5 minutes on two cores; --quick about half a minute (1 epoch instead of 8).
+Goals:    at least 99.1 % of the 10,000 test images right (98 % in the quick form); training takes at most 3 minutes.
+Measured: 0.0
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+
+from jaxmodel import data, evaluate, report, train, tree
+from jaxmodel.models import cnn
+
+BATCH = 128
+RATE = 2e-3
+
+
+def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
+    """Train on the whole training part, judge by the test part, once at the end: nothing is chosen by it."""
+    images = data.load_images("mnist")
+    stream = data.Stream(images.train, BATCH, seed)
+    epochs = 1 if quick else 8
+    steps = epochs * stream.count // BATCH
+    model = cnn.model(cnn.SIZES["mnist"])
+    config = train.TrainConfig(steps=steps, learning_rate=RATE, warmup=200, weight_decay=0.01, beta2=0.99, seed=seed)
+    optimizer = train.adamw(config)
+
+    began, used = time.perf_counter(), time.process_time()
+    step = jax.jit(train.make_step(model, train.classification, optimizer, seed=seed), donate_argnums=0)
+    state = jax.jit(lambda key: train.init_state(model.init(key), optimizer))(jax.random.key(seed))
+    for i, batch in enumerate(report.progress(data.prefetch(stream, 0, steps), "train", total=steps)):
+        state, metrics = step(state, batch)
+        if i % 100 == 99:
+            jax.block_until_ready(metrics)  # not thousands of steps ahead of the machine
+    jax.block_until_ready(state)
+    seconds, processor = time.perf_counter() - began, time.process_time() - used
+
+    predict = jax.jit(lambda params, pixels: model.apply(params, pixels).logits)
+    found = evaluate.accuracy(predict, state.params, images.test["pixels"], images.test["labels"])
+    entries: list[tuple] = [
+        ("parameters", tree.count(state.params), "", "== 34826"),
+        ("test accuracy", 100 * found.value, "%", ">= 98" if quick else ">= 99.1"),
+        ("test accuracy, 95 % interval from", 100 * found.interval[0], "%"),
+        ("test accuracy, 95 % interval to", 100 * found.interval[1], "%"),
+        ("training", seconds, "s", "<= 180"),
+        ("training, processor time", processor, "s"),
+        ("throughput", steps * BATCH / seconds, "images/s"),
+    ]
+    return entries, {"epochs": epochs, "batch": BATCH, "data": images.origin, "sha256": images.sha256}
+
+
+if __name__ == "__main__":
+    report.experiment(__doc__, "1 epoch instead of 8", run)

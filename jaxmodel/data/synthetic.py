@@ -1,0 +1,158 @@
+"""Pairs of texts that are made, not found: a source and the target that a model should write for it.
+
+    copy      =qwerty               qwerty
+    reverse   <qwerty               ytrewq
+    date      @march 12, 1987       1987-03-12      (in four ways of writing a date)
+
+A batch is a function of (seed, step), and no target is in both parts, "train" and "test".
+
+>>> pairs = Pairs(("date",), batch_size=2, seed=1)
+>>> source, target = pairs.texts(step=0)[0]
+>>> batch = pairs.batch(step=0)
+>>> decode(batch["source"][0]) == source, decode(batch["targets"][0]) == target
+(True, True)
+"""
+
+from __future__ import annotations
+
+import datetime
+import operator
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from jaxmodel.data.stream import Batch
+from jaxmodel.errors import InputError, at_least, unknown
+
+START, END = 0, 1
+"""What a target begins with (and padding), and what ends it."""
+ALPHABET = " ,-./<=@0123456789abcdefghijklmnopqrstuvwxyz"
+VOCAB = 2 + len(ALPHABET)
+"""Token ids: two special ones, and a character each."""
+LONGEST = 10
+"""Letters of a text to copy or to reverse; 4 are the fewest."""
+PARTS = ("train", "test")
+
+type Draw = Callable[[int], int]
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text's characters.
+
+    >>> decode(encode("1987-03-12"))
+    '1987-03-12'
+    """
+    return [2 + ALPHABET.index(character) for character in text]
+
+
+def decode(ids: Iterable[Any]) -> str:
+    """The text of ids, up to the end or padding."""
+    text = ""
+    for i in map(int, ids):
+        if i < 2:
+            break
+        text += ALPHABET[i - 2]
+    return text
+
+
+def _letters(draw: Draw) -> str:
+    return "".join(ALPHABET[-1 - draw(26)] for _ in range(4 + draw(LONGEST - 3)))
+
+
+def _copy(draw: Draw) -> tuple[str, str]:
+    text = _letters(draw)
+    return f"={text}", text
+
+
+def _reverse(draw: Draw) -> tuple[str, str]:
+    text = _letters(draw)
+    return f"<{text}", text[::-1]
+
+
+def _date(draw: Draw) -> tuple[str, str]:
+    day = datetime.date(1900, 1, 1) + datetime.timedelta(days=draw(73049))  # up to 2099
+    y, m, d, name = day.year, day.month, day.day, _MONTHS[day.month - 1]
+    return "@" + (f"{d} {name} {y}", f"{name} {d}, {y}", f"{d}.{m}.{y}", f"{y}/{m}/{d}")[draw(4)], day.isoformat()
+
+
+_MONTHS = (
+    *("january", "february", "march", "april", "may", "june", "july"),
+    *("august", "september", "october", "november", "december"),
+)
+TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {"copy": _copy, "reverse": _reverse, "date": _date}
+"""A task makes a pair by drawing whole numbers below the ones that it names."""
+SOURCE, TARGET = 1 + len("september 30, 1987"), 1 + max(LONGEST, len("1987-03-12"))
+"""The longest source and target in tokens, the target with its end."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """An endless stream of batches of pairs.
+
+    Attributes:
+      tasks: of `TASKS`; each pair is of one of them, drawn evenly.
+      batch_size: pairs in a batch, B.
+      seed: 0 to 2^64 - 1.
+      part: "train" or "test"; a tenth of all targets belongs to the second.
+
+    Raises:
+      InputError: an unknown task or part, a batch size below 1, a seed out of range.
+    """
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    batch_size: int = 64
+    seed: int = 0
+    part: str = "train"
+
+    def __post_init__(self) -> None:
+        at_least("batch_size", self.batch_size)
+        if not self.tasks:
+            raise InputError(f"tasks: none given; allowed: one or more of {', '.join(TASKS)}")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise unknown("tasks", task, TASKS)
+        if self.part not in PARTS:
+            raise unknown("part", self.part, PARTS)
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed: {self.seed} given; 0 to 2^64 - 1 is allowed")
+
+    def texts(self, step: SupportsIndex) -> list[tuple[str, str]]:
+        """The pairs in the batch of `step`.
+
+        Raises:
+          InputError: a negative step.
+        """
+        at_least("step", operator.index(step), 0)
+        # not a `Generator`: across its versions NumPy promises the same raw words only
+        words = np.random.Philox(key=np.array([self.seed, operator.index(step)], np.uint64))
+        draw = lambda below: int(words.random_raw()) % below
+        found: list[tuple[str, str]] = []
+        while len(found) < self.batch_size:
+            source, target = TASKS[self.tasks[draw(len(self.tasks))]](draw)
+            if (zlib.crc32(target.encode()) % 10 == 0) == (self.part == "test"):
+                found.append((source, target))
+        return found
+
+    def batch(self, step: SupportsIndex) -> Batch:
+        """The batch of `step`, a pure function of (tasks, batch size, seed, part, step).
+
+        Returns:
+          source, source_mask: int32 and bool [B, S], padded on the right to `SOURCE`.
+          tokens, targets, weights: [B, T], T is `TARGET`: what the decoder reads (it begins with `START`), what it should
+            predict (it closes with `END`), and 1.0 where there is something to predict.
+
+        Raises:
+          InputError: a negative step.
+        """
+        source = np.zeros((self.batch_size, SOURCE), np.int32)
+        targets = np.zeros((self.batch_size, TARGET), np.int32)
+        for i, (given, wanted) in enumerate(self.texts(step)):
+            source[i, : len(given)] = encode(given)
+            targets[i, : len(wanted) + 1] = [*encode(wanted), END]
+        tokens = np.concatenate([np.full((self.batch_size, 1), START, np.int32), targets[:, :-1]], axis=1)
+        tokens[tokens == END] = START  # the end is predicted and never read
+        weights = (targets != START).astype(np.float32)
+        return {"source": source, "source_mask": source != START, "tokens": tokens, "targets": targets, "weights": weights}

@@ -1,0 +1,83 @@
+"""Accuracy of a classifier, with an interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.report import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How often a classifier is right.
+
+    Attributes:
+      value: the share of rows that it gets right.
+      right: how many.
+      rows: of how many.
+      interval: 95 % interval of the share (Wilson, 1927), which holds near 0 and 1 too.
+    """
+
+    value: float
+    right: int
+    rows: int
+    interval: tuple[float, float]
+
+
+def accuracy(
+    predict: Callable[[tree.Params, Float[np.ndarray, "N ..."]], jax.Array],
+    params: tree.Params,
+    x: Float[np.ndarray, "N ..."],
+    labels: Int[np.ndarray, " M"],
+    *,
+    top: int = 1,
+    batch: int = 500,
+) -> Accuracy:
+    """The share of rows whose label is among the classes with the `top` largest scores.
+
+    Args:
+      predict: `(params, x) -> [B, C]`: logits or probabilities; jitted if it should be quick.
+      params: its first argument.
+      x: the inputs, their rows along the first axis.
+      labels: the class of each row.
+      top: classes that count.
+      batch: rows that are predicted at once; the last batch is filled up, so that nothing is compiled twice.
+
+    Raises:
+      InputError: no rows, another number of labels, a label that is no class, or a size below 1.
+
+    >>> scores = np.asarray([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], np.float32)
+    >>> found = accuracy(lambda params, x: x, {}, scores, np.asarray([1, 0, 1, 1]))
+    >>> found.value, found.right, found.rows
+    (0.75, 3, 4)
+    """
+    at_least("top", top)
+    at_least("batch", batch)
+    if len(x) < 1 or labels.shape != (len(x),):
+        raise InputError(f"labels: shape {labels.shape} given for {len(x)} rows; one label for each row, at least one, is needed")
+    right = 0
+    for start in progress(range(0, len(x), batch), "accuracy"):
+        rows, wanted = x[start : start + batch], labels[start : start + batch]
+        filled = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)]) if len(x) > batch else rows
+        scores = np.asarray(predict(params, filled))[: len(rows)]
+        if wanted.min() < 0 or wanted.max() >= scores.shape[-1]:
+            raise InputError(f"labels: {wanted.min()} to {wanted.max()} given; 0 to {scores.shape[-1] - 1} is allowed")
+        mine = np.take_along_axis(scores, wanted[:, None].astype(np.int64), axis=-1)
+        # An equal score of another class counts against the label, and so does NaN: who scores all alike knows nothing.
+        right += int(np.sum(np.sum(~(scores < mine), axis=-1) <= top))
+    return Accuracy(right / len(x), right, len(x), _wilson(right, len(x)))
+
+
+def _wilson(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
+    share = right / rows
+    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return middle - half, middle + half

@@ -1,0 +1,97 @@
+"""Texts by beam search, from a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodel import report
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.generation.beam import beam_search
+from jaxmodel.generation.decode import padded, reads_source, round_up
+from jaxmodel.generation.generate import Request, encode, running_only
+from jaxmodel.hub.bundle import Bundle, need_processor
+from jaxmodel.hub.pretrained import from_pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """One text that a beam search found.
+
+    Attributes:
+      text: without the prompt.
+      ids: its tokens, without the one that ends it.
+      score: see `beam_search`.
+      finish_reason: "eos" (the model ended it) or "length" (max_new_tokens).
+    """
+
+    text: str
+    ids: list[int]
+    score: float
+    finish_reason: str
+
+
+def beam_texts(
+    source: Bundle | str | Path,
+    prompts: Sequence[str],
+    *,
+    beams: int = 4,
+    max_new_tokens: int = 64,
+    length_penalty: float | int = 0.0,
+    patient: bool = False,
+    special: bool = True,
+    chunk: int = 4,
+) -> list[list[Hypothesis]]:
+    """The most probable texts after each prompt, or for each source where the model reads one.
+
+    Args:
+      source: a bundle, or what `from_pretrained` takes (then it is loaded at each call).
+      prompts: texts, of any lengths.
+      beams: see `beam_search`, also for the next three.
+      max_new_tokens: the longest text.
+      length_penalty: of the scores.
+      patient: whether the search goes on until no beam can win.
+      special: whether a prompt gets what the tokenizer puts around a text.
+      chunk: prompts that run together; it bounds the memory of the cache and does not change the texts.
+
+    Returns:
+      At most `beams` texts for each prompt, the best first.
+
+    Raises:
+      InputError: as `generate`, and as `beam_search`.
+    """
+    if isinstance(prompts, str):
+        raise InputError(f"prompts: a single string was given ({prompts!r:.40}); give a list of strings")
+    at_least("chunk", chunk)
+    bundle = source if isinstance(source, Bundle) else running_only(from_pretrained(source))
+    tokenizer, apart = need_processor(bundle), reads_source(bundle.model)
+    rows = encode(bundle, prompts, Request(max_new_tokens=max_new_tokens, special=special))
+    ends, out = set(tokenizer.eos_ids), []
+    names = ("source", "source_mask") if apart else ("tokens", "mask")
+    for first in report.progress(range(0, len(rows), chunk), "beam search"):
+        part = rows[first : first + chunk]
+        given = map(jnp.asarray, padded(part, round_up(max(len(row) for row in part))))
+        found = beam_search(
+            bundle.model,
+            bundle.running(),
+            dict(zip(names, given, strict=True)),
+            beams=beams,
+            max_new_tokens=max_new_tokens,
+            eos_ids=tokenizer.eos_ids,
+            length_penalty=length_penalty,
+            patient=patient,
+        )
+        tokens, scores, lengths = map(np.asarray, found)
+        for i in range(len(part)):
+            row = []
+            for ids, score, length in zip(tokens[i].tolist(), scores[i].tolist(), lengths[i].tolist(), strict=True):
+                if np.isfinite(score):
+                    ended = ids[length - 1] in ends
+                    ids = ids[: length - ended]
+                    row.append(Hypothesis(tokenizer.decode(ids), ids, score, "eos" if ended else "length"))
+            out.append(row)
+    return out

@@ -1,0 +1,159 @@
+"""Files of BERT: HF folders of BertForMaskedLM, BertForSequenceClassification and BertModel (sentence embeddings)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxmodel.errors import unknown
+from jaxmodel.hub.names import Family, Name, fixed
+from jaxmodel.models import bert
+from jaxmodel.models.vit import numbered
+
+_ARCHITECTURES = {"BertForMaskedLM": "mlm", "BertForSequenceClassification": "classify", "BertModel": "embed"}
+_FIXED = {
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+# of `hidden_act` -> of `layers.ACTIVATIONS`; where several mean the same, the last is what we write
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+_TABLES = {"embed": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings"}
+_LAYER = {
+    "attn/q": "attention.self.query",
+    "attn/k": "attention.self.key",
+    "attn/v": "attention.self.value",
+    "attn/o": "attention.output.dense",
+    "mlp/up": "intermediate.dense",
+    "mlp/down": "output.dense",
+}
+_NORMS = {
+    "embed_norm": "bert.embeddings.LayerNorm",
+    "blocks/{}/attn_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
+    "blocks/{}/mlp_norm": "bert.encoder.layer.{}.output.LayerNorm",
+    "head/norm": "cls.predictions.transform.LayerNorm",
+}
+_HEAD = {"dense": "cls.predictions.transform.dense", "pool": "bert.pooler.dense", "classes": "classifier"}
+
+
+def activation(hf: Mapping[str, Any], default: str, where: str = "config.json") -> str:
+    """The activation that `hidden_act` names.
+
+    Raises:
+      InputError: an unknown one.
+    """
+    name = hf.get("hidden_act", default)
+    if name not in ACTIVATIONS:
+        raise unknown(f"{where}: hidden_act", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
+
+
+def activation_to_hf(name: str) -> str:
+    """The `hidden_act` of an activation."""
+    return {ours: theirs for theirs, ours in ACTIVATIONS.items()}[name]
+
+
+def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes, in their order; two without a name where config.json says nothing, as in HF."""
+    named = hf.get("id2label")
+    if named is None:
+        return numbered(int(hf.get("num_labels", 2)))
+    return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
+def labels_to_hf(names: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of config.json that name the classes."""
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def architecture(hf: Mapping[str, Any], known: Collection[str], default: str) -> str:
+    """The class that config.json says the file was saved from: it decides which head there is.
+
+    Raises:
+      InputError: a class that is not among `known`.
+    """
+    named = (hf.get("architectures") or [default])[0]
+    if named not in known:
+        raise unknown("config.json: architectures", named, known)
+    return named
+
+
+def linear_names(ours: str, theirs: str) -> list[Name]:
+    """The entries of a linear map and its bias."""
+    return [Name(ours, f"{theirs}.weight"), Name(f"{ours}_bias", f"{theirs}.bias")]
+
+
+def norm_names(ours: str, theirs: str) -> list[Name]:
+    """The entries of a layer norm."""
+    return [Name(f"{ours}/{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
+
+
+def _names(config: bert.Config) -> list[Name]:
+    names = [Name(ours, f"bert.embeddings.{theirs}.weight") for ours, theirs in _TABLES.items()]
+    for ours, theirs in _LAYER.items():
+        names += linear_names(f"blocks/{{}}/{ours}", f"bert.encoder.layer.{{}}.{theirs}")
+    for ours, theirs in _NORMS.items():
+        names += norm_names(ours, theirs)
+    for ours, theirs in _HEAD.items():
+        names += linear_names(f"head/{ours}", theirs)
+    return [*names, Name("head/bias", "cls.predictions.bias")]
+
+
+def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
+    fixed(hf, _FIXED)
+    head = _ARCHITECTURES[architecture(hf, _ARCHITECTURES, "BertForMaskedLM")]
+    return bert.Config(
+        vocab=hf["vocab_size"],
+        width=hf["hidden_size"],
+        depth=hf["num_hidden_layers"],
+        heads=hf["num_attention_heads"],
+        mlp_width=hf["intermediate_size"],
+        context=hf.get("max_position_embeddings", 512),
+        head=head,
+        labels=labels(hf) if head == "classify" else (),
+        types=hf.get("type_vocab_size", 2),
+        activation=activation(hf, "gelu"),
+        norm_eps=hf.get("layer_norm_eps", 1e-12),
+        init_scale=hf.get("initializer_range", 0.02),
+    )
+
+
+def _to_hf(c: bert.Config) -> dict[str, Any]:
+    named = {ours: theirs for theirs, ours in _ARCHITECTURES.items()}[c.head]
+    return {
+        "architectures": [named],
+        "model_type": "bert",
+        "vocab_size": c.vocab,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp_width,
+        "max_position_embeddings": c.context,
+        "type_vocab_size": c.types,
+        "hidden_act": activation_to_hf(c.activation),
+        "layer_norm_eps": c.norm_eps,
+        "initializer_range": c.init_scale,
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+        **(labels_to_hf(c.labels) if c.labels else {}),
+    }
+
+
+FAMILY = Family(
+    module=bert,
+    kinds=("bert",),
+    names=_names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    # every BertModel has a pooler, which masked tokens and means do not read; the first files keep the next-sentence head
+    ignored=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
+    prefix="bert.",
+    copies={"cls.predictions.decoder.weight": "embed", "cls.predictions.decoder.bias": "head/bias"},
+)

@@ -1,0 +1,92 @@
+"""Files of T5: HF folders of the first form, of version 1.1 and of Flan-T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodel.hub.names import Family, Name, fixed
+from jaxmodel.models import t5
+
+_FIXED = {"is_encoder_decoder": (True,), "classifier_dropout": (0.0, 0)}
+
+
+def _names(config: t5.Config) -> list[Name]:
+    names = [Name("embed", "shared.weight"), Name("head", "lm_head.weight")]
+    _, gated = t5.FORMS[config.mlp]
+    mlp = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if gated else {"up": "wi", "down": "wo"}
+    for ours, theirs, reads in (("encoder/", "encoder", False), ("", "decoder", True)):
+        names.append(Name(f"{ours}norm/weight", f"{theirs}.final_layer_norm.weight"))
+        table = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        names.append(Name(f"{ours}positions", table))
+        layer, stem, last = f"{ours}blocks/{{}}/", f"{theirs}.block.{{}}.layer", 2 if reads else 1
+        parts = {f"attn/{x}": f"0.SelfAttention.{x}" for x in "qkvo"} | {"attn_norm/weight": "0.layer_norm"}
+        if reads:
+            cross = {"q": "q", "memory_k": "k", "memory_v": "v", "o": "o"}
+            parts |= {f"cross/{x}": f"1.EncDecAttention.{y}" for x, y in cross.items()}
+            parts["cross_norm/weight"] = "1.layer_norm"
+        parts |= {f"mlp/{x}": f"{last}.DenseReluDense.{y}" for x, y in mlp.items()} | {"mlp_norm/weight": f"{last}.layer_norm"}
+        names += [Name(layer + x, f"{stem}.{y}.weight") for x, y in parts.items()]
+    return names
+
+
+def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
+    fixed(hf, {**_FIXED, "feed_forward_proj": tuple(t5.FORMS)})
+    return t5.Config(
+        vocab=hf["vocab_size"],
+        width=hf["d_model"],
+        encoder_depth=hf["num_layers"],
+        depth=hf["num_layers"] if hf.get("num_decoder_layers") is None else hf["num_decoder_layers"],
+        heads=hf["num_heads"],
+        head_width=hf["d_kv"],
+        mlp_width=hf["d_ff"],
+        mlp=hf.get("feed_forward_proj", "relu"),
+        # transformers 5 writes tie_word_embeddings as true whatever it is; there the scale of the head tells
+        tied=hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True)),
+        buckets=hf.get("relative_attention_num_buckets", 32),
+        distance=hf.get("relative_attention_max_distance", 128),
+        norm_eps=hf.get("layer_norm_epsilon", 1e-6),
+        dropout=hf.get("dropout_rate", 0.1),
+        init_scale=hf.get("initializer_factor", 1.0),
+        start=hf.get("decoder_start_token_id", hf.get("pad_token_id", 0)) or 0,
+        context=hf.get("n_positions", 512),
+    )
+
+
+def _to_hf(config: t5.Config) -> dict[str, Any] | None:
+    if config.head_scale is not None:
+        return None
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab,
+        "d_model": config.width,
+        "num_layers": config.encoder_depth,
+        "num_decoder_layers": config.depth,
+        "num_heads": config.heads,
+        "d_kv": config.head_width,
+        "d_ff": config.mlp_width,
+        "feed_forward_proj": config.mlp,
+        "tie_word_embeddings": config.tied,
+        "relative_attention_num_buckets": config.buckets,
+        "relative_attention_max_distance": config.distance,
+        "layer_norm_epsilon": config.norm_eps,
+        "dropout_rate": config.dropout,
+        "initializer_factor": config.init_scale,
+        "decoder_start_token_id": config.start,
+        "pad_token_id": config.start,
+        "n_positions": config.context,
+    }
+
+
+FAMILY = Family(
+    module=t5,
+    kinds=("t5",),
+    names=_names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    # older files have a table in the first layer that reads the encoder; no T5 uses it
+    ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    copies={"encoder.embed_tokens.weight": "embed", "decoder.embed_tokens.weight": "embed", "lm_head.weight": "embed"},
+)

@@ -1,0 +1,184 @@
+"""Images to the pixels that a model reads: preprocessor_config.json of a HF folder as a pure function."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodel.errors import InputError
+from jaxmodel.hub.files import read_json
+
+FILE = "preprocessor_config.json"
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # of `resample`, the numbers of Pillow
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessor:
+    """Resize, crop, scale, and `(x - mean) / std`, in this order; each is left out where there is nothing to do.
+
+    Attributes:
+      size: (height, width) of the resized image, or the length of its shorter side; None for as it is.
+      crop: (height, width) of the middle that is kept; None for all.
+      filter: of the resizing, "bilinear" or "bicubic"; smaller images are averaged over what a new pixel covers.
+      scale: what pixels of 0 to 255 are multiplied with.
+      mean: of each channel.
+      std: of each channel.
+    """
+
+    size: tuple[int, int] | int | None
+    crop: tuple[int, int] | None = None
+    filter: str = "bilinear"
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
+        """The pixels `[B, Y, X, C]`, float32, of uint8 images `[Y, X]` or `[Y, X, C]` of any size.
+
+        A grey image stands for one of three equal channels, and a fourth channel (alpha) is dropped.
+
+        Raises:
+          InputError: an image of another shape or dtype, smaller than the crop, or images of unequal size that stay so.
+        """
+        out = [self._one(np.asarray(image)) for image in images]
+        if len({image.shape for image in out}) > 1:
+            raise InputError(f"images: sizes {sorted({image.shape[:2] for image in out})}; one size is needed, or a resize")
+        return np.stack(out) if out else np.zeros((0, 0, 0, len(self.mean)), np.float32)
+
+    def _one(self, image: np.ndarray) -> np.ndarray:
+        channels = len(self.mean)
+        image = image[..., None] if image.ndim == 2 else image
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, channels, channels + 1) or not image.size:
+            raise InputError(f"images: {image.dtype} {list(image.shape)} given; allowed: uint8 [Y, X] or [Y, X, {channels}]")
+        image = np.broadcast_to(image, (*image.shape[:2], channels)) if image.shape[-1] == 1 else image[..., :channels]
+        if self.size is not None:
+            image = resize(image, _target(self.size, image.shape[0], image.shape[1]), self.filter)
+        if self.crop is not None:
+            room = [have - keep for have, keep in zip(image.shape[:2], self.crop, strict=True)]
+            if min(room) < 0:
+                raise InputError(f"images: {list(image.shape[:2])} pixels, from which {list(self.crop)} cannot be cropped")
+            top, left = room[0] // 2, room[1] // 2
+            image = image[top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (np.asarray(values, np.float32) for values in (self.mean, self.std))
+        return (image.astype(np.float32) * np.float32(self.scale) - mean) / std
+
+    def save(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, which transformers and `from_folder` read."""
+        size = self.size if not isinstance(self.size, tuple) else dict(zip(("height", "width"), self.size, strict=True))
+        config = {
+            "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
+            "do_resize": size is not None,
+            "size": {"shortest_edge": size} if isinstance(size, int) else size,
+            "resample": next(number for number, name in _FILTERS.items() if name == self.filter),
+            "do_center_crop": self.crop is not None,
+            "crop_size": None if self.crop is None else dict(zip(("height", "width"), self.crop, strict=True)),
+            "do_rescale": True,
+            "rescale_factor": self.scale,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2)
+        (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def from_folder(folder: str | Path) -> ImageProcessor | None:
+    """The image processor of a folder in HF layout; None where it has no preprocessor_config.json.
+
+    Raises:
+      InputError: the file cannot be read as what it should be.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    hf = read_json(path)
+    kind = str(hf.get("image_processor_type", hf.get("feature_extractor_type", "ViT")))
+    if not kind.startswith(("ViT", "CLIP")):  # others crop, pad and scale in ways of their own
+        raise InputError(f"{path}: the image processor {kind!r} is not read; allowed: those of ViT and CLIP")
+    clip = kind.startswith("CLIP")
+    resample = hf.get("resample", 3 if clip else 2)
+    if resample not in _FILTERS:
+        raise InputError(f"{path}: resample is {resample!r}; allowed: {', '.join(f'{n} ({f})' for n, f in _FILTERS.items())}")
+    plain = not hf.get("do_normalize", True)
+    try:
+        crops = hf.get("do_center_crop", clip)
+        return ImageProcessor(
+            size=_size(hf.get("size", 224), short=crops) if hf.get("do_resize", True) else None,
+            crop=_pair(hf.get("crop_size", 224)) if crops else None,
+            filter=_FILTERS[resample],
+            scale=float(hf.get("rescale_factor", 1 / 255)) if hf.get("do_rescale", True) else 1.0,
+            mean=(0.0,) * 3 if plain else tuple(map(float, hf["image_mean"])),
+            std=(1.0,) * 3 if plain else tuple(map(float, hf["image_std"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: a value is missing or of the wrong kind: {' '.join(str(error).split())}") from None
+
+
+def _size(size: Any, short: bool) -> tuple[int, int] | int:
+    """`size` of the file; a number alone is the shorter side where a crop follows, and a square elsewhere (older files)."""
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return int(size["shortest_edge"])
+    return int(size) if short and isinstance(size, int) else _pair(size)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size["height"]), int(size["width"])) if isinstance(size, Mapping) else (int(size), int(size))
+
+
+def _target(size: tuple[int, int] | int, height: int, width: int) -> tuple[int, int]:
+    if isinstance(size, tuple):
+        return size
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -> np.ndarray:
+    """A uint8 image `[Y, X, C]` in another size, as Pillow resizes it: rows first, then columns, each rounded to uint8.
+
+    Args:
+      image: what is resized.
+      size: (height, width).
+      filter: "bilinear" or "bicubic".
+    """
+    for axis, length in ((1, size[1]), (0, size[0])):
+        if image.shape[axis] != length:
+            moved = np.moveaxis(image, axis, 0)
+            mixed = np.tensordot(_weights(image.shape[axis], length, filter), moved.astype(np.float64), 1)
+            # half a level up, as whole numbers are rounded there
+            image = np.moveaxis(np.clip(np.floor(mixed + 0.5), 0, 255).astype(np.uint8), 0, axis)
+    return image
+
+
+@functools.cache
+def _weights(before: int, after: int, filter: str) -> np.ndarray:
+    """`[after, before]`: how much each old pixel counts for each new one; rows sum to one."""
+    ratio = before / after
+    stretch = max(ratio, 1.0)  # a filter for smaller images covers all that a new pixel stands for
+    reach = stretch * (1.0 if filter == "bilinear" else 2.0)
+    weights = np.zeros((after, before))
+    for i in range(after):
+        center = (i + 0.5) * ratio
+        first, last = max(int(center - reach + 0.5), 0), min(int(center + reach + 0.5), before)
+        distance = np.abs((np.arange(first, last) + 0.5 - center) / stretch)
+        row = _linear(distance) if filter == "bilinear" else _cubic(distance)
+        weights[i, first:last] = row / math.fsum(row)
+    return weights
+
+
+def _linear(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - x, 0)
+
+
+def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
+    """Cubic convolution (Keys, 1981)."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))

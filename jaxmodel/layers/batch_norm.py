@@ -1,0 +1,97 @@
+"""Norms of images: batch norm, whose statistics are leaves, and group norm."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.layers.leaf import leaf
+
+BATCH_NORM = {"weight", "bias", "mean", "variance"}  # its leaves
+
+
+class BatchNorm(nn.Module):
+    """Batch norm (Ioffe & Szegedy, 2015) with a weight and a bias `[D]`, and its statistics, mean and variance `[D]`.
+
+    In training it normalises by the moments of the batch, and nothing is kept: new statistics are zero and one until
+    `jaxmodel.train.set_batch_statistics` sets them. They have no gradient.
+
+    Attributes:
+      eps: added to the variance.
+      train: whether to normalise by the batch.
+    """
+
+    eps: float
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *space D"]) -> Float[Array, "B *space D"]:
+        width = x.shape[-1:]
+        weight, bias = leaf(self, "weight", nn.initializers.ones, width), leaf(self, "bias", nn.initializers.zeros, width)
+        mean, variance = leaf(self, "mean", nn.initializers.zeros, width), leaf(self, "variance", nn.initializers.ones, width)
+        return ops.batch_norm(x, weight, bias, mean, variance, self.eps, self.train)
+
+
+class GroupNorm(nn.Module):
+    """Group norm (Wu & He, 2018) with a weight and a bias `[D]`.
+
+    Attributes:
+      groups: of channels; they divide D.
+      eps: added to the variance.
+    """
+
+    groups: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *space D"]) -> Float[Array, "B *space D"]:
+        weight = leaf(self, "weight", nn.initializers.ones, x.shape[-1:])
+        bias = leaf(self, "bias", nn.initializers.zeros, x.shape[-1:])
+        return ops.group_norm(x, weight, bias, self.groups, self.eps)
+
+
+def fold_batch_norm(params: tree.Params, eps: float = 1e-5) -> tree.Params:
+    """Every batch norm put into the convolution in front of it, for inference: the same function without the norms.
+
+    `w' = w * s` and `b' = bias - mean * s` with `s = weight / sqrt(variance + eps)`: the leaves `conv` and `conv_norm/*` become
+    `conv` and `conv_bias`, which the same model runs. As `fuse`, it is for running: what is stored or trained has its norms.
+
+    Args:
+      params: a tree in which a norm `X_norm` stands beside the weight `X` of its convolution; weights are plain arrays.
+      eps: that of the model's config.
+
+    Raises:
+      InputError: no batch norm is there, one without its convolution, or one behind a compressed weight.
+
+    >>> import jax.numpy as jnp
+    >>> norm = {"weight": jnp.full(3, 2.0), "bias": jnp.ones(3), "mean": jnp.full(3, 5.0), "variance": jnp.full(3, 4.0)}
+    >>> folded = fold_batch_norm({"conv": jnp.ones((3, 2)), "conv_norm": norm}, eps=0.0)
+    >>> float(folded["conv"][0, 0]), float(folded["conv_bias"][0])
+    (1.0, -4.0)
+    """
+    folded = _fold(params, eps, ())
+    if tree.flatten(folded).keys() == tree.flatten(params).keys():
+        raise InputError("params: no batch norm is there to be folded; a leaf .../X_norm/variance is needed")
+    return folded
+
+
+def _fold(node: tree.Params, eps: float, keys: tuple[str, ...]) -> tree.Params:
+    out = dict(node)
+    for key, child in node.items():
+        if tree.is_leaf(child):
+            continue
+        if set(child) != BATCH_NORM:
+            out[key] = _fold(child, eps, (*keys, key))
+            continue
+        name = key.removesuffix("_norm")
+        w, where = None if name == key else node.get(name), "/".join((*keys, key))
+        if not isinstance(w, jax.Array):
+            raise InputError(f"params: the weight in front of the norm {where!r} is {type(w).__name__}; a plain array is needed")
+        scale = child["weight"] * jax.lax.rsqrt(child["variance"] + eps)
+        del out[key]
+        out[name] = (w * scale[..., None]).astype(w.dtype)
+        out[f"{name}_bias"] = child["bias"] - child["mean"] * scale
+    return out

@@ -1,0 +1,50 @@
+"""What auto-encoders do with their code: sample it, keep its largest entries, and say how far it is from what it should be."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxmodel.errors import InputError
+
+
+def sample_normal(
+    mean: Float[Array, "B Z"], log_variance: Float[Array, "B Z"], rng: Key[Array, ""] | None
+) -> Float[Array, "B Z"]:
+    """`mean + exp(log_variance / 2) * noise`, with gradients for both (Kingma & Welling, 2014); the mean without an rng."""
+    if rng is None:
+        return mean
+    return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(rng, mean.shape, mean.dtype)
+
+
+def kl_to_normal(mean: Float[Array, "B Z"], log_variance: Float[Array, "B Z"]) -> Float[Array, " B"]:
+    """`KL(N(mean, variance) || N(0, 1)) = sum (mean^2 + variance - 1 - log variance) / 2` of each row, in nats."""
+    mean, log_variance = mean.astype(jnp.float32), log_variance.astype(jnp.float32)
+    return 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1 - log_variance, axis=-1)
+
+
+def kl_of_rates(code: Float[Array, "B Z"], rate: float) -> Float[Array, ""]:
+    """`sum_j KL(rate || mean over the batch of code_j)` of Bernoulli variables (Ng, 2011), in nats.
+
+    Args:
+      code: in (0, 1).
+      rate: how active each entry should be on average.
+    """
+    mean = jnp.clip(jnp.mean(code.astype(jnp.float32), axis=0), 1e-6, 1 - 1e-6)
+    return jnp.sum(rate * jnp.log(rate / mean) + (1 - rate) * jnp.log((1 - rate) / (1 - mean)))
+
+
+def keep_top(code: Float[Array, "B Z"], k: int) -> Float[Array, "B Z"]:
+    """The `k` largest entries of each row, if they are positive, and zero for the others (Gao et al., 2024).
+
+    Raises:
+      InputError: k that is not 1 to Z.
+
+    >>> keep_top(jnp.array([[3.0, -1.0, 2.0, 5.0]]), 2).tolist()
+    [[3.0, 0.0, 0.0, 5.0]]
+    """
+    if not 0 < k <= code.shape[-1]:
+        raise InputError(f"k: {k} given; 1 to {code.shape[-1]}, the width of the code, is allowed")
+    least = jax.lax.top_k(jax.lax.stop_gradient(code), k)[0][:, -1:]
+    return jnp.where((code >= least) & (code > 0), code, jnp.zeros((), code.dtype))

@@ -1,0 +1,169 @@
+"""Named groups of inputs meet named groups of outputs along the edges of a given bipartite pattern."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers.connect.full import add_bias, fan_in, starts
+from jaxmodel.layers.leaf import leaf
+from jaxmodel.leaves import decode
+
+type Pattern = tuple[tuple[str, str], ...]
+"""Edges, (group of inputs, group of outputs)."""
+
+COMBINE = ("sum", "product")
+
+
+class Groups(nn.Module):
+    """`y_t = b_t + sum (or product) over edges s -> t of importance_st * W_st x_s` for each group of outputs t.
+
+    With one edge for each branch of the input it is the form where every branch meets a fixed group of outputs before they are
+    merged; branches that meet in a group of products interact there. With all edges it is a full connection.
+
+    Leaves: for each edge, or each name that edges share, a weight `[D_t, N_s]` under that name; GROUP_bias `[D_t]`; and
+    importance `[E]` in the order of the edges, if wanted. Edges that share a weight are one leaf, so they stay equal and
+    count once.
+
+    Attributes:
+      pattern: the edges.
+      widths: (group of outputs, its width D_t), all that the edges name.
+      policy: dtypes and placement.
+      combine: "sum" or "product".
+      share: rules, name of an edge -> name of its weight; the others have weights of their own.
+      importance: whether each edge has a factor of its own that is learnt, and reported by `importances`.
+    """
+
+    pattern: Pattern
+    widths: tuple[tuple[str, int], ...]
+    policy: ops.Policy
+    combine: str = "sum"
+    share: tree.Rules = ()
+    importance: bool = False
+
+    @nn.compact
+    def __call__(self, xs: Mapping[str, Array]) -> dict[str, Array]:
+        check_pattern(self.pattern, xs, dict(self.widths), self.combine)
+        weights = weight_names(self.pattern, self.share)
+        factors = leaf(self, "importance", nn.initializers.ones, (len(self.pattern),)) if self.importance else None
+        out: dict[str, Array] = {}
+        for i, (source, target) in enumerate(self.pattern):
+            shape = (dict(self.widths)[target], xs[source].shape[-1])
+            weight = leaf(self, weights[edge_name(source, target)], fan_in, shape)
+            if tuple(weight.shape) != shape:
+                raise InputError(
+                    f"share: the edge {edge_name(source, target)} needs a weight {list(shape)}; the one that it shares is "
+                    f"{list(weight.shape)}"
+                )
+            y = ops.einsum("BN,DN->BD", xs[source], weight, self.policy)
+            y = y if factors is None else y * factors[i].astype(y.dtype)
+            if target in out:
+                y = out[target] * y if self.combine == "product" else out[target] + y
+            out[target] = y
+        return {target: add_bias(self, out[target], f"{target}_bias") for target, _ in self.widths}
+
+    def edges(self, params: tree.Params, sources: Iterable[str]) -> ops.Edges:
+        """The same connections as a list, from the features of all sources to those of all groups of outputs.
+
+        Args:
+          params: those of this layer.
+          sources: the groups of inputs in the order in which they stand behind each other.
+        """
+        names, factors = weight_names(self.pattern, self.share), params.get("importance")
+        weights = {edge: decode(params[names[edge_name(*edge)]]) for edge in self.pattern}
+        if factors is not None:
+            weights = {edge: factors[i] * weights[edge] for i, edge in enumerate(self.pattern)}
+        width = {source: weights[source, target].shape[1] for source, target in self.pattern}
+        sources = list(sources)
+        first = dict(zip(sources, starts(width[s] for s in sources), strict=False))
+        begins = starts(n for _, n in self.widths)
+        blocks = []
+        for (group, _), target in zip(self.widths, begins, strict=False):
+            blocks.append(ops.EdgeBlock(params[f"{group}_bias"], (), target))
+            into = [edge for edge in self.pattern if edge[1] == group]
+            if self.combine == "product":
+                runs = tuple(first[source] for source, _ in into)
+                blocks.append(ops.EdgeBlock(functools.reduce(_outer, [weights[edge] for edge in into]), runs, target))
+            else:
+                blocks += [ops.EdgeBlock(weights[edge], (first[edge[0]],), target) for edge in into]
+        return ops.edges_of(blocks, sum(width[s] for s in sources), begins[-1])
+
+
+def edge_name(source: str, target: str) -> str:
+    """What rules and reports call an edge.
+
+    >>> edge_name("left", "middle")
+    'left->middle'
+    """
+    return f"{source}->{target}"
+
+
+def weight_names(pattern: Pattern, share: tree.Rules = ()) -> dict[str, str]:
+    """The name of the weight of each edge: that which the first matching rule gives it, or its own.
+
+    Args:
+      pattern: the edges.
+      share: rules, name of an edge -> name of a weight.
+
+    Raises:
+      InputError: a rule that decides nothing, as everywhere.
+
+    >>> weight_names((("a", "x"), ("b", "x"), ("c", "x")), (("[ab]->x", "both"),))
+    {'a->x': 'both', 'b->x': 'both', 'c->x': 'c->x'}
+    """
+    names = [edge_name(*edge) for edge in pattern]
+    given = tree.assign([*share, (tree.optional(".*"), None)], dict.fromkeys(names, 0))
+    return {name: given[name] or name for name in names}
+
+
+def importances(params: tree.Params, pattern: Pattern, share: tree.Rules = ()) -> dict[str, float]:
+    """How much each edge of a `Groups` layer counts, as a share of all: `|importance| * norm(W)`, summing to 1.
+
+    A factor alone says nothing, because the weight may grow where it shrinks; their product does not change then. What it
+    leaves out is the size of the inputs, so groups should be of one scale (normed, or standardised).
+
+    Args:
+      params: those of the layer; without a leaf `importance` all factors are one.
+      pattern: the layer's.
+      share: the layer's.
+
+    Returns:
+      Name of an edge -> its share.
+    """
+    names, factors = weight_names(pattern, share), params.get("importance", jnp.ones(len(pattern)))
+    norms = [jnp.linalg.norm(decode(params[names[edge_name(*edge)]], jnp.float32)) for edge in pattern]
+    sizes = jnp.abs(factors.astype(jnp.float32)) * jnp.stack(norms)
+    sizes = jax.device_get(sizes / jnp.maximum(jnp.sum(sizes), 1e-30))
+    return {edge_name(*edge): float(size) for edge, size in zip(pattern, sizes, strict=True)}
+
+
+def check_pattern(pattern: Pattern, sources: Iterable[str], targets: Iterable[str], combine: str = "sum") -> None:
+    """Refuse a pattern that names an unknown group, has an edge twice, or leaves a group without any.
+
+    Raises:
+      InputError: which one.
+    """
+    sources, targets = list(sources), list(targets)
+    for source, target in pattern:
+        if source not in sources:
+            raise unknown("edges: group of inputs", source, sources)
+        if target not in targets:
+            raise unknown("edges: group of outputs", target, targets)
+    if len(set(pattern)) != len(pattern):
+        raise InputError(f"edges: {pattern} given; each edge once is allowed")
+    for group in [*(s for s in sources if s not in dict(pattern)), *(t for t in targets if t not in {t for _, t in pattern})]:
+        raise InputError(f"edges: the group {group!r} has none; each group needs at least one")
+    if combine not in COMBINE:
+        raise unknown("combine", combine, COMBINE)
+
+
+def _outer(left: Float[Array, "D ..."], right: Float[Array, "D J"]) -> Float[Array, "D ... J"]:
+    """`[D, ..., J]`: the products of each output's weights."""
+    return left[..., None] * right.reshape(right.shape[0], *[1] * (left.ndim - 1), right.shape[1])

@@ -1,0 +1,91 @@
+"""Second order: products of two inputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.layers.connect.full import fan_in, starts
+from jaxmodel.layers.leaf import leaf
+from jaxmodel.leaves import decode
+
+
+class Bilinear(nn.Module):
+    """`y_d = sum_ij W_dij x_i z_j`: every pair of one input of each of two branches meets every output.
+
+    One leaf, pairs `[D * I, J]`, the outputs in front.
+
+    Attributes:
+      width: D.
+      policy: dtypes and placement.
+    """
+
+    width: int
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B I"], z: Float[Array, "B J"]) -> Float[Array, "B D"]:
+        n = x.shape[-1]
+        pairs = leaf(self, "pairs", nn.initializers.normal((n * z.shape[-1]) ** -0.5), (self.width * n, z.shape[-1]))
+        met = ops.einsum("BJ,(DI)J->BDI", z, pairs, self.policy, I=n)
+        return jnp.sum(met.astype(jnp.float32) * x[:, None].astype(jnp.float32), axis=-1).astype(met.dtype)
+
+    def edges(self, params: tree.Params) -> ops.Edges:
+        """The same connections as a list, of the features of x and behind them those of z."""
+        pairs = decode(params["pairs"]).reshape(self.width, -1, params["pairs"].shape[-1])
+        n = pairs.shape[1]
+        return ops.edges_of([ops.EdgeBlock(pairs, (0, n))], n + pairs.shape[2], self.width)
+
+
+class Factorised(nn.Module):
+    """`y = P (sum over pairs of branches b < c of U_b x_b * U_c x_c)`: a bilinear form of low rank for each pair.
+
+    Factorisation machines (Rendle, 2010) with branches as fields; for two branches the low-rank bilinear pooling of Kim et al.
+    (2017). Leaves factor_BRANCH `[R, N]` and out `[D, R]`. The sum over pairs takes one product for each branch.
+
+    Attributes:
+      width: D of new leaves.
+      rank: R of new leaves.
+      policy: dtypes and placement.
+    """
+
+    width: int
+    rank: int
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, xs: Mapping[str, Array]) -> Float[Array, "B D"]:
+        if len(xs) < 2:
+            raise InputError(f"branches: {list(xs)} given; at least two are needed, whose products are taken")
+        met = seen = None
+        for name, x in xs.items():
+            factor = leaf(self, f"factor_{name}", fan_in, (self.rank, x.shape[-1]))
+            y = ops.einsum("BN,RN->BR", x, factor, self.policy)
+            if seen is not None:
+                met = y * seen if met is None else met + y * seen
+            seen = y if seen is None else seen + y
+        assert met is not None
+        return ops.einsum("BR,DR->BD", met, leaf(self, "out", fan_in, (self.width, met.shape[-1])), self.policy)
+
+    def edges(self, params: tree.Params, sources: Iterable[str]) -> ops.Edges:
+        """The same connections as a list: an edge for each pair of features of two branches and each output.
+
+        Args:
+          params: those of this layer.
+          sources: the branches in the order in which they stand behind each other.
+        """
+        names = list(sources)
+        factors = {name: decode(params[f"factor_{name}"]) for name in names}
+        first = dict(zip(names, starts(f.shape[1] for f in factors.values()), strict=False))
+        out = decode(params["out"])
+        blocks = [
+            ops.EdgeBlock(jnp.einsum("dr,ri,rj->dij", out, factors[b], factors[c], precision="highest"), (first[b], first[c]))
+            for b, c in itertools.combinations(names, 2)
+        ]
+        return ops.edges_of(blocks, sum(f.shape[1] for f in factors.values()), out.shape[0])

@@ -1,0 +1,68 @@
+"""One extractor of features for several inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers.connect.full import Full
+
+MERGES = ("concat", "sum", "mean", "max")
+
+
+class Shared(nn.Module):
+    """The same extractor for each of several inputs (Bromley et al., 1993); `merged` puts its results together for one head.
+
+    Attributes:
+      extractor: any module `[B, N] -> [B, D]`, made with `parent=None` inside of another module; its leaves are there once, under
+        `extractor`.
+    """
+
+    extractor: nn.Module
+
+    def __call__(self, xs: Mapping[str, Array]) -> dict[str, Array]:
+        if len({x.shape[-1] for x in xs.values()}) > 1:
+            sizes = ", ".join(f"{name} {x.shape[-1]}" for name, x in xs.items())
+            raise InputError(f"branches: {sizes} features given; a shared extractor needs as many in each")
+        return {name: self.extractor(x) for name, x in xs.items()}
+
+    def edges(self, params: tree.Params, count: int) -> ops.Edges:
+        """The connections of `count` inputs through a `Full` extractor as a list: those of one, repeated with their weights.
+
+        Their results stand behind each other, as `merged` by "concat" has them.
+        """
+        if not isinstance(self.extractor, Full):
+            raise InputError(f"extractor: {type(self.extractor).__name__} given; the list of edges of a Full one is known")
+        one = self.extractor.edges(params["extractor"])
+        total, of_input = count * one.features, np.arange(count, dtype=np.int32)[:, None]
+        sources = np.where(one.sources == one.features, total, one.sources + one.features * of_input[..., None])
+        return dataclasses.replace(
+            one,
+            sources=sources.reshape(-1, one.sources.shape[1]),
+            targets=(one.targets + one.outputs * of_input).reshape(-1),
+            weights=jnp.tile(one.weights, count),
+            features=total,
+            outputs=count * one.outputs,
+        )
+
+
+def merged(xs: Mapping[str, Array], how: str = "concat") -> Float[Array, "B M"]:
+    """The results of several branches as one input of a head: "concat", in the order of the dict, or "sum", "mean", "max".
+
+    Raises:
+      InputError: an unknown way, or branches of several widths that are not put behind each other.
+    """
+    if how not in MERGES:
+        raise unknown("merge", how, MERGES)
+    if how == "concat":
+        return jnp.concatenate(list(xs.values()), axis=-1)
+    if len({x.shape for x in xs.values()}) > 1:
+        raise InputError(f"merge: {how!r} given for branches of several widths; allowed: 'concat'")
+    return getattr(jnp, how)(jnp.stack(list(xs.values())), axis=0)

@@ -1,0 +1,94 @@
+"""Convolutions and dense layers of images, with their biases or norms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel import ops
+from jaxmodel.errors import unknown
+from jaxmodel.layers.encoder import ACTIVATIONS
+from jaxmodel.layers.leaf import leaf
+from jaxmodel.layers.linear import linear
+from jaxmodel.sharding import constrain
+
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
+"""Of weights `[out, in]` in front of a ReLU (He et al., 2015)."""
+
+_OF_JAX = ("celu", "elu", "hard_silu", "leaky_relu", "mish", "relu6", "selu", "sigmoid", "silu", "softplus", "soft_sign", "tanh")
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """An elementwise function by its name: those of `ACTIVATIONS`, "identity", and those of `jax.nn` that need nothing else.
+
+    Raises:
+      InputError: an unknown name.
+
+    >>> float(activation("relu")(jnp.float32(-1)))
+    0.0
+    """
+    known = {**ACTIVATIONS, "identity": jax.nn.identity, **{one: getattr(jax.nn, one) for one in _OF_JAX}}
+    if name not in known:
+        raise unknown("activation", name, known)
+    return known[name]
+
+
+def dense(
+    module: nn.Module, x: Float[Array, "B I"], name: str, width: int, policy: ops.Policy, stream: str | None = None
+) -> Float[Array, "B O"]:
+    """`x @ w.T + b` with the module's leaves `name` `[O, I]` and `name_bias`; a leaf that exists has its own width.
+
+    Args:
+      module: the Linen module that owns the leaves.
+      x: the input.
+      name: of the weight.
+      width: O of a new leaf.
+      policy: dtypes and placement.
+      stream: dtype of the result; None for the policy's.
+    """
+    policy = dataclasses.replace(policy, stream=stream or policy.stream)
+    (y,) = linear(module, x[:, None], {name: width}, he_normal, True, policy)
+    return constrain(y[:, 0], "BF", policy.axes)
+
+
+def conv(
+    module: nn.Module,
+    x: Float[Array, "B Y X I"],
+    name: str,
+    channels: int,
+    kernel: int,
+    policy: ops.Policy,
+    *,
+    stride: int = 1,
+    pad: int = 0,
+    norm: Callable[..., Any] | None = None,
+) -> Float[Array, "B P Q O"]:
+    """Convolve, then add a bias or run a norm: leaves `name` `[O, I * kernel^2]`, and `name_bias` or `name_norm`.
+
+    Args:
+      module: the Linen module that owns the leaves.
+      x: images.
+      name: of the weight.
+      channels: O of a new leaf; a leaf that exists has its own.
+      kernel: the side of the kernel.
+      policy: dtypes and placement.
+      stride: between two places of the kernel.
+      pad: rows and columns of zeros on each side.
+      norm: makes the norm from its name; None for a bias. A bias that exists stands for both: see `fold_batch_norm`.
+    """
+    w = leaf(module, name, he_normal, (channels, x.shape[-1] * kernel**2))
+    same = stride == 1 and kernel == 2 * pad + 1
+    if pad and not same:  # under a stride "SAME" may pad one side only, where published weights expect both
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    y = ops.conv(x, w, policy, kernel=(kernel, kernel), stride=(stride, stride), padding="SAME" if same else "VALID")
+    if norm is None or module.has_variable("params", f"{name}_bias"):
+        y = y + ops.on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+    else:
+        y = norm(name=f"{name}_norm")(y)
+    return constrain(y, "BYXF", policy.axes)

@@ -1,0 +1,22 @@
+"""Dropout as a function of a key."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+
+def dropout(x: Float[Array, "..."], rate: float, rng: Key[Array, ""] | None, site: int = 0) -> Float[Array, "..."]:
+    """Each element as zero with the probability `rate`, else divided by `1 - rate` (Srivastava et al., 2014).
+
+    Args:
+      x: activations.
+      rate: 0 to below 1; 0 does nothing.
+      rng: the key of a layer in a step; None, as outside of training, does nothing.
+      site: tells apart the places of one layer that use its key.
+    """
+    if rng is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(jax.random.fold_in(rng, site), 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -1,0 +1,109 @@
+"""What the encoders share: a block without a cache, and a head for one vector of each row."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel import ops
+from jaxmodel.layers.attention import Attention
+from jaxmodel.layers.linear import linear
+from jaxmodel.layers.mlp import MLP
+from jaxmodel.layers.norm import LayerNorm
+
+
+def _quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": _quick_gelu,
+    "relu": jax.nn.relu,
+}
+"""By name: GELU (Hendrycks & Gimpel, 2016), its two approximations by tanh and by a sigmoid, and ReLU."""
+
+
+class EncoderBlock(nn.Module):
+    """Attention, then a feed-forward part, each with a residual and a layer norm; leaves attn, mlp, attn_norm, mlp_norm.
+
+    The norm stands in front of each part, or behind each sum (`post_norm`: Vaswani et al., 2017; BERT).
+
+    Attributes:
+      heads: H of new leaves, which divide D.
+      mlp_width: F of new leaves.
+      activation: a name of `ACTIVATIONS`.
+      norm_eps: of the layer norms.
+      post_norm: where the norms stand.
+      init_scale: standard deviation of new weights.
+      out_scale: of those whose results are summed up.
+      policy: dtypes and placement.
+      qkv_bias: whether q, k and v have biases.
+    """
+
+    heads: int
+    mlp_width: int
+    activation: str
+    norm_eps: float
+    post_norm: bool
+    init_scale: float
+    out_scale: float
+    policy: ops.Policy
+    qkv_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: dict[str, Any]) -> Float[Array, "B T D"]:
+        """The next activations.
+
+        Args:
+          x: activations.
+          context: with `seen`: which positions see which.
+        """
+        normal, out = nn.initializers.normal(self.init_scale), nn.initializers.normal(self.out_scale)
+        width = x.shape[-1] // self.heads
+        attention = Attention(self.heads, self.heads, width, self.qkv_bias, normal, out, self.policy, out_bias=True, name="attn")
+        mix = lambda y: attention(y, context, None, 0)[0]
+        mlp = MLP(self.mlp_width, ACTIVATIONS[self.activation], False, True, normal, out, self.policy, name="mlp")
+        attn_norm, mlp_norm = (LayerNorm(self.norm_eps, name=name) for name in ("attn_norm", "mlp_norm"))
+        if self.post_norm:
+            x = attn_norm(x + mix(x))
+            return mlp_norm(x + mlp(x))
+        x = x + mix(attn_norm(x))
+        return x + mlp(mlp_norm(x))
+
+
+class PooledHead(nn.Module):
+    """From one vector of each row to float32 logits: a dense layer with tanh if `pool`, then classes if there are any.
+
+    Leaves pool `[D, D]` and pool_bias, classes `[C, D]` and classes_bias.
+
+    Attributes:
+      pool: whether there is a dense layer with tanh.
+      classes: C of new leaves; 0 for the vector itself.
+      init_scale: standard deviation of new weights.
+      policy: dtypes and placement.
+    """
+
+    pool: bool
+    classes: int
+    init_scale: float
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        wide = dataclasses.replace(self.policy, stream="float32")
+        normal = nn.initializers.normal(self.init_scale)
+        y = x[:, None].astype(jnp.float32)
+        if self.pool:
+            y = jnp.tanh(linear(self, y, {"pool": y.shape[-1]}, normal, True, wide)[0])
+        if self.classes:
+            y = linear(self, y, {"classes": self.classes}, normal, True, wide)[0]
+        return y[:, 0]

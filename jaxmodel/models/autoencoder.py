@@ -1,0 +1,178 @@
+"""Auto-encoders: plain, denoising, variational and sparse. The code is `hidden`, the reconstruction is `logits`.
+
+- plain (Hinton & Salakhutdinov, 2006), and denoising: some inputs are zero in training (Vincent et al., 2008);
+- variational (Kingma & Welling, 2014): the code is sampled in training, `aux["kl"]` is its distance from a standard normal;
+- sparse: `aux["sparsity"]` is the L1 norm of the code (Bricken et al., 2023) or the KL of its rates (Ng, 2011); or only the k
+  largest entries of the code are kept (Gao et al., 2024). `jaxmodel.train.revive` gives dead entries of a code a new start.
+
+The loss is `jaxmodel.train.autoencoder`.
+
+>>> auto = model(SIZES["tiny"])
+>>> out = auto.apply(auto.init(jax.random.key(0)), jnp.zeros((2, 64)))
+>>> out.hidden.shape, out.logits.shape, list(out.aux)
+((2, 32), (2, 64), ['kl'])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.layers import activation, codes
+from jaxmodel.layers.connect import Full
+from jaxmodel.models.model import Model, Parts, check_sizes
+
+KINDS = ("plain", "denoising", "variational", "l1", "kl", "topk")
+SPARSE = ("l1", "kl", "topk")
+RECONSTRUCTIONS = ("squared", "bernoulli")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes and the kind that tell the members of the family apart.
+
+    Attributes:
+      features: N of an input.
+      code: its width Z; for a dictionary of features more than N.
+      hidden: widths of the layers between input and code, and in reverse between code and reconstruction.
+      kind: "plain", "denoising", "variational", or sparse: "l1", "kl", "topk".
+      reconstruction: what the loss takes the output for: "squared" (means of normals of variance 1) or "bernoulli" (logits).
+      penalty: factor of `kl` or `sparsity` in the loss.
+      noise: share of the inputs that are zero in training, of a denoising one.
+      rate: mean activity that each entry of the code should have, of kind "kl".
+      k: entries of the code that are kept, of kind "topk".
+      activation: of the hidden layers, and of the code of a plain or denoising one; see `layers.activation`.
+    """
+
+    features: int
+    code: int
+    hidden: tuple[int, ...] = ()
+    kind: str = "plain"
+    reconstruction: str = "squared"
+    penalty: float = 1.0
+    noise: float = 0.3
+    rate: float = 0.05
+    k: int = 32
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("features", "code", "k"))
+        for n in self.hidden:
+            at_least("hidden", n)
+        if self.kind not in KINDS:
+            raise unknown("kind", self.kind, KINDS)
+        if self.reconstruction not in RECONSTRUCTIONS:
+            raise unknown("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        activation(self.activation)
+        if not 0 <= self.noise < 1 or not 0 < self.rate < 1:
+            raise InputError(f"noise, rate: {self.noise}, {self.rate} given; allowed: from 0, for a rate above 0, to below 1")
+        if self.kind == "topk" and self.k > self.code:
+            raise InputError(f"k: {self.k} given; at most the width of the code, {self.code}, is allowed")
+
+
+SIZES = {
+    "tiny": Config(64, 32, (128,), "variational"),
+    "mnist-vae": Config(784, 32, (512, 256), "variational", "bernoulli"),
+    "mnist-denoising": Config(784, 64, (512,), "denoising", "bernoulli"),
+    "smollm2-135m-topk": Config(576, 2304, kind="topk", k=32),
+    "smollm2-135m-l1": Config(576, 2304, kind="l1", penalty=5.0),
+}
+
+RULES: tree.Rules = ((".*/weight", P("tensor", "fsdp")), (".*/weight_bias", P()))
+
+
+class _Encoder(nn.Module):
+    """Leaves hidden_I, code, and spread (the logarithm of the variance) of a variational one."""
+
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        c = self.config
+        for i, width in enumerate(c.hidden):
+            x = activation(c.activation)(Full(width, self.policy, name=f"hidden_{i}")(x))
+        spread = Full(c.code, self.policy, name="spread")(x) if c.kind == "variational" else None
+        return Full(c.code, self.policy, name="code")(x), spread
+
+
+class _Decoder(nn.Module):
+    """Leaves hidden_I and out."""
+
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        c = self.config
+        for i, width in enumerate(reversed(c.hidden)):
+            z = activation(c.activation)(Full(width, self.policy, name=f"hidden_{i}")(z))
+        return Full(c.features, dataclasses.replace(self.policy, stream="float32"), name="out")(z)
+
+
+def _code(config: Config, pre: jax.Array, spread: Any, rng: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The code and its aux values from what the encoder gives."""
+    if config.kind == "variational":
+        return codes.sample_normal(pre, spread, rng), {"kl": jnp.mean(codes.kl_to_normal(pre, spread))}
+    if config.kind == "kl":
+        code = jax.nn.sigmoid(pre)
+        return code, {"sparsity": codes.kl_of_rates(code, config.rate)}
+    if config.kind == "l1":
+        code = jax.nn.relu(pre)
+        return code, {"sparsity": jnp.mean(jnp.sum(code.astype(jnp.float32), axis=-1)), "active": _active(code)}
+    if config.kind == "topk":
+        code = codes.keep_top(pre, config.k)
+        return code, {"active": _active(code)}
+    return activation(config.activation)(pre), {}
+
+
+def _active(code: jax.Array) -> jax.Array:
+    """How many entries of a code are not zero, on average over the batch."""
+    return jnp.mean(jnp.sum(code > 0, axis=-1, dtype=jnp.float32))
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    encoder, decoder = _Encoder(config, policy), _Decoder(config, policy)
+
+    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+        x, rng = inputs["features"], rng if train else None
+        if config.kind == "denoising" and rng is not None:
+            x = jnp.where(jax.random.bernoulli(rng, config.noise, x.shape), jnp.zeros((), x.dtype), x)
+        if config.kind in ("l1", "topk"):  # the decoder's bias is the centre of the data; codes are of what differs from it
+            x = x - ops.on_last(params["decoder"]["out"]["weight_bias"].astype(x.dtype), x.ndim)
+        pre, spread = encoder.apply({"params": params["encoder"]}, x.astype(policy.stream))
+        code, aux = _code(config, pre, spread, rng)
+        return code, {"aux": aux}
+
+    def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
+        return decoder.apply({"params": params["decoder"]}, x)
+
+    def init(key: jax.Array) -> tree.Params:
+        encoder_key, decoder_key = jax.random.split(key)
+        own: Any = encoder.init(encoder_key, jnp.zeros((1, config.features), policy.stream))["params"]
+        top: Any = decoder.init(decoder_key, jnp.zeros((1, config.code), policy.stream))["params"]
+        if config.kind in ("l1", "topk") and not config.hidden:  # columns of length one, and their transpose in the encoder
+            rows = own["code"]["weight"]
+            rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+            own, top = {"code": {**own["code"], "weight": rows}}, {"out": {**top["out"], "weight": rows.T}}
+        return {"encoder": own, "decoder": top}
+
+    def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, RULES, again)

@@ -1,0 +1,241 @@
+"""BERT (Devlin et al., 2018): an encoder of text with a head for masked tokens, for classes, or for sentence embeddings.
+
+A norm behind each part, learnt positions and token types, biases, exact GELU.
+
+>>> bert = model(SIZES["tiny"])
+>>> params = bert.init(jax.random.key(0))
+>>> bert.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+(2, 8, 256)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, PooledHead, init_layers, leaf, linear
+from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
+
+HEADS = ("mlm", "classify", "embed")
+SHORTEST = 16  # batches of sentences are of this or a doubled length, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      vocab: tokens V.
+      width: D.
+      depth: layers L.
+      heads: H, which divide D.
+      mlp_width: F.
+      context: the longest sequence: learnt positions.
+      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits `[B, C]` from the first token;
+        "embed", the mean `[B, D]` of the last activations.
+      labels: names of the classes, for the head "classify".
+      types: token types: 0 in a first text, 1 in a second.
+      activation: a name of `layers.ACTIVATIONS`.
+      norm_eps: of the layer norms.
+      init_scale: standard deviation of new weights.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    context: int
+    head: str = "mlm"
+    labels: tuple[str, ...] = ()
+    types: int = 2
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    init_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context", "types"))
+        if self.width % self.heads:
+            raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
+        if self.head not in HEADS:
+            raise unknown("head", self.head, HEADS)
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        if bool(self.labels) != (self.head == "classify"):
+            raise InputError(f"labels: {len(self.labels)} given; the head {self.head!r} needs {_wanted(self.head)}")
+
+
+def _wanted(head: str) -> str:
+    return "at least one" if head == "classify" else "none"
+
+
+SIZES = {
+    "tiny": Config(256, 32, 3, 4, 64, 128),
+    "tiny-classify": Config(256, 48, 3, 4, 64, 128, "classify", ("no", "yes", "maybe", "never")),
+    "tiny-embed": Config(256, 32, 3, 4, 64, 128, "embed"),
+    "bert-base": Config(30522, 768, 12, 12, 3072, 512),
+    "bert-large": Config(30522, 1024, 24, 16, 4096, 512),
+    "minilm-l6": Config(30522, 384, 6, 12, 1536, 512, "embed"),
+}
+
+RULES: tree.Rules = (
+    ("embed", P("tensor", "fsdp")),
+    ("positions|types", P(None, "fsdp")),
+    ("blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
+    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
+    ("blocks/.*/(q|k|v|up)_bias", P("tensor")),
+    ("blocks/.*/(o|down)_bias", P()),
+    (tree.optional("head/(dense|pool)"), P("tensor", "fsdp")),
+    (tree.optional("head/classes"), P(None, "fsdp")),
+    (tree.optional("head/bias"), P("tensor")),
+    (tree.optional("head/(dense|pool|classes)_bias"), P()),
+    (".*norm/(weight|bias)", P()),
+)
+
+
+class _MaskedHead(nn.Module):
+    """Logits of the tokens by the embedding, behind a dense layer and a norm."""
+
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: Any) -> jax.Array:
+        c = self.config
+        y = linear(self, x, {"dense": x.shape[-1]}, nn.initializers.normal(c.init_scale), True, self.policy)[0]
+        y = LayerNorm(c.norm_eps, name="norm")(ACTIVATIONS[c.activation](y))
+        logits = ops.einsum("BTD,VD->BTV", y, table, dataclasses.replace(self.policy, stream="float32"))
+        bias = leaf(self, "bias", nn.initializers.zeros, (c.vocab,))
+        return logits + ops.on_last(bias.astype(jnp.float32), logits.ndim)
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
+
+    Inputs are `tokens` `[B, T]` and, if wanted, `types` (token types, 0 where they are left out), `mask`, `positions`; with
+    the head "mlm" also `segments`.
+    """
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    c, norm_module = config, LayerNorm(config.norm_eps)
+    block_module = EncoderBlock(*(c.heads, c.mlp_width, c.activation, c.norm_eps), True, c.init_scale, c.init_scale, policy)
+    masked_head = _MaskedHead(c, policy)
+    pooled_head = PooledHead(True, len(c.labels), c.init_scale, policy)
+
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        tokens, mask, segments = inputs["tokens"], inputs.get("mask"), inputs.get("segments")
+        if segments is not None and c.head != "mlm":
+            raise InputError(f"segments: given to the head {c.head!r}, which takes a row for one text; leave them out")
+        positions = inputs.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+        x = ops.take(params["embed"], tokens, policy) + ops.take(params["positions"], positions, policy, "TD")
+        x = x + ops.take(params["types"], inputs.get("types", jnp.zeros_like(tokens)), policy, "TD")
+        seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=mask, causal=False)
+        normed: Any = norm_module.apply({"params": params["embed_norm"]}, x)
+        return normed, {"seen": seen}
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+        x = block_module.apply({"params": params}, x, context)
+        mask = context["seen"].valid
+        if c.head == "embed" and mask is not None:  # rows of zeros: by them the head, which sees only x, knows the padding
+            x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+        return x, cache, {}
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        if c.head == "embed":
+            x = x.astype(jnp.float32)
+            count = jnp.sum(jnp.any(x != 0, axis=-1), axis=1, dtype=jnp.float32)
+            return jnp.sum(x, axis=1) / jnp.maximum(count, 1.0)[:, None]
+        own = {"params": params["head"]}
+        logits = pooled_head.apply(own, x[:, 0]) if c.head == "classify" else masked_head.apply(own, x, params["embed"])
+        assert isinstance(logits, jax.Array)
+        return logits
+
+    def init(key: jax.Array) -> tree.Params:
+        keys = jax.random.split(key, 6)
+        shapes = {"embed": c.vocab, "positions": c.context, "types": c.types}
+        tables = {
+            name: c.init_scale * jax.random.normal(k, (rows, c.width))
+            for (name, rows), k in zip(shapes.items(), keys[:3], strict=True)
+        }
+        x = jnp.zeros((1, 1, c.width), policy.stream)
+        params = {**tables, "embed_norm": norm_module.init(keys[3], x)["params"]}
+        context = embed(params, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
+        params["blocks"] = init_layers(lambda k: dict(block_module.init(k, x, context)["params"]), keys[4], c.depth)
+        if c.head == "classify":
+            params["head"] = dict(pooled_head.init(keys[5], x[:, 0])["params"])
+        elif c.head == "mlm":
+            params["head"] = dict(masked_head.init(keys[5], x, params["embed"])["params"])
+        return params
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, RULES, again)
+
+
+def embed_texts(bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int | None = None) -> np.ndarray:
+    """Sentence embeddings: the mean of the tokens' last activations, of length one (Reimers & Gurevych, 2019).
+
+    Texts of similar length share a batch, so that little is padding; the order of the results is that of the texts.
+
+    Args:
+      bundle: a `hub.Bundle` of a model with the head "embed" and its tokenizer.
+      texts: N texts.
+      batch_size: texts that are computed at once.
+      max_tokens: longer texts are cut, the tokenizer's last token kept; None for what the bundle's card says
+        (`max_tokens`), else for the model's context.
+
+    Returns:
+      float32 `[N, D]`; the product of two rows is the cosine of their angle.
+
+    Raises:
+      InputError: another kind of model, no tokenizer, a single string, or sizes out of range.
+    """
+    config = bundle.model.config
+    if not isinstance(config, Config) or config.head != "embed":
+        found = f"{type(config).__module__.rsplit('.', 1)[-1]} {getattr(config, 'head', '')}".strip()
+        raise InputError(f"bundle: a model of bert with the head 'embed' is needed; this is {found}")
+    if bundle.processor is None:
+        raise InputError(f"bundle: {bundle.card.get('name', 'it')!r} has no tokenizer; text cannot be read")
+    at_least("batch_size", batch_size)
+    limit = min(int(bundle.card.get("max_tokens", config.context)), config.context) if max_tokens is None else max_tokens
+    if not 2 <= limit <= config.context:
+        raise InputError(f"max_tokens: {limit} given; allowed: 2 to {config.context}")
+    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in bundle.processor.encode_batch(texts, True)]
+    out, params = np.zeros((len(rows), config.width), np.float32), bundle.running()
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(min(_power_of_two(max(len(row), SHORTEST)), config.context), []).append(i)
+    batches = [(n, which[at : at + batch_size]) for n, which in by_length.items() for at in range(0, len(which), batch_size)]
+    for length, batch in batches:
+        size = min(_power_of_two(len(batch)), batch_size)
+        tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+        for row, i in enumerate(batch):
+            tokens[row, : len(rows[i])], mask[row, : len(rows[i])] = rows[i], True
+        means = _embedded(bundle.model, params, {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)})
+        out[batch] = np.asarray(means)[: len(batch)]
+    return out
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest one that is not below `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(model: Model, params: tree.Params, inputs: dict[str, jax.Array]) -> jax.Array:
+    means = model.apply(params, inputs).logits
+    return means / jnp.maximum(jnp.linalg.norm(means, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,223 @@
+"""CLIP (Radford et al., 2021): an image tower and a text tower that agree on what belongs together.
+
+The image tower is a vision transformer with a norm behind its positions, the text tower a causal transformer that is read at the
+token that ends the text. Each has a linear map to a shared space; logits are scaled cosines of images with texts.
+
+>>> clip = model(SIZES["tiny"])
+>>> params = clip.init(jax.random.key(0))
+>>> inputs = {"tokens": jnp.zeros((2, 8), jnp.int32), "pixels": jnp.zeros((2, 16, 16, 3))}
+>>> clip.apply(params, inputs).logits.shape
+(2, 2)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, init_layers, repeat
+from jaxmodel.models import vit
+from jaxmodel.models.model import Model, Parts, check_sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text tower.
+
+    Attributes:
+      vocab: tokens V.
+      width: D.
+      depth: layers L.
+      heads: H, which divide D.
+      mlp_width: F.
+      context: the longest sequence: learnt positions.
+      end: the token at whose first place a text is read; None for its highest one (the first CLIP's files).
+      activation: a name of `layers.ACTIVATIONS`.
+      norm_eps: of the layer norms.
+      init_scale: standard deviation of new weights.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    context: int
+    end: int | None = None
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+    init_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
+        if self.width % self.heads:
+            raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The two towers and what joins them.
+
+    Attributes:
+      text: the text tower.
+      image: the image tower, without classes.
+      shared: width E of the space of both.
+      scale: logarithm of what new cosines are multiplied with.
+    """
+
+    text: Text
+    image: vit.Config
+    shared: int
+    scale: float = 2.6592
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("shared",))
+        if self.image.labels:
+            raise InputError(f"image.labels: {len(self.image.labels)} given; the image tower has no classes, leave them out")
+
+    @property
+    def vocab(self) -> int:
+        """Tokens of the text tower."""
+        return self.text.vocab
+
+
+_IMAGE: dict[str, Any] = {"activation": "quick_gelu", "patch_bias": False, "embed_norm": True, "norm_eps": 1e-5}
+
+SIZES = {
+    "tiny": Config(Text(256, 32, 2, 4, 64, 32), vit.Config(16, 4, 64, 3, 4, 64, **_IMAGE), 4),
+    "clip-base-32": Config(Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 32, 768, 12, 12, 3072, **_IMAGE), 512),
+    "clip-base-16": Config(Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 16, 768, 12, 12, 3072, **_IMAGE), 512),
+    "clip-large-14": Config(Text(49408, 768, 12, 12, 3072, 77), vit.Config(224, 14, 1024, 24, 16, 4096, **_IMAGE), 768),
+}
+
+RULES: tree.Rules = (
+    ("text/embed|image/embed/patch", P("tensor", "fsdp")),
+    ("(text|image/embed)/positions", P(None, "fsdp")),
+    ("image/embed/class", P()),
+    (tree.optional("image/embed/patch_bias"), P()),
+    (".*/blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
+    (".*/blocks/.*/(o|down)", P("fsdp", "tensor")),
+    (".*/blocks/.*/(q|k|v|up)_bias", P("tensor")),
+    (".*/blocks/.*/(o|down)_bias", P()),
+    (".*norm/(weight|bias)", P()),
+    ("(text|image)_map", P("tensor", "fsdp")),
+    ("scale", P()),
+)
+
+
+class Towers(NamedTuple):
+    """The parts of a model for themselves: to compare many texts with many images, or to classify by what classes are called.
+
+    image(params, pixels) -> `[N, E]` and text(params, {"tokens": [M, T], "mask"}) -> `[M, E]`: float32 rows of length one.
+    logits(params, image, text) -> `[N, M]`: their scaled products.
+    """
+
+    image: Any
+    text: Any
+    logits: Any
+
+
+@functools.cache
+def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
+    """The towers of one config; equal arguments give the same functions."""
+    wide = dataclasses.replace(policy, compute="float32", stream="float32")
+    image_model, norm_module = vit.model(config.image, policy), LayerNorm(config.text.norm_eps)
+    block_module = _text_block(config.text, policy)
+
+    def image(params: tree.Params, pixels: Float[Array, "N Y X C"]) -> Float[Array, "N E"]:
+        pooled = image_model.apply(params["image"], pixels).logits
+        return _unit(ops.einsum("ND,ED->NE", pooled, params["image_map"], policy))
+
+    def block(params: Any, x: Any, context: Any, cache: Any, layer: Any, rng: Any, train: bool):
+        x = block_module.apply({"params": params}, x, context)
+        return x, cache, {}
+
+    def text(params: tree.Params, inputs: dict[str, jax.Array]) -> Float[Array, "M E"]:
+        tokens, own = inputs["tokens"], params["text"]
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        x = ops.take(own["embed"], tokens, policy) + ops.take(own["positions"], positions, policy, "TD")
+        context = {"seen": ops.Seen(valid=inputs.get("mask"))}
+        x = repeat(block, own["blocks"], x, context, remat=policy.remat)[0]
+        normed: Any = norm_module.apply({"params": own["norm"]}, x)
+        end = config.text.end
+        last = jnp.argmax(tokens if end is None else tokens == end, axis=1)
+        pooled = jnp.take_along_axis(normed, last[:, None, None], axis=1)[:, 0]
+        return _unit(ops.einsum("ND,ED->NE", pooled, params["text_map"], policy))
+
+    def logits(params: tree.Params, image: Float[Array, "N E"], text: Float[Array, "M E"]) -> Float[Array, "N M"]:
+        return jnp.exp(params["scale"].astype(jnp.float32)) * ops.einsum("NE,ME->NM", image, text, wide)
+
+    return Towers(image, text, logits)
+
+
+def _text_block(text: Text, policy: ops.Policy) -> EncoderBlock:
+    out = text.init_scale / (2 * text.depth) ** 0.5
+    return EncoderBlock(*(text.heads, text.mlp_width, text.activation, text.norm_eps, False, text.init_scale, out, policy))
+
+
+def _unit(x: Float[Array, "N E"]) -> Float[Array, "N E"]:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
+
+    Inputs are `tokens` `[B, T]` (and `mask`) and `pixels` `[B, Y, X, C]`. `hidden` is `[B, 2, E]`, an image's vector and its
+    text's; logits are `[B, B]`, a row for each image. `towers` has the functions for texts and images of unequal number.
+    """
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    own = towers(config, policy)
+    image_model, block_module, norm_module = (
+        vit.model(config.image, policy),
+        _text_block(config.text, policy),
+        LayerNorm(config.text.norm_eps),
+    )
+
+    # both stacks run in `embed`: a part `block` is for one
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        return jnp.stack([own.image(params, inputs["pixels"]), own.text(params, inputs)], axis=1), {}
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        return own.logits(params, x[:, 0], x[:, 1])
+
+    def init(key: jax.Array) -> tree.Params:
+        c, keys = config.text, jax.random.split(key, 7)
+        x = jnp.zeros((1, 1, c.width), policy.stream)
+        context = {"seen": ops.Seen()}
+        normal = lambda key, *shape: c.init_scale * jax.random.normal(key, shape)
+        text = {
+            "embed": normal(keys[0], c.vocab, c.width),
+            "positions": normal(keys[1], c.context, c.width) / 2,
+            "blocks": init_layers(lambda k: dict(block_module.init(k, x, context)["params"]), keys[2], c.depth),
+            "norm": norm_module.init(keys[3], x)["params"],
+        }
+        return {
+            "image": image_model.init(keys[4]),
+            "text": text,
+            "image_map": config.image.width**-0.5 * jax.random.normal(keys[5], (config.shared, config.image.width)),
+            "text_map": c.width**-0.5 * jax.random.normal(keys[6], (config.shared, c.width)),
+            "scale": jnp.full((), config.scale, jnp.float32),
+        }
+
+    def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32), **image_model.inputs(batch, length)}
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, RULES, again)

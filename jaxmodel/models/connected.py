@@ -1,0 +1,250 @@
+"""A network of named branches whose config picks how they are connected: extractors, a merge of the branches, a body, a head.
+
+Each pattern is a layer of `jaxmodel.layers.connect`; "concat" is the dense connectivity of Huang et al. (2017) on features.
+
+>>> connected = model(SIZES["tiny"])
+>>> params = connected.init(jax.random.key(0))
+>>> inputs = {"left": jnp.ones((2, 16)), "right": jnp.ones((2, 16))}
+>>> connected.apply(params, inputs).logits.shape
+(2, 8)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.layers import LayerNorm, activation, connect, dense
+from jaxmodel.layers.connect.groups import check_pattern
+from jaxmodel.models.model import Model, Parts, check_sizes
+
+EXTRACT = ("none", "own", "shared")
+MERGE = ("full", "bilinear", "factorised", "groups")
+BODY = ("full", "sparse", "learnt", "concat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes and the patterns that tell the members of the family apart.
+
+    Attributes:
+      branches: (name, features N) of each input.
+      classes: C.
+      width: D, what the branches are merged to.
+      depth: layers L of the body.
+      extract: what runs on each branch first: "none", a map of its "own", or one "shared" by all.
+      features: of an extractor's result.
+      merge: "full"; "bilinear" (two branches); "factorised"; or "groups", along `edges`.
+      rank: of a factorised merge.
+      edges: (branch, group of outputs); all groups are of one width. One edge for each branch is a fixed group for each.
+      combine: how edges meet in a group, "sum" or "product".
+      share: rules, name of an edge -> name of its weight; see `connect.Groups`.
+      importance: whether each edge has a factor that is learnt; see `importances`.
+      body: "full", "sparse" (a fixed choice of blocks), "learnt" (a choice that is learnt), each with a residual; or "concat",
+        where each layer reads what all before it gave.
+      block: height and width of the blocks of a sparse body.
+      kept: blocks in each row of blocks of a sparse body.
+      growth: features that a layer of "concat" adds.
+      activation: see `layers.activation`.
+      norm_eps: of the layer norms.
+    """
+
+    branches: tuple[tuple[str, int], ...]
+    classes: int
+    width: int
+    depth: int
+    extract: str = "own"
+    features: int = 32
+    merge: str = "full"
+    rank: int = 8
+    edges: tuple[tuple[str, str], ...] = ()
+    combine: str = "sum"
+    share: tuple[tuple[str, str], ...] = ()
+    importance: bool = False
+    body: str = "full"
+    block: tuple[int, int] = (8, 8)
+    kept: int = 1
+    growth: int = 8
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("classes", "width", "depth", "features", "rank", "kept", "growth"))
+        for name, allowed in (("extract", EXTRACT), ("merge", MERGE), ("body", BODY)):
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
+        activation(self.activation)
+        names = [name for name, _ in self.branches]
+        for name, n in self.branches:
+            at_least(f"branches: {name}", n)
+        if len(set(names)) != len(names) or not names or (self.merge == "bilinear" and len(names) != 2):
+            raise InputError(f"branches: {names} given; different names, for a bilinear merge two, are needed")
+        if self.merge == "groups":
+            check_pattern(self.edges, names, [group for group, _ in self.groups], self.combine)
+            if self.width % max(len(self.groups), 1):
+                raise InputError(f"edges: {len(self.groups)} groups given; a divisor of the width {self.width} is needed")
+
+    @property
+    def groups(self) -> tuple[tuple[str, int], ...]:
+        """The groups of outputs that the edges name, each with its width."""
+        names = list(dict.fromkeys(group for _, group in self.edges))
+        return tuple((name, self.width // len(names)) for name in names)
+
+
+_TWO = (("left", 16), ("right", 16))
+
+SIZES = {
+    "tiny": Config(_TWO, 8, 64, 3, extract="shared", features=16, merge="bilinear", body="sparse", kept=4),
+    "tiny-groups": Config(
+        (*_TWO, ("third", 8)),
+        *(8, 32, 4),
+        merge="groups",
+        edges=(("left", "x"), ("right", "x"), ("right", "y"), ("third", "y")),
+        share=(("(left|right)->x", "both"),),
+        importance=True,
+        body="concat",
+        growth=16,
+    ),
+    "two-towers": Config(
+        (("query", 384), ("item", 384)),
+        *(2, 1024, 4),
+        features=1024,
+        merge="factorised",
+        rank=256,
+        body="sparse",
+        block=(64, 64),
+        kept=2,
+    ),
+}
+
+RULES: tree.Rules = (
+    (tree.optional(".*(norm/(weight|bias)|_bias|importance|scores)"), P()),
+    (tree.optional("extract.*/weight"), P("tensor", "fsdp")),
+    ("merge/.*", P("tensor", "fsdp")),
+    (tree.optional("blocks/.*/map/weight"), P("tensor", "fsdp")),
+    (tree.optional("blocks/.*/map/(kept|all)"), P(None, "tensor", "fsdp")),
+    ("head", P("tensor", "fsdp")),
+)
+
+
+class _Branches(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, xs: Mapping[str, jax.Array]) -> jax.Array:
+        c, act = self.config, activation(self.config.activation)
+        if c.extract == "shared":
+            xs = connect.Shared(connect.Full(c.features, self.policy, parent=None), name="extract")(xs)
+        elif c.extract == "own":
+            xs = {n: connect.Full(c.features, self.policy, name=f"extract_{n}")(x) for n, x in xs.items()}
+        xs = xs if c.extract == "none" else {n: act(x) for n, x in xs.items()}
+        if c.merge == "bilinear":
+            y = connect.Bilinear(c.width, self.policy, name="merge")(*xs.values())
+        elif c.merge == "factorised":
+            y = connect.Factorised(c.width, c.rank, self.policy, name="merge")(xs)
+        elif c.merge == "groups":
+            layer = connect.Groups(c.edges, c.groups, self.policy, c.combine, c.share, c.importance, name="merge")
+            y = connect.merged(layer(xs))
+        else:
+            y = connect.Full(c.width, self.policy, name="merge")(connect.merged(xs))
+        return LayerNorm(c.norm_eps, name="merge_norm")(y)  # products are of another scale than their factors
+
+
+class _Block(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: Any) -> jax.Array:
+        c = self.config
+        y = activation(c.activation)(LayerNorm(c.norm_eps, name="norm")(x))
+        if c.body == "concat":
+            return jnp.concatenate([x, connect.Full(c.growth, self.policy, name="map")(y)], axis=-1)
+        if c.body == "full":
+            return x + connect.Full(c.width, self.policy, name="map")(y)
+        return x + _map(c, self.policy, name="map")(y, layer)
+
+
+class _Head(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return dense(self, LayerNorm(self.config.norm_eps, name="norm")(x), "head", self.config.classes, self.policy, "float32")
+
+
+def _map(config: Config, policy: ops.Policy = ops.Policy(), **kwargs: Any) -> connect.BlockLinear:
+    return connect.BlockLinear(config.width, config.block, config.kept, policy, config.body == "learnt", **kwargs)
+
+
+def settle(config: Config, params: tree.Params) -> tree.Params:
+    """Params of a "sparse" or "learnt" body with each choice of blocks in a `BlockSparse` leaf: the same function, which stores
+    and runs the blocks that are there.
+
+    Raises:
+      InputError: a body without blocks.
+    """
+    if config.body not in ("sparse", "learnt"):
+        raise InputError(f"body: {config.body!r} given; allowed: 'sparse', 'learnt', which have blocks")
+    single, module = tree.unstack(params), _map(config)
+    for layer, own in single["blocks"].items():
+        own["map"] = connect.settle_blocks(module, own["map"], int(layer), config.width)
+    return tree.stack(single)
+
+
+def importances(config: Config, params: tree.Params) -> dict[str, float]:
+    """How much each edge of a merge by groups counts: see `connect.importances`.
+
+    >>> params = model(SIZES["tiny-groups"]).init(jax.random.key(0))
+    >>> list(importances(SIZES["tiny-groups"], params))
+    ['left->x', 'right->x', 'right->y', 'third->y']
+    """
+    if config.merge != "groups":
+        raise InputError(f"merge: {config.merge!r} given; allowed: 'groups', whose edges have names")
+    return connect.importances(params["merge"], config.edges, config.share)
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    branches, block_module, head_module = (module(config, policy) for module in (_Branches, _Block, _Head))
+
+    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+        return branches.apply({"params": params}, {n: inputs[n].astype(policy.stream) for n, _ in config.branches}), {}
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
+        return block_module.apply({"params": params}, x, layer), cache, {}
+
+    def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
+        return head_module.apply({"params": params}, x)
+
+    def init(key: jax.Array) -> tree.Params:
+        first_key, head_key, *keys = jax.random.split(key, config.depth + 2)
+        zeros = {n: jnp.zeros(a.shape, policy.stream) for n, a in inputs(1, 1).items()}
+        x, own = branches.init_with_output(first_key, zeros)
+        blocks = {}
+        for i in range(config.depth):
+            x, params = block_module.init_with_output(keys[i], x, i)
+            blocks[str(i)] = params["params"]
+        return tree.stack({**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]})
+
+    def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct((batch, n), jnp.float32) for name, n in config.branches}
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)

@@ -1,0 +1,103 @@
+"""What a model consists of: its leaves by path, with shapes, bytes and where a mesh would cut them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.models.model import Model
+
+
+def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, Any]]:
+    """A row for each leaf; the layers of a segment share one.
+
+    Args:
+      model: any.
+      params: its weights, compressed or not, or their shapes; None for those that `init` would give, which are not made.
+
+    Returns:
+      Rows `{"path", "layers", "shape", "kind", "parameters", "bytes", "sharding"}`: the shape is that of one layer, parameters
+      and bytes are those of all of them. `sharding` has the mesh axes of each axis of the shape (None for whole); it is None
+      where the model's rules do not know the leaf (fused ones).
+
+    >>> from jaxmodel.models import gpt2
+    >>> row = next(row for row in summary(gpt2.model(gpt2.SIZES["tiny"])) if row["path"] == "blocks/0-2/mlp/up")
+    >>> row["shape"], row["layers"], row["parameters"], row["bytes"], row["sharding"]
+    ([128, 32], 3, 12288, 49152, ['tensor', 'fsdp'])
+    """
+    whole: tree.Params = jax.eval_shape(model.init, jax.random.key(0)) if params is None else params
+    try:
+        specs = tree.assign(model.rules, whole)
+    except InputError:
+        specs = {}
+    return [_row(path, leaf, specs) for path, leaf in tree.flatten(whole).items()]
+
+
+def outline(model: Model, params: tree.Params) -> dict[str, Any]:
+    """The tree with a line of text in place of each leaf: what a notebook shows of it.
+
+    >>> from jaxmodel.models import gpt2
+    >>> model = gpt2.model(gpt2.SIZES["tiny"])
+    >>> outline(model, jax.eval_shape(model.init, jax.random.key(0)))["embed"]
+    '256 x 32 float32, 0.033 MB, tensor fsdp'
+    """
+    lines = {}
+    for row in summary(model, params):
+        times = f"{row['layers']} layers of " if row["layers"] > 1 else ""
+        size = f"{row['bytes'] / 1e6:.3f} MB"
+        lines[row["path"]] = f"{times}{shape_text(row['shape'])} {row['kind']}, {size}, {sharding_text(row['sharding'])}"
+    return tree.unflatten(lines)
+
+
+def shape_text(shape: list[int]) -> str:
+    """`[4, 3]` as `4 x 3`."""
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def sharding_text(sharding: list[Any] | None) -> str:
+    """The mesh axes of a row of `summary`: one word for each axis of the shape, `-` for whole.
+
+    >>> sharding_text(["tensor", None, ["data", "fsdp"]]), sharding_text([None]), sharding_text(None)
+    ('tensor - data+fsdp', 'everywhere', 'no rule')
+    """
+    if sharding is None:
+        return "no rule"
+    if not any(sharding):
+        return "everywhere"
+    return " ".join("+".join(axes) if isinstance(axes, list) else axes or "-" for axes in sharding)
+
+
+def _row(path: str, leaf: Any, specs: dict[str, Any]) -> dict[str, Any]:
+    layers = tree.layer_paths(path)
+    shape = tree.layer_shape(path, leaf)
+    found = {specs.get(layer) for layer in layers}
+    spec = found.pop() if len(found) == 1 else None  # rules that part a segment would split it before they place it
+    return {
+        "path": path,
+        "layers": len(layers),
+        "shape": list(shape),
+        "kind": _kind(leaf),
+        "parameters": math.prod(leaf.shape),
+        "bytes": tree.nbytes(leaf),
+        "sharding": None if spec is None else _axes(spec, len(shape)),
+    }
+
+
+def _axes(spec: PartitionSpec, ndim: int) -> list[Any]:
+    whole = [*spec, *[None] * (ndim - len(spec))]
+    return [list(axes) if isinstance(axes, tuple) else axes for axes in whole]
+
+
+def _kind(leaf: Any) -> str:
+    """The dtype of an array; the class of a compressed leaf with the static fields that are not as usual, or its bits."""
+    if not dataclasses.is_dataclass(leaf):
+        return str(leaf.dtype)
+    static = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.metadata.get("static")}
+    shown = [f"{name}={value}" for name, value in static.items() if value and name != "pad"]
+    return f"{type(leaf).__name__}({', '.join(shown)})"

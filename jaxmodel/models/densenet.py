@@ -1,0 +1,160 @@
+"""DenseNet (Huang et al., 2017): each layer reads what all layers before it in its stage gave, put behind each other.
+
+Norm and activation stand in front of each convolution; a bottleneck of 1 x 1 in front of one of 3 x 3. Between two stages a
+transition of 1 x 1 halves the channels, and pooling the sides; here it is the beginning of the next stage's first layer.
+
+>>> densenet = model(SIZES["tiny"])
+>>> params = densenet.init(jax.random.key(0))
+>>> {key: layer["conv1"].shape[1] for key, layer in params["blocks"].items()}  # the channels grow
+{'0': 64, '1': 128, '2': 96}
+>>> densenet.apply(params, jnp.zeros((2, 8, 8, 3))).logits.shape
+(2, 4)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.layers import BatchNorm, conv
+from jaxmodel.models.images import Head, check_classifier, pixel_inputs
+from jaxmodel.models.model import Model, Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      stages: layers of each stage.
+      growth: channels that a layer adds.
+      classes: C.
+      size: Y and X of an image.
+      channels: colours of an image.
+      width: channels of the stem; 0 for twice the growth.
+      bottleneck: channels of a layer's first convolution, in units of the growth.
+      norm_eps: of the norms.
+      small: for small images: a stem of 3 x 3 at stride 1, not 7 x 7 at stride 2 with pooling.
+    """
+
+    stages: tuple[int, ...]
+    growth: int = 32
+    classes: int = 1000
+    size: int = 224
+    channels: int = 3
+    width: int = 0
+    bottleneck: int = 4
+    norm_eps: float = 1e-5
+    small: bool = False
+
+    def __post_init__(self) -> None:
+        check_classifier(self, ("growth", "classes", "size", "channels", "bottleneck"), ("stages",))
+        if not self.stages or self.width < 0:
+            raise InputError(f"stages, width: {self.stages}, {self.width} given; at least one stage and a width of 0 or more")
+
+    @property
+    def starts(self) -> tuple[bool, ...]:
+        """Of every layer, whether a transition stands in front of it."""
+        return tuple(stage > 0 and i == 0 for stage, n in enumerate(self.stages) for i in range(n))
+
+
+SIZES = {
+    "tiny": Config((2, 1), 64, 4, 8, width=64, bottleneck=1, small=True),
+    "densenet-121": Config((6, 12, 24, 16)),
+    "densenet-161": Config((6, 12, 36, 24), 48, width=96),
+    "densenet-169": Config((6, 12, 32, 32)),
+    "densenet-201": Config((6, 12, 48, 32)),
+}
+
+RULES: tree.Rules = (
+    ("stem", P("tensor")),
+    ("blocks/.*/(conv.|transition)|top/head", P("tensor", "fsdp")),
+    (".*norm/.*", P()),
+    ("top/head_bias", P("tensor")),
+)
+
+
+def _bare(name: str) -> Callable[[jax.Array], jax.Array]:
+    """In a norm's place: a convolution without bias and norm, since the next one's norm reads what is put together."""
+    return lambda y: y
+
+
+class _Stem(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        c = self.config
+        side, stride = (3, 1) if c.small else (7, 2)
+        norm = functools.partial(BatchNorm, c.norm_eps, train)
+        y = conv(self, x, "stem", c.width or 2 * c.growth, side, self.policy, stride=stride, pad=side // 2, norm=norm)
+        return nn.relu(y) if c.small else ops.max_pool(nn.relu(y), (3, 3), (2, 2), pad=1)
+
+
+class _Layer(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, starts: bool = False) -> jax.Array:
+        """`starts` says whether new leaves have a transition; those that exist say it themselves."""
+        c = self.config
+        norm = functools.partial(BatchNorm, c.norm_eps, train)
+        if starts or self.has_variable("params", "transition"):
+            y = nn.relu(norm(name="transition_in_norm")(x))
+            x = ops.avg_pool(conv(self, y, "transition", x.shape[-1] // 2, 1, self.policy, norm=_bare), (2, 2))
+        y = nn.relu(norm(name="in_norm")(x))
+        y = nn.relu(conv(self, y, "conv1", c.bottleneck * c.growth, 1, self.policy, norm=norm))
+        return jnp.concatenate([x, conv(self, y, "conv2", c.growth, 3, self.policy, pad=1, norm=_bare)], axis=-1)
+
+
+class _Head(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        y = nn.relu(BatchNorm(self.config.norm_eps, train, name="norm")(x))
+        return Head(self.config.classes, self.policy, name="top")(jnp.mean(y.astype(jnp.float32), axis=(1, 2)))
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    stem, layer_module, head_module = (module(config, policy) for module in (_Stem, _Layer, _Head))
+    inputs = pixel_inputs(config.size, config.channels)
+
+    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+        return stem.apply({"params": params}, inputs["pixels"].astype(policy.stream), train), {}
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
+        return layer_module.apply({"params": params}, x, train), cache, {}
+
+    def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
+        return head_module.apply({"params": params}, x, train)
+
+    def init(key: jax.Array) -> tree.Params:
+        stem_key, head_key, *keys = jax.random.split(key, sum(config.stages) + 2)
+        x, own = stem.init_with_output(stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.stream))
+        blocks = {}
+        for i, starts in enumerate(config.starts):
+            x, params = layer_module.init_with_output(keys[i], x, False, starts)
+            blocks[str(i)] = params["params"]
+        return tree.stack({**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]})
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)

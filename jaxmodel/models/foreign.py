@@ -1,0 +1,355 @@
+"""Somebody else's Flax module as a `Model`: `from_linen`, `from_nnx`.
+
+Its weights are a plain nested dict as everywhere: rules, freezing, optimisers, checkpoints and meshes work on them, and whatever
+asks for a `predict` alone (evaluation, explanation, trust) takes the model. Its matrix products are not ours, so this it does
+without: a dtype policy, probes and so calibration, parts smaller than the whole (`embed` is the module, the head gives its
+output on), a cache, a file layout. Compressed leaves are decoded before the module sees them; kernels lie `[in, out]`.
+
+What a module keeps that is not a parameter (running statistics) stands in the branch `state` of the tree. It has no gradient,
+`TRAINABLE` keeps it from the optimiser's decay too, and `set_state` is the pure function that moves it on.
+
+>>> import flax.linen as nn
+>>> model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
+>>> params = model.init(jax.random.key(0))
+>>> {path: leaf.shape for path, leaf in tree.flatten(params).items()}
+{'bias': (3,), 'kernel': (4, 3)}
+>>> model.apply(params, jnp.ones((2, 4))).logits.shape
+(2, 3)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.core
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import leaves, ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.models.model import Inputs, Model, Parts
+
+STATE = "state"
+"""The branch of the tree with what is not a parameter."""
+
+TRAINABLE: tree.Rules = ((tree.optional(f"{STATE}/.*"), False), (".*", True))
+"""Rules for `TrainConfig.trainable`: all but the state."""
+
+REPLICATED: tree.Rules = ((".*", P()),)
+
+_FLAGS = {"train": False, "training": False, "is_training": False, "deterministic": True}  # name -> whether it is the opposite
+
+type Call = Callable[[Any, dict[str, jax.Array], bool], Any]
+type Example = jax.Array | jax.ShapeDtypeStruct | Mapping[str, Any] | Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Foreign:
+    """The config of a model that was not written here.
+
+    Attributes:
+      module: whose it is: a Linen module, or an nnx one (of shapes) or what makes one.
+      run: (params, inputs, rng, train) -> (output, the state afterwards).
+    """
+
+    module: Any
+    run: Callable[..., tuple[jax.Array, tree.Params]] = dataclasses.field(repr=False)
+
+
+def from_linen(
+    module: nn.Module,
+    inputs: Example,
+    *,
+    call: Call | None = None,
+    rngs: tuple[str, ...] = ("dropout",),
+    rules: tree.Rules = REPLICATED,
+) -> Model:
+    """A Linen module as a model. Equal arguments, a module that can be hashed among them, give the same functions, so nothing is
+    traced twice (`nn.Sequential` can with a tuple, not with a list).
+
+    Args:
+      module: as its author wrote it. Collections besides `params` become the tree's branch `state`.
+      inputs: what it reads: an array or shape with the batch in front, a dict of such, or `(batch, length) -> shapes`.
+      call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in their order. As it
+        stands, an argument of the module named train, training, is_training or deterministic is told which it is.
+      rngs: names of the random streams that it draws from, besides `params`.
+      rules: path -> PartitionSpec; as it stands, every device has all of it.
+
+    Returns:
+      The model; weights that exist already are `{**variables["params"], "state": other collections}`, see `linen_params`.
+
+    Raises:
+      InputError: inputs of another kind; when it is run, an output that is no array, or no `rng` where one is drawn from.
+    """
+    shapes = _shapes(inputs)
+    call = call or _Call(*_flag(type(module).__call__))
+    arguments = (module, shapes, call, rngs, tuple(rules))
+    try:
+        hash(arguments)
+    except TypeError:  # a module with an attribute that has no hash
+        return _linen.__wrapped__(*arguments)
+    return _linen(*arguments)
+
+
+def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: tree.Rules = REPLICATED) -> Model:
+    """An nnx module as a model: split into weights and a description, merged in every call, so that nothing is changed in place.
+
+    Keep the model: called again this gives other functions, which are traced anew.
+
+    Args:
+      module: what makes one from its random streams, `functools.partial(Net, 4, 3)` for `Net(4, 3, rngs=rngs)`; or one that is
+        made. The latter's `init` gives the weights that it had, whatever the key.
+      inputs: see `from_linen`.
+      call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in their order. It has
+        been set to `module.train()` or `module.eval()` before.
+      rules: see `from_linen`.
+
+    Returns:
+      The model; weights of a module that exists already are `nnx_params(module)`.
+
+    Raises:
+      InputError: inputs of another kind, or a module with a cache of its own; when it is run, see `from_linen`.
+    """
+    from flax import nnx
+
+    made = isinstance(module, nnx.Module)
+    if made:
+        graph, values = nnx.split(module)
+        make = lambda rngs: nnx.merge(graph, values)
+    else:
+        make = module
+    shell = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    kinds = dict(nnx.to_flat_state(nnx.split(shell)[1]))  # path -> what stands there, without values
+    for path, kind in kinds.items():
+        if isinstance(kind, nnx.Cache):
+            raise InputError(
+                f"module: {'/'.join(map(str, path))!r} is a cache; allowed: a module that keeps nothing between calls"
+            )
+    graphs = {}
+    for train in (True, False):
+        shell.train() if train else shell.eval()
+        graphs[train] = nnx.split(shell)[0]
+    drawn = [path for path, kind in kinds.items() if isinstance(kind, nnx.RngState)]
+    streams = [path for path in drawn if isinstance(kinds[path], nnx.RngKey)]
+    shapes, call = _shapes(inputs), call or _Call()
+
+    def run(params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool) -> tuple[jax.Array, tree.Params]:
+        if train and streams and rng is None:
+            raise _no_rng("its random streams")
+        stored = tree.flatten(_plain(params))
+        key = jax.random.key(0) if rng is None else rng
+        values = []
+        for path, kind in kinds.items():
+            if path in drawn:
+                value = _stream(kind, key, streams.index(path)) if path in streams else jnp.zeros_like(kind.get_value())
+            else:
+                value = stored[_joined(path if isinstance(kind, nnx.Param) else (STATE, *path))]
+            values.append((path, kind.replace(value) if isinstance(kind, nnx.Variable) else value))
+        merged = nnx.merge(graphs[train], nnx.from_flat_state(values))
+        out = _array(call(merged, inputs, train))
+        return out, nnx_params(merged).get(STATE, {})
+
+    def init(key: jax.Array) -> tree.Params:
+        return nnx_params(make(rngs=nnx.Rngs(key)))
+
+    return _model(Foreign(module, run), init, shapes, tuple(rules))
+
+
+def linen_params(variables: Mapping[str, Any]) -> tree.Params:
+    """The tree of variables that a Linen module was trained to.
+
+    Raises:
+      InputError: a parameter named `state`, or a name with a slash.
+    """
+    plain = nn.meta.unbox(flax.core.unfreeze(dict(variables)))
+    state = {name: collection for name, collection in plain.items() if name != "params" and collection}
+    return _checked(plain.get("params", {}), state)
+
+
+def nnx_params(module: Any) -> tree.Params:
+    """The tree of an nnx module's weights, without its random streams.
+
+    Raises:
+      InputError: a parameter named `state`, or a name with a slash.
+    """
+    from flax import nnx
+
+    weights: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    for path, kind in nnx.to_flat_state(nnx.split(module)[1]):
+        if not isinstance(kind, nnx.RngState):
+            value = kind.get_value() if isinstance(kind, nnx.Variable) else kind
+            (weights if isinstance(kind, nnx.Param) else state)[_joined(path)] = value
+    return _checked(tree.unflatten(weights), tree.unflatten(state))
+
+
+def set_state(model: Model, params: tree.Params, inputs: Inputs, rng: jax.Array | None = None) -> tree.Params:
+    """The params with the state that the module keeps after a batch in training (running statistics moved by its momentum).
+
+    Args:
+      model: of `from_linen` or `from_nnx`.
+      params: its weights.
+      inputs: a batch.
+      rng: for its random streams.
+
+    Raises:
+      InputError: another kind of model.
+    """
+    if not isinstance(model.config, Foreign):
+        raise InputError(f"model: a config of {type(model.config).__module__} given; allowed: one of from_linen or from_nnx")
+    if STATE not in params:
+        return params
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else {next(iter(model.inputs(1, 1))): inputs}
+    return {**params, STATE: model.config.run(params, inputs, rng, True)[1]}
+
+
+# --------------------------------------------------------------------------------------------------------------- inside
+
+
+@functools.cache
+def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], rules: Any) -> Model:
+    def run(params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool) -> tuple[jax.Array, tree.Params]:
+        plain = _plain(params)
+        state = plain.pop(STATE, {})
+        keys = {} if rng is None else {name: jax.random.fold_in(rng, i) for i, name in enumerate(rngs)}
+        method = lambda module: call(module, inputs, train)
+        variables = {"params": plain, **state}
+        try:
+            if train and state:  # it would keep what it sees; that is given back instead
+                out, kept = module.apply(variables, rngs=keys, method=method, mutable=list(state))
+            else:
+                out, kept = module.apply(variables, rngs=keys, method=method), state
+        except flax.errors.InvalidRngError as error:
+            raise _no_rng(str(error).split(" (https")[0]) if rng is None else error from None
+        return _array(out), nn.meta.unbox(flax.core.unfreeze(kept))
+
+    def init(key: jax.Array) -> tree.Params:
+        keys = {"params": key, **{name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}}
+        zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in _inputs(shapes, 1, 1).items()}
+        return linen_params(module.init(keys, method=lambda module: call(module, zeros, False)))
+
+    return _model(Foreign(module, run), init, shapes, rules)
+
+
+def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: Any, rules: Any) -> Model:
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        if cache is not None:
+            raise InputError("cache: given to a foreign module; allowed: None, it has none of ours")
+        if STATE in params:
+            params = {**params, STATE: jax.lax.stop_gradient(params[STATE])}
+        return config.run(params, inputs, rng, train)[0], {}
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        return x.astype(jnp.float32)
+
+    def with_policy(policy: ops.Policy) -> Model:
+        if policy != model.policy:
+            raise InputError(f"policy: {policy} given; a foreign module computes as it is written, allowed: {model.policy}")
+        return model
+
+    inputs = functools.partial(_inputs, shapes)
+    model = Model(config, ops.Policy(), init, Parts(embed, None, head), inputs, None, rules, with_policy)
+    return model
+
+
+def _shapes(inputs: Example) -> Any:
+    """What can be hashed: the function, or (name, shape, dtype) of each input."""
+    if callable(inputs):
+        return inputs
+    named = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
+    for name, a in named.items():
+        if not hasattr(a, "shape") or not hasattr(a, "dtype") or not a.shape:
+            raise InputError(f"inputs: {name} is {a!r}; allowed: an array or shape with the batch in front")
+    return tuple((name, tuple(a.shape), jnp.dtype(a.dtype)) for name, a in named.items())
+
+
+def _inputs(shapes: Any, batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    if callable(shapes):
+        return shapes(batch, length)  # pyright: ignore[reportReturnType]
+    return {name: jax.ShapeDtypeStruct((batch, *shape[1:]), dtype) for name, shape, dtype in shapes}
+
+
+def _flag(function: Callable[..., Any]) -> tuple[str | None, bool]:
+    """The argument that tells a module whether it trains, and whether it means the opposite."""
+    found = [name for name in inspect.signature(function).parameters if name in _FLAGS]
+    return (found[0], _FLAGS[found[0]]) if found else (None, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A module called with its inputs in their order; a dataclass, so that equal ones are equal."""
+
+    flag: str | None = None
+    opposite: bool = False
+
+    def __call__(self, module: Any, inputs: dict[str, jax.Array], train: bool) -> Any:
+        return module(*inputs.values(), **({} if self.flag is None else {self.flag: train is not self.opposite}))
+
+
+def _plain(params: tree.Params) -> tree.Params:
+    """A tree as the module knows it: a layer each, arrays."""
+
+    def plain(path: str, leaf: Any) -> jax.Array:
+        if isinstance(leaf, ops.Probe):
+            raise InputError(
+                f"params: {path!r} is a probe; a foreign module has none of our products, which are what it measures"
+            )
+        return leaves.decode(leaf)
+
+    return tree.map_leaves(plain, tree.unstack(params))
+
+
+def _array(out: Any) -> jax.Array:
+    if not isinstance(out, jax.Array) or not jnp.issubdtype(out.dtype, jnp.floating):
+        given = f"{out.dtype}{list(out.shape)}" if isinstance(out, jax.Array) else type(out).__name__
+        raise InputError(f"module: it returns {given}; allowed: one floating array [B, ...]; pick it with `call`")
+    return out
+
+
+def _joined(path: tuple[Any, ...]) -> str:
+    """The path of an nnx leaf as one of ours."""
+    return "/".join(map(_slashless, map(str, path)))
+
+
+def _stream(kind: Any, key: jax.Array, i: int) -> jax.Array:
+    """A key of our own for the i-th random stream; an array of them where the module has split it."""
+    one, shape = jax.random.fold_in(key, i), kind.get_value().shape
+    return jax.random.split(one, shape) if shape else one
+
+
+def _checked(params: tree.Params, state: tree.Params) -> tree.Params:
+    if STATE in params:
+        raise _taken()
+    whole = {**params, STATE: state} if state else params
+    for name in _keys(whole):
+        _slashless(name)
+    return whole
+
+
+def _slashless(name: str) -> str:
+    if "/" in name:
+        raise InputError(f"module: the name {name!r} has a slash, which parts the keys of a path; allowed: names without")
+    return name
+
+
+def _keys(node: Any) -> list[str]:
+    return [] if tree.is_leaf(node) else [key for name, child in node.items() for key in (name, *_keys(child))]
+
+
+def _taken() -> InputError:
+    return InputError(
+        f"module: a part of it is named {STATE!r}; allowed: any other name, as that branch is for what is no parameter"
+    )
+
+
+def _no_rng(what: str) -> InputError:
+    return InputError(f"rng: None given in training; allowed: a key, as the module draws from {' '.join(what.split())}")

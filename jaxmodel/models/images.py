@@ -1,0 +1,92 @@
+"""What models that put an image into a class share. Not an architecture: it has no `Config`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodel import layers, ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.models.model import Model, Parts, check_sizes
+
+
+def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = ()) -> None:
+    """Refuse a config whose sizes are not positive whole numbers, or tuples of them, or whose activation or dropout is unknown.
+
+    Args:
+      config: what is checked.
+      sizes: names of its fields that are numbers.
+      widths: names of its fields that are tuples of numbers.
+
+    Raises:
+      InputError: which one.
+    """
+    check_sizes(config, sizes)
+    for name in widths:
+        value = getattr(config, name)
+        if not isinstance(value, tuple) or any(not isinstance(n, int) or n < 1 for n in value):
+            raise InputError(f"{name}: {value!r} given; allowed: a tuple of whole numbers of at least 1")
+    if hasattr(config, "activation"):
+        layers.activation(config.activation)
+    if not 0 <= getattr(config, "dropout", 0) < 1:
+        raise InputError(f"dropout: {config.dropout} given; allowed: at least 0 and below 1")
+
+
+def pixel_inputs(size: int, channels: int) -> Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]:
+    """The inputs of a model of square images: `pixels` `[B, Y, X, C]`; their sides are the config's, whatever the length."""
+    return lambda batch, length: {"pixels": jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)}
+
+
+def two_parts(
+    config: Any,
+    policy: ops.Policy,
+    body: nn.Module,
+    top: nn.Module,
+    rules: tree.Rules,
+    again: Callable[[ops.Policy], Model],
+) -> Model:
+    """A model without layers that repeat.
+
+    Args:
+      config: with `size`, the side of an image, and `channels`, its colours.
+      policy: dtypes and placement.
+      body: `(pixels, rng) -> [B, D]`, the rng None outside of training.
+      top: `[B, D] -> logits`.
+      rules: of sharding.
+      again: policy -> the same model.
+    """
+    inputs = pixel_inputs(config.size, config.channels)
+
+    def embed(params: tree.Params, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+        return body.apply({"params": params}, inputs["pixels"].astype(policy.stream), rng if train else None), {}
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> Any:
+        return top.apply({"params": params}, x)
+
+    def init(key: jax.Array) -> tree.Params:
+        body_key, head_key = jax.random.split(key)
+        pixels = jnp.zeros(inputs(1, 1)["pixels"].shape, policy.stream)
+        x, own = body.init_with_output(body_key, pixels, None)
+        return {**own["params"], **top.init(head_key, x)["params"]}
+
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, rules, again)
+
+
+class Head(nn.Module):
+    """Float32 logits of classes: leaves head `[C, D]` and head_bias.
+
+    Attributes:
+      classes: C of new leaves.
+      policy: dtypes and placement.
+    """
+
+    classes: int
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layers.dense(self, x, "head", self.classes, self.policy, stream="float32")

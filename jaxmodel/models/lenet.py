@@ -1,0 +1,114 @@
+"""LeNet-300-100 and LeNet-5 (LeCun et al., 1998), the nets of handwritten digits.
+
+`lenet-5` is the form that is usual today, of 61,706 parameters: every map of the second convolution sees all maps of the first
+(the paper leaves some out), pooling has no weights of its own, and a dense layer with softmax takes the place of the radial
+basis functions. `lenet-5-wide` is the one of Caffe, of 431,080, on which most papers on pruning report.
+
+>>> import jax.numpy as jnp
+>>> lenet = model(SIZES["tiny"])
+>>> params = lenet.init(jax.random.key(0))
+>>> lenet.apply(params, jnp.zeros((2, 16, 16, 1))).logits.shape
+(2, 4)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers import activation, conv, dense
+from jaxmodel.models.images import Head, check_classifier, two_parts
+from jaxmodel.models.model import Model
+
+POOLS = {"max": ops.max_pool, "mean": ops.avg_pool}
+KERNEL = 5  # the side of every convolution's kernel; windows of pooling are 2 x 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      convolutions: channels of the convolutions, each with pooling behind it; () for none.
+      widths: of the hidden dense layers.
+      size: Y and X of an image.
+      classes: C.
+      channels: colours of an image.
+      pad: zeros around the first convolution's input, in pixels.
+      pool: "max" or "mean".
+      activation: see `layers.activation`.
+    """
+
+    convolutions: tuple[int, ...]
+    widths: tuple[int, ...]
+    size: int = 28
+    classes: int = 10
+    channels: int = 1
+    pad: int = 0
+    pool: str = "max"
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        check_classifier(self, ("size", "classes", "channels"), ("convolutions", "widths"))
+        if self.pool not in POOLS:
+            raise unknown("pool", self.pool, POOLS)
+        side = self.size + 2 * self.pad
+        for _ in self.convolutions:
+            side = (side - KERNEL + 1) // 2
+        if side < 1 or self.pad < 0:
+            raise InputError(
+                f"size, pad: {self.size}, {self.pad} given; an image must outlast {len(self.convolutions)} convolutions of "
+                f"{KERNEL} x {KERNEL}, each with pooling"
+            )
+
+
+SIZES = {
+    "tiny": Config((12, 24), (64,), 16, 4),
+    "tiny-dense": Config((), (128, 64), 8, 4),
+    "lenet-300-100": Config((), (300, 100)),
+    "lenet-5": Config((6, 16), (120, 84), pad=2, pool="mean", activation="tanh"),
+    "lenet-5-wide": Config((20, 50), (500,)),
+}
+
+RULES: tree.Rules = (
+    (tree.optional("conv.*"), P("tensor")),
+    (tree.optional("dense.*_bias"), P("tensor")),
+    (tree.optional("dense.*"), P("tensor", "fsdp")),
+    ("head", P("tensor", "fsdp")),
+    ("head_bias", P("tensor")),
+)
+
+
+class _Body(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rng: Any = None) -> jax.Array:
+        c = self.config
+        act = activation(c.activation)
+        for i, channels in enumerate(c.convolutions, start=1):
+            y = conv(self, x, f"conv{i}", channels, KERNEL, self.policy, pad=c.pad if i == 1 else 0)
+            x = POOLS[c.pool](act(y), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(c.widths, start=1):
+            x = act(dense(self, x, f"dense{i}", width, self.policy))
+        return x
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    again = functools.partial(_model, config)
+    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), RULES, again)

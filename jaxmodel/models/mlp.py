@@ -1,0 +1,102 @@
+"""A multi-layer perceptron with dropout: the smallest model, and the one to read first.
+
+>>> mlp = model(SIZES["tiny"])
+>>> params = mlp.init(jax.random.key(0))
+>>> list(params["blocks"])  # layers that are equal stand stacked and are run by one scan
+['0', '1-2', '3']
+>>> mlp.apply(params, jnp.zeros((2, 16))).logits.shape
+(2, 4)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.layers import activation, dense, dropout
+from jaxmodel.models.images import Head, check_classifier
+from jaxmodel.models.model import Model, Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      features: numbers N of an input; the pixels of an image are features too.
+      widths: of the hidden layers.
+      classes: C.
+      activation: see `layers.activation`.
+      dropout: share of each hidden layer that is dropped in training (Srivastava et al., 2014).
+    """
+
+    features: int
+    widths: tuple[int, ...]
+    classes: int
+    activation: str = "relu"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_classifier(self, ("features", "classes"), ("widths",))
+        if not self.widths:
+            raise InputError("widths: () given; at least one is needed")
+
+
+SIZES = {
+    "tiny": Config(16, (32, 32, 32, 24), 4, dropout=0.1),
+    "mnist": Config(784, (512, 512), 10, dropout=0.2),
+}
+
+RULES: tree.Rules = (("blocks/.*/dense|head", P("tensor", "fsdp")), (".*_bias", P("tensor")))
+
+
+class _Layer(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rng: Any = None, width: int = 0) -> jax.Array:
+        y = dense(self, x, "dense", width, self.policy)  # a leaf that exists has its own width
+        return dropout(activation(self.config.activation)(y), self.config.dropout, rng)
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    layer_module, head_module = _Layer(config, policy), Head(config.classes, policy)
+
+    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+        x = inputs["features"]
+        return x.reshape(x.shape[0], -1).astype(policy.stream), {}
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
+        return layer_module.apply({"params": params}, x, rng if train else None), cache, {}
+
+    def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
+        return head_module.apply({"params": params}, x)
+
+    def init(key: jax.Array) -> tree.Params:
+        *keys, head_key = jax.random.split(key, len(config.widths) + 1)
+        x, blocks = jnp.zeros((1, config.features), policy.stream), {}
+        for i, width in enumerate(config.widths):
+            x, own = layer_module.init_with_output(keys[i], x, None, width)
+            blocks[str(i)] = own["params"]
+        return tree.stack({"blocks": blocks, **head_module.init(head_key, x)["params"]})
+
+    def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)

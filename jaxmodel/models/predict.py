@@ -1,0 +1,53 @@
+"""`predict_fn`: a model as one function of weights and a batch, which is all that evaluation, explanation and trust ask for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodel import tree
+from jaxmodel.errors import unknown
+from jaxmodel.models.model import Inputs, Model
+
+GIVES = {"probabilities": jax.nn.softmax, "log_probabilities": jax.nn.log_softmax, "logits": lambda logits: logits}
+
+
+def predict_fn(model: Model, gives: str = "probabilities") -> Callable[[tree.Params, Inputs], jax.Array]:
+    """`predict(params, x)`: what a model says about a batch, as it does after training.
+
+    Pure, and not jitted: it is for the caller to jit, vmap, differentiate or cut into chunks. Equal arguments give the same
+    function, so nothing is traced twice. Whoever has no `Model` (a forest, a server, an ensemble) writes such a function.
+
+    Args:
+      model: any.
+      gives: "probabilities" (over the last axis), "log_probabilities", or "logits", which are also the numbers of a regression
+        and the vector of a model without classes.
+
+    Returns:
+      (params, x) -> float32 `[B, C]`, or `[B, T, V]` of a model that gives logits for every position. `x` is what
+      `model.apply` takes: an array `[B, ...]`, or a dict.
+
+    Raises:
+      InputError: `gives` is something else.
+
+    >>> from jaxmodel.models import gpt2
+    >>> model = gpt2.model(gpt2.SIZES["tiny"])
+    >>> params = jax.jit(model.init)(jax.random.key(0))
+    >>> said = jax.jit(predict_fn(model))(params, jnp.zeros((2, 3), jnp.int32))
+    >>> said.shape, bool(jnp.allclose(said.sum(axis=-1), 1))
+    ((2, 3, 256), True)
+    """
+    if gives not in GIVES:
+        raise unknown("gives", gives, GIVES)
+    return _predict_fn(model, gives)
+
+
+@functools.cache
+def _predict_fn(model: Model, gives: str) -> Callable[[tree.Params, Inputs], jax.Array]:
+    def predict(params: tree.Params, x: Inputs) -> jax.Array:
+        return GIVES[gives](model.apply(params, x).logits.astype(jnp.float32))
+
+    return predict

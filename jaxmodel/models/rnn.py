@@ -1,0 +1,203 @@
+"""Recurrent encoder and decoder (Sutskever et al., 2014), with attention (Bahdanau et al., 2014; Luong et al., 2015).
+
+The encoder reads the source in both directions; its last states begin the decoder's. The last layer of the decoder reads what
+the encoder showed: at each step before its cell does (additive), or after all cells (multiplicative), or not at all.
+
+>>> rnn = model(SIZES["tiny"])
+>>> params = rnn.init(jax.random.key(0))
+>>> source, tokens = jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 5), jnp.int32)
+>>> rnn.apply(params, {"source": source, "tokens": tokens}).logits.shape
+(2, 5, 256)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers import Additive, Multiplicative, Recurrent, dropout, init_layers, leaf, repeat
+from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.models.seq2seq import source_context, source_inputs
+from jaxmodel.ops.recurrent import STATES, check_cell
+
+ATTENTION = ("none", "additive", "multiplicative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      vocab: tokens V of source and target, which have tables of their own.
+      width: D of embeddings, states and memory; even, because each direction of the encoder has half of it.
+      depth: layers of the encoder and of the decoder; a layer's last state in one begins it in the other.
+      cell: "lstm" or "gru".
+      attention: one of `ATTENTION`.
+      dropout: share of the input of each layer that is dropped in training (Zaremba et al., 2014).
+      start: the token that a target begins with.
+      context: the longest source or target that the model was made for.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    cell: str = "lstm"
+    attention: str = "additive"
+    dropout: float = 0.0
+    start: int = 0
+    context: int = 512
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("vocab", "width", "depth", "context"))
+        check_cell("cell", self.cell)
+        if self.attention not in ATTENTION:
+            raise unknown("attention", self.attention, ATTENTION)
+        if self.width % 2:
+            raise InputError(f"width: {self.width} given; allowed: an even number")
+
+
+SIZES = {
+    "tiny": Config(256, 32, 2),
+    "tiny-gru": Config(256, 32, 3, "gru", "multiplicative"),
+    "sutskever-2014": Config(80000, 1000, 4, attention="none"),
+    "bahdanau-2014": Config(30000, 1000, 1, "gru", "additive"),
+    "luong-2015": Config(50000, 1000, 4, "lstm", "multiplicative", 0.2),
+}
+"""The papers' cells, depths and widths; their sources are read in both directions here, and their vocabularies are one."""
+
+RULES: tree.Rules = (
+    ("(encoder/)?embed", P("tensor", "fsdp")),
+    ("head", P("tensor", "fsdp")),
+    ("head_bias", P("tensor")),
+    ("(encoder/)?blocks/.*/(input|state)", P("tensor", "fsdp")),
+    (tree.optional("blocks/.*/(context|query|memory_k|mix)"), P("tensor", "fsdp")),
+    ("(encoder/)?blocks/.*_bias", P()),
+    (tree.optional("blocks/.*/score"), P()),
+)
+
+_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+
+
+class _Encoder(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        c, ends = self.config, []
+        start = jnp.zeros((x.shape[0], STATES[c.cell], c.width // 2), jnp.float32)
+        for name in ("forward", "backward"):
+            run = Recurrent(c.cell, c.width // 2, _INIT, self.policy, name == "backward", name=name)
+            ends.append(run(x, start, mask)[:2])
+        shown, last = (jnp.concatenate(both, axis=-1) for both in zip(*ends, strict=True))
+        return shown, last
+
+
+class _Block(nn.Module):
+    config: Config
+    policy: ops.Policy
+    reads: bool  # the memory: the last layer, where there is attention
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any]:
+        c, keys, found = self.config, None, None
+        start, mask = (context["start"] if cache is None else cache.state)[layer], context.get("mask")
+        run = Recurrent(c.cell, c.width, _INIT, self.policy, name="cell")
+        if not self.reads:
+            y, last, _ = run(x, start, mask)
+        else:
+            memory, valid, keys = _memory(context, cache)
+            if c.attention == "additive":
+                read, keys = Additive(c.width, _INIT, self.policy, name="attn")(memory, valid, keys, c.width)
+                y, last, found = run(x, start, mask, read)
+            else:
+                y, last, _ = run(x, start, mask)
+                found, keys = Multiplicative(c.width, _INIT, self.policy, name="attn")(y, memory, valid, keys)
+            assert found is not None
+            both = jnp.concatenate([found, y], axis=-1)
+            y = jnp.tanh(ops.einsum("BTI,DI->BTD", both, leaf(self, "mix", _INIT, (c.width, both.shape[-1])), self.policy))
+        return y, None if cache is None else cache.remember(layer, last, keys)
+
+
+def _memory(context: dict[str, Any], cache: Any) -> tuple[Any, Any, Any]:
+    """What is read, where it is no padding, and the keys, if an earlier call has made them."""
+    if "memory" in context:
+        return context["memory"], context["memory_mask"], None
+    return cache.memory, cache.valid, cache.keys
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    encoder_module = _Encoder(config, policy)
+    plain, top = _Block(config, policy, False), _Block(config, policy, True)
+    wide = dataclasses.replace(policy, stream="float32")
+
+    def encode_layer(params: Any, x: jax.Array, mask: jax.Array) -> Any:
+        return encoder_module.apply({"params": params}, x, mask)
+
+    def encoder_block(params: Any, x: Any, context: Any, cache: Any, layer: Any, rng: Any = None, train: bool = False):
+        x = dropout(x, config.dropout, rng if train else None)
+        shown, last = encode_layer(params, x, context["mask"])
+        return shown, jax.lax.dynamic_update_slice(cache, last[None], (layer, 0, 0, 0)), {}
+
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        def encode(source: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+            states = jnp.zeros((config.depth, source.shape[0], STATES[config.cell], config.width), jnp.float32)
+            x = ops.take(params["encoder"]["embed"], source, policy)
+            blocks = params["encoder"]["blocks"]
+            x, states, _ = repeat(encoder_block, blocks, x, {"mask": mask}, states, rng, train, policy.remat)
+            return {"memory": x, "start": states}
+
+        _, context = source_context(inputs, cache, encode)
+        if "mask" in inputs:
+            context["mask"] = inputs["mask"].astype(jnp.bool_)
+        return ops.take(params["embed"], inputs["tokens"], policy), context
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+        x = dropout(x, config.dropout, rng if train else None)
+        x, cache = (top if "attn" in params else plain).apply({"params": params}, x, context, cache, layer)  # pyright: ignore
+        return x, cache, {}
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        logits = ops.einsum("BTD,VD->BTV", x, params["head"], wide)
+        return logits + ops.on_last(params["head_bias"].astype(jnp.float32), 3)
+
+    def init(key: jax.Array) -> tree.Params:
+        keys, d = jax.random.split(key, 6), config.depth
+        x, mask = jnp.zeros((1, 1, config.width), policy.stream), jnp.ones((1, 1), jnp.bool_)
+        start = jnp.zeros((d, 1, STATES[config.cell], config.width), jnp.float32)
+        context = {"memory": x, "memory_mask": mask, "start": start}
+        table = lambda k: jax.random.normal(k, (config.vocab, config.width)) * config.width**-0.5
+        layer = lambda module: lambda k: dict(module.init(k, x, context, None, 0)["params"])
+        below = d if config.attention == "none" else d - 1
+        blocks = init_layers(layer(plain), keys[2], below) if below else {}
+        blocks |= {str(d - 1): layer(top)(keys[3])} if below < d else {}
+        ends = init_layers(lambda k: dict(encoder_module.init(k, x, mask)["params"]), keys[4], d)
+        return {
+            "encoder": {"embed": table(keys[0]), "blocks": ends},
+            "embed": table(keys[1]),
+            "blocks": blocks,
+            "head": table(keys[5]),
+            "head_bias": jnp.zeros(config.vocab, jnp.float32),
+        }
+
+    def init_cache(batch: int, capacity: int) -> ops.StateCache:
+        return ops.StateCache.zeros(config.cell, config.depth, batch, config.width, policy.stream)
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), source_inputs, init_cache, RULES, again)

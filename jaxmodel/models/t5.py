@@ -1,0 +1,258 @@
+"""T5 (Raffel et al., 2019): an encoder and a decoder with RMS norms and a bias of relative positions that all layers share.
+
+The first form has a plain ReLU and a head tied to the embedding, which it scales; version 1.1 and Flan-T5 (Chung et al., 2022)
+have gated GELU and a head of their own. Scores are not scaled: the initial queries are smaller instead.
+
+>>> t5 = model(SIZES["tiny"])
+>>> params = t5.init(jax.random.key(0))
+>>> source, tokens = jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 5), jnp.int32)
+>>> t5.apply(params, {"source": source, "tokens": tokens}).logits.shape
+(2, 5, 256)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers import MLP, Attention, CrossAttention, RMSNorm, dropout, init_layers, leaf, repeat
+from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.models.seq2seq import source_context, source_inputs
+
+FORMS = {"relu": (nn.relu, False), "gated-gelu": (nn.gelu, True), "gated-silu": (nn.silu, True)}
+"""Feed-forward parts: their activation, and whether it gates."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      vocab: tokens V of source and target.
+      width: D.
+      encoder_depth: layers of the encoder.
+      depth: layers L of the decoder.
+      heads: H.
+      head_width: h; H * h may differ from D.
+      mlp_width: F.
+      mlp: the feed-forward part, one of `FORMS`.
+      tied: whether the head reads the embedding.
+      buckets: of relative positions; half of them for single distances.
+      distance: from which on all distances share the last bucket.
+      norm_eps: of the RMS norms.
+      dropout: share of what each part adds that is dropped in training.
+      init_scale: factor of the standard deviations of new weights.
+      start: the token that a target begins with.
+      context: the longest source that the model was made for.
+      head_scale: of what the head reads; None for `width ** -0.5` where it is tied, else 1.
+    """
+
+    vocab: int
+    width: int
+    encoder_depth: int
+    depth: int
+    heads: int
+    head_width: int
+    mlp_width: int
+    mlp: str = "relu"
+    tied: bool = True
+    buckets: int = 32
+    distance: int = 128
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    init_scale: float = 1.0
+    start: int = 0
+    context: int = 512
+    head_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab", "width", "encoder_depth", "depth", "heads", "head_width", "mlp_width", "buckets", "distance", "context")
+        check_sizes(self, sizes)
+        if self.mlp not in FORMS:
+            raise unknown("mlp", self.mlp, FORMS)
+        if self.buckets < 4 or self.distance <= self.buckets // 2:
+            raise InputError(
+                f"buckets, distance: {self.buckets}, {self.distance} given; allowed: at least 4, more than half of it"
+            )
+
+    @property
+    def scale(self) -> float:
+        """The factor of what the head reads."""
+        return self.head_scale if self.head_scale is not None else self.width**-0.5 if self.tied else 1.0
+
+
+SIZES = {
+    "tiny": Config(256, 32, 2, 3, 4, 8, 64, buckets=8, distance=6, head_scale=0.5),
+    "tiny-gated": Config(256, 32, 1, 2, 4, 12, 64, "gated-gelu", False, buckets=8, distance=6),
+    "t5-small": Config(32128, 512, 6, 6, 8, 64, 2048),
+    "t5-base": Config(32128, 768, 12, 12, 12, 64, 3072),
+    "t5-v1.1-small": Config(32128, 512, 8, 8, 6, 64, 1024, "gated-gelu", False),
+    "flan-t5-small": Config(32128, 512, 8, 8, 6, 64, 1024, "gated-gelu", False),
+}
+
+RULES: tree.Rules = (
+    ("embed", P("tensor", "fsdp")),
+    (tree.optional("head"), P("tensor", "fsdp")),
+    ("(encoder/)?positions", P()),
+    ("(encoder/)?blocks/.*/(q|k|v|memory_k|memory_v|gate|up)", P("tensor", "fsdp")),
+    ("(encoder/)?blocks/.*/(o|down)", P("fsdp", "tensor")),
+    (".*norm/weight", P()),
+)
+
+
+class _Block(nn.Module):
+    config: Config
+    policy: ops.Policy
+    reads: bool  # a memory: a layer of the decoder
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any, rng: Any = None) -> tuple[jax.Array, Any]:
+        c = self.config
+        normal = nn.initializers.normal(c.init_scale * c.width**-0.5)
+        out = nn.initializers.normal(c.init_scale * (c.heads * c.head_width) ** -0.5)
+        down = nn.initializers.normal(c.init_scale * c.mlp_width**-0.5)
+        mix = Attention(c.heads, c.heads, c.head_width, False, normal, out, self.policy, scale=1.0, name="attn")
+        y, cache = mix(RMSNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer)
+        x = x + dropout(y, c.dropout, rng, 0)
+        if self.reads:
+            read = CrossAttention(c.heads, c.head_width, False, normal, out, self.policy, scale=1.0, name="cross")
+            y, cache = read(RMSNorm(c.norm_eps, name="cross_norm")(x), context, cache, layer)
+            x = x + dropout(y, c.dropout, rng, 1)
+        activation, gated = FORMS[c.mlp]
+        mlp = MLP(c.mlp_width, activation, gated, False, normal, down, self.policy, name="mlp")
+        return x + dropout(mlp(RMSNorm(c.norm_eps, name="mlp_norm")(x)), c.dropout, rng, 2), cache
+
+
+class _Head(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: Any = None) -> jax.Array:
+        c = self.config
+        x = RMSNorm(c.norm_eps, name="norm")(x)
+        if table is None:
+            table = leaf(self, "head", nn.initializers.normal(c.init_scale * c.width**-0.5), (c.vocab, x.shape[-1]))
+        x = x if c.scale == 1 else x * jnp.asarray(c.scale, x.dtype)
+        return ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
+
+
+@functools.cache
+def bucket_table(buckets: int, distance: int) -> np.ndarray:
+    """The bucket of each distance from 0 to `distance`: the first half as they are, the others by their logarithm.
+
+    A table made on the host: on the edge between two buckets the logarithms of two devices would disagree.
+
+    >>> bucket_table(8, 16).tolist()
+    [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7]
+    """
+    half, steps = buckets // 2, np.arange(distance + 1)
+    octave = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(half)) / np.float32(math.log(distance / half))
+    far = half + (octave * np.float32(buckets - half)).astype(np.int64)
+    return np.where(steps < half, steps, np.minimum(far, buckets - 1)).astype(np.int32)
+
+
+def position_bias(
+    table: Any, query: Int[Array, "#B T"], key: Int[Array, "#B S"], both: bool, config: Config
+) -> Float[Array, "#B H T S"]:
+    """The bias of the scores by the distance from query to key.
+
+    Args:
+      table: the leaf `[buckets, H]`.
+      query: places of the queries.
+      key: places of the keys.
+      both: whether keys behind the query have buckets of their own (half of all); else they count as distance 0.
+      config: buckets and distance.
+    """
+    gap = key[:, None, :] - query[:, :, None]
+    buckets = config.buckets // 2 if both else config.buckets
+    steps = jnp.minimum(jnp.abs(gap) if both else jnp.maximum(-gap, 0), config.distance)
+    found = jnp.asarray(bucket_table(buckets, config.distance))[steps]
+    if both:
+        found = found + jnp.where(gap > 0, jnp.int32(buckets), jnp.int32(0))
+    rows = ops.take(table, found.reshape(found.shape[0], -1))
+    return rows.reshape(*found.shape, -1).transpose(0, 3, 1, 2)
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    encoder_module, block_module = _Block(config, policy, False), _Block(config, policy, True)
+    norm_module, head_module = RMSNorm(config.norm_eps), _Head(config, policy)
+
+    def run(module: nn.Module) -> Any:
+        def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+            x, cache = module.apply({"params": params}, x, context, cache, layer, rng if train else None)  # pyright: ignore
+            return x, cache, {}
+
+        return block
+
+    def row(length: int) -> jax.Array:
+        return jnp.arange(length, dtype=jnp.int32)[None]
+
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        drop = rng if train else None
+
+        def encode(source: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+            places, encoder = row(source.shape[1]), params["encoder"]
+            bias = position_bias(encoder["positions"], places, places, True, config)
+            context = {"seen": ops.Seen(valid=mask, causal=False), "bias": bias}
+            x = dropout(ops.take(params["embed"], source, policy), config.dropout, drop, 2**31)
+            x, _, _ = repeat(run(encoder_module), encoder["blocks"], x, context, None, rng, train, policy.remat)
+            x = norm_module.apply({"params": encoder["norm"]}, x)
+            return {"memory": dropout(x, config.dropout, drop, 2**31 + 1)}  # pyright: ignore[reportArgumentType]
+
+        positions, context = source_context(inputs, cache, encode)
+        if cache is not None:
+            query, key = positions, row(cache.capacity)
+        else:
+            query = key = positions if "positions" in inputs else row(positions.shape[1])
+        context["bias"] = position_bias(params["positions"], query, key, False, config)
+        return dropout(ops.take(params["embed"], inputs["tokens"], policy), config.dropout, drop, 2**31 + 2), context
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        own = {name: params[name] for name in ("norm", "head") if name in params}
+        logits = head_module.apply({"params": own}, x, None if "head" in params else params["embed"])
+        assert isinstance(logits, jax.Array)
+        return logits
+
+    def init(key: jax.Array) -> tree.Params:
+        keys = jax.random.split(key, 6)
+        x, mask = jnp.zeros((1, 1, config.width), policy.stream), jnp.ones((1, 1), jnp.bool_)
+        context = {"seen": ops.Seen(), "memory": x, "memory_mask": mask}
+        table = config.init_scale * jax.random.normal(keys[0], (config.vocab, config.width))
+        near = lambda k: config.init_scale * config.width**-0.5 * jax.random.normal(k, (config.buckets, config.heads))
+        blocks = lambda module, k, n: init_layers(lambda k: dict(module.init(k, x, context, None, 0)["params"]), k, n)
+        encoder = {
+            "positions": near(keys[1]),
+            "blocks": blocks(encoder_module, keys[2], config.encoder_depth),
+            "norm": norm_module.init(key, x)["params"],
+        }
+        top = head_module.init(keys[3], x, table if config.tied else None)["params"]
+        decoder = {"positions": near(keys[4]), "blocks": blocks(block_module, keys[5], config.depth)}
+        params = {"embed": table, "encoder": encoder, **decoder, **top}
+        scale = lambda path, a: a * config.head_width**-0.5 if path.endswith("/q") else a  # what others do to the scores
+        return tree.map_leaves(scale, params)
+
+    def init_cache(batch: int, capacity: int) -> ops.MemoryCache:
+        return ops.MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.head_width, policy)
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, RULES, again)

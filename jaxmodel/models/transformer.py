@@ -1,0 +1,189 @@
+"""The Transformer (Vaswani et al., 2017): an encoder and a decoder, sinusoidal positions, one embedding for all three tables.
+
+As in the paper a norm follows each sum; `pre_norm` puts it in front of each part (Xiong et al., 2020), and one behind each stack.
+
+>>> transformer = model(SIZES["tiny"])
+>>> params = transformer.init(jax.random.key(0))
+>>> source, tokens = jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 5), jnp.int32)
+>>> transformer.apply(params, {"source": source, "tokens": tokens}).logits.shape
+(2, 5, 256)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.layers import MLP, Attention, CrossAttention, LayerNorm, dropout, init_layers, repeat
+from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.models.seq2seq import source_context, source_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      vocab: tokens V of source and target, which share the embedding.
+      width: D, even.
+      encoder_depth: layers of the encoder.
+      depth: layers L of the decoder.
+      heads: H, which divide D.
+      mlp_width: F.
+      pre_norm: whether norms stand in front of the parts.
+      attn_bias: whether the maps of attention have biases (the paper's have none, most programs' do).
+      dropout: share of what each part adds, and of the embeddings, that is dropped in training.
+      norm_eps: of the layer norms.
+      start: the token that a target begins with.
+      context: the longest source or target that the model was made for.
+    """
+
+    vocab: int
+    width: int
+    encoder_depth: int
+    depth: int
+    heads: int
+    mlp_width: int
+    pre_norm: bool = False
+    attn_bias: bool = False
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    start: int = 0
+    context: int = 512
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("vocab", "width", "encoder_depth", "depth", "heads", "mlp_width", "context"))
+        if self.width % self.heads or self.width % 2:
+            raise InputError(f"width, heads: {self.width}, {self.heads} given; allowed: an even width that the heads divide")
+
+
+SIZES = {
+    "tiny": Config(256, 32, 2, 2, 4, 64),
+    "tiny-pre": Config(256, 32, 1, 3, 4, 64, pre_norm=True, attn_bias=True),
+    "base": Config(37000, 512, 6, 6, 8, 2048, dropout=0.1),
+    "big": Config(37000, 1024, 6, 6, 16, 4096, dropout=0.3),
+}
+
+RULES: tree.Rules = (
+    ("embed", P("tensor", "fsdp")),
+    ("(encoder/)?blocks/.*/(q|k|v|memory_k|memory_v|up)", P("tensor", "fsdp")),
+    ("(encoder/)?blocks/.*/(o|down)", P("fsdp", "tensor")),
+    ("(encoder/)?blocks/.*/up_bias", P("tensor")),
+    (tree.optional("(encoder/)?blocks/.*/(q|k|v|memory_k|memory_v)_bias"), P("tensor")),
+    ("(encoder/)?blocks/.*/(o|down)_bias", P()),
+    (".*norm/(weight|bias)", P()),
+)
+
+
+class _Block(nn.Module):
+    config: Config
+    policy: ops.Policy
+    reads: bool  # a memory: a layer of the decoder
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any, rng: Any = None) -> tuple[jax.Array, Any]:
+        c = self.config
+        fan = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-1, out_axis=-2)
+        width = c.width // c.heads
+
+        def ready(part: str, x: jax.Array) -> jax.Array:
+            return LayerNorm(c.norm_eps, name=f"{part}_norm")(x) if c.pre_norm else x
+
+        def add(part: str, x: jax.Array, y: jax.Array, site: int) -> jax.Array:
+            x = x + dropout(y, c.dropout, rng, site)
+            return x if c.pre_norm else LayerNorm(c.norm_eps, name=f"{part}_norm")(x)
+
+        mix = Attention(c.heads, c.heads, width, c.attn_bias, fan, fan, self.policy, name="attn")
+        y, cache = mix(ready("attn", x), context, cache, layer)
+        x = add("attn", x, y, 0)
+        if self.reads:
+            read = CrossAttention(c.heads, width, c.attn_bias, fan, fan, self.policy, name="cross")
+            y, cache = read(ready("cross", x), context, cache, layer)
+            x = add("cross", x, y, 1)
+        mlp = MLP(c.mlp_width, nn.relu, False, True, fan, fan, self.policy, name="mlp")
+        return add("mlp", x, mlp(ready("mlp", x)), 2), cache
+
+
+def sinusoids(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
+    """`sin(p / 10000^(2i/D))` at the channels 2i, the cosine at 2i + 1."""
+    steps = jnp.arange(0, width, 2, dtype=jnp.float32)
+    rates = jnp.exp(steps * (-math.log(10000.0) / width))
+    angles = positions[..., None].astype(jnp.float32) * ops.on_last(rates, 3)
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, width)
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    encoder_module, block_module = _Block(config, policy, False), _Block(config, policy, True)
+    norm_module, wide = LayerNorm(config.norm_eps), dataclasses.replace(policy, stream="float32")
+
+    def run(module: nn.Module) -> Any:
+        def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+            x, cache = module.apply({"params": params}, x, context, cache, layer, rng if train else None)  # pyright: ignore
+            return x, cache, {}
+
+        return block
+
+    def normed(params: tree.Params, x: jax.Array) -> jax.Array:
+        """After a stack of layers that do not end in a norm."""
+        if not config.pre_norm:
+            return x
+        y = norm_module.apply({"params": params["norm"]}, x)
+        assert isinstance(y, jax.Array)
+        return y
+
+    def placed(params: tree.Params, tokens: jax.Array, positions: jax.Array, rng: Any, site: int) -> jax.Array:
+        x = ops.take(params["embed"], tokens, wide) * config.width**0.5 + sinusoids(positions, config.width)
+        return dropout(x.astype(policy.stream), config.dropout, rng, site)
+
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        drop = rng if train else None
+
+        def encode(source: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+            context = {"seen": ops.Seen(valid=mask, causal=False)}
+            x = placed(params, source, jnp.arange(source.shape[1], dtype=jnp.int32)[None], drop, 2**31)
+            blocks = params["encoder"]["blocks"]
+            x, _, _ = repeat(run(encoder_module), blocks, x, context, None, rng, train, policy.remat)
+            return {"memory": normed(params["encoder"], x)}
+
+        positions, context = source_context(inputs, cache, encode)
+        return placed(params, inputs["tokens"], positions, drop, 2**31 + 1), context
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        return ops.einsum("BTD,VD->BTV", normed(params, x), params["embed"], wide)
+
+    def init(key: jax.Array) -> tree.Params:
+        embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
+        x = jnp.zeros((1, 1, config.width), policy.stream)
+        context = {"seen": ops.Seen(), "memory": x, "memory_mask": jnp.ones((1, 1), jnp.bool_)}
+        blocks = lambda module, k, n: init_layers(lambda k: dict(module.init(k, x, context, None, 0)["params"]), k, n)
+        norm = {"norm": norm_module.init(key, x)["params"]} if config.pre_norm else {}
+        return {
+            "embed": config.width**-0.5 * jax.random.normal(embed_key, (config.vocab, config.width)),
+            "encoder": {"blocks": blocks(encoder_module, encoder_key, config.encoder_depth), **norm},
+            "blocks": blocks(block_module, decoder_key, config.depth),
+            **norm,
+        }
+
+    def init_cache(batch: int, capacity: int) -> ops.MemoryCache:
+        return ops.MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, RULES, again)

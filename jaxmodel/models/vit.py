@@ -1,0 +1,182 @@
+"""Vision transformer (Dosovitskiy et al., 2020): patches of an image as tokens, a norm in front of each part.
+
+>>> vit = model(SIZES["tiny"])
+>>> params = vit.init(jax.random.key(0))
+>>> vit.apply(params, jnp.zeros((2, 16, 16, 3))).logits.shape
+(2, 10)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, Patches, PooledHead, init_layers
+from jaxmodel.models.model import Model, Parts, check_sizes
+
+POOLS = ("class", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      image: the side of the (square) images in pixels.
+      patch: the side of a patch, which divides that.
+      width: D.
+      depth: layers L.
+      heads: H, which divide D.
+      mlp_width: F.
+      labels: names of the classes; () for a model whose `apply` gives the pooled vector `[B, D]`.
+      channels: of the images.
+      pool: what stands for the image: "class", a token of its own, or "mean" of the patches' (Zhai et al., 2021).
+      pool_dense: whether a dense layer with tanh follows.
+      activation: a name of `layers.ACTIVATIONS`.
+      qkv_bias: whether q, k and v have biases.
+      patch_bias: whether the map of the patches has one.
+      embed_norm: whether a norm follows the positions (CLIP).
+      norm_eps: of the layer norms.
+      init_scale: standard deviation of new weights.
+    """
+
+    image: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    labels: tuple[str, ...] = ()
+    channels: int = 3
+    pool: str = "class"
+    pool_dense: bool = False
+    activation: str = "gelu"
+    qkv_bias: bool = True
+    patch_bias: bool = True
+    embed_norm: bool = False
+    norm_eps: float = 1e-12
+    init_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("image", "patch", "width", "depth", "heads", "mlp_width", "channels"))
+        if self.image % self.patch:
+            raise InputError(f"patch: {self.patch} given; a divisor of the image's {self.image} pixels is needed")
+        if self.width % self.heads:
+            raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
+        if self.pool not in POOLS:
+            raise unknown("pool", self.pool, POOLS)
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """Labels of classes whose names are not known.
+
+    >>> numbered(2)
+    ('LABEL_0', 'LABEL_1')
+    """
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+SIZES = {
+    "tiny": Config(16, 4, 32, 3, 4, 64, numbered(10)),
+    "tiny-mean": Config(16, 4, 32, 3, 4, 64, numbered(10), 1, "mean", qkv_bias=False, patch_bias=False, embed_norm=True),
+    "tiny-features": Config(16, 8, 48, 3, 4, 64, pool_dense=True),
+    "vit-base-16": Config(224, 16, 768, 12, 12, 3072, numbered(1000)),
+    "vit-large-16": Config(224, 16, 1024, 24, 16, 4096, numbered(1000)),
+}
+
+RULES: tree.Rules = (
+    ("embed/patch", P("tensor", "fsdp")),
+    ("embed/positions", P(None, "fsdp")),
+    (tree.optional("embed/(patch_bias|class)"), P()),
+    ("blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
+    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
+    ("blocks/.*/(q|k|v|up)_bias", P("tensor")),
+    ("blocks/.*/(o|down)_bias", P()),
+    (tree.optional("head/pool"), P("tensor", "fsdp")),
+    (tree.optional("head/classes"), P(None, "fsdp")),
+    (tree.optional("head/(pool|classes)_bias"), P()),
+    (".*norm/(weight|bias)", P()),
+)
+
+
+class _Head(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = LayerNorm(c.norm_eps, name="norm")(x)
+        pooled = x[:, 0] if c.pool == "class" else jnp.mean(x.astype(jnp.float32), axis=1)
+        return PooledHead(c.pool_dense, len(c.labels), c.init_scale, self.policy, name="head")(pooled)
+
+
+class _Embed(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        c = self.config
+        x = Patches(c.width, c.patch, c.pool == "class", c.patch_bias, c.init_scale, self.policy, name="embed")(pixels)
+        return LayerNorm(c.norm_eps, name="embed_norm")(x) if c.embed_norm else x
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
+
+    The input is `pixels` `[B, Y, X, C]`, float32, normalised as the model's images were.
+    """
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    c, embed_module, head_module = config, _Embed(config, policy), _Head(config, policy)
+    block_module = EncoderBlock(
+        *(c.heads, c.mlp_width, c.activation, c.norm_eps, False, c.init_scale, c.init_scale / (2 * c.depth) ** 0.5, policy),
+        qkv_bias=c.qkv_bias,
+    )
+    context = {"seen": ops.Seen(causal=False)}
+
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        pixels = inputs["pixels"]
+        if pixels.ndim != 4 or pixels.shape[1:] != (c.image, c.image, c.channels):
+            raise InputError(f"pixels: the shape {pixels.shape} given; needed is [B, {c.image}, {c.image}, {c.channels}]")
+        own = {name: params[name] for name in ("embed", "embed_norm") if name in params}
+        x: Any = embed_module.apply({"params": own}, pixels)
+        return x, dict(context)
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+        x = block_module.apply({"params": params}, x, context)
+        return x, cache, {}
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        own = {name: params[name] for name in ("norm", "head") if name in params}
+        logits: Any = head_module.apply({"params": own}, x)
+        return logits
+
+    def init(key: jax.Array) -> tree.Params:
+        embed_key, blocks_key, head_key = jax.random.split(key, 3)
+        x = jnp.zeros((1, 1, c.width), policy.stream)
+        first = embed_module.init(embed_key, jnp.zeros((1, c.image, c.image, c.channels)))["params"]
+        blocks = init_layers(lambda k: dict(block_module.init(k, x, context)["params"]), blocks_key, c.depth)
+        return {**first, "blocks": blocks, **head_module.init(head_key, x)["params"]}
+
+    def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"pixels": jax.ShapeDtypeStruct((batch, c.image, c.image, c.channels), jnp.float32)}
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)

