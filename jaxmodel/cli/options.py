@@ -183,7 +183,7 @@ class Summary(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predict(Common):
-    """Classify files: texts, or images, with any bundle whose config has labels."""
+    """Classify files: texts, or images, with any bundle that has names for its classes."""
 
     LEAST: ClassVar = {"top": 1, "batch": 1}
 

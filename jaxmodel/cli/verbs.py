@@ -53,6 +53,8 @@ def _eval(options: Eval, folder: Any) -> dict[str, Any]:
 
     text = data.load_text(options.data)
     bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
+    if not bundle.model.continues:
+        raise InputError(f"model: {options.model!r} does not continue texts; allowed: a decoder, such as smollm2-135m")
     folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(text))
     windows, tokens = resolved.windows(
         text, hub.need_processor(bundle), options.window, options="--data, --window", limit=options.max_windows

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,20 @@ from jaxmodel.data.pack import Bins
 from jaxmodel.errors import InputError, at_least
 
 type Batch = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What training reads: the batch of a step, and how many rows each has. `Stream` is one, `synthetic.Pairs` another."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch, B."""
+        ...
+
+    def batch(self, step: SupportsIndex) -> Batch:
+        """Named arrays `[B, ...]`, a pure function of the step and of what the source was made from."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +148,7 @@ class Stream:
         }
 
 
-def prefetch(stream: Stream, start: int, stop: int, workers: int = 2) -> Iterator[Batch]:
+def prefetch(stream: Batches, start: int, stop: int, workers: int = 2) -> Iterator[Batch]:
     """The batches of steps start, start + 1, ..., stop - 1, computed ahead of their use in threads.
 
     Grain only prefetches: the batches are those of `stream.batch`, bit for bit and in order. It uses threads, so a

@@ -3,7 +3,7 @@
     config.json         the config under HF names
     model.safetensors   a tensor a layer and leaf under HF names; a compressed leaf is several (weight_scale, ...)
     jaxmodel.json       versioned: family, config, policy, card, and the static fields of the compressed leaves
-    tokenizer.json ...  the processor
+    tokenizer.json, preprocessor_config.json ...  the processor
 
 A folder with plain leaves is one that transformers loads. Saving is atomic: the new folder is written beside the old
 one, synced, and takes its place at the end, so a full disk or a kill leaves the old bundle whole.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from safetensors.numpy import save_file
 
 from jaxmodel import layers, tree
 from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.hub import images
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.families import family_of, family_of_kind
@@ -49,14 +51,29 @@ class Bundle:
     Attributes:
       model: pure functions.
       params: the stored form: separate leaves, packed.
-      processor: the tokenizer, or None.
-      card: what is known about it: name, source, training data, compression report.
+      processor: the tokenizer (which has the image processor of a model of both), the image processor, or None.
+      card: what is known about it: name, source, training data, compression report; names of classes that its config has not.
     """
 
     model: Model
     params: tree.Params = dataclasses.field(repr=False)
-    processor: tokenizers.Tokenizer | None = None
+    processor: tokenizers.Tokenizer | images.ImageProcessor | None = None
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes in the order of the logits: of the config, else of the card (`labels`); () for none.
+
+        Raises:
+          InputError: the card names more or fewer classes than the config has.
+        """
+        config = self.model.config
+        if hasattr(config, "labels"):
+            return tuple(config.labels)
+        named, classes = tuple(map(str, self.card.get("labels", ()))), getattr(config, "classes", 0)
+        if named and len(named) != classes:
+            raise InputError(f"card: labels names {len(named)} classes; the model has {classes}")
+        return named
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the bundle to a folder, atomically; `from_pretrained(folder)` reads it back bit for bit."""
@@ -85,7 +102,9 @@ class Bundle:
         except InputError:
             return None
         shown = {"card": dict(self.card), "config": self.model.config, "params": outline(self.model, self.params)}
-        return treescope.render_to_html(shown)
+        with warnings.catch_warnings():  # it looks through all that numpy has, deprecated names too
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return treescope.render_to_html(shown, compressed=False)  # text, which can be searched and compared
 
 
 def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
@@ -94,9 +113,26 @@ def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
     Raises:
       InputError: it has none.
     """
-    if bundle.processor is None:
+    if not isinstance(bundle.processor, tokenizers.Tokenizer):
         raise InputError(f"model: {bundle.card.get('name', 'the bundle')!r} has no tokenizer; text cannot be read")
     return bundle.processor
+
+
+def check_vocabulary(config: Any, processor: Any, where: str) -> None:
+    """Refuse a tokenizer with tokens for which the embedding has no row.
+
+    A special token without a role may lie behind the last row, as Gemma's token of images does in its models of text alone; a
+    text that has it is refused when it is read.
+
+    Raises:
+      InputError: such a token.
+    """
+    rows = getattr(config, "vocab", None)
+    if rows is None or not isinstance(processor, tokenizers.Tokenizer):
+        return
+    if (found := processor.beyond(rows)) is not None:
+        token, i = found
+        raise InputError(f"{where}: the tokenizer's token {token!r} has id {i}, but the embedding's are 0 to {rows - 1}")
 
 
 def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -112,6 +148,7 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
     """
     family, config = family_of(bundle.model)
     _check_params(bundle)
+    check_vocabulary(bundle.model.config, bundle.processor, "processor")
     names = tuple(family.names(bundle.model.config))
     fields = _static_fields(bundle, names)
     policy = dataclasses.asdict(bundle.model.policy)
@@ -148,12 +185,13 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, m
     stored = Policy(**ours["policy"]) if ours else Policy()
     policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
     model = family.module.model(config, policy)
+    processor = tokenizers.from_folder(folder) if (folder / "tokenizer.json").exists() else images.from_folder(folder)
+    check_vocabulary(config, processor, str(folder))
     kind = dtype or (None if ours else "float32")
     with open_folder(folder) as tensors:
         fields = ours.get("leaves", {})
         params = assemble(model, family, family.names(config), tensors, fields=fields, dtype=kind, mesh=mesh)
-    has_tokenizer = (folder / "tokenizer.json").exists()
-    return Bundle(model, params, tokenizers.from_folder(folder) if has_tokenizer else None, ours.get("card", {}))
+    return Bundle(model, params, processor, ours.get("card", {}))
 
 
 # --------------------------------------------------------------------------------------------------------- configs
@@ -194,9 +232,9 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     return ours
 
 
-def _special_ids(processor: tokenizers.Tokenizer | None) -> dict[str, int | None]:
+def _special_ids(processor: Any) -> dict[str, int | None]:
     """Where a text begins and ends: what transformers would otherwise take from GPT-2's or Llama's own vocabulary."""
-    if processor is None:
+    if not isinstance(processor, tokenizers.Tokenizer):
         return {"bos_token_id": None, "eos_token_id": None}
     end = next(iter(processor.eos_ids), None)
     return {"bos_token_id": processor.bos_id, "eos_token_id": end, "pad_token_id": processor.pad_id}
@@ -238,7 +276,7 @@ def _tensors(bundle: Bundle, names: tuple[Name, ...]) -> Iterator[tuple[str, np.
                 for suffix, array in one.items():
                     yield f"{name.packed.format(layer)}_{suffix}", array
             elif name.part is None:
-                experts = one[""] if name.experts else one[""][None]
+                experts = one[""] if name.experts else [one[""]]
                 for tensor, array in zip(name.tensors(layer), experts, strict=True):
                     yield tensor, to_file(name, array)
             else:
@@ -286,7 +324,7 @@ def _save_weights(tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard
     for name, array in tensors:
         if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
             write()
-        held[name] = np.ascontiguousarray(array)
+        held[name] = np.asarray(array, order="C")  # which leaves a scalar one, as np.ascontiguousarray does not
         total += array.nbytes
     write()
     if len(shards) == 1:

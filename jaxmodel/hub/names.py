@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
+from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.models import Model
 
 
@@ -149,7 +150,8 @@ class Family:
       prefix: of HF names, which some files leave out.
       gguf_kinds: values of `general.architecture` that it reads.
       gguf_names: config -> entries for GGUF.
-      config_from_gguf: metadata, names of the tensors -> Config.
+      config_from_gguf: an open GGUF file -> Config.
+      gguf_ignored: as `ignored`, of GGUF: what `config_from_gguf` has read.
       copies: tensor -> the leaf that it must equal, where a file may hold a copy of a tied one.
     """
 
@@ -162,7 +164,8 @@ class Family:
     prefix: str = ""
     gguf_kinds: tuple[str, ...] = ()
     gguf_names: Callable[[Any], Iterable[Name]] | None = None
-    config_from_gguf: Callable[[Mapping[str, Any], Collection[str]], Any] | None = None
+    config_from_gguf: Callable[[GGUFFile], Any] | None = None
+    gguf_ignored: str = r"(?!)"
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

@@ -13,11 +13,12 @@ from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
-from jaxmodel.hub.bundle import Bundle, load
+from jaxmodel.hub.bundle import Bundle, check_vocabulary, load
 from jaxmodel.hub.families import family_of_kind
 from jaxmodel.hub.files import read_json
 from jaxmodel.hub.gguf import find_smollm2, read_gguf
 from jaxmodel.hub.names import check_fields
+from jaxmodel.models import sizes
 from jaxmodel.ops import Policy
 
 
@@ -60,6 +61,12 @@ def from_pretrained(
 
     Raises:
       InputError: nothing of that name, or a file that is damaged, of an unknown kind or incomplete.
+
+    >>> sentences = from_pretrained("all-minilm-l6-v2")  # from the package of this name
+    >>> from jaxmodel import embed_texts
+    >>> vectors = embed_texts(sentences, ["A dog runs.", "A hound is running.", "Rates rise."])
+    >>> vectors.shape, bool(vectors[0] @ vectors[1] > 0.7 > 0.2 > vectors[0] @ vectors[2])
+    ((3, 384), True)
     """
     if dtype is not None:
         Policy(compute=dtype)  # names what is allowed
@@ -72,10 +79,12 @@ def from_pretrained(
         return _from_folder(path, policy, dtype, mesh, name)
     if is_gguf:
         return _from_gguf(path, policy, dtype, mesh, packed, name if name in KNOWN else path.stem)
+    places = "an existing folder, a .gguf file, or a hub id 'org/name'"
+    if name in sizes():
+        raise InputError(f"model: {name!r} is a size without weights; allowed: {', '.join(KNOWN)}, {places}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return _from_folder(_download(name), policy, dtype, mesh, name)
-    error = unknown("model", name, KNOWN)
-    raise InputError(f"{error}; or give an existing folder, a .gguf file, or a hub id 'org/name'")
+    raise InputError(f"{unknown('model', name, KNOWN)}; or give {places}")
 
 
 def _from_folder(path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, name: str) -> Bundle:
@@ -94,13 +103,15 @@ def _from_gguf(
     family = family_of_kind(str(file.metadata.get("general.architecture")), f"{path.name}: general.architecture", gguf=True)
     assert family.config_from_gguf is not None and family.gguf_names is not None
     try:
-        config = check_fields(family.config_from_gguf(file.metadata, list(file.tensors)), path.name)
+        config = check_fields(family.config_from_gguf(file), path.name)
     except InputError as error:
         raise InputError(f"{path.name}: {str(error).removeprefix(f'{path.name}: ')}") from None
     model = family.module.model(config, policy or Policy(compute=dtype or "float32"))
-    blocks, kind = Blocks(file, packed), dtype or "float32"
-    params = assemble(model, family, family.gguf_names(config), blocks, fields=blocks.fields, dtype=kind, mesh=mesh)
     processor = tokenizers.from_gguf(file.metadata)
+    check_vocabulary(config, processor, path.name)
+    blocks, kind = Blocks(file, packed), dtype or "float32"
+    layout = dataclasses.replace(family, ignored=family.gguf_ignored)
+    params = assemble(model, layout, family.gguf_names(config), blocks, fields=blocks.fields, dtype=kind, mesh=mesh)
     card = {"name": name, "source": path.name, "license": file.metadata.get("general.license")}
     return Bundle(model, params, processor, card)
 

@@ -46,6 +46,17 @@ class Tokenizer:
         """Number of tokens, special ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    def beyond(self, rows: int) -> tuple[str, int] | None:
+        """The first token, and its id, behind the last row of a table; None where all that a text needs are within.
+
+        A special token that has no role here does not count: only a text in which it is written out would have it.
+        """
+        roles = {*self._special_tokens().values(), *self.special.values()}
+        added = self.backend.get_added_tokens_decoder()
+        spare = {i for i, token in added.items() if token.special and token.content not in roles}
+        over = {i: token for token, i in self.backend.get_vocab().items() if i >= rows and i not in spare}
+        return (over[min(over)], min(over)) if over else None
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of `text`. A special token written out in it becomes its one id.
 

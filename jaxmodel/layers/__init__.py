@@ -11,7 +11,7 @@ from jaxmodel.layers.fuse import fuse, unfuse
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
 from jaxmodel.layers.mlp import MLP
-from jaxmodel.layers.moe import MoE, load_balance
+from jaxmodel.layers.moe import MoE, load_balance, real_tokens
 from jaxmodel.layers.norm import LayerNorm, RMSNorm
 from jaxmodel.layers.patches import Patches
 from jaxmodel.layers.recurrent import Additive, Multiplicative, Recurrent
@@ -45,6 +45,7 @@ __all__ = [
     "leaf",
     "linear",
     "load_balance",
+    "real_tokens",
     "repeat",
     "unfuse",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
@@ -22,6 +23,11 @@ class BatchNorm(nn.Module):
     Attributes:
       eps: added to the variance.
       train: whether to normalise by the batch.
+
+    >>> x, norm = jnp.array([[1.0], [5.0]]), BatchNorm(eps=0.0)
+    >>> params = norm.init(jax.random.key(0), x)["params"]
+    >>> norm.apply({"params": params}, x).tolist(), BatchNorm(0.0, train=True).apply({"params": params}, x).tolist()
+    ([[1.0], [5.0]], [[-1.0], [1.0]])
     """
 
     eps: float
@@ -53,20 +59,20 @@ class GroupNorm(nn.Module):
         return ops.group_norm(x, weight, bias, self.groups, self.eps)
 
 
-def fold_batch_norm(params: tree.Params, eps: float = 1e-5) -> tree.Params:
-    """Every batch norm put into the convolution in front of it, for inference: the same function without the norms.
+def fold_batch_norm(params: tree.Params, eps: float) -> tree.Params:
+    """Every batch norm put into the convolution in front of it, for inference: the same function without those norms.
 
     `w' = w * s` and `b' = bias - mean * s` with `s = weight / sqrt(variance + eps)`: the leaves `conv` and `conv_norm/*` become
     `conv` and `conv_bias`, which the same model runs. As `fuse`, it is for running: what is stored or trained has its norms.
+    Norms that do not stand behind a convolution (half of a DenseNet's, which stand in front of an activation) stay as they are.
 
     Args:
       params: a tree in which a norm `X_norm` stands beside the weight `X` of its convolution; weights are plain arrays.
-      eps: that of the model's config.
+      eps: `norm_eps` of the model's config.
 
     Raises:
-      InputError: no batch norm is there, one without its convolution, or one behind a compressed weight.
+      InputError: no batch norm behind a convolution is there, or one behind a compressed weight.
 
-    >>> import jax.numpy as jnp
     >>> norm = {"weight": jnp.full(3, 2.0), "bias": jnp.ones(3), "mean": jnp.full(3, 5.0), "variance": jnp.full(3, 4.0)}
     >>> folded = fold_batch_norm({"conv": jnp.ones((3, 2)), "conv_norm": norm}, eps=0.0)
     >>> float(folded["conv"][0, 0]), float(folded["conv_bias"][0])
@@ -74,7 +80,7 @@ def fold_batch_norm(params: tree.Params, eps: float = 1e-5) -> tree.Params:
     """
     folded = _fold(params, eps, ())
     if tree.flatten(folded).keys() == tree.flatten(params).keys():
-        raise InputError("params: no batch norm is there to be folded; a leaf .../X_norm/variance is needed")
+        raise InputError("params: no batch norm is there to be folded; a weight .../X and a leaf .../X_norm/variance are needed")
     return folded
 
 
@@ -83,15 +89,16 @@ def _fold(node: tree.Params, eps: float, keys: tuple[str, ...]) -> tree.Params:
     for key, child in node.items():
         if tree.is_leaf(child):
             continue
-        if set(child) != BATCH_NORM:
+        name = key.removesuffix("_norm")
+        if set(child) != BATCH_NORM or name == key or name not in node:
             out[key] = _fold(child, eps, (*keys, key))
             continue
-        name = key.removesuffix("_norm")
-        w, where = None if name == key else node.get(name), "/".join((*keys, key))
+        w, where = node[name], "/".join((*keys, key))
         if not isinstance(w, jax.Array):
             raise InputError(f"params: the weight in front of the norm {where!r} is {type(w).__name__}; a plain array is needed")
-        scale = child["weight"] * jax.lax.rsqrt(child["variance"] + eps)
+        wide = {part: leaf.astype(jnp.float32) for part, leaf in child.items()}
+        scale = wide["weight"] * jax.lax.rsqrt(wide["variance"] + eps)
         del out[key]
-        out[name] = (w * scale[..., None]).astype(w.dtype)
-        out[f"{name}_bias"] = child["bias"] - child["mean"] * scale
+        out[name] = (w.astype(jnp.float32) * scale[..., None]).astype(w.dtype)
+        out[f"{name}_bias"] = (wide["bias"] - wide["mean"] * scale).astype(child["bias"].dtype)
     return out

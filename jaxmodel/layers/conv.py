@@ -21,7 +21,10 @@ from jaxmodel.sharding import constrain
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
 """Of weights `[out, in]` in front of a ReLU (He et al., 2015)."""
 
-_OF_JAX = ("celu", "elu", "hard_silu", "leaky_relu", "mish", "relu6", "selu", "sigmoid", "silu", "softplus", "soft_sign", "tanh")
+_OF_JAX = (
+    *("celu", "elu", "hard_sigmoid", "hard_silu", "hard_tanh", "leaky_relu", "log_sigmoid", "mish", "relu6", "selu", "sigmoid"),
+    *("silu", "soft_sign", "softplus", "sparse_plus", "squareplus", "tanh"),
+)
 
 
 def activation(name: str) -> Callable[[Array], Array]:

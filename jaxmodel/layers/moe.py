@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -96,3 +97,9 @@ def load_balance(scores: Float[Array, "N E"], sizes: Int[Array, " E"], real: Boo
     tokens = jnp.maximum(jnp.sum(ones), 1.0)
     probability = jnp.sum(jax.nn.softmax(scores, axis=-1) * ones[:, None], axis=0) / tokens
     return scores.shape[1] * jnp.sum(sizes.astype(jnp.float32) / tokens * probability)
+
+
+def real_tokens(inputs: Mapping[str, Array]) -> Bool[Array, "B T"] | None:
+    """True for what is not padding, by `mask` and `segments`; None where there are neither."""
+    found = [inputs[name].astype(jnp.bool_) for name in ("mask", "segments") if name in inputs]
+    return functools.reduce(jnp.logical_and, found) if found else None

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxmodel.models.contents import summary
-from jaxmodel.models.foreign import from_linen, from_nnx
+from jaxmodel.models.foreign import from_linen, from_nnx, linen_params, nnx_params, set_state
 from jaxmodel.models.initializers import initialize
 from jaxmodel.models.maximal_update import Mup, coordinates, mup, scale_updates
 from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
@@ -25,9 +25,12 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "initialize",
+    "linen_params",
     "mup",
+    "nnx_params",
     "predict_fn",
     "scale_updates",
+    "set_state",
     "sizes",
     "summary",
     "wrap",

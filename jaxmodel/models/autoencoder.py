@@ -8,7 +8,8 @@
 The loss is `jaxmodel.train.autoencoder`.
 
 >>> auto = model(SIZES["tiny"])
->>> out = auto.apply(auto.init(jax.random.key(0)), jnp.zeros((2, 64)))
+>>> params = jax.jit(auto.init)(jax.random.key(0))
+>>> out = jax.jit(auto.apply)(params, jnp.zeros((2, 64)))
 >>> out.hidden.shape, out.logits.shape, list(out.aux)
 ((2, 32), (2, 64), ['kl'])
 """
@@ -28,7 +29,7 @@ from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import activation, codes
 from jaxmodel.layers.connect import Full
-from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.models.model import Model, Parts, check_sizes, read
 
 KINDS = ("plain", "denoising", "variational", "l1", "kl", "topk")
 SPARSE = ("l1", "kl", "topk")
@@ -74,6 +75,8 @@ class Config:
         activation(self.activation)
         if not 0 <= self.noise < 1 or not 0 < self.rate < 1:
             raise InputError(f"noise, rate: {self.noise}, {self.rate} given; allowed: from 0, for a rate above 0, to below 1")
+        if not self.penalty >= 0:
+            raise InputError(f"penalty: {self.penalty} given; allowed: at least 0")
         if self.kind == "topk" and self.k > self.code:
             raise InputError(f"k: {self.k} given; at most the width of the code, {self.code}, is allowed")
 
@@ -149,7 +152,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     encoder, decoder = _Encoder(config, policy), _Decoder(config, policy)
 
     def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        x, rng = inputs["features"], rng if train else None
+        x, rng = read(inputs, "features", "BN"), rng if train else None
         if config.kind == "denoising" and rng is not None:
             x = jnp.where(jax.random.bernoulli(rng, config.noise, x.shape), jnp.zeros((), x.dtype), x)
         if config.kind in ("l1", "topk"):  # the decoder's bias is the centre of the data; codes are of what differs from it

@@ -4,8 +4,8 @@ Convolution of 32 channels, pooling, of 64 channels, pooling, dropout, a dense l
 
 >>> import jax.numpy as jnp
 >>> cnn = model(SIZES["tiny"])
->>> params = cnn.init(jax.random.key(0))
->>> cnn.apply(params, jnp.zeros((2, 12, 12, 1))).logits.shape
+>>> params = jax.jit(cnn.init)(jax.random.key(0))
+>>> jax.jit(cnn.apply)(params, jnp.zeros((2, 12, 12, 1))).logits.shape
 (2, 4)
 """
 

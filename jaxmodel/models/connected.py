@@ -3,9 +3,9 @@
 Each pattern is a layer of `jaxmodel.layers.connect`; "concat" is the dense connectivity of Huang et al. (2017) on features.
 
 >>> connected = model(SIZES["tiny"])
->>> params = connected.init(jax.random.key(0))
+>>> params = jax.jit(connected.init)(jax.random.key(0))
 >>> inputs = {"left": jnp.ones((2, 16)), "right": jnp.ones((2, 16))}
->>> connected.apply(params, inputs).logits.shape
+>>> jax.jit(connected.apply)(params, inputs).logits.shape
 (2, 8)
 """
 
@@ -25,7 +25,8 @@ from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import LayerNorm, activation, connect, dense
 from jaxmodel.layers.connect.groups import check_pattern
-from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.layers.connect.sparse import check_blocks
+from jaxmodel.models.model import Model, Parts, check_sizes, read
 
 EXTRACT = ("none", "own", "shared")
 MERGE = ("full", "bilinear", "factorised", "groups")
@@ -43,7 +44,8 @@ class Config:
       depth: layers L of the body.
       extract: what runs on each branch first: "none", a map of its "own", or one "shared" by all.
       features: of an extractor's result.
-      merge: "full"; "bilinear" (two branches); "factorised"; or "groups", along `edges`.
+      merge: "full", the branches in the order of their names; "bilinear" (two branches); "factorised"; or "groups", along
+        `edges`.
       rank: of a factorised merge.
       edges: (branch, group of outputs); all groups are of one width. One edge for each branch is a fixed group for each.
       combine: how edges meet in a group, "sum" or "product".
@@ -83,15 +85,25 @@ class Config:
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
         activation(self.activation)
+        for name in ("branches", "edges", "share", "block"):
+            if not isinstance(getattr(self, name), tuple):
+                raise InputError(f"{name}: {getattr(self, name)!r} given; allowed: a tuple, so that the config can be hashed")
         names = [name for name, _ in self.branches]
         for name, n in self.branches:
             at_least(f"branches: {name}", n)
         if len(set(names)) != len(names) or not names or (self.merge == "bilinear" and len(names) != 2):
             raise InputError(f"branches: {names} given; different names, for a bilinear merge two, are needed")
+        if self.extract == "shared" and len({n for _, n in self.branches}) > 1:
+            raise InputError(f"branches: {dict(self.branches)} given; a shared extractor needs as many features in each")
         if self.merge == "groups":
             check_pattern(self.edges, names, [group for group, _ in self.groups], self.combine)
             if self.width % max(len(self.groups), 1):
                 raise InputError(f"edges: {len(self.groups)} groups given; a divisor of the width {self.width} is needed")
+            connect.weight_names(self.edges, self.share)
+        elif self.edges or self.share or self.importance:
+            raise InputError(f"edges, share, importance: given with the merge {self.merge!r}; allowed: with 'groups'")
+        if self.body in ("sparse", "learnt"):
+            check_blocks(self.width, self.width, self.block, self.kept)
 
     @property
     def groups(self) -> tuple[tuple[str, int], ...]:
@@ -130,8 +142,8 @@ RULES: tree.Rules = (
     (tree.optional(".*(norm/(weight|bias)|_bias|importance|scores)"), P()),
     (tree.optional("extract.*/weight"), P("tensor", "fsdp")),
     ("merge/.*", P("tensor", "fsdp")),
-    (tree.optional("blocks/.*/map/weight"), P("tensor", "fsdp")),
-    (tree.optional("blocks/.*/map/(kept|all)"), P(None, "tensor", "fsdp")),
+    (tree.optional("blocks/.*/map/(weight|all)"), P("tensor", "fsdp")),
+    (tree.optional("blocks/.*/map/kept"), P(None, "tensor", "fsdp")),
     ("head", P("tensor", "fsdp")),
 )
 
@@ -149,12 +161,11 @@ class _Branches(nn.Module):
             xs = {n: connect.Full(c.features, self.policy, name=f"extract_{n}")(x) for n, x in xs.items()}
         xs = xs if c.extract == "none" else {n: act(x) for n, x in xs.items()}
         if c.merge == "bilinear":
-            y = connect.Bilinear(c.width, self.policy, name="merge")(*xs.values())
+            y = connect.Bilinear(c.width, self.policy, name="merge")(*(xs[n] for n, _ in c.branches))
         elif c.merge == "factorised":
             y = connect.Factorised(c.width, c.rank, self.policy, name="merge")(xs)
         elif c.merge == "groups":
-            layer = connect.Groups(c.edges, c.groups, self.policy, c.combine, c.share, c.importance, name="merge")
-            y = connect.merged(layer(xs))
+            y = connect.merged(_groups(c, self.policy, name="merge")(xs))
         else:
             y = connect.Full(c.width, self.policy, name="merge")(connect.merged(xs))
         return LayerNorm(c.norm_eps, name="merge_norm")(y)  # products are of another scale than their factors
@@ -184,6 +195,11 @@ class _Head(nn.Module):
         return dense(self, LayerNorm(self.config.norm_eps, name="norm")(x), "head", self.config.classes, self.policy, "float32")
 
 
+def _groups(config: Config, policy: ops.Policy = ops.Policy(), **kwargs: Any) -> connect.Groups:
+    c = config
+    return connect.Groups(c.edges, c.groups, policy, c.combine, c.share, c.importance, **kwargs)
+
+
 def _map(config: Config, policy: ops.Policy = ops.Policy(), **kwargs: Any) -> connect.BlockLinear:
     return connect.BlockLinear(config.width, config.block, config.kept, policy, config.body == "learnt", **kwargs)
 
@@ -204,15 +220,15 @@ def settle(config: Config, params: tree.Params) -> tree.Params:
 
 
 def importances(config: Config, params: tree.Params) -> dict[str, float]:
-    """How much each edge of a merge by groups counts: see `connect.importances`.
+    """How much each edge of a merge by groups counts: see `connect.Groups.importances`.
 
-    >>> params = model(SIZES["tiny-groups"]).init(jax.random.key(0))
+    >>> params = jax.jit(model(SIZES["tiny-groups"]).init)(jax.random.key(0))
     >>> list(importances(SIZES["tiny-groups"], params))
     ['left->x', 'right->x', 'right->y', 'third->y']
     """
     if config.merge != "groups":
         raise InputError(f"merge: {config.merge!r} given; allowed: 'groups', whose edges have names")
-    return connect.importances(params["merge"], config.edges, config.share)
+    return _groups(config).importances(params["merge"])
 
 
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
@@ -225,7 +241,8 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     branches, block_module, head_module = (module(config, policy) for module in (_Branches, _Block, _Head))
 
     def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        return branches.apply({"params": params}, {n: inputs[n].astype(policy.stream) for n, _ in config.branches}), {}
+        xs = {name: read(inputs, name, "BN").astype(policy.stream) for name, _ in config.branches}
+        return branches.apply({"params": params}, xs), {}
 
     def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
         return block_module.apply({"params": params}, x, layer), cache, {}

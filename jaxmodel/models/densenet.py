@@ -4,10 +4,10 @@ Norm and activation stand in front of each convolution; a bottleneck of 1 x 1 in
 transition of 1 x 1 halves the channels, and pooling the sides; here it is the beginning of the next stage's first layer.
 
 >>> densenet = model(SIZES["tiny"])
->>> params = densenet.init(jax.random.key(0))
+>>> params = jax.jit(densenet.init)(jax.random.key(0))
 >>> {key: layer["conv1"].shape[1] for key, layer in params["blocks"].items()}  # the channels grow
 {'0': 64, '1': 128, '2': 96}
->>> densenet.apply(params, jnp.zeros((2, 8, 8, 3))).logits.shape
+>>> jax.jit(densenet.apply)(params, jnp.zeros((2, 4, 4, 3))).logits.shape
 (2, 4)
 """
 
@@ -25,8 +25,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
-from jaxmodel.layers import BatchNorm, conv
-from jaxmodel.models.images import Head, check_classifier, pixel_inputs
+from jaxmodel.layers import BatchNorm, conv, dense
+from jaxmodel.models.images import check_classifier, pixel_inputs, read_pixels
 from jaxmodel.models.model import Model, Parts
 
 
@@ -68,7 +68,7 @@ class Config:
 
 
 SIZES = {
-    "tiny": Config((2, 1), 64, 4, 8, width=64, bottleneck=1, small=True),
+    "tiny": Config((2, 1), 64, 4, 4, width=64, bottleneck=1, small=True),
     "densenet-121": Config((6, 12, 24, 16)),
     "densenet-161": Config((6, 12, 36, 24), 48, width=96),
     "densenet-169": Config((6, 12, 32, 32)),
@@ -77,9 +77,9 @@ SIZES = {
 
 RULES: tree.Rules = (
     ("stem", P("tensor")),
-    ("blocks/.*/(conv.|transition)|top/head", P("tensor", "fsdp")),
+    ("blocks/.*/(conv.|transition)|head", P("tensor", "fsdp")),
     (".*norm/.*", P()),
-    ("top/head_bias", P("tensor")),
+    (".*_bias", P("tensor")),  # of the head, and of the convolutions that norms were folded into
 )
 
 
@@ -125,7 +125,7 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         y = nn.relu(BatchNorm(self.config.norm_eps, train, name="norm")(x))
-        return Head(self.config.classes, self.policy, name="top")(jnp.mean(y.astype(jnp.float32), axis=(1, 2)))
+        return dense(self, jnp.mean(y.astype(jnp.float32), axis=(1, 2)), "head", self.config.classes, self.policy, "float32")
 
 
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
@@ -139,7 +139,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     inputs = pixel_inputs(config.size, config.channels)
 
     def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        return stem.apply({"params": params}, inputs["pixels"].astype(policy.stream), train), {}
+        return stem.apply({"params": params}, read_pixels(inputs, policy), train), {}
 
     def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
         return layer_module.apply({"params": params}, x, train), cache, {}

@@ -5,8 +5,12 @@ asks for a `predict` alone (evaluation, explanation, trust) takes the model. Its
 without: a dtype policy, probes and so calibration, parts smaller than the whole (`embed` is the module, the head gives its
 output on), a cache, a file layout. Compressed leaves are decoded before the module sees them; kernels lie `[in, out]`.
 
-What a module keeps that is not a parameter (running statistics) stands in the branch `state` of the tree. It has no gradient,
-`TRAINABLE` keeps it from the optimiser's decay too, and `set_state` is the pure function that moves it on.
+What a module keeps that is not a parameter (running statistics) stands in the branch `state` of the tree. It has no gradient, it
+does not train (see `tree.partition`), and `set_state` is the pure function that moves it on.
+
+The contracts that every module here keeps: its tree is a plain nested dict, covered by rules; `apply` gives what the module
+gives, under `jit` too, traced once; the key alone decides what is drawn, and a missing one is an error in training; nothing is
+changed in place; the loss falls; the state stays; it runs on a mesh, with compressed leaves, and as a `predict`.
 
 >>> import flax.linen as nn
 >>> model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
@@ -34,13 +38,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import leaves, ops, tree
 from jaxmodel.errors import InputError
-from jaxmodel.models.model import Inputs, Model, Parts
+from jaxmodel.models.model import Inputs, Model, Parts, read
 
 STATE = "state"
 """The branch of the tree with what is not a parameter."""
-
-TRAINABLE: tree.Rules = ((tree.optional(f"{STATE}/.*"), False), (".*", True))
-"""Rules for `TrainConfig.trainable`: all but the state."""
 
 REPLICATED: tree.Rules = ((".*", P()),)
 
@@ -64,7 +65,7 @@ class Foreign:
 
 
 def from_linen(
-    module: nn.Module,
+    module: Any,
     inputs: Example,
     *,
     call: Call | None = None,
@@ -75,9 +76,10 @@ def from_linen(
     traced twice (`nn.Sequential` can with a tuple, not with a list).
 
     Args:
-      module: as its author wrote it. Collections besides `params` become the tree's branch `state`.
-      inputs: what it reads: an array or shape with the batch in front, a dict of such, or `(batch, length) -> shapes`.
-      call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in their order. As it
+      module: a Linen module as its author wrote it. Collections besides `params` become the tree's branch `state`.
+      inputs: what it reads: an array or shape with the batch in front, a dict of such, or `(batch, length) -> shapes`. The order
+        of this dict is that of the module's arguments; batches go by name, in any order.
+      call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in that order. As it
         stands, an argument of the module named train, training, is_training or deterministic is told which it is.
       rngs: names of the random streams that it draws from, besides `params`.
       rules: path -> PartitionSpec; as it stands, every device has all of it.
@@ -86,10 +88,13 @@ def from_linen(
       The model; weights that exist already are `{**variables["params"], "state": other collections}`, see `linen_params`.
 
     Raises:
-      InputError: inputs of another kind; when it is run, an output that is no array, or no `rng` where one is drawn from.
+      InputError: what is no Linen module, or inputs of another kind; when it is run, an output that is no array, or no `rng`
+        where one is drawn from.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module: {module!r} given; allowed: a Linen module that is made, such as nn.Dense(3)")
     shapes = _shapes(inputs)
-    call = call or _Call(*_flag(type(module).__call__))
+    call = call or _Call(_names(shapes), *_flag(type(module).__call__))
     arguments = (module, shapes, call, rngs, tuple(rules))
     try:
         hash(arguments)
@@ -115,16 +120,25 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: t
       The model; weights of a module that exists already are `nnx_params(module)`.
 
     Raises:
-      InputError: inputs of another kind, or a module with a cache of its own; when it is run, see `from_linen`.
+      InputError: what is no module and makes none, inputs of another kind, or a module with a cache of its own; when it is run,
+        see `from_linen`.
+
+    >>> from flax import nnx
+    >>> model = from_nnx(functools.partial(nnx.Linear, 4, 3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
+    >>> params = model.init(jax.random.key(0))
+    >>> {path: leaf.shape for path, leaf in tree.flatten(params).items()}
+    {'bias': (3,), 'kernel': (4, 3)}
+    >>> model.apply(params, jnp.ones((2, 4))).logits.shape
+    (2, 3)
     """
     from flax import nnx
 
-    made = isinstance(module, nnx.Module)
+    made, make = isinstance(module, nnx.Module), module
+    if not made and not callable(module):
+        raise InputError(f"module: {module!r} given; allowed: an nnx module, or what makes one from `rngs`")
     if made:
         graph, values = nnx.split(module)
-        make = lambda rngs: nnx.merge(graph, values)
-    else:
-        make = module
+        make: Any = lambda rngs: nnx.merge(graph, values)
     shell = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     kinds = dict(nnx.to_flat_state(nnx.split(shell)[1]))  # path -> what stands there, without values
     for path, kind in kinds.items():
@@ -138,7 +152,8 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: t
         graphs[train] = nnx.split(shell)[0]
     drawn = [path for path, kind in kinds.items() if isinstance(kind, nnx.RngState)]
     streams = [path for path in drawn if isinstance(kinds[path], nnx.RngKey)]
-    shapes, call = _shapes(inputs), call or _Call()
+    shapes = _shapes(inputs)
+    call = call or _Call(_names(shapes))
 
     def run(params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool) -> tuple[jax.Array, tree.Params]:
         if train and streams and rng is None:
@@ -278,6 +293,10 @@ def _inputs(shapes: Any, batch: int, length: int) -> dict[str, jax.ShapeDtypeStr
     return {name: jax.ShapeDtypeStruct((batch, *shape[1:]), dtype) for name, shape, dtype in shapes}
 
 
+def _names(shapes: Any) -> tuple[str, ...]:
+    return tuple(_inputs(shapes, 1, 1))
+
+
 def _flag(function: Callable[..., Any]) -> tuple[str | None, bool]:
     """The argument that tells a module whether it trains, and whether it means the opposite."""
     found = [name for name in inspect.signature(function).parameters if name in _FLAGS]
@@ -286,13 +305,18 @@ def _flag(function: Callable[..., Any]) -> tuple[str | None, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A module called with its inputs in their order; a dataclass, so that equal ones are equal."""
+    """A module called with its inputs in the order of their names here; a dataclass, so that equal ones are equal.
 
+    Not in the order of the batch: JAX sorts the keys of a dict that goes through `jit`.
+    """
+
+    names: tuple[str, ...]
     flag: str | None = None
     opposite: bool = False
 
     def __call__(self, module: Any, inputs: dict[str, jax.Array], train: bool) -> Any:
-        return module(*inputs.values(), **({} if self.flag is None else {self.flag: train is not self.opposite}))
+        flags = {} if self.flag is None else {self.flag: train is not self.opposite}
+        return module(*(read(inputs, name) for name in self.names), **flags)
 
 
 def _plain(params: tree.Params) -> tree.Params:

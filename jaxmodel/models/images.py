@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jaxmodel import layers, ops, tree
 from jaxmodel.errors import InputError
-from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.models.model import Model, Parts, check_sizes, read
 
 
 def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = ()) -> None:
@@ -41,6 +42,18 @@ def pixel_inputs(size: int, channels: int) -> Callable[[int, int], dict[str, jax
     return lambda batch, length: {"pixels": jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)}
 
 
+def read_pixels(inputs: Mapping[str, jax.Array], policy: ops.Policy) -> Float[Array, "B Y X C"]:
+    """The pixels of some inputs, in the policy's dtype.
+
+    Raises:
+      InputError: none, other axes, or whole numbers: 0 to 255 must not look like the scaled ones that a model was trained on.
+    """
+    pixels = read(inputs, "pixels", "BYXC")
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise InputError(f"pixels: {pixels.dtype} given; floating numbers are needed, scaled as in training")
+    return pixels.astype(policy.stream)
+
+
 def two_parts(
     config: Any,
     policy: ops.Policy,
@@ -62,7 +75,7 @@ def two_parts(
     inputs = pixel_inputs(config.size, config.channels)
 
     def embed(params: tree.Params, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        return body.apply({"params": params}, inputs["pixels"].astype(policy.stream), rng if train else None), {}
+        return body.apply({"params": params}, read_pixels(inputs, policy), rng if train else None), {}
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> Any:
         return top.apply({"params": params}, x)

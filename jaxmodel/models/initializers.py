@@ -39,6 +39,12 @@ class Initializer:
     A new one is a subclass; its class name in lower case is its text form.
     """
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if str(field.type).startswith("float") and not isinstance(value, float | int | None):
+                raise TypeError(f"{field.name} is {value!r}; a number is needed")  # as any wrong type of an argument
+
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         """New weights for the leaf of one layer.
 
@@ -82,6 +88,7 @@ class Uniform(Initializer):
     low: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (-self.high if self.low is None else self.low) < self.high:
             raise InputError(f"uniform: high {self.high}, low {self.low} given; allowed: a low below the high")
 
@@ -97,6 +104,7 @@ class Normal(Initializer):
     std: float = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least_zero("normal", "std", self.std)
 
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -111,6 +119,7 @@ class Truncated(Initializer):
     cut: float = 2.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least_zero("truncated", "std", self.std)
         if not self.cut > 0:
             raise InputError(f"truncated: cut is {self.cut}; allowed: above 0")
@@ -135,6 +144,7 @@ class _Scaled(Initializer):
     gain: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.distribution not in DISTRIBUTIONS:
             raise unknown(f"{_name(type(self))}: distribution", self.distribution, DISTRIBUTIONS)
         _at_least_zero(_name(type(self)), "gain", self.gain)
@@ -252,9 +262,11 @@ def initializer(value: Any) -> Initializer | Callable[..., jax.Array] | None:
     """
     if isinstance(value, str):
         return _parse(value)
-    if value is None or callable(value):
-        return value
-    raise InputError(f"rules: {value!r} is no initialiser; allowed: {', '.join(sorted(initializers()))}, a callable or None")
+    known = initializers()
+    if value is None or (callable(value) and value not in known.values()):
+        return value  # pyright: ignore[reportReturnType]
+    names = ", ".join(sorted(known))
+    raise InputError(f"rules: {value!r} is no initialiser; allowed: {names}, one that is made (`He()`), a callable or None")
 
 
 def initializers() -> dict[str, type[Initializer]]:

@@ -6,8 +6,8 @@ basis functions. `lenet-5-wide` is the one of Caffe, of 431,080, on which most p
 
 >>> import jax.numpy as jnp
 >>> lenet = model(SIZES["tiny"])
->>> params = lenet.init(jax.random.key(0))
->>> lenet.apply(params, jnp.zeros((2, 16, 16, 1))).logits.shape
+>>> params = jax.jit(lenet.init)(jax.random.key(0))
+>>> jax.jit(lenet.apply)(params, jnp.zeros((2, 16, 16, 1))).logits.shape
 (2, 4)
 """
 

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import MLP, Attention, MoE, RMSNorm, init_layers, leaf
+from jaxmodel.layers import MLP, Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
@@ -60,6 +60,7 @@ class Config:
       logit_softcap: of the logits, or None.
       experts: feed-forward parts E of each layer, between which a router chooses; 0 for one without a router.
       experts_per_token: how many it chooses.
+      balance: in training, what the loss adds of the experts' load balance (its mean over the layers).
     """
 
     vocab: int
@@ -88,20 +89,21 @@ class Config:
     logit_softcap: float | None = None
     experts: int = 0
     experts_per_token: int = 2
+    balance: float = 0.01
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context"))
         if self.heads % self.kv_heads or self.head_width % 2:
-            raise InputError(
-                f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given; a divisor of {self.heads} heads and an even "
-                "width are needed"
-            )
+            given = f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given"
+            raise InputError(f"{given}; a divisor of {self.heads} heads and an even width are needed")
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
         if any(not isinstance(w, int) or w < 0 for w in self.windows):
             raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise InputError(f"experts_per_token: {self.experts_per_token} given; allowed: 1 to {self.experts}, the experts")
+        if self.balance < 0:
+            raise InputError(f"balance: {self.balance} given; allowed: at least 0")
 
     def window_of_layers(self) -> tuple[int, ...]:
         """The window of every layer; 0 for none."""
@@ -111,19 +113,20 @@ class Config:
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
 
+def _gemma(*sizes: Any, **more: Any) -> Config:
+    """A size of Gemma, whose embedding is scaled by the root of the width."""
+    given: dict[str, Any] = {"tied": True, "norm_eps": 1e-6, "query_scale": 256**-0.5} | more
+    same: dict[str, Any] = {"activation": "gelu_tanh", "norm_offset": 1.0, "post_norms": True, "embed_scale": sizes[1] ** 0.5}
+    return Config(*sizes, **given, **same)
+
+
 _LLAMA31 = ops.RopeScaling("llama3", 8.0, 8192)
-_GEMMA: dict[str, Any] = {"tied": True, "activation": "gelu_tanh", "norm_offset": 1.0, "post_norms": True}
+_GEMMA3: dict[str, Any] = {"rope_base": 1e6, "local_rope_base": 10000.0, "qk_norm": True}
+_ALL = {"local_rope_base": 1000.0, "qk_norm": True, "qkv_bias": True, "attn_softcap": 5.0, "logit_softcap": 3.0}
 
 SIZES = {
     "tiny": Config(256, 32, 3, 4, 2, 8, 64, 128),
-    "tiny-gemma": dataclasses.replace(
-        Config(256, 32, 3, 4, 2, 8, 64, 128, windows=(3, 0), embed_scale=32**0.5, **_GEMMA),
-        local_rope_base=1000.0,
-        qk_norm=True,
-        qkv_bias=True,
-        attn_softcap=5.0,
-        logit_softcap=3.0,
-    ),
+    "tiny-gemma": _gemma(256, 32, 3, 4, 2, 8, 64, 128, norm_eps=1e-5, query_scale=None, windows=(3, 0), **_ALL),
     "tiny-moe": Config(256, 32, 3, 4, 2, 8, 64, 128, experts=4),
     "smollm2-135m": Config(49152, 576, 30, 9, 3, 64, 1536, 8192, 100000.0, tied=True),
     "llama-2-7b": Config(32000, 4096, 32, 32, 32, 128, 11008, 4096),
@@ -132,23 +135,13 @@ SIZES = {
     "llama-3-405b": Config(128256, 16384, 126, 128, 8, 128, 53248, 8192, 500000.0),
     "llama-3.1-8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 131072, 500000.0, rope_scaling=_LLAMA31),
     "mistral-7b": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, windows=(4096,)),
-    "mixtral-8x7b": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, 1000000.0, experts=8),
+    "mixtral-8x7b": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, 1000000.0, experts=8, balance=0.02),
     "qwen2-0.5b": Config(151936, 896, 24, 14, 2, 64, 4864, 32768, 1000000.0, 1e-6, tied=True, qkv_bias=True),
     "qwen2-7b": Config(152064, 3584, 28, 28, 4, 128, 18944, 32768, 1000000.0, 1e-6, qkv_bias=True),
     "qwen3-0.6b": Config(151936, 1024, 28, 16, 8, 128, 3072, 40960, 1000000.0, 1e-6, tied=True, qk_norm=True),
     "qwen3-8b": Config(151936, 4096, 36, 32, 8, 128, 12288, 40960, 1000000.0, 1e-6, qk_norm=True),
-    "gemma-2-2b": dataclasses.replace(
-        Config(256000, 2304, 26, 8, 4, 256, 9216, 8192, norm_eps=1e-6, windows=(4096, 0), embed_scale=2304**0.5, **_GEMMA),
-        query_scale=256**-0.5,
-        attn_softcap=50.0,
-        logit_softcap=30.0,
-    ),
-    "gemma-3-1b": dataclasses.replace(
-        Config(262144, 1152, 26, 4, 1, 256, 6912, 32768, 1e6, 1e-6, windows=(512,) * 5 + (0,), embed_scale=1152**0.5, **_GEMMA),
-        query_scale=256**-0.5,
-        local_rope_base=10000.0,
-        qk_norm=True,
-    ),
+    "gemma-2-2b": _gemma(256000, 2304, 26, 8, 4, 256, 9216, 8192, windows=(4096, 0), attn_softcap=50.0, logit_softcap=30.0),
+    "gemma-3-1b": _gemma(262144, 1152, 26, 4, 1, 256, 6912, 32768, windows=(512,) * 5 + (0,), **_GEMMA3),
 }
 
 RULES: tree.Rules = (
@@ -208,12 +201,6 @@ def _of_layer(config: Config, context: dict[str, Any], layer: Any) -> tuple[dict
     return context, window
 
 
-def _real(inputs: dict[str, jax.Array]) -> jax.Array | None:
-    """True for what is not padding, by the mask and the segments; None where there are neither."""
-    found = [inputs[name].astype(jnp.bool_) for name in ("mask", "segments") if name in inputs]
-    return functools.reduce(jnp.logical_and, found) if found else None
-
-
 class _Head(nn.Module):
     config: Config
     policy: ops.Policy
@@ -237,15 +224,13 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 def _model(config: Config, policy: ops.Policy) -> Model:
     block_module, head_module = _Block(config, policy), _Head(config, policy)
 
-    def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False):
         positions, context = decoder_context(inputs, cache)
         context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base, config.rope_scaling)
         if config.local_rope_base is not None:
             context["local_rope"] = ops.rope_tables(positions, config.head_width, config.local_rope_base)
         if config.experts:
-            context["real"] = _real(inputs)
+            context["real"] = real_tokens(inputs)
         x = ops.take(params["embed"], inputs["tokens"], policy)
         return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype), context
 
@@ -255,16 +240,14 @@ def _model(config: Config, policy: ops.Policy) -> Model:
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         own = {name: params[name] for name in ("norm", "head") if name in params}
-        logits = head_module.apply({"params": own}, x, None if "head" in params else params["embed"])
-        assert isinstance(logits, jax.Array)
+        logits: Any = head_module.apply({"params": own}, x, None if "head" in params else params["embed"])
         return logits
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, config.width), policy.stream)
-        tokens = {"tokens": jnp.zeros((1, 1), jnp.int32)}
         table = config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width))
-        context = embed({"embed": table}, tokens)[1]
+        context = embed({"embed": table}, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
         blocks = init_layers(lambda k: dict(block_module.init(k, x, context, None, 0)["params"]), blocks_key, config.depth)
         top = head_module.init(head_key, x, table if config.tied else None)["params"]
         return {"embed": table, "blocks": blocks, **top}

@@ -1,10 +1,10 @@
 """A multi-layer perceptron with dropout: the smallest model, and the one to read first.
 
 >>> mlp = model(SIZES["tiny"])
->>> params = mlp.init(jax.random.key(0))
+>>> params = jax.jit(mlp.init)(jax.random.key(0))
 >>> list(params["blocks"])  # layers that are equal stand stacked and are run by one scan
 ['0', '1-2', '3']
->>> mlp.apply(params, jnp.zeros((2, 16))).logits.shape
+>>> jax.jit(mlp.apply)(params, jnp.zeros((2, 16))).logits.shape
 (2, 4)
 """
 
@@ -23,7 +23,7 @@ from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers import activation, dense, dropout
 from jaxmodel.models.images import Head, check_classifier
-from jaxmodel.models.model import Model, Parts
+from jaxmodel.models.model import Model, Parts, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     layer_module, head_module = _Layer(config, policy), Head(config.classes, policy)
 
     def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        x = inputs["features"]
+        x = read(inputs, "features")
         return x.reshape(x.shape[0], -1).astype(policy.stream), {}
 
     def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:

@@ -95,6 +95,11 @@ class Model:
         object.__setattr__(self, "hidden", hidden)
         object.__setattr__(self, "apply", apply)
 
+    @property
+    def continues(self) -> bool:
+        """Whether it reads one text, its `tokens`, and continues it: a decoder without an encoder."""
+        return self.init_cache is not None and list(self.inputs(1, 1)) == ["tokens"]
+
 
 def wrap(model: Model, change: Callable[[Parts], Parts]) -> Model:
     """The model with other parts, which stay with it under another policy too.
@@ -117,6 +122,24 @@ def check_sizes(config: Any, names: Iterable[str]) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r}; allowed: a whole number of at least 1")
+
+
+def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Array:
+    """One of a model's inputs.
+
+    Args:
+      inputs: by name.
+      name: which.
+      axes: its axes, a letter each, of which there must be as many; "" for any.
+
+    Raises:
+      InputError: it is not there, or has another number of axes.
+    """
+    if name not in inputs:
+        raise InputError(f"inputs: {', '.join(inputs) or 'none'} given; {name!r} is needed")
+    if axes and inputs[name].ndim != len(axes):
+        raise InputError(f"{name}: the shape {list(inputs[name].shape)} given; needed is [{', '.join(axes)}]")
+    return inputs[name]
 
 
 _EMBED, _HEAD = 2**32 - 1, 2**32 - 2  # what embed and head fold into the step's key; layer i folds in i

@@ -5,10 +5,10 @@ Residual blocks of two convolutions, or of three with a narrow one between (bott
 have, a bottleneck's stride is that of its 3 x 3 convolution.
 
 >>> resnet = model(SIZES["tiny"])
->>> params = resnet.init(jax.random.key(0))
+>>> params = jax.jit(resnet.init)(jax.random.key(0))
 >>> list(params["blocks"])
 ['0-1', '2']
->>> resnet.apply(params, jnp.zeros((2, 16, 16, 3))).logits.shape
+>>> jax.jit(resnet.apply)(params, jnp.zeros((2, 16, 16, 3))).logits.shape
 (2, 4)
 """
 
@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import BatchNorm, GroupNorm, conv
-from jaxmodel.models.images import Head, check_classifier, pixel_inputs
+from jaxmodel.models.images import Head, check_classifier, pixel_inputs, read_pixels
 from jaxmodel.models.model import Model, Parts
 
 NORMS = ("batch", "group")
@@ -148,7 +148,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     inputs = pixel_inputs(config.size, config.channels)
 
     def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        return stem.apply({"params": params}, inputs["pixels"].astype(policy.stream), train), {}
+        return stem.apply({"params": params}, read_pixels(inputs, policy), train), {}
 
     def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
         # What a block does follows from its leaves, not from its number, which is traced where layers are scanned.

@@ -11,7 +11,7 @@ from jaxmodel.ops.pool import avg_pool, max_pool
 from jaxmodel.ops.probe import STATISTICS, Probe, histogram, tap, zeros_for
 from jaxmodel.ops.ragged import ragged
 from jaxmodel.ops.recurrent import StateCache, recurrent_step
-from jaxmodel.ops.rope import RopeScaling, rope_tables, rotate
+from jaxmodel.ops.rope import RopeScaling, rope_frequencies, rope_tables, rotate
 from jaxmodel.ops.seen import Seen
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "ragged",
     "recurrent_step",
     "rms_norm",
+    "rope_frequencies",
     "rope_tables",
     "rotate",
     "round_rows",

@@ -10,6 +10,9 @@ from jaxmodel.leaves.leaf import register
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.seen import Seen
 
+UNROLLED = 16
+"""Rows that are written by code of their own; more are written in a loop, because XLA would compile for minutes."""
+
 
 @register
 class KVCache:
@@ -64,8 +67,16 @@ class KVCache:
 
     def _write(self, store: Array, layer: jax.Array | int, new: Float[Array, "B T K h"]) -> Array:
         rows = new.transpose(0, 2, 1, 3).astype(store.dtype)
-        for b in range(rows.shape[0]):  # a slice for each row: XLA writes slices in place, and scatters slowly
-            store = jax.lax.dynamic_update_slice(store, rows[None, b : b + 1], (layer, b, 0, self.length[b], 0))
+
+        def put(b: jax.Array | int, store: Array) -> Array:
+            row = jax.lax.dynamic_slice_in_dim(rows, b, 1)
+            return jax.lax.dynamic_update_slice(store, row[None], (layer, b, 0, self.length[b], 0))
+
+        # a slice for each row: XLA writes slices in place, and scatters slowly
+        if rows.shape[0] > UNROLLED:
+            return jax.lax.fori_loop(0, rows.shape[0], put, store)
+        for b in range(rows.shape[0]):
+            store = put(b, store)
         return store
 
     def advance(self, count: Int[Array, " B"] | int) -> KVCache:

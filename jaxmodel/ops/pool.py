@@ -1,7 +1,8 @@
 """Pooling of images: the largest or the mean value of each window.
 
 XLA's own windowed reductions have a gradient that scatters, which took three quarters of a training step of a small network on a
-CPU (135 ms against 35 ms). Windows side by side are axes of their own here, and those that overlap are slices; both are fused.
+CPU (135 ms against 35 ms). Here a maximum is one of slices, each with one place of all windows, and a mean is over axes of its
+own; both are fused. (A maximum over such axes, too, is slower in its gradient: 61 against 50 ms of processor time in that step.)
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ def max_pool(
     if pad:
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=-jnp.inf)
     counts = _counts(x, kernel, stride)
-    if stride == kernel:
-        return jnp.max(_side_by_side(x, kernel, counts), axis=(2, 4))
 
     def part(i: int, j: int) -> Array:
         """The elements at this place of all windows."""
@@ -54,8 +53,9 @@ def avg_pool(x: Float[Array, "B Y X D"], kernel: tuple[int, int]) -> Float[Array
     Raises:
       InputError: an image smaller than a window.
     """
-    windows = _side_by_side(x.astype(jnp.float32), kernel, _counts(x, kernel, kernel))
-    return jnp.mean(windows, axis=(2, 4)).astype(x.dtype)
+    (p, q), (y, z) = _counts(x, kernel, kernel), kernel
+    windows = x[:, : p * y, : q * z].reshape(x.shape[0], p, y, q, z, x.shape[-1])
+    return jnp.mean(windows.astype(jnp.float32), axis=(2, 4)).astype(x.dtype)
 
 
 def _counts(x: Float[Array, "B Y X D"], kernel: tuple[int, int], stride: tuple[int, int]) -> list[int]:
@@ -64,9 +64,3 @@ def _counts(x: Float[Array, "B Y X D"], kernel: tuple[int, int], stride: tuple[i
     if min(counts) < 1:
         raise InputError(f"kernel: {kernel} given for images of {x.shape[1:3]}; a window must fit into an image")
     return counts
-
-
-def _side_by_side(x: Array, kernel: tuple[int, int], counts: list[int]) -> Float[Array, "B P y Q x D"]:
-    """Axes of the windows, and of the places in each."""
-    (p, q), (y, z) = counts, kernel
-    return x[:, : p * y, : q * z].reshape(x.shape[0], p, y, q, z, x.shape[-1])

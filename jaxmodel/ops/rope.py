@@ -74,6 +74,15 @@ class RopeScaling:
         return 0.1 * math.log(self.factor) + 1 if self.sharpen is None else self.sharpen
 
 
+def rope_frequencies(width: int, base: float) -> np.ndarray:
+    """The frequencies of a head, `base^(-2i / width)`, in float64 and before any scaling.
+
+    >>> rope_frequencies(4, 100.0).tolist()
+    [1.0, 0.1]
+    """
+    return base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+
+
 def rope_tables(
     positions: Int[Array, "B T"], width: int, base: float, scaling: RopeScaling | None = None
 ) -> tuple[Float[Array, "B T f"], Float[Array, "B T f"]]:
@@ -81,11 +90,11 @@ def rope_tables(
 
     Args:
       positions: of the tokens.
-      width: of a head; there are `f = width / 2` frequencies `base^(-2i / width)`.
+      width: of a head; there are `f = width / 2` frequencies.
       base: of the frequencies.
       scaling: see `RopeScaling`.
     """
-    frequency = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    frequency = rope_frequencies(width, base)
     if scaling is not None:
         frequency = scaling.apply(frequency, base)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)[None, None]

@@ -18,7 +18,7 @@ class TrainConfig(TrainOptions):
 
     Attributes:
       decay: rules, path -> whether weights decay; as they stand, norms and biases do not.
-      trainable: rules, path -> whether the leaf trains; None for every plain floating leaf.
+      trainable: rules, path -> whether the leaf trains; None for every plain floating leaf but statistics (see `tree.partition`).
     """
 
     decay: tree.Rules = ((tree.optional(".*(norm/.*|_bias)"), False), (".*", True))

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxmodel import tree
-from jaxmodel.data import Stream, prefetch
+from jaxmodel.data import Batches, prefetch
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
@@ -27,12 +27,12 @@ from jaxmodel.train.step import make_step
 
 def fit(
     model: Model,
-    stream: Stream,
+    stream: Batches,
     config: TrainConfig = TrainConfig(),
     *,
     params: tree.Params | None = None,
     state: TrainState | None = None,
-    heldout: Stream | None = None,
+    heldout: Batches | None = None,
     mesh: jax.sharding.Mesh | None = None,
     loss: Loss = next_token,
     optimizer: optax.GradientTransformation | None = None,
@@ -53,8 +53,8 @@ def fit(
       on_log: called with each row of the history.
 
     Returns:
-      The last state and the history: rows with step, loss, grad_norm, tokens_per_second, seconds, and heldout_loss where one
-      was taken.
+      The last state and the history: rows with step, loss, grad_norm, the other metrics of the loss, tokens_per_second
+      (rows_per_second where batches have no tokens), seconds, and heldout_loss where one was taken.
     """
     optimizer = optimizer or adamw(config)
     if stream.batch_size % _batch_parts(mesh):
@@ -79,23 +79,24 @@ def fit(
         score = jax.jit(lambda params, batch: loss(model, params, batch, None, train=False)[0])
         history: list[dict[str, Any]] = []
         began = time.perf_counter()
-        since, tokens = began, 0
+        since, seen = began, 0
         with bar(config.steps - done, "train") as shown:
             for i, batch in enumerate(prefetch(stream, next_batch, next_batch + config.steps - done), start=done + 1):
                 current, metrics = run(current, _put(batch, mesh))
-                tokens += batch["tokens"].size
+                unit = "tokens" if "tokens" in batch else "rows"
+                seen += batch["tokens"].size if unit == "tokens" else stream.batch_size
                 shown.advance(1)
                 due = config.eval_every and i % config.eval_every == 0
                 if not (i == done + 1 or i % config.log_every == 0 or i == config.steps or due):
                     continue
                 row = {"step": i, **{name: float(value) for name, value in metrics.items()}}
                 now = time.perf_counter()
-                row |= {"tokens_per_second": tokens / (now - since), "seconds": now - began}
+                row |= {f"{unit}_per_second": seen / (now - since), "seconds": now - began}
                 if heldout is not None and (i == config.steps or due):
                     batches = (heldout.batch(j) for j in range(config.eval_batches))
                     row["heldout_loss"] = float(np.mean([float(score(current.params, _put(b, mesh))) for b in batches]))
-                since, tokens = time.perf_counter(), 0
-                shown.advance(0, loss=row["loss"], tokens_s=round(row["tokens_per_second"]))
+                since, seen = time.perf_counter(), 0
+                shown.advance(0, loss=row["loss"], **{f"{unit}_s": round(row[f"{unit}_per_second"])})
                 history.append(row)
                 if on_log is not None:
                     on_log(row)

@@ -26,25 +26,32 @@ def next_token(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross entropy of the next token, in nats, over the positions with weight.
 
+    In training a model of experts adds `config.balance` times its load balance (Fedus et al., 2022): what `aux["load_balance"]`
+    sums over the layers, divided by their number, so that the coefficient means the same at every depth.
+
     Args:
-      model: a decoder.
+      model: a decoder, or an encoder with a decoder.
       params: its parameters.
-      batch: `tokens`, `targets` `[B, T]`, and if there `weights` (0 where there is nothing to predict), `segments`,
-        `positions`.
+      batch: `targets` `[B, T]`, if there `weights` `[B, T]` (0 where there is nothing to predict), and the model's inputs:
+        `tokens` `[B, T]`, `segments`, `positions`, `source`.
       rng: for dropout.
-      train: False for a held-out loss.
+      train: False for a held-out loss, which is the cross entropy alone.
       chunk: see `cross_entropy`.
 
     Returns:
-      The loss, and `tokens`, the sum of the weights.
+      The loss, and `tokens`, the sum of the weights; of a model of experts also `load_balance`, the mean over the layers, which
+      is the number of experts of a token where all are used alike.
     """
-    inputs = {name: batch[name] for name in ("tokens", "segments", "positions") if name in batch}
-    x = model.hidden(params, inputs, rng=rng, train=train).hidden
+    inputs = {name: a for name, a in batch.items() if name not in ("targets", "weights")}
+    out = model.hidden(params, inputs, rng=rng, train=train)
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
     tokens = jnp.sum(weights)
-    total = jnp.sum(cross_entropy(model, params, x, targets, chunk=chunk) * weights)
-    return total / jnp.maximum(tokens, 1.0), {"tokens": tokens}
+    loss = jnp.sum(cross_entropy(model, params, out.hidden, targets, chunk=chunk) * weights) / jnp.maximum(tokens, 1.0)
+    if "load_balance" not in out.aux:
+        return loss, {"tokens": tokens}
+    balance = out.aux["load_balance"] / model.config.depth
+    return loss + model.config.balance * balance if train else loss, {"tokens": tokens, "load_balance": balance}
 
 
 def cross_entropy(

@@ -31,6 +31,7 @@ def set_batch_statistics(model: Model, params: tree.Params, batches: Batches, *,
       model: with batch norms: leaves `X/mean` and `X/variance`.
       params: its parameters.
       batches: inputs of `model.apply`, of one shape if possible (each shape compiles once); a list if there are several passes.
+        Labels among them are not read, so a training stream serves: `(stream.batch(i) for i in range(20))`.
       passes: over the batches.
 
     Returns:
@@ -39,6 +40,15 @@ def set_batch_statistics(model: Model, params: tree.Params, batches: Batches, *,
     Raises:
       InputError: no batch norm in the tree, no batches (or an iterator that is empty in the second pass), or a norm that is not
         used.
+
+    >>> from jaxmodel.models import resnet
+    >>> model = resnet.model(resnet.Config((1,), 2, classes=2, size=4, small=True))
+    >>> params = jax.jit(model.init)(jax.random.key(0))
+    >>> pixels = jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
+    >>> final = set_batch_statistics(model, params, [pixels])
+    >>> logits = jax.jit(lambda params, train: model.apply(params, pixels, train=train).logits, static_argnums=1)
+    >>> bool(jnp.allclose(logits(final, False), logits(params, True), atol=1e-4))  # as in training, of a batch of all data
+    True
     """
     at_least("passes", passes)
     found = [path.removesuffix("/variance") for path in tree.flatten(params) if path.endswith("/variance")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -13,11 +14,11 @@ from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
 from jaxmodel import compress, hub, tree
-from jaxmodel.cli import main
+from jaxmodel.cli import inspect, main
 from jaxmodel.cli.inspect import WEIGHTS
 from jaxmodel.hub.images import ImageProcessor
 from jaxmodel.hub.pretrained import KNOWN
-from jaxmodel.models import bert, llama, sizes, vit
+from jaxmodel.models import bert, lenet, llama, sizes, vit
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 20
 LABELS = ("no", "yes", "[may]be")  # brackets are no markup
@@ -40,9 +41,13 @@ def folder(tmp_path_factory):
     made = {
         "texts": bundle_of(bert, bert.Config(vocab, 32, 2, 4, 64, 32, "classify", LABELS), tokenizer, "texts"),
         "images": bundle_of(vit, vit.Config(8, 4, 32, 1, 4, 64, LABELS), ImageProcessor((8, 8)), "images"),
+        "grey": bundle_of(lenet, lenet.Config((4,), (8,), 8, 3), ImageProcessor((8, 8), mean=(0.0,), std=(1.0,)), "grey"),
         "plain": bundle_of(llama, llama.Config(vocab, 64, 3, 4, 2, 16, 128, 128, tied=True), tokenizer, "plain"),
     }
     made["small"], _ = compress.compress_bundle(made["plain"], compress.named("int8"))
+    made["grey"] = dataclasses.replace(made["grey"], card={"name": "grey", "labels": LABELS})
+    made["colours"] = dataclasses.replace(made["grey"], processor=ImageProcessor((8, 8)))
+    made["unequal"] = dataclasses.replace(made["grey"], card={"name": "unequal", "labels": LABELS[:2]})
     for name, bundle in made.items():
         bundle.save_pretrained(room / name)
     for i, text in enumerate(("The dog", "The quick brown fox", TEXT)):
@@ -82,11 +87,12 @@ PUBLISHED = {  # what transformers counts; of bert with the head for masked toke
 }
 
 
-def test_models(capsys, folder):
+def test_models(capsys, folder, monkeypatch):
+    monkeypatch.setattr(inspect, "count_parameters", lambda known: dict.fromkeys(known, 0))  # what is not stored
     got = as_json(capsys, folder, "models")
     rows = {f"{row['family']}/{row['name']}": row for row in got}
     assert list(rows) == list(sizes()) and set(WEIGHTS) < set(rows)
-    assert {name: rows[name]["parameters"] for name in PUBLISHED} == PUBLISHED
+    assert {name: rows[name]["parameters"] for name in PUBLISHED} == PUBLISHED  # and so stored
     for row in got:
         assert set(row) == {"family", "name", "parameters", "needs"}
         needs = row["needs"]
@@ -95,6 +101,14 @@ def test_models(capsys, folder):
     assert rows["gpt2/gpt2"]["needs"]["weights"] == "hub openai-community/gpt2"
     assert rows["gpt2/tiny"]["needs"]["weights"] == "none"
     assert sum(where.startswith("package ") for where in WEIGHTS.values()) == len(KNOWN)
+
+
+def test_a_size_that_has_changed_or_is_new_is_counted(capsys, folder, monkeypatch):
+    module, config = sizes()["llama/tiny"]
+    known = {"llama/tiny": (module, dataclasses.replace(config, vocab=100)), "llama/new": (module, config)}
+    monkeypatch.setattr("jaxmodel.models.sizes", lambda: known)
+    counts = {row["name"]: row["parameters"] for row in as_json(capsys, folder, "models")}
+    assert counts["tiny"] == counts["new"] - 156 * 32 * 2 == 44_256 - 156 * 32 * 2
 
 
 def test_models_for_people(capsys, folder, monkeypatch):
@@ -140,7 +154,7 @@ def test_summary_of_a_bundle(capsys, folder):
     assert [row["path"] for row in got["leaves"]] == list(tree.flatten(params))
     assert got["bytes"] == tree.nbytes(params) and got["parameters"] == tree.count(params) and got["weights"] is True
     kinds = {row["path"]: row["kind"] for row in got["leaves"]}
-    assert kinds["blocks/0-2/mlp/up"] == "QTensor(bits=8, activations=int8)" and kinds["norm/weight"] == "bfloat16"
+    assert kinds["blocks/0-2/mlp/up"] == "QTensor(bits=8, activations=int8)" and kinds["norm/weight"] == "float32"
     assert got["card"]["name"] == "plain" and 8 < got["bits_per_weight"] < 10
     assert "QTensor(bits=8" in call(capsys, "summary", folder / "small", "--runs", folder / "runs").out
 
@@ -199,8 +213,18 @@ def test_predict_images(capsys, folder):
         assert row["label"] == LABELS[int(probabilities.argmax())] and not row["truncated"]
         assert [one["probability"] for one in row["top"]] == pytest.approx(-np.sort(-probabilities), abs=1e-5)
     assert got["reads"] == "images"
-    assert len({row["probability"] for row in got["rows"]}) == 3
+    assert len({row["probability"] for row in got["rows"]}) == 2  # what is seen through does not count
     assert "rgb.png" in call(capsys, "predict", folder / "images", "--input", files[0], "--runs", folder / "runs").out
+
+
+def test_predict_grey_images_with_the_labels_of_a_card(capsys, folder):
+    got = as_json(capsys, folder, "predict", folder / "grey", "--input", folder / "rgb.png", folder / "grey.png")
+    bundle = hub.from_pretrained(folder / "grey")
+    pixels = bundle.processor([np.asarray(Image.open(folder / f"{name}.png").convert("L")) for name in ("rgb", "grey")])
+    assert pixels.shape == (2, 8, 8, 1)
+    for row, probabilities in zip(got["rows"], expected(bundle, jnp.asarray(pixels)), strict=True):
+        assert row["label"] == LABELS[int(probabilities.argmax())]
+        assert row["probability"] == pytest.approx(float(probabilities.max()), abs=1e-5)
 
 
 def test_an_image_is_turned_as_the_camera_was_held(capsys, folder):
@@ -230,6 +254,10 @@ BAD = [
     (["predict", "{texts}", "--input", "{rgb.png}"], "rgb.png' is no UTF-8 text; allowed: text, which is what this model reads"),
     (["predict", "{images}", "--input", "{rgb.png}", "{broken.png}"], "broken.png' is no image that can be read"),
     (["predict", "{images}", "--input", "{0.txt}"], "0.txt' is no image that can be read"),
+    (["predict", "{colours}", "--input", "{rgb.png}"], "processor of 'grey' makes 8 x 8 x 3 pixels; the model reads 8 x 8 x 1"),
+    (["eval", "{texts}", "--data", "{2.txt}", "--window", "16"], "texts' does not continue texts; allowed: a decoder"),
+    (["eval", "{grey}", "--data", "{2.txt}"], "grey' does not continue texts; allowed: a decoder"),
+    (["predict", "{unequal}", "--input", "{rgb.png}"], "card: labels names 2 classes; the model has 3"),
     (["predict", "{texts}", "--input", "{0.txt}", "--top", "0"], "--top: 0 given; allowed: a whole number of at least 1"),
     (["predict", "{texts}", "--input", "{0.txt}", "--batch", "0"], "--batch: 0 given"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmodel import tree
+from jaxmodel.leaves import QTensor, Sparse
 from jaxmodel.models import Model, sizes
 
 B, T = 3, 8
@@ -20,8 +22,7 @@ TINY = [name for name in sizes() if name.split("/")[1].startswith("tiny")]
 def is_decoder(name: str) -> bool:
     """Whether a member reads one text and continues it."""
     module, config = sizes()[name]
-    model = module.model(config)
-    return model.init_cache is not None and list(model.inputs(1, 1)) == ["tokens"]
+    return module.model(config).continues
 
 
 def example(model: Model, batch: int, length: int, seed: int = 0) -> dict[str, jax.Array]:
@@ -50,12 +51,64 @@ class Case:
     def tokens(self) -> jax.Array:
         return self.inputs["tokens"]
 
+    def shapes(self, size: str) -> tree.Params:
+        """The shapes of the parameters of a size of this member's family."""
+        return shapes_of(f"{self.name.split('/')[0]}/{size}")
+
+    @functools.cached_property
+    def init(self) -> Any:
+        """jitted: key -> params; compiled once for all laws."""
+        return jax.jit(self.model.init)
+
+    @functools.cached_property
+    def mixed(self) -> tree.Params:
+        """Every leaf of two axes or more, which only the operations may read: another kind in each layer, a table int8."""
+
+        def compress(path: str, leaf: jax.Array) -> object:
+            if leaf.ndim < 2:
+                return leaf
+            keys = path.split("/")
+            if "blocks" not in keys:
+                return quantise(leaf, 8)
+            return KINDS[int(keys[keys.index("blocks") + 1]) % len(KINDS)](leaf)
+
+        return tree.map_leaves(compress, tree.unstack(self.params))
+
+    @functools.cached_property
+    def of_mixed(self) -> jax.Array:
+        """The logits of `mixed`."""
+        return self.apply(self.mixed, self.inputs)
+
+
+def quantise(w: jax.Array, bits: int, group: int | None = None, **static) -> QTensor:
+    group = group if group and w.shape[-1] % group == 0 else w.shape[-1]
+    grouped = np.asarray(w).reshape(*w.shape[:-1], -1, group)
+    scale = np.maximum(np.abs(grouped).max(-1), 1e-9) / (2 ** (bits - 1) - 1)
+    codes = np.round(grouped / scale[..., None]).astype(np.int32).reshape(w.shape)
+    group = group if group < w.shape[-1] else None
+    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static)
+
+
+def half(w: jax.Array) -> Sparse:
+    size = np.abs(np.asarray(w))
+    return Sparse.from_dense(w, jnp.asarray(size >= np.median(size, axis=-1, keepdims=True)))
+
+
+KINDS = (lambda w: quantise(w, 8), lambda w: quantise(w, 4, group=16), half)
+
+
+@functools.cache
+def shapes_of(name: str) -> tree.Params:
+    """The shapes of a member's parameters, big ones too, without their arrays."""
+    module, config = sizes()[name]
+    return jax.eval_shape(module.model(config).init, jax.random.key(0))
+
 
 def make_case(name: str) -> Case:
     module, config = sizes()[name]
     model = module.model(config)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = shapes_of(name)
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.2, a.dtype), shapes)
     params = positive(params)
     apply = jax.jit(lambda params, inputs: model.apply(params, inputs).logits)

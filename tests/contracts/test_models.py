@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 
 import chex
 import jax
@@ -15,8 +16,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, sharding, tree
+from jaxmodel.cli.inspect import COUNTS
 from jaxmodel.layers import fuse, unfuse
-from jaxmodel.leaves import QTensor, Sparse, decode
+from jaxmodel.leaves import QTensor, decode
 from jaxmodel.models import Output, wrap
 
 
@@ -41,7 +43,7 @@ def test_config_is_frozen_and_equal_arguments_give_the_same_model(case):
 
 
 def test_params_are_a_plain_dict_of_arrays(case):
-    params = jax.jit(case.model.init)(jax.random.key(0))
+    params = case.init(jax.random.key(0))
 
     def check(node):
         if isinstance(node, dict):
@@ -56,16 +58,16 @@ def test_params_are_a_plain_dict_of_arrays(case):
     chex.assert_trees_all_equal_shapes_and_dtypes(params, case.params)
     if "blocks" in params:
         tree.segments(params["blocks"])  # whole, or it raises
-    other = jax.jit(case.model.init)(jax.random.key(1))
-    assert tree.fingerprint(params) == tree.fingerprint(jax.jit(case.model.init)(jax.random.key(0)))
+    other = case.init(jax.random.key(1))
+    assert tree.fingerprint(params) == tree.fingerprint(case.init(jax.random.key(0)))
     assert tree.fingerprint(params) != tree.fingerprint(other)
 
 
 def test_every_path_is_covered_by_the_rules_and_no_rule_is_dead(case):
     assert case.model.rules is case.module.RULES
     used = set()
-    for name, config in sorted(case.module.SIZES.items(), key=lambda item: not item[0].startswith("tiny")):
-        shapes = jax.eval_shape(case.module.model(config).init, jax.random.key(0))  # big members too, without their arrays
+    for name in sorted(case.module.SIZES, key=lambda name: not name.startswith("tiny")):
+        shapes = case.shapes(name)  # of big ones too, without their arrays
         specs = tree.assign(case.module.RULES, shapes)
         for path, leaf in tree.flatten(shapes).items():
             shape = tree.layer_shape(path, leaf)
@@ -77,6 +79,14 @@ def test_every_path_is_covered_by_the_rules_and_no_rule_is_dead(case):
             used |= set(map(str, specs.values()))
         else:
             assert set(map(str, specs.values())) <= used, f"{name} has a leaf that no tiny member has"
+
+
+def test_stored_counts_are_true(case):
+    """If not: `python -c "from jaxmodel.cli import inspect; inspect.store_counts()"`. A size that is not stored is counted."""
+    stored, family = json.loads(COUNTS.read_text()), case.name.split("/")[0]
+    for name in case.module.SIZES:
+        if (size := stored.get(f"{family}/{name}")) is not None:
+            assert size["parameters"] == tree.count(case.shapes(name)), name
 
 
 # ------------------------------------------------------------------------------------------------------------ functions
@@ -142,51 +152,19 @@ def test_bfloat16_is_close_and_logits_stay_float32(case, policy):
 # -------------------------------------------------------------------------------------------------- segments and leaves
 
 
-def quantise(w: jax.Array, bits: int, group: int | None = None, **static) -> QTensor:
-    group = group if group and w.shape[-1] % group == 0 else w.shape[-1]
-    grouped = np.asarray(w).reshape(*w.shape[:-1], -1, group)
-    scale = np.maximum(np.abs(grouped).max(-1), 1e-9) / (2 ** (bits - 1) - 1)
-    codes = np.round(grouped / scale[..., None]).astype(np.int32).reshape(w.shape)
-    group = group if group < w.shape[-1] else None
-    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static)
-
-
-def half(w: jax.Array) -> Sparse:
-    size = np.abs(np.asarray(w))
-    return Sparse.from_dense(w, jnp.asarray(size >= np.median(size, axis=-1, keepdims=True)))
-
-
-KINDS = (lambda w: quantise(w, 8), lambda w: quantise(w, 4, group=16), half)
-
-
-def mixed(case) -> tree.Params:
-    """Every leaf of two axes or more, which only the operations may read: another kind in each layer, a table int8."""
-
-    def compress(path: str, leaf: jax.Array) -> object:
-        if leaf.ndim < 2:
-            return leaf
-        keys = path.split("/")
-        if "blocks" not in keys:
-            return quantise(leaf, 8)
-        return KINDS[int(keys[keys.index("blocks") + 1]) % len(KINDS)](leaf)
-
-    return tree.map_leaves(compress, tree.unstack(case.params))
-
-
 def test_segments_do_not_change_the_function(case):
     close(case.apply(tree.unstack(case.params), case.inputs), case.apply(case.params, case.inputs))
 
 
 def test_mixed_compressed_layers_run_close_to_their_decoded_version(case):
-    compressed = mixed(case)
-    decoded = tree.map_leaves(lambda _, leaf: decode(leaf), compressed)
+    decoded = jax.jit(lambda params: tree.map_leaves(lambda _, leaf: decode(leaf), params))(case.mixed)
     want = case.apply(decoded, case.inputs)
-    close(case.apply(compressed, case.inputs), want)
+    close(case.of_mixed, want)
     assert np.abs(want - case.apply(case.params, case.inputs)).max() > 0.05  # they are compressed
     # in floating point arithmetic that is exact, what remains is the rounding of activations
     dynamic = jax.tree.map(
         lambda leaf: dataclasses.replace(leaf, activations="int8") if isinstance(leaf, QTensor) else leaf,
-        compressed,
+        case.mixed,
         is_leaf=lambda leaf: isinstance(leaf, QTensor),
     )
     error = np.asarray(case.apply(dynamic, case.inputs) - want)
@@ -197,8 +175,7 @@ def test_fused_equals_unfused(case):
     fused = fuse(case.params)
     close(case.apply(fused, case.inputs), case.apply(case.params, case.inputs), 1e-5)
     chex.assert_trees_all_equal(unfuse(fused), case.params, strict=True)
-    compressed = mixed(case)
-    close(case.apply(fuse(compressed), case.inputs), case.apply(compressed, case.inputs), 1e-5)
+    close(case.apply(fuse(case.mixed), case.inputs), case.of_mixed, 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -229,7 +206,7 @@ def test_the_loss_falls(case):
 
         return jax.lax.scan(step, (params, optimizer.init(params)), None, 40)[1]
 
-    losses = train(jax.jit(case.model.init)(jax.random.key(0)))
+    losses = train(case.init(jax.random.key(0)))
     assert np.all(np.isfinite(losses))
     assert losses[-1] < 0.6 * losses[0]
 
@@ -276,11 +253,15 @@ def test_a_wrapped_model_is_wrapped_everywhere(case):
     other = wrapped.with_policy(ops.Policy(compute="bfloat16"))
     assert other.policy.compute == "bfloat16"
     for model in (wrapped, other):
-        want = jax.eval_shape(case.model.hidden, case.params, case.inputs).hidden
-        x, _ = model.parts.embed(case.params, case.inputs, None, None, False)
+
+        @jax.jit
+        def run(params, inputs, model=model):
+            x, _ = model.parts.embed(params, inputs, None, None, False)
+            return x, model.hidden(params, inputs).hidden, model.apply(params, inputs).logits
+
+        x, hidden, logits = run(case.params, case.inputs)
         assert not np.any(x)
-        assert model.hidden(case.params, case.inputs).hidden.shape == want.shape
-        logits = model.apply(case.params, case.inputs).logits
+        assert hidden.shape == jax.eval_shape(case.model.hidden, case.params, case.inputs).hidden.shape
         assert np.abs(np.asarray(logits - case.apply(case.params, case.inputs))).max() > 1e-2
     with pytest.raises(ValueError, match="init=False"):
         dataclasses.replace(case.model, apply=lambda params, inputs: None)

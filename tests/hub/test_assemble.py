@@ -17,8 +17,8 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle, bundle, from_pretrained
 from jaxmodel.hub.families import from_plain
-from jaxmodel.hub.names import Name, Tensors, read_leaf, to_file
-from jaxmodel.models import gpt2, llama
+from jaxmodel.hub.names import Name, Tensors, layer_shapes, read_leaf, to_file
+from jaxmodel.models import bert, families, gpt2, lenet, llama, t5, vit
 from jaxmodel.ops import RopeScaling
 
 
@@ -123,37 +123,51 @@ from jaxmodel import hub, sharding, tree
 def anonymous():
     return next(int(line.split()[1]) * 1e3 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-mesh = sharding.make_mesh("fsdp=8")
-hub.from_pretrained(sys.argv[2], mesh=mesh)  # what is loaded once: libraries, compiled programs
-peak, done = [0.0], threading.Event()
+mesh, kept = sharding.make_mesh("fsdp=8"), []
+for folder in sys.argv[1:]:
+    hub.from_pretrained(f"{folder}-small", mesh=mesh)  # what is loaded once: libraries, compiled programs
+    peak, done = [0.0], threading.Event()
 
-def watch():
-    while not done.wait(0.001):
-        peak[0] = max(peak[0], anonymous())
+    def watch():
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], anonymous())
 
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-bundle = hub.from_pretrained(sys.argv[1], mesh=mesh)
-done.set()
-thread.join()
-held = sum(s.data.nbytes for a in jax.tree.leaves(bundle.params) for s in a.addressable_shards)
-print(peak[0] - before, held, tree.nbytes(bundle.params))
+    before = anonymous()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    bundle = hub.from_pretrained(folder, mesh=mesh)
+    done.set()
+    thread.join()
+    held = sum(s.data.nbytes for a in jax.tree.leaves(bundle.params) for s in a.addressable_shards)
+    print(peak[0] - before, held, tree.nbytes(bundle.params))
+    kept.append(bundle)  # so that the next one cannot take its memory over
 """
+
+LARGEST = 4096 * 512  # elements of the largest tensor of each
+BIG = {
+    "llama": (llama.Config(4096, 512, 6, 8, 8, 64, 2048, 128), {"vocab": 256, "width": 64, "depth": 1, "mlp_width": 64}),
+    "gpt2": (gpt2.Config(4096, 512, 3, 8, 128), {"vocab": 256, "width": 64, "depth": 1}),
+    "bert": (bert.Config(4096, 512, 3, 8, 2048, 128), {"vocab": 256, "width": 64, "depth": 1, "mlp_width": 64}),
+    "vit": (vit.Config(64, 16, 512, 3, 8, 4096), {"width": 64, "depth": 1, "mlp_width": 64}),
+    "t5": (t5.Config(4096, 512, 2, 2, 8, 64, 2048), {"vocab": 256, "width": 64, "depth": 1, "encoder_depth": 1, "mlp_width": 64}),
+}
 
 
 def test_loading_takes_the_memory_of_what_is_held_and_of_one_tensor(devices8, tmp_path: Path) -> None:
-    config = llama.Config(4096, 512, 6, 8, 8, 64, 2048, 128)
     rng = np.random.default_rng(0)
-    for name, one in (("big", config), ("small", dataclasses.replace(config, vocab=256, width=64, depth=1, mlp_width=64))):
-        model = llama.model(one)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32)), shapes)
-        Bundle(model, params).save_pretrained(tmp_path / name)
-    peak, held, size = map(float, devices8(MEMORY, tmp_path / "big", tmp_path / "small").split())
-    largest = 4096 * 512 * 4
-    assert held < 1.05 * size  # each weight once, norms on every device
-    assert peak < held + 1.25 * largest + 4e6
+    for kind, (big, change) in BIG.items():
+        for name, config in ((kind, big), (f"{kind}-small", dataclasses.replace(big, **change))):
+            model = families()[kind].model(config)
+            shapes = jax.eval_shape(model.init, jax.random.key(0))
+            params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32)), shapes)
+            folder = Bundle(model, params).save_pretrained(tmp_path / name)
+            assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+            assert name != kind or max(leaf.size for leaf in jax.tree.leaves(layer_shapes(model))) == LARGEST
+    lines = devices8(MEMORY, *(tmp_path / kind for kind in BIG)).splitlines()
+    for kind, line in zip(BIG, lines, strict=True):
+        peak, held, size = map(float, line.split())
+        assert held < 1.05 * size, kind  # each weight once, norms and biases on every device
+        assert peak < held + 1.25 * 4 * LARGEST + 4e6, kind
 
 
 def test_several_files_and_their_index(tmp_path: Path) -> None:
@@ -195,3 +209,13 @@ def test_a_config_of_json_is_the_config() -> None:
     with pytest.raises(InputError, match="missing"):
         from_plain(gpt2.Config, {"vocab": 3})
     assert math.isclose(llama.SIZES["gemma-2-2b"].embed_scale, 48)
+
+
+def test_names_of_classes() -> None:
+    """Of the config, or, where that has only their number, of the card."""
+    model = lenet.model(lenet.SIZES["tiny"])
+    params = jax.jit(model.init)(jax.random.key(0))
+    assert Bundle(model, params).labels == ()
+    assert Bundle(model, params, card={"labels": ["a", "b", "c", 4]}).labels == ("a", "b", "c", "4")
+    with pytest.raises(InputError, match="card: labels names 3 classes; the model has 4"):
+        _ = Bundle(model, params, card={"labels": "abc"}).labels

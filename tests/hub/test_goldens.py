@@ -116,7 +116,7 @@ def test_gradients(golden: Golden) -> None:
         "weights": mask[:, 1:].astype(np.float32),
     }
     batch = jax.tree.map(jnp.asarray, batch)
-    loss = lambda params: next_token(bundle.model, params, batch)[0]
+    loss = lambda params: next_token(bundle.model, params, batch, train=False)[0]  # without the balance of experts
     value, grads = jax.jit(jax.value_and_grad(loss))(bundle.params)
     near(value, want["loss"], 1e-5)
     family, _ = family_of(bundle.model)
@@ -210,6 +210,7 @@ def test_what_is_not_read_is_named(kind: str, change: dict[str, Any], message: s
         ("tiny", {"windows": (5, 0)}),
         ("tiny", {"qk_norm": True, "qkv_bias": True}),
         ("tiny", {"logit_softcap": 3.0}),
+        ("tiny", {"experts_per_token": 3, "balance": 0.5}),  # of which a model without experts has no use, and config.json no key
         ("tiny-moe", {"qk_norm": True}),
         ("tiny-moe", {"windows": (5, 0)}),
     ],
@@ -241,8 +242,8 @@ def test_compressed_experts_are_one_leaf_on_disk(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- GGUF
 
 
-def write_gguf(path: Path, name: str, architecture: str) -> Path:
-    """A golden as GGUF, with the names and keys of the gguf package."""
+def write_gguf(path: Path, name: str, architecture: str, base: float | None = None, divisors: np.ndarray | None = None) -> Path:
+    """A golden as GGUF, with the names and keys of the gguf package; with another rope where `base` and `divisors` are given."""
     hf = load_file(GOLDENS / name / "model.safetensors")
     config = json.loads((GOLDENS / name / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -255,7 +256,7 @@ def write_gguf(path: Path, name: str, architecture: str) -> Path:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(base or config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
@@ -266,6 +267,8 @@ def write_gguf(path: Path, name: str, architecture: str) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary)
     writer.add_token_merges(["A B"])
+    if divisors is not None:
+        writer.add_tensor(f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", divisors)
     experts: dict[str, list[np.ndarray]] = {}
     for key in sorted(hf):
         value, (stem, suffix) = hf[key].astype(np.float32), key.rsplit(".", 1)
@@ -290,7 +293,52 @@ def test_gguf_equals_the_folder(name: str, architecture: str, tmp_path: Path) ->
     ours, theirs = from_pretrained(write_gguf(tmp_path / "a.gguf", name, architecture)), from_pretrained(GOLDENS / name)
     assert tree.fingerprint(ours.params) == tree.fingerprint(theirs.params)
     config = theirs.model.config
-    assert ours.model.config == dataclasses.replace(config, norm_eps=float(np.float32(config.norm_eps)), init_scale=0.02)
+    unsaid = {"init_scale": 0.02, "balance": llama.Config.balance}
+    assert ours.model.config == dataclasses.replace(config, norm_eps=float(np.float32(config.norm_eps)), **unsaid)
+
+
+def llama3_divisors(width: int, base: float, factor: float, context: float = 8192) -> np.ndarray:
+    """What converters to GGUF write for Llama 3.1 and later: float32, from the lengths of the waves."""
+    length = np.float32(2 * np.pi) * np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    kept = (np.float32(context) / length - np.float32(1)) / np.float32(3)
+    between = np.float32(1) / ((np.float32(1) - kept) / np.float32(factor) + kept)
+    return np.where(length < context / 4, np.float32(1), np.where(length > context, np.float32(factor), between))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_rope_of_llama_3_in_gguf(factor: float, tmp_path: Path) -> None:
+    """Such files say it by a tensor of divisors alone; from that comes the scaling of config.json, and with it the logits."""
+    divisors = llama3_divisors(16, 5e5, factor)
+    assert divisors.dtype == np.float32 and set(divisors[:4]) == {1.0} and 1 < divisors[4] < divisors[5] == factor
+    ours = from_pretrained(write_gguf(tmp_path / "a.gguf", "llama-yarn", "llama", 5e5, divisors))
+    scaling = rope.RopeScaling("llama3", factor, 8192)
+    assert ours.model.config.rope_scaling == scaling and ours.model.config.rope_base == 5e5
+    saved = json.loads((ours.save_pretrained(tmp_path / "out") / "config.json").read_text())["rope_scaling"]
+    assert saved["rope_type"] == "llama3" and saved["factor"] == factor and saved["original_max_position_embeddings"] == 8192
+    theirs = from_pretrained(GOLDENS / "llama-yarn")
+    model = llama.model(dataclasses.replace(theirs.model.config, rope_base=5e5, rope_scaling=scaling))
+    inputs = {"tokens": np.arange(6, dtype=np.int32)[None], "positions": np.array([[0, 1, 2, 700, 5000, 9000]], np.int32)}
+    logits = logits_of(ours, **inputs)
+    near(logits, np.asarray(model.apply(theirs.params, jax.tree.map(jnp.asarray, inputs)).logits), 1e-5)
+    plain = llama.model(dataclasses.replace(model.config, rope_scaling=None))
+    assert np.abs(logits - np.asarray(plain.apply(theirs.params, jax.tree.map(jnp.asarray, inputs)).logits)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "divisors",
+    [
+        llama3_divisors(16, 5e5, 8.0, context=4096),
+        llama3_divisors(16, 1e4, 8.0),  # of another base than the file's
+        llama3_divisors(16, 5e5, 8.0)[:-1],
+        np.ones(8, np.float32),
+        np.full(8, 4.0, np.float32),
+    ],
+)
+def test_other_divisors_of_the_rope_are_refused(divisors: np.ndarray, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", "llama-yarn", "llama", 5e5, divisors)
+    message = rf"'rope_freqs.weight' has shape \[{len(divisors)}\].*; allowed: 8 divisors of .*'llama3'"
+    with pytest.raises(InputError, match=message):
+        from_pretrained(path)
 
 
 def test_dtype_of_a_foreign_folder() -> None:

@@ -18,6 +18,7 @@ from jaxmodel.models import connected
 
 BASE = connected.Config((("left", 8), ("right", 8)), 4, 16, 2, features=8, rank=4, block=(4, 4), kept=2)
 GROUPS = (("left", "x"), ("right", "x"), ("right", "y"))
+MERGED = {"merge": "groups", "edges": GROUPS, "combine": "product"}
 
 
 def inputs(seed=0, rows=6):
@@ -34,11 +35,10 @@ PATTERNS = [
 
 @pytest.mark.parametrize(("extract", "merge", "body"), PATTERNS)
 def test_every_pattern_learns(extract, merge, body):
-    config = dataclasses.replace(BASE, extract=extract, merge=merge, body=body, edges=GROUPS, combine="product")
-    model = connected.model(config)
-    params, xs = jax.jit(model.init)(jax.random.key(0)), inputs()
-    labels = jnp.arange(6, dtype=jnp.int32) % 4
-    optimizer = optax.adam(1e-2)
+    model = connected.model(
+        dataclasses.replace(BASE, extract=extract, body=body, **(MERGED if merge == "groups" else {"merge": merge}))
+    )
+    xs, labels, optimizer = inputs(), jnp.arange(6, dtype=jnp.int32) % 4, optax.adam(1e-2)
 
     def loss(params):
         return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, xs).logits, labels).mean()
@@ -49,24 +49,30 @@ def test_every_pattern_learns(extract, merge, body):
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), value
 
-    losses = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, 60)[1])(params)
+    def train(key):
+        params = model.init(key)
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, 60)[1]
+
+    losses = jax.jit(train)(jax.random.key(0))
     assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("body", ["sparse", "learnt"])
 def test_a_settled_body_is_the_same_function_in_fewer_bytes(body):
-    config = dataclasses.replace(BASE, width=64, depth=3, body=body, kept=3)
+    config = dataclasses.replace(BASE, width=64, depth=2, body=body, kept=3)
     model = connected.model(config)
+    apply = jax.jit(lambda params: model.apply(params, inputs()).logits)
     params = jax.jit(model.init)(jax.random.key(1))
     settled = connected.settle(config, params)
-    leaf = settled["blocks"]["0-2"]["map"]["weight"]
-    assert isinstance(leaf, BlockSparse) and leaf.shape == (3, 64, 64)
+    leaf = settled["blocks"]["0-1"]["map"]["weight"]
+    assert isinstance(leaf, BlockSparse) and leaf.shape == (2, 64, 64)
     keep = np.asarray(leaf.keep())
-    assert keep.sum(-1).tolist() == [[3] * 16] * 3
+    assert keep.sum(-1).tolist() == [[3] * 16] * 2
     assert np.any(keep[0] != keep[1])  # the layers do not all read the same inputs
-    np.testing.assert_allclose(model.apply(settled, inputs()).logits, model.apply(params, inputs()).logits, atol=1e-5)
+    want = apply(params)
+    np.testing.assert_allclose(apply(settled), want, atol=1e-5)
     dense = tree.map_leaves(lambda _, leaf: leaf.decode() if isinstance(leaf, BlockSparse) else leaf, settled)
-    np.testing.assert_allclose(model.apply(dense, inputs()).logits, model.apply(params, inputs()).logits, atol=1e-5)
+    np.testing.assert_allclose(apply(dense), want, atol=1e-5)
     assert tree.nbytes(settled) < 0.5 * tree.nbytes(dense)
 
 
@@ -81,7 +87,7 @@ def test_a_shared_extractor_and_shared_edges_count_once():
 
 def test_importances_by_the_names_of_edges():
     config = dataclasses.replace(BASE, merge="groups", edges=GROUPS, importance=True)
-    params = connected.model(config).init(jax.random.key(0))
+    params = jax.jit(connected.model(config).init)(jax.random.key(0))
     params["merge"]["importance"] = jnp.asarray([1.0, 0.0, -2.0])
     found = connected.importances(config, params)
     assert list(found) == ["left->x", "right->x", "right->y"]
@@ -110,12 +116,37 @@ def test_layers_of_concatenation_read_all_before_them():
         ({"merge": "groups", "edges": (("left", "x"),)}, "the group 'right' has none"),
         ({"merge": "groups", "edges": tuple((b, g) for b in ("left", "right") for g in "xyz")}, "3 groups given; a divisor"),
         ({"merge": "groups", "edges": GROUPS, "combine": "max"}, "combine: 'max' is not known"),
+        ({"merge": "groups", "edges": GROUPS, "share": (("left->z", "q"),)}, "'left->z' matches no leaf"),
+        ({"edges": GROUPS}, "edges, share, importance: given with the merge 'full'; allowed: with 'groups'"),
+        ({"importance": True}, "edges, share, importance: given with the merge 'full'"),
+        ({"branches": (("a", 2), ("b", 3)), "extract": "shared"}, "a shared extractor needs as many features in each"),
+        (
+            {"body": "sparse", "kept": 5},
+            r"block, kept: \(4, 4\), 5 given; a block must divide 16 x 16, and a row of blocks keeps 1 to 4",
+        ),
+        ({"body": "learnt", "width": 18}, "a block must divide 18 x 18"),
         ({"depth": 0}, "depth is 0"),
     ],
 )
 def test_configs_that_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(BASE, **change)
+
+
+def test_inputs_go_by_name():
+    """In any order, and a name that is missing is said."""
+    config = dataclasses.replace(BASE, branches=(("right", 8), ("left", 8)), extract="shared", merge="bilinear")
+    model, xs = connected.model(config), inputs()
+    params = jax.jit(model.init)(jax.random.key(0))
+    apply = jax.jit(model.apply)
+    want = apply(params, xs).logits
+    in_turn = jax.jit(lambda a, b: model.apply(params, {"right": a, "left": b}).logits)  # not sorted inside of jit
+    np.testing.assert_allclose(in_turn(xs["right"], xs["left"]), want, rtol=1e-5, atol=1e-5)
+    assert np.abs(apply(params, {"left": xs["right"], "right": xs["left"]}).logits - want).max() > 1e-2
+    with pytest.raises(InputError, match="inputs: left, rihgt given; 'right' is needed"):
+        model.apply(params, {"left": xs["left"], "rihgt": xs["right"]})
+    with pytest.raises(InputError, match=r"left: the shape \[8\] given; needed is \[B, N\]"):
+        model.apply(params, {"left": xs["left"][0], "right": xs["right"]})
 
 
 def test_only_bodies_of_blocks_settle():

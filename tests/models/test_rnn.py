@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import ops, tree
+from jaxmodel import models, ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import rnn
 
 STORED = Path(__file__).parents[1] / "hub" / "goldens" / "seq2seq" / "recurrent.npz"
+KINDS = ("lstm", "gru")
 
 
 def stored(kind: str) -> dict[str, np.ndarray]:
@@ -30,25 +31,33 @@ def cell_of(kind: str, want: dict[str, np.ndarray], suffix: str) -> dict[str, ja
     return {name: jnp.asarray(value) for name, value in (ours | biases).items()}
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_the_encoder_is_that_of_torch(kind):
-    """Two layers in both directions, rows of 7, 3 and 5 steps; the inputs are put into the embedding."""
+def of_torch(kind: str) -> tuple[models.Model, dict, dict[str, jax.Array], dict[str, np.ndarray]]:
+    """A model, its parameters and inputs, and what torch's layers made of them: `memory` where the mask is, and `start`.
+
+    Two layers in both directions, rows of 7, 3 and 5 steps; the inputs are put into the embedding.
+    """
     want = stored(kind)
-    x, lengths = want["x"], want["lengths"]
     model = rnn.model(rnn.Config(21, 8, 2, kind, "none"))
     params = jax.jit(model.init)(jax.random.key(0))
     directions = {"forward": "", "backward": "_reverse"}
     layer = lambda i: {name: cell_of(kind, want, f"l{i}{suffix}") for name, suffix in directions.items()}
     assert jax.tree.structure(layer(0)) == jax.tree.structure(params["encoder"]["blocks"]["0-1"])
-    params["encoder"] = {"embed": jnp.asarray(x.reshape(21, 8)), "blocks": {"0": layer(0), "1": layer(1)}}
-    mask = np.arange(7) < lengths[:, None]
+    params["encoder"] = {"embed": jnp.asarray(want["x"].reshape(21, 8)), "blocks": {"0": layer(0), "1": layer(1)}}
+    mask = np.arange(7) < want["lengths"][:, None]
     source = jnp.asarray(np.where(mask, np.arange(21).reshape(3, 7), 20), jnp.int32)
     inputs = {"source": source, "source_mask": jnp.asarray(mask), "tokens": jnp.zeros((3, 1), jnp.int32)}
-    _, context = jax.jit(model.parts.embed)(params, inputs)
-    np.testing.assert_allclose(np.asarray(context["memory"])[mask], want["shown"][mask], atol=1e-6)
     last = want["last"].reshape(-1, 2, 2, 3, 4)  # [n, layer, direction, B, H] -> [layer, B, n, direction and H]
-    np.testing.assert_allclose(context["start"], last.transpose(1, 3, 0, 2, 4).reshape(2, 3, -1, 8), atol=1e-6)
-    assert np.abs(want["shown"]).max() > 0.5 and ops.recurrent.STATES[kind] == last.shape[0]
+    start = last.transpose(1, 3, 0, 2, 4).reshape(2, 3, -1, 8)
+    return model, params, inputs, {"mask": mask, "memory": want["shown"], "start": start}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_encoder_is_that_of_torch(kind):
+    model, params, inputs, want = of_torch(kind)
+    _, context = jax.jit(model.parts.embed)(params, inputs)
+    np.testing.assert_allclose(np.asarray(context["memory"])[want["mask"]], want["memory"][want["mask"]], atol=1e-6)
+    np.testing.assert_allclose(context["start"], want["start"], atol=1e-6)
+    assert np.abs(want["memory"]).max() > 0.5 and ops.recurrent.STATES[kind] == want["start"].shape[2]
 
 
 def sigmoid(x):
@@ -73,7 +82,7 @@ def numpy_cell(kind, cell, given, state):
 
 
 @pytest.mark.parametrize("attention", ["none", "additive", "multiplicative"])
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_decoder_step_by_step(kind, attention):
     """One row, two layers: what the papers say, in float64."""
     model = rnn.model(rnn.Config(11, 6, 2, kind, attention))

@@ -95,13 +95,17 @@ def test_decoding_with_a_cache_equals_the_whole_at_every_position(case):
 
 
 def test_decoding_in_bfloat16_with_layers_in_segments(case):
+    """Beside the whole text in the same arithmetic: how far bfloat16 is from float32 is a matter of the weights."""
     small = case.model.with_policy(Policy(compute="bfloat16", stream="bfloat16"))
     first = {**case.inputs, "tokens": case.inputs["tokens"][:, :5]}
-    run, params = jax.jit(small.apply), tree.unstack(tree.cast(case.params, jnp.bfloat16))
+    run, params = jax.jit(small.apply), tree.cast(case.params, jnp.bfloat16)
+    whole = run(params, case.inputs).logits[:, 5:]
+    params = tree.unstack(params)
     out = run(params, first, small.init_cache(B, T))
     last = run(params, {"tokens": case.inputs["tokens"][:, 5:]}, out.cache).logits
     assert last.dtype == jnp.float32
-    assert np.sqrt(np.mean((last - case.whole[:, 5:]) ** 2)) < 0.1 * np.std(case.whole)
+    assert np.sqrt(np.mean((last - whole) ** 2)) < 0.05 * np.std(case.whole)
+    assert np.sqrt(np.mean((last - case.whole[:, 5:]) ** 2)) < 0.2 * np.std(case.whole)
 
 
 def test_greedy_texts_are_those_of_the_whole_model(case):

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import tree
+from jaxmodel import models, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import transformer
 
 STORED = Path(__file__).parents[1] / "hub" / "goldens" / "seq2seq" / "transformer.npz"
+FORMS = ("post", "pre")
 D, S, T = 8, 6, 5
 
 
@@ -61,24 +62,31 @@ def test_positions():
     np.testing.assert_allclose(found, sinusoids(300), atol=2e-5)
 
 
-@pytest.mark.parametrize("form", ["post", "pre"])
-def test_the_stacks_are_those_of_torch(form):
-    """Every token is another, and its embedding is such that with its position it is the input of the stored stacks."""
+def of_torch(form: str) -> tuple[models.Model, dict, dict[str, jax.Array], dict[str, np.ndarray]]:
+    """A model, its parameters and inputs, and what torch made of them.
+
+    Every token is another, and its embedding is such that with its position it is the input of the stored stacks.
+    """
     want = stored(form)
     config = transformer.Config(2 * S + 2 * T, D, 2, 2, 2, 12, pre_norm=form == "pre", attn_bias=True, norm_eps=1e-3)
-    model = transformer.model(config)
     rows = [(want["source"] - sinusoids(S)).reshape(-1, D), (want["target"] - sinusoids(T)).reshape(-1, D)]
     embed = jnp.asarray(np.concatenate(rows) / np.sqrt(D), jnp.float32)
     params = {"embed": embed, "encoder": stack_of(want, "encoder"), **stack_of(want, "decoder")}
-    shapes = tree.unstack(jax.jit(model.init)(jax.random.key(0)))
-    assert {k: a.shape for k, a in tree.flatten(params).items()} == {k: a.shape for k, a in tree.flatten(shapes).items()}
     source = jnp.arange(2 * S, dtype=jnp.int32).reshape(2, S)
     tokens = 2 * S + jnp.arange(2 * T, dtype=jnp.int32).reshape(2, T)
     inputs = {"source": source, "source_mask": jnp.asarray(want["mask"]), "tokens": tokens}
+    return transformer.model(config), params, inputs, {**want, "logits": want["out"] @ np.asarray(embed).T}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_stacks_are_those_of_torch(form):
+    model, params, inputs, want = of_torch(form)
+    shapes = tree.unstack(jax.jit(model.init)(jax.random.key(0)))
+    assert {k: a.shape for k, a in tree.flatten(params).items()} == {k: a.shape for k, a in tree.flatten(shapes).items()}
     _, context = jax.jit(model.parts.embed)(params, inputs)
     np.testing.assert_allclose(np.asarray(context["memory"])[want["mask"]], want["memory"][want["mask"]], atol=5e-6)
     logits = jax.jit(model.apply)(params, inputs).logits
-    np.testing.assert_allclose(logits, want["out"] @ np.asarray(embed).T, atol=2e-5)
+    np.testing.assert_allclose(logits, want["logits"], atol=2e-5)
     assert np.abs(want["out"]).max() > 1 and np.abs(logits).max() > 1
 
 

@@ -41,7 +41,7 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
     if name not in known or known[name].__name__ != where:
         raise InputError(f"hub: no file layout is known for the config {type(model.config).__qualname__} of {where}")
     theirs = families()[name].config_to_hf(model.config) if name in families() else None
-    if theirs is not None:
+    if theirs is not None and families()[name].config_from_hf(theirs) == model.config:  # else a part of it would be lost
         return families()[name], theirs
     family = own(known[name])
     return family, family.config_to_hf(model.config) or {}

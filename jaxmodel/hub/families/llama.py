@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxmodel.errors import InputError
+from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
-from jaxmodel.ops import RopeScaling
+from jaxmodel.ops import RopeScaling, rope_frequencies
 
 _GEMMA = ("gemma2", "gemma3_text")
 
@@ -114,6 +116,7 @@ def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
         query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5 if gemma else None,
         experts=hf["num_local_experts"] if kind == "mixtral" else 0,
         experts_per_token=hf.get("num_experts_per_tok", 2) if kind == "mixtral" else 2,
+        balance=hf.get("router_aux_loss_coef", 0.001) if kind == "mixtral" else llama.Config.balance,
         **{ours: hf.get(theirs) for ours, theirs in softcaps.items() if gemma},
     )
 
@@ -226,7 +229,7 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
     if kind in ("qwen2", "qwen3"):
         hf["use_sliding_window"] = any(windows)
     if kind == "mixtral":
-        hf |= {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
+        hf |= {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token, "router_aux_loss_coef": c.balance}
     if kind in (*_GEMMA, "qwen2", "qwen3"):
         hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
     if kind in _GEMMA:
@@ -261,8 +264,8 @@ def _gguf_names(config: llama.Config) -> list[Name]:
     return names + [Name(ours, theirs) for ours, (_, theirs) in _TOP.items()]
 
 
-def _from_gguf(metadata: Mapping[str, Any], tensors: Collection[str]) -> llama.Config:
-    kind = metadata["general.architecture"]
+def _from_gguf(file: GGUFFile) -> llama.Config:
+    metadata, kind = file.metadata, file.metadata["general.architecture"]
 
     def get(key: str, *default: Any) -> Any:
         if f"{kind}.{key}" in metadata:
@@ -277,22 +280,46 @@ def _from_gguf(metadata: Mapping[str, Any], tensors: Collection[str]) -> llama.C
     heads, width = get("attention.head_count"), get("embedding_length")
     if not isinstance(heads, int) or heads < 1 or not isinstance(width, int):
         raise InputError(f"attention.head_count, embedding_length: {heads!r}, {width!r}; whole numbers of at least 1 are needed")
+    head_width = get("attention.key_length", get("rope.dimension_count", width // heads))
+    base = float(get("rope.freq_base", 10000.0))
     return llama.Config(
         vocab=get("vocab_size", None) or len(metadata.get("tokenizer.ggml.tokens") or get("vocab_size")),
         width=width,
         depth=get("block_count"),
         heads=heads,
         kv_heads=get("attention.head_count_kv", heads),
-        head_width=get("attention.key_length", get("rope.dimension_count", width // heads)),
+        head_width=head_width,
         mlp_width=get("feed_forward_length"),
         context=get("context_length"),
-        rope_base=float(get("rope.freq_base", 10000.0)),
+        rope_base=base,
         norm_eps=float(np.float32(get("attention.layer_norm_rms_epsilon"))),
-        tied="output.weight" not in tensors,
+        tied="output.weight" not in file.tensors,
+        rope_scaling=_scaling_of_divisors(file.read(_DIVISORS), head_width, base) if _DIVISORS in file.tensors else None,
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         experts=get("expert_count", 0),
         experts_per_token=get("expert_used_count", 2),
+    )
+
+
+_DIVISORS = "rope_freqs.weight"
+
+
+def _scaling_of_divisors(divisors: np.ndarray, head_width: int, base: float) -> RopeScaling:
+    """The scaling of Llama 3, of which llama.cpp's files keep what it divides each frequency by.
+
+    Raises:
+      InputError: they are not those of the constants that all Llamas of 3.1 and later have.
+    """
+    factor = float(divisors.max(initial=0))
+    if divisors.shape == (head_width // 2,) and factor > 1:
+        scaling = RopeScaling("llama3", factor, context=8192)
+        frequency = rope_frequencies(head_width, base)
+        if np.allclose(divisors, frequency / scaling.apply(frequency, base), rtol=2e-5, atol=0):  # as float32 computes them
+            return scaling
+    raise InputError(
+        f"the tensor {_DIVISORS!r} has shape {list(divisors.shape)} and values up to {factor:g}; allowed: {head_width // 2} "
+        "divisors of the rope scaling 'llama3' with the constants 1, 4 and 8192"
     )
 
 
@@ -307,4 +334,5 @@ FAMILY = Family(
     gguf_kinds=("llama", "qwen2", "qwen3"),
     gguf_names=_gguf_names,
     config_from_gguf=_from_gguf,
+    gguf_ignored=re.escape(_DIVISORS),
 )

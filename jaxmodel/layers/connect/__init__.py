@@ -1,11 +1,22 @@
 """Connection patterns: which inputs meet which outputs, and in what order.
 
 Each is a Linen module whose method `edges(params, ...)` gives the same connections as a list for `ops.edge_sum`. Inputs of
-several branches are dicts, branch -> `[B, N]`; in the list their features stand behind each other in the dict's order.
+several branches are dicts, branch -> `[B, N]`, and so are results of several groups. Where they stand behind each other, in a
+list of edges as in `merged`, they do in the order of their names, whatever the order of the dict: `jax.jit` would sort it anyway.
+
+| wanted | layer |
+|---|---|
+| all inputs meet all outputs | `Full` |
+| products of two inputs | `Bilinear`; of low rank and for any number of branches `Factorised` |
+| each branch meets a group of outputs of its own before they are merged | `Groups` with one edge for each branch |
+| a given pattern between groups of inputs and of outputs, which may interact by products | `Groups`, `combine="product"` |
+| edges that share a weight by a rule; a factor of each edge that is learnt and reported | `Groups`, `share`, `importance` |
+| one extractor for several inputs, merged for one head | `Shared`, `merged` |
+| some blocks only, fixed or learnt | `BlockLinear` |
 """
 
 from jaxmodel.layers.connect.full import Full
-from jaxmodel.layers.connect.groups import Groups, edge_name, importances, weight_names
+from jaxmodel.layers.connect.groups import Groups, edge_name, weight_names
 from jaxmodel.layers.connect.products import Bilinear, Factorised
 from jaxmodel.layers.connect.shared import Shared, merged
 from jaxmodel.layers.connect.sparse import BlockLinear, block_columns, settle_blocks
@@ -19,7 +30,6 @@ __all__ = [
     "Shared",
     "block_columns",
     "edge_name",
-    "importances",
     "merged",
     "settle_blocks",
     "weight_names",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer
 from jaxmodel.leaves import decode
@@ -25,6 +27,13 @@ class Full(nn.Module):
       policy: dtypes and placement.
       bias: whether there is one.
       initializer: of the weight.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x, module = jnp.ones((2, 3)), Full(4, ops.Policy())
+    >>> params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    >>> listed = jax.jit(lambda params: ops.edge_sum(x, module.edges(params)))
+    >>> bool(jnp.allclose(module.apply({"params": params}, x), listed(params), atol=1e-6))
+    True
     """
 
     width: int
@@ -47,6 +56,20 @@ class Full(nn.Module):
 def add_bias(module: nn.Module, y: Float[Array, "B D"], name: str = "weight_bias") -> Float[Array, "B D"]:
     """`y` plus the module's leaf of this name, which starts at zero."""
     return y + ops.on_last(leaf(module, name, nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+
+
+def by_name(branches: Any) -> dict[str, Array]:
+    """Several inputs in the order in which they stand behind each other.
+
+    Raises:
+      InputError: what is no dict of at least one, or a name with a slash.
+    """
+    if not isinstance(branches, Mapping) or not branches:
+        given = "none" if isinstance(branches, Mapping) else type(branches).__name__
+        raise InputError(f"branches: {given} given; a dict is needed, name of a branch -> [B, N]")
+    if slashed := [name for name in branches if "/" in name]:
+        raise InputError(f"branches: {slashed[0]!r} has a slash, which parts the keys of a path; allowed: names without")
+    return dict(sorted(branches.items()))
 
 
 def starts(widths: Iterable[int]) -> list[int]:

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Iterable, Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers.connect.full import add_bias, fan_in, starts
+from jaxmodel.layers.connect.full import add_bias, by_name, fan_in, starts
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.leaves import decode
 
@@ -39,6 +39,15 @@ class Groups(nn.Module):
       combine: "sum" or "product".
       share: rules, name of an edge -> name of its weight; the others have weights of their own.
       importance: whether each edge has a factor of its own that is learnt, and reported by `importances`.
+
+    >>> import jax
+    >>> xs = {"left": jnp.ones((2, 3)), "right": jnp.ones((2, 5))}
+    >>> apart = Groups((("left", "x"), ("right", "y")), (("x", 4), ("y", 2)), ops.Policy())  # a group for each branch
+    >>> y, variables = jax.jit(apart.init_with_output)(jax.random.key(0), xs)
+    >>> {group: a.shape for group, a in y.items()}
+    {'x': (2, 4), 'y': (2, 2)}
+    >>> {name: leaf.shape for name, leaf in variables["params"].items()}
+    {'left->x': (4, 3), 'right->y': (2, 5), 'x_bias': (4,), 'y_bias': (2,)}
     """
 
     pattern: Pattern
@@ -50,6 +59,7 @@ class Groups(nn.Module):
 
     @nn.compact
     def __call__(self, xs: Mapping[str, Array]) -> dict[str, Array]:
+        xs = by_name(xs)
         check_pattern(self.pattern, xs, dict(self.widths), self.combine)
         weights = weight_names(self.pattern, self.share)
         factors = leaf(self, "importance", nn.initializers.ones, (len(self.pattern),)) if self.importance else None
@@ -69,23 +79,17 @@ class Groups(nn.Module):
             out[target] = y
         return {target: add_bias(self, out[target], f"{target}_bias") for target, _ in self.widths}
 
-    def edges(self, params: tree.Params, sources: Iterable[str]) -> ops.Edges:
-        """The same connections as a list, from the features of all sources to those of all groups of outputs.
-
-        Args:
-          params: those of this layer.
-          sources: the groups of inputs in the order in which they stand behind each other.
-        """
-        names, factors = weight_names(self.pattern, self.share), params.get("importance")
-        weights = {edge: decode(params[names[edge_name(*edge)]]) for edge in self.pattern}
+    def edges(self, params: tree.Params) -> ops.Edges:
+        """The same connections as a list, from the features of all groups of inputs to those of all groups of outputs."""
+        weights, factors = self._weights(params), params.get("importance")
         if factors is not None:
-            weights = {edge: factors[i] * weights[edge] for i, edge in enumerate(self.pattern)}
-        width = {source: weights[source, target].shape[1] for source, target in self.pattern}
-        sources = list(sources)
-        first = dict(zip(sources, starts(width[s] for s in sources), strict=False))
-        begins = starts(n for _, n in self.widths)
+            weights = {edge: factors[i] * weight for i, (edge, weight) in enumerate(weights.items())}
+        width = dict(sorted((source, weight.shape[1]) for (source, _), weight in weights.items()))
+        first = dict(zip(width, starts(width.values()), strict=False))
+        groups = sorted(self.widths)
+        begins = starts(n for _, n in groups)
         blocks = []
-        for (group, _), target in zip(self.widths, begins, strict=False):
+        for (group, _), target in zip(groups, begins, strict=False):
             blocks.append(ops.EdgeBlock(params[f"{group}_bias"], (), target))
             into = [edge for edge in self.pattern if edge[1] == group]
             if self.combine == "product":
@@ -93,7 +97,35 @@ class Groups(nn.Module):
                 blocks.append(ops.EdgeBlock(functools.reduce(_outer, [weights[edge] for edge in into]), runs, target))
             else:
                 blocks += [ops.EdgeBlock(weights[edge], (first[edge[0]],), target) for edge in into]
-        return ops.edges_of(blocks, sum(width[s] for s in sources), begins[-1])
+        return ops.edges_of(blocks, sum(width.values()), begins[-1])
+
+    def importances(self, params: tree.Params) -> dict[str, float]:
+        """How much each edge counts, as a share of all: `|importance| * norm(W)`, summing to 1.
+
+        A factor alone says nothing, because the weight may grow where it shrinks; their product does not change then. Of edges
+        that are multiplied only the product does not, so each counts as their geometric mean. What it leaves out is the size of
+        the inputs: groups should be of one scale (normed, or standardised).
+
+        Args:
+          params: those of this layer; without a leaf `importance` all factors are one.
+
+        Returns:
+          Name of an edge -> its share.
+        """
+        factors = np.abs(np.asarray(params.get("importance", np.ones(len(self.pattern))), np.float64))
+        norms = [float(jnp.linalg.norm(weight.astype(jnp.float32))) for weight in self._weights(params).values()]
+        sizes = factors * np.asarray(norms)
+        if self.combine == "product":
+            targets = np.asarray([target for _, target in self.pattern])
+            for target in set(targets):
+                sizes[targets == target] = np.prod(sizes[targets == target]) ** (1 / np.sum(targets == target))
+        shares = sizes / max(sizes.sum(), 1e-30)
+        return {edge_name(*edge): float(share) for edge, share in zip(self.pattern, shares, strict=True)}
+
+    def _weights(self, params: tree.Params) -> dict[tuple[str, str], Array]:
+        """The weight of each edge."""
+        names = weight_names(self.pattern, self.share)
+        return {edge: decode(params[names[edge_name(*edge)]]) for edge in self.pattern}
 
 
 def edge_name(source: str, target: str) -> str:
@@ -113,35 +145,17 @@ def weight_names(pattern: Pattern, share: tree.Rules = ()) -> dict[str, str]:
       share: rules, name of an edge -> name of a weight.
 
     Raises:
-      InputError: a rule that decides nothing, as everywhere.
+      InputError: a rule that decides nothing, as everywhere, or a name that another leaf of the layer has.
 
     >>> weight_names((("a", "x"), ("b", "x"), ("c", "x")), (("[ab]->x", "both"),))
     {'a->x': 'both', 'b->x': 'both', 'c->x': 'c->x'}
     """
     names = [edge_name(*edge) for edge in pattern]
+    for _, name in share:
+        if name == "importance" or name.endswith("_bias") or "/" in name:
+            raise InputError(f"share: {name!r} given; allowed: a name without '/' that is not importance and not ..._bias")
     given = tree.assign([*share, (tree.optional(".*"), None)], dict.fromkeys(names, 0))
     return {name: given[name] or name for name in names}
-
-
-def importances(params: tree.Params, pattern: Pattern, share: tree.Rules = ()) -> dict[str, float]:
-    """How much each edge of a `Groups` layer counts, as a share of all: `|importance| * norm(W)`, summing to 1.
-
-    A factor alone says nothing, because the weight may grow where it shrinks; their product does not change then. What it
-    leaves out is the size of the inputs, so groups should be of one scale (normed, or standardised).
-
-    Args:
-      params: those of the layer; without a leaf `importance` all factors are one.
-      pattern: the layer's.
-      share: the layer's.
-
-    Returns:
-      Name of an edge -> its share.
-    """
-    names, factors = weight_names(pattern, share), params.get("importance", jnp.ones(len(pattern)))
-    norms = [jnp.linalg.norm(decode(params[names[edge_name(*edge)]], jnp.float32)) for edge in pattern]
-    sizes = jnp.abs(factors.astype(jnp.float32)) * jnp.stack(norms)
-    sizes = jax.device_get(sizes / jnp.maximum(jnp.sum(sizes), 1e-30))
-    return {edge_name(*edge): float(size) for edge, size in zip(pattern, sizes, strict=True)}
 
 
 def check_pattern(pattern: Pattern, sources: Iterable[str], targets: Iterable[str], combine: str = "sum") -> None:
@@ -158,6 +172,8 @@ def check_pattern(pattern: Pattern, sources: Iterable[str], targets: Iterable[st
             raise unknown("edges: group of outputs", target, targets)
     if len(set(pattern)) != len(pattern):
         raise InputError(f"edges: {pattern} given; each edge once is allowed")
+    if slashed := [name for edge in pattern for name in edge if "/" in name]:
+        raise InputError(f"edges: {slashed[0]!r} has a slash, which parts the keys of a path; allowed: names without")
     for group in [*(s for s in sources if s not in dict(pattern)), *(t for t in targets if t not in {t for _, t in pattern})]:
         raise InputError(f"edges: the group {group!r} has none; each group needs at least one")
     if combine not in COMBINE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
-from jaxmodel.layers.connect.full import fan_in, starts
+from jaxmodel.layers.connect.full import by_name, fan_in, starts
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.leaves import decode
 
@@ -24,6 +24,11 @@ class Bilinear(nn.Module):
     Attributes:
       width: D.
       policy: dtypes and placement.
+
+    >>> import jax
+    >>> x, z, module = jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]), Bilinear(1, ops.Policy())
+    >>> float(module.apply({"params": {"pairs": jnp.array([[10.0], [100.0]])}}, x, z)[0, 0])  # 10 * 1 * 3 + 100 * 2 * 3
+    630.0
     """
 
     width: int
@@ -53,6 +58,12 @@ class Factorised(nn.Module):
       width: D of new leaves.
       rank: R of new leaves.
       policy: dtypes and placement.
+
+    >>> import jax
+    >>> xs = {name: jnp.ones((2, 3)) for name in ("age", "place", "time")}
+    >>> params = jax.jit(Factorised(4, 8, ops.Policy()).init)(jax.random.key(0), xs)["params"]
+    >>> {name: leaf.shape for name, leaf in params.items()}
+    {'factor_age': (8, 3), 'factor_place': (8, 3), 'factor_time': (8, 3), 'out': (4, 8)}
     """
 
     width: int
@@ -64,7 +75,7 @@ class Factorised(nn.Module):
         if len(xs) < 2:
             raise InputError(f"branches: {list(xs)} given; at least two are needed, whose products are taken")
         met = seen = None
-        for name, x in xs.items():
+        for name, x in by_name(xs).items():
             factor = leaf(self, f"factor_{name}", fan_in, (self.rank, x.shape[-1]))
             y = ops.einsum("BN,RN->BR", x, factor, self.policy)
             if seen is not None:
@@ -73,19 +84,13 @@ class Factorised(nn.Module):
         assert met is not None
         return ops.einsum("BR,DR->BD", met, leaf(self, "out", fan_in, (self.width, met.shape[-1])), self.policy)
 
-    def edges(self, params: tree.Params, sources: Iterable[str]) -> ops.Edges:
-        """The same connections as a list: an edge for each pair of features of two branches and each output.
-
-        Args:
-          params: those of this layer.
-          sources: the branches in the order in which they stand behind each other.
-        """
-        names = list(sources)
-        factors = {name: decode(params[f"factor_{name}"]) for name in names}
-        first = dict(zip(names, starts(f.shape[1] for f in factors.values()), strict=False))
+    def edges(self, params: tree.Params) -> ops.Edges:
+        """The same connections as a list: an edge for each pair of features of two branches and each output."""
+        factors = {name: decode(leaf) for name, leaf in sorted(params.items()) if name != "out"}
+        first = dict(zip(factors, starts(f.shape[1] for f in factors.values()), strict=False))
         out = decode(params["out"])
         blocks = [
             ops.EdgeBlock(jnp.einsum("dr,ri,rj->dij", out, factors[b], factors[c], precision="highest"), (first[b], first[c]))
-            for b, c in itertools.combinations(names, 2)
+            for b, c in itertools.combinations(factors, 2)
         ]
         return ops.edges_of(blocks, sum(f.shape[1] for f in factors.values()), out.shape[0])

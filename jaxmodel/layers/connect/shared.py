@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers.connect.full import Full
+from jaxmodel.layers.connect.full import Full, by_name
 
 MERGES = ("concat", "sum", "mean", "max")
 
@@ -23,11 +23,18 @@ class Shared(nn.Module):
     Attributes:
       extractor: any module `[B, N] -> [B, D]`, made with `parent=None` inside of another module; its leaves are there once, under
         `extractor`.
+
+    >>> import jax
+    >>> two, module = {"left": jnp.ones((2, 3)), "right": jnp.zeros((2, 3))}, Shared(Full(4, ops.Policy()))
+    >>> features, variables = jax.jit(module.init_with_output)(jax.random.key(0), two)
+    >>> tree.count(variables["params"]), merged(features, "max").shape
+    (16, (2, 4))
     """
 
     extractor: nn.Module
 
     def __call__(self, xs: Mapping[str, Array]) -> dict[str, Array]:
+        xs = by_name(xs)
         if len({x.shape[-1] for x in xs.values()}) > 1:
             sizes = ", ".join(f"{name} {x.shape[-1]}" for name, x in xs.items())
             raise InputError(f"branches: {sizes} features given; a shared extractor needs as many in each")
@@ -54,13 +61,17 @@ class Shared(nn.Module):
 
 
 def merged(xs: Mapping[str, Array], how: str = "concat") -> Float[Array, "B M"]:
-    """The results of several branches as one input of a head: "concat", in the order of the dict, or "sum", "mean", "max".
+    """The results of several branches as one input of a head: "concat", in the order of their names, or "sum", "mean", "max".
 
     Raises:
       InputError: an unknown way, or branches of several widths that are not put behind each other.
+
+    >>> merged({"b": jnp.array([[1.0]]), "a": jnp.array([[2.0]])}).tolist()
+    [[2.0, 1.0]]
     """
     if how not in MERGES:
         raise unknown("merge", how, MERGES)
+    xs = by_name(xs)
     if how == "concat":
         return jnp.concatenate(list(xs.values()), axis=-1)
     if len({x.shape for x in xs.values()}) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -22,9 +23,11 @@ class BlockLinear(nn.Module):
     """`(W * mask) x + b`, where the mask keeps as many blocks in every row of blocks.
 
     - Fixed: leaf kept `[rows, height, n * width]`, the blocks that are there.
-    - Learnt: leaves all `[rows, height, N]` and scores `[rows * N / width]`. The blocks of largest score are used, and each score
-      has the gradient of its block's use (Ramanujan et al., 2020). While it is learnt it costs more than a dense map.
+    - Learnt: leaves all `[D, N]` and scores `[rows * N / width]`. The blocks of largest score are used, and each score has the
+      gradient of its block's use (Ramanujan et al., 2020). While it is learnt it costs as much as a dense map.
     - Settled (see `settle_blocks`): leaf weight `[D, N]`, a `BlockSparse`, or any other leaf.
+
+    Fixed and settled, it costs in proportion to the blocks that are there.
 
     Each has weight_bias `[D]`.
 
@@ -35,6 +38,11 @@ class BlockLinear(nn.Module):
       policy: dtypes and placement.
       learnt: whether new leaves learn the mask.
       seed: of the fixed mask.
+
+    >>> x, module = jnp.ones((2, 16)), BlockLinear(8, (4, 4), 1, ops.Policy())
+    >>> params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+    >>> {name: leaf.shape for name, leaf in params.items()}
+    {'kept': (2, 4, 4), 'weight_bias': (8,)}
     """
 
     width: int
@@ -53,19 +61,14 @@ class BlockLinear(nn.Module):
         if self.has_variable("params", "weight"):
             return add_bias(self, ops.einsum("BN,DN->BD", x, self.get_variable("params", "weight"), self.policy))
         (height, width), n = self.block, x.shape[-1]
+        check_blocks(self.width, n, self.block, self.kept)
         rows, columns = self.width // height, n // width
-        if self.width % height or n % width or not 0 < self.kept <= columns:
-            raise InputError(
-                f"block, kept: {self.block}, {self.kept} given; divisors of {self.width} and {n} and at most {columns} are needed"
-            )
         normal = nn.initializers.normal((self.kept * width) ** -0.5)
         if self.learnt:
             scores = leaf(self, "scores", nn.initializers.normal(0.01), (rows * columns,)).reshape(rows, columns)
-            weight = leaf(self, "all", normal, (rows, height, n))
             use = chosen(scores, self.kept).astype(scores.dtype) + (scores - jax.lax.stop_gradient(scores))
-            seen = x.reshape(1, -1, columns, width) * use[:, None, :, None].astype(x.dtype)
-            y = ops.einsum("RBN,RHN->RBH", seen.reshape(rows, -1, n), weight, self.policy)
-            return add_bias(self, jnp.swapaxes(y, 0, 1).reshape(-1, self.width))
+            weight = leaf(self, "all", normal, (self.width, n))
+            return add_bias(self, ops.einsum("BN,DN->BD", x, _used(weight, use), self.policy))
         places = jnp.asarray(block_columns(rows, columns, self.kept, self.seed))
         kept = leaf(self, "kept", normal, (rows, height, self.kept * width))
         # shifted by the layer, so that blocks of several layers meet other inputs and yet their layers can be scanned
@@ -87,6 +90,18 @@ class BlockLinear(nn.Module):
             for row, column in np.argwhere(np.asarray(keep))
         ]
         return ops.edges_of([*blocks, ops.EdgeBlock(params["weight_bias"])], weight.shape[1], self.width)
+
+
+def check_blocks(out: int, n: int, block: tuple[int, int], kept: int) -> None:
+    """Refuse blocks that do not divide a weight `[out, n]`, or more of them in a row of blocks than there are.
+
+    Raises:
+      InputError: which.
+    """
+    height, width = block
+    if min(block) < 1 or out % height or n % width or not 0 < kept <= n // width:
+        most = f", and a row of blocks keeps 1 to {n // width}" if width > 0 and n % width == 0 else ""
+        raise InputError(f"block, kept: {block}, {kept} given; a block must divide {out} x {n}{most}")
 
 
 def block_columns(rows: int, columns: int, kept: int, seed: int) -> Int[np.ndarray, "rows kept"]:
@@ -122,10 +137,8 @@ def dense_form(
         return weight, params["weight"].keep() if isinstance(params["weight"], BlockSparse) else jnp.any(tiles != 0, axis=(1, 3))
     if "scores" in params:
         weight = decode(params["all"])
-        keep = chosen(params["scores"].reshape(weight.shape[0], -1), module.kept)
-        tiles = weight.reshape(*weight.shape[:2], -1, width)
-        tiles = jnp.where(keep[:, None, :, None], tiles, jnp.zeros((), tiles.dtype))
-        return tiles.reshape(module.width, -1), keep
+        keep = chosen(params["scores"].reshape(weight.shape[0] // height, -1), module.kept)
+        return _used(weight, keep.astype(weight.dtype)), keep
     if features is None:
         raise InputError("features: None given; how many inputs the map has is needed, which the kept blocks do not tell")
     kept, columns = decode(params["kept"]), features // width
@@ -136,6 +149,15 @@ def dense_form(
     keep = np.zeros((kept.shape[0], columns), bool)
     keep[rows, places] = True
     return whole.swapaxes(1, 2).reshape(module.width, features), keep
+
+
+def _used(w: Any, use: Float[Array, "rows columns"]) -> Any:
+    """A leaf `[D, N]` with each block times its use. What is measured is the whole input."""
+    if isinstance(w, ops.Probe):
+        return dataclasses.replace(w, weight=_used(w.weight, use))
+    weight = decode(w)
+    tiles = weight.reshape(use.shape[0], -1, use.shape[1], weight.shape[1] // use.shape[1])
+    return (tiles * use[:, None, :, None].astype(weight.dtype)).reshape(weight.shape)
 
 
 def settle_blocks(module: BlockLinear, params: tree.Params, layer: int = 0, features: int | None = None) -> tree.Params:
