@@ -11,7 +11,10 @@ Cost:     about 1 minute on two cores; --quick about half of that.
 Goals:    at 90 % zeros, 2,048 x 2,048 with blocks of 64 x 64 and 512 rows: at least 3 times faster than dense and than masked
           dense, by the clock and in CPU seconds, forward, and with gradients of the input and the weights; results equal to 1e-4
           of the largest.
-Measured: not yet
+Measured: all goals met, on a busy machine: forward the leaf is 5.75x faster than dense by the clock and 5.73x in CPU seconds
+          (8.08 ms against 46.5 ms; 6.07x faster than masked dense), with gradients 5.66x and 5.42x; blocks at known places
+          5.54x and 6.49x. Of 8 rows 6.11x and 12.3x, of 1 row 1.69x and 4.02x. An unstructured `Sparse` leaf is slower than
+          dense: 0.557x, and 0.095x of 8 rows.
 """
 
 from __future__ import annotations

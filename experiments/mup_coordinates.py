@@ -7,7 +7,9 @@ Goals:    under muP (Yang et al., 2022) the mean absolute activation behind the 
           in the quick form, whose widths are smaller), and of the residual stream within 0.05; under the standard
           parametrisation some slope is above 0.5 (else the check would see nothing); with one learning rate the loss after 5
           steps is no worse at the largest width than at the smallest.
-Measured: all goals met (RESULTS.md): see below.
+Measured: all goals met (286 s on a busy machine), largest slopes of llama and gpt2: residual stream 0.012 and 0.025, what layers
+          add 0.021 and 0.044, logits 0.110 and 0.100; standard 2.294 and 1.984. The loss after 5 steps is 0.016 and 0.094 nats
+          lower at width 1,024 than at 64 (2.629 and 2.154; standard 2.801 and 3.235).
 """
 
 from __future__ import annotations

@@ -10,7 +10,10 @@ Cost:     about 3 minutes on two cores (60,000 tokens, 400 steps); --quick about
 Goals:    explained variance of held-out tokens at least 0.7 (0.6 in the quick form) and 0.1 above PCA; at most 32 active
           features; at most 5 % dead, also after a quarter was switched off and revived; with the reconstruction in the place of
           the hidden state at least 80 % of the loss that the mean in its place costs is recovered (60 % in the quick form).
-Measured: not yet
+Measured: all goals met (322 s on a busy machine; quick form 177 s there): explained variance of held-out tokens 0.754, PCA 0.520
+          (quick 0.709 and 0.538); 32 active, 0.0 % dead, and no feature had to be revived; of the quarter that was switched off
+          all stay dead without a revival (25.0 % of the features) and none with one, whose explained variance is then 0.713
+          against 0.745: the new features are still learning; loss recovered 90.4 % (0.521 nats of the mean's 5.413).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from jaxmodel.compress.rtn import Rtn
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
 
-BLOCKS = "blocks/.*/(q|k|v|o|gate|up|down)"
-TABLES = tree.optional("embed|head|positions")
+BLOCKS = "(.*/)?blocks/.*/(q|k|v|o|memory_k|memory_v|gate|up|down)"  # encoders, which stand in a branch of the tree, too
+TABLES = tree.optional("(.*/)?(embed|positions)|head")
 
 _CHAIN = "a tuple of methods, or text such as 'magnitude(0.5) | rtn(bits=8)'"
 _RULES = "a Recipe, or a list of pairs (pattern, chain); compress.named finds one by its name"

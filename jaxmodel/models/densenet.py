@@ -78,7 +78,7 @@ SIZES = {
 RULES: tree.Rules = (
     ("stem", P("tensor")),
     ("blocks/.*/(conv.|transition)|head", P("tensor", "fsdp")),
-    (".*norm/.*", P()),
+    (".*norm/.*", P("tensor")),  # as the channels lie
     (".*_bias", P("tensor")),  # of the head, and of the convolutions that norms were folded into
 )
 

@@ -73,12 +73,12 @@ class Model:
 
     config: Any
     policy: ops.Policy
-    init: Callable[[jax.Array], tree.Params]
-    parts: Parts
-    inputs: Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]
-    init_cache: Callable[[int, int], Any] | None
-    rules: tree.Rules
-    with_policy: Callable[[ops.Policy], Model]
+    init: Callable[[jax.Array], tree.Params] = dataclasses.field(repr=False)
+    parts: Parts = dataclasses.field(repr=False)
+    inputs: Callable[[int, int], dict[str, jax.ShapeDtypeStruct]] = dataclasses.field(repr=False)
+    init_cache: Callable[[int, int], Any] | None = dataclasses.field(repr=False)
+    rules: tree.Rules = dataclasses.field(repr=False)
+    with_policy: Callable[[ops.Policy], Model] = dataclasses.field(repr=False)
     apply: Callable[..., Output] = dataclasses.field(init=False, repr=False)
     hidden: Callable[..., Output] = dataclasses.field(init=False, repr=False)
 

@@ -13,7 +13,8 @@ from jaxmodel import compress, tree
 from jaxmodel.compress import Magnitude, Recipe, Rtn
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
-from jaxmodel.models import gpt2
+from jaxmodel.leaves import QTensor
+from jaxmodel.models import gpt2, t5
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])
 WEIGHT = {"w": jnp.arange(16, dtype=jnp.float32).reshape(2, 8)}
@@ -151,3 +152,12 @@ def test_what_is_no_chain_is_refused_in_one_line(recipe, says, bundle):
 def test_a_dtype_that_there_is_not():
     with pytest.raises(InputError, match="compute: 'int8' is not known; allowed: bfloat16, float16, float32"):
         Recipe((), compute="int8")
+
+
+def test_encoders_and_cross_attention_get_smaller_too():
+    """A T5: the encoder's branch, the keys and values of the memory, the table; norms stay as they are."""
+    model = t5.model(t5.SIZES["tiny"])
+    params = jax.jit(model.init)(jax.random.key(0))
+    smaller, _ = compress.apply(compress.named("int8-weight"), params)
+    for path, leaf in tree.flatten(smaller).items():
+        assert isinstance(leaf, QTensor) == (leaf.ndim - tree.is_stacked(path) == 2), path
