@@ -1,9 +1,10 @@
 """A network of two convolutions learns MNIST from the start to 99.1 % of the test images, in minutes on two cores.
 
 Command:  python experiments/mnist_cnn.py [--quick] [--seed N] --json -
-Cost:     about 2.5 minutes on two cores; --quick about half a minute (1 epoch instead of 8).
+Cost:     about 2.3 minutes on two quiet cores; --quick about half a minute (1 epoch instead of 8).
 Goals:    at least 99.1 % of the 10,000 test images right (98 % in the quick form); training takes at most 3 minutes.
-Measured: 0.0
+Measured: all goals met: 99.22 % of the test images (95 % interval 99.03 to 99.37), 134 s of training on two quiet cores; with the
+          seeds 1 and 2 99.20 and 99.27 % (on a busy machine).
 """
 
 from __future__ import annotations

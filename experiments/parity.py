@@ -6,12 +6,13 @@ own layers (images, transformer, rnn; how their weights stand in our trees is sa
 models that people trained (SmolLM2-135M, all-MiniLM-L6-v2). The tests compare the same files; here the differences are shown.
 
 Command:  python experiments/parity.py [--quick] [--seed N] --json -
-Cost:     not yet
+Cost:     about 40 seconds on two cores (5 minutes on a busy machine without compiled programs at hand); --quick about half of that.
 Goals:    in float32 the largest difference of a logit <= 2e-4, with padding masks and at positions with gaps up to the last of
           the context; of a gradient <= 1e-3 of the largest of its tensor (which counts as a thousandth of the largest of all at
           least: the loss does not see a key's bias, whose gradient is rounding); sentence embeddings of MiniLM with a cosine >=
           0.99999 to the original's.
-Measured: not yet
+Measured: all goals met: 34 models, logits at most 5.4e-5 apart (t5-gated; the others 6.4e-6), gradients at most 7.2e-5 of the
+          largest (vit-a); MiniLM's least cosine of 50 sentences and a long text 0.99999994.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 Command:  python experiments/peers_smollm2.py [--quick] [--seed N] --json -   (after `make peers`)
 Cost:     about 3 minutes on two cores; --quick about 2 (our f32 and int8 only).
 Goals:    our int8 at least as fast as the faster of torch's float32 and bfloat16, in prefill and in decoding of 1 and 8 streams.
-Measured: not yet on a quiet machine 0.0 0.0 0.0
+Measured: all goals met (full form, 165 s; llama.cpp was not built there): int8 against the faster of torch's float32 and bfloat16
+          1.52x in prefill, 3.19x and 3.01x in decoding of 1 and 8 streams (1,358, 53.0 and 249 tokens/s). Our float32 is behind
+          torch's at 8 streams (41 to 84 tokens/s in two runs against 66).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from jaxmodel.hub.gguf import find_smollm2
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parent / ".peers" / "bin" / "python"
+LLAMA = "llama.cpp Q4_1"
 KINDS = ("prefill_tps", "decode_tps_1", "decode_tps_8")
 
 
@@ -41,11 +44,12 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     speeds: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as room:
         folder = bundle.save_pretrained(Path(room) / "f32")
-        theirs = {
+        theirs: dict[str, tuple[object, ...]] = {
             "torch f32": ("speed_transformers.py", folder, "float32"),
             "torch bf16": ("speed_transformers.py", folder, "bfloat16"),
-            "llama.cpp Q4_1": ("speed_llama_cpp.py", find_smollm2()),
         }
+        if not subprocess.run([str(PYTHON), "-c", "import llama_cpp"], capture_output=True, check=False).returncode:
+            theirs[LLAMA] = ("speed_llama_cpp.py", find_smollm2())  # else `make peers` has said that it was not built
         for name in report.progress([*names, *theirs], "speeds"):
             if name in theirs:
                 speeds[name] = peer(*map(str, theirs[name]))
@@ -56,9 +60,8 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     for kind in KINDS:
         best = max(speeds["torch f32"][kind], speeds["torch bf16"][kind])
         entries.append((f"int8 {kind} over the best of torch", speeds["int8"][kind] / best, "x", ">= 1"))
-    entries.append(
-        ("int8 decode_tps_1 over llama.cpp", speeds["int8"]["decode_tps_1"] / speeds["llama.cpp Q4_1"]["decode_tps_1"], "x")
-    )
+    if LLAMA in speeds:
+        entries.append(("int8 decode_tps_1 over llama.cpp", speeds["int8"]["decode_tps_1"] / speeds[LLAMA]["decode_tps_1"], "x"))
     entries += [(f"{name} {kind}", value, "tokens/s") for name, found in speeds.items() for kind, value in found.items()]
     return entries, {"prompt": 512, "cache": 256, "new": 16}
 

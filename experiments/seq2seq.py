@@ -6,11 +6,13 @@ are parted by a hash), written greedily and by beam search. Updates and learning
 part, before the held-out ones were looked at.
 
 Command:  python experiments/seq2seq.py [--quick] [--seed N] --json -
-Cost:     not yet
+Cost:     about 6 minutes of training on two quiet cores (10 on a busy machine); --quick about 2.
 Goals:    at least 99 % of 1,000 held-out targets of each task are whole and right, written greedily and by beam search, by an
           LSTM with additive attention, a GRU with multiplicative attention, a Transformer and a T5 (95 % of 300 in the quick
-          form, by the LSTM and the Transformer, after fewer updates); no held-out target in the training stream.
-Measured: not yet
+          form, by the GRU and the Transformer, after fewer updates); no held-out target in the training stream.
+Measured: all goals met (591 s on a busy machine): LSTM, GRU and Transformer 100.0 % of every task, T5 99.9 % or more, greedily
+          and with 4 beams; training took 71, 50, 122 and 184 CPU seconds. In the quick form dates are hardest:
+          98.0 % by the Transformer.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "LSTM": Case(rnn.model(rnn.Config(V, 128, 1, "lstm", "additive", context=CONTEXT)), 800, 4e-3, 400),
-    "GRU": Case(rnn.model(rnn.Config(V, 128, 1, "gru", "multiplicative", context=CONTEXT)), 1000, 4e-3),
+    "LSTM": Case(rnn.model(rnn.Config(V, 128, 1, "lstm", "additive", context=CONTEXT)), 800, 4e-3),
+    "GRU": Case(rnn.model(rnn.Config(V, 128, 1, "gru", "multiplicative", context=CONTEXT)), 1000, 4e-3, 700),
     "Transformer": Case(transformer.model(transformer.Config(V, 64, 2, 2, 4, 256, True, context=CONTEXT)), 2000, 2e-3, 1000),
     # a bucket for each distance up to 20, because texts are read by place, and more updates: it has no other positions
     "T5": Case(t5.model(t5.Config(V, 64, 2, 2, 4, 16, 256, buckets=80, distance=48, context=CONTEXT)), 4000, 3e-3),
