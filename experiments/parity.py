@@ -6,7 +6,7 @@ own layers (images, transformer, rnn; how their weights stand in our trees is sa
 models that people trained (SmolLM2-135M, all-MiniLM-L6-v2). The tests compare the same files; here the differences are shown.
 
 Command:  python experiments/parity.py [--quick] [--seed N] --json -
-Cost:     about 40 seconds on two cores (5 minutes on a busy machine without compiled programs at hand); --quick about half of that.
+Cost:     about 40 seconds on two cores (5 minutes where nothing is compiled yet, on a busy machine); --quick about half of that.
 Goals:    in float32 the largest difference of a logit <= 2e-4, with padding masks and at positions with gaps up to the last of
           the context; of a gradient <= 1e-3 of the largest of its tensor (which counts as a thousandth of the largest of all at
           least: the loss does not see a key's bias, whose gradient is rounding); sentence embeddings of MiniLM with a cosine >=
