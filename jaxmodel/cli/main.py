@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import io
 import os
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxmodel.cli.options import VERBS, Common, Rerun, check
+from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, Train, check
 from jaxmodel.errors import InputError
 
 
@@ -66,16 +65,22 @@ def read(args: Sequence[str]) -> Common:
 def run(options: Common) -> tuple[Any, int]:
     """Run a verb in a run folder of its own; returns its results and the exit code."""
     from jaxmodel import report
-    from jaxmodel.cli import rerun, verbs
+    from jaxmodel.cli import folders, rerun, verbs
 
     name = rerun.name_of(options)
     check(options)
     report.check_target(options.json)
+    if isinstance(options, Resume):
+        work, name = rerun.options_of(options.folder, ended=False), "train"
+        if not isinstance(work, Train):
+            raise InputError(f"folder: {options.folder!r} is of another verb; allowed: a run of train")
+    else:
+        work = options
     verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
-    verb.prepare(options)
+    verb.prepare(work)
     with report.clean_stdout(options.json):
-        folder = report.start_run(name, {"verb": name, **dataclasses.asdict(options)}, options.runs)
-        result = verb.run(options, folder)
+        folder = folders.of_run(name, work, options.folder if isinstance(options, Resume) else None)
+        result = verb.run(work, folder)
         folder.save_json("report.json", result)
         verb.show(result, report.console_for(options.json))
         print(f"{folder.folder}/", file=sys.stderr)

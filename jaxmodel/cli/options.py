@@ -123,7 +123,8 @@ class Train(Common, TrainOptions):
 
     LEAST: ClassVar = {
         **dict.fromkeys(("steps", "batch", "width", "depth", "heads", "log_every", "eval_batches", "devices"), 1),
-        **dict.fromkeys(("warmup", "eval_every"), 0),
+        **dict.fromkeys(("processes", "devices_per_process", "accumulate"), 1),
+        **dict.fromkeys(("warmup", "eval_every", "save_every", "patience"), 0),
         "context": 2,
         "vocab": 257,  # all bytes and the end of a text
     }
@@ -152,10 +153,30 @@ class Train(Common, TrainOptions):
     """Attention heads of each layer; a divisor of the width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrix products are computed in; weights and the optimiser are float32."""
-    mesh: Annotated[str | None, arg(metavar="SHAPE", help_behavior_hint="(default: one device)")] = None
-    """Train on several devices, laid out like this: 'fsdp=4,tensor=2' for eight. Axes: data, fsdp, tensor."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, whole blocks, all but matrix products."""
+    mesh: Annotated[str | None, arg(metavar="SHAPE", help_behavior_hint="(default: one device; data=* with several processes)")] = None
+    """Train on several devices, laid out like this: 'fsdp=4,tensor=2' for eight; one length may be *, what the devices leave.
+    Axes: data, fsdp, tensor."""
     devices: int = 1
     """Pretend that the CPU is so many devices, to try a --mesh without having one; slower than one."""
+    processes: int = 1
+    """Start so many processes on this machine, to try what a cluster does. On a cluster start one on each host instead: they find
+    each other (TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID)."""
+    devices_per_process: int = 1
+    """Simulated devices of each of these processes."""
+    elastic: bool = False
+    """When one of these processes dies, go on with one fewer from the last checkpoint; later with all again."""
+    regrow: float = 30.0
+    """Seconds after which an elastic run goes back to all of its processes."""
+    watchdog: float = 0.0
+    """End a process that makes no step for so many seconds, and say which rank is stuck; 0 for never."""
+    notices: Annotated[str | None, arg(metavar="URL", help_behavior_hint="(default: the machine's metadata server, if it has one)")] = None
+    """Where notices of maintenance stand; at one, the run saves and stops."""
+    profile: bool = False
+    """Write an XProf trace of three steps into the run's folder."""
+    tensorboard: bool = False
+    """Write the rows for TensorBoard too."""
     sample: Annotated[str, arg(metavar="TEXT")] = "The "
     """Prompt of the sample that the trained model writes at the end."""
 
@@ -165,6 +186,24 @@ class Rerun(Common):
     """Repeat a run from its folder and compare every number that does not depend on the clock; exits with 1 where one differs."""
 
     folder: Annotated[Positional[str], arg(metavar="FOLDER", help="The folder that the run left: runs/<time>-<verb>.")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resume(Common):
+    """Go on with a run of train that was stopped or killed, from its last checkpoint; it ends in the same parameters."""
+
+    folder: Annotated[Positional[str], arg(metavar="FOLDER", help="The folder that the run left: runs/<time>-train.")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replay(Common):
+    """Compute one step of a run of train again, from the last checkpoint before it, and compare it with what the run wrote."""
+
+    LEAST: ClassVar = {"step": 1}
+
+    folder: Annotated[Positional[str], arg(metavar="FOLDER", help="The folder that the run left: runs/<time>-train.")]
+    step: int
+    """Which: 1 for the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +245,8 @@ VERBS: dict[str, type[Common]] = {
     "models": Models,
     "summary": Summary,
     "predict": Predict,
+    "resume": Resume,
+    "replay": Replay,
     "rerun": Rerun,
 }
 
@@ -233,7 +274,9 @@ __all__ = [
     "Generate",
     "Models",
     "Predict",
+    "Replay",
     "Rerun",
+    "Resume",
     "Summary",
     "Train",
     "check",

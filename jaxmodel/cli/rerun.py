@@ -14,6 +14,7 @@ from jaxmodel.errors import InputError, unknown
 
 CLOCK = (
     "seconds",
+    "ledger",
     "tokens_per_second",
     "prefill_seconds",
     "prefill_tps",
@@ -30,8 +31,12 @@ def name_of(options: Common) -> str:
     return next(name for name, cls in VERBS.items() if type(options) is cls)
 
 
-def options_of(folder: str) -> Common:
-    """The options of an ended run.
+def options_of(folder: str, ended: bool = True) -> Common:
+    """The options of a run.
+
+    Args:
+      folder: of the run.
+      ended: whether it must have come to its end.
 
     Raises:
       InputError: that is no run folder, its run did not end, or its verb or options are not those of this version.
@@ -40,9 +45,9 @@ def options_of(folder: str) -> Common:
     config: dict[str, Any] = dict(before.config)
     verb = config.pop("verb", None)
     config.pop("resolved", None)  # what the options come to is found again
-    if verb not in VERBS or verb == "rerun":
-        raise unknown(f"{folder}/config.json: verb", verb, [v for v in VERBS if v != "rerun"])
-    if not (before.folder / "report.json").exists():
+    if verb not in VERBS or verb in ("rerun", "resume"):
+        raise unknown(f"{folder}/config.json: verb", verb, [v for v in VERBS if v not in ("rerun", "resume")])
+    if ended and not (before.folder / "report.json").exists():
         raise InputError(f"folder: {folder!r} has no report.json; the run did not end")
     try:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

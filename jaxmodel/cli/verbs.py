@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxmodel.cli.options import Compress, Eval, Generate, Train
+from jaxmodel.cli.options import Compress, Eval, Generate
 from jaxmodel.errors import InputError
 
 
@@ -32,6 +31,10 @@ def find(name: str) -> Verb:
         from jaxmodel.cli import demo
 
         return Verb(demo.run, demo.show)
+    if name in ("train", "replay"):
+        from jaxmodel.cli import training
+
+        return Verb(training.run, training.show, training.prepare) if name == "train" else Verb(training.replay, training.show_replay)
     if name in ("models", "predict", "summary"):
         from jaxmodel.cli import inspect
 
@@ -40,7 +43,6 @@ def find(name: str) -> Verb:
         "eval": Verb(_eval, _show_eval),
         "generate": Verb(_generate, _show_generate),
         "compress": Verb(_compress, _show_compress),
-        "train": Verb(_train, _show_train, _simulate_devices),
     }[name]
 
 
@@ -146,82 +148,3 @@ def _show_compress(result: dict[str, Any], console: Any) -> None:
         f"{megabytes(result['bytes_before'])} MB -> {megabytes(result['bytes_after'])} MB, "
         f"{result['bits_per_weight']:.3f} bits a weight, file {megabytes(result['file_bytes'])} MB"
     )
-
-
-# -------------------------------------------------------------------------------------------------------- train
-
-
-def _simulate_devices(options: Train) -> None:
-    if options.devices != 1:
-        from jaxmodel import sharding
-
-        sharding.simulate_devices(options.devices)
-
-
-def _train(options: Train, folder: Any) -> dict[str, Any]:
-    import jax
-
-    from jaxmodel import data, hub, report, sharding, train
-    from jaxmodel.cli import resolved
-    from jaxmodel.generation import generate
-    from jaxmodel.models import gpt2
-    from jaxmodel.ops import MESH_AXES, Policy
-
-    began = time.perf_counter()
-    hub.check_target(options.out or folder.path("bundle"))
-    mesh = None if options.mesh is None else sharding.make_mesh(options.mesh)
-    texts = [data.load_text(source) for source in (options.data, options.heldout)]
-    with report.step("tokenise"):
-        tokenizer = hub.train_bpe([texts[0].text], options.vocab)
-        length, stride = options.context + 1, options.context
-        rows = [
-            resolved.windows(text, tokenizer, length, stride=stride, options=f"--{name}, --context")[0]
-            for name, text in zip(("data", "heldout"), texts, strict=True)
-        ]
-    if not tokenizer.encode(options.sample) or len(tokenizer.encode(options.sample)) >= options.context:
-        raise InputError(
-            f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
-        )
-    streams = [data.Stream(r, options.batch, options.seed) for r in rows]
-    config = gpt2.Config(tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
-    model = gpt2.model(config, Policy(compute=options.dtype, axes=MESH_AXES))
-    values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
-    values["eval_every"] = options.eval_every or max(1, options.steps // 4)
-    settings = train.TrainConfig(**values)
-    folder.resolve(
-        train=settings,
-        model=resolved.of_model(model),
-        mesh=dict(mesh.shape) if mesh is not None else {},
-        data=[resolved.of_text(text) | {"stream": stream.fingerprint} for text, stream in zip(texts, streams, strict=True)],
-    )
-    state, history = train.fit(model, streams[0], settings, heldout=streams[1], mesh=mesh, on_log=lambda row: folder.log(**row))
-    card = {"name": "gpt2-small-from-scratch", "trained_on": texts[0].origin, "steps": options.steps, "seed": options.seed}
-    single = gpt2.model(config, Policy(compute=options.dtype))
-    bundle = hub.Bundle(single, jax.device_put(jax.device_get(state.params)), tokenizer, card)
-    out = options.out or str(folder.path("bundle"))
-    bundle.save_pretrained(out)
-    room = options.context - len(tokenizer.encode(options.sample))
-    sample = generate(bundle, options.sample, max_new_tokens=min(64, room), temperature=0.8, seed=options.seed)
-    steady = history[1:] or history  # the first row holds the compilation
-    return {
-        "out": out,
-        "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
-        "mesh": dict(mesh.shape) if mesh is not None else {},
-        "devices": mesh.size if mesh is not None else 1,
-        "data": [dataclasses.asdict(t) | {"text": len(t.text)} for t in texts],
-        "loss": history[-1]["loss"],
-        "heldout_loss": history[-1]["heldout_loss"],
-        "tokens_per_second": sum(r["tokens_per_second"] for r in steady) / len(steady),
-        "sample": options.sample + sample,
-        "history": history,
-        "seconds": time.perf_counter() - began,
-    }
-
-
-def _show_train(result: dict[str, Any], console: Any) -> None:
-    console.print(
-        f"{result['parameters']} parameters on {result['devices']} device(s) {result['mesh'] or ''}: loss {result['loss']:.3f}, "
-        f"held-out {result['heldout_loss']:.3f}, {result['tokens_per_second']:.0f} tokens/s, saved in {result['out']}",
-        markup=False,
-    )
-    console.print(result["sample"], markup=False)

@@ -1,5 +1,7 @@
 """Text to batches: load a text, cut it into windows or pack its documents into bins, stream batches of (seed, step).
 Images to batches: load them with their labels, stream their rows. Pairs of texts are made as they are needed.
+Larger than memory: `documents` reads any format from anywhere, `tokenize` writes `Shards` once, `PackedShards` and `ShardWindows`
+read rows of them, `ImageFolder` rows of files; `Mixture` mixes streams.
 
 >>> import numpy as np
 >>> stream = Stream(windows(range(100), length=9, stride=8), batch_size=4, seed=0)
@@ -8,9 +10,20 @@ Images to batches: load them with their labels, stream their rows. Pairs of text
 ((4, 8), True)
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from jaxmodel.data.image_folder import ImageFolder
 from jaxmodel.data.images import Images, load_images
+from jaxmodel.data.mixture import Mixture
 from jaxmodel.data.pack import Bins, pack, windows
-from jaxmodel.data.stream import Batches, Stream, prefetch
+from jaxmodel.data.packed import PackedShards, ShardWindows
+from jaxmodel.data.shards import Shards, tokenize
+from jaxmodel.data.sources import Documents, documents
+from jaxmodel.data.splits import kfold, split, take
+from jaxmodel.data.stream import Batches, Rows, Stream, host_rows, prefetch
 from jaxmodel.data.synthetic import Pairs
 from jaxmodel.data.text import NAMES, Text, load_text, split_documents
 
@@ -18,14 +31,33 @@ __all__ = [
     "NAMES",
     "Batches",
     "Bins",
+    "Documents",
+    "ImageFolder",
     "Images",
+    "Mixture",
+    "PackedShards",
     "Pairs",
+    "Rows",
+    "ShardWindows",
+    "Shards",
     "Stream",
     "Text",
+    "documents",
+    "host_rows",
+    "kfold",
     "load_images",
     "load_text",
     "pack",
     "prefetch",
+    "split",
     "split_documents",
+    "take",
+    "tokenize",
     "windows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "augment":  # late: it imports jax
+        return importlib.import_module("jaxmodel.data.augment")
+    raise AttributeError(f"module 'jaxmodel.data' has no attribute {name!r}")

@@ -94,12 +94,8 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
     if not arrays:
         raise InputError(f"documents: none of the {len(documents)} holds a token; at least one must")
     flat = np.concatenate([part for array in arrays for part in (array, end)])
-    totals = np.array([array.size for array in arrays]) + end.size
-    counts = -(-totals // length)
-    pieces = np.full(counts.sum(), length)
-    pieces[np.cumsum(counts) - 1] = totals - (counts - 1) * length
-
-    rows, offsets, segments, bins = _first_fit(pieces.tolist(), length)
+    _, pieces = cut(np.array([array.size for array in arrays]) + end.size, length)
+    rows, offsets, segments, bins = first_fit(pieces.tolist(), length)
     within = np.arange(flat.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     places = np.repeat(rows * length + offsets, pieces) + within
 
@@ -111,8 +107,20 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
     return Bins(scatter(flat), scatter(np.repeat(segments, pieces)), scatter(within))
 
 
-def _first_fit(pieces: list[int], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Row, offset and segment number of each piece, and the number of rows."""
+def cut(totals: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Start and size of the pieces that documents are cut into, where the documents follow each other without a gap.
+
+    >>> cut(np.array([3, 5]), length=4)
+    (array([0, 3, 7]), array([3, 4, 1]))
+    """
+    counts = -(-totals // length)
+    pieces = np.full(counts.sum(), length)
+    pieces[np.cumsum(counts)[counts > 0] - 1] = (totals - (counts - 1) * length)[counts > 0]
+    return np.cumsum(pieces) - pieces, pieces
+
+
+def first_fit(pieces: list[int], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Row, offset and segment number of each piece, and the number of rows; see `pack`."""
     # First fit leaves at most one bin half empty or worse, which bounds the bins. Bins not yet begun are leaves of the
     # tree with all their room, so that "the first with room" is one descent.
     leaves = 1 << min(len(pieces), 2 * sum(pieces) // length + 1).bit_length()

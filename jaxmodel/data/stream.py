@@ -6,12 +6,13 @@ import hashlib
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, partial
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
 from jaxmodel.data.pack import Bins
+from jaxmodel.data.shuffle import SORTED_UP_TO, permute
 from jaxmodel.errors import InputError, at_least
 
 type Batch = dict[str, np.ndarray]
@@ -19,21 +20,47 @@ type Batch = dict[str, np.ndarray]
 
 @runtime_checkable
 class Batches(Protocol):
-    """What training reads: the batch of a step, and how many rows each has. `Stream` is one, `synthetic.Pairs` another."""
+    """What training reads: the batch of a step. `Stream`, `Mixture` and `synthetic.Pairs` are such."""
 
     @property
     def batch_size(self) -> int:
-        """Rows in a batch, B."""
+        """Rows in a whole batch, B, whatever the number of hosts."""
         ...
 
-    def batch(self, step: SupportsIndex) -> Batch:
-        """Named arrays `[B, ...]`, a pure function of the step and of what the source was made from."""
+    @property
+    def fingerprint(self) -> str:
+        """sha256, hexadecimal: equal fingerprints mean equal batches at every step."""
+        ...
+
+    def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
+        """Named arrays `[B, ...]`, a pure function of the step and of what the source was made from.
+
+        With `rows`, a slice without stride within 0 and B, only these rows of them: each host makes its own.
+        """
+        ...
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What a `Stream` shuffles: N rows that are read by their numbers, from wherever they are stored."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, hexadecimal: equal fingerprints mean equal rows."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of rows N."""
+        ...
+
+    def take(self, indices: np.ndarray) -> Bins | Batch:
+        """The rows of these numbers, int64 [n]: bins of tokens, or named arrays [n, ...], that belong to the receiver."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """An endless stream of batches over packed bins, plain windows, or rows of named arrays.
+    """An endless stream of batches over packed bins, plain windows, rows of named arrays, or rows that are stored somewhere.
 
     Place i of batch s has the global index g = s * batch_size + i. Its epoch is g // N, and within an epoch the N rows
     come in an order drawn from (seed, epoch): each row exactly once, none dropped. A batch may therefore end one epoch
@@ -44,7 +71,7 @@ class Stream:
     has the rows as they are.
 
     Attributes:
-      data: `Bins`, or windows, an integer array [N, T + 1], or a dict of arrays [N, ...].
+      data: `Bins`, or windows, an integer array [N, T + 1], or a dict of arrays [N, ...], or `Rows` such as `PackedShards`.
       batch_size: rows in a batch, B.
       seed: 0 to 2^64 - 1.
 
@@ -53,7 +80,7 @@ class Stream:
         out of range.
     """
 
-    data: Bins | np.ndarray | Mapping[str, np.ndarray]
+    data: Bins | np.ndarray | Mapping[str, np.ndarray] | Rows
     batch_size: int
     seed: int = 0
 
@@ -65,26 +92,33 @@ class Stream:
             shapes = {name: a.shape for name, a in self.data.items()}
             if len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values() or not self.count:
                 raise InputError(f"data: arrays of shapes {shapes} given; the same number of rows in each, at least 1, is needed")
-            return
-        tokens, segments, positions = self.bins.tokens, self.bins.segments, self.bins.positions
-        if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-            given = f"{tokens.dtype} of shape {tokens.shape}"
-            raise InputError(f"data: {given} given; integers [N, T + 1] with N and T at least 1 are needed")
-        if not tokens.shape == segments.shape == positions.shape:
-            shapes = f"{tokens.shape}, {segments.shape}, {positions.shape}"
-            raise InputError(f"data: tokens, segments, positions of shapes {shapes} given; equal shapes are needed")
+        elif isinstance(self.data, Bins | np.ndarray):
+            tokens, segments, positions = self.bins.tokens, self.bins.segments, self.bins.positions
+            if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+                given = f"{tokens.dtype} of shape {tokens.shape}"
+                raise InputError(f"data: {given} given; integers [N, T + 1] with N and T at least 1 are needed")
+            if not tokens.shape == segments.shape == positions.shape:
+                shapes = f"{tokens.shape}, {segments.shape}, {positions.shape}"
+                raise InputError(f"data: tokens, segments, positions of shapes {shapes} given; equal shapes are needed")
+        elif not isinstance(self.data, Rows):
+            allowed = "Bins, windows, a dict of arrays, PackedShards, ShardWindows, ImageFolder"
+            raise InputError(f"data: {type(self.data).__name__} given; allowed: {allowed}")
+        elif not self.count:
+            raise InputError("data: no rows given; at least 1 is needed")
 
     @property
     def count(self) -> int:
         """The number of rows N."""
-        return len(next(iter(self.data.values()))) if isinstance(self.data, Mapping) else len(self.bins.tokens)
+        if isinstance(self.data, Mapping):
+            return len(next(iter(self.data.values())))
+        return len(self.bins.tokens if isinstance(self.data, Bins | np.ndarray) else self.data)
 
     @cached_property
     def bins(self) -> Bins:
         """Texts as bins; windows become rows with one segment (views, without memory of their own)."""
         if isinstance(self.data, Bins):
             return self.data
-        assert not isinstance(self.data, Mapping)
+        assert isinstance(self.data, np.ndarray)
         shape = self.data.shape
         places = np.arange(shape[-1], dtype=np.int32)
         return Bins(self.data, np.broadcast_to(np.int32(1), shape), np.broadcast_to(places, shape))
@@ -92,38 +126,39 @@ class Stream:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of rows, sizes, batch size and seed: equal fingerprints mean equal batches at every step."""
+        version = 1 if self.count <= SORTED_UP_TO else 2  # once, orders of any size were sorted
         if isinstance(self.data, Mapping):
-            digest = hashlib.sha256(f"stream of arrays 1 {self.batch_size} {self.seed}\n".encode())
+            digest = hashlib.sha256(f"stream of arrays {version} {self.batch_size} {self.seed}\n".encode())
             for name, array in sorted(self.data.items()):
                 digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
                 digest.update(np.ascontiguousarray(array).data)
             return digest.hexdigest()
+        if not isinstance(self.data, Bins | np.ndarray):
+            return hashlib.sha256(f"stream of rows 1 {self.data.fingerprint} {self.batch_size} {self.seed}".encode()).hexdigest()
         arrays = (self.bins.tokens, self.bins.segments, self.bins.positions)
-        digest = hashlib.sha256(f"stream 1 {arrays[0].shape} {self.batch_size} {self.seed}\n".encode())
+        digest = hashlib.sha256(f"stream {version} {arrays[0].shape} {self.batch_size} {self.seed}\n".encode())
         for array in arrays:
             digest.update(np.ascontiguousarray(array, "<i4").data)
         return digest.hexdigest()
 
-    def rows(self, step: SupportsIndex) -> np.ndarray:
-        """The indices [B] of the rows in the batch of `step`; costs nothing but the order of the epoch.
+    def rows(self, step: SupportsIndex, rows: slice = slice(None)) -> np.ndarray:
+        """The numbers int64 [B] of the rows in the batch of `step`, or of those at its places `rows`.
 
         >>> stream = Stream(np.zeros((3, 2), np.int32), batch_size=2)
         >>> sorted(np.concatenate([stream.rows(0), stream.rows(1), stream.rows(2)]).tolist())
         [0, 0, 1, 1, 2, 2]
         """
-        first = operator.index(step) * self.batch_size
-        if first < 0:
-            raise InputError(f"step: {step} given; at least 0 is needed")
-        count, place, stop = self.count, first, first + self.batch_size
-        parts = []
-        while place < stop:
-            epoch, begin = divmod(place, count)
-            parts.append(_order(self.seed, epoch, count)[begin : begin + stop - place])
-            place += len(parts[-1])
+        first, stop = global_rows(step, rows, self.batch_size)
+        parts = [np.empty(0, np.int64)]
+        while first < stop:
+            epoch, begin = divmod(first, self.count)
+            end = min(self.count, begin + stop - first)
+            parts.append(permute(np.arange(begin, end), self.count, self.seed, epoch))
+            first += end - begin
         return np.concatenate(parts)
 
-    def batch(self, step: SupportsIndex) -> Batch:
-        """The batch of `step`, a pure function of (data, batch size, seed, step).
+    def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
+        """The batch of `step`, a pure function of (data, batch size, seed, step), or its rows `rows`, at their cost alone.
 
         Returns:
           tokens, targets, segments, positions: int32 [B, T]; a target is the next token of the same segment, else 0.
@@ -131,45 +166,79 @@ class Stream:
           Of named arrays: their rows [B, ...], by name.
 
         Raises:
-          InputError: a negative step.
+          InputError: a negative step, or rows outside of the batch.
         """
-        rows = self.rows(step)
+        indices = self.rows(step, rows)
         if isinstance(self.data, Mapping):
-            return {name: array[rows] for name, array in self.data.items()}
-        arrays = (self.bins.tokens, self.bins.segments, self.bins.positions)
-        tokens, segments, positions = (array[rows].astype(np.int32, copy=False) for array in arrays)
-        follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
-        return {
-            "tokens": tokens[:, :-1].copy(),
-            "targets": np.where(follows, tokens[:, 1:], np.int32(0)),
-            "weights": follows.astype(np.float32),
-            "segments": segments[:, :-1].copy(),
-            "positions": positions[:, :-1].copy(),
-        }
+            return {name: array[indices] for name, array in self.data.items()}
+        if isinstance(self.data, Bins | np.ndarray):
+            return _predict(Bins(*(a[indices] for a in (self.bins.tokens, self.bins.segments, self.bins.positions))))
+        found = self.data.take(indices)
+        return _predict(found) if isinstance(found, Bins) else found
 
 
-def prefetch(stream: Batches, start: int, stop: int, workers: int = 2) -> Iterator[Batch]:
-    """The batches of steps start, start + 1, ..., stop - 1, computed ahead of their use in threads.
+def _predict(bins: Bins) -> Batch:
+    """What a language model reads and should predict of bins [B, T + 1]; see `Stream.batch`."""
+    tokens, segments, positions = (a.astype(np.int32, copy=False) for a in (bins.tokens, bins.segments, bins.positions))
+    follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
+    return {
+        "tokens": tokens[:, :-1].copy(),
+        "targets": np.where(follows, tokens[:, 1:], np.int32(0)),
+        "weights": follows.astype(np.float32),
+        "segments": segments[:, :-1].copy(),
+        "positions": positions[:, :-1].copy(),
+    }
+
+
+def global_rows(step: SupportsIndex, rows: slice, batch_size: int) -> tuple[int, int]:
+    """The first and the end of the global indices g = step * batch_size + place of places `rows` of a batch.
+
+    Raises:
+      InputError: a negative step, a slice with a stride, or one that reaches beyond the batch.
+
+    >>> global_rows(5, slice(2, 4), batch_size=8)
+    (42, 44)
+    """
+    at_least("step", operator.index(step), 0)
+    start, stop = 0 if rows.start is None else rows.start, batch_size if rows.stop is None else rows.stop
+    if rows.step not in (None, 1) or not 0 <= start <= stop <= batch_size:
+        raise InputError(f"rows: {rows} given; allowed: a slice within 0 and {batch_size}, without stride")
+    return operator.index(step) * batch_size + start, operator.index(step) * batch_size + stop
+
+
+def host_rows(batch_size: int, host: int, hosts: int) -> slice:
+    """The rows of each batch that one of several hosts makes; joined in the order of hosts they are the batch.
+
+    Raises:
+      InputError: the batch does not divide over the hosts, or there is no such host.
+
+    >>> host_rows(batch_size=8, host=1, hosts=4)
+    slice(2, 4, None)
+    """
+    at_least("hosts", hosts)
+    if batch_size % hosts:
+        near = -(-batch_size // hosts) * hosts
+        raise InputError(f"batch: {batch_size} rows do not divide over {hosts} hosts; allowed: a multiple, such as {near}")
+    if not 0 <= host < hosts:
+        raise InputError(f"host: {host} given; allowed: 0 to {hosts - 1}")
+    each = batch_size // hosts
+    return slice(host * each, (host + 1) * each)
+
+
+def prefetch(stream: Batches, start: int, stop: int, workers: int = 2, rows: slice = slice(None)) -> Iterator[Batch]:
+    """The batches of steps start, start + 1, ..., stop - 1, or their rows `rows`, computed ahead of their use in threads.
 
     Grain only prefetches: the batches are those of `stream.batch`, bit for bit and in order. It uses threads, so a
     script needs no `if __name__ == "__main__"`. About twice as many batches as workers wait in memory.
 
     Raises:
-      InputError: start below 0 or beyond stop, or fewer than one worker.
+      InputError: start below 0 or beyond stop, fewer than one worker, or rows outside of the batch.
     """
     if not 0 <= start <= stop:
         raise InputError(f"start, stop: {start}, {stop} given; 0 <= start <= stop is needed")
     at_least("workers", workers)
+    global_rows(start, rows, stream.batch_size)
     import grain  # late: it takes a second that only training should pay
 
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    return iter(grain.MapDataset.range(start, stop).map(stream.batch).to_iter_dataset(options))
-
-
-@lru_cache(maxsize=4)  # two epochs meet in a batch, and prefetching threads may be on either side
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    # Not `Generator.permutation`: across its versions NumPy promises the same raw words only.
-    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
-    order = np.argsort(words, kind="stable")
-    order.flags.writeable = False  # the cache hands out the same array again
-    return order
+    return iter(grain.MapDataset.range(start, stop).map(partial(stream.batch, rows=rows)).to_iter_dataset(options))

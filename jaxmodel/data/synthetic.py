@@ -16,6 +16,7 @@ A batch is a function of (seed, step), and no target is in both parts, "train" a
 from __future__ import annotations
 
 import datetime
+import hashlib
 import operator
 import zlib
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from jaxmodel.data.stream import Batch
+from jaxmodel.data.stream import Batch, global_rows
 from jaxmodel.errors import InputError, at_least, unknown
 
 START, END = 0, 1
@@ -119,25 +120,30 @@ class Pairs:
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed: {self.seed} given; 0 to 2^64 - 1 is allowed")
 
-    def texts(self, step: SupportsIndex) -> list[tuple[str, str]]:
-        """The pairs in the batch of `step`.
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all that the pairs depend on: equal fingerprints mean equal batches at every step."""
+        return hashlib.sha256(f"pairs 1 {self.tasks} {self.batch_size} {self.seed} {self.part}".encode()).hexdigest()
+
+    def texts(self, step: SupportsIndex, rows: slice = slice(None)) -> list[tuple[str, str]]:
+        """The pairs in the batch of `step`, or those at its places `rows`.
 
         Raises:
-          InputError: a negative step.
+          InputError: a negative step, or rows outside of the batch.
         """
-        at_least("step", operator.index(step), 0)
+        first, stop = (g - operator.index(step) * self.batch_size for g in global_rows(step, rows, self.batch_size))
         # not a `Generator`: across its versions NumPy promises the same raw words only
         words = np.random.Philox(key=np.array([self.seed, operator.index(step)], np.uint64))
         draw = lambda below: int(words.random_raw()) % below
         found: list[tuple[str, str]] = []
-        while len(found) < self.batch_size:
+        while len(found) < stop:  # those before `first` too: it takes a few microseconds each to draw as they did
             source, target = TASKS[self.tasks[draw(len(self.tasks))]](draw)
             if (zlib.crc32(target.encode()) % 10 == 0) == (self.part == "test"):
                 found.append((source, target))
-        return found
+        return found[first:]
 
-    def batch(self, step: SupportsIndex) -> Batch:
-        """The batch of `step`, a pure function of (tasks, batch size, seed, part, step).
+    def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
+        """The batch of `step`, a pure function of (tasks, batch size, seed, part, step), or its rows `rows`.
 
         Returns:
           source, source_mask: int32 and bool [B, S], padded on the right to `SOURCE`.
@@ -145,14 +151,15 @@ class Pairs:
             predict (it closes with `END`), and 1.0 where there is something to predict.
 
         Raises:
-          InputError: a negative step.
+          InputError: a negative step, or rows outside of the batch.
         """
-        source = np.zeros((self.batch_size, SOURCE), np.int32)
-        targets = np.zeros((self.batch_size, TARGET), np.int32)
-        for i, (given, wanted) in enumerate(self.texts(step)):
+        texts = self.texts(step, rows)
+        source = np.zeros((len(texts), SOURCE), np.int32)
+        targets = np.zeros((len(texts), TARGET), np.int32)
+        for i, (given, wanted) in enumerate(texts):
             source[i, : len(given)] = encode(given)
             targets[i, : len(wanted) + 1] = [*encode(wanted), END]
-        tokens = np.concatenate([np.full((self.batch_size, 1), START, np.int32), targets[:, :-1]], axis=1)
+        tokens = np.concatenate([np.full((len(texts), 1), START, np.int32), targets[:, :-1]], axis=1)
         tokens[tokens == END] = START  # the end is predicted and never read
         weights = (targets != START).astype(np.float32)
         return {"source": source, "source_mask": source != START, "tokens": tokens, "targets": targets, "weights": weights}

@@ -23,12 +23,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
+from jaxmodel.data import files
 from jaxmodel.errors import InputError, nearest, require
 
 NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")
@@ -46,9 +49,10 @@ _HUB = {
         "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     ),
 }
-# What ends a document: a blank line before a title (` = Title = `, or underlined by stars), else any blank lines.
-_TITLE = re.compile(r"(?m)(?:\A|^[ \t\r]*\n)(?= ?= [^=\n]+ = ?\r?\n[ \t\r]*\n|[^\n]*\S[^\n]*\n\*{3,}\r?\n)")
-_BLANK = re.compile(r"\n(?:[ \t\r]*\n)+")
+# Lines, each with its end. A title has one blank line at least on both sides, or stars below it; see `split_documents`.
+_BLANK = re.compile(r"[ \t\r]*\n")
+_TITLE = re.compile(r" ?= [^=\n]+ = ?\r?\n")
+_STARS = re.compile(r"\*{3,}\r?\n")
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def load_text(source: str | Path) -> Text:
     """The text of a known name (see the table above) or of a UTF-8 file; a name wins over a file of the same name.
 
     Args:
-      source: one of `NAMES`, or a path.
+      source: one of `NAMES`, a path, or a URL (`gs://...`) that fsspec knows.
 
     Returns:
       The text with its origin and digest.
@@ -86,6 +90,9 @@ def load_text(source: str | Path) -> Text:
     name = str(source)
     if isinstance(source, str) and source in NAMES:
         text, origin = _named(source)
+    elif files.is_remote(name):
+        with files.reading(name, unpack=False) as file:
+            text, origin = _decode(name, file.read()), name
     else:
         path = Path(source).expanduser()
         text, origin = _read(name, path), _shown(name, path)
@@ -101,16 +108,48 @@ def split_documents(text: str) -> list[str]:
     >>> split_documents("First Citizen:\\nSpeak.\\n\\nAll:\\nResolved.\\n")
     ['First Citizen:\\nSpeak.\\n\\n', 'All:\\nResolved.\\n']
     """
-    if not text.strip():
-        return []
-    first = len(text) - len(text.lstrip())
-    last = len(text.rstrip())
-    for mark in (_TITLE, _BLANK):
-        marks = [m.end() for m in mark.finditer(text)]
-        if marks:
-            starts = [place for place in marks if first < place < last]
-            return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
-    return [text]
+    return list(split_lines(lambda: io.StringIO(text, newline="\n")))
+
+
+def split_lines(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """`split_documents` for a text that is too large to hold: `lines()` gives its lines, and is called twice."""
+    before = True  # as if a blank line stood above the first
+    titled = False
+    for line, below in pairwise(chain(lines(), [""])):
+        if before and _is_title(line, below):
+            titled = True
+            break
+        before = bool(_BLANK.fullmatch(line))
+    held, spaces = "", []  # white space before the first text and after the last is part of these documents
+    for piece in _pieces(lines(), titled):
+        if not piece.strip():
+            spaces.append(piece)
+        elif not held:
+            held, spaces = "".join([*spaces, piece]), []
+        else:
+            yield from [held, *spaces]
+            held, spaces = piece, []
+    if held:
+        yield "".join([held, *spaces])
+
+
+def _pieces(lines: Iterable[str], titled: bool) -> Iterator[str]:
+    piece: list[str] = []
+    before = True
+    for line, below in pairwise(chain(lines, [""])):
+        blank = bool(_BLANK.fullmatch(line))
+        if piece and before and (_is_title(line, below) if titled else not blank):
+            yield "".join(piece)
+            piece = []
+        piece.append(line)
+        before = blank
+    yield "".join(piece)
+
+
+def _is_title(line: str, below: str) -> bool:
+    if _TITLE.fullmatch(line) and _BLANK.fullmatch(below):
+        return True
+    return line.endswith("\n") and bool(line.strip()) and bool(_STARS.fullmatch(below))
 
 
 def _named(name: str) -> tuple[str, str]:
@@ -132,21 +171,31 @@ def _named(name: str) -> tuple[str, str]:
 
 def _read(given: str, path: Path) -> str:
     if not path.is_file():
-        raise _no_file(given, path)
+        raise no_file(given, path)
     try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = f"0x{error.object[error.start]:02x}"
-        message = f"is not UTF-8: byte {byte} at offset {error.start} ({error.reason}); a UTF-8 text file is needed"
-        raise InputError(f"data source: {given!r} {message}") from None
+        return _decode(given, path.read_bytes())
     except OSError as error:
         raise InputError(f"data source: {given!r} cannot be read: {error.strerror}") from None
+
+
+def not_utf8(given: str, error: UnicodeDecodeError, before: int = 0) -> InputError:
+    """The error for a file that does not decode, `before` bytes of which did (to be raised by the caller)."""
+    where = f"byte 0x{error.object[error.start]:02x} at offset {before + error.start} ({error.reason})"
+    return InputError(f"data source: {given!r} is not UTF-8: {where}; a UTF-8 text file is needed")
+
+
+def _decode(given: str, raw: bytes) -> str:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(given, error) from None
     if not text.strip():
         raise InputError(f"data source: {given!r} holds no text ({len(text)} white-space characters); some text is needed")
     return text
 
 
-def _no_file(given: str, path: Path) -> InputError:
+def no_file(given: str, path: Path) -> InputError:
+    """The error for a source that is neither a file nor a name (to be raised by the caller)."""
     if path.is_dir():
         return InputError(f"data source: {given!r} is a folder; a UTF-8 text file is needed")
     beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file()) if path.parent.is_dir() else []

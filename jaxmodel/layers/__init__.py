@@ -16,6 +16,7 @@ from jaxmodel.layers.norm import LayerNorm, RMSNorm
 from jaxmodel.layers.patches import Patches
 from jaxmodel.layers.recurrent import Additive, Multiplicative, Recurrent
 from jaxmodel.layers.repeat import init_layers, repeat
+from jaxmodel.layers.stochastic_depth import stochastic_depth
 
 __all__ = [
     "ACTIVATIONS",
@@ -47,5 +48,6 @@ __all__ = [
     "load_balance",
     "real_tokens",
     "repeat",
+    "stochastic_depth",
     "unfuse",
 ]

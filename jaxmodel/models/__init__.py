@@ -13,6 +13,7 @@ from jaxmodel.models.initializers import initialize
 from jaxmodel.models.maximal_update import Mup, coordinates, mup, scale_updates
 from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
 from jaxmodel.models.predict import predict_fn
+from jaxmodel.models.stochastic_depth import stochastic_depth
 
 __all__ = [
     "Inputs",
@@ -32,6 +33,7 @@ __all__ = [
     "scale_updates",
     "set_state",
     "sizes",
+    "stochastic_depth",
     "summary",
     "wrap",
 ]

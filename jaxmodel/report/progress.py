@@ -29,9 +29,9 @@ _quiet = False
 class Job:
     """Something that takes time: what `bar` and `step` hand out."""
 
-    def __init__(self, label: str, total: float | int | None, depth: int):
+    def __init__(self, label: str, total: float | int | None, depth: int, done: float | int = 0):
         self.label, self.total, self.depth = label, total, depth
-        self.done: float | int = 0
+        self.done = self._before = done
         self.fields: dict[str, Any] = {}
         self.start = time.monotonic()
         self.announced = False
@@ -49,8 +49,8 @@ class Job:
         if self.done or self.total:
             parts += [f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")]
         parts += [_clock(seconds)]
-        if self.done:
-            speed = self.done / seconds
+        if self.done > self._before:
+            speed = (self.done - self._before) / seconds
             parts += [f"{speed:.3g}/s"]
             if self.total and self.done < self.total:
                 parts += [f"{_clock((self.total - self.done) / speed)} left"]
@@ -64,13 +64,13 @@ def set_quiet(quiet: bool = True) -> None:
 
 
 @contextmanager
-def bar(total: float | int | None, label: str) -> Iterator[Job]:
-    """A bar over work of a known amount (None: unknown); call `.advance(n, **fields)` on what it gives.
+def bar(total: float | int | None, label: str, done: float | int = 0) -> Iterator[Job]:
+    """A bar over work of a known amount (None: unknown), `done` of it before; call `.advance(n, **fields)` on what it gives.
 
     >>> with bar(3, "training") as job:
     ...     job.advance(2, loss=1.5)
     """
-    with _running(label, total, now=False) as job:
+    with _running(label, total, now=False, done=done) as job:
         yield job
 
 
@@ -94,10 +94,10 @@ def progress[T](iterable: Iterable[T], label: str, total: float | int | None = N
 
 
 @contextmanager
-def _running(label: str, total: float | int | None, now: bool) -> Iterator[Job]:
+def _running(label: str, total: float | int | None, now: bool, done: float | int = 0) -> Iterator[Job]:
     global _ticker
     with _lock:
-        job = Job(label, total, len(_jobs))
+        job = Job(label, total, len(_jobs), done)
         _jobs.append(job)
         if now and job.depth == 0 and not _on_terminal():
             _announce(job)

@@ -9,7 +9,9 @@ import optax
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least
+from jaxmodel.train.guard import Guard
 from jaxmodel.train.options import TrainOptions
+from jaxmodel.train.schedules import reduce_on_plateau, schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +27,46 @@ class TrainConfig(TrainOptions):
     trainable: tree.Rules | None = None
 
 
-def adamw(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and cosine."""
+    def guard(self) -> Guard:
+        """Which steps are bad."""
+        return Guard(self.spike)
+
+    def due(self, i: int) -> set[str]:
+        """What is to be done after update `i`: a "row" of the history, a "heldout" loss, to "save" the state."""
+        last = i == self.steps
+        heldout = last or bool(self.eval_every and i % self.eval_every == 0)
+        row = heldout or i == 1 or i % self.log_every == 0
+        save = bool(self.save_every and i % self.save_every == 0)
+        return {name for name, wanted in (("row", row), ("heldout", heldout), ("save", save)) if wanted}
+
+
+def schedule_of(config: TrainConfig) -> optax.Schedule:
+    """The learning rate of each update; of a plateau, before it is lowered."""
     at_least("steps", config.steps)
-    warmup = min(config.warmup, config.steps // 2)
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps, config.learning_rate / 10)
+    return schedule(
+        config.schedule,
+        config.learning_rate,
+        config.steps,
+        warmup=min(config.warmup, config.steps // 2),
+        end=config.end_rate,
+        stable=config.stable,
+        every=config.drop_every or None,
+        gamma=config.drop,
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The optimiser that a config describes."""
+    made = adamw(config)
+    if config.schedule != "plateau":
+        return made
+    patience = config.drop_every or max(1, config.steps // 20)
+    # of the losses of single batches, so over so many that their mean is steadier than what is waited for
+    return optax.chain(made, reduce_on_plateau(config.drop, 1, window=patience, least=config.end_rate))
+
+
+def adamw(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with clipping, warm-up and a schedule."""
 
     def decays(params: tree.Params) -> tree.Params:
         values = tree.assign(config.decay, params)
@@ -44,7 +81,7 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b1=0.9, b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
+        optax.adamw(schedule_of(config), b1=0.9, b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
     )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import math
-import time
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxmodel import tree
@@ -18,17 +17,31 @@ from jaxmodel.data import Batches, prefetch
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
-from jaxmodel.sharding import BATCH_AXES
-from jaxmodel.train.config import TrainConfig, adamw, split_by
+from jaxmodel.train import early, flops
+from jaxmodel.train.checkpoint import Checkpoints
+from jaxmodel.train.config import TrainConfig, make_optimizer, schedule_of, split_by
+from jaxmodel.train.evaluation import Scorer
+from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.losses import Loss, next_token
-from jaxmodel.train.state import TrainState, init_state, state_shardings
-from jaxmodel.train.step import make_step
+from jaxmodel.train.meter import Meter
+from jaxmodel.train.placing import Placed
+from jaxmodel.train.state import TrainState, averaged, init_state, state_shardings
+from jaxmodel.train.step import Augment, make_step
+from jaxmodel.train.supervise import Supervisor
+
+AHEAD = 2
+"""Steps that may wait on the devices: more would only hold batches, fewer would let the devices wait for the host."""
+MOST_BAD = 50
+"""Steps in a row that may be bad before a run that skips them gives up, and times that one may be rewound to the same step."""
+
+type Row = dict[str, Any]
 
 
 def fit(
     model: Model,
     stream: Batches,
     config: TrainConfig = TrainConfig(),
+    callbacks: Sequence[Callable[[Row], None]] = (),
     *,
     params: tree.Params | None = None,
     state: TrainState | None = None,
@@ -36,80 +49,171 @@ def fit(
     mesh: jax.sharding.Mesh | None = None,
     loss: Loss = next_token,
     optimizer: optax.GradientTransformation | None = None,
-    on_log: Callable[[dict[str, Any]], None] | None = None,
-) -> tuple[TrainState, list[dict[str, Any]]]:
+    augment: Augment | None = None,
+    gradients: Callable[[Objective], GradientFn] = value_and_grad,
+    checkpoints: Checkpoints | None = None,
+    supervisor: Supervisor | None = None,
+) -> tuple[TrainState, list[Row]]:
     """Train a model on a stream of batches.
 
     Args:
       model: what is trained; its `rules` place it on the mesh.
       stream: batches by step.
       config: see `TrainConfig`.
+      callbacks: each is called with every row of the history.
       params: to start from; default fresh ones from the seed.
-      state: to go on from, up to `config.steps` updates in all; it stays usable. The result is that of a run without a stop.
-      heldout: stream of a held-out loss.
+      state: to go on from, up to `config.steps` steps in all; it stays usable. The result is that of a run without a stop.
+      heldout: stream of the held-out loss.
       mesh: None for one device.
       loss: see `jaxmodel.train.losses`.
-      optimizer: default `adamw(config)`.
-      on_log: called with each row of the history.
+      optimizer: default `make_optimizer(config)`.
+      augment: changes batches in training, see `jaxmodel.data.augment`.
+      gradients: see `make_step`.
+      checkpoints: where states are saved, as the config says, and from where a run that was broken goes on.
+      supervisor: see `Supervisor`; where it stops the run, the state is saved and returned as it is.
 
     Returns:
-      The last state and the history: rows with step, loss, grad_norm, the other metrics of the loss, tokens_per_second
-      (rows_per_second where batches have no tokens), seconds, and heldout_loss where one was taken.
+      The last state (with early stopping: with its best parameters) and the history: rows with step, loss, grad_norm, learning_rate,
+      the other metrics of the loss, tokens_per_second and mfu (rows_per_second where batches have no tokens), data_wait (the share of
+      time spent waiting for data), bad (steps left out since the row before), seconds, and where they were taken heldout_loss and
+      the held-out metrics.
+
+    Raises:
+      InputError: a batch or parameters that the mesh does not divide; a checkpoint of another config or other data; bad steps, as
+        `config.bad` says.
     """
-    optimizer = optimizer or adamw(config)
-    if stream.batch_size % _batch_parts(mesh):
-        raise InputError(
-            f"batch: {stream.batch_size} rows do not divide over the {_batch_parts(mesh)} devices of {BATCH_AXES} in the mesh"
-        )
+    rate = schedule_of(config) if optimizer is None else None
+    optimizer = optimizer or make_optimizer(config)
+    supervisor = supervisor or Supervisor()
+    placed, guard = Placed(stream, mesh), config.guard()
 
     def start(key: jax.Array, params: tree.Params | None) -> TrainState:
-        params = model.init(key) if params is None else params
-        return init_state(split_by(config, params), optimizer, config.trainable)
+        params = split_by(config, model.init(key) if params is None else params)
+        made = init_state(params, optimizer, config.trainable, average=config.average > 0, guard=guard)
+        return early.init(made) if config.patience else made
 
-    key = jax.random.key(config.seed)
-    step = make_step(model, loss, optimizer, seed=config.seed, trainable=config.trainable)
+    key, most = jax.random.key(config.seed), flops.peak(model.policy.compute)
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "trainable", "accumulate", "average")}
+    step = make_step(model, loss, optimizer, augment=augment, guard=guard, gradients=gradients, **options)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        where = None if mesh is None else state_shardings(jax.eval_shape(start, key, params), model.rules, mesh)
-        if state is None:
-            current: TrainState = jax.jit(start, out_shardings=where)(key, params)
+        like = _shapes(jax.eval_shape(start, key, params), model.rules, mesh)
+        where = jax.tree.map(lambda a: a.sharding, like)
+        current = None if checkpoints is None else checkpoints.restore(like)
+        if current is not None:
+            supervisor.ledger.restored(int(current.step))
+        elif state is None:
+            current = jax.jit(start, out_shardings=where)(key, params)
         else:
-            current = jax.device_put(jax.tree.map(jnp.copy, state), where)  # a copy, because the steps donate theirs
-        done, next_batch = int(current.step), int(current.data_step)
+            extra = {**start(key, state.params).extra, **state.extra}
+            current = jax.device_put(jax.tree.map(jnp.copy, dataclasses.replace(state, extra=extra)), where)  # steps donate theirs
         run = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        score = jax.jit(lambda params, batch: loss(model, params, batch, None, train=False)[0])
-        history: list[dict[str, Any]] = []
-        began = time.perf_counter()
-        since, seen = began, 0
-        with bar(config.steps - done, "train") as shown:
-            for i, batch in enumerate(prefetch(stream, next_batch, next_batch + config.steps - done), start=done + 1):
-                current, metrics = run(current, _put(batch, mesh))
-                unit = "tokens" if "tokens" in batch else "rows"
-                seen += batch["tokens"].size if unit == "tokens" else stream.batch_size
-                shown.advance(1)
-                due = config.eval_every and i % config.eval_every == 0
-                if not (i == done + 1 or i % config.log_every == 0 or i == config.steps or due):
+        scorer = None if heldout is None else Scorer(model, loss, Placed(heldout, mesh), config.eval_batches)
+        meter = Meter(model, current.params, most, rate)
+        history: list[Row] = []
+        i, feed = int(current.step), _feed(placed, current, config)
+        unread = collections.deque[tuple[int, Any]]()  # steps that were begun and whose metrics nobody looked at
+        worry = _Worry(config.bad)
+        stop = False
+        with bar(config.steps, "train", done=i) as shown:
+            while i < config.steps and not stop and not (config.patience and early.over(current, config.patience)):
+                with supervisor.spend("data", i), meter.waits():
+                    batch = next(feed)
+                with supervisor.spend("compute" if meter.steps else "compile", i):
+                    current, metrics = run(current, batch)
+                    unread.append((i, metrics))
+                    meter.count(batch)
+                    i += 1
+                    due, stop = config.due(i), supervisor.stop(i)
+                    bad = _read(unread, 0 if due or stop else AHEAD)
+                    meter.bad(len(bad))
+                    back = worry.rewind_to(bad, i, checkpoints)
+                if back is not None:
+                    assert checkpoints is not None
+                    current, i, stop = worry.rewind(current, i, back, checkpoints.restore(like, at_most=back)), back, False
+                    feed = _feed(placed, current, config)
+                    unread.clear()
                     continue
-                row = {"step": i, **{name: float(value) for name, value in metrics.items()}}
-                now = time.perf_counter()
-                row |= {f"{unit}_per_second": seen / (now - since), "seconds": now - began}
-                if heldout is not None and (i == config.steps or due):
-                    batches = (heldout.batch(j) for j in range(config.eval_batches))
-                    row["heldout_loss"] = float(np.mean([float(score(current.params, _put(b, mesh))) for b in batches]))
-                since, seen = time.perf_counter(), 0
-                shown.advance(0, loss=row["loss"], **{f"{unit}_s": round(row[f"{unit}_per_second"])})
-                history.append(row)
-                if on_log is not None:
-                    on_log(row)
-    return current, history
+                shown.advance(i - shown.done)
+                supervisor.ledger.at(i)
+                score = None
+                if "row" in due:
+                    row = {"step": i, **meter.row(i - 1, metrics)}
+                    if scorer is not None and "heldout" in due:
+                        with supervisor.spend("evaluate", i):
+                            row |= scorer(averaged(current))
+                            score = row["heldout_loss"]
+                            current = early.update(current, score) if config.patience else current
+                    shown.advance(0, **meter.shown(row))
+                    history.append(row)
+                    for callback in callbacks:
+                        callback(row)
+                if checkpoints is not None and (stop or "save" in due or checkpoints.late(config.save_seconds, "row" in due)):
+                    with supervisor.spend("checkpoint", i):
+                        checkpoints.save(current, score=score)
+                        supervisor.ledger.at(i, saved=True)
+        if checkpoints is not None:
+            with supervisor.spend("checkpoint", i):
+                checkpoints.save(current)  # nothing where it is there already
+                supervisor.ledger.at(i, saved=True)
+                checkpoints.wait()
+    return early.best(current) if config.patience and not stop else current, history
 
 
-def _batch_parts(mesh: jax.sharding.Mesh | None) -> int:
-    """Into how many parts the rows of a batch are cut."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape) if mesh is not None else 1
+def _shapes(shapes: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh | None) -> TrainState:
+    """The state as shape structs with the places of its arrays."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(lambda _: one, shapes) if mesh is None else state_shardings(shapes, rules, mesh)
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, where)
 
 
-def _put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
-    if mesh is None:
-        return jax.device_put(batch)
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-    return jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.P(axes)))
+def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Any:
+    """The batches from a state on."""
+    first = int(state.data_step)
+    return prefetch(placed, first, first + config.steps - int(state.step))
+
+
+def _read(unread: collections.deque[tuple[int, Any]], ahead: int) -> list[int]:
+    """Wait until all but `ahead` of the steps that were begun are through; those of them that were bad."""
+    bad = []
+    while len(unread) > ahead:
+        number, metrics = unread.popleft()
+        if float(metrics["bad"]) > 0:
+            bad.append(number)
+    return bad
+
+
+class _Worry:
+    """What bad steps lead to: nothing (the step left them out), an error, or back to a checkpoint."""
+
+    def __init__(self, policy: str):
+        self._policy, self._row, self._last, self._rewound = policy, 0, -2, collections.Counter[int]()
+        self._first = 0
+
+    def rewind_to(self, bad: Iterable[int], i: int, checkpoints: Checkpoints | None) -> int | None:
+        """The step to go back to, or None to go on.
+
+        Raises:
+          InputError: the policy is to stop, or there is no end of bad steps.
+        """
+        for number in bad:
+            self._row, self._last = self._row + 1 if number == self._last + 1 else 1, number
+            what = f"the loss or the gradient of step {number + 1} is not finite or a spike"
+            if self._policy == "stop":
+                raise InputError(f"{what}; allowed: --bad skip or --bad rewind to go on, or a smaller learning rate")
+            if self._row >= MOST_BAD:
+                raise InputError(f"{what}, as were the {MOST_BAD - 1} before; try a smaller learning rate or a longer warm-up")
+            if self._policy == "rewind" and checkpoints is not None:
+                checkpoints.wait()
+                if (back := checkpoints.latest(at_most=number)) is not None:
+                    self._first = number
+                    self._rewound[back] += 1
+                    if self._rewound[back] >= MOST_BAD:
+                        raise InputError(f"{what}, after going back to step {back} for the {MOST_BAD}th time")
+                    return back
+        return None
+
+    def rewind(self, current: TrainState, i: int, back: int, restored: TrainState | None) -> TrainState:
+        """The restored state, with its data moved past the bad batch."""
+        assert restored is not None and int(restored.step) == back
+        past = int(current.data_step) - (i - self._first) + 1
+        return dataclasses.replace(restored, data_step=jax.device_put(jnp.int32(past), restored.data_step.sharding))

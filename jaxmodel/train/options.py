@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """The part of `TrainConfig` that is numbers, and so at the same time options of `jaxmodel train`."""
+    """The part of `TrainConfig` that is plain values, and so at the same time options of `jaxmodel train`."""
 
     steps: int = 200
     """Updates of the weights."""
     learning_rate: float = 1e-3
     """At the peak of the schedule."""
     warmup: int = 20
-    """Updates over which the learning rate rises (at most half of them); a cosine to a tenth follows."""
+    """Updates over which the learning rate rises (at most half of them)."""
+    schedule: Literal["constant", "step", "cosine", "wsd", "one_cycle", "plateau"] = "cosine"
+    """What the learning rate does after that; wsd: stays, then falls; plateau: falls when the loss does not."""
+    end_rate: float = 0.1
+    """The last rate as a share of the peak: of cosine, wsd and one_cycle; of plateau the least."""
+    stable: float = 0.8
+    """Of wsd: the share of the updates at the peak."""
+    drop_every: int = 0
+    """Updates between two drops of step; 0 for a third of them. Of plateau: updates without a better loss until one."""
+    drop: float = 0.1
+    """What a drop of step or plateau multiplies the rate with."""
     weight_decay: float = 0.1
     """Of AdamW; norms and biases do not decay."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
     beta2: float = 0.95
     """Of AdamW: how slowly its mean of squared gradients moves."""
+    accumulate: int = 1
+    """Micro-batches that each batch is cut into: the same gradient, with the memory of one of them."""
+    average: float = 0.0
+    """Decay of a moving average of the weights, such as 0.999, which is then judged and kept; 0 for none."""
+    patience: int = 0
+    """Stop after so many held-out losses without a better one, and take the best weights; 0 for never."""
+    bad: Literal["skip", "rewind", "stop"] = "skip"
+    """A step whose loss or gradient is not finite or a spike: leave it out; go back to the last checkpoint and past its batch; stop."""
+    spike: float = 0.0
+    """Standard deviations above the mean of the last 128 losses (or gradient norms) from which one is a spike; 0 for no check."""
     seed: int = 0
     """Of the initial weights and of each step's randomness."""
     log_every: int = 10
@@ -29,3 +50,7 @@ class TrainOptions:
     """Updates between two held-out losses; 0: one, at the end."""
     eval_batches: int = 8
     """Batches of a held-out loss."""
+    save_every: int = 0
+    """Updates between two checkpoints; 0: by time."""
+    save_seconds: float = 300.0
+    """Seconds between two checkpoints, where they are not by updates; one is made at the end in any case."""

@@ -11,6 +11,7 @@ import optax
 
 from jaxmodel import sharding, tree
 from jaxmodel.leaves.leaf import register
+from jaxmodel.train.guard import Guard
 
 
 @register
@@ -32,17 +33,39 @@ class TrainState:
     extra: Any = dataclasses.field(default_factory=dict)
 
 
-def init_state(params: tree.Params, optimizer: optax.GradientTransformation, trainable: tree.Rules | None = None) -> TrainState:
+def init_state(
+    params: tree.Params,
+    optimizer: optax.GradientTransformation,
+    trainable: tree.Rules | None = None,
+    *,
+    average: bool = False,
+    guard: Guard | None = None,
+) -> TrainState:
     """The state before the first step.
 
     Args:
       params: the tree; split by `trainable` where its rules tell layers of a segment apart.
       optimizer: any optax transformation.
       trainable: rules, path -> bool; see `tree.partition`.
+      average: whether a moving average of what trains rides along, for `make_step(average=...)`.
+      guard: whose memory rides along, for `make_step(guard=...)`; without it no step is left out.
     """
     trains, frozen = tree.partition(params, trainable)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, tree.combine(trains, frozen), optimizer.init(trains))
+    extra: dict[str, Any] = {}
+    if average:
+        extra["average"] = jax.tree.map(jnp.copy, trains)  # buffers of their own: a step donates both
+    if guard is not None:
+        extra["guard"] = guard.init()
+    return TrainState(zero, zero, tree.combine(trains, frozen), optimizer.init(trains), extra)
+
+
+def averaged(state: TrainState) -> tree.Params:
+    """The parameters to judge and to keep: the moving average where the state has one, with what is frozen, else `params`."""
+    if "average" not in state.extra:
+        return state.params
+    average = tree.flatten(state.extra["average"])
+    return tree.map_leaves(lambda path, leaf: average.get(path, leaf), state.params)
 
 
 def state_shardings(state: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh) -> TrainState:

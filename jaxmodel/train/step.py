@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,44 +11,84 @@ import optax
 
 from jaxmodel import tree
 from jaxmodel.models import Model
+from jaxmodel.train.gradients import GradientFn, Objective, accumulated, value_and_grad
+from jaxmodel.train.guard import Guard, choose
 from jaxmodel.train.losses import Loss
 from jaxmodel.train.state import TrainState
 
 type Step = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
+type Augment = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
+"""`augment(key, batch) -> batch`, pure; see `jaxmodel.data.augment`."""
+
+_AUGMENT = 2**32 - 3  # what it folds into the step's key; see `models.model` for the other numbers
 
 
 def make_step(
-    model: Model, loss: Loss, optimizer: optax.GradientTransformation, *, seed: int = 0, trainable: tree.Rules | None = None
+    model: Model,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    trainable: tree.Rules | None = None,
+    accumulate: int = 1,
+    augment: Augment | None = None,
+    average: float = 0.0,
+    guard: Guard = Guard(),
+    gradients: Callable[[Objective], GradientFn] = value_and_grad,
 ) -> Step:
     """`step(state, batch) -> (state, metrics)`: pure, to be jitted with the state donated.
+
+    All randomness of a step is folded from `(seed, data_step)`: a batch that is left out takes its randomness with it.
 
     Args:
       model: what is trained.
       loss: see `jaxmodel.train.losses`.
-      optimizer: any optax transformation, over the part that trains.
-      seed: the randomness of step `i` is `fold_in(key(seed), i)`.
+      optimizer: any optax transformation, over the part that trains. Its `update` is given `value`, the loss.
+      seed: of all randomness of the steps.
       trainable: rules, path -> bool; see `tree.partition`.
+      accumulate: micro-batches that a batch is cut into, see `gradients.accumulated`.
+      augment: changes the batch before it is used.
+      average: decay d of a moving average of the parameters, `a <- d a + (1 - d) p` with `d <- min(d, (1 + i) / (10 + i))` at step
+        i, kept in `state.extra["average"]` (`init_state(average=True)`); 0 for none.
+      guard: which steps are left out, where the state was made with one (`init_state(guard=...)`).
+      gradients: makes the gradient function of the objective.
 
     Returns:
-      The step. Its metrics are those of the loss, with `loss` and `grad_norm`.
+      The step. Its metrics are those of the loss, with `loss`, `grad_norm` and, under a guard, `bad` (1 for a step left out).
     """
+    update = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        rng = jax.random.fold_in(jax.random.key(seed), state.data_step)
+        batch = dict(batch) if augment is None else augment(jax.random.fold_in(rng, _AUGMENT), dict(batch))
         trains, frozen = tree.partition(state.params, trainable)
 
-        def objective(trains: tree.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def objective(trains: tree.Params, batch: Mapping[str, Any], rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             return loss(model, tree.combine(trains, frozen), batch, rng)
 
-        (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(trains)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trains)
-        new = dataclasses.replace(
-            state,
-            step=state.step + jnp.int32(1),
-            data_step=state.data_step + jnp.int32(1),
-            params=tree.combine(optax.apply_updates(trains, updates), frozen),  # pyright: ignore[reportArgumentType]
-            opt_state=opt_state,
-        )
-        return new, {**metrics, "loss": value, "grad_norm": optax.tree.norm(grads)}
+        (value, metrics), grads = accumulated(gradients(objective), accumulate)(trains, batch, rng)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = update(grads, state.opt_state, trains, value=value)
+        trained: Any = optax.apply_updates(trains, updates)
+        metrics = {**metrics, "loss": value, "grad_norm": norm}
+        extra = dict(state.extra)
+        if "average" in extra:
+            extra["average"] = moving_average(extra["average"], trained, average, state.step)
+        if "guard" in extra:
+            ok, extra["guard"] = guard.judge(extra["guard"], value, norm)
+            kept = {name: extra[name] for name in extra if name != "guard"}
+            old = (trains, state.opt_state, {name: state.extra[name] for name in kept})
+            trained, opt_state, kept = choose(ok, (trained, opt_state, kept), old)
+            extra |= kept
+            metrics["bad"] = 1 - ok.astype(jnp.float32)
+        one = jnp.int32(1)
+        return TrainState(state.step + one, state.data_step + one, tree.combine(trained, frozen), opt_state, extra), metrics
 
     return step
+
+
+def moving_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
+    """`d a + (1 - d) p` for every leaf, with `d = min(decay, (1 + step) / (10 + step))`, so that the first steps are soon forgotten."""
+    i = step.astype(jnp.float32)
+    d = jnp.minimum(jnp.float32(decay), (1 + i) / (10 + i))
+    return jax.tree.map(lambda a, p: (a + (1 - d) * (p.astype(jnp.float32) - a)).astype(a.dtype), average, new)

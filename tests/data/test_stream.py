@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmodel
-from jaxmodel.data import Bins, Stream, pack, prefetch, windows
-from jaxmodel.data import stream as stream_module
+from jaxmodel.data import Bins, Stream, host_rows, pack, prefetch, shuffle, windows
 from jaxmodel.errors import InputError
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 15), st.integers(0, 2**64 - 1))
@@ -57,7 +56,7 @@ def test_orders_differ_between_epochs_and_seeds_and_never_change() -> None:
 def test_batch_depends_on_seed_and_step_only(steps: list[int], seed: int) -> None:
     warm = packed(seed=seed)
     batches = {step: warm.batch(step) for step in steps}
-    stream_module._order.cache_clear()
+    shuffle._sorted.cache_clear()
     for step in reversed(steps):
         assert same(packed(seed=seed).batch(step), batches[step])
         assert same(warm.batch(np.int64(step)), batches[step])
@@ -140,6 +139,16 @@ def test_prefetch_in_a_plain_script(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{sum(range(12)) - 2 - 5 - 8 - 11}\n", "")
 
 
+class NoRows:
+    fingerprint = ""
+
+    def __len__(self) -> int:
+        return 0
+
+    def take(self, indices: np.ndarray) -> Bins:
+        raise AssertionError
+
+
 def test_bad_input_is_one_clear_line() -> None:
     good = np.zeros((2, 3), np.int32)
     for call, message in [
@@ -151,7 +160,15 @@ def test_bad_input_is_one_clear_line() -> None:
         (lambda: Stream(good[0], 1), r"data: int32 of shape \(3,\) given"),
         (lambda: Stream(good * 0.5, 1), "data: float64 of shape"),
         (lambda: Stream(Bins(good, good, good[:1]), 1), r"\(1, 3\) given; equal shapes are needed"),
-        (lambda: Stream(good, 1).batch(-1), "step: -1 given; at least 0 is needed"),
+        (lambda: Stream(good, 1).batch(-1), "step: -1 given; allowed: a whole number of at least 0"),
+        (lambda: Stream(good, 4).batch(0, slice(2, 5)), r"rows: slice\(2, 5, None\) given; allowed: a slice within 0 and 4"),
+        (lambda: Stream(good, 4).batch(0, slice(-1, 3)), r"rows: slice\(-1, 3, None\) given"),
+        (lambda: Stream(good, 4).batch(0, slice(0, 4, 2)), r"rows: slice\(0, 4, 2\) given; .* without stride"),
+        (lambda: prefetch(Stream(good, 1), 0, 2, rows=slice(0, 2)), r"rows: slice\(0, 2, None\) given"),
+        (lambda: host_rows(10, 0, 4), "batch: 10 rows do not divide over 4 hosts; allowed: a multiple, such as 12"),
+        (lambda: host_rows(8, 4, 4), "host: 4 given; allowed: 0 to 3"),
+        (lambda: host_rows(8, 0, 0), "hosts: 0 given"),
+        (lambda: Stream(NoRows(), 1), "data: no rows given; at least 1 is needed"),
         (lambda: prefetch(Stream(good, 1), 3, 2), "start, stop: 3, 2 given"),
         (lambda: prefetch(Stream(good, 1), 0, 2, workers=0), "workers: 0 given"),
     ]:

@@ -65,6 +65,6 @@ def test_training_adds_the_balance_and_a_held_out_loss_does_not(params):
 def test_a_dense_model_has_no_balance():
     dense = llama.model(llama.SIZES["tiny"])
     shapes = jax.eval_shape(dense.init, jax.random.key(0))
-    assert set(jax.eval_shape(lambda params: train.next_token(dense, params, BATCH), shapes)[1]) == {"tokens"}
+    assert set(jax.eval_shape(lambda params: train.next_token(dense, params, BATCH), shapes)[1]) == {"weight"}
     with pytest.raises(InputError, match="balance: -0.1 given; allowed: at least 0"):
         dataclasses.replace(CONFIG, balance=-0.1)

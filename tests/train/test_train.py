@@ -33,7 +33,7 @@ def test_next_token_is_the_mean_cross_entropy(params):
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_probs, np.asarray(batch["targets"])[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss, -chosen[:, :-3].mean(), rtol=1e-5)
-    assert metrics["tokens"] == 8 * 13
+    assert metrics["weight"] == 8 * 13
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 16, 99])  # 5: the 16 positions are padded to 20

@@ -1,0 +1,284 @@
+"""`jaxmodel train`, `resume` and `replay`: a run is a pure function of its config, so a folder is all that these need."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxmodel.cli.options import Replay, Train
+from jaxmodel.errors import InputError
+
+CHECKPOINTS = "checkpoints"
+
+
+def prepare(options: Train) -> None:
+    """Before JAX starts its devices: simulated ones, or the other processes of the run."""
+    if options.processes > 1:
+        return  # this process only starts the others
+    from jaxmodel import sharding
+    from jaxmodel.train import distributed
+
+    if options.devices != 1:
+        sharding.simulate_devices(options.devices)
+    distributed.initialize()
+
+
+def run(options: Train, folder: Any) -> dict[str, Any]:
+    """Train in a run folder, from its last checkpoint on where there is one; with several processes, in those."""
+    if options.processes > 1:
+        return _launched(options, folder)
+    import jax
+
+    from jaxmodel import hub, report, train
+    from jaxmodel.generation import generate
+    from jaxmodel.train import faults, page
+
+    began = time.perf_counter()
+    job = _Job(options, folder)
+    first = jax.process_index() == 0
+    writer = page.Writer(folder, options.steps) if first else None
+    with (
+        job.checkpoints() as checkpoints,
+        faults.stop_signals(options.notices) as stop,
+        faults.Watchdog(options.watchdog) as watchdog,
+    ):
+        start = checkpoints.latest() or 0  # asked by all processes, answered by the first
+        if writer is not None:
+            writer.rewind(start)
+        ledger = train.Ledger(folder.path("ledger.jsonl"))
+        supervisor = train.Supervisor(ledger, watchdog, stop)
+        state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
+        ledger.close()
+    done = int(state.step)
+    early = options.patience > 0 and done < options.steps and not stop(done)
+    result: dict[str, Any] = {
+        "out": None,
+        "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
+        "mesh": dict(job.mesh.shape) if job.mesh is not None else {},
+        "devices": job.mesh.size if job.mesh is not None else 1,
+        "processes": jax.process_count(),
+        "data": job.described,
+        "steps": done,
+        "stopped": done < options.steps and not early,
+        "fingerprint": train.fingerprint(state) if jax.process_count() == 1 else None,
+        "ledger": ledger.summary(),
+    }
+    rows = writer.rows() if writer is not None else history
+    steady = [row for row in rows if "tokens_per_second" in row][1:] or rows  # the first row holds the compilation
+    judged = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+    result |= {
+        "loss": rows[-1]["loss"] if rows else None,
+        "heldout_loss": judged[-1] if judged else None,
+        "tokens_per_second": sum(row["tokens_per_second"] for row in steady) / len(steady) if steady else None,
+        "history": rows,
+    }
+    params = train.gather(train.averaged(state))
+    if first and not result["stopped"]:
+        out = options.out or str(folder.path("bundle"))
+        card = {"name": "gpt2-small-from-scratch", "trained_on": job.texts[0].origin, "steps": done, "seed": options.seed}
+        bundle = hub.Bundle(job.single, params, job.tokenizer, card)
+        with report.step("save"):
+            bundle.save_pretrained(out)
+        if jax.process_count() == 1:
+            room = options.context - len(job.tokenizer.encode(options.sample))
+            result["sample"] = options.sample + generate(
+                bundle, options.sample, max_new_tokens=min(64, room), temperature=0.8, seed=options.seed
+            )
+        result["out"] = out
+    result["seconds"] = time.perf_counter() - began
+    if writer is not None:
+        writer.page(result)
+    return result
+
+
+def show(result: dict[str, Any], console: Any) -> None:
+    """What came out, in two lines."""
+    if result["stopped"]:
+        console.print(f"stopped and saved at step {result['steps']}; jaxmodel resume goes on from there")
+        return
+    heldout = f", held-out {result['heldout_loss']:.3f}" if result["heldout_loss"] is not None else ""
+    console.print(
+        f"{result['parameters']} parameters on {result['devices']} device(s) {result['mesh'] or ''}: loss {result['loss']:.3f}"
+        f"{heldout}, {result['tokens_per_second']:.0f} tokens/s, goodput {100 * result['ledger']['goodput']:.0f} %, "
+        f"saved in {result['out']}",
+        markup=False,
+    )
+    if "sample" in result:
+        console.print(result["sample"], markup=False)
+
+
+def replay(options: Replay, folder: Any) -> dict[str, Any]:
+    """Compute one step of a run again, from the last checkpoint before it, and compare with what the run wrote down."""
+    from jaxmodel import report, train
+    from jaxmodel.cli import rerun
+
+    again = rerun.options_of(options.folder, ended=False)
+    if not isinstance(again, Train):
+        raise InputError(f"folder: {options.folder!r} is of another verb; allowed: a run of train")
+    if options.step > again.steps:
+        raise InputError(f"--step: {options.step} given; allowed: 1 to {again.steps}")
+    before = report.read_run(options.folder)
+    job = _Job(dataclasses.replace(again, log_every=1, eval_every=again.eval_every or max(1, again.steps // 4)), folder)
+    supervisor = train.Supervisor(stop=lambda step: step >= options.step)
+    with job.checkpoints(before.folder / CHECKPOINTS, read_only=True, at_most=options.step - 1) as checkpoints:
+        start = checkpoints.latest() or 0
+        state, history = job.fit([lambda row: folder.log(**row)], checkpoints, supervisor)
+    row = history[-1]
+    written = {r["step"]: r for r in _rows(before.folder)}.get(options.step)
+    same = None if written is None else all(written.get(name) == row[name] for name in ("loss", "grad_norm"))
+    return {
+        "folder": options.folder,
+        "step": options.step,
+        "from": start,
+        "data_step": int(state.data_step) - 1,
+        "loss": row["loss"],
+        "grad_norm": row["grad_norm"],
+        "written": None if written is None else {name: written.get(name) for name in ("loss", "grad_norm")},
+        "same": same,
+        "fingerprint": train.fingerprint(state),
+    }
+
+
+def show_replay(result: dict[str, Any], console: Any) -> None:
+    """The step beside what was written down."""
+    console.print(
+        f"step {result['step']} (batch {result['data_step']}), computed again from step {result['from']}: loss {result['loss']!r}, "
+        f"gradient norm {result['grad_norm']!r}"
+    )
+    if result["written"] is None:
+        console.print("the run wrote no row for this step")
+    else:
+        console.print("the same bits as the run wrote" if result["same"] else f"the run wrote {result['written']}")
+
+
+def mesh_of(text: str | None) -> Any:
+    """The mesh of `--mesh`; `*` for one length is what the devices leave for it."""
+    import jax
+
+    from jaxmodel import sharding
+
+    if text is None:
+        return None if jax.device_count() == 1 or jax.process_count() == 1 else sharding.make_mesh({"data": jax.device_count()})
+    if text.count("*") == 1:
+        others = math.prod(int(n) for n in text.replace("*", "1").replace(",", "=").split("=")[1::2] if n.strip().isdigit())
+        text = text.replace("*", str(max(1, jax.device_count() // others)))
+    return sharding.make_mesh(text)
+
+
+class _Job:
+    """What the options of a run come to."""
+
+    def __init__(self, options: Train, folder: Any):
+        import jax
+
+        from jaxmodel import data, hub, report, train
+        from jaxmodel.cli import resolved
+        from jaxmodel.models import gpt2
+        from jaxmodel.ops import MESH_AXES, Policy
+
+        if jax.process_index() == 0:
+            hub.check_target(options.out or folder.path("bundle"))
+        self.folder = folder
+        self.mesh = mesh_of(options.mesh)
+        self.texts = [data.load_text(source) for source in (options.data, options.heldout)]
+        with report.step("tokenise"):
+            self.tokenizer = hub.train_bpe([self.texts[0].text], options.vocab)
+            length, stride = options.context + 1, options.context
+            rows = [
+                resolved.windows(text, self.tokenizer, length, stride=stride, options=f"--{name}, --context")[0]
+                for name, text in zip(("data", "heldout"), self.texts, strict=True)
+            ]
+        if not self.tokenizer.encode(options.sample) or len(self.tokenizer.encode(options.sample)) >= options.context:
+            raise InputError(
+                f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
+            )
+        self.streams = [data.Stream(r, options.batch, options.seed) for r in rows]
+        config = gpt2.Config(self.tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
+        policy = Policy(compute=options.dtype, remat=options.remat)
+        self.single = gpt2.model(config, policy)
+        self.model = gpt2.model(config, dataclasses.replace(policy, axes=MESH_AXES))
+        values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
+        values["eval_every"] = options.eval_every or max(1, options.steps // 4)
+        self.settings = train.TrainConfig(**values)
+        self.described = [dataclasses.asdict(text) | {"text": len(text.text)} for text in self.texts]
+        folder.resolve(
+            train=self.settings,
+            model=resolved.of_model(self.model),
+            mesh=dict(self.mesh.shape) if self.mesh is not None else {},
+            data=[
+                resolved.of_text(text) | {"stream": stream.fingerprint}
+                for text, stream in zip(self.texts, self.streams, strict=True)
+            ],
+        )
+
+    def checkpoints(self, place: Path | None = None, **options: Any) -> Any:
+        """Of this run, or of another folder."""
+        from jaxmodel import train
+        from jaxmodel.cli import resolved
+
+        harmless = ("log_every", "save_every", "save_seconds")
+        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in harmless}
+        return train.Checkpoints(
+            self.shared / CHECKPOINTS if place is None else place,
+            keep=train.Keep(last=3),
+            identity={"train": settings, "model": {k: v for k, v in resolved.of_model(self.model).items() if k != "policy"}},
+            data=self.streams[0].fingerprint,
+            environment=train.environment(self.mesh),
+            **options,
+        )
+
+    @property
+    def shared(self) -> Path:
+        """The folder that all processes of the run share."""
+        import jax
+
+        place = Path(self.folder.folder)
+        return place if jax.process_index() == 0 else place.parent
+
+    def fit(self, callbacks: list[Any], checkpoints: Any, supervisor: Any) -> tuple[Any, list[dict[str, Any]]]:
+        """Train."""
+        from jaxmodel import train
+
+        return train.fit(
+            self.model,
+            self.streams[0],
+            self.settings,
+            callbacks,
+            heldout=self.streams[1],
+            mesh=self.mesh,
+            checkpoints=checkpoints,
+            supervisor=supervisor,
+        )
+
+
+def _launched(options: Train, folder: Any) -> dict[str, Any]:
+    """Start the processes; each resumes the run of this folder, which begins at step 0."""
+    from jaxmodel.train import launch
+
+    single = dataclasses.replace(options, processes=1)
+    config = {"verb": "train", **dataclasses.asdict(single)}
+    folder.save_json("config.json", config)
+    launch.launch(
+        ["-m", "jaxmodel", "resume", str(folder.folder)],
+        processes=options.processes,
+        devices=options.devices_per_process,
+        logs=Path(folder.folder),
+        elastic=options.elastic,
+        regrow=options.regrow,
+        fits=lambda processes: options.batch % (processes * options.devices_per_process) == 0,
+    )
+    try:
+        return json.loads(Path(folder.folder, "report.json").read_text())
+    except (OSError, ValueError):
+        raise InputError(f"train: the processes left no report in {os.fspath(folder.folder)!r}") from None
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    from jaxmodel.train import page
+
+    return page.read_rows(folder / "metrics.jsonl")

@@ -1,0 +1,250 @@
+"""What an augmentation is: frozen settings that are a pure function `(key, batch) -> batch`; chains, and their text form.
+
+The text form is what a run's config records and what a person writes:
+
+>>> augment = parse("random_crop(4) | horizontal_flip() | cutout(8)")
+>>> str(augment)
+'random_crop(padding=4) | horizontal_flip(probability=0.5) | cutout(size=8)'
+>>> parse(str(augment)) == augment
+True
+"""
+
+from __future__ import annotations
+
+import abc
+import ast
+import dataclasses
+import numbers
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt32
+
+from jaxmodel.errors import InputError, unknown
+
+type AnyKey = Key[Array, ""] | UInt32[Array, "2"]
+type Keys = Key[Array, "B"] | UInt32[Array, "B 2"]
+type Number = float | int
+type Augment = Callable[[AnyKey, Mapping[str, Any]], dict[str, Any]]
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def number(low: float, high: float) -> dict[str, Any]:
+    """The metadata of a setting that is a number from `low` to `high`."""
+    return {"low": low, "high": high, "kind": numbers.Real}
+
+
+def whole(low: int, high: int = 2**31 - 1) -> dict[str, Any]:
+    """The metadata of a setting that is a whole number from `low` to `high`."""
+    return {"low": low, "high": high, "kind": numbers.Integral}
+
+
+def interval(low: float, high: float) -> dict[str, Any]:
+    """The metadata of a setting that is two numbers from `low` to `high`, the smaller first."""
+    return {"low": low, "high": high, "kind": tuple}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation(abc.ABC):
+    """Base of the augmentations: a frozen dataclass of settings with one function.
+
+    A new one is a subclass anywhere; text finds it by its class name in snake case. Numbers in its settings are checked
+    by what `number`, `whole` and `interval` say of them.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.metadata:
+                object.__setattr__(self, field.name, self._checked(field.name, **field.metadata))
+
+    def _checked(self, setting: str, low: Number, high: Number, kind: type) -> Any:
+        value = getattr(self, setting)
+        fits = lambda v, kind: isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high
+        if kind is tuple:
+            pair = isinstance(value, tuple) and len(value) == 2 and all(fits(v, numbers.Real) for v in value)
+            if not pair or value[0] > value[1]:
+                self._refuse(setting, f"two numbers from {low} to {high}, the smaller first")
+            return tuple(map(float, value))
+        if not fits(value, kind):
+            self._refuse(setting, f"{'a whole number' if kind is numbers.Integral else 'a number'} from {low} to {high}")
+        return int(value) if kind is numbers.Integral else float(value)
+
+    def _refuse(self, setting: str, allowed: str) -> None:
+        raise InputError(f"{_name(type(self))}: {setting} is {getattr(self, setting)!r}; allowed: {allowed}")
+
+    @abc.abstractmethod
+    def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch, augmented; entries that do not concern it are handed on.
+
+        Args:
+          key: the randomness; row i uses `fold_in(key, i)`, so the rows may lie on any devices.
+          batch: arrays `[B, ...]` by name.
+
+        Raises:
+          InputError: the batch lacks what it needs.
+        """
+
+    def __or__(self, other: Augment) -> Chain:
+        return chain(self, other)
+
+    def __str__(self) -> str:
+        settings = [(f.name, getattr(self, f.name), f.default) for f in _ordered(type(self))]
+        shown = [f"{name}={value!r}" for i, (name, value, default) in enumerate(settings) if i == 0 or value != default]
+        return f"{_name(type(self))}({', '.join(shown)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageAugmentation(Augmentation):
+    """Base of what changes the pixels of each row by itself.
+
+    Attributes:
+      probability: with which each row is changed.
+    """
+
+    probability: Number = dataclasses.field(default=1.0, metadata=number(0.0, 1.0), kw_only=True)
+
+    @abc.abstractmethod
+    def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """The images, all of them changed, in float32; a key for each row."""
+
+    def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        given = images(batch)
+        pixels = given.astype(jnp.float32)
+        keys = jax.vmap(jax.random.split)(row_keys(key, len(pixels)))
+        changed = self.change(keys[:, 0], pixels)
+        if self.probability < 1:
+            changed = jnp.where(per_row(uniforms(keys[:, 1]) < self.probability), changed, pixels)
+        return {**batch, "pixels": changed.astype(given.dtype)}
+
+
+# --------------------------------------------------------------------------------------------------------- chains
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Augmentation):
+    """Augmentations one after the other; link i gets `fold_in(key, i)`.
+
+    Attributes:
+      links: the augmentations; any function `(key, batch) -> batch` may be one, but text cannot be read back then.
+    """
+
+    links: tuple[Augment, ...] = ()
+
+    def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        for i, link in enumerate(self.links):
+            batch = link(jax.random.fold_in(key, i), batch)
+        return dict(batch)
+
+    def __str__(self) -> str:
+        named = [str(link) if isinstance(link, Augmentation) else getattr(link, "__name__", repr(link)) for link in self.links]
+        return " | ".join(named)
+
+
+def chain(*augmentations: Augment) -> Chain:
+    """Augmentations one after the other, as `a | b` does; chains among them are taken apart.
+
+    >>> str(chain(parse("invert()"), parse("noise(0.1) | blur(1)")))
+    'invert(probability=1.0) | noise(deviation=0.1) | blur(sigma=1.0)'
+    """
+    links: list[Augment] = []
+    for augmentation in augmentations:
+        links += augmentation.links if isinstance(augmentation, Chain) else [augmentation]
+    return Chain(tuple(links))
+
+
+def members() -> dict[str, type[Augmentation]]:
+    """Every augmentation by the name of its text form."""
+    found: dict[str, type[Augmentation]] = {}
+    classes: list[type[Augmentation]] = [Augmentation]
+    for cls in classes:  # grows meanwhile
+        classes += cls.__subclasses__()
+        if not cls.__abstractmethods__ and cls is not Chain:
+            found[_name(cls)] = cls
+    return found
+
+
+def parse(text: str) -> Chain:
+    """A chain from its text: augmentations joined by `|`, each a call with literal arguments; empty text changes nothing.
+
+    Raises:
+      InputError: not of that form, an unknown augmentation, or settings that it does not take.
+    """
+    if not text.strip():
+        return Chain()
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise InputError(f"augment: {text!r} is not readable; write it as 'random_crop(4) | horizontal_flip()'") from None
+    return chain(*(_made(part, text) for part in _parts(node)))
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return [*_parts(node.left), *_parts(node.right)]
+    return [node]
+
+
+def _made(node: ast.expr, text: str) -> Augmentation:
+    called, known = node.func if isinstance(node, ast.Call) else node, members()
+    if not isinstance(called, ast.Name) or called.id not in known:
+        raise unknown("augment", ast.unparse(called), known)
+    try:
+        args = [ast.literal_eval(a) for a in node.args] if isinstance(node, ast.Call) else []
+        kwargs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
+        return known[called.id](*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        fields = ", ".join(f.name for f in _ordered(known[called.id]))
+        raise InputError(f"augment: {ast.unparse(node)!r} in {text!r}: {called.id} takes the settings {fields}") from None
+
+
+def _ordered(cls: type[Augmentation]) -> list[dataclasses.Field[Any]]:
+    """The settings, those by name only behind the others."""
+    return sorted(dataclasses.fields(cls), key=lambda f: bool(f.kw_only))
+
+
+def _name(cls: type[Augmentation]) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+# ----------------------------------------------------------------------------------------------------------- rows
+
+
+def row_keys(key: AnyKey, rows: int) -> Keys:
+    """`fold_in(key, i)` for each row i, so that a row's randomness is the same wherever the row lies."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
+
+
+def uniforms(keys: Keys, *shape: int) -> Float[Array, "B ..."]:
+    """Numbers from 0 (within) to 1 (not within), `[B, *shape]`, those of a row by its key."""
+    return jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+
+
+def per_row(values: Array) -> Array:
+    """`[B]` -> `[B, 1, 1, 1]`, to meet images."""
+    return values[:, None, None, None]
+
+
+def computed_once(pixels: Array) -> Array:
+    """The same. What reads each pixel often would have XLA's fusion compute it again for each read (measured: 4 times slower)."""
+    return jax.lax.optimization_barrier(pixels)
+
+
+def images(batch: Mapping[str, Any]) -> Float[Array, "B Y X C"]:
+    """The batch's images.
+
+    Raises:
+      InputError: there are none, or they are not floating-point numbers `[B, Y, X, C]`.
+    """
+    if "pixels" not in batch:
+        raise InputError(f"batch: {', '.join(sorted(batch)) or 'nothing'} given; 'pixels' [B, Y, X, C] is needed")
+    pixels = jnp.asarray(batch["pixels"])
+    if pixels.ndim != 4 or not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise InputError(f"batch: pixels are {pixels.dtype} {pixels.shape}; floating-point [B, Y, X, C] from 0 to 1 is needed")
+    return pixels

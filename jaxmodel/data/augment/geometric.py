@@ -1,0 +1,159 @@
+"""Flips, maps and crops of images. Lengths are shares of the image's sides, so that settings serve every resolution."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel.data.augment.affine import affine, linear_map
+from jaxmodel.data.augment.base import ImageAugmentation, Keys, Number, interval, number, uniforms, whole
+
+
+@dataclass(frozen=True)
+class HorizontalFlip(ImageAugmentation):
+    """Left and right exchanged."""
+
+    probability: Number = field(default=0.5, metadata=number(0.0, 1.0))
+
+    def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        return pixels[:, :, ::-1]
+
+
+@dataclass(frozen=True)
+class VerticalFlip(ImageAugmentation):
+    """Top and bottom exchanged."""
+
+    probability: Number = field(default=0.5, metadata=number(0.0, 1.0))
+
+    def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        return pixels[:, ::-1]
+
+
+@dataclass(frozen=True)
+class _Mapped(ImageAugmentation):
+    """Base of those that sample each image once through an affine map; numbers are drawn evenly from -1 to 1."""
+
+    fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
+
+    @abc.abstractmethod
+    def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        """The matrices and shifts that `affine` takes."""
+
+    def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
+        return affine(pixels, *self.maps(2 * uniforms(keys, 6) - 1, sides), self.fill)
+
+
+@dataclass(frozen=True)
+class Affine(_Mapped):
+    """All of rotation, scale, shear and translation in one sampling, which blurs less and costs less than one after the other.
+
+    Attributes:
+      degrees: the angle is drawn from -degrees to degrees.
+      scale: the factor is drawn from 1 / (1 + scale) to 1 + scale, evenly in its logarithm.
+      shear: pixels along one side for each along the other, drawn from -shear to shear for both.
+      translate: the way is drawn from -translate to translate of each side.
+      fill: the value of what comes in from outside.
+      probability: with which each row is changed.
+    """
+
+    degrees: Number = field(default=0.0, metadata=number(0.0, 180.0))
+    scale: Number = field(default=0.0, metadata=number(0.0, 9.0))
+    shear: Number = field(default=0.0, metadata=number(0.0, 0.9))
+    translate: Number = field(default=0.0, metadata=number(0.0, 1.0))
+
+    def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        scale = jnp.exp(math.log1p(self.scale) * drawn[:, 1])
+        matrix = linear_map(self.degrees * drawn[:, 0], scale, self.shear * drawn[:, 2], self.shear * drawn[:, 3])
+        return matrix, self.translate * drawn[:, 4:] * sides
+
+
+@dataclass(frozen=True)
+class Rotate(_Mapped):
+    """Rotation about the centre by an angle drawn from -degrees to degrees; see `Affine`."""
+
+    degrees: Number = field(default=15.0, metadata=number(0.0, 180.0))
+
+    def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        return Affine(degrees=self.degrees).maps(drawn, sides)
+
+
+@dataclass(frozen=True)
+class Scale(_Mapped):
+    """Larger or smaller about the centre by a factor drawn from 1 / (1 + amount) to 1 + amount; see `Affine`."""
+
+    amount: Number = field(default=0.2, metadata=number(0.0, 9.0))
+
+    def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        return Affine(scale=self.amount).maps(drawn, sides)
+
+
+@dataclass(frozen=True)
+class Shear(_Mapped):
+    """Both sides slanted by an amount drawn from -amount to amount, in pixels for each pixel of the other side; see `Affine`."""
+
+    amount: Number = field(default=0.2, metadata=number(0.0, 0.9))
+
+    def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        return Affine(shear=self.amount).maps(drawn, sides)
+
+
+@dataclass(frozen=True)
+class Translate(_Mapped):
+    """Moved by up to `share` of each side; see `Affine`."""
+
+    share: Number = field(default=0.1, metadata=number(0.0, 1.0))
+
+    def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        return Affine(translate=self.share).maps(drawn, sides)
+
+
+@dataclass(frozen=True)
+class RandomCrop(ImageAugmentation):
+    """A window of the image's own size out of the image with a frame around it (He et al., 2016).
+
+    Attributes:
+      padding: width of the frame, in pixels.
+      fill: value of the frame.
+      probability: with which each row is changed.
+    """
+
+    padding: int = field(default=4, metadata=whole(0))
+    fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
+
+    def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        pad = self.padding
+        padded = jnp.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=self.fill)
+        start = jnp.floor(uniforms(keys, 2) * (2 * pad + 1)).astype(jnp.int32)
+        cut = lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], jnp.int32(0)), pixels.shape[1:])
+        return jax.vmap(cut)(padded, start)
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop(ImageAugmentation):
+    """A part of the image, enlarged to the image's size (Szegedy et al., 2015).
+
+    Attributes:
+      area: the part's share of the image, drawn evenly.
+      aspect: width by height of the part, relative to the image, drawn evenly in its logarithm; the part is cut where it would be
+        larger than the image.
+      probability: with which each row is changed.
+    """
+
+    area: tuple[Number, Number] = field(default=(0.08, 1.0), metadata=interval(0.001, 1.0))
+    aspect: tuple[Number, Number] = field(default=(3 / 4, 4 / 3), metadata=interval(0.01, 100.0))
+
+    def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        drawn = uniforms(keys, 4)
+        between = lambda low, high, u: low + (high - low) * u
+        area = between(self.area[0], self.area[1], drawn[:, 0])
+        aspect = jnp.exp(between(math.log(self.aspect[0]), math.log(self.aspect[1]), drawn[:, 1]))
+        size = jnp.minimum(jnp.sqrt(jnp.stack([area / aspect, area * aspect], -1)), 1.0)
+        sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
+        shift = (drawn[:, 2:] - 0.5) * (1 - size) * sides
+        return affine(pixels, size[:, :, None] * jnp.eye(2, dtype=jnp.float32)[None], shift, fill=None)

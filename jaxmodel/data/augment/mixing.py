@@ -1,0 +1,140 @@
+"""Augmentations that mix each row with its neighbour, labels as well.
+
+Row i is mixed with row i - 1 (the first with the last). The stream has shuffled the rows, so this partner is as good as a drawn
+one, and on a mesh only the rows at the edges of the devices' parts travel. Labels become distributions `[B, C]`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel.data.augment.base import AnyKey, Augmentation, Keys, Number, images, number, per_row, row_keys, uniforms, whole
+from jaxmodel.data.augment.damage import inside
+from jaxmodel.errors import InputError
+
+_TRIES = 8  # of which each succeeds with at least 0.95
+
+
+@dataclass(frozen=True)
+class _Mixing(Augmentation):
+    """Base of the two.
+
+    Attributes:
+      classes: number of classes, C.
+      alpha: the share that the neighbour gives is drawn from Beta(alpha, alpha); 0 gives nothing.
+      probability: with which each row is mixed.
+    """
+
+    classes: int = field(metadata=whole(1))
+    alpha: Number = field(default=1.0, metadata=number(0.0, 1e4))
+    probability: Number = field(default=1.0, metadata=number(0.0, 1.0), kw_only=True)
+
+    @abc.abstractmethod
+    def mix(self, keys: Keys, pixels: Float[Array, "B Y X C"], given: Float[Array, "B"]) -> tuple[Array, Array]:
+        """The images, and the shares `[B]` that their neighbours gave in the end, from the shares drawn."""
+
+    def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        unmixed, labels = images(batch), distributions(batch, self.classes)
+        pixels = unmixed.astype(jnp.float32)
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(row_keys(key, len(pixels)))
+        given = beta(keys[:, 0], self.alpha)
+        if self.probability < 1:
+            given = jnp.where(uniforms(keys[:, 1]) < self.probability, given, 0.0)
+        mixed, given = self.mix(keys[:, 2], pixels, given)
+        labels = labels + given[:, None] * (neighbour(labels) - labels)
+        return {**batch, "pixels": mixed.astype(unmixed.dtype), "labels": labels}
+
+
+@dataclass(frozen=True)
+class Mixup(_Mixing):
+    """`(1 - s) x_i + s x_(i-1)`, labels alike, with s from Beta(alpha, alpha) (Zhang et al., 2018).
+
+    Attributes:
+      classes: number of classes, C.
+      alpha: 0 changes nothing, 1 draws s evenly.
+      probability: with which each row is mixed.
+    """
+
+    alpha: Number = field(default=0.2, metadata=number(0.0, 1e4))
+
+    def mix(self, keys: Keys, pixels: Float[Array, "B Y X C"], given: Float[Array, "B"]) -> tuple[Array, Array]:
+        return pixels + per_row(given) * (neighbour(pixels) - pixels), given
+
+
+@dataclass(frozen=True)
+class CutMix(_Mixing):
+    """A box of the neighbour in place of one's own; labels by the pixels that come from each (Yun et al., 2019).
+
+    The box has `sqrt(s)` of each side, with s from Beta(alpha, alpha), lies around a pixel drawn evenly, and is cut where it
+    leaves the image.
+
+    Attributes:
+      classes: number of classes, C.
+      alpha: 0 changes nothing, 1 draws s evenly.
+      probability: with which each row is mixed.
+    """
+
+    def mix(self, keys: Keys, pixels: Float[Array, "B Y X C"], given: Float[Array, "B"]) -> tuple[Array, Array]:
+        sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
+        whole_sides = sides.astype(jnp.int32)
+        size = jnp.floor(jnp.sqrt(given)[:, None] * sides).astype(jnp.int32)
+        start = jnp.floor(uniforms(keys, 2) * sides).astype(jnp.int32) - size // 2
+        start, stop = jnp.clip(start, 0, whole_sides), jnp.clip(start + size, 0, whole_sides)
+        area = jnp.prod(stop - start, axis=1).astype(jnp.float32)
+        mixed = jnp.where(inside(pixels, start, stop), neighbour(pixels), pixels)
+        return mixed, area / (pixels.shape[1] * pixels.shape[2])
+
+
+def neighbour(rows: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Row i - 1 at place i, the last at place 0."""
+    return jnp.roll(rows, 1, axis=0)
+
+
+def distributions(batch: Mapping[str, Any], classes: int) -> Float[Array, "B C"]:
+    """The labels as distributions over the classes; a label that is no class gives NaN.
+
+    Raises:
+      InputError: no labels, or neither classes `[B]` nor distributions `[B, C]`.
+    """
+    if "labels" not in batch:
+        raise InputError(f"batch: {', '.join(sorted(batch))} given; 'labels' [B] is needed too")
+    labels = jnp.asarray(batch["labels"])
+    if labels.ndim == 2 and labels.shape[1] == classes and jnp.issubdtype(labels.dtype, jnp.floating):
+        return labels.astype(jnp.float32)
+    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        given = f"{labels.dtype} {labels.shape}"
+        raise InputError(f"batch: labels are {given}; integers [B] or distributions [B, {classes}] are needed")
+    known = (labels >= 0) & (labels < classes)
+    return jnp.where(known[:, None], jax.nn.one_hot(labels, classes, dtype=jnp.float32), jnp.nan)
+
+
+def beta(keys: Keys, alpha: float) -> Float[Array, "B"]:
+    """Draws from Beta(alpha, alpha), one for each key; an alpha of 0 gives 0.
+
+    `jax.random.beta` loops until every row has its draw, which on a mesh is a reduction over all devices each time. Here are two
+    gamma variates of a fixed number of tries (Marsaglia & Tsang, 2000), in logarithms so that a small alpha does not underflow.
+    """
+    if alpha == 0:
+        return jnp.zeros(len(keys), jnp.float32)
+    d = alpha + 1 - 1 / 3  # of alpha + 1, which is at least 1, as the method needs; a power of one uniform leads back to alpha
+    c = 1 / (9 * d) ** 0.5
+
+    def one(key: Array) -> Array:
+        keys = jax.random.split(key, 3)
+        z = jax.random.normal(keys[0], (2, _TRIES))
+        v = (1 + c * z) ** 3
+        log_v = jnp.log(jnp.maximum(v, 1e-30))
+        right = (v > 0) & (jnp.log1p(-jax.random.uniform(keys[1], (2, _TRIES))) < 0.5 * z**2 + d - d * v + d * log_v)
+        first = jnp.argmax(right, axis=1)
+        chosen = jnp.take_along_axis(log_v, first[:, None], axis=1)[:, 0]
+        log_gamma = chosen + jnp.log1p(-jax.random.uniform(keys[2], (2,))) / alpha
+        return jax.nn.sigmoid(log_gamma[0] - log_gamma[1])
+
+    return jax.vmap(one)(keys)

@@ -1,0 +1,174 @@
+"""Policies that choose among simple operations for each row: RandAugment, AugMix.
+
+A choice for each row would, by `lax.switch` under `vmap`, compute every operation and keep one. Here each operation has a neutral
+setting, so a layer gives all rows through all operations once, those not chosen neutrally: the five geometric ones together are
+one bilinear sampling, the rest is arithmetic that fuses, but for the histogram of `equalize`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmodel.data.augment import pixels as values
+from jaxmodel.data.augment.affine import affine, linear_map
+from jaxmodel.data.augment.base import ImageAugmentation, Keys, Number, computed_once, number, per_row, uniforms, whole
+from jaxmodel.errors import InputError, unknown
+
+OPERATIONS = (
+    *("identity", "autocontrast", "equalize", "posterize", "solarize", "saturation", "contrast", "brightness", "sharpness"),
+    *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
+)
+"""The fourteen of RandAugment."""
+MIXED = ("autocontrast", "equalize", "posterize", "rotate", "solarize", "shear_x", "shear_y", "translate_x", "translate_y")
+"""The nine of AugMix, which leaves out those that its benchmark of corruptions has."""
+
+
+@dataclass(frozen=True)
+class RandAugment(ImageAugmentation):
+    """`count` operations one after the other, drawn evenly for each row, all of one magnitude (Cubuk et al., 2020).
+
+    At magnitude 10: rotation by 30 degrees, shear by 0.3, translation by `translate` of a side, factors of brightness, contrast,
+    saturation and sharpness of 0.1 or 1.9, four bits, everything solarized. At 0 these change nothing. The sign is drawn.
+
+    Attributes:
+      count: operations on each image.
+      magnitude: 0 to 10.
+      operations: of `OPERATIONS`; images of one channel leave out saturation.
+      translate: share of a side at magnitude 10.
+      fill: value of what comes in from outside.
+      probability: with which each row is changed.
+    """
+
+    count: int = field(default=2, metadata=whole(0))
+    magnitude: Number = field(default=9.0, metadata=number(0.0, 10.0))
+    operations: tuple[str, ...] = OPERATIONS
+    translate: Number = field(default=0.3, metadata=number(0.0, 1.0), kw_only=True)
+    fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+    def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        names = _fitting(self.operations, pixels)
+        drawn = uniforms(keys, self.count, 2)
+        level = jnp.full(len(pixels), self.magnitude / 10, jnp.float32)
+        for i in range(self.count):
+            pixels = layer(pixels, names, *_choice(drawn[:, i], len(names)), level, self.translate, self.fill)
+        return pixels
+
+
+@dataclass(frozen=True)
+class AugMix(ImageAugmentation):
+    """`x + (1 - m) sum_i w_i (chain_i(x) - x)`: a mixture of chains of one to `depth` operations (Hendrycks et al., 2020).
+
+    m is drawn evenly from 0 to 1, w from Dirichlet(1, ..., 1), the magnitude of each operation evenly from 0.1 to `severity` (see
+    `RandAugment`; translation by a third of a side at 10). The views that its Jensen-Shannon loss compares are calls with
+    different keys.
+
+    Attributes:
+      severity: greatest magnitude, 0 to 10.
+      width: number of chains.
+      depth: greatest length of a chain.
+      operations: of `OPERATIONS`; images of one channel leave out saturation.
+      fill: value of what comes in from outside.
+      probability: with which each row is changed.
+    """
+
+    severity: Number = field(default=3.0, metadata=number(0.0, 10.0))
+    width: int = field(default=3, metadata=whole(1))
+    depth: int = field(default=3, metadata=whole(1))
+    operations: tuple[str, ...] = MIXED
+    fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+    def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        names = _fitting(self.operations, pixels)
+        drawn = uniforms(keys, self.width, self.depth, 3)
+        other = uniforms(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), 2 * self.width + 1)
+        lengths = 1 + jnp.floor(other[:, : self.width] * self.depth)
+        weights = -jnp.log1p(-other[:, self.width : -1])
+        weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1e-30)
+        low = min(0.1, self.severity)
+
+        def difference(drawn: Array, length: Array, weight: Array) -> Array:
+            made = pixels
+            for i in range(self.depth):
+                level = (low + (self.severity - low) * drawn[:, i, 2]) / 10
+                after = layer(made, names, *_choice(drawn[:, i, :2], len(names)), level, 1 / 3, self.fill)
+                made = jnp.where(per_row(length) > i, after, made)
+            return per_row(weight) * (made - pixels)
+
+        differences = jax.vmap(difference, in_axes=1)(drawn, lengths, weights)
+        return jnp.clip(pixels + per_row(1 - other[:, -1]) * jnp.sum(differences, axis=0), 0, 1)
+
+
+def layer(
+    pixels: Float[Array, "B Y X C"],
+    names: tuple[str, ...],
+    chosen: Int[Array, "B"],
+    sign: Float[Array, "B"],
+    level: Float[Array, "B"],
+    translate: float,
+    fill: float,
+) -> Float[Array, "B Y X C"]:
+    """One operation on each image.
+
+    Args:
+      pixels: the images.
+      names: the operations to choose from.
+      chosen: the place of the operation in `names`.
+      sign: 1 or -1, where an operation has two directions.
+      level: strength, 0 to 1.
+      translate: share of a side that level 1 moves an image by.
+      fill: value of what comes in from outside.
+    """
+
+    def setting(name: str, value: Array, neutral: Number = 0.0) -> Array:
+        return jnp.where(chosen == (names.index(name) if name in names else -1), value, jnp.float32(neutral))
+
+    both = level * sign
+    if any(name.startswith(("rotate", "shear", "translate")) for name in names):
+        degrees, one = setting("rotate", 30 * both), jnp.ones_like(level)
+        matrix = linear_map(degrees, one, setting("shear_y", 0.3 * both), setting("shear_x", 0.3 * both))
+        y, x = (setting(f"translate_{axis}", translate * both) for axis in "yx")
+        pixels = affine(pixels, matrix, jnp.stack([y * pixels.shape[1], x * pixels.shape[2]], axis=-1), fill)
+        pixels = computed_once(pixels)
+    for name in ("autocontrast", "equalize"):
+        if name in names:
+            pixels = jnp.where(per_row(chosen == names.index(name)), getattr(values, name)(pixels), pixels)
+    if "posterize" in names:
+        pixels = values.posterize(pixels, setting("posterize", 8 - jnp.round(4 * level), 8))
+    if "solarize" in names:
+        pixels = values.solarize(pixels, setting("solarize", (1 - level) * 256 / 255, 2))
+    for name in ("saturation", "contrast", "brightness", "sharpness"):
+        if name in names:
+            pixels = getattr(values, name)(pixels, setting(name, 1 + 0.9 * both, 1))
+    return pixels
+
+
+def _choice(drawn: Float[Array, "B 2"], count: int) -> tuple[Array, Array]:
+    """A place below `count`, and a sign."""
+    place = jnp.minimum(jnp.floor(drawn[:, 0] * count).astype(jnp.int32), count - 1)
+    return place, jnp.where(drawn[:, 1] < 0.5, jnp.float32(-1), jnp.float32(1))
+
+
+def _fitting(operations: tuple[str, ...], pixels: Float[Array, "B Y X C"]) -> tuple[str, ...]:
+    """The operations without those that images of one channel have no use for."""
+    return tuple(name for name in operations if name != "saturation" or pixels.shape[-1] > 1) or ("identity",)
+
+
+def _check(policy: RandAugment | AugMix) -> None:
+    if isinstance(policy.operations, str) or not policy.operations:
+        raise InputError(f"operations: {policy.operations!r} given; allowed: a tuple of one or more of {', '.join(OPERATIONS)}")
+    for name in policy.operations:
+        if name not in OPERATIONS:
+            raise unknown("operations", name, OPERATIONS)
+    object.__setattr__(policy, "operations", tuple(policy.operations))

@@ -1,0 +1,220 @@
+"""Files by path or by URL (`s3://`, `gs://`, `memory://`, whatever fsspec knows), and arrays in them, read in ranges."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from jaxmodel.errors import InputError, require
+
+type Where = str | Path
+"""A path, or a URL, which is a str."""
+
+_BLOCK = 2**20  # bytes
+_CONTENT_UP_TO = 2**26  # bytes of a local file that are hashed rather than believed to be those of its time of change
+
+
+def is_remote(path: Where) -> bool:
+    """Whether fsspec reads it: a URL, `memory://texts/a.txt`."""
+    return isinstance(path, str) and "://" in path
+
+
+def join(folder: Where, name: str) -> str:
+    """The path of a file in a folder."""
+    return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+
+
+@contextmanager
+def naming(path: Where) -> Iterator[None]:
+    """Turn what fails while `path` is read or written into an `InputError` that names it."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"data: {str(path)!r} cannot be read or written: {reason}") from None
+
+
+@contextmanager
+def reading(path: str, unpack: bool = True) -> Iterator[Any]:
+    """Open a file of bytes to be streamed; one that ends in `.gz` is unpacked on the way."""
+    with naming(path), ExitStack() as stack:
+        if is_remote(path):
+            fs, inside = _remote(path)
+            file = stack.enter_context(fs.open(inside, "rb"))
+        else:
+            file = stack.enter_context(open(path, "rb"))
+        if unpack and path.endswith(".gz"):
+            file = stack.enter_context(gzip.open(file))
+        yield file
+
+
+@contextmanager
+def writing(path: str) -> Iterator[IO[bytes]]:
+    """Open a file to be written; a local one, in a folder that is made, is whole or not there."""
+    with naming(path):
+        if is_remote(path):
+            fs, inside = _remote(path)
+            fs.makedirs(fs._parent(inside), exist_ok=True)
+            with fs.open(inside, "wb") as file:
+                yield file
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.parent / f".{secrets.token_hex(8)}.tmp"  # so that two processes may write the same file
+        try:
+            with open(beside, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def copy(path: str, target: str) -> None:
+    """Copy a file, as it is stored, piece by piece."""
+    with reading(path, unpack=False) as source, writing(target) as file:
+        shutil.copyfileobj(source, file, _BLOCK)
+
+
+def remove(path: str) -> None:
+    """Delete a file, if it is there and may be deleted."""
+    with suppress(OSError):
+        if is_remote(path):
+            fs, inside = _remote(path)
+            fs.rm_file(inside)
+        else:
+            os.unlink(path)
+
+
+def sizes(folder: Where) -> dict[str, int]:
+    """Bytes of each file in a folder, by name; nothing where there is no such folder."""
+    with naming(folder):
+        try:
+            if is_remote(folder):
+                fs, inside = _remote(str(folder))
+                fs.invalidate_cache(inside)  # another process may have written since
+                return {Path(e["name"]).name: e["size"] for e in fs.ls(inside, detail=True) if e["type"] == "file"}
+            with os.scandir(folder) as entries:
+                return {entry.name: size for entry in entries if (size := _size(entry)) is not None}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    with suppress(FileNotFoundError):  # what another process was writing has its own name by now
+        return entry.stat().st_size if entry.is_file() else None
+
+
+def find(pattern: str) -> list[str]:
+    """The file of this name, if there is one, else those that it names by `*`, `?`, `[...]` and `**`, sorted."""
+    with naming(pattern):
+        if not is_remote(pattern):
+            found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+            return sorted(filter(os.path.isfile, found))
+        fs, inside = _remote(pattern)
+        if fs.isfile(inside) or not glob.has_magic(inside):
+            return [pattern] * fs.isfile(inside)
+        found = fs.glob(inside, detail=True).items()
+        return sorted(fs.unstrip_protocol(path) for path, info in found if info["type"] == "file")
+
+
+def below(folder: Where) -> list[str]:
+    """All files in a folder and in those below it, but hidden ones: paths from there with `/`, sorted."""
+    with naming(folder):
+        if is_remote(folder):
+            fs, inside = _remote(str(folder))
+            found = [path[len(inside) :].strip("/") for path in fs.find(inside)]
+        else:
+            walk = os.walk(folder, followlinks=True)
+            found = [Path(root, name).relative_to(folder).as_posix() for root, _, names in walk for name in names]
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
+
+
+def stamp(path: str) -> str:
+    """What changes when the file does: the sha256 of a small local one, else its size and time, or the checksum of its store."""
+    with naming(path):
+        if is_remote(path):
+            fs, inside = _remote(path)
+            return str(fs.checksum(inside))
+        info = os.stat(path)
+        return sha256(path) if info.st_size <= _CONTENT_UP_TO else f"{info.st_size} {info.st_mtime_ns}"
+
+
+def sha256(path: str) -> str:
+    """sha256 of a file's bytes as they are stored, hexadecimal."""
+    digest = hashlib.sha256()
+    with reading(path, unpack=False) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """An array in a file of nothing but its items, little-endian: mapped into memory, or read by byte ranges where remote.
+
+    Attributes:
+      path: of the file.
+      dtype: of the items.
+    """
+
+    path: str
+    dtype: np.dtype
+
+    @cached_property
+    def _mapped(self) -> np.ndarray:
+        with naming(self.path):
+            if not os.path.getsize(self.path):
+                return np.empty(0, self.dtype)  # what is empty cannot be mapped
+            return np.memmap(self.path, self.dtype, mode="r").view(np.ndarray)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Items start ... stop - 1."""
+        return self.take(np.array([start]), np.array([stop - start]))
+
+    def take(self, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The items of several ranges, one after the other; a copy."""
+        if not is_remote(self.path):
+            if len(starts) == 1:
+                return self._mapped[starts[0] : starts[0] + counts[0]].copy()
+            return self._mapped[ranges(starts, counts)]
+        fs, inside = _remote(self.path)
+        width = self.dtype.itemsize
+        begins, ends = (starts * width).tolist(), ((starts + counts) * width).tolist()
+        with naming(self.path):
+            found = fs.cat_ranges([inside] * len(begins), begins, ends, on_error="raise")
+        return np.frombuffer(b"".join(found), self.dtype)
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The whole numbers of several ranges, one after the other.
+
+    >>> ranges(np.array([5, 0]), np.array([2, 3]))
+    array([5, 6, 0, 1, 2])
+    """
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    try:
+        return require("fsspec.core", "remote").url_to_fs(url)
+    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"data: {url!r} cannot be opened: {error}; 'jaxmodel[remote]' brings gs:// and s3://") from None

@@ -1,0 +1,157 @@
+"""Several streams mixed by weights, exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import SupportsIndex
+
+import numpy as np
+
+from jaxmodel.data.stream import Batch, Batches, global_rows
+from jaxmodel.errors import InputError, at_least
+
+PERIOD = 2**16
+"""The longest period of a mixture, in rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """An endless stream whose rows come from several, in proportion to weights at every moment.
+
+    Of the first g rows, whatever g, component k with share w_k has given n_k(g), and |n_k(g) - w_k g| < 1. Row g is the
+    component's next row, of its own place n_k(g), so that each component goes through its own epochs. The pattern repeats after P
+    rows, P the common denominator of the shares, and a table of one period finds any row: n_k(g) = (g div P) n_k(P) +
+    n_k(g mod P). Shares with a larger denominator than 2^16 are rounded to 2^16ths; `shares` says what they are.
+
+    Attributes:
+      components: streams with their weights, of any sum. A component's batch size may be another.
+      batch_size: rows in a batch, B.
+
+    Raises:
+      InputError: no component, a weight that is not above 0, components whose batches differ in fields, dtypes or shapes.
+
+    The order within a period: Tijdeman, The chairman assignment problem, 1980.
+
+    >>> from jaxmodel.data import Stream
+    >>> ones, twos = (Stream({"x": np.full(5, i)}, batch_size=1) for i in (1, 2))
+    >>> Mixture([(ones, 0.75), (twos, 0.25)], batch_size=8).batch(0)["x"].tolist()
+    [1, 1, 2, 1, 1, 1, 2, 1]
+    """
+
+    components: Sequence[tuple[Batches, int | float]]
+    batch_size: int
+    shares: tuple[Fraction, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        at_least("batch_size", self.batch_size)
+        if not self.components:
+            raise InputError("components: none given; at least one is needed")
+        weights = [weight for _, weight in self.components]
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise InputError(f"weights: {weights} given; each must be above 0")
+        object.__setattr__(self, "shares", _shares(weights))
+        shapes = [_shapes(stream) for stream, _ in self.components]
+        for i, other in enumerate(shapes):
+            if other != shapes[0]:
+                differ = sorted({name for name, _ in set(other.items()) ^ set(shapes[0].items())})
+                given = f"component {i} has {_show(other, differ)}, component 0 {_show(shapes[0], differ)}"
+                raise InputError(f"components: {given}; equal fields, dtypes and widths are needed")
+        _ = self._counts  # now, so that no step waits for it
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the components' fingerprints, shares and batch size: equal fingerprints mean equal batches at every step."""
+        parts = [f"{stream.fingerprint} {share}" for (stream, _), share in zip(self.components, self.shares, strict=True)]
+        return hashlib.sha256(f"mixture 1 {self.batch_size} {parts}".encode()).hexdigest()
+
+    def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
+        """The batch of `step`, a pure function of (components, weights, batch size, step), or its rows `rows` at their cost.
+
+        Raises:
+          InputError: a negative step, or rows outside of the batch.
+        """
+        first, stop = global_rows(step, rows, self.batch_size)
+        period = len(self._pattern)
+        owners = self._pattern[(first % period + np.arange(stop - first)) % period]
+        batch: Batch = {}
+        for k, (stream, _) in enumerate(self.components):
+            mine = owners == k
+            begin = self.place(k, first)
+            for name, array in _consecutive(stream, begin, begin + int(mine.sum())).items():
+                batch.setdefault(name, np.empty((len(mine), *array.shape[1:]), array.dtype))[mine] = array
+        return batch
+
+    def place(self, component: int, rows: int) -> int:
+        """How many of the first `rows` rows of the mixture are of a component."""
+        whole, rest = divmod(rows, len(self._pattern))
+        counts = self._counts[component]
+        return whole * int(counts[-1]) + int(counts[rest])
+
+    @cached_property
+    def _pattern(self) -> np.ndarray:
+        """The component [P] of each row of a period."""
+        period = math.lcm(*(share.denominator for share in self.shares))
+        return _assign([int(share * period) for share in self.shares])
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        """Rows of each component before each row of a period, and in all of it: [K, P + 1]."""
+        mine = self._pattern == np.arange(len(self.shares))[:, None]
+        return np.cumsum(np.pad(mine, ((0, 0), (1, 0))), axis=1)
+
+
+def _shares(weights: Sequence[int | float]) -> tuple[Fraction, ...]:
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is meant as a tenth
+    shares = [weight / sum(exact) for weight in exact]
+    if math.lcm(*(share.denominator for share in shares)) <= PERIOD:
+        return tuple(shares)
+    parts = [max(1, math.floor(share * PERIOD)) for share in shares]
+    # What rounding down has left over goes to those that lost most.
+    for _ in range(PERIOD - sum(parts)):
+        lost = [share * PERIOD - part for share, part in zip(shares, parts, strict=True)]
+        parts[lost.index(max(lost))] += 1
+    return tuple(Fraction(part, sum(parts)) for part in parts)
+
+
+def _assign(parts: Sequence[int]) -> np.ndarray:
+    """Tijdeman's rule for one period: of the components that have waited for long enough, the one whose turn ends first.
+
+    With s_k the share and n_k the rows so far of component k, those with s_k t - n_k >= 1 / (2 K - 2) may have row t, and the one
+    with the least (1 - 1 / (2 K - 2) - (s_k t - n_k)) / s_k gets it. In whole numbers: everything times 2 (K - 1) P.
+    """
+    period, scale = sum(parts), 2 * (len(parts) - 1)
+    pattern = np.zeros(period, np.int64)
+    if len(parts) == 1:
+        return pattern
+    weights = np.array(parts)
+    given = np.zeros(len(parts), np.int64)
+    for t in range(1, period + 1):
+        waiting = (weights * t - given * period) * scale
+        turn = np.where(waiting >= period, ((scale - 1) * period - waiting) / weights, np.inf)
+        pattern[t - 1] = k = int(np.argmin(turn))
+        given[k] += 1
+    return pattern
+
+
+def _consecutive(stream: Batches, begin: int, end: int) -> Batch:
+    """Rows begin ... end - 1 of a stream, counted from its step 0; with none of them, its fields."""
+    size = stream.batch_size
+    parts = []
+    for step in range(begin // size, max(-(-end // size), begin // size + 1)):
+        first = step * size
+        parts.append(stream.batch(step, slice(max(begin, first) - first, min(end, first + size) - first)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _shapes(stream: Batches) -> dict[str, str]:
+    fields = _consecutive(stream, 0, 0)
+    return {name: f"{array.dtype} [{', '.join(['B', *map(str, array.shape[1:])])}]" for name, array in fields.items()}
+
+
+def _show(shapes: dict[str, str], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {shapes.get(name, 'missing')}" for name in names)

@@ -1,0 +1,201 @@
+"""Rows of shards: bins packed by a plan that is made once and kept, or windows of the run of all tokens.
+
+The plan takes 2^16 documents at a time, so that memory is bounded however many there are, cuts them into pieces as `pack` does,
+and gives every piece, the longest first, to the first bin that has room for it (first fit decreasing, with all bins open; small
+pieces, coming last, fill what the others left). It depends on the lengths of documents only: not on a seed, not on hosts. It
+keeps, beside the shards, the pieces in the order of their bins (`pack-*.starts`: int64, where each begins in the run of all
+tokens; `pack-*.sizes`: int32) and the number of pieces before each bin (`pack-*.firsts`: int64, one more than bins).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from jaxmodel.data import files
+from jaxmodel.data.pack import Bins, cut, first_fit
+from jaxmodel.data.shards import Shards
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.report import bar
+
+WINDOW = 2**16
+"""Documents that are packed together."""
+_ARRAYS = {"starts": np.dtype("<i8"), "sizes": np.dtype("<i4"), "firsts": np.dtype("<i8")}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedShards:
+    """Documents of shards packed into bins; what `Stream` takes for `data`. The plan is made when there is none yet.
+
+    Each token stands in exactly one place, each piece in a segment of its own. Batches of width T need `length=T + 1`.
+
+    Attributes:
+      shards: the documents.
+      length: tokens in a bin, at least 2.
+      folder: where the plan is kept, a path or a URL; beside the shards when left out.
+
+    Raises:
+      InputError: a length below 2, a folder that cannot be written.
+    """
+
+    shards: Shards
+    length: int
+    folder: files.Where | None = None
+
+    def __post_init__(self) -> None:
+        at_least("length", self.length, 2)
+        if not _is_whole(self._path, self.fingerprint):
+            _make_plan(self.shards, self.length, self._path, self.fingerprint)
+
+    @property
+    def fill(self) -> float:
+        """The share of positions that hold a token."""
+        return self.shards.tokens / (len(self) * self.length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the shards' digests and the length; costs nothing."""
+        return hashlib.sha256(f"packed 1 {self.length} {WINDOW} {self.shards.fingerprint}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """The number of bins."""
+        return self._bins
+
+    def verify(self) -> None:
+        """Compare the digests of the plan's arrays with those that it had; `shards.verify()` is for the tokens.
+
+        Raises:
+          InputError: a file that is not what was written.
+        """
+        with files.reading(f"{self._path}.json") as file:
+            digests = json.loads(file.read())["sha256"]
+        for name in _ARRAYS:
+            path = f"{self._path}.{name}"
+            if files.sha256(path) != digests[name]:
+                raise InputError(f"plan: {path!r} is not what was written (another sha256): delete it, and it is made anew")
+
+    def take(self, indices: np.ndarray) -> Bins:
+        """The bins of these numbers; reads nothing else."""
+        starts, sizes, firsts = self._columns
+        edges = firsts.take(indices, np.full(len(indices), 2)).reshape(-1, 2)
+        pieces = edges[:, 1] - edges[:, 0]
+        begins, counts = starts.take(edges[:, 0], pieces), sizes.take(edges[:, 0], pieces).astype(np.int64)
+        tokens = self.shards.read(begins, counts)
+        segments = files.ranges(np.ones_like(pieces), pieces)
+        filled = np.bincount(np.repeat(np.arange(len(indices)), pieces), counts, len(indices))
+        held = np.arange(self.length) < filled[:, None]
+
+        def place(values: np.ndarray) -> np.ndarray:
+            out = np.zeros(held.shape, np.int32)
+            out[held] = values  # rows are filled from the left, so pieces follow each other here as they do in `values`
+            return out
+
+        return Bins(place(tokens), place(np.repeat(segments, counts)), place(files.ranges(np.zeros_like(counts), counts)))
+
+    @property
+    def _path(self) -> str:
+        """Of the plan, without an ending."""
+        return files.join(self.folder or self.shards.folder, f"pack-{self.length}-{self.fingerprint[:16]}")
+
+    @cached_property
+    def _bins(self) -> int:
+        return files.sizes(self.folder or self.shards.folder)[f"{Path(self._path).name}.firsts"] // 8 - 1
+
+    @cached_property
+    def _columns(self) -> list[files.Column]:
+        return [files.Column(f"{self._path}.{name}", dtype) for name, dtype in _ARRAYS.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class ShardWindows:
+    """Windows of the run of all tokens of shards, as `windows` cuts them from a text; what `Stream` takes for `data`.
+
+    Attributes:
+      shards: the documents, one after the other.
+      length: tokens in a window, at least 2.
+      stride: tokens between the starts of two windows; `length` when left out. For batches of width T in which every token
+        but the first is predicted once: `length=T + 1, stride=T`.
+
+    Raises:
+      InputError: a size out of range, or fewer tokens than one window.
+    """
+
+    shards: Shards
+    length: int
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("length", self.length, 2)
+        at_least("stride", self._step)
+        if self.shards.tokens < self.length:
+            given = f"{self.shards.tokens} tokens are fewer than one window of {self.length}"
+            raise InputError(f"shards: {given}; give more documents or a smaller window")
+
+    @property
+    def _step(self) -> int:
+        return self.length if self.stride is None else self.stride
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the shards' digests and the sizes; costs nothing."""
+        return hashlib.sha256(f"windows 1 {self.length} {self._step} {self.shards.fingerprint}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """The number of windows; a remainder shorter than one is dropped."""
+        return (self.shards.tokens - self.length) // self._step + 1
+
+    def take(self, indices: np.ndarray) -> Bins:
+        """The windows of these numbers, as bins with one segment."""
+        tokens = self.shards.read(indices * self._step, np.full(len(indices), self.length)).reshape(len(indices), self.length)
+        places = np.arange(self.length, dtype=np.int32)
+        return Bins(tokens, np.ones_like(tokens), np.broadcast_to(places, tokens.shape))
+
+
+def _is_whole(path: str, fingerprint: str) -> bool:
+    """Whether a plan is there that was finished, with its arrays as long as they were."""
+    found = files.sizes(os.path.dirname(path))
+    name = Path(path).name
+    if f"{name}.json" not in found:
+        return False
+    with files.reading(f"{path}.json") as file, suppress(ValueError):
+        head = json.loads(file.read())
+        here = {array: found.get(f"{name}.{array}") for array in _ARRAYS}
+        return (head["fingerprint"], head["bytes"]) == (fingerprint, here)
+    return False
+
+
+def _make_plan(shards: Shards, length: int, path: str, fingerprint: str) -> None:
+    written, digests = dict.fromkeys(_ARRAYS, 0), {name: hashlib.sha256() for name in _ARRAYS}
+    with ExitStack() as stack:
+        job = stack.enter_context(bar(len(shards), "pack documents"))
+        out = {name: stack.enter_context(files.writing(f"{path}.{name}")) for name in _ARRAYS}
+
+        def write(**arrays: np.ndarray) -> None:
+            for name, array in arrays.items():
+                raw = array.astype(_ARRAYS[name]).tobytes()
+                written[name] += out[name].write(raw)
+                digests[name].update(raw)
+
+        total = np.zeros(1, np.int64)
+        write(firsts=total)
+        for begin in range(0, len(shards), WINDOW):
+            end = min(begin + WINDOW, len(shards))
+            offsets = shards.offsets(begin, end)
+            starts, sizes = cut(np.diff(offsets), length)
+            longest = np.argsort(-sizes, kind="stable")
+            bins, _, _, count = first_fit(sizes[longest].tolist(), length)
+            order = longest[np.argsort(bins, kind="stable")]
+            edges = total + np.cumsum(np.bincount(bins, minlength=count))
+            write(starts=offsets[0] + starts[order], sizes=sizes[order], firsts=edges)
+            total = edges[-1:]
+            job.advance(end - begin)
+    with files.writing(f"{path}.json") as file:
+        sums = {name: digest.hexdigest() for name, digest in digests.items()}
+        file.write(json.dumps({"fingerprint": fingerprint, "bytes": written, "sha256": sums}).encode())

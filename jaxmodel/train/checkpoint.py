@@ -1,0 +1,485 @@
+"""Checkpoints: asynchronous, checked by their digests, never without a last good one, restored onto any mesh.
+
+    checkpoints/step-000000300/arrays/         what orbax writes (OCDBT; each process its own part)
+    checkpoints/step-000000300/manifest.json   written last: the step counts only from then on
+
+The manifest has the name, shape and dtype of every array, the static fields of compressed leaves (orbax would accept other ones
+silently), size and SHA-256 of every file, what identifies the run (its configs), the digest of its data, and the environment. A restore
+takes the newest step whose files are those of its manifest, says which newer ones are not, and sets these aside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.leaves import Compressed
+from jaxmodel.leaves.leaf import to_tensors
+from jaxmodel.report import step as shown_step
+from jaxmodel.report.files import atomic_write
+from jaxmodel.report.json_out import dumps, to_plain
+from jaxmodel.train.state import TrainState
+
+MANIFEST = "manifest.json"
+VERSION = 1
+_STEP = re.compile(r"step-(\d{9,})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay; the last good one always does.
+
+    Attributes:
+      last: so many of the newest; two, so that a file that goes bad later costs one step.
+      best: so many of those with the lowest scores, where they have one.
+      every: those whose step is a multiple of it; 0 for none.
+    """
+
+    last: int = 2
+    best: int = 1
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("last", 1), ("best", 0), ("every", 0)):
+            at_least(f"keep.{name}", getattr(self, name), least)
+
+    def chosen(self, scores: Mapping[int, float | None]) -> set[int]:
+        """The steps that stay, of those there are.
+
+        >>> sorted(Keep(last=2, best=1, every=100).chosen({100: 3.0, 150: 1.0, 200: 2.0, 250: None, 300: 2.5}))
+        [100, 150, 200, 250, 300]
+        >>> sorted(Keep(last=1, best=1).chosen({100: 3.0, 150: 1.0, 200: 2.0, 250: None}))
+        [150, 250]
+        """
+        steps = sorted(scores)
+        judged = sorted((score, step) for step, score in scores.items() if score is not None and score == score)
+        regular = {step for step in steps if self.every and step % self.every == 0}
+        return {*steps[-self.last :], *(step for _, step in judged[: self.best]), *regular}
+
+
+class Checkpoints:
+    """The checkpoints of one run. All processes make one with the same arguments; a context manager that waits at its end.
+
+    Args:
+      folder: local, or `gs://...`, `s3://...`; made when missing.
+      keep: see `Keep`.
+      identity: plain data that a checkpoint must have been made with to be restored: configs. Differences are named.
+      data: digest of the data, likewise.
+      environment: what bits depend on (mesh, processors, versions); a restore elsewhere says that they may differ.
+      read_only: whether to save nothing and to change nothing there.
+      at_most: only steps up to this one are restored.
+
+    Raises:
+      InputError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: Keep = Keep(),
+        identity: Mapping[str, Any] | None = None,
+        data: str | None = None,
+        environment: Mapping[str, Any] | None = None,
+        read_only: bool = False,
+        at_most: int | None = None,
+    ):
+        import orbax.checkpoint as ocp
+        from etils import epath
+
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells the story of each save
+        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(Path(folder).absolute())
+        self.keep, self.identity, self.data = keep, to_plain(dict(identity or {})), data
+        self.environment = to_plain(dict(environment or {}))
+        self._read_only, self._at_most = read_only, at_most
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # trained floats hardly get smaller
+        self._orbax = ocp.AsyncCheckpointer(handler)
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+        self._swept, self._saved, self._last = False, time.monotonic(), -1
+        if jax.process_index() == 0 and not read_only:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"checkpoints: the folder {str(folder)!r} cannot be used ({error.strerror or error})") from None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.close(raises=kind is None)
+
+    # -------------------------------------------------------------------------------------------------- saving
+
+    def save(self, state: TrainState, *, score: float | None = None) -> None:
+        """Begin to save a state under its `step`, and return once nothing more is read from its arrays.
+
+        A save that fails (a full disk) says so on standard error and leaves what was saved before.
+
+        Args:
+          state: on any mesh.
+          score: of a held-out loss, for `Keep.best`; lower is better.
+        """
+        import orbax.checkpoint as ocp
+
+        if self._read_only:
+            return
+        self._join()
+        self._saved = time.monotonic()
+        number = int(state.step)
+        place = self._place(number)
+        if number == self._last:  # not by a look at the folder, which the processes would have at different times
+            return
+        arrays = flat(state)
+        if jax.default_backend() == "cpu":  # there orbax would go on reading the buffers, which the next step writes
+            arrays = _copy(arrays)
+        record = self._record(state, number, score)
+        try:
+            if jax.process_index() == 0:
+                self._clear(place)
+            self._orbax.save(place / "arrays", args=ocp.args.PyTreeSave(arrays))
+        except Exception as error:  # of tensorstore, gRPC, the file system: there is no common class
+            self._failed(number, error)
+            return
+        self._last = number
+        self._thread = threading.Thread(target=self._finish, args=(place, number, record), name="checkpoint")
+        self._thread.start()
+
+    def late(self, seconds: float, ask: bool) -> bool:
+        """Whether the last checkpoint (or the beginning) is so long ago; all processes get the answer of the first.
+
+        Args:
+          seconds: 0 for never.
+          ask: False where it is not yet time to ask, which with several processes costs an exchange.
+        """
+        if not ask or not seconds or self._read_only:
+            return False
+        found = time.monotonic() - self._saved >= seconds
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            found = bool(multihost_utils.broadcast_one_to_all(np.bool_(found)))
+        return found
+
+    def wait(self, raises: bool = True) -> None:
+        """Until the last save is whole.
+
+        Raises:
+          InputError: it failed.
+        """
+        self._join()
+        problem, self._problem = self._problem, None
+        if problem is not None and raises:
+            last = self.steps()[-1:]
+            raise InputError(
+                f"checkpoints: the last state could not be saved in {str(self.folder)!r} ({_one_line(problem)}); "
+                f"the last good step is {last[0] if last else 'none'}"
+            ) from problem
+
+    def close(self, raises: bool = True) -> None:
+        """Wait, and end the threads."""
+        try:
+            self.wait(raises)
+        finally:
+            self._orbax.close()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _finish(self, place: Any, number: int, record: dict[str, Any]) -> None:
+        """In its thread: when orbax is through, digests, the manifest, and what goes."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                record["files"] = _digests(place)
+                _write(place / MANIFEST, dumps({**record, "sha256": _digest_of(record)}))
+                self._problem = None
+                self._thin()
+        except Exception as error:
+            self._failed(number, error)
+
+    def _failed(self, number: int, error: Exception) -> None:
+        self._problem = error
+        _say(f"checkpoint of step {number} failed ({_one_line(error)}); training goes on, what was saved before stays")
+
+    def _record(self, state: TrainState, number: int, score: float | None) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "step": number,
+            "data_step": int(state.data_step),
+            "score": score,
+            "arrays": {name: [list(a.shape), str(a.dtype)] for name, a in flat(state).items()},
+            "fields": fields(state),
+            "identity": self.identity,
+            "data": self.data,
+            "environment": self.environment,
+        }
+
+    def _thin(self) -> None:
+        scores = {number: self._score(number) for number in self.steps()}
+        for number in set(scores) - self.keep.chosen(scores):
+            place = self._place(number)
+            (place / MANIFEST).unlink()  # first: without it the rest is no checkpoint
+            place.rmtree()
+
+    def _score(self, number: int) -> float | None:
+        try:
+            return self.manifest(number)["score"]
+        except InputError:  # a restore will set it aside
+            return None
+
+    def _clear(self, place: Any) -> None:
+        """Make room for a save, and at the first one remove what earlier saves left that did not come to their end."""
+        if place.exists():
+            (place / MANIFEST).unlink(missing_ok=True)
+            place.rmtree()
+        for other in self.folder.iterdir() if not self._swept else ():
+            if _STEP.fullmatch(other.name) and not (other / MANIFEST).exists():
+                other.rmtree()
+        self._swept = True
+
+    # ----------------------------------------------------------------------------------------------- restoring
+
+    def steps(self) -> list[int]:
+        """The steps that are whole, by their manifests, in order."""
+        found = (_STEP.fullmatch(place.name) for place in self.folder.iterdir()) if self.folder.exists() else ()
+        return sorted(int(m[1]) for m in found if m and (self._place(int(m[1])) / MANIFEST).exists())
+
+    def manifest(self, number: int) -> dict[str, Any]:
+        """What stands beside the arrays of a step.
+
+        Raises:
+          InputError: it is not there or cannot be read.
+        """
+        try:
+            record = json.loads((self._place(number) / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"checkpoints: the manifest of step {number} cannot be read ({_one_line(error)})") from None
+        if not isinstance(record, dict) or record.get("version") != VERSION:
+            raise InputError(f"checkpoints: the manifest of step {number} is not of version {VERSION}")
+        if record.pop("sha256", None) != _digest_of(record):
+            raise InputError(f"checkpoints: the manifest of step {number} has other bytes than were written")
+        return record
+
+    def verify(self, number: int) -> None:
+        """Check every file of a step against its manifest.
+
+        Raises:
+          InputError: names the first file that is missing, of another size, or of another content.
+        """
+        for name, (size, digest) in self.manifest(number)["files"].items():
+            file = self._place(number) / name
+            problem = None
+            try:
+                if file.stat().length != size:
+                    problem = f"has {file.stat().length} bytes of {size}"
+                elif digest is not None and _digest(file) != digest:
+                    problem = "has other bytes than were written"
+            except OSError as error:
+                problem = f"cannot be read ({error.strerror or error})"
+            if problem:
+                raise InputError(f"checkpoints: {name} of step {number} {problem}")
+
+    def latest(self, at_most: int | None = None) -> int | None:
+        """The newest whole step; newer ones whose files are bad are named on standard error and set aside as `step-....bad`.
+
+        Args:
+          at_most: only steps up to this one.
+        """
+        self._join()
+        found = -1
+        if jax.process_index() == 0:
+            limits = [limit for limit in (at_most, self._at_most) if limit is not None]
+            for number in reversed(self.steps()):
+                if limits and number > min(limits):
+                    continue
+                try:
+                    self.verify(number)
+                except InputError as error:
+                    if self._read_only:
+                        _say(f"{error}; the step before is taken")
+                        continue
+                    aside = self.folder / f"{self._place(number).name}.bad"
+                    if aside.exists():
+                        aside.rmtree()
+                    self._place(number).rename(aside)
+                    _say(f"{error}; it is set aside as {aside.name}, and the step before is taken")
+                    continue
+                found = number
+                break
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        return found if found >= 0 else None
+
+    def restore(self, like: TrainState, *, at_most: int | None = None) -> TrainState | None:
+        """The newest whole state, on the mesh of `like`; None where there is none.
+
+        Args:
+          like: of `jax.ShapeDtypeStruct` with shardings (arrays will do).
+          at_most: only steps up to this one.
+
+        Raises:
+          InputError: a checkpoint of another config or of other data, with the fields that differ.
+        """
+        import orbax.checkpoint as ocp
+
+        number = self.latest(at_most)
+        if number is None:
+            return None
+        record = self.manifest(number)
+        self._check(record, like)
+        wanted = flat(like)
+        args = {
+            name: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype) for name, a in wanted.items()
+        }
+        with shown_step(f"restoring step {number}"):
+            found = self._orbax.restore(
+                self._place(number) / "arrays",
+                args=ocp.args.PyTreeRestore(
+                    item={name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in wanted.items()}, restore_args=args
+                ),
+            )
+        self._last = number
+        differ = _differences(record["environment"], self.environment)
+        if differ:
+            _say(f"step {number} was made elsewhere, so bits may differ from those of an unbroken run: {'; '.join(differ)}")
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+
+    def _check(self, record: dict[str, Any], like: TrainState) -> None:
+        number = record["step"]
+        if differ := _differences(record["identity"], self.identity):
+            raise InputError(f"checkpoints: step {number} in {str(self.folder)!r} is of another config: {'; '.join(differ[:8])}")
+        if record["data"] != self.data:
+            then, now = (str(value)[:12] for value in (record["data"], self.data))
+            raise InputError(
+                f"data: its fingerprint was {then} when step {number} in {str(self.folder)!r} was saved and is {now}; a run "
+                "goes on with the data that it began with"
+            )
+        wanted = {name: [list(a.shape), str(a.dtype)] for name, a in flat(like).items()}
+        differ = [
+            f"{name} is {_shown(record['arrays'].get(name))} there, {_shown(wanted.get(name))} here"
+            for name in sorted({*wanted, *record["arrays"]})
+            if wanted.get(name) != record["arrays"].get(name)
+        ] + _differences(record["fields"], to_plain(fields(like)))
+        if differ:
+            more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+            raise InputError(
+                f"checkpoints: step {number} in {str(self.folder)!r} has other arrays: {'; '.join(differ[:4])}{more}"
+            )
+
+    def _place(self, number: int) -> Any:
+        return self.folder / f"step-{number:09d}"
+
+
+# ------------------------------------------------------------------------------------------------------- arrays by name
+
+
+def flat(state: Any) -> dict[str, Any]:
+    """The arrays of a state by name, in the order of its leaves.
+
+    >>> state = TrainState(jnp.int32(3), jnp.int32(3), {"w": jnp.ones(2)}, (), {})
+    >>> list(flat(state))
+    ['step', 'data_step', 'params.w']
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf for path, leaf in leaves}
+
+
+def fields(state: Any) -> dict[str, Any]:
+    """The static fields of the compressed leaves by name."""
+    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Compressed))[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): to_tensors(leaf)[1]
+        for path, leaf in leaves
+        if isinstance(leaf, Compressed)
+    }
+
+
+def fingerprint(state: Any) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of a state: equal for equal bits."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flat(state).items()):
+        array = np.asarray(jax.device_get(leaf))
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _copy(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(jnp.copy, arrays)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _digests(place: Any) -> dict[str, Any]:
+    """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects check contents themselves."""
+    remote = "://" in str(place)
+    found: dict[str, Any] = {}
+    folders = [place]
+    while folders:
+        for entry in folders.pop().iterdir():
+            if entry.is_dir():
+                folders.append(entry)
+            elif entry.name != MANIFEST:
+                found[entry.relative_to(place).as_posix()] = [entry.stat().length, None if remote else _digest(entry)]
+    return dict(sorted(found.items()))
+
+
+def _digest(file: Any) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest_of(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(to_plain(record), sort_keys=True).encode()).hexdigest()
+
+
+def _write(file: Any, text: str) -> None:
+    if "://" in str(file):
+        file.write_text(text)  # a store of objects shows it whole or not at all
+    else:
+        atomic_write(str(file), text)
+
+
+def _differences(then: Any, now: Any, where: str = "") -> list[str]:
+    """The plain values that two records do not share: `width 64 then, 128 now`."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = [*then, *(key for key in now if key not in then)]
+        return [line for key in keys for line in _differences(then.get(key), now.get(key), f"{where}.{key}" if where else str(key))]
+    return [] if then == now else [f"{where} was {_shown(then)}, is {_shown(now)}"]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "absent"
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], list):
+        return f"{value[1]}{value[0]}"
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+_say: Callable[[str], None] = lambda line: print(f"jaxmodel: {line}", file=sys.stderr, flush=True)

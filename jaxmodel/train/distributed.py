@@ -1,0 +1,126 @@
+"""Several processes as one run: found out from a TPU pod, Slurm, Open MPI, Kubernetes or the environment, or said explicitly."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+
+from jaxmodel.errors import InputError
+
+HEARTBEAT = 30
+"""Seconds after which the coordinator counts a silent process as dead, and all others end; JAX's own default is 100."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """How a process finds the others.
+
+    Attributes:
+      kind: "explicit", "environment", "slurm", "openmpi", "kubernetes", "tpu".
+      coordinator: `host:port` of process 0; None where JAX finds it out (Slurm, Open MPI, TPU).
+      processes: how many there are; None likewise.
+      process: which of them this is; None likewise.
+    """
+
+    kind: str
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+def detect(
+    environ: Mapping[str, str],
+    *,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> Cluster | None:
+    """The cluster that this process belongs to; None for one process alone.
+
+    What is said explicitly wins, then `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` (of Kubernetes' indexed jobs
+    `JOB_COMPLETION_INDEX` serves as the last), then what Slurm, Open MPI or a TPU pod set.
+
+    Raises:
+      InputError: only a part of what is needed was said.
+
+    >>> detect({"JAX_COORDINATOR_ADDRESS": "trainer-0:1234", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"})
+    Cluster(kind='kubernetes', coordinator='trainer-0:1234', processes=4, process=2)
+    >>> detect({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "3"}).kind
+    'slurm'
+    >>> detect({}) is None
+    True
+    """
+    said = {"coordinator": coordinator, "processes": processes, "process": process}
+    if any(value is not None for value in said.values()):
+        return _whole("explicit", coordinator, processes, process)
+    if "JAX_COORDINATOR_ADDRESS" in environ:
+        kind = "environment" if "JAX_PROCESS_ID" in environ else "kubernetes"
+        index = environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
+        return _whole(kind, environ["JAX_COORDINATOR_ADDRESS"], _number(environ.get("JAX_NUM_PROCESSES")), _number(index))
+    if "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ:
+        return Cluster("slurm") if (_number(environ.get("SLURM_NTASKS")) or 1) > 1 else None
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return Cluster("openmpi") if (_number(environ["OMPI_COMM_WORLD_SIZE"]) or 1) > 1 else None
+    if len(environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+        return Cluster("tpu")
+    return None
+
+
+def initialize(
+    cluster: Cluster | None = None,
+    *,
+    heartbeat: int = HEARTBEAT,
+    timeout: int = 300,
+    collectives: Literal["gloo", "mpi"] = "gloo",
+) -> Cluster | None:
+    """Join the other processes; nothing where there is one alone. Before the first computation.
+
+    Args:
+      cluster: default what the environment says.
+      heartbeat: see `HEARTBEAT`.
+      timeout: seconds to wait for the others.
+      collectives: of CPU clusters: gloo (over TCP, part of JAX) or mpi (MPItrampoline must be there).
+
+    Raises:
+      InputError: the others did not come in time.
+    """
+    cluster = detect(os.environ) if cluster is None else cluster
+    if cluster is None:
+        return None
+    jax.config.update("jax_cpu_collectives_implementation", collectives)
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.processes,
+            cluster.process,
+            heartbeat_timeout_seconds=heartbeat,
+            initialization_timeout=timeout,
+            shutdown_timeout_seconds=heartbeat,  # one that fails does not wait five minutes for those that cannot come
+        )
+    except RuntimeError as error:
+        raise InputError(f"distributed: {cluster} could not be joined: {' '.join(str(error).split())[:300]}") from None
+    return cluster
+
+
+def _whole(kind: str, coordinator: str | None, processes: int | None, process: int | None) -> Cluster:
+    if coordinator is None or processes is None or process is None:
+        raise InputError(
+            f"distributed: coordinator {coordinator}, processes {processes}, process {process} given; all three are needed "
+            "(in the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID)"
+        )
+    if not 0 <= process < processes:
+        raise InputError(f"distributed: process {process} of {processes} given; allowed: 0 to {processes - 1}")
+    return Cluster(kind, coordinator, processes, process)
+
+
+def _number(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"distributed: {text!r} is no whole number") from None

@@ -1,0 +1,50 @@
+"""Early stopping (Prechelt, 1998): the best parameters so far ride along in `state.extra["best"]`, and a resumed run knows them too."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodel import tree
+from jaxmodel.train.state import TrainState, averaged
+
+
+def init(state: TrainState) -> TrainState:
+    """The state with a memory of the best: its held-out loss, its parameters, and how many evaluations ago it was."""
+    trains = state.extra["average"] if "average" in state.extra else tree.partition(state.params)[0]
+    best = {"loss": jnp.float32(jnp.inf), "since": jnp.int32(0), "params": jax.tree.map(jnp.copy, trains)}
+    return dataclasses.replace(state, extra={**state.extra, "best": best})
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def update(state: TrainState, loss: Any) -> TrainState:
+    """The state after an evaluation. A loss that is not finite is no better than any."""
+    memory = state.extra["best"]
+    loss = jnp.asarray(loss, jnp.float32)
+    better = loss < memory["loss"]
+    now = tree.flatten(averaged(state))
+    params = tree.map_leaves(lambda path, old: jnp.where(better, now[path], old), memory["params"])
+    best = {
+        "loss": jnp.where(better, loss, memory["loss"]),
+        "since": jnp.where(better, jnp.int32(0), memory["since"] + jnp.int32(1)),
+        "params": params,
+    }
+    return dataclasses.replace(state, extra={**state.extra, "best": best})
+
+
+def over(state: TrainState, patience: int) -> bool:
+    """Whether so many evaluations in a row were no better."""
+    return int(state.extra["best"]["since"]) >= patience
+
+
+def best(state: TrainState) -> TrainState:
+    """The state with its best parameters, where it has seen an evaluation."""
+    memory = state.extra["best"]
+    if not jnp.isfinite(memory["loss"]):
+        return state
+    found = tree.flatten(memory["params"])
+    return dataclasses.replace(state, params=tree.map_leaves(lambda path, leaf: found.get(path, leaf), state.params))

@@ -1,0 +1,141 @@
+"""What comes from outside and must not cost a run: SIGTERM, notices of maintenance, a process that hangs or is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+NOTICE_EVERY = 1.0  # seconds between two looks at the place of maintenance notices
+NO_NOTICE = "NONE"  # what stands there otherwise, as on Google's cloud
+STUCK = 75  # the exit code of a process whose watchdog gave up: try again (EX_TEMPFAIL)
+
+
+@contextlib.contextmanager
+def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
+    """A function of the step that says whether to save and stop there: after SIGTERM, SIGINT, or a notice of maintenance.
+
+    With several processes all stop at the same step, whichever was told (JAX's preemption service, which takes SIGTERM).
+
+    Args:
+      notices: a URL whose text is anything but NONE when maintenance is near; default that of the machine's metadata server, if the
+        environment variable GCE_METADATA_HOST names it.
+    """
+    host = os.environ.get("GCE_METADATA_HOST")
+    if notices is None and host:
+        notices = f"http://{host}/computeMetadata/v1/instance/maintenance-event"
+    told, done = threading.Event(), threading.Event()
+    many = jax.process_count() > 1
+
+    def hear(number: int, frame: Any) -> None:
+        told.set()
+        print(f"jaxmodel: {signal.Signals(number).name}: saving and stopping", file=sys.stderr, flush=True)
+
+    def look() -> None:
+        request = urllib.request.Request(str(notices), headers={"Metadata-Flavor": "Google"})
+        while not done.wait(NOTICE_EVERY):
+            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+                if (text := answer.read(100).decode("utf-8", "replace").strip()) not in ("", NO_NOTICE):
+                    print(f"jaxmodel: notice of maintenance ({text}): saving and stopping", file=sys.stderr, flush=True)
+                    if many:
+                        os.kill(os.getpid(), signal.SIGTERM)  # so that the preemption service tells the others
+                    told.set()
+                    return
+
+    def stop(step: int) -> bool:
+        if not many:
+            return told.is_set()
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [] if not main else [signal.SIGINT] if many else [signal.SIGTERM, signal.SIGINT]
+    before = {number: signal.signal(number, hear) for number in numbers}
+    watcher = threading.Thread(target=look, name="notices", daemon=True)
+    if notices:
+        watcher.start()
+    try:
+        yield stop
+    finally:
+        done.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Watchdog:
+    """Ends a process that makes no step for too long, and says which rank is stuck; a context manager.
+
+    Every rank tells where it is; a thread of each compares. When nothing has moved for `seconds`, the rank that is behind the others, or
+    that told nothing any more, is named, the stacks of all threads are printed, and the process ends with code 75.
+
+    Args:
+      seconds: without a step; 0 for no watchdog.
+      exits: what ends the process.
+    """
+
+    def __init__(self, seconds: float, exits: Callable[[int], Any] = os._exit):
+        self.seconds, self._exits = seconds, exits
+        self._place, self._moved = "start", time.monotonic()
+        self._done = threading.Event()
+        self._client = _coordinator()
+
+    def __enter__(self) -> Watchdog:
+        if self.seconds > 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+
+    def at(self, place: str) -> None:
+        """This process came to a place, such as 'step 7: compute'."""
+        self._place, self._moved = place, time.monotonic()
+
+    def _watch(self) -> None:
+        told = 0.0
+        every = min(self.seconds / 4, 5.0)
+        while not self._done.wait(every):
+            if self._client is not None:
+                with contextlib.suppress(Exception):  # the coordinator may be gone: the others' watchdogs will say so
+                    text = f"{time.time()} {self._moved - time.monotonic()} {self._place}"
+                    self._client.key_value_set(f"jaxmodel/place/{jax.process_index()}", text, allow_overwrite=True)
+                    told = time.time()
+            if time.monotonic() - self._moved > self.seconds:
+                lines = "; ".join(self._places(told))
+                print(f"jaxmodel: no step for {self.seconds:.0f} s: {lines}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                self._exits(STUCK)
+                return
+
+    def _places(self, told: float) -> list[str]:
+        """Where each rank is, those that told nothing for longest first."""
+        own = f"this process is at {self._place}"
+        if self._client is None or not told:
+            return [own]
+        found: list[tuple[float, float, str]] = []
+        for rank in range(jax.process_count()):
+            with contextlib.suppress(Exception):
+                when, since, place = self._client.key_value_try_get(f"jaxmodel/place/{rank}").split(" ", 2)
+                silent = time.time() - float(when)
+                state = f"silent for {silent:.0f} s, last seen" if silent > max(self.seconds / 2, 1.0) else "alive"
+                found.append((-silent if state != "alive" else float(since), float(when), f"rank {rank} {state} at {place}"))
+        return [text for _, _, text in sorted(found)] or [own]
+
+
+def _coordinator() -> Any:
+    """The client of JAX's coordination service where there are several processes."""
+    if jax.process_count() == 1:
+        return None
+    from jax._src import distributed  # there is no public way to the key-value store
+
+    return distributed.global_state.client

@@ -1,0 +1,105 @@
+"""How a step gets its gradients: at once, or from micro-batches one after the other.
+
+A *gradient function* is `run(trains, batch, rng) -> ((value, metrics), grads)`, what `jax.value_and_grad` makes of a loss of the part
+that trains. Whoever wants gradients of another kind (at a perturbed point, from a pipeline) makes one of these from the loss.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.leaves import Compressed
+
+type Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+"""`objective(trains, batch, rng) -> (value, metrics)`."""
+type GradientFn = Callable[..., tuple[tuple[jax.Array, dict[str, jax.Array]], Any]]
+"""`run(trains, batch, rng) -> ((value, metrics), grads)`."""
+
+_MICRO_BATCH = 2**32 - 4  # what the micro-batches fold into the step's key; see `models.model` for the other numbers
+
+
+def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientFn:
+    """The plain gradient function of an objective.
+
+    A compressed leaf that trains has the gradient of the array that it stands for, taken by a probe (see `ops.Probe`), so that this
+    array is never there whole.
+
+    Args:
+      objective: see `Objective`.
+      dtype: of the gradient of compressed leaves; others have their own.
+    """
+
+    def run(trains: tree.Params, *args: Any) -> Any:
+        leaves = tree.flatten(trains)
+        arrays = {path: jnp.zeros(leaf.shape, dtype) if isinstance(leaf, Compressed) else leaf for path, leaf in leaves.items()}
+
+        def of(arrays: dict[str, Any]) -> Any:
+            probed = {
+                path: ops.Probe(leaf, {ops.GRADIENT: arrays[path]}) if isinstance(leaf, Compressed) else arrays[path]
+                for path, leaf in leaves.items()
+            }
+            return objective(tree.unflatten(probed), *args)
+
+        found, grads = jax.value_and_grad(of, has_aux=True)(arrays)
+        return found, tree.unflatten(grads)
+
+    def either(trains: tree.Params, *args: Any) -> Any:
+        compressed = any(isinstance(leaf, Compressed) for leaf in jax.tree.leaves(trains, is_leaf=tree.is_leaf))
+        return (run if compressed else plain)(trains, *args)
+
+    plain = jax.value_and_grad(objective, has_aux=True)
+    return either
+
+
+def accumulated(run: GradientFn, parts: int) -> GradientFn:
+    """The same gradient from `parts` micro-batches in a scan: the memory of one of them, and of a second set of gradients.
+
+    `g = sum_i w_i g_i / sum_i w_i`, w_i the `weight` of micro-batch i: what the whole batch gives, for every loss that is a mean over
+    its weight. Micro-batch i has the rows i, i + parts, i + 2 parts, ..., so that on a mesh each device keeps its own.
+
+    Args:
+      run: a gradient function whose metrics have `weight`.
+      parts: micro-batches; 1 changes nothing.
+
+    Raises:
+      InputError: a number below 1, or, when called, a batch that it does not divide.
+    """
+    at_least("accumulate", parts)
+    if parts == 1:
+        return run
+
+    def cut(a: Any) -> jax.Array:
+        if a.shape[0] % parts:
+            raise InputError(f"accumulate: {parts} micro-batches do not divide a batch of {a.shape[0]} rows")
+        return jnp.moveaxis(jnp.asarray(a).reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
+
+    def whole(trains: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
+        pieces = jax.tree.map(cut, dict(batch))
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(rng, _MICRO_BATCH)))(jnp.arange(parts))
+
+        def weighted(piece: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+            ((value, metrics), grads), weight = run(trains, piece, key), None
+            weight = metrics["weight"].astype(jnp.float32)
+            others = {name: metric for name, metric in metrics.items() if name != "weight"}
+            return jax.tree.map(lambda a: a.astype(jnp.float32) * weight, ((value, others), grads)), weight
+
+        def body(total: Any, xs: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, weighted(*xs)), None
+
+        shapes = jax.eval_shape(weighted, jax.tree.map(lambda a: a[0], pieces), keys[0])
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        dtypes = jax.eval_shape(run, trains, jax.tree.map(lambda a: a[0], pieces), keys[0])[1]
+        (((value, metrics), grads), weight), _ = jax.lax.scan(body, zeros, (pieces, keys))
+        share = 1 / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+        (value, metrics), grads = jax.tree.map(lambda a: a * share, ((value, metrics), grads))
+        grads = jax.tree.map(lambda g, like: g.astype(like.dtype), grads, dtypes)
+        return (value, {**metrics, "weight": weight}), grads
+
+    return whole

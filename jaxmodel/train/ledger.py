@@ -1,0 +1,154 @@
+"""Where the time of a run went: each instant of its wall clock, over all its restarts, is in exactly one category.
+
+Written as it goes, a line every second or so, so that a run that is killed has told nearly all; what it did not tell counts as `down`,
+as does the time until it is started again. What was computed behind the checkpoint that it then goes on from counts as `lost`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxmodel.errors import unknown
+
+CATEGORIES = ("start", "compile", "data", "compute", "evaluate", "checkpoint", "lost", "down", "other")
+"""start: until the first batch is asked for. compute: the steps. other: what is none of these (writing rows, callbacks)."""
+_LOST = ("compile", "data", "compute", "evaluate", "checkpoint")
+EVERY = 1.0  # seconds between two lines, in a long run a thousandth of its time
+
+
+class Ledger:
+    """Seconds by category. Without a file it keeps this process's own only.
+
+    Args:
+      file: `ledger.jsonl` of a run, appended to; None for none.
+      clock: seconds since some fixed time, the same for all processes of a run.
+
+    >>> now = iter([0.0, 0.0, 2.0, 5.0, 5.5, 5.5])
+    >>> ledger = Ledger(clock=lambda: next(now))
+    >>> with ledger.spend("data"):  # from 2.0 to 5.0
+    ...     pass
+    >>> ledger.summary()
+    {'start': 2.0, 'data': 3.0, 'other': 0.5, 'wall': 5.5, 'goodput': 0.0}
+    """
+
+    def __init__(self, file: str | Path | None = None, clock: Callable[[], float] = time.time):
+        self._file, self._clock = None if file is None else Path(file), clock
+        self._lines = _read(self._file)
+        self._lives = self._lines[-1]["life"] + 1 if self._lines else 0
+        self._began = self._since = self._written = clock()
+        self._category, self._step = "start", 0
+        self._spent: dict[str, float] = {}
+        self._write(self._clock())
+
+    @contextlib.contextmanager
+    def spend(self, category: str) -> Iterator[None]:
+        """The time inside is of this category; what is around goes on in its own afterwards."""
+        before = self.enter(category)
+        try:
+            yield
+        finally:
+            self.enter("other" if before == "start" else before)
+
+    def enter(self, category: str) -> str:
+        """From now on the time is of this category; returns the one before.
+
+        Raises:
+          InputError: it is none of `CATEGORIES`.
+        """
+        if category not in CATEGORIES:
+            raise unknown("category", category, CATEGORIES)
+        now, before = self._clock(), self._category
+        self._spent[before] = self._spent.get(before, 0.0) + now - self._since
+        self._since, self._category = now, category
+        if now - self._written >= max(EVERY, (now - self._began) / 1000):
+            self._write(now)
+        return before
+
+    def at(self, step: int, *, saved: bool = False) -> None:
+        """The run is at this step; `saved` where its checkpoint is begun, so that what follows may be lost."""
+        self._step = step
+        if saved:
+            self.enter(self._category)
+            self._write(self._since, saved=step)
+
+    def restored(self, step: int) -> None:
+        """The run goes on from a checkpoint of this step: what earlier processes did behind it was lost."""
+        self._append({"life": self._lives, "restored": step, "time": self._clock()})
+
+    def close(self) -> None:
+        """Write the last line."""
+        self.enter(self._category)
+        self._write(self._since)
+
+    def summary(self) -> dict[str, float]:
+        """Seconds by category over all processes of the run, `wall` from its beginning until now, and `goodput`, the share of compute."""
+        self.enter(self._category)
+        if self._file is not None:
+            self._write(self._since)
+            return summary(self._lines)
+        return _totals(dict(self._spent), self._since - self._began)
+
+    def _write(self, now: float, **more: int) -> None:
+        self._written = now
+        line = {"life": self._lives, "time": now, "step": self._step, "began": self._began, "spent": dict(self._spent)}
+        self._append({**line, **more})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._lines.append(line)
+            with open(self._file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """What `Ledger.summary` gives, from the lines of its file."""
+    total: collections.Counter[str] = collections.Counter()
+    lives = sorted({line["life"] for line in lines if "spent" in line})
+    of_life = {life: [line for line in lines if line["life"] == life] for life in lives}
+    ends = None
+    for life in lives:
+        own = [line for line in of_life[life] if "spent" in line]
+        if ends is not None:
+            total["down"] += own[-1]["began"] - ends
+        ends = own[-1]["time"]
+        kept = _kept([line for later in lives if later > life for line in of_life[later]], own)
+        for category, seconds in own[-1]["spent"].items():
+            lost = seconds - kept.get(category, 0.0) if kept is not None and category in _LOST else 0.0
+            total[category] += seconds - lost
+            total["lost"] += lost
+    first = of_life[lives[0]]
+    return _totals(total, (ends or 0.0) - next(line["began"] for line in first if "began" in line))
+
+
+def _kept(later: list[dict[str, Any]], own: list[dict[str, Any]]) -> dict[str, float] | None:
+    """What a life had spent when it began the checkpoint that the next one went on from; None if no other has begun to work."""
+    for line in later:
+        if "restored" in line:
+            saved = [mine["spent"] for mine in own if mine.get("saved") == line["restored"]]
+            # a checkpoint that is not of this life is of one before (all was in vain), unless this one ended at that step
+            return saved[-1] if saved else {}
+        if line["spent"].get("compile"):
+            return {}  # from the beginning
+    return None
+
+
+def _totals(spent: dict[str, float], wall: float) -> dict[str, float]:
+    found = {category: spent[category] for category in CATEGORIES if spent.get(category)}
+    return {**found, "wall": wall, "goodput": spent.get("compute", 0.0) / wall if wall else 0.0}
+
+
+def _read(file: Path | None) -> list[dict[str, Any]]:
+    """The lines that are whole: the last may be cut off where a process was killed."""
+    if file is None or not file.exists():
+        return []
+    lines = []
+    for text in file.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines

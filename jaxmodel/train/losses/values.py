@@ -1,0 +1,52 @@
+"""Losses of values: functions of outputs and targets `[B, ...]` with a value for each row; `regression` makes a loss of them."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel.errors import InputError
+
+
+def squared_error(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """The mean of `(x - y)^2` over a row.
+
+    Raises:
+      InputError: outputs and targets of different shapes; the same holds for all here.
+
+    >>> squared_error(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])).tolist()
+    [2.5]
+    """
+    return _rows(_missed(outputs, targets) ** 2)
+
+
+def absolute_error(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """The mean of `|x - y|` over a row.
+
+    >>> absolute_error(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])).tolist()
+    [1.5]
+    """
+    return _rows(jnp.abs(_missed(outputs, targets)))
+
+
+def huber(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."], delta: float = 1.0) -> Float[Array, " B"]:
+    """The mean over a row of `r^2 / 2` where `r = |x - y|` is at most delta, else of `delta (r - delta / 2)` (Huber, 1964).
+
+    >>> huber(jnp.array([[0.5, 3.0]]), jnp.array([[0.0, 0.0]])).tolist()
+    [1.3125]
+    """
+    if delta <= 0:
+        raise InputError(f"delta: {delta} given; allowed: above 0")
+    r = jnp.abs(_missed(outputs, targets))
+    inside = jnp.minimum(r, delta)
+    return _rows(inside * (r - inside / 2))
+
+
+def _missed(outputs: Array, targets: Array) -> Array:
+    if outputs.shape != targets.shape:  # `[B, 1]` less `[B]` would be `[B, B]`
+        raise InputError(f"targets: the shape {list(targets.shape)} given with outputs {list(outputs.shape)}; needed is the same")
+    return outputs.astype(jnp.float32) - targets.astype(jnp.float32)
+
+
+def _rows(values: Array) -> Array:
+    return jnp.mean(values.reshape(values.shape[0], -1), axis=1)

@@ -1,0 +1,78 @@
+"""What a row of the history says of speed: tokens a second, utilisation, the share of time that was spent waiting for data."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxmodel import tree
+from jaxmodel.models import Model
+from jaxmodel.train import flops
+
+
+class Meter:
+    """Counts between two rows.
+
+    Args:
+      model: whose sizes give the operations of a token.
+      params: what trains.
+      most: operations in a second that the devices could do, see `flops.peak`; None leaves the utilisation out.
+      learning_rate: step -> the rate of its update; None leaves it out of the rows.
+    """
+
+    def __init__(
+        self, model: Model, params: tree.Params, most: float | None, learning_rate: Callable[[int], Any] | None = None
+    ):
+        self._model, self._shapes, self._rate = model, jax.eval_shape(lambda p: p, params), learning_rate
+        self._most = most
+        self._began = self._since = time.perf_counter()
+        self._seen, self._waited, self._unit, self._length = 0, 0.0, "rows", 0
+        self._bad = 0
+        self.steps = 0
+
+    @contextlib.contextmanager
+    def waits(self) -> Iterator[None]:
+        """The time inside is a wait for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def count(self, batch: dict[str, Any]) -> None:
+        """A step with this batch was begun."""
+        self.steps += 1
+        self._unit = "tokens" if "tokens" in batch else "rows"
+        self._length = batch["tokens"].shape[1] if "tokens" in batch else 0
+        self._seen += batch["tokens"].size if "tokens" in batch else len(next(iter(batch.values())))
+
+    def bad(self, steps: int) -> None:
+        """So many steps were left out."""
+        self._bad += steps
+
+    def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of the last step and what was counted since the row before."""
+        values = {name: float(value) for name, value in metrics.items() if name not in ("weight", "bad")}
+        now = time.perf_counter()
+        speed = self._seen / (now - self._since)
+        found = {**values, f"{self._unit}_per_second": speed, "data_wait": self._waited / (now - self._since)}
+        if self._rate is not None:
+            found["learning_rate"] = float(self._rate(step))
+        if self._unit == "tokens" and self._most is not None:
+            config = self._model.config
+            cost = flops.per_token(self._shapes, self._length, getattr(config, "width", 0), getattr(config, "depth", 0))
+            found["mfu"] = speed * cost / self._most
+        found |= {"bad": self._bad, "seconds": now - self._began}
+        self._since, self._seen, self._waited, self._bad = time.perf_counter(), 0, 0.0, 0
+        return found
+
+    def shown(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What of a row stands beside the bar."""
+        kept = {"loss": row["loss"], f"{self._unit}/s": round(row[f"{self._unit}_per_second"])}
+        if "mfu" in row:
+            kept["mfu"] = f"{100 * row['mfu']:.1f}%"
+        if "heldout_loss" in row:
+            kept["heldout"] = row["heldout_loss"]
+        return {**kept, "data": f"{100 * row['data_wait']:.1f}%"}

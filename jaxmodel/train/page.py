@@ -1,0 +1,171 @@
+"""What a run writes while it goes: `metrics.jsonl`, TensorBoard and MLflow where they are wanted, plots, and one HTML page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmodel import report
+from jaxmodel.report import html, plot
+from jaxmodel.report.json_out import dumps
+from jaxmodel.report.table import number, percent
+
+PAGE_EVERY = 30.0  # seconds between two pages of a run that goes on
+LOSSES = ("loss", "heldout_loss")
+
+
+class Writer:
+    """A callback of `fit`: each row goes to `metrics.jsonl` and the trackers; plots and page are made anew from time to time.
+
+    Args:
+      folder: of the run.
+      steps: of the whole run.
+      trackers: each is called with every row: see `tensorboard`, `mlflow`.
+    """
+
+    def __init__(self, folder: report.Run, steps: int, trackers: Sequence[Callable[[dict[str, Any]], None]] = ()):
+        self._folder, self._steps, self._trackers = folder, steps, trackers
+        self._shown = time.monotonic()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self._folder.log(**row)
+        for tracker in self._trackers:
+            tracker(row)
+        if time.monotonic() - self._shown > PAGE_EVERY:
+            self.page({})
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows behind a step: a run that goes on from there writes them again."""
+        file = self._folder.path("metrics.jsonl")
+        rows = self.rows()
+        kept = [row for row in rows if row.get("step", 0) <= step]
+        if len(kept) < len(rows) or (file.exists() and not file.read_bytes().endswith(b"\n")):
+            report.atomic_write(file, "".join(dumps(row, indent=None) + "\n" for row in kept))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of the whole run, over all restarts."""
+        return read_rows(self._folder.path("metrics.jsonl"))
+
+    def page(self, result: dict[str, Any]) -> None:
+        """Write the plots and `report.html`; without matplotlib, nothing."""
+        self._shown = time.monotonic()
+        rows = self.rows()
+        if not rows:
+            return
+        with contextlib.suppress(report_error()):
+            for name, draw in plots(rows).items():
+                self._folder.save_bytes(f"plots/{name}.png", draw("png"))
+            self._folder.save_bytes("report.html", page(self._folder, rows, result, self._steps))
+
+
+def report_error() -> type[Exception]:
+    """What is raised where the package that draws is missing: training goes on without pictures."""
+    from jaxmodel.errors import InputError
+
+    return InputError
+
+
+def read_rows(file: str | Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line that was cut off is none."""
+    place = Path(file)
+    rows = []
+    for line in place.read_text().splitlines() if place.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def plots(rows: list[dict[str, Any]]) -> dict[str, Callable[[str], bytes]]:
+    """Name -> format -> picture: losses, learning rate, and speed over steps."""
+
+    def series(*names: str) -> dict[str, Any]:
+        found = {}
+        for name in names:
+            own = [row for row in rows if row.get(name) is not None]
+            if own:
+                found[name.replace("_", " ")] = ([row["step"] for row in own], [row[name] for row in own])
+        return found
+
+    wanted = {
+        "loss": (LOSSES, "loss", "Loss"),
+        "learning_rate": (("learning_rate",), "learning rate", "Learning rate"),
+        "grad_norm": (("grad_norm",), "norm of the gradient", "Gradient"),
+        "speed": (("tokens_per_second", "rows_per_second"), "a second", "Speed"),
+    }
+    made: dict[str, Callable[[str], bytes]] = {}
+    for name, (keys, label, title) in wanted.items():
+        if found := series(*keys):
+            made[name] = lambda fmt, found=found, label=label, title=title: plot.curves(found, "step", label, title, fmt)
+    return made
+
+
+def page(folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any], steps: int) -> str:
+    """The page of a run, whether it goes on or is through."""
+    last = rows[-1]
+    spent = result.get("ledger", {})
+    state = "ended" if result and not result.get("stopped") else "stopped" if result else "running"
+    sections = [
+        html.text(f"Step {last['step']} of {steps}, {state}."),
+        *(html.figure(draw("svg")) for draw in plots(rows).values()),
+        html.heading("The last rows"),
+        html.table(rows[-10:], [report.Column(name, format=number) for name in last if name not in ("seconds",)]),
+    ]
+    if spent:
+        wall = spent["wall"]
+        times = [{"category": name, "seconds": value, "share": value / wall} for name, value in spent.items() if name not in ("wall", "goodput")]
+        columns = [report.Column("category"), report.Column("seconds", format=number), report.Column("share", format=percent)]
+        sections += [
+            html.heading("Where the time went"),
+            html.text(f"Goodput {100 * spent['goodput']:.1f} %: the share of {wall:.0f} s, restarts and all, that went into steps that counted."),
+            html.table(times, columns),
+        ]
+    if result.get("sample"):
+        sections += [html.heading("A sample"), html.code(result["sample"])]
+    sections += [
+        html.heading("How to go on and to repeat it"),
+        html.text("`jaxmodel resume` on this folder goes on from the last checkpoint, `jaxmodel rerun` repeats the run, and "
+                  "`jaxmodel replay --step k` computes one step again."),
+        html.key_value(folder.config),
+        html.heading("What it ran on"),
+        html.key_value(folder.versions),
+    ]
+    return html.page(f"jaxmodel train: {folder.folder.name}", sections)
+
+
+def tensorboard(folder: str | Path) -> Callable[[dict[str, Any]], None]:
+    """A callback that writes every number of a row for TensorBoard (tensorboardX, extra `notebook`)."""
+    from jaxmodel.errors import require
+
+    writer = require("tensorboardX", "notebook").SummaryWriter(str(folder))
+
+    def write(row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return write
+
+
+def mlflow(run: str, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
+    """A callback for MLflow, where `MLFLOW_TRACKING_URI` says that it is wanted; a run that is resumed goes on there too."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    from jaxmodel.errors import require
+
+    module = require("mlflow", "lifecycle")
+    found = module.search_runs(filter_string=f"tags.jaxmodel_run = '{run}'", output_format="list")
+    module.start_run(run_id=found[0].info.run_id if found else None, run_name=run, tags={"jaxmodel_run": run})
+    if not found:
+        module.log_params({key: str(value)[:500] for key, value in config.items() if key != "resolved"})
+
+    def write(row: dict[str, Any]) -> None:
+        numbers = {name: float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+        module.log_metrics(numbers, step=row["step"])
+
+    return write

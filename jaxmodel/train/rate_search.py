@@ -1,0 +1,150 @@
+"""Which learning rate to train with: a short run whose rate grows until the loss does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from jaxmodel import tree
+from jaxmodel.data import Batches
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.models import Model
+from jaxmodel.report import plot, progress
+from jaxmodel.train.losses import Loss, next_token
+from jaxmodel.train.placing import Placed
+from jaxmodel.train.schedules import Schedule
+from jaxmodel.train.state import init_state, state_shardings
+from jaxmodel.train.step import make_step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RateSearch:
+    """What `find_lr` finds.
+
+    Attributes:
+      rates: `[N]`, of the updates made, growing; N is smaller than asked where the loss diverged.
+      losses: `[N]`, of the batch before each update.
+      smoothed: `[N]`, their average with weights `smoothing^|i - j|`, which goes to both sides, so that it does not lag behind.
+      suggestion: the rate at which `smoothed` falls most steeply over the logarithm of the rate; None where it never falls.
+    """
+
+    rates: Float[np.ndarray, " N"]
+    losses: Float[np.ndarray, " N"]
+    smoothed: Float[np.ndarray, " N"]
+    suggestion: float | None
+
+    def plot(self, fmt: str = "svg") -> bytes:
+        """The losses over the rates as an image; `fmt` is svg or png."""
+        series = {"loss": (self.rates, self.losses), "smoothed": (self.rates, self.smoothed)}
+        title = "No rate lowers the loss" if self.suggestion is None else f"Suggested: {self.suggestion:.2g}"
+        return plot.curves(series, "learning rate", "loss", title, fmt, logx=True)
+
+
+def find_lr(
+    model: Model,
+    stream: Batches,
+    loss: Loss = next_token,
+    *,
+    params: tree.Params | None = None,
+    optimizer: Callable[[Schedule], optax.GradientTransformation] = optax.adam,
+    low: float = 1e-6,
+    high: float = 1.0,
+    steps: int = 100,
+    smoothing: float = 0.9,
+    diverged: float = 4.0,
+    seed: int = 0,
+    trainable: tree.Rules | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> RateSearch:
+    """Train for some steps at `low (high / low)^(i / (steps - 1))` and see where the loss falls most steeply (Smith, 2017).
+
+    One step is compiled and run on the batches 0, 1, 2, ... of the stream. Params that are given stay as they are.
+
+    Args:
+      model: what is to be trained.
+      stream: batches by step.
+      loss: see `jaxmodel.train.losses`.
+      params: to start from; None for fresh ones from the seed.
+      optimizer: rate -> optimiser; the rate that is good for one is not for another.
+      low: the first rate.
+      high: the last rate.
+      steps: at most so many updates, at least 8.
+      smoothing: of the averages, from 0 to below 1.
+      diverged: the search ends where the moving average of the losses is above so many times its least, or a loss not finite.
+      seed: of the params and of each step's randomness.
+      trainable: rules, path -> bool; see `tree.partition`.
+      mesh: None for one device.
+
+    Returns:
+      See `RateSearch`. The suggestion is that of a steep place, so it is on the safe side of the largest good rate.
+
+    Raises:
+      InputError: rates that do not grow, a setting out of range, or a batch that the mesh does not divide.
+
+    >>> from jaxmodel import data
+    >>> from jaxmodel.models import mlp
+    >>> from jaxmodel.train.losses import classification
+    >>> stream = data.Stream({"features": np.eye(4, dtype=np.float32), "labels": np.arange(4)}, batch_size=4)
+    >>> found = find_lr(mlp.model(mlp.Config(4, (8,), 4)), stream, classification, steps=20, low=1e-4, high=0.3)
+    >>> bool(found.losses[-1] < found.losses[0]), found.suggestion in found.rates
+    (True, True)
+    """
+    if not 0 < low < high < math.inf:
+        raise InputError(f"low, high: {low}, {high} given; allowed: 0 < low < high")
+    if not 0 <= smoothing < 1 or not diverged > 1:
+        raise InputError(f"smoothing, diverged: {smoothing}, {diverged} given; allowed: 0 to below 1, above 1")
+    at_least("steps", steps, 8)
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        return low * jnp.exp(math.log(high / low) / (steps - 1) * jnp.asarray(step, jnp.float32))
+
+    key = jax.random.key(seed)
+    chosen = optimizer(rate)
+    placed = Placed(stream, mesh)
+    start = lambda params: init_state(model.init(key) if params is None else params, chosen, trainable)
+    losses: list[float] = []
+    average, least = 0.0, math.inf
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        where = None if mesh is None else state_shardings(jax.eval_shape(start, params), model.rules, mesh)
+        state = jax.jit(start, out_shardings=where)(jax.tree.map(jnp.copy, params))  # a copy, because the steps donate theirs
+        one = make_step(model, loss, chosen, seed=seed, trainable=trainable)
+        step = jax.jit(one, donate_argnums=0, out_shardings=(where, None))
+        for i in progress(range(steps), "learning rates"):
+            state, metrics = step(state, placed.batch(i))
+            value = float(metrics["loss"])
+            average = smoothing * average + (1 - smoothing) * value
+            now = average / (1 - smoothing ** (i + 1))
+            least = min(least, now)
+            if i and not now <= diverged * abs(least):  # not a number is not below either
+                break
+            losses.append(value)
+    rates, found = np.geomspace(low, high, steps)[: len(losses)], np.asarray(losses)
+    smoothed = _smoothed(found, smoothing)
+    return RateSearch(rates, found, smoothed, steepest(rates, smoothed))
+
+
+def steepest(rates: Float[np.ndarray, " N"], losses: Float[np.ndarray, " N"]) -> float | None:
+    """The rate at which losses fall most steeply over the logarithm of the rate, not behind their least; None where they do not.
+
+    >>> steepest(np.array([1e-3, 1e-2, 1e-1, 1.0]), np.array([4.0, 3.9, 2.0, 9.0]))
+    0.01
+    """
+    stop = int(np.argmin(losses)) + 1
+    if stop < 2:
+        return None
+    falls = np.diff(losses[:stop]) / np.diff(np.log(rates[:stop]))
+    return float(rates[int(np.argmin(falls))])
+
+
+def _smoothed(losses: np.ndarray, smoothing: float) -> np.ndarray:
+    places = np.arange(len(losses))
+    weights = smoothing ** np.abs(places[:, None] - places[None, :]).astype(np.float64)
+    return weights @ losses / weights.sum(axis=1)
