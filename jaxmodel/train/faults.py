@@ -15,8 +15,11 @@ from typing import Any
 
 import jax
 
+from jaxmodel.errors import InputError
+
 NOTICE_EVERY = 1.0  # seconds between two looks at the place of maintenance notices
 NO_NOTICE = "NONE"  # what stands there otherwise, as on Google's cloud
+BEAT = 2.0  # seconds between two words of a rank on where it is
 STUCK = 75  # the exit code of a process whose watchdog gave up: try again (EX_TEMPFAIL)
 
 
@@ -73,28 +76,32 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
 
 
 class Watchdog:
-    """Ends a process that makes no step for too long, and says which rank is stuck; a context manager.
+    """Says which rank is stuck or gone, and ends a process that waits for it; a context manager.
 
-    Every rank tells where it is; a thread of each compares. When nothing has moved for `seconds`, the rank that is behind the others, or
-    that told nothing any more, is named, the stacks of all threads are printed, and the process ends with code 75.
+    With several processes every rank tells where it is every other second (JAX's key-value store). When nothing has moved here for
+    `seconds`, or an exchange with the others failed, the ranks that tell nothing any more, or that are behind the others, are named,
+    the stacks of all threads are printed, and the process ends with code 75, without the exchange at the end that would hang.
 
     Args:
-      seconds: without a step; 0 for no watchdog.
+      seconds: without a step; 0 for never.
       exits: what ends the process.
     """
 
-    def __init__(self, seconds: float, exits: Callable[[int], Any] = os._exit):
+    def __init__(self, seconds: float = 0.0, exits: Callable[[int], Any] = os._exit):
         self.seconds, self._exits = seconds, exits
         self._place, self._moved = "start", time.monotonic()
         self._done = threading.Event()
         self._client = _coordinator()
 
     def __enter__(self) -> Watchdog:
-        if self.seconds > 0:
+        if self.seconds > 0 or self._client is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, *_: Any) -> None:
+        if self._client is not None and isinstance(error, Exception) and not isinstance(error, InputError):
+            time.sleep(2 * BEAT)  # until one who is gone is silent
+            self._end(f"an exchange failed ({' '.join(str(error).split())[:200]})")
         self._done.set()
 
     def at(self, place: str) -> None:
@@ -102,34 +109,37 @@ class Watchdog:
         self._place, self._moved = place, time.monotonic()
 
     def _watch(self) -> None:
-        told = 0.0
-        every = min(self.seconds / 4, 5.0)
-        while not self._done.wait(every):
+        every = min(BEAT, self.seconds / 4) if self.seconds else BEAT
+        while True:
             if self._client is not None:
-                with contextlib.suppress(Exception):  # the coordinator may be gone: the others' watchdogs will say so
-                    text = f"{time.time()} {self._moved - time.monotonic()} {self._place}"
+                with contextlib.suppress(Exception):  # the coordinator may be gone: JAX itself ends the process then
+                    text = f"{time.time()} {time.monotonic() - self._moved} {self._place}"
                     self._client.key_value_set(f"jaxmodel/place/{jax.process_index()}", text, allow_overwrite=True)
-                    told = time.time()
-            if time.monotonic() - self._moved > self.seconds:
-                lines = "; ".join(self._places(told))
-                print(f"jaxmodel: no step for {self.seconds:.0f} s: {lines}", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(all_threads=True)
-                self._exits(STUCK)
+            if self._done.wait(every):
+                return
+            if self.seconds and time.monotonic() - self._moved > self.seconds:
+                self._end(f"no step for {self.seconds:.0f} s")
                 return
 
-    def _places(self, told: float) -> list[str]:
-        """Where each rank is, those that told nothing for longest first."""
-        own = f"this process is at {self._place}"
-        if self._client is None or not told:
-            return [own]
-        found: list[tuple[float, float, str]] = []
+    def _end(self, why: str) -> None:
+        lines = [f"this process is at {self._place}"] if self._client is None else self._places()
+        print(f"jaxmodel: {why}: {'; '.join(lines)}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        self._exits(STUCK)
+
+    def _places(self) -> list[str]:
+        """Where each rank is: first those that are silent, then those that moved least."""
+        found: list[tuple[bool, float, str]] = []
         for rank in range(jax.process_count()):
-            with contextlib.suppress(Exception):
+            try:
                 when, since, place = self._client.key_value_try_get(f"jaxmodel/place/{rank}").split(" ", 2)
-                silent = time.time() - float(when)
-                state = f"silent for {silent:.0f} s, last seen" if silent > max(self.seconds / 2, 1.0) else "alive"
-                found.append((-silent if state != "alive" else float(since), float(when), f"rank {rank} {state} at {place}"))
-        return [text for _, _, text in sorted(found)] or [own]
+            except Exception:
+                found.append((False, 0.0, f"rank {rank} told nothing yet"))
+                continue
+            silent = time.time() - float(when)
+            state = f"is gone or stuck: silent for {silent:.0f} s, last" if silent > 1.8 * BEAT else "is"
+            found.append((silent <= 1.8 * BEAT, -float(since), f"rank {rank} {state} at {place}"))
+        return [text for _, _, text in sorted(found)]
 
 
 def _coordinator() -> Any:

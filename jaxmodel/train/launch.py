@@ -32,7 +32,7 @@ def launch(
 ) -> list[dict[str, object]]:
     """Run a Python command in several processes with JAX's coordinates in their environment, until all of them end well.
 
-    Process 0 writes to this one's streams, the others to `rank-<i>.log`. When one dies, the others, which would wait for it for ever, are
+    Process 0 writes to this one's standard error, the others to `rank-<i>.log`. When one dies, the others, which would wait for it for ever, are
     ended, and which it was is said. Elastic, the run is started again with one fewer (or as many, where one was only stuck), and after
     `regrow` seconds it is told to save and started again with all.
 
@@ -127,7 +127,9 @@ def _start(command: Sequence[str], processes: int, devices: int, logs: Path) -> 
         }
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(open(logs / f"rank-{rank}.log", "ab")) if rank else None
-            world.append(subprocess.Popen([sys.executable, *command], env=environ, stdout=log, stderr=log))
+            # what process 0 prints on standard output the caller says once more, when all are through
+            out = log or subprocess.DEVNULL
+            world.append(subprocess.Popen([sys.executable, *command], env=environ, stdout=out, stderr=log))
     return world
 
 

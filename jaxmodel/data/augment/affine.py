@@ -67,6 +67,7 @@ def _sample(
     flat = padded.reshape(len(pixels), -1, channels)
     take = jax.vmap(lambda image, at: image.at[at].get(mode="promise_in_bounds"))
     tap = lambda offset: take(flat, place + jnp.int32(offset)).reshape(pixels.shape)
-    upper = (1 - u) * tap(0) + u * tap(1)
-    lower = (1 - u) * tap(columns + 2) + u * tap(columns + 3)
-    return (1 - v) * upper + v * lower
+    between = lambda a, b, share: a + share * (b - a)  # which stays between them, however it is rounded
+    upper = between(tap(0), tap(1), u)
+    lower = between(tap(columns + 2), tap(columns + 3), u)
+    return between(upper, lower, v)

@@ -2,7 +2,8 @@
 
 A choice for each row would, by `lax.switch` under `vmap`, compute every operation and keep one. Here each operation has a neutral
 setting, so a layer gives all rows through all operations once, those not chosen neutrally: the five geometric ones together are
-one bilinear sampling, the rest is arithmetic that fuses, but for the histogram of `equalize`.
+one bilinear sampling, the rest is arithmetic that fuses, but for the histogram of `equalize`. On two cores RandAugment(2, 9)
+takes 3 ms for 128 x 28 x 28 x 1 and 30 ms for 32 x 96 x 96 x 3, half of it `equalize`; AugMix(), with nine layers, 20 and 130.
 """
 
 from __future__ import annotations

@@ -125,13 +125,16 @@ class SpanCorruption(Augmentation):
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         tokens, segments = texts(batch)
-        count, taken, spans = np.arange(tokens.shape[1] + 1), *self._lengths(tokens.shape[1])
+        count, taken, spans = self._lengths(tokens.shape[1])
+        pieces = int(np.max(spans))
+        least = max(self.end, self.start) + pieces
+        if self.first < least:
+            self._refuse("first", f"at least {least}, for {pieces} spans in {tokens.shape[1]} tokens")
         source_length, target_length = (int(np.max(n)) + 1 for n in (count - taken + spans, taken + spans))
         real = segments > 0
         n = jnp.sum(real, axis=1, dtype=jnp.int32)
         drawn = uniforms(row_keys(key, len(tokens)), 2, tokens.shape[1] + 2)
         taken, spans = (jnp.asarray(a, jnp.int32)[n] for a in (taken, spans))
-        pieces = int(np.max(self._lengths(tokens.shape[1])[1]))
         # the places before, between and behind the tokens that stay, of which each span takes another, are cuts too
         kept_before = jnp.cumsum(_pieces(drawn[:, 0], n - taken + 2, spans + 1, pieces), axis=1) - 1
         span_sizes = _pieces(drawn[:, 1], taken, spans, pieces)
@@ -159,12 +162,12 @@ class SpanCorruption(Augmentation):
             "weights": weights.astype(jnp.float32),
         }
 
-    def _lengths(self, longest: int) -> tuple[np.ndarray, np.ndarray]:
-        """How many tokens go from texts of 0, 1, ..., `longest`, and in how many spans."""
+    def _lengths(self, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Texts of 0, 1, ..., `longest` tokens, how many tokens go from each, and in how many spans."""
         count = np.arange(longest + 1)
         taken = np.where(count > 1, np.clip(np.round(count * self.rate), 1, np.maximum(count - 1, 1)), 0).astype(np.int32)
         spans = np.clip(np.round(taken / self.span), np.minimum(taken, 1), np.minimum(taken, count - taken))
-        return taken, spans.astype(np.int32)
+        return count, taken, spans.astype(np.int32)
 
     def _written(
         self, length: int, entries: tuple[Array, Array, Array], n: Int[Array, "B"], stop: Int[Array, "B"], *more: tuple

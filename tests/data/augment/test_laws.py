@@ -63,8 +63,10 @@ OF_COLOUR = {"hue", "saturation", "greyscale"}  # nothing to change in one chann
 def batch_of(channels: int, rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     segments = np.tile(np.repeat(np.array([1, 2, 0], np.int32), [12, 8, 4]), (rows, 1))
+    pixels = rng.random((rows, *SIDES, channels), np.float32)
+    pixels[1:2] = 1  # where rounding could leave the range
     return {
-        "pixels": rng.random((rows, *SIDES, channels), np.float32),
+        "pixels": pixels,
         "labels": rng.integers(0, CLASSES, rows, np.int32),
         "tokens": np.where(segments > 0, rng.integers(2, 9, segments.shape, np.int32), np.int32(0)),
         "targets": rng.integers(2, 9, segments.shape, np.int32),
@@ -205,6 +207,7 @@ def test_bad_input_is_one_clear_line() -> None:
         (lambda: run("mixup(3)", pixels=pixels), "batch: pixels given; 'labels' [B] is needed too"),
         (lambda: run("mixup(3)", pixels=pixels, labels=np.zeros((2, 4), np.float32)), "or distributions [B, 3] are needed"),
         (lambda: run("local_shuffle()", pixels=pixels), "batch: pixels given; 'tokens' [B, T] is needed"),
+        (lambda: run("span_corruption(1)", tokens=labels[None]), "first is 1; allowed: at least 2, for 1 spans in 2 tokens"),
         (lambda: run("local_shuffle()", tokens=labels), "batch: tokens are int32 (2,); integers [B, T] are needed"),
         (lambda: run("local_shuffle()", tokens=labels[None], mask=labels), "mask are (2,); the shape of the tokens, (1, 2)"),
     ]:
