@@ -1,8 +1,8 @@
-"""Characters of Shakespeare: the small GPT that nanoGPT trains on a CPU, with our loop, and its loss on the last tenth of the text.
+"""Characters of Shakespeare: the small GPT that nanoGPT trains on a CPU, with our loop, and its loss on held-out text.
 
-The setting is nanoGPT's for a CPU: context 64, batches of 12, 4 layers, 4 heads, width 128, 2,000 steps, learning rate 1e-3 falling to
-1e-4 after 100 steps of warm-up, AdamW with beta2 0.99, no dropout. Its README reports a validation loss of 1.88. The validation loss
-here is the mean over every character of the last tenth but the first of each window of 64.
+The setting is nanoGPT's for a CPU: context 64, batches of 12, 4 layers, 4 heads, width 128, 2,000 steps, learning rate 1e-3
+falling to 1e-4 after 100 steps of warm-up, AdamW with beta2 0.99, no dropout. Its README reports a validation loss of 1.88. The
+validation loss here is the mean over every character of the last tenth but the first of each window of 64.
 
 Command:  python experiments/nanogpt_char.py [--quick] [--seed N] --json -
 Cost:     about 2 minutes on two cores; --quick (300 steps) half a minute. Needs tinyshakespeare in $JAXMODEL_DATA.

@@ -1,13 +1,15 @@
-"""Kills and storage faults: a run that is broken anywhere ends in the same bits, and a bad checkpoint is never taken for a good one.
+"""Kills and storage faults: a run broken anywhere ends in the same bits, and a bad checkpoint is never taken for a good one.
 
-A small GPT trains on packed documents of two texts, mixed 3 to 1, with token dropout, in two micro-batches, with a moving average; a
-checkpoint every third step, asynchronous. Kills: a process of this run gets SIGKILL at a random time, again and again, and the run goes
-on from what it left. Faults: of copies of its checkpoints files are cut off, have bytes flipped, or vanish, or the disk is full
-while it saves (a limit on the size of files: the kernel refuses the write as it does on a full disk).
+A small GPT trains on packed documents of two texts, mixed 3 to 1, with token dropout, in two micro-batches, with a moving
+average; a checkpoint every third step, asynchronous. Kills: a process of this run gets SIGKILL at a random time, again and
+again, and the run goes on from what it left. Faults: of copies of its checkpoints files are cut off, have bytes flipped, or
+vanish, or the disk is full while it saves (a limit on the size of files: the kernel refuses the write as it does on a full
+disk).
 
 Command:  python experiments/resume.py [--quick] [--seed N] --json -
 Cost:     about 20 minutes on two cores; --quick (10 kills, 40 faults) about 3.
-Goals:    after 100 kills the parameters, the optimiser's state and the average have the same SHA-256 as those of the unbroken run;
+Goals:    after 100 kills the parameters, the optimiser's state and the average have the same SHA-256 as those of the unbroken
+  run;
           of 300 storage faults no corrupt restore and no lost last good step.
 Measured: not yet: 0.0 0.0 0.0
 """
@@ -155,7 +157,8 @@ def fault(kind: str, place: Path, seed: int, chance: random.Random) -> None:
         victim.write_bytes(content[: chance.randrange(len(content))] if content else b"x")
     else:
         at = chance.randrange(max(len(content), 1))
-        victim.write_bytes(content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1 :] if content else b"x")
+        flipped = bytes([content[at] ^ (1 << chance.randrange(8))]) if content else b"x"
+        victim.write_bytes(content[:at] + flipped + content[at + 1 :])
 
 
 def faulty(folder: Path, seed: int, count: int, chance: random.Random) -> dict[str, list[int]]:

@@ -26,6 +26,7 @@ REPO = Path(__file__).resolve().parent.parent
 # In the environment, so that processes that tests start (command line, notebooks) have it too; read by `import jax`.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
+os.environ["JAXMODEL_CACHE"] = str(REPO / ".cache" / "jaxmodel")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

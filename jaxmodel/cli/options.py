@@ -16,6 +16,10 @@ from jaxmodel.train.options import TrainOptions
 
 _SOURCE = "a known name (smollm2-135m), a bundle folder, a .gguf file, or a hub id 'org/name'"
 _TEXT = "a UTF-8 file, or one of english, english_train, pydoc, tinyshakespeare, wikitext2-test, wikitext2-valid"
+_TEXTS = (
+    f"{_TEXT}; or .jsonl, .parquet, .arrayrecord (the field 'text'), a folder that `datasets` saved, 'hf:NAME', a pattern with "
+    "*; a path, or a URL such as gs:// or s3://."
+)
 _RECIPE = (
     "int8 (weights, and activations as they come), int8-weight (weights only), int4 (groups of 64), sparse50-int8 (half of the "
     "weights zero); or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'."
@@ -137,8 +141,16 @@ class Train(Common, TrainOptions):
     """Of the initial weights, the order of the data and the sample."""
     out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(default: bundle/ in the run's folder)")] = None
     """Where the bundle goes."""
-    data: Annotated[str, arg(metavar="TEXT", help=f"The text to train on: {_TEXT}.")] = "english_train"
+    data: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help=f"The texts to train on, each {_TEXTS}")] = (
+        "english_train",
+    )
+    weights: Annotated[tuple[float, ...], arg(metavar="W [W ...]", help_behavior_hint="(default: all the same)")] = ()
+    """In which proportions several texts are mixed."""
     heldout: Annotated[str, arg(metavar="TEXT", help="The text of the held-out loss; like --data.")] = "english"
+    pack: bool = False
+    """Rows of whole documents, packed, that do not see each other; else windows of the run of all documents."""
+    augment: Annotated[str | None, arg(metavar="CHAIN", help_behavior_hint="(default: none)")] = None
+    """What changes each batch, such as 'token_dropout(0, rate=0.1)' or 'local_shuffle(3)'."""
     batch: int = 16
     """Rows of the text in a batch."""
     context: int = 128
@@ -155,7 +167,9 @@ class Train(Common, TrainOptions):
     """What matrix products are computed in; weights and the optimiser are float32."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, whole blocks, all but matrix products."""
-    mesh: Annotated[str | None, arg(metavar="SHAPE", help_behavior_hint="(default: one device; data=* with several processes)")] = None
+    mesh: Annotated[
+        str | None, arg(metavar="SHAPE", help_behavior_hint="(default: one device; data=* with several processes)")
+    ] = None
     """Train on several devices, laid out like this: 'fsdp=4,tensor=2' for eight; one length may be *, what the devices leave.
     Axes: data, fsdp, tensor."""
     devices: int = 1
@@ -171,7 +185,9 @@ class Train(Common, TrainOptions):
     """Seconds after which an elastic run goes back to all of its processes."""
     watchdog: float = 0.0
     """End a process that makes no step for so many seconds, and say which rank is stuck; 0 for never."""
-    notices: Annotated[str | None, arg(metavar="URL", help_behavior_hint="(default: the machine's metadata server, if it has one)")] = None
+    notices: Annotated[
+        str | None, arg(metavar="URL", help_behavior_hint="(default: the machine's metadata server, if it has one)")
+    ] = None
     """Where notices of maintenance stand; at one, the run saves and stops."""
     profile: bool = False
     """Write an XProf trace of three steps into the run's folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -41,19 +42,20 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
     began = time.perf_counter()
     job = _Job(options, folder)
     first = jax.process_index() == 0
-    writer = page.Writer(folder, options.steps) if first else None
     with (
+        contextlib.ExitStack() as stack,
         job.checkpoints() as checkpoints,
         faults.stop_signals(options.notices) as stop,
         faults.Watchdog(options.watchdog) as watchdog,
     ):
+        writer = page.Writer(folder, options.steps, page.trackers(stack, folder, options.tensorboard)) if first else None
         start = checkpoints.latest() or 0  # asked by all processes, answered by the first
         if writer is not None:
             writer.rewind(start)
         ledger = train.Ledger(folder.path("ledger.jsonl"))
-        supervisor = train.Supervisor(ledger, watchdog, stop)
+        supervisor = train.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
         state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
-        ledger.close()
+        supervisor.close()
     done = int(state.step)
     early = options.patience > 0 and done < options.steps and not stop(done)
     result: dict[str, Any] = {
@@ -62,7 +64,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         "mesh": dict(job.mesh.shape) if job.mesh is not None else {},
         "devices": job.mesh.size if job.mesh is not None else 1,
         "processes": jax.process_count(),
-        "data": job.described,
+        "data": job.corpus.described,
         "steps": done,
         "stopped": done < options.steps and not early,
         "fingerprint": train.fingerprint(state) if jax.process_count() == 1 else None,
@@ -80,12 +82,12 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
     params = train.gather(train.averaged(state))
     if first and not result["stopped"]:
         out = options.out or str(folder.path("bundle"))
-        card = {"name": "gpt2-small-from-scratch", "trained_on": job.texts[0].origin, "steps": done, "seed": options.seed}
-        bundle = hub.Bundle(job.single, params, job.tokenizer, card)
+        card = {"name": "gpt2-small-from-scratch", "trained_on": ", ".join(options.data), "steps": done, "seed": options.seed}
+        bundle = hub.Bundle(job.single, params, job.corpus.tokenizer, card)
         with report.step("save"):
             bundle.save_pretrained(out)
         if jax.process_count() == 1:
-            room = options.context - len(job.tokenizer.encode(options.sample))
+            room = options.context - len(job.corpus.tokenizer.encode(options.sample))
             result["sample"] = options.sample + generate(
                 bundle, options.sample, max_new_tokens=min(64, room), temperature=0.8, seed=options.seed
             )
@@ -147,8 +149,8 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
 def show_replay(result: dict[str, Any], console: Any) -> None:
     """The step beside what was written down."""
     console.print(
-        f"step {result['step']} (batch {result['data_step']}), computed again from step {result['from']}: loss {result['loss']!r}, "
-        f"gradient norm {result['grad_norm']!r}"
+        f"step {result['step']} (batch {result['data_step']}), computed again from step {result['from']}: "
+        f"loss {result['loss']!r}, gradient norm {result['grad_norm']!r}"
     )
     if result["written"] is None:
         console.print("the run wrote no row for this step")
@@ -165,7 +167,8 @@ def mesh_of(text: str | None) -> Any:
     if text is None:
         return None if jax.device_count() == 1 or jax.process_count() == 1 else sharding.make_mesh({"data": jax.device_count()})
     if text.count("*") == 1:
-        others = math.prod(int(n) for n in text.replace("*", "1").replace(",", "=").split("=")[1::2] if n.strip().isdigit())
+        lengths = text.replace("*", "1").replace(",", "=").split("=")[1::2]
+        others = math.prod(int(n) for n in lengths if n.strip().isdigit())
         text = text.replace("*", str(max(1, jax.device_count() // others)))
     return sharding.make_mesh(text)
 
@@ -176,8 +179,9 @@ class _Job:
     def __init__(self, options: Train, folder: Any):
         import jax
 
-        from jaxmodel import data, hub, report, train
-        from jaxmodel.cli import resolved
+        from jaxmodel import hub, train
+        from jaxmodel.cli import corpus, resolved
+        from jaxmodel.data import augment
         from jaxmodel.models import gpt2
         from jaxmodel.ops import MESH_AXES, Policy
 
@@ -185,35 +189,26 @@ class _Job:
             hub.check_target(options.out or folder.path("bundle"))
         self.folder = folder
         self.mesh = mesh_of(options.mesh)
-        self.texts = [data.load_text(source) for source in (options.data, options.heldout)]
-        with report.step("tokenise"):
-            self.tokenizer = hub.train_bpe([self.texts[0].text], options.vocab)
-            length, stride = options.context + 1, options.context
-            rows = [
-                resolved.windows(text, self.tokenizer, length, stride=stride, options=f"--{name}, --context")[0]
-                for name, text in zip(("data", "heldout"), self.texts, strict=True)
-            ]
-        if not self.tokenizer.encode(options.sample) or len(self.tokenizer.encode(options.sample)) >= options.context:
+        self.augment = augment.parse(options.augment) if options.augment else None
+        self.corpus = corpus.load(options)
+        prompt = self.corpus.tokenizer.encode(options.sample)
+        if not 1 <= len(prompt) < options.context:
             raise InputError(
                 f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
             )
-        self.streams = [data.Stream(r, options.batch, options.seed) for r in rows]
-        config = gpt2.Config(self.tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
+        config = gpt2.Config(self.corpus.tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
         policy = Policy(compute=options.dtype, remat=options.remat)
         self.single = gpt2.model(config, policy)
         self.model = gpt2.model(config, dataclasses.replace(policy, axes=MESH_AXES))
         values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
         values["eval_every"] = options.eval_every or max(1, options.steps // 4)
         self.settings = train.TrainConfig(**values)
-        self.described = [dataclasses.asdict(text) | {"text": len(text.text)} for text in self.texts]
         folder.resolve(
             train=self.settings,
             model=resolved.of_model(self.model),
             mesh=dict(self.mesh.shape) if self.mesh is not None else {},
-            data=[
-                resolved.of_text(text) | {"stream": stream.fingerprint}
-                for text, stream in zip(self.texts, self.streams, strict=True)
-            ],
+            data=self.corpus.described,
+            augment=str(self.augment) if self.augment else None,
         )
 
     def checkpoints(self, place: Path | None = None, **options: Any) -> Any:
@@ -226,8 +221,13 @@ class _Job:
         return train.Checkpoints(
             self.shared / CHECKPOINTS if place is None else place,
             keep=train.Keep(last=3),
-            identity={"train": settings, "model": {k: v for k, v in resolved.of_model(self.model).items() if k != "policy"}},
-            data=self.streams[0].fingerprint,
+            identity={
+                "train": settings,
+                "model": {k: v for k, v in resolved.of_model(self.model).items() if k != "policy"},
+                "compute": self.model.policy.compute,
+                "augment": str(self.augment) if self.augment else None,
+            },
+            data=self.corpus.stream.fingerprint,
             environment=train.environment(self.mesh),
             **options,
         )
@@ -246,11 +246,12 @@ class _Job:
 
         return train.fit(
             self.model,
-            self.streams[0],
+            self.corpus.stream,
             self.settings,
             callbacks,
-            heldout=self.streams[1],
+            heldout=self.corpus.heldout,
             mesh=self.mesh,
+            augment=self.augment,
             checkpoints=checkpoints,
             supervisor=supervisor,
         )

@@ -34,7 +34,8 @@ def find(name: str) -> Verb:
     if name in ("train", "replay"):
         from jaxmodel.cli import training
 
-        return Verb(training.run, training.show, training.prepare) if name == "train" else Verb(training.replay, training.show_replay)
+        train, replay = Verb(training.run, training.show, training.prepare), Verb(training.replay, training.show_replay)
+        return train if name == "train" else replay
     if name in ("models", "predict", "summary"):
         from jaxmodel.cli import inspect
 

@@ -4,8 +4,8 @@
     checkpoints/step-000000300/manifest.json   written last: the step counts only from then on
 
 The manifest has the name, shape and dtype of every array, the static fields of compressed leaves (orbax would accept other ones
-silently), size and SHA-256 of every file, what identifies the run (its configs), the digest of its data, and the environment. A restore
-takes the newest step whose files are those of its manifest, says which newer ones are not, and sets these aside.
+silently), size and SHA-256 of every file, what identifies the run (its configs), the digest of its data, and the environment. A
+restore takes the newest step whose files are those of its manifest, says which newer ones are not, and sets these aside.
 """
 
 from __future__ import annotations
@@ -465,7 +465,8 @@ def _differences(then: Any, now: Any, where: str = "") -> list[str]:
     """The plain values that two records do not share: `width 64 then, 128 now`."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = [*then, *(key for key in now if key not in then)]
-        return [line for key in keys for line in _differences(then.get(key), now.get(key), f"{where}.{key}" if where else str(key))]
+        inside = lambda key: _differences(then.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+        return [line for key in keys for line in inside(key)]
     return [] if then == now else [f"{where} was {_shown(then)}, is {_shown(now)}"]
 
 

@@ -41,8 +41,8 @@ def detect(
 ) -> Cluster | None:
     """The cluster that this process belongs to; None for one process alone.
 
-    What is said explicitly wins, then `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` (of Kubernetes' indexed jobs
-    `JOB_COMPLETION_INDEX` serves as the last), then what Slurm, Open MPI or a TPU pod set.
+    What is said explicitly wins, then `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` (of Kubernetes' indexed
+    jobs `JOB_COMPLETION_INDEX` serves as the last), then what Slurm, Open MPI or a TPU pod set.
 
     Raises:
       InputError: only a part of what is needed was said.

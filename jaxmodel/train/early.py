@@ -1,4 +1,4 @@
-"""Early stopping (Prechelt, 1998): the best parameters so far ride along in `state.extra["best"]`, and a resumed run knows them too."""
+"""Early stopping (Prechelt, 1998): the best parameters so far ride along in `state.extra["best"]`, through restarts too."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
     With several processes all stop at the same step, whichever was told (JAX's preemption service, which takes SIGTERM).
 
     Args:
-      notices: a URL whose text is anything but NONE when maintenance is near; default that of the machine's metadata server, if the
-        environment variable GCE_METADATA_HOST names it.
+      notices: a URL whose text is anything but NONE when maintenance is near; default that of the machine's metadata server, if
+        the environment variable GCE_METADATA_HOST names it.
     """
     host = os.environ.get("GCE_METADATA_HOST")
     if notices is None and host:
@@ -78,9 +78,10 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
 class Watchdog:
     """Says which rank is stuck or gone, and ends a process that waits for it; a context manager.
 
-    With several processes every rank tells where it is every other second (JAX's key-value store). When nothing has moved here for
-    `seconds`, or an exchange with the others failed, the ranks that tell nothing any more, or that are behind the others, are named,
-    the stacks of all threads are printed, and the process ends with code 75, without the exchange at the end that would hang.
+    With several processes every rank tells where it is every other second (JAX's key-value store). When nothing has moved here
+    for `seconds`, or an exchange with the others failed, the ranks that tell nothing any more, or that are behind the others,
+    are named, the stacks of all threads are printed, and the process ends with code 75, without the exchange at the end that
+    would hang.
 
     Args:
       seconds: without a step; 0 for never.

@@ -1,7 +1,7 @@
 """Bad steps: a loss or gradient that is not finite, or far above the last ones, found in the graph and left out there.
 
-A step that is left out changes neither parameters nor the optimiser's state nor averages; its batch is as if it had never come, because
-all randomness is folded from `data_step`. So the run is, bit for bit, the one of a stream without that batch.
+A step that is left out changes neither parameters nor the optimiser's state nor averages; its batch is as if it had never come,
+because all randomness is folded from `data_step`. So the run is, bit for bit, the one of a stream without that batch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Guard:
     """When a step counts as bad.
 
     Attributes:
-      sigmas: a loss or a gradient norm more than so many standard deviations above the mean of the last good ones is a spike; 0 for
-        no such check (a loss or norm that is not finite is always bad).
+      sigmas: a loss or a gradient norm more than so many standard deviations above the mean of the last good ones is a spike; 0
+        for no such check (a loss or norm that is not finite is always bad).
       window: how many good steps the mean and deviation are over; until there are so many, nothing is a spike.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine, for trying what a cluster does: started, watched, named when they die, started again."""
+"""Several processes of one run on this machine, to try what a cluster does: started, watched, named when they die."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def launch(
 ) -> list[dict[str, object]]:
     """Run a Python command in several processes with JAX's coordinates in their environment, until all of them end well.
 
-    Process 0 writes to this one's standard error, the others to `rank-<i>.log`. When one dies, the others, which would wait for it for ever, are
-    ended, and which it was is said. Elastic, the run is started again with one fewer (or as many, where one was only stuck), and after
-    `regrow` seconds it is told to save and started again with all.
+    Process 0 writes to this one's standard error, the others to `rank-<i>.log`. When one dies, the others, which would wait for
+    it for ever, are ended, and which it was is said. Elastic, the run is started again with one fewer (or as many, where one
+    was only stuck), and after `regrow` seconds it is told to save and started again with all.
 
     Args:
       command: arguments of Python.
@@ -115,7 +115,8 @@ def _start(command: Sequence[str], processes: int, devices: int, logs: Path) -> 
         port = probe.getsockname()[1]
     world = []
     for rank in range(processes):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see simulate_devices
+        # see sharding.simulate_devices
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
         environ = {
             **os.environ,
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",

@@ -1,7 +1,8 @@
 """Where the time of a run went: each instant of its wall clock, over all its restarts, is in exactly one category.
 
-Written as it goes, a line every second or so, so that a run that is killed has told nearly all; what it did not tell counts as `down`,
-as does the time until it is started again. What was computed behind the checkpoint that it then goes on from counts as `lost`.
+Written as it goes, a line every second or so, so that a run that is killed has told nearly all; what it did not tell counts as
+`down`, as does the time until it is started again. What was computed behind the checkpoint that it then goes on from counts as
+`lost`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Ledger:
         self._write(self._since)
 
     def summary(self) -> dict[str, float]:
-        """Seconds by category over all processes of the run, `wall` from its beginning until now, and `goodput`, the share of compute."""
+        """Seconds by category over all restarts, `wall` from the beginning until now, and `goodput`, the share of compute."""
         self.enter(self._category)
         if self._file is not None:
             self._write(self._since)

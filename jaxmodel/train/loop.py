@@ -73,10 +73,10 @@ def fit(
       supervisor: see `Supervisor`; where it stops the run, the state is saved and returned as it is.
 
     Returns:
-      The last state (with early stopping: with its best parameters) and the history: rows with step, loss, grad_norm, learning_rate,
-      the other metrics of the loss, tokens_per_second and mfu (rows_per_second where batches have no tokens), data_wait (the share of
-      time spent waiting for data), bad (steps left out since the row before), seconds, and where they were taken heldout_loss and
-      the held-out metrics.
+      The last state (with early stopping: with its best parameters) and the history: rows with step, loss, grad_norm,
+      learning_rate, the other metrics of the loss, tokens_per_second and mfu (rows_per_second where batches have no tokens),
+      data_wait (the share of time spent waiting for data), bad (steps left out since the row before), seconds, and where they
+      were taken heldout_loss and the held-out metrics.
 
     Raises:
       InputError: a batch or parameters that the mesh does not divide; a checkpoint of another config or other data; bad steps, as
@@ -104,8 +104,8 @@ def fit(
         elif state is None:
             current = jax.jit(start, out_shardings=where)(key, params)
         else:
-            extra = {**start(key, state.params).extra, **state.extra}
-            current = jax.device_put(jax.tree.map(jnp.copy, dataclasses.replace(state, extra=extra)), where)  # steps donate theirs
+            whole = dataclasses.replace(state, extra={**start(key, state.params).extra, **state.extra})
+            current = jax.device_put(jax.tree.map(jnp.copy, whole), where)  # a copy, because the steps donate theirs
         run = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         scorer = None if heldout is None else Scorer(model, loss, Placed(heldout, mesh), config.eval_batches)
         meter = Meter(model, current.params, most, rate)

@@ -39,7 +39,7 @@ class TrainOptions:
     patience: int = 0
     """Stop after so many held-out losses without a better one, and take the best weights; 0 for never."""
     bad: Literal["skip", "rewind", "stop"] = "skip"
-    """A step whose loss or gradient is not finite or a spike: leave it out; go back to the last checkpoint and past its batch; stop."""
+    """A step whose loss or gradient is not finite or a spike: leave it out; go back to a checkpoint and past its batch; stop."""
     spike: float = 0.0
     """Standard deviations above the mean of the last 128 losses (or gradient norms) from which one is a spike; 0 for no check."""
     seed: int = 0

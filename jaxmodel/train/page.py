@@ -6,14 +6,18 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodel import report
+from jaxmodel.errors import InputError, require
 from jaxmodel.report import html, plot
 from jaxmodel.report.json_out import dumps
 from jaxmodel.report.table import number, percent
+
+type Tracker = Callable[[dict[str, Any]], None]
+"""Called with every row."""
 
 PAGE_EVERY = 30.0  # seconds between two pages of a run that goes on
 LOSSES = ("loss", "heldout_loss")
@@ -28,7 +32,7 @@ class Writer:
       trackers: each is called with every row: see `tensorboard`, `mlflow`.
     """
 
-    def __init__(self, folder: report.Run, steps: int, trackers: Sequence[Callable[[dict[str, Any]], None]] = ()):
+    def __init__(self, folder: report.Run, steps: int, trackers: Sequence[Tracker] = ()):
         self._folder, self._steps, self._trackers = folder, steps, trackers
         self._shown = time.monotonic()
 
@@ -57,17 +61,10 @@ class Writer:
         rows = self.rows()
         if not rows:
             return
-        with contextlib.suppress(report_error()):
+        with contextlib.suppress(InputError):  # the package that draws is missing: training goes on without pictures
             for name, draw in plots(rows).items():
                 self._folder.save_bytes(f"plots/{name}.png", draw("png"))
             self._folder.save_bytes("report.html", page(self._folder, rows, result, self._steps))
-
-
-def report_error() -> type[Exception]:
-    """What is raised where the package that draws is missing: training goes on without pictures."""
-    from jaxmodel.errors import InputError
-
-    return InputError
 
 
 def read_rows(file: str | Path) -> list[dict[str, Any]]:
@@ -113,23 +110,29 @@ def page(folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any],
         html.text(f"Step {last['step']} of {steps}, {state}."),
         *(html.figure(draw("svg")) for draw in plots(rows).values()),
         html.heading("The last rows"),
-        html.table(rows[-10:], [report.Column(name, format=number) for name in last if name not in ("seconds",)]),
+        html.table(rows[-10:], [report.Column(name, format=number) for name in last if name != "seconds"]),
     ]
     if spent:
         wall = spent["wall"]
-        times = [{"category": name, "seconds": value, "share": value / wall} for name, value in spent.items() if name not in ("wall", "goodput")]
+        kinds = {name: value for name, value in spent.items() if name not in ("wall", "goodput")}
+        times = [{"category": name, "seconds": value, "share": value / wall} for name, value in kinds.items()]
         columns = [report.Column("category"), report.Column("seconds", format=number), report.Column("share", format=percent)]
         sections += [
             html.heading("Where the time went"),
-            html.text(f"Goodput {100 * spent['goodput']:.1f} %: the share of {wall:.0f} s, restarts and all, that went into steps that counted."),
+            html.text(
+                f"Goodput {100 * spent['goodput']:.1f} %: the share of {wall:.0f} s, restarts and all, that went into steps that "
+                "counted."
+            ),
             html.table(times, columns),
         ]
     if result.get("sample"):
         sections += [html.heading("A sample"), html.code(result["sample"])]
     sections += [
         html.heading("How to go on and to repeat it"),
-        html.text("`jaxmodel resume` on this folder goes on from the last checkpoint, `jaxmodel rerun` repeats the run, and "
-                  "`jaxmodel replay --step k` computes one step again."),
+        html.text(
+            "`jaxmodel resume` on this folder goes on from the last checkpoint, `jaxmodel rerun` repeats the run, and "
+            "`jaxmodel replay --step k` computes one step again."
+        ),
         html.key_value(folder.config),
         html.heading("What it ran on"),
         html.key_value(folder.versions),
@@ -137,35 +140,42 @@ def page(folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any],
     return html.page(f"jaxmodel train: {folder.folder.name}", sections)
 
 
-def tensorboard(folder: str | Path) -> Callable[[dict[str, Any]], None]:
-    """A callback that writes every number of a row for TensorBoard (tensorboardX, extra `notebook`)."""
-    from jaxmodel.errors import require
-
+@contextlib.contextmanager
+def tensorboard(folder: str | Path) -> Iterator[Tracker]:
+    """A tracker that writes every number of a row for TensorBoard (tensorboardX, extra `notebook`)."""
     writer = require("tensorboardX", "notebook").SummaryWriter(str(folder))
 
     def write(row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                writer.add_scalar(name, value, row["step"])
+        for name, value in numbers(row).items():
+            writer.add_scalar(name, value, row["step"])
         writer.flush()
 
-    return write
+    try:
+        yield write
+    finally:
+        writer.close()
 
 
-def mlflow(run: str, config: dict[str, Any]) -> Callable[[dict[str, Any]], None] | None:
-    """A callback for MLflow, where `MLFLOW_TRACKING_URI` says that it is wanted; a run that is resumed goes on there too."""
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        return None
-    from jaxmodel.errors import require
-
+@contextlib.contextmanager
+def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
+    """A tracker for MLflow, at `MLFLOW_TRACKING_URI`; a run that is resumed goes on there too (extra `lifecycle`)."""
     module = require("mlflow", "lifecycle")
     found = module.search_runs(filter_string=f"tags.jaxmodel_run = '{run}'", output_format="list")
-    module.start_run(run_id=found[0].info.run_id if found else None, run_name=run, tags={"jaxmodel_run": run})
-    if not found:
-        module.log_params({key: str(value)[:500] for key, value in config.items() if key != "resolved"})
+    known = found[0].info.run_id if found else None
+    with module.start_run(run_id=known, run_name=run, tags={"jaxmodel_run": run}):
+        if known is None:
+            module.log_params({key: str(value)[:500] for key, value in config.items() if key != "resolved"})
+        yield lambda row: module.log_metrics(numbers(row), step=row["step"])
 
-    def write(row: dict[str, Any]) -> None:
-        numbers = {name: float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)}
-        module.log_metrics(numbers, step=row["step"])
 
-    return write
+def trackers(stack: contextlib.ExitStack, folder: report.Run, board: bool) -> list[Tracker]:
+    """Those that a run has: TensorBoard if wanted, MLflow where `MLFLOW_TRACKING_URI` is set; the stack closes them."""
+    found = [stack.enter_context(tensorboard(folder.path("tensorboard")))] if board else []
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        found.append(stack.enter_context(mlflow(folder.folder.name, folder.config)))
+    return found
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row but its step."""
+    return {name: float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)}

@@ -100,5 +100,6 @@ def local_rows(where: jax.sharding.Sharding, rows: int) -> slice:
     parts = {index[0].indices(rows)[:2] for index in where.addressable_devices_indices_map((rows,)).values()}
     start, stop = min(first for first, _ in parts), max(last for _, last in parts)
     if sum(last - first for first, last in parts) != stop - start:
-        raise InputError(f"mesh: the devices of process {jax.process_index()} hold rows that are not next to each other: {sorted(parts)}")
+        held = f"the devices of process {jax.process_index()} hold rows that are not next to each other"
+        raise InputError(f"mesh: {held}: {sorted(parts)}")
     return slice(start, stop)

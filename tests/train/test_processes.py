@@ -116,8 +116,9 @@ def ranks(folder):
 
 
 def test_an_elastic_run_loses_a_process_and_gets_it_back(tmp_path):
-    """Killed one of two; the run goes on alone on the same stream; later the one is told to save and both go on, to the same end."""
-    more = ("--steps", 400, "--save-every", 20, "--log-every", 20, "--processes", 2, "--elastic", "--regrow", 3, "--json", tmp_path / "out.json")
+    """One of two is killed; the other goes on alone on the same stream; later it is told to save, and both go on to the end."""
+    more = ["--steps", 400, "--save-every", 20, "--log-every", 20]
+    more += ["--processes", 2, "--elastic", "--regrow", 3, "--json", tmp_path / "out.json"]
     with open(tmp_path / "said", "wb") as said:
         run = subprocess.Popen(train_command(tmp_path, *more), stderr=said, stdout=said)
         try:
@@ -149,7 +150,7 @@ def test_a_rank_that_is_gone_or_stuck_is_named_and_the_others_stop(how, tmp_path
     (tmp_path / "one").mkdir()
     more = ("--steps", 100000, "--log-every", 100, *(("--watchdog", 6) if how == "stuck" else ()))
     port = 20000 + os.getpid() % 20000
-    world, logs = [], [open(tmp_path / f"{rank}.log", "wb") for rank in (0, 1)]
+    world, logs = [], [(tmp_path / f"{rank}.log").open("wb") for rank in (0, 1)]
     try:
         for rank in (0, 1):
             environ = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
@@ -180,7 +181,8 @@ def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
         import time; time.sleep(600)
     """
     began = time.monotonic()
-    with pytest.raises(InputError, match=r"rank 1 of 2 ended with code 3; the others were stopped; its last line: the last words"):
+    said = r"rank 1 of 2 ended with code 3; the others were stopped; its last line: the last words"
+    with pytest.raises(InputError, match=said):
         launch.launch([script(tmp_path, program)], processes=2, logs=tmp_path)
     assert time.monotonic() - began < 60
 

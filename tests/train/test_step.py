@@ -1,4 +1,4 @@
-"""The step: micro-batches give the whole batch's gradient, averages equal their formula, bad steps are as if they had never been."""
+"""The step: micro-batches give the whole batch's gradient, averages their formula, bad steps are as if they had not been."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, train, tree
+from jaxmodel import train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, mlp
 from jaxmodel.train.guard import Guard
