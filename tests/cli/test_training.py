@@ -55,7 +55,7 @@ def test_what_a_run_leaves(trained):
     assert all((place / "plots" / f"{name}.png").stat().st_size > 5000 for name in ("loss", "learning_rate", "grad_norm", "speed"))
     assert list(place.glob("tensorboard/events*")) and list(place.glob("profile/**/*.xplane.pb"))
     config = json.loads((place / "config.json").read_text())
-    assert config["resolved"]["augment"] == "token_dropout(token=0)"  # the rate is the default
+    assert config["resolved"]["augment"] == "token_dropout(token=0)"
     assert [text["documents"] for text in config["resolved"]["data"]] == [300, 300, 300]
     ledger = result["ledger"]
     kinds = sum(value for name, value in ledger.items() if name not in ("wall", "goodput"))
