@@ -17,7 +17,7 @@ from jaxmodel.data import Batches, prefetch
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
-from jaxmodel.train import early, flops
+from jaxmodel.train import early, flops, memory
 from jaxmodel.train.checkpoint import Checkpoints
 from jaxmodel.train.config import TrainConfig, make_optimizer, schedule_of, split_by
 from jaxmodel.train.evaluation import Scorer
@@ -93,8 +93,17 @@ def fit(
         return early.init(made) if config.patience else made
 
     key, most = jax.random.key(config.seed), flops.peak(model.policy.compute)
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "trainable", "accumulate", "average")}
-    step = make_step(model, loss, optimizer, augment=augment, guard=guard, gradients=gradients, **options)
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "trainable", "average")}
+    options |= {"augment": augment, "guard": guard, "gradients": gradients}
+
+    def jitted(model: Model, accumulate: int) -> Any:
+        step = make_step(model, loss, optimizer, accumulate=accumulate, **options)
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+    def compiled(accumulate: int, remat: str) -> Any:
+        other = model.with_policy(dataclasses.replace(model.policy, remat=remat))
+        return jitted(other, accumulate).lower(like, jax.tree.map(_shape, batch)).compile()
+
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         like = _shapes(jax.eval_shape(start, key, params), model.rules, mesh)
         where = jax.tree.map(lambda a: a.sharding, like)
@@ -106,7 +115,7 @@ def fit(
         else:
             whole = dataclasses.replace(state, extra={**start(key, state.params).extra, **state.extra})
             current = jax.device_put(jax.tree.map(jnp.copy, whole), where)  # a copy, because the steps donate theirs
-        run = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        run, batch = jitted(model, config.accumulate), {}
         scorer = None if heldout is None else Scorer(model, loss, Placed(heldout, mesh), config.eval_batches)
         meter = Meter(model, current.params, most, rate)
         history: list[Row] = []
@@ -118,7 +127,9 @@ def fit(
             while i < config.steps and not stop and not (config.patience and early.over(current, config.patience)):
                 with supervisor.spend("data", i), meter.waits():
                     batch = next(feed)
-                with supervisor.spend("compute" if meter.steps else "compile", i):
+                rows = stream.batch_size // placed.parts
+                full = memory.explained(compiled, config.accumulate, rows, model.policy.remat)
+                with supervisor.spend("compute" if meter.steps else "compile", i), full:
                     current, metrics = run(current, batch)
                     unread.append((i, metrics))
                     meter.count(batch)
@@ -164,6 +175,10 @@ def _shapes(shapes: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh | Non
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     where = jax.tree.map(lambda _: one, shapes) if mesh is None else state_shardings(shapes, rules, mesh)
     return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, where)
+
+
+def _shape(a: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
 
 
 def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Any:

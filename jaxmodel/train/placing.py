@@ -31,7 +31,7 @@ class Placed:
     mesh: jax.sharding.Mesh | None
 
     def __post_init__(self) -> None:
-        size, parts = self.stream.batch_size, math.prod(self.mesh.shape[axis] for axis in self._axes) if self.mesh else 1
+        size, parts = self.stream.batch_size, self.parts
         if size % parts:
             near = [n for n in (size - size % parts, size + parts - size % parts) if n]
             raise InputError(
@@ -42,6 +42,11 @@ class Placed:
     @property
     def _axes(self) -> tuple[str, ...]:
         return tuple(axis for axis in BATCH_AXES if self.mesh is not None and axis in self.mesh.shape)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the rows are cut."""
+        return math.prod(self.mesh.shape[axis] for axis in self._axes) if self.mesh is not None else 1
 
     @property
     def batch_size(self) -> int:

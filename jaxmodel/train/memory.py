@@ -1,0 +1,96 @@
+"""What a step needs of a device's memory, and what would need less: the answer to running out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxmodel.errors import InputError
+
+type Compile = Callable[[int, str], Any]
+"""`compile(accumulate, remat)` -> a compiled step."""
+
+
+def needed(compiled: Any) -> int:
+    """Bytes of one device that a compiled program holds: arguments, results that do not take their place, work space."""
+    found = compiled.memory_analysis()
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(kept + found.temp_size_in_bytes)
+
+
+def limit() -> int:
+    """Bytes that a device of this process has; of a CPU those of the machine."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def candidates(accumulate: int, rows: int, remat: str) -> Iterator[tuple[int, str]]:
+    """Ways to need less, the cheapest in time first: more micro-batches, then blocks that are computed again.
+
+    >>> list(candidates(1, 4, "none"))
+    [(2, 'none'), (4, 'none'), (1, 'full'), (2, 'full'), (4, 'full')]
+    """
+    parts = [n for n in range(accumulate, rows + 1) if rows % n == 0 and n % accumulate == 0]
+    for policy, n in itertools.product(dict.fromkeys((remat, "full")), parts):
+        if (n, policy) != (accumulate, remat):
+            yield n, policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What fits: `accumulate` micro-batches and the `remat` policy need `bytes` of a device."""
+
+    accumulate: int
+    remat: str
+    bytes: int
+
+
+def what_fits(compile_with: Compile, accumulate: int, rows: int, remat: str, most: int) -> Fit | None:
+    """The first of the candidates that fits, by what XLA says of the compiled step; nothing is run.
+
+    Args:
+      compile_with: compiles the step.
+      accumulate: what was tried.
+      rows: of a batch on one device.
+      remat: what was tried.
+      most: bytes of a device.
+    """
+    for parts, policy in candidates(accumulate, rows, remat):
+        if (bytes_ := needed(compile_with(parts, policy))) <= most:
+            return Fit(parts, policy, bytes_)
+    return None
+
+
+@contextlib.contextmanager
+def explained(compile_with: Compile, accumulate: int, rows: int, remat: str) -> Iterator[None]:
+    """Turns running out of memory inside into an error for a person, with a way that fits.
+
+    Args:
+      compile_with: compiles the step.
+      accumulate: micro-batches of the step that runs.
+      rows: of a batch on one device.
+      remat: policy of the step that runs.
+
+    Raises:
+      InputError: the memory ran out.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        most, gib = limit(), 2.0**30
+        found = what_fits(compile_with, accumulate, rows, remat, most)
+        advice = "no number of micro-batches helps: cut the model over more devices (a longer fsdp or tensor axis)"
+        if found is not None:
+            advice = f"accumulate={found.accumulate} with remat={found.remat!r} needs {found.bytes / gib:.3g} GiB and would fit"
+        wants = needed(compile_with(accumulate, remat)) / gib
+        raise InputError(f"memory: a step needs {wants:.3g} GiB, a device has {most / gib:.3g} GiB; {advice}") from None

@@ -1,0 +1,139 @@
+"""The loop: a broken run goes on to the same bits, bad batches are passed, the best weights come back, one compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import train, tree
+from jaxmodel.models import mlp
+
+MODEL = mlp.model(mlp.SIZES["tiny"])
+WIDTH = MODEL.inputs(1, 1)["features"].shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Batches of a tiny problem; those of the steps in `broken` hold a value that is not finite."""
+
+    broken: tuple[int, ...] = ()
+    noise: float = 0.0
+    batch_size: int = 8
+
+    @property
+    def fingerprint(self):
+        return str(self)
+
+    def batch(self, step, rows=slice(None)):
+        random = np.random.default_rng(int(step))
+        features = random.normal(size=(self.batch_size, WIDTH)).astype(np.float32)
+        labels = (features[:, 0] > 0).astype(np.int32)
+        labels = np.where(random.random(self.batch_size) < self.noise, random.integers(0, 4, self.batch_size), labels)
+        if int(step) in self.broken:
+            features[0, 0] = np.inf
+        return {"features": features[rows], "labels": labels.astype(np.int32)[rows]}
+
+
+def fit(config, folder=None, stream=Rows(), stop=None, **more):
+    supervisor = train.Supervisor(stop=lambda i: i == stop)
+    if folder is None:
+        return train.fit(MODEL, stream, config, loss=train.classification, supervisor=supervisor, **more)
+    with train.Checkpoints(folder, data=stream.fingerprint) as checkpoints:
+        return train.fit(
+            MODEL, stream, config, loss=train.classification, checkpoints=checkpoints, supervisor=supervisor, **more
+        )
+
+
+CONFIG = train.TrainConfig(steps=12, accumulate=2, average=0.9, save_every=5, log_every=1, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, tmp_path):
+    whole, history = fit(CONFIG)
+    first, before = fit(CONFIG, tmp_path, stop=stop)
+    assert int(first.step) == stop
+    second, after = fit(CONFIG, tmp_path)
+    assert train.fingerprint(second) == train.fingerprint(whole)
+    assert [row["loss"] for row in before + after] == [row["loss"] for row in history]
+    third, nothing = fit(CONFIG, tmp_path)  # it was through
+    assert train.fingerprint(third) == train.fingerprint(whole) and nothing == []
+
+
+def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
+    state, history = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path, Rows(broken=(7,)))
+    # by hand: batches 0 to 4, of which there is a checkpoint, then from 8 on
+    optimizer, guard = train.make_optimizer(CONFIG), CONFIG.guard()
+    step = jax.jit(train.make_step(MODEL, train.classification, optimizer, accumulate=2, average=0.9, guard=guard))
+    want = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
+    for place in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14):
+        want = dataclasses.replace(want, data_step=jnp.int32(place))
+        want, _ = step(want, jax.device_put(Rows().batch(place)))
+    assert tree.fingerprint(state.params) == tree.fingerprint(want.params)
+    assert (int(state.step), int(state.data_step)) == (12, 15)
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6, 7, *range(6, 13)]
+    killed, _ = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)), stop=8)
+    resumed, _ = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)))
+    assert int(killed.data_step) == 11 and train.fingerprint(resumed) == train.fingerprint(state)
+
+
+def test_early_stopping_takes_the_best_weights(tmp_path):
+    """The labels of training are noise, so the held-out loss gets worse in the end."""
+    config = train.TrainConfig(steps=400, learning_rate=3e-2, eval_every=10, eval_batches=4, patience=3, weight_decay=0.0)
+    stream, heldout = Rows(noise=0.9), Rows(batch_size=64)
+    state, history = fit(config, stream=stream, heldout=heldout)
+    judged = {row["step"]: row["heldout_loss"] for row in history if "heldout_loss" in row}
+    best = min(judged, key=judged.get)
+    assert int(state.step) == best + 30 < 400  # three evaluations without a better one
+    again, _ = train.fit(
+        MODEL, stream, dataclasses.replace(config, patience=0), loss=train.classification,
+        supervisor=train.Supervisor(stop=lambda i: i == best),
+    )  # fmt: skip
+    assert tree.fingerprint(again.params) == tree.fingerprint(state.params)
+    broken, _ = fit(config, tmp_path, stream, stop=best + 15, heldout=heldout)
+    resumed, _ = fit(config, tmp_path, stream, heldout=heldout)
+    assert train.fingerprint(resumed) == train.fingerprint(state) and int(broken.step) == best + 15
+    through, nothing = fit(config, tmp_path, stream, heldout=heldout)
+    assert nothing == [] and train.fingerprint(through) == train.fingerprint(state)
+
+
+def test_heldout_metrics_are_reported_as_it_goes():
+    _, history = fit(train.TrainConfig(steps=9, eval_every=3, eval_batches=2), heldout=Rows(batch_size=32))
+    judged = [row for row in history if "heldout_loss" in row]
+    assert [row["step"] for row in judged] == [3, 6, 9]
+    assert all(0 <= row["heldout_accuracy"] <= 1 for row in judged)
+
+
+def test_one_compilation_of_the_step_also_after_a_restore(tmp_path, caplog):
+    def compiled():
+        found = sum("Finished XLA compilation of jit(step)" in record.getMessage() for record in caplog.records)
+        caplog.clear()
+        return found
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        fit(CONFIG, tmp_path, stop=7, heldout=Rows())
+        first = compiled()
+        fit(CONFIG, tmp_path, heldout=Rows())
+        assert (first, compiled()) == (1, 1)
+
+
+def test_checkpoints_by_time(tmp_path):
+    fit(dataclasses.replace(CONFIG, save_every=0, save_seconds=1e-6, log_every=4), tmp_path)
+    assert train.Checkpoints(tmp_path, read_only=True).steps()[-2:] == [8, 12]
+
+
+def test_callbacks_see_every_row():
+    seen = []
+    _, history = train.fit(MODEL, Rows(), train.TrainConfig(steps=3, log_every=1), [seen.append], loss=train.classification)
+    assert seen == history and [row["step"] for row in seen] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "wsd", "one_cycle", "plateau"])
+def test_every_schedule_trains(schedule):
+    config = train.TrainConfig(steps=40, schedule=schedule, learning_rate=1e-2, warmup=4, drop_every=10, log_every=39)
+    _, history = fit(config)
+    assert history[-1]["loss"] < history[0]["loss"]
