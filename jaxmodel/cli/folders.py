@@ -15,16 +15,16 @@ def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
 
     config = {"verb": name, **dataclasses.asdict(options)}
     rank = jax.process_index()
-    if rank == 0:
-        folder = report.start_run(name, config, options.runs) if resumed is None else report.read_run(resumed)
-        if resumed is not None:
-            folder = dataclasses.replace(folder, versions=report.versions())  # those of now; the file keeps those of then
+    if rank:
+        own = Path(_told(""), f"rank-{rank}")
+        own.mkdir(exist_ok=True)
+        return report.Run(own, report.to_plain(config), report.versions())
+    if resumed is None:
+        folder = report.start_run(name, config, options.runs)
+    else:  # the versions of now; the file keeps those of then
+        folder = dataclasses.replace(report.read_run(resumed), versions=report.versions())
     if jax.process_count() > 1:
-        place = _told(str(folder.folder.absolute()) if rank == 0 else "")
-        if rank:
-            own = Path(place, f"rank-{rank}")
-            own.mkdir(exist_ok=True)
-            folder = report.Run(own, report.to_plain(config), report.versions())
+        _told(str(folder.folder.absolute()))
     return folder
 
 

@@ -19,7 +19,7 @@ CHECKPOINTS = "checkpoints"
 
 def prepare(options: Train) -> None:
     """Before JAX starts its devices: simulated ones, or the other processes of the run."""
-    if options.processes > 1:
+    if _launches(options):
         return  # this process only starts the others
     from jaxmodel import sharding
     from jaxmodel.train import distributed
@@ -31,7 +31,7 @@ def prepare(options: Train) -> None:
 
 def run(options: Train, folder: Any) -> dict[str, Any]:
     """Train in a run folder, from its last checkpoint on where there is one; with several processes, in those."""
-    if options.processes > 1:
+    if _launches(options):
         return _launched(options, folder)
     import jax
 
@@ -257,13 +257,15 @@ class _Job:
         )
 
 
+def _launches(options: Train) -> bool:
+    """Whether this process is to start those that train, and is not one of them."""
+    return options.processes > 1 and "JAX_COORDINATOR_ADDRESS" not in os.environ
+
+
 def _launched(options: Train, folder: Any) -> dict[str, Any]:
     """Start the processes; each resumes the run of this folder, which begins at step 0."""
     from jaxmodel.train import launch
 
-    single = dataclasses.replace(options, processes=1)
-    config = {"verb": "train", **dataclasses.asdict(single)}
-    folder.save_json("config.json", config)
     launch.launch(
         ["-m", "jaxmodel", "resume", str(folder.folder)],
         processes=options.processes,

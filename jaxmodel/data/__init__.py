@@ -1,7 +1,7 @@
 """Text to batches: load a text, cut it into windows or pack its documents into bins, stream batches of (seed, step).
 Images to batches: load them with their labels, stream their rows. Pairs of texts are made as they are needed.
 Larger than memory: `documents` reads any format from anywhere, `tokenize` writes `Shards` once, `PackedShards` and `ShardWindows`
-read rows of them, `ImageFolder` rows of files; `Mixture` mixes streams.
+read rows of them, `ImageFolder` rows of files; `Mixture` mixes streams, `Paired` puts rows without labels beside labelled ones.
 
 >>> import numpy as np
 >>> stream = Stream(windows(range(100), length=9, stride=8), batch_size=4, seed=0)
@@ -20,6 +20,7 @@ from jaxmodel.data.images import Images, load_images
 from jaxmodel.data.mixture import Mixture
 from jaxmodel.data.pack import Bins, pack, windows
 from jaxmodel.data.packed import PackedShards, ShardWindows
+from jaxmodel.data.paired import Paired
 from jaxmodel.data.shards import Shards, tokenize
 from jaxmodel.data.sources import Documents, documents
 from jaxmodel.data.splits import kfold, split, take
@@ -36,6 +37,7 @@ __all__ = [
     "Images",
     "Mixture",
     "PackedShards",
+    "Paired",
     "Pairs",
     "Rows",
     "ShardWindows",

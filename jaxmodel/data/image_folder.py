@@ -61,9 +61,13 @@ class ImageFolder:
         places = {name: i for i, name in enumerate(self.names)}
         return np.array([places[path.split("/")[0]] for path in self.paths], np.int32)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of sizes, names and the digests of all files, which are read for it."""
+        return self._fingerprint  # pyright takes no cached property for that of a protocol
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"image folder 1 {self.resize} {self.channels}\n".encode())
         with bar(len(self), "digest images") as job:
             for path in self.paths:

@@ -63,9 +63,13 @@ class Mixture:
                 raise InputError(f"components: {given}; equal fields, dtypes and widths are needed")
         _ = self._counts  # now, so that no step waits for it
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of the components' fingerprints, shares and batch size: equal fingerprints mean equal batches at every step."""
+        return self._fingerprint  # pyright takes no cached property for that of a protocol
+
+    @cached_property
+    def _fingerprint(self) -> str:
         parts = [f"{stream.fingerprint} {share}" for (stream, _), share in zip(self.components, self.shares, strict=True)]
         return hashlib.sha256(f"mixture 1 {self.batch_size} {parts}".encode()).hexdigest()
 

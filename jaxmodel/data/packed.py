@@ -59,9 +59,13 @@ class PackedShards:
         """The share of positions that hold a token."""
         return self.shards.tokens / (len(self) * self.length)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of the shards' digests and the length; costs nothing."""
+        return self._fingerprint  # pyright takes no cached property for that of a protocol
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return hashlib.sha256(f"packed 1 {self.length} {WINDOW} {self.shards.fingerprint}".encode()).hexdigest()
 
     def __len__(self) -> int:

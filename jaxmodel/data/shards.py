@@ -97,9 +97,13 @@ class Shards:
         """The number of tokens in all documents."""
         return self.index["tokens"]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of the digests of all files, the tokenizer and the filter's name; costs nothing."""
+        return self._fingerprint  # pyright takes no cached property for that of a protocol
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digests = [[shard["tokens_sha256"], shard["offsets_sha256"]] for shard in self.index["shards"]]
         keep = self.index["keep"] and self.index["keep"][0]  # its code reads differently in each version of Python
         return _digest([_FORMAT, self.index["dtype"], self.index["tokenizer"], keep, digests])

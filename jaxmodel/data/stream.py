@@ -123,9 +123,13 @@ class Stream:
         places = np.arange(shape[-1], dtype=np.int32)
         return Bins(self.data, np.broadcast_to(np.int32(1), shape), np.broadcast_to(places, shape))
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of rows, sizes, batch size and seed: equal fingerprints mean equal batches at every step."""
+        return self._fingerprint  # pyright takes no cached property for that of a protocol
+
+    @cached_property
+    def _fingerprint(self) -> str:
         version = 1 if self.count <= SORTED_UP_TO else 2  # once, orders of any size were sorted
         if isinstance(self.data, Mapping):
             digest = hashlib.sha256(f"stream of arrays {version} {self.batch_size} {self.seed}\n".encode())

@@ -41,6 +41,8 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
 
     def hear(number: int, frame: Any) -> None:
         told.set()
+        if many:
+            os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service hears, and tells the others
         print(f"jaxmodel: {signal.Signals(number).name}: saving and stopping", file=sys.stderr, flush=True)
 
     def look() -> None:
@@ -49,9 +51,9 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
             with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
                 if (text := answer.read(100).decode("utf-8", "replace").strip()) not in ("", NO_NOTICE):
                     print(f"jaxmodel: notice of maintenance ({text}): saving and stopping", file=sys.stderr, flush=True)
-                    if many:
-                        os.kill(os.getpid(), signal.SIGTERM)  # so that the preemption service tells the others
                     told.set()
+                    if many:
+                        os.kill(os.getpid(), signal.SIGTERM)
                     return
 
     def stop(step: int) -> bool:

@@ -109,7 +109,7 @@ class Ledger:
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
     """What `Ledger.summary` gives, from the lines of its file."""
-    total: collections.Counter[str] = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
     lives = sorted({line["life"] for line in lines if "spent" in line})
     of_life = {life: [line for line in lines if line["life"] == life] for life in lives}
     ends = None

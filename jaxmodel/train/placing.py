@@ -102,7 +102,8 @@ def local_rows(where: jax.sharding.Sharding, rows: int) -> slice:
     Raises:
       InputError: they are not next to each other.
     """
-    parts = {index[0].indices(rows)[:2] for index in where.addressable_devices_indices_map((rows,)).values()}
+    indices = where.addressable_devices_indices_map((rows,)).values()
+    parts = {index[0].indices(rows)[:2] for index in indices if index is not None}
     start, stop = min(first for first, _ in parts), max(last for _, last in parts)
     if sum(last - first for first, last in parts) != stop - start:
         held = f"the devices of process {jax.process_index()} hold rows that are not next to each other"
