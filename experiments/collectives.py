@@ -14,7 +14,7 @@ layers, n devices:
   1f1b       2 act (n - 1) / n between the stages, 2 (G without the layers), the batch
 
 Command:  python experiments/collectives.py [--quick] [--seed N] --json -
-Cost:     about 3 minutes on two cores; --quick, where the CPU has the small model too, half of that.
+Cost:     about 4 minutes on two cores; --quick, where the CPU has the small model too, half of that.
 Goals:    bytes of all collectives of a step at most 1.02 of the formula, on both; no kind of collective that the formula has not.
 Measured: all goals met: CPU 1.0000 for each axis but fsdp, which is 0.9083, since what is outside of the layers is gathered once;
           v5e 1.0000 for data, sequence, expert, pipeline and 1f1b, 1.0013 for tensor, 0.9718 for fsdp. The large model on the

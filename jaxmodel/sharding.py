@@ -1,9 +1,10 @@
 """Meshes, and rules that place the leaves of a tree on one.
 
 A sharding rule gives the `PartitionSpec` of the logical axes of one layer's leaf: `("blocks/.*/attn/q", P("tensor", "fsdp"))`
-for a weight `[out, in]`. A stacked segment gets an unsharded layer axis in front; a compressed leaf derives the specs of its
-parts. Mesh axes that the mesh lacks are left out, so the same rules serve every mesh. The reverse is an error: along an axis
-of the mesh that nothing uses, every device would hold and compute the same (`--mesh fdsp=4`, or `expert=4` without experts).
+for a weight `[out, in]`. A stacked segment gets its layer axis in front, which the mesh's axis `pipeline` cuts into stages; a
+compressed leaf derives the specs of its parts. Mesh axes that the mesh lacks are left out, so the same rules serve every mesh.
+The reverse is an error: along an axis of the mesh that nothing uses, every device would hold and compute the same (`--mesh
+fdsp=4`, or `expert=4` without experts).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from jaxmodel.errors import InputError, nearest
 type AxisTable = Sequence[tuple[str, str | tuple[str, ...]]]  # letter of an axis -> mesh axes
 type AnyMesh = Mesh | AbstractMesh  # the latter for lowering without the devices
 
-BATCH_AXES = ("data", "fsdp")
-"""A batch's rows lie along these axes of the mesh, where it has them."""
+BATCH_AXES = ("pipeline", "data", "fsdp", "expert")
+"""A batch's rows lie along these axes of the mesh, where it has them: `expert` cuts the experts, `pipeline` the layers, and what
+is outside of those would be computed by all of its devices alike if it were not one more axis of the batch there. `pipeline`
+comes first because a `shard_map` over it alone takes its part from the outside."""
 
-ACTIVATION_AXES = (*BATCH_AXES, "sequence")
+ACTIVATION_AXES = ("data", "fsdp", "sequence")
 """The axes that cut activations, so that a mesh may have them though no rule names them. An axis that cuts parameters
 (`tensor`, `expert`, `pipeline`) does not belong here: where no rule names it, the model at hand does not know it."""
 
@@ -87,7 +90,8 @@ def shardings(rules: tree.Rules, params: tree.Params, mesh: AnyMesh) -> tuple[tr
     """
     params, specs = tree.match(rules, params)
     placed = tree.map_leaves(lambda path, leaf: _leaf_sharding(path, leaf, specs[path], mesh), params)
-    _check_axes(specs.values(), mesh)
+    staged = [PartitionSpec("pipeline")] * any(map(tree.is_stacked, specs))
+    _check_axes([*specs.values(), *staged], mesh)
     return params, placed
 
 
@@ -131,17 +135,25 @@ def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
 def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
     """Constrain the sharding of an activation: each letter of `"B T D"` lies on the mesh axes that `table` gives it.
 
-    Without a mesh, without a table, or where the mesh axes do not divide the dimension, nothing is constrained.
+    Without a mesh, without a table, or where the mesh axes do not divide the dimension, nothing is constrained. Inside of a
+    `shard_map` its axes are cut already and do not count.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not table or mesh.empty:
+    if not table or not auto_axes():
         return x
-    axes = dict(table)
-    entries = []
-    for letter, length in zip(letters.replace(" ", ""), x.shape, strict=True):
-        names = _present(axes.get(letter), mesh.shape)
-        entries.append(names if names and length % _product(names, mesh.shape) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    lie = [axes_of(letter, table, n) or None for letter, n in zip(letters.replace(" ", ""), x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*lie))
+
+
+def auto_axes() -> dict[str, int]:
+    """The axes of the mesh in use that no `shard_map` around has cut yet, with their lengths; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
+
+
+def axes_of(letter: str, table: AxisTable, length: int | None = None) -> tuple[str, ...]:
+    """Those of `auto_axes` that a letter of an activation lies on by a table; none where they do not divide its length."""
+    names = _present(dict(table).get(letter), sizes := auto_axes())
+    return names if length is None or length % _product(names, sizes) == 0 else ()
 
 
 def _check_axes(specs: Iterable[PartitionSpec], mesh: AnyMesh) -> None:
@@ -169,9 +181,24 @@ def _leaf_sharding(path: str, leaf: tree.Leaf, spec: PartitionSpec, mesh: AnyMes
                 f"mesh: {dict(mesh.shape)} does not divide the leaf {path!r}: axis {axis} of {shape} has length "
                 f"{shape[axis]}, which {'*'.join(names)} = {parts} does not divide"
             )
-    spec = PartitionSpec(*([None] if tree.is_stacked(path) else []), *(names or None for names in entries))
+    spec = PartitionSpec(*_layers(path, leaf, mesh), *(names or None for names in entries))
     specs = leaf.specs(spec, dict(mesh.shape)) if hasattr(leaf, "specs") else spec
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def _layers(path: str, leaf: tree.Leaf, mesh: AnyMesh) -> list[str | None]:
+    """The entry of a stacked leaf's axis of layers, which `pipeline` cuts into stages; nothing for any other leaf."""
+    stages = mesh.shape.get("pipeline", 1)
+    if not tree.is_stacked(path):
+        return []
+    if stages == 1:
+        return [None]
+    if (layers := leaf.shape[0]) % stages:
+        allowed = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+        raise InputError(
+            f"mesh: pipeline = {stages} does not divide the {layers} layers of the leaf {path!r} into stages; allowed: {allowed}"
+        )
+    return ["pipeline"]
 
 
 def _divides(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:

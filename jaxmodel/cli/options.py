@@ -128,7 +128,7 @@ class Train(Common, TrainOptions):
     LEAST: ClassVar = {
         **dict.fromkeys(("steps", "batch", "width", "depth", "heads", "log_every", "eval_batches", "devices"), 1),
         **dict.fromkeys(("processes", "devices_per_process", "accumulate"), 1),
-        **dict.fromkeys(("warmup", "eval_every", "save_every", "patience"), 0),
+        **dict.fromkeys(("warmup", "eval_every", "save_every", "patience", "microbatches"), 0),
         "context": 2,
         "vocab": 257,  # all bytes and the end of a text
     }
@@ -167,11 +167,13 @@ class Train(Common, TrainOptions):
     """What matrix products are computed in; weights and the optimiser are float32."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, whole blocks, all but matrix products."""
+    microbatches: int = 0
+    """Micro-batches of a mesh with pipeline, a multiple of its stages; 0: as many as stages."""
     mesh: Annotated[
         str | None, arg(metavar="SHAPE", help_behavior_hint="(default: one device; data=* with several processes)")
     ] = None
     """Train on several devices, laid out like this: 'fsdp=4,tensor=2' for eight; one length may be *, what the devices leave.
-    Axes: data, fsdp, tensor."""
+    Axes: data, fsdp, tensor, sequence, pipeline (and expert, for models that have them)."""
     devices: int = 1
     """Pretend that the CPU is so many devices, to try a --mesh without having one; slower than one."""
     processes: int = 1

@@ -34,7 +34,8 @@ def linear(
     """
 
     def one(name: str, width: int) -> Array:
-        y = ops.einsum("BTI,OI->BTO", x, leaf(module, name, initializer, (width, x.shape[-1])), policy)
+        # F, because all of these are cut by their outputs: a letter that no mesh axis has would be gathered, and the weights too
+        y = ops.einsum("BTI,FI->BTF", x, leaf(module, name, initializer, (width, x.shape[-1])), policy)
         if bias:
             y = y + ops.on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y

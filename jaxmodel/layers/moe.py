@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxmodel import ops
 from jaxmodel.layers.fuse import cut, fused_key
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer
+from jaxmodel.sharding import auto_axes, axes_of
 
 
 class MoE(nn.Module):
@@ -52,39 +54,121 @@ class MoE(nn.Module):
           x: normed activations.
           real: true for tokens; padding is sent to no expert and gives zeros. None where all are tokens.
         """
-        width = x.shape[-1]
-        router = leaf(self, "router", self.initializer, (self.experts, width))
+        router = leaf(self, "router", self.initializer, (self.experts, x.shape[-1]))
         wide = dataclasses.replace(self.policy, compute="float32", stream="float32")
-        scores = ops.einsum("BTD,ED->BTE", x, router, wide).reshape(-1, self.experts)
-        real = None if real is None else real.reshape(-1)
+        scores = ops.einsum("BTD,ED->BTE", x, router, wide)
+        real = jnp.ones(x.shape[:2], jnp.bool_) if real is None else real
+        mixed, expert = expert_parallel(self._choose, self._mixed, x, scores, real, self._leaves(x.shape[-1]), self.policy)
+        each = ops.on_last(jnp.arange(self.experts, dtype=expert.dtype), 4)
+        sizes = jnp.sum(expert[..., None] == each, axis=(0, 1, 2))
+        return mixed, {"load_balance": load_balance(scores, sizes, real)}
+
+    def _choose(
+        self, scores: Float[Array, "B T E"], real: Bool[Array, "B T"]
+    ) -> tuple[Int[Array, "B T n"], Float[Array, "B T n"]]:
+        """The experts of each token and their weights; padding is sent behind all others, where rows are of no group."""
         best, expert = jax.lax.top_k(scores, self.chosen)
         weights = jax.nn.softmax(best, axis=-1)
-        if real is not None:
-            expert = jnp.where(real[:, None], expert, self.experts)  # behind all others, where rows are of no group
-            weights = jnp.where(real[:, None], weights, 0.0)
+        return jnp.where(real[..., None], expert, self.experts), jnp.where(real[..., None], weights, 0.0)
+
+    def _mixed(
+        self,
+        x: Float[Array, "B T D"],
+        expert: Int[Array, "B T n"],
+        weights: Float[Array, "B T n"],
+        leaves: dict[str, Any],
+    ) -> Float[Array, "B T D"]:
+        """What those experts whose leaves are given say, in float32; what is sent to others is zero."""
+        width = x.shape[-1]
         flat = expert.reshape(-1)
         order = jnp.argsort(flat)  # stable, so that a token's place does not depend on later ones of its expert
-        sizes = jnp.bincount(flat, length=self.experts)
+        sizes = jnp.bincount(flat, length=leaves["down"].shape[0])
         rows = x.reshape(-1, width)[order // self.chosen]
-        y = self._expert(rows, sizes)[jnp.argsort(order)].reshape(-1, self.chosen, width)
-        mixed = jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1).astype(self.policy.stream)
-        return mixed.reshape(x.shape), {"load_balance": load_balance(scores, sizes, real)}
+        y = self._expert(rows, sizes, leaves)[jnp.argsort(order)].reshape(-1, self.chosen, width)
+        return jnp.sum(y.astype(jnp.float32) * weights.reshape(-1, self.chosen, 1), axis=1).reshape(x.shape)
 
-    def _expert(self, rows: Float[Array, "N D"], sizes: Int[Array, " E"]) -> Float[Array, "N D"]:
-        """The feed-forward part of each row's expert."""
-        shape = (self.experts, self.width, rows.shape[-1])
+    def _leaves(self, width: int) -> dict[str, Any]:
+        """Those of the feed-forward parts, by name."""
         fused = fused_key(self.variables.get("params", {}), ("gate", "up"))
-        run: Callable[[Any], Array] = lambda w: ops.ragged(rows, w, sizes, self.policy)
-        if fused is None:
-            gate, up = (run(leaf(self, name, self.initializer, shape)) for name in ("gate", "up"))
-        else:
-            gate, up = cut(run(leaf(self, fused, self.initializer, shape)), fused)
-        hidden = self.activation(gate) * up
-        down = leaf(self, "down", self.out_initializer, (self.experts, rows.shape[-1], hidden.shape[-1]))
-        return ops.ragged(hidden, down, sizes, self.policy)
+        names = ("gate", "up") if fused is None else (fused,)
+        leaves = {name: leaf(self, name, self.initializer, (self.experts, self.width, width)) for name in names}
+        inner = leaves["gate"].shape[1] if fused is None else leaves[fused].shape[1] // 2
+        return {**leaves, "down": leaf(self, "down", self.out_initializer, (self.experts, width, inner))}
+
+    def _expert(self, rows: Float[Array, "N D"], sizes: Int[Array, " E"], leaves: dict[str, Any]) -> Float[Array, "N D"]:
+        """The feed-forward part of each row's expert."""
+        run: Callable[[str], Array] = lambda name: ops.ragged(rows, leaves[name], sizes, self.policy)
+        fused = fused_key(leaves, ("gate", "up"))
+        gate, up = (run("gate"), run("up")) if fused is None else cut(run(fused), fused)
+        return ops.ragged(self.activation(gate) * up, leaves["down"], sizes, self.policy)
 
 
-def load_balance(scores: Float[Array, "N E"], sizes: Int[Array, " E"], real: Bool[Array, " N"] | None = None) -> Float[Array, ""]:
+def expert_parallel(
+    choose: Callable[..., tuple[Array, Array]],
+    mixed: Callable[..., Array],
+    x: Float[Array, "B T D"],
+    scores: Float[Array, "B T E"],
+    real: Bool[Array, "B T"],
+    leaves: dict[str, Any],
+    policy: ops.Policy,
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T n"]]:
+    """`mixed(x, *choose(scores, real), leaves)`, each device with its own tokens and, on a mesh with `expert`, its own experts.
+
+    Tokens lie along `expert` too. The devices of such a group gather theirs, each runs its own experts on all of them, and the
+    sums are scattered back to where the tokens came from: exact, whatever the router chooses, with shapes that are known.
+    (Sending each token to its experts only is less where they are few and used alike, but then either tokens are dropped or
+    every device must have room for all of them.) Along other axes nothing is sent: each device sorts its own tokens.
+
+    Bytes on each device, of the N tokens of a group: forward an all-gather of `N D` in `policy.stream` with `8 N n` for the
+    choice and its weights, and a reduce-scatter of `4 N D`; backward the reverse of both, and `4 N n` for the weights' gradient.
+
+    Args:
+      choose: of scores and what is real, the experts of each token (E for none) and their weights, float32.
+      mixed: of tokens, their experts and weights, and the leaves of some experts, in float32.
+      x: tokens.
+      scores: of the router.
+      real: true for tokens.
+      leaves: `[E, ., .]` each.
+      policy: `axes` says how tokens lie on the mesh.
+
+    Returns:
+      The result, in `policy.stream`, and the experts of each token.
+    """
+    sizes, rows, positions = auto_axes(), axes_of("B", policy.axes), axes_of("T", policy.axes)
+    experts, n = scores.shape[-1], sizes.get("expert", 1)
+    lie = math.prod(sizes[name] for name in rows), math.prod(sizes[name] for name in positions)
+
+    def own(x: Array, scores: Array, real: Array, leaves: dict[str, Any]) -> tuple[Array, Array]:
+        expert, weights = choose(scores, real)
+        return mixed(x, expert, weights, leaves).astype(policy.stream), expert
+
+    def of_group(x: Array, scores: Array, real: Array, leaves: dict[str, Any]) -> tuple[Array, Array]:
+        chosen, weights = choose(scores, real)
+        x, expert, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights))
+        here = experts // n
+        place = expert - here * jax.lax.axis_index("expert").astype(expert.dtype)
+        is_here = (place >= 0) & (place < here)
+        part = mixed(x, jnp.where(is_here, place, here), jnp.where(is_here, weights, 0.0), leaves)
+        return jax.lax.psum_scatter(part, "expert", scatter_dimension=0, tiled=True).astype(policy.stream), chosen
+
+    fits = x.shape[0] % lie[0] == 0 and x.shape[1] % lie[1] == 0 and experts % n == 0 and (n == 1 or "expert" in rows)
+    if lie == (1, 1) or not fits:
+        return own(x, scores, real, leaves)
+    tokens, first = jax.P(rows or None, positions or None), jax.P("expert" if n > 1 else None)
+    specs = {name: w.specs(first, sizes) if hasattr(w, "specs") else first for name, w in leaves.items()}
+    run = jax.shard_map(
+        own if n == 1 else of_group,
+        in_specs=(tokens, tokens, tokens, specs),
+        out_specs=(tokens, tokens),
+        axis_names={*rows, *positions},
+        check_vma=False,
+    )
+    return run(x, scores, real, leaves)
+
+
+def load_balance(
+    scores: Float[Array, "*N E"], sizes: Int[Array, " E"], real: Bool[Array, "*N"] | None = None
+) -> Float[Array, ""]:
     """`E sum_e f_e p_e` (Switch: Fedus et al., 2022): f_e the rows that expert e was given for each token, p_e its mean
     probability. It is the number of chosen experts where all are used alike, and more the less they are.
 
@@ -93,10 +177,10 @@ def load_balance(scores: Float[Array, "N E"], sizes: Int[Array, " E"], real: Boo
       sizes: rows of each expert; no gradient comes from here.
       real: true for tokens; None where all are.
     """
-    ones = jnp.ones(scores.shape[0], jnp.float32) if real is None else real.astype(jnp.float32)
+    ones = jnp.ones(scores.shape[:-1], jnp.float32) if real is None else real.astype(jnp.float32)
     tokens = jnp.maximum(jnp.sum(ones), 1.0)
-    probability = jnp.sum(jax.nn.softmax(scores, axis=-1) * ones[:, None], axis=0) / tokens
-    return scores.shape[1] * jnp.sum(sizes.astype(jnp.float32) / tokens * probability)
+    probability = jnp.sum(jax.nn.softmax(scores, axis=-1) * ones[..., None], axis=tuple(range(ones.ndim))) / tokens
+    return scores.shape[-1] * jnp.sum(sizes.astype(jnp.float32) / tokens * probability)
 
 
 def real_tokens(inputs: Mapping[str, Array]) -> Bool[Array, "B T"] | None:

@@ -46,4 +46,4 @@ class Patches(nn.Module):
             y = jnp.concatenate([jnp.broadcast_to(first, (batch, 1, y.shape[-1])), y], axis=1)
         places = jnp.broadcast_to(jnp.arange(y.shape[1], dtype=jnp.int32), y.shape[:2])
         table = leaf(self, "positions", normal, y.shape[1:])
-        return constrain(y + ops.take(table, places, self.policy, "TD"), "BTD", self.policy.axes)
+        return constrain(y + ops.take(table, places, self.policy, "SD"), "BTD", self.policy.axes)

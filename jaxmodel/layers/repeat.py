@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.layers.pipeline import AXIS, Stage, gpipe
+from jaxmodel.sharding import auto_axes
 
 type Block = Callable[..., tuple[jax.Array, Any, dict[str, jax.Array]]]
 """`block(params, x, context, cache, layer, rng, train) -> (x, cache, aux)`, params of one layer."""
@@ -28,29 +31,31 @@ def repeat(
     rng: jax.Array | None = None,
     train: bool = False,
     remat: str = "none",
+    microbatches: int = 0,
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-    """Run all layers: each segment of several by one scan, a single layer as it is.
+    """Run all layers: each segment of several by one scan, a single layer as it is; in stages where the mesh has `pipeline`.
 
     Args:
       block: one layer.
       params: segment -> leaves (see `jaxmodel.tree`); segments may differ in everything.
       x: `[B, T, D]`.
-      context: what a step computes once and each layer reads.
+      context: what a step computes once and each layer reads: arrays `[B, ...]` or `[1, ...]`, and scalars.
       cache: for all layers, or None; carried, so that XLA can write it in place.
       rng: layer `i` gets `fold_in(rng, i)`.
       train: passed to the block.
       remat: see `ops.Policy`.
+      microbatches: see `ops.Policy`; of the stages, which are not used with a cache.
 
     Returns:
-      x, the cache, and the sum of each aux value over the layers.
+      x, the cache, and the sum of each aux value over the layers (with stages, of its mean over the micro-batches).
+
+    Raises:
+      InputError: stages for layers that differ, or a number of them that does not divide.
     """
-
-    def run(layer_params: Any, x: jax.Array, cache: Any, layer: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-        key = None if rng is None else jax.random.fold_in(rng, layer)
-        return block(layer_params, x, context, cache, layer, key, train)
-
-    if remat != "none":
-        run = jax.checkpoint(run, policy=_REMAT[remat])
+    if auto_axes().get(AXIS, 1) > 1 and cache is None:
+        x, total = gpipe(stage_of(block, train, remat), one_segment(params), x, context, rng, microbatches)
+        return x, None, total
+    run = _layer(block, context, rng, train, remat)
     total: dict[str, jax.Array] = {}
     for key in tree.segments(params):
         layers = tree.span(key)
@@ -58,16 +63,52 @@ def repeat(
         if len(layers) == 1:
             x, cache, aux = run(params[key], x, cache, layers.start)
         else:
-
-            def body(carry: tuple[jax.Array, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], Any]:
-                new_x, new_cache, aux = run(xs[0], *carry, xs[1])
-                return (new_x, new_cache), aux
-
-            indices = jnp.arange(layers.start, layers.stop, dtype=jnp.int32)
-            (x, cache), stacked = jax.lax.scan(body, (x, cache), (params[key], indices))
-            aux = jax.tree.map(lambda a: jnp.sum(a, axis=0), stacked)
+            x, cache, aux = _scan(run, params[key], x, cache, jnp.arange(layers.start, layers.stop, dtype=jnp.int32))
         total |= {name: total[name] + value if name in total else value for name, value in aux.items()}
     return x, cache, total
+
+
+def one_segment(params: tree.Params) -> Any:
+    """The leaves of layers that are all equal, as stages need them.
+
+    Raises:
+      InputError: there are several segments.
+    """
+    keys = tree.segments(params)
+    if len(keys) > 1 or len(tree.span(keys[0]) or ()) == 1:
+        raise InputError(f"mesh: stages of a pipeline need one segment of equal layers; here are {', '.join(keys)}")
+    return params[keys[0]]
+
+
+def stage_of(block: Block, train: bool, remat: str) -> Stage:
+    """What one stage of a pipeline computes: its part of the layers, by one scan."""
+
+    def stage(layers: Any, x: jax.Array, context: Any, place: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        own = jax.tree.leaves(layers)[0].shape[0]
+        indices = place * own + jnp.arange(own, dtype=jnp.int32)
+        x, _, aux = _scan(_layer(block, context, key, train, remat), layers, x, None, indices)
+        return x, aux
+
+    return stage
+
+
+def _layer(block: Block, context: dict[str, Any], rng: Any, train: bool, remat: str) -> Callable[..., Any]:
+    def run(layer_params: Any, x: jax.Array, cache: Any, layer: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+        key = None if rng is None else jax.random.fold_in(rng, layer)
+        return block(layer_params, x, context, cache, layer, key, train)
+
+    return run if remat == "none" else jax.checkpoint(run, policy=_REMAT[remat])
+
+
+def _scan(
+    run: Callable[..., Any], layers: Any, x: jax.Array, cache: Any, indices: jax.Array
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+    def body(carry: tuple[jax.Array, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], Any]:
+        x, cache, aux = run(xs[0], *carry, xs[1])
+        return (x, cache), aux
+
+    (x, cache), stacked = jax.lax.scan(body, (x, cache), (layers, indices))
+    return x, cache, jax.tree.map(lambda a: jnp.sum(a, axis=0), stacked)
 
 
 def init_layers(init: Callable[[jax.Array], tree.Params], key: jax.Array, depth: int) -> tree.Params:

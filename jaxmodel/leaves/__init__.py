@@ -1,11 +1,12 @@
 """Compressed leaves: pytrees that stand in a parameter tree where an array stood.
 
 `QTensor` holds codes of 1 to 8 bits with scales, `Sparse` holds a bitmask and the values that it keeps; the values of a
-`Sparse` may be a `QTensor`. `BlockSparse` holds whole blocks, and runs as it is. Every leaf jits, scans over its leading layer
-axis, shards and is stored by name.
+`Sparse` may be a `QTensor`. `BlockSparse` holds whole blocks, and runs as it is; `Adapted` is a leaf of any kind with a low-rank
+adapter beside it. Every leaf jits, scans over its leading layer axis, shards and is stored by name.
 `static_fields` and `check_fields` guard a checkpoint that stores arrays alone.
 """
 
+from jaxmodel.leaves.adapted import Adapted
 from jaxmodel.leaves.block_sparse import BlockSparse, largest_blocks
 from jaxmodel.leaves.fields import check_fields, static_fields
 from jaxmodel.leaves.leaf import Compressed, decode, from_tensors, to_tensors
@@ -14,6 +15,7 @@ from jaxmodel.leaves.qtensor import QTensor
 from jaxmodel.leaves.sparse import Sparse, expand
 
 __all__ = [
+    "Adapted",
     "BlockSparse",
     "Compressed",
     "QTensor",

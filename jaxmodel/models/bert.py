@@ -142,8 +142,8 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         if segments is not None and c.head != "mlm":
             raise InputError(f"segments: given to the head {c.head!r}, which takes a row for one text; leave them out")
         positions = inputs.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
-        x = ops.take(params["embed"], tokens, policy) + ops.take(params["positions"], positions, policy, "TD")
-        x = x + ops.take(params["types"], inputs.get("types", jnp.zeros_like(tokens)), policy, "TD")
+        x = ops.take(params["embed"], tokens, policy) + ops.take(params["positions"], positions, policy, "SD")
+        x = x + ops.take(params["types"], inputs.get("types", jnp.zeros_like(tokens)), policy, "SD")
         seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=mask, causal=False)
         normed: Any = norm_module.apply({"params": params["embed_norm"]}, x)
         return normed, {"seen": seen}

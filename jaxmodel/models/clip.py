@@ -145,9 +145,9 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
     def text(params: tree.Params, inputs: dict[str, jax.Array]) -> Float[Array, "M E"]:
         tokens, own = inputs["tokens"], params["text"]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x = ops.take(own["embed"], tokens, policy) + ops.take(own["positions"], positions, policy, "TD")
+        x = ops.take(own["embed"], tokens, policy) + ops.take(own["positions"], positions, policy, "SD")
         context = {"seen": ops.Seen(valid=inputs.get("mask"))}
-        x = repeat(block, own["blocks"], x, context, remat=policy.remat)[0]
+        x = repeat(block, own["blocks"], x, context, remat=policy.remat, microbatches=policy.microbatches)[0]
         normed: Any = norm_module.apply({"params": own["norm"]}, x)
         end = config.text.end
         last = jnp.argmax(tokens if end is None else tokens == end, axis=1)

@@ -110,7 +110,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
     ) -> tuple[jax.Array, dict[str, Any]]:
         positions, context = decoder_context(inputs, cache)
-        x = ops.take(params["embed"], inputs["tokens"], policy) + ops.take(params["positions"], positions, policy, "TD")
+        x = ops.take(params["embed"], inputs["tokens"], policy) + ops.take(params["positions"], positions, policy, "SD")
         return x, context
 
     def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):

@@ -89,7 +89,7 @@ class Model:
             return _hidden(parts, policy, params, _by_name(inputs, names), cache, rng, train)
 
         def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
-            out = hidden(params, inputs, cache, rng, train)
+            out = self.hidden(params, inputs, cache, rng, train)
             return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore
 
         object.__setattr__(self, "hidden", hidden)
@@ -114,6 +114,22 @@ def wrap(model: Model, change: Callable[[Parts], Parts]) -> Model:
     return dataclasses.replace(
         model, parts=change(model.parts), with_policy=lambda policy: wrap(model.with_policy(policy), change)
     )
+
+
+def with_hidden(model: Model, hidden: Callable[..., Output]) -> Model:
+    """The model whose `hidden` is another function, for who runs the layers elsewhere than where the loss is taken."""
+    changed = dataclasses.replace(model)
+    object.__setattr__(changed, "hidden", hidden)
+    return changed
+
+
+def begin(
+    model: Model, params: tree.Params, inputs: Inputs, rng: Any = None, train: bool = False
+) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
+    """What `hidden` does in front of the layers, without a cache: activations, context and aux values."""
+    given = _by_name(inputs, tuple(model.inputs(1, 1)))
+    x, context = model.parts.embed(params, given, None, _key(rng, _EMBED), train)
+    return x, context, context.pop("aux", {})
 
 
 def check_sizes(config: Any, names: Iterable[str]) -> None:
@@ -163,7 +179,8 @@ def _hidden(
     x, context = parts.embed(params, inputs, cache, _key(rng, _EMBED), train)
     cache, aux = context.pop("cache", cache), context.pop("aux", {})
     if parts.block is not None:
-        x, cache, more = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, policy.remat)
+        how = policy.remat, policy.microbatches
+        x, cache, more = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, *how)
         aux = {**aux, **more}
     if cache is not None:
         x = cache.checked(x)

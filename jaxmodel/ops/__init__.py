@@ -8,13 +8,14 @@ from jaxmodel.ops.memory import MemoryCache
 from jaxmodel.ops.norms import Measured, batch_norm, group_norm, layer_norm, on_last, rms_norm
 from jaxmodel.ops.policy import MESH_AXES, Policy
 from jaxmodel.ops.pool import avg_pool, max_pool
-from jaxmodel.ops.probe import STATISTICS, Probe, histogram, tap, zeros_for
+from jaxmodel.ops.probe import GRADIENT, STATISTICS, Probe, histogram, tap, zeros_for
 from jaxmodel.ops.ragged import ragged
 from jaxmodel.ops.recurrent import StateCache, recurrent_step
 from jaxmodel.ops.rope import RopeScaling, rope_frequencies, rope_tables, rotate
 from jaxmodel.ops.seen import Seen
 
 __all__ = [
+    "GRADIENT",
     "MESH_AXES",
     "STATISTICS",
     "EdgeBlock",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxmodel.errors import InputError
 from jaxmodel.ops.blockwise import blockwise
 from jaxmodel.ops.policy import Policy
+from jaxmodel.ops.ring import ring, ring_axis
 from jaxmodel.ops.seen import Seen, masked
 
 CAUSAL_PARTS = 8  # queries of a causal square are run in so many parts, each with the keys it can see
@@ -29,6 +30,9 @@ def attention(
 ) -> Float[Array, "B T H h"]:
     """`softmax(softcap(scale q k^T) + bias) v`, heads in groups that share a key head (Ainslie et al., 2023).
 
+    Where the mesh cuts positions (`T` in `policy.axes`), keys and values go round in a ring (see `jaxmodel.ops.ring`), unless
+    there is a bias or a mask, or the number of positions is not divisible: then the devices gather them.
+
     Args:
       q: queries; H is a multiple of K.
       k: keys, a key head's positions in a row (so that a cache is read in order).
@@ -45,6 +49,9 @@ def attention(
     """
     t, s = q.shape[1], k.shape[2]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    axis = ring_axis(t, s, seen, policy) if bias is None else None
+    if axis is not None:
+        return ring(q, k, v, seen, policy, factor, softcap, axis)
     long = policy.attention == "auto" and t * s >= BLOCKWISE_FROM and t > 1 and bias is None
     if policy.attention == "blockwise" or long:
         if bias is not None:

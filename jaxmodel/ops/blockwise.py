@@ -34,35 +34,54 @@ def blockwise(
     groups, s, compute = heads // k.shape[1], k.shape[2], jnp.dtype(policy.compute)
     grouped = q.reshape(b, t, k.shape[1], groups, width).transpose(0, 2, 3, 1, 4)
     # whole blocks: what is added at the end is hidden from all queries, and its own results are cut off
-    extra, extra_keys = -t % min(QUERIES, t), -s % min(KEYS, s)
-    grouped, k, v = _longer(grouped, extra, 3), _longer(k, extra_keys, 2), _longer(v, extra_keys, 2)
+    extra, extra_keys = missing(t, s)
+    grouped, k, v = longer(grouped, extra, 3), longer(k, extra_keys, 2), longer(v, extra_keys, 2)
     if extra or extra_keys:
-        seen = _pad(seen, b, t, s, extra, extra_keys)
+        seen = padded(seen, b, t, s)
     out = _blockwise(grouped.astype(compute), k.astype(compute), v.astype(compute), seen, scale, softcap)
     out = out[:, :, :, :t].transpose(0, 3, 1, 2, 4)
     return out.reshape(b, t, heads, width).astype(policy.stream)
 
 
-def _longer(a: Array, extra: int, axis: int) -> Array:
+def missing(t: int, s: int) -> tuple[int, int]:
+    """How many queries and keys are missing to whole blocks."""
+    return -t % min(QUERIES, t), -s % min(KEYS, s)
+
+
+def longer(a: Array, extra: int, axis: int) -> Array:
+    """The array with so many zeros behind it along one axis."""
     return jnp.pad(a, [(0, extra if i == axis else 0) for i in range(a.ndim)])
 
 
-def _pad(seen: Seen, b: int, t: int, s: int, extra: int, extra_keys: int) -> Seen:
+def padded(seen: Seen, b: int, t: int, s: int) -> Seen:
+    """The conditions for whole blocks, where nobody sees the keys that were missing."""
+    extra, extra_keys = missing(t, s)
     valid = jnp.ones((b, s), jnp.bool_) if seen.valid is None else seen.valid
     segments = seen.segments
     if segments is not None:
-        segments = (_longer(segments[0], extra, 1), _longer(segments[1], extra_keys, 1))
-    query = None if seen.query is None else _longer(seen.query, extra, 1)
-    mask = None if seen.mask is None else _longer(_longer(seen.mask, extra, 1), extra_keys, 2)
-    return Seen(query, segments, _longer(valid, extra_keys, 1), seen.window, mask, seen.causal)
+        segments = (longer(segments[0], extra, 1), longer(segments[1], extra_keys, 1))
+    query = None if seen.query is None else longer(seen.query, extra, 1)
+    mask = None if seen.mask is None else longer(longer(seen.mask, extra, 1), extra_keys, 2)
+    return Seen(query, segments, longer(valid, extra_keys, 1), seen.window, mask, seen.causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _blockwise(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None) -> Float[Array, "B K G T h"]:
-    return _forward(q, k, v, seen, scale, softcap)[0]
+    return forward(q, k, v, seen, scale, softcap)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None) -> tuple[Array, Any]:
+def forward(
+    q: Float[Array, "B K G T h"],
+    k: Float[Array, "B K S h"],
+    v: Float[Array, "B K S h"],
+    seen: Seen,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K G T"]]:
+    """The result, float32, and the logarithm of each row's sum: with it, results for parts of the keys can be put together.
+
+    Whole blocks only: T is at most `QUERIES` or a multiple of it, S of `KEYS`.
+    """
     bq, bk = min(QUERIES, q.shape[3]), min(KEYS, k.shape[2])
 
     def rows(i: Array) -> tuple[Array, Array]:
@@ -82,12 +101,21 @@ def _forward(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: fl
         return mean / total[..., None], top + jnp.log(total)
 
     out, log_total = jax.lax.map(rows, jnp.arange(q.shape[3] // bq, dtype=jnp.int32))
-    out, log_total = _joined(out), _joined(log_total)
-    return out, (q, k, v, seen, out, log_total)
+    return _joined(out), _joined(log_total)
 
 
-def _backward(scale: float, softcap: float | None, saved: Any, g: Array) -> tuple[Any, ...]:
-    q, k, v, seen, out, log_total = saved
+def backward(
+    q: Float[Array, "B K G T h"],
+    k: Float[Array, "B K S h"],
+    v: Float[Array, "B K S h"],
+    seen: Seen,
+    out: Float[Array, "B K G T h"],
+    log_total: Float[Array, "B K G T"],
+    g: Float[Array, "B K G T h"],
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K S h"], Float[Array, "B K S h"]]:
+    """What these keys add to the gradients of q, k and v, float32; `out` and `log_total` are those over all keys."""
     bq, bk = min(QUERIES, q.shape[3]), min(KEYS, k.shape[2])
     through = jnp.sum(g * out, axis=-1)  # what the normalisation of each row passes back
 
@@ -111,10 +139,21 @@ def _backward(scale: float, softcap: float | None, saved: Any, g: Array) -> tupl
 
     zero = jnp.zeros(k.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(rows, (zero, zero), jnp.arange(q.shape[3] // bq, dtype=jnp.int32))
-    return _joined(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return _joined(dq), dk, dv
 
 
-_blockwise.defvjp(_forward, _backward)
+def _save(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None) -> tuple[Array, Any]:
+    out, log_total = forward(q, k, v, seen, scale, softcap)
+    return out, (q, k, v, seen, out, log_total)
+
+
+def _pull(scale: float, softcap: float | None, saved: Any, g: Array) -> tuple[Any, ...]:
+    q, k, v, seen, out, log_total = saved
+    dq, dk, dv = backward(q, k, v, seen, out, log_total, g, scale, softcap)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blockwise.defvjp(_save, _pull)
 
 
 def _scores(

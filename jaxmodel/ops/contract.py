@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import BlockSparse, Compressed, QTensor, Sparse, decode
+from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, decode
 from jaxmodel.ops.block_sparse import beside, block_product
 from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.policy import Policy
-from jaxmodel.ops.probe import OF_TAKE, Probe, tap
-from jaxmodel.sharding import constrain
+from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, tap
+from jaxmodel.sharding import auto_axes, constrain
 
 DEFAULT = Policy()
 
@@ -86,7 +86,7 @@ def take(table: Any, ids: Int[Array, "B T"], policy: Policy = DEFAULT, letters: 
     """
     if isinstance(table, Probe):
         rows = take(table.weight, ids, policy, letters)
-        return tap(rows, ids, {name: zero for name, zero in table.zeros.items() if name in OF_TAKE})
+        return tap(rows, ids, {name: zero for name, zero in table.zeros.items() if name in (*OF_TAKE, GRADIENT)})
     if not isinstance(table, Compressed):
         table = constrain(table, letters, policy.axes)
     inside = (ids >= 0) & (ids < table.shape[-2])
@@ -160,34 +160,44 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
     if isinstance(w, Probe):
         y = _matmul(x, w.weight, policy)
         return tap(y, x, {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE})
-    if isinstance(w, Sparse):
-        dense = w.expand()
-        return _matmul(x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x), dense, policy)
+    if isinstance(w, Sparse | QTensor):
+        return _of_codes(x, w, policy)
+    if isinstance(w, Adapted):
+        y = _matmul(_matmul(x, w.down, policy), w.up, policy)
+        return _matmul(x, w.base, policy) + on_last(w.scale.astype(jnp.float32)[None], y.ndim) * y
     compute = jnp.dtype(policy.compute)
     if isinstance(w, BlockSparse):
         return block_product(x.astype(compute), beside(w.values.astype(compute)), w.columns(), w.block[1], _turned_dot)
-    if isinstance(w, QTensor):
-        plain_codes = w.groups == 1 and w.minimum is None
-        if w.activations == "int8":
-            if plain_codes:
-                return _int8_matmul(x, w)
-            x = _rounded(x)  # codes in groups: the rounding of the input, then a contraction of decoded weights
-        elif plain_codes:
-            return _dot(x.astype(compute), w.codes().astype(compute)) * _row_scale(w, x.ndim)
+    return _dot(x.astype(compute), decode(w, compute))
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2,))  # backward decodes again: else it would keep each layer's plain weight
+def _of_codes(x: Float[Array, "... in"], w: Sparse | QTensor, policy: Policy) -> Float[Array, "... out"]:
+    if isinstance(w, Sparse):
+        dense = w.expand()
+        return _matmul(x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x), dense, policy)
+    compute, plain_codes = jnp.dtype(policy.compute), w.groups == 1 and w.minimum is None
+    if w.activations == "int8":
+        if plain_codes:
+            return _int8_matmul(x, w)
+        x = _rounded(x)  # codes in groups: the rounding of the input, then a contraction of decoded weights
+    elif plain_codes:
+        return _dot(x.astype(compute), w.codes().astype(compute)) * _row_scale(w, x.ndim)
     return _dot(x.astype(compute), decode(w, compute))
 
 
 def _dot(x: Array, w: Array) -> Array:
     """`x @ w.T` with a float32 (int8: int32) result; a single row as two where a CPU would leave its matrix kernels."""
     exact = x.dtype == jnp.int8
-    rows = x.reshape(-1, x.shape[-1])
-    single = rows.shape[0] == 1 and x.dtype != jnp.float32 and jax.default_backend() == "cpu"
+    # On a mesh the axes stay apart: rows and positions that are both cut would have to be gathered to become one axis.
+    rows = x if auto_axes() else x.reshape(-1, x.shape[-1])
+    single = x.size == x.shape[-1] and x.dtype != jnp.float32 and jax.default_backend() == "cpu"
     if single:
-        rows = jnp.broadcast_to(rows, (2, rows.shape[1]))
+        rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
     y = jax.lax.dot_general(
         rows,
         w,
-        (((1,), (1,)), ((), ())),
+        (((rows.ndim - 1,), (1,)), ((), ())),
         precision=None if exact else _precision(x.dtype),
         preferred_element_type=jnp.int32 if exact else jnp.float32,
     )
@@ -248,6 +258,8 @@ def _rows(leaf: Any, ids: Array) -> Array:
 
     if isinstance(leaf, BlockSparse):
         return leaf.rows(ids)
+    if isinstance(leaf, Adapted):
+        return decode(Adapted(_rows(leaf.base, ids), leaf.down, _rows(leaf.up, ids), leaf.scale))
     if isinstance(leaf, Compressed):
         return decode(jax.tree.map(rows_of, leaf))
     return rows_of(leaf)

@@ -6,7 +6,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxmodel.errors import unknown
+from jaxmodel.errors import at_least, unknown
+from jaxmodel.sharding import BATCH_AXES
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _REMAT = ("none", "full", "dots")
@@ -24,6 +25,8 @@ class Policy:
       remat: what the backward pass computes again: "none", "full" (each block), "dots" (all but the contractions).
       attention: how attention runs: "plain" (all scores at once), "blockwise" (memory linear in length), "auto" (by length).
       axes: letter of an activation's axis -> mesh axes, `(("B", ("data", "fsdp")), ("H", "tensor"), ("F", "tensor"))`.
+      microbatches: parts of a batch that follow each other through the stages of a mesh with `pipeline`; 0 for as many as there
+        are stages. With S stages and M parts a stage has nothing to do for (S - 1) / (M + S - 1) of the time.
     """
 
     compute: str = "float32"
@@ -32,6 +35,7 @@ class Policy:
     remat: str = "none"
     attention: str = "auto"
     axes: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    microbatches: int = 0
 
     def __post_init__(self) -> None:
         for name in ("compute", "stream", "cache"):
@@ -42,6 +46,7 @@ class Policy:
             raise unknown("policy.remat", self.remat, _REMAT)
         if self.attention not in _ATTENTION:
             raise unknown("policy.attention", self.attention, _ATTENTION)
+        at_least("policy.microbatches", self.microbatches, 0)
 
     @property
     def cache_dtype(self) -> jnp.dtype:
@@ -49,5 +54,13 @@ class Policy:
         return jnp.dtype(self.cache or self.compute)
 
 
-MESH_AXES = (("B", ("data", "fsdp")), ("H", "tensor"), ("K", "tensor"), ("F", "tensor"), ("V", "tensor"))
-"""The usual placement of activations: batch over data and fsdp, heads, feed-forward and vocabulary over tensor."""
+MESH_AXES = (
+    ("B", BATCH_AXES),
+    ("T", "sequence"),
+    ("H", "tensor"),
+    ("K", "tensor"),
+    ("F", "tensor"),
+    ("V", "tensor"),
+)
+"""The usual placement of activations: rows over the axes of the batch, positions over `sequence` (whose attention is a ring),
+heads, feed-forward and vocabulary over `tensor`."""

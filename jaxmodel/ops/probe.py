@@ -25,6 +25,7 @@ HISTOGRAM_STEP = 0.5  # octaves; bin i counts |x| in [2^(i*STEP + LOW), 2^((i+1)
 HISTOGRAM_LOW = -24.0
 
 STATISTICS = ("count", "taken", "square", "gram", "histogram", "tokens")
+GRADIENT = "gradient"  # of the weight itself, for a leaf that has none of its own; no statistic of the input alone
 OF_TAKE = ("taken", "tokens")  # the statistics of a lookup; the others are of a contraction
 
 
@@ -39,6 +40,8 @@ class Probe:
       gram: [in, in], X^T X.
       histogram: [bins], elements of x by the logarithm of |x| on a fixed grid.
       tokens: [rows of the table], how often each row was looked up.
+      gradient: [out, in], that of the array which the weight stands for, in the dtype of the zeros. So a compressed weight trains
+        (see `jaxmodel.train.quantized`).
     """
 
     weight: Any
@@ -103,11 +106,31 @@ def _forward(y: Array, x: Array, zeros: dict[str, Array]) -> tuple[Array, tuple[
 
 def _backward(saved: tuple[Array, dict[str, Array]], g: Array) -> tuple[Array, Any, dict[str, Array]]:
     x, zeros = saved
-    sums = {name: _statistic(name, x, zero).reshape(zero.shape) for name, zero in zeros.items()}
+    sums = {
+        name: _gradient(x, g, zero) if name == GRADIENT else _statistic(name, x, zero).reshape(zero.shape)
+        for name, zero in zeros.items()
+    }
     return g, None, {name: _gather(total, x, zeros[name]) for name, total in sums.items()}
 
 
 _tap.defvjp(_forward, _backward)
+
+
+def _gradient(x: Array, g: Array, zero: Array) -> Float[Array, "out in"]:
+    """Of a weight `[out, in]`, where `y = x w^T`, or where y are its rows at the ids x."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        place = jnp.where((x >= 0) & (x < zero.shape[0]), x, zero.shape[0])  # what is outside is dropped
+        return jnp.zeros(zero.shape, jnp.float32).at[place].add(g.astype(jnp.float32), mode="drop").astype(zero.dtype)
+    rows = tuple(range(x.ndim - 1))
+    exact = jax.lax.Precision.HIGHEST if zero.dtype == jnp.float32 else None
+    product = jax.lax.dot_general(
+        g.astype(zero.dtype),
+        x.astype(zero.dtype),
+        ((rows, rows), ((), ())),
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+    return product.astype(zero.dtype)
 
 
 def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:

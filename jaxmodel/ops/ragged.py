@@ -21,7 +21,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed
 from jaxmodel.ops.contract import DEFAULT, einsum
 from jaxmodel.ops.policy import Policy
-from jaxmodel.ops.probe import OF_TAKE, Probe, histogram
+from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, histogram
 
 BLOCK = 64  # rows of a block at most; more waste rows at the end of each group, fewer read the matrices more often
 
@@ -193,18 +193,20 @@ def _tap_forward(y: Array, x: Array, sizes: Array, zeros: dict[str, Array]) -> t
 
 def _tap_backward(saved: tuple[Array, Array, dict[str, Array]], g: Array) -> tuple[Array, None, None, dict[str, Array]]:
     x, sizes, zeros = saved
-    return g, None, None, {name: _statistic(name, x, sizes, zero) for name, zero in zeros.items()}
+    return g, None, None, {name: _statistic(name, x, g, sizes, zero) for name, zero in zeros.items()}
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-def _statistic(name: str, x: Array, sizes: Array, zero: Array) -> Array:
+def _statistic(name: str, x: Array, g: Array, sizes: Array, zero: Array) -> Array:
     wide, groups = x.astype(jnp.float32), sizes.shape[0]
     if name == "count":
         return sizes.astype(jnp.float32)
     if name == "gram":  # the gradient of each group's matrix, where y's gradient is x
         return _backward(DEFAULT, (wide, zero, sizes), wide)[1]
+    if name == GRADIENT:
+        return _backward(DEFAULT, (wide, zero, sizes), g)[1]
     ends = jnp.cumsum(sizes.astype(jnp.int32), dtype=jnp.int32)
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right")  # E for the rows behind, dropped
     each = wide * wide if name == "square" else jax.vmap(histogram)(wide)

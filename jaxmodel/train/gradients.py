@@ -1,7 +1,8 @@
 """How a step gets its gradients: at once, or from micro-batches one after the other.
 
-A *gradient function* is `run(trains, batch, rng) -> ((value, metrics), grads)`, what `jax.value_and_grad` makes of a loss of the part
-that trains. Whoever wants gradients of another kind (at a perturbed point, from a pipeline) makes one of these from the loss.
+A *gradient function* is `run(trains, batch, rng) -> ((value, metrics), grads)`, what `jax.value_and_grad` makes of a loss of
+the part that trains. Whoever wants gradients of another kind (at a perturbed point, from a pipeline) makes one of these from
+the loss.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _MICRO_BATCH = 2**32 - 4  # what the micro-batches fold into the step's key; see
 def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientFn:
     """The plain gradient function of an objective.
 
-    A compressed leaf that trains has the gradient of the array that it stands for, taken by a probe (see `ops.Probe`), so that this
-    array is never there whole.
+    A compressed leaf that trains has the gradient of the array that it stands for, taken by a probe (see `ops.Probe`), so that
+    this array is never there whole.
 
     Args:
       objective: see `Objective`.
@@ -51,7 +52,8 @@ def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientF
         return found, tree.unflatten(grads)
 
     def either(trains: tree.Params, *args: Any) -> Any:
-        compressed = any(isinstance(leaf, Compressed) for leaf in jax.tree.leaves(trains, is_leaf=tree.is_leaf))
+        is_compressed = lambda node: isinstance(node, Compressed)
+        compressed = any(map(is_compressed, jax.tree.leaves(trains, is_leaf=is_compressed)))
         return (run if compressed else plain)(trains, *args)
 
     plain = jax.value_and_grad(objective, has_aux=True)
@@ -61,8 +63,9 @@ def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientF
 def accumulated(run: GradientFn, parts: int) -> GradientFn:
     """The same gradient from `parts` micro-batches in a scan: the memory of one of them, and of a second set of gradients.
 
-    `g = sum_i w_i g_i / sum_i w_i`, w_i the `weight` of micro-batch i: what the whole batch gives, for every loss that is a mean over
-    its weight. Micro-batch i has the rows i, i + parts, i + 2 parts, ..., so that on a mesh each device keeps its own.
+    `g = sum_i w_i g_i / sum_i w_i`, w_i the `weight` of micro-batch i: what the whole batch gives, for every loss that is a
+    mean over its weight. Micro-batch i has the rows i, i + parts, i + 2 parts, ..., so that on a mesh each device keeps its
+    own.
 
     Args:
       run: a gradient function whose metrics have `weight`.
@@ -82,7 +85,8 @@ def accumulated(run: GradientFn, parts: int) -> GradientFn:
 
     def whole(trains: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
         pieces = jax.tree.map(cut, dict(batch))
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(rng, _MICRO_BATCH)))(jnp.arange(parts))
+        base = jax.random.fold_in(rng, _MICRO_BATCH)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, base))(jnp.arange(parts))
 
         def weighted(piece: Any, key: jax.Array) -> tuple[Any, jax.Array]:
             ((value, metrics), grads), weight = run(trains, piece, key), None

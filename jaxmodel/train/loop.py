@@ -93,7 +93,7 @@ def fit(
         return early.init(made) if config.patience else made
 
     key, most = jax.random.key(config.seed), flops.peak(model.policy.compute)
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "trainable", "average")}
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "trainable", "average", "pipeline")}
     options |= {"augment": augment, "guard": guard, "gradients": gradients}
 
     def jitted(model: Model, accumulate: int) -> Any:

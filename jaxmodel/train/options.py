@@ -34,6 +34,8 @@ class TrainOptions:
     """Of AdamW: how slowly its mean of squared gradients moves."""
     accumulate: int = 1
     """Micro-batches that each batch is cut into: the same gradient, with the memory of one of them."""
+    pipeline: Literal["gpipe", "1f1b"] = "gpipe"
+    """How stages of a mesh with `pipeline` work together: all forward passes first, or each backward pass as soon as it can."""
     average: float = 0.0
     """Decay of a moving average of the weights, such as 0.999, which is then judged and kept; 0 for none."""
     patience: int = 0

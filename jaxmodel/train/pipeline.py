@@ -1,14 +1,15 @@
 """One forward, one backward (Narayanan et al., 2019): a pipeline that keeps no more than S micro-batches.
 
-GPipe (`layers.gpipe`, which a model runs by itself where the mesh has `pipeline`) ends all forward passes before the first
+GPipe (`layers.pipeline`, which a model runs by itself where the mesh has `pipeline`) ends all forward passes before the first
 backward pass begins, and so keeps something of all M micro-batches. Here the loss of a micro-batch is taken at the last stage as
-soon as it arrives there, and its gradient follows it back. Stage s runs micro-batch m forward in slot `2 m + s` and backward in slot
-`2 m + 2 S - 1 - s`; in every slot it does one or the other. Between the two it keeps what the stage was given, of at most S - s
-micro-batches, and computes the rest again.
+soon as it arrives there, and its gradient follows it back. Stage s runs micro-batch m forward in slot `2 m + s` and backward in
+slot `2 m + 2 S - 1 - s`; in every slot it does one or the other. Between the two it keeps what the stage was given, of at most
+S - s micro-batches, and computes the rest again.
 
-Bytes that a device sends on average are those of GPipe from stage to stage, `(S - 1)/S act` each way, where `act` has the few numbers
-of `aux` too. There is nothing to gather and scatter but the batch itself, whose rows each stage has (integers, mostly); instead the
-gradients of what is outside of the layers (embedding, head) are summed over the stages: `2 G_outside`.
+Bytes that a device sends on average are those of GPipe from stage to stage, `(S - 1)/S act` each way, where `act` has the few
+numbers of `aux` too. Only the batch itself is gathered, whose rows each stage has (integers, mostly); instead the gradients of
+what is outside of the layers (embedding, head) are summed over the stages: `2 G_outside`. Over `data` all gradients are summed
+once, those of the layers as `2 G_layers / S`.
 """
 
 from __future__ import annotations
@@ -47,12 +48,11 @@ def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | Non
 
     Args:
       model: what is trained: embedding, one segment of equal layers, head.
-      loss: see `jaxmodel.train.losses`. It is given the parameters outside of the layers, so what reads all of them (a penalty)
-        must be added to the gradients apart.
+      loss: see `jaxmodel.train.losses`. It may read the parameters outside of the layers only: no penalties.
       frozen: the parameters that do not train.
 
     Raises:
-      InputError: when called: no such mesh or model, sizes that do not divide, or a loss that runs the model twice.
+      InputError: when called: no such mesh or model, sizes that do not divide, a loss that runs the model twice or reads layers.
 
     Returns:
       What `jax.value_and_grad(..., has_aux=True)` of the loss gives.
@@ -68,7 +68,7 @@ def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | Non
         whole = dict(batch)
         rows = whole[next((name for name in model.inputs(1, 1) if name in whole), next(iter(whole)))].shape[0]
         layers = tree.depth(tree.combine(trains, fixed)["blocks"])
-        count = stages_of.micro_batches(layers, rows, stages, model.policy.microbatches)
+        count = stages_of.micro_batches(layers, rows, stages, model.policy.microbatches, axes.get("data", 1))
         is_cut = jax.tree.map(lambda a: a.ndim > 0 and a.shape[0] == rows, whole)
 
         def on_stage(trains: tree.Params, frozen: tree.Params, whole: dict[str, Any], rng: Any) -> Any:
@@ -99,9 +99,16 @@ def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | Non
     return run
 
 
+class _Elsewhere:
+    """What stands for the layers where the loss is taken: they are on all stages, so it must not read them there."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise InputError("loss: it reads the parameters of the layers (a penalty?), which no stage of a pipeline has all of")
+
+
 def _check(model: Model, params: tree.Params, axes: Mapping[str, int]) -> None:
     if axes.get(AXIS, 1) < 2:
-        raise InputError(f"mesh: one forward, one backward needs an axis 'pipeline' of 2 or more; there are {dict(axes) or 'none'}")
+        raise InputError(f"mesh: this schedule needs an axis 'pipeline' of 2 or more; there are {dict(axes) or 'none'}")
     if axes.get("sequence", 1) > 1:
         raise InputError("mesh: a ring over 'sequence' needs all stages at once; use GPipe, whose stages all do the same")
     if axes.get("tensor", 1) > 1 and (rows := [name for name in ("fsdp", "expert") if axes.get(name, 1) > 1]):
@@ -169,7 +176,7 @@ class _Schedule:
             calls.append(1)
             return Output(hidden=found[0], aux=dict(found[1]))
 
-        params = {name: node for name, node in tree.combine(trains, self.frozen).items() if name != "blocks"}
+        params = {**tree.combine(trains, self.frozen), "blocks": _Elsewhere()}
         value, metrics = self.loss(with_hidden(self.model, hidden), params, self.part(m), self.key(m))
         if len(calls) != 1:
             raise InputError(f"loss: it runs the model {len(calls)} times; one forward, one backward needs one that does so once")
@@ -177,7 +184,7 @@ class _Schedule:
         sums = {name: jax.lax.stop_gradient(metric).astype(jnp.float32) * weight for name, metric in metrics.items()}
         return value * weight, {**sums, "loss": jax.lax.stop_gradient(value) * weight, "weight": weight}
 
-    def backward(self, trains: tree.Params, given: Payload, g: Payload, m: Any) -> tuple[tree.Params, Payload, dict[str, jax.Array]]:
+    def backward(self, trains: tree.Params, given: Payload, g: Payload, m: Any) -> tuple[tree.Params, Payload, dict[str, Any]]:
         def whole(trains: tree.Params, given: Payload) -> tuple[tuple[Payload, jax.Array], dict[str, jax.Array]]:
             found = self.forward(trains, given, m)
             zeros = _zeros(jax.eval_shape(lambda: self.judged(trains, found, m)))
@@ -208,7 +215,9 @@ class _Schedule:
         (_, totals, _, _), _ = stages_of.in_ticks(tick, (kept, totals, nothing, nothing), pairs)
         return totals
 
-    def _slot(self, trains: Any, slot: Any, kept: Any, totals: Any, arrived: Payload, came_back: Payload, nothing: Payload) -> Any:
+    def _slot(
+        self, trains: Any, slot: Any, kept: Any, totals: Any, arrived: Payload, came_back: Payload, nothing: Payload
+    ) -> tuple[Any, Any, Payload, Payload]:
         ahead, back = slot - self.place, slot + self.place - (2 * self.stages - 1)
         is_ahead = (ahead % 2 == 0) & (ahead >= 0) & (ahead < 2 * self.count)
         is_back = (back % 2 == 0) & (back >= 0) & (back < 2 * self.count)

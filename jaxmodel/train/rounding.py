@@ -77,8 +77,8 @@ def rounded(weight: Float[Array, "... out in"], group: int | None = None, bits: 
 def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor:
     """`w + u`, rounded to codes at random so that its mean is exact: `E[decode(moved(w, u))] = decode(w) + u`.
 
-    A group keeps its scale while its largest weight fits and uses it, since with another scale every weight of the group would lie
-    between two codes and be rounded, and not those alone that move.
+    A group keeps its scale while its largest weight fits and uses it, since with another scale every weight of the group would
+    lie between two codes and be rounded, and not those alone that move.
 
     Args:
       leaf: symmetric, of 2 to 8 bits.
@@ -120,26 +120,26 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
 def curved(x: Float[Array, "..."], group: int, power: int, signed: bool, key: jax.Array) -> QTensor:
     """Values as 8-bit codes of a grid that is finer near zero: `|x| = r^power` with r on an even grid, a scale for each block.
 
-    Between its two neighbours on the grid a value is rounded at random so that its mean is exact: a running mean that moves by less
-    than a step of the grid still moves. (Block-wise 8-bit states: Dettmers et al., 2022.)
+    Between its two neighbours on the grid a value is rounded at random so that its mean is exact: a running mean that moves by
+    less than a step of the grid still moves. (Block-wise 8-bit states: Dettmers et al., 2022.)
 
     Args:
       x: any shape of two axes or more.
       group: length of a block of the last axis, which it divides.
-      power: 2 spans a range of 1 to 127^2 below the largest value of a block, 4 one of 1 to 255^4.
+      power: 2 or 4; 2 spans a range of 1 to 127^2 below the largest value of a block, 4 one of 1 to 255^4.
       signed: False for values of at least 0, whose grid then begins at the smallest of the block.
       key: of this array and step.
     """
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
     size = jnp.abs(blocks)
-    root = size ** (1 / power) if power != 2 else jnp.sqrt(size)
+    root = jnp.sqrt(size) if power == 2 else jnp.sqrt(jnp.sqrt(size))
     top = 127 if signed else 255
     low = jnp.zeros_like(root[..., 0]) if signed else jnp.min(root, axis=-1)
     scale = jnp.maximum((jnp.max(root, axis=-1) - low) / top, jnp.finfo(jnp.float32).tiny)
     at = lambda k: (low[..., None] + k * scale[..., None]) ** power
     below = jnp.clip(jnp.floor((root - low[..., None]) / scale[..., None]), 0, top - 1)
     gap = jnp.maximum(at(below + 1) - at(below), jnp.finfo(jnp.float32).tiny)
-    codes = below + (dither(key, size.shape) < (size - at(below)) / gap)
+    codes = below + (dither(key, size.shape) < (size - at(below)) / gap).astype(jnp.float32)
     codes = jnp.where(blocks < 0, -codes, codes).reshape(x.shape).astype(jnp.int32)
     return QTensor.from_codes(codes, scale, None if signed else low, bits=8, group=group)
 

@@ -11,7 +11,9 @@ import optax
 
 from jaxmodel import sharding, tree
 from jaxmodel.leaves.leaf import register
+from jaxmodel.train.exchange import Exchange, residual_shardings
 from jaxmodel.train.guard import Guard
+from jaxmodel.train.quantized import dense
 
 
 @register
@@ -40,6 +42,7 @@ def init_state(
     *,
     average: bool = False,
     guard: Guard | None = None,
+    exchange: Exchange | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -49,15 +52,18 @@ def init_state(
       trainable: rules, path -> bool; see `tree.partition`.
       average: whether a moving average of what trains rides along, for `make_step(average=...)`.
       guard: whose memory rides along, for `make_step(guard=...)`; without it no step is left out.
+      exchange: whose memory rides along, for `make_step(exchange=...)`; made for the mesh in use.
     """
     trains, frozen = tree.partition(params, trainable)
     zero = jnp.zeros((), jnp.int32)
     extra: dict[str, Any] = {}
     if average:
-        extra["average"] = jax.tree.map(jnp.copy, trains)  # buffers of their own: a step donates both
+        extra["average"] = jax.tree.map(jnp.copy, dense(trains))  # buffers of their own: a step donates both
     if guard is not None:
         extra["guard"] = guard.init()
-    return TrainState(zero, zero, tree.combine(trains, frozen), optimizer.init(trains), extra)
+    if exchange is not None and (residual := exchange.residual(trains)) is not None:
+        extra["residual"] = residual
+    return TrainState(zero, zero, tree.combine(trains, frozen), optimizer.init(dense(trains)), extra)
 
 
 def averaged(state: TrainState) -> tree.Params:
@@ -72,10 +78,13 @@ def state_shardings(state: TrainState, rules: tree.Rules, mesh: jax.sharding.Mes
     """Where each part of a state (of arrays or shape structs) lies: parameters by rules, the optimiser's state beside them."""
     _, placed = sharding.shardings(rules, state.params, mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    extra = sharding.inherit({name: part for name, part in state.extra.items() if name != "residual"}, placed, mesh)
+    if "residual" in state.extra:
+        extra["residual"] = residual_shardings(state.extra["residual"], placed, mesh)
     return TrainState(
         everywhere,
         everywhere,
         placed,
         sharding.inherit(state.opt_state, placed, mesh),
-        sharding.inherit(state.extra, placed, mesh),
+        extra,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,17 +11,22 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodel import tree
+from jaxmodel.errors import unknown
 from jaxmodel.models import Model
+from jaxmodel.train import quantized
+from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.gradients import GradientFn, Objective, accumulated, value_and_grad
 from jaxmodel.train.guard import Guard, choose
 from jaxmodel.train.losses import Loss
+from jaxmodel.train.pipeline import one_forward_one_backward
 from jaxmodel.train.state import TrainState
 
 type Step = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
 type Augment = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
 """`augment(key, batch) -> batch`, pure; see `jaxmodel.data.augment`."""
 
-_AUGMENT = 2**32 - 3  # what it folds into the step's key; see `models.model` for the other numbers
+PIPELINES = ("gpipe", "1f1b")
+_AUGMENT, _ROUND = 2**32 - 3, 2**32 - 5  # what they fold into the step's key; see `models.model` for the other numbers
 
 
 def make_step(
@@ -35,6 +41,8 @@ def make_step(
     average: float = 0.0,
     guard: Guard = Guard(),
     gradients: Callable[[Objective], GradientFn] = value_and_grad,
+    exchange: Exchange | None = None,
+    pipeline: str = "gpipe",
 ) -> Step:
     """`step(state, batch) -> (state, metrics)`: pure, to be jitted with the state donated.
 
@@ -42,7 +50,8 @@ def make_step(
 
     Args:
       model: what is trained.
-      loss: see `jaxmodel.train.losses`.
+      loss: see `jaxmodel.train.losses`. One with a keyword `state` is given the state before the step too: its number, the moving
+        average (see `mean_teacher`); no gradient flows into it.
       optimizer: any optax transformation, over the part that trains. Its `update` is given `value`, the loss.
       seed: of all randomness of the steps.
       trainable: rules, path -> bool; see `tree.partition`.
@@ -52,11 +61,17 @@ def make_step(
         i, kept in `state.extra["average"]` (`init_state(average=True)`); 0 for none.
       guard: which steps are left out, where the state was made with one (`init_state(guard=...)`).
       gradients: makes the gradient function of the objective.
+      exchange: sums the gradients over the data axis in fewer bytes, once a step; one with a memory needs a state made for it,
+        `init_state(exchange=...)`.
+      pipeline: on a mesh with stages, "gpipe" (the model's own) or "1f1b" (see `train.pipeline`; it takes the place of `gradients`).
 
     Returns:
       The step. Its metrics are those of the loss, with `loss`, `grad_norm` and, under a guard, `bad` (1 for a step left out).
     """
+    if pipeline not in PIPELINES:
+        raise unknown("pipeline", pipeline, PIPELINES)
     update = optax.with_extra_args_support(optimizer).update
+    needs_state = "state" in inspect.signature(loss).parameters
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.data_step)
@@ -64,16 +79,21 @@ def make_step(
         trains, frozen = tree.partition(state.params, trainable)
 
         def objective(trains: tree.Params, batch: Mapping[str, Any], rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss(model, tree.combine(trains, frozen), batch, rng)
+            return loss(model, tree.combine(trains, frozen), batch, rng, **({"state": state} if needs_state else {}))
 
-        (value, metrics), grads = accumulated(gradients(objective), accumulate)(trains, batch, rng)
-        norm = optax.tree.norm(grads)
-        updates, opt_state = update(grads, state.opt_state, trains, value=value)
-        trained: Any = optax.apply_updates(trains, updates)
+        plain = gradients(objective) if pipeline == "gpipe" else one_forward_one_backward(model, loss, frozen)
+        extra, run = dict(state.extra), accumulated(plain, accumulate)
+        if exchange is None:
+            (value, metrics), grads = run(trains, batch, rng)
+        else:
+            ((value, metrics), grads), residual = exchange(run, model.rules)(trains, batch, rng, extra.get("residual"))
+            extra |= {} if residual is None else {"residual": residual}
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        updates, opt_state = update(grads, state.opt_state, quantized.dense(trains), value=value)
+        trained: Any = quantized.apply_updates(trains, updates, jax.random.fold_in(rng, _ROUND))
         metrics = {**metrics, "loss": value, "grad_norm": norm}
-        extra = dict(state.extra)
         if "average" in extra:
-            extra["average"] = moving_average(extra["average"], trained, average, state.step)
+            extra["average"] = moving_average(extra["average"], quantized.dense(trained), average, state.step)
         if "guard" in extra:
             ok, extra["guard"] = guard.judge(extra["guard"], value, norm)
             kept = {name: extra[name] for name in extra if name != "guard"}

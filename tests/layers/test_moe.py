@@ -196,7 +196,7 @@ PROGRAM = """
     import dataclasses
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from jaxmodel import ops, sharding, tree
+    from jaxmodel import compress, layers, ops, plan, sharding, tree
     from jaxmodel.models import llama
 
     config = dataclasses.replace(llama.SIZES["tiny-moe"], init_scale=0.3, depth=1)
@@ -211,23 +211,49 @@ PROGRAM = """
             return jnp.sum(jnp.where(mask[..., None], jnp.sin(out.logits), 0.0)) + out.aux["load_balance"], out.logits
         return jax.jit(jax.value_and_grad(run, has_aux=True))
 
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
     (value, logits), grads = loss(alone)(params, tokens, mask)
-    mesh = sharding.make_mesh("fsdp=2,expert=2,tensor=2")
-    on_mesh = sharding.place(alone.rules, params, mesh)
-    gate, down = (on_mesh["blocks"]["0"]["moe"][name] for name in ("gate", "down"))
-    assert gate.sharding.shard_shape(gate.shape) == (2, 32, 16), gate.sharding
-    assert down.sharding.shard_shape(down.shape) == (2, 16, 32), down.sharding
-    with jax.set_mesh(mesh):
-        rows = NamedSharding(mesh, P("fsdp"))
-        (got_value, got), got_grads = loss(placed)(on_mesh, jax.device_put(tokens, rows), jax.device_put(mask, rows))
-    np.testing.assert_allclose(got_value, value, rtol=1e-4)
     real = np.asarray(mask)
-    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(logits)[real], rtol=1e-4, atol=1e-4)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
-    jax.tree.map(close, jax.device_get(got_grads), jax.device_get(grads))
+    meshes = {"fsdp=2,expert=2,tensor=2": (2, 32, 16), "expert=4,sequence=2": (1, 64, 32), "data=4,fsdp=2": (4, 64, 16)}
+    for shape, part in meshes.items():
+        mesh = sharding.make_mesh(shape)
+        on_mesh = sharding.place(alone.rules, params, mesh)
+        gate = on_mesh["blocks"]["0"]["moe"]["gate"]
+        assert gate.sharding.shard_shape(gate.shape) == part, gate.sharding
+        rows = NamedSharding(mesh, P(tuple(name for name in sharding.BATCH_AXES if name in mesh.shape)))
+        with jax.set_mesh(mesh):
+            (got_value, got), got_grads = loss(placed)(on_mesh, jax.device_put(tokens, rows), jax.device_put(mask, rows))
+        np.testing.assert_allclose(got_value, value, rtol=1e-5)
+        close(np.asarray(got)[real], np.asarray(logits)[real])
+        jax.tree.map(close, jax.device_get(got_grads), jax.device_get(grads))
+
+    smaller, _ = compress.apply([("blocks/.*/moe/(gate|up|down)", "rtn(bits=8)"), (".*", ())], params)
+    want = jax.jit(alone.apply)(smaller, tokens).logits
+    mesh = sharding.make_mesh("data=2,expert=4")
+    with jax.set_mesh(mesh):
+        got = jax.jit(placed.apply)(sharding.place(alone.rules, smaller, mesh), tokens).logits
+    close(got, want)
+
+    # the bytes of one layer's experts, forward and backward
+    D, N, n = 32, 8 * 6, 2
+    mesh = sharding.make_mesh("expert=4")
+    layer = layers.MoE(4, n, 64, jax.nn.silu, None, None, placed.policy)
+    leaves = params["blocks"]["0"]["moe"]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6, D)), jnp.float32)
+    with jax.set_mesh(mesh):
+        put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+        leaves = {name: put(a, *(["expert"] if name != "router" else [])) for name, a in leaves.items()}
+        score = lambda p, x: jnp.sum(jnp.sin(layer.apply({"params": p}, x)[0]))
+        text = jax.jit(jax.grad(score, argnums=1)).lower(leaves, put(x, "expert")).compile().as_text()
+    found = plan.moved(plan.collectives(text))
+    gathered, scattered = N * (4 * D + 8 * n) + N * 4 * D, N * 4 * D + N * (4 * D + 4 * n)
+    assert found == {"all-gather": gathered, "reduce-scatter": scattered}, (found, gathered, scattered)
     print("equal")
 """
 
 
 def test_experts_on_a_mesh_equal_those_on_one_device(devices8):
+    """Cut by expert, with tensor, fsdp or sequence beside it, or not cut at all; and the bytes are those of the formula."""
     assert devices8(PROGRAM).splitlines()[-1] == "equal"

@@ -13,7 +13,7 @@ import pytest
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import BlockSparse, Compressed, QTensor, Sparse, decode, from_tensors, to_tensors
+from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, decode, from_tensors, to_tensors
 from jaxmodel.leaves.leaf import tensor_names
 
 L, OUT, IN = 3, 4, 24
@@ -49,6 +49,12 @@ def blocks(columns: int) -> BlockSparse:
     return BlockSparse.from_dense(jnp.asarray(weight), jnp.asarray(keep), block=(2, 4))
 
 
+def adapted(base: Compressed) -> Adapted:
+    rng = np.random.default_rng(0)
+    down, up, scale = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((L, 1, IN), (L, OUT, 1), (L,)))
+    return Adapted(base, down, up, scale)
+
+
 LEAVES = {
     "int8 rows": qtensor(8),
     "int8 tensor": qtensor(8, scales="tensor"),
@@ -66,6 +72,7 @@ LEAVES = {
     "sparse int4 groups": sparse(pattern=(2, 4), values=qtensor(4, n=IN // 2, group=4)),
     "blocks": blocks(8),
     "blocks padded": blocks(5),
+    "adapted int4": adapted(qtensor(4, group=8, dtype=jnp.float16)),
 }
 
 
@@ -153,7 +160,8 @@ def test_a_missing_tensor_is_an_error(leaf):
     tensors, fields = to_tensors(leaf)
     for name in tensors:
         rest = {key: a for key, a in tensors.items() if key != name}
-        with pytest.raises(InputError, match=f"the tensor {name.removeprefix('values_')!r} is missing"):
+        inner = name.removeprefix("values_").removeprefix("base_")
+        with pytest.raises(InputError, match=f"the tensor {inner!r} is missing"):
             from_tensors(rest, fields)
 
 
@@ -168,7 +176,8 @@ def test_device_put_keeps_the_leaf(leaf):
 def test_other_static_fields_are_another_structure(leaf):
     """So that jit compiles again and `tree.stack` does not join."""
     assert hash(jax.tree.structure(leaf)) == hash(jax.tree.structure(layer(leaf, 0)))
-    other = dataclasses.replace(leaf, pad=leaf.pad + 1)
+    padded = lambda one: dataclasses.replace(one, pad=one.pad + 1)
+    other = dataclasses.replace(leaf, base=padded(leaf.base)) if isinstance(leaf, Adapted) else padded(leaf)
     assert jax.tree.structure(other) != jax.tree.structure(leaf)
     assert list(tree.stack({"blocks": {"0": {"w": layer(leaf, 0)}, "1": {"w": layer(other, 1)}}})["blocks"]) == ["0", "1"]
     assert list(tree.stack({"blocks": {"0": {"w": layer(leaf, 0)}, "1": {"w": layer(leaf, 1)}}})["blocks"]) == ["0-1"]
@@ -190,7 +199,7 @@ def test_a_plain_array_has_one_nameless_tensor():
 
 def test_an_unknown_type_names_those_that_are_known():
     with pytest.raises(
-        InputError, match=r"leaf type: 'QTensr' is not known; allowed: BlockSparse, QTensor, Sparse \(nearest: QTensor"
+        InputError, match=r"leaf type: 'QTensr' is not known; allowed: Adapted, BlockSparse, QTensor, Sparse \(nearest: QTensor"
     ):
         from_tensors({}, {"type": "QTensr"})
 

@@ -1,0 +1,71 @@
+"""`Adapted`: a weight and a product of two thin matrices that is added to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, expect, full_spec, register
+
+
+@register
+class Adapted(Compressed):
+    """`w = base + scale up @ down`: a low-rank adapter (LoRA: Hu et al., 2021).
+
+    A contraction runs the base as it is and the adapter beside it, so that the base may be compressed in any way and the sum need
+    not be there.
+
+    Invariants (`check`):
+      base: an array `[..., out, in]`, or a compressed leaf that stands for one.
+      down: floating `[..., rank, in]`.
+      up: floating `[..., out, rank]`.
+      scale: floating, `[]` or as many as there are layers.
+    """
+
+    base: Any
+    down: Any
+    up: Any
+    scale: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.base.dtype
+
+    @property
+    def rank(self) -> int:
+        """Rows of `down`."""
+        return self.down.shape[-2]
+
+    def decode(self, dtype: Any = None) -> jax.Array:
+        up, down = self.up.astype(jnp.float32), self.down.astype(jnp.float32)
+        product = jnp.matmul(up, down, precision=jax.lax.Precision.HIGHEST)
+        scale = self.scale.astype(jnp.float32).reshape(*self.scale.shape, *(1,) * (product.ndim - self.scale.ndim))
+        return (decode(self.base, jnp.float32) + scale * product).astype(self.dtype if dtype is None else dtype)
+
+    def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Adapted:
+        *lead, out, last = full_spec(spec, self.ndim)
+        inner = PartitionSpec(*lead, out, last)
+        base = self.base.specs(inner, sizes) if isinstance(self.base, Compressed) else inner
+        return type(self)(
+            base,
+            PartitionSpec(*lead, None, last),  # pyright: ignore[reportArgumentType]
+            PartitionSpec(*lead, out, None),  # pyright: ignore[reportArgumentType]
+            PartitionSpec(*lead[: self.scale.ndim]),  # pyright: ignore[reportArgumentType]
+        )
+
+    def check(self) -> None:
+        b, d, u, s = self.base.shape, self.down, self.up, self.scale
+        fits = len(b) >= 2 and d.shape == (*b[:-2], d.shape[-2], b[-1]) and u.shape == (*b[:-1], d.shape[-2])
+        expect(fits, self, f"down {d.shape} and up {u.shape} do not fit a weight {b}; [..., rank, in] and [..., out, rank] do")
+        expect(s.shape == b[: s.ndim] and s.ndim <= len(b) - 2, self, f"scale has shape {s.shape}; one number a layer is needed")
+        for name, a in (("down", d), ("up", u), ("scale", s)):
+            expect(jnp.issubdtype(a.dtype, jnp.floating), self, f"{name} has dtype {a.dtype}; a floating one is needed")
+        if isinstance(self.base, Compressed):
+            self.base.check()

@@ -1,0 +1,207 @@
+"""Ring attention: queries stay, keys and values go round the devices along which the positions are cut.
+
+Each of n devices has T/n queries and S/n keys. In n steps the keys, with what says who sees them, visit all devices; the softmax
+over all of them is put together from the parts' results and the logarithms of their sums (Liu, Zaharia & Abbeel, 2023). The
+backward pass sends them round again, and with them their gradients, which come home with the last step. So no device ever holds
+more than its part of the positions and one part on its way.
+
+Blocks of keys that no query of a device can see (behind it, out of its window) are not computed. A causal ring still takes as
+long as its last device, which sees all keys.
+
+Bytes that each device sends, with `k` and `v` its own part `B K S/n h` in `policy.compute`: forward `(n - 1) (k + v)`, backward
+`(n - 1) (k + v)` and as many elements in float32 for the gradients. Segments (4 bytes) and validity (1 byte) of the keys go with
+them both times, `(n - 1) B S/n` of each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmodel.ops import blockwise
+from jaxmodel.ops.policy import Policy
+from jaxmodel.ops.seen import Seen
+from jaxmodel.sharding import auto_axes, axes_of
+
+P = jax.P
+
+
+def ring_axis(t: int, s: int, seen: Seen, policy: Policy) -> str | None:
+    """The axis of the mesh round which attention runs; None where positions are not cut, or not by such a ring.
+
+    Args:
+      t: queries.
+      s: keys.
+      seen: who sees what; a written mask is not cut.
+      policy: `axes` puts `T` on a mesh axis.
+    """
+    names = axes_of("T", policy.axes)
+    if len(names) != 1 or seen.mask is not None:
+        return None
+    n = auto_axes()[names[0]]
+    return names[0] if n > 1 and t > 1 and t % n == 0 and s % n == 0 else None
+
+
+def ring(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B K S h"],
+    v: Float[Array, "B K S h"],
+    seen: Seen,
+    policy: Policy,
+    scale: float,
+    softcap: float | None,
+    axis: str,
+) -> Float[Array, "B T H h"]:
+    """See `ops.attention`; T and S are cut along the mesh axis `axis`."""
+    b, t, heads, width = q.shape
+    compute = jnp.dtype(policy.compute)
+    grouped = q.reshape(b, t, k.shape[1], heads // k.shape[1], width).transpose(0, 2, 3, 1, 4)
+    out = _ring(grouped.astype(compute), k.astype(compute), v.astype(compute), seen, scale, softcap, axis)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, heads, width).astype(policy.stream)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _ring(
+    q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str
+) -> Float[Array, "B K G T h"]:
+    return _save(q, k, v, seen, scale, softcap, axis)[0]
+
+
+def _save(
+    q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str
+) -> tuple[Array, Any]:
+    rows, keys = P(None, None, None, axis), P(None, None, axis)
+    run = functools.partial(_forward, scale=scale, softcap=softcap, axis=axis)
+    out, log_total = _on(axis, run, (rows, keys, keys, _places(seen, axis)), (rows, rows))(q, k, v, seen)
+    return out, (q, k, v, seen, out, log_total)
+
+
+def _pull(scale: float, softcap: float | None, axis: str, saved: Any, g: Array) -> tuple[Any, ...]:
+    rows, keys = P(None, None, None, axis), P(None, None, axis)
+    run = functools.partial(_backward, scale=scale, softcap=softcap, axis=axis)
+    specs = (rows, keys, keys, _places(saved[3], axis), rows, rows, rows)
+    return *_on(axis, run, specs, (rows, keys, keys))(*saved, g), None
+
+
+_ring.defvjp(_save, _pull)
+
+
+def _on(axis: str, run: Callable[..., Any], given: Any, returned: Any) -> Callable[..., Any]:
+    return jax.shard_map(run, in_specs=given, out_specs=returned, axis_names={axis}, check_vma=False)
+
+
+def _places(seen: Seen, axis: str) -> Seen:
+    """How the arrays of `seen` are cut."""
+    row = lambda a: None if a is None else P(None, axis)
+    segments = None if seen.segments is None else (P(None, axis), P(None, axis))
+    window = None if seen.window is None else P()
+    return Seen(row(seen.query), segments, row(seen.valid), window, None, seen.causal)
+
+
+# --------------------------------------------------------------------------------------------------- on each device
+
+
+class _Own:
+    """What a device knows about its own queries, and which it tells of the keys that visit it."""
+
+    def __init__(self, q: Array, k: Array, v: Array, seen: Seen, axis: str) -> None:
+        self.axis, self.n, self.place = axis, jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+        self.t, self.s = q.shape[3], k.shape[2]
+        start = (self.place * self.t).astype(jnp.int32)
+        here = start + jnp.arange(self.t, dtype=jnp.int32)[None]
+        self.query = here if seen.query is None else seen.query
+        extra, extra_keys = blockwise.missing(self.t, self.s)
+        if extra or extra_keys:
+            filled = Seen(self.query, seen.segments, seen.valid, seen.window, None, seen.causal)
+            seen = blockwise.padded(filled, q.shape[0], self.t, self.s)
+        self.seen = seen
+        keys, values = (blockwise.longer(a, extra_keys, 2) for a in (k, v))
+        self.visitor = keys, values, None if seen.segments is None else seen.segments[1], seen.valid
+
+    def rows(self, a: Array) -> Array:
+        """Queries, or what belongs to them, in whole blocks."""
+        return blockwise.longer(a, blockwise.missing(self.t, self.s)[0], 3)
+
+    def step(self, tree: Any) -> Any:
+        """One device further."""
+        return jax.tree.map(lambda a: jax.lax.ppermute(a, self.axis, [(i, (i + 1) % self.n) for i in range(self.n)]), tree)
+
+    def of(self, visitor: Any, steps: Any) -> Seen:
+        """Which of the keys that came from so many devices before this one the queries see."""
+        first = (self.place - steps) % self.n * self.s
+        query = blockwise.longer(self.query, blockwise.missing(self.t, self.s)[0], 1) - first.astype(jnp.int32)
+        segments = None if self.seen.segments is None else (self.seen.segments[0], visitor[2])
+        return Seen(query, segments, visitor[3], self.seen.window, None, self.seen.causal)
+
+    def sees(self, seen: Seen) -> Array:
+        """Whether any query can see any of these keys, by their distance."""
+        query = seen.query[:, : self.t]
+        low, high, any_key = jnp.min(query), jnp.max(query), jnp.ones((), jnp.bool_)
+        if seen.causal:
+            any_key &= high >= 0
+        if seen.window is not None:
+            any_key &= (low - (self.s - 1) < seen.window) & (-high < seen.window)
+        return any_key
+
+
+def _forward(
+    q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str
+) -> tuple[Array, Array]:
+    own = _Own(q, k, v, seen, axis)
+    queries = own.rows(q)
+
+    def part(visitor: Any, seen: Seen) -> tuple[Array, Array]:
+        return blockwise.forward(queries, visitor[0], visitor[1], seen, scale, softcap)
+
+    def visit(carry: tuple[Any, tuple[Array, Array]], steps: Array) -> tuple[tuple[Any, tuple[Array, Array]], None]:
+        visitor, found = carry
+        visitor = own.step(visitor)
+        seen = own.of(visitor, steps)
+        add = lambda found: _together(found, part(visitor, seen))
+        return (visitor, jax.lax.cond(own.sees(seen), add, lambda found: found, found)), None
+
+    start = own.visitor, part(own.visitor, own.of(own.visitor, 0))
+    (_, (out, log_total)), _ = jax.lax.scan(visit, start, jnp.arange(1, own.n, dtype=jnp.int32))
+    return out[:, :, :, : own.t], log_total[:, :, :, : own.t]
+
+
+def _together(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The results over two sets of keys as that over both."""
+    top = jnp.maximum(one[1], other[1])
+    first, second = jnp.exp(one[1] - top), jnp.exp(other[1] - top)
+    total = first + second
+    return (one[0] * first[..., None] + other[0] * second[..., None]) / total[..., None], top + jnp.log(total)
+
+
+def _backward(
+    *arrays: Any, scale: float, softcap: float | None, axis: str
+) -> tuple[Array, Array, Array]:
+    q, k, v, seen, out, log_total, g = arrays
+    own = _Own(q, k, v, seen, axis)
+    queries, out, log_total, g = (own.rows(a) for a in (q, out, log_total, g))
+
+    def part(visitor: Any, seen: Seen) -> tuple[Array, Array, Array]:
+        return blockwise.backward(queries, visitor[0], visitor[1], seen, out, log_total, g, scale, softcap)
+
+    def visit(carry: tuple[Any, Any, Array], steps: Array) -> tuple[tuple[Any, Any, Array], None]:
+        visitor, gradient, dq = carry
+        visitor = own.step(visitor)
+        seen = own.of(visitor, steps)
+
+        def add(gradient: tuple[Array, Array], dq: Array) -> tuple[tuple[Array, Array], Array]:
+            dq_part, *of_keys = part(visitor, seen)
+            return (gradient[0] + of_keys[0], gradient[1] + of_keys[1]), dq + dq_part
+
+        gradient, dq = jax.lax.cond(own.sees(seen), add, lambda *kept: kept, gradient, dq)
+        return (visitor, own.step(gradient), dq), None  # one step behind its keys, so that the last step brings it home
+
+    dq, dk, dv = part(own.visitor, own.of(own.visitor, 0))
+    start = own.visitor, (jnp.zeros_like(dk), jnp.zeros_like(dv)), dq
+    (_, home, dq), _ = jax.lax.scan(visit, start, jnp.arange(1, own.n, dtype=jnp.int32))
+    dk, dv = dk + home[0], dv + home[1]
+    return dq[:, :, :, : own.t].astype(q.dtype), dk[:, :, : own.s].astype(k.dtype), dv[:, :, : own.s].astype(v.dtype)

@@ -1,0 +1,39 @@
+"""A training step compiled for a mesh whose devices need not be here, and without any of its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import optax
+
+from jaxmodel import sharding, train
+from jaxmodel.models import Model
+
+
+def compile_step(
+    model: Model,
+    loss: train.Loss,
+    optimizer: optax.GradientTransformation,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: jax.sharding.Mesh,
+) -> jax.stages.Compiled:
+    """The program of `train.make_step` as `fit` compiles it: the state placed by the model's rules and donated.
+
+    Args:
+      model: what is trained.
+      loss: see `jaxmodel.train.losses`.
+      optimizer: any optax transformation.
+      batch: shapes of a whole batch, rows first.
+      mesh: of any devices, those of `topology` too.
+
+    Raises:
+      InputError: a mesh that does not fit the model.
+    """
+    state = jax.eval_shape(lambda key: train.init_state(model.init(key), optimizer), jax.random.key(0))
+    places = train.state_shardings(state, model.rules, mesh)
+    rows = jax.NamedSharding(mesh, jax.P(tuple(name for name in sharding.BATCH_AXES if name in mesh.shape)))
+    placed = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+    step = jax.jit(train.make_step(model, loss, optimizer), donate_argnums=0, out_shardings=(places, None))
+    with jax.set_mesh(mesh):
+        return step.lower(jax.tree.map(placed, state, places), {name: placed(a, rows) for name, a in batch.items()}).compile()

@@ -1,0 +1,248 @@
+"""Optimisers by name, from optax, and Adam with moments of 8 bits.
+
+`optimizer(name, rate)` is an optax transformation as any other: chain what you like in front of it or behind. A new one is a
+function in `_MAKERS`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.leaves import QTensor
+from jaxmodel.train.quantized import by_layer
+from jaxmodel.train.rounding import curved, group_of, straight
+
+SMALLEST = 4096
+"""Leaves with fewer elements keep moments in float32: norms and biases, of which a step is cheap and an error dear."""
+BY_ADAM = r"(.*/)?[^/]*(embed|positions|head|tokens)[^/]*"
+"""Matrices that Muon leaves to Adam, as its authors do: tables and the last layer, and whatever is no matrix."""
+
+type Rate = float | optax.Schedule
+type Mask = Callable[[Any], Any]
+
+
+def optimizer(
+    name: str,
+    rate: Rate,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Mask | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """An optimiser by name, with decoupled decay `w <- w - rate (u + weight_decay w)`.
+
+    - "adamw" (Loshchilov & Hutter, 2019); "adamw8", the same with moments of 8 bits;
+    - "sgd" with momentum b1, not dampened (b1 = 0 for none);
+    - "lion" (Chen et al., 2023): a third to a tenth of Adam's rate, and as much more decay;
+    - "adafactor" (Shazeer & Stern, 2018): second moments by rows and columns, steps relative to the size of the weights;
+    - "muon" (Jordan et al., 2024): each layer's matrix of momentum (0.95) made orthogonal and scaled to the size of Adam's steps
+      (Liu et al., 2025); `BY_ADAM` and what is no matrix by AdamW.
+
+    Args:
+      name: one of them.
+      rate: the learning rate, or a schedule of it.
+      b1: decay of the mean of gradients.
+      b2: decay of the mean of squared gradients; of lion, of its momentum.
+      eps: what is added to the root of the second moment.
+      weight_decay: its factor.
+      mask: tree -> tree of bool, which leaves decay; None for all.
+      seed: of the rounding of "adamw8".
+
+    Raises:
+      InputError: an unknown name.
+
+    >>> params = {"w": jnp.array([1.0, -2.0])}
+    >>> sgd = optimizer("sgd", 0.1, weight_decay=0.5)
+    >>> updates, _ = sgd.update({"w": jnp.array([1.0, 0.0])}, sgd.init(params), params)
+    >>> updates["w"].tolist()  # -0.1 (g + 0.5 w)
+    [-0.15000000596046448, 0.10000000149011612]
+    """
+    if name not in _MAKERS:
+        raise unknown("optimizer", name, _MAKERS)
+    return _MAKERS[name](rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, seed=seed)
+
+
+def names() -> list[str]:
+    """The names that `optimizer` knows."""
+    return list(_MAKERS)
+
+
+# ------------------------------------------------------------------------------------------------------------ Adam in 8 bits
+
+
+class Adam8State(NamedTuple):
+    """Of `scale_by_adam8`; a moment is a `QTensor`, of a small leaf an array."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam8(
+    b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, *, group: int | None = None, smallest: int = SMALLEST, seed: int = 0
+) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba, 2015) whose moments take a byte each, with a scale for each block (Dettmers et al., 2022).
+
+    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `u = m' / (sqrt(v') + eps)` with the moments corrected for their start
+    at zero. The first is stored by its square root, the second by its fourth root, so that small values keep apart from zero, and
+    both are rounded at random with an exact mean: the second moves by `1 - b2` of itself in a step, less than any 8-bit grid has.
+    No update is larger than gradients could have made it without rounding, by the inequality of Cauchy and Schwarz.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second.
+      eps: what is added to the root.
+      group: length of a block along the last axis; None for 128, 64 or 32, the longest that divides it.
+      smallest: leaves of fewer elements, vectors, and those whose last axis no block divides have moments in float32.
+      seed: of the rounding.
+
+    >>> params = {"w": jnp.ones((64, 128)), "bias": jnp.ones(64)}
+    >>> state = scale_by_adam8().init(params)
+    >>> state.mu["w"].bits_per_weight, state.mu["bias"].dtype  # 8 of codes, 32 / 128 of scales
+    (8.25, dtype('float32'))
+    """
+    groups = (group,) if group is not None else ()
+    if group is not None and group < 1:
+        raise InputError(f"group: {group} given; allowed: at least 1")
+    limit = _largest_update(b1, b2)
+
+    def block(leaf: Any) -> int | None:
+        if len(leaf.shape) < 2 or leaf.size < smallest:
+            return None
+        return group_of(leaf.shape[-1], groups) if groups else group_of(leaf.shape[-1])
+
+    def zeros(leaf: Any, second: bool) -> Any:
+        size = block(leaf)
+        if size is None:
+            return jnp.zeros(leaf.shape, jnp.float32)
+        scale = jnp.zeros((*leaf.shape[:-1], leaf.shape[-1] // size), jnp.float32)
+        codes = jnp.zeros(leaf.shape, jnp.uint8 if second else jnp.int8)
+        return QTensor(codes, scale, scale + 0 if second else None)
+
+    def init(params: Any) -> Adam8State:
+        return Adam8State(
+            jnp.zeros((), jnp.int32),
+            jax.tree.map(lambda p: zeros(p, False), params),
+            jax.tree.map(lambda p: zeros(p, True), params),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Adam8State]:
+        count = state.count + jnp.int32(1)
+        t = count.astype(jnp.float32)
+        first, second = 1 - jnp.float32(b1) ** t, 1 - jnp.float32(b2) ** t
+        key = jax.random.fold_in(jax.random.key(seed), count)
+
+        def wide(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
+            g = g.astype(jnp.float32)
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            return m, v, (m / first) / (jnp.sqrt(v / second) + eps)
+
+        def narrow(g: Array, mu: QTensor, nu: QTensor, key: Array) -> tuple[Array, QTensor, QTensor]:
+            m, v, u = wide(g, straight(mu, 2), straight(nu, 4))
+            size = g.shape[-1] // mu.groups
+            keys = [jax.random.fold_in(key, i) for i in (0, 1)]
+            u = jnp.clip(u, -limit, limit).astype(g.dtype)
+            return u, curved(m, size, 2, True, keys[0]), curved(v, size, 4, False, keys[1])
+
+        found = []
+        leaves, places = jax.tree.flatten(updates)
+        moments = zip(leaves, places.flatten_up_to(state.mu), places.flatten_up_to(state.nu), strict=True)
+        for i, (g, mu, nu) in enumerate(moments):
+            if isinstance(mu, QTensor):
+                found.append(by_layer(narrow, jax.random.fold_in(key, i), (g, mu, nu)))
+            else:
+                m, v, u = wide(g, mu, nu)
+                found.append((u.astype(g.dtype), m, v))
+        new, mu, nu = (places.unflatten([each[i] for each in found]) for i in range(3))
+        return new, Adam8State(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _largest_update(b1: float, b2: float) -> float:
+    """The largest |m| / sqrt(v) that any gradients lead to: `(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))`, at least 1."""
+    if not b1 * b1 < b2 < 1:
+        return math.inf
+    return max(1.0, (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ by name
+
+
+def _decoupled(direction: optax.GradientTransformation, rate: Rate, weight_decay: float, mask: Mask | None) -> Any:
+    """`-rate (u + weight_decay w)`."""
+    decay = (decayed(weight_decay, mask),) if weight_decay else ()
+    return optax.chain(direction, *decay, optax.scale_by_learning_rate(rate))
+
+
+def decayed(weight_decay: float, mask: Mask | None = None) -> optax.GradientTransformation:
+    """`u + weight_decay w` in the dtype of u; `optax.add_decayed_weights` would make bfloat16 updates float32."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        chosen = jax.tree.map(lambda _: True, updates) if mask is None else mask(params)
+        add = lambda u, w, yes: (u.astype(jnp.float32) + weight_decay * w.astype(jnp.float32)).astype(u.dtype) if yes else u
+        return jax.tree.map(add, updates, params, chosen), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _adamw(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    return _decoupled(optax.scale_by_adam(b1, b2, eps), rate, weight_decay, mask)
+
+
+def _adamw8(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, seed: int, **_: Any) -> Any:
+    return _decoupled(scale_by_adam8(b1, b2, eps, seed=seed), rate, weight_decay, mask)
+
+
+def _sgd(rate: Rate, *, b1: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    return _decoupled(optax.trace(b1) if b1 else optax.identity(), rate, weight_decay, mask)
+
+
+def _lion(rate: Rate, *, b1: float, b2: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    return _decoupled(optax.scale_by_lion(b1, b2), rate, weight_decay, mask)
+
+
+def _adafactor(rate: Rate, *, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    return _decoupled(optax.chain(optax.adafactor(None), optax.scale(-1.0)), rate, weight_decay, mask)
+
+
+def _muon(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    settings: dict[str, Any] = {"adam_b1": b1, "adam_b2": b2, "eps": eps, "consistent_rms": 0.2}
+    steps = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_matrices, **settings)
+    return _decoupled(optax.chain(steps, optax.scale(-1.0)), rate, weight_decay, mask)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of a leaf are a layer's matrix `[out, in]`, None for what Adam takes."""
+
+    def axes(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # Adam has it
+            return leaf
+        if len(tree.layer_shape(path, leaf)) != 2 or re.fullmatch(BY_ADAM, path):
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
+
+    return tree.map_leaves(axes, params)
+
+
+_MAKERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adamw8": _adamw8,
+    "sgd": _sgd,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}

@@ -1,0 +1,109 @@
+"""Training whose weights are `QTensor` leaves, without a float copy of them.
+
+The parts are those of any run. The gradient of a compressed leaf comes from a probe, in bfloat16 (`gradients.value_and_grad`);
+the optimiser is shown what the leaf stands for (`dense`), so that any will do; its update is added a layer at a time and rounded
+to codes at random, with an exact mean (`apply_updates`). All that a run has to say is that such leaves train:
+
+    params = quantize_weights(params, [(".*(norm/.*|_bias)|positions", None), (".*", 8)])
+    state = init_state(params, optimizer("adamw8", 1e-3), trainable=[(".*", True)])
+
+A weight then takes 1 byte of codes, 2 of 8-bit moments, a tenth of scales, and while a step runs 2 of its gradient: 5 where
+float32 Adam takes 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import Compressed, QTensor, decode
+from jaxmodel.sharding import auto_axes
+from jaxmodel.train.rounding import moved, rounded
+
+
+def quantize_weights(params: tree.Params, rules: tree.Rules, group: int | None = None) -> tree.Params:
+    """The tree with leaves as codes to train on, each weight rounded to the nearest.
+
+    Args:
+      params: of plain arrays.
+      rules: path -> bits, 2 to 8, or None for leaves that stay as they are.
+      group: weights of a row that share a scale; None for 128, 64 or 32 where they divide a row, else one scale a row.
+
+    Raises:
+      InputError: bits that are not allowed, or a leaf that is no plain matrix.
+
+    >>> import jax.numpy as jnp
+    >>> params = quantize_weights({"up": jnp.ones((256, 64)), "up_bias": jnp.zeros(256)}, [(".*_bias", None), (".*", 8)])
+    >>> params["up"].shape, params["up"].packed.dtype, params["up"].scale.shape
+    ((256, 64), dtype('int8'), (256, 1))
+    """
+    params, bits = tree.match(rules, params)
+
+    def one(path: str, leaf: Any) -> Any:
+        if bits[path] is None:
+            return leaf
+        if not isinstance(bits[path], int) or not 2 <= bits[path] <= 8:
+            raise InputError(f"bits: {bits[path]!r} given for {path!r}; allowed: 2 to 8, or None")
+        if isinstance(leaf, Compressed) or len(tree.layer_shape(path, leaf)) < 2:
+            raise InputError(f"rules: the leaf {path!r} of shape {leaf.shape} is no plain matrix; give it None")
+        return jax.jit(rounded, static_argnums=(1, 2))(leaf, group, bits[path])
+
+    return tree.map_leaves(one, params)
+
+
+def dense(params: Any) -> Any:
+    """A tree with the arrays that its compressed leaves stand for, as an optimiser wants to see it. Under jit what is not used is
+    not made."""
+    return jax.tree.map(decode, params, is_leaf=_is_compressed)
+
+
+def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Params:
+    """`optax.apply_updates` where leaves may be compressed: their new codes are rounded at random.
+
+    Args:
+      params: what trains.
+      updates: arrays of the leaves' shapes.
+      key: of this step.
+
+    Raises:
+      InputError: a compressed leaf that cannot be trained.
+    """
+    leaves, places = jax.tree.flatten(params, is_leaf=_is_compressed)
+    if not any(map(_is_compressed, leaves)):
+        return optax.apply_updates(params, updates)  # pyright: ignore[reportReturnType]
+    new = []
+    for i, (leaf, update) in enumerate(zip(leaves, places.flatten_up_to(updates), strict=True)):
+        if not _is_compressed(leaf):
+            new.append(optax.apply_updates(leaf, update))
+            continue
+        if not isinstance(leaf, QTensor):
+            raise InputError(f"trainable: a {type(leaf).__name__} leaf has no rounding to train with; allowed: arrays, QTensor")
+        new += by_layer(lambda *args: (moved(*args),), jax.random.fold_in(key, i), (leaf,), update)
+    return jax.tree.unflatten(places, new)
+
+
+def by_layer[T: tuple[Any, ...]](function: Callable[..., T], key: jax.Array, arrays: T, *others: Any) -> T:
+    """`function(*arrays, *others, key)`, which gives the arrays anew, for each entry of their first axis if they have three axes
+    or more.
+
+    They are then written in place, where a step may: what is needed beside them is that of one layer. Not where a mesh cuts the
+    layers into stages.
+    """
+    if len(arrays[0].shape) < 3 or auto_axes().get("pipeline", 1) > 1:
+        return function(*arrays, *others, key)
+
+    def body(i: jax.Array, arrays: T) -> T:
+        here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (*arrays, *others))
+        new = function(*here, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), arrays, new)
+
+    return jax.lax.fori_loop(0, arrays[0].shape[0], body, arrays)
+
+
+def _is_compressed(node: Any) -> bool:
+    return isinstance(node, Compressed)

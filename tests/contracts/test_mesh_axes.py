@@ -1,0 +1,111 @@
+"""Every axis of a mesh, alone and with others, gives the loss and the gradients of one device; the model is the same.
+
+This file runs itself once, in a process of its own with eight simulated devices, as tests/contracts/test_devices.py does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import traceback
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, sharding, train
+from jaxmodel.models import gpt2, llama
+
+B, T = 8, 16
+SIZES = {"depth": 4, "init_scale": 0.1}
+MODELS = {
+    "gpt2": (gpt2, dataclasses.replace(gpt2.SIZES["tiny"], **SIZES)),
+    "gemma": (llama, dataclasses.replace(llama.SIZES["tiny-gemma"], **SIZES)),
+    "moe": (llama, dataclasses.replace(llama.SIZES["tiny-moe"], **SIZES)),
+    "unbalanced moe": (llama, dataclasses.replace(llama.SIZES["tiny-moe"], balance=0.0, **SIZES)),
+}
+MESHES = {
+    "gpt2": [
+        *("data=2", "data=4", "data=8", "fsdp=8", "tensor=4", "sequence=8", "pipeline=4"),
+        *("data=2,fsdp=2,tensor=2", "fsdp=2,sequence=4", "pipeline=2,fsdp=2,tensor=2"),
+    ],
+    "gemma": ["pipeline=2,sequence=2,tensor=2"],
+    "moe": ["expert=4"],
+    "unbalanced moe": ["pipeline=2,expert=2,fsdp=2"],  # each micro-batch has a balance of its own
+}
+
+
+@functools.cache
+def case(name: str):
+    """The model on one device, parameters, a packed batch, and the loss and gradients on one device."""
+    module, config = MODELS[name]
+    model = module.model(config)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, config.vocab, (B, T + 1)), jnp.int32)
+    ends = rng.integers(3, T - 2, (B, 1))
+    segments = jnp.asarray(1 + (np.arange(T)[None] >= ends) - 3 * (np.arange(T)[None] >= T - ends % 3), jnp.int32).clip(0)
+    weights = (segments > 0).astype(jnp.float32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "weights": weights}
+    params = jax.jit(model.init)(jax.random.key(0))
+    return module, config, params, batch, of_model(model)(params, batch)
+
+
+def of_model(model):
+    """params, batch -> (loss, gradients), jitted."""
+    return jax.jit(lambda params, batch: jax.value_and_grad(lambda p: train.next_token(model, p, batch)[0])(params))
+
+
+def close(got, want, tolerance: float) -> None:
+    largest = max(np.abs(a).max() for a in jax.tree.leaves(want))  # some have no gradient but rounding: a bias of all keys
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error} of the largest apart, allowed: {tolerance}"
+
+
+def check(name: str, shape: str) -> None:
+    module, config, params, batch, (loss, grads) = case(name)
+    mesh = sharding.make_mesh(shape)
+    micro = 4 if "pipeline=2" in shape else 0
+    placed = module.model(config, ops.Policy(axes=ops.MESH_AXES, microbatches=micro))
+    rows = NamedSharding(mesh, P(tuple(axis for axis in sharding.BATCH_AXES if axis in mesh.shape)))
+    with jax.set_mesh(mesh):
+        got = of_model(placed)(sharding.place(placed.rules, params, mesh), jax.device_put(batch, rows))
+    error = abs(float(got[0]) - float(loss)) / float(loss)
+    assert error <= 1e-5, f"{error} of the loss apart, allowed: 1e-5"
+    close(got[1], grads, 1e-4)
+
+
+CHECKS = [(name, shape) for name, shapes in MESHES.items() for shape in shapes]
+
+
+def run_all() -> dict[str, str]:
+    """Each model and mesh and how it failed, "" if it did not."""
+    found = {}
+    for name, shape in CHECKS:
+        try:
+            check(name, shape)
+            found[f"{name} {shape}"] = ""
+        except Exception:
+            found[f"{name} {shape}"] = traceback.format_exc()
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcome(devices8):
+    return json.loads(devices8(Path(__file__)).splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "shape"), CHECKS)
+def test_equals_one_device(name, shape, outcome):
+    if failed := outcome[f"{name} {shape}"]:
+        pytest.fail(failed, pytrace=False)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_all()))

@@ -1,0 +1,156 @@
+"""Adapters change nothing at first, train alone on weights of any kind, and are merged as they are computed; new heads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import data, ops, train, tree
+from jaxmodel.compress import Rtn
+from jaxmodel.errors import InputError
+from jaxmodel.leaves import Adapted, QTensor, Sparse, decode
+from jaxmodel.models import gpt2, vit
+from jaxmodel.train.adapters import ADAPTERS, LoRA, lora, merge_adapters, transplant
+
+MODEL = gpt2.model(gpt2.SIZES["tiny"])
+RULES = [("blocks/.*/(q|v|up)", LoRA(4, 12.0)), (".*", None)]
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8)), jnp.int32)
+STREAM = data.Stream(data.windows(np.random.default_rng(0).integers(0, 16, 1000), 17, stride=16), 8, seed=1)
+BASES = {
+    "float": lambda w: w,
+    "int4": Rtn(bits=4, group=32),
+    "sparse": lambda w: Sparse.from_dense(w, jnp.abs(w) > 0.01),
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(MODEL.init)(jax.random.key(0))
+
+
+def based(params, kind):
+    return tree.map_leaves(lambda path, leaf: BASES[kind](leaf) if path.endswith(("/q", "/v", "/up")) else leaf, params)
+
+
+def stirred(params):
+    """Adapters that do something."""
+    rng = np.random.default_rng(1)
+    return tree.map_leaves(
+        lambda path, a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32) if path.endswith("_lora/up") else a, params
+    )
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_only_adapters_train_on_a_base_of_any_kind(kind, params):
+    model, start = lora(MODEL, based(params, kind), RULES, jax.random.key(1))
+    chex.assert_trees_all_equal(model.apply(start, TOKENS).logits, MODEL.apply(based(params, kind), TOKENS).logits)
+    config = train.TrainConfig(steps=12, learning_rate=1e-2, warmup=1, log_every=1, trainable=ADAPTERS)
+    state, history = train.fit(model, STREAM, config, params=start)
+    assert history[-1]["loss"] < history[0]["loss"] - 0.05
+    before, after = tree.flatten(start), tree.flatten(state.params)
+    assert before.keys() == after.keys()
+    for path in before:
+        same = all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before[path], after[path])), strict=True))
+        assert same != path.endswith(("_lora/down", "_lora/up")), path
+    moments = {path for path in tree.flatten(state.opt_state[1][0].mu)}
+    assert all("_lora/" in path for path in moments) and len(moments) == 6
+
+
+def test_gradients_are_those_of_the_sum_written_out(params):
+    model, start = lora(MODEL, params, RULES, jax.random.key(1))
+    start = stirred(start)
+    batch = jax.device_put(STREAM.batch(0))
+    trains, frozen = tree.partition(start, ADAPTERS)
+
+    def written_out(trains):
+        whole = tree.flatten(tree.combine(trains, frozen))
+        for path in [path for path in whole if f"{path}_lora/up" in whole]:
+            down, up = whole[f"{path}_lora/down"], whole[f"{path}_lora/up"]
+            whole[path] = whole[path] + 3.0 * jnp.einsum("lor,lri->loi", up, down, precision="highest")  # 12 / 4
+        plain = tree.unflatten({path: leaf for path, leaf in whole.items() if "_lora" not in path})
+        return train.next_token(MODEL, plain, batch)[0]
+
+    want = jax.value_and_grad(written_out)(trains)
+    got = jax.value_and_grad(lambda trains: train.next_token(model, tree.combine(trains, frozen), batch)[0])(trains)
+    chex.assert_trees_all_close(got, want, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["float", "int4"])
+def test_merged_is_what_is_computed_in_float32(kind, params):
+    model, start = lora(MODEL, based(params, kind), RULES, jax.random.key(1))
+    start = stirred(start)
+    plain, how = merge_adapters(start)
+    assert set(how.values()) == {"exact" if kind == "float" else "decoded"} and len(how) == 3
+    assert tree.flatten(plain).keys() == tree.flatten(params).keys()
+    leaves, flat = tree.flatten(start), tree.flatten(plain)
+    for path in how:
+        product = jnp.matmul(leaves[f"{path}_lora/up"], leaves[f"{path}_lora/down"], precision="highest")
+        np.testing.assert_array_equal(flat[path], jax.jit(lambda w, p: w + jnp.float32(3) * p)(decode(leaves[path]), product))
+    chex.assert_trees_all_close(MODEL.apply(plain, TOKENS).logits, model.apply(start, TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compressed_base_is_requantized_when_asked(params):
+    _, start = lora(MODEL, based(params, "int4"), RULES, jax.random.key(1))
+    plain, how = merge_adapters(stirred(start), Rtn(bits=4, group=32))
+    leaf = plain["blocks"]["0-2"]["attn"]["q"]
+    assert set(how.values()) == {"requantized"} and isinstance(leaf, QTensor) and leaf.bits == 4
+    exact = merge_adapters(stirred(start))[0]["blocks"]["0-2"]["attn"]["q"]
+    chex.assert_trees_all_equal(leaf, Rtn(bits=4, group=32)(exact))
+
+
+def test_rules_may_tell_layers_apart_and_the_stack_does_not_matter(params):
+    rules = [("blocks/1/.*/q", LoRA(2)), ("blocks/.*/q", LoRA(3)), (".*", None)]
+    model, start = lora(MODEL, params, rules, jax.random.key(1))
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(start).items() if path.endswith("q_lora/down")}
+    assert list(shapes.values()) == [(3, 32), (2, 32), (3, 32)]
+    chex.assert_trees_all_close(model.apply(start, TOKENS).logits, MODEL.apply(params, TOKENS).logits, rtol=1e-4, atol=1e-5)
+    whole = lora(MODEL, params, RULES, jax.random.key(1))[1]
+    single = lora(MODEL, tree.unstack(params), RULES, jax.random.key(1))[1]
+    chex.assert_trees_all_equal(tree.unstack(whole), single)
+
+
+def test_the_wrapped_model_is_one_object_with_rules_for_adapters(params):
+    model, start = lora(MODEL, params, RULES, jax.random.key(1))
+    assert lora(MODEL, params, RULES, jax.random.key(2))[0] is model
+    half = model.with_policy(ops.Policy(compute="bfloat16"))
+    for one in (model, half):
+        assert tree.assign(one.rules, start)["blocks/0/attn/q_lora/down"] == jax.P()
+        assert one.apply(stirred(start), TOKENS).logits.shape == (2, 8, 256)
+
+
+def test_an_embedding_may_have_an_adapter():
+    rng = np.random.default_rng(0)
+    table, down, up = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((9, 6), (2, 6), (9, 2)))
+    leaf = Adapted(table, down, up, jnp.float32(0.5))
+    ids = jnp.asarray([[1, 8, 3]], jnp.int32)
+    np.testing.assert_allclose(ops.take(leaf, ids), ops.take(leaf.decode(), ids), rtol=1e-5, atol=1e-6)
+
+
+def test_bad_rules_are_refused(params):
+    with pytest.raises(InputError, match="given for 'embed' of shape .256, 32.; allowed: a LoRA for a matrix, or None"):
+        lora(MODEL, params, [("embed", 8), (".*", None)], jax.random.key(0))
+    with pytest.raises(InputError, match="'norm/bias' of shape"):
+        lora(MODEL, params, [("norm/bias", LoRA(2)), (".*", None)], jax.random.key(0))
+    with pytest.raises(InputError, match="rank: 0 given"):
+        LoRA(0)
+
+
+def test_a_new_head_on_a_trained_body_trains_alone():
+    config = dataclasses.replace(vit.SIZES["tiny"], labels=("cat", "dog"))
+    trained = vit.model(config).init(jax.random.key(0))
+    other = vit.model(dataclasses.replace(config, labels=("oak", "fir", "elm")))
+    params, left = transplant(other.init(jax.random.key(1)), trained)
+    assert left == ["head/classes", "head/classes_bias"]
+    flat = tree.flatten(params)
+    for path, leaf in tree.flatten(trained).items():
+        if path not in left:
+            np.testing.assert_array_equal(flat[path], leaf)
+    trains, frozen = tree.partition(params, [*((path, True) for path in left), (".*", False)])
+    assert set(tree.flatten(trains)) == set(left) and set(tree.flatten(frozen)).isdisjoint(left)
+    with pytest.raises(InputError, match="none of its leaves has the path and shape"):
+        transplant(params, {"other": jnp.zeros(3)})
