@@ -25,7 +25,8 @@ from jaxmodel.train import losses
 LABELS, KEPT_APART, BATCH, SMOOTHING = 200, 5000, 64, 0.1
 MODEL = lenet.model(lenet.Config((8, 16), (64,)))
 PREDICT = jax.jit(predict_fn(MODEL, "logits"))
-AUGMENT = augment.parse("rand_augment(2, 5, translate=0.1)")
+MOVES = ("identity", "rotate", "shear_x", "shear_y", "translate_x", "translate_y")  # what a digit stays the same under
+AUGMENT = augment.RandAugment(2, 5, MOVES, translate=0.1)
 
 
 def parts(images: Mapping[str, np.ndarray], seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -29,7 +29,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     steps = epochs * stream.count // BATCH
     model = cnn.model(cnn.SIZES["mnist"])
     config = train.TrainConfig(steps=steps, learning_rate=RATE, warmup=200, weight_decay=0.01, beta2=0.99, seed=seed)
-    optimizer = train.adamw(config)
+    optimizer = train.make_optimizer(config)
 
     began, used = time.perf_counter(), time.process_time()
     step = jax.jit(train.make_step(model, train.classification, optimizer, seed=seed), donate_argnums=0)

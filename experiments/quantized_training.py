@@ -1,4 +1,4 @@
-"""Training in few bytes: weights that are int8 codes, moments of 8 bits, and gradients exchanged as int8.
+"""Training in few bytes: weights that are int8 codes, and moments of 8 bits, against AdamW in float32: memory and loss.
 
 A GPT on the bytes of `english_train` (block 64, batch 12, AdamW at a peak rate of 1e-3, clipped at 1), trained three ways:
 float32 AdamW; the same weights with moments of 8 bits; and weights that are `QTensor` leaves, rounded at random, without a float

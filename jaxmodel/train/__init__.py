@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxmodel.train import losses
     from jaxmodel.train.adapters import ADAPTERS, LoRA, lora, merge_adapters, transplant, with_adapters
     from jaxmodel.train.checkpoint import Checkpoints, Keep, fingerprint
-    from jaxmodel.train.config import TrainConfig, adamw, make_optimizer
+    from jaxmodel.train.config import TrainConfig, make_optimizer
     from jaxmodel.train.dictionary import count_active, revive, unit_dictionary
     from jaxmodel.train.exchange import Exchange
     from jaxmodel.train.faults import Watchdog, stop_signals
@@ -71,7 +71,6 @@ _HOMES = {
     "TrainState": "state",
     "Watchdog": "faults",
     "accumulated": "gradients",
-    "adamw": "config",
     "autoencoder": "losses",
     "averaged": "state",
     "classification": "losses",
@@ -142,7 +141,6 @@ __all__ = [
     "TrainState",
     "Watchdog",
     "accumulated",
-    "adamw",
     "autoencoder",
     "averaged",
     "classification",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import optax
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least
+from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.guard import Guard
+from jaxmodel.train.optimizers import optimizer
 from jaxmodel.train.options import TrainOptions
 from jaxmodel.train.schedules import reduce_on_plateau, schedule
 
@@ -30,6 +33,10 @@ class TrainConfig(TrainOptions):
     def guard(self) -> Guard:
         """Which steps are bad."""
         return Guard(self.spike)
+
+    def made_exchange(self) -> Exchange | None:
+        """How gradients are summed over the data axis; None leaves it to XLA."""
+        return None if self.exchange == "exact" else Exchange(self.exchange, self.exchange_share)
 
     def due(self, i: int) -> set[str]:
         """What is to be done after update `i`: a "row" of the history, a "heldout" loss, to "save" the state."""
@@ -56,33 +63,36 @@ def schedule_of(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimiser that a config describes."""
-    made = adamw(config)
-    if config.schedule != "plateau":
-        return made
-    patience = config.drop_every or max(1, config.steps // 20)
-    # of the losses of single batches, so over so many that their mean is steadier than what is waited for
-    return optax.chain(made, reduce_on_plateau(config.drop, 1, window=patience, least=config.end_rate))
-
-
-def adamw(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping, warm-up and a schedule."""
-
-    def decays(params: tree.Params) -> tree.Params:
-        values = tree.assign(config.decay, params)
-
-        def value(path: str, _: Any) -> bool:
-            of_layers = {values[layer] for layer in tree.layer_paths(path)}
-            if len(of_layers) > 1:
-                raise InputError(f"decay: the layers of {path!r} differ; split the tree first (tree.match), as `fit` does")
-            return of_layers.pop()
-
-        return tree.map_leaves(value, params)
-
-    return optax.chain(
+    """The optimiser that a config describes: clipping, then the optimiser of that name with its schedule and decay by rules."""
+    chain = [
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule_of(config), b1=0.9, b2=config.beta2, weight_decay=config.weight_decay, mask=decays),
-    )
+        optimizer(
+            config.optimizer,
+            schedule_of(config),
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=functools.partial(_decays, config.decay),
+            seed=config.seed,
+        ),
+    ]
+    if config.schedule == "plateau":
+        patience = config.drop_every or max(1, config.steps // 20)
+        # of the losses of single batches, so over so many that their mean is steadier than what is waited for
+        chain.append(reduce_on_plateau(config.drop, 1, window=patience, least=config.end_rate))
+    return optax.chain(*chain)
+
+
+def _decays(rules: tree.Rules, params: tree.Params) -> tree.Params:
+    """Which leaves decay."""
+    values = tree.assign(rules, params)
+
+    def value(path: str, _: Any) -> bool:
+        of_layers = {values[layer] for layer in tree.layer_paths(path)}
+        if len(of_layers) > 1:
+            raise InputError(f"decay: the layers of {path!r} differ; split the tree first (tree.match), as `fit` does")
+        return of_layers.pop()
+
+    return tree.map_leaves(value, params)
 
 
 def split_by(config: TrainConfig, params: tree.Params) -> tree.Params:

@@ -82,12 +82,17 @@ class Exchange:
         Args:
           run: a gradient function whose metrics have `weight`, what its value is a mean over.
           rules: the model's, path -> `PartitionSpec`; gradients lie as the parameters do while they are exchanged.
+
+        Raises:
+          InputError: when called, "top_k" without a residual.
         """
 
         def whole(trains: Any, batch: Mapping[str, Any], rng: Any, residual: Any = None) -> Any:
             devices = auto_axes().get(self.axis, 1)
             if devices == 1:
                 return run(trains, batch, rng), residual
+            if self.kind == "top_k" and residual is None:
+                raise InputError("exchange: the state has no residual; make it by init_state(exchange=...), on the mesh in use")
             places = _places(trains, rules, self.axis)
             rows = jax.tree.map(lambda a: P(self.axis) if a.ndim else P(), dict(batch))
             across = jax.shard_map(

@@ -94,7 +94,7 @@ def last_layers(params: tree.Params, count: int) -> tree.Rules:
     rules: list[tuple[str, bool]] = [(tree.optional(tree.MEASURED), False), (HEAD.pattern, True)]
     for at, depth in deepest.items():
         rules += [(rf"{re.escape(at)}blocks/{i}/.*", True) for i in range(depth - count, depth)]
-    return (*rules, (tree.optional("(.*/)?norm/.*"), count > 0), (".*", False))
+    return (*rules, (tree.optional(r"(?!.*blocks/)(.*/)?norm/.*"), count > 0), (".*", False))
 
 
 def layer_rates(params: tree.Params, decay: float) -> tree.Rules:

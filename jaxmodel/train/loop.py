@@ -85,16 +85,17 @@ def fit(
     rate = schedule_of(config) if optimizer is None else None
     optimizer = optimizer or make_optimizer(config)
     supervisor = supervisor or Supervisor()
-    placed, guard = Placed(stream, mesh), config.guard()
+    placed, guard, exchange = Placed(stream, mesh), config.guard(), config.made_exchange()
 
     def start(key: jax.Array, params: tree.Params | None) -> TrainState:
         params = split_by(config, model.init(key) if params is None else params)
-        made = init_state(params, optimizer, config.trainable, average=config.average > 0, guard=guard)
+        carried: dict[str, Any] = {"average": config.average > 0, "guard": guard, "exchange": exchange}
+        made = init_state(params, optimizer, config.trainable, **carried)
         return early.init(made) if config.patience else made
 
     key, most = jax.random.key(config.seed), flops.peak(model.policy.compute)
     options: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "trainable", "average", "pipeline")}
-    options |= {"augment": augment, "guard": guard, "gradients": gradients}
+    options |= {"augment": augment, "guard": guard, "gradients": gradients, "exchange": exchange}
 
     def jitted(model: Model, accumulate: int) -> Any:
         step = make_step(model, loss, optimizer, accumulate=accumulate, **options)

@@ -191,12 +191,17 @@ def _decoupled(direction: optax.GradientTransformation, rate: Rate, weight_decay
 def decayed(weight_decay: float, mask: Mask | None = None) -> optax.GradientTransformation:
     """`u + weight_decay w` in the dtype of u; `optax.add_decayed_weights` would make bfloat16 updates float32."""
 
+    def init(params: Any) -> Any:
+        if mask is not None:
+            mask(params)  # rules that do not fit are refused now, not at the first update
+        return optax.EmptyState()
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         chosen = jax.tree.map(lambda _: True, updates) if mask is None else mask(params)
         add = lambda u, w, yes: (u.astype(jnp.float32) + weight_decay * w.astype(jnp.float32)).astype(u.dtype) if yes else u
         return jax.tree.map(add, updates, params, chosen), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(init, update)
 
 
 def _adamw(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:

@@ -12,6 +12,8 @@ class TrainOptions:
 
     steps: int = 200
     """Updates of the weights."""
+    optimizer: Literal["adamw", "adamw8", "sgd", "lion", "adafactor", "muon"] = "adamw"
+    """adamw8 keeps its moments in 8 bits."""
     learning_rate: float = 1e-3
     """At the peak of the schedule."""
     warmup: int = 20
@@ -27,15 +29,19 @@ class TrainOptions:
     drop: float = 0.1
     """What a drop of step or plateau multiplies the rate with."""
     weight_decay: float = 0.1
-    """Of AdamW; norms and biases do not decay."""
+    """How far weights are drawn to zero, times the learning rate; norms and biases are not."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
     beta2: float = 0.95
-    """Of AdamW: how slowly its mean of squared gradients moves."""
+    """How slowly the mean of squared gradients moves, of the optimisers that have one."""
     accumulate: int = 1
     """Micro-batches that each batch is cut into: the same gradient, with the memory of one of them."""
     pipeline: Literal["gpipe", "1f1b"] = "gpipe"
     """How stages of a mesh with `pipeline` work together: all forward passes first, or each backward pass as soon as it can."""
+    exchange: Literal["exact", "int8", "top_k"] = "exact"
+    """How gradients are summed over the data axis of a mesh: as they are, in 8 bits, or only the largest with error feedback."""
+    exchange_share: float = 0.01
+    """Of top_k: which share of the gradients is exchanged in a step."""
     average: float = 0.0
     """Decay of a moving average of the weights, such as 0.999, which is then judged and kept; 0 for none."""
     patience: int = 0

@@ -228,7 +228,7 @@ def _semi(term: Callable[..., _Term], augment: Augment | None, each: Each, weigh
         key = jax.random.fold_in(rng, _VIEWS)
         views, value = term(model, params, rows, key, state)
         own = _seen(augment, jax.random.fold_in(key, 2), inputs)
-        both = {name: jnp.concatenate([own[name], views[name]]) for name in own if name in views}
+        both = {name: jnp.concatenate([own[name], views[name]]) for name in own if name in views}  # else it is no input
         z = model.apply(params, both, rng=rng, train=True).logits
         labelled, (values, metrics) = z[:count], value(z[count:])
 

@@ -57,13 +57,14 @@ def make_step(
       trainable: rules, path -> bool; see `tree.partition`.
       accumulate: micro-batches that a batch is cut into, see `gradients.accumulated`.
       augment: changes the batch before it is used.
-      average: decay d of a moving average of the parameters, `a <- d a + (1 - d) p` with `d <- min(d, (1 + i) / (10 + i))` at step
-        i, kept in `state.extra["average"]` (`init_state(average=True)`); 0 for none.
+      average: decay d of a moving average of the parameters, `a <- d a + (1 - d) p` with `d <- min(d, (1 + i) / (10 + i))` at
+        step i, kept in `state.extra["average"]` (`init_state(average=True)`); 0 for none.
       guard: which steps are left out, where the state was made with one (`init_state(guard=...)`).
       gradients: makes the gradient function of the objective.
       exchange: sums the gradients over the data axis in fewer bytes, once a step; one with a memory needs a state made for it,
         `init_state(exchange=...)`.
-      pipeline: on a mesh with stages, "gpipe" (the model's own) or "1f1b" (see `train.pipeline`; it takes the place of `gradients`).
+      pipeline: on a mesh with stages, "gpipe" (the model's own) or "1f1b" (see `train.pipeline`; it takes the place of
+        `gradients`).
 
     Returns:
       The step. Its metrics are those of the loss, with `loss`, `grad_norm` and, under a guard, `bad` (1 for a step left out).
@@ -108,7 +109,7 @@ def make_step(
 
 
 def moving_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
-    """`d a + (1 - d) p` for every leaf, with `d = min(decay, (1 + step) / (10 + step))`, so that the first steps are soon forgotten."""
+    """`d a + (1 - d) p` for every leaf, `d = min(decay, (1 + step) / (10 + step))`: the first steps are soon forgotten."""
     i = step.astype(jnp.float32)
     d = jnp.minimum(jnp.float32(decay), (1 + i) / (10 + i))
     return jax.tree.map(lambda a, p: (a + (1 - d) * (p.astype(jnp.float32) - a)).astype(a.dtype), average, new)

@@ -169,7 +169,7 @@ def test_norms_and_biases_do_not_decay(name):
     shapes = tree.flatten(jax.eval_shape(module.model(config).init, jax.random.key(0)))
     params = {path: np.full(tree.layer_shape(path, a), 0.5, a.dtype) for path, a in shapes.items()}
     params = tree.unflatten({tree.layer_paths(path)[0]: leaf for path, leaf in params.items()})  # a layer of each segment
-    optimizer = train.adamw(train.TrainConfig(warmup=0, steps=10))
+    optimizer = train.make_optimizer(train.TrainConfig(warmup=0, steps=10))
     update = jax.jit(lambda p: optimizer.update(jax.tree.map(jnp.zeros_like, p), optimizer.init(p), p)[0])
     for path, moved in tree.flatten(update(params)).items():
         assert bool(np.any(moved != 0)) == (moved.ndim >= 2), path

@@ -146,6 +146,9 @@ def check_residual() -> dict:
     state, _, _ = trained(2, "data=8", TOP)
     up = state.extra["residual"]["blocks"]["0-1"]["mlp"]["up"]
     whole = np.asarray(up)
+    mesh = sharding.make_mesh("data=8")
+    with jax.set_mesh(mesh), pytest.raises(InputError, match="exchange: the state has no residual; make it by init_state"):
+        TOP(lambda *args: args, [])({}, {}, None)
     return {
         "shape": list(up.shape),
         "spec": str(up.sharding.spec[0]),

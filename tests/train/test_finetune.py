@@ -82,6 +82,16 @@ def test_what_trains():
         assert tops == ({"head", "norm"} if count else {"head"})
 
 
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_the_last_layer_is_the_only_one_that_trains(family):
+    params = jax.eval_shape(families()[family].model(CLASSIFIERS[family]).init, jax.random.key(0))
+    count = min(1, tree.depth(params["blocks"]) if "blocks" in params else 0)
+    trains = {path for path, value in tree.assign(finetune.last_layers(params, count), params).items() if value}
+    last = f"blocks/{tree.depth(params['blocks']) - 1}/" if count else "head"
+    assert all(path.startswith((last, "head", "norm/")) for path in trains)
+    assert any(path.startswith(last) for path in trains) and any(path.startswith("head") for path in trains)
+
+
 def test_statistics_never_train():
     config = CLASSIFIERS["resnet"]
     params = jax.eval_shape(families()["resnet"].model(config).init, jax.random.key(0))

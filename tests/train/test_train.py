@@ -111,7 +111,7 @@ def test_fit_learns_and_repeats_exactly():
 def test_going_on_from_a_state_is_the_run_without_a_stop(params):
     config = train.TrainConfig(steps=6, log_every=1)
     whole, history = train.fit(MODEL, STREAM, config, params=params)
-    optimizer = train.adamw(config)
+    optimizer = train.make_optimizer(config)
     state = train.init_state(params, optimizer)
     step = jax.jit(train.make_step(MODEL, train.next_token, optimizer, seed=config.seed))
     for i in range(3):
@@ -129,7 +129,7 @@ def test_a_seed_gives_other_parameters():
 
 def test_weights_decay_by_rules(params):
     config = train.TrainConfig(steps=1, warmup=0, weight_decay=0.5, learning_rate=0.1)
-    optimizer = train.adamw(config)
+    optimizer = train.make_optimizer(config)
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     for path, update in tree.flatten(updates).items():
@@ -141,7 +141,7 @@ def test_decay_may_differ_by_layer(params):
     rules = ((r"blocks/0/.*", True), (".*", False))
     config = train.TrainConfig(steps=1, warmup=0, weight_decay=0.5, learning_rate=0.1, decay=rules)
     with pytest.raises(InputError, match="the layers of 'blocks/0-2/"):
-        train.adamw(config).init(params)
+        train.make_optimizer(config).init(params)
     state, _ = train.fit(MODEL, STREAM, config, params=params)
     assert list(state.params["blocks"]) == ["0", "1-2"]
 
