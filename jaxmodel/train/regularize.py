@@ -89,10 +89,11 @@ def regularized(loss: Loss, rules: tree.Rules) -> Loss:
     """
     values = [(pattern, parsed(value, Penalty)) for pattern, value in rules]
 
+    @functools.wraps(loss)  # so that a step sees which keywords it takes
     def penalised(
-        model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
+        model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True, **more: Any
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        value, metrics = loss(model, params, batch, rng, train=train)
+        value, metrics = loss(model, params, batch, rng, train=train, **more)
         if not train:
             return value, metrics
         penalty = penalties(values, params)

@@ -47,6 +47,7 @@ def fixmatch(
     threshold: float = 0.95,
     weight: float = 1.0,
     ramp: Ramp | None = None,
+    align: bool = False,
     each: Each = softmax_cross_entropy,
 ) -> Loss:
     """What the model is sure of in a weak view of a row is the label of a strong one: FixMatch (Sohn et al., 2020).
@@ -60,6 +61,9 @@ def fixmatch(
       threshold: of the probability, 0 to 1.
       weight: of the unlabelled rows.
       ramp: see `Ramp`.
+      align: whether q is divided by its mean over the batch and scaled to sum to 1 again, so that no class takes the rows of
+        another where all are as frequent (Berthelot et al., 2020, align to a running mean). Rows meet then, so micro-batches of
+        few rows are another loss.
       each: of the labelled and the unlabelled rows, see `supervised`.
 
     Returns:
@@ -69,7 +73,7 @@ def fixmatch(
     Raises:
       InputError: a threshold outside of 0 to 1, or a negative weight.
     """
-    return _semi(_own_labels(weak, strong, threshold, each), weak, each, weight, ramp)
+    return _semi(_own_labels(weak, strong, threshold, each, align), weak, each, weight, ramp)
 
 
 def pseudo_label(
@@ -91,7 +95,7 @@ def pseudo_label(
       ramp: see `Ramp`.
       each: as in `fixmatch`.
     """
-    return _semi(_own_labels(None, augment, threshold, each), augment, each, weight, ramp)
+    return _semi(_own_labels(None, augment, threshold, each, False), augment, each, weight, ramp)
 
 
 def mean_teacher(
@@ -188,13 +192,18 @@ type _Term = tuple[_Inputs, Callable[[Array], tuple[Array, dict[str, Array]]]]
 """The student's views, and from its logits of them the value of each and metrics of each."""
 
 
-def _own_labels(first: Augment | None, second: Augment | None, threshold: float, each: Each) -> Callable[..., _Term]:
+def _own_labels(
+    first: Augment | None, second: Augment | None, threshold: float, each: Each, align: bool
+) -> Callable[..., _Term]:
     """What the model says of the first view, where it is sure, is the label of the second."""
     _check_threshold(threshold)
 
     def term(model: Model, params: tree.Params, rows: _Inputs, key: Array, state: TrainState | None) -> _Term:
         seen = _seen(first, jax.random.fold_in(key, 0), rows)
         q = jax.nn.softmax(_said(model, jax.lax.stop_gradient(params), seen), axis=-1)
+        if align:
+            q = q / jnp.maximum(jnp.mean(q, axis=0, keepdims=True), 1e-6)
+            q = q / jnp.sum(q, axis=-1, keepdims=True)
         sure = (jnp.max(q, axis=-1) >= threshold).astype(jnp.float32)
         labels = jnp.argmax(q, axis=-1)
         return _seen(second, jax.random.fold_in(key, 1), rows), lambda z: (sure * each(z, labels), {"confident": sure})

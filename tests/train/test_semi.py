@@ -98,6 +98,17 @@ def test_fixmatch_is_its_definition(threshold, params, batch):
     assert threshold in (0.0, 1.0) or 0 < metrics["confident"] < 1
 
 
+def test_alignment_is_its_definition(params, batch):
+    value, metrics = jax.jit(lambda p: semi.fixmatch(None, None, threshold=0.6, align=True)(MODEL, p, batch, RNG))(params)
+    p, w = said(params, unlabelled(batch)), np.asarray(batch["weights"])
+    q = p / p.mean(0)
+    q /= q.sum(-1, keepdims=True)
+    assert np.any(q.argmax(-1) != p.argmax(-1))
+    sure = q.max(-1) >= 0.6
+    u = mean(sure * nats(p, q.argmax(-1)), w)
+    np.testing.assert_allclose([value, metrics["confident"]], [labelled_part(params, batch) + u, mean(sure, w)], rtol=1e-5)
+
+
 def test_pseudo_labels_are_those_of_the_rows_as_they_stand(params, batch):
     ramp = functools.partial(semi.linear_ramp, begin=10, end=20)
     loss = semi.pseudo_label(shifted(0.2), ramp=ramp)
