@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,7 +92,13 @@ def regularized(loss: Loss, rules: tree.Rules) -> Loss:
 
     @functools.wraps(loss)  # so that a step sees which keywords it takes
     def penalised(
-        model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True, **more: Any
+        model: Model,
+        params: tree.Params,
+        batch: Mapping[str, Array],
+        rng: Array | None = None,
+        *,
+        train: bool = True,
+        **more: Any,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         value, metrics = loss(model, params, batch, rng, train=train, **more)
         if not train:

@@ -52,7 +52,8 @@ def test_what_a_run_leaves(trained):
     assert [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] == result["history"]
     assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "data_wait", "bad"} < set(result["history"][0])
     assert (place / "report.html").read_text().count("<svg") == 4
-    assert all((place / "plots" / f"{name}.png").stat().st_size > 5000 for name in ("loss", "learning_rate", "grad_norm", "speed"))
+    drawn = ("loss", "learning_rate", "grad_norm", "speed")
+    assert all((place / "plots" / f"{name}.png").stat().st_size > 5000 for name in drawn)
     assert list(place.glob("tensorboard/events*")) and list(place.glob("profile/**/*.xplane.pb"))
     config = json.loads((place / "config.json").read_text())
     assert config["resolved"]["augment"] == "token_dropout(token=0)"
