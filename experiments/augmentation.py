@@ -6,7 +6,7 @@ Each seed draws other digits, 200 of each class, and other weights. Settings wer
 Command:  python experiments/augmentation.py [--quick] [--seed N] --json -
 Cost:     about 6 minutes on two quiet cores (2,000 updates, six runs); --quick about 1 (500 updates, one seed).
 Goals:    better with than without for every one of the three seeds.
-Measured: not yet: 0.0 0.0 0.0
+Measured: quick form, seed 0: 96.14 % without, 97.25 % with: +1.11 points. The full form (three seeds) was not run yet.
 """
 
 from __future__ import annotations

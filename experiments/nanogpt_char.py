@@ -7,7 +7,8 @@ validation loss here is the mean over every character of the last tenth but the 
 Command:  python experiments/nanogpt_char.py [--quick] [--seed N] --json -
 Cost:     about 2 minutes on two cores; --quick (300 steps) half a minute. Needs tinyshakespeare in $JAXMODEL_DATA.
 Goals:    validation loss <= 1.88 after 2,000 steps.
-Measured: not yet: 0.0 0.0 0.0
+Measured: goal missed: 1.890 (seed 0; training loss of the last batch 1.740), in 262 s on a busy machine (load 4.8), 6,761
+  tokens/s.
 """
 
 from __future__ import annotations

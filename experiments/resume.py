@@ -11,7 +11,9 @@ Cost:     about 20 minutes on two cores; --quick (10 kills, 40 faults) about 3.
 Goals:    after 100 kills the parameters, the optimiser's state and the average have the same SHA-256 as those of the unbroken
   run;
           of 300 storage faults no corrupt restore and no lost last good step.
-Measured: not yet: 0.0 0.0 0.0
+Measured: in the quick form all goals met: 10 kills, the same SHA-256; 40 faults, 0 corrupt restores, 0 lost good steps. The
+  machine
+          was busy: 28.5 s for the run without a stop (load 5.6), 6.8 minutes in all. The full form was not run yet.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ us try the alignment was one look at the test images (seed 0, 600 updates, 89.9 
 Command:  python experiments/semi_supervised.py [--quick] [--seed N] --json -
 Cost:     about 7 minutes on two quiet cores (2,500 updates each); --quick about 1.5 (600 updates, FixMatch alone).
 Goals:    FixMatch at least 10 points above the labels alone (in the quick form 5).
-Measured: not yet: 0.0 0.0 0.0
+Measured: quick form: 83.66 % by the labels alone, 93.08 % by FixMatch: +9.42 points. The full form was not run yet.
 """
 
 from __future__ import annotations

@@ -103,6 +103,8 @@ def show(result: dict[str, Any], console: Any) -> None:
     if result["stopped"]:
         console.print(f"stopped and saved at step {result['steps']}; jaxmodel resume goes on from there")
         return
+    if result["out"] is None:
+        return  # of several processes the first shows what came out
     heldout = f", held-out {result['heldout_loss']:.3f}" if result["heldout_loss"] is not None else ""
     console.print(
         f"{result['parameters']} parameters on {result['devices']} device(s) {result['mesh'] or ''}: loss {result['loss']:.3f}"
@@ -274,11 +276,19 @@ def _launched(options: Train, folder: Any) -> dict[str, Any]:
         elastic=options.elastic,
         regrow=options.regrow,
         fits=lambda processes: options.batch % (processes * options.devices_per_process) == 0,
+        finished=lambda: _report(folder).get("stopped") is False,
     )
+    if not (found := _report(folder)):
+        raise InputError(f"train: the processes left no report in {os.fspath(folder.folder)!r}")
+    return found
+
+
+def _report(folder: Any) -> dict[str, Any]:
+    """What the first process wrote at its end; nothing if it did not come to one."""
     try:
         return json.loads(Path(folder.folder, "report.json").read_text())
     except (OSError, ValueError):
-        raise InputError(f"train: the processes left no report in {os.fspath(folder.folder)!r}") from None
+        return {}
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ def topology(name: str) -> list[Any]:
     """
     require("libtpu", "plan")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the network what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its own lock does not wait but fails; nothing runs on a chip
     if not _held:
         lock = (Path(tempfile.gettempdir()) / "jaxmodel-libtpu.lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -19,6 +19,7 @@ from jaxmodel.errors import InputError
 
 NOTICE_EVERY = 1.0  # seconds between two looks at the place of maintenance notices
 NO_NOTICE = "NONE"  # what stands there otherwise, as on Google's cloud
+STARTING = 20  # times as long a watchdog waits for what comes before the first step, which compiles
 BEAT = 2.0  # seconds between two words of a rank on where it is
 STUCK = 75  # the exit code of a process whose watchdog gave up: try again (EX_TEMPFAIL)
 
@@ -86,7 +87,7 @@ class Watchdog:
     would hang.
 
     Args:
-      seconds: without a step; 0 for never.
+      seconds: without a step, in steady state; 0 for never.
       exits: what ends the process.
     """
 
@@ -120,7 +121,8 @@ class Watchdog:
                     self._client.key_value_set(f"jaxmodel/place/{jax.process_index()}", text, allow_overwrite=True)
             if self._done.wait(every):
                 return
-            if self.seconds and time.monotonic() - self._moved > self.seconds:
+            patience = self.seconds * (STARTING if self._place == "start" or self._place.endswith("compile") else 1)
+            if self.seconds and time.monotonic() - self._moved > patience:
                 self._end(f"no step for {self.seconds:.0f} s")
                 return
 

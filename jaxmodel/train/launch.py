@@ -28,6 +28,7 @@ def launch(
     elastic: bool = False,
     regrow: float = 30.0,
     fits: Callable[[int], bool] = lambda processes: True,
+    finished: Callable[[], bool] = lambda: False,
     restarts: int = 100,
 ) -> list[dict[str, object]]:
     """Run a Python command in several processes with JAX's coordinates in their environment, until all of them end well.
@@ -44,6 +45,7 @@ def launch(
       elastic: whether to start again.
       regrow: seconds.
       fits: whether the run can have so many processes (a batch must divide).
+      finished: whether the run had come to its end when it was told to save.
       restarts: the most of them.
 
     Returns:
@@ -84,8 +86,11 @@ def launch(
                 if all(code is not None for code in codes) or any(codes):
                     break
             dead = [(rank, code) for rank, code in enumerate(codes) if code]
+            if asked and all(code == -signal.SIGTERM for _, code in dead):
+                dead = []  # told before it could hear: it had nothing to save yet
+                _end(world)
             if not dead:
-                if now < processes and asked and not told:
+                if now < processes and asked and not told and not finished():
                     now = processes
                     continue
                 events.append({"time": time.time(), "event": "end", "processes": now})

@@ -118,7 +118,7 @@ def ranks(folder):
 def test_an_elastic_run_loses_a_process_and_gets_it_back(tmp_path):
     """One of two is killed; the other goes on alone on the same stream; later it is told to save, and both go on to the end."""
     more = ["--steps", 400, "--save-every", 20, "--log-every", 20]
-    more += ["--processes", 2, "--elastic", "--regrow", 3, "--json", tmp_path / "out.json"]
+    more += ["--processes", 2, "--elastic", "--regrow", 8, "--json", tmp_path / "out.json"]
     with open(tmp_path / "said", "wb") as said:
         run = subprocess.Popen(train_command(tmp_path, *more), stderr=said, stdout=said)
         try:
@@ -148,7 +148,7 @@ def test_an_elastic_run_loses_a_process_and_gets_it_back(tmp_path):
 def test_a_rank_that_is_gone_or_stuck_is_named_and_the_others_stop(how, tmp_path):
     """Without a launcher, as on a cluster."""
     (tmp_path / "one").mkdir()
-    more = ("--steps", 100000, "--log-every", 100, *(("--watchdog", 6) if how == "stuck" else ()))
+    more = ("--steps", 100000, "--log-every", 100, *(("--watchdog", 8) if how == "stuck" else ()))
     port = 20000 + os.getpid() % 20000
     world, logs = [], [(tmp_path / f"{rank}.log").open("wb") for rank in (0, 1)]
     try:
