@@ -9,10 +9,9 @@ Command:  python experiments/train_speed.py [--quick] [--seed N] --json -   (bes
 Cost:     about 8 minutes on two cores; --quick (the small model) about 3.
 Goals:    at 512 wide x 6 layers and at 128 x 4 at least 0.8x (aim: 1.0x) of PyTorch's best; host work <= 200 us a step; one
           compilation of the step, also after a restore.
-Measured: only in the quick form, while tests ran on the same two cores (load 5 to 7), so these are no verdict: 0.543x of
-  PyTorch's best
-          (compiled bfloat16, 12,775 tokens/s; ours 6,936, its other ways 882 to 2,522), host work 1,686 us; 1 compilation, also
-          after a restore.
+Measured: only in the quick form, while tests ran on the same two cores (load 5.0 to 7.0), so these are no verdict: 0.543x of
+          PyTorch's best (compiled bfloat16, 12,775.5 tokens/s; ours 6,936.5), host work 1,686.0 us; 1 compilation, also after a
+          restore.
 """
 
 from __future__ import annotations
