@@ -100,6 +100,7 @@ class _Noting:
 
 def legs(chosen: tuple[tuple[str, int, int], ...], folder: Path, seed: int) -> list[dict[str, Any]]:
     """What each leg wrote, its processes joined."""
+    from jaxmodel import sharding
     from jaxmodel.train import launch
 
     found = []
@@ -109,8 +110,7 @@ def legs(chosen: tuple[tuple[str, int, int], ...], folder: Path, seed: int) -> l
         if processes > 1:
             launch.launch(command, processes=processes, devices=devices, logs=folder)
         else:
-            flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
-            environ = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags}
+            environ = os.environ | sharding.simulation(devices)
             subprocess.run([sys.executable, *command], env=environ, check=True, stdout=subprocess.DEVNULL)
         parts = [json.loads((folder / f"leg-{until}-{i}.json").read_text()) for i in range(processes)]
         assert all(part["saved"] == parts[0]["saved"] for part in parts)

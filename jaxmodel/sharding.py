@@ -33,6 +33,14 @@ ACTIVATION_AXES = ("data", "fsdp", "sequence")
 (`tensor`, `expert`, `pipeline`) does not belong here: where no rule names it, the model at hand does not know it."""
 
 
+def simulation(count: int) -> dict[str, str]:
+    """The environment of a process that has `count` CPU devices."""
+    # With its default schedule XLA runs independent collectives of one program in another order on each device, and
+    # they wait for each other for ever: seen with data=2,fsdp=2 in half of the runs.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count), "XLA_FLAGS": flags.strip()}
+
+
 def simulate_devices(count: int) -> None:
     """Let this process have `count` CPU devices, for trying a mesh; to be called before the first computation.
 
@@ -41,9 +49,7 @@ def simulate_devices(count: int) -> None:
     """
     if count < 1:
         raise InputError(f"devices: {count} given; at least 1 is needed")
-    # With its default schedule XLA runs independent collectives of one program in another order on each device, and
-    # they wait for each other for ever: seen with data=2,fsdp=2 in half of the runs.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = simulation(count)["XLA_FLAGS"]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
@@ -52,24 +58,27 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
     """A mesh with Auto axes, to be entered with `jax.set_mesh`.
 
     Args:
-      shape: `{"fsdp": 4, "tensor": 2}` or its text form `"fsdp=4,tensor=2"`.
+      shape: `{"fsdp": 4, "tensor": 2}` or its text form `"fsdp=4,tensor=2"`; one length of the text may be `*`, what the devices
+        leave for it.
       devices: the devices; default the first of `jax.devices()` that the shape needs.
 
     Raises:
       InputError: the shape is not readable or needs more devices than there are.
     """
+    devices = jax.devices() if devices is None else devices
     if isinstance(shape, str):
         try:
-            parts = [part.split("=") for part in shape.split(",")]
-            axes = {name.strip(): int(n) for name, n in parts}
+            lengths = {name.strip(): n.strip() for name, n in (part.split("=") for part in shape.split(","))}
+            known = {name: int(n) for name, n in lengths.items() if n != "*"}
+            rest = max(1, len(devices) // max(1, math.prod(known.values())))
+            axes = {name: known.get(name, rest) for name in lengths} if len(lengths) <= len(known) + 1 else {}
         except ValueError:
             axes = {}
-        if not all(axes) or len(axes) != len(shape.split(",")):
+        if not axes or not all(axes) or len(axes) != len(shape.split(",")):
             raise InputError(f"mesh: {shape!r} is not readable; write it as 'fsdp=4,tensor=2'")
         shape = axes
     sizes = tuple(shape.values())
     need = math.prod(sizes)
-    devices = jax.devices() if devices is None else devices
     if not sizes or min(sizes) < 1:
         raise InputError(f"mesh: {dict(shape)} is no mesh; each axis needs a length of 1 or more")
     if need > len(devices):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -160,28 +159,13 @@ def show_replay(result: dict[str, Any], console: Any) -> None:
         console.print("the same bits as the run wrote" if result["same"] else f"the run wrote {result['written']}")
 
 
-def mesh_of(text: str | None) -> Any:
-    """The mesh of `--mesh`; `*` for one length is what the devices leave for it."""
-    import jax
-
-    from jaxmodel import sharding
-
-    if text is None:
-        return None if jax.device_count() == 1 or jax.process_count() == 1 else sharding.make_mesh({"data": jax.device_count()})
-    if text.count("*") == 1:
-        lengths = text.replace("*", "1").replace(",", "=").split("=")[1::2]
-        others = math.prod(int(n) for n in lengths if n.strip().isdigit())
-        text = text.replace("*", str(max(1, jax.device_count() // others)))
-    return sharding.make_mesh(text)
-
-
 class _Job:
     """What the options of a run come to."""
 
     def __init__(self, options: Train, folder: Any):
         import jax
 
-        from jaxmodel import hub, train
+        from jaxmodel import hub, sharding, train
         from jaxmodel.cli import corpus, resolved
         from jaxmodel.data import augment
         from jaxmodel.models import gpt2
@@ -190,7 +174,8 @@ class _Job:
         if jax.process_index() == 0:
             hub.check_target(options.out or folder.path("bundle"))
         self.folder = folder
-        self.mesh = mesh_of(options.mesh)
+        text = options.mesh or ("data=*" if jax.process_count() > 1 else None)
+        self.mesh = None if text is None else sharding.make_mesh(text)
         self.augment = augment.parse(options.augment) if options.augment else None
         self.corpus = corpus.load(options)
         prompt = self.corpus.tokenizer.encode(options.sample)

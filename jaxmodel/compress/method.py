@@ -8,13 +8,12 @@ A chain is a tuple of methods, applied in order. Its text form is what the comma
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import pkgutil
 from typing import Any
 
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.text_form import read_chain, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +54,7 @@ def parse(text: str) -> Chain:
     Raises:
       InputError: not of that form, an unknown method, or arguments that it does not take.
     """
-    if not text.strip():
-        return ()
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        raise InputError(f"method: {text!r} is not readable; write it as 'magnitude(0.5) | rtn(bits=8)'") from None
-    return tuple(_method(part, text) for part in _parts(node))
+    return read_chain("method", text, methods(), "magnitude(0.5) | rtn(bits=8)")
 
 
 def text_of(chain: Chain) -> str:
@@ -71,31 +64,4 @@ def text_of(chain: Chain) -> str:
     'magnitude(fraction=0.5) | rtn(bits=8)'
     """
 
-    def one(method: Method) -> str:
-        settings = [(f.name, getattr(method, f.name), f.default) for f in dataclasses.fields(method)]
-        shown = [f"{name}={value!r}" for i, (name, value, default) in enumerate(settings) if i == 0 or value != default]
-        return f"{type(method).__name__.lower()}({', '.join(shown)})"
-
-    return " | ".join(map(one, chain))
-
-
-def _parts(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return [*_parts(node.left), *_parts(node.right)]
-    return [node]
-
-
-def _method(node: ast.expr, text: str) -> Method:
-    name = node.func if isinstance(node, ast.Call) else node
-    known = methods()
-    if not isinstance(name, ast.Name) or name.id not in known:
-        raise unknown("method", ast.unparse(name), known)
-    try:
-        args = [ast.literal_eval(a) for a in node.args] if isinstance(node, ast.Call) else []
-        kwargs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
-        return known[name.id](*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        fields = ", ".join(f.name for f in dataclasses.fields(known[name.id]))
-        raise InputError(f"method: {ast.unparse(node)!r} in {text!r}: {name.id} takes the settings {fields}") from None
+    return " | ".join(write(type(method).__name__.lower(), method) for method in chain)

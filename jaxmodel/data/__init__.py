@@ -24,7 +24,7 @@ from jaxmodel.data.paired import Paired
 from jaxmodel.data.shards import Shards, tokenize
 from jaxmodel.data.sources import Documents, documents
 from jaxmodel.data.splits import kfold, split, take
-from jaxmodel.data.stream import Batches, Rows, Stream, host_rows, prefetch
+from jaxmodel.data.stream import Batches, Rows, Stream, prefetch
 from jaxmodel.data.synthetic import Pairs
 from jaxmodel.data.text import NAMES, Text, load_text, split_documents
 
@@ -45,7 +45,6 @@ __all__ = [
     "Stream",
     "Text",
     "documents",
-    "host_rows",
     "kfold",
     "load_images",
     "load_text",

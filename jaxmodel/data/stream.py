@@ -210,25 +210,6 @@ def global_rows(step: SupportsIndex, rows: slice, batch_size: int) -> tuple[int,
     return operator.index(step) * batch_size + start, operator.index(step) * batch_size + stop
 
 
-def host_rows(batch_size: int, host: int, hosts: int) -> slice:
-    """The rows of each batch that one of several hosts makes; joined in the order of hosts they are the batch.
-
-    Raises:
-      InputError: the batch does not divide over the hosts, or there is no such host.
-
-    >>> host_rows(batch_size=8, host=1, hosts=4)
-    slice(2, 4, None)
-    """
-    at_least("hosts", hosts)
-    if batch_size % hosts:
-        near = -(-batch_size // hosts) * hosts
-        raise InputError(f"batch: {batch_size} rows do not divide over {hosts} hosts; allowed: a multiple, such as {near}")
-    if not 0 <= host < hosts:
-        raise InputError(f"host: {host} given; allowed: 0 to {hosts - 1}")
-    each = batch_size // hosts
-    return slice(host * each, (host + 1) * each)
-
-
 def prefetch(stream: Batches, start: int, stop: int, workers: int = 2, rows: slice = slice(None)) -> Iterator[Batch]:
     """The batches of steps start, start + 1, ..., stop - 1, or their rows `rows`, computed ahead of their use in threads.
 

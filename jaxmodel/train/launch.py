@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxmodel.errors import InputError, at_least
+from jaxmodel.sharding import simulation
 from jaxmodel.train.faults import STUCK
 
 POLL = 0.1  # seconds
@@ -120,16 +121,12 @@ def _start(command: Sequence[str], processes: int, devices: int, logs: Path) -> 
         port = probe.getsockname()[1]
     world = []
     for rank in range(processes):
-        # see sharding.simulate_devices
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
         environ = {
             **os.environ,
+            **simulation(devices),
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(rank),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": flags.strip(),
         }
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(open(logs / f"rank-{rank}.log", "ab")) if rank else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ import optax
 
 from jaxmodel import tree
 from jaxmodel.data import Batches, prefetch
-from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
 from jaxmodel.train import early, flops, memory
@@ -25,14 +24,13 @@ from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.losses import Loss, next_token
 from jaxmodel.train.meter import Meter
 from jaxmodel.train.placing import Placed
+from jaxmodel.train.rewind import BadSteps
 from jaxmodel.train.state import TrainState, averaged, init_state, state_shardings
 from jaxmodel.train.step import Augment, make_step
 from jaxmodel.train.supervise import Supervisor
 
 AHEAD = 2
 """Steps that may wait on the devices: more would only hold batches, fewer would let the devices wait for the host."""
-MOST_BAD = 50
-"""Steps in a row that may be bad before a run that skips them gives up, and times that one may be rewound to the same step."""
 
 type Row = dict[str, Any]
 
@@ -122,7 +120,7 @@ def fit(
         history: list[Row] = []
         i, feed = int(current.step), _feed(placed, current, config)
         unread = collections.deque[tuple[int, Any]]()  # steps that were begun and whose metrics nobody looked at
-        worry = _Worry(config.bad)
+        answer = BadSteps(config.bad)
         stop = False
         with bar(config.steps, "train", done=i) as shown:
             while i < config.steps and not stop and not (config.patience and early.over(current, config.patience)):
@@ -138,10 +136,10 @@ def fit(
                     due, stop = config.due(i), supervisor.stop(i)
                     bad = _read(unread, 0 if due or stop else AHEAD)
                     meter.bad(len(bad))
-                    back = worry.rewind_to(bad, i, checkpoints)
+                    back = answer.rewind_to(bad, i, checkpoints)
                 if back is not None:
                     assert checkpoints is not None
-                    current, i, stop = worry.rewind(current, i, back, checkpoints.restore(like, at_most=back)), back, False
+                    current, i, stop = answer.rewind(current, i, back, checkpoints.restore(like, at_most=back)), back, False
                     feed = _feed(placed, current, config)
                     unread.clear()
                     continue
@@ -196,40 +194,3 @@ def _read(unread: collections.deque[tuple[int, Any]], ahead: int) -> list[int]:
         if float(metrics["bad"]) > 0:
             bad.append(number)
     return bad
-
-
-class _Worry:
-    """What bad steps lead to: nothing (the step left them out), an error, or back to a checkpoint."""
-
-    def __init__(self, policy: str):
-        self._policy, self._row, self._last, self._rewound = policy, 0, -2, collections.Counter[int]()
-        self._first = 0
-
-    def rewind_to(self, bad: Iterable[int], i: int, checkpoints: Checkpoints | None) -> int | None:
-        """The step to go back to, or None to go on.
-
-        Raises:
-          InputError: the policy is to stop, or there is no end of bad steps.
-        """
-        for number in bad:
-            self._row, self._last = self._row + 1 if number == self._last + 1 else 1, number
-            what = f"the loss or the gradient of step {number + 1} is not finite or a spike"
-            if self._policy == "stop":
-                raise InputError(f"{what}; allowed: --bad skip or --bad rewind to go on, or a smaller learning rate")
-            if self._row >= MOST_BAD:
-                raise InputError(f"{what}, as were the {MOST_BAD - 1} before; try a smaller learning rate or a longer warm-up")
-            if self._policy == "rewind" and checkpoints is not None:
-                checkpoints.wait()
-                if (back := checkpoints.latest(at_most=number)) is not None:
-                    self._first = number
-                    self._rewound[back] += 1
-                    if self._rewound[back] >= MOST_BAD:
-                        raise InputError(f"{what}, after going back to step {back} for the {MOST_BAD}th time")
-                    return back
-        return None
-
-    def rewind(self, current: TrainState, i: int, back: int, restored: TrainState | None) -> TrainState:
-        """The restored state, with its data moved past the bad batch."""
-        assert restored is not None and int(restored.step) == back
-        past = int(current.data_step) - (i - self._first) + 1
-        return dataclasses.replace(restored, data_step=jax.device_put(jnp.int32(past), restored.data_step.sharding))

@@ -9,7 +9,6 @@ differ. Whatever is not given a value must be given none, by a closing `(".*", N
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -21,9 +20,10 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed
 from jaxmodel.models import Model
+from jaxmodel.text_form import read_chain
 from jaxmodel.train.losses import Loss
 
 
@@ -177,23 +177,10 @@ def parsed[T](value: Any, base: type[T]) -> T | None:
     argument = base.__name__.lower()
     if not isinstance(value, str):
         raise InputError(f"{argument}: {value!r} given; allowed: {', '.join(_members(base))} as a text or an object, or None")
-    if not value.strip():
-        return None
-    try:
-        call = ast.parse(value.strip(), mode="eval").body
-    except SyntaxError:
-        call = None
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise InputError(f"{argument}: {value!r} is not readable; write it as one of {', '.join(_forms(base))}")
-    if call.func.id not in _members(base):
-        raise unknown(argument, call.func.id, _members(base))
-    try:
-        args = [ast.literal_eval(arg) for arg in call.args]
-        return _members(base)[call.func.id](*args, **{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
-    except (TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{argument}: {value!r} given; write it as one of {', '.join(_forms(base))}") from None
+    found = read_chain(argument, value, _members(base), " or ".join(_forms(base)))
+    if len(found) > 1:
+        raise InputError(f"{argument}: {value!r} given; allowed: one of {', '.join(_forms(base))}")
+    return found[0] if found else None
 
 
 def plain(path: str, leaf: Any) -> Array:

@@ -34,15 +34,16 @@ def folder(tmp_path_factory):
 def options(room):
     mixed = ["--data", room / "a.txt", room / "b.jsonl", "--weights", 3, 1, "--pack", "--augment", "token_dropout(0, rate=0.1)"]
     often = ["--steps", 12, "--save-every", 4, "--log-every", 1, "--accumulate", 2, "--average", 0.9, "--sample", "1 is"]
-    return ["train", *SIZES, *mixed, *often, "--heldout", room / "a.txt", "--runs", room / "runs"]
+    return ["train", *SIZES, *mixed, *often, "--heldout", room / "a.txt"]
 
 
 @pytest.fixture(scope="module")
 def trained(folder):
     with pytest.raises(SystemExit) as end:
-        main([str(arg) for arg in (*options(folder), "--profile", "--tensorboard", "--json", folder / "trained.json")])
+        more = ("--runs", folder / "good", "--profile", "--tensorboard", "--json", folder / "trained.json")
+        main([str(arg) for arg in (*options(folder), *more)])
     assert end.value.code == 0
-    (place,) = (folder / "runs").glob("*-train")
+    (place,) = (folder / "good").glob("*-train")
     return place, json.loads((folder / "trained.json").read_text())
 
 
@@ -98,7 +99,7 @@ def test_replay_computes_a_step_again(trained, folder, capsys):
     ],
 )
 def test_bad_options(change, said, folder, capsys):
-    code, _, err = run(capsys, *options(folder), *change)
+    code, _, err = run(capsys, *options(folder), *change, "--runs", folder / "runs")
     assert code == 2 and re.search(said, err), err
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jaxmodel import data
-from jaxmodel.data import Batches, Shards, Stream, host_rows, prefetch
+from jaxmodel.data import Batches, Shards, Stream, prefetch
 from jaxmodel.data.stream import Batch
 
 BATCH = 24
@@ -86,6 +86,12 @@ def joined(parts: list[Batch]) -> Batch:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def host_rows(host, hosts):
+    """The rows of a batch that one of several hosts makes."""
+    each = BATCH // hosts
+    return slice(host * each, (host + 1) * each)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_hosts_makes_the_same_batches(make: Make, name: str) -> None:
     stream = make(name, 3)
@@ -93,7 +99,7 @@ def test_any_number_of_hosts_makes_the_same_batches(make: Make, name: str) -> No
     whole = digest(stream.batch(step) for step in STEPS)
     for hosts in (1, 2, 3, 4, 8):
         fresh = make(name, 3)
-        parts = ([fresh.batch(step, host_rows(BATCH, i, hosts)) for i in range(hosts)] for step in STEPS)
+        parts = ([fresh.batch(step, host_rows(i, hosts)) for i in range(hosts)] for step in STEPS)
         assert digest(map(joined, parts)) == whole, hosts
     uneven = (slice(None, 1), slice(1, 1), slice(1, 17), slice(17, None))
     assert digest(joined([stream.batch(step, rows) for rows in uneven]) for step in STEPS) == whole
@@ -105,7 +111,7 @@ def test_any_resume_goes_on_as_if_nothing_had_happened(make: Make, name: str) ->
     for stops in ([4], [1, 2, 8]):
         edges = zip([0, *stops], [*stops, 9], strict=True)
         assert digest(batch for a, b in edges for batch in map(make(name, 4).batch, range(a, b))) == whole
-    first = host_rows(BATCH, 0, 2)
+    first = host_rows(0, 2)
     ahead = prefetch(make(name, 4), 6, 9, rows=first)
     assert digest(ahead) == digest(make(name, 4).batch(step, first) for step in range(6, 9))
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmodel
-from jaxmodel.data import Bins, Stream, host_rows, pack, prefetch, shuffle, windows
+from jaxmodel.data import Bins, Stream, pack, prefetch, shuffle, windows
 from jaxmodel.errors import InputError
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 15), st.integers(0, 2**64 - 1))
@@ -165,9 +165,6 @@ def test_bad_input_is_one_clear_line() -> None:
         (lambda: Stream(good, 4).batch(0, slice(-1, 3)), r"rows: slice\(-1, 3, None\) given"),
         (lambda: Stream(good, 4).batch(0, slice(0, 4, 2)), r"rows: slice\(0, 4, 2\) given; .* without stride"),
         (lambda: prefetch(Stream(good, 1), 0, 2, rows=slice(0, 2)), r"rows: slice\(0, 2, None\) given"),
-        (lambda: host_rows(10, 0, 4), "batch: 10 rows do not divide over 4 hosts; allowed: a multiple, such as 12"),
-        (lambda: host_rows(8, 4, 4), "host: 4 given; allowed: 0 to 3"),
-        (lambda: host_rows(8, 0, 0), "hosts: 0 given"),
         (lambda: Stream(NoRows(), 1), "data: no rows given; at least 1 is needed"),
         (lambda: prefetch(Stream(good, 1), 3, 2), "start, stop: 3, 2 given"),
         (lambda: prefetch(Stream(good, 1), 0, 2, workers=0), "workers: 0 given"),

@@ -40,10 +40,10 @@ def test_text_forms():
     ("value", "message"),
     [
         ("l3(1)", "penalty: 'l3' is not known; allowed: elastic, l1, l2"),
-        ("l1", "penalty: 'l1' is not readable; write it as one of l1(l1), l2(l2), elastic(l1, l2)"),
+        ("l1", "penalty: 'l1' in 'l1': l1 takes the settings l1"),
         ("l1(", "penalty: 'l1(' is not readable"),
-        ("l1(1, 2)", "penalty: 'l1(1, 2)' given; write it as one of l1(l1)"),
-        ("l1(x)", "penalty: 'l1(x)' given; write it as one of"),
+        ("l1(1, 2)", "penalty: 'l1(1, 2)' in 'l1(1, 2)': l1 takes the settings l1"),
+        ("l1(x)", "penalty: 'l1(x)' in 'l1(x)': l1 takes the settings l1"),
         ("l2(-1)", "l2: l2 is -1; allowed: a number of at least 0"),
         (0.1, "penalty: 0.1 given; allowed: l1, l2, elastic as a text"),
         (MaxNorm(1), "penalty: MaxNorm(high=1) given; allowed: l1, l2, elastic"),

@@ -12,7 +12,6 @@ True
 from __future__ import annotations
 
 import abc
-import ast
 import dataclasses
 import numbers
 import re
@@ -23,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt32
 
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError
+from jaxmodel.text_form import read_chain, write
 
 type AnyKey = Key[Array, ""] | UInt32[Array, "2"]
 type Keys = Key[Array, "B"] | UInt32[Array, "B 2"]
@@ -93,9 +93,7 @@ class Augmentation(abc.ABC):
         return chain(self, other)
 
     def __str__(self) -> str:
-        settings = [(f.name, getattr(self, f.name), f.default) for f in _ordered(type(self))]
-        shown = [f"{name}={value!r}" for i, (name, value, default) in enumerate(settings) if i == 0 or value != default]
-        return f"{_name(type(self))}({', '.join(shown)})"
+        return write(_name(type(self)), self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,39 +172,7 @@ def parse(text: str) -> Chain:
     Raises:
       InputError: not of that form, an unknown augmentation, or settings that it does not take.
     """
-    if not text.strip():
-        return Chain()
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        raise InputError(f"augment: {text!r} is not readable; write it as 'random_crop(4) | horizontal_flip()'") from None
-    return chain(*(_made(part, text) for part in _parts(node)))
-
-
-def _parts(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return [*_parts(node.left), *_parts(node.right)]
-    return [node]
-
-
-def _made(node: ast.expr, text: str) -> Augmentation:
-    called, known = node.func if isinstance(node, ast.Call) else node, members()
-    if not isinstance(called, ast.Name) or called.id not in known:
-        raise unknown("augment", ast.unparse(called), known)
-    try:
-        args = [ast.literal_eval(a) for a in node.args] if isinstance(node, ast.Call) else []
-        kwargs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
-        return known[called.id](*args, **kwargs)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        fields = ", ".join(f.name for f in _ordered(known[called.id]))
-        raise InputError(f"augment: {ast.unparse(node)!r} in {text!r}: {called.id} takes the settings {fields}") from None
-
-
-def _ordered(cls: type[Augmentation]) -> list[dataclasses.Field[Any]]:
-    """The settings, those by name only behind the others."""
-    return sorted(dataclasses.fields(cls), key=lambda f: bool(f.kw_only))
+    return chain(*read_chain("augment", text, members(), "random_crop(4) | horizontal_flip()"))
 
 
 def _name(cls: type[Augmentation]) -> str:
