@@ -1,9 +1,9 @@
 """Training speed of two GPTs beside PyTorch in one run, what the loop costs, and how often it compiles.
 
-Ours runs through `fit` with its prefetching, metrics and guard, in float32 and with bfloat16 products; theirs is a plain loop
-in its own process: eager, bfloat16 by autocast, compiled, compiled bfloat16. They take turns, and of each the faster of two
-turns counts. The work of the host is the time of a step of `fit` on a model that computes next to nothing, less that of its
-jitted step called in a bare loop on one batch.
+Ours runs through `fit` with its prefetching, metrics and guard, in float32 and in bfloat16 with float32 weights, its layers out
+of the loop (`unroll`); theirs is a plain loop in its own process: eager, bfloat16 by autocast, compiled, compiled bfloat16. They
+take turns, and of each the faster of two turns counts. The work of the host is the time of a step of `fit` on a model that
+computes next to nothing, less that of its jitted step called in a bare loop on one batch.
 
 Command:  python experiments/train_speed.py [--quick] [--seed N] --json -   (beside PyTorch after `make peers`)
 Cost:     about 8 minutes on two cores; --quick (the small model) about 3.
@@ -36,14 +36,14 @@ PYTHON = HERE.parent / ".peers" / "bin" / "python"
 # name -> width, depth, heads, vocab, batch, context, steps
 SIZES = {"128 wide x 4": (128, 4, 4, 65, 12, 64, 60), "512 wide x 6": (512, 6, 8, 8192, 8, 256, 12)}
 MODES = ("eager", "bf16", "compiled", "compiled-bf16")
-OURS = {"float32": ops.Policy(), "bfloat16": ops.Policy(compute="bfloat16")}
+OURS = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16")}  # of operands, of activations
 
 
-def ours(sizes: tuple[int, ...], policy: ops.Policy, seed: int) -> float:
+def ours(sizes: tuple[int, ...], dtypes: tuple[str, str], seed: int) -> float:
     """Tokens a second of `fit`, behind its first steps."""
     width, depth, heads, vocab, batch, context, steps = sizes
     rows = np.random.default_rng(seed).integers(0, vocab, (batch * 16, context + 1)).astype(np.int32)
-    model = gpt2.model(gpt2.Config(vocab, width, depth, heads, context), policy)
+    model = gpt2.model(gpt2.Config(vocab, width, depth, heads, context), ops.Policy(*dtypes, unroll=depth))
     config = train.TrainConfig(steps=steps + 5, log_every=5, seed=seed)
     _, history = train.fit(model, data.Stream(rows, batch, seed), config)
     return float(np.median([row["tokens_per_second"] for row in history[2:]]))
@@ -112,8 +112,8 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     for name, sizes in list(SIZES.items())[: 1 if quick else None]:
         speeds: dict[str, float] = {}
         for _ in range(2):
-            for policy_name, policy in OURS.items():
-                speeds[policy_name] = max(speeds.get(policy_name, 0.0), ours(sizes, policy, seed))
+            for dtype, dtypes in OURS.items():
+                speeds[dtype] = max(speeds.get(dtype, 0.0), ours(sizes, dtypes, seed))
             for mode, speed in theirs(sizes, MODES).items() if peers else ():
                 speeds[f"torch {mode}"] = max(speeds.get(f"torch {mode}", 0.0), speed)
         best = max((speed for key, speed in speeds.items() if key.startswith("torch")), default=None)

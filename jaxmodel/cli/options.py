@@ -167,6 +167,8 @@ class Train(Common, TrainOptions):
     """What matrix products are computed in; weights and the optimiser are float32."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, whole blocks, all but matrix products."""
+    unroll: int = 1
+    """Layers that the program runs without a loop: more run faster on a CPU and compile longer."""
     microbatches: int = 0
     """Micro-batches of a mesh with pipeline, a multiple of its stages; 0: as many as stages."""
     mesh: Annotated[

@@ -184,7 +184,7 @@ class _Job:
                 f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
             )
         config = gpt2.Config(self.corpus.tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
-        policy = Policy(compute=options.dtype, remat=options.remat, microbatches=options.microbatches)
+        policy = Policy(options.dtype, remat=options.remat, microbatches=options.microbatches, unroll=options.unroll)
         self.single = gpt2.model(config, policy)
         self.model = gpt2.model(config, dataclasses.replace(policy, axes=MESH_AXES))
         values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers.pipeline import AXIS, Stage, gpipe
+from jaxmodel.ops.product import WITHOUT_BATCH
 from jaxmodel.sharding import auto_axes
 
 type Block = Callable[..., tuple[jax.Array, Any, dict[str, jax.Array]]]
@@ -18,7 +19,10 @@ type Block = Callable[..., tuple[jax.Array, Any, dict[str, jax.Array]]]
 
 _REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(WITHOUT_BATCH),
+    ),
 }
 
 
@@ -32,6 +36,7 @@ def repeat(
     train: bool = False,
     remat: str = "none",
     microbatches: int = 0,
+    unroll: int = 1,
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """Run all layers: each segment of several by one scan, a single layer as it is; in stages where the mesh has `pipeline`.
 
@@ -45,6 +50,7 @@ def repeat(
       train: passed to the block.
       remat: see `ops.Policy`.
       microbatches: see `ops.Policy`; of the stages, which are not used with a cache.
+      unroll: see `ops.Policy`.
 
     Returns:
       x, the cache, and the sum of each aux value over the layers (with stages, of its mean over the micro-batches).
@@ -53,7 +59,7 @@ def repeat(
       InputError: stages for layers that differ, or a number of them that does not divide.
     """
     if auto_axes().get(AXIS, 1) > 1 and cache is None:
-        x, total = gpipe(stage_of(block, train, remat), one_segment(params), x, context, rng, microbatches)
+        x, total = gpipe(stage_of(block, train, remat, unroll), one_segment(params), x, context, rng, microbatches)
         return x, None, total
     run = _layer(block, context, rng, train, remat)
     total: dict[str, jax.Array] = {}
@@ -63,7 +69,8 @@ def repeat(
         if len(layers) == 1:
             x, cache, aux = run(params[key], x, cache, layers.start)
         else:
-            x, cache, aux = _scan(run, params[key], x, cache, jnp.arange(layers.start, layers.stop, dtype=jnp.int32))
+            indices = jnp.arange(layers.start, layers.stop, dtype=jnp.int32)
+            x, cache, aux = _scan(run, params[key], x, cache, indices, unroll)
         total |= {name: total[name] + value if name in total else value for name, value in aux.items()}
     return x, cache, total
 
@@ -80,13 +87,13 @@ def one_segment(params: tree.Params) -> Any:
     return params[keys[0]]
 
 
-def stage_of(block: Block, train: bool, remat: str) -> Stage:
+def stage_of(block: Block, train: bool, remat: str, unroll: int = 1) -> Stage:
     """What one stage of a pipeline computes: its part of the layers, by one scan."""
 
     def stage(layers: Any, x: jax.Array, context: Any, place: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         own = jax.tree.leaves(layers)[0].shape[0]
         indices = place * own + jnp.arange(own, dtype=jnp.int32)
-        x, _, aux = _scan(_layer(block, context, key, train, remat), layers, x, None, indices)
+        x, _, aux = _scan(_layer(block, context, key, train, remat), layers, x, None, indices, unroll)
         return x, aux
 
     return stage
@@ -101,13 +108,13 @@ def _layer(block: Block, context: dict[str, Any], rng: Any, train: bool, remat: 
 
 
 def _scan(
-    run: Callable[..., Any], layers: Any, x: jax.Array, cache: Any, indices: jax.Array
+    run: Callable[..., Any], layers: Any, x: jax.Array, cache: Any, indices: jax.Array, unroll: int
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     def body(carry: tuple[jax.Array, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], Any]:
         x, cache, aux = run(xs[0], *carry, xs[1])
         return (x, cache), aux
 
-    (x, cache), stacked = jax.lax.scan(body, (x, cache), (layers, indices))
+    (x, cache), stacked = jax.lax.scan(body, (x, cache), (layers, indices), unroll=min(unroll, len(indices)))
     return x, cache, jax.tree.map(lambda a: jnp.sum(a, axis=0), stacked)
 
 

@@ -147,7 +147,8 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x = ops.take(own["embed"], tokens, policy) + ops.take(own["positions"], positions, policy, "SD")
         context = {"seen": ops.Seen(valid=inputs.get("mask"))}
-        x = repeat(block, own["blocks"], x, context, remat=policy.remat, microbatches=policy.microbatches)[0]
+        how = policy.remat, policy.microbatches, policy.unroll
+        x = repeat(block, own["blocks"], x, context, None, None, False, *how)[0]
         normed: Any = norm_module.apply({"params": own["norm"]}, x)
         end = config.text.end
         last = jnp.argmax(tokens if end is None else tokens == end, axis=1)

@@ -179,7 +179,7 @@ def _hidden(
     x, context = parts.embed(params, inputs, cache, _key(rng, _EMBED), train)
     cache, aux = context.pop("cache", cache), context.pop("aux", {})
     if parts.block is not None:
-        how = policy.remat, policy.microbatches
+        how = policy.remat, policy.microbatches, policy.unroll
         x, cache, more = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, *how)
         aux = {**aux, **more}
     if cache is not None:

@@ -160,7 +160,8 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             states = jnp.zeros((config.depth, source.shape[0], STATES[config.cell], config.width), jnp.float32)
             x = ops.take(params["encoder"]["embed"], source, policy)
             blocks = params["encoder"]["blocks"]
-            x, states, _ = repeat(encoder_block, blocks, x, {"mask": mask}, states, rng, train, policy.remat)
+            how = {"remat": policy.remat, "unroll": policy.unroll}
+            x, states, _ = repeat(encoder_block, blocks, x, {"mask": mask}, states, rng, train, **how)
             return {"memory": x, "start": states}
 
         _, context = source_context(inputs, cache, encode)

@@ -215,7 +215,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             bias = position_bias(encoder["positions"], places, places, True, config)
             context = {"seen": ops.Seen(valid=mask, causal=False), "bias": bias}
             x = dropout(ops.take(params["embed"], source, policy), config.dropout, drop, 2**31)
-            how = policy.remat, policy.microbatches
+            how = policy.remat, policy.microbatches, policy.unroll
             x, _, _ = repeat(run(encoder_module), encoder["blocks"], x, context, None, rng, train, *how)
             x = norm_module.apply({"params": encoder["norm"]}, x)
             return {"memory": dropout(x, config.dropout, drop, 2**31 + 1)}  # pyright: ignore[reportArgumentType]

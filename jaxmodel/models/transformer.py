@@ -160,7 +160,8 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             context = {"seen": ops.Seen(valid=mask, causal=False)}
             x = placed(params, source, jnp.arange(source.shape[1], dtype=jnp.int32)[None], drop, 2**31)
             blocks = params["encoder"]["blocks"]
-            x, _, _ = repeat(run(encoder_module), blocks, x, context, None, rng, train, policy.remat, policy.microbatches)
+            how = policy.remat, policy.microbatches, policy.unroll
+            x, _, _ = repeat(run(encoder_module), blocks, x, context, None, rng, train, *how)
             return {"memory": normed(params["encoder"], x)}
 
         positions, context = source_context(inputs, cache, encode)

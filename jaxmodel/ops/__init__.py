@@ -9,6 +9,7 @@ from jaxmodel.ops.norms import Measured, batch_norm, group_norm, layer_norm, on_
 from jaxmodel.ops.policy import MESH_AXES, Policy
 from jaxmodel.ops.pool import avg_pool, max_pool
 from jaxmodel.ops.probe import GRADIENT, STATISTICS, Probe, histogram, tap, zeros_for
+from jaxmodel.ops.product import compiler_options, product
 from jaxmodel.ops.ragged import ragged
 from jaxmodel.ops.recurrent import StateCache, recurrent_step
 from jaxmodel.ops.rope import RopeScaling, rope_frequencies, rope_tables, rotate
@@ -32,6 +33,7 @@ __all__ = [
     "avg_pool",
     "batch_norm",
     "blocks",
+    "compiler_options",
     "conv",
     "edge_sum",
     "edges_of",
@@ -41,6 +43,7 @@ __all__ = [
     "layer_norm",
     "max_pool",
     "on_last",
+    "product",
     "ragged",
     "recurrent_step",
     "rms_norm",

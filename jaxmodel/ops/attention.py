@@ -9,11 +9,12 @@ from jaxtyping import Array, Float
 from jaxmodel.errors import InputError
 from jaxmodel.ops.blockwise import blockwise
 from jaxmodel.ops.policy import Policy
+from jaxmodel.ops.product import product
 from jaxmodel.ops.ring import ring, ring_axis
 from jaxmodel.ops.seen import Seen, masked
 
-CAUSAL_PARTS = 8  # queries of a causal square are run in so many parts, each with the keys it can see
-CAUSAL_FROM = 256  # positions from which that is worth its overhead
+CAUSAL_PARTS = 8  # queries of a causal square are run in up to so many parts, each with the keys it can see
+CAUSAL_ROWS = 128  # of at least so many queries: smaller ones cost more than they save
 BLOCKWISE_FROM = 4096**2  # pairs of query and key from which "auto" holds no square of scores
 
 
@@ -57,9 +58,10 @@ def attention(
         if bias is not None:
             raise InputError("policy.attention: 'blockwise' takes no bias of relative positions; allowed: 'plain', 'auto'")
         return blockwise(q, k, v, seen, policy, factor, softcap)
-    if not (seen.causal and t == s and t >= CAUSAL_FROM and t % CAUSAL_PARTS == 0):
+    count = min(CAUSAL_PARTS, t // CAUSAL_ROWS)
+    if not (seen.causal and t == s and count > 1 and t % count == 0):
         return _plain(q, k, v, seen.square(t, s), policy, factor, softcap, bias)
-    size = t // CAUSAL_PARTS  # nearly half of the work is left out: no query sees behind the end of its part
+    size = t // count  # nearly half of the work is left out: no query sees behind the end of its part
     parts = []
     for start in range(0, t, size):
         stop = start + size
@@ -77,18 +79,13 @@ def _plain(
     compute = jnp.dtype(policy.compute)
     # all query heads of one key head, and all positions, are the rows of one product
     q = q.reshape(b, t, k.shape[1], groups, width).transpose(0, 2, 3, 1, 4).reshape(b, k.shape[1], groups * t, width)
-    scores = _batched(q.astype(compute), k.astype(compute), "bknh,bksh->bkns") * scale
+    scores = product("bknh,bksh->bkns", q, k, compute) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = scores.reshape(b, k.shape[1], groups, t, -1)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32).reshape(bias.shape[0], k.shape[1], groups, *bias.shape[2:])
     weights = jax.nn.softmax(masked(scores, square), axis=-1).reshape(b, k.shape[1], groups * t, -1)
-    out = _batched(weights.astype(compute), v.astype(compute), "bkns,bksh->bknh")
+    out = product("bkns,bksh->bknh", weights, v, compute, policy.stream)
     out = out.reshape(b, k.shape[1], groups, t, width).transpose(0, 3, 1, 2, 4)
     return out.reshape(b, t, heads, width).astype(policy.stream)
-
-
-def _batched(x: Array, y: Array, equation: str) -> Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)

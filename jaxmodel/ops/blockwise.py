@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel.ops.policy import Policy
+from jaxmodel.ops.product import product
 from jaxmodel.ops.seen import Seen, masked
 
 QUERIES, KEYS = 256, 512  # of a block
@@ -93,7 +94,7 @@ def forward(
             higher = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            mean = mean * shrink[..., None] + _dot(weights.astype(v.dtype), _keys(v, j, bk), "bkgts,bksh->bkgth")
+            mean = mean * shrink[..., None] + product("bkgts,bksh->bkgth", weights, _keys(v, j, bk), v.dtype)
             return higher, total, mean
 
         start = jnp.full(block.shape[:-1], -jnp.inf), jnp.zeros(block.shape[:-1]), jnp.zeros(block.shape, jnp.float32)
@@ -127,11 +128,11 @@ def backward(
             keys, values = _keys(k, j, bk), _keys(v, j, bk)
             scores, slope = _scores(block, keys, seen, i * bq, j * bk, scale, softcap)
             weights = jnp.exp(scores - top[..., None])
-            dv = _add(dv, _dot(weights.astype(v.dtype), g_block.astype(v.dtype), "bkgts,bkgth->bksh"), j, bk)
-            d_weights = _dot(g_block.astype(v.dtype), values, "bkgth,bksh->bkgts")
-            d_scores = (weights * (d_weights - passed[..., None]) * slope * scale).astype(q.dtype)
-            dk = _add(dk, _dot(d_scores, block, "bkgts,bkgth->bksh"), j, bk)
-            return dq + _dot(d_scores, keys, "bkgts,bksh->bkgth"), dk, dv
+            dv = _add(dv, product("bkgts,bkgth->bksh", weights, g_block, v.dtype), j, bk)
+            d_weights = product("bkgth,bksh->bkgts", g_block, values, v.dtype)
+            d_scores = weights * (d_weights - passed[..., None]) * slope * scale
+            dk = _add(dk, product("bkgts,bkgth->bksh", d_scores, block, q.dtype), j, bk)
+            return dq + product("bkgts,bksh->bkgth", d_scores, keys, q.dtype), dk, dv
 
         start = jnp.zeros(block.shape, jnp.float32), *carry
         dq, dk, dv = jax.lax.fori_loop(*_reach(seen, i, bq, bk, k.shape[2]), column, start)
@@ -160,7 +161,7 @@ def _scores(
     q: Array, k: Array, seen: Seen, first: Array, first_key: Array, scale: float, softcap: float | None
 ) -> tuple[Array, Array]:
     """The scores of a block, and their derivative by the scores without the soft cap."""
-    scores, slope = _dot(q, k, "bkgth,bksh->bkgts") * scale, jnp.ones(())
+    scores, slope = product("bkgth,bksh->bkgts", q, k, q.dtype) * scale, jnp.ones(())
     if softcap is not None:
         bent = jnp.tanh(scores / softcap)
         scores, slope = softcap * bent, 1 - bent * bent
@@ -196,8 +197,3 @@ def _joined(blocks: Array) -> Array:
     """`[N, B, K, G, t, ...]` -> `[B, K, G, N * t, ...]`."""
     moved = jnp.moveaxis(blocks, 0, 3)
     return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])
-
-
-def _dot(x: Array, y: Array, equation: str) -> Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)

@@ -8,6 +8,7 @@ On a CPU a single row is slow in bfloat16 and int8 (XLA leaves its matrix kernel
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jaxmodel.ops.block_sparse import beside, block_product
 from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, tap
+from jaxmodel.ops.product import product
 from jaxmodel.sharding import auto_axes, constrain
 
 DEFAULT = Policy()
@@ -156,19 +158,21 @@ def blocks(x: Float[Array, "... in"], w: Any, columns: Int[Array, "rows n"], pol
 
 
 def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "... out"]:
-    """`x @ w.T` in float32 for a leaf `[out, in]`."""
+    """`x @ w.T` for a leaf `[out, in]`, in float32 or, where no more is done with it, in `policy.stream`."""
     if isinstance(w, Probe):
         y = _matmul(x, w.weight, policy)
         return tap(y, x, {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE})
     if isinstance(w, Sparse | QTensor):
         return _of_codes(x, w, policy)
     if isinstance(w, Adapted):
-        y = _matmul(_matmul(x, w.down, policy), w.up, policy)
-        return _matmul(x, w.base, policy) + on_last(w.scale.astype(jnp.float32)[None], y.ndim) * y
+        wide = dataclasses.replace(policy, stream="float32")
+        y = _matmul(_matmul(x, w.down, wide), w.up, wide)
+        return _matmul(x, w.base, wide) + on_last(w.scale.astype(jnp.float32)[None], y.ndim) * y
     compute = jnp.dtype(policy.compute)
     if isinstance(w, BlockSparse):
         return block_product(x.astype(compute), beside(w.values.astype(compute)), w.columns(), w.block[1], _turned_dot)
-    return _dot(x.astype(compute), decode(w, compute))
+    # a plain leaf as it is, so that its gradient is not rounded with it
+    return _dot(x, decode(w, compute) if isinstance(w, Compressed) else w, compute, policy.stream)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2,))  # backward decodes again: else it would keep each layer's plain weight
@@ -182,35 +186,29 @@ def _of_codes(x: Float[Array, "... in"], w: Sparse | QTensor, policy: Policy) ->
             return _int8_matmul(x, w)
         x = _rounded(x)  # codes in groups: the rounding of the input, then a contraction of decoded weights
     elif plain_codes:
-        return _dot(x.astype(compute), w.codes().astype(compute)) * _row_scale(w, x.ndim)
-    return _dot(x.astype(compute), decode(w, compute))
+        return _dot(x, w.codes().astype(compute), compute) * _row_scale(w, x.ndim)
+    return _dot(x, decode(w, compute), compute)
 
 
-def _dot(x: Array, w: Array) -> Array:
-    """`x @ w.T` with a float32 (int8: int32) result; a single row as two where a CPU would leave its matrix kernels."""
-    exact = x.dtype == jnp.int8
+def _dot(x: Array, w: Array, compute: Any, out: Any = jnp.float32) -> Array:
+    """`x @ w.T`, a `product` (of int8 with an int32 result); a single row as two where a CPU would leave its matrix kernels."""
+    codes = x.dtype == jnp.int8
     # On a mesh the axes stay apart: rows and positions that are both cut would have to be gathered to become one axis.
     rows = x if auto_axes() else x.reshape(-1, x.shape[-1])
-    single = x.size == x.shape[-1] and x.dtype != jnp.float32 and jax.default_backend() == "cpu"
+    single = x.size == x.shape[-1] and (codes or compute != jnp.float32) and jax.default_backend() == "cpu"
     if single:
         rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
-    y = jax.lax.dot_general(
-        rows,
-        w,
-        (((rows.ndim - 1,), (1,)), ((), ())),
-        precision=None if exact else _precision(x.dtype),
-        preferred_element_type=jnp.int32 if exact else jnp.float32,
-    )
+    if codes:
+        y = jax.lax.dot_general(rows, w, (((rows.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    else:
+        lead = "abcdefgh"[: rows.ndim - 1]
+        y = product(f"{lead}i,oi->{lead}o", rows, w, compute, out)
     return (y[:1] if single else y).reshape(*x.shape[:-1], w.shape[0])
 
 
 def _turned_dot(x: Float[Array, "n B"], w: Float[Array, "m n"]) -> Float[Array, "m B"]:
     """`w @ x` with a float32 result: `_dot` of what is turned."""
-    return (
-        _dot(x.T, w).T
-        if x.shape[1] == 1
-        else jax.lax.dot(w, x, precision=_precision(x.dtype), preferred_element_type=jnp.float32)
-    )
+    return _dot(x.T, w, x.dtype).T if x.shape[1] == 1 else product("mn,nb->mb", w, x, x.dtype)
 
 
 def round_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Array, "... 1"]]:
@@ -231,14 +229,14 @@ def _rounded(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
 def _int8_matmul(x: Float[Array, "... in"], w: QTensor) -> Float[Array, "... out"]:
     """int8 x int8 -> int32, scaled back."""
     q, scale = round_rows(x)
-    return _dot(q, w.codes()).astype(jnp.float32) * scale * _row_scale(w, x.ndim)
+    return _dot(q, w.codes(), jnp.int8).astype(jnp.float32) * scale * _row_scale(w, x.ndim)
 
 
 @_int8_matmul.defjvp
 def _int8_matmul_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
     # The rounding counts as the identity, so that gradients (and the statistics of probes) pass; codes and scales get none.
     x, w = primals
-    return _int8_matmul(x, w), _dot(tangents[0].astype(jnp.float32), w.decode(jnp.float32))
+    return _int8_matmul(x, w), _dot(tangents[0], w.decode(jnp.float32), jnp.float32)
 
 
 def _row_scale(w: QTensor, ndim: int) -> Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodel import tree
+from jaxmodel import ops, tree
 from jaxmodel.data import Batches, prefetch
 from jaxmodel.models import Model
 from jaxmodel.report import bar
@@ -97,7 +97,8 @@ def fit(
 
     def jitted(model: Model, accumulate: int) -> Any:
         step = make_step(model, loss, optimizer, accumulate=accumulate, **options)
-        return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        kernels = ops.compiler_options(model.policy.compute)
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=kernels)
 
     def compiled(accumulate: int, remat: str) -> Any:
         other = model.with_policy(dataclasses.replace(model.policy, remat=remat))
@@ -176,8 +177,8 @@ def _shapes(shapes: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh | Non
     return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, where)
 
 
-def _shape(a: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+def _shape(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
 
 
 def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Any:

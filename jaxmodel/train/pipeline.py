@@ -162,7 +162,8 @@ class _Schedule:
         _, context, first_aux, rng, train = self.begun(params, m)  # the embedding itself is not used, so it is not computed
         first = self.place == 0
         x = jax.lax.cond(first, lambda: stages_of.by_rows(self.begun(params, m)[0]), lambda: given[0])
-        stage = stage_of(self.model.parts.block, train, self.model.policy.remat)  # pyright: ignore[reportArgumentType]
+        policy = self.model.policy
+        stage = stage_of(self.model.parts.block, train, policy.remat, policy.unroll)  # pyright: ignore[reportArgumentType]
         y, aux = stage(one_segment(params["blocks"]), x, context, self.place, rng)
         here = {name: jnp.where(first, value, jnp.zeros_like(value)) for name, value in first_aux.items()}
         total = {name: sum((d[name] for d in (given[1], here) if name in d), aux.get(name, 0.0)) for name in {**here, **aux}}

