@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -98,5 +99,24 @@ def devices8() -> Callable[..., str]:
         if done.returncode:
             pytest.fail(f"exit code {done.returncode} on eight devices\n{done.stdout}{done.stderr}", pytrace=False)
         return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def outcomes8(devices8: Callable[..., str]) -> Callable[[str, Sequence[str]], Callable[[str], None]]:
+    """`outcomes8(__file__, names)` runs checks of a test file on eight devices (see `run_checks.py`), all in one process.
+
+    It returns a function of a name, which fails if that check did.
+    """
+
+    def run(file: str, names: Sequence[str]) -> Callable[[str], None]:
+        found = json.loads(devices8(REPO / "tests" / "run_checks.py", file, *names).splitlines()[-1])
+
+        def passed(name: str) -> None:
+            if found[name]:
+                pytest.fail(found[name], pytrace=False)
+
+        return passed
 
     return run

@@ -6,7 +6,7 @@ import hashlib
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,10 @@ from jaxmodel.data.shuffle import SORTED_UP_TO, permute
 from jaxmodel.errors import InputError, at_least
 
 type Batch = dict[str, np.ndarray]
+
+TOGETHER, SMALL = 8, 2**20
+"""Batches that a thread computes at once, if none has more bytes than the latter: handing one over to the loop costs as much time
+as computing a small one."""
 
 
 @runtime_checkable
@@ -214,7 +218,7 @@ def prefetch(stream: Batches, start: int, stop: int, workers: int = 2, rows: sli
     """The batches of steps start, start + 1, ..., stop - 1, or their rows `rows`, computed ahead of their use in threads.
 
     Grain only prefetches: the batches are those of `stream.batch`, bit for bit and in order. It uses threads, so a
-    script needs no `if __name__ == "__main__"`. About twice as many batches as workers wait in memory.
+    script needs no `if __name__ == "__main__"`. About twice as many batches as workers wait in memory, of small ones more.
 
     Raises:
       InputError: start below 0 or beyond stop, fewer than one worker, or rows outside of the batch.
@@ -223,7 +227,22 @@ def prefetch(stream: Batches, start: int, stop: int, workers: int = 2, rows: sli
         raise InputError(f"start, stop: {start}, {stop} given; 0 <= start <= stop is needed")
     at_least("workers", workers)
     global_rows(start, rows, stream.batch_size)
+    return _ahead(stream, start, stop, workers, rows)
+
+
+def _ahead(stream: Batches, start: int, stop: int, workers: int, rows: slice) -> Iterator[Batch]:
+    if start == stop:
+        return
+    yield (first := stream.batch(start, rows))
+    start += 1
+    together = TOGETHER if sum(a.nbytes for a in first.values()) <= SMALL else 1
+
+    def some(group: SupportsIndex) -> list[Batch]:
+        begin = start + together * operator.index(group)
+        return [stream.batch(step, rows) for step in range(begin, min(begin + together, stop))]
+
     import grain  # late: it takes a second that only training should pay
 
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    return iter(grain.MapDataset.range(start, stop).map(partial(stream.batch, rows=rows)).to_iter_dataset(options))
+    for group in grain.MapDataset.range(-(-(stop - start) // together)).map(some).to_iter_dataset(options):
+        yield from group

@@ -1,16 +1,13 @@
 """What runs on one device runs on a mesh of eight and gives the same, for every family and every compressed leaf.
 
-This file runs itself once, in a process of its own with eight simulated devices, where each `check_*` writes down how it
-went; the tests here read that. Run it by hand with `JAX_NUM_CPU_DEVICES=8 python tests/contracts/test_devices.py`.
+The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here read how they went.
+By hand: `JAX_NUM_CPU_DEVICES=8 python tests/run_checks.py tests/contracts/test_devices.py check_meshes`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import re
-import traceback
-from pathlib import Path
 
 import chex
 import jax
@@ -334,38 +331,19 @@ CHECKS = (
     check_meshes,
     check_a_mistyped_axis_is_refused,
 )
-NAMES = [f"{check_a_training_step.__name__} {family}" for family in families()]
-NAMES += [f"{check.__name__} {family}" for family in families() if decodes(family) for check in DECODER_CHECKS]
+NAMES = [f"{check_a_training_step.__name__}:{family}" for family in families()]
+NAMES += [f"{check.__name__}:{family}" for family in families() if decodes(family) for check in DECODER_CHECKS]
 NAMES += [check.__name__ for check in CHECKS]
-
-
-def run_all() -> dict[str, str]:
-    """The name of each check and how it failed, "" if it did not."""
-    found = {}
-    for name in NAMES:
-        function, *family = name.split(" ")
-        try:
-            globals()[function](*family)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
 
 
 @pytest.fixture(scope="module")
-def outcome(devices8):
-    return json.loads(devices8(Path(__file__)).splitlines()[-1])
+def outcome(outcomes8):
+    return outcomes8(__file__, NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_eight_devices(name, outcome):
-    if outcome[name]:
-        pytest.fail(outcome[name], pytrace=False)
-
-
-if __name__ == "__main__":
-    assert jax.device_count() == 8, "run with JAX_NUM_CPU_DEVICES=8"
-    print(json.dumps(run_all()))
+    outcome(name)

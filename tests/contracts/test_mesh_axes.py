@@ -1,15 +1,12 @@
 """Every axis of a mesh, alone and with others, gives the loss and the gradients of one device; the model is the same.
 
-This file runs itself once, in a process of its own with eight simulated devices, as tests/contracts/test_devices.py does.
+The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here read how they went.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import traceback
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -81,31 +78,14 @@ def check(name: str, shape: str) -> None:
     close(got[1], grads, 1e-4)
 
 
-CHECKS = [(name, shape) for name, shapes in MESHES.items() for shape in shapes]
-
-
-def run_all() -> dict[str, str]:
-    """Each model and mesh and how it failed, "" if it did not."""
-    found = {}
-    for name, shape in CHECKS:
-        try:
-            check(name, shape)
-            found[f"{name} {shape}"] = ""
-        except Exception:
-            found[f"{name} {shape}"] = traceback.format_exc()
-    return found
+CHECKS = [f"check:{name}:{shape}" for name, shapes in MESHES.items() for shape in shapes]
 
 
 @pytest.fixture(scope="module")
-def outcome(devices8):
-    return json.loads(devices8(Path(__file__)).splitlines()[-1])
+def outcome(outcomes8):
+    return outcomes8(__file__, CHECKS)
 
 
-@pytest.mark.parametrize(("name", "shape"), CHECKS)
-def test_equals_one_device(name, shape, outcome):
-    if failed := outcome[f"{name} {shape}"]:
-        pytest.fail(failed, pytrace=False)
-
-
-if __name__ == "__main__":
-    print(json.dumps(run_all()))
+@pytest.mark.parametrize("name", CHECKS)
+def test_equals_one_device(name, outcome):
+    outcome(name)

@@ -1,14 +1,11 @@
 """Layers in stages on eight devices: equal to layers in a row, with the bytes that the formula says.
 
-This file runs itself once, in a process of its own, as tests/contracts/test_devices.py does; the tests here read how it went.
+The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here read how they went.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import traceback
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -147,28 +144,11 @@ def check_places() -> None:
 CHECKS = [name for name in globals() if name.startswith("check_")]
 
 
-def run_all() -> dict[str, str]:
-    """The name of each check and how it failed, "" if it did not."""
-    found = {}
-    for name in CHECKS:
-        try:
-            globals()[name]()
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
-
-
 @pytest.fixture(scope="module")
-def outcome(devices8):
-    return json.loads(devices8(Path(__file__)).splitlines()[-1])
+def outcome(outcomes8):
+    return outcomes8(__file__, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_pipeline(name, outcome):
-    if outcome[name]:
-        pytest.fail(outcome[name], pytrace=False)
-
-
-if __name__ == "__main__":
-    print(json.dumps(run_all()))
+    outcome(name)
