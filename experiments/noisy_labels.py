@@ -8,9 +8,9 @@ needs no other loss, and how well confident learning names the flipped labels am
 Command:  python experiments/noisy_labels.py [--quick] [--seed N] --json -
 Cost:     about 5 minutes on two quiet cores (30 epochs each); --quick about 1 (2,000 images, cross entropy and one other).
 Goals:    generalised cross entropy at least 5 points above plain cross entropy on the clean test images.
-Measured: quick form: 77.95 % by the cross entropy, 90.51 % by the generalised one: +12.6 points; the cross entropy stopped early
-          88.74 %; confident learning doubts 97.2 % of the flipped labels, and 89.5 % of those it doubts are flipped. The full
-          form was not run yet.
+Measured: goal met: 83.98 % by the cross entropy, 96.79 % by the generalised one: +12.81 points, 94.85 % by the symmetric one; the
+          cross entropy stopped early 96.02 %; confident learning doubts 98.75 % of the flipped labels, and 95.07 % of those it
+          doubts are flipped.
 """
 
 from __future__ import annotations
