@@ -6,7 +6,8 @@ Each seed draws other digits, 200 of each class, and other weights. Settings wer
 Command:  python experiments/augmentation.py [--quick] [--seed N] --json -
 Cost:     about 6 minutes on two quiet cores (2,000 updates, six runs); --quick about 1 (500 updates, one seed).
 Goals:    better with than without for every one of the three seeds.
-Measured: quick form, seed 0: 96.14 % without, 97.25 % with: +1.11 points. The full form (three seeds) was not run yet.
+Measured: goal met: 96.54, 96.58 and 96.50 % without, 98.32, 98.41 and 98.50 % with, for seeds 0, 1 and 2: +1.87 points in the
+          mean, at least +1.78.
 """
 
 from __future__ import annotations
