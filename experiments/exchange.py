@@ -2,8 +2,8 @@
 
 A GPT (4 layers, 128 wide, the bytes of `english_train`, batches of 16 rows of 64) on eight simulated devices, the axis data=8:
 gradients summed as they are, in 8 bits, and the largest hundredth of them with error feedback. The bytes are read from the
-compiled step; the held-out loss is over the same batches of `english`. Between machines fewer bytes
-save time; eight devices that share two cores cannot show that, so no speed is given.
+compiled step; the held-out loss is over the same batches of `english`. Between machines fewer bytes save time; eight devices that
+share two cores cannot show that, so no speed is given.
 
 Command:  python experiments/exchange.py [--quick] [--seed N] --json -
 Cost:     about 4 minutes on two cores (400 steps each); --quick (60 steps) about 1.
@@ -38,17 +38,10 @@ def texts(seed: int) -> tuple[data.Stream, data.Stream]:
 def sent(kind: Kind, stream: data.Stream, mesh: jax.sharding.Mesh) -> float:
     """Bytes of the collectives of a step."""
     model, config = gpt2.model(CONFIG, ops.Policy(axes=ops.MESH_AXES)), train.TrainConfig(exchange=kind)
-    optimizer, exchange = train.make_optimizer(config), config.made_exchange()
-    start = lambda key: train.init_state(model.init(key), optimizer, exchange=exchange)
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(start, jax.random.key(0))
-        where = train.state_shardings(shapes, model.rules, mesh)
-        like = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, where)
-        rows = jax.NamedSharding(mesh, jax.P("data"))
-        batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows) for name, a in stream.batch(0).items()}
-        step = train.make_step(model, train.next_token, optimizer, exchange=exchange)
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(like, batch).compile()
-    return float(sum(plan.moved(plan.collectives(compiled)).values()))
+    batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in stream.batch(0).items()}
+    exchange = config.made_exchange()
+    step = plan.compile_step(model, train.next_token, train.make_optimizer(config), batch, mesh, exchange)
+    return float(sum(plan.moved(plan.collectives(step)).values()))
 
 
 def learn(kind: Kind, steps: int, seed: int, streams: tuple[data.Stream, data.Stream], mesh: jax.sharding.Mesh) -> float:

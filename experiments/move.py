@@ -8,8 +8,7 @@ without a move.
 Command:  python experiments/move.py [--quick] [--seed N] --json -
 Cost:     about 6 minutes on two cores; --quick (fewer legs) about 2.
 Goals:    every restored state bit-equal to the one that was saved; one hash of the token stream on every topology; losses equal
-  to the
-          single device's to 1e-5 relative in float32 on the data, fsdp and tensor legs.
+          to the single device's to 1e-5 relative in float32 on the data, fsdp and tensor legs.
 Measured: all goals met: 7 legs, 6 of 6 restored states bit-equal, one hash; losses at most 3.0e-7 apart (1.0e-5 allowed), in 4.6
           minutes on a busy machine.
 """

@@ -22,7 +22,7 @@ from jaxmodel.ops.block_sparse import beside, block_product
 from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, tap
-from jaxmodel.ops.product import product
+from jaxmodel.ops.product import precision, product
 from jaxmodel.sharding import auto_axes, constrain
 
 DEFAULT = Policy()
@@ -122,7 +122,7 @@ def conv(
         stride,
         padding,
         dimension_numbers=("NHWC", "OIHW", "NHWC"),
-        precision=_precision(compute),
+        precision=precision(compute),
         preferred_element_type=jnp.float32,
     )
     return y.astype(policy.stream)
@@ -261,11 +261,6 @@ def _rows(leaf: Any, ids: Array) -> Array:
     if isinstance(leaf, Compressed):
         return decode(jax.tree.map(rows_of, leaf))
     return rows_of(leaf)
-
-
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """float32 means float32 also on accelerators, whose default is one bfloat16 pass."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 # ------------------------------------------------------------------------------------------------- equations

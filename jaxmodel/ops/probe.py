@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.leaves.leaf import register
+from jaxmodel.ops.product import precision
 
 HISTOGRAM_BINS = 64
 HISTOGRAM_STEP = 0.5  # octaves; bin i counts |x| in [2^(i*STEP + LOW), 2^((i+1)*STEP + LOW))
@@ -122,12 +123,11 @@ def _gradient(x: Array, g: Array, zero: Array) -> Float[Array, "out in"]:
         place = jnp.where((x >= 0) & (x < zero.shape[0]), x, zero.shape[0])  # what is outside is dropped
         return jnp.zeros(zero.shape, jnp.float32).at[place].add(g.astype(jnp.float32), mode="drop").astype(zero.dtype)
     rows = tuple(range(x.ndim - 1))
-    exact = jax.lax.Precision.HIGHEST if zero.dtype == jnp.float32 else None
     product = jax.lax.dot_general(
         g.astype(zero.dtype),
         x.astype(zero.dtype),
         ((rows, rows), ((), ())),
-        precision=exact,
+        precision=precision(zero.dtype),
         preferred_element_type=jnp.float32,
     )
     return product.astype(zero.dtype)

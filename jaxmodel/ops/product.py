@@ -38,10 +38,13 @@ def product(equation: str, x: Float[Array, "..."], y: Float[Array, "..."], compu
     if jnp.dtype(compute) == jnp.bfloat16:
         found, terms = _bfloat16(equation, x, y, jnp.dtype(out)), equation.replace("->", ",").split(",")
         return found if set.intersection(*map(set, terms)) else checkpoint_name(found, WITHOUT_BATCH)
-    # float32 means float32 also on accelerators, whose default is one bfloat16 pass
-    exact = jax.lax.Precision.HIGHEST if jnp.dtype(compute) == jnp.float32 else None
     x, y = x.astype(compute), y.astype(compute)
-    return jnp.einsum(equation, x, y, precision=exact, preferred_element_type=jnp.float32).astype(out)
+    return jnp.einsum(equation, x, y, precision=precision(compute), preferred_element_type=jnp.float32).astype(out)
+
+
+def precision(compute: Any) -> jax.lax.Precision | None:
+    """Of XLA's products: float32 means float32 also on accelerators, whose default is one bfloat16 pass."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(compute) == jnp.float32 else None
 
 
 def compiler_options(compute: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jaxmodel.leaves import Compressed
 from jaxmodel.ops.contract import DEFAULT, einsum
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, histogram
+from jaxmodel.ops.product import precision
 
 BLOCK = 64  # rows of a block at most; more waste rows at the end of each group, fewer read the matrices more often
 
@@ -96,12 +97,11 @@ def _by_group_backward(x: Array, w: Array, sizes: Array, g: Array, policy: Polic
 def _dot(a: Array, b: Array, sizes: Array, contracted: tuple[tuple[int], tuple[int]], policy: Policy) -> Array:
     """XLA's ragged product of a, whose first axis is cut, with b `[E, ., .]`, or with b cut alike for a result `[E, ., .]`."""
     compute = jnp.dtype(policy.compute)
-    precision = jax.lax.Precision.HIGHEST if compute == jnp.float32 else None
     dims = jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), [0], [0] if b.ndim == 3 else [])
     run = functools.partial(
         jax.lax.ragged_dot_general,
         ragged_dot_dimension_numbers=dims,
-        precision=precision,
+        precision=precision(compute),
         preferred_element_type=jnp.float32,
     )
     return jax.custom_batching.sequential_vmap(run)(a.astype(compute), b.astype(compute), sizes)  # vmap cannot leave b alone

@@ -17,8 +17,9 @@ def compile_step(
     optimizer: optax.GradientTransformation,
     batch: Mapping[str, jax.ShapeDtypeStruct],
     mesh: jax.sharding.Mesh,
+    exchange: train.Exchange | None = None,
 ) -> jax.stages.Compiled:
-    """The program of `train.make_step` as `fit` compiles it: the state placed by the model's rules and donated.
+    """The program of `train.make_step` as `fit` runs it: the state placed by the model's rules and donated.
 
     Args:
       model: what is trained.
@@ -26,14 +27,17 @@ def compile_step(
       optimizer: any optax transformation.
       batch: shapes of a whole batch, rows first.
       mesh: of any devices, those of `topology` too.
+      exchange: see `train.make_step`.
 
     Raises:
       InputError: a mesh that does not fit the model.
     """
-    state = jax.eval_shape(lambda key: train.init_state(model.init(key), optimizer), jax.random.key(0))
+    start = lambda key: train.init_state(model.init(key), optimizer, exchange=exchange)
+    state = jax.eval_shape(start, jax.random.key(0))
     places = train.state_shardings(state, model.rules, mesh)
     rows = jax.NamedSharding(mesh, jax.P(tuple(name for name in sharding.BATCH_AXES if name in mesh.shape)))
     placed = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-    step = jax.jit(train.make_step(model, loss, optimizer), donate_argnums=0, out_shardings=(places, None))
+    step = train.make_step(model, loss, optimizer, exchange=exchange)
+    run = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     with jax.set_mesh(mesh):
-        return step.lower(jax.tree.map(placed, state, places), {name: placed(a, rows) for name, a in batch.items()}).compile()
+        return run.lower(jax.tree.map(placed, state, places), {name: placed(a, rows) for name, a in batch.items()}).compile()

@@ -19,7 +19,7 @@ class Scorer:
     Args:
       model: what is judged.
       loss: see `jaxmodel.train.losses`.
-      stream: held-out batches, on their devices.
+      stream: held-out batches.
       batches: how many are used: always the same, those of the first steps.
     """
 

@@ -346,4 +346,4 @@ def outcome(outcomes8):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_eight_devices(name, outcome):
-    outcome(name)
+    assert not outcome[name], outcome[name]
