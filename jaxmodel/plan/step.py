@@ -33,11 +33,11 @@ def compile_step(
       InputError: a mesh that does not fit the model.
     """
     start = lambda key: train.init_state(model.init(key), optimizer, exchange=exchange)
-    state = jax.eval_shape(start, jax.random.key(0))
-    places = train.state_shardings(state, model.rules, mesh)
     rows = jax.NamedSharding(mesh, jax.P(tuple(name for name in sharding.BATCH_AXES if name in mesh.shape)))
     placed = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-    step = train.make_step(model, loss, optimizer, exchange=exchange)
-    run = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-    with jax.set_mesh(mesh):
+    step, key = train.make_step(model, loss, optimizer, exchange=exchange), jax.random.key(0)  # made on a device that is here
+    with jax.set_mesh(mesh):  # the memory of an exchange has a row for each of its devices
+        state = jax.eval_shape(start, key)
+        places = train.state_shardings(state, model.rules, mesh)
+        run = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
         return run.lower(jax.tree.map(placed, state, places), {name: placed(a, rows) for name, a in batch.items()}).compile()

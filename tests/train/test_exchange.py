@@ -20,7 +20,7 @@ import pytest
 from jaxmodel import data, ops, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
-from jaxmodel.plan import collectives, moved
+from jaxmodel.plan import collectives, compile_step, moved
 from jaxmodel.train.exchange import Exchange, sum_int8, sum_top_k
 from jaxmodel.train.optimizers import optimizer
 from jaxmodel.train.quantized import quantize_weights
@@ -136,6 +136,17 @@ def check_bytes() -> dict:
     return out
 
 
+def check_planned() -> dict:
+    """Of `plan.compile_step`, which has no arrays, the bytes over those of the step that runs."""
+    mesh, out = sharding.make_mesh("data=8"), {}
+    shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch(mesh, 0).items()}
+    for name, exchange in (("int8", Exchange()), ("top_k", TOP)):
+        found = collectives(compile_step(MODEL, train.next_token, optax.adam(3e-3), shapes, mesh, exchange))
+        runs = collectives(compiled("data=8", exchange)[2].as_text())
+        out[name] = sum(moved(found).values()) / sum(moved(runs).values())
+    return out
+
+
 def check_losses() -> dict:
     runs = {"plain": None, "int8": Exchange(), "top_k": TOP}
     out = {name: float(np.mean(trained(20, "data=8", exchange)[2][-5:])) for name, exchange in runs.items()}
@@ -201,6 +212,10 @@ def test_bytes_are_those_of_the_formula_once_a_step(found):
     assert 0.25 < int8["bytes"] <= 0.27
     assert int8["all-to-all"] == 2 * 7  # codes and scales of seven large leaves
     assert top["bytes"] < 0.05 * 8 * 6 / 8 + 0.03
+
+
+def test_a_planned_step_sends_what_the_running_one_does(found):
+    assert found["planned"] == {"int8": 1, "top_k": 1}
 
 
 def test_the_loss_is_that_of_a_plain_run(found):
