@@ -60,7 +60,7 @@ def run(folder: Path, seed: int, steps: int = STEPS, book: Path | None = None) -
     batches = stream(seed)
     with train.Checkpoints(folder, identity={"seed": seed}, data=batches.fingerprint, keep=train.Keep(last=3)) as checkpoints:
         drops = augment.parse("token_dropout(0, rate=0.1)")
-        supervisor = train.Supervisor(train.Ledger(book))
+        supervisor = train.Supervisor(train.Ledger(book, began=train.process_began()))
         state, _ = train.fit(model(), batches, config, augment=drops, checkpoints=checkpoints, supervisor=supervisor)
     supervisor.close()
     return state

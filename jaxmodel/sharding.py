@@ -9,12 +9,15 @@ fdsp=4`, or `expert=4` without experts).
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodel import tree
@@ -84,7 +87,20 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
     if need > len(devices):
         raise InputError(f"mesh: {dict(shape)} needs {need} devices; there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=devices[:need])
+    mesh = jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=devices[:need])
+    if jax.process_count() > 1 and jax.config.jax_cpu_collectives_implementation == "mpi":
+        _meet(mesh)
+    return mesh
+
+
+def _meet(mesh: Mesh) -> None:
+    """A first sum over every group of devices that can exchange: XLA opens MPI's communicators on the main thread alone."""
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    for count in range(1, len(axes) + 1):
+        for group in itertools.combinations(axes, count):
+            add = functools.partial(jax.lax.psum, axis_name=group)
+            one = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()))
+            jax.block_until_ready(one(np.float32(1)))
 
 
 def shardings(rules: tree.Rules, params: tree.Params, mesh: AnyMesh) -> tuple[tree.Params, tree.Params]:

@@ -37,6 +37,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("jaxmodel: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    if os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION") == "mpi":
+        from jaxmodel.train import distributed
+
+        distributed.leave(code)
     raise SystemExit(code)
 
 

@@ -141,6 +141,11 @@ class Train(Common, TrainOptions):
     """Of the initial weights, the order of the data and the sample."""
     out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(default: bundle/ in the run's folder)")] = None
     """Where the bundle goes."""
+    checkpoints: Annotated[
+        str | None, arg(metavar="PLACE", help_behavior_hint="(default: checkpoints/ in the run's folder)")
+    ] = None
+    """Where checkpoints go: a folder, or a URL such as gs:// or s3://. If a run of the same config left some there, it goes on
+    from the last, as a restarted machine does that begins with an empty disk."""
     data: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help=f"The texts to train on, each {_TEXTS}")] = (
         "english_train",
     )

@@ -61,6 +61,8 @@ def redirect(options: Common, room: report.Run) -> Common:
     places: dict[str, Any] = {"json": None, "runs": str(room.path("again"))}
     if hasattr(options, "out"):
         places["out"] = str(room.path("out"))
+    if hasattr(options, "checkpoints"):
+        places["checkpoints"] = None  # else it would go on from the end of the run
     return dataclasses.replace(options, **places)
 
 

@@ -51,7 +51,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         start = checkpoints.latest() or 0  # asked by all processes, answered by the first
         if writer is not None:
             writer.rewind(start)
-        ledger = train.Ledger(folder.path("ledger.jsonl"))
+        ledger = train.Ledger(folder.path("ledger.jsonl"), began=train.process_began())
         supervisor = train.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
         state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
         supervisor.close()
@@ -105,9 +105,12 @@ def show(result: dict[str, Any], console: Any) -> None:
     if result["out"] is None:
         return  # of several processes the first shows what came out
     heldout = f", held-out {result['heldout_loss']:.3f}" if result["heldout_loss"] is not None else ""
+    done = f"its checkpoint of step {result['steps']} was the last: nothing was left to train"
+    if result["loss"] is not None:
+        goodput = f"goodput {100 * result['ledger']['goodput']:.0f} %"
+        done = f"loss {result['loss']:.3f}{heldout}, {result['tokens_per_second']:.0f} tokens/s, {goodput}"
     console.print(
-        f"{result['parameters']} parameters on {result['devices']} device(s) {result['mesh'] or ''}: loss {result['loss']:.3f}"
-        f"{heldout}, {result['tokens_per_second']:.0f} tokens/s, goodput {100 * result['ledger']['goodput']:.0f} %, "
+        f"{result['parameters']} parameters on {result['devices']} device(s) {result['mesh'] or ''}: {done}, "
         f"saved in {result['out']}",
         markup=False,
     )
@@ -128,7 +131,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
     before = report.read_run(options.folder)
     job = _Job(dataclasses.replace(again, log_every=1, eval_every=again.eval_every or max(1, again.steps // 4)), folder)
     supervisor = train.Supervisor(stop=lambda step: step >= options.step)
-    with job.checkpoints(before.folder / CHECKPOINTS, read_only=True, at_most=options.step - 1) as checkpoints:
+    with job.checkpoints(before.folder, read_only=True, at_most=options.step - 1) as checkpoints:
         start = checkpoints.latest() or 0
         state, history = job.fit([lambda row: folder.log(**row)], checkpoints, supervisor)
     row = history[-1]
@@ -173,7 +176,7 @@ class _Job:
 
         if jax.process_index() == 0:
             hub.check_target(options.out or folder.path("bundle"))
-        self.folder = folder
+        self.folder, self.place = folder, options.checkpoints
         text = options.mesh or ("data=*" if jax.process_count() > 1 else None)
         self.mesh = None if text is None else sharding.make_mesh(text)
         self.augment = augment.parse(options.augment) if options.augment else None
@@ -198,15 +201,15 @@ class _Job:
             augment=str(self.augment) if self.augment else None,
         )
 
-    def checkpoints(self, place: Path | None = None, **options: Any) -> Any:
-        """Of this run, or of another folder."""
+    def checkpoints(self, run: Path | None = None, **options: Any) -> Any:
+        """Of this run, or of another one."""
         from jaxmodel import train
         from jaxmodel.cli import resolved
 
         harmless = ("log_every", "save_every", "save_seconds")
         settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in harmless}
         return train.Checkpoints(
-            self.shared / CHECKPOINTS if place is None else place,
+            self.place or (run or self.shared) / CHECKPOINTS,
             keep=train.Keep(last=3),
             identity={
                 "train": settings,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel.errors import InputError
-from jaxmodel.ops.blockwise import blockwise
+from jaxmodel.ops.blockwise import blockwise, heads_grouped, heads_joined
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.product import product
 from jaxmodel.ops.ring import ring, ring_axis
@@ -78,7 +78,7 @@ def _plain(
     groups = heads // k.shape[1]
     compute = jnp.dtype(policy.compute)
     # all query heads of one key head, and all positions, are the rows of one product
-    q = q.reshape(b, t, k.shape[1], groups, width).transpose(0, 2, 3, 1, 4).reshape(b, k.shape[1], groups * t, width)
+    q = heads_grouped(q, k.shape[1]).reshape(b, k.shape[1], groups * t, width)
     scores = product("bknh,bksh->bkns", q, k, compute) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -87,5 +87,4 @@ def _plain(
         scores = scores + bias.astype(jnp.float32).reshape(bias.shape[0], k.shape[1], groups, *bias.shape[2:])
     weights = jax.nn.softmax(masked(scores, square), axis=-1).reshape(b, k.shape[1], groups * t, -1)
     out = product("bkns,bksh->bknh", weights, v, compute, policy.stream)
-    out = out.reshape(b, k.shape[1], groups, t, width).transpose(0, 3, 1, 2, 4)
-    return out.reshape(b, t, heads, width).astype(policy.stream)
+    return heads_joined(out.reshape(b, k.shape[1], groups, t, width)).astype(policy.stream)

@@ -31,17 +31,27 @@ def blockwise(
     softcap: float | None = None,
 ) -> Float[Array, "B T H h"]:
     """See `ops.attention`."""
-    b, t, heads, width = q.shape
-    groups, s, compute = heads // k.shape[1], k.shape[2], jnp.dtype(policy.compute)
-    grouped = q.reshape(b, t, k.shape[1], groups, width).transpose(0, 2, 3, 1, 4)
+    b, t, s, compute = q.shape[0], q.shape[1], k.shape[2], jnp.dtype(policy.compute)
+    grouped = heads_grouped(q, k.shape[1])
     # whole blocks: what is added at the end is hidden from all queries, and its own results are cut off
     extra, extra_keys = missing(t, s)
     grouped, k, v = longer(grouped, extra, 3), longer(k, extra_keys, 2), longer(v, extra_keys, 2)
     if extra or extra_keys:
         seen = padded(seen, b, t, s)
     out = _blockwise(grouped.astype(compute), k.astype(compute), v.astype(compute), seen, scale, softcap)
-    out = out[:, :, :, :t].transpose(0, 3, 1, 2, 4)
-    return out.reshape(b, t, heads, width).astype(policy.stream)
+    return heads_joined(out[:, :, :, :t]).astype(policy.stream)
+
+
+def heads_grouped(q: Float[Array, "B T H h"], k_heads: int) -> Float[Array, "B K G T h"]:
+    """The query heads in groups that share a key head."""
+    b, t, heads, width = q.shape
+    return q.reshape(b, t, k_heads, heads // k_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def heads_joined(out: Float[Array, "B K G T h"]) -> Float[Array, "B T H h"]:
+    """What `heads_grouped` took apart."""
+    b, _, _, t, width = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, -1, width)
 
 
 def missing(t: int, s: int) -> tuple[int, int]:

@@ -58,11 +58,10 @@ def ring(
     axis: str,
 ) -> Float[Array, "B T H h"]:
     """See `ops.attention`; T and S are cut along the mesh axis `axis`."""
-    b, t, heads, width = q.shape
     compute = jnp.dtype(policy.compute)
-    grouped = q.reshape(b, t, k.shape[1], heads // k.shape[1], width).transpose(0, 2, 3, 1, 4)
-    out = _ring(grouped.astype(compute), k.astype(compute), v.astype(compute), seen, scale, softcap, axis)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, heads, width).astype(policy.stream)
+    grouped = blockwise.heads_grouped(q, k.shape[1]).astype(compute)
+    out = _ring(grouped, k.astype(compute), v.astype(compute), seen, scale, softcap, axis)
+    return blockwise.heads_joined(out).astype(policy.stream)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxmodel.train.finetune import last_layers, layer_rates, replace_head
     from jaxmodel.train.gradients import accumulated, value_and_grad
     from jaxmodel.train.guard import Guard
-    from jaxmodel.train.ledger import Ledger
+    from jaxmodel.train.ledger import Ledger, process_began
     from jaxmodel.train.loop import fit
     from jaxmodel.train.losses import (
         Loss,
@@ -99,6 +99,7 @@ _HOMES = {
     "optimizer": "optimizers",
     "patch_error": "selfsupervised",
     "pretext": "selfsupervised",
+    "process_began": "ledger",
     "project": "projections",
     "pseudo_label": "semi",
     "pseudo_labels": "semi",
@@ -170,6 +171,7 @@ __all__ = [
     "optimizer",
     "patch_error",
     "pretext",
+    "process_began",
     "project",
     "pseudo_label",
     "pseudo_labels",

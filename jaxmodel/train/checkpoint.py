@@ -1,6 +1,6 @@
 """Checkpoints: asynchronous, checked by their digests, never without a last good one, restored onto any mesh.
 
-    checkpoints/step-000000300/arrays/         what orbax writes (OCDBT; each process its own part)
+    checkpoints/step-000000300/arrays/         see `jaxmodel.train.stored` (each process writes its own part)
     checkpoints/step-000000300/manifest.json   written last: the step counts only from then on
 
 The manifest has the name, shape and dtype of every array, the static fields of compressed leaves (orbax would accept other ones
@@ -10,15 +10,15 @@ restore takes the newest step whose files are those of its manifest, says which 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from jaxmodel.report import step as shown_step
 from jaxmodel.report.files import atomic_write
 from jaxmodel.report.json_out import dumps, to_plain
 from jaxmodel.train.state import TrainState
+from jaxmodel.train.stored import stored
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -98,24 +99,26 @@ class Checkpoints:
         read_only: bool = False,
         at_most: int | None = None,
     ):
-        import orbax.checkpoint as ocp
         from etils import epath
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells the story of each save
-        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(Path(folder).absolute())
+        self.folder = epath.Path(_fresh(str(folder)) if _is_remote(folder) else Path(folder).absolute())
         self.keep, self.identity, self.data = keep, to_plain(dict(identity or {})), data
         self.environment = to_plain(dict(environment or {}))
         self._read_only, self._at_most = read_only, at_most
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # trained floats hardly get smaller
-        self._orbax = ocp.AsyncCheckpointer(handler)
+        self._arrays = stored(str(self.folder))
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
         self._swept, self._saved, self._last = False, time.monotonic(), -1
         if jax.process_index() == 0 and not read_only:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"checkpoints: the folder {str(folder)!r} cannot be used ({error.strerror or error})") from None
+                if not _is_remote(folder):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                elif not epath.Path("/".join(str(folder).split("/")[:3])).exists():
+                    raise OSError("there is no such bucket, or it may not be seen")
+            except (OSError, ImportError) as error:
+                reason = getattr(error, "strerror", None) or _one_line(error)
+                hint = "; 'jaxmodel[remote]' brings gs:// and s3://" if isinstance(error, ImportError) else ""
+                raise InputError(f"checkpoints: the folder {str(folder)!r} cannot be used ({reason}){hint}") from None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -134,8 +137,6 @@ class Checkpoints:
           state: on any mesh.
           score: of a held-out loss, for `Keep.best`; lower is better.
         """
-        import orbax.checkpoint as ocp
-
         if self._read_only:
             return
         self._join()
@@ -145,13 +146,13 @@ class Checkpoints:
         if number == self._last:  # not by a look at the folder, which the processes would have at different times
             return
         arrays = flat(state)
-        if jax.default_backend() == "cpu":  # there orbax would go on reading the buffers, which the next step writes
+        if jax.default_backend() == "cpu":  # there the writer would go on reading the buffers, which the next step writes
             arrays = _copy(arrays)
         record = self._record(state, number, score)
         try:
             if jax.process_index() == 0:
                 self._clear(place)
-            self._orbax.save(place / "arrays", args=ocp.args.PyTreeSave(arrays))
+            self._arrays.save(place / "arrays", arrays)
         except Exception as error:  # of tensorstore, gRPC, the file system: there is no common class
             self._failed(number, error)
             return
@@ -195,7 +196,7 @@ class Checkpoints:
         try:
             self.wait(raises)
         finally:
-            self._orbax.close()
+            self._arrays.close()
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -203,9 +204,9 @@ class Checkpoints:
             self._thread = None
 
     def _finish(self, place: Any, number: int, record: dict[str, Any]) -> None:
-        """In its thread: when orbax is through, digests, the manifest, and what goes."""
+        """In its thread: when the arrays are through, digests, the manifest, and what goes."""
         try:
-            self._orbax.wait_until_finished()
+            self._arrays.wait()
             if jax.process_index() == 0:
                 record["files"] = _digests(place)
                 _write(place / MANIFEST, dumps({**record, "sha256": _digest_of(record)}))
@@ -249,7 +250,7 @@ class Checkpoints:
         if place.exists():
             (place / MANIFEST).unlink(missing_ok=True)
             place.rmtree()
-        for other in self.folder.iterdir() if not self._swept else ():
+        for other in self._entries() if not self._swept else ():
             if _STEP.fullmatch(other.name) and not (other / MANIFEST).exists():
                 other.rmtree()
         self._swept = True
@@ -258,7 +259,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that are whole, by their manifests, in order."""
-        found = (_STEP.fullmatch(place.name) for place in self.folder.iterdir()) if self.folder.exists() else ()
+        found = (_STEP.fullmatch(place.name) for place in self._entries())
         return sorted(int(m[1]) for m in found if m and (self._place(int(m[1])) / MANIFEST).exists())
 
     def manifest(self, number: int) -> dict[str, Any]:
@@ -318,7 +319,7 @@ class Checkpoints:
                     aside = self.folder / f"{self._place(number).name}.bad"
                     if aside.exists():
                         aside.rmtree()
-                    self._place(number).rename(aside)
+                    _move(self._place(number), aside)
                     _say(f"{error}; it is set aside as {aside.name}, and the step before is taken")
                     continue
                 found = number
@@ -339,24 +340,14 @@ class Checkpoints:
         Raises:
           InputError: a checkpoint of another config or of other data, with the fields that differ.
         """
-        import orbax.checkpoint as ocp
-
         number = self.latest(at_most)
         if number is None:
             return None
         record = self.manifest(number)
         self._check(record, like)
         wanted = flat(like)
-        args = {
-            name: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype) for name, a in wanted.items()
-        }
         with shown_step(f"restoring step {number}"):
-            found = self._orbax.restore(
-                self._place(number) / "arrays",
-                args=ocp.args.PyTreeRestore(
-                    item={name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in wanted.items()}, restore_args=args
-                ),
-            )
+            found = self._arrays.restore(self._place(number) / "arrays", wanted)
         self._last = number
         differ = _differences(record["environment"], self.environment)
         if differ:
@@ -384,6 +375,10 @@ class Checkpoints:
             raise InputError(
                 f"checkpoints: step {number} in {str(self.folder)!r} has other arrays: {'; '.join(differ[:4])}{more}"
             )
+
+    def _entries(self) -> list[Any]:
+        """What is there: nothing where there is no folder, as in a store of objects that holds none of it yet."""
+        return list(self.folder.iterdir()) if self.folder.exists() else []
 
     def _place(self, number: int) -> Any:
         return self.folder / f"step-{number:09d}"
@@ -431,18 +426,46 @@ def _copy(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
+def _is_remote(place: Any) -> bool:
+    return "://" in str(place)
+
+
+def _fresh(url: str) -> str:
+    """The URL, and from now on what fsspec lists there is what is there: arrays are written past it."""
+    protocol = url.partition("://")[0]
+    with contextlib.suppress(ImportError):  # said where the folder is looked for
+        import fsspec.config
+
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+    return url
+
+
 def _digests(place: Any) -> dict[str, Any]:
     """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects check contents themselves."""
-    remote = "://" in str(place)
-    found: dict[str, Any] = {}
-    folders = [place]
-    while folders:
-        for entry in folders.pop().iterdir():
-            if entry.is_dir():
-                folders.append(entry)
-            elif entry.name != MANIFEST:
-                found[entry.relative_to(place).as_posix()] = [entry.stat().length, None if remote else _digest(entry)]
-    return dict(sorted(found.items()))
+    remote = _is_remote(place)
+    return {
+        file.relative_to(place).as_posix(): [file.stat().length, None if remote else _digest(file)]
+        for file in sorted(_files(place))
+        if file.name != MANIFEST
+    }
+
+
+def _files(folder: Any) -> Iterator[Any]:
+    """All files in it and below."""
+    for entry in folder.iterdir():
+        yield from _files(entry) if entry.is_dir() else [entry]
+
+
+def _move(place: Any, aside: Any) -> None:
+    if not _is_remote(place):
+        place.rename(aside)
+        return
+    import fsspec
+
+    store = fsspec.url_to_fs(str(place))[0]  # has no folders: files are moved, that which makes them count first
+    for file in sorted(_files(place), key=lambda file: file.name != MANIFEST):
+        store.cp_file(str(file), str(aside / file.relative_to(place)))
+        store.rm_file(str(file))
 
 
 def _digest(file: Any) -> str:
@@ -455,7 +478,7 @@ def _digest_of(record: Mapping[str, Any]) -> str:
 
 
 def _write(file: Any, text: str) -> None:
-    if "://" in str(file):
+    if _is_remote(file):
         file.write_text(text)  # a store of objects shows it whole or not at all
     else:
         atomic_write(str(file), text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NoReturn
 
 import jax
 
@@ -75,7 +77,7 @@ def initialize(
     *,
     heartbeat: int = HEARTBEAT,
     timeout: int = 300,
-    collectives: Literal["gloo", "mpi"] = "gloo",
+    collectives: Literal["gloo", "mpi"] | None = None,
 ) -> Cluster | None:
     """Join the other processes; nothing where there is one alone. Before the first computation.
 
@@ -83,15 +85,23 @@ def initialize(
       cluster: default what the environment says.
       heartbeat: see `HEARTBEAT`.
       timeout: seconds to wait for the others.
-      collectives: of CPU clusters: gloo (over TCP, part of JAX) or mpi (MPItrampoline must be there).
+      collectives: of CPU clusters: gloo (over TCP, part of JAX) or mpi (which loads the MPIwrapper that `MPITRAMPOLINE_LIB`
+        names); default what `JAX_CPU_COLLECTIVES_IMPLEMENTATION` says, else gloo.
 
     Raises:
-      InputError: the others did not come in time.
+      InputError: the others did not come in time; with MPI, no MPIwrapper, or several devices in a process.
     """
     cluster = detect(os.environ) if cluster is None else cluster
     if cluster is None:
         return None
-    jax.config.update("jax_cpu_collectives_implementation", collectives)
+    if collectives is not None:
+        jax.config.update("jax_cpu_collectives_implementation", collectives)
+    if jax.config.jax_cpu_collectives_implementation == "mpi":
+        if (devices := jax.config.jax_num_cpu_devices) > 1:
+            raise InputError(f"devices: {devices} in each process given; allowed with MPI: 1 (or gloo)")
+        if "MPITRAMPOLINE_LIB" not in os.environ:  # else the process would end here, with a line of C
+            raise InputError("MPITRAMPOLINE_LIB: not set; MPI needs it to name a libmpiwrapper.so, see docs/design.md")
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # see `sharding.make_mesh`
     try:
         jax.distributed.initialize(
             cluster.coordinator,
@@ -104,6 +114,14 @@ def initialize(
     except RuntimeError as error:
         raise InputError(f"distributed: {cluster} could not be joined: {' '.join(str(error).split())[:300]}") from None
     return cluster
+
+
+def leave(code: int) -> NoReturn:
+    """End this process after collectives by MPI: at a usual exit XLA would free what MPI has closed, on which MPI aborts."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _whole(kind: str, coordinator: str | None, processes: int | None, process: int | None) -> Cluster:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ class Ledger:
     Args:
       file: `ledger.jsonl` of a run, appended to; None for none.
       clock: seconds since some fixed time, the same for all processes of a run.
+      began: when this process began, by the clock, such as `process_began()`; default now.
 
     >>> now = iter([0.0, 0.0, 2.0, 5.0, 5.5, 5.5])
     >>> ledger = Ledger(clock=lambda: next(now))
@@ -38,11 +40,11 @@ class Ledger:
     {'start': 2.0, 'data': 3.0, 'other': 0.5, 'wall': 5.5, 'goodput': 0.0}
     """
 
-    def __init__(self, file: str | Path | None = None, clock: Callable[[], float] = time.time):
+    def __init__(self, file: str | Path | None = None, clock: Callable[[], float] = time.time, began: float | None = None):
         self._file, self._clock = None if file is None else Path(file), clock
         self._lines = _read(self._file)
         self._lives = self._lines[-1]["life"] + 1 if self._lines else 0
-        self._began = self._since = self._written = clock()
+        self._began = self._since = clock() if began is None else began
         self._category, self._step = "start", 0
         self._spent: dict[str, float] = {}
         self._write(self._clock())
@@ -105,6 +107,18 @@ class Ledger:
             self._lines.append(line)
             with open(self._file, "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def process_began() -> float:
+    """When the operating system started this process, in seconds as `time.time` gives them; now, where it does not tell.
+
+    So a ledger counts what went by before it was made: the interpreter, imports, the data.
+    """
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):  # not Linux
+        return time.time()
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -146,10 +146,12 @@ def test_train_on_eight_devices_and_rerun(folder):
     """In processes of their own, as users run them."""
     args = ["train", "--steps", 4, "--beta2", 0.9, "--width", 32, "--depth", 2, "--context", 32, "--batch", 8, "--vocab", 300]
     args += ["--data", folder / "text.txt", "--heldout", folder / "text.txt", "--devices", 8, "--mesh", "fsdp=4,tensor=2"]
+    args += ["--checkpoints", folder / "saved"]  # from which the repetition does not go on
     command = [sys.executable, "-m", "jaxmodel", *args, "--runs", folder / "train", "--json", "-"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
+    assert [place.name for place in (folder / "saved").iterdir()] == ["step-000000004"]
     assert got["devices"] == 8 and got["mesh"] == {"fsdp": 4, "tensor": 2}
     assert got["history"][-1]["heldout_loss"] == got["heldout_loss"] < got["history"][0]["loss"]
     (run,) = (folder / "train").iterdir()

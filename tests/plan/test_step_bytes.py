@@ -7,6 +7,7 @@ so fsdp is `2G + 2P` there. Those in a `shard_map` (sequence, expert, pipeline) 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -28,22 +29,34 @@ GPT2 = gpt2.Config(256, 128, 2, 8, T)  # the head is the embedding
 LLAMA = dataclasses.replace(llama.SIZES["tiny"], width=128, mlp_width=256, heads=8, kv_heads=8, depth=2)  # it is not
 
 
-def found_in(module, config, shape: str, devices=None) -> dict:
+def found_in(module, config, shape: str, devices=None, loss=train.next_token) -> dict:
     """What a step sends, and the bytes of gradients and of activations."""
     mesh = sharding.make_mesh(shape, devices)
     model = module.model(config, ops.Policy(axes=ops.MESH_AXES))
     batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in ("tokens", "targets")}
-    program = plan.compile_step(model, train.next_token, optax.sgd(0.1), batch, mesh)
+    program = plan.compile_step(model, loss, optax.sgd(0.1), batch, mesh)
     gradients = tree.nbytes(jax.eval_shape(model.init, jax.random.key(0)))
     return {"sent": plan.moved(plan.collectives(program)), "G": gradients, "act": B * T * config.width * 4}
 
 
+def losses_on(shape: str, losses) -> list[float]:
+    """Of the first parameters and one batch."""
+    model = gpt2.model(GPT2, ops.Policy(axes=ops.MESH_AXES))
+    rows = jax.random.randint(jax.random.key(1), (4, T + 1), 0, GPT2.vocab)
+    batch, params = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, jax.jit(model.init)(jax.random.key(0))
+    with jax.set_mesh(sharding.make_mesh(shape)):
+        return [float(jax.jit(functools.partial(loss, model))(params, batch)[0]) for loss in losses]
+
+
 def run_all(kind: str) -> dict[str, dict]:
     """Each program's traffic, on the simulated devices or for the TPU."""
+    chunked = functools.partial(train.next_token, chunk=8)
     if kind == "cpu":
-        return {shape: found_in(llama, LLAMA, shape) for shape in ("data=8", "fsdp=8")}
+        found = {shape: found_in(llama, LLAMA, shape) for shape in ("data=8", "fsdp=8")}
+        return found | {"losses": losses_on("sequence=4", (train.next_token, chunked))}
     devices = plan.topology("v5e:2x4")
-    found = {shape: found_in(gpt2, GPT2, shape, devices) for shape in ("data=8", "fsdp=8", "tensor=8")}
+    found = {shape: found_in(gpt2, GPT2, shape, devices) for shape in ("data=8", "fsdp=8", "tensor=8", "sequence=8")}
+    found["sequence=8, chunked"] = found_in(gpt2, GPT2, "sequence=8", devices, chunked)
     try:
         plan.topology("v9:2x2")
     except InputError as error:
@@ -82,6 +95,12 @@ def test_fsdp_on_cpu(on_cpu):
     within(sum(found["sent"].values()), 2 * found["G"] + 2 * found["G"])
     assert found["sent"]["all-gather"] <= 2 * found["G"]
     assert set(found["sent"]) == {"all-gather", "all-reduce"}
+
+
+def test_a_chunked_loss_gathers_no_positions_that_a_mesh_cuts(on_cpu, on_tpu):
+    assert on_tpu["sequence=8, chunked"]["sent"] == on_tpu["sequence=8"]["sent"]
+    whole, chunked = on_cpu["losses"]
+    assert chunked == pytest.approx(whole, rel=1e-6)
 
 
 def test_data_on_tpu(on_tpu):

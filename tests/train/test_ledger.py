@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from jaxmodel.errors import InputError
@@ -104,3 +109,13 @@ def test_nested_categories_interrupt_each_other():
 def test_an_unknown_category():
     with pytest.raises(InputError, match="category: 'computing' is not known; allowed: .*nearest: compute"):
         Ledger().enter("computing")
+
+
+def test_a_process_began_before_it_says_so():
+    code = "import time; first = time.time(); time.sleep(0.5); from jaxmodel import train; print(first, train.process_began())"
+    before = time.time()
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    first, began = map(float, told.split())
+    assert before - 0.05 <= began <= first + 0.05 or not Path("/proc/self/stat").exists()
+    now = time.time()
+    assert Ledger(began=now - 7.0).summary()["start"] == pytest.approx(7.0, abs=0.5)

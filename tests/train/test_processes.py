@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,31 @@ def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
     with pytest.raises(InputError, match=said):
         launch.launch([script(tmp_path, program)], processes=2, logs=tmp_path)
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.skipif(not (shutil.which("mpirun") and "MPITRAMPOLINE_LIB" in os.environ), reason="needs Open MPI and an MPIwrapper")
+def test_by_mpi_as_by_gloo(tmp_path):
+    """Started by `mpirun`, which is how they find each other; two axes, so that there are several groups of devices."""
+    losses = {}
+    for kind in ("mpi", "gloo"):
+        more = ("--steps", 5, "--log-every", 1, "--mesh", "data=2,fsdp=2", "--json", tmp_path / f"{kind}.json")
+        root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        environ = {**os.environ, **root, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": kind}
+        command = ["mpirun", "-n", "4", "--oversubscribe", *train_command(tmp_path, *more)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses[kind] = [row["loss"] for row in json.loads((tmp_path / f"{kind}.json").read_text())["history"]]
+    assert len(losses["mpi"]) == 5
+    np.testing.assert_allclose(losses["mpi"], losses["gloo"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("devices, said", [(1, "MPITRAMPOLINE_LIB: not set"), (2, "devices: 2 in each process given")])
+def test_what_mpi_needs(devices, said, tmp_path):
+    environ = {name: value for name, value in os.environ.items() if name != "MPITRAMPOLINE_LIB"}
+    environ |= {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    environ |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "mpi"}
+    done = subprocess.run(train_command(tmp_path, "--devices", devices), env=environ, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_processes_that_do_not_divide_the_batch():

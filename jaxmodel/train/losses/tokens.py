@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxmodel import tree
 from jaxmodel.errors import at_least
 from jaxmodel.models import Model
+from jaxmodel.sharding import auto_axes, axes_of
 from jaxmodel.train.losses.contract import row_weights, weighted_mean
 
 
@@ -68,7 +70,8 @@ def cross_entropy(
       params: its parameters.
       hidden: what `model.hidden` gives.
       targets: the token that each position should predict.
-      chunk: positions whose logits exist at once, so that `[B, T, V]` never does, in the backward pass neither; None for all.
+      chunk: positions whose logits exist at once (on all devices that they are cut over, of each at least one), so that
+        `[B, T, V]` never does, in the backward pass neither; None for all.
 
     Raises:
       InputError: a chunk below 1.
@@ -85,11 +88,18 @@ def cross_entropy(
     if chunk is None or chunk >= length:
         return part(hidden, targets)
 
+    # a mesh that cuts positions has a part of every piece on each device: else the devices would gather them
+    devices = math.prod(auto_axes()[name] for name in axes_of("T", model.policy.axes, length))
+    own, size = length // devices, max(1, chunk // devices)
+
     def pieces(a: Array) -> Array:
-        """`[B, T, ...]` -> `[chunks, B, chunk, ...]`; the last is filled up with zeros."""
-        a = jnp.pad(a, [(0, 0), (0, -length % chunk), *[(0, 0)] * (a.ndim - 2)])
-        return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
+        """`[B, T, ...]` -> `[chunks, B, devices * size, ...]`; the last is filled up with zeros."""
+        a = a.reshape(a.shape[0], devices, own, *a.shape[2:])
+        a = jnp.pad(a, [(0, 0), (0, 0), (0, -own % size), *[(0, 0)] * (a.ndim - 3)])
+        a = jnp.moveaxis(a.reshape(a.shape[0], devices, -1, size, *a.shape[3:]), 2, 0)
+        return a.reshape(*a.shape[:2], devices * size, *a.shape[4:])
 
     one = jax.checkpoint(lambda xs: part(*xs))  # the backward pass makes a chunk's logits again
-    values = jnp.moveaxis(jax.lax.map(one, (pieces(hidden), pieces(targets))), 0, 1)
-    return values.reshape(targets.shape[0], -1)[:, :length]
+    values = jax.lax.map(one, (pieces(hidden), pieces(targets)))
+    values = jnp.moveaxis(values.reshape(*values.shape[:2], devices, size), 0, 2)
+    return values.reshape(targets.shape[0], devices, -1)[:, :, :own].reshape(targets.shape)

@@ -1,0 +1,124 @@
+"""Checkpoints and data in stores of objects, by servers on this machine: as in a folder, and nothing lies on the disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import fsspec
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmodel import data, train
+from jaxmodel.errors import InputError
+from tests.data.conftest import Bytes
+from tests.train.test_checkpoint import at, like
+
+
+@pytest.fixture(scope="module")
+def state():
+    """Of few arrays: each costs requests."""
+    params = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3, jnp.bfloat16)}
+    return train.init_state(params, optax.adam(1e-3))
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request):
+    """The URL of a bucket."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "s3":
+            from moto.server import ThreadedMotoServer
+
+            server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+            server.start()
+            patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+            for name, value in (("ACCESS_KEY_ID", "me"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+                patch.setenv(f"AWS_{name}", value)
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("weights")
+        else:
+            from gcp_storage_emulator.server import create_server
+
+            server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="weights")
+            server.start()
+            address = "http://{}:{}".format(*server._api._httpd.socket.getsockname())
+            for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+                patch.setenv(name, address)
+            patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "me")
+        yield f"{request.param}://weights"
+        server.stop()
+
+
+@pytest.fixture
+def folder(bucket, request):
+    return f"{bucket}/{request.node.originalname}"
+
+
+def test_the_last_ones_stay_and_are_restored_bit_for_bit(folder, state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with train.Checkpoints(folder, keep=train.Keep(last=2)) as checkpoints:
+        digests = {}
+        for step in (1, 2, 3):
+            now = at(state, step, 1.0 + step)
+            digests[step] = train.fingerprint(now)
+            checkpoints.save(now)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+    with train.Checkpoints(folder) as again:
+        for step in (3, 2):
+            assert train.fingerprint(again.restore(like(state), at_most=step)) == digests[step]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_save_that_did_not_end_does_not_count_and_a_cut_off_one_is_set_aside(folder, state, capsys):
+    with train.Checkpoints(folder, keep=train.Keep(last=3)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(at(state, step, 1.0 + step))
+    store, place = fsspec.url_to_fs(folder, skip_instance_cache=True)
+    store.rm_file(f"{place}/step-000000003/manifest.json")
+    largest = max(store.find(f"{place}/step-000000002/arrays", detail=True).values(), key=lambda entry: entry["size"])
+    store.pipe_file(largest["name"], store.cat_file(largest["name"])[:-7])
+    with train.Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore(like(state))
+    assert int(found.step) == 1 and train.fingerprint(found) == train.fingerprint(at(state, 1, 2.0))
+    said = capsys.readouterr().err
+    assert "of step 2 has" in said and "set aside as step-000000002.bad" in said
+
+
+def test_without_the_bucket_it_says_so(bucket):
+    nowhere = bucket.replace("weights", "nowhere") + "/run"
+    with pytest.raises(InputError, match=f"folder '{nowhere}' cannot be used .there is no such bucket"):
+        train.Checkpoints(nowhere)
+
+
+def test_batches_of_shards_in_a_bucket_are_those_of_a_folder(folder, tmp_path):
+    texts = [f"text {i} of many, " * (i % 7 + 1) for i in range(50)]
+    shards = [data.tokenize(texts, Bytes(), place, shard_tokens=300) for place in (folder, tmp_path)]
+    far, near = (data.Stream(data.ShardWindows(where, 16), 4, seed=1) for where in shards)
+    assert len(shards[0].index["shards"]) > 5 and far.fingerprint == near.fingerprint
+    for step in (0, 7):
+        for name, array in far.batch(step).items():
+            np.testing.assert_array_equal(array, near.batch(step)[name])
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_two_processes_save_there_and_one_begins_with_what_they_left(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{i} is followed by {i + 1}." for i in range(900)))
+    sizes = "--width 16 --depth 1 --heads 2 --context 16 --batch 4 --vocab 257 --eval-batches 1 --steps 4 --save-every 2"
+
+    def run(*more):
+        command = [sys.executable, "-m", "jaxmodel", "train", *sizes.split(), "--data", str(text), "--heldout", str(text)]
+        options = ["--sample", "1", "--checkpoints", folder, "--runs", str(tmp_path / "runs"), "--json", "-", *more]
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    two, _ = run("--processes", "2")
+    assert two["processes"] == 2 and not [*(tmp_path / "runs").glob("*/checkpoints")]
+    with train.Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 4]
+    one, said = run()
+    assert one["steps"] == 4 and one["history"] == [] and "restoring step 4" in said
