@@ -8,8 +8,8 @@ share two cores cannot show that, so no speed is given.
 Command:  python experiments/exchange.py [--quick] [--seed N] --json -
 Cost:     about 4 minutes on two cores (400 steps each); --quick (60 steps) about 1.
 Goals:    int8: bytes at most 0.27 of the exact exchange's, held-out loss within 1 % of its.
-Measured: both goals met: int8 0.2528 of the bytes (1.754 of 6.937 MB), loss -0.0065 % (2.1922 nats both); the largest hundredth
-          0.0562 of the bytes, loss 23.8 % above after these few steps.
+Measured: both goals met: int8 0.2528 of the bytes (1.754 of 6.937 MB), loss -0.0065 % (2.1924 to 2.1922 nats); the largest
+          hundredth 0.0562 of the bytes, loss 23.8 % above after these few steps.
 """
 
 from __future__ import annotations

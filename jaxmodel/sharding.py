@@ -58,7 +58,7 @@ def simulate_devices(count: int) -> None:
 
 
 def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with Auto axes, to be entered with `jax.set_mesh`.
+    """A mesh with Auto axes, to be entered with `jax.set_mesh`. Of several processes, all make it.
 
     Args:
       shape: `{"fsdp": 4, "tensor": 2}` or its text form `"fsdp=4,tensor=2"`; one length of the text may be `*`, what the devices
@@ -88,19 +88,25 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
         raise InputError(f"mesh: {dict(shape)} needs {need} devices; there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
     mesh = jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=devices[:need])
-    if jax.process_count() > 1 and jax.config.jax_cpu_collectives_implementation == "mpi":
+    if jax.config.jax_cpu_collectives_implementation == "mpi" and jax.process_count() > 1 and devices[0] in jax.devices():
         _meet(mesh)
     return mesh
 
 
 def _meet(mesh: Mesh) -> None:
-    """A first sum over every group of devices that can exchange: XLA opens MPI's communicators on the main thread alone."""
+    """A first sum over every group of devices that can exchange: XLA opens MPI's communicators on the main thread alone.
+
+    Raises:
+      InputError: a sum is wrong, as it is where each process is alone for MPI.
+    """
     axes = [name for name, size in mesh.shape.items() if size > 1]
     for count in range(1, len(axes) + 1):
         for group in itertools.combinations(axes, count):
             add = functools.partial(jax.lax.psum, axis_name=group)
             one = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()))
-            jax.block_until_ready(one(np.float32(1)))
+            found, want = float(one(np.float32(1))), math.prod(mesh.shape[name] for name in group)
+            if found != want:
+                raise InputError(f"mesh: {want} devices along {group} meet {found:.0f}; with MPI, start by mpirun or srun")
 
 
 def shardings(rules: tree.Rules, params: tree.Params, mesh: AnyMesh) -> tuple[tree.Params, tree.Params]:

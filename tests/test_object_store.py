@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import fsspec
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 from jaxmodel import data, train
 from jaxmodel.errors import InputError
+from jaxmodel.train import stored
 from tests.data.conftest import Bytes
 from tests.train.test_checkpoint import at, like
 
@@ -104,6 +106,20 @@ def test_batches_of_shards_in_a_bucket_are_those_of_a_folder(folder, tmp_path):
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_after_a_save_that_failed_the_next_one_counts(folder, state, monkeypatch, capsys):
+    with train.Checkpoints(folder) as checkpoints:
+        with monkeypatch.context() as patch:
+            right = stored._spec
+            patch.setattr(stored, "_spec", lambda place, name: right("s3://No bucket has this name/run", name))
+            checkpoints.save(at(state, 1))
+            checkpoints.wait(raises=False)
+        assert "checkpoint of step 1 failed" in capsys.readouterr().err and checkpoints.steps() == []
+        checkpoints.save(at(state, 2))
+        checkpoints.wait()
+        assert checkpoints.steps() == [2] and int(checkpoints.restore(like(state)).step) == 2
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_two_processes_save_there_and_one_begins_with_what_they_left(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{i} is followed by {i + 1}." for i in range(900)))
@@ -116,9 +132,11 @@ def test_two_processes_save_there_and_one_begins_with_what_they_left(folder, tmp
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr
 
-    two, _ = run("--processes", "2")
+    two, _ = run("--processes", "2", "--mesh", "fsdp=2")  # so each has something to write
     assert two["processes"] == 2 and not [*(tmp_path / "runs").glob("*/checkpoints")]
     with train.Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4]
     one, said = run()
     assert one["steps"] == 4 and one["history"] == [] and "restoring step 4" in said
+    weights = [Path(run["out"], "model.safetensors").read_bytes() for run in (one, two)]
+    assert weights[0] == weights[1]

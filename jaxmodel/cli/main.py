@@ -28,18 +28,16 @@ def main(args: Sequence[str] | None = None) -> None:
         _, code = run(options)
     except InputError as error:
         print(f"jaxmodel: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = 2
     except OSError as error:
         if error.filename is None:
             raise
         print(f"jaxmodel: {str(error.filename)!r} cannot be used: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = 2
     except KeyboardInterrupt:
         print("jaxmodel: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    if os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION") == "mpi":
-        from jaxmodel.train import distributed
-
+        code = 130
+    if (distributed := sys.modules.get("jaxmodel.train.distributed")) is not None and distributed.by_mpi():
         distributed.leave(code)
     raise SystemExit(code)
 

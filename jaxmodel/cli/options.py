@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` and a wrong option answer at on
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -204,6 +205,10 @@ class Train(Common, TrainOptions):
     """Write the rows for TensorBoard too."""
     sample: Annotated[str, arg(metavar="TEXT")] = "The "
     """Prompt of the sample that the trained model writes at the end."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoints is not None and "://" not in self.checkpoints:  # a run is resumed from any folder
+            object.__setattr__(self, "checkpoints", os.path.abspath(self.checkpoints))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -253,9 +253,11 @@ def _launches(options: Train) -> bool:
 
 
 def _launched(options: Train, folder: Any) -> dict[str, Any]:
-    """Start the processes; each resumes the run of this folder, which begins at step 0."""
+    """Start the processes; each resumes the run of this folder."""
     from jaxmodel.train import launch
 
+    if os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION") == "mpi":
+        raise InputError(f"--processes: {options.processes} given; with MPI, start them by mpirun or srun")
     launch.launch(
         ["-m", "jaxmodel", "resume", str(folder.folder)],
         processes=options.processes,

@@ -4,8 +4,9 @@
     checkpoints/step-000000300/manifest.json   written last: the step counts only from then on
 
 The manifest has the name, shape and dtype of every array, the static fields of compressed leaves (orbax would accept other ones
-silently), size and SHA-256 of every file, what identifies the run (its configs), the digest of its data, and the environment. A
-restore takes the newest step whose files are those of its manifest, says which newer ones are not, and sets these aside.
+silently), size and SHA-256 of every file (in a bucket the size), what identifies the run (its configs), the digest of its data,
+and the environment. A restore takes the newest step whose files are those of its manifest, says which newer ones are not, and
+sets these aside.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Checkpoints:
     """The checkpoints of one run. All processes make one with the same arguments; a context manager that waits at its end.
 
     Args:
-      folder: local, or `gs://...`, `s3://...`; made when missing.
+      folder: local, made when missing; or in a bucket, `gs://...`, `s3://...`.
       keep: see `Keep`.
       identity: plain data that a checkpoint must have been made with to be restored: configs. Differences are named.
       data: digest of the data, likewise.
@@ -105,7 +106,6 @@ class Checkpoints:
         self.keep, self.identity, self.data = keep, to_plain(dict(identity or {})), data
         self.environment = to_plain(dict(environment or {}))
         self._read_only, self._at_most = read_only, at_most
-        self._arrays = stored(str(self.folder))
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
         self._swept, self._saved, self._last = False, time.monotonic(), -1
@@ -114,11 +114,12 @@ class Checkpoints:
                 if not _is_remote(folder):
                     self.folder.mkdir(parents=True, exist_ok=True)
                 elif not epath.Path("/".join(str(folder).split("/")[:3])).exists():
-                    raise OSError("there is no such bucket, or it may not be seen")
+                    raise OSError("there is no such bucket, or it cannot be seen from here: address, keys, permission")
             except (OSError, ImportError) as error:
                 reason = getattr(error, "strerror", None) or _one_line(error)
                 hint = "; 'jaxmodel[remote]' brings gs:// and s3://" if isinstance(error, ImportError) else ""
                 raise InputError(f"checkpoints: the folder {str(folder)!r} cannot be used ({reason}){hint}") from None
+        self._arrays = stored(str(self.folder))
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -145,15 +146,22 @@ class Checkpoints:
         place = self._place(number)
         if number == self._last:  # not by a look at the folder, which the processes would have at different times
             return
+        ready = True
+        if jax.process_index() == 0:
+            try:
+                self._clear(place)
+            except Exception as error:  # of the file system, or of a store of objects: there is no common class
+                self._failed(number, error)
+                ready = False
+        if not _told(ready):  # and before it is clear none writes
+            return
         arrays = flat(state)
         if jax.default_backend() == "cpu":  # there the writer would go on reading the buffers, which the next step writes
             arrays = _copy(arrays)
         record = self._record(state, number, score)
         try:
-            if jax.process_index() == 0:
-                self._clear(place)
             self._arrays.save(place / "arrays", arrays)
-        except Exception as error:  # of tensorstore, gRPC, the file system: there is no common class
+        except Exception as error:  # of tensorstore or gRPC
             self._failed(number, error)
             return
         self._last = number
@@ -169,12 +177,7 @@ class Checkpoints:
         """
         if not ask or not seconds or self._read_only:
             return False
-        found = time.monotonic() - self._saved >= seconds
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            found = bool(multihost_utils.broadcast_one_to_all(np.bool_(found)))
-        return found
+        return bool(_told(time.monotonic() - self._saved >= seconds))
 
     def wait(self, raises: bool = True) -> None:
         """Until the last save is whole.
@@ -251,7 +254,7 @@ class Checkpoints:
             (place / MANIFEST).unlink(missing_ok=True)
             place.rmtree()
         for other in self._entries() if not self._swept else ():
-            if _STEP.fullmatch(other.name) and not (other / MANIFEST).exists():
+            if other != place and _STEP.fullmatch(other.name) and not (other / MANIFEST).exists():
                 other.rmtree()
         self._swept = True
 
@@ -284,13 +287,16 @@ class Checkpoints:
         Raises:
           InputError: names the first file that is missing, of another size, or of another content.
         """
-        for name, (size, digest) in self.manifest(number)["files"].items():
-            file = self._place(number) / name
+        place = self._place(number)
+        files, sizes = self.manifest(number)["files"], _sizes(place)
+        for name, (size, digest) in files.items():
             problem = None
             try:
-                if file.stat().length != size:
-                    problem = f"has {file.stat().length} bytes of {size}"
-                elif digest is not None and _digest(file) != digest:
+                if name not in sizes:
+                    problem = "is missing"
+                elif sizes[name] != size:
+                    problem = f"has {sizes[name]} bytes of {size}"
+                elif digest is not None and _digest(place / name) != digest:
                     problem = "has other bytes than were written"
             except OSError as error:
                 problem = f"cannot be read ({error.strerror or error})"
@@ -324,10 +330,7 @@ class Checkpoints:
                     continue
                 found = number
                 break
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        found = _told(found)
         return found if found >= 0 else None
 
     def restore(self, like: TrainState, *, at_most: int | None = None) -> TrainState | None:
@@ -443,29 +446,42 @@ def _fresh(url: str) -> str:
 def _digests(place: Any) -> dict[str, Any]:
     """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects check contents themselves."""
     remote = _is_remote(place)
-    return {
-        file.relative_to(place).as_posix(): [file.stat().length, None if remote else _digest(file)]
-        for file in sorted(_files(place))
-        if file.name != MANIFEST
-    }
+    sizes = sorted(_sizes(place).items())
+    return {name: [size, None if remote else _digest(place / name)] for name, size in sizes if name != MANIFEST}
 
 
-def _files(folder: Any) -> Iterator[Any]:
-    """All files in it and below."""
-    for entry in folder.iterdir():
-        yield from _files(entry) if entry.is_dir() else [entry]
+def _sizes(place: Any) -> dict[str, int]:
+    """Bytes of all files in a folder and below, by name."""
+    if _is_remote(place):
+        store, base = _store(place)
+        return {name.removeprefix(f"{base}/"): entry["size"] for name, entry in store.find(base, detail=True).items()}
+    files = (file for file in Path(place).rglob("*") if file.is_file())
+    return {file.relative_to(place).as_posix(): file.stat().st_size for file in files}
 
 
 def _move(place: Any, aside: Any) -> None:
     if not _is_remote(place):
         place.rename(aside)
         return
+    store, base = _store(place)  # has no folders: files are moved, that which makes them count first
+    for name in sorted(_sizes(place), key=lambda name: name != MANIFEST):
+        store.cp_file(f"{base}/{name}", str(aside / name))
+        store.rm_file(f"{base}/{name}")
+
+
+def _store(place: Any) -> tuple[Any, str]:
     import fsspec
 
-    store = fsspec.url_to_fs(str(place))[0]  # has no folders: files are moved, that which makes them count first
-    for file in sorted(_files(place), key=lambda file: file.name != MANIFEST):
-        store.cp_file(str(file), str(aside / file.relative_to(place)))
-        store.rm_file(str(file))
+    return fsspec.url_to_fs(str(place))
+
+
+def _told(value: int) -> int:
+    """What the first process says."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _digest(file: Any) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 
@@ -114,6 +114,20 @@ def initialize(
     except RuntimeError as error:
         raise InputError(f"distributed: {cluster} could not be joined: {' '.join(str(error).split())[:300]}") from None
     return cluster
+
+
+def coordinator() -> Any:
+    """The client of JAX's coordination service, of barriers and a key-value store; None for one process alone."""
+    if jax.process_count() == 1:
+        return None
+    from jax._src import distributed  # there is no public way to it
+
+    return distributed.global_state.client
+
+
+def by_mpi() -> bool:
+    """Whether this process is one of several that exchange by MPI."""
+    return jax.distributed.is_initialized() and jax.config.jax_cpu_collectives_implementation == "mpi"
 
 
 def leave(code: int) -> NoReturn:

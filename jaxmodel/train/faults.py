@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from jaxmodel.errors import InputError
+from jaxmodel.train.distributed import coordinator
 
 NOTICE_EVERY = 1.0  # seconds between two looks at the place of maintenance notices
 NO_NOTICE = "NONE"  # what stands there otherwise, as on Google's cloud
@@ -95,7 +96,7 @@ class Watchdog:
         self.seconds, self._exits = seconds, exits
         self._place, self._moved = "start", time.monotonic()
         self._done = threading.Event()
-        self._client = _coordinator()
+        self._client = coordinator()
 
     def __enter__(self) -> Watchdog:
         if self.seconds > 0 or self._client is not None:
@@ -145,12 +146,3 @@ class Watchdog:
             state = f"is gone or stuck: silent for {silent:.0f} s, last" if silent > 1.8 * BEAT else "is"
             found.append((silent <= 1.8 * BEAT, -float(since), f"rank {rank} {state} at {place}"))
         return [text for _, _, text in sorted(found)]
-
-
-def _coordinator() -> Any:
-    """The client of JAX's coordination service where there are several processes."""
-    if jax.process_count() == 1:
-        return None
-    from jax._src import distributed  # there is no public way to the key-value store
-
-    return distributed.global_state.client

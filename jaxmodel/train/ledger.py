@@ -44,7 +44,8 @@ class Ledger:
         self._file, self._clock = None if file is None else Path(file), clock
         self._lines = _read(self._file)
         self._lives = self._lines[-1]["life"] + 1 if self._lines else 0
-        self._began = self._since = clock() if began is None else began
+        before = max((line["time"] for line in self._lines), default=float("-inf"))  # of this process too, where it resumes
+        self._began = self._since = max(before, clock() if began is None else began)
         self._category, self._step = "start", 0
         self._spent: dict[str, float] = {}
         self._write(self._clock())

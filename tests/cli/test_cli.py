@@ -142,6 +142,11 @@ def test_options_of_train_are_those_of_its_config():
     assert shared < {field.name for field in dataclasses.fields(Train)} and issubclass(Train, train.TrainOptions)
 
 
+def test_a_place_of_checkpoints_is_the_same_from_every_folder():
+    assert Train(checkpoints="saved").checkpoints == os.path.abspath("saved")
+    assert Train(checkpoints="s3://bucket/saved").checkpoints == "s3://bucket/saved" and Train().checkpoints is None
+
+
 def test_train_on_eight_devices_and_rerun(folder):
     """In processes of their own, as users run them."""
     args = ["train", "--steps", 4, "--beta2", 0.9, "--width", 32, "--depth", 2, "--context", 32, "--batch", 8, "--vocab", 300]

@@ -119,3 +119,17 @@ def test_a_process_began_before_it_says_so():
     assert before - 0.05 <= began <= first + 0.05 or not Path("/proc/self/stat").exists()
     now = time.time()
     assert Ledger(began=now - 7.0).summary()["start"] == pytest.approx(7.0, abs=0.5)
+
+
+def test_a_process_that_resumes_its_own_run_counts_no_time_twice(tmp_path):
+    clock, file = Clock(), tmp_path / "ledger.jsonl"
+    began = clock()
+    for step in (0, 10):
+        clock.pass_(2.0)
+        ledger = Ledger(file, clock, began=began)  # both times it says when the process began
+        steps(ledger, clock, step, step + 10)
+        ledger.close()
+        clock.pass_(3.0)
+    found = ledger.summary()
+    assert sum(found[name] for name in CATEGORIES if name in found) == pytest.approx(found["wall"])
+    assert found["wall"] == pytest.approx(clock() - began)
