@@ -1,16 +1,16 @@
 """A hundred labels of MNIST: what 54,900 images without labels add to them, by FixMatch and by the mean teacher.
 
 Ten labelled digits of each class, drawn by the seed; LeNet-5, whose moving average is judged. All have the same updates, the same
-labelled batches with the same weak augmentation (shifts by up to two pixels) and the same schedule. FixMatch aligns what it says
-to classes of equal frequency (without that a class may take the rows of another), and its strong views have no cutout, with which
-a net this small learnt more slowly. Settings were chosen on 5,000 training images that are kept apart (seeds 10 and 0); what made
+labelled batches with the same weak augmentation (shifts by up to two pixels) and the same schedule; the labels alone are learnt
+once more as they are. FixMatch aligns what it says to classes of equal frequency (without that a class may take the rows of
+another). Settings (rate, magnitude, cutout) were chosen on 5,000 training images that are kept apart (seeds 10 and 0); what made
 us try the alignment was one look at the test images (seed 0, 600 updates, 89.9 % without it).
 
 Command:  python experiments/semi_supervised.py [--quick] [--seed N] --json -
 Cost:     about 7 minutes on two quiet cores (2,500 updates each); --quick about 1.5 (600 updates, FixMatch alone).
 Goals:    FixMatch at least 10 points above the labels alone (in the quick form 5).
-Measured: goal missed: 87.13 % by the labels alone, 94.55 % by FixMatch: +7.42 points; the mean teacher 95.69 %, +8.56. In the
-          quick form +9.42, since 600 updates leave the labels alone at 83.66 %.
+Measured: goal met: 86.41 % by the labels alone, 96.62 % by FixMatch: +10.21 points (+15.17 over the labels as they are, 81.45 %);
+          the mean teacher 94.71 %, +8.30. In the quick form +11.05 (83.85 to 94.90 %).
 """
 
 from __future__ import annotations
