@@ -171,6 +171,8 @@ class Train(Common, TrainOptions):
     """Attention heads of each layer; a divisor of the width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrix products are computed in; weights and the optimiser are float32."""
+    stream: Literal["float32", "bfloat16"] = "float32"
+    """What is kept between products; with both in bfloat16 training is fastest."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, whole blocks, all but matrix products."""
     unroll: int = 1

@@ -187,7 +187,9 @@ class _Job:
                 f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
             )
         config = gpt2.Config(self.corpus.tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
-        policy = Policy(options.dtype, remat=options.remat, microbatches=options.microbatches, unroll=options.unroll)
+        policy = Policy(
+            options.dtype, options.stream, remat=options.remat, microbatches=options.microbatches, unroll=options.unroll
+        )
         self.single = gpt2.model(config, policy)
         self.model = gpt2.model(config, dataclasses.replace(policy, axes=MESH_AXES))
         values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
@@ -215,6 +217,7 @@ class _Job:
                 "train": settings,
                 "model": {k: v for k, v in resolved.of_model(self.model).items() if k != "policy"},
                 "compute": self.model.policy.compute,
+                "stream": self.model.policy.stream,
                 "augment": str(self.augment) if self.augment else None,
             },
             data=self.corpus.stream.fingerprint,
