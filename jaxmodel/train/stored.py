@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -18,8 +19,8 @@ import jax
 
 from jaxmodel.train.distributed import coordinator
 
-PATIENCE = 600
-"""Seconds for which a process that is through with its part waits for the others."""
+PATIENCE = 1800.0
+"""Seconds after which a save has failed: tensorstore would go on for ever where, say, the bucket is gone."""
 
 
 @runtime_checkable
@@ -99,17 +100,21 @@ class _S3:
             self._problem = error
 
     def wait(self) -> None:
+        until = time.monotonic() + PATIENCE
         try:
             for future in self._futures:
-                future.result()
+                future.result(timeout=max(0.0, until - time.monotonic()))
         except Exception as error:
-            self._problem = self._problem or error
+            late = TimeoutError(f"not written within {PATIENCE:.0f} s") if isinstance(error, TimeoutError) else None
+            self._problem = self._problem or late or error
+            for future in self._futures:
+                future.cancel()
         self._futures = []
         if (client := coordinator()) is not None:
             where = f"jaxmodel/save/{self._number}"
             if self._problem is not None:
                 client.key_value_set(f"{where}/{jax.process_index()}", str(self._problem))
-            client.wait_at_barrier(where, PATIENCE * 1000)
+            client.wait_at_barrier(where, int(2000 * PATIENCE))
             told = client.key_value_dir_get(f"{where}/")
             self._problem = self._problem or next((OSError(f"{name}: {text}") for name, text in told), None)
         if self._problem is not None:
