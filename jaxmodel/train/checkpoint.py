@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodel.data.files import is_remote
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Compressed
 from jaxmodel.leaves.leaf import to_tensors
@@ -102,7 +103,7 @@ class Checkpoints:
     ):
         from etils import epath
 
-        self.folder = epath.Path(_fresh(str(folder)) if _is_remote(folder) else Path(folder).absolute())
+        self.folder = epath.Path(_fresh(str(folder)) if is_remote(str(folder)) else Path(folder).absolute())
         self.keep, self.identity, self.data = keep, to_plain(dict(identity or {})), data
         self.environment = to_plain(dict(environment or {}))
         self._read_only, self._at_most = read_only, at_most
@@ -111,7 +112,7 @@ class Checkpoints:
         self._swept, self._saved, self._last = False, time.monotonic(), -1
         if jax.process_index() == 0 and not read_only:
             try:
-                if not _is_remote(folder):
+                if not is_remote(str(folder)):
                     self.folder.mkdir(parents=True, exist_ok=True)
                 elif not epath.Path("/".join(str(folder).split("/")[:3])).exists():
                     raise OSError("there is no such bucket, or it cannot be seen from here: address, keys, permission")
@@ -429,10 +430,6 @@ def _copy(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _is_remote(place: Any) -> bool:
-    return "://" in str(place)
-
-
 def _fresh(url: str) -> str:
     """The URL, and from now on what fsspec lists there is what is there: arrays are written past it."""
     protocol = url.partition("://")[0]
@@ -445,14 +442,14 @@ def _fresh(url: str) -> str:
 
 def _digests(place: Any) -> dict[str, Any]:
     """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects check contents themselves."""
-    remote = _is_remote(place)
+    remote = is_remote(str(place))
     sizes = sorted(_sizes(place).items())
     return {name: [size, None if remote else _digest(place / name)] for name, size in sizes if name != MANIFEST}
 
 
 def _sizes(place: Any) -> dict[str, int]:
     """Bytes of all files in a folder and below, by name."""
-    if _is_remote(place):
+    if is_remote(str(place)):
         store, base = _store(place)
         return {name.removeprefix(f"{base}/"): entry["size"] for name, entry in store.find(base, detail=True).items()}
     files = (file for file in Path(place).rglob("*") if file.is_file())
@@ -460,7 +457,7 @@ def _sizes(place: Any) -> dict[str, int]:
 
 
 def _move(place: Any, aside: Any) -> None:
-    if not _is_remote(place):
+    if not is_remote(str(place)):
         place.rename(aside)
         return
     store, base = _store(place)  # has no folders: files are moved, that which makes them count first
@@ -494,7 +491,7 @@ def _digest_of(record: Mapping[str, Any]) -> str:
 
 
 def _write(file: Any, text: str) -> None:
-    if _is_remote(file):
+    if is_remote(str(file)):
         file.write_text(text)  # a store of objects shows it whole or not at all
     else:
         atomic_write(str(file), text)
