@@ -41,11 +41,11 @@ def bucket(request):
                 patch.setenv(f"AWS_{name}", value)
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("weights")
         else:
-            from gcp_storage_emulator.server import create_server
+            from tests.gcs import Server
 
-            server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="weights")
+            server = Server("weights")
             server.start()
-            address = "http://{}:{}".format(*server._api._httpd.socket.getsockname())
+            address = f"http://127.0.0.1:{server.port}"
             for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
                 patch.setenv(name, address)
             patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "me")
