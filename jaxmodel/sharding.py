@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,6 +124,25 @@ def shardings(rules: tree.Rules, params: tree.Params, mesh: AnyMesh) -> tuple[tr
     staged = [PartitionSpec("pipeline")] * any(map(tree.is_stacked, specs))
     _check_axes([*specs.values(), *staged], mesh)
     return params, placed
+
+
+def parts(rules: tree.Rules, params: tree.Params, axes: Collection[str]) -> tree.Params:
+    """The spec of each leaf, on the mesh in use, of which only some axes count: for a `shard_map` over those.
+
+    Args:
+      rules: of the model; some may have no leaf here.
+      params: parameters or some of them.
+      axes: of the mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    by_layer = tree.assign([(tree.optional(pattern), spec) for pattern, spec in rules], params)
+
+    def own(path: str, leaf: tree.Leaf) -> Any:
+        places = _leaf_sharding(path, leaf, by_layer[tree.layer_paths(path)[0]], mesh)
+        chosen = lambda entry: tuple(name for name in _names(entry) if name in axes) or None
+        return jax.tree.map(lambda place: PartitionSpec(*map(chosen, place.spec)), places)
+
+    return tree.map_leaves(own, params)
 
 
 def place(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tree.Params:

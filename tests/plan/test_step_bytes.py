@@ -39,13 +39,17 @@ def found_in(module, config, shape: str, devices=None, loss=train.next_token) ->
     return {"sent": plan.moved(plan.collectives(program)), "G": gradients, "act": B * T * config.width * 4}
 
 
-def losses_on(shape: str, losses) -> list[float]:
-    """Of the first parameters and one batch."""
-    model = gpt2.model(GPT2, ops.Policy(axes=ops.MESH_AXES))
-    rows = jax.random.randint(jax.random.key(1), (4, T + 1), 0, GPT2.vocab)
-    batch, params = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, jax.jit(model.init)(jax.random.key(0))
-    with jax.set_mesh(sharding.make_mesh(shape)):
-        return [float(jax.jit(functools.partial(loss, model))(params, batch)[0]) for loss in losses]
+def values_on(shape: str, losses) -> list[list[float]]:
+    """Each loss of the first parameters and one batch, and the norms of its gradient."""
+    model = llama.model(LLAMA, ops.Policy(axes=ops.MESH_AXES))
+    rows = jax.random.randint(jax.random.key(1), (4, T + 1), 0, LLAMA.vocab)
+    batch, found = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, []
+    with jax.set_mesh(mesh := sharding.make_mesh(shape)):
+        params = sharding.place(model.rules, jax.jit(model.init)(jax.random.key(0)), mesh)
+        for loss in losses:
+            value, grads = jax.jit(jax.value_and_grad(lambda params: loss(model, params, batch)[0]))(params)  # noqa: B023
+            found.append([float(value), *(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(grads))])
+    return found
 
 
 def run_all(kind: str) -> dict[str, dict]:
@@ -53,7 +57,9 @@ def run_all(kind: str) -> dict[str, dict]:
     chunked = functools.partial(train.next_token, chunk=8)
     if kind == "cpu":
         found = {shape: found_in(llama, LLAMA, shape) for shape in ("data=8", "fsdp=8")}
-        return found | {"losses": losses_on("sequence=4", (train.next_token, chunked))}
+        found |= {f"{shape}, chunked": found_in(llama, LLAMA, shape, loss=chunked) for shape in ("data=8", "fsdp=8")}
+        values = {shape: values_on(shape, (train.next_token, chunked)) for shape in ("sequence=4", "data=2,fsdp=2,tensor=2")}
+        return found | {"values": values}
     devices = plan.topology("v5e:2x4")
     found = {shape: found_in(gpt2, GPT2, shape, devices) for shape in ("data=8", "fsdp=8", "tensor=8", "sequence=8")}
     found["sequence=8, chunked"] = found_in(gpt2, GPT2, "sequence=8", devices, chunked)
@@ -86,8 +92,8 @@ def within(sent: int, formula: int) -> None:
 def test_data_on_cpu(on_cpu):
     """The gradients are summed."""
     found = on_cpu["data=8"]
-    within(found["sent"].pop("all-reduce"), 2 * found["G"])
-    assert not found["sent"]
+    within(found["sent"]["all-reduce"], 2 * found["G"])
+    assert set(found["sent"]) == {"all-reduce"}
 
 
 def test_fsdp_on_cpu(on_cpu):
@@ -97,16 +103,22 @@ def test_fsdp_on_cpu(on_cpu):
     assert set(found["sent"]) == {"all-gather", "all-reduce"}
 
 
-def test_a_chunked_loss_gathers_no_positions_that_a_mesh_cuts(on_cpu, on_tpu):
+def test_a_chunked_loss_sends_what_the_whole_one_does(on_cpu, on_tpu):
+    """Not its head's weights, nor their gradients, nor positions, for each chunk again."""
     assert on_tpu["sequence=8, chunked"]["sent"] == on_tpu["sequence=8"]["sent"]
-    whole, chunked = on_cpu["losses"]
-    assert chunked == pytest.approx(whole, rel=1e-6)
+    for shape in ("data=8", "fsdp=8"):
+        whole, chunked = (on_cpu[name]["sent"] for name in (shape, f"{shape}, chunked"))
+        assert chunked.get("all-gather") == whole.get("all-gather")
+        # in a shard_map a CPU has a reduce-scatter, of half the bytes
+        assert chunked["all-reduce"] + 2 * chunked.get("reduce-scatter", 0) == pytest.approx(whole["all-reduce"], rel=1e-4)
+    for whole, chunked in on_cpu["values"].values():
+        assert chunked == pytest.approx(whole, rel=1e-5)
 
 
 def test_data_on_tpu(on_tpu):
     found = on_tpu["data=8"]
-    within(found["sent"].pop("all-reduce"), 2 * found["G"])
-    assert not found["sent"]
+    within(found["sent"]["all-reduce"], 2 * found["G"])
+    assert set(found["sent"]) == {"all-reduce"}
 
 
 def test_fsdp_on_tpu(on_tpu):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmodel import tree
 from jaxmodel.errors import at_least
 from jaxmodel.models import Model
-from jaxmodel.sharding import auto_axes, axes_of
+from jaxmodel.sharding import axes_of, parts
 from jaxmodel.train.losses.contract import row_weights, weighted_mean
 
 
@@ -70,36 +71,59 @@ def cross_entropy(
       params: its parameters.
       hidden: what `model.hidden` gives.
       targets: the token that each position should predict.
-      chunk: positions whose logits exist at once (on all devices that they are cut over, of each at least one), so that
+      chunk: positions of a row whose logits exist at once (on each device that the mesh cuts positions over), so that
         `[B, T, V]` never does, in the backward pass neither; None for all.
 
     Raises:
       InputError: a chunk below 1.
     """
+    if chunk is not None:
+        at_least("chunk", chunk)
 
-    def part(x: Array, targets: Array) -> Array:
+    def part(params: tree.Params, x: Array, targets: Array) -> Array:
         logits = model.parts.head(params, x)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
-    length = targets.shape[1]
-    if chunk is not None:
-        at_least("chunk", chunk)
-    if chunk is None or chunk >= length:
-        return part(hidden, targets)
+    def chunks(params: tree.Params, x: Array, targets: Array) -> Array:
+        """One after the other; the last is filled up with zeros."""
+        (b, t), size = targets.shape, min(chunk or 1, targets.shape[1])
+        pieces = lambda a: jnp.moveaxis(
+            jnp.pad(a, [(0, 0), (0, -t % size), *[(0, 0)] * (a.ndim - 2)]).reshape(b, -1, size, *a.shape[2:]), 1, 0
+        )
+        one = jax.checkpoint(functools.partial(part, params))  # the backward pass makes a chunk's logits again
+        return jnp.moveaxis(jax.lax.map(lambda xs: one(*xs), (pieces(x), pieces(targets))), 0, 1).reshape(b, -1)[:, :t]
 
-    # a mesh that cuts positions has a part of every piece on each device: else the devices would gather them
-    devices = math.prod(auto_axes()[name] for name in axes_of("T", model.policy.axes, length))
-    own, size = length // devices, max(1, chunk // devices)
+    if chunk is None:
+        return part(params, hidden, targets)
+    cut = [axes_of(letter, model.policy.axes, length) for letter, length in zip("BT", targets.shape, strict=True)]
+    return _on_each_device(chunks, model.rules, cut)(params, hidden, targets)
 
-    def pieces(a: Array) -> Array:
-        """`[B, T, ...]` -> `[chunks, B, devices * size, ...]`; the last is filled up with zeros."""
-        a = a.reshape(a.shape[0], devices, own, *a.shape[2:])
-        a = jnp.pad(a, [(0, 0), (0, 0), (0, -own % size), *[(0, 0)] * (a.ndim - 3)])
-        a = jnp.moveaxis(a.reshape(a.shape[0], devices, -1, size, *a.shape[3:]), 2, 0)
-        return a.reshape(*a.shape[:2], devices * size, *a.shape[4:])
 
-    one = jax.checkpoint(lambda xs: part(*xs))  # the backward pass makes a chunk's logits again
-    values = jax.lax.map(one, (pieces(hidden), pieces(targets)))
-    values = jnp.moveaxis(values.reshape(*values.shape[:2], devices, size), 0, 2)
-    return values.reshape(targets.shape[0], devices, -1)[:, :, :own].reshape(targets.shape)
+def _on_each_device(run: Callable[..., Array], rules: tree.Rules, cut: Sequence[tuple[str, ...]]) -> Callable[..., Array]:
+    """`run(params, x, targets)` of each device's own rows and positions, with the parameters outside of the layers.
+
+    Left to jit, every chunk would gather the head's weights again and sum their gradients: here they are gathered once before
+    the first, and summed, or scattered, once behind the last.
+    """
+    axes, rows = {name for names in cut for name in names}, P(*cut)
+    if not axes:
+        return run
+
+    def whole(params: tree.Params, x: Array, targets: Array) -> Array:
+        outside = {path: leaf for path, leaf in tree.flatten(params).items() if "blocks" not in path.split("/")}
+        own = parts(rules, params := tree.unflatten(outside), axes)
+
+        def local(params: tree.Params, x: Array, targets: Array) -> Array:
+            return run(jax.tree.map(_gathered, params, own), x, targets)
+
+        across = jax.shard_map(local, in_specs=(own, rows, rows), out_specs=rows, axis_names=axes, check_vma=False)
+        return across(params, x, targets)
+
+    return whole
+
+
+def _gathered(a: Array, spec: P) -> Array:
+    for axis, names in enumerate(spec):
+        a = jax.lax.all_gather(a, names, axis=axis, tiled=True) if names else a
+    return a
