@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodel import tree
@@ -87,7 +88,13 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
     if need > len(devices):
         raise InputError(f"mesh: {dict(shape)} needs {need} devices; there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    mesh = jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=devices[:need])
+    try:
+        mesh = jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=devices[:need])
+    except NotImplementedError:  # an axis of the mesh that is a part of one of the wires
+        grid = mesh_utils.create_device_mesh(sizes, devices[:need], allow_split_physical_axes=True)
+        mesh = Mesh(grid, tuple(shape), axis_types=auto)
+    except ValueError as error:
+        raise InputError(f"mesh: {dict(shape)} cannot be made of these devices: {str(error).splitlines()[0][:200]}") from None
     if jax.config.jax_cpu_collectives_implementation == "mpi" and jax.process_count() > 1 and devices[0] in jax.devices():
         _meet(mesh)
     return mesh

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, Train, check
+from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, check
 from jaxmodel.errors import InputError
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one verb; exits with 0, with 2 on bad input, with 1 where a rerun differs."""
+    """Run one verb; exits with 0, with 2 on bad input or a state that could not be saved, with 1 where a rerun differs."""
     if "JAX_PLATFORMS" not in os.environ and not any(
         map(glob.glob, ("/dev/accel*", "/dev/nvidia*", "/dev/vfio/*", "/dev/kfd", "/dev/dxg"))
     ):
@@ -61,7 +61,7 @@ def read(args: Sequence[str]) -> Common:
     except SystemExit as end:
         if end.code != 2:
             raise
-    raise InputError(_one_line(said.getvalue()))
+    raise InputError(re.sub(r"^Error parsing \w+: ", "", _one_line(said.getvalue())))  # which options refused themselves
 
 
 def run(options: Common) -> tuple[Any, int]:
@@ -73,9 +73,7 @@ def run(options: Common) -> tuple[Any, int]:
     check(options)
     report.check_target(options.json)
     if isinstance(options, Resume):
-        work, name = rerun.options_of(options.folder, ended=False), "train"
-        if not isinstance(work, Train):
-            raise InputError(f"folder: {options.folder!r} is of another verb; allowed: a run of train")
+        work, name = rerun.trained_by(options.folder), "train"
     else:
         work = options
     verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)

@@ -6,17 +6,20 @@ Nothing heavy is imported here, so that `--help` and a wrong option answer at on
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from jaxmodel.errors import InputError, at_least
-from jaxmodel.train.options import TrainOptions
+from jaxmodel.errors import InputError
+from jaxmodel.train.options import FROM_ZERO, Range, TrainOptions, within
 
 _SOURCE = "a known name (smollm2-135m), a bundle folder, a .gguf file, or a hub id 'org/name'"
-_TEXT = "a UTF-8 file, or one of english, english_train, pydoc, tinyshakespeare, wikitext2-test, wikitext2-valid"
+_NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")  # `data.NAMES`
+_TEXT = f"a UTF-8 file, or one of {', '.join(_NAMES)}"
 _TEXTS = (
     f"{_TEXT}; or .jsonl, .parquet, .arrayrecord (the field 'text'), a folder that `datasets` saved, 'hf:NAME', a pattern with "
     "*; a path, or a URL such as gs:// or s3://."
@@ -37,8 +40,8 @@ _DTYPE = arg(
 class Common:
     """What every verb takes."""
 
-    LEAST: ClassVar[Mapping[str, int]] = {}
-    """Option -> the smallest whole number that it allows."""
+    LEAST: ClassVar[Mapping[str, int | Range]] = {}
+    """Option -> the smallest whole number that it allows, or its range of numbers."""
 
     json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: no JSON)")] = None
     """Write the numbers as JSON to FILE too; '-' prints them on standard output, and nothing else is printed there then."""
@@ -128,10 +131,11 @@ class Train(Common, TrainOptions):
 
     LEAST: ClassVar = {
         **dict.fromkeys(("steps", "batch", "width", "depth", "heads", "log_every", "eval_batches", "devices"), 1),
-        **dict.fromkeys(("processes", "devices_per_process", "accumulate"), 1),
+        **dict.fromkeys(("processes", "devices_per_process", "accumulate", "unroll"), 1),
         **dict.fromkeys(("warmup", "eval_every", "save_every", "patience", "microbatches"), 0),
         "context": 2,
         "vocab": 257,  # all bytes and the end of a text
+        **dict.fromkeys(("watchdog", "regrow"), FROM_ZERO),
     }
 
     learning_rate: float = 3e-3  # a small model bears more than the default of `TrainOptions`
@@ -209,8 +213,11 @@ class Train(Common, TrainOptions):
     """Prompt of the sample that the trained model writes at the end."""
 
     def __post_init__(self) -> None:
-        if self.checkpoints is not None and "://" not in self.checkpoints:  # a run is resumed from any folder
-            object.__setattr__(self, "checkpoints", os.path.abspath(self.checkpoints))
+        super().__post_init__()
+        places = {"data": tuple(map(_text_from_anywhere, self.data)), "heldout": _text_from_anywhere(self.heldout)}
+        places |= {name: _place_from_anywhere(getattr(self, name)) for name in ("out", "checkpoints")}
+        for name, place in places.items():  # a run is resumed from any folder
+            object.__setattr__(self, name, place)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,14 +294,33 @@ def check(options: Common) -> None:
     """Refuse numbers that no work could use, by the name of the option that was given.
 
     Raises:
-      InputError: a whole number too small, or a seed out of range.
+      InputError: a number out of range, or notices that are not at a URL.
     """
-    for name, least in options.LEAST.items():
+    for name, allowed in options.LEAST.items():
         if (value := getattr(options, name)) is not None:
-            at_least(f"--{name.replace('_', '-')}", value, least)
+            within(f"--{name.replace('_', '-')}", value, allowed)
+    notices = getattr(options, "notices", None)
+    if notices is not None and not re.match(r"https?://[^/]", notices):
+        raise InputError(f"--notices: {notices!r} given; allowed: a URL that begins with http:// or https://")
     seed = getattr(options, "seed", 0)
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError(f"--seed: {seed} given; allowed: 0 to {2**32 - 1}")
+
+
+def _place_from_anywhere(place: str | None) -> str | None:
+    """A folder as an absolute path, which is the same from every folder; a URL is one as it stands."""
+    return place if place is None or "://" in place else os.path.abspath(place)
+
+
+def _text_from_anywhere(text: str) -> str:
+    """Files that are there, a folder or a pattern for some, by an absolute path; names and URLs as they stand."""
+    if text in _NAMES or text.startswith("hf:") or "://" in text:
+        return text
+    path = os.path.expanduser(text)
+    whole = os.path.abspath(path)
+    if os.path.isfile(path) or (os.path.isdir(path) and not glob.has_magic(whole)):  # with magic it would be a pattern
+        return whole
+    return os.path.join(glob.escape(os.getcwd()), path) if glob.glob(path, recursive=True) else text
 
 
 __all__ = [

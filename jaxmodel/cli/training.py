@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -26,6 +27,17 @@ def prepare(options: Train) -> None:
     if options.devices != 1:
         sharding.simulate_devices(options.devices)
     distributed.initialize()
+
+
+def prepare_replay(options: Replay) -> None:
+    """Before JAX starts its devices: as many simulated ones, in this one process, as the run had."""
+    from jaxmodel import sharding
+    from jaxmodel.cli import rerun
+
+    again = rerun.trained_by(options.folder)
+    each = again.devices_per_process if again.processes > 1 and again.devices == 1 else again.devices
+    if again.processes * each > 1:
+        sharding.simulate_devices(again.processes * each)
 
 
 def run(options: Train, folder: Any) -> dict[str, Any]:
@@ -55,6 +67,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         supervisor = train.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
         state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
         supervisor.close()
+        problem = _unsaved(checkpoints)
     done = int(state.step)
     early = options.patience > 0 and done < options.steps and not stop(done)
     result: dict[str, Any] = {
@@ -68,6 +81,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         "stopped": done < options.steps and not early,
         "fingerprint": train.fingerprint(state) if jax.process_count() == 1 else None,
         "ledger": ledger.summary(),
+        "problem": problem,
     }
     rows = writer.rows() if writer is not None else history
     steady = [row for row in rows if "tokens_per_second" in row][1:] or rows  # the first row holds the compilation
@@ -81,7 +95,8 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
     params = train.gather(train.averaged(state))
     if first and not result["stopped"]:
         out = options.out or str(folder.path("bundle"))
-        card = {"name": "gpt2-small-from-scratch", "trained_on": ", ".join(options.data), "steps": done, "seed": options.seed}
+        texts = ", ".join(os.path.basename(text) if os.path.isabs(text) else text for text in options.data)
+        card = {"name": "gpt2-small-from-scratch", "trained_on": texts, "steps": done, "seed": options.seed}
         bundle = hub.Bundle(job.single, params, job.corpus.tokenizer, card)
         with report.step("save"):
             bundle.save_pretrained(out)
@@ -100,15 +115,17 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Any) -> None:
     """What came out, in two lines."""
     if result["stopped"]:
-        console.print(f"stopped and saved at step {result['steps']}; jaxmodel resume goes on from there")
+        how, there = ("stopped", "the last good checkpoint") if result["problem"] else ("stopped and saved", "there")
+        console.print(f"{how} at step {result['steps']}; jaxmodel resume goes on from {there}")
         return
     if result["out"] is None:
         return  # of several processes the first shows what came out
-    heldout = f", held-out {result['heldout_loss']:.3f}" if result["heldout_loss"] is not None else ""
     done = f"its checkpoint of step {result['steps']} was the last: nothing was left to train"
-    if result["loss"] is not None:
+    if result["history"]:
+        judged = any("heldout_loss" in row for row in result["history"])
+        heldout = f", held-out {_shown(result['heldout_loss'])}" if judged else ""
         goodput = f"goodput {100 * result['ledger']['goodput']:.0f} %"
-        done = f"loss {result['loss']:.3f}{heldout}, {result['tokens_per_second']:.0f} tokens/s, {goodput}"
+        done = f"loss {_shown(result['loss'])}{heldout}, {result['tokens_per_second']:.0f} tokens/s, {goodput}"
     console.print(
         f"{result['parameters']} parameters on {result['devices']} device(s) {result['mesh'] or ''}: {done}, "
         f"saved in {result['out']}",
@@ -118,24 +135,35 @@ def show(result: dict[str, Any], console: Any) -> None:
         console.print(result["sample"], markup=False)
 
 
+def code(result: dict[str, Any]) -> int:
+    """0, but what was wrong with the last checkpoint is raised, now that everything else is kept."""
+    if result["problem"]:
+        raise InputError(result["problem"])
+    return 0
+
+
 def replay(options: Replay, folder: Any) -> dict[str, Any]:
     """Compute one step of a run again, from the last checkpoint before it, and compare with what the run wrote down."""
     from jaxmodel import report, train
     from jaxmodel.cli import rerun
 
-    again = rerun.options_of(options.folder, ended=False)
-    if not isinstance(again, Train):
-        raise InputError(f"folder: {options.folder!r} is of another verb; allowed: a run of train")
+    again = rerun.trained_by(options.folder)
     if options.step > again.steps:
         raise InputError(f"--step: {options.step} given; allowed: 1 to {again.steps}")
     before = report.read_run(options.folder)
-    job = _Job(dataclasses.replace(again, log_every=1, eval_every=again.eval_every or max(1, again.steps // 4)), folder)
+    again = dataclasses.replace(again, log_every=1, eval_every=again.eval_every or max(1, again.steps // 4))
+    if again.processes > 1:  # here they are devices of one
+        again = dataclasses.replace(again, mesh=again.mesh or "data=*")
+    job = _Job(again, folder)
     supervisor = train.Supervisor(stop=lambda step: step >= options.step)
     with job.checkpoints(before.folder, read_only=True, at_most=options.step - 1) as checkpoints:
         start = checkpoints.latest() or 0
         state, history = job.fit([lambda row: folder.log(**row)], checkpoints, supervisor)
-    row = history[-1]
-    written = {r["step"]: r for r in _rows(before.folder)}.get(options.step)
+        if (end := int(state.step)) < options.step:
+            raise InputError(f"--step: {options.step} given; the run stopped early at step {end}")
+        row = report.to_plain(history[-1])
+        written = {r["step"]: r for r in _rows(before.folder)}.get(options.step)
+        _same_batch(row, written or {}, [n for n in checkpoints.steps() if options.step <= n < again.steps])
     same = None if written is None else all(written.get(name) == row[name] for name in ("loss", "grad_norm"))
     return {
         "folder": options.folder,
@@ -160,6 +188,17 @@ def show_replay(result: dict[str, Any], console: Any) -> None:
         console.print("the run wrote no row for this step")
     else:
         console.print("the same bits as the run wrote" if result["same"] else f"the run wrote {result['written']}")
+
+
+def _same_batch(row: dict[str, Any], written: dict[str, Any], later: list[int]) -> None:
+    """Refuse a step that the run made of another batch, because it went back to before it; `later` are checkpoints behind."""
+    step, batch = row["step"], row["data_step"]
+    if (then := written.get("data_step", batch)) != batch:
+        allowed = f"steps behind the checkpoint of step {later[0]}" if later else "none, as no later checkpoint was kept"
+        raise InputError(
+            f"--step: {step} given; the run went back there and made it of batch {then}, but a replay from the checkpoint before "
+            f"comes to batch {batch}; allowed: {allowed}"
+        )
 
 
 class _Job:
@@ -274,6 +313,29 @@ def _launched(options: Train, folder: Any) -> dict[str, Any]:
     if not (found := _report(folder)):
         raise InputError(f"train: the processes left no report in {os.fspath(folder.folder)!r}")
     return found
+
+
+def _unsaved(checkpoints: Any) -> str | None:
+    """Wait for the last checkpoint; what is wrong with it, which of several processes the first gets to know."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    problem = None
+    try:
+        checkpoints.wait()
+    except InputError as error:
+        problem = str(error)
+    if jax.process_count() == 1:
+        return problem
+    bad = np.flatnonzero(multihost_utils.process_allgather(np.bool_(problem is not None)))
+    if jax.process_index() or not len(bad):  # the others must not end with an error while the first keeps what was trained
+        return None
+    return problem or f"checkpoints: rank {bad[0]} could not save its part of the last state"
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.3f}"
 
 
 def _report(folder: Any) -> dict[str, Any]:

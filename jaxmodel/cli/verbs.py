@@ -16,7 +16,7 @@ class Verb(NamedTuple):
     run(options, folder) -> result: does the work; the result is plain data.
     show(result, console): prints it for people.
     prepare(options): what must happen before JAX starts its devices.
-    code(result): the exit code.
+    code(result): the exit code, or what the work raises once its results are kept.
     """
 
     run: Callable[..., Any]
@@ -34,8 +34,9 @@ def find(name: str) -> Verb:
     if name in ("train", "replay"):
         from jaxmodel.cli import training
 
-        train, replay = Verb(training.run, training.show, training.prepare), Verb(training.replay, training.show_replay)
-        return train if name == "train" else replay
+        if name == "train":
+            return Verb(training.run, training.show, training.prepare, training.code)
+        return Verb(training.replay, training.show_replay, training.prepare_replay)
     if name in ("models", "predict", "summary"):
         from jaxmodel.cli import inspect
 

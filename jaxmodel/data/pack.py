@@ -90,7 +90,7 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
     """
     at_least("length", length)
     end = np.empty(0, np.int32) if eos_id is None else _int32("eos_id", [eos_id])
-    arrays = [_int32(f"documents[{i}]", ids) for i, ids in enumerate(documents) if len(ids)]
+    arrays = [array for i, ids in enumerate(documents) if (array := _int32(f"documents[{i}]", ids)).size]
     if not arrays:
         raise InputError(f"documents: none of the {len(documents)} holds a token; at least one must")
     flat = np.concatenate([part for array in arrays for part in (array, end)])
@@ -148,7 +148,10 @@ def first_fit(pieces: list[int], length: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 def _int32(argument: str, ids: Ids) -> np.ndarray:
-    array: np.ndarray[Any, Any] = np.asarray(ids)
+    try:
+        array: np.ndarray[Any, Any] = np.asarray(ids)
+    except ValueError:  # lists of unequal lengths
+        raise InputError(f"{argument}: lists in a list given; a flat list of integers is needed") from None
     if array.ndim == 1 and array.size == 0:
         return np.empty(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":

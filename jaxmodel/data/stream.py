@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -80,8 +80,8 @@ class Stream:
       seed: 0 to 2^64 - 1.
 
     Raises:
-      InputError: data without rows or with rows shorter than two tokens, arrays of unequal lengths, a batch size below 1, a seed
-        out of range.
+      InputError: data without rows or with rows shorter than two tokens, lists for arrays, arrays of unequal lengths, a batch
+        size below 1, a seed out of range.
     """
 
     data: Bins | np.ndarray | Mapping[str, np.ndarray] | Rows
@@ -90,13 +90,16 @@ class Stream:
 
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size)
-        if not 0 <= self.seed < 2**64:
+        at_least("seed", self.seed, 0)
+        if self.seed >= 2**64:
             raise InputError(f"seed: {self.seed} given; 0 to 2^64 - 1 is allowed")
         if isinstance(self.data, Mapping):
+            _check_arrays(self.data)
             shapes = {name: a.shape for name, a in self.data.items()}
             if len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values() or not self.count:
                 raise InputError(f"data: arrays of shapes {shapes} given; the same number of rows in each, at least 1, is needed")
         elif isinstance(self.data, Bins | np.ndarray):
+            _check_arrays({name: getattr(self.bins, name) for name in ("tokens", "segments", "positions")})
             tokens, segments, positions = self.bins.tokens, self.bins.segments, self.bins.positions
             if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[0] < 1 or tokens.shape[1] < 2:
                 given = f"{tokens.dtype} of shape {tokens.shape}"
@@ -106,7 +109,8 @@ class Stream:
                 raise InputError(f"data: tokens, segments, positions of shapes {shapes} given; equal shapes are needed")
         elif not isinstance(self.data, Rows):
             allowed = "Bins, windows, a dict of arrays, PackedShards, ShardWindows, ImageFolder"
-            raise InputError(f"data: {type(self.data).__name__} given; allowed: {allowed}")
+            hint = " (windows and pack make rows of token ids)" if isinstance(self.data, list | tuple) else ""
+            raise InputError(f"data: {type(self.data).__name__} given; allowed: {allowed}{hint}")
         elif not self.count:
             raise InputError("data: no rows given; at least 1 is needed")
 
@@ -183,6 +187,14 @@ class Stream:
             return _predict(Bins(*(a[indices] for a in (self.bins.tokens, self.bins.segments, self.bins.positions))))
         found = self.data.take(indices)
         return _predict(found) if isinstance(found, Bins) else found
+
+
+def _check_arrays(fields: Mapping[str, Any]) -> None:
+    """Refuse what has no rows of numbers, such as a list."""
+    for name, a in fields.items():
+        if not hasattr(a, "shape") or not hasattr(a, "dtype") or a.dtype == object:
+            given = f"an array of {a.dtype}" if hasattr(a, "dtype") else type(a).__name__
+            raise InputError(f"data: {given} given for {name!r}; allowed: an array, as np.asarray makes of equally long rows")
 
 
 def _predict(bins: Bins) -> Batch:

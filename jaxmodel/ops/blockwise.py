@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.product import product
-from jaxmodel.ops.seen import Seen, masked
+from jaxmodel.ops.seen import HIDDEN, Seen, masked
 
 QUERIES, KEYS = 256, 512  # of a block
 
@@ -138,6 +138,7 @@ def backward(
             keys, values = _keys(k, j, bk), _keys(v, j, bk)
             scores, slope = _scores(block, keys, seen, i * bq, j * bk, scale, softcap)
             weights = jnp.exp(scores - top[..., None])
+            weights = jnp.where(top[..., None] < HIDDEN / 2, 0.0, weights)  # of a row that sees nothing
             dv = _add(dv, product("bkgts,bkgth->bksh", weights, g_block, v.dtype), j, bk)
             d_weights = product("bkgth,bksh->bkgts", g_block, values, v.dtype)
             d_scores = weights * (d_weights - passed[..., None]) * slope * scale

@@ -6,11 +6,12 @@ backward pass sends them round again, and with them their gradients, which come 
 more than its part of the positions and one part on its way.
 
 Blocks of keys that no query of a device can see (behind it, out of its window) are not computed. A causal ring still takes as
-long as its last device, which sees all keys.
+long as its last device, which sees all keys. While a device looks at keys, they are on their way to the next one, and so are the
+gradients of the keys before.
 
-Bytes that each device sends, with `k` and `v` its own part `B K S/n h` in `policy.compute`: forward `(n - 1) (k + v)`, backward
-`(n - 1) (k + v)` and as many elements in float32 for the gradients. Segments (4 bytes) and validity (1 byte) of the keys go with
-them both times, `(n - 1) B S/n` of each.
+Bytes that each device sends, with `k` and `v` its own part `B K S/n h` in `policy.compute`: forward `(n - 1) (k + v)`; backward
+`(n - 1) (k + v)`, one less where XLA sees that the first is the forward pass's, and as many elements in float32 for the
+gradients. Segments (4 bytes) and validity (1 byte) of the keys go with them both times, `(n - 1) B S/n` of each.
 """
 
 from __future__ import annotations
@@ -157,15 +158,17 @@ def _forward(
     def part(visitor: Any, seen: Seen) -> tuple[Array, Array]:
         return blockwise.forward(queries, visitor[0], visitor[1], seen, scale, softcap)
 
+    def with_these(found: tuple[Array, Array], visitor: Any, steps: Any) -> tuple[Array, Array]:
+        seen = own.of(visitor, steps)
+        return jax.lax.cond(own.sees(seen), lambda found: _together(found, part(visitor, seen)), lambda found: found, found)
+
     def visit(carry: tuple[Any, tuple[Array, Array]], steps: Array) -> tuple[tuple[Any, tuple[Array, Array]], None]:
         visitor, found = carry
-        visitor = own.step(visitor)
-        seen = own.of(visitor, steps)
-        add = lambda found: _together(found, part(visitor, seen))
-        return (visitor, jax.lax.cond(own.sees(seen), add, lambda found: found, found)), None
+        return (own.step(visitor), with_these(found, visitor, steps)), None  # it goes on while it is looked at
 
-    start = own.visitor, part(own.visitor, own.of(own.visitor, 0))
-    (_, (out, log_total)), _ = jax.lax.scan(visit, start, jnp.arange(1, own.n, dtype=jnp.int32))
+    start = own.step(own.visitor), part(own.visitor, own.of(own.visitor, 0))
+    (last, found), _ = jax.lax.scan(visit, start, jnp.arange(1, own.n - 1, dtype=jnp.int32))
+    out, log_total = with_these(found, last, jnp.int32(own.n - 1))
     return out[:, :, :, : own.t], log_total[:, :, :, : own.t]
 
 
@@ -187,20 +190,32 @@ def _backward(
     def part(visitor: Any, seen: Seen) -> tuple[Array, Array, Array]:
         return blockwise.backward(queries, visitor[0], visitor[1], seen, out, log_total, g, scale, softcap)
 
-    def visit(carry: tuple[Any, Any, Array], steps: Array) -> tuple[tuple[Any, Any, Array], None]:
-        visitor, gradient, dq = carry
-        visitor = own.step(visitor)
+    def of_these(dq: Array, visitor: Any, steps: Any) -> tuple[tuple[Array, Array], Array]:
         seen = own.of(visitor, steps)
 
-        def add(gradient: tuple[Array, Array], dq: Array) -> tuple[tuple[Array, Array], Array]:
+        def some(dq: Array) -> tuple[tuple[Array, Array], Array]:
             dq_part, *of_keys = part(visitor, seen)
-            return (gradient[0] + of_keys[0], gradient[1] + of_keys[1]), dq + dq_part
+            return (of_keys[0], of_keys[1]), dq + dq_part
 
-        gradient, dq = jax.lax.cond(own.sees(seen), add, lambda *kept: kept, gradient, dq)
-        return (visitor, own.step(gradient), dq), None  # one step behind its keys, so that the last step brings it home
+        return jax.lax.cond(own.sees(seen), some, lambda dq: (none, dq), dq)
 
+    def visit(carry: tuple[Any, Any, Array], steps: Array) -> tuple[tuple[Any, Any, Array], None]:
+        visitor, gradient, dq = carry
+        onward, arrived = own.step(visitor), own.step(gradient)  # both on their way while the visitor is looked at
+        here, dq = of_these(dq, visitor, steps)
+        return (onward, jax.tree.map(jnp.add, arrived, here), dq), None
+
+    visitor = own.step(own.visitor)
     dq, dk, dv = part(own.visitor, own.of(own.visitor, 0))
-    start = own.visitor, (jnp.zeros_like(dk), jnp.zeros_like(dv)), dq
-    (_, home, dq), _ = jax.lax.scan(visit, start, jnp.arange(1, own.n, dtype=jnp.int32))
+    none = jnp.zeros_like(dk), jnp.zeros_like(dv)
+    onward = own.step(visitor) if own.n > 2 else visitor
+    gradient, dq = of_these(dq, visitor, jnp.int32(1))
+    if own.n > 2:  # gradients are one step behind their keys, so that the last step brings them home
+        steps = jnp.arange(2, own.n - 1, dtype=jnp.int32)
+        (visitor, gradient, dq), _ = jax.lax.scan(visit, (onward, gradient, dq), steps)
+        arrived = own.step(gradient)
+        here, dq = of_these(dq, visitor, jnp.int32(own.n - 1))
+        gradient = jax.tree.map(jnp.add, arrived, here)
+    home = own.step(gradient)
     dk, dv = dk + home[0], dv + home[1]
     return dq[:, :, :, : own.t].astype(q.dtype), dk[:, :, : own.s].astype(k.dtype), dv[:, :, : own.s].astype(v.dtype)

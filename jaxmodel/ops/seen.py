@@ -62,6 +62,9 @@ def _cut(a: Array, start: Any, length: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(a, start, length, axis=1)
 
 
+HIDDEN = -1e30  # the score of a key that is not seen: finite, so that a row that sees nothing stays finite
+
+
 def masked(scores: Float[Array, "B K G T S"], seen: Bool[Array, "#B T S"]) -> Float[Array, "B K G T S"]:
-    """The scores, with those of unseen keys far below all others; finite, so that a row that sees nothing stays finite."""
-    return jnp.where(seen[:, None, None], scores, -1e30)
+    """The scores, with those of unseen keys far below all others."""
+    return jnp.where(seen[:, None, None], scores, HIDDEN)

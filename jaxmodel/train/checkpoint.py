@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import re
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ from jaxmodel.train.stored import stored
 
 MANIFEST = "manifest.json"
 VERSION = 1
+_READERS = 8  # files that are digested at a time
 _STEP = re.compile(r"step-(\d{9,})")
 
 
@@ -87,7 +92,7 @@ class Checkpoints:
       at_most: only steps up to this one are restored.
 
     Raises:
-      InputError: the folder cannot be made.
+      InputError: the folder cannot be made, or another process saves there.
     """
 
     def __init__(
@@ -109,11 +114,13 @@ class Checkpoints:
         self._read_only, self._at_most = read_only, at_most
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
-        self._swept, self._saved, self._last = False, time.monotonic(), -1
+        self._swept, self._saved, self._last, self._verified = False, time.monotonic(), -1, -1
+        self._held = contextlib.ExitStack()
         if jax.process_index() == 0 and not read_only:
             try:
                 if not is_remote(str(folder)):
                     self.folder.mkdir(parents=True, exist_ok=True)
+                    self._held.enter_context(_held(Path(folder)))
                 elif not epath.Path("/".join(str(folder).split("/")[:3])).exists():
                     raise OSError("there is no such bucket, or it cannot be seen from here: address, keys, permission")
             except (OSError, ImportError) as error:
@@ -144,7 +151,7 @@ class Checkpoints:
         self._join()
         self._saved = time.monotonic()
         number = int(state.step)
-        place = self._place(number)
+        place, self._verified = self._place(number), -1
         if number == self._last:  # not by a look at the folder, which the processes would have at different times
             return
         ready = True
@@ -183,12 +190,15 @@ class Checkpoints:
     def wait(self, raises: bool = True) -> None:
         """Until the last save is whole.
 
+        Args:
+          raises: False to leave it to the next `wait` or `close` to raise.
+
         Raises:
           InputError: it failed.
         """
         self._join()
-        problem, self._problem = self._problem, None
-        if problem is not None and raises:
+        if self._problem is not None and raises:
+            problem, self._problem = self._problem, None
             last = self.steps()[-1:]
             raise InputError(
                 f"checkpoints: the last state could not be saved in {str(self.folder)!r} ({_one_line(problem)}); "
@@ -196,11 +206,12 @@ class Checkpoints:
             ) from problem
 
     def close(self, raises: bool = True) -> None:
-        """Wait, and end the threads."""
+        """Wait, end the threads, and leave the folder to others."""
         try:
             self.wait(raises)
         finally:
             self._arrays.close()
+            self._held.close()
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -211,10 +222,10 @@ class Checkpoints:
         """In its thread: when the arrays are through, digests, the manifest, and what goes."""
         try:
             self._arrays.wait()
+            self._problem = None
             if jax.process_index() == 0:
                 record["files"] = _digests(place)
                 _write(place / MANIFEST, dumps({**record, "sha256": _digest_of(record)}))
-                self._problem = None
                 self._thin()
         except Exception as error:
             self._failed(number, error)
@@ -290,19 +301,22 @@ class Checkpoints:
         """
         place = self._place(number)
         files, sizes = self.manifest(number)["files"], _sizes(place)
-        for name, (size, digest) in files.items():
-            problem = None
+
+        def problem(name: str) -> str:
+            size, digest = files[name]
             try:
                 if name not in sizes:
-                    problem = "is missing"
-                elif sizes[name] != size:
-                    problem = f"has {sizes[name]} bytes of {size}"
-                elif digest is not None and _digest(place / name) != digest:
-                    problem = "has other bytes than were written"
+                    return "is missing"
+                if sizes[name] != size:
+                    return f"has {sizes[name]} bytes of {size}"
+                return "has other bytes than were written" if digest is not None and _digest(place / name) != digest else ""
             except OSError as error:
-                problem = f"cannot be read ({error.strerror or error})"
-            if problem:
-                raise InputError(f"checkpoints: {name} of step {number} {problem}")
+                return f"cannot be read ({error.strerror or error})"
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for name, found in zip(files, pool.map(problem, files), strict=True):
+                if found:
+                    raise InputError(f"checkpoints: {name} of step {number} {found}")
 
     def latest(self, at_most: int | None = None) -> int | None:
         """The newest whole step; newer ones whose files are bad are named on standard error and set aside as `step-....bad`.
@@ -318,7 +332,9 @@ class Checkpoints:
                 if limits and number > min(limits):
                     continue
                 try:
-                    self.verify(number)
+                    if number != self._verified:  # the command line asks, and then a restore
+                        self.verify(number)
+                        self._verified = number
                 except InputError as error:
                     if self._read_only:
                         _say(f"{error}; the step before is taken")
@@ -348,17 +364,20 @@ class Checkpoints:
         if number is None:
             return None
         record = self.manifest(number)
-        self._check(record, like)
         wanted = flat(like)
+        if of_others := _of_other_devices(record, wanted):
+            _say(f"step {number} was made by another number of devices: what the exchange of gradients had yet to send is lost")
+        self._check(record, like, of_others)
         with shown_step(f"restoring step {number}"):
-            found = self._arrays.restore(self._place(number) / "arrays", wanted)
+            kept = {name: a for name, a in wanted.items() if name not in of_others}
+            found = {**self._arrays.restore(self._place(number) / "arrays", kept), **_zeros(wanted, of_others)}
         self._last = number
         differ = _differences(record["environment"], self.environment)
         if differ:
             _say(f"step {number} was made elsewhere, so bits may differ from those of an unbroken run: {'; '.join(differ)}")
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
-    def _check(self, record: dict[str, Any], like: TrainState) -> None:
+    def _check(self, record: dict[str, Any], like: TrainState, but: Collection[str] = ()) -> None:
         number = record["step"]
         if differ := _differences(record["identity"], self.identity):
             raise InputError(f"checkpoints: step {number} in {str(self.folder)!r} is of another config: {'; '.join(differ[:8])}")
@@ -371,7 +390,7 @@ class Checkpoints:
         wanted = {name: [list(a.shape), str(a.dtype)] for name, a in flat(like).items()}
         differ = [
             f"{name} is {_shown(record['arrays'].get(name))} there, {_shown(wanted.get(name))} here"
-            for name in sorted({*wanted, *record["arrays"]})
+            for name in sorted({*wanted, *record["arrays"]} - {*but})
             if wanted.get(name) != record["arrays"].get(name)
         ] + _differences(record["fields"], to_plain(fields(like)))
         if differ:
@@ -422,6 +441,21 @@ def fingerprint(state: Any) -> str:
     return digest.hexdigest()
 
 
+def _of_other_devices(record: dict[str, Any], wanted: dict[str, Any]) -> set[str]:
+    """The memories of an exchange, which have an axis of devices, if there were others than there are; else none."""
+    names = {name for name in {*wanted, *record["arrays"]} if name.startswith("extra.residual.")}
+    there = {name: record["arrays"].get(name, [None])[0] for name in names}
+    same = all(name in wanted and list(wanted[name].shape) == shape for name, shape in there.items())
+    return set() if same else names
+
+
+def _zeros(wanted: dict[str, Any], names: Collection[str]) -> dict[str, jax.Array]:
+    shapes = {name: wanted[name] for name in names if name in wanted}
+    where = {name: a.sharding for name, a in shapes.items()}
+    make = lambda: {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items()}
+    return jax.jit(make, out_shardings=where)() if shapes else {}
+
+
 @jax.jit
 def _copy(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.copy, arrays)
@@ -443,8 +477,29 @@ def _fresh(url: str) -> str:
 def _digests(place: Any) -> dict[str, Any]:
     """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects check contents themselves."""
     remote = is_remote(str(place))
-    sizes = sorted(_sizes(place).items())
-    return {name: [size, None if remote else _digest(place / name)] for name, size in sizes if name != MANIFEST}
+    sizes = {name: size for name, size in sorted(_sizes(place).items()) if name != MANIFEST}
+    with ThreadPoolExecutor(_READERS) as pool:
+        digests = pool.map(lambda name: None if remote else _digest(place / name), sizes)
+        return {name: [size, digest] for (name, size), digest in zip(sizes.items(), digests, strict=True)}
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other processes from saving there; not other parts of this one."""
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            raise InputError(f"checkpoints: {who} saves in {str(folder)!r}; stop it first, or use another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        with contextlib.suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
 
 
 def _sizes(place: Any) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import optax
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, at_least
+from jaxmodel.errors import InputError
 from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.guard import Guard
 from jaxmodel.train.optimizers import optimizer
@@ -24,11 +24,13 @@ class TrainConfig(TrainOptions):
     Attributes:
       decay: rules, path -> whether weights decay; as they stand, norms and biases do not.
       trainable: rules, path -> whether the leaf trains; None for every plain floating leaf but statistics (see `tree.partition`).
+
+    Raises:
+      InputError: a number out of range, or an unknown name.
     """
 
     decay: tree.Rules = ((tree.optional(".*(norm/.*|_bias)"), False), (".*", True))
     trainable: tree.Rules | None = None
-
 
     def guard(self) -> Guard:
         """Which steps are bad."""
@@ -49,7 +51,6 @@ class TrainConfig(TrainOptions):
 
 def schedule_of(config: TrainConfig) -> optax.Schedule:
     """The learning rate of each update; of a plateau, before it is lowered."""
-    at_least("steps", config.steps)
     return schedule(
         config.schedule,
         config.learning_rate,
@@ -65,7 +66,7 @@ def schedule_of(config: TrainConfig) -> optax.Schedule:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """The optimiser that a config describes: clipping, then the optimiser of that name with its schedule and decay by rules."""
     chain = [
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optimizer(
             config.optimizer,
             schedule_of(config),

@@ -53,7 +53,11 @@ def detect(
     Cluster(kind='kubernetes', coordinator='trainer-0:1234', processes=4, process=2)
     >>> detect({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "3"}).kind
     'slurm'
-    >>> detect({}) is None
+    >>> [detect({name: "h0:8476,h1:8476"}).kind for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")]
+    ['tpu', 'tpu']
+    >>> detect({"TPU_WORKER_HOSTNAMES": "h0", "MEGASCALE_NUM_SLICES": "2"}).kind
+    'tpu'
+    >>> detect({"TPU_WORKER_HOSTNAMES": "h0"}) is detect({}) is None
     True
     """
     said = {"coordinator": coordinator, "processes": processes, "process": process}
@@ -67,9 +71,19 @@ def detect(
         return Cluster("slurm") if (_number(environ.get("SLURM_NTASKS")) or 1) > 1 else None
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return Cluster("openmpi") if (_number(environ["OMPI_COMM_WORLD_SIZE"]) or 1) > 1 else None
-    if len(environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+    hosts = (environ.get(name, "").split(",") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
+    if any(len(names) > 1 for names in hosts) or (_number(environ.get("MEGASCALE_NUM_SLICES")) or 1) > 1:
         return Cluster("tpu")
     return None
+
+
+def on_tpu_machine() -> bool:
+    """Whether this is a machine of Google's with chips to use, whose surroundings JAX knows how to ask."""
+    if "tpu" not in (jax.config.jax_platforms or "tpu"):
+        return False
+    from jax._src.clusters import cloud_tpu_cluster  # it says no at once where there are no chips; there is no public way to it
+
+    return any(kind.is_env_present() for kind in (cloud_tpu_cluster.GceTpuCluster, cloud_tpu_cluster.GkeTpuCluster))
 
 
 def initialize(
@@ -91,7 +105,7 @@ def initialize(
     Raises:
       InputError: the others did not come in time; with MPI, no MPIwrapper, or several devices in a process.
     """
-    cluster = detect(os.environ) if cluster is None else cluster
+    cluster = detect(os.environ) or (Cluster("tpu") if on_tpu_machine() else None) if cluster is None else cluster
     if cluster is None:
         return None
     if collectives is not None:

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.train.state import TrainState, averaged
+from jaxmodel.train.guard import choose
+from jaxmodel.train.state import TrainState, replaced
 
 
-def init(state: TrainState) -> TrainState:
-    """The state with a memory of the best: its held-out loss, its parameters, and how many evaluations ago it was."""
-    trains = state.extra["average"] if "average" in state.extra else tree.partition(state.params)[0]
+def init(state: TrainState, trainable: tree.Rules | None = None) -> TrainState:
+    """The state with a memory of the best: its held-out loss, its parameters that train, and how many evaluations ago it was."""
+    trains = state.extra["average"] if "average" in state.extra else tree.partition(state.params, trainable)[0]
     best = {"loss": jnp.float32(jnp.inf), "since": jnp.int32(0), "params": jax.tree.map(jnp.copy, trains)}
     return dataclasses.replace(state, extra={**state.extra, "best": best})
 
@@ -26,8 +27,8 @@ def update(state: TrainState, loss: Any) -> TrainState:
     memory = state.extra["best"]
     loss = jnp.asarray(loss, jnp.float32)
     better = loss < memory["loss"]
-    now = tree.flatten(averaged(state))
-    params = tree.map_leaves(lambda path, old: jnp.where(better, now[path], old), memory["params"])
+    now = tree.flatten(state.extra.get("average", state.params))
+    params = tree.map_leaves(lambda path, old: choose(better, now[path], old), memory["params"])
     best = {
         "loss": jnp.where(better, loss, memory["loss"]),
         "since": jnp.where(better, jnp.int32(0), memory["since"] + jnp.int32(1)),
@@ -46,5 +47,5 @@ def best(state: TrainState) -> TrainState:
     memory = state.extra["best"]
     if not jnp.isfinite(memory["loss"]):
         return state
-    found = tree.flatten(memory["params"])
-    return dataclasses.replace(state, params=tree.map_leaves(lambda path, leaf: found.get(path, leaf), state.params))
+    average = {"average": memory["params"]} if "average" in state.extra else {}
+    return dataclasses.replace(state, params=replaced(state.params, memory["params"]), extra={**state.extra, **average})

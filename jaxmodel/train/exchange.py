@@ -91,6 +91,8 @@ class Exchange:
             devices = auto_axes().get(self.axis, 1)
             if devices == 1:
                 return run(trains, batch, rng), residual
+            if auto_axes().get("pipeline", 1) > 1:
+                raise InputError("mesh: with stages of a pipeline gradients cannot be exchanged so; leave out one of both")
             if self.kind == "top_k" and residual is None:
                 raise InputError("exchange: the state has no residual; make it by init_state(exchange=...), on the mesh in use")
             places = _places(trains, rules, self.axis)

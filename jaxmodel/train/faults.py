@@ -20,8 +20,10 @@ from jaxmodel.train.distributed import coordinator
 
 NOTICE_EVERY = 1.0  # seconds between two looks at the place of maintenance notices
 NO_NOTICE = "NONE"  # what stands there otherwise, as on Google's cloud
-STARTING = 20  # times as long a watchdog waits for what comes before the first step, which compiles
+STARTING = 20  # times as long a watchdog waits for what is no step of steady state:
+LONG = ("start", "compile", "evaluate", "checkpoint")
 BEAT = 2.0  # seconds between two words of a rank on where it is
+LAUNCHER = "JAXMODEL_LAUNCHER"  # the variable with the number of the process that started this one as one of several
 STUCK = 75  # the exit code of a process whose watchdog gave up: try again (EX_TEMPFAIL)
 
 
@@ -39,38 +41,46 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
     if notices is None and host:
         notices = f"http://{host}/computeMetadata/v1/instance/maintenance-event"
     told, done = threading.Event(), threading.Event()
-    many = jax.process_count() > 1
+    many, served = jax.process_count() > 1, jax.distributed.is_initialized()
 
-    def hear(number: int, frame: Any) -> None:
+    def tell(why: str) -> None:
         told.set()
         if many:
             os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service hears, and tells the others
-        print(f"jaxmodel: {signal.Signals(number).name}: saving and stopping", file=sys.stderr, flush=True)
+        print(f"jaxmodel: {why}: saving and stopping", file=sys.stderr, flush=True)
+
+    def hear(number: int, frame: Any) -> None:
+        tell(signal.Signals(number).name)
+
+    def follow(launcher: int) -> None:
+        while not done.wait(NOTICE_EVERY):
+            if os.getppid() != launcher:  # nobody would start this process again, or look after it
+                return tell(f"process {launcher}, which started this one, is gone")
 
     def look() -> None:
         request = urllib.request.Request(str(notices), headers={"Metadata-Flavor": "Google"})
         while not done.wait(NOTICE_EVERY):
             with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
                 if (text := answer.read(100).decode("utf-8", "replace").strip()) not in ("", NO_NOTICE):
-                    print(f"jaxmodel: notice of maintenance ({text}): saving and stopping", file=sys.stderr, flush=True)
-                    told.set()
-                    if many:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                    return
+                    return tell(f"notice of maintenance ({text})")
 
     def stop(step: int) -> bool:
-        if not many:
-            return told.is_set()
+        if told.is_set() and not many:
+            return True
+        if not served:
+            return False
         from jax.experimental import multihost_utils
 
+        # also of a cluster of one, as an elastic run may be: what was said before this began, that service heard
         return multihost_utils.reached_preemption_sync_point(step)
 
     main = threading.current_thread() is threading.main_thread()
     numbers = [] if not main else [signal.SIGINT] if many else [signal.SIGTERM, signal.SIGINT]
     before = {number: signal.signal(number, hear) for number in numbers}
-    watcher = threading.Thread(target=look, name="notices", daemon=True)
     if notices:
-        watcher.start()
+        threading.Thread(target=look, name="notices", daemon=True).start()
+    if (launcher := os.environ.get(LAUNCHER)) == str(os.getppid()):
+        threading.Thread(target=follow, args=(int(launcher),), name="launcher", daemon=True).start()
     try:
         yield stop
     finally:
@@ -122,7 +132,7 @@ class Watchdog:
                     self._client.key_value_set(f"jaxmodel/place/{jax.process_index()}", text, allow_overwrite=True)
             if self._done.wait(every):
                 return
-            patience = self.seconds * (STARTING if self._place == "start" or self._place.endswith("compile") else 1)
+            patience = self.seconds * (STARTING if self._place.endswith(LONG) else 1)
             if self.seconds and time.monotonic() - self._moved > patience:
                 self._end(f"no step for {self.seconds:.0f} s")
                 return

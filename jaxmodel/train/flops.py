@@ -27,7 +27,7 @@ _PEAK = {  # bfloat16 operations in a second of one chip, as its maker states it
 }
 
 
-def per_token(params: tree.Params, length: int, width: int = 0, depth: int = 0) -> float:
+def per_token(params: tree.Params, length: int, width: int = 0, depth: int = 0, experts: float = 1.0) -> float:
     """Operations of forward and backward pass for one token: `6 N + 6 L T D`, N the weights in products of matrices.
 
     Tables that are only looked up count, since a tied one is the head too; causal attention sees half of the T positions.
@@ -37,8 +37,11 @@ def per_token(params: tree.Params, length: int, width: int = 0, depth: int = 0) 
       length: T.
       width: D; 0 leaves attention out.
       depth: L.
+      experts: the share of a layer's experts that a token meets.
     """
-    matrices = sum(math.prod(leaf.shape) for path, leaf in tree.flatten(params).items() if len(tree.layer_shape(path, leaf)) > 1)
+    leaves = {path: leaf for path, leaf in tree.flatten(params).items() if len(tree.layer_shape(path, leaf)) > 1}
+    shares = {path: experts if len(tree.layer_shape(path, leaf)) > 2 and "/moe/" in path else 1 for path, leaf in leaves.items()}
+    matrices = sum(shares[path] * math.prod(leaf.shape) for path, leaf in leaves.items())
     return 6.0 * matrices + 6.0 * depth * length * width
 
 

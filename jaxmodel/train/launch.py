@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.sharding import simulation
-from jaxmodel.train.faults import STUCK
+from jaxmodel.train.faults import LAUNCHER, STUCK
 
 POLL = 0.1  # seconds
 GRACE = 20.0  # seconds that processes get to save after SIGTERM, before they are killed
@@ -127,6 +127,7 @@ def _start(command: Sequence[str], processes: int, devices: int, logs: Path) -> 
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(rank),
+            LAUNCHER: str(os.getpid()),
         }
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(open(logs / f"rank-{rank}.log", "ab")) if rank else None

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodel import ops, tree
+from jaxmodel import ops, sharding, tree
 from jaxmodel.data import Batches, prefetch
+from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
 from jaxmodel.train import early, flops, memory
-from jaxmodel.train.checkpoint import Checkpoints
+from jaxmodel.train.checkpoint import Checkpoints, flat
 from jaxmodel.train.config import TrainConfig, make_optimizer, schedule_of, split_by
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.losses import Loss, next_token
 from jaxmodel.train.meter import Meter
-from jaxmodel.train.placing import Placed
+from jaxmodel.train.placing import Placed, check_batch
 from jaxmodel.train.rewind import BadSteps
 from jaxmodel.train.state import TrainState, averaged, init_state, state_shardings
 from jaxmodel.train.step import Augment, make_step
@@ -71,15 +72,17 @@ def fit(
       supervisor: see `Supervisor`; where it stops the run, the state is saved and returned as it is.
 
     Returns:
-      The last state (with early stopping: with its best parameters) and the history: rows with step, loss, grad_norm,
-      learning_rate, the other metrics of the loss, tokens_per_second and mfu (rows_per_second where batches have no tokens),
-      data_wait (the share of time spent waiting for data), bad (steps left out since the row before), seconds, and where they
-      were taken heldout_loss and the held-out metrics.
+      The last state (with early stopping: with its best parameters) and the history: rows with step, data_step (the number of
+      its batch), loss, grad_norm, learning_rate, the other metrics of the loss, tokens_per_second and mfu (rows_per_second where
+      batches have no tokens), data_wait (the share of time spent waiting for data), bad (steps left out since the row before),
+      seconds, and where they were taken heldout_loss and the held-out metrics.
 
     Raises:
-      InputError: a batch or parameters that the mesh does not divide; a checkpoint of another config or other data; bad steps, as
-        `config.bad` says.
+      InputError: a batch or parameters that the mesh does not divide; tokens that the model has not; a state or a checkpoint of
+        another config, a checkpoint of other data; bad steps, as `config.bad` says.
     """
+    if config.patience and heldout is None:
+        raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
     rate = schedule_of(config) if optimizer is None else None
     optimizer = optimizer or make_optimizer(config)
     supervisor = supervisor or Supervisor()
@@ -89,7 +92,7 @@ def fit(
         params = split_by(config, model.init(key) if params is None else params)
         carried: dict[str, Any] = {"average": config.average > 0, "guard": guard, "exchange": exchange}
         made = init_state(params, optimizer, config.trainable, **carried)
-        return early.init(made) if config.patience else made
+        return early.init(made, config.trainable) if config.patience else made
 
     key, most = jax.random.key(config.seed), flops.peak(model.policy.compute)
     options: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "trainable", "average", "pipeline")}
@@ -111,10 +114,12 @@ def fit(
         if current is not None:
             supervisor.ledger.restored(int(current.step))
         elif state is None:
+            params = params if params is None or mesh is None else sharding.place(model.rules, params, mesh)
             current = jax.jit(start, out_shardings=where)(key, params)
         else:
-            whole = dataclasses.replace(state, extra={**start(key, state.params).extra, **state.extra})
-            current = jax.device_put(jax.tree.map(jnp.copy, whole), where)  # a copy, because the steps donate theirs
+            current = _going_on(state, like, lambda params: start(key, params).extra)
+        if config.steps < int(current.step):
+            raise InputError(f"steps: {config.steps} given; {int(current.step)} were made already")
         run, batch = jitted(model, config.accumulate), {}
         scorer = None if heldout is None else Scorer(model, loss, Placed(heldout, mesh), config.eval_batches)
         meter = Meter(model, current.params, most, rate)
@@ -122,11 +127,13 @@ def fit(
         i, feed = int(current.step), _feed(placed, current, config)
         unread = collections.deque[tuple[int, Any]]()  # steps that were begun and whose metrics nobody looked at
         answer = BadSteps(config.bad)
-        stop = False
+        stop, over = False, bool(config.patience) and early.over(current, config.patience)
         with bar(config.steps, "train", done=i) as shown:
-            while i < config.steps and not stop and not (config.patience and early.over(current, config.patience)):
+            while i < config.steps and not stop and not over:
                 with supervisor.spend("data", i), meter.waits():
                     batch = next(feed)
+                if not meter.steps:
+                    check_batch(model, current.params, batch)
                 rows = stream.batch_size // placed.parts
                 full = memory.explained(compiled, config.accumulate, rows, model.policy.remat)
                 with supervisor.spend("compute" if meter.steps else "compile", i), full:
@@ -140,7 +147,8 @@ def fit(
                     back = answer.rewind_to(bad, i, checkpoints)
                 if back is not None:
                     assert checkpoints is not None
-                    current, i, stop = answer.rewind(current, i, back, checkpoints.restore(like, at_most=back)), back, False
+                    with supervisor.spend("checkpoint", i):
+                        current, i, stop = answer.rewind(current, i, back, checkpoints.restore(like, at_most=back)), back, False
                     feed = _feed(placed, current, config)
                     unread.clear()
                     continue
@@ -148,12 +156,14 @@ def fit(
                 supervisor.ledger.at(i)
                 score = None
                 if "row" in due:
-                    row = {"step": i, **meter.row(i - 1, metrics)}
+                    row = {"step": i, "data_step": int(current.data_step) - 1, **meter.row(i - 1, metrics)}
                     if scorer is not None and "heldout" in due:
                         with supervisor.spend("evaluate", i):
                             row |= scorer(averaged(current))
                             score = row["heldout_loss"]
-                            current = early.update(current, score) if config.patience else current
+                            if config.patience:
+                                current = early.update(current, score)
+                                over = early.over(current, config.patience)
                     shown.advance(0, **meter.shown(row))
                     history.append(row)
                     for callback in callbacks:
@@ -166,7 +176,7 @@ def fit(
             with supervisor.spend("checkpoint", i):
                 checkpoints.save(current)  # nothing where it is there already
                 supervisor.ledger.at(i, saved=True)
-                checkpoints.wait()
+                checkpoints.wait(raises=False)  # what was trained is not lost with it: `close` raises
     return early.best(current) if config.patience and not stop else current, history
 
 
@@ -175,6 +185,18 @@ def _shapes(shapes: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh | Non
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     where = jax.tree.map(lambda _: one, shapes) if mesh is None else state_shardings(shapes, rules, mesh)
     return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, where)
+
+
+def _going_on(state: TrainState, like: TrainState, extra: Callable[[tree.Params], dict[str, Any]]) -> TrainState:
+    """A copy of the state, since steps donate theirs, in the places of `like`, with what it has not yet of `extra`."""
+    given = dataclasses.replace(state, extra={**like.extra, **state.extra})
+    if jax.tree.structure(given) != jax.tree.structure(like):
+        differ = ", ".join(sorted(flat(given).keys() ^ flat(like).keys())[:4]) or "the kind of some leaf"
+        raise InputError(f"state: it is of another model, optimizer or config; only one of both has {differ}")
+    where = jax.tree.map(lambda a: a.sharding, like)
+    params = jax.device_put(state.params, where.params)
+    whole = {**jax.jit(extra, out_shardings=where.extra)(params), **state.extra}
+    return jax.tree.map(jnp.copy, jax.device_put(dataclasses.replace(state, params=params, extra=whole), where))
 
 
 def _shape(a: Any) -> jax.ShapeDtypeStruct:

@@ -62,7 +62,9 @@ class Meter:
             found["learning_rate"] = float(self._rate(step))
         if self._unit == "tokens" and self._most is not None:
             config = self._model.config
-            cost = flops.per_token(self._shapes, self._length, getattr(config, "width", 0), getattr(config, "depth", 0))
+            sizes = self._length, getattr(config, "width", 0), getattr(config, "depth", 0)
+            experts = getattr(config, "experts", 0) and config.experts_per_token / config.experts
+            cost = flops.per_token(self._shapes, *sizes, experts or 1.0)
             found["mfu"] = speed * cost / self._most
         found |= {"bad": self._bad, "seconds": now - self._began}
         self._since, self._seen, self._waited, self._bad = time.perf_counter(), 0, 0.0, 0

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from jaxmodel import tree
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.leaves import QTensor
-from jaxmodel.train.quantized import by_layer
+from jaxmodel.train.quantized import by_layer, flat
 from jaxmodel.train.rounding import curved, group_of, straight
 
 SMALLEST = 4096
@@ -158,11 +158,11 @@ def scale_by_adam8(
             return u, curved(m, size, 2, True, keys[0]), curved(v, size, 4, False, keys[1])
 
         found = []
-        leaves, places = jax.tree.flatten(updates)
-        moments = zip(leaves, places.flatten_up_to(state.mu), places.flatten_up_to(state.nu), strict=True)
-        for i, (g, mu, nu) in enumerate(moments):
+        paths, leaves, places = flat(updates)
+        moments = zip(paths, leaves, places.flatten_up_to(state.mu), places.flatten_up_to(state.nu), strict=True)
+        for i, (path, g, mu, nu) in enumerate(moments):
             if isinstance(mu, QTensor):
-                found.append(by_layer(narrow, jax.random.fold_in(key, i), (g, mu, nu)))
+                found.append(by_layer(path, narrow, jax.random.fold_in(key, i), (g, mu, nu)))
             else:
                 m, v, u = wide(g, mu, nu)
                 found.append((u.astype(g.dtype), m, v))

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+import math
+import numbers
+from collections.abc import Callable
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from jaxmodel.errors import InputError, at_least, unknown
+
+type Range = tuple[Callable[[float], bool], str]
+"""Whether a number is within, and what is allowed, in words."""
+
+FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+DECAY: Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+SHARE: Range = (lambda x: 0 <= x <= 1, "0 to 1")
+FACTOR: Range = (lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+RANGES: dict[str, int | Range] = {
+    **dict.fromkeys(("steps", "accumulate", "log_every", "eval_batches"), 1),
+    **dict.fromkeys(("warmup", "drop_every", "patience", "eval_every", "save_every", "seed"), 0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "clip", "spike", "save_seconds"), FROM_ZERO),
+    **dict.fromkeys(("end_rate", "stable"), SHARE),
+    **dict.fromkeys(("drop", "exchange_share"), FACTOR),
+    **dict.fromkeys(("beta2", "average"), DECAY),
+}
+"""What each number of `TrainOptions` may be: the least whole number, or a range. Names stand with their fields."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """The part of `TrainConfig` that is plain values, and so at the same time options of `jaxmodel train`."""
+    """The part of `TrainConfig` that is plain values, and so at the same time options of `jaxmodel train`.
+
+    Raises:
+      InputError: a number out of range, or an unknown name.
+    """
 
     steps: int = 200
     """Updates of the weights."""
@@ -31,7 +59,7 @@ class TrainOptions:
     weight_decay: float = 0.1
     """How far weights are drawn to zero, times the learning rate; norms and biases are not."""
     clip: float = 1.0
-    """Largest global norm of the gradient."""
+    """Largest global norm of the gradient; 0 for no limit."""
     beta2: float = 0.95
     """How slowly the mean of squared gradients moves, of the optimisers that have one."""
     accumulate: int = 1
@@ -61,4 +89,36 @@ class TrainOptions:
     save_every: int = 0
     """Updates between two checkpoints; 0: by time."""
     save_seconds: float = 300.0
-    """Seconds between two checkpoints, where they are not by updates; one is made at the end in any case."""
+    """Seconds between two checkpoints, where they are not by updates; 0 for never. One is made at the end in any case."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in RANGES.items():
+            within(name, getattr(self, name), allowed)
+        if self.seed >= 2**32:  # JAX would cut it to 32 bits
+            raise InputError(f"seed: {self.seed!r} given; allowed: 0 to {2**32 - 1}")
+        for name, names in _names().items():
+            if getattr(self, name) not in names:
+                raise unknown(name, getattr(self, name), names)
+
+
+def within(name: str, value: object, allowed: int | Range) -> None:
+    """Refuse what is no number of a range.
+
+    Raises:
+      InputError: it is out of range, not finite, or something else.
+
+    >>> within("beta2", 1.0, DECAY)
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: beta2: 1.0 given; allowed: at least 0 and below 1
+    """
+    if isinstance(allowed, int):
+        at_least(name, value, allowed)
+    elif not isinstance(value, numbers.Real) or isinstance(value, bool) or not allowed[0](float(value)):
+        raise InputError(f"{name}: {value!r} given; allowed: {allowed[1]}")
+
+
+@functools.cache
+def _names() -> dict[str, tuple[str, ...]]:
+    """The names that each field allows which is one."""
+    return {name: get_args(kind) for name, kind in get_type_hints(TrainOptions).items() if get_origin(kind) is Literal}

@@ -25,6 +25,7 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers import pipeline as stages_of
 from jaxmodel.layers.repeat import one_segment, stage_of
+from jaxmodel.leaves import Compressed
 from jaxmodel.models import Model, Output
 from jaxmodel.models.model import begin, with_hidden
 from jaxmodel.sharding import auto_axes
@@ -64,6 +65,8 @@ def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | Non
         axes = auto_axes()
         stages, data = axes.get(AXIS, 1), tuple(name for name in ("data",) if axes.get(name, 1) > 1)
         fixed = frozen or {}
+        if packed := [path for path, leaf in tree.flatten(trains).items() if isinstance(leaf, Compressed)]:
+            raise InputError(f"trainable: the compressed {packed[0]!r} cannot train in this schedule; use GPipe")
         _check(model, tree.combine(trains, fixed), axes)
         whole = dict(batch)
         rows = whole[next((name for name in model.inputs(1, 1) if name in whole), next(iter(whole)))].shape[0]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
 
-from jaxmodel import report
+from jaxmodel import report, tree
 from jaxmodel.data import Batches
 from jaxmodel.errors import InputError
+from jaxmodel.models import Model
 from jaxmodel.sharding import BATCH_AXES
 
 
@@ -69,10 +71,36 @@ class Placed:
         where = jax.sharding.NamedSharding(self.mesh, jax.P(self._axes))
         if jax.process_count() == 1:
             return jax.device_put(self.stream.batch(step), where)
-        mine = local_rows(where, self.stream.batch_size)
-        found = self.stream.batch(step, mine)
-        make = lambda a: jax.make_array_from_process_local_data(where, a, (self.stream.batch_size, *a.shape[1:]))
-        return {name: make(np.asarray(a)) for name, a in found.items()}
+        count = self.stream.batch_size
+        found = {part: self.stream.batch(step, slice(*part)) for part in local_rows(where, count)}
+
+        def made(name: str, a: Any) -> jax.Array:
+            own = lambda index: np.asarray(found[index[0].indices(count)[:2]][name])
+            return jax.make_array_from_callback((count, *a.shape[1:]), where, own)
+
+        return {name: made(name, a) for name, a in next(iter(found.values())).items()}
+
+
+def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> None:
+    """Refuse tokens that would only make every loss NaN: those behind the vocabulary, and more than there are positions.
+
+    Raises:
+      InputError: names them.
+    """
+    vocab, table = getattr(model.config, "vocab", None), params.get("positions")
+    if vocab is None or "tokens" not in batch:
+        return
+    for name in ("tokens", "targets"):
+        largest = max(int(np.max(part)) for part in _local(batch.get(name, 0)))
+        if largest >= vocab:
+            raise InputError(f"data: {name} up to {largest} for a model with a vocabulary of {vocab}; is the tokenizer its own?")
+    if table is not None and (length := batch["tokens"].shape[1]) > table.shape[0]:
+        raise InputError(f"data: rows of {length} tokens for a model with a context of {table.shape[0]}")
+
+
+def _local(a: Any) -> list[np.ndarray]:
+    """What of an array is here."""
+    return [np.asarray(part.data) for part in a.addressable_shards] if isinstance(a, jax.Array) else [np.asarray(a)]
 
 
 def gather(params: Any) -> Any:
@@ -100,16 +128,8 @@ def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     }
 
 
-def local_rows(where: jax.sharding.Sharding, rows: int) -> slice:
-    """The rows of a batch that the devices of this process hold, from the first to behind the last.
-
-    Raises:
-      InputError: they are not next to each other.
-    """
+def local_rows(where: jax.sharding.Sharding, rows: int) -> list[tuple[int, int]]:
+    """The rows of a batch that the devices of this process hold: first and behind the last of each part. On a TPU slice, where
+    a mesh follows the wires, those of a host need not be next to each other."""
     indices = where.addressable_devices_indices_map((rows,)).values()
-    parts = {index[0].indices(rows)[:2] for index in indices if index is not None}
-    start, stop = min(first for first, _ in parts), max(last for _, last in parts)
-    if sum(last - first for first, last in parts) != stop - start:
-        held = f"the devices of process {jax.process_index()} hold rows that are not next to each other"
-        raise InputError(f"mesh: {held}: {sorted(parts)}")
-    return slice(start, stop)
+    return sorted({index[0].indices(rows)[:2] for index in indices if index is not None})

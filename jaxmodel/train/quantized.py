@@ -73,28 +73,34 @@ def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Par
     Raises:
       InputError: a compressed leaf that cannot be trained.
     """
-    leaves, places = jax.tree.flatten(params, is_leaf=_is_compressed)
+    paths, leaves, places = flat(params)
     if not any(map(_is_compressed, leaves)):
         return optax.apply_updates(params, updates)  # pyright: ignore[reportReturnType]
     new = []
-    for i, (leaf, update) in enumerate(zip(leaves, places.flatten_up_to(updates), strict=True)):
+    for i, (path, leaf, update) in enumerate(zip(paths, leaves, places.flatten_up_to(updates), strict=True)):
         if not _is_compressed(leaf):
             new.append(optax.apply_updates(leaf, update))
             continue
         if not isinstance(leaf, QTensor):
             raise InputError(f"trainable: a {type(leaf).__name__} leaf has no rounding to train with; allowed: arrays, QTensor")
-        new += by_layer(lambda *args: (moved(*args),), jax.random.fold_in(key, i), (leaf,), update)
+        new += by_layer(path, lambda *args: (moved(*args),), jax.random.fold_in(key, i), (leaf,), update)
     return jax.tree.unflatten(places, new)
 
 
-def by_layer[T: tuple[Any, ...]](function: Callable[..., T], key: jax.Array, arrays: T, *others: Any) -> T:
-    """`function(*arrays, *others, key)`, which gives the arrays anew, for each entry of their first axis if they have three axes
-    or more.
+def flat(params: Any) -> tuple[list[str], list[Any], Any]:
+    """Paths, leaves (compressed ones whole) and structure of any pytree."""
+    found, places = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_compressed)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found], [leaf for _, leaf in found], places
+
+
+def by_layer[T: tuple[Any, ...]](path: str, function: Callable[..., T], key: jax.Array, arrays: T, *others: Any) -> T:
+    """`function(*arrays, *others, key)`, which gives the arrays anew, layer by layer where the leaf of this path is a stack of
+    matrices.
 
     They are then written in place, where a step may: what is needed beside them is that of one layer. Not where a mesh cuts the
     layers into stages.
     """
-    if len(arrays[0].shape) < 3 or auto_axes().get("pipeline", 1) > 1:
+    if not tree.is_stacked(path) or len(arrays[0].shape) < 3 or auto_axes().get("pipeline", 1) > 1:
         return function(*arrays, *others, key)
 
     def body(i: jax.Array, arrays: T) -> T:

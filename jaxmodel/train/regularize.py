@@ -151,6 +151,9 @@ def sam(run: Callable[..., Any], radius: float = 0.05) -> Callable[..., Any]:
         raise InputError(f"radius: {radius!r} given; allowed: above 0")
 
     def worst(params: Any, *args: Any) -> Any:
+        is_compressed = lambda node: isinstance(node, Compressed)
+        if any(map(is_compressed, jax.tree.leaves(params, is_leaf=is_compressed))):
+            raise InputError("trainable: compressed leaves have no place a little uphill; SAM is for arrays")
         (value, metrics), grads = run(params, *args)
         wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         scale = radius / jnp.maximum(optax.tree.norm(wide), 1e-12)

@@ -9,18 +9,25 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.train.checkpoint import Checkpoints
 from jaxmodel.train.state import TrainState
 
+POLICIES = ("skip", "rewind", "stop")
 MOST_BAD = 50
 """Steps in a row that may be bad before a run that skips them gives up, and times that one may go back to the same step."""
 
 
 class BadSteps:
-    """What bad steps lead to, by `config.bad`: "skip", "stop" or "rewind"."""
+    """What bad steps lead to, by `config.bad`: "skip", "stop" or "rewind".
+
+    Raises:
+      InputError: another policy.
+    """
 
     def __init__(self, policy: str) -> None:
+        if policy not in POLICIES:
+            raise unknown("bad", policy, POLICIES)
         self._policy, self._row, self._last, self._rewound = policy, 0, -2, collections.Counter[int]()
         self._first = 0
 

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.train.options import FROM_ZERO, within
 
 type Schedule = Callable[[ArrayLike], Float[Array, ""]]
 """`rate(step)`, step counted from 0."""
@@ -37,7 +38,7 @@ def schedule(
 
     Args:
       name: one of them.
-      rate: the peak.
+      rate: the peak, at least 0.
       steps: of the whole run. Behind its end the rate stays, but for "step".
       warmup: steps of the rise, fewer than all. Smith and Topin take 30 to 45 % of the steps.
       end: of "cosine", "wsd" and "one_cycle": the last rate as a share of the peak.
@@ -53,6 +54,7 @@ def schedule(
     [0.0, 0.5, 1.0, 1.0, 1.0, 0.51, 0.0]
     """
     at_least("steps", steps)
+    within("rate", rate, FROM_ZERO)
     if not 0 <= warmup < steps:
         raise InputError(f"warmup: {warmup} given for {steps} steps; allowed: 0 to {steps - 1}")
     if not (0 <= end <= 1 and 0 <= stable <= 1 and 0 < gamma <= 1):

@@ -58,7 +58,8 @@ def init_state(
     zero = jnp.zeros((), jnp.int32)
     extra: dict[str, Any] = {}
     if average:
-        extra["average"] = jax.tree.map(jnp.copy, dense(trains))  # buffers of their own: a step donates both
+        # in float32, since a small step of it is none in bfloat16; buffers of their own, since a step donates both
+        extra["average"] = jax.tree.map(lambda a: jnp.array(a, jnp.float32), dense(trains))
     if guard is not None:
         extra["guard"] = guard.init()
     if exchange is not None and (residual := exchange.residual(trains)) is not None:
@@ -70,8 +71,18 @@ def averaged(state: TrainState) -> tree.Params:
     """The parameters to judge and to keep: the moving average where the state has one, with what is frozen, else `params`."""
     if "average" not in state.extra:
         return state.params
-    average = tree.flatten(state.extra["average"])
-    return tree.map_leaves(lambda path, leaf: average.get(path, leaf), state.params)
+    return replaced(state.params, state.extra["average"])
+
+
+def replaced(params: tree.Params, new: tree.Params) -> tree.Params:
+    """The parameters with some of their leaves anew, arrays in the dtype of the old ones."""
+    found = tree.flatten(new)
+
+    def one(path: str, old: tree.Leaf) -> tree.Leaf:
+        leaf = found.get(path, old)
+        return leaf.astype(old.dtype) if isinstance(leaf, jax.Array) else leaf
+
+    return tree.map_leaves(one, params)
 
 
 def state_shardings(state: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh) -> TrainState:

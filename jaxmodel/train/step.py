@@ -94,7 +94,8 @@ def make_step(
         trained: Any = quantized.apply_updates(trains, updates, jax.random.fold_in(rng, _ROUND))
         metrics = {**metrics, "loss": value, "grad_norm": norm}
         if "average" in extra:
-            extra["average"] = moving_average(extra["average"], quantized.dense(trained), average, state.step)
+            taken = extra["guard"]["good"] if "guard" in extra else state.step  # steps that were left out do not count
+            extra["average"] = moving_average(extra["average"], quantized.dense(trained), average, taken)
         if "guard" in extra:
             ok, extra["guard"] = guard.judge(extra["guard"], value, norm)
             kept = {name: extra[name] for name in extra if name != "guard"}

@@ -69,7 +69,9 @@ class _Orbax:
             for name, a in wanted.items()
         }
         shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in wanted.items()}
-        return self._checkpointer.restore(place, args=self._ocp.args.PyTreeRestore(item=shapes, restore_args=args))
+        # not all that is there need be wanted; `Checkpoints` knows that all that is wanted is there
+        chosen = self._ocp.args.PyTreeRestore(item=shapes, restore_args=args, partial_restore=True)
+        return self._checkpointer.restore(place, args=chosen)
 
     def close(self) -> None:
         self._checkpointer.close()

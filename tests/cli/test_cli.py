@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from jaxmodel import compress, hub, ops, report, train, tree
-from jaxmodel.cli import main
+from jaxmodel import compress, data, hub, ops, report, train, tree
+from jaxmodel.cli import main, options
 from jaxmodel.cli.options import VERBS, Train
 from jaxmodel.generation import decode
 from jaxmodel.models import llama
@@ -147,6 +147,23 @@ def test_a_place_of_checkpoints_is_the_same_from_every_folder():
     assert Train(checkpoints="s3://bucket/saved").checkpoints == "s3://bucket/saved" and Train().checkpoints is None
 
 
+def test_files_are_the_same_from_every_folder_and_names_stay(tmp_path, monkeypatch):
+    assert options._NAMES == data.NAMES
+    for name in ("a.txt", "english", "b[1]/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    made = Train(data=("a.txt", "./english", "english", "*.txt", "hf:a", "s3://a/b", "no.txt"), heldout="b[1]", out="out")
+    files = tuple(str(tmp_path / name) for name in ("a.txt", "english"))
+    assert made.data == (*files, "english", str(tmp_path / "*.txt"), "hf:a", "s3://a/b", "no.txt")
+    assert made.heldout == "b[1]" and made.out == str(tmp_path / "out") and dataclasses.replace(made, out=None).out is None
+    monkeypatch.chdir(tmp_path / "b[1]")
+    made = Train(data=("c.txt", "*.txt"))
+    monkeypatch.chdir("/")
+    assert made.data[0] == str(tmp_path / "b[1]" / "c.txt")
+    assert [data.documents(one).parts for one in made.data] == [made.data[:1]] * 2
+
+
 def test_train_on_eight_devices_and_rerun(folder):
     """In processes of their own, as users run them."""
     args = ["train", "--steps", 4, "--beta2", 0.9, "--width", 32, "--depth", 2, "--context", 32, "--batch", 8, "--vocab", 300]
@@ -156,7 +173,7 @@ def test_train_on_eight_devices_and_rerun(folder):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
-    assert [place.name for place in (folder / "saved").iterdir()] == ["step-000000004"]
+    assert [place.name for place in (folder / "saved").glob("step-*")] == ["step-000000004"]
     assert got["devices"] == 8 and got["mesh"] == {"fsdp": 4, "tensor": 2}
     assert got["history"][-1]["heldout_loss"] == got["heldout_loss"] < got["history"][0]["loss"]
     (run,) = (folder / "train").iterdir()
@@ -173,6 +190,9 @@ def test_train_on_eight_devices_and_rerun(folder):
     done = subprocess.run([str(c) for c in again], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)["differ"] == {} and "/history/4/loss" not in json.loads(done.stdout)["differ"]
+    one = [sys.executable, "-m", "jaxmodel", "replay", run, "--step", 2, "--runs", folder / "again", "--json", "-"]
+    done = subprocess.run([str(c) for c in one], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout)["same"] is True, done.stderr + done.stdout
 
 
 def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder):
@@ -234,6 +254,11 @@ BAD = [
     (["train", "--mesh", "fsdp=3", "--data", "{text}"], "needs 3 devices; there are 1"),
     (["train", "--mesh", "fsdp", "--data", "{text}"], "mesh: 'fsdp' is not readable"),
     (["train", "--devices", "0"], "devices: 0 given"),
+    (["train", "--unroll", "0"], "--unroll: 0 given; allowed: a whole number of at least 1"),
+    (["train", "--watchdog", "-1"], "--watchdog: -1.0 given; allowed: a finite number of at least 0"),
+    (["train", "--regrow", "nan"], "--regrow: nan given; allowed: a finite number of at least 0"),
+    (["train", "--notices", "file:///etc/hostname"], "--notices: 'file:///etc/hostname' given; allowed: a URL that begins with"),
+    (["train", "--clip", "-1"], "jaxmodel: clip: -1.0 given"),
     (["train", "--steps", "0", "--data", "{text}", "--heldout", "{text}"], "steps: 0 given"),
     (
         ["train", "--heads", "0", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"],

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
+from rich.console import Console
 
-from jaxmodel import hub
-from jaxmodel.cli import main
+from jaxmodel import hub, report, sharding
+from jaxmodel.cli import main, training
+from jaxmodel.cli.options import Replay, Train
+from jaxmodel.train import checkpoint
 
 SIZES = ["--width", 16, "--depth", 2, "--heads", 2, "--context", 16, "--batch", 4, "--vocab", 260, "--eval-batches", 2]
 
@@ -87,6 +91,62 @@ def test_replay_computes_a_step_again(trained, folder, capsys):
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_step_that_the_run_made_of_another_batch_is_refused(trained, folder, capsys):
+    """As after `--bad rewind`, where the checkpoint before the step is of the time before the run went back."""
+    place, result = trained
+    rewound = folder / "rewound" / place.name
+    shutil.copytree(place, rewound)
+    rows = [{**row, "data_step": row["step"] - 1 + (row["step"] > 5)} for row in result["history"]]
+    (rewound / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run(capsys, "replay", rewound, "--step", 7, "--runs", folder / "replays")
+    assert code == 2 and "made it of batch 7, but a replay from the checkpoint before comes to batch 6; " in err
+    assert "allowed: steps behind the checkpoint of step 8" in err
+    code, found, _ = run(capsys, "replay", rewound, "--step", 5, "--runs", folder / "replays")
+    assert code == 0 and found["same"] is True and found["data_step"] == 4
+
+
+def test_a_run_that_stopped_early_and_one_that_cannot_save_its_end(folder, capsys, monkeypatch):
+    more = ("--patience", 1, "--eval-every", 2, "--learning-rate", 0, "--save-every", 0, "--out", folder / "early")
+    code, result, _ = run(capsys, *options(folder), *more, "--depth", 1, "--accumulate", 1, "--runs", folder / "stops")
+    assert code == 0 and result["steps"] == 4 and result["problem"] is None
+    (place,) = (folder / "stops").iterdir()
+    code, _, err = run(capsys, "replay", place, "--step", 5, "--runs", folder / "replays")
+    assert code == 2 and "--step: 5 given; the run stopped early at step 4" in err
+    for gone in (place / "checkpoints", folder / "early"):
+        shutil.rmtree(gone)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    code, again, err = run(capsys, "resume", place, "--runs", folder / "runs")
+    assert code == 2 and err.splitlines()[-1].startswith("jaxmodel: checkpoints: the last state could not be saved in "), err
+    assert again["fingerprint"] == result["fingerprint"] == json.loads((place / "report.json").read_text())["fingerprint"]
+    assert hub.from_pretrained(folder / "early").model.config.width == 16
+
+
+def test_a_loss_that_is_not_finite_is_no_lack_of_rows():
+    rows = [{"step": 6, "loss": None, "heldout_loss": None}]
+    result = {"stopped": False, "out": "there", "steps": 6, "history": rows, "loss": None, "heldout_loss": None, "problem": None}
+    result |= {"parameters": 1, "devices": 1, "mesh": {}, "tokens_per_second": 1.0, "ledger": {"goodput": 1.0}}
+    console = Console(record=True, width=200)
+    training.show(result, console)
+    training.show({**result, "history": []}, console)
+    first, second = console.export_text().splitlines()
+    assert "loss not finite, held-out not finite" in first and "nothing was left to train" in second
+
+
+@pytest.mark.parametrize(
+    ("devices", "wanted"), [({"devices": 8}, [8]), ({"processes": 2, "devices_per_process": 3}, [6]), ({}, [])]
+)
+def test_a_replay_has_the_devices_of_the_run(devices, wanted, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sharding, "simulate_devices", asked.append)
+    made = report.start_run("train", {"verb": "train", **dataclasses.asdict(Train(**devices))}, tmp_path)
+    training.prepare_replay(Replay(folder=str(made.folder), step=1))
+    assert asked == wanted
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -111,6 +171,41 @@ def test_a_run_of_another_config_is_refused(trained, folder, capsys):
     (changed / "config.json").write_text(json.dumps({**config, "beta2": 0.5}))
     code, _, err = run(capsys, "resume", changed, "--runs", folder / "runs")
     assert code == 2 and "of another config: train.beta2 was 0.95, is 0.5" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": "20"}, 'steps: "20" given; allowed: a whole number'),
+        ({"pack": 1}, "pack: 1 given; allowed: true or false"),
+        ({"mesh": 5}, "mesh: 5 given; allowed: a text or null"),
+        ({"data": "a.txt"}, 'data: "a.txt" given; allowed: a list, each a text'),
+        ({"data": None}, "data: null given; allowed: a list, each a text"),
+        ({"weights": [1, True]}, "weights: [1, true] given; allowed: a list, each a number"),
+        ({"remat": 1}, 'remat: 1 given; allowed: "none", "full", "dots"'),
+        ({"batch": 0}, "batch: 0 given; allowed: a whole number of at least 1"),
+        ({"verb": []}, "verb: [] is not known"),
+    ],
+)
+def test_a_config_of_wrong_types_is_refused(change, said, trained, folder, capsys):
+    place, _ = trained
+    changed = folder / "types"
+    changed.mkdir(exist_ok=True)
+    shutil.copy(place / "versions.json", changed)
+    (changed / "config.json").write_text(json.dumps({**json.loads((place / "config.json").read_text()), **change}))
+    code, _, err = run(capsys, "resume", changed, "--runs", folder / "runs")
+    assert code == 2 and f"{changed}/config.json: " in err and said in err, err
+
+
+def test_a_run_that_was_stopped_is_not_repeated(trained, folder, capsys):
+    place, result = trained
+    changed = folder / "stopped"
+    changed.mkdir()
+    for name in ("versions.json", "config.json"):
+        shutil.copy(place / name, changed)
+    (changed / "report.json").write_text(json.dumps({**result, "stopped": True, "steps": 5}))
+    code, _, err = run(capsys, "rerun", changed, "--runs", folder / "runs")
+    assert code == 2 and "was stopped at step 5; resume it first" in err
 
 
 def test_data_that_changed_is_refused(trained, folder, capsys):

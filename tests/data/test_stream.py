@@ -171,3 +171,28 @@ def test_bad_input_is_one_clear_line() -> None:
     ]:
         with pytest.raises(InputError, match=message):
             call()
+
+
+WRONG = [
+    ("Stream([[1, 2], [3, 4]], 1)", "data: list given; allowed: Bins, windows, a dict of arrays, PackedShards, ShardWindows, "),
+    ('Stream({"x": [1, 2]}, 1)', "data: list given for 'x'; allowed: an array, as np.asarray makes of equally long rows"),
+    ('Stream({"x": good, "y": (1, 2)}, 1)', "data: tuple given for 'y'; allowed: an array"),
+    ('Stream({"x": np.array([good, None], object)}, 1)', "data: an array of object given for 'x'; allowed: an array"),
+    ("Stream(Bins([[1, 2]], [[1, 1]], [[0, 1]]), 1)", "data: list given for 'tokens'; allowed: an array"),
+    ("Stream(good, 1, 0.5)", "seed: 0.5 given; allowed: a whole number of at least 0"),
+    ("pack([1, 2, 3], 4)", "documents[0]: int64 of shape () given; a flat list of integers is needed"),
+    ("pack([[1, [2, 3]]], 4)", "documents[0]: lists in a list given; a flat list of integers is needed"),
+]
+
+
+def test_what_is_no_array_is_one_clear_line() -> None:
+    """In a process of its own: here, the types of all arguments are checked."""
+    program = "import numpy as np\nfrom jaxmodel.data import Bins, Stream, pack\nfrom jaxmodel.errors import InputError\n"
+    program += "good = np.zeros((2, 3), np.int32)\n"
+    for call, _ in WRONG:
+        program += f"try:\n    {call}\nexcept InputError as error:\n    print(error)\n"
+    env = {**os.environ, "PYTHONPATH": str(Path(jaxmodel.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for line, (_, message) in zip(done.stdout.splitlines(), WRONG, strict=True):
+        assert line.startswith(message)

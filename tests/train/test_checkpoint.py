@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,36 @@ def test_a_restore_is_the_state_bit_for_bit(saved, state):
             found = checkpoints.restore(like(state), at_most=step)
             assert train.fingerprint(found) == digest and int(found.step) == step
             assert jax.tree.structure(found) == jax.tree.structure(state)
+
+
+def test_another_process_cannot_save_there(tmp_path, state):
+    program = "import sys\nfrom jaxmodel import train\nheld = train.Checkpoints(sys.argv[1])\nprint('in', flush=True)\ninput()"
+    other = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(InputError, match=f"checkpoints: process {other.pid} on .* saves in {str(tmp_path)!r}; stop it first"):
+            train.Checkpoints(tmp_path)
+        with train.Checkpoints(tmp_path, read_only=True) as checkpoints:
+            assert checkpoints.steps() == []
+    finally:
+        other.communicate("\n")
+    with train.Checkpoints(tmp_path) as checkpoints, train.Checkpoints(tmp_path) as again:  # of one process
+        checkpoints.save(at(state, 1))
+        checkpoints.wait()
+        assert again.steps() == [1]
+
+
+def test_a_failed_save_is_forgotten_with_the_next_in_all_processes(tmp_path, state, monkeypatch):
+    checkpoints = train.Checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._arrays, "wait", lambda: 1 / 0)
+        checkpoints.save(at(state, 1))
+        checkpoints.wait(raises=False)
+    checkpoints._arrays.wait()
+    with monkeypatch.context() as patch:  # not the first process, which writes the manifest
+        patch.setattr("jax.process_index", lambda: 1)
+        checkpoints._finish(checkpoints._place(2), 2, {})
+    checkpoints.close()
 
 
 def test_an_empty_folder_has_nothing(tmp_path, state):

@@ -84,6 +84,26 @@ def test_the_watchdog_says_where_a_run_hangs(capfd):
     assert "no step for 0 s: this process is at step 7: compute" in said and "Thread" in said
 
 
+@pytest.mark.parametrize("place", ["compile", "evaluate", "checkpoint"])
+def test_the_watchdog_waits_longer_for_what_is_no_step(place):
+    codes = []
+    with faults.Watchdog(0.1, codes.append) as watchdog:
+        watchdog.at(f"step 3: {place}")
+        time.sleep(0.5)
+    assert not codes
+
+
+def test_a_process_whose_launcher_is_gone_stops(monkeypatch, capsys):
+    monkeypatch.setenv(faults.LAUNCHER, str(os.getppid()))
+    monkeypatch.setattr(faults, "NOTICE_EVERY", 0.02)
+    with faults.stop_signals() as stop:
+        time.sleep(0.2)
+        assert not stop(1)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert until(lambda: stop(2))
+    assert "which started this one, is gone: saving and stopping" in capsys.readouterr().err
+
+
 def test_the_watchdog_leaves_a_run_that_moves_alone():
     codes = []
     with faults.Watchdog(1.0, codes.append) as watchdog:

@@ -8,10 +8,13 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxmodel import train, tree
+from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
+from jaxmodel.train.step import moving_average
 
 MODEL = mlp.model(mlp.SIZES["tiny"])
 WIDTH = MODEL.inputs(1, 1)["features"].shape[-1]
@@ -99,6 +102,88 @@ def test_early_stopping_takes_the_best_weights(tmp_path):
     assert train.fingerprint(resumed) == train.fingerprint(state) and int(broken.step) == best + 15
     through, nothing = fit(config, tmp_path, stream, heldout=heldout)
     assert nothing == [] and train.fingerprint(through) == train.fingerprint(state)
+
+
+def heldout_loss(params):
+    return float(train.classification(MODEL, params, jax.device_put(Rows(noise=0.5).batch(0)), train=False)[0])
+
+
+@pytest.mark.parametrize("how", ["average", "quantised", "bfloat16"])
+def test_the_best_weights_are_those_that_were_judged(how):
+    """Those of the average, all that train of compressed ones, and in the dtype that they had."""
+    config = train.TrainConfig(steps=12, learning_rate=0.1, warmup=0, patience=2, eval_every=1, eval_batches=1)
+    params = MODEL.init(jax.random.key(0))
+    if how == "average":
+        config = dataclasses.replace(config, average=0.5)
+    elif how == "bfloat16":
+        config, params = dataclasses.replace(config, average=0.5), tree.cast(params, jnp.bfloat16)
+    else:
+        params = train.quantize_weights(params, [(".*_bias", None), (".*", 8)])
+        config = dataclasses.replace(config, trainable=[(".*", True)])
+    dtypes = [a.dtype for a in jax.tree.leaves(params)]
+    state, history = fit(config, params=params, heldout=Rows(noise=0.5))
+    losses = [row["heldout_loss"] for row in history]
+    assert min(losses) < losses[-1]
+    assert heldout_loss(train.averaged(state)) == pytest.approx(min(losses), rel=1e-5)
+    assert [a.dtype for a in jax.tree.leaves(state.params)] == dtypes
+
+
+def test_an_average_moves_where_bfloat16_would_not():
+    state = train.init_state({"w": jnp.ones(2, jnp.bfloat16)}, optax.sgd(0.0), average=True)
+    average = state.extra["average"]
+    for i in range(3000):
+        average = moving_average(average, {"w": jnp.full(2, 1.5, jnp.bfloat16)}, 0.999, jnp.int32(i))
+    assert float(average["w"][0]) == pytest.approx(1.5, abs=0.03)
+    assert train.averaged(dataclasses.replace(state, extra={"average": average})).get("w").dtype == jnp.bfloat16
+
+
+def test_a_batch_left_out_leaves_the_average_too():
+    """As if it had never come, though it counts as a step."""
+    config = dataclasses.replace(CONFIG, accumulate=1, steps=6, log_every=1)
+    step = jax.jit(train.make_step(MODEL, train.classification, optax.sgd(0.1), average=0.999))
+    states = []
+    for stream in (Rows(broken=(0, 1, 2)), Rows()):
+        start = train.init_state(MODEL.init(jax.random.key(0)), optax.sgd(0.1), average=True, guard=config.guard())
+        state = start if stream.broken else dataclasses.replace(start, data_step=jnp.int32(3))
+        for i in range(0 if stream.broken else 3, 6):
+            state, _ = step(state, stream.batch(i))
+        states.append(state)
+    left_out, never = states
+    assert int(left_out.step) == 6 and int(never.step) == 3
+    for part in (lambda s: s.params, lambda s: s.extra["average"]):
+        jax.tree.map(np.testing.assert_array_equal, part(left_out), part(never))
+
+
+def test_rows_name_their_batch(tmp_path):
+    stream = Rows(broken=(7,))
+    config = train.TrainConfig(steps=10, save_every=5, log_every=1, bad="rewind")
+    _, history = fit(config, tmp_path, stream)
+    assert {row["step"]: row["data_step"] for row in history} == {i: i - 1 if i <= 5 else i + 2 for i in range(1, 11)}
+
+
+def test_a_last_checkpoint_that_fails_does_not_cost_the_run(tmp_path, monkeypatch):
+    checkpoints = train.Checkpoints(tmp_path)
+    monkeypatch.setattr(type(checkpoints._arrays), "wait", lambda self: 1 / 0)
+    state, _ = train.fit(MODEL, Rows(), train.TrainConfig(steps=2), loss=train.classification, checkpoints=checkpoints)
+    assert int(state.step) == 2
+    with pytest.raises(InputError, match="the last state could not be saved .* .division by zero.; the last good step is none"):
+        checkpoints.close()
+
+
+STATE = train.init_state(MODEL.init(jax.random.key(0)), optax.sgd(0.1))
+REFUSED = {
+    "patience: 2 given without held-out batches": {"config": train.TrainConfig(patience=2)},
+    "steps: 2 given; 3 were made already": {"state": dataclasses.replace(STATE, step=jnp.int32(3))},
+    "state: it is of another model, optimizer or config; only one of both has opt_state": {"state": STATE},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_cannot_be_trained_is_refused(said):
+    options = {"config": train.TrainConfig(steps=2), **REFUSED[said]}
+    more = {"optimizer": optax.sgd(0.1)} if said.startswith("steps") else {}
+    with pytest.raises(InputError, match=said):
+        fit(options.pop("config"), **options, **more)
 
 
 def test_heldout_metrics_are_reported_as_it_goes():

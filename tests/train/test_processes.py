@@ -117,9 +117,12 @@ def ranks(folder):
 
 
 def test_an_elastic_run_loses_a_process_and_gets_it_back(tmp_path):
-    """One of two is killed; the other goes on alone on the same stream; later it is told to save, and both go on to the end."""
+    """One of two is killed; the other goes on alone on the same stream; later it is told to save, and both go on to the end.
+
+    It is told soon: even on a quick machine it must not have come to its end, and on a slow one it may not have begun.
+    """
     more = ["--steps", 400, "--save-every", 20, "--log-every", 20]
-    more += ["--processes", 2, "--elastic", "--regrow", 8, "--json", tmp_path / "out.json"]
+    more += ["--processes", 2, "--elastic", "--regrow", 3, "--json", tmp_path / "out.json"]
     with open(tmp_path / "said", "wb") as said:
         run = subprocess.Popen(train_command(tmp_path, *more), stderr=said, stdout=said)
         try:
@@ -143,6 +146,22 @@ def test_an_elastic_run_loses_a_process_and_gets_it_back(tmp_path):
     ledger = found["ledger"]
     kinds = sum(value for name, value in ledger.items() if name not in ("wall", "goodput"))
     assert kinds == pytest.approx(ledger["wall"], rel=5e-3) and ledger["lost"] > 0 and ledger["down"] > 0
+
+
+def test_a_cluster_of_one_hears_a_signal_before_it_listens(tmp_path):
+    """From the moment that it joins until the loop begins, JAX's own service takes SIGTERM: it is asked."""
+    port, ready = 20000 + (os.getpid() + 77) % 20000, tmp_path / "said"
+    environ = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    with open(ready, "wb") as said:
+        command = train_command(tmp_path, "--steps", 1000000, "--json", tmp_path / "out.json")
+        run = subprocess.Popen(command, env=environ, stderr=said, stdout=said)
+        try:
+            wait_for(lambda: b"tokenise" in ready.read_bytes(), "its first line")
+            run.send_signal(signal.SIGTERM)
+            assert run.wait(120) == 0, ready.read_text()
+        finally:
+            run.kill()
+    assert json.loads((tmp_path / "out.json").read_text())["steps"] < 1000000
 
 
 @pytest.mark.parametrize("how", ["killed", "stuck"])

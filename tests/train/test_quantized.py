@@ -147,10 +147,12 @@ def test_a_leaf_of_zeros_can_begin_to_move():
 
 def test_layer_by_layer_is_each_layer():
     leaf, update, key = rounded(random(3, 4, 32)), random(3, 4, 32, seed=2, scale=0.1), jax.random.key(5)
-    (whole,) = by_layer(lambda *args: (moved(*args),), key, (leaf,), update)
+    (whole,) = by_layer("blocks/0-2/up", lambda *args: (moved(*args),), key, (leaf,), update)
     for i in range(3):
         one = moved(jax.tree.map(lambda a, i=i: a[i], leaf), update[i], jax.random.fold_in(key, i))
         chex.assert_trees_all_equal(jax.tree.map(lambda a, i=i: a[i], whole), one)
+    (experts,) = by_layer("blocks/3/up", lambda *args: (moved(*args),), key, (leaf,), update)  # whose first axis a mesh may cut
+    chex.assert_trees_all_equal(experts, moved(leaf, update, key))
 
 
 def test_plain_leaves_are_updated_as_optax_does(params):

@@ -58,6 +58,14 @@ def test_a_chunk_bounds_the_logits_that_exist_at_once(params):
     assert largest(5) == 8 * 5 * MODEL.config.vocab
 
 
+def test_many_logits_are_chunked_without_being_asked(params, monkeypatch):
+    """Also where the rows are cut: then a device has fewer."""
+    batch = jax.device_put(STREAM.batch(0))
+    monkeypatch.setattr("jaxmodel.train.losses.tokens.LOGITS", 4 * 8 * 5 * MODEL.config.vocab)
+    text = str(jax.make_jaxpr(jax.grad(lambda p: train.next_token(MODEL, p, batch)[0]))(params))
+    assert f"f32[8,5,{MODEL.config.vocab}]" in text and f"f32[8,16,{MODEL.config.vocab}]" not in text
+
+
 def test_a_chunk_of_nothing_is_refused(params):
     with pytest.raises(InputError, match="chunk: 0 given; allowed: a whole number of at least 1"):
         train.next_token(MODEL, params, jax.device_put(STREAM.batch(0)), chunk=0)

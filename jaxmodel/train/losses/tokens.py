@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -13,8 +14,13 @@ from jaxtyping import Array, Float, Int
 from jaxmodel import tree
 from jaxmodel.errors import at_least
 from jaxmodel.models import Model
-from jaxmodel.sharding import axes_of, parts
+from jaxmodel.sharding import auto_axes, axes_of, parts
 from jaxmodel.train.losses.contract import row_weights, weighted_mean
+
+
+LOGITS = 2**30
+"""Bytes of float32 logits that a device makes at once: of so many positions that to add a chunk's gradient of the head to the
+others, which is memory's work, takes little beside the products."""
 
 
 def next_token(
@@ -72,7 +78,8 @@ def cross_entropy(
       hidden: what `model.hidden` gives.
       targets: the token that each position should predict.
       chunk: positions of a row whose logits exist at once (on each device that the mesh cuts positions over), so that
-        `[B, T, V]` never does, in the backward pass neither; None for all.
+        `[B, T, V]` never does, in the backward pass neither, which makes them again; T for all; default as many as a device has
+        logits of in `LOGITS` bytes.
 
     Raises:
       InputError: a chunk below 1.
@@ -94,9 +101,12 @@ def cross_entropy(
         one = jax.checkpoint(functools.partial(part, params))  # the backward pass makes a chunk's logits again
         return jnp.moveaxis(jax.lax.map(lambda xs: one(*xs), (pieces(x), pieces(targets))), 0, 1).reshape(b, -1)[:, :t]
 
-    if chunk is None:
-        return part(params, hidden, targets)
     cut = [axes_of(letter, model.policy.axes, length) for letter, length in zip("BT", targets.shape, strict=True)]
+    devices = math.prod(auto_axes()[name] for names in cut for name in names)
+    needed = 4 * jax.eval_shape(model.parts.head, params, hidden).size // devices
+    if (needed <= LOGITS) if chunk is None else (chunk >= targets.shape[1]):
+        return part(params, hidden, targets)
+    chunk = chunk or max(1, targets.shape[1] * LOGITS // needed // math.prod(auto_axes()[name] for name in cut[1]))
     return _on_each_device(chunks, model.rules, cut)(params, hidden, targets)
 
 
