@@ -79,8 +79,8 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
     before = {number: signal.signal(number, hear) for number in numbers}
     if notices:
         threading.Thread(target=look, name="notices", daemon=True).start()
-    if (launcher := os.environ.get(LAUNCHER)) == str(os.getppid()):
-        threading.Thread(target=follow, args=(int(launcher),), name="launcher", daemon=True).start()
+    if os.environ.get(LAUNCHER) == str(launcher := os.getppid()):
+        threading.Thread(target=follow, args=(launcher,), name="launcher", daemon=True).start()
     try:
         yield stop
     finally:

@@ -17,7 +17,6 @@ from jaxmodel.models import Model
 from jaxmodel.sharding import auto_axes, axes_of, parts
 from jaxmodel.train.losses.contract import row_weights, weighted_mean
 
-
 LOGITS = 2**30
 """Bytes of float32 logits that a device makes at once: of so many positions that to add a chunk's gradient of the head to the
 others, which is memory's work, takes little beside the products."""
