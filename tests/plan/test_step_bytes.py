@@ -63,6 +63,8 @@ def run_all(kind: str) -> dict[str, dict]:
     devices = plan.topology("v5e:2x4")
     found = {shape: found_in(gpt2, GPT2, shape, devices) for shape in ("data=8", "fsdp=8", "tensor=8", "sequence=8")}
     found["sequence=8, chunked"] = found_in(gpt2, GPT2, "sequence=8", devices, chunked)
+    across = sharding.make_mesh("fsdp=8,tensor=2", plan.topology("v6e:4x4"))
+    found["fsdp=8,tensor=2 on v6e:4x4"] = {"devices": len({device.id for device in across.devices.flat})}
     try:
         plan.topology("v9:2x2")
     except InputError as error:
@@ -113,6 +115,10 @@ def test_a_chunked_loss_sends_what_the_whole_one_does(on_cpu, on_tpu):
         assert chunked["all-reduce"] + 2 * chunked.get("reduce-scatter", 0) == pytest.approx(whole["all-reduce"], rel=1e-4)
     for whole, chunked in on_cpu["values"].values():
         assert chunked == pytest.approx(whole, rel=1e-5)
+
+
+def test_an_axis_may_be_a_part_of_one_of_the_wires(on_tpu):
+    assert on_tpu["fsdp=8,tensor=2 on v6e:4x4"] == {"devices": 16}
 
 
 def test_data_on_tpu(on_tpu):
