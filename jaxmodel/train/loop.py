@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +84,8 @@ def fit(
     """
     if config.patience and heldout is None:
         raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
+    if config.bad == "rewind" and checkpoints is None:
+        raise InputError("bad: 'rewind' given without checkpoints to go back to")
     rate = schedule_of(config) if optimizer is None else None
     optimizer = optimizer or make_optimizer(config)
     supervisor = supervisor or Supervisor()
@@ -118,6 +121,8 @@ def fit(
             current = jax.jit(start, out_shardings=where)(key, params)
         else:
             current = _going_on(state, like, lambda params: start(key, params).extra)
+        if not jax.tree.leaves(tree.partition(current.params, config.trainable)[0]):
+            raise InputError("trainable: nothing trains")
         if config.steps < int(current.step):
             raise InputError(f"steps: {config.steps} given; {int(current.step)} were made already")
         run, batch = jitted(model, config.accumulate), {}
@@ -165,6 +170,8 @@ def fit(
                                 current = early.update(current, score)
                                 over = early.over(current, config.patience)
                     shown.advance(0, **meter.shown(row))
+                    if not history and row["grad_norm"] == 0:  # adapters that the model does not know?
+                        print("jaxmodel: the gradient is zero: what trains has no part in the loss", file=sys.stderr, flush=True)
                     history.append(row)
                     for callback in callbacks:
                         callback(row)

@@ -173,6 +173,8 @@ def test_a_last_checkpoint_that_fails_does_not_cost_the_run(tmp_path, monkeypatc
 STATE = train.init_state(MODEL.init(jax.random.key(0)), optax.sgd(0.1))
 REFUSED = {
     "patience: 2 given without held-out batches": {"config": train.TrainConfig(patience=2)},
+    "bad: 'rewind' given without checkpoints": {"config": train.TrainConfig(bad="rewind")},
+    "trainable: nothing trains": {"config": train.TrainConfig(trainable=[(".*", False)])},
     "steps: 2 given; 3 were made already": {"state": dataclasses.replace(STATE, step=jnp.int32(3))},
     "state: it is of another model, optimizer or config; only one of both has opt_state": {"state": STATE},
 }
@@ -184,6 +186,13 @@ def test_what_cannot_be_trained_is_refused(said):
     more = {"optimizer": optax.sgd(0.1)} if said.startswith("steps") else {}
     with pytest.raises(InputError, match=said):
         fit(options.pop("config"), **options, **more)
+
+
+def test_what_has_no_part_in_the_loss_is_said(capsys):
+    """As adapters have not in a model that was not made for them."""
+    params = {**MODEL.init(jax.random.key(0)), "adapter": jnp.ones(3)}
+    fit(train.TrainConfig(steps=1, trainable=[("adapter", True), (".*", False)]), params=params)
+    assert "the gradient is zero: what trains has no part in the loss" in capsys.readouterr().err
 
 
 def test_heldout_metrics_are_reported_as_it_goes():
