@@ -102,7 +102,7 @@ def cross_entropy(
 
     cut = [axes_of(letter, model.policy.axes, length) for letter, length in zip("BT", targets.shape, strict=True)]
     devices = math.prod(auto_axes()[name] for names in cut for name in names)
-    needed = 4 * jax.eval_shape(model.parts.head, params, hidden).size // devices
+    needed = 4 * jax.eval_shape(functools.partial(model.parts.head, params), hidden).size // devices
     if (needed <= LOGITS) if chunk is None else (chunk >= targets.shape[1]):
         return part(params, hidden, targets)
     chunk = chunk or max(1, targets.shape[1] * LOGITS // needed // math.prod(auto_axes()[name] for name in cut[1]))
