@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int8, Integer
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least, unknown
-from jaxmodel.sharding import auto_axes
+from jaxmodel.sharding import auto_axes, parts
 from jaxmodel.train.gradients import GradientFn
 from jaxmodel.train.rounding import dither, group_of
 
@@ -122,7 +122,7 @@ class Exchange:
         mean = lambda a: jax.lax.psum(a.astype(jnp.float32) * part, self.axis)
         value, others = mean(value), {name: mean(metric) for name, metric in metrics.items() if name != "weight"}
         flat = tree.flatten(grads)
-        parts = {path: g.astype(jnp.float32) * part for path, g in flat.items()}
+        shares = {path: g.astype(jnp.float32) * part for path, g in flat.items()}
         memory = {} if residual is None else {path: e[0] for path, e in tree.flatten(residual).items()}
         large = [path for path, grad in flat.items() if self._large(grad)]
 
@@ -141,10 +141,10 @@ class Exchange:
             return sums, memory
 
         if places:  # the partitioner would gather what is cut over the other axes
-            specs = {path: places[path] for path in parts}, {path: places[path] for path in memory}
+            specs = {path: places[path] for path in shares}, {path: places[path] for path in memory}
             rest = {name for spec in places.values() for entry in spec for name in _names(entry)}
             summed = jax.shard_map(summed, in_specs=(*specs, P()), out_specs=specs, axis_names=rest, check_vma=False)
-        sums, memory = summed(parts, memory, jax.random.fold_in(rng, _KEY))
+        sums, memory = summed(shares, memory, jax.random.fold_in(rng, _KEY))
         grads = tree.unflatten({path: g.astype(flat[path].dtype) for path, g in sums.items()})
         memory = None if residual is None else tree.unflatten({path: e[None] for path, e in memory.items()})
         return ((value, {**others, "weight": total}), grads), memory
@@ -166,15 +166,8 @@ def _places(trains: tree.Params, rules: tree.Rules, manual: str) -> dict[str, An
     axes = {name for name, length in auto_axes().items() if length > 1 and name != manual}
     if not axes:
         return {}
-    rules = [(tree.optional(pattern), spec) for pattern, spec in rules]
-    by_layer = tree.assign(rules, trains)
-
-    def spec(path: str) -> Any:
-        of_layer = by_layer[tree.layer_paths(path)[0]]
-        entries = [tuple(name for name in _names(entry) if name in axes) or None for entry in of_layer]
-        return P(*[None] * tree.is_stacked(path), *entries)
-
-    found = {path: spec(path) for path in tree.flatten(trains)}
+    shapes = tree.map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trains)  # what gradients have
+    found = tree.flatten(parts(rules, shapes, axes))
     return found if any(entry for spec in found.values() for entry in spec) else {}
 
 

@@ -33,22 +33,12 @@ class Placed:
     mesh: jax.sharding.Mesh | None
 
     def __post_init__(self) -> None:
-        size, parts = self.stream.batch_size, self.parts
-        if size % parts:
-            near = [n for n in (size - size % parts, size + parts - size % parts) if n]
-            raise InputError(
-                f"batch: {size} rows do not divide over the {parts} devices of {' x '.join(self._axes)} in the mesh; "
-                f"allowed: a multiple, such as {' or '.join(map(str, near))}"
-            )
-
-    @property
-    def _axes(self) -> tuple[str, ...]:
-        return tuple(axis for axis in BATCH_AXES if self.mesh is not None and axis in self.mesh.shape)
+        check_rows(self.stream.batch_size, self.mesh)
 
     @property
     def parts(self) -> int:
         """Into how many parts the rows are cut."""
-        return math.prod(self.mesh.shape[axis] for axis in self._axes) if self.mesh is not None else 1
+        return _parts(self.mesh)
 
     @property
     def batch_size(self) -> int:
@@ -68,7 +58,7 @@ class Placed:
         """
         if self.mesh is None:
             return dict(self.stream.batch(step))
-        where = jax.sharding.NamedSharding(self.mesh, jax.P(self._axes))
+        where = jax.sharding.NamedSharding(self.mesh, jax.P(_axes(self.mesh)))
         if jax.process_count() == 1:
             return jax.device_put(self.stream.batch(step), where)
         count = self.stream.batch_size
@@ -79,6 +69,29 @@ class Placed:
             return jax.make_array_from_callback((count, *a.shape[1:]), where, own)
 
         return {name: made(name, a) for name, a in next(iter(found.values())).items()}
+
+
+def check_rows(rows: int, mesh: jax.sharding.Mesh | None) -> None:
+    """Refuse rows that do not divide over the batch axes of a mesh.
+
+    Raises:
+      InputError: says what would.
+    """
+    devices = _parts(mesh)
+    if rows % devices:
+        near = [n for n in (rows - rows % devices, rows + devices - rows % devices) if n]
+        raise InputError(
+            f"batch: {rows} rows do not divide over the {devices} devices of {' x '.join(_axes(mesh))} in the mesh; "
+            f"allowed: a multiple, such as {' or '.join(map(str, near))}"
+        )
+
+
+def _axes(mesh: jax.sharding.Mesh | None) -> tuple[str, ...]:
+    return tuple(axis for axis in BATCH_AXES if mesh is not None and axis in mesh.shape)
+
+
+def _parts(mesh: jax.sharding.Mesh | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in _axes(mesh)) if mesh is not None else 1
 
 
 def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> None:
