@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import importlib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
+from typing import Any
 
 
 class InputError(ValueError):
@@ -48,6 +51,43 @@ def at_least(argument: str, value: object, least: int = 1) -> None:
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
         raise InputError(f"{argument}: {value!r} given; allowed: a whole number of at least {least}")
+
+
+def named_fields[T](meant: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
+    """Decorate a dataclass: a keyword that is no field of it is answered with the field that was perhaps meant.
+
+    Args:
+      meant: other people's names -> the field, or where it is said instead.
+
+    >>> import dataclasses
+    >>> @named_fields({"lr": "learning_rate"})
+    ... @dataclasses.dataclass
+    ... class Config:
+    ...     learning_rate: float = 0.1
+    >>> Config(lr=1.0)
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: Config: 'lr' is not a field; did you mean learning_rate?
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        made = cls.__init__
+
+        @functools.wraps(made)
+        def init(self: Any, *args: Any, **values: Any) -> None:
+            fields = [field.name for field in dataclasses.fields(self) if field.init]
+            for name in values:
+                if name not in fields:
+                    close = [meant[name]] if name in meant else nearest(name, fields)
+                    hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(fields)}"
+                    hint = meant[name] if name in meant and meant[name] not in fields else hint
+                    raise InputError(f"{type(self).__name__}: {name!r} is not a field; {hint}")
+            made(self, *args, **values)
+
+        cls.__init__ = init
+        return cls
+
+    return decorate
 
 
 def require(module: str, extra: str) -> ModuleType:

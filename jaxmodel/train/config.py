@@ -9,17 +9,39 @@ from typing import Any
 import optax
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, named_fields
 from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.guard import Guard
 from jaxmodel.train.optimizers import optimizer
 from jaxmodel.train.options import TrainOptions
 from jaxmodel.train.schedules import reduce_on_plateau, schedule
 
+OTHER_NAMES = {
+    **dict.fromkeys(("lr", "max_lr", "rate"), "learning_rate"),
+    **dict.fromkeys(("max_steps", "num_steps", "iterations", "updates"), "steps"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "steps are counted: epochs x rows // batch_size"),
+    "batch_size": "a stream has its own: data.Stream(rows, batch_size=32)",
+    **dict.fromkeys(("lr_schedule", "lr_scheduler_type", "scheduler"), "schedule"),
+    **dict.fromkeys(("warmup_steps", "warmup_ratio"), "warmup"),
+    **dict.fromkeys(("b2", "adam_beta2"), "beta2"),
+    "wd": "weight_decay",
+    "optim": "optimizer",
+    **dict.fromkeys(("max_grad_norm", "grad_clip", "gradient_clip_norm"), "clip"),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), "accumulate"),
+    **dict.fromkeys(("ema", "ema_decay"), "average"),
+    "early_stopping": "patience",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "random_seed": "seed",
+}
+"""What other frameworks call the fields: the name that is not taken -> the field, or what to do."""
 
+
+@named_fields(OTHER_NAMES)
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(TrainOptions):
-    """How to train: the values of `TrainOptions`, and rules.
+    """How to train.
 
     Attributes:
       decay: rules, path -> whether weights decay; as they stand, norms and biases do not.
@@ -47,6 +69,11 @@ class TrainConfig(TrainOptions):
         row = heldout or i == 1 or i % self.log_every == 0
         save = bool(self.save_every and i % self.save_every == 0)
         return {name for name, wanted in (("row", row), ("heldout", heldout), ("save", save)) if wanted}
+
+
+if TrainConfig.__doc__ and TrainOptions.__doc__:  # neither is there under python -OO
+    values = TrainOptions.__doc__.partition("Attributes:\n")[2].partition("\n\n")[0]
+    TrainConfig.__doc__ = TrainConfig.__doc__.replace("Attributes:\n", f"Attributes:\n{values}\n")
 
 
 def schedule_of(config: TrainConfig) -> optax.Schedule:

@@ -34,62 +34,67 @@ RANGES: dict[str, int | Range] = {
 class TrainOptions:
     """The part of `TrainConfig` that is plain values, and so at the same time options of `jaxmodel train`.
 
+    Attributes:
+      steps: Updates of the weights. Epochs are steps times the rows of a batch, over the rows that there are.
+      optimizer: One of adamw, adamw8 (its moments take 8 bits), sgd, lion, adafactor, muon.
+      learning_rate: The rate at the peak of the schedule.
+      warmup: Updates over which the learning rate rises (at most half of them).
+      schedule: What the learning rate does after that: constant, step, cosine, wsd (stays, then falls), one_cycle, plateau (falls
+        when the loss does not).
+      end_rate: The last rate as a share of the peak, for cosine, wsd and one_cycle; for plateau the least.
+      stable: The share of the updates that wsd stays at the peak.
+      drop_every: Updates between two drops of step, 0 for a third of all; for plateau, those without a better loss until one.
+      drop: The factor by which a drop of step or plateau multiplies the rate.
+      weight_decay: Strength of the decay of weights towards zero, times the learning rate; norms and biases do not decay.
+      clip: Largest global norm of the gradient; 0 for no limit.
+      beta2: Decay of the mean of squared gradients, for the optimisers that keep one.
+      accumulate: Micro-batches that each batch is cut into: the same gradient, with the memory of one of them.
+      pipeline: The order in which the stages of a mesh with `pipeline` work: gpipe (all forward passes first) or 1f1b (each
+        backward pass as soon as it can).
+      exchange: The sum of gradients over the data axis of a mesh: exact, int8, or top_k (only the largest, with error feedback).
+      exchange_share: The share of the gradients that top_k exchanges in a step.
+      average: Decay of a moving average of the weights, such as 0.999, which is then judged and kept; 0 for none.
+      patience: Stop after so many held-out losses without a better one, and take the best weights; 0 for never.
+      bad: The answer to a step whose loss or gradient is not finite or a spike: skip leaves it out, rewind goes back to a
+        checkpoint and past its batch, stop ends the run.
+      spike: Standard deviations above the mean of the last 128 losses (or gradient norms) that make a spike; 0 for no check.
+      seed: Seed of the initial weights and of each step's randomness.
+      log_every: Updates between two rows of the history.
+      eval_every: Updates between two held-out losses; 0 for one, at the end.
+      eval_batches: Batches of a held-out loss.
+      save_every: Updates between two checkpoints; 0 to save by time.
+      save_seconds: Seconds between two checkpoints, where they are not by updates; 0 for never. The end has one in any case.
+
     Raises:
       InputError: a number out of range, or an unknown name.
     """
 
     steps: int = 200
-    """Updates of the weights."""
     optimizer: Literal["adamw", "adamw8", "sgd", "lion", "adafactor", "muon"] = "adamw"
-    """adamw8 keeps its moments in 8 bits."""
     learning_rate: float = 1e-3
-    """At the peak of the schedule."""
     warmup: int = 20
-    """Updates over which the learning rate rises (at most half of them)."""
     schedule: Literal["constant", "step", "cosine", "wsd", "one_cycle", "plateau"] = "cosine"
-    """What the learning rate does after that; wsd: stays, then falls; plateau: falls when the loss does not."""
     end_rate: float = 0.1
-    """The last rate as a share of the peak: of cosine, wsd and one_cycle; of plateau the least."""
     stable: float = 0.8
-    """Of wsd: the share of the updates at the peak."""
     drop_every: int = 0
-    """Updates between two drops of step; 0 for a third of them. Of plateau: updates without a better loss until one."""
     drop: float = 0.1
-    """What a drop of step or plateau multiplies the rate with."""
     weight_decay: float = 0.1
-    """How far weights are drawn to zero, times the learning rate; norms and biases are not."""
     clip: float = 1.0
-    """Largest global norm of the gradient; 0 for no limit."""
     beta2: float = 0.95
-    """How slowly the mean of squared gradients moves, of the optimisers that have one."""
     accumulate: int = 1
-    """Micro-batches that each batch is cut into: the same gradient, with the memory of one of them."""
     pipeline: Literal["gpipe", "1f1b"] = "gpipe"
-    """How stages of a mesh with `pipeline` work together: all forward passes first, or each backward pass as soon as it can."""
     exchange: Literal["exact", "int8", "top_k"] = "exact"
-    """How gradients are summed over the data axis of a mesh: as they are, in 8 bits, or only the largest with error feedback."""
     exchange_share: float = 0.01
-    """Of top_k: which share of the gradients is exchanged in a step."""
     average: float = 0.0
-    """Decay of a moving average of the weights, such as 0.999, which is then judged and kept; 0 for none."""
     patience: int = 0
-    """Stop after so many held-out losses without a better one, and take the best weights; 0 for never."""
     bad: Literal["skip", "rewind", "stop"] = "skip"
-    """A step whose loss or gradient is not finite or a spike: leave it out; go back to a checkpoint and past its batch; stop."""
     spike: float = 0.0
-    """Standard deviations above the mean of the last 128 losses (or gradient norms) from which one is a spike; 0 for no check."""
     seed: int = 0
-    """Of the initial weights and of each step's randomness."""
     log_every: int = 10
-    """Updates between two rows of the history."""
     eval_every: int = 0
-    """Updates between two held-out losses; 0: one, at the end."""
     eval_batches: int = 8
-    """Batches of a held-out loss."""
     save_every: int = 0
-    """Updates between two checkpoints; 0: by time."""
     save_seconds: float = 300.0
-    """Seconds between two checkpoints, where they are not by updates; 0 for never. One is made at the end in any case."""
 
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():

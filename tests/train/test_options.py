@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import re
@@ -161,3 +162,20 @@ def test_a_compiled_step_refuses_rows_that_the_mesh_does_not_divide():
     batch = {name: jax.ShapeDtypeStruct((6, 8), jnp.int32) for name in ("tokens", "targets")}
     with pytest.raises(InputError, match="batch: 6 rows do not divide over the 4 devices of data x fsdp in the mesh; allowed"):
         plan.compile_step(gpt2.model(gpt2.SIZES["tiny"]), train.next_token, optax.sgd(0.1), batch, mesh)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("lr", "learning_rate"), ("epochs", "steps are counted"), ("warmup_steps", "warmup"), ("learnig_rate", "learning_rate")],
+)
+def test_a_name_that_is_no_field_is_answered_with_the_one_that_is(given, meant):
+    with pytest.raises(InputError, match=f"TrainConfig: '{given}' is not a field; .*{meant}"):
+        train.TrainConfig(**{given: 1})
+    with pytest.raises(InputError, match=f"TrainConfig: '{given}' is not a field; .*{meant}"):
+        dataclasses.replace(train.TrainConfig(), **{given: 1})
+
+
+def test_help_of_the_config_says_what_each_value_is():
+    said = inspect.getdoc(train.TrainConfig) or ""
+    for field in dataclasses.fields(train.TrainConfig):
+        assert re.search(rf"^ +{field.name}: \S+ \S+", said, re.MULTILINE), field.name
