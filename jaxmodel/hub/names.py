@@ -195,7 +195,7 @@ def check_fields(config: Any, where: str) -> Any:
         value, kind = getattr(config, field.name), str(field.type)
         if kind not in kinds:
             continue  # what has structure is checked by its own class
-        least = 0 if field.default == 0 else 1
+        least = field.metadata.get("least", 0 if field.default == 0 else 1)
         if type(value) not in kinds[kind] or (kind == "int" and value < least):
             raise InputError(f"{where}: {field.name} is {value!r}; allowed: a positive {kind}")
     return config

@@ -86,16 +86,18 @@ class PooledHead(nn.Module):
     Leaves pool `[D, D]` and pool_bias, classes `[C, D]` and classes_bias.
 
     Attributes:
-      pool: whether there is a dense layer with tanh.
+      pool: whether there is a dense layer.
       classes: C of new leaves; 0 for the vector itself.
       init_scale: standard deviation of new weights.
       policy: dtypes and placement.
+      activation: behind the dense layer.
     """
 
     pool: bool
     classes: int
     init_scale: float
     policy: ops.Policy
+    activation: Callable[[Array], Array] = jnp.tanh
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B C"]:
@@ -103,7 +105,7 @@ class PooledHead(nn.Module):
         normal = nn.initializers.normal(self.init_scale)
         y = x[:, None].astype(jnp.float32)
         if self.pool:
-            y = jnp.tanh(linear(self, y, {"pool": y.shape[-1]}, normal, True, wide)[0])
+            y = self.activation(linear(self, y, {"pool": y.shape[-1]}, normal, True, wide)[0])
         if self.classes:
             y = linear(self, y, {"classes": self.classes}, normal, True, wide)[0]
         return y[:, 0]

@@ -1,6 +1,7 @@
 """BERT (Devlin et al., 2018): an encoder of text with a head for masked tokens, for classes, or for sentence embeddings.
 
-A norm behind each part, learnt positions and token types, biases, exact GELU.
+A norm behind each part, learnt positions and token types, biases, exact GELU. RoBERTa (Liu et al., 2019) and XLM-R (Conneau et
+al., 2020) count positions from 2; DistilBERT (Sanh et al., 2019) has no token types and classifies behind a ReLU.
 
 >>> bert = model(SIZES["tiny"])
 >>> params = bert.init(jax.random.key(0))
@@ -27,6 +28,7 @@ from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, PooledHead, in
 from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
 
 HEADS = ("mlm", "classify", "embed")
+POOL_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 SHORTEST = 16  # batches of sentences are of this or a doubled length, so that few programs are compiled
 
 
@@ -44,10 +46,12 @@ class Config:
       head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits `[B, C]` from the first token;
         "embed", the mean `[B, D]` of the last activations.
       labels: names of the classes, for the head "classify".
-      types: token types: 0 in a first text, 1 in a second.
+      types: token types: 0 in a first text, 1 in a second; or none.
       activation: a name of `layers.ACTIVATIONS`.
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
+      first_position: rows of the table of positions in front of that of a text's first token.
+      pool_activation: behind the dense layer of the head "classify", "tanh" or "relu".
     """
 
     vocab: int
@@ -58,19 +62,25 @@ class Config:
     context: int
     head: str = "mlm"
     labels: tuple[str, ...] = ()
-    types: int = 2
+    types: int = dataclasses.field(default=2, metadata={"least": 0})
     activation: str = "gelu"
     norm_eps: float = 1e-12
     init_scale: float = 0.02
+    first_position: int = 0
+    pool_activation: str = "tanh"
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context", "types"))
+        check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
+        at_least("types", self.types, 0)
+        at_least("first_position", self.first_position, 0)
         if self.width % self.heads:
             raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
         if self.head not in HEADS:
             raise unknown("head", self.head, HEADS)
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
+        if self.pool_activation not in POOL_ACTIVATIONS:
+            raise unknown("pool_activation", self.pool_activation, POOL_ACTIVATIONS)
         if bool(self.labels) != (self.head == "classify"):
             raise InputError(f"labels: {len(self.labels)} given; the head {self.head!r} needs {_wanted(self.head)}")
 
@@ -79,18 +89,27 @@ def _wanted(head: str) -> str:
     return "at least one" if head == "classify" else "none"
 
 
+_FOUR = ("no", "yes", "maybe", "never")
+
 SIZES = {
     "tiny": Config(256, 32, 3, 4, 64, 128),
-    "tiny-classify": Config(256, 48, 3, 4, 64, 128, "classify", ("no", "yes", "maybe", "never")),
+    "tiny-classify": Config(256, 48, 3, 4, 64, 128, "classify", _FOUR),
     "tiny-embed": Config(256, 32, 3, 4, 64, 128, "embed"),
+    "tiny-distil": Config(256, 48, 3, 4, 64, 128, "classify", _FOUR, 0, first_position=2, pool_activation="relu"),
     "bert-base": Config(30522, 768, 12, 12, 3072, 512),
     "bert-large": Config(30522, 1024, 24, 16, 4096, 512),
     "minilm-l6": Config(30522, 384, 6, 12, 1536, 512, "embed"),
+    "roberta-base": Config(50265, 768, 12, 12, 3072, 512, types=1, norm_eps=1e-5, first_position=2),
+    "roberta-large": Config(50265, 1024, 24, 16, 4096, 512, types=1, norm_eps=1e-5, first_position=2),
+    "xlm-roberta-base": Config(250002, 768, 12, 12, 3072, 512, types=1, norm_eps=1e-5, first_position=2),
+    "xlm-roberta-large": Config(250002, 1024, 24, 16, 4096, 512, types=1, norm_eps=1e-5, first_position=2),
+    "distilbert-base": Config(30522, 768, 6, 12, 3072, 512, types=0),
 }
 
 RULES: tree.Rules = (
     ("embed", P("tensor", "fsdp")),
-    ("positions|types", P(None, "fsdp")),
+    ("positions", P(None, "fsdp")),
+    (tree.optional("types"), P(None, "fsdp")),
     ("blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
     ("blocks/.*/(o|down)", P("fsdp", "tensor")),
     ("blocks/.*/(q|k|v|up)_bias", P("tensor")),
@@ -133,7 +152,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     c, norm_module = config, LayerNorm(config.norm_eps)
     block_module = EncoderBlock(*(c.heads, c.mlp_width, c.activation, c.norm_eps), True, c.init_scale, c.init_scale, policy)
     masked_head = _MaskedHead(c, policy)
-    pooled_head = PooledHead(True, len(c.labels), c.init_scale, policy)
+    pooled_head = PooledHead(True, len(c.labels), c.init_scale, policy, POOL_ACTIVATIONS[c.pool_activation])
 
     def embed(
         params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
@@ -142,8 +161,12 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         if segments is not None and c.head != "mlm":
             raise InputError(f"segments: given to the head {c.head!r}, which takes a row for one text; leave them out")
         positions = inputs.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+        positions = positions + c.first_position
         x = ops.take(params["embed"], tokens, policy) + ops.take(params["positions"], positions, policy, "SD")
-        x = x + ops.take(params["types"], inputs.get("types", jnp.zeros_like(tokens)), policy, "SD")
+        if c.types:
+            x = x + ops.take(params["types"], inputs.get("types", jnp.zeros_like(tokens)), policy, "SD")
+        elif "types" in inputs:
+            raise InputError("types: given to a model without token types; leave them out")
         seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=mask, causal=False)
         normed: Any = norm_module.apply({"params": params["embed_norm"]}, x)
         return normed, {"seen": seen}
@@ -167,10 +190,11 @@ def _model(config: Config, policy: ops.Policy) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         keys = jax.random.split(key, 6)
-        shapes = {"embed": c.vocab, "positions": c.context, "types": c.types}
+        rows = {"embed": c.vocab, "positions": c.first_position + c.context, "types": c.types}
         tables = {
-            name: c.init_scale * jax.random.normal(k, (rows, c.width))
-            for (name, rows), k in zip(shapes.items(), keys[:3], strict=True)
+            name: c.init_scale * jax.random.normal(k, (count, c.width))
+            for (name, count), k in zip(rows.items(), keys[:3], strict=True)
+            if count
         }
         x = jnp.zeros((1, 1, c.width), policy.stream)
         params = {**tables, "embed_norm": norm_module.init(keys[3], x)["params"]}

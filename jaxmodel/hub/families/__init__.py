@@ -1,6 +1,7 @@
-"""One file for each architecture that has files by others: a `FAMILY` with the names and configs of HF folders and GGUF.
+"""One file for each layout of files by others: a `FAMILY` with the names and configs of HF folders and GGUF.
 
-Any other architecture, and any config that no HF family has, is stored under its own names (`own`).
+Several may be of one architecture, as RoBERTa's and BERT's. Any other architecture, and any config that no HF family has, is
+stored under its own names (`own`).
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
     known = models.families()
     if name not in known or known[name].__name__ != where:
         raise InputError(f"hub: no file layout is known for the config {type(model.config).__qualname__} of {where}")
-    theirs = families()[name].config_to_hf(model.config) if name in families() else None
-    if theirs is not None and families()[name].config_from_hf(theirs) == model.config:  # else a part of it would be lost
-        return families()[name], theirs
+    for family in sorted((f for f in families().values() if f.module is known[name]), key=lambda f: name not in f.kinds):
+        theirs = family.config_to_hf(model.config)
+        if theirs is not None and family.config_from_hf(theirs) == model.config:  # else a part of it would be lost
+            return family, theirs
     family = own(known[name])
     return family, family.config_to_hf(model.config) or {}
 

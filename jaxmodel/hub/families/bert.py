@@ -95,7 +95,8 @@ def norm_names(ours: str, theirs: str) -> list[Name]:
     return [Name(f"{ours}/{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
 
 
-def _names(config: bert.Config) -> list[Name]:
+def names(config: bert.Config) -> list[Name]:
+    """The entries of BERT's files."""
     names = [Name(ours, f"bert.embeddings.{theirs}.weight") for ours, theirs in _TABLES.items()]
     for ours, theirs in _LAYER.items():
         names += linear_names(f"blocks/{{}}/{ours}", f"bert.encoder.layer.{{}}.{theirs}")
@@ -106,7 +107,8 @@ def _names(config: bert.Config) -> list[Name]:
     return [*names, Name("head/bias", "cls.predictions.bias")]
 
 
-def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
+def config_from_hf(hf: Mapping[str, Any]) -> bert.Config:
+    """The config that a config.json of BERT says."""
     fixed(hf, _FIXED)
     head = _ARCHITECTURES[architecture(hf, _ARCHITECTURES, "BertForMaskedLM")]
     return bert.Config(
@@ -125,7 +127,10 @@ def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
     )
 
 
-def _to_hf(c: bert.Config) -> dict[str, Any]:
+def config_to_hf(c: bert.Config) -> dict[str, Any] | None:
+    """The config.json of BERT; None without token types, which each of its files has."""
+    if not c.types:
+        return None
     named = {ours: theirs for theirs, ours in _ARCHITECTURES.items()}[c.head]
     return {
         "architectures": [named],
@@ -149,9 +154,9 @@ def _to_hf(c: bert.Config) -> dict[str, Any]:
 FAMILY = Family(
     module=bert,
     kinds=("bert",),
-    names=_names,
-    config_from_hf=_from_hf,
-    config_to_hf=_to_hf,
+    names=names,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
     # every BertModel has a pooler, which masked tokens and means do not read; the first files keep the next-sentence head
     ignored=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
     prefix="bert.",
