@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-from jaxmodel import report
+from jaxmodel import report, schema
 from jaxmodel.cli.options import VERBS, Common, Train, check
 from jaxmodel.errors import InputError, unknown
 
@@ -53,12 +52,10 @@ def options_of(folder: str, ended: bool = True) -> Common:
     found = _report(before) if ended else None
     if isinstance(found, dict) and found.get("stopped"):
         raise InputError(f"folder: {folder!r} was stopped at step {found.get('steps')}; resume it first")
+    options = schema.make(config, VERBS[verb], f"{folder}/config.json")
     try:
-        _check_types(VERBS[verb], config)
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        options = VERBS[verb](**values)
         check(options)
-    except (InputError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{folder}/config.json: {error}") from None
     return options
 
@@ -131,39 +128,7 @@ def code(result: dict[str, Any]) -> int:
 
 
 def _report(run: report.Run) -> Any:
-    try:
-        return json.loads((run.folder / "report.json").read_text())
-    except ValueError as error:
-        raise InputError(f"{run.folder}/report.json: not JSON: {error}") from None
-
-
-def _check_types(verb: type[Common], config: dict[str, Any]) -> None:
-    """Refuse values that a hand wrote into a config and that are not of the kind of their option."""
-    kinds = get_type_hints(verb)
-    for name in (field.name for field in dataclasses.fields(verb) if field.name in config):
-        if not _fits(config[name], kinds[name]):
-            raise InputError(f"{name}: {json.dumps(config[name])} given; allowed: {_words(kinds[name])}")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of the kind that an annotation says."""
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(_fits(one, get_args(kind)[0]) for one in value)
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_args(kind):  # one of several kinds
-        return any(_fits(value, one) for one in get_args(kind))
-    return type(value) in ((int, float) if kind is float else (kind,))  # True is no number
-
-
-def _words(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        return f"a list, each {_words(get_args(kind)[0])}"
-    if get_origin(kind) is Literal:
-        return ", ".join(map(json.dumps, get_args(kind)))
-    if get_args(kind):
-        return " or ".join(map(_words, get_args(kind)))
-    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, "null")
+    return schema.read(run.folder / "report.json", Any)
 
 
 def _same(a: Any, b: Any) -> bool:

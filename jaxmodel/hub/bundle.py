@@ -23,13 +23,13 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxmodel import layers, tree
-from jaxmodel.errors import InputError, require, unknown
-from jaxmodel.hub import images
+from jaxmodel import layers, schema, tree
+from jaxmodel.errors import InputError, require
+from jaxmodel.hub import images, schemas
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.families import family_of, family_of_kind
-from jaxmodel.hub.files import WEIGHTS, check_target, open_folder, read_json, replacing
+from jaxmodel.hub.files import WEIGHTS, check_target, open_folder, replacing
 from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, to_file
 from jaxmodel.leaves import expand, to_tensors
 from jaxmodel.leaves.fields import digest
@@ -178,11 +178,9 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, m
     Raises:
       InputError: a file, tensor or key is missing, of an unknown family, or does not fit; nothing is half loaded.
     """
-    hf = read_json(folder / "config.json")
-    family = family_of_kind(str(hf.get("model_type")), f"{folder}/config.json: model_type")
-    config = _config(family, hf, folder)
+    family, config = read_config(folder)
     ours = _read_ours(folder / OURS, family.name, config) if (folder / OURS).exists() else {}
-    stored = Policy(**ours["policy"]) if ours else Policy()
+    stored = ours["policy"] if ours else Policy()
     policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
     model = family.module.model(config, policy)
     processor = tokenizers.from_folder(folder) if (folder / "tokenizer.json").exists() else images.from_folder(folder)
@@ -197,9 +195,14 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, m
 # --------------------------------------------------------------------------------------------------------- configs
 
 
-def _config(family: Family, hf: Mapping[str, Any], folder: Path) -> Any:
-    """The config in config.json, with the types of its fields checked."""
-    where = f"{folder}/config.json"
+def read_config(folder: Path) -> tuple[Family, Any]:
+    """The family and config that config.json says.
+
+    Raises:
+      InputError: it is missing, or has a key of another kind than it should be, or says what no family has.
+    """
+    where, hf = f"{folder}/config.json", schema.read(folder / "config.json", schemas.Config)
+    family = family_of_kind(str(hf.get("model_type")), f"{where}: model_type")
     try:
         config = family.config_from_hf(hf)
     except InputError as error:
@@ -208,28 +211,22 @@ def _config(family: Family, hf: Mapping[str, Any], folder: Path) -> Any:
         raise InputError(f"{where}: the key {error} is missing") from None
     except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{where}: a value is of the wrong kind: {' '.join(str(error).split())}") from None
-    return check_fields(config, where)
+    return family, check_fields(config, where)
 
 
 def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     """jaxmodel.json, which must agree with itself and with config.json."""
-    ours = read_json(path)
+    ours = schema.read(path)
     if ours.get("format") != FORMAT:
         raise InputError(f"{path}: format {ours.get('format')!r} is not read; allowed: {FORMAT}")
-    for key in ("family", "config", "policy", "card", "leaves", "leaves_sha256"):
-        if key not in ours:
-            raise InputError(f"{path}: the key {key!r} is missing")
+    ours = schema.make(ours, schemas.Ours, str(path))
     theirs = {"family": family, **json.loads(json.dumps(dataclasses.asdict(config)))}
     for key, value in {"family": ours["family"], **ours["config"]}.items():
         if theirs.get(key) != value:
             raise InputError(f"{path}: {key} is {value!r}, but config.json says {theirs.get(key)!r}")
-    fields = [field.name for field in dataclasses.fields(Policy)]
-    for key in ours["policy"]:
-        if key not in fields:
-            raise unknown(f"{path}: policy", key, fields)
     if digest(ours["leaves"]) != ours["leaves_sha256"]:  # some wrong fields fit the arrays and give other weights
         raise InputError(f"{path}: the static fields of the leaves are not those that were written (leaves_sha256)")
-    return ours
+    return {**ours, "policy": schema.make(ours["policy"], Policy, str(path), "policy")}
 
 
 def _special_ids(processor: Any) -> dict[str, int | None]:

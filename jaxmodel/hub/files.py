@@ -1,11 +1,10 @@
-"""Files on disk: JSON read with clear errors, folders of safetensors, and a folder that is replaced whole or not at all."""
+"""Files on disk: folders of safetensors, and a folder that is replaced whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import glob
-import json
 import os
 import platform
 import re
@@ -19,8 +18,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxmodel import schema
 from jaxmodel.errors import InputError
 from jaxmodel.hub.names import Tensors
+from jaxmodel.hub.schemas import ShardIndex
 
 WEIGHTS = "model.safetensors"
 
@@ -37,25 +38,6 @@ _DTYPES = {
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_},
 }
-
-
-def read_json(path: Path, missing: bool = False) -> dict[str, Any]:
-    """The object in a file; with `missing`, an empty one where there is no file.
-
-    Raises:
-      InputError: there is no file, it is not JSON, or it holds something else than an object.
-    """
-    if missing and not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent}: the file {path.name!r} is missing") from None
-    except ValueError as error:  # of JSON and of UTF-8
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: an object is needed, found {type(value).__name__}")
-    return value
 
 
 class Folder(Tensors):
@@ -97,10 +79,10 @@ def open_folder(folder: Path) -> Iterator[Folder]:
     """
     index, shards = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
     if index.exists() and not (folder / WEIGHTS).exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: the key 'weight_map' (tensor -> file) is missing")
-        shards = sorted(set(weight_map.values()))
+        shards = sorted(set(schema.read(index, ShardIndex)["weight_map"].values()))
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise InputError(f"{index}: weight_map has {shard!r}; allowed: names of files in this folder")
     files: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         for shard in shards:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodel import schema
 from jaxmodel.errors import InputError
-from jaxmodel.hub.files import read_json
+from jaxmodel.hub.schemas import Images
 
 FILE = "preprocessor_config.json"
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # of `resample`, the numbers of Pillow
@@ -98,7 +99,7 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
     path = Path(folder) / FILE
     if not path.is_file():
         return None
-    hf = read_json(path)
+    hf = schema.read(path, Images)
     kind = str(hf.get("image_processor_type", hf.get("feature_extractor_type", "ViT")))
     if not kind.startswith(("ViT", "CLIP")):  # others crop, pad and scale in ways of their own
         raise InputError(f"{path}: the image processor {kind!r} is not read; allowed: those of ViT and CLIP")

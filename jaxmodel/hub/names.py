@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 
-from jaxmodel import tree
+from jaxmodel import schema, tree
 from jaxmodel.errors import InputError
 from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.models import Model
@@ -190,14 +191,15 @@ def check_fields(config: Any, where: str) -> Any:
     Raises:
       InputError: one has not, or is a size below 1.
     """
-    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), str(field.type)
-        if kind not in kinds:
-            continue  # what has structure is checked by its own class
-        least = field.metadata.get("least", 0 if field.default == 0 else 1)
-        if type(value) not in kinds[kind] or (kind == "int" and value < least):
-            raise InputError(f"{where}: {field.name} is {value!r}; allowed: a positive {kind}")
+        value, kind = getattr(config, field.name), kinds[field.name]
+        if dataclasses.is_dataclass(value):
+            check_fields(value, where)
+        else:
+            least = field.metadata.get("least", 0 if field.default == 0 else 1)
+            kind = Annotated[int, schema.Range(least, 2**31 - 1)] if kind is int else kind
+            schema.make(value, kind, where, field.name)
     return config
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import jax
 
+from jaxmodel import schema
 from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
 from jaxmodel.hub.bundle import Bundle, check_vocabulary, load
 from jaxmodel.hub.families import family_of_kind
-from jaxmodel.hub.files import read_json
 from jaxmodel.hub.gguf import find_smollm2, read_gguf
 from jaxmodel.hub.names import check_fields
+from jaxmodel.hub.schemas import Sentences
 from jaxmodel.models import sizes
 from jaxmodel.ops import Policy
 
@@ -90,7 +91,7 @@ def from_pretrained(
 def _from_folder(path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, name: str) -> Bundle:
     bundle = load(path, policy, dtype, mesh)
     card: dict[str, object] = {"name": name} if name in KNOWN else {}
-    length = read_json(path / "sentence_bert_config.json", missing=True).get("max_seq_length")
+    length = schema.read(path / "sentence_bert_config.json", Sentences, missing=True).get("max_seq_length")
     if length is not None:  # sentence embeddings: how long the texts of its training were
         card["max_tokens"] = length
     return dataclasses.replace(bundle, card=card) if card and not bundle.card else bundle

@@ -11,9 +11,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from jaxmodel import schema
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.hub import images as image_files
-from jaxmodel.hub.files import read_json
+from jaxmodel.hub.schemas import Generation, Tokens
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("cls_token", "sep_token", "mask_token", "unk_token")
@@ -142,7 +143,7 @@ class Tokenizer:
             self.images.save(folder)
         if len(self.eos_ids) > 1:
             path = folder / "generation_config.json"
-            _write_json(path, {**read_json(path, missing=True), "eos_token_id": list(self.eos_ids)})
+            _write_json(path, {**schema.read(path, Generation, missing=True), "eos_token_id": list(self.eos_ids)})
 
     def _special_tokens(self) -> dict[str, str | None]:
         ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None), "pad_token": self.pad_id}
@@ -168,9 +169,9 @@ def from_folder(folder: str | Path) -> Tokenizer:
     backend.no_truncation()
 
     names = ("special_tokens_map.json", "tokenizer_config.json")
-    config = {k: v for name in names for k, v in read_json(folder / name, missing=True).items() if v is not None}
+    config = {k: v for name in names for k, v in schema.read(folder / name, Tokens, missing=True).items() if v is not None}
     token_ids = {key: _token_id(backend, config.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
-    more = read_json(folder / "generation_config.json", missing=True).get("eos_token_id")
+    more = schema.read(folder / "generation_config.json", Generation, missing=True).get("eos_token_id")
     eos = [token_ids["eos"], *(more if isinstance(more, list) else [more])]
     contents = {role: _content(config.get(role)) for role in ROLES}
     return Tokenizer(

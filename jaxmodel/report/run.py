@@ -7,7 +7,6 @@ grows, and whatever the run saves. Start one per job, not one per process of it.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxmodel import schema
 from jaxmodel.errors import InputError
 from jaxmodel.report.files import atomic_write
 from jaxmodel.report.json_out import dumps, to_plain
@@ -111,13 +111,10 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     records = []
     for file in ("config.json", "versions.json"):
         try:
-            record = json.loads((Path(folder) / file).read_text())
-        except (OSError, ValueError):
-            record = None
-        if not isinstance(record, dict):
-            why = f"is no run folder ({file} is missing or unreadable); allowed: runs/<time>-<name>"
-            raise InputError(f"folder: {str(folder)!r} {why}")
-        records.append(record)
+            records.append(schema.read(Path(folder) / file))
+        except InputError as error:
+            why = f"is no run folder ({file} is missing or unreadable: {error}); allowed: runs/<time>-<name>"
+            raise InputError(f"folder: {str(folder)!r} {why}") from None
     return Run(Path(folder), *records)
 
 

@@ -25,12 +25,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodel import files, schema
 from jaxmodel.data.files import is_remote
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Compressed
@@ -77,6 +78,20 @@ class Keep:
         judged = sorted((score, step) for step, score in scores.items() if score is not None and score == score)
         regular = {step for step in steps if self.every and step % self.every == 0}
         return {*steps[-self.last :], *(step for _, step in judged[: self.best]), *regular}
+
+
+class Manifest(TypedDict):
+    """manifest.json, beside its digest and version."""
+
+    step: schema.Index
+    data_step: schema.Index
+    score: float | None
+    arrays: dict[str, tuple[list[schema.Index], str]]
+    fields: dict[str, dict[str, Any]]
+    identity: dict[str, Any]
+    data: str | None
+    environment: dict[str, Any]
+    files: dict[str, tuple[schema.Index, str | None]]
 
 
 class Checkpoints:
@@ -283,14 +298,16 @@ class Checkpoints:
         Raises:
           InputError: it is not there or cannot be read.
         """
+        file = self._place(number) / MANIFEST
         try:
-            record = json.loads((self._place(number) / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
+            record = schema.parse(_read(file), str(file))
+        except (OSError, InputError) as error:
             raise InputError(f"checkpoints: the manifest of step {number} cannot be read ({_one_line(error)})") from None
         if not isinstance(record, dict) or record.get("version") != VERSION:
             raise InputError(f"checkpoints: the manifest of step {number} is not of version {VERSION}")
         if record.pop("sha256", None) != _digest_of(record):
             raise InputError(f"checkpoints: the manifest of step {number} has other bytes than were written")
+        schema.make(record, Manifest, str(file))
         return record
 
     def verify(self, number: int) -> None:
@@ -543,6 +560,10 @@ def _digest(file: Any) -> str:
 
 def _digest_of(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(to_plain(record), sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Any) -> bytes:
+    return file.read_bytes() if is_remote(str(file)) else files.read_bytes(str(file), schema.MOST_BYTES)
 
 
 def _write(file: Any, text: str) -> None:

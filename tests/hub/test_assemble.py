@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import tree
+from jaxmodel import schema, tree
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle, bundle, from_pretrained
-from jaxmodel.hub.families import from_plain
 from jaxmodel.hub.names import Name, Tensors, layer_shapes, read_leaf, to_file
 from jaxmodel.models import bert, families, gpt2, lenet, llama, t5, vit
 from jaxmodel.ops import RopeScaling
@@ -205,9 +204,9 @@ def test_a_config_of_json_is_the_config() -> None:
     for module in (gpt2, llama):
         for config in module.SIZES.values():
             plain = json.loads(json.dumps(dataclasses.asdict(config)))
-            assert from_plain(module.Config, plain) == config
+            assert schema.make(plain, module.Config, "config.json") == config
     with pytest.raises(InputError, match="missing"):
-        from_plain(gpt2.Config, {"vocab": 3})
+        schema.make({"vocab": 3}, gpt2.Config, "config.json")
     assert math.isclose(llama.SIZES["gemma-2-2b"].embed_scale, 48)
 
 

@@ -208,7 +208,7 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
         ("distilbert-a", None, {"activation": "silu"}, "activation: 'silu' is not known"),
         ("distilbert-b", None, {"architectures": ["DistilBertForMaskedLM"]}, "'vocab_projector.bias' is missing"),
         ("vit-a", None, {"architectures": ["ViTForMaskedImageModeling"]}, "architectures: 'ViTForMaskedImageModeling'"),
-        ("vit-a", None, {"image_size": [12, 12]}, "image_size is .12, 12.; allowed: one number"),
+        ("vit-a", None, {"image_size": [12, 12]}, "image_size is .12, 12.; allowed: a whole number"),
         ("vit-a", None, {"patch_size": 5}, "patch: 5 given; a divisor of the image's 12 pixels"),
         ("vit-c", None, {"add_pooling_layer": False}, "2 tensors have no place.*pooler"),
         ("vit-c", None, {"pooler_act": "relu"}, "pooler_act is 'relu'"),
@@ -347,7 +347,7 @@ def test_kinds_of_images_and_of_files(tmp_path: Path) -> None:
     for change, message in (
         ({"resample": 1}, "resample is 1; allowed: 2 .bilinear., 3 .bicubic."),
         ({"size": {"longest_edge": 3}}, "missing or of the wrong kind"),
-        ({"image_mean": None}, "missing or of the wrong kind"),
+        ({"image_mean": None}, "image_mean is null; allowed: a list, each a number"),
         ({"image_processor_type": "ConvNextImageProcessor"}, "'ConvNextImageProcessor' is not read"),
     ):
         file.write_text(json.dumps(old | change))

@@ -11,12 +11,11 @@ import functools
 import importlib
 import pkgutil
 import re
-import typing
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from jaxmodel import models, tree
+from jaxmodel import models, schema, tree
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.hub.names import Family, Name, layer_shapes
 
@@ -78,29 +77,9 @@ def own(module: ModuleType) -> Family:
         return [Name(path, path.replace("/", ".")) for path in dict.fromkeys(paths)]
 
     def from_hf(hf: Mapping[str, Any]) -> Any:
-        return from_plain(module.Config, hf["config"])
+        return schema.make(hf["config"], module.Config, "config.json", "config")
 
     def to_hf(config: Any) -> dict[str, Any]:
         return {"model_type": kind, "config": dataclasses.asdict(config)}
 
     return Family(module, (kind,), names, from_hf, to_hf)
-
-
-def from_plain(kind: Any, value: Any) -> Any:
-    """A dataclass (with dataclasses and tuples inside) from what JSON made of it.
-
-    Raises:
-      InputError: a key that is no field, or a field that is missing.
-    """
-    options = [option for option in typing.get_args(kind) if dataclasses.is_dataclass(option)]
-    kind = options[0] if options and isinstance(value, Mapping) else kind
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        fields, hints = [f.name for f in dataclasses.fields(kind)], typing.get_type_hints(kind)
-        for key in value:
-            if key not in fields:
-                raise unknown("config.json: config", key, fields)
-        try:
-            return kind(**{key: from_plain(hints[key], item) for key, item in value.items()})  # pyright: ignore
-        except TypeError as error:
-            raise InputError(f"config.json: {error}") from None
-    return tuple(from_plain(None, item) for item in value) if isinstance(value, list) else value

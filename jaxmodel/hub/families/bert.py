@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxmodel.errors import unknown
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import bert
 from jaxmodel.models.vit import numbered
@@ -65,7 +65,9 @@ def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
     named = hf.get("id2label")
     if named is None:
         return numbered(int(hf.get("num_labels", 2)))
-    return tuple(str(named[key]) for key in sorted(named, key=int))
+    if sorted(named) != sorted(map(str, range(len(named)))):
+        raise InputError(f"config.json: id2label has the keys {', '.join(named)[:80]}; allowed: 0 to {len(named) - 1}, each once")
+    return tuple(str(named[str(i)]) for i in range(len(named)))
 
 
 def labels_to_hf(names: tuple[str, ...]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     options = {ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None}
     if kind == "yarn" and rope.get("attention_factor") is not None:
         options["sharpen"] = float(rope["attention_factor"])
-    trained = 0 if kind == "linear" else rope.get("original_max_position_embeddings") or context
+    trained = 0 if kind == "linear" else int(rope.get("original_max_position_embeddings") or context)
     if "factor" not in rope:
         raise InputError(f"config.json: the rope scaling {kind!r} has no factor")
     return RopeScaling(kind, float(rope["factor"]), trained, **options)

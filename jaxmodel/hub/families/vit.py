@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmodel.errors import InputError
 from jaxmodel.hub.families.bert import activation, activation_to_hf, architecture, labels, labels_to_hf, linear_names, norm_names
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import vit
@@ -41,9 +40,6 @@ def _names(c: vit.Config) -> list[Name]:
 def _from_hf(hf: Mapping[str, Any]) -> vit.Config:
     classifies = architecture(hf, _CLASSES, "ViTForImageClassification") == "ViTForImageClassification"
     fixed(hf, {"pooler_act": ("tanh",), "pooler_output_size": (hf["hidden_size"], None)})
-    for key in ("image_size", "patch_size"):
-        if not isinstance(hf.get(key, 1), int):
-            raise InputError(f"config.json: {key} is {hf[key]!r}; allowed: one number, for squares")
     return vit.Config(
         image=hf.get("image_size", 224),
         patch=hf.get("patch_size", 16),

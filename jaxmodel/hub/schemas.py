@@ -1,0 +1,232 @@
+"""What the JSON files of a model's folder may hold: the kind of each key that is read; see `jaxmodel.schema`.
+
+`Config` serves all families, since a name of config.json means the same kind of value in each. A key that a family reads stands
+here: a test sees to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+from jaxmodel.schema import Count, Index, Positive, Share
+
+type Token = str | dict[str, Any] | None
+type Ids = Index | list[Index] | None
+
+
+class Rope(TypedDict, total=False):
+    """`rope_scaling` or `rope_parameters`; by kind of layer there are two of them."""
+
+    rope_type: str
+    type: str
+    rope_theta: Positive
+    factor: Positive | None
+    original_max_position_embeddings: Count | Positive | None
+    low_freq_factor: Positive | None
+    high_freq_factor: Positive | None
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    attention_factor: Positive | None
+    mscale: float | None
+    mscale_all_dim: float | None
+    truncate: bool | None
+    partial_rotary_factor: Share | None
+    full_attention: Rope | None
+    sliding_attention: Rope | None
+
+
+class Config(TypedDict, total=False):
+    """config.json, and the objects of it that say the same of one tower."""
+
+    model_type: str
+    architectures: list[str] | None
+    # sizes
+    vocab_size: Count
+    hidden_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None
+    head_dim: Count | None
+    intermediate_size: Count
+    max_position_embeddings: Count
+    type_vocab_size: Index
+    dim: Count
+    hidden_dim: Count
+    n_layers: Count
+    n_heads: Count
+    n_embd: Count
+    n_layer: Count
+    n_head: Count
+    n_inner: Count | None
+    n_positions: Count
+    d_model: Count
+    d_kv: Count
+    d_ff: Count
+    num_layers: Count
+    num_decoder_layers: Count | None
+    num_heads: Count
+    relative_attention_num_buckets: Count
+    relative_attention_max_distance: Count
+    num_local_experts: Count
+    num_experts_per_tok: Count
+    projection_dim: Count
+    pooler_output_size: Count | None
+    image_size: Count
+    patch_size: Count
+    num_channels: Count
+    num_labels: Count
+    # rotation, windows
+    rope_theta: Positive
+    rope_local_base_freq: Positive
+    rope_scaling: Rope | None
+    rope_parameters: Rope | None
+    partial_rotary_factor: Share | None
+    original_max_position_embeddings: Count | Positive | None
+    sliding_window: Index | None
+    sliding_window_pattern: Count | None
+    use_sliding_window: bool | None
+    max_window_layers: Index
+    layer_types: list[str] | None
+    # numbers
+    layer_norm_eps: Positive
+    layer_norm_epsilon: Positive
+    rms_norm_eps: Positive
+    initializer_range: Positive
+    initializer_factor: Positive
+    router_aux_loss_coef: float
+    attn_logit_softcapping: Positive | None
+    final_logit_softcapping: Positive | None
+    query_pre_attn_scalar: Positive
+    logit_scale_init_value: float
+    dropout_rate: Share
+    classifier_dropout: Share | None
+    # choices
+    hidden_act: str
+    hidden_activation: str | None
+    activation: str
+    sinusoidal_pos_embds: bool
+    activation_function: str
+    feed_forward_proj: str
+    pooler_act: str
+    position_embedding_type: str | None
+    attention_bias: bool
+    mlp_bias: bool
+    qkv_bias: bool
+    add_pooling_layer: bool
+    tie_word_embeddings: bool
+    scale_decoder_outputs: bool
+    scale_attn_weights: bool
+    scale_attn_by_inverse_layer_idx: bool
+    is_decoder: bool
+    is_encoder_decoder: bool
+    add_cross_attention: bool
+    use_bidirectional_attention: bool | Literal["all"] | None
+    problem_type: str | None
+    # names and ids
+    id2label: dict[str, str | int] | None
+    label2id: dict[str, Index] | None
+    bos_token_id: Ids
+    eos_token_id: Ids
+    pad_token_id: int | None
+    decoder_start_token_id: Index | None
+    # towers
+    text_config: Config | None
+    vision_config: Config | None
+    quantization_config: dict[str, Any] | None
+
+
+class Ours(TypedDict):
+    """jaxmodel.json."""
+
+    family: str
+    config: dict[str, Any]
+    policy: dict[str, Any]
+    card: dict[str, Any]
+    leaves: dict[str, dict[str, Any]]
+    leaves_sha256: str
+
+
+class ShardIndex(TypedDict):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
+
+
+class Tokens(TypedDict, total=False):
+    """tokenizer_config.json and special_tokens_map.json."""
+
+    bos_token: Token
+    eos_token: Token
+    pad_token: Token
+    cls_token: Token
+    sep_token: Token
+    mask_token: Token
+    unk_token: Token
+    additional_special_tokens: list[str | dict[str, Any]] | None
+    extra_special_tokens: list[str | dict[str, Any]] | dict[str, str | dict[str, Any]] | None
+    added_tokens_decoder: dict[str, dict[str, Any]] | None
+    chat_template: str | list[dict[str, str]] | dict[str, str] | None
+    add_bos_token: bool | None
+    add_eos_token: bool | None
+    model_max_length: Any  # transformers writes 1e30 for none
+
+
+class Generation(TypedDict, total=False):
+    """generation_config.json."""
+
+    bos_token_id: Ids
+    eos_token_id: Ids
+    pad_token_id: Ids
+
+
+class Side(TypedDict, total=False):
+    """A size of images."""
+
+    height: Count
+    width: Count
+    shortest_edge: Count
+    longest_edge: Count
+
+
+class Images(TypedDict, total=False):
+    """preprocessor_config.json."""
+
+    image_processor_type: str
+    feature_extractor_type: str
+    do_resize: bool | None
+    size: Count | Side | None
+    resample: Index | None
+    do_center_crop: bool | None
+    crop_size: Count | Side | None
+    do_rescale: bool | None
+    rescale_factor: Positive
+    do_normalize: bool | None
+    image_mean: list[float]
+    image_std: list[Positive]
+
+
+class Sentences(TypedDict, total=False):
+    """sentence_bert_config.json."""
+
+    max_seq_length: Count | None
+    do_lower_case: bool | None
+
+
+class Adapter(TypedDict, total=False):
+    """adapter_config.json, as PEFT writes it."""
+
+    peft_type: str
+    base_model_name_or_path: str | None
+    r: Count
+    lora_alpha: float
+    lora_dropout: Share
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+    bias: str
+    target_modules: list[str] | str | None
+    exclude_modules: list[str] | str | None
+    modules_to_save: list[str] | None
+    layers_to_transform: list[Index] | Index | None
+    rank_pattern: dict[str, Count]
+    alpha_pattern: dict[str, float]

@@ -1,0 +1,260 @@
+"""JSON that came from elsewhere, read with limits and checked against a type: a schema is a type annotation.
+
+Kinds are `int`, `float`, `bool`, `str`, `None`, `Literal[...]`, `list[...]`, `tuple[...]`, `dict[str, ...]`, unions of them,
+`Annotated[int, Range(1, 10)]`, a TypedDict (other keys pass), a dataclass (they do not) and `Any`. A whole number is a float too,
+`true` is no number, and no number is infinite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.files import read_bytes
+
+MOST_BYTES = 2**26
+DEEPEST = 100
+_LONE = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps a half of a pair of surrogates
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What a number may be: `least` to `most`, both included, and more than `above`."""
+
+    least: int | float = -math.inf
+    most: int | float = math.inf
+    above: int | float = -math.inf
+
+    def __str__(self) -> str:
+        if self.above > -math.inf:
+            return f"above {self.above:.12g}"
+        if self.most < math.inf:
+            return f"of {self.least:.12g} to {self.most:.12g}"
+        return f"of at least {self.least:.12g}"
+
+    def __contains__(self, value: Any) -> bool:
+        return self.least <= value <= self.most and value > self.above
+
+
+type Count = Annotated[int, Range(1, 2**31 - 1)]
+"""How many there are of something."""
+type Index = Annotated[int, Range(0, 2**31 - 1)]
+"""Which one of several, or a count that may be zero."""
+type Positive = Annotated[float, Range(above=0)]
+type Share = Annotated[float, Range(0, 1)]
+
+
+def read(path: Path, kind: Any = dict[str, Any], missing: bool = False) -> Any:
+    """What is in a file, as `make` makes it.
+
+    Args:
+      path: of the file.
+      kind: what must be in it.
+      missing: whether there may be no file, which then holds an empty object.
+
+    Raises:
+      InputError: there is no file, it is no regular one or too large, it is not JSON, or it holds something else.
+    """
+    if missing and not path.exists():
+        return make({}, kind, str(path))
+    try:
+        raw = read_bytes(path, MOST_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"{path.parent}: the file {path.name!r} is missing") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return make(parse(raw, str(path)), kind, str(path))
+
+
+def parse(raw: bytes, where: str) -> Any:
+    """JSON from UTF-8, with or without a byte order mark.
+
+    Args:
+      raw: the bytes.
+      where: they stood, for errors.
+
+    Raises:
+      InputError: that is not JSON, or more deeply nested than `DEEPEST`, or a name in it has two values.
+
+    >>> parse(b'{"a": [1, 2]}', "a.json")
+    {'a': [1, 2]}
+    """
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object)
+        if _LONE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; allowed: {DEEPEST} levels") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: a text in it is no valid Unicode; allowed: any without lone surrogates") from None
+    except ValueError as error:  # of JSON and of UTF-8
+        raise InputError(f"{where}: not JSON: {error}") from None
+    level, depth = [value], 0
+    while level := [inside for one in level if isinstance(one, dict | list) for inside in _inside(one)]:
+        if (depth := depth + 1) > DEEPEST:
+            raise InputError(f"{where}: nested too deeply; allowed: {DEEPEST} levels")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        for key, value in pairs:
+            if value != made[key]:
+                raise InputError(f"not JSON: {key!r:.80} stands there twice, with different values")
+    return made
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    return iter(value.values()) if isinstance(value, dict) else iter(value)
+
+
+def make(value: Any, kind: Any, where: str, key: str = "") -> Any:
+    """The value as its kind has it: tuples for lists, instances for the objects of dataclasses.
+
+    Args:
+      value: from JSON.
+      kind: a type, see the module's docstring.
+      where: it stood, for errors.
+      key: its path there.
+
+    Raises:
+      InputError: it is of another kind; the line names file, key, value and what is allowed.
+
+    >>> make({"heads": 2.5}, dict[str, Count], "config.json")
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: config.json: heads is 2.5; allowed: a whole number of 1 to 2147483647
+    """
+    if isinstance(kind, typing.TypeAliasType):
+        return make(value, kind.__value__, where, key)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    refused = InputError(f"{where}: {key or 'its content'} is {_shown(value)}; allowed: {words(kind)}")
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        ranges = [one for one in args[1:] if isinstance(one, Range)]  # other annotations are other people's
+        if ranges and type(value) not in (int, float):
+            raise refused
+        made = make(value, args[0], where, key)
+        if not all(made in one for one in ranges):
+            raise refused
+        return made
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(value, args, where, key, refused)
+    if origin is Literal:
+        if not any(type(value) is type(arg) and value == arg for arg in args):
+            raise refused
+        return value
+    if origin is list or origin is tuple:
+        return _several(value, kind, where, key, refused)
+    if origin is dict or kind is dict or kind is Mapping or typing.is_typeddict(kind) or dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise refused
+        inside = lambda name: f"{key}.{name}" if key else str(name)
+        if typing.is_typeddict(kind):
+            hints = _hints(kind)
+            made = {n: make(one, hints[n], where, inside(n)) if n in hints else one for n, one in value.items()}
+            for name in sorted(getattr(kind, "__required_keys__", set()) - value.keys()):
+                raise InputError(f"{where}: the key {inside(name)!r} is missing")
+            return made
+        if dataclasses.is_dataclass(kind):
+            return _dataclass(value, kind, where, key)
+        return {n: make(one, args[1] if args else Any, where, inside(n)) for n, one in value.items()}
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if type(value) is not (types.NoneType if kind is None else kind) or (kind is float and not math.isfinite(value)):
+        raise refused
+    return value
+
+
+def _one_of(value: Any, kinds: tuple[Any, ...], where: str, key: str, refused: InputError) -> Any:
+    told: list[InputError] = []
+    for kind in kinds:
+        try:
+            return make(value, kind, where, key)
+        except InputError as error:
+            told.append(error)
+    # what is wrong inside of the one object that it may be says more than that it is none of all
+    objects = [error for kind, error in zip(kinds, told, strict=True) if _is_object(kind)]
+    raise objects[0] if isinstance(value, dict) and len(objects) == 1 else refused
+
+
+def _is_object(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or typing.is_typeddict(kind) or typing.get_origin(kind) is dict
+
+
+def _several(value: Any, kind: Any, where: str, key: str, refused: InputError) -> Any:
+    args = typing.get_args(kind)
+    if not isinstance(value, list | tuple):
+        raise refused
+    if typing.get_origin(kind) is list:
+        return [make(one, args[0], where, f"{key}[{i}]") for i, one in enumerate(value)]
+    if args[-1:] != (...,) and len(args) != len(value):
+        raise refused
+    kinds = [args[0]] * len(value) if args[-1:] == (...,) else args
+    return tuple(make(one, part, where, f"{key}[{i}]") for i, (one, part) in enumerate(zip(value, kinds, strict=True)))
+
+
+def _dataclass(value: dict[str, Any], kind: Any, where: str, key: str) -> Any:
+    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, _hints(kind)
+    for name in value:
+        if name not in fields:
+            raise unknown(f"{where}: {key or 'a key'}", name, fields)
+    for name, field in fields.items():
+        if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: {key and f'{key}: '}the key {name!r} is missing")
+    made = {name: make(one, hints[name], where, f"{key}.{name}" if key else name) for name, one in value.items()}
+    try:
+        return kind(**made)
+    except InputError as error:
+        raise InputError(f"{where}: {key and f'{key}: '}{error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{where}: {key and f'{key}: '}{' '.join(str(error).split())}") from None
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def words(kind: Any) -> str:
+    """What a kind allows, in words.
+
+    >>> words(tuple[int, ...] | None)
+    'null or a list, each a whole number'
+    """
+    if isinstance(kind, typing.TypeAliasType):
+        return words(kind.__value__)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return " ".join([words(args[0]), *(str(one) for one in args[1:] if isinstance(one, Range))])
+    if origin is Literal:
+        return ", ".join(map(json.dumps, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(words, sorted(args, key=lambda one: typing.get_origin(one) in (list, tuple))))
+    if origin is tuple and args[-1:] != (...,):
+        return f"a list of {len(args)}, each {' or '.join(dict.fromkeys(map(words, args)))}"
+    if origin in (list, tuple):
+        return f"a list, each {words(args[0])}"
+    plain = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", None: "null", types.NoneType: "null"}
+    return plain.get(kind, "an object")
