@@ -1,9 +1,9 @@
 """Gradients exchanged in fewer bytes: what a step sends over the data axis, and what the run loses by it.
 
-A GPT (4 layers, 128 wide, the bytes of `english_train`, batches of 16 rows of 64) on eight simulated devices, the axis data=8:
+A GPT (4 layers, 128 wide, the bytes of `wikitext2-valid`, batches of 16 rows of 64) on eight simulated devices, the axis data=8:
 gradients summed as they are, in 8 bits, and the largest hundredth of them with error feedback. The bytes are read from the
-compiled step; the held-out loss is over the same batches of `english`. Between machines fewer bytes save time; eight devices that
-share two cores cannot show that, so no speed is given.
+compiled step; the held-out loss is over the same batches of `wikitext2-test`. Between machines fewer bytes save time; eight
+devices that share two cores cannot show that, so no speed is given.
 
 Command:  python experiments/exchange.py [--quick] [--seed N] --json -
 Cost:     about 4 minutes on two cores (400 steps each); --quick (60 steps) about 1.
@@ -30,7 +30,8 @@ KINDS: dict[str, Kind] = {"exact": "exact", "int8": "int8", "top 1 %": "top_k"}
 
 def texts(seed: int) -> tuple[data.Stream, data.Stream]:
     """Batches to train on and batches to judge by."""
-    rows = [np.frombuffer(data.load_text(name).text.encode(), np.uint8).astype(np.int32) for name in ("english_train", "english")]
+    names = "wikitext2-valid", "wikitext2-test"
+    rows = [np.frombuffer(data.load_text(name).text.encode(), np.uint8).astype(np.int32) for name in names]
     trained, judged = (data.windows(row, BLOCK + 1, stride=BLOCK) for row in rows)
     return data.Stream(trained, BATCH, seed), data.Stream(judged, 64, 0)
 

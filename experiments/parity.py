@@ -3,7 +3,8 @@
 What they computed is stored in tests/hub/goldens and tests/models/goldens beside the scripts that made it: tiny models with
 random weights as folders that transformers wrote (gpt2, the Llama family, bert, vit, clip, t5), networks and stacks of torch's
 own layers (images, transformer, rnn; how their weights stand in our trees is said by the tests, which are read here), and two
-models that people trained (SmolLM2-135M, all-MiniLM-L6-v2). The tests compare the same files; here the differences are shown.
+models that people trained (SmolLM2-135M-Instruct, decoded from Q4_1 on both sides, and all-MiniLM-L6-v2). The tests compare the
+same files; here the differences are shown.
 
 Command:  python experiments/parity.py [--quick] [--seed N] --json -
 Cost:     about 40 seconds on two cores (5 minutes where nothing is compiled yet, on a busy machine); --quick about half of that.

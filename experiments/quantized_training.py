@@ -1,8 +1,9 @@
 """Training in few bytes: weights that are int8 codes, and moments of 8 bits, against AdamW in float32: memory and loss.
 
-A GPT on the bytes of `english_train` (block 64, batch 12, AdamW at a peak rate of 1e-3, clipped at 1), trained three ways:
+A GPT on the bytes of `wikitext2-valid` (block 64, batch 12, AdamW at a peak rate of 1e-3, clipped at 1), trained three ways:
 float32 AdamW; the same weights with moments of 8 bits; and weights that are `QTensor` leaves, rounded at random, without a float
-copy, with moments of 8 bits. The held-out loss is over the same batches of `english`. Memory is what XLA plans for the whole
+copy, with moments of 8 bits. The held-out loss is over the same batches of `wikitext2-test`. Memory is what XLA plans for the
+whole
 jitted step with its state donated: arguments and temporaries and results less those that share a buffer. Activations are in it,
 so the three are compared as a user would run them (float32 Adam in float32 without remat, the least memory in bfloat16 with
 remat), and once more with Adam in bfloat16 with remat too, where weights and states alone make the difference.
@@ -96,7 +97,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
             (f"{size}: QTensor weights and 8-bit moments", codes, "bytes a weight"),
         ]
     steps = 60 if quick else 600
-    names = "english_train", "english"
+    names = "wikitext2-valid", "wikitext2-test"
     texts = tuple(np.frombuffer(data.load_text(name).text.encode(), np.uint8).astype(np.int32) for name in names)
     kinds = {"float32 Adam": (False, "adamw"), "8-bit moments": (False, "adamw8"), "QTensor weights": (True, "adamw8")}
     losses = {

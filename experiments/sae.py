@@ -1,5 +1,7 @@
 """A sparse auto-encoder on activations of SmolLM2-135M: how much of them it explains with few features, and how many are dead.
 
+The model is SmolLM2-135M-Instruct, decoded from a file whose matrices were rounded to 4 bits (Q4_1); the text is WikiText-2.
+
 The hidden states behind block 12 of 30, scaled to a mean square of 1, without the few tokens of massive activation (Sun et al.,
 2024: the first of each window and some others, whose norm is more than 5 times the median; one direction explains them, and them
 alone nearly all variance). A dictionary of 2,304 features of which 32 are active (Gao et al., 2024), whose dead ones get a new
@@ -126,7 +128,7 @@ def nll(model: Model, params: tree.Params, windows: jax.Array) -> float:
 def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     """Collect, train, judge."""
     count, steps = (64, 150) if quick else (240, 400)
-    text = data.load_text("english")
+    text = data.load_text("wikitext2-test")
     bundle = hub.from_pretrained("smollm2-135m", dtype="float32")
     windows = data.windows(hub.need_processor(bundle).encode(text.text), WINDOW, limit=count)
     windows = windows[: len(windows) // 4 * 4]

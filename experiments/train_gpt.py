@@ -21,13 +21,15 @@ from typing import Any
 from jaxmodel import compress, data, evaluate, hub, report
 
 VOCAB = 1024
+TEXTS = "wikitext2-valid", "wikitext2-test"  # to train on, held out
 
 
 def train(room: Path, name: str, steps: int, seed: int, *options: str) -> dict[str, Any]:
     """One run of `jaxmodel train` in a process of its own."""
     out = room / f"{name}.json"
     command = [sys.executable, "-m", "jaxmodel", "train", "--steps", str(steps), "--seed", str(seed), "--vocab", str(VOCAB)]
-    command += [*options, "--out", str(room / name), "--json", str(out), "--runs", str(room / "runs")]
+    command += ["--data", TEXTS[0], "--heldout", TEXTS[1], *options]
+    command += ["--out", str(room / name), "--json", str(out), "--runs", str(room / "runs")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads(out.read_text())
 
@@ -41,7 +43,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
         eight = train(room, "eight", steps, seed, "--devices", "8", "--mesh", "fsdp=4,tensor=2")
         bundle = hub.from_pretrained(room / "eight")
     pairs = [(a["loss"], b["loss"]) for a, b in zip(one["history"], eight["history"], strict=True)]
-    ids = hub.need_processor(bundle).encode(data.load_text("english").text)
+    ids = hub.need_processor(bundle).encode(data.load_text(TEXTS[1]).text)
     windows = data.windows(ids, bundle.model.config.context, limit=32)
     _, int8, int4 = evaluate.compare(compress.versions(bundle, ("f32", "int8", "int4")), windows, seed=seed)
     goal = math.log(VOCAB) - (1 if quick else 2)

@@ -56,6 +56,7 @@ _PARTS = [
     "leaves",
     "models",
     "ops",
+    "plan",
     "report",
     "sharding",
     "train",

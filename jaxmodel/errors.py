@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Bad input from a person. The message is one line; the command line prints it and exits with code 2."""
 
 
+class MissingPackage(InputError):
+    """An optional package is not installed; the message has the install line."""
+
+
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names of `allowed` closest in spelling to `name`.
 
@@ -94,11 +98,13 @@ def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say which extra brings it.
 
     Raises:
-      InputError: the module is not installed; the message carries the install line.
+      MissingPackage: the module is not installed; the message carries the install line.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise InputError(f"this needs the package {module!r}, which is not installed: pip install 'jaxmodel[{extra}]'") from None
+        raise MissingPackage(
+            f"this needs the package {module!r}, which is not installed: pip install 'jaxmodel[{extra}]'"
+        ) from None

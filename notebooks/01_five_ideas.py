@@ -135,7 +135,7 @@ for rules in ([("blocks/.*/mpl/up", 4), (".*", 16)], [("blocks/.*", 4), ("norm/w
 #
 # A pytree `(step, data_step, params, opt_state, extra)`. The randomness of step `i` is `fold_in(seed, i)`, and the
 # batch is a function of the seed and `data_step`, so there is no iterator whose place could be lost. To read there is
-# the language reference that every Python brings along (or WikiText-2, where `$JAXMODEL_DATA` has it).
+# the language reference that every Python brings along.
 
 # %%
 texts = [data.load_text(name) for name in ("english_train", "english")]

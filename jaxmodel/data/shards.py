@@ -158,7 +158,7 @@ class Shards:
         Raises:
           InputError: a file that is not what was written.
         """
-        with bar(self.tokens, "verify shards") as job:
+        with bar(self.tokens, "verify shards", unit="token") as job:
             for shard in self.index["shards"]:
                 for kind in _FILES:
                     path = files.join(self.folder, shard[kind])
@@ -237,7 +237,7 @@ def tokenize(
         return Shards(folder)
 
     shards = []
-    with bar(None, "tokenise") as job:
+    with bar(None, "tokenise", unit="token") as job:
         kept = texts if keep is None else filter(keep, texts)
         rows = (np.array(ids, head["dtype"]) for ids in _encoded(kept, tokenizer, head["eos"], job))
         for row in rows:

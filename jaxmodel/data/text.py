@@ -1,17 +1,19 @@
 """Text sources by name or path, and the rule that splits a text into documents.
 
-A name is looked up in `$JAXMODEL_DATA`, then in an installed package, then at the hub; `Text.origin` says which it was.
+A name means the same text everywhere. Those of pydoc come with Python. Files of the others are looked up in the folder that the
+environment variable `JAXMODEL_DATA` names, then at the hub; `Text.origin` says which it was.
 
-| name              | text                                          | `$JAXMODEL_DATA`      | package | hub      |
-|-------------------|-----------------------------------------------|-----------------------|---------|----------|
-| `wikitext2-test`  | WikiText-2, test part                         | `wikitext2-test.txt`  | -       | wikitext |
-| `wikitext2-valid` | WikiText-2, validation part                   | `wikitext2-valid.txt` | -       | wikitext |
-| `tinyshakespeare` | 1.1 MB of Shakespeare                         | `tinyshakespeare.txt` | -       | -        |
-| `pydoc`           | Python's language reference, all topics       | -                     | pydoc   | -        |
-| `english`         | held-out: WikiText-2 test, else part of pydoc | `wikitext2-test.txt`  | pydoc   | -        |
-| `english_train`   | to train on: WikiText-2 valid, else the rest  | `wikitext2-valid.txt` | pydoc   | -        |
+| name              | text                                             | `$JAXMODEL_DATA`      | else     |
+|-------------------|--------------------------------------------------|-----------------------|----------|
+| `english`         | held-out part of pydoc, see below                | -                     | pydoc    |
+| `english_train`   | the part of pydoc to train on                    | -                     | pydoc    |
+| `pydoc`           | Python's language reference, all topics          | -                     | pydoc    |
+| `wikitext2-test`  | WikiText-2, test part                            | `wikitext2-test.txt`  | wikitext |
+| `wikitext2-valid` | WikiText-2, validation part                      | `wikitext2-valid.txt` | wikitext |
+| `tinyshakespeare` | 1.1 MB of Shakespeare                            | `tinyshakespeare.txt` | -        |
 
-(pydoc: the module pydoc_data.topics of every CPython; wikitext: the data set Salesforce/wikitext.)
+(pydoc: the module pydoc_data.topics of every CPython, a little different in each version; wikitext: the data set
+Salesforce/wikitext at the hub.)
 
 The topics of pydoc repeat each other (the one on compound statements contains those on `if`, `for`, ...). So for
 `english` and `english_train` a topic is left out when at least half of it stands in larger ones. Of the others, in
@@ -37,7 +39,7 @@ from jaxmodel.errors import InputError, nearest, require
 NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")
 
 _PACKAGE = "pydoc_data.topics"
-_WIKITEXT = {"english": "wikitext2-test", "english_train": "wikitext2-valid"}
+_PYDOC = ("english", "english_train", "pydoc")
 # Part of WikiText-2 -> (its file in Salesforce/wikitext, sha256 of the text that all figures refer to).
 _HUB = {
     "wikitext2-test": (
@@ -153,20 +155,19 @@ def _is_title(line: str, below: str) -> bool:
 
 
 def _named(name: str) -> tuple[str, str]:
-    folder = os.environ.get("JAXMODEL_DATA")
-    file = f"{_WIKITEXT.get(name, name)}.txt"
-    if folder and name != "pydoc" and (path := Path(folder, file)).is_file():
-        return _read(name, path), f"$JAXMODEL_DATA/{file}"
-    if name in ("pydoc", "english", "english_train"):
+    if name in _PYDOC:
         train, held_out = (_topics().values(), ()) if name == "pydoc" else _split_topics(_topics())
         return "\n\n\n".join(held_out if name == "english" else train) + "\n", f"package {_PACKAGE}"
+    folder, file = os.environ.get("JAXMODEL_DATA"), f"{name}.txt"
+    if folder and (path := Path(folder, file)).is_file():
+        return _read(name, path), f"$JAXMODEL_DATA/{file}"
     missing = f"data source: {name!r} is not in $JAXMODEL_DATA ({folder or 'not set'}), where {file} is looked for"
     if name not in _HUB:
-        raise InputError(f"{missing}, and neither a package nor the hub has it")
+        raise InputError(f"{missing}; put it into a folder, and name that by the environment variable JAXMODEL_DATA")
     try:
         return _from_hub(name)
     except InputError as error:
-        raise InputError(f"{missing}, nor in a package, nor at the hub: {error}") from None
+        raise InputError(f"{missing}, nor at the hub: {error}") from None
 
 
 def _read(given: str, path: Path) -> str:

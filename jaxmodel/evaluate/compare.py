@@ -56,7 +56,7 @@ def compare(
     """
     rows: list[dict[str, Any]] = []
     first: np.ndarray | None = None
-    with bar(len(versions), "versions") as shown:
+    with bar(len(versions), "versions", unit="version") as shown:
         for name, make in versions.items():
             bundle = make()
             row = {"name": name, **_stored(bundle, (keep or {}).get(name), windows[:1, :64])}

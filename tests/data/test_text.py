@@ -51,15 +51,20 @@ def test_file_is_read_exactly(tmp_path: Path, no_data: None) -> None:
 
 def test_data_folder_comes_first(data: Path) -> None:
     (data / "wikitext2-test.txt").write_text(ARTICLE)
-    for name in ("english", "wikitext2-test"):
-        text = load_text(name)
-        assert (text.text, text.name, text.origin) == (ARTICLE, name, "$JAXMODEL_DATA/wikitext2-test.txt")
+    text = load_text("wikitext2-test")
+    assert (text.text, text.name, text.origin) == (ARTICLE, "wikitext2-test", "$JAXMODEL_DATA/wikitext2-test.txt")
     assert load_text(data / "wikitext2-test.txt").origin == "$JAXMODEL_DATA/wikitext2-test.txt"
-    assert load_text("english_train").origin == "package pydoc_data.topics"  # only the test part is there
-    (data / "wikitext2-valid.txt").write_text("valid")
-    assert load_text("english_train").text == load_text("wikitext2-valid").text == "valid"
     (data / "tinyshakespeare.txt").write_text("Speak, speak.")
     assert load_text("tinyshakespeare").text == "Speak, speak."
+
+
+def test_english_is_the_same_text_whatever_the_data_folder_holds(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("english", "english_train", "pydoc")
+    for name in (*names, "wikitext2-test", "wikitext2-valid"):
+        (data / f"{name}.txt").write_text(f"another {name}")
+    here = [load_text(name) for name in names]
+    monkeypatch.delenv("JAXMODEL_DATA")
+    assert here == [load_text(name) for name in names] and here[0].origin == "package pydoc_data.topics"
 
 
 def test_pydoc_is_every_topic_in_order(no_data: None) -> None:
@@ -156,14 +161,15 @@ def test_unknown_name_names_the_nearest(tmp_path: Path, no_data: None, monkeypat
     monkeypatch.chdir(tmp_path)
     assert error("wikitext2-tst").endswith("(nearest: wikitext2-test, wikitext2-valid)")
     assert all(name in error("something") for name in NAMES)
-    assert "is not in $JAXMODEL_DATA (not set)" in error("tinyshakespeare")
+    message = error("tinyshakespeare")
+    assert "is not in $JAXMODEL_DATA (not set)" in message and "name that by the environment variable JAXMODEL_DATA" in message
 
 
 def test_empty_and_binary_files(tmp_path: Path, data: Path) -> None:
     (tmp_path / "empty").write_text(" \n")
     assert "holds no text" in error(tmp_path / "empty")
     (data / "wikitext2-test.txt").write_bytes(b"")
-    assert "'english' holds no text" in error("english")
+    assert "'wikitext2-test' holds no text" in error("wikitext2-test")
     (tmp_path / "binary").write_bytes("Zoë ".encode() + b"\xff\xfe")
     assert "is not UTF-8: byte 0xff at offset 5" in error(tmp_path / "binary")
 

@@ -88,12 +88,13 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(value))
 
 
-def refused(source: str | Path, *parts: str, **options: Any) -> None:
-    """Loading raises InputError in one line that has all the parts."""
+def refused(source: str | Path, *parts: str, absent: tuple[str, ...] = (), **options: Any) -> None:
+    """Loading raises InputError in one line that has all the parts, and none of those that are to be absent."""
     with pytest.raises(InputError) as caught:
         from_pretrained(source, **options)
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts), message
+    assert not any(part in message for part in absent), message
 
 
 # --------------------------------------------------------------------------------------------------- round trip
@@ -202,7 +203,7 @@ def test_file_size_is_that_of_the_buffers(recipe: str, tmp_path: Path) -> None:
 def test_unknown_names() -> None:
     refused("smollm2-135", "'smollm2-135' is not known", "nearest: smollm2-135m", "existing folder", "org/name")
     refused("a/b/c", "'a/b/c' is not known")
-    refused("gpt2/gpt2-xl", "'gpt2/gpt2-xl' is a size without weights; allowed: all-minilm-l6-v2, smollm2-135m, an existing")
+    refused("gpt2/tiny", "'gpt2/tiny' is a size without weights; allowed: all-minilm-l6-v2, smollm2-135m, smollm2-135m-instruct")
     refused("./not/here", "'./not/here' is not known")
     refused("smollm2-135m", "'float12'", "bfloat16", dtype="float12")
 
@@ -210,17 +211,27 @@ def test_unknown_names() -> None:
 def test_a_hub_id(monkeypatch: pytest.MonkeyPatch, stored: Path) -> None:
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        if name == "org/absent":
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        if name in ("org/absent", "openai-community/gpt2-xl"):
             raise OSError("404 Client Error.\nRepository not found, and much more")
         return str(stored / "gpt2-plain")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.ModuleType("huggingface_hub"))
     monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", snapshot_download, raising=False)
     assert from_pretrained("org/name").model is plain("gpt2").model
-    assert asked[0][0] == "org/name" and "*.safetensors" in asked[0][1]
+    assert asked[0][0] == "org/name" and "*.safetensors" in asked[0][1]["allow_patterns"]
     refused("org/absent", "'org/absent'", "404 Client Error.")
+    given = {"revision": "v1", "token": "hf_x", "cache_dir": "there", "local_files_only": True}
+    from_pretrained("org/name", **given)
+    assert given.items() <= asked[-1][1].items()
+    from_pretrained("org/name@v2")
+    assert asked[-1][0] == "org/name" and asked[-1][1]["revision"] == "v2"
+    refused("org/name@v2", "revision: 'v1' given, and 'v2'", revision="v1")
+    refused(stored / "gpt2-plain", "only a hub id has revisions", revision="v1")
+    for size in ("gpt2", "gpt2/gpt2"):  # a size whose weights are at the hub
+        assert from_pretrained(size).model is plain("gpt2").model and asked[-1][0] == "openai-community/gpt2"
+    refused("gpt2-xl", "'gpt2-xl' is 'openai-community/gpt2-xl' at the hub, which cannot be had from the hub: 404")
 
 
 def test_a_hub_id_from_the_hubs_own_cache_without_a_network(stored: Path, tmp_path: Path) -> None:
@@ -246,7 +257,7 @@ def test_missing_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setitem(sys.modules, "gguf", None)
     gguf_files._reader_class.cache_clear()
     try:
-        refused(path, "'gguf'", "pip install 'jaxmodel[hub]'")
+        refused(path, "'gguf'", "pip install 'jaxmodel[hub]'", absent=("damaged", "a.gguf"))
     finally:
         gguf_files._reader_class.cache_clear()
 

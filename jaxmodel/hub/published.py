@@ -1,0 +1,57 @@
+"""Where trained weights of the known sizes can be had."""
+
+from __future__ import annotations
+
+from jaxmodel.models import sizes
+
+WEIGHTS = {
+    "bert/bert-base": "google-bert/bert-base-uncased",
+    "bert/bert-large": "google-bert/bert-large-uncased",
+    "bert/distilbert-base": "distilbert/distilbert-base-uncased",
+    "bert/minilm-l6": "all-minilm-l6-v2",
+    "bert/roberta-base": "FacebookAI/roberta-base",
+    "bert/roberta-large": "FacebookAI/roberta-large",
+    "bert/xlm-roberta-base": "FacebookAI/xlm-roberta-base",
+    "bert/xlm-roberta-large": "FacebookAI/xlm-roberta-large",
+    "clip/clip-base-16": "openai/clip-vit-base-patch16",
+    "clip/clip-base-32": "openai/clip-vit-base-patch32",
+    "clip/clip-large-14": "openai/clip-vit-large-patch14",
+    "gpt2/gpt2": "openai-community/gpt2",
+    "gpt2/gpt2-large": "openai-community/gpt2-large",
+    "gpt2/gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2/gpt2-xl": "openai-community/gpt2-xl",
+    "llama/gemma-2-2b": "google/gemma-2-2b",
+    "llama/gemma-3-1b": "google/gemma-3-1b-pt",
+    "llama/llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama/llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama/llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama/llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama/mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "llama/mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "llama/qwen2-0.5b": "Qwen/Qwen2-0.5B",
+    "llama/qwen2-7b": "Qwen/Qwen2-7B",
+    "llama/qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "llama/qwen3-8b": "Qwen/Qwen3-8B",
+    "llama/smollm2-135m": "smollm2-135m-instruct-q4_1",
+    "t5/flan-t5-small": "google/flan-t5-small",
+    "t5/t5-base": "google-t5/t5-base",
+    "t5/t5-small": "google-t5/t5-small",
+    "t5/t5-v1.1-small": "google/t5-v1_1-small",
+    "vit/vit-base-16": "google/vit-base-patch16-224",
+    "vit/vit-large-16": "google/vit-large-patch16-224",
+}
+"""Size -> an id of the hub, `org/name`, or the name of a model that an installed package carries."""
+
+
+def where(name: str) -> str | None:
+    """Where the trained weights of a size are to be had; None for no size, or one whose weights nobody has published.
+
+    Args:
+      name: `family/size`, or the size alone where one family has it.
+
+    >>> where("gpt2"), where("gpt2/gpt2-xl"), where("gpt2/tiny")
+    ('openai-community/gpt2', 'openai-community/gpt2-xl', None)
+    """
+    alike = [size for size in WEIGHTS if name in (size, size.split("/", 1)[1])]
+    known = [size for size in sizes() if name in (size, size.split("/", 1)[1])]
+    return WEIGHTS[alike[0]] if len(alike) == 1 and alike == known else None
