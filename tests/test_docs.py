@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import jaxmodel
 from jaxmodel.cli.main import read
 from jaxmodel.cli.options import Common
 
@@ -75,3 +76,12 @@ def test_program_takes_python_blocks_and_keeps_line_numbers():
     page = first + "````md\n```python\nw\n```\n````\n```python\nx += 1\n```\n"
     lines = program(page).splitlines()
     assert {i: line for i, line in enumerate(lines) if line} == {2: "x = 1", 17: "x += 1"}
+
+
+def test_what_the_map_shows_can_be_reached():
+    """Every part of README's map is an attribute of the package, and `dir` and completion know it."""
+    named = re.findall(r"`(?:jaxmodel/)?(\w+)(?:/|\.py)`", (REPO / "README.md").read_text().partition("## Map")[2])
+    parts = [name for name in named if (REPO / "jaxmodel" / name).is_dir() or (REPO / "jaxmodel" / f"{name}.py").is_file()]
+    assert len(parts) > 12 and set(parts) - {"cli", "text_form"} <= set(dir(jaxmodel))
+    assert all(getattr(jaxmodel, name).__name__ == f"jaxmodel.{name}" for name in dir(jaxmodel) if name in parts)
+    assert (REPO / "jaxmodel" / "py.typed").exists()  # so that type checkers read the annotations

@@ -8,8 +8,9 @@ import glob
 import os
 import platform
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,14 @@ def replacing(folder: Path) -> Iterator[Path]:
         target = check_target(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(target)
-        beside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        beside.chmod(0o755)
+        beside = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}")
+        beside.mkdir()
+        mode = beside.stat().st_mode & 0o666  # what the umask leaves to a new file
         yield beside
+        for path in beside.iterdir():
+            path.chmod(mode)  # safetensors gives its files to their owner alone
+        if target.is_dir():
+            beside.chmod(stat.S_IMODE(target.stat().st_mode))
         for path in [*beside.iterdir(), beside]:
             _sync(path)
         if target.is_dir():

@@ -561,14 +561,29 @@ def test_params_that_do_not_fit_the_config(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("stage", ["save_file", "write_text", "fsync", "mkdtemp", "rename"])
+def test_others_may_read_a_bundle_if_the_umask_lets_them(tmp_path: Path) -> None:
+    """Each file as any new file, and a folder that is replaced stays as open as it was."""
+    for umask, mode in ((0o022, 0o644), (0o007, 0o660), (0o077, 0o600)):
+        old = os.umask(umask)
+        try:
+            folder = plain("gpt2").save_pretrained(tmp_path / f"out-{umask}")
+        finally:
+            os.umask(old)
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+    folder.chmod(0o770)
+    plain("gpt2").save_pretrained(folder)
+    assert folder.stat().st_mode & 0o777 == 0o770
+
+
+@pytest.mark.parametrize("stage", ["save_file", "write_text", "fsync", "mkdir", "rename"])
 def test_full_disk(stage: str, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(stored / "gpt2-plain", tmp_path / "out")
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    owner = {"save_file": bundles, "write_text": Path, "fsync": os, "mkdtemp": files.tempfile, "rename": Path}[stage]
+    owner = {"save_file": bundles, "write_text": Path, "fsync": os, "mkdir": Path, "rename": Path}[stage]
     if stage == "rename":  # where folders cannot be swapped at once: the second rename fails, the first is undone
         monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())
         rename = Path.rename

@@ -25,6 +25,13 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path):
+    place = atomic_write(tmp_path / "keys.json", "old")
+    place.chmod(0o640)
+    atomic_write(place, "new")
+    assert (place.read_text(), place.stat().st_mode & 0o777) == ("new", 0o640)
+
+
 def test_a_write_that_fails_halfway_keeps_the_old_file(tmp_path):
     """The kernel, not a mock, refuses the bytes past a size limit."""
     (tmp_path / "bundle").write_bytes(b"old")
