@@ -39,7 +39,7 @@ def load(options: Train) -> Corpus:
     if options.weights and len(options.weights) != len(options.data):
         given = f"{len(options.weights)} given for {len(options.data)} texts of --data"
         raise InputError(f"--weights: {given}; allowed: one for each")
-    texts = [data.documents(source) for source in (*options.data, options.heldout)]
+    texts = [data.documents(source, options.field) for source in (*options.data, options.heldout)]
     with report.step("tokenise"), _in_turn():
         tokenizer = hub.train_bpe(itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]), options.vocab)
         shards = [data.tokenize(text, tokenizer, _folder(source, tokenizer)) for text, source in _beside(texts, options)]

@@ -21,8 +21,8 @@ _SOURCE = "a known name (smollm2-135m), a bundle folder, a .gguf file, or a hub 
 _NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")  # `data.NAMES`
 _TEXT = f"a UTF-8 file, or one of {', '.join(_NAMES)}"
 _TEXTS = (
-    f"{_TEXT}; or .jsonl, .parquet, .arrayrecord (the field 'text'), a folder that `datasets` saved, 'hf:NAME', a pattern with "
-    "*; a path, or a URL such as gs:// or s3://."
+    f"{_TEXT}; or .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrayrecord (see --field), a folder that `datasets` saved, "
+    "'hf:NAME', a pattern with *; a path, or a URL such as gs:// or s3://."
 )
 _RECIPE = (
     "int8 (weights, and activations as they come), int8-weight (weights only), int4 (groups of 64), sparse50-int8 (half of the "
@@ -157,6 +157,8 @@ class Train(Common, TrainOptions):
     weights: Annotated[tuple[float, ...], arg(metavar="W [W ...]", help_behavior_hint="(default: all the same)")] = ()
     """In which proportions several texts are mixed."""
     heldout: Annotated[str, arg(metavar="TEXT", help="The text of the held-out loss; like --data.")] = "english"
+    field: Annotated[str, arg(metavar="NAME")] = "text"
+    """The field or column with the texts, in files of records or tables."""
     pack: bool = False
     """Rows of whole documents, packed, that do not see each other; else windows of the run of all documents."""
     augment: Annotated[str | None, arg(metavar="CHAIN", help_behavior_hint="(default: none)")] = None

@@ -3,7 +3,9 @@
 | source                              | documents                                                                          |
 |-------------------------------------|------------------------------------------------------------------------------------|
 | a name of `text.NAMES`              | its articles or paragraphs                                                          |
-| `*.jsonl`                           | a JSON object a line; the text is in `field`                                        |
+| `*.jsonl`, `*.ndjson`               | a JSON object a line; the text is in `field`                                        |
+| `*.json`                            | a list of JSON objects; or as `.jsonl`, which is often called so                    |
+| `*.csv`, `*.tsv`                    | a row each, in column `field`; the first line names the columns                     |
 | `*.parquet`                         | a row each, in column `field`                                                       |
 | `*.arrayrecord`, `*.array_record`   | a record each: text in UTF-8, or a JSON object with `field`; read from local files, |
 |                                     | so one behind a URL is first copied to a temporary file                             |
@@ -16,24 +18,29 @@ Files may be packed (`.gz`), named by patterns (`texts/*.jsonl`, `**`), and stan
 
 from __future__ import annotations
 
+import codecs
+import csv
 import glob
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxmodel.data import files
-from jaxmodel.data.text import NAMES, load_text, no_file, not_utf8, split_documents, split_lines
+from jaxmodel.data.text import NAMES, load_text, no_file, not_utf8, record_kind, split_documents, split_lines
 from jaxmodel.errors import InputError, require, unknown
 
 type Source = str | Path | Sequence[str | Path]
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # one of them is in every folder that `datasets` saved
 _RECORDS = 256  # are read at a time
+_LONE = re.compile("[\ud800-\udfff]")
+_CELL = 2**26  # characters that a cell of a table may have
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,14 @@ class Documents:
     def __iter__(self) -> Iterator[str]:
         for part in self.parts:
             empty = True
-            for text in self._read(part):
+            for where, text in self._read(part):
                 if text is None:  # a null in a column
                     continue
                 if not isinstance(text, str):
-                    raise _bad(part, f"field {self.field!r} holds {type(text).__name__}; text is needed")
+                    raise _bad(part, f"{where}: field {self.field!r} holds {type(text).__name__}; text is needed")
+                if (odd := _LONE.search(text)) is not None:  # JSON can say it, and no tokenizer can read it
+                    half = f"half of a surrogate pair (\\u{ord(odd[0]):04x}) at character {odd.start()}"
+                    raise _bad(part, f"{where} has {half}; Unicode text is needed")
                 empty = empty and not text.strip()
                 yield text
             if empty:
@@ -71,22 +81,25 @@ class Documents:
         stamps = [[_kind(part), *_stamps(part)] for part in self.parts]
         return hashlib.sha256(json.dumps([stamps, self.field, self.split]).encode()).hexdigest()
 
-    def _read(self, part: str) -> Iterator[Any]:
+    def _read(self, part: str) -> Iterator[tuple[str, Any]]:
+        """The texts, each with the place in its part where it stands."""
         kind = _kind(part)
         if kind == "name":
-            yield from split_documents(load_text(part).text)
+            yield from _numbered("document", split_documents(load_text(part).text))
         elif kind == "hub":
-            yield from _hub(part, self.field, self.split)
+            yield from _numbered("row", _hub(part, self.field, self.split))
         elif kind == "folder":
-            yield from _saved(part, self.field, self.split)
-        elif kind == "jsonl":
-            yield from _jsonl(part, self.field)
+            yield from _numbered("row", _saved(part, self.field, self.split))
+        elif kind == "json":
+            yield from _json(part, self.field)
+        elif kind == "table":
+            yield from _table(part, self.field)
         elif kind == "parquet":
-            yield from _parquet(part, self.field)
+            yield from _numbered("row", _parquet(part, self.field))
         elif kind == "arrayrecord":
-            yield from _array_record(part, self.field)
+            yield from _numbered("record", _array_record(part, self.field), 0)
         else:
-            yield from split_lines(lambda: _lines(part))
+            yield from _numbered("document", split_lines(lambda: _lines(part)))
 
 
 def documents(source: Source, field: str = "text", split: str = "train") -> Documents:
@@ -141,10 +154,8 @@ def _kind(part: str) -> str:
         return "name"
     if part.startswith("hf:"):
         return "hub"
-    ending = Path(part.removesuffix(".gz")).suffix.lower()
-    kinds = {".jsonl": "jsonl", ".parquet": "parquet", ".arrayrecord": "arrayrecord", ".array_record": "arrayrecord"}
-    if ending in kinds:
-        return kinds[ending]
+    if (kind := record_kind(part)) is not None:
+        return kind
     return "folder" if _is_saved(part) else "text"
 
 
@@ -173,18 +184,61 @@ def _lines(part: str) -> Iterator[str]:
             offset += len(line)
 
 
-def _jsonl(part: str, field: str) -> Iterator[Any]:
+def _numbered(kind: str, texts: Iterable[Any], first: int = 1) -> Iterator[tuple[str, Any]]:
+    return ((f"{kind} {i}", text) for i, text in enumerate(texts, first))
+
+
+def _json(part: str, field: str) -> Iterator[tuple[str, Any]]:
+    """An object a line; of a `.json` the first character tells whether it is a list of objects instead."""
+    first = b""
+    if part.lower().removesuffix(".gz").endswith(".json"):
+        with files.reading(part) as file:
+            first = next((line for line in file if line.strip()), b"")
     with files.reading(part) as file:
+        if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+            records = _loads(part, "the file", file.read(), f"a list of objects with {field!r}")
+            for i, record in enumerate(records, 1):
+                yield f"entry {i}", _field(part, f"entry {i}", record, field)
+            return
         for i, line in enumerate(file, 1):
             if line.strip():
-                yield _from_json(part, f"line {i}", line, field)
+                yield f"line {i}", _from_json(part, f"line {i}", line, field)
+
+
+def _table(part: str, field: str) -> Iterator[tuple[str, str | None]]:
+    """The column of a table of text, the first line of which names the columns."""
+    csv.field_size_limit(max(csv.field_size_limit(), _CELL))
+    separator = "\t" if ".tsv" in Path(part).name.lower() else ","
+    lines = (line if i else line.removeprefix("\ufeff") for i, line in enumerate(_lines(part)))
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    try:
+        names = next(reader, [])
+        if field not in names:
+            said = "the first line names the columns, and --field or `field` the one of the texts"
+            raise InputError(f"{unknown(f'column in {part!r}', field, names)}; {said}")
+        column = names.index(field)
+        for row in reader:
+            where = f"line {reader.line_num}"
+            if row and len(row) != len(names):
+                raise _bad(part, f"{where} has {len(row)} cells; {len(names)} are needed, as the first line has")
+            if row:
+                yield where, row[column]
+    except csv.Error as error:
+        raise _bad(part, f"line {reader.line_num} is no row of a table ({error})") from None
 
 
 def _from_json(part: str, where: str, raw: bytes, field: str) -> Any:
+    return _field(part, where, _loads(part, where, raw, f"an object with {field!r}"), field)
+
+
+def _loads(part: str, where: str, raw: bytes, needed: str) -> Any:
     try:
-        record = json.loads(raw)
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise _bad(part, f"{where} is not JSON ({error}); an object with {field!r} is needed") from None
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep
+        raise _bad(part, f"{where} is not JSON ({error}); {needed} is needed") from None
+
+
+def _field(part: str, where: str, record: Any, field: str) -> Any:
     if not isinstance(record, dict):
         raise _bad(part, f"{where} is a JSON {type(record).__name__}; an object with {field!r} is needed")
     if field not in record:
@@ -201,7 +255,7 @@ def _parquet(part: str, field: str) -> Iterator[Any]:
                 raise unknown(f"field in {part!r}", field, file.schema_arrow.names)
             for rows in file.iter_batches(columns=[field], batch_size=_RECORDS):
                 yield from rows.column(0).to_pylist()
-        except arrow.ArrowException as error:
+        except (arrow.ArrowException, UnicodeDecodeError) as error:
             raise _bad(part, f"is no whole Parquet file ({str(error).partition(chr(10))[0]})") from None
 
 

@@ -38,6 +38,11 @@ from jaxmodel.errors import InputError, nearest, require
 
 NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")
 
+_RECORDS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "table"),
+    **{".parquet": "parquet", ".arrayrecord": "arrayrecord", ".array_record": "arrayrecord"},
+}
 _PACKAGE = "pydoc_data.topics"
 _PYDOC = ("english", "english_train", "pydoc")
 # Part of WikiText-2 -> (its file in Salesforce/wikitext, sha256 of the text that all figures refer to).
@@ -92,6 +97,9 @@ def load_text(source: str | Path) -> Text:
     name = str(source)
     if isinstance(source, str) and source in NAMES:
         text, origin = _named(source)
+    elif record_kind(name) is not None:
+        allowed = f"one UTF-8 text, or {', '.join(NAMES)}; `data.documents`, and so train, reads records"
+        raise InputError(f"data source: {name!r} is by its name a file of records; allowed: {allowed}")
     elif files.is_remote(name):
         with files.reading(name, unpack=False) as file:
             text, origin = _decode(name, file.read()), name
@@ -99,6 +107,15 @@ def load_text(source: str | Path) -> Text:
         path = Path(source).expanduser()
         text, origin = _read(name, path), _shown(name, path)
     return Text(text, name, origin, _sha256(text))
+
+
+def record_kind(path: str) -> str | None:
+    """The format of a file that holds records, with the text in one of their fields; None for plain text.
+
+    >>> record_kind("a/tweets.JSONL.gz"), record_kind("b.csv"), record_kind("c.txt")
+    ('json', 'table', None)
+    """
+    return _RECORDS.get(Path(path.lower().removesuffix(".gz")).suffix)
 
 
 def split_documents(text: str) -> list[str]:

@@ -267,7 +267,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(_several(texts), trainer)
+    try:
+        backend.train_from_iterator(_several(texts), trainer)
+    except (TypeError, UnicodeError):
+        raise InputError("texts: one is not a string of valid Unicode; allowed: any str without lone surrogates") from None
     return Tokenizer(backend, eos_ids=(0,), bos_id=0, pad_id=0)
 
 

@@ -102,6 +102,25 @@ def test_a_data_set_at_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert documents("hf:owner/name").digest() != documents("hf:owner/name", split="test").digest()
 
 
+def test_tables_and_lists_of_objects(tmp_path: Path) -> None:
+    """The texts alone: no commas, quotes and braces of the format, whatever the file is called and packed."""
+    texts = ["a fine day", 'he said "no", twice', "two\nlines\u2028 and more", "Zoë"]
+    rows = [{"text": text, "label": i} for i, text in enumerate(texts)]
+    (tmp_path / "a.csv").write_text("\ufeff" + "".join(_row(row) for row in [("text", "label"), *((t, 1) for t in texts)]))
+    (tmp_path / "b.tsv").write_text("label\tBody\n" + "".join(f"1\t{json.dumps(t)}\n" for t in texts[:1] + texts[3:]))
+    (tmp_path / "c.json").write_text("\n " + json.dumps(rows, indent=1))
+    (tmp_path / "d.json").write_text("\n".join(map(json.dumps, rows)))  # lines, as many call .json
+    (tmp_path / "e.NDJSON.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, [*rows, {"text": None}])).encode()))
+    for name in ("a.csv", "c.json", "d.json", "e.NDJSON.gz"):
+        assert list(documents(tmp_path / name)) == texts, name
+    assert list(documents(tmp_path / "b.tsv", field="Body")) == [texts[0], "Zo\\u00eb"]
+
+
+def _row(cells: tuple[object, ...]) -> str:
+    """A row of CSV as RFC 4180 writes it."""
+    return ",".join('"' + str(cell).replace('"', '""') + '"' for cell in cells) + "\r\n"
+
+
 def test_names_patterns_and_lists(tmp_path: Path, memory: str) -> None:
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
@@ -202,7 +221,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         (lambda: whole(file("a.jsonl", b'{"text": "x"}\n{"text":')), "a.jsonl' line 2 is not JSON .Expecting value"),
         (lambda: whole(file("b.jsonl", b"[1]")), "b.jsonl' line 1 is a JSON list; an object with 'text' is needed"),
         (lambda: whole(file("c.jsonl", b'{"texts": "x"}')), "field in .*c.jsonl', line 1: 'text' is not known; allowed: texts"),
-        (lambda: whole(file("d.jsonl", b'{"text": 3}')), "d.jsonl' field 'text' holds int; text is needed"),
+        (lambda: whole(file("d.jsonl", b'{"text": 3}')), "d.jsonl' line 1: field 'text' holds int; text is needed"),
         (lambda: whole(file("e.jsonl", b'{"text": "\xff"}')), "e.jsonl' line 1 is not JSON"),
         (lambda: whole(file("x.parquet", b"rubbish")), "x.parquet' is no whole Parquet file"),
         (lambda: whole(file("y.parquet", (tmp_path / "whole.parquet").read_bytes()[:-9])), "y.parquet' is no whole Parquet file"),
@@ -213,7 +232,19 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         (lambda: whole(file("b.arrayrecord", records[:120] + bytes(8) + records[128:])), "b.arrayrecord' is no whole"),
         (lambda: whole(file("c.arrayrecord", records[:-1000])), "c.arrayrecord' is no whole"),
         (lambda: documents(tmp_path / "wohle.parquet"), "wohle.parquet' is neither a file nor.*nearest: whole.parquet"),
-        (lambda: documents(tmp_path / "*.csv"), "csv' given: no file has such a name; allowed: a file, a pattern such as"),
+        (lambda: whole(file("f.json", b'[{"text": "x"}, 3]')), "f.json' entry 2 is a JSON int; an object with 'text' is needed"),
+        (lambda: whole(file("g.json", b'[{"text": "x"}')), "g.json' the file is not JSON"),
+        (lambda: whole(file("h.csv", b"txt,label\na,1\n")), "column in .*h.csv': 'text' is not known; allowed: label, txt"),
+        (lambda: whole(file("i.csv", b'text,label\na,1\n"b\n\nc",1\nd\n')), "i.csv' line 6 has 1 cells; 2 are needed"),
+        (lambda: whole(file("j.tsv", b'text\tlabel\n"a" b\t1\n')), "j.tsv' line 2 is no row of a table"),
+        (lambda: whole(file("k.csv", b"text\ngr\xfcn\n")), "k.csv' is not UTF-8: byte 0xfc at offset 7"),
+        (lambda: load_text(file("l.csv", b"text\na\n")), "l.csv' is by its name a file of records; allowed: one UTF-8 text"),
+        (lambda: whole(file("m.ndjson", rb'{"text": "a"}' + b"\n\n" + rb'{"text": "cut \ud83d"}')), r"line 3 has half of"),
+        (
+            lambda: whole(file("n.json", rb'[{"text": "a\udc00"}]')),
+            r"entry 1 has half of a surrogate pair .*dc00. at character 1",
+        ),
+        (lambda: documents(tmp_path / "*.csx"), "csx' given: no file has such a name; allowed: a file, a pattern such as"),
         (lambda: documents(tmp_path / "folder"), "folder' given: a folder; allowed: a file, a pattern"),
         (lambda: documents("memory://nowhere/a.txt"), "'memory://nowhere/a.txt' given: no file has such a name"),
         (lambda: documents("nope://a.txt"), "data: 'nope://a.txt' cannot be opened: Protocol not known: nope; 'jax"),
