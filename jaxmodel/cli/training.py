@@ -245,24 +245,8 @@ class _Job:
     def checkpoints(self, run: Path | None = None, **options: Any) -> Any:
         """Of this run, or of another one."""
         from jaxmodel import train
-        from jaxmodel.cli import resolved
 
-        harmless = ("log_every", "save_every", "save_seconds")
-        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in harmless}
-        return train.Checkpoints(
-            self.place or (run or self.shared) / CHECKPOINTS,
-            keep=train.Keep(last=3),
-            identity={
-                "train": settings,
-                "model": {k: v for k, v in resolved.of_model(self.model).items() if k != "policy"},
-                "compute": self.model.policy.compute,
-                "stream": self.model.policy.stream,
-                "augment": str(self.augment) if self.augment else None,
-            },
-            data=self.corpus.stream.fingerprint,
-            environment=train.environment(self.mesh),
-            **options,
-        )
+        return train.Checkpoints(self.place or (run or self.shared) / CHECKPOINTS, keep=train.Keep(last=3), **options)
 
     @property
     def shared(self) -> Path:

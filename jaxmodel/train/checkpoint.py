@@ -1,6 +1,7 @@
 """Checkpoints: asynchronous, checked by their digests, never without a last good one, restored onto any mesh.
 
     checkpoints/step-000000300/arrays/         see `jaxmodel.train.stored` (each process writes its own part)
+    checkpoints/step-000000300/history.jsonl   the rows of the run up to there
     checkpoints/step-000000300/manifest.json   written last: the step counts only from then on
 
 The manifest has the name, shape and dtype of every array, the static fields of compressed leaves (orbax would accept other ones
@@ -13,16 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
@@ -37,14 +36,14 @@ from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Compressed
 from jaxmodel.leaves.leaf import to_tensors
 from jaxmodel.report import step as shown_step
-from jaxmodel.report.files import atomic_write
 from jaxmodel.report.json_out import dumps, to_plain
+from jaxmodel.train import places
 from jaxmodel.train.state import TrainState
 from jaxmodel.train.stored import stored
 
 MANIFEST = "manifest.json"
+HISTORY = "history.jsonl"
 VERSION = 1
-_READERS = 8  # files that are digested at a time
 _STEP = re.compile(r"step-(\d{9,})")
 
 
@@ -100,9 +99,12 @@ class Checkpoints:
     Args:
       folder: local, made when missing; or in a bucket, `gs://...`, `s3://...`.
       keep: see `Keep`.
-      identity: plain data that a checkpoint must have been made with to be restored: configs. Differences are named.
+      identity: plain data that a checkpoint must have been made with to be restored: configs. Differences are named. None for
+        what `fit` says of its run (see `state_run`); without it, as in a loop of your own, nothing is compared.
       data: digest of the data, likewise.
-      environment: what bits depend on (mesh, processors, versions); a restore elsewhere says that they may differ.
+      environment: what bits depend on (mesh, processors, versions), likewise; a restore elsewhere says that they may differ.
+      allow_changes: names of what may differ from the run that saved, to go on with it in another way: fields of its
+        `TrainConfig` such as "steps" or "learning_rate", "batch_size" (whose data cannot be compared then), "loss", "data".
       read_only: whether to save nothing and to change nothing there.
       at_most: only steps up to this one are restored.
 
@@ -112,20 +114,22 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | os.PathLike[str],
         *,
         keep: Keep = Keep(),
         identity: Mapping[str, Any] | None = None,
         data: str | None = None,
         environment: Mapping[str, Any] | None = None,
+        allow_changes: Collection[str] = (),
         read_only: bool = False,
         at_most: int | None = None,
     ):
         from etils import epath
 
-        self.folder = epath.Path(_fresh(str(folder)) if is_remote(str(folder)) else Path(folder).absolute())
-        self.keep, self.identity, self.data = keep, to_plain(dict(identity or {})), data
-        self.environment = to_plain(dict(environment or {}))
+        self.folder = epath.Path(places.fresh(str(folder)) if is_remote(str(folder)) else Path(folder).absolute())
+        self.keep, self.identity, self.data, self.environment = keep, None, None, None
+        self.state_run(identity, data, environment)
+        self._allowed = (allow_changes,) if isinstance(allow_changes, str) else tuple(allow_changes)
         self._read_only, self._at_most = read_only, at_most
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
@@ -135,7 +139,7 @@ class Checkpoints:
             try:
                 if not is_remote(str(folder)):
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    self._held.enter_context(_held(Path(folder)))
+                    self._held.enter_context(places.held(Path(folder)))
                 elif not epath.Path("/".join(str(folder).split("/")[:3])).exists():
                     raise OSError("there is no such bucket, or it cannot be seen from here: address, keys, permission")
             except (OSError, ImportError) as error:
@@ -150,9 +154,18 @@ class Checkpoints:
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.close(raises=kind is None)
 
+    def state_run(self, identity: Mapping[str, Any] | None, data: str | None, environment: Mapping[str, Any] | None) -> None:
+        """Say of which run the checkpoints are; what was said already stays. `fit` does so. For the arguments see the class."""
+        if self.identity is None and identity is not None:
+            self.identity = to_plain(dict(identity))
+        if self.data is None:
+            self.data = data
+        if self.environment is None and environment is not None:
+            self.environment = to_plain(dict(environment))
+
     # -------------------------------------------------------------------------------------------------- saving
 
-    def save(self, state: TrainState, *, score: float | None = None) -> None:
+    def save(self, state: TrainState, *, score: float | None = None, history: Sequence[Mapping[str, Any]] = ()) -> None:
         """Begin to save a state under its `step`, and return once nothing more is read from its arrays.
 
         A save that fails (a full disk) says so on standard error and leaves what was saved before.
@@ -160,6 +173,7 @@ class Checkpoints:
         Args:
           state: on any mesh.
           score: of a held-out loss, for `Keep.best`; lower is better.
+          history: rows of plain numbers up to this state, see `history`.
         """
         if self._read_only:
             return
@@ -188,7 +202,8 @@ class Checkpoints:
             self._failed(number, error)
             return
         self._last = number
-        self._thread = threading.Thread(target=self._finish, args=(place, number, record), name="checkpoint")
+        lines = [json.dumps(row, default=float) for row in history]  # now, since the loop goes on with the list
+        self._thread = threading.Thread(target=self._finish, args=(place, number, record, lines), name="checkpoint")
         self._thread.start()
 
     def late(self, seconds: float, ask: bool) -> bool:
@@ -233,14 +248,16 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _finish(self, place: Any, number: int, record: dict[str, Any]) -> None:
+    def _finish(self, place: Any, number: int, record: dict[str, Any], history: list[str]) -> None:
         """In its thread: when the arrays are through, digests, the manifest, and what goes."""
         try:
             self._arrays.wait()
             self._problem = None
             if jax.process_index() == 0:
-                record["files"] = _digests(place)
-                _write(place / MANIFEST, dumps({**record, "sha256": _digest_of(record)}))
+                if history:
+                    places.write(place / HISTORY, "\n".join(history) + "\n")
+                record["files"] = places.digests(place, but=MANIFEST)
+                places.write(place / MANIFEST, dumps({**record, "sha256": _digest_of(record)}))
                 self._thin()
         except Exception as error:
             self._failed(number, error)
@@ -259,7 +276,7 @@ class Checkpoints:
             "fields": fields(state),
             "identity": self.identity,
             "data": self.data,
-            "environment": self.environment,
+            "environment": self.environment or {},
         }
 
     def _thin(self) -> None:
@@ -317,7 +334,7 @@ class Checkpoints:
           InputError: names the first file that is missing, of another size, or of another content.
         """
         place = self._place(number)
-        files, sizes = self.manifest(number)["files"], _sizes(place)
+        files, sizes = self.manifest(number)["files"], places.sizes(place)
 
         def problem(name: str) -> str:
             size, digest = files[name]
@@ -326,11 +343,11 @@ class Checkpoints:
                     return "is missing"
                 if sizes[name] != size:
                     return f"has {sizes[name]} bytes of {size}"
-                return "has other bytes than were written" if digest is not None and _digest(place / name) != digest else ""
+                return "has other bytes than were written" if digest is not None and places.digest(place / name) != digest else ""
             except OSError as error:
                 return f"cannot be read ({error.strerror or error})"
 
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(places.READERS) as pool:
             for name, found in zip(files, pool.map(problem, files), strict=True):
                 if found:
                     raise InputError(f"checkpoints: {name} of step {number} {found}")
@@ -359,7 +376,7 @@ class Checkpoints:
                     aside = self.folder / f"{self._place(number).name}.bad"
                     if aside.exists():
                         aside.rmtree()
-                    _move(self._place(number), aside)
+                    places.move(self._place(number), aside, first=MANIFEST)
                     _say(f"{error}; it is set aside as {aside.name}, and the step before is taken")
                     continue
                 found = number
@@ -389,16 +406,25 @@ class Checkpoints:
             kept = {name: a for name, a in wanted.items() if name not in of_others}
             found = {**self._arrays.restore(self._place(number) / "arrays", kept), **_zeros(wanted, of_others)}
         self._last = number
-        differ = _differences(record["environment"], self.environment)
+        differ = _differences(record["environment"], self.environment or {}) if record["environment"] else []
         if differ:
             _say(f"step {number} was made elsewhere, so bits may differ from those of an unbroken run: {'; '.join(differ)}")
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
     def _check(self, record: dict[str, Any], like: TrainState, but: Collection[str] = ()) -> None:
         number = record["step"]
-        if differ := _differences(record["identity"], self.identity):
-            raise InputError(f"checkpoints: step {number} in {str(self.folder)!r} is of another config: {'; '.join(differ[:8])}")
-        if record["data"] != self.data:
+        known = record["identity"] is not None and self.identity is not None
+        differ = _differences(record["identity"], self.identity) if known else []
+        changed = [line for line in differ if any(_is_of(name, line) for name in self._allowed)]
+        if others := [line for line in differ if line not in changed]:
+            raise InputError(
+                f"checkpoints: step {number} in {str(self.folder)!r} is of another config: {'; '.join(others[:8])}; use another "
+                f"folder, or to go on in this way Checkpoints(..., allow_changes={[_field(line) for line in others[:8]]})"
+            )
+        if changed:
+            _say(f"step {number} goes on in another way: {'; '.join(changed)}")
+        compared = record["data"] is not None and self.data is not None and not {"data", "batch_size"} & {*self._allowed}
+        if compared and record["data"] != self.data:
             then, now = (str(value)[:12] for value in (record["data"], self.data))
             raise InputError(
                 f"data: its fingerprint was {then} when step {number} in {str(self.folder)!r} was saved and is {now}; a run "
@@ -415,6 +441,11 @@ class Checkpoints:
             raise InputError(
                 f"checkpoints: step {number} in {str(self.folder)!r} has other arrays: {'; '.join(differ[:4])}{more}"
             )
+
+    def history(self, number: int) -> list[dict[str, Any]]:
+        """The rows that were saved with a step: those of the run up to it; of a run of several processes, those of the first."""
+        place = self._place(number) / HISTORY
+        return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
 
     def _entries(self) -> list[Any]:
         """What is there: nothing where there is no folder, as in a store of objects that holds none of it yet."""
@@ -478,70 +509,7 @@ def _copy(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.tree.map(jnp.copy, arrays)
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def _fresh(url: str) -> str:
-    """The URL, and from now on what fsspec lists there is what is there: arrays are written past it."""
-    protocol = url.partition("://")[0]
-    with contextlib.suppress(ImportError):  # said where the folder is looked for
-        import fsspec.config
-
-        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
-    return url
-
-
-def _digests(place: Any) -> dict[str, Any]:
-    """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects check contents themselves."""
-    remote = is_remote(str(place))
-    sizes = {name: size for name, size in sorted(_sizes(place).items()) if name != MANIFEST}
-    with ThreadPoolExecutor(_READERS) as pool:
-        digests = pool.map(lambda name: None if remote else _digest(place / name), sizes)
-        return {name: [size, digest] for (name, size), digest in zip(sizes.items(), digests, strict=True)}
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keep other processes from saving there; not other parts of this one."""
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-            raise InputError(f"checkpoints: {who} saves in {str(folder)!r}; stop it first, or use another folder") from None
-        except OSError:
-            pass  # a file system without locks
-        with contextlib.suppress(OSError):  # a full disk
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        yield
-
-
-def _sizes(place: Any) -> dict[str, int]:
-    """Bytes of all files in a folder and below, by name."""
-    if is_remote(str(place)):
-        store, base = _store(place)
-        return {name.removeprefix(f"{base}/"): entry["size"] for name, entry in store.find(base, detail=True).items()}
-    files = (file for file in Path(place).rglob("*") if file.is_file())
-    return {file.relative_to(place).as_posix(): file.stat().st_size for file in files}
-
-
-def _move(place: Any, aside: Any) -> None:
-    if not is_remote(str(place)):
-        place.rename(aside)
-        return
-    store, base = _store(place)  # has no folders: files are moved, that which makes them count first
-    for name in sorted(_sizes(place), key=lambda name: name != MANIFEST):
-        store.cp_file(f"{base}/{name}", str(aside / name))
-        store.rm_file(f"{base}/{name}")
-
-
-def _store(place: Any) -> tuple[Any, str]:
-    import fsspec
-
-    return fsspec.url_to_fs(str(place))
+# -------------------------------------------------------------------------------------------------------------- records
 
 
 def _told(value: int) -> int:
@@ -553,24 +521,12 @@ def _told(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def _digest(file: Any) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _digest_of(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(to_plain(record), sort_keys=True).encode()).hexdigest()
 
 
 def _read(file: Any) -> bytes:
     return file.read_bytes() if is_remote(str(file)) else files.read_bytes(str(file), schema.MOST_BYTES)
-
-
-def _write(file: Any, text: str) -> None:
-    if is_remote(str(file)):
-        file.write_text(text)  # a store of objects shows it whole or not at all
-    else:
-        atomic_write(str(file), text)
 
 
 def _differences(then: Any, now: Any, where: str = "") -> list[str]:
@@ -580,6 +536,17 @@ def _differences(then: Any, now: Any, where: str = "") -> list[str]:
         inside = lambda key: _differences(then.get(key), now.get(key), f"{where}.{key}" if where else str(key))
         return [line for key in keys for line in inside(key)]
     return [] if then == now else [f"{where} was {_shown(then)}, is {_shown(now)}"]
+
+
+def _field(line: str) -> str:
+    """The name that a line of `_differences` begins with, without the config that it is a field of."""
+    return line.split(" ", 1)[0].removeprefix("train.")
+
+
+def _is_of(name: str, line: str) -> bool:
+    """Whether a line of `_differences` is about a name: `learning_rate`, `train.learning_rate`, `model` for all of it."""
+    path = line.split(" ", 1)[0]
+    return name in (path, path.removeprefix("train.")) or path.startswith(f"{name}.")
 
 
 def _shown(value: Any) -> str:

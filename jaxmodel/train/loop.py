@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,9 +24,10 @@ from jaxmodel.train.checkpoint import Checkpoints, flat
 from jaxmodel.train.config import TrainConfig, make_optimizer, schedule_of, split_by
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
+from jaxmodel.train.identity import run_identity
 from jaxmodel.train.losses import Loss, next_token
 from jaxmodel.train.meter import Meter
-from jaxmodel.train.placing import Placed, check_batch
+from jaxmodel.train.placing import Placed, check_batch, environment
 from jaxmodel.train.rewind import BadSteps
 from jaxmodel.train.state import TrainState, averaged, init_state, state_shardings
 from jaxmodel.train.step import Augment, make_step
@@ -51,7 +53,7 @@ def fit(
     optimizer: optax.GradientTransformation | None = None,
     augment: Augment | None = None,
     gradients: Callable[[Objective], GradientFn] = value_and_grad,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     supervisor: Supervisor | None = None,
 ) -> tuple[TrainState, list[Row]]:
     """Train a model on a stream of batches.
@@ -69,11 +71,15 @@ def fit(
       optimizer: default `make_optimizer(config)`.
       augment: changes batches in training, see `jaxmodel.data.augment`.
       gradients: see `make_step`.
-      checkpoints: where states are saved, as the config says, and from where a run that was broken goes on.
+      checkpoints: where states are saved, as the config says, and from where a run that was broken goes on: a folder, a place
+        such as gs:// or s3://, or `Checkpoints` with settings. They are of this run alone: its config, loss, optimiser and data
+        are written down with them, and another run that is started there is refused, with what differs. (Params that are given
+        are not compared: the restored ones take their place.)
       supervisor: see `Supervisor`; where it stops the run, the state is saved and returned as it is.
 
     Returns:
-      The last state (with early stopping: with its best parameters) and the history: rows with step, data_step (the number of
+      The last state (with early stopping: with its best parameters) and the history of the whole run, also of the part before a
+      restart from checkpoints: rows with step, data_step (the number of
       its batch), loss, grad_norm, learning_rate, the other metrics of the loss, tokens_per_second and mfu (rows_per_second where
       batches have no tokens), data_wait (the share of time spent waiting for data), bad (steps left out since the row before),
       seconds, and where they were taken heldout_loss and the held-out metrics.
@@ -86,6 +92,10 @@ def fit(
         raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
     if config.bad == "rewind" and checkpoints is None:
         raise InputError("bad: 'rewind' given without checkpoints to go back to")
+    named = {"loss": loss, "optimizer": optimizer, "augment": augment}
+    named |= {} if gradients is value_and_grad else {"gradients": gradients}
+    identity = run_identity(model, config, stream.batch_size, **named)
+    identity |= {"heldout": heldout.fingerprint} if heldout is not None and config.patience else {}
     rate = schedule_of(config) if optimizer is None else None
     optimizer = optimizer or make_optimizer(config)
     supervisor = supervisor or Supervisor()
@@ -95,6 +105,7 @@ def fit(
         params = split_by(config, model.init(key) if params is None else params)
         carried: dict[str, Any] = {"average": config.average > 0, "guard": guard, "exchange": exchange}
         made = init_state(params, optimizer, config.trainable, **carried)
+        made.extra["batch_size"] = jnp.int32(stream.batch_size)
         return early.init(made, config.trainable) if config.patience else made
 
     key, most = jax.random.key(config.seed), flops.peak(model.policy.compute)
@@ -110,17 +121,27 @@ def fit(
         other = model.with_policy(dataclasses.replace(model.policy, remat=remat))
         return jitted(other, accumulate).lower(like, jax.tree.map(_shape, batch)).compile()
 
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as opened, jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
+            checkpoints = Checkpoints(checkpoints)
+            opened.callback(checkpoints.close, raises=False)  # it has said what it could not save
+        if checkpoints is not None:
+            checkpoints.state_run(identity, stream.fingerprint, environment(mesh))
         like = _shapes(jax.eval_shape(start, key, params), model.rules, mesh)
         where = jax.tree.map(lambda a: a.sharding, like)
         current = None if checkpoints is None else checkpoints.restore(like)
+        history: list[Row] = []
+        restored = current is not None
         if current is not None:
+            assert checkpoints is not None
+            history = checkpoints.history(int(current.step))
             supervisor.ledger.restored(int(current.step))
         elif state is None:
             params = params if params is None or mesh is None else sharding.place(model.rules, params, mesh)
             current = jax.jit(start, out_shardings=where)(key, params)
         else:
             current = _going_on(state, like, lambda params: start(key, params).extra)
+        current = _at_row(current, stream.batch_size)
         if not jax.tree.leaves(tree.partition(current.params, config.trainable)[0]):
             raise InputError("trainable: nothing trains")
         if config.steps < int(current.step):
@@ -128,11 +149,13 @@ def fit(
         run, batch = jitted(model, config.accumulate), {}
         scorer = None if heldout is None else Scorer(model, loss, Placed(heldout, mesh), config.eval_batches)
         meter = Meter(model, current.params, most, rate)
-        history: list[Row] = []
         i, feed = int(current.step), _feed(placed, current, config)
         unread = collections.deque[tuple[int, Any]]()  # steps that were begun and whose metrics nobody looked at
         answer = BadSteps(config.bad)
         stop, over = False, bool(config.patience) and early.over(current, config.patience)
+        if restored and jax.process_index() == 0:
+            then = "the run has ended there; nothing is left to train" if over or i == config.steps else "going on"
+            print(f"jaxmodel: step {i} of {config.steps} is restored; {then}", file=sys.stderr, flush=True)
         with bar(config.steps, "train", done=i, unit="step", first="compiling") as shown:
             while i < config.steps and not stop and not over:
                 with supervisor.spend("data", i), meter.waits():
@@ -154,6 +177,7 @@ def fit(
                     assert checkpoints is not None
                     with supervisor.spend("checkpoint", i):
                         current, i, stop = answer.rewind(current, i, back, checkpoints.restore(like, at_most=back)), back, False
+                    history[:] = [row for row in history if row["step"] <= i]
                     feed = _feed(placed, current, config)
                     unread.clear()
                     continue
@@ -177,11 +201,11 @@ def fit(
                         callback(row)
                 if checkpoints is not None and (stop or "save" in due or checkpoints.late(config.save_seconds, "row" in due)):
                     with supervisor.spend("checkpoint", i):
-                        checkpoints.save(current, score=score)
+                        checkpoints.save(current, score=score, history=history)
                         supervisor.ledger.at(i, saved=True)
         if checkpoints is not None:
             with supervisor.spend("checkpoint", i):
-                checkpoints.save(current)  # nothing where it is there already
+                checkpoints.save(current, history=history)  # nothing where it is there already
                 supervisor.ledger.at(i, saved=True)
                 checkpoints.wait(raises=False)  # what was trained is not lost with it: `close` raises
     return early.best(current) if config.patience and not stop else current, history
@@ -204,6 +228,26 @@ def _going_on(state: TrainState, like: TrainState, extra: Callable[[tree.Params]
     params = jax.device_put(state.params, where.params)
     whole = {**jax.jit(extra, out_shardings=where.extra)(params), **state.extra}
     return jax.tree.map(jnp.copy, jax.device_put(dataclasses.replace(state, params=params, extra=whole), where))
+
+
+def _at_row(state: TrainState, batch_size: int) -> TrainState:
+    """The state at the batch that begins with its next row, where batches had another size until now."""
+    then = int(state.extra["batch_size"])
+    rows = int(state.data_step) * then
+    if then == batch_size:
+        return state
+    if rows % batch_size:
+        near = [n for n in range(1, 4 * max(then, batch_size)) if rows % n == 0]
+        near = sorted(sorted(near, key=lambda n: abs(n - batch_size))[:4])
+        raise InputError(
+            f"batch_size: {batch_size} given to go on behind {rows} rows in batches of {then}, where some rows would come again "
+            f"or be left out; allowed: a divisor of {rows}, such as {', '.join(map(str, near))}"
+        )
+    now = {"data_step": rows // batch_size, "batch_size": batch_size}
+    old = {"data_step": state.data_step, "batch_size": state.extra["batch_size"]}
+    new = {name: jax.device_put(jnp.int32(now[name]), a.sharding) for name, a in old.items()}
+    extra = {**state.extra, "batch_size": new["batch_size"]}
+    return dataclasses.replace(state, data_step=new["data_step"], extra=extra)
 
 
 def _shape(a: Any) -> jax.ShapeDtypeStruct:

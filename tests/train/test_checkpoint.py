@@ -89,7 +89,7 @@ def test_a_failed_save_is_forgotten_with_the_next_in_all_processes(tmp_path, sta
     checkpoints._arrays.wait()
     with monkeypatch.context() as patch:  # not the first process, which writes the manifest
         patch.setattr("jax.process_index", lambda: 1)
-        checkpoints._finish(checkpoints._place(2), 2, {})
+        checkpoints._finish(checkpoints._place(2), 2, {}, [])
     assert checkpoints._problem is None
     checkpoints.close()
 
