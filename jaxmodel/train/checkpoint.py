@@ -87,7 +87,7 @@ class Manifest(TypedDict):
     score: float | None
     arrays: dict[str, tuple[list[schema.Index], str]]
     fields: dict[str, dict[str, Any]]
-    identity: dict[str, Any]
+    identity: dict[str, Any] | None
     data: str | None
     environment: dict[str, Any]
     files: dict[str, tuple[schema.Index, str | None]]
