@@ -110,6 +110,12 @@ class Generate(Common):
     """End before this text; may be given several times."""
     chat: bool = False
     """Ask the prompt as a user's message, in the form that the model's chat template gives it."""
+    system: Annotated[str | None, arg(metavar="TEXT|FILE")] = None
+    """With --chat: what the assistant is told first; a text, or a file that holds it."""
+    tools: Annotated[str | None, arg(metavar="FILE")] = None
+    """With --chat: a JSON file with the list of tools that the template may offer, as schemas of functions."""
+    documents: Annotated[str | None, arg(metavar="FILE")] = None
+    """With --chat: a JSON file with the list of documents that the answer may rest on, each with title and text."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
     seed: int = 0
     """Of the draws: the same seed gives the same text."""

@@ -86,10 +86,11 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
     from jaxmodel import generation, hub
     from jaxmodel.cli import resolved
 
+    messages, tools, documents = _talk(options)
     bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
     prompt = options.prompt
     if options.chat:
-        prompt = hub.need_processor(bundle).apply_chat([{"role": "user", "content": prompt}])
+        prompt = hub.need_processor(bundle).apply_chat(messages, tools=tools, documents=documents)
     request = generation.Request(
         generation.Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty),
         options.max_new_tokens,
@@ -100,6 +101,35 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
     folder.resolve(model=resolved.of_model(bundle.model), request=request)
     (done,) = generation.generate_ids(bundle, [prompt], request)
     return {**dataclasses.asdict(done), "prompt": prompt, "model": options.model}
+
+
+def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
+    """The messages of a chat, its tools and its documents.
+
+    Raises:
+      InputError: a file that cannot be read, or options of a chat without --chat.
+    """
+    from pathlib import Path
+
+    from jaxmodel import schema
+    from jaxmodel.files import read_bytes
+
+    given = {name: getattr(options, name) for name in ("system", "tools", "documents")}
+    if not options.chat and any(value is not None for value in given.values()):
+        name = next(name for name, value in given.items() if value is not None)
+        raise InputError(f"--{name}: a chat is needed for it; give --chat too")
+    messages = [{"role": "user", "content": options.prompt}]
+    if options.system is not None:
+        is_file = len(options.system) < 4096 and "\n" not in options.system and Path(options.system).is_file()
+        try:
+            said = read_bytes(options.system, schema.MOST_BYTES).decode().strip() if is_file else options.system
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--system: {options.system!r} cannot be read as UTF-8 text: {error}") from None
+        messages.insert(0, {"role": "system", "content": said})
+    lists = [
+        None if path is None else schema.read(Path(path), list[dict[str, Any]]) for path in (options.tools, options.documents)
+    ]
+    return messages, *lists
 
 
 def _show_generate(result: dict[str, Any], console: Any) -> None:

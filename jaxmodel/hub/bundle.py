@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from jaxmodel import layers, schema, tree
 from jaxmodel.errors import InputError, require
-from jaxmodel.hub import images, schemas
+from jaxmodel.hub import images, schemas, vocabularies
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.families import family_of, family_of_kind
@@ -114,7 +114,10 @@ def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
       InputError: it has none.
     """
     if not isinstance(bundle.processor, tokenizers.Tokenizer):
-        raise InputError(f"model: {bundle.card.get('name', 'the bundle')!r} has no tokenizer; text cannot be read")
+        raise InputError(
+            f"model: {bundle.card.get('name', 'the bundle')!r} has no tokenizer, so text cannot be read; allowed: a folder with "
+            f"one of {', '.join(vocabularies.FILES)}"
+        )
     return bundle.processor
 
 
@@ -183,7 +186,7 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, m
     stored = ours["policy"] if ours else Policy()
     policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
     model = family.module.model(config, policy)
-    processor = tokenizers.from_folder(folder) if (folder / "tokenizer.json").exists() else images.from_folder(folder)
+    processor = tokenizers.from_folder(folder) if tokenizers.is_there(folder) else images.from_folder(folder)
     check_vocabulary(config, processor, str(folder))
     kind = dtype or (None if ours else "float32")
     with open_folder(folder) as tensors:
@@ -229,11 +232,12 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     return {**ours, "policy": schema.make(ours["policy"], Policy, str(path), "policy")}
 
 
-def _special_ids(processor: Any) -> dict[str, int | None]:
+def _special_ids(processor: Any) -> dict[str, Any]:
     """Where a text begins and ends: what transformers would otherwise take from GPT-2's or Llama's own vocabulary."""
     if not isinstance(processor, tokenizers.Tokenizer):
         return {"bos_token_id": None, "eos_token_id": None}
-    end = next(iter(processor.eos_ids), None)
+    ends = processor.eos_ids
+    end = list(ends) if len(ends) > 1 else next(iter(ends), None)
     return {"bos_token_id": processor.bos_id, "eos_token_id": end, "pad_token_id": processor.pad_id}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError
-from jaxmodel.hub.schemas import Images
+from jaxmodel.hub.schemas import Images, Processor
 
 FILE = "preprocessor_config.json"
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # of `resample`, the numbers of Pillow
@@ -91,15 +91,19 @@ class ImageProcessor:
 
 
 def from_folder(folder: str | Path) -> ImageProcessor | None:
-    """The image processor of a folder in HF layout; None where it has no preprocessor_config.json.
+    """The image processor of a folder in HF layout; None where it has none.
 
     Raises:
       InputError: the file cannot be read as what it should be.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    if path.exists():
+        hf = schema.read(path, Images)
+    else:  # transformers 5 keeps it with what else reads the inputs of a model
+        path = Path(folder) / "processor_config.json"
+        hf = schema.read(path, Processor, missing=True).get("image_processor")
+    if hf is None:
         return None
-    hf = schema.read(path, Images)
     kind = str(hf.get("image_processor_type", hf.get("feature_extractor_type", "ViT")))
     if not kind.startswith(("ViT", "CLIP")):  # others crop, pad and scale in ways of their own
         raise InputError(f"{path}: the image processor {kind!r} is not read; allowed: those of ViT and CLIP")

@@ -12,6 +12,7 @@ from jaxmodel.schema import Count, Index, Positive, Share
 
 type Token = str | dict[str, Any] | None
 type Ids = Index | list[Index] | None
+type Template = str | list[NamedTemplate] | dict[str, str] | None
 
 
 class Rope(TypedDict, total=False):
@@ -152,6 +153,13 @@ class ShardIndex(TypedDict):
     weight_map: dict[str, str]
 
 
+class NamedTemplate(TypedDict):
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
 class Tokens(TypedDict, total=False):
     """tokenizer_config.json and special_tokens_map.json."""
 
@@ -164,8 +172,14 @@ class Tokens(TypedDict, total=False):
     unk_token: Token
     additional_special_tokens: list[str | dict[str, Any]] | None
     extra_special_tokens: list[str | dict[str, Any]] | dict[str, str | dict[str, Any]] | None
-    added_tokens_decoder: dict[str, dict[str, Any]] | None
-    chat_template: str | list[dict[str, str]] | dict[str, str] | None
+    added_tokens_decoder: dict[str, AddedToken] | None
+    chat_template: Template
+    do_lower_case: bool | None
+    tokenize_chinese_chars: bool | None
+    strip_accents: bool | None
+    add_prefix_space: bool | None
+    extra_ids: Index
+    tokenizer_class: str | None
     add_bos_token: bool | None
     add_eos_token: bool | None
     model_max_length: Any  # transformers writes 1e30 for none
@@ -177,6 +191,13 @@ class Generation(TypedDict, total=False):
     bos_token_id: Ids
     eos_token_id: Ids
     pad_token_id: Ids
+
+
+class Ends(TypedDict, total=False):
+    """Of config.json, what ends a text."""
+
+    eos_token_id: Ids
+    text_config: Generation | None
 
 
 class Side(TypedDict, total=False):
@@ -203,6 +224,35 @@ class Images(TypedDict, total=False):
     do_normalize: bool | None
     image_mean: list[float]
     image_std: list[Positive]
+
+
+class Processor(TypedDict, total=False):
+    """processor_config.json."""
+
+    image_processor: Images | None
+    feature_extractor: dict[str, Any] | None
+
+
+class Content(TypedDict):
+    """What a token says."""
+
+    content: str
+
+
+class AddedToken(Content, total=False):
+    """An entry of `added_tokens_decoder`."""
+
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+    normalized: bool
+    special: bool
+
+
+class Templates(TypedDict, total=False):
+    """chat_template.json."""
+
+    chat_template: Template
 
 
 class Sentences(TypedDict, total=False):

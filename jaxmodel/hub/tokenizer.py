@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.hub import chat, vocabularies
 from jaxmodel.hub import images as image_files
-from jaxmodel.hub.schemas import Generation, Tokens
+from jaxmodel.hub.schemas import Ends, Generation, Tokens
 
 END_OF_TEXT = "<|endoftext|>"
-ROLES = ("cls_token", "sep_token", "mask_token", "unk_token")
+ROLES = tuple(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"))
+# tokens that end a turn of a chat, by the names that models give them; a GGUF file may say no more of them (as in llama.cpp)
+_TURN_ENDS = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+    *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"),
+    "<｜end▁of▁sentence｜>",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +37,9 @@ class Tokenizer:
       eos_ids: the ids that end a text, the principal one first; empty where there is none.
       bos_id: the id that begins a text, or None.
       pad_id: the id that fills rows, or None.
-      chat_template: a Jinja template in the manner of HF, or None.
-      special: further special tokens by their role in HF: those of `ROLES` that there are (BERT's `mask_token`).
+      chat_template: a Jinja template in the manner of HF, or several by name, or None.
+      special: the special tokens by their role in HF (those of `ROLES` that there are), as templates see them; None for
+        those of the ids above.
       images: what reads the images of a model of both, or None.
     """
 
@@ -38,8 +47,8 @@ class Tokenizer:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int | None = None
-    chat_template: str | None = field(default=None, repr=False)
-    special: Mapping[str, str] = field(default_factory=dict, repr=False)
+    chat_template: chat.Template | None = field(default=None, repr=False)
+    special: Mapping[str, str] | None = field(default=None, repr=False)
     images: image_files.ImageProcessor | None = None
 
     @property
@@ -47,14 +56,40 @@ class Tokenizer:
         """Number of tokens, special ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens by their role in HF: `bos_token`, `eos_token`, `pad_token` and what else has a role."""
+        said = dict(self.special or {})
+        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None), "pad_token": self.pad_id}
+        for role, i in ids.items():
+            known = role in said and self.backend.token_to_id(said[role]) is not None
+            if i is not None and (self.special is None or known):
+                said[role] = self.backend.id_to_token(i) or ""
+            elif known:
+                del said[role]
+        return said
+
+    @functools.cached_property
+    def begins(self) -> tuple[int, ...]:
+        """The ids that the tokenizer puts in front of a text (begin-of-text); () for none."""
+        bare, whole = self.encode("a"), self.encode("a", special=True)
+        where = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        return tuple(whole[: where[0]]) if bare and where else ()
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that `decode` leaves out."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
     def beyond(self, rows: int) -> tuple[str, int] | None:
         """The first token, and its id, behind the last row of a table; None where all that a text needs are within.
 
-        A special token that has no role here does not count: only a text in which it is written out would have it.
+        A special token that has no role here does not count, nor does that of padding, for rows are padded by masks: only a
+        text in which it is written out would have it.
         """
-        roles = {*self._special_tokens().values(), *self.special.values()}
+        roles = {token for role, token in self.named_tokens.items() if role != "pad_token"}
         added = self.backend.get_added_tokens_decoder()
-        spare = {i for i, token in added.items() if token.special and token.content not in roles}
+        spare = {i for i, token in added.items() if token.special and token.content not in roles} | {self.pad_id}
         over = {i: token for token, i in self.backend.get_vocab().items() if i >= rows and i not in spare}
         return (over[min(over)], min(over)) if over else None
 
@@ -89,38 +124,32 @@ class Tokenizer:
             raise InputError(f"ids: {min(ids)} is not a token id; allowed: 0 to {self.vocab_size - 1}")
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
-    def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **more: Any,
+    ) -> str:
         """A conversation as the text that the model was trained on.
 
         Args:
           messages: what was said, in order, as `{"role": "user", "content": "..."}`.
           add_generation_prompt: end with the opening of the assistant's answer.
+          tools: what the model may call: JSON schemas of functions, as HF templates take them.
+          documents: what the answer may rest on, as `{"title": "...", "text": "..."}`.
+          template: the name of one of several templates; None for "tool_use" with tools, else "default".
+          **more: what else the template reads (`enable_thinking=False`).
 
         Raises:
           InputError: there is no chat template, a message has no role, or the template refuses the messages.
         """
-        import jinja2  # only chats need it
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        if self.chat_template is None:
-            raise InputError("chat_template: this tokenizer has none; give the prompt as plain text")
-        if isinstance(messages, str) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
-            raise InputError(f"messages: {messages!r:.80} is not a list of {{'role': ..., 'content': ...}}")
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        # The settings that HF templates are written for; the sandbox because a template is somebody else's program.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = refuse
-        special = {key: token or "" for key, token in self._special_tokens().items()}
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **special
-            )
-        except Exception as error:  # a template can raise whatever Python can
-            raise InputError(f"chat_template: it failed on these messages: {error}") from None
+        chosen = chat.choose(self.chat_template, template, tools is not None)
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **more}
+        return chat.render(chosen, self.named_tokens, messages, **given)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers and `from_folder` read.
@@ -132,9 +161,8 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "chat_template": self.chat_template,
-            **self.special,
-            **self._special_tokens(),
+            "chat_template": chat.to_config(self.chat_template),
+            **self.named_tokens,
         }
         _write_json(folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
         # Not backend.save: that turns a full disk into a bare Exception, and callers wait for OSError.
@@ -145,48 +173,88 @@ class Tokenizer:
             path = folder / "generation_config.json"
             _write_json(path, {**schema.read(path, Generation, missing=True), "eos_token_id": list(self.eos_ids)})
 
-    def _special_tokens(self) -> dict[str, str | None]:
-        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None), "pad_token": self.pad_id}
-        return {key: None if i is None else self.backend.id_to_token(i) for key, i in ids.items()}
+
+def is_there(folder: Path) -> bool:
+    """Whether a folder has a file that a tokenizer is read from."""
+    return any((folder / name).is_file() for name in vocabularies.FILES)
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder in HF layout (tokenizer.json; tokenizer_config.json and its companions where present).
+    """The tokenizer of a folder in HF layout: tokenizer.json, else a vocabulary alone; with its companions where present.
+
+    A text ends with the `eos_token` and with the ids of generation_config.json and config.json.
 
     Raises:
-      InputError: there is no tokenizer.json, or a file cannot be read as what it should be.
+      InputError: there is none, or a file cannot be read as what it should be.
     """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"folder: {str(folder)!r} has no tokenizer.json, the one tokenizer format that is read")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise InputError(f"folder: {str(path)!r} is not a tokenizer: {error}") from None
-    # Some folders carry the padding and truncation of their training run; neither belongs to the vocabulary.
-    backend.no_padding()
-    backend.no_truncation()
-
     names = ("special_tokens_map.json", "tokenizer_config.json")
     config = {k: v for name in names for k, v in schema.read(folder / name, Tokens, missing=True).items() if v is not None}
-    token_ids = {key: _token_id(backend, config.get(f"{key}_token")) for key in ("bos", "eos", "pad")}
-    more = schema.read(folder / "generation_config.json", Generation, missing=True).get("eos_token_id")
-    eos = [token_ids["eos"], *(more if isinstance(more, list) else [more])]
-    contents = {role: _content(config.get(role)) for role in ROLES}
-    return Tokenizer(
-        backend,
-        _distinct(eos),
-        token_ids["bos"],
-        token_ids["pad"],
-        _chat_template(folder, config.get("chat_template")),
-        {role: token for role, token in contents.items() if token is not None and backend.token_to_id(token) is not None},
-        image_files.from_folder(folder),
-    )
+    path, own = folder / "tokenizer.json", {}
+    if path.is_file():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise InputError(f"folder: {str(path)!r} is not a tokenizer: {error}") from None
+        # Some folders carry the padding and truncation of their training run; neither belongs to the vocabulary.
+        backend.no_padding()
+        backend.no_truncation()
+    else:
+        backend, own = vocabularies.from_vocabulary(folder, config)
+    contents = own | {role: token for role in ROLES if (token := _content(config.get(role))) is not None}
+    _add_tokens(backend, folder, config, set(contents.values()))
+    ids = {role: backend.token_to_id(token) for role, token in contents.items()}
+    eos = [ids.get("eos_token"), *_ends(folder / "generation_config.json", Generation), *_ends(folder / "config.json", Ends)]
+    template = chat.read(folder, config.get("chat_template"))
+    pictures = image_files.from_folder(folder)
+    return Tokenizer(backend, _distinct(eos), ids.get("bos_token"), ids.get("pad_token"), template, contents, pictures)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], named: set[str]) -> None:
+    """The tokens that only `added_tokens_decoder` of tokenizer_config.json, or added_tokens.json, knows.
+
+    Raises:
+      InputError: one that is no token, or whose id is not the next.
+    """
+    found: dict[int, AddedToken] = {}
+    listed = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    special = named | {_content(token) for token in (listed.values() if isinstance(listed, Mapping) else listed)}
+    for content, i in schema.read(folder / "added_tokens.json", dict[str, schema.Index], missing=True).items():
+        found[i] = AddedToken(content, special=content in special, normalized=content not in special)
+    for key, entry in config.get("added_tokens_decoder", {}).items():
+        if not key.isdecimal():
+            raise InputError(
+                f"{folder}/tokenizer_config.json: added_tokens_decoder has the id {key!r:.40}; allowed: whole numbers"
+            )
+        options = {k: entry[k] for k in ("lstrip", "rstrip", "single_word", "special") if k in entry}
+        found[int(key)] = AddedToken(entry["content"], normalized=entry.get("normalized", not entry.get("special")), **options)
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for i, token in sorted(found.items()):
+        if token.content in there:
+            continue
+        known = backend.token_to_id(token.content) is not None
+        backend.add_tokens([token])
+        if not known and backend.token_to_id(token.content) != i:
+            given = backend.token_to_id(token.content)
+            raise InputError(f"{folder}: the added token {token.content!r} has id {i}, but the next of tokenizer.json is {given}")
+
+
+def _ends(path: Path, kind: Any) -> list[int]:
+    """The `eos_token_id` of a file, a number or a list; also that of the text's part, in models of several kinds of input.
+
+    Raises:
+      InputError: it is something else.
+    """
+    hf = schema.read(path, kind, missing=True)
+    several = [part.get("eos_token_id") for part in (hf, hf.get("text_config") or {})]
+    return [i for one in several for i in (one if isinstance(one, list) else [one]) if i is not None]
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer inside a GGUF file: byte-level BPE (`tokenizer.ggml.model` = "gpt2").
+    """The tokenizer inside a GGUF file: byte-level BPE (`tokenizer.ggml.model` = "gpt2"), or SentencePiece's ("llama").
+
+    A text ends with the tokens that the file says end a text, a turn or a message, and with those that are known by name to do
+    so (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, ...), as in llama.cpp.
 
     Bytes that the file's vocabulary lacks are dropped from a text, as the original tokenizer does
     (SmolLM2 lacks six control characters and two leading bytes of unassigned planes).
@@ -203,16 +271,50 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             raise InputError(f"metadata: the GGUF file has no tokenizer.ggml.{key}")
         return metadata[f"tokenizer.ggml.{key}"]
 
-    if get("model") != "gpt2":
-        raise unknown("tokenizer.ggml.model", get("model"), ["gpt2"])
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    if get("model") not in ("gpt2", "llama"):
+        raise unknown("tokenizer.ggml.model", get("model"), ["gpt2", "llama"])
+    tokens, kinds = get("tokens"), metadata.get("tokenizer.ggml.token_type", [])
+    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "padding")}
+    if get("model") == "llama":
+        ids = {"bos": 1, "eos": 2} | {key: i for key, i in ids.items() if i is not None}  # what the kind has by itself
+        unk, prefix = metadata.get("tokenizer.ggml.unknown_token_id", 0), metadata.get("tokenizer.ggml.add_space_prefix", True)
+        settings = {"unk": unk, "prefix": bool(prefix)}
+        kinds = list(kinds) or [vocabularies.NORMAL] * len(tokens)
+        backend = vocabularies.of_pieces(vocabularies.piece_list(tokens, get("scores"), kinds, **settings))
+        begins = True
+    else:
+        backend, begins = _byte_level(tokens, get("merges"), kinds, metadata.get("tokenizer.ggml.pre", "default"))
+    for key, i in ids.items():
+        if i is not None and not 0 <= i < len(tokens):
+            raise InputError(f"tokenizer.ggml.{key}_token_id: {i} is not a token; allowed: 0 to {len(tokens) - 1}")
+    head = tokens[ids["bos"]] if ids.get("bos") is not None and metadata.get(_ADD_BOS, begins) else None
+    tail = tokens[ids["eos"]] if ids.get("eos") is not None and metadata.get(_ADD_EOS, False) else None
+    vocabularies.around(backend, head, tail)
+    vocabulary = backend.get_vocab()
+    there = [token for token in _TURN_ENDS if token in vocabulary]
+    if {"<|return|>", "<|call|>", "<|end|>"} <= set(there):  # in that kind of chat <|end|> ends a part of an answer
+        there.remove("<|end|>")
+    backend.add_special_tokens([token for token in there if vocabulary[token] not in backend.get_added_tokens_decoder()])
+    named = [vocabulary[token] for token in there]
+    ends = _distinct([*(ids.get(key) for key in ("eos", "eot", "eom")), *named])
+    return Tokenizer(backend, ends, ids.get("bos"), ids.get("padding"), _gguf_templates(metadata))
+
+
+def _byte_level(
+    tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], name: str
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """The byte-level tokenizer of a GGUF file, and whether its texts begin with a token unless the file says otherwise.
+
+    Raises:
+      InputError: an unknown pre-tokenizer, or lists that do not fit together.
+    """
     if name not in _SPLITS:
         raise unknown("tokenizer.ggml.pre", name, _SPLITS)
-    tokens, like_llama3 = get("tokens"), name == "llama-bpe"
+    like_llama3 = name == "llama-bpe"
     try:
-        merges = [_pair(merge) for merge in get("merges")]
+        pairs = [_pair(merge) for merge in merges]
         vocabulary = {token: i for i, token in enumerate(tokens)}
-        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=like_llama3))
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=like_llama3))
     except Exception as error:  # the library raises nothing more specific
         raise InputError(f"metadata: tokenizer.ggml.tokens and merges do not fit together: {error}") from None
     if len(vocabulary) != len(tokens):
@@ -221,22 +323,18 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _pre_tokenizer(_SPLITS[name])
     backend.decoder = decoders.ByteLevel()
-    kinds = metadata.get("tokenizer.ggml.token_type", [])
     for added, kind in ((True, _CONTROL), (False, _USER_DEFINED)):
         chosen = [token for token, k in zip(tokens, kinds, strict=False) if k == kind]
         backend.add_tokens([AddedToken(token, special=added, normalized=False) for token in chosen])
+    return backend, like_llama3
 
-    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "padding")}
-    for key, i in ids.items():
-        if i is not None and not 0 <= i < len(tokens):
-            raise InputError(f"tokenizer.ggml.{key}_token_id: {i} is not a token; allowed: 0 to {len(tokens) - 1}")
-    head = [tokens[ids["bos"]]] if ids["bos"] is not None and metadata.get(_ADD_BOS, like_llama3) else []
-    tail = [tokens[ids["eos"]]] if ids["eos"] is not None and metadata.get(_ADD_EOS, False) else []
-    if head or tail:
-        special = [(token, vocabulary[token]) for token in dict.fromkeys(head + tail)]
-        backend.post_processor = processors.TemplateProcessing(single=[*head, "$A", *tail], special_tokens=special)
-    template = metadata.get("tokenizer.chat_template")
-    return Tokenizer(backend, _distinct([ids["eos"], ids["eot"], ids["eom"]]), ids["bos"], ids["padding"], template)
+
+def _gguf_templates(metadata: Mapping[str, Any]) -> chat.Template | None:
+    """The chat template, or all where the file has further ones by name (`tokenizer.chat_template.tool_use`)."""
+    key = "tokenizer.chat_template"
+    one = metadata.get(key)
+    more = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    return {**({"default": one} if one is not None else {}), **more} if more else one
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -308,7 +406,7 @@ def stream_decoder(tokenizer: Tokenizer, skip_special: bool = True) -> Callable[
 
 
 _ADD_BOS, _ADD_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED = vocabularies.CONTROL, vocabularies.USER_DEFINED  # values of tokenizer.ggml.token_type
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LETTERS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -346,20 +444,6 @@ def _distinct(ids: Iterable[int | None]) -> tuple[int, ...]:
 
 def _content(token: str | Mapping[str, Any] | None) -> str | None:
     return token.get("content") if isinstance(token, Mapping) else token
-
-
-def _token_id(backend: tokenizers.Tokenizer, token: str | Mapping[str, Any] | None) -> int | None:
-    content = _content(token)
-    return None if content is None else backend.token_to_id(content)
-
-
-def _chat_template(folder: Path, entry: str | list[dict[str, str]] | None) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    if isinstance(entry, list):  # named templates
-        return {item["name"]: item["template"] for item in entry}.get("default")
-    return entry
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -305,3 +305,22 @@ def test_policy_travels_with_the_bundle(folder):
     bundle = hub.from_pretrained(folder / "tiny", policy=ops.Policy(compute="bfloat16"))
     bundle.save_pretrained(folder / "half")
     assert hub.from_pretrained(folder / "half").model.policy.compute == "bfloat16"
+
+
+def test_a_chat_with_a_system_message_tools_and_documents(capsys, folder, tmp_path):
+    bundle = hub.from_pretrained(folder / "tiny")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    template += "{{ (tools or [{}])[0].name }}{{ documents | tojson }}"
+    talks = dataclasses.replace(bundle, processor=dataclasses.replace(bundle.processor, chat_template=template))
+    talks.save_pretrained(tmp_path / "talks")
+    files = {"tools.json": '[{"name": "now"}]', "texts.json": '[{"text": "dog"}]', "be.txt": "Be brief.\n", "one.json": "{}"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    ask = ("generate", tmp_path / "talks", "--prompt", "fox", "--max-new-tokens", 1)
+    asked = lambda *more: as_json(capsys, folder, *ask, "--chat", *more)["prompt"]
+    assert asked() == "user:fox;null"
+    given = ("--tools", tmp_path / "tools.json", "--documents", tmp_path / "texts.json")
+    assert asked("--system", tmp_path / "be.txt", *given) == 'system:Be brief.;user:fox;now[{"text": "dog"}]'
+    assert asked("--system", "Be kind.") == "system:Be kind.;user:fox;null"
+    assert "--system: a chat is needed for it; give --chat too" in call(capsys, *ask, "--system", "x", code=2).err
+    assert "allowed: a list" in call(capsys, *ask, "--chat", "--tools", tmp_path / "one.json", code=2).err

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from jaxmodel import compress, layers, tree
 from jaxmodel.compress import Magnitude, Rtn
 from jaxmodel.errors import InputError
-from jaxmodel.hub import Bundle, from_pretrained, train_bpe
+from jaxmodel.hub import Bundle, Tokenizer, from_pretrained, train_bpe
 from jaxmodel.hub import bundle as bundles
 from jaxmodel.hub import gguf as gguf_files
 from jaxmodel.models import families
@@ -344,16 +344,19 @@ def test_bad_folder(source: str, damage: Callable[[Path], Any], parts: list[str]
 
 
 def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
-    """Neither saved nor loaded; but a special token without a role may lie behind, as in Gemma 3's models of text."""
+    """Neither saved nor loaded; but a special token without a role may lie behind, as in Gemma 3's of text, and padding."""
     bundle = dataclasses.replace(plain("gpt2", vocab=257), processor=train_bpe([], vocab_size=257))
     folder, processor = bundle.save_pretrained(tmp_path / "out"), train_bpe([], vocab_size=257)
     before = contents(folder)
     processor.backend.add_special_tokens(["<image>"])
     from_pretrained(dataclasses.replace(bundle, processor=processor).save_pretrained(folder))
     pads = dataclasses.replace(processor, pad_id=257)
+    back = from_pretrained(dataclasses.replace(bundle, processor=pads).save_pretrained(folder))
+    assert isinstance(back.processor, Tokenizer) and back.processor.pad_id == 257
     message = "the tokenizer's token '<image>' has id 257, but the embedding's are 0 to 256"
-    save_refused(dataclasses.replace(bundle, processor=pads), folder, f"processor: {message}")
-    pads.save(folder)
+    begins = dataclasses.replace(processor, bos_id=257)
+    save_refused(dataclasses.replace(bundle, processor=begins), folder, f"processor: {message}")
+    begins.save(folder)
     refused(folder, f"{folder}: {message}")
     processor = train_bpe(["a newer text, and the newest"], vocab_size=260)
     processor.save(folder)
@@ -441,7 +444,7 @@ K = "blk.1.attn_k.weight"
         ({"llama.block_count": None}, ["'llama.block_count' is missing"]),
         ({"llama.rope.scaling.type": "yarn"}, ["rope scaling 'yarn'"]),
         ({"tokenizer.ggml.tokens": None}, ["'llama.vocab_size' is missing"]),
-        ({"tokenizer.ggml.model": "llama"}, ["tokenizer.ggml.model: 'llama'"]),
+        ({"tokenizer.ggml.model": "bert"}, ["tokenizer.ggml.model: 'bert'"]),
         ({"llama.vocab_size": 96}, ["a.gguf: the tokenizer's token '</s>' has id 96, but the embedding's are 0 to 95"]),
     ],
 )

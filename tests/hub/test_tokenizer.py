@@ -61,7 +61,7 @@ def gguf_metadata(tokenizer: Tokenizer, extra: dict[str, int] | None = None, **e
 def test_smollm2_facts(smollm2: Tokenizer) -> None:
     assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert smollm2.decode([7042]) == " Paris"
-    assert (smollm2.vocab_size, smollm2.eos_ids, smollm2.bos_id, smollm2.pad_id) == (49152, (2,), 1, 2)
+    assert (smollm2.vocab_size, smollm2.eos_ids, smollm2.bos_id, smollm2.pad_id) == (49152, (2, 0), 1, 2)  # 0 by its name
     assert smollm2.encode("", special=True) == []
     assert smollm2.encode("a", special=True) == smollm2.encode("a")  # this file asks for no begin-of-text
 
@@ -187,7 +187,8 @@ def test_qwen2_composes_characters() -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model: 'llama' .*allowed: gpt2"),
+        ({"model": "bert"}, "tokenizer.ggml.model: 'bert' .*allowed: gpt2, llama"),
+        ({"model": "llama"}, "no tokenizer.ggml.scores"),
         ({"model": None}, "no tokenizer.ggml.model"),
         (
             {"pre": "gpt-3"},
@@ -213,10 +214,8 @@ def test_wrong_metadata(entries: dict[str, Any], message: str) -> None:
 def test_saved_folder_reads_back(smollm2: Tokenizer, tmp_path: Path) -> None:
     smollm2.save(tmp_path / "new" / "folder")
     read = from_folder(tmp_path / "new" / "folder")
-    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}  # the last for its two ends
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == names
     for text in (MIXED, "<|im_start|>user\n", ENGLISH[:20_000]):
         assert read.encode(text) == smollm2.encode(text)
         assert read.decode(read.encode(text)) == smollm2.decode(smollm2.encode(text))
@@ -264,7 +263,7 @@ def test_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
     read = from_folder(tmp_path)
-    assert (read.eos_ids, read.bos_id, read.pad_id, read.chat_template) == ((3,), 2, 0, "yes")
+    assert (read.eos_ids, read.bos_id, read.pad_id, read.chat_template) == ((3,), 2, 0, {"tool_use": "no", "default": "yes"})
     assert read.encode("Hello world hello World") == [4, 5, 4, 5]
     assert read.encode("Hello world", special=True) == [2, 4, 5, 3]
     (tmp_path / "chat_template.jinja").write_text("newest")
@@ -274,7 +273,7 @@ def test_foreign_folder(tmp_path: Path) -> None:
 
 
 def test_wrong_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"{tmp_path}.*no tokenizer.json"):
+    with pytest.raises(InputError, match=f"{tmp_path}.*no tokenizer; allowed: .*tokenizer.json, tokenizer.model"):
         from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(InputError, match=r"tokenizer.json' is not a tokenizer"):
