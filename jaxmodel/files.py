@@ -1,18 +1,20 @@
-"""Local files that may be somebody else's: opened only if they are regular ones, and read no further than a limit."""
+"""Local files that may be somebody else's: only regular ones are read, up to a limit, and no link is written on."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import TextIO
 
 from jaxmodel.errors import InputError
 
 _NO_FILES = ("/proc/", "/sys/")  # what lies there says that it is a regular file, and is the system's memory
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file to be read as bytes; a pipe, which could be waited for without end, a device or a folder is refused.
 
     Args:
@@ -41,7 +43,28 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
       OSError: as `open`.
     """
     with open_regular(path) as file:
-        found = file.read(limit + 1)
-    if len(found) > limit:
+        size = os.fstat(file.fileno()).st_size
+        found = file.read(size + 1) if size <= limit else b""  # what `read` is asked for it makes room for
+    if max(size, len(found)) > limit:
         raise InputError(f"{os.fspath(path)}: larger than {limit:,} bytes, which is the most that is read of such a file")
     return found
+
+
+def open_own(path: str | Path) -> TextIO:
+    """Open a file of ours in somebody's folder to be read and appended to (a log, a lock); it is made where there is none.
+
+    Raises:
+      InputError: what has this name is a link, which could lead to a file of another, or no regular file.
+      OSError: as `open`.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if os.path.islink(path) or error.errno == errno.ENXIO:  # a pipe that nobody reads
+            raise InputError(f"{os.fspath(path)}: no regular file; nothing is written there: remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise InputError(f"{os.fspath(path)}: no regular file; nothing is written there: remove it")
+    return open(handle, "a+", encoding="utf-8")

@@ -62,7 +62,7 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
 def _train(options: Demo, folder: report.Run) -> dict[str, Any]:
     """Train in a process of its own (eight devices would slow this one down), then make the result smaller here."""
     out, answer = folder.path("gpt/bundle"), folder.path("gpt/train.json")
-    command = [sys.executable, "-m", "jaxmodel", "train", "--out", out, "--json", answer, "--runs", folder.path("gpt")]
+    command = [sys.executable, "-P", "-m", "jaxmodel", "train", "--out", out, "--json", answer, "--runs", folder.path("gpt")]
     command += ["--devices", 8, "--mesh", MESH, "--steps", options.train_steps, "--seed", options.seed]
     print("train a small GPT on eight simulated devices, in a process of its own", file=sys.stderr)
     done = subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL, check=False)

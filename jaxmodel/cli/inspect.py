@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxmodel.cli.options import Models, Predict, Summary
 from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.files import read_bytes
 from jaxmodel.hub.published import WEIGHTS
 
 # ------------------------------------------------------------------------------------------------------------------ models
@@ -32,6 +33,8 @@ def models(options: Models, folder: Any) -> list[dict[str, Any]]:
     return rows
 
 
+MOST_BYTES = 2**28
+"""Of a file that is predicted of."""
 COUNTS = Path(__file__).with_name("parameters.json")
 """Parameters of the sizes, since tracing the initialisation of all takes ten seconds. A size that is not there, or whose config
 has changed, is counted on the spot; a test counts all, and `store_counts` writes the file anew."""
@@ -158,7 +161,7 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
 
     if not options.input:
         raise InputError("--input: no file given; allowed: one or more files of text or of images")
-    contents = [Path(name).read_bytes() for name in options.input]  # what cannot be read is known before the model is loaded
+    contents = [read_bytes(name, MOST_BYTES) for name in options.input]  # what cannot be read is known before the model is loaded
     bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
     labels = bundle.labels
     if not labels:

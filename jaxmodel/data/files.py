@@ -1,4 +1,8 @@
-"""Files by path or by URL (`s3://`, `gs://`, `memory://`, whatever fsspec knows), and arrays in them, read in ranges."""
+"""Files by path or by URL (`https://`, `gs://`, `s3://`, `hf://`), and arrays in them, read in ranges.
+
+Of local files only regular ones are read, and no other kinds of URL are opened: fsspec knows some that lead to other local
+files, to archives in archives, or to any server of the network.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import glob
 import gzip
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,17 +24,39 @@ from typing import IO, Any
 import numpy as np
 
 from jaxmodel.errors import InputError, require
+from jaxmodel.files import open_regular
 
 type Where = str | Path
 """A path, or a URL, which is a str."""
 
+PROTOCOLS = ("https", "gs", "s3", "hf")
+LONGEST = 2**27
+"""Bytes of a line, and of a local file that is read as a whole into a text."""
 _BLOCK = 2**20  # bytes
 _CONTENT_UP_TO = 2**26  # bytes of a local file that are hashed rather than believed to be those of its time of change
 
 
 def is_remote(path: Where) -> bool:
-    """Whether fsspec reads it: a URL, `memory://texts/a.txt`."""
+    """Whether fsspec reads it: a URL, `gs://bucket/a.txt`."""
     return isinstance(path, str) and "://" in path
+
+
+def check_protocol(url: str, argument: str = "data", allowed: Sequence[str] | None = None) -> None:
+    """Refuse URLs of other protocols than these, and chains of them, but for a `filecache::` or `simplecache::` in front.
+
+    Args:
+      url: the URL.
+      argument: its name in the message.
+      allowed: default `PROTOCOLS`.
+
+    Raises:
+      InputError: another protocol.
+    """
+    known = PROTOCOLS if allowed is None else allowed
+    rest = re.sub("^(filecache|simplecache)::", "", url)
+    if rest.partition("://")[0] not in known or "::" in rest:
+        kinds = ", ".join(f"{one}://" for one in known)
+        raise InputError(f"{argument}: {url!r} given; allowed: local files, and URLs of {kinds}")
 
 
 def join(folder: Where, name: str) -> str:
@@ -55,10 +82,32 @@ def reading(path: str, unpack: bool = True) -> Iterator[Any]:
             fs, inside = _remote(path)
             file = stack.enter_context(fs.open(inside, "rb"))
         else:
-            file = stack.enter_context(open(path, "rb"))
+            file = stack.enter_context(open_regular(path))
         if unpack and path.endswith(".gz"):
             file = stack.enter_context(gzip.open(file))
         yield file
+
+
+def lines(path: str, most: int | None = None) -> Iterator[bytes]:
+    """The lines of a file with their ends, unpacked on the way.
+
+    Args:
+      path: of the file.
+      most: bytes of all lines; None for any number.
+
+    Raises:
+      InputError: there are more, a line is longer than `LONGEST`, or it goes on with more white space than a text holds.
+    """
+    with reading(path) as file:
+        blank, total = 0, 0
+        while line := file.readline(LONGEST + 1):
+            blank = 0 if line.strip() else blank + len(line)
+            if len(line) > LONGEST or blank > LONGEST // 8:
+                what = f"a line is longer than {LONGEST:,} bytes" if blank == 0 else "it goes on with white space"
+                raise InputError(f"data: {path!r} cannot be read: {what}")
+            if most is not None and (total := total + len(line)) > most:
+                raise InputError(f"data: {path!r} cannot be read: it has more than the {most:,} bytes that are held at once")
+            yield line
 
 
 @contextmanager
@@ -139,8 +188,11 @@ def below(folder: Where) -> list[str]:
             fs, inside = _remote(str(folder))
             found = [path[len(inside) :].strip("/") for path in fs.find(inside)]
         else:
-            walk = os.walk(folder, followlinks=True)
-            found = [Path(root, name).relative_to(folder).as_posix() for root, _, names in walk for name in names]
+            found, seen = [], set[str]()
+            for root, folders, names in os.walk(folder, followlinks=True):
+                found += [Path(root, name).relative_to(folder).as_posix() for name in names]
+                seen.add(os.path.realpath(root))  # a link may lead back up
+                folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
     return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
 
 
@@ -170,17 +222,22 @@ class Column:
     Attributes:
       path: of the file.
       dtype: of the items.
+      digest: sha256 of the file, which is compared before the first read of a local one; None for not.
     """
 
     path: str
     dtype: np.dtype
+    digest: str | None = None
 
     @cached_property
     def _mapped(self) -> np.ndarray:
         with naming(self.path):
             if not os.path.getsize(self.path):
                 return np.empty(0, self.dtype)  # what is empty cannot be mapped
-            return np.memmap(self.path, self.dtype, mode="r").view(np.ndarray)
+            if self.digest is not None and sha256(self.path) != self.digest:
+                raise InputError(f"data: {self.path!r} is not what was written (another sha256): restore it, or make it anew")
+            with open_regular(self.path) as file:
+                return np.memmap(file, self.dtype, mode="r").view(np.ndarray)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Items start ... stop - 1."""
@@ -212,6 +269,7 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _remote(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
+    check_protocol(url)
     try:
         return require("fsspec.core", "remote").url_to_fs(url)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed

@@ -16,9 +16,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
+from jaxmodel import schema
 from jaxmodel.data import files
 from jaxmodel.data.pack import Bins, cut, first_fit
 from jaxmodel.data.shards import Shards
@@ -79,7 +81,7 @@ class PackedShards:
           InputError: a file that is not what was written.
         """
         with files.reading(f"{self._path}.json") as file:
-            digests = json.loads(file.read())["sha256"]
+            digests = _head(file.read())["sha256"]
         for name in _ARRAYS:
             path = f"{self._path}.{name}"
             if files.sha256(path) != digests[name]:
@@ -114,7 +116,9 @@ class PackedShards:
 
     @cached_property
     def _columns(self) -> list[files.Column]:
-        return [files.Column(f"{self._path}.{name}", dtype) for name, dtype in _ARRAYS.items()]
+        with files.reading(f"{self._path}.json") as file:
+            digests = _head(file.read())["sha256"]
+        return [files.Column(f"{self._path}.{name}", dtype, digests[name]) for name, dtype in _ARRAYS.items()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +166,30 @@ class ShardWindows:
         return Bins(tokens, np.ones_like(tokens), np.broadcast_to(places, tokens.shape))
 
 
+class _Digests(TypedDict):
+    starts: str
+    sizes: str
+    firsts: str
+
+
+class _Head(TypedDict):
+    fingerprint: str
+    bytes: dict[str, int]
+    sha256: _Digests
+
+
+def _head(raw: bytes) -> Any:
+    return schema.make(schema.parse(raw, "plan"), _Head, "plan")
+
+
 def _is_whole(path: str, fingerprint: str) -> bool:
     """Whether a plan is there that was finished, with its arrays as long as they were."""
     found = files.sizes(os.path.dirname(path))
     name = Path(path).name
     if f"{name}.json" not in found:
         return False
-    with files.reading(f"{path}.json") as file, suppress(ValueError):
-        head = json.loads(file.read())
+    with files.reading(f"{path}.json") as file, suppress(InputError):
+        head = _head(file.read())
         here = {array: found.get(f"{name}.{array}") for array in _ARRAYS}
         return (head["fingerprint"], head["bytes"]) == (fingerprint, here)
     return False

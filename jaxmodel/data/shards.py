@@ -19,10 +19,11 @@ from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
 
+from jaxmodel import schema
 from jaxmodel.data import files
 from jaxmodel.data.sources import Documents, documents
 from jaxmodel.errors import InputError, at_least
@@ -34,6 +35,31 @@ _FILES = ("tokens_file", "offsets_file")
 _OURS = re.compile(r"(tokens|offsets)-[0-9a-f]{8}-\d{5,}\.bin|pack-\d+-[0-9a-f]{16}\.(json|starts|sizes|firsts)")
 _ANEW = f"delete {INDEX} and tokenise anew"
 _TEXTS, _CHARACTERS = 1024, 2**20  # at most so many are encoded in one call, unless a single text is longer
+
+
+type _Size = Annotated[int, schema.Range(0, 2**62)]
+
+
+class _Shard(TypedDict):
+    tokens_file: str
+    offsets_file: str
+    documents: _Size
+    tokens: _Size
+    tokens_sha256: str
+    offsets_sha256: str
+
+
+class _Index(TypedDict):
+    format: str
+    key: str
+    dtype: Literal["<u2", "<u4"]
+    vocab: schema.Count
+    eos: schema.Index | None
+    tokenizer: Any
+    keep: list[Any] | None
+    documents: _Size
+    tokens: _Size
+    shards: list[_Shard]
 
 
 @runtime_checkable
@@ -57,7 +83,8 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Documents as token ids, in a folder that `tokenize` wrote. Opening reads the index and compares sizes.
+    """Documents as token ids, in a folder that `tokenize` wrote. Opening reads the index and compares sizes;
+    a local file's digest is compared before it is first read.
 
     Attributes:
       folder: a path or a URL. Each range of a URL is a request; `filecache::s3://...` keeps files that it reads on a disk.
@@ -168,11 +195,14 @@ class Shards:
 
     @cached_property
     def _tokens(self) -> list[files.Column]:
-        return [files.Column(files.join(self.folder, shard["tokens_file"]), self.dtype) for shard in self.index["shards"]]
+        return [self._column(shard, "tokens", self.dtype) for shard in self.index["shards"]]
 
     @cached_property
     def _offsets(self) -> list[files.Column]:
-        return [files.Column(files.join(self.folder, s["offsets_file"]), np.dtype("<i8")) for s in self.index["shards"]]
+        return [self._column(shard, "offsets", np.dtype("<i8")) for shard in self.index["shards"]]
+
+    def _column(self, shard: dict[str, Any], kind: str, dtype: np.dtype) -> files.Column:
+        return files.Column(files.join(self.folder, shard[f"{kind}_file"]), dtype, shard[f"{kind}_sha256"])
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -304,9 +334,11 @@ def _read_index(folder: files.Where) -> dict[str, Any] | None:
         return None
     with files.reading(files.join(folder, INDEX)) as file:
         raw = file.read()
-    with suppress(ValueError):
-        found = json.loads(raw)
-        if isinstance(found, dict) and found.get("format") == _FORMAT:
+    with suppress(InputError):
+        found = schema.make(schema.parse(raw, INDEX), _Index, INDEX)
+        names = [shard[kind] for shard in found["shards"] for kind in _FILES]
+        totals = {name: sum(shard[name] for shard in found["shards"]) for name in ("documents", "tokens")}
+        if found["format"] == _FORMAT and all(map(_OURS.fullmatch, names)) and totals == {name: found[name] for name in totals}:
             return found
     return None
 

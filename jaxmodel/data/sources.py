@@ -13,7 +13,7 @@
 | `hf:NAME`, `hf:NAME:CONFIG`         | the same of a data set at the hub, streamed                                         |
 | any other file                      | UTF-8, split as `split_documents` does                                              |
 
-Files may be packed (`.gz`), named by patterns (`texts/*.jsonl`, `**`), and stand behind any URL that fsspec knows.
+Files may be packed (`.gz`), named by patterns (`texts/*.jsonl`, `**`), and stand behind a URL of `files.PROTOCOLS`.
 """
 
 from __future__ import annotations
@@ -175,13 +175,12 @@ def _stamps(part: str) -> list[str]:
 
 def _lines(part: str) -> Iterator[str]:
     offset = 0
-    with files.reading(part) as file:
-        for line in file:  # no character of UTF-8 has a line feed among its bytes, so that lines decode one by one
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise not_utf8(part, error, offset) from None
-            offset += len(line)
+    for line in files.lines(part):  # no character of UTF-8 has a line feed among its bytes, so that lines decode one by one
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(part, error, offset) from None
+        offset += len(line)
 
 
 def _numbered(kind: str, texts: Iterable[Any], first: int = 1) -> Iterator[tuple[str, Any]]:
@@ -192,17 +191,15 @@ def _json(part: str, field: str) -> Iterator[tuple[str, Any]]:
     """An object a line; of a `.json` the first character tells whether it is a list of objects instead."""
     first = b""
     if part.lower().removesuffix(".gz").endswith(".json"):
-        with files.reading(part) as file:
-            first = next((line for line in file if line.strip()), b"")
-    with files.reading(part) as file:
-        if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-            records = _loads(part, "the file", file.read(), f"a list of objects with {field!r}")
-            for i, record in enumerate(records, 1):
-                yield f"entry {i}", _field(part, f"entry {i}", record, field)
-            return
-        for i, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {i}", _from_json(part, f"line {i}", line, field)
+        first = next((line for line in files.lines(part) if line.strip()), b"")
+    if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        records = _loads(part, "the file", b"".join(files.lines(part, files.LONGEST)), f"a list of objects with {field!r}")
+        for i, record in enumerate(records, 1):
+            yield f"entry {i}", _field(part, f"entry {i}", record, field)
+        return
+    for i, line in enumerate(files.lines(part), 1):
+        if line.strip():
+            yield f"line {i}", _from_json(part, f"line {i}", line, field)
 
 
 def _table(part: str, field: str) -> Iterator[tuple[str, str | None]]:

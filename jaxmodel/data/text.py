@@ -35,6 +35,7 @@ from pathlib import Path
 
 from jaxmodel.data import files
 from jaxmodel.errors import InputError, nearest, require
+from jaxmodel.files import read_bytes
 
 NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")
 
@@ -83,7 +84,7 @@ def load_text(source: str | Path) -> Text:
     """The text of a known name (see the table above) or of a UTF-8 file; a name wins over a file of the same name.
 
     Args:
-      source: one of `NAMES`, a path, or a URL (`gs://...`) that fsspec knows.
+      source: one of `NAMES`, a path, or a URL (`gs://...`).
 
     Returns:
       The text with its origin and digest.
@@ -102,7 +103,10 @@ def load_text(source: str | Path) -> Text:
         raise InputError(f"data source: {name!r} is by its name a file of records; allowed: {allowed}")
     elif files.is_remote(name):
         with files.reading(name, unpack=False) as file:
-            text, origin = _decode(name, file.read()), name
+            raw = file.read(files.LONGEST + 1)
+            if len(raw) > files.LONGEST:
+                raise InputError(f"data source: {name!r} is larger than {files.LONGEST:,} bytes, which is the most that is held")
+            text, origin = _decode(name, raw), name
     else:
         path = Path(source).expanduser()
         text, origin = _read(name, path), _shown(name, path)
@@ -191,7 +195,7 @@ def _read(given: str, path: Path) -> str:
     if not path.is_file():
         raise no_file(given, path)
     try:
-        return _decode(given, path.read_bytes())
+        return _decode(given, read_bytes(path, files.LONGEST))
     except OSError as error:
         raise InputError(f"data source: {given!r} cannot be read: {error.strerror}") from None
 

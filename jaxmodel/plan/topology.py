@@ -11,6 +11,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from jaxmodel.errors import InputError, require
+from jaxmodel.files import open_own
 
 _held: list[Any] = []  # the lock, for as long as this process lives
 
@@ -31,7 +32,7 @@ def topology(name: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the network what machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its own lock does not wait but fails; nothing runs on a chip
     if not _held:
-        lock = (Path(tempfile.gettempdir()) / "jaxmodel-libtpu.lock").open("w")
+        lock = open_own(Path(tempfile.gettempdir()) / "jaxmodel-libtpu.lock")
         fcntl.flock(lock, fcntl.LOCK_EX)
         _held.append(lock)
     try:

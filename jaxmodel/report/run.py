@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError
+from jaxmodel.files import open_own
 from jaxmodel.report.files import atomic_write
 from jaxmodel.report.json_out import dumps, to_plain
 
@@ -59,7 +60,7 @@ class Run:
           InputError: the file cannot be written.
         """
         try:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with open_own(self.folder / "metrics.jsonl") as file:
                 file.write(dumps(metrics, indent=None) + "\n")
         except OSError as error:
             raise InputError(f"metrics.jsonl in {str(self.folder)!r} cannot be written ({error.strerror})") from error

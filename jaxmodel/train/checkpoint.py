@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import files, schema
-from jaxmodel.data.files import is_remote
+from jaxmodel import schema
+from jaxmodel.data.files import check_protocol, is_remote
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Compressed
 from jaxmodel.leaves.leaf import to_tensors
@@ -89,7 +89,7 @@ class Manifest(TypedDict):
     fields: dict[str, dict[str, Any]]
     identity: dict[str, Any] | None
     data: str | None
-    environment: dict[str, Any]
+    environment: dict[str, Any] | None
     files: dict[str, tuple[schema.Index, str | None]]
 
 
@@ -126,6 +126,8 @@ class Checkpoints:
     ):
         from etils import epath
 
+        if is_remote(str(folder)):
+            check_protocol(str(folder), "checkpoints", ("gs", "s3"))
         self.folder = epath.Path(places.fresh(str(folder)) if is_remote(str(folder)) else Path(folder).absolute())
         self.keep, self.identity, self.data, self.environment = keep, None, None, None
         self.state_run(identity, data, environment)
@@ -317,7 +319,7 @@ class Checkpoints:
         """
         file = self._place(number) / MANIFEST
         try:
-            record = schema.parse(_read(file), str(file))
+            record = schema.parse(places.read(file), str(file))
         except (OSError, InputError) as error:
             raise InputError(f"checkpoints: the manifest of step {number} cannot be read ({_one_line(error)})") from None
         if not isinstance(record, dict) or record.get("version") != VERSION:
@@ -523,10 +525,6 @@ def _told(value: int) -> int:
 
 def _digest_of(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(to_plain(record), sort_keys=True).encode()).hexdigest()
-
-
-def _read(file: Any) -> bytes:
-    return file.read_bytes() if is_remote(str(file)) else files.read_bytes(str(file), schema.MOST_BYTES)
 
 
 def _differences(then: Any, now: Any, where: str = "") -> list[str]:

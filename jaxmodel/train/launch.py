@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxmodel.errors import InputError, at_least
+from jaxmodel.files import open_own
 from jaxmodel.sharding import simulation
 from jaxmodel.train.faults import LAUNCHER, STUCK
 
@@ -119,21 +120,22 @@ def _start(command: Sequence[str], processes: int, devices: int, logs: Path) -> 
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    safe = ["-P"] if command[:1] == ["-m"] else []  # a module comes from where it is installed, never from the current folder
     world = []
-    for rank in range(processes):
-        environ = {
-            **os.environ,
-            **simulation(devices),
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(rank),
-            LAUNCHER: str(os.getpid()),
-        }
-        with contextlib.ExitStack() as stack:
-            log = stack.enter_context(open(logs / f"rank-{rank}.log", "ab")) if rank else None
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_own(logs / f"rank-{rank}.log")) for rank in range(1, processes)]
+        for rank, log in enumerate([None, *files]):
+            environ = {
+                **os.environ,
+                **simulation(devices),
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(rank),
+                LAUNCHER: str(os.getpid()),
+            }
             # what process 0 prints on standard output the caller says once more, when all are through
             out = log or subprocess.DEVNULL
-            world.append(subprocess.Popen([sys.executable, *command], env=environ, stdout=out, stderr=log))
+            world.append(subprocess.Popen([sys.executable, *safe, *command], env=environ, stdout=out, stderr=log))
     return world
 
 

@@ -14,14 +14,29 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from jaxmodel.errors import unknown
+from jaxmodel import schema
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.files import open_own, read_bytes
 
 CATEGORIES = ("start", "compile", "data", "compute", "evaluate", "checkpoint", "lost", "down", "other")
 """start: until the first batch is asked for. compute: the steps. other: what is none of these (writing rows, callbacks)."""
 _LOST = ("compile", "data", "compute", "evaluate", "checkpoint")
 EVERY = 1.0  # seconds between two lines, in a long run a thousandth of its time
+
+
+class _Line(TypedDict):
+    life: schema.Index
+    time: float
+
+
+class _Spent(_Line, total=False):
+    step: int
+    began: float
+    spent: dict[str, float]
+    saved: int
+    restored: int
 
 
 class Ledger:
@@ -106,7 +121,7 @@ class Ledger:
     def _append(self, line: dict[str, Any]) -> None:
         if self._file is not None:
             self._lines.append(line)
-            with open(self._file, "a") as file:
+            with open_own(self._file) as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -164,7 +179,7 @@ def _read(file: Path | None) -> list[dict[str, Any]]:
     if file is None or not file.exists():
         return []
     lines = []
-    for text in file.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
+    for text in read_bytes(file, schema.MOST_BYTES).decode(errors="replace").splitlines():
+        with contextlib.suppress(InputError):
+            lines.append(schema.make(schema.parse(text.encode(), str(file)), _Spent, str(file)))
     return lines

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from jaxmodel import report
+from jaxmodel import report, schema
 from jaxmodel.errors import InputError, require
+from jaxmodel.files import read_bytes
 from jaxmodel.report import html, plot
 from jaxmodel.report.json_out import dumps
 from jaxmodel.report.table import number, percent
@@ -21,6 +21,12 @@ type Tracker = Callable[[dict[str, Any]], None]
 
 PAGE_EVERY = 30.0  # seconds between two pages of a run that goes on
 LOSSES = ("loss", "heldout_loss")
+
+
+class _Row(TypedDict, total=False):
+    step: schema.Index
+    loss: float | None
+    heldout_loss: float | None
 
 
 class Writer:
@@ -71,9 +77,10 @@ def read_rows(file: str | Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; a last line that was cut off is none."""
     place = Path(file)
     rows = []
-    for line in place.read_text().splitlines() if place.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    raw = read_bytes(place, 2**30) if place.exists() else b""
+    for line in raw.decode(errors="replace").splitlines():
+        with contextlib.suppress(InputError):
+            rows.append(schema.make(schema.parse(line.encode(), str(file)), _Row, str(file)))
     return rows
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxmodel import files, schema
 from jaxmodel.data.files import is_remote
 from jaxmodel.errors import InputError
 from jaxmodel.report.files import atomic_write
@@ -41,7 +42,7 @@ def digests(place: Any, but: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other processes from saving there; not other parts of this one."""
-    with open(folder / ".lock", "a+") as file:
+    with files.open_own(folder / ".lock") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -85,8 +86,13 @@ def _store(place: Any) -> tuple[Any, str]:
 
 def digest(file: Any) -> str:
     """The SHA-256 of a file, hexadecimal."""
-    with open(file, "rb") as opened:
+    with files.open_regular(str(file)) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read(file: Any) -> bytes:
+    """All of a file of a limited size."""
+    return file.read_bytes() if is_remote(str(file)) else files.read_bytes(str(file), schema.MOST_BYTES)
 
 
 def write(file: Any, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from jaxmodel.data import Shards, tokenize
+from jaxmodel.data import Shards, files, tokenize
 
 
 class Bytes:
@@ -44,8 +44,9 @@ _number = itertools.count()
 
 
 @pytest.fixture
-def memory() -> Iterator[str]:
-    """A URL of a folder that fsspec keeps in memory."""
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A URL of a folder that fsspec keeps in memory, which only tests may open."""
+    monkeypatch.setattr(files, "PROTOCOLS", (*files.PROTOCOLS, "memory"))
     folder = f"tests-{next(_number)}"
     yield f"memory://{folder}"
     fs = fsspec.filesystem("memory")

@@ -59,7 +59,6 @@ def test_every_format_gives_the_same_texts(name: str, tmp_path: Path, memory: st
     FORMATS[name](path)
     found = documents(path)
     assert list(found) == TEXTS == list(found)  # each iteration reads anew
-    assert list(documents(f"file://{path}")) == TEXTS
     fsspec.filesystem("memory").pipe_file(f"{memory}/{name}", path.read_bytes())
     assert list(documents(f"{memory}/{name}")) == TEXTS
 
@@ -202,7 +201,7 @@ def whole(path: Path, **options: Any) -> list[str]:
     return list(documents(path, **options))
 
 
-def test_bad_files_are_named(tmp_path: Path) -> None:
+def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
     def file(name: str, raw: bytes) -> Path:
         (tmp_path / name).write_bytes(raw)
         return tmp_path / name
@@ -246,8 +245,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         ),
         (lambda: documents(tmp_path / "*.csx"), "csx' given: no file has such a name; allowed: a file, a pattern such as"),
         (lambda: documents(tmp_path / "folder"), "folder' given: a folder; allowed: a file, a pattern"),
-        (lambda: documents("memory://nowhere/a.txt"), "'memory://nowhere/a.txt' given: no file has such a name"),
-        (lambda: documents("nope://a.txt"), "data: 'nope://a.txt' cannot be opened: Protocol not known: nope; 'jax"),
+        (lambda: documents(f"{memory}/a.txt"), "/a.txt' given: no file has such a name"),
+        (lambda: documents("nope://a.txt"), "data: 'nope://a.txt' given; allowed: local files, and URLs of https://, gs://, s3:"),
         (lambda: documents([]), "data source: none given"),
     ]:
         with pytest.raises(InputError, match=message):
