@@ -217,6 +217,8 @@ def encode(bundle: Bundle, prompts: Sequence[str], request: Request) -> list[lis
                 f"max_new_tokens: {request.max_new_tokens}; allowed: at most {config.context - len(row)}, because the model's "
                 f"context is {config.context} and {name} has {len(row)} tokens"
             )
+        if images := set(bundle.card.get("image_tokens", ())).intersection(row):
+            raise InputError(f"{name}: the token of an image (id {min(images)}), of which this model has the text part alone")
         if max(row) >= config.vocab:
             raise InputError(f"{name}: the tokenizer gives id {max(row)}; the model knows 0 to {config.vocab - 1}")
     return rows

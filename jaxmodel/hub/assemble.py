@@ -55,7 +55,7 @@ def assemble(
     there, used = tensors.names(), set[str]()
 
     def place(tensor: str) -> str | None:
-        return next((name for name in (tensor, tensor.removeprefix(family.prefix)) if name in there), None)
+        return next((name for name in family.spelt(tensor) if name in there), None)
 
     def need(tensor: str) -> str:
         name = place(tensor)
@@ -90,7 +90,7 @@ def assemble(
             found.add(tensors.dtype(stored))
         kind = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*found) if len(found) > 1 else found.pop()
         leaves[path] = jax.ShapeDtypeStruct(want.shape, kind)
-        readers[path] = [_reader(tensors, name, layer, want.shape, place)]
+        readers[path] = [_reader(tensors, family, name, layer, want.shape)]
     _check_rest(tensors, family, used, shapes, place, names)
     shape_tree = jax.eval_shape(tree.stack, tree.unflatten(leaves))
     if mesh is None:
@@ -113,12 +113,10 @@ def assemble(
     return tree.unflatten(out)
 
 
-def _reader(tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], place: Callable[[str], str | None]) -> Read:
-    """What reads a part of a plain leaf; a prefix that the file leaves out is left out of the entry."""
-    stored = place(name.tensors(layer)[0])
-    assert stored is not None
-    cut = len(name.tensors(layer)[0]) - len(stored)
-    entry = dataclasses.replace(name, tensor=name.tensor[cut:])
+def _reader(tensors: Tensors, family: Family, name: Name, layer: str, shape: tuple[int, ...]) -> Read:
+    """What reads a part of a plain leaf, whose tensors the file may spell in another way."""
+    spelt = [dataclasses.replace(name, tensor=tensor) for tensor in family.spelt(name.tensor)]
+    entry = next(entry for entry in spelt if entry.tensors(layer)[0] in tensors.names())
     return lambda index: read_leaf(tensors, entry, layer, shape, index)
 
 

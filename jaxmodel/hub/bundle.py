@@ -181,7 +181,7 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, m
     Raises:
       InputError: a file, tensor or key is missing, of an unknown family, or does not fit; nothing is half loaded.
     """
-    family, config = read_config(folder)
+    family, config, card = read_config(folder)
     ours = _read_ours(folder / OURS, family.name, config) if (folder / OURS).exists() else {}
     stored = ours["policy"] if ours else Policy()
     policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
@@ -192,14 +192,14 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, m
     with open_folder(folder) as tensors:
         fields = ours.get("leaves", {})
         params = assemble(model, family, family.names(config), tensors, fields=fields, dtype=kind, mesh=mesh)
-    return Bundle(model, params, processor, ours.get("card", {}))
+    return Bundle(model, params, processor, ours.get("card", card))
 
 
 # --------------------------------------------------------------------------------------------------------- configs
 
 
-def read_config(folder: Path) -> tuple[Family, Any]:
-    """The family and config that config.json says.
+def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
+    """The family and config that config.json says, and what it says besides that a card should.
 
     Raises:
       InputError: it is missing, or has a key of another kind than it should be, or says what no family has.
@@ -214,7 +214,7 @@ def read_config(folder: Path) -> tuple[Family, Any]:
         raise InputError(f"{where}: the key {error} is missing") from None
     except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{where}: a value is of the wrong kind: {' '.join(str(error).split())}") from None
-    return family, check_fields(config, where)
+    return family, check_fields(config, where), family.card(hf)
 
 
 def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
@@ -304,9 +304,9 @@ def _parts_of_tensors(bundle: Bundle, names: tuple[Name, ...]) -> dict[str, int]
 def _join(tensor: str, found: list[tuple[Name, str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
     """Plain leaves in the file's form: parts of a tensor joined, or apart where they differ or some are compressed."""
     whole = found[0][0].part
-    alike = len({(array.shape, array.dtype) for _, _, array in found}) == 1
-    if whole is not None and alike and len(found) == whole[1]:
-        yield tensor, np.concatenate([array for _, _, array in found], axis=-1)
+    alike = len({array.dtype for _, _, array in found}) == 1
+    if whole is not None and alike and len(found) == len(whole[1]):
+        yield tensor, np.concatenate([array for _, _, array in found], axis=found[0][0].joined)
     else:
         for name, layer, array in found:
             yield name.packed.format(layer), array

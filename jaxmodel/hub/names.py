@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -30,7 +30,8 @@ class Name:
       path: of the leaf, `{}` for the layer.
       tensor: its name in the file, `{}` for the layer, `{expert}` for the expert.
       transposed: whether the file has `[in, out]` (GPT-2).
-      part: (index, count): the leaf is one of equal parts along the file's last axis (GPT-2's joined q, k, v).
+      part: (index, sizes): the leaf is one of those that the file joins along our first axis, whose lengths are in these
+        proportions (GPT-2's q, k, v: 1, 1, 1).
       pairs: heads whose rows stand in rotary pairs that are neighbours (GGUF's q and k); 0 where they do not.
       trailing: axes of the file that our last one flattens (the kernel of a convolution).
       lead: leading axes of length one that the file has and we have not.
@@ -40,7 +41,7 @@ class Name:
     path: str
     tensor: str
     transposed: bool = False
-    part: tuple[int, int] | None = None
+    part: tuple[int, tuple[int, ...]] | None = None
     pairs: int = 0
     trailing: tuple[int, ...] = ()
     lead: int = 0
@@ -55,6 +56,11 @@ class Name:
             return self.tensor
         stem, kind = self.tensor.rsplit(".", 1)
         return f"{stem}.{self.path.rsplit('/', 1)[1].removesuffix('_bias')}.{kind}"
+
+    @property
+    def joined(self) -> int:
+        """The axis of the file along which parts are joined."""
+        return -1 if self.transposed else 0
 
     @property
     def alone(self) -> Name:
@@ -73,7 +79,10 @@ class Name:
         """The shape of the file's tensor (the whole one, where the leaf is a part) behind a leaf of this shape."""
         shape = shape[1:] if self.experts else shape
         shape = shape[::-1] if self.transposed else shape
-        shape = shape if self.part is None else (*shape[:-1], shape[-1] * self.part[1])
+        if self.part is not None:
+            index, sizes = self.part
+            whole = shape[self.joined] // sizes[index] * sum(sizes)
+            shape = (*shape[:-1], whole) if self.transposed else (whole, *shape[1:])
         return (*(1,) * self.lead, *(shape[:-1] if self.trailing else shape), *self.trailing)
 
 
@@ -118,8 +127,9 @@ def read_leaf(tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], 
 def _read(tensors: Tensors, stored: str, name: Name, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     place: list[Any] = list(index[::-1] if name.transposed else index)
     if name.part is not None:
-        first = name.part[0] * (shape[0] if name.transposed else shape[-1])
-        place[-1] = slice(place[-1].start + first, place[-1].stop + first)
+        at, sizes = name.part
+        first, axis = shape[0] // sizes[at] * sum(sizes[:at]), name.joined
+        place[axis] = slice(place[axis].start + first, place[axis].stop + first)
     if name.pairs:
         place[0] = name.rows(shape[0])[place[0]]
     if name.trailing:
@@ -149,6 +159,8 @@ class Family:
       config_to_hf: Config -> config.json, with the `model_type` that fits it; None where no HF family has this config.
       ignored: regular expression of tensors that carry no weights (masks, tables, a copy of the tied embedding).
       prefix: of HF names, which some files leave out.
+      spellings: other beginnings for those of our names: (ours, theirs).
+      card: config.json -> what the bundle's card says of it, where that is more than its config.
       gguf_kinds: values of `general.architecture` that it reads.
       gguf_names: config -> entries for GGUF.
       config_from_gguf: an open GGUF file -> Config.
@@ -168,6 +180,16 @@ class Family:
     config_from_gguf: Callable[[GGUFFile], Any] | None = None
     gguf_ignored: str = r"(?!)"
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    spellings: tuple[tuple[str, str], ...] = ()
+    card: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
+
+    def spelt(self, tensor: str) -> Iterator[str]:
+        """The names that a tensor may have in a file."""
+        yield tensor
+        yield tensor.removeprefix(self.prefix)
+        for ours, theirs in self.spellings:
+            if tensor.startswith(ours):
+                yield theirs + tensor.removeprefix(ours)
 
     @property
     def name(self) -> str:

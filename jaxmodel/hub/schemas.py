@@ -32,6 +32,8 @@ class Rope(TypedDict, total=False):
     mscale_all_dim: float | None
     truncate: bool | None
     partial_rotary_factor: Share | None
+    short_factor: list[Positive] | None
+    long_factor: list[Positive] | None
     full_attention: Rope | None
     sliding_attention: Rope | None
 
@@ -69,7 +71,11 @@ class Config(TypedDict, total=False):
     relative_attention_num_buckets: Count
     relative_attention_max_distance: Count
     num_local_experts: Count
+    num_experts: Count
     num_experts_per_tok: Count
+    moe_intermediate_size: Count
+    mlp_only_layers: list[Index] | None
+    decoder_sparse_step: Count
     projection_dim: Count
     pooler_output_size: Count | None
     image_size: Count
@@ -88,6 +94,8 @@ class Config(TypedDict, total=False):
     use_sliding_window: bool | None
     max_window_layers: Index
     layer_types: list[str] | None
+    no_rope_layers: list[Index] | None
+    no_rope_layer_interval: Count
     # numbers
     layer_norm_eps: Positive
     layer_norm_epsilon: Positive
@@ -99,6 +107,10 @@ class Config(TypedDict, total=False):
     final_logit_softcapping: Positive | None
     query_pre_attn_scalar: Positive
     logit_scale_init_value: float
+    embedding_multiplier: Positive
+    attention_multiplier: Positive
+    residual_multiplier: Positive
+    logits_scaling: Positive
     dropout_rate: Share
     classifier_dropout: Share | None
     # choices
@@ -115,6 +127,8 @@ class Config(TypedDict, total=False):
     qkv_bias: bool
     add_pooling_layer: bool
     tie_word_embeddings: bool
+    tie_weights_: bool
+    norm_topk_prob: bool
     scale_decoder_outputs: bool
     scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
@@ -130,6 +144,8 @@ class Config(TypedDict, total=False):
     eos_token_id: Ids
     pad_token_id: int | None
     decoder_start_token_id: Index | None
+    image_token_index: Index
+    image_token_id: Index
     # towers
     text_config: Config | None
     vision_config: Config | None

@@ -31,6 +31,7 @@ class Attention(nn.Module):
       qk_norm: the RMS norm of each head's queries and keys (Henry et al., 2020), or None.
       scale: of the scores; None for `1 / sqrt(h)`.
       softcap: of the scores; see `ops.attention`.
+      wide_norm: whether `qk_norm` is over all heads together, its weights `[H*h]` and `[K*h]` (OLMo 2, 2024).
     """
 
     heads: int
@@ -44,6 +45,7 @@ class Attention(nn.Module):
     qk_norm: Callable[..., nn.Module] | None = None
     scale: float | None = None
     softcap: float | None = None
+    wide_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -61,9 +63,11 @@ class Attention(nn.Module):
         """
         outputs = {"q": self.heads * self.width, "k": self.kv_heads * self.width, "v": self.kv_heads * self.width}
         flat = linear(self, x, outputs, self.initializer, self.bias, self.policy)
+        if self.qk_norm is not None and self.wide_norm:
+            flat = [self.qk_norm(name="q_norm")(flat[0]), self.qk_norm(name="k_norm")(flat[1]), flat[2]]
         q, k, v = (y.reshape(*y.shape[:2], -1, self.width) for y in flat)
         q, k, v = (constrain(y, f"BT{n}h", self.policy.axes) for y, n in ((q, "H"), (k, "K"), (v, "K")))
-        if self.qk_norm is not None:
+        if self.qk_norm is not None and not self.wide_norm:
             q, k = self.qk_norm(name="q_norm")(q), self.qk_norm(name="k_norm")(k)
         if "rope" in context:
             q, k = ops.rotate(q, context["rope"]), ops.rotate(k, context["rope"])

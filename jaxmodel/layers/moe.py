@@ -28,12 +28,13 @@ class MoE(nn.Module):
 
     Attributes:
       experts: E.
-      chosen: experts of each token; their probabilities are those of a softmax over the chosen.
+      chosen: experts of each token; their probabilities are those of a softmax over the chosen, or over all (`normed`).
       width: F of new leaves; leaves that exist have their own.
       activation: of the gate.
       initializer: of router, up and gate.
       out_initializer: of down.
       policy: dtypes; the router is float32 whatever it says.
+      normed: whether the probabilities of the chosen sum to one.
     """
 
     experts: int
@@ -43,6 +44,7 @@ class MoE(nn.Module):
     initializer: Initializer
     out_initializer: Initializer
     policy: ops.Policy
+    normed: bool = True
 
     @nn.compact
     def __call__(
@@ -68,7 +70,8 @@ class MoE(nn.Module):
     ) -> tuple[Int[Array, "B T n"], Float[Array, "B T n"]]:
         """The experts of each token and their weights; padding is sent behind all others, where rows are of no group."""
         best, expert = jax.lax.top_k(scores, self.chosen)
-        weights = jax.nn.softmax(best, axis=-1)
+        whole = best if self.normed else scores
+        weights = jnp.exp(best - jax.nn.logsumexp(whole, axis=-1, keepdims=True))
         return jnp.where(real[..., None], expert, self.experts), jnp.where(real[..., None], weights, 0.0)
 
     def _mixed(

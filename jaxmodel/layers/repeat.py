@@ -118,9 +118,9 @@ def _scan(
     return x, cache, jax.tree.map(lambda a: jnp.sum(a, axis=0), stacked)
 
 
-def init_layers(init: Callable[[jax.Array], tree.Params], key: jax.Array, depth: int) -> tree.Params:
-    """`depth` equal layers in one segment, each initialised with a key of its own."""
+def init_layers(init: Callable[[jax.Array], tree.Params], key: jax.Array, depth: int, first: int = 0) -> tree.Params:
+    """`depth` equal layers in one segment, numbered from `first`, each initialised with a key of its own."""
     keys = jax.random.split(key, depth)
     if depth == 1:
-        return {"0": init(keys[0])}
-    return {tree.segment_key(range(depth)): jax.vmap(init)(keys)}
+        return {str(first): init(keys[0])}
+    return {tree.segment_key(range(first, first + depth)): jax.vmap(init)(keys)}

@@ -1,8 +1,10 @@
-"""Llama (Touvron et al., 2023) and what its config makes of it: Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3, SmolLM2.
+"""Llama (Touvron et al., 2023) and what its config makes of it: Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3, SmolLM 2 and 3,
+OLMo 2 and 3, Granite 3, Phi 3 and 4.
 
 RMS norm, rotary positions, grouped heads, a gated feed-forward part. Mistral (Jiang et al., 2023) adds a window of attention,
 Mixtral (2024) experts, Qwen 2 (2024) biases of q, k and v, Qwen 3 (2025) norms of queries and keys, Gemma (2024, 2025) norms
-behind each part, soft caps and windows in most layers only.
+behind each part, soft caps and windows in most layers only. OLMo 2 (2024) norms the results of the parts alone, and all queries
+of a token together; SmolLM3 (2025) does not turn them in every fourth layer; Granite (2024) scales residuals and logits.
 
 >>> config = SIZES["tiny"]
 >>> llama = model(config)
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +64,15 @@ class Config:
       experts: feed-forward parts E of each layer, between which a router chooses; 0 for one without a router.
       experts_per_token: how many it chooses.
       balance: in training, what the loss adds of the experts' load balance (its mean over the layers).
+      expert_width: F of an expert; 0 for `mlp_width`.
+      norm_topk: whether the weights of the chosen experts sum to one; else they are those of a softmax over all.
+      dense_layers: layers with one feed-forward part of `mlp_width` in a model of experts.
+      rotary_width: components of a head that are turned; 0 for all.
+      still: layers, taken in turn as `windows`, whose queries and keys are not turned; () for none.
+      pre_norms: whether the input of each part is normed.
+      wide_qk_norm: whether `qk_norm` is over all heads of a token together.
+      residual_scale: factor of the result of each part.
+      logit_divisor: of the logits.
     """
 
     vocab: int
@@ -90,6 +102,15 @@ class Config:
     experts: int = 0
     experts_per_token: int = 2
     balance: float = 0.01
+    expert_width: int = 0
+    norm_topk: bool = True
+    dense_layers: tuple[int, ...] = ()
+    rotary_width: int = 0
+    still: tuple[bool, ...] = ()
+    pre_norms: bool = True
+    wide_qk_norm: bool = False
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context"))
@@ -102,12 +123,25 @@ class Config:
             raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise InputError(f"experts_per_token: {self.experts_per_token} given; allowed: 1 to {self.experts}, the experts")
+        if any(not isinstance(layer, int) or layer < 0 for layer in self.dense_layers) or (
+            self.dense_layers and not self.experts
+        ):
+            raise InputError(f"dense_layers: {self.dense_layers} given; allowed: numbers of layers of a model of experts")
+        if self.rotary_width % 2 or not 0 <= self.rotary_width <= self.head_width:
+            raise InputError(f"rotary_width: {self.rotary_width} given; allowed: even numbers up to {self.head_width}; 0 for all")
+        if not self.pre_norms and not self.post_norms:
+            raise InputError("pre_norms: False given without post_norms; a part has a norm in front or behind")
         if self.balance < 0:
             raise InputError(f"balance: {self.balance} given; allowed: at least 0")
 
     def window_of_layers(self) -> tuple[int, ...]:
         """The window of every layer; 0 for none."""
         return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth))
+
+    @property
+    def expert_layers(self) -> int:
+        """How many layers have experts."""
+        return len(set(range(self.depth)) - set(self.dense_layers)) if self.experts else 0
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu_tanh": nn.gelu}
@@ -122,12 +156,28 @@ def _gemma(*sizes: Any, **more: Any) -> Config:
 
 _LLAMA31 = ops.RopeScaling("llama3", 8.0, 8192)
 _GEMMA3: dict[str, Any] = {"rope_base": 1e6, "local_rope_base": 10000.0, "qk_norm": True}
+_GEMMA_LONG: dict[str, Any] = {"rope_scaling": ops.RopeScaling("linear", 8.0)}
 _ALL = {"local_rope_base": 1000.0, "qk_norm": True, "qkv_bias": True, "attn_softcap": 5.0, "logit_softcap": 3.0}
+_QWEN_MOE: dict[str, Any] = {"qk_norm": True, "experts": 128, "experts_per_token": 8, "balance": 0.001}
+_OLMO: dict[str, Any] = {"qk_norm": True, "wide_qk_norm": True, "pre_norms": False, "post_norms": True}
+_OLMO3 = _OLMO | {"rope_scaling": ops.RopeScaling("yarn", 8.0, 8192), "windows": (4096,) * 3 + (0,), "local_rope_base": 500000.0}
+_GRANITE: dict[str, Any] = {"query_scale": 0.015625, "residual_scale": 0.22}
+_STILL = (False,) * 3 + (True,)
+_TOGETHER: dict[str, Any] = {
+    "windows": (3, 0),
+    "still": (False, True),
+    "rotary_width": 4,
+    "residual_scale": 0.5,
+    "logit_divisor": 2.0,
+}
+_SPARSE: dict[str, Any] = {"experts": 4, "expert_width": 48, "norm_topk": False, "dense_layers": (1,)}
 
 SIZES = {
     "tiny": Config(256, 32, 3, 4, 2, 8, 64, 128),
     "tiny-gemma": _gemma(256, 32, 3, 4, 2, 8, 64, 128, norm_eps=1e-5, query_scale=None, windows=(3, 0), **_ALL),
     "tiny-moe": Config(256, 32, 3, 4, 2, 8, 64, 128, experts=4),
+    "tiny-olmo": Config(256, 32, 3, 4, 2, 8, 64, 128, **_OLMO, **_TOGETHER),
+    "tiny-sparse": Config(256, 32, 3, 4, 2, 8, 64, 128, **_SPARSE),
     "smollm2-135m": Config(49152, 576, 30, 9, 3, 64, 1536, 8192, 100000.0, tied=True),
     "llama-2-7b": Config(32000, 4096, 32, 32, 32, 128, 11008, 4096),
     "llama-3-8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 8192, 500000.0),
@@ -140,8 +190,21 @@ SIZES = {
     "qwen2-7b": Config(152064, 3584, 28, 28, 4, 128, 18944, 32768, 1000000.0, 1e-6, qkv_bias=True),
     "qwen3-0.6b": Config(151936, 1024, 28, 16, 8, 128, 3072, 40960, 1000000.0, 1e-6, tied=True, qk_norm=True),
     "qwen3-8b": Config(151936, 4096, 36, 32, 8, 128, 12288, 40960, 1000000.0, 1e-6, qk_norm=True),
+    "qwen3-30b-a3b": Config(151936, 2048, 48, 32, 4, 128, 6144, 40960, 1e6, 1e-6, **_QWEN_MOE, expert_width=768),
+    "qwen3-235b-a22b": Config(151936, 4096, 94, 64, 4, 128, 12288, 40960, 1e6, 1e-6, **_QWEN_MOE, expert_width=1536),
     "gemma-2-2b": _gemma(256000, 2304, 26, 8, 4, 256, 9216, 8192, windows=(4096, 0), attn_softcap=50.0, logit_softcap=30.0),
     "gemma-3-1b": _gemma(262144, 1152, 26, 4, 1, 256, 6912, 32768, windows=(512,) * 5 + (0,), **_GEMMA3),
+    "gemma-3-4b": _gemma(262208, 2560, 34, 8, 4, 256, 10240, 131072, windows=(1024,) * 5 + (0,), **_GEMMA3, **_GEMMA_LONG),
+    "gemma-3-12b": _gemma(262208, 3840, 48, 16, 8, 256, 15360, 131072, windows=(1024,) * 5 + (0,), **_GEMMA3, **_GEMMA_LONG),
+    "olmo-2-1b": Config(100352, 2048, 16, 16, 16, 128, 8192, 4096, 500000.0, 1e-6, **_OLMO),
+    "olmo-2-7b": Config(100352, 4096, 32, 32, 32, 128, 11008, 4096, 500000.0, 1e-6, **_OLMO),
+    "olmo-3-7b": Config(100278, 4096, 32, 32, 32, 128, 11008, 65536, 500000.0, 1e-6, **_OLMO3),
+    "smollm3-3b": Config(128256, 2048, 36, 16, 4, 128, 11008, 65536, 5e6, 1e-6, tied=True, still=_STILL),
+    "granite-3.3-2b": Config(
+        49159, 2048, 40, 32, 8, 64, 8192, 131072, 1e7, tied=True, embed_scale=12.0, **_GRANITE, logit_divisor=8.0
+    ),
+    "phi-3-mini-4k": Config(32064, 3072, 32, 32, 32, 96, 8192, 4096, windows=(2047,)),
+    "phi-4": Config(100352, 5120, 40, 40, 10, 128, 17920, 16384, 250000.0),
 }
 
 RULES: tree.Rules = (
@@ -160,6 +223,7 @@ RULES: tree.Rules = (
 class _Block(nn.Module):
     config: Config
     policy: ops.Policy
+    sparse: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
@@ -167,38 +231,47 @@ class _Block(nn.Module):
         normal = nn.initializers.normal(c.init_scale)
         out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset)
+        before = lambda part, x: norm(name=f"{part}_norm")(x) if c.pre_norms else x
+
+        def added(part: str, y: jax.Array) -> jax.Array:
+            y = norm(name=f"{part}_post_norm")(y) if c.post_norms else y
+            return y if c.residual_scale == 1 else y * jnp.asarray(c.residual_scale, y.dtype)
+
         mix = Attention(
             *(c.heads, c.kv_heads, c.head_width, c.qkv_bias, normal, out, self.policy),
             out_bias=False,
             qk_norm=norm if c.qk_norm else None,
+            wide_norm=c.wide_qk_norm,
             scale=c.query_scale,
             softcap=c.attn_softcap,
             name="attn",
         )
         act = ACTIVATIONS[c.activation]
         context, window = _of_layer(c, context, layer)
-        y, cache = mix(norm(name="attn_norm")(x), context, cache, layer, window)
-        x = x + (norm(name="attn_post_norm")(y) if c.post_norms else y)
-        y = norm(name="mlp_norm")(x)
-        if c.experts:
-            moe = MoE(c.experts, c.experts_per_token, c.mlp_width, act, normal, out, self.policy, name="moe")
+        y, cache = mix(before("attn", x), context, cache, layer, window)
+        x = x + added("attn", y)
+        y = before("mlp", x)
+        if self.sparse:
+            width = c.expert_width or c.mlp_width
+            moe = MoE(c.experts, c.experts_per_token, width, act, normal, out, self.policy, c.norm_topk, name="moe")
             y, aux = moe(y, context["real"])
         else:
             y = MLP(c.mlp_width, act, True, False, normal, out, self.policy, name="mlp")(y)
-        return x + (norm(name="mlp_post_norm")(y) if c.post_norms else y), cache, aux
+        return x + added("mlp", y), cache, aux
 
 
 def _of_layer(config: Config, context: dict[str, Any], layer: Any) -> tuple[dict[str, Any], Any]:
     """The context and the window of one layer, whose number is traced where layers are scanned."""
-    windows = config.window_of_layers()
-    if not any(windows):
-        return context, None
-    everything = jnp.iinfo(jnp.int32).max
-    window = jnp.asarray([w or everything for w in windows], jnp.int32)[layer]
-    if config.local_rope_base is not None:
-        pick = lambda near, far: jnp.where(window < everything, near, far)
-        context = {**context, "rope": jax.tree.map(pick, context["local_rope"], context["rope"])}
-    return context, window
+    windows, window, rope = config.window_of_layers(), None, context["rope"]
+    if any(windows):
+        everything = jnp.iinfo(jnp.int32).max
+        window = jnp.asarray([w or everything for w in windows], jnp.int32)[layer]
+        if config.local_rope_base is not None:
+            rope = jax.tree.map(lambda near, far: jnp.where(window < everything, near, far), context["local_rope"], rope)
+    if any(config.still):
+        still = jnp.asarray([config.still[i % len(config.still)] for i in range(config.depth)])[layer]
+        rope = jnp.where(still, 0.0, rope[0]), jnp.where(still, 1.0, rope[1])
+    return {**context, "rope": rope}, window
 
 
 class _Head(nn.Module):
@@ -212,6 +285,7 @@ class _Head(nn.Module):
         if table is None:
             table = leaf(self, "head", nn.initializers.normal(c.init_scale), (c.vocab, x.shape[-1]))
         logits = ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
+        logits = logits if c.logit_divisor == 1 else logits / c.logit_divisor
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
 
@@ -222,20 +296,21 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
 @functools.cache
 def _model(config: Config, policy: ops.Policy) -> Model:
-    block_module, head_module = _Block(config, policy), _Head(config, policy)
+    block_modules, head_module = {sparse: _Block(config, policy, sparse) for sparse in (False, True)}, _Head(config, policy)
+    turned = config.rotary_width or config.head_width
 
     def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False):
         positions, context = decoder_context(inputs, cache)
-        context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base, config.rope_scaling)
+        context["rope"] = ops.rope_tables(positions, turned, config.rope_base, config.rope_scaling)
         if config.local_rope_base is not None:
-            context["local_rope"] = ops.rope_tables(positions, config.head_width, config.local_rope_base)
+            context["local_rope"] = ops.rope_tables(positions, turned, config.local_rope_base)
         if config.experts:
             context["real"] = real_tokens(inputs)
         x = ops.take(params["embed"], inputs["tokens"], policy)
         return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype), context
 
     def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
-        out: Any = block_module.apply({"params": params}, x, context, cache, layer)
+        out: Any = block_modules["moe" in params].apply({"params": params}, x, context, cache, layer)
         return out
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
@@ -248,7 +323,14 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         x = jnp.zeros((1, 1, config.width), policy.stream)
         table = config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width))
         context = embed({"embed": table}, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
-        blocks = init_layers(lambda k: dict(block_module.init(k, x, context, None, 0)["params"]), blocks_key, config.depth)
+        blocks: tree.Params = {}
+        for sparse, run in itertools.groupby(
+            range(config.depth), lambda i: bool(config.experts) and i not in config.dense_layers
+        ):
+            layers, module = list(run), block_modules[sparse]
+            of_run = jax.random.fold_in(blocks_key, layers[0]) if layers[0] else blocks_key
+            one = lambda k, module=module: dict(module.init(k, x, context, None, 0)["params"])
+            blocks |= init_layers(one, of_run, len(layers), layers[0])
         top = head_module.init(head_key, x, table if config.tied else None)["params"]
         return {"embed": table, "blocks": blocks, **top}
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodel.errors import InputError, unknown
 
-KINDS = ("linear", "llama3", "yarn")
+KINDS = ("linear", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +20,18 @@ class RopeScaling:
 
     Attributes:
       kind: "linear" (Chen et al., 2023): all by `factor`; "llama3" (Llama 3.1, 2024): only waves longer than the context, with a
-        smooth passage; "yarn" (Peng et al., 2023): by how often a wave turns in the context, and scores sharpened.
+        smooth passage; "yarn" (Peng et al., 2023): by how often a wave turns in the context, and scores sharpened; "longrope"
+        (Ding et al., 2024): each by a divisor of its own, of which there are two lists, and scores sharpened.
       factor: of the context's length.
-      context: tokens of the training; "llama3" and "yarn" need it.
+      context: tokens of the training; all but "linear" need it.
       low: llama3: a wave that fits the context fewer than so many times is stretched whole.
       high: llama3: one that fits it more often is left alone.
       fast: yarn: a dimension that turns more often than this in the context is left alone.
       slow: yarn: one that turns less often is stretched whole.
-      sharpen: yarn: factor of sine and cosine; None for `0.1 ln(factor) + 1`.
+      sharpen: yarn and longrope: factor of sine and cosine; None for `0.1 ln(factor) + 1` and
+        `sqrt(1 + ln(factor) / ln(context))`.
+      near: longrope: the divisors for rows all of whose positions are in the context of the training.
+      far: longrope: those for other rows. (So what a cache holds changes its meaning where a row grows beyond that context.)
     """
 
     kind: str
@@ -38,6 +42,8 @@ class RopeScaling:
     fast: float = 32.0
     slow: float = 1.0
     sharpen: float | None = None
+    near: tuple[float, ...] = ()
+    far: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -47,8 +53,15 @@ class RopeScaling:
         if self.kind == "llama3" and not self.low < self.high:
             raise InputError(f"rope scaling: low {self.low} must be below high {self.high}")
 
+        if self.kind == "longrope" and (min(self.near + self.far, default=0) <= 0 or len(self.near) != len(self.far)):
+            raise InputError(f"rope scaling: {len(self.near)} near and {len(self.far)} far divisors; as many above 0 are needed")
+
     def apply(self, frequency: np.ndarray, base: float) -> np.ndarray:
-        """The frequencies of the stretched model, from those of the plain one."""
+        """The frequencies of the stretched model, from those of the plain one; of "longrope" `[2, f]`, near and far."""
+        if self.kind == "longrope":
+            if len(self.near) != len(frequency):
+                raise InputError(f"rope scaling: {len(self.near)} divisors; {len(frequency)} are needed, one for each frequency")
+            return frequency / np.array([self.near, self.far])
         slower = frequency / self.factor
         if self.kind == "linear":
             return slower
@@ -69,9 +82,15 @@ class RopeScaling:
     @property
     def gain(self) -> float:
         """What sine and cosine are multiplied with."""
-        if self.kind != "yarn":
+        if self.kind not in ("yarn", "longrope"):
             return 1.0
-        return 0.1 * math.log(self.factor) + 1 if self.sharpen is None else self.sharpen
+        if self.sharpen is not None or self.factor == 1:
+            return 1.0 if self.sharpen is None else self.sharpen
+        return (
+            0.1 * math.log(self.factor) + 1
+            if self.kind == "yarn"
+            else (1 + math.log(self.factor) / math.log(self.context)) ** 0.5
+        )
 
 
 def rope_frequencies(width: int, base: float) -> np.ndarray:
@@ -97,13 +116,21 @@ def rope_tables(
     frequency = rope_frequencies(width, base)
     if scaling is not None:
         frequency = scaling.apply(frequency, base)
-    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)[None, None]
+    waves = jnp.asarray(frequency, jnp.float32)
+    if scaling is not None and scaling.kind == "longrope":
+        beyond = jnp.max(positions, axis=1, keepdims=True) >= scaling.context
+        waves = jnp.where(beyond[..., None], waves[None, None, 1], waves[None, None, 0])
+    else:
+        waves = waves[None, None]
+    angle = positions[..., None].astype(jnp.float32) * waves
     gain = 1.0 if scaling is None else scaling.gain
     return jnp.sin(angle) * gain, jnp.cos(angle) * gain
 
 
 def rotate(x: Float[Array, "B T N h"], tables: tuple[Array, Array]) -> Float[Array, "B T N h"]:
-    """Rotate queries or keys by their positions' tables."""
+    """Rotate queries or keys by their positions' tables; components behind the tables' `2 f` stay as they are."""
     sin, cos = (table[:, :, None, :] for table in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    half = sin.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)

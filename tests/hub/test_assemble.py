@@ -36,8 +36,9 @@ class Arrays(Tensors):
 LEAVES = {
     "plain": (Name("w", "w"), (6, 8)),
     "transposed": (Name("w", "w", transposed=True), (6, 8)),
-    "part": (Name("w", "w", transposed=True, part=(1, 3)), (6, 8)),
-    "bias part": (Name("w", "w", part=(2, 3)), (6,)),
+    "part": (Name("w", "w", transposed=True, part=(1, (1, 1, 1))), (6, 8)),
+    "bias part": (Name("w", "w", part=(2, (1, 1, 1))), (6,)),
+    "unequal part": (Name("w", "w", part=(1, (2, 3, 3))), (6, 8)),
     "pairs": (Name("w", "w", pairs=2), (8, 4)),
     "kernel": (Name("w", "w", trailing=(2, 2, 2)), (6, 8)),
     "lead": (Name("w", "w", lead=2), (6,)),
@@ -68,6 +69,8 @@ def test_every_part_of_a_leaf(kind: str) -> None:
             np.testing.assert_array_equal(to_file(name, piece), stored[tensor])
     elif kind == "part":
         np.testing.assert_array_equal(to_file(name, whole), stored["w"][:, 6:12])
+    elif kind == "unequal part":
+        np.testing.assert_array_equal(to_file(name, whole), stored["w"][4:10])
 
 
 def test_rows_of_rotary_pairs() -> None:

@@ -42,10 +42,17 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
         raise InputError(f"hub: no file layout is known for the config {type(model.config).__qualname__} of {where}")
     for family in sorted((f for f in families().values() if f.module is known[name]), key=lambda f: name not in f.kinds):
         theirs = family.config_to_hf(model.config)
-        if theirs is not None and family.config_from_hf(theirs) == model.config:  # else a part of it would be lost
+        if theirs is not None and _means(family, theirs, model.config):  # else a part of it would be lost
             return family, theirs
     family = own(known[name])
     return family, family.config_to_hf(model.config) or {}
+
+
+def _means(family: Family, theirs: dict[str, Any], config: Any) -> bool:
+    try:
+        return family.config_from_hf(theirs) == config
+    except InputError:
+        return False
 
 
 def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:

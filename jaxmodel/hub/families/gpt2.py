@@ -29,8 +29,8 @@ def _names(config: gpt2.Config) -> list[Name]:
     for ours, theirs in {"attn_norm": "ln_1", "mlp_norm": "ln_2"}.items():
         names += [Name(f"{layer}{ours}/{kind}", f"{stem}{theirs}.{kind}") for kind in ("weight", "bias")]
     for i, leaf in enumerate("qkv"):
-        names.append(Name(f"{layer}attn/{leaf}", f"{stem}attn.c_attn.weight", transposed=True, part=(i, 3)))
-        names.append(Name(f"{layer}attn/{leaf}_bias", f"{stem}attn.c_attn.bias", part=(i, 3)))
+        names.append(Name(f"{layer}attn/{leaf}", f"{stem}attn.c_attn.weight", transposed=True, part=(i, (1, 1, 1))))
+        names.append(Name(f"{layer}attn/{leaf}_bias", f"{stem}attn.c_attn.bias", part=(i, (1, 1, 1))))
     for ours, theirs in {"attn/o": "attn.c_proj", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}.items():
         names.append(Name(layer + ours, f"{stem}{theirs}.weight", transposed=True))
         names.append(Name(f"{layer}{ours}_bias", f"{stem}{theirs}.bias"))

@@ -66,15 +66,17 @@ _TOP = {
 }
 
 
-def _names(config: llama.Config) -> list[Name]:
+def names(config: llama.Config) -> list[Name]:
+    """The entries of these files."""
     layer = {ours: theirs for ours, (theirs, _) in _LAYER.items()} | (_POST_NORMS if config.post_norms else {})
-    names = [Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}") for ours, theirs in layer.items()]
+    entries = [Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}") for ours, theirs in layer.items()]
     for ours, (theirs, _) in _EXPERTS.items():  # transformers joins gate, up and experts in memory, but not in files
-        names.append(Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}", experts=config.experts))
-    return names + [Name(ours, theirs) for ours, (theirs, _) in _TOP.items()]
+        entries.append(Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}", experts=config.experts))
+    return entries + [Name(ours, theirs) for ours, (theirs, _) in _TOP.items()]
 
 
-def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+def config_from_hf(hf: Mapping[str, Any]) -> llama.Config:
+    """The config that a config.json of these kinds says."""
     kind, gemma = hf["model_type"], hf["model_type"] in _GEMMA
     hf = {**_DEFAULTS[kind], **hf}
     biased = {"attention_bias": (False,), "mlp_bias": (False,)}
@@ -90,7 +92,8 @@ def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
         local = {"rope_theta": hf.get("rope_local_base_freq", 10000.0)}
     if local is not None and local.get("rope_type", "default") != "default":
         raise InputError(f"config.json: the rope type {local['rope_type']!r} in layers with a window is not read")
-    softcaps = {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    caps = {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    softcaps: dict[str, Any] = {ours: hf.get(theirs) for ours, theirs in caps.items() if gemma}
     return llama.Config(
         vocab=hf["vocab_size"],
         width=hf["hidden_size"],
@@ -105,7 +108,7 @@ def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
         tied=hf.get("tie_word_embeddings", False),
         init_scale=hf.get("initializer_range", 0.02),
         rope_scaling=_scaling(rope, hf.get("max_position_embeddings", 2048)),
-        windows=_windows(hf),
+        windows=windows_of(hf),
         local_rope_base=None if local is None else float(local["rope_theta"]),
         qkv_bias=kind == "qwen2",
         qk_norm=kind in ("qwen3", "gemma3_text"),
@@ -117,8 +120,18 @@ def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
         experts=hf["num_local_experts"] if kind == "mixtral" else 0,
         experts_per_token=hf.get("num_experts_per_tok", 2) if kind == "mixtral" else 2,
         balance=hf.get("router_aux_loss_coef", 0.001) if kind == "mixtral" else llama.Config.balance,
-        **{ours: hf.get(theirs) for ours, theirs in softcaps.items() if gemma},
+        **softcaps,
     )
+
+
+def plain(hf: Mapping[str, Any], **defaults: Any) -> llama.Config:
+    """What of a config.json means the same to Llama; other families begin with it.
+
+    Args:
+      hf: config.json.
+      defaults: what a key means that it leaves out.
+    """
+    return config_from_hf({**defaults, **hf, "model_type": "llama"})
 
 
 def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
@@ -130,7 +143,7 @@ def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
         if rope.get(key, usual) not in (usual, None):
             raise InputError(f"config.json: {key} of the rope scaling is {rope[key]!r}; allowed: {usual!r}")
     wanted = {"low": "low_freq_factor", "high": "high_freq_factor", "fast": "beta_fast", "slow": "beta_slow"}
-    options = {ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None}
+    options: dict[str, Any] = {ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None}
     if kind == "yarn" and rope.get("attention_factor") is not None:
         options["sharpen"] = float(rope["attention_factor"])
     trained = 0 if kind == "linear" else int(rope.get("original_max_position_embeddings") or context)
@@ -139,7 +152,7 @@ def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     return RopeScaling(kind, float(rope["factor"]), trained, **options)
 
 
-def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
+def windows_of(hf: Mapping[str, Any]) -> tuple[int, ...]:
     """The windows of the layers, as the shortest pattern that repeats."""
     window, depth = hf.get("sliding_window"), hf["num_hidden_layers"]
     kind, types = hf["model_type"], hf.get("layer_types")
@@ -155,12 +168,19 @@ def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
             near = [kind in ("mistral", "mixtral") or bool((i + 1) % every[kind]) for i in range(depth)]
         types = ["sliding_attention" if n else "full_attention" for n in near]
     windows = tuple(window if t == "sliding_attention" else 0 for t in types)
-    if not any(windows):
+    return pattern(windows)
+
+
+def pattern(layers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the layers take in turn, as the shortest that repeats; () where none has anything.
+
+    >>> pattern((5, 5, 0, 5, 5, 0, 5)), pattern((False, False))
+    ((5, 5, 0), ())
+    """
+    if not any(layers):
         return ()
-    for period in range(1, depth):
-        if all(windows[i] == windows[i % period] for i in range(depth)):
-            return windows[:period]
-    return windows
+    repeats = lambda period: all(value == layers[i % period] for i, value in enumerate(layers))
+    return layers[: next(filter(repeats, range(1, len(layers))), len(layers))]
 
 
 def _kind(c: llama.Config) -> str | None:
@@ -197,12 +217,10 @@ _CLASSES = {
 }
 
 
-def _to_hf(c: llama.Config) -> dict[str, Any] | None:
-    kind = _kind(c)
-    if kind is None:
-        return None
+def common_to_hf(c: llama.Config, kind: str, architecture: str) -> dict[str, Any]:
+    """What config.json has of every kind."""
     hf: dict[str, Any] = {
-        "architectures": [_CLASSES[kind]],
+        "architectures": [architecture],
         "model_type": kind,
         "vocab_size": c.vocab,
         "hidden_size": c.width,
@@ -218,11 +236,20 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
         "initializer_range": c.init_scale,
         "attention_bias": False,
     }
-    if kind == "llama":
-        hf["mlp_bias"] = False
     hf |= {"hidden_activation": "gelu_pytorch_tanh"} if kind in _GEMMA else {"hidden_act": "silu"}
     if c.rope_scaling is not None:
         hf["rope_scaling"] = _scaling_to_hf(c.rope_scaling)
+    return hf
+
+
+def config_to_hf(c: llama.Config) -> dict[str, Any] | None:
+    """The config.json of the kind that has what this config has; None where there is none."""
+    kind = _kind(c)
+    if kind is None:
+        return None
+    hf = common_to_hf(c, kind, _CLASSES[kind])
+    if kind == "llama":
+        hf["mlp_bias"] = False
     windows = c.window_of_layers()
     if kind != "llama":
         hf["sliding_window"] = max(windows) or None
@@ -260,8 +287,8 @@ def _gguf_names(config: llama.Config) -> list[Name]:
     paired = not (config.qkv_bias or config.qk_norm)
     heads = {"attn/q": config.heads, "attn/k": config.kv_heads} if paired else {}
     layer = {ours: theirs for ours, (_, theirs) in (_LAYER | _EXPERTS).items()}
-    names = [Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}", pairs=heads.get(ours, 0)) for ours, theirs in layer.items()]
-    return names + [Name(ours, theirs) for ours, (_, theirs) in _TOP.items()]
+    entries = [Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}", pairs=heads.get(ours, 0)) for ours, theirs in layer.items()]
+    return entries + [Name(ours, theirs) for ours, (_, theirs) in _TOP.items()]
 
 
 def _from_gguf(file: GGUFFile) -> llama.Config:
@@ -326,9 +353,9 @@ def _scaling_of_divisors(divisors: np.ndarray, head_width: int, base: float) -> 
 FAMILY = Family(
     module=llama,
     kinds=KINDS,
-    names=_names,
-    config_from_hf=_from_hf,
-    config_to_hf=_to_hf,
+    names=names,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
     copies={"lm_head.weight": "embed"},
     gguf_kinds=("llama", "qwen2", "qwen3"),

@@ -57,7 +57,7 @@ def next_token(
     metrics = {"weight": jnp.sum(weights)}
     if "load_balance" not in out.aux:
         return loss, metrics
-    balance = out.aux["load_balance"] / model.config.depth
+    balance = out.aux["load_balance"] / model.config.expert_layers
     return loss + model.config.balance * balance if train else loss, {**metrics, "load_balance": balance}
 
 

@@ -3,7 +3,7 @@
     make peers                                             # .peers/: torch, transformers 5.23.0, gguf
     .peers/bin/python -m pip install accelerate            # which transformers wants for reading GGUF
     .peers/bin/python tests/hub/goldens/make_goldens.py            # GPT-2 and SmolLM2: the folders and .npz beside this file
-    .peers/bin/python tests/hub/goldens/make_llama.py              # the Llama family
+    .peers/bin/python tests/hub/goldens/make_llama.py              # the Llama family, and those that its config makes
     .peers/bin/python tests/hub/goldens/make_llama.py --check      # transformers reads what our save_pretrained writes
 
 Each takes about half a minute on two cores; `make_goldens.py --check` does the same for GPT-2. Names of models behind the
@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GPT2Config
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[2]
@@ -95,9 +95,8 @@ def tiny(name: str, spec: Tiny) -> None:
     config, kind, dtype = spec.config, spec.config.model_type, getattr(torch, spec.dtype)
     draw = torch.Generator().manual_seed(spec.seed)
     torch.manual_seed(spec.seed)
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
-    ).eval()
+    auto = AutoModelForImageTextToText if kind == "gemma3" else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():  # norms at 1 and biases at 0 would hide a wrong name
         for key, value in model.named_parameters():
             noise = 0.3 * torch.randn(value.shape, generator=draw)
@@ -106,18 +105,19 @@ def tiny(name: str, spec: Tiny) -> None:
     copy.deepcopy(model).to(dtype).save_pretrained(HERE / name, max_shard_size=spec.shard)
     (HERE / name / "generation_config.json").unlink()
 
-    context = config.max_position_embeddings
-    tokens = torch.randint(config.vocab_size, (2, spec.length), generator=draw)
+    text = config.get_text_config()
+    context, vocab = text.max_position_embeddings, text.vocab_size - (3 if kind == "gemma3" else 0)  # without those of images
+    tokens = torch.randint(vocab, (2, spec.length), generator=draw)
     mask = torch.ones_like(tokens)
     tokens[1, spec.short :], mask[1, spec.short :] = 0, 0
-    experts = {"output_router_logits": True} if hasattr(config, "num_local_experts") else {}
+    experts = {"output_router_logits": True} if kind in ("mixtral", "qwen3_moe") else {}
     out = model(input_ids=tokens, attention_mask=mask, **experts)
     losses = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     loss = (losses * mask[:, 1:]).sum() / mask[:, 1:].sum()
     loss.backward()
 
     gaps = torch.tensor([[0, 1, context // 3, context // 3 + 1, context // 2, context - 3, context - 2, context - 1]])
-    apart = torch.randint(config.vocab_size, gaps.shape, generator=draw)
+    apart = torch.randint(vocab, gaps.shape, generator=draw)
     with torch.no_grad():  # with a mask, else transformers takes a gap for the start of another document
         apart_logits = model(input_ids=apart, position_ids=gaps, attention_mask=torch.ones_like(apart)).logits
     more = {"load_balance": load_balance(config, out, mask)} if experts else {}
@@ -139,19 +139,22 @@ def tiny(name: str, spec: Tiny) -> None:
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """By the names of the files: experts are one tensor in memory, and one each there."""
     found: dict[str, torch.Tensor] = {}
+    mixtral = model.config.model_type == "mixtral"
+    gate_name, up_name, down_name = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     for key, value in model.named_parameters():
         grad = value.grad
-        assert grad is not None, key
-        stem = key.replace(".mlp.", ".block_sparse_moe.") if hasattr(model.config, "num_local_experts") else key
+        if grad is None:  # of the images
+            continue
+        stem = key.replace(".mlp.", ".block_sparse_moe.") if mixtral else key.replace(".language_model.", ".")
         if key.endswith("experts.gate_up_proj"):
             for e, both in enumerate(grad):
                 gate, up = both.chunk(2)
                 found |= {
-                    stem.replace("gate_up_proj", f"{e}.w1.weight"): gate,
-                    stem.replace("gate_up_proj", f"{e}.w3.weight"): up,
+                    stem.replace("gate_up_proj", f"{e}.{gate_name}.weight"): gate,
+                    stem.replace("gate_up_proj", f"{e}.{up_name}.weight"): up,
                 }
         elif key.endswith("experts.down_proj"):
-            found |= {stem.replace("down_proj", f"{e}.w2.weight"): down for e, down in enumerate(grad)}
+            found |= {stem.replace("down_proj", f"{e}.{down_name}.weight"): down for e, down in enumerate(grad)}
         else:
             found[stem] = grad
     return found
@@ -166,7 +169,7 @@ def load_balance(config: Any, out: Any, mask: torch.Tensor) -> torch.Tensor:
         best = torch.sort(logits.softmax(-1), descending=True).values
         gap = best[:, config.num_experts_per_tok - 1] - best[:, config.num_experts_per_tok]
         assert gap.min() > 1e-4, f"a token stands between two experts ({gap.min():.1e}); take another seed"
-        total = total + of_layers((logits,), config.num_local_experts, config.num_experts_per_tok, mask)
+        total = total + of_layers((logits,), logits.shape[-1], config.num_experts_per_tok, mask)
     return total
 
 
@@ -214,9 +217,9 @@ tokens = np.array([processor.encode(text)[:60], processor.encode(text)[60:120]],
 for name, (family, size, change) in json.loads(sys.argv[3]).items():
     module = families()[family]
     if "rope_scaling" in change:
-        change["rope_scaling"] = ops.RopeScaling(**change["rope_scaling"])
-    if "windows" in change:
-        change["windows"] = tuple(change["windows"])
+        scaling = {key: tuple(v) if isinstance(v, list) else v for key, v in change["rope_scaling"].items()}
+        change["rope_scaling"] = ops.RopeScaling(**scaling)
+    change = {key: tuple(value) if isinstance(value, list) else value for key, value in change.items()}
     change = {"vocab": processor.vocab_size, "init_scale": 0.2, **change}
     model = module.model(dataclasses.replace(module.SIZES[size], **change))
     params = model.init(jax.random.key(1))

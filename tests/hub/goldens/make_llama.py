@@ -8,12 +8,19 @@ from typing import Any
 from make_goldens import HERE, Tiny, main
 from transformers import (
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 
@@ -45,6 +52,11 @@ _OLD = r"model\.(embed_tokens|layers\.1\.self_attn\.k_proj|layers\.0\.self_attn\
 _FIRST, _SECOND = r"model\.layers\.0\..*", r"model\.(norm|layers\.1)\..*"
 _SCALED = r"model\.(embed_tokens|norm|layers\.1)\..*"
 _GEMMA = {"head_dim": 6, "attention_bias": False}
+_TINY_IMAGE = {
+    **{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
+    **{"image_size": 4, "patch_size": 4, "vision_use_head": False},
+}
+_QWEN_MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS = {
     "llama-untied": Tiny(
@@ -138,10 +150,85 @@ MODELS = {
         ),
         *(18, 9, _SECOND),
     ),
+    "qwen3_moe-a": Tiny(
+        17, Qwen3MoeConfig(**sizes(53, 3, head_dim=6, **_QWEN_MOE, mlp_only_layers=[1]), norm_topk_prob=True), 17, 11, _FIRST
+    ),
+    "qwen3_moe-b": Tiny(
+        18,
+        Qwen3MoeConfig(**sizes(59, kv_heads=4, **_QWEN_MOE, decoder_sparse_step=2, use_sliding_window=True, sliding_window=5)),
+        *(17, 9, _SECOND),
+    ),
+    "gemma3-a": Tiny(
+        19,
+        Gemma3Config(
+            text_config={
+                **sizes(61, 3, kv_heads=1, sliding_window=3, **_GEMMA),
+                **{"query_pre_attn_scalar": 10, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                    "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+                },
+            },
+            vision_config=_TINY_IMAGE,
+            mm_tokens_per_image=1,
+            **{"image_token_index": 60, "boi_token_index": 58, "eoi_token_index": 59, "bos_token_id": 0, "eos_token_id": 0},
+        ),
+        *(17, 12, r"model\.(norm|layers\.2)\..*"),
+    ),
+    "olmo2-a": Tiny(20, Olmo2Config(**sizes(53, kv_heads=2, **rope("default"))), 18, 9, _SECOND),
+    "olmo3-a": Tiny(
+        21,
+        Olmo3Config(
+            **sizes(59, 3, kv_heads=4, sliding_window=4),
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": rope("yarn", factor=4.0, beta_fast=4.0, attention_factor=1.2)["rope_parameters"],
+            },
+        ),
+        *(18, 11, r"model\.(norm|layers\.2)\..*"),
+    ),
+    "olmo3-b": Tiny(22, Olmo3Config(**sizes(53, 4, sliding_window=5, tie_word_embeddings=True)), 17, 11, r"model\.layers\.3\..*"),
+    "smollm3-a": Tiny(23, SmolLM3Config(**sizes(53, 4, **rope("default"))), 18, 9, r"model\.layers\.3\..*"),
+    "smollm3-b": Tiny(
+        24,
+        SmolLM3Config(
+            **sizes(59, 3, head_dim=6, tie_word_embeddings=False, use_sliding_window=True, sliding_window=4),
+            no_rope_layers=[0, 1, 0],
+        ),
+        *(17, 12, _SECOND),
+    ),
+    "granite-a": Tiny(
+        25,
+        GraniteConfig(
+            **sizes(53, tie_word_embeddings=True, **rope("default")),
+            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 0.7},
+        ),
+        *(18, 10, _SCALED),
+    ),
+    "phi3-a": Tiny(
+        26,
+        Phi3Config(**sizes(53, sliding_window=6, partial_rotary_factor=0.5, original_max_position_embeddings=64)),
+        *(18, 11, _SECOND),
+    ),
+    "phi3-b": Tiny(
+        27,
+        Phi3Config(
+            **sizes(59, num_attention_heads=2, kv_heads=1, original_max_position_embeddings=32),
+            rope_parameters={
+                **{"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75},
+                **{"original_max_position_embeddings": 32, "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.0, 3.0, 7.0]},
+            },
+        ),
+        *(18, 9, _SECOND),
+    ),
 }
 
 _TIED = {"tied": True, "head_width": 12, "rope_base": 500.0, "norm_eps": 1e-2}
 _PLAIN_GEMMA = {"qkv_bias": False, "query_scale": 20**-0.5}
+_OLMO = {"qk_norm": True, "wide_qk_norm": True, "pre_norms": False, "post_norms": True}
+_YARN = {"kind": "yarn", "factor": 4.0, "context": 32, "sharpen": 1.2}
+_LONG = {"kind": "longrope", "factor": 2.0, "context": 64, "near": [1.0, 1.5], "far": [1.0, 4.0]}
 WRITTEN = {
     "llama": ("llama", "tiny", {}),
     "llama-tied": ("llama", "tiny", _TIED),
@@ -161,12 +248,28 @@ WRITTEN = {
         *("llama", "tiny-gemma"),
         {**_PLAIN_GEMMA, "attn_softcap": None, "rope_scaling": {"kind": "linear", "factor": 8.0}},
     ),
+    "olmo2": ("llama", "tiny", _OLMO),
+    "olmo3": (
+        "llama",
+        "tiny",
+        {**_OLMO, "windows": [5, 0], "local_rope_base": 1000.0, "rope_base": 1000.0, "rope_scaling": _YARN},
+    ),
+    "smollm3": ("llama", "tiny", {"still": [False, True], "windows": [0, 5], "tied": True}),
+    "granite": ("llama", "tiny", {"query_scale": 0.3, "embed_scale": 2.0, "residual_scale": 0.3, "logit_divisor": 3.0}),
+    "phi3": ("llama", "tiny", {"rotary_width": 4, "windows": [5]}),
+    "phi3-long": ("llama", "tiny", {"rotary_width": 4, "rope_scaling": _LONG}),
+    "phi3-long-bf16": ("llama", "tiny", {"rope_scaling": {**_LONG, "near": [1.0] * 4, "far": [3.0] * 4, "sharpen": 1.2}}),
+    "qwen3_moe": ("llama", "tiny-moe", {"qk_norm": True, "expert_width": 24, "norm_topk": False, "dense_layers": [1]}),
+    "qwen3_moe-bf16": ("llama", "tiny-moe", {"qk_norm": True, "expert_width": 48, "windows": [5]}),
     "mixtral": ("llama", "tiny-moe", {}),
     "mixtral-window": ("llama", "tiny-moe", {"windows": [5], "experts_per_token": 3, "tied": True}),
     "mixtral-bf16": ("llama", "tiny-moe", {}),
 }
 
-CONFIGS = (LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Gemma2Config, Gemma3TextConfig)
+CONFIGS = (
+    *(LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Gemma2Config, Gemma3TextConfig),
+    *(GraniteConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen3MoeConfig, SmolLM3Config),
+)
 
 
 def defaults(ours: str) -> None:

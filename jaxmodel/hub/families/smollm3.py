@@ -1,0 +1,52 @@
+"""Files of SmolLM3: HF folders of SmolLM3ForCausalLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodel.errors import InputError
+from jaxmodel.hub.families import llama as of_llama
+from jaxmodel.hub.names import Family
+from jaxmodel.models import llama
+
+_HAS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}
+
+
+def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+    depth, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval", 4)
+    turned = hf.get("no_rope_layers")
+    turned = [bool((i + 1) % every) for i in range(depth)] if turned is None else turned
+    if not isinstance(turned, list) or len(turned) < depth:
+        raise InputError(f"config.json: no_rope_layers is {turned!r:.60}; allowed: a list with 1 or 0 for each of {depth} layers")
+    still = tuple(not turns for turns in turned[:depth])
+    window, windows = hf.get("sliding_window") if hf.get("use_sliding_window") else None, ()
+    if window:
+        types = hf.get("layer_types") or [("sliding" if s else "full") + "_attention" for s in still]
+        windows = of_llama.windows_of({**hf, "layer_types": types})
+    return dataclasses.replace(of_llama.plain(hf, **_HAS), still=of_llama.pattern(still), windows=windows)
+
+
+def _to_hf(c: llama.Config) -> dict[str, Any] | None:
+    if not c.still:
+        return None
+    windows = c.window_of_layers()
+    return of_llama.common_to_hf(c, "smollm3", "SmolLM3ForCausalLM") | {
+        "mlp_bias": False,
+        "no_rope_layers": [int(not c.still[i % len(c.still)]) for i in range(c.depth)],
+        "use_sliding_window": any(windows),
+        "sliding_window": max(windows) or None,
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+    }
+
+
+FAMILY = Family(
+    module=llama,
+    kinds=("smollm3",),
+    names=of_llama.names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    ignored=of_llama.FAMILY.ignored,
+    copies=of_llama.FAMILY.copies,
+)
