@@ -130,7 +130,8 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     count, steps = (64, 150) if quick else (240, 400)
     text = data.load_text("wikitext2-test")
     bundle = hub.from_pretrained("smollm2-135m", dtype="float32")
-    windows = data.windows(hub.need_processor(bundle).encode(text.text), WINDOW, limit=count)
+    tokenizer = hub.need_processor(bundle)
+    windows = data.windows(tokenizer.encode(text.text), WINDOW, limit=count, begin=tokenizer.begins)
     windows = windows[: len(windows) // 4 * 4]
     states = hidden_states(bundle, windows)
     norms, width = np.linalg.norm(states, axis=-1), states.shape[-1]

@@ -25,6 +25,8 @@ def windows(
 ) -> tuple[Any, int]:
     """`data.windows` of a text tokenised whole, and how many tokens it has.
 
+    Each window begins with what the tokenizer puts in front of a text, as what `generate` reads does.
+
     Args:
       options: those that give the text and the length, for the error: `--data, --window`.
 
@@ -32,6 +34,6 @@ def windows(
       InputError: the text is shorter than one window.
     """
     ids = tokenizer.encode(text.text)
-    if len(ids) < length:
+    if len(ids) < length - len(tokenizer.begins):
         raise InputError(f"{options}: {text.name!r} has {len(ids)} tokens; allowed: at least the {length} of one window")
-    return data.windows(ids, length, stride=stride, limit=limit), len(ids)
+    return data.windows(ids, length, stride=stride, limit=limit, begin=tokenizer.begins), len(ids)

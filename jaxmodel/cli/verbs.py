@@ -118,7 +118,7 @@ def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
     if not options.chat and any(value is not None for value in given.values()):
         name = next(name for name, value in given.items() if value is not None)
         raise InputError(f"--{name}: a chat is needed for it; give --chat too")
-    messages = [{"role": "user", "content": options.prompt}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": options.prompt}]
     if options.system is not None:
         is_file = len(options.system) < 4096 and "\n" not in options.system and Path(options.system).is_file()
         try:
@@ -126,10 +126,8 @@ def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--system: {options.system!r} cannot be read as UTF-8 text: {error}") from None
         messages.insert(0, {"role": "system", "content": said})
-    lists = [
-        None if path is None else schema.read(Path(path), list[dict[str, Any]]) for path in (options.tools, options.documents)
-    ]
-    return messages, *lists
+    read = lambda path: None if path is None else schema.read(Path(path), list[dict[str, Any]])
+    return messages, read(options.tools), read(options.documents)
 
 
 def _show_generate(result: dict[str, Any], console: Any) -> None:

@@ -35,7 +35,7 @@ class Bins:
         return float(np.count_nonzero(self.segments) / self.segments.size)
 
 
-def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None = None) -> np.ndarray:
+def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None = None, begin: Sequence[int] = ()) -> np.ndarray:
     """Cut the ids of a whole text into windows; a remainder shorter than a window is dropped.
 
     For batches of width T in which every token but the first is predicted once, cut `length=T + 1, stride=T`.
@@ -43,8 +43,9 @@ def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None 
     Args:
       ids: token ids [n].
       length: tokens in a window.
-      stride: tokens between the starts of two windows; `length` (windows that do not overlap) when left out.
+      stride: tokens between the starts of two windows; when left out as many as each has of the text, so that none overlap.
       limit: at most this many windows, the first ones.
+      begin: what every window begins with, of its length (`tokenizer.begins`: the begin-of-text token of models that need one).
 
     Returns:
       int32 [N, length].
@@ -55,15 +56,21 @@ def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None 
     >>> windows(range(8), length=3)
     array([[0, 1, 2],
            [3, 4, 5]], dtype=int32)
+    >>> windows(range(4), length=3, begin=[9])
+    array([[9, 0, 1],
+           [9, 2, 3]], dtype=int32)
     """
-    stride = length if stride is None else stride
-    for argument, value in (("length", length), ("stride", stride), ("limit", 1 if limit is None else limit)):
+    at_least("length", length, len(begin) + 1)
+    own = length - len(begin)
+    stride = own if stride is None else stride
+    for argument, value in (("stride", stride), ("limit", 1 if limit is None else limit)):
         at_least(argument, value)
-    flat = _int32("ids", ids)
-    if flat.size < length:
-        raise InputError(f"ids: {flat.size} tokens are fewer than one window of {length}; give a longer text or a smaller window")
-    views = np.lib.stride_tricks.sliding_window_view(flat, length)[::stride][:limit]
-    return np.array(views)  # a copy: views of one buffer would be read-only and alias each other
+    flat, head = _int32("ids", ids), _int32("begin", begin)
+    if flat.size < own:
+        raise InputError(f"ids: {flat.size} tokens are fewer than one window of {own}; give a longer text or a smaller window")
+    views = np.lib.stride_tricks.sliding_window_view(flat, own)[::stride][:limit]
+    # a copy: views of one buffer would be read-only and alias each other
+    return np.concatenate([np.broadcast_to(head, (len(views), head.size)), views], axis=1)
 
 
 def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bins:

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodel import models, tree
 from jaxmodel.errors import InputError, at_least
-from jaxmodel.generation.decode import new_cache
+from jaxmodel.generation.decode import new_cache, unsound
+from jaxmodel.generation.sampling import is_sound
 
 
 class Beams(NamedTuple):
@@ -42,6 +44,7 @@ class _State(NamedTuple):
     live: Beams  # the beams; scores are log probabilities, lengths the beams that they come from
     done: Beams  # the hypotheses
     over: Bool[Array, " B"]
+    sound: Bool[Array, " B"]  # whether all logits that a row has seen are numbers
 
 
 class _Plan(NamedTuple):
@@ -82,7 +85,7 @@ def beam_search(
       See `Beams`.
 
     Raises:
-      InputError: a model without a cache, a value out of its range.
+      InputError: a model without a cache, a value out of its range, logits that are no numbers.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
@@ -100,7 +103,10 @@ def beam_search(
     if "tokens" not in named and "source" in named:
         named["tokens"] = jnp.full((named["source"].shape[0], 1), model.config.start, jnp.int32)
     plan = _Plan(beams, max_new_tokens, tuple(sorted({int(i) for i in eos_ids})), float(length_penalty), patient)
-    return _search(model, plan)(params, named)
+    found = _search(model, plan)(params, named)
+    if not isinstance(found.scores, core.Tracer) and bool(jnp.any(jnp.isnan(found.scores))):
+        raise unsound(params)
+    return found
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,7 +128,7 @@ def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
         )
         first = nothing._replace(scores=nothing.scores.at[:, 0].set(0.0))  # one beam, so that no text is there twice
         cache = _map_rows(lambda a, axis: jnp.repeat(a, k, axis=axis), out.cache, places, True)
-        state = _State(jnp.zeros((), jnp.int32), cache, first, nothing, jnp.zeros(batch, jnp.bool_))
+        state = _State(jnp.zeros((), jnp.int32), cache, first, nothing, jnp.zeros(batch, jnp.bool_), jnp.ones(batch, jnp.bool_))
         state = choose(state, jnp.repeat(logits, k, axis=0))
 
         def step(state: _State) -> _State:
@@ -131,7 +137,8 @@ def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
             out = model.apply(params, {"tokens": newest.reshape(-1, 1), "mask": alive}, state.cache)
             return choose(state._replace(cache=out.cache), out.logits[:, 0])
 
-        return jax.lax.while_loop(lambda s: (s.step < n) & ~jnp.all(s.over), step, state).done
+        end = jax.lax.while_loop(lambda s: (s.step < n) & ~jnp.all(s.over), step, state)
+        return end.done._replace(scores=jnp.where(end.sound[:, None], end.done.scores, jnp.nan))
 
     def choose(state: _State, logits: Float[Array, "R V"]) -> _State:
         """The state with a token more."""
@@ -157,7 +164,8 @@ def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
         row = jnp.arange(batch, dtype=jnp.int32)[:, None] * k
         rows = (row + live.lengths).reshape(-1)
         cache = _map_rows(lambda a, axis: jnp.take(a, rows, axis=axis), state.cache, places, False)
-        return _State(step, cache, live, done, state.over | full)
+        fine = jnp.all(is_sound(logits).reshape(batch, k), axis=1)
+        return _State(step, cache, live, done, state.over | full | ~fine, state.sound & (fine | state.over))
 
     return search
 

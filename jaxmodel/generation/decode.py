@@ -17,10 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmodel import models, tree
 from jaxmodel.errors import InputError
-from jaxmodel.generation.sampling import Sampling, sample
+from jaxmodel.generation.sampling import Sampling, is_sound, sample
 
 STEPS = 16
 """Decode steps in one call of the device."""
+UNSOUND = -1
+"""In place of a token where the logits are no numbers."""
 PIECE = 512
 """The most tokens of a prompt that are run at once: attention's scores grow with this times the capacity."""
 
@@ -82,6 +84,9 @@ def run(
       first_row: the number of the first row; row r draws with `fold_in(key(seed), r)`.
       steps: decode steps in a call, at most STEPS.
 
+    Raises:
+      InputError: logits that are no numbers; the message names the weight or the precision behind it.
+
     Yields:
       The next tokens `[B, n]`: the first of each row, then up to `steps` at a time. What follows an end is arbitrary.
     """
@@ -104,13 +109,41 @@ def run(
     advance = decoder(model, sampling)
     if max_new_tokens > 1:  # no steps: only compiles, so that the time of decoding is that of decoding
         state, _ = advance(params, state, jnp.array(done), 0, eos)
-    yield np.array(state.token)[:, None]  # a copy: the buffer is donated
+    first = np.array(state.token)[:, None]  # a copy: the buffer is donated
+    _check(first, params)
+    yield first
     left = max_new_tokens - 1
     while left and not done.all():
         count = min(left, steps)
         state, tokens = advance(params, state, jnp.array(done), count, eos)
-        yield np.asarray(tokens)[:, :count]
+        found = np.asarray(tokens)[:, :count]
+        _check(found, params)
+        yield found
         left -= count
+
+
+def _check(tokens: np.ndarray, params: tree.Params) -> None:
+    if tokens.min(initial=0) == UNSOUND:
+        raise unsound(params)
+
+
+def unsound(params: tree.Params) -> InputError:
+    """The error for logits that are no numbers, with the cause (to be raised by the caller).
+
+    Args:
+      params: the weights that gave them; looked through for a number that is not finite.
+    """
+    for path, leaf in tree.flatten(params).items():
+        for part in jax.tree.leaves(leaf):
+            if jnp.issubdtype(part.dtype, jnp.floating) and (bad := int(jnp.sum(~jnp.isfinite(part)))):
+                return InputError(
+                    f"params: {path!r} has {bad} numbers that are NaN or infinite, so the logits are no numbers; a damaged "
+                    "file, or one converted to a dtype that is too small"
+                )
+    return InputError(
+        "model: the logits are NaN or infinite though all weights are finite: the activations overflow; compute in float32 "
+        "(dtype='float32')"
+    )
 
 
 def reads_source(model: models.Model) -> bool:
@@ -239,7 +272,7 @@ def _choose(sampling: Sampling, state: State, logits: jax.Array) -> State:
     """The state with the next token."""
     position = state.position + 1
     keys = None if sampling.greedy else jax.vmap(jax.random.fold_in)(state.keys, position)
-    token = sample(logits, keys, sampling, state.seen)
+    token = jnp.where(is_sound(logits), sample(logits, keys, sampling, state.seen), UNSOUND)
     seen = None if state.seen is None else state.seen.at[jnp.arange(token.shape[0]), token].set(True)
     return State(state.cache, token, position, state.keys, seen)
 

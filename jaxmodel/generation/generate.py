@@ -58,7 +58,7 @@ class Completion:
     """One generated text.
 
     Attributes:
-      text: without the prompt and the stop string.
+      text: what follows the prompt, with the space between them, up to the stop string.
       ids: its tokens: without the one that ends a text, with those of the stop string.
       finish_reason: "eos" (the model ended it), "stop" (a stop string came) or "length" (max_new_tokens).
       tokens_per_second: of this row after its first token; 0 where there is only one.
@@ -128,7 +128,7 @@ def generate_ids(source: Source, prompts: Sequence[str], request: Request = Requ
     with report.bar(len(rows) * request.max_new_tokens, "generating", unit="token", first="compiling") as job:
         for first in range(0, len(rows), chunk):
             part = rows[first : first + chunk]
-            writers = [new_writer() for _ in part]
+            writers = [new_writer(row) for row in part]
             seconds, done = np.zeros(len(part)), np.zeros(len(part), bool)
             start, prefill = time.perf_counter(), None
             for tokens in run(part, done, first_row=first):
@@ -154,7 +154,7 @@ def stream(source: Source, prompt: str, request: Request = Request()) -> Iterato
     request, whose errors are raised here at once. The iterator may be left at any time.
     """
     rows, run, new_writer = _begin(source, [prompt], request)
-    writer, done = new_writer(), np.zeros(1, bool)
+    writer, done = new_writer(rows[0]), np.zeros(1, bool)
 
     def pieces() -> Iterator[str]:
         for tokens in run(rows, done, steps=1):
@@ -173,7 +173,7 @@ def running_only(bundle: Bundle) -> Bundle:
 
 def _begin(
     source: Source, prompts: Sequence[str], request: Request
-) -> tuple[list[list[int]], Callable[..., Iterator[np.ndarray]], Callable[[], Writer]]:
+) -> tuple[list[list[int]], Callable[..., Iterator[np.ndarray]], Callable[[list[int]], Writer]]:
     """The ids of the prompts, `decode.run` without its rows, and what makes the writer of a row.
 
     Raises:
@@ -192,7 +192,9 @@ def _begin(
         eos_ids=tokenizer.eos_ids,
         seed=request.seed,
     )
-    return rows, run, functools.partial(Writer, tokenizer, request.max_new_tokens, request.stop)
+    apart = decode.reads_source(bundle.model)  # then a text of its own, not the prompt's next words
+    new_writer = lambda row: Writer(tokenizer, request.max_new_tokens, request.stop, () if apart else row)
+    return rows, run, new_writer
 
 
 def encode(bundle: Bundle, prompts: Sequence[str], request: Request) -> list[list[int]]:
@@ -210,7 +212,7 @@ def encode(bundle: Bundle, prompts: Sequence[str], request: Request) -> list[lis
         name = _name(prompts, i)
         if not bare[i]:
             raise InputError(f"{name}: {prompts[i]!r:.40} has no tokens; allowed: a text of one token or more")
-        if len(row) >= config.context:
+        if len(row) >= config.context and not (apart and getattr(config, "any_length", False)):
             raise InputError(f"{name}: {len(row)} tokens; allowed: fewer than the model's context of {config.context}")
         if len(row) + request.max_new_tokens > config.context and not apart:
             raise InputError(

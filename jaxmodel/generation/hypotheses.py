@@ -16,6 +16,7 @@ from jaxmodel.generation.decode import padded, reads_source, round_up
 from jaxmodel.generation.generate import Request, encode, running_only
 from jaxmodel.hub.bundle import Bundle, need_processor
 from jaxmodel.hub.pretrained import from_pretrained
+from jaxmodel.hub.tokenizer import stream_decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Hypothesis:
     """One text that a beam search found.
 
     Attributes:
-      text: without the prompt.
+      text: what follows the prompt, with the space between them.
       ids: its tokens, without the one that ends it.
       score: see `beam_search`.
       finish_reason: "eos" (the model ended it) or "length" (max_new_tokens).
@@ -92,6 +93,8 @@ def beam_texts(
                 if np.isfinite(score):
                     ended = ids[length - 1] in ends
                     ids = ids[: length - ended]
-                    row.append(Hypothesis(tokenizer.decode(ids), ids, score, "eos" if ended else "length"))
+                    push = stream_decoder(tokenizer, after=() if apart else part[i])
+                    text = "".join(map(push, [*ids, None]))
+                    row.append(Hypothesis(text, ids, score, "eos" if ended else "length"))
             out.append(row)
     return out

@@ -74,7 +74,7 @@ def sample(
     """Choose one token of each row; pure, in float32.
 
     Args:
-      logits: of the next token.
+      logits: of the next token; one that is no number is never chosen, see `is_sound`.
       keys: one for each row, so that a row's choice does not depend on the others; None will do for greedy.
       sampling: how.
       seen: the tokens in the prompt and the text so far, for the repetition penalty.
@@ -94,9 +94,19 @@ def sample(
     return _argmax(x)
 
 
+def is_sound(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Which rows a token can be chosen from: no logit is NaN, and the best is finite.
+
+    >>> print(is_sound(jnp.array([[0.0, -jnp.inf], [0.0, jnp.nan]])))
+    [ True False]
+    """
+    return jnp.isfinite(jnp.max(logits, axis=-1))  # which is NaN where one is
+
+
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None) -> Float[Array, "B V"]:
     """The logits whose softmax `sample` draws from (up to a constant of each row): -inf for a token filtered out."""
     x = logits.astype(jnp.float32)
+    x = _keep(x, ~jnp.isnan(x))
     if sampling.repetition_penalty != 1 and seen is not None:
         penalty = sampling.repetition_penalty
         x = jnp.where(seen, jnp.where(x < 0, x * penalty, x / penalty), x)

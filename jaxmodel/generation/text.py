@@ -12,17 +12,19 @@ class Writer:
 
     Attributes:
       ids: the tokens so far: not the one that ends a text, but with those of a stop string.
-      text: what they say, up to the stop string.
+      text: what they say behind the prompt, up to the stop string. Special tokens are no part of it, but stop strings see them.
       finish_reason: "eos", "stop" or "length"; None while it goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_new_tokens: int, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, max_new_tokens: int, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
         self._limit, self._stop, self._eos = max_new_tokens, stop, frozenset(tokenizer.eos_ids)
-        self._decode = stream_decoder(tokenizer)
+        self._decode, self._tokenizer = stream_decoder(tokenizer, after=prompt), tokenizer
         self._sent = 0
+        self._whole = ""  # the text with its special tokens
+        self._places: list[int] = []  # of each character of it, where it stands in the text
 
     def write(self, ids: Iterable[int]) -> None:
         """Take the next ids; those after the end are ignored."""
@@ -33,7 +35,7 @@ class Writer:
                 self._finish("eos")
                 return
             self.ids.append(token)
-            self._add(self._decode(token))
+            self._add(self._decode(token), token)
             if len(self.ids) >= self._limit and not self.finish_reason:
                 self._finish("length")
 
@@ -41,7 +43,9 @@ class Writer:
         """The text since the last call that no stop string can still claim."""
         end = len(self.text)
         if not self.finish_reason:
-            end -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
+            held = max((_overlap(self._whole, stop) for stop in self._stop), default=0)
+            visible = max((_overlap(self.text, stop) for stop in self._stop), default=0)
+            end = min(self._places[-held] if held else end, end - visible)
         piece, self._sent = self.text[self._sent : end], max(self._sent, end)
         return piece
 
@@ -49,10 +53,19 @@ class Writer:
         self._add(self._decode(None))
         self.finish_reason = self.finish_reason or reason
 
-    def _add(self, piece: str) -> None:
-        start = len(self.text)
+    def _add(self, piece: str, token: int | None = None) -> None:
+        start, before = len(self.text), len(self._whole)
         self.text += piece
+        self._whole += piece
+        self._places += range(start, len(self.text))
+        if token in self._tokenizer.special_ids:
+            said = self._tokenizer.backend.id_to_token(token) or ""
+            self._whole += said
+            self._places += [len(self.text)] * len(said)
         found = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop]
+        if len(self._whole) > len(self.text):
+            at = [self._whole.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
+            found += [self._places[i] for i in at if i >= 0]
         if cut := [i for i in found if i >= 0]:
             self.text = self.text[: min(cut)]
             self.finish_reason = "stop"

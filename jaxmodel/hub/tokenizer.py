@@ -372,34 +372,56 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, eos_ids=(0,), bos_id=0, pad_id=0)
 
 
-def stream_decoder(tokenizer: Tokenizer, skip_special: bool = True) -> Callable[[int | None], str]:
+def stream_decoder(tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()) -> Callable[[int | None], str]:
     """A function from the next id to the text that it completes, for showing a text while it is generated.
 
-    The pieces together equal `tokenizer.decode(ids)`; none ends within a UTF-8 character. At the end of the ids,
-    calling it with None gives what was held back (U+FFFD, where the ids stop within a character).
+    The pieces together are what `decode(after + ids)` has more than `decode(after)`; none ends within a UTF-8 character. At the
+    end of the ids, calling it with None gives what was held back (U+FFFD, where the ids stop within a character).
+
+    Args:
+      tokenizer: whose ids.
+      skip_special: whether special tokens are left out, as by `decode`.
+      after: the ids in front (a prompt): a decoder that drops the space of the first word must not do so within a text.
 
     >>> tokenizer = train_bpe([], vocab_size=257)
     >>> push = stream_decoder(tokenizer)
     >>> [push(i) for i in tokenizer.encode("né")]
     ['n', '', 'é']
     """
-    # Byte-level text is the concatenation of its tokens' bytes, so whatever is complete can be forgotten. Other
-    # decoders look back (WordPiece joins, Metaspace strips the first space), and keep all ids.
-    forgetful = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
-    ids: list[int] = []
-    sent = 0
+    skipped = tokenizer.special_ids if skip_special else frozenset()
+    in_bytes: dict[int, bool] = {}
+
+    def is_byte(token: int) -> bool:
+        """Whether it is a byte of a longer character, `<0xE6>`: what a run of them says is known at its end only."""
+        if token not in in_bytes:
+            said = tokenizer.backend.id_to_token(token) or ""
+            in_bytes[token] = len(said) == 6 and said.startswith("<0x") and said.endswith(">")
+        return in_bytes[token]
+
+    def tail(ids: list[int]) -> list[int]:
+        """As few of the last ids as the text of what follows depends on."""
+        shown = 0
+        for start in range(len(ids) - 1, -1, -1):
+            shown += ids[start] not in skipped
+            if shown >= 4 and not is_byte(ids[start]):
+                return ids[start:]
+        return ids
+
+    ids = tail([int(i) for i in after])
+    sent = len(tokenizer.decode(ids, skip_special)) if ids else 0
 
     def push(token: int | None) -> str:
-        nonlocal sent
+        nonlocal sent, ids
         if token is not None:
             ids.append(int(token))
         text = tokenizer.decode(ids, skip_special)
         # A trailing U+FFFD may be half a character, or a real one: hold it until the next id decides.
-        ready = max(sent, len(text) if token is None else len(text.rstrip("\ufffd")))
+        held = token is not None and is_byte(int(token))
+        ready = sent if held else max(sent, len(text) if token is None else len(text.rstrip("\ufffd")))
         piece, sent = text[sent:ready], ready
-        if forgetful and sent == len(text):
-            ids.clear()
-            sent = 0
+        if sent == len(text) and len(ids) > 16:
+            ids = tail(ids)
+            sent = len(tokenizer.decode(ids, skip_special))
         return piece
 
     return push

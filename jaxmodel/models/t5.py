@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -54,9 +54,11 @@ class Config:
       dropout: share of what each part adds that is dropped in training.
       init_scale: factor of the standard deviations of new weights.
       start: the token that a target begins with.
-      context: the longest source that the model was made for.
+      context: the longest source that the model was trained on; positions are relative, so that longer ones are read too.
       head_scale: of what the head reads; None for `width ** -0.5` where it is tied, else 1.
     """
+
+    any_length: ClassVar = True  # of sources: positions are relative
 
     vocab: int
     width: int

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from jaxmodel import compress, data, hub, ops, report, train, tree
+from jaxmodel import compress, data, evaluate, hub, ops, report, train, tree
 from jaxmodel.cli import main, options
 from jaxmodel.cli.options import VERBS, Train
 from jaxmodel.generation import decode
@@ -324,3 +324,17 @@ def test_a_chat_with_a_system_message_tools_and_documents(capsys, folder, tmp_pa
     assert asked("--system", "Be kind.") == "system:Be kind.;user:fox;null"
     assert "--system: a chat is needed for it; give --chat too" in call(capsys, *ask, "--system", "x", code=2).err
     assert "allowed: a list" in call(capsys, *ask, "--chat", "--tools", tmp_path / "one.json", code=2).err
+
+
+def test_eval_gives_every_window_what_a_text_begins_with(capsys, folder, monkeypatch):
+    bundle, read = hub.from_pretrained(folder / "tiny"), []
+    special = [("<|endoftext|>", 0)]
+    bundle.processor.backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=special)
+    bundle.save_pretrained(folder / "begins")
+    score = evaluate.perplexity
+    monkeypatch.setattr(
+        evaluate, "perplexity", lambda m, p, windows, **more: read.append(windows) or score(m, p, windows, **more)
+    )
+    as_json(capsys, folder, "eval", folder / "begins", "--data", folder / "text.txt", "--window", 32, "--max-windows", 2)
+    ids = bundle.processor.encode(TEXT)
+    assert read[0].tolist() == [[0, *ids[:31]], [0, *ids[31:62]]]

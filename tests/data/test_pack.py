@@ -81,6 +81,8 @@ def test_windows_are_slices(ids: list[int], length: int, stride: int, limit: int
     assert cut.tolist() == [ids[s : s + length] for s in starts]
     assert windows(ids, length, stride, limit).tolist() == cut[:limit].tolist()
     assert windows(ids, length).tolist() == windows(ids, length, stride=length).tolist()
+    begun = windows(ids, length + 2, begin=[7, 8])  # as many ids of the text, behind what each window begins with
+    assert begun.tolist() == [[7, 8, *row] for row in windows(ids, length).tolist()]
 
 
 @given(st.integers(2, 80), st.integers(1, 9))

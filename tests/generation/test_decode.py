@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from jaxmodel import ops
-from jaxmodel.generation import decode
-from jaxmodel.generation.sampling import GREEDY, Sampling, sample
-from jaxmodel.models import families
+from jaxmodel.errors import InputError
+from jaxmodel.generation import beam_search, decode
+from jaxmodel.generation.sampling import GREEDY, Sampling, is_sound, sample
+from jaxmodel.models import families, llama
 
 ROWS = [[5, 9, 2, 7, 7], [3], list(range(40, 57)), [250, 1, 4]]  # 17: over the smallest size
 
@@ -200,3 +201,31 @@ def test_few_sizes():
     sizes = [decode.round_up(n) for n in range(1, 3000)]
     assert all(n <= size <= max(16, 1.5 * n) for n, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes) and len(set(sizes)) == 2 * 8
+
+
+# ---------------------------------------------------------------------------------------- logits that are no numbers
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5, top_p=0.9)])
+@pytest.mark.parametrize("how", ["damaged", "overflow"])
+def test_logits_that_are_no_numbers_are_an_error_with_its_cause(sampling, how):
+    model = llama.model(llama.SIZES["tiny"])
+    params = model.init(jax.random.key(0))
+    if how == "damaged":
+        params["norm"]["weight"] = params["norm"]["weight"].at[3].set(jnp.nan)
+        says = "params: 'norm/weight' has 1 numbers that are NaN or infinite"
+    else:
+        params["head"] = jnp.full_like(params["head"], 3e38)
+        says = "all weights are finite: the activations overflow; compute in float32"
+    with pytest.raises(InputError, match=says):
+        list(decode.run(model, params, [[1, 2]], np.zeros(1, bool), sampling=sampling, max_new_tokens=3))
+    with pytest.raises(InputError, match=says):
+        beam_search(model, params, jnp.asarray([[1, 2]], jnp.int32), beams=2, max_new_tokens=3)
+
+
+def test_a_logit_that_is_no_number_is_never_chosen():
+    logits = jnp.asarray([[0.0, jnp.nan, 9.0, 1.0]])
+    keys = jax.random.split(jax.random.key(0), 1)
+    assert sample(logits, None, GREEDY).tolist() == [2]
+    assert sample(logits, keys, Sampling(0.01, top_p=0.9)).tolist() == [2]
+    assert is_sound(jnp.asarray([[0.0, -jnp.inf], [-jnp.inf] * 2, [jnp.inf, 0.0]])).tolist() == [True, False, False]

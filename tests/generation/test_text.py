@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmodel.generation.text import Writer
-from jaxmodel.hub.tokenizer import train_bpe
+from jaxmodel.hub.tokenizer import Tokenizer, train_bpe
+from jaxmodel.hub.vocabularies import of_pieces, read_pieces
 
 TOKENIZER = dataclasses.replace(train_bpe(["aab abb aab ba ba, naïve 東京 🙂🙃"], 290), eos_ids=(0, 7))
 LETTERS = st.text(st.sampled_from("ab é🙂"), min_size=1, max_size=30)
@@ -78,3 +80,87 @@ def test_the_limit_ends():
     assert (writer.ids, writer.finish_reason) == (ids[:2], "length")
     open_end, _ = written(ids)
     assert open_end.finish_reason is None
+
+
+# ----------------------------------------------------------------------------------------- the text in its context
+
+GOLDENS = Path(__file__).parents[1] / "hub" / "goldens" / "sentencepiece"
+PIECES = Tokenizer(of_pieces(read_pieces(GOLDENS / "llama.model")), eos_ids=(2,), bos_id=1)
+RAW = st.lists(st.integers(0, PIECES.vocab_size - 1).filter(lambda i: i != 2), max_size=24)
+
+
+def behind(tokenizer, prompt, ids):
+    """What a text goes on with: all of it decoded at once, without what the prompt alone says."""
+    return tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :]
+
+
+@pytest.mark.parametrize(("prompt", "new"), [("the", "module is"), ("the module", "\U0001f642 is"), ("the", "\n\nmodule")])
+def test_the_first_new_word_keeps_its_space(prompt, new):
+    before, ids = PIECES.encode(prompt), PIECES.encode(new)
+    writer, pieces = Writer(PIECES, len(ids), prompt=[1, *before]), []
+    for token in ids:
+        writer.write([token])
+        pieces.append(writer.read())
+    assert writer.text == "".join(pieces) == f" {new}" == behind(PIECES, before, ids)
+    stops = Writer(PIECES, len(ids), (" ",), [1, *before])
+    stops.write(ids)
+    assert (stops.text, stops.finish_reason) == ("", "stop")
+    alone = Writer(PIECES, len(ids), prompt=[1])  # behind nothing but a special token it is the first word of the text
+    alone.write(ids)
+    assert alone.text == new
+
+
+@settings(deadline=None, max_examples=300)
+@given(prompt=st.text(st.sampled_from("the module ▁\n🙂é"), max_size=40), ids=RAW)
+def test_a_text_is_what_decoding_all_at_once_gives(prompt, ids):
+    """Also of bytes that make no character: how many U+FFFD they are is known at the end of their run only."""
+    before = PIECES.encode(prompt)
+    for token in before[-1:]:  # a run that begins in the prompt changes what the prompt says
+        ids = ids if not (PIECES.backend.id_to_token(token) or "").startswith("<0x") else [305, *ids]
+    writer, pieces = Writer(PIECES, max(len(ids), 1), prompt=before), []
+    for token in ids:
+        writer.write([token])
+        pieces.append(writer.read())
+    if not ids:
+        return
+    assert writer.text == "".join(pieces) == behind(PIECES, before, ids)
+
+
+def special(*contents):
+    tokenizer = train_bpe(["aab abb aab ba ba"], 290)
+    tokenizer.backend.add_special_tokens(list(contents))
+    return tokenizer, {content: tokenizer.backend.token_to_id(content) for content in contents}
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        (["<|end|>"], "ab", "stop"),
+        (["<|end|>\n"], "ab", "stop"),
+        (["b<|end|>"], "a", "stop"),
+        (["b\na"], "a", "stop"),  # the text as it is shown counts too
+        (["<|end|> "], "ab\nab", "length"),
+        (["<|start|>"], "ab\nab", "length"),
+        (["\n", "<|end|>"], "ab", "stop"),
+    ],
+)
+def test_stop_strings_see_special_tokens(stop, text, reason):
+    tokenizer, ids = special("<|end|>", "<|start|>")
+    row = [*tokenizer.encode("ab"), ids["<|end|>"], *tokenizer.encode("\nab")]
+    writer, pieces = Writer(tokenizer, len(row), stop), []
+    for token in row:
+        writer.write([token])
+        pieces.append(writer.read())
+    assert (writer.text, writer.finish_reason) == (text, reason) and "".join(pieces) == text
+
+
+def test_nothing_is_shown_that_a_stop_string_with_a_special_token_may_claim():
+    tokenizer, ids = special("<|end|>")
+    writer = Writer(tokenizer, 99, ["b<|end|>\n"])
+    for token in tokenizer.encode("ab"):
+        writer.write([token])
+    assert writer.read() == "a"
+    writer.write([ids["<|end|>"]])
+    assert writer.read() == ""
+    writer.write(tokenizer.encode("x"))
+    assert writer.read() == "bx"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.generation import GREEDY, beam_search, decode
-from jaxmodel.hub import Bundle, from_pretrained
+from jaxmodel.generation import GREEDY, Request, beam_search, decode, generate_ids
+from jaxmodel.hub import Bundle, from_pretrained, train_bpe
 from jaxmodel.hub.families import family_of
 from jaxmodel.hub.names import find
 from jaxmodel.models import t5
@@ -191,3 +192,16 @@ def test_configs_that_are_not_read(change: dict, message: str, tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps({**hf, **change}))
     with pytest.raises(InputError, match=message):
         from_pretrained(tmp_path)
+
+
+def test_sources_longer_than_the_positions_of_the_training() -> None:
+    """Positions are relative, so `n_positions` is no limit: the same ids as from the config that says more."""
+    bundle = from_pretrained(GOLDENS / NAMES[0])
+    tokenizer = train_bpe([], vocab_size=257)
+    config = dataclasses.replace(bundle.model.config, vocab=257, context=16)
+    texts = []
+    for context in (16, 512):
+        model = t5.model(dataclasses.replace(config, context=context))
+        made = Bundle(model, model.init(jax.random.key(0)), tokenizer)
+        texts.append(generate_ids(made, ["once upon a time there was a river"], Request(max_new_tokens=4))[0].ids)
+    assert texts[0] == texts[1]
