@@ -67,19 +67,25 @@ def read(args: Sequence[str]) -> Common:
 def run(options: Common) -> tuple[Any, int]:
     """Run a verb in a run folder of its own; returns its results and the exit code."""
     from jaxmodel import report
-    from jaxmodel.cli import folders, rerun, verbs
+    from jaxmodel.cli import rerun
 
     name = rerun.name_of(options)
     check(options)
     report.check_target(options.json)
     if isinstance(options, Resume):
-        work, name = rerun.trained_by(options.folder), "train"
-    else:
-        work = options
+        with rerun.resumed(options) as work:
+            return _do(options, work, "train", options.folder)
+    return _do(options, options, name)
+
+
+def _do(options: Common, work: Common, name: str, resumed: str | None = None) -> tuple[Any, int]:
+    from jaxmodel import report
+    from jaxmodel.cli import folders, rerun, verbs
+
     verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
     verb.prepare(work)
     with report.clean_stdout(options.json):
-        folder = folders.of_run(name, work, options.folder if isinstance(options, Resume) else None)
+        folder = folders.of_run(name, work, resumed)
         result = verb.run(work, folder)
         folder.save_json("report.json", result)
         verb.show(result, report.console_for(options.json))

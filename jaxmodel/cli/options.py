@@ -36,6 +36,9 @@ _DTYPE = arg(
 )
 
 
+_AS_BEFORE = arg(help_behavior_hint="(default: as before)")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
     """What every verb takes."""
@@ -152,9 +155,9 @@ class Train(Common, TrainOptions):
     """Of the initial weights, the order of the data and the sample."""
     out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(default: bundle/ in the run's folder)")] = None
     """Where the bundle goes."""
-    checkpoints: Annotated[
-        str | None, arg(metavar="PLACE", help_behavior_hint="(default: checkpoints/ in the run's folder)")
-    ] = None
+    checkpoints: Annotated[str | None, arg(metavar="PLACE", help_behavior_hint="(default: checkpoints/ in the run's folder)")] = (
+        None
+    )
     """Where checkpoints go: a folder, or a URL such as gs:// or s3://. If a run of the same config left some there, it goes on
     from the last, as a restarted machine does that begins with an empty disk."""
     data: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help=f"The texts to train on, each {_TEXTS}")] = (
@@ -237,9 +240,22 @@ class Rerun(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resume(Common):
-    """Go on with a run of train that was stopped or killed, from its last checkpoint; it ends in the same parameters."""
+    """Go on with a run of train that was stopped or killed, from its last checkpoint; it ends in the same parameters. With an
+    option it goes on in another way, also a run that had ended: the schedule is then that of the new values."""
+
+    LEAST: ClassVar = {"steps": 1, "batch": 1, "learning_rate": FROM_ZERO, "weight_decay": FROM_ZERO}
 
     folder: Annotated[Positional[str], arg(metavar="FOLDER", help="The folder that the run left: runs/<time>-train.")]
+    steps: Annotated[int | None, _AS_BEFORE] = None
+    """Updates of the weights, those that were made included."""
+    learning_rate: Annotated[float | None, _AS_BEFORE] = None
+    """The rate at the peak of the schedule."""
+    schedule: Annotated[Literal["constant", "step", "cosine", "wsd", "one_cycle", "plateau"] | None, _AS_BEFORE] = None
+    """What the learning rate does after the warm-up."""
+    weight_decay: Annotated[float | None, _AS_BEFORE] = None
+    """Strength of the decay of weights towards zero."""
+    batch: Annotated[int | None, _AS_BEFORE] = None
+    """Rows of the text in a batch; the next row is the next, so it must divide the rows that were read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

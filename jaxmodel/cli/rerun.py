@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from jaxmodel import report, schema
-from jaxmodel.cli.options import VERBS, Common, Train, check
+from jaxmodel.cli.options import VERBS, Common, Resume, Train, check
 from jaxmodel.errors import InputError, unknown
 
 CLOCK = (
@@ -44,6 +45,7 @@ def options_of(folder: str, ended: bool = True) -> Common:
     config: dict[str, Any] = dict(before.config)
     verb = config.pop("verb", None)
     config.pop("resolved", None)  # what the options come to is found again
+    config.pop("changed", None)  # see `resumed`
     known = [v for v in VERBS if v not in ("rerun", "resume")]
     if verb not in known:
         raise unknown(f"{folder}/config.json: verb", verb, known)
@@ -70,6 +72,37 @@ def trained_by(folder: str) -> Train:
     if not isinstance(options, Train):
         raise InputError(f"folder: {folder!r} is of another verb; allowed: a run of train")
     return options
+
+
+CHANGES = {"steps": ("steps", "eval_every"), "batch": ("batch_size",)}
+"""Options of `resume` -> what differs in the identity of the run; of the others, the field of the same name."""
+
+
+@contextlib.contextmanager
+def resumed(options: Resume) -> Iterator[Train]:
+    """The options of a run that goes on. Those that are given anew are written into its folder, where its other processes find
+    them, with what may differ by them; if it cannot go on so, they are taken out again.
+
+    Raises:
+      InputError: as `trained_by`, or a value out of range.
+    """
+    before = trained_by(options.folder)
+    names = [field.name for field in dataclasses.fields(options) if hasattr(before, field.name)]
+    known = [field.name for field in dataclasses.fields(Common)]
+    given = {name: getattr(options, name) for name in names if name not in known and getattr(options, name) is not None}
+    if not given:
+        yield before
+        return
+    work = dataclasses.replace(before, **given)
+    check(work)
+    run = report.read_run(options.folder)
+    changed = {*run.config.get("changed", ()), *(one for name in given for one in CHANGES.get(name, (name,)))}
+    run.save_json("config.json", {**run.config, **given, "changed": sorted(changed)})
+    try:
+        yield work
+    except InputError:
+        run.save_json("config.json", run.config)
+        raise
 
 
 def redirect(options: Common, room: report.Run) -> Common:

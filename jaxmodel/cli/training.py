@@ -244,9 +244,11 @@ class _Job:
 
     def checkpoints(self, run: Path | None = None, **options: Any) -> Any:
         """Of this run, or of another one."""
-        from jaxmodel import train
+        from jaxmodel import report, train
 
-        return train.Checkpoints(self.place or (run or self.shared) / CHECKPOINTS, keep=train.Keep(last=3), **options)
+        place = self.place or (run or self.shared) / CHECKPOINTS
+        changed = report.read_run(self.shared).config.get("changed", ())  # by `resume` with options
+        return train.Checkpoints(place, keep=train.Keep(last=3), allow_changes=changed, **options)
 
     @property
     def shared(self) -> Path:

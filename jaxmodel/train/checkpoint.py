@@ -420,8 +420,9 @@ class Checkpoints:
         changed = [line for line in differ if any(_is_of(name, line) for name in self._allowed)]
         if others := [line for line in differ if line not in changed]:
             raise InputError(
-                f"checkpoints: step {number} in {str(self.folder)!r} is of another config: {'; '.join(others[:8])}; use another "
-                f"folder, or to go on in this way Checkpoints(..., allow_changes={[_field(line) for line in others[:8]]})"
+                f"checkpoints: step {number} in {str(self.folder)!r} is of another config: {'; '.join(others[:8])}; to go on "
+                f"in this way use Checkpoints(..., allow_changes={[_field(line) for line in others[:8]]}) or options of "
+                "`jaxmodel resume`, else another folder"
             )
         if changed:
             _say(f"step {number} goes on in another way: {'; '.join(changed)}")

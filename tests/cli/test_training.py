@@ -173,6 +173,25 @@ def test_a_run_of_another_config_is_refused(trained, folder, capsys):
     assert code == 2 and "of another config: train.beta2 was 0.95, is 0.5" in err
 
 
+def test_an_ended_run_goes_on_with_more_steps_and_another_rate(trained, folder, capsys):
+    place, result = trained
+    longer = folder / "longer" / place.name
+    shutil.copytree(place, longer)
+    code, again, said = run(capsys, "resume", longer, "--steps", 14, "--learning-rate", 0.001)
+    assert code == 0 and "steps was 12, is 14" in said and "learning_rate was 0.003, is 0.001" in said
+    assert [row["step"] for row in again["history"]] == list(range(1, 15)) and again["steps"] == 14
+    assert [row["loss"] for row in again["history"][:12]] == [row["loss"] for row in result["history"]]
+    assert again["history"][13]["learning_rate"] < again["history"][12]["learning_rate"] < 0.001
+    code, ended, said = run(capsys, "resume", longer)  # as it is now
+    assert code == 0 and "has ended" in said and ended["fingerprint"] == again["fingerprint"]
+    before = (longer / "config.json").read_bytes()
+    code, _, err = run(capsys, "resume", longer, "--batch", 3)
+    assert (longer / "config.json").read_bytes() == before  # as if it had not been tried
+    assert code == 2 and "3 given to go on behind 56 rows in batches of 4" in err
+    code, _, err = run(capsys, "resume", longer, "--steps", 0)
+    assert code == 2 and "--steps: 0 given; allowed: a whole number of at least 1" in err
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
