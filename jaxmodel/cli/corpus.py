@@ -16,6 +16,8 @@ from jaxmodel import data, hub, report
 from jaxmodel.cli.options import Train
 from jaxmodel.errors import InputError
 
+HELDOUT_ROWS = 16
+"""Rows of the held-out text that `--eval-batches` counts as one: which are judged must not move with --batch or --seed."""
 LEARN_FROM = 2**24
 """Characters of each text that the tokenizer is learnt from, at most."""
 
@@ -44,7 +46,8 @@ def load(options: Train) -> Corpus:
         tokenizer = hub.train_bpe(itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]), options.vocab)
         shards = [data.tokenize(text, tokenizer, _folder(source, tokenizer)) for text, source in _beside(texts, options)]
         rows = [_rows(one, options, source) for one, (_, source) in zip(shards, _beside(texts, options), strict=True)]
-    streams = [data.Stream(one, options.batch, options.seed) for one in rows]
+    streams = [data.Stream(one, options.batch, options.seed) for one in rows[:-1]]
+    streams.append(data.Stream(rows[-1], options.batch))  # in the same order whatever the seed
     weights = options.weights or (1.0,) * len(options.data)
     mixed = data.Mixture(list(zip(streams[:-1], weights, strict=True)), options.batch) if len(options.data) > 1 else streams[0]
     described = [

@@ -151,6 +151,8 @@ class Train(Common, TrainOptions):
     """At the peak of the schedule."""
     eval_every: int = 0
     """Updates between two held-out losses; 0 for four of them in the whole run."""
+    eval_batches: int = 8
+    """Held-out rows that are judged, in sixteens; always the same, whatever the batch and the seed."""
     seed: int = 0
     """Of the initial weights, the order of the data and the sample."""
     out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(default: bundle/ in the run's folder)")] = None

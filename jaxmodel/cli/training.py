@@ -233,6 +233,7 @@ class _Job:
         self.model = gpt2.model(config, dataclasses.replace(policy, axes=MESH_AXES))
         values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
         values["eval_every"] = options.eval_every or max(1, options.steps // 4)
+        values["eval_rows"] = options.eval_batches * corpus.HELDOUT_ROWS
         self.settings = train.TrainConfig(**values)
         folder.resolve(
             train=self.settings,

@@ -259,7 +259,14 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
     ) -> tuple[jax.Array, dict[str, Any]]:
         if cache is not None:
             raise InputError("cache: given to a foreign module; allowed: None, it has none of ours")
-        if STATE in params:
+        state = tree.flatten(params.get(STATE, {}))
+        if watched := {path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, ops.Measured)}:
+            plain = {path: leaf.mean if path in watched else leaf for path, leaf in state.items()}
+            key = jax.random.key(0) if rng is None else rng
+            out, kept = config.run({**params, STATE: tree.unflatten(plain)}, inputs, key, True)
+            kept = tree.flatten(jax.lax.stop_gradient(kept))
+            return _kept(out, {path: kept[path] for path in watched}, watched), {}
+        if state:
             params = {**params, STATE: jax.lax.stop_gradient(params[STATE])}
         return config.run(params, inputs, rng, train)[0], {}
 
@@ -274,6 +281,20 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
     inputs = functools.partial(_inputs, shapes)
     model = Model(config, ops.Policy(), init, Parts(embed, None, head), inputs, None, rules, with_policy)
     return model
+
+
+@jax.custom_vjp
+def _kept(out: jax.Array, kept: dict[str, jax.Array], zeros: dict[str, jax.Array]) -> jax.Array:
+    """The output; the gradient of the zeros is what the module keeps, in training, times the rows that it is of."""
+    return out
+
+
+def _kept_backward(saved: Any, g: jax.Array) -> Any:
+    kept = {path: {"count": jnp.float32(len(g)), "kept": len(g) * a.astype(jnp.float32)} for path, a in saved.items()}
+    return g, None, kept
+
+
+_kept.defvjp(lambda out, kept, zeros: (out, kept), _kept_backward)
 
 
 def _shapes(inputs: Example) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -67,7 +68,8 @@ class Model:
       with_policy: policy -> the same model computing by it.
       apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of `tokens` `[B, T]` and,
         if wanted, `positions`, `segments` (packed documents, 0 for padding) and `mask` (true for tokens; padding stands
-        on the right). An array alone is taken as the one input that the model needs.
+        on the right). An array alone is taken as the one input that the model needs. `counts`, bool `[B]`, names the rows that
+        do not only fill the batch up, for batch norms in training.
       hidden: `apply` without the head: `logits` is None. For a prefill, features, and losses that chunk the vocabulary.
     """
 
@@ -86,9 +88,10 @@ class Model:
         parts, policy, names = self.parts, self.policy, tuple(self.inputs(1, 1))
 
         def hidden(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
-            return _hidden(parts, policy, params, _by_name(inputs, names), cache, rng, train)
+            return _hidden(parts, policy, *_counted(params, _by_name(inputs, names)), cache, rng, train)
 
         def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
+            params, inputs = _counted(params, _by_name(inputs, names))
             out = self.hidden(params, inputs, cache, rng, train)
             return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore
 
@@ -171,6 +174,23 @@ def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
     if len(names) != 1:
         raise InputError(f"inputs: an array was given; a dict of {', '.join(names)} is needed")
     return {names[0]: inputs}
+
+
+_MEANS = re.compile(r"(.*/)?[^/]*norm/mean")
+
+
+def _counted(params: tree.Params, inputs: dict[str, jax.Array]) -> tuple[tree.Params, dict[str, jax.Array]]:
+    """Which rows count, told to the batch norms: they stand in parts of a model that no input reaches."""
+    if (counts := inputs.pop("counts", None)) is None:
+        return params, inputs
+
+    def told(path: str, leaf: Any) -> Any:
+        if not _MEANS.fullmatch(path):
+            return leaf
+        measured = leaf if isinstance(leaf, ops.Measured) else ops.Measured(leaf, own=False)
+        return dataclasses.replace(measured, counts=jnp.broadcast_to(counts, (*leaf.shape[:-1], *counts.shape)))
+
+    return tree.map_leaves(told, params), inputs
 
 
 def _hidden(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -66,40 +67,55 @@ def batch_norm(
         `jaxmodel.train.set_batch_statistics`. A `Measured` in the mean's place measures x.
       variance: its other half.
       eps: added to the variance.
-      train: normalise by the moments of x itself, over all axes but the last.
+      train: normalise by the moments of x itself, over all axes but the last, and of the rows that count (see `Measured`).
     """
     measured = mean if isinstance(mean, Measured) else None
+    counts = None if measured is None else measured.counts
     wide = x.astype(jnp.float32)
     if train or (measured is not None and measured.own):
-        axes = tuple(range(x.ndim - 1))
-        center = jnp.mean(wide, axis=axes)
+        center = _mean(wide, counts)
         wide = wide - on_last(center, x.ndim)
-        spread = jnp.mean(wide * wide, axis=axes)
+        spread = _mean(wide * wide, counts)
     else:
         center: Any = mean if measured is None else measured.mean
         center, spread = (jax.lax.stop_gradient(a.astype(jnp.float32)) for a in (center, variance))
         wide = wide - on_last(center, x.ndim)
     scale = jax.lax.rsqrt(spread + eps) * weight.astype(jnp.float32)
     y = (wide * on_last(scale, x.ndim) + on_last(bias.astype(jnp.float32), x.ndim)).astype(x.dtype)
-    return y if measured is None else _tap(y, jax.lax.stop_gradient(x), measured.mean, measured.zeros)
+    if measured is None or measured.zeros is None:
+        return y
+    return _tap(y, jax.lax.stop_gradient(x), measured.mean, counts, measured.zeros)
+
+
+def _mean(wide: Float[Array, "B *space D"], counts: Array | None) -> Float[Array, " D"]:
+    """Of each channel, over the rows that count."""
+    axes = tuple(range(wide.ndim - 1))
+    if counts is None:
+        return jnp.mean(wide, axis=axes)
+    places = math.prod(wide.shape[1:-1])
+    total = jnp.maximum(jnp.sum(counts, dtype=jnp.float32), 1.0) * places
+    return jnp.sum(wide, axis=axes, where=counts.reshape(-1, *[1] * (wide.ndim - 1))) / total
 
 
 @register
 class Measured:
-    """The `mean` of a batch norm while its input is measured, as a `Probe` measures that of a contraction.
+    """What stands in the place of a batch norm's `mean` where more is asked of the norm than to normalise.
 
-    The gradient of the zeros, of anything downstream, is the count of x, the sum of `x - mean` and the sum of its squares, for
-    each channel. They are sums, so batches and shards add up; taking them around a mean that is nearly right keeps the
-    variance from being the difference of two large numbers.
+    `counts` says which rows of the batch its moments are of: those that only fill a batch up do not count. `zeros` measures the
+    input, as a `Probe` measures that of a contraction: the gradient of the zeros, of anything downstream, is the count of x, the
+    sum of `x - mean` and the sum of its squares, for each channel. They are sums, so batches and shards add up; taking them
+    around a mean that is nearly right keeps the variance from being the difference of two large numbers.
 
     Attributes:
       mean: `[D]`, with the layers in front where they are stacked.
-      zeros: `count` `[]`, `sum` and `square` `[D]`, with the layers in front.
+      zeros: `count` `[]`, `sum` and `square` `[D]`, with the layers in front; None to measure nothing.
+      counts: bool `[B]`, with the layers in front; None for all rows.
       own: whether each batch is normalised by its own moments, as in training, rather than by `mean` and `variance`.
     """
 
     mean: Any
-    zeros: Any
+    zeros: Any = None
+    counts: Any = None
     own: bool = static(default=True)
 
     @property
@@ -114,19 +130,21 @@ class Measured:
 
 
 @jax.custom_vjp
-def _tap(y: Array, x: Array, mean: Array, zeros: dict[str, Array]) -> Array:
+def _tap(y: Array, x: Array, mean: Array, counts: Array | None, zeros: dict[str, Array]) -> Array:
     return y
 
 
-def _forward(y: Array, x: Array, mean: Array, zeros: dict[str, Array]) -> tuple[Array, tuple[Array, Array]]:
-    return y, (x, mean)
+def _forward(y: Array, x: Array, mean: Array, counts: Array | None, zeros: dict[str, Array]) -> tuple[Array, tuple[Any, ...]]:
+    return y, (x, mean, counts)
 
 
-def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None, None, dict[str, Array]]:
-    x, mean = saved
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32) - on_last(mean.astype(jnp.float32), 2)
-    count = jnp.asarray(rows.shape[0], jnp.float32)
-    return g, None, None, {"count": count, "sum": jnp.sum(rows, axis=0), "square": jnp.sum(rows * rows, axis=0)}
+def _backward(saved: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
+    x, mean, counts = saved
+    wide = x.astype(jnp.float32) - on_last(mean.astype(jnp.float32), x.ndim)
+    rows = jnp.ones(len(x), bool) if counts is None else counts
+    wide = jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), wide, 0.0).reshape(-1, x.shape[-1])
+    count = jnp.sum(rows, dtype=jnp.float32) * math.prod(x.shape[1:-1])
+    return g, None, None, None, {"count": count, "sum": jnp.sum(wide, axis=0), "square": jnp.sum(wide * wide, axis=0)}
 
 
 _tap.defvjp(_forward, _backward)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         regression,
         supervised,
     )
-    from jaxmodel.train.optimizers import optimizer, scale_by_adam8
+    from jaxmodel.train.optimizers import each_layer, optimizer, scale_by_adam8
     from jaxmodel.train.options import TrainOptions
     from jaxmodel.train.pipeline import one_forward_one_backward
     from jaxmodel.train.placing import environment, gather
@@ -78,6 +78,7 @@ _HOMES = {
     "contrastive": "losses",
     "count_active": "dictionary",
     "cross_entropy": "losses",
+    "each_layer": "optimizers",
     "environment": "placing",
     "find_lr": "rate_search",
     "fingerprint": "checkpoint",
@@ -149,6 +150,7 @@ __all__ = [
     "contrastive",
     "count_active",
     "cross_entropy",
+    "each_layer",
     "environment",
     "find_lr",
     "fingerprint",

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import optax
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, named_fields
+from jaxmodel.errors import InputError, at_least, named_fields
 from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.guard import Guard
 from jaxmodel.train.optimizers import optimizer
@@ -44,15 +45,26 @@ class TrainConfig(TrainOptions):
     """How to train.
 
     Attributes:
-      decay: rules, path -> whether weights decay; as they stand, norms and biases do not.
+      decay: rules, path -> whether weights decay; None for matrices alone, see `optimizers.matrices`.
       trainable: rules, path -> whether the leaf trains; None for every plain floating leaf but statistics (see `tree.partition`).
+      eval_rows: held-out rows that are judged, the first of their stream; 0 for all of them, each once.
 
     Raises:
       InputError: a number out of range, or an unknown name.
     """
 
-    decay: tree.Rules = ((tree.optional(".*(norm/.*|_bias)"), False), (".*", True))
+    decay: tree.Rules | None = None
     trainable: tree.Rules | None = None
+    eval_rows: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("eval_rows", self.eval_rows, 0)
+
+    @property
+    def evaluations(self) -> int:
+        """How many held-out losses there are in a run."""
+        return -(-self.steps // self.eval_every) if self.eval_every else 1
 
     def guard(self) -> Guard:
         """Which steps are bad."""
@@ -90,6 +102,17 @@ def schedule_of(config: TrainConfig) -> optax.Schedule:
     )
 
 
+def rate_of(rate: optax.Schedule, opt_state: Any, bad: bool) -> float:
+    """The rate of the update that led to a state of `make_optimizer`, as its own count has it, which steps that are left out do
+    not move; of a bad step, the one that it would have had."""
+    kinds: Any = optax.ScaleByScheduleState, optax.contrib.ReduceLROnPlateauState
+    known: list[Any] = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    count: int = next(int(one.count) for one in known if isinstance(one, kinds[0]))
+    lowered = next((float(one.scale) for one in known if isinstance(one, kinds[1])), 1.0)
+    used: Any = rate(count if bad else max(count - 1, 0))
+    return float(used) * lowered
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """The optimiser that a config describes: clipping, then the optimiser of that name with its schedule and decay by rules."""
     chain = [
@@ -99,7 +122,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             schedule_of(config),
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=functools.partial(_decays, config.decay),
+            mask=None if config.decay is None else functools.partial(_decays, config.decay),
             seed=config.seed,
         ),
     ]

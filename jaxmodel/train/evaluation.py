@@ -2,44 +2,112 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
 
 from jaxmodel import tree
+from jaxmodel.data import Batches
+from jaxmodel.data.stream import Batch, global_rows
 from jaxmodel.errors import at_least
 from jaxmodel.models import Model
 from jaxmodel.train.losses import Loss
-from jaxmodel.train.placing import Placed
+from jaxmodel.train.placing import Placed, check_rows, explain
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Once:
+    """The first rows of a stream as batches of its size; rows that only fill up the last one have weight 0.
+
+    Attributes:
+      stream: batches by step.
+      count: rows.
+      weighted: whether batches have `weights` in any case, so that all are of one shape.
+    """
+
+    stream: Batches
+    count: int
+    weighted: bool = False
+
+    @property
+    def batch_size(self) -> int:
+        """Of the stream."""
+        return self.stream.batch_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the stream, and how many rows."""
+        return f"{self.stream.fingerprint} {self.count}"
+
+    @property
+    def steps(self) -> int:
+        """How many batches there are."""
+        return -(-self.count // self.batch_size)
+
+    def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
+        """The stream's batch, with `weights`."""
+        batch = self.stream.batch(step, rows)
+        if self.count % self.batch_size == 0 and not self.weighted:
+            return batch
+        given = batch.get("weights", np.ones(len(next(iter(batch.values()))), np.float32))
+        counts = np.arange(*global_rows(step, rows, self.batch_size)) < self.count
+        return {**batch, "weights": np.where(counts.reshape(-1, *[1] * (given.ndim - 1)), given, np.zeros_like(given))}
 
 
 class Scorer:
     """`scorer(params) -> {"heldout_loss": ..., "heldout_accuracy": ...}`: the loss, not in training, and its metrics.
 
+    Of a stream with a `count` each row is judged once, whatever the size of its batches: those that fill up the last one have
+    weight 0 (or are not there, where the loss does not read weights). Which rows, and in which order, does not change.
+
     Args:
       model: what is judged.
       loss: see `jaxmodel.train.losses`.
       stream: held-out batches.
-      batches: how many are used: always the same, those of the first steps.
+      mesh: None for one device.
+      batches: how many are used of a stream without a `count`.
+      rows: judge so many rows, the first of the stream; 0 for all.
 
     Raises:
-      InputError: no batch.
+      InputError: no batch; when called, a label or a token that the model has not.
     """
 
-    def __init__(self, model: Model, loss: Loss, stream: Placed, batches: int):
+    def __init__(self, model: Model, loss: Loss, stream: Batches, mesh: jax.sharding.Mesh | None, batches: int, rows: int = 0):
         at_least("eval_batches", batches)
-        self._stream, self._batches = stream, batches
+        at_least("eval_rows", rows, 0)
+        size, most = stream.batch_size, getattr(stream, "count", None)
+        count = (rows or batches * size) if most is None else min(rows or most, most)
+        self._model, self._mesh, self._once = model, mesh, Once(stream, count)
+        self._placed = Placed(self._once, mesh)
         self._score = jax.jit(lambda params, batch: loss(model, params, batch, None, train=False))
+        self._reads_weights: bool | None = None
 
     def __call__(self, params: tree.Params) -> dict[str, float]:
-        """Each value is the mean over the batches, weighted by what each is a mean over; NaN where no row of them has weight."""
+        """Each value is the mean over the rows, weighted by what each is a mean over; NaN where no row of them has weight."""
         rows: list[dict[str, Any]] = []
-        for j in range(self._batches):
-            value, metrics = self._score(params, self._stream.batch(j))
+        for j in range(self._once.steps):
+            value, metrics = self._score(params, self._batch(params, j))
+            if not np.isfinite(float(value)):
+                explain(self._model, self._once, j, "heldout")  # a label that is no class
             rows.append({"loss": value, "weight": np.float32(1), **metrics})
         weights = np.array([float(row["weight"]) for row in rows])
         total = weights.sum()
         share = weights / total if total else np.full(len(weights), np.nan)  # a mean over nothing must not be the best of all
         names = [name for name in rows[0] if name not in ("weight", "tokens")]
         return {f"heldout_{name}": float(np.dot(share, [float(row[name]) for row in rows])) for name in names}
+
+    def _batch(self, params: tree.Params, j: int) -> dict[str, Any]:
+        left = self._once.count - j * self._once.batch_size
+        if left >= self._once.batch_size:
+            return self._placed.batch(j)
+        if self._reads_weights is None:
+            count = self._once.steps * self._once.batch_size
+            full = Placed(dataclasses.replace(self._once, count=count, weighted=True), self._mesh)
+            weighed = [float(self._score(params, part.batch(j))[1].get("weight", 0)) for part in (full, self._placed)]
+            self._reads_weights = weighed[0] != weighed[1]
+        if self._reads_weights:
+            return self._placed.batch(j)
+        check_rows(left, self._mesh)
+        return self._placed.batch(j, slice(0, left))

@@ -22,6 +22,7 @@ rows (a load balance) and all randomness is that of each device's own rows.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ class Exchange:
     Attributes:
       kind: of `KINDS`: "int8" or "top_k".
       share: of "top_k": of the values of a row, at least one.
-      smallest: leaves with fewer values are summed as they are.
+      smallest: leaves with fewer values a layer are summed as they are.
       axis: of the mesh. Where the mesh has it not, nothing is changed.
 
     Raises:
@@ -72,7 +73,7 @@ class Exchange:
         devices = auto_axes().get(self.axis, 1)
         if self.kind == "int8" or devices == 1:
             return None
-        large = {path: leaf for path, leaf in tree.flatten(trains).items() if self._large(leaf)}
+        large = {path: leaf for path, leaf in tree.flatten(trains).items() if self._large(path, leaf)}
         return tree.unflatten({path: jnp.zeros((devices, *leaf.shape), jnp.float32) for path, leaf in large.items()})
 
     def __call__(self, run: GradientFn, rules: tree.Rules) -> Callable[..., Any]:
@@ -108,8 +109,9 @@ class Exchange:
 
         return whole
 
-    def _large(self, leaf: Any) -> bool:
-        return len(leaf.shape) > 1 and leaf.size >= self.smallest
+    def _large(self, path: str, leaf: Any) -> bool:
+        shape = tree.layer_shape(path, leaf)
+        return len(shape) > 1 and math.prod(shape) >= self.smallest
 
     def _local(self, run: GradientFn, devices: int, places: Any, trains: Any, batch: Any, rng: Any, residual: Any) -> Any:
         """On one device of the axis."""
@@ -124,7 +126,7 @@ class Exchange:
         flat = tree.flatten(grads)
         shares = {path: g.astype(jnp.float32) * part for path, g in flat.items()}
         memory = {} if residual is None else {path: e[0] for path, e in tree.flatten(residual).items()}
-        large = [path for path, grad in flat.items() if self._large(grad)]
+        large = [path for path, grad in flat.items() if self._large(path, grad)]
 
         def summed(grads: dict[str, Array], memory: dict[str, Array], key: Any) -> tuple[dict[str, Array], dict[str, Array]]:
             before, sums = jnp.zeros(()), {}

@@ -19,7 +19,7 @@ from jaxmodel.train.config import TrainConfig
 
 FREE = ("log_every", "save_every", "save_seconds")
 """Fields of a `TrainConfig` that change nothing but what is written down, and when."""
-JUDGING = ("eval_every", "eval_batches")
+JUDGING = ("eval_every", "eval_batches", "eval_rows")
 """... and those that change only when a run stops, where it may stop early."""
 
 

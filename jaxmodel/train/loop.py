@@ -19,15 +19,15 @@ from jaxmodel.data import Batches, prefetch
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
-from jaxmodel.train import early, flops, memory
+from jaxmodel.train import early, flops, memory, statistics
 from jaxmodel.train.checkpoint import Checkpoints, flat
-from jaxmodel.train.config import TrainConfig, make_optimizer, schedule_of, split_by
+from jaxmodel.train.config import TrainConfig, make_optimizer, rate_of, schedule_of, split_by
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.identity import run_identity
 from jaxmodel.train.losses import Loss, next_token
 from jaxmodel.train.meter import Meter
-from jaxmodel.train.placing import Placed, check_batch, environment
+from jaxmodel.train.placing import Placed, check_batch, environment, explain
 from jaxmodel.train.rewind import BadSteps
 from jaxmodel.train.state import TrainState, averaged, init_state, state_shardings
 from jaxmodel.train.step import Augment, make_step
@@ -65,7 +65,8 @@ def fit(
       callbacks: each is called with every row of the history.
       params: to start from; default fresh ones from the seed.
       state: to go on from, up to `config.steps` steps in all; it stays usable. The result is that of a run without a stop.
-      heldout: stream of the held-out loss.
+      heldout: stream of the held-out loss. Of one with a `count`, such as a `Stream`, each row is judged once, or the first
+        `config.eval_rows`; of one without an end the first `config.eval_batches` batches.
       mesh: None for one device.
       loss: see `jaxmodel.train.losses`.
       optimizer: default `make_optimizer(config)`.
@@ -79,17 +80,24 @@ def fit(
 
     Returns:
       The last state (with early stopping: with its best parameters) and the history of the whole run, also of the part before a
-      restart from checkpoints: rows with step, data_step (the number of
-      its batch), loss, grad_norm, learning_rate, the other metrics of the loss, tokens_per_second and mfu (rows_per_second where
-      batches have no tokens), data_wait (the share of time spent waiting for data), bad (steps left out since the row before),
-      seconds, and where they were taken heldout_loss and the held-out metrics.
+      restart from checkpoints: rows with step, data_step (the number of its batch), loss, grad_norm, learning_rate, the other
+      metrics of the loss, tokens_per_second and mfu (rows_per_second where batches have no tokens), data_wait (the share of time
+      spent waiting for data), bad (steps left out since the row before), seconds, and where they were taken heldout_loss and the
+      held-out metrics. The statistics of batch norms, those of a Flax module too, are measured on the first 1,024 rows of the
+      stream before each held-out loss and at the end, at the cost of their forward pass (see `set_batch_statistics`); where
+      there is a moving average they are those of its weights.
 
     Raises:
-      InputError: a batch or parameters that the mesh does not divide; tokens that the model has not; a state or a checkpoint of
-        another config, a checkpoint of other data; bad steps, as `config.bad` says.
+      InputError: a batch or parameters that the mesh does not divide; tokens, targets or labels that the model has not, in
+        whatever batch; a state or a checkpoint of another config, a checkpoint of other data; bad steps, as `config.bad` says.
     """
     if config.patience and heldout is None:
         raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
+    if config.patience and config.patience >= config.evaluations:
+        raise InputError(
+            f"patience: {config.patience} given for {config.steps} steps with {config.evaluations} held-out loss(es), so it "
+            f"never stops them; allowed: fewer than these, or a smaller eval_every than {config.eval_every or config.steps}"
+        )
     if config.bad == "rewind" and checkpoints is None:
         raise InputError("bad: 'rewind' given without checkpoints to go back to")
     named = {"loss": loss, "optimizer": optimizer, "augment": augment}
@@ -147,8 +155,10 @@ def fit(
         if config.steps < int(current.step):
             raise InputError(f"steps: {config.steps} given; {int(current.step)} were made already")
         run, batch = jitted(model, config.accumulate), {}
-        scorer = None if heldout is None else Scorer(model, loss, Placed(heldout, mesh), config.eval_batches)
-        meter = Meter(model, current.params, most, rate)
+        judge = config.eval_batches, config.eval_rows
+        scorer = None if heldout is None else Scorer(model, loss, heldout, mesh, *judge)
+        settled = statistics.of_run(model, loss, stream, mesh, current.params)
+        meter = Meter(model, current.params, most, config.trainable)
         i, feed = int(current.step), _feed(placed, current, config)
         unread = collections.deque[tuple[int, Any]]()  # steps that were begun and whose metrics nobody looked at
         answer = BadSteps(config.bad)
@@ -172,6 +182,8 @@ def fit(
                     due, stop = config.due(i), supervisor.stop(i)
                     bad = _read(unread, 0 if due or stop else AHEAD)
                     meter.bad(len(bad))
+                    for number in bad:
+                        explain(model, stream, int(current.data_step) - (i - number))
                     back = answer.rewind_to(bad, i, checkpoints)
                 if back is not None:
                     assert checkpoints is not None
@@ -184,8 +196,12 @@ def fit(
                 shown.advance(i - shown.done)
                 supervisor.ledger.at(i)
                 score = None
+                if "heldout" in due and (scorer is not None or i == config.steps):
+                    with supervisor.spend("evaluate", i):
+                        current = settled(current)
                 if "row" in due:
-                    row = {"step": i, "data_step": int(current.data_step) - 1, **meter.row(i - 1, metrics)}
+                    used = None if rate is None else rate_of(rate, current.opt_state, bool(metrics["bad"]))
+                    row = {"step": i, "data_step": int(current.data_step) - 1, **meter.row(metrics, used)}
                     if scorer is not None and "heldout" in due:
                         with supervisor.spend("evaluate", i):
                             row |= scorer(averaged(current))
@@ -208,7 +224,9 @@ def fit(
                 checkpoints.save(current, history=history)  # nothing where it is there already
                 supervisor.ledger.at(i, saved=True)
                 checkpoints.wait(raises=False)  # what was trained is not lost with it: `close` raises
-    return early.best(current) if config.patience and not stop else current, history
+        if config.patience and not stop:
+            current = settled(early.best(current))
+    return current, history
 
 
 def _shapes(shapes: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh | None) -> TrainState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,15 +19,13 @@ class Meter:
 
     Args:
       model: whose sizes give the operations of a token.
-      params: what trains.
+      params: all of them.
       most: operations in a second that the devices could do, see `flops.peak`; None leaves the utilisation out.
-      learning_rate: step -> the rate of its update; None leaves it out of the rows.
+      trainable: rules, path -> whether the leaf trains.
     """
 
-    def __init__(
-        self, model: Model, params: tree.Params, most: float | None, learning_rate: Callable[[int], Any] | None = None
-    ):
-        self._model, self._shapes, self._rate = model, jax.eval_shape(lambda p: p, params), learning_rate
+    def __init__(self, model: Model, params: tree.Params, most: float | None, trainable: tree.Rules | None = None):
+        self._model, self._shapes, self._trainable = model, jax.eval_shape(lambda p: p, params), trainable
         self._most = most
         self._began = self._since = time.perf_counter()
         self._seen, self._waited, self._unit, self._length = 0, 0.0, "rows", 0
@@ -52,19 +50,20 @@ class Meter:
         """So many steps were left out."""
         self._bad += steps
 
-    def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        """The metrics of the last step and what was counted since the row before."""
+    def row(self, metrics: dict[str, Any], rate: float | None = None) -> dict[str, Any]:
+        """The metrics of the last step, its learning rate if known, and what was counted since the row before."""
         values = {name: float(value) for name, value in metrics.items() if name not in ("weight", "bad")}
         now = time.perf_counter()
         speed = self._seen / (now - self._since)
         found = {**values, f"{self._unit}_per_second": speed, "data_wait": self._waited / (now - self._since)}
-        if self._rate is not None:
-            found["learning_rate"] = float(self._rate(step))
+        if rate is not None:
+            found["learning_rate"] = rate
         if self._unit == "tokens" and self._most is not None:
             config = self._model.config
             sizes = self._length, getattr(config, "width", 0), getattr(config, "depth", 0)
             experts = getattr(config, "experts", 0) and config.experts_per_token / config.experts
-            cost = flops.per_token(self._shapes, *sizes, experts or 1.0)
+            trains = tree.partition(self._shapes, self._trainable)[0]
+            cost = flops.per_token(self._shapes, *sizes, experts or 1.0, trains=trains)
             found["mfu"] = speed * cost / self._most
         found |= {"bad": self._bad, "seconds": now - self._began}
         self._since, self._seen, self._waited, self._bad = time.perf_counter(), 0, 0.0, 0

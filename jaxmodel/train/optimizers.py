@@ -18,12 +18,14 @@ from jaxtyping import Array
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.leaves import QTensor
+from jaxmodel.leaves import Compressed, QTensor
 from jaxmodel.train.quantized import by_layer, flat
 from jaxmodel.train.rounding import curved, group_of, straight
 
 SMALLEST = 4096
 """Leaves with fewer elements keep moments in float32: norms and biases, of which a step is cheap and an error dear."""
+VECTORS = r"(?i)(.*/)?([^/]*norm[^/]*/[^/]*|[^/]*bias|scale|[^/]*token|cls|class)|state/.*"
+"""Leaves that do not decay even where they have two axes: biases of heads, norms, class tokens, what a foreign module keeps."""
 BY_ADAM = r"(.*/)?[^/]*(embed|positions|head|tokens)[^/]*"
 """Matrices that Muon leaves to Adam, as its authors do: tables and the last layer, and whatever is no matrix."""
 
@@ -58,26 +60,86 @@ def optimizer(
       b2: decay of the mean of squared gradients; of lion, of its momentum.
       eps: what is added to the root of the second moment.
       weight_decay: its factor.
-      mask: tree -> tree of bool, which leaves decay; None for all.
+      mask: tree -> tree of bool, which leaves decay; None for `matrices`.
       seed: of the rounding of "adamw8".
 
     Raises:
       InputError: an unknown name.
 
-    >>> params = {"w": jnp.array([1.0, -2.0])}
+    >>> params = {"w": jnp.array([[1.0, -2.0]]), "bias": jnp.ones(1)}
     >>> sgd = optimizer("sgd", 0.1, weight_decay=0.5)
-    >>> updates, _ = sgd.update({"w": jnp.array([1.0, 0.0])}, sgd.init(params), params)
-    >>> updates["w"].tolist()  # -0.1 (g + 0.5 w)
-    [-0.15000000596046448, 0.10000000149011612]
+    >>> updates, _ = sgd.update({"w": jnp.array([[1.0, 0.0]]), "bias": jnp.zeros(1)}, sgd.init(params), params)
+    >>> updates["w"].tolist(), updates["bias"].tolist()  # -0.1 (g + 0.5 w); a bias does not decay
+    ([[-0.15000000596046448, 0.10000000149011612]], [-0.0])
     """
     if name not in _MAKERS:
         raise unknown("optimizer", name, _MAKERS)
+    mask = matrices if mask is None else mask
     return _MAKERS[name](rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, seed=seed)
 
 
 def names() -> list[str]:
     """The names that `optimizer` knows."""
     return list(_MAKERS)
+
+
+def matrices(params: Any) -> Any:
+    """Which leaves decay by default: what has two axes or more in each layer, however the layers are stacked.
+
+    Not biases, norms and scales of whatever shape, nor class tokens, nor what is longer than one along one axis only of three or
+    more. So it holds for the leaves of foreign modules too.
+
+    >>> leaves = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3), "cls": jnp.ones((1, 1, 3))}
+    >>> matrices({"Dense_0": leaves, "blocks": {"0-1": {"attn_norm": {"weight": jnp.ones((2, 3))}}}})
+    {'Dense_0': {'bias': False, 'cls': False, 'kernel': True}, 'blocks': {'0-1': {'attn_norm': {'weight': False}}}}
+    """
+
+    def one(path: Any, leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape = tree.layer_shape(name, leaf)
+        long = len(shape) if len(shape) < 3 else sum(n > 1 for n in shape)
+        return long > 1 and not re.fullmatch(VECTORS, name)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, Compressed))
+
+
+def each_layer(direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation that takes norms or means over leaves, taken over each layer, and each expert, by itself.
+
+    How layers are stacked is storage: a leaf `[layers, out, in]` is as many matrices. Adam, momentum, signs and the norm of all
+    gradients do not mind; what looks at a leaf as a whole does (Adafactor, LAMB, LARS, clipping by blocks), and is right so.
+
+    Args:
+      direction: of one array; without extra arguments.
+
+    >>> params = {"blocks": {"0-1": {"up": jnp.array([[[3.0, 4.0]], [[0.0, 1.0]]])}}}
+    >>> unit = each_layer(optax.scale_by_trust_ratio())  # of LARS: |w| / |u|
+    >>> grads = {"blocks": {"0-1": {"up": jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])}}}
+    >>> unit.update(grads, unit.init(params), params)[0]["blocks"]["0-1"]["up"].tolist()
+    [[[5.0, 0.0]], [[1.0, 0.0]]]
+    """
+
+    def apart(function: Callable[..., Any], path: str, leaf: Any) -> Callable[..., Any]:
+        for _ in range(tree.is_stacked(path) + _has_experts(path, leaf)):
+            function = jax.vmap(function)
+        return function
+
+    def init(params: Any) -> Any:
+        paths, leaves, places = flat(params)
+        return places.unflatten([apart(direction.init, path, leaf)(leaf) for path, leaf in zip(paths, leaves, strict=True)])
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        paths, leaves, places = flat(updates)
+        beside = [places.flatten_up_to(other) for other in (state, updates if params is None else params)]
+        found = [apart(direction.update, path, u)(u, *rest) for path, u, *rest in zip(paths, leaves, *beside, strict=True)]
+        return tuple(places.unflatten([each[i] for each in found]) for i in range(2))  # pyright: ignore[reportReturnType]
+
+    return optax.GradientTransformation(init, update)
+
+
+def _has_experts(path: str, leaf: Any) -> bool:
+    """Whether a layer's leaf is a matrix for each expert."""
+    return "moe" in path.split("/") and len(tree.layer_shape(path, leaf)) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ Adam in 8 bits
@@ -106,7 +168,7 @@ def scale_by_adam8(
       b2: decay of the second.
       eps: what is added to the root.
       group: length of a block along the last axis; None for 128, 64 or 32, the longest that divides it.
-      smallest: leaves of fewer elements, vectors, and those whose last axis no block divides have moments in float32.
+      smallest: leaves of fewer elements a layer, vectors, and those whose last axis no block divides have moments in float32.
       seed: of the rounding.
 
     >>> params = {"w": jnp.ones((64, 128)), "bias": jnp.ones(64)}
@@ -119,13 +181,14 @@ def scale_by_adam8(
         raise InputError(f"group: {group} given; allowed: at least 1")
     limit = _largest_update(b1, b2)
 
-    def block(leaf: Any) -> int | None:
-        if len(leaf.shape) < 2 or leaf.size < smallest:
+    def block(path: str, leaf: Any) -> int | None:
+        shape = tree.layer_shape(path, leaf)
+        if len(shape) < 2 or math.prod(shape) < smallest:
             return None
         return group_of(leaf.shape[-1], groups) if groups else group_of(leaf.shape[-1])
 
-    def zeros(leaf: Any, second: bool) -> Any:
-        size = block(leaf)
+    def zeros(path: str, leaf: Any, second: bool) -> Any:
+        size = block(path, leaf)
         if size is None:
             return jnp.zeros(leaf.shape, jnp.float32)
         scale = jnp.zeros((*leaf.shape[:-1], leaf.shape[-1] // size), jnp.float32)
@@ -133,11 +196,9 @@ def scale_by_adam8(
         return QTensor(codes, scale, scale + 0 if second else None)
 
     def init(params: Any) -> Adam8State:
-        return Adam8State(
-            jnp.zeros((), jnp.int32),
-            jax.tree.map(lambda p: zeros(p, False), params),
-            jax.tree.map(lambda p: zeros(p, True), params),
-        )
+        paths, leaves, places = flat(params)
+        moments = [[zeros(*one, second) for one in zip(paths, leaves, strict=True)] for second in (False, True)]
+        return Adam8State(jnp.zeros((), jnp.int32), *map(places.unflatten, moments))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Adam8State]:
         count = state.count + jnp.int32(1)
@@ -160,9 +221,9 @@ def scale_by_adam8(
         found = []
         paths, leaves, places = flat(updates)
         moments = zip(paths, leaves, places.flatten_up_to(state.mu), places.flatten_up_to(state.nu), strict=True)
-        for i, (path, g, mu, nu) in enumerate(moments):
+        for path, g, mu, nu in moments:
             if isinstance(mu, QTensor):
-                found.append(by_layer(path, narrow, jax.random.fold_in(key, i), (g, mu, nu)))
+                found.append(by_layer(path, narrow, key, (g, mu, nu)))
             else:
                 m, v, u = wide(g, mu, nu)
                 found.append((u.astype(g.dtype), m, v))
@@ -221,7 +282,7 @@ def _lion(rate: Rate, *, b1: float, b2: float, weight_decay: float, mask: Mask |
 
 
 def _adafactor(rate: Rate, *, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
-    return _decoupled(optax.chain(optax.adafactor(None), optax.scale(-1.0)), rate, weight_decay, mask)
+    return _decoupled(each_layer(optax.chain(optax.adafactor(None), optax.scale(-1.0))), rate, weight_decay, mask)
 
 
 def _muon(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
@@ -236,7 +297,8 @@ def _matrices(params: Any) -> Any:
     def axes(path: str, leaf: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):  # Adam has it
             return leaf
-        if len(tree.layer_shape(path, leaf)) != 2 or re.fullmatch(BY_ADAM, path):
+        matrix = len(tree.layer_shape(path, leaf)) == 2 or _has_experts(path, leaf)
+        if not matrix or re.fullmatch(BY_ADAM, path):
             return None
         return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
 

@@ -61,7 +61,7 @@ class TrainOptions:
       seed: Seed of the initial weights and of each step's randomness.
       log_every: Updates between two rows of the history.
       eval_every: Updates between two held-out losses; 0 for one, at the end.
-      eval_batches: Batches of a held-out loss.
+      eval_batches: Batches of a held-out loss whose stream has no end, such as a mixture.
       save_every: Updates between two checkpoints; 0 to save by time.
       save_seconds: Seconds between two checkpoints, where they are not by updates; 0 for never. The end has one in any case.
 

@@ -40,9 +40,12 @@ class Writer:
 
     def __init__(self, folder: report.Run, steps: int, trackers: Sequence[Tracker] = ()):
         self._folder, self._steps, self._trackers = folder, steps, trackers
-        self._shown = time.monotonic()
+        self._shown, self._last = time.monotonic(), 0
 
     def __call__(self, row: dict[str, Any]) -> None:
+        if row["step"] <= self._last:  # the run went back to a checkpoint
+            self.rewind(row["step"] - 1)
+        self._last = row["step"]
         self._folder.log(**row)
         for tracker in self._trackers:
             tracker(row)
@@ -149,10 +152,23 @@ def page(folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any],
 
 @contextlib.contextmanager
 def tensorboard(folder: str | Path) -> Iterator[Tracker]:
-    """A tracker that writes every number of a row for TensorBoard (tensorboardX, extra `notebook`)."""
-    writer = require("tensorboardX", "notebook").SummaryWriter(str(folder))
+    """A tracker that writes every number of a row for TensorBoard (tensorboardX, extra `notebook`).
+
+    Where rows come again, because a run went back or was killed behind its last checkpoint, TensorBoard is told to forget what it
+    has from that step on.
+    """
+    board = require("tensorboardX", "notebook")
+    writer, last = None, 0
 
     def write(row: dict[str, Any]) -> None:
+        nonlocal writer, last
+        if writer is None or row["step"] <= last:
+            parts = len(list(Path(folder).glob("events*")))
+            if writer is not None:
+                writer.close()
+            # a file of its own, whose name, which has the second, might else be that of the one before
+            writer = board.SummaryWriter(str(folder), purge_step=row["step"] if parts else None, filename_suffix=f".{parts}")
+        last = row["step"]
         for name, value in numbers(row).items():
             writer.add_scalar(name, value, row["step"])
         writer.flush()
@@ -160,19 +176,35 @@ def tensorboard(folder: str | Path) -> Iterator[Tracker]:
     try:
         yield write
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
 
 
 @contextlib.contextmanager
 def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
-    """A tracker for MLflow, at `MLFLOW_TRACKING_URI`; a run that is resumed goes on there too (extra `lifecycle`)."""
+    """A tracker for MLflow, at `MLFLOW_TRACKING_URI`; a run that is resumed goes on there too (extra `lifecycle`).
+
+    Steps that a killed run had logged behind its last checkpoint are the same again, and are not logged twice. MLflow forgets
+    nothing: where a run goes back past a bad batch, it has both rows of a step.
+    """
     module = require("mlflow", "lifecycle")
     found = module.search_runs(filter_string=f"tags.jaxmodel_run = '{run}'", output_format="list")
     known = found[0].info.run_id if found else None
     with module.start_run(run_id=known, run_name=run, tags={"jaxmodel_run": run}):
+        done = -1
         if known is None:
             module.log_params({key: str(value)[:500] for key, value in config.items() if key != "resolved"})
-        yield lambda row: module.log_metrics(numbers(row), step=row["step"])
+        elif "loss" in found[0].data.metrics:
+            done = max(one.step for one in module.MlflowClient().get_metric_history(known, "loss"))
+
+        def write(row: dict[str, Any]) -> None:
+            nonlocal done
+            if row["step"] > done:
+                module.log_metrics(numbers(row), step=row["step"])
+            else:
+                done = done if row["step"] < done else -1  # from here on the run is its own
+
+        yield write
 
 
 def trackers(stack: contextlib.ExitStack, folder: report.Run, board: bool) -> list[Tracker]:

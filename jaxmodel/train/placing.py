@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmodel import report, tree
@@ -15,6 +16,7 @@ from jaxmodel.data import Batches
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.sharding import BATCH_AXES
+from jaxmodel.train.losses.contract import IGNORED
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,13 +56,13 @@ class Placed:
         """The batch of a step: on the devices of the mesh, without one in the host's memory.
 
         One device gets it with the call that uses it, which takes a tenth of the host's time for `device_put` and is as early,
-        because steps are called ahead of their turn.
+        because steps are called ahead of their turn. With `rows` only these, where there is one process.
         """
         if self.mesh is None:
-            return dict(self.stream.batch(step))
+            return dict(self.stream.batch(step, rows))
         where = jax.sharding.NamedSharding(self.mesh, jax.P(_axes(self.mesh)))
         if jax.process_count() == 1:
-            return jax.device_put(self.stream.batch(step), where)
+            return jax.device_put(self.stream.batch(step, rows), where)
         count = self.stream.batch_size
         found = {part: self.stream.batch(step, slice(*part)) for part in local_rows(where, count)}
 
@@ -95,11 +97,16 @@ def _parts(mesh: jax.sharding.Mesh | None) -> int:
 
 
 def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> None:
-    """Refuse tokens that would only make every loss NaN: those behind the vocabulary, and more than there are positions.
+    """Refuse what would only make every loss NaN: tokens that the vocabulary has not, and more than there are positions; and
+    what is no array of numbers.
 
     Raises:
       InputError: names them.
     """
+    for name, a in batch.items():
+        if np.dtype(a.dtype).kind in "OSUMm":
+            hint = "numbers (of names of classes, np.unique(names, return_inverse=True)[1])"
+            raise InputError(f"data: {name} is an array of {a.dtype}; allowed: {hint}")
     vocab, table = getattr(model.config, "vocab", None), params.get("positions")
     if vocab is None or "tokens" not in batch:
         return
@@ -109,6 +116,49 @@ def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> 
             raise InputError(f"data: {name} up to {largest} for a model with a vocabulary of {vocab}; is the tokenizer its own?")
     if table is not None and (length := batch["tokens"].shape[1]) > table.shape[0]:
         raise InputError(f"data: rows of {length} tokens for a model with a context of {table.shape[0]}")
+
+
+def explain(model: Model, stream: Batches, step: int, what: str = "data") -> None:
+    """Refuse the batch of a step whose loss is not finite, if that is its fault: a label, a target or a token that the model has
+    not. Asked of such batches alone, so that good ones cost nothing.
+
+    Args:
+      model: its vocabulary, or the width of its logits, says what is allowed.
+      stream: batches by step.
+      step: of the batch.
+      what: the argument that the batch came by.
+
+    Raises:
+      InputError: names the row, the value and what is allowed.
+    """
+    batch = stream.batch(step)
+    for name in ("tokens", "targets", "labels"):
+        a = np.asarray(batch.get(name, 0.0))
+        if a.dtype.kind not in "iu" or (limit := _limit(model, name)) is None:
+            continue
+        wrong = (a < 0) | (a >= limit)
+        if name != "tokens":
+            weights = np.asarray(batch.get("weights", np.ones(len(a))))
+            counts = weights.reshape(*weights.shape, *[1] * (a.ndim - weights.ndim)) > 0
+            wrong &= (a != IGNORED) & counts
+        if wrong.any():
+            row = int(np.argwhere(wrong)[0][0])
+            known = getattr(getattr(stream, "stream", stream), "rows", None)
+            where = f"row {row} of batch {step}" if known is None else f"row {known(step)[row]}"
+            allowed = f"0 to {limit - 1}" + ("" if name == "tokens" else f", or {IGNORED} for what does not count")
+            raise InputError(f"{what}: {name} hold {a[wrong][0]} in {where}; allowed: {allowed}")
+
+
+def _limit(model: Model, name: str) -> int | None:
+    """How many different values a model knows."""
+    if name != "labels":
+        return getattr(model.config, "vocab", None)
+
+    def logits(key: jax.Array) -> jax.Array:
+        inputs = {name: jnp.zeros(a.shape, a.dtype) for name, a in model.inputs(1, 1).items()}
+        return model.apply(model.init(key), inputs).logits
+
+    return jax.eval_shape(logits, jax.random.key(0)).shape[-1]
 
 
 def _local(a: Any) -> list[np.ndarray]:

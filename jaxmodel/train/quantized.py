@@ -13,11 +13,12 @@ float32 Adam takes 16.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
+import jax.numpy as jnp
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
@@ -63,7 +64,7 @@ def dense(params: Any) -> Any:
 
 
 def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Params:
-    """`optax.apply_updates` where leaves may be compressed: their new codes are rounded at random.
+    """`p + u` of every leaf, in its dtype; the new codes of compressed leaves are rounded at random.
 
     Args:
       params: what trains.
@@ -74,16 +75,14 @@ def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Par
       InputError: a compressed leaf that cannot be trained.
     """
     paths, leaves, places = flat(params)
-    if not any(map(_is_compressed, leaves)):
-        return optax.apply_updates(params, updates)  # pyright: ignore[reportReturnType]
     new = []
-    for i, (path, leaf, update) in enumerate(zip(paths, leaves, places.flatten_up_to(updates), strict=True)):
+    for path, leaf, update in zip(paths, leaves, places.flatten_up_to(updates), strict=True):
         if not _is_compressed(leaf):
-            new.append(optax.apply_updates(leaf, update))
+            new.append((leaf.astype(jnp.float32) + update.astype(jnp.float32)).astype(leaf.dtype))
             continue
         if not isinstance(leaf, QTensor):
             raise InputError(f"trainable: a {type(leaf).__name__} leaf has no rounding to train with; allowed: arrays, QTensor")
-        new += by_layer(path, lambda *args: (moved(*args),), jax.random.fold_in(key, i), (leaf,), update)
+        new += by_layer(path, lambda *args: (moved(*args),), key, (leaf,), update)
     return jax.tree.unflatten(places, new)
 
 
@@ -98,14 +97,15 @@ def by_layer[T: tuple[Any, ...]](path: str, function: Callable[..., T], key: jax
     matrices.
 
     They are then written in place, where a step may: what is needed beside them is that of one layer. Not where a mesh cuts the
-    layers into stages.
+    layers into stages. Each layer's key is folded from its path, so it is the same however layers are stacked.
     """
     if not tree.is_stacked(path) or len(arrays[0].shape) < 3 or auto_axes().get("pipeline", 1) > 1:
-        return function(*arrays, *others, key)
+        return function(*arrays, *others, jax.random.fold_in(key, zlib.crc32(path.encode())))
+    numbers = jnp.array([zlib.crc32(layer.encode()) for layer in tree.layer_paths(path)], jnp.uint32)
 
     def body(i: jax.Array, arrays: T) -> T:
         here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (*arrays, *others))
-        new = function(*here, jax.random.fold_in(key, i))
+        new = function(*here, jax.random.fold_in(key, numbers[i]))
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), arrays, new)
 
     return jax.lax.fori_loop(0, arrays[0].shape[0], body, arrays)

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
-from jaxmodel.data.augment.base import images, row_keys, uniforms
+from jaxmodel.data.augment.base import images, row_keys, row_weights, uniforms
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.models import Model, Parts
 from jaxmodel.train.finetune import HEAD
@@ -117,8 +117,9 @@ def restored(corrupt: Augment, name: str = "pixels", *, flat: bool = False) -> A
 def masked_patches(patch: int, rate: float = 0.6) -> Augment:
     """A share of an image's patches is hidden (zero), and to be told from the others: masked image modelling (Xie et al., 2022).
 
-    Adds `targets` `[B, T, patch * patch * C]`, what the patches were, and `weights` `[B, T]`, 1 where one is hidden: so
-    `regression(patch_error)` is of these alone. Of each image `round(rate T)` patches are hidden, all choices being as likely.
+    Adds `targets` `[B, T, patch * patch * C]`, what the patches were, and `weights` `[B, T]`, 1 (or the row's) where one is
+    hidden: so `regression(patch_error)` is of these alone. Of each image `round(rate T)` patches are hidden, all choices being as
+    likely.
 
     Args:
       patch: their side in pixels, which divides the image's.
@@ -147,7 +148,8 @@ def masked_patches(patch: int, rate: float = 0.6) -> Augment:
         cut = pixels.reshape(rows, down, patch, across, patch, channels)
         shown = jnp.where(hidden.reshape(rows, down, 1, across, 1, 1), jnp.zeros((), pixels.dtype), cut)
         targets = cut.transpose(0, 1, 3, 2, 4, 5).reshape(rows, down * across, -1)
-        return {**batch, "pixels": shown.reshape(pixels.shape), "targets": targets, "weights": hidden.astype(jnp.float32)}
+        weights = hidden.astype(jnp.float32) * row_weights(batch, rows)[:, None]
+        return {**batch, "pixels": shown.reshape(pixels.shape), "targets": targets, "weights": weights}
 
     return task
 

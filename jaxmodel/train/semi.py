@@ -26,7 +26,16 @@ from jaxmodel import tree
 from jaxmodel.data.paired import UNLABELLED
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
-from jaxmodel.train.losses import Each, Loss, distribution, row_weights, softmax_cross_entropy, supervised, weighted_mean
+from jaxmodel.train.losses import (
+    Each,
+    Loss,
+    counting,
+    distribution,
+    row_weights,
+    softmax_cross_entropy,
+    supervised,
+    weighted_mean,
+)
 from jaxmodel.train.state import TrainState, averaged
 
 type Augment = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
@@ -192,9 +201,7 @@ type _Term = tuple[_Inputs, Callable[[Array], tuple[Array, dict[str, Array]]]]
 """The student's views, and from its logits of them the value of each and metrics of each."""
 
 
-def _own_labels(
-    first: Augment | None, second: Augment | None, threshold: float, each: Each, align: bool
-) -> Callable[..., _Term]:
+def _own_labels(first: Augment | None, second: Augment | None, threshold: float, each: Each, align: bool) -> Callable[..., _Term]:
     """What the model says of the first view, where it is sure, is the label of the second."""
     _check_threshold(threshold)
 
@@ -202,7 +209,8 @@ def _own_labels(
         seen = _seen(first, jax.random.fold_in(key, 0), rows)
         q = jax.nn.softmax(_said(model, jax.lax.stop_gradient(params), seen), axis=-1)
         if align:
-            q = q / jnp.maximum(jnp.mean(q, axis=0, keepdims=True), 1e-6)
+            counts = jnp.broadcast_to(rows.get("counts", jnp.ones(len(q), bool)), len(q))
+            q = q / jnp.maximum(jnp.mean(q, axis=0, keepdims=True, where=counts[:, None]), 1e-6)
             q = q / jnp.sum(q, axis=-1, keepdims=True)
         sure = (jnp.max(q, axis=-1) >= threshold).astype(jnp.float32)
         labels = jnp.argmax(q, axis=-1)
@@ -241,10 +249,7 @@ def _semi(term: Callable[..., _Term], augment: Augment | None, each: Each, weigh
         z = model.apply(params, both, rng=rng, train=True).logits
         labelled, (values, metrics) = z[:count], value(z[count:])
 
-        weights = row_weights(batch, (count,))
-        labels = batch["labels"]
-        if not jnp.issubdtype(labels.dtype, jnp.floating):
-            labels = jnp.where(weights > 0, labels, jnp.zeros_like(labels))  # of rows that fill a batch up they do not matter
+        labels, weights = counting(batch["labels"], row_weights(batch, (count,)))  # of rows that fill it up they do not matter
         t = distribution(labels, z.shape[-1])
         right = (jnp.argmax(labelled, axis=-1) == jnp.argmax(t, axis=-1)).astype(jnp.float32)
         mean = lambda values: weighted_mean(jnp.mean(values.reshape(count, -1), axis=1), weights)
@@ -265,6 +270,9 @@ def _parted(batch: Mapping[str, Array]) -> tuple[_Inputs, _Inputs, int]:
         raise InputError(f"batch: {given} given; 'labels' and '{UNLABELLED}...' are needed, see data.Paired")
     inputs = {name: a for name, a in batch.items() if not name.startswith(UNLABELLED) and name not in aside}
     flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in rows.items() if name not in aside}
+    if "weights" in batch:  # an unlabelled row fills a batch up where the row does that it came with
+        inputs["counts"] = batch["weights"] > 0
+        flat["counts"] = jnp.repeat(inputs["counts"], len(next(iter(flat.values()))) // len(batch["labels"]))
     return inputs, flat, len(batch["labels"])
 
 

@@ -13,6 +13,7 @@ from jaxmodel import sharding, tree
 from jaxmodel.leaves.leaf import register
 from jaxmodel.train.exchange import Exchange, residual_shardings
 from jaxmodel.train.guard import Guard
+from jaxmodel.train.masters import with_masters
 from jaxmodel.train.quantized import dense
 
 
@@ -48,10 +49,10 @@ def init_state(
 
     Args:
       params: the tree; split by `trainable` where its rules tell layers of a segment apart.
-      optimizer: any optax transformation.
+      optimizer: any optax transformation; of weights in 16 bits it keeps float32 copies, see `train.masters`.
       trainable: rules, path -> bool; see `tree.partition`.
       average: whether a moving average of what trains rides along, for `make_step(average=...)`.
-      guard: whose memory rides along, for `make_step(guard=...)`; without it no step is left out.
+      guard: whose memory rides along, for `make_step(guard=...)`, which must be given the same.
       exchange: whose memory rides along, for `make_step(exchange=...)`; made for the mesh in use.
     """
     trains, frozen = tree.partition(params, trainable)
@@ -64,7 +65,7 @@ def init_state(
         extra["guard"] = guard.init()
     if exchange is not None and (residual := exchange.residual(trains)) is not None:
         extra["residual"] = residual
-    return TrainState(zero, zero, tree.combine(trains, frozen), optimizer.init(dense(trains)), extra)
+    return TrainState(zero, zero, tree.combine(trains, frozen), with_masters(optimizer).init(dense(trains)), extra)
 
 
 def averaged(state: TrainState) -> tree.Params:

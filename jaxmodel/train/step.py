@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodel import tree
-from jaxmodel.errors import unknown
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
 from jaxmodel.train import quantized
 from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.gradients import GradientFn, Objective, accumulated, value_and_grad
 from jaxmodel.train.guard import Guard, choose
 from jaxmodel.train.losses import Loss
+from jaxmodel.train.masters import with_masters
 from jaxmodel.train.pipeline import one_forward_one_backward
 from jaxmodel.train.state import TrainState
 
@@ -39,7 +40,7 @@ def make_step(
     accumulate: int = 1,
     augment: Augment | None = None,
     average: float = 0.0,
-    guard: Guard = Guard(),
+    guard: Guard | None = None,
     gradients: Callable[[Objective], GradientFn] = value_and_grad,
     exchange: Exchange | None = None,
     pipeline: str = "gpipe",
@@ -59,7 +60,7 @@ def make_step(
       augment: changes the batch before it is used.
       average: decay d of a moving average of the parameters, `a <- d a + (1 - d) p` with `d <- min(d, (1 + i) / (10 + i))` at
         step i, kept in `state.extra["average"]` (`init_state(average=True)`); 0 for none.
-      guard: which steps are left out, where the state was made with one (`init_state(guard=...)`).
+      guard: which steps are left out; the state has to be made with the same, `init_state(guard=...)`. None for none.
       gradients: makes the gradient function of the objective.
       exchange: sums the gradients over the data axis in fewer bytes, once a step; one with a memory needs a state made for it,
         `init_state(exchange=...)`.
@@ -68,13 +69,17 @@ def make_step(
 
     Returns:
       The step. Its metrics are those of the loss, with `loss`, `grad_norm` and, under a guard, `bad` (1 for a step left out).
+
+    Raises:
+      InputError: an unknown pipeline; when called, a state that was made with other parts than these (see `init_state`).
     """
     if pipeline not in PIPELINES:
         raise unknown("pipeline", pipeline, PIPELINES)
-    update = optax.with_extra_args_support(optimizer).update
+    update = with_masters(optimizer).update
     needs_state = "state" in inspect.signature(loss).parameters
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        _check_halves(state, average, guard, exchange)
         rng = jax.random.fold_in(jax.random.key(seed), state.data_step)
         batch = dict(batch) if augment is None else augment(jax.random.fold_in(rng, _AUGMENT), dict(batch))
         trains, frozen = tree.partition(state.params, trainable)
@@ -96,7 +101,7 @@ def make_step(
         if "average" in extra:
             taken = extra["guard"]["good"] if "guard" in extra else state.step  # steps that were left out do not count
             extra["average"] = moving_average(extra["average"], quantized.dense(trained), average, taken)
-        if "guard" in extra:
+        if guard is not None:
             ok, extra["guard"] = guard.judge(extra["guard"], value, norm)
             kept = {name: extra[name] for name in extra if name != "guard"}
             old = (trains, state.opt_state, {name: state.extra[name] for name in kept})
@@ -107,6 +112,22 @@ def make_step(
         return TrainState(state.step + one, state.data_step + one, tree.combine(trained, frozen), opt_state, extra), metrics
 
     return step
+
+
+def _check_halves(state: TrainState, average: float, guard: Guard | None, exchange: Exchange | None) -> None:
+    """A part that only the step or only the state knows would do nothing, or something else."""
+    made = {"average": average > 0, "guard": guard is not None}
+    for name, wanted in made.items():
+        if wanted != (name in state.extra):
+            told = f"make_step({name}=...)", f"init_state({name}=...)"
+            has, lacks = told if wanted else reversed(told)
+            raise InputError(f"{name}: given to {has.partition('(')[0]} alone; allowed: both {has} and {lacks}, or neither")
+    if guard is not None:
+        kept, memory = jax.eval_shape(guard.init), state.extra["guard"]
+        if jax.tree.map(jnp.shape, memory) != jax.tree.map(jnp.shape, kept):
+            raise InputError(f"guard: {guard} given for a state that was made with another; allowed: the same in both")
+    if "residual" in state.extra and (exchange is None or exchange.kind != "top_k"):
+        raise InputError("exchange: the state has a residual, made by init_state(exchange=...); allowed: the same in make_step")
 
 
 def moving_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:

@@ -143,7 +143,7 @@ def test_an_average_moves_where_bfloat16_would_not():
 def test_a_batch_left_out_leaves_the_average_too():
     """As if it had never come, though it counts as a step."""
     config = dataclasses.replace(CONFIG, accumulate=1, steps=6, log_every=1)
-    step = jax.jit(train.make_step(MODEL, train.classification, optax.sgd(0.1), average=0.999))
+    step = jax.jit(train.make_step(MODEL, train.classification, optax.sgd(0.1), average=0.999, guard=config.guard()))
     states = []
     for stream in (Rows(broken=(0, 1, 2)), Rows()):
         start = train.init_state(MODEL.init(jax.random.key(0)), optax.sgd(0.1), average=True, guard=config.guard())
@@ -175,7 +175,7 @@ def test_a_last_checkpoint_that_fails_does_not_cost_the_run(tmp_path, monkeypatc
 
 STATE = train.init_state(MODEL.init(jax.random.key(0)), optax.sgd(0.1))
 REFUSED = {
-    "patience: 2 given without held-out batches": {"config": train.TrainConfig(patience=2)},
+    "patience: 2 given without held-out batches": {"config": train.TrainConfig(patience=2, eval_every=20)},
     "bad: 'rewind' given without checkpoints": {"config": train.TrainConfig(bad="rewind")},
     "trainable: nothing trains": {"config": train.TrainConfig(trainable=[(".*", False)])},
     "steps: 2 given; 3 were made already": {"state": dataclasses.replace(STATE, step=jnp.int32(3))},

@@ -26,7 +26,6 @@ from jaxmodel.models import gpt2, mlp
 from jaxmodel.train import optimizers
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.options import RANGES, within
-from jaxmodel.train.placing import Placed
 from jaxmodel.train.rewind import BadSteps
 
 MODEL = mlp.model(mlp.SIZES["tiny"])
@@ -145,7 +144,7 @@ def scores(weights: list[float], batches: int = 2) -> dict[str, float]:
         "labels": np.zeros(4, np.int32),
         "weights": np.array(weights, np.float32),
     }
-    scorer = Scorer(MODEL, train.classification, Placed(data.Stream(rows, 2), None), batches)
+    scorer = Scorer(MODEL, train.classification, data.Stream(rows, 2), None, batches)
     return scorer(MODEL.init(jax.random.key(0)))
 
 

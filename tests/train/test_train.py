@@ -73,7 +73,7 @@ def test_a_chunk_of_nothing_is_refused(params):
 
 def test_options_are_the_config_without_its_rules():
     names = {f.name for f in dataclasses.fields(train.TrainConfig)} - {f.name for f in dataclasses.fields(train.TrainOptions)}
-    assert names == {"decay", "trainable"}
+    assert names == {"decay", "trainable", "eval_rows"}
     assert set(train.__all__) == set(dir(train)) and all(hasattr(train, name) for name in train.__all__)
     with pytest.raises(AttributeError, match="no attribute 'fitt'"):
         train.fitt  # noqa: B018

@@ -25,6 +25,9 @@ from jaxtyping import Array, Float, Key, UInt32
 from jaxmodel.errors import InputError
 from jaxmodel.text_form import read_chain, write
 
+IGNORED = -100
+"""The label, or target, of a row or position that does not count, as torch and transformers have it."""
+
 type AnyKey = Key[Array, ""] | UInt32[Array, "2"]
 type Keys = Key[Array, "B"] | UInt32[Array, "B 2"]
 type Number = float | int
@@ -190,6 +193,12 @@ def row_keys(key: AnyKey, rows: int) -> Keys:
 def uniforms(keys: Keys, *shape: int) -> Float[Array, "B ..."]:
     """Numbers from 0 (within) to 1 (not within), `[B, *shape]`, those of a row by its key."""
     return jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+
+
+def row_weights(batch: Mapping[str, Any], rows: int) -> Float[Array, "B"]:
+    """What each row counts: its `weights`; of `[B, T]`, 1 where any of them is above 0; 1 for all where there are none."""
+    weights = jnp.asarray(batch.get("weights", jnp.ones(rows)), jnp.float32)
+    return weights if weights.ndim < 2 else jnp.any(weights > 0, axis=tuple(range(1, weights.ndim))).astype(jnp.float32)
 
 
 def per_row(values: Array) -> Array:

@@ -1,7 +1,9 @@
 """Augmentations that mix each row with its neighbour, labels as well.
 
 Row i is mixed with row i - 1 (the first with the last). The stream has shuffled the rows, so this partner is as good as a drawn
-one, and on a mesh only the rows at the edges of the devices' parts travel. Labels become distributions `[B, C]`.
+one, and on a mesh only the rows at the edges of the devices' parts travel. Labels become distributions `[B, C]`. Where the batch
+has `weights` the partner is the last row before with weight, and rows without stay as they are; a row labelled -100 has none.
+With labels as whole numbers the batch has `weights` afterwards.
 """
 
 from __future__ import annotations
@@ -13,11 +15,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxmodel.data.augment.base import AnyKey, Augmentation, Keys, Number, images, number, per_row, row_keys, uniforms, whole
+from jaxmodel.data.augment.base import (
+    IGNORED,
+    AnyKey,
+    Augmentation,
+    Keys,
+    Number,
+    images,
+    number,
+    per_row,
+    row_keys,
+    row_weights,
+    uniforms,
+    whole,
+)
 from jaxmodel.data.augment.damage import inside
 from jaxmodel.errors import InputError
+
+type Images = Float[Array, "B Y X C"]
 
 _TRIES = 8  # of which each succeeds with at least 0.95
 
@@ -37,19 +54,28 @@ class _Mixing(Augmentation):
     probability: Number = field(default=1.0, metadata=number(0.0, 1.0), kw_only=True)
 
     @abc.abstractmethod
-    def mix(self, keys: Keys, pixels: Float[Array, "B Y X C"], given: Float[Array, "B"]) -> tuple[Array, Array]:
-        """The images, and the shares `[B]` that their neighbours gave in the end, from the shares drawn."""
+    def mix(self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]) -> tuple[Array, Array]:
+        """The images, and the shares `[B]` that their partners gave in the end, from the shares drawn."""
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
-        unmixed, labels = images(batch), distributions(batch, self.classes)
+        unmixed, (labels, weights) = images(batch), distributions(batch, self.classes)
         pixels = unmixed.astype(jnp.float32)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(row_keys(key, len(pixels)))
         given = beta(keys[:, 0], self.alpha)
         if self.probability < 1:
             given = jnp.where(uniforms(keys[:, 1]) < self.probability, given, 0.0)
-        mixed, given = self.mix(keys[:, 2], pixels, given)
-        labels = labels + given[:, None] * (neighbour(labels) - labels)
-        return {**batch, "pixels": mixed.astype(unmixed.dtype), "labels": labels}
+        if jnp.ndim(batch.get("weights", 0)) == 1:
+            other = neighbour_of(weights > 0)
+            partner, of_partner = pixels[other], labels[other]
+        else:
+            partner, of_partner = neighbour(pixels), neighbour(labels)
+        sound = (weights > 0) & (jnp.sum(of_partner, axis=1) > 0)
+        given = jnp.where(sound, given, 0.0)
+        mixed, given = self.mix(keys[:, 2], pixels, partner, given)
+        labels = labels + given[:, None] * (of_partner - labels)
+        same = jnp.issubdtype(jnp.asarray(batch["labels"]).dtype, jnp.floating) or jnp.ndim(batch.get("weights", weights)) > 1
+        counted = {} if same else {"weights": weights}
+        return {**batch, "pixels": mixed.astype(unmixed.dtype), "labels": labels, **counted}
 
 
 @dataclass(frozen=True)
@@ -64,8 +90,8 @@ class Mixup(_Mixing):
 
     alpha: Number = field(default=0.2, metadata=number(0.0, 1e4))
 
-    def mix(self, keys: Keys, pixels: Float[Array, "B Y X C"], given: Float[Array, "B"]) -> tuple[Array, Array]:
-        return pixels + per_row(given) * (neighbour(pixels) - pixels), given
+    def mix(self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]) -> tuple[Array, Array]:
+        return pixels + per_row(given) * (partner - pixels), given
 
 
 @dataclass(frozen=True)
@@ -81,14 +107,14 @@ class CutMix(_Mixing):
       probability: with which each row is mixed.
     """
 
-    def mix(self, keys: Keys, pixels: Float[Array, "B Y X C"], given: Float[Array, "B"]) -> tuple[Array, Array]:
+    def mix(self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]) -> tuple[Array, Array]:
         sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
         whole_sides = sides.astype(jnp.int32)
         size = jnp.floor(jnp.sqrt(given)[:, None] * sides).astype(jnp.int32)
         start = jnp.floor(uniforms(keys, 2) * sides).astype(jnp.int32) - size // 2
         start, stop = jnp.clip(start, 0, whole_sides), jnp.clip(start + size, 0, whole_sides)
         area = jnp.prod(stop - start, axis=1).astype(jnp.float32)
-        mixed = jnp.where(inside(pixels, start, stop), neighbour(pixels), pixels)
+        mixed = jnp.where(inside(pixels, start, stop), partner, pixels)
         return mixed, area / (pixels.shape[1] * pixels.shape[2])
 
 
@@ -97,8 +123,20 @@ def neighbour(rows: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     return jnp.roll(rows, 1, axis=0)
 
 
-def distributions(batch: Mapping[str, Any], classes: int) -> Float[Array, "B C"]:
-    """The labels as distributions over the classes; a label that is no class gives NaN.
+def neighbour_of(counts: Bool[Array, "B"]) -> Int[Array, "B"]:
+    """The number of the last row before each that counts; before the first of them, of the last of all.
+
+    >>> neighbour_of(jnp.array([True, False, True, True, False])).tolist()
+    [3, 0, 0, 2, 3]
+    """
+    place = jnp.where(counts, jnp.arange(len(counts), dtype=jnp.int32), -1)
+    before = jnp.roll(jax.lax.cummax(place), 1).at[0].set(-1)
+    return jnp.where(before < 0, jnp.maximum(jnp.max(place), 0), before)
+
+
+def distributions(batch: Mapping[str, Any], classes: int) -> tuple[Float[Array, "B C"], Float[Array, "B"]]:
+    """The labels as distributions over the classes, NaN where one is no class and 0 where a row does not count, and the weights
+    of the rows.
 
     Raises:
       InputError: no labels, or neither classes `[B]` nor distributions `[B, C]`.
@@ -106,13 +144,18 @@ def distributions(batch: Mapping[str, Any], classes: int) -> Float[Array, "B C"]
     if "labels" not in batch:
         raise InputError(f"batch: {', '.join(sorted(batch))} given; 'labels' [B] is needed too")
     labels = jnp.asarray(batch["labels"])
+    own = jnp.ndim(batch.get("weights", 0)) == 1
+    weights = row_weights(batch, len(labels)) if own else jnp.ones(len(labels), jnp.float32)
     if labels.ndim == 2 and labels.shape[1] == classes and jnp.issubdtype(labels.dtype, jnp.floating):
-        return labels.astype(jnp.float32)
+        return labels.astype(jnp.float32), weights
     if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
         given = f"{labels.dtype} {labels.shape}"
         raise InputError(f"batch: labels are {given}; integers [B] or distributions [B, {classes}] are needed")
+    weights = jnp.where(labels == IGNORED, 0.0, weights)
+    labels = jnp.where(weights > 0, labels, 0)
     known = (labels >= 0) & (labels < classes)
-    return jnp.where(known[:, None], jax.nn.one_hot(labels, classes, dtype=jnp.float32), jnp.nan)
+    found = jnp.where(known[:, None], jax.nn.one_hot(labels, classes, dtype=jnp.float32), jnp.nan)
+    return jnp.where(weights[:, None] > 0, found, 0.0), weights
 
 
 def beta(keys: Keys, alpha: float) -> Float[Array, "B"]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmodel.data.augment.base import AnyKey, Augmentation, Number, number, row_keys, uniforms, whole
+from jaxmodel.data.augment.base import AnyKey, Augmentation, Number, number, row_keys, row_weights, uniforms, whole
 from jaxmodel.errors import InputError
 
 
@@ -44,7 +44,7 @@ class SpanMasking(Augmentation):
     Of these tokens 80 % become `token`, 10 % another drawn evenly from the vocabulary, 10 % stay (Devlin et al., 2019; spans:
     Joshi et al., 2020). Lengths are geometric: a span goes on with probability `1 - 1 / span`, and begins with `rate / (span
     (1 - rate))`, so that `rate` holds at every place. `targets` becomes the token itself where it is to be predicted, else 0, and
-    `weights` 1 there, else 0.
+    `weights` that of the row there, else 0 (see `row_weights`).
 
     Attributes:
       token: the id of the mask.
@@ -78,7 +78,7 @@ class SpanMasking(Augmentation):
             **batch,
             "tokens": jnp.where(masked, shown, tokens),
             "targets": jnp.where(masked, tokens, jnp.zeros((), tokens.dtype)),
-            "weights": masked.astype(jnp.float32),
+            "weights": masked.astype(jnp.float32) * row_weights(batch, len(tokens))[:, None],
         }
 
     def spans(self, drawn: Float[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -159,7 +159,7 @@ class SpanCorruption(Augmentation):
             "source_mask": ends(source_length, n - taken + spans),
             "tokens": jnp.where(weights, moved, jnp.asarray(self.start, tokens.dtype)),
             "targets": targets,
-            "weights": weights.astype(jnp.float32),
+            "weights": weights.astype(jnp.float32) * row_weights(batch, len(tokens))[:, None],
         }
 
     def _lengths(self, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

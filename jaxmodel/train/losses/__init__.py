@@ -23,7 +23,7 @@ from jaxmodel.train.losses.classes import (
     symmetric_cross_entropy,
 )
 from jaxmodel.train.losses.confident import LabelReport, confident_learning
-from jaxmodel.train.losses.contract import Loss, row_weights, weighted_mean
+from jaxmodel.train.losses.contract import IGNORED, Loss, counting, model_inputs, row_weights, weighted_mean
 from jaxmodel.train.losses.factory import Each, classification, regression, supervised
 from jaxmodel.train.losses.labels import (
     balanced_weights,
@@ -39,6 +39,7 @@ from jaxmodel.train.losses.values import absolute_error, huber, squared_error
 from jaxmodel.train.losses.views import contrastive, info_nce, nt_xent
 
 __all__ = [
+    "IGNORED",
     "Each",
     "LabelReport",
     "Loss",
@@ -50,6 +51,7 @@ __all__ = [
     "classification",
     "confident_learning",
     "contrastive",
+    "counting",
     "cross_entropy",
     "distribution",
     "effective_weights",
@@ -58,6 +60,7 @@ __all__ = [
     "huber",
     "info_nce",
     "kl_divergence",
+    "model_inputs",
     "next_token",
     "nt_xent",
     "regression",

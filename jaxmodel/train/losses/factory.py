@@ -13,7 +13,7 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.train.losses.classes import softmax_cross_entropy
-from jaxmodel.train.losses.contract import Loss, row_weights, weighted_mean
+from jaxmodel.train.losses.contract import Loss, counting, model_inputs, only, row_weights, weighted_mean
 from jaxmodel.train.losses.labels import distribution, smooth
 from jaxmodel.train.losses.values import squared_error
 
@@ -31,7 +31,8 @@ def supervised(
     """A loss of classes: `sum_i w_i each(z_i, t_i) / sum_i w_i`.
 
     The batch has `labels`, classes `[B]` or distributions `[B, C]`, if there `weights` `[B]` (0 for rows that fill a batch up,
-    whose labels then do not matter), and the model's inputs. The weight of a row is that times `sum_c t_c class_weights_c`.
+    whose labels then do not matter), and the model's inputs. The weight of a row is that times `sum_c t_c class_weights_c`; of a
+    row labelled -100 it is 0. Another label that is no class makes the loss NaN, and `fit` say which it is.
 
     Args:
       each: one of `jaxmodel.train.losses`, with its settings bound by `functools.partial`, or the like.
@@ -56,10 +57,8 @@ def supervised(
     def loss(
         model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        logits, labels = _outputs(model, params, batch, rng, train, "labels"), batch["labels"]
-        weights = row_weights(batch, logits.shape[:-1])
-        if not jnp.issubdtype(labels.dtype, jnp.floating):
-            labels = jnp.where(weights > 0, labels, jnp.zeros_like(labels))
+        logits = _outputs(model, params, batch, rng, train, "labels")
+        labels, weights = counting(batch["labels"], row_weights(batch, logits.shape[:-1]))
         t = distribution(labels, logits.shape[-1])
         if class_weights is not None:
             weights = weights * _of_classes(t, class_weights)
@@ -85,7 +84,8 @@ def classification(
     Args:
       model: whose logits are `[B, C]`.
       params: its parameters.
-      batch: `labels` `[B]` or `[B, C]`, if there `weights` `[B]`, and the model's inputs. A label that is no class gives NaN.
+      batch: `labels` `[B]` or `[B, C]`, if there `weights` `[B]`, and the model's inputs. See
+        `supervised` for labels that are none.
       rng: for dropout.
       train: False for a held-out loss, without smoothing.
       smoothing: the share of each label that is spread over all classes (Szegedy et al., 2015).
@@ -119,20 +119,20 @@ def regression(each: Each = squared_error, *, target: str = "targets") -> Loss:
     def loss(
         model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        values = each(_outputs(model, params, batch, rng, train, target), batch[target])
+        outputs, targets = _outputs(model, params, batch, rng, train, target), batch[target]
+        if "weights" in batch:
+            targets = only(targets, batch["weights"])  # a target that is not known may be NaN
+        values = each(outputs, targets)
         weights = row_weights(batch, values.shape)
         return weighted_mean(values, weights), {"weight": jnp.sum(weights)}
 
     return loss
 
 
-def _outputs(
-    model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None, train: bool, target: str
-) -> Array:
+def _outputs(model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None, train: bool, target: str) -> Array:
     if target not in batch:
         raise InputError(f"batch: {', '.join(batch) or 'nothing'} given; {target!r} is needed")
-    inputs = {name: a for name, a in batch.items() if name not in (target, "weights")}
-    return model.apply(params, inputs, rng=rng, train=train).logits
+    return model.apply(params, model_inputs(batch, target), rng=rng, train=train).logits
 
 
 def _of_classes(t: Float[Array, "... C"], class_weights: Any) -> Float[Array, "..."]:

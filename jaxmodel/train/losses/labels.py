@@ -18,7 +18,7 @@ def distribution(labels: Int[Array, "..."] | Float[Array, "... C"], classes: int
       classes: C.
 
     Raises:
-      InputError: distributions over another number of classes.
+      InputError: distributions over another number of classes, or labels that are no numbers.
 
     >>> distribution(jnp.array([2, 0]), 3).tolist()
     [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
@@ -27,13 +27,15 @@ def distribution(labels: Int[Array, "..."] | Float[Array, "... C"], classes: int
         if labels.shape[-1:] != (classes,):
             raise InputError(f"labels: distributions of shape {list(labels.shape)} given; needed are {classes} classes at last")
         return labels.astype(jnp.float32)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise InputError(
+            f"labels: {labels.dtype} given; allowed: whole numbers from 0, as .astype(np.int32) makes of True and False"
+        )
     known = (labels >= 0) & (labels < classes)
     return jnp.where(known[..., None], jax.nn.one_hot(labels, classes, dtype=jnp.float32), jnp.float32(jnp.nan))
 
 
-def smooth(
-    labels: Float[Array, "... C"], share: float, means: Float[Array, "_ _"] | None = None
-) -> Float[Array, "... C"]:
+def smooth(labels: Float[Array, "... C"], share: float, means: Float[Array, "_ _"] | None = None) -> Float[Array, "... C"]:
     """`(1 - s) t + s u`, where u is uniform (Szegedy et al., 2015), or the mean prediction of the label's class.
 
     Args:

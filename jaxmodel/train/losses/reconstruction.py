@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel import tree
 from jaxmodel.models import Model
+from jaxmodel.train.losses.contract import row_weights, weighted_mean
 
 
 def autoencoder(
@@ -24,7 +25,7 @@ def autoencoder(
     Args:
       model: of `jaxmodel.models.autoencoder`.
       params: its parameters.
-      batch: `features` `[B, N]`.
+      batch: `features` `[B, N]`, if there `weights` `[B]`.
       rng: for the noise of a denoising and the sample of a variational one.
       train: False for a held-out loss.
 
@@ -32,12 +33,14 @@ def autoencoder(
       The loss, `weight`, the number of rows, and `reconstruction` and the model's aux values.
     """
     x = batch["features"].astype(jnp.float32)
-    out = model.apply(params, {"features": x}, rng=rng, train=train)
+    counts = {"counts": batch["weights"] > 0} if "weights" in batch else {}
+    out = model.apply(params, {"features": x, **counts}, rng=rng, train=train)
     if model.config.reconstruction == "bernoulli":
         each = jax.nn.softplus(out.logits) - x * out.logits
     else:
         each = 0.5 * (x - out.logits) ** 2
-    reconstruction = jnp.mean(jnp.sum(each, axis=-1))
+    weights = row_weights(batch, each.shape[:1])
+    reconstruction = weighted_mean(jnp.sum(each, axis=-1), weights)
     penalty = sum((out.aux[name] for name in ("kl", "sparsity") if name in out.aux), start=jnp.float32(0))
-    metrics = {"weight": jnp.asarray(x.shape[0], jnp.float32), "reconstruction": reconstruction}
+    metrics = {"weight": jnp.sum(weights), "reconstruction": reconstruction}
     return reconstruction + model.config.penalty * penalty, {**metrics, **out.aux}

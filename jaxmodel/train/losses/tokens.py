@@ -15,7 +15,7 @@ from jaxmodel import tree
 from jaxmodel.errors import at_least
 from jaxmodel.models import Model
 from jaxmodel.sharding import auto_axes, axes_of, parts
-from jaxmodel.train.losses.contract import row_weights, weighted_mean
+from jaxmodel.train.losses.contract import IGNORED, counting, model_inputs, row_weights, weighted_mean
 
 LOGITS = 2**30
 """Bytes of float32 logits that a device makes at once: of so many positions that to add a chunk's gradient of the head to the
@@ -39,8 +39,8 @@ def next_token(
     Args:
       model: a decoder, or an encoder with a decoder.
       params: its parameters.
-      batch: `targets` `[B, T]`, if there `weights` `[B, T]` (0 where there is nothing to predict), and the model's inputs:
-        `tokens` `[B, T]`, `segments`, `positions`, `source`.
+      batch: `targets` `[B, T]`, -100 where there is nothing to predict; if there `weights` `[B, T]`, 0 for the same, or `[B]`;
+        and the model's inputs: `tokens` `[B, T]`, `segments`, `positions`, `source`.
       rng: for dropout.
       train: False for a held-out loss, which is the cross entropy alone.
       chunk: see `cross_entropy`.
@@ -49,10 +49,8 @@ def next_token(
       The loss, and `weight`, the number of tokens; of a model of experts also `load_balance`, the mean over the layers, which is
       the number of experts of a token where all are used alike.
     """
-    inputs = {name: a for name, a in batch.items() if name not in ("targets", "weights")}
-    out = model.hidden(params, inputs, rng=rng, train=train)
-    targets = batch["targets"]
-    weights = row_weights(batch, targets.shape)
+    out = model.hidden(params, model_inputs(batch, "targets"), rng=rng, train=train)
+    targets, weights = counting(batch["targets"], row_weights(batch, batch["targets"].shape))
     loss = weighted_mean(cross_entropy(model, params, out.hidden, targets, chunk=chunk), weights)
     metrics = {"weight": jnp.sum(weights)}
     if "load_balance" not in out.aux:
@@ -75,7 +73,7 @@ def cross_entropy(
       model: its head is run.
       params: its parameters.
       hidden: what `model.hidden` gives.
-      targets: the token that each position should predict.
+      targets: the token that each position should predict; -100 gives 0, another that is no token NaN.
       chunk: positions of a row whose logits exist at once (on each device that the mesh cuts positions over), so that
         `[B, T, V]` never does, in the backward pass neither, which makes them again; T for all; default as many as a device has
         logits of in `LOGITS` bytes.
@@ -88,8 +86,10 @@ def cross_entropy(
 
     def part(params: tree.Params, x: Array, targets: Array) -> Array:
         logits = model.parts.head(params, x)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        known = (targets >= 0) & (targets < logits.shape[-1])
+        chosen = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[..., None], axis=-1)[..., 0]
+        each = jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
+        return jnp.where(targets == IGNORED, 0.0, each)
 
     def chunks(params: tree.Params, x: Array, targets: Array) -> Array:
         """One after the other; the last is filled up with zeros."""

@@ -94,9 +94,12 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
         names = list(model.inputs(1, 1))
         if len(names) != 1:
             raise InputError(f"model: one that reads {', '.join(names)} given; a contrastive loss needs a model of one input")
-        out = model.apply(params, {names[0]: views.reshape(-1, *views.shape[2:])}, rng=rng, train=train).logits
+        weights = row_weights(batch, views.shape[:1])
+        inputs = {names[0]: views.reshape(-1, *views.shape[2:])}
+        if "weights" in batch:
+            inputs["counts"] = jnp.repeat(weights > 0, 2)
+        out = model.apply(params, inputs, rng=rng, train=train).logits
         pairs = out.reshape(-1, 2, out.shape[-1])
-        weights = row_weights(batch, pairs.shape[:1])
         values = each(pairs[:, 0], pairs[:, 1], counts=weights > 0 if "weights" in batch else None)
         return weighted_mean(values, weights), {"weight": jnp.sum(weights)}
 

@@ -49,7 +49,8 @@ def test_a_box_in_the_middle_has_the_share_drawn() -> None:
     (made,) = augment.parse("cut_mix(5)").links
     pixels = np.random.default_rng(0).random((B, 40, 40, 1), np.float32)
     given = np.linspace(0, 1, B, dtype=np.float32)
-    out, share = made.mix(row_keys(jax.random.key(0), B), jax.numpy.asarray(pixels), jax.numpy.asarray(given))
+    both = [jax.numpy.asarray(a) for a in (pixels, np.roll(pixels, 1, axis=0))]
+    out, share = made.mix(row_keys(jax.random.key(0), B), *both, jax.numpy.asarray(given))
     changed = np.asarray(out != pixels)
     inner = ~(changed[:, [0, -1]].any((1, 2, 3)) | changed[:, :, [0, -1]].any((1, 2, 3)))
     side = np.floor(np.sqrt(given) * np.float32(40))
