@@ -44,6 +44,8 @@ WEIGHTS = {
     "llama/qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
     "llama/smollm2-135m": "smollm2-135m-instruct-q4_1",
     "llama/smollm3-3b": "HuggingFaceTB/SmolLM3-3B-Base",
+    "modernbert/modernbert-base": "answerdotai/ModernBERT-base",
+    "modernbert/modernbert-large": "answerdotai/ModernBERT-large",
     "t5/flan-t5-small": "google/flan-t5-small",
     "t5/t5-base": "google-t5/t5-base",
     "t5/t5-small": "google-t5/t5-small",

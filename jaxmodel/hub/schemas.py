@@ -94,11 +94,16 @@ class Config(TypedDict, total=False):
     use_sliding_window: bool | None
     max_window_layers: Index
     layer_types: list[str] | None
+    global_attn_every_n_layers: Count
+    local_attention: Count
+    global_rope_theta: Positive
+    local_rope_theta: Positive
     no_rope_layers: list[Index] | None
     no_rope_layer_interval: Count
     # numbers
     layer_norm_eps: Positive
     layer_norm_epsilon: Positive
+    norm_eps: Positive
     rms_norm_eps: Positive
     initializer_range: Positive
     initializer_factor: Positive
@@ -116,6 +121,11 @@ class Config(TypedDict, total=False):
     # choices
     hidden_act: str
     hidden_activation: str | None
+    classifier_activation: str
+    classifier_pooling: str
+    classifier_bias: bool
+    decoder_bias: bool
+    norm_bias: bool
     activation: str
     sinusoidal_pos_embds: bool
     activation_function: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel import ops
@@ -22,12 +23,13 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with a weight and a bias `[D]`."""
+    """Layer norm with a weight `[D]` and, unless `bias` is False, a bias `[D]`."""
 
     eps: float
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         weight = leaf(self, "weight", nn.initializers.ones, x.shape[-1:])
-        bias = leaf(self, "bias", nn.initializers.zeros, x.shape[-1:])
+        bias = leaf(self, "bias", nn.initializers.zeros, x.shape[-1:]) if self.bias else jnp.zeros_like(weight)
         return ops.layer_norm(x, weight, bias, self.eps)

@@ -40,6 +40,7 @@ from transformers import (
     BertConfig,
     CLIPConfig,
     DistilBertConfig,
+    ModernBertConfig,
     RobertaConfig,
     ViTConfig,
     XLMRobertaConfig,
@@ -74,6 +75,10 @@ def labels(*names: str) -> dict[str, Any]:
 
 _FIRST = r".*(embeddings\.|LayerNorm|layer\.0\.).*|cls.*|classifier.*"
 _ROBERTA = {"vocab_size": 71, "max_position_embeddings": 18, "type_vocab_size": 1, **sizes(12, 2, 2, 20)}
+_MODERN = {
+    **{"vocab_size": 71, "max_position_embeddings": 16, "local_attention": 4, **sizes(12, 4, 3, 10)},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+}
 _DISTILBERT = {"vocab_size": 71, "max_position_embeddings": 16, "dim": 12, "n_layers": 2, "n_heads": 2, "hidden_dim": 20}
 MODELS = {
     "bert-a": Tiny(
@@ -158,10 +163,27 @@ LATER = {
         *(6, r".*embeddings\..*|(pre_)?classifier.*"),
     ),
     "distilbert-c": Tiny("DistilBertModel", DistilBertConfig(**_DISTILBERT), 9, r".*(q_lin|lin2).*"),
+    "modernbert-a": Tiny(
+        "ModernBertForMaskedLM", ModernBertConfig(**_MODERN), 11, r".*(embeddings|layers\.0)\..*|head.*|decoder.*"
+    ),
+    "modernbert-b": Tiny(
+        "ModernBertForSequenceClassification",
+        ModernBertConfig(
+            **_MODERN | {"classifier_pooling": "mean", "hidden_activation": "relu", "norm_eps": 1e-2, "num_hidden_layers": 2},
+            **labels("no", "perhaps", "yes"),
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
+            },
+        ),
+        *(7, r".*layers\.1\..*|head.*|classifier.*"),
+    ),
+    "modernbert-c": Tiny("ModernBertModel", ModernBertConfig(**_MODERN), 9, r".*(Wqkv|norm).*"),
 }
 SEEDS = {name: i for i, name in enumerate([*sorted(MODELS), *LATER])}
 MODELS |= LATER
-OF_SENTENCES = ("BertModel", "DistilBertModel", "XLMRobertaModel")
+OF_SENTENCES = ("BertModel", "DistilBertModel", "ModernBertModel", "XLMRobertaModel")
 
 
 def inputs_of(tiny: Tiny, draw: torch.Generator) -> dict[str, torch.Tensor]:

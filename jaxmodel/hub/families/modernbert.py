@@ -1,0 +1,135 @@
+"""Files of ModernBERT: HF folders of ModernBertForMaskedLM, ModernBertForSequenceClassification and ModernBertModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.hub.families.bert import ACTIVATIONS, activation_to_hf, architecture, labels, labels_to_hf
+from jaxmodel.hub.families.llama import pattern
+from jaxmodel.hub.names import Family, Name, fixed
+from jaxmodel.models import modernbert
+
+_ARCHITECTURES = {"ModernBertForMaskedLM": "mlm", "ModernBertForSequenceClassification": "classify", "ModernBertModel": "embed"}
+_FIXED = {
+    **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), (False,)),
+    "decoder_bias": (True,),
+    "tie_word_embeddings": (True,),
+    "position_embedding_type": (
+        "rope",
+        "absolute",
+        "sans_pos",
+        None,
+    ),  # which the first files say, and transformers does not read
+}
+_POOLS = {"cls": "class", "mean": "mean"}
+_LAYER = {
+    "attn_norm/weight": "attn_norm.weight",
+    "attn/o": "attn.Wo.weight",
+    "mlp_norm/weight": "mlp_norm.weight",
+    "mlp/down": "mlp.Wo.weight",
+}
+_KINDS = {True: "sliding_attention", False: "full_attention"}
+
+
+def _names(config: modernbert.Config) -> list[Name]:
+    stem = "model.layers.{}"
+    names = [
+        Name("embed", "model.embeddings.tok_embeddings.weight"),
+        Name("embed_norm/weight", "model.embeddings.norm.weight"),
+        Name("norm/weight", "model.final_norm.weight"),
+        Name("head/dense", "head.dense.weight"),
+        Name("head/norm/weight", "head.norm.weight"),
+        Name("head/bias", "decoder.bias"),
+        Name("head/classes", "classifier.weight"),
+        Name("head/classes_bias", "classifier.bias"),
+    ]
+    names += [Name(f"blocks/{{}}/attn/{x}", f"{stem}.attn.Wqkv.weight", part=(i, (1, 1, 1))) for i, x in enumerate("qkv")]
+    names += [Name(f"blocks/{{}}/mlp/{x}", f"{stem}.mlp.Wi.weight", part=(i, (1, 1))) for i, x in enumerate(("gate", "up"))]
+    return names + [Name(f"blocks/{{}}/{ours}", f"{stem}.{theirs}") for ours, theirs in _LAYER.items()]
+
+
+def _activation(hf: Mapping[str, Any], key: str) -> str:
+    if hf.get(key, "gelu") not in ACTIVATIONS:
+        raise unknown(f"config.json: {key}", hf.get(key), ACTIVATIONS)
+    return ACTIVATIONS[hf.get(key, "gelu")]
+
+
+def _from_hf(hf: Mapping[str, Any]) -> modernbert.Config:
+    fixed(hf, _FIXED)
+    head = _ARCHITECTURES[architecture(hf, _ARCHITECTURES, "ModernBertForMaskedLM")]
+    depth, every = hf.get("num_hidden_layers", 22), hf.get("global_attn_every_n_layers", 3)
+    types = hf.get("layer_types") or [_KINDS[bool(i % every)] for i in range(depth)]
+    if set(types) - set(_KINDS.values()) or len(types) != depth:
+        raise InputError(
+            f"config.json: layer_types is {types!r:.60}; allowed: {' or '.join(_KINDS.values())} for each of {depth} layers"
+        )
+    near = hf.get("local_attention", 128) // 2 + 1
+    theta = {"full_attention": hf.get("global_rope_theta", 160000.0), "sliding_attention": hf.get("local_rope_theta", 10000.0)}
+    for kind, rope in {kind: (hf.get("rope_parameters") or {}).get(kind) or {} for kind in theta}.items():
+        theta[kind] = rope.get("rope_theta", theta[kind])
+        if rope.get("rope_type", "default") != "default":
+            raise InputError(f"config.json: the rope type {rope['rope_type']!r} is not read; allowed: 'default'")
+    if hf.get("rope_scaling"):
+        raise InputError("config.json: rope_scaling is given; allowed: none, this family has no stretched rotation")
+    if hf.get("classifier_pooling", "cls") not in _POOLS:
+        raise unknown("config.json: classifier_pooling", hf["classifier_pooling"], _POOLS)
+    return modernbert.Config(
+        vocab=hf.get("vocab_size", 50368),
+        width=hf.get("hidden_size", 768),
+        depth=depth,
+        heads=hf.get("num_attention_heads", 12),
+        mlp_width=hf.get("intermediate_size", 1152),
+        context=hf.get("max_position_embeddings", 8192),
+        head=head,
+        labels=labels(hf) if head == "classify" else (),
+        pool=_POOLS[hf.get("classifier_pooling", "cls")] if head == "classify" else "class",
+        windows=pattern(tuple(near if kind == _KINDS[True] else 0 for kind in types)),
+        rope_base=float(theta["full_attention"]),
+        local_rope_base=float(theta["sliding_attention"]),
+        activation=_activation(hf, "hidden_activation"),
+        head_activation=_activation(hf, "classifier_activation"),
+        norm_eps=hf.get("norm_eps", 1e-5),
+        init_scale=hf.get("initializer_range", 0.02),
+    )
+
+
+def _to_hf(c: modernbert.Config) -> dict[str, Any] | None:
+    windows = c.window_of_layers()
+    bases = {"full_attention": c.rope_base, "sliding_attention": c.local_rope_base}
+    return {
+        "architectures": [{ours: theirs for theirs, ours in _ARCHITECTURES.items()}[c.head]],
+        "model_type": "modernbert",
+        "vocab_size": c.vocab,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp_width,
+        "max_position_embeddings": c.context,
+        "local_attention": 2 * (max(windows, default=0) - 1) if any(windows) else 128,
+        "layer_types": [_KINDS[bool(window)] for window in windows],
+        "global_rope_theta": c.rope_base,
+        "local_rope_theta": c.local_rope_base,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
+        "hidden_activation": activation_to_hf(c.activation),
+        "classifier_activation": activation_to_hf(c.head_activation),
+        "classifier_pooling": {ours: theirs for theirs, ours in _POOLS.items()}[c.pool],
+        "norm_eps": c.norm_eps,
+        "initializer_range": c.init_scale,
+        "tie_word_embeddings": True,
+        "pad_token_id": None,  # else transformers takes that of its own vocabulary; a tokenizer's comes over it
+        **(labels_to_hf(c.labels) if c.labels else {}),
+    }
+
+
+FAMILY = Family(
+    module=modernbert,
+    kinds=("modernbert",),
+    names=_names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    ignored=r".*rotary_emb\.inv_freq",
+    prefix="model.",
+    copies={"decoder.weight": "embed"},
+)

@@ -1,0 +1,214 @@
+"""ModernBERT (Warner et al., 2024): an encoder of long texts, with a head for masked tokens, for classes, or for embeddings.
+
+Rotary positions, attention to a neighbourhood in most layers (with another base of the rotation), a gated feed-forward part,
+norms in front of each part (the first layer's attention has the embedding's), no biases but those of the last map.
+
+>>> modernbert = model(SIZES["tiny"])
+>>> params = modernbert.init(jax.random.key(0))
+>>> modernbert.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+(2, 8, 256)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers import ACTIVATIONS, MLP, Attention, LayerNorm, init_layers, leaf, linear
+from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
+
+HEADS = ("mlm", "classify", "embed")
+POOLS = ("class", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      vocab: tokens V.
+      width: D.
+      depth: layers L.
+      heads: H, which divide D.
+      mlp_width: F.
+      context: the longest sequence that the model was made for.
+      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits `[B, C]`; "embed", the mean
+        `[B, D]` of the last activations.
+      labels: names of the classes, for the head "classify".
+      pool: what the head "classify" reads: "class", the first token, or "mean" of all.
+      windows: how near a token must be to be seen (at less than this distance), taken by the layers in turn; 0 for all tokens.
+      rope_base: of the rotary frequencies in layers that see all tokens.
+      local_rope_base: of those in other layers.
+      activation: of the gate, a name of `layers.ACTIVATIONS`.
+      head_activation: of the heads.
+      norm_eps: of the layer norms.
+      init_scale: standard deviation of new weights.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    context: int
+    head: str = "mlm"
+    labels: tuple[str, ...] = ()
+    pool: str = "class"
+    windows: tuple[int, ...] = (0, 65, 65)
+    rope_base: float = 160000.0
+    local_rope_base: float = 10000.0
+    activation: str = "gelu"
+    head_activation: str = "gelu"
+    norm_eps: float = 1e-5
+    init_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
+        if self.width % (2 * self.heads):
+            raise InputError(f"heads: {self.heads} given; a divisor of half the width {self.width} is needed")
+        if any(not isinstance(w, int) or w < 0 for w in self.windows):
+            raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
+        for name, allowed in {"head": HEADS, "pool": POOLS, "activation": ACTIVATIONS, "head_activation": ACTIVATIONS}.items():
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
+        if bool(self.labels) != (self.head == "classify"):
+            needed = "at least one" if self.head == "classify" else "none"
+            raise InputError(f"labels: {len(self.labels)} given; the head {self.head!r} needs {needed}")
+
+    def window_of_layers(self) -> tuple[int, ...]:
+        """The window of every layer; 0 for none."""
+        return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth))
+
+
+SIZES = {
+    "tiny": Config(256, 32, 3, 4, 64, 128, windows=(0, 3)),
+    "tiny-classify": Config(256, 48, 3, 4, 64, 128, "classify", ("no", "yes", "maybe", "never"), "mean", (0, 3)),
+    "tiny-embed": Config(256, 32, 3, 4, 64, 128, "embed", windows=(0, 3)),
+    "modernbert-base": Config(50368, 768, 22, 12, 1152, 8192),
+    "modernbert-large": Config(50368, 1024, 28, 16, 2624, 8192),
+}
+
+RULES: tree.Rules = (
+    ("embed", P("tensor", "fsdp")),
+    ("blocks/.*/(q|k|v|gate|up)", P("tensor", "fsdp")),
+    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
+    (tree.optional("head/dense"), P("tensor", "fsdp")),
+    (tree.optional("head/classes"), P(None, "fsdp")),
+    (tree.optional("head/bias"), P("tensor")),
+    (tree.optional("head/classes_bias"), P()),
+    (".*norm/weight", P()),
+)
+
+
+class _Block(nn.Module):
+    config: Config
+    policy: ops.Policy
+    first: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: dict[str, Any], layer: Any) -> jax.Array:
+        c = self.config
+        normal = nn.initializers.normal(c.init_scale)
+        out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
+        everything = jnp.iinfo(jnp.int32).max
+        window = jnp.asarray([w or everything for w in c.window_of_layers()], jnp.int32)[layer]
+        near = lambda local, far: jnp.where(window < everything, local, far)
+        context = {**context, "rope": jax.tree.map(near, context["local_rope"], context["rope"])}
+        mix = Attention(*(c.heads, c.heads, c.width // c.heads, False, normal, out, self.policy), name="attn")
+        y = x if self.first else LayerNorm(c.norm_eps, bias=False, name="attn_norm")(x)
+        x = x + mix(y, context, None, 0, window)[0]
+        mlp = MLP(c.mlp_width, ACTIVATIONS[c.activation], True, False, normal, out, self.policy, name="mlp")
+        return x + mlp(LayerNorm(c.norm_eps, bias=False, name="mlp_norm")(x))
+
+
+class _Head(nn.Module):
+    """A dense layer, its activation and a norm, then the logits of tokens by the embedding, or of classes."""
+
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: Any = None) -> jax.Array:
+        c, wide = self.config, dataclasses.replace(self.policy, stream="float32")
+        normal = nn.initializers.normal(c.init_scale)
+        y = ACTIVATIONS[c.head_activation](linear(self, x, {"dense": x.shape[-1]}, normal, False, self.policy)[0])
+        y = LayerNorm(c.norm_eps, bias=False, name="norm")(y)
+        if c.head == "classify":
+            return linear(self, y.astype(jnp.float32), {"classes": len(c.labels)}, normal, True, wide)[0]
+        logits = ops.einsum("BTD,VD->BTV", y, table, wide)
+        return logits + ops.on_last(leaf(self, "bias", nn.initializers.zeros, (c.vocab,)).astype(jnp.float32), logits.ndim)
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
+
+    Inputs are `tokens` `[B, T]` and, if wanted, `mask`, `positions`; with the head "mlm" also `segments`.
+    """
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    c, norm_module, head_module = config, LayerNorm(config.norm_eps, bias=False), _Head(config, policy)
+    block_modules = {first: _Block(c, policy, first) for first in (False, True)}
+
+    def embed(
+        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        tokens, segments = inputs["tokens"], inputs.get("segments")
+        if segments is not None and c.head != "mlm":
+            raise InputError(f"segments: given to the head {c.head!r}, which takes a row for one text; leave them out")
+        positions = inputs.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+        seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=inputs.get("mask"), causal=False)
+        turned = c.width // c.heads
+        context = {
+            "seen": seen,
+            "rope": ops.rope_tables(positions, turned, c.rope_base),
+            "local_rope": ops.rope_tables(positions, turned, c.local_rope_base),
+        }
+        x: Any = norm_module.apply({"params": params["embed_norm"]}, ops.take(params["embed"], tokens, policy))
+        return x, context
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+        x = block_modules["attn_norm" not in params].apply({"params": params}, x, context, layer)
+        mask = context["seen"].valid
+        if c.head != "mlm" and mask is not None:  # rows of zeros: by them the head, which sees only x, knows the padding
+            x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+        return x, cache, {}
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        y: Any = norm_module.apply({"params": params["norm"]}, x)
+        if c.head == "embed" or (c.head == "classify" and c.pool == "mean"):
+            written = jnp.any(x != 0, axis=-1, keepdims=True)
+            total = jnp.sum(jnp.where(written, y.astype(jnp.float32), 0.0), axis=1, keepdims=True)
+            y = total / jnp.maximum(jnp.sum(written, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+        if c.head == "embed":
+            return y[:, 0]
+        one = y[:, :1] if c.head == "classify" else y
+        logits: Any = head_module.apply({"params": params["head"]}, one, params["embed"])
+        return logits[:, 0] if c.head == "classify" else logits
+
+    def init(key: jax.Array) -> tree.Params:
+        keys = jax.random.split(key, 4)
+        table = c.init_scale * jax.random.normal(keys[0], (c.vocab, c.width))
+        x = jnp.zeros((1, 1, c.width), policy.stream)
+        norm = lambda: {"weight": jnp.ones(c.width)}
+        params: tree.Params = {"embed": table, "embed_norm": norm(), "norm": norm()}
+        context = embed(params, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
+        one = lambda first: lambda k: dict(block_modules[first].init(k, x, context, 0)["params"])
+        rest = init_layers(one(False), keys[2], c.depth - 1, 1) if c.depth > 1 else {}
+        params["blocks"] = {**init_layers(one(True), keys[1], 1), **rest}
+        if c.head != "embed":
+            params["head"] = dict(head_module.init(keys[3], x, table)["params"])
+        return params
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, RULES, again)
