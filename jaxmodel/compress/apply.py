@@ -18,6 +18,7 @@ from jaxmodel.compress.stats import names_of, places, stats_of
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
+from jaxmodel.models.adapters import split_adapters
 from jaxmodel.report import progress
 
 
@@ -46,7 +47,7 @@ def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None 
       recipe: a `Recipe` or its rules alone. `Recipe.compute` concerns the model, not its params: `recipe.adapt(model)` sees to
         it, and so does `compress_bundle`.
       params: the tree. Segments are split where layers get different chains or have different statistics, and equal
-        neighbours are joined at the end.
+        neighbours are joined at the end. Adapters stay as they are, beside weights that get smaller.
       stats: by path of a leaf, from `observe`, for methods that want them; layers may be stacked in any way.
 
     Returns:
@@ -58,7 +59,9 @@ def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None 
     """
     stats = stats or {}
     before = tree.nbytes(params)
-    chains = tree.assign(as_recipe(recipe).rules, params)
+    base, adapters = split_adapters(params)
+    chains = tree.assign(as_recipe(recipe).rules, base)
+    chains |= {layer: () for path in tree.flatten(adapters) for layer in tree.layer_paths(path)}
     where = places(stats, chains)
     split = tree.split(params, {layer: (chain, names_of(layer, stats, where)) for layer, chain in chains.items()})
     out: dict[str, Any] = {}

@@ -4,6 +4,7 @@
     model.safetensors   a tensor a layer and leaf under HF names; a compressed leaf is several (weight_scale, ...)
     jaxmodel.json       versioned: family, config, policy, card, and the static fields of the compressed leaves
     tokenizer.json, preprocessor_config.json ...  the processor
+    adapter_config.json, adapter_model.safetensors  adapters, where there are some (see `adapters`)
 
 A folder with plain leaves is one that transformers loads. Saving is atomic: the new folder is written beside the old
 one, synced, and takes its place at the end, so a full disk or a kill leaves the old bundle whole.
@@ -25,7 +26,7 @@ from safetensors.numpy import save_file
 
 from jaxmodel import layers, schema, tree
 from jaxmodel.errors import InputError, require
-from jaxmodel.hub import images, schemas, vocabularies
+from jaxmodel.hub import adapters, images, schemas, vocabularies
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.families import family_of, family_of_kind
@@ -34,6 +35,7 @@ from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, t
 from jaxmodel.leaves import expand, to_tensors
 from jaxmodel.leaves.fields import digest
 from jaxmodel.models import Model
+from jaxmodel.models.adapters import split_adapters
 from jaxmodel.models.contents import outline
 from jaxmodel.ops import Policy
 
@@ -150,6 +152,8 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
       InputError: params that are not those of the config, or a folder that cannot be written; its content is untouched.
     """
     family, config = family_of(bundle.model)
+    given, (params, added) = bundle, split_adapters(bundle.params)
+    bundle = dataclasses.replace(bundle, params=params)
     _check_params(bundle)
     check_vocabulary(bundle.model.config, bundle.processor, "processor")
     names = tuple(family.names(bundle.model.config))
@@ -165,9 +169,12 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
         "card": dict(bundle.card),
         "leaves": fields,
         "leaves_sha256": digest(fields),
+        "adapters": bool(added),
     }
     with replacing(Path(folder)) as beside:
         _save_weights(_tensors(bundle, names), beside, shard_bytes)
+        if added:
+            adapters.write(given, beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (beside / OURS).write_text(json.dumps(ours, indent=1) + "\n")
         if bundle.processor is not None:
@@ -192,7 +199,10 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, m
     with open_folder(folder) as tensors:
         fields = ours.get("leaves", {})
         params = assemble(model, family, family.names(config), tensors, fields=fields, dtype=kind, mesh=mesh)
-    return Bundle(model, params, processor, ours.get("card", card))
+    bundle = Bundle(model, params, processor, ours.get("card", card))
+    if ours.get("adapters") or (folder / adapters.CONFIG).exists():
+        return adapters.add_adapters(bundle, folder, mesh=mesh)
+    return bundle
 
 
 # --------------------------------------------------------------------------------------------------------- configs

@@ -31,7 +31,7 @@ _REPLACED = re.compile(
     r"(config|jaxmodel|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|preprocessor_config|processor_config)\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|merges\.txt|vocab\.txt|chat_template\.jinja"
-    r"|spiece\.model|\.DS_Store"
+    r"|spiece\.model|adapter_config\.json|adapter_model\.safetensors|\.DS_Store"
 )
 
 _DTYPES = {
@@ -97,29 +97,39 @@ def open_folder(folder: Path) -> Iterator[Folder]:
         yield Folder(str(folder), files)
 
 
-def check_target(folder: str | Path) -> Path:
+BUNDLE, ADAPTERS = "config.json", "adapter_config.json"  # of which a folder of weights, or of adapters alone, has the first
+
+
+def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:
     """Where a bundle saved to `folder` will stand; to be asked before the work whose result is saved there.
 
+    Args:
+      folder: where.
+      kind: the file that is the mark of what is saved and of what it may replace: of a bundle, or of adapters alone.
+
     Raises:
-      InputError: it is a file, or a folder that holds something else than a bundle.
+      InputError: it is a file, or a folder that holds something else than a bundle (or than adapters alone).
     """
     target = Path(os.path.realpath(folder))  # a link stays one
     if target.exists() and not target.is_dir():
         raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     other = [name for name in there if not _REPLACED.fullmatch(name)]
-    if other or (there and "config.json" not in there):
-        what = f"{(other or there)[0]!r}, which is no file of a bundle" if other else "no config.json, so no bundle"
+    if kind == ADAPTERS and BUNDLE in there:
+        other = [BUNDLE]
+    if other or (there and kind not in there):
+        what = "a bundle" if kind == BUNDLE else "adapters alone"
+        what = f"{other[0]!r}, which is no file of {what}" if other else f"no {kind}, so no {what.removeprefix('a ')}"
         raise InputError(f"out: {str(folder)!r} holds {what}; choose an empty or new folder")
     return target
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, kind: str = BUNDLE) -> Iterator[Path]:
     """A fresh folder beside `folder`, which takes its place when the block ends well and vanishes when it does not."""
     beside = None
     try:
-        target = check_target(folder)
+        target = check_target(folder, kind)
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(target)
         beside = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}")

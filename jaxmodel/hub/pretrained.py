@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 from jaxmodel import schema
 from jaxmodel.errors import InputError, nearest, require
 from jaxmodel.hub import tokenizer as tokenizers
+from jaxmodel.hub.adapters import add_adapters
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
 from jaxmodel.hub.bundle import Bundle, check_vocabulary, load
@@ -55,6 +56,7 @@ def from_pretrained(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     packed: bool = False,
+    adapters: str | Path | Sequence[str | Path] = (),
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -71,6 +73,7 @@ def from_pretrained(
         folders, else float32.
       mesh: places the params by the model's rules; each device's slice is read by itself.
       packed: leave the blocks of a GGUF file packed: its matrices become `QTensor` leaves that decode to the same weights.
+      adapters: a folder in PEFT's layout or a hub id, or several, of adapters (LoRA) for the model; see `add_adapters`.
       revision: branch, tag or commit of a hub id; None for its main branch.
       token: for the hub; None for the one that `hf auth login` or `HF_TOKEN` left.
       cache_dir: where what comes from the hub is kept; None for `HF_HUB_CACHE` or its default.
@@ -85,6 +88,24 @@ def from_pretrained(
     >>> vectors.shape, bool(vectors[0] @ vectors[1] > 0.7 > 0.2 > vectors[0] @ vectors[2])
     ((3, 384), True)
     """
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    bundle = _plain(source, policy, dtype, mesh, packed, revision, options)
+    for folder in [adapters] if isinstance(adapters, str | Path) else adapters:
+        there = str(folder).count("/") != 1 or Path(folder).exists()
+        bundle = add_adapters(bundle, folder if there else _download(str(folder), "", **options), mesh=mesh)
+    return bundle
+
+
+def _plain(
+    source: str | Path,
+    policy: Policy | None,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh | None,
+    packed: bool,
+    revision: str | None,
+    options: dict[str, Any],
+) -> Bundle:
+    """The model without adapters that are elsewhere."""
     if dtype is not None:
         Policy(compute=dtype)  # names what is allowed
     name = str(source)
@@ -108,7 +129,6 @@ def from_pretrained(
         org, _, wanted = name.partition("@")
         if wanted and revision not in (None, wanted):
             raise InputError(f"revision: {revision!r} given, and {wanted!r} in {name!r}; one of both is enough")
-        options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         asked = "" if name == str(source) else f"{source!s}"
         return _from_folder(_download(org, asked, revision=revision or wanted or None, **options), policy, dtype, mesh, org)
     close = nearest(name, [*KNOWN, *(size.split("/", 1)[1] for size in WEIGHTS)])

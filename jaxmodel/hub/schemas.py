@@ -162,15 +162,29 @@ class Config(TypedDict, total=False):
     quantization_config: dict[str, Any] | None
 
 
-class Ours(TypedDict):
-    """jaxmodel.json."""
-
+class _Ours(TypedDict):
     family: str
     config: dict[str, Any]
     policy: dict[str, Any]
     card: dict[str, Any]
     leaves: dict[str, dict[str, Any]]
     leaves_sha256: str
+
+
+class Ours(_Ours, total=False):
+    """jaxmodel.json."""
+
+    adapters: bool
+
+
+class Adapters(TypedDict, total=False):
+    """adapter_config.json."""
+
+    r: Count
+    lora_alpha: float
+    rank_pattern: dict[str, Count] | None
+    alpha_pattern: dict[str, float] | None
+    use_rslora: bool | None
 
 
 class ShardIndex(TypedDict):

@@ -17,18 +17,20 @@ import jax.numpy as jnp
 
 from jaxmodel import tree
 from jaxmodel.leaves import Compressed, QTensor
+from jaxmodel.leaves.adapted import SUFFIX
 
 GROUPS = (("q", "k", "v"), ("gate", "up"))
 
 
 def fuse(params: tree.Params) -> tree.Params:
     """`params` with each group of maps joined where their leaves can be: plain arrays of one dtype, or `QTensor`s of the same
-    static fields with a scale for every row. Others stay apart."""
+    static fields with a scale for every row. Others stay apart, and so do those of which one has an adapter."""
     out = {key: child if tree.is_leaf(child) else fuse(child) for key, child in params.items()}
     for group in GROUPS:
         members: list[Any] = [out.get(name) for name in group]
         biases: list[Any] = [out.get(f"{name}_bias") for name in group]
-        if not _joinable(members) or any(b is None for b in biases) != all(b is None for b in biases):
+        adapted = any(f"{name}{SUFFIX}" in out for name in group)
+        if adapted or not _joinable(members) or any(b is None for b in biases) != all(b is None for b in biases):
             continue
         key = _key(group, [leaf.shape[-2] for leaf in members])
         out[key] = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-2), *members)

@@ -10,6 +10,9 @@ from jax.sharding import PartitionSpec
 
 from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, expect, full_spec, register
 
+SUFFIX = "_lora"
+"""The adapter of the leaf `q` lies beside it in the tree, in the branch `q_lora`: `down`, `up`, `scale`."""
+
 
 @register
 class Adapted(Compressed):

@@ -38,6 +38,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import leaves, ops, tree
 from jaxmodel.errors import InputError
+from jaxmodel.models.adapters import read_adapters
 from jaxmodel.models.model import Inputs, Model, Parts, read
 
 STATE = "state"
@@ -350,7 +351,7 @@ def _plain(params: tree.Params) -> tree.Params:
             )
         return leaves.decode(leaf)
 
-    return tree.map_leaves(plain, tree.unstack(params))
+    return tree.map_leaves(plain, read_adapters(tree.unstack(params)))
 
 
 def _array(out: Any) -> jax.Array:

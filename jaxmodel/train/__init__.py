@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxmodel.models.adapters import ADAPTERS, LoRA, lora, merge_adapters, with_adapters
     from jaxmodel.train import losses
-    from jaxmodel.train.adapters import ADAPTERS, LoRA, lora, merge_adapters, transplant, with_adapters
     from jaxmodel.train.checkpoint import Checkpoints, Keep, fingerprint
     from jaxmodel.train.config import TrainConfig, make_optimizer
     from jaxmodel.train.dictionary import count_active, revive, unit_dictionary
     from jaxmodel.train.exchange import Exchange
     from jaxmodel.train.faults import Watchdog, stop_signals
-    from jaxmodel.train.finetune import last_layers, layer_rates, replace_head
+    from jaxmodel.train.finetune import last_layers, layer_rates, replace_head, transplant
     from jaxmodel.train.gradients import accumulated, value_and_grad
     from jaxmodel.train.guard import Guard
     from jaxmodel.train.ledger import Ledger, process_began
@@ -57,13 +57,13 @@ if TYPE_CHECKING:
     from jaxmodel.train.supervise import Supervisor
 
 _HOMES = {
-    "ADAPTERS": "adapters",
+    "ADAPTERS": "jaxmodel.models.adapters",
     "Checkpoints": "checkpoint",
     "Exchange": "exchange",
     "Guard": "guard",
     "Keep": "checkpoint",
     "Ledger": "ledger",
-    "LoRA": "adapters",
+    "LoRA": "jaxmodel.models.adapters",
     "Loss": "losses",
     "Supervisor": "supervise",
     "TrainConfig": "config",
@@ -89,12 +89,12 @@ _HOMES = {
     "last_layers": "finetune",
     "layer_rates": "finetune",
     "linear_ramp": "semi",
-    "lora": "adapters",
+    "lora": "jaxmodel.models.adapters",
     "make_optimizer": "config",
     "make_step": "step",
     "masked_patches": "selfsupervised",
     "mean_teacher": "semi",
-    "merge_adapters": "adapters",
+    "merge_adapters": "jaxmodel.models.adapters",
     "next_token": "losses",
     "one_forward_one_backward": "pipeline",
     "optimizer": "optimizers",
@@ -119,11 +119,11 @@ _HOMES = {
     "state_shardings": "state",
     "stop_signals": "faults",
     "supervised": "losses",
-    "transplant": "adapters",
+    "transplant": "finetune",
     "two_views": "selfsupervised",
     "unit_dictionary": "dictionary",
     "value_and_grad": "gradients",
-    "with_adapters": "adapters",
+    "with_adapters": "jaxmodel.models.adapters",
     "with_projection": "selfsupervised",
     "without_projection": "selfsupervised",
 }
@@ -206,7 +206,8 @@ def __getattr__(name: str) -> Any:
     if name == "losses":  # all of them, by their names
         return importlib.import_module("jaxmodel.train.losses")
     if name in _HOMES:
-        return getattr(importlib.import_module(f"jaxmodel.train.{_HOMES[name]}"), name)
+        home = _HOMES[name]
+        return getattr(importlib.import_module(home if "." in home else f"jaxmodel.train.{home}"), name)
     raise AttributeError(f"module 'jaxmodel.train' has no attribute {name!r}")
 
 

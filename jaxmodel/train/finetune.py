@@ -134,3 +134,30 @@ def _depths(params: tree.Params) -> dict[str, int]:
 def _heads(params: tree.Params, wanted: bool) -> tree.Params:
     """The leaves of the head, or all others."""
     return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if bool(HEAD.fullmatch(path)) == wanted})
+
+
+def transplant(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params, list[str]]:
+    """Fresh parameters with every leaf of trained ones that has a place there: a new head (of other classes, say) on a trained
+    body.
+
+    Args:
+      fresh: of the new model.
+      trained: of another; its layers may be stacked otherwise.
+
+    Returns:
+      The parameters, and the layer paths that stayed fresh, for rules: what else is there may be frozen.
+
+    Raises:
+      InputError: nothing of the trained parameters has a place.
+
+    >>> fresh = {"body": jnp.zeros((2, 2)), "head": jnp.zeros((3, 2))}
+    >>> params, left = transplant(fresh, {"body": jnp.ones((2, 2)), "head": jnp.ones((10, 2))})
+    >>> left, float(params["body"].sum())
+    (['head'], 4.0)
+    """
+    given, wanted = tree.flatten(tree.unstack(trained)), tree.flatten(tree.unstack(fresh))
+    fits = [path for path, leaf in wanted.items() if path in given and given[path].shape == leaf.shape]
+    if not fits:
+        raise InputError("trained: none of its leaves has the path and shape of a fresh one; allowed: those of the same family")
+    whole = tree.stack(tree.unflatten({path: given[path] if path in fits else leaf for path, leaf in wanted.items()}))
+    return whole, [path for path in wanted if path not in fits]

@@ -137,9 +137,7 @@ def test_a_stage_of_fine_tuning_runs():
     config = train.TrainConfig(steps=3, trainable=finetune.last_layers(params, 1), decay=((".*", False),))
     optimizer = optax.chain(train.make_optimizer(config), scale_updates(finetune.layer_rates(params, 0.5)))
     rows = {"features": np.ones((4, 4), np.float32), "labels": np.arange(4, dtype=np.int32) % 2}
-    state, _ = train.fit(
-        model, data.Stream(rows, 4), config, params=params, loss=train.classification, optimizer=optimizer
-    )
+    state, _ = train.fit(model, data.Stream(rows, 4), config, params=params, loss=train.classification, optimizer=optimizer)
     before, after = (tree.flatten(tree.unstack(p)) for p in (params, state.params))
     moved = {path.split("/")[1] for path in before if path.startswith("blocks") and np.any(before[path] != after[path])}
     assert moved == {"2"}
@@ -167,3 +165,19 @@ def test_bad_input_is_refused():
         finetune.layer_rates(mine, 0.0)
     with pytest.raises(InputError, match="params: no layers under 'blocks'"):
         finetune.layer_rates({"head": mine["head"]}, 0.5)
+
+
+def test_a_new_head_on_a_trained_body_trains_alone():
+    config = dataclasses.replace(vit.SIZES["tiny"], labels=("cat", "dog"))
+    trained = vit.model(config).init(jax.random.key(0))
+    other = vit.model(dataclasses.replace(config, labels=("oak", "fir", "elm")))
+    params, left = finetune.transplant(other.init(jax.random.key(1)), trained)
+    assert left == ["head/classes", "head/classes_bias"]
+    flat = tree.flatten(params)
+    for path, leaf in tree.flatten(trained).items():
+        if path not in left:
+            np.testing.assert_array_equal(flat[path], leaf)
+    trains, frozen = tree.partition(params, [*((path, True) for path in left), (".*", False)])
+    assert set(tree.flatten(trains)) == set(left) and set(tree.flatten(frozen)).isdisjoint(left)
+    with pytest.raises(InputError, match="none of its leaves has the path and shape"):
+        finetune.transplant(params, {"other": jnp.zeros(3)})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,8 @@ from jaxmodel import data, ops, train, tree
 from jaxmodel.compress import Rtn
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Adapted, QTensor, Sparse, decode
-from jaxmodel.models import gpt2, vit
-from jaxmodel.train.adapters import ADAPTERS, LoRA, lora, merge_adapters, transplant
+from jaxmodel.models import gpt2
+from jaxmodel.models.adapters import ADAPTERS, LoRA, lora, merge_adapters
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])
 RULES = [("blocks/.*/(q|v|up)", LoRA(4, 12.0)), (".*", None)]
@@ -138,19 +136,22 @@ def test_bad_rules_are_refused(params):
         lora(MODEL, params, [("norm/bias", LoRA(2)), (".*", None)], jax.random.key(0))
     with pytest.raises(InputError, match="rank: 0 given"):
         LoRA(0)
+    for alpha in (0, -1.0, float("nan")):
+        with pytest.raises(InputError, match="alpha: "):
+            LoRA(2, alpha)
 
 
-def test_a_new_head_on_a_trained_body_trains_alone():
-    config = dataclasses.replace(vit.SIZES["tiny"], labels=("cat", "dog"))
-    trained = vit.model(config).init(jax.random.key(0))
-    other = vit.model(dataclasses.replace(config, labels=("oak", "fir", "elm")))
-    params, left = transplant(other.init(jax.random.key(1)), trained)
-    assert left == ["head/classes", "head/classes_bias"]
-    flat = tree.flatten(params)
-    for path, leaf in tree.flatten(trained).items():
-        if path not in left:
-            np.testing.assert_array_equal(flat[path], leaf)
-    trains, frozen = tree.partition(params, [*((path, True) for path in left), (".*", False)])
-    assert set(tree.flatten(trains)) == set(left) and set(tree.flatten(frozen)).isdisjoint(left)
-    with pytest.raises(InputError, match="none of its leaves has the path and shape"):
-        transplant(params, {"other": jnp.zeros(3)})
+def test_the_scale_is_alpha_over_the_rank_or_its_root():
+    assert [LoRA(4).scale, LoRA(4, 6).scale, LoRA(4, 6, rslora=True).scale, LoRA(16, rslora=True).scale] == [2, 1.5, 3, 4]
+
+
+def test_a_weight_gets_one_adapter_and_an_adapter_none(params):
+    model, start = lora(MODEL, params, RULES, jax.random.key(1))
+    with pytest.raises(InputError, match="'blocks/0-2/attn/q' has an adapter already; merge it first"):
+        lora(model, start, RULES, jax.random.key(2))
+    again, more = lora(model, stirred(start), [("blocks/1/.*/k", LoRA(2)), (".*", None)], jax.random.key(2))
+    assert again is model
+    assert sum(path.endswith("_lora/down") for path in tree.flatten(more)) == 3 * 3 + 1
+    chex.assert_trees_all_close(
+        again.apply(more, TOKENS).logits, model.apply(stirred(start), TOKENS).logits, rtol=1e-5, atol=1e-5
+    )
