@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,6 @@ from jaxmodel.leaves import Compressed
 from jaxmodel.leaves.adapted import SUFFIX
 from jaxmodel.models import Model
 from jaxmodel.models.adapters import is_adapter, split_adapters, with_adapters
-
-if TYPE_CHECKING:
-    from jaxmodel.hub.bundle import Bundle
 
 CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
@@ -65,7 +62,7 @@ _TASKS = {"CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "SequenceClassifi
 _TASKS |= {"ConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
-def save_adapters(bundle: Bundle, folder: str | Path, *, base: str | None = None, also: str | None = None) -> Path:
+def save_adapters(bundle: Any, folder: str | Path, *, base: str | None = None, also: str | None = None) -> Path:
     """Write the adapters of a bundle alone, atomically, as PEFT reads them.
 
     Args:
@@ -86,9 +83,7 @@ def save_adapters(bundle: Bundle, folder: str | Path, *, base: str | None = None
     return Path(folder)
 
 
-def add_adapters(
-    bundle: Bundle, folder: str | Path, *, weight: float | int = 1.0, mesh: jax.sharding.Mesh | None = None
-) -> Bundle:
+def add_adapters[B: Any](bundle: B, folder: str | Path, *, weight: float | int = 1.0, mesh: jax.sharding.Mesh | None = None) -> B:
     """The bundle with the adapters of a folder. Where there are some already, both count: the sum is what is computed.
 
     Args:
@@ -133,7 +128,7 @@ def add_adapters(
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
-def write(bundle: Bundle, folder: Path, base: str | None = None, also: str | None = None) -> None:
+def write(bundle: Any, folder: Path, base: str | None = None, also: str | None = None) -> None:
     """The two files of a bundle's adapters, into a folder that is being written."""
     layout = _Layout(bundle.model)
     tensors: dict[str, np.ndarray] = {}
@@ -205,7 +200,7 @@ def _joined(adapters: Sequence[tuple[Name, str, Adapter]]) -> tuple[Any, Any, An
     return np.concatenate(downs), up, scale, {} if same else where
 
 
-def _whole(bundle: Bundle, names: tuple[Name, ...], also: str | None) -> dict[str, np.ndarray]:
+def _whole(bundle: Any, names: tuple[Name, ...], also: str | None) -> dict[str, np.ndarray]:
     """The tensors of the leaves that go whole."""
     if also is None:
         return {}
@@ -237,7 +232,7 @@ def _targets(modules: set[str], known: Iterable[str]) -> list[str]:
     return sorted(ends if short else modules)
 
 
-def _check_places(bundle: Bundle) -> None:
+def _check_places(bundle: Any) -> None:
     """Refuse adapters that PEFT has no place for, or would read as something else."""
     layout = _Layout(bundle.model)
     for path in _layers(bundle.params):
@@ -253,7 +248,7 @@ def _check_places(bundle: Bundle) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, in which nothing is said that is not read."""
-    config = schema.read(folder / CONFIG, schemas.Adapters)
+    config = schema.read(folder / CONFIG, schemas.Adapter)
     given = {"r": 8, "lora_alpha": 8, **config}
     config = {**given, **{key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}}
     if not (folder / FILE).exists():
@@ -273,9 +268,7 @@ def _config(folder: Path) -> dict[str, Any]:
         # of no more than a few steps at each letter, as it is somebody else's
         simple = re.fullmatch(r"[\w.\\^$|()*-]+", pattern) and pattern.count("*") <= 3 and ")*" not in pattern
         if not simple or not _compiles(pattern):
-            raise InputError(
-                f"{folder / CONFIG}: the pattern {pattern!r} is not read; allowed: names of modules, with * and |"
-            )
+            raise InputError(f"{folder / CONFIG}: the pattern {pattern!r} is not read; allowed: names of modules, with * and |")
     return config
 
 

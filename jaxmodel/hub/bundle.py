@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from jaxmodel import layers, schema, tree
 from jaxmodel.errors import InputError, require
-from jaxmodel.hub import adapters, images, schemas, vocabularies
+from jaxmodel.hub import adapters, foreign, images, schemas, vocabularies
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.families import family_of, family_of_kind
@@ -37,6 +37,7 @@ from jaxmodel.leaves.fields import digest
 from jaxmodel.models import Model
 from jaxmodel.models.adapters import split_adapters
 from jaxmodel.models.contents import outline
+from jaxmodel.models.foreign import Foreign
 from jaxmodel.ops import Policy
 
 __all__ = ["Bundle", "check_target", "load", "need_processor", "save"]
@@ -73,6 +74,8 @@ class Bundle:
         if hasattr(config, "labels"):
             return tuple(config.labels)
         named, classes = tuple(map(str, self.card.get("labels", ()))), getattr(config, "classes", 0)
+        if isinstance(config, Foreign):  # which does not say how many it has
+            return named
         if named and len(named) != classes:
             raise InputError(f"card: labels names {len(named)} classes; the model has {classes}")
         return named
@@ -164,7 +167,7 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
     ours = {
         "format": FORMAT,
         "family": family.name,
-        "config": dataclasses.asdict(bundle.model.config),
+        "config": _plain(bundle.model.config),
         "policy": policy,
         "card": dict(bundle.card),
         "leaves": fields,
@@ -182,23 +185,32 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
     return Path(folder)
 
 
-def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Bundle:
+def load(
+    folder: Path,
+    policy: Policy | None = None,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    module: Any = None,
+) -> Bundle:
     """Read a bundle, ours or HF's; see `from_pretrained`.
 
     Raises:
       InputError: a file, tensor or key is missing, of an unknown family, or does not fit; nothing is half loaded.
     """
-    family, config, card = read_config(folder)
+    made = _foreign(folder, module)
+    family, config, card = read_config(folder) if made is None else (foreign.layout(made), made.config, {})
     ours = _read_ours(folder / OURS, family.name, config) if (folder / OURS).exists() else {}
     stored = ours["policy"] if ours else Policy()
-    policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
-    model = family.module.model(config, policy)
+    how: Policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
+    model = family.module.model(config, how) if made is None else made.with_policy(how)
     processor = tokenizers.from_folder(folder) if tokenizers.is_there(folder) else images.from_folder(folder)
     check_vocabulary(config, processor, str(folder))
     kind = dtype or (None if ours else "float32")
     with open_folder(folder) as tensors:
         fields = ours.get("leaves", {})
         params = assemble(model, family, family.names(config), tensors, fields=fields, dtype=kind, mesh=mesh)
+    if made is not None:
+        params = tree.unstack(params)  # a layer each, as the module itself has them
     bundle = Bundle(model, params, processor, ours.get("card", card))
     if ours.get("adapters") or (folder / adapters.CONFIG).exists():
         return adapters.add_adapters(bundle, folder, mesh=mesh)
@@ -206,6 +218,21 @@ def load(folder: Path, policy: Policy | None = None, dtype: str | None = None, m
 
 
 # --------------------------------------------------------------------------------------------------------- configs
+
+
+def _foreign(folder: Path, module: Any) -> Model | None:
+    """The model of a foreign module's folder, of the module that was handed over; None for other folders."""
+    where, hf = f"{folder}/config.json", schema.read(folder / "config.json")
+    if hf.get("model_type") == foreign.KIND:
+        return foreign.model_of(folder, schema.make(hf, schemas.Foreign, where), module)
+    if module is not None:
+        raise InputError(f"module: given for {folder}, which is of {hf.get('model_type')!r}; allowed: None, as it brings its own")
+    return None
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config for JSON; that of a foreign module is all in config.json."""
+    return {} if isinstance(config, Foreign) else dataclasses.asdict(config)
 
 
 def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
@@ -233,7 +260,7 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     if ours.get("format") != FORMAT:
         raise InputError(f"{path}: format {ours.get('format')!r} is not read; allowed: {FORMAT}")
     ours = schema.make(ours, schemas.Ours, str(path))
-    theirs = {"family": family, **json.loads(json.dumps(dataclasses.asdict(config)))}
+    theirs = {"family": family, **json.loads(json.dumps(_plain(config)))}
     for key, value in {"family": ours["family"], **ours["config"]}.items():
         if theirs.get(key) != value:
             raise InputError(f"{path}: {key} is {value!r}, but config.json says {theirs.get(key)!r}")

@@ -57,6 +57,7 @@ def from_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     packed: bool = False,
     adapters: str | Path | Sequence[str | Path] = (),
+    module: Any = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -74,6 +75,8 @@ def from_pretrained(
       mesh: places the params by the model's rules; each device's slice is read by itself.
       packed: leave the blocks of a GGUF file packed: its matrices become `QTensor` leaves that decode to the same weights.
       adapters: a folder in PEFT's layout or a hub id, or several, of adapters (LoRA) for the model; see `add_adapters`.
+      module: the Flax module whose weights a folder of ours holds (`Net(3)`, its class, or a model of `models.from_linen` or
+        `models.from_nnx`): its code is not in the folder, and never imported from where the folder says that it is.
       revision: branch, tag or commit of a hub id; None for its main branch.
       token: for the hub; None for the one that `hf auth login` or `HF_TOKEN` left.
       cache_dir: where what comes from the hub is kept; None for `HF_HUB_CACHE` or its default.
@@ -89,7 +92,7 @@ def from_pretrained(
     ((3, 384), True)
     """
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    bundle = _plain(source, policy, dtype, mesh, packed, revision, options)
+    bundle = _plain(source, policy, dtype, mesh, packed, module, revision, options)
     for folder in [adapters] if isinstance(adapters, str | Path) else adapters:
         there = str(folder).count("/") != 1 or Path(folder).exists()
         bundle = add_adapters(bundle, folder if there else _download(str(folder), "", **options), mesh=mesh)
@@ -102,6 +105,7 @@ def _plain(
     dtype: str | None,
     mesh: jax.sharding.Mesh | None,
     packed: bool,
+    module: Any,
     revision: str | None,
     options: dict[str, Any],
 ) -> Bundle:
@@ -118,7 +122,9 @@ def _plain(
     if revision is not None and (is_gguf or path.is_dir()):
         raise InputError(f"revision: {revision!r} given for {name!r}; only a hub id has revisions")
     if path.is_dir():
-        return _from_folder(path, policy, dtype, mesh, name)
+        return _from_folder(path, policy, dtype, mesh, module, name)
+    if module is not None:
+        raise InputError(f"module: given for {name!r}; allowed: None but for the folder of a foreign module's bundle")
     if is_gguf:
         called = "smollm2-135m-instruct-q4_1" if name in KNOWN else path.stem
         return _from_gguf(path, policy, dtype, mesh, packed, called)
@@ -130,15 +136,17 @@ def _plain(
         if wanted and revision not in (None, wanted):
             raise InputError(f"revision: {revision!r} given, and {wanted!r} in {name!r}; one of both is enough")
         asked = "" if name == str(source) else f"{source!s}"
-        return _from_folder(_download(org, asked, revision=revision or wanted or None, **options), policy, dtype, mesh, org)
+        return _from_folder(_download(org, asked, revision=revision or wanted or None, **options), policy, dtype, mesh, None, org)
     close = nearest(name, [*KNOWN, *(size.split("/", 1)[1] for size in WEIGHTS)])
     hint = f" (nearest: {', '.join(close)})" if close else ""
     sizes_too = "a size with weights (see `jaxmodel models`)"
     raise InputError(f"model: {name!r} is not known; allowed: {', '.join(KNOWN)}, {sizes_too}, {places}{hint}")
 
 
-def _from_folder(path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, name: str) -> Bundle:
-    bundle = load(path, policy, dtype, mesh)
+def _from_folder(
+    path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, module: Any, name: str
+) -> Bundle:
+    bundle = load(path, policy, dtype, mesh, module)
     card: dict[str, object] = {"name": name} if name in KNOWN else {}
     length = schema.read(path / "sentence_bert_config.json", Sentences, missing=True).get("max_seq_length")
     if length is not None:  # sentence embeddings: how long the texts of its training were

@@ -177,14 +177,23 @@ class Ours(_Ours, total=False):
     adapters: bool
 
 
-class Adapters(TypedDict, total=False):
-    """adapter_config.json."""
+class Shape(TypedDict):
+    """Of an input of a foreign module, with the batch in front."""
 
-    r: Count
-    lora_alpha: float
-    rank_pattern: dict[str, Count] | None
-    alpha_pattern: dict[str, float] | None
-    use_rslora: bool | None
+    shape: list[Index]
+    dtype: str
+
+
+class Foreign(TypedDict):
+    """config.json of a foreign Flax module."""
+
+    flax: Literal["linen", "nnx"]
+    module: str
+    fields: dict[str, Any]
+    stated: dict[str, str]
+    inputs: dict[str, Shape] | None
+    rngs: list[str]
+    own_call: bool
 
 
 class ShardIndex(TypedDict):
@@ -247,6 +256,7 @@ class Side(TypedDict, total=False):
     width: Count
     shortest_edge: Count
     longest_edge: Count
+    cover: bool
 
 
 class Images(TypedDict, total=False):

@@ -3,7 +3,10 @@
 Its weights are a plain nested dict as everywhere: rules, freezing, optimisers, checkpoints and meshes work on them, and whatever
 asks for a `predict` alone (evaluation, explanation, trust) takes the model. Its matrix products are not ours, so this it does
 without: a dtype policy, probes and so calibration, parts smaller than the whole (`embed` is the module, the head gives its
-output on), a cache, a file layout. Compressed leaves are decoded before the module sees them; kernels lie `[in, out]`.
+output on), a cache. Compressed leaves are decoded before the module sees them, so a recipe saves bytes, not time. Kernels lie
+`[in, out]`: a row of a `QTensor`, which has its own scale, is what one input gives to all outputs; in our own models it is what
+one output reads. A bundle is saved with the module's import path, and loaded with the module handed over, as in
+`hub.from_pretrained(folder, module=Net(3))`.
 
 What a module keeps that is not a parameter (running statistics) stands in the branch `state` of the tree. It has no gradient, it
 does not train (see `tree.partition`), and `set_state` is the pure function that moves it on.
@@ -59,10 +62,21 @@ class Foreign:
     Attributes:
       module: whose it is: a Linen module, or an nnx one (of shapes) or what makes one.
       run: (params, inputs, rng, train) -> (output, the state afterwards).
+      inputs: (name, shape, dtype) of each, or the function that gives their shapes.
+      rngs: names of a Linen module's random streams.
+      own_call: whether it is called otherwise than with its inputs in their order.
     """
 
     module: Any
     run: Callable[..., tuple[jax.Array, tree.Params]] = dataclasses.field(repr=False)
+    inputs: Any = dataclasses.field(default=(), repr=False)
+    rngs: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    own_call: bool = dataclasses.field(default=False, repr=False)
+
+
+def is_linen(module: Any) -> bool:
+    """Whether it is a Linen module or a class of such."""
+    return isinstance(module, nn.Module) or (inspect.isclass(module) and issubclass(module, nn.Module))
 
 
 def from_linen(
@@ -153,7 +167,7 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: t
         graphs[train] = nnx.split(shell)[0]
     drawn = [path for path, kind in kinds.items() if isinstance(kind, nnx.RngState)]
     streams = [path for path in drawn if isinstance(kinds[path], nnx.RngKey)]
-    shapes = _shapes(inputs)
+    shapes, own_call = _shapes(inputs), call is not None
     call = call or _Call(_names(shapes))
 
     def run(params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool) -> tuple[jax.Array, tree.Params]:
@@ -175,7 +189,7 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: t
     def init(key: jax.Array) -> tree.Params:
         return nnx_params(make(rngs=nnx.Rngs(key)))
 
-    return _model(Foreign(module, run), init, shapes, tuple(rules))
+    return _model(Foreign(module, run, shapes, own_call=own_call), init, shapes, tuple(rules))
 
 
 def linen_params(variables: Mapping[str, Any]) -> tree.Params:
@@ -251,7 +265,7 @@ def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], ru
         zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in _inputs(shapes, 1, 1).items()}
         return linen_params(module.init(keys, method=lambda module: call(module, zeros, False)))
 
-    return _model(Foreign(module, run), init, shapes, rules)
+    return _model(Foreign(module, run, shapes, rngs, not isinstance(call, _Call)), init, shapes, rules)
 
 
 def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: Any, rules: Any) -> Model:

@@ -16,7 +16,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxmodel import compress, data, hub, ops, sharding, train, tree
+from jaxmodel import compress, data, hub, leaves, ops, sharding, train, tree
 from jaxmodel.models import Model, from_linen, from_nnx, linen_params, nnx_params, predict_fn, set_state, wrap
 from jaxmodel.models.model import token_inputs
 
@@ -393,7 +393,6 @@ def test_what_it_cannot_do_is_refused_in_one_line():
         "given; a foreign module computes as it is written, allowed",
     )
     refused(lambda: case.model.apply(case.params, case.inputs, cache=1), "cache: given to a foreign module")
-    refused(lambda: hub.Bundle(case.model, case.params).save_pretrained("x"), "no file layout is known for the config Foreign")
     observe = lambda: compress.observe(case.model, case.params, [case.inputs], paths=".*kernel")
     refused(observe, "kernel' is a probe; a foreign module has none of our products")
     refused(lambda: set_state(_gpt2(), {}, jnp.zeros((1, 1))), "allowed: one of from_linen or from_nnx")
@@ -436,3 +435,17 @@ def _gpt2() -> Model:
     from jaxmodel.models import gpt2
 
     return gpt2.model(gpt2.SIZES["tiny"])
+
+
+@pytest.mark.parametrize("recipe", [None, "rtn(bits=4, group=8)", "magnitude(0.5) | rtn(bits=8)"])
+def test_a_bundle_is_read_back_bit_for_bit(case, recipe, tmp_path):
+    bundle = hub.Bundle(case.model, case.params, None, {"labels": ["a", "b", "c"]})
+    if recipe is not None:
+        rules = [(tree.optional(".*(kernel|embedding)"), recipe), (".*", ())]
+        bundle, _ = compress.compress_bundle(bundle, rules)
+        assert any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values())
+    bundle.save_pretrained(tmp_path / "mine")
+    again = hub.from_pretrained(tmp_path / "mine", module=case.model)
+    assert again.model is case.model and again.labels == ("a", "b", "c") and again.card == bundle.card
+    chex.assert_trees_all_equal(again.params, tree.unstack(bundle.params))
+    chex.assert_trees_all_equal(again.model.apply(again.params, case.inputs), bundle.model.apply(bundle.params, case.inputs))

@@ -17,7 +17,9 @@ from typing import Any
 
 from jaxmodel import models, schema, tree
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.hub import foreign
 from jaxmodel.hub.names import Family, Name, layer_shapes
+from jaxmodel.models.foreign import Foreign
 
 OWN = "jaxmodel-"
 
@@ -33,8 +35,10 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
     """The family that stores a model, and its config.json.
 
     Raises:
-      InputError: the model is not of one of the architectures in `jaxmodel.models`.
+      InputError: the model is not of one of the architectures in `jaxmodel.models`, nor a Flax module made one.
     """
+    if isinstance(model.config, Foreign):
+        return foreign.layout(model), foreign.config_of(model)
     where = type(model.config).__module__
     name = where.rsplit(".", 1)[1] if "." in where else where
     known = models.families()
