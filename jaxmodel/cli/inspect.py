@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel.cli.options import Models, Predict, Summary
-from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.files import read_bytes
 from jaxmodel.hub.published import WEIGHTS
 
@@ -216,21 +216,17 @@ def _images(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple
     """Pixels as the bundle's image processor makes them, of which a model of one channel gets grey ones; no image is cut."""
     import io
 
-    import numpy as np
+    from jaxmodel.hub.decode import decode
 
-    image, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
     processor, called = getattr(bundle.processor, "images", bundle.processor), bundle.card.get("name", "the bundle")
     if processor is None:
-        raise InputError(f"model: {called!r} has no image processor; images cannot be read")
-    mode, decoded = "L" if len(processor.mean) == 1 else "RGB", []
-    for name, content in zip(names, contents, strict=True):
-        try:
-            opened = ops.exif_transpose(image.open(io.BytesIO(content)))  # as the camera was held
-            decoded.append(np.asarray(opened.convert(mode)))
-        except (OSError, SyntaxError, ValueError, image.DecompressionBombError):
-            raise InputError(
-                f"--input: {name!r} is no image that can be read; allowed: PNG, JPEG and what else Pillow knows"
-            ) from None
+        size = bundle.model.inputs(1, 1)["pixels"].shape[1:3]
+        raise InputError(
+            f"model: {called!r} has no image processor, which makes of an image what the model was trained on; save it with one: "
+            f"hub.Bundle(..., processor=hub.ImageProcessor(size={size}, mean=..., std=...)), or data.ImageFolder(...).processor"
+        )
+    channels = len(processor.mean)
+    decoded = [decode(io.BytesIO(content), channels, f"--input: {name!r}") for name, content in zip(names, contents, strict=True)]
     pixels, wanted = processor(decoded), bundle.model.inputs(1, 1)["pixels"].shape
     if pixels.shape[1:] != wanted[1:]:
         made, needed = (" x ".join(map(str, shape[1:])) for shape in (pixels.shape, wanted))

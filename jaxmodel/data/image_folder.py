@@ -2,58 +2,90 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
+import os
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxmodel.data import files
+from jaxmodel.data.paired import Paired
 from jaxmodel.data.stream import Batch
-from jaxmodel.errors import InputError, at_least, require
+from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.hub.decode import ENDINGS, decode
+from jaxmodel.hub.images import ImageProcessor
 from jaxmodel.report import bar
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp")
-_MODES = {1: "L", 3: "RGB"}
+_OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # which lie in folders of images without anybody having put them there
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """The images `folder/CLASS/*.png|jpg|jpeg|bmp`, in the order of their names; what `Stream` takes for `data`.
+    """The images in `folder/CLASS/` and below it, in the order of their names; what `Stream` takes for `data`.
 
-    A label is the place of its class in `names`. Images are turned upright as their camera says, scaled so that they cover
-    `resize`, and what stands over is cut off at both ends.
+    A label is the place of its class in `names`. Images are decoded as `hub.decode` does it (upright, white behind what is
+    transparent), scaled so that they cover `resize`, and what stands over is cut off at both ends. `processor` does the same, and
+    belongs into the bundle of a model that was trained on them, as `Bundle(model, params, folder.processor, {"labels": names})`.
+    What is no image is left out, and one line says how many. Hidden files and folders are not looked at.
 
     Attributes:
       folder: a path or a URL.
       resize: rows and columns (Y, X) of all images.
       channels: 3 for colour, 1 for grey.
+      classes: the classes in the order of their labels, of which some may have no image here, such as `names` of the training
+        data for the held-out ones; None for the sub-folders, empty ones too, with 2 before 10.
 
     Raises:
-      InputError: a folder without images in sub-folders, a size out of range; when read, a file that is no image.
+      InputError: a folder without images in sub-folders, or with those of another class; a size out of range; when read, a file
+        that is no image.
     """
 
     folder: files.Where
     resize: tuple[int, int]
     channels: int = 3
+    classes: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for side in self.resize:
             at_least("resize", side)
-        if self.channels not in _MODES:
+        if self.channels not in (1, 3):
             raise InputError(f"channels: {self.channels} given; allowed: 1, 3")
+        if isinstance(self.classes, str) or (self.classes is not None and len(set(self.classes)) != len(self.classes)):
+            raise InputError(f"classes: {self.classes!r} given; allowed: a list of names, each once")
         if not self.paths:
             raise InputError(f"images: {str(self.folder)!r} has no images; CLASS/NAME{', '.join(ENDINGS)} below it are needed")
+        places = set(self.names)
+        for path in self.paths:
+            if (name := path.split("/")[0]) not in places:
+                raise unknown("classes", name, self.names)
+        if left := self._left_out():
+            print(f"jaxmodel: images: {str(self.folder)!r}: {left}", file=sys.stderr, flush=True)
+
+    @cached_property
+    def _below(self) -> list[str]:
+        return files.below(self.folder)
 
     @cached_property
     def paths(self) -> list[str]:
-        """The files, from the folder: CLASS/NAME, sorted."""
-        return [path for path in files.below(self.folder) if path.count("/") == 1 and path.lower().endswith(ENDINGS)]
+        """The files, from the folder: CLASS/NAME or CLASS/FOLDER/NAME, sorted."""
+        return [path for path in self._below if "/" in path and path.lower().endswith(ENDINGS)]
 
     @cached_property
     def names(self) -> list[str]:
-        """The classes: names of sub-folders that hold an image, sorted."""
-        return sorted({path.split("/")[0] for path in self.paths})
+        """The classes in the order of their labels."""
+        if self.classes is not None:
+            return list(self.classes)
+        found = {path.split("/")[0] for path in self._below if "/" in path}
+        if not files.is_remote(self.folder):
+            found |= {entry.name for entry in os.scandir(Path(str(self.folder))) if entry.is_dir() and entry.name[0] != "."}
+        return sorted(found, key=_natural)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -61,14 +93,21 @@ class ImageFolder:
         places = {name: i for i, name in enumerate(self.names)}
         return np.array([places[path.split("/")[0]] for path in self.paths], np.int32)
 
+    @cached_property
+    def processor(self) -> ImageProcessor:
+        """What makes the same pixels of an image as `take` does, for the bundle of a model that was trained on them."""
+        rows, columns = self.resize
+        size = rows if rows == columns else "cover"  # the shorter side of a square is what other programs read, too
+        return ImageProcessor(size=size, crop=self.resize, mean=(0.0,) * self.channels, std=(1.0,) * self.channels)
+
     @property
     def fingerprint(self) -> str:
-        """sha256 of sizes, names and the digests of all files, which are read for it."""
+        """sha256 of sizes, classes, names and the digests of all files, which are read for it."""
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"image folder 1 {self.resize} {self.channels}\n".encode())
+        digest = hashlib.sha256(f"image folder 2 {self.resize} {self.channels} {self.names}\n".encode())
         with bar(len(self), "digest images") as job:
             for path in self.paths:
                 digest.update(f"{path} {files.sha256(files.join(self.folder, path))}\n".encode())
@@ -83,16 +122,57 @@ class ImageFolder:
         """`pixels` float32 [n, Y, X, C] from 0 to 1 and `labels` int32 [n] of the images of these numbers."""
         pixels = np.empty((len(indices), *self.resize, self.channels), np.float32)
         for i, index in enumerate(indices):
-            pixels[i] = self._decode(files.join(self.folder, self.paths[index]))
+            path = files.join(self.folder, self.paths[index])
+            with files.reading(path, unpack=False) as file:
+                pixels[i] = self.processor([decode(file, self.channels, f"images: {path!r}")])[0]
         return {"pixels": pixels, "labels": self.labels[indices]}
 
-    def _decode(self, path: str) -> np.ndarray:
-        images, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
-        with files.reading(path, unpack=False) as file:
-            try:
-                image = ops.exif_transpose(images.open(file)).convert(_MODES[self.channels])
-            except (OSError, ValueError, SyntaxError, images.DecompressionBombError) as error:
-                reason = str(error).partition("\n")[0]
-                raise InputError(f"images: {path!r} cannot be decoded: {reason}; a PNG, JPEG or BMP file is needed") from None
-        fitted = ops.fit(image, self.resize[::-1], images.Resampling.BILINEAR)
-        return np.asarray(fitted, np.float32).reshape(*self.resize, self.channels) / np.float32(255)
+    def _left_out(self) -> str:
+        """What there is besides images in the folders of classes, in a line."""
+        kinds: collections.Counter[str] = collections.Counter()
+        taken = set(self.paths)
+        for path in self._below:
+            name = path.rpartition("/")[2]
+            if path not in taken and name.lower() not in _OF_SYSTEMS:
+                ending = os.path.splitext(name)[1].lower()
+                kinds["outside of a class's folder" if "/" not in path else ending or "without an ending"] += 1
+        some = {path.split("/")[0] for path in self.paths}
+        empty = [name for name in self.names if name not in some]
+        parts = (
+            [f"{kinds.total()} files left out ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})"] if kinds else []
+        )
+        return "; ".join(parts + ([f"no image of the class {', '.join(map(repr, empty))}"] if empty else []))
+
+
+def same_classes(stream: Any, heldout: Any) -> None:
+    """Refuse streams of image folders in which a label does not mean the same class.
+
+    Raises:
+      InputError: the names of their classes differ.
+    """
+    first: list[str] | None = None
+    for names in (*_names(stream), *_names(heldout)):
+        first = first or names
+        if names != first:
+            raise InputError(
+                f"classes: one folder of images has {_short(names)}, another {_short(first)}, so labels would mean different "
+                "classes; make the second with ImageFolder(..., classes=first.names)"
+            )
+
+
+def _names(batches: Any) -> list[list[str]]:
+    """The classes of each image folder behind a stream, a mixture, or what else is made of streams."""
+    inner = [stream for stream, _ in getattr(batches, "components", ())]
+    inner += [batches.stream] if isinstance(batches, Paired) else []  # the other's labels do not count
+    folder = getattr(batches, "data", None)
+    return [folder.names] if isinstance(folder, ImageFolder) else [names for one in inner for names in _names(one)]
+
+
+def _short(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def _natural(name: str) -> tuple[Any, ...]:
+    """So that `2` stands before `10`, and `a2` before `a10`."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], name

@@ -8,12 +8,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.hub.schemas import Images, Processor
 
 FILE = "preprocessor_config.json"
@@ -24,8 +24,12 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}  # of `resample`, the numbers of Pillow
 class ImageProcessor:
     """Resize, crop, scale, and `(x - mean) / std`, in this order; each is left out where there is nothing to do.
 
+    As many channels as `mean` has are what the model reads: `mean=(0.5,)` makes grey images. What a model was trained on is what
+    it must see: `data.ImageFolder(...).processor` is the one of a folder of images.
+
     Attributes:
-      size: (height, width) of the resized image, or the length of its shorter side; None for as it is.
+      size: (height, width) of the resized image; or the length of its shorter side; or "cover" for the least size, in the image's
+        own proportions, that has the crop in it; None for as it is.
       crop: (height, width) of the middle that is kept; None for all.
       filter: of the resizing, "bilinear" or "bicubic"; smaller images are averaged over what a new pixel covers.
       scale: what pixels of 0 to 255 are multiplied with.
@@ -33,15 +37,24 @@ class ImageProcessor:
       std: of each channel.
     """
 
-    size: tuple[int, int] | int | None
+    size: tuple[int, int] | int | Literal["cover"] | None
     crop: tuple[int, int] | None = None
     filter: str = "bilinear"
     scale: float = 1 / 255
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.size, str) and (self.size != "cover" or self.crop is None):
+            raise InputError(f"size: {self.size!r} given; allowed: lengths, None, or 'cover' with a crop")
+        if self.filter not in _FILTERS.values():
+            raise unknown("filter", self.filter, _FILTERS.values())
+        if len(self.mean) != len(self.std) or not self.mean or 0 in self.std:
+            raise InputError(f"std: {self.std} given for a mean of {self.mean}; allowed: a number for each channel, not 0")
+
     def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """The pixels `[B, Y, X, C]`, float32, of uint8 images `[Y, X]` or `[Y, X, C]` of any size.
+        """The pixels `[B, Y, X, C]`, float32, of images `[Y, X]` or `[Y, X, C]` of any size: uint8, or uint16, of which 65535 is
+        white and counts as 255.
 
         A grey image stands for one of three equal channels, and a fourth channel (alpha) is dropped.
 
@@ -56,11 +69,15 @@ class ImageProcessor:
     def _one(self, image: np.ndarray) -> np.ndarray:
         channels = len(self.mean)
         image = image[..., None] if image.ndim == 2 else image
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, channels, channels + 1) or not image.size:
-            raise InputError(f"images: {image.dtype} {list(image.shape)} given; allowed: uint8 [Y, X] or [Y, X, {channels}]")
+        known = image.dtype in (np.uint8, np.uint16)
+        if not known or image.ndim != 3 or image.shape[-1] not in (1, channels, channels + 1) or not image.size:
+            raise InputError(
+                f"images: {image.dtype} {list(image.shape)} given; allowed: uint8 or uint16 [Y, X] or [Y, X, {channels}]"
+            )
+        image = image.astype(np.float32) / np.float32(257) if image.dtype == np.uint16 else image
         image = np.broadcast_to(image, (*image.shape[:2], channels)) if image.shape[-1] == 1 else image[..., :channels]
         if self.size is not None:
-            image = resize(image, _target(self.size, image.shape[0], image.shape[1]), self.filter)
+            image = resize(image, _target(self.size, self.crop, image.shape[0], image.shape[1]), self.filter)
         if self.crop is not None:
             room = [have - keep for have, keep in zip(image.shape[:2], self.crop, strict=True)]
             if min(room) < 0:
@@ -72,11 +89,12 @@ class ImageProcessor:
 
     def save(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, which transformers and `from_folder` read."""
-        size = self.size if not isinstance(self.size, tuple) else dict(zip(("height", "width"), self.size, strict=True))
+        size = dict(zip(("height", "width"), self.size, strict=True)) if isinstance(self.size, tuple) else self.size
+        size = {"shortest_edge": size} if isinstance(size, int) else {"cover": True} if size == "cover" else size
         config = {
             "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
             "do_resize": size is not None,
-            "size": {"shortest_edge": size} if isinstance(size, int) else size,
+            "size": size,
             "resample": next(number for number, name in _FILTERS.items() if name == self.filter),
             "do_center_crop": self.crop is not None,
             "crop_size": None if self.crop is None else dict(zip(("height", "width"), self.crop, strict=True)),
@@ -126,8 +144,10 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
         raise InputError(f"{path}: a value is missing or of the wrong kind: {' '.join(str(error).split())}") from None
 
 
-def _size(size: Any, short: bool) -> tuple[int, int] | int:
+def _size(size: Any, short: bool) -> tuple[int, int] | int | Literal["cover"]:
     """`size` of the file; a number alone is the shorter side where a crop follows, and a square elsewhere (older files)."""
+    if isinstance(size, Mapping) and size.get("cover"):  # of ours: other programs have no such
+        return "cover"
     if isinstance(size, Mapping) and "shortest_edge" in size:
         return int(size["shortest_edge"])
     return int(size) if short and isinstance(size, int) else _pair(size)
@@ -137,16 +157,22 @@ def _pair(size: Any) -> tuple[int, int]:
     return (int(size["height"]), int(size["width"])) if isinstance(size, Mapping) else (int(size), int(size))
 
 
-def _target(size: tuple[int, int] | int, height: int, width: int) -> tuple[int, int]:
+def _target(
+    size: tuple[int, int] | int | Literal["cover"], crop: tuple[int, int] | None, height: int, width: int
+) -> tuple[int, int]:
     if isinstance(size, tuple):
         return size
+    if isinstance(size, str):
+        rows, columns = crop or (1, 1)
+        down = height * columns <= width * rows  # the rows decide
+        return (rows, rows * width // height) if down else (columns * height // width, columns)
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
 
 
 def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -> np.ndarray:
-    """A uint8 image `[Y, X, C]` in another size, as Pillow resizes it: rows first, then columns, each rounded to uint8.
+    """An image `[Y, X, C]` in another size, as Pillow resizes it: columns first, then rows; of uint8 each is rounded.
 
     Args:
       image: what is resized.
@@ -157,8 +183,9 @@ def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -
         if image.shape[axis] != length:
             moved = np.moveaxis(image, axis, 0)
             mixed = np.tensordot(_weights(image.shape[axis], length, filter), moved.astype(np.float64), 1)
-            # half a level up, as whole numbers are rounded there
-            image = np.moveaxis(np.clip(np.floor(mixed + 0.5), 0, 255).astype(np.uint8), 0, axis)
+            if image.dtype == np.uint8:
+                mixed = np.floor(mixed + 0.5)  # half a level up, as whole numbers are rounded there
+            image = np.moveaxis(np.clip(mixed, 0, 255).astype(image.dtype), 0, axis)
     return image
 
 

@@ -16,6 +16,7 @@ import optax
 
 from jaxmodel import ops, sharding, tree
 from jaxmodel.data import Batches, prefetch
+from jaxmodel.data.image_folder import same_classes
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.report import bar
@@ -89,7 +90,8 @@ def fit(
 
     Raises:
       InputError: a batch or parameters that the mesh does not divide; tokens, targets or labels that the model has not, in
-        whatever batch; a state or a checkpoint of another config, a checkpoint of other data; bad steps, as `config.bad` says.
+        whatever batch; held-out images of other classes; a state or a checkpoint of another config, a checkpoint of other
+        data; bad steps, as `config.bad` says.
     """
     if config.patience and heldout is None:
         raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
@@ -98,6 +100,7 @@ def fit(
             f"patience: {config.patience} given for {config.steps} steps with {config.evaluations} held-out loss(es), so it "
             f"never stops them; allowed: fewer than these, or a smaller eval_every than {config.eval_every or config.steps}"
         )
+    same_classes(stream, heldout)
     if config.bad == "rewind" and checkpoints is None:
         raise InputError("bad: 'rewind' given without checkpoints to go back to")
     named = {"loss": loss, "optimizer": optimizer, "augment": augment}

@@ -1,0 +1,75 @@
+"""An image file as pixels: the one decoder, of training and of prediction, so that both see the same of a file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jaxmodel.errors import InputError, require
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of Pillow; others start programs (EPS), or are rare
+
+_MODES = {1: "L", 3: "RGB"}
+_said: set[str] = set()
+
+
+def decode(file: BinaryIO, channels: int, called: str) -> np.ndarray:
+    """The pixels of an image file, turned upright as its camera says.
+
+    Transparent parts show white, as on paper. Of an animation the first frame is taken. Grey of 16 bits keeps them; of floating
+    numbers 0 is black and 1 is white.
+
+    Args:
+      file: opened for reading bytes.
+      channels: 3 for colour, 1 for grey.
+      called: what messages call it.
+
+    Returns:
+      `[Y, X]` or `[Y, X, channels]`: uint8, or uint16 where the file has more levels than 256.
+
+    Raises:
+      InputError: it is no image of a kind that is read, is damaged, or has numbers whose black and white nobody says.
+    """
+    pillow, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
+    try:
+        opened = pillow.open(file, formats=FORMATS)
+        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # a camera's second picture is a preview
+            _say("frames", f"{called} has {opened.n_frames} frames; of this and others the first is taken")
+        image = ops.exif_transpose(opened)
+        if (levels := _levels(image, opened.format, called)) is not None:
+            return levels
+        if image.has_transparency_data:
+            clear = image.convert("RGBA")
+            image = pillow.alpha_composite(pillow.new("RGBA", clear.size, "white"), clear)
+        return np.asarray(image.convert(_MODES[channels]))
+    except InputError:
+        raise
+    except Exception as error:  # each of Pillow's readers raises what it comes upon
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        kinds = ", ".join(kind for kind in FORMATS if kind != "MPO")
+        raise InputError(f"{called} cannot be decoded: {reason}; allowed: {kinds}") from None
+
+
+def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:
+    """The pixels of a grey image with more than 256 levels; None for others."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        return np.asarray(image).astype(np.uint16)
+    if image.mode == "I":
+        raise InputError(f"{called} has whole numbers of 32 bits, of which nobody says what is white; allowed: 8 or 16 bits")
+    if image.mode != "F":
+        return None
+    pixels = np.asarray(image).astype(np.float32)
+    low, high = (float(edge(pixels)) for edge in (np.min, np.max))
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"{called} has floating numbers from {low:.6g} to {high:.6g}; allowed: 0 (black) to 1 (white)")
+    return np.round(pixels * np.float32(65535)).astype(np.uint16)
+
+
+def _say(kind: str, text: str) -> None:
+    """A line that is said once in a process."""
+    if kind not in _said:
+        _said.add(kind)
+        print(f"jaxmodel: {text}", file=sys.stderr, flush=True)
