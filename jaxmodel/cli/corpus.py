@@ -32,8 +32,12 @@ class Corpus(NamedTuple):
     """Of each text: its name, digest, documents and tokens."""
 
 
-def load(options: Train) -> Corpus:
+def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
     """Learn the tokenizer, tokenise once, and open the streams; of several processes the first does the work.
+
+    Args:
+      options: of the run.
+      tokenizer: of the model that is trained on; None to learn one.
 
     Raises:
       InputError: a text that cannot be read or is too short, or weights that are not one for each text.
@@ -43,7 +47,8 @@ def load(options: Train) -> Corpus:
         raise InputError(f"--weights: {given}; allowed: one for each")
     texts = [data.documents(source, options.field) for source in (*options.data, options.heldout)]
     with report.step("tokenise"), _in_turn():
-        tokenizer = hub.train_bpe(itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]), options.vocab)
+        if tokenizer is None:
+            tokenizer = hub.train_bpe(itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]), options.vocab)
         shards = [data.tokenize(text, tokenizer, _folder(source, tokenizer)) for text, source in _beside(texts, options)]
         rows = [_rows(one, options, source) for one, (_, source) in zip(shards, _beside(texts, options), strict=True)]
     streams = [data.Stream(one, options.batch, options.seed) for one in rows[:-1]]

@@ -29,6 +29,11 @@ _RECIPE = (
     "weights zero); or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'."
 )
 _MODEL = arg(metavar="MODEL", help=f"The model: {_SOURCE}.")
+_ADAPTER = arg(
+    metavar="FOLDER",
+    help="Adapters (LoRA) for the model, a folder in PEFT's layout as `train --lora` writes it, or a hub id; several add up.",
+    help_behavior_hint="(default: none)",
+)
 _DTYPE = arg(
     metavar="{float32,bfloat16}",
     help="Of plain weights and of the computation.",
@@ -86,6 +91,7 @@ class Eval(Common):
     dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
     seed: int = 0
     """Of the bootstrap interval."""
+    adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,7 @@ class Generate(Common):
     dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
     seed: int = 0
     """Of the draws: the same seed gives the same text."""
+    adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,11 +139,23 @@ class Compress(Common):
     recipe: Annotated[str, arg(metavar="RECIPE", help=_RECIPE)]
     out: Annotated[str, arg(metavar="FOLDER")]
     """Where the bundle goes: a new or empty folder, or an older bundle, which is replaced once the new one is whole."""
+    adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge(Common):
+    """Add adapters (LoRA) to the weights that they belong to, and save a bundle that needs none."""
+
+    model: Annotated[Positional[str], _MODEL]
+    adapter: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="FOLDER", help=_ADAPTER.help)]
+    out: Annotated[str, arg(metavar="FOLDER")]
+    """Where the bundle goes: a new or empty folder, or an older bundle, which is replaced once the new one is whole."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(Common, TrainOptions):
-    """Train a small GPT from scratch on a text with AdamW, on one device or on a mesh, and save it as a bundle."""
+    """Train a small GPT from scratch on a text with AdamW, or fine-tune a model (--model), all of it or adapters (--lora), on one
+    device or on a mesh, and save it as a bundle."""
 
     LEAST: ClassVar = {
         **dict.fromkeys(("steps", "batch", "width", "depth", "heads", "log_every", "eval_batches", "devices"), 1),
@@ -147,8 +166,14 @@ class Train(Common, TrainOptions):
         **dict.fromkeys(("watchdog", "regrow"), FROM_ZERO),
     }
 
-    learning_rate: float = 3e-3  # a small model bears more than the default of `TrainOptions`
-    """At the peak of the schedule."""
+    model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="(default: a new GPT)")] = None
+    """Fine-tune these weights, with their own tokenizer, instead of training a new model; as MODEL of the other verbs. --vocab,
+    --width, --depth and --heads are of a new model only."""
+    lora: Annotated[str | None, arg(metavar="SETTINGS", help_behavior_hint="(default: all weights train)")] = None
+    """Train adapters beside the weights of --model, such as 'r=8,alpha=16,targets=q|v' (default targets: all matrices of the
+    layers). What is saved are the adapters alone, for --adapter of the other verbs and for PEFT."""
+    learning_rate: float = 0.0
+    """At the peak of the schedule; 0 for 3e-3 of a new model, 2e-4 of adapters, 2e-5 of all weights of --model."""
     eval_every: int = 0
     """Updates between two held-out losses; 0 for four of them in the whole run."""
     eval_batches: int = 8
@@ -226,9 +251,14 @@ class Train(Common, TrainOptions):
     """Prompt of the sample that the trained model writes at the end."""
 
     def __post_init__(self) -> None:
+        if self.learning_rate == 0:
+            usual = 3e-3 if self.model is None else 2e-5 if self.lora is None else 2e-4
+            object.__setattr__(self, "learning_rate", usual)
         super().__post_init__()
         places = {"data": tuple(map(_text_from_anywhere, self.data)), "heldout": _text_from_anywhere(self.heldout)}
         places |= {name: _place_from_anywhere(getattr(self, name)) for name in ("out", "checkpoints")}
+        if self.model is not None and os.path.exists(self.model):
+            places["model"] = os.path.abspath(self.model)
         for name, place in places.items():  # a run is resumed from any folder
             object.__setattr__(self, name, place)
 
@@ -307,6 +337,7 @@ VERBS: dict[str, type[Common]] = {
     "generate": Generate,
     "eval": Eval,
     "compress": Compress,
+    "merge": Merge,
     "models": Models,
     "summary": Summary,
     "predict": Predict,

@@ -7,12 +7,13 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from jaxmodel.cli.options import Replay, Train
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, unknown
 
 CHECKPOINTS = "checkpoints"
 
@@ -96,10 +97,13 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
     if first and not result["stopped"]:
         out = options.out or str(folder.path("bundle"))
         texts = ", ".join(os.path.basename(text) if os.path.isabs(text) else text for text in options.data)
-        card = {"name": "gpt2-small-from-scratch", "trained_on": texts, "steps": done, "seed": options.seed}
+        card = {**job.card, "trained_on": texts, "steps": done, "seed": options.seed}
         bundle = hub.Bundle(job.single, params, job.corpus.tokenizer, card)
         with report.step("save"):
-            bundle.save_pretrained(out)
+            if job.lora is None:
+                bundle.save_pretrained(out)
+            else:
+                hub.save_adapters(bundle, out, base=options.model)
         if jax.process_count() == 1:
             room = options.context - len(job.corpus.tokenizer.encode(options.sample))
             result["sample"] = options.sample + generate(
@@ -207,37 +211,48 @@ class _Job:
     def __init__(self, options: Train, folder: Any):
         import jax
 
-        from jaxmodel import hub, sharding, train
+        from jaxmodel import hub, sharding, train, tree
         from jaxmodel.cli import corpus, resolved
         from jaxmodel.data import augment
         from jaxmodel.models import gpt2
         from jaxmodel.ops import MESH_AXES, Policy
 
+        self.lora = _lora(options)
         if jax.process_index() == 0:
-            hub.check_target(options.out or folder.path("bundle"))
+            hub.check_target(options.out or folder.path("bundle"), "config.json" if self.lora is None else "adapter_config.json")
         self.folder, self.place = folder, options.checkpoints
         text = options.mesh or ("data=*" if jax.process_count() > 1 else None)
         self.mesh = None if text is None else sharding.make_mesh(text)
         self.augment = augment.parse(options.augment) if options.augment else None
-        self.corpus = corpus.load(options)
+        begun = _begun(options) if options.model else None
+        self.corpus = corpus.load(options, None if begun is None else hub.need_processor(begun))
         prompt = self.corpus.tokenizer.encode(options.sample)
         if not 1 <= len(prompt) < options.context:
             raise InputError(
                 f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
             )
-        config = gpt2.Config(self.corpus.tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
         policy = Policy(
             options.dtype, options.stream, remat=options.remat, microbatches=options.microbatches, unroll=options.unroll
         )
-        self.single = gpt2.model(config, policy)
-        self.model = gpt2.model(config, dataclasses.replace(policy, axes=MESH_AXES))
+        if begun is None:
+            config = gpt2.Config(self.corpus.tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
+            model, self.params, self.card, self.base = gpt2.model(config, policy), None, {"name": "gpt2-small-from-scratch"}, None
+        else:
+            model, self.params = begun.model.with_policy(policy), begun.params
+            self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
+        rules = None
+        if self.lora is not None:
+            model, self.params = train.lora(model, self.params, self.lora, jax.random.key(options.seed))
+            rules = train.ADAPTERS
+        self.single, self.model = model, model.with_policy(dataclasses.replace(policy, axes=MESH_AXES))
         values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
         values["eval_every"] = options.eval_every or max(1, options.steps // 4)
         values["eval_rows"] = options.eval_batches * corpus.HELDOUT_ROWS
-        self.settings = train.TrainConfig(**values)
+        self.settings = train.TrainConfig(**values, trainable=rules)
         folder.resolve(
             train=self.settings,
             model=resolved.of_model(self.model),
+            base=self.base,
             mesh=dict(self.mesh.shape) if self.mesh is not None else {},
             data=self.corpus.described,
             augment=str(self.augment) if self.augment else None,
@@ -268,12 +283,58 @@ class _Job:
             self.corpus.stream,
             self.settings,
             callbacks,
+            params=self.params,
             heldout=self.corpus.heldout,
             mesh=self.mesh,
             augment=self.augment,
             checkpoints=checkpoints,
             supervisor=supervisor,
         )
+
+
+def _begun(options: Train) -> Any:
+    """The bundle whose weights the training begins with.
+
+    Raises:
+      InputError: a model that does not continue texts, or whose context is shorter than the rows.
+    """
+    from jaxmodel import hub
+
+    bundle = hub.from_pretrained(options.model)
+    if not bundle.model.continues:
+        raise InputError(f"--model: {options.model!r} does not continue texts; allowed: a decoder, such as smollm2-135m")
+    if options.context > (most := bundle.model.config.context):
+        raise InputError(f"--context: {options.context} given; allowed: at most the {most} of {options.model!r}")
+    return bundle
+
+
+def _lora(options: Train) -> Any:
+    """Rules of the adapters: of every matrix of the layers, or of those that are named.
+
+    Raises:
+      InputError: a setting that is not known, or adapters without a model to begin with.
+    """
+    from jaxmodel import train
+
+    if options.lora is None:
+        return None
+    if not options.model:
+        raise InputError("--lora: given without --model, the one whose weights stay as they are")
+    known = {"r": int, "alpha": float, "rslora": lambda text: {"true": True, "false": False}[text], "targets": str}
+    found: dict[str, Any] = {}
+    for part in options.lora.split(","):
+        name, _, text = part.strip().partition("=")
+        if name not in known:
+            raise unknown("--lora", name, known)
+        try:
+            found[name] = known[name](text)
+        except (ValueError, KeyError):
+            raise InputError(f"--lora: {part.strip()!r} given; allowed: such as r=8,alpha=16,rslora=true,targets=q|v") from None
+    targets = found.pop("targets", "q|k|v|o|gate|up|down")
+    if not re.fullmatch(r"\w+(\|\w+)*", targets):
+        raise InputError(f"--lora: targets={targets!r} given; allowed: names of matrices, such as q|v")
+    one = train.LoRA(found.pop("r", 8), **found)
+    return ((f"(.*/)?blocks/.*/(attn|mlp)/({targets})", one), (".*", None))
 
 
 def _launches(options: Train) -> bool:

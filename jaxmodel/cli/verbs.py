@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxmodel.cli.options import Compress, Eval, Generate
+from jaxmodel.cli.options import Compress, Eval, Generate, Merge
 from jaxmodel.errors import InputError
 
 
@@ -45,6 +45,7 @@ def find(name: str) -> Verb:
         "eval": Verb(_eval, _show_eval),
         "generate": Verb(_generate, _show_generate),
         "compress": Verb(_compress, _show_compress),
+        "merge": Verb(_merge, _show_merge),
     }[name]
 
 
@@ -56,7 +57,7 @@ def _eval(options: Eval, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     text = data.load_text(options.data)
-    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
+    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter))
     if not bundle.model.continues:
         raise InputError(f"model: {options.model!r} does not continue texts; allowed: a decoder, such as smollm2-135m")
     folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(text))
@@ -87,7 +88,7 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     messages, tools, documents = _talk(options)
-    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
+    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter))
     prompt = options.prompt
     if options.chat:
         prompt = hub.need_processor(bundle).apply_chat(messages, tools=tools, documents=documents)
@@ -149,7 +150,7 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
 
     recipe = compress.named(options.recipe)
     hub.check_target(options.out)
-    bundle = hub.from_pretrained(options.model)
+    bundle = hub.from_pretrained(options.model, adapters=options.adapter)
     smaller, done = compress.compress_bundle(bundle, recipe)
     folder.resolve(model=resolved.of_model(smaller.model), recipe=recipe.texts())
     with report.step("save"):
@@ -178,3 +179,25 @@ def _show_compress(result: dict[str, Any], console: Any) -> None:
         f"{megabytes(result['bytes_before'])} MB -> {megabytes(result['bytes_after'])} MB, "
         f"{result['bits_per_weight']:.3f} bits a weight, file {megabytes(result['file_bytes'])} MB"
     )
+
+
+# -------------------------------------------------------------------------------------------------------- merge
+
+
+def _merge(options: Merge, folder: Any) -> dict[str, Any]:
+    from jaxmodel import hub, report, train
+    from jaxmodel.cli import resolved
+
+    hub.check_target(options.out)
+    bundle = hub.from_pretrained(options.model, adapters=options.adapter)
+    params, how = train.merge_adapters(bundle.params)
+    if not how:
+        raise InputError(f"--adapter: none given, and {options.model!r} has none; allowed: a folder of adapters")
+    folder.resolve(model=resolved.of_model(bundle.model))
+    with report.step("save"):
+        dataclasses.replace(bundle, params=params).save_pretrained(options.out)
+    return {"merged": how, "out": options.out}
+
+
+def _show_merge(result: dict[str, Any], console: Any) -> None:
+    console.print(f"{len(result['merged'])} adapters added to their weights, saved in {result['out']}", markup=False)
