@@ -11,6 +11,7 @@ from jaxmodel.compress.method import Chain, Method, parse, text_of
 from jaxmodel.compress.rtn import Rtn
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
+from jaxmodel.models.foreign import Foreign
 
 BLOCKS = "(.*/)?blocks/.*/(q|k|v|o|memory_k|memory_v|gate|up|down)"  # encoders, which stand in a branch of the tree, too
 TABLES = tree.optional("(.*/)?(embed|positions)|head")
@@ -48,8 +49,8 @@ class Recipe:
             ops.Policy(compute=self.compute)  # refuses what is no dtype
 
     def adapt(self, model: Model) -> Model:
-        """The model, computing as the recipe wants it to."""
-        if self.compute is None:
+        """The model, computing as the recipe wants it to; a foreign module computes as it is written."""
+        if self.compute is None or isinstance(model.config, Foreign):
             return model
         return model.with_policy(dataclasses.replace(model.policy, compute=self.compute))
 

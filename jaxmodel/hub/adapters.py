@@ -189,22 +189,21 @@ def _joined(adapters: Sequence[tuple[Name, str, Adapter]]) -> tuple[Any, Any, An
     sizes, scale = name.part[1], first["scale"]
     same = all(np.array_equal(first["down"], a["down"]) for _, _, a in adapters) and len(adapters) == len(sizes)
     downs = [first["down"]] if same else [a["down"] for _, _, a in adapters]
-    up = np.zeros((sum(sizes), sum(map(len, downs))), first["up"].dtype)
+    up = np.zeros((_rows(name, len(first["up"]))[1], sum(map(len, downs))), first["up"].dtype)
     start, where = 0, {}
     for name, path, a in adapters:
         stop = start + len(a["down"])
-        up[_rows(name), start:stop] = a["up"] * (a["scale"] / scale).astype(up.dtype)
+        up[_rows(name, len(a["up"]))[0], start:stop] = a["up"] * (a["scale"] / scale).astype(up.dtype)
         where[path.rpartition("/")[2]] = [start, stop]
         start = 0 if same else stop
     return np.concatenate(downs), up, scale, {} if same else where
 
 
-def _rows(name: Name) -> slice:
-    """Where the rows of a leaf stand among those of its module."""
-    if name.part is None:
-        return slice(None)
-    i, sizes = name.part
-    return slice(sum(sizes[:i]), sum(sizes[: i + 1]))
+def _rows(name: Name, count: int) -> tuple[slice, int]:
+    """Where the `count` rows of a leaf stand among those of its module, and how many the module has."""
+    i, sizes = name.part or (0, (1,))
+    unit = count // sizes[i]
+    return slice(unit * sum(sizes[:i]), unit * sum(sizes[: i + 1])), unit * sum(sizes)
 
 
 def _whole(bundle: Any, names: tuple[Name, ...], also: str | None) -> dict[str, np.ndarray]:
@@ -359,18 +358,18 @@ def _parts(
     name, _, shape = entries[0]
     if len(shape) != 2 or name.experts or name.lead:
         raise InputError(f"{where} is no matrix; allowed: adapters of matrices")
-    rows = sum(name.part[1]) if name.part else shape[0]
+    rows = _rows(name, shape[0])[1]
     wanted = (rank, *(name.trailing or shape[1:])), (rows, rank, *(1,) * (len(name.trailing) - 1))
     if (down.shape, up.shape) != wanted:
         found, needed = (" and ".join(str(list(shape)) for shape in shapes) for shapes in ((down.shape, up.shape), wanted))
         raise InputError(f"{where} has shapes {found}; needed are {needed}")
     down, up = (a.astype(dtype or a.dtype).reshape(len(a), -1) for a in (down, up))
     out: dict[str, Adapter] = {}
-    for name, path, _ in entries:
+    for name, path, shape in entries:
         leaf = path.rpartition("/")[2]
         start, stop = (0, rank) if ranks is None else ranks.get(leaf, (0, 0))
         if stop > start:
-            out[path] = {"down": down[start:stop], "up": up[_rows(name), start:stop]}
+            out[path] = {"down": down[start:stop], "up": up[_rows(name, shape[0])[0], start:stop]}
     return out
 
 
