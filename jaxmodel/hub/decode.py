@@ -10,7 +10,7 @@ import numpy as np
 from jaxmodel.errors import InputError, require
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of Pillow; others start programs (EPS), or are rare
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of Pillow; others start programs (EPS), or are rare
 
 _MODES = {1: "L", 3: "RGB"}
 _said: set[str] = set()
@@ -36,7 +36,7 @@ def decode(file: BinaryIO, channels: int, called: str) -> np.ndarray:
     pillow, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
     try:
         opened = pillow.open(file, formats=FORMATS)
-        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # a camera's second picture is a preview
+        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # in a JPEG others are previews
             _say("frames", f"{called} has {opened.n_frames} frames; of this and others the first is taken")
         image = ops.exif_transpose(opened)
         if (levels := _levels(image, opened.format, called)) is not None:
@@ -49,8 +49,7 @@ def decode(file: BinaryIO, channels: int, called: str) -> np.ndarray:
         raise
     except Exception as error:  # each of Pillow's readers raises what it comes upon
         reason = str(error).partition("\n")[0] or type(error).__name__
-        kinds = ", ".join(kind for kind in FORMATS if kind != "MPO")
-        raise InputError(f"{called} cannot be decoded: {reason}; allowed: {kinds}") from None
+        raise InputError(f"{called} cannot be decoded: {reason}; allowed: {', '.join(FORMATS)}") from None
 
 
 def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:

@@ -57,7 +57,7 @@ def test_images_and_labels(folder: Path) -> None:
     order = np.array([NAMES.index(name) for name in sorted(NAMES)])
     found = images.take(np.arange(6))
     assert found["labels"].tolist() == [0, 1, 1, 1, 2, 2] and found["labels"].dtype == np.int32
-    assert found["pixels"].dtype == np.float32 and np.array_equal(found["pixels"] * 255, COLOURS[order].astype(np.float32))
+    assert found["pixels"].dtype == np.float32 and np.allclose(found["pixels"] * 255, COLOURS[order], atol=1e-4)
     some = images.take(np.array([4, 0, 4]))
     assert all(np.array_equal(some[name], found[name][[4, 0, 4]]) for name in found)
 
@@ -71,7 +71,7 @@ def test_scaled_images_keep_their_proportions(tmp_path: Path) -> None:
     assert pixels.shape == (2, 2, 3) and (pixels[..., 0] == 1).all() and not pixels[..., 1:].any()
     small = ImageFolder(str(tmp_path), (8, 24)).take(np.arange(1))["pixels"][0]
     wanted = Image.fromarray(wide).resize((24, 8), Image.Resampling.BILINEAR)
-    assert np.array_equal(small * 255, np.asarray(wanted, np.float32))
+    np.testing.assert_allclose(small * 255, np.asarray(wanted), atol=1e-4)
 
 
 def test_grey_and_turned_images(tmp_path: Path) -> None:
@@ -83,9 +83,9 @@ def test_grey_and_turned_images(tmp_path: Path) -> None:
     turned.save(tmp_path / "a" / "1.png", exif=exif)
     Image.fromarray(grey).save(tmp_path / "a" / "2.png")
     upright = ImageFolder(str(tmp_path), (4, 3), 1).take(np.array([0]))["pixels"]
-    assert np.array_equal(upright[0, ..., 0] * 255, np.rot90(grey, -1))
+    np.testing.assert_allclose(upright[0, ..., 0] * 255, np.rot90(grey, -1), atol=1e-4)
     three = ImageFolder(str(tmp_path), (3, 4)).take(np.array([1]))["pixels"][0] * 255
-    assert np.array_equal(three, np.repeat(grey[..., None], 3, axis=-1))
+    np.testing.assert_allclose(three, np.repeat(grey[..., None], 3, axis=-1), atol=1e-4)
 
 
 def test_behind_a_url(folder: Path, memory: str) -> None:
@@ -250,7 +250,7 @@ def test_fit_refuses_held_out_images_of_other_classes(folder: Path, tmp_path_fac
     model = lenet.model(lenet.SIZES["tiny"])
     learnt, judged = (Stream(ImageFolder(str(path), (4, 4)), 2) for path in (folder, other))
     message = r"one folder of images has 2 .ants, dogs., another 3 .ants, cats, dogs., so labels would mean different"
-    for stream in (learnt, Mixture(((learnt, 1.0), (learnt, 1.0)))):
+    for stream in (learnt, Mixture([(learnt, 1.0), (learnt, 1.0)], 2)):
         with pytest.raises(InputError, match=message):
             train.fit(model, stream, train.TrainConfig(steps=1), heldout=judged, loss=train.classification)
 
@@ -266,6 +266,7 @@ def test_the_processor_of_a_folder_covers_and_crops(resize: tuple[int, int], siz
     whole = Image.fromarray(pixels).resize((max(resize[1], int(size[1] * scale)), max(resize[0], int(size[0] * scale))), 2)
     top, left = (whole.size[1] - resize[0]) // 2, (whole.size[0] - resize[1]) // 2
     wanted = np.asarray(whole)[top : top + resize[0], left : left + resize[1]] / 255
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    np.testing.assert_allclose(found, wanted, atol=1.01 / 255)  # Pillow rounds whole numbers, which may be a level off
+    assert np.mean(np.abs(found - wanted) > 1e-5) < 0.2
     folder.processor.save(tmp_path)
     assert from_folder(tmp_path) == folder.processor
