@@ -29,11 +29,8 @@ _RECIPE = (
     "weights zero); or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'."
 )
 _MODEL = arg(metavar="MODEL", help=f"The model: {_SOURCE}.")
-_ADAPTER = arg(
-    metavar="FOLDER",
-    help="Adapters (LoRA) for the model, a folder in PEFT's layout as `train --lora` writes it, or a hub id; several add up.",
-    help_behavior_hint="(default: none)",
-)
+_ADAPTERS = "Adapters (LoRA) for the model, a folder in PEFT's layout as `train --lora` writes it, or a hub id; several add up."
+_ADAPTER = arg(metavar="FOLDER", help=_ADAPTERS, help_behavior_hint="(default: none)")
 _DTYPE = arg(
     metavar="{float32,bfloat16}",
     help="Of plain weights and of the computation.",
@@ -147,7 +144,7 @@ class Merge(Common):
     """Add adapters (LoRA) to the weights that they belong to, and save a bundle that needs none."""
 
     model: Annotated[Positional[str], _MODEL]
-    adapter: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="FOLDER", help=_ADAPTER.help)]
+    adapter: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="FOLDER", help=_ADAPTERS)]
     out: Annotated[str, arg(metavar="FOLDER")]
     """Where the bundle goes: a new or empty folder, or an older bundle, which is replaced once the new one is whole."""
 

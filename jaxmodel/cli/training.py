@@ -224,7 +224,7 @@ class _Job:
         text = options.mesh or ("data=*" if jax.process_count() > 1 else None)
         self.mesh = None if text is None else sharding.make_mesh(text)
         self.augment = augment.parse(options.augment) if options.augment else None
-        begun = _begun(options) if options.model else None
+        begun = _begun(options.model, options.context) if options.model else None
         self.corpus = corpus.load(options, None if begun is None else hub.need_processor(begun))
         prompt = self.corpus.tokenizer.encode(options.sample)
         if not 1 <= len(prompt) < options.context:
@@ -242,7 +242,8 @@ class _Job:
             self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
         rules = None
         if self.lora is not None:
-            model, self.params = train.lora(model, self.params, self.lora, jax.random.key(options.seed))
+            assert begun is not None  # as `_lora` sees to it
+            model, self.params = train.lora(model, begun.params, self.lora, jax.random.key(options.seed))
             rules = train.ADAPTERS
         self.single, self.model = model, model.with_policy(dataclasses.replace(policy, axes=MESH_AXES))
         values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
@@ -292,7 +293,7 @@ class _Job:
         )
 
 
-def _begun(options: Train) -> Any:
+def _begun(name: str, context: int) -> Any:
     """The bundle whose weights the training begins with.
 
     Raises:
@@ -300,11 +301,11 @@ def _begun(options: Train) -> Any:
     """
     from jaxmodel import hub
 
-    bundle = hub.from_pretrained(options.model)
+    bundle = hub.from_pretrained(name)
     if not bundle.model.continues:
-        raise InputError(f"--model: {options.model!r} does not continue texts; allowed: a decoder, such as smollm2-135m")
-    if options.context > (most := bundle.model.config.context):
-        raise InputError(f"--context: {options.context} given; allowed: at most the {most} of {options.model!r}")
+        raise InputError(f"--model: {name!r} does not continue texts; allowed: a decoder, such as smollm2-135m")
+    if context > (most := bundle.model.config.context):
+        raise InputError(f"--context: {context} given; allowed: at most the {most} of {name!r}")
     return bundle
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ _MODES = {1: "L", 3: "RGB"}
 _said: set[str] = set()
 
 
-def decode(file: BinaryIO, channels: int, called: str) -> np.ndarray:
+def decode(file: Any, channels: int, called: str) -> np.ndarray:
     """The pixels of an image file, turned upright as its camera says.
 
     Transparent parts show white, as on paper. Of an animation the first frame is taken. Grey of 16 bits keeps them; of floating
