@@ -207,13 +207,15 @@ def test_predict_images(capsys, folder):
     got = as_json(capsys, folder, "predict", folder / "images", "--input", *files)
     bundle = hub.from_pretrained(folder / "images")
     assert isinstance(bundle.processor, ImageProcessor)
-    pixels = bundle.processor([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    white = Image.new("RGBA", (12, 10), "white")  # what shows behind what is transparent
+    shown = [Image.alpha_composite(white, Image.open(file).convert("RGBA")).convert("RGB") for file in files]
+    pixels = bundle.processor([np.asarray(image) for image in shown])
     want = expected(bundle, jnp.asarray(pixels))
     for row, probabilities in zip(got["rows"], want, strict=True):
         assert row["label"] == LABELS[int(probabilities.argmax())] and not row["truncated"]
         assert [one["probability"] for one in row["top"]] == pytest.approx(-np.sort(-probabilities), abs=1e-5)
     assert got["reads"] == "images"
-    assert len({row["probability"] for row in got["rows"]}) == 2  # what is seen through does not count
+    assert len({row["probability"] for row in got["rows"]}) == 3
     assert "rgb.png" in call(capsys, "predict", folder / "images", "--input", files[0], "--runs", folder / "runs").out
 
 
