@@ -157,7 +157,7 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
 
     from jaxmodel import generation, hub, report
     from jaxmodel.cli import resolved
-    from jaxmodel.models import predict_fn
+    from jaxmodel.models.predict import predict_fn, says
 
     if not options.input:
         raise InputError("--input: no file given; allowed: one or more files of text or of images")
@@ -174,7 +174,9 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
         raise InputError(f"model: {options.model!r} reads {', '.join(names)}; allowed: a model of text or of images")
     read = _texts if names == ["tokens"] else _images
     inputs, cut = read(bundle, options.input, contents)
-    run, size, chunks = jax.jit(predict_fn(bundle.model)), min(options.batch, len(contents)), []
+    kind = says(bundle.model.config)
+    gives = predict_fn(bundle.model, "logits" if kind == "number" else "probabilities")
+    run, size, chunks = jax.jit(gives), min(options.batch, len(contents)), []
     for start in report.progress(range(0, len(contents), size), "predict"):
         batch = {name: a[start : start + size] for name, a in inputs.items()}
         short = size - len(contents[start : start + size])  # filled up, so that all batches are one program
@@ -185,7 +187,8 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
         order = np.argsort(-probabilities, kind="stable")[: options.top]
         best = [{"label": labels[i], "probability": float(probabilities[i])} for i in order]
         rows.append({"file": name, **best[0], "truncated": truncated, "top": best})
-    return {"model": options.model, "reads": "text" if names == ["tokens"] else "images", "classes": len(labels), "rows": rows}
+    reads = "text" if names == ["tokens"] else "images"
+    return {"model": options.model, "reads": reads, "classes": len(labels), "says": kind, "rows": rows}
 
 
 def _texts(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple[dict[str, Any], list[bool]]:
@@ -237,13 +240,14 @@ def _images(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple
 def show_predict(result: dict[str, Any], console: Any) -> None:
     """A line for each file: its label, and what else it might be."""
     from jaxmodel import report
-    from jaxmodel.report.table import percent
+    from jaxmodel.report.table import number, percent
 
-    others = lambda best: ", ".join(f"{one['label']} {percent(one['probability'])}" for one in best[1:])
+    share = number if result["says"] == "number" else percent
+    others = lambda best: ", ".join(f"{one['label']} {share(one['probability'])}" for one in best[1:])
     columns = [
         report.Column("file"),
         report.Column("label"),
-        report.Column("probability", format=percent),
+        report.Column("probability", "number" if result["says"] == "number" else "probability", share),
         report.Column("top", "else", others, "left"),
     ]
     report.print_table(result["rows"], columns, f"{result['model']}, {result['classes']} classes", console)

@@ -26,10 +26,10 @@ from safetensors.numpy import save_file
 
 from jaxmodel import layers, schema, tree
 from jaxmodel.errors import InputError, require
-from jaxmodel.hub import adapters, foreign, images, schemas, vocabularies
+from jaxmodel.hub import adapters, foreign, images, meaning, schemas, vocabularies
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
-from jaxmodel.hub.families import family_of, family_of_kind
+from jaxmodel.hub.families import OWN, family_of, family_of_kind
 from jaxmodel.hub.files import WEIGHTS, check_target, open_folder, replacing
 from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, to_file
 from jaxmodel.leaves import expand, to_tensors
@@ -180,6 +180,8 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
             adapters.write(given, beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (beside / OURS).write_text(json.dumps(ours, indent=1) + "\n")
+        if not family.kinds[0].startswith(OWN):
+            meaning.save(bundle.model.config, bundle.card, beside)
         if bundle.processor is not None:
             bundle.processor.save(beside)
     return Path(folder)
@@ -245,6 +247,8 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
     family = family_of_kind(str(hf.get("model_type")), f"{where}: model_type")
     try:
         config = family.config_from_hf(hf)
+        if not family.kinds[0].startswith(OWN):
+            config = meaning.with_meaning(config, hf, folder)
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
     except KeyError as error:

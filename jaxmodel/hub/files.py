@@ -32,6 +32,8 @@ _REPLACED = re.compile(
     r"|preprocessor_config|processor_config)\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|merges\.txt|vocab\.txt|chat_template\.jinja"
     r"|spiece\.model|adapter_config\.json|adapter_model\.safetensors|\.DS_Store"
+    r"|tokenizer\.model|chat_template\.json|additional_chat_templates"
+    r"|modules\.json|1_Pooling|2_Normalize|sentence_bert_config\.json|config_sentence_transformers\.json"
 )
 
 _DTYPES = {

@@ -10,18 +10,17 @@ from typing import Any
 
 import jax
 
-from jaxmodel import schema
 from jaxmodel.errors import InputError, nearest, require
+from jaxmodel.hub import meaning
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.adapters import add_adapters
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
-from jaxmodel.hub.bundle import Bundle, check_vocabulary, load
+from jaxmodel.hub.bundle import OURS, Bundle, check_vocabulary, load
 from jaxmodel.hub.families import family_of_kind
 from jaxmodel.hub.gguf import PLAIN_TYPES, find_smollm2, read_gguf
 from jaxmodel.hub.names import check_fields
 from jaxmodel.hub.published import WEIGHTS, where
-from jaxmodel.hub.schemas import Sentences
 from jaxmodel.models import sizes
 from jaxmodel.ops import Policy
 
@@ -147,11 +146,10 @@ def _from_folder(
     path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, module: Any, name: str
 ) -> Bundle:
     bundle = load(path, policy, dtype, mesh, module)
-    card: dict[str, object] = {"name": name} if name in KNOWN else {}
-    length = schema.read(path / "sentence_bert_config.json", Sentences, missing=True).get("max_seq_length")
-    if length is not None:  # sentence embeddings: how long the texts of its training were
-        card["max_tokens"] = length
-    return dataclasses.replace(bundle, card=card) if card and not bundle.card else bundle
+    if (path / OURS).exists():
+        return bundle
+    card = {**({"name": name} if name in KNOWN else {}), **meaning.read_card(path), **bundle.card}
+    return dataclasses.replace(bundle, card=card)
 
 
 def _from_gguf(

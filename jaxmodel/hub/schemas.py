@@ -312,6 +312,38 @@ class Sentences(TypedDict, total=False):
     do_lower_case: bool | None
 
 
+class Module(TypedDict):
+    """An entry of modules.json."""
+
+    path: str
+    type: str
+
+
+type Modules = list[Module]
+
+
+class Pooling(TypedDict, total=False):
+    """1_Pooling/config.json, in its old form (a flag for each way) and its new one (`pooling_mode`)."""
+
+    word_embedding_dimension: Count
+    embedding_dimension: Count
+    include_prompt: bool
+    pooling_mode: str | list[str]
+    pooling_mode_cls_token: bool
+    pooling_mode_max_tokens: bool
+    pooling_mode_mean_tokens: bool
+    pooling_mode_mean_sqrt_len_tokens: bool
+    pooling_mode_weightedmean_tokens: bool
+    pooling_mode_lasttoken: bool
+
+
+class Prompts(TypedDict, total=False):
+    """config_sentence_transformers.json."""
+
+    prompts: dict[str, str] | None
+    default_prompt_name: str | None
+
+
 class Adapter(TypedDict, total=False):
     """adapter_config.json, as PEFT writes it."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -44,7 +44,7 @@ class Config:
       mlp_width: F.
       context: the longest sequence: learnt positions.
       head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits `[B, C]` from the first token;
-        "embed", the mean `[B, D]` of the last activations.
+        "embed", one vector `[B, D]` of the last activations.
       labels: names of the classes, for the head "classify".
       types: token types: 0 in a first text, 1 in a second; or none.
       activation: a name of `layers.ACTIVATIONS`.
@@ -52,6 +52,8 @@ class Config:
       init_scale: standard deviation of new weights.
       first_position: rows of the table of positions in front of that of a text's first token.
       pool_activation: behind the dense layer of the head "classify", "tanh" or "relu".
+      problem: what the logits of the head "classify" mean, as `problem_type` of HF says it; see `predict_fn`.
+      pooling: how the head "embed" makes one vector of a text: names of `POOLINGS`; of several, one behind the other.
     """
 
     vocab: int
@@ -68,6 +70,8 @@ class Config:
     init_scale: float = 0.02
     first_position: int = 0
     pool_activation: str = "tanh"
+    problem: str = ""
+    pooling: tuple[str, ...] = ("mean",)
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
@@ -81,8 +85,35 @@ class Config:
             raise unknown("activation", self.activation, ACTIVATIONS)
         if self.pool_activation not in POOL_ACTIVATIONS:
             raise unknown("pool_activation", self.pool_activation, POOL_ACTIVATIONS)
+        for way in self.pooling or ("",):
+            if way not in POOLINGS:
+                raise unknown("pooling", way, POOLINGS)
         if bool(self.labels) != (self.head == "classify"):
             raise InputError(f"labels: {len(self.labels)} given; the head {self.head!r} needs {_wanted(self.head)}")
+
+
+def _weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.einsum("BTD,BT->BD", x, weights, precision="highest") / jnp.maximum(weights.sum(axis=1), 1.0)[:, None]
+
+
+def _last(x: jax.Array, valid: jax.Array) -> jax.Array:
+    last = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def _length(valid: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)[:, None]
+
+
+POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "mean": lambda x, valid: jnp.sum(x, axis=1) / _length(valid),
+    "cls": lambda x, valid: x[:, 0],
+    "max": lambda x, valid: jnp.max(jnp.where(valid[..., None], x, -jnp.inf), axis=1),
+    "mean_sqrt_len_tokens": lambda x, valid: jnp.sum(x, axis=1) / jnp.sqrt(_length(valid)),
+    "weightedmean": lambda x, valid: _weighted(x, jnp.cumsum(valid, axis=1, dtype=jnp.float32) * valid.astype(jnp.float32)),
+    "lasttoken": _last,
+}
+"""Ways of making one vector of a text's, as sentence-transformers names them: of activations `[B, T, D]`, zeros where padded."""
 
 
 def _wanted(head: str) -> str:
@@ -181,8 +212,8 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         if c.head == "embed":
             x = x.astype(jnp.float32)
-            count = jnp.sum(jnp.any(x != 0, axis=-1), axis=1, dtype=jnp.float32)
-            return jnp.sum(x, axis=1) / jnp.maximum(count, 1.0)[:, None]
+            valid = jnp.any(x != 0, axis=-1)
+            return jnp.concatenate([POOLINGS[way](x, valid) for way in c.pooling], axis=-1)
         own = {"params": params["head"]}
         logits = pooled_head.apply(own, x[:, 0]) if c.head == "classify" else masked_head.apply(own, x, params["embed"])
         assert isinstance(logits, jax.Array)
@@ -211,7 +242,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
 
 
 def embed_texts(bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int | None = None) -> np.ndarray:
-    """Sentence embeddings: the mean of the tokens' last activations, of length one (Reimers & Gurevych, 2019).
+    """Sentence embeddings: the last activations, pooled as `config.pooling` says, of length one (Reimers & Gurevych, 2019).
 
     Texts of similar length share a batch, so that little is padding; the order of the results is that of the texts.
 
@@ -238,8 +269,12 @@ def embed_texts(bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_
     limit = min(int(bundle.card.get("max_tokens", config.context)), config.context) if max_tokens is None else max_tokens
     if not 2 <= limit <= config.context:
         raise InputError(f"max_tokens: {limit} given; allowed: 2 to {config.context}")
-    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in bundle.processor.encode_batch(texts, True)]
-    out, params = np.zeros((len(rows), config.width), np.float32), bundle.running()
+    if isinstance(texts, str):
+        raise InputError(f"texts: a single string was given ({texts!r:.40}); give a list of strings")
+    prompt, lower = str(bundle.card.get("prompt", "")), bool(bundle.card.get("lower_case", False))
+    read = [prompt + (text.lower() if lower else text) for text in texts] if prompt or lower else texts
+    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in bundle.processor.encode_batch(read, True)]
+    out, params = np.zeros((len(rows), config.width * len(config.pooling)), np.float32), bundle.running()
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         by_length.setdefault(min(_power_of_two(max(len(row), SHORTEST)), config.context), []).append(i)

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.errors import unknown
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.models.model import Inputs, Model
 
 GIVES = {"probabilities": jax.nn.softmax, "log_probabilities": jax.nn.log_softmax, "logits": lambda logits: logits}
+_EACH = {**GIVES, "probabilities": jax.nn.sigmoid, "log_probabilities": jax.nn.log_sigmoid}
+
+
+def says(config: Any) -> str:
+    """What the logits of a classifier say, by its `problem` and labels as in HF: one class "of all", "each", or a "number".
+
+    >>> from jaxmodel.models import bert
+    >>> [says(bert.Config(9, 4, 1, 1, 8, 8, "classify", names)) for names in (("no", "yes"), ("toxic",))]
+    ['of all', 'each']
+    """
+    problem = getattr(config, "problem", "")
+    if problem == "regression":
+        return "number"
+    one = problem == "" and len(getattr(config, "labels", ())) == 1
+    return "each" if one or problem == "multi_label_classification" else "of all"
 
 
 def predict_fn(model: Model, gives: str = "probabilities") -> Callable[[tree.Params, Inputs], jax.Array]:
@@ -23,15 +39,15 @@ def predict_fn(model: Model, gives: str = "probabilities") -> Callable[[tree.Par
 
     Args:
       model: any.
-      gives: "probabilities" (over the last axis), "log_probabilities", or "logits", which are also the numbers of a regression
-        and the vector of a model without classes.
+      gives: "probabilities" (over the last axis, or of each class by itself: `says`), "log_probabilities", or "logits", which are
+        also the numbers of a regression and the vector of a model without classes.
 
     Returns:
       (params, x) -> float32 `[B, C]`, or `[B, T, V]` of a model that gives logits for every position. `x` is what
       `model.apply` takes: an array `[B, ...]`, or a dict.
 
     Raises:
-      InputError: `gives` is something else.
+      InputError: `gives` is something else, or asks a regression for probabilities.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
@@ -42,12 +58,15 @@ def predict_fn(model: Model, gives: str = "probabilities") -> Callable[[tree.Par
     """
     if gives not in GIVES:
         raise unknown("gives", gives, GIVES)
+    if gives != "logits" and says(model.config) == "number":
+        raise InputError(f"gives: {gives!r}; a regression has none; allowed: logits, which are its numbers")
     return _predict_fn(model, gives)
 
 
 @functools.cache
 def _predict_fn(model: Model, gives: str) -> Callable[[tree.Params, Inputs], jax.Array]:
     def predict(params: tree.Params, x: Inputs) -> jax.Array:
-        return GIVES[gives](model.apply(params, x).logits.astype(jnp.float32))
+        kinds = _EACH if says(model.config) == "each" else GIVES
+        return kinds[gives](model.apply(params, x).logits.astype(jnp.float32))
 
     return predict

@@ -46,6 +46,7 @@ class Config:
       embed_norm: whether a norm follows the positions (CLIP).
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
+      problem: what the logits mean, as `problem_type` of HF says it; see `predict_fn`.
     """
 
     image: int
@@ -64,6 +65,7 @@ class Config:
     embed_norm: bool = False
     norm_eps: float = 1e-12
     init_scale: float = 0.02
+    problem: str = ""
 
     def __post_init__(self) -> None:
         check_sizes(self, ("image", "patch", "width", "depth", "heads", "mlp_width", "channels"))

@@ -18,6 +18,7 @@ from typing import Any
 from jaxmodel import models, schema, tree
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.hub import foreign
+from jaxmodel.hub.meaning import without_meaning
 from jaxmodel.hub.names import Family, Name, layer_shapes
 from jaxmodel.models.foreign import Foreign
 
@@ -44,10 +45,11 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
     known = models.families()
     if name not in known or known[name].__name__ != where:
         raise InputError(f"hub: no file layout is known for the config {type(model.config).__qualname__} of {where}")
+    bare, more = without_meaning(model.config)
     for family in sorted((f for f in families().values() if f.module is known[name]), key=lambda f: name not in f.kinds):
-        theirs = family.config_to_hf(model.config)
-        if theirs is not None and _means(family, theirs, model.config):  # else a part of it would be lost
-            return family, theirs
+        theirs = family.config_to_hf(bare)
+        if theirs is not None and _means(family, theirs, bare):  # else a part of it would be lost
+            return family, {**theirs, **more}
     family = own(known[name])
     return family, family.config_to_hf(model.config) or {}
 
