@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from jaxmodel.data.given import as_batches
 from jaxmodel.data.image_folder import ImageFolder
 from jaxmodel.data.images import Images, load_images
 from jaxmodel.data.mixture import Mixture
@@ -44,6 +45,7 @@ __all__ = [
     "Shards",
     "Stream",
     "Text",
+    "as_batches",
     "documents",
     "kfold",
     "load_images",

@@ -13,7 +13,7 @@ from jaxmodel.data import Batches
 from jaxmodel.data.stream import Batch, global_rows
 from jaxmodel.errors import at_least
 from jaxmodel.models import Model
-from jaxmodel.train.losses import Loss
+from jaxmodel.train.losses import Loss, checked_loss
 from jaxmodel.train.placing import Placed, check_rows, explain
 
 
@@ -81,6 +81,7 @@ class Scorer:
         count = (rows or batches * size) if most is None else min(rows or most, most)
         self._model, self._mesh, self._once = model, mesh, Once(stream, count)
         self._placed = Placed(self._once, mesh)
+        loss = checked_loss(loss)
         self._score = jax.jit(lambda params, batch: loss(model, params, batch, None, train=False))
         self._reads_weights: bool | None = None
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodel import ops, sharding, tree
-from jaxmodel.data import Batches, prefetch
+from jaxmodel.data import Batches, as_batches, prefetch
+from jaxmodel.data.given import Passed, listed
 from jaxmodel.data.image_folder import same_classes
 from jaxmodel.errors import InputError
+from jaxmodel.hub import Bundle
 from jaxmodel.models import Model
 from jaxmodel.report import bar
 from jaxmodel.train import early, flops, memory, statistics
@@ -26,12 +28,12 @@ from jaxmodel.train.config import TrainConfig, make_optimizer, rate_of, schedule
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.identity import run_identity
-from jaxmodel.train.losses import Loss, next_token
+from jaxmodel.train.losses import Loss, checked_loss, default_loss
 from jaxmodel.train.meter import Meter
 from jaxmodel.train.placing import Placed, check_batch, environment, explain
 from jaxmodel.train.rewind import BadSteps
 from jaxmodel.train.state import TrainState, averaged, init_state, state_shardings
-from jaxmodel.train.step import Augment, make_step
+from jaxmodel.train.step import Augment, check_optimizer, make_step
 from jaxmodel.train.supervise import Supervisor
 
 AHEAD = 2
@@ -41,35 +43,40 @@ type Row = dict[str, Any]
 
 
 def fit(
-    model: Model,
-    stream: Batches,
+    model: Model | Bundle,
+    data: Any,
     config: TrainConfig = TrainConfig(),
     callbacks: Sequence[Callable[[Row], None]] = (),
     *,
     params: tree.Params | None = None,
     state: TrainState | None = None,
-    heldout: Batches | None = None,
+    heldout: Any = None,
+    batch_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    loss: Loss = next_token,
+    loss: Loss | None = None,
     optimizer: optax.GradientTransformation | None = None,
     augment: Augment | None = None,
     gradients: Callable[[Objective], GradientFn] = value_and_grad,
     checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
     supervisor: Supervisor | None = None,
 ) -> tuple[TrainState, list[Row]]:
-    """Train a model on a stream of batches.
+    """Train a model on data.
 
     Args:
-      model: what is trained; its `rules` place it on the mesh.
-      stream: batches by step.
+      model: what is trained; its `rules` place it on the mesh. Of a bundle its model, from its parameters on.
+      data: batches by step, such as a `data.Stream`; or a dict of arrays `[N, ...]`, a pair `(x, y)` of them, rows such as a
+        `data.ImageFolder`, a list of batches, an iterable of them such as a DataLoader (which cannot be wound to where a run was
+        broken, so it takes no checkpoints); see `data.given.as_batches`.
       config: see `TrainConfig`.
       callbacks: each is called with every row of the history.
       params: to start from; default fresh ones from the seed.
       state: to go on from, up to `config.steps` steps in all; it stays usable. The result is that of a run without a stop.
-      heldout: stream of the held-out loss. Of one with a `count`, such as a `Stream`, each row is judged once, or the first
-        `config.eval_rows`; of one without an end the first `config.eval_batches` batches.
+      heldout: the data of the held-out loss, likewise. Of data with a `count`, such as a `Stream`, each row is judged once, or
+        the first `config.eval_rows`; of data without an end the first `config.eval_batches` batches.
+      batch_size: rows in a batch of arrays; None for 32. A stream has its own.
       mesh: None for one device.
-      loss: see `jaxmodel.train.losses`.
+      loss: see `jaxmodel.train.losses`; a function of yours may return the mean over the rows alone. None for what the batch
+        holds: `classification` of `labels`, `next_token` of `targets` that are whole numbers, `regression()` of others.
       optimizer: default `make_optimizer(config)`.
       augment: changes batches in training, see `jaxmodel.data.augment`.
       gradients: see `make_step`.
@@ -90,9 +97,21 @@ def fit(
 
     Raises:
       InputError: a batch or parameters that the mesh does not divide; tokens, targets or labels that the model has not, in
-        whatever batch; held-out images of other classes; a state or a checkpoint of another config, a checkpoint of other
-        data; bad steps, as `config.bad` says.
+        whatever batch; held-out images of other classes; data or a loss that are no such; a state or a checkpoint of another
+        config, a checkpoint of other data; bad steps, as `config.bad` says.
     """
+    if isinstance(model, Bundle):
+        model, params = model.model, model.params if params is None else params
+    if not isinstance(model, Model):
+        raise InputError(
+            f"model: {type(model).__name__} given; allowed: a Model, a Bundle; models.from_linen makes one of a Flax module"
+        )
+    check_optimizer(optimizer)
+    stream, heldout = _given(model, data, heldout, config, batch_size)
+    if isinstance(stream, Passed):
+        _check_passed(stream, checkpoints is not None, state)
+    loss = default_loss(model, stream.batch(0)) if loss is None else loss
+    checked_loss(loss)
     if config.patience and heldout is None:
         raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
     if config.patience and config.patience >= config.evaluations:
@@ -172,7 +191,15 @@ def fit(
         with bar(config.steps, "train", done=i, unit="step", first="compiling") as shown:
             while i < config.steps and not stop and not over:
                 with supervisor.spend("data", i), meter.waits():
-                    batch = next(feed)
+                    batch = next(feed, None)
+                if batch is None:
+                    print(
+                        f"jaxmodel: data: ended after {i} of {config.steps} steps; the run stops there",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    current = settled(current)
+                    break
                 if not meter.steps:
                     check_batch(model, current.params, batch)
                 rows = stream.batch_size // placed.parts
@@ -275,9 +302,37 @@ def _shape(a: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
 
 
-def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Any:
+def _given(model: Model, data: Any, heldout: Any, config: TrainConfig, batch_size: int | None) -> tuple[Batches, Batches | None]:
+    """What was given as batches, training and held out."""
+    name = next(iter(model.inputs(1, 1)))
+    stream = as_batches(data, input_name=name, batch_size=batch_size, seed=config.seed)
+    if heldout is None:
+        return stream, None
+    own = None if isinstance(heldout, Batches) else batch_size
+    judged = as_batches(heldout, input_name=name, batch_size=own, argument="heldout")
+    return stream, listed(judged, config.eval_batches) if isinstance(judged, Passed) else judged
+
+
+def _check_passed(stream: Passed, saves: bool, state: TrainState | None) -> None:
+    """Refuse what an iterable cannot do: be wound to a batch, or give a process its own rows."""
+    allowed = "a data.Stream, arrays, or a list of batches"
+    if saves:
+        raise InputError(
+            f"checkpoints: given with an iterable of batches, which cannot be wound to where a run was broken; allowed: {allowed}"
+        )
+    if state is not None and (number := int(state.data_step)):
+        raise InputError(
+            f"state: at batch {number}, given with an iterable of batches; allowed: {allowed}, or params=state.params"
+        )
+    if jax.process_count() > 1:
+        raise InputError(f"data: an iterable given to several processes, each of which makes its own rows; allowed: {allowed}")
+
+
+def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Iterator[Any]:
     """The batches from a state on."""
     first = int(state.data_step)
+    if isinstance(placed.stream, Passed):
+        return map(placed.batch, range(first, first + config.steps - int(state.step)))
     return prefetch(placed, first, first + config.steps - int(state.step))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,11 @@ import optax
 from jaxtyping import Float
 
 from jaxmodel import tree
-from jaxmodel.data import Batches
+from jaxmodel.data import as_batches
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.models import Model
 from jaxmodel.report import plot, progress
-from jaxmodel.train.losses import Loss, next_token
+from jaxmodel.train.losses import Loss, default_loss
 from jaxmodel.train.placing import Placed
 from jaxmodel.train.schedules import Schedule
 from jaxmodel.train.state import init_state, state_shardings
@@ -50,8 +51,8 @@ class RateSearch:
 
 def find_lr(
     model: Model,
-    stream: Batches,
-    loss: Loss = next_token,
+    data: Any,
+    loss: Loss | None = None,
     *,
     params: tree.Params | None = None,
     optimizer: Callable[[Schedule], optax.GradientTransformation] = optax.adam,
@@ -70,8 +71,8 @@ def find_lr(
 
     Args:
       model: what is to be trained.
-      stream: batches by step.
-      loss: see `jaxmodel.train.losses`.
+      data: batches by step, or arrays and the like, as `fit` takes them.
+      loss: see `jaxmodel.train.losses`; None for what the batch holds, as in `fit`.
       params: to start from; None for fresh ones from the seed.
       optimizer: rate -> optimiser; the rate that is good for one is not for another.
       low: the first rate.
@@ -106,6 +107,8 @@ def find_lr(
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
         return low * jnp.exp(math.log(high / low) / (steps - 1) * jnp.asarray(step, jnp.float32))
 
+    stream = as_batches(data, input_name=next(iter(model.inputs(1, 1))), seed=seed)
+    loss = default_loss(model, stream.batch(0)) if loss is None else loss
     key = jax.random.key(seed)
     chosen = optimizer(rate)
     placed = Placed(stream, mesh)

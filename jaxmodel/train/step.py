@@ -17,7 +17,7 @@ from jaxmodel.train import quantized
 from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.gradients import GradientFn, Objective, accumulated, value_and_grad
 from jaxmodel.train.guard import Guard, choose
-from jaxmodel.train.losses import Loss
+from jaxmodel.train.losses import Loss, checked_loss
 from jaxmodel.train.masters import with_masters
 from jaxmodel.train.pipeline import one_forward_one_backward
 from jaxmodel.train.state import TrainState
@@ -75,7 +75,8 @@ def make_step(
     """
     if pipeline not in PIPELINES:
         raise unknown("pipeline", pipeline, PIPELINES)
-    update = with_masters(optimizer).update
+    check_optimizer(optimizer)
+    update, loss = with_masters(optimizer).update, checked_loss(loss)
     needs_state = "state" in inspect.signature(loss).parameters
 
     def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -112,6 +113,17 @@ def make_step(
         return TrainState(state.step + one, state.data_step + one, tree.combine(trained, frozen), opt_state, extra), metrics
 
     return step
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is no transformation of optax; None is the default of `fit`.
+
+    Raises:
+      InputError: says how one is given by name.
+    """
+    if optimizer is not None and not hasattr(optimizer, "update"):
+        allowed = "a transformation of optax; one by its name is TrainConfig(optimizer=...)"
+        raise InputError(f"optimizer: {optimizer!r:.60} given; allowed: {allowed}")
 
 
 def _check_halves(state: TrainState, average: float, guard: Guard | None, exchange: Exchange | None) -> None:

@@ -15,6 +15,7 @@ labels, with a value for each row, is all that a new loss of classes needs:
 >>> distilled = regression(functools.partial(kl_divergence, temperature=2.0), target="teacher")
 """
 
+from jaxmodel.train.losses.chosen import checked_loss, default_loss
 from jaxmodel.train.losses.classes import (
     focal,
     generalized_cross_entropy,
@@ -46,6 +47,7 @@ __all__ = [
     "absolute_error",
     "autoencoder",
     "balanced_weights",
+    "checked_loss",
     "class_means",
     "class_sums",
     "classification",
@@ -53,6 +55,7 @@ __all__ = [
     "contrastive",
     "counting",
     "cross_entropy",
+    "default_loss",
     "distribution",
     "effective_weights",
     "focal",
