@@ -18,7 +18,7 @@ from jaxmodel.models import bert, llama
 TEXT = "\n\n".join(f"{i} is less than {i + 1}." for i in range(200))
 
 
-def run(capsys, *args) -> tuple[int, Any, str]:
+def run(capsys, *args) -> tuple[Any, Any, str]:
     """Exit code, what `--json -` printed, and standard error."""
     with pytest.raises(SystemExit) as end:
         main([str(arg) for arg in args] + ["--json", "-"])
