@@ -134,6 +134,16 @@ class Compress(Common):
 
     model: Annotated[Positional[str], _MODEL]
     recipe: Annotated[str, arg(metavar="RECIPE", help=_RECIPE)]
+    rule: Annotated[
+        tuple[str, ...],
+        UseAppendAction,
+        arg(
+            metavar="PATTERN=CHAIN",
+            help="Exception from the recipe: leaves whose whole path matches the regular expression get this chain, such as "
+            "'blocks/(0|29)/.*/(q|k|v|o)=rtn(bits=8)', or none ('head='); may be given several times, the first match wins.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = ()
     out: Annotated[str, arg(metavar="FOLDER")]
     """Where the bundle goes: a new or empty folder, or an older bundle, which is replaced once the new one is whole."""
     adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()

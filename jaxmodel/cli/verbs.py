@@ -149,6 +149,11 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     recipe = compress.named(options.recipe)
+    exceptions = [rule.partition("=") for rule in options.rule]
+    if odd := [rule for rule, (_, sign, _) in zip(options.rule, exceptions, strict=True) if not sign]:
+        raise InputError(f"--rule: {odd[0]!r} given; allowed: PATTERN=CHAIN, such as 'head=rtn(bits=8)'")
+    rules = [(pattern, chain) for pattern, _, chain in exceptions]
+    recipe = dataclasses.replace(recipe, rules=(*rules, *recipe.rules))
     hub.check_target(options.out)
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
     smaller, done = compress.compress_bundle(bundle, recipe)

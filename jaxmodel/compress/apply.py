@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxmodel import tree
 from jaxmodel.compress.method import Chain, text_of
 from jaxmodel.compress.observe import Stats
-from jaxmodel.compress.recipes import Recipe, as_recipe
+from jaxmodel.compress.recipes import OnMatrices, Recipe, as_recipe
 from jaxmodel.compress.stats import names_of, places, stats_of
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
@@ -68,6 +68,8 @@ def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None 
     rows = []
     for path, leaf in progress(tree.flatten(split).items(), "compress"):
         chain, shape = chains[tree.layer_paths(path)[0]], tree.layer_shape(path, leaf)
+        if len(shape) < 2 and isinstance(chain, OnMatrices):
+            chain = ()
         if chain and len(shape) < 2:  # stacked, it would pass for a matrix
             raise InputError(f"recipe: {text_of(chain)!r} is given to {path!r} of shape {list(shape)}; methods take matrices")
         out[path] = run_chain(chain, leaf, stats_of(path, stats, where))

@@ -13,11 +13,15 @@ from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign
 
-BLOCKS = "(.*/)?blocks/.*/(q|k|v|o|memory_k|memory_v|gate|up|down)"  # encoders, which stand in a branch of the tree, too
-TABLES = tree.optional("(.*/)?(embed|positions)|head")
+TABLES = tree.optional("(.*/)?(embed|embedding|positions|types)|head(/.*)?")
+KEPT = tree.optional("(.*/)?(router|state/.*)")  # which expert a token goes to hangs on small differences
 
 _CHAIN = "a tuple of methods, or text such as 'magnitude(0.5) | rtn(bits=8)'"
 _RULES = "a Recipe, or a list of pairs (pattern, chain); compress.named finds one by its name"
+
+
+class OnMatrices(tuple[Method, ...]):
+    """A chain that leaves what is no matrix as it is, where any other chain is refused: the rule of a named recipe is for all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +89,11 @@ def _rule(rule: Any) -> tuple[str, Chain]:
     for method in value:
         if not isinstance(method, Method):
             raise InputError(f"{at} gives a chain with {method!r}, which is no method; allowed: {_CHAIN}")
-    return pattern, tuple(value)
+    return pattern, value if isinstance(value, OnMatrices) else tuple(value)
 
 
 def _recipe(name: str, blocks: Chain, tables: Chain = (Rtn(8),), compute: str | None = None) -> Recipe:
-    return Recipe(((BLOCKS, blocks), (TABLES, tables), (".*", ())), compute, name)
+    return Recipe(((TABLES, OnMatrices(tables)), (KEPT, ()), (".*", OnMatrices(blocks))), compute, name)
 
 
 _W8A8 = (Rtn(8, activations="int8"),)
@@ -107,7 +111,7 @@ NAMED: dict[str, Recipe] = {str(recipe.name): recipe for recipe in _ALL}
 
 
 def named(name: str) -> Recipe:
-    """The recipe of this name, or one from text: a chain for the matrices of the blocks, with tables in 8 bits.
+    """The recipe of this name, or one from text: a chain for all matrices, with tables (embeddings, positions, heads) in 8 bits.
 
     Raises:
       InputError: no recipe of this name, and no chain of methods.

@@ -32,7 +32,7 @@ def test_named_takes_names_and_chains():
     assert compress.named("int4") is compress.NAMED["int4"]
     assert all(recipe.name == name for name, recipe in compress.NAMED.items())
     text = compress.named("rtn(bits=3)")
-    assert text.rules[0][1] == (Rtn(3),) and text.compute is None and text.name == "rtn(bits=3)"
+    assert text.rules[-1][1] == (Rtn(3),) and text.compute is None and text.name == "rtn(bits=3)"
     with pytest.raises(InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4"):
         compress.named("int5")
 
