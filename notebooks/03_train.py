@@ -107,18 +107,17 @@ picture(search.plot("svg"))
 # %% [markdown]
 # ## Killed anywhere, it ends in the same bits
 #
-# Checkpoints are asynchronous, count only when their manifest with all digests is written, and know the config and the
-# data that they belong to. Here a run is stopped at step 47, and another process could go on from what it left.
+# Checkpoints are asynchronous, and count only when their manifest with all digests is written. `fit` writes down with
+# them which config, loss and data they belong to, and refuses to go on as another run. Here a run is stopped at step 47;
+# another process could go on from what it left.
 
 # %%
 folder = ROOM / "checkpoints"
-with train.Checkpoints(folder, identity={"seed": 0}, data=stream.fingerprint) as checkpoints:
-    stopped, _ = train.fit(
-        model, stream, config, checkpoints=checkpoints, supervisor=train.Supervisor(stop=lambda step: step == 47)
-    )
-with train.Checkpoints(folder, identity={"seed": 0}, data=stream.fingerprint) as checkpoints:
-    print("saved steps:", checkpoints.steps())
-    resumed, _ = train.fit(model, stream, config, checkpoints=checkpoints)
+stop = train.Supervisor(stop=lambda step: step == 47)
+stopped, _ = train.fit(model, stream, config, checkpoints=folder, supervisor=stop)
+print("saved steps:", train.Checkpoints(folder, read_only=True).steps())
+with contextlib.redirect_stderr(sys.stdout):
+    resumed, _ = train.fit(model, stream, config, checkpoints=folder)
 print("stopped at", int(stopped.step), "- the same SHA-256 at the end:", train.fingerprint(resumed) == train.fingerprint(state))
 
 # %% [markdown]
@@ -141,13 +140,13 @@ with contextlib.redirect_stderr(sys.stdout), train.Checkpoints(folder) as checkp
 
 # %%
 class Broken:
-    """The same stream, with a token that no vocabulary has in the batch of step 5."""
+    """The same stream, with weights that are not finite in the batch of step 5."""
 
     batch_size, fingerprint = stream.batch_size, "broken"
 
     def batch(self, step, rows=slice(None)):
         batch = stream.batch(step, rows)
-        return batch | {"tokens": np.full_like(batch["tokens"], 999)} if step == 5 else batch
+        return batch | {"weights": np.full_like(batch["weights"], np.inf)} if step == 5 else batch
 
 
 _, rows = train.fit(model, Broken(), train.TrainConfig(steps=8, log_every=1))

@@ -24,6 +24,8 @@ from jaxmodel import sharding
 
 sharding.simulate_devices(8)  # before the first computation
 
+import contextlib
+import sys
 import tempfile
 
 import jax
@@ -104,7 +106,6 @@ table(sent, Column("mesh"), Column("kind"), Column("bytes", format="{:,.0f}".for
 # %%
 folder = tempfile.mkdtemp()
 settings = train.TrainConfig(steps=4, log_every=1)
-prints = []
 
 
 class Watched(train.Checkpoints):
@@ -118,7 +119,7 @@ class Watched(train.Checkpoints):
 
 
 for mesh, until in (("data=8", 2), ("fsdp=4,tensor=2", 4)):
-    with Watched(folder) as checkpoints:
+    with contextlib.redirect_stderr(sys.stdout), Watched(folder) as checkpoints:
         state, _ = train.fit(
             model,
             stream,
