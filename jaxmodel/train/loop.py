@@ -82,8 +82,8 @@ def fit(
       gradients: see `make_step`.
       checkpoints: where states are saved, as the config says, and from where a run that was broken goes on: a folder, a place
         such as gs:// or s3://, or `Checkpoints` with settings. They are of this run alone: its config, loss, optimiser and data
-        are written down with them, and another run that is started there is refused, with what differs. (Params that are given
-        are not compared: the restored ones take their place.)
+        and the params that were given are written down with them, and another run that is started there is refused, with what
+        differs.
       supervisor: see `Supervisor`; where it stops the run, the state is saved and returned as it is.
 
     Returns:
@@ -126,6 +126,12 @@ def fit(
     named |= {} if gradients is value_and_grad else {"gradients": gradients}
     identity = run_identity(model, config, stream.batch_size, **named)
     identity |= {"heldout": heldout.fingerprint} if heldout is not None and config.patience else {}
+    if (
+        checkpoints is not None
+        and params is not None
+        and all(getattr(a, "is_fully_addressable", True) for a in jax.tree.leaves(params))
+    ):
+        identity["params"] = tree.fingerprint(params)
     rate = schedule_of(config) if optimizer is None else None
     optimizer = optimizer or make_optimizer(config)
     supervisor = supervisor or Supervisor()
