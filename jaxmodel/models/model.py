@@ -176,7 +176,7 @@ def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
     return {names[0]: inputs}
 
 
-_MEANS = re.compile(r"(.*/)?[^/]*norm/mean")
+_MEANS = re.compile(r"(?!state/)(.*/)?[^/]*norm/mean")  # not of a foreign module, which no one can tell
 
 
 def _counted(params: tree.Params, inputs: dict[str, jax.Array]) -> tuple[tree.Params, dict[str, jax.Array]]:

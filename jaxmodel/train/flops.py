@@ -73,7 +73,7 @@ def per_token(
         if len(shape) < 2 or _is_table(path, leaves):
             continue
         share = experts if len(shape) > 2 and "moe" in path.split("/") else 1.0
-        place = _place if path != "embed" else lambda _: (math.inf, 0.0)  # as the head
+        place = _place if path != "embed" else lambda _: (math.inf, 1.0)  # as the head
         passed = [first < place(layer) for layer in tree.layer_paths(path)]
         factors = sum(2 + 2 * (path in learnt) + 2 * through for through in passed)
         cost += share * factors * math.prod(shape)
@@ -85,7 +85,7 @@ def _place(layer: str) -> tuple[float, float]:
     """Where a layer's leaf stands in the forward pass: the number of its layer, and where in that."""
     keys = layer.split("/")
     if tree.BLOCKS not in keys:
-        return (-1.0, 0.0) if keys[-1] in TABLES or "embed" in keys or "encoder" in keys else (math.inf, 0.0)
+        return (-1.0, 0.0) if keys[-1] in TABLES or "embed" in keys or "encoder" in keys else (math.inf, float(keys[0] == "head"))
     at = keys.index(tree.BLOCKS) + 1
     number, rest = float(keys[at]) if "encoder" not in keys else -1.0, keys[at + 1 :]
     within = 0.0 if rest[0].startswith("attn_norm") else 1.0 if rest[0] == "attn" and rest[-1] != "o" else 2.0

@@ -230,7 +230,7 @@ def _of_module(keep: Callable[..., Sums], params: tree.Params, batches: Iterable
     rows, start = 0.0, params
     for batch in map(_counting, batches):
 
-        def kept(params: tree.Params, batch: Any = batch) -> dict[str, np.ndarray]:
+        def kept(params: tree.Params, batch: Any = batch) -> dict[str, Any]:
             found = _float64(keep(params, batch)).items()
             return {path: one["kept"] / np.maximum(one["count"], 1) for path, one in found}
 
@@ -252,7 +252,7 @@ def _of_module(keep: Callable[..., Sums], params: tree.Params, batches: Iterable
     return tree.unflatten({**leaves, **_put(leaves, found)})
 
 
-def _momenta(kept: Callable[[tree.Params], dict[str, np.ndarray]], params: tree.Params) -> dict[str, float]:
+def _momenta(kept: Callable[[tree.Params], dict[str, Any]], params: tree.Params) -> dict[str, float]:
     """m of each running average: what it keeps of an old value, the same in all of its elements."""
     paths = _state(params)
     before, after = kept(params), kept(_moved(params, paths))
@@ -298,7 +298,7 @@ def _float64(sums: Sums) -> Mapping[str, Mapping[str, Any]]:
     return jax.tree.map(lambda a: np.asarray(a, np.float64), gather(sums))
 
 
-def _put(leaves: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _put(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values in the dtypes and places of these leaves."""
     return {
         path: jax.device_put(np.asarray(value).astype(leaves[path].dtype), getattr(leaves[path], "sharding", None))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxmodel.errors import InputError
 
 
-def distribution(labels: Int[Array, "..."] | Float[Array, "... C"], classes: int) -> Float[Array, "... C"]:
+def distribution(labels: Array, classes: int) -> Float[Array, "... C"]:
     """Labels as distributions over the classes; a number that is no class gives NaN, so that the loss shows it.
 
     Args:
