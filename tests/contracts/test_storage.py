@@ -1,4 +1,4 @@
-"""How layers are stacked is storage, not meaning: optimisers, penalties, projections and averages are those of each layer alone."""
+"""How layers are stacked is storage: optimisers, penalties, projections and averages are those of each layer alone."""
 
 from __future__ import annotations
 
