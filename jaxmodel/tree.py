@@ -51,6 +51,7 @@ BLOCKS = "blocks"
 MEASURED = r"(.*/)?[^/]*norm/(mean|variance)|state/.*"
 """Leaves that are measured or kept, not trained: the statistics of batch norms, and the state of a foreign module."""
 
+_DEEPEST = 100
 _SEGMENT = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -68,11 +69,12 @@ def is_leaf(node: Any) -> bool:
     return not isinstance(node, dict)
 
 
-def flatten(params: Params) -> dict[str, Leaf]:
-    """All leaves by path; segments in the order of depth, other keys as they stand.
+def flatten(params: Any) -> dict[str, Leaf]:
+    """All leaves by path; segments in the order of depth, other keys as they stand. `unflatten` is its inverse.
 
     Raises:
-      InputError: what stands under a key `blocks` breaks the law of segments (see above).
+      InputError: what stands under a key `blocks` breaks the law of segments (see above), or the tree has a list, a tuple or
+        None, a key that is no text or holds a `/`, an empty dict, or itself.
     """
     return dict(_walk(params, ()))
 
@@ -85,6 +87,10 @@ def unflatten(leaves: Mapping[str, Leaf]) -> Params:
         node = root
         for key in parents:
             node = node.setdefault(key, {})
+            if is_leaf(node):
+                raise InputError(f"params: {path!r} given, though {key!r} in it is a leaf; allowed: a dict or a leaf")
+        if last in node:
+            raise InputError(f"params: {path!r} given, though there is more below it; allowed: a dict or a leaf")
         node[last] = leaf
     return root
 
@@ -96,8 +102,17 @@ def map_leaves(fn: Callable[[str, Leaf], Leaf], params: Params) -> Params:
 
 def _walk(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
     if is_leaf(node):
+        if type(node) in (list, tuple, type(None)):
+            where = repr("/".join(keys)) if keys else "the whole"
+            raise InputError(f"params: {where} is a {type(node).__name__}; allowed: dicts of dicts and arrays")
         yield "/".join(keys), node
         return
+    for key in node:
+        if not isinstance(key, str) or "/" in key:
+            raise InputError(f"params: {'/'.join(keys) or 'the whole'} has the key {key!r}; allowed: texts without '/'")
+    if len(keys) > _DEEPEST or (keys and not node):
+        what = f"is nested deeper than {_DEEPEST} levels, or holds itself" if node else "is an empty dict"
+        raise InputError(f"params: {'/'.join(keys[:4])!r} {what}; allowed: dicts of dicts and arrays")
     for key in _segments_at(keys, node) or node:
         yield from _walk(node[key], (*keys, key))
 

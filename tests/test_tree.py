@@ -156,6 +156,8 @@ def test_segments_must_cover_the_layers_once(keys, message):
     node = dict.fromkeys(keys, jnp.ones(1))
     with pytest.raises(InputError, match=message):
         tree.segments(node)
+    if not keys:
+        return
     if "without gap" in message:  # a part of a tree may have gaps
         assert list(tree.flatten({"blocks": node})) == [f"blocks/{key}" for key in keys]
         return

@@ -18,6 +18,7 @@ from jaxmodel.compress.stats import names_of, places, stats_of
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
+from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.models.adapters import split_adapters
 from jaxmodel.report import progress
 
@@ -72,6 +73,8 @@ def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None 
             chain = ()
         if chain and len(shape) < 2:  # stacked, it would pass for a matrix
             raise InputError(f"recipe: {text_of(chain)!r} is given to {path!r} of shape {list(shape)}; methods take matrices")
+        if chain:
+            check_weights(leaf, f"recipe: {text_of(chain)!r} is given to {path!r}")
         out[path] = run_chain(chain, leaf, stats_of(path, stats, where))
         rows.append(_row(path, chain, leaf, out[path]))
     result = tree.stack(tree.unflatten(out))

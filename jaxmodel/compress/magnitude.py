@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmodel.compress.method import Method
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, Sparse
+from jaxmodel.leaves.leaf import check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Magnitude(Method):
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
         if isinstance(leaf, Compressed):
             raise InputError(f"magnitude: takes a plain leaf, not {type(leaf).__name__}; prune before you quantise")
+        check_weights(leaf, "magnitude")
         if self.pattern is None and self.fraction == 0:
             return leaf
         if self.pattern is not None and leaf.shape[-1] % self.pattern[1]:

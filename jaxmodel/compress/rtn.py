@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxmodel.compress.method import Method
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, QTensor, Sparse
+from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.leaves.packing import codes_per_unit
 
 
@@ -56,6 +57,7 @@ class Rtn(Method):
             return dataclasses.replace(leaf, values=self(leaf.values))
         if isinstance(leaf, Compressed):
             raise InputError(f"rtn: takes a plain or sparse leaf, not {type(leaf).__name__}")
+        check_weights(leaf, "rtn")
         return _rtn(leaf, self)
 
 

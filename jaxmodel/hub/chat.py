@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
+import atexit
+import contextlib
+import dataclasses
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.files import read_bytes
 from jaxmodel.hub.schemas import Templates
 
 type Template = str | Mapping[str, str]
@@ -61,10 +66,10 @@ def render(template: str, special: Mapping[str, str], messages: Sequence[Mapping
     wrong = isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) and "role" in m for m in messages)
     if wrong:
         raise InputError(f"messages: {messages!r:.80} is not a list of {{'role': ..., 'content': ...}}")
-    try:
-        return _environment().from_string(template).render({**special, "messages": [_message(m) for m in messages], **given})
-    except Exception as error:  # a template can raise whatever Python can
-        raise InputError(f"chat_template: it failed on these messages: {error}") from None
+    said = _ask(template, {**special, "messages": [_message(m) for m in messages], **given})
+    if "error" in said:
+        raise InputError(f"chat_template: it failed on these messages: {' '.join(said['error'].split())}")
+    return said["text"]
 
 
 def read(folder: Path, entry: Any) -> Template | None:
@@ -78,14 +83,21 @@ def read(folder: Path, entry: Any) -> Template | None:
       InputError: a file that is no such thing.
     """
     path, more = folder / "chat_template.jinja", folder / "additional_chat_templates"
-    named = {file.stem: file.read_text(encoding="utf-8") for file in sorted(more.glob("*.jinja"))}
+    named = {file.stem: _text(file) for file in sorted(more.glob("*.jinja"))}
     if path.is_file():
-        one = path.read_text(encoding="utf-8")
+        one = _text(path)
         return {"default": one, **named} if named else one
     if named:
         return named
     entry = schema.read(folder / "chat_template.json", Templates, missing=True).get("chat_template", entry)
     return {item["name"]: item["template"] for item in entry} if isinstance(entry, list) else entry
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, 2**20).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from None
 
 
 def to_config(template: Template | None) -> Any:
@@ -101,37 +113,65 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     return kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought}
 
 
-@functools.cache
-def _environment() -> Any:
-    """The language that HF templates are written in; a sandbox, because a template is somebody else's program."""
-    import jinja2  # only chats need it
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+# ------------------------------------------------------------------------------------------------ where templates run
 
-    class Generation(Extension):
-        """`{% generation %}`: marks what the assistant says for training; the text is that of its body."""
 
-        tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a template may take.
 
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+    Attributes:
+      seconds: for one chat.
+      memory: bytes of the process in which templates run, Python included.
+      characters: that it may write.
+    """
 
-        def _said(self, caller: Any) -> str:
-            return caller()
+    seconds: float = 10.0
+    memory: int = 2**30
+    characters: int = 2**24
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+LIMITS = Limits()
+"""To be set to others before the first chat, where a template needs more."""
+_lock = threading.Lock()
+_worker: subprocess.Popen[str] | None = None
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+
+def _ask(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
+    """What the process in which templates run makes of one."""
+    global _worker
+    try:
+        line = json.dumps([template, dict(variables), LIMITS.characters]) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"messages: not plain data, as JSON has it: {error}") from None
+    with _lock:
+        if _worker is None or _worker.poll() is not None:
+            command = [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")), str(LIMITS.memory)]
+            pipe, none = subprocess.PIPE, subprocess.DEVNULL
+            _worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=none, text=True, encoding="utf-8")
+        process = _worker
+        late = threading.Timer(LIMITS.seconds, process.kill)
+        late.start()
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(line)
+            process.stdin.flush()
+            said = process.stdout.readline()
+        except BrokenPipeError:
+            said = ""
+        finally:
+            late.cancel()
+        if not said:
+            _end()
+            return {"error": f"it took more than {LIMITS.seconds:g} seconds, or more memory than it may have"}
+    return json.loads(said)
+
+
+@atexit.register
+def _end() -> None:
+    global _worker
+    if _worker is not None:
+        process, _worker = _worker, None
+        process.kill()
+        with contextlib.suppress(OSError):
+            process.communicate()

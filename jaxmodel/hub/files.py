@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError
+from jaxmodel.files import open_regular
 from jaxmodel.hub.names import Tensors
 from jaxmodel.hub.schemas import ShardIndex
 
@@ -92,6 +93,7 @@ def open_folder(folder: Path) -> Iterator[Folder]:
             if not (folder / shard).exists():
                 raise InputError(f"{folder}: the file {shard!r} is missing")
             try:
+                open_regular(folder / shard).close()
                 file = stack.enter_context(safe_open(folder / shard, framework="numpy"))
             except SafetensorError as error:
                 raise InputError(f"{folder / shard}: not a whole safetensors file: {error}") from None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.files import open_regular
 
 PLAIN_TYPES, _BLOCKS = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 READ_TYPES = (*PLAIN_TYPES, *_BLOCKS, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -84,7 +85,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise InputError(f"path: {str(path)!r} cannot be read: {error.strerror}") from None

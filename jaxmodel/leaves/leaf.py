@@ -13,6 +13,7 @@ from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jaxmodel import tree
@@ -87,7 +88,7 @@ class Compressed:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits for each weight, scales and masks counted."""
-        return 8 * self.nbytes / self.size
+        return 8 * self.nbytes / max(self.size, 1)
 
 
 def decode(leaf: Any, dtype: Any = None) -> jax.Array:
@@ -101,6 +102,31 @@ def expect(ok: bool, leaf: Compressed, message: str) -> None:
     """Raise InputError with the leaf's class and the message unless `ok`."""
     if not ok:
         raise InputError(f"{type(leaf).__name__}: {message}")
+
+
+def check_weights(leaf: Any, what: str) -> None:
+    """Refuse an array that codes cannot stand for: one NaN or infinity would spoil all the weights that share its scale.
+
+    Args:
+      leaf: an array; of one that is traced only shape and dtype are looked at.
+      what: its name, for errors.
+
+    Raises:
+      InputError: it is not of floating-point numbers, has none, or some are not finite.
+    """
+    if isinstance(leaf, Compressed):
+        return
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise InputError(f"{what}: its weights are {leaf.dtype}; allowed: floating-point numbers")
+    if not math.prod(leaf.shape):
+        raise InputError(f"{what}: has the shape {list(leaf.shape)}, so no weights; leave it out")
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and not _all_finite(leaf):
+        raise InputError(f"{what}: some of its weights are NaN or infinite; those that share a scale with them would be lost")
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(array))
 
 
 def shards(entry: Any, sizes: AxisSizes) -> int:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmodel.errors import InputError
 from jaxmodel.leaves.leaf import register
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.seen import Seen
@@ -60,6 +61,8 @@ class KVCache:
           All keys and values `[B, K, S, h]` of the layer, what each new token sees, and the new cache. A layer with fewer key
           heads than the cache uses the first of its heads. `advance` moves on when all layers are written.
         """
+        if k.shape[0] != self.k.shape[1]:
+            raise InputError(f"cache: made for {self.k.shape[1]} rows; {k.shape[0]} given")
         keys, values = (self._write(store, layer, new) for store, new in ((self.k, k), (self.v, v)))
         heads = k.shape[2]
         seen = Seen(query=self.positions(k.shape[1]))

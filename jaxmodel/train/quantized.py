@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed, QTensor, decode
+from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.sharding import auto_axes
 from jaxmodel.train.rounding import moved, rounded
 
@@ -52,6 +53,7 @@ def quantize_weights(params: tree.Params, rules: tree.Rules, group: int | None =
             raise InputError(f"bits: {bits[path]!r} given for {path!r}; allowed: 2 to 8, or None")
         if isinstance(leaf, Compressed) or len(tree.layer_shape(path, leaf)) < 2:
             raise InputError(f"rules: the leaf {path!r} of shape {leaf.shape} is no plain matrix; give it None")
+        check_weights(leaf, f"rules: the leaf {path!r}")
         return jax.jit(rounded, static_argnums=(1, 2))(leaf, group, bits[path])
 
     return tree.map_leaves(one, params)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxmodel.errors import InputError
+from jaxmodel.hub import chat
 from jaxmodel.hub.tokenizer import Tokenizer, from_folder, train_bpe
 
 BACKEND = train_bpe([], vocab_size=257).backend
@@ -106,3 +107,29 @@ def test_a_template_cannot_leave_the_sandbox(tmp_path: Path) -> None:
     tokenizer = read(tmp_path, chat_template="{{ strftime_now.__globals__.items() }}")
     with pytest.raises(InputError, match="chat_template: it failed"):
         tokenizer.apply_chat(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it took more than 0.5 seconds"),
+        ("{{ messages | tojson(indent=10**9) }}", "it takes more memory than it may have"),
+        ("{{ 'a' * 10**11 }}", "it takes more memory than it may have"),
+        ("{{ 'a'.ljust(10**10) }}", "it takes more memory than it may have"),
+        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "it takes more memory"),
+        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "it writes more than 16,777,216 characters"),
+        ("{{ self.__init__.__globals__ }}{{ cycler.__init__.__globals__.os.popen('true').read() }}", "unsafe"),
+    ],
+)
+def test_a_template_may_take_so_much(template: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time, memory and output; and the next chat is written as before."""
+    monkeypatch.setattr(chat, "LIMITS", chat.Limits(seconds=0.5 if "seconds" in says else 10.0))
+    with pytest.raises(InputError, match=says) as error:
+        chat.render(template, {}, HELLO)
+    assert "\n" not in str(error.value)
+    assert chat.render("{{ messages[0].content }}", {}, HELLO) == HELLO[0]["content"]
+
+
+def test_messages_are_plain_data() -> None:
+    with pytest.raises(InputError, match="messages: not plain data"):
+        chat.render("{{ messages }}", {}, [{"role": "user", "content": object()}])

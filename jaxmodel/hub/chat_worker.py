@@ -1,0 +1,77 @@
+"""The process in which chat templates run: somebody else's programs, in Jinja's sandbox and with a limit of memory.
+
+It is started by `jaxmodel.hub.chat`, which ends it when a template takes too long. It reads a line of JSON for each chat, and
+imports nothing of the project, so that it is there in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from typing import Any
+
+
+def environment() -> Any:
+    """The language that HF templates are written in."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`: marks what the assistant says for training; the text is that of its body."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+        def _said(self, caller: Any) -> str:
+            return caller()
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return made
+
+
+def answer(made: Any, template: str, variables: dict[str, Any], most: int) -> dict[str, str]:
+    """`{"text"}`, or `{"error"}`."""
+    pieces, length = [], 0
+    try:
+        for piece in made.from_string(template).generate(variables):
+            pieces.append(piece)
+            if (length := length + len(piece)) > most:
+                return {"error": f"it writes more than {most:,} characters"}
+    except MemoryError:
+        return {"error": "it takes more memory than it may have"}
+    except Exception as error:  # a template can raise whatever Python can
+        return {"error": str(error) or type(error).__name__}
+    return {"text": "".join(pieces)}
+
+
+def serve(memory: int) -> None:
+    """Until there are no more."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    except (ImportError, ValueError, OSError):
+        pass  # not on this system
+    made = environment()
+    for line in sys.stdin:
+        print(json.dumps(answer(made, *json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
