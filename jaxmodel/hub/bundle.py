@@ -244,6 +244,12 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
       InputError: it is missing, or has a key of another kind than it should be, or says what no family has.
     """
     where, hf = f"{folder}/config.json", schema.read(folder / "config.json", schemas.Config)
+    if (packed := hf.get("quantization_config")) is not None:
+        how = packed.get("quant_method") or packed.get("quant_algo") or "a method that is not named"
+        raise InputError(
+            f"{where}: the weights are quantised by {how}, which is not read; give the model that it was made from, or a "
+            "GGUF file, and compress that here"
+        )
     family = family_of_kind(str(hf.get("model_type")), f"{where}: model_type")
     try:
         config = family.config_from_hf(hf)

@@ -88,6 +88,8 @@ def open_folder(folder: Path) -> Iterator[Folder]:
             if Path(shard).name != shard:
                 raise InputError(f"{index}: weight_map has {shard!r}; allowed: names of files in this folder")
     files: dict[str, Any] = {}
+    if not (folder / WEIGHTS).exists() and not index.exists():
+        raise InputError(f"{folder}: the file {WEIGHTS!r} is missing{_instead(folder)}")
     with contextlib.ExitStack() as stack:
         for shard in shards:
             if not (folder / shard).exists():
@@ -102,6 +104,21 @@ def open_folder(folder: Path) -> Iterator[Folder]:
 
 
 BUNDLE, ADAPTERS = "config.json", "adapter_config.json"  # of which a folder of weights, or of adapters alone, has the first
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without weights that are read holds, and what to do about it."""
+    there = sorted(path.name for path in folder.iterdir())
+    if found := next((name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))), None):
+        return (
+            f"; {found!r} is not read (files of pickles can run code, others have no safetensors): load it where it was made and "
+            "save it with safe_serialization=True"
+        )
+    if found := next((name for name in there if name.endswith(".gguf")), None):
+        return f"; give the file itself: {folder / found}"
+    if found := next((name for name in there if name.endswith(".safetensors")), None):
+        return f"; {found!r} has another layout than that of HF"
+    return ""
 
 
 def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:

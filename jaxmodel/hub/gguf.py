@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,13 +78,42 @@ class GGUFFile:
         return entry
 
 
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
 def read_gguf(path: str | Path) -> GGUFFile:
     """Open a GGUF file (versions 2 and 3, little-endian): metadata is read, tensors are mapped.
 
+    A model in several files (`name-00001-of-00003.gguf`) is read whole, from any of them.
+
     Raises:
-      InputError: no such file, not a GGUF file, truncated, or damaged; the message names the path and what is wrong.
+      InputError: no such file, not a GGUF file, truncated, or damaged, or a part of it is missing; the message names the path
+        and what is wrong.
     """
     path = Path(path)
+    file = _read_one(path)
+    count = file.metadata.get("split.count", 1)
+    if type(count) is not int or count < 2:
+        return file
+    named = _PART.fullmatch(path.name)
+    if named is None or int(named[3]) != count:
+        raise InputError(f"path: {str(path)!r} is one of {count} parts; its name must end with -00001-of-{count:05d}.gguf")
+    places = [path.with_name(f"{named[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    if missing := [place.name for place in places if not place.is_file()]:
+        raise InputError(f"path: {str(path)!r} is one of {count} parts, and {missing[0]!r} is not beside it")
+    parts = [file if place == path else _read_one(place) for place in places]
+    for i, (place, part) in enumerate(zip(places, parts, strict=True)):
+        if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (i, count):
+            raise InputError(f"path: {str(place)!r} says that it is another part (split.no, split.count)")
+    tensors = {name: entry for part in parts for name, entry in part.tensors.items()}
+    raw = {name: data for part in parts for name, data in part._raw.items()}
+    wanted = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if not len(tensors) == sum(len(part.tensors) for part in parts) == wanted:
+        raise InputError(f"path: the {count} parts of {str(path)!r} have {len(tensors)} tensors; {wanted} are needed, each once")
+    return GGUFFile(places[0], parts[0].metadata, tensors, raw)
+
+
+def _read_one(path: Path) -> GGUFFile:
     try:
         with open_regular(path) as file:
             magic = file.read(4)

@@ -147,6 +147,16 @@ def to_file(name: Name, leaf: np.ndarray) -> np.ndarray:
     return leaf.reshape((1,) * name.lead + leaf.shape)
 
 
+_WRAPPERS = ("_orig_mod.", "module.", "model.", "language_model.", "model.language_model.", "transformer.", "_orig_mod.module.")
+_WRAPPERS += ("module._orig_mod.", "base_model.model.", "base_model.")
+_OLD_NORMS = re.compile(r"(LayerNorm|layer_norm)\.(weight|bias)$")
+
+
+def _old_norm(found: re.Match[str]) -> str:
+    """TensorFlow's words for the weight and the bias of a norm, which the first files have."""
+    return f"{found[1]}.{'gamma' if found[2] == 'weight' else 'beta'}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How the files of one architecture look.
@@ -185,11 +195,12 @@ class Family:
 
     def spelt(self, tensor: str) -> Iterator[str]:
         """The names that a tensor may have in a file."""
-        yield tensor
-        yield tensor.removeprefix(self.prefix)
-        for ours, theirs in self.spellings:
-            if tensor.startswith(ours):
-                yield theirs + tensor.removeprefix(ours)
+        spelt = list(dict.fromkeys([tensor, tensor.removeprefix(self.prefix), tensor.removeprefix("model.")]))
+        spelt += [theirs + tensor.removeprefix(ours) for ours, theirs in self.spellings if tensor.startswith(ours)]
+        spelt += [_OLD_NORMS.sub(_old_norm, name) for name in spelt if _OLD_NORMS.search(name)]
+        yield from spelt
+        for wrapper in _WRAPPERS:  # what else a module was part of when it was saved
+            yield from (wrapper + name for name in spelt)
 
     @property
     def name(self) -> str:

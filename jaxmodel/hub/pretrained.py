@@ -145,6 +145,11 @@ def _plain(
 def _from_folder(
     path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, module: Any, name: str
 ) -> Bundle:
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise InputError(
+            f"{path}: it holds adapters alone (adapter_config.json), no model; load the model that they were made for, with "
+            "adapters=this folder"
+        )
     bundle = load(path, policy, dtype, mesh, module)
     if (path / OURS).exists():
         return bundle
@@ -175,11 +180,15 @@ def _from_gguf(
     return Bundle(model, params, processor, card)
 
 
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt"]
+_TWICE = ["consolidated*", "original/*"]  # the same weights in the layout of those who trained them
+
+
 def _download(name: str, asked: str, **options: Any) -> Path:
     """The folder of a hub id; `asked` is the size that it was asked for by, if it was."""
     hub = require("huggingface_hub", "hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"], **options))
+        return Path(hub.snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_TWICE, **options))
     except Exception as error:  # the hub raises its own errors and those of its transport
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         given = f"{asked!r} is {name!r} at the hub, which" if asked else f"{name!r} is no folder here and"

@@ -312,8 +312,10 @@ def _byte_level(
         raise unknown("tokenizer.ggml.pre", name, _SPLITS)
     like_llama3 = name == "llama-bpe"
     try:
-        pairs = [_pair(merge) for merge in merges]
         vocabulary = {token: i for i, token in enumerate(tokens)}
+        pairs = [_pair(merge) for merge in merges]
+        # what a merge would make but no token has falls apart again, in llama.cpp as without that merge
+        pairs = [(a, b) for a, b in pairs if a + b in vocabulary or not (a in vocabulary and b in vocabulary)]
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=like_llama3))
     except Exception as error:  # the library raises nothing more specific
         raise InputError(f"metadata: tokenizer.ggml.tokens and merges do not fit together: {error}") from None

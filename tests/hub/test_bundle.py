@@ -614,3 +614,36 @@ def test_file_limit_and_kill(stage: str, stored: Path, tmp_path: Path) -> None:
     plain("llama").save_pretrained(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # and is cleared away
     assert from_pretrained(out).model is plain("llama").model
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_model_in_several_gguf_files(part: int, tmp_path: Path) -> None:
+    """As gguf-split leaves it: all from any of its parts; a part that is missing or moved is named."""
+    whole = write_gguf(tmp_path / "whole.gguf")
+    held = gguf_files.read_gguf(whole)
+    names = list(held.tensors)
+    for i, some in enumerate((names[:5], names[5:])):
+        writer = gguf.GGUFWriter(tmp_path / f"m-0000{i + 1}-of-00002.gguf", "llama")
+        if i == 0:
+            for key, value in held.metadata.items():
+                if not key.startswith("general.") and isinstance(value, int | float) and not isinstance(value, bool):
+                    (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+            writer.add_uint32("llama.vocab_size", 97)
+            writer.add_tokenizer_model("gpt2")
+            writer.add_token_list(held.metadata["tokenizer.ggml.tokens"])
+            writer.add_token_merges(held.metadata["tokenizer.ggml.merges"])
+        for key, value in {"split.no": i, "split.count": 2, "split.tensors.count": len(names)}.items():
+            writer.add_uint16(key, value)
+        for name in some:
+            writer.add_tensor(name, held.read(name))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    one, other = (tmp_path / f"m-0000{n}-of-00002.gguf" for n in (part, 3 - part))
+    found = gguf_files.read_gguf(one)
+    assert list(found.tensors) == names and all(np.array_equal(found.read(n), held.read(n)) for n in names)
+    assert found.metadata["llama.embedding_length"] == held.metadata["llama.embedding_length"]
+    other.rename(tmp_path / "elsewhere.gguf")
+    refused(one, f"is one of 2 parts, and {other.name!r} is not beside it")
+    refused(tmp_path / "elsewhere.gguf", "is one of 2 parts; its name must end with -00001-of-00002.gguf")

@@ -85,7 +85,14 @@ def config_from_hf(hf: Mapping[str, Any]) -> llama.Config:
         fixed(hf, {"attn_logit_softcapping": (None,)})
     fixed(hf, {**biased, **activation, "use_bidirectional_attention": (False, None), "partial_rotary_factor": (1.0, None)})
     heads, local = hf["num_attention_heads"], None
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    # Where both are there rope_scaling counts (people add it to what transformers 5 saved), and its context stands beside it.
+    rope, extended = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    if "full_attention" in rope and "full_attention" not in extended:
+        rope = {**rope, "full_attention": {**rope["full_attention"], **extended}}
+    else:
+        rope = extended or rope
+    if (trained := hf.get("original_max_position_embeddings")) is not None and "full_attention" not in rope:
+        rope = {**rope, "original_max_position_embeddings": trained}
     if "full_attention" in rope:  # transformers 5: by kind of layer
         local, rope = rope.get("sliding_attention", {}), rope["full_attention"]
     elif kind == "gemma3_text":
@@ -308,6 +315,9 @@ def _from_gguf(file: GGUFFile) -> llama.Config:
     if not isinstance(heads, int) or heads < 1 or not isinstance(width, int):
         raise InputError(f"attention.head_count, embedding_length: {heads!r}, {width!r}; whole numbers of at least 1 are needed")
     head_width = get("attention.key_length", get("rope.dimension_count", width // heads))
+    turned = get("rope.dimension_count", head_width)
+    if turned != head_width and kind == "llama":  # whose rows stand in the order of a rotation of the whole
+        raise InputError(f"rope.dimension_count is {turned}; allowed: {head_width}, the width of a head")
     base = float(get("rope.freq_base", 10000.0))
     return llama.Config(
         vocab=get("vocab_size", None) or len(metadata.get("tokenizer.ggml.tokens") or get("vocab_size")),
@@ -326,6 +336,7 @@ def _from_gguf(file: GGUFFile) -> llama.Config:
         qk_norm=kind == "qwen3",
         experts=get("expert_count", 0),
         experts_per_token=get("expert_used_count", 2),
+        rotary_width=0 if turned == head_width else turned,
     )
 
 

@@ -1,0 +1,101 @@
+"""Names, ropes and parts as others write them, against the same model as we would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.hub import from_pretrained
+from jaxmodel.hub.families.llama import FAMILY
+from jaxmodel.ops import RopeScaling
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def renamed(source: str, folder: Path, rename: Any) -> Path:
+    shutil.copytree(GOLDENS / source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("model."),
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"language_model.{name}",
+        lambda name: f"transformer.{name}",
+    ],
+)
+def test_other_beginnings_of_names(rename: Any, tmp_path: Path) -> None:
+    folder = renamed("llama-untied", tmp_path / "a", rename)
+    want = tree.fingerprint(from_pretrained(GOLDENS / "llama-untied").params)
+    assert tree.fingerprint(from_pretrained(folder).params) == want
+
+
+@pytest.mark.parametrize("name", ["bert-a", "bert-b", "bert-c"])
+def test_norms_by_their_first_names(name: str, tmp_path: Path) -> None:
+    old = {"weight": "gamma", "bias": "beta"}
+    rename = lambda n: f"{n.rpartition('.')[0]}.{old[n.rpartition('.')[2]]}" if "LayerNorm" in n else n
+    folder = renamed(name, tmp_path / "a", rename)
+    assert tree.fingerprint(from_pretrained(folder).params) == tree.fingerprint(from_pretrained(GOLDENS / name).params)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+BARE = {key: value for key, value in YARN.items() if key != "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "base", "context"),
+    [  # what transformers 5.24 computes with
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}, 10000.0, 32),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}, "rope_theta": 555.0}, 555.0, 32),
+        ({"rope_scaling": None, "rope_parameters": {**YARN, "rope_theta": 777.0}}, 777.0, 32),
+        ({"rope_scaling": BARE, "original_max_position_embeddings": 16}, 10000.0, 16),
+        ({"rope_parameters": {**YARN, "rope_theta": 777.0}, "original_max_position_embeddings": 16}, 777.0, 16),
+        ({"rope_scaling": BARE}, 10000.0, 128),
+    ],
+)
+def test_a_rope_that_is_said_in_two_places(keys: dict[str, Any], base: float, context: int) -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 8}
+    config = FAMILY.config_from_hf({"model_type": "llama", **sizes, "max_position_embeddings": 128, **keys})
+    assert (config.rope_base, config.rope_scaling) == (base, RopeScaling("yarn", 4.0, context))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8"])
+def test_a_refusal_names_who_quantised(method: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "llama-tied", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(InputError, match=f"the weights are quantised by {method}, which is not read; give the model"):
+        from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("pytorch_model.bin", "'pytorch_model.bin' is not read .*safe_serialization=True"),
+        ("model.gguf", "give the file itself: .*model.gguf"),
+        ("consolidated.safetensors", "'consolidated.safetensors' has another layout"),
+    ],
+)
+def test_a_folder_without_weights_that_are_read(file: str, says: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "llama-untied", tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "a" / file)
+    with pytest.raises(InputError, match=f"'model.safetensors' is missing; {says}"):
+        from_pretrained(tmp_path / "a")
+
+
+def test_adapters_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="it holds adapters alone"):
+        from_pretrained(tmp_path)
