@@ -48,6 +48,8 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
     result: dict[str, Any] = {
         "rows": rows,
         "text": {**resolved.of_text(text), "tokens": tokens},
+        "model": {"name": bundle.card.get("name", options.model), "decoded_from": bundle.card.get("decoded_from")},
+        "processor": report.processor(folder.versions),
         "predictions": int(windows.shape[0] * (windows.shape[1] - 1)),
         "prompt": PROMPT,
         "int8_loads_back_identical": next(row["loads_back"] for row in rows if row["name"] == "int8"),
@@ -102,34 +104,47 @@ def show(result: dict[str, Any], console: Any) -> None:
     """The table, the continuations and the training, for people."""
     from rich.text import Text
 
-    title = f"{result['text']['origin']}, {result['predictions']} predictions"
+    text = f"{result['text']['name']} ({result['text']['origin']})"
+    title = f"{result['model']['name']} on {text}, {result['predictions']:,} predictions"
     report.print_table(result["rows"], COLUMNS, title, console)
+    console.print(Text(_explained(result)))
     for row in result["rows"]:
         console.print(Text(f"{row['name']:>14}  {PROMPT}{row['continuation']!r}"))
     train = result["train"]
     if train:
         console.print()
         console.print(
-            f"small GPT: {train['parameters']} parameters on {train['devices']} devices {train['mesh']}, "
-            f"held-out loss {number(train['heldout_loss'])}, {rate(train['tokens_per_second'])} tokens/s",
+            f"small GPT: {train['parameters']:,} parameters on {train['devices']} simulated devices "
+            f"({mesh_text(train['mesh'])}), held-out loss {number(train['heldout_loss'])}, {rate(train['tokens_per_second'])} tokens/s",
             markup=False,
         )
         report.print_table([*train["compressed"].values()], TRAIN_COLUMNS, None, console)
         console.print(Text(train["sample"]))
-    console.print(f"{result['seconds']:.0f} s")
+    console.print(f"the whole took {result['seconds']:.0f} s")
+
+
+def _explained(result: dict[str, Any]) -> str:
+    """What the f32 of the table is, and what its speeds are of."""
+    kind = result["model"]["decoded_from"]
+    origin = f"f32 is decoded from {kind}, in which the file has the weights; int4 rounds a second time. " if kind else ""
+    return f"{origin}Speeds in tokens a second, on {result['processor']}."
+
+
+def mesh_text(mesh: dict[str, int]) -> str:
+    """A mesh as `--mesh` takes it: `fsdp=4,tensor=2`."""
+    return ",".join(f"{axis}={length}" for axis, length in mesh.items()) or "no mesh"
 
 
 def _write_page(result: dict[str, Any], folder: report.Run) -> None:
     """report.html, whole in one file, and the plots as pictures."""
     rows, train = result["rows"], result["train"]
     sizes = {row["name"]: (row["file_bytes"] / 1e6, row["perplexity"]) for row in rows}
-    speeds = {
-        row["name"]: {"prefill 512": row["prefill_tps"], "decode, 1": row["decode_tps_1"], "decode, 8": row["decode_tps_8"]}
-        for row in rows
-    }
+    prefill = {row["name"]: {"prefill of 512": row["prefill_tps"]} for row in rows}
+    decode = {row["name"]: {"1 stream": row["decode_tps_1"], "8 streams": row["decode_tps_8"]} for row in rows}
     plots: dict[str, Any] = {
         "size": lambda fmt: plot.scatter(sizes, "weights on disk, MB", "perplexity", "Size and quality", fmt, True, True),
-        "speed": lambda fmt: plot.bars(speeds, "tokens per second", "Speed on this machine", fmt),
+        "prefill": lambda fmt: plot.bars(prefill, "tokens per second", "Reading a prompt of 512 tokens", fmt),
+        "decode": lambda fmt: plot.bars(decode, "tokens per second", "Writing, 1 and 8 texts at once", fmt),
     }
     if train:
         steps = [row["step"] for row in train["history"]]
@@ -142,12 +157,15 @@ def _write_page(result: dict[str, Any], folder: report.Run) -> None:
     figures = {name: html.figure(draw("svg")) for name, draw in plots.items()}
     sections = [
         html.text(
-            f"Every version of the model scored on {result['predictions']} predictions of {result['text']['origin']}, and timed "
-            "in one process on one device. Change is the mean difference of the loss to f32 on the same tokens."
+            f"Every version of {result['model']['name']} scored on {result['predictions']:,} predictions of "
+            f"{result['text']['origin']}, and timed "
+            "in one process on one device. Change is the mean difference of the loss to f32 on the same tokens. "
+            + _explained(result)
         ),
         html.table(rows, COLUMNS),
         figures["size"],
-        figures["speed"],
+        figures["prefill"],
+        figures["decode"],
         html.heading("The same greedy continuation"),
         html.table(rows, [report.Column("name", "version"), report.Column("continuation", PROMPT + " ...")]),
     ]
@@ -155,7 +173,7 @@ def _write_page(result: dict[str, Any], folder: report.Run) -> None:
         sections += [
             html.heading("A small GPT, trained from scratch"),
             html.text(
-                f"{train['parameters']} parameters on {train['devices']} simulated devices, mesh {train['mesh']}; "
+                f"{train['parameters']:,} parameters on {train['devices']} simulated devices, mesh {mesh_text(train['mesh'])}; "
                 f"held-out loss {train['heldout_loss']:.3f}. Saved, loaded and made smaller by the same calls:"
             ),
             figures["loss"],
@@ -164,7 +182,7 @@ def _write_page(result: dict[str, Any], folder: report.Run) -> None:
         ]
     sections += [
         html.heading("How to repeat it"),
-        html.text("`jaxmodel rerun` on this folder repeats every number that does not depend on the clock."),
+        html.text("jaxmodel rerun on this folder repeats every number that does not depend on the clock."),
         html.key_value(folder.config),
         html.heading("What it ran on"),
         html.key_value(folder.versions),

@@ -20,6 +20,7 @@ CLOCK = (
     "prefill_tps",
     "decode_tps_1",
     "decode_tps_8",
+    "processor",
     "out",
     "history",
 )

@@ -5,7 +5,7 @@ from jaxmodel.report.experiment import experiment
 from jaxmodel.report.files import atomic_write
 from jaxmodel.report.json_out import check_target, clean_stdout, emit, goal_met, rows, to_plain
 from jaxmodel.report.progress import bar, progress, set_quiet, step
-from jaxmodel.report.run import Run, read_run, start_run, versions
+from jaxmodel.report.run import Run, processor, read_run, start_run, versions
 from jaxmodel.report.table import Column, console_for, print_table, to_markdown
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "html",
     "plot",
     "print_table",
+    "processor",
     "progress",
     "read_run",
     "rows",

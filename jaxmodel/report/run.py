@@ -145,6 +145,27 @@ def versions() -> dict[str, Any]:
     }
 
 
+def processor(known: Mapping[str, Any] | None = None) -> str:
+    """What computes, in words, for a speed to stand beside: speeds of other kinds differ several times over.
+
+    Args:
+      known: what `versions` gave; None asks it.
+
+    >>> cpu = {"model": "A", "flags": ["avx2", "avx512f", "avx512_vnni"], "count": 2}
+    >>> processor({"devices": {"platform": "cpu"}, "cpu": cpu})
+    'A, 2 cores, AVX-512 with VNNI'
+    """
+    known = versions() if known is None else known
+    if (devices := known["devices"])["platform"] != "cpu":
+        return f"{devices['count']} x {devices['kind']}"
+    cpu = known["cpu"]
+    flags = set(cpu["flags"])
+    more = [name for flag, name in (("avx512_vnni", "VNNI"), ("avx512_bf16", "bf16")) if flag in flags]
+    kinds = (("amx_tile", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"), ("sve", "SVE"), ("asimd", "NEON"))
+    kind = next((name for flag, name in kinds if flag in flags), "no vectors known")
+    return f"{cpu['model']}, {cpu['count']} cores, {kind}{f' with {" and ".join(more)}' if kind == 'AVX-512' and more else ''}"
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

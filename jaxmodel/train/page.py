@@ -102,7 +102,7 @@ def plots(rows: list[dict[str, Any]]) -> dict[str, Callable[[str], bytes]]:
         "loss": (LOSSES, "loss", "Loss"),
         "learning_rate": (("learning_rate",), "learning rate", "Learning rate"),
         "grad_norm": (("grad_norm",), "norm of the gradient", "Gradient"),
-        "speed": (("tokens_per_second", "rows_per_second"), "a second", "Speed"),
+        "speed": (("tokens_per_second", "rows_per_second"), "tokens (or rows) per second", "Speed"),
     }
     made: dict[str, Callable[[str], bytes]] = {}
     for name, (keys, label, title) in wanted.items():
@@ -140,8 +140,8 @@ def page(folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any],
     sections += [
         html.heading("How to go on and to repeat it"),
         html.text(
-            "`jaxmodel resume` on this folder goes on from the last checkpoint, `jaxmodel rerun` repeats the run, and "
-            "`jaxmodel replay --step k` computes one step again."
+            "jaxmodel resume on this folder goes on from the last checkpoint, jaxmodel rerun repeats the run, and "
+            "jaxmodel replay --step k computes one step again."
         ),
         html.key_value(folder.config),
         html.heading("What it ran on"),

@@ -209,8 +209,8 @@ def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder):
     assert got["train"]["mesh"] == {"fsdp": 4, "tensor": 2} and set(got["train"]["compressed"]) == {"f32", "int8", "int4"}
     (run,) = (folder / "demo").iterdir()
     page = (run / "report.html").read_text()
-    assert page.count("<svg") == 3 and "http" not in page.replace("http://www.w3.org", "")
-    assert {p.name for p in (run / "plots").iterdir()} == {"size.png", "speed.png", "loss.png"}
+    assert page.count("<svg") == 4 and "http" not in page.replace("http://www.w3.org", "")
+    assert {p.name for p in (run / "plots").iterdir()} == {"size.png", "prefill.png", "decode.png", "loss.png"}
     assert hub.from_pretrained(run / "int8").params
     resolved = json.loads((run / "config.json").read_text())["resolved"]
     assert set(resolved["recipes"]) == set(compress.NAMED) and "resolved.model.config.width" in page
