@@ -115,7 +115,8 @@ def show(result: dict[str, Any], console: Any) -> None:
         console.print()
         console.print(
             f"small GPT: {train['parameters']:,} parameters on {train['devices']} simulated devices "
-            f"({mesh_text(train['mesh'])}), held-out loss {number(train['heldout_loss'])}, {rate(train['tokens_per_second'])} tokens/s",
+            f"({mesh_text(train['mesh'])}), held-out loss {number(train['heldout_loss'])}, "
+            f"{rate(train['tokens_per_second'])} tokens/s",
             markup=False,
         )
         report.print_table([*train["compressed"].values()], TRAIN_COLUMNS, None, console)

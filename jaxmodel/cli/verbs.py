@@ -88,20 +88,20 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     messages, tools, documents = _talk(options)
-    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter))
-    prompt = options.prompt
-    if options.chat:
-        prompt = hub.need_processor(bundle).apply_chat(messages, tools=tools, documents=documents)
-    request = generation.Request(
+    request = generation.Request(  # refuses values out of range before anything is loaded
         generation.Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty),
         options.max_new_tokens,
         options.stop,
         options.seed,
         special=not options.chat,  # a chat template writes what begins a text itself
     )
+    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter))
+    prompt = options.prompt
+    if options.chat:
+        prompt = hub.need_processor(bundle).apply_chat(messages, tools=tools, documents=documents)
     folder.resolve(model=resolved.of_model(bundle.model), request=request)
     (done,) = generation.generate_ids(bundle, [prompt], request)
-    return {**dataclasses.asdict(done), "prompt": prompt, "model": options.model}
+    return {**dataclasses.asdict(done), "prompt": prompt, "chat": options.chat, "model": options.model}
 
 
 def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
@@ -134,7 +134,7 @@ def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
 def _show_generate(result: dict[str, Any], console: Any) -> None:
     from rich.text import Text
 
-    console.print(Text(result["prompt"], style="dim") + Text(result["text"]))
+    console.print(Text("" if result.get("chat") else result["prompt"], style="dim") + Text(result["text"]))
     speed = f"{len(result['ids'])} tokens, {result['tokens_per_second']:.1f} tokens/s, ended by {result['finish_reason']}"
     console.print(Text(speed, style="dim"))
 
