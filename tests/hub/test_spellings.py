@@ -99,3 +99,11 @@ def test_adapters_alone(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="it holds adapters alone"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_t5_without_its_shared_table(side: str, tmp_path: Path) -> None:
+    rename = lambda name: f"{side}.embed_tokens.weight" if name == "shared.weight" else name
+    folder = renamed("seq2seq/t5-tied", tmp_path / "a", rename)
+    want = tree.fingerprint(from_pretrained(GOLDENS / "seq2seq" / "t5-tied").params)
+    assert tree.fingerprint(from_pretrained(folder).params) == want

@@ -86,6 +86,7 @@ FAMILY = Family(
     names=_names,
     config_from_hf=_from_hf,
     config_to_hf=_to_hf,
+    spellings=(("shared.weight", "encoder.embed_tokens.weight"), ("shared.weight", "decoder.embed_tokens.weight")),
     # older files have a table in the first layer that reads the encoder; no T5 uses it
     ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     copies={"encoder.embed_tokens.weight": "embed", "decoder.embed_tokens.weight": "embed", "lm_head.weight": "embed"},
