@@ -130,8 +130,9 @@ def show(result: dict[str, Any], console: Any) -> None:
         heldout = f", held-out {_shown(result['heldout_loss'])}" if judged else ""
         goodput = f"goodput {100 * result['ledger']['goodput']:.0f} %"
         done = f"loss {_shown(result['loss'])}{heldout}, {result['tokens_per_second']:.0f} tokens/s, {goodput}"
+    mesh = "".join(f", {axis}={length}" for axis, length in result["mesh"].items())
     console.print(
-        f"{result['parameters']} parameters on {result['devices']} device(s) {result['mesh'] or ''}: {done}, "
+        f"{result['parameters']:,} parameters on {result['devices']} device{'s' * (result['devices'] > 1)}{mesh}: {done}, "
         f"saved in {result['out']}",
         markup=False,
     )
