@@ -1,0 +1,17 @@
+"""The quick form of `experiments/fuzz.py`: damaged files and command lines, all refused in one line or read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fuzz
+
+
+def test_damaged_files_and_command_lines(tmp_path: Path) -> None:
+    found = fuzz.run(tmp_path, files=200, commands=60, seed=1)
+    assert not found["faults"], "\n\n".join(f"{said}\n{end}\n{text}" for said, end, text in found["faults"])
+    assert found["peak"] < fuzz.BYTES and found["slowest"] < fuzz.SECONDS + 60
+    assert found["right"] > 10 and found["refused"] > 50  # else the damage is none, or nothing gets as far as to be read
