@@ -35,6 +35,10 @@ class Perplexity:
     predictions: int
     interval: tuple[float, float]
 
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return f"Perplexity({self.perplexity:.2f}: nll {self.nll:.4f} [{low:.3f}, {high:.3f}], {self.predictions:,} predictions)"
+
 
 def perplexity(
     model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128, seed: int = 0

@@ -65,3 +65,10 @@ def test_windows_that_cannot_be_scored(shape, says, params):
 def test_a_chunk_of_nothing(params):
     with pytest.raises(InputError, match="chunk: 0 given; allowed: a whole number of at least 1"):
         evaluate.token_nll(MODEL, params, np.zeros((1, 9), np.int32), chunk=0)
+
+
+def test_a_result_prints_as_one_short_line():
+    from jaxmodel.evaluate.perplexity import Perplexity
+
+    shown = repr(Perplexity(3.22247227453718, 25.090073116352055, 1020, (2.92109312373293, 3.566567221158673)))
+    assert shown == "Perplexity(25.09: nll 3.2225 [2.921, 3.567], 1,020 predictions)"
