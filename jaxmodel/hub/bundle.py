@@ -44,6 +44,7 @@ __all__ = ["Bundle", "check_target", "load", "need_processor", "save"]
 
 FORMAT = 1
 OURS = "jaxmodel.json"
+DECODED = "mxfp4", "gpt_oss"  # the one method, of the one kind, whose weights are read as floats
 SHARD_BYTES = 5_000_000_000  # of one file of weights
 
 
@@ -210,7 +211,7 @@ def load(
     kind = dtype or (None if ours else "float32")
     with open_folder(folder) as tensors:
         fields = ours.get("leaves", {})
-        params = assemble(model, family, family.names(config), tensors, fields=fields, dtype=kind, mesh=mesh)
+        params = assemble(model, family, family.names(config), family.view(tensors), fields=fields, dtype=kind, mesh=mesh)
     if made is not None:
         params = tree.unstack(params)  # a layer each, as the module itself has them
     bundle = Bundle(model, params, processor, ours.get("card", card))
@@ -244,8 +245,9 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
       InputError: it is missing, or has a key of another kind than it should be, or says what no family has.
     """
     where, hf = f"{folder}/config.json", schema.read(folder / "config.json", schemas.Config)
-    if (packed := hf.get("quantization_config")) is not None:
-        how = packed.get("quant_method") or packed.get("quant_algo") or "a method that is not named"
+    packed = hf.get("quantization_config")
+    how = None if packed is None else packed.get("quant_method") or packed.get("quant_algo") or "a method that is not named"
+    if how is not None and (how, hf.get("model_type")) != DECODED:
         raise InputError(
             f"{where}: the weights are quantised by {how}, which is not read; give the model that it was made from, or a "
             "GGUF file, and compress that here"
@@ -353,7 +355,9 @@ def _join(tensor: str, found: list[tuple[Name, str, np.ndarray]]) -> Iterator[tu
     whole = found[0][0].part
     alike = len({array.dtype for _, _, array in found}) == 1
     if whole is not None and alike and len(found) == len(whole[1]):
-        yield tensor, np.concatenate([array for _, _, array in found], axis=found[0][0].joined)
+        arrays, name = [array for _, _, array in found], found[0][0]
+        woven = np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1) if name.woven else None
+        yield tensor, np.concatenate(arrays, axis=name.joined) if woven is None else woven
     else:
         for name, layer, array in found:
             yield name.packed.format(layer), array

@@ -29,9 +29,10 @@ class Name:
     Attributes:
       path: of the leaf, `{}` for the layer.
       tensor: its name in the file, `{}` for the layer, `{expert}` for the expert.
-      transposed: whether the file has `[in, out]` (GPT-2).
+      transposed: whether the file has `[in, out]` (GPT-2), behind the experts if it has them in one tensor (gpt-oss).
       part: (index, sizes): the leaf is one of those that the file joins along our first axis, whose lengths are in these
         proportions (GPT-2's q, k, v: 1, 1, 1).
+      woven: whether equal parts take turns along the file's last axis, instead of standing one behind the other (gpt-oss).
       pairs: heads whose rows stand in rotary pairs that are neighbours (GGUF's q and k); 0 where they do not.
       trailing: axes of the file that our last one flattens (the kernel of a convolution).
       lead: leading axes of length one that the file has and we have not.
@@ -42,6 +43,7 @@ class Name:
     tensor: str
     transposed: bool = False
     part: tuple[int, tuple[int, ...]] | None = None
+    woven: bool = False
     pairs: int = 0
     trailing: tuple[int, ...] = ()
     lead: int = 0
@@ -60,12 +62,12 @@ class Name:
     @property
     def joined(self) -> int:
         """The axis of the file along which parts are joined."""
-        return -1 if self.transposed else 0
+        return -1 if self.transposed or self.woven else 0
 
     @property
     def alone(self) -> Name:
         """The entry for a part that is a tensor of its own, because its siblings have another form."""
-        return dataclasses.replace(self, tensor=self.packed, part=None)
+        return dataclasses.replace(self, tensor=self.packed, part=None, woven=False)
 
     def tensors(self, layer: str) -> list[str]:
         """The names of the file's tensors behind the leaf of a layer."""
@@ -78,11 +80,11 @@ class Name:
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the file's tensor (the whole one, where the leaf is a part) behind a leaf of this shape."""
         shape = shape[1:] if self.experts else shape
-        shape = shape[::-1] if self.transposed else shape
+        shape = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
         if self.part is not None:
             index, sizes = self.part
             whole = shape[self.joined] // sizes[index] * sum(sizes)
-            shape = (*shape[:-1], whole) if self.transposed else (whole, *shape[1:])
+            shape = (*shape[:-1], whole) if self.joined else (whole, *shape[1:])
         return (*(1,) * self.lead, *(shape[:-1] if self.trailing else shape), *self.trailing)
 
 
@@ -125,10 +127,16 @@ def read_leaf(tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], 
 
 
 def _read(tensors: Tensors, stored: str, name: Name, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    place: list[Any] = list(index[::-1] if name.transposed else index)
+    place: list[Any] = [*index[:-2], index[-1], index[-2]] if name.transposed else list(index)
+    if name.woven and name.part is not None:
+        of, last = len(name.part[1]), place[-1]
+        place[-1] = slice(of * last.start, of * last.stop)
+        found = tensors.read(stored, tuple(place))[..., name.part[0] :: of]
+        return np.swapaxes(found, -1, -2) if name.transposed else found
     if name.part is not None:
         at, sizes = name.part
-        first, axis = shape[0] // sizes[at] * sum(sizes[:at]), name.joined
+        axis = name.joined
+        first = (shape[-2] if name.transposed else shape[0]) // sizes[at] * sum(sizes[:at])
         place[axis] = slice(place[axis].start + first, place[axis].stop + first)
     if name.pairs:
         place[0] = name.rows(shape[0])[place[0]]
@@ -137,12 +145,12 @@ def _read(tensors: Tensors, stored: str, name: Name, shape: tuple[int, ...], ind
         return whole.reshape(*whole.shape[name.lead : -len(name.trailing)], -1)[..., index[-1]]
     found = tensors.read(stored, (slice(0, 1),) * name.lead + tuple(place))
     found = found.reshape(found.shape[name.lead :])
-    return found.T if name.transposed else found
+    return np.swapaxes(found, -1, -2) if name.transposed else found
 
 
 def to_file(name: Name, leaf: np.ndarray) -> np.ndarray:
     """A plain leaf (of one expert) in the file's form, but for what it is a part of."""
-    leaf = leaf.T if name.transposed else leaf
+    leaf = np.swapaxes(leaf, -1, -2) if name.transposed else leaf
     leaf = leaf.reshape(*leaf.shape[:-1], *name.trailing) if name.trailing else leaf
     return leaf.reshape((1,) * name.lead + leaf.shape)
 
@@ -170,6 +178,7 @@ class Family:
       ignored: regular expression of tensors that carry no weights (masks, tables, a copy of the tied embedding).
       prefix: of HF names, which some files leave out.
       spellings: other beginnings for those of our names: (ours, theirs).
+      view: the tensors of a folder -> those that `names` means, where files pack some.
       card: config.json -> what the bundle's card says of it, where that is more than its config.
       gguf_kinds: values of `general.architecture` that it reads.
       gguf_names: config -> entries for GGUF.
@@ -192,6 +201,7 @@ class Family:
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     spellings: tuple[tuple[str, str], ...] = ()
     card: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
+    view: Callable[[Tensors], Tensors] = lambda tensors: tensors
 
     def spelt(self, tensor: str) -> Iterator[str]:
         """The names that a tensor may have in a file."""

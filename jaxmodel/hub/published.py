@@ -20,6 +20,8 @@ WEIGHTS = {
     "gpt2/gpt2-large": "openai-community/gpt2-large",
     "gpt2/gpt2-medium": "openai-community/gpt2-medium",
     "gpt2/gpt2-xl": "openai-community/gpt2-xl",
+    "gpt_oss/gpt-oss-120b": "openai/gpt-oss-120b",
+    "gpt_oss/gpt-oss-20b": "openai/gpt-oss-20b",
     "llama/gemma-2-2b": "google/gemma-2-2b",
     "llama/gemma-3-1b": "google/gemma-3-1b-pt",
     "llama/gemma-3-4b": "google/gemma-3-4b-pt",

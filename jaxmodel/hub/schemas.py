@@ -116,6 +116,8 @@ class Config(TypedDict, total=False):
     attention_multiplier: Positive
     residual_multiplier: Positive
     logits_scaling: Positive
+    swiglu_limit: Positive
+    swiglu_alpha: Positive
     dropout_rate: Share
     classifier_dropout: Share | None
     # choices

@@ -32,6 +32,7 @@ class Attention(nn.Module):
       scale: of the scores; None for `1 / sqrt(h)`.
       softcap: of the scores; see `ops.attention`.
       wide_norm: whether `qk_norm` is over all heads together, its weights `[H*h]` and `[K*h]` (OLMo 2, 2024).
+      sinks: whether each head has a score that takes part in the softmax and has no value: leaf sinks `[H]` (gpt-oss, 2025).
     """
 
     heads: int
@@ -46,6 +47,7 @@ class Attention(nn.Module):
     scale: float | None = None
     softcap: float | None = None
     wide_norm: bool = False
+    sinks: bool = False
 
     @nn.compact
     def __call__(
@@ -78,7 +80,9 @@ class Attention(nn.Module):
         if window is not None:
             seen = dataclasses.replace(seen, window=window)
         bias = context.get("bias")
-        mixed = ops.attention(q, k, v, seen, self.policy, scale=self.scale, softcap=self.softcap, bias=bias)
+        sinks = leaf(self, "sinks", self.initializer, (self.heads,)) if self.sinks else None
+        how: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "bias": bias, "sinks": sinks}
+        mixed = ops.attention(q, k, v, seen, self.policy, **how)
         o = leaf(self, "o", self.out_initializer, (x.shape[-1], mixed.shape[2] * self.width))
         y = ops.einsum("BTHh,D(Hh)->BTD", mixed, o, self.policy)
         if self.bias if self.out_bias is None else self.out_bias:

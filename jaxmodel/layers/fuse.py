@@ -29,8 +29,9 @@ def fuse(params: tree.Params) -> tree.Params:
     for group in GROUPS:
         members: list[Any] = [out.get(name) for name in group]
         biases: list[Any] = [out.get(f"{name}_bias") for name in group]
-        adapted = any(f"{name}{SUFFIX}" in out for name in group)
-        if adapted or not _joinable(members) or any(b is None for b in biases) != all(b is None for b in biases):
+        none = [bias is None for bias in biases]
+        apart = any(f"{name}{SUFFIX}" in out for name in group) or any(isinstance(bias, Compressed) for bias in biases)
+        if apart or not _joinable(members) or any(none) != all(none):
             continue
         key = _key(group, [leaf.shape[-2] for leaf in members])
         out[key] = jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-2), *members)

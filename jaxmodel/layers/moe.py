@@ -35,6 +35,8 @@ class MoE(nn.Module):
       out_initializer: of down.
       policy: dtypes; the router is float32 whatever it says.
       normed: whether the probabilities of the chosen sum to one.
+      gated: what is made of gate and up, in place of `activation(gate) * up`.
+      bias: whether all maps have biases, the router too: router_bias `[E]`, gate_bias and up_bias `[E, F]`, down_bias `[E, D]`.
     """
 
     experts: int
@@ -45,6 +47,8 @@ class MoE(nn.Module):
     out_initializer: Initializer
     policy: ops.Policy
     normed: bool = True
+    gated: Callable[[Array, Array], Array] | None = None
+    bias: bool = False
 
     @nn.compact
     def __call__(
@@ -59,6 +63,9 @@ class MoE(nn.Module):
         router = leaf(self, "router", self.initializer, (self.experts, x.shape[-1]))
         wide = dataclasses.replace(self.policy, compute="float32", stream="float32")
         scores = ops.einsum("BTD,ED->BTE", x, router, wide)
+        if self.bias:
+            of_router = leaf(self, "router_bias", nn.initializers.zeros, (self.experts,))
+            scores = scores + ops.on_last(of_router.astype(jnp.float32), 3)
         real = jnp.ones(x.shape[:2], jnp.bool_) if real is None else real
         mixed, expert = expert_parallel(self._choose, self._mixed, x, scores, real, self._leaves(x.shape[-1]), self.policy)
         each = ops.on_last(jnp.arange(self.experts, dtype=expert.dtype), 4)
@@ -96,14 +103,26 @@ class MoE(nn.Module):
         names = ("gate", "up") if fused is None else (fused,)
         leaves = {name: leaf(self, name, self.initializer, (self.experts, self.width, width)) for name in names}
         inner = leaves["gate"].shape[1] if fused is None else leaves[fused].shape[1] // 2
-        return {**leaves, "down": leaf(self, "down", self.out_initializer, (self.experts, width, inner))}
+        leaves["down"] = leaf(self, "down", self.out_initializer, (self.experts, width, inner))
+        for name in tuple(leaves) if self.bias else ():
+            key, shape = f"{name}_bias", (self.experts, leaves[name].shape[1])
+            leaves[key] = leaf(self, key, nn.initializers.zeros, shape)
+        return leaves
 
     def _expert(self, rows: Float[Array, "N D"], sizes: Int[Array, " E"], leaves: dict[str, Any]) -> Float[Array, "N D"]:
         """The feed-forward part of each row's expert."""
-        run: Callable[[str], Array] = lambda name: ops.ragged(rows, leaves[name], sizes, self.policy)
-        fused = fused_key(leaves, ("gate", "up"))
-        gate, up = (run("gate"), run("up")) if fused is None else cut(run(fused), fused)
-        return ops.ragged(self.activation(gate) * up, leaves["down"], sizes, self.policy)
+        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0], dtype=sizes.dtype), side="right")
+        group = jnp.minimum(group, sizes.shape[0] - 1)[None].astype(jnp.int32)
+
+        def run(x: Array, name: str) -> Array:
+            y = ops.ragged(x, leaves[name], sizes, self.policy)
+            if not self.bias:
+                return y
+            return y + ops.take(leaves[f"{name}_bias"], group, dataclasses.replace(self.policy, axes=()))[0].astype(y.dtype)
+
+        fused = fused_key([name for name in leaves if not name.endswith("_bias")], ("gate", "up"))
+        gate, up = (run(rows, "gate"), run(rows, "up")) if fused is None else cut(run(rows, fused), fused)
+        return run(self.activation(gate) * up if self.gated is None else self.gated(gate, up), "down")
 
 
 def expert_parallel(

@@ -28,11 +28,12 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     bias: Float[Array, "#B H T S"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """`softmax(softcap(scale q k^T) + bias) v`, heads in groups that share a key head (Ainslie et al., 2023).
 
     Where the mesh cuts positions (`T` in `policy.axes`), keys and values go round in a ring (see `jaxmodel.ops.ring`), unless
-    there is a bias or a mask, or the number of positions is not divisible: then the devices gather them.
+    there is a bias, a mask or sinks, or the number of positions is not divisible: then the devices gather them.
 
     Args:
       q: queries; H is a multiple of K.
@@ -44,35 +45,46 @@ def attention(
       scale: of the scores; default `1 / sqrt(h)`.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, 2024).
       bias: added to the scores (relative positions).
+      sinks: a score of each head that takes part in the softmax and has no value (Xiao et al., 2023; gpt-oss, 2025).
 
     Raises:
-      InputError: a bias with blockwise attention.
+      InputError: a bias or sinks with blockwise attention.
     """
     t, s = q.shape[1], k.shape[2]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    axis = ring_axis(t, s, seen, policy) if bias is None else None
+    plain = bias is not None or sinks is not None
+    axis = None if plain else ring_axis(t, s, seen, policy)
     if axis is not None:
         return ring(q, k, v, seen, policy, factor, softcap, axis)
-    long = policy.attention == "auto" and t * s >= BLOCKWISE_FROM and t > 1 and bias is None
+    long = policy.attention == "auto" and t * s >= BLOCKWISE_FROM and t > 1 and not plain
     if policy.attention == "blockwise" or long:
-        if bias is not None:
-            raise InputError("policy.attention: 'blockwise' takes no bias of relative positions; allowed: 'plain', 'auto'")
+        if plain:
+            what = "no bias of relative positions" if sinks is None else "no sinks"
+            raise InputError(f"policy.attention: 'blockwise' takes {what}; allowed: 'plain', 'auto'")
         return blockwise(q, k, v, seen, policy, factor, softcap)
     count = min(CAUSAL_PARTS, t // CAUSAL_ROWS)
     if not (seen.causal and t == s and count > 1 and t % count == 0):
-        return _plain(q, k, v, seen.square(t, s), policy, factor, softcap, bias)
+        return _plain(q, k, v, seen.square(t, s), policy, factor, softcap, bias, sinks)
     size = t // count  # nearly half of the work is left out: no query sees behind the end of its part
     parts = []
     for start in range(0, t, size):
         stop = start + size
         square = seen.square(size, stop, start)
         near = None if bias is None else bias[:, :, start:stop, :stop]
-        parts.append(_plain(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], square, policy, factor, softcap, near))
+        parts.append(_plain(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], square, policy, factor, softcap, near, sinks))
     return jnp.concatenate(parts, axis=1)
 
 
 def _plain(
-    q: Array, k: Array, v: Array, square: Array, policy: Policy, scale: float, softcap: float | None, bias: Array | None
+    q: Array,
+    k: Array,
+    v: Array,
+    square: Array,
+    policy: Policy,
+    scale: float,
+    softcap: float | None,
+    bias: Array | None,
+    sinks: Array | None,
 ) -> Array:
     b, t, heads, width = q.shape
     groups = heads // k.shape[1]
@@ -85,6 +97,11 @@ def _plain(
     scores = scores.reshape(b, k.shape[1], groups, t, -1)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32).reshape(bias.shape[0], k.shape[1], groups, *bias.shape[2:])
-    weights = jax.nn.softmax(masked(scores, square), axis=-1).reshape(b, k.shape[1], groups * t, -1)
+    scores = masked(scores, square)
+    if sinks is not None:
+        of_head = sinks.astype(jnp.float32).reshape(1, k.shape[1], groups, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(of_head, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = (weights if sinks is None else weights[..., :-1]).reshape(b, k.shape[1], groups * t, -1)
     out = product("bkns,bksh->bknh", weights, v, compute, policy.stream)
     return heads_joined(out.reshape(b, k.shape[1], groups, t, width)).astype(policy.stream)

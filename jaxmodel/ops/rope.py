@@ -30,6 +30,7 @@ class RopeScaling:
       slow: yarn: one that turns less often is stretched whole.
       sharpen: yarn and longrope: factor of sine and cosine; None for `0.1 ln(factor) + 1` and
         `sqrt(1 + ln(factor) / ln(context))`.
+      truncate: yarn: whether the dimensions between which the passage lies are whole numbers.
       near: longrope: the divisors for rows all of whose positions are in the context of the training.
       far: longrope: those for other rows. (So what a cache holds changes its meaning where a row grows beyond that context.)
     """
@@ -42,6 +43,7 @@ class RopeScaling:
     fast: float = 32.0
     slow: float = 1.0
     sharpen: float | None = None
+    truncate: bool = True
     near: tuple[float, ...] = ()
     far: tuple[float, ...] = ()
 
@@ -74,7 +76,9 @@ class RopeScaling:
             def place(turns: float) -> float:
                 return width * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-            first, last = max(math.floor(place(self.fast)), 0), min(math.ceil(place(self.slow)), width - 1)
+            first, last = place(self.fast), place(self.slow)
+            first, last = (math.floor(first), math.ceil(last)) if self.truncate else (first, last)
+            first, last = max(first, 0), min(last, width - 1)
             last = last + 0.001 if first == last else last
             kept = 1 - np.clip((np.arange(len(frequency)) - first) / (last - first), 0.0, 1.0)
         return slower * (1 - kept) + frequency * kept

@@ -21,13 +21,13 @@ from jaxmodel.evaluate.perplexity import perplexity, token_nll
 from jaxmodel.hub import Bundle, from_pretrained
 from jaxmodel.hub.families import families, family_of
 from jaxmodel.hub.names import Tensors, find, read_leaf
-from jaxmodel.models import gpt2, llama
+from jaxmodel.models import gpt2, gpt_oss, llama
 from jaxmodel.ops import rope
 from jaxmodel.train.losses import next_token
 
 GOLDENS = Path(__file__).parent / "goldens"
 # decoders; other families have goldens and tests of their own
-KINDS = {kind: family for family in families().values() if family.module in (gpt2, llama) for kind in family.kinds}
+KINDS = {kind: family for family in families().values() if family.module in (gpt2, gpt_oss, llama) for kind in family.kinds}
 NAMES = sorted(path.parent.name for kind in KINDS for path in GOLDENS.glob(f"{kind}-*/config.json"))
 
 type Golden = tuple[Bundle, dict[str, np.ndarray]]
@@ -75,7 +75,7 @@ def test_every_kind_has_goldens() -> None:
 
 def test_the_goldens_between_them_have_every_part() -> None:
     """Configs that differ from the plain Llama in every field that any kind sets."""
-    configs = [from_pretrained(GOLDENS / name).model.config for name in NAMES if not name.startswith("gpt2")]
+    configs = [from_pretrained(GOLDENS / name).model.config for name in NAMES if not name.startswith("gpt")]
     plain = llama.SIZES["tiny"]
     for field in dataclasses.fields(llama.Config):
         assert len({getattr(config, field.name) for config in configs} | {getattr(plain, field.name)}) > 1, field.name
@@ -200,6 +200,7 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind: s
         ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("qwen3_moe", {"num_experts_per_tok": 129}, "experts_per_token: 129 given; allowed: 1 to 128"),
         ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]; allowed: a list with 1 or 0 for each of 36 layers"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias is False"),
         ("olmo3", {"layer_types": ["full_attention"] * 32}, "layer_types has no sliding_attention"),
         ("olmo2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not known"),
         ("phi3", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope type 'llama3' is not read"),
@@ -227,6 +228,42 @@ def test_the_first_phi_3_files_mean_the_same() -> None:
     assert want.rotary_width == 6 and want.rope_scaling.factor == 2
     for kind in ("su", "yarn", "longrope"):
         assert KINDS["phi3"].config_from_hf({**old, "rope_scaling": {"type": kind, **lists}}) == want
+
+
+def fp4(code: int) -> float:
+    """E2M1 by its definition: a sign, two bits of exponent (bias 1), one of mantissa; exponent 0 has no hidden one."""
+    sign, exponent, mantissa = -1 if code & 8 else 1, code >> 1 & 3, code & 1
+    return sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1))
+
+
+def test_mxfp4_is_decoded(tmp_path: Path) -> None:
+    """gpt-oss as it is published: blocks of 32 codes with a shared exponent in place of the experts' matrices."""
+    hf = json.loads((GOLDENS / "gpt_oss-a" / "config.json").read_text())
+    hf |= {"hidden_size": 64, "intermediate_size": 32, "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config = KINDS["gpt_oss"].config_from_hf(json.loads((tmp_path / "config.json").read_text()))
+    rng, want = np.random.default_rng(0), {}
+    params = gpt_oss.model(config).init(jax.random.key(0))
+    Bundle(gpt_oss.model(config), params).save_pretrained(tmp_path / "plain")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    for name in [name for name in tensors if re.search(r"experts\.(gate_up|down)_proj$", name)]:
+        experts, inner, out = tensors.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, out, inner // 32, 16), dtype=np.uint8)
+        scales = rng.integers(118, 130, (experts, out, inner // 32), dtype=np.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        decoded = np.zeros((experts, inner, out), np.float32)
+        for e, o, group, i in np.ndindex(blocks.shape):
+            for half in range(2):
+                value = fp4(int(blocks[e, o, group, i]) >> 4 * half & 15) * 2.0 ** (int(scales[e, o, group]) - 127)
+                decoded[e, 32 * group + 2 * i + half, o] = value
+        want[name] = decoded
+    save_file(tensors, tmp_path / "model.safetensors")
+    got = load_file(from_pretrained(tmp_path).save_pretrained(tmp_path / "out") / "model.safetensors")
+    assert len(want) == 4 and all(np.array_equal(got[name], decoded) for name, decoded in want.items())
+    del tensors["model.layers.0.mlp.experts.down_proj_scales"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="'model.layers.0.mlp.experts.down_proj' is missing"):
+        from_pretrained(tmp_path)
 
 
 def test_other_spellings_of_gemma_3(tmp_path: Path) -> None:

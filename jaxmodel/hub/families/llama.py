@@ -114,7 +114,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> llama.Config:
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tied=hf.get("tie_word_embeddings", False),
         init_scale=hf.get("initializer_range", 0.02),
-        rope_scaling=_scaling(rope, hf.get("max_position_embeddings", 2048)),
+        rope_scaling=scaling_from_hf(rope, hf.get("max_position_embeddings", 2048)),
         windows=windows_of(hf),
         local_rope_base=None if local is None else float(local["rope_theta"]),
         qkv_bias=kind == "qwen2",
@@ -141,11 +141,12 @@ def plain(hf: Mapping[str, Any], **defaults: Any) -> llama.Config:
     return config_from_hf({**defaults, **hf, "model_type": "llama"})
 
 
-def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
+def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
+    """The scaling that `rope_scaling` or `rope_parameters` says, of a model for `context` tokens."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    refused = {"mscale": None, "mscale_all_dim": None, "truncate": True, "partial_rotary_factor": 1.0}
+    refused = {"mscale": None, "mscale_all_dim": None, "partial_rotary_factor": 1.0}
     for key, usual in refused.items():
         if rope.get(key, usual) not in (usual, None):
             raise InputError(f"config.json: {key} of the rope scaling is {rope[key]!r}; allowed: {usual!r}")
@@ -153,6 +154,8 @@ def _scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     options: dict[str, Any] = {ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None}
     if kind == "yarn" and rope.get("attention_factor") is not None:
         options["sharpen"] = float(rope["attention_factor"])
+    if kind == "yarn" and rope.get("truncate") is False:
+        options["truncate"] = False
     trained = 0 if kind == "linear" else int(rope.get("original_max_position_embeddings") or context)
     if "factor" not in rope:
         raise InputError(f"config.json: the rope scaling {kind!r} has no factor")
@@ -245,7 +248,7 @@ def common_to_hf(c: llama.Config, kind: str, architecture: str) -> dict[str, Any
     }
     hf |= {"hidden_activation": "gelu_pytorch_tanh"} if kind in _GEMMA else {"hidden_act": "silu"}
     if c.rope_scaling is not None:
-        hf["rope_scaling"] = _scaling_to_hf(c.rope_scaling)
+        hf["rope_scaling"] = scaling_to_hf(c.rope_scaling)
     return hf
 
 
@@ -275,14 +278,15 @@ def config_to_hf(c: llama.Config) -> dict[str, Any] | None:
     return hf
 
 
-def _scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
+def scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
+    """The object of config.json that says it."""
     hf: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
     if s.kind != "linear":
         hf["original_max_position_embeddings"] = s.context
     if s.kind == "llama3":
         hf |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
     if s.kind == "yarn":
-        hf |= {"beta_fast": s.fast, "beta_slow": s.slow, "attention_factor": s.sharpen}
+        hf |= {"beta_fast": s.fast, "beta_slow": s.slow, "attention_factor": s.sharpen, "truncate": s.truncate}
     return hf
 
 

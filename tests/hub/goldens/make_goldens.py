@@ -146,7 +146,9 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if grad is None:  # of the images
             continue
         stem = key.replace(".mlp.", ".block_sparse_moe.") if mixtral else key.replace(".language_model.", ".")
-        if key.endswith("experts.gate_up_proj"):
+        if model.config.model_type == "gpt_oss":  # in files as in memory
+            found[key] = grad
+        elif key.endswith("experts.gate_up_proj"):
             for e, both in enumerate(grad):
                 gate, up = both.chunk(2)
                 found |= {

@@ -10,6 +10,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -206,6 +207,14 @@ MODELS = {
         ),
         *(18, 10, _SCALED),
     ),
+    "gpt_oss-a": Tiny(
+        28,
+        GptOssConfig(
+            **sizes(53, head_dim=6, sliding_window=4, num_local_experts=4, num_experts_per_tok=2, swiglu_limit=0.8),
+            **rope("yarn", 100.0, factor=4.0, beta_fast=4.0, truncate=False),
+        ),
+        *(18, 11, r"model\.layers\.1\..*"),
+    ),
     "phi3-a": Tiny(
         26,
         Phi3Config(**sizes(53, sliding_window=6, partial_rotary_factor=0.5, original_max_position_embeddings=64)),
@@ -261,6 +270,7 @@ WRITTEN = {
     "phi3-long-bf16": ("llama", "tiny", {"rope_scaling": {**_LONG, "near": [1.0] * 4, "far": [3.0] * 4, "sharpen": 1.2}}),
     "qwen3_moe": ("llama", "tiny-moe", {"qk_norm": True, "expert_width": 24, "norm_topk": False, "dense_layers": [1]}),
     "qwen3_moe-bf16": ("llama", "tiny-moe", {"qk_norm": True, "expert_width": 48, "windows": [5]}),
+    "gpt_oss": ("gpt_oss", "tiny", {"limit": 0.5, "rope_scaling": {**_YARN, "truncate": False}}),
     "mixtral": ("llama", "tiny-moe", {}),
     "mixtral-window": ("llama", "tiny-moe", {"windows": [5], "experts_per_token": 3, "tied": True}),
     "mixtral-bf16": ("llama", "tiny-moe", {}),
@@ -268,7 +278,7 @@ WRITTEN = {
 
 CONFIGS = (
     *(LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Gemma2Config, Gemma3TextConfig),
-    *(GraniteConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen3MoeConfig, SmolLM3Config),
+    *(GptOssConfig, GraniteConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen3MoeConfig, SmolLM3Config),
 )
 
 

@@ -1,0 +1,191 @@
+"""gpt-oss (OpenAI, 2025): a decoder with experts in every layer, attention sinks and windows in every other layer.
+
+RMS norms, rotary positions stretched by YaRN, grouped heads, biases everywhere. An expert's gate and up are clamped, and the gate
+multiplies `up + 1`.
+
+>>> gpt_oss = model(SIZES["tiny"])
+>>> params = gpt_oss.init(jax.random.key(0))
+>>> gpt_oss.apply(params, jnp.zeros((2, 8), jnp.int32)).logits.shape
+(2, 8, 256)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxmodel import ops, tree
+from jaxmodel.errors import InputError
+from jaxmodel.layers import Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
+from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes that tell the members of the family apart.
+
+    Attributes:
+      vocab: tokens V.
+      width: D.
+      depth: layers L.
+      heads: query heads H.
+      kv_heads: key heads K, which divide H.
+      head_width: h.
+      mlp_width: F of an expert.
+      context: the longest sequence that the model was made for.
+      experts: E of each layer.
+      experts_per_token: how many the router chooses.
+      windows: of attention, taken by the layers in turn; 0 for all positions.
+      rope_base: of the rotary frequencies.
+      rope_scaling: for contexts longer than that of the training.
+      norm_eps: of the RMS norms.
+      limit: the gate is at most this, up between minus this and this.
+      steepness: of the gate, `x sigmoid(steepness x)`.
+      balance: in training, what the loss adds of the experts' load balance (its mean over the layers).
+      init_scale: standard deviation of new weights.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    context: int
+    experts: int
+    experts_per_token: int = 4
+    windows: tuple[int, ...] = (128, 0)
+    rope_base: float = 150000.0
+    rope_scaling: ops.RopeScaling | None = None
+    norm_eps: float = 1e-5
+    limit: float = 7.0
+    steepness: float = 1.702
+    balance: float = 0.001
+    init_scale: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context", "experts"))
+        if self.heads % self.kv_heads or self.head_width % 2:
+            given = f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given"
+            raise InputError(f"{given}; a divisor of {self.heads} heads and an even width are needed")
+        if any(not isinstance(w, int) or w < 0 for w in self.windows):
+            raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise InputError(f"experts_per_token: {self.experts_per_token} given; allowed: 1 to {self.experts}, the experts")
+        if self.limit <= 0 or self.balance < 0:
+            raise InputError(f"limit, balance: {self.limit}, {self.balance} given; allowed: above 0, at least 0")
+
+    def window_of_layers(self) -> tuple[int, ...]:
+        """The window of every layer; 0 for none."""
+        return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth))
+
+    @property
+    def expert_layers(self) -> int:
+        """How many layers have experts."""
+        return self.depth
+
+
+_YARN = ops.RopeScaling("yarn", 32.0, 4096, truncate=False)
+
+SIZES = {
+    "tiny": Config(256, 32, 3, 4, 2, 8, 64, 128, 8, 4, (3, 0)),
+    "gpt-oss-20b": Config(201088, 2880, 24, 64, 8, 64, 2880, 131072, 32, rope_scaling=_YARN, balance=0.9),
+    "gpt-oss-120b": Config(201088, 2880, 36, 64, 8, 64, 2880, 131072, 128, rope_scaling=_YARN, balance=0.9),
+}
+
+RULES: tree.Rules = (
+    ("embed|head", P("tensor", "fsdp")),
+    ("blocks/.*/moe/router", P(None, "fsdp")),
+    ("blocks/.*/moe/router_bias", P()),
+    ("blocks/.*/moe/(gate|up)", P("expert", "tensor", "fsdp")),
+    ("blocks/.*/moe/down", P("expert", "fsdp", "tensor")),
+    ("blocks/.*/moe/(gate|up)_bias", P("expert", "tensor")),
+    ("blocks/.*/moe/down_bias", P("expert", "fsdp")),
+    ("blocks/.*/(q|k|v)", P("tensor", "fsdp")),
+    ("blocks/.*/(q|k|v)_bias", P("tensor")),
+    ("blocks/.*/o", P("fsdp", "tensor")),
+    ("blocks/.*/(o_bias|sinks)", P()),
+    (".*norm/weight", P()),
+)
+
+
+class _Block(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
+        c = self.config
+        normal = nn.initializers.normal(c.init_scale)
+        out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
+        everything = jnp.iinfo(jnp.int32).max
+        window = jnp.asarray([w or everything for w in c.window_of_layers()], jnp.int32)[layer]
+        mix = Attention(*(c.heads, c.kv_heads, c.head_width, True, normal, out, self.policy), sinks=True, name="attn")
+        y, cache = mix(RMSNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer, window)
+        x = x + y
+
+        def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+            gate, up = jnp.minimum(gate, c.limit), jnp.clip(up, -c.limit, c.limit)
+            return (up + 1) * gate * jax.nn.sigmoid(c.steepness * gate)
+
+        sizes = c.experts, c.experts_per_token, c.mlp_width
+        moe = MoE(*sizes, nn.silu, normal, out, self.policy, gated=gated, bias=True, name="moe")
+        y, aux = moe(RMSNorm(c.norm_eps, name="mlp_norm")(x), context["real"])
+        return x + y, cache, aux
+
+
+class _Head(nn.Module):
+    config: Config
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = RMSNorm(c.norm_eps, name="norm")(x)
+        table = leaf(self, "head", nn.initializers.normal(c.init_scale), (c.vocab, x.shape[-1]))
+        return ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
+
+
+def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
+    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    return _model(config, policy)
+
+
+@functools.cache
+def _model(config: Config, policy: ops.Policy) -> Model:
+    block_module, head_module = _Block(config, policy), _Head(config, policy)
+
+    def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False):
+        positions, context = decoder_context(inputs, cache)
+        context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base, config.rope_scaling)
+        context["real"] = real_tokens(inputs)
+        return ops.take(params["embed"], inputs["tokens"], policy), context
+
+    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+        out: Any = block_module.apply({"params": params}, x, context, cache, layer)
+        return out
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        logits: Any = head_module.apply({"params": {name: params[name] for name in ("norm", "head")}}, x)
+        return logits
+
+    def init(key: jax.Array) -> tree.Params:
+        embed_key, blocks_key, head_key = jax.random.split(key, 3)
+        x = jnp.zeros((1, 1, config.width), policy.stream)
+        table = config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width))
+        context = embed({"embed": table}, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
+        blocks = init_layers(lambda k: dict(block_module.init(k, x, context, None, 0)["params"]), blocks_key, config.depth)
+        return {"embed": table, "blocks": blocks, **head_module.init(head_key, x)["params"]}
+
+    def init_cache(batch: int, capacity: int) -> ops.KVCache:
+        return ops.KVCache.zeros(config.depth, batch, config.kv_heads, capacity, config.head_width, policy)
+
+    again = functools.partial(_model, config)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, RULES, again)
