@@ -44,7 +44,7 @@ class Worker:
                 if (line := self._answers.get(timeout=0.1)) is not None:
                     return json.loads(line)
                 code = self._process.wait()
-                self._process = None
+                self.close()
                 return {"end": f"died with {code}", "said": self._log.read_text(errors="replace")[-2000:], "peak": peak}
             peak = max(peak, _resident(self._process.pid))
         self.close()
@@ -60,7 +60,8 @@ class Worker:
                 command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
         self._answers: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_listen, args=(self._process, self._answers), daemon=True).start()
+        self._listener = threading.Thread(target=_listen, args=(self._process, self._answers), daemon=True)
+        self._listener.start()
         self.starts += 1
 
     def close(self) -> None:
@@ -68,6 +69,11 @@ class Worker:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._listener.join()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    assert pipe is not None
+                    pipe.close()
             self._process = None
 
 
