@@ -1,4 +1,4 @@
-"""The quick form of `experiments/fuzz.py`: damaged files and command lines, all refused in one line or read."""
+"""The quick form of `experiments/hostile_input.py`: damaged files and command lines, all refused in one line or read."""
 
 from __future__ import annotations
 

@@ -179,8 +179,11 @@ class Train(Common, TrainOptions):
     lora: Annotated[str | None, arg(metavar="SETTINGS", help_behavior_hint="(default: all weights train)")] = None
     """Train adapters beside the weights of --model, such as 'r=8,alpha=16,targets=q|v' (default targets: all matrices of the
     layers). What is saved are the adapters alone, for --adapter of the other verbs and for PEFT."""
-    learning_rate: float = 0.0
-    """At the peak of the schedule; 0 for 3e-3 of a new model, 2e-4 of adapters, 2e-5 of all weights of --model."""
+    learning_rate: Annotated[  # a number from `__post_init__` on
+        float | None,
+        arg(help_behavior_hint="(default: 3e-3 for a new model, 2e-4 for adapters, 2e-5 for all weights of --model)"),
+    ] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The rate at the peak of the schedule."""
     eval_every: int = 0
     """Updates between two held-out losses; 0 for four of them in the whole run."""
     eval_batches: int = 8
@@ -258,7 +261,7 @@ class Train(Common, TrainOptions):
     """Prompt of the sample that the trained model writes at the end."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate == 0:
+        if self.learning_rate is None:
             usual = 3e-3 if self.model is None else 2e-5 if self.lora is None else 2e-4
             object.__setattr__(self, "learning_rate", usual)
         super().__post_init__()

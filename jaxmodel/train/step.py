@@ -97,6 +97,9 @@ def make_step(
             extra |= {} if residual is None else {"residual": residual}
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         updates, opt_state = update(grads, state.opt_state, quantized.dense(trains), value=value)
+        # Of their own, leaf by leaf, so that adding them rounds alike whatever stands behind it: a good step under a guard is,
+        # bit for bit, one without.
+        updates = jax.tree.map(jax.lax.optimization_barrier, updates)
         trained: Any = quantized.apply_updates(trains, updates, jax.random.fold_in(rng, _ROUND))
         metrics = {**metrics, "loss": value, "grad_norm": norm}
         if "average" in extra:

@@ -54,7 +54,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 @pytest.mark.parametrize(
     ("source", "damage", "says"),
     [
-        ("llama-untied", _config(model_type="lama"), "config.json: model_type: 'lama' is not known; allowed: bert, clip, gemma2"),
+        ("llama-untied", _config(model_type="lama"), "config.json: model_type: 'lama' is not known; allowed: bert, clip, distilbert"),
         ("llama-untied", _short, f"the tensor {UP!r} has shape [23, 16]; the config needs [24, 16]"),
         (
             "llama-tied",
@@ -63,8 +63,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ),
         (
             "llama-untied",
-            _config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}),
-            "config.json: rope scaling: 'longrope' is not known; allowed: linear, llama3, yarn",
+            _config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "config.json: rope scaling: 'dynamic' is not known; allowed: linear, llama3, longrope, yarn",
         ),
         ("llama-untied", _tokens, "has id 97, but the embedding's are 0 to 96"),
     ],

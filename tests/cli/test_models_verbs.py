@@ -250,7 +250,7 @@ BAD = [
     (["predict", "smolm2-135m", "--input", "{0.txt}"], "model: 'smolm2-135m' is not known"),
     (["predict", "{plain}", "--input", "{0.txt}"], "has no labels; allowed: a bundle of a classifier"),
     (["predict", "{texts}", "--input", "{nowhere}"], "nowhere' cannot be used: No such file"),
-    (["predict", "{texts}", "--input", "{texts}"], "cannot be used: Is a directory"),
+    (["predict", "{texts}", "--input", "{texts}"], "no regular file"),
     (["predict", "{texts}", "--input", "{0.txt}", "{empty.txt}"], "empty.txt' is empty; allowed: a file with text"),
     (["predict", "{texts}", "--input", "{latin.txt}"], "latin.txt' is no UTF-8 text"),
     (["predict", "{texts}", "--input", "{rgb.png}"], "rgb.png' is no UTF-8 text; allowed: text, which is what this model reads"),

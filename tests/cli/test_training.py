@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxmodel import hub, report, sharding
 from jaxmodel.cli import main, training
 from jaxmodel.cli.options import Replay, Train
-from jaxmodel.train import checkpoint
+from jaxmodel.train import places
 
 SIZES = ["--width", 16, "--depth", 2, "--heads", 2, "--context", 16, "--batch", 4, "--vocab", 260, "--eval-batches", 2]
 
@@ -118,7 +118,7 @@ def test_a_run_that_stopped_early_and_one_that_cannot_save_its_end(folder, capsy
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(places, "write", full)
     code, again, err = run(capsys, "resume", place, "--runs", folder / "runs")
     assert code == 2 and err.splitlines()[-1].startswith("jaxmodel: checkpoints: the last state could not be saved in "), err
     assert again["fingerprint"] == result["fingerprint"] == json.loads((place / "report.json").read_text())["fingerprint"]

@@ -4,7 +4,7 @@ Small real files of every kind that the project reads (bundles of nine families,
 images, shards, checkpoints, run folders) and command lines of every verb are damaged in seeded ways: bytes, what JSON says,
 another kind of file in the place, words of the command. `tests/fuzz` has the ways; a process reads them, watched from another.
 
-Command:  python experiments/fuzz.py [--quick] [--seed N] --json -
+Command:  python experiments/hostile_input.py [--quick] [--seed N] --json -
 Cost:     about 1 minute on two cores (500 files, 300 command lines); --quick (100 and 50) about half.
 Goals:    no traceback, crash, refusal of several lines or file written outside; none takes 20 s or 2 GiB.
 Measured: all goals met with seed 0: 0 faults, 659 refused in one line, 164 read (the 23 whole ones among them); slowest case
@@ -22,7 +22,7 @@ from jaxmodel import report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import fuzz
+import fuzz  # pyright: ignore[reportMissingImports]
 
 
 def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
