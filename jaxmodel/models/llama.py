@@ -53,6 +53,8 @@ class Config:
       windows: of attention, taken by the layers in turn; 0 for all positions, () for all in every layer.
       local_rope_base: of the rotary frequencies in layers with a window; None for `rope_base`, and with the scaling.
       qkv_bias: whether q, k and v have biases.
+      o_bias: whether o has one.
+      mlp_bias: whether gate, up and down have biases.
       qk_norm: whether each head's queries and keys are normed.
       activation: of the gate, "silu" or "gelu_tanh".
       norm_offset: added to the weight of every norm.
@@ -111,6 +113,8 @@ class Config:
     wide_qk_norm: bool = False
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    o_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context"))
@@ -131,6 +135,8 @@ class Config:
             raise InputError(f"rotary_width: {self.rotary_width} given; allowed: even numbers up to {self.head_width}; 0 for all")
         if not self.pre_norms and not self.post_norms:
             raise InputError("pre_norms: False given without post_norms; a part has a norm in front or behind")
+        if self.mlp_bias and self.experts:
+            raise InputError("mlp_bias: True given for a model of experts, which have none")
         if self.balance < 0:
             raise InputError(f"balance: {self.balance} given; allowed: at least 0")
 
@@ -169,6 +175,7 @@ _TOGETHER: dict[str, Any] = {
     "rotary_width": 4,
     "residual_scale": 0.5,
     "logit_divisor": 2.0,
+    **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True),
 }
 _SPARSE: dict[str, Any] = {"experts": 4, "expert_width": 48, "norm_topk": False, "dense_layers": (1,)}
 
@@ -214,7 +221,8 @@ RULES: tree.Rules = (
     (tree.optional("blocks/.*/moe/(gate|up)"), P("expert", "tensor", "fsdp")),
     (tree.optional("blocks/.*/moe/down"), P("expert", "fsdp", "tensor")),
     ("blocks/.*/(q|k|v|gate|up)", P("tensor", "fsdp")),
-    (tree.optional("blocks/.*/(q|k|v)_bias"), P("tensor")),
+    (tree.optional("blocks/.*/(q|k|v|gate|up)_bias"), P("tensor")),
+    (tree.optional("blocks/.*/(o|down)_bias"), P()),
     ("blocks/.*/(o|down)", P("fsdp", "tensor")),
     (".*norm/weight", P()),
 )
@@ -239,7 +247,7 @@ class _Block(nn.Module):
 
         mix = Attention(
             *(c.heads, c.kv_heads, c.head_width, c.qkv_bias, normal, out, self.policy),
-            out_bias=False,
+            out_bias=c.o_bias,
             qk_norm=norm if c.qk_norm else None,
             wide_norm=c.wide_qk_norm,
             scale=c.query_scale,
@@ -256,7 +264,7 @@ class _Block(nn.Module):
             moe = MoE(c.experts, c.experts_per_token, width, act, normal, out, self.policy, c.norm_topk, name="moe")
             y, aux = moe(y, context["real"])
         else:
-            y = MLP(c.mlp_width, act, True, False, normal, out, self.policy, name="mlp")(y)
+            y = MLP(c.mlp_width, act, True, c.mlp_bias, normal, out, self.policy, name="mlp")(y)
         return x + added("mlp", y), cache, aux
 
 

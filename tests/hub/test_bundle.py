@@ -288,7 +288,7 @@ SHARD = "model-00002-of-00004.safetensors"
         ("gpt2-plain", _config(n_inner=77), ["n_inner is 77"]),
         ("llama-plain", _config(num_attention_heads=0, head_dim=None), ["config.json: num_attention_heads is 0; allowed"]),
         ("llama-plain", _config(hidden_act="gelu"), ["hidden_act is 'gelu'"]),
-        ("llama-plain", _config(mlp_bias=True), ["mlp_bias"]),
+        ("llama-plain", _config(mlp_bias=True), ["mlp_bias is False, but config.json says True"]),
         ("llama-plain", _config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), ["rope scaling: 'dynamic'", "yarn"]),
         ("llama-plain", _config(rope_theta=500.0), ["rope_base is 10000.0", "config.json says 500.0"]),
         ("gpt2-plain", _gone("model.safetensors"), ["'model.safetensors' is missing"]),

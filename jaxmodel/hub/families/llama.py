@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +46,10 @@ _LAYER = {
     "attn/q_bias": ("self_attn.q_proj.bias", "attn_q.bias"),
     "attn/k_bias": ("self_attn.k_proj.bias", "attn_k.bias"),
     "attn/v_bias": ("self_attn.v_proj.bias", "attn_v.bias"),
+    "attn/o_bias": ("self_attn.o_proj.bias", "attn_output.bias"),
+    "mlp/gate_bias": ("mlp.gate_proj.bias", "ffn_gate.bias"),
+    "mlp/up_bias": ("mlp.up_proj.bias", "ffn_up.bias"),
+    "mlp/down_bias": ("mlp.down_proj.bias", "ffn_down.bias"),
     "attn/q_norm/weight": ("self_attn.q_norm.weight", "attn_q_norm.weight"),
     "attn/k_norm/weight": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
     "moe/router": ("block_sparse_moe.gate.weight", "ffn_gate_inp.weight"),
@@ -79,11 +84,12 @@ def config_from_hf(hf: Mapping[str, Any]) -> llama.Config:
     """The config that a config.json of these kinds says."""
     kind, gemma = hf["model_type"], hf["model_type"] in _GEMMA
     hf = {**_DEFAULTS[kind], **hf}
-    biased = {"attention_bias": (False,), "mlp_bias": (False,)}
+    biased = bool(hf.get("attention_bias")) and kind == "llama"
+    without = {} if kind == "llama" else {"attention_bias": (False,), "mlp_bias": (False,)}
     activation = {"hidden_activation": ("gelu_pytorch_tanh",)} if gemma else {"hidden_act": ("silu",)}
     if kind == "gemma3_text":  # transformers reads the key and does not use it
         fixed(hf, {"attn_logit_softcapping": (None,)})
-    fixed(hf, {**biased, **activation, "use_bidirectional_attention": (False, None), "partial_rotary_factor": (1.0, None)})
+    fixed(hf, {**without, **activation, "use_bidirectional_attention": (False, None), "partial_rotary_factor": (1.0, None)})
     heads, local = hf["num_attention_heads"], None
     # Where both are there rope_scaling counts (people add it to what transformers 5 saved), and its context stands beside it.
     rope, extended = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
@@ -117,7 +123,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> llama.Config:
         rope_scaling=scaling_from_hf(rope, hf.get("max_position_embeddings", 2048)),
         windows=windows_of(hf),
         local_rope_base=None if local is None else float(local["rope_theta"]),
-        qkv_bias=kind == "qwen2",
+        qkv_bias=kind == "qwen2" or biased,
+        o_bias=biased,
+        mlp_bias=kind == "llama" and bool(hf.get("mlp_bias")),
         qk_norm=kind in ("qwen3", "gemma3_text"),
         activation="gelu_tanh" if gemma else "silu",
         norm_offset=1.0 if gemma else 0.0,
@@ -195,6 +203,9 @@ def pattern(layers: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _kind(c: llama.Config) -> str | None:
     """The `model_type` whose models have exactly what this config has; None where there is none."""
+    if c.o_bias or c.mlp_bias:  # of these kinds only Llama has them
+        same = dataclasses.replace(c, qkv_bias=False, o_bias=False, mlp_bias=False)
+        return "llama" if c.qkv_bias == c.o_bias and _kind(same) == "llama" else None
     if (c.activation == "gelu_tanh") != c.post_norms or (c.norm_offset == 1.0) != c.post_norms:
         return None
     if c.post_norms:
@@ -244,7 +255,7 @@ def common_to_hf(c: llama.Config, kind: str, architecture: str) -> dict[str, Any
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
         "initializer_range": c.init_scale,
-        "attention_bias": False,
+        "attention_bias": c.o_bias,
     }
     hf |= {"hidden_activation": "gelu_pytorch_tanh"} if kind in _GEMMA else {"hidden_act": "silu"}
     if c.rope_scaling is not None:
@@ -259,7 +270,7 @@ def config_to_hf(c: llama.Config) -> dict[str, Any] | None:
         return None
     hf = common_to_hf(c, kind, _CLASSES[kind])
     if kind == "llama":
-        hf["mlp_bias"] = False
+        hf["mlp_bias"] = c.mlp_bias
     windows = c.window_of_layers()
     if kind != "llama":
         hf["sliding_window"] = max(windows) or None

@@ -33,7 +33,7 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
         return None
     windows = c.window_of_layers()
     return of_llama.common_to_hf(c, "smollm3", "SmolLM3ForCausalLM") | {
-        "mlp_bias": False,
+        "mlp_bias": c.mlp_bias,
         "no_rope_layers": [int(not c.still[i % len(c.still)]) for i in range(c.depth)],
         "use_sliding_window": any(windows),
         "sliding_window": max(windows) or None,

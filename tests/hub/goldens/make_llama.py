@@ -50,6 +50,7 @@ def rope(kind: str, base: float = 500.0, **more: Any) -> dict[str, Any]:
 
 
 _OLD = r"model\.(embed_tokens|layers\.1\.self_attn\.k_proj|layers\.0\.self_attn\.q_proj)\.weight"
+_BIASES = r"model\.layers\.1\..*bias"
 _FIRST, _SECOND = r"model\.layers\.0\..*", r"model\.(norm|layers\.1)\..*"
 _SCALED = r"model\.(embed_tokens|norm|layers\.1)\..*"
 _GEMMA = {"head_dim": 6, "attention_bias": False}
@@ -98,6 +99,7 @@ MODELS = {
     "llama-yarn": Tiny(
         6, LlamaConfig(**sizes(61, kv_heads=1, head_dim=16, **rope("yarn", 100.0, factor=4.0, beta_fast=4.0))), 18, 11, _SECOND
     ),
+    "llama-biased": Tiny(13, LlamaConfig(**sizes(53, attention_bias=True, mlp_bias=True, **rope("default"))), 17, 9, _BIASES),
     "mistral-a": Tiny(7, MistralConfig(**sizes(53, sliding_window=5, **rope("default"))), 18, 9, _SECOND),
     "mistral-b": Tiny(
         8,
