@@ -7,9 +7,12 @@ import difflib
 import functools
 import importlib
 import numbers
+import re
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class InputError(ValueError):
@@ -40,6 +43,16 @@ def unknown(argument: str, given: object, allowed: Iterable[str]) -> InputError:
     hint = f" (nearest: {', '.join(close)})" if close else ""
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return InputError(f"{argument}: {given!r} is not known; allowed: {shown}{hint}")
+
+
+def printable(text: str) -> str:
+    """The text with its control characters as codes, so that a name or a model's text cannot move the cursor of a terminal, and
+    without marks that turn the direction of writing. Ends of lines and tabs stay.
+
+    >>> printable("a\x1b[2Jb\u202ec")
+    'a\\x1b[2Jb\\u202ec'
+    """
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 def at_least(argument: str, value: object, least: int = 1) -> None:

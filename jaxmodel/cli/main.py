@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, check
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, printable
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
         options = read(sys.argv[1:] if args is None else args)
         _, code = run(options)
     except InputError as error:
-        print(f"jaxmodel: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"jaxmodel: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 2
     except OSError as error:
         if error.filename is None:
@@ -111,6 +111,7 @@ def _rerun(options: Rerun, folder: Any) -> dict[str, Any]:
 
 def _one_line(box: str) -> str:
     """tyro's message without its frame: what is wrong, and the options that were perhaps meant."""
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours, where standard output is a terminal
     parts: list[list[str]] = [[]]
     for line in (line.strip(" │") for line in box.splitlines()):
         if line and set(line) <= set("─-"):

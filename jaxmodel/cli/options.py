@@ -179,10 +179,10 @@ class Train(Common, TrainOptions):
     lora: Annotated[str | None, arg(metavar="SETTINGS", help_behavior_hint="(default: all weights train)")] = None
     """Train adapters beside the weights of --model, such as 'r=8,alpha=16,targets=q|v' (default targets: all matrices of the
     layers). What is saved are the adapters alone, for --adapter of the other verbs and for PEFT."""
-    learning_rate: Annotated[  # a number from `__post_init__` on
+    learning_rate: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]  # a number from `__post_init__` on
         float | None,
         arg(help_behavior_hint="(default: 3e-3 for a new model, 2e-4 for adapters, 2e-5 for all weights of --model)"),
-    ] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    ] = None
     """The rate at the peak of the schedule."""
     eval_every: int = 0
     """Updates between two held-out losses; 0 for four of them in the whole run."""

@@ -84,7 +84,9 @@ def _show_eval(result: dict[str, Any], console: Any) -> None:
 
 
 def _generate(options: Generate, folder: Any) -> dict[str, Any]:
-    from jaxmodel import generation, hub
+    from rich.text import Text
+
+    from jaxmodel import generation, hub, report
     from jaxmodel.cli import resolved
 
     messages, tools, documents = _talk(options)
@@ -100,7 +102,15 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
     if options.chat:
         prompt = hub.need_processor(bundle).apply_chat(messages, tools=tools, documents=documents)
     folder.resolve(model=resolved.of_model(bundle.model), request=request)
-    (done,) = generation.generate_ids(bundle, [prompt], request)
+    console = report.console_for(options.json)
+    if console.is_terminal:  # the text as it comes
+        show = lambda piece: console.print(Text(piece), end="", soft_wrap=True)
+        if not options.chat:
+            console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+        (done,) = generation.generate_ids(bundle, [prompt], request, show=show)
+        console.print()
+    else:
+        (done,) = generation.generate_ids(bundle, [prompt], request)
     return {**dataclasses.asdict(done), "prompt": prompt, "chat": options.chat, "model": options.model}
 
 
@@ -134,7 +144,8 @@ def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
 def _show_generate(result: dict[str, Any], console: Any) -> None:
     from rich.text import Text
 
-    console.print(Text("" if result.get("chat") else result["prompt"], style="dim") + Text(result["text"]))
+    if not console.is_terminal:  # where it stands already
+        console.print(Text("" if result.get("chat") else result["prompt"], style="dim") + Text(result["text"]))
     speed = f"{len(result['ids'])} tokens, {result['tokens_per_second']:.1f} tokens/s, ended by {result['finish_reason']}"
     console.print(Text(speed, style="dim"))
 

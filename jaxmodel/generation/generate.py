@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -118,25 +119,41 @@ def generate[T: (str, list[str])](
     return [completion.text for completion in generate_ids(source, prompts, request, chunk=chunk)]
 
 
-def generate_ids(source: Source, prompts: Sequence[str], request: Request = Request(), *, chunk: int = 16) -> list[Completion]:
-    """`generate` with ids, the reason for each end, and speed; for `source` and `chunk`, draws and errors see there."""
+def generate_ids(
+    source: Source,
+    prompts: Sequence[str],
+    request: Request = Request(),
+    *,
+    chunk: int = 16,
+    show: Callable[[str], None] | None = None,
+) -> list[Completion]:
+    """`generate` with ids, the reason for each end, and speed; for `source` and `chunk`, draws and errors see there.
+
+    With `show`, it is called with each piece of the text of a single prompt as the tokens come, in place of a progress bar.
+    """
+    if show is not None and len(prompts) != 1:
+        raise InputError(f"show: given with {len(prompts)} prompts; allowed: one")
     if isinstance(prompts, str):
         raise InputError(f"prompts: a single string was given ({prompts!r:.40}); give a list of strings")
     at_least("chunk", chunk)
     rows, run, new_writer = _begin(source, prompts, request)
     completions = []
-    with report.bar(len(rows) * request.max_new_tokens, "generating", unit="token", first="compiling") as job:
+    total = len(rows) * request.max_new_tokens if show is None else 0
+    with report.bar(total, "generating", unit="token", first="compiling") if total else contextlib.nullcontext() as job:
         for first in range(0, len(rows), chunk):
             part = rows[first : first + chunk]
             writers = [new_writer(row) for row in part]
             seconds, done = np.zeros(len(part)), np.zeros(len(part), bool)
             start, prefill = time.perf_counter(), None
-            for tokens in run(part, done, first_row=first):
+            for tokens in run(part, done, first_row=first, **({} if show is None else {"steps": 1})):
                 if prefill is None:
                     prefill, start = time.perf_counter() - start, time.perf_counter()
                 for writer, line in zip(writers, tokens.tolist(), strict=True):
                     writer.write(line)
-                job.advance(int(np.sum(~done)) * tokens.shape[1])
+                if job is not None:
+                    job.advance(int(np.sum(~done)) * tokens.shape[1])
+                if show is not None and (piece := writers[0].read()):
+                    show(piece)
                 seconds[~done] = time.perf_counter() - start
                 done[:] = [writer.finish_reason is not None for writer in writers]
             for writer, spent in zip(writers, seconds.tolist(), strict=True):

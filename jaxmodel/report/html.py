@@ -7,13 +7,13 @@ True
 
 from __future__ import annotations
 
+import html as markup
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 from xml.etree import ElementTree
 
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, printable
 from jaxmodel.report import plot
 from jaxmodel.report.table import Column, Row
 from jaxmodel.report.table import text as plain
@@ -41,6 +41,11 @@ dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:30rem){dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
 """
 _SVG = "{http://www.w3.org/2000/svg}"
+
+
+def escape(text: str) -> str:
+    """Text as it stands on a page: no markup, no control characters."""
+    return markup.escape(printable(text))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxmodel.errors import printable
+
 Row = Mapping[str, Any]
 
 
@@ -82,7 +84,7 @@ class Column:
         value: Any = row.get(self.key)
         if getattr(value, "ndim", None) == 0:
             value = value.item()  # NumPy and JAX scalars
-        return "–" if value is None else self.format(value)
+        return "–" if value is None else printable(self.format(value))
 
     def to_right(self, rows: Sequence[Row]) -> bool:
         """Whether the column is set flush right."""
@@ -95,13 +97,23 @@ class Column:
 def console_for(json_target: str | None = None) -> Any:
     """The rich console where tables go: standard output, or standard error when `--json -` has taken standard output.
 
-    What is no terminal has no width either, so tables in a pipe or a file are never folded.
+    What is no terminal has no width either, so tables in a pipe or a file are never folded. Texts are `printable`.
     """
     from rich.console import Console
+    from rich.text import Text
+
+    class Safe(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            super().print(*map(safe, objects), **options)
+
+    def safe(one: Any) -> Any:
+        if isinstance(one, Text) and (plain := printable(one.plain)) != one.plain:
+            return Text(plain, style=one.style)
+        return printable(one) if isinstance(one, str) else one
 
     stderr = json_target == "-"
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else 500)
+    return Safe(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else 500)
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str | None = None, console: Any = None) -> None:
@@ -110,7 +122,7 @@ def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str | Non
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=Text(printable(title)) if title else None, title_justify="left", pad_edge=False)
     for column in columns:
         justify = "right" if column.to_right(rows) else "left"
         table.add_column(Text(column.title or column.key), justify=justify, overflow="fold", vertical="bottom")
