@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxmodel import report
 from jaxmodel.cli.options import Common
+from jaxmodel.errors import InputError
 
 
 def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
@@ -26,6 +30,20 @@ def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
     if jax.process_count() > 1:
         _told(str(folder.folder.absolute()))
     return folder
+
+
+@contextlib.contextmanager
+def dropped_on_failure(folder: report.Run, resumed: str | None) -> Iterator[report.Run]:
+    """The folder, which goes again when the work inside fails before it has left anything but what was asked for."""
+    try:
+        yield folder
+    except (InputError, OSError, KeyboardInterrupt):
+        place = folder.folder
+        if resumed is None and {path.name for path in place.iterdir()} <= {"config.json", "versions.json"}:
+            shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                place.parent.rmdir()  # of all runs, if this was the first
+        raise
 
 
 def _told(text: str) -> str:

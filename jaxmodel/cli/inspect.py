@@ -90,7 +90,6 @@ def summary(options: Summary, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     model, params, card = _named(options.name)
-    folder.resolve(model=resolved.of_model(model))
     rows = house.summary(model, params)
     total = {key: sum(row[key] for row in rows) for key in ("parameters", "bytes")}
     said = {"name": options.name, "weights": params is not None, **resolved.of_model(model), "card": dict(card)}

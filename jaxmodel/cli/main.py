@@ -13,8 +13,16 @@ from typing import Annotated, Any
 
 import tyro
 
+import jaxmodel
 from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, check
+from jaxmodel.cli.words import checked, grouped
 from jaxmodel.errors import InputError, printable
+
+ABOUT = """Functional JAX models: train, make smaller, measure, generate. Verbs that compute leave runs/<time>-<verb>/.
+
+The environment variable JAXMODEL_DATA may name a folder with texts and images that come with no package (wikitext2-test.txt,
+wikitext2-valid.txt, tinyshakespeare.txt, mnist.npz); JAXMODEL_CACHE one for tokenised texts. `jaxmodel --version`
+prints the version, `jaxmodel --tyro-print-completion bash` (or zsh) what completes words in that shell."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -24,8 +32,11 @@ def main(args: Sequence[str] | None = None) -> None:
     ):
         os.environ["JAX_PLATFORMS"] = "cpu"  # no accelerator: an installed libtpu would print lines of noise
     try:
-        options = read(sys.argv[1:] if args is None else args)
-        _, code = run(options)
+        words = sys.argv[1:] if args is None else args
+        if list(words) == ["--version"]:
+            print(f"jaxmodel {jaxmodel.__version__}")
+            raise SystemExit(0)
+        _, code = run(read(words))
     except InputError as error:
         print(f"jaxmodel: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 2
@@ -49,17 +60,22 @@ def read(args: Sequence[str]) -> Common:
       InputError: what tyro says in a box, as one line.
       SystemExit: after printing help.
     """
+    words = checked(args)
     kinds: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in VERBS.items()]
     union = kinds[0]
     for kind in kinds[1:]:
         union = union | kind
     said = io.StringIO()
-    about = "Functional JAX models: train, make smaller, measure, generate. Each verb leaves runs/<time>-<verb>/."
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8", write_through=True)
+    helps = "--help" in words or "-h" in words
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(union, prog="jaxmodel", description=about, args=list(args))  # pyright: ignore
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown) if helps else contextlib.nullcontext():
+            return tyro.cli(union, prog="jaxmodel", description=ABOUT, args=words)  # pyright: ignore
     except SystemExit as end:
         if end.code != 2:
+            if helps:
+                shown.seek(0)
+                sys.stdout.write(grouped(shown.read()))
             raise
     raise InputError(re.sub(r"^Error parsing \w+: ", "", _one_line(said.getvalue())))  # which options refused themselves
 
@@ -85,11 +101,15 @@ def _do(options: Common, work: Common, name: str, resumed: str | None = None) ->
     verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
     verb.prepare(work)
     with report.clean_stdout(options.json):
-        folder = folders.of_run(name, work, resumed)
-        result = verb.run(work, folder)
-        folder.save_json("report.json", result)
+        if verb.keeps:
+            with folders.dropped_on_failure(folders.of_run(name, work, resumed), resumed) as folder:
+                result = verb.run(work, folder)
+            folder.save_json("report.json", result)
+        else:
+            folder, result = None, verb.run(work, None)
         verb.show(result, report.console_for(options.json))
-        print(f"{folder.folder}/", file=sys.stderr)
+        if folder is not None:
+            print(f"{folder.folder}/", file=sys.stderr)
     report.emit(result, options.json)
     return result, verb.code(result)
 

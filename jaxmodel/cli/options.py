@@ -17,7 +17,10 @@ from tyro.conf import Positional, UseAppendAction, arg
 from jaxmodel.errors import InputError
 from jaxmodel.train.options import FROM_ZERO, Range, TrainOptions, within
 
-_SOURCE = "a known name (smollm2-135m), a bundle folder, a .gguf file, or a hub id 'org/name'"
+_SOURCE = (
+    "a known name (smollm2-135m, which is SmolLM2-135M-Instruct from a file of 4 bits), a size whose weights are at the hub "
+    "(gpt2), a bundle folder, a .gguf file, or a hub id 'org/name' or 'org/name@revision'"
+)
 _NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")  # `data.NAMES`
 _TEXT = f"a UTF-8 file, or one of {', '.join(_NAMES)}"
 _TEXTS = (
@@ -33,7 +36,7 @@ _ADAPTERS = "Adapters (LoRA) for the model, a folder in PEFT's layout as `train 
 _ADAPTER = arg(metavar="FOLDER", help=_ADAPTERS, help_behavior_hint="(default: none)")
 _DTYPE = arg(
     metavar="{float32,bfloat16}",
-    help="Of plain weights and of the computation.",
+    help="Type of plain weights and of the computation.",
     help_behavior_hint="(default: as the bundle was stored, else float32)",
 )
 
@@ -51,26 +54,26 @@ class Common:
     json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: no JSON)")] = None
     """Write the numbers as JSON to FILE too; '-' prints them on standard output, and nothing else is printed there then."""
     runs: Annotated[str, arg(metavar="FOLDER")] = "runs"
-    """Where the run leaves its own folder, FOLDER/<time>-<verb>/, with config, versions and results."""
+    """Folder in which the run leaves its own, FOLDER/<time>-<verb>/, with config, versions and results."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(Common):
-    """The main job, in a few minutes: load SmolLM2, make it smaller in five ways, measure each (size, quality, speed), train a
-    small GPT on eight simulated devices, and write it all down as report.html."""
+    """The main job, in some minutes: load SmolLM2-135M-Instruct (from a file of 4 bits), make it smaller in five ways, measure
+    each (size, quality, speed), train a small GPT on eight simulated devices, and write it all down as report.html."""
 
     LEAST: ClassVar = {"windows": 1, "window": 2, "train_steps": 0}
 
     model: Annotated[str, arg(metavar="MODEL", help=f"The model to make smaller: {_SOURCE}.")] = "smollm2-135m"
     data: Annotated[str, arg(metavar="TEXT", help=f"The text to score: {_TEXT}.")] = "english"
     windows: int = 4
-    """How many windows of the text are scored; 16 for the figure that the project quotes."""
+    """Number of windows of the text that are scored, the first ones."""
     window: int = 512
     """Tokens in a window, at most the model's context."""
     train_steps: int = 200
     """Updates of the small GPT; 0 leaves it out."""
     seed: int = 0
-    """Of the training and of the bootstrap intervals."""
+    """Seed of the training and of the bootstrap intervals."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +85,12 @@ class Eval(Common):
     model: Annotated[Positional[str], _MODEL]
     data: Annotated[str, arg(metavar="TEXT", help=f"The text to score: {_TEXT}.")] = "english"
     window: int = 512
-    """The text is cut into windows of so many tokens, each scored on its own; at most the model's context."""
+    """Tokens of the windows that the text is cut into, each scored on its own; at most the model's context."""
     max_windows: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: all)")] = None
     """Score only so many windows, the first ones."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
     seed: int = 0
-    """Of the bootstrap interval."""
+    """Seed of the bootstrap interval."""
     adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()
 
 
@@ -103,28 +106,28 @@ class Generate(Common):
     max_new_tokens: int = 64
     """The most tokens to add."""
     temperature: float = 0.0
-    """0 takes the likeliest token; above 0 draws, the more freely the higher. The next three narrow what is drawn from."""
+    """Freedom of the draws: 0 takes the likeliest token; above 0 draws, the more freely the higher."""
     top_k: int = 0
-    """Only so many of the likeliest tokens; 0 for all."""
+    """Draw from so many of the likeliest tokens; 0 for all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability; 1 for all."""
+    """Draw from the likeliest tokens that together have this probability; 1 for all."""
     min_p: float = 0.0
-    """Only tokens with at least this share of the likeliest one's probability; 0 for all."""
+    """Draw from tokens with at least this share of the likeliest one's probability; 0 for all."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that are in the text already less likely."""
+    """Factor, above 1, that makes tokens that are in the text already less likely."""
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = ()
     """End before this text; may be given several times."""
     chat: bool = False
     """Ask the prompt as a user's message, in the form that the model's chat template gives it."""
     system: Annotated[str | None, arg(metavar="TEXT|FILE")] = None
-    """With --chat: what the assistant is told first; a text, or a file that holds it."""
+    """System message of --chat, which the assistant is told first: a text, or a file that holds it."""
     tools: Annotated[str | None, arg(metavar="FILE")] = None
-    """With --chat: a JSON file with the list of tools that the template may offer, as schemas of functions."""
+    """JSON file for --chat with the list of tools that the template may offer, as schemas of functions."""
     documents: Annotated[str | None, arg(metavar="FILE")] = None
-    """With --chat: a JSON file with the list of documents that the answer may rest on, each with title and text."""
+    """JSON file for --chat with the list of documents that the answer may rest on, each with title and text."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
     seed: int = 0
-    """Of the draws: the same seed gives the same text."""
+    """Seed of the draws: the same gives the same text."""
     adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()
 
 
@@ -145,7 +148,7 @@ class Compress(Common):
         ),
     ] = ()
     out: Annotated[str, arg(metavar="FOLDER")]
-    """Where the bundle goes: a new or empty folder, or an older bundle, which is replaced once the new one is whole."""
+    """Folder of the bundle: a new or empty one, or an older bundle, which is replaced once the new one is whole."""
     adapter: Annotated[tuple[str, ...], UseAppendAction, _ADAPTER] = ()
 
 
@@ -156,7 +159,7 @@ class Merge(Common):
     model: Annotated[Positional[str], _MODEL]
     adapter: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="FOLDER", help=_ADAPTERS)]
     out: Annotated[str, arg(metavar="FOLDER")]
-    """Where the bundle goes: a new or empty folder, or an older bundle, which is replaced once the new one is whole."""
+    """Folder of the bundle: a new or empty one, or an older bundle, which is replaced once the new one is whole."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,32 +186,36 @@ class Train(Common, TrainOptions):
         float | None,
         arg(help_behavior_hint="(default: 3e-3 for a new model, 2e-4 for adapters, 2e-5 for all weights of --model)"),
     ] = None
-    """The rate at the peak of the schedule."""
+    """Learning rate at the peak of the schedule."""
     eval_every: int = 0
     """Updates between two held-out losses; 0 for four of them in the whole run."""
     eval_batches: int = 8
     """Held-out rows that are judged, in sixteens; always the same, whatever the batch and the seed."""
     seed: int = 0
-    """Of the initial weights, the order of the data and the sample."""
+    """Seed of the initial weights, the order of the data and the sample."""
     out: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(default: bundle/ in the run's folder)")] = None
-    """Where the bundle goes."""
-    checkpoints: Annotated[str | None, arg(metavar="PLACE", help_behavior_hint="(default: checkpoints/ in the run's folder)")] = (
-        None
-    )
-    """Where checkpoints go: a folder, or a URL such as gs:// or s3://. If a run of the same config left some there, it goes on
-    from the last, as a restarted machine does that begins with an empty disk."""
+    """Folder of the bundle."""
+    checkpoints: Annotated[
+        str | None,
+        arg(
+            metavar="PLACE",
+            help="Folder of the checkpoints, or a URL such as gs:// or s3://. If a run of the same config left some there, "
+            "this one goes on from the last, as a restarted machine does that begins with an empty disk.",
+            help_behavior_hint="(default: checkpoints/ in the run's folder)",
+        ),
+    ] = None
     data: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help=f"The texts to train on, each {_TEXTS}")] = (
         "english_train",
     )
     weights: Annotated[tuple[float, ...], arg(metavar="W [W ...]", help_behavior_hint="(default: all the same)")] = ()
-    """In which proportions several texts are mixed."""
+    """Proportions in which several texts are mixed."""
     heldout: Annotated[str, arg(metavar="TEXT", help="The text of the held-out loss; like --data.")] = "english"
     field: Annotated[str, arg(metavar="NAME")] = "text"
     """The field or column with the texts, in files of records or tables."""
     pack: bool = False
     """Rows of whole documents, packed, that do not see each other; else windows of the run of all documents."""
     augment: Annotated[str | None, arg(metavar="CHAIN", help_behavior_hint="(default: none)")] = None
-    """What changes each batch, such as 'token_dropout(0, rate=0.1)' or 'local_shuffle(3)'."""
+    """Changes of each batch, such as 'token_dropout(0, rate=0.1)' or 'local_shuffle(3)'."""
     batch: int = 16
     """Rows of the text in a batch."""
     context: int = 128
@@ -222,25 +229,34 @@ class Train(Common, TrainOptions):
     heads: int = 4
     """Attention heads of each layer; a divisor of the width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products are computed in; weights and the optimiser are float32."""
+    """Type that matrix products are computed in; weights and the optimiser are float32."""
     stream: Literal["float32", "bfloat16"] = "float32"
-    """What is kept between products; with both in bfloat16 training is fastest."""
+    """Type of what is kept between products; with both in bfloat16 training is fastest."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing, whole blocks, all but matrix products."""
+    """Part that the backward pass computes again instead of keeping it: nothing, whole blocks, all but matrix products."""
     unroll: int = 1
     """Layers that the program runs without a loop: more run faster on a CPU and compile longer."""
     microbatches: int = 0
     """Micro-batches of a mesh with pipeline, a multiple of its stages; 0: as many as stages."""
     mesh: Annotated[
-        str | None, arg(metavar="SHAPE", help_behavior_hint="(default: one device; data=* with several processes)")
+        str | None,
+        arg(
+            metavar="SHAPE",
+            help="Layout of several devices to train on: 'fsdp=4,tensor=2' for eight; one length may be *, what the devices "
+            "leave. Axes: data, fsdp, tensor, sequence, pipeline (and expert, for models that have them).",
+            help_behavior_hint="(default: one device; data=* with several processes)",
+        ),
     ] = None
-    """Train on several devices, laid out like this: 'fsdp=4,tensor=2' for eight; one length may be *, what the devices leave.
-    Axes: data, fsdp, tensor, sequence, pipeline (and expert, for models that have them)."""
     devices: int = 1
-    """Pretend that the CPU is so many devices, to try a --mesh without having one; slower than one."""
-    processes: int = 1
-    """Start so many processes on this machine, to try what a cluster does. On a cluster start one on each host instead: they find
-    each other (TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID)."""
+    """Devices that the CPU pretends to be, to try a --mesh without having one; slower than one."""
+    processes: Annotated[
+        int,
+        arg(
+            help="Processes that are started on this machine, to try what a cluster does. On a cluster start one on each host "
+            "instead: they find each other (TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, "
+            "JAX_PROCESS_ID)."
+        ),
+    ] = 1
     devices_per_process: int = 1
     """Simulated devices of each of these processes."""
     elastic: bool = False
@@ -252,7 +268,7 @@ class Train(Common, TrainOptions):
     notices: Annotated[
         str | None, arg(metavar="URL", help_behavior_hint="(default: the machine's metadata server, if it has one)")
     ] = None
-    """Where notices of maintenance stand; at one, the run saves and stops."""
+    """Address where notices of maintenance stand; at one, the run saves and stops."""
     profile: bool = False
     """Write an XProf trace of three steps into the run's folder."""
     tensorboard: bool = False
@@ -308,7 +324,7 @@ class Replay(Common):
 
     folder: Annotated[Positional[str], arg(metavar="FOLDER", help="The folder that the run left: runs/<time>-train.")]
     step: int
-    """Which: 1 for the first."""
+    """Number of the step: 1 for the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -335,7 +351,7 @@ class Predict(Common):
     input: Annotated[tuple[str, ...], arg(metavar="FILE")]
     """UTF-8 texts for a model of text, images for a model of images; several, one after the other."""
     top: int = 5
-    """How many labels are shown for each file, the likeliest first."""
+    """Labels that are shown for each file, the likeliest first."""
     batch: int = 8
     """Files that are computed at once."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, _DTYPE] = None
@@ -355,6 +371,21 @@ VERBS: dict[str, type[Common]] = {
     "replay": Replay,
     "rerun": Rerun,
 }
+
+
+GROUPS: dict[str, str] = {
+    **dict.fromkeys(("steps", "optimizer", "learning_rate", "warmup", "schedule", "end_rate", "stable"), "optimiser options"),
+    **dict.fromkeys(("drop_every", "drop", "weight_decay", "clip", "beta2", "accumulate", "average"), "optimiser options"),
+    **dict.fromkeys(("data", "weights", "heldout", "field", "pack", "augment", "batch", "context", "vocab"), "data options"),
+    **dict.fromkeys(("model", "lora", "adapter", "width", "depth", "heads", "dtype", "stream", "remat", "unroll"), "model options"),
+    **dict.fromkeys(("mesh", "devices", "processes", "devices_per_process", "microbatches", "pipeline"), "device options"),
+    **dict.fromkeys(("exchange", "exchange_share"), "device options"),
+    **dict.fromkeys(("bad", "spike", "save_every", "save_seconds", "checkpoints", "elastic", "regrow"), "fault options"),
+    **dict.fromkeys(("watchdog", "notices"), "fault options"),
+    **dict.fromkeys(("json", "runs", "out", "profile", "tensorboard", "sample", "log_every"), "output options"),
+    **dict.fromkeys(("eval_every", "eval_batches", "patience"), "evaluation options"),
+}
+"""Option -> the box of the help where it stands; those of the work itself stand in `options`."""
 
 
 def check(options: Common) -> None:

@@ -17,12 +17,14 @@ class Verb(NamedTuple):
     show(result, console): prints it for people.
     prepare(options): what must happen before JAX starts its devices.
     code(result): the exit code, or what the work raises once its results are kept.
+    keeps: whether a run folder keeps what came out; of a verb that only reads nothing stays.
     """
 
     run: Callable[..., Any]
     show: Callable[..., None]
     prepare: Callable[..., None] = lambda options: None
     code: Callable[[Any], int] = lambda result: 0
+    keeps: bool = True
 
 
 def find(name: str) -> Verb:
@@ -40,7 +42,7 @@ def find(name: str) -> Verb:
     if name in ("models", "predict", "summary"):
         from jaxmodel.cli import inspect
 
-        return Verb(getattr(inspect, name), getattr(inspect, f"show_{name}"))
+        return Verb(getattr(inspect, name), getattr(inspect, f"show_{name}"), keeps=name == "predict")
     return {
         "eval": Verb(_eval, _show_eval),
         "generate": Verb(_generate, _show_generate),

@@ -39,7 +39,7 @@ class TrainOptions:
       optimizer: One of adamw, adamw8 (its moments take 8 bits), sgd, lion, adafactor, muon.
       learning_rate: The rate at the peak of the schedule.
       warmup: Updates over which the learning rate rises (at most half of them).
-      schedule: What the learning rate does after that: constant, step, cosine, wsd (stays, then falls), one_cycle, plateau (falls
+      schedule: Course of the learning rate after that: constant, step, cosine, wsd (stays, then falls), one_cycle, plateau (falls
         when the loss does not).
       end_rate: The last rate as a share of the peak, for cosine, wsd and one_cycle; for plateau the least.
       stable: The share of the updates that wsd stays at the peak.

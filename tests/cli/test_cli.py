@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
+import jaxmodel
 from jaxmodel import compress, data, evaluate, hub, ops, report, train, tree
 from jaxmodel.cli import main, options
 from jaxmodel.cli.options import VERBS, Train
@@ -224,10 +226,77 @@ def test_help(capsys, verb):
     assert "usage: jaxmodel" in out and ("--seed" in out or not random)
 
 
+def options_of_help(text):
+    """Option -> what its help says, and the title of the box that it stands in."""
+    found, title, name = {}, "", ""
+    for line in text.splitlines():
+        if box := re.match("(?:╭─)? (.*?options|positional arguments)[ ─]*╮?$", line):
+            title, name = box[1], ""
+        words = line.strip("│ ")
+        if new := re.match(r"(?:-h, )?--([\w-]+)", words):
+            name = new[1]
+        if name and words and not re.search("[╰─-]{9}", words):
+            said = re.sub(r"^-\S+(?:, --\S+)?(?: (?:[A-Z]+\b|\{[^}]*\})(?: \[[^]]*\])?)?", "", words)
+            found.setdefault(name, [title, ""])[1] += f" {said}"
+    return {name: (title, " ".join(text.split())) for name, (title, text) in found.items()}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_stands_in_one_box_and_its_help_stands_alone(capsys, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    found = options_of_help(call(capsys, verb, "--help").out)
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(VERBS[verb])}
+    positional = {"model", "folder", "name"} if verb not in ("demo", "train") else set()
+    found.pop("help")
+    assert fields - positional <= set(found)
+    for name, (title, said) in found.items():
+        assert not re.match(r"(Of|At|In|On|That|Which|What|Only|Above|How|Where)\b|\d|$", said), (verb, name, said)
+        assert "(required)" not in said or title in ("required options", "positional arguments")
+    if verb == "train":
+        kinds = {f"{kind} options" for kind in ("optimiser", "data", "model", "device", "fault", "output", "evaluation")}
+        assert {title for title, _ in found.values()} == kinds | {"options"}
+        assert {name for name, (title, _) in found.items() if title == "options"} == {"seed"}
+
+
+def test_version(capsys):
+    assert call(capsys, "--version").out == f"jaxmodel {jaxmodel.__version__}\n"
+
+
+def test_a_prompt_may_stand_behind_the_model(capsys, folder):
+    by_option, behind = (
+        as_json(capsys, folder, "generate", folder / "tiny", *words, "--max-new-tokens", 3)["text"]
+        for words in (("--prompt", "The dog"), ("The dog",))
+    )
+    assert by_option == behind
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["models"],
+        ["summary", "gpt2/tiny"],
+        ["eval", "nowhere"],
+        ["generate", "{tiny}", "--prompt", "a", "--temperature", "-1"],
+        ["compress", "{tiny}", "--recipe", "int5", "--out", "x"],
+        ["train", "--data", "nowhere.txt"],
+        ["train", "--width", "30"],
+    ],
+)
+def test_what_reads_and_what_fails_leaves_no_folder(capsys, folder, tmp_path, args):
+    code = 0 if args[0] in ("models", "summary") else 2
+    call(capsys, *(word.format(tiny=folder / "tiny") for word in args), "--runs", tmp_path / "runs", code=code)
+    assert list(tmp_path.iterdir()) == []
+
+
 BAD = [
-    (["evl"], "Unrecognized options: evl; Available subcommands: demo"),
+    (["evl"], "the verb 'evl' is unknown; nearest eval; allowed: demo, train"),
+    (["generate", "{tiny}", "--promt", "hi"], "--promt is unknown; nearest --prompt"),
+    (["generate", "{tiny}", "--prompts=hi"], "--prompts is unknown; nearest --prompt"),
+    (["train", "--lr", "0.1"], "--lr is unknown; nearest --learning-rate"),
+    (["train", "--max_steps", "3"], "--max-steps is unknown; nearest --steps"),
+    (["train", "-q"], "-q is unknown; `jaxmodel train --help` lists the options"),
     (["eval"], "Missing from jaxmodel eval: MODEL"),
-    (["eval", "tiny", "--windw", "3"], "Unrecognized options: --windw, 3; perhaps you meant --window"),
+    (["eval", "tiny", "--windw", "3"], "--windw is unknown; nearest --window"),
     (["eval", "tiny", "--window", "x"], "--window"),
     (["eval", "smolm2-135m"], "model: 'smolm2-135m' is not known; allowed: all-minilm-l6-v2, smollm2-135m, smollm2-135m-i"),
     (["eval", "{tiny}", "--data", "wikitext2-tst"], "wikitext2-tst"),
