@@ -309,7 +309,7 @@ class Resume(Common):
     learning_rate: Annotated[float | None, _AS_BEFORE] = None
     """The rate at the peak of the schedule."""
     schedule: Annotated[Literal["constant", "step", "cosine", "wsd", "one_cycle", "plateau"] | None, _AS_BEFORE] = None
-    """What the learning rate does after the warm-up."""
+    """Course of the learning rate after the warm-up."""
     weight_decay: Annotated[float | None, _AS_BEFORE] = None
     """Strength of the decay of weights towards zero."""
     batch: Annotated[int | None, _AS_BEFORE] = None
