@@ -377,7 +377,9 @@ GROUPS: dict[str, str] = {
     **dict.fromkeys(("steps", "optimizer", "learning_rate", "warmup", "schedule", "end_rate", "stable"), "optimiser options"),
     **dict.fromkeys(("drop_every", "drop", "weight_decay", "clip", "beta2", "accumulate", "average"), "optimiser options"),
     **dict.fromkeys(("data", "weights", "heldout", "field", "pack", "augment", "batch", "context", "vocab"), "data options"),
-    **dict.fromkeys(("model", "lora", "adapter", "width", "depth", "heads", "dtype", "stream", "remat", "unroll"), "model options"),
+    **dict.fromkeys(
+        ("model", "lora", "adapter", "width", "depth", "heads", "dtype", "stream", "remat", "unroll"), "model options"
+    ),
     **dict.fromkeys(("mesh", "devices", "processes", "devices_per_process", "microbatches", "pipeline"), "device options"),
     **dict.fromkeys(("exchange", "exchange_share"), "device options"),
     **dict.fromkeys(("bad", "spike", "save_every", "save_seconds", "checkpoints", "elastic", "regrow"), "fault options"),
