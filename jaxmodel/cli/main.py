@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.metadata
 import io
 import os
 import re
@@ -13,7 +14,6 @@ from typing import Annotated, Any
 
 import tyro
 
-import jaxmodel
 from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, check
 from jaxmodel.cli.words import checked, grouped
 from jaxmodel.errors import InputError, printable
@@ -34,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         words = sys.argv[1:] if args is None else args
         if list(words) == ["--version"]:
-            print(f"jaxmodel {jaxmodel.__version__}")
+            print(f"jaxmodel {importlib.metadata.version('jaxmodel')}")
             raise SystemExit(0)
         _, code = run(read(words))
     except InputError as error:
