@@ -42,6 +42,7 @@ KINDS = {
         },
     ),
     "gpt2": ("gpt2-a", "CausalLM", {"r": 3, "lora_alpha": 9, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "phi3": ("phi3-a", "CausalLM", {"r": 3, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
     "some_layers": ("qwen2-a", "CausalLM", {"target_modules": ["k_proj", "o_proj"], "layers_to_transform": [1], "r": 2}),
     "bert": ("bert-a", "", {"r": 2, "target_modules": ["query", "output.dense"]}),
     "vit": (
@@ -74,6 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.check:
         rules = {"llama-untied": ".*/(q|v|down)|head", "gpt2-a": ".*/(q|v|up)", "qwen3-a": "blocks/1/.*/(gate|k)"}
+        rules["phi3-a"] = ".*/(q|v|gate)"
         for name, rule in rules.items():
             check(name, rule, options.ours)
         return
