@@ -46,7 +46,7 @@ def unknown(argument: str, given: object, allowed: Iterable[str]) -> InputError:
 
 
 def printable(text: str) -> str:
-    """The text with its control characters as codes, so that a name or a model's text cannot move the cursor of a terminal, and
+    r"""The text with its control characters as codes, so that a name or a model's text cannot move the cursor of a terminal, and
     without marks that turn the direction of writing. Ends of lines and tabs stay.
 
     >>> printable("a\x1b[2Jb\u202ec")

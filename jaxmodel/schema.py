@@ -135,7 +135,7 @@ def make(value: Any, kind: Any, where: str, key: str = "") -> Any:
     >>> make({"heads": 2.5}, dict[str, Count], "config.json")
     Traceback (most recent call last):
       ...
-    jaxmodel.errors.InputError: config.json: heads is 2.5; allowed: a whole number of 1 to 2147483647
+    jaxmodel.errors.InputError: config.json: heads is 2.5; allowed: a whole number
     """
     if isinstance(kind, typing.TypeAliasType):
         return make(value, kind.__value__, where, key)

@@ -45,7 +45,10 @@ def with_meaning(config: Any, hf: Mapping[str, Any], folder: Path) -> Any:
             raise unknown(f"{folder}/config.json: problem_type", problem, PROBLEMS)
         more["problem"] = problem
     if getattr(config, "head", "") == "embed" and (pooling := _pooling(folder)) is not None:
-        more["pooling"] = pooling
+        if hasattr(config, "pooling"):
+            more["pooling"] = pooling
+        elif pooling != ("mean",):
+            raise InputError(f"{folder}/1_Pooling/config.json: {' and '.join(pooling)} given; this family has mean alone")
     return dataclasses.replace(config, **more) if more else config
 
 
@@ -118,9 +121,10 @@ def save(config: Any, card: Mapping[str, Any], folder: Path) -> None:
         return
     kinds = (("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize"))
     modules = [{"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{k}"} for i, path, k in kinds]
-    pooling = {"word_embedding_dimension": config.width, **{key: mode in config.pooling for key, mode in _OLD.items()}}
-    if len(config.pooling) > 1:  # whose order the new form alone can say
-        pooling = {"embedding_dimension": config.width, "pooling_mode": list(config.pooling)}
+    modes = getattr(config, "pooling", ("mean",))  # ModernBERT has no other
+    pooling = {"word_embedding_dimension": config.width, **{key: mode in modes for key, mode in _OLD.items()}}
+    if len(modes) > 1:  # whose order the new form alone can say
+        pooling = {"embedding_dimension": config.width, "pooling_mode": list(modes)}
     read = {"max_seq_length": card.get("max_tokens", config.context), "do_lower_case": bool(card.get("lower_case", False))}
     files: dict[str, Any] = {"modules.json": modules, "1_Pooling/config.json": pooling, "sentence_bert_config.json": read}
     if card.get("prompt"):

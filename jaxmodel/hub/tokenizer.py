@@ -412,13 +412,17 @@ def stream_decoder(tokenizer: Tokenizer, skip_special: bool = True, after: Seque
     ids = tail([int(i) for i in after])
     sent = len(tokenizer.decode(ids, skip_special)) if ids else 0
 
+    in_run = False
+
     def push(token: int | None) -> str:
-        nonlocal sent, ids
+        nonlocal sent, ids, in_run
         if token is not None:
             ids.append(int(token))
+            if int(token) not in skipped:  # which leaves a run as it is
+                in_run = is_byte(int(token))
         text = tokenizer.decode(ids, skip_special)
         # A trailing U+FFFD may be half a character, or a real one: hold it until the next id decides.
-        held = token is not None and is_byte(int(token))
+        held = token is not None and in_run
         ready = sent if held else max(sent, len(text) if token is None else len(text.rstrip("\ufffd")))
         piece, sent = text[sent:ready], ready
         if sent == len(text) and len(ids) > 16:

@@ -150,6 +150,7 @@ def transplant(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params, l
     Raises:
       InputError: nothing of the trained parameters has a place.
 
+    >>> import jax.numpy as jnp
     >>> fresh = {"body": jnp.zeros((2, 2)), "head": jnp.zeros((3, 2))}
     >>> params, left = transplant(fresh, {"body": jnp.ones((2, 2)), "head": jnp.ones((10, 2))})
     >>> left, float(params["body"].sum())

@@ -194,7 +194,7 @@ def test_not_a_gguf_file(tmp_path: Path, content: bytes, reason: str) -> None:
 
 def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
     assert "No such file" in error(tmp_path / "missing.gguf")
-    assert "directory" in error(tmp_path)
+    assert "no regular file" in error(tmp_path)
 
 
 def test_other_byte_order(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_packed_segments(text: SimpleNamespace) -> None:
         ({"activation": "swish"}, "activation: 'swish' is not known"),
         ({"labels": ("a",)}, "labels: 1 given; the head 'mlm' needs none"),
         ({"head": "classify"}, "labels: 0 given; the head 'classify' needs at least one"),
-        ({"types": 0}, "types is 0; allowed: a whole number of at least 1"),
+        ({"types": -1}, "types: -1 given; allowed: a whole number of at least 0"),
     ],
 )
 def test_bad_configs_of_bert(change: dict[str, Any], message: str) -> None:

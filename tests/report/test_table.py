@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.text import Text
 
-from jaxmodel.report import Column, console_for, print_table, to_markdown
+from jaxmodel.report import Column, console_for, html, print_table, to_markdown
 from jaxmodel.report.table import count, megabytes, number, percent, rate, significant
 
 COLUMNS = [Column("name", "version"), Column("bytes", "resident\nMB", megabytes), Column("nll", "NLL", significant(5))]
@@ -94,3 +95,16 @@ def test_formats(text, expected):
 @given(st.floats(1e-12, 1e14), st.integers(1, 8))
 def test_number_is_right_to_its_digits(value, digits):
     assert math.isclose(float(number(value, digits).replace(",", "")), value, rel_tol=0.5001 * 10 ** (1 - digits))
+
+
+def test_no_control_character_reaches_a_terminal_or_a_page():
+    """A name could else move the cursor, colour what follows, or write a title."""
+    evil = "gpt\x1b]0;title\x07\x1b[31m\r\x9b2J\u202e"
+    console = console_for()
+    with console.capture() as caught:
+        console.print(evil)
+        console.print(Text(evil))
+        print_table([{"name": evil}], [Column("name")], evil, console)
+    shown = caught.get() + html.page(evil, [html.text(evil), html.table([{"name": evil}], [Column("name")])])
+    assert not set("\x1b\x07\r\x9b\u202e") & set(shown)
+    assert shown.count(r"gpt\x1b]0;title\x07\x1b[31m\r\x9b2J\u202e") >= 6

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,13 +55,13 @@ def check_what_stood_on_one_device_goes_on_a_mesh() -> None:
 
 
 def check_a_memory_of_the_exchange_elsewhere(folder: str) -> None:
-    config = train.TrainConfig(steps=4, save_every=2, exchange="top_k", exchange_share=0.1)
+    config = train.TrainConfig(steps=8, save_every=2, exchange="top_k", exchange_share=0.1)
     wide = gpt2.model(gpt2.Config(256, 64, 2, 2, 16), MODEL.policy)
 
     def run(shape, steps):
         more = {"mesh": sharding.make_mesh(shape)} if shape else {}
-        with train.Checkpoints(folder) as checkpoints:
-            return train.fit(wide, stream(), dataclasses.replace(config, steps=steps), checkpoints=checkpoints, **more)[0]
+        stop = train.Supervisor(stop=lambda step: step == steps)
+        return train.fit(wide, stream(), config, checkpoints=folder, supervisor=stop, **more)[0]
 
     assert run("data=4", 2).extra["residual"]["embed"].shape[0] == 4
     fewer = run("data=2", 4)
