@@ -51,7 +51,7 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
 
     distributed.initialize()
     parts = []
-    for name, weight in (("wikitext2-valid", 3), ("wikitext2-test", 1)):
+    for name, weight in (("english_train", 3), ("english", 1)):
         documents = [list(text.encode()[:300]) for text in data.split_documents(data.load_text(name).text)[:200]]
         parts.append((data.Stream(data.pack(documents, 33), 16, seed), weight))
     stream = _Noting(data.Mixture(parts, batch_size=16))
