@@ -7,6 +7,7 @@ the decoded text of each of TEXTS.
 from __future__ import annotations
 
 import json
+import os
 import pydoc_data.topics
 from pathlib import Path
 
@@ -32,13 +33,14 @@ MODELS = {
 def main() -> None:
     """Train, and write what the library says."""
     topics = pydoc_data.topics.topics
-    corpus, rules = HERE / "corpus.txt", HERE / "rules.tsv"
+    os.chdir(HERE)  # the library writes down the paths that it is given
+    corpus, rules = Path("corpus.txt"), Path("rules.tsv")
     corpus.write_text("\n".join(topics[key] for key in sorted(topics))[:150_000], encoding="utf-8")
     rules.write_text("FF26\t0046\nFB01\t0066 0069\nFF34\t0054\n9\t20\n", encoding="utf-8")  # a few of NFKC's, for the size
     said = {}
     for name, options in MODELS.items():
         more = {"normalization_rule_tsv": str(rules)} if name == "t5" else {}
-        sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(HERE / name), **SAME, **options, **more)
+        sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=name, **SAME, **options, **more)
         (HERE / f"{name}.vocab").unlink()
         processor = sentencepiece.SentencePieceProcessor(model_file=str(HERE / f"{name}.model"))
         ids = [processor.encode(text) for text in TEXTS]
