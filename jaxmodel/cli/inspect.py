@@ -230,7 +230,7 @@ def _images(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple
     channels = len(processor.mean)
     decoded = [decode(io.BytesIO(content), channels, f"--input: {name!r}") for name, content in zip(names, contents, strict=True)]
     pixels, wanted = processor(decoded), bundle.model.inputs(1, 1)["pixels"].shape
-    if pixels.shape[1:] != wanted[1:]:
+    if pixels.shape[1:] != wanted[1:] and not getattr(bundle.model.config, "any_size", False):
         made, needed = (" x ".join(map(str, shape[1:])) for shape in (pixels.shape, wanted))
         raise InputError(f"model: the image processor of {called!r} makes {made} pixels; the model reads {needed}")
     return {"pixels": pixels}, [False] * len(decoded)

@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,33 @@ from jaxmodel.hub.schemas import Images, Processor
 
 FILE = "preprocessor_config.json"
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # of `resample`, the numbers of Pillow
+
+
+class _Kind(NamedTuple):
+    """What a kind of image processor does where its file is silent.
+
+    Attributes:
+      resample: the filter.
+      crop: whether there is one.
+      short: whether a number alone is the length of the shorter side.
+      mean: of each channel.
+      std: of each channel.
+    """
+
+    resample: int
+    crop: bool
+    short: bool
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+_OF_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_KINDS = {
+    "ViT": _Kind(2, False, False),
+    "CLIP": _Kind(3, True, True, *_OF_CLIP),
+    "Bit": _Kind(3, True, True, *_OF_CLIP),  # that of DINOv2
+    "Siglip": _Kind(3, False, True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,23 +150,24 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
         hf = schema.read(path, Processor, missing=True).get("image_processor")
     if hf is None:
         return None
-    kind = str(hf.get("image_processor_type", hf.get("feature_extractor_type", "ViT")))
-    if not kind.startswith(("ViT", "CLIP")):  # others crop, pad and scale in ways of their own
-        raise InputError(f"{path}: the image processor {kind!r} is not read; allowed: those of ViT and CLIP")
-    clip = kind.startswith("CLIP")
-    resample = hf.get("resample", 3 if clip else 2)
+    named = str(hf.get("image_processor_type", hf.get("feature_extractor_type", "ViTImageProcessor")))
+    found = re.fullmatch(rf"({'|'.join(_KINDS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)", named)
+    if found is None:  # others crop, pad and scale in ways of their own
+        raise InputError(f"{path}: the image processor {named!r} is not read; allowed: those of {', '.join(_KINDS)}")
+    kind = _KINDS[found[1]]
+    resample = hf.get("resample", kind.resample)
     if resample not in _FILTERS:
         raise InputError(f"{path}: resample is {resample!r}; allowed: {', '.join(f'{n} ({f})' for n, f in _FILTERS.items())}")
     plain = not hf.get("do_normalize", True)
     try:
-        crops = hf.get("do_center_crop", clip)
+        crops = hf.get("do_center_crop", kind.crop)
         return ImageProcessor(
-            size=_size(hf.get("size", 224), short=crops) if hf.get("do_resize", True) else None,
+            size=_size(hf.get("size", 224), short=crops or kind.short) if hf.get("do_resize", True) else None,
             crop=_pair(hf.get("crop_size", 224)) if crops else None,
             filter=_FILTERS[resample],
             scale=float(hf.get("rescale_factor", 1 / 255)) if hf.get("do_rescale", True) else 1.0,
-            mean=(0.0,) * 3 if plain else tuple(map(float, hf["image_mean"])),
-            std=(1.0,) * 3 if plain else tuple(map(float, hf["image_std"])),
+            mean=(0.0,) * 3 if plain else tuple(map(float, hf.get("image_mean", kind.mean))),
+            std=(1.0,) * 3 if plain else tuple(map(float, hf.get("image_std", kind.std))),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: a value is missing or of the wrong kind: {' '.join(str(error).split())}") from None

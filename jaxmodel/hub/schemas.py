@@ -6,9 +6,9 @@ here: a test sees to it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
-from jaxmodel.schema import Count, Index, Positive, Range, Share
+from jaxmodel.schema import Count, Index, Positive, Share
 
 type Token = str | dict[str, Any] | None
 type Ids = Index | list[Index] | None
@@ -81,6 +81,9 @@ class Config(TypedDict, total=False):
     image_size: Count
     patch_size: Count
     num_channels: Count
+    mlp_ratio: Positive
+    use_swiglu_ffn: bool
+    use_mask_token: bool
     num_labels: Count
     # rotation, windows
     rope_theta: Positive
@@ -229,7 +232,7 @@ class Tokens(TypedDict, total=False):
     tokenize_chinese_chars: bool | None
     strip_accents: bool | None
     add_prefix_space: bool | None
-    extra_ids: Annotated[int, Range(0, 100_000)]
+    extra_ids: Index
     tokenizer_class: str | None
     add_bos_token: bool | None
     add_eos_token: bool | None

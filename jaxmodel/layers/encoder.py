@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel import ops
 from jaxmodel.layers.attention import Attention
+from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
 from jaxmodel.layers.mlp import MLP
 from jaxmodel.layers.norm import LayerNorm
@@ -47,6 +48,7 @@ class EncoderBlock(nn.Module):
       out_scale: of those whose results are summed up.
       policy: dtypes and placement.
       qkv_bias: whether q, k and v have biases.
+      layer_scale: whether the result of each part has a factor for each component: leaves attn_scale and mlp_scale `[D]`.
     """
 
     heads: int
@@ -58,6 +60,7 @@ class EncoderBlock(nn.Module):
     out_scale: float
     policy: ops.Policy
     qkv_bias: bool = True
+    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: dict[str, Any]) -> Float[Array, "B T D"]:
@@ -73,11 +76,17 @@ class EncoderBlock(nn.Module):
         mix = lambda y: attention(y, context, None, 0)[0]
         mlp = MLP(self.mlp_width, ACTIVATIONS[self.activation], False, True, normal, out, self.policy, name="mlp")
         attn_norm, mlp_norm = (LayerNorm(self.norm_eps, name=name) for name in ("attn_norm", "mlp_norm"))
+
+        def scaled(part: str, y: Array) -> Array:
+            if not self.layer_scale:
+                return y
+            return y * ops.on_last(leaf(self, f"{part}_scale", nn.initializers.ones, y.shape[-1:]).astype(y.dtype), y.ndim)
+
         if self.post_norm:
-            x = attn_norm(x + mix(x))
-            return mlp_norm(x + mlp(x))
-        x = x + mix(attn_norm(x))
-        return x + mlp(mlp_norm(x))
+            x = attn_norm(x + scaled("attn", mix(x)))
+            return mlp_norm(x + scaled("mlp", mlp(x)))
+        x = x + scaled("attn", mix(attn_norm(x)))
+        return x + scaled("mlp", mlp(mlp_norm(x)))
 
 
 class PooledHead(nn.Module):

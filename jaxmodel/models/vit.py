@@ -1,5 +1,8 @@
 """Vision transformer (Dosovitskiy et al., 2020): patches of an image as tokens, a norm in front of each part.
 
+DINOv2 (Oquab et al., 2023) scales what each part adds, classifies by the class token beside the mean of the patches, and reads
+images of any size.
+
 >>> vit = model(SIZES["tiny"])
 >>> params = vit.init(jax.random.key(0))
 >>> vit.apply(params, jnp.zeros((2, 16, 16, 3))).logits.shape
@@ -22,7 +25,7 @@ from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, Patches, PooledHead, init_layers
 from jaxmodel.models.model import Model, Parts, check_sizes
 
-POOLS = ("class", "mean")
+POOLS = ("class", "mean", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Config:
       mlp_width: F.
       labels: names of the classes; () for a model whose `apply` gives the pooled vector `[B, D]`.
       channels: of the images.
-      pool: what stands for the image: "class", a token of its own, or "mean" of the patches' (Zhai et al., 2021).
+      pool: what stands for the image: "class", a token of its own, "mean" of the patches' (Zhai et al., 2021), or "both", one
+        behind the other.
       pool_dense: whether a dense layer with tanh follows.
       activation: a name of `layers.ACTIVATIONS`.
       qkv_bias: whether q, k and v have biases.
@@ -47,6 +51,8 @@ class Config:
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
       problem: what the logits mean, as `problem_type` of HF says it; see `predict_fn`.
+      layer_scale: whether the result of each part has a factor for each component (Touvron et al., 2021).
+      any_size: whether images of other sizes are read, at positions between the learnt ones.
     """
 
     image: int
@@ -66,6 +72,8 @@ class Config:
     norm_eps: float = 1e-12
     init_scale: float = 0.02
     problem: str = ""
+    layer_scale: bool = False
+    any_size: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self, ("image", "patch", "width", "depth", "heads", "mlp_width", "channels"))
@@ -88,12 +96,18 @@ def numbered(count: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{i}" for i in range(count))
 
 
+_DINO: dict[str, Any] = {"layer_scale": True, "any_size": True, "norm_eps": 1e-6}
+
 SIZES = {
     "tiny": Config(16, 4, 32, 3, 4, 64, numbered(10)),
     "tiny-mean": Config(16, 4, 32, 3, 4, 64, numbered(10), 1, "mean", qkv_bias=False, patch_bias=False, embed_norm=True),
+    "tiny-dino": Config(16, 4, 32, 3, 4, 64, numbered(10), pool="both", **_DINO),
     "tiny-features": Config(16, 8, 48, 3, 4, 64, pool_dense=True),
     "vit-base-16": Config(224, 16, 768, 12, 12, 3072, numbered(1000)),
     "vit-large-16": Config(224, 16, 1024, 24, 16, 4096, numbered(1000)),
+    "dinov2-small": Config(518, 14, 384, 12, 6, 1536, **_DINO),
+    "dinov2-base": Config(518, 14, 768, 12, 12, 3072, **_DINO),
+    "dinov2-large": Config(518, 14, 1024, 24, 16, 4096, **_DINO),
 }
 
 RULES: tree.Rules = (
@@ -107,6 +121,7 @@ RULES: tree.Rules = (
     (tree.optional("head/pool"), P("tensor", "fsdp")),
     (tree.optional("head/classes"), P(None, "fsdp")),
     (tree.optional("head/(pool|classes)_bias"), P()),
+    (tree.optional("blocks/.*/(attn|mlp)_scale"), P()),
     (".*norm/(weight|bias)", P()),
 )
 
@@ -119,7 +134,9 @@ class _Head(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         x = LayerNorm(c.norm_eps, name="norm")(x)
-        pooled = x[:, 0] if c.pool == "class" else jnp.mean(x.astype(jnp.float32), axis=1)
+        patches = x[:, 1:] if c.pool == "both" else x
+        pooled = x[:, 0] if c.pool == "class" else jnp.mean(patches.astype(jnp.float32), axis=1)
+        pooled = jnp.concatenate([x[:, 0].astype(jnp.float32), pooled], axis=-1) if c.pool == "both" else pooled
         return PooledHead(c.pool_dense, len(c.labels), c.init_scale, self.policy, name="head")(pooled)
 
 
@@ -130,7 +147,8 @@ class _Embed(nn.Module):
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         c = self.config
-        x = Patches(c.width, c.patch, c.pool == "class", c.patch_bias, c.init_scale, self.policy, name="embed")(pixels)
+        sizes = c.width, c.patch, c.image // c.patch
+        x = Patches(*sizes, c.pool != "mean", c.patch_bias, c.init_scale, self.policy, name="embed")(pixels)
         return LayerNorm(c.norm_eps, name="embed_norm")(x) if c.embed_norm else x
 
 
@@ -148,6 +166,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     block_module = EncoderBlock(
         *(c.heads, c.mlp_width, c.activation, c.norm_eps, False, c.init_scale, c.init_scale / (2 * c.depth) ** 0.5, policy),
         qkv_bias=c.qkv_bias,
+        layer_scale=c.layer_scale,
     )
     context = {"seen": ops.Seen(causal=False)}
 
@@ -155,8 +174,11 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
     ) -> tuple[jax.Array, dict[str, Any]]:
         pixels = inputs["pixels"]
-        if pixels.ndim != 4 or pixels.shape[1:] != (c.image, c.image, c.channels):
-            raise InputError(f"pixels: the shape {pixels.shape} given; needed is [B, {c.image}, {c.image}, {c.channels}]")
+        right = pixels.ndim == 4 and pixels.shape[3] == c.channels
+        sides = pixels.shape[1:3] if right else ()
+        if not right or (min(sides) < c.patch if c.any_size else sides != (c.image, c.image)):
+            sides = f"Y, X of at least {c.patch}" if c.any_size else f"{c.image}, {c.image}"
+            raise InputError(f"pixels: the shape {pixels.shape} given; needed is [B, {sides}, {c.channels}]")
         own = {name: params[name] for name in ("embed", "embed_norm") if name in params}
         x: Any = embed_module.apply({"params": own}, pixels)
         return x, dict(context)

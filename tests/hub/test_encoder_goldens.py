@@ -62,7 +62,7 @@ def test_there_are_several_of_each_kind() -> None:
     kinds = [name.rsplit("-", 1)[0] for name in NAMES]
     assert {kind: kinds.count(kind) for kind in kinds} == {
         **{"bert": 3, "vit": 3, "clip": 2},
-        **{"roberta": 2, "xlm-roberta": 1, "distilbert": 3, "modernbert": 3},
+        **{"roberta": 2, "xlm-roberta": 1, "distilbert": 3, "modernbert": 3, "dinov2": 3},
     }
     files = [path for name in NAMES for path in (*(GOLDENS / name).iterdir(), GOLDENS / f"{name}.npz")]
     assert sum(path.stat().st_size for path in files) < 700_000
@@ -146,11 +146,12 @@ def test_the_config_of_each_kind() -> None:
     assert configs["vit-a"].labels == ("x", "y", "z") and not configs["vit-a"].pool_dense
     assert configs["vit-b"].labels[11] == "class 11" and not configs["vit-b"].qkv_bias and configs["vit-b"].channels == 1
     assert configs["vit-c"].labels == () and configs["vit-c"].pool_dense
+    assert [configs[f"dinov2-{x}"].pool for x in "abc"] == ["class", "both", "class"] and configs["dinov2-b"].labels
     assert configs["clip-a"].text.end is None and configs["clip-b"].text.end == 55
     assert configs["clip-b"].image.activation == "gelu" and configs["clip-a"].text.activation == "quick_gelu"
 
 
-@pytest.mark.parametrize("source", ["bert-a", "bert-c", "roberta-a", "distilbert-b", "vit-a", "vit-c"])
+@pytest.mark.parametrize("source", ["bert-a", "bert-c", "roberta-a", "distilbert-b", "vit-a", "vit-c", "dinov2-b"])
 def test_names_with_and_without_the_prefix(source: str, tmp_path: Path) -> None:
     prefix = f"{source.split('-')[0]}."
 
@@ -217,6 +218,8 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
         ("vit-a", None, {"patch_size": 5}, "patch: 5 given; a divisor of the image's 12 pixels"),
         ("vit-c", None, {"add_pooling_layer": False}, "2 tensors have no place.*pooler"),
         ("vit-c", None, {"pooler_act": "relu"}, "pooler_act is 'relu'"),
+        ("dinov2-a", None, {"use_swiglu_ffn": True}, "use_swiglu_ffn is True; this family has False"),
+        ("dinov2-a", None, {"architectures": ["Dinov2Backbone"]}, "'Dinov2Backbone' is not known; allowed: Dinov2ForImageC"),
         ("clip-a", None, {"text_config": 3}, "text_config is 3; allowed: an object"),
         ("clip-a", None, {"projection_dim": 9}, "'(text|visual)_projection.weight' has shape .8, .*needs .9, "),
         ("clip-a", None, {"architectures": ["CLIPTextModel"]}, "'CLIPTextModel' is not known; allowed: CLIPModel"),
@@ -245,11 +248,13 @@ def test_saving_what_transformers_wrote_changes_no_tensor(source: str, tmp_path:
     theirs = {key if f"{prefix}{key}" not in ours else f"{prefix}{key}": value for key, value in theirs.items()}
     bare = source in ("bert-c", "xlm-roberta-a")
     left_out = {"pooler.dense.weight", "pooler.dense.bias"} if bare else set()
+    if source.startswith("dinov2"):
+        left_out |= {key for key in theirs if key.endswith("mask_token")}  # no use but in their pre-training
     assert set(theirs) - left_out == set(ours) and all(np.array_equal(ours[key], theirs[key]) for key in ours)
     given, config = (json.loads((path / "config.json").read_text()) for path in (GOLDENS / source, folder))
     same_model = {"model_type", "architectures"} if source.startswith("xlm") else set()  # it is a RoBERTa
     old = {"global_rope_theta", "local_rope_theta"}  # for transformers 4
-    ours_alone = {"position_embedding_type", "add_pooling_layer", "hidden_act", "projection_dim"}
+    ours_alone = {"position_embedding_type", "add_pooling_layer", "hidden_act", "projection_dim", "use_mask_token"}
     assert changed(config, given) <= ours_alone | old | same_model
     back = from_pretrained(folder)
     assert back.model is bundle.model and tree.fingerprint(back.params) == tree.fingerprint(bundle.params)

@@ -272,12 +272,37 @@ def test_other_images_are_refused() -> None:
             jax.eval_shape(model.apply, params, jnp.zeros(shape))
 
 
+def test_images_of_any_size_and_what_stands_for_them() -> None:
+    """Positions that are all the same stay so; the class token beside a mean. How others come between: goldens of dinov2-c."""
+    model = vit.model(vit.SIZES["tiny-dino"])
+    params = large(model)
+    one = np.asarray(params["embed"]["positions"])[:2]
+    params["embed"]["positions"] = jnp.asarray(np.concatenate([one[:1], np.repeat(one[1:], 16, axis=0)]))
+    p = jax.tree.map(np.asarray, params)
+    for sides in ((16, 16), (8, 8), (32, 16), (67, 34)):
+        pixels = RNG.normal(size=(2, *sides, 3)).astype(np.float32)
+        x, _ = jax.jit(model.parts.embed)(params, {"pixels": jnp.asarray(pixels)})
+        grid = sides[0] // 4, sides[1] // 4
+        whole = pixels[:, : 4 * grid[0], : 4 * grid[1]].reshape(2, grid[0], 4, grid[1], 4, 3)
+        patches = whole.transpose(0, 1, 3, 5, 2, 4).reshape(2, -1, 48)
+        close(x[:, 1:], patches @ p["embed"]["patch"].T + p["embed"]["patch_bias"] + one[1], 1e-4)
+        close(x[:, 0], np.broadcast_to(p["embed"]["class"] + one[0], (2, 32)))
+        out = jax.jit(model.apply)(params, jnp.asarray(pixels))
+        hidden = np.asarray(out.hidden, np.float64)
+        normed = (hidden - hidden.mean(-1, keepdims=True)) / np.sqrt(hidden.var(-1, keepdims=True) + 1e-6)
+        normed = normed * p["norm"]["weight"] + p["norm"]["bias"]
+        both = np.concatenate([normed[:, 0], normed[:, 1:].mean(axis=1)], axis=-1)
+        close(out.logits, both @ p["head"]["classes"].T + p["head"]["classes_bias"], 1e-3)
+    with pytest.raises(InputError, match=r"pixels: .* given; needed is \[B, Y, X of at least 4, 3\]"):
+        jax.eval_shape(model.apply, params, jnp.zeros((2, 3, 16, 3)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"patch": 5}, "patch: 5 given; a divisor of the image's 16 pixels"),
         ({"heads": 5}, "heads: 5 given"),
-        ({"pool": "max"}, "pool: 'max' is not known; allowed: class, mean"),
+        ({"pool": "max"}, "pool: 'max' is not known; allowed: both, class, mean"),
         ({"activation": "swish"}, "activation: 'swish' is not known"),
         ({"channels": 0}, "channels is 0"),
     ],

@@ -39,6 +39,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     CLIPConfig,
+    Dinov2Config,
     DistilBertConfig,
     ModernBertConfig,
     RobertaConfig,
@@ -54,12 +55,14 @@ TEXTS = [*(HERE / "sentences.txt").read_text(encoding="utf-8").splitlines(), (HE
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """A model, the length of its padded row (of texts), and which gradients are stored."""
+    """A model, the length of its padded row (of texts), which gradients are stored, and the images' sides if they are not the
+    config's."""
 
     kind: str
     config: Any
     short: int = 0
     gradients: str = ".*"
+    sides: tuple[int, int] | None = None
 
 
 def sizes(width: int, depth: int, heads: int, mlp: int, **more: Any) -> dict[str, Any]:
@@ -79,6 +82,7 @@ _MODERN = {
     **{"vocab_size": 71, "max_position_embeddings": 16, "local_attention": 4, **sizes(12, 4, 3, 10)},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
 }
+_DINO = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 2}
 _DISTILBERT = {"vocab_size": 71, "max_position_embeddings": 16, "dim": 12, "n_layers": 2, "n_heads": 2, "hidden_dim": 20}
 MODELS = {
     "bert-a": Tiny(
@@ -180,6 +184,20 @@ LATER = {
         *(7, r".*layers\.1\..*|head.*|classifier.*"),
     ),
     "modernbert-c": Tiny("ModernBertModel", ModernBertConfig(**_MODERN), 9, r".*(Wqkv|norm).*"),
+    "dinov2-a": Tiny(
+        "Dinov2Model", Dinov2Config(image_size=12, patch_size=4, **_DINO), gradients=r".*(cls_token|patch|position|lambda|norm).*"
+    ),
+    "dinov2-b": Tiny(
+        "Dinov2ForImageClassification",
+        Dinov2Config(image_size=8, patch_size=4, **_DINO | {"num_channels": 1, "layer_norm_eps": 1e-2}, **labels(*"xyz")),
+        gradients=r".*(classifier|layer\.1).*",
+    ),
+    "dinov2-c": Tiny(
+        "Dinov2Model",
+        Dinov2Config(image_size=12, patch_size=4, qkv_bias=False, hidden_act="gelu_new", **_DINO),
+        gradients=r".*(position|lambda).*",
+        sides=(21, 8),
+    ),
 }
 SEEDS = {name: i for i, name in enumerate([*sorted(MODELS), *LATER])}
 MODELS |= LATER
@@ -205,7 +223,7 @@ def inputs_of(tiny: Tiny, draw: torch.Generator) -> dict[str, torch.Tensor]:
         found |= {"tokens": tokens, "mask": mask}
     image = getattr(config, "vision_config", config)
     if hasattr(image, "image_size"):
-        shape = (2, image.image_size, image.image_size, image.num_channels)
+        shape = (2, *(tiny.sides or (image.image_size, image.image_size)), image.num_channels)
         found["pixels"] = torch.randn(shape, generator=draw)
     return found
 
@@ -219,7 +237,7 @@ def logits_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     out = model(**given)
     if type(model).__name__ in OF_SENTENCES:
         return mean(out.last_hidden_state, inputs["mask"])
-    if type(model).__name__ == "ViTModel":
+    if type(model).__name__ in ("Dinov2Model", "ViTModel"):
         return out.pooler_output
     return out.logits_per_image if hasattr(out, "logits_per_image") else out.logits
 

@@ -1,0 +1,95 @@
+"""Files of DINOv2: HF folders of Dinov2Model and Dinov2ForImageClassification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodel.hub.families.bert import activation, activation_to_hf, architecture, labels, labels_to_hf, linear_names, norm_names
+from jaxmodel.hub.names import Family, Name, fixed
+from jaxmodel.models import vit
+
+_CLASSES = ("Dinov2ForImageClassification", "Dinov2Model")
+_LAYER = {
+    "attn/q": "attention.attention.query",
+    "attn/k": "attention.attention.key",
+    "attn/v": "attention.attention.value",
+    "attn/o": "attention.output.dense",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
+}
+
+
+def _names(c: vit.Config) -> list[Name]:
+    patch, layer = "dinov2.embeddings.patch_embeddings.projection", "dinov2.encoder.layer.{}"
+    names = [
+        Name("embed/patch", f"{patch}.weight", trailing=(c.channels, c.patch, c.patch)),
+        Name("embed/patch_bias", f"{patch}.bias"),
+        Name("embed/class", "dinov2.embeddings.cls_token", lead=2),
+        Name("embed/positions", "dinov2.embeddings.position_embeddings", lead=1),
+        *norm_names("norm", "dinov2.layernorm"),
+        *linear_names("head/classes", "classifier"),
+    ]
+    for part, number in (("attn", 1), ("mlp", 2)):
+        names += norm_names(f"blocks/{{}}/{part}_norm", f"{layer}.norm{number}")
+        names.append(Name(f"blocks/{{}}/{part}_scale", f"{layer}.layer_scale{number}.lambda1"))
+    for ours, theirs in _LAYER.items():
+        names += linear_names(f"blocks/{{}}/{ours}", f"{layer}.{theirs}")
+    return names
+
+
+def _from_hf(hf: Mapping[str, Any]) -> vit.Config:
+    classifies = architecture(hf, _CLASSES, "Dinov2Model") == "Dinov2ForImageClassification"
+    fixed(hf, {"use_swiglu_ffn": (False,)})  # that of the giant one: a gated feed-forward part
+    width = hf.get("hidden_size", 768)
+    return vit.Config(
+        image=hf.get("image_size", 224),
+        patch=hf.get("patch_size", 14),
+        width=width,
+        depth=hf.get("num_hidden_layers", 12),
+        heads=hf.get("num_attention_heads", 12),
+        mlp_width=int(width * hf.get("mlp_ratio", 4)),
+        labels=labels(hf) if classifies else (),
+        channels=hf.get("num_channels", 3),
+        pool="both" if classifies else "class",
+        activation=activation(hf, "gelu"),
+        qkv_bias=hf.get("qkv_bias", True),
+        norm_eps=hf.get("layer_norm_eps", 1e-6),
+        init_scale=hf.get("initializer_range", 0.02),
+        layer_scale=True,
+        any_size=True,
+    )
+
+
+def _to_hf(c: vit.Config) -> dict[str, Any] | None:
+    if c.mlp_width % c.width:  # transformers has whole ratios alone
+        return None
+    return {
+        "architectures": [_CLASSES[0 if c.labels else 1]],
+        "model_type": "dinov2",
+        "image_size": c.image,
+        "patch_size": c.patch,
+        "num_channels": c.channels,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "mlp_ratio": c.mlp_width // c.width,
+        "hidden_act": activation_to_hf(c.activation),
+        "qkv_bias": c.qkv_bias,
+        "layer_norm_eps": c.norm_eps,
+        "initializer_range": c.init_scale,
+        "use_swiglu_ffn": False,
+        "use_mask_token": False,  # which stands for hidden patches in their pre-training, and is not kept
+        **(labels_to_hf(c.labels) if c.labels else {}),
+    }
+
+
+FAMILY = Family(
+    module=vit,
+    kinds=("dinov2",),
+    names=_names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    ignored=r"embeddings\.mask_token",
+    prefix="dinov2.",
+)
