@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from jaxmodel import layers, schema, tree
 from jaxmodel.errors import InputError, require
-from jaxmodel.hub import adapters, foreign, images, meaning, schemas, vocabularies
+from jaxmodel.hub import adapters, foreign, images, keys, meaning, schemas, vocabularies
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.families import OWN, family_of, family_of_kind
@@ -194,6 +194,7 @@ def load(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     module: Any = None,
+    ignore: Collection[str] = (),
 ) -> Bundle:
     """Read a bundle, ours or HF's; see `from_pretrained`.
 
@@ -201,7 +202,7 @@ def load(
       InputError: a file, tensor or key is missing, of an unknown family, or does not fit; nothing is half loaded.
     """
     made = _foreign(folder, module)
-    family, config, card = read_config(folder) if made is None else (foreign.layout(made), made.config, {})
+    family, config, card = read_config(folder, ignore) if made is None else (foreign.layout(made), made.config, {})
     ours = _read_ours(folder / OURS, family.name, config) if (folder / OURS).exists() else {}
     stored = ours["policy"] if ours else Policy()
     how: Policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
@@ -238,13 +239,19 @@ def _plain(config: Any) -> dict[str, Any]:
     return {} if isinstance(config, Foreign) else dataclasses.asdict(config)
 
 
-def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
+def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any, dict[str, Any]]:
     """The family and config that config.json says, and what it says besides that a card should.
 
+    Args:
+      folder: where it is.
+      ignore: keys of it that are taken as not there.
+
     Raises:
-      InputError: it is missing, or has a key of another kind than it should be, or says what no family has.
+      InputError: it is missing, or has a key of another kind than it should be, or one that is not read and may change what is
+        computed, or says what no family has.
     """
-    where, hf = f"{folder}/config.json", schema.read(folder / "config.json", schemas.Config)
+    where = f"{folder}/config.json"
+    hf = keys.Keys(schema.make(keys.without(schema.read(folder / "config.json"), ignore), schemas.Config, where))
     packed = hf.get("quantization_config")
     how = None if packed is None else packed.get("quant_method") or packed.get("quant_algo") or "a method that is not named"
     if how is not None and (how, hf.get("model_type")) != DECODED:
@@ -257,6 +264,8 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
         config = family.config_from_hf(hf)
         if not family.kinds[0].startswith(OWN):
             config = meaning.with_meaning(config, hf, folder)
+            family.card(hf)  # which asks for more keys
+            keys.check_asked(hf, hf["model_type"], family.unread)
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
     except KeyError as error:

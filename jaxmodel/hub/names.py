@@ -175,6 +175,7 @@ class Family:
       names: config -> entries for HF folders.
       config_from_hf: config.json -> Config.
       config_to_hf: Config -> config.json, with the `model_type` that fits it; None where no HF family has this config.
+      unread: regular expression of keys of config.json that change nothing of what is computed; see `keys.check_asked`.
       ignored: regular expression of tensors that carry no weights (masks, tables, a copy of the tied embedding).
       prefix: of HF names, which some files leave out.
       spellings: other beginnings for those of our names: (ours, theirs).
@@ -190,7 +191,7 @@ class Family:
     module: ModuleType
     kinds: tuple[str, ...]
     names: Callable[[Any], Iterable[Name]]
-    config_from_hf: Callable[[Mapping[str, Any]], Any]
+    config_from_hf: Callable[[dict[str, Any]], Any]
     config_to_hf: Callable[[Any], dict[str, Any] | None]
     ignored: str = r"(?!)"
     prefix: str = ""
@@ -201,6 +202,7 @@ class Family:
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     spellings: tuple[tuple[str, str], ...] = ()
     card: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
+    unread: str = r"(?!)"
     view: Callable[[Tensors], Tensors] = lambda tensors: tensors
 
     def spelt(self, tensor: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    ignore: str | Collection[str] = (),
 ) -> Bundle:
     """Load a model with its weights and processor.
 
@@ -80,6 +81,8 @@ def from_pretrained(
       token: for the hub; None for the one that `hf auth login` or `HF_TOKEN` left.
       cache_dir: where what comes from the hub is kept; None for `HF_HUB_CACHE` or its default.
       local_files_only: take what was fetched from the hub before, without asking it.
+      ignore: keys of config.json that are taken as not there, as `text_config.some_key` for one of an object in it. A key that is
+        not read, and that may change what the model computes, is an error without it.
 
     Raises:
       InputError: nothing of that name, or a file that is damaged, of an unknown kind or incomplete.
@@ -91,7 +94,8 @@ def from_pretrained(
     ((3, 384), True)
     """
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    bundle = _plain(source, policy, dtype, mesh, packed, module, revision, options)
+    ignored = [ignore] if isinstance(ignore, str) else list(ignore)
+    bundle = _plain(source, policy, dtype, mesh, packed, module, ignored, revision, options)
     for folder in [adapters] if isinstance(adapters, str | Path) else adapters:
         there = str(folder).count("/") != 1 or Path(folder).exists()
         bundle = add_adapters(bundle, folder if there else _download(str(folder), "", **options), mesh=mesh)
@@ -105,6 +109,7 @@ def _plain(
     mesh: jax.sharding.Mesh | None,
     packed: bool,
     module: Any,
+    ignore: list[str],
     revision: str | None,
     options: dict[str, Any],
 ) -> Bundle:
@@ -121,9 +126,11 @@ def _plain(
     if revision is not None and (is_gguf or path.is_dir()):
         raise InputError(f"revision: {revision!r} given for {name!r}; only a hub id has revisions")
     if path.is_dir():
-        return _from_folder(path, policy, dtype, mesh, module, name)
+        return _from_folder(path, policy, dtype, mesh, module, ignore, name)
     if module is not None:
         raise InputError(f"module: given for {name!r}; allowed: None but for the folder of a foreign module's bundle")
+    if ignore and (is_gguf or name in sizes()):
+        raise InputError(f"ignore: {ignore!r} given for {name!r}; only a folder or a hub id has a config.json")
     if is_gguf:
         called = "smollm2-135m-instruct-q4_1" if name in KNOWN else path.stem
         return _from_gguf(path, policy, dtype, mesh, packed, called)
@@ -135,7 +142,8 @@ def _plain(
         if wanted and revision not in (None, wanted):
             raise InputError(f"revision: {revision!r} given, and {wanted!r} in {name!r}; one of both is enough")
         asked = "" if name == str(source) else f"{source!s}"
-        return _from_folder(_download(org, asked, revision=revision or wanted or None, **options), policy, dtype, mesh, None, org)
+        path = _download(org, asked, revision=revision or wanted or None, **options)
+        return _from_folder(path, policy, dtype, mesh, None, ignore, org)
     close = nearest(name, [*KNOWN, *(size.split("/", 1)[1] for size in WEIGHTS)])
     hint = f" (nearest: {', '.join(close)})" if close else ""
     sizes_too = "a size with weights (see `jaxmodel models`)"
@@ -143,14 +151,20 @@ def _plain(
 
 
 def _from_folder(
-    path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, module: Any, name: str
+    path: Path,
+    policy: Policy | None,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh | None,
+    module: Any,
+    ignore: list[str],
+    name: str,
 ) -> Bundle:
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise InputError(
             f"{path}: it holds adapters alone (adapter_config.json), no model; load the model that they were made for, with "
             "adapters=this folder"
         )
-    bundle = load(path, policy, dtype, mesh, module)
+    bundle = load(path, policy, dtype, mesh, module, ignore)
     if (path / OURS).exists():
         return bundle
     card = {**({"name": name} if name in KNOWN else {}), **meaning.read_card(path), **bundle.card}

@@ -135,6 +135,13 @@ class Config(TypedDict, total=False):
     sinusoidal_pos_embds: bool
     activation_function: str
     feed_forward_proj: str
+    dense_act_fn: str
+    is_gated_act: bool
+    use_qk_norm: bool
+    shared_expert_intermediate_size: Index
+    full_attn_mod: Count
+    interpolate_factor: Count
+    lm_head_bias: bool
     pooler_act: str
     position_embedding_type: str | None
     attention_bias: bool
@@ -164,6 +171,8 @@ class Config(TypedDict, total=False):
     # towers
     text_config: Config | None
     vision_config: Config | None
+    text_config_dict: Config | None
+    vision_config_dict: Config | None
     quantization_config: dict[str, Any] | None
 
 

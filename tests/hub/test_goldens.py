@@ -20,6 +20,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.evaluate.perplexity import perplexity, token_nll
 from jaxmodel.hub import Bundle, from_pretrained
 from jaxmodel.hub.families import families, family_of
+from jaxmodel.hub.keys import defaults
 from jaxmodel.hub.names import Tensors, find, read_leaf
 from jaxmodel.models import gpt2, gpt_oss, llama
 from jaxmodel.ops import rope
@@ -181,7 +182,7 @@ def test_saving_it_again_changes_nothing(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"gpt2", "gemma3"}))
 def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind: str) -> None:
-    full = json.loads((GOLDENS / "defaults.json").read_text())[kind]
+    full = defaults()[kind]
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     family = KINDS[kind]
     assert family.config_from_hf({key: full[key] for key in ("model_type", *sizes)}) == family.config_from_hf(full)
@@ -212,7 +213,7 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind: s
     ],
 )
 def test_what_is_not_read_is_named(kind: str, change: dict[str, Any], message: str) -> None:
-    full = json.loads((GOLDENS / "defaults.json").read_text())[kind]
+    full = defaults()[kind]
     with pytest.raises(InputError, match=message):
         KINDS[kind].config_from_hf({**full, **change})
 

@@ -162,5 +162,6 @@ FAMILY = Family(
     # every BertModel has a pooler, which masked tokens and means do not read; the first files keep the next-sentence head
     ignored=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
     prefix="bert.",
+    unread=r"directionality|pooler_\w+",  # of TensorFlow's files: the next-sentence head
     copies={"cls.predictions.decoder.weight": "embed", "cls.predictions.decoder.bias": "head/bias"},
 )

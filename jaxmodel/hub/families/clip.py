@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmodel.hub import keys
 from jaxmodel.hub.families.bert import activation, activation_to_hf, architecture, linear_names, norm_names
 from jaxmodel.hub.names import Family, Name
 from jaxmodel.models import clip, vit
@@ -45,9 +46,11 @@ def _names(config: clip.Config) -> list[Name]:
     ]
 
 
-def _tower(hf: Mapping[str, Any], key: str, width: int, heads: int) -> tuple[Mapping[str, Any], dict[str, Any]]:
+def _tower(hf: dict[str, Any], key: str, width: int, heads: int) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """One tower's part of config.json and what both have; `width` and `heads` are those of a missing key."""
     own = hf.get(key) or {}
+    if (newer := hf.get(f"{key}_dict")) is not None:  # of the first files: where it is there, it says all
+        own = own | keys.defaults()["clip"][key] | newer
     return own, {
         "width": own.get("hidden_size", width),
         "depth": own.get("num_hidden_layers", 12),
@@ -59,7 +62,7 @@ def _tower(hf: Mapping[str, Any], key: str, width: int, heads: int) -> tuple[Map
     }
 
 
-def _from_hf(hf: Mapping[str, Any]) -> clip.Config:
+def _from_hf(hf: dict[str, Any]) -> clip.Config:
     architecture(hf, ("CLIPModel",), "CLIPModel")
     text, of_text = _tower(hf, "text_config", 512, 8)
     image, of_image = _tower(hf, "vision_config", 768, 12)
@@ -123,4 +126,5 @@ FAMILY = Family(
     config_from_hf=_from_hf,
     config_to_hf=_to_hf,
     ignored=r"(text|vision)_model\.embeddings\.position_ids",
+    unread="projection_dim",
 )

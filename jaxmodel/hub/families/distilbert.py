@@ -87,5 +87,6 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r"embeddings\.position_ids",
     prefix="distilbert.",
+    unread="sinusoidal_pos_embds",  # the first weights of a table that the file has
     copies={"vocab_projector.weight": "embed"},
 )

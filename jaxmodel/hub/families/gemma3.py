@@ -23,12 +23,12 @@ _HAS = {  # what its text_config means that leaves a key out
 }
 
 
-def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+def _from_hf(hf: dict[str, Any]) -> llama.Config:
     text = hf.get("text_config")
-    if not isinstance(text, Mapping):
+    if not isinstance(text, dict):
         raise InputError(f"config.json: text_config is {text!r}; allowed: an object")
     tied = {"tie_word_embeddings": hf["tie_word_embeddings"]} if "tie_word_embeddings" in hf else {}
-    return of_llama.config_from_hf({**_HAS, **text, **tied, "model_type": "gemma3_text"})
+    return of_llama.config_from_hf(_HAS | text | tied | {"model_type": "gemma3_text"})
 
 
 def _card(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,4 +50,5 @@ FAMILY = Family(
         ("model.", "model.language_model."),
     ),
     card=_card,
+    unread=f"vision_config|mm_tokens_per_image|{of_llama.FAMILY.unread}",
 )

@@ -77,5 +77,6 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r".*\.attn\.(masked_)?bias",
     prefix="transformer.",
+    unread=r"n_ctx|n_special|predict_special_tokens|summary_\w+",  # of the second head of GPT2DoubleHeadsModel
     copies={"lm_head.weight": "embed"},
 )

@@ -153,5 +153,6 @@ FAMILY = Family(
     config_from_hf=_from_hf,
     config_to_hf=_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
+    unread="experts_per_token|initial_context_length",  # of the first code, beside what transformers reads
     view=Decoded,
 )

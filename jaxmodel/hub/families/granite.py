@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel.hub.families import llama as of_llama
@@ -18,7 +17,7 @@ _FACTORS = {  # ours -> theirs
 }
 
 
-def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+def _from_hf(hf: dict[str, Any]) -> llama.Config:
     factors = {ours: float(hf.get(theirs, 1.0)) for ours, theirs in _FACTORS.items()}
     return dataclasses.replace(of_llama.plain(hf), **factors)  # pyright: ignore[reportArgumentType]
 
@@ -38,4 +37,5 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=of_llama.FAMILY.ignored,
     copies=of_llama.FAMILY.copies,
+    unread=of_llama.FAMILY.unread,
 )

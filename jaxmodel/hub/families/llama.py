@@ -80,10 +80,10 @@ def names(config: llama.Config) -> list[Name]:
     return entries + [Name(ours, theirs) for ours, (theirs, _) in _TOP.items()]
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> llama.Config:
+def config_from_hf(hf: dict[str, Any]) -> llama.Config:
     """The config that a config.json of these kinds says."""
     kind, gemma = hf["model_type"], hf["model_type"] in _GEMMA
-    hf = {**_DEFAULTS[kind], **hf}
+    hf = _DEFAULTS[kind] | hf
     biased = bool(hf.get("attention_bias")) and kind == "llama"
     without = {} if kind == "llama" else {"attention_bias": (False,), "mlp_bias": (False,)}
     activation = {"hidden_activation": ("gelu_pytorch_tanh",)} if gemma else {"hidden_act": ("silu",)}
@@ -139,25 +139,25 @@ def config_from_hf(hf: Mapping[str, Any]) -> llama.Config:
     )
 
 
-def plain(hf: Mapping[str, Any], **defaults: Any) -> llama.Config:
+def plain(hf: dict[str, Any], **defaults: Any) -> llama.Config:
     """What of a config.json means the same to Llama; other families begin with it.
 
     Args:
       hf: config.json.
       defaults: what a key means that it leaves out.
     """
-    return config_from_hf({**defaults, **hf, "model_type": "llama"})
+    return config_from_hf(defaults | hf | {"model_type": "llama"})
 
 
 def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     """The scaling that `rope_scaling` or `rope_parameters` says, of a model for `context` tokens."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    refused = {"mscale": None, "mscale_all_dim": None, "partial_rotary_factor": 1.0}
+    refused = {"partial_rotary_factor": 1.0} | ({} if kind == "default" else {"mscale": None, "mscale_all_dim": None})
     for key, usual in refused.items():
         if rope.get(key, usual) not in (usual, None):
             raise InputError(f"config.json: {key} of the rope scaling is {rope[key]!r}; allowed: {usual!r}")
+    if kind == "default":
+        return None
     wanted = {"low": "low_freq_factor", "high": "high_freq_factor", "fast": "beta_fast", "slow": "beta_slow"}
     options: dict[str, Any] = {ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None}
     if kind == "yarn" and rope.get("attention_factor") is not None:
@@ -170,18 +170,18 @@ def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None
     return RopeScaling(kind, float(rope["factor"]), trained, **options)
 
 
-def windows_of(hf: Mapping[str, Any]) -> tuple[int, ...]:
+def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
     """The windows of the layers, as the shortest pattern that repeats."""
     window, depth = hf.get("sliding_window"), hf["num_hidden_layers"]
-    kind, types = hf["model_type"], hf.get("layer_types")
+    kind, types, near_from = hf["model_type"], hf.get("layer_types"), hf.get("max_window_layers", 28)
+    every = {"gemma2": 2, "gemma3_text": hf.get("sliding_window_pattern") or 6}
     if unknown := set(types or ()) - {"sliding_attention", "full_attention"}:
         raise InputError(f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', 'full_attention'")
     if not window or kind == "llama" or (kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window")):
         return ()
     if types is None:
-        every = {"gemma2": 2, "gemma3_text": hf.get("sliding_window_pattern") or 6}
         if kind in ("qwen2", "qwen3"):
-            near = [i >= hf.get("max_window_layers", 28) for i in range(depth)]
+            near = [i >= near_from for i in range(depth)]
         else:
             near = [kind in ("mistral", "mixtral") or bool((i + 1) % every[kind]) for i in range(depth)]
         types = ["sliding_attention" if n else "full_attention" for n in near]
@@ -383,6 +383,7 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
+    unread="is_llama_config|hidden_act|sliding_window_size|_sliding_window_pattern",  # Gemmas' are said elsewhere
     copies={"lm_head.weight": "embed"},
     gguf_kinds=("llama", "qwen2", "qwen3"),
     gguf_names=_gguf_names,

@@ -131,5 +131,6 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
     prefix="model.",
+    unread=r"layer_norm_eps|unpad\w*",  # which transformers does not read; norm_eps is the one
     copies={"decoder.weight": "embed"},
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel.errors import InputError
@@ -14,7 +13,7 @@ from jaxmodel.models import llama
 _THETA = 500000.0
 
 
-def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+def _from_hf(hf: dict[str, Any]) -> llama.Config:
     third = hf["model_type"] == "olmo3"
     theta = hf.get("rope_theta", _THETA if third else 10000.0)
     parts = dict(hf.get("rope_parameters") or {})
@@ -23,7 +22,7 @@ def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
         far, near = (parts.get("full_attention") or {}, parts.get("sliding_attention") or {}) if nested else (parts, {})
         far = {"rope_theta": theta, **far, **(hf.get("rope_scaling") or {})}
         near = {"rope_theta": far["rope_theta"], **near}
-        hf = {**hf, "rope_scaling": None, "rope_parameters": {"full_attention": far, "sliding_attention": near}}
+        hf = hf | {"rope_scaling": None, "rope_parameters": {"full_attention": far, "sliding_attention": near}}
     config = of_llama.plain(hf, rms_norm_eps=1e-5, rope_theta=theta)
     windows: tuple[int, ...] = ()
     if third:
@@ -62,4 +61,5 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=of_llama.FAMILY.ignored,
     copies=of_llama.FAMILY.copies,
+    unread=of_llama.FAMILY.unread,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxmodel.errors import InputError
 from jaxmodel.hub.families import llama as of_llama
-from jaxmodel.hub.names import Family, Name
+from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
 from jaxmodel.ops import RopeScaling
 
@@ -27,12 +27,13 @@ def _names(config: llama.Config) -> list[Name]:
     return own + [name for name in of_llama.names(config) if name.path not in paths]
 
 
-def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+def _from_hf(hf: dict[str, Any]) -> llama.Config:
+    fixed(hf, {"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)})  # of Phi 4 mini
     rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-    plain = {key: value for key, value in hf.items() if key not in ("rope_scaling", "rope_parameters", "partial_rotary_factor")}
-    c = of_llama.plain({**plain, "rope_theta": theta}, rms_norm_eps=1e-5, max_position_embeddings=4096)
+    plain = {"rope_theta": theta, **dict.fromkeys(("rope_scaling", "rope_parameters", "partial_rotary_factor"))}
+    c = of_llama.plain(hf | plain, rms_norm_eps=1e-5, max_position_embeddings=4096)
     kind, window = rope.get("rope_type", rope.get("type", "default")), hf.get("sliding_window")
     if kind not in ("default", *_LONG):
         raise InputError(f"config.json: the rope type {kind!r} is not read; allowed: 'default', 'longrope'")
@@ -82,4 +83,5 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=of_llama.FAMILY.ignored,
     copies=of_llama.FAMILY.copies,
+    unread=of_llama.FAMILY.unread,
 )

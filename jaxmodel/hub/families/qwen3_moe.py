@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel.hub.families import llama as of_llama
-from jaxmodel.hub.names import Family, Name
+from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
 
 _EXPERTS = {"moe/gate": "gate_proj", "moe/up": "up_proj", "moe/down": "down_proj"}
@@ -22,7 +21,8 @@ def _names(config: llama.Config) -> list[Name]:
     return own + [name for name in of_llama.names(config) if "/moe/" not in name.path]
 
 
-def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+def _from_hf(hf: dict[str, Any]) -> llama.Config:
+    fixed(hf, {"use_qk_norm": (True,), "shared_expert_intermediate_size": (0,)})
     step, depth, window = hf.get("decoder_sparse_step", 1), hf["num_hidden_layers"], hf.get("sliding_window", 4096)
     dense = {i for i in range(depth) if (i + 1) % step} | set(hf.get("mlp_only_layers") or ())
     return dataclasses.replace(
@@ -62,4 +62,5 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=of_llama.FAMILY.ignored,
     copies=of_llama.FAMILY.copies,
+    unread=of_llama.FAMILY.unread,
 )

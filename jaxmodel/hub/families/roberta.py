@@ -6,7 +6,6 @@ These are BERTs whose positions begin behind the padding id. What is saved says 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel.errors import InputError
@@ -34,7 +33,7 @@ def _names(config: bert.Config) -> list[Name]:
     return [dataclasses.replace(name, tensor=renamed(name.tensor)) for name in of_bert.names(config)]
 
 
-def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
+def _from_hf(hf: dict[str, Any]) -> bert.Config:
     stem = _STEMS[hf["model_type"]]
     known = {f"{stem}{rest}": head for rest, head in _HEADS.items()}
     head = known[of_bert.architecture(hf, known, f"{stem}ForMaskedLM")]
@@ -43,7 +42,7 @@ def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
     padding, rows = hf.get("pad_token_id", 1), hf.get("max_position_embeddings", 512)
     if not isinstance(padding, int) or not 0 <= padding < rows - 1:
         raise InputError(f"config.json: pad_token_id is {padding!r}; allowed: 0 to {rows - 2}, as positions begin behind it")
-    config = of_bert.config_from_hf({**hf, "architectures": [f"Bert{next(r for r, h in _HEADS.items() if h == head)}"]})
+    config = of_bert.config_from_hf(hf | {"architectures": [f"Bert{next(r for r, h in _HEADS.items() if h == head)}"]})
     return dataclasses.replace(config, context=rows - padding - 1, first_position=padding + 1)
 
 
@@ -64,5 +63,6 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)",
     prefix="roberta.",
+    unread=of_bert.FAMILY.unread,
     copies={"lm_head.decoder.weight": "embed", "lm_head.decoder.bias": "head/bias"},
 )

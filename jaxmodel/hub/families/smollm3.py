@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel.errors import InputError
@@ -14,7 +13,7 @@ from jaxmodel.models import llama
 _HAS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}
 
 
-def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
+def _from_hf(hf: dict[str, Any]) -> llama.Config:
     depth, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval", 4)
     turned = hf.get("no_rope_layers")
     turned = [bool((i + 1) % every) for i in range(depth)] if turned is None else turned
@@ -24,7 +23,7 @@ def _from_hf(hf: Mapping[str, Any]) -> llama.Config:
     window, windows = hf.get("sliding_window") if hf.get("use_sliding_window") else None, ()
     if window:
         types = hf.get("layer_types") or [("sliding" if s else "full") + "_attention" for s in still]
-        windows = of_llama.windows_of({**hf, "layer_types": types})
+        windows = of_llama.windows_of(hf | {"layer_types": types})
     return dataclasses.replace(of_llama.plain(hf, **_HAS), still=of_llama.pattern(still), windows=windows)
 
 
@@ -49,4 +48,5 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=of_llama.FAMILY.ignored,
     copies=of_llama.FAMILY.copies,
+    unread=of_llama.FAMILY.unread,
 )

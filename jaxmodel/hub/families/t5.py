@@ -32,6 +32,10 @@ def _names(config: t5.Config) -> list[Name]:
 
 def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
     fixed(hf, {**_FIXED, "feed_forward_proj": tuple(t5.FORMS)})
+    form = hf.get("feed_forward_proj", "relu")
+    act, gated = form.removeprefix("gated-"), form.startswith("gated-")
+    # what transformers 5 makes of the form stands there too, and counts
+    fixed(hf, {"dense_act_fn": ("gelu_new" if form == "gated-gelu" else act,), "is_gated_act": (gated,)})
     return t5.Config(
         vocab=hf["vocab_size"],
         width=hf["d_model"],
@@ -40,7 +44,7 @@ def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
         heads=hf["num_heads"],
         head_width=hf["d_kv"],
         mlp_width=hf["d_ff"],
-        mlp=hf.get("feed_forward_proj", "relu"),
+        mlp=form,
         # transformers 5 writes tie_word_embeddings as true whatever it is; there the scale of the head tells
         tied=hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True)),
         buckets=hf.get("relative_attention_num_buckets", 32),

@@ -82,4 +82,12 @@ def _to_hf(c: vit.Config) -> dict[str, Any] | None:
     return hf | (labels_to_hf(c.labels) if c.labels else {"add_pooling_layer": c.pool_dense})
 
 
-FAMILY = Family(module=vit, kinds=("vit",), names=_names, config_from_hf=_from_hf, config_to_hf=_to_hf, prefix="vit.")
+FAMILY = Family(
+    module=vit,
+    kinds=("vit",),
+    names=_names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    prefix="vit.",
+    unread=r"encoder_stride|padding",
+)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from make_goldens import HERE, Tiny, main
+from make_goldens import Tiny, main
 from transformers import (
     Gemma2Config,
     Gemma3Config,
@@ -280,17 +279,6 @@ WRITTEN = {
     "mixtral-bf16": ("llama", "tiny-moe", {}),
 }
 
-CONFIGS = (
-    *(LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Gemma2Config, Gemma3TextConfig),
-    *(GptOssConfig, GraniteConfig, Olmo2Config, Olmo3Config, Phi3Config, Qwen3MoeConfig, SmolLM3Config),
-)
-
-
-def defaults(ours: str) -> None:
-    """What each kind's config.json means where it says nothing but the kind: `defaults.json`."""
-    said = {config.model_type: config().to_dict() for config in CONFIGS}
-    (HERE / "defaults.json").write_text(json.dumps(said, indent=1, sort_keys=True) + "\n")
-
 
 if __name__ == "__main__":
-    main(MODELS, WRITTEN, {"defaults": defaults})
+    main(MODELS, WRITTEN)
