@@ -33,7 +33,7 @@ def attention(
     """`softmax(softcap(scale q k^T) + bias) v`, heads in groups that share a key head (Ainslie et al., 2023).
 
     Where the mesh cuts positions (`T` in `policy.axes`), keys and values go round in a ring (see `jaxmodel.ops.ring`), unless
-    there is a bias, a mask or sinks, or the number of positions is not divisible: then the devices gather them.
+    there is a bias or a mask, or the number of positions is not divisible: then the devices gather them.
 
     Args:
       q: queries; H is a multiple of K.
@@ -48,20 +48,18 @@ def attention(
       sinks: a score of each head that takes part in the softmax and has no value (Xiao et al., 2023; gpt-oss, 2025).
 
     Raises:
-      InputError: a bias or sinks with blockwise attention.
+      InputError: a bias with blockwise attention.
     """
     t, s = q.shape[1], k.shape[2]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = bias is not None or sinks is not None
-    axis = None if plain else ring_axis(t, s, seen, policy)
+    axis = None if bias is not None else ring_axis(t, s, seen, policy)
     if axis is not None:
-        return ring(q, k, v, seen, policy, factor, softcap, axis)
-    long = policy.attention == "auto" and t * s >= BLOCKWISE_FROM and t > 1 and not plain
+        return ring(q, k, v, seen, policy, factor, softcap, axis, sinks)
+    long = policy.attention == "auto" and t * s >= BLOCKWISE_FROM and t > 1 and bias is None
     if policy.attention == "blockwise" or long:
-        if plain:
-            what = "no bias of relative positions" if sinks is None else "no sinks"
-            raise InputError(f"policy.attention: 'blockwise' takes {what}; allowed: 'plain', 'auto'")
-        return blockwise(q, k, v, seen, policy, factor, softcap)
+        if bias is not None:
+            raise InputError("policy.attention: 'blockwise' takes no bias of relative positions; allowed: 'plain', 'auto'")
+        return blockwise(q, k, v, seen, policy, factor, softcap, sinks)
     count = min(CAUSAL_PARTS, t // CAUSAL_ROWS)
     if not (seen.causal and t == s and count > 1 and t % count == 0):
         return _plain(q, k, v, seen.square(t, s), policy, factor, softcap, bias, sinks)

@@ -29,6 +29,7 @@ def blockwise(
     policy: Policy,
     scale: float,
     softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """See `ops.attention`."""
     b, t, s, compute = q.shape[0], q.shape[1], k.shape[2], jnp.dtype(policy.compute)
@@ -38,7 +39,8 @@ def blockwise(
     grouped, k, v = longer(grouped, extra, 3), longer(k, extra_keys, 2), longer(v, extra_keys, 2)
     if extra or extra_keys:
         seen = padded(seen, b, t, s)
-    out = _blockwise(grouped.astype(compute), k.astype(compute), v.astype(compute), seen, scale, softcap)
+    sinks = None if sinks is None else sinks_grouped(sinks, k.shape[1])
+    out = _blockwise(grouped.astype(compute), k.astype(compute), v.astype(compute), seen, sinks, scale, softcap)
     return heads_joined(out[:, :, :, :t]).astype(policy.stream)
 
 
@@ -52,6 +54,11 @@ def heads_joined(out: Float[Array, "B K G T h"]) -> Float[Array, "B T H h"]:
     """What `heads_grouped` took apart."""
     b, _, _, t, width = out.shape
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, -1, width)
+
+
+def sinks_grouped(sinks: Float[Array, " H"], k_heads: int) -> Float[Array, "1 K G 1"]:
+    """The sinks as the query heads are grouped."""
+    return sinks.astype(jnp.float32).reshape(1, k_heads, -1, 1)
 
 
 def missing(t: int, s: int) -> tuple[int, int]:
@@ -76,9 +83,11 @@ def padded(seen: Seen, b: int, t: int, s: int) -> Seen:
     return Seen(query, segments, longer(valid, extra_keys, 1), seen.window, mask, seen.causal)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blockwise(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None) -> Float[Array, "B K G T h"]:
-    return forward(q, k, v, seen, scale, softcap)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blockwise(
+    q: Array, k: Array, v: Array, seen: Seen, sinks: Array | None, scale: float, softcap: float | None
+) -> Float[Array, "B K G T h"]:
+    return _save(q, k, v, seen, sinks, scale, softcap)[0]
 
 
 def forward(
@@ -154,15 +163,36 @@ def backward(
     return _joined(dq), dk, dv
 
 
-def _save(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None) -> tuple[Array, Any]:
-    out, log_total = forward(q, k, v, seen, scale, softcap)
-    return out, (q, k, v, seen, out, log_total)
+def with_sinks(
+    out: Float[Array, "B K G T h"], log_total: Float[Array, "B K G T"], sinks: Float[Array, "1 K G 1"] | None
+) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K G T"]]:
+    """A result and the logarithms of its sums, with the sinks in the sums: they take of each weight, and add no value."""
+    if sinks is None:
+        return out, log_total
+    total = jnp.logaddexp(log_total, sinks)
+    return out * jnp.exp(log_total - total)[..., None], total
+
+
+def of_sinks(
+    sinks: Float[Array, "1 K G 1"] | None, out: Float[Array, "B K G T h"], log_total: Float[Array, "B K G T"], g: Array
+) -> Float[Array, "1 K G 1"] | None:
+    """The gradient of the sinks, from what `with_sinks` gave: a key's whose value is zero."""
+    if sinks is None:
+        return None
+    return -jnp.sum(jnp.exp(sinks - log_total) * jnp.sum(g * out, axis=-1), axis=(0, 3), keepdims=True)
+
+
+def _save(
+    q: Array, k: Array, v: Array, seen: Seen, sinks: Array | None, scale: float, softcap: float | None
+) -> tuple[Array, Any]:
+    out, log_total = with_sinks(*forward(q, k, v, seen, scale, softcap), sinks)
+    return out, (q, k, v, seen, sinks, out, log_total)
 
 
 def _pull(scale: float, softcap: float | None, saved: Any, g: Array) -> tuple[Any, ...]:
-    q, k, v, seen, out, log_total = saved
+    q, k, v, seen, sinks, out, log_total = saved
     dq, dk, dv = backward(q, k, v, seen, out, log_total, g, scale, softcap)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, of_sinks(sinks, out, log_total, g)
 
 
 _blockwise.defvjp(_save, _pull)

@@ -57,35 +57,40 @@ def ring(
     scale: float,
     softcap: float | None,
     axis: str,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """See `ops.attention`; T and S are cut along the mesh axis `axis`."""
     compute = jnp.dtype(policy.compute)
+    sinks = None if sinks is None else blockwise.sinks_grouped(sinks, k.shape[1])
     grouped = blockwise.heads_grouped(q, k.shape[1]).astype(compute)
-    out = _ring(grouped, k.astype(compute), v.astype(compute), seen, scale, softcap, axis)
+    out = _ring(grouped, k.astype(compute), v.astype(compute), seen, sinks, scale, softcap, axis)
     return blockwise.heads_joined(out).astype(policy.stream)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _ring(
-    q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str
+    q: Array, k: Array, v: Array, seen: Seen, sinks: Array | None, scale: float, softcap: float | None, axis: str
 ) -> Float[Array, "B K G T h"]:
-    return _save(q, k, v, seen, scale, softcap, axis)[0]
+    return _save(q, k, v, seen, sinks, scale, softcap, axis)[0]
 
 
 def _save(
-    q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str
+    q: Array, k: Array, v: Array, seen: Seen, sinks: Array | None, scale: float, softcap: float | None, axis: str
 ) -> tuple[Array, Any]:
     rows, keys = P(None, None, None, axis), P(None, None, axis)
     run = functools.partial(_forward, scale=scale, softcap=softcap, axis=axis)
     out, log_total = _on(axis, run, (rows, keys, keys, _places(seen, axis)), (rows, rows))(q, k, v, seen)
-    return out, (q, k, v, seen, out, log_total)
+    out, log_total = blockwise.with_sinks(out, log_total, sinks)
+    return out, (q, k, v, seen, sinks, out, log_total)
 
 
 def _pull(scale: float, softcap: float | None, axis: str, saved: Any, g: Array) -> tuple[Any, ...]:
+    q, k, v, seen, sinks, out, log_total = saved
     rows, keys = P(None, None, None, axis), P(None, None, axis)
     run = functools.partial(_backward, scale=scale, softcap=softcap, axis=axis)
-    specs = (rows, keys, keys, _places(saved[3], axis), rows, rows, rows)
-    return *_on(axis, run, specs, (rows, keys, keys))(*saved, g), None
+    specs = (rows, keys, keys, _places(seen, axis), rows, rows, rows)
+    of_all = _on(axis, run, specs, (rows, keys, keys))(q, k, v, seen, out, log_total, g)
+    return *of_all, None, blockwise.of_sinks(sinks, out, log_total, g)
 
 
 _ring.defvjp(_save, _pull)
@@ -149,9 +154,7 @@ class _Own:
         return any_key
 
 
-def _forward(
-    q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str
-) -> tuple[Array, Array]:
+def _forward(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str) -> tuple[Array, Array]:
     own = _Own(q, k, v, seen, axis)
     queries = own.rows(q)
 
@@ -180,9 +183,7 @@ def _together(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Arr
     return (one[0] * first[..., None] + other[0] * second[..., None]) / total[..., None], top + jnp.log(total)
 
 
-def _backward(
-    *arrays: Any, scale: float, softcap: float | None, axis: str
-) -> tuple[Array, Array, Array]:
+def _backward(*arrays: Any, scale: float, softcap: float | None, axis: str) -> tuple[Array, Array, Array]:
     q, k, v, seen, out, log_total, g = arrays
     own = _Own(q, k, v, seen, axis)
     queries, out, log_total, g = (own.rows(a) for a in (q, out, log_total, g))

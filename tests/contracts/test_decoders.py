@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import tree
+from jaxmodel import ops, tree
 
 B, T = 3, 8
 
@@ -85,6 +85,16 @@ def test_the_cache_equals_the_whole_at_every_position_for_ragged_rows(decoder):
         at = lengths + step
         out = run(decoder.params, {"tokens": decoder.tokens[rows, at][:, None]}, out.cache)
         close(np.asarray(out.logits)[:, 0], whole[rows, at])
+
+
+def test_attention_in_blocks_is_the_same_with_a_cache_and_without(decoder):
+    """Long texts take that path, whatever the scores of a member have besides (sinks, caps, windows)."""
+    model = decoder.model.with_policy(ops.Policy(attention="blockwise"))
+    whole, run = decoder.apply(decoder.params, decoder.inputs), jax.jit(model.apply)
+    close(run(decoder.params, decoder.inputs).logits, whole)
+    first = run(decoder.params, decoder.tokens[:, : T - 2], model.init_cache(B, T + 3))
+    last = run(decoder.params, decoder.tokens[:, T - 2 :], first.cache)
+    close(jnp.concatenate([first.logits, last.logits], axis=1), whole)
 
 
 def test_the_cache_with_layers_in_segments(decoder):

@@ -16,13 +16,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, sharding, train
-from jaxmodel.models import gpt2, llama
+from jaxmodel.models import gpt2, gpt_oss, llama
 
 B, T = 8, 16
 SIZES = {"depth": 4, "init_scale": 0.1}
 MODELS = {
     "gpt2": (gpt2, dataclasses.replace(gpt2.SIZES["tiny"], **SIZES)),
     "gemma": (llama, dataclasses.replace(llama.SIZES["tiny-gemma"], **SIZES)),
+    "sinks": (gpt_oss, dataclasses.replace(gpt_oss.SIZES["tiny"], balance=0.0, **SIZES)),
     "moe": (llama, dataclasses.replace(llama.SIZES["tiny-moe"], **SIZES)),
     "unbalanced moe": (llama, dataclasses.replace(llama.SIZES["tiny-moe"], balance=0.0, **SIZES)),
 }
@@ -32,6 +33,7 @@ MESHES = {
         *("data=2,fsdp=2,tensor=2", "fsdp=2,sequence=4", "pipeline=2,fsdp=2,tensor=2"),
     ],
     "gemma": ["pipeline=2,sequence=2,tensor=2"],
+    "sinks": ["data=2,sequence=2,tensor=2"],
     "moe": ["expert=4"],
     "unbalanced moe": ["pipeline=2,expert=2,fsdp=2"],  # each micro-batch has a balance of its own
 }

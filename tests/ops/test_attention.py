@@ -240,6 +240,44 @@ def test_blockwise_equals_plain_with_its_gradients(name, t):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["causal", "window", "padding"])
+def test_sinks_take_of_every_weight(name):
+    """As a key more whose value is zero, in each way of computing; with their gradients."""
+    t, heads = 300, 4
+    q, k, v, weight = (normal(2, *shape, seed=i) for i, shape in enumerate([(t, 4, 8), (2, t, 8), (2, t, 8), (t, 4, 8)]))
+    sinks, seen = 2 * normal(heads, seed=5), SEEN[name](2, t)
+    see = np.broadcast_to(seen.square(t, t), (2, t, t))
+    scores = np.einsum("bthd,bhsd->bhts", np.asarray(q, np.float64), np.repeat(k, 2, axis=1)) / np.sqrt(8)
+    sums = np.where(see[:, None], np.exp(scores), 0)
+    share = sums / (sums.sum(-1, keepdims=True) + np.exp(np.asarray(sinks, np.float64))[:, None, None])
+    want = np.einsum("bhts,bhsd->bthd", share, np.repeat(v, 2, axis=1))
+    of_value = np.einsum("bthd,bthd->bht", want, np.asarray(weight, np.float64))
+    of_sinks = -np.einsum("bht,bht->h", 1 - share.sum(-1), of_value)  # that of a score whose value is zero
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(how, *arrays):
+        def total(q, k, v, sinks):
+            out = ops.attention(q, k, v, seen, ops.Policy(attention=how), sinks=sinks)
+            return jnp.sum(out * weight), out
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
+
+    ((_, plain), grads), ((_, got), got_grads) = (run(how, q, k, v, sinks) for how in ("plain", "blockwise"))
+    for out in (plain, got):
+        np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got_grads, grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+    np.testing.assert_allclose(got_grads[3], of_sinks, rtol=1e-3, atol=1e-3)
+
+
+def test_a_query_that_sees_its_sink_alone_gets_nothing():
+    seen = ops.Seen(mask=jnp.zeros((1, 1, 2), bool))
+    for how in ("plain", "blockwise"):
+        arrays = normal(1, 1, 1, 4), normal(1, 1, 2, 4), normal(1, 1, 2, 4)
+        got = ops.attention(*arrays, seen, ops.Policy(attention=how), sinks=jnp.zeros(1))
+        np.testing.assert_array_equal(got, np.zeros((1, 1, 1, 4)))
+
+
 def test_blockwise_holds_no_square():
     """32k positions, which plain attention would need tens of gigabytes for: the compiler's own account."""
     t, heads = 32768, 8

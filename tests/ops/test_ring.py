@@ -95,6 +95,27 @@ def check_a_memory_of_another_length() -> None:
         close(of_case(PLACED, {})(*args), want)
 
 
+def check_sinks(mesh: str) -> None:
+    """The sinks of all heads, and their gradients, which come from every part of the positions."""
+    seen = CASES["padding and segments"][0]
+    q, k, v = heads()
+    counts, sinks = counted(seen)[..., None, None], random(H, seed=3)
+
+    def of(policy: ops.Policy):
+        def score(q, k, v, sinks):
+            out = ops.attention(q, k, v, seen, policy, sinks=sinks)
+            return jnp.sum(jnp.sin(out) * counts), out * counts
+
+        return jax.jit(jax.value_and_grad(score, argnums=(0, 1, 2, 3), has_aux=True))
+
+    (_, want), grads = of(ops.Policy(attention="plain"))(q, k, v, sinks)
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        program = of(PLACED).lower(q, k, v, sinks).compile()
+        (_, out), found = program(q, k, v, sinks)
+    close((out, found), (want, grads))
+    assert "all-gather" not in plan.moved(plan.collectives(program))
+
+
 def check_what_is_no_ring_is_gathered() -> None:
     """A bias, a mask, or positions that the devices do not divide: as on one device."""
     mask = jnp.asarray(np.random.default_rng(0).random((B, T, T)) < 0.7)
@@ -134,6 +155,7 @@ def check_bytes() -> None:
 CHECKS = [
     *(f"check_equal_to_one_device:{name}:{MESHES[0]}" for name in CASES),
     *(f"check_equal_to_one_device:{name}:{mesh}" for mesh in MESHES[1:] for name in ("causal", "padding and segments")),
+    *(f"check_sinks:{mesh}" for mesh in MESHES[:2]),
     "check_parts_that_are_no_whole_blocks",
     "check_a_memory_of_another_length",
     "check_what_is_no_ring_is_gathered",
