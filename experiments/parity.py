@@ -32,7 +32,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from jaxmodel import evaluate, hub, report, train, tree
-from jaxmodel.models import bert
+from jaxmodel.models.sentences import embed_texts
 
 TESTS = Path(__file__).parent.parent / "tests"
 GOLDENS = TESTS / "hub" / "goldens"
@@ -165,7 +165,7 @@ def trained(quick: bool) -> Iterator[tuple]:
     """Embeddings of sentences, and the loss of each token of a text."""
     want = read("encoder-minilm")["embeddings"]
     text = (GOLDENS / "sentences.txt").read_text(encoding="utf-8")
-    found = bert.embed_texts(hub.from_pretrained("all-minilm-l6-v2"), [*text.splitlines(), text], batch_size=17)
+    found = embed_texts(hub.from_pretrained("all-minilm-l6-v2"), [*text.splitlines(), text], batch_size=17)
     cosines = np.sum(found * want, axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(want, axis=1)
     yield "all-minilm-l6-v2 least cosine of 50 sentences and a long text", float(cosines.min()), "", ">= 0.99999"
     if not quick:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxmodel.generation import generate
     from jaxmodel.hub import Bundle, from_pretrained
     from jaxmodel.models import Model, Output
-    from jaxmodel.models.bert import embed_texts
+    from jaxmodel.models.sentences import embed_texts
     from jaxmodel.ops import Policy
     from jaxmodel.train import TrainConfig, fit
 
@@ -40,7 +40,7 @@ _HOMES = {
     "Output": "jaxmodel.models",
     "Policy": "jaxmodel.ops",
     "TrainConfig": "jaxmodel.train",
-    "embed_texts": "jaxmodel.models.bert",
+    "embed_texts": "jaxmodel.models.sentences",
     "fit": "jaxmodel.train",
     "from_pretrained": "jaxmodel.hub",
     "generate": "jaxmodel.generation",

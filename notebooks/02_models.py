@@ -28,7 +28,7 @@ from IPython.display import SVG, Markdown
 import jaxmodel
 from jaxmodel import compress, data, generation, models, report, train, tree
 from jaxmodel.data import synthetic
-from jaxmodel.models import bert, connected, mlp, rnn
+from jaxmodel.models import connected, mlp, rnn
 from jaxmodel.report import Column, plot
 
 report.set_quiet()  # no progress lines between the cells
@@ -119,7 +119,7 @@ sentences = [
     "The stock market fell by three percent.",
     "Shares lost some of their value.",
 ]
-vectors = bert.embed_texts(minilm, sentences)
+vectors = jaxmodel.embed_texts(minilm, sentences)
 rows = [{"": text, **{str(i): float(a @ b) for i, b in enumerate(vectors)}} for text, a in zip(sentences, vectors, strict=True)]
 table(rows, Column("", align="left"), *(Column(str(i), format="{:.2f}".format) for i in range(4)))
 
@@ -128,7 +128,7 @@ table(rows, Column("", align="left"), *(Column(str(i), format="{:.2f}".format) f
 
 # %%
 smaller, done = compress.compress_bundle(minilm, compress.named("int8-weight"))
-cosines = np.sum(bert.embed_texts(smaller, sentences) * vectors, axis=-1)
+cosines = np.sum(jaxmodel.embed_texts(smaller, sentences) * vectors, axis=-1)
 print(f"{done.bytes_before / 1e6:.0f} MB -> {done.bytes_after / 1e6:.0f} MB; cosine with the original >= {cosines.min():.4f}")
 assert cosines.min() > 0.99
 

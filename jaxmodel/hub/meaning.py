@@ -15,7 +15,7 @@ from typing import Any
 from jaxmodel import schema
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.hub.schemas import Modules, Pooling, Prompts, Sentences
-from jaxmodel.models.bert import POOLINGS
+from jaxmodel.models.sentences import POOLINGS
 
 _OLD = {
     "pooling_mode_cls_token": "cls",
@@ -45,10 +45,7 @@ def with_meaning(config: Any, hf: Mapping[str, Any], folder: Path) -> Any:
             raise unknown(f"{folder}/config.json: problem_type", problem, PROBLEMS)
         more["problem"] = problem
     if getattr(config, "head", "") == "embed" and (pooling := _pooling(folder)) is not None:
-        if hasattr(config, "pooling"):
-            more["pooling"] = pooling
-        elif pooling != ("mean",):
-            raise InputError(f"{folder}/1_Pooling/config.json: {' and '.join(pooling)} given; this family has mean alone")
+        more["pooling"] = pooling
     return dataclasses.replace(config, **more) if more else config
 
 
@@ -121,7 +118,7 @@ def save(config: Any, card: Mapping[str, Any], folder: Path) -> None:
         return
     kinds = (("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize"))
     modules = [{"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{k}"} for i, path, k in kinds]
-    modes = getattr(config, "pooling", ("mean",))  # ModernBERT has no other
+    modes = config.pooling
     pooling = {"word_embedding_dimension": config.width, **{key: mode in modes for key, mode in _OLD.items()}}
     if len(modes) > 1:  # whose order the new form alone can say
         pooling = {"embedding_dimension": config.width, "pooling_mode": list(modes)}

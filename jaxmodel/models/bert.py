@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, PooledHead, init_layers, leaf, linear
 from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
+from jaxmodel.models.sentences import check_pooling, pool
 
 HEADS = ("mlm", "classify", "embed")
 POOL_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
-SHORTEST = 16  # batches of sentences are of this or a doubled length, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Config:
       first_position: rows of the table of positions in front of that of a text's first token.
       pool_activation: behind the dense layer of the head "classify", "tanh" or "relu".
       problem: what the logits of the head "classify" mean, as `problem_type` of HF says it; see `predict_fn`.
-      pooling: how the head "embed" makes one vector of a text: names of `POOLINGS`; of several, one behind the other.
+      pooling: how the head "embed" makes one vector of a text: names of `sentences.POOLINGS`; of several, one behind the other.
     """
 
     vocab: int
@@ -85,35 +83,9 @@ class Config:
             raise unknown("activation", self.activation, ACTIVATIONS)
         if self.pool_activation not in POOL_ACTIVATIONS:
             raise unknown("pool_activation", self.pool_activation, POOL_ACTIVATIONS)
-        for way in self.pooling or ("",):
-            if way not in POOLINGS:
-                raise unknown("pooling", way, POOLINGS)
+        check_pooling(self.pooling)
         if bool(self.labels) != (self.head == "classify"):
             raise InputError(f"labels: {len(self.labels)} given; the head {self.head!r} needs {_wanted(self.head)}")
-
-
-def _weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.einsum("BTD,BT->BD", x, weights, precision="highest") / jnp.maximum(weights.sum(axis=1), 1.0)[:, None]
-
-
-def _last(x: jax.Array, valid: jax.Array) -> jax.Array:
-    last = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-
-
-def _length(valid: jax.Array) -> jax.Array:
-    return jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)[:, None]
-
-
-POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "mean": lambda x, valid: jnp.sum(x, axis=1) / _length(valid),
-    "cls": lambda x, valid: x[:, 0],
-    "max": lambda x, valid: jnp.max(jnp.where(valid[..., None], x, -jnp.inf), axis=1),
-    "mean_sqrt_len_tokens": lambda x, valid: jnp.sum(x, axis=1) / jnp.sqrt(_length(valid)),
-    "weightedmean": lambda x, valid: _weighted(x, jnp.cumsum(valid, axis=1, dtype=jnp.float32) * valid.astype(jnp.float32)),
-    "lasttoken": _last,
-}
-"""Ways of making one vector of a text's, as sentence-transformers names them: of activations `[B, T, D]`, zeros where padded."""
 
 
 def _wanted(head: str) -> str:
@@ -211,9 +183,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         if c.head == "embed":
-            x = x.astype(jnp.float32)
-            valid = jnp.any(x != 0, axis=-1)
-            return jnp.concatenate([POOLINGS[way](x, valid) for way in c.pooling], axis=-1)
+            return pool(x, jnp.any(x != 0, axis=-1), c.pooling)
         own = {"params": params["head"]}
         logits = pooled_head.apply(own, x[:, 0]) if c.head == "classify" else masked_head.apply(own, x, params["embed"])
         assert isinstance(logits, jax.Array)
@@ -239,62 +209,3 @@ def _model(config: Config, policy: ops.Policy) -> Model:
 
     again = functools.partial(_model, config)
     return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, RULES, again)
-
-
-def embed_texts(bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int | None = None) -> np.ndarray:
-    """Sentence embeddings: the last activations, pooled as `config.pooling` says, of length one (Reimers & Gurevych, 2019).
-
-    Texts of similar length share a batch, so that little is padding; the order of the results is that of the texts.
-
-    Args:
-      bundle: a `hub.Bundle` of a model with the head "embed" and its tokenizer.
-      texts: N texts.
-      batch_size: texts that are computed at once.
-      max_tokens: longer texts are cut, the tokenizer's last token kept; None for what the bundle's card says
-        (`max_tokens`), else for the model's context.
-
-    Returns:
-      float32 `[N, D]`; the product of two rows is the cosine of their angle.
-
-    Raises:
-      InputError: another kind of model, no tokenizer, a single string, or sizes out of range.
-    """
-    config = bundle.model.config
-    if not isinstance(config, Config) or config.head != "embed":
-        found = f"{type(config).__module__.rsplit('.', 1)[-1]} {getattr(config, 'head', '')}".strip()
-        raise InputError(f"bundle: a model of bert with the head 'embed' is needed; this is {found}")
-    if bundle.processor is None:
-        raise InputError(f"bundle: {bundle.card.get('name', 'it')!r} has no tokenizer; text cannot be read")
-    at_least("batch_size", batch_size)
-    limit = min(int(bundle.card.get("max_tokens", config.context)), config.context) if max_tokens is None else max_tokens
-    if not 2 <= limit <= config.context:
-        raise InputError(f"max_tokens: {limit} given; allowed: 2 to {config.context}")
-    if isinstance(texts, str):
-        raise InputError(f"texts: a single string was given ({texts!r:.40}); give a list of strings")
-    prompt, lower = str(bundle.card.get("prompt", "")), bool(bundle.card.get("lower_case", False))
-    read = [prompt + (text.lower() if lower else text) for text in texts] if prompt or lower else texts
-    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in bundle.processor.encode_batch(read, True)]
-    out, params = np.zeros((len(rows), config.width * len(config.pooling)), np.float32), bundle.running()
-    by_length: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        by_length.setdefault(min(_power_of_two(max(len(row), SHORTEST)), config.context), []).append(i)
-    batches = [(n, which[at : at + batch_size]) for n, which in by_length.items() for at in range(0, len(which), batch_size)]
-    for length, batch in batches:
-        size = min(_power_of_two(len(batch)), batch_size)
-        tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
-        for row, i in enumerate(batch):
-            tokens[row, : len(rows[i])], mask[row, : len(rows[i])] = rows[i], True
-        means = _embedded(bundle.model, params, {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)})
-        out[batch] = np.asarray(means)[: len(batch)]
-    return out
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest one that is not below `n`."""
-    return 1 << (n - 1).bit_length()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embedded(model: Model, params: tree.Params, inputs: dict[str, jax.Array]) -> jax.Array:
-    means = model.apply(params, inputs).logits
-    return means / jnp.maximum(jnp.linalg.norm(means, axis=-1, keepdims=True), 1e-12)

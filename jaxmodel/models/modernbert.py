@@ -24,9 +24,11 @@ from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, MLP, Attention, LayerNorm, init_layers, leaf, linear
 from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
+from jaxmodel.models.sentences import check_pooling, pool
 
 HEADS = ("mlm", "classify", "embed")
 POOLS = ("class", "mean")
+_POOLINGS = {"class": "cls", "mean": "mean"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Config:
       heads: H, which divide D.
       mlp_width: F.
       context: the longest sequence that the model was made for.
-      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits `[B, C]`; "embed", the mean
+      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits `[B, C]`; "embed", one vector
         `[B, D]` of the last activations.
       labels: names of the classes, for the head "classify".
       pool: what the head "classify" reads: "class", the first token, or "mean" of all.
@@ -51,6 +53,7 @@ class Config:
       head_activation: of the heads.
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
+      pooling: how the head "embed" makes one vector of a text: names of `sentences.POOLINGS`; of several, one behind the other.
     """
 
     vocab: int
@@ -69,9 +72,11 @@ class Config:
     head_activation: str = "gelu"
     norm_eps: float = 1e-5
     init_scale: float = 0.02
+    pooling: tuple[str, ...] = ("mean",)
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
+        check_pooling(self.pooling)
         if self.width % (2 * self.heads):
             raise InputError(f"heads: {self.heads} given; a divisor of half the width {self.width} is needed")
         if any(not isinstance(w, int) or w < 0 for w in self.windows):
@@ -186,15 +191,14 @@ def _model(config: Config, policy: ops.Policy) -> Model:
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         y: Any = norm_module.apply({"params": params["norm"]}, x)
-        if c.head == "embed" or (c.head == "classify" and c.pool == "mean"):
-            written = jnp.any(x != 0, axis=-1, keepdims=True)
-            total = jnp.sum(jnp.where(written, y.astype(jnp.float32), 0.0), axis=1, keepdims=True)
-            y = total / jnp.maximum(jnp.sum(written, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+        if c.head == "mlm":
+            logits: Any = head_module.apply({"params": params["head"]}, y, params["embed"])
+            return logits
+        one = pool(y, jnp.any(x != 0, axis=-1), c.pooling if c.head == "embed" else (_POOLINGS[c.pool],))
         if c.head == "embed":
-            return y[:, 0]
-        one = y[:, :1] if c.head == "classify" else y
-        logits: Any = head_module.apply({"params": params["head"]}, one, params["embed"])
-        return logits[:, 0] if c.head == "classify" else logits
+            return one
+        logits = head_module.apply({"params": params["head"]}, one[:, None])
+        return logits[:, 0]
 
     def init(key: jax.Array) -> tree.Params:
         keys = jax.random.split(key, 4)

@@ -14,16 +14,18 @@ import pytest
 
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle, Tokenizer, from_pretrained, train_bpe
-from jaxmodel.models import bert, predict_fn, vit
-from jaxmodel.models.bert import embed_texts
+from jaxmodel.models import Model, bert, modernbert, predict_fn, vit
+from jaxmodel.models.sentences import embed_texts
 
 TOKENIZER = train_bpe([], vocab_size=257)
 TEXTS = ["a river runs", "b", "longer than the others are"]
 SENTENCES = bert.model(bert.Config(257, 16, 2, 4, 24, 64, "embed"))
+MODERN = modernbert.model(modernbert.Config(257, 16, 2, 4, 24, 64, "embed", windows=(0, 3)))
 
 
-def base(tmp_path: Path, **card: Any) -> Path:
-    bundle = Bundle(SENTENCES, SENTENCES.init(jax.random.key(3)), TOKENIZER, card)
+def base(tmp_path: Path, model: Model = SENTENCES, **card: Any) -> Path:
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(4), a.shape), model.init(jax.random.key(3)))
+    bundle = Bundle(model, params, TOKENIZER, card)
     folder = bundle.save_pretrained(tmp_path / "model")
     (folder / "jaxmodel.json").unlink()  # somebody else's
     return folder
@@ -38,7 +40,14 @@ def say(folder: Path, pooling: dict[str, Any] | None = None, **files: Any) -> No
 
 def activations(bundle: Bundle, text: str) -> np.ndarray:
     tokens = jnp.asarray([TOKENIZER.encode(text)], jnp.int32)
-    return np.asarray(bundle.model.hidden(bundle.params, tokens).hidden)[0]
+    x = np.asarray(bundle.model.hidden(bundle.params, tokens).hidden)[0]
+    if "norm" in bundle.params:  # that of ModernBERT stands behind the last layer
+        x = (
+            (x - x.mean(-1, keepdims=True))
+            / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            * np.asarray(bundle.params["norm"]["weight"])
+        )
+    return x
 
 
 WAYS = {
@@ -59,10 +68,12 @@ def near_units(found: np.ndarray, bundle: Bundle, *ways: str) -> None:
         assert np.abs(vector - want / np.linalg.norm(want)).max() < 2e-6
 
 
-@pytest.mark.parametrize("form", ["old", "new"])
+@pytest.mark.parametrize(
+    ("model", "form"), [(SENTENCES, "old"), (SENTENCES, "new"), (MODERN, "old")], ids=["bert", "new", "modernbert"]
+)
 @pytest.mark.parametrize("way", WAYS)
-def test_a_text_is_pooled_as_its_folder_says(way: str, form: str, tmp_path: Path) -> None:
-    folder = base(tmp_path)
+def test_a_text_is_pooled_as_its_folder_says(way: str, model: Model, form: str, tmp_path: Path) -> None:
+    folder = base(tmp_path, model)
     old = {f"pooling_mode_{OLD.get(one, one)}": one == way for one in WAYS}
     say(folder, old if form == "old" else {"pooling_mode": way})
     bundle = from_pretrained(folder)
@@ -94,9 +105,7 @@ def test_modules_say_where_the_pooling_is_and_what_else_there_is(tmp_path: Path)
     say(folder, modules=modules)
     assert from_pretrained(folder).model.config.pooling == ("cls",)
     say(folder, modules=[*modules, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}])
-    with pytest.raises(
-        InputError, match=r"modules.json: the module 'Dense' is not read, .*Transformer, Pooling"
-    ):
+    with pytest.raises(InputError, match=r"modules.json: the module 'Dense' is not read, .*Transformer, Pooling"):
         from_pretrained(folder)
     say(folder, modules=[{"path": "../x", "type": "Pooling"}])
     with pytest.raises(InputError, match="leads out of the folder"):

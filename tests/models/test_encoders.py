@@ -17,7 +17,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle, train_bpe
 from jaxmodel.layers import ACTIVATIONS
 from jaxmodel.models import Model, bert, clip, sizes, vit
-from jaxmodel.models.bert import embed_texts
+from jaxmodel.models.sentences import embed_texts
 
 B, T = 3, 8
 RNG = np.random.default_rng(0)
@@ -213,7 +213,7 @@ def test_long_texts_are_cut(sentences: Bundle) -> None:
 def test_what_cannot_be_embedded(sentences: Bundle) -> None:
     masked = bert.model(bert.SIZES["tiny"])
     for bundle, texts, options, message in (
-        (dataclasses.replace(sentences, model=masked), ["a"], {}, "a model of bert with the head 'embed' is needed"),
+        (dataclasses.replace(sentences, model=masked), ["a"], {}, "or modernbert with the head 'embed' is needed"),
         (dataclasses.replace(sentences, processor=None), ["a"], {}, "'words' has no tokenizer"),
         (sentences, "a text", {}, "texts: a single string was given"),
         (sentences, ["a"], {"batch_size": 0}, "batch_size: 0 given"),

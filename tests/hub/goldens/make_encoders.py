@@ -198,6 +198,11 @@ LATER = {
         gradients=r".*(position|lambda).*",
         sides=(21, 8),
     ),
+    "modernbert-d": Tiny(
+        "ModernBertForSequenceClassification",
+        ModernBertConfig(**_MODERN | {"classifier_pooling": "cls", "num_hidden_layers": 3}, **labels("no", "yes")),
+        *(7, r".*layers\.2\..*|head.*|classifier.*"),
+    ),
 }
 SEEDS = {name: i for i, name in enumerate([*sorted(MODELS), *LATER])}
 MODELS |= LATER

@@ -1,0 +1,120 @@
+"""Vectors of texts: how the encoders with the head "embed" make them. Not an architecture: it has no `Config`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.models.model import Model
+
+SHORTEST = 16  # batches of sentences are of this or a doubled length, so that few programs are compiled
+
+
+def _weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.einsum("BTD,BT->BD", x, weights, precision="highest") / jnp.maximum(weights.sum(axis=1), 1.0)[:, None]
+
+
+def _last(x: jax.Array, valid: jax.Array) -> jax.Array:
+    last = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def _length(valid: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)[:, None]
+
+
+POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "mean": lambda x, valid: jnp.sum(x, axis=1) / _length(valid),
+    "cls": lambda x, valid: x[:, 0],
+    "max": lambda x, valid: jnp.max(jnp.where(valid[..., None], x, -jnp.inf), axis=1),
+    "mean_sqrt_len_tokens": lambda x, valid: jnp.sum(x, axis=1) / jnp.sqrt(_length(valid)),
+    "weightedmean": lambda x, valid: _weighted(x, jnp.cumsum(valid, axis=1, dtype=jnp.float32) * valid.astype(jnp.float32)),
+    "lasttoken": _last,
+}
+"""Ways of making one vector of a text's, as sentence-transformers names them: of activations `[B, T, D]`, zeros where padded."""
+
+
+def check_pooling(ways: Sequence[str]) -> None:
+    """Refuse what is not among `POOLINGS`, and none at all."""
+    for way in ways or ("",):
+        if way not in POOLINGS:
+            raise unknown("pooling", way, POOLINGS)
+
+
+def pool(x: Float[Array, "B T D"], valid: Bool[Array, "B T"], ways: Sequence[str]) -> Float[Array, "B E"]:
+    """One vector of each row, float32.
+
+    Args:
+      x: activations.
+      valid: false for padding, whose activations do not count.
+      ways: names of `POOLINGS`; the results of several stand one behind the other.
+    """
+    x = jnp.where(valid[..., None], x.astype(jnp.float32), 0.0)
+    return jnp.concatenate([POOLINGS[way](x, valid) for way in ways], axis=-1)
+
+
+def embed_texts(bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int | None = None) -> np.ndarray:
+    """Sentence embeddings: the last activations, pooled as `config.pooling` says, of length one (Reimers & Gurevych, 2019).
+
+    Texts of similar length share a batch, so that little is padding; the order of the results is that of the texts.
+
+    Args:
+      bundle: a `hub.Bundle` of a model with the head "embed" (of bert, modernbert) and its tokenizer.
+      texts: N texts.
+      batch_size: texts that are computed at once.
+      max_tokens: longer texts are cut, the tokenizer's last token kept; None for what the bundle's card says
+        (`max_tokens`), else for the model's context.
+
+    Returns:
+      float32 `[N, D]`; the product of two rows is the cosine of their angle.
+
+    Raises:
+      InputError: another kind of model, no tokenizer, a single string, or sizes out of range.
+    """
+    config = bundle.model.config
+    if getattr(config, "head", "") != "embed":
+        found = f"{type(config).__module__.rsplit('.', 1)[-1]} {getattr(config, 'head', '')}".strip()
+        raise InputError(f"bundle: a model of bert or modernbert with the head 'embed' is needed; this is {found}")
+    if bundle.processor is None:
+        raise InputError(f"bundle: {bundle.card.get('name', 'it')!r} has no tokenizer; text cannot be read")
+    at_least("batch_size", batch_size)
+    limit = min(int(bundle.card.get("max_tokens", config.context)), config.context) if max_tokens is None else max_tokens
+    if not 2 <= limit <= config.context:
+        raise InputError(f"max_tokens: {limit} given; allowed: 2 to {config.context}")
+    if isinstance(texts, str):
+        raise InputError(f"texts: a single string was given ({texts!r:.40}); give a list of strings")
+    prompt, lower = str(bundle.card.get("prompt", "")), bool(bundle.card.get("lower_case", False))
+    read = [prompt + (text.lower() if lower else text) for text in texts] if prompt or lower else texts
+    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in bundle.processor.encode_batch(read, True)]
+    out, params = np.zeros((len(rows), config.width * len(config.pooling)), np.float32), bundle.running()
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(min(_power_of_two(max(len(row), SHORTEST)), config.context), []).append(i)
+    batches = [(n, which[at : at + batch_size]) for n, which in by_length.items() for at in range(0, len(which), batch_size)]
+    for length, batch in batches:
+        size = min(_power_of_two(len(batch)), batch_size)
+        tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+        for row, i in enumerate(batch):
+            tokens[row, : len(rows[i])], mask[row, : len(rows[i])] = rows[i], True
+        means = _embedded(bundle.model, params, {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)})
+        out[batch] = np.asarray(means)[: len(batch)]
+    return out
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest one that is not below `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(model: Model, params: tree.Params, inputs: dict[str, jax.Array]) -> jax.Array:
+    means = model.apply(params, inputs).logits
+    return means / jnp.maximum(jnp.linalg.norm(means, axis=-1, keepdims=True), 1e-12)
