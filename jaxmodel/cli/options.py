@@ -29,7 +29,8 @@ _TEXTS = (
 )
 _RECIPE = (
     "int8 (weights, and activations as they come), int8-weight (weights only), int4 (groups of 64), sparse50-int8 (half of the "
-    "weights zero); or a chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'."
+    "weights zero); a chain of methods for the layers, such as 'magnitude(0.5) | rtn(bits=4, group=32)'; a .yaml or .json file "
+    "with the keys base (one of these), rules (pattern: chain), compute, name; or a bundle's folder, to do as was done there."
 )
 _MODEL = arg(metavar="MODEL", help=f"The model: {_SOURCE}.")
 _ADAPTERS = "Adapters (LoRA) for the model, a folder in PEFT's layout as `train --lora` writes it, or a hub id; several add up."

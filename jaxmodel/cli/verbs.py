@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -161,12 +163,7 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
     from jaxmodel import compress, hub, report
     from jaxmodel.cli import resolved
 
-    recipe = compress.named(options.recipe)
-    exceptions = [rule.partition("=") for rule in options.rule]
-    if odd := [rule for rule, (_, sign, _) in zip(options.rule, exceptions, strict=True) if not sign]:
-        raise InputError(f"--rule: {odd[0]!r} given; allowed: PATTERN=CHAIN, such as 'head=rtn(bits=8)'")
-    rules = [(pattern, chain) for pattern, _, chain in exceptions]
-    recipe = dataclasses.replace(recipe, rules=(*rules, *recipe.rules))
+    recipe = _recipe(options)
     hub.check_target(options.out)
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
     smaller, done = compress.compress_bundle(bundle, recipe)
@@ -175,6 +172,36 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
         smaller.save_pretrained(options.out)
     file_bytes = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
     return {**dataclasses.asdict(done), "file_bytes": file_bytes, "recipe": options.recipe, "out": options.out}
+
+
+def _recipe(options: Compress) -> Any:
+    """The recipe that is named or read, behind the exceptions from it.
+
+    Raises:
+      InputError: an exception that is not of the form PATTERN=CHAIN, or what is wrong with the recipe.
+    """
+    from pathlib import Path
+
+    from jaxmodel import compress
+
+    given = options.recipe
+    in_file = given.lower().endswith(compress.SUFFIXES) or Path(given, "jaxmodel.json").expanduser().is_file()
+    recipe = compress.read_recipe(given) if given not in compress.NAMED and in_file else compress.named(given)
+    try:
+        exceptions = [_exception(rule) for rule in options.rule]
+        return dataclasses.replace(recipe, rules=(*exceptions, *recipe.rules))
+    except InputError as error:
+        raise InputError(f"--rule: {str(error).removeprefix('recipe: ')}") from None
+
+
+def _exception(rule: str) -> tuple[str, str]:
+    """Pattern and chain: parted at the first sign of equality before which a whole regular expression stands."""
+    for sign in re.finditer("=", rule):
+        with contextlib.suppress(re.error):
+            re.compile(rule[: sign.start()])
+            if sign.start():
+                return rule[: sign.start()], rule[sign.end() :]
+    raise InputError(f"{rule!r} given; allowed: PATTERN=CHAIN, such as 'head=rtn(bits=8)'")
 
 
 def _show_compress(result: dict[str, Any], console: Any) -> None:

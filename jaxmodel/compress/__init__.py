@@ -4,12 +4,14 @@ from jaxmodel.compress.apply import Report, apply, compress_bundle
 from jaxmodel.compress.magnitude import Magnitude
 from jaxmodel.compress.method import Method, methods, parse, text_of
 from jaxmodel.compress.observe import observe
+from jaxmodel.compress.recipe_file import SUFFIXES, read_recipe
 from jaxmodel.compress.recipes import NAMED, Recipe, named
 from jaxmodel.compress.rtn import Rtn
 from jaxmodel.compress.versions import VERSIONS, versions
 
 __all__ = [
     "NAMED",
+    "SUFFIXES",
     "VERSIONS",
     "Magnitude",
     "Method",
@@ -22,6 +24,7 @@ __all__ = [
     "named",
     "observe",
     "parse",
+    "read_recipe",
     "text_of",
     "versions",
 ]

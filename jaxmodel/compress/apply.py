@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxmodel import tree
 from jaxmodel.compress.method import Chain, text_of
 from jaxmodel.compress.observe import Stats
+from jaxmodel.compress.recipe_file import to_record
 from jaxmodel.compress.recipes import OnMatrices, Recipe, as_recipe
 from jaxmodel.compress.stats import names_of, places, stats_of
 from jaxmodel.errors import InputError
@@ -88,14 +89,16 @@ def compress_bundle(bundle: Bundle, recipe: Recipe | tree.Rules, name: str | Non
     Args:
       bundle: the model, its params, its card.
       recipe: a `Recipe` or its rules alone.
-      name: what the card calls the recipe; None for its own name, and where it has none its rules.
+      name: what the card calls the recipe; None for its own name. The card has its rules too, unless a name says all.
 
     Raises:
       InputError: as `apply`.
     """
     recipe = as_recipe(recipe)
     params, report = apply(recipe, bundle.params)
-    card = {**bundle.card, "recipe": name or recipe.name or recipe.texts(), "bits_per_weight": report.bits_per_weight}
+    said = to_record(dataclasses.replace(recipe, name=name or recipe.name))
+    said = said["base"] if list(said) == ["base"] else said
+    card = {**bundle.card, "recipe": said, "bits_per_weight": report.bits_per_weight}
     return dataclasses.replace(bundle, model=recipe.adapt(bundle.model), params=params, card=card), report
 
 

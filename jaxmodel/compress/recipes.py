@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from jaxmodel import ops, tree
@@ -32,10 +33,11 @@ class Recipe:
       rules: path -> chain of methods: a tuple, or its text (see `parse`), kept as a tuple. `()` and `""` leave a leaf as it is.
       compute: what the model computes in afterwards (`Policy.compute`): attention and its cache, and contractions that are
         not int8; None for as before.
-      name: what a bundle's card calls it; None for its rules.
+      name: what a bundle's card calls it.
 
     Raises:
-      InputError: rules that are no list of pairs, a value that is no chain, or no dtype.
+      InputError: rules that are no list of pairs, a pattern that is no regular expression, a value that is no chain, or no
+        dtype.
 
     >>> Recipe([(".*/up", "rtn(4)"), (".*", ())]).texts()
     [['.*/up', 'rtn(bits=4)'], ['.*', '']]
@@ -77,6 +79,10 @@ def _rule(rule: Any) -> tuple[str, Chain]:
         raise InputError(f"recipe: {rule!r} is not a pair (pattern, chain); allowed: {_RULES}")
     pattern, value = rule
     at = f"recipe: the rule {str(pattern)!r}"
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{at} is not a regular expression: {error}") from None
     if isinstance(value, str):
         try:
             return pattern, parse(value)

@@ -106,6 +106,29 @@ def test_a_recipe_from_text(capsys, folder):
     assert end.value.code == 0 and "magnitude(fraction=0.5) | rtn(bits=4, group=16)" in capsys.readouterr().out
 
 
+def methods_of(capsys, folder, *words):
+    """Path of each leaf, layer by layer -> the chain that it got."""
+    got = as_json(capsys, folder, "compress", folder / "tiny", *words)
+    return {layer: leaf["method"] for leaf in got["leaves"] for layer in tree.layer_paths(leaf["path"])}
+
+
+def test_exceptions_from_a_recipe_by_rules_and_by_a_file(capsys, folder):
+    rules = ("blocks/0/.*/(q|k)=rtn(bits=8)", "blocks/.*/q=magnitude(0.5) | rtn(bits=6)", "(?!blocks).*embed=")
+    words = [word for rule in rules for word in ("--rule", rule)]
+    got = methods_of(capsys, folder, "--recipe", "rtn(bits=4, group=16)", *words, "--out", folder / "ruled")
+    six = "magnitude(fraction=0.5) | rtn(bits=6)"
+    assert [got[f"blocks/{i}/attn/q"] for i in (0, 1)] == ["rtn(bits=8)", six]  # the first that matches
+    assert [got[f"blocks/{i}/attn/k"] for i in (0, 1)] == ["rtn(bits=8)", "rtn(bits=4, group=16)"] and got["embed"] == ""
+    (folder / "mine.yaml").write_text(
+        "base: rtn(bits=4, group=16)\nrules:\n  blocks/0/.*/(q|k): rtn(bits=8)\n"
+        "  blocks/.*/q: magnitude(0.5) | rtn(bits=6)\n  (?!blocks).*embed: ''\n"
+    )
+    assert methods_of(capsys, folder, "--recipe", folder / "mine.yaml", "--out", folder / "filed") == got
+    assert methods_of(capsys, folder, "--recipe", folder / "ruled", "--out", folder / "again") == got
+    weights = [tree.fingerprint(hub.from_pretrained(folder / name).params) for name in ("ruled", "filed", "again")]
+    assert len(set(weights)) == 1
+
+
 def test_a_run_leaves_a_folder_that_rerun_repeats(capsys, folder):
     runs = folder / "kept"
     call(capsys, "eval", folder / "tiny", "--data", folder / "text.txt", "--window", 32, "--runs", runs)
@@ -318,6 +341,35 @@ BAD = [
     (["generate", "{tiny}", "--prompt", "fox", "--chat"], "chat_template: this tokenizer has none"),
     (["compress", "{tiny}", "--recipe", "int5", "--out", "{new}"], "recipe: 'int5' is not known; allowed: int4, int8"),
     (["compress", "{tiny}", "--recipe", "rtn(bits=12)", "--out", "{new}"], "bits is 12; allowed: 1 to 8"),
+    (
+        ["compress", "{tiny}", "--recipe", "int8", "--rule", "emb=rtn(8)", "--out", "{new}"],
+        "'emb' matches no leaf; nearest: embed",
+    ),
+    (
+        ["compress", "nowhere", "--recipe", "int8", "--rule", "head", "--out", "{new}"],
+        "--rule: 'head' given; allowed: PATTERN",
+    ),
+    (
+        ["compress", "nowhere", "--recipe", "int8", "--rule", "rtn(bits=8)", "--out", "{new}"],
+        "--rule: 'rtn(bits=8)' given",
+    ),
+    (
+        ["compress", "nowhere", "--recipe", "int8", "--rule", "=rtn(8)", "--out", "{new}"],
+        "--rule: '=rtn(8)' given; allowed",
+    ),
+    (
+        ["compress", "nowhere", "--recipe", "int8", "--rule", "head=rtm(8)", "--out", "{new}"],
+        "--rule: the rule 'head': method: 'rtm' is not known; allowed: magnitude, rtn (nearest: rtn)",
+    ),
+    (
+        ["compress", "{tiny}", "--recipe", "int8", *("--rule", "embed=rtn(8)") * 2, "--out", "{new}"],
+        "'embed' decides nothing: earlier rules match all of its leaves",
+    ),
+    (
+        ["compress", "{tiny}", "--recipe", "int8", "--rule", ".*=rtn(8)", "--out", "{new}"],
+        "methods take matrices",
+    ),
+    (["compress", "nowhere", "--recipe", "no.yaml", "--out", "{new}"], "recipe: there is no file 'no.yaml'"),
     (["compress", "{tiny}", "--recipe", "int8", "--out", "{text}"], "is a file; a folder is needed"),
     (["compress", "{renamed}", "--recipe", "int8", "--out", "{new}"], "not a GGUF file"),
     (["train", "--mesh", "fsdp=3", "--data", "{text}"], "needs 3 devices; there are 1"),

@@ -58,11 +58,11 @@ def test_the_dtype_does_not_hang_on_a_name(bundle):
     """The same rules under another name, or none, compute as they say and not as a name does."""
     rules = compress.NAMED["int8"].rules
     mine, _ = compress.compress_bundle(bundle, Recipe(rules, compute="float16", name="int8"))
-    assert (mine.model.policy.compute, mine.card["recipe"]) == ("float16", "int8")
+    assert (mine.model.policy.compute, mine.card["recipe"]) == ("float16", {"base": "int8", "compute": "float16"})
     bare, _ = compress.compress_bundle(bundle, rules)
     assert bare.model is bundle.model
     called, _ = compress.compress_bundle(bundle, rules, "mine")
-    assert (called.model.policy.compute, called.card["recipe"]) == ("float32", "mine")
+    assert (called.model.policy.compute, called.card["recipe"]["name"]) == ("float32", "mine")
 
 
 def test_adapt_changes_nothing_else_of_the_policy(bundle):
@@ -73,8 +73,8 @@ def test_adapt_changes_nothing_else_of_the_policy(bundle):
 
 def test_without_a_name_the_card_says_the_rules(bundle):
     smaller, _ = compress.compress_bundle(bundle, [("embed", "rtn(4)"), (".*/up", (Magnitude(0.5), Rtn(8))), (".*", ())])
-    want = [["embed", "rtn(bits=4)"], [".*/up", "magnitude(fraction=0.5) | rtn(bits=8)"], [".*", ""]]
-    assert json.loads(json.dumps(smaller.card["recipe"])) == want
+    want = {"embed": "rtn(bits=4)", ".*/up": "magnitude(fraction=0.5) | rtn(bits=8)", ".*": ""}
+    assert json.loads(json.dumps(smaller.card["recipe"])) == {"rules": want}
 
 
 def test_rules_alone_and_texts_are_recipes():

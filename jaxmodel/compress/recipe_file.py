@@ -1,0 +1,167 @@
+"""Recipes in files, YAML or JSON: what a file says, what a bundle's card says, and how both are read.
+
+    base: int4                              # a named recipe or a chain for all matrices; rules go before it
+    rules:                                  # pattern of whole paths: chain; the first that matches wins
+      blocks/(0|29)/.*/(q|k|v|o): rtn(bits=8)
+      ?head: ""                             # left as it is; behind `?` a pattern may match nothing
+    compute: bfloat16                       # what the model computes in afterwards; else as the base wants it
+    name: mixed                             # for the card
+
+All keys may be left out. Without a base the rules must cover every leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxmodel import schema, tree
+from jaxmodel.compress.recipes import NAMED, Recipe, named
+from jaxmodel.errors import InputError
+from jaxmodel.files import read_bytes
+
+SUFFIXES = (".yaml", ".yml", ".json")
+MOST_BYTES = 2**16
+_DEEPEST = 8
+_AS_BASE = "of the base"
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    base: str | None = None
+    rules: dict[str, str] = dataclasses.field(default_factory=dict)
+    compute: str | None = _AS_BASE
+    name: str | None = None
+
+
+def read_recipe(place: str | Path) -> Recipe:
+    """The recipe that a file says, or the one that a bundle was made by.
+
+    Args:
+      place: a YAML or JSON file as the module's docstring has it, or the folder of a bundle, whose card has its recipe.
+
+    Raises:
+      InputError: no such file, one that is not in that form, an unknown method (with the nearest), or a bundle that no recipe
+        made.
+
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "mixed.yaml")
+    >>> _ = file.write_text("{base: int4, rules: {embed: rtn(bits=6)}}")
+    >>> read_recipe(file).texts()[0]
+    ['embed', 'rtn(bits=6)']
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        where = f"{path}/jaxmodel.json"
+        card = schema.make(schema.read(path / "jaxmodel.json").get("card"), dict[str, Any], where, "card")
+        if (said := card.get("recipe")) is None:
+            raise InputError(f"recipe: the bundle {str(place)!r} was made by none; allowed: one that `compress` made, or a file")
+        if isinstance(said, str):
+            return named(said)
+        return from_record(said, where)
+    if path.suffix.lower() == ".json":
+        return from_record(schema.read(path, Any), str(path))
+    try:
+        raw = read_bytes(path, MOST_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"recipe: there is no file {str(place)!r}; allowed: a YAML or JSON file, or a recipe's name") from None
+    except OSError as error:
+        raise InputError(f"recipe: {str(place)!r} cannot be read: {error.strerror}") from None
+    return from_record(_yaml(raw, str(path)), str(path))
+
+
+def from_record(record: Any, where: str = "recipe") -> Recipe:
+    """The recipe of a record, as `to_record` gives it and files have it.
+
+    Args:
+      record: plain data: the keys `base`, `rules`, `compute`, `name`.
+      where: it stood, for errors.
+
+    Raises:
+      InputError: another form, or what `Recipe` refuses.
+    """
+    said = schema.make(record, _File, where)
+    if said.base is None and not said.rules:
+        raise InputError(f"{where}: neither base nor rules is there; allowed: one of them or both")
+    try:
+        base = Recipe(()) if said.base is None else named(said.base)
+        rules = [(tree.optional(p[1:]) if p.startswith("?") else p, chain) for p, chain in said.rules.items()]
+        compute = base.compute if said.compute == _AS_BASE else said.compute
+        name = said.name or (said.base if not rules and compute == base.compute else None)
+        return Recipe((*rules, *base.rules), compute, name)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def to_record(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain data that `from_record` makes it from again; what a named one or a chain alone says is its `base`.
+
+    >>> to_record(Recipe([("head", "rtn(4)"), *named("int8").rules]))
+    {'base': 'int8', 'rules': {'head': 'rtn(bits=4)'}, 'compute': None}
+    """
+    base = next((one for one in _bases(recipe) if recipe.rules[-len(one.rules) :] == one.rules), None)
+    own = recipe.rules if base is None else recipe.rules[: -len(base.rules)]
+    rules: dict[str, str] = {}
+    for (pattern, _), (text, chain) in zip(own, recipe.texts(), strict=False):
+        rules.setdefault(f"?{text}" if isinstance(pattern, tree.optional) else text, chain)
+    record: dict[str, Any] = {"base": base.name} if base is not None else {}
+    if rules:
+        record["rules"] = rules
+    if recipe.compute != (base.compute if base is not None else None):
+        record["compute"] = recipe.compute
+    if recipe.name not in (None, record.get("base")):
+        record["name"] = recipe.name
+    return record
+
+
+def _bases(recipe: Recipe) -> list[Recipe]:
+    last = recipe.texts()[-1][1] if recipe.rules else ""
+    return [*NAMED.values(), *([named(last)] if last else [])]
+
+
+def _yaml(raw: bytes, where: str) -> Any:
+    """Plain data from YAML: no anchors, which could make little text much data, no keys twice, not deep.
+
+    Raises:
+      InputError: it is something else.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses what the docstring says."""
+
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event: Any = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise InputError(f"{where}: line {event.start_mark.line + 1} has an anchor or an alias; allowed: plain YAML")
+            self.depth += 1
+            if self.depth > _DEEPEST:
+                raise InputError(f"{where}: nested too deeply; allowed: {_DEEPEST} levels")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(self.construct_object(key, deep=True), str):
+                    said = key.value if isinstance(key.value, str) else "a list or a mapping"
+                    raise InputError(f"{where}: line {key.start_mark.line + 1}: the key {said} is no text; quote it")
+                if key.value in seen:
+                    raise InputError(f"{where}: line {key.start_mark.line + 1}: the key {key.value!r} stands there twice")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(raw.decode("utf-8-sig"), Loader)
+    except InputError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" in line {mark.line + 1}" if mark is not None else ""
+        raise InputError(f"{where}: not YAML: {error.problem}{line}") from None
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+        raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
