@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib
 import numbers
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +54,33 @@ def printable(text: str) -> str:
     'a\\x1b[2Jb\\u202ec'
     """
     return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+@contextlib.contextmanager
+def border(what: str) -> Iterator[None]:
+    """Turn whatever a library raises about somebody else's data into one line: each has errors of its own, and those of Rust
+    (`PanicException`) are no `Exception`.
+
+    Args:
+      what: the argument or file, and what it is not: "a.json: no tokenizer".
+
+    Raises:
+      InputError: in place of the library's error; one of ours stays as it is.
+
+    >>> with border("data: no number"):
+    ...     int("a")
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: data: no number: invalid literal for int() with base 10: 'a'
+    """
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except MemoryError:
+        raise InputError(f"{what}: it asks for more memory than there is") from None
+    except BaseException as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:500] or type(error).__name__}") from None
 
 
 def at_least(argument: str, value: object, least: int = 1) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
-import json
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmodel import schema
+from jaxmodel.child import Child
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.files import read_bytes
 from jaxmodel.hub.schemas import Templates
@@ -133,45 +128,13 @@ class Limits:
 
 LIMITS = Limits()
 """To be set to others before the first chat, where a template needs more."""
-_lock = threading.Lock()
-_worker: subprocess.Popen[str] | None = None
+_CHILD = Child(Path(__file__).with_name("chat_worker.py"))
 
 
 def _ask(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
     """What the process in which templates run makes of one."""
-    global _worker
     try:
-        line = json.dumps([template, dict(variables), LIMITS.characters]) + "\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"messages: not plain data, as JSON has it: {error}") from None
-    with _lock:
-        if _worker is None or _worker.poll() is not None:
-            command = [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")), str(LIMITS.memory)]
-            pipe, none = subprocess.PIPE, subprocess.DEVNULL
-            _worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=none, text=True, encoding="utf-8")
-        process = _worker
-        late = threading.Timer(LIMITS.seconds, process.kill)
-        late.start()
-        try:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(line)
-            process.stdin.flush()
-            said = process.stdout.readline()
-        except BrokenPipeError:
-            said = ""
-        finally:
-            late.cancel()
-        if not said:
-            _end()
-            return {"error": f"it took more than {LIMITS.seconds:g} seconds, or more memory than it may have"}
-    return json.loads(said)
-
-
-@atexit.register
-def _end() -> None:
-    global _worker
-    if _worker is not None:
-        process, _worker = _worker, None
-        process.kill()
-        with contextlib.suppress(OSError):
-            process.communicate()
+        said = _CHILD.ask([template, dict(variables), LIMITS.characters], LIMITS.seconds, LIMITS.memory)
+    except InputError as error:
+        raise InputError(f"messages: {error}") from None
+    return said or {"error": f"it took more than {LIMITS.seconds:g} seconds, or more memory than it may have"}

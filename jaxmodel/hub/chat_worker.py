@@ -1,7 +1,7 @@
 """The process in which chat templates run: somebody else's programs, in Jinja's sandbox and with a limit of memory.
 
-It is started by `jaxmodel.hub.chat`, which ends it when a template takes too long. It reads a line of JSON for each chat, and
-imports nothing of the project, so that it is there in a tenth of a second.
+It is the `Child` of `jaxmodel.hub.chat`, which ends it when a template takes too long. It reads a line of JSON for each chat,
+and imports nothing of the project, so that it is there in a tenth of a second.
 """
 
 from __future__ import annotations

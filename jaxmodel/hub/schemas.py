@@ -6,9 +6,9 @@ here: a test sees to it.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
-from jaxmodel.schema import Count, Index, Positive, Share
+from jaxmodel.schema import Count, Index, Positive, Range, Share
 
 type Token = str | dict[str, Any] | None
 type Ids = Index | list[Index] | None
@@ -241,7 +241,7 @@ class Tokens(TypedDict, total=False):
     tokenize_chinese_chars: bool | None
     strip_accents: bool | None
     add_prefix_space: bool | None
-    extra_ids: Index
+    extra_ids: Annotated[int, Range(0, 100_000)]
     tokenizer_class: str | None
     add_bos_token: bool | None
     add_eos_token: bool | None

@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError, unknown
-from jaxmodel.hub import chat, vocabularies
+from jaxmodel.errors import InputError, border, unknown
+from jaxmodel.hub import backends, chat, vocabularies
 from jaxmodel.hub import images as image_files
 from jaxmodel.hub.schemas import Ends, Generation, Tokens
 
@@ -101,28 +101,24 @@ class Tokenizer:
           special: add what the tokenizer puts around a text (for instance a begin-of-text id).
 
         Raises:
-          InputError: not a string of valid Unicode.
+          InputError: not a string of valid Unicode, or work beyond `backends.LIMITS`.
         """
         return self.encode_batch([text], special)[0]
 
     def encode_batch(self, texts: Iterable[str], special: bool = False) -> list[list[int]]:
         """`encode` for several texts at once, on all cores; rows keep their own lengths."""
-        try:
-            rows = self.backend.encode_batch_fast(list(_several(texts)), add_special_tokens=special)
-        except TypeError:
-            raise InputError("text: not a string of valid Unicode; allowed: any str without lone surrogates") from None
-        return [row.ids for row in rows]
+        return backends.encode(self.backend, list(_several(texts)), special)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no whole character become U+FFFD, ids beyond the vocabulary nothing.
 
         Raises:
-          InputError: a negative id.
+          InputError: a negative id, or a text beyond `backends.LIMITS`.
         """
         ids = [int(i) for i in ids]
         if min(ids, default=0) < 0:
             raise InputError(f"ids: {min(ids)} is not a token id; allowed: 0 to {self.vocab_size - 1}")
-        return self.backend.decode(ids, skip_special_tokens=skip_special)
+        return backends.decode(self.backend, ids, skip_special)
 
     def apply_chat(
         self,
@@ -192,15 +188,11 @@ def from_folder(folder: str | Path) -> Tokenizer:
     config = {k: v for name in names for k, v in schema.read(folder / name, Tokens, missing=True).items() if v is not None}
     path, own = folder / "tokenizer.json", {}
     if path.is_file():
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise InputError(f"folder: {str(path)!r} is not a tokenizer: {error}") from None
-        # Some folders carry the padding and truncation of their training run; neither belongs to the vocabulary.
-        backend.no_padding()
-        backend.no_truncation()
+        backend = backends.load(path)
     else:
-        backend, own = vocabularies.from_vocabulary(folder, config)
+        with border(f"folder: {str(folder)!r} has no whole vocabulary"):
+            backend, own = vocabularies.from_vocabulary(folder, config)
+        backends.check(backend, str(folder))
     contents = own | {role: token for role in ROLES if (token := _content(config.get(role))) is not None}
     _add_tokens(backend, folder, config, set(contents.values()))
     ids = {role: backend.token_to_id(token) for role, token in contents.items()}
@@ -233,7 +225,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
         if token.content in there:
             continue
         known = backend.token_to_id(token.content) is not None
-        backend.add_tokens([token])
+        with border(f"{folder}: the added token {token.content!r:.80} is not taken"):
+            backend.add_tokens([token])
         if not known and backend.token_to_id(token.content) != i:
             given = backend.token_to_id(token.content)
             raise InputError(f"{folder}: the added token {token.content!r} has id {i}, but the next of tokenizer.json is {given}")
@@ -266,6 +259,11 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
       InputError: another kind of tokenizer, an unknown pre-tokenizer, or missing or inconsistent entries.
     """
 
+    with border("metadata: the GGUF file's tokenizer cannot be read"):
+        return _from_gguf(metadata)
+
+
+def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     def get(key: str) -> Any:
         if f"tokenizer.ggml.{key}" not in metadata:
             raise InputError(f"metadata: the GGUF file has no tokenizer.ggml.{key}")
@@ -311,14 +309,12 @@ def _byte_level(
     if name not in _SPLITS:
         raise unknown("tokenizer.ggml.pre", name, _SPLITS)
     like_llama3 = name == "llama-bpe"
-    try:
+    with border("metadata: tokenizer.ggml.tokens and merges do not fit together"):
         vocabulary = {token: i for i, token in enumerate(tokens)}
         pairs = [_pair(merge) for merge in merges]
         # what a merge would make but no token has falls apart again, in llama.cpp as without that merge
         pairs = [(a, b) for a, b in pairs if a + b in vocabulary or not (a in vocabulary and b in vocabulary)]
         backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=like_llama3))
-    except Exception as error:  # the library raises nothing more specific
-        raise InputError(f"metadata: tokenizer.ggml.tokens and merges do not fit together: {error}") from None
     if len(vocabulary) != len(tokens):
         raise InputError(f"metadata: tokenizer.ggml.tokens has {len(tokens) - len(vocabulary)} repeated entries")
     if name == "qwen2":

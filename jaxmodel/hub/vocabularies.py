@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, border, unknown
 from jaxmodel.files import read_bytes
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
@@ -100,7 +100,7 @@ def of_pieces(pieces: Pieces) -> tokenizers.Tokenizer:
         raise InputError(f"tokenizer: {len(tokens) - len(set(tokens))} of its tokens are repeated")
     unk = tokens[pieces.unk] if 0 <= pieces.unk < len(tokens) and kinds[pieces.unk] == UNKNOWN else None
     fallback = BYTE in kinds
-    try:
+    with border("tokenizer: its tokens and scores do not fit together"):
         if pieces.bpe:
             vocabulary = {token: i for i, token in enumerate(tokens)}
             merges = _merges(pieces)
@@ -108,10 +108,9 @@ def of_pieces(pieces: Pieces) -> tokenizers.Tokenizer:
         else:
             scored = list(zip(tokens, pieces.scores, strict=True))
             model = models.Unigram(scored, unk_id=pieces.unk if unk else None, byte_fallback=fallback)
-    except Exception as error:  # the library raises nothing more specific
-        raise InputError(f"tokenizer: its tokens and scores do not fit together: {error}") from None
-    backend = tokenizers.Tokenizer(model)
-    steps: list[Any] = [normalizers.Precompiled(pieces.charsmap)] if pieces.charsmap else []
+        backend = tokenizers.Tokenizer(model)
+    with border("tokenizer: its normalisation (precompiled_charsmap) is damaged"):
+        steps: list[Any] = [normalizers.Precompiled(pieces.charsmap)] if pieces.charsmap else []
     if pieces.shrinks:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(_SPACE)] if pieces.prefix else []
@@ -200,10 +199,13 @@ def _bert(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
 def _byte_level(folder: Path, kind: str, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     if kind not in ("gpt2", "roberta"):
         raise unknown(f"folder: {str(folder)!r}: merges.txt without tokenizer.json is not read for", kind, ["gpt2", "roberta"])
-    try:
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises nothing more specific
-        raise InputError(f"folder: {str(folder)!r}: vocab.json and merges.txt are no tokenizer: {error}") from None
+    with border(f"folder: {str(folder)!r}: vocab.json and merges.txt are no tokenizer"):
+        vocabulary = schema.read(folder / "vocab.json", dict[str, schema.Index])
+        lines = read_bytes(folder / "merges.txt", schema.MOST_BYTES).decode().split("\n")
+        merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+        if odd := next((pair for pair in merges if len(pair) != 2), None):
+            raise InputError(f"{folder / 'merges.txt'}: the line {' '.join(odd)!r:.80} is no pair of tokens")
+        model = models.BPE(vocabulary, [(left, right) for left, right in merges])
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()

@@ -1,0 +1,112 @@
+"""Processes of ours in which somebody else's programs and files are tried, with limits of time and memory.
+
+What stalls or kills such a process is an answer, and the process that asked goes on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from jaxmodel.errors import InputError
+
+_living: list[Child] = []
+
+
+class Child:
+    """A process that is asked one thing at a time, a line of JSON each; started by the first question, and anew after its end."""
+
+    def __init__(self, script: Path):
+        self._script, self._lock = script, threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        _living.append(self)
+
+    def ask(self, what: Any, seconds: float, memory: int) -> Any | None:
+        """What the process answers; None where it took longer, wanted more memory, or died.
+
+        Args:
+          what: plain data.
+          seconds: that the answer may take.
+          memory: bytes of the process, Python included; of one that runs already they are those of its first question.
+
+        Raises:
+          InputError: `what` is not plain data.
+        """
+        try:
+            line = json.dumps(what) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"not plain data, as JSON has it: {error}") from None
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                command, pipe = [sys.executable, "-P", str(self._script), str(memory)], subprocess.PIPE
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=pipe,
+                    stdout=pipe,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    encoding="utf-8",
+                    env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                )
+            process = self._process
+            late = threading.Timer(seconds, process.kill)
+            late.start()
+            try:
+                assert process.stdin is not None and process.stdout is not None
+                process.stdin.write(line)
+                process.stdin.flush()
+                said = process.stdout.readline()
+            except BrokenPipeError:
+                said = ""
+            finally:
+                late.cancel()
+            if not said:
+                self.end()
+        return json.loads(said) if said else None
+
+    def end(self) -> None:
+        """End the process; the next question starts another."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.kill()
+            with contextlib.suppress(OSError):
+                process.communicate()
+
+
+@atexit.register
+def _end() -> None:
+    for one in _living:
+        one.end()
+
+
+READER = Child(Path(__file__).with_name("child_reader.py"))
+"""In which files are read for the first time that a library could stumble over; see `tried`."""
+SECONDS, MEMORY = 20.0, 2 * 2**30
+"""Of such a trial, which goes through the whole of a file: to be set to others where a file needs more."""
+
+
+def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
+    """Read a file in a process of its own first, so that it cannot stop this one.
+
+    Args:
+      kind: a function of child_reader.py.
+      path: of the file.
+      what: how the message begins: "data: 'a.arrayrecord' is no whole ArrayRecord file".
+      **more: what else that function takes.
+
+    Raises:
+      InputError: it could not be read there, or took more than `SECONDS` or `MEMORY`.
+    """
+    said = READER.ask([kind, str(path), more], SECONDS, MEMORY)
+    if said is None:
+        limits = f"{SECONDS:g} seconds and {MEMORY / 2**30:g} GiB, which jaxmodel.child.SECONDS and MEMORY set"
+        raise InputError(f"{what}: reading it crashes, or takes more than {limits}")
+    if said:
+        raise InputError(f"{what}: {' '.join(said.split())[:500]}")

@@ -1,0 +1,59 @@
+"""The process in which files are read that could crash a library, or keep it busy without end; started by `jaxmodel.child`.
+
+Each function reads a file as the project does. It imports nothing of the project, so that it is there at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def tokenizer(path: str, texts: Sequence[str]) -> None:
+    """A tokenizer.json, and what it makes of some texts."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+    made.no_padding()
+    made.no_truncation()
+    try:
+        rows = [row.ids for row in made.encode_batch_fast(list(texts), add_special_tokens=True)]
+        made.decode_batch([row[:1000] for row in rows])
+    except Exception:  # a text that it does not take is none of the file's faults; a panic is no Exception
+        return
+
+
+def records(path: str) -> None:
+    """All records of an ArrayRecord file, and how many there are in two ways of reading it."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(path)
+    count = reader.num_records()
+    for start in range(0, count, 256):
+        reader.read(start, min(start + 256, count))
+    reader.close()
+
+
+def serve(memory: int) -> None:
+    """Until there are no more; the answer is what is wrong, or nothing."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    except (ImportError, ValueError, OSError):
+        pass  # not on this system
+    known = {"tokenizer": tokenizer, "records": records}
+    for line in sys.stdin:
+        kind, path, more = json.loads(line)
+        said = ""
+        try:
+            known[kind](path, **more)
+        except BaseException as error:  # a panic of Rust is no Exception
+            said = str(error) or type(error).__name__
+        print(json.dumps(said), flush=True)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -1,0 +1,173 @@
+"""The library's tokenizers at their border: somebody else's tokenizer.json is a program, so it has limits and errors of one line.
+
+A file is loaded in another process first (`child.tried`), which also cuts runs of every character, since some crash the library
+and some patterns never end. What its steps can make of a text is computed from them (`growth`).
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import string
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from jaxmodel import child, schema
+from jaxmodel.errors import InputError, border
+from jaxmodel.files import read_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a tokenizer may take.
+
+    Attributes:
+      seconds: for every 100,000 characters or ids of a call, and at least once. What is late is refused; the library itself
+        cannot be stopped, and ends its work in a thread of its own.
+      growth: the factor by which its steps may make a text longer.
+      characters: that the tokens of a text to be decoded may have.
+    """
+
+    seconds: float = 10.0
+    growth: float = 100.0
+    characters: int = 2**28
+
+
+LIMITS = Limits()
+"""To be set to others (`backends.LIMITS = backends.Limits(growth=1000)`) where a tokenizer needs more."""
+
+_PER = 100_000
+_PROBES = [
+    *(char * 300 + end for char in string.printable + "é中\u0301😀" for end in "!a"),
+    "The quick brown fox's 12,345 jumps:\n\n\tover  the lazy dog... " * 8,
+]
+
+
+def load(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+      InputError: it is none, or can take more than `LIMITS`.
+    """
+    what = f"folder: {str(path)!r} is not a tokenizer"
+    with border(what):
+        text = read_bytes(path, schema.MOST_BYTES).decode("utf-8")
+        child.tried("tokenizer", path, what, texts=_PROBES)
+        made = tokenizers.Tokenizer.from_str(text)
+        # Some folders carry the padding and truncation of their training run; neither belongs to the vocabulary.
+        made.no_padding()
+        made.no_truncation()
+    check(made, str(path))
+    return made
+
+
+def check(backend: tokenizers.Tokenizer, where: str) -> None:
+    """Refuse a tokenizer whose steps could make a text too long.
+
+    Raises:
+      InputError: such a step.
+    """
+    parts = {kind: getattr(backend, kind) for kind in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    with border(f"{where}: no tokenizer of the library's own parts"):
+        said = {kind: json.loads(part.__getstate__()) for kind, part in parts.items() if part is not None}
+        factors = {kind: growth(part) for kind, part in said.items()}
+    text = factors.get("normalizer", 1.0) * factors.get("pre_tokenizer", 1.0)
+    for kind, factor in (("normalizer", text), *((k, factors.get(k, 1.0)) for k in ("post_processor", "decoder"))):
+        if factor > LIMITS.growth:
+            raise InputError(
+                f"{where}: its {kind} can make a text {factor:.3g} times as long; allowed: {LIMITS.growth:g} times "
+                "(jaxmodel.hub.backends.LIMITS sets it)"
+            )
+
+
+def growth(step: Any) -> float:
+    """By how much a step, as JSON has it, can make a text longer, at most; steps of the library that multiply nothing count as 1.
+
+    >>> growth({"type": "Replace", "pattern": {"String": "ab"}, "content": "abcdef"})
+    3.0
+    """
+    inner = [growth(one) for key in ("normalizers", "pretokenizers", "processors", "decoders") for one in step.get(key, ())]
+    kind = step.get("type")
+    own = 1.0
+    if kind == "Replace":
+        content, pattern = len(step["content"]), step["pattern"].get("String")
+        own = max(content / len(pattern), 1.0) if pattern else 1.0 + content
+    elif kind == "Prepend":
+        own = 1.0 + len(step["prepend"])
+    elif kind == "Precompiled":
+        own = float(_longest(base64.b64decode(step["precompiled_charsmap"])))
+    elif kind == "BertNormalizer":
+        own = 3.0  # spaces around characters of Chinese
+    elif kind == "ByteLevel":
+        own = 2.0  # bytes beyond ASCII become characters of two
+    elif kind == "TemplateProcessing":
+        tokens = {name: len(token["ids"]) for name, token in step["special_tokens"].items()}
+        count = lambda piece: 1 if "Sequence" in piece else tokens[piece["SpecialToken"]["id"]]
+        own = float(sum(map(count, step["single"])))
+    return math.prod(inner, start=own)
+
+
+def _longest(charsmap: bytes) -> int:
+    """Characters of the longest text that a compiled normalisation puts in the place of one."""
+    (size,) = struct.unpack_from("<I", charsmap)
+    return max((len(text.decode("utf-8", "replace")) for text in charsmap[4 + size :].split(b"\0")), default=1) or 1
+
+
+def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool) -> list[list[int]]:
+    """The ids of texts.
+
+    Raises:
+      InputError: one is not a string of valid Unicode, the tokenizer fails on one, or takes longer than `LIMITS`.
+    """
+    size = sum(map(len, texts))
+    work = lambda: [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=special)]
+    try:
+        return _in_time(work, size, "the tokenizer cannot read it")
+    except TypeError:
+        raise InputError("text: not a string of valid Unicode; allowed: any str without lone surrogates") from None
+
+
+def decode(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool) -> str:
+    """The text of ids.
+
+    Raises:
+      InputError: it would be longer than `LIMITS`, the tokenizer fails, or takes longer.
+    """
+    lengths = {i: len(backend.id_to_token(i) or "") for i in set(ids)}
+    if sum(lengths[i] for i in ids) > LIMITS.characters:
+        raise InputError(f"ids: their text has more than {LIMITS.characters:,} characters (jaxmodel.hub.backends.LIMITS sets it)")
+    # not `decode`, which lets no other thread of Python run
+    work = lambda: backend.decode_batch([list(ids)], skip_special_tokens=skip_special)[0]
+    return _in_time(work, len(ids), "the tokenizer cannot write them")
+
+
+def _in_time[T](work: Callable[[], T], size: int, failed: str) -> T:
+    said: list[Any] = []
+
+    def run() -> None:
+        try:
+            said.append((True, work()))
+        except BaseException as error:  # a panic of Rust is no Exception
+            said.append((False, error))
+
+    what = "text" if failed.endswith("it") else "ids"
+    seconds = LIMITS.seconds * max(size / _PER, 1)
+    thread = threading.Thread(target=run, name="tokenizer", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not said:
+        raise InputError(f"{what}: {failed}: it takes more than {seconds:g} seconds (jaxmodel.hub.backends.LIMITS sets it)")
+    well, result = said[0]
+    if well:
+        return result
+    if isinstance(result, TypeError | MemoryError):
+        raise result
+    with border(f"{what}: {failed}"):
+        raise result
