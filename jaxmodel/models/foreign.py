@@ -9,7 +9,8 @@ one output reads. A bundle is saved with the module's import path, and loaded wi
 `hub.from_pretrained(folder, module=Net(3))`.
 
 What a module keeps that is not a parameter (running statistics) stands in the branch `state` of the tree. It has no gradient, it
-does not train (see `tree.partition`), and `set_state` is the pure function that moves it on.
+does not train (see `tree.partition`), and `set_state` is the pure function that moves it on. Rows that only fill a batch up
+(`weights` 0) do not count in the moments of `nn.BatchNorm` and `nnx.BatchNorm`; what else takes means over rows, sees them.
 
 The contracts that every module here keeps: its tree is a plain nested dict, covered by rules; `apply` gives what the module
 gives, under `jit` too, traced once; the key alone decides what is drawn, and a missing one is an error in training; nothing is
@@ -42,7 +43,8 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import leaves, ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models.adapters import read_adapters
-from jaxmodel.models.model import Inputs, Model, Parts, read
+from jaxmodel.models.counted import linen_counting, nnx_counting
+from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
 
 STATE = "state"
 """The branch of the tree with what is not a parameter."""
@@ -61,7 +63,7 @@ class Foreign:
 
     Attributes:
       module: whose it is: a Linen module, or an nnx one (of shapes) or what makes one.
-      run: (params, inputs, rng, train) -> (output, the state afterwards).
+      run: (params, inputs, rng, train, counts) -> (output, the state afterwards); counts names the rows that count, or is None.
       inputs: (name, shape, dtype) of each, or the function that gives their shapes.
       rngs: names of a Linen module's random streams.
       own_call: whether it is called otherwise than with its inputs in their order.
@@ -170,7 +172,9 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: t
     shapes, own_call = _shapes(inputs), call is not None
     call = call or _Call(_names(shapes))
 
-    def run(params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool) -> tuple[jax.Array, tree.Params]:
+    def run(
+        params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool, counts: Any = None
+    ) -> tuple[jax.Array, tree.Params]:
         if train and streams and rng is None:
             raise _no_rng("its random streams")
         stored = tree.flatten(_plain(params))
@@ -183,6 +187,7 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: t
                 value = stored[_joined(path if isinstance(kind, nnx.Param) else (STATE, *path))]
             values.append((path, kind.replace(value) if isinstance(kind, nnx.Variable) else value))
         merged = nnx.merge(graphs[train], nnx.from_flat_state(values))
+        nnx_counting(merged, counts if train else None)
         out = _array(call(merged, inputs, train))
         return out, nnx_params(merged).get(STATE, {})
 
@@ -245,17 +250,20 @@ def set_state(model: Model, params: tree.Params, inputs: Inputs, rng: jax.Array 
 
 @functools.cache
 def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], rules: Any) -> Model:
-    def run(params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool) -> tuple[jax.Array, tree.Params]:
+    def run(
+        params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool, counts: Any = None
+    ) -> tuple[jax.Array, tree.Params]:
         plain = _plain(params)
         state = plain.pop(STATE, {})
         keys = {} if rng is None else {name: jax.random.fold_in(rng, i) for i, name in enumerate(rngs)}
         method = lambda module: call(module, inputs, train)
         variables = {"params": plain, **state}
         try:
-            if train and state:  # it would keep what it sees; that is given back instead
-                out, kept = module.apply(variables, rngs=keys, method=method, mutable=list(state))
-            else:
-                out, kept = module.apply(variables, rngs=keys, method=method), state
+            with linen_counting(counts if train else None):
+                if train and state:  # it would keep what it sees; that is given back instead
+                    out, kept = module.apply(variables, rngs=keys, method=method, mutable=list(state))
+                else:
+                    out, kept = module.apply(variables, rngs=keys, method=method), state
         except flax.errors.InvalidRngError as error:
             raise _no_rng(str(error).split(" (https")[0]) if rng is None else error from None
         return _array(out), nn.meta.unbox(flax.core.unfreeze(kept))
@@ -275,15 +283,16 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
         if cache is not None:
             raise InputError("cache: given to a foreign module; allowed: None, it has none of ours")
         state = tree.flatten(params.get(STATE, {}))
+        counts, inputs = inputs.get(COUNTS), {name: a for name, a in inputs.items() if name != COUNTS}
         if watched := {path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, ops.Measured)}:
             plain = {path: leaf.mean if path in watched else leaf for path, leaf in state.items()}
             key = jax.random.key(0) if rng is None else rng
-            out, kept = config.run({**params, STATE: tree.unflatten(plain)}, inputs, key, True)
+            out, kept = config.run({**params, STATE: tree.unflatten(plain)}, inputs, key, True, counts)
             kept = tree.flatten(jax.lax.stop_gradient(kept))
             return _kept(out, {path: kept[path] for path in watched}, watched), {}
         if state:
             params = {**params, STATE: jax.lax.stop_gradient(params[STATE])}
-        return config.run(params, inputs, rng, train)[0], {}
+        return config.run(params, inputs, rng, train, counts)[0], {}
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         return x.astype(jnp.float32)

@@ -176,13 +176,18 @@ def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
     return {names[0]: inputs}
 
 
-_MEANS = re.compile(r"(?!state/)(.*/)?[^/]*norm/mean")  # not of a foreign module, which no one can tell
+COUNTS = "counts"
+"""The input that names the rows which do not only fill the batch up."""
+
+_MEANS = re.compile(r"(?!state/)(.*/)?[^/]*norm/mean")  # a foreign module is told otherwise
 
 
 def _counted(params: tree.Params, inputs: dict[str, jax.Array]) -> tuple[tree.Params, dict[str, jax.Array]]:
     """Which rows count, told to the batch norms: they stand in parts of a model that no input reaches."""
-    if (counts := inputs.pop("counts", None)) is None:
+    if (counts := inputs.pop(COUNTS, None)) is None:
         return params, inputs
+    if isinstance(params.get("state"), dict):  # of a foreign module, which reads it as an input
+        inputs[COUNTS] = counts
 
     def told(path: str, leaf: Any) -> Any:
         if not _MEANS.fullmatch(path):
