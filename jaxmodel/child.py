@@ -53,7 +53,7 @@ class Child:
                     stderr=subprocess.DEVNULL,
                     text=True,
                     encoding="utf-8",
-                    env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                    env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},  # threads reserve memory
                 )
             process = self._process
             late = threading.Timer(seconds, process.kill)
@@ -89,7 +89,7 @@ def _end() -> None:
 READER = Child(Path(__file__).with_name("child_reader.py"))
 """In which files are read for the first time that a library could stumble over; see `tried`."""
 SECONDS, MEMORY = 20.0, 2 * 2**30
-"""Of such a trial, which goes through the whole of a file: to be set to others where a file needs more."""
+"""Of such a trial, for every 256 MiB of a file: to be set to others where one needs more."""
 
 
 def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
@@ -104,9 +104,10 @@ def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
     Raises:
       InputError: it could not be read there, or took more than `SECONDS` or `MEMORY`.
     """
-    said = READER.ask([kind, str(path), more], SECONDS, MEMORY)
+    seconds = SECONDS * max(os.path.getsize(path) / 2**28, 1)
+    said = READER.ask([kind, str(path), more], seconds, MEMORY)
     if said is None:
-        limits = f"{SECONDS:g} seconds and {MEMORY / 2**30:g} GiB, which jaxmodel.child.SECONDS and MEMORY set"
+        limits = f"{seconds:g} seconds and {MEMORY / 2**30:g} GiB, which jaxmodel.child.SECONDS and MEMORY set"
         raise InputError(f"{what}: reading it crashes, or takes more than {limits}")
     if said:
         raise InputError(f"{what}: {' '.join(said.split())[:500]}")

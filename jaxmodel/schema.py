@@ -23,6 +23,7 @@ from jaxmodel.files import read_bytes
 
 MOST_BYTES = 2**26
 DEEPEST = 100
+MOST_OBJECTS = 2**23  # each takes 20 times the memory that it takes in the file
 _LONE = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps a half of a pair of surrogates
 
 
@@ -89,6 +90,7 @@ def parse(raw: bytes, where: str) -> Any:
     {'a': [1, 2]}
     """
     try:
+        check_count(raw)
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object)
         if _LONE.search(raw):
             json.dumps(value, ensure_ascii=False).encode()
@@ -105,6 +107,16 @@ def parse(raw: bytes, where: str) -> Any:
         if (depth := depth + 1) > DEEPEST:
             raise InputError(f"{where}: nested too deeply; allowed: {DEEPEST} levels")
     return value
+
+
+def check_count(raw: bytes) -> None:
+    """Refuse JSON of more lists and objects than `MOST_OBJECTS`.
+
+    Raises:
+      ValueError: there are more brackets that open one.
+    """
+    if raw.count(b"[") + raw.count(b"{") > MOST_OBJECTS:
+        raise ValueError(f"more than {MOST_OBJECTS:,} lists and objects")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

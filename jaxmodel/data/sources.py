@@ -31,14 +31,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxmodel import child, schema
 from jaxmodel.data import files
 from jaxmodel.data.text import NAMES, load_text, no_file, not_utf8, record_kind, split_documents, split_lines
-from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.errors import InputError, border, require, unknown
 
 type Source = str | Path | Sequence[str | Path]
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # one of them is in every folder that `datasets` saved
-_RECORDS = 256  # are read at a time
+_RECORDS = 64  # are read at a time
 _LONE = re.compile("[\ud800-\udfff]")
 _CELL = 2**26  # characters that a cell of a table may have
 
@@ -230,8 +231,9 @@ def _from_json(part: str, where: str, raw: bytes, field: str) -> Any:
 
 def _loads(part: str, where: str, raw: bytes, needed: str) -> Any:
     try:
+        schema.check_count(raw)
         return json.loads(raw)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too much
         raise _bad(part, f"{where} is not JSON ({error}); {needed} is needed") from None
 
 
@@ -244,38 +246,47 @@ def _field(part: str, where: str, record: Any, field: str) -> Any:
 
 
 def _parquet(part: str, field: str) -> Iterator[Any]:
-    parquet, arrow = require("pyarrow.parquet", "data"), require("pyarrow", "data")
-    with files.reading(part) as raw:
-        try:
-            file = parquet.ParquetFile(raw)
-            if field not in file.schema_arrow.names:
-                raise unknown(f"field in {part!r}", field, file.schema_arrow.names)
-            for rows in file.iter_batches(columns=[field], batch_size=_RECORDS):
-                yield from rows.column(0).to_pylist()
-        except (arrow.ArrowException, UnicodeDecodeError) as error:
-            raise _bad(part, f"is no whole Parquet file ({str(error).partition(chr(10))[0]})") from None
+    parquet, what = require("pyarrow.parquet", "data"), f"data source: {part!r} is no whole Parquet file"
+    _try("table", part, what, field=field)
+    with files.reading(part) as raw, border(what):
+        file = parquet.ParquetFile(raw)
+        if field not in file.schema_arrow.names:
+            raise unknown(f"field in {part!r}", field, file.schema_arrow.names)
+        for rows in file.iter_batches(columns=[field], batch_size=_RECORDS):
+            yield from rows.column(0).to_pylist()
 
 
 def _array_record(part: str, field: str) -> Iterator[Any]:
     records = require("array_record.python.array_record_module", "data")
-    if not files.is_remote(part):
-        yield from _records(records.ArrayRecordReader(part), part, field)
-        return
     with tempfile.TemporaryDirectory() as folder:  # the library reads local files only
-        copy = os.path.join(folder, "records")
-        files.copy(part, copy)
-        yield from _records(records.ArrayRecordReader(copy), part, field)
+        path = os.path.join(folder, "records") if files.is_remote(part) else part
+        if path != part:
+            files.copy(part, path)
+        what = f"data source: {part!r} is no whole ArrayRecord file"
+        _try("records", path, what)
+        with border(what):
+            reader = records.ArrayRecordReader(path)
+            count = reader.num_records()
+            for start in range(0, count, _RECORDS):
+                for i, raw in enumerate(reader.read(start, min(start + _RECORDS, count)), start):
+                    yield _from_record(part, f"record {i}", raw, field)
+            reader.close()  # tells what was wrong with a file in which it saw no records
 
 
-def _records(reader: Any, part: str, field: str) -> Iterator[Any]:
-    try:
-        count = reader.num_records()
-        for start in range(0, count, _RECORDS):
-            for i, raw in enumerate(reader.read(start, min(start + _RECORDS, count)), start):
-                yield _from_record(part, f"record {i}", raw, field)
-        reader.close()  # tells what was wrong with a file in which it saw no records
-    except (RuntimeError, IndexError) as error:
-        raise _bad(part, f"is no whole ArrayRecord file ({str(error).partition(chr(10))[0]})") from None
+_tried: set[tuple[Any, ...]] = set()
+
+
+def _try(kind: str, path: str, what: str, **more: Any) -> None:
+    """Read a local file in another process, once; some damaged ones would end this one, or take all of its memory."""
+    if files.is_remote(path):
+        return
+    with files.naming(path):
+        info = os.stat(path)
+        key = (kind, os.path.realpath(path), info.st_size, info.st_mtime_ns, *more.values())
+        if key not in _tried:
+            files.open_regular(path).close()
+            child.tried(kind, path, what, **more)
+            _tried.add(key)
 
 
 def _from_record(part: str, where: str, raw: bytes, field: str) -> Any:

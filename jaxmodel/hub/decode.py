@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,12 @@ from jaxmodel.errors import InputError, require
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of Pillow; others start programs (EPS), or are rare
 
+MOST_PIXELS = 2**26
+"""Of an image: a small file can claim any number. To be set to another where images are larger."""
+
 _MODES = {1: "L", 3: "RGB"}
 _said: set[str] = set()
+_lock = threading.Lock()
 
 
 def decode(file: Any, channels: int, called: str) -> np.ndarray:
@@ -31,11 +37,16 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
       `[Y, X]` or `[Y, X, channels]`: uint8, or uint16 where the file has more levels than 256.
 
     Raises:
-      InputError: it is no image of a kind that is read, is damaged, or has numbers whose black and white nobody says.
+      InputError: it is no image of a kind that is read, is damaged, has more than `MOST_PIXELS`, or has numbers whose black and
+        white nobody says.
     """
     pillow, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
     try:
-        opened = pillow.open(file, formats=FORMATS)
+        opened = _open(pillow, file)
+        if math.prod(opened.size) > MOST_PIXELS or max(opened.size) > MOST_PIXELS // 2**9:  # a line takes memory, too
+            size = " x ".join(f"{side:,}" for side in opened.size)
+            most = f"{MOST_PIXELS:,}, {MOST_PIXELS // 2**9:,} in a direction (jaxmodel.hub.decode.MOST_PIXELS sets it)"
+            raise InputError(f"{called} has {size} pixels; allowed: {most}")
         if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # in a JPEG others are previews
             _say("frames", f"{called} has {opened.n_frames} frames; of this and others the first is taken")
         image = ops.exif_transpose(opened)
@@ -50,6 +61,16 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
     except Exception as error:  # each of Pillow's readers raises what it comes upon
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{called} cannot be decoded: {reason}; allowed: {', '.join(FORMATS)}") from None
+
+
+def _open(pillow: Any, file: Any) -> Any:
+    """The image, of which no more than the head is read; Pillow's own limit, here a warning and there an error, is off."""
+    with _lock:
+        usual, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
+        try:
+            return pillow.open(file, formats=FORMATS)
+        finally:
+            pillow.MAX_IMAGE_PIXELS = usual
 
 
 def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:

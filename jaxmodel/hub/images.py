@@ -15,9 +15,11 @@ import numpy as np
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.hub import decode
 from jaxmodel.hub.schemas import Images, Processor
 
 FILE = "preprocessor_config.json"
+_AT_ONCE = 2**22  # numbers of 64 bits that a piece of an image becomes while it is resized
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # of `resample`, the numbers of Pillow
 
 
@@ -207,18 +209,30 @@ def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -
       image: what is resized.
       size: (height, width).
       filter: "bilinear" or "bicubic".
+
+    Raises:
+      InputError: it would have more than `decode.MOST_PIXELS`, or so many more or fewer a line that the work does.
     """
+    if max(math.prod(size), *(old * new for old, new in zip(image.shape, size, strict=False))) > decode.MOST_PIXELS:
+        old, new = (" x ".join(f"{side:,}" for side in sides[:2]) for sides in (image.shape, size))
+        raise InputError(
+            f"images: {old} pixels would become {new}; allowed: {decode.MOST_PIXELS:,}, for old times new in a direction too "
+            "(jaxmodel.hub.decode.MOST_PIXELS sets it)"
+        )
     for axis, length in ((1, size[1]), (0, size[0])):
         if image.shape[axis] != length:
-            moved = np.moveaxis(image, axis, 0)
-            mixed = np.tensordot(_weights(image.shape[axis], length, filter), moved.astype(np.float64), 1)
-            if image.dtype == np.uint8:
-                mixed = np.floor(mixed + 0.5)  # half a level up, as whole numbers are rounded there
-            image = np.moveaxis(np.clip(mixed, 0, 255).astype(image.dtype), 0, axis)
+            weights, moved = _weights(image.shape[axis], length, filter), np.moveaxis(image, axis, 0)
+            made = np.empty((length, *moved.shape[1:]), image.dtype)
+            for i in range(0, moved.shape[1], lines := max(1, _AT_ONCE // max(moved[:, :1].size, 1))):
+                mixed = np.tensordot(weights, moved[:, i : i + lines].astype(np.float64), 1)
+                if image.dtype == np.uint8:
+                    mixed = np.floor(mixed + 0.5)  # half a level up, as whole numbers are rounded there
+                made[:, i : i + lines] = np.clip(mixed, 0, 255)
+            image = np.moveaxis(made, 0, axis)
     return image
 
 
-@functools.cache
+@functools.lru_cache(16)
 def _weights(before: int, after: int, filter: str) -> np.ndarray:
     """`[after, before]`: how much each old pixel counts for each new one; rows sum to one."""
     ratio = before / after

@@ -227,7 +227,7 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         (lambda: whole(tmp_path / "whole.parquet", field="body"), "field in .*: 'body' is not known; allowed: id, text"),
         (lambda: whole(file("z.jsonl.gz", (tmp_path / "whole.jsonl.gz").read_bytes()[:-9])), "z.jsonl.gz' cannot be read"),
         (lambda: whole(file("z.gz", b"rubbish")), "z.gz' cannot be read or written: Not a gzipped file"),
-        (lambda: whole(file("a.arrayrecord", b"rubbish")), "a.arrayrecord' is no whole ArrayRecord file .ArrayRecord file sho"),
+        (lambda: whole(file("a.arrayrecord", b"rubbish")), "a.arrayrecord' is no whole ArrayRecord file: ArrayRecord file sh"),
         (lambda: whole(file("b.arrayrecord", records[:120] + bytes(8) + records[128:])), "b.arrayrecord' is no whole"),
         (lambda: whole(file("c.arrayrecord", records[:-1000])), "c.arrayrecord' is no whole"),
         (lambda: documents(tmp_path / "wohle.parquet"), "wohle.parquet' is neither a file nor.*nearest: whole.parquet"),
