@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -111,3 +112,24 @@ def outcomes8(devices8: Callable[..., str]) -> Callable[[str, Sequence[str]], di
     See `run_checks.py`.
     """
     return lambda file, names: json.loads(devices8(REPO / "tests" / "run_checks.py", file, *names).splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def sound_page():
+    """A function that reads a report's page and checks what every page must be."""
+
+    def read(place):
+        page = place.read_text(encoding="utf-8")
+        assert "`" not in page and not re.search(r"https?://(?!www\.w3\.org)|<script|<link|<img", page)
+        assert page.count("<table>") == len(re.findall(r'<div class="wide(?: fold)?"><table>', page)) > 0
+        seen = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+        assert "resolved" not in page and len(re.findall("<dt>", seen)) == 0, "long lists are folded"
+        assert page.count("<details>") >= 3 and "<details open" not in page
+        from jaxmodel.report import processor
+
+        assert processor() in page, "beside its speeds"
+        for cell in re.findall(r"<td[^>]*>([^<]*)</td>", page):
+            assert not re.fullmatch(r"-?\d+\.\d{7,}", cell), "no raw number"
+        return page
+
+    return read

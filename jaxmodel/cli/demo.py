@@ -14,11 +14,13 @@ from typing import Any
 
 from jaxmodel import compress, data, evaluate, hub, report
 from jaxmodel.cli import resolved
-from jaxmodel.cli.options import Demo
+from jaxmodel.cli.options import Demo, defaults
 from jaxmodel.errors import InputError, require
 from jaxmodel.report import html, plot
-from jaxmodel.report.table import megabytes, number, rate
+from jaxmodel.report.table import number, rate, size
+from jaxmodel.train import page
 
+_OTHER_WINDOWS = "made smaller, on other windows of the held-out text than the loss in training is of"
 PROMPT = "The capital of France is"
 MESH = "fsdp=4,tensor=2"
 
@@ -57,7 +59,7 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
     }
     result["seconds"] = time.perf_counter() - began
     folder.save_json("report.json", result)
-    _write_page(result, folder)
+    _write_page(result, folder, options)
     return result
 
 
@@ -82,9 +84,9 @@ def _train(options: Demo, folder: report.Run) -> dict[str, Any]:
 
 COLUMNS = (
     report.Column("name", "version"),
-    report.Column("resident_bytes", "resident\nMB", megabytes),
-    report.Column("packed_bytes", "packed\nMB", megabytes),
-    report.Column("file_bytes", "file\nMB", megabytes),
+    report.Column("resident_bytes", "resident", size),
+    report.Column("packed_bytes", "packed", size),
+    report.Column("file_bytes", "file", size),
     report.Column("bits_per_weight", "bits per\nweight", lambda v: f"{v:.2f}"),
     report.Column("nll", "NLL", lambda v: f"{v:.4f}"),
     report.Column("nll_change", "change", lambda v: f"{v:+.4f}"),
@@ -95,8 +97,8 @@ COLUMNS = (
 )
 TRAIN_COLUMNS = (
     report.Column("name", "version"),
-    report.Column("resident_bytes", "MB", megabytes),
-    report.Column("nll", "held-out NLL", lambda v: f"{v:.4f}"),
+    report.Column("resident_bytes", "resident", size),
+    report.Column("nll", "NLL", lambda v: f"{v:.4f}"),
 )
 
 
@@ -119,7 +121,7 @@ def show(result: dict[str, Any], console: Any) -> None:
             f"{rate(train['tokens_per_second'])} tokens/s",
             markup=False,
         )
-        report.print_table([*train["compressed"].values()], TRAIN_COLUMNS, None, console)
+        report.print_table([*train["compressed"].values()], TRAIN_COLUMNS, _OTHER_WINDOWS, console)
         console.print(Text(train["sample"]))
     console.print(f"the whole took {result['seconds']:.0f} s")
 
@@ -136,7 +138,7 @@ def mesh_text(mesh: dict[str, int]) -> str:
     return ",".join(f"{axis}={length}" for axis, length in mesh.items()) or "no mesh"
 
 
-def _write_page(result: dict[str, Any], folder: report.Run) -> None:
+def _write_page(result: dict[str, Any], folder: report.Run, options: Demo) -> None:
     """report.html, whole in one file, and the plots as pictures."""
     rows, train = result["rows"], result["train"]
     sizes = {row["name"]: (row["file_bytes"] / 1e6, row["perplexity"]) for row in rows}
@@ -148,14 +150,11 @@ def _write_page(result: dict[str, Any], folder: report.Run) -> None:
         "decode": lambda fmt: plot.bars(decode, "tokens per second", "Writing, 1 and 8 texts at once", fmt),
     }
     if train:
-        steps = [row["step"] for row in train["history"]]
-        losses = {"training": (steps, [row["loss"] for row in train["history"]])}
-        held = [row for row in train["history"] if "heldout_loss" in row]
-        losses["held out"] = ([row["step"] for row in held], [row["heldout_loss"] for row in held])
-        plots["loss"] = lambda fmt: plot.curves(losses, "step", "loss, nats per token", "Training the small GPT", fmt)
+        plots["loss"] = page.plots(train["history"])["loss"]
     for name, draw in plots.items():
         folder.save_bytes(f"plots/{name}.png", draw("png"))
     figures = {name: html.figure(draw("svg")) for name, draw in plots.items()}
+    figures["decode"] = html.figure(plots["decode"]("svg"), f"Both speeds on {result['processor']}.")
     sections = [
         html.text(
             f"Every version of {result['model']['name']} scored on {result['predictions']:,} predictions of "
@@ -175,17 +174,19 @@ def _write_page(result: dict[str, Any], folder: report.Run) -> None:
             html.heading("A small GPT, trained from scratch"),
             html.text(
                 f"{train['parameters']:,} parameters on {train['devices']} simulated devices, mesh {mesh_text(train['mesh'])}; "
-                f"held-out loss {train['heldout_loss']:.3f}. Saved, loaded and made smaller by the same calls:"
+                f"held-out loss {train['heldout_loss']:.3f}, {rate(train['tokens_per_second'])} tokens/s on "
+                f"{result['processor']}. Saved, loaded and made smaller by the same calls:"
             ),
             figures["loss"],
-            html.table([*train["compressed"].values()], TRAIN_COLUMNS),
+            html.table([*train["compressed"].values()], TRAIN_COLUMNS, _OTHER_WINDOWS.capitalize() + "."),
             html.code(train["sample"]),
         ]
     sections += [
         html.heading("How to repeat it"),
-        html.text("jaxmodel rerun on this folder repeats every number that does not depend on the clock."),
-        html.key_value(folder.config),
-        html.heading("What it ran on"),
-        html.key_value(folder.versions),
+        html.text("This repeats every number that does not depend on the clock:"),
+        html.code(f"jaxmodel rerun {folder.folder}"),
+        html.heading("What was asked for"),
+        html.options(folder.config, defaults(options)),
+        html.ran_on(folder.versions),
     ]
     folder.save_bytes("report.html", html.page("jaxmodel demo", sections))

@@ -67,14 +67,14 @@ def _digest(size: tuple[Any, Any]) -> str:
 def show_models(result: list[dict[str, Any]], console: Any) -> None:
     """A line for each size."""
     from jaxmodel import report
-    from jaxmodel.report.table import count, megabytes
+    from jaxmodel.report.table import count, size
 
     columns = [
         report.Column("family"),
         report.Column("name"),
         report.Column("parameters", format=count),
-        report.Column("float32_bytes", "float32\nMB", megabytes),
-        report.Column("bfloat16_bytes", "bfloat16\nMB", megabytes),
+        report.Column("float32_bytes", "float32", size),
+        report.Column("bfloat16_bytes", "bfloat16", size),
         report.Column("weights", "trained weights"),
     ]
     report.print_table([{**row, **row["needs"]} for row in result], columns, None, console)
@@ -125,7 +125,7 @@ def show_summary(result: dict[str, Any], console: Any) -> None:
     """A line for each leaf, the layers of a segment together; the sums below."""
     from jaxmodel import report
     from jaxmodel.models.contents import shape_text, sharding_text
-    from jaxmodel.report.table import count, megabytes
+    from jaxmodel.report.table import count, size
 
     columns = [
         report.Column("path"),
@@ -133,14 +133,14 @@ def show_summary(result: dict[str, Any], console: Any) -> None:
         report.Column("shape", "shape of one", shape_text),
         report.Column("kind"),
         report.Column("parameters", format=count),
-        report.Column("bytes", "MB", megabytes),
+        report.Column("bytes", "size", size),
         report.Column("mesh", "mesh axes"),
     ]
     rows = [{**row, "mesh": sharding_text(row["sharding"])} for row in result["leaves"]]
     title = f"{result['name']} ({result['family']})" + ("" if result["weights"] else ", without weights")
     report.print_table(rows, columns, title, console)
     console.print(
-        f"{result['parameters']:,} parameters, {megabytes(result['bytes'])} MB, {result['bits_per_weight']:.2f} bits a weight",
+        f"{result['parameters']:,} parameters, {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits a weight",
         markup=False,
     )
 

@@ -408,6 +408,11 @@ def check(options: Common) -> None:
         raise InputError(f"--seed: {seed} given; allowed: 0 to {2**32 - 1}")
 
 
+def defaults(options: Common) -> dict[str, Any]:
+    """Option -> what it is where it is not given, of those that need not be."""
+    return {field.name: field.default for field in dataclasses.fields(options) if field.default is not dataclasses.MISSING}
+
+
 def _place_from_anywhere(place: str | None) -> str | None:
     """A folder as an absolute path, which is the same from every folder; a URL is one as it stands."""
     return place if place is None or "://" in place else os.path.abspath(place)
@@ -439,4 +444,5 @@ __all__ = [
     "Summary",
     "Train",
     "check",
+    "defaults",
 ]

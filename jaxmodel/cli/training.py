@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxmodel.cli.options import Replay, Train
+from jaxmodel.cli.options import Replay, Train, defaults
 from jaxmodel.errors import InputError, unknown
 
 CHECKPOINTS = "checkpoints"
@@ -60,7 +60,8 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         faults.stop_signals(options.notices) as stop,
         faults.Watchdog(options.watchdog) as watchdog,
     ):
-        writer = page.Writer(folder, options.steps, page.trackers(stack, folder, options.tensorboard)) if first else None
+        trackers = page.trackers(stack, folder, options.tensorboard) if first else []
+        writer = page.Writer(folder, options.steps, trackers, defaults(options)) if first else None
         start = checkpoints.latest() or 0  # asked by all processes, answered by the first
         if writer is not None:
             writer.rewind(start)

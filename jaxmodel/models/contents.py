@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.models.model import Model
+from jaxmodel.report.table import size
 
 
 def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, Any]]:
@@ -45,13 +46,14 @@ def outline(model: Model, params: tree.Params) -> dict[str, Any]:
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
     >>> outline(model, jax.eval_shape(model.init, jax.random.key(0)))["embed"]
-    '256 x 32 float32, 0.033 MB, tensor fsdp'
+    '256 x 32 float32, 32.8 kB, tensor fsdp'
     """
     lines = {}
     for row in summary(model, params):
         times = f"{row['layers']} layers of " if row["layers"] > 1 else ""
-        size = f"{row['bytes'] / 1e6:.3f} MB"
-        lines[row["path"]] = f"{times}{shape_text(row['shape'])} {row['kind']}, {size}, {sharding_text(row['sharding'])}"
+        lines[row["path"]] = (
+            f"{times}{shape_text(row['shape'])} {row['kind']}, {size(row["bytes"])}, {sharding_text(row['sharding'])}"
+        )
     return tree.unflatten(lines)
 
 

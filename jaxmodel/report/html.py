@@ -8,15 +8,17 @@ True
 from __future__ import annotations
 
 import html as markup
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
 from jaxmodel.errors import InputError, printable
 from jaxmodel.report import plot
-from jaxmodel.report.table import Column, Row
-from jaxmodel.report.table import text as plain
+from jaxmodel.report.json_out import to_plain
+from jaxmodel.report.run import processor
+from jaxmodel.report.table import Column, Row, aligned
+from jaxmodel.report.table import text as text_of
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#23272e;--dim:#5c6570;--line:#d9dde3;--paper:#fff;--tint:#f4f6f8}
@@ -28,7 +30,7 @@ h1{font-size:1.7rem;line-height:1.2}
 h2{font-size:1.25rem;margin:2.2rem 0 .6rem}h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
 p{max-width:44rem;white-space:pre-line}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
-caption,figcaption{text-align:left;color:var(--dim);font-size:.9rem;padding:.3rem 0}
+figcaption{color:var(--dim);font-size:.9rem;padding:.3rem 0}
 th,td{padding:.35rem .8rem .35rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--dim);font-weight:600;vertical-align:bottom;white-space:pre-line}
 .r{text-align:right;font-variant-numeric:tabular-nums}td.r,td:first-child{white-space:nowrap}
@@ -38,8 +40,19 @@ pre{background:var(--tint);padding:.8rem 1rem;border-radius:.4rem;white-space:pr
 font:.86rem/1.5 ui-monospace,monospace}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.2rem;font-size:.95rem}
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:30rem){dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
+details{margin:1rem 0}summary{cursor:pointer;color:var(--dim)}
+@media(max-width:54rem){table{font-size:.8rem}th,td{padding-right:.5rem}}
+@media(max-width:40rem){dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}
+.fold table,.fold tbody{display:block}.fold thead{display:none}
+.fold tr{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.2rem,1fr));padding:.6rem 0;
+border-bottom:1px solid var(--line)}
+.fold td,.fold td.r{border:0;padding:.15rem .8rem .15rem 0;text-align:left;white-space:normal;font-size:.92rem;
+overflow-wrap:anywhere}
+.fold td::before{content:attr(data-title);display:block;color:var(--dim);font-size:.75rem}
+.fold td:first-child{grid-column:1/-1;font-weight:600}
+.fold td:first-child::before{content:attr(data-title) "\\2002";display:inline;font-weight:400}}
 """
+_FEW = 4  # columns that are no table any more on a phone, where each row of a wider one becomes a paragraph
 _SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -82,17 +95,26 @@ def text(words: str) -> Section:
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column], caption: str = "") -> Section:
-    """The same table that `print_table` shows on a terminal."""
-    kinds = [' class="r"' if column.to_right(rows) else "" for column in columns]
+    """The same table that `print_table` shows on a terminal; on a phone each row of a wide one is a paragraph of its own."""
+    head, body = [], []
+    for column in columns:
+        right, title = column.to_right(rows), column.title or column.key
+        kind, named = (' class="r"' if right else ""), escape(" ".join(title.split()))
+        cells = [column.cell(row) for row in rows]
+        cells = aligned(cells, "\u2007", "\u2008") if right else cells  # spaces as wide as a digit and a point
+        head.append(f"<th{kind}>{escape(title)}</th>")
+        body.append([f'<td{kind} data-title="{named}">{escape(cell)}</td>' for cell in cells])
+    lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in zip(*body, strict=True))
+    label = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    fold = " fold" if len(columns) > _FEW else ""
+    made = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{lines}</tbody></table>"
+    scrolls = f'<div class="wide{fold}">{made}</div>'
+    return Section(f"<figure>{label}{scrolls}</figure>" if caption else scrolls)
 
-    def line(tag: str, cells: Iterable[str]) -> str:
-        made = [f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)]
-        return f"<tr>{''.join(made)}</tr>"
 
-    head = line("th", (column.title or column.key for column in columns))
-    body = "".join(line("td", (column.cell(row) for column in columns)) for row in rows)
-    label = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return Section(f'<div class="wide"><table>{label}<thead>{head}</thead><tbody>{body}</tbody></table></div>')
+def details(summary: str, sections: Sequence[Section]) -> Section:
+    """What is seen when the reader unfolds it."""
+    return Section(f"<details><summary>{escape(summary)}</summary>{''.join(one.html for one in sections)}</details>")
 
 
 def code(words: str) -> Section:
@@ -101,9 +123,32 @@ def code(words: str) -> Section:
 
 
 def key_value(pairs: Mapping[str, Any]) -> Section:
-    """Names and values, such as a configuration; values of values are named `mesh.tensor`."""
+    """Names and values, such as the versions of packages; values of values are named `mesh.tensor`."""
     items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in _flat(pairs, ""))
     return Section(f"<dl>{items}</dl>")
+
+
+def options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Section:
+    """What a run was asked for: the options that are not as they are by default, and folded away the others and what all came to.
+
+    Args:
+      config: of a `Run`.
+      defaults: option -> its value where none is given; one that is missing here has none.
+    """
+    asked = {name: value for name, value in config.items() if name not in ("verb", "resolved")}
+    changed = {name: value for name, value in asked.items() if name not in defaults or to_plain(defaults[name]) != value}
+    rows = [{"option": name, "value": _said(value), "default": _said(defaults.get(name))} for name, value in changed.items()]
+    parts = [table(rows, [Column("option"), Column("value"), Column("default")]) if rows else text("All options as by default.")]
+    rest = {name: value for name, value in asked.items() if name not in changed}
+    folded = {"The other options, all as by default": rest, "What all of them came to": config.get("resolved", {})}
+    parts += [details(title, [key_value(pairs)]) for title, pairs in folded.items() if pairs]
+    return Section("".join(part.html for part in parts))
+
+
+def ran_on(versions: Mapping[str, Any]) -> Section:
+    """What a run ran on: its processor in words, and the rest folded away."""
+    said = text(f"{processor(versions)[:1].upper()}{processor(versions)[1:]}.")
+    return Section(heading("What it ran on").html + said.html + details("Versions and devices", [key_value(versions)]).html)
 
 
 def figure(svg: bytes | str, caption: str = "") -> Section:
@@ -126,6 +171,14 @@ def _flat(pairs: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             items += _flat(value, f"{prefix}{key}.")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else plain(value)
-            items.append((f"{prefix}{key}", "–" if value is None else shown))
+            items.append((f"{prefix}{key}", _said(value)))
     return items
+
+
+def _said(value: Any) -> str:
+    """A value as one would give it."""
+    if isinstance(value, list | tuple):
+        return ("; " if any(isinstance(one, list | tuple) for one in value) else ", ").join(map(_said, value)) or "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "–" if value is None or value == "" else text_of(value)

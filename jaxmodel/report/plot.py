@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodel.errors import InputError, require
+from jaxmodel.report.table import rate
 
 INK, GRID, PAPER = "#23272e", "#d9dde3", "#ffffff"  # `html.figure` gives these the page's own colours
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -47,6 +48,22 @@ _STYLE = {
 }
 
 
+class Picture(bytes):
+    """The bytes of a file, which a notebook shows as the picture that it is."""
+
+    def _repr_svg_(self) -> str | None:
+        if not self.endswith(b"</svg>\n"):
+            return None
+        paper = f'<svg style="background:{PAPER}" '  # its ink is dark, and a notebook may be, too
+        return self.decode().replace("<svg ", paper, 1)
+
+    def _repr_png_(self) -> bytes | None:
+        return bytes(self) if self.startswith(b"\x89PNG") else None
+
+    def __repr__(self) -> str:
+        return f"Picture({'PNG' if self.startswith(b'\x89PNG') else 'SVG'}, {len(self):,} bytes)"
+
+
 def curves(
     series: Mapping[str, tuple[Any, Any]],
     xlabel: str,
@@ -55,11 +72,19 @@ def curves(
     fmt: str = "svg",
     logx: bool = False,
     logy: bool = False,
-) -> bytes:
+    marks: Mapping[str, float] | None = None,
+) -> Picture:
     """Lines over a common axis, such as losses over steps.
 
     Args:
       series: name to (x, y), two equally long sequences; a y that is not finite leaves a gap.
+      xlabel: of the axis, with its unit.
+      ylabel: likewise.
+      title: above the plot.
+      fmt: svg or png.
+      logx: whether the x axis is logarithmic.
+      logy: likewise.
+      marks: name to a place on the x axis where a thin line stands.
 
     Raises:
       InputError: nothing to draw, or x and y differ in length.
@@ -72,13 +97,15 @@ def curves(
             look = {"color": COLOURS[index % 6], "linestyle": _DASHES[index % 4], "markersize": 5}
             marker = _MARKERS[index % 6] if len(x) <= 25 else None
             ax.plot(np.asarray(x, float), np.asarray(y, float), label=name, marker=marker, **look)
+        for name, x in (marks or {}).items():
+            ax.axvline(x, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=name)
         _scale(ax, logx, logy)
-        if len(series) > 1:
-            ax.figure.legend(loc="outside lower center", ncols=min(3, len(series)))
-    return out.getvalue()
+        if (names := len(series) + len(marks or {})) > 1:
+            ax.figure.legend(loc="outside lower center", ncols=min(3, names))
+    return Picture(out.getvalue())
 
 
-def bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", fmt: str = "svg") -> bytes:
+def bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", fmt: str = "svg") -> Picture:
     """Horizontal bars with their values, in groups; a value that is missing or not finite is a dash.
 
     Args:
@@ -96,7 +123,7 @@ def bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", 
             where = np.arange(len(groups)) + (index - (len(names) - 1) / 2) * height
             lengths = np.where(np.isfinite(values), values, 0)
             drawn = ax.barh(where, lengths, height * 0.9, label=name, color=COLOURS[index % 6])
-            labels = [_tick(value, 4) if math.isfinite(value) else "–" for value in values]
+            labels = [rate(value) if math.isfinite(value) else "–" for value in values]
             ax.bar_label(drawn, labels, padding=4, fontsize=9)
         ax.set_yticks(range(len(groups)), list(groups))
         ax.invert_yaxis()  # the first group on top
@@ -106,7 +133,7 @@ def bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", 
         ax.tick_params(axis="y", length=0)
         if len(names) > 1:
             ax.figure.legend(loc="outside lower center", ncols=min(4, len(names)))
-    return out.getvalue()
+    return Picture(out.getvalue())
 
 
 def scatter(
@@ -117,7 +144,7 @@ def scatter(
     fmt: str = "svg",
     logx: bool = False,
     logy: bool = False,
-) -> bytes:
+) -> Picture:
     """Named points, such as size against perplexity; labels keep clear of each other and of the points.
 
     Args:
@@ -134,12 +161,16 @@ def scatter(
     }
     left_out = ", ".join(f"{name} ({x:.4g}, {y:.4g})" for name, (x, y) in points.items() if name not in inside)
     with _axes(title, xlabel + (f"\nnot shown: {left_out}" if left_out else ""), ylabel, fmt, 4.2) as (ax, out):
-        for index, (x, y) in enumerate(_some(inside, "points").values()):
-            ax.plot(x, y, _MARKERS[index % 6], color=COLOURS[index % 6], ms=8.5, mec=PAPER, mew=0.8)
+        look = {"linestyle": "none", "mec": PAPER, "mew": 0.8, "ms": 8.5}
+        drawn = [
+            ax.plot(x, y, marker=_MARKERS[index % 6], color=COLOURS[index % 6], **look)[0]
+            for index, (x, y) in enumerate(_some(inside, "points").values())
+        ]
         ax.margins(0.12)
         _scale(ax, logx, logy)
         _label(ax, inside)
-    return out.getvalue()
+        _unhide(ax, drawn, np.array(list(inside.values())))
+    return Picture(out.getvalue())
 
 
 def place_labels(anchors: np.ndarray, sizes: np.ndarray, bounds: tuple[Any, Any], clear: float = 7.5) -> np.ndarray:
@@ -198,6 +229,15 @@ def _label(ax: Any, points: Mapping[str, tuple[Any, Any]]) -> None:
             ax.plot(*ends.T, color=INK, linewidth=0.6, zorder=1, scalex=False, scaley=False)
 
 
+def _unhide(ax: Any, drawn: list[Any], points: np.ndarray) -> None:
+    """Draw a point on which others lie as a ring around them."""
+    places = ax.transData.transform(points) * 72 / ax.figure.dpi
+    for index, line in enumerate(drawn):
+        above = int(np.sum(np.linalg.norm(places[index + 1 :] - places[index], axis=1) < 6.5))
+        if above:
+            line.set(markerfacecolor="none", markeredgecolor=line.get_color(), mew=1.6, markersize=8.5 + 5.5 * above)
+
+
 @contextmanager
 def _axes(title: str, xlabel: str, ylabel: str, fmt: str, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
     """Empty axes in the house style; what was drawn on them is in the buffer afterwards."""
@@ -214,6 +254,9 @@ def _axes(title: str, xlabel: str, ylabel: str, fmt: str, height: float) -> Iter
         ax = figure.add_subplot()
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         yield ax, out
+        for axis in (ax.xaxis, ax.yaxis):
+            if axis.get_scale() == "linear" and max(map(abs, axis.get_view_interval())) >= 1000:
+                axis.set_major_formatter(lambda value, _: _tick(value))
         if fmt == "png":
             figure.savefig(out, format="png", dpi=200, facecolor=PAPER)
         else:

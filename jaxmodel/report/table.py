@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,13 +38,16 @@ def count(value: float | int) -> str:
     return f"{round(value):,}"
 
 
-def megabytes(value: float | int) -> str:
-    """Bytes as MB (a million bytes), without the unit, which stands in the column's title.
+def size(value: float | int) -> str:
+    """Bytes in units of a thousand of each other, always with one decimal, so that they line up in a column.
 
-    >>> megabytes(538_060_032), megabytes(12_400)
-    ('538.1', '0.0124')
+    >>> size(538_060_032), size(12_400), size(60), size(1.6e12)
+    ('538.1 MB', '12.4 kB', '0.1 kB', '1.6 TB')
     """
-    return f"{value / 1e6:,.1f}" if abs(value) >= 1e5 else f"{value / 1e6:.3g}"
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if abs(value) >= 0.99995 * one:  # which would be 1,000.0 of the next
+            return f"{value / one:,.1f} {unit}"
+    return f"{value / 1e3:.1f} kB"
 
 
 def rate(value: float | int) -> str:
@@ -60,6 +64,8 @@ def text(value: Any) -> str:
     """The format of a column that names none: numbers by `number`, truth as yes and no, the rest as it is written."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(text, value))
     return number(value) if isinstance(value, int | float) else str(value)
 
 
@@ -116,19 +122,69 @@ def console_for(json_target: str | None = None) -> Any:
     return Safe(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else 500)
 
 
+def aligned(cells: Sequence[str], digit: str = " ", point: str = " ") -> list[str]:
+    """Numbers with room behind them, so that their decimal points stand below each other once they are set flush right.
+
+    >>> aligned(["375", "19.5", "9.66"])
+    ['375   ', '19.5 ', '9.66']
+    """
+    found = [re.fullmatch(r"([^.]*)(\.\d+)?(.*)", cell, re.DOTALL) for cell in cells]
+    longest = max((len(one[2] or "") for one in found if one), default=0)
+
+    def padded(cell: str, one: re.Match[str] | None) -> str:
+        if one is None or not longest:
+            return cell
+        room = digit * (longest - len(one[2])) if one[2] else point + digit * (longest - 1)
+        return f"{one[1]}{one[2] or ''}{one[3]}{room}"
+
+    return [padded(cell, one) for cell, one in zip(cells, found, strict=True)]
+
+
 def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str | None = None, console: Any = None) -> None:
-    """Print rows as a table on `console` (standard output when None; see `console_for`)."""
+    """Print rows as a table on `console` (standard output when None; see `console_for`).
+
+    What is too wide for it comes as several tables below each other, each of which begins with the first column.
+    """
+    from rich.text import Text
+
+    console = console or console_for()
+    parts: list[list[Column]] = [[]]
+    for column in columns:
+        wider = [*parts[-1], column]
+        if len(wider) > 1 + (len(parts) > 1) and _width(_rich(rows, wider), console) > console.width:
+            wider = [columns[0], column]
+            parts.append(wider)
+        parts[-1] = wider
+    for i, part in enumerate(parts):
+        table = _rich(rows, part)
+        if title and not i:
+            table.title, table.title_justify = Text(printable(title)), "left"
+        console.print(table)
+
+
+def _rich(rows: Sequence[Row], columns: Sequence[Column]) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=Text(printable(title)) if title else None, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made = []
     for column in columns:
-        justify = "right" if column.to_right(rows) else "left"
-        table.add_column(Text(column.title or column.key), justify=justify, overflow="fold", vertical="bottom")
-    for row in rows:
-        table.add_row(*(Text(column.cell(row)) for column in columns))  # Text: brackets in a name are no markup
-    (console or console_for()).print(table)
+        right, cells = column.to_right(rows), [column.cell(row) for row in rows]
+        if right:  # the spaces at the ends of cells would be cut off, were they set flush right by rich
+            cells = aligned(cells)
+            widest = max(map(len, [*cells, *(column.title or column.key).split("\n")]))
+            cells = [cell.rjust(widest) for cell in cells]
+        made.append(cells)
+        head = Text(column.title or column.key, justify="right" if right else "left")
+        table.add_column(head, overflow="fold", vertical="bottom")
+    for cells in zip(*made, strict=True):
+        table.add_row(*map(Text, cells))  # Text: brackets in a name are no markup
+    return table
+
+
+def _width(table: Any, console: Any) -> int:
+    return table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum
 
 
 def to_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,13 +14,29 @@ from jaxmodel.errors import InputError, require
 from jaxmodel.files import read_bytes
 from jaxmodel.report import html, plot
 from jaxmodel.report.json_out import dumps
-from jaxmodel.report.table import number, percent
+from jaxmodel.report.table import count, number, percent, rate, text
 
 type Tracker = Callable[[dict[str, Any]], None]
 """Called with every row."""
 
 PAGE_EVERY = 30.0  # seconds between two pages of a run that goes on
 LOSSES = ("loss", "heldout_loss")
+SPEEDS = ("tokens_per_second", "rows_per_second")
+TITLES = {
+    "loss": "training\nloss",
+    "heldout_loss": "held-out\nloss",
+    "accuracy": "training\naccuracy",
+    "heldout_accuracy": "held-out\naccuracy",
+    "tokens_per_second": "tokens\nper second",
+    "rows_per_second": "rows\nper second",
+    "data_wait": "wait for\ndata",
+    "grad_norm": "norm of the\ngradient",
+    "learning_rate": "learning\nrate",
+    "mfu": "MFU",
+    "bad": "bad\nsteps",
+}
+"""Of the keys of a row that are no words."""
+_AGAIN = {"resume": "", "rerun": "", "replay": " --step 1"}
 
 
 class _Row(TypedDict, total=False):
@@ -36,10 +52,13 @@ class Writer:
       folder: of the run.
       steps: of the whole run.
       trackers: each is called with every row: see `tensorboard`, `mlflow`.
+      defaults: of the options that the run can have; the page says which are otherwise.
     """
 
-    def __init__(self, folder: report.Run, steps: int, trackers: Sequence[Tracker] = ()):
-        self._folder, self._steps, self._trackers = folder, steps, trackers
+    def __init__(
+        self, folder: report.Run, steps: int, trackers: Sequence[Tracker] = (), defaults: Mapping[str, Any] | None = None
+    ):
+        self._folder, self._steps, self._trackers, self._defaults = folder, steps, trackers, defaults or {}
         self._shown, self._last = time.monotonic(), 0
 
     def __call__(self, row: dict[str, Any]) -> None:
@@ -65,7 +84,7 @@ class Writer:
         return read_rows(self._folder.path("metrics.jsonl"))
 
     def page(self, result: dict[str, Any]) -> None:
-        """Write the plots and `report.html`; without matplotlib, nothing."""
+        """Write the plots and `report.html`; without matplotlib the page says what it lacks."""
         self._shown = time.monotonic()
         rows = self.rows()
         if not rows:
@@ -73,7 +92,7 @@ class Writer:
         with contextlib.suppress(InputError):  # the package that draws is missing: training goes on without pictures
             for name, draw in plots(rows).items():
                 self._folder.save_bytes(f"plots/{name}.png", draw("png"))
-            self._folder.save_bytes("report.html", page(self._folder, rows, result, self._steps))
+        self._folder.save_bytes("report.html", page(self._folder, rows, result, self._steps, self._defaults))
 
 
 def read_rows(file: str | Path) -> list[dict[str, Any]]:
@@ -87,65 +106,93 @@ def read_rows(file: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plots(rows: list[dict[str, Any]]) -> dict[str, Callable[[str], bytes]]:
-    """Name -> format -> picture: losses, learning rate, and speed over steps."""
+def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.Picture]]:
+    """Name -> format -> picture: losses, learning rate, norm of the gradient and speed over steps."""
 
-    def series(*names: str) -> dict[str, Any]:
+    def series(*names: str, skip: int = 0) -> dict[str, Any]:
         found = {}
         for name in names:
             own = [row for row in rows if row.get(name) is not None]
+            own = own[skip:] or own
             if own:
-                found[name.replace("_", " ")] = ([row["step"] for row in own], [row[name] for row in own])
+                found[TITLES[name].partition("\n")[0]] = ([row["step"] for row in own], [row[name] for row in own])
         return found
 
+    unit = ", nats per token" if any("tokens_per_second" in row for row in rows) else ""
+    losses, speed = series(*LOSSES), next(name for name in SPEEDS if name == SPEEDS[-1] or any(name in row for row in rows))
     wanted = {
-        "loss": (LOSSES, "loss", "Loss"),
-        "learning_rate": (("learning_rate",), "learning rate", "Learning rate"),
-        "grad_norm": (("grad_norm",), "norm of the gradient", "Gradient"),
-        "speed": (("tokens_per_second", "rows_per_second"), "tokens (or rows) per second", "Speed"),
+        "loss": (losses, f"loss{unit}", "Loss"),
+        "learning_rate": (series("learning_rate"), "learning rate", "Learning rate"),
+        "grad_norm": (series("grad_norm"), "norm of the gradient", "Gradient"),
+        "speed": (series(speed, skip=1), speed.replace("_", " "), "Speed"),  # the first row has the compilation in it
     }
-    made: dict[str, Callable[[str], bytes]] = {}
-    for name, (keys, label, title) in wanted.items():
-        if found := series(*keys):
-            made[name] = lambda fmt, found=found, label=label, title=title: plot.curves(found, "step", label, title, fmt)
-    return made
+    return {
+        name: lambda fmt, found=found, label=label, title=title: plot.curves(found, "step", label, title, fmt)
+        for name, (found, label, title) in wanted.items()
+        if found
+    }
 
 
-def page(folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any], steps: int) -> str:
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[report.Column]:
+    """Those of a table of such rows, in words and with units."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("data_step", "seconds"))
+    first = [name for name in ("step", *LOSSES, *SPEEDS) if name in names]
+    formats = {"mfu": percent, "data_wait": percent, **dict.fromkeys(SPEEDS, rate), "loss": _loss}
+    formats |= {"heldout_loss": _loss, "learning_rate": lambda value: number(value, 3), "step": count, "bad": count}
+    heading = lambda name: TITLES[name] if name in TITLES else name.replace("_", " ")
+    return [
+        report.Column(name, heading(name), formats.get(name, text)) for name in [*first, *(n for n in names if n not in first)]
+    ]
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else number(value)
+
+
+def page(
+    folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any], steps: int, defaults: Mapping[str, Any] | None = None
+) -> str:
     """The page of a run, whether it goes on or is through."""
     last = rows[-1]
-    spent = result.get("ledger", {})
     state = "ended" if result and not result.get("stopped") else "stopped" if result else "running"
     sections = [
-        html.text(f"Step {last['step']} of {steps}, {state}."),
-        *(html.figure(draw("svg")) for draw in plots(rows).values()),
-        html.heading("The last rows"),
-        html.table(rows[-10:], [report.Column(name, format=number) for name in last if name != "seconds"]),
+        html.text(f"Step {last['step']:,} of {steps:,}, {state}. Its speed is that of {report.processor(folder.versions)}.")
     ]
-    if spent:
+    if result:
+        mesh = ", ".join(f"{axis}={length}" for axis, length in result["mesh"].items())
+        where = f"{result['devices']} device{'s' * (result['devices'] > 1)}{f', mesh {mesh}' if mesh else ''}"
+        sections.append(html.text(f"{result['parameters']:,} parameters on {where}."))
+    try:
+        sections += [html.figure(draw("svg")) for draw in plots(rows).values()]
+    except InputError as missing:
+        sections.append(html.text(f"There are no plots here: {missing}"))
+    sections += [html.heading("The last rows"), html.table(rows[-10:], columns(rows))]
+    if spent := result.get("ledger", {}):
         wall = spent["wall"]
         kinds = {name: value for name, value in spent.items() if name not in ("wall", "goodput")}
         times = [{"category": name, "seconds": value, "share": value / wall} for name, value in kinds.items()]
-        columns = [report.Column("category"), report.Column("seconds", format=number), report.Column("share", format=percent)]
+        shown = [
+            report.Column("category"),
+            report.Column("seconds", format="{:.1f}".format),
+            report.Column("share", format=percent),
+        ]
         sections += [
             html.heading("Where the time went"),
             html.text(
                 f"Goodput {100 * spent['goodput']:.1f} %: the share of {wall:.0f} s, restarts and all, that went into steps that "
                 "counted."
             ),
-            html.table(times, columns),
+            html.table(times, shown),
         ]
     if result.get("sample"):
         sections += [html.heading("A sample"), html.code(result["sample"])]
     sections += [
         html.heading("How to go on and to repeat it"),
-        html.text(
-            "jaxmodel resume on this folder goes on from the last checkpoint, jaxmodel rerun repeats the run, and "
-            "jaxmodel replay --step k computes one step again."
-        ),
-        html.key_value(folder.config),
-        html.heading("What it ran on"),
-        html.key_value(folder.versions),
+        html.text("From the last checkpoint on, the whole run again, or one step of it:"),
+        html.code("\n".join(f"jaxmodel {verb} {folder.folder}{more}" for verb, more in _AGAIN.items())),
+        html.heading("What was asked for"),
+        html.options(folder.config, defaults or {}),
+        html.ran_on(folder.versions),
     ]
     return html.page(f"jaxmodel train: {folder.folder.name}", sections)
 

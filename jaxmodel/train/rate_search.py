@@ -42,11 +42,16 @@ class RateSearch:
     smoothed: Float[np.ndarray, " N"]
     suggestion: float | None
 
-    def plot(self, fmt: str = "svg") -> bytes:
-        """The losses over the rates as an image; `fmt` is svg or png."""
-        series = {"loss": (self.rates, self.losses), "smoothed": (self.rates, self.smoothed)}
-        title = "No rate lowers the loss" if self.suggestion is None else f"Suggested: {self.suggestion:.2g}"
-        return plot.curves(series, "learning rate", "loss", title, fmt, logx=True)
+    def plot(self, fmt: str = "svg") -> plot.Picture:
+        """The losses over the rates, with the suggestion; `fmt` is svg or png. Where they explode the axis ends."""
+        most = 1.5 * max(self.losses[0], self.smoothed[0])  # beyond it nothing is to be seen but that it diverges
+        series = {
+            name: (self.rates, np.where(loss <= most, loss, np.nan))
+            for name, loss in (("loss", self.losses), ("smoothed", self.smoothed))
+        }
+        marks = {} if self.suggestion is None else {f"suggested: {self.suggestion:.2g}": self.suggestion}
+        title = "" if marks else "No rate lowers the loss"
+        return plot.curves(series, "learning rate", "loss", title, fmt, logx=True, marks=marks)
 
 
 def find_lr(

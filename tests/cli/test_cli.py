@@ -220,7 +220,7 @@ def test_train_on_eight_devices_and_rerun(folder):
     assert done.returncode == 0 and json.loads(done.stdout)["same"] is True, done.stderr + done.stdout
 
 
-def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder):
+def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder, sound_page):
     """The main job from end to end, with the training in a process of its own."""
     args = ("--window", 32, "--windows", 2, "--train-steps", 2, "--runs", folder / "demo")
     out = call(capsys, "demo", "--model", folder / "tiny", "--data", folder / "text.txt", *args, "--json", folder / "demo.json")
@@ -233,12 +233,12 @@ def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder):
         assert min(row["prefill_tps"], row["decode_tps_1"], row["decode_tps_8"]) > 0
     assert got["train"]["mesh"] == {"fsdp": 4, "tensor": 2} and set(got["train"]["compressed"]) == {"f32", "int8", "int4"}
     (run,) = (folder / "demo").iterdir()
-    page = (run / "report.html").read_text()
-    assert page.count("<svg") == 4 and "http" not in page.replace("http://www.w3.org", "")
+    page = sound_page(run / "report.html")
+    assert page.count("<svg") == 4 and "Made smaller, on other windows" in page
     assert {p.name for p in (run / "plots").iterdir()} == {"size.png", "prefill.png", "decode.png", "loss.png"}
     assert hub.from_pretrained(run / "int8").params
     resolved = json.loads((run / "config.json").read_text())["resolved"]
-    assert set(resolved["recipes"]) == set(compress.NAMED) and "resolved.model.config.width" in page
+    assert set(resolved["recipes"]) == set(compress.NAMED) and "model.config.width" in page
     assert as_json(capsys, folder, "rerun", run)["differ"] == {}
 
 

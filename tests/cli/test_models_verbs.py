@@ -116,7 +116,7 @@ def test_models_for_people(capsys, folder, monkeypatch):
     monkeypatch.setattr("jaxmodel.models.sizes", lambda: few)
     lines = call(capsys, "models", "--runs", folder / "runs").out.splitlines()
     (line,) = [line for line in lines if "gpt2-xl" in line]
-    assert line.split() == ["gpt2", "gpt2-xl", "1,557,611,200", "6,230.4", "3,115.2", "hub", "openai-community/gpt2-xl"]
+    assert line.split() == ["gpt2", "gpt2-xl", "1,557,611,200", "6.2", "GB", "3.1", "GB", "hub", "openai-community/gpt2-xl"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- summary
@@ -141,7 +141,8 @@ def test_summary_of_a_size(capsys, folder):
         "8192",
         "float32",
         "5,368,709,120",
-        "21,474.8",
+        "21.5",
+        "GB",
         "tensor",
         "fsdp",
     ]

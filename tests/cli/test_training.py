@@ -6,14 +6,17 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from rich.console import Console
 
 from jaxmodel import hub, report, sharding
 from jaxmodel.cli import main, training
-from jaxmodel.cli.options import Replay, Train
+from jaxmodel.cli.options import Replay, Train, defaults
 from jaxmodel.train import places
+from jaxmodel.train.page import page as page_of
+from jaxmodel.train.page import read_rows
 
 SIZES = ["--width", 16, "--depth", 2, "--heads", 2, "--context", 16, "--batch", 4, "--vocab", 260, "--eval-batches", 2]
 
@@ -51,12 +54,13 @@ def trained(folder):
     return place, json.loads((folder / "trained.json").read_text())
 
 
-def test_what_a_run_leaves(trained):
+def test_what_a_run_leaves(trained, sound_page):
     place, result = trained
     assert [row["step"] for row in result["history"]] == list(range(1, 13)) and result["steps"] == 12
     assert [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] == result["history"]
     assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "data_wait", "bad"} < set(result["history"][0])
-    assert (place / "report.html").read_text().count("<svg") == 4
+    page = sound_page(place / "report.html")
+    assert page.count("<svg") == 4 and "tokens per second" in page and "norm of the gradient" in page
     drawn = ("loss", "learning_rate", "grad_norm", "speed")
     assert all((place / "plots" / f"{name}.png").stat().st_size > 5000 for name in drawn)
     assert list(place.glob("tensorboard/events*")) and list(place.glob("profile/**/*.xplane.pb"))
@@ -241,3 +245,14 @@ def test_data_that_changed_is_refused(trained, folder, capsys):
 def test_no_run_folder(verb, tmp_path, capsys):
     code, _, err = run(capsys, verb, tmp_path, *(["--step", 1] if verb == "replay" else []), "--runs", tmp_path / "runs")
     assert code == 2 and "is no run folder" in err
+
+
+def test_a_page_without_the_package_that_draws(trained, tmp_path, monkeypatch, sound_page):
+    """It says in a line what is missing, and has all the rest."""
+    place, result = trained
+    rows = read_rows(place / "metrics.jsonl")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    made = page_of(report.read_run(place), rows, result, 12, defaults(Train()))
+    (tmp_path / "report.html").write_text(made)
+    assert "There are no plots here" in sound_page(tmp_path / "report.html") and "<svg" not in made
+    assert "pip install" in made and f"{rows[-1]['loss']:.4f}" in made

@@ -115,3 +115,34 @@ def test_matplotlib_is_lazy_and_untouched():
         "assert dict(matplotlib.rcParams) == before and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+
+
+def test_a_point_below_another_is_a_ring_around_it(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        plot, "_unhide", lambda ax, lines, points, kept=plot._unhide: (kept(ax, lines, points), drawn.append(lines))
+    )
+    plot.scatter({"under": (100, 10), "over": (100.2, 10.01), "apart": (300, 40)}, "MB", "ppl")
+    under, over, apart = drawn[0]
+    assert under.get_markerfacecolor() == "none" and under.get_markersize() > over.get_markersize() + 4
+    assert over.get_markersize() == apart.get_markersize() and apart.get_markerfacecolor() != "none"
+
+
+def test_numbers_of_bars_have_the_digits_of_the_tables():
+    svg = plot.bars({"f32": {"speed": 9.6641}, "int8": {"speed": 632.94}, "int4": {"speed": 12345.6}}, "tokens per second")
+    assert {"9.66", "633", "12,346"} <= set(words(svg))
+
+
+def test_a_mark_has_its_name_and_a_long_axis_its_thousands():
+    svg = plot.curves({"loss": ([1, 2000], [3, 4])}, "step", "loss", marks={"suggested": 700.0})
+    assert {"suggested", "loss", "1,000"} <= set(words(svg))
+
+
+@pytest.mark.parametrize("fmt", ["svg", "png"])
+def test_a_notebook_shows_a_picture(fmt):
+    made = plot.curves({"a": (X, X)}, "step", "nats", fmt=fmt)
+    assert isinstance(made, bytes) and len(repr(made)) < 40
+    svg, png = made._repr_svg_(), made._repr_png_()
+    assert (svg is None, png is None) == (fmt == "png", fmt == "svg")
+    if svg:
+        assert "background:#ffffff" in svg and ElementTree.fromstring(svg).tag.endswith("svg")

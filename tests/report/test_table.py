@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxmodel.report import Column, console_for, html, print_table, to_markdown
-from jaxmodel.report.table import count, megabytes, number, percent, rate, significant
+from jaxmodel.report.table import aligned, count, number, percent, rate, significant, size, text
 
-COLUMNS = [Column("name", "version"), Column("bytes", "resident\nMB", megabytes), Column("nll", "NLL", significant(5))]
+COLUMNS = [Column("name", "version"), Column("bytes", "resident\nmemory", size), Column("nll", "NLL", significant(5))]
 ROWS = [{"name": "f32 [red]", "bytes": 538_060_032, "nll": np.float32(3.38783)}, {"name": "a|b", "bytes": None}]
 
 
@@ -57,9 +57,9 @@ def test_console_leaves_standard_output_to_json(capsys):
 
 def test_to_markdown():
     assert to_markdown(ROWS, COLUMNS).splitlines() == [
-        "| version | resident MB | NLL |",
+        "| version | resident memory | NLL |",
         "| :-- | --: | --: |",
-        "| f32 [red] | 538.1 | 3.3878 |",
+        "| f32 [red] | 538.1 MB | 3.3878 |",
         "| a\\|b | – | – |",
     ]
 
@@ -81,8 +81,12 @@ def test_alignment_and_default_format():
         (number(float("-inf")), "-inf"),
         (number(0.0), "0"),
         (count(134515008.0), "134,515,008"),
-        (megabytes(0), "0"),
-        (megabytes(1.5e9), "1,500.0"),
+        (size(0), "0.0 kB"),
+        (size(999_949), "999.9 kB"),
+        (size(999_951), "1.0 MB"),
+        (size(1.5e9), "1.5 GB"),
+        (size(1_623_413_600_000), "1.6 TB"),
+        (text((0.105124, -2)), "0.1051, -2"),
         (rate(1124.4), "1,124"),
         (rate(59.94), "59.9"),
         (percent(0.505), "50.5 %"),
@@ -108,3 +112,29 @@ def test_no_control_character_reaches_a_terminal_or_a_page():
     shown = caught.get() + html.page(evil, [html.text(evil), html.table([{"name": evil}], [Column("name")])])
     assert not set("\x1b\x07\r\x9b\u202e") & set(shown)
     assert shown.count(r"gpt\x1b]0;title\x07\x1b[31m\r\x9b2J\u202e") >= 6
+
+
+def test_decimal_points_stand_below_each_other():
+    made = aligned(["375", "19.5", "9.664", "–", "1,124", "-3"])
+    assert made == ["375    ", "19.5  ", "9.664", "–    ", "1,124    ", "-3    "]
+    assert aligned(["538.1 MB", "12.4 kB", "7"]) == ["538.1 MB", "12.4 kB", "7  "]
+    rows = [{"speed": value} for value in (375.0, 19.5, 9.66)]
+    lines = [
+        line.rstrip("\n") for line in shown(rows, [Column("speed", "tokens\nper second", rate)], 40).splitlines() if "." in line
+    ]
+    assert len({line.index(".") for line in lines}) == 1 and len(lines) == 2
+
+
+def test_a_table_too_wide_comes_in_parts_each_with_its_names():
+    """80 columns: nothing is folded inside of a number or a word, and nothing is lost."""
+    columns = [Column("name", "version"), *(Column(f"k{i}", f"speed of the {i}th kind") for i in range(8))]
+    rows = [{"name": f"version {j}", **{f"k{i}": 1000.5 * i + j for i in range(8)}} for j in range(2)]
+    lines = shown(rows, columns, 80, "the title").splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0].strip() == "the title"
+    whole = "\n".join(lines)
+    parts = whole.count("version 0")
+    assert parts > 1 and whole.count("version 1") == parts == whole.count(" version ") - parts * 2
+    for i, column in enumerate(columns[1:]):
+        assert whole.count(column.title) == 1
+        assert all(number(row[f"k{i}"]) in whole for row in rows)
+    assert shown(rows, columns, 300).count("version 0") == 1
