@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from io import BufferedReader
 from pathlib import Path
 from typing import TextIO
@@ -48,6 +49,16 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     if max(size, len(found)) > limit:
         raise InputError(f"{os.fspath(path)}: larger than {limit:,} bytes, which is the most that is read of such a file")
     return found
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse a folder in which nothing could be made, of one that is not there yet the next above: to be asked before the work.
+
+    Raises:
+      OSError: as making a folder there.
+    """
+    place = Path(os.path.abspath(folder))
+    os.rmdir(tempfile.mkdtemp(prefix=".", dir=next(one for one in (place, *place.parents) if one.exists())))
 
 
 def open_own(path: str | Path) -> TextIO:

@@ -40,11 +40,8 @@ def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
       tokenizer: of the model that is trained on; None to learn one.
 
     Raises:
-      InputError: a text that cannot be read or is too short, or weights that are not one for each text.
+      InputError: a text that cannot be read or is too short.
     """
-    if options.weights and len(options.weights) != len(options.data):
-        given = f"{len(options.weights)} given for {len(options.data)} texts of --data"
-        raise InputError(f"--weights: {given}; allowed: one for each")
     texts = [data.documents(source, options.field) for source in (*options.data, options.heldout)]
     with report.step("tokenise"), _in_turn():
         if tokenizer is None:

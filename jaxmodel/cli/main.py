@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"  # no accelerator: an installed libtpu would print lines of noise
     try:
         words = sys.argv[1:] if args is None else args
-        if list(words) == ["--version"]:
+        if list(words[:1]) in (["--version"], ["-V"]):
             print(f"jaxmodel {importlib.metadata.version('jaxmodel')}")
             raise SystemExit(0)
         _, code = run(read(words))

@@ -169,8 +169,9 @@ class Train(Common, TrainOptions):
     device or on a mesh, and save it as a bundle."""
 
     LEAST: ClassVar = {
-        **dict.fromkeys(("steps", "batch", "width", "depth", "heads", "log_every", "eval_batches", "devices"), 1),
-        **dict.fromkeys(("processes", "devices_per_process", "accumulate", "unroll"), 1),
+        **dict.fromkeys(("steps", "batch", "width", "depth", "heads", "log_every", "eval_batches"), 1),
+        **dict.fromkeys(("accumulate", "unroll"), 1),
+        **dict.fromkeys(("devices", "processes", "devices_per_process"), (lambda n: 1 <= n <= 512, "1 to 512")),
         **dict.fromkeys(("warmup", "eval_every", "save_every", "patience", "microbatches"), 0),
         "context": 2,
         "vocab": 257,  # all bytes and the end of a text
@@ -273,7 +274,8 @@ class Train(Common, TrainOptions):
     profile: bool = False
     """Write an XProf trace of three steps into the run's folder."""
     tensorboard: bool = False
-    """Write the rows for TensorBoard too."""
+    """Write the rows for TensorBoard too. MLflow gets them where the environment variable MLFLOW_TRACKING_URI names a place, such
+    as sqlite:///runs.db."""
     sample: Annotated[str, arg(metavar="TEXT")] = "The "
     """Prompt of the sample that the trained model writes at the end."""
 

@@ -7,24 +7,25 @@ import dataclasses
 import json
 import math
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 from jaxmodel.cli.options import Replay, Train, defaults
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError
 
 CHECKPOINTS = "checkpoints"
 
 
 def prepare(options: Train) -> None:
-    """Before JAX starts its devices: simulated ones, or the other processes of the run."""
-    if _launches(options):
-        return  # this process only starts the others
+    """Before JAX starts its devices: what the options alone tell, then simulated devices, or the other processes of the run."""
     from jaxmodel import sharding
+    from jaxmodel.cli import refusals
     from jaxmodel.train import distributed
 
+    refusals.check(options)
+    if _launches(options):  # this process only starts the others, and rehearses as if their devices were its own
+        return sharding.simulate_devices(options.processes * options.devices_per_process)
     if options.devices != 1:
         sharding.simulate_devices(options.devices)
     distributed.initialize()
@@ -213,45 +214,39 @@ class _Job:
     def __init__(self, options: Train, folder: Any):
         import jax
 
-        from jaxmodel import hub, sharding, train, tree
-        from jaxmodel.cli import corpus, resolved
-        from jaxmodel.data import augment
-        from jaxmodel.models import gpt2
-        from jaxmodel.ops import MESH_AXES, Policy
+        from jaxmodel import hub, train, tree
+        from jaxmodel.cli import corpus, refusals, resolved
+        from jaxmodel.ops import MESH_AXES
+        from jaxmodel.train.placing import check_rows
 
-        self.lora = _lora(options)
+        self.lora = refusals.lora(options)
         if jax.process_index() == 0:
             hub.check_target(options.out or folder.path("bundle"), "config.json" if self.lora is None else "adapter_config.json")
         self.folder, self.place = folder, options.checkpoints
-        text = options.mesh or ("data=*" if jax.process_count() > 1 else None)
-        self.mesh = None if text is None else sharding.make_mesh(text)
-        self.augment = augment.parse(options.augment) if options.augment else None
-        begun = _begun(options.model, options.context) if options.model else None
+        self.mesh, self.augment, self.settings = _mesh(options), _augment(options), refusals.config(options)
+        begun, model, self.params = None, _new(options, options.vocab), None
+        if options.model is None:
+            _rehearse(options, model, None)
+        else:
+            check_rows(options.batch, self.mesh)
+            begun = _begun(options.model, options.context)
+            model, self.params = begun.model.with_policy(_policy(options)), begun.params
+            self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
+            if self.lora is not None:
+                refusals.targets(options, begun.params)
+                model, self.params = train.lora(model, begun.params, self.lora, jax.random.key(options.seed))
+                self.settings = dataclasses.replace(self.settings, trainable=train.ADAPTERS)
+            _rehearse(options, model, self.params, self.settings.trainable)
         self.corpus = corpus.load(options, None if begun is None else hub.need_processor(begun))
         prompt = self.corpus.tokenizer.encode(options.sample)
         if not 1 <= len(prompt) < options.context:
             raise InputError(
                 f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
             )
-        policy = Policy(
-            options.dtype, options.stream, remat=options.remat, microbatches=options.microbatches, unroll=options.unroll
-        )
         if begun is None:
-            config = gpt2.Config(self.corpus.tokenizer.vocab_size, options.width, options.depth, options.heads, options.context)
-            model, self.params, self.card, self.base = gpt2.model(config, policy), None, {"name": "gpt2-small-from-scratch"}, None
-        else:
-            model, self.params = begun.model.with_policy(policy), begun.params
-            self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
-        rules = None
-        if self.lora is not None:
-            assert begun is not None  # as `_lora` sees to it
-            model, self.params = train.lora(model, begun.params, self.lora, jax.random.key(options.seed))
-            rules = train.ADAPTERS
-        self.single, self.model = model, model.with_policy(dataclasses.replace(policy, axes=MESH_AXES))
-        values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
-        values["eval_every"] = options.eval_every or max(1, options.steps // 4)
-        values["eval_rows"] = options.eval_batches * corpus.HELDOUT_ROWS
-        self.settings = train.TrainConfig(**values, trainable=rules)
+            model = _new(options, self.corpus.tokenizer.vocab_size)
+            self.card, self.base = {"name": "gpt2-small-from-scratch"}, None
+        self.single, self.model = model, model.with_policy(dataclasses.replace(_policy(options), axes=MESH_AXES))
         folder.resolve(
             train=self.settings,
             model=resolved.of_model(self.model),
@@ -295,6 +290,58 @@ class _Job:
         )
 
 
+def _mesh(options: Train) -> Any:
+    import jax
+
+    from jaxmodel import sharding
+
+    text = options.mesh or ("data=*" if jax.process_count() > 1 or _launches(options) else None)
+    return None if text is None else sharding.make_mesh(text)
+
+
+def _augment(options: Train) -> Any:
+    from jaxmodel.data import augment
+
+    return augment.parse(options.augment) if options.augment else None
+
+
+def _policy(options: Train) -> Any:
+    from jaxmodel.ops import Policy
+
+    more: dict[str, Any] = {name: getattr(options, name) for name in ("remat", "microbatches", "unroll")}
+    return Policy(options.dtype, options.stream, **more)
+
+
+def _new(options: Train, vocab: int) -> Any:
+    from jaxmodel.models import gpt2
+
+    return gpt2.model(gpt2.Config(vocab, options.width, options.depth, options.heads, options.context), _policy(options))
+
+
+def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) -> None:
+    """The first step on shapes, before texts are tokenised."""
+    import jax
+    import numpy as np
+
+    from jaxmodel import data, train
+    from jaxmodel.cli import refusals
+    from jaxmodel.ops import MESH_AXES
+
+    few = np.zeros(8, np.int32)
+    one = data.Stream(data.pack([few], 8) if options.pack else few[None], 1).batch(0)
+    shape = (options.batch, options.context)
+    batch = {name: jax.ShapeDtypeStruct(shape, np.asarray(a).dtype) for name, a in one.items()}
+    model = model.with_policy(dataclasses.replace(model.policy, axes=MESH_AXES))
+    config, augment, vocab = (
+        dataclasses.replace(refusals.config(options), trainable=trainable),
+        _augment(options),
+        model.config.vocab,
+    )
+    if odd := [link for link in getattr(augment, "links", ()) if getattr(link, "token", 0) >= vocab]:
+        raise InputError(f"--augment: {odd[0]} given; allowed: tokens of the vocabulary, 0 to {vocab - 1}")
+    train.rehearse(model, config, batch, params=params, mesh=_mesh(options), augment=augment)
+
+
 def _begun(name: str, context: int) -> Any:
     """The bundle whose weights the training begins with.
 
@@ -311,35 +358,6 @@ def _begun(name: str, context: int) -> Any:
     return bundle
 
 
-def _lora(options: Train) -> Any:
-    """Rules of the adapters: of every matrix of the layers, or of those that are named.
-
-    Raises:
-      InputError: a setting that is not known, or adapters without a model to begin with.
-    """
-    from jaxmodel import train
-
-    if options.lora is None:
-        return None
-    if not options.model:
-        raise InputError("--lora: given without --model, the one whose weights stay as they are")
-    known = {"r": int, "alpha": float, "rslora": lambda text: {"true": True, "false": False}[text], "targets": str}
-    found: dict[str, Any] = {}
-    for part in options.lora.split(","):
-        name, _, text = part.strip().partition("=")
-        if name not in known:
-            raise unknown("--lora", name, known)
-        try:
-            found[name] = known[name](text)
-        except (ValueError, KeyError):
-            raise InputError(f"--lora: {part.strip()!r} given; allowed: such as r=8,alpha=16,rslora=true,targets=q|v") from None
-    targets = found.pop("targets", "q|k|v|o|gate|up|down")
-    if not re.fullmatch(r"\w+(\|\w+)*", targets):
-        raise InputError(f"--lora: targets={targets!r} given; allowed: names of matrices, such as q|v")
-    one = train.LoRA(found.pop("r", 8), **found)
-    return ((f"(.*/)?blocks/.*/(attn|mlp)/({targets})", one), (".*", None))
-
-
 def _launches(options: Train) -> bool:
     """Whether this process is to start those that train, and is not one of them."""
     return options.processes > 1 and "JAX_COORDINATOR_ADDRESS" not in os.environ
@@ -351,6 +369,8 @@ def _launched(options: Train, folder: Any) -> dict[str, Any]:
 
     if os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION") == "mpi":
         raise InputError(f"--processes: {options.processes} given; with MPI, start them by mpirun or srun")
+    if options.model is None:
+        _rehearse(options, _new(options, options.vocab), None)
     launch.launch(
         ["-m", "jaxmodel", "resume", str(folder.folder)],
         processes=options.processes,

@@ -3,59 +3,193 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
+import functools
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from jaxmodel.cli.options import GROUPS, VERBS, Generate
-from jaxmodel.errors import InputError, nearest
+from tyro.conf import Positional, UseAppendAction
 
-_OPTION = re.compile(r"--([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
-_COMPLETION = ("tyro-print-completion", "tyro-write-completion")
-_MEANT = {"lr": "learning-rate", "epochs": "steps", "batch-size": "batch", "output": "out", "n": "max-new-tokens"}
+from jaxmodel.cli.options import GROUPS, VERBS, Generate, Predict
+from jaxmodel.errors import InputError, nearest, unknown
+
+_OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
+_SHORT = re.compile(r"-([A-Za-z][\w-]*)")
+_OURS = ("help", "tyro-print-completion", "tyro-write-completion")
+_PLACED = typing.get_args(Positional[str])[1]
+_MEANT = {
+    "lr": "learning-rate",
+    "epochs": "steps",
+    "batch-size": "batch",
+    "output": "out",
+    "n": "max-new-tokens",
+    "p": "prompt",
+    "o": "out",
+}
 """What other programs call an option."""
+_BEHIND = {Generate: "prompt", Predict: "input"}
+"""What the words behind the model are the values of, where no option says so."""
+
+
+class _Kind(NamedTuple):
+    """What an option takes: how many words (0: a switch, 2: any number), and of which types."""
+
+    words: int
+    types: tuple[Any, ...]
+    placed: bool
+    """Whether it is given by its place instead."""
+    label: str | None
+    """How a message calls one that must be given; None where there is a default."""
 
 
 def checked(args: Sequence[str]) -> list[str]:
-    """The words, with a prompt of `generate MODEL PROMPT` given by its option.
+    """The words as tyro takes them: first the verb and what is given by its place, then options with their values.
+
+    A whole number may be written as any number that is one (`1e3`), texts of an option that takes several be given
+    one by one, what
+    `generate` and `predict` read stand behind the model, and everything behind `--` is no option.
 
     Raises:
-      InputError: a verb or an option that there is not; the message names the nearest.
+      InputError: a verb or an option that there is not (the message names the nearest), or a value of another kind.
 
+    >>> checked(["generate", "gpt2", "hi", "--max-new-tokens", "1e1"])
+    ['generate', 'gpt2', '--max-new-tokens=10', '--prompt=hi']
     >>> checked(["generate", "gpt2", "--promt", "hi"])
     Traceback (most recent call last):
       ...
     jaxmodel.errors.InputError: --promt is unknown; nearest --prompt
     """
     words = list(args)
-    if words and not words[0].startswith("-") and words[0] not in VERBS:
-        close = nearest(words[0], VERBS, 1)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    if not words or words[0] == "-h" or re.fullmatch(f"--({'|'.join(_OURS)})(=.*)?", words[0]):
+        return words
+    if words[0].startswith("-"):
+        raise InputError(f"{words[0]} is unknown here; allowed: a verb first: {', '.join(VERBS)}")
+    if words[0] not in VERBS:
+        close = nearest(words[0].lower(), VERBS, 1)
         hint = f"; nearest {close[0]}" if close else ""
         raise InputError(f"the verb {words[0]!r} is unknown{hint}; allowed: {', '.join(VERBS)}")
-    if not words or words[0].startswith("-"):
-        return words
-    known = names(VERBS[words[0]])
-    for word in words[1:]:
-        if (found := _OPTION.fullmatch(word)) is not None and found[1].replace("_", "-") not in known:
-            raise InputError(_unknown(found[1].replace("_", "-"), known, words[0]))
-        if re.fullmatch("-[A-Za-z]", word) and word != "-h":
-            raise InputError(f"{word} is unknown; `jaxmodel {words[0]} --help` lists the options")
-    if VERBS[words[0]] is Generate and len(words) > 2 and not any(word.startswith("-") for word in words[1:3]):
-        words.insert(2, "--prompt")
-    return words
+    if {"-h", "--help"} & set(words):
+        return [words[0], "--help"]
+    verb, rest = words[0], words[1:]
+    known = kinds(VERBS[verb])
+    placed, made, several = list[str](), list[str](), dict[str, list[str]]()
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            placed += rest
+            break
+        if (found := _OPTION.fullmatch(word)) is None:
+            if (short := _SHORT.fullmatch(word)) is not None:
+                raise InputError(_unknown(short[1], word, known, verb))
+            placed.append(word)
+            continue
+        name, value = found[1].replace("_", "-"), found[2]
+        if name in _OURS:
+            return [verb, word, *rest]
+        off = name.removeprefix("no-") if name.startswith("no-") and name.removeprefix("no-") in known else name
+        if off not in known or known[off].placed or (off != name and known[off].words):
+            raise InputError(_unknown(name, f"--{name}", known, verb))
+        kind = known[off]
+        if kind.words == 0:
+            if value is not None or (rest and rest[0].lower() in ("true", "false", "yes", "no")):
+                given = rest[0] if value is None else value
+                raise InputError(f"--{name}: {given!r} given; it takes no value; allowed: --{off} or --no-{off}")
+            made.append(f"--{name}")
+            continue
+        values = [] if value is None else [value]
+        while rest and value is None and len(values) < (1 if kind.words == 1 else len(args)) and not _is_option(rest[0]):
+            values.append(rest.pop(0))
+        if not values:
+            raise InputError(f"--{name}: no value given; `jaxmodel {verb} --help` says what it takes")
+        values = [_value(f"--{name}", one, kind.types) for one in values]
+        if kind.words == 1:
+            made.append(f"--{name}={values[0]}")
+        else:
+            several[name] = [*(several.get(name, []) if str in kind.types else []), *values]
+    room = sum(kind.placed for kind in known.values())
+    if extra := placed[room:]:
+        name = _BEHIND.get(VERBS[verb], "")
+        if not name or name in several or any(word.startswith(f"--{name}=") for word in made):
+            raise InputError(f"{extra[0]!r} is one word too many for {verb}; `jaxmodel {verb} --help` lists what it takes")
+        if known[name].words == 1 and len(extra) > 1:
+            raise InputError(f"{extra[1]!r} is one word too many for {verb}; a {name} of several words stands in quotes")
+        if known[name].words == 1:
+            made.append(f"--{name}={extra[0]}")
+        else:
+            several[name] = extra
+    given = {*several, *(word[2:].partition("=")[0] for word in made)}
+    lacks = [kind.label for name, kind in known.items() if kind.label and not kind.placed and name not in given]
+    lacks = [*[kind.label for kind in known.values() if kind.label and kind.placed][len(placed) :], *lacks]
+    if lacks:
+        raise InputError(f"Missing from jaxmodel {verb}: {', '.join(lacks)}; `jaxmodel {verb} --help` says what is meant")
+    return [verb, *placed[:room], *made, *(word for name, values in several.items() for word in (f"--{name}", *values))]
 
 
-def names(verb: type) -> list[str]:
-    """The options of a verb, as they are written behind `--`."""
-    made = [field.name.replace("_", "-") for field in dataclasses.fields(verb)]
-    switches = [f"no-{field.name.replace('_', '-')}" for field in dataclasses.fields(verb) if field.type in (bool, "bool")]
-    return [*made, *switches, "help", *_COMPLETION]
+@functools.cache
+def kinds(verb: type) -> dict[str, _Kind]:
+    """Name, as it is written behind `--`, -> what the option takes, of every option of a verb."""
+    found = {}
+    hints = typing.get_type_hints(verb, include_extras=True)
+    for field in dataclasses.fields(verb):
+        hint = hints[field.name]
+        hint, *marks = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+        several = typing.get_origin(hint) is tuple
+        one = typing.get_args(hint)[0] if several else hint
+        union = typing.get_args(one) if typing.get_origin(one) in (typing.Union, types.UnionType) else (one,)
+        words = 0 if one is bool else 2 if several and UseAppendAction not in marks else 1
+        metavar = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), getattr(one, "__name__", "").upper())
+        placed, name = _PLACED in marks, field.name.replace("_", "-")
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        label = None if not needed else metavar if placed else f"--{name} {metavar}"
+        found[name] = _Kind(words, union, placed, label)
+    return found
 
 
-def _unknown(name: str, known: Sequence[str], verb: str) -> str:
-    meant = _MEANT.get(name)
-    close = [meant] if meant in known else nearest(name, [one for one in known if one not in _COMPLETION], 1)
+def _is_option(word: str) -> bool:
+    return word in ("--", "-h") or _OPTION.fullmatch(word) is not None
+
+
+def _value(option: str, text: str, kinds: tuple[Any, ...]) -> str:
+    """The value as tyro takes it.
+
+    Raises:
+      InputError: a name that is not among those allowed, or no number where one is needed.
+    """
+    if types.NoneType in kinds and text == "None":
+        return text
+    names = [name for kind in kinds if typing.get_origin(kind) is Literal for name in typing.get_args(kind)]
+    if names and text not in names:
+        raise unknown(option, text, names)
+    if float in kinds:
+        try:
+            float(text)
+        except ValueError:
+            raise InputError(f"{option}: {text!r} given; allowed: a number") from None
+    elif int in kinds:
+        try:
+            number = decimal.Decimal(text.strip())
+            if number == number.to_integral_value() and abs(number) < 10**18:
+                return str(int(number))
+        except (decimal.InvalidOperation, ValueError, OverflowError):
+            pass
+        raise InputError(f"{option}: {text!r} given; allowed: a whole number")
+    return text
+
+
+def _unknown(name: str, shown: str, known: Mapping[str, _Kind], verb: str) -> str:
+    options = [one for one, kind in known.items() if not kind.placed]
+    meant, name = _MEANT.get(name), name.lower().replace("_", "-")
+    others = [other for other, cls in VERBS.items() if name in kinds(cls) and not kinds(cls)[name].placed]
+    if others and name not in options and meant not in options:
+        return f"{shown} is unknown to {verb}; it is an option of {', '.join(others)}"
+    close = [meant] if meant in options else nearest(name, options, 1)
     hint = f"nearest --{close[0]}" if close else f"`jaxmodel {verb} --help` lists the options"
-    return f"--{name} is unknown; {hint}"
+    return f"{shown} is unknown; {hint}"
 
 
 def grouped(help_text: str, groups: Mapping[str, str] = GROUPS) -> str:

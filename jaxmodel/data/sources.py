@@ -39,6 +39,11 @@ from jaxmodel.errors import InputError, border, require, unknown
 type Source = str | Path | Sequence[str | Path]
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # one of them is in every folder that `datasets` saved
+_PACKAGES = {
+    "parquet": ("pyarrow.parquet",),
+    "arrayrecord": ("array_record.python.array_record_module",),
+    **dict.fromkeys(("hub", "folder"), ("datasets",)),
+}
 _RECORDS = 64  # are read at a time
 _LONE = re.compile("[\ud800-\udfff]")
 _CELL = 2**26  # characters that a cell of a table may have
@@ -81,6 +86,16 @@ class Documents:
         """
         stamps = [[_kind(part), *_stamps(part)] for part in self.parts]
         return hashlib.sha256(json.dumps([stamps, self.field, self.split]).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Refuse what needs a package that is not installed, before anything is read.
+
+        Raises:
+          InputError: names the package.
+        """
+        for kind in {_kind(part) for part in self.parts}:
+            for module in _PACKAGES.get(kind, ()):
+                require(module, "data")
 
     def _read(self, part: str) -> Iterator[tuple[str, Any]]:
         """The texts, each with the place in its part where it stands."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError
-from jaxmodel.files import open_regular
+from jaxmodel.files import check_writable, open_regular
 from jaxmodel.hub.names import Tensors
 from jaxmodel.hub.schemas import ShardIndex
 
@@ -142,6 +142,10 @@ def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:
         what = "a bundle" if kind == BUNDLE else "adapters alone"
         what = f"{other[0]!r}, which is no file of {what}" if other else f"no {kind}, so no {what.removeprefix('a ')}"
         raise InputError(f"out: {str(folder)!r} holds {what}; choose an empty or new folder")
+    try:
+        check_writable(target.parent)
+    except OSError as error:
+        raise InputError(f"out: {str(folder)!r} cannot be made ({error.strerror}); choose a place in a writable folder") from None
     return target
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodel.errors import InputError
+from jaxmodel.files import check_writable
 from jaxmodel.report.files import atomic_write
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -101,7 +102,14 @@ def check_target(target: str | None) -> None:
     if target is None or target == "-":
         return
     folder = Path(target).parent
-    if Path(target).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        wrong = Path(target).is_dir() or not folder.is_dir()
+        if not wrong and not os.path.exists(target):
+            check_writable(folder)
+        wrong = wrong or not os.access(folder, os.W_OK)
+    except OSError:
+        wrong = True
+    if wrong:
         raise InputError(f"--json: {target!r} cannot be written; allowed: - or a file in an existing, writable folder")
 
 

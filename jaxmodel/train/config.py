@@ -66,6 +66,18 @@ class TrainConfig(TrainOptions):
         """How many held-out losses there are in a run."""
         return -(-self.steps // self.eval_every) if self.eval_every else 1
 
+    def check_patience(self) -> None:
+        """Refuse a patience that no run of so many steps could lose.
+
+        Raises:
+          InputError: there are too few held-out losses.
+        """
+        if self.patience and self.patience >= self.evaluations:
+            raise InputError(
+                f"patience: {self.patience} given for {self.steps} steps with {self.evaluations} held-out loss(es), so it "
+                f"never stops them; allowed: fewer than these, or a smaller eval_every than {self.eval_every or self.steps}"
+            )
+
     def guard(self) -> Guard:
         """Which steps are bad."""
         return Guard(self.spike)

@@ -114,11 +114,7 @@ def fit(
     checked_loss(loss)
     if config.patience and heldout is None:
         raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
-    if config.patience and config.patience >= config.evaluations:
-        raise InputError(
-            f"patience: {config.patience} given for {config.steps} steps with {config.evaluations} held-out loss(es), so it "
-            f"never stops them; allowed: fewer than these, or a smaller eval_every than {config.eval_every or config.steps}"
-        )
+    config.check_patience()
     same_classes(stream, heldout)
     if config.bad == "rewind" and checkpoints is None:
         raise InputError("bad: 'rewind' given without checkpoints to go back to")

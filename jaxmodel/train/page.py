@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -229,29 +230,72 @@ def tensorboard(folder: str | Path) -> Iterator[Tracker]:
 
 @contextlib.contextmanager
 def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
-    """A tracker for MLflow, at `MLFLOW_TRACKING_URI`; a run that is resumed goes on there too (extra `lifecycle`).
+    """A tracker for MLflow, at `MLFLOW_TRACKING_URI` (extra `lifecycle`; checked with MLflow 3.17 on SQLite).
 
-    Steps that a killed run had logged behind its last checkpoint are the same again, and are not logged twice. MLflow forgets
-    nothing: where a run goes back past a bad batch, it has both rows of a step.
+    A run that is resumed goes on there too. Where rows come again, because it went back or was killed behind its last checkpoint,
+    the run is written anew from the rows before, and the one so far is deleted, as MLflow deletes: `mlflow gc` removes it for
+    good. A server that fails while the run goes on is told once, and the run goes on without it.
+
+    Raises:
+      InputError: the package is missing, or MLflow cannot be used there.
     """
-    module = require("mlflow", "lifecycle")
-    found = module.search_runs(filter_string=f"tags.jaxmodel_run = '{run}'", output_format="list")
-    known = found[0].info.run_id if found else None
-    with module.start_run(run_id=known, run_name=run, tags={"jaxmodel_run": run}):
-        done = -1
+    module, failed = require("mlflow", "lifecycle"), require("mlflow.exceptions", "lifecycle").MlflowException
+    client: Any = None
+    last, well = 0, True
+
+    def begin(known: str | None) -> str:
+        made = module.start_run(run_id=known, run_name=run, tags={"jaxmodel_run": run})
         if known is None:
             module.log_params({key: str(value)[:500] for key, value in config.items() if key != "resolved"})
-        elif "loss" in found[0].data.metrics:
-            done = max(one.step for one in module.MlflowClient().get_metric_history(known, "loss"))
+        return made.info.run_id
 
-        def write(row: dict[str, Any]) -> None:
-            nonlocal done
-            if row["step"] > done:
-                module.log_metrics(numbers(row), step=row["step"])
-            else:
-                done = done if row["step"] < done else -1  # from here on the run is its own
+    def begin_anew(old: str, step: int) -> str:
+        names = client.get_run(old).data.metrics
+        kept = [one for name in names for one in client.get_metric_history(old, name) if one.step < step]
+        module.end_run()
+        new = begin(None)
+        for start in range(0, len(kept), 1000):  # the most that MLflow takes at once
+            client.log_batch(new, metrics=kept[start : start + 1000])
+        client.delete_run(old)
+        return new
 
+    try:
+        client = module.MlflowClient()
+        found = module.search_runs(filter_string=f"tags.jaxmodel_run = '{run}'", output_format="list")
+        current = begin(found[0].info.run_id if found else None)
+        if found and "loss" in found[0].data.metrics:
+            last = max(one.step for one in client.get_metric_history(current, "loss"))
+    except failed as error:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        raise InputError(f"mlflow: {uri!r}, of MLFLOW_TRACKING_URI, cannot be used: {_first_line(error)}") from None
+
+    def write(row: dict[str, Any]) -> None:
+        nonlocal current, last, well
+        if not well:
+            return
+        try:
+            if row["step"] <= last:
+                current = begin_anew(current, row["step"])
+            last = row["step"]
+            module.log_metrics(numbers(row), step=last)
+        except failed as error:
+            well = False
+            print(f"jaxmodel: mlflow: gets no more rows of this run: {_first_line(error)}", file=sys.stderr, flush=True)
+
+    status = "FAILED"
+    try:
         yield write
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        with contextlib.suppress(failed):
+            module.end_run(status)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def trackers(stack: contextlib.ExitStack, folder: report.Run, board: bool) -> list[Tracker]:

@@ -17,6 +17,7 @@ from tokenizers import processors
 import jaxmodel
 from jaxmodel import compress, data, evaluate, hub, ops, report, train, tree
 from jaxmodel.cli import main, options
+from jaxmodel.cli.main import read
 from jaxmodel.cli.options import VERBS, Train
 from jaxmodel.generation import decode
 from jaxmodel.models import llama
@@ -285,6 +286,37 @@ def test_version(capsys):
     assert call(capsys, "--version").out == f"jaxmodel {jaxmodel.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("train --steps 1e3", "steps", 1000),
+        ("train --steps=20.0", "steps", 20),
+        ("train --batch +1.6E1", "batch", 16),
+        ("train --vocab 1_024", "vocab", 1024),
+        ("replay run --step 12.0", "step", 12),
+        ("resume run --steps 2e2", "steps", 200),
+        ("eval m --max-windows None", "max_windows", None),
+        ("train --data a.txt --data b.txt c.txt", "data", ("a.txt", "b.txt", "c.txt")),
+        ("train --weights 3 1 --weights 1 2", "weights", (1.0, 2.0)),
+        ("train --pack --no-pack", "pack", False),
+        ("generate --top_k 5 m hi", "prompt", "hi"),
+        ("generate m --temperature 0.5 hi", "prompt", "hi"),
+        ("generate m -- --prompt", "prompt", "--prompt"),
+        ("generate m --prompt -5", "prompt", "-5"),
+        ("generate m --prompt=--top-k=3", "prompt", "--top-k=3"),
+        ("predict m a.txt b.txt --top 3", "input", ("a.txt", "b.txt")),
+        ("compress m --rule a=rtn(8) --rule b= --recipe int8 --out o", "rule", ("a=rtn(8)", "b=")),
+    ],
+)
+def test_what_is_written_in_several_ways(words, name, value):
+    assert getattr(read(words.split()), name) == value
+
+
+def test_help_in_several_ways(capsys):
+    texts = [call(capsys, *words).out for words in (["train", "--help"], ["help", "train"], ["train", "--steps", "3", "-h"])]
+    assert len(set(texts)) == 1 and "--steps" in texts[0]
+
+
 def test_a_prompt_may_stand_behind_the_model(capsys, folder):
     by_option, behind = (
         as_json(capsys, folder, "generate", folder / "tiny", *words, "--max-new-tokens", 3)["text"]
@@ -318,7 +350,15 @@ BAD = [
     (["train", "--lr", "0.1"], "--lr is unknown; nearest --learning-rate"),
     (["train", "--max_steps", "3"], "--max-steps is unknown; nearest --steps"),
     (["train", "-q"], "-q is unknown; `jaxmodel train --help` lists the options"),
-    (["eval"], "Missing from jaxmodel eval: MODEL"),
+    (["eval"], "Missing from jaxmodel eval: MODEL; `jaxmodel eval --help`"),
+    (["compress", "m"], "Missing from jaxmodel compress: --recipe RECIPE, --out FOLDER; "),
+    (["generate", "m", "a", "b"], "'b' is one word too many for generate; a prompt of several words stands in quotes"),
+    (["eval", "m", "n"], "'n' is one word too many for eval"),
+    (["eval", "m", "--recipe", "int8"], "--recipe is unknown to eval; it is an option of compress"),
+    (["eval", "m", "--dtype", "float16"], "--dtype: 'float16' is not known; allowed: bfloat16, float32 (nearest: "),
+    (["eval", "m", "--max-windows"], "--max-windows: no value given"),
+    (["Train"], "the verb 'Train' is unknown; nearest train"),
+    (["-v"], "-v is unknown here; allowed: a verb first: demo, train"),
     (["eval", "tiny", "--windw", "3"], "--windw is unknown; nearest --window"),
     (["eval", "tiny", "--window", "x"], "--window"),
     (["eval", "smolm2-135m"], "model: 'smolm2-135m' is not known; allowed: all-minilm-l6-v2, smollm2-135m, smollm2-135m-i"),

@@ -111,7 +111,7 @@ def test_wrong_settings_are_refused(room, capsys):
         (train(room, "--lora", "r=two"), "--lora: 'r=two' given; allowed: such as r=8,alpha=16"),
         (train(room, "--lora", "r=0"), "rank: 0 given"),
         (train(room, "--lora", "targets=.*"), "--lora: targets='.*' given; allowed: names of matrices"),
-        (train(room, "--lora", "r=2,targets=qq"), "matches no leaf; nearest: "),
+        (train(room, "--lora", "r=2,targets=qq"), "--lora: targets: 'qq' is not known; allowed: down, gate, "),
         (train(room, "--lora", "r=2", "--out", room / "base"), "holds 'config.json', which is no file of adapters alone"),
         (train(room, "--context", 65), "--context: 65 given; allowed: at most the 64 of "),
         (["train", "--lora", "r=2", "--runs", room / "runs"], "--lora: given without --model"),
