@@ -36,12 +36,12 @@ def records(path: str) -> None:
     reader.close()
 
 
-def table(path: str, field: str) -> None:
+def table(path: str, field: str | None) -> None:
     """A column of a Parquet file."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
-    for rows in file.iter_batches(columns=[field], batch_size=64):
+    for rows in file.iter_batches(columns=None if field is None else [field], batch_size=64):
         rows.validate(full=True)
 
 

@@ -14,10 +14,13 @@ import jax
 
 from jaxmodel import data, hub, report
 from jaxmodel.cli.options import Train
+from jaxmodel.data import examples
 from jaxmodel.errors import InputError
 
 HELDOUT_ROWS = 16
 """Rows of the held-out text that `--eval-batches` counts as one: which are judged must not move with --batch or --seed."""
+LEAST_TO_SPLIT = 10
+"""Rows with answers or labels, of which each tenth is held out where there is no file for it."""
 LEARN_FROM = 2**24
 """Characters of each text that the tokenizer is learnt from, at most."""
 
@@ -27,9 +30,11 @@ class Corpus(NamedTuple):
 
     tokenizer: hub.Tokenizer
     stream: data.Batches
-    heldout: data.Batches
+    heldout: data.Batches | None
     described: list[dict[str, Any]]
     """Of each text: its name, digest, documents and tokens."""
+    labels: tuple[str, ...] | None = None
+    """Names of the classes, where rows have labels."""
 
 
 def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
@@ -42,7 +47,8 @@ def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
     Raises:
       InputError: a text that cannot be read or is too short.
     """
-    texts = [data.documents(source, options.field) for source in (*options.data, options.heldout)]
+    heldout = options.heldout or "english"
+    texts = [data.documents(source, options.field) for source in (*options.data, heldout)]
     with report.step("tokenise"), _in_turn():
         if tokenizer is None:
             tokenizer = hub.train_bpe(itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]), options.vocab)
@@ -59,8 +65,56 @@ def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
     return Corpus(tokenizer, mixed, streams[-1], described)
 
 
+def kind(options: Train) -> str | None:
+    """What the rows are to be learnt for: "answers" (chats, prompts with completions), "label" (classes), None for plain texts.
+
+    Raises:
+      InputError: sources of several kinds.
+    """
+    kinds = {examples.kind_of_source(source) for source in options.data} if options.field == "text" else {None}
+    found = {"answers" if one in examples.KINDS else one for one in kinds}
+    if len(found) > 1:
+        raise InputError(f"--data: {', '.join(options.data)} are of several kinds; allowed: texts, answers, or rows with labels")
+    return found.pop()
+
+
+def load_answers(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
+    """Rows to learn answers from; without a held-out file each tenth row is held out, where there are ten."""
+    if options.weights:
+        raise InputError("--weights: given for rows to learn answers from, which are read as one; allowed: without")
+    with report.step("tokenise"):
+        read = lambda source: data.answers(source, tokenizer, options.context, pack=options.pack)
+        rows = read(options.data)
+        judged = None if options.heldout is None else read(options.heldout)
+    if judged is None and len(rows) >= LEAST_TO_SPLIT:
+        rows, judged = map(rows.only, data.split(len(rows), (0.9, 0.1)))
+    return _opened(options, tokenizer, rows, judged, rows.tokens)
+
+
+def load_labelled(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
+    """Rows to learn classes from; held out is as of `load_answers`, in proportion for each class."""
+    with report.step("tokenise"):
+        rows, names = data.labelled(options.data, tokenizer, options.context)
+        judged = None
+        if options.heldout is not None:
+            judged, _ = data.labelled(options.heldout, tokenizer, options.context, names=names)
+    if judged is None and len(rows["labels"]) >= LEAST_TO_SPLIT:
+        parts = data.split(len(rows["labels"]), (0.9, 0.1), labels=rows["labels"])
+        rows, judged = ({name: a[part] for name, a in rows.items()} for part in parts)
+    return _opened(options, tokenizer, rows, judged, int(rows["mask"].sum()))._replace(labels=names)
+
+
+def _opened(options: Train, tokenizer: hub.Tokenizer, rows: Any, judged: Any, tokens: int) -> Corpus:
+    stream = data.Stream(rows, options.batch, options.seed)
+    heldout = None if judged is None else data.Stream(judged, options.batch)
+    described = {"name": " ".join(options.data), "rows": stream.count, "tokens": tokens, "stream": stream.fingerprint}
+    if heldout is not None:
+        described |= {"heldout_rows": heldout.count, "heldout": heldout.fingerprint}
+    return Corpus(tokenizer, stream, heldout, [described])
+
+
 def _beside(texts: Sequence[Any], options: Train) -> list[tuple[Any, str]]:
-    return list(zip(texts, (*options.data, options.heldout), strict=True))
+    return list(zip(texts, (*options.data, options.heldout or "english"), strict=True))
 
 
 def _beginning(text: Any) -> Iterator[str]:

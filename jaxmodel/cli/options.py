@@ -10,7 +10,7 @@ import glob
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -26,6 +26,10 @@ _TEXT = f"a UTF-8 file, or one of {', '.join(_NAMES)}"
 _TEXTS = (
     f"{_TEXT}; or .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrayrecord (see --field), a folder that `datasets` saved, "
     "'hf:NAME', a pattern with *; a path, or a URL such as gs:// or s3://."
+)
+_TO_TRAIN_ON = (
+    f"The texts to train on, each {_TEXTS} For --model also records to learn answers from, with 'messages' (a chat) or 'prompt' "
+    "and 'completion', where only the answers count in the loss; or classes, with 'text' and 'label', for an encoder."
 )
 _RECIPE = (
     "int8 (weights, and activations as they come), int8-weight (weights only), int4 (groups of 64), sparse50-int8 (half of the "
@@ -182,8 +186,8 @@ class Train(Common, TrainOptions):
     """Fine-tune these weights, with their own tokenizer, instead of training a new model; as MODEL of the other verbs. --vocab,
     --width, --depth and --heads are of a new model only."""
     lora: Annotated[str | None, arg(metavar="SETTINGS", help_behavior_hint="(default: all weights train)")] = None
-    """Train adapters beside the weights of --model, such as 'r=8,alpha=16,targets=q|v' (default targets: all matrices of the
-    layers). What is saved are the adapters alone, for --adapter of the other verbs and for PEFT."""
+    """Train adapters beside the weights of --model, such as 'r=8,alpha=16,dropout=0.05,targets=q|v' (default targets: all
+    matrices of the layers but experts). What is saved are the adapters alone, for --adapter of the other verbs and for PEFT."""
     learning_rate: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]  # a number from `__post_init__` on
         float | None,
         arg(help_behavior_hint="(default: 3e-3 for a new model, 2e-4 for adapters, 2e-5 for all weights of --model)"),
@@ -206,12 +210,17 @@ class Train(Common, TrainOptions):
             help_behavior_hint="(default: checkpoints/ in the run's folder)",
         ),
     ] = None
-    data: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help=f"The texts to train on, each {_TEXTS}")] = (
-        "english_train",
-    )
+    data: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help=_TO_TRAIN_ON)] = ("english_train",)
     weights: Annotated[tuple[float, ...], arg(metavar="W [W ...]", help_behavior_hint="(default: all the same)")] = ()
     """Proportions in which several texts are mixed."""
-    heldout: Annotated[str, arg(metavar="TEXT", help="The text of the held-out loss; like --data.")] = "english"
+    heldout: Annotated[
+        str | None,
+        arg(
+            metavar="TEXT",
+            help="The text, or rows, of the held-out loss; like --data.",
+            help_behavior_hint="(default: english; of rows with answers or labels each tenth)",
+        ),
+    ] = None
     field: Annotated[str, arg(metavar="NAME")] = "text"
     """The field or column with the texts, in files of records or tables."""
     pack: bool = False
@@ -284,7 +293,8 @@ class Train(Common, TrainOptions):
             usual = 3e-3 if self.model is None else 2e-5 if self.lora is None else 2e-4
             object.__setattr__(self, "learning_rate", usual)
         super().__post_init__()
-        places = {"data": tuple(map(_text_from_anywhere, self.data)), "heldout": _text_from_anywhere(self.heldout)}
+        places: dict[str, Any] = {"data": tuple(map(_text_from_anywhere, self.data))}
+        places |= {} if self.heldout is None else {"heldout": _text_from_anywhere(self.heldout)}
         places |= {name: _place_from_anywhere(getattr(self, name)) for name in ("out", "checkpoints")}
         if self.model is not None and os.path.exists(self.model):
             places["model"] = os.path.abspath(self.model)

@@ -66,7 +66,7 @@ def check(options: Train) -> None:
         require("tensorboardX", "notebook")
     if os.environ.get("MLFLOW_TRACKING_URI"):
         require("mlflow", "lifecycle")
-    for text in (*options.data, options.heldout):
+    for text in (*options.data, options.heldout or "english"):
         data.documents(text, options.field).check()
     if options.out is not None:
         hub.check_target(options.out, "config.json" if options.lora is None else "adapter_config.json")
@@ -110,7 +110,8 @@ def lora(options: Train) -> Any:
         return None
     if not options.model:
         raise InputError("--lora: given without --model, the one whose weights stay as they are")
-    known = {"r": int, "alpha": float, "rslora": lambda text: {"true": True, "false": False}[text], "targets": str}
+    yes = {"true": True, "false": False}
+    known = {"r": int, "alpha": float, "dropout": float, "rslora": lambda text: yes[text], "targets": str}
     found: dict[str, Any] = {}
     for part in options.lora.split(","):
         name, _, text = part.strip().partition("=")
@@ -119,7 +120,7 @@ def lora(options: Train) -> Any:
         try:
             found[name] = known[name](text)
         except (ValueError, KeyError):
-            raise InputError(f"--lora: {part.strip()!r} given; allowed: such as r=8,alpha=16,rslora=true,targets=q|v") from None
+            raise InputError(f"--lora: {part.strip()!r} given; allowed: such as r=8,alpha=16,dropout=0.05,targets=q|v") from None
     targets = found.pop("targets", _TARGETS)
     if not re.fullmatch(r"\w+(\|\w+)*", targets):
         raise InputError(f"--lora: targets={targets!r} given; allowed: names of matrices, such as q|v")

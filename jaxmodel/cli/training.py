@@ -7,6 +7,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
                 bundle.save_pretrained(out)
             else:
                 hub.save_adapters(bundle, out, base=options.model)
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 and job.labels is None:
             room = options.context - len(job.corpus.tokenizer.encode(options.sample))
             result["sample"] = options.sample + generate(
                 bundle, options.sample, max_new_tokens=min(64, room), temperature=0.8, seed=options.seed
@@ -224,22 +226,35 @@ class _Job:
             hub.check_target(options.out or folder.path("bundle"), "config.json" if self.lora is None else "adapter_config.json")
         self.folder, self.place = folder, options.checkpoints
         self.mesh, self.augment, self.settings = _mesh(options), _augment(options), refusals.config(options)
-        begun, model, self.params = None, _new(options, options.vocab), None
+        begun, model, self.params, kind = None, _new(options, options.vocab), None, corpus.kind(options)
+        key = jax.random.key(options.seed)
         if options.model is None:
+            if kind == "answers":
+                raise InputError("--data: chats, or prompts with completions, given for a new model; allowed: with --model")
+            kind = None
             _rehearse(options, model, None)
         else:
             check_rows(options.batch, self.mesh)
-            begun = _begun(options.model, options.context)
+            begun = _begun(options, kind)
+            kind = None if kind == "label" and begun.model.continues else kind  # a decoder learns the texts
             model, self.params = begun.model.with_policy(_policy(options)), begun.params
             self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
             if self.lora is not None:
                 refusals.targets(options, begun.params)
-                model, self.params = train.lora(model, begun.params, self.lora, jax.random.key(options.seed))
+                model, self.params = train.lora(model, begun.params, self.lora, key)
                 self.settings = dataclasses.replace(self.settings, trainable=train.ADAPTERS)
-            _rehearse(options, model, self.params, self.settings.trainable)
-        self.corpus = corpus.load(options, None if begun is None else hub.need_processor(begun))
+                if jax.process_index() == 0 and "targets" not in (options.lora or ""):
+                    _say_without(self.params)
+            if kind != "label":
+                _rehearse(options, model, self.params, self.settings.trainable)
+        read: Any = {None: corpus.load, "answers": corpus.load_answers, "label": corpus.load_labelled}[kind]
+        self.corpus = read(options, None if begun is None else hub.need_processor(begun))
+        self.labels = self.corpus.labels
+        if self.labels is not None and begun is not None:
+            model, self.params = train.replace_head(begun.model, begun.params, self.labels, key)
+            model = model.with_policy(_policy(options))
         prompt = self.corpus.tokenizer.encode(options.sample)
-        if not 1 <= len(prompt) < options.context:
+        if self.labels is None and not 1 <= len(prompt) < options.context:
             raise InputError(
                 f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
             )
@@ -283,6 +298,7 @@ class _Job:
             callbacks,
             params=self.params,
             heldout=self.corpus.heldout,
+            loss=None if self.labels is None else train.classification,
             mesh=self.mesh,
             augment=self.augment,
             checkpoints=checkpoints,
@@ -342,20 +358,44 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
     train.rehearse(model, config, batch, params=params, mesh=_mesh(options), augment=augment)
 
 
-def _begun(name: str, context: int) -> Any:
+def _begun(options: Train, kind: str | None) -> Any:
     """The bundle whose weights the training begins with.
 
     Raises:
-      InputError: a model that does not continue texts, or whose context is shorter than the rows.
+      InputError: a model that does not continue texts, or, of rows with labels, reads none; or whose context is shorter than the
+        rows.
     """
     from jaxmodel import hub
 
+    name = options.model
+    assert name is not None
     bundle = hub.from_pretrained(name)
-    if not bundle.model.continues:
-        raise InputError(f"--model: {name!r} does not continue texts; allowed: a decoder, such as smollm2-135m")
-    if context > (most := bundle.model.config.context):
-        raise InputError(f"--context: {context} given; allowed: at most the {most} of {name!r}")
+    reads = list(bundle.model.inputs(1, 1)) == ["tokens"]
+    if not bundle.model.continues and not (kind == "label" and reads):
+        rows = ", or rows with 'text' and 'label' as --data" if reads else ""
+        raise InputError(f"--model: {name!r} does not continue texts; allowed: a decoder, such as smollm2-135m{rows}")
+    if options.context > (most := bundle.model.config.context):
+        raise InputError(f"--context: {options.context} given; allowed: at most the {most} of {name!r}")
+    if options.lora is not None and not bundle.model.continues:
+        raise InputError("--lora: given for rows with labels, whose new head would not be among the adapters; allowed: without")
     return bundle
+
+
+def _say_without(params: Any) -> None:
+    """Name the matrices of the layers that got no adapter, such as those of experts, which are several in one leaf."""
+    from jaxmodel import tree
+    from jaxmodel.models.adapters import is_adapter
+
+    leaves = tree.flatten(params)
+    without = {
+        re.sub(r".*blocks/[^/]*/", "", path)
+        for path, leaf in leaves.items()
+        if "blocks/" in path and len(tree.layer_shape(path, leaf)) > 1 and not is_adapter(path)
+        if f"{path}_lora/down" not in leaves and not path.endswith("bias")
+    }
+    if without:
+        names = ", ".join(sorted(without))
+        print(f"jaxmodel: --lora: {names} have no adapters and stay as they are", file=sys.stderr, flush=True)
 
 
 def _launches(options: Train) -> bool:

@@ -245,4 +245,6 @@ def _merge(options: Merge, folder: Any) -> dict[str, Any]:
 
 
 def _show_merge(result: dict[str, Any], console: Any) -> None:
-    console.print(f"{len(result['merged'])} adapters added to their weights, saved in {result['out']}", markup=False)
+    decoded = sum(how == "decoded" for how in result["merged"].values())
+    plain = f" ({decoded} of them were compressed and are plain arrays now)" if decoded else ""
+    console.print(f"{len(result['merged'])} adapters added to their weights{plain}, saved in {result['out']}", markup=False)

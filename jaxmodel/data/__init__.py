@@ -1,7 +1,8 @@
 """Text to batches: load a text, cut it into windows or pack its documents into bins, stream batches of (seed, step).
 Images to batches: load them with their labels, stream their rows. Pairs of texts are made as they are needed.
 Larger than memory: `documents` reads any format from anywhere, `tokenize` writes `Shards` once, `PackedShards` and `ShardWindows`
-read rows of them, `ImageFolder` rows of files; `Mixture` mixes streams, `Paired` puts rows without labels beside labelled ones.
+read rows of them, `ImageFolder` rows of files; `answers` rows of chats and of prompts with completions, `labelled` of texts
+with labels; `Mixture` mixes streams, `Paired` puts rows without labels beside labelled ones.
 
 >>> import numpy as np
 >>> stream = Stream(windows(range(100), length=9, stride=8), batch_size=4, seed=0)
@@ -15,6 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from jaxmodel.data.examples import Answers, answers, labelled
 from jaxmodel.data.given import as_batches
 from jaxmodel.data.image_folder import ImageFolder
 from jaxmodel.data.images import Images, load_images
@@ -23,7 +25,7 @@ from jaxmodel.data.pack import Bins, pack, windows
 from jaxmodel.data.packed import PackedShards, ShardWindows
 from jaxmodel.data.paired import Paired
 from jaxmodel.data.shards import Shards, tokenize
-from jaxmodel.data.sources import Documents, documents
+from jaxmodel.data.sources import Documents, documents, records
 from jaxmodel.data.splits import kfold, split, take
 from jaxmodel.data.stream import Batches, Rows, Stream, prefetch
 from jaxmodel.data.synthetic import Pairs
@@ -31,6 +33,7 @@ from jaxmodel.data.text import NAMES, Text, load_text, split_documents
 
 __all__ = [
     "NAMES",
+    "Answers",
     "Batches",
     "Bins",
     "Documents",
@@ -45,13 +48,16 @@ __all__ = [
     "Shards",
     "Stream",
     "Text",
+    "answers",
     "as_batches",
     "documents",
     "kfold",
+    "labelled",
     "load_images",
     "load_text",
     "pack",
     "prefetch",
+    "records",
     "split",
     "split_documents",
     "take",

@@ -33,7 +33,7 @@ from typing import Any
 
 from jaxmodel import child, schema
 from jaxmodel.data import files
-from jaxmodel.data.text import NAMES, load_text, no_file, not_utf8, record_kind, split_documents, split_lines
+from jaxmodel.data.text import NAMES, RECORDS, load_text, no_file, not_utf8, record_kind, split_documents, split_lines
 from jaxmodel.errors import InputError, border, require, unknown
 
 type Source = str | Path | Sequence[str | Path]
@@ -55,18 +55,18 @@ class Documents:
 
     Attributes:
       parts: names and paths, patterns resolved.
-      field: where the text of a record is.
+      field: where the text of a record is; None for whole records.
       split: the part of a data set.
     """
 
     parts: tuple[str, ...]
-    field: str = "text"
+    field: str | None = "text"
     split: str = "train"
 
     def __iter__(self) -> Iterator[str]:
         for part in self.parts:
             empty = True
-            for where, text in self._read(part):
+            for where, text in self.entries(part):
                 if text is None:  # a null in a column
                     continue
                 if not isinstance(text, str):
@@ -97,8 +97,8 @@ class Documents:
             for module in _PACKAGES.get(kind, ()):
                 require(module, "data")
 
-    def _read(self, part: str) -> Iterator[tuple[str, Any]]:
-        """The texts, each with the place in its part where it stands."""
+    def entries(self, part: str) -> Iterator[tuple[str, Any]]:
+        """The fields of a part as they are, each with the place where it stands; without a field's name whole records."""
         kind = _kind(part)
         if kind == "name":
             yield from _numbered("document", split_documents(load_text(part).text))
@@ -141,6 +141,23 @@ def documents(source: Source, field: str = "text", split: str = "train") -> Docu
     if not parts:
         raise InputError("data source: none given; at least one is needed")
     return Documents(tuple(parts), field, split)
+
+
+def records(source: Source, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a source, with all their fields, each with the place where it stands (`'chats.jsonl' line 3`).
+
+    Args:
+      source: as of `documents`, but no plain text.
+      split: the part of a data set.
+
+    Raises:
+      InputError: see `documents`; or a plain text.
+    """
+    for part in documents(source, split=split).parts:
+        if _kind(part) in ("name", "text"):
+            raise _bad(part, f"is plain text; allowed: records, in files that end with {', '.join(sorted(RECORDS))}")
+        for where, record in Documents((part,), None, split).entries(part):
+            yield f"{part!r} {where}", record
 
 
 def _resolve(given: str | Path) -> list[str]:
@@ -203,13 +220,13 @@ def _numbered(kind: str, texts: Iterable[Any], first: int = 1) -> Iterator[tuple
     return ((f"{kind} {i}", text) for i, text in enumerate(texts, first))
 
 
-def _json(part: str, field: str) -> Iterator[tuple[str, Any]]:
+def _json(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
     """An object a line; of a `.json` the first character tells whether it is a list of objects instead."""
     first = b""
     if part.lower().removesuffix(".gz").endswith(".json"):
         first = next((line for line in files.lines(part) if line.strip()), b"")
     if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        records = _loads(part, "the file", b"".join(files.lines(part, files.LONGEST)), f"a list of objects with {field!r}")
+        records = _loads(part, "the file", b"".join(files.lines(part, files.LONGEST)), f"a list of {_objects(field)}")
         for i, record in enumerate(records, 1):
             yield f"entry {i}", _field(part, f"entry {i}", record, field)
         return
@@ -218,30 +235,30 @@ def _json(part: str, field: str) -> Iterator[tuple[str, Any]]:
             yield f"line {i}", _from_json(part, f"line {i}", line, field)
 
 
-def _table(part: str, field: str) -> Iterator[tuple[str, str | None]]:
-    """The column of a table of text, the first line of which names the columns."""
+def _table(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
+    """The column of a table of text, the first line of which names the columns; or its rows as records."""
     csv.field_size_limit(max(csv.field_size_limit(), _CELL))
     separator = "\t" if ".tsv" in Path(part).name.lower() else ","
     lines = (line if i else line.removeprefix("\ufeff") for i, line in enumerate(_lines(part)))
     reader = csv.reader(lines, delimiter=separator, strict=True)
     try:
         names = next(reader, [])
-        if field not in names:
+        if field is not None and field not in names:
             said = "the first line names the columns, and --field or `field` the one of the texts"
             raise InputError(f"{unknown(f'column in {part!r}', field, names)}; {said}")
-        column = names.index(field)
+        column = None if field is None else names.index(field)
         for row in reader:
             where = f"line {reader.line_num}"
             if row and len(row) != len(names):
                 raise _bad(part, f"{where} has {len(row)} cells; {len(names)} are needed, as the first line has")
             if row:
-                yield where, row[column]
+                yield where, dict(zip(names, row, strict=True)) if column is None else row[column]
     except csv.Error as error:
         raise _bad(part, f"line {reader.line_num} is no row of a table ({error})") from None
 
 
-def _from_json(part: str, where: str, raw: bytes, field: str) -> Any:
-    return _field(part, where, _loads(part, where, raw, f"an object with {field!r}"), field)
+def _from_json(part: str, where: str, raw: bytes, field: str | None) -> Any:
+    return _field(part, where, _loads(part, where, raw, _objects(field)), field)
 
 
 def _loads(part: str, where: str, raw: bytes, needed: str) -> Any:
@@ -252,26 +269,29 @@ def _loads(part: str, where: str, raw: bytes, needed: str) -> Any:
         raise _bad(part, f"{where} is not JSON ({error}); {needed} is needed") from None
 
 
-def _field(part: str, where: str, record: Any, field: str) -> Any:
+def _field(part: str, where: str, record: Any, field: str | None) -> Any:
+    """A field of a record; without a name the record."""
     if not isinstance(record, dict):
-        raise _bad(part, f"{where} is a JSON {type(record).__name__}; an object with {field!r} is needed")
+        raise _bad(part, f"{where} is a JSON {type(record).__name__}; {_objects(field)} is needed")
+    if field is None:
+        return record
     if field not in record:
         raise unknown(f"field in {part!r}, {where}", field, record)
     return record[field]
 
 
-def _parquet(part: str, field: str) -> Iterator[Any]:
+def _parquet(part: str, field: str | None) -> Iterator[Any]:
     parquet, what = require("pyarrow.parquet", "data"), f"data source: {part!r} is no whole Parquet file"
     _try("table", part, what, field=field)
     with files.reading(part) as raw, border(what):
         file = parquet.ParquetFile(raw)
-        if field not in file.schema_arrow.names:
+        if field is not None and field not in file.schema_arrow.names:
             raise unknown(f"field in {part!r}", field, file.schema_arrow.names)
-        for rows in file.iter_batches(columns=[field], batch_size=_RECORDS):
-            yield from rows.column(0).to_pylist()
+        for rows in file.iter_batches(columns=None if field is None else [field], batch_size=_RECORDS):
+            yield from (rows if field is None else rows.column(0)).to_pylist()
 
 
-def _array_record(part: str, field: str) -> Iterator[Any]:
+def _array_record(part: str, field: str | None) -> Iterator[Any]:
     records = require("array_record.python.array_record_module", "data")
     with tempfile.TemporaryDirectory() as folder:  # the library reads local files only
         path = os.path.join(folder, "records") if files.is_remote(part) else part
@@ -304,8 +324,8 @@ def _try(kind: str, path: str, what: str, **more: Any) -> None:
             _tried.add(key)
 
 
-def _from_record(part: str, where: str, raw: bytes, field: str) -> Any:
-    if raw.lstrip()[:1] == b"{":
+def _from_record(part: str, where: str, raw: bytes, field: str | None) -> Any:
+    if field is None or raw.lstrip()[:1] == b"{":
         return _from_json(part, where, raw, field)
     try:
         return raw.decode("utf-8")
@@ -313,7 +333,7 @@ def _from_record(part: str, where: str, raw: bytes, field: str) -> Any:
         raise _bad(part, f"{where} is not UTF-8: {error.reason} at offset {error.start}") from None
 
 
-def _saved(part: str, field: str, split: str) -> Iterator[Any]:
+def _saved(part: str, field: str | None, split: str) -> Iterator[Any]:
     datasets = require("datasets", "data")
     found = datasets.load_from_disk(part)
     if isinstance(found, dict):
@@ -323,7 +343,7 @@ def _saved(part: str, field: str, split: str) -> Iterator[Any]:
     yield from _column(part, found, field)
 
 
-def _hub(part: str, field: str, split: str) -> Iterator[Any]:
+def _hub(part: str, field: str | None, split: str) -> Iterator[Any]:
     datasets = require("datasets", "data")
     _, name, *config = part.split(":")
     try:
@@ -335,11 +355,18 @@ def _hub(part: str, field: str, split: str) -> Iterator[Any]:
         raise _bad(part, f"could not be fetched ({reason})") from None
 
 
-def _column(part: str, rows: Any, field: str) -> Iterator[Any]:
+def _column(part: str, rows: Any, field: str | None) -> Iterator[Any]:
     for row in rows:
+        if field is None:
+            yield dict(row)
+            continue
         if field not in row:
             raise unknown(f"field in {part!r}", field, row)
         yield row[field]
+
+
+def _objects(field: str | None) -> str:
+    return "an object" if field is None else f"an object with {field!r}"
 
 
 def _bad(part: str, what: str) -> InputError:

@@ -39,11 +39,12 @@ from jaxmodel.files import read_bytes
 
 NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")
 
-_RECORDS = {
+RECORDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
     **dict.fromkeys((".csv", ".tsv"), "table"),
     **{".parquet": "parquet", ".arrayrecord": "arrayrecord", ".array_record": "arrayrecord"},
 }
+"""Endings of files that hold records, and their formats."""
 _PACKAGE = "pydoc_data.topics"
 _PYDOC = ("english", "english_train", "pydoc")
 # Part of WikiText-2 -> (its file in Salesforce/wikitext, sha256 of the text that all figures refer to).
@@ -119,7 +120,7 @@ def record_kind(path: str) -> str | None:
     >>> record_kind("a/tweets.JSONL.gz"), record_kind("b.csv"), record_kind("c.txt")
     ('json', 'table', None)
     """
-    return _RECORDS.get(Path(path.lower().removesuffix(".gz")).suffix)
+    return RECORDS.get(Path(path.lower().removesuffix(".gz")).suffix)
 
 
 def split_documents(text: str) -> list[str]:

@@ -121,6 +121,8 @@ def add_adapters[B: Any](bundle: B, folder: str | Path, *, weight: float | int =
         dtype = np.float32 if ours is None else None
         for path, one in _parts(f"{file}: {module}", entries, pair, (ours or {}).get(module), rank, dtype).items():
             adapters[path] = {**one, "scale": np.asarray(scale * weight, np.float32)}
+            if rate := config.get("lora_dropout"):  # it goes on where the adapters are trained further
+                adapters[path]["dropout"] = np.asarray(rate, np.float32)
     params = _beside(_replaced(bundle.params, whole, layout, file), adapters, mesh)
     return dataclasses.replace(bundle, model=with_adapters(bundle.model), params=params)
 
@@ -148,6 +150,7 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
         down, up = down.reshape(len(down), *(trailing or down.shape[1:])), up.reshape(*up.shape, *(1,) * (len(trailing) - 1))
         tensors |= {f"{STEM}{module}.lora_A.weight": down, f"{STEM}{module}.lora_B.weight": up}
     saved = _whole(bundle, layout.names, also)
+    rates = [round(float(leaf["dropout"]), 7) for leaf in _layers(bundle.params).values() if "dropout" in leaf]
     kind = layout.hf.get("architectures", [""])[0]
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
@@ -162,7 +165,7 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
         "modules_to_save": sorted({tensor.rpartition(".")[0] for tensor in saved}) or None,
         "fan_in_fan_out": any(adapters[0][0].transposed for adapters in modules.values()),
         "use_rslora": False,
-        "lora_dropout": 0.0,
+        "lora_dropout": max(rates, default=0.0),
         "bias": "none",
         "inference_mode": True,
     }
@@ -398,13 +401,13 @@ def _beside(params: tree.Params, new: Mapping[str, Adapter], mesh: jax.sharding.
     adapters = dict(_layers(params))
     for path, one in new.items():
         adapters[path] = _sum(adapters[path], one) if path in adapters else one
-    shapes = {path: tuple((a.shape, a.dtype) for a in one.values()) for path, one in adapters.items()}
+    shapes = {path: tuple((part, a.shape, a.dtype) for part, a in sorted(one.items())) for path, one in adapters.items()}
     base = tree.split(base, {layer: shapes.get(layer) for path in tree.flatten(base) for layer in tree.layer_paths(path)})
     leaves = tree.flatten(base)
     everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.P())
     for path in tuple(leaves):
         if (layers := tree.layer_paths(path))[0] in adapters:
-            for part in ("down", "up", "scale"):
+            for part in adapters[layers[0]]:
                 each = [adapters[layer][part] for layer in layers]
                 leaves[f"{path}{SUFFIX}/{part}"] = jax.device_put(
                     np.stack(each) if tree.is_stacked(path) else each[0], everywhere
@@ -413,7 +416,9 @@ def _beside(params: tree.Params, new: Mapping[str, Adapter], mesh: jax.sharding.
 
 
 def _sum(one: Adapter, other: Adapter) -> Adapter:
-    """An adapter that computes the sum of two."""
+    """An adapter that computes the sum of two; of two rates of dropout the higher is left."""
     ratio = (other["scale"] / one["scale"]).astype(np.float32)
     up = np.concatenate([one["up"], (other["up"] * ratio).astype(one["up"].dtype)], axis=1)
-    return {"down": np.concatenate([one["down"], other["down"].astype(one["down"].dtype)]), "up": up, "scale": one["scale"]}
+    rates = [a["dropout"] for a in (one, other) if "dropout" in a]
+    down = np.concatenate([one["down"], other["down"].astype(one["down"].dtype)])
+    return {"down": down, "up": up, "scale": one["scale"], **({"dropout": max(rates)} if rates else {})}

@@ -134,6 +134,20 @@ def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool) -
         raise InputError("text: not a string of valid Unicode; allowed: any str without lone surrogates") from None
 
 
+def encode_offsets(backend: tokenizers.Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a text, and for each the first and the end of its characters; what stands around texts is not added.
+
+    Raises:
+      InputError: see `encode`.
+    """
+    work = lambda: backend.encode_batch([text], add_special_tokens=False)[0]
+    try:
+        found = _in_time(work, len(text), "the tokenizer cannot read it")
+    except TypeError:
+        raise InputError("text: not a string of valid Unicode; allowed: any str without lone surrogates") from None
+    return found.ids, found.offsets
+
+
 def decode(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool) -> str:
     """The text of ids.
 

@@ -58,13 +58,25 @@ def render(template: str, special: Mapping[str, str], messages: Sequence[Mapping
     Raises:
       InputError: a message has no role, or the template refuses the messages.
     """
-    wrong = isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) and "role" in m for m in messages)
-    if wrong:
+    return _render(template, special, messages, given, False)["text"]
+
+
+def render_spans(
+    template: str, special: Mapping[str, str], messages: Sequence[Mapping[str, Any]], **given: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """`render`, and where the assistant speaks in it: first and behind the last character of each `{% generation %}`; none of a
+    template that has no such."""
+    said = _render(template, special, messages, given, True)
+    return said["text"], [(first, last) for first, last in said["spans"]]
+
+
+def _render(template: str, special: Mapping[str, str], messages: Any, given: Mapping[str, Any], spans: bool) -> dict[str, Any]:
+    if isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
         raise InputError(f"messages: {messages!r:.80} is not a list of {{'role': ..., 'content': ...}}")
-    said = _ask(template, {**special, "messages": [_message(m) for m in messages], **given})
+    said = _ask(template, {**special, "messages": list(map(_message, messages)), **given}, spans)
     if "error" in said:
         raise InputError(f"chat_template: it failed on these messages: {' '.join(said['error'].split())}")
-    return said["text"]
+    return said
 
 
 def read(folder: Path, entry: Any) -> Template | None:
@@ -131,10 +143,10 @@ LIMITS = Limits()
 _CHILD = Child(Path(__file__).with_name("chat_worker.py"))
 
 
-def _ask(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
+def _ask(template: str, variables: Mapping[str, Any], spans: bool) -> dict[str, Any]:
     """What the process in which templates run makes of one."""
     try:
-        said = _CHILD.ask([template, dict(variables), LIMITS.characters], LIMITS.seconds, LIMITS.memory)
+        said = _CHILD.ask([template, dict(variables), LIMITS.characters, spans], LIMITS.seconds, LIMITS.memory)
     except InputError as error:
         raise InputError(f"messages: {error}") from None
     return said or {"error": f"it took more than {LIMITS.seconds:g} seconds, or more memory than it may have"}

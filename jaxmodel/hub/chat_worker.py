@@ -7,9 +7,14 @@ and imports nothing of the project, so that it is there in a tenth of a second.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import secrets
 import sys
 from typing import Any
+
+MARK = "generation mark"
+"""No name that a template could read."""
 
 
 def environment() -> Any:
@@ -20,7 +25,8 @@ def environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`: marks what the assistant says for training; the text is that of its body."""
+        """`{% generation %}`: what the assistant says, for training. The text is that of its body, between marks where they are
+        asked for."""
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
 
@@ -30,7 +36,8 @@ def environment() -> Any:
             return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
 
         def _said(self, caller: Any) -> str:
-            return caller()
+            mark: str = self.environment.globals[MARK]
+            return f"{mark}{caller()}{mark}"
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -41,13 +48,16 @@ def environment() -> Any:
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     made.filters["tojson"] = tojson
     made.globals["raise_exception"] = refuse
+    made.globals[MARK] = ""
     made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return made
 
 
-def answer(made: Any, template: str, variables: dict[str, Any], most: int) -> dict[str, str]:
-    """`{"text"}`, or `{"error"}`."""
+def answer(made: Any, template: str, variables: dict[str, Any], most: int, spans: bool) -> dict[str, Any]:
+    """`{"text"}`, with `{"spans"}` where asked for: first and behind the last character of what the assistant says; or
+    `{"error"}`."""
     pieces, length = [], 0
+    made.globals[MARK] = mark = f"\ue000{secrets.token_hex(8)}\ue000" if spans else ""
     try:
         for piece in made.from_string(template).generate(variables):
             pieces.append(piece)
@@ -57,7 +67,12 @@ def answer(made: Any, template: str, variables: dict[str, Any], most: int) -> di
         return {"error": "it takes more memory than it may have"}
     except Exception as error:  # a template can raise whatever Python can
         return {"error": str(error) or type(error).__name__}
-    return {"text": "".join(pieces)}
+    text = "".join(pieces)
+    if not spans:
+        return {"text": text}
+    parts = text.split(mark)
+    edges = list(itertools.accumulate(map(len, parts)))
+    return {"text": "".join(parts), "spans": [edges[i : i + 2] for i in range(0, len(edges) - 1, 2)]}
 
 
 def serve(memory: int) -> None:

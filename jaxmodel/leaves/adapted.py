@@ -19,19 +19,24 @@ class Adapted(Compressed):
     """`w = base + scale up @ down`: a low-rank adapter (LoRA: Hu et al., 2021).
 
     A contraction runs the base as it is and the adapter beside it, so that the base may be compressed in any way and the sum need
-    not be there.
+    not be there. In training the adapter, not the base, may see its input with some elements dropped; what a leaf stands for does
+    not depend on it.
 
     Invariants (`check`):
       base: an array `[..., out, in]`, or a compressed leaf that stands for one.
       down: floating `[..., rank, in]`.
       up: floating `[..., out, rank]`.
       scale: floating, `[]` or as many as there are layers.
+      dropout: the probability with which an element of the input is dropped for the adapter, `[]`, in training; else None.
+      key: of one layer in a step, with `dropout`; else None.
     """
 
     base: Any
     down: Any
     up: Any
     scale: Any
+    dropout: Any = None
+    key: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,11 +57,21 @@ class Adapted(Compressed):
         scale = self.scale.astype(jnp.float32).reshape(*self.scale.shape, *(1,) * (product.ndim - self.scale.ndim))
         return (decode(self.base, jnp.float32) + scale * product).astype(self.dtype if dtype is None else dtype)
 
+    def dropped(self, x: jax.Array) -> jax.Array:
+        """What the adapter reads of an input: in training each element as zero with a probability, else divided by the rest."""
+        if self.key is None:
+            return x
+        kept = 1 - self.dropout.astype(jnp.float32)
+        keep = jax.random.bernoulli(self.key, kept, x.shape)
+        return jnp.where(keep, x / kept.astype(x.dtype), jnp.zeros((), x.dtype))
+
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Adapted:
         *lead, out, last = full_spec(spec, self.ndim)
         inner = PartitionSpec(*lead, out, last)
         base = self.base.specs(inner, sizes) if isinstance(self.base, Compressed) else inner
-        return type(self)(
+        return type(
+            self
+        )(
             base,
             PartitionSpec(*lead, None, last),  # pyright: ignore[reportArgumentType]
             PartitionSpec(*lead, out, None),  # pyright: ignore[reportArgumentType]

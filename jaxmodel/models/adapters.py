@@ -4,7 +4,8 @@
     state, _ = fit(model, stream, TrainConfig(trainable=ADAPTERS), params=params)
     params, how = merge_adapters(state.params)
 
-An adapter of a leaf `attn/q` lies beside it, under `attn/q_lora`: `down` `[rank, in]`, `up` `[out, rank]` and `scale`. So rules,
+An adapter of a leaf `attn/q` lies beside it, under `attn/q_lora`: `down` `[rank, in]`, `up` `[out, rank]` and `scale`, with
+dropout also its rate, `dropout`. So rules,
 partition, optimisers, placement and checkpoints know it as any leaf, and the model itself does not change: the wrapped one hands
 its parts an `Adapted` leaf in place of the two. On disk adapters are a file of their own, in PEFT's layout: `hub.save_adapters`,
 `hub.add_adapters`.
@@ -32,7 +33,8 @@ from jaxmodel.models.model import Model, Parts, wrap
 ADAPTERS: tree.Rules = ((f".*{SUFFIX}/(down|up)", True), (".*", False))
 """What trains: the adapters alone. Put rules in front for a head or norms that train too."""
 
-_PART = re.compile(f".*{SUFFIX}/(down|up|scale)")
+_PARTS = {"down", "up", "scale"}
+_PART = re.compile(f".*{SUFFIX}/(down|up|scale|dropout)")
 _PLACE = (tree.optional(_PART.pattern), jax.P())  # small, so every device has all of it
 
 
@@ -44,19 +46,25 @@ class LoRA:
       rank: rows of `down`.
       alpha: None for twice the rank.
       rslora: whether `scale = alpha / sqrt(rank)`, which suits high ranks (Kalajdzievski, 2023); alpha is then 16 for None.
+      dropout: in training, the probability with which an element of the adapter's input is dropped, as in PEFT; what is left is
+        divided by `1 - dropout`. The weight itself sees the whole input. A function of the step's key, so a run repeats. The head
+        of a language model has none, as losses run it without a key, nor has a table that is looked up.
 
     Raises:
-      InputError: a rank below 1, or an alpha that is no positive number.
+      InputError: a rank below 1, an alpha that is no positive number, or a dropout outside of 0 to below 1.
     """
 
     rank: int = 8
     alpha: float | int | None = None
     rslora: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank)
         if self.alpha is not None and not (isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf):
             raise InputError(f"alpha: {self.alpha!r} given; allowed: a number above 0, or None")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise InputError(f"dropout: {self.dropout!r} given; allowed: at least 0 and below 1")
 
     @property
     def scale(self) -> float:
@@ -157,28 +165,60 @@ def _adapter(path: str, leaf: Any, one: LoRA, key: jax.Array) -> dict[str, jax.A
     downs = [jax.random.normal(key, (one.rank, width), jnp.float32) * jnp.float32(width**-0.5) for key in keys]
     down = jnp.stack(downs) if tree.is_stacked(path) else downs[0]
     lead = down.shape[:-2]
-    return {"down": down, "up": jnp.zeros((*lead, out, one.rank), jnp.float32), "scale": jnp.full(lead, one.scale, jnp.float32)}
+    rate = {"dropout": jnp.full(lead, one.dropout, jnp.float32)} if one.dropout else {}
+    up, scale = jnp.zeros((*lead, out, one.rank), jnp.float32), jnp.full(lead, one.scale, jnp.float32)
+    return {"down": down, "up": up, "scale": scale, **rate}
 
 
 def _adapted(leaves: dict[str, Any]) -> dict[str, Adapted]:
     """The weights that have an adapter, with it, by path."""
     heads = dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves if is_adapter(path))
-    parts = {head.removesuffix(SUFFIX): {name: leaves[f"{head}/{name}"] for name in ("down", "up", "scale")} for head in heads}
+    parts = {head.removesuffix(SUFFIX): {name: leaves[f"{head}/{name}"] for name in _PARTS} for head in heads}
     return {path: Adapted(leaves[path], **adapter) for path, adapter in parts.items()}
 
 
-def read_adapters(params: tree.Params) -> tree.Params:
-    """A tree, or that of one layer, with `Adapted` leaves in place of weights and adapters."""
-    out: tree.Params = {name: read_adapters(node) if isinstance(node, dict) else node for name, node in params.items()}
+def read_adapters(params: tree.Params, key: jax.Array | None = None) -> tree.Params:
+    """A tree, or that of one layer, with `Adapted` leaves in place of weights and adapters.
+
+    Args:
+      params: with adapters.
+      key: of the layer in a step of training, for dropout; None for none.
+    """
+    out: tree.Params = {}
+    for name, node in params.items():
+        below = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        out[name] = read_adapters(node, below) if isinstance(node, dict) else node
     for name in [name for name in out if name.endswith(SUFFIX)]:
         base = name.removesuffix(SUFFIX)
-        if base in out and set(out[name]) == {"down", "up", "scale"}:  # else it is somebody's own name
-            out[base] = Adapted(out[base], **out.pop(name))
+        if base in out and set(out[name]) - {"dropout"} == _PARTS:  # else it is somebody's own name
+            adapter = dict(out.pop(name))
+            rate = adapter.pop("dropout", None)
+            if key is not None and rate is not None:
+                adapter |= {"dropout": rate, "key": jax.random.fold_in(key, zlib.crc32(name.encode()))}
+            out[base] = Adapted(out[base], **adapter)
     return out
 
 
 def _reading(parts: Parts) -> Parts:
-    def first(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, *args, **options: function(read_adapters(params), *args, **options)
+    def embed(params: tree.Params, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+        return parts.embed(read_adapters(params, _dropout_key(rng, train)), inputs, cache, rng, train)
 
-    return Parts(first(parts.embed), None if parts.block is None else first(parts.block), first(parts.head))
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        return parts.head(read_adapters(params, _dropout_key(rng, train)), x, rng, train)
+
+    if (block := parts.block) is None:
+        return Parts(embed, None, head)
+
+    def one(
+        params: tree.Params, x: jax.Array, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False
+    ) -> Any:
+        return block(read_adapters(params, _dropout_key(rng, train)), x, context, cache, layer, rng, train)
+
+    return Parts(embed, one, head)
+
+
+_DROPOUT = 2**32 - 9  # what dropout folds into the key of a part; see `models.model` for the other numbers
+
+
+def _dropout_key(rng: Any, train: bool) -> Any:
+    return jax.random.fold_in(rng, _DROPOUT) if train and rng is not None else None

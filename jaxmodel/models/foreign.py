@@ -42,6 +42,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import leaves, ops, tree
 from jaxmodel.errors import InputError
+from jaxmodel.leaves.adapted import SUFFIX
 from jaxmodel.models.adapters import read_adapters
 from jaxmodel.models.counted import linen_counting, nnx_counting
 from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
@@ -282,6 +283,8 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
     ) -> tuple[jax.Array, dict[str, Any]]:
         if cache is not None:
             raise InputError("cache: given to a foreign module; allowed: None, it has none of ours")
+        if train and any(path.endswith(f"{SUFFIX}/dropout") for path in tree.flatten(params)):
+            raise InputError("dropout: given for adapters of a foreign module, which is run whole; allowed: LoRA(dropout=0)")
         state = tree.flatten(params.get(STATE, {}))
         counts, inputs = inputs.get(COUNTS), {name: a for name, a in inputs.items() if name != COUNTS}
         if watched := {path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, ops.Measured)}:

@@ -114,6 +114,12 @@ def conv(
         return einsum("BYXI,OI->BYXO", patches, w, policy)
     if len(w.shape) != 2 or w.shape[1] != x.shape[-1] * kernel[0] * kernel[1]:
         raise InputError(f"conv: the weight {w.shape} does not take {x.shape[-1]} channels by a kernel of {kernel}")
+    if isinstance(w, Adapted) and w.key is not None:  # the adapter sees another input than the base
+        settings = {"kernel": kernel, "stride": stride, "padding": padding}
+        wide = dataclasses.replace(policy, stream="float32")
+        alone = dataclasses.replace(w, base=jnp.zeros(w.shape, jnp.float32), dropout=None, key=None)
+        y = conv(x, w.base, wide, **settings) + conv(w.dropped(x), alone, wide, **settings)
+        return y.astype(policy.stream)
     compute = jnp.dtype(policy.compute)
     weight = decode(w, compute)
     y = jax.lax.conv_general_dilated(
@@ -166,7 +172,7 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
         return _of_codes(x, w, policy)
     if isinstance(w, Adapted):
         wide = dataclasses.replace(policy, stream="float32")
-        y = _matmul(_matmul(x, w.down, wide), w.up, wide)
+        y = _matmul(_matmul(w.dropped(x), w.down, wide), w.up, wide)
         return _matmul(x, w.base, wide) + on_last(w.scale.astype(jnp.float32)[None], y.ndim) * y
     compute = jnp.dtype(policy.compute)
     if isinstance(w, BlockSparse):

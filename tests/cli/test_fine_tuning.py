@@ -107,7 +107,7 @@ def test_wrong_settings_are_refused(room, capsys):
     (room / "full").mkdir(exist_ok=True)
     (room / "full" / "notes.txt").write_text("mine")
     for args, message in (
-        (train(room, "--lora", "rank=8"), "--lora: 'rank' is not known; allowed: alpha, r, rslora, targets"),
+        (train(room, "--lora", "rank=8"), "--lora: 'rank' is not known; allowed: alpha, dropout, r, rslora, targets"),
         (train(room, "--lora", "r=two"), "--lora: 'r=two' given; allowed: such as r=8,alpha=16"),
         (train(room, "--lora", "r=0"), "rank: 0 given"),
         (train(room, "--lora", "targets=.*"), "--lora: targets='.*' given; allowed: names of matrices"),

@@ -1,16 +1,19 @@
-"""Every named recipe makes every architecture smaller, and what comes out runs: no family needs rules of its own."""
+"""Every named recipe makes every architecture smaller, and what comes out runs: no family needs rules of its own,
+nor does somebody else's Flax module."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxmodel import compress, tree
-from jaxmodel.models import families
+from jaxmodel import compress, hub, tree
+from jaxmodel.models import families, from_linen, from_nnx
 from jaxmodel.ops import Policy
 
 
@@ -44,6 +47,57 @@ def test_named_recipes_take_every_family(family):
         if name == "int8-weight":
             spread = float(jnp.std(before)) + 1e-3
             assert float(jnp.sqrt(jnp.mean((after - before) ** 2))) < 0.2 * spread
+
+
+class Linen(nn.Module):
+    """Kernels of two axes and of four, an embedding's place taken by a convolution, norms, and statistics."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(64, (3, 3))(x))
+        x = nn.Dense(32)(nn.relu(x).mean(axis=(1, 2)))
+        return nn.Dense(5)(nn.LayerNorm()(x))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm, self.inner = nnx.BatchNorm(6, rngs=rngs), nnx.Linear(6, 64, rngs=rngs)
+        self.layers, self.out = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(2)]), nnx.Linear(64, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.inner(self.norm(x).mean(axis=(1, 2)))
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return self.out(x)
+
+
+FOREIGN = {
+    "linen": lambda: from_linen(Linen(), jax.ShapeDtypeStruct((1, 8, 8, 6), jnp.float32)),
+    "nnx": lambda: from_nnx(Nnx, jax.ShapeDtypeStruct((1, 8, 8, 6), jnp.float32)),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_named_recipes_take_modules_of_others(name, tmp_path):
+    """They get smaller, run, are saved and read back, and are trained further where their weights are plain; what is measured and
+    vectors stay."""
+    model = FOREIGN[name]()
+    params = jax.jit(model.init)(jax.random.key(0))
+    inputs = _inputs(model)
+    before = jax.jit(model.apply)(params, inputs).logits
+    kernels = {path for path, leaf in tree.flatten(params).items() if path.endswith("kernel")}
+    for recipe in ("int8", "int8-weight", "int4", "sparse50-int8", "rtn(bits=3)"):
+        bundle, report = compress.compress_bundle(hub.Bundle(model, params), compress.named(recipe))
+        treated = {layer for row in report.leaves if row["method"] for layer in tree.layer_paths(row["path"])}
+        assert treated == {layer for path in kernels for layer in tree.layer_paths(path)}, recipe
+        assert report.bytes_after < report.bytes_before
+        after = jax.jit(bundle.model.apply)(bundle.params, inputs).logits
+        assert bool(jnp.all(jnp.isfinite(after)))
+        bundle.save_pretrained(tmp_path / recipe)
+        again = hub.from_pretrained(tmp_path / recipe, module=model)
+        np.testing.assert_array_equal(jax.jit(again.model.apply)(again.params, inputs).logits, after)
+        if recipe == "int8-weight":
+            assert float(jnp.sqrt(jnp.mean((after - before) ** 2))) < 0.2 * (float(jnp.std(before)) + 1e-3)
 
 
 def test_rules_in_front_are_exceptions():

@@ -22,6 +22,7 @@ from jaxmodel.models import from_linen, gpt2, llama, mlp
 
 GOLDENS = Path(__file__).parent / "goldens"
 PEFT = sorted(path.parent.name for path in (GOLDENS / "adapters").glob("*/logits.npz"))
+KEY = jax.random.key(1)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 200, (2, 8)), jnp.int32)
 
 
@@ -276,6 +277,28 @@ def test_several_add_up(tmp_path):
     up, scale = (tree.flatten(half.params)[f"blocks/0-2/attn/q_lora/{name}"] for name in ("up", "scale"))
     np.testing.assert_array_equal(up, tree.flatten(one.params)["blocks/0-2/attn/q_lora/up"])
     np.testing.assert_allclose(scale, -0.5 * 5 / 3, rtol=1e-6)
+
+
+def test_dropout_goes_with_them(tmp_path):
+    """As PEFT's `lora_dropout`, which its own folders bring along; of two that add up the higher is left."""
+    model = llama.model(dataclasses.replace(llama.SIZES["tiny"], vocab=257))
+    base = hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)))
+    rules = [(".*/(q|v)", train.LoRA(3, 5.0, dropout=0.1)), (".*", None)]
+    adapted_model, params = train.lora(base.model, base.params, rules, KEY)
+    with_dropout = dataclasses.replace(base, model=adapted_model, params=params)
+    hub.save_adapters(with_dropout, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.1
+    again = hub.add_adapters(base, tmp_path / "a")
+    chex.assert_trees_all_equal(again.params, with_dropout.params)
+    run = jax.jit(
+        lambda key, train: again.model.apply(stirred(again.params), TOKENS, rng=key, train=train).logits, static_argnums=1
+    )
+    assert np.abs(run(KEY, True) - run(KEY, False)).max() > 1e-3
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.4}))
+    both = hub.add_adapters(again, tmp_path / "a")
+    hub.save_adapters(both, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_dropout"] == 0.4
 
 
 def test_what_was_trained_besides_goes_with_them(tmp_path):

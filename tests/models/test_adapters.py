@@ -155,3 +155,60 @@ def test_a_weight_gets_one_adapter_and_an_adapter_none(params):
     chex.assert_trees_all_close(
         again.apply(more, TOKENS).logits, model.apply(stirred(start), TOKENS).logits, rtol=1e-5, atol=1e-5
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- dropout
+
+
+def dropping(rate=0.5, rules=".*/attn/q"):
+    wanted = [(rules, LoRA(4, dropout=rate)), (".*", None)]
+    model, start = lora(MODEL, jax.jit(MODEL.init)(jax.random.key(0)), wanted, jax.random.key(1))
+    return model, stirred(start)
+
+
+def test_dropout_is_on_the_adapters_input_alone():
+    """By hand on one product: the base sees all of x, the adapter what is left of it, divided by what stays."""
+    rng = np.random.default_rng(0)
+    w, down, up = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 8), (2, 8), (6, 2)))
+    x = jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32)
+    leaf = Adapted(w, down, up, jnp.float32(0.5), jnp.float32(0.25), jax.random.key(7))
+    kept = np.asarray(leaf.dropped(jnp.ones_like(x)), np.float64)
+    assert set(np.unique(kept.round(4))) == {0.0, 1.3333} and 0.1 < (kept == 0).mean() < 0.4
+    want = np.asarray(x) @ np.asarray(w).T + 0.5 * (np.asarray(x) * kept) @ np.asarray(down).T @ np.asarray(up).T
+    np.testing.assert_allclose(ops.einsum("BTI,OI->BTO", x, leaf), want, rtol=1e-5, atol=1e-5)
+    images = jnp.asarray(rng.normal(size=(2, 4, 4, 2)), jnp.float32)  # a kernel of 2 x 2, flattened
+    kept = np.asarray(leaf.dropped(jnp.ones_like(images)))
+    plain = lambda x, w: np.asarray(ops.conv(jnp.asarray(x), jnp.asarray(w), kernel=(2, 2)), np.float64)
+    product = np.asarray(up) @ np.asarray(down)
+    want = plain(images, w) + 0.5 * plain(np.asarray(images) * kept, product)
+    np.testing.assert_allclose(ops.conv(images, leaf, kernel=(2, 2)), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(decode(leaf), decode(Adapted(w, down, up, jnp.float32(0.5))))
+
+
+def test_dropout_is_a_function_of_the_step_and_of_training_alone():
+    model, params = dropping()
+    plain = tree.unflatten({path: a for path, a in tree.flatten(params).items() if not path.endswith("/dropout")})
+    run = jax.jit(lambda params, key, train: model.apply(params, TOKENS, rng=key, train=train).logits, static_argnums=2)
+    one, two = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_array_equal(run(params, one, True), run(params, one, True))
+    assert np.abs(run(params, one, True) - run(params, two, True)).max() > 1e-3
+    np.testing.assert_array_equal(run(params, one, False), run(plain, one, False))
+    np.testing.assert_allclose(run(params, one, True), run(tree.unstack(params), one, True), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_dropout_repeats_and_goes_on(tmp_path):
+    model, start = dropping(0.3, ".*/(attn|mlp)/.*")
+    config = train.TrainConfig(steps=6, save_every=3, learning_rate=1e-2, trainable=ADAPTERS, accumulate=2)
+    whole, _ = train.fit(model, STREAM, config, params=start)
+    stop = train.Supervisor(stop=lambda i: i == 3)
+    train.fit(model, STREAM, config, params=start, checkpoints=tmp_path, supervisor=stop)
+    again, _ = train.fit(model, STREAM, config, params=start, checkpoints=tmp_path)
+    assert train.fingerprint(again) == train.fingerprint(whole)
+    rates = {path: a for path, a in tree.flatten(whole.params).items() if path.endswith("/dropout")}
+    assert rates and all(bool(jnp.all(a == jnp.float32(0.3))) for a in rates.values())  # a setting, which does not train
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan"), "a"])
+def test_a_dropout_that_is_none_is_refused(rate):
+    with pytest.raises(InputError, match="dropout: .* given; allowed: at least 0 and below 1"):
+        LoRA(4, dropout=rate)

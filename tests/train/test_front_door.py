@@ -225,3 +225,15 @@ def test_an_optimizer_by_name_is_a_value_of_the_config():
 def test_the_rate_search_takes_the_same():
     found = train.find_lr(MODEL, (X, Y), steps=8)
     assert len(found.losses) and isinstance(as_batches(PAIRS), Listed)
+
+
+def test_a_real_data_loader():
+    """Where torch is installed; else the stand-in above has its form."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.data import DataLoader, TensorDataset
+
+    x, y = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32), np.arange(20) % 3
+    loader = DataLoader(TensorDataset(torch.tensor(x), torch.tensor(y)), batch_size=8, shuffle=True)
+    model = mlp.model(mlp.Config(4, (8,), 3))
+    state, history = train.fit(model, loader, train.TrainConfig(steps=7, log_every=1))
+    assert int(state.step) == 7 and all(np.isfinite(row["loss"]) for row in history)
