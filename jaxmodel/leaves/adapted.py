@@ -61,7 +61,7 @@ class Adapted(Compressed):
         """What the adapter reads of an input: in training each element as zero with a probability, else divided by the rest."""
         if self.key is None:
             return x
-        kept = 1 - self.dropout.astype(jnp.float32)
+        kept = 1 - jax.lax.stop_gradient(self.dropout).astype(jnp.float32)
         keep = jax.random.bernoulli(self.key, kept, x.shape)
         return jnp.where(keep, x / kept.astype(x.dtype), jnp.zeros((), x.dtype))
 
