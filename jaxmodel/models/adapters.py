@@ -57,7 +57,7 @@ class LoRA:
     rank: int = 8
     alpha: float | int | None = None
     rslora: bool = False
-    dropout: float = 0.0
+    dropout: float | int = 0.0
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank)

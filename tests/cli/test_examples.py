@@ -78,7 +78,7 @@ def test_labels_make_a_classifier(room, capsys):
     assert hub.from_pretrained(out).labels == ("neg", "pos")
     (room / "one.txt").write_text("is a bad film")
     code, said, _ = run(capsys, "predict", out, "--input", room / "one.txt", "--runs", room / "runs")
-    assert code == 0 and "neg" in json.dumps(said["files"]).split("pos")[0]
+    assert code == 0 and said["rows"][0]["label"] == "neg"
 
 
 def test_wrong_rows_are_named(room, capsys):

@@ -197,7 +197,7 @@ def test_dropout_is_a_function_of_the_step_and_of_training_alone():
 
 
 def test_a_run_with_dropout_repeats_and_goes_on(tmp_path):
-    model, start = dropping(0.3, ".*/(attn|mlp)/.*")
+    model, start = dropping(0.3, ".*/(q|up)")
     config = train.TrainConfig(steps=6, save_every=3, learning_rate=1e-2, trainable=ADAPTERS, accumulate=2)
     whole, _ = train.fit(model, STREAM, config, params=start)
     stop = train.Supervisor(stop=lambda i: i == 3)
@@ -208,7 +208,7 @@ def test_a_run_with_dropout_repeats_and_goes_on(tmp_path):
     assert rates and all(bool(jnp.all(a == jnp.float32(0.3))) for a in rates.values())  # a setting, which does not train
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan"), "a"])
+@pytest.mark.parametrize("rate", [-0.1, 1, float("nan")])
 def test_a_dropout_that_is_none_is_refused(rate):
     with pytest.raises(InputError, match="dropout: .* given; allowed: at least 0 and below 1"):
         LoRA(4, dropout=rate)
