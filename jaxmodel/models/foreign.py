@@ -42,7 +42,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import leaves, ops, tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves.adapted import SUFFIX
 from jaxmodel.models.adapters import read_adapters
 from jaxmodel.models.counted import linen_counting, nnx_counting
 from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
@@ -265,6 +264,9 @@ def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], ru
                     out, kept = module.apply(variables, rngs=keys, method=method, mutable=list(state))
                 else:
                     out, kept = module.apply(variables, rngs=keys, method=method), state
+        except flax.errors.ScopeParamShapeError as error:
+            given = ", ".join(f"{name} {list(a.shape)}" for name, a in inputs.items())
+            raise InputError(f"inputs: {given} given; they do not fit the module: {str(error).split(' (https')[0]}") from None
         except flax.errors.InvalidRngError as error:
             raise _no_rng(str(error).split(" (https")[0]) if rng is None else error from None
         return _array(out), nn.meta.unbox(flax.core.unfreeze(kept))
@@ -283,8 +285,6 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
     ) -> tuple[jax.Array, dict[str, Any]]:
         if cache is not None:
             raise InputError("cache: given to a foreign module; allowed: None, it has none of ours")
-        if train and any(path.endswith(f"{SUFFIX}/dropout") for path in tree.flatten(params)):
-            raise InputError("dropout: given for adapters of a foreign module, which is run whole; allowed: LoRA(dropout=0)")
         state = tree.flatten(params.get(STATE, {}))
         counts, inputs = inputs.get(COUNTS), {name: a for name, a in inputs.items() if name != COUNTS}
         if watched := {path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, ops.Measured)}:
@@ -375,6 +375,8 @@ def _plain(params: tree.Params) -> tree.Params:
             raise InputError(
                 f"params: {path!r} is a probe; a foreign module has none of our products, which are what it measures"
             )
+        if isinstance(leaf, leaves.Adapted) and leaf.key is not None:
+            raise InputError("dropout: given for adapters of a foreign module, which is run whole; allowed: LoRA(dropout=0)")
         return leaves.decode(leaf)
 
     return tree.map_leaves(plain, read_adapters(tree.unstack(params)))

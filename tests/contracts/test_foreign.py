@@ -395,6 +395,16 @@ def test_what_it_cannot_do_is_refused_in_one_line():
     refused(lambda: case.model.apply(case.params, case.inputs, cache=1), "cache: given to a foreign module")
     observe = lambda: compress.observe(case.model, case.params, [case.inputs], paths=".*kernel")
     refused(observe, "kernel' is a probe; a foreign module has none of our products")
+    refused(
+        lambda: case.model.apply(case.params, numbers(4, 6)),
+        "inputs: inputs [4, 6] given; they do not fit the module: For parameter",
+    )
+    adapted, params = train.lora(case.model, case.params, [(".*kernel", train.LoRA(2, dropout=0.1)), (".*", None)], KEY)
+    adapted.apply(params, case.inputs)
+    refused(
+        lambda: adapted.apply(params, case.inputs, rng=KEY, train=True),
+        "dropout: given for adapters of a foreign module, which is run whole; allowed: LoRA(dropout=0)",
+    )
     refused(lambda: set_state(_gpt2(), {}, jnp.zeros((1, 1))), "allowed: one of from_linen or from_nnx")
     refused(lambda: from_linen(nn.Dense, numbers(1, 2)), "given; allowed: a Linen module that is made, such as nn.Dense(3)")
     refused(lambda: from_nnx(5, numbers(1, 2)), "module: 5 given; allowed: an nnx module, or what makes one from `rngs`")
