@@ -227,7 +227,7 @@ def _whole(bundle: Any, names: tuple[Name, ...], also: str | None) -> dict[str, 
                     f"also: {layer!r} is compressed or a part of a tensor; allowed: plain leaves that are one tensor"
                 )
             array = np.asarray(leaf[i] if tree.is_stacked(path) else leaf)
-            out[name.tensors(number)[0]] = np.array(to_file(name, array), order="C")
+            out[name.at(number)] = np.array(to_file(name, array), order="C")
     if not out:
         raise InputError(f"also: {also!r} matches no leaf; nearest: {', '.join(nearest(also, tree.flatten(base)))}")
     return out
@@ -347,7 +347,7 @@ class _Layout:
     def adapted(self, path: str) -> tuple[Name, str]:
         """The entry of a leaf with an adapter, and the name of its module."""
         name, layer = find(self.names, path)
-        return name, name.tensors(layer)[0].removesuffix(".weight")
+        return name, name.at(layer).removesuffix(".weight")
 
 
 def _parts(

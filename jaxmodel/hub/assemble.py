@@ -116,7 +116,7 @@ def assemble(
 def _reader(tensors: Tensors, family: Family, name: Name, layer: str, shape: tuple[int, ...]) -> Read:
     """What reads a part of a plain leaf, whose tensors the file may spell in another way."""
     spelt = [dataclasses.replace(name, tensor=tensor) for tensor in family.spelt(name.tensor)]
-    entry = next(entry for entry in spelt if entry.tensors(layer)[0] in tensors.names())
+    entry = next(entry for entry in spelt if entry.at(layer) in tensors.names())
     return lambda index: read_leaf(tensors, entry, layer, shape, index)
 
 
@@ -189,7 +189,7 @@ def _check_rest(
             continue
         used.add(name)
         entry, layer = find(names, path)
-        original = place(entry.tensors(layer)[0])
+        original = place(entry.at(layer))
         if original is not None and not _equal(tensors, name, original):
             raise InputError(f"{tensors.where}: the tensor {name!r} is not {original!r}, to which this config ties it")
     extra = [name for name in tensors.names() if name not in used and not ignored.fullmatch(name)]

@@ -30,7 +30,7 @@ from jaxmodel.hub import adapters, foreign, images, keys, meaning, schemas, voca
 from jaxmodel.hub import tokenizer as tokenizers
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.families import OWN, family_of, family_of_kind
-from jaxmodel.hub.files import WEIGHTS, check_target, open_folder, replacing
+from jaxmodel.hub.files import WEIGHTS, check_depth, check_target, count_tensors, open_folder, replacing
 from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, to_file
 from jaxmodel.leaves import expand, to_tensors
 from jaxmodel.leaves.fields import digest
@@ -260,6 +260,7 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
             "GGUF file, and compress that here"
         )
     family = family_of_kind(str(hf.get("model_type")), f"{where}: model_type")
+    check_depth(hf, where, lambda: count_tensors(folder))
     try:
         config = family.config_from_hf(hf)
         if not family.kinds[0].startswith(OWN):
@@ -339,7 +340,7 @@ def _tensors(bundle: Bundle, names: tuple[Name, ...]) -> Iterator[tuple[str, np.
                 for tensor, array in zip(name.tensors(layer), experts, strict=True):
                     yield tensor, to_file(name, array)
             else:
-                tensor = name.tensors(layer)[0]
+                tensor = name.at(layer)
                 found = parts.setdefault(tensor, {})
                 found[name.part[0]] = name, layer, to_file(name, one[""])
                 if len(found) == waiting[tensor]:
@@ -354,7 +355,7 @@ def _parts_of_tensors(bundle: Bundle, names: tuple[Name, ...]) -> dict[str, int]
         for layer_path in tree.layer_paths(path) if to_tensors(leaf)[1] is None else ():
             name, layer = find(names, layer_path)
             if name.part is not None:
-                tensor = name.tensors(layer)[0]
+                tensor = name.at(layer)
                 count[tensor] = count.get(tensor, 0) + 1
     return count
 

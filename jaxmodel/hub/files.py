@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,40 @@ def open_folder(folder: Path) -> Iterator[Folder]:
                 raise InputError(f"{folder / shard}: not a whole safetensors file: {error}") from None
             files |= dict.fromkeys(file.keys(), file)
         yield Folder(str(folder), files)
+
+
+_DEPTH = re.compile(r"(num_.*layers|n_layers?|.*depth|layers|blocks|stages|.*block_count)", re.ASCII)
+_FEW = 1000  # layers are never too many to be looked for
+
+
+def check_depth(config: Any, where: str, tensors: Callable[[], int]) -> None:
+    """Refuse a config of more layers than there are tensors, before anything is made for each of them.
+
+    Args:
+      config: config.json, or the metadata of a GGUF file.
+      where: it stands, for the message.
+      tensors: how many the files have; asked only for a depth that is none of a usual model.
+
+    Raises:
+      InputError: there are fewer.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_depth(value, where, tensors)
+        several = value if isinstance(value, list) else [value]
+        deep = max((one for one in several if type(one) is int), default=0) if _DEPTH.fullmatch(key) else 0
+        if deep > _FEW and deep > (most := tensors()):
+            raise InputError(f"{where}: {key} is {deep:,}; the files have {most:,} tensors, and every layer needs one")
+
+
+def count_tensors(folder: Path) -> int:
+    """How many tensors the files of a folder have.
+
+    Raises:
+      InputError: as `open_folder`.
+    """
+    with open_folder(folder) as tensors:
+        return len(tensors.names())
 
 
 BUNDLE, ADAPTERS = "config.json", "adapter_config.json"  # of which a folder of weights, or of adapters alone, has the first

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxmodel import schema, tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, border
 from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.models import Model
 
@@ -69,9 +69,13 @@ class Name:
         """The entry for a part that is a tensor of its own, because its siblings have another form."""
         return dataclasses.replace(self, tensor=self.packed, part=None, woven=False)
 
-    def tensors(self, layer: str) -> list[str]:
-        """The names of the file's tensors behind the leaf of a layer."""
-        return [self.tensor.replace("{expert}", str(e)).format(layer) for e in range(max(self.experts, 1))]
+    def at(self, layer: str, expert: int = 0) -> str:
+        """The name of the file's tensor behind the leaf of a layer, or behind one expert of it."""
+        return self.tensor.replace("{expert}", str(expert)).format(layer)
+
+    def tensors(self, layer: str) -> Iterator[str]:
+        """Those of all experts, made one by one, since a config can claim any number of them."""
+        return (self.at(layer, expert) for expert in range(max(self.experts, 1)))
 
     def rows(self, count: int) -> np.ndarray:
         """Where the rows of our leaf stand in a file whose rows are in rotary pairs."""
@@ -120,10 +124,11 @@ def read_leaf(tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], 
       shape: of the whole leaf.
       index: a slice for each axis of the leaf, with its start and stop.
     """
-    stored = name.tensors(layer)
     if name.experts:
-        return np.stack([_read(tensors, stored[e], name, shape[1:], index[1:]) for e in range(index[0].start, index[0].stop)])
-    return _read(tensors, stored[0], name, shape, index)
+        return np.stack(
+            [_read(tensors, name.at(layer, e), name, shape[1:], index[1:]) for e in range(index[0].start, index[0].stop)]
+        )
+    return _read(tensors, name.at(layer), name, shape, index)
 
 
 def _read(tensors: Tensors, stored: str, name: Name, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
@@ -261,8 +266,13 @@ def fixed(hf: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
 
 
 def layer_shapes(model: Model) -> tree.Params:
-    """The shapes of all leaves, a layer each."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    """The shapes of all leaves, a layer each.
+
+    Raises:
+      InputError: no array has such a size.
+    """
+    with border("config: its sizes are too large for arrays, or do not fit together"):
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
     leaves: dict[str, Any] = {}
     for path, leaf in tree.flatten(shapes).items():
         for layer in tree.layer_paths(path):

@@ -18,6 +18,7 @@ from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
 from jaxmodel.hub.bundle import OURS, Bundle, check_vocabulary, load
 from jaxmodel.hub.families import family_of_kind
+from jaxmodel.hub.files import check_depth
 from jaxmodel.hub.gguf import PLAIN_TYPES, find_smollm2, read_gguf
 from jaxmodel.hub.names import check_fields
 from jaxmodel.hub.published import WEIGHTS, where
@@ -177,6 +178,8 @@ def _from_gguf(
     file = read_gguf(path)
     family = family_of_kind(str(file.metadata.get("general.architecture")), f"{path.name}: general.architecture", gguf=True)
     assert family.config_from_gguf is not None and family.gguf_names is not None
+    named = {key.rpartition(".")[2]: value for key, value in file.metadata.items()}
+    check_depth(named, path.name, lambda: len(file.tensors))
     try:
         config = check_fields(family.config_from_gguf(file), path.name)
     except InputError as error:

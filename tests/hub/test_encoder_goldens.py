@@ -109,7 +109,7 @@ def test_gradients(golden: Golden) -> None:
     names, seen = tuple(family_of(bundle.model)[0].names(bundle.model.config)), set()
     for path, leaf in tree.flatten(tree.unstack(grads)).items():
         name, layer = find(names, path)
-        stem = name.tensors(layer)[0]
+        stem = name.at(layer)
         key = next((f"grad:{t}" for t in (stem, stem.split(".", 1)[-1]) if f"grad:{t}" in want), None)
         if key is None:
             continue

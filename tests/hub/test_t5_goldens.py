@@ -83,7 +83,7 @@ def test_gradients(golden: Golden) -> None:
     names, seen = tuple(family.names(bundle.model.config)), set()
     for path, leaf in tree.flatten(tree.unstack(grads)).items():
         name, layer = find(names, path)
-        key = f"grad:{name.tensors(layer)[0]}"
+        key = f"grad:{name.at(layer)}"
         if key in want:
             seen.add(key)
             size = np.abs(want[key]).max()
