@@ -113,6 +113,24 @@ def assemble(
     return tree.unflatten(out)
 
 
+def settle(config: Any, family: Family, tensors: Tensors) -> Any:
+    """The config that a file means whose head tells whether it is tied, as transformers 5 reads it.
+
+    Args:
+      config: as config.json says it.
+      family: of the file.
+      tensors: the file.
+    """
+    if not hasattr(config, "tied") or "lm_head.weight" not in family.copies:
+        return config
+    table = next(name.tensor for name in family.names(config) if name.path == family.copies["lm_head.weight"])
+    there = tensors.names()
+    head, table = (next((name for name in family.spelt(one) if name in there), None) for one in ("lm_head.weight", table))
+    if head is None or table is None:
+        return family.settle(config, None if head is None else not config.tied)
+    return family.settle(config, not config.tied or not _equal(tensors, head, table))
+
+
 def _reader(tensors: Tensors, family: Family, name: Name, layer: str, shape: tuple[int, ...]) -> Read:
     """What reads a part of a plain leaf, whose tensors the file may spell in another way."""
     spelt = [dataclasses.replace(name, tensor=tensor) for tensor in family.spelt(name.tensor)]

@@ -28,7 +28,7 @@ from jaxmodel import layers, schema, tree
 from jaxmodel.errors import InputError, require
 from jaxmodel.hub import adapters, foreign, images, keys, meaning, schemas, vocabularies
 from jaxmodel.hub import tokenizer as tokenizers
-from jaxmodel.hub.assemble import assemble
+from jaxmodel.hub.assemble import assemble, settle
 from jaxmodel.hub.families import OWN, family_of, family_of_kind
 from jaxmodel.hub.files import WEIGHTS, check_depth, check_target, count_tensors, open_folder, replacing
 from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, to_file
@@ -56,7 +56,8 @@ class Bundle:
       model: pure functions.
       params: the stored form: separate leaves, packed.
       processor: the tokenizer (which has the image processor of a model of both), the image processor, or None.
-      card: what is known about it: name, source, training data, compression report; names of classes that its config has not.
+      card: what is known about it: name, source, training data, compression report; names of classes that its config has not;
+        `special_ids` of a folder without a tokenizer.
     """
 
     model: Model
@@ -164,7 +165,7 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
     fields = _static_fields(bundle, names)
     policy = dataclasses.asdict(bundle.model.policy)
     del policy["axes"]  # they belong to a mesh
-    config |= _special_ids(bundle.processor)
+    config |= _special_ids(bundle.processor, bundle.card)
     ours = {
         "format": FORMAT,
         "family": family.name,
@@ -206,16 +207,23 @@ def load(
     ours = _read_ours(folder / OURS, family.name, config) if (folder / OURS).exists() else {}
     stored = ours["policy"] if ours else Policy()
     how: Policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
-    model = family.module.model(config, how) if made is None else made.with_policy(how)
     processor = tokenizers.from_folder(folder) if tokenizers.is_there(folder) else images.from_folder(folder)
     check_vocabulary(config, processor, str(folder))
     kind = dtype or (None if ours else "float32")
-    with open_folder(folder) as tensors:
-        fields = ours.get("leaves", {})
-        params = assemble(model, family, family.names(config), family.view(tensors), fields=fields, dtype=kind, mesh=mesh)
+    with open_folder(folder) as opened:
+        tensors, fields = family.view(opened), ours.get("leaves", {})
+        config = config if ours else settle(config, family, tensors)
+        model = family.module.model(config, how) if made is None else made.with_policy(how)
+        params = assemble(model, family, family.names(config), tensors, fields=fields, dtype=kind, mesh=mesh)
     if made is not None:
         params = tree.unstack(params)  # a layer each, as the module itself has them
+    if not ours and not isinstance(processor, tokenizers.Tokenizer) and hasattr(config, "vocab") and made is None:
+        card = card | {"special_ids": ids} if (ids := meaning.special_ids(folder)) else card
     bundle = Bundle(model, params, processor, ours.get("card", card))
+    if (folder / adapters.FILE).exists() and not (folder / adapters.CONFIG).exists():
+        raise InputError(
+            f"{folder}: {adapters.FILE!r} without {adapters.CONFIG!r}, which says what it means; remove it or add that"
+        )
     if ours.get("adapters") or (folder / adapters.CONFIG).exists():
         return adapters.add_adapters(bundle, folder, mesh=mesh)
     return bundle
@@ -291,10 +299,13 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     return {**ours, "policy": schema.make(ours["policy"], Policy, str(path), "policy")}
 
 
-def _special_ids(processor: Any) -> dict[str, Any]:
-    """Where a text begins and ends: what transformers would otherwise take from GPT-2's or Llama's own vocabulary."""
+def _special_ids(processor: Any, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a text begins and ends: what transformers would otherwise take from GPT-2's or Llama's own vocabulary.
+
+    Without a tokenizer these are the ids of the folder that was read, which the card keeps.
+    """
     if not isinstance(processor, tokenizers.Tokenizer):
-        return {"bos_token_id": None, "eos_token_id": None}
+        return {"bos_token_id": None, "eos_token_id": None} | dict(card.get("special_ids", {}))
     ends = processor.eos_ids
     end = list(ends) if len(ends) > 1 else next(iter(ends), None)
     return {"bos_token_id": processor.bos_id, "eos_token_id": end, "pad_token_id": processor.pad_id}

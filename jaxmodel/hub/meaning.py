@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.hub.schemas import Modules, Pooling, Prompts, Sentences
+from jaxmodel.hub.schemas import Config, Generation, Modules, Pooling, Prompts, Sentences
 from jaxmodel.models.sentences import POOLINGS
 
 _OLD = {
@@ -54,6 +54,16 @@ def without_meaning(config: Any) -> tuple[Any, dict[str, Any]]:
     usual = {f.name: f.default for f in dataclasses.fields(config) if f.name in ("problem", "pooling")}
     problem = getattr(config, "problem", "")
     return dataclasses.replace(config, **usual), {"problem_type": problem} if problem else {}
+
+
+def special_ids(folder: Path) -> dict[str, Any]:
+    """The ids that begin, end and pad a text, by their key: of generation_config.json, else of config.json; {} for none."""
+    hf = schema.read(folder / "config.json", Config)
+    said = schema.read(folder / "generation_config.json", Generation, missing=True)
+    found = {}
+    for part in (hf.get("text_config") or {}, hf, said):
+        found |= {key: part[key] for key in Generation.__annotations__ if part.get(key) is not None}
+    return found
 
 
 def _pooling(folder: Path) -> tuple[str, ...] | None:

@@ -191,6 +191,7 @@ class Family:
       config_from_gguf: an open GGUF file -> Config.
       gguf_ignored: as `ignored`, of GGUF: what `config_from_gguf` has read.
       copies: tensor -> the leaf that it must equal, where a file may hold a copy of a tied one.
+      settle: a config and whether the file has a head of its own (None for no head at all) -> the config that the file means.
     """
 
     module: ModuleType
@@ -209,6 +210,7 @@ class Family:
     card: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
     unread: str = r"(?!)"
     view: Callable[[Tensors], Tensors] = lambda tensors: tensors
+    settle: Callable[[Any, bool | None], Any] = lambda config, own: dataclasses.replace(config, tied=False) if own else config
 
     def spelt(self, tensor: str) -> Iterator[str]:
         """The names that a tensor may have in a file."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxmodel import schema
 from jaxmodel.errors import InputError, nearest, require
 from jaxmodel.hub import meaning
 from jaxmodel.hub import tokenizer as tokenizers
@@ -22,6 +23,7 @@ from jaxmodel.hub.files import check_depth
 from jaxmodel.hub.gguf import PLAIN_TYPES, find_smollm2, read_gguf
 from jaxmodel.hub.names import check_fields
 from jaxmodel.hub.published import WEIGHTS, where
+from jaxmodel.hub.schemas import Adapter
 from jaxmodel.models import sizes
 from jaxmodel.ops import Policy
 
@@ -75,7 +77,8 @@ def from_pretrained(
         folders, else float32.
       mesh: places the params by the model's rules; each device's slice is read by itself.
       packed: leave the blocks of a GGUF file packed: its matrices become `QTensor` leaves that decode to the same weights.
-      adapters: a folder in PEFT's layout or a hub id, or several, of adapters (LoRA) for the model; see `add_adapters`.
+      adapters: a folder in PEFT's layout or a hub id, or several, of adapters (LoRA) for the model; see `add_adapters`. Those
+        that lie beside the model's own weights (adapter_config.json, adapter_model.safetensors) are added by themselves.
       module: the Flax module whose weights a folder of ours holds (`Net(3)`, its class, or a model of `models.from_linen` or
         `models.from_nnx`): its code is not in the folder, and never imported from where the folder says that it is.
       revision: branch, tag or commit of a hub id; None for its main branch.
@@ -161,9 +164,10 @@ def _from_folder(
     name: str,
 ) -> Bundle:
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        base = schema.read(path / "adapter_config.json", Adapter).get("base_model_name_or_path") or "the model they were made for"
         raise InputError(
-            f"{path}: it holds adapters alone (adapter_config.json), no model; load the model that they were made for, with "
-            "adapters=this folder"
+            f"{path}: it holds adapters alone (adapter_config.json), no model; give from_pretrained({base!r}, "
+            f"adapters={str(path)!r})"
         )
     bundle = load(path, policy, dtype, mesh, module, ignore)
     if (path / OURS).exists():

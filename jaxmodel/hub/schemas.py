@@ -253,7 +253,7 @@ class Generation(TypedDict, total=False):
 
     bos_token_id: Ids
     eos_token_id: Ids
-    pad_token_id: Ids
+    pad_token_id: int | list[Index] | None  # -1 for none
 
 
 class Ends(TypedDict, total=False):

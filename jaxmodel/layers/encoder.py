@@ -29,8 +29,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": _quick_gelu,
     "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
-"""By name: GELU (Hendrycks & Gimpel, 2016), its two approximations by tanh and by a sigmoid, and ReLU."""
+"""By name: GELU (Hendrycks & Gimpel, 2016), its two approximations by tanh and by a sigmoid, ReLU, and SiLU (Swish)."""
 
 
 class EncoderBlock(nn.Module):

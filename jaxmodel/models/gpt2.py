@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
-from jaxmodel.errors import InputError
-from jaxmodel.layers import MLP, Attention, LayerNorm, init_layers
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.layers import ACTIVATIONS, MLP, Attention, LayerNorm, init_layers
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
@@ -35,6 +35,8 @@ class Config:
       context: the longest sequence: learnt positions.
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
+      activation: of the feed-forward part, a name of `layers.ACTIVATIONS`.
+      mlp_width: F; 0 for four times the width.
     """
 
     vocab: int
@@ -44,11 +46,17 @@ class Config:
     context: int
     norm_eps: float = 1e-5
     init_scale: float = 0.02
+    activation: str = "gelu_tanh"
+    mlp_width: int = 0
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "context"))
         if self.width % self.heads:
             raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        if self.mlp_width < 0:
+            raise InputError(f"mlp_width: {self.mlp_width} given; allowed: at least 1, or 0 for four times the width")
 
 
 SIZES = {
@@ -90,7 +98,7 @@ class _Block(nn.Module):
         normal = nn.initializers.normal(c.init_scale)
         out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
         mix = Attention(c.heads, c.heads, c.width // c.heads, True, normal, out, self.policy, name="attn")
-        mlp = MLP(4 * c.width, nn.gelu, False, True, normal, out, self.policy, name="mlp")
+        mlp = MLP(c.mlp_width or 4 * c.width, ACTIVATIONS[c.activation], False, True, normal, out, self.policy, name="mlp")
         y, cache = mix(LayerNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer)
         x = x + y
         return x + mlp(LayerNorm(c.norm_eps, name="mlp_norm")(x)), cache

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import MLP, Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
+from jaxmodel.layers import ACTIVATIONS, MLP, Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
@@ -56,7 +55,7 @@ class Config:
       o_bias: whether o has one.
       mlp_bias: whether gate, up and down have biases.
       qk_norm: whether each head's queries and keys are normed.
-      activation: of the gate, "silu" or "gelu_tanh".
+      activation: of the gate, a name of `layers.ACTIVATIONS`.
       norm_offset: added to the weight of every norm.
       post_norms: whether the result of each part is normed too.
       embed_scale: factor of the embedding.
@@ -148,9 +147,6 @@ class Config:
     def expert_layers(self) -> int:
         """How many layers have experts."""
         return len(set(range(self.depth)) - set(self.dense_layers)) if self.experts else 0
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
 
 def _gemma(*sizes: Any, **more: Any) -> Config:

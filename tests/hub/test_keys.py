@@ -19,6 +19,10 @@ from jaxmodel.hub.keys import HARMLESS, Keys, defaults
 KINDS = sorted(kind for family in families().values() for kind in family.kinds if not kind.startswith(OWN))
 # What transformers does not use either where the other keys are as they are by default.
 WITHOUT_EFFECT = {
+    "dinov2": {
+        *("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states"),  # of a backbone
+        "layerscale_value",
+    },
     "distilbert": {"sinusoidal_pos_embds"},
     "gemma3": {"mm_tokens_per_image", "vision_config"},
     "gemma3_text": {"_sliding_window_pattern"},  # layer_types says it
@@ -28,7 +32,7 @@ WITHOUT_EFFECT = {
     "qwen3": {"max_window_layers", "sliding_window"},
     "qwen3_moe": {"sliding_window"},
     "smollm3": {"no_rope_layer_interval", "sliding_window", "use_sliding_window"},
-    "t5": {"tie_word_embeddings"},  # scale_decoder_outputs says it
+    "t5": {"feed_forward_proj"},  # dense_act_fn and is_gated_act say it
     "vit": {"encoder_stride"},
 }
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.hub import from_pretrained
+from jaxmodel.hub.families.bert import activation, activation_to_hf
 from jaxmodel.hub.families.llama import FAMILY
+from jaxmodel.layers import ACTIVATIONS
 from jaxmodel.ops import RopeScaling
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -96,9 +101,59 @@ def test_a_folder_without_weights_that_are_read(file: str, says: str, tmp_path: 
 
 
 def test_adapters_alone(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="it holds adapters alone"):
-        from_pretrained(tmp_path)
+    for said, base in (("{}", "the model they were made for"), ('{"base_model_name_or_path": "org/base"}', "org/base")):
+        (tmp_path / "adapter_config.json").write_text(said)
+        with pytest.raises(InputError, match=f"it holds adapters alone .*from_pretrained.'{base}', adapters='{tmp_path}'"):
+            from_pretrained(tmp_path)
+
+
+def test_adapters_without_what_they_mean(tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "llama-untied", tmp_path / "a")
+    shutil.copy(tmp_path / "a" / "model.safetensors", tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="'adapter_model.safetensors' without 'adapter_config.json'"):
+        from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "want"),
+    [
+        (
+            {"bos_token_id": 3, "eos_token_id": 7, "pad_token_id": -1},
+            {},
+            {"bos_token_id": 3, "eos_token_id": 7, "pad_token_id": -1},
+        ),
+        ({"eos_token_id": 7}, {"eos_token_id": [7, 9]}, {"bos_token_id": None, "eos_token_id": [7, 9]}),
+        ({"bos_token_id": None, "eos_token_id": None}, {}, {"bos_token_id": None, "eos_token_id": None}),
+    ],
+)
+def test_the_ends_of_a_text_are_kept_without_a_tokenizer(config: Any, generation: Any, want: Any, tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "llama-untied", tmp_path / "a")
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    hf = json.loads((tmp_path / "a" / "config.json").read_text())
+    hf = {key: value for key, value in hf.items() if key not in keys} | config
+    (tmp_path / "a" / "config.json").write_text(json.dumps(hf))
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(generation))
+    once = from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for folder in (once, from_pretrained(once).save_pretrained(tmp_path / "c")):
+        saved = json.loads((folder / "config.json").read_text())
+        assert {key: saved[key] for key in keys if key in saved} == want
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("llama-tied", "LlamaForSequenceClassification"),
+        ("qwen2-a", "Qwen2ForTokenClassification"),
+        ("gpt2-a", "GPT2ForSequenceClassification"),
+        ("phi3-a", "Phi3ForSequenceClassification"),
+    ],
+)
+def test_a_class_with_another_head_is_named(source: str, named: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / source, tmp_path / "a")
+    hf = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(hf | {"architectures": [named]}))
+    with pytest.raises(InputError, match=f"architectures has '{named}'"):
+        from_pretrained(tmp_path / "a")
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
@@ -107,3 +162,35 @@ def test_t5_without_its_shared_table(side: str, tmp_path: Path) -> None:
     folder = renamed("seq2seq/t5-tied", tmp_path / "a", rename)
     want = tree.fingerprint(from_pretrained(GOLDENS / "seq2seq" / "t5-tied").params)
     assert tree.fingerprint(from_pretrained(folder).params) == want
+
+
+def test_a_head_of_its_own_is_kept_where_config_json_ties_it(tmp_path: Path) -> None:
+    """As transformers 5.24 does: what both are is in the file."""
+    shutil.copytree(GOLDENS / "llama-untied", tmp_path / "a")
+    hf = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(hf | {"tie_word_embeddings": True}))
+    want, found = from_pretrained(GOLDENS / "llama-untied"), from_pretrained(tmp_path / "a")
+    assert found.model is want.model and tree.fingerprint(found.params) == tree.fingerprint(want.params)
+
+
+_TANH = lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+_ERF = lambda x: 0.5 * x * (1 + np.array([math.erf(v / 2**0.5) for v in x]))
+_SILU = lambda x: x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("formula", "names"),
+    [
+        (_ERF, ("gelu", "gelu_python")),
+        (_TANH, ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")),
+        (_SILU, ("silu", "swish")),
+        (lambda x: x / (1 + np.exp(-1.702 * x)), ("quick_gelu",)),
+        (lambda x: np.maximum(x, 0), ("relu",)),
+    ],
+)
+def test_activations_by_every_name_that_transformers_has_for_them(formula: Any, names: tuple[str, ...]) -> None:
+    x = np.linspace(-4, 4, 33)
+    for name in names:
+        ours = activation({"hidden_act": name}, "gelu")
+        assert np.abs(np.asarray(ACTIVATIONS[ours](jnp.asarray(x, jnp.float32))) - formula(x)).max() < 1e-6, name
+        assert activation({"hidden_act": activation_to_hf(ours)}, "") == ours

@@ -16,7 +16,8 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.generation import GREEDY, Request, beam_search, decode, generate_ids
 from jaxmodel.hub import Bundle, from_pretrained, train_bpe
-from jaxmodel.hub.families import family_of
+from jaxmodel.hub.families import families, family_of
+from jaxmodel.hub.keys import defaults
 from jaxmodel.hub.names import find
 from jaxmodel.models import t5
 
@@ -66,6 +67,58 @@ def test_logits(golden: Golden) -> None:
     short, length = want["source_mask"][1].sum(), want["mask"][1].sum()
     alone = {"source": want["source"][1:, :short], "tokens": want["tokens"][1:, :length]}
     near(run(bundle.params, jax.tree.map(jnp.asarray, alone)).logits, want["logits"][1:, :length], LIMIT)
+
+
+SAID = {  # scale_decoder_outputs, tie_word_embeddings, of which transformers 5 writes the second as true whatever the file holds
+    "scaled": {"scale_decoder_outputs": True, "tie_word_embeddings": True},
+    "plain": {"scale_decoder_outputs": False, "tie_word_embeddings": True},
+    "first": {"tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("said", SAID)
+def test_the_file_tells_whether_the_head_is_tied(said: str, own: bool, tmp_path: Path) -> None:
+    """And config.json how what it reads is scaled; each as transformers 5.24 computes it, also when saved again."""
+    heads, want = read("heads"), read("t5-tied")
+    hf = json.loads((GOLDENS / "t5-tied" / "config.json").read_text())
+    hf = {key: value for key, value in hf.items() if key not in SAID["scaled"]} | SAID[said]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    tensors = load_file(GOLDENS / "t5-tied" / "model.safetensors")
+    save_file(tensors | ({"lm_head.weight": heads["head"]} if own else {}), tmp_path / "model.safetensors")
+    bundle = from_pretrained(tmp_path)
+    assert ("head" in bundle.params) == own
+    inputs = {name: jnp.asarray(want[name][:1, :9]) for name in ("source", "tokens")}
+    stored = heads[f"{said}-{'own' if own else 'tied'}"]
+    near(bundle.model.apply(bundle.params, inputs).logits, stored, 1e-4 * np.abs(stored).max())
+    again = from_pretrained(bundle.save_pretrained(tmp_path / "again"))
+    assert again.model is bundle.model and tree.fingerprint(again.params) == tree.fingerprint(bundle.params)
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (saved["model_type"], saved["scale_decoder_outputs"]) == ("t5", said == "scaled")
+
+
+@pytest.mark.parametrize(
+    ("said", "form"),
+    [
+        ({"feed_forward_proj": "relu"}, "relu"),
+        ({"feed_forward_proj": "gated-gelu"}, "gated-gelu"),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True}, "gated-gelu"),
+        ({"feed_forward_proj": "gated-gelu_fast"}, "gated-gelu"),
+        ({"feed_forward_proj": "gated-swish"}, "gated-silu"),
+        ({"feed_forward_proj": "relu", "dense_act_fn": "silu", "is_gated_act": True}, "gated-silu"),
+        ({"feed_forward_proj": "gelu"}, None),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"}, None),
+        ({"feed_forward_proj": "relu", "dense_act_fn": "gelu_new"}, None),
+        ({"feed_forward_proj": "gated-relu"}, None),
+    ],
+)
+def test_feed_forward_parts_by_their_names(said: dict[str, object], form: str | None) -> None:
+    hf = {key: value for key, value in defaults()["t5"].items() if key not in ("dense_act_fn", "is_gated_act")} | said
+    if form is None:
+        with pytest.raises(InputError, match="feed_forward_proj .or dense_act_fn.: .* is not known"):
+            families()["t5"].config_from_hf(hf)
+    else:
+        assert families()["t5"].config_from_hf(hf).mlp == form
 
 
 def test_gradients(golden: Golden) -> None:
@@ -172,8 +225,8 @@ def test_older_files(tmp_path: Path) -> None:
     assert found.model.config == want.model.config
     assert tree.fingerprint(found.params) == tree.fingerprint(want.params)
     save_file({**tensors, **extra, "lm_head.weight": extra["lm_head.weight"] + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="'lm_head.weight' is not 'shared.weight', to which this config ties it"):
-        from_pretrained(tmp_path)
+    found = from_pretrained(tmp_path)  # both are kept, as transformers 5 keeps them
+    assert "head" in found.params and found.model.config.scale == 0.25
     (tmp_path / "config.json").write_text(json.dumps({**old, "tie_word_embeddings": False}))
     assert "head" in from_pretrained(tmp_path).params
 
@@ -181,7 +234,7 @@ def test_older_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"feed_forward_proj": "gelu"}, "feed_forward_proj is 'gelu'; this family has 'relu' or 'gated-gelu' or 'gated-silu'"),
+        ({"dense_act_fn": "gelu"}, "feed_forward_proj .or dense_act_fn.: 'gelu' is not known; allowed: gated-gelu, gated-silu"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder is False"),
         ({"relative_attention_num_buckets": 2}, "buckets, distance: 2, 20 given"),
         ({"num_layers": 0}, "num_layers is 0; allowed: a whole number of 1 to 2147483647"),

@@ -17,11 +17,11 @@ _FIXED = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-# of `hidden_act` -> of `layers.ACTIVATIONS`; where several mean the same, the last is what we write
+# of `hidden_act` -> of `layers.ACTIVATIONS`; where several mean the same to transformers, the last is what we write
 ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
+    **dict.fromkeys(("gelu_python", "gelu"), "gelu"),
+    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_tanh"),
+    **dict.fromkeys(("swish", "silu"), "silu"),
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
@@ -43,15 +43,15 @@ _NORMS = {
 _HEAD = {"dense": "cls.predictions.transform.dense", "pool": "bert.pooler.dense", "classes": "classifier"}
 
 
-def activation(hf: Mapping[str, Any], default: str, where: str = "config.json") -> str:
-    """The activation that `hidden_act` names.
+def activation(hf: Mapping[str, Any], default: str, where: str = "config.json", key: str = "hidden_act") -> str:
+    """The activation that a key names, as transformers (5.24) knows it.
 
     Raises:
       InputError: an unknown one.
     """
-    name = hf.get("hidden_act", default)
+    name = hf.get(key, default)
     if name not in ACTIVATIONS:
-        raise unknown(f"{where}: hidden_act", name, ACTIVATIONS)
+        raise unknown(f"{where}: {key}", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 

@@ -92,4 +92,6 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r"embeddings\.mask_token",
     prefix="dinov2.",
+    # what a backbone gives, and the first values of scales that the file has
+    unread="out_features|out_indices|stage_names|apply_layernorm|reshape_hidden_states|layerscale_value",
 )

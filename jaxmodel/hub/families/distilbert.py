@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmodel.errors import unknown
-from jaxmodel.hub.families.bert import ACTIVATIONS, activation_to_hf, architecture, labels, labels_to_hf, linear_names, norm_names
+from jaxmodel.hub.families.bert import activation, activation_to_hf, architecture, labels, labels_to_hf, linear_names, norm_names
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import bert
 
@@ -41,9 +40,6 @@ def _names(config: bert.Config) -> list[Name]:
 def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
     fixed(hf, {"tie_word_embeddings": (True,), "tie_weights_": (True,)})
     head = _ARCHITECTURES[architecture(hf, _ARCHITECTURES, "DistilBertForMaskedLM")]
-    activation = hf.get("activation", "gelu")
-    if activation not in ACTIVATIONS:
-        raise unknown("config.json: activation", activation, ACTIVATIONS)
     return bert.Config(
         vocab=hf.get("vocab_size", 30522),
         width=hf.get("dim", 768),
@@ -54,7 +50,7 @@ def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
         head=head,
         labels=labels(hf) if head == "classify" else (),
         types=0,
-        activation=ACTIVATIONS[activation],
+        activation=activation(hf, "gelu", key="activation"),
         init_scale=hf.get("initializer_range", 0.02),
         pool_activation="relu" if head == "classify" else "tanh",
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmodel.errors import InputError
+from jaxmodel.hub.families.bert import activation, activation_to_hf
+from jaxmodel.hub.families.llama import causal
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import gpt2
 
 _FIXED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -39,8 +39,8 @@ def _names(config: gpt2.Config) -> list[Name]:
 
 def _from_hf(hf: Mapping[str, Any]) -> gpt2.Config:
     fixed(hf, _FIXED)
-    if hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
-        raise InputError(f"config.json: n_inner is {hf['n_inner']}; this family has 4 * n_embd = {4 * hf['n_embd']}")
+    causal(hf)
+    inner = hf.get("n_inner")
     return gpt2.Config(
         vocab=hf["vocab_size"],
         width=hf["n_embd"],
@@ -49,6 +49,8 @@ def _from_hf(hf: Mapping[str, Any]) -> gpt2.Config:
         context=hf.get("n_positions", 1024),
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
         init_scale=hf.get("initializer_range", 0.02),
+        activation=activation(hf, "gelu_new", key="activation_function"),
+        mlp_width=0 if inner in (None, 4 * hf["n_embd"]) else inner,
     )
 
 
@@ -64,7 +66,8 @@ def _to_hf(config: gpt2.Config) -> dict[str, Any]:
         "n_ctx": config.context,
         "layer_norm_epsilon": config.norm_eps,
         "initializer_range": config.init_scale,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else activation_to_hf(config.activation),
+        "n_inner": config.mlp_width or None,
         "tie_word_embeddings": True,
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodel.errors import InputError
+from jaxmodel.hub.families.bert import activation, activation_to_hf
 from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
@@ -83,13 +84,14 @@ def names(config: llama.Config) -> list[Name]:
 def config_from_hf(hf: dict[str, Any]) -> llama.Config:
     """The config that a config.json of these kinds says."""
     kind, gemma = hf["model_type"], hf["model_type"] in _GEMMA
+    causal(hf)
     hf = _DEFAULTS[kind] | hf
     biased = bool(hf.get("attention_bias")) and kind == "llama"
     without = {} if kind == "llama" else {"attention_bias": (False,), "mlp_bias": (False,)}
-    activation = {"hidden_activation": ("gelu_pytorch_tanh",)} if gemma else {"hidden_act": ("silu",)}
+    act = activation(hf, "gelu_pytorch_tanh", key="hidden_activation") if gemma else activation(hf, "silu")
     if kind == "gemma3_text":  # transformers reads the key and does not use it
         fixed(hf, {"attn_logit_softcapping": (None,)})
-    fixed(hf, {**without, **activation, "use_bidirectional_attention": (False, None), "partial_rotary_factor": (1.0, None)})
+    fixed(hf, {**without, "use_bidirectional_attention": (False, None), "partial_rotary_factor": (1.0, None)})
     heads, local = hf["num_attention_heads"], None
     # Where both are there rope_scaling counts (people add it to what transformers 5 saved), and its context stands beside it.
     rope, extended = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
@@ -127,7 +129,7 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
         o_bias=biased,
         mlp_bias=kind == "llama" and bool(hf.get("mlp_bias")),
         qk_norm=kind in ("qwen3", "gemma3_text"),
-        activation="gelu_tanh" if gemma else "silu",
+        activation=act,
         norm_offset=1.0 if gemma else 0.0,
         post_norms=gemma,
         embed_scale=hf["hidden_size"] ** 0.5 if gemma else 1.0,
@@ -137,6 +139,17 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
         balance=hf.get("router_aux_loss_coef", 0.001) if kind == "mixtral" else llama.Config.balance,
         **softcaps,
     )
+
+
+def causal(hf: Mapping[str, Any]) -> None:
+    """Refuse a class with another head than that of the next token.
+
+    Raises:
+      InputError: such a class.
+    """
+    for named in hf.get("architectures") or ():
+        if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", named):
+            raise InputError(f"config.json: architectures has {named!r}; of this family the head of the next token alone is read")
 
 
 def plain(hf: dict[str, Any], **defaults: Any) -> llama.Config:
@@ -173,10 +186,15 @@ def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None
 def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
     """The windows of the layers, as the shortest pattern that repeats."""
     window, depth = hf.get("sliding_window"), hf["num_hidden_layers"]
+    alike = {"llama": "full_attention", "mistral": "sliding_attention", "mixtral": "sliding_attention"}
     kind, types, near_from = hf["model_type"], hf.get("layer_types"), hf.get("max_window_layers", 28)
     every = {"gemma2": 2, "gemma3_text": hf.get("sliding_window_pattern") or 6}
     if unknown := set(types or ()) - {"sliding_attention", "full_attention"}:
         raise InputError(f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', 'full_attention'")
+    if kind in alike and types and window and set(types) != {alike[kind]}:  # transformers does not read it there
+        raise InputError(
+            f"config.json: layer_types is {types!r:.60}; allowed: {alike[kind]!r} alone, as {kind!r} has it in every layer"
+        )
     if not window or kind == "llama" or (kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window")):
         return ()
     if types is None:
@@ -206,7 +224,7 @@ def _kind(c: llama.Config) -> str | None:
     if c.o_bias or c.mlp_bias:  # of these kinds only Llama has them
         same = dataclasses.replace(c, qkv_bias=False, o_bias=False, mlp_bias=False)
         return "llama" if c.qkv_bias == c.o_bias and _kind(same) == "llama" else None
-    if (c.activation == "gelu_tanh") != c.post_norms or (c.norm_offset == 1.0) != c.post_norms:
+    if (c.norm_offset == 1.0) != c.post_norms:
         return None
     if c.post_norms:
         scaled = c.query_scale is not None and round(c.query_scale**-2) ** -0.5 == c.query_scale  # files say a whole number
@@ -257,7 +275,7 @@ def common_to_hf(c: llama.Config, kind: str, architecture: str) -> dict[str, Any
         "initializer_range": c.init_scale,
         "attention_bias": c.o_bias,
     }
-    hf |= {"hidden_activation": "gelu_pytorch_tanh"} if kind in _GEMMA else {"hidden_act": "silu"}
+    hf["hidden_activation" if kind in _GEMMA else "hidden_act"] = activation_to_hf(c.activation)
     if c.rope_scaling is not None:
         hf["rope_scaling"] = scaling_to_hf(c.rope_scaling)
     return hf

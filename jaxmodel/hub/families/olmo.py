@@ -23,7 +23,7 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
         far = {"rope_theta": theta, **far, **(hf.get("rope_scaling") or {})}
         near = {"rope_theta": far["rope_theta"], **near}
         hf = hf | {"rope_scaling": None, "rope_parameters": {"full_attention": far, "sliding_attention": near}}
-    config = of_llama.plain(hf, rms_norm_eps=1e-5, rope_theta=theta)
+    config = of_llama.plain(hf | {"layer_types": None} if third else hf, rms_norm_eps=1e-5, rope_theta=theta)
     windows: tuple[int, ...] = ()
     if third:
         depth, window = config.depth, hf.get("sliding_window", 4096)

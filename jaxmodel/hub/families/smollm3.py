@@ -20,11 +20,10 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
     if not isinstance(turned, list) or len(turned) < depth:
         raise InputError(f"config.json: no_rope_layers is {turned!r:.60}; allowed: a list with 1 or 0 for each of {depth} layers")
     still = tuple(not turns for turns in turned[:depth])
-    window, windows = hf.get("sliding_window") if hf.get("use_sliding_window") else None, ()
-    if window:
-        types = hf.get("layer_types") or [("sliding" if s else "full") + "_attention" for s in still]
-        windows = of_llama.windows_of(hf | {"layer_types": types})
-    return dataclasses.replace(of_llama.plain(hf, **_HAS), still=of_llama.pattern(still), windows=windows)
+    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
+    types = hf.get("layer_types") or [("sliding" if s else "full") + "_attention" for s in still]
+    windows = of_llama.windows_of(hf | {"layer_types": types, "sliding_window": window})
+    return dataclasses.replace(of_llama.plain(hf | {"layer_types": None}, **_HAS), still=of_llama.pattern(still), windows=windows)
 
 
 def _to_hf(c: llama.Config) -> dict[str, Any] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmodel.errors import unknown
+from jaxmodel.hub.families.bert import activation
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import t5
 
@@ -30,12 +33,38 @@ def _names(config: t5.Config) -> list[Name]:
     return names
 
 
+def _form(hf: Mapping[str, Any]) -> str:
+    """The feed-forward part, of `t5.FORMS`; where config.json has what transformers made of its name, that counts.
+
+    Raises:
+      InputError: another.
+    """
+    said = hf.get("feed_forward_proj", "relu")
+    usual = "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")  # the exact GELU is not meant
+    act = activation(hf, usual, key="dense_act_fn")
+    gated = hf.get("is_gated_act", said.startswith("gated-"))
+    forms = {("relu", False): "relu", ("gelu_tanh", True): "gated-gelu", ("silu", True): "gated-silu"}
+    if (act, gated) not in forms:
+        raise unknown("config.json: feed_forward_proj (or dense_act_fn)", "gated-" * gated + act, t5.FORMS)
+    return forms[act, gated]
+
+
+def _tied(config: t5.Config, tied: bool) -> t5.Config:
+    """The config with a head of its own or without, and the same scale of what the head reads."""
+    plain = dataclasses.replace(config, tied=tied, head_scale=None)
+    return plain if plain.scale == config.scale else dataclasses.replace(plain, head_scale=config.scale)
+
+
 def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
-    fixed(hf, {**_FIXED, "feed_forward_proj": tuple(t5.FORMS)})
-    form = hf.get("feed_forward_proj", "relu")
-    act, gated = form.removeprefix("gated-"), form.startswith("gated-")
-    # what transformers 5 makes of the form stands there too, and counts
-    fixed(hf, {"dense_act_fn": ("gelu_new" if form == "gated-gelu" else act,), "is_gated_act": (gated,)})
+    fixed(hf, _FIXED)
+    tied = hf.get("tie_word_embeddings", True)  # true from transformers 5, whatever it is: the file tells (`_tied`)
+    config = _untouched(hf, tied)
+    scaled = hf.get("scale_decoder_outputs", tied)
+    return config if scaled == tied else dataclasses.replace(config, head_scale=config.width**-0.5 if scaled else 1.0)
+
+
+def _untouched(hf: Mapping[str, Any], tied: bool) -> t5.Config:
+    """All but the scale of what the head reads."""
     return t5.Config(
         vocab=hf["vocab_size"],
         width=hf["d_model"],
@@ -44,9 +73,8 @@ def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
         heads=hf["num_heads"],
         head_width=hf["d_kv"],
         mlp_width=hf["d_ff"],
-        mlp=form,
-        # transformers 5 writes tie_word_embeddings as true whatever it is; there the scale of the head tells
-        tied=hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True)),
+        mlp=_form(hf),
+        tied=tied,
         buckets=hf.get("relative_attention_num_buckets", 32),
         distance=hf.get("relative_attention_max_distance", 128),
         norm_eps=hf.get("layer_norm_epsilon", 1e-6),
@@ -58,7 +86,7 @@ def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
 
 
 def _to_hf(config: t5.Config) -> dict[str, Any] | None:
-    if config.head_scale is not None:
+    if config.scale not in (1.0, config.width**-0.5):
         return None
     return {
         "architectures": ["T5ForConditionalGeneration"],
@@ -73,6 +101,7 @@ def _to_hf(config: t5.Config) -> dict[str, Any] | None:
         "d_ff": config.mlp_width,
         "feed_forward_proj": config.mlp,
         "tie_word_embeddings": config.tied,
+        "scale_decoder_outputs": config.scale != 1.0,
         "relative_attention_num_buckets": config.buckets,
         "relative_attention_max_distance": config.distance,
         "layer_norm_epsilon": config.norm_eps,
@@ -93,5 +122,6 @@ FAMILY = Family(
     spellings=(("shared.weight", "encoder.embed_tokens.weight"), ("shared.weight", "decoder.embed_tokens.weight")),
     # older files have a table in the first layer that reads the encoder; no T5 uses it
     ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    settle=lambda config, own: _tied(config, not own),  # it always ties what has no head
     copies={"encoder.embed_tokens.weight": "embed", "decoder.embed_tokens.weight": "embed", "lm_head.weight": "embed"},
 )

@@ -82,6 +82,14 @@ MODELS = {
         GPT2Config(vocab_size=64, n_embd=12, n_layer=3, n_head=1, n_positions=32, layer_norm_epsilon=1e-2, **_GPT2),
         *(32, 9, _KEPT, "float32"),
     ),
+    "gpt2-c": Tiny(
+        29,
+        GPT2Config(
+            **{"vocab_size": 53, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 24, "n_inner": 20, **_GPT2},
+            activation_function="gelu",
+        ),
+        *(17, 9, _KEPT),
+    ),
 }
 
 # family, size and changes of what --check writes

@@ -99,6 +99,7 @@ MODELS = {
         6, LlamaConfig(**sizes(61, kv_heads=1, head_dim=16, **rope("yarn", 100.0, factor=4.0, beta_fast=4.0))), 18, 11, _SECOND
     ),
     "llama-biased": Tiny(13, LlamaConfig(**sizes(53, attention_bias=True, mlp_bias=True, **rope("default"))), 17, 9, _BIASES),
+    "llama-relu": Tiny(30, LlamaConfig(**sizes(53, hidden_act="relu", **rope("default"))), 17, 9, _SECOND),
     "mistral-a": Tiny(7, MistralConfig(**sizes(53, sliding_window=5, **rope("default"))), 18, 9, _SECOND),
     "mistral-b": Tiny(
         8,

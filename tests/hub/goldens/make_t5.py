@@ -14,14 +14,16 @@ Each tiny T5 (random weights, norms too) is a folder as transformers writes it a
     greedy                  [2, N]: `generate` without beams, of which the second row ends early
     beams, beam_scores      [2, 3, N], [2, 3]: `generate` with three, a length penalty of 0, and the sums of log probabilities
 
-`buckets.npz` has the bucket of each distance for several tables; `recurrent.npz` weights, inputs and outputs of `torch.nn.LSTM`
-and `GRU`, in both directions, two layers, rows of unequal length; `transformer.npz` the same of a stack of
-`torch.nn.TransformerEncoderLayer` and `DecoderLayer` each, norms behind and in front.
+`heads.npz` has a head of its own for the first, and its logits with it and without, by what config.json says. `buckets.npz` has
+the bucket of each distance for several tables; `recurrent.npz` weights, inputs and outputs of `torch.nn.LSTM` and `GRU`, in both
+directions, two layers, rows of unequal length; `transformer.npz` the same of a stack of `torch.nn.TransformerEncoderLayer` and
+`DecoderLayer` each, norms behind and in front.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -140,6 +143,35 @@ def t5(name: str) -> None:
     )
     print(f"{name}: logits from {logits.min():.2f} to {logits.max():.2f}, loss {loss:.4f}, end {end}")
     print(f"greedy {greedy.tolist()}, beams {found.tolist()}")
+
+
+HEADS = {  # what config.json says, and whether the file has a head of its own
+    "scaled-tied": ({"scale_decoder_outputs": True, "tie_word_embeddings": True}, False),
+    "scaled-own": ({"scale_decoder_outputs": True, "tie_word_embeddings": True}, True),
+    "plain-tied": ({"scale_decoder_outputs": False, "tie_word_embeddings": True}, False),
+    "plain-own": ({"scale_decoder_outputs": False, "tie_word_embeddings": True}, True),
+    "first-tied": ({"tie_word_embeddings": False}, False),
+    "first-own": ({"tie_word_embeddings": False}, True),
+}
+
+
+def heads() -> None:
+    """`heads.npz`: a head, and the logits of the folder t5-tied with it and without, by what config.json says of both."""
+    stored = np.load(HERE / "t5-tied.npz")
+    tensors = load_file(HERE / "t5-tied" / "model.safetensors")
+    head = torch.randn(tensors["shared.weight"].shape, generator=torch.Generator().manual_seed(5))
+    inputs = {
+        key: torch.tensor(stored[name][:1, :9]).long() for key, name in (("input_ids", "source"), ("decoder_input_ids", "tokens"))
+    }
+    found = {"head": head}
+    for name, (said, own) in HEADS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = json.loads((HERE / "t5-tied" / "config.json").read_text())
+            config = {key: value for key, value in config.items() if key not in HEADS["scaled-tied"][0]} | said
+            Path(folder, "config.json").write_text(json.dumps(config))
+            save_file(tensors | ({"lm_head.weight": head} if own else {}), Path(folder, "model.safetensors"), {"format": "pt"})
+            found[name] = T5ForConditionalGeneration.from_pretrained(folder)(**inputs).logits
+    save("heads", **found)
 
 
 def buckets() -> None:
@@ -255,6 +287,7 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     for name in MODELS:
         t5(name)
+    heads()
     buckets()
     recurrent()
     transformer()
