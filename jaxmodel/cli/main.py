@@ -8,8 +8,10 @@ import importlib.metadata
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -26,7 +28,8 @@ prints the version, `jaxmodel --tyro-print-completion bash` (or zsh) what comple
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one verb; exits with 0, with 2 on bad input or a state that could not be saved, with 1 where a rerun differs."""
+    """Run one verb; exits with 0, with 2 on bad input or a state that could not be saved, with 1 where a rerun differs, with
+    130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output."""
     if "JAX_PLATFORMS" not in os.environ and not any(
         map(glob.glob, ("/dev/accel*", "/dev/nvidia*", "/dev/vfio/*", "/dev/kfd", "/dev/dxg"))
     ):
@@ -36,21 +39,48 @@ def main(args: Sequence[str] | None = None) -> None:
         if list(words[:1]) in (["--version"], ["-V"]):
             print(f"jaxmodel {importlib.metadata.version('jaxmodel')}")
             raise SystemExit(0)
-        _, code = run(read(words))
+        with _terminable():
+            _, code = run(read(words))
+            sys.stdout.flush()
     except InputError as error:
         print(f"jaxmodel: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # who read standard output, such as `head`, has seen enough; what is kept is kept
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except OSError as error:
         if error.filename is None:
             raise
         print(f"jaxmodel: {str(error.filename)!r} cannot be used: {error.strerror}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("jaxmodel: interrupted", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as end:
+        told = isinstance(end, _Terminated)
+        print(f"jaxmodel: {'terminated' if told else 'interrupted'}", file=sys.stderr)
+        code = 143 if told else 130
     if (distributed := sys.modules.get("jaxmodel.train.distributed")) is not None and distributed.by_mpi():
         distributed.leave(code)
     raise SystemExit(code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a verb as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the work inside in order; `train` does more with it."""
+
+    def end(*_: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def read(args: Sequence[str]) -> Common:
@@ -107,10 +137,13 @@ def _do(options: Common, work: Common, name: str, resumed: str | None = None) ->
             folder.save_json("report.json", result)
         else:
             folder, result = None, verb.run(work, None)
-        verb.show(result, report.console_for(options.json))
-        if folder is not None:
-            print(f"{folder.folder}/", file=sys.stderr)
-    report.emit(result, options.json)
+    try:
+        report.emit(result, options.json)  # before anything is shown, which may be to a pipe that nobody reads to its end
+    finally:
+        with report.clean_stdout(options.json):
+            verb.show(result, report.console_for(options.json))
+            if folder is not None:
+                print(f"{folder.folder}/", file=sys.stderr)
     return result, verb.code(result)
 
 

@@ -81,6 +81,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         "mesh": dict(job.mesh.shape) if job.mesh is not None else {},
         "devices": job.mesh.size if job.mesh is not None else 1,
         "processes": jax.process_count(),
+        "processor": report.processor(folder.versions),
         "data": job.corpus.described,
         "steps": done,
         "stopped": done < options.steps and not early,
@@ -133,7 +134,8 @@ def show(result: dict[str, Any], console: Any) -> None:
         judged = any("heldout_loss" in row for row in result["history"])
         heldout = f", held-out {_shown(result['heldout_loss'])}" if judged else ""
         goodput = f"goodput {100 * result['ledger']['goodput']:.0f} %"
-        done = f"loss {_shown(result['loss'])}{heldout}, {result['tokens_per_second']:.0f} tokens/s, {goodput}"
+        speed = f"{result['tokens_per_second']:.0f} tokens/s on {result['processor']}"
+        done = f"loss {_shown(result['loss'])}{heldout}, {speed}, {goodput}"
     mesh = "".join(f", {axis}={length}" for axis, length in result["mesh"].items())
     console.print(
         f"{result['parameters']:,} parameters on {result['devices']} device{'s' * (result['devices'] > 1)}{mesh}: {done}, "

@@ -115,7 +115,8 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
         console.print()
     else:
         (done,) = generation.generate_ids(bundle, [prompt], request)
-    return {**dataclasses.asdict(done), "prompt": prompt, "chat": options.chat, "model": options.model}
+    said = {"prompt": prompt, "chat": options.chat, "model": options.model}
+    return {**dataclasses.asdict(done), **said, "processor": report.processor(folder.versions)}
 
 
 def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
@@ -150,8 +151,8 @@ def _show_generate(result: dict[str, Any], console: Any) -> None:
 
     if not console.is_terminal:  # where it stands already
         console.print(Text("" if result.get("chat") else result["prompt"], style="dim") + Text(result["text"]))
-    speed = f"{len(result['ids'])} tokens, {result['tokens_per_second']:.1f} tokens/s, ended by {result['finish_reason']}"
-    console.print(Text(speed, style="dim"))
+    speed = f"{result['tokens_per_second']:.1f} tokens/s on {result['processor']}"
+    console.print(Text(f"{len(result['ids'])} tokens, {speed}, ended by {result['finish_reason']}", style="dim"))
 
 
 # ----------------------------------------------------------------------------------------------------- compress

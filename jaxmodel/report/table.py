@@ -112,6 +112,9 @@ def console_for(json_target: str | None = None) -> Any:
         def print(self, *objects: Any, **options: Any) -> None:
             super().print(*map(safe, objects), **options)
 
+        def on_broken_pipe(self) -> None:  # rich would leave with code 1
+            raise BrokenPipeError
+
     def safe(one: Any) -> Any:
         if isinstance(one, Text) and (plain := printable(one.plain)) != one.plain:
             return Text(plain, style=one.style)

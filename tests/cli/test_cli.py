@@ -67,7 +67,8 @@ def test_generate(capsys, folder):
     got = as_json(capsys, folder, *args, "--temperature", 0)
     assert len(got["ids"]) == 5 and got["tokens_per_second"] > 0
     assert got["text"] == hub.from_pretrained(folder / "tiny").processor.decode(got["ids"])
-    assert "The quick" in call(capsys, *args, "--temperature", 1, "--seed", 3, "--runs", folder / "runs").out
+    out = call(capsys, *args, "--temperature", 1, "--seed", 3, "--runs", folder / "runs").out
+    assert "The quick" in out and f"tokens/s on {report.processor()}, ended by" in " ".join(out.split())
 
 
 def test_chat_does_not_begin_the_text_twice(capsys, folder, monkeypatch):

@@ -133,10 +133,12 @@ def test_a_loss_that_is_not_finite_is_no_lack_of_rows():
     rows = [{"step": 6, "loss": None, "heldout_loss": None}]
     result = {"stopped": False, "out": "there", "steps": 6, "history": rows, "loss": None, "heldout_loss": None, "problem": None}
     result |= {"parameters": 1, "devices": 1, "mesh": {}, "tokens_per_second": 1.0, "ledger": {"goodput": 1.0}}
+    result["processor"] = "A, 2 cores, AVX2"
     console = Console(record=True, width=200)
     training.show(result, console)
     training.show({**result, "history": []}, console)
     first, second = console.export_text().splitlines()
+    assert "1 tokens/s on A, 2 cores, AVX2, goodput" in first
     assert "loss not finite, held-out not finite" in first and "nothing was left to train" in second
 
 
