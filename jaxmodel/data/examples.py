@@ -144,7 +144,7 @@ def answers(source: Source, tokenizer: Any, length: int, *, pack: bool = False, 
     >>> batch["weights"].tolist()
     [[0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
     """
-    at_least("length", length, 1)
+    _check(tokenizer, length)
     texts = [text for place, record in records(source, split) for text in _read(place, record, tokenizer)]
     cut = [(ids[: length + 1], learnt[: length + 1]) for ids, learnt in texts]
     kept = [one for one in cut if any(one[1][1:])]
@@ -182,6 +182,7 @@ def labelled(
     Raises:
       InputError: a record without them, or with a label that is not among the names, named by its file and line.
     """
+    _check(tokenizer, length)
     texts: list[str] = []
     found: list[str] = []
     for place, record in records(source, split):
@@ -208,6 +209,13 @@ def labelled(
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     places = {name: i for i, name in enumerate(known)}
     return {"tokens": tokens, "mask": mask, "labels": np.array([places[label] for label in found], np.int32)}, known
+
+
+def _check(tokenizer: Any, length: int) -> None:
+    at_least("length", length, 1)
+    if not hasattr(tokenizer, "encode_batch"):
+        given = f"{tokenizer!r:.40}" if isinstance(tokenizer, str) else type(tokenizer).__name__
+        raise InputError(f"tokenizer: {given} given; allowed: a hub.Tokenizer, such as the processor of a bundle")
 
 
 def _read(place: str, record: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:

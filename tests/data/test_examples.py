@@ -134,6 +134,15 @@ def test_a_wrong_record_is_named_by_its_line(tmp_path, row, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("read", [data.answers, data.labelled])
+def test_what_is_no_tokenizer_and_no_length(tmp_path, read):
+    path = write(tmp_path / "a.jsonl", CHATS)
+    with pytest.raises(InputError, match="tokenizer: 'smollm2-135m' given; allowed: a hub.Tokenizer"):
+        read(path, "smollm2-135m", 8)
+    with pytest.raises(InputError, match="length: 0 given"):
+        read(path, BYTES, 0)
+
+
 def test_sources_that_hold_no_records(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(InputError, match="is plain text; allowed: records, in files that end with"):
