@@ -119,6 +119,11 @@ def cases(room: Path, files: int, commands: int, seed: int) -> Iterator[tuple[st
         ["resume", str(room / "samples" / "run")],
         ["replay", str(room / "samples" / "run"), "--step", "1"],
     ]
+    # whole, they must give what they are for; the others need a classifier, or a run that was trained
+    for i, words in enumerate(one for one in bases if one[0] not in ("predict", "train", "resume", "replay")):
+        place = room / "cases" / f"whole-command-{i}"
+        place.mkdir(parents=True)
+        yield f"whole command {words!r:.300}", {"words": words, "room": str(place)}
     for i in range(commands):
         place = room / "cases" / f"command-{i}"
         place.mkdir(parents=True)

@@ -109,7 +109,7 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
     except SystemExit as error:
         lines = [line for line in err.getvalue().splitlines() if line.startswith("jaxmodel: ")]
         if error.code not in (0, 1, None):
-            end = "refused" if error.code == 2 and len(lines) >= 1 else f"code {error.code} and {len(lines)} lines"
+            end = "refused" if error.code == 2 and len(lines) == 1 else f"code {error.code} and {len(lines)} lines"
         if "Traceback" in err.getvalue():
             end = "traceback"
     except BaseException:
