@@ -222,7 +222,7 @@ def load(
     bundle = Bundle(model, params, processor, ours.get("card", card))
     if (folder / adapters.FILE).exists() and not (folder / adapters.CONFIG).exists():
         raise InputError(
-            f"{folder}: {adapters.FILE!r} without {adapters.CONFIG!r}, which says what it means; remove it or add that"
+            f"{folder}: {adapters.CONFIG!r} is missing, which says what {adapters.FILE!r} means; add it or remove that"
         )
     if ours.get("adapters") or (folder / adapters.CONFIG).exists():
         return adapters.add_adapters(bundle, folder, mesh=mesh)

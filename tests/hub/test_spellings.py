@@ -110,7 +110,7 @@ def test_adapters_alone(tmp_path: Path) -> None:
 def test_adapters_without_what_they_mean(tmp_path: Path) -> None:
     shutil.copytree(GOLDENS / "llama-untied", tmp_path / "a")
     shutil.copy(tmp_path / "a" / "model.safetensors", tmp_path / "a" / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="'adapter_model.safetensors' without 'adapter_config.json'"):
+    with pytest.raises(InputError, match="'adapter_config.json' is missing, which says what 'adapter_model.safetensors' means"):
         from_pretrained(tmp_path / "a")
 
 
