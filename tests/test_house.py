@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 # Each may import those before it, never those behind it. A name is a file or a folder of jaxmodel/.
 FLOORS = [
     *("errors", "text_form", "files", "child", "child_reader", "schema"),
-    *("tree", "sharding", "leaves", "ops", "report", "layers", "models", "hub", "data", "lifecycle", "train"),
+    *("tree", "axes", "sharding", "leaves", "ops", "report", "layers", "models", "hub", "data", "lifecycle", "train"),
     *("generation", "evaluate", "features", "compress", "plan", "ensemble", "tune", "explain", "trust", "serving"),
     "cli",
 ]

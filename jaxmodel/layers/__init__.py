@@ -6,7 +6,7 @@ from jaxmodel.layers.batch_norm import BatchNorm, GroupNorm, fold_batch_norm
 from jaxmodel.layers.conv import activation, conv, dense
 from jaxmodel.layers.cross import CrossAttention
 from jaxmodel.layers.dropout import dropout
-from jaxmodel.layers.encoder import ACTIVATIONS, EncoderBlock, PooledHead
+from jaxmodel.layers.encoder import ACTIVATIONS, BLOCK_AXES, EncoderBlock, PooledHead
 from jaxmodel.layers.fuse import fuse, unfuse
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
@@ -20,6 +20,7 @@ from jaxmodel.layers.stochastic_depth import stochastic_depth
 
 __all__ = [
     "ACTIVATIONS",
+    "BLOCK_AXES",
     "MLP",
     "Additive",
     "Attention",

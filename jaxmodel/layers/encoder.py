@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmodel import ops
+from jaxmodel import ops, tree
 from jaxmodel.layers.attention import Attention
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
@@ -32,6 +32,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
 }
 """By name: GELU (Hendrycks & Gimpel, 2016), its two approximations by tanh and by a sigmoid, ReLU, and SiLU (Swish)."""
+
+BLOCK_AXES = (
+    ("(.*/)?blocks/.*/attn/(q|k|v)", "(Kh)D"),
+    ("(.*/)?blocks/.*/attn/o", "D(Kh)"),
+    (tree.optional("(.*/)?blocks/.*/attn/(q|k|v)_bias"), "(Kh)"),
+    (tree.optional("(.*/)?blocks/.*/attn/o_bias"), "D"),
+    ("(.*/)?blocks/.*/mlp/(gate|up)", "FD"),
+    ("(.*/)?blocks/.*/mlp/down", "DF"),
+    (tree.optional("(.*/)?blocks/.*/mlp/up_bias"), "F"),
+    (tree.optional("(.*/)?blocks/.*/mlp/down_bias"), "D"),
+    (".*norm/(weight|bias)", "D"),
+)
+"""The axes (see `jaxmodel.axes`) of a block of attention and a feed-forward part, and of all norms over its width."""
 
 
 class EncoderBlock(nn.Module):

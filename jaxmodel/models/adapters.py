@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
+from jaxmodel.axes import Axes, read, written
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Adapted, Compressed
 from jaxmodel.leaves.adapted import SUFFIX
@@ -35,7 +36,6 @@ ADAPTERS: tree.Rules = ((f".*{SUFFIX}/(down|up)", True), (".*", False))
 
 _PARTS = {"down", "up", "scale"}
 _PART = re.compile(f".*{SUFFIX}/(down|up|scale|dropout)")
-_PLACE = (tree.optional(_PART.pattern), jax.P())  # small, so every device has all of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +129,25 @@ def split_adapters(params: tree.Params) -> tuple[tree.Params, tree.Params]:
 def with_adapters(model: Model) -> Model:
     """The model reading adapters where its parameters have them: what `lora` gives, for parameters that come from a
     checkpoint."""
-    if model.rules[0] == _PLACE:
+    own = _axes(model.axes)
+    if model.axes.rules[: len(own)] == own:
         return model
     again = lambda policy: with_adapters(model.with_policy(policy))
-    return dataclasses.replace(wrap(model, _reading), rules=(_PLACE, *model.rules), with_policy=again)
+    axes = dataclasses.replace(model.axes, rules=(*own, *model.axes.rules))
+    return dataclasses.replace(wrap(model, _reading), axes=axes, with_policy=again)
+
+
+def _axes(axes: Axes) -> tuple[Any, ...]:
+    """The rules of all adapters that a model can have. They are small, so every device has all of them."""
+    rules = []
+    for pattern, text, *_ in axes.rules:
+        letters = read(text).axes
+        if len(letters) not in (0, 2):
+            continue
+        out, into = map(written, letters) if letters else "__"
+        for name, own in (("down", f"_{into}"), ("up", f"{out}_"), ("scale", "")):
+            rules.append((tree.optional(f"(?:{pattern}){SUFFIX}/{name}"), own, jax.P()))
+    return tuple(rules)
 
 
 def merge_adapters(

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import activation, codes
 from jaxmodel.layers.connect import Full
@@ -89,7 +90,15 @@ SIZES = {
     "smollm2-135m-l1": Config(576, 2304, kind="l1", penalty=5.0),
 }
 
-RULES: tree.Rules = ((".*/weight", P("tensor", "fsdp")), (".*/weight_bias", P()))
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: `F0` the units behind the input, and so on to the reconstruction."""
+    names = [f"hidden_{i}" for i in range(len(config.hidden))]
+    paths = [*(f"encoder/{name}" for name in names), "encoder/(code|spread)", *(f"decoder/{name}" for name in names)]
+    rules = []
+    for i, path in enumerate(paths):
+        rules += [(f"{path}/weight", f"F{i}F{i - 1}" if i else "F0n"), (f"{path}/weight_bias", f"F{i}", P())]
+    out = (("decoder/out/weight", f"nF{len(paths) - 1}", P("tensor", "fsdp")), ("decoder/out/weight_bias", "n", P()))
+    return Axes((*rules, *out), shared=("n",))
 
 
 class _Encoder(nn.Module):
@@ -178,4 +187,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, None, head), inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes(config), again)

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
-from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, PooledHead, init_layers, leaf, linear
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, PooledHead, init_layers, leaf, linear
 from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
 
@@ -109,20 +110,25 @@ SIZES = {
     "distilbert-base": Config(30522, 768, 6, 12, 3072, 512, types=0),
 }
 
-RULES: tree.Rules = (
-    ("embed", P("tensor", "fsdp")),
-    ("positions", P(None, "fsdp")),
-    (tree.optional("types"), P(None, "fsdp")),
-    ("blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
-    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
-    ("blocks/.*/(q|k|v|up)_bias", P("tensor")),
-    ("blocks/.*/(o|down)_bias", P()),
-    (tree.optional("head/(dense|pool)"), P("tensor", "fsdp")),
-    (tree.optional("head/classes"), P(None, "fsdp")),
-    (tree.optional("head/bias"), P("tensor")),
-    (tree.optional("head/(dense|pool|classes)_bias"), P()),
-    (".*norm/(weight|bias)", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are."""
+    return Axes(
+        (
+            ("embed", "VD table"),
+            ("positions", "tD table"),
+            (tree.optional("types"), "sD table"),
+            *BLOCK_AXES,
+            (tree.optional("head/dense"), "DD", P("tensor", "fsdp")),
+            (tree.optional("head/dense_bias"), "D"),
+            (tree.optional("head/bias"), "V"),
+            (tree.optional("head/pool"), "F0D"),
+            (tree.optional("head/pool_bias"), "F0"),
+            (tree.optional("head/classes"), "cF0"),
+            (tree.optional("head/classes_bias"), "c"),
+        ),
+        sizes=(("h", config.width // config.heads),),
+        ordered=("V", "D") if config.head == "embed" else ("V",),
+    )
 
 
 class _MaskedHead(nn.Module):
@@ -208,4 +214,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return params
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, axes(config), again)

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, init_layers, repeat
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, init_layers, repeat
 from jaxmodel.models import vit
 from jaxmodel.models.model import Model, Parts, check_sizes
 
@@ -100,19 +100,13 @@ SIZES = {
     "clip-large-14": Config(Text(49408, 768, 12, 12, 3072, 77), vit.Config(224, 14, 1024, 24, 16, 4096, **_IMAGE), 768),
 }
 
-RULES: tree.Rules = (
-    ("text/embed|image/embed/patch", P("tensor", "fsdp")),
-    ("(text|image/embed)/positions", P(None, "fsdp")),
-    ("image/embed/class", P()),
-    (tree.optional("image/embed/patch_bias"), P()),
-    (".*/blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
-    (".*/blocks/.*/(o|down)", P("fsdp", "tensor")),
-    (".*/blocks/.*/(q|k|v|up)_bias", P("tensor")),
-    (".*/blocks/.*/(o|down)_bias", P()),
-    (".*norm/(weight|bias)", P()),
-    ("(text|image)_map", P("tensor", "fsdp")),
-    ("scale", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: `D0` is the width of the text tower, `D1` that of the other."""
+    tables = (("embed", "VD table"), ("positions", "tD table"))
+    text = Axes((*tables, *BLOCK_AXES), (("h", config.text.width // config.text.heads),)).under("text", 0)
+    image = vit.axes(config.image).under("image", 1)
+    own = (("text_map", "PD0"), ("image_map", "PD1"), ("scale", ""))
+    return Axes((*text.rules, *image.rules, *own), (*text.sizes, *image.sizes))
 
 
 class Towers(NamedTuple):
@@ -221,4 +215,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return {"tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32), **image_model.inputs(batch, length)}
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, None, head), inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes(config), again)

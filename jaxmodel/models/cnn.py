@@ -17,9 +17,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import PartitionSpec as P
 
-from jaxmodel import ops, tree
+from jaxmodel import ops
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import conv, dropout
 from jaxmodel.models.images import Head, check_classifier, two_parts
@@ -57,13 +57,12 @@ class Config:
 
 SIZES = {"tiny": Config((32, 32), 12, 4, dropout=0.2), "mnist": Config()}
 
-RULES: tree.Rules = (
-    ("conv1", P("tensor")),
-    ("conv.*_bias", P("tensor")),
-    (tree.optional("conv.*"), P("tensor", "fsdp")),
-    ("head", P("tensor", "fsdp")),
-    ("head_bias", P("tensor")),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: `C1` the channels of the first convolution, and so on."""
+    rules, last = [], len(config.convolutions)
+    for i in range(1, last + 1):
+        rules += [(f"conv{i}", f"C{i}(C{i - 1}s)" if i > 1 else "C1p"), (f"conv{i}_bias", f"C{i}")]
+    return Axes((*rules, ("head", f"c(qC{last})"), ("head_bias", "c")), (("s", config.kernel**2),))
 
 
 class _Body(nn.Module):
@@ -87,4 +86,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 @functools.cache
 def _model(config: Config, policy: ops.Policy) -> Model:
     again = functools.partial(_model, config)
-    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), RULES, again)
+    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), axes(config), again)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import LayerNorm, activation, connect, dense
 from jaxmodel.layers.connect.groups import check_pattern
@@ -138,13 +139,15 @@ SIZES = {
     ),
 }
 
-RULES: tree.Rules = (
-    (tree.optional(".*(norm/(weight|bias)|_bias|importance|scores)"), P()),
-    (tree.optional("extract.*/weight"), P("tensor", "fsdp")),
-    ("merge/.*", P("tensor", "fsdp")),
-    (tree.optional("blocks/.*/map/(weight|all)"), P("tensor", "fsdp")),
-    (tree.optional("blocks/.*/map/kept"), P(None, "tensor", "fsdp")),
-    ("head", P("tensor", "fsdp")),
+AXES = Axes(
+    (
+        (tree.optional(".*(norm/(weight|bias)|_bias|importance|scores)"), "_", P()),
+        (tree.optional("extract.*/weight"), "__", P("tensor", "fsdp")),
+        ("merge/.*", "__", P("tensor", "fsdp")),
+        (tree.optional("blocks/.*/map/(weight|all)"), "__", P("tensor", "fsdp")),
+        (tree.optional("blocks/.*/map/kept"), "___", P(None, "tensor", "fsdp")),
+        ("head", "__", P("tensor", "fsdp")),
+    )
 )
 
 
@@ -264,4 +267,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return {name: jax.ShapeDtypeStruct((batch, n), jnp.float32) for name, n in config.branches}
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, AXES, again)

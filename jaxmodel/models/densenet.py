@@ -21,9 +21,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import BatchNorm, conv, dense
 from jaxmodel.models.images import check_classifier, pixel_inputs, read_pixels
@@ -75,12 +75,33 @@ SIZES = {
     "densenet-201": Config((6, 12, 48, 32)),
 }
 
-RULES: tree.Rules = (
-    ("stem", P("tensor")),
-    ("blocks/.*/(conv.|transition)|head", P("tensor", "fsdp")),
-    (".*norm/.*", P("tensor")),  # as the channels lie
-    (".*_bias", P("tensor")),  # of the head, and of the convolutions that norms were folded into
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: each convolution's channels stand behind those of all before it in the stage."""
+    rules, parts, count = [("stem", "C0p"), *_norm_axes("stem_norm", "C0")], ["C0"], 1
+    for layer, starts in enumerate(config.starts):
+        at = f"blocks/{layer}"
+        if starts:
+            rules += [(f"{at}/transition", f"C{count}{_joined(parts)}")]
+            rules += _norm_axes(f"{at}/transition_in_norm", _joined(parts))
+            parts, count = [f"C{count}"], count + 1
+        rules += [(f"{at}/conv1", f"F{_joined(parts)}"), (f"{at}/conv2", f"C{count}(Fs)")]
+        rules += [*_norm_axes(f"{at}/in_norm", _joined(parts)), *_norm_axes(f"{at}/conv1_norm", "F")]
+        parts, count = [*parts, f"C{count}"], count + 1
+    top = [("head", f"c{_joined(parts)}"), ("head_bias", "c"), *_norm_axes("norm", _joined(parts))]
+    return Axes((*rules, *top), (("s", 9),))
+
+
+def _joined(parts: list[str]) -> str:
+    return f"[{'+'.join(parts)}]"
+
+
+def _norm_axes(path: str, letters: str) -> list[tuple[str, str]]:
+    """Of a norm that may have been folded into a convolution, which then has a bias."""
+    return [
+        (tree.optional(f"{path}/(weight|bias)"), letters),
+        (tree.optional(f"{path}/(mean|variance)"), f"{letters} measured"),
+        (tree.optional(f"{path.removesuffix('_norm')}_bias"), letters),
+    ]
 
 
 def _bare(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -157,4 +178,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return tree.stack({**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]})
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config), again)

@@ -38,9 +38,9 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxmodel import leaves, ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.models.adapters import read_adapters
 from jaxmodel.models.counted import linen_counting, nnx_counting
@@ -49,7 +49,8 @@ from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
 STATE = "state"
 """The branch of the tree with what is not a parameter."""
 
-REPLICATED: tree.Rules = ((".*", P()),)
+UNDECLARED = Axes(((tree.optional(f"{STATE}/.*"), "... measured"), (".*", "...")))
+"""The axes of a module of which nothing is known: a leaf of two axes or more is a matrix, and every device has all of it."""
 
 _FLAGS = {"train": False, "training": False, "is_training": False, "deterministic": True}  # name -> whether it is the opposite
 
@@ -87,7 +88,7 @@ def from_linen(
     *,
     call: Call | None = None,
     rngs: tuple[str, ...] = ("dropout",),
-    rules: tree.Rules = REPLICATED,
+    axes: Axes = UNDECLARED,
 ) -> Model:
     """A Linen module as a model. Equal arguments, a module that can be hashed among them, give the same functions, so nothing is
     traced twice (`nn.Sequential` can with a tuple, not with a list).
@@ -99,7 +100,8 @@ def from_linen(
       call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in that order. As it
         stands, an argument of the module named train, training, is_training or deterministic is told which it is.
       rngs: names of the random streams that it draws from, besides `params`.
-      rules: path -> PartitionSpec; as it stands, every device has all of it.
+      axes: of its leaves, where something is to follow from them: `Axes((("Dense_0/kernel", "DF"), (".*", "...")))`. The state
+        is `measured`.
 
     Returns:
       The model; weights that exist already are `{**variables["params"], "state": other collections}`, see `linen_params`.
@@ -112,7 +114,7 @@ def from_linen(
         raise InputError(f"module: {module!r} given; allowed: a Linen module that is made, such as nn.Dense(3)")
     shapes = _shapes(inputs)
     call = call or _Call(_names(shapes), *_flag(type(module).__call__))
-    arguments = (module, shapes, call, rngs, tuple(rules))
+    arguments = (module, shapes, call, rngs, axes)
     try:
         hash(arguments)
     except TypeError:  # a module with an attribute that has no hash
@@ -120,7 +122,7 @@ def from_linen(
     return _linen(*arguments)
 
 
-def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: tree.Rules = REPLICATED) -> Model:
+def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, axes: Axes = UNDECLARED) -> Model:
     """An nnx module as a model: split into weights and a description, merged in every call, so that nothing is changed in place.
 
     Keep the model: called again this gives other functions, which are traced anew.
@@ -131,7 +133,7 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: t
       inputs: see `from_linen`.
       call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in their order. It has
         been set to `module.train()` or `module.eval()` before.
-      rules: see `from_linen`.
+      axes: see `from_linen`.
 
     Returns:
       The model; weights of a module that exists already are `nnx_params(module)`.
@@ -194,7 +196,7 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, rules: t
     def init(key: jax.Array) -> tree.Params:
         return nnx_params(make(rngs=nnx.Rngs(key)))
 
-    return _model(Foreign(module, run, shapes, own_call=own_call), init, shapes, tuple(rules))
+    return _model(Foreign(module, run, shapes, own_call=own_call), init, shapes, axes)
 
 
 def linen_params(variables: Mapping[str, Any]) -> tree.Params:
@@ -249,7 +251,7 @@ def set_state(model: Model, params: tree.Params, inputs: Inputs, rng: jax.Array 
 
 
 @functools.cache
-def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], rules: Any) -> Model:
+def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], axes: Axes) -> Model:
     def run(
         params: tree.Params, inputs: dict[str, jax.Array], rng: Any, train: bool, counts: Any = None
     ) -> tuple[jax.Array, tree.Params]:
@@ -276,10 +278,10 @@ def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], ru
         zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in _inputs(shapes, 1, 1).items()}
         return linen_params(module.init(keys, method=lambda module: call(module, zeros, False)))
 
-    return _model(Foreign(module, run, shapes, rngs, not isinstance(call, _Call)), init, shapes, rules)
+    return _model(Foreign(module, run, shapes, rngs, not isinstance(call, _Call)), init, shapes, axes)
 
 
-def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: Any, rules: Any) -> Model:
+def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: Any, axes: Axes) -> Model:
     def embed(
         params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
     ) -> tuple[jax.Array, dict[str, Any]]:
@@ -306,7 +308,7 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
         return model
 
     inputs = functools.partial(_inputs, shapes)
-    model = Model(config, ops.Policy(), init, Parts(embed, None, head), inputs, None, rules, with_policy)
+    model = Model(config, ops.Policy(), init, Parts(embed, None, head), inputs, None, axes, with_policy)
     return model
 
 

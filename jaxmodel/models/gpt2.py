@@ -15,11 +15,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, MLP, Attention, LayerNorm, init_layers
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
@@ -77,15 +77,10 @@ SIZES = {
     "gpt3-175b": Config(50257, 12288, 96, 96, 2048),
 }
 
-RULES: tree.Rules = (
-    ("embed", P("tensor", "fsdp")),
-    ("positions", P(None, "fsdp")),
-    ("blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
-    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
-    ("blocks/.*/(q|k|v|up)_bias", P("tensor")),
-    ("blocks/.*/(o|down)_bias", P()),
-    (".*norm/(weight|bias)", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are."""
+    tables = (("embed", "VD table"), ("positions", "tD table"))
+    return Axes((*tables, *BLOCK_AXES), (("h", config.width // config.heads),))
 
 
 class _Block(nn.Module):
@@ -146,4 +141,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return ops.KVCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config), again)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
@@ -100,20 +101,29 @@ SIZES = {
     "gpt-oss-120b": Config(201088, 2880, 36, 64, 8, 64, 2880, 131072, 128, rope_scaling=_YARN, balance=0.9),
 }
 
-RULES: tree.Rules = (
-    ("embed|head", P("tensor", "fsdp")),
-    ("blocks/.*/moe/router", P(None, "fsdp")),
-    ("blocks/.*/moe/router_bias", P()),
-    ("blocks/.*/moe/(gate|up)", P("expert", "tensor", "fsdp")),
-    ("blocks/.*/moe/down", P("expert", "fsdp", "tensor")),
-    ("blocks/.*/moe/(gate|up)_bias", P("expert", "tensor")),
-    ("blocks/.*/moe/down_bias", P("expert", "fsdp")),
-    ("blocks/.*/(q|k|v)", P("tensor", "fsdp")),
-    ("blocks/.*/(q|k|v)_bias", P("tensor")),
-    ("blocks/.*/o", P("fsdp", "tensor")),
-    ("blocks/.*/(o_bias|sinks)", P()),
-    (".*norm/weight", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are."""
+    return Axes(
+        (
+            ("embed", "VD table"),
+            ("head", "VD"),
+            ("blocks/.*/attn/q", "(KGh)D"),
+            ("blocks/.*/attn/(k|v)", "(Kh)D"),
+            ("blocks/.*/attn/o", "D(KGh)"),
+            ("blocks/.*/attn/q_bias", "(KGh)"),
+            ("blocks/.*/attn/(k|v)_bias", "(Kh)"),
+            ("blocks/.*/attn/o_bias", "D"),
+            ("blocks/.*/attn/sinks", "(KG)", P()),
+            ("blocks/.*/moe/router", "ED", P(None, "fsdp")),
+            ("blocks/.*/moe/router_bias", "E", P()),
+            ("blocks/.*/moe/(gate|up)", "EFD"),
+            ("blocks/.*/moe/down", "EDF"),
+            ("blocks/.*/moe/(gate|up)_bias", "EF"),
+            ("blocks/.*/moe/down_bias", "ED"),
+            (".*norm/weight", "D"),
+        ),
+        sizes=(("h", config.head_width),),
+    )
 
 
 class _Block(nn.Module):
@@ -188,4 +198,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return ops.KVCache.zeros(config.depth, batch, config.kv_heads, capacity, config.head_width, policy)
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config), again)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel import layers, ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.models.model import Model, Parts, check_sizes, read
 
@@ -59,7 +60,7 @@ def two_parts(
     policy: ops.Policy,
     body: nn.Module,
     top: nn.Module,
-    rules: tree.Rules,
+    axes: Axes,
     again: Callable[[ops.Policy], Model],
 ) -> Model:
     """A model without layers that repeat.
@@ -69,7 +70,7 @@ def two_parts(
       policy: dtypes and placement.
       body: `(pixels, rng) -> [B, D]`, the rng None outside of training.
       top: `[B, D] -> logits`.
-      rules: of sharding.
+      axes: of the leaves.
       again: policy -> the same model.
     """
     inputs = pixel_inputs(config.size, config.channels)
@@ -86,7 +87,7 @@ def two_parts(
         x, own = body.init_with_output(body_key, pixels, None)
         return {**own["params"], **top.init(head_key, x)["params"]}
 
-    return Model(config, policy, init, Parts(embed, None, head), inputs, None, rules, again)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes, again)
 
 
 class Head(nn.Module):

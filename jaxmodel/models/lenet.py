@@ -21,7 +21,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec as P
 
-from jaxmodel import ops, tree
+from jaxmodel import ops
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import activation, conv, dense
 from jaxmodel.models.images import Head, check_classifier, two_parts
@@ -77,13 +78,16 @@ SIZES = {
     "lenet-5-wide": Config((20, 50), (500,)),
 }
 
-RULES: tree.Rules = (
-    (tree.optional("conv.*"), P("tensor")),
-    (tree.optional("dense.*_bias"), P("tensor")),
-    (tree.optional("dense.*"), P("tensor", "fsdp")),
-    ("head", P("tensor", "fsdp")),
-    ("head_bias", P("tensor")),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: `C1` the channels of the first convolution, `F1` the first dense layer's units."""
+    rules, before = [], "n"
+    for i in range(1, len(config.convolutions) + 1):
+        rules += [(f"conv{i}", f"C{i}(C{i - 1}s)" if i > 1 else "C1p", P("tensor")), (f"conv{i}_bias", f"C{i}")]
+        before = f"(qC{i})"
+    for i in range(1, len(config.widths) + 1):
+        rules += [(f"dense{i}", f"F{i}{before}"), (f"dense{i}_bias", f"F{i}")]
+        before = f"F{i}"
+    return Axes((*rules, ("head", f"c{before}"), ("head_bias", "c")), (("s", KERNEL**2),))
 
 
 class _Body(nn.Module):
@@ -111,4 +115,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 @functools.cache
 def _model(config: Config, policy: ops.Policy) -> Model:
     again = functools.partial(_model, config)
-    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), RULES, again)
+    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), axes(config), again)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, MLP, Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
@@ -210,18 +211,32 @@ SIZES = {
     "phi-4": Config(100352, 5120, 40, 40, 10, 128, 17920, 16384, 250000.0),
 }
 
-RULES: tree.Rules = (
-    ("embed", P("tensor", "fsdp")),
-    (tree.optional("head"), P("tensor", "fsdp")),
-    (tree.optional("blocks/.*/moe/router"), P(None, "fsdp")),
-    (tree.optional("blocks/.*/moe/(gate|up)"), P("expert", "tensor", "fsdp")),
-    (tree.optional("blocks/.*/moe/down"), P("expert", "fsdp", "tensor")),
-    ("blocks/.*/(q|k|v|gate|up)", P("tensor", "fsdp")),
-    (tree.optional("blocks/.*/(q|k|v|gate|up)_bias"), P("tensor")),
-    (tree.optional("blocks/.*/(o|down)_bias"), P()),
-    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
-    (".*norm/weight", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are."""
+    queries, keys = ("(KGh)", "(Kh)") if config.wide_qk_norm else ("h", "h")
+    return Axes(
+        (
+            ("embed", "VD table"),
+            (tree.optional("head"), "VD"),
+            ("blocks/.*/attn/q", "(KGh)D"),
+            ("blocks/.*/attn/(k|v)", "(Kh)D"),
+            ("blocks/.*/attn/o", "D(KGh)"),
+            (tree.optional("blocks/.*/attn/q_bias"), "(KGh)"),
+            (tree.optional("blocks/.*/attn/(k|v)_bias"), "(Kh)"),
+            (tree.optional("blocks/.*/attn/o_bias"), "D"),
+            (tree.optional("blocks/.*/attn/q_norm/weight"), queries, P()),
+            (tree.optional("blocks/.*/attn/k_norm/weight"), keys, P()),
+            (tree.optional("blocks/.*/mlp/(gate|up)"), "FD"),
+            (tree.optional("blocks/.*/mlp/down"), "DF"),
+            (tree.optional("blocks/.*/mlp/(gate|up)_bias"), "F"),
+            (tree.optional("blocks/.*/mlp/down_bias"), "D"),
+            (tree.optional("blocks/.*/moe/router"), "ED", P(None, "fsdp")),
+            (tree.optional("blocks/.*/moe/(gate|up)"), "EFD"),
+            (tree.optional("blocks/.*/moe/down"), "EDF"),
+            (".*norm/weight", "D"),
+        ),
+        sizes=(("h", config.head_width),),
+    )
 
 
 class _Block(nn.Module):
@@ -342,4 +357,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return ops.KVCache.zeros(config.depth, batch, config.kv_heads, capacity, config.head_width, policy)
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config), again)

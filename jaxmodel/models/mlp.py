@@ -17,9 +17,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import activation, dense, dropout
 from jaxmodel.models.images import Head, check_classifier
@@ -55,7 +55,12 @@ SIZES = {
     "mnist": Config(784, (512, 512), 10, dropout=0.2),
 }
 
-RULES: tree.Rules = (("blocks/.*/dense|head", P("tensor", "fsdp")), (".*_bias", P("tensor")))
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: `F1` the units of the first layer, which the second reads, and so on."""
+    rules = []
+    for i, before in enumerate(["n", *(f"F{i + 1}" for i in range(len(config.widths) - 1))]):
+        rules += [(f"blocks/{i}/dense", f"F{i + 1}{before}"), (f"blocks/{i}/dense_bias", f"F{i + 1}")]
+    return Axes((*rules, ("head", f"cF{len(config.widths)}"), ("head_bias", "c")))
 
 
 class _Layer(nn.Module):
@@ -99,4 +104,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config), again)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmodel import layers, ops, tree
+from jaxmodel import axes, layers, ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers.repeat import Block
 from jaxmodel.leaves.leaf import register
@@ -64,7 +64,7 @@ class Model:
       parts: see `Parts`.
       inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` cannot do without, by name.
       init_cache: (batch, capacity) -> cache; None for a model that does not decode.
-      rules: path -> PartitionSpec of the logical axes.
+      axes: what the axes of the leaves are.
       with_policy: policy -> the same model computing by it.
       apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of `tokens` `[B, T]` and,
         if wanted, `positions`, `segments` (packed documents, 0 for padding) and `mask` (true for tokens; padding stands
@@ -79,7 +79,7 @@ class Model:
     parts: Parts = dataclasses.field(repr=False)
     inputs: Callable[[int, int], dict[str, jax.ShapeDtypeStruct]] = dataclasses.field(repr=False)
     init_cache: Callable[[int, int], Any] | None = dataclasses.field(repr=False)
-    rules: tree.Rules = dataclasses.field(repr=False)
+    axes: axes.Axes = dataclasses.field(repr=False)
     with_policy: Callable[[ops.Policy], Model] = dataclasses.field(repr=False)
     apply: Callable[..., Output] = dataclasses.field(init=False, repr=False)
     hidden: Callable[..., Output] = dataclasses.field(init=False, repr=False)
@@ -97,6 +97,11 @@ class Model:
 
         object.__setattr__(self, "hidden", hidden)
         object.__setattr__(self, "apply", apply)
+
+    @property
+    def rules(self) -> tree.Rules:
+        """Path -> PartitionSpec of the axes of one layer, as `axes` says."""
+        return axes.specs(self.axes)
 
     @property
     def continues(self) -> bool:

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, MLP, Attention, LayerNorm, init_layers, leaf, linear
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers, leaf, linear
 from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
 
@@ -101,16 +102,18 @@ SIZES = {
     "modernbert-large": Config(50368, 1024, 28, 16, 2624, 8192),
 }
 
-RULES: tree.Rules = (
-    ("embed", P("tensor", "fsdp")),
-    ("blocks/.*/(q|k|v|gate|up)", P("tensor", "fsdp")),
-    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
-    (tree.optional("head/dense"), P("tensor", "fsdp")),
-    (tree.optional("head/classes"), P(None, "fsdp")),
-    (tree.optional("head/bias"), P("tensor")),
-    (tree.optional("head/classes_bias"), P()),
-    (".*norm/weight", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are."""
+    heads = {
+        "mlm": (("head/dense", "DD", P("tensor", "fsdp")), ("head/norm/weight", "D"), ("head/bias", "V")),
+        "classify": (("head/dense", "F0D"), ("head/norm/weight", "F0"), ("head/classes", "cF0"), ("head/classes_bias", "c")),
+        "embed": (),
+    }
+    return Axes(
+        (("embed", "VD table"), *heads[config.head], *BLOCK_AXES),
+        sizes=(("h", config.width // config.heads),),
+        ordered=("V", "D") if config.head == "embed" else ("V",),
+    )
 
 
 class _Block(nn.Module):
@@ -215,4 +218,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return params
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, axes(config), again)

@@ -21,9 +21,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import BatchNorm, GroupNorm, conv
 from jaxmodel.models.images import Head, check_classifier, pixel_inputs, read_pixels
@@ -87,12 +87,32 @@ SIZES = {
     "resnet-50-group": Config((3, 4, 6, 3), bottleneck=True, norm="group"),
 }
 
-RULES: tree.Rules = (
-    ("stem", P("tensor")),
-    ("blocks/.*/(conv.|halve|widen)|head", P("tensor", "fsdp")),
-    (tree.optional(".*norm/.*"), P("tensor")),  # as the channels lie
-    (".*_bias", P("tensor")),  # of the head, and of the convolutions that norms were folded into
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: each stage has its channels, `C0` and so on; `F` and `H` stand inside of a block."""
+    rules, stream, layer = _conv_axes("stem", "C0", "p"), "C0", 0
+    for stage, depth in enumerate(config.stages):
+        out = f"C{stage + config.bottleneck}"
+        for _ in range(depth):
+            if config.bottleneck:
+                convs = {"conv1": ("F", stream), "conv2": ("H", "(Fs)"), "conv3": (out, "H")}
+            else:
+                convs = {"conv1": ("F", f"({stream}s)"), "conv2": (out, "(Fs)")}
+            if out != stream:
+                convs["halve" if stage else "widen"] = (out, stream)
+            for name, letters in convs.items():
+                rules += _conv_axes(f"blocks/{layer}/{name}", *letters)
+            stream, layer = out, layer + 1
+    ordered = ("V", "C", "F", "H") if config.norm == "group" else ("V",)  # a group norm knows which channels are neighbours
+    return Axes((*rules, ("head", f"c{stream}"), ("head_bias", "c")), (("s", 9),), ordered=ordered)
+
+
+def _conv_axes(path: str, out: str, before: str) -> list[tuple[str, str]]:
+    return [
+        (path, out + before),
+        (tree.optional(f"{path}_norm/(weight|bias)"), out),
+        (tree.optional(f"{path}_norm/(mean|variance)"), f"{out} measured"),
+        (tree.optional(f"{path}_bias"), out),  # of a convolution that its norm was folded into
+    ]
 
 
 def _norm(config: Config, train: bool) -> Any:
@@ -169,4 +189,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return tree.stack({**own["params"], "blocks": blocks, **top})
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config), again)

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import Additive, Multiplicative, Recurrent, dropout, init_layers, leaf, repeat
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
-from jaxmodel.ops.recurrent import STATES, check_cell
+from jaxmodel.ops.recurrent import GATES, STATES, check_cell
 
 ATTENTION = ("none", "additive", "multiplicative")
 
@@ -73,15 +74,34 @@ SIZES = {
 }
 """The papers' cells, depths and widths; their sources are read in both directions here, and their vocabularies are one."""
 
-RULES: tree.Rules = (
-    ("(encoder/)?embed", P("tensor", "fsdp")),
-    ("head", P("tensor", "fsdp")),
-    ("head_bias", P("tensor")),
-    ("(encoder/)?blocks/.*/(input|state)", P("tensor", "fsdp")),
-    (tree.optional("blocks/.*/(context|query|memory_k|mix)"), P("tensor", "fsdp")),
-    ("(encoder/)?blocks/.*_bias", P()),
-    (tree.optional("blocks/.*/score"), P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are.
+
+    A layer of the encoder has units of its own in each direction, `C0` and `C1` in the first. Both together are what the next
+    layer reads, and in their order the units of the decoder's layer, which starts with their state.
+    """
+    gates, both = GATES[config.cell], [f"C{2 * i}+C{2 * i + 1}" for i in range(config.depth)]
+    rules = [("encoder/embed", "VD0 table"), ("embed", "VD1 table")]
+    for i, units in enumerate(both):
+        before = f"[{both[i - 1]}]" if i else ""
+        for name, own in zip(("forward", "backward"), units.split("+"), strict=True):
+            rules += _cell_axes(f"encoder/blocks/{i}/{name}", f"(g{own})", before or "D0", own)
+        rules += _cell_axes(f"blocks/{i}/cell", f"[{'+'.join([units] * gates)}]", before or "D1", f"[{units}]")
+    top = both[-1]
+    keys = "F" if config.attention == "additive" else f"[{top}]"
+    reading = (
+        (tree.optional("blocks/.*/cell/context"), f"[{'+'.join([top] * gates)}][{top}]"),
+        (tree.optional("blocks/.*/attn/query"), f"F[{top}]"),
+        (tree.optional("blocks/.*/attn/memory_k"), f"{keys}[{top}]"),
+        (tree.optional("blocks/.*/attn/score"), "F", P()),
+        (tree.optional("blocks/.*/mix"), f"F0[{top}+{top}]"),
+    )
+    head = (("head", f"V[{top}]" if config.attention == "none" else "VF0"), ("head_bias", "V"))
+    return Axes((*rules, *reading, *head), (("g", gates),))
+
+
+def _cell_axes(path: str, gates: str, before: str, own: str) -> list[Any]:
+    return [(f"{path}/input", gates + before), (f"{path}/state", gates + own), (f"{path}/(input|state)_bias", gates, P())]
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
@@ -201,4 +221,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return ops.StateCache.zeros(config.cell, config.depth, batch, config.width, policy.stream)
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), source_inputs, init_cache, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), source_inputs, init_cache, axes(config), again)

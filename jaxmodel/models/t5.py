@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import MLP, Attention, CrossAttention, RMSNorm, dropout, init_layers, leaf, repeat
 from jaxmodel.models.model import Model, Parts, check_sizes
@@ -103,14 +104,26 @@ SIZES = {
     "flan-t5-small": Config(32128, 512, 8, 8, 6, 64, 1024, "gated-gelu", False),
 }
 
-RULES: tree.Rules = (
-    ("embed", P("tensor", "fsdp")),
-    (tree.optional("head"), P("tensor", "fsdp")),
-    ("(encoder/)?positions", P()),
-    ("(encoder/)?blocks/.*/(q|k|v|memory_k|memory_v|gate|up)", P("tensor", "fsdp")),
-    ("(encoder/)?blocks/.*/(o|down)", P("fsdp", "tensor")),
-    (".*norm/weight", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: all layers of a stack share the table of positions, and so their heads `K0` or `K1`."""
+    return Axes(
+        (
+            ("embed", "VD table"),
+            (tree.optional("head"), "VD"),
+            ("encoder/positions", "tK0 table", P()),
+            ("encoder/blocks/.*/attn/(q|k|v)", "(K0h)D"),
+            ("encoder/blocks/.*/attn/o", "D(K0h)"),
+            ("positions", "tK1 table", P()),
+            ("blocks/.*/attn/(q|k|v)", "(K1h)D"),
+            ("blocks/.*/attn/o", "D(K1h)"),
+            ("blocks/.*/cross/(q|memory_k|memory_v)", "(Hh)D"),
+            ("blocks/.*/cross/o", "D(Hh)"),
+            (".*/mlp/(gate|up)", "FD"),
+            (".*/mlp/down", "DF"),
+            (".*norm/weight", "D"),
+        ),
+        sizes=(("h", config.head_width),),
+    )
 
 
 class _Block(nn.Module):
@@ -258,4 +271,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return ops.MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.head_width, policy)
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, RULES, again)
+    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, axes(config), again)

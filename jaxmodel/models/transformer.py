@@ -19,12 +19,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
-from jaxmodel.layers import MLP, Attention, CrossAttention, LayerNorm, dropout, init_layers, repeat
+from jaxmodel.layers import BLOCK_AXES, MLP, Attention, CrossAttention, LayerNorm, dropout, init_layers, repeat
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
 
@@ -74,15 +74,16 @@ SIZES = {
     "big": Config(37000, 1024, 6, 6, 16, 4096, dropout=0.3),
 }
 
-RULES: tree.Rules = (
-    ("embed", P("tensor", "fsdp")),
-    ("(encoder/)?blocks/.*/(q|k|v|memory_k|memory_v|up)", P("tensor", "fsdp")),
-    ("(encoder/)?blocks/.*/(o|down)", P("fsdp", "tensor")),
-    ("(encoder/)?blocks/.*/up_bias", P("tensor")),
-    (tree.optional("(encoder/)?blocks/.*/(q|k|v|memory_k|memory_v)_bias"), P("tensor")),
-    ("(encoder/)?blocks/.*/(o|down)_bias", P()),
-    (".*norm/(weight|bias)", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are: `H` heads read the source; `D` is ordered, since the positions are fixed waves."""
+    cross = (
+        ("blocks/.*/cross/(q|memory_k|memory_v)", "(Hh)D"),
+        ("blocks/.*/cross/o", "D(Hh)"),
+        (tree.optional("blocks/.*/cross/(q|memory_k|memory_v)_bias"), "(Hh)"),
+        (tree.optional("blocks/.*/cross/o_bias"), "D"),
+    )
+    rules = (("embed", "VD table"), *BLOCK_AXES, *cross)
+    return Axes(rules, (("h", config.width // config.heads),), ordered=("V", "D"))
 
 
 class _Block(nn.Module):
@@ -187,4 +188,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return ops.MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, RULES, again)
+    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, axes(config), again)

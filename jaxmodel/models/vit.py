@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, EncoderBlock, LayerNorm, Patches, PooledHead, init_layers
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, Patches, PooledHead, init_layers
 from jaxmodel.models.model import Model, Parts, check_sizes
 
 POOLS = ("class", "mean", "both")
@@ -110,20 +111,25 @@ SIZES = {
     "dinov2-large": Config(518, 14, 1024, 24, 16, 4096, **_DINO),
 }
 
-RULES: tree.Rules = (
-    ("embed/patch", P("tensor", "fsdp")),
-    ("embed/positions", P(None, "fsdp")),
-    (tree.optional("embed/(patch_bias|class)"), P()),
-    ("blocks/.*/(q|k|v|up)", P("tensor", "fsdp")),
-    ("blocks/.*/(o|down)", P("fsdp", "tensor")),
-    ("blocks/.*/(q|k|v|up)_bias", P("tensor")),
-    ("blocks/.*/(o|down)_bias", P()),
-    (tree.optional("head/pool"), P("tensor", "fsdp")),
-    (tree.optional("head/classes"), P(None, "fsdp")),
-    (tree.optional("head/(pool|classes)_bias"), P()),
-    (tree.optional("blocks/.*/(attn|mlp)_scale"), P()),
-    (".*norm/(weight|bias)", P()),
-)
+def axes(config: Config) -> Axes:
+    """What the axes of the leaves are."""
+    pooled = "[D+D]" if config.pool == "both" else "D"
+    last = "F0" if config.pool_dense else pooled
+    return Axes(
+        (
+            ("embed/patch", "Dp", P("tensor", "fsdp")),
+            (tree.optional("embed/(patch_bias|class)"), "D"),
+            ("embed/positions", "tD table"),
+            *BLOCK_AXES,
+            (tree.optional("blocks/.*/(attn|mlp)_scale"), "D"),
+            (tree.optional("head/pool"), f"F0{pooled}"),
+            (tree.optional("head/pool_bias"), "F0"),
+            (tree.optional("head/classes"), f"c{last}"),
+            (tree.optional("head/classes_bias"), "c"),
+        ),
+        sizes=(("h", config.width // config.heads),),
+        ordered=("V",) if config.labels else ("V", "F0" if config.pool_dense else "D"),
+    )
 
 
 class _Head(nn.Module):
@@ -203,4 +209,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return {"pixels": jax.ShapeDtypeStruct((batch, c.image, c.image, c.channels), jnp.float32)}
 
     again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, RULES, again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config), again)

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
+from jaxmodel.axes import Axes
 from jaxmodel.data.augment.base import images, row_keys, row_weights, uniforms
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.models import Model, Parts
@@ -221,8 +222,9 @@ def _projected(model: Model, head: Model, tokens: int) -> Model:
         body = {path: leaf for path, leaf in tree.flatten(model.init(own)).items() if not HEAD.fullmatch(path)}
         return {**tree.unflatten(body), PROJECTION: head.init(other)}
 
-    of_head = [(tree.optional(f"{PROJECTION}/(?:{pattern})"), spec) for pattern, spec in head.rules]
-    rules = (*of_head, *((tree.optional(pattern), spec) for pattern, spec in model.rules))
+    of_head, own = head.axes.under(PROJECTION, model.axes.highest + 1), model.axes
+    rules = tuple((tree.optional(pattern), *rest) for pattern, *rest in (*of_head.rules, *own.rules))
+    axes = Axes(rules, (*own.sizes, *of_head.sizes), own.shared, (*own.ordered, *of_head.ordered))  # pyright: ignore
     again = lambda policy: _projected(model.with_policy(policy), head.with_policy(policy), tokens)
     parts = Parts(model.parts.embed, model.parts.block, top)
-    return Model(model.config, model.policy, init, parts, model.inputs, None, rules, again)
+    return Model(model.config, model.policy, init, parts, model.inputs, None, axes, again)

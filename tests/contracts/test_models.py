@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmodel import ops, sharding, tree
+from jaxmodel import axes, ops, sharding, tree
 from jaxmodel.cli.inspect import COUNTS
 from jaxmodel.layers import fuse, unfuse
 from jaxmodel.leaves import QTensor, decode
@@ -63,12 +63,13 @@ def test_params_are_a_plain_dict_of_arrays(case):
     assert tree.fingerprint(params) != tree.fingerprint(other)
 
 
-def test_every_path_is_covered_by_the_rules_and_no_rule_is_dead(case):
-    assert case.model.rules is case.module.RULES
+def test_every_leaf_has_axes_and_no_rule_is_dead(case):
     used = set()
     for name in sorted(case.module.SIZES, key=lambda name: not name.startswith("tiny")):
         shapes = case.shapes(name)  # of big ones too, without their arrays
-        specs = tree.assign(case.module.RULES, shapes)
+        model = case.module.model(case.module.SIZES[name])
+        assert set(axes.roles(model.axes, shapes).values()) <= set(axes.ROLES)
+        specs = tree.assign(model.rules, shapes)
         for path, leaf in tree.flatten(shapes).items():
             shape = tree.layer_shape(path, leaf)
             for layer in tree.layer_paths(path):

@@ -1,0 +1,361 @@
+"""Axes: what a model declares about its leaves, once.
+
+A model's `Axes` gives each leaf of one layer its axes in the letters that `ops.einsum` reads: `("blocks/.*/attn/q", "(KGh)D")`
+for a weight `[K * G * h, D]`. A letter stands for a set of units: hidden units `F`, groups of heads `K`, experts `E`, channels
+`C`, the residual stream `D`, the vocabulary `V`. From the declaration follow where leaves lie on a mesh (`specs`), which leaves
+are matrices, tables or vectors (`roles`), and which axes of which leaves belong together (`groups`): what prunes, merges, permutes
+or scales a unit has to treat all of them alike.
+
+How a leaf's axes are written. One letter is one axis. Letters in parentheses share an axis, the first of them slowest, so
+`(KGh)` is heads one after the other. Names in brackets stand one behind the other along an axis: `[C0+C1]` is a concatenation. A
+letter may carry a number (`C0`, `C12`). A capital letter is a set of units in no order: if they change places in all leaves of
+their group, the model computes the same. A small letter (`h` of a head, which rotary positions order; `x` of a kernel, `c` of
+classes) and those that `Axes.ordered` lists (`V`) have an order that something outside of the weights knows; `_` is an axis that
+nothing is said about. A word may follow: `table` for rows that are looked up,
+`measured` for statistics that no optimiser trains. `...` alone says nothing about any axis, however many there are.
+
+Which letters are the same units. A letter belongs to its layer, and outside of layers to its folder: `F` of `blocks/3` and of
+`blocks/4` are two sets. Those that `Axes.shared` lists (by default `D` and `V`) and all with a number are one set in the whole
+tree.
+
+>>> mlp = Axes((("blocks/.*/up", "FD"), ("blocks/.*/down", "DF"), ("norm", "D")))
+>>> params = {"norm": jnp.ones(2), "blocks": {"0-1": {"up": jnp.ones((2, 3, 2)), "down": jnp.ones((2, 2, 3))}}}
+>>> {name: (group.size, len(group.members)) for name, group in groups(mlp, params).items()}
+{'D': (2, 5), 'blocks/0/F': (3, 2), 'blocks/1/F': (3, 2)}
+>>> smaller = select(mlp, params, {"blocks/1/F": jnp.array([0, 2])})
+>>> smaller["blocks"]["1"]["up"].shape
+(2, 2)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+
+PLACEMENT = (
+    *((letter, "tensor") for letter in "VKHFCP"),
+    ("E", "expert"),
+    *((letter, "fsdp") for letter in "DHFCn"),
+)
+"""Letter of a parameter's axis -> axis of the mesh. The first entry counts whose mesh axis no earlier axis of the leaf took."""
+
+ROLES = ("matrix", "table", "vector", "measured")
+"""What a leaf is: a matrix (of experts or of layers too), a table whose rows are looked up, a vector or scalar, a statistic."""
+
+type Product = tuple[str, ...]
+type Axis = tuple[Product, ...]  # the parts of a concatenation; most axes have one
+
+_STACKED = "E"  # a letter that stands in front of a matrix and makes it no other kind of leaf
+_ANY = "..."
+_AXIS = re.compile(r"_|[A-Za-z]\d*|\(([A-Za-z]\d*)+\)|\[[^\[\]]*\]")
+_UNITS = re.compile(r"_|[A-Za-z]\d*")
+_UNKNOWN: Axis = (("_",),)
+
+
+
+class Letters(NamedTuple):
+    """The axes of one leaf, read from their text."""
+
+    axes: tuple[Axis, ...]
+    role: str
+
+    def __str__(self) -> str:
+        return "".join(map(written, self.axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The declaration of a model.
+
+    Attributes:
+      rules: (pattern of layer paths, letters), or with a third entry, the `PartitionSpec` of leaves that lie in another way than
+        their letters say. The patterns are those of `tree`: the first match wins, `tree.optional` may match nothing.
+      sizes: (letter, size) of letters that the shapes do not tell, such as `h` where heads share an axis.
+      shared: letters without a number that are one set in the whole tree.
+      ordered: capital letters whose order something outside of the weights knows: the vocabulary, always; `D` where the model
+        returns activations or adds fixed positions, channels that group norms take by groups.
+
+    Raises:
+      InputError: letters that cannot be read.
+    """
+
+    rules: tuple[tuple[str, str] | tuple[str, str, PartitionSpec], ...]
+    sizes: tuple[tuple[str, int], ...] = ()
+    shared: tuple[str, ...] = ("D", "V")
+    ordered: tuple[str, ...] = ("V",)
+
+    def __post_init__(self) -> None:
+        for _, text, *_ in self.rules:
+            read(text)
+
+    @property
+    def highest(self) -> int:
+        """The highest number of a letter, -1 if none has one."""
+        return max((int(n) for _, text, *_ in self.rules for n in re.findall(r"\d+", text)), default=-1)
+
+    def under(self, prefix: str, number: int) -> Axes:
+        """The declaration of the same leaves below a prefix, for a model that holds several.
+
+        Args:
+          prefix: of the paths, without its slash.
+          number: of the letters that are one set in the whole tree: `D` becomes `D1`, so that each model keeps a `D` of its own.
+            A letter that has a number gets one that is higher by `number + 1`.
+
+        >>> Axes((("up", "FD"), ("norm", "D"))).under("image", 1).rules
+        (('image/(?:up)', 'FD1'), ('image/(?:norm)', 'D1'))
+        """
+        lone = {*self.shared, *dict(self.sizes)}
+
+        def other(letter: str) -> str:
+            if len(letter) > 1:
+                return f"{letter[0]}{int(letter[1:]) + number + 1}"
+            return f"{letter}{number}" if letter in lone else letter
+
+        rules = []
+        for pattern, text, *spec in self.rules:
+            letters, *role = text.split(" ")
+            moved = " ".join([_UNITS.sub(lambda found: other(found[0]), letters), *role])
+            kind = tree.optional if isinstance(pattern, tree.optional) else str
+            rules.append((kind(f"{prefix}/(?:{pattern})"), moved, *spec))
+        sizes = tuple((other(letter), size) for letter, size in self.sizes)
+        return Axes(tuple(rules), sizes, self.shared, tuple(map(other, self.ordered)))
+
+
+class Member(NamedTuple):
+    """One axis of one layer's leaf, or a part of it, in which a group's units stand: `[before, size, after]` from `start` on."""
+
+    path: str
+    axis: int
+    start: int
+    before: int
+    after: int
+
+
+class Group(NamedTuple):
+    """A set of units and all places where they stand.
+
+    `ordered` says that the units cannot change places without changing what the model computes.
+    """
+
+    letter: str
+    size: int
+    ordered: bool
+    members: tuple[Member, ...]
+
+
+@functools.cache
+def read(text: str) -> Letters:
+    """Read the axes of a leaf, as the head of this file says how they are written.
+
+    >>> read("(Kh)D").axes
+    ((('K', 'h'),), (('D',),))
+
+    Raises:
+      InputError: the text is something else.
+    """
+    letters, *words = text.split(" ") if text else [""]
+    role = words[0] if words else ""
+    if letters == _ANY and role in ("", "measured"):
+        return Letters((), role or _ANY)
+    found = [part.group() for part in _AXIS.finditer(letters)]
+    axes = tuple(tuple(tuple(_UNITS.findall(product)) for product in part.strip("[]").split("+")) for part in found)
+    whole = "".join(found) == letters and all(map(all, axes))
+    if not whole or len(words) > 1 or role not in ("", "table", "measured"):
+        raise InputError(f"axes: {text!r} cannot be read; write them as 'FD', '(Kh)D', 'C1(C0yx)', 'VD table', 'C measured'")
+    if not role:
+        role = "matrix" if sum(axis != ((_STACKED,),) for axis in axes) > 1 else "vector"
+    return Letters(axes, role)
+
+
+def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
+    """The letters of each layer path.
+
+    Raises:
+      InputError: a leaf without letters, with more or fewer than it has axes, or a rule that decides nothing.
+    """
+    texts, found = tree.assign([(pattern, text) for pattern, text, *_ in axes.rules], params), {}
+    for path, shape in _shapes(params).items():
+        letters = read(texts[path])
+        if texts[path].startswith(_ANY):
+            letters = Letters((_UNKNOWN,) * len(shape), letters.role)
+        if len(letters.axes) != len(shape):
+            raise InputError(f"axes: the leaf {path!r} has the shape {list(shape)} but the axes {str(letters)!r}")
+        found[path] = letters if letters.role != _ANY else letters._replace(role="matrix" if len(shape) > 1 else "vector")
+    return found
+
+
+def roles(axes: Axes, params: tree.Params) -> dict[str, str]:
+    """The role of each layer path: one of `ROLES`."""
+    return {path: letters.role for path, letters in assign(axes, params).items()}
+
+
+@functools.cache
+def specs(axes: Axes, placement: tuple[tuple[str, str], ...] = PLACEMENT) -> tree.Rules:
+    """Rules path -> `PartitionSpec`, for `sharding.shardings`.
+
+    Args:
+      axes: of a model.
+      placement: see `PLACEMENT`.
+    """
+    return tuple((pattern, own[0] if own else _spec(read(text), placement)) for pattern, text, *own in axes.rules)
+
+
+def groups(axes: Axes, params: tree.Params) -> dict[str, Group]:
+    """All sets of units by name: `D` where the whole tree shares it, `blocks/7/F` where it belongs to a layer.
+
+    Args:
+      axes: of the model.
+      params: arrays, compressed leaves or shapes.
+
+    Raises:
+      InputError: see `assign`; sizes that contradict each other or that nothing tells.
+    """
+    by_path, shapes = assign(axes, params), _shapes(params)
+    sizes = _sizes(axes, by_path, shapes)
+    members: dict[str, list[Member]] = {}
+    for path, letters in by_path.items():
+        for number, axis in enumerate(letters.axes):
+            if axis == _UNKNOWN:
+                continue
+            start = 0
+            for product in axis:
+                lengths = [sizes[_scoped(axes, path, letter)] for letter in product]
+                for i, letter in enumerate(product):
+                    where = Member(path, number, start, math.prod(lengths[:i]), math.prod(lengths[i + 1 :]))
+                    members.setdefault(_scoped(axes, path, letter), []).append(where)
+                start += math.prod(lengths)
+    return {
+        name: Group(letter := name.split("/")[-1], sizes[name], _is_ordered(axes, letter), tuple(where))
+        for name, where in members.items()
+    }
+
+
+def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> tree.Params:
+    """Keep some units of groups, in the order given, in every leaf that has them; a permutation keeps all.
+
+    Args:
+      axes: of the model.
+      params: plain arrays.
+      units: name of a group -> indices, int `[n]`.
+
+    Raises:
+      InputError: a name that is no group's.
+    """
+    known, params = groups(axes, params), tree.unstack(params)
+    for name in units:
+        if name not in known:
+            raise InputError(f"units: {name!r} given; allowed: {', '.join(known)}")
+    for name, index in units.items():
+        group, leaves = groups(axes, params)[name], tree.flatten(params)
+        # The last part of a concatenation first, so that what stands before it has not moved yet.
+        for member in sorted(group.members, key=lambda member: member.start, reverse=True):
+            leaves[member.path] = _take(leaves[member.path], member, index, group.size)
+        params = tree.unflatten(leaves)
+    return tree.stack(params)
+
+
+def _take(array: jax.Array, member: Member, index: jax.Array, size: int) -> jax.Array:
+    axis, stop = member.axis, member.start + member.before * size * member.after
+    first, own, rest = jnp.split(array, [member.start, stop], axis=axis)
+    lead, tail = array.shape[:axis], array.shape[axis + 1 :]
+    own = own.reshape(*lead, member.before, size, member.after, *tail)
+    own = jnp.take(own, index, axis=axis + 1).reshape(*lead, -1, *tail)
+    return jnp.concatenate([first, own, rest], axis=axis)
+
+
+def _spec(letters: Letters, placement: Sequence[tuple[str, str]]) -> PartitionSpec:
+    taken: list[str | None] = []
+    for axis in letters.axes:
+        here = [letter[0] for product in axis for letter in product]
+        free = (place for letter in here for own, place in placement if own == letter and place not in taken)
+        taken.append(next(free, None))
+    if len(taken) == 1 and taken[0] == "fsdp":  # a vector is too small to be gathered for every use
+        taken = []
+    while taken and taken[-1] is None:
+        taken.pop()
+    return PartitionSpec(*taken)
+
+
+def _is_ordered(axes: Axes, letter: str) -> bool:
+    return letter.islower() or letter in axes.ordered or letter[0] in axes.ordered
+
+
+def _shapes(params: tree.Params) -> dict[str, tuple[int, ...]]:
+    return {
+        layer: tree.layer_shape(path, leaf) for path, leaf in tree.flatten(params).items() for layer in tree.layer_paths(path)
+    }
+
+
+def _scoped(axes: Axes, path: str, letter: str) -> str:
+    """The name of a letter's set of units: its layer's or folder's path in front, unless the whole tree shares it."""
+    if len(letter) > 1 or letter in axes.shared:
+        return letter
+    keys = path.split("/")
+    at = next((i + 1 for i in range(1, len(keys)) if keys[i - 1] == tree.BLOCKS and tree.span(keys[i])), len(keys) - 1)
+    return "/".join([*keys[:at], letter])
+
+
+def _sizes(axes: Axes, by_path: Mapping[str, Letters], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The size of each set of units: axes of one unknown letter tell it, until no axis tells anything new."""
+    given, known, told = dict(axes.sizes), {}, {}
+
+    def size(name: str) -> int | None:
+        return known.get(name, given.get(name.split("/")[-1]))
+
+    waiting = [
+        ([[_scoped(axes, path, letter) for letter in product] for product in axis], length, path)
+        for path, letters in by_path.items()
+        for axis, length in zip(letters.axes, shapes[path], strict=True)
+        if axis != _UNKNOWN
+    ]
+    while waiting:
+        left = []
+        for parts, length, path in waiting:
+            unknown = {name for names in parts for name in names if size(name) is None}
+            if len(unknown) > 1:
+                left.append((parts, length, path))
+                continue
+            for name in unknown:
+                known[name], told[name] = _solve(parts, length, name, size), path
+            for name in {name for names in parts for name in names} - set(known):
+                known[name], told[name] = given[name.split("/")[-1]], path
+            if sum(math.prod(known[name] for name in names) for names in parts) != length:
+                said = ", ".join(f"{name} = {known[name]} ({told[name]})" for name in dict.fromkeys(_flat(parts)))
+                raise InputError(f"axes: an axis of {path!r} has the length {length}, which does not fit {said}")
+        if len(left) == len(waiting):
+            parts, length, path = left[0]
+            unknown = sorted(name for name in _flat(parts) if size(name) is None)
+            names = ", ".join(unknown)
+            raise InputError(f"axes: no leaf tells how the {length} of {path!r} part into {names}; give them as sizes")
+        waiting = left
+    return known
+
+
+def _solve(parts, length, name, size) -> int:
+    """The size of the one unknown letter of an axis."""
+    rest = sum(math.prod(size(other) for other in names) for names in parts if name not in names)
+    with_it = sum(math.prod(size(other) for other in names if other != name) for names in parts if name in names)
+    return max(0, length - rest) // with_it
+
+
+def _flat(parts: Sequence[Sequence[str]]) -> Iterator[str]:
+    return (name for names in parts for name in names)
+
+
+def written(axis: Axis) -> str:
+    """The text of an axis."""
+    products = ["".join(product) for product in axis]
+    if len(products) > 1:
+        return f"[{'+'.join(products)}]"
+    return f"({products[0]})" if len(axis[0]) > 1 else products[0]

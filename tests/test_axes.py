@@ -1,0 +1,139 @@
+"""Axes of leaves: how they are written, what follows from them, and what is refused."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodel import axes, tree
+from jaxmodel.axes import Axes, Member
+from jaxmodel.errors import InputError
+
+P = jax.P
+
+
+@pytest.mark.parametrize(
+    ("text", "letters", "role"),
+    [
+        ("FD", [["F"], ["D"]], "matrix"),
+        ("D", [["D"]], "vector"),
+        ("", [], "vector"),
+        ("(KGh)D", [["KGh"], ["D"]], "matrix"),
+        ("E(KGh)", [["E"], ["KGh"]], "vector"),
+        ("EFD", [["E"], ["F"], ["D"]], "matrix"),
+        ("VD table", [["V"], ["D"]], "table"),
+        ("C12 measured", [["C12"]], "measured"),
+    ],
+)
+def test_letters_are_read_as_they_are_written(text, letters, role):
+    found = axes.read(text)
+    assert [["".join(product) for product in axis] for axis in found.axes] == letters
+    assert found.role == role
+    assert str(found) == text.split(" ")[0]
+
+
+def test_parts_of_a_concatenation_stand_one_behind_the_other():
+    declared = Axes((("wide", "[C0+C1]"), ("up", "F[C0+(Gh)]"), ("one", "C0"), ("two", "C1")), (("h", 2),))
+    params = {"wide": jnp.arange(5), "up": jnp.arange(24).reshape(3, 8), "one": jnp.arange(2), "two": jnp.arange(3)}
+    known = axes.groups(declared, params)
+    assert known["C1"].members == (Member("wide", 0, 2, 1, 1), Member("two", 0, 0, 1, 1))
+    assert (known["G"].size, known["G"].members) == (3, (Member("up", 1, 2, 1, 2),))
+    got = axes.select(declared, params, {"C0": jnp.array([1]), "G": jnp.array([2, 0])})
+    np.testing.assert_array_equal(got["wide"], [1, 2, 3, 4])
+    np.testing.assert_array_equal(got["up"][0], [1, 6, 7, 2, 3])
+
+
+def test_units_that_share_an_axis_are_parted_by_the_sizes_that_shapes_tell():
+    """Eight heads of three in four groups: by hand, with numpy's own reshape."""
+    declared = Axes((("blocks/.*/q", "(KGh)D"), ("blocks/.*/k", "(Kh)D"), ("blocks/.*/o", "D(KGh)")), (("h", 3),))
+    q, k, o = np.arange(48.0).reshape(24, 2), np.arange(24.0).reshape(12, 2), np.arange(48.0).reshape(2, 24)
+    params = {"blocks": {"0": {"q": jnp.asarray(q), "k": jnp.asarray(k), "o": jnp.asarray(o)}}}
+    known = axes.groups(declared, params)
+    assert {name: group.size for name, group in known.items()} == {
+        **{"blocks/0/K": 4, "blocks/0/G": 2, "blocks/0/h": 3},
+        "D": 2,
+    }
+    got = axes.select(declared, params, {"blocks/0/K": jnp.array([3, 0]), "blocks/0/G": jnp.array([1])})["blocks"]["0"]
+    np.testing.assert_array_equal(got["q"], q.reshape(4, 2, 3, 2)[[3, 0]][:, [1]].reshape(6, 2))
+    np.testing.assert_array_equal(got["k"], k.reshape(4, 3, 2)[[3, 0]].reshape(6, 2))
+    np.testing.assert_array_equal(got["o"], o.reshape(2, 4, 2, 3)[:, [3, 0]][:, :, [1]].reshape(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("VD", P("tensor", "fsdp")),
+        ("D(KGh)", P("fsdp", "tensor")),
+        ("EFD", P("expert", "tensor", "fsdp")),
+        ("F2F1", P("tensor", "fsdp")),  # the second of two alike finds the first one's axis taken
+        ("cF", P(None, "tensor")),
+        ("F", P("tensor")),
+        ("D", P()),  # a vector
+        ("ED", P("expert", "fsdp")),
+        ("(gC3)[C0+C1]", P("tensor", "fsdp")),
+        ("__", P()),
+    ],
+)
+def test_where_a_leaf_lies_follows_from_its_letters(text, spec):
+    assert axes.specs(Axes(((".*", text),))) == ((".*", spec),)
+
+
+def test_an_exception_lies_as_it_says():
+    assert axes.specs(Axes((("router", "ED", P(None, "fsdp")),))) == (("router", P(None, "fsdp")),)
+
+
+def test_a_leaf_of_which_nothing_is_said_has_its_role_by_its_shape():
+    declared = Axes((("state/.*", "... measured"), (".*", "...")))
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "state": {"mean": jnp.ones((2, 2))}}
+    assert axes.roles(declared, params) == {"kernel": "matrix", "bias": "vector", "state/mean": "measured"}
+    assert axes.groups(declared, params) == {}
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda: Axes((("q", "(KD"),)), r"axes: '\(KD' cannot be read; write them as 'FD'"),
+        (lambda: Axes((("q", "FD tabel"),)), "axes: 'FD tabel' cannot be read"),
+        (lambda: Axes((("q", "F  D"),)), "cannot be read"),
+        (lambda: axes.roles(Axes((("up", "FD"),)), {"up": jnp.ones(3)}), r"the leaf 'up' has the shape \[3\] but the axes 'FD'"),
+        (lambda: axes.roles(Axes((("up", "F"),)), {"up": jnp.ones(3), "in": jnp.ones(3)}), "no rule covers the leaf 'in'"),
+        (
+            lambda: axes.groups(Axes((("a", "D"), ("b", "D"))), {"a": jnp.ones(3), "b": jnp.ones(4)}),
+            r"an axis of 'b' has the length 4, which does not fit D = 3 \(a\)",
+        ),
+        (
+            lambda: axes.groups(Axes((("a", "(Kh)D"), ("b", "D"))), {"a": jnp.ones((6, 3)), "b": jnp.ones(3)}),
+            "no leaf tells how the 6 of 'a' part into K, h; give them as sizes",
+        ),
+        (
+            lambda: axes.groups(Axes((("a", "(Kh)"),), (("h", 4),)), {"a": jnp.ones(6)}),
+            r"an axis of 'a' has the length 6, which does not fit K = 1",
+        ),
+        (
+            lambda: axes.select(Axes((("a", "D"),)), {"a": jnp.ones(6)}, {"F": jnp.arange(2)}),
+            "units: 'F' given; allowed: D",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(run, message):
+    with pytest.raises(InputError, match=message) as error:
+        run()
+    assert "\n" not in str(error.value)
+
+
+def test_layers_may_be_of_different_widths():
+    declared = Axes((("blocks/.*/up", "FD"), ("blocks/.*/down", "DF")))
+    layer = lambda n: {"up": jnp.ones((n, 2)), "down": jnp.ones((2, n))}
+    known = axes.groups(declared, {"blocks": {"0": layer(4), "1": layer(6)}})
+    assert {name: group.size for name, group in known.items()} == {"D": 2, "blocks/0/F": 4, "blocks/1/F": 6}
+
+
+def test_a_model_inside_of_another_keeps_its_own_sets():
+    inner = Axes((("up", "FD"), ("head/c", "F0D"), (tree.optional("norm"), "D")), (("h", 4),), ordered=("V", "F0"))
+    outer = inner.under("image", 3)
+    assert outer.rules == (("image/(?:up)", "FD3"), ("image/(?:head/c)", "F4D3"), ("image/(?:norm)", "D3"))
+    assert isinstance(outer.rules[2][0], tree.optional)
+    assert (outer.sizes, outer.highest) == ((("h3", 4),), 4)
+    assert outer.ordered == ("V3", "F4")
