@@ -3,8 +3,8 @@
 A model's `Axes` gives each leaf of one layer its axes in the letters that `ops.einsum` reads: `("blocks/.*/attn/q", "(KGh)D")`
 for a weight `[K * G * h, D]`. A letter stands for a set of units: hidden units `F`, groups of heads `K`, experts `E`, channels
 `C`, the residual stream `D`, the vocabulary `V`. From the declaration follow where leaves lie on a mesh (`specs`), which leaves
-are matrices, tables or vectors (`roles`), and which axes of which leaves belong together (`groups`): what prunes, merges, permutes
-or scales a unit has to treat all of them alike.
+are matrices, tables or vectors (`roles`), and which axes of which leaves belong together (`groups`): what prunes, merges,
+permutes or scales a unit has to treat all of them alike.
 
 How a leaf's axes are written. One letter is one axis. Letters in parentheses share an axis, the first of them slowest, so
 `(KGh)` is heads one after the other. Names in brackets stand one behind the other along an axis: `[C0+C1]` is a concatenation. A
@@ -61,7 +61,6 @@ _ANY = "..."
 _AXIS = re.compile(r"_|[A-Za-z]\d*|\(([A-Za-z]\d*)+\)|\[[^\[\]]*\]")
 _UNITS = re.compile(r"_|[A-Za-z]\d*")
 _UNKNOWN: Axis = (("_",),)
-
 
 
 class Letters(NamedTuple):
@@ -263,6 +262,41 @@ def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> t
             leaves[member.path] = _take(leaves[member.path], member, index, group.size)
         params = tree.unflatten(leaves)
     return tree.stack(params)
+
+
+def narrower(axes: Axes, whole: tree.Params, params: tree.Params) -> dict[str, int]:
+    """The groups of units of which parameters have fewer than a model's config says, with how many they have.
+
+    Args:
+      axes: of the model.
+      whole: the shapes of its config.
+      params: what is there.
+
+    Raises:
+      InputError: leaves that differ in anything else, such as one that is missing or narrower than its group.
+    """
+    wanted, there = groups(axes, whole), groups(axes, params)
+    fewer = {name: group.size for name, group in there.items() if name in wanted and group.size != wanted[name].size}
+    for name, size in fewer.items():
+        if wanted[name].ordered or size > wanted[name].size:
+            path = there[name].members[0].path
+            raise InputError(f"params: {path!r} has {size} of {name}; the config needs {wanted[name].size}")
+    return fewer
+
+
+def shapes(axes: Axes, whole: tree.Params, fewer: Mapping[str, int]) -> tree.Params:
+    """The shapes of parameters with fewer units in some groups, see `narrower`.
+
+    Raises:
+      InputError: a name that is no group's, or one of units in an order, or more of them than the config says.
+    """
+    known = groups(axes, whole)
+    for name, size in fewer.items():
+        if name not in known or known[name].ordered or not 0 < size <= known[name].size:
+            most = f"1 to {known[name].size}" if name in known and not known[name].ordered else "sets of units in no order"
+            raise InputError(f"narrow: {name!r}: {size} given; allowed: {most}")
+    units = {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name, size in fewer.items()}
+    return jax.eval_shape(lambda params, units: select(axes, params, units), whole, units)
 
 
 def _take(array: jax.Array, member: Member, index: jax.Array, size: int) -> jax.Array:

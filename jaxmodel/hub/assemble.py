@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import report, sharding, tree
+from jaxmodel import axes, report, sharding, tree
 from jaxmodel.errors import InputError, nearest
 from jaxmodel.hub.names import Family, Name, Tensors, find, layer_shapes, read_leaf
 from jaxmodel.leaves import Compressed, from_tensors
@@ -33,6 +33,7 @@ def assemble(
     tensors: Tensors,
     *,
     fields: Mapping[str, Any] | None = None,
+    narrow: Mapping[str, int] | None = None,
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tree.Params:
@@ -44,6 +45,7 @@ def assemble(
       names: the file's entry of each leaf.
       tensors: the file.
       fields: the static fields of compressed leaves by their packed name.
+      narrow: the groups of units of which there are fewer than the config says, see `axes.narrower`.
       dtype: of plain floating leaves; None for as they are stored.
       mesh: to place them on by the model's rules; None for the default device.
 
@@ -51,7 +53,8 @@ def assemble(
       InputError: a tensor is missing, does not fit, or has no place. Nothing is read before all is checked.
     """
     names, fields = tuple(names), fields or {}
-    shapes = tree.flatten(layer_shapes(model))
+    whole = layer_shapes(model)
+    shapes = tree.flatten(tree.unstack(axes.shapes(model.axes, whole, narrow)) if narrow else whole)
     there, used = tensors.names(), set[str]()
 
     def place(tensor: str) -> str | None:
@@ -73,6 +76,7 @@ def assemble(
     leaves: dict[str, Any] = {}  # and the leaf, with the shapes of its buffers
     for path, want in shapes.items():
         name, layer = find(names, path)
+        name = dataclasses.replace(name, experts=want.shape[0]) if name.experts else name
         base = name.packed.format(layer)
         if base in fields:
             leaves[path], readers[path] = _packed(tensors, base, name, want.shape, fields[base], place, need)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxmodel import layers, schema, tree
+from jaxmodel import axes, layers, schema, tree
 from jaxmodel.errors import InputError, require
 from jaxmodel.hub import adapters, foreign, images, keys, meaning, schemas, vocabularies
 from jaxmodel.hub import tokenizer as tokenizers
@@ -159,7 +159,7 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
     family, config = family_of(bundle.model)
     given, (params, added) = bundle, split_adapters(bundle.params)
     bundle = dataclasses.replace(bundle, params=params)
-    _check_params(bundle)
+    fewer = _check_params(bundle)
     check_vocabulary(bundle.model.config, bundle.processor, "processor")
     names = tuple(family.names(bundle.model.config))
     fields = _static_fields(bundle, names)
@@ -175,6 +175,7 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
         "leaves": fields,
         "leaves_sha256": digest(fields),
         "adapters": bool(added),
+        "narrow": fewer,
     }
     with replacing(Path(folder)) as beside:
         _save_weights(_tensors(bundle, names), beside, shard_bytes)
@@ -214,7 +215,8 @@ def load(
         tensors, fields = family.view(opened), ours.get("leaves", {})
         config = config if ours else settle(config, family, tensors)
         model = family.module.model(config, how) if made is None else made.with_policy(how)
-        params = assemble(model, family, family.names(config), tensors, fields=fields, dtype=kind, mesh=mesh)
+        how_stored: dict[str, Any] = {"fields": fields, "narrow": ours.get("narrow", {}), "dtype": kind}
+        params = assemble(model, family, family.names(config), tensors, **how_stored, mesh=mesh)
     if made is not None:
         params = tree.unstack(params)  # a layer each, as the module itself has them
     if not ours and not isinstance(processor, tokenizers.Tokenizer) and hasattr(config, "vocab") and made is None:
@@ -314,14 +316,22 @@ def _special_ids(processor: Any, card: Mapping[str, Any]) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- weights
 
 
-def _check_params(bundle: Bundle) -> None:
-    leaves = tree.flatten(bundle.params)
-    shapes = {layer: tree.layer_shape(path, leaf) for path, leaf in leaves.items() for layer in tree.layer_paths(path)}
-    for path, want in tree.flatten(layer_shapes(bundle.model)).items():
-        if path not in shapes:
+def _check_params(bundle: Bundle) -> dict[str, int]:
+    """Refuse what is not the model of the config, but for layers with fewer units; the groups that have fewer, and how many."""
+    leaves, whole = tree.flatten(bundle.params), layer_shapes(bundle.model)
+    there = {layer: tree.layer_shape(path, leaf) for path, leaf in leaves.items() for layer in tree.layer_paths(path)}
+    wanted = {path: leaf.shape for path, leaf in tree.flatten(whole).items()}
+    for path in wanted:
+        if path not in there:
             raise InputError(f"params: the leaf {path!r} is missing; a fused tree is for running, not for saving")
-        if shapes[path] != want.shape:
-            raise InputError(f"params: {path!r} has shape {list(shapes[path])}; the config needs {list(want.shape)}")
+    if all(there[path] == shape for path, shape in wanted.items()):
+        return {}
+    declared = bundle.model.axes
+    fewer = axes.narrower(declared, whole, bundle.params)
+    for path, leaf in tree.flatten(tree.unstack(axes.shapes(declared, whole, fewer))).items():
+        if there[path] != leaf.shape:
+            raise InputError(f"params: {path!r} has shape {list(there[path])}; the config needs {list(wanted[path])}")
+    return fewer
 
 
 def _static_fields(bundle: Bundle, names: tuple[Name, ...]) -> dict[str, Any]:
@@ -348,7 +358,8 @@ def _tensors(bundle: Bundle, names: tuple[Name, ...]) -> Iterator[tuple[str, np.
                     yield f"{name.packed.format(layer)}_{suffix}", array
             elif name.part is None:
                 experts = one[""] if name.experts else [one[""]]
-                for tensor, array in zip(name.tensors(layer), experts, strict=True):
+                own = dataclasses.replace(name, experts=len(experts)) if name.experts else name
+                for tensor, array in zip(own.tensors(layer), experts, strict=True):
                     yield tensor, to_file(name, array)
             else:
                 tensor = name.at(layer)
@@ -375,13 +386,20 @@ def _join(tensor: str, found: list[tuple[Name, str, np.ndarray]]) -> Iterator[tu
     """Plain leaves in the file's form: parts of a tensor joined, or apart where they differ or some are compressed."""
     whole = found[0][0].part
     alike = len({array.dtype for _, _, array in found}) == 1
-    if whole is not None and alike and len(found) == len(whole[1]):
-        arrays, name = [array for _, _, array in found], found[0][0]
+    arrays, name = [array for _, _, array in found], found[0][0]
+    if whole is not None and alike and len(found) == len(whole[1]) and _in_proportion(arrays, name):
         woven = np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1) if name.woven else None
         yield tensor, np.concatenate(arrays, axis=name.joined) if woven is None else woven
     else:
         for name, layer, array in found:
             yield name.packed.format(layer), array
+
+
+def _in_proportion(arrays: list[np.ndarray], name: Name) -> bool:
+    """Whether parts are to each other as the file's are, which is how they are told apart again."""
+    assert name.part is not None
+    lengths = [array.shape[name.joined] for array in arrays]
+    return all(n * name.part[1][0] == lengths[0] * size for n, size in zip(lengths, name.part[1], strict=True))
 
 
 def _save_weights(tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int) -> None:

@@ -189,6 +189,7 @@ class Ours(_Ours, total=False):
     """jaxmodel.json."""
 
     adapters: bool
+    narrow: dict[str, Index]  # groups of units of which there are fewer than the config says
 
 
 class Shape(TypedDict):

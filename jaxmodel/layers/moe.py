@@ -27,7 +27,7 @@ class MoE(nn.Module):
     Leaves router `[E, D]`, gate and up `[E, F, D]`, down `[E, D, F]`.
 
     Attributes:
-      experts: E.
+      experts: E of new leaves; leaves that exist have their own.
       chosen: experts of each token; their probabilities are those of a softmax over the chosen, or over all (`normed`).
       width: F of new leaves; leaves that exist have their own.
       activation: of the gate.
@@ -68,7 +68,7 @@ class MoE(nn.Module):
             scores = scores + ops.on_last(of_router.astype(jnp.float32), 3)
         real = jnp.ones(x.shape[:2], jnp.bool_) if real is None else real
         mixed, expert = expert_parallel(self._choose, self._mixed, x, scores, real, self._leaves(x.shape[-1]), self.policy)
-        each = ops.on_last(jnp.arange(self.experts, dtype=expert.dtype), 4)
+        each = ops.on_last(jnp.arange(scores.shape[-1], dtype=expert.dtype), 4)
         sizes = jnp.sum(expert[..., None] == each, axis=(0, 1, 2))
         return mixed, {"load_balance": load_balance(scores, sizes, real)}
 
@@ -79,7 +79,7 @@ class MoE(nn.Module):
         best, expert = jax.lax.top_k(scores, self.chosen)
         whole = best if self.normed else scores
         weights = jnp.exp(best - jax.nn.logsumexp(whole, axis=-1, keepdims=True))
-        return jnp.where(real[..., None], expert, self.experts), jnp.where(real[..., None], weights, 0.0)
+        return jnp.where(real[..., None], expert, scores.shape[-1]), jnp.where(real[..., None], weights, 0.0)
 
     def _mixed(
         self,
