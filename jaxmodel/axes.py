@@ -285,7 +285,7 @@ def narrower(axes: Axes, whole: tree.Params, params: tree.Params) -> dict[str, i
 
 
 def shapes(axes: Axes, whole: tree.Params, fewer: Mapping[str, int]) -> tree.Params:
-    """The shapes of parameters with fewer units in some groups, see `narrower`.
+    """The shapes of parameters with fewer units in some groups (see `narrower`), a layer each.
 
     Raises:
       InputError: a name that is no group's, or one of units in an order, or more of them than the config says.
@@ -296,7 +296,7 @@ def shapes(axes: Axes, whole: tree.Params, fewer: Mapping[str, int]) -> tree.Par
             most = f"1 to {known[name].size}" if name in known and not known[name].ordered else "sets of units in no order"
             raise InputError(f"narrow: {name!r}: {size} given; allowed: {most}")
     units = {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name, size in fewer.items()}
-    return jax.eval_shape(lambda params, units: select(axes, params, units), whole, units)
+    return jax.eval_shape(lambda params, units: tree.unstack(select(axes, params, units)), whole, units)
 
 
 def _take(array: jax.Array, member: Member, index: jax.Array, size: int) -> jax.Array:

@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Models
 #
-# Every architecture is one file of `jaxmodel/models/`: a frozen `Config`, named `SIZES`, sharding `RULES`, and
+# Every architecture is one file of `jaxmodel/models/`: a frozen `Config`, named `SIZES`, `axes` of the leaves, and
 # `model(config)`, which gives the same record of pure functions, whatever the architecture. This notebook shows what
 # there is and what can be done with all of it. It needs no download and takes about a minute on a laptop.
 

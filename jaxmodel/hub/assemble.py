@@ -54,7 +54,7 @@ def assemble(
     """
     names, fields = tuple(names), fields or {}
     whole = layer_shapes(model)
-    shapes = tree.flatten(tree.unstack(axes.shapes(model.axes, whole, narrow)) if narrow else whole)
+    shapes = tree.flatten(axes.shapes(model.axes, whole, narrow) if narrow else whole)
     there, used = tensors.names(), set[str]()
 
     def place(tensor: str) -> str | None:

@@ -328,7 +328,7 @@ def _check_params(bundle: Bundle) -> dict[str, int]:
         return {}
     declared = bundle.model.axes
     fewer = axes.narrower(declared, whole, bundle.params)
-    for path, leaf in tree.flatten(tree.unstack(axes.shapes(declared, whole, fewer))).items():
+    for path, leaf in tree.flatten(axes.shapes(declared, whole, fewer)).items():
         if there[path] != leaf.shape:
             raise InputError(f"params: {path!r} has shape {list(there[path])}; the config needs {list(wanted[path])}")
     return fewer

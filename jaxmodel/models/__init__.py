@@ -1,4 +1,4 @@
-"""One file for each architecture: a frozen `Config`, named `SIZES`, `model(config, policy) -> Model`, sharding `RULES`."""
+"""One file for each architecture: a frozen `Config`, named `SIZES`, `axes(config)`, `model(config, policy) -> Model`."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_a_narrow_model_lies_on_a_mesh_that_divides_it():
     shapes = jax.eval_shape(lambda: narrow(TINY, F1=32))
     placed = tree.flatten(sharding.shardings(TINY.rules, shapes, mesh)[1])
     assert placed["blocks/1/mlp/up"].spec == jax.P(("tensor",), ("fsdp",))
-    with pytest.raises(InputError, match=r"does not divide the leaf 'blocks/1/mlp/up': axis 0 of \(33, 32\)"):
+    with pytest.raises(InputError, match=r"does not divide the leaf 'blocks/1/mlp/down': axis 1 of \(32, 33\)"):
         sharding.shardings(TINY.rules, jax.eval_shape(lambda: narrow(TINY, F1=33)), mesh)
 
 
@@ -94,7 +94,7 @@ def test_what_is_no_narrower_model_is_refused(change, message, tmp_path):
     ("told", "message"),
     [
         ({"blocks/1/F": 65}, "narrow: 'blocks/1/F': 65 given; allowed: 1 to 64"),
-        ({"blocks/1/F": 2**40}, "allowed: 1 to 64"),
+        ({"blocks/1/F": 2**31 - 1}, "allowed: 1 to 64"),
         ({"blocks/9/F": 3}, "narrow: 'blocks/9/F': 3 given"),
         ({"blocks/1/h": 4}, "sets of units in no order"),
         ({"blocks/1/F": "x"}, "narrow"),
