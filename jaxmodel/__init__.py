@@ -1,7 +1,7 @@
 """jaxmodel: a functional JAX framework for the whole life of a big model.
 
 Five ideas. *Params* are a plain nested dict whose leaves are arrays or compressed leaves. A *Model* is a frozen record of pure
-functions. *Rules* `[(path regex, value), ...]` say everything that differs by leaf: sharding, freezing, decay, bits, sparsity.
+functions. *Rules* `[(path regex, value), ...]` say everything that differs by leaf: axes, freezing, decay, bits, sparsity.
 A *TrainState* and a seed determine the rest of a run. A *Transform* is `params -> params`.
 
     import jaxmodel
@@ -46,6 +46,7 @@ _HOMES = {
     "generate": "jaxmodel.generation",
 }
 _PARTS = [
+    "axes",
     "compress",
     "data",
     "errors",

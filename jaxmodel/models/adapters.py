@@ -129,11 +129,10 @@ def split_adapters(params: tree.Params) -> tuple[tree.Params, tree.Params]:
 def with_adapters(model: Model) -> Model:
     """The model reading adapters where its parameters have them: what `lora` gives, for parameters that come from a
     checkpoint."""
-    own = _axes(model.axes)
-    if model.axes.rules[: len(own)] == own:
+    if any(f"{SUFFIX}/" in pattern for pattern, *_ in model.axes.rules):
         return model
     again = lambda policy: with_adapters(model.with_policy(policy))
-    axes = dataclasses.replace(model.axes, rules=(*own, *model.axes.rules))
+    axes = dataclasses.replace(model.axes, rules=(*_axes(model.axes), *model.axes.rules))
     return dataclasses.replace(wrap(model, _reading), axes=axes, with_policy=again)
 
 
