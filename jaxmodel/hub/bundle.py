@@ -326,11 +326,14 @@ def _check_params(bundle: Bundle) -> dict[str, int]:
             raise InputError(f"params: the leaf {path!r} is missing; a fused tree is for running, not for saving")
     if all(there[path] == shape for path, shape in wanted.items()):
         return {}
-    declared = bundle.model.axes
-    fewer = axes.narrower(declared, whole, bundle.params)
-    for path, leaf in tree.flatten(axes.shapes(declared, whole, fewer)).items():
-        if there[path] != leaf.shape:
-            raise InputError(f"params: {path!r} has shape {list(there[path])}; the config needs {list(wanted[path])}")
+    declared, reason = bundle.model.axes, ""
+    try:
+        fewer = axes.narrower(declared, whole, bundle.params)
+        wanted = {path: leaf.shape for path, leaf in tree.flatten(axes.shapes(declared, whole, fewer)).items()}
+    except InputError as error:
+        fewer, reason = {}, f" ({str(error).removeprefix('axes: ').removeprefix('params: ')})"
+    if unlike := next((path for path in wanted if there[path] != wanted[path]), None):
+        raise InputError(f"params: {unlike!r} has shape {list(there[unlike])}; the config needs {list(wanted[unlike])}{reason}")
     return fewer
 
 
