@@ -74,7 +74,8 @@ def sent(axis: str, n: int, config: llama.Config, rows: int, length: int, device
     model = llama.model(config, ops.Policy(axes=ops.MESH_AXES, microbatches=4 * n if n == 4 else 0))
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "targets")}
     if axis != "1f1b":
-        return plan.moved(plan.collectives(plan.compile_step(model, train.next_token, optax.sgd(0.1), batch, mesh)))
+        program = train.Program(model, loss=train.next_token, optimizer=optax.sgd(0.1), mesh=mesh)
+        return plan.moved(plan.collectives(program.compile(batch)))
     params, places = sharding.shardings(model.rules, jax.eval_shape(model.init, jax.random.key(0)), mesh)
     placed = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
     cut = {name: placed(a, jax.NamedSharding(mesh, jax.P("pipeline"))) for name, a in batch.items()}

@@ -40,8 +40,7 @@ def sent(kind: Kind, stream: data.Stream, mesh: jax.sharding.Mesh) -> float:
     """Bytes of the collectives of a step."""
     model, config = gpt2.model(CONFIG, ops.Policy(axes=ops.MESH_AXES)), train.TrainConfig(exchange=kind)
     batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in stream.batch(0).items()}
-    exchange = config.made_exchange()
-    step = plan.compile_step(model, train.next_token, train.make_optimizer(config), batch, mesh, exchange)
+    step = train.Program(model, config, loss=train.next_token, mesh=mesh).compile(batch)
     return float(sum(plan.moved(plan.collectives(step)).values()))
 
 

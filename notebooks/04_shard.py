@@ -92,7 +92,8 @@ shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in stream.bat
 gradients = tree.nbytes(jax.eval_shape(untied.init, jax.random.key(0)))
 sent = []
 for mesh in ("data=8", "fsdp=8"):
-    compiled = plan.compile_step(untied, train.next_token, optax.sgd(0.1), shapes, sharding.make_mesh(mesh))
+    program = train.Program(untied, loss=train.next_token, optimizer=optax.sgd(0.1), mesh=sharding.make_mesh(mesh))
+    compiled = program.compile(shapes)
     for kind, count in plan.moved(plan.collectives(compiled)).items():
         sent.append({"mesh": mesh, "kind": kind, "bytes": count, "times G": count / gradients})
 table(sent, Column("mesh"), Column("kind"), Column("bytes", format="{:,.0f}".format), Column("times G", format="{:.3f}".format))

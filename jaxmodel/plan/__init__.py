@@ -1,7 +1,6 @@
 """What a program will need on machines that are not here: its collectives, read from what XLA compiled."""
 
 from jaxmodel.plan.collectives import Collective, collectives, moved
-from jaxmodel.plan.step import compile_step
 from jaxmodel.plan.topology import topology
 
-__all__ = ["Collective", "collectives", "compile_step", "moved", "topology"]
+__all__ = ["Collective", "collectives", "moved", "topology"]

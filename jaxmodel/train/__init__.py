@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jaxmodel.train.options import TrainOptions
     from jaxmodel.train.pipeline import one_forward_one_backward
     from jaxmodel.train.placing import environment, gather
+    from jaxmodel.train.program import Program
     from jaxmodel.train.projections import project
     from jaxmodel.train.quantized import quantize_weights
     from jaxmodel.train.rate_search import find_lr
@@ -66,6 +67,7 @@ _HOMES = {
     "Ledger": "ledger",
     "LoRA": "jaxmodel.models.adapters",
     "Loss": "losses",
+    "Program": "program",
     "Supervisor": "supervise",
     "TrainConfig": "config",
     "TrainOptions": "options",
@@ -139,6 +141,7 @@ __all__ = [
     "Ledger",
     "LoRA",
     "Loss",
+    "Program",
     "Supervisor",
     "TrainConfig",
     "TrainOptions",

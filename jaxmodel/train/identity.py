@@ -23,19 +23,18 @@ JUDGING = ("eval_every", "eval_batches", "eval_rows")
 """... and those that change only when a run stops, where it may stop early."""
 
 
-def run_identity(model: Model, config: TrainConfig, batch_size: int, **functions: Any) -> dict[str, Any]:
+def run_identity(model: Model, config: TrainConfig, **functions: Any) -> dict[str, Any]:
     """The plain values that a run is a function of, besides its data.
 
     Args:
       model: its config, and the dtypes that it computes in.
       config: without what only says what is written down.
-      batch_size: rows of a batch.
       functions: name -> loss, optimiser, augmentation and the like, as `described`; None for none.
 
     >>> from jaxmodel.models import mlp
-    >>> known = run_identity(mlp.model(mlp.Config(4, (8,), 2)), TrainConfig(), 16, loss=sum)
-    >>> known["train"]["learning_rate"], known["model"]["classes"], known["batch_size"], known["loss"]
-    (0.001, 2, 16, 'builtins.sum')
+    >>> known = run_identity(mlp.model(mlp.Config(4, (8,), 2)), TrainConfig(), loss=sum)
+    >>> known["train"]["learning_rate"], known["model"]["classes"], known["loss"]
+    (0.001, 2, 'builtins.sum')
     """
     free = (*FREE, *(() if config.patience else JUDGING))
     train = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in free}
@@ -46,7 +45,6 @@ def run_identity(model: Model, config: TrainConfig, batch_size: int, **functions
         "model": described(model.config),
         "compute": str(policy.compute),
         "stream": str(policy.stream),
-        "batch_size": batch_size,
         **{name: short(value) for name, value in functions.items() if value is not None},
     }
 

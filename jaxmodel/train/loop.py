@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodel import ops, sharding, tree
+from jaxmodel import tree
 from jaxmodel.data import Batches, as_batches, prefetch
 from jaxmodel.data.given import Passed, listed
 from jaxmodel.data.image_folder import same_classes
@@ -24,16 +24,16 @@ from jaxmodel.models import Model
 from jaxmodel.report import bar
 from jaxmodel.train import early, flops, memory, statistics
 from jaxmodel.train.checkpoint import Checkpoints, flat
-from jaxmodel.train.config import TrainConfig, make_optimizer, rate_of, schedule_of, split_by
+from jaxmodel.train.config import TrainConfig, rate_of, schedule_of
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
-from jaxmodel.train.identity import run_identity
-from jaxmodel.train.losses import Loss, checked_loss, default_loss
+from jaxmodel.train.losses import Loss, default_loss
 from jaxmodel.train.meter import Meter
-from jaxmodel.train.placing import Placed, check_batch, environment, explain
+from jaxmodel.train.placing import Placed, check_batch, explain
+from jaxmodel.train.program import Program
 from jaxmodel.train.rewind import BadSteps
-from jaxmodel.train.state import TrainState, averaged, init_state, state_shardings
-from jaxmodel.train.step import Augment, check_optimizer, make_step
+from jaxmodel.train.state import TrainState, averaged
+from jaxmodel.train.step import Augment, check_optimizer
 from jaxmodel.train.supervise import Supervisor
 
 AHEAD = 2
@@ -111,161 +111,224 @@ def fit(
     if isinstance(stream, Passed):
         _check_passed(stream, checkpoints is not None, state)
     loss = default_loss(model, stream.batch(0)) if loss is None else loss
-    checked_loss(loss)
-    if config.patience and heldout is None:
-        raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
-    config.check_patience()
-    same_classes(stream, heldout)
-    if config.bad == "rewind" and checkpoints is None:
-        raise InputError("bad: 'rewind' given without checkpoints to go back to")
-    named = {"loss": loss, "optimizer": optimizer, "augment": augment}
-    named |= {} if gradients is value_and_grad else {"gradients": gradients}
-    identity = run_identity(model, config, stream.batch_size, **named)
-    identity |= {"heldout": heldout.fingerprint} if heldout is not None and config.patience else {}
-    if (
-        checkpoints is not None
-        and params is not None
-        and all(getattr(a, "is_fully_addressable", True) for a in jax.tree.leaves(params))
-    ):
-        identity["params"] = tree.fingerprint(params)
-    rate = schedule_of(config) if optimizer is None else None
-    optimizer = optimizer or make_optimizer(config)
+    how: dict[str, Any] = {"optimizer": optimizer, "mesh": mesh, "augment": augment, "gradients": gradients}
+    program = Program(model, config, loss=loss, **how)
+    _check_judging(config, stream, heldout, checkpoints is not None)
     supervisor = supervisor or Supervisor()
-    placed, guard, exchange = Placed(stream, mesh), config.guard(), config.made_exchange()
-
-    def start(key: jax.Array, params: tree.Params | None) -> TrainState:
-        params = split_by(config, model.init(key) if params is None else params)
-        carried: dict[str, Any] = {"average": config.average > 0, "guard": guard, "exchange": exchange}
-        made = init_state(params, optimizer, config.trainable, **carried)
-        made.extra["batch_size"] = jnp.int32(stream.batch_size)
-        return early.init(made, config.trainable) if config.patience else made
-
-    key, most = jax.random.key(config.seed), flops.peak(model.policy.compute)
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "trainable", "average", "pipeline")}
-    options |= {"augment": augment, "guard": guard, "gradients": gradients, "exchange": exchange}
-
-    def jitted(model: Model, accumulate: int) -> Any:
-        step = make_step(model, loss, optimizer, accumulate=accumulate, **options)
-        kernels = ops.compiler_options(model.policy.compute)
-        return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=kernels)
-
-    def compiled(accumulate: int, remat: str) -> Any:
-        other = model.with_policy(dataclasses.replace(model.policy, remat=remat))
-        return jitted(other, accumulate).lower(like, jax.tree.map(_shape, batch)).compile()
-
-    with contextlib.ExitStack() as opened, jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as opened, program.on_mesh():
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
             checkpoints = Checkpoints(checkpoints)
             opened.callback(checkpoints.close, raises=False)  # it has said what it could not save
         if checkpoints is not None:
-            checkpoints.state_run(identity, stream.fingerprint, environment(mesh))
-        like = _shapes(jax.eval_shape(start, key, params), model.rules, mesh)
-        where = jax.tree.map(lambda a: a.sharding, like)
-        current = None if checkpoints is None else checkpoints.restore(like)
-        history: list[Row] = []
-        restored = current is not None
-        if current is not None:
-            assert checkpoints is not None
-            history = checkpoints.history(int(current.step))
-            supervisor.ledger.restored(int(current.step))
-        elif state is None:
-            params = params if params is None or mesh is None else sharding.place(model.rules, params, mesh)
-            current = jax.jit(start, out_shardings=where)(key, params)
-        else:
-            current = _going_on(state, like, lambda params: start(key, params).extra)
-        current = _at_row(current, stream.batch_size)
-        if not jax.tree.leaves(tree.partition(current.params, config.trainable)[0]):
-            raise InputError("trainable: nothing trains")
-        if config.steps < int(current.step):
-            raise InputError(f"steps: {config.steps} given; {int(current.step)} were made already")
-        run, batch = jitted(model, config.accumulate), {}
-        judge = config.eval_batches, config.eval_rows
-        scorer = None if heldout is None else Scorer(model, loss, heldout, mesh, *judge)
-        settled = statistics.of_run(model, loss, stream, mesh, current.params)
-        meter = Meter(model, current.params, most, config.trainable)
-        i, feed = int(current.step), _feed(placed, current, config)
-        unread = collections.deque[tuple[int, Any]]()  # steps that were begun and whose metrics nobody looked at
-        answer = BadSteps(config.bad)
-        stop, over = False, bool(config.patience) and early.over(current, config.patience)
-        if restored and jax.process_index() == 0:
-            then = "the run has ended there; nothing is left to train" if over or i == config.steps else "going on"
-            print(f"jaxmodel: step {i} of {config.steps} is restored; {then}", file=sys.stderr, flush=True)
-        with bar(config.steps, "train", done=i, unit="step", first="compiling") as shown:
-            while i < config.steps and not stop and not over:
-                with supervisor.spend("data", i), meter.waits():
-                    batch = next(feed, None)
+            identity = _identity(program, stream, heldout, params)
+            checkpoints.state_run(identity, stream.fingerprint, program.environment)
+        run = _Run(program, stream, heldout, callbacks, checkpoints, supervisor)
+        run.begin(params, state)
+        with bar(config.steps, "train", done=run.i, unit="step", first="compiling") as shown:
+            while not run.is_over():
+                batch = run.next_batch()
                 if batch is None:
-                    print(
-                        f"jaxmodel: data: ended after {i} of {config.steps} steps; the run stops there",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    current = settled(current)
                     break
-                if not meter.steps:
-                    check_batch(model, current.params, batch)
-                rows = stream.batch_size // placed.parts
-                full = memory.explained(compiled, config.accumulate, rows, model.policy.remat)
-                with supervisor.spend("compute" if meter.steps else "compile", i), full:
-                    current, metrics = run(current, batch)
-                    unread.append((i, metrics))
-                    meter.count(batch)
-                    i += 1
-                    due, stop = config.due(i), supervisor.stop(i)
-                    bad = _read(unread, 0 if due or stop else AHEAD)
-                    meter.bad(len(bad))
-                    for number in bad:
-                        explain(model, stream, int(current.data_step) - (i - number))
-                    back = answer.rewind_to(bad, i, checkpoints)
-                if back is not None:
-                    assert checkpoints is not None
-                    with supervisor.spend("checkpoint", i):
-                        current, i, stop = answer.rewind(current, i, back, checkpoints.restore(like, at_most=back)), back, False
-                    history[:] = [row for row in history if row["step"] <= i]
-                    feed = _feed(placed, current, config)
-                    unread.clear()
+                metrics = run.step(batch)
+                if run.went_back():
                     continue
-                shown.advance(i - shown.done)
-                supervisor.ledger.at(i)
+                shown.advance(run.i - shown.done)
                 score = None
-                if "heldout" in due and (scorer is not None or i == config.steps):
-                    with supervisor.spend("evaluate", i):
-                        current = settled(current)
-                if "row" in due:
-                    used = None if rate is None else rate_of(rate, current.opt_state, bool(metrics["bad"]))
-                    row = {"step": i, "data_step": int(current.data_step) - 1, **meter.row(metrics, used)}
-                    if scorer is not None and "heldout" in due:
-                        with supervisor.spend("evaluate", i):
-                            row |= scorer(averaged(current))
-                            score = row["heldout_loss"]
-                            if config.patience:
-                                current = early.update(current, score)
-                                over = early.over(current, config.patience)
-                    shown.advance(0, **meter.shown(row))
-                    if not history and row["grad_norm"] == 0:  # adapters that the model does not know?
-                        print("jaxmodel: the gradient is zero: what trains has no part in the loss", file=sys.stderr, flush=True)
-                    history.append(row)
-                    for callback in callbacks:
-                        callback(row)
-                if checkpoints is not None and (stop or "save" in due or checkpoints.late(config.save_seconds, "row" in due)):
-                    with supervisor.spend("checkpoint", i):
-                        checkpoints.save(current, score=score, history=history)
-                        supervisor.ledger.at(i, saved=True)
-        if checkpoints is not None:
-            with supervisor.spend("checkpoint", i):
-                checkpoints.save(current, history=history)  # nothing where it is there already
-                supervisor.ledger.at(i, saved=True)
-                checkpoints.wait(raises=False)  # what was trained is not lost with it: `close` raises
-        if config.patience and not stop:
-            current = settled(early.best(current))
-    return current, history
+                if "heldout" in run.due and (heldout is not None or run.i == config.steps):
+                    run.measure_statistics()
+                if "row" in run.due:
+                    row, score = run.row(metrics)
+                    shown.advance(0, **run.meter.shown(row))
+                run.save(score)
+        run.finish()
+    return run.state, run.history
 
 
-def _shapes(shapes: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh | None) -> TrainState:
-    """The state as shape structs with the places of its arrays."""
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    where = jax.tree.map(lambda _: one, shapes) if mesh is None else state_shardings(shapes, rules, mesh)
-    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, where)
+@dataclasses.dataclass
+class _Run:
+    """Where a run is: its state, its history, and what was begun and not looked at yet."""
+
+    program: Program
+    stream: Batches
+    heldout: Batches | None
+    callbacks: Sequence[Callable[[Row], None]]
+    checkpoints: Checkpoints | None
+    supervisor: Supervisor
+    history: list[Row] = dataclasses.field(default_factory=list)
+    unread: collections.deque[tuple[int, Any]] = dataclasses.field(default_factory=collections.deque)  # steps whose metrics wait
+    due: set[str] = dataclasses.field(default_factory=set)
+    i: int = 0
+    stop: bool = False
+    over: bool = False
+    bad: list[int] = dataclasses.field(default_factory=list)
+    state: TrainState = dataclasses.field(init=False)
+    like: TrainState = dataclasses.field(init=False)  # its shapes and places
+    scorer: Scorer | None = dataclasses.field(init=False)
+    with_statistics: Callable[[TrainState], TrainState] = dataclasses.field(init=False)
+    meter: Meter = dataclasses.field(init=False)
+    placed: Placed = dataclasses.field(init=False)
+    bad_steps: BadSteps = dataclasses.field(init=False)
+    feed: Iterator[Any] = dataclasses.field(init=False)
+    rate: optax.Schedule | None = dataclasses.field(init=False)
+
+    def begin(self, params: tree.Params | None, state: TrainState | None) -> None:
+        """Start anew, or go on from a state or from what the checkpoints hold."""
+        program, config = self.program, self.program.config
+        self.like = program.shapes(params)
+        restored = None if self.checkpoints is None else self.checkpoints.restore(self.like)
+        if restored is not None and self.checkpoints is not None:
+            self.history = self.checkpoints.history(int(restored.step))
+            self.supervisor.ledger.restored(int(restored.step))
+            found = restored
+        elif state is not None:
+            key = jax.random.key(config.seed)
+            found = _going_on(state, self.like, lambda params: program.start(key, params).extra)
+        else:
+            found = program.init(params=params)
+        self.state = _at_row(found, self.stream.batch_size)
+        self.i = int(self.state.step)
+        if not jax.tree.leaves(tree.partition(self.state.params, config.trainable)[0]):
+            raise InputError("trainable: nothing trains")
+        if config.steps < self.i:
+            raise InputError(f"steps: {config.steps} given; {self.i} were made already")
+        judge = config.eval_batches, config.eval_rows
+        model, mesh, loss = program.model, program.mesh, program.loss
+        self.scorer = None if self.heldout is None else Scorer(model, loss, self.heldout, mesh, *judge)
+        self.with_statistics = statistics.of_run(model, loss, self.stream, mesh, self.state.params)
+        self.meter = Meter(model, self.state.params, flops.peak(model.policy.compute), config.trainable)
+        self.placed, self.bad_steps = Placed(self.stream, mesh), BadSteps(config.bad)
+        self.feed = _feed(self.placed, self.state, config)
+        self.rate = schedule_of(config) if program.optimizer is None else None
+        self.over = bool(config.patience) and early.over(self.state, config.patience)
+        if restored is not None and jax.process_index() == 0:
+            ended = "the run has ended there; nothing is left to train"
+            then = ended if self.over or self.i == config.steps else "going on"
+            print(f"jaxmodel: step {self.i} of {config.steps} is restored; {then}", file=sys.stderr, flush=True)
+
+    def is_over(self) -> bool:
+        """Whether all steps were made, or somebody stopped it."""
+        return self.i >= self.program.config.steps or self.stop or self.over
+
+    def next_batch(self) -> dict[str, Any] | None:
+        """The batch of the next step; None where the data has ended, which is said."""
+        with self.supervisor.spend("data", self.i), self.meter.waits():
+            batch = next(self.feed, None)
+        if batch is None:
+            told = f"jaxmodel: data: ended after {self.i} of {self.program.config.steps} steps; the run stops there"
+            print(told, file=sys.stderr, flush=True)
+            self.measure_statistics()
+        elif not self.meter.steps:
+            check_batch(self.program.model, self.state.params, batch)
+        return batch
+
+    def step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Begin a step. Its metrics may not be there yet."""
+        config, model = self.program.config, self.program.model
+        rows = self.stream.batch_size // self.placed.parts
+        full = memory.explained(self._compiled_with(batch), config.accumulate, rows, model.policy.remat)
+        with self.supervisor.spend("compute" if self.meter.steps else "compile", self.i), full:
+            self.state, metrics = self.program.step(self.state, batch)
+            self.unread.append((self.i, metrics))
+            self.meter.count(batch)
+            self.i += 1
+            self.due, self.stop = config.due(self.i), self.supervisor.stop(self.i)
+            self.bad = _read(self.unread, 0 if self.due or self.stop else AHEAD)
+        return metrics
+
+    def went_back(self) -> bool:
+        """Answer the bad steps that were seen, and say whether the run is at an earlier step now."""
+        self.meter.bad(len(self.bad))
+        for number in self.bad:
+            explain(self.program.model, self.stream, int(self.state.data_step) - (self.i - number))
+        back = self.bad_steps.rewind_to(self.bad, self.i, self.checkpoints)
+        if back is None:
+            self.supervisor.ledger.at(self.i)
+            return False
+        assert self.checkpoints is not None
+        with self.supervisor.spend("checkpoint", self.i):
+            restored = self.checkpoints.restore(self.like, at_most=back)
+            self.state = self.bad_steps.rewind(self.state, self.i, back, restored)
+        self.i, self.stop = back, False
+        self.history[:] = [row for row in self.history if row["step"] <= back]
+        self.feed = _feed(self.placed, self.state, self.program.config)
+        self.unread.clear()
+        return True
+
+    def measure_statistics(self) -> None:
+        """Set the statistics of batch norms, where the model has some."""
+        with self.supervisor.spend("evaluate", self.i):
+            self.state = self.with_statistics(self.state)
+
+    def row(self, metrics: dict[str, Any]) -> tuple[Row, float | None]:
+        """A row of the history, with the held-out loss where it is due, which is given beside it."""
+        config, score = self.program.config, None
+        used = None if self.rate is None else rate_of(self.rate, self.state.opt_state, bool(metrics["bad"]))
+        row = {"step": self.i, "data_step": int(self.state.data_step) - 1, **self.meter.row(metrics, used)}
+        if self.scorer is not None and "heldout" in self.due:
+            with self.supervisor.spend("evaluate", self.i):
+                row |= self.scorer(averaged(self.state))
+                score = row["heldout_loss"]
+                if config.patience:
+                    self.state = early.update(self.state, score)
+                    self.over = early.over(self.state, config.patience)
+        if not self.history and row["grad_norm"] == 0:  # adapters that the model does not know?
+            print("jaxmodel: the gradient is zero: what trains has no part in the loss", file=sys.stderr, flush=True)
+        self.history.append(row)
+        for callback in self.callbacks:
+            callback(row)
+        return row, score
+
+    def save(self, score: float | None = None) -> None:
+        """Save the state where that is due."""
+        config, checkpoints = self.program.config, self.checkpoints
+        if checkpoints is None:
+            return
+        if self.stop or "save" in self.due or checkpoints.late(config.save_seconds, "row" in self.due):
+            with self.supervisor.spend("checkpoint", self.i):
+                checkpoints.save(self.state, score=score, history=self.history)
+                self.supervisor.ledger.at(self.i, saved=True)
+
+    def finish(self) -> None:
+        """Save the last state, and give the best where the run may stop early."""
+        if self.checkpoints is not None:
+            with self.supervisor.spend("checkpoint", self.i):
+                self.checkpoints.save(self.state, history=self.history)  # nothing where it is there already
+                self.supervisor.ledger.at(self.i, saved=True)
+                self.checkpoints.wait(raises=False)  # what was trained is not lost with it: `close` raises
+        if self.program.config.patience and not self.stop:
+            self.state = self.with_statistics(early.best(self.state))
+
+    def _compiled_with(self, batch: dict[str, Any]) -> Callable[[int, str], Any]:
+        """The step compiled with other micro-batches or another `remat`, to see what would fit."""
+        program, params = self.program, jax.eval_shape(lambda params: params, self.like.params)
+
+        def compiled(accumulate: int, remat: str) -> Any:
+            policy = dataclasses.replace(program.model.policy, remat=remat)
+            config = dataclasses.replace(program.config, accumulate=accumulate)
+            other = dataclasses.replace(program, model=program.model.with_policy(policy), config=config)
+            return other.compile(batch, params)
+
+        return compiled
+
+
+def _identity(program: Program, stream: Batches, heldout: Batches | None, params: tree.Params | None) -> dict[str, Any]:
+    """What checkpoints are of: the program, the rows of a batch, the parameters that were given, and what may end the run."""
+    found = {**program.identity, "batch_size": stream.batch_size}
+    if heldout is not None and program.config.patience:
+        found["heldout"] = heldout.fingerprint
+    if params is not None and all(getattr(a, "is_fully_addressable", True) for a in jax.tree.leaves(params)):
+        found["params"] = tree.fingerprint(params)
+    return found
+
+
+def _check_judging(config: TrainConfig, stream: Batches, heldout: Batches | None, saves: bool) -> None:
+    """Refuse what could never stop a run, or could not go back, and held-out images of other classes."""
+    if config.patience and heldout is None:
+        raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
+    config.check_patience()
+    same_classes(stream, heldout)
+    if config.bad == "rewind" and not saves:
+        raise InputError("bad: 'rewind' given without checkpoints to go back to")
 
 
 def _going_on(state: TrainState, like: TrainState, extra: Callable[[tree.Params], dict[str, Any]]) -> TrainState:
@@ -282,9 +345,9 @@ def _going_on(state: TrainState, like: TrainState, extra: Callable[[tree.Params]
 
 def _at_row(state: TrainState, batch_size: int) -> TrainState:
     """The state at the batch that begins with its next row, where batches had another size until now."""
-    then = int(state.extra["batch_size"])
+    then = int(state.extra["batch_size"]) or batch_size  # 0 where no loop has begun yet
     rows = int(state.data_step) * then
-    if then == batch_size:
+    if int(state.extra["batch_size"]) == batch_size:
         return state
     if rows % batch_size:
         near = [n for n in range(1, 4 * max(then, batch_size)) if rows % n == 0]
@@ -298,10 +361,6 @@ def _at_row(state: TrainState, batch_size: int) -> TrainState:
     new = {name: jax.device_put(jnp.int32(now[name]), a.sharding) for name, a in old.items()}
     extra = {**state.extra, "batch_size": new["batch_size"]}
     return dataclasses.replace(state, data_step=new["data_step"], extra=extra)
-
-
-def _shape(a: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
 
 
 def _given(model: Model, data: Any, heldout: Any, config: TrainConfig, batch_size: int | None) -> tuple[Batches, Batches | None]:

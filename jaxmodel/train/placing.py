@@ -60,7 +60,7 @@ class Placed:
         """
         if self.mesh is None:
             return dict(self.stream.batch(step, rows))
-        where = jax.sharding.NamedSharding(self.mesh, jax.P(_axes(self.mesh)))
+        where = rows_sharding(self.mesh)
         if jax.process_count() == 1:
             return jax.device_put(self.stream.batch(step, rows), where)
         count = self.stream.batch_size
@@ -71,6 +71,11 @@ class Placed:
             return jax.make_array_from_callback((count, *a.shape[1:]), where, own)
 
         return {name: made(name, a) for name, a in next(iter(found.values())).items()}
+
+
+def rows_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """Where a batch's rows lie on a mesh: over all of its batch axes."""
+    return jax.sharding.NamedSharding(mesh, jax.P(_axes(mesh)))
 
 
 def check_rows(rows: int, mesh: jax.sharding.Mesh | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -19,11 +18,11 @@ from jaxmodel.data import as_batches
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.models import Model
 from jaxmodel.report import plot, progress
+from jaxmodel.train.config import TrainConfig
 from jaxmodel.train.losses import Loss, default_loss
 from jaxmodel.train.placing import Placed
+from jaxmodel.train.program import Program
 from jaxmodel.train.schedules import Schedule
-from jaxmodel.train.state import init_state, state_shardings
-from jaxmodel.train.step import make_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,26 +113,20 @@ def find_lr(
 
     stream = as_batches(data, input_name=next(iter(model.inputs(1, 1))), seed=seed)
     loss = default_loss(model, stream.batch(0)) if loss is None else loss
-    key = jax.random.key(seed)
-    chosen = optimizer(rate)
-    placed = Placed(stream, mesh)
-    start = lambda params: init_state(model.init(key) if params is None else params, chosen, trainable)
+    config = TrainConfig(seed=seed, trainable=trainable)
+    program = Program(model, config, loss=loss, optimizer=optimizer(rate), mesh=mesh)
     losses: list[float] = []
     average, least = 0.0, math.inf
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        where = None if mesh is None else state_shardings(jax.eval_shape(start, params), model.rules, mesh)
-        state = jax.jit(start, out_shardings=where)(jax.tree.map(jnp.copy, params))  # a copy, because the steps donate theirs
-        one = make_step(model, loss, chosen, seed=seed, trainable=trainable)
-        step = jax.jit(one, donate_argnums=0, out_shardings=(where, None))
-        for i in progress(range(steps), "learning rates"):
-            state, metrics = step(state, placed.batch(i))
-            value = float(metrics["loss"])
-            average = smoothing * average + (1 - smoothing) * value
-            now = average / (1 - smoothing ** (i + 1))
-            least = min(least, now)
-            if i and not now <= diverged * abs(least):  # not a number is not below either
-                break
-            losses.append(value)
+    state, placed = program.init(params=params), Placed(stream, mesh)
+    for i in progress(range(steps), "learning rates"):
+        state, metrics = program.step(state, placed.batch(i))
+        value = float(metrics["loss"])
+        average = smoothing * average + (1 - smoothing) * value
+        now = average / (1 - smoothing ** (i + 1))
+        least = min(least, now)
+        if i and not now <= diverged * abs(least):  # not a number is not below either
+            break
+        losses.append(value)
     rates, found = np.geomspace(low, high, steps)[: len(losses)], np.asarray(losses)
     smoothed = _smoothed(found, smoothing)
     return RateSearch(rates, found, smoothed, steepest(rates, smoothed))

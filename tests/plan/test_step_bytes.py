@@ -34,7 +34,7 @@ def found_in(module, config, shape: str, devices=None, loss=train.next_token) ->
     mesh = sharding.make_mesh(shape, devices)
     model = module.model(config, ops.Policy(axes=ops.MESH_AXES))
     batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in ("tokens", "targets")}
-    program = plan.compile_step(model, loss, optax.sgd(0.1), batch, mesh)
+    program = train.Program(model, loss=loss, optimizer=optax.sgd(0.1), mesh=mesh).compile(batch)
     gradients = tree.nbytes(jax.eval_shape(model.init, jax.random.key(0)))
     return {"sent": plan.moved(plan.collectives(program)), "G": gradients, "act": B * T * config.width * 4}
 

@@ -20,7 +20,7 @@ import pytest
 from jaxmodel import data, ops, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
-from jaxmodel.plan import collectives, compile_step, moved
+from jaxmodel.plan import collectives, moved
 from jaxmodel.train.exchange import Exchange, sum_int8, sum_top_k
 from jaxmodel.train.optimizers import optimizer
 from jaxmodel.train.quantized import quantize_weights
@@ -137,11 +137,13 @@ def check_bytes() -> dict:
 
 
 def check_planned() -> dict:
-    """Of `plan.compile_step`, which has no arrays, the bytes over those of the step that runs."""
+    """Of `Program.compile`, which has no arrays, the bytes over those of the step that runs."""
     mesh, out = sharding.make_mesh("data=8"), {}
     shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch(mesh, 0).items()}
     for name, exchange in (("int8", Exchange()), ("top_k", TOP)):
-        found = collectives(compile_step(MODEL, train.next_token, optax.adam(3e-3), shapes, mesh, exchange))
+        config = train.TrainConfig(exchange=exchange.kind, exchange_share=exchange.share)
+        program = train.Program(MODEL, config, loss=train.next_token, optimizer=optax.adam(3e-3), mesh=mesh)
+        found = collectives(program.compile(shapes))
         runs = collectives(compiled("data=8", exchange)[2].as_text())
         out[name] = sum(moved(found).values()) / sum(moved(runs).values())
     return out

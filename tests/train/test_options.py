@@ -16,11 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import jaxmodel
-from jaxmodel import data, plan, train
+from jaxmodel import data, train
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, mlp
 from jaxmodel.train import optimizers
@@ -160,7 +159,7 @@ def test_a_compiled_step_refuses_rows_that_the_mesh_does_not_divide():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 4).reshape(2, 2), ("data", "fsdp"))  # it never runs
     batch = {name: jax.ShapeDtypeStruct((6, 8), jnp.int32) for name in ("tokens", "targets")}
     with pytest.raises(InputError, match="batch: 6 rows do not divide over the 4 devices of data x fsdp in the mesh; allowed"):
-        plan.compile_step(gpt2.model(gpt2.SIZES["tiny"]), train.next_token, optax.sgd(0.1), batch, mesh)
+        train.Program(gpt2.model(gpt2.SIZES["tiny"]), loss=train.next_token, mesh=mesh).compile(batch)
 
 
 @pytest.mark.parametrize(

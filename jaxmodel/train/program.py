@@ -1,0 +1,204 @@
+"""`Program`: what a training run computes, made once and used by whoever trains.
+
+    program = Program(model, TrainConfig(steps=100), loss=next_token)
+    state = program.init()
+    for i in range(100):
+        state, metrics = program.step(state, program.place(stream.batch(i)))
+
+A guard, a moving average or an exchange of gradients has a part in the state and a part in the step. Both come from one record
+here, so neither can lack what the other has. `fit`, `find_lr` and a plan of what a step costs are callers of it like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmodel import ops, sharding, tree
+from jaxmodel.errors import InputError
+from jaxmodel.models import Model
+from jaxmodel.train import early, placing
+from jaxmodel.train.config import TrainConfig, make_optimizer, split_by
+from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
+from jaxmodel.train.identity import run_identity
+from jaxmodel.train.losses import Loss, checked_loss
+from jaxmodel.train.state import TrainState, init_state, state_shardings
+from jaxmodel.train.step import Augment, Step, check_optimizer, make_step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A model, and how it is trained.
+
+    Attributes:
+      model: what is trained.
+      config: see `TrainConfig`.
+      loss: see `jaxmodel.train.losses`.
+      optimizer: an optax transformation over what trains; None for the one that the config describes.
+      mesh: None for one device.
+      augment: `(key, batch) -> batch`, in training; see `jaxmodel.data.augment`.
+      gradients: makes the gradient function of the objective.
+
+    Raises:
+      InputError: a model, a loss or an optimiser that is none.
+    """
+
+    model: Model
+    config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    _: dataclasses.KW_ONLY
+    loss: Loss
+    optimizer: optax.GradientTransformation | None = None
+    mesh: jax.sharding.Mesh | None = None
+    augment: Augment | None = None
+    gradients: Callable[[Objective], GradientFn] = value_and_grad
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, Model):
+            raise InputError(f"model: {type(self.model).__name__} given; allowed: a Model, such as bundle.model")
+        checked_loss(self.loss)
+        check_optimizer(self.optimizer)
+
+    # ------------------------------------------------------------------------------------------------ pure functions
+
+    def start(self, key: jax.Array, params: tree.Params | None = None) -> TrainState:
+        """Make the state before the first step: pure, to be mapped over keys or traced for its shapes.
+
+        Args:
+          key: of fresh parameters.
+          params: to start from instead.
+        """
+        c = self.config
+        params = split_by(c, self.model.init(key) if params is None else params)
+        memories: dict[str, Any] = {"average": c.average > 0, "guard": c.guard(), "exchange": c.made_exchange()}
+        state = init_state(params, self._optimizer, c.trainable, **memories)
+        state.extra["batch_size"] = jnp.int32(0)
+        return early.init(state, c.trainable) if c.patience else state
+
+    @functools.cached_property
+    def update(self) -> Step:
+        """`(state, batch) -> (state, metrics)`: one step, pure."""
+        c = self.config
+        options: dict[str, Any] = {name: getattr(c, name) for name in ("seed", "trainable", "accumulate", "average", "pipeline")}
+        options |= {"guard": c.guard(), "exchange": c.made_exchange(), "augment": self.augment, "gradients": self.gradients}
+        return make_step(self.model, self.loss, self._optimizer, **options)
+
+    # --------------------------------------------------------------------------------------------- compiled and placed
+
+    def init(self, key: jax.Array | None = None, params: tree.Params | None = None) -> TrainState:
+        """Make the state before the first step, on the mesh.
+
+        Args:
+          key: of fresh parameters; None for that of `config.seed`.
+          params: to start from, which stay usable.
+        """
+        key = jax.random.key(self.config.seed) if key is None else key
+        with self.on_mesh():
+            if params is not None and self.mesh is not None:
+                params = sharding.place(self.model.rules, params, self.mesh)
+            places = jax.tree.map(lambda a: a.sharding, self.shapes(params))
+            return jax.jit(self.start, out_shardings=places)(key, params)
+
+    def step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Make one step. The state that is given is used up.
+
+        Returns:
+          The next state, and the metrics of the loss with `loss`, `grad_norm` and `bad` (1 for a step that was left out), float32
+          scalars.
+        """
+        with self.on_mesh():
+            return self._compiled_for(state)(state, batch)
+
+    def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a batch on the mesh, rows over its batch axes. Of several processes each takes its rows of the whole batch.
+
+        Raises:
+          InputError: rows that do not divide over the mesh.
+        """
+        rows = len(next(iter(batch.values())))
+        placing.check_rows(rows, self.mesh)
+        if self.mesh is None:
+            return dict(batch)
+        where = placing.rows_sharding(self.mesh)
+        if jax.process_count() == 1:
+            return jax.device_put(dict(batch), where)
+        whole = lambda a: jax.make_array_from_callback(a.shape, where, lambda index: np.asarray(a[index]))
+        return {name: whole(np.asarray(a)) for name, a in batch.items()}
+
+    def compile(self, batch: Mapping[str, Any], params: tree.Params | None = None) -> jax.stages.Compiled:
+        """Compile the step for a mesh whose devices need not be here, without any of its arrays.
+
+        Args:
+          batch: shapes of a whole batch, or a batch, rows first.
+          params: shapes of other parameters than `model.init` makes.
+
+        Raises:
+          InputError: a mesh that does not fit the model or does not divide the rows.
+        """
+        for rows in {a.shape[0] for a in batch.values()}:
+            placing.check_rows(rows, self.mesh)
+        lies = {} if self.mesh is None else {"sharding": placing.rows_sharding(self.mesh)}
+        with self.on_mesh():
+            state = self.shapes(params)
+            given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, **lies) for name, a in batch.items()}
+            return self._jitted(state).lower(state, given).compile()
+
+    def shapes(self, params: tree.Params | None = None) -> TrainState:
+        """The state as `jax.ShapeDtypeStruct`s, each with its place."""
+        key = jax.random.key(0)  # made on a device that is here
+        with self.on_mesh():
+            shapes = jax.eval_shape(self.start, key, params)
+        if self.mesh is None:
+            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            places = jax.tree.map(lambda _: one, shapes)
+        else:
+            places = state_shardings(shapes, self.model.rules, self.mesh)
+        return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the mesh is the one in use."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    # ------------------------------------------------------------------------------------------------------- what it is
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """The plain values that a run is a function of, besides its data and where it begins."""
+        named: dict[str, Any] = {"loss": self.loss, "optimizer": self.optimizer, "augment": self.augment}
+        named |= {} if self.gradients is value_and_grad else {"gradients": self.gradients}
+        return run_identity(self.model, self.config, **named)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the bits of a run depend on besides: mesh, processes, devices, processors, jaxlib."""
+        return placing.environment(self.mesh)
+
+    # ----------------------------------------------------------------------------------------------------------- inside
+
+    @functools.cached_property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config) if self.optimizer is None else self.optimizer
+
+    @functools.cached_property
+    def _steps(self) -> dict[Any, Any]:
+        return {}
+
+    def _compiled_for(self, state: TrainState) -> Any:
+        """The jitted step of states of this structure, whose places are those of the state that came first."""
+        structure = jax.tree.structure(state)
+        if structure not in self._steps:
+            self._steps[structure] = self._jitted(state)
+        return self._steps[structure]
+
+    def _jitted(self, state: TrainState) -> Any:
+        places = jax.tree.map(lambda a: a.sharding, state)
+        here = self.mesh is None or self.mesh.devices.flat[0].platform == jax.default_backend()
+        kernels = ops.compiler_options(self.model.policy.compute) if here else None
+        return jax.jit(self.update, donate_argnums=0, out_shardings=(places, None), compiler_options=kernels)
