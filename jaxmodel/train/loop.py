@@ -27,7 +27,7 @@ from jaxmodel.train.checkpoint import Checkpoints, flat
 from jaxmodel.train.config import TrainConfig, rate_of, schedule_of
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
-from jaxmodel.train.losses import Loss, default_loss
+from jaxmodel.train.losses import Loss, checked_loss, default_loss
 from jaxmodel.train.meter import Meter
 from jaxmodel.train.placing import Placed, check_batch, explain
 from jaxmodel.train.program import Program
@@ -111,10 +111,11 @@ def fit(
     if isinstance(stream, Passed):
         _check_passed(stream, checkpoints is not None, state)
     loss = default_loss(model, stream.batch(0)) if loss is None else loss
+    checked_loss(loss)
     how: dict[str, Any] = {"optimizer": optimizer, "mesh": mesh, "augment": augment, "gradients": gradients}
     program = Program(model, config, loss=loss, **how)
     _check_judging(config, stream, heldout, checkpoints is not None)
-    supervisor = supervisor or Supervisor()
+    supervisor, placed = supervisor or Supervisor(), Placed(stream, mesh)
     with contextlib.ExitStack() as opened, program.on_mesh():
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
             checkpoints = Checkpoints(checkpoints)
@@ -122,7 +123,7 @@ def fit(
         if checkpoints is not None:
             identity = _identity(program, stream, heldout, params)
             checkpoints.state_run(identity, stream.fingerprint, program.environment)
-        run = _Run(program, stream, heldout, callbacks, checkpoints, supervisor)
+        run = _Run(program, placed, heldout, callbacks, checkpoints, supervisor)
         run.begin(params, state)
         with bar(config.steps, "train", done=run.i, unit="step", first="compiling") as shown:
             while not run.is_over():
@@ -149,7 +150,7 @@ class _Run:
     """Where a run is: its state, its history, and what was begun and not looked at yet."""
 
     program: Program
-    stream: Batches
+    placed: Placed
     heldout: Batches | None
     callbacks: Sequence[Callable[[Row], None]]
     checkpoints: Checkpoints | None
@@ -166,10 +167,14 @@ class _Run:
     scorer: Scorer | None = dataclasses.field(init=False)
     with_statistics: Callable[[TrainState], TrainState] = dataclasses.field(init=False)
     meter: Meter = dataclasses.field(init=False)
-    placed: Placed = dataclasses.field(init=False)
     bad_steps: BadSteps = dataclasses.field(init=False)
     feed: Iterator[Any] = dataclasses.field(init=False)
     rate: optax.Schedule | None = dataclasses.field(init=False)
+
+    @property
+    def stream(self) -> Batches:
+        """The batches, before they are placed."""
+        return self.placed.stream
 
     def begin(self, params: tree.Params | None, state: TrainState | None) -> None:
         """Start anew, or go on from a state or from what the checkpoints hold."""
@@ -196,7 +201,7 @@ class _Run:
         self.scorer = None if self.heldout is None else Scorer(model, loss, self.heldout, mesh, *judge)
         self.with_statistics = statistics.of_run(model, loss, self.stream, mesh, self.state.params)
         self.meter = Meter(model, self.state.params, flops.peak(model.policy.compute), config.trainable)
-        self.placed, self.bad_steps = Placed(self.stream, mesh), BadSteps(config.bad)
+        self.bad_steps = BadSteps(config.bad)
         self.feed = _feed(self.placed, self.state, config)
         self.rate = schedule_of(config) if program.optimizer is None else None
         self.over = bool(config.patience) and early.over(self.state, config.patience)
