@@ -148,22 +148,20 @@ print(texts[0].origin, "|", len(windows), "windows to train on,", len(unseen), "
 # Six steps without a break, and three, a copy of the state, and three more: the same bits.
 
 # %%
-optimizer = optax.adam(1e-2)
-step = jax.jit(train.make_step(model, train.next_token, optimizer, seed=0))
+program = train.Program(model, train.TrainConfig(seed=0), loss=train.next_token, optimizer=optax.adam(1e-2))
 
 
 def go_on(state, steps):
     for _ in range(steps):
-        state, _ = step(state, stream.batch(state.data_step))
+        state, _ = program.step(state, program.place(stream.batch(state.data_step)))
     return state
 
 
-start = train.init_state(params, optimizer)
-copy = jax.device_get(go_on(start, 3))
-assert tree.fingerprint(go_on(start, 6).params) == tree.fingerprint(go_on(copy, 3).params)
+copy = jax.device_get(go_on(program.init(params=params), 3))  # a step uses up the state that it is given
+assert tree.fingerprint(go_on(program.init(params=params), 6).params) == tree.fingerprint(go_on(copy, 3).params)
 
 # %% [markdown]
-# `fit` is a short loop around that step, with AdamW unless it is given something else.
+# `fit` is a loop around such a program, with AdamW unless it is given something else.
 
 # %%
 settings = train.TrainConfig(steps=150, learning_rate=1e-2, eval_every=30)

@@ -68,8 +68,8 @@ print(f"fill {prose.fill:.3f} and {tables.fill:.3f}; the batch of step 10^9:", s
 # %% [markdown]
 # ## Fit
 #
-# `fit(model, stream, config)` is a loop of about a hundred lines around `make_step`, to be copied where it does not
-# serve. The config is plain values; what differs by leaf is rules.
+# `fit(model, stream, config)` makes a `train.Program` and runs it: `init`, `place` and `step`, which a loop of yours
+# calls as well. The config is plain values; what differs by leaf is rules.
 
 # %%
 model = gpt2.model(gpt2.Config(vocab=256, width=64, depth=2, heads=4, context=64))

@@ -144,10 +144,10 @@ class Program:
         """
         for rows in {a.shape[0] for a in batch.values()}:
             placing.check_rows(rows, self.mesh)
-        lies = {} if self.mesh is None else {"sharding": placing.rows_sharding(self.mesh)}
+        where = None if self.mesh is None else placing.rows_sharding(self.mesh)
         with self.on_mesh():
             state = self.shapes(params)
-            given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, **lies) for name, a in batch.items()}
+            given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) for name, a in batch.items()}
             return self._jitted(state).lower(state, given).compile()
 
     def shapes(self, params: tree.Params | None = None) -> TrainState:
