@@ -18,14 +18,14 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Each may import those before it, never those behind it. A name is a file or a folder of jaxmodel/.
 FLOORS = [
-    *("errors", "text_form", "files", "child", "child_reader", "schema"),
+    *("errors", "brief", "text_form", "files", "child", "child_reader", "schema"),
     *("tree", "axes", "sharding", "leaves", "ops", "report", "layers", "models", "hub", "data", "lifecycle", "train"),
     *("generation", "evaluate", "features", "compress", "plan", "ensemble", "tune", "explain", "trust", "serving"),
     "cli",
 ]
 ROOF = {"__init__", "__main__"}  # may import anything, and nothing below may import them
 # all they may import besides the standard library and what is below them
-ONLY = {**{name: set() for name in ("errors", "text_form", "files", "child", "schema")}, "tree": {"jax"}}
+ONLY = {**{name: set() for name in ("errors", "brief", "text_form", "files", "child", "schema")}, "tree": {"jax"}}
 FLAX = {"layers", "models"}
 LONGEST = 650
 

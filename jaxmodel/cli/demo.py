@@ -82,19 +82,6 @@ def _train(options: Demo, folder: report.Run) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------------- show
 
-COLUMNS = (
-    report.Column("name", "version"),
-    report.Column("resident_bytes", "resident", size),
-    report.Column("packed_bytes", "packed", size),
-    report.Column("file_bytes", "file", size),
-    report.Column("bits_per_weight", "bits per\nweight", lambda v: f"{v:.2f}"),
-    report.Column("nll", "NLL", lambda v: f"{v:.4f}"),
-    report.Column("nll_change", "change", lambda v: f"{v:+.4f}"),
-    report.Column("perplexity", "perplexity", lambda v: f"{v:.2f}"),
-    report.Column("prefill_tps", "prefill\ntok/s", rate),
-    report.Column("decode_tps_1", "decode\n1 stream", rate),
-    report.Column("decode_tps_8", "decode\n8 streams", rate),
-)
 TRAIN_COLUMNS = (
     report.Column("name", "version"),
     report.Column("resident_bytes", "resident", size),
@@ -108,7 +95,7 @@ def show(result: dict[str, Any], console: Any) -> None:
 
     text = f"{result['text']['name']} ({result['text']['origin']})"
     title = f"{result['model']['name']} on {text}, {result['predictions']:,} predictions"
-    report.print_table(result["rows"], COLUMNS, title, console)
+    report.print_table(result["rows"], evaluate.COLUMNS, title, console)
     console.print(Text(_explained(result)))
     for row in result["rows"]:
         console.print(Text(f"{row['name']:>14}  {PROMPT}{row['continuation']!r}"))
@@ -162,7 +149,7 @@ def _write_page(result: dict[str, Any], folder: report.Run, options: Demo) -> No
             "in one process on one device. Change is the mean difference of the loss to f32 on the same tokens. "
             + _explained(result)
         ),
-        html.table(rows, COLUMNS),
+        html.table(rows, evaluate.COLUMNS),
         figures["size"],
         figures["prefill"],
         figures["decode"],

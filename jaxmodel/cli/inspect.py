@@ -124,21 +124,11 @@ def _named(name: str) -> tuple[Any, Any, Any]:
 def show_summary(result: dict[str, Any], console: Any) -> None:
     """A line for each leaf, the layers of a segment together; the sums below."""
     from jaxmodel import report
-    from jaxmodel.models.contents import shape_text, sharding_text
-    from jaxmodel.report.table import count, size
+    from jaxmodel.models.contents import columns
+    from jaxmodel.report.table import size
 
-    columns = [
-        report.Column("path"),
-        report.Column("layers"),
-        report.Column("shape", "shape of one", shape_text),
-        report.Column("kind"),
-        report.Column("parameters", format=count),
-        report.Column("bytes", "size", size),
-        report.Column("mesh", "mesh axes"),
-    ]
-    rows = [{**row, "mesh": sharding_text(row["sharding"])} for row in result["leaves"]]
     title = f"{result['name']} ({result['family']})" + ("" if result["weights"] else ", without weights")
-    report.print_table(rows, columns, title, console)
+    report.print_table(result["leaves"], columns(), title, console)
     console.print(
         f"{result['parameters']:,} parameters, {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits a weight",
         markup=False,

@@ -206,21 +206,10 @@ def _exception(rule: str) -> tuple[str, str]:
 
 
 def _show_compress(result: dict[str, Any], console: Any) -> None:
-    from jaxmodel import report
-    from jaxmodel.report.table import number, percent, size, text
+    from jaxmodel import compress, report
+    from jaxmodel.report.table import size, text
 
-    columns = [
-        report.Column("path"),
-        report.Column("method"),
-        report.Column("shape", format=lambda shape: " x ".join(map(str, shape))),
-        report.Column("layers"),
-        report.Column("bytes_before", "before", size),
-        report.Column("bytes_after", "after", size),
-        report.Column("bits_per_weight", "bits/weight", number),
-        report.Column("relative_error", "error", percent),
-    ]
-    rows = [{**row, "method": row["method"] or "kept"} for row in result["leaves"]]
-    report.print_table(rows, columns, f"{result['recipe']} -> {text(result['out'])}", console)
+    report.print_table(result["leaves"], compress.COLUMNS, f"{result['recipe']} -> {text(result['out'])}", console)
     console.print(
         f"{size(result['bytes_before'])} -> {size(result['bytes_after'])}, "
         f"{result['bits_per_weight']:.3f} bits a weight, file {size(result['file_bytes'])}"

@@ -1,6 +1,6 @@
 """Smaller models: pure functions that turn leaves into compressed ones by rules, and measure what that costs."""
 
-from jaxmodel.compress.apply import Report, apply, compress_bundle
+from jaxmodel.compress.apply import COLUMNS, Report, apply, compress_bundle
 from jaxmodel.compress.magnitude import Magnitude
 from jaxmodel.compress.method import Method, methods, parse, text_of
 from jaxmodel.compress.observe import observe
@@ -10,6 +10,7 @@ from jaxmodel.compress.rtn import Rtn
 from jaxmodel.compress.versions import VERSIONS, versions
 
 __all__ = [
+    "COLUMNS",
     "NAMED",
     "SUFFIXES",
     "VERSIONS",

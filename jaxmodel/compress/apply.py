@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmodel import tree
+from jaxmodel import report, tree
+from jaxmodel.brief import briefly
 from jaxmodel.compress.method import Chain, text_of
 from jaxmodel.compress.observe import Stats
 from jaxmodel.compress.recipe_file import to_record
@@ -21,9 +22,11 @@ from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
 from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.models.adapters import split_adapters
-from jaxmodel.report import progress
+from jaxmodel.report import html, progress
+from jaxmodel.report.table import percent, size
 
 
+@briefly
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What compression did.
@@ -39,7 +42,24 @@ class Report:
     bytes_before: int
     bytes_after: int
     bits_per_weight: float
-    leaves: tuple[Mapping[str, Any], ...]
+    leaves: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
+
+    def _repr_html_(self) -> str:
+        said = f"{size(self.bytes_before)} → {size(self.bytes_after)}"
+        return report.card("Report", {"bytes": said, "bits per weight": self.bits_per_weight}, [html.table(self.leaves, COLUMNS)])
+
+
+COLUMNS = (
+    report.Column("path"),
+    report.Column("method", format=lambda method: method or "kept"),
+    report.Column("shape", format=lambda shape: " x ".join(map(str, shape))),
+    report.Column("layers"),
+    report.Column("bytes_before", "before", size),
+    report.Column("bytes_after", "after", size),
+    report.Column("bits_per_weight", "bits per\nweight", "{:.2f}".format),
+    report.Column("relative_error", "error", percent),
+)
+"""Of a table of the leaves of a report."""
 
 
 def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None = None) -> tuple[tree.Params, Report]:
@@ -95,11 +115,11 @@ def compress_bundle(bundle: Bundle, recipe: Recipe | tree.Rules, name: str | Non
       InputError: as `apply`.
     """
     recipe = as_recipe(recipe)
-    params, report = apply(recipe, bundle.params)
+    params, done = apply(recipe, bundle.params)
     said = to_record(dataclasses.replace(recipe, name=name or recipe.name))
     said = said["base"] if list(said) == ["base"] else said
-    card = {**bundle.card, "recipe": said, "bits_per_weight": report.bits_per_weight}
-    return dataclasses.replace(bundle, model=recipe.adapt(bundle.model), params=params, card=card), report
+    card = {**bundle.card, "recipe": said, "bits_per_weight": done.bits_per_weight}
+    return dataclasses.replace(bundle, model=recipe.adapt(bundle.model), params=params, card=card), done
 
 
 def run_chain(chain: Chain, leaf: Any, stats: Any = None) -> Any:

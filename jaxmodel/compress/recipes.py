@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from jaxmodel import ops, tree
+from jaxmodel.brief import briefly
 from jaxmodel.compress.magnitude import Magnitude
 from jaxmodel.compress.method import Chain, Method, parse, text_of
 from jaxmodel.compress.rtn import Rtn
@@ -25,6 +26,7 @@ class OnMatrices(tuple[Method, ...]):
     """A chain that leaves what is no matrix as it is, where any other chain is refused: the rule of a named recipe is for all."""
 
 
+@briefly
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What compression does to a model, in one value. Where a recipe is wanted its rules alone are taken too.

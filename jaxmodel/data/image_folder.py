@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import os
 import re
@@ -15,13 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodel import report
 from jaxmodel.data import files
+from jaxmodel.data.images import strip
 from jaxmodel.data.paired import Paired
 from jaxmodel.data.stream import Batch
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.hub.decode import ENDINGS, decode
 from jaxmodel.hub.images import ImageProcessor
-from jaxmodel.report import bar
+from jaxmodel.report import bar, html
 
 _OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # which lie in folders of images without anybody having put them there
 
@@ -67,6 +70,20 @@ class ImageFolder:
                 raise unknown("classes", name, self.names)
         if left := self._left_out():
             print(f"jaxmodel: images: {str(self.folder)!r}: {left}", file=sys.stderr, flush=True)
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, (*self.resize, self.channels)))
+        return f"ImageFolder({str(self.folder)!r}, {len(self):,} images of {len(self.names)} classes, as {size})"
+
+    def _repr_html_(self) -> str:
+        counts = np.bincount(self.labels, minlength=len(self.names))
+        rows = [{"class": name, "label": i, "images": int(n)} for i, (name, n) in enumerate(zip(self.names, counts, strict=True))]
+        first = np.unique(self.labels, return_index=True)[1][:12]
+        sections = [html.table(rows[:30], [report.Column(name) for name in ("class", "label", "images")])]
+        with contextlib.suppress(InputError, OSError):  # a file that is damaged, or gone
+            shown = self.take(first)
+            sections = [strip(shown["pixels"], [self.names[i] for i in shown["labels"]]), *sections]
+        return report.card(repr(self), {}, sections)
 
     @cached_property
     def _below(self) -> list[str]:

@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from jaxmodel import report
+from jaxmodel.brief import brief, briefly
 from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.report import html
 
 NAMES = ("digits", "mnist")
 
@@ -31,6 +35,7 @@ _PARTS = {"train": 60000, "test": 10000}  # of MNIST
 _DIGITS_TRAIN = 1437
 
 
+@briefly
 @dataclass(frozen=True, eq=False)
 class Images:
     """Two parts, each `{"pixels": float32 [N, Y, X, C] from 0 to 1, "labels": int32 [N]}`, so each makes a `Stream`.
@@ -48,6 +53,25 @@ class Images:
     name: str
     origin: str
     sha256: str
+
+    def _repr_html_(self) -> str:
+        labels, first = np.unique(self.train["labels"], return_index=True)
+        facts = {"origin": self.origin, "to train on": brief(self.train["pixels"]), "to judge by": brief(self.test["pixels"])}
+        return report.card(f"Images {self.name}", facts, [strip(self.train["pixels"][first[:12]], [*map(str, labels[:12])])])
+
+
+def strip(pixels: np.ndarray, labels: Sequence[str]) -> html.Section:
+    """A few images (pixels from 0 to 1, [n, Y, X, C]) and their labels for a notebook; nothing without pillow."""
+    try:
+        pillow = require("PIL.Image", "notebook")
+    except InputError:
+        return html.Section("")
+    made = []
+    for one, label in zip(np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8), labels, strict=True):
+        out = io.BytesIO()
+        pillow.fromarray(one[..., 0] if one.shape[-1] == 1 else one).save(out, "PNG")
+        made.append((label, out.getvalue()))
+    return html.pictures(made)
 
 
 def load_images(name: str) -> Images:

@@ -12,6 +12,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from jaxmodel.brief import briefly
 from jaxmodel.data.stream import Batch, Batches, global_rows
 from jaxmodel.errors import InputError, at_least
 
@@ -19,6 +20,7 @@ PERIOD = 2**16
 """The longest period of a mixture, in rows."""
 
 
+@briefly
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """An endless stream whose rows come from several, in proportion to weights at every moment.

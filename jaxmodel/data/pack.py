@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 
 type Ids = Sequence[int] | np.ndarray
@@ -15,6 +16,7 @@ type Ids = Sequence[int] | np.ndarray
 _LARGEST = np.iinfo(np.int32).max
 
 
+@briefly
 @dataclass(frozen=True, eq=False)
 class Bins:
     """Rows of one width that hold several documents each; three int32 arrays [N, length].

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import SupportsIndex
 
+from jaxmodel.brief import briefly
 from jaxmodel.data.stream import Batch, Batches, global_rows
 from jaxmodel.errors import InputError
 
@@ -14,6 +15,7 @@ UNLABELLED = "unlabelled_"
 """What the names of the other stream's fields begin with."""
 
 
+@briefly
 @dataclass(frozen=True, eq=False)
 class Paired:
     """Each row of a stream with `each` rows of another, which have names of their own: `unlabelled_pixels` `[B, each, Y, X, C]`.

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel import child, schema
+from jaxmodel.brief import briefly
 from jaxmodel.data import files
 from jaxmodel.data.text import NAMES, RECORDS, load_text, no_file, not_utf8, record_kind, split_documents, split_lines
 from jaxmodel.errors import InputError, border, require, unknown
@@ -49,6 +50,7 @@ _LONE = re.compile("[\ud800-\udfff]")
 _CELL = 2**26  # characters that a cell of a table may have
 
 
+@briefly
 @dataclass(frozen=True)
 class Documents:
     """Texts that are read anew in each iteration, in the same order; made by `documents`.

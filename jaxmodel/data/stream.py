@@ -11,6 +11,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
+from jaxmodel.brief import briefly
 from jaxmodel.data.pack import Bins
 from jaxmodel.data.shuffle import SORTED_UP_TO, permute
 from jaxmodel.errors import InputError, at_least
@@ -62,6 +63,7 @@ class Rows(Protocol):
         ...
 
 
+@briefly
 @dataclass(frozen=True, eq=False)
 class Stream:
     """An endless stream of batches over packed bins, plain windows, rows of named arrays, or rows that are stored somewhere.

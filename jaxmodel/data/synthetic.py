@@ -25,6 +25,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from jaxmodel.brief import briefly
 from jaxmodel.data.stream import Batch, global_rows
 from jaxmodel.errors import InputError, at_least, unknown
 
@@ -89,6 +90,7 @@ SOURCE, TARGET = 1 + len("september 30, 1987"), 1 + max(LONGEST, len("1987-03-12
 """The longest source and target in tokens, the target with its end."""
 
 
+@briefly
 @dataclass(frozen=True)
 class Pairs:
     """An endless stream of batches of pairs.

@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxmodel import tree
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.report import progress
 
 
+@briefly
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
     """How often a classifier is right.

@@ -13,10 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxmodel import generation, tree
+from jaxmodel import generation, report, tree
 from jaxmodel.evaluate.perplexity import bootstrap, summarize, token_nll
 from jaxmodel.hub import Bundle, from_pretrained
 from jaxmodel.report import bar, step
+from jaxmodel.report.table import rate, size
+
+COLUMNS = (
+    report.Column("name", "version"),
+    report.Column("resident_bytes", "resident", size),
+    report.Column("packed_bytes", "packed", size),
+    report.Column("file_bytes", "file", size),
+    report.Column("bits_per_weight", "bits per\nweight", "{:.2f}".format),
+    report.Column("nll", "NLL", "{:.4f}".format),
+    report.Column("nll_change", "change", "{:+.4f}".format),
+    report.Column("perplexity", "perplexity", "{:.2f}".format),
+    report.Column("prefill_tps", "prefill\ntok/s", rate),
+    report.Column("decode_tps_1", "decode\n1 stream", rate),
+    report.Column("decode_tps_8", "decode\n8 streams", rate),
+)
+"""Of a table of versions."""
 
 type Versions = Mapping[str, Callable[[], Bundle]]
 
@@ -54,7 +70,7 @@ def compare(
     Raises:
       InputError: windows that cannot be scored, a folder of `keep` that cannot be written, a prompt that cannot be read.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = report.Rows((), COLUMNS)
     first: np.ndarray | None = None
     with bar(len(versions), "versions", unit="version") as shown:
         for name, make in versions.items():

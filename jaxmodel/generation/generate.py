@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodel import report
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation import decode
 from jaxmodel.generation.sampling import GREEDY, Sampling
@@ -54,6 +55,7 @@ class Request:
                 raise InputError(f"stop: {item!r}; allowed: strings of one character or more")
 
 
+@briefly
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """One generated text.

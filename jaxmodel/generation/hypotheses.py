@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodel import report
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation.beam import beam_search
 from jaxmodel.generation.decode import padded, reads_source, round_up
@@ -19,6 +20,7 @@ from jaxmodel.hub.pretrained import from_pretrained
 from jaxmodel.hub.tokenizer import stream_decoder
 
 
+@briefly
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
     """One text that a beam search found.

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxmodel import schema
+from jaxmodel import report, schema
 from jaxmodel.errors import InputError, border, unknown
 from jaxmodel.hub import backends, chat, vocabularies
 from jaxmodel.hub import images as image_files
@@ -50,6 +50,17 @@ class Tokenizer:
     chat_template: chat.Template | None = field(default=None, repr=False)
     special: Mapping[str, str] | None = field(default=None, repr=False)
     images: image_files.ImageProcessor | None = None
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({', '.join(f'{name} {value}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        return report.card("Tokenizer", self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"kind": type(self.backend.model).__name__, "tokens": f"{self.vocab_size:,}"}
+        facts |= {role.removesuffix("_token"): repr(token) for role, token in self.named_tokens.items()}
+        return facts | {"chat template": "yes" if self.chat_template else "no"}
 
     @property
     def vocab_size(self) -> int:

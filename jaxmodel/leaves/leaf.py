@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jaxmodel import tree
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, unknown
 
 type AxisSizes = Mapping[str, int]
@@ -30,7 +31,9 @@ def static(*, default: Any = dataclasses.MISSING) -> Any:
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
 def register[T: type](cls: T) -> T:
     """Class decorator: a frozen dataclass whose fields marked `static()` are pytree metadata."""
+    own = "__repr__" in vars(cls)
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)  # pyright: ignore[reportAssignmentType]
+    cls = cls if own else briefly(cls)
     names = [(f.name, bool(f.metadata.get("static"))) for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     return jax.tree_util.register_dataclass(
         cls, data_fields=[n for n, s in names if not s], meta_fields=[n for n, s in names if s]

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from jaxmodel import tree
 from jaxmodel.axes import Axes, read, written
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Adapted, Compressed
 from jaxmodel.leaves.adapted import SUFFIX
@@ -38,6 +39,7 @@ _PARTS = {"down", "up", "scale"}
 _PART = re.compile(f".*{SUFFIX}/(down|up|scale|dropout)")
 
 
+@briefly
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """An adapter `scale up @ down` with `scale = alpha / rank`.

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxmodel import tree
+from jaxmodel import report, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models.model import Model
-from jaxmodel.report.table import size
+from jaxmodel.report.table import count, size
 
 
 def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, Any]]:
@@ -37,7 +37,20 @@ def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, A
         specs = tree.assign(model.rules, whole)
     except InputError:
         specs = {}
-    return [_row(path, leaf, specs) for path, leaf in tree.flatten(whole).items()]
+    return report.Rows((_row(path, leaf, specs) for path, leaf in tree.flatten(whole).items()), columns())
+
+
+def columns() -> list[report.Column]:
+    """Of a table of these rows."""
+    return [
+        report.Column("path"),
+        report.Column("layers"),
+        report.Column("shape", "shape of one", shape_text, "left"),
+        report.Column("kind"),
+        report.Column("parameters", format=count),
+        report.Column("bytes", "size", size),
+        report.Column("sharding", "mesh axes", sharding_text, "left"),
+    ]
 
 
 def outline(model: Model, params: tree.Params) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def outline(model: Model, params: tree.Params) -> dict[str, Any]:
     for row in summary(model, params):
         times = f"{row['layers']} layers of " if row["layers"] > 1 else ""
         lines[row["path"]] = (
-            f"{times}{shape_text(row['shape'])} {row['kind']}, {size(row["bytes"])}, {sharding_text(row['sharding'])}"
+            f"{times}{shape_text(row['shape'])} {row['kind']}, {size(row['bytes'])}, {sharding_text(row['sharding'])}"
         )
     return tree.unflatten(lines)
 

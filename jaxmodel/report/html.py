@@ -7,6 +7,7 @@ True
 
 from __future__ import annotations
 
+import base64
 import html as markup
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from jaxmodel.report.run import processor
 from jaxmodel.report.table import Column, Row, aligned
 from jaxmodel.report.table import text as text_of
 
-_STYLE = """
+_PAGE = """
 :root{color-scheme:light dark;--ink:#23272e;--dim:#5c6570;--line:#d9dde3;--paper:#fff;--tint:#f4f6f8}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--dim:#a3adb8;--line:#3d444d;--paper:#15181c;--tint:#1f242a}}
 *{box-sizing:border-box}
@@ -29,6 +30,8 @@ font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wra
 h1{font-size:1.7rem;line-height:1.2}
 h2{font-size:1.25rem;margin:2.2rem 0 .6rem}h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
 p{max-width:44rem;white-space:pre-line}
+"""
+_PARTS = """
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
 figcaption{color:var(--dim);font-size:.9rem;padding:.3rem 0}
 th,td{padding:.35rem .8rem .35rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
@@ -51,6 +54,10 @@ overflow-wrap:anywhere}
 .fold td::before{content:attr(data-title);display:block;color:var(--dim);font-size:.75rem}
 .fold td:first-child{grid-column:1/-1;font-weight:600}
 .fold td:first-child::before{content:attr(data-title) "\\2002";display:inline;font-weight:400}}
+"""
+_AROUND = """
+--ink:currentColor;--dim:color-mix(in srgb,currentColor 65%,transparent);--line:#8884;--paper:transparent;--tint:#8882;
+h3{font-size:1.05rem;margin:.4rem 0}table{margin:0}dl{margin:.2rem 0}
 """
 _FEW = 4  # columns that are no table any more on a phone, where each row of a wider one becomes a paragraph
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -78,8 +85,14 @@ def page(title: str, sections: Sequence[Section]) -> str:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     body = "\n".join(section.html for section in sections)
     name = escape(title)
-    start = f'<!doctype html>\n<html lang="en"><head>{head}<title>{name}</title><style>{_STYLE}</style></head>'
+    start = f'<!doctype html>\n<html lang="en"><head>{head}<title>{name}</title><style>{_PAGE}{_PARTS}</style></head>'
     return f"{start}\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
+
+
+def fragment(sections: Sequence[Section]) -> str:
+    """A piece for a notebook's cell, in the colours of what stands around it."""
+    style = f"<style>.jaxmodel{{{_AROUND}{_PARTS}}}</style>"
+    return f'<div class="jaxmodel">{style}{"".join(section.html for section in sections)}</div>'
 
 
 def heading(words: str, level: int = 2) -> Section:
@@ -163,6 +176,17 @@ def figure(svg: bytes | str, caption: str = "") -> Section:
     for colour, name in ((plot.INK, "ink"), (plot.GRID, "line"), (plot.PAPER, "paper")):
         drawing = drawing.replace(colour, f"var(--{name})")
     return Section(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+def pictures(images: Sequence[tuple[str, bytes]]) -> Section:
+    """Small PNG pictures in a row, each above its label."""
+    made = []
+    for label, png in images:
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        shown = f'<img alt="" src="{source}" style="height:3.5rem;image-rendering:pixelated">'
+        frame = '<figure style="display:inline-block;margin:.2rem;text-align:center">'
+        made.append(f"{frame}{shown}<figcaption>{escape(label)}</figcaption></figure>")
+    return Section(f"<div>{''.join(made)}</div>")
 
 
 def _flat(pairs: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:

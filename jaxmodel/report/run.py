@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel import schema
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError
 from jaxmodel.files import open_own
 from jaxmodel.report.files import atomic_write
@@ -27,6 +28,7 @@ _PACKAGES = ("jaxmodel", "jax", "jaxlib", "flax", "optax", "numpy")
 _FLAGS = re.compile(r"sse4_2|fma|f16c|avx\w*|amx\w*|asimd\w*|sve\w*|bf16|i8mm")
 
 
+@briefly
 @dataclass(frozen=True)
 class Run:
     """A run folder.

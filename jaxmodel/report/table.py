@@ -159,10 +159,9 @@ def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str | Non
             parts.append(wider)
         parts[-1] = wider
     for i, part in enumerate(parts):
-        table = _rich(rows, part)
         if title and not i:
-            table.title, table.title_justify = Text(printable(title)), "left"
-        console.print(table)
+            console.print(Text(printable(title), style="italic"))
+        console.print(_rich(rows, part))
 
 
 def _rich(rows: Sequence[Row], columns: Sequence[Column]) -> Any:
@@ -174,12 +173,13 @@ def _rich(rows: Sequence[Row], columns: Sequence[Column]) -> Any:
     made = []
     for column in columns:
         right, cells = column.to_right(rows), [column.cell(row) for row in rows]
+        title = printable(column.title or column.key)
         if right:  # the spaces at the ends of cells would be cut off, were they set flush right by rich
             cells = aligned(cells)
-            widest = max(map(len, [*cells, *(column.title or column.key).split("\n")]))
+            widest = max(map(len, [*cells, *title.split("\n")]))
             cells = [cell.rjust(widest) for cell in cells]
         made.append(cells)
-        head = Text(column.title or column.key, justify="right" if right else "left")
+        head = Text(title, justify="right" if right else "left")
         table.add_column(head, overflow="fold", vertical="bottom")
     for cells in zip(*made, strict=True):
         table.add_row(*map(Text, cells))  # Text: brackets in a name are no markup

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from jaxmodel import tree
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least, named_fields
 from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.guard import Guard
@@ -39,6 +40,7 @@ OTHER_NAMES = {
 """What other frameworks call the fields: the name that is not taken -> the field, or what to do."""
 
 
+@briefly
 @named_fields(OTHER_NAMES)
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(TrainOptions):

@@ -29,6 +29,7 @@ from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.losses import Loss, checked_loss, default_loss
 from jaxmodel.train.meter import Meter
+from jaxmodel.train.page import History
 from jaxmodel.train.placing import Placed, check_batch, explain
 from jaxmodel.train.program import Program
 from jaxmodel.train.rewind import BadSteps
@@ -142,7 +143,7 @@ def fit(
                     shown.advance(0, **run.meter.shown(row))
                 run.save(score)
         run.finish()
-    return run.state, run.history
+    return run.state, History(run.history)
 
 
 @dataclasses.dataclass

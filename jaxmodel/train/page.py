@@ -107,6 +107,19 @@ def read_rows(file: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+class History(report.Rows):
+    """The rows of a run: a list of dicts that shows itself as a table, in a notebook below the curve of the losses."""
+
+    def columns(self) -> list[report.Column]:
+        """Losses and speed first, in words."""
+        return columns(self)
+
+    def _repr_html_(self) -> str | None:
+        with contextlib.suppress(Exception):  # the package that draws is missing, or these are other rows
+            return f"{html.fragment([html.figure(plots(self)['loss']('svg'))])}{super()._repr_html_()}"
+        return super()._repr_html_()
+
+
 def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.Picture]]:
     """Name -> format -> picture: losses, learning rate, norm of the gradient and speed over steps."""
 

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Float
 
 from jaxmodel import tree
+from jaxmodel.brief import briefly
 from jaxmodel.data import as_batches
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.models import Model
@@ -25,6 +26,7 @@ from jaxmodel.train.program import Program
 from jaxmodel.train.schedules import Schedule
 
 
+@briefly
 @dataclasses.dataclass(frozen=True, eq=False)
 class RateSearch:
     """What `find_lr` finds.
@@ -40,6 +42,11 @@ class RateSearch:
     losses: Float[np.ndarray, " N"]
     smoothed: Float[np.ndarray, " N"]
     suggestion: float | None
+
+    def _repr_svg_(self) -> str | None:
+        with contextlib.suppress(InputError):  # the package that draws is missing
+            return self.plot()._repr_svg_()
+        return None
 
     def plot(self, fmt: str = "svg") -> plot.Picture:
         """The losses over the rates, with the suggestion; `fmt` is svg or png. Where they explode the axis ends."""

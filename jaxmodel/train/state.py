@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from jaxmodel import sharding, tree
+from jaxmodel import report, sharding, tree
+from jaxmodel.brief import brief
 from jaxmodel.leaves.leaf import register
+from jaxmodel.report.table import size
 from jaxmodel.train.exchange import Exchange, residual_shardings
 from jaxmodel.train.guard import Guard
 from jaxmodel.train.masters import with_masters
@@ -34,6 +38,30 @@ class TrainState:
     params: Any
     opt_state: Any
     extra: Any = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"TrainState({', '.join(f'{name} {value}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        return report.card("TrainState", self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """From shapes alone; of the counters the number where it is there already."""
+        leaves = tree.flatten(self.params) if isinstance(self.params, dict) else {}
+        known = [leaf for leaf in leaves.values() if hasattr(leaf, "shape")]
+        facts: dict[str, Any] = {name: _number(getattr(self, name)) for name in ("step", "data_step")}
+        facts["parameters"] = f"{sum(math.prod(leaf.shape) for leaf in known):,} in {len(leaves)} leaves"
+        for name in ("params", "opt_state", "extra"):
+            facts[f"{name} bytes"] = size(sum(a.nbytes for a in jax.tree.leaves(getattr(self, name)) if hasattr(a, "nbytes")))
+        return facts
+
+
+def _number(counter: Any) -> Any:
+    """A counter, unless it would have to be waited for."""
+    if isinstance(counter, jax.Array) and not isinstance(counter, Tracer) and not counter.is_deleted() and counter.ndim == 0:
+        ready: Any = getattr(counter, "is_ready", lambda: True)
+        return int(counter) if counter.is_fully_addressable and ready() else brief(counter)
+    return brief(counter)
 
 
 def init_state(

@@ -7,9 +7,11 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError
 
 
+@briefly
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelReport:
     """What `confident_learning` finds.
