@@ -39,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if list(words[:1]) in (["--version"], ["-V"]):
             print(f"jaxmodel {importlib.metadata.version('jaxmodel')}")
             raise SystemExit(0)
-        with _terminable():
+        with _terminable(), _undropped():
             _, code = run(read(words))
             sys.stdout.flush()
     except InputError as error:
@@ -81,6 +81,29 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _undropped() -> Iterator[None]:
+    """Give Ctrl-C and SIGTERM once more where Python drops what they raise, which it does in callbacks of the collector of
+    garbage (JAX has one) and in `__del__`; the work would go on as if nothing had been said."""
+    before, waiting = sys.unraisablehook, []
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            return before(dropped)
+        number = signal.SIGTERM if issubclass(dropped.exc_type, _Terminated) else signal.SIGINT
+        waiting.append(threading.Timer(0.1, os.kill, (os.getpid(), number)))  # behind the callback, which is short
+        waiting[-1].daemon = True
+        waiting[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in waiting:
+            timer.cancel()
 
 
 def read(args: Sequence[str]) -> Common:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from jaxmodel import generation, hub
 from jaxmodel.cli import main
+from jaxmodel.train import stop_signals
 
 
 def ended(monkeypatch, tmp_path, capsys, raised):
@@ -40,6 +43,54 @@ def test_a_verb_that_is_told_to_end_leaves_one_line(raised, code, said, monkeypa
     before = signal.getsignal(signal.SIGTERM)
     assert ended(monkeypatch, tmp_path, capsys, raised) == (code, said)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def dropped(number):
+    """The signal falls into a callback of the garbage collector, from which Python raises nothing."""
+
+    def callback(phase, _):
+        if phase == "start":
+            gc.callbacks.remove(callback)
+            os.kill(os.getpid(), number)
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+def wait_for(what=lambda: False):
+    until = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < until, "the signal was forgotten"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "jaxmodel: interrupted\n"), (signal.SIGTERM, 143, "jaxmodel: terminated\n")],
+)
+def test_a_signal_in_a_callback_of_the_collector_is_not_forgotten(number, code, said, monkeypatch, tmp_path, capsys):
+    def work():
+        dropped(number)
+        wait_for()
+
+    before = sys.unraisablehook
+    assert ended(monkeypatch, tmp_path, capsys, work) == (code, said)
+    assert sys.unraisablehook == before
+
+
+def test_training_that_begins_meanwhile_hears_it(monkeypatch, tmp_path, capsys):
+    """The handler of `train` takes over between the signal and its repetition, and then saves and stops."""
+    heard = []
+
+    def work():
+        dropped(signal.SIGINT)
+        with stop_signals() as stop:
+            wait_for(lambda: stop(1))
+            heard.append(True)
+        raise KeyboardInterrupt
+
+    assert ended(monkeypatch, tmp_path, capsys, work)[0] == 130
+    assert heard
 
 
 @pytest.mark.parametrize("more", [(), ("--json", "-")], ids=["table", "JSON"])
