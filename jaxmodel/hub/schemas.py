@@ -77,6 +77,8 @@ class Config(TypedDict, total=False):
     mlp_only_layers: list[Index] | None
     decoder_sparse_step: Count
     projection_dim: Count
+    projection_size: Count | None
+    vision_use_head: bool | None
     pooler_output_size: Count | None
     image_size: Count
     patch_size: Count

@@ -6,7 +6,7 @@ from jaxmodel.layers.batch_norm import BatchNorm, GroupNorm, fold_batch_norm
 from jaxmodel.layers.conv import activation, conv, dense
 from jaxmodel.layers.cross import CrossAttention
 from jaxmodel.layers.dropout import dropout
-from jaxmodel.layers.encoder import ACTIVATIONS, BLOCK_AXES, EncoderBlock, PooledHead
+from jaxmodel.layers.encoder import ACTIVATIONS, BLOCK_AXES, AttentionPool, EncoderBlock, PooledHead
 from jaxmodel.layers.fuse import fuse, unfuse
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
@@ -24,6 +24,7 @@ __all__ = [
     "MLP",
     "Additive",
     "Attention",
+    "AttentionPool",
     "BatchNorm",
     "CrossAttention",
     "EncoderBlock",

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
 from jaxmodel.layers.attention import Attention
+from jaxmodel.layers.cross import CrossAttention
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
 from jaxmodel.layers.mlp import MLP
@@ -101,6 +102,39 @@ class EncoderBlock(nn.Module):
             return mlp_norm(x + scaled("mlp", mlp(x)))
         x = x + scaled("attn", mix(attn_norm(x)))
         return x + scaled("mlp", mlp(mlp_norm(x)))
+
+
+class AttentionPool(nn.Module):
+    """One vector of all positions: what a learnt query finds in them, and a feed-forward part behind it (Lee et al., 2019).
+
+    Leaves query `[D]`, attn (as `CrossAttention` has them), norm, mlp.
+
+    Attributes:
+      heads: H of new leaves, which divide D.
+      mlp_width: F of new leaves.
+      activation: a name of `ACTIVATIONS`.
+      norm_eps: of the layer norm.
+      init_scale: standard deviation of new weights.
+      policy: dtypes and placement.
+    """
+
+    heads: int
+    mlp_width: int
+    activation: str
+    norm_eps: float
+    init_scale: float
+    policy: ops.Policy
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        normal = nn.initializers.normal(self.init_scale)
+        width, policy = x.shape[-1], self.policy
+        query = ops.on_last(leaf(self, "query", normal, (width,)).astype(x.dtype), x.ndim)
+        attention = CrossAttention(self.heads, width // self.heads, True, normal, normal, policy, name="attn")
+        given = {"memory": x, "memory_mask": jnp.ones(x.shape[:2], jnp.bool_)}
+        y = attention(jnp.broadcast_to(query, (x.shape[0], 1, width)), given, None, 0)[0]
+        mlp = MLP(self.mlp_width, ACTIVATIONS[self.activation], False, True, normal, normal, policy, name="mlp")
+        return (y + mlp(LayerNorm(self.norm_eps, name="norm")(y)))[:, 0]
 
 
 class PooledHead(nn.Module):

@@ -3,6 +3,10 @@
 The image tower is a vision transformer with a norm behind its positions, the text tower a causal transformer that is read at the
 token that ends the text. Each has a linear map to a shared space; logits are scaled cosines of images with texts.
 
+In SigLIP (Zhai et al., 2023) each pair is a yes or no by itself: logits have a bias, and a sigmoid makes probabilities of them.
+Its text tower sees both ways and is read at the last position: fill texts up to the whole context with the tokenizer's padding
+token, and give no mask. Its image tower pools by attention, into the shared space without a map.
+
 >>> clip = model(SIZES["tiny"])
 >>> params = clip.init(jax.random.key(0))
 >>> inputs = {"tokens": jnp.zeros((2, 8), jnp.int32), "pixels": jnp.zeros((2, 16, 16, 3))}
@@ -14,10 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
@@ -39,7 +45,8 @@ class Text:
       heads: H, which divide D.
       mlp_width: F.
       context: the longest sequence: learnt positions.
-      end: the token at whose first place a text is read; None for its highest one (the first CLIP's files).
+      end: the token at whose first place a text is read; None for its highest one (the first CLIP's files, and SigLIP, which
+        reads the last position).
       activation: a name of `layers.ACTIVATIONS`.
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
@@ -73,15 +80,21 @@ class Config:
       image: the image tower, without classes.
       shared: width E of the space of both.
       scale: logarithm of what new cosines are multiplied with.
+      sigmoid: whether it is a SigLIP.
+      bias: that of new logits of a SigLIP.
     """
 
     text: Text
     image: vit.Config
     shared: int
     scale: float = 2.6592
+    sigmoid: bool = False
+    bias: float = -10.0
 
     def __post_init__(self) -> None:
         check_sizes(self, ("shared",))
+        if self.sigmoid and self.shared != self.image.width:
+            raise InputError(f"shared: {self.shared} given; a SigLIP needs {self.image.width}, the width of its image tower")
         if self.image.labels:
             raise InputError(f"image.labels: {len(self.image.labels)} given; the image tower has no classes, leave them out")
 
@@ -93,20 +106,43 @@ class Config:
 
 _IMAGE: dict[str, Any] = {"activation": "quick_gelu", "patch_bias": False, "embed_norm": True, "norm_eps": 1e-5}
 
+_SIGLIP: dict[str, Any] = {"activation": "gelu_tanh", "norm_eps": 1e-6}
+SIGLIP_SCALE = math.log(10)
+_PAIRS: dict[str, Any] = {"scale": SIGLIP_SCALE, "sigmoid": True}
+
+
+def _siglip(width: int, depth: int, heads: int, mlp: int, image: int, patch: int, vocab: int = 32000) -> Config:
+    """Both towers of a SigLIP of the same sizes."""
+    tower = vit.Config(image, patch, width, depth, heads, mlp, pool="attention", **_SIGLIP)
+    return Config(Text(vocab, width, depth, heads, mlp, 64, **_SIGLIP), tower, width, **_PAIRS)
+
+
 SIZES = {
     "tiny": Config(Text(256, 32, 2, 4, 64, 32), vit.Config(16, 4, 64, 3, 4, 64, **_IMAGE), 4),
+    "tiny-siglip": Config(
+        Text(256, 32, 2, 4, 64, 32, **_SIGLIP), vit.Config(16, 4, 48, 3, 4, 64, pool="attention", **_SIGLIP), 48, **_PAIRS
+    ),
     "clip-base-32": Config(Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 32, 768, 12, 12, 3072, **_IMAGE), 512),
     "clip-base-16": Config(Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 16, 768, 12, 12, 3072, **_IMAGE), 512),
     "clip-large-14": Config(Text(49408, 768, 12, 12, 3072, 77), vit.Config(224, 14, 1024, 24, 16, 4096, **_IMAGE), 768),
+    "siglip-base-16": _siglip(768, 12, 12, 3072, 224, 16),
+    "siglip-large-16": _siglip(1024, 24, 16, 4096, 256, 16),
+    "siglip-so400m-14": _siglip(1152, 27, 16, 4304, 384, 14),
+    "siglip2-base-16": _siglip(768, 12, 12, 3072, 224, 16, 256000),
 }
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: `D0` is the width of the text tower, `D1` that of the other."""
+    """What the axes of the leaves are: `D0` is the width of the text tower, `D1` that of the other (and of a SigLIP's space)."""
     tables = (("embed", "VD table"), ("positions", "tD table"))
     text = Axes((*tables, *BLOCK_AXES), (("h", config.text.width // config.text.heads),)).under("text", 0)
     image = vit.axes(config.image).under("image", 1)
-    own = (("text_map", "PD0"), ("image_map", "PD1"), ("scale", ""))
+    if config.sigmoid:
+        own = (("text_map", "D1D0", P("tensor", "fsdp")), ("text_map_bias", "D1"), ("scale|bias", ""))
+    else:
+        own = (("text_map", "PD0"), ("image_map", "PD1"), ("scale", ""))
     return Axes((*text.rules, *image.rules, *own), (*text.sizes, *image.sizes))
+
+
 
 
 class Towers(NamedTuple):
@@ -130,7 +166,7 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
 
     def image(params: tree.Params, pixels: Float[Array, "N Y X C"]) -> Float[Array, "N E"]:
         pooled = image_model.apply(params["image"], pixels).logits
-        return _unit(ops.einsum("ND,ED->NE", pooled, params["image_map"], policy))
+        return _unit(pooled if config.sigmoid else ops.einsum("ND,ED->NE", pooled, params["image_map"], policy))
 
     def block(params: Any, x: Any, context: Any, cache: Any, layer: Any, rng: Any, train: bool):
         x = block_module.apply({"params": params}, x, context)
@@ -138,19 +174,25 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
 
     def text(params: tree.Params, inputs: dict[str, jax.Array]) -> Float[Array, "M E"]:
         tokens, own = inputs["tokens"], params["text"]
+        if tokens.shape[1] > config.text.context:
+            raise InputError(f"tokens: {tokens.shape[1]} of a text given; allowed: at most {config.text.context}, the context")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x = ops.take(own["embed"], tokens, policy) + ops.take(own["positions"], positions, policy, "SD")
-        context = {"seen": ops.Seen(valid=inputs.get("mask"))}
+        context = {"seen": ops.Seen(valid=inputs.get("mask"), causal=not config.sigmoid)}
         how = policy.remat, policy.microbatches, policy.unroll
         x = repeat(block, own["blocks"], x, context, None, None, False, *how)[0]
         normed: Any = norm_module.apply({"params": own["norm"]}, x)
+        if config.sigmoid:
+            mapped = ops.einsum("ND,ED->NE", normed[:, -1], params["text_map"], policy)
+            return _unit(mapped + ops.on_last(params["text_map_bias"].astype(mapped.dtype), 2))
         end = config.text.end
         last = jnp.argmax(tokens if end is None else tokens == end, axis=1)
         pooled = jnp.take_along_axis(normed, last[:, None, None], axis=1)[:, 0]
         return _unit(ops.einsum("ND,ED->NE", pooled, params["text_map"], policy))
 
     def logits(params: tree.Params, image: Float[Array, "N E"], text: Float[Array, "M E"]) -> Float[Array, "N M"]:
-        return jnp.exp(params["scale"].astype(jnp.float32)) * ops.einsum("NE,ME->NM", image, text, wide)
+        scaled = jnp.exp(params["scale"].astype(jnp.float32)) * ops.einsum("NE,ME->NM", image, text, wide)
+        return scaled + params["bias"].astype(jnp.float32) if config.sigmoid else scaled
 
     return Towers(image, text, logits)
 
@@ -195,7 +237,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def init(key: jax.Array) -> tree.Params:
         c, keys = config.text, jax.random.split(key, 7)
         x = jnp.zeros((1, 1, c.width), policy.stream)
-        context = {"seen": ops.Seen()}
+        context, shared = {"seen": ops.Seen()}, config.shared
         normal = lambda key, *shape: c.init_scale * jax.random.normal(key, shape)
         text = {
             "embed": normal(keys[0], c.vocab, c.width),
@@ -203,12 +245,17 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             "blocks": init_layers(lambda k: dict(block_module.init(k, x, context)["params"]), keys[2], c.depth),
             "norm": norm_module.init(keys[3], x)["params"],
         }
+        of_image: tree.Params = {
+            "image_map": config.image.width**-0.5 * jax.random.normal(keys[5], (shared, config.image.width))
+        }
+        if config.sigmoid:
+            of_image = {"text_map_bias": jnp.zeros(shared), "bias": jnp.full((), config.bias, jnp.float32)}
         return {
             "image": image_model.init(keys[4]),
             "text": text,
-            "image_map": config.image.width**-0.5 * jax.random.normal(keys[5], (config.shared, config.image.width)),
-            "text_map": c.width**-0.5 * jax.random.normal(keys[6], (config.shared, c.width)),
+            "text_map": c.width**-0.5 * jax.random.normal(keys[6], (shared, c.width)),
             "scale": jnp.full((), config.scale, jnp.float32),
+            **of_image,
         }
 
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -23,10 +23,10 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, Patches, PooledHead, init_layers
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, AttentionPool, EncoderBlock, LayerNorm, Patches, PooledHead, init_layers
 from jaxmodel.models.model import Model, Parts, check_sizes
 
-POOLS = ("class", "mean", "both")
+POOLS = ("class", "mean", "both", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Config:
 
     Attributes:
       image: the side of the (square) images in pixels.
-      patch: the side of a patch, which divides that.
+      patch: the side of a patch; what is left of an image beyond whole ones is not read.
       width: D.
       depth: layers L.
       heads: H, which divide D.
       mlp_width: F.
       labels: names of the classes; () for a model whose `apply` gives the pooled vector `[B, D]`.
       channels: of the images.
-      pool: what stands for the image: "class", a token of its own, "mean" of the patches' (Zhai et al., 2021), or "both", one
-        behind the other.
+      pool: what stands for the image: "class", a token of its own, "mean" of the patches' (Zhai et al., 2021), "both", one
+        behind the other, or "attention" of a learnt query to the patches and a feed-forward part (Lee et al., 2019; SigLIP).
       pool_dense: whether a dense layer with tanh follows.
       activation: a name of `layers.ACTIVATIONS`.
       qkv_bias: whether q, k and v have biases.
@@ -78,8 +78,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_sizes(self, ("image", "patch", "width", "depth", "heads", "mlp_width", "channels"))
-        if self.image % self.patch:
-            raise InputError(f"patch: {self.patch} given; a divisor of the image's {self.image} pixels is needed")
+        if self.patch > self.image:
+            raise InputError(f"patch: {self.patch} given; allowed: at most the image's {self.image} pixels")
         if self.width % self.heads:
             raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
         if self.pool not in POOLS:
@@ -104,6 +104,7 @@ SIZES = {
     "tiny-mean": Config(16, 4, 32, 3, 4, 64, numbered(10), 1, "mean", qkv_bias=False, patch_bias=False, embed_norm=True),
     "tiny-dino": Config(16, 4, 32, 3, 4, 64, numbered(10), pool="both", **_DINO),
     "tiny-features": Config(16, 8, 48, 3, 4, 64, pool_dense=True),
+    "tiny-attention": Config(16, 8, 48, 3, 4, 64, pool="attention"),
     "vit-base-16": Config(224, 16, 768, 12, 12, 3072, numbered(1000)),
     "vit-large-16": Config(224, 16, 1024, 24, 16, 4096, numbered(1000)),
     "dinov2-small": Config(518, 14, 384, 12, 6, 1536, **_DINO),
@@ -121,6 +122,14 @@ def axes(config: Config) -> Axes:
             (tree.optional("embed/(patch_bias|class)"), "D"),
             ("embed/positions", "tD table"),
             *BLOCK_AXES,
+            (tree.optional("attention_pool/query"), "D"),
+            (tree.optional("attention_pool/attn/(q|memory_k|memory_v)"), "(Hh)D"),
+            (tree.optional("attention_pool/attn/(q|memory_k|memory_v)_bias"), "(Hh)"),
+            (tree.optional("attention_pool/attn/o"), "D(Hh)"),
+            (tree.optional("attention_pool/mlp/up"), "FD"),
+            (tree.optional("attention_pool/mlp/up_bias"), "F"),
+            (tree.optional("attention_pool/mlp/down"), "DF"),
+            (tree.optional("attention_pool/(attn/o|mlp/down)_bias"), "D"),
             (tree.optional("blocks/.*/(attn|mlp)_scale"), "D"),
             (tree.optional("head/pool"), f"F0{pooled}"),
             (tree.optional("head/pool_bias"), "F0"),
@@ -132,6 +141,8 @@ def axes(config: Config) -> Axes:
     )
 
 
+
+
 class _Head(nn.Module):
     config: Config
     policy: ops.Policy
@@ -140,9 +151,13 @@ class _Head(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         x = LayerNorm(c.norm_eps, name="norm")(x)
-        patches = x[:, 1:] if c.pool == "both" else x
-        pooled = x[:, 0] if c.pool == "class" else jnp.mean(patches.astype(jnp.float32), axis=1)
-        pooled = jnp.concatenate([x[:, 0].astype(jnp.float32), pooled], axis=-1) if c.pool == "both" else pooled
+        if c.pool == "attention":
+            sizes = c.heads, c.mlp_width, c.activation, c.norm_eps, c.init_scale
+            pooled = AttentionPool(*sizes, self.policy, name="attention_pool")(x)
+        else:
+            patches = x[:, 1:] if c.pool == "both" else x
+            pooled = x[:, 0] if c.pool == "class" else jnp.mean(patches.astype(jnp.float32), axis=1)
+            pooled = jnp.concatenate([x[:, 0].astype(jnp.float32), pooled], axis=-1) if c.pool == "both" else pooled
         return PooledHead(c.pool_dense, len(c.labels), c.init_scale, self.policy, name="head")(pooled)
 
 
@@ -154,7 +169,7 @@ class _Embed(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         c = self.config
         sizes = c.width, c.patch, c.image // c.patch
-        x = Patches(*sizes, c.pool != "mean", c.patch_bias, c.init_scale, self.policy, name="embed")(pixels)
+        x = Patches(*sizes, c.pool in ("class", "both"), c.patch_bias, c.init_scale, self.policy, name="embed")(pixels)
         return LayerNorm(c.norm_eps, name="embed_norm")(x) if c.embed_norm else x
 
 
@@ -194,7 +209,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         return x, cache, {}
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
-        own = {name: params[name] for name in ("norm", "head") if name in params}
+        own = {name: params[name] for name in ("norm", "attention_pool", "head") if name in params}
         logits: Any = head_module.apply({"params": own}, x)
         return logits
 

@@ -300,9 +300,9 @@ def test_images_of_any_size_and_what_stands_for_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patch": 5}, "patch: 5 given; a divisor of the image's 16 pixels"),
+        ({"patch": 17}, "patch: 17 given; allowed: at most the image's 16 pixels"),
         ({"heads": 5}, "heads: 5 given"),
-        ({"pool": "max"}, "pool: 'max' is not known; allowed: both, class, mean"),
+        ({"pool": "max"}, "pool: 'max' is not known; allowed: attention, both, class, mean"),
         ({"activation": "swish"}, "activation: 'swish' is not known"),
         ({"channels": 0}, "channels is 0"),
     ],

@@ -21,51 +21,74 @@ _LAYER = {
 _OLD_END = 2  # the first CLIP's files give this id for the end of a text, and mean the highest one
 
 
-def _names(config: clip.Config) -> list[Name]:
-    c, names = config.image, []
-    for tower, stem in {"image": "vision_model", "text": "text_model"}.items():
-        layer = f"{stem}.encoder.layers.{{}}"
-        for ours, theirs in _LAYER.items():
-            names += linear_names(f"{tower}/blocks/{{}}/{ours}", f"{layer}.{theirs}")
-        names += norm_names(f"{tower}/blocks/{{}}/attn_norm", f"{layer}.layer_norm1")
-        names += norm_names(f"{tower}/blocks/{{}}/mlp_norm", f"{layer}.layer_norm2")
-    patch = Name("image/embed/patch", "vision_model.embeddings.patch_embedding.weight", trailing=(c.channels, c.patch, c.patch))
+def tower_names(stem: str, ours: str = "") -> list[Name]:
+    """The entries of the layers of a tower of CLIP or SigLIP, in files under `stem`, and in our tree under `ours`."""
+    layer, names = f"{stem}.encoder.layers.{{}}", []
+    for leaf, theirs in _LAYER.items():
+        names += linear_names(f"{ours}blocks/{{}}/{leaf}", f"{layer}.{theirs}")
+    names += norm_names(f"{ours}blocks/{{}}/attn_norm", f"{layer}.layer_norm1")
+    return names + norm_names(f"{ours}blocks/{{}}/mlp_norm", f"{layer}.layer_norm2")
+
+
+def image_names(c: vit.Config, ours: str = "") -> list[Name]:
+    """The entries of what the image towers of CLIP and SigLIP have both."""
+    stem, kernel = "vision_model.embeddings", (c.channels, c.patch, c.patch)
     return [
-        *names,
-        patch,
-        Name("image/embed/class", "vision_model.embeddings.class_embedding"),
-        Name("image/embed/positions", "vision_model.embeddings.position_embedding.weight"),
-        *norm_names("image/embed_norm", "vision_model.pre_layrnorm"),  # so it is spelt there
-        *norm_names("image/norm", "vision_model.post_layernorm"),
+        *tower_names("vision_model", ours),
+        Name(f"{ours}embed/patch", f"{stem}.patch_embedding.weight", trailing=kernel),
+        Name(f"{ours}embed/positions", f"{stem}.position_embedding.weight"),
+        *norm_names(f"{ours}norm", "vision_model.post_layernorm"),
+    ]
+
+
+def text_names() -> list[Name]:
+    """The entries of what the text towers of CLIP and SigLIP have both."""
+    return [
+        *tower_names("text_model", "text/"),
         Name("text/embed", "text_model.embeddings.token_embedding.weight"),
         Name("text/positions", "text_model.embeddings.position_embedding.weight"),
         *norm_names("text/norm", "text_model.final_layer_norm"),
+    ]
+
+
+def _names(config: clip.Config) -> list[Name]:
+    return [
+        *image_names(config.image, "image/"),
+        *text_names(),
+        Name("image/embed/class", "vision_model.embeddings.class_embedding"),
+        *norm_names("image/embed_norm", "vision_model.pre_layrnorm"),  # so it is spelt there
         Name("image_map", "visual_projection.weight"),
         Name("text_map", "text_projection.weight"),
         Name("scale", "logit_scale"),
     ]
 
 
-def _tower(hf: dict[str, Any], key: str, width: int, heads: int) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """One tower's part of config.json and what both have; `width` and `heads` are those of a missing key."""
+def _part(hf: dict[str, Any], key: str) -> dict[str, Any]:
+    """What config.json says of one tower."""
     own = hf.get(key) or {}
     if (newer := hf.get(f"{key}_dict")) is not None:  # of the first files: where it is there, it says all
         own = own | keys.defaults()["clip"][key] | newer
-    return own, {
+    return own
+
+
+def tower(own: Mapping[str, Any], width: int, heads: int, act: str, eps: float, where: str) -> dict[str, Any]:
+    """What both towers have, as their part of config.json says it, or as it is meant where that is silent."""
+    return {
         "width": own.get("hidden_size", width),
         "depth": own.get("num_hidden_layers", 12),
         "heads": own.get("num_attention_heads", heads),
         "mlp_width": own.get("intermediate_size", 4 * width),
-        "activation": activation(own, "quick_gelu", f"config.json: {key}"),
-        "norm_eps": own.get("layer_norm_eps", 1e-5),
+        "activation": activation(own, act, where),
+        "norm_eps": own.get("layer_norm_eps", eps),
         "init_scale": own.get("initializer_range", 0.02),
     }
 
 
 def _from_hf(hf: dict[str, Any]) -> clip.Config:
     architecture(hf, ("CLIPModel",), "CLIPModel")
-    text, of_text = _tower(hf, "text_config", 512, 8)
-    image, of_image = _tower(hf, "vision_config", 768, 12)
+    text, image = _part(hf, "text_config"), _part(hf, "vision_config")
+    of_text = tower(text, 512, 8, "quick_gelu", 1e-5, "config.json: text_config")
+    of_image = tower(image, 768, 12, "quick_gelu", 1e-5, "config.json: vision_config")
     end = text.get("eos_token_id", 49407)
     context = text.get("max_position_embeddings", 77)
     size, patch = image.get("image_size", 224), image.get("patch_size", 32)
@@ -78,7 +101,8 @@ def _from_hf(hf: dict[str, Any]) -> clip.Config:
     )
 
 
-def _tower_to_hf(kind: str, c: clip.Text | vit.Config, shared: int) -> dict[str, Any]:
+def tower_to_hf(kind: str, c: clip.Text | vit.Config) -> dict[str, Any]:
+    """The part of config.json that `tower` reads."""
     return {
         "model_type": kind,
         "hidden_size": c.width,
@@ -88,23 +112,24 @@ def _tower_to_hf(kind: str, c: clip.Text | vit.Config, shared: int) -> dict[str,
         "hidden_act": activation_to_hf(c.activation),
         "layer_norm_eps": c.norm_eps,
         "initializer_range": c.init_scale,
-        "projection_dim": shared,
     }
 
 
 def _to_hf(config: clip.Config) -> dict[str, Any] | None:
     text, image = config.text, config.image
     plain = image.embed_norm and not image.patch_bias and image.qkv_bias and image.pool == "class" and not image.pool_dense
-    if not plain or text.end == _OLD_END:
+    if not plain or config.sigmoid or text.end == _OLD_END:
         return None
     of_text = {
-        **_tower_to_hf("clip_text_model", text, config.shared),
+        **tower_to_hf("clip_text_model", text),
+        "projection_dim": config.shared,
         "vocab_size": text.vocab,
         "max_position_embeddings": text.context,
         "eos_token_id": _OLD_END if text.end is None else text.end,
     }
     of_image = {
-        **_tower_to_hf("clip_vision_model", image, config.shared),
+        **tower_to_hf("clip_vision_model", image),
+        "projection_dim": config.shared,
         "image_size": image.image,
         "patch_size": image.patch,
         "num_channels": image.channels,

@@ -43,6 +43,8 @@ from transformers import (
     DistilBertConfig,
     ModernBertConfig,
     RobertaConfig,
+    SiglipConfig,
+    SiglipVisionConfig,
     ViTConfig,
     XLMRobertaConfig,
 )
@@ -55,8 +57,8 @@ TEXTS = [*(HERE / "sentences.txt").read_text(encoding="utf-8").splitlines(), (HE
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """A model, the length of its padded row (of texts), which gradients are stored, and the images' sides if they are not the
-    config's."""
+    """A model, the length of its padded row (of both, where none is padded), which gradients are stored, and sides of images
+    that are not the config's."""
 
     kind: str
     config: Any
@@ -203,6 +205,28 @@ LATER = {
         ModernBertConfig(**_MODERN | {"classifier_pooling": "cls", "num_hidden_layers": 3}, **labels("no", "yes")),
         *(7, r".*layers\.2\..*|head.*|classifier.*"),
     ),
+    "siglip-a": Tiny(
+        "SiglipModel",
+        SiglipConfig(
+            text_config={**sizes(12, 2, 2, 20), "vocab_size": 61, "max_position_embeddings": 8, "projection_size": 16},
+            vision_config=sizes(16, 2, 4, 24, image_size=14, patch_size=4),  # of which two pixels are left over
+        ),
+        gradients=r"logit_scale|text_model.head.*|vision_model.(head|embeddings).*",
+    ),
+    "siglip-b": Tiny(
+        "SiglipModel",
+        SiglipConfig(
+            text_config={**sizes(12, 1, 3, 20, hidden_act="gelu"), "vocab_size": 61, "max_position_embeddings": 8},
+            vision_config=sizes(12, 1, 2, 20, image_size=8, patch_size=4, num_channels=1, layer_norm_eps=1e-2),
+        ),
+        6,
+        r"logit_scale|text_model.embeddings.*|.*post_layernorm.*",
+    ),
+    "siglip_vision_model-a": Tiny(
+        "SiglipVisionModel",
+        SiglipVisionConfig(image_size=8, patch_size=4, **sizes(12, 2, 3, 20)),
+        gradients=r".*(head|embeddings).*",
+    ),
 }
 SEEDS = {name: i for i, name in enumerate([*sorted(MODELS), *LATER])}
 MODELS |= LATER
@@ -213,7 +237,10 @@ def inputs_of(tiny: Tiny, draw: torch.Generator) -> dict[str, torch.Tensor]:
     """Inputs by our names: a full row of text and a padded one, images."""
     config, found = tiny.config, {}
     text = getattr(config, "text_config", config)
-    if tiny.short:
+    if config.model_type == "siglip":  # which reads the last position, so nothing is padding
+        length = tiny.short or text.max_position_embeddings
+        found["tokens"] = torch.randint(text.vocab_size, (2, length), generator=draw)
+    elif tiny.short:
         roberta = config.model_type in ("roberta", "xlm-roberta")  # positions begin behind the padding id
         length = text.max_position_embeddings - (text.pad_token_id + 1 if roberta else 0)
         tokens = torch.randint(3, text.vocab_size, (2, length), generator=draw)
@@ -242,7 +269,7 @@ def logits_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     out = model(**given)
     if type(model).__name__ in OF_SENTENCES:
         return mean(out.last_hidden_state, inputs["mask"])
-    if type(model).__name__ in ("Dinov2Model", "ViTModel"):
+    if type(model).__name__ in ("Dinov2Model", "SiglipVisionModel", "ViTModel"):
         return out.pooler_output
     return out.logits_per_image if hasattr(out, "logits_per_image") else out.logits
 

@@ -1,0 +1,67 @@
+"""Files of SigLIP's image tower: HF folders of SiglipVisionModel, and its part of those of SiglipModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodel.hub.families.bert import architecture, linear_names, norm_names
+from jaxmodel.hub.families.clip import image_names, tower, tower_to_hf
+from jaxmodel.hub.names import Family, Name, fixed
+from jaxmodel.models import vit
+
+
+def names(c: vit.Config, ours: str = "") -> list[Name]:
+    """The entries of the tower, in our tree under `ours`."""
+    pool, head = f"{ours}attention_pool", "vision_model.head"
+    found = [
+        *image_names(c, ours),
+        Name(f"{ours}embed/patch_bias", "vision_model.embeddings.patch_embedding.bias"),
+        Name(f"{pool}/query", f"{head}.probe", lead=2),
+        *norm_names(f"{pool}/norm", f"{head}.layernorm"),
+        *linear_names(f"{pool}/attn/o", f"{head}.attention.out_proj"),
+        *linear_names(f"{pool}/mlp/up", f"{head}.mlp.fc1"),
+        *linear_names(f"{pool}/mlp/down", f"{head}.mlp.fc2"),
+    ]
+    for i, leaf in enumerate(("q", "memory_k", "memory_v")):
+        for end, kind in (("", "weight"), ("_bias", "bias")):
+            found.append(Name(f"{pool}/attn/{leaf}{end}", f"{head}.attention.in_proj_{kind}", part=(i, (1, 1, 1))))
+    return found
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> vit.Config:
+    """The tower that config.json, or its part `vision_config`, says."""
+    fixed(hf, {"vision_use_head": (True, None)})
+    return vit.Config(
+        image=hf.get("image_size", 224),
+        patch=hf.get("patch_size", 16),
+        **tower(hf, 768, 12, "gelu_pytorch_tanh", 1e-6, where),
+        channels=hf.get("num_channels", 3),
+        pool="attention",
+    )
+
+
+def config_to_hf(c: vit.Config) -> dict[str, Any]:
+    """What `config_from_hf` reads."""
+    sizes = {"image_size": c.image, "patch_size": c.patch, "num_channels": c.channels}
+    return {**tower_to_hf("siglip_vision_model", c), **sizes, "vision_use_head": True}
+
+
+def _from_hf(hf: Mapping[str, Any]) -> vit.Config:
+    architecture(hf, ("SiglipVisionModel",), "SiglipVisionModel")
+    return config_from_hf(hf)
+
+
+def _to_hf(c: vit.Config) -> dict[str, Any] | None:
+    return {"architectures": ["SiglipVisionModel"], **config_to_hf(c)} if c.pool == "attention" else None
+
+
+FAMILY = Family(
+    module=vit,
+    kinds=("siglip_vision_model",),
+    names=names,
+    config_from_hf=_from_hf,
+    config_to_hf=_to_hf,
+    ignored=r"embeddings\.position_ids",
+    prefix="vision_model.",
+)
