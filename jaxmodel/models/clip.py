@@ -120,7 +120,7 @@ def _siglip(width: int, depth: int, heads: int, mlp: int, image: int, patch: int
 SIZES = {
     "tiny": Config(Text(256, 32, 2, 4, 64, 32), vit.Config(16, 4, 64, 3, 4, 64, **_IMAGE), 4),
     "tiny-siglip": Config(
-        Text(256, 32, 2, 4, 64, 32, **_SIGLIP), vit.Config(16, 4, 48, 3, 4, 64, pool="attention", **_SIGLIP), 48, **_PAIRS
+        Text(256, 32, 2, 4, 64, 32, **_SIGLIP), vit.Config(16, 8, 48, 3, 4, 64, pool="attention", **_SIGLIP), 48, **_PAIRS
     ),
     "clip-base-32": Config(Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 32, 768, 12, 12, 3072, **_IMAGE), 512),
     "clip-base-16": Config(Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 16, 768, 12, 12, 3072, **_IMAGE), 512),
@@ -130,6 +130,7 @@ SIZES = {
     "siglip-so400m-14": _siglip(1152, 27, 16, 4304, 384, 14),
     "siglip2-base-16": _siglip(768, 12, 12, 3072, 224, 16, 256000),
 }
+
 
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are: `D0` is the width of the text tower, `D1` that of the other (and of a SigLIP's space)."""
@@ -141,8 +142,6 @@ def axes(config: Config) -> Axes:
     else:
         own = (("text_map", "PD0"), ("image_map", "PD1"), ("scale", ""))
     return Axes((*text.rules, *image.rules, *own), (*text.sizes, *image.sizes))
-
-
 
 
 class Towers(NamedTuple):
@@ -245,9 +244,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             "blocks": init_layers(lambda k: dict(block_module.init(k, x, context)["params"]), keys[2], c.depth),
             "norm": norm_module.init(keys[3], x)["params"],
         }
-        of_image: tree.Params = {
-            "image_map": config.image.width**-0.5 * jax.random.normal(keys[5], (shared, config.image.width))
-        }
+        of_image: tree.Params = {"image_map": config.image.width**-0.5 * jax.random.normal(keys[5], (shared, config.image.width))}
         if config.sigmoid:
             of_image = {"text_map_bias": jnp.zeros(shared), "bias": jnp.full((), config.bias, jnp.float32)}
         return {

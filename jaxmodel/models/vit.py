@@ -112,6 +112,7 @@ SIZES = {
     "dinov2-large": Config(518, 14, 1024, 24, 16, 4096, **_DINO),
 }
 
+
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are."""
     pooled = "[D+D]" if config.pool == "both" else "D"
@@ -139,8 +140,6 @@ def axes(config: Config) -> Axes:
         sizes=(("h", config.width // config.heads),),
         ordered=("V",) if config.labels else ("V", "F0" if config.pool_dense else "D"),
     )
-
-
 
 
 class _Head(nn.Module):

@@ -80,7 +80,10 @@ def test_an_unknown_key_is_refused_unless_it_says_nothing(kind: str, read: Any) 
         assert read(hf | {"attention_sharpness": value}, ignore=["attention_sharpness"]) == read(hf)
 
 
-@pytest.mark.parametrize(("kind", "tower"), [("clip", "text_config"), ("clip", "vision_config"), ("gemma3", "text_config")])
+TOWERS = [(kind, tower) for kind in ("clip", "siglip") for tower in ("text_config", "vision_config")]
+
+
+@pytest.mark.parametrize(("kind", "tower"), [*TOWERS, ("gemma3", "text_config")])
 def test_keys_of_a_tower(kind: str, tower: str, read: Any) -> None:
     hf = defaults()[kind]
     odd = hf | {tower: hf[tower] | {"depth_scale": 2.0}}
@@ -131,6 +134,8 @@ PUBLISHED = [
     ("qwen2", _QWEN),
     ("qwen3", {"max_window_layers": 36, "rope_scaling": None}),
     ("qwen3_moe", _MOE | {"router_aux_loss_coef": 0.001}),
+    ("siglip", {"initializer_factor": 1.0, "text_config": {"model_type": "siglip_text_model"}}),
+    ("siglip_vision_model", {"vision_use_head": True, "attn_implementation": None}),
     ("smollm3", {"max_window_layers": 28, "pretraining_tp": 2}),
     ("t5", {"n_positions": 512, "output_past": True, "task_specific_params": {"summarization": {"num_beams": 4}}}),
     ("vit", {"padding": "max_length", "max_length": 128, "problem_type": "single_label_classification"}),

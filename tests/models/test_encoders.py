@@ -64,6 +64,7 @@ def test_activations_by_their_formulas() -> None:
         "gelu_tanh": x * (1 + tanh) / 2,
         "quick_gelu": x / (1 + np.exp(-1.702 * x)),
         "relu": np.maximum(x, 0),
+        "silu": x / (1 + np.exp(-x)),
     }
     assert set(want) == set(ACTIVATIONS)
     for name, values in want.items():
