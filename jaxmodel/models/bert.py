@@ -24,7 +24,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, PooledHead, init_layers, leaf, linear
-from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
+from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
 
 HEADS = ("mlm", "classify", "embed")
@@ -169,7 +169,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         tokens, mask, segments = inputs["tokens"], inputs.get("mask"), inputs.get("segments")
         if segments is not None and c.head != "mlm":
             raise InputError(f"segments: given to the head {c.head!r}, which takes a row for one text; leave them out")
-        positions = inputs.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+        positions = positions_of(inputs)
         positions = positions + c.first_position
         x = ops.take(params["embed"], tokens, policy) + ops.take(params["positions"], positions, policy, "SD")
         if c.types:

@@ -88,7 +88,7 @@ class Model:
         parts, policy, names = self.parts, self.policy, tuple(self.inputs(1, 1))
 
         def hidden(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
-            return _hidden(parts, policy, *_counted(params, _by_name(inputs, names)), cache, rng, train)
+            return _hidden(parts, policy, *_counted(params, unpadded(_by_name(inputs, names))), cache, rng, train)
 
         def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
             params, inputs = _counted(params, _by_name(inputs, names))
@@ -135,7 +135,7 @@ def begin(
     model: Model, params: tree.Params, inputs: Inputs, rng: Any = None, train: bool = False
 ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
     """What `hidden` does in front of the layers, without a cache: activations, context and aux values."""
-    given = _by_name(inputs, tuple(model.inputs(1, 1)))
+    given = unpadded(_by_name(inputs, tuple(model.inputs(1, 1))))
     x, context = model.parts.embed(params, given, None, _key(rng, _EMBED), train)
     return x, context, context.pop("aux", {})
 
@@ -166,6 +166,9 @@ def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Arra
     return inputs[name]
 
 
+_PADDED = {"tokens": "mask", "positions": "mask", "types": "mask", "source": "source_mask"}
+"""Inputs of token ids and places, and the mask of each."""
+
 _EMBED, _HEAD = 2**32 - 1, 2**32 - 2  # what embed and head fold into the step's key; layer i folds in i
 
 
@@ -179,6 +182,22 @@ def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
     if len(names) != 1:
         raise InputError(f"inputs: an array was given; a dict of {', '.join(names)} is needed")
     return {names[0]: inputs}
+
+
+def unpadded(inputs: dict[str, jax.Array], names: Mapping[str, str] = _PADDED) -> dict[str, jax.Array]:
+    """The inputs with zeros where a mask says padding: what stands there may lie outside of a table, whose rows are NaN then, and
+    a weight of zero in attention times NaN is NaN, so no mask would keep it from the tokens.
+
+    >>> tokens, mask = jnp.array([[7, -1]]), jnp.array([[True, False]])
+    >>> unpadded({"tokens": tokens, "mask": mask})["tokens"].tolist()
+    [[7, 0]]
+    """
+    padded = {
+        name: jnp.where(inputs[mask].astype(jnp.bool_), inputs[name], jnp.zeros((), inputs[name].dtype))
+        for name, mask in names.items()
+        if name in inputs and mask in inputs and jnp.shape(inputs[name]) == jnp.shape(inputs[mask])
+    }
+    return {**inputs, **padded}
 
 
 COUNTS = "counts"
@@ -224,21 +243,28 @@ def token_inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {"tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32)}
 
 
+def positions_of(inputs: Mapping[str, jax.Array], places: jax.Array | None = None) -> jax.Array:
+    """Positions `[B, T]` of the tokens: those that are given, else `places`, else 0, 1, 2, ...; padding is at 0, so that it may
+    reach beyond the context."""
+    if "positions" in inputs:
+        return inputs["positions"]
+    tokens = inputs["tokens"]
+    if places is None:
+        places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return unpadded({**inputs, "positions": places})["positions"]
+
+
 def decoder_context(inputs: Mapping[str, jax.Array], cache: Any) -> tuple[jax.Array, dict[str, Any]]:
     """Positions `[B, T]` and the context of a causal decoder: what each token sees, where there is no cache to say it.
 
     Raises:
       InputError: segments and a cache, whose tokens are one document.
     """
-    tokens = inputs["tokens"]
-    t = tokens.shape[1]
     segments = inputs.get("segments")
     if cache is not None:
         if segments is not None:
             raise InputError("segments: given with a cache; a row of a cache is one document, so leave them out")
-        return inputs.get("positions", cache.positions(t)), {}
-    positions = inputs.get("positions")
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), tokens.shape)
+        return positions_of(inputs, cache.positions(inputs["tokens"].shape[1])), {}
+    positions = positions_of(inputs)
     seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=inputs.get("mask"))
     return positions, {"seen": seen}

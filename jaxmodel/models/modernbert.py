@@ -24,7 +24,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers, leaf, linear
-from jaxmodel.models.model import Model, Parts, check_sizes, token_inputs
+from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
 
 HEADS = ("mlm", "classify", "embed")
@@ -174,7 +174,7 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         tokens, segments = inputs["tokens"], inputs.get("segments")
         if segments is not None and c.head != "mlm":
             raise InputError(f"segments: given to the head {c.head!r}, which takes a row for one text; leave them out")
-        positions = inputs.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+        positions = positions_of(inputs)
         seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=inputs.get("mask"), causal=False)
         turned = c.width // c.heads
         context = {

@@ -59,10 +59,24 @@ def test_packed_segments_equal_separate_documents(decoder):
 def test_padding_on_the_right_does_not_change_real_positions(decoder):
     lengths = np.array([3, T, 5])
     mask = np.arange(T) < lengths[:, None]
-    rows = [np.asarray(jnp.where(mask, decoder.tokens, fill)) for fill in (0, 7)]
-    outs = [decoder.apply(decoder.params, {"tokens": jnp.asarray(row), "mask": jnp.asarray(mask)}) for row in rows]
-    np.testing.assert_array_equal(np.asarray(outs[0])[mask], np.asarray(outs[1])[mask])
+    rows = [jnp.where(mask, decoder.tokens, fill) for fill in (0, 7, -1, 10**6)]  # also of what no table has
+    outs = [decoder.apply(decoder.params, {"tokens": row, "mask": jnp.asarray(mask)}) for row in rows]
+    for out in outs[1:]:
+        np.testing.assert_array_equal(np.asarray(outs[0])[mask], np.asarray(out)[mask])
     close(np.asarray(outs[0])[mask], np.asarray(decoder.apply(decoder.params, decoder.tokens))[mask])
+
+
+def test_padding_may_reach_beyond_the_context(decoder):
+    if "positions" not in decoder.params:
+        pytest.skip("positions without a table have no end")
+    context = len(decoder.params["positions"])
+    row = jax.random.randint(jax.random.key(3), (1, context), 0, decoder.model.config.vocab)
+    wide, mask = jnp.pad(row, ((0, 0), (0, 7))), jnp.arange(context + 7)[None] < context
+    whole = decoder.apply(decoder.params, row)
+    close(decoder.apply(decoder.params, {"tokens": wide, "mask": mask})[:, :context], whole)
+    cache = decoder.model.init_cache(1, context + 7)
+    out = decoder.model.apply(decoder.params, {"tokens": wide, "mask": mask}, cache)
+    close(out.logits[:, :context], whole)
 
 
 def test_a_new_model_knows_nothing(decoder):

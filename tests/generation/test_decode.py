@@ -52,6 +52,22 @@ def next_logits(model, params, rows):
     return [all_logits(model, params, row)[-1] for row in rows]
 
 
+def test_a_context_that_is_no_round_length_is_used_to_its_end(model):
+    """Prompts are padded to one of few lengths, here beyond a table of positions."""
+    family = families()[type(model.config).__module__.rpartition(".")[2]]
+    short = family.model(dataclasses.replace(model.config, context=20))
+    params = short.init(jax.random.key(0))
+    rows = [[3, 9], list(range(1, 16))]
+    want = [list(row) for row in rows]
+    for row in want:
+        for _ in range(5):
+            row.append(int(np.argmax(short.apply(params, jnp.array([row + [0] * (20 - len(row))])).logits[0, len(row) - 1])))
+    assert generated(short, params, rows, 5) == [row[-5:] for row in want]
+    long = list(range(2, 21))
+    last = int(np.argmax(short.apply(params, jnp.array([[*long, 0]])).logits[0, len(long) - 1]))
+    assert generated(short, params, [long], 1) == [[last]]
+
+
 def test_prefill_gives_each_row_the_logits_after_its_last_token(model, params):
     logits, cache = decode.prefill(model, params, ROWS, 5)
     np.testing.assert_allclose(logits, np.stack(next_logits(model, params, ROWS)), atol=2e-4)
