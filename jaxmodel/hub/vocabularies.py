@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ _SPACE = "▁"
 # `tokenizer_class` without Tokenizer and Fast, or `model_type` -> what a text begins and ends with
 _AROUND = {
     **dict.fromkeys(("llama", "codellama", "gemma", "mistral", "mixtral", "phi3"), ("bos_token", None)),
-    "t5": (None, "eos_token"),
+    **dict.fromkeys(("t5", "siglip"), (None, "eos_token")),
 }
 
 
@@ -154,12 +155,28 @@ def from_vocabulary(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers
     if kind == "t5":
         backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(int(config.get("extra_ids", 100))))])
         roles["pad_token"] = "<pad>"
+    if kind == "siglip":
+        plain = _plain_words(lower=config.get("do_lower_case", True) is not False)
+        backend.normalizer = normalizers.Sequence([*plain, backend.normalizer])
+        roles["pad_token"] = roles.get("eos_token", "</s>")
     head, tail = _AROUND[kind]
     head = head if config.get("add_bos_token", head is not None) else None
     tail = "eos_token" if config.get("add_eos_token", tail is not None) else None
     given = {role: _content(config[role]) for role in ("bos_token", "eos_token") if config.get(role)}
     around(backend, *((roles | given).get(role or "") for role in (head, tail)))
     return backend, roles
+
+
+def _plain_words(lower: bool) -> list[Any]:
+    """What SigLIP's texts went through before they were cut: no capitals, no punctuation of ASCII, single spaces."""
+    marks = "".join(f"\\{mark}" for mark in string.punctuation)
+    return [
+        normalizers.Replace(_SPACE, " "),
+        *([normalizers.Lowercase()] if lower else []),
+        normalizers.Replace(Regex(f"[{marks}]"), ""),
+        normalizers.Replace(Regex(r"[\s\x1c-\x1f]+"), " "),  # what Python takes for spaces
+        normalizers.Strip(),
+    ]
 
 
 def around(backend: tokenizers.Tokenizer, head: str | None, tail: str | None) -> None:

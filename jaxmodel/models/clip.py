@@ -5,7 +5,8 @@ token that ends the text. Each has a linear map to a shared space; logits are sc
 
 In SigLIP (Zhai et al., 2023) each pair is a yes or no by itself: logits have a bias, and a sigmoid makes probabilities of them.
 Its text tower sees both ways and is read at the last position: fill texts up to the whole context with the tokenizer's padding
-token, and give no mask. Its image tower pools by attention, into the shared space without a map.
+token, and give no mask (for a SigLIP 2 in lower case, which its files' tokenizer leaves to you). Its image tower pools by
+attention, into the shared space without a map.
 
 >>> clip = model(SIZES["tiny"])
 >>> params = clip.init(jax.random.key(0))

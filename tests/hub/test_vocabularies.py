@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,38 @@ def test_t5_has_its_further_tokens_behind_the_pieces(tmp_path: Path) -> None:
     tokenizer, size = from_folder(tmp_path), SAID["t5"]["size"]
     assert tokenizer.encode("<extra_id_99>") == [size] and tokenizer.encode("<extra_id_0>") == [size + 99]
     assert (tokenizer.pad_id, tokenizer.bos_id) == (0, None)
+
+
+def plain(text: str, lower: bool) -> str:
+    """What SigLIP's texts are before they are cut, by Python's own functions."""
+    text = (text.lower() if lower else text).replace("▁", " ").translate(str.maketrans("", "", string.punctuation))
+    return " ".join(text.split())
+
+
+# as SiglipTokenizer of transformers 5.24 cuts them with the same pieces
+SIGLIP = {
+    "A photo of a cat.": [23, 3, 17, 22, 13, 6, 13, 38, 23, 3, 12, 59, 1],
+    "it's 'quoted' (so)": [81, 4, 3, 299, 18, 13, 6, 25, 3, 4, 13, 1],
+    "tab\tnew\nline\x1fsep": [3, 6, 10, 32, 3, 29, 5, 33, 181, 3, 4, 5, 17, 1],
+    "“curly” — dash": [3, 294, 12, 18, 15, 78, 217, 3, 2, 3, 14, 10, 4, 22, 1],
+    "...": [1],
+}
+
+
+@pytest.mark.parametrize("lower", [True, False, None])
+def test_siglip_drops_capitals_and_punctuation(lower: bool | None, tmp_path: Path) -> None:
+    shutil.copy(GOLDENS / "t5.model", tmp_path / "spiece.model")
+    said = {"tokenizer_class": "SiglipTokenizer"} | ({} if lower is None else {"do_lower_case": lower})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer, pieces = from_folder(tmp_path), of_pieces(read_pieces(GOLDENS / "t5.model"))
+    for text in (*SAID["texts"], *SIGLIP, string.punctuation, "under_score-dash", "! spaced , marks !", "\xa0Ünïcode\u2003ÄÖ "):
+        assert tokenizer.encode(text, special=True) == [*pieces.encode(plain(text, lower is not False)).ids, 1], text
+    assert (tokenizer.pad_id, tokenizer.eos_ids, tokenizer.bos_id) == (1, (1,), None)
+    if lower is not False:
+        assert {text: tokenizer.encode(text, special=True) for text in SIGLIP} == SIGLIP
+    tokenizer.save(tmp_path / "saved")
+    assert from_folder(tmp_path / "saved").encode("A Cat!", special=True) == tokenizer.encode("A Cat!", special=True)
+    assert from_folder(tmp_path / "saved").pad_id == 1
 
 
 def test_a_kind_that_needs_more_than_its_pieces(tmp_path: Path) -> None:
