@@ -224,6 +224,10 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
         ("clip-a", None, {"text_config": 3}, "text_config is 3; allowed: an object"),
         ("clip-a", None, {"projection_dim": 9}, "'(text|visual)_projection.weight' has shape .8, .*needs .9, "),
         ("clip-a", None, {"architectures": ["CLIPTextModel"]}, "'CLIPTextModel' is not known; allowed: CLIPModel"),
+        ("siglip-a", None, {"architectures": ["SiglipForImageClassification"]}, "'SiglipForImageClassification' is not known"),
+        ("siglip-a", None, {"model_type": "siglip2"}, "model_type: 'siglip2' is not known; .*nearest: siglip"),
+        ("siglip-a", None, {"text_config": {"hidden_size": 12}}, "projection_size is 12; allowed: 16, the image tower's"),
+        ("siglip_vision_model-a", None, {"vision_use_head": False}, "vision_use_head is False; this family has True"),
     ],
 )
 def test_what_does_not_fit_is_refused(source: str, tensors: Any, config: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmodel.errors import InputError
 from jaxmodel.hub.families import siglip_vision
 from jaxmodel.hub.families.bert import architecture, linear_names
 from jaxmodel.hub.families.clip import text_names, tower, tower_to_hf
@@ -28,10 +29,13 @@ def _from_hf(hf: Mapping[str, Any]) -> clip.Config:
     of_text = tower(text, 768, 12, "gelu_pytorch_tanh", 1e-6, "config.json: text_config")
     context = text.get("max_position_embeddings", 64)
     image = siglip_vision.config_from_hf(hf.get("vision_config") or {}, "config.json: vision_config")
+    shared = text.get("projection_size") or of_text["width"]
+    if shared != image.width:
+        raise InputError(f"config.json: text_config.projection_size is {shared}; allowed: {image.width}, the image tower's width")
     return clip.Config(
         text=clip.Text(text.get("vocab_size", 32000), **of_text, context=context),
         image=image,
-        shared=text.get("projection_size") or of_text["width"],
+        shared=shared,
         scale=clip.SIGLIP_SCALE,
         sigmoid=True,
     )

@@ -31,7 +31,7 @@ def names(c: vit.Config, ours: str = "") -> list[Name]:
 
 def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> vit.Config:
     """The tower that config.json, or its part `vision_config`, says."""
-    fixed(hf, {"vision_use_head": (True, None)})
+    fixed(hf, {"vision_use_head": (True,)})
     return vit.Config(
         image=hf.get("image_size", 224),
         patch=hf.get("patch_size", 16),
