@@ -34,6 +34,10 @@ PARAMETERS = {
     "clip/clip-base-32": 151_277_313,
     "clip/clip-base-16": 149_620_737,
     "clip/clip-large-14": 427_616_513,
+    "clip/siglip-base-16": 203_155_970,  # and these as transformers counts them
+    "clip/siglip-large-16": 652_150_786,
+    "clip/siglip-so400m-14": 877_960_498,
+    "clip/siglip2-base-16": 375_187_970,
 }
 
 
@@ -263,6 +267,25 @@ def test_the_class_token_stands_for_the_image() -> None:
     x, p = np.asarray(out.hidden[:, 0], np.float64), jax.tree.map(np.asarray, params)
     x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * p["norm"]["weight"] + p["norm"]["bias"]
     close(out.logits, np.tanh(x @ p["head"]["pool"].T + p["head"]["pool_bias"]), 1e-4)
+
+
+def test_the_pairs_of_a_siglip_are_judged_one_by_one() -> None:
+    """Logits from the vectors of both towers by hand; what a sigmoid's loss says of the bias that no softmax sees."""
+    model = clip.model(clip.SIZES["tiny-siglip"])
+    params = large(model) | {"scale": jnp.asarray(1.5), "bias": jnp.asarray(-2.0)}
+    inputs = {"tokens": TOKENS, "pixels": jnp.asarray(RNG.normal(size=(B, 16, 16, 3)), jnp.float32)}
+
+    def loss(params: tree.Params) -> tuple[jax.Array, Any]:
+        out = model.apply(params, inputs)
+        signs = 2 * jnp.eye(B) - 1
+        return -jnp.sum(jax.nn.log_sigmoid(signs * out.logits)), out
+
+    grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+    image, text = np.asarray(out.hidden).swapaxes(0, 1)
+    close(np.linalg.norm([image, text], axis=-1), np.ones((2, B)))
+    logits = np.exp(1.5) * image @ text.T - 2
+    close(out.logits, logits)
+    close(grads["bias"], (1 / (1 + np.exp(-logits)) - np.eye(B)).sum(), 1e-4)
 
 
 def test_other_images_are_refused() -> None:
