@@ -95,6 +95,27 @@ def unflatten(leaves: Mapping[str, Leaf]) -> Params:
     return root
 
 
+def check(params: Any) -> None:
+    """Refuse what is no tree of weights before anything runs on it: JAX ends the process at a dict that holds itself.
+
+    Raises:
+      InputError: as `flatten`; or a leaf that is no array of real numbers, such as one of complex numbers, whose imaginary part
+        would be lost, or of texts.
+
+    >>> check({"w": jnp.ones(3, jnp.complex64)})
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: params: 'w' has the dtype complex64; allowed: real numbers
+    """
+    for path, leaf in flatten(params).items():
+        layer_shape(path, leaf)
+        for part in jax.tree.leaves(leaf):
+            kind = getattr(part, "dtype", type(part))
+            real = jnp.issubdtype(kind, jnp.number) and not jnp.issubdtype(kind, jnp.complexfloating)
+            if not (real or kind == jnp.bool_ or jnp.issubdtype(kind, jax.dtypes.prng_key)):
+                raise InputError(f"params: {path!r} has the dtype {jnp.dtype(kind).name}; allowed: real numbers")
+
+
 def map_leaves(fn: Callable[[str, Leaf], Leaf], params: Params) -> Params:
     """`params` with every leaf replaced by `fn(path, leaf)`."""
     return unflatten({path: fn(path, leaf) for path, leaf in flatten(params).items()})
@@ -200,6 +221,8 @@ def layer_paths(path: str) -> list[str]:
 
 def layer_shape(path: str, leaf: Leaf) -> tuple[int, ...]:
     """The shape of one layer's leaf: without the leading axis of a stacked segment."""
+    if not hasattr(leaf, "shape"):
+        raise InputError(f"params: {path!r} is a {type(leaf).__name__}; allowed: arrays and compressed leaves")
     return tuple(leaf.shape[1:] if is_stacked(path) else leaf.shape)
 
 

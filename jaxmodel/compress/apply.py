@@ -80,6 +80,7 @@ def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None 
         a method that does not take a leaf.
     """
     stats = stats or {}
+    tree.check(params)
     before = tree.nbytes(params)
     base, adapters = split_adapters(params)
     chains = tree.assign(as_recipe(recipe).rules, base)

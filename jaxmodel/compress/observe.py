@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import Inputs, Model
+from jaxmodel.models import Inputs, Model, check_params
 from jaxmodel.report import progress
 
 type Stats = Mapping[str, Mapping[str, jax.Array]]  # path of a leaf -> statistic -> array, stacked as the leaf is
@@ -66,6 +66,7 @@ def observe(
 
         return jax.grad(loss)(zeros)
 
+    check_params(model, params)
     total: Stats | None = None
     for inputs in progress(batches, "observe"):
         found = measure(zeros, params, inputs)
@@ -75,4 +76,6 @@ def observe(
     for path, found in total.items():
         if not np.all(np.asarray(found["count"] + found["taken"]) > 0):
             raise InputError(f"observe: the leaf {path!r} was never reached (count 0); is it used, and not behind an argmax?")
+        if not all(np.isfinite(np.asarray(value)).all() for value in found.values()):
+            raise InputError(f"observe: what was measured at {path!r} is not finite; a weight or a batch has NaN or infinity")
     return total

@@ -65,6 +65,7 @@ def accuracy(
     at_least("batch", batch)
     if len(x) < 1 or labels.shape != (len(x),):
         raise InputError(f"labels: shape {labels.shape} given for {len(x)} rows; one label for each row, at least one, is needed")
+    tree.check(params)
     right = 0
     for start in progress(range(0, len(x), batch), "accuracy"):
         rows, wanted = x[start : start + batch], labels[start : start + batch]

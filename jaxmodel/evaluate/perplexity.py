@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least
-from jaxmodel.models import Model
+from jaxmodel.models import Model, check_params
 from jaxmodel.report import progress
 from jaxmodel.train import cross_entropy
 
@@ -72,6 +72,7 @@ def token_nll(
     if t > model.config.context:
         raise InputError(f"window: {t} is longer than the model's context of {model.config.context}")
     at_least("chunk", chunk)
+    check_params(model, params)
     score = _scorer(model, min(chunk, t - 1))
     return np.concatenate([np.asarray(score(params, jnp.asarray(w)[None])) for w in progress(windows, "perplexity")])
 

@@ -99,6 +99,7 @@ def beam_search(
         raise InputError(f"length_penalty: {length_penalty!r}; allowed: a finite number of at least 0")
     if model.init_cache is None:
         new_cache(model, 1, 1)  # says why not
+    models.check_params(model, params)
     named = dict(inputs) if isinstance(inputs, Mapping) else {"tokens": inputs}
     if "tokens" not in named and "source" in named:
         named["tokens"] = jnp.full((named["source"].shape[0], 1), model.config.start, jnp.int32)

@@ -171,6 +171,7 @@ def prefill(
     Returns:
       The logits `[B, V]` of the token after each prompt, and the cache, with room for `max_new_tokens` more.
     """
+    models.check_params(model, params)
     batch, longest = len(rows), max(len(row) for row in rows)
     tail = (longest - 1) % PIECE + 1  # tokens in the last piece
     whole = longest - tail + round_up(tail)

@@ -97,6 +97,7 @@ class Bundle:
 
     @functools.cached_property
     def _running(self) -> tree.Params:
+        tree.check(self.params)
         return layers.fuse(expand(self.params))
 
     def _repr_html_(self) -> str | None:

@@ -311,6 +311,6 @@ def _out_shape(equation: str, letters: tuple[str, ...], length: int, known: dict
     product = 1
     for n in shape:
         product *= abs(n)
-    if shape.count(-1) > 1 or length % product or (-1 not in shape and product != length):
+    if shape.count(-1) > 1 or not product or length % product or (-1 not in shape and product != length):
         raise InputError(f"einsum {equation!r}: cannot part an axis of {length} into {dict(zip(letters, shape, strict=True))}")
     return shape

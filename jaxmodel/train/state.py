@@ -83,6 +83,7 @@ def init_state(
       guard: whose memory rides along, for `make_step(guard=...)`, which must be given the same.
       exchange: whose memory rides along, for `make_step(exchange=...)`; made for the mesh in use.
     """
+    tree.check(params)
     trains, frozen = tree.partition(params, trainable)
     zero = jnp.zeros((), jnp.int32)
     extra: dict[str, Any] = {}

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from jaxmodel import compress, ops, tree
+from jaxmodel.axes import Axes
 from jaxmodel.compress import Rtn
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model, Parts
@@ -53,7 +53,17 @@ PARTS = Parts(
     block=block,
     head=lambda params, x, *_: ops.einsum("BTD,VD->BTV", x, params["head"]),
 )
-MODEL = Model(None, ops.Policy(), init, PARTS, token_inputs, None, ((".*", P()),), lambda policy: MODEL)
+AXES = Axes(
+    (
+        ("embed|head", "VD"),
+        ("blocks/.*/bias", "D"),
+        ("blocks/.*/conv", "D_"),
+        ("blocks/.*/router", "ED"),
+        ("blocks/.*/up", "EFD"),
+        ("blocks/.*/down", "EDF"),
+    )
+)
+MODEL = Model(None, ops.Policy(), init, PARTS, token_inputs, None, AXES, lambda policy: MODEL)
 PARAMS = init(jax.random.key(0))
 ROUTERS = PARAMS["blocks"][f"0-{L - 1}"]["router"]
 MATRICES = ("conv", "router", "experts/up", "experts/down")

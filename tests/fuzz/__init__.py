@@ -105,32 +105,46 @@ def cases(room: Path, files: int, commands: int, seed: int) -> Iterator[tuple[st
         folder = mutate.copy(room / "samples" / name, place / "given")
         said = mutate.damage(folder, random.Random(f"{seed} file {i}"))
         yield f"{i}: {name} ({reader}): {said}", {"reader": reader, "folder": str(folder), "room": str(place)}
-    plain, text = str(room / "samples" / "plain"), str(room / "samples" / "data.txt" / "a.txt")
-    bases = [
-        ["generate", plain, "--prompt", "hi", "--max-new-tokens", "2", "--seed", "1", "--temperature", "0.5"],
-        ["generate", plain, "--chat", "--prompt", "hi", "--max-new-tokens", "2"],
-        ["eval", plain, "--data", text, "--window", "8", "--max-windows", "2"],
-        ["compress", plain, "--recipe", "int8", "--out", "out"],
-        ["summary", plain],
-        ["models", "--json", "-"],
-        ["predict", plain, "--input", text],
-        ["rerun", str(room / "samples" / "run")],
-        ["train", "--data", text, "--steps", "0", "--context", "8", "--batch", "2", "--vocab", "257"],
-        ["resume", str(room / "samples" / "run")],
-        ["replay", str(room / "samples" / "run"), "--step", "1"],
-    ]
-    # whole, they must give what they are for; the others need a classifier, or a run that was trained
-    for i, words in enumerate(one for one in bases if one[0] not in ("predict", "train", "resume", "replay")):
-        place = room / "cases" / f"whole-command-{i}"
-        place.mkdir(parents=True)
-        yield f"whole command {words!r:.300}", {"words": words, "room": str(place)}
+    for i, words in enumerate(bases(room / "samples")):
+        yield f"whole command {words!r:.300}", {"words": words, "room": str(_place(room, f"whole-command-{i}", words))}
     for i in range(commands):
-        place = room / "cases" / f"command-{i}"
-        place.mkdir(parents=True)
-        words = mutate.command(bases[i % len(bases)], random.Random(f"{seed} command {i}"))
+        base = bases(room / "samples")[i % len(bases(room / "samples"))]
+        words = mutate.command(base, random.Random(f"{seed} command {i}"))
         if words[:1] == ["demo"]:
             words = words[1:]
-        yield f"command {i}: {words!r:.300}", {"words": words, "room": str(place)}
+        yield f"command {i}: {words!r:.300}", {"words": words, "room": str(_place(room, f"command-{i}", base))}
+
+
+def bases(made: Path) -> list[list[str]]:
+    """A whole command line of each verb, which does what it is for; `run` is a copy of a run's folder."""
+    plain, text, adapters = str(made / "plain"), str(made / "data.txt" / "a.txt"), str(made / "adapters")
+    short, recipe = ["--max-new-tokens", "2"], str(made / "recipe" / "mixed.yaml")
+    training = ["--data", text, "--heldout", text, *samples.TRAINING, "--steps", "2"]
+    return [
+        ["generate", plain, "--prompt", "hi", *short, "--seed", "1", "--temperature", "0.5"],
+        ["generate", plain, "--chat", "--prompt", "hi", *short],
+        ["generate", plain, "--adapter", adapters, "--prompt", "hi", *short],
+        ["eval", plain, "--data", text, "--window", "8", "--max-windows", "2"],
+        ["compress", plain, "--recipe", "int8", "--out", "out"],
+        ["compress", plain, "--recipe", recipe, "--rule", "blocks/0/attn/q=rtn(bits=4)", "--out", "out"],
+        ["merge", plain, "--adapter", adapters, "--out", "out"],
+        ["summary", plain],
+        ["models", "--json", "-"],
+        ["predict", str(made / "classifier"), "--input", text, "--top", "1"],
+        ["rerun", "run"],
+        ["train", *training, *samples.NEW],
+        ["train", "--model", plain, "--lora", "r=2", *training],
+        ["resume", "trained", "--steps", "3"],
+        ["replay", "trained", "--step", "2"],
+    ]
+
+
+def _place(room: Path, name: str, words: list[str]) -> Path:
+    """The folder in which a command runs, with a copy of what it may write to."""
+    (place := room / "cases" / name).mkdir(parents=True)
+    if words[1] in ("run", "trained"):
+        mutate.copy(room / "samples" / words[1], place / words[1])
+    return place
 
 
 def state(room: Path, but: Path) -> dict[str, tuple[int, int]]:
@@ -162,8 +176,8 @@ def run(room: Path, files: int, commands: int, seed: int = 0, show: Any = None) 
     try:
         for said, case in cases(room, files, commands, seed):
             before = before or state(room, Path(case["room"]))
-            began = time.monotonic()
-            found = worker.run(case)
+            began, whole = time.monotonic(), said.startswith("whole")
+            found = worker.run({**case, "whole": whole})
             slowest = max(slowest, time.monotonic() - began)
             most = max(most, found["peak"])
             end = found["end"]
@@ -171,7 +185,7 @@ def run(room: Path, files: int, commands: int, seed: int = 0, show: Any = None) 
                 end = "memory"
             if state(room, Path(case["room"])) != before:
                 end, before = "written outside", {}
-            if said.startswith("whole") and end == "refused":
+            if whole and end == "refused":
                 end = "refused, though it is whole"
             if end in counts:
                 counts[end] += 1

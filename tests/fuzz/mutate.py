@@ -202,8 +202,9 @@ _OPTIONS = [
 
 
 def command(base: list[str], rng: random.Random) -> list[str]:
-    """A command line with one or a few words changed, left out, doubled or added."""
-    words = list(base)
+    """A command line with one or a few words changed, left out, doubled or added; steps at its end stay few."""
+    kept = base[-2:] if "--steps" in base[-2:] else []
+    words = base[: len(base) - len(kept)]
     for _ in range(rng.choice([1, 1, 2, 3])):
         at = rng.randrange(len(words)) if words else 0
         kind = rng.choice(["change", "change", "gone", "twice", "add", "option", "cut"])
@@ -219,7 +220,7 @@ def command(base: list[str], rng: random.Random) -> list[str]:
             words += [rng.choice(_OPTIONS), rng.choice(_WORDS)]
         elif words:
             words[at] = words[at][: len(words[at]) // 2]
-    return words
+    return words + kept
 
 
 def copy(sample: Path, to: Path) -> Path:

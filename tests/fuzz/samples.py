@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,14 @@ import numpy as np
 
 from jaxmodel import compress, hub, train
 from jaxmodel.data import tokenize
-from jaxmodel.models import gpt2
+from jaxmodel.models import bert, gpt2
 
 GOLDENS = Path(__file__).resolve().parents[1] / "hub" / "goldens"
 TEXTS = ["A dog runs over the field and back.", "Prices rise in spring.", "Nothing is said of it."] * 4
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+TRAINING = ["--context", "8", "--batch", "2", "--eval-batches", "1", "--sample", "a", "--log-every", "1"]
+NEW = ["--vocab", "257", "--width", "16", "--depth", "1", "--heads", "2"]
+RECIPE = {"base": "int4", "rules": {"blocks/0/.*/(q|k|v|o)": "rtn(bits=8)", "?head": ""}, "compute": "bfloat16", "name": "mixed"}
 FOLDERS = ("llama-tied", "gemma2-a", "bert-a", "bert-b", "clip-a", "vit-a", "qwen3-a", "mixtral-a", "t5-a")
 
 
@@ -37,6 +43,16 @@ def make(room: Path) -> list[tuple[str, str]]:
     smaller, _ = compress.compress_bundle(bundle, compress.named("int4"))
     smaller.save_pretrained(room / "int4")
     found += [("plain", "chat"), ("plain", "generate"), ("int4", "load")]
+    adapted = train.lora(model, bundle.params, [(".*/(q|v)", train.LoRA(2)), (".*", None)], jax.random.key(1))
+    hub.save_adapters(hub.Bundle(*adapted, tokenizer), room / "adapters")
+    _classifier(room / "classifier", tokenizer)
+    found += [("adapters", "adapters"), ("classifier", "predict")]
+    _tokenizers(room)
+    found += [(name, "tokenizer") for name in ("bytes", "words", "pieces")]
+    (room / "recipe").mkdir()
+    (room / "recipe" / "mixed.json").write_text(json.dumps(RECIPE))
+    (room / "recipe" / "mixed.yaml").write_text(json.dumps(RECIPE))  # which is YAML, too
+    found.append(("recipe", "recipe"))
     _gguf(room / "gguf")
     found.append(("gguf", "load"))
     found += [(name, kind) for name, kind in _data(room)]
@@ -48,13 +64,57 @@ def make(room: Path) -> list[tuple[str, str]]:
     with train.Checkpoints(room / "checkpoints", identity={"a": 1}) as checkpoints:
         checkpoints.save(state)
     found.append(("checkpoints", "checkpoints"))
-    run = room / "run"
-    run.mkdir()
-    config = {"verb": "models", "runs": "runs", "json": None}
-    for name, value in {"config": config, "versions": {"jax": "1"}, "report": {"rows": [{"a": 1.0}]}}.items():
-        (run / f"{name}.json").write_text(json.dumps(value))
+    text = str(room / "data.txt" / "a.txt")
+    _left(room / "run", "eval", str(room / "plain"), "--data", text, "--window", "8", "--max-windows", "2")
     found.append(("run", "rerun"))
-    return found
+    often = ["--steps", "2", "--save-every", "1"]
+    _left(room / "trained", "train", "--data", text, "--heldout", text, *TRAINING, *NEW, *often)
+    return [*found, ("trained", "resume"), ("trained", "replay")]
+
+
+def _classifier(room: Path, tokenizer: hub.Tokenizer) -> None:
+    model = bert.model(bert.Config(257, 32, 2, 4, 64, 32, "classify", ("no", "yes")))
+    hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)), tokenizer).save_pretrained(room)
+
+
+def _left(room: Path, *words: str) -> None:
+    """The folder that a command line leaves, in a process of its own: tests check types in this one, which changes what functions
+    are called, and so the identity of a run."""
+    runs, environ = room.with_name("made"), {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-P", "-m", "jaxmodel", *words, "--runs", str(runs)]
+    subprocess.run(command, env=environ, check=True, capture_output=True, cwd=room.parent)
+    (made,) = runs.iterdir()
+    made.rename(room)
+    runs.rmdir()
+
+
+def _tokenizers(room: Path) -> None:
+    """One of each kind of model, with all that may stand around it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    names = ["<unk>", "<s>", "</s>", "a", "b", "ab", "##a", "##b", "d", "o", "g", "\u2581a"]
+    ids = {name: i for i, name in enumerate(names)}
+    kinds: dict[str, Any] = {
+        "bytes": models.BPE({**ids, "\u0120": 12, "\u0120a": 13}, [("a", "b"), ("\u0120", "a")], unk_token="<unk>"),
+        "words": models.WordPiece(ids, unk_token="<unk>"),
+        "pieces": models.Unigram([(name, -float(i)) for i, name in enumerate(names)], unk_id=0),
+    }
+    around: dict[str, tuple[Any, Any, Any]] = {
+        "bytes": (normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
+        "words": (normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()),
+        "pieces": (
+            normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("''", '"')]),
+            pre_tokenizers.Metaspace(),
+            decoders.Metaspace(),
+        ),
+    }
+    for name, kind in kinds.items():
+        made = Tokenizer(kind)
+        made.normalizer, made.pre_tokenizer, made.decoder = around[name]
+        made.add_special_tokens(["<s>", "</s>"])
+        made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        (room / name).mkdir()
+        made.save(str(room / name / "tokenizer.json"))
 
 
 def _data(room: Path) -> list[tuple[str, str]]:
