@@ -357,7 +357,7 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
     )
     if odd := [link for link in getattr(augment, "links", ()) if getattr(link, "token", 0) >= vocab]:
         raise InputError(f"--augment: {odd[0]} given; allowed: tokens of the vocabulary, 0 to {vocab - 1}")
-    train.rehearse(model, config, batch, params=params, mesh=_mesh(options), augment=augment)
+    train.Program(model, config, loss=train.next_token, mesh=_mesh(options), augment=augment).rehearse(batch, params)
 
 
 def _begun(options: Train, kind: str | None) -> Any:

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from jaxmodel.train.quantized import quantize_weights
     from jaxmodel.train.rate_search import find_lr
     from jaxmodel.train.regularize import regularized, sam
-    from jaxmodel.train.rehearsal import rehearse
     from jaxmodel.train.schedules import reduce_on_plateau, schedule
     from jaxmodel.train.selfsupervised import (
         masked_patches,
@@ -111,7 +110,6 @@ _HOMES = {
     "reduce_on_plateau": "schedules",
     "regression": "losses",
     "regularized": "regularize",
-    "rehearse": "rehearsal",
     "replace_head": "finetune",
     "restored": "selfsupervised",
     "revive": "dictionary",
@@ -186,7 +184,6 @@ __all__ = [
     "reduce_on_plateau",
     "regression",
     "regularized",
-    "rehearse",
     "replace_head",
     "restored",
     "revive",

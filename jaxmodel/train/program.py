@@ -142,13 +142,38 @@ class Program:
         Raises:
           InputError: a mesh that does not fit the model or does not divide the rows.
         """
-        for rows in {a.shape[0] for a in batch.values()}:
-            placing.check_rows(rows, self.mesh)
+        self._check_rows(batch)
         where = None if self.mesh is None else placing.rows_sharding(self.mesh)
         with self.on_mesh():
             state = self.shapes(params)
             given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) for name, a in batch.items()}
             return self._jitted(state).lower(state, given).compile()
+
+    def rehearse(self, batch: Mapping[str, Any], params: tree.Params | None = None) -> None:
+        """Trace a step on shapes alone, so that what does not fit is known before anything is read, made or compiled.
+
+        Args:
+          batch: of a whole batch the arrays, or their shapes and dtypes.
+          params: to start from, or their shapes; None for fresh ones.
+
+        Raises:
+          InputError: a mesh that does not divide the rows, the heads or the layers, or has an axis that the model does not know;
+            micro-batches that do not divide, an augmentation of other batches.
+
+        >>> from jaxmodel.models import gpt2
+        >>> from jaxmodel.train.losses import next_token
+        >>> program = Program(gpt2.model(gpt2.SIZES["tiny"]), TrainConfig(accumulate=3), loss=next_token)
+        >>> tokens = jax.ShapeDtypeStruct((4, 8), "int32")
+        >>> try:
+        ...     program.rehearse({"tokens": tokens, "targets": tokens})
+        ... except ValueError as error:
+        ...     print(error)
+        accumulate: 3 micro-batches do not divide a batch of 4 rows
+        """
+        self._check_rows(batch)
+        state, given = self.shapes(params), {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch.items()}
+        with self.on_mesh():
+            jax.eval_shape(self.update, state, given)
 
     def shapes(self, params: tree.Params | None = None) -> TrainState:
         """The state as `jax.ShapeDtypeStruct`s, each with its place."""
@@ -185,6 +210,10 @@ class Program:
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config) if self.optimizer is None else self.optimizer
+
+    def _check_rows(self, batch: Mapping[str, Any]) -> None:
+        for rows in {a.shape[0] for a in batch.values()}:
+            placing.check_rows(rows, self.mesh)
 
     @functools.cached_property
     def _steps(self) -> dict[Any, Any]:
