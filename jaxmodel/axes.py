@@ -11,8 +11,8 @@ How a leaf's axes are written. One letter is one axis. Letters in parentheses sh
 letter may carry a number (`C0`, `C12`). A capital letter is a set of units in no order: if they change places in all leaves of
 their group, the model computes the same. A small letter (`h` of a head, which rotary positions order; `x` of a kernel, `c` of
 classes) and those that `Axes.ordered` lists (`V`) have an order that something outside of the weights knows; `_` is an axis that
-nothing is said about. A word may follow: `table` for rows that are looked up,
-`measured` for statistics that no optimiser trains. `...` alone says nothing about any axis, however many there are.
+nothing is said about. A word may follow: `table` for rows that are looked up, `measured` for statistics that no optimiser trains.
+`...` alone says nothing about any axis, however many there are; what such a leaf is, is guessed from its name and shape.
 
 Which letters are the same units. A letter belongs to its layer, and outside of layers to its folder: `F` of `blocks/3` and of
 `blocks/4` are two sets. Those that `Axes.shared` lists (by default `D` and `V`) and all with a number are one set in the whole
@@ -33,7 +33,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -50,12 +50,19 @@ PLACEMENT = (
 )
 """Letter of a parameter's axis -> axis of the mesh. The first entry counts whose mesh axis no earlier axis of the leaf took."""
 
-ROLES = ("matrix", "table", "vector", "measured")
-"""What a leaf is: a matrix (of experts or of layers too), a table whose rows are looked up, a vector or scalar, a statistic."""
+ROLES = ("matrix", "table", "head", "vector", "measured")
+"""What a leaf is: a matrix (of experts or of layers too), a table whose rows are looked up, a matrix whose outputs are those of
+the model (`V` or `c` in front), a vector or scalar, a statistic."""
+
+type Roles = Callable[[str, tuple[int, ...]], str]  # path and shape of one layer's leaf -> its role
 
 type Product = tuple[str, ...]
 type Axis = tuple[Product, ...]  # the parts of a concatenation; most axes have one
 
+_OUTSIDE = ((("V",),), (("c",),))  # what comes out of a head
+_VECTORS = re.compile(r"(?i)(.*/)?([^/]*norm[^/]*/[^/]*|[^/]*bias|scale|[^/]*token|cls|class)")
+_TABLES = re.compile(r"(.*/)?[^/]*(embed|positions|tokens)[^/]*")
+_HEADS = re.compile(r"(.*/)?[^/]*head[^/]*")
 _STACKED = "E"  # a letter that stands in front of a matrix and makes it no other kind of leaf
 _ANY = "..."
 _AXIS = re.compile(r"_|[A-Za-z]\d*|\(([A-Za-z]\d*)+\)|\[[^\[\]]*\]")
@@ -165,16 +172,48 @@ def read(text: str) -> Letters:
     """
     letters, *words = text.split(" ") if text else [""]
     role = words[0] if words else ""
-    if letters == _ANY and role in ("", "measured"):
-        return Letters((), role or _ANY)
+    if text == _ANY:
+        return Letters((), _ANY)
     found = [part.group() for part in _AXIS.finditer(letters)]
     axes = tuple(tuple(tuple(_UNITS.findall(product)) for product in part.strip("[]").split("+")) for part in found)
     whole = "".join(found) == letters and all(map(all, axes))
     if not whole or len(words) > 1 or role not in ("", "table", "measured"):
         raise InputError(f"axes: {text!r} cannot be read; write them as 'FD', '(Kh)D', 'C1(C0yx)', 'VD table', 'C measured'")
-    if not role:
-        role = "matrix" if sum(axis != ((_STACKED,),) for axis in axes) > 1 else "vector"
+    own = [axis for axis in axes if axis != ((_STACKED,),)]
+    role = role or ("vector" if len(own) < 2 else "head" if own[0] in _OUTSIDE else "matrix")
     return Letters(axes, role)
+
+
+def guessed(path: str, shape: tuple[int, ...]) -> str:
+    """The role of a leaf that nobody declared, from its name and shape: of another's module, or of an optimiser used by itself.
+
+    A leaf of three axes or more that is longer than one along one of them only is a vector.
+
+    >>> guessed("Dense_0/kernel", (4, 3)), guessed("LayerNorm_0/scale", (3,)), guessed("cls", (1, 1, 3)), guessed("embed", (9, 3))
+    ('matrix', 'vector', 'vector', 'table')
+    """
+    if path.startswith("state/"):
+        return "measured"
+    long = len(shape) if len(shape) < 3 else sum(n > 1 for n in shape)
+    if long < 2 or _VECTORS.fullmatch(path):
+        return "vector"
+    return "table" if _TABLES.fullmatch(path) else "head" if _HEADS.fullmatch(path) else "matrix"
+
+
+def role_of(axes: Axes) -> Roles:
+    """Tell the role of single leaves, which may be some of a model's."""
+    known = [(re.compile(pattern), read(text).role) for pattern, text, *_ in axes.rules]
+
+    @functools.cache
+    def role(path: str, shape: tuple[int, ...]) -> str:
+        found = next((role for pattern, role in known if pattern.fullmatch(path)), _ANY)
+        return guessed(path, shape) if found == _ANY else found
+
+    return role
+
+
+UNDECLARED = Axes(((".*", _ANY),))
+"""The axes of a model of which nothing is known; every device has all of it."""
 
 
 def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
@@ -186,11 +225,11 @@ def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
     texts, found = tree.assign([(pattern, text) for pattern, text, *_ in axes.rules], params), {}
     for path, shape in _shapes(params).items():
         letters = read(texts[path])
-        if texts[path].startswith(_ANY):
+        if letters.role == _ANY:
             letters = Letters((_UNKNOWN,) * len(shape), letters.role)
         if len(letters.axes) != len(shape):
             raise InputError(f"axes: the leaf {path!r} has the shape {list(shape)} but the axes {str(letters)!r}")
-        found[path] = letters if letters.role != _ANY else letters._replace(role="matrix" if len(shape) > 1 else "vector")
+        found[path] = letters if letters.role != _ANY else letters._replace(role=guessed(path, shape))
     return found
 
 

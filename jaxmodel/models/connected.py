@@ -146,7 +146,7 @@ AXES = Axes(
         ("merge/.*", "__", P("tensor", "fsdp")),
         (tree.optional("blocks/.*/map/(weight|all)"), "__", P("tensor", "fsdp")),
         (tree.optional("blocks/.*/map/kept"), "___", P(None, "tensor", "fsdp")),
-        ("head", "__", P("tensor", "fsdp")),
+        ("head", "c_", P("tensor", "fsdp")),
     )
 )
 

@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import leaves, ops, tree
-from jaxmodel.axes import Axes
+from jaxmodel.axes import UNDECLARED, Axes
 from jaxmodel.errors import InputError
 from jaxmodel.models.adapters import read_adapters
 from jaxmodel.models.counted import linen_counting, nnx_counting
@@ -48,9 +48,6 @@ from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
 
 STATE = "state"
 """The branch of the tree with what is not a parameter."""
-
-UNDECLARED = Axes(((tree.optional(f"{STATE}/.*"), "... measured"), (".*", "...")))
-"""The axes of a module of which nothing is known: a leaf of two axes or more is a matrix, and every device has all of it."""
 
 _FLAGS = {"train": False, "training": False, "is_training": False, "deterministic": True}  # name -> whether it is the opposite
 
@@ -100,8 +97,7 @@ def from_linen(
       call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in that order. As it
         stands, an argument of the module named train, training, is_training or deterministic is told which it is.
       rngs: names of the random streams that it draws from, besides `params`.
-      axes: of its leaves, where something is to follow from them: `Axes((("Dense_0/kernel", "DF"), (".*", "...")))`. The state
-        is `measured`.
+      axes: of its leaves, where something is to follow from them: `Axes((("Dense_0/kernel", "DF"), (".*", "...")))`.
 
     Returns:
       The model; weights that exist already are `{**variables["params"], "state": other collections}`, see `linen_params`.

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodel import tree
+from jaxmodel.axes import role_of
 from jaxmodel.errors import InputError
 from jaxmodel.models.initializers import Constant, Own
 from jaxmodel.models.model import Inputs, Model
@@ -44,7 +45,6 @@ FAMILIES = {"bert": "head/norm", "gpt2": "norm", "llama": "norm", "vit": None}
 """The families whose own initial weights have the same spread at every width, which the factors above are factors of; and the
 norm in front of a head that is tied to the embedding."""
 
-_TABLES = re.compile(r"(.*/)?(embed|positions|types|class)")  # looked up, so that only their output has a width
 _GROWING = ("width", "mlp_width", "heads", "kv_heads")
 
 
@@ -94,7 +94,8 @@ def mup(model: Model, base: int | Any) -> Mup:
     )
     if unlike := sorted(shapes.keys() ^ narrow.keys()):
         raise InputError(f"base: it differs from the model in the leaf {unlike[0]!r}; allowed: another width of the same model")
-    factors = {path: _factors(path, shape, narrow[path]) for path, shape in shapes.items()}
+    role = role_of(model.axes)  # of a table, which is looked up, only the output has a width
+    factors = {path: _factors(path, shape, narrow[path], role(path, shape)) for path, shape in shapes.items()}
     factors |= _tied(FAMILIES[family], factors, config, base)
     kinds: dict[str, dict[tuple[Any, float], list[str]]] = {}
     for path, pair in factors.items():
@@ -187,11 +188,11 @@ def _scored(config: Any, base: Any) -> Any:
     return dataclasses.replace(config, **changed)
 
 
-def _factors(path: str, shape: tuple[int, ...], narrow: tuple[int, ...]) -> tuple[Any, float]:
+def _factors(path: str, shape: tuple[int, ...], narrow: tuple[int, ...], role: str) -> tuple[Any, float]:
     """How a leaf starts (None: as it is) and the factor of its learning rate."""
     if len(shape) != len(narrow):
         raise InputError(f"base: {path!r} has the shape {list(narrow)}, here it has {list(shape)}; allowed: as many axes")
-    if len(shape) < 2 or shape[-1] == narrow[-1] or _TABLES.fullmatch(path):
+    if shape[-1:] == narrow[-1:] or role not in ("matrix", "head"):
         return None, 1.0
     times = shape[-1] / narrow[-1]
     hidden = shape[-2] != narrow[-2]

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from jaxmodel import tree
+from jaxmodel.axes import UNDECLARED, Axes, role_of
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least, named_fields
 from jaxmodel.train.exchange import Exchange
@@ -47,7 +48,7 @@ class TrainConfig(TrainOptions):
     """How to train.
 
     Attributes:
-      decay: rules, path -> whether weights decay; None for matrices alone, see `optimizers.matrices`.
+      decay: rules, path -> whether weights decay; None for matrices, tables and heads, as the axes say.
       trainable: rules, path -> whether the leaf trains; None for every plain floating leaf but statistics (see `tree.partition`).
       eval_rows: held-out rows that are judged, the first of their stream; 0 for all of them, each once.
 
@@ -127,8 +128,13 @@ def rate_of(rate: optax.Schedule, opt_state: Any, bad: bool) -> float:
     return float(used) * lowered
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimiser that a config describes: clipping, then the optimiser of that name with its schedule and decay by rules."""
+def make_optimizer(config: TrainConfig, axes: Axes = UNDECLARED) -> optax.GradientTransformation:
+    """The optimiser that a config describes: clipping, then the optimiser of that name with its schedule and decay by rules.
+
+    Args:
+      config: see `TrainConfig`.
+      axes: of the model, which say what is a matrix; as it stands, that is guessed from names and shapes.
+    """
     chain = [
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optimizer(
@@ -137,6 +143,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             b2=config.beta2,
             weight_decay=config.weight_decay,
             mask=None if config.decay is None else functools.partial(_decays, config.decay),
+            roles=role_of(axes),
             seed=config.seed,
         ),
     ]

@@ -6,8 +6,8 @@ function in `_MAKERS`.
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array
 
 from jaxmodel import tree
+from jaxmodel.axes import Roles, guessed
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.leaves import Compressed, QTensor
 from jaxmodel.train.quantized import by_layer, flat
@@ -24,10 +25,6 @@ from jaxmodel.train.rounding import curved, group_of, straight
 
 SMALLEST = 4096
 """Leaves with fewer elements keep moments in float32: norms and biases, of which a step is cheap and an error dear."""
-VECTORS = r"(?i)(.*/)?([^/]*norm[^/]*/[^/]*|[^/]*bias|scale|[^/]*token|cls|class)|state/.*"
-"""Leaves that do not decay even where they have two axes: biases of heads, norms, class tokens, what a foreign module keeps."""
-BY_ADAM = r"(.*/)?[^/]*(embed|positions|head|tokens)[^/]*"
-"""Matrices that Muon leaves to Adam, as its authors do: tables and the last layer, and whatever is no matrix."""
 
 type Rate = float | optax.Schedule
 type Mask = Callable[[Any], Any]
@@ -42,6 +39,7 @@ def optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     mask: Mask | None = None,
+    roles: Roles = guessed,
     seed: int = 0,
 ) -> optax.GradientTransformation:
     """An optimiser by name, with decoupled decay `w <- w - rate (u + weight_decay w)`.
@@ -51,7 +49,7 @@ def optimizer(
     - "lion" (Chen et al., 2023): a third to a tenth of Adam's rate, and as much more decay;
     - "adafactor" (Shazeer & Stern, 2018): second moments by rows and columns, steps relative to the size of the weights;
     - "muon" (Jordan et al., 2024): each layer's matrix of momentum (0.95) made orthogonal and scaled to the size of Adam's steps
-      (Liu et al., 2025); `BY_ADAM` and what is no matrix by AdamW.
+      (Liu et al., 2025); tables, heads and what is no matrix by AdamW, as its authors do.
 
     Args:
       name: one of them.
@@ -60,7 +58,8 @@ def optimizer(
       b2: decay of the mean of squared gradients; of lion, of its momentum.
       eps: what is added to the root of the second moment.
       weight_decay: its factor.
-      mask: tree -> tree of bool, which leaves decay; None for `matrices`.
+      mask: tree -> tree of bool, which leaves decay; None for matrices, tables and heads.
+      roles: what each leaf is, `axes.role_of(model.axes)`; as it stands, guessed from its name and shape.
       seed: of the rounding of "adamw8".
 
     Raises:
@@ -74,8 +73,8 @@ def optimizer(
     """
     if name not in _MAKERS:
         raise unknown("optimizer", name, _MAKERS)
-    mask = matrices if mask is None else mask
-    return _MAKERS[name](rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, seed=seed)
+    mask = functools.partial(decaying, roles) if mask is None else mask
+    return _MAKERS[name](rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, roles=roles, seed=seed)
 
 
 def names() -> list[str]:
@@ -83,22 +82,17 @@ def names() -> list[str]:
     return list(_MAKERS)
 
 
-def matrices(params: Any) -> Any:
-    """Which leaves decay by default: what has two axes or more in each layer, however the layers are stacked.
-
-    Not biases, norms and scales of whatever shape, nor class tokens, nor what is longer than one along one axis only of three or
-    more. So it holds for the leaves of foreign modules too.
+def decaying(roles: Roles, params: Any) -> Any:
+    """Which leaves decay by default: matrices, tables and heads, however the layers are stacked.
 
     >>> leaves = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3), "cls": jnp.ones((1, 1, 3))}
-    >>> matrices({"Dense_0": leaves, "blocks": {"0-1": {"attn_norm": {"weight": jnp.ones((2, 3))}}}})
+    >>> decaying(guessed, {"Dense_0": leaves, "blocks": {"0-1": {"attn_norm": {"weight": jnp.ones((2, 3))}}}})
     {'Dense_0': {'bias': False, 'cls': False, 'kernel': True}, 'blocks': {'0-1': {'attn_norm': {'weight': False}}}}
     """
 
     def one(path: Any, leaf: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape = tree.layer_shape(name, leaf)
-        long = len(shape) if len(shape) < 3 else sum(n > 1 for n in shape)
-        return long > 1 and not re.fullmatch(VECTORS, name)
+        return roles(tree.layer_paths(name)[0], tree.layer_shape(name, leaf)) in ("matrix", "table", "head")
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, Compressed))
 
@@ -285,20 +279,23 @@ def _adafactor(rate: Rate, *, weight_decay: float, mask: Mask | None, **_: Any) 
     return _decoupled(each_layer(optax.chain(optax.adafactor(None), optax.scale(-1.0))), rate, weight_decay, mask)
 
 
-def _muon(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+def _muon(
+    rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, roles: Roles, **_: Any
+) -> Any:
     settings: dict[str, Any] = {"adam_b1": b1, "adam_b2": b2, "eps": eps, "consistent_rms": 0.2}
-    steps = optax.contrib.muon(1.0, muon_weight_dimension_numbers=_matrices, **settings)
+    steps = optax.contrib.muon(1.0, muon_weight_dimension_numbers=functools.partial(_matrices, roles), **settings)
     return _decoupled(optax.chain(steps, optax.scale(-1.0)), rate, weight_decay, mask)
 
 
-def _matrices(params: Any) -> Any:
+def _matrices(roles: Roles, params: Any) -> Any:
     """Which axes of a leaf are a layer's matrix `[out, in]`, None for what Adam takes."""
 
     def axes(path: str, leaf: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):  # Adam has it
             return leaf
-        matrix = len(tree.layer_shape(path, leaf)) == 2 or _has_experts(path, leaf)
-        if not matrix or re.fullmatch(BY_ADAM, path):
+        shape = tree.layer_shape(path, leaf)
+        matrix = len(shape) == 2 or _has_experts(path, leaf)
+        if not matrix or roles(tree.layer_paths(path)[0], shape) != "matrix":
             return None
         return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
 

@@ -209,7 +209,7 @@ class Program:
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config) if self.optimizer is None else self.optimizer
+        return make_optimizer(self.config, self.model.axes) if self.optimizer is None else self.optimizer
 
     def _check_rows(self, batch: Mapping[str, Any]) -> None:
         for rows in {a.shape[0] for a in batch.values()}:
