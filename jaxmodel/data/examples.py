@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodel.brief import briefly
 from jaxmodel.data.pack import first_fit
 from jaxmodel.data.sources import Source, documents, records
 from jaxmodel.data.stream import Batch
@@ -51,6 +52,7 @@ def kind_of_source(source: Source) -> str | None:
     return kind_of(record)
 
 
+@briefly
 @dataclass(frozen=True, eq=False)
 class Answers:
     """Texts of which parts are to be learnt, as rows of one width: what `Stream` takes for `data`. Made by `answers`.

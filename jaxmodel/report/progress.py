@@ -73,7 +73,7 @@ class Job:
             parts += [_pace(speed, self.unit)]
             if self.total and self.done < self.total:
                 left = (self.total - self.done) / speed - (now - self._marks[-1][0])
-                parts += [f"{_clock(max(left, 0))} left"]
+                parts += [f"{_clock(max(left, 0.0))} left"]
         for key, value in self.fields.items():
             field = f"{key}={_short(value)}"
             if width is None or len("  ".join([*parts, field])) <= width:

@@ -117,6 +117,7 @@ def fit(
     program = Program(model, config, loss=loss, **how)
     _check_judging(config, stream, heldout, checkpoints is not None)
     supervisor, placed = supervisor or Supervisor(), Placed(stream, mesh)
+    most = flops.peak(model.policy.compute)  # measured on one device, so in front of the mesh
     with contextlib.ExitStack() as opened, program.on_mesh():
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
             checkpoints = Checkpoints(checkpoints)
@@ -124,7 +125,7 @@ def fit(
         if checkpoints is not None:
             identity = _identity(program, stream, heldout, params)
             checkpoints.state_run(identity, stream.fingerprint, program.environment)
-        run = _Run(program, placed, heldout, callbacks, checkpoints, supervisor)
+        run = _Run(program, placed, heldout, callbacks, checkpoints, supervisor, most)
         run.begin(params, state)
         with bar(config.steps, "train", done=run.i, unit="step", first="compiling") as shown:
             while not run.is_over():
@@ -156,6 +157,7 @@ class _Run:
     callbacks: Sequence[Callable[[Row], None]]
     checkpoints: Checkpoints | None
     supervisor: Supervisor
+    most: float | None  # operations in a second that the devices could do
     history: list[Row] = dataclasses.field(default_factory=list)
     unread: collections.deque[tuple[int, Any]] = dataclasses.field(default_factory=collections.deque)  # steps whose metrics wait
     due: set[str] = dataclasses.field(default_factory=set)
@@ -201,7 +203,7 @@ class _Run:
         model, mesh, loss = program.model, program.mesh, program.loss
         self.scorer = None if self.heldout is None else Scorer(model, loss, self.heldout, mesh, *judge)
         self.with_statistics = statistics.of_run(model, loss, self.stream, mesh, self.state.params)
-        self.meter = Meter(model, self.state.params, flops.peak(model.policy.compute), config.trainable)
+        self.meter = Meter(model, self.state.params, self.most, config.trainable)
         self.bad_steps = BadSteps(config.bad)
         self.feed = _feed(self.placed, self.state, config)
         self.rate = schedule_of(config) if program.optimizer is None else None

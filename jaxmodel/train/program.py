@@ -144,9 +144,9 @@ class Program:
         """
         self._check_rows(batch)
         where = None if self.mesh is None else placing.rows_sharding(self.mesh)
+        state = self.shapes(params)
+        given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) for name, a in batch.items()}
         with self.on_mesh():
-            state = self.shapes(params)
-            given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) for name, a in batch.items()}
             return self._jitted(state).lower(state, given).compile()
 
     def rehearse(self, batch: Mapping[str, Any], params: tree.Params | None = None) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from jaxmodel import compress, data, evaluate, generation, hub, leaves, models, plan, report, train
 from jaxmodel.brief import brief
+from jaxmodel.data.examples import Answers
 from jaxmodel.data.text import Text
 from jaxmodel.models import gpt2
 from jaxmodel.train.losses.confident import LabelReport
@@ -90,6 +91,7 @@ def examples(folder) -> dict[str, object]:
     completion = generation.Completion(**{**fields, "text": "words " * 400, "ids": list(range(400)), "finish_reason": "length"})
     return {
         "Accuracy": evaluate.Accuracy(1 / 3, 100, 300, (0.10512373222898143, 0.24773509567029176)),
+        "Answers": Answers(np.arange(400, dtype=np.int32), np.ones(400, bool), np.array([0, 400]), np.array([0, 1]), 400),
         "Bins": data.pack([list(range(99))] * 40, length=128),
         "Bundle": hub.Bundle(model, params, tokenizer, {"name": EVIL}),
         "Collective": plan.Collective("all-reduce", 256, 4, 1),
