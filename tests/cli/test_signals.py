@@ -16,6 +16,14 @@ from jaxmodel.cli import main
 from jaxmodel.train import stop_signals
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C as in a terminal: a shell starts what runs in its background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def ended(monkeypatch, tmp_path, capsys, raised):
     """Exit code and standard error of a `generate` in the middle of which something happens."""
     monkeypatch.chdir(tmp_path)
@@ -80,17 +88,17 @@ def test_a_signal_in_a_callback_of_the_collector_is_not_forgotten(number, code, 
 
 def test_training_that_begins_meanwhile_hears_it(monkeypatch, tmp_path, capsys):
     """The handler of `train` takes over between the signal and its repetition, and then saves and stops."""
-    heard = []
+    stopped = []
 
     def work():
         dropped(signal.SIGINT)
         with stop_signals() as stop:
             wait_for(lambda: stop(1))
-            heard.append(True)
+            stopped.append(True)
         raise KeyboardInterrupt
 
     assert ended(monkeypatch, tmp_path, capsys, work)[0] == 130
-    assert heard
+    assert stopped
 
 
 @pytest.mark.parametrize("more", [(), ("--json", "-")], ids=["table", "JSON"])
