@@ -24,6 +24,8 @@ P = jax.P
         ("E(KGh)", [["E"], ["KGh"]], "vector"),
         ("EFD", [["E"], ["F"], ["D"]], "matrix"),
         ("VD table", [["V"], ["D"]], "table"),
+        ("VD", [["V"], ["D"]], "head"),
+        ("cF0", [["c"], ["F0"]], "head"),
         ("C12 measured", [["C12"]], "measured"),
     ],
 )
@@ -85,10 +87,13 @@ def test_an_exception_lies_as_it_says():
 
 
 def test_a_leaf_of_which_nothing_is_said_has_its_role_by_its_shape():
-    declared = Axes((("state/.*", "... measured"), (".*", "...")))
-    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "state": {"mean": jnp.ones((2, 2))}}
-    assert axes.roles(declared, params) == {"kernel": "matrix", "bias": "vector", "state/mean": "measured"}
-    assert axes.groups(declared, params) == {}
+    declared, kernel = Axes((("up", "FD"), (".*", "..."))), jnp.ones((2, 3))
+    params = {"up": kernel, "kernel": kernel, "bias": kernel, "embedding": kernel, "lm_head": kernel}
+    params |= {"LayerNorm_0": {"scale": kernel}, "cls": jnp.ones((1, 1, 3)), "state": {"mean": kernel}}
+    matrices = {"up": "matrix", "kernel": "matrix", "embedding": "table", "lm_head": "head"}
+    vectors = dict.fromkeys(("bias", "LayerNorm_0/scale", "cls"), "vector")
+    assert axes.roles(declared, params) == {**matrices, **vectors, "state/mean": "measured"}
+    assert set(axes.groups(declared, params)) == {"F", "D"}
 
 
 @pytest.mark.parametrize(
