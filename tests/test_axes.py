@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from jaxmodel import axes, tree
 from jaxmodel.axes import Axes, Member
 from jaxmodel.errors import InputError
+from jaxmodel.models import gpt2
 
 P = jax.P
 
@@ -142,3 +146,17 @@ def test_a_model_inside_of_another_keeps_its_own_sets():
     assert isinstance(outer.rules[2][0], tree.optional)
     assert (outer.sizes, outer.highest) == ((("h3", 4),), 4)
     assert outer.ordered == ("V3", "F4")
+
+
+def test_a_model_may_say_only_where_its_leaves_lie():
+    known = gpt2.model(gpt2.SIZES["tiny"])
+    made = subprocess.run([sys.executable, "-c", PLACED], capture_output=True, text=True, check=False)  # unchecked by beartype
+    assert made.stdout == f"{axes.specs(Axes((('.*', '...', P('tensor')),)))}\n", made.stderr
+    assert known.rules == axes.specs(known.axes)
+
+
+PLACED = """
+import dataclasses, jax
+from jaxmodel.models import gpt2
+print(dataclasses.replace(gpt2.model(gpt2.SIZES["tiny"]), axes=[(".*", jax.P("tensor"))]).rules)
+"""

@@ -65,7 +65,7 @@ class Model:
       parts: see `Parts`.
       inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` cannot do without, by name.
       init_cache: (batch, capacity) -> cache; None for a model that does not decode.
-      axes: what the axes of the leaves are.
+      axes: what the axes of the leaves are. Rules path -> PartitionSpec alone are taken too; they say where leaves lie.
       with_policy: policy -> the same model computing by it.
       apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of `tokens` `[B, T]` and,
         if wanted, `positions`, `segments` (packed documents, 0 for padding) and `mask` (true for tokens; padding stands
@@ -86,6 +86,9 @@ class Model:
     hidden: Callable[..., Output] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        given: Any = self.axes
+        if not isinstance(given, axes.Axes):
+            object.__setattr__(self, "axes", axes.Axes(tuple((pattern, "...", spec) for pattern, spec in given)))
         parts, policy, names = self.parts, self.policy, tuple(self.inputs(1, 1))
 
         def hidden(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:

@@ -93,7 +93,7 @@ LESS = {  # they only pass on, look at shapes, or are called with what one of th
     *("hub.save_adapters", "leaves.check_fields", "leaves.expand", "leaves.static_fields", "models.coordinates"),
     *("models.set_state", "models.summary", "train.autoencoder", "train.classification", "train.count_active"),
     *("train.cross_entropy", "train.find_lr", "train.fit", "train.gather", "train.last_layers", "train.layer_rates"),
-    *("train.lora", "train.merge_adapters", "train.next_token", "train.quantize_weights", "train.rehearse"),
+    *("train.lora", "train.merge_adapters", "train.next_token", "train.quantize_weights"),
     *("train.replace_head", "train.set_batch_statistics", "train.unit_dictionary", "train.without_projection"),
 }
 NOT_FINITE = ("NaN in a weight", "infinite")
