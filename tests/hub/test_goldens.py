@@ -89,9 +89,7 @@ def test_logits(golden: Golden) -> None:
     assert mask[0].all() and not mask[1].all()
     logits = logits_of(bundle, tokens=want["tokens"], mask=mask)
     near(logits[mask], want["logits"][mask], 2e-5)
-    config = bundle.model.config
-    if not (getattr(config, "windows", ()) or getattr(config, "experts", 0)):
-        near(logits, want["logits"], 2e-5)  # padded queries see the same valid keys there as here
+    assert np.isfinite(logits).all()  # of padding too: it is read as token 0 at position 0, as it may lie outside of a table
     short = mask[1].sum()
     near(logits_of(bundle, tokens=want["tokens"][1:, :short]), want["logits"][1:, :short], 2e-5)
 
