@@ -229,13 +229,19 @@ def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
             letters = Letters((_UNKNOWN,) * len(shape), letters.role)
         if len(letters.axes) != len(shape):
             raise InputError(f"axes: the leaf {path!r} has the shape {list(shape)} but the axes {str(letters)!r}")
-        found[path] = letters if letters.role != _ANY else letters._replace(role=guessed(path, shape))
+        found[path] = letters
     return found
 
 
 def roles(axes: Axes, params: tree.Params) -> dict[str, str]:
-    """The role of each layer path: one of `ROLES`."""
-    return {path: letters.role for path, letters in assign(axes, params).items()}
+    """The role of each layer path: one of `ROLES`.
+
+    Raises:
+      InputError: see `assign`.
+    """
+    assign(axes, params)
+    role = role_of(axes)
+    return {path: role(path, shape) for path, shape in _shapes(params).items()}
 
 
 @functools.cache

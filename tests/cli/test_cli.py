@@ -21,6 +21,7 @@ from jaxmodel.cli.main import read
 from jaxmodel.cli.options import VERBS, Train
 from jaxmodel.generation import decode
 from jaxmodel.models import llama
+from tests.cli.conftest import as_json, call
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 60
 
@@ -36,19 +37,6 @@ def folder(tmp_path_factory):
     bundle.save_pretrained(room / "tiny")
     (room / "text.txt").write_text(TEXT)
     return room
-
-
-def call(capsys, *args, code=0):
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in args])
-    out = capsys.readouterr()
-    assert end.value.code == code, out.err
-    return out
-
-
-def as_json(capsys, folder, *args):
-    """What `--json -` prints: JSON and nothing else."""
-    return json.loads(call(capsys, *args, "--json", "-", "--runs", folder / "runs").out)
 
 
 def test_eval(capsys, folder):

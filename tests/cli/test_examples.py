@@ -10,18 +10,11 @@ import jax
 import pytest
 
 from jaxmodel import hub
-from jaxmodel.cli import main
 from jaxmodel.models import bert, llama
+from tests.cli.conftest import run
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 PAIRS = [("is a good film", "pos"), ("is a bad film", "neg")] * 8
-
-
-def run(capsys, *args):
-    with pytest.raises(SystemExit) as end:
-        main([str(arg) for arg in args] + ["--json", "-"])
-    out, err = capsys.readouterr()
-    return end.value.code, json.loads(out) if out.strip() else None, err
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,16 +13,9 @@ import pytest
 from jaxmodel import hub, tree
 from jaxmodel.cli import main
 from jaxmodel.models import bert, llama
+from tests.cli.conftest import run
 
 TEXT = "\n\n".join(f"{i} is less than {i + 1}." for i in range(200))
-
-
-def run(capsys, *args) -> tuple[Any, Any, str]:
-    """Exit code, what `--json -` printed, and standard error."""
-    with pytest.raises(SystemExit) as end:
-        main([str(arg) for arg in args] + ["--json", "-"])
-    out, err = capsys.readouterr()
-    return end.value.code, json.loads(out) if out.strip() else None, err
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 
 import jax
@@ -14,11 +13,12 @@ from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
 from jaxmodel import compress, hub, tree
-from jaxmodel.cli import inspect, main
+from jaxmodel.cli import inspect
 from jaxmodel.cli.inspect import WEIGHTS
 from jaxmodel.hub.images import ImageProcessor
 from jaxmodel.hub.pretrained import KNOWN
 from jaxmodel.models import bert, lenet, llama, sizes, vit
+from tests.cli.conftest import as_json, call
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 20
 LABELS = ("no", "yes", "[may]be")  # brackets are no markup
@@ -60,18 +60,6 @@ def folder(tmp_path_factory):
     (room / "empty.txt").write_text(" \n")
     (room / "latin.txt").write_bytes("Gr\u00fc\u00dfe".encode("latin-1"))
     return room
-
-
-def call(capsys, *args, code=0):
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in args])
-    out = capsys.readouterr()
-    assert end.value.code == code, out.err
-    return out
-
-
-def as_json(capsys, folder, *args):
-    return json.loads(call(capsys, *args, "--json", "-", "--runs", folder / "runs").out)
 
 
 # ------------------------------------------------------------------------------------------------------------------ models

@@ -17,16 +17,9 @@ from jaxmodel.cli.options import Replay, Train, defaults
 from jaxmodel.train import places
 from jaxmodel.train.page import page as page_of
 from jaxmodel.train.page import read_rows
+from tests.cli.conftest import run
 
 SIZES = ["--width", 16, "--depth", 2, "--heads", 2, "--context", 16, "--batch", 4, "--vocab", 260, "--eval-batches", 2]
-
-
-def run(capsys, *args):
-    """Exit code, what `--json -` printed, and standard error."""
-    with pytest.raises(SystemExit) as end:
-        main([str(arg) for arg in args] + ["--json", "-"])
-    out, err = capsys.readouterr()
-    return end.value.code, json.loads(out) if out.strip() else None, err
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmodel.hub.families.bert import activation, activation_to_hf, architecture, labels, labels_to_hf, linear_names, norm_names
+from jaxmodel.hub.families.bert import activation, architecture, labels, linear_names, norm_names
+from jaxmodel.hub.families.vit import sizes_to_hf
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import vit
 
@@ -67,20 +68,10 @@ def _to_hf(c: vit.Config) -> dict[str, Any] | None:
     return {
         "architectures": [_CLASSES[0 if c.labels else 1]],
         "model_type": "dinov2",
-        "image_size": c.image,
-        "patch_size": c.patch,
-        "num_channels": c.channels,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.heads,
+        **sizes_to_hf(c),
         "mlp_ratio": c.mlp_width // c.width,
-        "hidden_act": activation_to_hf(c.activation),
-        "qkv_bias": c.qkv_bias,
-        "layer_norm_eps": c.norm_eps,
-        "initializer_range": c.init_scale,
         "use_swiglu_ffn": False,
         "use_mask_token": False,  # which stands for hidden patches in their pre-training, and is not kept
-        **(labels_to_hf(c.labels) if c.labels else {}),
     }
 
 

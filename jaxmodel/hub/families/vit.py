@@ -63,23 +63,26 @@ _CLASSES = ("ViTForImageClassification", "ViTModel")
 def _to_hf(c: vit.Config) -> dict[str, Any] | None:
     if c.pool != "class" or c.embed_norm or not c.patch_bias or (c.labels and c.pool_dense):
         return None
-    hf: dict[str, Any] = {
-        "architectures": [_CLASSES[0 if c.labels else 1]],
-        "model_type": "vit",
+    hf = {"architectures": [_CLASSES[0 if c.labels else 1]], "model_type": "vit", "intermediate_size": c.mlp_width}
+    # a ViTModel's config.json does not say whether there is a pooler; the key is ours, and theirs is an argument of the class
+    return hf | sizes_to_hf(c) | ({} if c.labels else {"add_pooling_layer": c.pool_dense})
+
+
+def sizes_to_hf(c: vit.Config) -> dict[str, Any]:
+    """What the config.json of every vision transformer says alike."""
+    return {
         "image_size": c.image,
         "patch_size": c.patch,
         "num_channels": c.channels,
         "hidden_size": c.width,
         "num_hidden_layers": c.depth,
         "num_attention_heads": c.heads,
-        "intermediate_size": c.mlp_width,
         "hidden_act": activation_to_hf(c.activation),
         "qkv_bias": c.qkv_bias,
         "layer_norm_eps": c.norm_eps,
         "initializer_range": c.init_scale,
+        **(labels_to_hf(c.labels) if c.labels else {}),
     }
-    # a ViTModel's config.json does not say whether there is a pooler; the key is ours, and theirs is an argument of the class
-    return hf | (labels_to_hf(c.labels) if c.labels else {"add_pooling_layer": c.pool_dense})
 
 
 FAMILY = Family(
