@@ -7,11 +7,12 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
+from jaxmodel.models.checks import check_params
 from jaxmodel.models.contents import summary
 from jaxmodel.models.foreign import from_linen, from_nnx, linen_params, nnx_params, set_state
 from jaxmodel.models.initializers import initialize
 from jaxmodel.models.maximal_update import Mup, coordinates, mup, scale_updates
-from jaxmodel.models.model import Inputs, Model, Output, Parts, check_params, wrap
+from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
 from jaxmodel.models.predict import predict_fn
 from jaxmodel.models.stochastic_depth import stochastic_depth
 
