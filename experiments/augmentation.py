@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodel import data, evaluate, report, train
+from jaxmodel import data, evaluate, losses, report, train
 from jaxmodel.data import augment
 from jaxmodel.models import lenet, predict_fn
-from jaxmodel.train import losses
 
 LABELS, KEPT_APART, BATCH, SMOOTHING = 200, 5000, 64, 0.1
 MODEL = lenet.model(lenet.Config((8, 16), (64,)))

@@ -30,6 +30,7 @@ import numpy as np
 
 from jaxmodel import ops, report
 from jaxmodel.leaves import BlockSparse, Sparse, largest_blocks
+from jaxmodel.progress import progress
 
 SIZE, DENSITY = 2048, 0.1
 
@@ -93,7 +94,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     """Every case, and its ratios."""
     entries: list[tuple] = []
     cases = [(512, 64), (8, 64)] if quick else [(512, 64), (512, 32), (512, 128), (64, 64), (8, 64), (1, 64)]
-    for rows, block in report.progress(cases, "cases"):
+    for rows, block in progress(cases, "cases"):
         forward, backward, error, zeros = case(rows, block, seed, 10 if quick else 20)
         main = (rows, block) == (512, 64)
         head = f"{rows} rows, blocks of {block}"

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import data, ops, report, train
+from jaxmodel import checkpoint, data, losses, ops, report, train
 from jaxmodel.models import gpt2
+from jaxmodel.progress import progress
 
 CONFIG = gpt2.Config(8192, 512, 6, 8, 256)
 
@@ -42,12 +43,12 @@ def turns(seconds: float, seed: int) -> tuple[list[float], list[float], float]:
     rows = np.random.default_rng(seed).integers(0, CONFIG.vocab, (256, CONFIG.context + 1)).astype(np.int32)
     stream, config = data.Stream(rows, 2, seed), train.TrainConfig(steps=10_000)
     optimizer, guard = train.make_optimizer(config), config.guard()
-    step = jax.jit(train.make_step(model, train.next_token, optimizer, guard=guard), donate_argnums=0)
+    step = jax.jit(train.make_step(model, losses.next_token, optimizer, guard=guard), donate_argnums=0)
     state = jax.jit(lambda key: train.init_state(model.init(key), optimizer, guard=guard))(jax.random.key(seed))
     speeds: dict[bool, list[float]] = {False: [], True: []}
     held = 0.0
-    with tempfile.TemporaryDirectory() as folder, train.Checkpoints(folder) as checkpoints:
-        for turn in report.progress(range(-1, 8), "turns"):
+    with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
+        for turn in progress(range(-1, 8), "turns"):
             saves, steps, began = turn % 2 == 1, 0, time.perf_counter()
             if saves:
                 checkpoints.save(state)
@@ -68,8 +69,8 @@ def saves(count: int, seed: int) -> list[float]:
     model = gpt2.model(gpt2.Config(8192, 256, 4, 4, 128))
     state = jax.jit(lambda key: train.init_state(model.init(key), optimizer))(jax.random.key(seed))
     found = []
-    with tempfile.TemporaryDirectory() as folder, train.Checkpoints(folder) as checkpoints:
-        for i in report.progress(range(count), "saves"):
+    with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
+        for i in progress(range(count), "saves"):
             state = dataclasses.replace(state, step=jnp.int32(i + 1))
             checkpoints.save(state)
             checkpoints.wait()

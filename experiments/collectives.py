@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodel import ops, plan, report, sharding, train, tree
+from jaxmodel import losses, ops, plan, report, sharding, train, tree
 from jaxmodel.models import llama
+from jaxmodel.progress import progress
 from jaxmodel.train.pipeline import one_forward_one_backward
 
 TOPOLOGY = "v5e:2x4"
@@ -74,13 +75,13 @@ def sent(axis: str, n: int, config: llama.Config, rows: int, length: int, device
     model = llama.model(config, ops.Policy(axes=ops.MESH_AXES, microbatches=4 * n if n == 4 else 0))
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "targets")}
     if axis != "1f1b":
-        program = train.Program(model, loss=train.next_token, optimizer=optax.sgd(0.1), mesh=mesh)
+        program = train.Program(model, loss=losses.next_token, optimizer=optax.sgd(0.1), mesh=mesh)
         return plan.moved(plan.collectives(program.compile(batch)))
     params, places = sharding.shardings(model.rules, jax.eval_shape(model.init, jax.random.key(0)), mesh)
     placed = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
     cut = {name: placed(a, jax.NamedSharding(mesh, jax.P("pipeline"))) for name, a in batch.items()}
     with jax.set_mesh(mesh):
-        run = jax.jit(one_forward_one_backward(model, train.next_token), out_shardings=(None, places))
+        run = jax.jit(one_forward_one_backward(model, losses.next_token), out_shardings=(None, places))
         return plan.moved(plan.collectives(run.lower(jax.tree.map(placed, params, places), cut).compile()))
 
 
@@ -93,7 +94,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
         machines["v5e"] = plan.topology(TOPOLOGY)
     cases = [(machine, axis, n) for machine in machines for axis, n in MESHES.items() if (machine, axis) != ("CPU", "tensor")]
     entries: list[tuple] = []
-    for machine, axis, n in report.progress(cases, "programs"):
+    for machine, axis, n in progress(cases, "programs"):
         config, length = small if quick or machine != "CPU" else large
         of_axis = dataclasses.replace(config, experts=8) if axis == "expert" else config
         params = jax.eval_shape(llama.model(of_axis).init, jax.random.key(0))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxmodel import data, ops, plan, report, sharding, train
+from jaxmodel import data, losses, ops, plan, report, sharding, train
 from jaxmodel.models import gpt2
 
 BLOCK, BATCH, DEVICES = 64, 16, 8
@@ -40,7 +40,7 @@ def sent(kind: Kind, stream: data.Stream, mesh: jax.sharding.Mesh) -> float:
     """Bytes of the collectives of a step."""
     model, config = gpt2.model(CONFIG, ops.Policy(axes=ops.MESH_AXES)), train.TrainConfig(exchange=kind)
     batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in stream.batch(0).items()}
-    step = train.Program(model, config, loss=train.next_token, mesh=mesh).compile(batch)
+    step = train.Program(model, config, loss=losses.next_token, mesh=mesh).compile(batch)
     return float(sum(plan.moved(plan.collectives(step)).values()))
 
 

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 from jaxmodel import report
+from jaxmodel.files import atomic_write
+from jaxmodel.progress import progress
 from jaxmodel.report.table import significant
 
 HERE = Path(__file__).parent
@@ -45,7 +47,7 @@ def main() -> None:
     sections = _sections(target.read_text()) if target.exists() else {}
     peers = (HERE.parent / ".peers").exists()
     chosen = args.names or [name for name in known if peers or not name.startswith("peers_")]
-    for name in report.progress(chosen, "experiments"):
+    for name in progress(chosen, "experiments"):
         command = [sys.executable, str(HERE / f"{name}.py"), *([] if args.full else ["--quick"]), "--json", "-"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
@@ -57,7 +59,7 @@ def main() -> None:
         head = f"{form} form, {result['seconds']:.0f} s, on {json.dumps(cpu)}"
         sections[name] = f"{head}\n\n{report.to_markdown(result['rows'], COLUMNS)}"
     body = "".join(f"\n## {name}\n\n{text.strip()}\n" for name, text in sorted(sections.items()))
-    report.atomic_write(target, TITLE + body)
+    atomic_write(target, TITLE + body)
     print(target)
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 
-from jaxmodel import data, evaluate, report, train, tree
+from jaxmodel import data, evaluate, losses, report, train, tree
 from jaxmodel.models import cnn
+from jaxmodel.progress import progress
 
 BATCH = 128
 RATE = 2e-3
@@ -32,9 +33,9 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     optimizer = train.make_optimizer(config)
 
     began, used = time.perf_counter(), time.process_time()
-    step = jax.jit(train.make_step(model, train.classification, optimizer, seed=seed), donate_argnums=0)
+    step = jax.jit(train.make_step(model, losses.classification, optimizer, seed=seed), donate_argnums=0)
     state = jax.jit(lambda key: train.init_state(model.init(key), optimizer))(jax.random.key(seed))
-    for i, batch in enumerate(report.progress(data.prefetch(stream, 0, steps), "train", total=steps)):
+    for i, batch in enumerate(progress(data.prefetch(stream, 0, steps), "train", total=steps)):
         state, metrics = step(state, batch)
         if i % 100 == 99:
             jax.block_until_ready(metrics)  # not thousands of steps ahead of the machine

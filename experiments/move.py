@@ -25,7 +25,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jaxmodel import report
+from jaxmodel import checkpoint, report
+from jaxmodel.progress import progress
 
 STEPS = 4  # of a leg
 # mesh, devices of a process, processes
@@ -46,10 +47,10 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
     import jax
 
     from jaxmodel import data, ops, sharding, train
+    from jaxmodel.distributed import Supervisor, startup
     from jaxmodel.models import gpt2
-    from jaxmodel.train import distributed
 
-    distributed.initialize()
+    startup.initialize()
     parts = []
     for name, weight in (("english_train", 3), ("english", 1)):
         documents = [list(text.encode()[:300]) for text in data.split_documents(data.load_text(name).text)[:200]]
@@ -59,20 +60,20 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
     model = gpt2.model(gpt2.Config(vocab=256, width=32, depth=2, heads=4, context=32), ops.Policy(axes=ops.MESH_AXES))
     restored: list[str | None] = []
 
-    class Watched(train.Checkpoints):
+    class Watched(checkpoint.Checkpoints):
         def restore(self, like: Any, **options: Any) -> Any:
             found = super().restore(like, **options)
-            restored.append(None if found is None else train.fingerprint(train.gather(found)))
+            restored.append(None if found is None else checkpoint.fingerprint(train.gather(found)))
             return found
 
     with Watched(folder / "checkpoints") as checkpoints:
-        supervisor = train.Supervisor(stop=lambda step: step >= until)
+        supervisor = Supervisor(stop=lambda step: step >= until)
         state, history = train.fit(
             model, stream, config, mesh=sharding.make_mesh(mesh), checkpoints=checkpoints, supervisor=supervisor
         )
     result = {
         "restored": restored[0],
-        "saved": train.fingerprint(train.gather(state)),
+        "saved": checkpoint.fingerprint(train.gather(state)),
         "losses": {str(row["step"]): row["loss"] for row in history},
         "rows": stream.rows,
     }
@@ -100,10 +101,10 @@ class _Noting:
 def legs(chosen: tuple[tuple[str, int, int], ...], folder: Path, seed: int) -> list[dict[str, Any]]:
     """What each leg wrote, its processes joined."""
     from jaxmodel import sharding
-    from jaxmodel.train import launch
+    from jaxmodel.distributed import launch
 
     found = []
-    for number, (mesh, devices, processes) in enumerate(report.progress(chosen, "legs"), start=1):
+    for number, (mesh, devices, processes) in enumerate(progress(chosen, "legs"), start=1):
         until = STEPS * number
         command = [str(Path(__file__).absolute()), "--leg", str(folder), mesh, str(until), str(seed)]
         if processes > 1:

@@ -1,4 +1,4 @@
-"""A coordinate check of `models.mup`: the size of activations over widths 64 to 1024 while a model learns, muP and standard.
+"""A coordinate check of `adapt.mup`: the size of activations over widths 64 to 1024 while a model learns, muP and standard.
 
 Command:  python experiments/mup_coordinates.py [--quick] [--seed N] --json -
 Cost:     about 4 minutes on two cores; --quick about 1 (widths 64, 128, 256 of one family).
@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmodel import models, report
+from jaxmodel import adapt, models, report
 from jaxmodel.models import gpt2, llama
+from jaxmodel.progress import progress
 
 BASE, STEPS, RATE = 64, 5, 3e-3
 VOCAB, BATCH, LENGTH = 32, 4, 16  # few inputs: with more of them than the width they are not told apart, and sizes mean little
@@ -54,15 +55,15 @@ def sizes(family: str, width: int, standard: bool, seeds: list[int]) -> dict[str
     model, base = make(family, width)
     init, optimizer = [(".*", None)], optax.adam(RATE)
     if not standard:
-        wide = models.mup(model, base)
-        model, optimizer = wide.model, optax.chain(optimizer, models.scale_updates(wide.rates))
+        wide = adapt.mup(model, base)
+        model, optimizer = wide.model, optax.chain(optimizer, adapt.scale_updates(wide.rates))
         # the paper starts readouts and queries at zero; a head tied to the embedding cannot, and gpt2 keeps all of its own
         zeros = [("head", "zeros"), ("blocks/.*/q", "zeros")] if family == "llama" else []
         init = [*zeros, *wide.init]
 
     @jax.jit
     def run(key: jax.Array, tokens: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
-        params = models.initialize(model, key, init)
+        params = adapt.initialize(model, key, init)
 
         def loss(params: Any) -> jax.Array:
             return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, tokens).logits, targets).mean()
@@ -70,7 +71,7 @@ def sizes(family: str, width: int, standard: bool, seeds: list[int]) -> dict[str
         def step(carry: Any, _: Any) -> Any:
             params, state = carry
             value, grads = jax.value_and_grad(loss)(params)
-            seen = {**models.coordinates(model, params, tokens), "loss": value}
+            seen = {**adapt.coordinates(model, params, tokens), "loss": value}
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), seen
 
@@ -97,7 +98,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     bound = "<= 0.2" if quick else "<= 0.15"  # narrow models are further from what holds for wide ones
     families = ["llama"] if quick else ["llama", "gpt2"]
     jobs = [(family, standard, width) for family in families for standard in (False, True) for width in widths]
-    found = {job: sizes(job[0], job[2], job[1], seeds) for job in report.progress(jobs, "widths")}
+    found = {job: sizes(job[0], job[2], job[1], seeds) for job in progress(jobs, "widths")}
     entries: list[tuple] = []
     for family in families:
         mup, standard = (slopes(widths, [found[family, kind, width] for width in widths]) for kind in (False, True))

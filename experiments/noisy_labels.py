@@ -22,15 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodel import data, evaluate, report, train
+from jaxmodel import contrib, data, evaluate, losses, report, train
 from jaxmodel.models import lenet, predict_fn
-from jaxmodel.train import losses
 
 FLIPPED, KEPT_APART, BATCH = 0.4, 2000, 64
 MODEL = lenet.model(lenet.Config((8, 16), (64,)))
 PREDICT = jax.jit(predict_fn(MODEL, "logits"))
-LOSSES: dict[str, train.Loss] = {
-    "cross entropy": train.classification,
+LOSSES: dict[str, losses.Loss] = {
+    "cross entropy": losses.classification,
     "generalised cross entropy": losses.supervised(functools.partial(losses.generalized_cross_entropy, q=0.7)),
     "symmetric cross entropy": losses.supervised(functools.partial(losses.symmetric_cross_entropy, alpha=0.1, beta=1.0)),
 }
@@ -54,7 +53,7 @@ def parts(
     return data.take(noisy, first), data.take(noisy, rest), rows["labels"][rest]
 
 
-def learn(rows: Any, apart: Any, loss: train.Loss, epochs: int, seed: int, patience: int = 0) -> Any:
+def learn(rows: Any, apart: Any, loss: losses.Loss, epochs: int, seed: int, patience: int = 0) -> Any:
     """Train; the last parameters, or with patience the best by the rows kept apart."""
     per_epoch = len(rows["labels"]) // BATCH
     config = train.TrainConfig(
@@ -107,7 +106,7 @@ def named(params: Any, apart: Mapping[str, np.ndarray], true: np.ndarray) -> lis
     logits = np.asarray(PREDICT(params, apart["pixels"]), np.float64)
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p = (p / p.sum(axis=-1, keepdims=True)).astype(np.float32)
-    doubted = losses.confident_learning(p, apart["labels"]).suspects
+    doubted = contrib.confident_learning(p, apart["labels"]).suspects
     wrong = np.flatnonzero(apart["labels"] != true)
     both = len(np.intersect1d(doubted, wrong))
     share = lambda of: 100 * both / max(len(of), 1)

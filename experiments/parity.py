@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from jaxmodel import evaluate, hub, report, train, tree
+from jaxmodel import evaluate, hub, losses, report, tree
 from jaxmodel.models.sentences import embed_texts
+from jaxmodel.progress import progress
 
 TESTS = Path(__file__).parent.parent / "tests"
 GOLDENS = TESTS / "hub" / "goldens"
@@ -118,7 +119,7 @@ def gradients(bundle: hub.Bundle, want: Arrays) -> float:
 def folders(quick: bool) -> Iterator[tuple]:
     """Every folder that transformers wrote."""
     found = sorted(path.parent.relative_to(GOLDENS).as_posix() for path in GOLDENS.rglob("config.json"))
-    for name in report.progress(found, "folders"):
+    for name in progress(found, "folders"):
         bundle, want = hub.from_pretrained(GOLDENS / name), read(name)
         yield f"{Path(name).name} logits", logits(bundle, want), "", "<= 2e-4"
         if not quick:
@@ -131,7 +132,7 @@ def folders(quick: bool) -> Iterator[tuple]:
 def images(quick: bool) -> Iterator[tuple]:
     """Networks of convolutions, in inference and by the moments of the batch."""
     stored = tests_of("test_images")
-    for name in report.progress(stored.CONFIGS, "images"):
+    for name in progress(stored.CONFIGS, "images"):
         model, params, pixels = stored.load(name)
         learnt = jax.jit(lambda p, x, model=model: model.apply(p, x, rng=jax.random.key(0), train=True).logits)
         worst = apart(jax.jit(model.apply)(params, pixels).logits, stored.GOLDENS[f"{name}/logits"])
@@ -139,7 +140,7 @@ def images(quick: bool) -> Iterator[tuple]:
         yield f"images {name} logits", worst, "", "<= 2e-4"
         if not quick:
             batch = {"pixels": pixels, "labels": jnp.arange(len(pixels), dtype=jnp.int32) % 3}
-            loss = lambda p, model=model, batch=batch: train.classification(model, p, batch, jax.random.key(0))[0]
+            loss = lambda p, model=model, batch=batch: losses.classification(model, p, batch, jax.random.key(0))[0]
             grads = jax.jit(jax.grad(loss))(params)
             ours = tree.flatten(tree.unstack(grads) if "blocks" in grads else grads)
             yield f"images {name} gradients", relative(ours, stored.golden(name, "grad")), "of the largest", "<= 1e-3"

@@ -21,6 +21,7 @@ from typing import Any
 from jaxmodel import compress, generation, hub, report
 from jaxmodel.errors import InputError
 from jaxmodel.hub.gguf import find_smollm2
+from jaxmodel.progress import progress
 
 HERE = Path(__file__).parent
 PYTHON = HERE.parent / ".peers" / "bin" / "python"
@@ -52,7 +53,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
         }
         if not subprocess.run([str(PYTHON), "-c", "import llama_cpp"], capture_output=True, check=False).returncode:
             theirs[LLAMA] = ("speed_llama_cpp.py", find_smollm2())  # else `make peers` has said that it was not built
-        for name in report.progress([*names, *theirs], "speeds"):
+        for name in progress([*names, *theirs], "speeds"):
             if name in theirs:
                 speeds[name] = peer(*map(str, theirs[name]))
             else:

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmodel import data, ops, report, train, tree
+from jaxmodel import data, losses, ops, optim, report, train, tree
 from jaxmodel.models import gpt2
+from jaxmodel.progress import progress
 
 BLOCK, BATCH, RATE = 64, 12, 1e-3
 CODES: tree.Rules = ((".*(norm/.*|_bias)", None), (".*", 8))
@@ -39,19 +40,19 @@ class Case:
 
     def __init__(self, width: int, depth: int, codes: bool, name: str, policy: ops.Policy, steps: int = 100):
         self.model = gpt2.model(gpt2.Config(256, width, depth, max(4, width // 64), BLOCK), policy)
-        rate = train.schedule("cosine", RATE, steps, warmup=min(50, steps // 4))
+        rate = optim.schedule("cosine", RATE, steps, warmup=min(50, steps // 4))
         decays = lambda params: tree.map_leaves(lambda path, _: not path.endswith(("bias", "norm/weight")), params)
         self.optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), train.optimizer(name, rate, weight_decay=0.1, mask=decays)
+            optax.clip_by_global_norm(1.0), optim.optimizer(name, rate, weight_decay=0.1, mask=decays)
         )
         self.codes, self.trainable = codes, ALL if codes else None
-        self.step = train.make_step(self.model, train.next_token, self.optimizer, trainable=self.trainable)
+        self.step = train.make_step(self.model, losses.next_token, self.optimizer, trainable=self.trainable)
 
     def start(self, key: jax.Array) -> train.TrainState:
         """The first state."""
         params = self.model.init(key)
         return train.init_state(
-            train.quantize_weights(params, CODES) if self.codes else params, self.optimizer, self.trainable
+            optim.quantize_weights(params, CODES) if self.codes else params, self.optimizer, self.trainable
         )
 
     def memory(self) -> float:
@@ -71,7 +72,7 @@ class Case:
         step = jax.jit(self.step, donate_argnums=0)
         for i in range(steps):
             state, _ = step(state, batches.batch(i))
-        judge = jax.jit(lambda params, batch: train.next_token(self.model, params, batch, train=False)[0])
+        judge = jax.jit(lambda params, batch: losses.next_token(self.model, params, batch, train=False)[0])
         return float(np.mean([judge(state.params, heldout.batch(i)) for i in range(20)]))
 
 
@@ -102,7 +103,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     kinds = {"float32 Adam": (False, "adamw"), "8-bit moments": (False, "adamw8"), "QTensor weights": (True, "adamw8")}
     losses = {
         name: Case(128, 4, codes, optimizer, PLAIN, steps).loss(steps, seed, texts)
-        for name, (codes, optimizer) in report.progress(kinds.items(), "runs")
+        for name, (codes, optimizer) in progress(kinds.items(), "runs")
     }
     entries += [(f"held-out loss, {name}", loss, "nats") for name, loss in losses.items()]
     base = losses.pop("float32 Adam")

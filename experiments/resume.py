@@ -33,10 +33,11 @@ from typing import Any
 
 import jax
 
-from jaxmodel import data, ops, report, train
+from jaxmodel import checkpoint, data, distributed, ops, report, train
 from jaxmodel.data import augment
+from jaxmodel.distributed import ledger
 from jaxmodel.models import gpt2
-from jaxmodel.train import ledger
+from jaxmodel.progress import bar, progress
 
 STEPS, SAVE_EVERY, RESTARTS = 60, 3, 5
 MODEL = gpt2.Config(vocab=256, width=64, depth=2, heads=4, context=64)
@@ -57,9 +58,10 @@ def run(folder: Path, seed: int, steps: int = STEPS, book: Path | None = None) -
     """Train from what is in the folder to the end; the last state."""
     config = train.TrainConfig(steps=steps, accumulate=2, average=0.99, save_every=SAVE_EVERY, log_every=10, seed=seed)
     batches = stream(seed)
-    with train.Checkpoints(folder, identity={"seed": seed}, data=batches.fingerprint, keep=train.Keep(last=3)) as checkpoints:
+    keep = checkpoint.Keep(last=3)
+    with checkpoint.Checkpoints(folder, identity={"seed": seed}, data=batches.fingerprint, keep=keep) as checkpoints:
         drops = augment.parse("token_dropout(0, rate=0.1)")
-        supervisor = train.Supervisor(train.Ledger(book, began=train.process_began()))
+        supervisor = distributed.Supervisor(distributed.Ledger(book, began=distributed.process_began()))
         state, _ = train.fit(model(), batches, config, augment=drops, checkpoints=checkpoints, supervisor=supervisor)
     supervisor.close()
     return state
@@ -108,7 +110,7 @@ def unbroken(folder: Path, seed: int) -> tuple[str, float]:
     for name in ("first", "whole"):
         began = time.perf_counter()
         note = folder / f"{name}.txt"
-        if wait(child(lambda name=name, note=note: note.write_text(train.fingerprint(run(folder / name, seed))))):
+        if wait(child(lambda name=name, note=note: note.write_text(checkpoint.fingerprint(run(folder / name, seed))))):
             raise SystemExit(f"the run without a stop failed:\n{LOG.read_text()[-2000:]}")
     return (folder / "whole.txt").read_text(), time.perf_counter() - began
 
@@ -117,9 +119,9 @@ def killed(folder: Path, seed: int, kills: int, seconds: float, chance: random.R
     """The digest after so many kills, how many processes saw one, and how many runs were finished and begun anew on the way."""
     done = restarts = 0
     place, note, digest = folder / "killed", folder / "killed.txt", ""
-    with report.bar(kills, "kills") as shown:
+    with bar(kills, "kills") as shown:
         while done < kills or not digest:
-            process = child(lambda: note.write_text(train.fingerprint(run(place, seed))))
+            process = child(lambda: note.write_text(checkpoint.fingerprint(run(place, seed))))
             limit = time.monotonic() + (chance.uniform(0.0, seconds) if done < kills else 3600.0)
             while time.monotonic() < limit and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 time.sleep(0.002)
@@ -193,16 +195,16 @@ def faulty(folder: Path, seed: int, count: int, chance: random.Random) -> dict[s
     """Of each kind of fault: how many there were, corrupt restores, lost good steps."""
     wanted, template = like(seed), folder / "template"
     known: dict[int, str] = {}
-    with train.Checkpoints(template, identity={"seed": seed}, data=stream(seed).fingerprint, read_only=True) as checkpoints:
+    with checkpoint.Checkpoints(template, identity={"seed": seed}, data=stream(seed).fingerprint, read_only=True) as checkpoints:
         steps = checkpoints.steps()
         for step in steps:
             state = checkpoints.restore(wanted, at_most=step)
             assert state is not None and int(state.step) == step
-            known[step] = train.fingerprint(state)
+            known[step] = checkpoint.fingerprint(state)
     found = {kind: [0, 0, 0] for kind in FAULTS}
     digest = stream(seed).fingerprint
     kinds = [kind for kind in FAULTS if kind != "full disk"]
-    with report.bar(count, "faults") as shown:
+    with bar(count, "faults") as shown:
         for i in range(count):
             # of a full disk fewer, since each needs a process that trains
             kind = "full disk" if (folder / "full" / str(i)).exists() else kinds[i % len(kinds)]
@@ -210,7 +212,7 @@ def faulty(folder: Path, seed: int, count: int, chance: random.Random) -> dict[s
             if kind != "full disk":
                 shutil.copytree(template, place)
                 fault(kind, place, seed, chance)
-            with train.Checkpoints(place, identity={"seed": seed}, data=digest) as checkpoints:
+            with checkpoint.Checkpoints(place, identity={"seed": seed}, data=digest) as checkpoints:
                 state = checkpoints.restore(wanted)
             counts = found[kind]
             counts[0] += 1
@@ -219,7 +221,7 @@ def faulty(folder: Path, seed: int, count: int, chance: random.Random) -> dict[s
             else:
                 step = int(state.step)
                 good = step if kind == "full disk" and step not in known else None
-                counts[1] += good is None and train.fingerprint(state) != known.get(step)
+                counts[1] += good is None and checkpoint.fingerprint(state) != known.get(step)
                 counts[2] += step < (steps[-1] if kind == "full disk" else steps[-2])
             shutil.rmtree(place)
             shown.advance(1)
@@ -229,7 +231,7 @@ def faulty(folder: Path, seed: int, count: int, chance: random.Random) -> dict[s
 def full_disks(folder: Path, seed: int, places: list[int], chance: random.Random) -> None:
     """Copies of the checkpoints in which a save met a full disk: made before this process starts JAX, since they fork."""
     (folder / "full").mkdir()
-    for i in report.progress(places, "full disks"):
+    for i in progress(places, "full disks"):
         shutil.copytree(folder / "template", folder / "full" / str(i))
         fault("full disk", folder / "full" / str(i), seed, chance)
 

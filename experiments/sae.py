@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmodel import data, hub, ops, report, train, tree
+from jaxmodel import contrib, data, hub, losses, ops, report, train, tree
 from jaxmodel.models import Model, autoencoder, wrap
+from jaxmodel.progress import progress
 
 LAYERS, WINDOW, SPLICED = 12, 256, 4
 KEPT, CODE, BATCH, CHUNK = 32, 2304, 1024, 25
@@ -43,7 +44,7 @@ def hidden_states(bundle: hub.Bundle, windows: np.ndarray) -> np.ndarray:
     params = tree.cast(tree.stack({**single, "blocks": first}), jnp.bfloat16)
     model = bundle.model.with_policy(ops.Policy(compute="bfloat16"))
     run = jax.jit(lambda params, tokens: model.hidden(params, tokens).hidden)
-    parts = [run(params, jnp.asarray(part)) for part in report.progress(np.split(windows, len(windows) // 4), "activations")]
+    parts = [run(params, jnp.asarray(part)) for part in progress(np.split(windows, len(windows) // 4), "activations")]
     return np.concatenate([np.asarray(part, np.float32) for part in parts])
 
 
@@ -54,15 +55,15 @@ class Trainer:
         self.model, self.rows, self.seed = autoencoder.model(config, ops.Policy(compute="bfloat16")), rows, seed
         rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, steps // 20, steps, 1e-4)
         self.optimizer = optax.adam(rate)
-        step = train.make_step(self.model, train.autoencoder, self.optimizer, seed=seed)
+        step = train.make_step(self.model, losses.autoencoder, self.optimizer, seed=seed)
 
         def one(state: train.TrainState, ids: jax.Array) -> tuple[train.TrainState, jax.Array]:
             state, metrics = step(state, {"features": rows[ids]})
-            return dataclasses.replace(state, params=train.unit_dictionary(state.params)), metrics["loss"]
+            return dataclasses.replace(state, params=contrib.unit_dictionary(state.params)), metrics["loss"]
 
         self.run = jax.jit(lambda state, ids: jax.lax.scan(one, state, ids))
-        self.count = jax.jit(lambda params, x: train.count_active(self.model, params, {"features": x}))
-        self.revive = jax.jit(lambda state, x, dead, key: train.revive(state, self.model, {"features": x}, dead, key))
+        self.count = jax.jit(lambda params, x: contrib.count_active(self.model, params, {"features": x}))
+        self.revive = jax.jit(lambda state, x, dead, key: contrib.revive(state, self.model, {"features": x}, dead, key))
 
     def start(self) -> train.TrainState:
         """The centre of the data is the decoder's bias."""
@@ -80,7 +81,7 @@ class Trainer:
         """More steps; the state, and how many features were revived."""
         random = np.random.Generator(np.random.Philox(key=[self.seed, int(state.step)]))
         revived = 0
-        for done in report.progress(range(0, steps, CHUNK), "train"):
+        for done in progress(range(0, steps, CHUNK), "train"):
             if revive_every and done % revive_every == 0:
                 dead = self.dead(state.params)
                 sample = self.rows[random.integers(0, len(self.rows), 4096)]
@@ -122,7 +123,7 @@ def spliced(model: Model, change: Callable[[jax.Array], jax.Array], limit: float
 def nll(model: Model, params: tree.Params, windows: jax.Array) -> float:
     """Mean negative log-likelihood of the next token."""
     batch = {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
-    return float(jax.jit(lambda p, b: train.next_token(model, p, b, train=False)[0])(params, batch))
+    return float(jax.jit(lambda p, b: losses.next_token(model, p, b, train=False)[0])(params, batch))
 
 
 def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:

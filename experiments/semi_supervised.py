@@ -22,8 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodel import data, evaluate, report, train
+from jaxmodel import contrib, data, evaluate, report, train
 from jaxmodel.data import augment
+from jaxmodel.losses import Loss, classification
 from jaxmodel.models import lenet, predict_fn
 
 LABELS, KEPT_APART, BATCH, EACH = 10, 5000, 32, 4
@@ -43,22 +44,22 @@ def parts(images: Mapping[str, np.ndarray], seed: int) -> tuple[dict[str, np.nda
     return data.take(images, few), {"pixels": images["pixels"][rest]}, data.take(images, apart)
 
 
-def losses(steps: int) -> dict[str, train.Loss]:
+def losses(steps: int) -> dict[str, Loss]:
     """The ways to learn from rows without labels."""
     return {
-        "FixMatch": train.fixmatch(WEAK, STRONG, threshold=0.95, align=True),
-        "mean teacher": train.mean_teacher(WEAK, weight=50.0, ramp=functools.partial(train.sigmoid_ramp, steps=steps // 3)),
+        "FixMatch": contrib.fixmatch(WEAK, STRONG, threshold=0.95, align=True),
+        "mean teacher": contrib.mean_teacher(WEAK, weight=50.0, ramp=functools.partial(contrib.sigmoid_ramp, steps=steps // 3)),
     }
 
 
-def learn(few: Any, many: Any, steps: int, seed: int, loss: train.Loss | None = None, seen: Any = WEAK) -> Any:
+def learn(few: Any, many: Any, steps: int, seed: int, loss: Loss | None = None, seen: Any = WEAK) -> Any:
     """Train; the parameters to judge. Without a loss by the labels alone, seen by an augmentation or as they are."""
     stream = data.Stream(few, BATCH, seed)
     config = train.TrainConfig(
         steps=steps, learning_rate=4e-3, warmup=50, weight_decay=0.01, beta2=0.99, average=0.99, seed=seed, log_every=100
     )
     if loss is None:
-        state, _ = train.fit(MODEL, stream, config, loss=train.classification, augment=seen)
+        state, _ = train.fit(MODEL, stream, config, loss=classification, augment=seen)
     else:
         state, _ = train.fit(MODEL, data.Paired(stream, data.Stream(many, BATCH * EACH, seed)), config, loss=loss)
     return train.averaged(state)

@@ -27,6 +27,7 @@ from jaxmodel import data, generation, report, train, tree
 from jaxmodel.data import synthetic
 from jaxmodel.generation import decode
 from jaxmodel.models import Model, rnn, t5, transformer
+from jaxmodel.progress import progress
 
 BATCH, BEAMS = 64, 4
 V, CONTEXT = synthetic.VOCAB, synthetic.SOURCE
@@ -92,7 +93,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     held = {task: data.Pairs((task,), count, seed, "test") for task in synthetic.TASKS}
     updates = {name: case.quick if quick else case.updates for name, case in CASES.items()}
     entries: list[tuple] = []
-    for name in report.progress([name for name, n in updates.items() if n], "models"):
+    for name in progress([name for name, n in updates.items() if n], "models"):
         model, began, used = CASES[name].model, time.perf_counter(), time.process_time()
         params = learn(CASES[name], updates[name], seed)
         seconds, processor = time.perf_counter() - began, time.process_time() - used

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodel import data, ops, report, train
+from jaxmodel import checkpoint, data, distributed, losses, ops, report, train
 from jaxmodel.models import gpt2
 
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def host_work(seed: int, steps: int = 1000, turns: int = 5) -> dict[str, float]:
     stream = data.Stream(rows, 4, seed)
     config = train.TrainConfig(steps=steps, log_every=steps // 4, seed=seed)
     optimizer, guard = train.make_optimizer(config), config.guard()
-    step = jax.jit(train.make_step(model, train.next_token, optimizer, guard=guard), donate_argnums=0)
+    step = jax.jit(train.make_step(model, losses.next_token, optimizer, guard=guard), donate_argnums=0)
     state = jax.jit(lambda key: train.init_state(model.init(key), optimizer, guard=guard))(jax.random.key(seed))
     batch = jax.device_put(stream.batch(0))
     found: dict[str, list[float]] = {"fit": [], "bare": []}
@@ -95,9 +95,9 @@ def compilations(seed: int) -> list[int]:
         with tempfile.TemporaryDirectory() as folder:
             for steps in (6, 12):
                 lines.clear()
-                with jax.log_compiles(), train.Checkpoints(folder) as checkpoints:
+                with jax.log_compiles(), checkpoint.Checkpoints(folder) as checkpoints:
                     config = train.TrainConfig(steps=12, save_every=3, log_every=1, eval_every=3)
-                    supervisor = train.Supervisor(stop=lambda i, steps=steps: i >= steps)
+                    supervisor = distributed.Supervisor(stop=lambda i, steps=steps: i >= steps)
                     train.fit(model, stream, config, heldout=stream, checkpoints=checkpoints, supervisor=supervisor)
                 found.append(sum("Finished XLA compilation of jit(step)" in line for line in lines))
     finally:

@@ -14,79 +14,11 @@ A *TrainState* and a seed determine the rest of a run. A *Transform* is `params 
     print(report.bits_per_weight)
 
 Start with `jaxmodel/models/llama.py` (a model), `jaxmodel/compress/rtn.py` (a method), `docs/design.md` (the ideas and the
-house). What stands below is imported when it is first used, so `import jaxmodel` costs little.
+house). What `__init__.pyi` lists is imported when it is first used, so `import jaxmodel` costs little.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jaxmodel.errors import InputError
-    from jaxmodel.generation import generate
-    from jaxmodel.hub import Bundle, from_pretrained
-    from jaxmodel.models import Model, Output
-    from jaxmodel.models.sentences import embed_texts
-    from jaxmodel.ops import Policy
-    from jaxmodel.train import TrainConfig, fit
+import lazy_loader
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Bundle": "jaxmodel.hub",
-    "InputError": "jaxmodel.errors",
-    "Model": "jaxmodel.models",
-    "Output": "jaxmodel.models",
-    "Policy": "jaxmodel.ops",
-    "TrainConfig": "jaxmodel.train",
-    "embed_texts": "jaxmodel.models.sentences",
-    "fit": "jaxmodel.train",
-    "from_pretrained": "jaxmodel.hub",
-    "generate": "jaxmodel.generation",
-}
-_PARTS = [
-    "axes",
-    "compress",
-    "data",
-    "errors",
-    "evaluate",
-    "files",
-    "generation",
-    "hub",
-    "layers",
-    "leaves",
-    "models",
-    "ops",
-    "plan",
-    "report",
-    "schema",
-    "sharding",
-    "train",
-    "tree",
-]
-
-__all__ = [
-    "Bundle",
-    "InputError",
-    "Model",
-    "Output",
-    "Policy",
-    "TrainConfig",
-    "embed_texts",
-    "fit",
-    "from_pretrained",
-    "generate",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in _PARTS:
-        return importlib.import_module(f"jaxmodel.{name}")
-    raise AttributeError(f"module 'jaxmodel' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, *_PARTS, "__version__"])
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,6 +84,12 @@ def border(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {' '.join(str(error).split())[:500] or type(error).__name__}") from None
 
 
+type Range = tuple[Callable[[float], bool], str]
+"""Whether a number is within, and what is allowed, in words."""
+
+FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+
+
 def at_least(argument: str, value: object, least: int = 1) -> None:
     """Refuse what is no whole number of at least `least`.
 
@@ -96,6 +103,23 @@ def at_least(argument: str, value: object, least: int = 1) -> None:
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
         raise InputError(f"{argument}: {value!r} given; allowed: a whole number of at least {least}")
+
+
+def within(name: str, value: object, allowed: int | Range) -> None:
+    """Refuse what is no number of a range.
+
+    Raises:
+      InputError: it is out of range, not finite, or something else.
+
+    >>> within("rate", -1.0, FROM_ZERO)
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: rate: -1.0 given; allowed: a finite number of at least 0
+    """
+    if isinstance(allowed, int):
+        at_least(name, value, allowed)
+    elif not isinstance(value, numbers.Real) or isinstance(value, bool) or not allowed[0](float(value)):
+        raise InputError(f"{name}: {value!r} given; allowed: {allowed[1]}")
 
 
 def named_fields[T](meant: Mapping[str, str]) -> Callable[[type[T]], type[T]]:

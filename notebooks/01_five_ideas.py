@@ -28,12 +28,13 @@ import numpy as np
 import optax
 from IPython.display import SVG, Markdown
 
-from jaxmodel import compress, data, evaluate, generate, hub, models, ops, report, train, tree
+from jaxmodel import compress, data, evaluate, generate, hub, losses, models, ops, report, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import llama
+from jaxmodel.progress import set_quiet
 from jaxmodel.report import Column, plot
 
-report.set_quiet()  # no progress lines between the cells
+set_quiet()  # no progress lines between the cells
 
 
 def table(rows, *columns):
@@ -148,7 +149,7 @@ print(texts[0].origin, "|", len(windows), "windows to train on,", len(unseen), "
 # Six steps without a break, and three, a copy of the state, and three more: the same bits.
 
 # %%
-program = train.Program(model, train.TrainConfig(seed=0), loss=train.next_token, optimizer=optax.adam(1e-2))
+program = train.Program(model, train.TrainConfig(seed=0), loss=losses.next_token, optimizer=optax.adam(1e-2))
 
 
 def go_on(state, steps):

@@ -26,12 +26,13 @@ import numpy as np
 from IPython.display import SVG, Markdown
 
 import jaxmodel
-from jaxmodel import compress, data, generation, models, report, train, tree
+from jaxmodel import adapt, compress, data, generation, losses, models, report, train, tree
 from jaxmodel.data import synthetic
 from jaxmodel.models import connected, mlp, rnn
+from jaxmodel.progress import set_quiet
 from jaxmodel.report import Column, plot
 
-report.set_quiet()  # no progress lines between the cells
+set_quiet()  # no progress lines between the cells
 
 
 def table(rows, *columns):
@@ -81,7 +82,7 @@ table(rows, Column("model"), Column("reads", align="left"), Column("logits"), Co
 config = mlp.Config(features=2, widths=(64, 64, 64), classes=2)
 model = mlp.model(config)
 rules = [("blocks/0/dense", "lecun"), ("blocks/.*/dense", "orthogonal"), ("head", "zeros"), (".*", None)]
-params = models.initialize(model, jax.random.key(0), rules)
+params = adapt.initialize(model, jax.random.key(0), rules)
 table(models.summary(model, params), Column("path"), Column("layers"), Column("shape"), Column("sharding"))
 
 # %% [markdown]
@@ -96,7 +97,7 @@ points = np.stack([turn * np.cos(angle), turn * np.sin(angle)], axis=1) / (3 * n
 spirals = {"features": points.astype(np.float32), "labels": label.astype(np.int32)}
 stream = data.Stream({name: a[:768] for name, a in spirals.items()}, batch_size=128)
 settings = train.TrainConfig(steps=600, learning_rate=5e-3, weight_decay=0.0, log_every=20)
-state, history = train.fit(model, stream, settings, params=params, loss=train.classification)
+state, history = train.fit(model, stream, settings, params=params, loss=losses.classification)
 predict = jax.jit(models.predict_fn(model))
 right = np.argmax(predict(state.params, spirals["features"][768:]), axis=-1) == spirals["labels"][768:]
 print(f"{np.mean(right):.1%} of the held-out points")
@@ -178,7 +179,7 @@ columns = {name: rng.normal(size=(2048, 4)).astype(np.float32) for name, _ in co
 answer = (columns["light"][:, 0] * columns["heat"][:, 1] + columns["heat"][:, 2] > 0).astype(np.int32)
 stream = data.Stream({**columns, "labels": answer}, batch_size=128)
 settings = train.TrainConfig(steps=400, learning_rate=3e-3, weight_decay=0.0, log_every=50)
-state, history = train.fit(model, stream, settings, loss=train.classification)
+state, history = train.fit(model, stream, settings, loss=losses.classification)
 importances = connected.importances(config, state.params)
 table(
     [{"edge": edge, "importance": value} for edge, value in importances.items()],
@@ -204,6 +205,6 @@ class Theirs(nn.Module):
 
 model = models.from_linen(Theirs(), {"features": jax.ShapeDtypeStruct((1, 2), jnp.float32)})
 stream = data.Stream(spirals, batch_size=128)
-state, history = train.fit(model, stream, train.TrainConfig(steps=50, log_every=25), loss=train.classification)
+state, history = train.fit(model, stream, train.TrainConfig(steps=50, log_every=25), loss=losses.classification)
 print([round(row["loss"], 3) for row in history])
 print({path: leaf.shape for path, leaf in tree.flatten(state.params).items()})

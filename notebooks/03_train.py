@@ -31,13 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 from IPython.display import SVG, Markdown
 
-from jaxmodel import data, report, train, tree
+from jaxmodel import checkpoint, data, distributed, losses, optim, report, train, tree
 from jaxmodel.data import augment
 from jaxmodel.models import gpt2, mlp
+from jaxmodel.progress import set_quiet
 from jaxmodel.report import Column, plot
-from jaxmodel.train import losses
 
-report.set_quiet()  # no progress lines between the cells
+set_quiet()  # no progress lines between the cells
 ROOM = Path(tempfile.mkdtemp())
 
 
@@ -94,13 +94,13 @@ table(
 # %%
 steps = np.arange(0, 200)
 curves = {
-    name: (steps, [float(train.schedule(name, 1.0, 200, warmup=20)(i)) for i in steps])
+    name: (steps, [float(optim.schedule(name, 1.0, 200, warmup=20)(i)) for i in steps])
     for name in ("constant", "step", "cosine", "wsd", "one_cycle")
 }
 picture(plot.curves(curves, "step", "share of the peak", "Schedules"))
 
 # %%
-search = train.find_lr(model, stream, train.next_token, steps=60)
+search = train.find_lr(model, stream, losses.next_token, steps=60)
 print(f"suggestion: {search.suggestion:.1e}")
 picture(search.plot("svg"))
 
@@ -113,12 +113,13 @@ picture(search.plot("svg"))
 
 # %%
 folder = ROOM / "checkpoints"
-stop = train.Supervisor(stop=lambda step: step == 47)
+stop = distributed.Supervisor(stop=lambda step: step == 47)
 stopped, _ = train.fit(model, stream, config, checkpoints=folder, supervisor=stop)
-print("saved steps:", train.Checkpoints(folder, read_only=True).steps())
+print("saved steps:", checkpoint.Checkpoints(folder, read_only=True).steps())
 with contextlib.redirect_stderr(sys.stdout):
     resumed, _ = train.fit(model, stream, config, checkpoints=folder)
-print("stopped at", int(stopped.step), "- the same SHA-256 at the end:", train.fingerprint(resumed) == train.fingerprint(state))
+same = checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state)
+print("stopped at", int(stopped.step), "- the same SHA-256 at the end:", same)
 
 # %% [markdown]
 # A byte that was flipped on the disk is found before anything is read, and the step before is taken:
@@ -129,7 +130,7 @@ victim = max(newest.rglob("d/*"), key=lambda file: file.stat().st_size)
 content = bytearray(victim.read_bytes())
 content[100] ^= 1
 victim.write_bytes(content)
-with contextlib.redirect_stderr(sys.stdout), train.Checkpoints(folder) as checkpoints:
+with contextlib.redirect_stderr(sys.stdout), checkpoint.Checkpoints(folder) as checkpoints:
     print("newest good step:", checkpoints.latest())
 
 # %% [markdown]
@@ -179,7 +180,7 @@ for name, each in {
     "generalised cross entropy": functools.partial(losses.generalized_cross_entropy, q=0.7),
 }.items():
     trained, _ = train.fit(
-        judge, rows, train.TrainConfig(steps=600, learning_rate=3e-3, weight_decay=0.0), loss=train.supervised(each)
+        judge, rows, train.TrainConfig(steps=600, learning_rate=3e-3, weight_decay=0.0), loss=losses.supervised(each)
     )
     found.append({"loss": name, "test accuracy": accuracy(trained.params)})
 table(found, Column("loss"), Column("test accuracy", format="{:.3f}".format))
@@ -190,7 +191,7 @@ table(found, Column("loss"), Column("test accuracy", format="{:.3f}".format))
 
 # %%
 before = judge.init(jax.random.key(0))
-sparse = train.regularized(train.classification, [("head", "l1(1e-2)"), (".*", None)])
+sparse = losses.regularized(losses.classification, [("head", "l1(1e-2)"), (".*", None)])
 config = train.TrainConfig(steps=50, learning_rate=1e-2, trainable=(("head.*", True), (".*", False)))
 after = train.fit(judge, rows, config, params=before, loss=sparse)[0].params
 changed = [path for path, leaf in tree.flatten(before).items() if not np.array_equal(leaf, tree.flatten(after)[path])]

@@ -20,7 +20,7 @@
 # send to each other. It takes about two minutes on a laptop; eight devices on two cores are for looking, not for speed.
 
 # %%
-from jaxmodel import sharding
+from jaxmodel import checkpoint, distributed, losses, sharding
 
 sharding.simulate_devices(8)  # before the first computation
 
@@ -35,9 +35,10 @@ from IPython.display import Markdown
 from jaxmodel import data, models, ops, plan, report, train, tree
 from jaxmodel.models import gpt2, llama
 from jaxmodel.models.contents import sharding_text
+from jaxmodel.progress import set_quiet
 from jaxmodel.report import Column
 
-report.set_quiet()
+set_quiet()
 
 
 def table(rows, *columns):
@@ -92,7 +93,7 @@ shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in stream.bat
 gradients = tree.nbytes(jax.eval_shape(untied.init, jax.random.key(0)))
 sent = []
 for mesh in ("data=8", "fsdp=8"):
-    program = train.Program(untied, loss=train.next_token, optimizer=optax.sgd(0.1), mesh=sharding.make_mesh(mesh))
+    program = train.Program(untied, loss=losses.next_token, optimizer=optax.sgd(0.1), mesh=sharding.make_mesh(mesh))
     compiled = program.compile(shapes)
     for kind, count in plan.moved(plan.collectives(compiled)).items():
         sent.append({"mesh": mesh, "kind": kind, "bytes": count, "times G": count / gradients})
@@ -109,13 +110,13 @@ folder = tempfile.mkdtemp()
 settings = train.TrainConfig(steps=4, log_every=1)
 
 
-class Watched(train.Checkpoints):
+class Watched(checkpoint.Checkpoints):
     """Checkpoints that print what they restore."""
 
     def restore(self, like, **options):
         state = super().restore(like, **options)
         if state is not None:
-            print("restored on", dict(jax.tree.leaves(state.params)[0].sharding.mesh.shape), train.fingerprint(state)[:16])
+            print("restored on", dict(jax.tree.leaves(state.params)[0].sharding.mesh.shape), checkpoint.fingerprint(state)[:16])
         return state
 
 
@@ -127,9 +128,9 @@ for mesh, until in (("data=8", 2), ("fsdp=4,tensor=2", 4)):
             settings,
             mesh=sharding.make_mesh(mesh),
             checkpoints=checkpoints,
-            supervisor=train.Supervisor(stop=lambda step, until=until: step == until),
+            supervisor=distributed.Supervisor(stop=lambda step, until=until: step == until),
         )
-        print("step", int(state.step), "on", mesh, train.fingerprint(state)[:16])
+        print("step", int(state.step), "on", mesh, checkpoint.fingerprint(state)[:16])
 
 # %% [markdown]
 # ## What does not fit is said

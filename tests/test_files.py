@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from jaxmodel import report
+from jaxmodel.checkpoint import Checkpoints
+from jaxmodel.distributed import Ledger, launch
 from jaxmodel.errors import InputError
 from jaxmodel.files import open_own, open_regular, read_bytes
-from jaxmodel.train import Checkpoints, Ledger, launch
 
 REPO = Path(__file__).resolve().parents[1]
 

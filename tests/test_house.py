@@ -18,8 +18,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Each may import those before it, never those behind it. A name is a file or a folder of jaxmodel/.
 FLOORS = [
-    *("errors", "brief", "text_form", "files", "child", "child_reader", "schema"),
-    *("tree", "axes", "sharding", "leaves", "ops", "report", "layers", "models", "hub", "data", "lifecycle", "train"),
+    *("errors", "brief", "text_form", "files", "progress", "child", "child_reader", "schema"),
+    *("tree", "axes", "sharding", "leaves", "ops", "report", "layers", "models", "adapt", "hub", "data", "lifecycle"),
+    *("losses", "optim", "distributed", "checkpoint", "train", "contrib"),
     *("generation", "evaluate", "features", "compress", "plan", "ensemble", "tune", "explain", "trust", "serving"),
     "cli",
 ]

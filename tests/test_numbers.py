@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmodel import compress, ops, train, tree
+from jaxmodel import compress, ops, optim, tree
 from jaxmodel.errors import InputError
 
 KEYS = st.text(min_size=1, max_size=3) | st.sampled_from(["blocks", "0", "1-2", "a", ""]) | st.integers(0, 3)
@@ -72,7 +72,7 @@ def test_weights_that_codes_cannot_stand_for() -> None:
     ):
         for make in (
             lambda leaf=leaf: compress.apply([("up", "rtn(bits=8)")], {"up": leaf}),
-            lambda leaf=leaf: train.quantize_weights({"up": leaf}, [("up", 8)]),
+            lambda leaf=leaf: optim.quantize_weights({"up": leaf}, [("up", 8)]),
         ):
             with pytest.raises(InputError, match=says):
                 make()

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, train
+from jaxmodel import checkpoint, data, train
+from jaxmodel.checkpoint import stored
 from jaxmodel.errors import InputError
-from jaxmodel.train import stored
 from tests.data.conftest import Bytes
 from tests.train.test_checkpoint import at, like
 
@@ -60,31 +60,31 @@ def folder(bucket, request):
 
 def test_the_last_ones_stay_and_are_restored_bit_for_bit(folder, state, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with train.Checkpoints(folder, keep=train.Keep(last=2)) as checkpoints:
+    with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=2)) as checkpoints:
         digests = {}
         for step in (1, 2, 3):
             now = at(state, step, 1.0 + step)
-            digests[step] = train.fingerprint(now)
+            digests[step] = checkpoint.fingerprint(now)
             checkpoints.save(now)
         checkpoints.wait()
         assert checkpoints.steps() == [2, 3]
-    with train.Checkpoints(folder) as again:
+    with checkpoint.Checkpoints(folder) as again:
         for step in (3, 2):
-            assert train.fingerprint(again.restore(like(state), at_most=step)) == digests[step]
+            assert checkpoint.fingerprint(again.restore(like(state), at_most=step)) == digests[step]
     assert not any(tmp_path.iterdir())
 
 
 def test_a_save_that_did_not_end_does_not_count_and_a_cut_off_one_is_set_aside(folder, state, capsys):
-    with train.Checkpoints(folder, keep=train.Keep(last=3)) as checkpoints:
+    with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=3)) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(at(state, step, 1.0 + step))
     store, place = fsspec.url_to_fs(folder, skip_instance_cache=True)
     store.rm_file(f"{place}/step-000000003/manifest.json")
     largest = max(store.find(f"{place}/step-000000002/arrays", detail=True).values(), key=lambda entry: entry["size"])
     store.pipe_file(largest["name"], store.cat_file(largest["name"])[:-7])
-    with train.Checkpoints(folder) as checkpoints:
+    with checkpoint.Checkpoints(folder) as checkpoints:
         found = checkpoints.restore(like(state))
-    assert int(found.step) == 1 and train.fingerprint(found) == train.fingerprint(at(state, 1, 2.0))
+    assert int(found.step) == 1 and checkpoint.fingerprint(found) == checkpoint.fingerprint(at(state, 1, 2.0))
     said = capsys.readouterr().err
     assert "of step 2 has" in said and "set aside as step-000000002.bad" in said
 
@@ -92,7 +92,7 @@ def test_a_save_that_did_not_end_does_not_count_and_a_cut_off_one_is_set_aside(f
 def test_without_the_bucket_it_says_so(bucket):
     nowhere = bucket.replace("weights", "nowhere") + "/run"
     with pytest.raises(InputError, match=f"folder '{nowhere}' cannot be used .there is no such bucket"):
-        train.Checkpoints(nowhere)
+        checkpoint.Checkpoints(nowhere)
 
 
 def test_batches_of_shards_in_a_bucket_are_those_of_a_folder(folder, tmp_path):
@@ -107,7 +107,7 @@ def test_batches_of_shards_in_a_bucket_are_those_of_a_folder(folder, tmp_path):
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_after_a_save_that_failed_the_next_one_counts(folder, state, monkeypatch, capsys):
-    with train.Checkpoints(folder) as checkpoints:
+    with checkpoint.Checkpoints(folder) as checkpoints:
         with monkeypatch.context() as patch:
             right = stored._spec
             patch.setattr(stored, "_spec", lambda place, name: right(str(place).replace("weights", "nowhere"), name))
@@ -135,7 +135,7 @@ def test_two_processes_save_there_and_one_begins_with_what_they_left(folder, tmp
 
     two, _ = run("--processes", "2", "--mesh", "fsdp=2")  # so each has something to write
     assert two["processes"] == 2 and not [*(tmp_path / "runs").glob("*/checkpoints")]
-    with train.Checkpoints(folder, read_only=True) as checkpoints:
+    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4]
     one, said = run()
     assert one["steps"] == 4 and one["history"] == [] and "restoring step 4" in said

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxmodel import data, hub, report
+from jaxmodel import data, hub
 from jaxmodel.cli.options import Train
 from jaxmodel.data import examples
 from jaxmodel.errors import InputError
+from jaxmodel.progress import step
 
 HELDOUT_ROWS = 16
 """Rows of the held-out text that `--eval-batches` counts as one: which are judged must not move with --batch or --seed."""
@@ -49,7 +50,7 @@ def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
     """
     heldout = options.heldout or "english"
     texts = [data.documents(source, options.field) for source in (*options.data, heldout)]
-    with report.step("tokenise"), _in_turn():
+    with step("tokenise"), _in_turn():
         if tokenizer is None:
             tokenizer = hub.train_bpe(itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]), options.vocab)
         shards = [data.tokenize(text, tokenizer, _folder(source, tokenizer)) for text, source in _beside(texts, options)]
@@ -82,7 +83,7 @@ def load_answers(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
     """Rows to learn answers from; without a held-out file each tenth row is held out, where there are ten."""
     if options.weights:
         raise InputError("--weights: given for rows to learn answers from, which are read as one; allowed: without")
-    with report.step("tokenise"):
+    with step("tokenise"):
         read = lambda source: data.answers(source, tokenizer, options.context, pack=options.pack)
         rows = read(options.data)
         judged = None if options.heldout is None else read(options.heldout)
@@ -93,7 +94,7 @@ def load_answers(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
 
 def load_labelled(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
     """Rows to learn classes from; held out is as of `load_answers`, in proportion for each class."""
-    with report.step("tokenise"):
+    with step("tokenise"):
         rows, names = data.labelled(options.data, tokenizer, options.context)
         judged = None
         if options.heldout is not None:

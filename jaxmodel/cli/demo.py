@@ -16,9 +16,10 @@ from jaxmodel import compress, data, evaluate, hub, report
 from jaxmodel.cli import resolved
 from jaxmodel.cli.options import Demo, defaults
 from jaxmodel.errors import InputError, require
+from jaxmodel.progress import step
 from jaxmodel.report import html, plot
+from jaxmodel.report import training as page
 from jaxmodel.report.table import number, rate, size
-from jaxmodel.train import page
 
 _OTHER_WINDOWS = "made smaller, on other windows of the held-out text than the loss in training is of"
 PROMPT = "The capital of France is"
@@ -30,7 +31,7 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
     began = time.perf_counter()
     require("matplotlib", "notebook")  # the plots come last; what they lack must be known first
     text = data.load_text(options.data)
-    with report.step(f"load {options.model}"):
+    with step(f"load {options.model}"):
         bundle = hub.from_pretrained(options.model, dtype="float32")
         versions = compress.versions(bundle)
         windows, tokens = resolved.windows(

@@ -12,6 +12,7 @@ from jaxmodel.cli.options import Models, Predict, Summary
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.files import read_bytes
 from jaxmodel.hub.published import WEIGHTS
+from jaxmodel.progress import progress
 
 # ------------------------------------------------------------------------------------------------------------------ models
 
@@ -44,9 +45,9 @@ def count_parameters(known: Mapping[str, tuple[Any, Any]]) -> dict[str, int]:
     """The parameters of sizes, from shapes alone: no array is made."""
     import jax
 
-    from jaxmodel import report, tree
+    from jaxmodel import tree
 
-    shown = report.progress(known.items(), "count parameters") if known else ()
+    shown = progress(known.items(), "count parameters") if known else ()
     return {name: tree.count(jax.eval_shape(of.model(config).init, jax.random.key(0))) for name, (of, config) in shown}
 
 
@@ -144,7 +145,7 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxmodel import generation, hub, report
+    from jaxmodel import generation, hub
     from jaxmodel.cli import resolved
     from jaxmodel.models.predict import predict_fn, says
 
@@ -166,7 +167,7 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
     kind = says(bundle.model.config)
     gives = predict_fn(bundle.model, "logits" if kind == "number" else "probabilities")
     run, size, chunks = jax.jit(gives), min(options.batch, len(contents)), []
-    for start in report.progress(range(0, len(contents), size), "predict"):
+    for start in progress(range(0, len(contents), size), "predict"):
         batch = {name: a[start : start + size] for name, a in inputs.items()}
         short = size - len(contents[start : start + size])  # filled up, so that all batches are one program
         batch = {name: np.concatenate([a, np.repeat(a[:1], short, axis=0)]) for name, a in batch.items()}

@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
         told = isinstance(end, _Terminated)
         print(f"jaxmodel: {'terminated' if told else 'interrupted'}", file=sys.stderr)
         code = 143 if told else 130
-    if (distributed := sys.modules.get("jaxmodel.train.distributed")) is not None and distributed.by_mpi():
+    if (distributed := sys.modules.get("jaxmodel.distributed.startup")) is not None and distributed.by_mpi():
         distributed.leave(code)
     raise SystemExit(code)
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from jaxmodel.errors import InputError
-from jaxmodel.train.options import FROM_ZERO, Range, TrainOptions, within
+from jaxmodel.errors import FROM_ZERO, InputError, Range, within
+from jaxmodel.train.options import TrainOptions
 
 _SOURCE = (
     "a known name (smollm2-135m, which is SmolLM2-135M-Instruct from a file of 4 bits), a size whose weights are at the hub "

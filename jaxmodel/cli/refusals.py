@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jaxmodel import adapt
 from jaxmodel.cli.options import Train
 from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.files import check_writable
@@ -104,7 +105,6 @@ def lora(options: Train) -> Any:
     Raises:
       InputError: a setting that is not known, or adapters without a model to begin with.
     """
-    from jaxmodel import train
 
     if options.lora is None:
         return None
@@ -124,7 +124,7 @@ def lora(options: Train) -> Any:
     targets = found.pop("targets", _TARGETS)
     if not re.fullmatch(r"\w+(\|\w+)*", targets):
         raise InputError(f"--lora: targets={targets!r} given; allowed: names of matrices, such as q|v")
-    one = train.LoRA(found.pop("r", 8), **found)
+    one = adapt.LoRA(found.pop("r", 8), **found)
     return ((f"(.*/)?blocks/.*/(attn|mlp)/({targets})", one), (".*", None))
 
 

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxmodel import adapt, checkpoint, distributed, losses
 from jaxmodel.cli.options import Replay, Train, defaults
 from jaxmodel.errors import InputError
+from jaxmodel.progress import step
 
 CHECKPOINTS = "checkpoints"
 
@@ -23,14 +25,14 @@ def prepare(options: Train) -> None:
     """Before JAX starts its devices: what the options alone tell, then simulated devices, or the other processes of the run."""
     from jaxmodel import sharding
     from jaxmodel.cli import refusals
-    from jaxmodel.train import distributed
+    from jaxmodel.distributed import startup
 
     refusals.check(options)
     if _launches(options):  # this process only starts the others, and rehearses as if their devices were its own
         return sharding.simulate_devices(options.processes * options.devices_per_process)
     if options.devices != 1:
         sharding.simulate_devices(options.devices)
-    distributed.initialize()
+    startup.initialize()
 
 
 def prepare_replay(options: Replay) -> None:
@@ -51,8 +53,9 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
     import jax
 
     from jaxmodel import hub, report, train
+    from jaxmodel.distributed import faults
     from jaxmodel.generation import generate
-    from jaxmodel.train import faults, page
+    from jaxmodel.report import training as page
 
     began = time.perf_counter()
     job = _Job(options, folder)
@@ -68,8 +71,8 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         start = checkpoints.latest() or 0  # asked by all processes, answered by the first
         if writer is not None:
             writer.rewind(start)
-        ledger = train.Ledger(folder.path("ledger.jsonl"), began=train.process_began())
-        supervisor = train.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
+        ledger = distributed.Ledger(folder.path("ledger.jsonl"), began=distributed.process_began())
+        supervisor = distributed.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
         state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
         supervisor.close()
         problem = _unsaved(checkpoints)
@@ -85,7 +88,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         "data": job.corpus.described,
         "steps": done,
         "stopped": done < options.steps and not early,
-        "fingerprint": train.fingerprint(state) if jax.process_count() == 1 else None,
+        "fingerprint": checkpoint.fingerprint(state) if jax.process_count() == 1 else None,
         "ledger": ledger.summary(),
         "problem": problem,
     }
@@ -104,7 +107,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         texts = ", ".join(os.path.basename(text) if os.path.isabs(text) else text for text in options.data)
         card = {**job.card, "trained_on": texts, "steps": done, "seed": options.seed}
         bundle = hub.Bundle(job.single, params, job.corpus.tokenizer, card)
-        with report.step("save"):
+        with step("save"):
             if job.lora is None:
                 bundle.save_pretrained(out)
             else:
@@ -155,7 +158,7 @@ def code(result: dict[str, Any]) -> int:
 
 def replay(options: Replay, folder: Any) -> dict[str, Any]:
     """Compute one step of a run again, from the last checkpoint before it, and compare with what the run wrote down."""
-    from jaxmodel import report, train
+    from jaxmodel import report
     from jaxmodel.cli import rerun
 
     again = rerun.trained_by(options.folder)
@@ -166,7 +169,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
     if again.processes > 1:  # here they are devices of one
         again = dataclasses.replace(again, mesh=again.mesh or "data=*")
     job = _Job(again, folder)
-    supervisor = train.Supervisor(stop=lambda step: step >= options.step)
+    supervisor = distributed.Supervisor(stop=lambda step: step >= options.step)
     with job.checkpoints(before.folder, read_only=True, at_most=options.step - 1) as checkpoints:
         start = checkpoints.latest() or 0
         state, history = job.fit([lambda row: folder.log(**row)], checkpoints, supervisor)
@@ -185,7 +188,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
         "grad_norm": row["grad_norm"],
         "written": None if written is None else {name: written.get(name) for name in ("loss", "grad_norm")},
         "same": same,
-        "fingerprint": train.fingerprint(state),
+        "fingerprint": checkpoint.fingerprint(state),
     }
 
 
@@ -218,7 +221,7 @@ class _Job:
     def __init__(self, options: Train, folder: Any):
         import jax
 
-        from jaxmodel import hub, train, tree
+        from jaxmodel import hub, tree
         from jaxmodel.cli import corpus, refusals, resolved
         from jaxmodel.ops import MESH_AXES
         from jaxmodel.train.placing import check_rows
@@ -243,8 +246,8 @@ class _Job:
             self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
             if self.lora is not None:
                 refusals.targets(options, begun.params)
-                model, self.params = train.lora(model, begun.params, self.lora, key)
-                self.settings = dataclasses.replace(self.settings, trainable=train.ADAPTERS)
+                model, self.params = adapt.lora(model, begun.params, self.lora, key)
+                self.settings = dataclasses.replace(self.settings, trainable=adapt.ADAPTERS)
                 if jax.process_index() == 0 and "targets" not in (options.lora or ""):
                     _say_without(self.params)
             if kind != "label":
@@ -253,7 +256,7 @@ class _Job:
         self.corpus = read(options, None if begun is None else hub.need_processor(begun))
         self.labels = self.corpus.labels
         if self.labels is not None and begun is not None:
-            model, self.params = train.replace_head(begun.model, begun.params, self.labels, key)
+            model, self.params = adapt.replace_head(begun.model, begun.params, self.labels, key)
             model = model.with_policy(_policy(options))
         prompt = self.corpus.tokenizer.encode(options.sample)
         if self.labels is None and not 1 <= len(prompt) < options.context:
@@ -275,11 +278,11 @@ class _Job:
 
     def checkpoints(self, run: Path | None = None, **options: Any) -> Any:
         """Of this run, or of another one."""
-        from jaxmodel import report, train
+        from jaxmodel import report
 
         place = self.place or (run or self.shared) / CHECKPOINTS
         changed = report.read_run(self.shared).config.get("changed", ())  # by `resume` with options
-        return train.Checkpoints(place, keep=train.Keep(last=3), allow_changes=changed, **options)
+        return checkpoint.Checkpoints(place, keep=checkpoint.Keep(last=3), allow_changes=changed, **options)
 
     @property
     def shared(self) -> Path:
@@ -300,7 +303,7 @@ class _Job:
             callbacks,
             params=self.params,
             heldout=self.corpus.heldout,
-            loss=None if self.labels is None else train.classification,
+            loss=None if self.labels is None else losses.classification,
             mesh=self.mesh,
             augment=self.augment,
             checkpoints=checkpoints,
@@ -357,7 +360,7 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
     )
     if odd := [link for link in getattr(augment, "links", ()) if getattr(link, "token", 0) >= vocab]:
         raise InputError(f"--augment: {odd[0]} given; allowed: tokens of the vocabulary, 0 to {vocab - 1}")
-    train.Program(model, config, loss=train.next_token, mesh=_mesh(options), augment=augment).rehearse(batch, params)
+    train.Program(model, config, loss=losses.next_token, mesh=_mesh(options), augment=augment).rehearse(batch, params)
 
 
 def _begun(options: Train, kind: str | None) -> Any:
@@ -386,7 +389,7 @@ def _begun(options: Train, kind: str | None) -> Any:
 def _say_without(params: Any) -> None:
     """Name the matrices of the layers that got no adapter, such as those of experts, which are several in one leaf."""
     from jaxmodel import tree
-    from jaxmodel.models.adapters import is_adapter
+    from jaxmodel.adapt.adapters import is_adapter
 
     leaves = tree.flatten(params)
     without = {
@@ -407,7 +410,7 @@ def _launches(options: Train) -> bool:
 
 def _launched(options: Train, folder: Any) -> dict[str, Any]:
     """Start the processes; each resumes the run of this folder."""
-    from jaxmodel.train import launch
+    from jaxmodel.distributed import launch
 
     if os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION") == "mpi":
         raise InputError(f"--processes: {options.processes} given; with MPI, start them by mpirun or srun")
@@ -460,6 +463,6 @@ def _report(folder: Any) -> dict[str, Any]:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    from jaxmodel.train import page
+    from jaxmodel.report import training as page
 
     return page.read_rows(folder / "metrics.jsonl")

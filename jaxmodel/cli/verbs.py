@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxmodel import adapt
 from jaxmodel.cli.options import Compress, Eval, Generate, Merge
 from jaxmodel.errors import InputError
+from jaxmodel.progress import step
 
 
 class Verb(NamedTuple):
@@ -161,7 +163,7 @@ def _show_generate(result: dict[str, Any], console: Any) -> None:
 def _compress(options: Compress, folder: Any) -> dict[str, Any]:
     from pathlib import Path
 
-    from jaxmodel import compress, hub, report
+    from jaxmodel import compress, hub
     from jaxmodel.cli import resolved
 
     recipe = _recipe(options)
@@ -169,7 +171,7 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
     smaller, done = compress.compress_bundle(bundle, recipe)
     folder.resolve(model=resolved.of_model(smaller.model), recipe=recipe.texts())
-    with report.step("save"):
+    with step("save"):
         smaller.save_pretrained(options.out)
     file_bytes = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
     return {**dataclasses.asdict(done), "file_bytes": file_bytes, "recipe": options.recipe, "out": options.out}
@@ -220,16 +222,16 @@ def _show_compress(result: dict[str, Any], console: Any) -> None:
 
 
 def _merge(options: Merge, folder: Any) -> dict[str, Any]:
-    from jaxmodel import hub, report, train
+    from jaxmodel import hub
     from jaxmodel.cli import resolved
 
     hub.check_target(options.out)
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
-    params, how = train.merge_adapters(bundle.params)
+    params, how = adapt.merge_adapters(bundle.params)
     if not how:
         raise InputError(f"--adapter: none given, and {options.model!r} has none; allowed: a folder of adapters")
     folder.resolve(model=resolved.of_model(bundle.model))
-    with report.step("save"):
+    with step("save"):
         dataclasses.replace(bundle, params=params).save_pretrained(options.out)
     return {"merged": how, "out": options.out}
 

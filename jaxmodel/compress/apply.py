@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import report, tree
+from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.brief import briefly
 from jaxmodel.compress.method import Chain, text_of
 from jaxmodel.compress.observe import Stats
@@ -21,8 +22,8 @@ from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
 from jaxmodel.leaves.leaf import check_weights
-from jaxmodel.models.adapters import split_adapters
-from jaxmodel.report import html, progress
+from jaxmodel.progress import progress
+from jaxmodel.report import html
 from jaxmodel.report.table import percent, size
 
 

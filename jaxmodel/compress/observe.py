@@ -12,7 +12,7 @@ import numpy as np
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import Inputs, Model, check_params
-from jaxmodel.report import progress
+from jaxmodel.progress import progress
 
 type Stats = Mapping[str, Mapping[str, jax.Array]]  # path of a leaf -> statistic -> array, stacked as the leaf is
 

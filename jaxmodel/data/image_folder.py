@@ -24,7 +24,8 @@ from jaxmodel.data.stream import Batch
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.hub.decode import ENDINGS, decode
 from jaxmodel.hub.images import ImageProcessor
-from jaxmodel.report import bar, html
+from jaxmodel.progress import bar
+from jaxmodel.report import html
 
 _OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # which lie in folders of images without anybody having put them there
 

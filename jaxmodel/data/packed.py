@@ -25,7 +25,7 @@ from jaxmodel.data import files
 from jaxmodel.data.pack import Bins, cut, first_fit
 from jaxmodel.data.shards import Shards
 from jaxmodel.errors import InputError, at_least
-from jaxmodel.report import bar
+from jaxmodel.progress import bar
 
 WINDOW = 2**16
 """Documents that are packed together."""

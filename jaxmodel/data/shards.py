@@ -27,7 +27,7 @@ from jaxmodel import schema
 from jaxmodel.data import files
 from jaxmodel.data.sources import Documents, documents
 from jaxmodel.errors import InputError, at_least
-from jaxmodel.report.progress import Job, bar
+from jaxmodel.progress import Job, bar
 
 INDEX = "index.json"
 _FORMAT = "jaxmodel shards 1"

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from jaxmodel import tree
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
-from jaxmodel.report import progress
+from jaxmodel.progress import progress
 
 
 @briefly

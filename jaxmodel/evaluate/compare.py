@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from jaxmodel import generation, report, tree
 from jaxmodel.evaluate.perplexity import bootstrap, summarize, token_nll
 from jaxmodel.hub import Bundle, from_pretrained
-from jaxmodel.report import bar, step
+from jaxmodel.progress import bar, step
 from jaxmodel.report.table import rate, size
 
 COLUMNS = (

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least
+from jaxmodel.losses import cross_entropy
 from jaxmodel.models import Model, check_params
-from jaxmodel.report import progress
-from jaxmodel.train import cross_entropy
+from jaxmodel.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)

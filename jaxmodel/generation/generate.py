@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmodel import report
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation import decode
@@ -19,6 +18,7 @@ from jaxmodel.generation.sampling import GREEDY, Sampling
 from jaxmodel.generation.text import Writer
 from jaxmodel.hub.bundle import Bundle, need_processor
 from jaxmodel.hub.pretrained import from_pretrained
+from jaxmodel.progress import bar
 
 type Source = Bundle | str | Path
 
@@ -141,7 +141,7 @@ def generate_ids(
     rows, run, new_writer = _begin(source, prompts, request)
     completions = []
     total = len(rows) * request.max_new_tokens if show is None else 0
-    with report.bar(total, "generating", unit="token", first="compiling") if total else contextlib.nullcontext() as job:
+    with bar(total, "generating", unit="token", first="compiling") if total else contextlib.nullcontext() as job:
         for first in range(0, len(rows), chunk):
             part = rows[first : first + chunk]
             writers = [new_writer(row) for row in part]

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import report
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation.beam import beam_search
@@ -18,6 +17,7 @@ from jaxmodel.generation.generate import Request, encode, running_only
 from jaxmodel.hub.bundle import Bundle, need_processor
 from jaxmodel.hub.pretrained import from_pretrained
 from jaxmodel.hub.tokenizer import stream_decoder
+from jaxmodel.progress import progress
 
 
 @briefly
@@ -75,7 +75,7 @@ def beam_texts(
     rows = encode(bundle, prompts, Request(max_new_tokens=max_new_tokens, special=special))
     ends, out = set(tokenizer.eos_ids), []
     names = ("source", "source_mask") if apart else ("tokens", "mask")
-    for first in report.progress(range(0, len(rows), chunk), "beam search"):
+    for first in progress(range(0, len(rows), chunk), "beam search"):
         part = rows[first : first + chunk]
         given = map(jnp.asarray, padded(part, round_up(max(len(row) for row in part))))
         found = beam_search(

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmodel import schema, tree
+from jaxmodel.adapt.adapters import is_adapter, split_adapters, with_adapters
 from jaxmodel.errors import InputError, nearest
 from jaxmodel.files import open_regular
 from jaxmodel.hub import schemas
@@ -34,7 +35,6 @@ from jaxmodel.hub.names import Name, find, layer_shapes, to_file
 from jaxmodel.leaves import Compressed
 from jaxmodel.leaves.adapted import SUFFIX
 from jaxmodel.models import Model
-from jaxmodel.models.adapters import is_adapter, split_adapters, with_adapters
 
 CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def save_adapters(bundle: Any, folder: str | Path, *, base: str | None = None, a
     """Write the adapters of a bundle alone, atomically, as PEFT reads them.
 
     Args:
-      bundle: a `Bundle` with adapters (see `train.lora`).
+      bundle: a `Bundle` with adapters (see `adapt.lora`).
       folder: a new or empty one, or one of adapters, which is replaced.
       base: how the model is called that they belong to, a hub id or a folder; None for the name on the bundle's card.
       also: pattern of whole leaves that were trained too and go with them (PEFT's `modules_to_save`), such as `head|norm/.*`.
@@ -76,7 +76,7 @@ def save_adapters(bundle: Any, folder: str | Path, *, base: str | None = None, a
     """
     _, adapters = split_adapters(bundle.params)
     if not adapters:
-        raise InputError("bundle: it has no adapters; allowed: one with them, see train.lora")
+        raise InputError("bundle: it has no adapters; allowed: one with them, see adapt.lora")
     _check_places(bundle)
     with replacing(Path(folder), CONFIG) as beside:
         write(bundle, beside, base, also)
@@ -249,7 +249,7 @@ def _check_places(bundle: Any) -> None:
         if layout.tied(path):  # there it would be of the lookup alone
             raise InputError(f"bundle: the adapter of {path!r} is one of the head too, as both are one table; PEFT has no such")
         if name.experts or name.lead:
-            raise InputError(f"bundle: PEFT has no place for an adapter of {path!r}; merge it (train.merge_adapters)")
+            raise InputError(f"bundle: PEFT has no place for an adapter of {path!r}; merge it (adapt.merge_adapters)")
 
 
 # ----------------------------------------------------------------------------------------------------------------- reading

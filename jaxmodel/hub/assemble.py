@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import axes, report, sharding, tree
+from jaxmodel import axes, sharding, tree
 from jaxmodel.errors import InputError, nearest
 from jaxmodel.hub.names import Family, Name, Tensors, find, layer_shapes, read_leaf
 from jaxmodel.leaves import Compressed, from_tensors
 from jaxmodel.leaves.leaf import tensor_names
 from jaxmodel.models import Model
+from jaxmodel.progress import progress
 
 ALIGNED = 64  # bytes; a buffer that starts on such an address is taken by a CPU device as it is
 type Read = Callable[[tuple[slice, ...]], np.ndarray]
@@ -103,7 +104,7 @@ def assemble(
         shape_tree, placed = sharding.shardings(model.rules, shape_tree, mesh)
     places = tree.flatten(placed)
     out: dict[str, Any] = {}
-    for path, leaf in report.progress(tree.flatten(shape_tree).items(), "load"):
+    for path, leaf in progress(tree.flatten(shape_tree).items(), "load"):
         buffers, structure = jax.tree.flatten(leaf)
         layers = [readers[layer] for layer in tree.layer_paths(path)]
         stacked = tree.is_stacked(path)

@@ -25,6 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxmodel import axes, layers, schema, tree
+from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.errors import InputError, require
 from jaxmodel.hub import adapters, foreign, images, keys, meaning, schemas, vocabularies
 from jaxmodel.hub import tokenizer as tokenizers
@@ -35,7 +36,6 @@ from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, t
 from jaxmodel.leaves import expand, to_tensors
 from jaxmodel.leaves.fields import digest
 from jaxmodel.models import Model
-from jaxmodel.models.adapters import split_adapters
 from jaxmodel.models.contents import outline
 from jaxmodel.models.foreign import Foreign
 from jaxmodel.ops import Policy

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxmodel import tree
 from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, expect, full_spec, register
 
 SUFFIX = "_lora"
 """The adapter of the leaf `q` lies beside it in the tree, in the branch `q_lora`: `down`, `up`, `scale`."""
+
+PARTS = {"down", "up", "scale"}
 
 
 @register
@@ -87,3 +91,25 @@ class Adapted(Compressed):
             expect(jnp.issubdtype(a.dtype, jnp.floating), self, f"{name} has dtype {a.dtype}; a floating one is needed")
         if isinstance(self.base, Compressed):
             self.base.check()
+
+
+def read_adapters(params: tree.Params, key: jax.Array | None = None) -> tree.Params:
+    """A tree, or that of one layer, with `Adapted` leaves in place of weights and adapters.
+
+    Args:
+      params: with adapters.
+      key: of the layer in a step of training, for dropout; None for none.
+    """
+    out: tree.Params = {}
+    for name, node in params.items():
+        below = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        out[name] = read_adapters(node, below) if isinstance(node, dict) else node
+    for name in [name for name in out if name.endswith(SUFFIX)]:
+        base = name.removesuffix(SUFFIX)
+        if base in out and set(out[name]) - {"dropout"} == PARTS:  # else it is somebody's own name
+            adapter = dict(out.pop(name))
+            rate = adapter.pop("dropout", None)
+            if key is not None and rate is not None:
+                adapter |= {"dropout": rate, "key": jax.random.fold_in(key, zlib.crc32(name.encode()))}
+            out[base] = Adapted(out[base], **adapter)
+    return out

@@ -10,8 +10,6 @@ from typing import Any
 from jaxmodel.models.checks import check_params
 from jaxmodel.models.contents import summary
 from jaxmodel.models.foreign import from_linen, from_nnx, linen_params, nnx_params, set_state
-from jaxmodel.models.initializers import initialize
-from jaxmodel.models.maximal_update import Mup, coordinates, mup, scale_updates
 from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
 from jaxmodel.models.predict import predict_fn
 from jaxmodel.models.stochastic_depth import stochastic_depth
@@ -19,20 +17,15 @@ from jaxmodel.models.stochastic_depth import stochastic_depth
 __all__ = [
     "Inputs",
     "Model",
-    "Mup",
     "Output",
     "Parts",
     "check_params",
-    "coordinates",
     "families",
     "from_linen",
     "from_nnx",
-    "initialize",
     "linen_params",
-    "mup",
     "nnx_params",
     "predict_fn",
-    "scale_updates",
     "set_state",
     "sizes",
     "stochastic_depth",

@@ -3,9 +3,9 @@
 - plain (Hinton & Salakhutdinov, 2006), and denoising: some inputs are zero in training (Vincent et al., 2008);
 - variational (Kingma & Welling, 2014): the code is sampled in training, `aux["kl"]` is its distance from a standard normal;
 - sparse: `aux["sparsity"]` is the L1 norm of the code (Bricken et al., 2023) or the KL of its rates (Ng, 2011); or only the k
-  largest entries of the code are kept (Gao et al., 2024). `jaxmodel.train.revive` gives dead entries of a code a new start.
+  largest entries of the code are kept (Gao et al., 2024). `jaxmodel.contrib.revive` gives dead entries of a code a new start.
 
-The loss is `jaxmodel.train.autoencoder`.
+The loss is `jaxmodel.losses.autoencoder`.
 
 >>> auto = model(SIZES["tiny"])
 >>> params = jax.jit(auto.init)(jax.random.key(0))

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jaxmodel import leaves, ops, tree
 from jaxmodel.axes import UNDECLARED, Axes
 from jaxmodel.errors import InputError
-from jaxmodel.models.adapters import read_adapters
+from jaxmodel.leaves.adapted import read_adapters
 from jaxmodel.models.counted import linen_counting, nnx_counting
 from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
 

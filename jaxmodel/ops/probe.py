@@ -42,7 +42,7 @@ class Probe:
       histogram: [bins], elements of x by the logarithm of |x| on a fixed grid.
       tokens: [rows of the table], how often each row was looked up.
       gradient: [out, in], that of the array which the weight stands for, in the dtype of the zeros. So a compressed weight trains
-        (see `jaxmodel.train.quantized`).
+        (see `jaxmodel.optim.quantized`).
     """
 
     weight: Any

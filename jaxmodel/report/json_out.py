@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodel.errors import InputError
-from jaxmodel.files import check_writable
-from jaxmodel.report.files import atomic_write
+from jaxmodel.files import atomic_write, check_writable
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _BOUND = re.compile(rf"\s*(>=|<=|==|>|<)\s*({_NUMBER})\s*")

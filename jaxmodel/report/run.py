@@ -20,8 +20,7 @@ from typing import Any
 from jaxmodel import schema
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError
-from jaxmodel.files import open_own
-from jaxmodel.report.files import atomic_write
+from jaxmodel.files import atomic_write, open_own
 from jaxmodel.report.json_out import dumps, to_plain
 
 _PACKAGES = ("jaxmodel", "jax", "jaxlib", "flax", "optax", "numpy")

@@ -13,11 +13,11 @@ from jaxmodel import tree
 from jaxmodel.axes import UNDECLARED, Axes, role_of
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least, named_fields
+from jaxmodel.optim.guard import Guard
+from jaxmodel.optim.optimizers import optimizer
+from jaxmodel.optim.schedules import reduce_on_plateau, schedule
 from jaxmodel.train.exchange import Exchange
-from jaxmodel.train.guard import Guard
-from jaxmodel.train.optimizers import optimizer
 from jaxmodel.train.options import TrainOptions
-from jaxmodel.train.schedules import reduce_on_plateau, schedule
 
 OTHER_NAMES = {
     **dict.fromkeys(("lr", "max_lr", "rate"), "learning_rate"),

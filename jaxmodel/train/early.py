@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.train.guard import choose
+from jaxmodel.optim.guard import choose
 from jaxmodel.train.state import TrainState, replaced
 
 

@@ -12,8 +12,8 @@ from jaxmodel import tree
 from jaxmodel.data import Batches
 from jaxmodel.data.stream import Batch, global_rows
 from jaxmodel.errors import at_least
+from jaxmodel.losses import Loss, checked_loss
 from jaxmodel.models import Model
-from jaxmodel.train.losses import Loss, checked_loss
 from jaxmodel.train.placing import Placed, check_rows, explain
 
 
@@ -64,7 +64,7 @@ class Scorer:
 
     Args:
       model: what is judged.
-      loss: see `jaxmodel.train.losses`.
+      loss: see `jaxmodel.losses`.
       stream: held-out batches.
       mesh: None for one device.
       batches: how many are used of a stream without a `count`.

@@ -32,9 +32,9 @@ from jaxtyping import Array, Float, Int8, Integer
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.optim.rounding import dither, group_of
 from jaxmodel.sharding import auto_axes, parts
 from jaxmodel.train.gradients import GradientFn
-from jaxmodel.train.rounding import dither, group_of
 
 P = jax.P
 KINDS = ("int8", "top_k")

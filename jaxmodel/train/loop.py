@@ -15,27 +15,27 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodel import tree
+from jaxmodel.checkpoint.manager import Checkpoints, flat
 from jaxmodel.data import Batches, as_batches, prefetch
 from jaxmodel.data.given import Passed, listed
 from jaxmodel.data.image_folder import same_classes
+from jaxmodel.distributed.supervise import Supervisor
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
+from jaxmodel.losses import Loss, checked_loss, default_loss
 from jaxmodel.models import Model
-from jaxmodel.report import bar
+from jaxmodel.progress import bar
+from jaxmodel.report.training import History
 from jaxmodel.train import early, flops, memory, statistics
-from jaxmodel.train.checkpoint import Checkpoints, flat
 from jaxmodel.train.config import TrainConfig, rate_of, schedule_of
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
-from jaxmodel.train.losses import Loss, checked_loss, default_loss
 from jaxmodel.train.meter import Meter
-from jaxmodel.train.page import History
 from jaxmodel.train.placing import Placed, check_batch, explain
 from jaxmodel.train.program import Program
 from jaxmodel.train.rewind import BadSteps
 from jaxmodel.train.state import TrainState, averaged
 from jaxmodel.train.step import Augment, check_optimizer
-from jaxmodel.train.supervise import Supervisor
 
 AHEAD = 2
 """Steps that may wait on the devices: more would only hold batches, fewer would let the devices wait for the host."""
@@ -76,7 +76,7 @@ def fit(
         the first `config.eval_rows`; of data without an end the first `config.eval_batches` batches.
       batch_size: rows in a batch of arrays; None for 32. A stream has its own.
       mesh: None for one device.
-      loss: see `jaxmodel.train.losses`; a function of yours may return the mean over the rows alone. None for what the batch
+      loss: see `jaxmodel.losses`; a function of yours may return the mean over the rows alone. None for what the batch
         holds: `classification` of `labels`, `next_token` of `targets` that are whole numbers, `regression()` of others.
       optimizer: default `make_optimizer(config)`.
       augment: changes batches in training, see `jaxmodel.data.augment`.

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import numbers
-from collections.abc import Callable
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.errors import FROM_ZERO, InputError, Range, unknown, within
 
-type Range = tuple[Callable[[float], bool], str]
-"""Whether a number is within, and what is allowed, in words."""
-
-FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
 DECAY: Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 SHARE: Range = (lambda x: 0 <= x <= 1, "0 to 1")
 FACTOR: Range = (lambda x: 0 < x <= 1, "above 0 and at most 1")
@@ -104,23 +97,6 @@ class TrainOptions:
         for name, names in _names().items():
             if getattr(self, name) not in names:
                 raise unknown(name, getattr(self, name), names)
-
-
-def within(name: str, value: object, allowed: int | Range) -> None:
-    """Refuse what is no number of a range.
-
-    Raises:
-      InputError: it is out of range, not finite, or something else.
-
-    >>> within("beta2", 1.0, DECAY)
-    Traceback (most recent call last):
-      ...
-    jaxmodel.errors.InputError: beta2: 1.0 given; allowed: at least 0 and below 1
-    """
-    if isinstance(allowed, int):
-        at_least(name, value, allowed)
-    elif not isinstance(value, numbers.Real) or isinstance(value, bool) or not allowed[0](float(value)):
-        raise InputError(f"{name}: {value!r} given; allowed: {allowed[1]}")
 
 
 @functools.cache

@@ -26,11 +26,11 @@ from jaxmodel.errors import InputError
 from jaxmodel.layers import pipeline as stages_of
 from jaxmodel.layers.repeat import one_segment, stage_of
 from jaxmodel.leaves import Compressed
+from jaxmodel.losses import Loss
 from jaxmodel.models import Model, Output
 from jaxmodel.models.model import begin, with_hidden
 from jaxmodel.sharding import auto_axes
 from jaxmodel.train.gradients import GradientFn
-from jaxmodel.train.losses import Loss
 
 P, AXIS = jax.P, stages_of.AXIS
 
@@ -49,7 +49,7 @@ def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | Non
 
     Args:
       model: what is trained: embedding, one segment of equal layers, head.
-      loss: see `jaxmodel.train.losses`. It may read the parameters outside of the layers only: no penalties.
+      loss: see `jaxmodel.losses`. It may read the parameters outside of the layers only: no penalties.
       frozen: the parameters that do not train.
 
     Raises:

@@ -14,9 +14,9 @@ import numpy as np
 from jaxmodel import report, tree
 from jaxmodel.data import Batches
 from jaxmodel.errors import InputError
+from jaxmodel.losses.contract import IGNORED
 from jaxmodel.models import Model
 from jaxmodel.sharding import BATCH_AXES
-from jaxmodel.train.losses.contract import IGNORED
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

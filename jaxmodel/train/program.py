@@ -24,12 +24,12 @@ import optax
 
 from jaxmodel import ops, sharding, tree
 from jaxmodel.errors import InputError
+from jaxmodel.losses import Loss, checked_loss
 from jaxmodel.models import Model
 from jaxmodel.train import early, placing
 from jaxmodel.train.config import TrainConfig, make_optimizer, split_by
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.identity import run_identity
-from jaxmodel.train.losses import Loss, checked_loss
 from jaxmodel.train.state import TrainState, init_state, state_shardings
 from jaxmodel.train.step import Augment, Step, check_optimizer, make_step
 
@@ -41,7 +41,7 @@ class Program:
     Attributes:
       model: what is trained.
       config: see `TrainConfig`.
-      loss: see `jaxmodel.train.losses`.
+      loss: see `jaxmodel.losses`.
       optimizer: an optax transformation over what trains; None for the one that the config describes.
       mesh: None for one device.
       augment: `(key, batch) -> batch`, in training; see `jaxmodel.data.augment`.
@@ -161,7 +161,7 @@ class Program:
             micro-batches that do not divide, an augmentation of other batches.
 
         >>> from jaxmodel.models import gpt2
-        >>> from jaxmodel.train.losses import next_token
+        >>> from jaxmodel.losses import next_token
         >>> program = Program(gpt2.model(gpt2.SIZES["tiny"]), TrainConfig(accumulate=3), loss=next_token)
         >>> tokens = jax.ShapeDtypeStruct((4, 8), "int32")
         >>> try:

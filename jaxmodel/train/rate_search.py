@@ -18,13 +18,14 @@ from jaxmodel import tree
 from jaxmodel.brief import briefly
 from jaxmodel.data import as_batches
 from jaxmodel.errors import InputError, at_least
+from jaxmodel.losses import Loss, default_loss
 from jaxmodel.models import Model
-from jaxmodel.report import plot, progress
+from jaxmodel.optim.schedules import Schedule
+from jaxmodel.progress import progress
+from jaxmodel.report import plot
 from jaxmodel.train.config import TrainConfig
-from jaxmodel.train.losses import Loss, default_loss
 from jaxmodel.train.placing import Placed
 from jaxmodel.train.program import Program
-from jaxmodel.train.schedules import Schedule
 
 
 @briefly
@@ -84,7 +85,7 @@ def find_lr(
     Args:
       model: what is to be trained.
       data: batches by step, or arrays and the like, as `fit` takes them.
-      loss: see `jaxmodel.train.losses`; None for what the batch holds, as in `fit`.
+      loss: see `jaxmodel.losses`; None for what the batch holds, as in `fit`.
       params: to start from; None for fresh ones from the seed.
       optimizer: rate -> optimiser; the rate that is good for one is not for another.
       low: the first rate.
@@ -104,7 +105,7 @@ def find_lr(
 
     >>> from jaxmodel import data
     >>> from jaxmodel.models import mlp
-    >>> from jaxmodel.train.losses import classification
+    >>> from jaxmodel.losses import classification
     >>> stream = data.Stream({"features": np.eye(4, dtype=np.float32), "labels": np.arange(4)}, batch_size=4)
     >>> found = find_lr(mlp.model(mlp.Config(4, (8,), 4)), stream, classification, steps=20, low=1e-4, high=0.3)
     >>> bool(found.losses[-1] < found.losses[0]), found.suggestion in found.rates

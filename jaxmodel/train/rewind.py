@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
+from jaxmodel.checkpoint.manager import Checkpoints
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.train.checkpoint import Checkpoints
 from jaxmodel.train.state import TrainState
 
 POLICIES = ("skip", "rewind", "stop")

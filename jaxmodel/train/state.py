@@ -14,11 +14,11 @@ from jax.core import Tracer
 from jaxmodel import report, sharding, tree
 from jaxmodel.brief import brief
 from jaxmodel.leaves.leaf import register
+from jaxmodel.optim.guard import Guard
+from jaxmodel.optim.masters import with_masters
+from jaxmodel.optim.quantized import dense
 from jaxmodel.report.table import size
 from jaxmodel.train.exchange import Exchange, residual_shardings
-from jaxmodel.train.guard import Guard
-from jaxmodel.train.masters import with_masters
-from jaxmodel.train.quantized import dense
 
 
 @register
@@ -77,7 +77,7 @@ def init_state(
 
     Args:
       params: the tree; split by `trainable` where its rules tell layers of a segment apart.
-      optimizer: any optax transformation; of weights in 16 bits it keeps float32 copies, see `train.masters`.
+      optimizer: any optax transformation; of weights in 16 bits it keeps float32 copies, see `optim.masters`.
       trainable: rules, path -> bool; see `tree.partition`.
       average: whether a moving average of what trains rides along, for `make_step(average=...)`.
       guard: whose memory rides along, for `make_step(guard=...)`, which must be given the same.

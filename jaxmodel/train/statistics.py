@@ -15,10 +15,10 @@ import numpy as np
 from jaxmodel import ops, tree
 from jaxmodel.data import Batches as Stream
 from jaxmodel.errors import InputError, at_least
+from jaxmodel.losses import Loss
 from jaxmodel.models import Inputs, Model
-from jaxmodel.report import progress
+from jaxmodel.progress import progress
 from jaxmodel.train.evaluation import Once
-from jaxmodel.train.losses import Loss
 from jaxmodel.train.placing import Placed, gather
 from jaxmodel.train.state import TrainState, averaged
 

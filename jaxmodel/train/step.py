@@ -12,13 +12,13 @@ import optax
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.losses import Loss, checked_loss
 from jaxmodel.models import Model
-from jaxmodel.train import quantized
+from jaxmodel.optim import quantized
+from jaxmodel.optim.guard import Guard, choose
+from jaxmodel.optim.masters import with_masters
 from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.gradients import GradientFn, Objective, accumulated, value_and_grad
-from jaxmodel.train.guard import Guard, choose
-from jaxmodel.train.losses import Loss, checked_loss
-from jaxmodel.train.masters import with_masters
 from jaxmodel.train.pipeline import one_forward_one_backward
 from jaxmodel.train.state import TrainState
 
@@ -51,7 +51,7 @@ def make_step(
 
     Args:
       model: what is trained.
-      loss: see `jaxmodel.train.losses`. One with a keyword `state` is given the state before the step too: its number, the moving
+      loss: see `jaxmodel.losses`. One with a keyword `state` is given the state before the step too: its number, the moving
         average (see `mean_teacher`); no gradient flows into it.
       optimizer: any optax transformation, over the part that trains. Its `update` is given `value`, the loss.
       seed: of all randomness of the steps.

@@ -13,7 +13,7 @@ import pytest
 
 from jaxmodel import generation, hub
 from jaxmodel.cli import main
-from jaxmodel.train import stop_signals
+from jaxmodel.distributed import stop_signals
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodel import models, train, tree
+from jaxmodel import adapt, models, optim, train, tree
 from jaxmodel.models import gpt2
 
 X = jax.ShapeDtypeStruct((1, 4, 6), jnp.float32)
@@ -43,7 +43,7 @@ def members() -> dict[str, models.Model]:
         for size, config in module.SIZES.items()
         if size.startswith("tiny")
     }
-    adapted = train.with_adapters(gpt2.model(gpt2.SIZES["tiny"]))
+    adapted = adapt.with_adapters(gpt2.model(gpt2.SIZES["tiny"]))
     return {**found, "linen": models.from_linen(Linen(), X), "nnx": models.from_nnx(Nnx, X), "lora": adapted}
 
 
@@ -63,13 +63,13 @@ def test_matrices_decay_and_nothing_else(name):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     if name == "lora":
         one = gpt2.model(gpt2.SIZES["tiny"])
-        rules = [(".*/attn/q", train.LoRA(2)), (".*", None)]
-        shapes = jax.eval_shape(lambda key: train.lora(one, one.init(key), rules, key)[1], jax.random.key(0))
+        rules = [(".*/attn/q", adapt.LoRA(2)), (".*", None)]
+        shapes = jax.eval_shape(lambda key: adapt.lora(one, one.init(key), rules, key)[1], jax.random.key(0))
     params = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), tree.partition(shapes)[0])
     settings = {"schedule": "constant", "warmup": 0, "learning_rate": 0.1, "weight_decay": 0.5}
     for optimizer in (
         train.make_optimizer(train.TrainConfig(steps=4, optimizer="sgd", **settings)),
-        train.optimizer("sgd", 0.1, weight_decay=0.5),
+        optim.optimizer("sgd", 0.1, weight_decay=0.5),
     ):
         found = decaying(optimizer, params)
         for path, leaf in tree.flatten(params).items():
@@ -84,12 +84,12 @@ def test_rules_still_say_otherwise():
     params = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     config = train.TrainConfig(optimizer="sgd", schedule="constant", warmup=0, decay=[("bias", True), (".*", False)])
     assert decaying(train.make_optimizer(config), params) == {"bias"}
-    everything = train.optimizer("sgd", 0.1, weight_decay=1.0, mask=lambda p: jax.tree.map(lambda _: True, p))
+    everything = optim.optimizer("sgd", 0.1, weight_decay=1.0, mask=lambda p: jax.tree.map(lambda _: True, p))
     assert decaying(everything, params) == {"w", "bias"}
 
 
 def test_a_bare_array_decays_by_its_axes():
     for leaf, moves in ((jnp.ones((2, 3)), True), (jnp.ones(3), False)):
-        sgd = train.optimizer("sgd", 1.0, weight_decay=1.0)
+        sgd = optim.optimizer("sgd", 1.0, weight_decay=1.0)
         updates, _ = sgd.update(jnp.zeros_like(leaf), sgd.init(leaf), leaf)
         assert bool(np.any(np.asarray(updates) != 0)) == moves

@@ -16,7 +16,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxmodel import compress, data, hub, leaves, ops, sharding, train, tree
+from jaxmodel import adapt, compress, data, hub, leaves, ops, sharding, train, tree
 from jaxmodel.models import Model, from_linen, from_nnx, linen_params, nnx_params, predict_fn, set_state, wrap
 from jaxmodel.models.model import token_inputs
 
@@ -399,7 +399,7 @@ def test_what_it_cannot_do_is_refused_in_one_line():
         lambda: case.model.apply(case.params, numbers(4, 6)),
         "inputs: inputs [4, 6] given; they do not fit the module: For parameter",
     )
-    adapted, params = train.lora(case.model, case.params, [(".*kernel", train.LoRA(2, dropout=0.1)), (".*", None)], KEY)
+    adapted, params = adapt.lora(case.model, case.params, [(".*kernel", adapt.LoRA(2, dropout=0.1)), (".*", None)], KEY)
     adapted.apply(params, case.inputs)
     refused(
         lambda: adapted.apply(params, case.inputs, rng=KEY, train=True),

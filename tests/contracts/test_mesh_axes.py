@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmodel import ops, sharding, train
+from jaxmodel import losses, ops, sharding
 from jaxmodel.models import gpt2, gpt_oss, llama
 
 B, T = 8, 16
@@ -56,7 +56,7 @@ def case(name: str):
 
 def of_model(model):
     """params, batch -> (loss, gradients), jitted."""
-    return jax.jit(lambda params, batch: jax.value_and_grad(lambda p: train.next_token(model, p, batch)[0])(params))
+    return jax.jit(lambda params, batch: jax.value_and_grad(lambda p: losses.next_token(model, p, batch)[0])(params))
 
 
 def close(got, want, tolerance: float) -> None:

@@ -21,11 +21,11 @@ import pytest
 
 from jaxmodel import compress, data, evaluate, generation, hub, leaves, models, plan, report, train
 from jaxmodel.brief import brief
+from jaxmodel.contrib.confident import LabelReport
 from jaxmodel.data.examples import Answers
 from jaxmodel.data.text import Text
 from jaxmodel.models import gpt2
-from jaxmodel.train.losses.confident import LabelReport
-from jaxmodel.train.page import History
+from jaxmodel.report.training import History
 from jaxmodel.train.rate_search import RateSearch
 
 EVIL = "<script>alert(1)</script>\x1b[2J"

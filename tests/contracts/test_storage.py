@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import train, tree
-from jaxmodel.train import optimizers, regularize
+from jaxmodel import optim, train, tree
+from jaxmodel.losses import penalties as regularize
+from jaxmodel.optim import optimizers
+from jaxmodel.optim.optimizers import each_layer
 from jaxmodel.train.exchange import Exchange
-from jaxmodel.train.optimizers import each_layer
 
 L, E = 3, 2
 
@@ -88,7 +89,7 @@ def test_penalties_and_bounds():
     rules = [(".*/attn/q", "elastic(0.1, 0.2)"), (".*", None)]
     together, alone = (regularize.penalties(rules, p) for p in (params, apart(params)))
     np.testing.assert_allclose(together, alone, rtol=1e-5)
-    bound = train.project([(".*/q", "maxnorm(0.5)"), (".*", None)])
+    bound = optim.project([(".*/q", "maxnorm(0.5)"), (".*", None)])
     chex.assert_trees_all_close(apart(updates_of(bound, params)), updates_of(bound, apart(params)), rtol=1e-6, atol=1e-6)
 
 

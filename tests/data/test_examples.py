@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmodel import data, train
+from jaxmodel import data, losses, train
 from jaxmodel.data.examples import kind_of_source
 from jaxmodel.errors import InputError
 from jaxmodel.hub import train_bpe
@@ -71,7 +71,7 @@ def test_packed_texts_have_the_loss_that_they_have_alone(tmp_path):
     path = write(tmp_path / "a.jsonl", CHATS)
     model = gpt2.model(gpt2.Config(257, 16, 2, 2, 32))
     params = jax.jit(model.init)(jax.random.key(0))
-    loss = jax.jit(lambda batch: train.next_token(model, params, batch))
+    loss = jax.jit(lambda batch: losses.next_token(model, params, batch))
     found = []
     for pack in (False, True):
         rows = data.answers(path, chatting(), 20, pack=pack)
@@ -88,7 +88,7 @@ def test_only_answers_are_learnt(tmp_path):
     state, history = train.fit(model, data.Stream(rows, 2), train.TrainConfig(steps=40, learning_rate=1e-2, log_every=39))
     assert history[-1]["loss"] < 0.1
     everything = {**rows.take(np.array([0])), "weights": (rows.take(np.array([0]))["segments"] > 0).astype(np.float32)}
-    assert float(train.next_token(model, state.params, jax.device_put(everything))[0]) > 2
+    assert float(losses.next_token(model, state.params, jax.device_put(everything))[0]) > 2
 
 
 def test_rows_of_some_numbers(tmp_path):

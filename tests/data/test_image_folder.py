@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodel import train
+from jaxmodel import losses, train
 from jaxmodel.data import ImageFolder, Mixture, Stream
 from jaxmodel.errors import InputError
 from jaxmodel.hub import decode as hub_decode
@@ -252,7 +252,7 @@ def test_fit_refuses_held_out_images_of_other_classes(folder: Path, tmp_path_fac
     message = r"one folder of images has 2 .ants, dogs., another 3 .ants, cats, dogs., so labels would mean different"
     for stream in (learnt, Mixture([(learnt, 1.0), (learnt, 1.0)], 2)):
         with pytest.raises(InputError, match=message):
-            train.fit(model, stream, train.TrainConfig(steps=1), heldout=judged, loss=train.classification)
+            train.fit(model, stream, train.TrainConfig(steps=1), heldout=judged, loss=losses.classification)
 
 
 @pytest.mark.parametrize("resize", [(6, 6), (6, 9), (9, 4)])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodel import compress, hub, train
+from jaxmodel import adapt, checkpoint, compress, hub, train
 from jaxmodel.data import tokenize
 from jaxmodel.models import bert, gpt2
 
@@ -43,7 +43,7 @@ def make(room: Path) -> list[tuple[str, str]]:
     smaller, _ = compress.compress_bundle(bundle, compress.named("int4"))
     smaller.save_pretrained(room / "int4")
     found += [("plain", "chat"), ("plain", "generate"), ("int4", "load")]
-    adapted = train.lora(model, bundle.params, [(".*/(q|v)", train.LoRA(2)), (".*", None)], jax.random.key(1))
+    adapted = adapt.lora(model, bundle.params, [(".*/(q|v)", adapt.LoRA(2)), (".*", None)], jax.random.key(1))
     hub.save_adapters(hub.Bundle(*adapted, tokenizer), room / "adapters")
     _classifier(room / "classifier", tokenizer)
     found += [("adapters", "adapters"), ("classifier", "predict")]
@@ -61,7 +61,7 @@ def make(room: Path) -> list[tuple[str, str]]:
     tokenize(TEXTS, tokenizer, room / "shards", shard_tokens=200)
     found.append(("shards", "shards"))
     state = train.TrainState(jax.numpy.int32(3), jax.numpy.int32(3), {"w": jax.numpy.ones((4, 3))}, (), {})
-    with train.Checkpoints(room / "checkpoints", identity={"a": 1}) as checkpoints:
+    with checkpoint.Checkpoints(room / "checkpoints", identity={"a": 1}) as checkpoints:
         checkpoints.save(state)
     found.append(("checkpoints", "checkpoints"))
     text = str(room / "data.txt" / "a.txt")

@@ -73,7 +73,7 @@ def _checkpoints(folder: Path) -> Any:
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shape = lambda *axes, dtype="float32": jax.ShapeDtypeStruct(axes, dtype, sharding=one)
     like = train.TrainState(shape(dtype="int32"), shape(dtype="int32"), {"w": shape(4, 3)}, (), {})
-    with train.Checkpoints(folder, identity={"a": 1}) as checkpoints:
+    with checkpoint.Checkpoints(folder, identity={"a": 1}) as checkpoints:
         return checkpoints.restore(like)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmodel import compress, generation, hub, ops, train, tree
+from jaxmodel import adapt, compress, generation, hub, ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.evaluate import perplexity
 from jaxmodel.leaves import Adapted
@@ -49,7 +49,7 @@ def adapted(family=llama, rules: str = ".*/(q|v|down)", **config) -> hub.Bundle:
     """A tiny model with adapters that do something."""
     model = family.model(dataclasses.replace(family.SIZES["tiny"], **({"vocab": 257} if family is not mlp else {}), **config))
     base = jax.jit(model.init)(jax.random.key(0))
-    model, params = train.lora(model, base, [(rules, train.LoRA(3, 5.0)), (".*", None)], jax.random.key(1))
+    model, params = adapt.lora(model, base, [(rules, adapt.LoRA(3, 5.0)), (".*", None)], jax.random.key(1))
     return hub.Bundle(model, stirred(params))
 
 
@@ -90,7 +90,7 @@ def test_adapters_of_peft_compute_what_they_compute_there(name):
     assert np.abs(computed(bundle, golden, name) - golden["logits"]).max() < 2e-5
     without = computed(plain(bundle), golden, name)
     assert np.abs(without - golden["logits"]).max() > 0.05  # they do something
-    merged, how = train.merge_adapters(bundle.params)
+    merged, how = adapt.merge_adapters(bundle.params)
     assert set(how.values()) == {"exact"}
     assert np.abs(computed(dataclasses.replace(bundle, params=merged), golden, name) - golden["logits"]).max() < 5e-5
 
@@ -228,8 +228,8 @@ def test_alone_and_whole_are_read_back_bit_for_bit(bundle, tmp_path):
 
 def test_fresh_adapters_of_parts_are_not_lost(tmp_path):
     model = gpt2.model(gpt2.SIZES["tiny"])
-    rules = [(".*/q", train.LoRA(2, 3.0)), (".*/v", train.LoRA(3, 7.0)), (".*", None)]
-    model, params = train.lora(model, jax.jit(model.init)(jax.random.key(0)), rules, jax.random.key(1))
+    rules = [(".*/q", adapt.LoRA(2, 3.0)), (".*/v", adapt.LoRA(3, 7.0)), (".*", None)]
+    model, params = adapt.lora(model, jax.jit(model.init)(jax.random.key(0)), rules, jax.random.key(1))
     hub.Bundle(model, params).save_pretrained(tmp_path / "whole")
     again = hub.from_pretrained(tmp_path / "whole").params
     assert tree.flatten(again)["blocks/0-2/attn/v_lora/down"].shape == (3, 3, 32)
@@ -283,8 +283,8 @@ def test_dropout_goes_with_them(tmp_path):
     """As PEFT's `lora_dropout`, which its own folders bring along; of two that add up the higher is left."""
     model = llama.model(dataclasses.replace(llama.SIZES["tiny"], vocab=257))
     base = hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)))
-    rules = [(".*/(q|v)", train.LoRA(3, 5.0, dropout=0.1)), (".*", None)]
-    adapted_model, params = train.lora(base.model, base.params, rules, KEY)
+    rules = [(".*/(q|v)", adapt.LoRA(3, 5.0, dropout=0.1)), (".*", None)]
+    adapted_model, params = adapt.lora(base.model, base.params, rules, KEY)
     with_dropout = dataclasses.replace(base, model=adapted_model, params=params)
     hub.save_adapters(with_dropout, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -341,7 +341,7 @@ def test_generation_and_perplexity_are_those_of_the_model_and_of_the_merged_one(
         ids.append(int(jnp.argmax(bundle.model.apply(bundle.params, jnp.asarray([ids], jnp.int32)).logits[0, -1])))
     (got,) = generation.generate_ids(bundle, ["hello"], generation.Request(max_new_tokens=6))
     assert got.ids == ids[begun:]
-    merged = dataclasses.replace(bundle, params=train.merge_adapters(bundle.params)[0])
+    merged = dataclasses.replace(bundle, params=adapt.merge_adapters(bundle.params)[0])
     assert generation.generate_ids(merged, ["hello"], generation.Request(max_new_tokens=6))[0].ids == got.ids
     text = [tokenizer.encode("hello world hello worl")]
     scores = [perplexity(one.model, one.params, np.asarray(text, np.int32)).nll for one in (bundle, merged, plain(bundle))]
@@ -360,9 +360,9 @@ def test_adapters_of_a_foreign_module_are_read_where_the_module_runs():
 
     model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
     base = model.init(jax.random.key(0))
-    wrapped, params = train.lora(model, base, [("kernel", train.LoRA(2)), (".*", None)], jax.random.key(1))
+    wrapped, params = adapt.lora(model, base, [("kernel", adapt.LoRA(2)), (".*", None)], jax.random.key(1))
     params, x = stirred(params), jnp.ones((2, 4))
-    merged, _ = train.merge_adapters(params)
+    merged, _ = adapt.merge_adapters(params)
     for one in (wrapped, model):
         chex.assert_trees_all_close(one.apply(params, x).logits, model.apply(merged, x).logits, rtol=1e-5)
     assert float(jnp.abs(wrapped.apply(params, x).logits - model.apply(base, x).logits).max()) > 0.01

@@ -22,9 +22,9 @@ from jaxmodel.hub import Bundle, from_pretrained
 from jaxmodel.hub.families import families, family_of
 from jaxmodel.hub.keys import defaults
 from jaxmodel.hub.names import Tensors, find, read_leaf
+from jaxmodel.losses import next_token
 from jaxmodel.models import gpt2, gpt_oss, llama
 from jaxmodel.ops import rope
-from jaxmodel.train.losses import next_token
 
 GOLDENS = Path(__file__).parent / "goldens"
 # decoders; other families have goldens and tests of their own

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import data, ops, train, tree
+from jaxmodel import checkpoint, data, distributed, losses, ops, train, tree
+from jaxmodel.adapt.adapters import ADAPTERS, LoRA, lora, merge_adapters
 from jaxmodel.compress import Rtn
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Adapted, QTensor, Sparse, decode
 from jaxmodel.models import gpt2
-from jaxmodel.models.adapters import ADAPTERS, LoRA, lora, merge_adapters
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])
 RULES = [("blocks/.*/(q|v|up)", LoRA(4, 12.0)), (".*", None)]
@@ -71,10 +71,10 @@ def test_gradients_are_those_of_the_sum_written_out(params):
             down, up = whole[f"{path}_lora/down"], whole[f"{path}_lora/up"]
             whole[path] = whole[path] + 3.0 * jnp.einsum("lor,lri->loi", up, down, precision="highest")  # 12 / 4
         plain = tree.unflatten({path: leaf for path, leaf in whole.items() if "_lora" not in path})
-        return train.next_token(MODEL, plain, batch)[0]
+        return losses.next_token(MODEL, plain, batch)[0]
 
     want = jax.value_and_grad(written_out)(trains)
-    got = jax.value_and_grad(lambda trains: train.next_token(model, tree.combine(trains, frozen), batch)[0])(trains)
+    got = jax.value_and_grad(lambda trains: losses.next_token(model, tree.combine(trains, frozen), batch)[0])(trains)
     chex.assert_trees_all_close(got, want, rtol=2e-4, atol=1e-6)
 
 
@@ -200,10 +200,10 @@ def test_a_run_with_dropout_repeats_and_goes_on(tmp_path):
     model, start = dropping(0.3, ".*/(q|up)")
     config = train.TrainConfig(steps=6, save_every=3, learning_rate=1e-2, trainable=ADAPTERS, accumulate=2)
     whole, _ = train.fit(model, STREAM, config, params=start)
-    stop = train.Supervisor(stop=lambda i: i == 3)
+    stop = distributed.Supervisor(stop=lambda i: i == 3)
     train.fit(model, STREAM, config, params=start, checkpoints=tmp_path, supervisor=stop)
     again, _ = train.fit(model, STREAM, config, params=start, checkpoints=tmp_path)
-    assert train.fingerprint(again) == train.fingerprint(whole)
+    assert checkpoint.fingerprint(again) == checkpoint.fingerprint(whole)
     rates = {path: a for path, a in tree.flatten(whole.params).items() if path.endswith("/dropout")}
     assert rates and all(bool(jnp.all(a == jnp.float32(0.3))) for a in rates.values())  # a setting, which does not train
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 from scipy import stats
 
-from jaxmodel import ops, train
+from jaxmodel import losses, ops, train
 from jaxmodel.errors import InputError
 from jaxmodel.layers import codes
 from jaxmodel.models import autoencoder
@@ -91,7 +91,7 @@ def test_the_loss_of_a_variational_one_bounds_the_evidence():
     x = data(features=6, rank=2)
     config = autoencoder.Config(6, 2, kind="variational")
     model, optimizer = autoencoder.model(config), optax.adam(2e-2)
-    step = train.make_step(model, train.autoencoder, optimizer)
+    step = train.make_step(model, losses.autoencoder, optimizer)
 
     @jax.jit
     def fit(key):
@@ -100,7 +100,7 @@ def test_the_loss_of_a_variational_one_bounds_the_evidence():
 
     @jax.jit
     def bound(params):
-        one = lambda key: train.autoencoder(model, params, {"features": x}, key)[0]
+        one = lambda key: losses.autoencoder(model, params, {"features": x}, key)[0]
         return -jnp.mean(jax.vmap(one)(jax.random.split(jax.random.key(1), 200)))
 
     def evidence(params):
@@ -126,16 +126,16 @@ def test_every_kind_learns(kind, reconstruction):
     model, x = autoencoder.model(config), data()
     batch = {"features": (x > 0).astype(jnp.float32) if reconstruction == "bernoulli" else x}
     optimizer = optax.adam(1e-2)
-    step = train.make_step(model, train.autoencoder, optimizer)
-    held = lambda params: train.autoencoder(model, params, batch, train=False)[1]["reconstruction"]
+    step = train.make_step(model, losses.autoencoder, optimizer)
+    held = lambda params: losses.autoencoder(model, params, batch, train=False)[1]["reconstruction"]
 
     @jax.jit
-    def losses(key):
+    def curve(key):
         start = train.init_state(model.init(key), optimizer)
         trained = jax.lax.scan(lambda state, _: step(state, batch), start, None, 300)[0]
         return held(start.params), held(trained.params)
 
-    before, after = losses(jax.random.key(0))
+    before, after = curve(jax.random.key(0))
     assert float(after) < 0.25 * float(before)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import layers, train, tree
+from jaxmodel import layers, losses, tree
 from jaxmodel.models import Model, densenet
 
 # Of torchvision, without the statistics of the norms, which are no parameters there.
@@ -104,7 +104,7 @@ def test_logits_and_gradients_of_flax(name):
     @jax.jit
     def ours(params):
         batch = {"pixels": pixels, "labels": labels}
-        grads = jax.grad(lambda p: train.classification(model, p, batch)[0])(params)
+        grads = jax.grad(lambda p: losses.classification(model, p, batch)[0])(params)
         return *(model.apply(params, pixels, train=mode).logits for mode in (False, True)), grads
 
     @jax.jit

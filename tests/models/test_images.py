@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import layers, models, ops, train, tree
+from jaxmodel import layers, losses, models, ops, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Sparse
 from jaxmodel.models import cnn, lenet, mlp, resnet
@@ -80,7 +80,7 @@ def test_the_tree_is_that_of_torch(name):
 def gradients(model: models.Model, pixels: jax.Array):
     """params -> gradients of the loss whose gradients torch gave, and metrics."""
     batch = {"pixels": pixels, "labels": jnp.arange(len(pixels), dtype=jnp.int32) % 3}
-    return jax.grad(lambda p: train.classification(model, p, batch, jax.random.key(0)), has_aux=True)
+    return jax.grad(lambda p: losses.classification(model, p, batch, jax.random.key(0)), has_aux=True)
 
 
 def check_gradients(name: str, grads: tree.Params) -> None:

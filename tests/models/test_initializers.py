@@ -13,7 +13,8 @@ from jax.nn import initializers as theirs
 from scipy import stats
 
 from jaxmodel import tree
-from jaxmodel.models import Model, gpt2, initialize, initializers, llama, vit
+from jaxmodel.adapt import initialize, initializers
+from jaxmodel.models import Model, gpt2, llama, vit
 
 OUT, IN = 300, 500
 

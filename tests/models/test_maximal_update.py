@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from jaxmodel import tree
-from jaxmodel.models import bert, coordinates, gpt2, initialize, initializers, llama, mlp, mup, scale_updates, vit, wrap
+from jaxmodel.adapt import coordinates, initialize, initializers, mup, scale_updates
+from jaxmodel.models import bert, gpt2, llama, mlp, vit, wrap
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 8)), jnp.int32)
 UNTIED = llama.Config(16, 128, 2, 4, 2, 32, 256, 32)  # two layers, so that they stand stacked

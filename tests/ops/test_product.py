@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import ops, train
+from jaxmodel import losses, ops
 from jaxmodel.models import gpt2, llama
 from jaxmodel.models.gpt2 import SIZES
 
@@ -70,7 +70,7 @@ def of_a_step(model: Any) -> list[tuple[str, str]]:
     """The products of the gradient of a language model's loss."""
     params = jax.eval_shape(model.init, jax.random.key(0))
     batch = {name: jax.ShapeDtypeStruct((2, 16), jnp.int32) for name in ("tokens", "targets")}
-    gradient = jax.grad(lambda params, batch: train.next_token(model, params, batch)[0])
+    gradient = jax.grad(lambda params, batch: losses.next_token(model, params, batch)[0])
     return products(jax.make_jaxpr(gradient)(params, batch).jaxpr)
 
 

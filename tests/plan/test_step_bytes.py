@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxmodel import ops, plan, sharding, train, tree
+from jaxmodel import losses, ops, plan, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, llama
 
@@ -29,7 +29,7 @@ GPT2 = gpt2.Config(256, 128, 2, 8, T)  # the head is the embedding
 LLAMA = dataclasses.replace(llama.SIZES["tiny"], width=128, mlp_width=256, heads=8, kv_heads=8, depth=2)  # it is not
 
 
-def found_in(module, config, shape: str, devices=None, loss=train.next_token) -> dict:
+def found_in(module, config, shape: str, devices=None, loss=losses.next_token) -> dict:
     """What a step sends, and the bytes of gradients and of activations."""
     mesh = sharding.make_mesh(shape, devices)
     model = module.model(config, ops.Policy(axes=ops.MESH_AXES))
@@ -54,11 +54,11 @@ def values_on(shape: str, losses) -> list[list[float]]:
 
 def run_all(kind: str) -> dict[str, dict]:
     """Each program's traffic, on the simulated devices or for the TPU."""
-    chunked = functools.partial(train.next_token, chunk=8)
+    chunked = functools.partial(losses.next_token, chunk=8)
     if kind == "cpu":
         found = {shape: found_in(llama, LLAMA, shape) for shape in ("data=8", "fsdp=8")}
         found |= {f"{shape}, chunked": found_in(llama, LLAMA, shape, loss=chunked) for shape in ("data=8", "fsdp=8")}
-        values = {shape: values_on(shape, (train.next_token, chunked)) for shape in ("sequence=4", "data=2,fsdp=2,tensor=2")}
+        values = {shape: values_on(shape, (losses.next_token, chunked)) for shape in ("sequence=4", "data=2,fsdp=2,tensor=2")}
         return found | {"values": values}
     devices = plan.topology("v5e:2x4")
     found = {shape: found_in(gpt2, GPT2, shape, devices) for shape in ("data=8", "fsdp=8", "tensor=8", "sequence=8")}

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxmodel.errors import InputError
-from jaxmodel.report import atomic_write
+from jaxmodel.files import atomic_write
 
 
 def test_writes_text_and_bytes_and_leaves_nothing_beside(tmp_path):
@@ -36,7 +36,7 @@ def test_a_write_that_fails_halfway_keeps_the_old_file(tmp_path):
     """The kernel, not a mock, refuses the bytes past a size limit."""
     (tmp_path / "bundle").write_bytes(b"old")
     program = (
-        "import resource, sys; from jaxmodel.report.files import atomic_write\n"
+        "import resource, sys; from jaxmodel.files import atomic_write\n"
         "from jaxmodel.errors import InputError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: atomic_write(sys.argv[1], bytes(100_000))\n"

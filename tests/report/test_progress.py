@@ -14,11 +14,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from jaxmodel.report import bar, progress, set_quiet, step
+from jaxmodel.progress import bar, progress, set_quiet, step
 
 BEGIN = """
 import importlib, sys, time
-p = importlib.import_module("jaxmodel.report.progress")  # the package's own name `progress` is the function
+p = importlib.import_module("jaxmodel.progress")  # the package's own name `progress` is the function
 p.SHOW_AFTER, p.LINE_EVERY, p._REFRESH = 0.3, 0.4, 0.02
 """
 
@@ -151,7 +151,7 @@ def test_items_pass_through_and_early_exit_is_no_failure(capsys):
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = [100.0]
-    module = importlib.import_module("jaxmodel.report.progress")
+    module = importlib.import_module("jaxmodel.progress")
     monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
     return now, lambda *args, **more: module.Job(*args, **more)
 

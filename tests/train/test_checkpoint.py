@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import compress, train
+from jaxmodel import checkpoint, compress, optim, train
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
 
@@ -34,7 +34,7 @@ def like(state):
 @pytest.fixture(scope="module")
 def state():
     optimizer = optax.adamw(1e-3)
-    start = lambda key: train.init_state(MODEL.init(key), optimizer, average=True, guard=train.Guard(4.0))
+    start = lambda key: train.init_state(MODEL.init(key), optimizer, average=True, guard=optim.Guard(4.0))
     return jax.jit(start)(jax.random.key(0))
 
 
@@ -42,10 +42,10 @@ def state():
 def saved(tmp_path, state):
     """A folder with the steps 1, 2, 3, and their digests."""
     digests = {}
-    with train.Checkpoints(tmp_path / "c", keep=train.Keep(last=3)) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path / "c", keep=checkpoint.Keep(last=3)) as checkpoints:
         for step in (1, 2, 3):
             now = at(state, step, 1.0 + step)
-            digests[step] = train.fingerprint(now)
+            digests[step] = checkpoint.fingerprint(now)
             checkpoints.save(now)
     return tmp_path / "c", digests
 
@@ -56,32 +56,38 @@ def newest(folder):
 
 def test_a_restore_is_the_state_bit_for_bit(saved, state):
     folder, digests = saved
-    with train.Checkpoints(folder) as checkpoints:
+    with checkpoint.Checkpoints(folder) as checkpoints:
         for step, digest in digests.items():
             found = checkpoints.restore(like(state), at_most=step)
-            assert train.fingerprint(found) == digest and int(found.step) == step
+            assert checkpoint.fingerprint(found) == digest and int(found.step) == step
             assert jax.tree.structure(found) == jax.tree.structure(state)
 
 
 def test_another_process_cannot_save_there(tmp_path, state):
-    program = "import sys\nfrom jaxmodel import train\nheld = train.Checkpoints(sys.argv[1])\nprint('in', flush=True)\ninput()"
+    program = """
+import sys
+from jaxmodel.checkpoint import Checkpoints
+held = Checkpoints(sys.argv[1])
+print('in', flush=True)
+input()
+"""
     other = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "in\n"
         with pytest.raises(InputError, match=f"checkpoints: process {other.pid} on .* saves in {str(tmp_path)!r}; stop it first"):
-            train.Checkpoints(tmp_path)
-        with train.Checkpoints(tmp_path, read_only=True) as checkpoints:
+            checkpoint.Checkpoints(tmp_path)
+        with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
             assert checkpoints.steps() == []
     finally:
         other.communicate("\n")
-    with train.Checkpoints(tmp_path) as checkpoints, train.Checkpoints(tmp_path) as again:  # of one process
+    with checkpoint.Checkpoints(tmp_path) as checkpoints, checkpoint.Checkpoints(tmp_path) as again:  # of one process
         checkpoints.save(at(state, 1))
         checkpoints.wait()
         assert again.steps() == [1]
 
 
 def test_a_failed_save_is_forgotten_with_the_next_in_all_processes(tmp_path, state, monkeypatch):
-    checkpoints = train.Checkpoints(tmp_path)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints._arrays, "wait", lambda: 1 / 0)
         checkpoints.save(at(state, 1))
@@ -95,24 +101,24 @@ def test_a_failed_save_is_forgotten_with_the_next_in_all_processes(tmp_path, sta
 
 
 def test_an_empty_folder_has_nothing(tmp_path, state):
-    with train.Checkpoints(tmp_path / "new") as checkpoints:
+    with checkpoint.Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.restore(like(state)) is None and checkpoints.steps() == []
 
 
 def test_donating_the_state_after_a_save_does_not_tear_it(tmp_path, state):
     overwrite = jax.jit(lambda s: jax.tree.map(lambda a: a * jnp.asarray(3, a.dtype), s), donate_argnums=0)
-    with train.Checkpoints(tmp_path) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
         for step in range(1, 6):
             now = jax.tree.map(jnp.copy, at(state, step))
-            digest = train.fingerprint(now)
+            digest = checkpoint.fingerprint(now)
             checkpoints.save(now)
             jax.block_until_ready(overwrite(now))
             checkpoints.wait()
-            assert train.fingerprint(checkpoints.restore(like(state))) == digest
+            assert checkpoint.fingerprint(checkpoints.restore(like(state))) == digest
 
 
 def test_retention_keeps_the_last_the_best_and_the_regular(tmp_path, state):
-    with train.Checkpoints(tmp_path, keep=train.Keep(last=2, best=1, every=4)) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, keep=checkpoint.Keep(last=2, best=1, every=4)) as checkpoints:
         for step, score in ((1, 5.0), (2, 1.0), (3, 3.0), (4, 4.0), (5, None), (6, 2.0)):
             checkpoints.save(at(state, step), score=score)
     assert checkpoints.steps() == [2, 4, 5, 6]
@@ -142,9 +148,9 @@ def damage(kind, folder):
 def test_a_bad_checkpoint_is_said_and_the_one_before_is_taken(kind, saved, state, capsys):
     folder, digests = saved
     damage(kind, folder)
-    with train.Checkpoints(folder, keep=train.Keep(last=3)) as checkpoints:
+    with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=3)) as checkpoints:
         found = checkpoints.restore(like(state))
-        assert int(found.step) == 2 and train.fingerprint(found) == digests[2]
+        assert int(found.step) == 2 and checkpoint.fingerprint(found) == digests[2]
         said = capsys.readouterr().err
         assert kind == "no manifest" or ("of step 3" in said and "set aside as step-000000003.bad" in said)
         checkpoints.save(at(state, 3, 9.0))  # and its number is free again
@@ -155,31 +161,31 @@ def test_reading_only_changes_nothing(saved, state, capsys):
     folder, _ = saved
     damage("torn", folder)
     before = sorted(folder.rglob("*"))
-    with train.Checkpoints(folder, read_only=True) as checkpoints:
+    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         assert int(checkpoints.restore(like(state)).step) == 2
         checkpoints.save(at(state, 9))
     assert sorted(folder.rglob("*")) == before and "the step before is taken" in capsys.readouterr().err
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path, state):
-    with train.Checkpoints(tmp_path, identity={"model": {"width": 32, "depth": 3}, "seed": 0}) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, identity={"model": {"width": 32, "depth": 3}, "seed": 0}) as checkpoints:
         checkpoints.save(state)
     said = r"of another config: model.width was 32, is 64; seed was 0, is 1"
     identity = {"model": {"width": 64, "depth": 3}, "seed": 1}
-    with train.Checkpoints(tmp_path, identity=identity) as checkpoints, pytest.raises(InputError, match=said):
+    with checkpoint.Checkpoints(tmp_path, identity=identity) as checkpoints, pytest.raises(InputError, match=said):
         checkpoints.restore(like(state))
 
 
 def test_other_data_is_refused(tmp_path, state):
-    with train.Checkpoints(tmp_path, data="a" * 64) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, data="a" * 64) as checkpoints:
         checkpoints.save(state)
     said = r"data: its fingerprint was aaaaaaaaaaaa when step 0 .* and is bbbbbbbbbbbb"
-    with train.Checkpoints(tmp_path, data="b" * 64) as checkpoints, pytest.raises(InputError, match=said):
+    with checkpoint.Checkpoints(tmp_path, data="b" * 64) as checkpoints, pytest.raises(InputError, match=said):
         checkpoints.restore(like(state))
 
 
 def test_other_arrays_are_refused(tmp_path, state):
-    with train.Checkpoints(tmp_path) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         params = {**state.params, "positions": jnp.zeros((7, 32))}
         with pytest.raises(InputError, match=re.escape("params.positions is float32[128, 32] there, float32[7, 32] here")):
@@ -189,10 +195,10 @@ def test_other_arrays_are_refused(tmp_path, state):
 def test_compressed_leaves_and_their_static_fields(tmp_path, state):
     params, _ = compress.apply(compress.named("int4"), state.params)
     now = train.TrainState(jnp.int32(1), jnp.int32(1), params, (), {})
-    with train.Checkpoints(tmp_path) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(now)
         checkpoints.wait()
-        assert train.fingerprint(checkpoints.restore(like(now))) == train.fingerprint(now)
+        assert checkpoint.fingerprint(checkpoints.restore(like(now))) == checkpoint.fingerprint(now)
         pad = dataclasses.replace(params["embed"], pad=0, activations="int8")
         other = dataclasses.replace(now, params={**params, "embed": pad})
         with pytest.raises(InputError, match="params.embed.activations was absent, is \"int8\""):
@@ -200,22 +206,22 @@ def test_compressed_leaves_and_their_static_fields(tmp_path, state):
 
 
 def test_a_restore_elsewhere_says_that_bits_may_differ(tmp_path, state, capsys):
-    with train.Checkpoints(tmp_path, environment={"cpu": {"count": 2}, "jaxlib": "0.12.0"}) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, environment={"cpu": {"count": 2}, "jaxlib": "0.12.0"}) as checkpoints:
         checkpoints.save(state)
-    with train.Checkpoints(tmp_path, environment={"cpu": {"count": 64}, "jaxlib": "0.12.0"}) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, environment={"cpu": {"count": 64}, "jaxlib": "0.12.0"}) as checkpoints:
         checkpoints.restore(like(state))
     assert "bits may differ from those of an unbroken run: cpu.count was 2, is 64" in capsys.readouterr().err
 
 
 def test_a_failed_save_is_said_and_loses_nothing(saved, state, capsys, monkeypatch):
     folder, digests = saved
-    with train.Checkpoints(folder) as checkpoints:
+    with checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints._place(4).write_text("a file where the folder should be")
         checkpoints.save(at(state, 4))
         with pytest.raises(InputError, match=r"the last state could not be saved .*; the last good step is 3"):
             checkpoints.wait()
         assert "checkpoint of step 4 failed" in capsys.readouterr().err
-        assert train.fingerprint(checkpoints.restore(like(state))) == digests[3]
+        assert checkpoint.fingerprint(checkpoints.restore(like(state))) == digests[3]
         checkpoints._place(4).unlink()
         checkpoints.save(at(state, 5))
     assert checkpoints.steps()[-1] == 5
@@ -225,7 +231,7 @@ def test_what_an_interrupted_save_left_is_removed_at_the_next(saved, state):
     folder, _ = saved
     left = folder / "step-000000004" / "arrays.orbax-checkpoint-tmp"
     left.mkdir(parents=True)
-    with train.Checkpoints(folder) as checkpoints:
+    with checkpoint.Checkpoints(folder) as checkpoints:
         assert int(checkpoints.restore(like(state)).step) == 3
         checkpoints.save(at(state, 5))
     assert not left.parent.exists()

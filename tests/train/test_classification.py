@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxmodel import data, train
+from jaxmodel.losses import classification
 from jaxmodel.models import mlp
 
 MODEL = mlp.model(mlp.Config(16, (32,), 4))
@@ -27,7 +28,7 @@ def batch(labels) -> dict[str, jax.Array]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_it_is_the_cross_entropy_of_the_smoothed_label(smoothing, params):
     rows = batch([0, 3, 1, 2, 2])
-    loss, metrics = train.classification(MODEL, params, rows, smoothing=smoothing)
+    loss, metrics = classification(MODEL, params, rows, smoothing=smoothing)
     logits = np.asarray(MODEL.apply(params, rows["features"]).logits, np.float64)
     wanted = (1 - smoothing) * np.eye(4)[np.asarray(rows["labels"])] + smoothing / 4
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -36,14 +37,14 @@ def test_it_is_the_cross_entropy_of_the_smoothed_label(smoothing, params):
 
 
 def test_a_label_that_is_no_class_is_loud(params):
-    assert np.isnan(train.classification(MODEL, params, batch([0, 4]))[0])
+    assert np.isnan(classification(MODEL, params, batch([0, 4]))[0])
 
 
 def test_steps_learn_from_a_stream_of_arrays(params):
     rows = {name: np.asarray(a) for name, a in batch(np.arange(40) % 4).items()}
     stream = data.Stream(rows, 10, seed=0)
     optimizer = optax.adam(1e-2)
-    step = jax.jit(train.make_step(MODEL, train.classification, optimizer))
+    step = jax.jit(train.make_step(MODEL, classification, optimizer))
     state = train.init_state(params, optimizer)
     losses = []
     for i in range(60):

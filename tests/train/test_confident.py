@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jaxmodel.contrib import confident_learning
 from jaxmodel.errors import InputError
-from jaxmodel.train.losses import confident_learning
 
 RNG = np.random.default_rng(0)
 

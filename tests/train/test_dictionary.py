@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import train, tree
+from jaxmodel import contrib, losses, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Sparse
 from jaxmodel.models import autoencoder
@@ -31,7 +31,7 @@ def data(rows=512):
 def state():
     """Some steps on, then a quarter of the features switched off."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
-    step = jax.jit(train.make_step(MODEL, train.autoencoder, optimizer))
+    step = jax.jit(train.make_step(MODEL, losses.autoencoder, optimizer))
     state = train.init_state(MODEL.init(jax.random.key(0)), optimizer)
     for _ in range(5):
         state, _ = step(state, data())
@@ -42,14 +42,14 @@ def state():
 
 def test_active_features_are_counted(state):
     code = np.asarray(MODEL.hidden(state[0].params, data()).hidden)
-    got = train.count_active(MODEL, state[0].params, data())
+    got = contrib.count_active(MODEL, state[0].params, data())
     np.testing.assert_array_equal(got, (code > 0).sum(0))
     assert not np.any(np.asarray(got)[DEAD])
 
 
 def test_columns_of_length_one(state):
     scaled = tree.map_leaves(lambda path, leaf: 3 * leaf if path.startswith("decoder") else leaf, state[0].params)
-    unit = train.unit_dictionary(scaled)
+    unit = contrib.unit_dictionary(scaled)
     np.testing.assert_allclose(jnp.linalg.norm(unit["decoder"]["out"]["weight"], axis=0), np.ones(32), rtol=1e-5)
     chex.assert_trees_all_equal(unit["encoder"], scaled["encoder"])
     np.testing.assert_array_equal(unit["decoder"]["out"]["weight_bias"], scaled["decoder"]["out"]["weight_bias"])
@@ -57,7 +57,7 @@ def test_columns_of_length_one(state):
 
 def test_only_dead_features_and_their_moments_change(state):
     before, _ = state
-    after = jax.jit(lambda s, key: train.revive(s, MODEL, data(), jnp.asarray(DEAD), key, scale=0.5))(before, jax.random.key(3))
+    after = jax.jit(lambda s, key: contrib.revive(s, MODEL, data(), jnp.asarray(DEAD), key, scale=0.5))(before, jax.random.key(3))
     old, new = (tree.flatten(s.params) for s in (before, after))
     reads, bias, writes = "encoder/code/weight", "encoder/code/weight_bias", "decoder/out/weight"
     np.testing.assert_array_equal(new[reads][~DEAD], old[reads][~DEAD])
@@ -85,14 +85,14 @@ def test_rows_are_drawn_by_their_squared_loss():
     params = tree.map_leaves(lambda _, leaf: jnp.zeros_like(leaf), model.init(jax.random.key(0)))
     state = train.init_state(params, optax.sgd(0.1))
     x = jnp.diag(jnp.asarray([0.0, 1.0, 2.0]))
-    after = train.revive(state, model, {"features": x}, jnp.ones(4000, bool), jax.random.key(0))
+    after = contrib.revive(state, model, {"features": x}, jnp.ones(4000, bool), jax.random.key(0))
     drawn = np.asarray(after.params["decoder"]["out"]["weight"]).argmax(0)
     assert np.bincount(drawn, minlength=3)[0] == 0
     assert np.mean(drawn == 2) == pytest.approx(16 / 17, abs=0.015)
 
 
 def test_nothing_changes_where_nothing_is_dead(state):
-    after = train.revive(state[0], MODEL, data(), jnp.zeros(32, bool), jax.random.key(0))
+    after = contrib.revive(state[0], MODEL, data(), jnp.zeros(32, bool), jax.random.key(0))
     chex.assert_trees_all_equal(after, state[0])
 
 
@@ -104,14 +104,14 @@ def test_revived_features_live_and_the_loss_is_lower():
     batch = {"features": jnp.asarray(active @ (directions / np.linalg.norm(directions, axis=1, keepdims=True)), jnp.float32)}
     dead = jnp.arange(32) % 4 != 0
     optimizer = optax.adam(3e-3)
-    step = train.make_step(MODEL, train.autoencoder, optimizer)
+    step = train.make_step(MODEL, losses.autoencoder, optimizer)
     run = jax.jit(lambda state: jax.lax.scan(lambda s, _: step(s, batch), state, None, 100))
     params = MODEL.init(jax.random.key(0))
     params["encoder"]["code"]["weight_bias"] = jnp.where(dead, -100.0, 0.0)
     left, _ = run(train.init_state(params, optimizer))
-    revived = train.revive(left, MODEL, batch, dead, jax.random.key(0))
+    revived = contrib.revive(left, MODEL, batch, dead, jax.random.key(0))
     (left, before), (revived, after) = run(left), run(revived)
-    living = lambda state: int(jnp.sum((train.count_active(MODEL, state.params, batch) > 0) & dead))
+    living = lambda state: int(jnp.sum((contrib.count_active(MODEL, state.params, batch) > 0) & dead))
     assert living(left) == 0
     assert living(revived) >= 20  # of 24
     assert float(after["loss"][-1]) < 0.7 * float(before["loss"][-1])
@@ -120,8 +120,8 @@ def test_revived_features_live_and_the_loss_is_lower():
 def test_other_params_are_refused(state):
     deep = autoencoder.model(autoencoder.Config(16, 32, (8,), "l1"))
     with pytest.raises(InputError, match="params: .*hidden_0.* is in the way"):
-        train.unit_dictionary(deep.init(jax.random.key(0)))
+        contrib.unit_dictionary(deep.init(jax.random.key(0)))
     params = state[0].params
     packed = {**params, "decoder": {"out": {**params["decoder"]["out"], "weight": Sparse.from_dense(jnp.ones((16, 32)))}}}
     with pytest.raises(InputError, match="params: decoder/out/weight is in the way"):
-        train.revive(dataclasses.replace(state[0], params=packed), MODEL, data(), jnp.asarray(DEAD), jax.random.key(0))
+        contrib.revive(dataclasses.replace(state[0], params=packed), MODEL, data(), jnp.asarray(DEAD), jax.random.key(0))

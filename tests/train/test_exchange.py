@@ -17,13 +17,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, ops, sharding, train, tree
+from jaxmodel import data, losses, ops, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
+from jaxmodel.optim.optimizers import optimizer
+from jaxmodel.optim.quantized import quantize_weights
 from jaxmodel.plan import collectives, moved
 from jaxmodel.train.exchange import Exchange, sum_int8, sum_top_k
-from jaxmodel.train.optimizers import optimizer
-from jaxmodel.train.quantized import quantize_weights
 
 P = jax.P
 MODEL = gpt2.model(gpt2.Config(256, 128, 2, 4, 16), ops.Policy(axes=ops.MESH_AXES))
@@ -95,7 +95,7 @@ def compiled(mesh_shape: str, exchange: Exchange | None, accumulate: int = 1, co
         return train.init_state(quantize_weights(params, rules) if codes else params, chosen, trainable, exchange=exchange)
 
     step = train.make_step(
-        MODEL, train.next_token, chosen, exchange=exchange, accumulate=accumulate, trainable=trainable
+        MODEL, losses.next_token, chosen, exchange=exchange, accumulate=accumulate, trainable=trainable
     )
     with jax.set_mesh(mesh):
         where = train.state_shardings(jax.eval_shape(start, jax.random.key(0)), MODEL.rules, mesh)
@@ -142,7 +142,7 @@ def check_planned() -> dict:
     shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch(mesh, 0).items()}
     for name, exchange in (("int8", Exchange()), ("top_k", TOP)):
         config = train.TrainConfig(exchange=exchange.kind, exchange_share=exchange.share)
-        program = train.Program(MODEL, config, loss=train.next_token, optimizer=optax.adam(3e-3), mesh=mesh)
+        program = train.Program(MODEL, config, loss=losses.next_token, optimizer=optax.adam(3e-3), mesh=mesh)
         found = collectives(program.compile(shapes))
         runs = collectives(compiled("data=8", exchange)[2].as_text())
         out[name] = sum(moved(found).values()) / sum(moved(runs).values())

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from jaxmodel.train import faults
+from jaxmodel.distributed import faults
 
 
 def until(condition, seconds=20.0):

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, train, tree
+from jaxmodel import data, losses, train, tree
+from jaxmodel.adapt import finetune, scale_updates
 from jaxmodel.errors import InputError
-from jaxmodel.models import bert, families, gpt2, mlp, scale_updates, sizes, stochastic_depth, vit
-from jaxmodel.train import finetune
+from jaxmodel.models import bert, families, gpt2, mlp, sizes, stochastic_depth, vit
 
 
 def classifiers() -> dict[str, object]:
@@ -121,7 +121,7 @@ def test_rates_scale_the_steps_of_each_layer():
         ("plain", optax.sgd(1.0)),
         ("decayed", optax.chain(optax.sgd(1.0), scale_updates(finetune.layer_rates(params, 0.5)))),
     ):
-        step = train.make_step(model, train.classification, optimizer)
+        step = train.make_step(model, losses.classification, optimizer)
         new, _ = jax.jit(step)(train.init_state(params, optimizer), batch)
         moved[name] = tree.flatten(tree.unstack(jax.tree.map(lambda a, b: a - b, new.params, params)))
     for path, by in moved["plain"].items():
@@ -137,7 +137,7 @@ def test_a_stage_of_fine_tuning_runs():
     config = train.TrainConfig(steps=3, trainable=finetune.last_layers(params, 1), decay=((".*", False),))
     optimizer = optax.chain(train.make_optimizer(config), scale_updates(finetune.layer_rates(params, 0.5)))
     rows = {"features": np.ones((4, 4), np.float32), "labels": np.arange(4, dtype=np.int32) % 2}
-    state, _ = train.fit(model, data.Stream(rows, 4), config, params=params, loss=train.classification, optimizer=optimizer)
+    state, _ = train.fit(model, data.Stream(rows, 4), config, params=params, loss=losses.classification, optimizer=optimizer)
     before, after = (tree.flatten(tree.unstack(p)) for p in (params, state.params))
     moved = {path.split("/")[1] for path in before if path.startswith("blocks") and np.any(before[path] != after[path])}
     assert moved == {"2"}

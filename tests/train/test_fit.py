@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import train, tree
+from jaxmodel import checkpoint, distributed, losses, optim, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
 from jaxmodel.train.step import moving_average
@@ -43,12 +43,12 @@ class Rows:
 
 
 def fit(config, folder=None, stream=Rows(), stop=None, **more):
-    supervisor = train.Supervisor(stop=lambda i: i == stop)
+    supervisor = distributed.Supervisor(stop=lambda i: i == stop)
     if folder is None:
-        return train.fit(MODEL, stream, config, loss=train.classification, supervisor=supervisor, **more)
-    with train.Checkpoints(folder) as checkpoints:
+        return train.fit(MODEL, stream, config, loss=losses.classification, supervisor=supervisor, **more)
+    with checkpoint.Checkpoints(folder) as checkpoints:
         return train.fit(
-            MODEL, stream, config, loss=train.classification, checkpoints=checkpoints, supervisor=supervisor, **more
+            MODEL, stream, config, loss=losses.classification, checkpoints=checkpoints, supervisor=supervisor, **more
         )
 
 
@@ -61,12 +61,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, tmp_path, capsys)
     first, before = fit(CONFIG, tmp_path, stop=stop)
     assert int(first.step) == stop
     second, after = fit(CONFIG, tmp_path)
-    assert train.fingerprint(second) == train.fingerprint(whole)
+    assert checkpoint.fingerprint(second) == checkpoint.fingerprint(whole)
     assert f"step {stop} of 12 is restored; going on" in capsys.readouterr().err
     losses = [row["loss"] for row in history]
     assert [row["loss"] for row in before] == losses[:stop] and [row["loss"] for row in after] == losses
     third, same = fit(CONFIG, tmp_path)  # it was through
-    assert train.fingerprint(third) == train.fingerprint(whole) and same == after
+    assert checkpoint.fingerprint(third) == checkpoint.fingerprint(whole) and same == after
     assert "step 12 of 12 is restored; the run has ended there; nothing is left to train" in capsys.readouterr().err
 
 
@@ -74,7 +74,7 @@ def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
     state, history = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path, Rows(broken=(7,)))
     # by hand: batches 0 to 4, of which there is a checkpoint, then from 8 on
     optimizer, guard = train.make_optimizer(CONFIG), CONFIG.guard()
-    step = jax.jit(train.make_step(MODEL, train.classification, optimizer, accumulate=2, average=0.9, guard=guard))
+    step = jax.jit(train.make_step(MODEL, losses.classification, optimizer, accumulate=2, average=0.9, guard=guard))
     want = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
     for place in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14):
         want = dataclasses.replace(want, data_step=jnp.int32(place))
@@ -84,7 +84,7 @@ def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
     assert [row["step"] for row in history] == list(range(1, 13))
     killed, _ = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)), stop=8)
     resumed, _ = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)))
-    assert int(killed.data_step) == 11 and train.fingerprint(resumed) == train.fingerprint(state)
+    assert int(killed.data_step) == 11 and checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state)
 
 
 def test_early_stopping_takes_the_best_weights(tmp_path):
@@ -96,19 +96,19 @@ def test_early_stopping_takes_the_best_weights(tmp_path):
     best = min(judged, key=judged.get)
     assert int(state.step) == best + 30 < 400  # three evaluations without a better one
     again, _ = train.fit(
-        MODEL, stream, dataclasses.replace(config, patience=0), loss=train.classification,
-        supervisor=train.Supervisor(stop=lambda i: i == best),
+        MODEL, stream, dataclasses.replace(config, patience=0), loss=losses.classification,
+        supervisor=distributed.Supervisor(stop=lambda i: i == best),
     )  # fmt: skip
     assert tree.fingerprint(again.params) == tree.fingerprint(state.params)
     broken, _ = fit(config, tmp_path, stream, stop=best + 15, heldout=heldout)
     resumed, _ = fit(config, tmp_path, stream, heldout=heldout)
-    assert train.fingerprint(resumed) == train.fingerprint(state) and int(broken.step) == best + 15
+    assert checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state) and int(broken.step) == best + 15
     through, rows = fit(config, tmp_path, stream, heldout=heldout)
-    assert rows[-1]["step"] == best + 30 and train.fingerprint(through) == train.fingerprint(state)
+    assert rows[-1]["step"] == best + 30 and checkpoint.fingerprint(through) == checkpoint.fingerprint(state)
 
 
 def heldout_loss(params):
-    return float(train.classification(MODEL, params, jax.device_put(Rows(noise=0.5).batch(0)), train=False)[0])
+    return float(losses.classification(MODEL, params, jax.device_put(Rows(noise=0.5).batch(0)), train=False)[0])
 
 
 @pytest.mark.parametrize("how", ["average", "quantised", "bfloat16"])
@@ -121,7 +121,7 @@ def test_the_best_weights_are_those_that_were_judged(how):
     elif how == "bfloat16":
         config, params = dataclasses.replace(config, average=0.5), tree.cast(params, jnp.bfloat16)
     else:
-        params = train.quantize_weights(params, [(".*_bias", None), (".*", 8)])
+        params = optim.quantize_weights(params, [(".*_bias", None), (".*", 8)])
         config = dataclasses.replace(config, trainable=[(".*", True)])
     dtypes = [a.dtype for a in jax.tree.leaves(params)]
     state, history = fit(config, params=params, heldout=Rows(noise=0.5))
@@ -143,7 +143,7 @@ def test_an_average_moves_where_bfloat16_would_not():
 def test_a_batch_left_out_leaves_the_average_too():
     """As if it had never come, though it counts as a step."""
     config = dataclasses.replace(CONFIG, accumulate=1, steps=6, log_every=1)
-    step = jax.jit(train.make_step(MODEL, train.classification, optax.sgd(0.1), average=0.999, guard=config.guard()))
+    step = jax.jit(train.make_step(MODEL, losses.classification, optax.sgd(0.1), average=0.999, guard=config.guard()))
     states = []
     for stream in (Rows(broken=(0, 1, 2)), Rows()):
         start = train.init_state(MODEL.init(jax.random.key(0)), optax.sgd(0.1), average=True, guard=config.guard())
@@ -165,9 +165,9 @@ def test_rows_name_their_batch(tmp_path):
 
 
 def test_a_last_checkpoint_that_fails_does_not_cost_the_run(tmp_path, monkeypatch):
-    checkpoints = train.Checkpoints(tmp_path)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
     monkeypatch.setattr(type(checkpoints._arrays), "wait", lambda self: 1 / 0)
-    state, _ = train.fit(MODEL, Rows(), train.TrainConfig(steps=2), loss=train.classification, checkpoints=checkpoints)
+    state, _ = train.fit(MODEL, Rows(), train.TrainConfig(steps=2), loss=losses.classification, checkpoints=checkpoints)
     assert int(state.step) == 2
     with pytest.raises(InputError, match="the last state could not be saved .* .division by zero.; the last good step is none"):
         checkpoints.close()
@@ -220,12 +220,12 @@ def test_one_compilation_of_the_step_also_after_a_restore(tmp_path, caplog):
 
 def test_checkpoints_by_time(tmp_path):
     fit(dataclasses.replace(CONFIG, save_every=0, save_seconds=1e-6, log_every=4), tmp_path)
-    assert train.Checkpoints(tmp_path, read_only=True).steps()[-2:] == [8, 12]
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).steps()[-2:] == [8, 12]
 
 
 def test_callbacks_see_every_row():
     seen = []
-    _, history = train.fit(MODEL, Rows(), train.TrainConfig(steps=3, log_every=1), [seen.append], loss=train.classification)
+    _, history = train.fit(MODEL, Rows(), train.TrainConfig(steps=3, log_every=1), [seen.append], loss=losses.classification)
     assert seen == history and [row["step"] for row in seen] == [1, 2, 3]
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxmodel import data, models, sharding, train, tree
+from jaxmodel import data, losses, models, sharding, train, tree
 from jaxmodel.errors import InputError
 
 RANDOM = np.random.default_rng(11)
@@ -67,7 +67,7 @@ ALONE = jax.device_put({"pixels": X, "labels": LABELS})
 def test_loss_gradient_and_state_are_those_of_the_rows_that_count(name):
     model = made(name)
     params = jax.jit(model.init)(jax.random.key(0))
-    of = jax.jit(jax.value_and_grad(lambda params, batch: train.classification(model, params, batch)[0]))
+    of = jax.jit(jax.value_and_grad(lambda params, batch: losses.classification(model, params, batch)[0]))
     (loss, grads), (want, wanted) = of(params, filled()), of(params, ALONE)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     for (path, a), b in zip(tree.flatten(grads).items(), tree.flatten(wanted).values(), strict=True):
@@ -91,7 +91,7 @@ def test_the_loss_by_numpy():
     inner = norm(X.astype(np.float64)).reshape(6, -1) @ weights["inner/kernel"]
     z = norm(inner) @ weights["out/kernel"]
     want = np.log(np.exp(z).sum(1)) - z[np.arange(6), LABELS]
-    loss, metrics = train.classification(model, params, filled())
+    loss, metrics = losses.classification(model, params, filled())
     np.testing.assert_allclose(loss, want.mean(), rtol=1e-4)
     assert float(metrics["weight"]) == 6
 
@@ -104,7 +104,7 @@ def test_a_step_of_a_batch_that_is_filled_up(name, accumulate):
     places = range(0, 12, accumulate) if accumulate > 1 else PLACES
     batch = filled(places=places, size=12) if accumulate > 1 else filled()
     start = lambda: train.init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
-    step = lambda n: jax.jit(train.make_step(model, train.classification, optimizer, accumulate=n))
+    step = lambda n: jax.jit(train.make_step(model, losses.classification, optimizer, accumulate=n))
     got, _ = step(accumulate)(start(), batch)
     want, _ = step(1)(start(), ALONE)
     for (path, a), b in zip(tree.flatten(got.params).items(), tree.flatten(want.params).values(), strict=True):
@@ -122,7 +122,7 @@ def check_fit(mesh=None) -> None:
     optimizer = train.make_optimizer(config)
     own = train.init_state(params, optimizer)
     for batch in jax.device_put(batches):
-        own, _ = jax.jit(train.make_step(model, train.classification, optimizer))(own, batch)
+        own, _ = jax.jit(train.make_step(model, losses.classification, optimizer))(own, batch)
     got, want = ({p: a for p, a in tree.flatten(s.params).items() if "state" not in p} for s in (state, own))
     for path in want:
         np.testing.assert_allclose(got[path], want[path], rtol=1e-4, atol=1e-5, err_msg=path)
@@ -150,7 +150,7 @@ def test_a_norm_that_cannot_tell_its_rows_is_named():
     model = models.from_linen(Turned(), EXAMPLE)
     params = model.init(jax.random.key(0))
     with pytest.raises(InputError, match="weights: the batch norm 'odd' reads 3 rows of a batch of 8"):
-        train.classification(model, params, filled())
+        losses.classification(model, params, filled())
 
 
 def test_data_with_weights_of_rows():

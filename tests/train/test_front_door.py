@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, hub, train, tree
+from jaxmodel import checkpoint, data, distributed, hub, train, tree
 from jaxmodel.data.given import Listed, Passed, as_batches, fill
 from jaxmodel.errors import InputError
 from jaxmodel.models import autoencoder, gpt2, mlp
@@ -56,7 +56,7 @@ def losses(history):
 @pytest.fixture(scope="module")
 def wanted():
     """The oracle: the same batches by a `Stream`, with the loss said."""
-    return losses(train.fit(MODEL, STREAM, dataclasses.replace(CONFIG, steps=5), loss=train.classification)[1])
+    return losses(train.fit(MODEL, STREAM, dataclasses.replace(CONFIG, steps=5), loss=losses.classification)[1])
 
 
 FORMS = {
@@ -79,7 +79,7 @@ def test_batches_in_any_form_train_as_a_stream(form, wanted):
 def test_arrays_are_a_shuffled_stream(given):
     config = dataclasses.replace(CONFIG, seed=3)
     same = data.Stream(STREAM.data, 16, seed=3)
-    _, want = train.fit(MODEL, same, config, loss=train.classification, heldout=STREAM)
+    _, want = train.fit(MODEL, same, config, loss=losses.classification, heldout=STREAM)
     _, history = train.fit(MODEL, given, config, batch_size=16, heldout=given)
     assert losses(history) == losses(want)
     assert history[-1]["heldout_loss"] == pytest.approx(want[-1]["heldout_loss"], rel=1e-6)
@@ -101,8 +101,8 @@ def test_a_short_batch_is_filled_with_rows_that_do_not_count():
     batch = stream.batch(1)
     assert batch["weights"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
     params = MODEL.init(jax.random.key(0))
-    value, metrics = train.classification(MODEL, params, jax.device_put(batch))
-    alone, _ = train.classification(MODEL, params, {"features": jnp.asarray(short[1][0]), "labels": jnp.asarray(short[1][1])})
+    value, metrics = losses.classification(MODEL, params, jax.device_put(batch))
+    alone, _ = losses.classification(MODEL, params, {"features": jnp.asarray(short[1][0]), "labels": jnp.asarray(short[1][1])})
     assert float(value) == pytest.approx(float(alone), rel=1e-6) and float(metrics["weight"]) == 3
     tokens = fill({"tokens": np.ones((2, 5), np.int32), "targets": np.ones((2, 5), np.int32)}, 3)
     assert tokens["weights"].shape == (3, 5) and tokens["weights"].sum() == 10
@@ -130,10 +130,10 @@ def test_what_an_iterable_cannot_do_is_said(tmp_path):
 
 def test_a_list_resumes_to_the_same_bits(tmp_path):
     whole, _ = train.fit(MODEL, PAIRS, CONFIG)
-    stop = train.Supervisor(stop=lambda step: step == 3)
+    stop = distributed.Supervisor(stop=lambda step: step == 3)
     train.fit(MODEL, PAIRS, CONFIG, checkpoints=tmp_path, supervisor=stop)
     state, _ = train.fit(MODEL, PAIRS, CONFIG, checkpoints=tmp_path)
-    assert train.fingerprint(state) == train.fingerprint(whole)
+    assert checkpoint.fingerprint(state) == checkpoint.fingerprint(whole)
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_a_bundle_is_trained_from_its_parameters():
 def test_the_loss_is_what_the_batch_asks_for():
     tokens = gpt2.model(gpt2.SIZES["tiny"])
     image = autoencoder.model(autoencoder.SIZES["tiny"])
-    assert train.losses.default_loss(MODEL, WHOLE[0]) is train.classification
-    assert train.losses.default_loss(tokens, {"tokens": X, "targets": Y}) is train.next_token
-    assert train.losses.default_loss(image, {"features": X}) is train.losses.autoencoder
+    assert losses.default_loss(MODEL, WHOLE[0]) is losses.classification
+    assert losses.default_loss(tokens, {"tokens": X, "targets": Y}) is losses.next_token
+    assert losses.default_loss(image, {"features": X}) is losses.autoencoder
     _, history = train.fit(mlp.model(mlp.Config(4, (8,), 2)), (X, X[:, :2]), CONFIG, batch_size=40)  # values: squared error
     assert losses(history)[-1] < losses(history)[0] and "accuracy" not in history[0]
     with pytest.raises(InputError, match=r"the batch holds features; allowed: a batch with labels .* or a loss"):
@@ -205,7 +205,7 @@ def of_two(params, batch):
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        ("cross_entropy", "loss: 'cross_entropy' given; allowed: a function, such as train.classification"),
+        ("cross_entropy", "loss: 'cross_entropy' given; allowed: a function, such as losses.classification"),
         (of_two, r"loss: of_two\(params, batch\) given .* allowed: loss\(model, params, batch, rng"),
         (lambda model, params, batch, rng, train=True: batch["labels"], r"returns int32\[8\].*allowed: a scalar"),
         (lambda model, params, batch, rng, train=True: batch["y"], "features, labels given; the loss <lambda> reads 'y'"),

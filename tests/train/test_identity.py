@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, train, tree
+from jaxmodel import checkpoint, data, losses, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
 from jaxmodel.train.identity import FREE, JUDGING, described, short
@@ -25,7 +25,7 @@ MODEL = mlp.model(mlp.Config(1, (4,), 3))
 CONFIG = train.TrainConfig(steps=3, log_every=1)
 
 
-def fit(place, config=CONFIG, stream=STREAM, model=MODEL, loss=train.classification, **more):
+def fit(place, config=CONFIG, stream=STREAM, model=MODEL, loss=losses.classification, **more):
     return train.fit(model, stream, config, loss=loss, checkpoints=place, **more)
 
 
@@ -45,7 +45,7 @@ OTHER = {
     "trainable": {"config": dataclasses.replace(CONFIG, trainable=[(".*", True)])},
     "steps": {"config": dataclasses.replace(CONFIG, steps=4)},
     "model.activation": {"model": mlp.model(dataclasses.replace(MODEL.config, activation="tanh"))},
-    "loss": {"loss": functools.partial(train.classification, smoothing=0.1)},
+    "loss": {"loss": functools.partial(losses.classification, smoothing=0.1)},
     "optimizer": {"optimizer": optax.sgd(0.1)},
     "augment": {"augment": lambda key, batch: batch},
     "params": {"params": MODEL.init(jax.random.key(7))},
@@ -66,7 +66,7 @@ def test_another_run_is_refused_by_what_differs(name, saved):
 def test_every_value_of_the_config_tells_a_run_apart_but_for_what_is_written_down(saved):
     """A field that is added later is part of it, too."""
     told = {field.name for field in dataclasses.fields(CONFIG)} - {*FREE, *JUDGING}
-    known = train.Checkpoints(saved, read_only=True).manifest(3)["identity"]["train"]
+    known = checkpoint.Checkpoints(saved, read_only=True).manifest(3)["identity"]["train"]
     assert set(known) == told
     fit(saved, dataclasses.replace(CONFIG, log_every=2, save_every=2, eval_every=1))  # goes on: nothing is left to train
 
@@ -75,8 +75,8 @@ def test_a_change_that_is_allowed_is_said(tmp_path, capsys):
     fit(tmp_path)
     more = dataclasses.replace(CONFIG, steps=5, learning_rate=0.01)
     with pytest.raises(InputError, match="steps was 3, is 5"):
-        fit(train.Checkpoints(tmp_path, allow_changes=["learning_rate"]), more)
-    with train.Checkpoints(tmp_path, allow_changes=["learning_rate", "steps"]) as place:
+        fit(checkpoint.Checkpoints(tmp_path, allow_changes=["learning_rate"]), more)
+    with checkpoint.Checkpoints(tmp_path, allow_changes=["learning_rate", "steps"]) as place:
         state, history = fit(place, more)
     assert int(state.step) == 5 and [row["step"] for row in history] == [1, 2, 3, 4, 5]
     assert "learning_rate was 0.001, is 0.01" in capsys.readouterr().err
@@ -95,7 +95,7 @@ def test_with_another_batch_size_the_next_row_is_the_next(how, tmp_path):
     more = dataclasses.replace(CONFIG, steps=7)
     go = {"state": state, "place": None}
     if how == "checkpoints":
-        go = {"place": train.Checkpoints(tmp_path, allow_changes=["steps", "batch_size"])}
+        go = {"place": checkpoint.Checkpoints(tmp_path, allow_changes=["steps", "batch_size"])}
     with pytest.raises(InputError, match=r"16 given to go on behind 24 rows .* divisor of 24, such as .*12"):
         fit(config=more, stream=large, **go)
     after, history = fit(config=more, stream=small, **go)
@@ -115,7 +115,7 @@ def test_what_a_function_holds_is_told_and_is_the_same_in_another_process():
     assert out[0] == out[1] and out[0].count(" with settings ") == 2
     assert out[0].endswith("\njaxmodel.train.losses.tokens.next_token\n")
     assert short(optax.adam(0.1)) != short(optax.adam(0.2))
-    assert short(train.supervised(smoothing=0.1)) != short(train.supervised(smoothing=0.2))
+    assert short(losses.supervised(smoothing=0.1)) != short(losses.supervised(smoothing=0.2))
 
 
 def test_a_description_is_plain_whatever_it_is_of():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxmodel.distributed.ledger import CATEGORIES, Ledger
 from jaxmodel.errors import InputError
-from jaxmodel.train.ledger import CATEGORIES, Ledger
 
 
 class Clock:
@@ -112,7 +112,13 @@ def test_an_unknown_category():
 
 
 def test_a_process_began_before_it_says_so():
-    code = "import time; first = time.time(); time.sleep(0.5); from jaxmodel import train; print(first, train.process_began())"
+    code = """
+import time
+first = time.time()
+time.sleep(0.5)
+from jaxmodel.distributed import process_began
+print(first, process_began())
+"""
     before = time.time()
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     first, began = map(float, told.split())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import train, tree
+from jaxmodel import losses, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import llama
 
@@ -49,7 +49,7 @@ def test_training_adds_the_balance_and_a_held_out_loss_does_not(params):
     entropy, balance = by_hand(params)
 
     def both(params):
-        of = lambda train_: jax.value_and_grad(lambda p: train.next_token(MODEL, p, BATCH, train=train_), has_aux=True)(params)
+        of = lambda train_: jax.value_and_grad(lambda p: losses.next_token(MODEL, p, BATCH, train=train_), has_aux=True)(params)
         return of(True), of(False), jax.grad(lambda p: MODEL.hidden(p, BATCH["tokens"]).aux["load_balance"])(params)
 
     ((loss, metrics), grads), ((heldout, same), plain), pull = jax.jit(both)(params)
@@ -65,6 +65,6 @@ def test_training_adds_the_balance_and_a_held_out_loss_does_not(params):
 def test_a_dense_model_has_no_balance():
     dense = llama.model(llama.SIZES["tiny"])
     shapes = jax.eval_shape(dense.init, jax.random.key(0))
-    assert set(jax.eval_shape(lambda params: train.next_token(dense, params, BATCH), shapes)[1]) == {"weight"}
+    assert set(jax.eval_shape(lambda params: losses.next_token(dense, params, BATCH), shapes)[1]) == {"weight"}
     with pytest.raises(InputError, match="balance: -0.1 given; allowed: at least 0"):
         dataclasses.replace(CONFIG, balance=-0.1)

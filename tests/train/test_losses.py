@@ -11,10 +11,9 @@ import optax
 import pytest
 from scipy import special, stats
 
-from jaxmodel import train
+from jaxmodel import losses, train
 from jaxmodel.errors import InputError
 from jaxmodel.models import mlp, transformer
-from jaxmodel.train import losses
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 2, (7, 5)).astype(np.float32)
@@ -200,7 +199,7 @@ def test_a_step_in_parts_is_the_step(params):
     """Through the step that trains: weights of rows and classes, a penalty, and what each micro-batch weighs."""
     rows = {**batch(np.tile(LABELS, 2)), "weights": jnp.asarray(1 + np.arange(14) % 3, jnp.float32)}
     plain = losses.supervised(losses.focal, class_weights=np.arange(1, 6, dtype=np.float32))
-    loss = train.regularized(plain, [(".*_bias", None), (".*", "l2(0.1)")])
+    loss = losses.regularized(plain, [(".*_bias", None), (".*", "l2(0.1)")])
     found = []
     for parts in (1, 2):
         step = jax.jit(train.make_step(MODEL, loss, optax.sgd(1.0), accumulate=parts))

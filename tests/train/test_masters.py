@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, ops, sharding, train, tree
+from jaxmodel import checkpoint, data, distributed, losses, ops, optim, sharding, train, tree
 from jaxmodel.models import mlp
-from jaxmodel.train.masters import Masters, with_masters
+from jaxmodel.optim.masters import Masters, with_masters
 
 RANDOM = np.random.default_rng(1)
 X = RANDOM.normal(size=(32, 6)).astype(np.float32)
@@ -23,7 +23,7 @@ FIRST = jax.jit(MODEL.init)(jax.random.key(2))
 def fall(dtype, **settings) -> tuple[float, train.TrainState]:
     config = train.TrainConfig(steps=150, warmup=0, schedule="constant", log_every=149, **{"learning_rate": 1e-4, **settings})
     start = tree.cast(FIRST, dtype)
-    state, rows = train.fit(MODEL, STREAM, config, params=start, loss=train.classification)
+    state, rows = train.fit(MODEL, STREAM, config, params=start, loss=losses.classification)
     assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
     return rows[0]["loss"] - rows[-1]["loss"], state
 
@@ -50,7 +50,7 @@ def test_a_weight_is_its_master_rounded():
 def test_nothing_is_added_for_float32_and_compressed_weights():
     optimizer = optax.adam(0.1)
     chex.assert_trees_all_equal_structs(train.init_state(FIRST, optimizer).opt_state, optimizer.init(FIRST))
-    codes = train.quantize_weights(FIRST, [(".*_bias", None), (".*", 8)])
+    codes = optim.quantize_weights(FIRST, [(".*_bias", None), (".*", 8)])
     rules = [(".*", True)]
     assert not isinstance(train.init_state(codes, optimizer, rules).opt_state, Masters)
     some = {**FIRST, "head": FIRST["head"].astype(jnp.bfloat16)}
@@ -67,10 +67,10 @@ def test_a_weight_that_was_changed_meanwhile_is_its_own_master():
 
 
 def test_a_step_that_is_left_out_leaves_them(tmp_path):
-    guard, optimizer = train.Guard(), optax.adam(1e-3)
+    guard, optimizer = optim.Guard(), optax.adam(1e-3)
     params = tree.cast(FIRST, jnp.bfloat16)
     state = train.init_state(params, optimizer, guard=guard)
-    step = jax.jit(train.make_step(MODEL, train.classification, optimizer, guard=guard))
+    step = jax.jit(train.make_step(MODEL, losses.classification, optimizer, guard=guard))
     batch = STREAM.batch(0)
     broken, metrics = step(state, {**batch, "features": batch["features"] * np.float32(np.nan)})
     assert metrics["bad"] == 1
@@ -80,12 +80,12 @@ def test_a_step_that_is_left_out_leaves_them(tmp_path):
 def test_they_are_restored(tmp_path):
     config = train.TrainConfig(steps=8, save_every=3, learning_rate=1e-4, warmup=0)
     run = lambda place, stop=None: train.fit(
-        MODEL, STREAM, config, params=tree.cast(FIRST, jnp.bfloat16), loss=train.classification, checkpoints=tmp_path / place,
-        supervisor=train.Supervisor(stop=lambda i: i == stop),
+        MODEL, STREAM, config, params=tree.cast(FIRST, jnp.bfloat16), loss=losses.classification, checkpoints=tmp_path / place,
+        supervisor=distributed.Supervisor(stop=lambda i: i == stop),
     )  # fmt: skip
     whole, _ = run("a")
     run("b", 4)
-    assert train.fingerprint(run("b")[0]) == train.fingerprint(whole)
+    assert checkpoint.fingerprint(run("b")[0]) == checkpoint.fingerprint(whole)
 
 
 def check_masters_lie_as_their_weights() -> None:
@@ -95,8 +95,8 @@ def check_masters_lie_as_their_weights() -> None:
     stream = data.Stream({"features": x, "labels": np.argmax(x, 1).astype(np.int32)}, 32)
     start = tree.cast(model.init(jax.random.key(0)), jnp.bfloat16)
     settings = train.TrainConfig(steps=20, learning_rate=1e-4, warmup=0)
-    state, _ = train.fit(model, stream, settings, params=start, mesh=mesh, loss=train.classification)
-    one, _ = train.fit(mlp.model(config), stream, settings, params=start, loss=train.classification)
+    state, _ = train.fit(model, stream, settings, params=start, mesh=mesh, loss=losses.classification)
+    one, _ = train.fit(mlp.model(config), stream, settings, params=start, loss=losses.classification)
     for path, a in tree.flatten(state.opt_state.params).items():
         assert a.sharding.spec == tree.flatten(state.params)[path].sharding.spec
         np.testing.assert_allclose(a, tree.flatten(one.opt_state.params)[path], atol=2e-5)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodel import data, models, ops, sharding, train, tree
+from jaxmodel import checkpoint, data, distributed, losses, models, ops, optim, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import resnet
 from jaxmodel.train import statistics
@@ -71,7 +71,7 @@ FOREIGN = {
 def test_fit_leaves_a_foreign_norm_with_the_moments_of_the_data(name):
     model, mean, var = FOREIGN[name]
     config = train.TrainConfig(steps=3, eval_every=2, average=0.5)
-    state, rows = train.fit(model, data.Stream(ROWS, 32), config, heldout=data.Stream(ROWS, 40), loss=train.classification)
+    state, rows = train.fit(model, data.Stream(ROWS, 32), config, heldout=data.Stream(ROWS, 40), loss=losses.classification)
     leaves = tree.flatten(state.params)
     np.testing.assert_allclose(leaves[mean], FEATURES.mean(0), rtol=1e-4)
     np.testing.assert_allclose(leaves[var], FEATURES.var(0), rtol=1e-4)
@@ -100,9 +100,9 @@ CONFIG = train.TrainConfig(steps=6, eval_every=2, save_every=3, log_every=1, lea
 
 
 def fit(config=CONFIG, rows=IMAGES, batch=24, stop=None, **more):
-    supervisor = train.Supervisor(stop=lambda i: i == stop)
+    supervisor = distributed.Supervisor(stop=lambda i: i == stop)
     heldout = data.Stream(IMAGES, 40)
-    more = {"heldout": heldout, "loss": train.classification, **more}
+    more = {"heldout": heldout, "loss": losses.classification, **more}
     return train.fit(MODEL, data.Stream(rows, batch), config, supervisor=supervisor, **more)
 
 
@@ -137,17 +137,17 @@ def test_early_stopping_returns_the_statistics_of_its_best_weights():
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path):
     whole, rows = fit()
     for stop in (3, 5):
-        with train.Checkpoints(tmp_path / str(stop)) as checkpoints:
+        with checkpoint.Checkpoints(tmp_path / str(stop)) as checkpoints:
             fit(stop=stop, checkpoints=checkpoints)
-        with train.Checkpoints(tmp_path / str(stop)) as checkpoints:
+        with checkpoint.Checkpoints(tmp_path / str(stop)) as checkpoints:
             again, after = fit(checkpoints=checkpoints)
-        assert train.fingerprint(again) == train.fingerprint(whole)
+        assert checkpoint.fingerprint(again) == checkpoint.fingerprint(whole)
         assert [row["heldout_loss"] for row in after if "heldout_loss" in row][-1] == rows[-1]["heldout_loss"]
     steady = dataclasses.replace(CONFIG, schedule="constant", warmup=0)
     shorter, _ = fit(dataclasses.replace(steady, steps=3))
     longer, _ = fit(steady, state=shorter)
     straight, _ = fit(steady)
-    assert train.fingerprint(longer) == train.fingerprint(straight)  # what was set at step 3 leaves no trace
+    assert checkpoint.fingerprint(longer) == checkpoint.fingerprint(straight)  # what was set at step 3 leaves no trace
 
 
 def test_fewer_rows_than_a_batch_count_once():
@@ -157,16 +157,16 @@ def test_fewer_rows_than_a_batch_count_once():
 
 
 def test_models_without_norms_cost_nothing():
-    state = train.init_state({"w": jnp.ones(2)}, train.optimizer("sgd", 0.1))
+    state = train.init_state({"w": jnp.ones(2)}, optim.optimizer("sgd", 0.1))
     model = models.from_linen(nn.Dense(2), EXAMPLE)
-    settled = statistics.of_run(model, train.classification, data.Stream(ROWS, 4), None, {"w": jnp.ones(2)})
+    settled = statistics.of_run(model, losses.classification, data.Stream(ROWS, 4), None, {"w": jnp.ones(2)})
     assert settled(state) is state
 
 
 def check_fit_on_a_mesh() -> None:
     config = resnet.Config((1,), 8, classes=4, size=6, channels=1, small=True)
     alone, placed = resnet.model(config), resnet.model(config, ops.Policy(axes=ops.MESH_AXES))
-    run = functools.partial(train.fit, config=CONFIG, heldout=data.Stream(IMAGES, 40), loss=train.classification)
+    run = functools.partial(train.fit, config=CONFIG, heldout=data.Stream(IMAGES, 40), loss=losses.classification)
     one, rows = run(alone, data.Stream(IMAGES, 24))
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
     many, found = run(placed, data.Stream(IMAGES, 24), mesh=mesh)
@@ -174,13 +174,13 @@ def check_fit_on_a_mesh() -> None:
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4, err_msg=path)
     np.testing.assert_allclose(found[-1]["heldout_loss"], rows[-1]["heldout_loss"], rtol=1e-3)
     again, _ = run(placed, data.Stream(IMAGES, 24), mesh=mesh)
-    assert train.fingerprint(many) == train.fingerprint(again)
+    assert checkpoint.fingerprint(many) == checkpoint.fingerprint(again)
 
 
 def check_a_foreign_norm_on_a_mesh() -> None:
     model, mean, var = FOREIGN["linen"]
     config, mesh = train.TrainConfig(steps=2), sharding.make_mesh("data=8")
-    state, _ = train.fit(model, data.Stream(ROWS, 32), config, mesh=mesh, loss=train.classification)
+    state, _ = train.fit(model, data.Stream(ROWS, 32), config, mesh=mesh, loss=losses.classification)
     found = tree.flatten(state.params)
     np.testing.assert_allclose(found[mean], FEATURES.mean(0), rtol=1e-4)
     np.testing.assert_allclose(found[var], FEATURES.var(0), rtol=1e-4)

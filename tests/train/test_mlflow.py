@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxmodel.errors import InputError
-from jaxmodel.train import page
+from jaxmodel.report import training as page
 
 mlflow = pytest.importorskip("mlflow")
 pytestmark = pytest.mark.filterwarnings("default")  # those of MLflow and what it imports
@@ -52,7 +52,7 @@ def test_a_run_as_it_is(store):
 
 KILLED = """
 import os
-from jaxmodel.train import page
+from jaxmodel.report import training as page
 with page.mlflow("run", {"steps": 9}) as write:
     for step in range(1, 8):
         write({"step": step, "loss": 1.0 + step / 100, "bad": 0})

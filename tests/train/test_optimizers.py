@@ -15,12 +15,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, sharding, train, tree
+from jaxmodel import checkpoint, data, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor
+from jaxmodel.losses import next_token
 from jaxmodel.models import gpt2
-from jaxmodel.train import rounding
-from jaxmodel.train.optimizers import Adam8State, names, optimizer, scale_by_adam8
+from jaxmodel.optim import rounding
+from jaxmodel.optim.optimizers import Adam8State, names, optimizer, scale_by_adam8
 
 MODEL = gpt2.model(gpt2.Config(256, 64, 2, 4, 16))
 STREAM = data.Stream(data.windows(np.random.default_rng(0).integers(0, 16, 1000), 17, stride=16), 8, seed=1)
@@ -32,7 +33,7 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
 
 def run(chosen: optax.GradientTransformation, steps: int) -> tuple[train.TrainState, list[float]]:
     state = jax.jit(lambda key: train.init_state(MODEL.init(key), chosen))(jax.random.key(0))
-    step, losses = jax.jit(train.make_step(MODEL, train.next_token, chosen), donate_argnums=0), []
+    step, losses = jax.jit(train.make_step(MODEL, next_token, chosen), donate_argnums=0), []
     for i in range(steps):
         state, metrics = step(state, STREAM.batch(i))
         losses.append(float(metrics["loss"]))
@@ -175,7 +176,7 @@ def test_a_checkpoint_gives_it_back(tmp_path):
     chosen = optimizer("adamw8", 3e-3)
     state, _ = run(chosen, 2)
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-    with train.Checkpoints(tmp_path) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         checkpoints.wait()
         back = checkpoints.restore(like)
@@ -193,7 +194,7 @@ def _on_eight_devices() -> None:
     """Losses of three steps on a mesh and on one device, and where the moments of a stacked leaf lie."""
     model = gpt2.model(gpt2.Config(256, 128, 2, 4, 16))
     chosen = optimizer("adamw8", 3e-3)
-    step = train.make_step(model, train.next_token, chosen)
+    step = train.make_step(model, next_token, chosen)
     start = lambda key: train.init_state(model.init(key), chosen)
     mesh, losses = sharding.make_mesh("fsdp=2,tensor=4"), []
     alone = jax.jit(start)(jax.random.key(0))

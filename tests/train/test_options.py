@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 import jaxmodel
-from jaxmodel import data, train
-from jaxmodel.errors import InputError
+from jaxmodel import data, losses, optim, train
+from jaxmodel.errors import InputError, within
 from jaxmodel.models import gpt2, mlp
-from jaxmodel.train import optimizers
+from jaxmodel.optim import optimizers
 from jaxmodel.train.evaluation import Scorer
-from jaxmodel.train.options import RANGES, within
+from jaxmodel.train.options import RANGES
 from jaxmodel.train.rewind import BadSteps
 
 MODEL = mlp.model(mlp.SIZES["tiny"])
@@ -133,7 +133,7 @@ def test_no_clip_is_no_limit():
 @pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf])
 def test_a_rate_that_is_none(rate):
     with pytest.raises(InputError, match=f"rate: {rate} given; allowed: a finite number of at least 0"):
-        train.schedule("constant", rate, 10)
+        optim.schedule("constant", rate, 10)
 
 
 def scores(weights: list[float], batches: int = 2) -> dict[str, float]:
@@ -143,7 +143,7 @@ def scores(weights: list[float], batches: int = 2) -> dict[str, float]:
         "labels": np.zeros(4, np.int32),
         "weights": np.array(weights, np.float32),
     }
-    scorer = Scorer(MODEL, train.classification, data.Stream(rows, 2), None, batches)
+    scorer = Scorer(MODEL, losses.classification, data.Stream(rows, 2), None, batches)
     return scorer(MODEL.init(jax.random.key(0)))
 
 
@@ -159,7 +159,7 @@ def test_a_compiled_step_refuses_rows_that_the_mesh_does_not_divide():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 4).reshape(2, 2), ("data", "fsdp"))  # it never runs
     batch = {name: jax.ShapeDtypeStruct((6, 8), jnp.int32) for name in ("tokens", "targets")}
     with pytest.raises(InputError, match="batch: 6 rows do not divide over the 4 devices of data x fsdp in the mesh; allowed"):
-        train.Program(gpt2.model(gpt2.SIZES["tiny"]), loss=train.next_token, mesh=mesh).compile(batch)
+        train.Program(gpt2.model(gpt2.SIZES["tiny"]), loss=losses.next_token, mesh=mesh).compile(batch)
 
 
 @pytest.mark.parametrize(

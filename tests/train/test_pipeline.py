@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmodel import ops, plan, sharding, train, tree
+from jaxmodel import losses, ops, plan, sharding, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, llama
 from jaxmodel.train.pipeline import one_forward_one_backward
@@ -51,10 +51,10 @@ def close(got, want, tolerance: float = 1e-4) -> None:
 def check_equal_to_one_device(which: str, shape: str, count: str) -> None:
     module, config = {"gpt2": (gpt2, GPT2), "moe": (llama, MOE)}[which]
     alone, placed, params, on_mesh, batch, on_rows, mesh = build(module, config, shape, int(count))
-    plain = lambda p, batch: train.next_token(alone, p, batch)
+    plain = lambda p, batch: losses.next_token(alone, p, batch)
     (value, metrics), grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(params, batch)
     with jax.set_mesh(mesh):
-        program = jax.jit(one_forward_one_backward(placed, train.next_token)).lower(on_mesh, on_rows).compile()
+        program = jax.jit(one_forward_one_backward(placed, losses.next_token)).lower(on_mesh, on_rows).compile()
         (got_value, got_metrics), got = program(on_mesh, on_rows)
     assert abs(float(got_value) - float(value)) <= 1e-5 * float(value)
     assert set(got_metrics) == set(metrics)
@@ -78,10 +78,10 @@ def the_bytes(found: dict[str, int], params: tree.Params, batch: dict, mesh: jax
 def check_what_is_frozen_has_no_gradient() -> None:
     alone, placed, params, _, batch, on_rows, mesh = build(gpt2, GPT2, "pipeline=2,tensor=2")
     trains, frozen = tree.partition(params, [("blocks/.*/(q|up)", True), ("norm/.*", True), (".*", False)])
-    plain = lambda p: train.next_token(alone, tree.combine(p, frozen), batch)[0]
+    plain = lambda p: losses.next_token(alone, tree.combine(p, frozen), batch)[0]
     want = jax.jit(jax.grad(plain))(trains)
     with jax.set_mesh(mesh):
-        got = jax.jit(one_forward_one_backward(placed, train.next_token, frozen))(trains, on_rows)[1]
+        got = jax.jit(one_forward_one_backward(placed, losses.next_token, frozen))(trains, on_rows)[1]
     close(got, want)
 
 
@@ -94,8 +94,8 @@ def memory(count: int, rows: int, schedule) -> int:
 
 def check_memory_does_not_grow_with_the_micro_batches() -> None:
     """Four times as many rows in four times as many micro-batches: GPipe keeps more, this only the longer batch."""
-    gpipe = lambda model: lambda p, batch: jax.value_and_grad(lambda p: train.next_token(model, p, batch), has_aux=True)(p)
-    ours = lambda model: one_forward_one_backward(model, train.next_token)
+    gpipe = lambda model: lambda p, batch: jax.value_and_grad(lambda p: losses.next_token(model, p, batch), has_aux=True)(p)
+    ours = lambda model: one_forward_one_backward(model, losses.next_token)
     by_ours, by_gpipe = (memory(32, 128, schedule) - memory(8, 32, schedule) for schedule in (ours, gpipe))
     assert by_ours <= (128 - 32) * T * 4 * 4 * 2  # the four arrays of the batch, and a copy in another order
     assert by_gpipe >= (128 - 32) * T * GPT2.width * 4  # the measure sees what it should
@@ -105,7 +105,7 @@ def check_what_it_keeps() -> None:
     """The buffer of activations has one place for each stage, however many micro-batches there are."""
     _, placed, _, on_mesh, _, on_rows, mesh = build(gpt2, GPT2, "pipeline=4", 16, 32)
     with jax.set_mesh(mesh):
-        text = str(jax.make_jaxpr(one_forward_one_backward(placed, train.next_token))(on_mesh, on_rows))
+        text = str(jax.make_jaxpr(one_forward_one_backward(placed, losses.next_token))(on_mesh, on_rows))
     kept = {int(n) for n in re.findall(rf"f32\[(\d+),2,{T},{GPT2.width}\]", text)}
     assert max(kept) == 4, kept
 
@@ -119,7 +119,7 @@ def check_what_does_not_fit_is_refused() -> None:
         else:
             raise AssertionError(f"nothing raised; wanted: {message}")
 
-    def shapes(shape: str, loss=train.next_token):
+    def shapes(shape: str, loss=losses.next_token):
         _, placed, params, _, batch, _, _ = build(gpt2, GPT2, "data=1")
         with jax.set_mesh(sharding.make_mesh(shape)):
             jax.eval_shape(one_forward_one_backward(placed, loss), params, batch)
@@ -131,7 +131,7 @@ def check_what_does_not_fit_is_refused() -> None:
     refused("this schedule needs an axis 'pipeline' of 2 or more; there are {'data': 2}", lambda: shapes("data=2"))
     refused("a ring over 'sequence' needs all stages at once", lambda: shapes("pipeline=2,sequence=2"))
     refused("beside 'tensor', 'fsdp' ends in a failed assertion", lambda: shapes("pipeline=2,fsdp=2,tensor=2"))
-    costly = train.regularized(train.next_token, [(".*", "l2(0.1)")])
+    costly = losses.regularized(losses.next_token, [(".*", "l2(0.1)")])
     refused("loss: it reads the parameters of the layers", lambda: shapes("pipeline=2", costly))
     refused("loss: it runs the model 2 times", lambda: shapes("pipeline=2", twice))
     refused("does not run the model's layers", lambda: shapes("pipeline=2", lambda *args, **options: (jnp.zeros(()), {})))

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, ops, sharding, train
+from jaxmodel import data, distributed, ops, optim, sharding, train
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
 from jaxmodel.train import placing
@@ -60,7 +60,7 @@ def check_a_memory_of_the_exchange_elsewhere(folder: str) -> None:
 
     def run(shape, steps):
         more = {"mesh": sharding.make_mesh(shape)} if shape else {}
-        stop = train.Supervisor(stop=lambda step: step == steps)
+        stop = distributed.Supervisor(stop=lambda step: step == steps)
         return train.fit(wide, stream(), config, checkpoints=folder, supervisor=stop, **more)[0]
 
     assert run("data=4", 2).extra["residual"]["embed"].shape[0] == 4
@@ -79,7 +79,7 @@ def check_an_exchange_among_stages_is_refused() -> None:
 
 
 def check_codes_in_1f1b_are_refused() -> None:
-    params = train.quantize_weights(MODEL.init(jax.random.key(0)), [(".*(norm/.*|_bias)|positions", None), (".*", 8)])
+    params = optim.quantize_weights(MODEL.init(jax.random.key(0)), [(".*(norm/.*|_bias)|positions", None), (".*", 8)])
     config = train.TrainConfig(steps=1, pipeline="1f1b", trainable=[(".*", True)])
     with pytest.raises(InputError, match="trainable: the compressed .* cannot train in this schedule"):
         train.fit(MODEL, stream(), config, params=params, mesh=sharding.make_mesh("pipeline=2,data=2"))
@@ -116,6 +116,6 @@ def test_tokens_that_the_model_has_not_are_refused():
 
 
 def test_codes_have_no_place_uphill():
-    params = train.quantize_weights({"up": jnp.ones((64, 64))}, [(".*", 8)])
+    params = optim.quantize_weights({"up": jnp.ones((64, 64))}, [(".*", 8)])
     with pytest.raises(InputError, match="SAM is for arrays"):
-        train.sam(train.value_and_grad(lambda p: (jnp.zeros(()), {})))(params)
+        optim.sam(train.value_and_grad(lambda p: (jnp.zeros(()), {})))(params)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxmodel.distributed import launch
 from jaxmodel.errors import InputError
-from jaxmodel.train import launch
 
 REPO = Path(__file__).resolve().parent.parent.parent
 
@@ -35,8 +35,8 @@ def script(folder, program):
     """A file with this program, whose results go to `<folder>/<rank>.json`."""
     head = f"""
         import json, sys
-        from jaxmodel.train import distributed
-        distributed.initialize()
+        from jaxmodel.distributed import startup
+        startup.initialize()
         import jax, numpy as np
         def write(result):
             open(f"{folder}/{{jax.process_index()}}.json", "w").write(json.dumps(result))

@@ -12,15 +12,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, ops, train, tree
+from jaxmodel import checkpoint, data, ops, train, tree
 from jaxmodel.compress import Rtn
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse, decode
+from jaxmodel.losses import next_token
 from jaxmodel.models import gpt2, llama
+from jaxmodel.optim.optimizers import optimizer
+from jaxmodel.optim.quantized import apply_updates, by_layer, dense, quantize_weights
+from jaxmodel.optim.rounding import dither, moved, rounded
 from jaxmodel.train.gradients import value_and_grad
-from jaxmodel.train.optimizers import optimizer
-from jaxmodel.train.quantized import apply_updates, by_layer, dense, quantize_weights
-from jaxmodel.train.rounding import dither, moved, rounded
 
 CONFIG = gpt2.Config(256, 64, 2, 4, 16)
 MODEL = gpt2.model(CONFIG)
@@ -45,7 +46,7 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
 def test_the_gradient_is_that_of_the_decoded_weights(remat, params):
     """Of a tied table too, which is looked up and multiplied with."""
     model, batch = MODEL.with_policy(ops.Policy(remat=remat)), jax.device_put(STREAM.batch(0))
-    run = lambda params: train.next_token(model, params, batch)
+    run = lambda params: next_token(model, params, batch)
     got = jax.jit(value_and_grad(run, jnp.float32))(params)
     want = jax.jit(jax.value_and_grad(run, has_aux=True))(dense(params))
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-7)
@@ -61,7 +62,7 @@ def test_the_gradient_of_experts_is_that_of_the_decoded_weights():
     params = tree.map_leaves(lambda _, leaf: rounded(leaf) if leaf.ndim == 4 else leaf, start)
     assert any(isinstance(leaf, QTensor) and leaf.ndim == 4 for leaf in tree.flatten(params).values())
     batch = {name: a[:2] for name, a in jax.device_put(STREAM.batch(0)).items()}
-    run = lambda params: train.next_token(model, params, batch)
+    run = lambda params: next_token(model, params, batch)
     got = jax.jit(value_and_grad(run, jnp.float32))(params)
     want = jax.jit(jax.value_and_grad(run, has_aux=True))(dense(params))
     chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-6)
@@ -80,7 +81,7 @@ def test_the_backward_pass_keeps_codes_and_not_what_they_stand_for():
 
 
 def test_micro_batches_give_the_same_gradient(params):
-    whole, parts = (train.make_step(MODEL, train.next_token, optax.sgd(1.0), trainable=ALL, accumulate=parts) for parts in (1, 4))
+    whole, parts = (train.make_step(MODEL, next_token, optax.sgd(1.0), trainable=ALL, accumulate=parts) for parts in (1, 4))
     state = train.init_state(params, optax.sgd(1.0), ALL)
     one, two = (jax.jit(step)(state, STREAM.batch(0))[1] for step in (whole, parts))
     np.testing.assert_allclose(one["grad_norm"], two["grad_norm"], rtol=5e-3)
@@ -167,7 +168,7 @@ def test_plain_leaves_are_updated_as_optax_does(params):
 
 def run(start: tree.Params, chosen: optax.GradientTransformation, steps: int) -> tuple[train.TrainState, list[float]]:
     state = jax.jit(lambda params: train.init_state(params, chosen, ALL))(start)
-    step, losses = jax.jit(train.make_step(MODEL, train.next_token, chosen, trainable=ALL), donate_argnums=0), []
+    step, losses = jax.jit(train.make_step(MODEL, next_token, chosen, trainable=ALL), donate_argnums=0), []
     for i in range(steps):
         state, metrics = step(state, STREAM.batch(i))
         losses.append(float(metrics["loss"]))
@@ -189,10 +190,10 @@ def test_fit_trains_them_repeats_exactly_and_goes_on_from_a_checkpoint(params, t
     config = train.TrainConfig(steps=4, learning_rate=3e-3, warmup=1, log_every=1, trainable=ALL, average=0.9, save_every=2)
     states = []
     for name in ("a", "b", "a"):
-        with train.Checkpoints(tmp_path / name, at_most=2 if len(states) == 2 else None) as checkpoints:
+        with checkpoint.Checkpoints(tmp_path / name, at_most=2 if len(states) == 2 else None) as checkpoints:
             given = {"params": params, "checkpoints": checkpoints, "optimizer": optimizer("adamw8", 3e-3)}
             states.append(train.fit(MODEL, STREAM, config, **given)[0])
-    assert len({train.fingerprint(state) for state in states}) == 1
+    assert len({checkpoint.fingerprint(state) for state in states}) == 1
     assert isinstance(states[0].params["embed"], QTensor)
     average = train.averaged(states[0])["embed"]
     assert isinstance(average, jax.Array) and 0 < float(jnp.abs(average - decode(states[0].params["embed"])).max()) < 0.1
@@ -206,7 +207,7 @@ def test_a_program_needs_less_than_half_the_memory_of_adam():
     def needed(kind: str, start, trainable) -> int:
         chosen = optimizer(kind, 1e-3)
         state = jax.eval_shape(lambda key: train.init_state(start(key), chosen, trainable), jax.random.key(0))
-        step = train.make_step(model, train.next_token, chosen, trainable=trainable)
+        step = train.make_step(model, next_token, chosen, trainable=trainable)
         found = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
         given, out, again = found.argument_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes
         return given + found.temp_size_in_bytes + out - again

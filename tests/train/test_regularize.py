@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from jaxmodel import leaves, train, tree
 from jaxmodel.errors import InputError
+from jaxmodel.losses import classification
+from jaxmodel.losses.penalties import L1, L2, Elastic, Penalty, parsed, penalties, regularized
 from jaxmodel.models import mlp
-from jaxmodel.train.losses import classification
-from jaxmodel.train.projections import MaxMinNorm, MaxNorm, project
-from jaxmodel.train.regularize import L1, L2, Elastic, Penalty, parsed, penalties, regularized, sam
+from jaxmodel.optim.projections import MaxMinNorm, MaxNorm, project
+from jaxmodel.optim.sam import sam
 
 MODEL = mlp.model(mlp.Config(4, (4, 4, 4), 3))
 BATCH = {"features": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), "labels": jnp.arange(6) % 3}

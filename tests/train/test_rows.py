@@ -11,10 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, train, tree
+from jaxmodel import adapt, data, losses, optim, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, llama, mlp
-from jaxmodel.train import flops, page
+from jaxmodel.report import training as page
+from jaxmodel.train import flops
 from jaxmodel.train.exchange import Exchange
 
 MODEL = mlp.model(mlp.Config(1, (4,), 3))
@@ -38,10 +39,10 @@ class Broken:
 def test_the_rate_of_a_row_is_the_one_that_was_used(optimizer):
     """As if the bad batches had never come."""
     config = train.TrainConfig(steps=9, warmup=3, log_every=1, optimizer=optimizer, end_rate=0.0)
-    run = lambda stream, steps: train.fit(MODEL, stream, dataclasses.replace(config, steps=steps), loss=train.classification)[1]
+    run = lambda stream, steps: train.fit(MODEL, stream, dataclasses.replace(config, steps=steps), loss=losses.classification)[1]
     rows = run(Broken(2, 3, 6), 9)
     rates = [row["learning_rate"] for row in rows if not row["bad"]]
-    rate = train.schedule("cosine", config.learning_rate, 9, warmup=3, end=0.0)
+    rate = optim.schedule("cosine", config.learning_rate, 9, warmup=3, end=0.0)
     np.testing.assert_allclose(rates, [float(rate(i)) for i in range(6)], rtol=1e-6)
 
 
@@ -68,20 +69,20 @@ def test_a_rate_that_a_plateau_lowered():
 def counted(model, trains, frozen, rows=2, length=32) -> float:
     """XLA's own count of the gradient's operations for a token; of one layer, as it counts a loop once."""
     batch = {name: jnp.zeros((rows, length), jnp.int32) for name in ("tokens", "targets")}
-    gradient = jax.jit(jax.grad(lambda t, f: train.next_token(model, tree.combine(t, f), batch)[0]))
+    gradient = jax.jit(jax.grad(lambda t, f: losses.next_token(model, tree.combine(t, f), batch)[0]))
     return gradient.lower(trains, frozen).compile().cost_analysis()["flops"] / (rows * length)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rules", [None, train.ADAPTERS, ((".*", True),), (("head|norm/.*", True), (".*", False))])
+@pytest.mark.parametrize("rules", [None, adapt.ADAPTERS, ((".*", True),), (("head|norm/.*", True), (".*", False))])
 def test_operations_are_those_that_xla_counts(tied, rules):
     if tied and rules is not None and rules[0][0].startswith("head"):
         pytest.skip("it has no head of its own")
     config = dataclasses.replace(llama.SIZES["tiny"], vocab=4096, depth=1, tied=tied)
     model = llama.model(config)
     params = jax.jit(model.init)(jax.random.key(0))
-    if rules == train.ADAPTERS:
-        model, params = train.lora(model, params, [(".*/attn/(q|v)", train.LoRA(4)), (".*", None)], jax.random.key(1))
+    if rules == adapt.ADAPTERS:
+        model, params = adapt.lora(model, params, [(".*/attn/(q|v)", adapt.LoRA(4)), (".*", None)], jax.random.key(1))
     trains, frozen = tree.partition(params, rules)
     got = flops.per_token(jax.eval_shape(lambda p: p, params), 32, config.width, 1, trains=trains)
     assert got == pytest.approx(counted(model, trains, frozen), rel=0.08)
@@ -133,14 +134,14 @@ def test_a_patience_that_never_ends_is_refused(settings):
     config = train.TrainConfig(**{"steps": 40, "patience": 4, **settings})
     stream = data.Stream(ROWS, 8)
     with pytest.raises(InputError, match="patience: . given for 40 steps with . held-out loss.*allowed"):
-        train.fit(MODEL, stream, config, heldout=stream, loss=train.classification)
+        train.fit(MODEL, stream, config, heldout=stream, loss=losses.classification)
 
 
 def test_the_largest_patience_still_stops():
     stream, config = data.Stream(ROWS, 8), train.TrainConfig(steps=40, patience=3, eval_every=10, learning_rate=0.0)
-    state, _ = train.fit(MODEL, stream, config, heldout=stream, loss=train.classification)
+    state, _ = train.fit(MODEL, stream, config, heldout=stream, loss=losses.classification)
     assert int(state.step) == 40  # at the last of four
-    state, _ = train.fit(MODEL, stream, dataclasses.replace(config, patience=2), heldout=stream, loss=train.classification)
+    state, _ = train.fit(MODEL, stream, dataclasses.replace(config, patience=2), heldout=stream, loss=losses.classification)
     assert int(state.step) == 30
 
 
@@ -148,7 +149,7 @@ def test_the_largest_patience_still_stops():
 
 SGD = optax.sgd(0.1)
 PARTS = {
-    "guard": ({"guard": train.Guard()}, {"guard": train.Guard()}),
+    "guard": ({"guard": optim.Guard()}, {"guard": optim.Guard()}),
     "average": ({"average": 0.9}, {"average": True}),
 }
 
@@ -157,7 +158,7 @@ PARTS = {
 def test_halves_that_do_not_agree_are_refused(name):
     in_step, in_state = PARTS[name]
     params, batch = MODEL.init(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
-    make = lambda **more: jax.jit(train.make_step(MODEL, train.classification, SGD, **more))
+    make = lambda **more: jax.jit(train.make_step(MODEL, losses.classification, SGD, **more))
     start = lambda **more: train.init_state(params, SGD, **more)
     make(**in_step)(start(**in_state), batch)
     make()(start(), batch)
@@ -171,12 +172,12 @@ def test_halves_that_do_not_agree_are_refused(name):
 
 def test_guards_and_exchanges_of_another_kind():
     params, batch = MODEL.init(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
-    step = train.make_step(MODEL, train.classification, SGD, guard=train.Guard(6.0))
-    for other in (train.Guard(), train.Guard(6.0, window=4)):
+    step = train.make_step(MODEL, losses.classification, SGD, guard=optim.Guard(6.0))
+    for other in (optim.Guard(), optim.Guard(6.0, window=4)):
         with pytest.raises(InputError, match="guard: .* given for a state that was made with another"):
             step(train.init_state(params, SGD, guard=other), batch)
     state = train.init_state(params, SGD)
     state.extra["residual"] = {}
     for exchange in (None, Exchange("int8")):
         with pytest.raises(InputError, match="exchange: the state has a residual"):
-            train.make_step(MODEL, train.classification, SGD, exchange=exchange)(state, batch)
+            train.make_step(MODEL, losses.classification, SGD, exchange=exchange)(state, batch)

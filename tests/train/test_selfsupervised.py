@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import data, train, tree
+from jaxmodel import data, losses, train, tree
+from jaxmodel.adapt import finetune
+from jaxmodel.contrib import selfsupervised as alone
 from jaxmodel.data import augment
 from jaxmodel.errors import InputError
 from jaxmodel.models import autoencoder, bert, lenet, mlp, resnet, t5, vit
 from jaxmodel.ops import Policy
-from jaxmodel.train import finetune, losses
-from jaxmodel.train import selfsupervised as alone
 
 KEY = jax.random.key(5)
 VIT = vit.model(vit.Config(8, 2, 16, 1, 2, 32, channels=1))
@@ -145,7 +145,7 @@ def test_two_views_teach_what_a_linear_head_reads():
     learnt, params = finetune.replace_head(body, alone.without_projection(state.params), 2, jax.random.key(9))
     rules = finetune.last_layers(params, 0)
     config = train.TrainConfig(steps=40, learning_rate=3e-2, warmup=5, trainable=rules, weight_decay=0.0)
-    probe, history = train.fit(learnt, stream, config, params=params, loss=train.classification, heldout=stream)
+    probe, history = train.fit(learnt, stream, config, params=params, loss=losses.classification, heldout=stream)
     assert history[-1]["heldout_accuracy"] > 0.9
     np.testing.assert_array_equal(probe.params["conv1"], state.params["conv1"])  # the body is as it was
 

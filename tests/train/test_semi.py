@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, train
+from jaxmodel import data, losses, train
+from jaxmodel.contrib import semi
 from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
-from jaxmodel.train import semi
 
 WIDTH, LABELLED, EACH = 16, 4, 8
 MODEL = mlp.model(mlp.Config(WIDTH, (32,), 2))
@@ -157,14 +157,14 @@ def test_no_gradient_flows_into_the_teacher(params, batch):
     loss = semi.mean_teacher(weight=5.0)
     alone = jax.jit(jax.grad(lambda p: loss(MODEL, p, batch, RNG, state=state_of(params, 0, params))[0]))(params)
     labelled = {name: a for name, a in batch.items() if not name.startswith("unlabelled")}
-    want = jax.jit(jax.grad(lambda p: train.classification(MODEL, p, labelled)[0]))(params)
+    want = jax.jit(jax.grad(lambda p: losses.classification(MODEL, p, labelled)[0]))(params)
     # a teacher that says the same moves nothing, while one that moved along would
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone, want)
 
 
 def test_held_out_losses_are_those_of_the_labels(params, batch):
     labelled = {name: a for name, a in batch.items() if not name.startswith("unlabelled")}
-    want = train.classification(MODEL, params, labelled, train=False)
+    want = losses.classification(MODEL, params, labelled, train=False)
     for loss in (semi.fixmatch(jitter(1.0), jitter(1.0)), semi.mean_teacher(jitter(1.0)), semi.pseudo_label(jitter(1.0))):
         for given in (batch, labelled):
             jax.tree.map(np.testing.assert_array_equal, loss(MODEL, params, given, train=False), want)
@@ -220,7 +220,7 @@ def test_rows_without_labels_help():
         _, history = train.fit(MODEL, stream, config, loss=loss, augment=augment, heldout=heldout)
         return history[-1]["heldout_accuracy"]
 
-    alone = accuracy(train.classification, PAIRS.stream, jitter(0.2))
+    alone = accuracy(losses.classification, PAIRS.stream, jitter(0.2))
     ramp = functools.partial(semi.linear_ramp, begin=10, end=40)
     assert alone < 0.94
     assert accuracy(semi.fixmatch(jitter(0.1), jitter(0.4), threshold=0.9)) > alone + 0.03
@@ -233,7 +233,7 @@ def test_a_mesh_changes_nothing(devices8):
     """Labelled rows and what comes with them, and the teacher, cut over eight devices, in `fit`."""
     program = """
 import jax, numpy as np
-from jaxmodel import data, train
+from jaxmodel import contrib, data, train
 from jaxmodel.models import mlp
 
 random = np.random.default_rng(0)
@@ -244,7 +244,7 @@ config = train.TrainConfig(steps=3, log_every=1, average=0.5)
 model = mlp.model(mlp.Config(6, (8,), 3))
 losses = []
 for mesh in (None, jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-    losses.append([row["loss"] for row in train.fit(model, pairs, config, loss=train.mean_teacher(jitter), mesh=mesh)[1]])
+    losses.append([row["loss"] for row in train.fit(model, pairs, config, loss=contrib.mean_teacher(jitter), mesh=mesh)[1]])
 np.testing.assert_allclose(*losses, rtol=1e-5)
 print("same")
 """

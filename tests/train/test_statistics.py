@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import layers, models, ops, train, tree
+from jaxmodel import layers, losses, models, ops, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import cnn, resnet
 
@@ -149,7 +149,7 @@ def test_training_leaves_them_and_folding_takes_them(params, pixels):
     """A run of training, then statistics, then a net without norms: what the life of a small net is."""
     batch = jax.device_put({"pixels": pixels, "labels": np.arange(12, dtype=np.int32) % 3})
     optimizer = optax.adamw(1e-2, weight_decay=0.1)  # decays whatever trains, so what it does not move does not train
-    step = train.make_step(MODEL, train.classification, optimizer)
+    step = train.make_step(MODEL, losses.classification, optimizer)
 
     @jax.jit
     def fit(params):

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import train, tree
+from jaxmodel import losses, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, mlp
-from jaxmodel.train.guard import Guard
+from jaxmodel.optim.guard import Guard
 
 MODEL = mlp.model(dataclasses.replace(mlp.SIZES["tiny"], dropout=0.0))
 FEATURES, CLASSES = MODEL.inputs(1, 1)["features"].shape[-1], MODEL.config.classes
@@ -51,8 +51,8 @@ def test_micro_batches_of_unequal_weight_give_the_gradient_of_the_whole_batch(pa
     batch = jax.device_put(Rows().batch(0))
     optimizer = optax.sgd(1.0)
     state = train.init_state(params, optimizer)
-    whole, metrics = jax.jit(train.make_step(MODEL, train.classification, optimizer))(state, batch)
-    step = train.make_step(MODEL, train.classification, optimizer, accumulate=parts)
+    whole, metrics = jax.jit(train.make_step(MODEL, losses.classification, optimizer))(state, batch)
+    step = train.make_step(MODEL, losses.classification, optimizer, accumulate=parts)
     cut, metrics_cut = jax.jit(step)(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), cut.params, whole.params)
     for name in ("loss", "grad_norm", "accuracy", "weight"):
@@ -61,7 +61,7 @@ def test_micro_batches_of_unequal_weight_give_the_gradient_of_the_whole_batch(pa
 
 def test_micro_batches_need_a_divisor(params):
     state = train.init_state(params, optax.sgd(1.0))
-    step = train.make_step(MODEL, train.classification, optax.sgd(1.0), accumulate=5)
+    step = train.make_step(MODEL, losses.classification, optax.sgd(1.0), accumulate=5)
     with pytest.raises(InputError, match="accumulate: 5 micro-batches do not divide a batch of 12 rows"):
         step(state, Rows().batch(0))
 
@@ -73,7 +73,7 @@ def test_micro_batches_hold_less_memory():
     batch = {name: jax.ShapeDtypeStruct((16, 32), jnp.int32) for name in ("tokens", "targets")}
     used = {}
     for parts in (1, 8):
-        step = train.make_step(model, train.next_token, optimizer, accumulate=parts)
+        step = train.make_step(model, losses.next_token, optimizer, accumulate=parts)
         used[parts] = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
     assert used[8] < 0.4 * used[1]
 
@@ -81,7 +81,7 @@ def test_micro_batches_hold_less_memory():
 def test_the_average_follows_its_formula(params):
     optimizer = optax.sgd(0.5)
     state = train.init_state(params, optimizer, average=True)
-    step = jax.jit(train.make_step(MODEL, train.classification, optimizer, average=0.6))
+    step = jax.jit(train.make_step(MODEL, losses.classification, optimizer, average=0.6))
     want = jax.tree.map(np.asarray, params)
     for i in range(8):
         state, _ = step(state, jax.device_put(Rows().batch(i)))
@@ -93,10 +93,12 @@ def test_the_average_follows_its_formula(params):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_that_is_not_finite_is_as_if_its_batch_had_not_come(accumulate):
     config = train.TrainConfig(steps=6, average=0.9, accumulate=accumulate, log_every=1)
-    broken, history = train.fit(MODEL, Rows(broken=(3,)), config, loss=train.classification)
+    broken, history = train.fit(MODEL, Rows(broken=(3,)), config, loss=losses.classification)
     guard, optimizer = config.guard(), train.make_optimizer(config)
     step = jax.jit(
-        train.make_step(MODEL, train.classification, optimizer, average=0.9, accumulate=accumulate, guard=guard, seed=config.seed)
+        train.make_step(
+            MODEL, losses.classification, optimizer, average=0.9, accumulate=accumulate, guard=guard, seed=config.seed
+        )
     )
     state = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
     for i in (0, 1, 2, 4, 5):
@@ -129,13 +131,13 @@ def test_a_norm_can_be_the_spike():
 def test_to_stop_at_a_bad_step_names_it():
     config = train.TrainConfig(steps=8, bad="stop", log_every=1)
     with pytest.raises(InputError, match="the loss or the gradient of step 6 is not finite or a spike"):
-        train.fit(MODEL, Rows(broken=(5,)), config, loss=train.classification)
+        train.fit(MODEL, Rows(broken=(5,)), config, loss=losses.classification)
 
 
 def test_an_endless_row_of_bad_steps_gives_up():
     config = train.TrainConfig(steps=80, log_every=1)
     with pytest.raises(InputError, match="as were the 49 before"):
-        train.fit(MODEL, Rows(broken=tuple(range(80))), config, loss=train.classification)
+        train.fit(MODEL, Rows(broken=tuple(range(80))), config, loss=losses.classification)
 
 
 def test_augmentation_is_a_function_of_the_data_step(params):
@@ -146,7 +148,7 @@ def test_augmentation_is_a_function_of_the_data_step(params):
         return {**batch, "features": batch["features"] + noise}
 
     optimizer = optax.sgd(0.0)
-    step = jax.jit(train.make_step(MODEL, train.classification, optimizer, augment=augment))
+    step = jax.jit(train.make_step(MODEL, losses.classification, optimizer, augment=augment))
     for place in (0, 1, 0):
         state = dataclasses.replace(train.init_state(params, optimizer), data_step=jnp.int32(place))
         seen.append(float(step(state, jax.device_put(Rows().batch(0)))[1]["loss"]))

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, ops, train, tree
+from jaxmodel import data, losses, ops, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
 
@@ -28,7 +28,7 @@ def params():
 def test_next_token_is_the_mean_cross_entropy(params):
     batch = jax.device_put(STREAM.batch(0))
     batch["weights"] = batch["weights"].at[:, -3:].set(0.0)
-    loss, metrics = train.next_token(MODEL, params, batch)
+    loss, metrics = losses.next_token(MODEL, params, batch)
     logits = np.asarray(MODEL.apply(params, batch["tokens"]).logits, np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_probs, np.asarray(batch["targets"])[..., None], -1)[..., 0]
@@ -39,8 +39,8 @@ def test_next_token_is_the_mean_cross_entropy(params):
 @pytest.mark.parametrize("chunk", [1, 4, 5, 16, 99])  # 5: the 16 positions are padded to 20
 def test_chunked_loss_has_the_same_value_and_gradient(chunk, params):
     batch = jax.device_put(STREAM.batch(3))
-    whole = jax.value_and_grad(lambda p: train.next_token(MODEL, p, batch)[0])(params)
-    parts = jax.value_and_grad(lambda p: train.next_token(MODEL, p, batch, chunk=chunk)[0])(params)
+    whole = jax.value_and_grad(lambda p: losses.next_token(MODEL, p, batch)[0])(params)
+    parts = jax.value_and_grad(lambda p: losses.next_token(MODEL, p, batch, chunk=chunk)[0])(params)
     np.testing.assert_allclose(whole[0], parts[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole[1], parts[1])
 
@@ -50,7 +50,7 @@ def test_a_chunk_bounds_the_logits_that_exist_at_once(params):
 
     def largest(chunk):
         """Elements of the largest array with an axis of the vocabulary, and not the embedding, in the gradient's program."""
-        text = str(jax.make_jaxpr(jax.grad(lambda p: train.next_token(MODEL, p, batch, chunk=chunk)[0]))(params))
+        text = str(jax.make_jaxpr(jax.grad(lambda p: losses.next_token(MODEL, p, batch, chunk=chunk)[0]))(params))
         shapes = [tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)]
         return max(np.prod(shape) for shape in shapes if len(shape) > 2 and MODEL.config.vocab in shape)
 
@@ -61,14 +61,14 @@ def test_a_chunk_bounds_the_logits_that_exist_at_once(params):
 def test_many_logits_are_chunked_without_being_asked(params, monkeypatch):
     """Also where the rows are cut: then a device has fewer."""
     batch = jax.device_put(STREAM.batch(0))
-    monkeypatch.setattr("jaxmodel.train.losses.tokens.LOGITS", 4 * 8 * 5 * MODEL.config.vocab)
-    text = str(jax.make_jaxpr(jax.grad(lambda p: train.next_token(MODEL, p, batch)[0]))(params))
+    monkeypatch.setattr("jaxmodel.losses.tokens.LOGITS", 4 * 8 * 5 * MODEL.config.vocab)
+    text = str(jax.make_jaxpr(jax.grad(lambda p: losses.next_token(MODEL, p, batch)[0]))(params))
     assert f"f32[8,5,{MODEL.config.vocab}]" in text and f"f32[8,16,{MODEL.config.vocab}]" not in text
 
 
 def test_a_chunk_of_nothing_is_refused(params):
     with pytest.raises(InputError, match="chunk: 0 given; allowed: a whole number of at least 1"):
-        train.next_token(MODEL, params, jax.device_put(STREAM.batch(0)), chunk=0)
+        losses.next_token(MODEL, params, jax.device_put(STREAM.batch(0)), chunk=0)
 
 
 def test_options_are_the_config_without_its_rules():
@@ -83,8 +83,8 @@ def test_step_equals_optax_by_hand(params):
     optimizer = optax.sgd(0.5)
     state = train.init_state(params, optimizer)
     batch = jax.device_put(STREAM.batch(0))
-    new, metrics = train.make_step(MODEL, train.next_token, optimizer)(state, batch)
-    value, grads = jax.value_and_grad(lambda p: train.next_token(MODEL, p, batch)[0])(params)
+    new, metrics = train.make_step(MODEL, losses.next_token, optimizer)(state, batch)
+    value, grads = jax.value_and_grad(lambda p: losses.next_token(MODEL, p, batch)[0])(params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     want = tree.map_leaves(lambda path, leaf: leaf - 0.5 * tree.flatten(grads)[path], params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.params, want)
@@ -121,7 +121,7 @@ def test_going_on_from_a_state_is_the_run_without_a_stop(params):
     whole, history = train.fit(MODEL, STREAM, config, params=params)
     optimizer = train.make_optimizer(config)
     state = train.init_state(params, optimizer)
-    step = jax.jit(train.make_step(MODEL, train.next_token, optimizer, seed=config.seed))
+    step = jax.jit(train.make_step(MODEL, losses.next_token, optimizer, seed=config.seed))
     for i in range(3):
         state, _ = step(state, jax.device_put(STREAM.batch(i)))
     rest, tail = train.fit(MODEL, STREAM, config, state=state)
@@ -169,7 +169,7 @@ def test_a_batch_that_the_mesh_does_not_divide(devices8):
 
 
 def test_one_compilation_for_all_steps(params):
-    step = jax.jit(train.make_step(MODEL, train.next_token, optax.sgd(0.1)))
+    step = jax.jit(train.make_step(MODEL, losses.next_token, optax.sgd(0.1)))
     state = train.init_state(params, optax.sgd(0.1))
     for i in range(3):
         state, _ = step(state, jax.device_put(STREAM.batch(i)))
@@ -216,6 +216,6 @@ def test_remat_policies_give_the_same_gradients(params):
     grads = {}
     for remat in ("none", "full", "dots"):
         model = gpt2.model(gpt2.SIZES["tiny"], ops.Policy(remat=remat))
-        grads[remat] = jax.jit(jax.grad(lambda p, m=model: train.next_token(m, p, batch)[0]))(params)
+        grads[remat] = jax.jit(jax.grad(lambda p, m=model: losses.next_token(m, p, batch)[0]))(params)
     for remat in ("full", "dots"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads["none"], grads[remat])

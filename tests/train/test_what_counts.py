@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import data, train
+from jaxmodel import contrib, data, losses, train
 from jaxmodel.data import augment
 from jaxmodel.errors import InputError
 from jaxmodel.models import autoencoder, densenet, gpt2, mlp, resnet
@@ -33,7 +33,7 @@ COUNTS = RANDOM.random((3, 6)) < 0.5
 
 
 def text_loss(batch, chunk=None):
-    loss = functools.partial(train.next_token, chunk=chunk)
+    loss = functools.partial(losses.next_token, chunk=chunk)
     batch = jax.tree.map(jnp.asarray, batch)
     run = jax.jit(jax.value_and_grad(lambda p: loss(TEXT, p, batch), has_aux=True))
     (value, metrics), grads = run(TEXT_PARAMS)
@@ -72,8 +72,8 @@ CLASSES = mlp.model(mlp.Config(4, (6,), 3))
 ROWS = {"features": RANDOM.normal(size=(40, 4)).astype(np.float32), "labels": RANDOM.integers(0, 3, 40).astype(np.int32)}
 
 
-@pytest.mark.parametrize("loss", [train.classification, train.supervised(smoothing=0.1), train.regularized(
-    train.classification, [("head", "l2(1e-3)"), (".*", None)])])  # fmt: skip
+@pytest.mark.parametrize("loss", [losses.classification, losses.supervised(smoothing=0.1), losses.regularized(
+    losses.classification, [("head", "l2(1e-3)"), (".*", None)])])  # fmt: skip
 @pytest.mark.parametrize("wrong", [3, -1, 255])
 def test_a_label_that_is_none_is_named(loss, wrong):
     labels = ROWS["labels"].copy()
@@ -91,7 +91,7 @@ def test_labels_of_minus_100_and_behind_a_weight_of_0():
     want = -logp[np.arange(20), ROWS["labels"][:20]].mean()
     labels = np.where(np.arange(40) < 20, ROWS["labels"], -100).astype(np.int32)
     batch = jax.tree.map(jnp.asarray, {**ROWS, "labels": labels})
-    value, metrics = train.classification(CLASSES, params, batch)
+    value, metrics = losses.classification(CLASSES, params, batch)
     assert float(value) == pytest.approx(want, rel=1e-5) and metrics["weight"] == 20
 
 
@@ -99,14 +99,14 @@ def test_labels_of_minus_100_and_behind_a_weight_of_0():
 def test_labels_that_are_no_numbers(labels):
     rows = {"features": ROWS["features"][:8], "labels": labels}
     with pytest.raises(InputError, match="allowed: ") as error:
-        train.fit(CLASSES, data.Stream(rows, 8), train.TrainConfig(steps=1), loss=train.classification)
+        train.fit(CLASSES, data.Stream(rows, 8), train.TrainConfig(steps=1), loss=losses.classification)
     assert "labels" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_bad_step_that_no_label_explains_stays_one():
     rows = {**ROWS, "features": ROWS["features"].copy()}
     rows["features"][3] = np.inf
-    _, found = train.fit(CLASSES, data.Stream(rows, 8), train.TrainConfig(steps=5, log_every=1), loss=train.classification)
+    _, found = train.fit(CLASSES, data.Stream(rows, 8), train.TrainConfig(steps=5, log_every=1), loss=losses.classification)
     assert sum(row["bad"] for row in found) == 1
 
 
@@ -114,7 +114,7 @@ def test_targets_that_are_not_known_may_be_nan():
     values = RANDOM.normal(size=(6, 3)).astype(np.float32)
     batch = {"features": ROWS["features"][:6], "targets": values, "weights": np.array([1, 1, 0, 1, 0, 1], np.float32)}
     blank = {**batch, "targets": np.where(batch["weights"][:, None] > 0, values, np.nan)}
-    run = jax.jit(jax.value_and_grad(lambda p, batch: train.regression()(CLASSES, p, batch)[0]))
+    run = jax.jit(jax.value_and_grad(lambda p, batch: losses.regression()(CLASSES, p, batch)[0]))
     params = CLASSES.init(KEY)
     jax.tree.map(np.testing.assert_array_equal, run(params, batch), run(params, blank))
 
@@ -123,7 +123,7 @@ def test_an_autoencoder_reads_weights():
     model = autoencoder.model(autoencoder.Config(4, 3, kind="variational"))
     params, x = model.init(KEY), ROWS["features"][:6]
     filled = {"features": np.concatenate([x, 9 + x[:2]]), "weights": np.repeat([1, 0], [6, 2]).astype(np.float32)}
-    run = lambda batch: train.autoencoder(model, params, jax.tree.map(jnp.asarray, batch), train=False)[1]
+    run = lambda batch: losses.autoencoder(model, params, jax.tree.map(jnp.asarray, batch), train=False)[1]
     want, got = run({"features": x}), run(filled)
     assert got["weight"] == 6 and float(got["reconstruction"]) == pytest.approx(float(want["reconstruction"]), rel=1e-5)
 
@@ -147,7 +147,7 @@ def test_batch_norms_do_not_see_rows_without_weight(family, places):
     pixels, labels = np.full((8, 8, 8, 1), 50, np.float32), np.full(8, -1, np.int32)
     pixels[keep], labels[keep] = PIXELS, LABELS
     weights = np.isin(np.arange(8), keep).astype(np.float32)
-    run = jax.jit(jax.value_and_grad(lambda p, batch: train.classification(model, p, batch)[0]))
+    run = jax.jit(jax.value_and_grad(lambda p, batch: losses.classification(model, p, batch)[0]))
     want = run(params, {"pixels": PIXELS, "labels": LABELS})
     got = run(params, {"pixels": pixels, "labels": labels, "weights": weights})
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5), got, want)
@@ -172,14 +172,14 @@ def test_mixing_leaves_out_rows_without_weight(text, filler):
     np.testing.assert_array_equal(out["weights"] > 0, [True, True, False, True, True, False])
     np.testing.assert_array_equal(out["pixels"][np.array([2, 5])], marked[[2, 5]])
     model = FAMILIES["resnet"]
-    assert np.isfinite(float(train.classification(model, model.init(KEY), out)[0]))
+    assert np.isfinite(float(losses.classification(model, model.init(KEY), out)[0]))
     if filler != -100:  # row 3 is mixed with row 1, the last before it that counts
         assert np.asarray(out["labels"][3])[2] == 0
 
 
 def test_tasks_keep_the_weight_of_rows():
     weights = jnp.array([1.0, 0.0, 0.5])
-    patches = train.masked_patches(2)(KEY, {"pixels": jnp.ones((3, 4, 4, 1)), "weights": weights})["weights"]
+    patches = contrib.masked_patches(2)(KEY, {"pixels": jnp.ones((3, 4, 4, 1)), "weights": weights})["weights"]
     assert patches[1].max() == 0 and patches[2].max() == 0.5
     for text in ("span_masking(9, 10, rate=0.9)", "span_corruption(30)"):
         task = augment.parse(text)
@@ -190,7 +190,7 @@ def test_tasks_keep_the_weight_of_rows():
 # ----------------------------------------------------------------------------------------------------------- held-out rows
 
 
-def judged(model, rows, batch, seed, params, loss=train.classification, **settings):
+def judged(model, rows, batch, seed, params, loss=losses.classification, **settings):
     config = train.TrainConfig(steps=1, learning_rate=0.0, **settings)
     held = data.Stream(rows, batch, seed)
     _, found = train.fit(
@@ -240,8 +240,8 @@ def test_a_stream_without_an_end_is_judged_by_its_first_batches():
     both = data.Mixture([(data.Stream(ROWS, 5), 1), (data.Stream(ROWS, 5, 1), 1)], 10)
     config = train.TrainConfig(steps=1, learning_rate=0.0, eval_batches=3)
     params = CLASSES.init(KEY)
-    _, rows = train.fit(CLASSES, data.Stream(ROWS, 8), config, params=params, loss=train.classification, heldout=both)
+    _, rows = train.fit(CLASSES, data.Stream(ROWS, 8), config, params=params, loss=losses.classification, heldout=both)
     want = [
-        float(train.classification(CLASSES, params, jax.tree.map(jnp.asarray, both.batch(i)), train=False)[0]) for i in range(3)
+        float(losses.classification(CLASSES, params, jax.tree.map(jnp.asarray, both.batch(i)), train=False)[0]) for i in range(3)
     ]
     assert rows[-1]["heldout_loss"] == pytest.approx(np.mean(want), rel=1e-5)

@@ -54,10 +54,10 @@ KINDS = {
 
 OURS = """
 import sys, jax, jax.numpy as jnp, numpy as np
-from jaxmodel import hub, train, tree
+from jaxmodel import adapt, hub, train, tree
 where, rules, out = sys.argv[1], sys.argv[2], sys.argv[3]
 bundle = hub.from_pretrained(where)
-model, params = train.lora(bundle.model, bundle.params, [(rules, train.LoRA(3, 5.0)), (".*", None)], jax.random.key(0))
+model, params = adapt.lora(bundle.model, bundle.params, [(rules, adapt.LoRA(3, 5.0)), (".*", None)], jax.random.key(0))
 rng = np.random.default_rng(0)
 some = lambda p, a: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype) if p.endswith("_lora/up") else a
 params = tree.map_leaves(some, params)

@@ -1,0 +1,218 @@
+"""Fine-tuning of few weights: low-rank adapters beside weights of any kind (LoRA: Hu et al., 2021; QLoRA).
+
+    model, params = lora(model, params, [(".*/attn/(q|v)", LoRA(8)), (".*", None)], key)
+    state, _ = fit(model, stream, TrainConfig(trainable=ADAPTERS), params=params)
+    params, how = merge_adapters(state.params)
+
+An adapter of a leaf `attn/q` lies beside it, under `attn/q_lora`: `down` `[rank, in]`, `up` `[out, rank]` and `scale`, with
+dropout also its rate, `dropout`. So rules,
+partition, optimisers, placement and checkpoints know it as any leaf, and the model itself does not change: the wrapped one hands
+its parts an `Adapted` leaf in place of the two. On disk adapters are a file of their own, in PEFT's layout: `hub.save_adapters`,
+`hub.add_adapters`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodel import tree
+from jaxmodel.axes import Axes, read, written
+from jaxmodel.brief import briefly
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.leaves import Adapted, Compressed
+from jaxmodel.leaves.adapted import PARTS, SUFFIX, read_adapters
+from jaxmodel.models.model import Model, Parts, wrap
+
+ADAPTERS: tree.Rules = ((f".*{SUFFIX}/(down|up)", True), (".*", False))
+"""What trains: the adapters alone. Put rules in front for a head or norms that train too."""
+
+
+_PART = re.compile(f".*{SUFFIX}/(down|up|scale|dropout)")
+
+
+@briefly
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """An adapter `scale up @ down` with `scale = alpha / rank`.
+
+    Attributes:
+      rank: rows of `down`.
+      alpha: None for twice the rank.
+      rslora: whether `scale = alpha / sqrt(rank)`, which suits high ranks (Kalajdzievski, 2023); alpha is then 16 for None.
+      dropout: in training, the probability with which an element of the adapter's input is dropped, as in PEFT; what is left is
+        divided by `1 - dropout`. The weight itself sees the whole input. A function of the step's key, so a run repeats. The head
+        of a language model has none, as losses run it without a key, nor has a table that is looked up.
+
+    Raises:
+      InputError: a rank below 1, an alpha that is no positive number, or a dropout outside of 0 to below 1.
+    """
+
+    rank: int = 8
+    alpha: float | int | None = None
+    rslora: bool = False
+    dropout: float | int = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("rank", self.rank)
+        if self.alpha is not None and not (isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf):
+            raise InputError(f"alpha: {self.alpha!r} given; allowed: a number above 0, or None")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise InputError(f"dropout: {self.dropout!r} given; allowed: at least 0 and below 1")
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied with."""
+        if self.rslora:
+            return (16.0 if self.alpha is None else self.alpha) / math.sqrt(self.rank)
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
+def lora(model: Model, params: tree.Params, rules: tree.Rules, key: jax.Array) -> tuple[Model, tree.Params]:
+    """The model and its parameters with adapters, which change nothing yet: `up` is zero, `down` normal with variance `1 / in`.
+
+    Args:
+      model: of any family.
+      params: of arrays or compressed leaves; split where the rules tell layers of a segment apart.
+      rules: path of a weight -> `LoRA` or None.
+      key: of `down`; each layer's is folded from its path, so it is the same however layers are stacked.
+
+    Returns:
+      The wrapped model, whose `rules` cover the adapters, and the parameters with them.
+
+    Raises:
+      InputError: an adapter for what is no matrix, or for what has one, or a value that is no `LoRA`.
+
+    >>> from jaxmodel.models import gpt2
+    >>> model = gpt2.model(gpt2.SIZES["tiny"])
+    >>> adapted, params = lora(model, model.init(jax.random.key(0)), [(".*/(q|v)", LoRA(4)), (".*", None)], jax.random.key(1))
+    >>> {name: leaf.shape for name, leaf in params["blocks"]["0-2"]["attn"]["q_lora"].items()}
+    {'down': (3, 4, 32), 'up': (3, 32, 4), 'scale': (3,)}
+    """
+    values = tree.assign(rules, split_adapters(params)[0])
+    there = [layer for path in tree.flatten(params) if is_adapter(path) for layer in tree.layer_paths(path)]
+    params = tree.split(params, {**values, **dict.fromkeys(there)})
+    leaves = tree.flatten(params)
+    for path, leaf in tuple(leaves.items()):
+        one = None if is_adapter(path) else values[tree.layer_paths(path)[0]]
+        if one is None:
+            continue
+        shape = tree.layer_shape(path, leaf)
+        if not isinstance(one, LoRA) or len(shape) != 2:
+            raise InputError(f"rules: {one!r} given for {path!r} of shape {shape}; allowed: a LoRA for a matrix, or None")
+        if f"{path}{SUFFIX}/down" in leaves:
+            raise InputError(f"rules: {path!r} has an adapter already; merge it first (merge_adapters), or give None")
+        leaves |= {f"{path}{SUFFIX}/{name}": a for name, a in _adapter(path, leaf, one, key).items()}
+    return with_adapters(model), tree.unflatten(leaves)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a leaf is a part of an adapter."""
+    return _PART.fullmatch(path) is not None
+
+
+def split_adapters(params: tree.Params) -> tuple[tree.Params, tree.Params]:
+    """The tree without its adapters, and the adapters alone."""
+    leaves = tree.flatten(params)
+    parts = ({path: leaf for path, leaf in leaves.items() if is_adapter(path) is wanted} for wanted in (False, True))
+    base, adapters = map(tree.unflatten, parts)
+    return base, adapters
+
+
+@functools.cache
+def with_adapters(model: Model) -> Model:
+    """The model reading adapters where its parameters have them: what `lora` gives, for parameters that come from a
+    checkpoint."""
+    if any(f"{SUFFIX}/" in pattern for pattern, *_ in model.axes.rules):
+        return model
+    again = lambda policy: with_adapters(model.with_policy(policy))
+    axes = dataclasses.replace(model.axes, rules=(*_axes(model.axes), *model.axes.rules))
+    return dataclasses.replace(wrap(model, _reading), axes=axes, with_policy=again)
+
+
+def _axes(axes: Axes) -> tuple[Any, ...]:
+    """The rules of all adapters that a model can have. They are small, so every device has all of them."""
+    rules = []
+    for pattern, text, *_ in axes.rules:
+        letters = read(text).axes
+        if len(letters) not in (0, 2):
+            continue
+        out, into = map(written, letters) if letters else "__"
+        for name, own in (("down", f"_{into}"), ("up", f"{out}_"), ("scale", "")):
+            rules.append((tree.optional(f"(?:{pattern}){SUFFIX}/{name}"), own, jax.P()))
+    return tuple(rules)
+
+
+def merge_adapters(
+    params: tree.Params, requantize: Callable[[jax.Array], Any] | None = None
+) -> tuple[tree.Params, dict[str, str]]:
+    """The parameters with each adapter added to its weight, for the plain model.
+
+    Args:
+      params: with adapters.
+      requantize: array -> leaf, for weights that were compressed, such as `compress.Rtn(bits=4, group=32)`; None to leave the sum
+        as it is, in float32.
+
+    Returns:
+      The parameters, and by path how a weight was merged: "exact" (`w + scale up @ down`, computed in float32, in the weight's
+      dtype), "decoded" (the same of what a compressed weight stands for, as an array) or "requantized".
+    """
+    leaves, how = tree.flatten(params), {}
+    for path, leaf in _adapted(leaves).items():
+        dense = jax.jit(Adapted.decode)(leaf)
+        how[path] = "decoded" if isinstance(leaf.base, Compressed) else "exact"
+        if requantize is not None and isinstance(leaf.base, Compressed):
+            dense, how[path] = requantize(dense), "requantized"
+        leaves[path] = dense
+    return tree.unflatten({path: leaf for path, leaf in leaves.items() if not is_adapter(path)}), how
+
+
+def _adapter(path: str, leaf: Any, one: LoRA, key: jax.Array) -> dict[str, jax.Array]:
+    out, width = leaf.shape[-2:]
+    keys = [jax.random.fold_in(key, zlib.crc32(layer.encode())) for layer in tree.layer_paths(path)]
+    downs = [jax.random.normal(key, (one.rank, width), jnp.float32) * jnp.float32(width**-0.5) for key in keys]
+    down = jnp.stack(downs) if tree.is_stacked(path) else downs[0]
+    lead = down.shape[:-2]
+    rate = {"dropout": jnp.full(lead, one.dropout, jnp.float32)} if one.dropout else {}
+    up, scale = jnp.zeros((*lead, out, one.rank), jnp.float32), jnp.full(lead, one.scale, jnp.float32)
+    return {"down": down, "up": up, "scale": scale, **rate}
+
+
+def _adapted(leaves: dict[str, Any]) -> dict[str, Adapted]:
+    """The weights that have an adapter, with it, by path."""
+    heads = dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves if is_adapter(path))
+    parts = {head.removesuffix(SUFFIX): {name: leaves[f"{head}/{name}"] for name in PARTS} for head in heads}
+    return {path: Adapted(leaves[path], **adapter) for path, adapter in parts.items()}
+
+
+def _reading(parts: Parts) -> Parts:
+    def embed(params: tree.Params, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+        return parts.embed(read_adapters(params, _dropout_key(rng, train)), inputs, cache, rng, train)
+
+    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
+        return parts.head(read_adapters(params, _dropout_key(rng, train)), x, rng, train)
+
+    if (block := parts.block) is None:
+        return Parts(embed, None, head)
+
+    def one(
+        params: tree.Params, x: jax.Array, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False
+    ) -> Any:
+        return block(read_adapters(params, _dropout_key(rng, train)), x, context, cache, layer, rng, train)
+
+    return Parts(embed, one, head)
+
+
+_DROPOUT = 2**32 - 9  # what dropout folds into the key of a part; see `models.model` for the other numbers
+
+
+def _dropout_key(rng: Any, train: bool) -> Any:
+    return jax.random.fold_in(rng, _DROPOUT) if train and rng is not None else None

@@ -1,0 +1,9 @@
+"""Save a run whole, and go on where it stopped: `Checkpoints`."""
+
+from jaxmodel.checkpoint.manager import Checkpoints, Keep, fingerprint
+
+__all__ = [
+    "Checkpoints",
+    "Keep",
+    "fingerprint",
+]

@@ -1,0 +1,162 @@
+"""Several processes of one run on this machine, to try what a cluster does: started, watched, named when they die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jaxmodel.distributed.faults import LAUNCHER, STUCK
+from jaxmodel.errors import InputError, at_least
+from jaxmodel.files import open_own
+from jaxmodel.sharding import simulation
+
+POLL = 0.1  # seconds
+GRACE = 20.0  # seconds that processes get to save after SIGTERM, before they are killed
+
+
+def launch(
+    command: Sequence[str],
+    *,
+    processes: int,
+    devices: int = 1,
+    logs: Path,
+    elastic: bool = False,
+    regrow: float = 30.0,
+    fits: Callable[[int], bool] = lambda processes: True,
+    finished: Callable[[], bool] = lambda: False,
+    restarts: int = 100,
+) -> list[dict[str, object]]:
+    """Run a Python command in several processes with JAX's coordinates in their environment, until all of them end well.
+
+    Process 0 writes to this one's standard error, the others to `rank-<i>.log`. When one dies, the others, which would wait for
+    it for ever, are ended, and which it was is said. Elastic, the run is started again with one fewer (or as many, where one
+    was only stuck), and after `regrow` seconds it is told to save and started again with all.
+
+    Args:
+      command: arguments of Python.
+      processes: how many.
+      devices: simulated devices of each.
+      logs: folder of the logs.
+      elastic: whether to start again.
+      regrow: seconds.
+      fits: whether the run can have so many processes (a batch must divide).
+      finished: whether the run had come to its end when it was told to save.
+      restarts: the most of them.
+
+    Returns:
+      What happened: `{"time", "event": "start" | "died" | "regrow" | "end", "processes", ...}`.
+
+    Raises:
+      InputError: a process died and the run is not elastic, or none was left.
+    """
+    at_least("processes", processes)
+    at_least("devices_per_process", devices)
+    if not fits(processes):
+        raise InputError(f"batch: its rows do not divide over {processes} processes of {devices} devices")
+    events: list[dict[str, object]] = []
+    told = False
+
+    def hear(number: int, frame: object) -> None:
+        nonlocal told
+        told = True
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    now, attempts = processes, 0
+    try:
+        while True:
+            events.append({"time": time.time(), "event": "start", "processes": now})
+            world = _start(command, now, devices, logs)
+            began, asked = time.monotonic(), False
+            while True:
+                time.sleep(POLL)
+                codes = [one.poll() for one in world]
+                if told and not asked:
+                    asked = True
+                    _tell(world, signal.SIGTERM)
+                if now < processes and not asked and time.monotonic() - began > regrow:
+                    asked = True
+                    events.append({"time": time.time(), "event": "regrow", "processes": now})
+                    _say(f"back to {processes} processes: the {now} save and stop")
+                    _tell(world, signal.SIGTERM)
+                if all(code is not None for code in codes) or any(codes):
+                    break
+            dead = [(rank, code) for rank, code in enumerate(codes) if code]
+            if asked and all(code == -signal.SIGTERM for _, code in dead):
+                dead = []  # told before it could hear: it had nothing to save yet
+                _end(world)
+            if not dead:
+                if now < processes and asked and not told and not finished():
+                    now = processes
+                    continue
+                events.append({"time": time.time(), "event": "end", "processes": now})
+                return events
+            rank, code = dead[0]
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+            events.append({"time": time.time(), "event": "died", "processes": now, "rank": rank, "how": how})
+            _end(world)
+            what = f"rank {rank} of {now} ended {how}"
+            shown = _tail(logs / f"rank-{rank}.log") if rank else ""
+            if code == 2 or not elastic or told:  # 2: bad input, which is no better the next time
+                raise InputError(f"train: {what}; the others were stopped{shown}")
+            attempts += 1
+            smaller = now if code == STUCK else next((n for n in range(now - 1, 0, -1) if fits(n)), 0)
+            if not smaller or attempts > restarts:
+                raise InputError(f"train: {what}, and there is no smaller number of processes that the batch divides over")
+            _say(f"{what}: going on with {smaller}{shown}")
+            now = smaller
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(command: Sequence[str], processes: int, devices: int, logs: Path) -> list[subprocess.Popen[bytes]]:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    safe = ["-P"] if command[:1] == ["-m"] else []  # a module comes from where it is installed, never from the current folder
+    world = []
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_own(logs / f"rank-{rank}.log")) for rank in range(1, processes)]
+        for rank, log in enumerate([None, *files]):
+            environ = {
+                **os.environ,
+                **simulation(devices),
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(rank),
+                LAUNCHER: str(os.getpid()),
+            }
+            # what process 0 prints on standard output the caller says once more, when all are through
+            out = log or subprocess.DEVNULL
+            world.append(subprocess.Popen([sys.executable, *safe, *command], env=environ, stdout=out, stderr=log))
+    return world
+
+
+def _tell(world: list[subprocess.Popen[bytes]], number: int) -> None:
+    for one in world:
+        with contextlib.suppress(ProcessLookupError):
+            one.send_signal(number)
+
+
+def _end(world: list[subprocess.Popen[bytes]]) -> None:
+    """End what is left: it waits for the dead one and cannot save."""
+    for one in world:
+        with contextlib.suppress(ProcessLookupError):
+            one.kill()
+        one.wait()
+
+
+def _tail(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    return f"; its last line: {lines[-1][:300]}" if lines else ""
+
+
+def _say(line: str) -> None:
+    print(f"jaxmodel: {line}", file=sys.stderr, flush=True)

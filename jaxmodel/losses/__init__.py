@@ -1,0 +1,69 @@
+"""Losses: `loss(model, params, batch, rng, *, train=True) -> (mean, metrics)`.
+
+A loss is a mean over rows or tokens, and `metrics["weight"]`, which is always there, is the sum of the weights that it is a mean
+over: tokens of `next_token`, rows of `classification`, class weights where these are used. Every other metric is a mean over the
+same weights. So the loss of a batch is that of its parts, weighted by `weight`, and the metrics are too; a step may take a batch
+in parts and join them. (Not quite, where rows meet: negatives of a contrastive loss, the load balance of experts.)
+
+With `train=False` a loss is what a held-out loss should be: no dropout, smoothing, balance or penalty.
+
+Settings are keyword arguments, bound by `functools.partial`, or those of a factory that gives a loss. One function of logits and
+labels, with a value for each row, is all that a new loss of classes needs:
+
+>>> import functools
+>>> robust = supervised(functools.partial(generalized_cross_entropy, q=0.7), smoothing=0.1)
+>>> distilled = regression(functools.partial(kl_divergence, temperature=2.0), target="teacher")
+"""
+
+from jaxmodel.losses.chosen import checked_loss, default_loss
+from jaxmodel.losses.classes import (
+    focal,
+    generalized_cross_entropy,
+    kl_divergence,
+    softmax_cross_entropy,
+    symmetric_cross_entropy,
+)
+from jaxmodel.losses.contract import IGNORED, Loss, counting, model_inputs, row_weights, weighted_mean
+from jaxmodel.losses.factory import Each, classification, regression, supervised
+from jaxmodel.losses.labels import balanced_weights, class_means, class_sums, distribution, effective_weights, smooth
+from jaxmodel.losses.penalties import regularized
+from jaxmodel.losses.reconstruction import autoencoder
+from jaxmodel.losses.tokens import cross_entropy, next_token
+from jaxmodel.losses.values import absolute_error, huber, squared_error
+from jaxmodel.losses.views import contrastive, info_nce, nt_xent
+
+__all__ = [
+    "IGNORED",
+    "Each",
+    "Loss",
+    "absolute_error",
+    "autoencoder",
+    "balanced_weights",
+    "checked_loss",
+    "class_means",
+    "class_sums",
+    "classification",
+    "contrastive",
+    "counting",
+    "cross_entropy",
+    "default_loss",
+    "distribution",
+    "effective_weights",
+    "focal",
+    "generalized_cross_entropy",
+    "huber",
+    "info_nce",
+    "kl_divergence",
+    "model_inputs",
+    "next_token",
+    "nt_xent",
+    "regression",
+    "regularized",
+    "row_weights",
+    "smooth",
+    "softmax_cross_entropy",
+    "squared_error",
+    "supervised",
+    "symmetric_cross_entropy",
+    "weighted_mean",
+]

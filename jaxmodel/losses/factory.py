@@ -1,0 +1,141 @@
+"""From a function that gives each row's value to a `Loss`: weights of rows and classes, smoothed labels, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.losses.classes import softmax_cross_entropy
+from jaxmodel.losses.contract import Loss, counting, model_inputs, only, row_weights, weighted_mean
+from jaxmodel.losses.labels import distribution, smooth
+from jaxmodel.losses.values import squared_error
+from jaxmodel.models import Model
+
+type Each = Callable[[Array, Array], Array]
+"""`each(logits, labels) -> values`, one for each row."""
+
+
+def supervised(
+    each: Each = softmax_cross_entropy,
+    *,
+    smoothing: float = 0.0,
+    means: Float[Array, "_ _"] | None = None,
+    class_weights: Float[Array | np.ndarray, " C"] | None = None,
+) -> Loss:
+    """A loss of classes: `sum_i w_i each(z_i, t_i) / sum_i w_i`.
+
+    The batch has `labels`, classes `[B]` or distributions `[B, C]`, if there `weights` `[B]` (0 for rows that fill a batch up,
+    whose labels then do not matter), and the model's inputs. The weight of a row is that times `sum_c t_c class_weights_c`; of a
+    row labelled -100 it is 0. Another label that is no class makes the loss NaN, and `fit` say which it is.
+
+    Args:
+      each: one of `jaxmodel.losses`, with its settings bound by `functools.partial`, or the like.
+      smoothing: share of each label that is spread, in training only; see `smooth`.
+      means: of the classes, to spread towards; None for all classes alike.
+      class_weights: see `balanced_weights` and `effective_weights`.
+
+    Returns:
+      The loss. Its metrics are `weight` and `accuracy`, the weighted share of rows whose largest logit is the label's (of a
+      distribution: its largest).
+
+    >>> import jax
+    >>> from jaxmodel.models import mlp
+    >>> model = mlp.model(mlp.Config(2, (3,), 4))
+    >>> batch = {"features": jnp.ones((3, 2)), "labels": jnp.array([0, 1, 3])}
+    >>> loss = supervised(smoothing=0.1, class_weights=np.array([1.0, 1.0, 1.0, 0.5]))
+    >>> value, metrics = jax.jit(lambda batch: loss(model, model.init(jax.random.key(0)), batch))(batch)
+    >>> float(metrics["weight"]), bool(value > 0)
+    (2.5, True)
+    """
+
+    def loss(
+        model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        logits = _outputs(model, params, batch, rng, train, "labels")
+        labels, weights = counting(batch["labels"], row_weights(batch, logits.shape[:-1]))
+        t = distribution(labels, logits.shape[-1])
+        if class_weights is not None:
+            weights = weights * _of_classes(t, class_weights)
+        right = jnp.argmax(logits, axis=-1) == jnp.argmax(t, axis=-1)
+        metrics = {"weight": jnp.sum(weights), "accuracy": weighted_mean(right.astype(jnp.float32), weights)}
+        values = each(logits, smooth(t, smoothing, means) if smoothing and train else t)
+        return weighted_mean(values, weights), metrics
+
+    return loss
+
+
+def classification(
+    model: Model,
+    params: tree.Params,
+    batch: Mapping[str, Array],
+    rng: Array | None = None,
+    *,
+    train: bool = True,
+    smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean cross entropy of the classes, in nats: `supervised()`.
+
+    Args:
+      model: whose logits are `[B, C]`.
+      params: its parameters.
+      batch: `labels` `[B]` or `[B, C]`, if there `weights` `[B]`, and the model's inputs. See
+        `supervised` for labels that are none.
+      rng: for dropout.
+      train: False for a held-out loss, without smoothing.
+      smoothing: the share of each label that is spread over all classes (Szegedy et al., 2015).
+
+    Returns:
+      The loss; `weight`, the number of rows, and `accuracy`, the share of rows whose largest logit is the label's.
+    """
+    return supervised(smoothing=smoothing)(model, params, batch, rng, train=train)
+
+
+def regression(each: Each = squared_error, *, target: str = "targets") -> Loss:
+    """A loss of values: the mean of `each(outputs, batch[target])` over the rows, weighted by the batch's `weights` `[B]`.
+
+    Args:
+      each: one of `jaxmodel.losses`, with its settings bound, or the like.
+      target: the name of what the outputs are compared with. `regression(partial(kl_divergence, temperature=2.0),
+        target="teacher")` is distillation from a batch that holds the teacher's logits.
+
+    Returns:
+      The loss. Its one metric is `weight`, the number of rows.
+
+    >>> import jax
+    >>> from jaxmodel.models import mlp
+    >>> model = mlp.model(mlp.Config(2, (3,), 4))
+    >>> batch = {"features": jnp.zeros((3, 2)), "targets": jnp.full((3, 4), 2.0)}
+    >>> value, _ = jax.jit(lambda batch: regression()(model, model.init(jax.random.key(0)), batch))(batch)
+    >>> float(value)  # the biases are 0 at the start
+    4.0
+    """
+
+    def loss(
+        model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        outputs, targets = _outputs(model, params, batch, rng, train, target), batch[target]
+        if "weights" in batch:
+            targets = only(targets, batch["weights"])  # a target that is not known may be NaN
+        values = each(outputs, targets)
+        weights = row_weights(batch, values.shape)
+        return weighted_mean(values, weights), {"weight": jnp.sum(weights)}
+
+    return loss
+
+
+def _outputs(model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None, train: bool, target: str) -> Array:
+    if target not in batch:
+        raise InputError(f"batch: {', '.join(batch) or 'nothing'} given; {target!r} is needed")
+    return model.apply(params, model_inputs(batch, target), rng=rng, train=train).logits
+
+
+def _of_classes(t: Float[Array, "... C"], class_weights: Any) -> Float[Array, "..."]:
+    if np.shape(class_weights) != t.shape[-1:]:
+        raise InputError(f"class_weights: the shape {list(np.shape(class_weights))} given; needed is {list(t.shape[-1:])}")
+    return jnp.einsum("...c,c->...", t, jnp.asarray(class_weights, jnp.float32), precision="highest")

@@ -1,0 +1,312 @@
+"""Optimisers by name, from optax, and Adam with moments of 8 bits.
+
+`optimizer(name, rate)` is an optax transformation as any other: chain what you like in front of it or behind. A new one is a
+function in `_MAKERS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxmodel import tree
+from jaxmodel.axes import Roles, guessed
+from jaxmodel.errors import InputError, unknown
+from jaxmodel.leaves import Compressed, QTensor
+from jaxmodel.optim.quantized import by_layer, flat
+from jaxmodel.optim.rounding import curved, group_of, straight
+
+SMALLEST = 4096
+"""Leaves with fewer elements keep moments in float32: norms and biases, of which a step is cheap and an error dear."""
+
+type Rate = float | optax.Schedule
+type Mask = Callable[[Any], Any]
+
+
+def optimizer(
+    name: str,
+    rate: Rate,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Mask | None = None,
+    roles: Roles = guessed,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """An optimiser by name, with decoupled decay `w <- w - rate (u + weight_decay w)`.
+
+    - "adamw" (Loshchilov & Hutter, 2019); "adamw8", the same with moments of 8 bits;
+    - "sgd" with momentum b1, not dampened (b1 = 0 for none);
+    - "lion" (Chen et al., 2023): a third to a tenth of Adam's rate, and as much more decay;
+    - "adafactor" (Shazeer & Stern, 2018): second moments by rows and columns, steps relative to the size of the weights;
+    - "muon" (Jordan et al., 2024): each layer's matrix of momentum (0.95) made orthogonal and scaled to the size of Adam's steps
+      (Liu et al., 2025); tables, heads and what is no matrix by AdamW, as its authors do.
+
+    Args:
+      name: one of them.
+      rate: the learning rate, or a schedule of it.
+      b1: decay of the mean of gradients.
+      b2: decay of the mean of squared gradients; of lion, of its momentum.
+      eps: what is added to the root of the second moment.
+      weight_decay: its factor.
+      mask: tree -> tree of bool, which leaves decay; None for matrices, tables and heads.
+      roles: what each leaf is, `axes.role_of(model.axes)`; as it stands, guessed from its name and shape.
+      seed: of the rounding of "adamw8".
+
+    Raises:
+      InputError: an unknown name.
+
+    >>> params = {"w": jnp.array([[1.0, -2.0]]), "bias": jnp.ones(1)}
+    >>> sgd = optimizer("sgd", 0.1, weight_decay=0.5)
+    >>> updates, _ = sgd.update({"w": jnp.array([[1.0, 0.0]]), "bias": jnp.zeros(1)}, sgd.init(params), params)
+    >>> updates["w"].tolist(), updates["bias"].tolist()  # -0.1 (g + 0.5 w); a bias does not decay
+    ([[-0.15000000596046448, 0.10000000149011612]], [-0.0])
+    """
+    if name not in _MAKERS:
+        raise unknown("optimizer", name, _MAKERS)
+    mask = functools.partial(decaying, roles) if mask is None else mask
+    return _MAKERS[name](rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, roles=roles, seed=seed)
+
+
+def names() -> list[str]:
+    """The names that `optimizer` knows."""
+    return list(_MAKERS)
+
+
+def decaying(roles: Roles, params: Any) -> Any:
+    """Which leaves decay by default: matrices, tables and heads, however the layers are stacked.
+
+    >>> leaves = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3), "cls": jnp.ones((1, 1, 3))}
+    >>> decaying(guessed, {"Dense_0": leaves, "blocks": {"0-1": {"attn_norm": {"weight": jnp.ones((2, 3))}}}})
+    {'Dense_0': {'bias': False, 'cls': False, 'kernel': True}, 'blocks': {'0-1': {'attn_norm': {'weight': False}}}}
+    """
+
+    def one(path: Any, leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return roles(tree.layer_paths(name)[0], tree.layer_shape(name, leaf)) in ("matrix", "table", "head")
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, Compressed))
+
+
+def each_layer(direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation that takes norms or means over leaves, taken over each layer, and each expert, by itself.
+
+    How layers are stacked is storage: a leaf `[layers, out, in]` is as many matrices. Adam, momentum, signs and the norm of all
+    gradients do not mind; what looks at a leaf as a whole does (Adafactor, LAMB, LARS, clipping by blocks), and is right so.
+
+    Args:
+      direction: of one array; without extra arguments.
+
+    >>> params = {"blocks": {"0-1": {"up": jnp.array([[[3.0, 4.0]], [[0.0, 1.0]]])}}}
+    >>> unit = each_layer(optax.scale_by_trust_ratio())  # of LARS: |w| / |u|
+    >>> grads = {"blocks": {"0-1": {"up": jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])}}}
+    >>> unit.update(grads, unit.init(params), params)[0]["blocks"]["0-1"]["up"].tolist()
+    [[[5.0, 0.0]], [[1.0, 0.0]]]
+    """
+
+    def apart(function: Callable[..., Any], path: str, leaf: Any) -> Callable[..., Any]:
+        for _ in range(tree.is_stacked(path) + _has_experts(path, leaf)):
+            function = jax.vmap(function)
+        return function
+
+    def init(params: Any) -> Any:
+        paths, leaves, places = flat(params)
+        return places.unflatten([apart(direction.init, path, leaf)(leaf) for path, leaf in zip(paths, leaves, strict=True)])
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        paths, leaves, places = flat(updates)
+        beside = [places.flatten_up_to(other) for other in (state, updates if params is None else params)]
+        found = [apart(direction.update, path, u)(u, *rest) for path, u, *rest in zip(paths, leaves, *beside, strict=True)]
+        return tuple(places.unflatten([each[i] for each in found]) for i in range(2))  # pyright: ignore[reportReturnType]
+
+    return optax.GradientTransformation(init, update)
+
+
+def _has_experts(path: str, leaf: Any) -> bool:
+    """Whether a layer's leaf is a matrix for each expert."""
+    return "moe" in path.split("/") and len(tree.layer_shape(path, leaf)) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ Adam in 8 bits
+
+
+class Adam8State(NamedTuple):
+    """Of `scale_by_adam8`; a moment is a `QTensor`, of a small leaf an array."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam8(
+    b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, *, group: int | None = None, smallest: int = SMALLEST, seed: int = 0
+) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba, 2015) whose moments take a byte each, with a scale for each block (Dettmers et al., 2022).
+
+    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `u = m' / (sqrt(v') + eps)` with the moments corrected for their start
+    at zero. The first is stored by its square root, the second by its fourth root, so that small values keep apart from zero, and
+    both are rounded at random with an exact mean: the second moves by `1 - b2` of itself in a step, less than any 8-bit grid has.
+    No update is larger than gradients could have made it without rounding, by the inequality of Cauchy and Schwarz.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second.
+      eps: what is added to the root.
+      group: length of a block along the last axis; None for 128, 64 or 32, the longest that divides it.
+      smallest: leaves of fewer elements a layer, vectors, and those whose last axis no block divides have moments in float32.
+      seed: of the rounding.
+
+    >>> params = {"w": jnp.ones((64, 128)), "bias": jnp.ones(64)}
+    >>> state = scale_by_adam8().init(params)
+    >>> state.mu["w"].bits_per_weight, state.mu["bias"].dtype  # 8 of codes, 32 / 128 of scales
+    (8.25, dtype('float32'))
+    """
+    groups = (group,) if group is not None else ()
+    if group is not None and group < 1:
+        raise InputError(f"group: {group} given; allowed: at least 1")
+    limit = _largest_update(b1, b2)
+
+    def block(path: str, leaf: Any) -> int | None:
+        shape = tree.layer_shape(path, leaf)
+        if len(shape) < 2 or math.prod(shape) < smallest:
+            return None
+        return group_of(leaf.shape[-1], groups) if groups else group_of(leaf.shape[-1])
+
+    def zeros(path: str, leaf: Any, second: bool) -> Any:
+        size = block(path, leaf)
+        if size is None:
+            return jnp.zeros(leaf.shape, jnp.float32)
+        scale = jnp.zeros((*leaf.shape[:-1], leaf.shape[-1] // size), jnp.float32)
+        codes = jnp.zeros(leaf.shape, jnp.uint8 if second else jnp.int8)
+        return QTensor(codes, scale, scale + 0 if second else None)
+
+    def init(params: Any) -> Adam8State:
+        paths, leaves, places = flat(params)
+        moments = [[zeros(*one, second) for one in zip(paths, leaves, strict=True)] for second in (False, True)]
+        return Adam8State(jnp.zeros((), jnp.int32), *map(places.unflatten, moments))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Adam8State]:
+        count = state.count + jnp.int32(1)
+        t = count.astype(jnp.float32)
+        first, second = 1 - jnp.float32(b1) ** t, 1 - jnp.float32(b2) ** t
+        key = jax.random.fold_in(jax.random.key(seed), count)
+
+        def wide(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
+            g = g.astype(jnp.float32)
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            return m, v, (m / first) / (jnp.sqrt(v / second) + eps)
+
+        def narrow(g: Array, mu: QTensor, nu: QTensor, key: Array) -> tuple[Array, QTensor, QTensor]:
+            m, v, u = wide(g, straight(mu, 2), straight(nu, 4))
+            size = g.shape[-1] // mu.groups
+            keys = [jax.random.fold_in(key, i) for i in (0, 1)]
+            u = jnp.clip(u, -limit, limit).astype(g.dtype)
+            return u, curved(m, size, 2, True, keys[0]), curved(v, size, 4, False, keys[1])
+
+        found = []
+        paths, leaves, places = flat(updates)
+        moments = zip(paths, leaves, places.flatten_up_to(state.mu), places.flatten_up_to(state.nu), strict=True)
+        for path, g, mu, nu in moments:
+            if isinstance(mu, QTensor):
+                found.append(by_layer(path, narrow, key, (g, mu, nu)))
+            else:
+                m, v, u = wide(g, mu, nu)
+                found.append((u.astype(g.dtype), m, v))
+        new, mu, nu = (places.unflatten([each[i] for each in found]) for i in range(3))
+        return new, Adam8State(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _largest_update(b1: float, b2: float) -> float:
+    """The largest |m| / sqrt(v) that any gradients lead to: `(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))`, at least 1."""
+    if not b1 * b1 < b2 < 1:
+        return math.inf
+    return max(1.0, (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ by name
+
+
+def _decoupled(direction: optax.GradientTransformation, rate: Rate, weight_decay: float, mask: Mask | None) -> Any:
+    """`-rate (u + weight_decay w)`."""
+    decay = (decayed(weight_decay, mask),) if weight_decay else ()
+    return optax.chain(direction, *decay, optax.scale_by_learning_rate(rate))
+
+
+def decayed(weight_decay: float, mask: Mask | None = None) -> optax.GradientTransformation:
+    """`u + weight_decay w` in the dtype of u; `optax.add_decayed_weights` would make bfloat16 updates float32."""
+
+    def init(params: Any) -> Any:
+        if mask is not None:
+            mask(params)  # rules that do not fit are refused now, not at the first update
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        chosen = jax.tree.map(lambda _: True, updates) if mask is None else mask(params)
+        add = lambda u, w, yes: (u.astype(jnp.float32) + weight_decay * w.astype(jnp.float32)).astype(u.dtype) if yes else u
+        return jax.tree.map(add, updates, params, chosen), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _adamw(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    return _decoupled(optax.scale_by_adam(b1, b2, eps), rate, weight_decay, mask)
+
+
+def _adamw8(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, seed: int, **_: Any) -> Any:
+    return _decoupled(scale_by_adam8(b1, b2, eps, seed=seed), rate, weight_decay, mask)
+
+
+def _sgd(rate: Rate, *, b1: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    return _decoupled(optax.trace(b1) if b1 else optax.identity(), rate, weight_decay, mask)
+
+
+def _lion(rate: Rate, *, b1: float, b2: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    return _decoupled(optax.scale_by_lion(b1, b2), rate, weight_decay, mask)
+
+
+def _adafactor(rate: Rate, *, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+    return _decoupled(each_layer(optax.chain(optax.adafactor(None), optax.scale(-1.0))), rate, weight_decay, mask)
+
+
+def _muon(
+    rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, roles: Roles, **_: Any
+) -> Any:
+    settings: dict[str, Any] = {"adam_b1": b1, "adam_b2": b2, "eps": eps, "consistent_rms": 0.2}
+    steps = optax.contrib.muon(1.0, muon_weight_dimension_numbers=functools.partial(_matrices, roles), **settings)
+    return _decoupled(optax.chain(steps, optax.scale(-1.0)), rate, weight_decay, mask)
+
+
+def _matrices(roles: Roles, params: Any) -> Any:
+    """Which axes of a leaf are a layer's matrix `[out, in]`, None for what Adam takes."""
+
+    def axes(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # Adam has it
+            return leaf
+        shape = tree.layer_shape(path, leaf)
+        matrix = len(shape) == 2 or _has_experts(path, leaf)
+        if not matrix or roles(tree.layer_paths(path)[0], shape) != "matrix":
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
+
+    return tree.map_leaves(axes, params)
+
+
+_MAKERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adamw8": _adamw8,
+    "sgd": _sgd,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}

@@ -1,0 +1,107 @@
+"""Norms of rows held in bounds after every update, by rules: max-norm and max-min-norm."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxmodel import tree
+from jaxmodel.errors import InputError
+from jaxmodel.losses.penalties import parsed, plain
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Base of the bounds: a frozen dataclass that says from where to where the norm of a row may go; see `bounds`."""
+
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest norm."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        low, high = self.bounds()
+        if not 0 <= low <= high or high == 0:
+            name = type(self).__name__.lower()
+            raise InputError(f"{name}: norms from {low!r} to {high!r} given; allowed: 0 <= low <= high, 0 < high")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxNorm(Bound):
+    """Rows of norm `high` at most (Srebro et al., 2005)."""
+
+    high: int | float
+
+    def bounds(self) -> tuple[float, float]:
+        return 0.0, float(self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxMinNorm(Bound):
+    """Rows of a norm from `low` to `high`. A row of zeros, which has no direction, stays."""
+
+    low: int | float
+    high: int | float
+
+    def bounds(self) -> tuple[float, float]:
+        return float(self.low), float(self.high)
+
+
+def project(rules: tree.Rules) -> optax.GradientTransformation:
+    """The last link of a chain: changes updates so that after `p + u` the norm of each row is in bounds, to a rounding.
+
+    A row is what stands along the last axis: the weights `[out, in]` of one output, a vector as a whole. A row whose norm is in
+    bounds gets its update bit for bit.
+
+    Args:
+      rules: path -> `Bound`, its text ("maxnorm(3)", "maxminnorm(0.5, 2)"), or None; of the leaves that train. Layers of a
+        segment may differ.
+
+    Raises:
+      InputError: a text that is no bound; when used, a bound of a compressed leaf, or no params.
+
+    >>> optimizer = optax.chain(optax.sgd(1.0), project([("w", "maxnorm(5)"), (".*", None)]))
+    >>> params, grads = {"w": jnp.array([[1.0, 0.0]]), "b": jnp.zeros(1)}, {"w": jnp.array([[-5.0, -8.0]]), "b": jnp.ones(1)}
+    >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    >>> optax.apply_updates(params, updates)["w"].tolist()  # (6, 8) has a norm of 10
+    [[3.0, 4.0]]
+    """
+    values = [(pattern, parsed(value, Bound)) for pattern, value in rules]
+
+    def init(params: Any) -> optax.EmptyState:
+        tree.assign(values, params)  # says at once what is wrong with the rules
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise InputError("params: none given; a projection needs them: optimizer.update(updates, state, params)")
+        by_layer, leaves = tree.assign(values, params), tree.flatten(params)
+
+        def projected(path: str, u: Any) -> Any:
+            found = [by_layer[layer] for layer in tree.layer_paths(path)]
+            if not any(found):
+                return u
+            limits = jnp.asarray([bound.bounds() if bound else (0.0, math.inf) for bound in found], jnp.float32).T
+            p = plain(path, leaves[path])
+            shape = (-1 if tree.is_stacked(path) else 1, *(1,) * (p.ndim - 1)) if p.ndim else ()
+            low, high = (jnp.broadcast_to(a.reshape(shape), p.shape) for a in limits)
+            return _bounded(p, u, low, high)
+
+        return tree.map_leaves(projected, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _bounded(
+    p: Float[Array, "..."], u: Float[Array, "..."], low: Float[Array, "..."], high: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    new = p.astype(jnp.float32) + u.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(new**2, axis=-1, keepdims=True)) if p.ndim else jnp.abs(new)
+    norm = jnp.broadcast_to(norm, p.shape)
+    wanted = jnp.clip(norm, low, high)
+    back = new * (wanted / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)) - p.astype(jnp.float32)
+    return jnp.where(norm == wanted, u, back.astype(u.dtype))

@@ -1,0 +1,324 @@
+"""What a run writes while it goes: `metrics.jsonl`, TensorBoard and MLflow where they are wanted, plots, and one HTML page."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from jaxmodel import report, schema
+from jaxmodel.errors import InputError, require
+from jaxmodel.files import atomic_write, read_bytes
+from jaxmodel.report import html, plot
+from jaxmodel.report.json_out import dumps
+from jaxmodel.report.table import count, number, percent, rate, text
+
+type Tracker = Callable[[dict[str, Any]], None]
+"""Called with every row."""
+
+PAGE_EVERY = 30.0  # seconds between two pages of a run that goes on
+LOSSES = ("loss", "heldout_loss")
+SPEEDS = ("tokens_per_second", "rows_per_second")
+TITLES = {
+    "loss": "training\nloss",
+    "heldout_loss": "held-out\nloss",
+    "accuracy": "training\naccuracy",
+    "heldout_accuracy": "held-out\naccuracy",
+    "tokens_per_second": "tokens\nper second",
+    "rows_per_second": "rows\nper second",
+    "data_wait": "wait for\ndata",
+    "grad_norm": "norm of the\ngradient",
+    "learning_rate": "learning\nrate",
+    "mfu": "MFU",
+    "bad": "bad\nsteps",
+}
+"""Of the keys of a row that are no words."""
+_AGAIN = {"resume": "", "rerun": "", "replay": " --step 1"}
+
+
+class _Row(TypedDict, total=False):
+    step: schema.Index
+    loss: float | None
+    heldout_loss: float | None
+
+
+class Writer:
+    """A callback of `fit`: each row goes to `metrics.jsonl` and the trackers; plots and page are made anew from time to time.
+
+    Args:
+      folder: of the run.
+      steps: of the whole run.
+      trackers: each is called with every row: see `tensorboard`, `mlflow`.
+      defaults: of the options that the run can have; the page says which are otherwise.
+    """
+
+    def __init__(
+        self, folder: report.Run, steps: int, trackers: Sequence[Tracker] = (), defaults: Mapping[str, Any] | None = None
+    ):
+        self._folder, self._steps, self._trackers, self._defaults = folder, steps, trackers, defaults or {}
+        self._shown, self._last = time.monotonic(), 0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if row["step"] <= self._last:  # the run went back to a checkpoint
+            self.rewind(row["step"] - 1)
+        self._last = row["step"]
+        self._folder.log(**row)
+        for tracker in self._trackers:
+            tracker(row)
+        if time.monotonic() - self._shown > PAGE_EVERY:
+            self.page({})
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows behind a step: a run that goes on from there writes them again."""
+        file = self._folder.path("metrics.jsonl")
+        rows = self.rows()
+        kept = [row for row in rows if row.get("step", 0) <= step]
+        if len(kept) < len(rows) or (file.exists() and not file.read_bytes().endswith(b"\n")):
+            atomic_write(file, "".join(dumps(row, indent=None) + "\n" for row in kept))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of the whole run, over all restarts."""
+        return read_rows(self._folder.path("metrics.jsonl"))
+
+    def page(self, result: dict[str, Any]) -> None:
+        """Write the plots and `report.html`; without matplotlib the page says what it lacks."""
+        self._shown = time.monotonic()
+        rows = self.rows()
+        if not rows:
+            return
+        with contextlib.suppress(InputError):  # the package that draws is missing: training goes on without pictures
+            for name, draw in plots(rows).items():
+                self._folder.save_bytes(f"plots/{name}.png", draw("png"))
+        self._folder.save_bytes("report.html", page(self._folder, rows, result, self._steps, self._defaults))
+
+
+def read_rows(file: str | Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line that was cut off is none."""
+    place = Path(file)
+    rows = []
+    raw = read_bytes(place, 2**30) if place.exists() else b""
+    for line in raw.decode(errors="replace").splitlines():
+        with contextlib.suppress(InputError):
+            rows.append(schema.make(schema.parse(line.encode(), str(file)), _Row, str(file)))
+    return rows
+
+
+class History(report.Rows):
+    """The rows of a run: a list of dicts that shows itself as a table, in a notebook below the curve of the losses."""
+
+    def columns(self) -> list[report.Column]:
+        """Losses and speed first, in words."""
+        return columns(self)
+
+    def _repr_html_(self) -> str | None:
+        with contextlib.suppress(Exception):  # the package that draws is missing, or these are other rows
+            return f"{html.fragment([html.figure(plots(self)['loss']('svg'))])}{super()._repr_html_()}"
+        return super()._repr_html_()
+
+
+def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.Picture]]:
+    """Name -> format -> picture: losses, learning rate, norm of the gradient and speed over steps."""
+
+    def series(*names: str, skip: int = 0) -> dict[str, Any]:
+        found = {}
+        for name in names:
+            own = [row for row in rows if row.get(name) is not None]
+            own = own[skip:] or own
+            if own:
+                found[TITLES[name].partition("\n")[0]] = ([row["step"] for row in own], [row[name] for row in own])
+        return found
+
+    unit = ", nats per token" if any("tokens_per_second" in row for row in rows) else ""
+    losses, speed = series(*LOSSES), next(name for name in SPEEDS if name == SPEEDS[-1] or any(name in row for row in rows))
+    wanted = {
+        "loss": (losses, f"loss{unit}", "Loss"),
+        "learning_rate": (series("learning_rate"), "learning rate", "Learning rate"),
+        "grad_norm": (series("grad_norm"), "norm of the gradient", "Gradient"),
+        "speed": (series(speed, skip=1), speed.replace("_", " "), "Speed"),  # the first row has the compilation in it
+    }
+    return {
+        name: lambda fmt, found=found, label=label, title=title: plot.curves(found, "step", label, title, fmt)
+        for name, (found, label, title) in wanted.items()
+        if found
+    }
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[report.Column]:
+    """Those of a table of such rows, in words and with units."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("data_step", "seconds"))
+    first = [name for name in ("step", *LOSSES, *SPEEDS) if name in names]
+    formats = {"mfu": percent, "data_wait": percent, **dict.fromkeys(SPEEDS, rate), "loss": _loss}
+    formats |= {"heldout_loss": _loss, "learning_rate": lambda value: number(value, 3), "step": count, "bad": count}
+    heading = lambda name: TITLES[name] if name in TITLES else name.replace("_", " ")
+    return [
+        report.Column(name, heading(name), formats.get(name, text)) for name in [*first, *(n for n in names if n not in first)]
+    ]
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else number(value)
+
+
+def page(
+    folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any], steps: int, defaults: Mapping[str, Any] | None = None
+) -> str:
+    """The page of a run, whether it goes on or is through."""
+    last = rows[-1]
+    state = "ended" if result and not result.get("stopped") else "stopped" if result else "running"
+    sections = [
+        html.text(f"Step {last['step']:,} of {steps:,}, {state}. Its speed is that of {report.processor(folder.versions)}.")
+    ]
+    if result:
+        mesh = ", ".join(f"{axis}={length}" for axis, length in result["mesh"].items())
+        where = f"{result['devices']} device{'s' * (result['devices'] > 1)}{f', mesh {mesh}' if mesh else ''}"
+        sections.append(html.text(f"{result['parameters']:,} parameters on {where}."))
+    try:
+        sections += [html.figure(draw("svg")) for draw in plots(rows).values()]
+    except InputError as missing:
+        sections.append(html.text(f"There are no plots here: {missing}"))
+    sections += [html.heading("The last rows"), html.table(rows[-10:], columns(rows))]
+    if spent := result.get("ledger", {}):
+        wall = spent["wall"]
+        kinds = {name: value for name, value in spent.items() if name not in ("wall", "goodput")}
+        times = [{"category": name, "seconds": value, "share": value / wall} for name, value in kinds.items()]
+        shown = [
+            report.Column("category"),
+            report.Column("seconds", format="{:.1f}".format),
+            report.Column("share", format=percent),
+        ]
+        sections += [
+            html.heading("Where the time went"),
+            html.text(
+                f"Goodput {100 * spent['goodput']:.1f} %: the share of {wall:.0f} s, restarts and all, that went into steps that "
+                "counted."
+            ),
+            html.table(times, shown),
+        ]
+    if result.get("sample"):
+        sections += [html.heading("A sample"), html.code(result["sample"])]
+    sections += [
+        html.heading("How to go on and to repeat it"),
+        html.text("From the last checkpoint on, the whole run again, or one step of it:"),
+        html.code("\n".join(f"jaxmodel {verb} {folder.folder}{more}" for verb, more in _AGAIN.items())),
+        html.heading("What was asked for"),
+        html.options(folder.config, defaults or {}),
+        html.ran_on(folder.versions),
+    ]
+    return html.page(f"jaxmodel train: {folder.folder.name}", sections)
+
+
+@contextlib.contextmanager
+def tensorboard(folder: str | Path) -> Iterator[Tracker]:
+    """A tracker that writes every number of a row for TensorBoard (tensorboardX, extra `notebook`).
+
+    Where rows come again, because a run went back or was killed behind its last checkpoint, TensorBoard is told to forget what it
+    has from that step on.
+    """
+    board = require("tensorboardX", "notebook")
+    writer, last = None, 0
+
+    def write(row: dict[str, Any]) -> None:
+        nonlocal writer, last
+        if writer is None or row["step"] <= last:
+            parts = len(list(Path(folder).glob("events*")))
+            if writer is not None:
+                writer.close()
+            # a file of its own, whose name, which has the second, might else be that of the one before
+            writer = board.SummaryWriter(str(folder), purge_step=row["step"] if parts else None, filename_suffix=f".{parts}")
+        last = row["step"]
+        for name, value in numbers(row).items():
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+@contextlib.contextmanager
+def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
+    """A tracker for MLflow, at `MLFLOW_TRACKING_URI` (extra `lifecycle`; checked with MLflow 3.17 on SQLite).
+
+    A run that is resumed goes on there too. Where rows come again, because it went back or was killed behind its last checkpoint,
+    the run is written anew from the rows before, and the one so far is deleted, as MLflow deletes: `mlflow gc` removes it for
+    good. A server that fails while the run goes on is told once, and the run goes on without it.
+
+    Raises:
+      InputError: the package is missing, or MLflow cannot be used there.
+    """
+    module, failed = require("mlflow", "lifecycle"), require("mlflow.exceptions", "lifecycle").MlflowException
+    client: Any = None
+    last, well = 0, True
+
+    def begin(known: str | None) -> str:
+        made = module.start_run(run_id=known, run_name=run, tags={"jaxmodel_run": run})
+        if known is None:
+            module.log_params({key: str(value)[:500] for key, value in config.items() if key != "resolved"})
+        return made.info.run_id
+
+    def begin_anew(old: str, step: int) -> str:
+        names = client.get_run(old).data.metrics
+        kept = [one for name in names for one in client.get_metric_history(old, name) if one.step < step]
+        module.end_run()
+        new = begin(None)
+        for start in range(0, len(kept), 1000):  # the most that MLflow takes at once
+            client.log_batch(new, metrics=kept[start : start + 1000])
+        client.delete_run(old)
+        return new
+
+    try:
+        client = module.MlflowClient()
+        found = module.search_runs(filter_string=f"tags.jaxmodel_run = '{run}'", output_format="list")
+        current = begin(found[0].info.run_id if found else None)
+        if found and "loss" in found[0].data.metrics:
+            last = max(one.step for one in client.get_metric_history(current, "loss"))
+    except failed as error:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        raise InputError(f"mlflow: {uri!r}, of MLFLOW_TRACKING_URI, cannot be used: {_first_line(error)}") from None
+
+    def write(row: dict[str, Any]) -> None:
+        nonlocal current, last, well
+        if not well:
+            return
+        try:
+            if row["step"] <= last:
+                current = begin_anew(current, row["step"])
+            last = row["step"]
+            module.log_metrics(numbers(row), step=last)
+        except failed as error:
+            well = False
+            print(f"jaxmodel: mlflow: gets no more rows of this run: {_first_line(error)}", file=sys.stderr, flush=True)
+
+    status = "FAILED"
+    try:
+        yield write
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        with contextlib.suppress(failed):
+            module.end_run(status)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def trackers(stack: contextlib.ExitStack, folder: report.Run, board: bool) -> list[Tracker]:
+    """Those that a run has: TensorBoard if wanted, MLflow where `MLFLOW_TRACKING_URI` is set; the stack closes them."""
+    found = [stack.enter_context(tensorboard(folder.path("tensorboard")))] if board else []
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        found.append(stack.enter_context(mlflow(folder.folder.name, folder.config)))
+    return found
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row but its step."""
+    return {name: float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)}
