@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ VERSION = 1
 _STEP = re.compile(r"step-(\d{9,})")
 
 
+@runtime_checkable
 class Stepped(Protocol):
     """A pytree with two counters, such as `train.TrainState`."""
 

@@ -22,7 +22,7 @@ from jaxmodel import compress, evaluate, generation, hub, models, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
 
-PACKAGES = ("compress", "evaluate", "generation", "hub", "leaves", "models", "train")
+PACKAGES = ("adapt", "compress", "contrib", "evaluate", "generation", "hub", "leaves", "losses", "models", "optim", "train")
 MODEL = gpt2.model(gpt2.Config(vocab=300, width=16, depth=2, heads=2, context=32))
 
 
@@ -90,11 +90,11 @@ CALLS: dict[str, Any] = {
 }
 LESS = {  # they only pass on, look at shapes, or are called with what one of the above has taken
     *("compress.versions", "evaluate.accuracy", "generation.measure_speed", "hub.need_processor", "hub.add_adapters"),
-    *("hub.save_adapters", "leaves.check_fields", "leaves.expand", "leaves.static_fields", "models.coordinates"),
-    *("models.set_state", "models.summary", "train.autoencoder", "train.classification", "train.count_active"),
-    *("train.cross_entropy", "train.find_lr", "train.fit", "train.gather", "train.last_layers", "train.layer_rates"),
-    *("train.lora", "train.merge_adapters", "train.next_token", "train.quantize_weights"),
-    *("train.replace_head", "train.set_batch_statistics", "train.unit_dictionary", "train.without_projection"),
+    *("hub.save_adapters", "leaves.check_fields", "leaves.expand", "leaves.static_fields", "adapt.coordinates"),
+    *("models.set_state", "models.summary", "losses.autoencoder", "losses.classification", "contrib.count_active"),
+    *("losses.cross_entropy", "train.find_lr", "train.fit", "train.gather", "adapt.last_layers", "adapt.layer_rates"),
+    *("adapt.lora", "adapt.merge_adapters", "losses.next_token", "optim.quantize_weights"),
+    *("adapt.replace_head", "train.set_batch_statistics", "contrib.unit_dictionary", "contrib.without_projection"),
 }
 NOT_FINITE = ("NaN in a weight", "infinite")
 
