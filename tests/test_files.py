@@ -98,7 +98,7 @@ def test_files_of_the_current_folder_are_no_programs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jaxmodel", "models", "--json", "-", "--runs", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, check=False)
     assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr.decode()
-    start = "import pathlib; from jaxmodel.train import launch as l; l.launch({}, processes=2, logs=pathlib.Path())"
+    start = "import pathlib; from jaxmodel.distributed import launch as l; l.launch({}, processes=2, logs=pathlib.Path())"
     start = start.format(["-m", "jaxmodel", "models", "--runs", "r"])
     done = subprocess.run([sys.executable, "-P", "-c", start], cwd=tmp_path, env=environ, capture_output=True, check=False)
     assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr.decode()

@@ -68,7 +68,7 @@ def _shards(folder: Path) -> Any:
 def _checkpoints(folder: Path) -> Any:
     import jax
 
-    from jaxmodel import train
+    from jaxmodel import checkpoint, train
 
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shape = lambda *axes, dtype="float32": jax.ShapeDtypeStruct(axes, dtype, sharding=one)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import checkpoint, data, distributed, hub, train, tree
+from jaxmodel import checkpoint, data, distributed, hub, losses, train, tree
 from jaxmodel.data.given import Listed, Passed, as_batches, fill
 from jaxmodel.errors import InputError
 from jaxmodel.models import autoencoder, gpt2, mlp
@@ -49,14 +49,14 @@ class Loader:
         return ([Tensor(x), Tensor(y)] for x, y in PAIRS)
 
 
-def losses(history):
+def curve(history):
     return [row["loss"] for row in history]
 
 
 @pytest.fixture(scope="module")
 def wanted():
     """The oracle: the same batches by a `Stream`, with the loss said."""
-    return losses(train.fit(MODEL, STREAM, dataclasses.replace(CONFIG, steps=5), loss=losses.classification)[1])
+    return curve(train.fit(MODEL, STREAM, dataclasses.replace(CONFIG, steps=5), loss=losses.classification)[1])
 
 
 FORMS = {
@@ -72,7 +72,7 @@ FORMS = {
 def test_batches_in_any_form_train_as_a_stream(form, wanted):
     given = FORMS[form]
     _, history = train.fit(MODEL, given() if callable(given) else given, dataclasses.replace(CONFIG, steps=5))
-    assert losses(history) == wanted
+    assert curve(history) == wanted
 
 
 @pytest.mark.parametrize("given", [(X, Y), {"features": X, "labels": Y}, (jnp.float32(X), jnp.int32(Y))])
@@ -81,7 +81,7 @@ def test_arrays_are_a_shuffled_stream(given):
     same = data.Stream(STREAM.data, 16, seed=3)
     _, want = train.fit(MODEL, same, config, loss=losses.classification, heldout=STREAM)
     _, history = train.fit(MODEL, given, config, batch_size=16, heldout=given)
-    assert losses(history) == losses(want)
+    assert curve(history) == curve(want)
     assert history[-1]["heldout_loss"] == pytest.approx(want[-1]["heldout_loss"], rel=1e-6)
     assert train.fit(MODEL, given, config)[1][0]["data_step"] == 0  # 32 rows by default
 
@@ -180,7 +180,7 @@ def test_the_loss_is_what_the_batch_asks_for():
     assert losses.default_loss(tokens, {"tokens": X, "targets": Y}) is losses.next_token
     assert losses.default_loss(image, {"features": X}) is losses.autoencoder
     _, history = train.fit(mlp.model(mlp.Config(4, (8,), 2)), (X, X[:, :2]), CONFIG, batch_size=40)  # values: squared error
-    assert losses(history)[-1] < losses(history)[0] and "accuracy" not in history[0]
+    assert curve(history)[-1] < curve(history)[0] and "accuracy" not in history[0]
     with pytest.raises(InputError, match=r"the batch holds features; allowed: a batch with labels .* or a loss"):
         train.fit(MODEL, {"features": X}, CONFIG)
     with pytest.raises(InputError, match="the batch holds tokens; .*data.windows"):
@@ -193,9 +193,9 @@ def test_a_loss_may_give_its_mean_alone(wanted):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
     five = dataclasses.replace(CONFIG, steps=5)
-    assert losses(train.fit(MODEL, STREAM, five, loss=alone)[1]) == pytest.approx(wanted, rel=1e-5)
+    assert curve(train.fit(MODEL, STREAM, five, loss=alone)[1]) == pytest.approx(wanted, rel=1e-5)
     parts = train.fit(MODEL, STREAM, dataclasses.replace(five, accumulate=2), loss=alone, heldout=STREAM)[1]
-    assert losses(parts) == pytest.approx(wanted, rel=1e-5)
+    assert curve(parts) == pytest.approx(wanted, rel=1e-5)
 
 
 def of_two(params, batch):

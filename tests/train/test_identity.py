@@ -106,14 +106,14 @@ def test_with_another_batch_size_the_next_row_is_the_next(how, tmp_path):
 
 def test_what_a_function_holds_is_told_and_is_the_same_in_another_process():
     program = (
-        "import optax; from jaxmodel.train.identity import short; from jaxmodel.train import supervised, next_token;"
+        "import optax; from jaxmodel.train.identity import short; from jaxmodel.losses import supervised, next_token;"
         "print(short(optax.adam(optax.cosine_decay_schedule(0.1, 10))));"
         "print(short(supervised(smoothing=0.1))); print(short(next_token))"
     )
     run = functools.partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True)
     out = [run(env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")]
     assert out[0] == out[1] and out[0].count(" with settings ") == 2
-    assert out[0].endswith("\njaxmodel.train.losses.tokens.next_token\n")
+    assert out[0].endswith("\njaxmodel.losses.tokens.next_token\n")
     assert short(optax.adam(0.1)) != short(optax.adam(0.2))
     assert short(losses.supervised(smoothing=0.1)) != short(losses.supervised(smoothing=0.2))
 
