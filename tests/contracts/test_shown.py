@@ -29,7 +29,10 @@ from jaxmodel.report.training import History
 from jaxmodel.train.rate_search import RateSearch
 
 EVIL = "<script>alert(1)</script>\x1b[2J"
-PACKAGES = ("adapt", "compress", "contrib", "data", "distributed", "evaluate", "generation", "hub", "leaves", "losses", "models", "optim", "plan", "train")
+PACKAGES = (
+    *("adapt", "compress", "contrib", "data", "distributed", "evaluate", "generation", "hub", "leaves", "losses", "models"),
+    *("optim", "plan", "train"),
+)
 HTML = {"Bundle", "History", "ImageFolder", "Images", "Report", "Rows", "Text", "Tokenizer", "TrainState"}
 """Those that a person looks at in a notebook. The others have a line."""
 LESS = {
