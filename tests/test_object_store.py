@@ -17,7 +17,7 @@ from jaxmodel import checkpoint, data, train
 from jaxmodel.checkpoint import stored
 from jaxmodel.errors import InputError
 from tests.data.conftest import Bytes
-from tests.train.test_checkpoint import at, like
+from tests.checkpoint.test_checkpoint import at, like
 
 
 @pytest.fixture(scope="module")
