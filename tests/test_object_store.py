@@ -16,8 +16,8 @@ import pytest
 from jaxmodel import checkpoint, data, train
 from jaxmodel.checkpoint import stored
 from jaxmodel.errors import InputError
-from tests.data.conftest import Bytes
 from tests.checkpoint.test_checkpoint import at, like
+from tests.data.conftest import Bytes
 
 
 @pytest.fixture(scope="module")
