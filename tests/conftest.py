@@ -10,6 +10,7 @@ while tracing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -18,8 +19,10 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,11 +37,37 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else gcsfs asks Goo
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import optax  # noqa: E402
+from beartype import BeartypeConf, beartype  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("jaxmodel", "beartype.beartype")
+_jaxtyped = jaxtyping.jaxtyped
+_TYPES = BeartypeConf(violation_type=TypeError)
+
+
+def _checked(*, typechecker: object) -> Callable[[Any], Any]:
+    """What the import hook puts on every function and class: shapes are compared only where an annotation has some.
+
+    Jaxtyping binds the arguments and checks them twice at every call, which is a third of the time of reading a config.
+    """
+
+    def decorate(fn: Any) -> Any:
+        if isinstance(fn, type):
+            if dataclasses.is_dataclass(fn) and fn.__init__.__module__ == fn.__module__:
+                setattr(fn, "__init__", decorate(fn.__init__))  # noqa: B010
+            return fn
+        if not isinstance(fn, types.FunctionType):
+            return _jaxtyped(fn, typechecker=beartype(conf=_TYPES))
+        typed = beartype(conf=_TYPES)(fn)
+        shaped = any('"' in str(annotation) for annotation in fn.__annotations__.values())
+        return _jaxtyped(typed, typechecker=None) if shaped else typed
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _checked
+jaxtyping.install_import_hook("jaxmodel", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Nearly all of the time is compilation of programs that run once. Not in the environment: the command line and notebooks, in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,10 +24,25 @@ def test_docstring_states_command_cost_and_goals(name):
     assert len(re.findall(r"\d+\.\d+", doc.partition("\nMeasured:")[2])) >= 3  # the last values, not only where they stand
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_options(name):
-    done = subprocess.run([sys.executable, FOLDER / f"{name}.py", "--help"], capture_output=True, text=True, check=True)
-    assert all(option in done.stdout for option in ("--quick", "--seed", "--json"))
+HELP = """
+import contextlib, io, json, runpy, sys
+said = {}
+for file in sys.argv[1:]:
+    sys.argv = [file, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        runpy.run_path(file, run_name="__main__")
+    said[file] = out.getvalue()
+print(json.dumps(said))
+"""
+
+
+def test_options():
+    """Of all in one process, which imports the framework once."""
+    files = [str(FOLDER / f"{name}.py") for name in NAMES]
+    environ = {**os.environ, "PYTHONPATH": str(FOLDER)}
+    done = subprocess.run([sys.executable, "-c", HELP, *files], capture_output=True, text=True, check=True, env=environ)
+    for file, said in json.loads(done.stdout).items():
+        assert all(option in said for option in ("--quick", "--seed", "--json")), file
 
 
 def test_numbers_writes_a_section_for_each_and_keeps_the_others(tmp_path):

@@ -61,10 +61,10 @@ def test_a_context_that_is_no_round_length_is_used_to_its_end(model):
     want = [list(row) for row in rows]
     for row in want:
         for _ in range(5):
-            row.append(int(np.argmax(short.apply(params, jnp.array([row + [0] * (20 - len(row))])).logits[0, len(row) - 1])))
+            row.append(int(np.argmax(jitted(short)(params, jnp.array([row + [0] * (20 - len(row))])).logits[0, len(row) - 1])))
     assert generated(short, params, rows, 5) == [row[-5:] for row in want]
     long = list(range(2, 21))
-    last = int(np.argmax(short.apply(params, jnp.array([[*long, 0]])).logits[0, len(long) - 1]))
+    last = int(np.argmax(jitted(short)(params, jnp.array([[*long, 0]])).logits[0, len(long) - 1]))
     assert generated(short, params, [long], 1) == [[last]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from jaxmodel import schema
 from jaxmodel.errors import InputError
 from jaxmodel.hub import families, schemas
 from jaxmodel.hub.bundle import read_config
@@ -21,6 +23,7 @@ KEYS = {
 }  # the last holds our own configs, as a dataclass
 
 
+@functools.cache
 def stored() -> dict[str, dict[str, Any]]:
     """A config.json for each kind of model that has stored numbers."""
     found = [json.loads(file.read_text()) for file in sorted(GOLDENS.glob("*/config.json"))]
@@ -33,12 +36,30 @@ def test_every_key_that_a_family_reads_has_a_kind() -> None:
         assert not set(read) - KEYS, f"{file.name} reads keys that stand not in hub/schemas.py: {sorted(set(read) - KEYS)}"
 
 
+WRONG = ("abc", [[]], {"a": []}, True, None, -1, 10**400)
+
+
+@functools.cache
+def fits(key: str, i: int) -> bool:
+    """Whether the schema, which is one for all kinds of models, lets a value pass."""
+    try:
+        schema.make({key: WRONG[i]}, schemas.Config, "config.json")
+    except InputError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", stored())
 def test_a_value_of_another_kind(kind: str, tmp_path: Path) -> None:
-    """Each key as a text, a list, an object, a yes, nothing and a number beyond all: read, or refused in one line."""
+    """Each key as a text, a list, an object, a yes, nothing and a number beyond all: read, or refused in one line.
+
+    What the schema refuses no family sees, so that is tried with one kind of model alone.
+    """
     file, hf = tmp_path / "config.json", stored()[kind]
     for key in sorted({*hf, *schemas.Config.__annotations__}):
-        for wrong in ("abc", [[]], {"a": []}, True, None, -1, 10**400):
+        for i, wrong in enumerate(WRONG):
+            if not fits(key, i) and kind != "llama":
+                continue
             file.write_text(json.dumps({**hf, key: wrong}))
             try:
                 read_config(tmp_path)
