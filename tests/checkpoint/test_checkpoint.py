@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -38,16 +39,21 @@ def state():
     return jax.jit(start)(jax.random.key(0))
 
 
-@pytest.fixture
-def saved(tmp_path, state):
-    """A folder with the steps 1, 2, 3, and their digests."""
-    digests = {}
-    with checkpoint.Checkpoints(tmp_path / "c", keep=checkpoint.Keep(last=3)) as checkpoints:
+@pytest.fixture(scope="module")
+def once(tmp_path_factory, state):
+    folder, digests = tmp_path_factory.mktemp("saved") / "c", {}
+    with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=3)) as checkpoints:
         for step in (1, 2, 3):
             now = at(state, step, 1.0 + step)
             digests[step] = checkpoint.fingerprint(now)
             checkpoints.save(now)
-    return tmp_path / "c", digests
+    return folder, digests
+
+
+@pytest.fixture
+def saved(tmp_path, once):
+    """A folder with the steps 1, 2, 3, and their digests."""
+    return shutil.copytree(once[0], tmp_path / "c"), once[1]
 
 
 def newest(folder):

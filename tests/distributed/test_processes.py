@@ -223,13 +223,26 @@ def test_by_mpi_as_by_gloo(tmp_path):
     np.testing.assert_allclose(losses["mpi"], losses["gloo"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("devices, said", [(1, "MPITRAMPOLINE_LIB: not set"), (2, "devices: 2 in each process given")])
-def test_what_mpi_needs(devices, said, tmp_path):
+def test_what_mpi_needs():
+    """In a process of its own, since the number of devices is set before the first computation."""
+    program = """
+        import jax
+        from jaxmodel.errors import InputError
+        from jaxmodel.distributed import startup
+        for devices in (1, 2):
+            jax.config.update("jax_num_cpu_devices", devices)
+            try:
+                startup.initialize()
+            except InputError as error:
+                print(error)
+    """
     environ = {name: value for name, value in os.environ.items() if name != "MPITRAMPOLINE_LIB"}
     environ |= {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
     environ |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "mpi"}
-    done = subprocess.run(train_command(tmp_path, "--devices", devices), env=environ, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("MPITRAMPOLINE_LIB: not set") and second.startswith("devices: 2 in each process given")
 
 
 def test_processes_that_do_not_divide_the_batch():
