@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from jaxtyping import Array
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
+from jaxmodel.models.family import rebuilt
 
 HEAD = re.compile(r"head(_bias|/.*)?")
 """The leaves of a head, in every family that has one of its own."""
@@ -51,11 +51,10 @@ def replace_head(model: Model, params: tree.Params, classes: int | Sequence[str]
       InputError: another family, a wrapped model, fewer than one class, or parameters of another body.
     """
     config: Any = model.config
-    module: Any = sys.modules.get(type(config).__module__)
     fields = set(getattr(config, "__dataclass_fields__", ()))
-    if not fields & {"classes", "labels"} or not hasattr(module, "model"):
+    if not fields & {"classes", "labels"} or not model.family:
         raise InputError(f"model: a config of {type(config).__module__} given; allowed: one with classes or labels")
-    if module.model(config, model.policy) is not model:
+    if rebuilt(model) is None:
         raise InputError("model: it is wrapped; allowed: one as its file makes it (wrap the result instead)")
     names = tuple(f"LABEL_{i}" for i in range(classes)) if isinstance(classes, int) else tuple(classes)
     if not names:
@@ -64,7 +63,8 @@ def replace_head(model: Model, params: tree.Params, classes: int | Sequence[str]
         changed = dataclasses.replace(config, classes=len(names))
     else:
         changed = dataclasses.replace(config, labels=names, **({"head": "classify"} if "head" in fields else {}))
-    new = module.model(changed, model.policy)
+    new = rebuilt(model, changed)
+    assert new is not None
     fresh: Any = jax.jit(lambda key: _heads(new.init(key), True))(key)  # of a large model, only the head is made
     body = _heads(params, False)
     needed: Any = jax.eval_shape(new.init, key)

@@ -28,7 +28,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from jaxmodel import tree
 from jaxmodel.adapt.initializers import Constant, Own
 from jaxmodel.axes import role_of
 from jaxmodel.errors import InputError
+from jaxmodel.models.family import KNOWN, rebuilt
 from jaxmodel.models.model import Inputs, Model
 
 FAMILIES = {"bert": "head/norm", "gpt2": "norm", "llama": "norm", "vit": None}
@@ -79,11 +79,11 @@ def mup(model: Model, base: int | Any) -> Mup:
         width in a family whose config has no scale of the scores.
     """
     config = model.config
-    family = type(config).__module__.rpartition(".")[2]
+    family = model.family
     if family not in FAMILIES:
         raise InputError(f"model: a config of {type(config).__module__} given; allowed: {', '.join(FAMILIES)}")
-    module = sys.modules[type(config).__module__]
-    if module.model(config, model.policy) is not model:
+    build = KNOWN[family].model
+    if rebuilt(model) is None:
         raise InputError("model: it is wrapped; allowed: one as its file makes it (wrap the result instead)")
     base = _narrower(config, base) if isinstance(base, int) else base
     if type(base) is not type(config):
@@ -91,7 +91,7 @@ def mup(model: Model, base: int | Any) -> Mup:
     wide = _scored(config, base)
     shapes, narrow = (
         {layer: tree.layer_shape(path, leaf) for path, leaf in leaves.items() for layer in tree.layer_paths(path)}
-        for leaves in (_shapes(module.model(c)) for c in (wide, base))
+        for leaves in (_shapes(build(c, model.policy)) for c in (wide, base))
     )
     if unlike := sorted(shapes.keys() ^ narrow.keys()):
         raise InputError(f"base: it differs from the model in the leaf {unlike[0]!r}; allowed: another width of the same model")
@@ -110,7 +110,7 @@ def mup(model: Model, base: int | Any) -> Mup:
                 init.append((tree.optional(pattern), start))
             if rate != 1:
                 rates.append((tree.optional(pattern), rate))
-    return Mup(module.model(wide, model.policy), (*init, (".*", None)), (*rates, (".*", 1.0)))
+    return Mup(build(wide, model.policy), (*init, (".*", None)), (*rates, (".*", 1.0)))
 
 
 def scale_updates(rules: tree.Rules) -> optax.GradientTransformation:

@@ -12,7 +12,7 @@ from jaxmodel.errors import InputError
 def of_model(model: models.Model) -> dict[str, Any]:
     """Family, config and policy."""
     config, policy = dataclasses.asdict(model.config), dataclasses.asdict(model.policy)
-    return {"family": type(model.config).__module__.rpartition(".")[2], "config": config, "policy": policy}
+    return {"family": model.family, "config": config, "policy": policy}
 
 
 def of_text(text: data.Text) -> dict[str, Any]:

@@ -201,8 +201,7 @@ def new_cache(model: models.Model, batch: int, capacity: int) -> Any:
       InputError: the model has none, so it does not write text.
     """
     if model.init_cache is None:
-        family = type(model.config).__module__.rpartition(".")[2]
-        raise InputError(f"model: a model of the family {family!r} does not decode; one with a cache is needed")
+        raise InputError(f"model: a model of the family {model.family!r} does not decode; one with a cache is needed")
     return model.init_cache(batch, capacity)
 
 

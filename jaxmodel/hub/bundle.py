@@ -169,7 +169,7 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
     config |= _special_ids(bundle.processor, bundle.card)
     ours = {
         "format": FORMAT,
-        "family": family.name,
+        "family": family.architecture,
         "config": _plain(bundle.model.config),
         "policy": policy,
         "card": dict(bundle.card),
@@ -206,7 +206,7 @@ def load(
     """
     made = _foreign(folder, module)
     family, config, card = read_config(folder, ignore) if made is None else (foreign.layout(made), made.config, {})
-    ours = _read_ours(folder / OURS, family.name, config) if (folder / OURS).exists() else {}
+    ours = _read_ours(folder / OURS, family.architecture, config) if (folder / OURS).exists() else {}
     stored = ours["policy"] if ours else Policy()
     how: Policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
     processor = tokenizers.from_folder(folder) if tokenizers.is_there(folder) else images.from_folder(folder)
@@ -215,7 +215,7 @@ def load(
     with open_folder(folder) as opened:
         tensors, fields = family.view(opened), ours.get("leaves", {})
         config = config if ours else settle(config, family, tensors)
-        model = family.module.model(config, how) if made is None else made.with_policy(how)
+        model = family.model(config, how) if made is None else made.with_policy(how)
         how_stored: dict[str, Any] = {"fields": fields, "narrow": ours.get("narrow", {}), "dtype": kind}
         params = assemble(model, family, family.names(config), tensors, **how_stored, mesh=mesh)
     if made is not None:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.hub.names import Family, Name, layer_shapes
-from jaxmodel.models import Model, foreign
+from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign, from_linen, from_nnx, is_linen
 
 KIND = "jaxmodel-foreign"
@@ -46,7 +46,7 @@ def layout(model: Model) -> Family:
     def never(_: Any) -> Any:
         raise AssertionError("a foreign module is handed over, not made from a config")
 
-    return Family(foreign, (KIND,), names, never, never)
+    return Family("foreign", (KIND,), names, never, never)
 
 
 def config_of(model: Model) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import dataclasses
 import re
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import ModuleType
 from typing import Annotated, Any
 
 import jax
@@ -19,7 +18,8 @@ import numpy as np
 from jaxmodel import schema, tree
 from jaxmodel.errors import InputError, border
 from jaxmodel.hub.gguf import GGUFFile
-from jaxmodel.models import Model
+from jaxmodel.models import Model, families
+from jaxmodel.ops import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Family:
     """How the files of one architecture look.
 
     Attributes:
-      module: of `jaxmodel.models`.
+      architecture: its name, as `models.families()` and `Model.family` have it.
       kinds: values of `model_type` in config.json that it reads.
       names: config -> entries for HF folders.
       config_from_hf: config.json -> Config.
@@ -194,7 +194,7 @@ class Family:
       settle: a config and whether the file has a head of its own (None for no head at all) -> the config that the file means.
     """
 
-    module: ModuleType
+    architecture: str
     kinds: tuple[str, ...]
     names: Callable[[Any], Iterable[Name]]
     config_from_hf: Callable[[dict[str, Any]], Any]
@@ -221,10 +221,9 @@ class Family:
         for wrapper in _WRAPPERS:  # what else a module was part of when it was saved
             yield from (wrapper + name for name in spelt)
 
-    @property
-    def name(self) -> str:
-        """The name of its file in `jaxmodel.models`."""
-        return self.module.__name__.rsplit(".", 1)[1]
+    def model(self, config: Any, policy: Policy) -> Model:
+        """Return the model of a config."""
+        return families()[self.architecture].model(config, policy)
 
 
 def find(names: Iterable[Name], layer_path: str) -> tuple[Name, str]:

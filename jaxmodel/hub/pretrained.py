@@ -188,7 +188,7 @@ def _from_gguf(
         config = check_fields(family.config_from_gguf(file), path.name)
     except InputError as error:
         raise InputError(f"{path.name}: {str(error).removeprefix(f'{path.name}: ')}") from None
-    model = family.module.model(config, policy or Policy(compute=dtype or "float32"))
+    model = family.model(config, policy or Policy(compute=dtype or "float32"))
     processor = tokenizers.from_gguf(file.metadata)
     check_vocabulary(config, processor, path.name)
     blocks, kind = Blocks(file, packed), dtype or "float32"

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from types import ModuleType
 from typing import Any
 
 from jaxmodel.models.checks import check_params
 from jaxmodel.models.contents import summary
+from jaxmodel.models.family import KNOWN, Family, family
 from jaxmodel.models.foreign import from_linen, from_nnx, linen_params, nnx_params, set_state
 from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
 from jaxmodel.models.predict import predict_fn
 from jaxmodel.models.stochastic_depth import stochastic_depth
 
 __all__ = [
+    "Family",
     "Inputs",
     "Model",
     "Output",
     "Parts",
     "check_params",
     "families",
+    "family",
     "from_linen",
     "from_nnx",
     "linen_params",
@@ -34,18 +36,18 @@ __all__ = [
 ]
 
 
-def sizes() -> dict[str, tuple[ModuleType, Any]]:
-    """Every named size as `family/name`, with its module and config.
+def sizes() -> dict[str, tuple[Family, Any]]:
+    """Return every named size as `family/name`, with its family and config.
 
-    >>> module, config = sizes()["gpt2/gpt2-xl"]
+    >>> family, config = sizes()["gpt2/gpt2-xl"]
     >>> config.width
     1600
     """
-    return {f"{family}/{name}": (m, config) for family, m in families().items() for name, config in m.SIZES.items()}
+    return {f"{name}/{size}": (one, config) for name, one in families().items() for size, config in one.SIZES.items()}
 
 
-def families() -> dict[str, ModuleType]:
-    """Every architecture by the name of its file: the modules of this folder that have a `Config`."""
-    names = [info.name for info in pkgutil.iter_modules(__path__)]
-    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "Config")}
+def families() -> dict[str, Family]:
+    """Return every architecture by its name: those of this folder, and those that were declared elsewhere (`family`)."""
+    for info in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{info.name}")
+    return dict(sorted(KNOWN.items()))

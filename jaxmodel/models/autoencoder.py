@@ -17,7 +17,6 @@ The loss is `jaxmodel.losses.autoencoder`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +29,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import activation, codes
 from jaxmodel.layers.connect import Full
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, read
 
 KINDS = ("plain", "denoising", "variational", "l1", "kl", "topk")
@@ -151,13 +151,9 @@ def _active(code: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(code > 0, axis=-1, dtype=jnp.float32))
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     encoder, decoder = _Encoder(config, policy), _Decoder(config, policy)
 
     def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
@@ -186,5 +182,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes(config), again)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, axes(config))

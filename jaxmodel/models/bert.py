@@ -12,7 +12,6 @@ al., 2020) count positions from 2; DistilBERT (Sanh et al., 2019) has no token t
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +23,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, PooledHead, init_layers, leaf, linear
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
 
@@ -147,17 +147,13 @@ class _MaskedHead(nn.Module):
         return logits + ops.on_last(bias.astype(jnp.float32), logits.ndim)
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
 
     Inputs are `tokens` `[B, T]` and, if wanted, `types` (token types, 0 where they are left out), `mask`, `positions`; with
     the head "mlm" also `segments`.
     """
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     c, norm_module = config, LayerNorm(config.norm_eps)
     block_module = EncoderBlock(*(c.heads, c.mlp_width, c.activation, c.norm_eps), True, c.init_scale, c.init_scale, policy)
     masked_head = _MaskedHead(c, policy)
@@ -213,5 +209,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             params["head"] = dict(masked_head.init(keys[5], x, params["embed"])["params"])
         return params
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, axes(config))

@@ -32,6 +32,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, init_layers, repeat
 from jaxmodel.models import vit
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 
 
@@ -207,17 +208,13 @@ def _unit(x: Float[Array, "N E"]) -> Float[Array, "N E"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
 
     Inputs are `tokens` `[B, T]` (and `mask`) and `pixels` `[B, Y, X, C]`. `hidden` is `[B, 2, E]`, an image's vector and its
     text's; logits are `[B, B]`, a row for each image. `towers` has the functions for texts and images of unequal number.
     """
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     own = towers(config, policy)
     image_model, block_module, norm_module = (
         vit.model(config.image, policy),
@@ -259,5 +256,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32), **image_model.inputs(batch, length)}
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes(config), again)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, axes(config))

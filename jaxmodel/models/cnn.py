@@ -12,7 +12,6 @@ Convolution of 32 channels, pooling, of 64 channels, pooling, dropout, a dense l
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +21,7 @@ from jaxmodel import ops
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import conv, dropout
+from jaxmodel.models.family import family
 from jaxmodel.models.images import Head, check_classifier, two_parts
 from jaxmodel.models.model import Model
 
@@ -78,12 +78,7 @@ class _Body(nn.Module):
         return dropout(x.reshape(x.shape[0], -1), c.dropout, rng)
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
-    again = functools.partial(_model, config)
-    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), axes(config), again)
+    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), axes(config))

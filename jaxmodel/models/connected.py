@@ -12,7 +12,6 @@ Each pattern is a layer of `jaxmodel.layers.connect`; "concat" is the dense conn
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import LayerNorm, activation, connect, dense
 from jaxmodel.layers.connect.groups import check_pattern
 from jaxmodel.layers.connect.sparse import check_blocks
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, read
 
 EXTRACT = ("none", "own", "shared")
@@ -234,13 +234,9 @@ def importances(config: Config, params: tree.Params) -> dict[str, float]:
     return _groups(config).importances(params["merge"])
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     branches, block_module, head_module = (module(config, policy) for module in (_Branches, _Block, _Head))
 
     def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
@@ -266,5 +262,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((batch, n), jnp.float32) for name, n in config.branches}
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, AXES, again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, AXES)

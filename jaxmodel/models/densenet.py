@@ -26,6 +26,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import BatchNorm, conv, dense
+from jaxmodel.models.family import family
 from jaxmodel.models.images import check_classifier, pixel_inputs, read_pixels
 from jaxmodel.models.model import Model, Parts
 
@@ -149,13 +150,9 @@ class _Head(nn.Module):
         return dense(self, jnp.mean(y.astype(jnp.float32), axis=(1, 2)), "head", self.config.classes, self.policy, "float32")
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     stem, layer_module, head_module = (module(config, policy) for module in (_Stem, _Layer, _Head))
     inputs = pixel_inputs(config.size, config.channels)
 
@@ -177,5 +174,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             blocks[str(i)] = params["params"]
         return tree.stack({**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]})
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, axes(config))

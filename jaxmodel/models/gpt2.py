@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
@@ -99,13 +99,9 @@ class _Block(nn.Module):
         return x + mlp(LayerNorm(c.norm_eps, name="mlp_norm")(x)), cache
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     block_module, norm_module = _Block(config, policy), LayerNorm(config.norm_eps)
     wide = dataclasses.replace(policy, stream="float32")
 
@@ -140,5 +136,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def init_cache(batch: int, capacity: int) -> ops.KVCache:
         return ops.KVCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, axes(config), init_cache)

@@ -12,7 +12,6 @@ multiplies `up + 1`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +23,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
@@ -163,13 +163,9 @@ class _Head(nn.Module):
         return ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     block_module, head_module = _Block(config, policy), _Head(config, policy)
 
     def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False):
@@ -197,5 +193,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def init_cache(batch: int, capacity: int) -> ops.KVCache:
         return ops.KVCache.zeros(config.depth, batch, config.kv_heads, capacity, config.head_width, policy)
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, axes(config), init_cache)

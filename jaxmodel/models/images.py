@@ -61,7 +61,6 @@ def two_parts(
     body: nn.Module,
     top: nn.Module,
     axes: Axes,
-    again: Callable[[ops.Policy], Model],
 ) -> Model:
     """A model without layers that repeat.
 
@@ -71,7 +70,6 @@ def two_parts(
       body: `(pixels, rng) -> [B, D]`, the rng None outside of training.
       top: `[B, D] -> logits`.
       axes: of the leaves.
-      again: policy -> the same model.
     """
     inputs = pixel_inputs(config.size, config.channels)
 
@@ -87,7 +85,7 @@ def two_parts(
         x, own = body.init_with_output(body_key, pixels, None)
         return {**own["params"], **top.init(head_key, x)["params"]}
 
-    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes, again)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, axes)
 
 
 class Head(nn.Module):

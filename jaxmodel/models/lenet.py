@@ -14,7 +14,6 @@ basis functions. `lenet-5-wide` is the one of Caffe, of 431,080, on which most p
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +24,7 @@ from jaxmodel import ops
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import activation, conv, dense
+from jaxmodel.models.family import family
 from jaxmodel.models.images import Head, check_classifier, two_parts
 from jaxmodel.models.model import Model
 
@@ -107,12 +107,7 @@ class _Body(nn.Module):
         return x
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
-    again = functools.partial(_model, config)
-    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), axes(config), again)
+    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), axes(config))

@@ -29,6 +29,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, MLP, Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
 
@@ -308,13 +309,9 @@ class _Head(nn.Module):
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     block_modules, head_module = {sparse: _Block(config, policy, sparse) for sparse in (False, True)}, _Head(config, policy)
     turned = config.rotary_width or config.head_width
 
@@ -356,5 +353,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def init_cache(batch: int, capacity: int) -> ops.KVCache:
         return ops.KVCache.zeros(config.depth, batch, config.kv_heads, capacity, config.head_width, policy)
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, axes(config), init_cache)

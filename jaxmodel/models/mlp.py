@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +21,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import activation, dense, dropout
+from jaxmodel.models.family import family
 from jaxmodel.models.images import Head, check_classifier
 from jaxmodel.models.model import Model, Parts, read
 
@@ -73,13 +73,9 @@ class _Layer(nn.Module):
         return dropout(activation(self.config.activation)(y), self.config.dropout, rng)
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     layer_module, head_module = _Layer(config, policy), Head(config.classes, policy)
 
     def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
@@ -103,5 +99,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, axes(config))

@@ -50,6 +50,10 @@ class Parts(NamedTuple):
     head: Callable[..., jax.Array]
 
 
+def _no_family(policy: ops.Policy) -> Model:
+    raise InputError("policy: this model was made by hand; allowed: one of a family (see models.family), or give with_policy")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A model is its config and pure functions over a parameter tree.
@@ -63,9 +67,10 @@ class Model:
       init: key -> params.
       parts: see `Parts`.
       inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` cannot do without, by name.
-      init_cache: (batch, capacity) -> cache; None for a model that does not decode.
       axes: what the axes of the leaves are. Rules path -> PartitionSpec alone are taken too; they say where leaves lie.
-      with_policy: policy -> the same model computing by it.
+      init_cache: (batch, capacity) -> cache; None for a model that does not decode.
+      with_policy: policy -> the same model computing by it; of a family it is given by `models.family`.
+      family: the name of its family, which `models.families()` knows; "" for none.
       apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of `tokens` `[B, T]` and,
         if wanted, `positions`, `segments` (packed documents, 0 for padding) and `mask` (true for tokens; padding stands
         on the right). An array alone is taken as the one input that the model needs. `counts`, bool `[B]`, names the rows that
@@ -78,9 +83,10 @@ class Model:
     init: Callable[[jax.Array], tree.Params] = dataclasses.field(repr=False)
     parts: Parts = dataclasses.field(repr=False)
     inputs: Callable[[int, int], dict[str, jax.ShapeDtypeStruct]] = dataclasses.field(repr=False)
-    init_cache: Callable[[int, int], Any] | None = dataclasses.field(repr=False)
     axes: axes.Axes = dataclasses.field(repr=False)
-    with_policy: Callable[[ops.Policy], Model] = dataclasses.field(repr=False)
+    init_cache: Callable[[int, int], Any] | None = dataclasses.field(default=None, repr=False)
+    with_policy: Callable[[ops.Policy], Model] = dataclasses.field(default=_no_family, repr=False)
+    family: str = ""
     apply: Callable[..., Output] = dataclasses.field(init=False, repr=False)
     hidden: Callable[..., Output] = dataclasses.field(init=False, repr=False)
 

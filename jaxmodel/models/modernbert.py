@@ -12,7 +12,6 @@ norms in front of each part (the first layer's attention has the embedding's), n
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +23,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers, leaf, linear
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
 
@@ -155,16 +155,12 @@ class _Head(nn.Module):
         return logits + ops.on_last(leaf(self, "bias", nn.initializers.zeros, (c.vocab,)).astype(jnp.float32), logits.ndim)
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
 
     Inputs are `tokens` `[B, T]` and, if wanted, `mask`, `positions`; with the head "mlm" also `segments`.
     """
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     c, norm_module, head_module = config, LayerNorm(config.norm_eps, bias=False), _Head(config, policy)
     block_modules = {first: _Block(c, policy, first) for first in (False, True)}
 
@@ -217,5 +213,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
             params["head"] = dict(head_module.init(keys[3], x, table)["params"])
         return params
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, axes(config))

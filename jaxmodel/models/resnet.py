@@ -26,6 +26,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import BatchNorm, GroupNorm, conv
+from jaxmodel.models.family import family
 from jaxmodel.models.images import Head, check_classifier, pixel_inputs, read_pixels
 from jaxmodel.models.model import Model, Parts
 
@@ -157,13 +158,9 @@ class _Block(nn.Module):
         return nn.relu(x + y)
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     stem, block_module, head_module = _Stem(config, policy), _Block(config, policy), Head(config.classes, policy)
     inputs = pixel_inputs(config.size, config.channels)
 
@@ -188,5 +185,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
         top = head_module.init(head_key, jnp.mean(x, axis=(1, 2)))["params"]
         return tree.stack({**own["params"], "blocks": blocks, **top})
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, axes(config))

@@ -13,7 +13,6 @@ the encoder showed: at each step before its cell does (additive), or after all c
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +24,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import Additive, Multiplicative, Recurrent, dropout, init_layers, leaf, repeat
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
 from jaxmodel.ops.recurrent import GATES, STATES, check_cell
@@ -154,13 +154,9 @@ def _memory(context: dict[str, Any], cache: Any) -> tuple[Any, Any, Any]:
     return cache.memory, cache.valid, cache.keys
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     encoder_module = _Encoder(config, policy)
     plain, top = _Block(config, policy, False), _Block(config, policy, True)
     wide = dataclasses.replace(policy, stream="float32")
@@ -220,5 +216,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def init_cache(batch: int, capacity: int) -> ops.StateCache:
         return ops.StateCache.zeros(config.cell, config.depth, batch, config.width, policy.stream)
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), source_inputs, init_cache, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), source_inputs, axes(config), init_cache)

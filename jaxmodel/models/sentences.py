@@ -81,7 +81,7 @@ def embed_texts(bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_
     """
     config = bundle.model.config
     if getattr(config, "head", "") != "embed":
-        found = f"{type(config).__module__.rsplit('.', 1)[-1]} {getattr(config, 'head', '')}".strip()
+        found = f"{bundle.model.family} {getattr(config, 'head', '')}".strip()
         raise InputError(f"bundle: a model of bert or modernbert with the head 'embed' is needed; this is {found}")
     if bundle.processor is None:
         raise InputError(f"bundle: {bundle.card.get('name', 'it')!r} has no tokenizer; text cannot be read")

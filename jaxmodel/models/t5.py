@@ -28,6 +28,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import MLP, Attention, CrossAttention, RMSNorm, dropout, init_layers, leaf, repeat
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
 
@@ -200,13 +201,9 @@ def position_bias(
     return rows.reshape(*found.shape, -1).transpose(0, 3, 1, 2)
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     encoder_module, block_module = _Block(config, policy, False), _Block(config, policy, True)
     norm_module, head_module = RMSNorm(config.norm_eps), _Head(config, policy)
 
@@ -270,5 +267,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def init_cache(batch: int, capacity: int) -> ops.MemoryCache:
         return ops.MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.head_width, policy)
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, axes(config), again)
+    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, axes(config), init_cache)

@@ -12,7 +12,6 @@ As in the paper a norm follows each sum; `pre_norm` puts it in front of each par
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -25,6 +24,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import BLOCK_AXES, MLP, Attention, CrossAttention, LayerNorm, dropout, init_layers, repeat
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
 
@@ -123,13 +123,9 @@ def sinusoids(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, width)
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     encoder_module, block_module = _Block(config, policy, False), _Block(config, policy, True)
     norm_module, wide = LayerNorm(config.norm_eps), dataclasses.replace(policy, stream="float32")
 
@@ -187,5 +183,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def init_cache(batch: int, capacity: int) -> ops.MemoryCache:
         return ops.MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, axes(config), again)
+    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, axes(config), init_cache)

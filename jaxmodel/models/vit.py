@@ -12,7 +12,6 @@ images of any size.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +23,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, AttentionPool, EncoderBlock, LayerNorm, Patches, PooledHead, init_layers
+from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 
 POOLS = ("class", "mean", "both", "attention")
@@ -172,16 +172,12 @@ class _Embed(nn.Module):
         return LayerNorm(c.norm_eps, name="embed_norm")(x) if c.embed_norm else x
 
 
+@family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
 
     The input is `pixels` `[B, Y, X, C]`, float32, normalised as the model's images were.
     """
-    return _model(config, policy)
-
-
-@functools.cache
-def _model(config: Config, policy: ops.Policy) -> Model:
     c, embed_module, head_module = config, _Embed(config, policy), _Head(config, policy)
     block_module = EncoderBlock(
         *(c.heads, c.mlp_width, c.activation, c.norm_eps, False, c.init_scale, c.init_scale / (2 * c.depth) ** 0.5, policy),
@@ -222,5 +218,4 @@ def _model(config: Config, policy: ops.Policy) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"pixels": jax.ShapeDtypeStruct((batch, c.image, c.image, c.channels), jnp.float32)}
 
-    again = functools.partial(_model, config)
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config), again)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, axes(config))

@@ -22,12 +22,14 @@ from jaxmodel.hub.families import families, family_of
 from jaxmodel.hub.images import ImageProcessor, from_folder, resize
 from jaxmodel.hub.names import Tensors, find, read_leaf
 from jaxmodel.hub.pretrained import find_minilm
-from jaxmodel.models import bert, clip, modernbert, vit
 from jaxmodel.models.sentences import embed_texts
 
 GOLDENS = Path(__file__).parent / "goldens"
 KINDS = {
-    kind: family for family in families().values() if family.module in (bert, clip, modernbert, vit) for kind in family.kinds
+    kind: family
+    for family in families().values()
+    if family.architecture in ("bert", "clip", "modernbert", "vit")
+    for kind in family.kinds
 }
 NAMES = sorted(path.parent.name for kind in KINDS for path in GOLDENS.glob(f"{kind}-?/config.json"))
 

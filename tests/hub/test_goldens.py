@@ -24,12 +24,13 @@ from jaxmodel.hub.families import families, family_of
 from jaxmodel.hub.keys import defaults
 from jaxmodel.hub.names import Tensors, find, read_leaf
 from jaxmodel.losses import next_token
-from jaxmodel.models import Model, gpt2, gpt_oss, llama
+from jaxmodel.models import Model, gpt_oss, llama
 from jaxmodel.ops import rope
 
 GOLDENS = Path(__file__).parent / "goldens"
 # decoders; other families have goldens and tests of their own
-KINDS = {kind: family for family in families().values() if family.module in (gpt2, gpt_oss, llama) for kind in family.kinds}
+DECODERS = ("gpt2", "gpt_oss", "llama")
+KINDS = {kind: family for family in families().values() if family.architecture in DECODERS for kind in family.kinds}
 NAMES = sorted(path.parent.name for kind in KINDS for path in GOLDENS.glob(f"{kind}-*/config.json"))
 
 type Golden = tuple[Bundle, dict[str, np.ndarray]]

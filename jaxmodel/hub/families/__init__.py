@@ -12,7 +12,6 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 from jaxmodel import models, schema, tree
@@ -36,21 +35,23 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
     """The family that stores a model, and its config.json.
 
     Raises:
-      InputError: the model is not of one of the architectures in `jaxmodel.models`, nor a Flax module made one.
+      InputError: the model is of no family (see `models.family`), nor a Flax module made one.
     """
     if isinstance(model.config, Foreign):
         return foreign.layout(model), foreign.config_of(model)
-    where = type(model.config).__module__
-    name = where.rsplit(".", 1)[1] if "." in where else where
-    known = models.families()
-    if name not in known or known[name].__name__ != where:
-        raise InputError(f"hub: no file layout is known for the config {type(model.config).__qualname__} of {where}")
+    if model.family not in models.families():
+        config = type(model.config)
+        raise InputError(
+            f"hub: no file layout is known for the config {config.__qualname__} of {config.__module__}; a family declared by "
+            "models.family has one"
+        )
+    name = model.family
     bare, more = without_meaning(model.config)
-    for family in sorted((f for f in families().values() if f.module is known[name]), key=lambda f: name not in f.kinds):
+    for family in sorted((f for f in families().values() if f.architecture == name), key=lambda f: name not in f.kinds):
         theirs = family.config_to_hf(bare)
         if theirs is not None and _means(family, theirs, bare):  # else a part of it would be lost
             return family, {**theirs, **more}
-    family = own(known[name])
+    family = own(models.families()[name])
     return family, family.config_to_hf(model.config) or {}
 
 
@@ -81,18 +82,18 @@ def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
 
 
 @functools.cache
-def own(module: ModuleType) -> Family:
+def own(architecture: models.Family) -> Family:
     """The layout of an architecture under its own names: the paths of the leaves with dots, the fields of the config."""
-    kind = OWN + module.__name__.rsplit(".", 1)[1]
+    kind = OWN + architecture.name
 
     def names(config: Any) -> list[Name]:
-        paths = [re.sub(r"(^|/)\d+/", r"\1{}/", path, count=1) for path in tree.flatten(layer_shapes(module.model(config)))]
+        paths = [re.sub(r"(^|/)\d+/", r"\1{}/", path, count=1) for path in tree.flatten(layer_shapes(architecture.model(config)))]
         return [Name(path, path.replace("/", ".")) for path in dict.fromkeys(paths)]
 
     def from_hf(hf: Mapping[str, Any]) -> Any:
-        return schema.make(hf["config"], module.Config, "config.json", "config")
+        return schema.make(hf["config"], architecture.Config, "config.json", "config")
 
     def to_hf(config: Any) -> dict[str, Any]:
         return {"model_type": kind, "config": dataclasses.asdict(config)}
 
-    return Family(module, (kind,), names, from_hf, to_hf)
+    return Family(architecture.name, (kind,), names, from_hf, to_hf)

@@ -154,7 +154,7 @@ def config_to_hf(c: bert.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=bert,
+    "bert",
     kinds=("bert",),
     names=names,
     config_from_hf=config_from_hf,

@@ -145,7 +145,7 @@ def _to_hf(config: clip.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=clip,
+    "clip",
     kinds=("clip",),
     names=_names,
     config_from_hf=_from_hf,

@@ -76,7 +76,7 @@ def _to_hf(c: vit.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=vit,
+    "vit",
     kinds=("dinov2",),
     names=_names,
     config_from_hf=_from_hf,

@@ -37,7 +37,7 @@ def _card(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    module=llama,
+    "llama",
     kinds=("gemma3",),
     names=of_llama.names,
     config_from_hf=_from_hf,

@@ -73,7 +73,7 @@ def _to_hf(config: gpt2.Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    module=gpt2,
+    "gpt2",
     kinds=("gpt2",),
     names=_names,
     config_from_hf=_from_hf,

@@ -147,7 +147,7 @@ class Decoded(Tensors):
 
 
 FAMILY = Family(
-    module=gpt_oss,
+    "gpt_oss",
     kinds=("gpt_oss",),
     names=_names,
     config_from_hf=_from_hf,

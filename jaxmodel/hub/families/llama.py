@@ -395,7 +395,7 @@ def _scaling_of_divisors(divisors: np.ndarray, head_width: int, base: float) -> 
 
 
 FAMILY = Family(
-    module=llama,
+    "llama",
     kinds=KINDS,
     names=names,
     config_from_hf=config_from_hf,

@@ -124,7 +124,7 @@ def _to_hf(c: modernbert.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=modernbert,
+    "modernbert",
     kinds=("modernbert",),
     names=_names,
     config_from_hf=_from_hf,

@@ -54,7 +54,7 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=llama,
+    "llama",
     kinds=("olmo2", "olmo3"),
     names=of_llama.names,
     config_from_hf=_from_hf,

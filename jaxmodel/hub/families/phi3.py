@@ -76,7 +76,7 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=llama,
+    "llama",
     kinds=("phi3",),
     names=_names,
     config_from_hf=_from_hf,

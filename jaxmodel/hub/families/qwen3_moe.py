@@ -55,7 +55,7 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=llama,
+    "llama",
     kinds=("qwen3_moe",),
     names=_names,
     config_from_hf=_from_hf,

@@ -56,7 +56,7 @@ def _to_hf(c: bert.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=bert,
+    "bert",
     kinds=tuple(_STEMS),
     names=_names,
     config_from_hf=_from_hf,

@@ -56,7 +56,7 @@ def _to_hf(config: clip.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=clip,
+    "clip",
     kinds=("siglip",),
     names=_names,
     config_from_hf=_from_hf,

@@ -57,7 +57,7 @@ def _to_hf(c: vit.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=vit,
+    "vit",
     kinds=("siglip_vision_model",),
     names=names,
     config_from_hf=_from_hf,

@@ -40,7 +40,7 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=llama,
+    "llama",
     kinds=("smollm3",),
     names=of_llama.names,
     config_from_hf=_from_hf,

@@ -114,7 +114,7 @@ def _to_hf(config: t5.Config) -> dict[str, Any] | None:
 
 
 FAMILY = Family(
-    module=t5,
+    "t5",
     kinds=("t5",),
     names=_names,
     config_from_hf=_from_hf,

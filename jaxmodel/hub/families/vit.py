@@ -86,7 +86,7 @@ def sizes_to_hf(c: vit.Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    module=vit,
+    "vit",
     kinds=("vit",),
     names=_names,
     config_from_hf=_from_hf,
