@@ -1,9 +1,15 @@
-"""The members that the laws are about: every size whose name begins with `tiny`, of every file in jaxmodel/models."""
+"""The members that the laws are about: every size whose name begins with `tiny`, of every file in jaxmodel/models.
+
+And of one family from outside of the package, which docs/how_to/own_model.md declares.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +21,19 @@ from jaxmodel import tree
 from jaxmodel.leaves import QTensor, Sparse
 from jaxmodel.models import Model, sizes
 
+PAGE = Path(__file__).parent.parent.parent / "docs" / "how_to" / "own_model.md"
+
+
+def declare_family_of_page() -> int:
+    """Run the file that the how-to shows, and return its lines."""
+    source = PAGE.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    module = sys.modules.setdefault("parallel", types.ModuleType("parallel"))
+    if not hasattr(module, "model"):
+        exec(compile(source, str(PAGE), "exec"), module.__dict__)
+    return len(source.splitlines())
+
+
+LINES_OF_PAGE = declare_family_of_page()
 B, T = 3, 8
 TINY = [name for name in sizes() if name.split("/")[1].startswith("tiny")]
 

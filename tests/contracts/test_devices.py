@@ -22,6 +22,7 @@ from jaxmodel import ops, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse, decode
 from jaxmodel.models import families
+from tests.contracts.conftest import LINES_OF_PAGE
 
 MESH = "fsdp=4,tensor=2"
 B, T = 8, 6
@@ -331,6 +332,7 @@ CHECKS = (
     check_meshes,
     check_a_mistyped_axis_is_refused,
 )
+assert "parallel" in families() and LINES_OF_PAGE <= 120, "the family of the how-to keeps the laws, in few lines"
 NAMES = [f"{check_a_training_step.__name__}:{family}" for family in families()]
 NAMES += [f"{check.__name__}:{family}" for family in families() if decodes(family) for check in DECODER_CHECKS]
 NAMES += [check.__name__ for check in CHECKS]
