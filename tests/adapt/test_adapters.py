@@ -35,6 +35,10 @@ def based(params, kind):
     return tree.map_leaves(lambda path, leaf: BASES[kind](leaf) if path.endswith(("/q", "/v", "/up")) else leaf, params)
 
 
+def logits(model, params):
+    return jax.jit(model.apply)(params, TOKENS).logits
+
+
 def stirred(params):
     """Adapters that do something."""
     rng = np.random.default_rng(1)
@@ -46,7 +50,7 @@ def stirred(params):
 @pytest.mark.parametrize("kind", BASES)
 def test_only_adapters_train_on_a_base_of_any_kind(kind, params):
     model, start = lora(MODEL, based(params, kind), RULES, jax.random.key(1))
-    chex.assert_trees_all_equal(model.apply(start, TOKENS).logits, MODEL.apply(based(params, kind), TOKENS).logits)
+    chex.assert_trees_all_equal(logits(model, start), logits(MODEL, based(params, kind)))
     config = train.TrainConfig(steps=12, learning_rate=1e-2, warmup=1, log_every=1, trainable=ADAPTERS)
     state, history = train.fit(model, STREAM, config, params=start)
     assert history[-1]["loss"] < history[0]["loss"] - 0.05
@@ -73,8 +77,9 @@ def test_gradients_are_those_of_the_sum_written_out(params):
         plain = tree.unflatten({path: leaf for path, leaf in whole.items() if "_lora" not in path})
         return losses.next_token(MODEL, plain, batch)[0]
 
-    want = jax.value_and_grad(written_out)(trains)
-    got = jax.value_and_grad(lambda trains: losses.next_token(model, tree.combine(trains, frozen), batch)[0])(trains)
+    want = jax.jit(jax.value_and_grad(written_out))(trains)
+    loss = lambda trains: losses.next_token(model, tree.combine(trains, frozen), batch)[0]
+    got = jax.jit(jax.value_and_grad(loss))(trains)
     chex.assert_trees_all_close(got, want, rtol=2e-4, atol=1e-6)
 
 
@@ -89,7 +94,7 @@ def test_merged_is_what_is_computed_in_float32(kind, params):
     for path in how:
         product = jnp.matmul(leaves[f"{path}_lora/up"], leaves[f"{path}_lora/down"], precision="highest")
         np.testing.assert_array_equal(flat[path], jax.jit(lambda w, p: w + jnp.float32(3) * p)(decode(leaves[path]), product))
-    chex.assert_trees_all_close(MODEL.apply(plain, TOKENS).logits, model.apply(start, TOKENS).logits, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(logits(MODEL, plain), logits(model, start), rtol=1e-4, atol=1e-4)
 
 
 def test_a_compressed_base_is_requantized_when_asked(params):
@@ -106,7 +111,7 @@ def test_rules_may_tell_layers_apart_and_the_stack_does_not_matter(params):
     model, start = lora(MODEL, params, rules, jax.random.key(1))
     shapes = {path: leaf.shape for path, leaf in tree.flatten(start).items() if path.endswith("q_lora/down")}
     assert list(shapes.values()) == [(3, 32), (2, 32), (3, 32)]
-    chex.assert_trees_all_close(model.apply(start, TOKENS).logits, MODEL.apply(params, TOKENS).logits, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(logits(model, start), logits(MODEL, params), rtol=1e-4, atol=1e-5)
     whole = lora(MODEL, params, RULES, jax.random.key(1))[1]
     single = lora(MODEL, tree.unstack(params), RULES, jax.random.key(1))[1]
     chex.assert_trees_all_equal(tree.unstack(whole), single)
@@ -153,7 +158,7 @@ def test_a_weight_gets_one_adapter_and_an_adapter_none(params):
     assert again is model
     assert sum(path.endswith("_lora/down") for path in tree.flatten(more)) == 3 * 3 + 1
     chex.assert_trees_all_close(
-        again.apply(more, TOKENS).logits, model.apply(stirred(start), TOKENS).logits, rtol=1e-5, atol=1e-5
+        logits(again, more), logits(model, stirred(start)), rtol=1e-5, atol=1e-5
     )
 
 

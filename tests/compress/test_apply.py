@@ -9,10 +9,11 @@ import pytest
 
 from jaxmodel import compress, tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.leaves import QTensor, Sparse, decode
 from jaxmodel.models import gpt2, llama
 
 MODELS = {"llama": llama.model(llama.SIZES["tiny"]), "gpt2": gpt2.model(gpt2.SIZES["tiny"])}
+APPLY = {name: jax.jit(model.apply) for name, model in MODELS.items()}
 TOKENS = jax.random.randint(jax.random.key(1), (2, 16), 0, 256)
 
 
@@ -33,10 +34,9 @@ def test_named_recipes(family, recipe, params):
         leaf = tree.flatten(small)[row["path"]]
         assert bool(row["method"]) == isinstance(leaf, QTensor | Sparse) == (row["relative_error"] > 0)
         assert row["bits_per_weight"] == pytest.approx(8 * tree.nbytes(leaf) / np.prod(leaf.shape))
-    model = MODELS[family]
-    exact, near = (model.apply(p, TOKENS).logits for p in (params[family], small))
+    exact, near = (np.asarray(APPLY[family](p, TOKENS).logits) for p in (params[family], small))
     limit = {"int8": 0.05, "int8-weight": 0.03, "int4": 0.3, "sparse50-int8": 1.0}[recipe]
-    assert 0 < float(jnp.std(near - exact) / jnp.std(exact)) < limit
+    assert 0 < float(np.std(near - exact) / np.std(exact)) < limit
 
 
 def test_layers_may_differ(params):
@@ -48,10 +48,9 @@ def test_layers_may_differ(params):
     small, report = compress.apply(rules, params["llama"])
     assert list(small["blocks"]) == ["0", "1", "2"]
     assert len(report.leaves) == len(tree.flatten(small))
-    decoded = jax.tree.map(lambda a: a, small)
-    decoded = tree.map_leaves(lambda _, leaf: leaf.decode() if hasattr(leaf, "decode") else leaf, decoded)
-    same = MODELS["llama"].apply(decoded, TOKENS).logits
-    np.testing.assert_allclose(MODELS["llama"].apply(small, TOKENS).logits, same, atol=1e-4)
+    decoded = jax.jit(lambda p: tree.map_leaves(lambda _, leaf: decode(leaf), p))(small)
+    same = APPLY["llama"](decoded, TOKENS).logits
+    np.testing.assert_allclose(APPLY["llama"](small, TOKENS).logits, same, atol=1e-4)
 
 
 def test_a_recipe_of_the_wrong_rules_is_refused(params):
@@ -106,9 +105,10 @@ def test_recipes_give_the_same_codes_on_a_mesh(devices8):
         from jaxmodel.models import llama
         model = llama.model(llama.SIZES["tiny"])
         params = jax.jit(model.init)(jax.random.key(0))
-        for recipe in compress.NAMED.values():
+        for name in ("int8", "int4", "sparse50-int8"):  # the codes of int8-weight are those of int8
+            recipe = compress.named(name)
             want = tree.fingerprint(compress.apply(recipe, params)[0])
-            for shape in ("fsdp=2", "fsdp=2,tensor=2", "fsdp=4,tensor=2"):
+            for shape in ("fsdp=2", "fsdp=4,tensor=2"):
                 placed = sharding.place(model.rules, params, sharding.make_mesh(shape))
                 assert tree.fingerprint(compress.apply(recipe, placed)[0]) == want, shape
         print("same")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxmodel import tree
@@ -36,6 +37,12 @@ def declare_family_of_page() -> int:
 LINES_OF_PAGE = declare_family_of_page()
 B, T = 3, 8
 TINY = [name for name in sizes() if name.split("/")[1].startswith("tiny")]
+KINDS = [
+    *(name for name in TINY if name.endswith("/tiny")),
+    *("clip/tiny-siglip", "connected/tiny-groups", "llama/tiny-sparse"),
+    *("resnet/tiny-group", "rnn/tiny-gru", "vit/tiny-attention"),
+]
+"""For laws about what all members share: one of each family, and those whose layers are of another kind than that one's."""
 
 
 def is_decoder(name: str) -> bool:
@@ -57,27 +64,54 @@ def example(model: Model, batch: int, length: int, seed: int = 0) -> dict[str, j
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A member with parameters that are large everywhere, biases and norms too."""
+    """A member with parameters that are large everywhere, biases and norms too, and what is compiled once for all laws."""
 
     name: str
     module: Any
     model: Model
     params: tree.Params
     inputs: dict[str, jax.Array]
-    apply: Any  # jitted: params, inputs -> logits
+    traces: list[Model] = dataclasses.field(default_factory=list)  # what `logits` was traced for
 
     @property
     def tokens(self) -> jax.Array:
         return self.inputs["tokens"]
 
-    def shapes(self, size: str) -> tree.Params:
-        """The shapes of the parameters of a size of this member's family."""
-        return shapes_of(f"{self.name.split('/')[0]}/{size}")
+    @functools.cached_property
+    def logits(self) -> Any:
+        """jitted: model, params, inputs -> logits."""
+
+        def run(model, params, inputs):
+            self.traces.append(model)
+            return model.apply(params, inputs).logits
+
+        return jax.jit(run, static_argnums=0)
+
+    def apply(self, params: tree.Params, inputs: Any) -> jax.Array:
+        """The logits of this member."""
+        return self.logits(self.model, params, inputs)
 
     @functools.cached_property
     def init(self) -> Any:
-        """jitted: key -> params; compiled once for all laws."""
+        """jitted: key -> params."""
         return jax.jit(self.model.init)
+
+    @staticmethod
+    def loss(model: Model, params: tree.Params, inputs: dict[str, jax.Array]) -> jax.Array:
+        """Cross entropy of some fixed classes in training, for whatever the last axis of the logits is."""
+        logits = model.apply(params, inputs, rng=jax.random.key(0), train=True).logits
+        classes = jnp.arange(logits[..., 0].size, dtype=jnp.int32).reshape(logits.shape[:-1]) % logits.shape[-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
+
+    @functools.cached_property
+    def gradients(self) -> Any:
+        """jitted: params, inputs -> the loss and its gradients."""
+        return jax.jit(jax.value_and_grad(functools.partial(self.loss, self.model)))
+
+    @functools.cached_property
+    def apart(self) -> tree.Params:
+        """The parameters with each layer in a segment of its own."""
+        return jax.tree.map(jnp.asarray, tree.unstack(jax.device_get(self.params)))
 
     @functools.cached_property
     def mixed(self) -> tree.Params:
@@ -89,9 +123,9 @@ class Case:
             keys = path.split("/")
             if "blocks" not in keys:
                 return quantise(leaf, 8)
-            return KINDS[int(keys[keys.index("blocks") + 1]) % len(KINDS)](leaf)
+            return COMPRESSED[int(keys[keys.index("blocks") + 1]) % len(COMPRESSED)](leaf)
 
-        return tree.map_leaves(compress, tree.unstack(self.params))
+        return tree.map_leaves(compress, self.apart)
 
     @functools.cached_property
     def of_mixed(self) -> jax.Array:
@@ -99,13 +133,16 @@ class Case:
         return self.apply(self.mixed, self.inputs)
 
 
-def quantise(w: jax.Array, bits: int, group: int | None = None, **static) -> QTensor:
+pack = jax.jit(QTensor.from_codes, static_argnames=("bits", "group"))
+
+
+def quantise(w: jax.Array, bits: int, group: int | None = None) -> QTensor:
     group = group if group and w.shape[-1] % group == 0 else w.shape[-1]
     grouped = np.asarray(w).reshape(*w.shape[:-1], -1, group)
     scale = np.maximum(np.abs(grouped).max(-1), 1e-9) / (2 ** (bits - 1) - 1)
     codes = np.round(grouped / scale[..., None]).astype(np.int32).reshape(w.shape)
     group = group if group < w.shape[-1] else None
-    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static)
+    return pack(codes, scale, bits=bits, group=group)
 
 
 def half(w: jax.Array) -> Sparse:
@@ -113,42 +150,53 @@ def half(w: jax.Array) -> Sparse:
     return Sparse.from_dense(w, jnp.asarray(size >= np.median(size, axis=-1, keepdims=True)))
 
 
-KINDS = (lambda w: quantise(w, 8), lambda w: quantise(w, 4, group=16), half)
-
-
-@functools.cache
-def shapes_of(name: str) -> tree.Params:
-    """The shapes of a member's parameters, big ones too, without their arrays."""
-    module, config = sizes()[name]
-    return jax.eval_shape(module.model(config).init, jax.random.key(0))
+COMPRESSED = (lambda w: quantise(w, 8), lambda w: quantise(w, 4, group=16), half)
 
 
 def make_case(name: str) -> Case:
     module, config = sizes()[name]
     model = module.model(config)
-    rng = np.random.default_rng(0)
-    shapes = shapes_of(name)
-    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.2, a.dtype), shapes)
-    params = visible(positive(params))
-    apply = jax.jit(lambda params, inputs: model.apply(params, inputs).logits)
-    return Case(name, module, model, params, example(model, B, T), apply)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
+    arrays = jax.tree.map(lambda a: (rng.normal(size=a.shape) * 0.2).astype(a.dtype), shapes)
+    params = jax.tree.map(jnp.asarray, tree.map_leaves(meaningful, arrays))
+    return Case(name, module, model, params, example(model, B, T))
 
 
-def positive(params: tree.Params) -> tree.Params:
-    """Statistics that are variances must be above zero to mean anything."""
-    return tree.map_leaves(lambda path, leaf: jnp.abs(leaf) + 0.5 if path.endswith("variance") else leaf, params)
+def meaningful(path: str, leaf: np.ndarray) -> np.ndarray:
+    """Variances must be above zero to mean anything; cosines of random vectors are small and much alike, so CLIP's scale makes
+    logits of the others' size of them."""
+    if path.endswith("variance"):
+        return np.abs(leaf) + leaf.dtype.type(0.5)
+    return leaf + leaf.dtype.type(2) if path == "scale" else leaf
 
 
-def visible(params: tree.Params) -> tree.Params:
-    """Cosines of random vectors are small and much alike: CLIP's scale makes logits of the others' size of them."""
-    return tree.map_leaves(lambda path, leaf: leaf + 2 if path == "scale" else leaf, params)
-
-
-@pytest.fixture(scope="module", params=TINY)
-def case(request) -> Case:
+@pytest.fixture(scope="session")
+def member(request) -> Case:
     return make_case(request.param)
 
 
-@pytest.fixture(scope="module", params=[name for name in TINY if is_decoder(name)])
-def decoder(request) -> Case:
-    return make_case(request.param)
+@pytest.fixture
+def case(member) -> Case:
+    """Any member: for laws about what it declares and computes."""
+    return member
+
+
+@pytest.fixture
+def kind(member) -> Case:
+    """One of each kind: for laws about what members share."""
+    return member
+
+
+@pytest.fixture
+def decoder(member) -> Case:
+    """A member that reads one text and continues it."""
+    return member
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All three are one fixture of the session, so that pytest runs the tests of a member, of all files, one after the other."""
+    if "member" in metafunc.fixturenames:
+        decoders = [name for name in TINY if is_decoder(name)]
+        lists = {"kind": KINDS, "decoder": decoders}
+        names = next((names for fixture, names in lists.items() if fixture in metafunc.fixturenames), TINY)
+        metafunc.parametrize("member", names, indirect=True, scope="session")

@@ -15,8 +15,8 @@ from jaxmodel import ops, tree
 B, T = 3, 8
 
 
-def close(got: jax.Array, want: jax.Array, tolerance: float = 1e-4) -> None:
-    chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance, strict=True)
+def close(got: np.ndarray | jax.Array, want: np.ndarray | jax.Array, tolerance: float = 1e-4) -> None:
+    chex.assert_trees_all_close(np.asarray(got), np.asarray(want), rtol=tolerance, atol=tolerance, strict=True)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -27,43 +27,47 @@ def test_any_depth(decoder, depth):
     assert jax.eval_shape(model.apply, params, decoder.tokens).logits.shape == (B, T, model.config.vocab)
 
 
-def test_inputs_are_tokens_or_a_dict(decoder):
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    ones = jnp.ones((B, T), jnp.int32)
-    plain = decoder.apply(decoder.params, decoder.tokens)
-    full = {"tokens": decoder.tokens, "positions": positions, "segments": ones, "mask": ones.astype(bool)}
-    close(decoder.apply(decoder.params, {"tokens": decoder.tokens}), plain, 1e-6)
-    close(decoder.apply(decoder.params, full), plain, 1e-5)
+def test_what_is_left_out_is_the_one_document(decoder):
+    """Positions from 0, one segment, no padding; an array alone: test_models.py."""
+    ones = jnp.asarray(np.ones((B, T), np.int32))
+    positions = jnp.asarray(np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)))
+    full = {"tokens": decoder.tokens, "positions": positions, "segments": ones, "mask": jnp.asarray(np.ones((B, T), bool))}
+    close(decoder.apply(decoder.params, full), decoder.apply(decoder.params, decoder.inputs), 1e-5)
 
 
 def test_the_future_has_no_influence(decoder):
-    changed = decoder.tokens.at[:, T - 2].set((decoder.tokens[:, T - 2] + 1) % decoder.model.config.vocab)
-    before, after = (decoder.apply(decoder.params, tokens) for tokens in (decoder.tokens, changed))
+    changed = np.array(decoder.tokens)
+    changed[:, T - 2] = (changed[:, T - 2] + 1) % decoder.model.config.vocab
+    texts = decoder.tokens, jnp.asarray(changed)
+    before, after = (np.asarray(decoder.apply(decoder.params, {"tokens": tokens})) for tokens in texts)
     np.testing.assert_array_equal(before[:, : T - 2], after[:, : T - 2])
     assert np.abs(before[:, T - 2 :] - after[:, T - 2 :]).max() > 1e-2
 
 
 def test_packed_segments_equal_separate_documents(decoder):
     lengths = (3, 4)  # and a position of padding
-    row = decoder.tokens[0]
-    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0]], jnp.int32)
-    positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 0]], jnp.int32)
-    packed = decoder.apply(decoder.params, {"tokens": row[None], "segments": segments, "positions": positions})
+    tokens = np.array(decoder.tokens)
+    rows = {"segments": [1, 1, 1, 2, 2, 2, 2, 0], "positions": [0, 1, 2, 0, 1, 2, 3, 0]}
+    rows = {name: jnp.asarray(np.broadcast_to(np.array(row, np.int32), (B, T))) for name, row in rows.items()}
+    packed = np.asarray(decoder.apply(decoder.params, {"tokens": decoder.tokens, **rows}))
     start = 0
     for length in lengths:
-        document = jnp.zeros((1, T), jnp.int32).at[0, :length].set(row[start : start + length])
-        close(packed[0, start : start + length], decoder.apply(decoder.params, document)[0, :length])
+        documents = np.zeros((B, T), np.int32)
+        documents[:, :length] = tokens[:, start : start + length]
+        alone = np.asarray(decoder.apply(decoder.params, {"tokens": jnp.asarray(documents)}))
+        close(packed[:, start : start + length], alone[:, :length])
         start += length
 
 
 def test_padding_on_the_right_does_not_change_real_positions(decoder):
     lengths = np.array([3, T, 5])
     mask = np.arange(T) < lengths[:, None]
-    rows = [jnp.where(mask, decoder.tokens, fill) for fill in (0, 7, -1, 10**6)]  # also of what no table has
+    fills = (0, 7, -1, 10**6)  # also of what no table has
+    rows = [jnp.asarray(np.where(mask, np.asarray(decoder.tokens), np.int32(fill))) for fill in fills]
     outs = [decoder.apply(decoder.params, {"tokens": row, "mask": jnp.asarray(mask)}) for row in rows]
     for out in outs[1:]:
         np.testing.assert_array_equal(np.asarray(outs[0])[mask], np.asarray(out)[mask])
-    close(np.asarray(outs[0])[mask], np.asarray(decoder.apply(decoder.params, decoder.tokens))[mask])
+    close(np.asarray(outs[0])[mask], np.asarray(decoder.apply(decoder.params, decoder.inputs))[mask])
 
 
 def test_padding_may_reach_beyond_the_context(decoder):
@@ -75,49 +79,63 @@ def test_padding_may_reach_beyond_the_context(decoder):
     whole = decoder.apply(decoder.params, row)
     close(decoder.apply(decoder.params, {"tokens": wide, "mask": mask})[:, :context], whole)
     cache = decoder.model.init_cache(1, context + 7)
-    out = decoder.model.apply(decoder.params, {"tokens": wide, "mask": mask}, cache)
+    out = jax.jit(decoder.model.apply)(decoder.params, {"tokens": wide, "mask": mask}, cache)
     close(out.logits[:, :context], whole)
 
 
 def test_a_new_model_knows_nothing(decoder):
-    params = jax.jit(decoder.model.init)(jax.random.key(0))
-    logits = decoder.apply(params, decoder.inputs)
-    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
-    assert float(jnp.mean(nll)) == pytest.approx(np.log(decoder.model.config.vocab), rel=0.05)
+    params = decoder.init(jax.random.key(0))
+    logits = np.asarray(decoder.apply(params, decoder.inputs), np.float64)
+    nll = np.log(np.exp(logits).sum(-1)) - np.mean(logits, axis=-1)
+    assert float(np.mean(nll)) == pytest.approx(np.log(decoder.model.config.vocab), rel=0.05)
 
 
 def test_the_cache_equals_the_whole_at_every_position_for_ragged_rows(decoder):
-    """Rows of 3, 8 and 5 tokens are read together, then each is continued a token at a time."""
-    cache, lengths = decoder.model.init_cache(B, 2 * T), np.array([3, 5, 1])
-    whole = np.asarray(decoder.apply(decoder.params, decoder.inputs))
-    run = jax.jit(decoder.model.apply)
+    """Rows of 3, 5 and 1 tokens are read together, then each is continued a token at a time, in two programs for all. A row
+    without room gets NaN, not the text of a cache that was written over."""
+    tokens, lengths, traces = np.asarray(decoder.tokens), np.array([3, 5, 1]), []
+    cache, whole = decoder.model.init_cache(B, T), np.asarray(decoder.apply(decoder.params, decoder.inputs))
+
+    @jax.jit
+    def run(params, inputs, cache):
+        traces.append(inputs["tokens"].shape)
+        return decoder.model.apply(params, inputs, cache)
+
     mask = np.arange(T) < lengths[:, None]
-    out = run(decoder.params, {"tokens": jnp.asarray(np.where(mask, decoder.tokens, 7)), "mask": jnp.asarray(mask)}, cache)
+    out = run(decoder.params, {"tokens": jnp.asarray(np.where(mask, tokens, 7)), "mask": jnp.asarray(mask)}, cache)
     close(np.asarray(out.logits)[mask], whole[mask])
-    rows = np.arange(B)
+    np.testing.assert_array_equal(out.cache.length, lengths)
+    rows, one = np.arange(B), jnp.asarray(np.ones((B, 1), bool))
     for step in range(T - lengths.max()):
         at = lengths + step
-        out = run(decoder.params, {"tokens": decoder.tokens[rows, at][:, None]}, out.cache)
+        out = run(decoder.params, {"tokens": jnp.asarray(tokens[rows, at][:, None]), "mask": one}, out.cache)
         close(np.asarray(out.logits)[:, 0], whole[rows, at])
+    np.testing.assert_array_equal(out.cache.length, lengths + T - lengths.max())
+    more = np.asarray(run(decoder.params, {"tokens": jnp.asarray(tokens[:, :1]), "mask": one}, out.cache).logits)
+    np.testing.assert_array_equal(np.isnan(more).all(axis=(1, 2)), lengths == lengths.max())
+    assert np.isfinite(more[lengths < lengths.max()]).all()
+    assert traces == [(B, T), (B, 1)]
+
+
+def in_halves(model, params, tokens: jax.Array) -> np.ndarray:
+    """The logits of a text that comes in two pieces."""
+    run, cache, found = jax.jit(model.apply), model.init_cache(B, T + 3), []
+    for piece in np.split(np.asarray(tokens), 2, axis=1):
+        out = run(params, {"tokens": jnp.asarray(piece)}, cache)
+        cache, found = out.cache, [*found, out.logits]
+    return np.concatenate(found, axis=1)
 
 
 def test_attention_in_blocks_is_the_same_with_a_cache_and_without(decoder):
     """Long texts take that path, whatever the scores of a member have besides (sinks, caps, windows)."""
     model = decoder.model.with_policy(ops.Policy(attention="blockwise"))
-    whole, run = decoder.apply(decoder.params, decoder.inputs), jax.jit(model.apply)
-    close(run(decoder.params, decoder.inputs).logits, whole)
-    first = run(decoder.params, decoder.tokens[:, : T - 2], model.init_cache(B, T + 3))
-    last = run(decoder.params, decoder.tokens[:, T - 2 :], first.cache)
-    close(jnp.concatenate([first.logits, last.logits], axis=1), whole)
+    whole = decoder.apply(decoder.params, decoder.inputs)
+    close(decoder.logits(model, decoder.params, decoder.inputs), whole)
+    close(in_halves(model, decoder.params, decoder.tokens), whole)
 
 
 def test_the_cache_with_layers_in_segments(decoder):
-    params = tree.unstack(decoder.params)
-    run = jax.jit(decoder.model.apply)
-    first = run(params, decoder.tokens[:, : T - 1], decoder.model.init_cache(B, T))
-    last = run(params, decoder.tokens[:, T - 1 :], first.cache)
-    got = jnp.concatenate([first.logits, last.logits], axis=1)
-    close(got, decoder.apply(decoder.params, decoder.tokens))
+    close(in_halves(decoder.model, decoder.apart, decoder.tokens), decoder.apply(decoder.params, decoder.inputs))
 
 
 def test_segments_with_a_cache_are_refused(decoder):

@@ -29,7 +29,7 @@ MODELS = {
 }
 MESHES = {
     "gpt2": [
-        *("data=2", "data=4", "data=8", "fsdp=8", "tensor=4", "sequence=8", "pipeline=4"),
+        *("data=8", "fsdp=8", "tensor=4", "sequence=8", "pipeline=4"),
         *("data=2,fsdp=2,tensor=2", "fsdp=2,sequence=4", "pipeline=2,fsdp=2,tensor=2"),
     ],
     "gemma": ["pipeline=2,sequence=2,tensor=2"],

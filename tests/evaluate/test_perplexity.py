@@ -23,7 +23,7 @@ def params():
 def test_token_nll_is_its_definition(chunk, params):
     windows = np.random.default_rng(0).integers(0, 256, (3, 20))
     nll = evaluate.token_nll(MODEL, params, windows, chunk=chunk)
-    logits = np.asarray(MODEL.apply(params, jnp.asarray(windows)).logits, np.float64)[:, :-1]
+    logits = np.asarray(jax.jit(MODEL.apply)(params, jnp.asarray(windows)).logits, np.float64)[:, :-1]
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(nll, -np.take_along_axis(log_probs, windows[:, 1:, None], -1)[..., 0], atol=1e-5)
 

@@ -30,11 +30,12 @@ def moe(chosen: int, policy: ops.Policy = ops.Policy()) -> layers.MoE:
 
 @functools.cache
 def params() -> tree.Params:
-    return moe(2).init(jax.random.key(0), normal(B, T, D))["params"]
+    return jax.jit(moe(2).init)(jax.random.key(0), normal(B, T, D))["params"]
 
 
+@functools.partial(jax.jit, static_argnames=("chosen", "policy"))
 def run(chosen: int, p: tree.Params, x: jax.Array, real: jax.Array | None = None, policy: ops.Policy = ops.Policy()):
-    return jax.jit(lambda p, x, real: moe(chosen, policy).apply({"params": p}, x, real))(p, x, real)
+    return moe(chosen, policy).apply({"params": p}, x, real)
 
 
 def token_by_token(chosen: int, p: tree.Params, x: jax.Array, real: np.ndarray | None = None) -> tuple[np.ndarray, float]:

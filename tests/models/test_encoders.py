@@ -109,10 +109,11 @@ def test_padding_has_no_influence(text: SimpleNamespace) -> None:
 def test_token_types_and_positions_count(text: SimpleNamespace) -> None:
     plain = text.apply(text.params, TOKENS).logits
     types, positions = jnp.zeros((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    close(text.apply(text.params, {"tokens": TOKENS, "types": types, "positions": positions}).logits, plain)
+    full = {"tokens": TOKENS, "types": types, "positions": positions}
+    close(text.apply(text.params, full).logits, plain)
     for changed in ({"types": types.at[:, 4:].set(1)}, {"positions": positions + 3}):
-        assert np.abs(text.apply(text.params, {"tokens": TOKENS, **changed}).logits - plain).max() > 1e-2
-    outside = text.apply(text.params, {"tokens": TOKENS, "types": types.at[0, 1].set(2)}).logits
+        assert np.abs(text.apply(text.params, {**full, **changed}).logits - plain).max() > 1e-2
+    outside = text.apply(text.params, {**full, "types": types.at[0, 1].set(2)}).logits
     assert np.all(np.isnan(outside[0])) and np.all(np.isfinite(outside[1:]))
 
 
@@ -263,7 +264,7 @@ def test_a_mean_without_positions_does_not_see_the_order_of_patches() -> None:
 def test_the_class_token_stands_for_the_image() -> None:
     model = vit.model(vit.SIZES["tiny-features"])
     params = large(model)
-    out = model.apply(params, jnp.asarray(RNG.normal(size=(2, 16, 16, 3)), jnp.float32))
+    out = jax.jit(model.apply)(params, jnp.asarray(RNG.normal(size=(2, 16, 16, 3)), jnp.float32))
     x, p = np.asarray(out.hidden[:, 0], np.float64), jax.tree.map(np.asarray, params)
     x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * p["norm"]["weight"] + p["norm"]["bias"]
     close(out.logits, np.tanh(x @ p["head"]["pool"].T + p["head"]["pool_bias"]), 1e-4)

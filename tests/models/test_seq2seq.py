@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -33,9 +34,10 @@ class Case:
     whole: np.ndarray  # logits of the inputs
 
 
-def case_of(name: str, **change) -> Case:
+@functools.cache
+def case_of(name: str) -> Case:
     module, config = sizes()[name]
-    model = module.model(dataclasses.replace(config, **change))
+    model = module.model(config)
     rng = np.random.default_rng(0)
     # norms around 1: where they are small, a text is one token over and over
     one = lambda path, a: jnp.asarray(path.endswith("norm/weight") + rng.normal(size=a.shape) * 0.3, a.dtype)
@@ -94,16 +96,17 @@ def test_decoding_with_a_cache_equals_the_whole_at_every_position(case):
     assert out.cache.length.tolist() == [T] * B
 
 
+@pytest.mark.parametrize("case", ["t5/tiny", "transformer/tiny-pre", "rnn/tiny"], indirect=True)
 def test_decoding_in_bfloat16_with_layers_in_segments(case):
     """Beside the whole text in the same arithmetic: how far bfloat16 is from float32 is a matter of the weights."""
     small = case.model.with_policy(Policy(compute="bfloat16", stream="bfloat16"))
     first = {**case.inputs, "tokens": case.inputs["tokens"][:, :5]}
-    run, params = jax.jit(small.apply), tree.cast(case.params, jnp.bfloat16)
-    whole = run(params, case.inputs).logits[:, 5:]
-    params = tree.unstack(params)
+    run, params = jax.jit(small.apply), jax.jit(lambda p: tree.cast(p, jnp.bfloat16))(case.params)
+    whole = np.asarray(run(params, case.inputs).logits)[:, 5:]
+    params = jax.jit(tree.unstack)(params)
     out = run(params, first, small.init_cache(B, T))
-    last = run(params, {"tokens": case.inputs["tokens"][:, 5:]}, out.cache).logits
-    assert last.dtype == jnp.float32
+    last = np.asarray(run(params, {"tokens": case.inputs["tokens"][:, 5:]}, out.cache).logits)
+    assert last.dtype == np.float32
     assert np.sqrt(np.mean((last - whole) ** 2)) < 0.05 * np.std(case.whole)
     assert np.sqrt(np.mean((last - case.whole[:, 5:]) ** 2)) < 0.2 * np.std(case.whole)
 
@@ -131,8 +134,8 @@ def test_what_does_not_fit_is_refused(case):
 
 @pytest.mark.parametrize("name", ["t5/tiny", "transformer/tiny-pre", "rnn/tiny"])
 def test_dropout_is_for_training_with_a_key_only(name):
-    case = case_of(name, dropout=0.4)
-    run = jax.jit(case.model.apply, static_argnames="train")
+    case, changed = case_of(name), dataclasses.replace(sizes()[name][1], dropout=0.4)
+    run = jax.jit(sizes()[name][0].model(changed).apply, static_argnames="train")
     chex.assert_trees_all_equal(run(case.params, case.inputs, rng=jax.random.key(0)).logits, case.whole)
     one, other, again = (run(case.params, case.inputs, rng=jax.random.key(i), train=True).logits for i in (0, 1, 0))
     np.testing.assert_array_equal(one, again)

@@ -1,4 +1,4 @@
-"""Attention against softmax written out, and the cache against a forward pass over everything at once."""
+"""Attention against softmax written out, and the cache; models that decode with it: contracts/test_decoders.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from jaxmodel import ops
 from jaxmodel.errors import InputError
-from jaxmodel.models import families
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -122,77 +121,6 @@ def test_dtype_of_the_cache(policy, dtype):
     assert cache.update(0, normal(1, 1, 1, 4), normal(1, 1, 1, 4))[3].k.dtype == dtype
 
 
-def test_a_full_cache_is_loud(family):
-    """Rows without room get NaN, not the text of a cache that was written over."""
-    model, params = family
-    tokens = jnp.ones((2, 3), jnp.int32)
-    cache = model.init_cache(2, 5).advance(jnp.asarray([1, 3]))
-    logits = jax.jit(model.apply)(params, tokens, cache).logits
-    assert np.all(np.isfinite(logits[0]))
-    assert np.all(np.isnan(logits[1]))
-
-
-# ------------------------------------------------------------------------------------------- prefill, decode, full
-
-
-DECODERS = [name for name, module in families().items() if module.model(module.SIZES["tiny"]).continues]
-
-
-@pytest.fixture(scope="module", params=DECODERS)
-def family(request):
-    """A model and parameters that are large everywhere, so that no part of it (a bias, a norm) goes untested."""
-    module = families()[request.param]
-    model = module.model(module.SIZES["tiny"])
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return model, jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.2, a.dtype), shapes)
-
-
-LENGTHS, NEW = (3, 6, 1), 4
-
-
-def test_prefill_and_decode_of_ragged_rows_equal_the_whole_at_once(family):
-    model, params = family
-    traces = []
-
-    @jax.jit
-    def run(params, inputs, cache):
-        traces.append(inputs["tokens"].shape)
-        out = model.apply(params, inputs, cache)
-        return out.logits, out.cache
-
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab, (len(LENGTHS), max(LENGTHS) + NEW))
-    lengths = np.array(LENGTHS)
-    whole = np.asarray(jax.jit(lambda p, t: model.apply(p, t).logits)(params, jnp.asarray(tokens)))
-
-    prompt = np.where(np.arange(max(LENGTHS)) < lengths[:, None], tokens[:, : max(LENGTHS)], 99)  # 99 is padding
-    mask = jnp.asarray(np.arange(max(LENGTHS)) < lengths[:, None])
-    cache = model.init_cache(len(LENGTHS), max(LENGTHS) + NEW)
-    logits, cache = run(params, {"tokens": jnp.asarray(prompt), "mask": mask}, cache)
-    for row, n in enumerate(LENGTHS):
-        np.testing.assert_allclose(logits[row, :n], whole[row, :n], rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(cache.length, lengths)
-
-    for step in range(NEW):
-        place = (np.arange(len(LENGTHS)), lengths + step)
-        logits, cache = run(params, {"tokens": jnp.asarray(tokens[place][:, None]), "mask": mask[:, :1]}, cache)
-        np.testing.assert_allclose(logits[:, 0], whole[place], rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(cache.length, lengths + NEW)
-    assert traces == [(3, 6), (3, 1)]  # one compilation for each shape, none on the second call
-
-
-def test_a_prompt_may_come_in_pieces(family):
-    model, params = family
-    run = jax.jit(model.apply)
-    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, model.config.vocab)
-    whole = run(params, tokens).logits
-    cache, parts = model.init_cache(2, 8), []
-    for start in (0, 4):
-        out = run(params, tokens[:, start : start + 4], cache)
-        cache, parts = out.cache, [*parts, out.logits]
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_causal_square_in_parts_is_the_whole(heads):
     """Long prompts leave out what the mask would hide."""
@@ -219,22 +147,24 @@ SEEN = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_gradients(how: str, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array, seen: ops.Seen):
+    def total(q, k, v):
+        out = ops.attention(q, k, v, seen, ops.Policy(attention=how), scale=0.5, softcap=softcap)
+        return jnp.sum(out * weight), out
+
+    return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+
 @pytest.mark.parametrize("name", SEEN)
 @pytest.mark.parametrize("t", [700, 1024])  # whole blocks, and not
 def test_blockwise_equals_plain_with_its_gradients(name, t):
-    q, k, v, weight = (normal(2, *shape, seed=i) for i, shape in enumerate([(t, 4, 8), (2, t, 8), (2, t, 8), (t, 4, 8)]))
-    seen = SEEN[name](2, t)
-
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def run(how, softcap, q, k, v):
-        def total(q, k, v):
-            out = ops.attention(q, k, v, seen, ops.Policy(attention=how), scale=0.5, softcap=softcap)
-            return jnp.sum(out * weight), out
-
-        return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-
-    softcap = 2.0 if name == "window" else None
-    ((_, want), grads), ((_, got), got_grads) = (run(how, softcap, q, k, v) for how in ("plain", "blockwise"))
+    """Plain attention is told what is seen by its square, so that one program of it serves them all."""
+    arrays = [normal(2, *shape, seed=i) for i, shape in enumerate([(t, 4, 8), (2, t, 8), (2, t, 8), (t, 4, 8)])]
+    seen, softcap = SEEN[name](2, t), 2.0 if name == "window" else None
+    square = ops.Seen(mask=jnp.asarray(np.broadcast_to(jax.jit(lambda: seen.square(t, t))(), (2, t, t))), causal=False)
+    (_, want), grads = with_gradients("plain", softcap, *arrays, square)
+    (_, got), got_grads = with_gradients("blockwise", softcap, *arrays, seen)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     for a, b in zip(got_grads, grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
