@@ -157,9 +157,7 @@ def test_a_weight_gets_one_adapter_and_an_adapter_none(params):
     again, more = lora(model, stirred(start), [("blocks/1/.*/k", LoRA(2)), (".*", None)], jax.random.key(2))
     assert again is model
     assert sum(path.endswith("_lora/down") for path in tree.flatten(more)) == 3 * 3 + 1
-    chex.assert_trees_all_close(
-        logits(again, more), logits(model, stirred(start)), rtol=1e-5, atol=1e-5
-    )
+    chex.assert_trees_all_close(logits(again, more), logits(model, stirred(start)), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- dropout

@@ -71,25 +71,26 @@ class Case:
     model: Model
     params: tree.Params
     inputs: dict[str, jax.Array]
-    traces: list[Model] = dataclasses.field(default_factory=list)  # what `logits` was traced for
+    traces: list[Model] = dataclasses.field(default_factory=list)  # what `run` was traced for
 
     @property
     def tokens(self) -> jax.Array:
         return self.inputs["tokens"]
 
     @functools.cached_property
-    def logits(self) -> Any:
-        """jitted: model, params, inputs -> logits."""
+    def run(self) -> Any:
+        """jitted: model, params, inputs -> logits and what the head reads."""
 
         def run(model, params, inputs):
             self.traces.append(model)
-            return model.apply(params, inputs).logits
+            out = model.apply(params, inputs)
+            return out.logits, out.hidden
 
         return jax.jit(run, static_argnums=0)
 
     def apply(self, params: tree.Params, inputs: Any) -> jax.Array:
         """The logits of this member."""
-        return self.logits(self.model, params, inputs)
+        return self.run(self.model, params, inputs)[0]
 
     @functools.cached_property
     def init(self) -> Any:
