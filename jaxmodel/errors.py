@@ -28,10 +28,10 @@ class MissingPackage(InputError):
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     """The `count` names of `allowed` closest in spelling to `name`.
 
-    >>> nearest("smolm2", ["gpt2", "smollm2-135m"])
+    >>> nearest("smolm2", ["gpt2", "smollm2-135m", "smollm2-135m"])
     ['smollm2-135m']
     """
-    return difflib.get_close_matches(name, list(allowed), n=count, cutoff=0.4)
+    return difflib.get_close_matches(name, list(dict.fromkeys(allowed)), n=count, cutoff=0.4)
 
 
 def unknown(argument: str, given: object, allowed: Iterable[str]) -> InputError:

