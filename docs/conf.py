@@ -30,12 +30,12 @@ html_title = "jaxmodel"
 
 SECTION = re.compile(r"(Args|Attributes|Example|Examples|Note|Raises|Returns|Yields):")
 ENTRY = re.compile(r"  \S.*?: ")
-CODE_OR_MARK = re.compile(r"(`+)(.+?)\1|(?<!^)([*|])", re.DOTALL)
+CODE_OR_MARK = re.compile(r"(`+)(?P<code>.+?)\1|(?P<kept>(?<![\w*])\*\w[\w -]*\*(?![\w*]))|(?<!^)(?P<mark>[*|])", re.DOTALL)
 
 
 def inline(text: str) -> str:
-    """Make reStructuredText of a paragraph whose only markup is `code`."""
-    return CODE_OR_MARK.sub(lambda m: f"``{m[2].strip()}``\\ " if m[1] else "\\" + m[3], text)
+    """Make reStructuredText of a paragraph whose only markup is `code` and *emphasis*."""
+    return CODE_OR_MARK.sub(lambda m: f"``{m['code'].strip()}``\\ " if m["code"] else m["kept"] or f"\\{m['mark']}", text)
 
 
 def block(text: str) -> str:
