@@ -42,9 +42,8 @@ def turns(seconds: float, seed: int) -> tuple[list[float], list[float], float]:
     model = gpt2.model(CONFIG, ops.Policy(compute="bfloat16"))
     rows = np.random.default_rng(seed).integers(0, CONFIG.vocab, (256, CONFIG.context + 1)).astype(np.int32)
     stream, config = data.Stream(rows, 2, seed), train.TrainConfig(steps=10_000)
-    optimizer, guard = train.make_optimizer(config), config.guard()
-    step = jax.jit(train.make_step(model, losses.next_token, optimizer, guard=guard), donate_argnums=0)
-    state = jax.jit(lambda key: train.init_state(model.init(key), optimizer, guard=guard))(jax.random.key(seed))
+    program = train.Program(model, config, loss=losses.next_token)
+    step, state = program.step, program.init(jax.random.key(seed))
     speeds: dict[bool, list[float]] = {False: [], True: []}
     held = 0.0
     with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
@@ -65,9 +64,8 @@ def turns(seconds: float, seed: int) -> tuple[list[float], list[float], float]:
 
 def saves(count: int, seed: int) -> list[float]:
     """Resident bytes after each save of a smaller state."""
-    optimizer = train.make_optimizer(train.TrainConfig())
-    model = gpt2.model(gpt2.Config(8192, 256, 4, 4, 128))
-    state = jax.jit(lambda key: train.init_state(model.init(key), optimizer))(jax.random.key(seed))
+    program = train.Program(gpt2.model(gpt2.Config(8192, 256, 4, 4, 128)), loss=losses.next_token)
+    state = program.init(jax.random.key(seed))
     found = []
     with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
         for i in progress(range(count), "saves"):

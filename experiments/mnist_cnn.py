@@ -30,11 +30,10 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     steps = epochs * stream.count // BATCH
     model = cnn.model(cnn.SIZES["mnist"])
     config = train.TrainConfig(steps=steps, learning_rate=RATE, warmup=200, weight_decay=0.01, beta2=0.99, seed=seed)
-    optimizer = train.make_optimizer(config)
 
     began, used = time.perf_counter(), time.process_time()
-    step = jax.jit(train.make_step(model, losses.classification, optimizer, seed=seed), donate_argnums=0)
-    state = jax.jit(lambda key: train.init_state(model.init(key), optimizer))(jax.random.key(seed))
+    program = train.Program(model, config, loss=losses.classification)
+    step, state = program.step, program.init(jax.random.key(seed))
     for i, batch in enumerate(progress(data.prefetch(stream, 0, steps), "train", total=steps)):
         state, metrics = step(state, batch)
         if i % 100 == 99:

@@ -46,14 +46,14 @@ class Case:
             optax.clip_by_global_norm(1.0), optim.optimizer(name, rate, weight_decay=0.1, mask=decays)
         )
         self.codes, self.trainable = codes, ALL if codes else None
-        self.step = train.make_step(self.model, losses.next_token, self.optimizer, trainable=self.trainable)
+        config = train.TrainConfig(trainable=self.trainable)
+        self.program = train.Program(self.model, config, loss=losses.next_token, optimizer=self.optimizer)
+        self.step = self.program.update
 
     def start(self, key: jax.Array) -> train.TrainState:
         """The first state."""
         params = self.model.init(key)
-        return train.init_state(
-            optim.quantize_weights(params, CODES) if self.codes else params, self.optimizer, self.trainable
-        )
+        return self.program.start(key, optim.quantize_weights(params, CODES) if self.codes else params)
 
     def memory(self) -> float:
         """Bytes of a step, for each weight."""

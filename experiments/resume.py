@@ -31,9 +31,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from jaxmodel import checkpoint, data, distributed, ops, report, train
+from jaxmodel import checkpoint, data, distributed, losses, ops, report, train
 from jaxmodel.data import augment
 from jaxmodel.distributed import ledger
 from jaxmodel.models import gpt2
@@ -75,11 +73,7 @@ def model() -> Any:
 def like(seed: int) -> train.TrainState:
     """The shapes of a state of the run."""
     config = train.TrainConfig(steps=STEPS, average=0.99, seed=seed)
-    optimizer = train.make_optimizer(config)
-    start = lambda key: train.init_state(model().init(key), optimizer, average=True, guard=config.guard())
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(start, jax.random.key(seed))
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), shapes)
+    return train.Program(model(), config, loss=losses.next_token).shapes()
 
 
 def child(action: Any) -> int:

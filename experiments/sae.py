@@ -55,7 +55,10 @@ class Trainer:
         self.model, self.rows, self.seed = autoencoder.model(config, ops.Policy(compute="bfloat16")), rows, seed
         rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, steps // 20, steps, 1e-4)
         self.optimizer = optax.adam(rate)
-        step = train.make_step(self.model, losses.autoencoder, self.optimizer, seed=seed)
+        self.program = train.Program(
+            self.model, train.TrainConfig(seed=seed), loss=losses.autoencoder, optimizer=self.optimizer
+        )
+        step = self.program.update
 
         def one(state: train.TrainState, ids: jax.Array) -> tuple[train.TrainState, jax.Array]:
             state, metrics = step(state, {"features": rows[ids]})
@@ -69,7 +72,7 @@ class Trainer:
         """The centre of the data is the decoder's bias."""
         params = self.model.init(jax.random.key(self.seed))
         params["decoder"]["out"]["weight_bias"] = jnp.mean(self.rows, axis=0)
-        return train.init_state(params, self.optimizer)
+        return self.program.start(jax.random.key(self.seed), params)
 
     def dead(self, params: tree.Params) -> jax.Array:
         """The features that none of (nearly) all rows activates."""
@@ -154,7 +157,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
         state.params,
     )
     again = Trainer(trainer.model.config, rows, 10 * steps, seed + 1)
-    fresh = train.init_state(broken, again.optimizer)
+    fresh = again.program.start(jax.random.key(seed), broken)
     left, _ = again.fit(fresh, steps // 5)
     mended, _ = again.fit(fresh, steps // 5, revive_every=steps)
 

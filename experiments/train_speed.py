@@ -62,9 +62,8 @@ def host_work(seed: int, steps: int = 1000, turns: int = 5) -> dict[str, float]:
     rows = np.random.default_rng(seed).integers(0, 16, (64, 9)).astype(np.int32)
     stream = data.Stream(rows, 4, seed)
     config = train.TrainConfig(steps=steps, log_every=steps // 4, seed=seed)
-    optimizer, guard = train.make_optimizer(config), config.guard()
-    step = jax.jit(train.make_step(model, losses.next_token, optimizer, guard=guard), donate_argnums=0)
-    state = jax.jit(lambda key: train.init_state(model.init(key), optimizer, guard=guard))(jax.random.key(seed))
+    program = train.Program(model, config, loss=losses.next_token)
+    step, state = program.step, program.init(jax.random.key(seed))
     batch = jax.device_put(stream.batch(0))
     found: dict[str, list[float]] = {"fit": [], "bare": []}
     for _ in range(turns):
