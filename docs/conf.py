@@ -5,6 +5,8 @@ import itertools
 import re
 from typing import Any
 
+from sphinx.domains.python import PyObject
+
 import jaxmodel
 
 project = "jaxmodel"
@@ -15,6 +17,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the outputs shown are the stored ones
+nb_render_markdown_format = "myst"  # of outputs: tables too
 
 autodoc_member_order = "groupwise"
 autodoc_preserve_defaults = True
@@ -51,7 +54,7 @@ def block(text: str) -> str:
         return "\n".join([".. list-table::", "   :header-rows: 1", "", *cells])
     for i, (line, following) in enumerate(itertools.pairwise(lines)):
         if line.endswith(":") and not SECTION.fullmatch(line.strip()) and ENTRY.match(following):
-            entries = [re.sub(r"^  (?=\S)", "  - ", entry) for entry in lines[i + 1 :]]
+            entries = [re.sub(r"^(?=\S)", "- ", entry.removeprefix("  ")) for entry in lines[i + 1 :]]
             return inline("\n".join([*lines[: i + 1], "", *entries]))
     return inline(text)
 
@@ -71,7 +74,19 @@ def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) 
     return True if words.startswith("Alias for field number") or (callable(obj) and foreign) else None
 
 
+def readable(app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
+    """Write defaults that are made or functions as Python does not: else Sphinx gives up on the whole signature."""
+    if signature is not None:
+        named = r"<(?:function |class ')?(?:[\w.]*\.)?(\w+)[^<>]*>"
+        signature = re.sub(named, lambda m: "..." if m[1] == "factory" else m[1], signature)
+    return signature, returns
+
+
 def setup(app: Any) -> None:
-    """Connect the two to autodoc; napoleon comes at priority 500."""
+    """Connect these to autodoc; napoleon comes at priority 500."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"  # as the docstrings call them
+    app.connect("autodoc-process-signature", readable)
     app.connect("autodoc-process-docstring", as_rst, priority=400)
     app.connect("autodoc-skip-member", skip)
