@@ -10,7 +10,6 @@ while tracing.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -43,7 +42,6 @@ from beartype import BeartypeConf, beartype  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 _jaxtyped = jaxtyping.jaxtyped
-_TYPES = BeartypeConf(violation_type=TypeError)
 
 
 def _checked(*, typechecker: object) -> Callable[[Any], Any]:
@@ -53,15 +51,10 @@ def _checked(*, typechecker: object) -> Callable[[Any], Any]:
     """
 
     def decorate(fn: Any) -> Any:
-        if isinstance(fn, type):
-            if dataclasses.is_dataclass(fn) and fn.__init__.__module__ == fn.__module__:
-                setattr(fn, "__init__", decorate(fn.__init__))  # noqa: B010
-            return fn
-        if not isinstance(fn, types.FunctionType):
-            return _jaxtyped(fn, typechecker=beartype(conf=_TYPES))
-        typed = beartype(conf=_TYPES)(fn)
-        shaped = any('"' in str(annotation) for annotation in fn.__annotations__.values())
-        return _jaxtyped(typed, typechecker=None) if shaped else typed
+        shaped = any(re.search("['\"]", str(annotation)) for annotation in getattr(fn, "__annotations__", {}).values())
+        if not isinstance(fn, types.FunctionType) or shaped or fn.__closure__:  # of a closure beartype would keep all alive
+            return _jaxtyped(fn, typechecker=typechecker)
+        return beartype(conf=BeartypeConf(violation_type=TypeError))(fn)
 
     return decorate
 
