@@ -68,10 +68,9 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
 
 
 def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
-    """Leave out fields of named tuples, which their class describes, and functions of others that are a field's default."""
-    words = inspect.getdoc(obj) or ""
-    foreign = not (getattr(obj, "__module__", None) or "jaxmodel").startswith("jaxmodel")
-    return True if words.startswith("Alias for field number") or (callable(obj) and foreign) else None
+    """Leave out fields of named tuples and functions that are a field's default: their class describes both."""
+    default = what == "class" and callable(obj) and getattr(obj, "__name__", "") != name.rpartition(".")[2]
+    return True if default or (inspect.getdoc(obj) or "").startswith("Alias for field number") else None
 
 
 def readable(app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
