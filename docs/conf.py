@@ -49,8 +49,8 @@ def block(text: str) -> str:
     if all(line.startswith("    ") for line in lines):
         return "::\n\n" + text
     if all(line.startswith("|") for line in lines):
-        rows = [re.split(r"\s+\|\s+", inline(line.strip("| "))) for line in lines if not line.startswith(("|-", "| -"))]
-        cells = [f"   {' ' if i else '*'} - {cell}" for row in rows for i, cell in enumerate(row)]
+        rows = [re.split(r"\s+\|\s+", line.strip("| ")) for line in lines if not line.startswith(("|-", "| -"))]
+        cells = [f"   {' ' if i else '*'} - {inline(cell)}" for row in rows for i, cell in enumerate(row)]
         return "\n".join([".. list-table::", "   :header-rows: 1", "", *cells])
     for i, (line, following) in enumerate(itertools.pairwise(lines)):
         if line.endswith(":") and not SECTION.fullmatch(line.strip()) and ENTRY.match(following):
