@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 import fuzz
 
 
-def test_damaged_files_and_command_lines(tmp_path: Path) -> None:
+def test_damaged_files_and_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # in the processes that it starts
     found = fuzz.run(tmp_path, files=100, commands=30, seed=1)
     assert not found["faults"], "\n\n".join(f"{said}\n{end}\n{text}" for said, end, text in found["faults"])
     assert found["peak"] < fuzz.BYTES and found["slowest"] < fuzz.SECONDS + 60

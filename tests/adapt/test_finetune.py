@@ -61,7 +61,7 @@ def test_an_encoder_of_masked_tokens_gets_classes_with_names():
     model, new = finetune.replace_head(old, params, ("bad", "good"), jax.random.key(1))
     assert model.config.head == "classify" and model.config.labels == ("bad", "good")
     assert new["head"].keys() == {"pool", "pool_bias", "classes", "classes_bias"}
-    hidden = [m.hidden(p, jnp.ones((1, 4), jnp.int32)).hidden for m, p in ((old, params), (model, new))]
+    hidden = [jax.jit(m.hidden)(p, jnp.ones((1, 4), jnp.int32)).hidden for m, p in ((old, params), (model, new))]
     np.testing.assert_array_equal(*hidden)
 
 
@@ -169,9 +169,9 @@ def test_bad_input_is_refused():
 
 def test_a_new_head_on_a_trained_body_trains_alone():
     config = dataclasses.replace(vit.SIZES["tiny"], labels=("cat", "dog"))
-    trained = vit.model(config).init(jax.random.key(0))
+    trained = jax.jit(vit.model(config).init)(jax.random.key(0))
     other = vit.model(dataclasses.replace(config, labels=("oak", "fir", "elm")))
-    params, left = finetune.transplant(other.init(jax.random.key(1)), trained)
+    params, left = finetune.transplant(jax.jit(other.init)(jax.random.key(1)), trained)
     assert left == ["head/classes", "head/classes_bias"]
     flat = tree.flatten(params)
     for path, leaf in tree.flatten(trained).items():

@@ -179,8 +179,9 @@ def test_files_are_the_same_from_every_folder_and_names_stay(tmp_path, monkeypat
     assert [data.documents(one).parts for one in made.data] == [made.data[:1]] * 2
 
 
-def test_train_on_eight_devices_and_rerun(folder):
-    """In processes of their own, as users run them."""
+def test_train_on_eight_devices_and_rerun(folder, monkeypatch):
+    """In processes of their own, as users run them, but for what XLA makes better."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     args = ["train", "--steps", 4, "--beta2", 0.9, "--width", 32, "--depth", 2, "--context", 32, "--batch", 8, "--vocab", 300]
     args += ["--data", folder / "text.txt", "--heldout", folder / "text.txt", "--devices", 8, "--mesh", "fsdp=4,tensor=2"]
     args += ["--checkpoints", folder / "saved"]  # from which the repetition does not go on

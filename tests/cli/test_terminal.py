@@ -20,7 +20,7 @@ from jaxmodel.models import gpt2
 def bundle(tmp_path_factory):
     tokenizer = hub.train_bpe(["aab abb aab ba ba"], 270)
     model = gpt2.model(gpt2.Config(tokenizer.vocab_size, 16, 1, 2, 32))
-    made = hub.Bundle(model, model.init(jax.random.key(0)), tokenizer, {"name": "small"})
+    made = hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)), tokenizer, {"name": "small"})
     return made.save_pretrained(tmp_path_factory.mktemp("small") / "bundle")
 
 

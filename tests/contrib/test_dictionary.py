@@ -32,7 +32,7 @@ def state():
     """Some steps on, then a quarter of the features switched off."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     step = jax.jit(train.make_step(MODEL, losses.autoencoder, optimizer))
-    state = train.init_state(MODEL.init(jax.random.key(0)), optimizer)
+    state = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer)
     for _ in range(5):
         state, _ = step(state, data())
     params = jax.tree.map(jnp.copy, state.params)
@@ -68,7 +68,7 @@ def test_only_dead_features_and_their_moments_change(state):
     np.testing.assert_allclose(np.asarray(new[reads])[DEAD], 0.5 * living * np.asarray(new[writes]).T[DEAD], rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(np.asarray(new[writes])[:, DEAD], axis=0), 1, rtol=1e-5)
     # each new direction is what the reconstruction of some row misses
-    missed = np.asarray(data()["features"] - MODEL.apply(before.params, data()).logits)
+    missed = np.asarray(data()["features"] - jax.jit(MODEL.apply)(before.params, data()).logits)
     missed = missed / np.linalg.norm(missed, axis=1, keepdims=True)
     assert np.all((np.asarray(new[writes]).T[DEAD] @ missed.T).max(axis=1) > 0.9999)
     for moments, were in zip(after.opt_state[1][0][1:], before.opt_state[1][0][1:], strict=True):
@@ -82,7 +82,7 @@ def test_only_dead_features_and_their_moments_change(state):
 def test_rows_are_drawn_by_their_squared_loss():
     """Of three rows with losses 0, 1 and 4, the last is drawn sixteen times as often as the second, the first never."""
     model = autoencoder.model(dataclasses.replace(CONFIG, features=3, code=4000, k=1))
-    params = tree.map_leaves(lambda _, leaf: jnp.zeros_like(leaf), model.init(jax.random.key(0)))
+    params = tree.map_leaves(lambda _, leaf: jnp.zeros_like(leaf), jax.jit(model.init)(jax.random.key(0)))
     state = train.init_state(params, optax.sgd(0.1))
     x = jnp.diag(jnp.asarray([0.0, 1.0, 2.0]))
     after = contrib.revive(state, model, {"features": x}, jnp.ones(4000, bool), jax.random.key(0))
@@ -106,7 +106,7 @@ def test_revived_features_live_and_the_loss_is_lower():
     optimizer = optax.adam(3e-3)
     step = train.make_step(MODEL, losses.autoencoder, optimizer)
     run = jax.jit(lambda state: jax.lax.scan(lambda s, _: step(s, batch), state, None, 100))
-    params = MODEL.init(jax.random.key(0))
+    params = jax.jit(MODEL.init)(jax.random.key(0))
     params["encoder"]["code"]["weight_bias"] = jnp.where(dead, -100.0, 0.0)
     left, _ = run(train.init_state(params, optimizer))
     revived = contrib.revive(left, MODEL, batch, dead, jax.random.key(0))
@@ -120,7 +120,7 @@ def test_revived_features_live_and_the_loss_is_lower():
 def test_other_params_are_refused(state):
     deep = autoencoder.model(autoencoder.Config(16, 32, (8,), "l1"))
     with pytest.raises(InputError, match="params: .*hidden_0.* is in the way"):
-        contrib.unit_dictionary(deep.init(jax.random.key(0)))
+        contrib.unit_dictionary(jax.jit(deep.init)(jax.random.key(0)))
     params = state[0].params
     packed = {**params, "decoder": {"out": {**params["decoder"]["out"], "weight": Sparse.from_dense(jnp.ones((16, 32)))}}}
     with pytest.raises(InputError, match="params: decoder/out/weight is in the way"):

@@ -24,4 +24,4 @@ def bundle() -> Bundle:
     tokenizer = train_bpe(TEXTS, 320)
     config = dataclasses.replace(llama.SIZES["tiny"], vocab=tokenizer.vocab_size, init_scale=0.3)
     model = llama.model(config)
-    return Bundle(model, model.init(jax.random.key(1)), dataclasses.replace(tokenizer, eos_ids=()))
+    return Bundle(model, jax.jit(model.init)(jax.random.key(1)), dataclasses.replace(tokenizer, eos_ids=()))

@@ -28,7 +28,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def params(model):
-    return model.init(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 def generated(model, params, rows, n, sampling=GREEDY, **options):
@@ -56,7 +56,7 @@ def test_a_context_that_is_no_round_length_is_used_to_its_end(model):
     """Prompts are padded to one of few lengths, here beyond a table of positions."""
     family = families()[type(model.config).__module__.rpartition(".")[2]]
     short = family.model(dataclasses.replace(model.config, context=20))
-    params = short.init(jax.random.key(0))
+    params = jax.jit(short.init)(jax.random.key(0))
     rows = [[3, 9], list(range(1, 16))]
     want = [list(row) for row in rows]
     for row in want:
@@ -226,7 +226,7 @@ def test_few_sizes():
 @pytest.mark.parametrize("how", ["damaged", "overflow"])
 def test_logits_that_are_no_numbers_are_an_error_with_its_cause(sampling, how):
     model = llama.model(llama.SIZES["tiny"])
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     if how == "damaged":
         params["norm"]["weight"] = params["norm"]["weight"].at[3].set(jnp.nan)
         says = "params: 'norm/weight' has 1 numbers that are NaN or infinite"

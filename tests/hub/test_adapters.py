@@ -233,7 +233,8 @@ def test_fresh_adapters_of_parts_are_not_lost(tmp_path):
     hub.Bundle(model, params).save_pretrained(tmp_path / "whole")
     again = hub.from_pretrained(tmp_path / "whole").params
     assert tree.flatten(again)["blocks/0-2/attn/v_lora/down"].shape == (3, 3, 32)
-    chex.assert_trees_all_close(model.apply(again, TOKENS).logits, model.apply(params, TOKENS).logits)
+    run = jax.jit(model.apply)
+    chex.assert_trees_all_close(run(again, TOKENS).logits, run(params, TOKENS).logits)
 
 
 def test_a_quantised_base_with_adapters_is_saved_whole(tmp_path):
@@ -253,7 +254,7 @@ def test_named_recipes_leave_adapters_as_they_are(tmp_path):
         small, _ = compress.compress_bundle(bundle, compress.named(name))
         kinds = {type(leaf).__name__ for path, leaf in tree.flatten(small.params).items() if "_lora/" in path}
         assert kinds == {"ArrayImpl"}, name
-        small.model.apply(small.params, TOKENS)
+        jax.eval_shape(small.model.apply, small.params, TOKENS)
 
 
 def test_several_add_up(tmp_path):
@@ -271,8 +272,8 @@ def test_several_add_up(tmp_path):
                 at = path.removesuffix("_lora/up")
                 part = {name: tree.flatten(bundle.params)[f"{at}_lora/{name}"] for name in ("down", "up", "scale")}
                 weights[at] = Adapted(weights[at], **part).decode()
-    want = llama.model(one.model.config).apply(tree.unflatten(weights), TOKENS).logits
-    chex.assert_trees_all_close(got.model.apply(got.params, TOKENS).logits, want, atol=2e-5)
+    want = jax.jit(llama.model(one.model.config).apply)(tree.unflatten(weights), TOKENS).logits
+    chex.assert_trees_all_close(jax.jit(got.model.apply)(got.params, TOKENS).logits, want, atol=2e-5)
     half = hub.add_adapters(plain(one), tmp_path / "one", weight=-0.5)
     up, scale = (tree.flatten(half.params)[f"blocks/0-2/attn/q_lora/{name}"] for name in ("up", "scale"))
     np.testing.assert_array_equal(up, tree.flatten(one.params)["blocks/0-2/attn/q_lora/up"])
@@ -338,7 +339,8 @@ def test_generation_and_perplexity_are_those_of_the_model_and_of_the_merged_one(
     ids = tokenizer.encode("hello")
     begun = len(ids)
     for _ in range(6):
-        ids.append(int(jnp.argmax(bundle.model.apply(bundle.params, jnp.asarray([ids], jnp.int32)).logits[0, -1])))
+        padded = np.array([ids + [0] * (begun + 6 - len(ids))], np.int32)
+        ids.append(int(np.argmax(jax.jit(bundle.model.apply)(bundle.params, padded).logits[0, len(ids) - 1])))
     (got,) = generation.generate_ids(bundle, ["hello"], generation.Request(max_new_tokens=6))
     assert got.ids == ids[begun:]
     merged = dataclasses.replace(bundle, params=adapt.merge_adapters(bundle.params)[0])
@@ -359,7 +361,7 @@ def test_adapters_of_a_foreign_module_are_read_where_the_module_runs():
     import flax.linen as nn
 
     model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
-    base = model.init(jax.random.key(0))
+    base = jax.jit(model.init)(jax.random.key(0))
     wrapped, params = adapt.lora(model, base, [("kernel", adapt.LoRA(2)), (".*", None)], jax.random.key(1))
     params, x = stirred(params), jnp.ones((2, 4))
     merged, _ = adapt.merge_adapters(params)
@@ -375,4 +377,4 @@ def test_a_mesh_of_one_holds_them():
     bundle = hub.from_pretrained(GOLDENS / "llama-untied", mesh=mesh, adapters=GOLDENS / "adapters" / "llama")
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(bundle.params)} == {mesh}
     half = bundle.model.with_policy(ops.Policy(compute="bfloat16"))
-    assert half.apply(bundle.params, TOKENS % 40).logits.dtype == jnp.float32
+    assert jax.eval_shape(half.apply, bundle.params, TOKENS % 40).logits.dtype == jnp.float32

@@ -41,7 +41,7 @@ def test_a_narrow_bundle_comes_back_bit_for_bit(model, units, tmp_path):
     assert tree.fingerprint(back.params) == tree.fingerprint(params)
     want = jax.jit(model.apply)(params, TOKENS).logits
     np.testing.assert_array_equal(jax.jit(back.model.apply)(back.params, TOKENS).logits, want)
-    cached = model.apply(back.params, TOKENS, cache=model.init_cache(2, 16)).logits
+    cached = jax.jit(model.apply)(back.params, TOKENS, model.init_cache(2, 16)).logits
     np.testing.assert_allclose(cached, want, atol=1e-5)
 
 

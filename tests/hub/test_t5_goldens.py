@@ -90,7 +90,7 @@ def test_the_file_tells_whether_the_head_is_tied(said: str, own: bool, tmp_path:
     assert ("head" in bundle.params) == own
     inputs = {name: jnp.asarray(want[name][:1, :9]) for name in ("source", "tokens")}
     stored = heads[f"{said}-{'own' if own else 'tied'}"]
-    near(bundle.model.apply(bundle.params, inputs).logits, stored, 1e-4 * np.abs(stored).max())
+    near(jax.jit(bundle.model.apply)(bundle.params, inputs).logits, stored, 1e-4 * np.abs(stored).max())
     again = from_pretrained(bundle.save_pretrained(tmp_path / "again"))
     assert again.model is bundle.model and tree.fingerprint(again.params) == tree.fingerprint(bundle.params)
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -255,6 +255,6 @@ def test_sources_longer_than_the_positions_of_the_training() -> None:
     texts = []
     for context in (16, 512):
         model = t5.model(dataclasses.replace(config, context=context))
-        made = Bundle(model, model.init(jax.random.key(0)), tokenizer)
+        made = Bundle(model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
         texts.append(generate_ids(made, ["once upon a time there was a river"], Request(max_new_tokens=4))[0].ids)
     assert texts[0] == texts[1]

@@ -33,7 +33,7 @@ EACH = {
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(0))
+    return jax.jit(MODEL.init)(jax.random.key(0))
 
 
 def hard_or_soft(labels) -> np.ndarray:
@@ -173,7 +173,7 @@ def batch(labels=LABELS, **more) -> dict[str, jax.Array]:
 def test_class_and_row_weights_make_a_weighted_mean(params):
     rows, of_classes = np.array([1, 1, 0, 2, 1, 1, 1], np.float32), np.array([1, 2, 3, 0.5, 1], np.float32)
     value, metrics = run(losses.supervised(losses.focal, class_weights=of_classes), params, batch(weights=rows))
-    z = MODEL.apply(params, batch()["features"]).logits
+    z = jax.jit(MODEL.apply)(params, batch()["features"]).logits
     w = rows * of_classes[LABELS]
     close(value, np.sum(w * np.asarray(losses.focal(z, jnp.asarray(LABELS)))) / w.sum())
     close(metrics["weight"], w.sum())
@@ -230,14 +230,14 @@ def test_smoothing_is_for_training(params):
 
 def test_accuracy_of_a_distribution_is_that_of_its_largest(params):
     rows = batch(SOFT)
-    z = np.asarray(MODEL.apply(params, rows["features"]).logits)
+    z = np.asarray(jax.jit(MODEL.apply)(params, rows["features"]).logits)
     close(run(losses.classification, params, rows)[1]["accuracy"], np.mean(z.argmax(1) == SOFT.argmax(1)))
 
 
 def test_regression_and_distillation(params):
     y, weights = RNG.normal(size=(7, 5)).astype(np.float32), np.array([1, 0, 1, 1, 3, 1, 1], np.float32)
     rows = {"features": batch()["features"], "targets": jnp.asarray(y), "weights": jnp.asarray(weights)}
-    z = np.asarray(MODEL.apply(params, rows["features"]).logits, np.float64)
+    z = np.asarray(jax.jit(MODEL.apply)(params, rows["features"]).logits, np.float64)
     value, metrics = run(losses.regression(), params, rows)
     close(value, np.sum(weights * ((z - y) ** 2).mean(1)) / 8)
     assert set(metrics) == {"weight"} and float(metrics["weight"]) == 8
@@ -297,7 +297,7 @@ def test_contrastive_losses_by_hand_and_rows_that_fill_up_are_not_compared(name)
 def test_contrastive_reads_both_views(params):
     x = RNG.normal(size=(5, 2, 6)).astype(np.float32)
     value, metrics = run(losses.contrastive(losses.info_nce), params, {"views": x})
-    out = np.asarray(MODEL.apply(params, jnp.asarray(x.reshape(10, 6))).logits).reshape(5, 2, 5)
+    out = np.asarray(jax.jit(MODEL.apply)(params, jnp.asarray(x.reshape(10, 6))).logits).reshape(5, 2, 5)
     close(value, np.mean(info_nce(out[:, 0], out[:, 1])), rtol=1e-4)
     assert float(metrics["weight"]) == 5
     value, metrics = run(losses.contrastive(), params, {"views": x, "weights": np.array([1, 1, 1, 1, 0], np.float32)})

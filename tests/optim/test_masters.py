@@ -93,7 +93,7 @@ def check_masters_lie_as_their_weights() -> None:
     model, mesh = mlp.model(config, ops.Policy(axes=ops.MESH_AXES)), sharding.make_mesh("fsdp=4,tensor=2")
     x = RANDOM.normal(size=(32, 8)).astype(np.float32)
     stream = data.Stream({"features": x, "labels": np.argmax(x, 1).astype(np.int32)}, 32)
-    start = tree.cast(model.init(jax.random.key(0)), jnp.bfloat16)
+    start = tree.cast(jax.jit(model.init)(jax.random.key(0)), jnp.bfloat16)
     settings = train.TrainConfig(steps=20, learning_rate=1e-4, warmup=0)
     state, _ = train.fit(model, stream, settings, params=start, mesh=mesh, loss=losses.classification)
     one, _ = train.fit(mlp.model(config), stream, settings, params=start, loss=losses.classification)

@@ -17,7 +17,7 @@ MODEL = mlp.model(mlp.Config(16, (32,), 4))
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(0))
+    return jax.jit(MODEL.init)(jax.random.key(0))
 
 
 def batch(labels) -> dict[str, jax.Array]:
@@ -29,7 +29,7 @@ def batch(labels) -> dict[str, jax.Array]:
 def test_it_is_the_cross_entropy_of_the_smoothed_label(smoothing, params):
     rows = batch([0, 3, 1, 2, 2])
     loss, metrics = classification(MODEL, params, rows, smoothing=smoothing)
-    logits = np.asarray(MODEL.apply(params, rows["features"]).logits, np.float64)
+    logits = np.asarray(jax.jit(MODEL.apply)(params, rows["features"]).logits, np.float64)
     wanted = (1 - smoothing) * np.eye(4)[np.asarray(rows["labels"])] + smoothing / 4
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(loss, -np.mean(np.sum(wanted * log_probs, -1)), rtol=1e-5)

@@ -55,9 +55,14 @@ def fit(config, folder=None, stream=Rows(), stop=None, **more):
 CONFIG = train.TrainConfig(steps=12, accumulate=2, average=0.9, save_every=5, log_every=1, learning_rate=1e-2)
 
 
+@pytest.fixture(scope="module")
+def never_stopped():
+    return fit(CONFIG)
+
+
 @pytest.mark.parametrize("stop", [1, 5, 8])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, tmp_path, capsys):
-    whole, history = fit(CONFIG)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, never_stopped, tmp_path, capsys):
+    whole, history = never_stopped
     first, before = fit(CONFIG, tmp_path, stop=stop)
     assert int(first.step) == stop
     second, after = fit(CONFIG, tmp_path)
@@ -65,9 +70,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, tmp_path, capsys)
     assert f"step {stop} of 12 is restored; going on" in capsys.readouterr().err
     losses = [row["loss"] for row in history]
     assert [row["loss"] for row in before] == losses[:stop] and [row["loss"] for row in after] == losses
-    third, same = fit(CONFIG, tmp_path)  # it was through
-    assert checkpoint.fingerprint(third) == checkpoint.fingerprint(whole) and same == after
-    assert "step 12 of 12 is restored; the run has ended there; nothing is left to train" in capsys.readouterr().err
+    if stop == 8:
+        third, same = fit(CONFIG, tmp_path)  # it was through
+        assert checkpoint.fingerprint(third) == checkpoint.fingerprint(whole) and same == after
+        assert "step 12 of 12 is restored; the run has ended there; nothing is left to train" in capsys.readouterr().err
 
 
 def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
@@ -107,15 +113,14 @@ def test_early_stopping_takes_the_best_weights(tmp_path):
     assert rows[-1]["step"] == best + 30 and checkpoint.fingerprint(through) == checkpoint.fingerprint(state)
 
 
-def heldout_loss(params):
-    return float(losses.classification(MODEL, params, jax.device_put(Rows(noise=0.5).batch(0)), train=False)[0])
+HELDOUT_LOSS = jax.jit(lambda params, batch: losses.classification(MODEL, params, batch, train=False)[0])
 
 
 @pytest.mark.parametrize("how", ["average", "quantised", "bfloat16"])
 def test_the_best_weights_are_those_that_were_judged(how):
     """Those of the average, all that train of compressed ones, and in the dtype that they had."""
     config = train.TrainConfig(steps=12, learning_rate=0.1, warmup=0, patience=2, eval_every=1, eval_batches=1)
-    params = MODEL.init(jax.random.key(0))
+    params = jax.jit(MODEL.init)(jax.random.key(0))
     if how == "average":
         config = dataclasses.replace(config, average=0.5)
     elif how == "bfloat16":
@@ -127,15 +132,16 @@ def test_the_best_weights_are_those_that_were_judged(how):
     state, history = fit(config, params=params, heldout=Rows(noise=0.5))
     losses = [row["heldout_loss"] for row in history]
     assert min(losses) < losses[-1]
-    assert heldout_loss(train.averaged(state)) == pytest.approx(min(losses), rel=1e-5)
+    assert float(HELDOUT_LOSS(train.averaged(state), Rows(noise=0.5).batch(0))) == pytest.approx(min(losses), rel=1e-5)
     assert [a.dtype for a in jax.tree.leaves(state.params)] == dtypes
 
 
 def test_an_average_moves_where_bfloat16_would_not():
     state = train.init_state({"w": jnp.ones(2, jnp.bfloat16)}, optax.sgd(0.0), average=True)
     average = state.extra["average"]
+    move = jax.jit(lambda average, i: moving_average(average, {"w": jnp.full(2, 1.5, jnp.bfloat16)}, 0.999, i))
     for i in range(3000):
-        average = moving_average(average, {"w": jnp.full(2, 1.5, jnp.bfloat16)}, 0.999, jnp.int32(i))
+        average = move(average, np.int32(i))
     assert float(average["w"][0]) == pytest.approx(1.5, abs=0.03)
     assert train.averaged(dataclasses.replace(state, extra={"average": average})).get("w").dtype == jnp.bfloat16
 
@@ -146,7 +152,7 @@ def test_a_batch_left_out_leaves_the_average_too():
     step = jax.jit(train.make_step(MODEL, losses.classification, optax.sgd(0.1), average=0.999, guard=config.guard()))
     states = []
     for stream in (Rows(broken=(0, 1, 2)), Rows()):
-        start = train.init_state(MODEL.init(jax.random.key(0)), optax.sgd(0.1), average=True, guard=config.guard())
+        start = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1), average=True, guard=config.guard())
         state = start if stream.broken else dataclasses.replace(start, data_step=jnp.int32(3))
         for i in range(0 if stream.broken else 3, 6):
             state, _ = step(state, stream.batch(i))
@@ -173,7 +179,7 @@ def test_a_last_checkpoint_that_fails_does_not_cost_the_run(tmp_path, monkeypatc
         checkpoints.close()
 
 
-STATE = train.init_state(MODEL.init(jax.random.key(0)), optax.sgd(0.1))
+STATE = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1))
 REFUSED = {
     "patience: 2 given without held-out batches": {"config": train.TrainConfig(patience=2, eval_every=20)},
     "bad: 'rewind' given without checkpoints": {"config": train.TrainConfig(bad="rewind")},
@@ -193,7 +199,7 @@ def test_what_cannot_be_trained_is_refused(said):
 
 def test_what_has_no_part_in_the_loss_is_said(capsys):
     """As adapters have not in a model that was not made for them."""
-    params = {**MODEL.init(jax.random.key(0)), "adapter": jnp.ones(3)}
+    params = {**jax.jit(MODEL.init)(jax.random.key(0)), "adapter": jnp.ones(3)}
     fit(train.TrainConfig(steps=1, trainable=[("adapter", True), (".*", False)]), params=params)
     assert "the gradient is zero: what trains has no part in the loss" in capsys.readouterr().err
 

@@ -73,7 +73,8 @@ def test_loss_gradient_and_state_are_those_of_the_rows_that_count(name):
     for (path, a), b in zip(tree.flatten(grads).items(), tree.flatten(wanted).values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=path)
     seen = models.set_state(model, params, {"pixels": jnp.asarray(X)})["state"]
-    kept = model.config.run(params, {"pixels": filled()["pixels"]}, None, True, filled()["weights"] > 0)[1]
+    run = jax.jit(lambda params, rows, counts: model.config.run(params, rows, None, True, counts)[1])
+    kept = run(params, {"pixels": filled()["pixels"]}, filled()["weights"] > 0)
     for (path, a), b in zip(tree.flatten(kept).items(), tree.flatten(seen).values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=path)
 
@@ -91,7 +92,7 @@ def test_the_loss_by_numpy():
     inner = norm(X.astype(np.float64)).reshape(6, -1) @ weights["inner/kernel"]
     z = norm(inner) @ weights["out/kernel"]
     want = np.log(np.exp(z).sum(1)) - z[np.arange(6), LABELS]
-    loss, metrics = losses.classification(model, params, filled())
+    loss, metrics = jax.jit(lambda params, rows: losses.classification(model, params, rows))(params, filled())
     np.testing.assert_allclose(loss, want.mean(), rtol=1e-4)
     assert float(metrics["weight"]) == 6
 
@@ -148,7 +149,7 @@ def test_a_norm_that_cannot_tell_its_rows_is_named():
             return nn.Dense(3)(jnp.moveaxis(x, 1, 0).reshape(x.shape[1], -1))
 
     model = models.from_linen(Turned(), EXAMPLE)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     with pytest.raises(InputError, match="weights: the batch norm 'odd' reads 3 rows of a batch of 8"):
         losses.classification(model, params, filled())
 

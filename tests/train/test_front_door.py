@@ -100,7 +100,7 @@ def test_a_short_batch_is_filled_with_rows_that_do_not_count():
     stream = as_batches(short, input_name="features")
     batch = stream.batch(1)
     assert batch["weights"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
-    params = MODEL.init(jax.random.key(0))
+    params = jax.jit(MODEL.init)(jax.random.key(0))
     value, metrics = losses.classification(MODEL, params, jax.device_put(batch))
     alone, _ = losses.classification(MODEL, params, {"features": jnp.asarray(short[1][0]), "labels": jnp.asarray(short[1][1])})
     assert float(value) == pytest.approx(float(alone), rel=1e-6) and float(metrics["weight"]) == 3
@@ -162,7 +162,7 @@ def test_a_stream_has_its_own_batch_size():
 
 
 def test_a_bundle_is_trained_from_its_parameters():
-    params = MODEL.init(jax.random.key(7))
+    params = jax.jit(MODEL.init)(jax.random.key(7))
     state, _ = train.fit(hub.Bundle(MODEL, params), PAIRS, CONFIG)
     want, _ = train.fit(MODEL, PAIRS, CONFIG, params=params)
     assert tree.fingerprint(state.params) == tree.fingerprint(want.params)

@@ -48,7 +48,7 @@ OTHER = {
     "loss": {"loss": functools.partial(losses.classification, smoothing=0.1)},
     "optimizer": {"optimizer": optax.sgd(0.1)},
     "augment": {"augment": lambda key, batch: batch},
-    "params": {"params": MODEL.init(jax.random.key(7))},
+    "params": {"params": jax.jit(MODEL.init)(jax.random.key(7))},
     "batch_size": {"stream": data.Stream(ROWS, 4)},
     "data": {"stream": data.Stream({**ROWS, "labels": ROWS["labels"][::-1]}, 8)},
 }

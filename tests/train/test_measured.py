@@ -76,13 +76,13 @@ def test_fit_leaves_a_foreign_norm_with_the_moments_of_the_data(name):
     np.testing.assert_allclose(leaves[mean], FEATURES.mean(0), rtol=1e-4)
     np.testing.assert_allclose(leaves[var], FEATURES.var(0), rtol=1e-4)
     assert leaves.get("state/kept/calls", 7) == 7
-    logits = np.asarray(model.apply(train.averaged(state), jnp.asarray(FEATURES)).logits)
+    logits = np.asarray(jax.jit(model.apply)(train.averaged(state), jnp.asarray(FEATURES)).logits)
     assert rows[-1]["heldout_accuracy"] == pytest.approx((logits.argmax(1) == LABELS).mean())
 
 
 def test_batches_of_unequal_size_and_rows_without_weight():
     model, mean, var = FOREIGN["linen"]
-    params = tree.map_leaves(lambda path, a: a + 3, model.init(jax.random.key(0)))  # whatever stood there
+    params = tree.map_leaves(lambda path, a: a + 3, jax.jit(model.init)(jax.random.key(0)))  # whatever stood there
     filled = {"features": np.concatenate([FEATURES[50:], 1e3 * FEATURES[:4]]), "weights": np.repeat([1, 0], [N - 50, 4])}
     found = tree.flatten(train.set_batch_statistics(model, params, [{"features": FEATURES[:50]}, filled]))
     np.testing.assert_allclose(found[mean], FEATURES.mean(0), rtol=1e-4)
@@ -122,7 +122,7 @@ def test_the_weights_are_judged_as_they_are_used(average):
     state, rows = fit(dataclasses.replace(CONFIG, average=average))
     judged = train.averaged(state)
     close(judged, by_hand(judged))
-    logits = np.asarray(MODEL.apply(judged, jnp.asarray(IMAGES["pixels"])).logits, np.float64)
+    logits = np.asarray(jax.jit(MODEL.apply)(judged, jnp.asarray(IMAGES["pixels"])).logits, np.float64)
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(N), LABELS]
     assert rows[-1]["heldout_loss"] == pytest.approx(loss.mean(), rel=1e-4)
     assert sum("heldout_loss" in row for row in rows) == 3

@@ -144,7 +144,7 @@ def scores(weights: list[float], batches: int = 2) -> dict[str, float]:
         "weights": np.array(weights, np.float32),
     }
     scorer = Scorer(MODEL, losses.classification, data.Stream(rows, 2), None, batches)
-    return scorer(MODEL.init(jax.random.key(0)))
+    return scorer(jax.jit(MODEL.init)(jax.random.key(0)))
 
 
 def test_a_loss_over_nothing_is_not_the_best():

@@ -79,7 +79,7 @@ def check_an_exchange_among_stages_is_refused() -> None:
 
 
 def check_codes_in_1f1b_are_refused() -> None:
-    params = optim.quantize_weights(MODEL.init(jax.random.key(0)), [(".*(norm/.*|_bias)|positions", None), (".*", 8)])
+    params = optim.quantize_weights(jax.jit(MODEL.init)(jax.random.key(0)), [(".*(norm/.*|_bias)|positions", None), (".*", 8)])
     config = train.TrainConfig(steps=1, pipeline="1f1b", trainable=[(".*", True)])
     with pytest.raises(InputError, match="trainable: the compressed .* cannot train in this schedule"):
         train.fit(MODEL, stream(), config, params=params, mesh=sharding.make_mesh("pipeline=2,data=2"))

@@ -90,7 +90,7 @@ def test_operations_are_those_that_xla_counts(tied, rules):
 
 def test_frozen_layers_in_front_cost_their_forward_pass():
     model = gpt2.model(gpt2.Config(64, 32, 4, 2, 16))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     layer, head = 12 * 32 * 32, 64 * 32
     assert flops.per_token(params, 0) == 6 * (4 * layer + head)
     rules = [("blocks/[23]/.*", True), (".*", False)]
@@ -157,7 +157,7 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_halves_that_do_not_agree_are_refused(name):
     in_step, in_state = PARTS[name]
-    params, batch = MODEL.init(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
+    params, batch = jax.jit(MODEL.init)(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
     make = lambda **more: jax.jit(train.make_step(MODEL, losses.classification, SGD, **more))
     start = lambda **more: train.init_state(params, SGD, **more)
     make(**in_step)(start(**in_state), batch)
@@ -171,7 +171,7 @@ def test_halves_that_do_not_agree_are_refused(name):
 
 
 def test_guards_and_exchanges_of_another_kind():
-    params, batch = MODEL.init(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
+    params, batch = jax.jit(MODEL.init)(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
     step = train.make_step(MODEL, losses.classification, SGD, guard=optim.Guard(6.0))
     for other in (optim.Guard(), optim.Guard(6.0, window=4)):
         with pytest.raises(InputError, match="guard: .* given for a state that was made with another"):

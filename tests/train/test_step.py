@@ -46,12 +46,16 @@ def params():
     return jax.jit(MODEL.init)(jax.random.key(0))
 
 
+@pytest.fixture(scope="module")
+def whole_step(params):
+    """A state, and what a step without micro-batches makes of it."""
+    state = train.init_state(params, optax.sgd(1.0))
+    return state, *jax.jit(train.make_step(MODEL, losses.classification, optax.sgd(1.0)))(state, Rows().batch(0))
+
+
 @pytest.mark.parametrize("parts", [2, 3, 6])
-def test_micro_batches_of_unequal_weight_give_the_gradient_of_the_whole_batch(parts, params):
-    batch = jax.device_put(Rows().batch(0))
-    optimizer = optax.sgd(1.0)
-    state = train.init_state(params, optimizer)
-    whole, metrics = jax.jit(train.make_step(MODEL, losses.classification, optimizer))(state, batch)
+def test_micro_batches_of_unequal_weight_give_the_gradient_of_the_whole_batch(parts, whole_step):
+    (state, whole, metrics), batch, optimizer = whole_step, jax.device_put(Rows().batch(0)), optax.sgd(1.0)
     step = train.make_step(MODEL, losses.classification, optimizer, accumulate=parts)
     cut, metrics_cut = jax.jit(step)(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), cut.params, whole.params)
@@ -112,10 +116,10 @@ def test_a_step_that_is_not_finite_is_as_if_its_batch_had_not_come(accumulate):
 
 def test_a_spike_is_left_out_and_a_falling_loss_is_not():
     guard = Guard(sigmas=4.0, window=8)
-    memory, found = guard.init(), []
+    memory, found, judge = guard.init(), [], jax.jit(guard.judge)
     for i in range(40):
         loss = 5.0 - 0.05 * i + 0.1 * np.sin(i) + (6.0 if i == 30 else 0.0)
-        ok, memory = guard.judge(memory, jnp.float32(loss), jnp.float32(1.0))
+        ok, memory = judge(memory, np.float32(loss), np.float32(1.0))
         found.append(bool(ok))
     assert [i for i, ok in enumerate(found) if not ok] == [30]
 

@@ -32,17 +32,25 @@ TARGETS = RANDOM.integers(0, 150, (3, 6)).astype(np.int32)
 COUNTS = RANDOM.random((3, 6)) < 0.5
 
 
-def text_loss(batch, chunk=None):
+@functools.cache
+def text_program(chunk):
     loss = functools.partial(losses.next_token, chunk=chunk)
-    batch = jax.tree.map(jnp.asarray, batch)
-    run = jax.jit(jax.value_and_grad(lambda p: loss(TEXT, p, batch), has_aux=True))
-    (value, metrics), grads = run(TEXT_PARAMS)
+    return jax.jit(jax.value_and_grad(lambda p, batch: loss(TEXT, p, batch), has_aux=True))
+
+
+@functools.cache
+def text_logp():
+    return log_softmax(jax.jit(TEXT.apply)(TEXT_PARAMS, jnp.asarray(TOKENS)).logits)
+
+
+def text_loss(batch, chunk=None):
+    (value, metrics), grads = text_program(chunk)(TEXT_PARAMS, jax.tree.map(jnp.asarray, batch))
     return float(value), float(metrics["weight"]), grads
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_targets_of_minus_100_are_left_out(chunk):
-    logp = log_softmax(TEXT.apply(TEXT_PARAMS, jnp.asarray(TOKENS)).logits)
+    logp = text_logp()
     want = -np.take_along_axis(logp, TARGETS[..., None], -1)[..., 0][COUNTS].mean()
     left_out = np.where(COUNTS, TARGETS, -100)
     value, weight, grads = text_loss({"tokens": TOKENS, "targets": left_out}, chunk)
@@ -86,12 +94,12 @@ def test_a_label_that_is_none_is_named(loss, wrong):
 
 
 def test_labels_of_minus_100_and_behind_a_weight_of_0():
-    params = CLASSES.init(KEY)
-    logp = log_softmax(CLASSES.apply(params, jnp.asarray(ROWS["features"])).logits)
+    params = jax.jit(CLASSES.init)(KEY)
+    logp = log_softmax(jax.jit(CLASSES.apply)(params, jnp.asarray(ROWS["features"])).logits)
     want = -logp[np.arange(20), ROWS["labels"][:20]].mean()
     labels = np.where(np.arange(40) < 20, ROWS["labels"], -100).astype(np.int32)
     batch = jax.tree.map(jnp.asarray, {**ROWS, "labels": labels})
-    value, metrics = losses.classification(CLASSES, params, batch)
+    value, metrics = jax.jit(lambda p, batch: losses.classification(CLASSES, p, batch))(params, batch)
     assert float(value) == pytest.approx(want, rel=1e-5) and metrics["weight"] == 20
 
 
@@ -115,15 +123,15 @@ def test_targets_that_are_not_known_may_be_nan():
     batch = {"features": ROWS["features"][:6], "targets": values, "weights": np.array([1, 1, 0, 1, 0, 1], np.float32)}
     blank = {**batch, "targets": np.where(batch["weights"][:, None] > 0, values, np.nan)}
     run = jax.jit(jax.value_and_grad(lambda p, batch: losses.regression()(CLASSES, p, batch)[0]))
-    params = CLASSES.init(KEY)
+    params = jax.jit(CLASSES.init)(KEY)
     jax.tree.map(np.testing.assert_array_equal, run(params, batch), run(params, blank))
 
 
 def test_an_autoencoder_reads_weights():
     model = autoencoder.model(autoencoder.Config(4, 3, kind="variational"))
-    params, x = model.init(KEY), ROWS["features"][:6]
+    params, x = jax.jit(model.init)(KEY), ROWS["features"][:6]
     filled = {"features": np.concatenate([x, 9 + x[:2]]), "weights": np.repeat([1, 0], [6, 2]).astype(np.float32)}
-    run = lambda batch: losses.autoencoder(model, params, jax.tree.map(jnp.asarray, batch), train=False)[1]
+    run = jax.jit(lambda batch: losses.autoencoder(model, params, batch, train=False)[1])
     want, got = run({"features": x}), run(filled)
     assert got["weight"] == 6 and float(got["reconstruction"]) == pytest.approx(float(want["reconstruction"]), rel=1e-5)
 
@@ -138,20 +146,26 @@ PIXELS = RANDOM.random((6, 8, 8, 1)).astype(np.float32)
 LABELS = np.array([0, 1, 2, 0, 1, 2], np.int32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("places", [(6, 7), (0, 3)])
-def test_batch_norms_do_not_see_rows_without_weight(family, places):
+@functools.cache
+def whole(family):
+    """Parameters, a program of loss and gradients, what it makes of whole rows, and their statistics."""
     model = FAMILIES[family]
     params = jax.jit(model.init)(KEY)
+    run = jax.jit(jax.value_and_grad(lambda p, batch: losses.classification(model, p, batch)[0]))
+    return params, run, run(params, {"pixels": PIXELS, "labels": LABELS}), train.set_batch_statistics(model, params, [PIXELS])
+
+
+@pytest.mark.parametrize("places", [(6, 7), (0, 3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_norms_do_not_see_rows_without_weight(family, places):
+    params, run, want, alone = whole(family)
     keep = [i for i in range(8) if i not in places]
     pixels, labels = np.full((8, 8, 8, 1), 50, np.float32), np.full(8, -1, np.int32)
     pixels[keep], labels[keep] = PIXELS, LABELS
     weights = np.isin(np.arange(8), keep).astype(np.float32)
-    run = jax.jit(jax.value_and_grad(lambda p, batch: losses.classification(model, p, batch)[0]))
-    want = run(params, {"pixels": PIXELS, "labels": LABELS})
     got = run(params, {"pixels": pixels, "labels": labels, "weights": weights})
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5), got, want)
-    found, alone = (train.set_batch_statistics(model, params, [b]) for b in ({"pixels": pixels, "weights": weights}, PIXELS))
+    found = train.set_batch_statistics(FAMILIES[family], params, [{"pixels": pixels, "weights": weights}])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found, alone)
 
 
@@ -171,18 +185,18 @@ def test_mixing_leaves_out_rows_without_weight(text, filler):
         assert np.asarray(out["labels"][i]).sum() == pytest.approx(1)
     np.testing.assert_array_equal(out["weights"] > 0, [True, True, False, True, True, False])
     np.testing.assert_array_equal(out["pixels"][np.array([2, 5])], marked[[2, 5]])
-    model = FAMILIES["resnet"]
-    assert np.isfinite(float(losses.classification(model, model.init(KEY), out)[0]))
+    params, run, *_ = whole("resnet")
+    assert np.isfinite(float(run(params, out)[0]))
     if filler != -100:  # row 3 is mixed with row 1, the last before it that counts
         assert np.asarray(out["labels"][3])[2] == 0
 
 
 def test_tasks_keep_the_weight_of_rows():
     weights = jnp.array([1.0, 0.0, 0.5])
-    patches = contrib.masked_patches(2)(KEY, {"pixels": jnp.ones((3, 4, 4, 1)), "weights": weights})["weights"]
+    patches = jax.jit(contrib.masked_patches(2))(KEY, {"pixels": jnp.ones((3, 4, 4, 1)), "weights": weights})["weights"]
     assert patches[1].max() == 0 and patches[2].max() == 0.5
     for text in ("span_masking(9, 10, rate=0.9)", "span_corruption(30)"):
-        task = augment.parse(text)
+        task = jax.jit(augment.parse(text))
         made = task(KEY, {"tokens": jnp.ones((3, 8), jnp.int32), "weights": weights})["weights"]
         assert made[1].max() == 0 and made[0].max() == 1
 
@@ -202,8 +216,8 @@ def judged(model, rows, batch, seed, params, loss=losses.classification, **setti
 @pytest.mark.parametrize("batch", [1, 7, 40, 64])
 @pytest.mark.parametrize("seed", [0, 9])
 def test_each_held_out_row_is_judged_once(batch, seed):
-    params = CLASSES.init(KEY)
-    logp = log_softmax(CLASSES.apply(params, jnp.asarray(ROWS["features"])).logits)
+    params = jax.jit(CLASSES.init)(KEY)
+    logp = log_softmax(jax.jit(CLASSES.apply)(params, jnp.asarray(ROWS["features"])).logits)
     row = judged(None, ROWS, batch, seed, params)
     assert row["heldout_loss"] == pytest.approx(-logp[np.arange(40), ROWS["labels"]].mean(), rel=1e-5)
     assert row["heldout_accuracy"] == pytest.approx((logp.argmax(1) == ROWS["labels"]).mean())
@@ -214,13 +228,13 @@ def test_a_loss_that_reads_no_weights_gets_no_row_that_fills_up():
         value = jnp.mean(batch["features"][:, 0])
         return value + 0 * jnp.sum(params["head"]), {"weight": jnp.float32(len(batch["features"]))}
 
-    row = judged(None, ROWS, 9, 0, CLASSES.init(KEY), loss=mine)
+    row = judged(None, ROWS, 9, 0, jax.jit(CLASSES.init)(KEY), loss=mine)
     assert row["heldout_loss"] == pytest.approx(ROWS["features"][:, 0].mean(), abs=1e-6)
 
 
 def test_tokens_and_rows_with_weights_of_their_own():
     windows = {"tokens": TOKENS, "targets": TARGETS, "weights": COUNTS.astype(np.float32)}
-    logp = log_softmax(TEXT.apply(TEXT_PARAMS, jnp.asarray(TOKENS)).logits)
+    logp = text_logp()
     want = -np.take_along_axis(logp, TARGETS[..., None], -1)[..., 0][COUNTS].mean()
     config = train.TrainConfig(steps=1, learning_rate=0.0)
     _, found = train.fit(TEXT, data.Stream(windows, 3), config, params=TEXT_PARAMS, heldout=data.Stream(windows, 2))
@@ -228,18 +242,18 @@ def test_tokens_and_rows_with_weights_of_their_own():
 
 
 def test_a_limit_takes_the_same_rows_whatever_the_batch():
-    params = CLASSES.init(KEY)
+    params = jax.jit(CLASSES.init)(KEY)
     found = {judged(None, ROWS, batch, 4, params, eval_rows=18)["heldout_loss"] for batch in (3, 8, 18, 30)}
     assert max(found) - min(found) < 1e-5
     first = data.Stream(ROWS, 18, 4).batch(0)
-    logp = log_softmax(CLASSES.apply(params, jnp.asarray(first["features"])).logits)
+    logp = log_softmax(jax.jit(CLASSES.apply)(params, jnp.asarray(first["features"])).logits)
     assert found.pop() == pytest.approx(-logp[np.arange(18), first["labels"]].mean(), rel=1e-5)
 
 
 def test_a_stream_without_an_end_is_judged_by_its_first_batches():
     both = data.Mixture([(data.Stream(ROWS, 5), 1), (data.Stream(ROWS, 5, 1), 1)], 10)
     config = train.TrainConfig(steps=1, learning_rate=0.0, eval_batches=3)
-    params = CLASSES.init(KEY)
+    params = jax.jit(CLASSES.init)(KEY)
     _, rows = train.fit(CLASSES, data.Stream(ROWS, 8), config, params=params, loss=losses.classification, heldout=both)
     want = [
         float(losses.classification(CLASSES, params, jax.tree.map(jnp.asarray, both.batch(i)), train=False)[0]) for i in range(3)
