@@ -97,6 +97,7 @@ def lora(model: Model, params: tree.Params, rules: tree.Rules, key: jax.Array) -
     >>> {name: leaf.shape for name, leaf in params["blocks"]["0-2"]["attn"]["q_lora"].items()}
     {'down': (3, 4, 32), 'up': (3, 32, 4), 'scale': (3,)}
     """
+    tree.check(params)
     values = tree.assign(rules, split_adapters(params)[0])
     there = [layer for path in tree.flatten(params) if is_adapter(path) for layer in tree.layer_paths(path)]
     params = tree.split(params, {**values, **dict.fromkeys(there)})
@@ -165,8 +166,10 @@ def merge_adapters(
       The parameters, and by path how a weight was merged: "exact" (`w + scale up @ down`, computed in float32, in the weight's
       dtype), "decoded" (the same of what a compressed weight stands for, as an array) or "requantized".
     """
+    tree.check(params)
     leaves, how = tree.flatten(params), {}
     for path, leaf in _adapted(leaves).items():
+        leaf.check()
         dense = jax.jit(Adapted.decode)(leaf)
         how[path] = "decoded" if isinstance(leaf.base, Compressed) else "exact"
         if requantize is not None and isinstance(leaf.base, Compressed):
@@ -189,6 +192,10 @@ def _adapter(path: str, leaf: Any, one: LoRA, key: jax.Array) -> dict[str, jax.A
 def _adapted(leaves: dict[str, Any]) -> dict[str, Adapted]:
     """The weights that have an adapter, with it, by path."""
     heads = dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves if is_adapter(path))
+    for head in heads:
+        for path in (head.removesuffix(SUFFIX), *(f"{head}/{name}" for name in sorted(PARTS))):
+            if path not in leaves:
+                raise InputError(f"params: {path!r} is missing, though there is an adapter {head!r}")
     parts = {head.removesuffix(SUFFIX): {name: leaves[f"{head}/{name}"] for name in PARTS} for head in heads}
     return {path: Adapted(leaves[path], **adapter) for path, adapter in parts.items()}
 

@@ -66,6 +66,7 @@ def replace_head(model: Model, params: tree.Params, classes: int | Sequence[str]
     new = rebuilt(model, changed)
     assert new is not None
     fresh: Any = jax.jit(lambda key: _heads(new.init(key), True))(key)  # of a large model, only the head is made
+    tree.check(params)
     body = _heads(params, False)
     needed: Any = jax.eval_shape(new.init, key)
     have, need = ({layer for path in tree.flatten(t) for layer in tree.layer_paths(path)} for t in (body, _heads(needed, False)))
@@ -88,6 +89,7 @@ def last_layers(params: tree.Params, count: int) -> tree.Rules:
     Raises:
       InputError: a count out of range.
     """
+    tree.check(params)
     deepest = _depths(params)
     most = min(deepest.values(), default=0)
     if not 0 <= count <= most:
@@ -113,6 +115,7 @@ def layer_rates(params: tree.Params, decay: float) -> tree.Rules:
     """
     if not 0 < decay <= 1:
         raise InputError(f"decay: {decay} given; allowed: above 0 and at most 1")
+    tree.check(params)
     deepest = _depths(params)
     if not deepest:
         raise InputError("params: no layers under 'blocks'; give adapt.scale_updates rules of your own")

@@ -39,6 +39,7 @@ from jaxmodel import tree
 from jaxmodel.adapt.initializers import Constant, Own
 from jaxmodel.axes import role_of
 from jaxmodel.errors import InputError
+from jaxmodel.models.checks import check_params
 from jaxmodel.models.family import KNOWN, rebuilt
 from jaxmodel.models.model import Inputs, Model
 
@@ -142,6 +143,7 @@ def coordinates(model: Model, params: tree.Params, inputs: Inputs) -> dict[str, 
       `embed`, `blocks/0`, ... (behind each layer), `blocks/0/added`, ... (what the layer changed), `logits`: mean absolute
       values, scalars.
     """
+    check_params(model, params)
     embed, block, head = model.parts
     inputs = inputs if isinstance(inputs, Mapping) else {next(iter(model.inputs(1, 1))): inputs}
     x, context = embed(params, inputs, None, None, False)

@@ -27,6 +27,7 @@ def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
     for name in names:
         if name not in VERSIONS:
             raise unknown("names", name, VERSIONS)
+    tree.check(bundle.params)
     if any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values()):
         called = bundle.card.get("name", "the bundle")
         raise InputError(f"model: {called!r} is compressed already; plain weights are needed to compare versions of them")

@@ -92,6 +92,7 @@ def revive(
 
 def _plain(params: tree.Params) -> tree.Params:
     """The params, if they are those of one linear encoder and one linear decoder."""
+    tree.check(params)
     leaves = tree.flatten(params)
     missing = [name for name in map("/".join, (READS, BIAS, WRITES)) if isinstance(leaves.get(name), Compressed | None)]
     hidden = [name for name in leaves if "hidden_" in name]

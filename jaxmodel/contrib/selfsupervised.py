@@ -199,6 +199,7 @@ def with_projection(model: Model, head: Model, *, tokens: int = 0) -> Model:
 
 def without_projection(params: tree.Params) -> tree.Params:
     """The leaves of the body: what `with_projection` added is left out."""
+    tree.check(params)
     return {name: node for name, node in params.items() if name != PROJECTION}
 
 

@@ -74,6 +74,7 @@ def save_adapters(bundle: Any, folder: str | Path, *, base: str | None = None, a
     Raises:
       InputError: no adapters; one for which PEFT's layout has no place; a folder that holds something else.
     """
+    tree.check(bundle.params)
     _, adapters = split_adapters(bundle.params)
     if not adapters:
         raise InputError("bundle: it has no adapters; allowed: one with them, see adapt.lora")
@@ -97,6 +98,7 @@ def add_adapters[B: Any](bundle: B, folder: str | Path, *, weight: float | int =
         that the model does not have.
     """
     folder = Path(folder)
+    tree.check(bundle.params)
     file, config, layout = folder / FILE, _config(folder), _Layout(bundle.model)
     if not isinstance(weight, int | float) or not 0 < abs(weight) < float("inf"):
         raise InputError(f"weight: {weight!r} given; allowed: a number that is not 0")

@@ -84,7 +84,9 @@ class Adapted(Compressed):
 
     def check(self) -> None:
         b, d, u, s = self.base.shape, self.down, self.up, self.scale
-        fits = len(b) >= 2 and d.shape == (*b[:-2], d.shape[-2], b[-1]) and u.shape == (*b[:-1], d.shape[-2])
+        fits = (
+            len(b) >= 2 and len(d.shape) >= 2 and d.shape == (*b[:-2], d.shape[-2], b[-1]) and u.shape == (*b[:-1], d.shape[-2])
+        )
         expect(fits, self, f"down {d.shape} and up {u.shape} do not fit a weight {b}; [..., rank, in] and [..., out, rank] do")
         expect(s.shape == b[: s.ndim] and s.ndim <= len(b) - 2, self, f"scale has shape {s.shape}; one number a layer is needed")
         for name, a in (("down", d), ("up", u), ("scale", s)):

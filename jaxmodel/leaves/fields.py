@@ -64,6 +64,7 @@ def digest(fields: Mapping[str, Any]) -> str:
 
 def _fields(params: tree.Params) -> dict[str, Any]:
     """The fields of all leaves by layer path, None for a plain array."""
+    tree.check(params)
     found = {layer: to_tensors(leaf)[1] for path, leaf in tree.flatten(params).items() for layer in tree.layer_paths(path)}
     return json.loads(json.dumps(found))
 

@@ -146,5 +146,6 @@ def expand(params: tree.Params) -> tree.Params:
     """`params` with each `Sparse` leaf expanded, for running: on a device without sparse kernels that is many times faster
     (a bitmask expanded in every decode step costs more than the step). Bytes in memory grow; the stored tree stays packed.
     """
+    tree.check(params)
     run = jax.jit(lambda leaf: leaf.expand())
     return tree.map_leaves(lambda _, leaf: run(leaf) if isinstance(leaf, Sparse) else leaf, params)

@@ -15,6 +15,7 @@ from jaxmodel import tree
 from jaxmodel.errors import at_least
 from jaxmodel.losses.contract import IGNORED, counting, model_inputs, row_weights, weighted_mean
 from jaxmodel.models import Model
+from jaxmodel.models.checks import runs_on
 from jaxmodel.sharding import auto_axes, axes_of, parts
 
 LOGITS = 2**30
@@ -83,7 +84,11 @@ def cross_entropy(
     """
     if chunk is not None:
         at_least("chunk", chunk)
+    with runs_on(model, params, layers=False):
+        return _cross_entropy(model, params, hidden, targets, chunk)
 
+
+def _cross_entropy(model: Model, params: tree.Params, hidden: Array, targets: Array, chunk: int | None) -> Array:
     def part(params: tree.Params, x: Array, targets: Array) -> Array:
         logits = model.parts.head(params, x)
         known = (targets >= 0) & (targets < logits.shape[-1])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
+from flax.errors import ScopeParamNotFoundError
 
 from jaxmodel import axes, tree
-from jaxmodel.errors import InputError
-from jaxmodel.models.model import Model
+from jaxmodel.errors import InputError, nearest
+from jaxmodel.layers import unfuse
+
+if TYPE_CHECKING:
+    from jaxmodel.models.model import Model
 
 
 def check_params(model: Model, params: Any) -> None:
@@ -31,6 +37,42 @@ def check_params(model: Model, params: Any) -> None:
         alike = [{fewer(other) for other in paths} for paths in sets if path in paths]
         if len(there) != len(leaf.shape) or (there[-1:] != leaf.shape[-1:] and not any(len(one) == 1 for one in alike)):
             raise InputError(f"params: {path!r} of shape {list(there)} given; the model needs {list(leaf.shape)}")
+
+
+@contextlib.contextmanager
+def runs_on(model: Model, params: Any, layers: bool = True) -> Iterator[None]:
+    """Around what runs a part of a model: the door of everything that computes with parameters, in jit too.
+
+    What no part would notice is refused at once. Parts that are missing or of other shapes are looked for where it fails, since
+    what a model needs takes a trace of its `init`.
+
+    Args:
+      model: whose part it is.
+      params: its parameters.
+      layers: whether it reads the layers, which are not looked at where they are elsewhere.
+
+    Raises:
+      InputError: as `check_params`.
+    """
+    whole = layers or not isinstance(params, dict)
+    tree.check(params if whole else {name: node for name, node in params.items() if name != tree.BLOCKS})
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, InputError):
+            check_params(model, params)
+        if isinstance(error, KeyError | ScopeParamNotFoundError):
+            _check_layers(model, params)
+        raise
+
+
+def _check_layers(model: Model, params: tree.Params) -> None:
+    """Refuse parameters of which a layer lacks a leaf; where its maps are fused they are not it."""
+    given, needed = (
+        [layer for path in tree.flatten(one) for layer in tree.layer_paths(path)] for one in (unfuse(params), _shapes(model)[0])
+    )
+    if missing := [path for path in needed if path not in set(given)]:
+        raise InputError(f"params: {missing[0]!r} is missing; nearest: {', '.join(nearest(missing[0], given)) or 'nothing'}")
 
 
 @functools.cache

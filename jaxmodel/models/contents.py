@@ -33,6 +33,7 @@ def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, A
     ([128, 32], 3, 12288, 49152, ['tensor', 'fsdp'])
     """
     whole: tree.Params = jax.eval_shape(model.init, jax.random.key(0)) if params is None else params
+    tree.check(whole)
     try:
         specs = tree.assign(model.rules, whole)
     except InputError:

@@ -43,6 +43,7 @@ from jaxmodel import leaves, ops, tree
 from jaxmodel.axes import UNDECLARED, Axes
 from jaxmodel.errors import InputError
 from jaxmodel.leaves.adapted import read_adapters
+from jaxmodel.models.checks import runs_on
 from jaxmodel.models.counted import linen_counting, nnx_counting
 from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
 
@@ -237,10 +238,11 @@ def set_state(model: Model, params: tree.Params, inputs: Inputs, rng: jax.Array 
     """
     if not isinstance(model.config, Foreign):
         raise InputError(f"model: a config of {type(model.config).__module__} given; allowed: one of from_linen or from_nnx")
-    if STATE not in params:
-        return params
-    inputs = dict(inputs) if isinstance(inputs, Mapping) else {next(iter(model.inputs(1, 1))): inputs}
-    return {**params, STATE: model.config.run(params, inputs, rng, True)[1]}
+    with runs_on(model, params):
+        if STATE not in params:
+            return params
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else {next(iter(model.inputs(1, 1))): inputs}
+        return {**params, STATE: model.config.run(params, inputs, rng, True)[1]}
 
 
 # --------------------------------------------------------------------------------------------------------------- inside

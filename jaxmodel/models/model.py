@@ -14,6 +14,7 @@ from jaxmodel import axes, layers, ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers.repeat import Block
 from jaxmodel.leaves.leaf import register
+from jaxmodel.models.checks import runs_on
 
 type Inputs = jax.Array | Mapping[str, jax.Array]
 
@@ -98,12 +99,14 @@ class Model:
         parts, policy, names = self.parts, self.policy, tuple(self.inputs(1, 1))
 
         def hidden(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
-            return _hidden(parts, policy, *_counted(params, unpadded(_by_name(inputs, names))), cache, rng, train)
+            with runs_on(self, params):
+                return _hidden(parts, policy, *_counted(params, unpadded(_by_name(inputs, names))), cache, rng, train)
 
         def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
-            params, inputs = _counted(params, _by_name(inputs, names))
-            out = self.hidden(params, inputs, cache, rng, train)
-            return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore
+            with runs_on(self, params):
+                params, inputs = _counted(params, _by_name(inputs, names))
+                out = self.hidden(params, inputs, cache, rng, train)
+                return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore
 
         object.__setattr__(self, "hidden", hidden)
         object.__setattr__(self, "apply", apply)

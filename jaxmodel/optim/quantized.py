@@ -44,6 +44,7 @@ def quantize_weights(params: tree.Params, rules: tree.Rules, group: int | None =
     >>> params["up"].shape, params["up"].packed.dtype, params["up"].scale.shape
     ((256, 64), dtype('int8'), (256, 1))
     """
+    tree.check(params)
     params, bits = tree.match(rules, params)
 
     def one(path: str, leaf: Any) -> Any:

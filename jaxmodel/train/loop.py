@@ -23,7 +23,7 @@ from jaxmodel.distributed.supervise import Supervisor
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.losses import Loss, checked_loss, default_loss
-from jaxmodel.models import Model
+from jaxmodel.models import Model, check_params
 from jaxmodel.progress import bar
 from jaxmodel.report.training import History
 from jaxmodel.train import early, flops, memory, statistics
@@ -107,6 +107,8 @@ def fit(
         raise InputError(
             f"model: {type(model).__name__} given; allowed: a Model, a Bundle; models.from_linen makes one of a Flax module"
         )
+    if params is not None:
+        check_params(model, params)
     check_optimizer(optimizer)
     stream, heldout = _given(model, data, heldout, config, batch_size)
     if isinstance(stream, Passed):

@@ -171,10 +171,16 @@ def _local(a: Any) -> list[np.ndarray]:
     return [np.asarray(part.data) for part in a.addressable_shards] if isinstance(a, jax.Array) else [np.asarray(a)]
 
 
-def gather(params: Any) -> Any:
-    """A tree with all of its arrays whole on the first device of every process."""
+def gather(params: tree.Params) -> tree.Params:
+    """Parameters with all of their arrays whole on the first device of every process."""
+    tree.check(params)
+    return whole(params)
 
-    def whole(a: jax.Array) -> jax.Array:
+
+def whole(arrays: Any) -> Any:
+    """The same of any pytree of arrays."""
+
+    def one(a: jax.Array) -> jax.Array:
         if not a.is_fully_addressable and not a.is_fully_replicated:
             from jax.experimental import multihost_utils
 
@@ -182,7 +188,7 @@ def gather(params: Any) -> Any:
         found = a.addressable_data(0) if a.is_fully_replicated else jax.device_get(a)
         return jax.device_put(np.asarray(found), jax.local_devices()[0])
 
-    return jax.tree.map(whole, params)
+    return jax.tree.map(one, arrays)
 
 
 def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:

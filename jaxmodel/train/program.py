@@ -25,7 +25,7 @@ import optax
 from jaxmodel import ops, sharding, tree
 from jaxmodel.errors import InputError
 from jaxmodel.losses import Loss, checked_loss
-from jaxmodel.models import Model
+from jaxmodel.models import Model, check_params
 from jaxmodel.train import early, placing
 from jaxmodel.train.config import TrainConfig, make_optimizer, split_by
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
@@ -99,6 +99,8 @@ class Program:
           key: of fresh parameters; None for that of `config.seed`.
           params: to start from, which stay usable.
         """
+        if params is not None:
+            check_params(self.model, params)
         key = jax.random.key(self.config.seed) if key is None else key
         with self.on_mesh():
             if params is not None and self.mesh is not None:

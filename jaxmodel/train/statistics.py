@@ -19,7 +19,7 @@ from jaxmodel.losses import Loss
 from jaxmodel.models import Inputs, Model
 from jaxmodel.progress import progress
 from jaxmodel.train.evaluation import Once
-from jaxmodel.train.placing import Placed, gather
+from jaxmodel.train.placing import Placed, whole
 from jaxmodel.train.state import TrainState, averaged
 
 type Batches = Iterable[Inputs | np.ndarray | Mapping[str, np.ndarray]]
@@ -70,6 +70,7 @@ def set_batch_statistics(
     True
     """
     at_least("passes", passes)
+    tree.check(params)
     norms, state = _norms(params), _state(params)
     if not norms and not state:
         raise InputError("params: no batch norm is there; a leaf .../variance, or the state of a foreign module, is needed")
@@ -196,7 +197,7 @@ def _with(params: tree.Params, sums: Mapping[str, Mapping[str, Any]], around: tr
         if not np.all(one["count"] > 0):
             raise InputError(f"params: the norm {norm!r} was never reached; is it used?")
         count = one["count"][..., None]
-        shift, old = one["sum"] / count, np.asarray(gather(jnp.asarray(shifts[f"{norm}/mean"])), np.float64)
+        shift, old = one["sum"] / count, np.asarray(whole(jnp.asarray(shifts[f"{norm}/mean"])), np.float64)
         spread = np.maximum(one["square"] / count - shift**2, 0)
         leaves |= _put(leaves, {f"{norm}/mean": old + shift, f"{norm}/variance": spread})
     return tree.unflatten(leaves)
@@ -295,7 +296,7 @@ def _counting(batch: Any) -> Any:
 
 def _float64(sums: Sums) -> Mapping[str, Mapping[str, Any]]:
     """On the host, where sums over many batches lose nothing."""
-    return jax.tree.map(lambda a: np.asarray(a, np.float64), gather(sums))
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), whole(sums))
 
 
 def _put(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
