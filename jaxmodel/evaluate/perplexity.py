@@ -16,6 +16,7 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import cross_entropy
 from jaxmodel.models import Model, check_params
+from jaxmodel.models.checks import check_ids
 from jaxmodel.progress import progress
 
 
@@ -64,7 +65,8 @@ def token_nll(
     """Negative log-likelihood of every token but the first of each window, in nats.
 
     Raises:
-      InputError: no windows, windows of one token or longer than the model's context, a chunk below 1.
+      InputError: no windows, ids that the vocabulary has not, windows of one token or longer than the model's context, a chunk
+        below 1.
     """
     n, t = windows.shape
     if n < 1 or t < 2:
@@ -72,6 +74,7 @@ def token_nll(
     if t > model.config.context:
         raise InputError(f"window: {t} is longer than the model's context of {model.config.context}")
     at_least("chunk", chunk)
+    check_ids("windows", windows, model.config.vocab)
     check_params(model, params)
     score = _scorer(model, min(chunk, t - 1))
     return np.concatenate([np.asarray(score(params, jnp.asarray(w)[None])) for w in progress(windows, "perplexity")])

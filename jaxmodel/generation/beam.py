@@ -22,6 +22,8 @@ from jaxmodel import models, tree
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation.decode import new_cache, unsound
 from jaxmodel.generation.sampling import is_sound
+from jaxmodel.models.checks import check_ids
+from jaxmodel.models.model import unpadded
 
 
 class Beams(NamedTuple):
@@ -85,7 +87,8 @@ def beam_search(
       See `Beams`.
 
     Raises:
-      InputError: a model without a cache, a value out of its range, logits that are no numbers.
+      InputError: a model without a cache, a value out of its range, a text beyond the context, ids that the vocabulary has
+        not, logits that are no numbers.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
@@ -103,11 +106,27 @@ def beam_search(
     named = dict(inputs) if isinstance(inputs, Mapping) else {"tokens": inputs}
     if "tokens" not in named and "source" in named:
         named["tokens"] = jnp.full((named["source"].shape[0], 1), model.config.start, jnp.int32)
+    known = unpadded(named)
+    for name in {"tokens", "source"} & named.keys():
+        check_ids(name, known[name], model.config.vocab)
+    if model.continues:
+        _check_room(named, model.config.context, max_new_tokens)
     plan = _Plan(beams, max_new_tokens, tuple(sorted({int(i) for i in eos_ids})), float(length_penalty), patient)
     found = _search(model, plan)(params, named)
     if not isinstance(found.scores, core.Tracer) and bool(jnp.any(jnp.isnan(found.scores))):
         raise unsound(params)
     return found
+
+
+def _check_room(inputs: Mapping[str, Any], context: int, new: int) -> None:
+    mask, longest = inputs.get("mask"), inputs["tokens"].shape[1]
+    if mask is not None and not isinstance(mask, core.Tracer):
+        longest = int(jnp.max(jnp.sum(mask, axis=1)))
+    if longest + new > context:
+        raise InputError(
+            f"max_new_tokens: {new}; allowed: at most {max(context - longest, 0)}, because the model's context is {context} and "
+            f"the longest row has {longest} tokens"
+        )
 
 
 @functools.lru_cache(maxsize=64)

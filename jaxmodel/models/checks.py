@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from flax.errors import ScopeParamNotFoundError
+from jax.core import Tracer
 
 from jaxmodel import axes, tree
 from jaxmodel.errors import InputError, nearest
 from jaxmodel.layers import unfuse
 
-if TYPE_CHECKING:
-    from jaxmodel.models.model import Model
 
-
-def check_params(model: Model, params: Any) -> None:
+def check_params(model: Any, params: Any) -> None:
     """Refuse parameters that are not this model's, as far as it shows without running it.
 
     Raises:
@@ -40,7 +39,7 @@ def check_params(model: Model, params: Any) -> None:
 
 
 @contextlib.contextmanager
-def runs_on(model: Model, params: Any, layers: bool = True) -> Iterator[None]:
+def runs_on(model: Any, params: Any, layers: bool = True) -> Iterator[None]:
     """Around what runs a part of a model: the door of everything that computes with parameters, in jit too.
 
     What no part would notice is refused at once. Parts that are missing or of other shapes are looked for where it fails, since
@@ -66,7 +65,7 @@ def runs_on(model: Model, params: Any, layers: bool = True) -> Iterator[None]:
         raise
 
 
-def _check_layers(model: Model, params: tree.Params) -> None:
+def _check_layers(model: Any, params: tree.Params) -> None:
     """Refuse parameters of which a layer lacks a leaf; where its maps are fused they are not it."""
     given, needed = (
         [layer for path in tree.flatten(one) for layer in tree.layer_paths(path)] for one in (unfuse(params), _shapes(model)[0])
@@ -75,8 +74,39 @@ def _check_layers(model: Model, params: tree.Params) -> None:
         raise InputError(f"params: {missing[0]!r} is missing; nearest: {', '.join(nearest(missing[0], given)) or 'nothing'}")
 
 
+def check_ids(name: str, ids: Any, vocab: int) -> None:
+    """Refuse token ids that a vocabulary has not; ids that are traced are not looked at.
+
+    Raises:
+      InputError: names the id.
+
+    >>> check_ids("windows", np.array([[3, -7]]), 5)
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: windows: the token id -7 given; allowed: 0 to 4
+    """
+    if isinstance(ids, Tracer):
+        return
+    wrong = np.asarray(ids)[(np.asarray(ids) < 0) | (np.asarray(ids) >= vocab)]
+    if wrong.size:
+        raise InputError(f"{name}: the token id {wrong[0]} given; allowed: 0 to {vocab - 1}")
+
+
+def check_inputs(inputs: Mapping[str, Any], cache: Any = None) -> None:
+    """Refuse pixels that are not finite, as far as they are not traced, and a cache of another batch size than the tokens.
+
+    Raises:
+      InputError: says what was given.
+    """
+    pixels = inputs.get("pixels")
+    if pixels is not None and not isinstance(pixels, Tracer) and (bad := np.argwhere(~np.isfinite(np.asarray(pixels)))).size:
+        raise InputError(f"pixels: row {bad[0][0]} has numbers that are NaN or infinite; allowed: finite ones")
+    if cache is not None and "tokens" in inputs and (rows := len(inputs["tokens"])) != len(cache.length):
+        raise InputError(f"cache: made for {len(cache.length)} rows; {rows} given")
+
+
 @functools.cache
-def _shapes(model: Model) -> tuple[tree.Params, list[set[str]]]:
+def _shapes(model: Any) -> tuple[tree.Params, list[set[str]]]:
     """The shapes of the model's own parameters; and of each group of units, which may be fewer than the config says, the paths of
     the leaves outside of the layers that have them in their last axis."""
     whole = jax.eval_shape(model.init, jax.random.key(0))

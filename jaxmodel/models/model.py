@@ -14,7 +14,7 @@ from jaxmodel import axes, layers, ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers.repeat import Block
 from jaxmodel.leaves.leaf import register
-from jaxmodel.models.checks import runs_on
+from jaxmodel.models.checks import check_inputs, runs_on
 
 type Inputs = jax.Array | Mapping[str, jax.Array]
 
@@ -238,6 +238,7 @@ def _counted(params: tree.Params, inputs: dict[str, jax.Array]) -> tuple[tree.Pa
 def _hidden(
     parts: Parts, policy: ops.Policy, params: tree.Params, inputs: dict[str, Any], cache: Any, rng: Any, train: bool
 ) -> Output:
+    check_inputs(inputs, cache)
     x, context = parts.embed(params, inputs, cache, _key(rng, _EMBED), train)
     cache, aux = context.pop("cache", cache), context.pop("aux", {})
     if parts.block is not None:

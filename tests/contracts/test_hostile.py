@@ -25,7 +25,7 @@ import pytest
 
 from jaxmodel import adapt, compress, contrib, evaluate, generation, hub, leaves, losses, models, optim, train, tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import autoencoder, gpt2, mlp, resnet
+from jaxmodel.models import autoencoder, gpt2, mlp, resnet, rnn
 
 PACKAGES = ("adapt", "compress", "contrib", "evaluate", "generation", "hub", "leaves", "losses", "models", "optim", "train")
 MODEL = gpt2.model(gpt2.Config(vocab=300, width=16, depth=2, heads=2, context=32))
@@ -255,3 +255,36 @@ def test_a_function_takes_what_it_can_and_says_of_the_rest_why_not(name):
         for part in jax.tree.leaves(result):
             if hasattr(part, "dtype") and jnp.issubdtype(part.dtype, jnp.floating):
                 assert np.isfinite(np.asarray(part)).all(), what
+
+
+def test_a_cache_of_another_batch_size_is_refused():
+    reader = rnn.model(rnn.SIZES["tiny"])
+    weights = jax.jit(reader.init)(jax.random.key(0))
+    given = {"tokens": jnp.zeros((2, 1), jnp.int32), "source": jnp.ones((2, 3), jnp.int32)}
+    with pytest.raises(InputError, match="cache: made for 3 rows; 2 given"):
+        reader.apply(weights, given, reader.init_cache(3, 8))
+    with pytest.raises(InputError, match="cache: made for 1 rows; 2 given"):
+        MODEL.apply(TEXT.params, jnp.asarray(TOKENS), MODEL.init_cache(1, 8))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_pixels_that_are_not_finite_are_refused_by_row(bad):
+    pixels = PIXELS.copy()
+    pixels[1, 2, 0, 1] = bad
+    with pytest.raises(InputError, match="pixels: row 1 "):
+        models.predict_fn(NORMED.model)(NORMED.params, jnp.asarray(pixels))
+
+
+@pytest.mark.parametrize("wrong", [-1, 300])
+def test_ids_that_the_vocabulary_has_not_are_refused(wrong):
+    tokens = TOKENS.copy()
+    tokens[1, 5] = wrong
+    with pytest.raises(InputError, match=f"windows: the token id {wrong} given; allowed: 0 to 299"):
+        evaluate.perplexity(MODEL, TEXT.params, tokens)
+    with pytest.raises(InputError, match=f"tokens: the token id {wrong} given"):
+        generation.beam_search(MODEL, TEXT.params, jnp.asarray(tokens), beams=2, max_new_tokens=2)
+
+
+def test_beams_beyond_the_context_are_refused_by_the_argument():
+    with pytest.raises(InputError, match="max_new_tokens: 27; allowed: at most 26"):
+        generation.beam_search(MODEL, TEXT.params, jnp.asarray(TOKENS), beams=2, max_new_tokens=27)
