@@ -103,7 +103,7 @@ class Model:
                 return _hidden(parts, policy, *_counted(params, unpadded(_by_name(inputs, names))), cache, rng, train)
 
         def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
-            with runs_on(self, params):
+            with runs_on(self, params, layers=False):  # `hidden` looks at these
                 params, inputs = _counted(params, _by_name(inputs, names))
                 out = self.hidden(params, inputs, cache, rng, train)
                 return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore

@@ -90,6 +90,7 @@ def itself(given: Given) -> dict[str, Any]:
 
 
 TEXT = Given(MODEL, "blocks/0-1/mlp/up", "embed")
+END = Given(MODEL, "norm/weight", "embed")  # what a head reads
 LORA = Lora(MODEL, "blocks/0-1/mlp/up_lora/down", "blocks/0-1/mlp/up")
 PERCEPTRON = Given(mlp.model(mlp.Config(3, (4,), 2)), "blocks/0/dense", "head")
 CODE = Given(autoencoder.model(autoencoder.Config(3, 4, (), "l1")), "decoder/out/weight", "encoder/code/weight")
@@ -189,7 +190,7 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
     "losses.autoencoder": (CODE, lambda params: losses.autoencoder(CODE.model, params, features())[0]),
     "losses.classification": (PERCEPTRON, lambda params: losses.classification(PERCEPTRON.model, params, features())[0]),
     "contrib.count_active": (CODE, lambda params: contrib.count_active(CODE.model, params, features())),
-    "losses.cross_entropy": (TEXT, lambda params: losses.cross_entropy(MODEL, params, jnp.ones((2, 6, 16)), jnp.asarray(TOKENS))),
+    "losses.cross_entropy": (END, lambda params: losses.cross_entropy(MODEL, params, jnp.ones((2, 6, 16)), jnp.asarray(TOKENS))),
     "train.find_lr": (PERCEPTRON, lambda params: train.find_lr(PERCEPTRON.model, ROWS, params=params, steps=8).losses),
     "train.fit": (
         PERCEPTRON,
