@@ -99,7 +99,8 @@ def check_inputs(inputs: Mapping[str, Any], cache: Any = None) -> None:
       InputError: says what was given.
     """
     pixels = inputs.get("pixels")
-    if pixels is not None and not isinstance(pixels, Tracer) and (bad := np.argwhere(~np.isfinite(np.asarray(pixels)))).size:
+    here = pixels is not None and not isinstance(pixels, Tracer) and getattr(pixels, "is_fully_addressable", True)
+    if here and (bad := np.argwhere(~np.isfinite(np.asarray(pixels)))).size:
         raise InputError(f"pixels: row {bad[0][0]} has numbers that are NaN or infinite; allowed: finite ones")
     if cache is not None and "tokens" in inputs and (rows := len(inputs["tokens"])) != len(cache.length):
         raise InputError(f"cache: made for {len(cache.length)} rows; {rows} given")
