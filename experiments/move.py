@@ -49,6 +49,7 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
     from jaxmodel import data, ops, sharding, train
     from jaxmodel.distributed import Supervisor, startup
     from jaxmodel.models import gpt2
+    from jaxmodel.train import placing
 
     startup.initialize()
     parts = []
@@ -63,7 +64,7 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
     class Watched(checkpoint.Checkpoints):
         def restore(self, like: Any, **options: Any) -> Any:
             found = super().restore(like, **options)
-            restored.append(None if found is None else checkpoint.fingerprint(train.gather(found)))
+            restored.append(None if found is None else checkpoint.fingerprint(placing.whole(found)))
             return found
 
     with Watched(folder / "checkpoints") as checkpoints:
@@ -73,7 +74,7 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
         )
     result = {
         "restored": restored[0],
-        "saved": checkpoint.fingerprint(train.gather(state)),
+        "saved": checkpoint.fingerprint(placing.whole(state)),
         "losses": {str(row["step"]): row["loss"] for row in history},
         "rows": stream.rows,
     }

@@ -49,6 +49,7 @@ def test_numbers_writes_a_section_for_each_and_keeps_the_others(tmp_path):
     """On a copy with an experiment that is quick."""
     fake = """
 import json, sys
+from jaxmodel.report.json_out import rows
 assert "--quick" in sys.argv
 rows = [{"name": "a|b", "value": 1.5, "unit": "x", "goal": ">= 2", "met": False}]
 print(json.dumps({"rows": rows, "seconds": 1.0, "protocol": {"cpu": "some"}}))
@@ -69,7 +70,6 @@ def test_results_name_only_experiments_that_are_there():
 
 
 def test_rows_are_what_the_design_asks_for():
-    from jaxmodel import report
 
-    row = json.loads(json.dumps(report.rows([("a", 1, "x", ">= 2")], 1.0, {})))["rows"][0]
+    row = json.loads(json.dumps(rows([("a", 1, "x", ">= 2")], 1.0, {})))["rows"][0]
     assert set(row) == {"name", "value", "unit", "goal", "met"}

@@ -13,9 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import checkpoint, data, train
+from jaxmodel import checkpoint, data
 from jaxmodel.checkpoint import stored
+from jaxmodel.data.packed import ShardWindows
 from jaxmodel.errors import InputError
+from jaxmodel.train.state import init_state
 from tests.checkpoint.test_checkpoint import at, like
 from tests.data.conftest import Bytes
 
@@ -24,7 +26,7 @@ from tests.data.conftest import Bytes
 def state():
     """Of few arrays: each costs requests."""
     params = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3, jnp.bfloat16)}
-    return train.init_state(params, optax.adam(1e-3))
+    return init_state(params, optax.adam(1e-3))
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -98,7 +100,7 @@ def test_without_the_bucket_it_says_so(bucket):
 def test_batches_of_shards_in_a_bucket_are_those_of_a_folder(folder, tmp_path):
     texts = [f"text {i} of many, " * (i % 7 + 1) for i in range(50)]
     shards = [data.tokenize(texts, Bytes(), place, shard_tokens=300) for place in (folder, tmp_path)]
-    far, near = (data.Stream(data.ShardWindows(where, 16), 4, seed=1) for where in shards)
+    far, near = (data.Stream(ShardWindows(where, 16), 4, seed=1) for where in shards)
     assert len(shards[0].index["shards"]) > 5 and far.fingerprint == near.fingerprint
     for step in (0, 7):
         for name, array in far.batch(step).items():

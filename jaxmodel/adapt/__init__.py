@@ -3,12 +3,11 @@
 from jaxmodel.adapt.adapters import ADAPTERS, LoRA, lora, merge_adapters, with_adapters
 from jaxmodel.adapt.finetune import last_layers, layer_rates, replace_head, transplant
 from jaxmodel.adapt.initializers import initialize
-from jaxmodel.adapt.maximal_update import Mup, coordinates, mup, scale_updates
+from jaxmodel.adapt.maximal_update import coordinates, mup, scale_updates
 
 __all__ = [
     "ADAPTERS",
     "LoRA",
-    "Mup",
     "coordinates",
     "initialize",
     "last_layers",

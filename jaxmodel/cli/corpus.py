@@ -15,6 +15,7 @@ import jax
 from jaxmodel import data, hub
 from jaxmodel.cli.options import Train
 from jaxmodel.data import examples
+from jaxmodel.data.packed import ShardWindows
 from jaxmodel.errors import InputError
 from jaxmodel.progress import step
 
@@ -143,7 +144,7 @@ def _rows(shards: data.Shards, options: Train, source: str) -> data.Rows:
         raise InputError(
             f"--data, --heldout, --context: {source!r} has {shards.tokens} tokens; allowed: at least the {length} of one window"
         )
-    return data.ShardWindows(shards, length, stride=options.context)
+    return ShardWindows(shards, length, stride=options.context)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from jaxmodel import compress, data, evaluate, hub, report
 from jaxmodel.cli import resolved
 from jaxmodel.cli.options import Demo, defaults
 from jaxmodel.errors import InputError, require
+from jaxmodel.evaluate.compare import COLUMNS
 from jaxmodel.progress import step
 from jaxmodel.report import html, plot
 from jaxmodel.report import training as page
@@ -96,7 +97,7 @@ def show(result: dict[str, Any], console: Any) -> None:
 
     text = f"{result['text']['name']} ({result['text']['origin']})"
     title = f"{result['model']['name']} on {text}, {result['predictions']:,} predictions"
-    report.print_table(result["rows"], evaluate.COLUMNS, title, console)
+    report.print_table(result["rows"], COLUMNS, title, console)
     console.print(Text(_explained(result)))
     for row in result["rows"]:
         console.print(Text(f"{row['name']:>14}  {PROMPT}{row['continuation']!r}"))
@@ -150,7 +151,7 @@ def _write_page(result: dict[str, Any], folder: report.Run, options: Demo) -> No
             "in one process on one device. Change is the mean difference of the loss to f32 on the same tokens. "
             + _explained(result)
         ),
-        html.table(rows, evaluate.COLUMNS),
+        html.table(rows, COLUMNS),
         figures["size"],
         figures["prefill"],
         figures["decode"],

@@ -11,6 +11,8 @@ from pathlib import Path
 from jaxmodel import report
 from jaxmodel.cli.options import Common
 from jaxmodel.errors import InputError
+from jaxmodel.report.json_out import to_plain
+from jaxmodel.report.run import versions
 
 
 def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
@@ -22,11 +24,11 @@ def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
     if rank:
         own = Path(_told(""), f"rank-{rank}")
         own.mkdir(exist_ok=True)
-        return report.Run(own, report.to_plain(config), report.versions())
+        return report.Run(own, to_plain(config), versions())
     if resumed is None:
         folder = report.start_run(name, config, options.runs)
     else:  # the versions of now; the file keeps those of then
-        folder = dataclasses.replace(report.read_run(resumed), versions=report.versions())
+        folder = dataclasses.replace(report.read_run(resumed), versions=versions())
     if jax.process_count() > 1:
         _told(str(folder.folder.absolute()))
     return folder

@@ -19,6 +19,8 @@ import tyro
 from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, check
 from jaxmodel.cli.words import checked, grouped
 from jaxmodel.errors import InputError, printable
+from jaxmodel.report.json_out import check_target, clean_stdout, emit
+from jaxmodel.report.table import console_for
 
 ABOUT = """Functional JAX models: train, make smaller, measure, generate. Verbs that compute leave runs/<time>-<verb>/.
 
@@ -135,12 +137,11 @@ def read(args: Sequence[str]) -> Common:
 
 def run(options: Common) -> tuple[Any, int]:
     """Run a verb in a run folder of its own; returns its results and the exit code."""
-    from jaxmodel import report
     from jaxmodel.cli import rerun
 
     name = rerun.name_of(options)
     check(options)
-    report.check_target(options.json)
+    check_target(options.json)
     if isinstance(options, Resume):
         with rerun.resumed(options) as work:
             return _do(options, work, "train", options.folder)
@@ -148,12 +149,11 @@ def run(options: Common) -> tuple[Any, int]:
 
 
 def _do(options: Common, work: Common, name: str, resumed: str | None = None) -> tuple[Any, int]:
-    from jaxmodel import report
     from jaxmodel.cli import folders, rerun, verbs
 
     verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
     verb.prepare(work)
-    with report.clean_stdout(options.json):
+    with clean_stdout(options.json):
         if verb.keeps:
             with folders.dropped_on_failure(folders.of_run(name, work, resumed), resumed) as folder:
                 result = verb.run(work, folder)
@@ -161,10 +161,10 @@ def _do(options: Common, work: Common, name: str, resumed: str | None = None) ->
         else:
             folder, result = None, verb.run(work, None)
     try:
-        report.emit(result, options.json)  # before anything is shown, which may be to a pipe that nobody reads to its end
+        emit(result, options.json)  # before anything is shown, which may be to a pipe that nobody reads to its end
     finally:
-        with report.clean_stdout(options.json):
-            verb.show(result, report.console_for(options.json))
+        with clean_stdout(options.json):
+            verb.show(result, console_for(options.json))
             if folder is not None:
                 print(f"{folder.folder}/", file=sys.stderr)
     return result, verb.code(result)

@@ -13,6 +13,7 @@ from jaxmodel import adapt
 from jaxmodel.cli.options import Train
 from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.files import check_writable
+from jaxmodel.hub.bundle import check_target
 
 _TARGETS = "q|k|v|o|gate|up|down"
 _OF_NEW = ("vocab", "width", "depth", "heads")
@@ -24,7 +25,7 @@ def check(options: Train) -> None:
     Raises:
       InputError: says which option it is.
     """
-    from jaxmodel import data, hub, sharding
+    from jaxmodel import data, sharding
 
     default = {field.name: field.default for field in dataclasses.fields(Train)}
     given = {name for name, value in default.items() if getattr(options, name) != value}
@@ -70,7 +71,7 @@ def check(options: Train) -> None:
     for text in (*options.data, options.heldout or "english"):
         data.documents(text, options.field).check()
     if options.out is not None:
-        hub.check_target(options.out, "config.json" if options.lora is None else "adapter_config.json")
+        check_target(options.out, "config.json" if options.lora is None else "adapter_config.json")
     if options.checkpoints is not None and "://" in options.checkpoints:
         data.files.check_protocol(options.checkpoints, "checkpoints", ("gs", "s3"))
     elif options.checkpoints is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from jaxmodel import report, schema
 from jaxmodel.cli.options import VERBS, Common, Resume, Train, check
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.report.json_out import to_plain
 
 CLOCK = (
     "seconds",
@@ -120,7 +121,7 @@ def compare(folder: str, result: dict[str, Any], room: report.Run) -> dict[str, 
     """The repetition's result beside the recorded one."""
     before = report.read_run(folder)
     old = dict(leaves(_report(before)))
-    new = dict(leaves(report.to_plain(result)))
+    new = dict(leaves(to_plain(result)))
     paths = [path for path in {**old, **new} if not _same(old.get(path), new.get(path))]
     changed = {k: [v, room.versions.get(k)] for k, v in before.versions.items() if v != room.versions.get(k)}
     return {

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxmodel import data, hub, models
+from jaxmodel.data.text import Text
 from jaxmodel.errors import InputError
 
 
@@ -15,13 +16,13 @@ def of_model(model: models.Model) -> dict[str, Any]:
     return {"family": model.family, "config": config, "policy": policy}
 
 
-def of_text(text: data.Text) -> dict[str, Any]:
+def of_text(text: Text) -> dict[str, Any]:
     """Everything about a text but the text."""
     return {"name": text.name, "origin": text.origin, "sha256": text.sha256}
 
 
 def windows(
-    text: data.Text, tokenizer: hub.Tokenizer, length: int, *, options: str, stride: int | None = None, limit: int | None = None
+    text: Text, tokenizer: hub.Tokenizer, length: int, *, options: str, stride: int | None = None, limit: int | None = None
 ) -> tuple[Any, int]:
     """`data.windows` of a text tokenised whole, and how many tokens it has.
 

@@ -16,7 +16,9 @@ from typing import Any
 from jaxmodel import adapt, checkpoint, distributed, losses
 from jaxmodel.cli.options import Replay, Train, defaults
 from jaxmodel.errors import InputError
+from jaxmodel.hub.bundle import check_target
 from jaxmodel.progress import step
+from jaxmodel.report.json_out import to_plain
 
 CHECKPOINTS = "checkpoints"
 
@@ -175,7 +177,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
         state, history = job.fit([lambda row: folder.log(**row)], checkpoints, supervisor)
         if (end := int(state.step)) < options.step:
             raise InputError(f"--step: {options.step} given; the run stopped early at step {end}")
-        row = report.to_plain(history[-1])
+        row = to_plain(history[-1])
         written = {r["step"]: r for r in _rows(before.folder)}.get(options.step)
         _same_batch(row, written or {}, [n for n in checkpoints.steps() if options.step <= n < again.steps])
     same = None if written is None else all(written.get(name) == row[name] for name in ("loss", "grad_norm"))
@@ -228,7 +230,7 @@ class _Job:
 
         self.lora = refusals.lora(options)
         if jax.process_index() == 0:
-            hub.check_target(options.out or folder.path("bundle"), "config.json" if self.lora is None else "adapter_config.json")
+            check_target(options.out or folder.path("bundle"), "config.json" if self.lora is None else "adapter_config.json")
         self.folder, self.place = folder, options.checkpoints
         self.mesh, self.augment, self.settings = _mesh(options), _augment(options), refusals.config(options)
         begun, model, self.params, kind = None, _new(options, options.vocab), None, corpus.kind(options)

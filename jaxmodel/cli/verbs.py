@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 
 from jaxmodel import adapt
 from jaxmodel.cli.options import Compress, Eval, Generate, Merge
+from jaxmodel.compress.apply import COLUMNS
+from jaxmodel.compress.recipe_file import SUFFIXES
 from jaxmodel.errors import InputError
+from jaxmodel.hub.bundle import check_target
 from jaxmodel.progress import step
+from jaxmodel.report.table import console_for
 
 
 class Verb(NamedTuple):
@@ -108,7 +112,7 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
     if options.chat:
         prompt = hub.need_processor(bundle).apply_chat(messages, tools=tools, documents=documents)
     folder.resolve(model=resolved.of_model(bundle.model), request=request)
-    console = report.console_for(options.json)
+    console = console_for(options.json)
     if console.is_terminal:  # the text as it comes
         show = lambda piece: console.print(Text(piece), end="", soft_wrap=True)
         if not options.chat:
@@ -167,7 +171,7 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     recipe = _recipe(options)
-    hub.check_target(options.out)
+    check_target(options.out)
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
     smaller, done = compress.compress_bundle(bundle, recipe)
     folder.resolve(model=resolved.of_model(smaller.model), recipe=recipe.texts())
@@ -188,7 +192,7 @@ def _recipe(options: Compress) -> Any:
     from jaxmodel import compress
 
     given = options.recipe
-    in_file = given.lower().endswith(compress.SUFFIXES) or Path(given, "jaxmodel.json").expanduser().is_file()
+    in_file = given.lower().endswith(SUFFIXES) or Path(given, "jaxmodel.json").expanduser().is_file()
     recipe = compress.read_recipe(given) if given not in compress.NAMED and in_file else compress.named(given)
     try:
         exceptions = [_exception(rule) for rule in options.rule]
@@ -208,10 +212,10 @@ def _exception(rule: str) -> tuple[str, str]:
 
 
 def _show_compress(result: dict[str, Any], console: Any) -> None:
-    from jaxmodel import compress, report
+    from jaxmodel import report
     from jaxmodel.report.table import size, text
 
-    report.print_table(result["leaves"], compress.COLUMNS, f"{result['recipe']} -> {text(result['out'])}", console)
+    report.print_table(result["leaves"], COLUMNS, f"{result['recipe']} -> {text(result['out'])}", console)
     console.print(
         f"{size(result['bytes_before'])} -> {size(result['bytes_after'])}, "
         f"{result['bits_per_weight']:.3f} bits a weight, file {size(result['file_bytes'])}"
@@ -225,7 +229,7 @@ def _merge(options: Merge, folder: Any) -> dict[str, Any]:
     from jaxmodel import hub
     from jaxmodel.cli import resolved
 
-    hub.check_target(options.out)
+    check_target(options.out)
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
     params, how = adapt.merge_adapters(bundle.params)
     if not how:

@@ -1,19 +1,16 @@
 """Smaller models: pure functions that turn leaves into compressed ones by rules, and measure what that costs."""
 
-from jaxmodel.compress.apply import COLUMNS, Report, apply, compress_bundle
+from jaxmodel.compress.apply import Report, apply, compress_bundle
 from jaxmodel.compress.magnitude import Magnitude
-from jaxmodel.compress.method import Method, methods, parse, text_of
+from jaxmodel.compress.method import Method, methods, parse
 from jaxmodel.compress.observe import observe
-from jaxmodel.compress.recipe_file import SUFFIXES, read_recipe
+from jaxmodel.compress.recipe_file import read_recipe
 from jaxmodel.compress.recipes import NAMED, Recipe, named
 from jaxmodel.compress.rtn import Rtn
-from jaxmodel.compress.versions import VERSIONS, versions
+from jaxmodel.compress.versions import versions
 
 __all__ = [
-    "COLUMNS",
     "NAMED",
-    "SUFFIXES",
-    "VERSIONS",
     "Magnitude",
     "Method",
     "Recipe",
@@ -26,6 +23,5 @@ __all__ = [
     "observe",
     "parse",
     "read_recipe",
-    "text_of",
     "versions",
 ]

@@ -23,7 +23,7 @@ from jaxmodel.hub import Bundle
 from jaxmodel.leaves import decode
 from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.progress import progress
-from jaxmodel.report import html
+from jaxmodel.report import html, shown
 from jaxmodel.report.table import percent, size
 
 
@@ -47,7 +47,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         said = f"{size(self.bytes_before)} → {size(self.bytes_after)}"
-        return report.card("Report", {"bytes": said, "bits per weight": self.bits_per_weight}, [html.table(self.leaves, COLUMNS)])
+        return shown.card("Report", {"bytes": said, "bits per weight": self.bits_per_weight}, [html.table(self.leaves, COLUMNS)])
 
 
 COLUMNS = (

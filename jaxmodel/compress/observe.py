@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
-from jaxmodel.models import Inputs, Model, check_params
+from jaxmodel.models import Model, check_params
+from jaxmodel.models.model import Inputs
+from jaxmodel.ops.probe import zeros_for
 from jaxmodel.progress import progress
 
 type Stats = Mapping[str, Mapping[str, jax.Array]]  # path of a leaf -> statistic -> array, stacked as the leaf is
@@ -51,7 +53,7 @@ def observe(
     params = tree.split(params, layers)
     leaves = tree.flatten(params)
     zeros = {
-        path: ops.zeros_for(leaf.shape, statistics)
+        path: zeros_for(leaf.shape, statistics)
         for path, leaf in leaves.items()
         if layers[tree.layer_paths(path)[0]] and len(tree.layer_shape(path, leaf)) >= 2
     }

@@ -14,7 +14,7 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Compressed
 from jaxmodel.models import Model
-from jaxmodel.ops import on_last
+from jaxmodel.ops.norms import on_last
 from jaxmodel.train.state import TrainState
 
 READS, BIAS, WRITES = ("encoder", "code", "weight"), ("encoder", "code", "weight_bias"), ("decoder", "out", "weight")

@@ -4,7 +4,7 @@ A task is `task(key, batch) -> batch`, as an augmentation is, and `pretext` make
 
     masked tokens of an encoder        pretext(next_token, augment.SpanMasking(...))      (Devlin et al., 2019)
     spans of an encoder with decoder   pretext(next_token, augment.SpanCorruption(...))   (Raffel et al., 2020)
-    a disturbed order, to be put back  pretext(next_token, restored(augment.LocalShuffle(), "tokens"))
+    a disturbed order, to be put back  pretext(next_token, restored(LocalShuffle(), "tokens"))
     noise, to be taken away            pretext(regression(), restored(augment.Noise(0.3)))
     hidden patches of an image         pretext(regression(patch_error), masked_patches(...)) (Xie et al., 2022)
     two views of a row are alike       pretext(contrastive(), two_views(...))             (SimCLR: Chen et al., 2020)

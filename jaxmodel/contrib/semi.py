@@ -25,7 +25,10 @@ from jaxtyping import Array, Float, Int
 from jaxmodel import tree
 from jaxmodel.data.paired import UNLABELLED
 from jaxmodel.errors import InputError
-from jaxmodel.losses import Each, Loss, counting, distribution, row_weights, softmax_cross_entropy, supervised, weighted_mean
+from jaxmodel.losses import Loss, softmax_cross_entropy, supervised
+from jaxmodel.losses.contract import counting, row_weights, weighted_mean
+from jaxmodel.losses.factory import Each
+from jaxmodel.losses.labels import distribution
 from jaxmodel.models import Model
 from jaxmodel.train.state import TrainState, averaged
 

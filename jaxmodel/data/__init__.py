@@ -16,40 +16,31 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from jaxmodel.data.examples import Answers, answers, labelled
-from jaxmodel.data.given import as_batches
+from jaxmodel.data.examples import answers, labelled
 from jaxmodel.data.image_folder import ImageFolder
-from jaxmodel.data.images import Images, load_images
+from jaxmodel.data.images import load_images
 from jaxmodel.data.mixture import Mixture
-from jaxmodel.data.pack import Bins, pack, windows
-from jaxmodel.data.packed import PackedShards, ShardWindows
+from jaxmodel.data.pack import pack, windows
+from jaxmodel.data.packed import PackedShards
 from jaxmodel.data.paired import Paired
 from jaxmodel.data.shards import Shards, tokenize
-from jaxmodel.data.sources import Documents, documents, records
+from jaxmodel.data.sources import documents
 from jaxmodel.data.splits import kfold, split, take
 from jaxmodel.data.stream import Batches, Rows, Stream, prefetch
 from jaxmodel.data.synthetic import Pairs
-from jaxmodel.data.text import NAMES, Text, load_text, split_documents
+from jaxmodel.data.text import load_text, split_documents
 
 __all__ = [
-    "NAMES",
-    "Answers",
     "Batches",
-    "Bins",
-    "Documents",
     "ImageFolder",
-    "Images",
     "Mixture",
     "PackedShards",
     "Paired",
     "Pairs",
     "Rows",
-    "ShardWindows",
     "Shards",
     "Stream",
-    "Text",
     "answers",
-    "as_batches",
     "documents",
     "kfold",
     "labelled",
@@ -57,7 +48,6 @@ __all__ = [
     "load_text",
     "pack",
     "prefetch",
-    "records",
     "split",
     "split_documents",
     "take",

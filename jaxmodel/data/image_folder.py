@@ -26,6 +26,7 @@ from jaxmodel.hub.decode import ENDINGS, decode
 from jaxmodel.hub.images import ImageProcessor
 from jaxmodel.progress import bar
 from jaxmodel.report import html
+from jaxmodel.report.shown import card
 
 _OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # which lie in folders of images without anybody having put them there
 
@@ -84,7 +85,7 @@ class ImageFolder:
         with contextlib.suppress(InputError, OSError):  # a file that is damaged, or gone
             shown = self.take(first)
             sections = [strip(shown["pixels"], [self.names[i] for i in shown["labels"]]), *sections]
-        return report.card(repr(self), {}, sections)
+        return card(repr(self), {}, sections)
 
     @cached_property
     def _below(self) -> list[str]:

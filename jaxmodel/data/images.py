@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmodel import report
 from jaxmodel.brief import brief, briefly
 from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.report import html
+from jaxmodel.report.shown import card
 
 NAMES = ("digits", "mnist")
 
@@ -57,7 +57,7 @@ class Images:
     def _repr_html_(self) -> str:
         labels, first = np.unique(self.train["labels"], return_index=True)
         facts = {"origin": self.origin, "to train on": brief(self.train["pixels"]), "to judge by": brief(self.test["pixels"])}
-        return report.card(f"Images {self.name}", facts, [strip(self.train["pixels"][first[:12]], [*map(str, labels[:12])])])
+        return card(f"Images {self.name}", facts, [strip(self.train["pixels"][first[:12]], [*map(str, labels[:12])])])
 
 
 def strip(pixels: np.ndarray, labels: Sequence[str]) -> html.Section:

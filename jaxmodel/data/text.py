@@ -33,12 +33,12 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
-from jaxmodel import report
 from jaxmodel.brief import briefly
 from jaxmodel.data import files
 from jaxmodel.errors import InputError, nearest, require
 from jaxmodel.files import read_bytes
 from jaxmodel.report import html
+from jaxmodel.report.shown import card
 
 NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")
 
@@ -86,7 +86,7 @@ class Text:
 
     def _repr_html_(self) -> str:
         facts = {"origin": self.origin, "characters": len(self.text), "sha256": self.sha256}
-        return report.card(f"Text {self.name}", facts, [html.code(self.text[:400] + "…" * (len(self.text) > 400))])
+        return card(f"Text {self.name}", facts, [html.code(self.text[:400] + "…" * (len(self.text) > 400))])
 
 
 def load_text(source: str | Path) -> Text:

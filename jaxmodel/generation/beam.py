@@ -23,7 +23,7 @@ from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation.decode import new_cache, unsound
 from jaxmodel.generation.sampling import is_sound
 from jaxmodel.models.checks import check_ids
-from jaxmodel.models.model import unpadded
+from jaxmodel.models.model import Inputs, unpadded
 
 
 class Beams(NamedTuple):
@@ -60,7 +60,7 @@ class _Plan(NamedTuple):
 def beam_search(
     model: models.Model,
     params: tree.Params,
-    inputs: models.Inputs,
+    inputs: Inputs,
     *,
     beams: int = 4,
     max_new_tokens: int = 64,

@@ -18,8 +18,8 @@ import numpy as np
 from jaxmodel import axes, sharding, tree
 from jaxmodel.errors import InputError, nearest
 from jaxmodel.hub.names import Family, Name, Tensors, find, layer_shapes, read_leaf
-from jaxmodel.leaves import Compressed, from_tensors
-from jaxmodel.leaves.leaf import tensor_names
+from jaxmodel.leaves import Compressed
+from jaxmodel.leaves.leaf import from_tensors, tensor_names
 from jaxmodel.models import Model
 from jaxmodel.progress import progress
 

@@ -17,7 +17,8 @@ import numpy as np
 from jaxmodel.errors import require
 from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.hub.names import Tensors
-from jaxmodel.leaves import QTensor, to_tensors
+from jaxmodel.leaves import QTensor
+from jaxmodel.leaves.leaf import to_tensors
 
 type Bytes = tuple[tuple[int, int, int], ...]  # (first, last + 1, value) of a block's bytes
 

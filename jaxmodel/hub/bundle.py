@@ -33,8 +33,9 @@ from jaxmodel.hub.assemble import assemble, settle
 from jaxmodel.hub.families import OWN, family_of, family_of_kind
 from jaxmodel.hub.files import WEIGHTS, check_depth, check_target, count_tensors, open_folder, replacing
 from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, to_file
-from jaxmodel.leaves import expand, to_tensors
 from jaxmodel.leaves.fields import digest
+from jaxmodel.leaves.leaf import to_tensors
+from jaxmodel.leaves.sparse import expand
 from jaxmodel.models import Model
 from jaxmodel.models.contents import outline
 from jaxmodel.models.foreign import Foreign

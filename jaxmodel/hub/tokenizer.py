@@ -12,11 +12,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxmodel import report, schema
+from jaxmodel import schema
 from jaxmodel.errors import InputError, border, unknown
 from jaxmodel.hub import backends, chat, vocabularies
 from jaxmodel.hub import images as image_files
 from jaxmodel.hub.schemas import Ends, Generation, Tokens
+from jaxmodel.report.shown import card
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = tuple(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"))
@@ -55,7 +56,7 @@ class Tokenizer:
         return f"Tokenizer({', '.join(f'{name} {value}' for name, value in self._facts().items())})"
 
     def _repr_html_(self) -> str:
-        return report.card("Tokenizer", self._facts())
+        return card("Tokenizer", self._facts())
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"kind": type(self.backend.model).__name__, "tokens": f"{self.vocab_size:,}"}

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxmodel import ops
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer, linear
+from jaxmodel.ops.norms import on_last
 from jaxmodel.sharding import constrain
 
 
@@ -86,5 +87,5 @@ class Attention(nn.Module):
         o = leaf(self, "o", self.out_initializer, (x.shape[-1], mixed.shape[2] * self.width))
         y = ops.einsum("BTHh,D(Hh)->BTD", mixed, o, self.policy)
         if self.bias if self.out_bias is None else self.out_bias:
-            y = y + ops.on_last(leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y, cache

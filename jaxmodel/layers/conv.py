@@ -16,6 +16,7 @@ from jaxmodel.errors import unknown
 from jaxmodel.layers.encoder import ACTIVATIONS
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
+from jaxmodel.ops.norms import on_last
 from jaxmodel.sharding import constrain
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
@@ -91,7 +92,7 @@ def conv(
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     y = ops.conv(x, w, policy, kernel=(kernel, kernel), stride=(stride, stride), padding="SAME" if same else "VALID")
     if norm is None or module.has_variable("params", f"{name}_bias"):
-        y = y + ops.on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+        y = y + on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
     else:
         y = norm(name=f"{name}_norm")(y)
     return constrain(y, "BYXF", policy.axes)

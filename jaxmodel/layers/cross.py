@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jaxmodel import ops
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer, linear
+from jaxmodel.ops.norms import on_last
 from jaxmodel.sharding import constrain
 
 
@@ -47,7 +48,7 @@ class CrossAttention(nn.Module):
           x: normed activations.
           context: `memory` `[B, S, M]` and `memory_mask` `[B, S]` in a call that reads the source; without them the keys and
             values are those of the cache.
-          cache: see `ops.MemoryCache`, or None.
+          cache: see `ops.memory.MemoryCache`, or None.
           layer: its number.
         """
         size = self.heads * self.width
@@ -64,7 +65,7 @@ class CrossAttention(nn.Module):
         o = leaf(self, "o", self.out_initializer, (x.shape[-1], mixed.shape[2] * self.width))
         y = ops.einsum("BTHh,D(Hh)->BTD", mixed, o, self.policy)
         if self.bias:
-            y = y + ops.on_last(leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y, cache
 
     def _heads(self, flat: list[Array]) -> list[Array]:

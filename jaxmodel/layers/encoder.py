@@ -19,6 +19,7 @@ from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
 from jaxmodel.layers.mlp import MLP
 from jaxmodel.layers.norm import LayerNorm
+from jaxmodel.ops.norms import on_last
 
 
 def _quick_gelu(x: Array) -> Array:
@@ -95,7 +96,7 @@ class EncoderBlock(nn.Module):
         def scaled(part: str, y: Array) -> Array:
             if not self.layer_scale:
                 return y
-            return y * ops.on_last(leaf(self, f"{part}_scale", nn.initializers.ones, y.shape[-1:]).astype(y.dtype), y.ndim)
+            return y * on_last(leaf(self, f"{part}_scale", nn.initializers.ones, y.shape[-1:]).astype(y.dtype), y.ndim)
 
         if self.post_norm:
             x = attn_norm(x + scaled("attn", mix(x)))
@@ -129,7 +130,7 @@ class AttentionPool(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         normal = nn.initializers.normal(self.init_scale)
         width, policy = x.shape[-1], self.policy
-        query = ops.on_last(leaf(self, "query", normal, (width,)).astype(x.dtype), x.ndim)
+        query = on_last(leaf(self, "query", normal, (width,)).astype(x.dtype), x.ndim)
         attention = CrossAttention(self.heads, width // self.heads, True, normal, normal, policy, name="attn")
         given = {"memory": x, "memory_mask": jnp.ones(x.shape[:2], jnp.bool_)}
         y = attention(jnp.broadcast_to(query, (x.shape[0], 1, width)), given, None, 0)[0]

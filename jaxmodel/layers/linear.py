@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxmodel import ops
 from jaxmodel.layers.fuse import cut, fused_key
 from jaxmodel.layers.leaf import leaf
+from jaxmodel.ops.norms import on_last
 
 Initializer = nn.initializers.Initializer
 
@@ -37,7 +38,7 @@ def linear(
         # F, because all of these are cut by their outputs: a letter that no mesh axis has would be gathered, and the weights too
         y = ops.einsum("BTI,FI->BTF", x, leaf(module, name, initializer, (width, x.shape[-1])), policy)
         if bias:
-            y = y + ops.on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y
 
     fused = fused_key(module.variables.get("params", {}), outputs) if len(outputs) > 1 else None

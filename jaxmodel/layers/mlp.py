@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxmodel import ops
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer, linear
+from jaxmodel.ops.norms import on_last
 from jaxmodel.sharding import constrain
 
 
@@ -45,5 +46,5 @@ class MLP(nn.Module):
         down = leaf(self, "down", self.out_initializer, (x.shape[-1], hidden.shape[-1]))
         y = ops.einsum("BTF,DF->BTD", hidden, down, self.policy)
         if self.bias:
-            y = y + ops.on_last(leaf(self, "down_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(leaf(self, "down_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         return y

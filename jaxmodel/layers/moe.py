@@ -17,6 +17,7 @@ from jaxmodel import ops
 from jaxmodel.layers.fuse import cut, fused_key
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer
+from jaxmodel.ops.norms import on_last
 from jaxmodel.sharding import auto_axes, axes_of
 
 
@@ -65,10 +66,10 @@ class MoE(nn.Module):
         scores = ops.einsum("BTD,ED->BTE", x, router, wide)
         if self.bias:
             of_router = leaf(self, "router_bias", nn.initializers.zeros, (self.experts,))
-            scores = scores + ops.on_last(of_router.astype(jnp.float32), 3)
+            scores = scores + on_last(of_router.astype(jnp.float32), 3)
         real = jnp.ones(x.shape[:2], jnp.bool_) if real is None else real
         mixed, expert = expert_parallel(self._choose, self._mixed, x, scores, real, self._leaves(x.shape[-1]), self.policy)
-        each = ops.on_last(jnp.arange(scores.shape[-1], dtype=expert.dtype), 4)
+        each = on_last(jnp.arange(scores.shape[-1], dtype=expert.dtype), 4)
         sizes = jnp.sum(expert[..., None] == each, axis=(0, 1, 2))
         return mixed, {"load_balance": load_balance(scores, sizes, real)}
 

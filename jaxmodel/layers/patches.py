@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel import ops
 from jaxmodel.layers.leaf import leaf
+from jaxmodel.ops.norms import on_last
 from jaxmodel.sharding import constrain
 
 
@@ -48,9 +49,9 @@ class Patches(nn.Module):
         rows, columns = y.shape[1:3]
         y = y.reshape(batch, -1, y.shape[-1])
         if self.bias:
-            y = y + ops.on_last(leaf(self, "patch_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(leaf(self, "patch_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
         if self.class_token:
-            first = ops.on_last(leaf(self, "class", normal, y.shape[-1:]).astype(y.dtype), y.ndim)
+            first = on_last(leaf(self, "class", normal, y.shape[-1:]).astype(y.dtype), y.ndim)
             y = jnp.concatenate([jnp.broadcast_to(first, (batch, 1, y.shape[-1])), y], axis=1)
         learnt, alike = self.grid**2 + self.class_token, (rows, columns) == (self.grid, self.grid)
         table = leaf(self, "positions", normal, (learnt, y.shape[-1]))

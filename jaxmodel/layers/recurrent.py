@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmodel import ops
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer
+from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.recurrent import GATES
 
 type Read = Callable[[Array], Array]
@@ -59,7 +60,7 @@ class Recurrent(nn.Module):
         matrix = lambda name, wide: leaf(self, name, self.initializer, (size, wide))
         from_input = ops.einsum("BTI,GI->BTG", x, matrix("input", x.shape[-1]), self.policy)
         given = leaf(self, "input_bias", _remembering(self.kind), (size,))
-        from_input = from_input + ops.on_last(given.astype(stream), 3)
+        from_input = from_input + on_last(given.astype(stream), 3)
         state = matrix("state", start.shape[-1])
         shift = leaf(self, "state_bias", nn.initializers.zeros, (size,)).astype(stream) if self.kind == "gru" else None
         context = None if read is None else matrix("context", jax.eval_shape(read, start[:, 0]).shape[-1])
@@ -67,7 +68,7 @@ class Recurrent(nn.Module):
         def step(old: Array, now: tuple[Array, Array | None]) -> tuple[Array, tuple[Array, Array | None]]:
             given, valid = now
             from_state = ops.einsum("BH,GH->BG", old[:, 0], state, self.policy)
-            from_state = from_state if shift is None else from_state + ops.on_last(shift, 2)
+            from_state = from_state if shift is None else from_state + on_last(shift, 2)
             found = None if read is None else read(old[:, 0])
             if found is not None:
                 given = given + ops.einsum("BM,GM->BG", found, context, self.policy)
@@ -124,7 +125,7 @@ class Additive(nn.Module):
         def read(shown: Array) -> Array:
             asked = ops.einsum("BH,AH->BA", shown, query, self.policy)
             sums = jnp.tanh((asked[:, None] + keys.astype(asked.dtype)).astype(jnp.float32))
-            scores = jnp.sum(sums * ops.on_last(score, 3), axis=-1)
+            scores = jnp.sum(sums * on_last(score, 3), axis=-1)
             weights = jax.nn.softmax(jnp.where(valid, scores, -1e30), axis=-1)
             found = jnp.einsum("bs,bsm->bm", weights, memory.astype(jnp.float32), precision="highest")
             return found.astype(self.policy.stream)

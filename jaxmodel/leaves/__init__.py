@@ -8,11 +8,9 @@ adapter beside it. Every leaf jits, scans over its leading layer axis, shards an
 
 from jaxmodel.leaves.adapted import Adapted
 from jaxmodel.leaves.block_sparse import BlockSparse, largest_blocks
-from jaxmodel.leaves.fields import check_fields, static_fields
-from jaxmodel.leaves.leaf import Compressed, decode, from_tensors, to_tensors
-from jaxmodel.leaves.packing import pack, unpack
+from jaxmodel.leaves.leaf import Compressed, decode
 from jaxmodel.leaves.qtensor import QTensor
-from jaxmodel.leaves.sparse import Sparse, expand
+from jaxmodel.leaves.sparse import Sparse
 
 __all__ = [
     "Adapted",
@@ -20,13 +18,6 @@ __all__ = [
     "Compressed",
     "QTensor",
     "Sparse",
-    "check_fields",
     "decode",
-    "expand",
-    "from_tensors",
     "largest_blocks",
-    "pack",
-    "static_fields",
-    "to_tensors",
-    "unpack",
 ]

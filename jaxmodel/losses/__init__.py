@@ -15,7 +15,7 @@ labels, with a value for each row, is all that a new loss of classes needs:
 >>> distilled = regression(functools.partial(kl_divergence, temperature=2.0), target="teacher")
 """
 
-from jaxmodel.losses.chosen import checked_loss, default_loss
+from jaxmodel.losses.chosen import default_loss
 from jaxmodel.losses.classes import (
     focal,
     generalized_cross_entropy,
@@ -23,47 +23,36 @@ from jaxmodel.losses.classes import (
     softmax_cross_entropy,
     symmetric_cross_entropy,
 )
-from jaxmodel.losses.contract import IGNORED, Loss, counting, model_inputs, row_weights, weighted_mean
-from jaxmodel.losses.factory import Each, classification, regression, supervised
-from jaxmodel.losses.labels import balanced_weights, class_means, class_sums, distribution, effective_weights, smooth
+from jaxmodel.losses.contract import Loss
+from jaxmodel.losses.factory import classification, regression, supervised
+from jaxmodel.losses.labels import balanced_weights, effective_weights, smooth
 from jaxmodel.losses.penalties import regularized
 from jaxmodel.losses.reconstruction import autoencoder
 from jaxmodel.losses.tokens import cross_entropy, next_token
 from jaxmodel.losses.values import absolute_error, huber, squared_error
-from jaxmodel.losses.views import contrastive, info_nce, nt_xent
+from jaxmodel.losses.views import contrastive, nt_xent
 
 __all__ = [
-    "IGNORED",
-    "Each",
     "Loss",
     "absolute_error",
     "autoencoder",
     "balanced_weights",
-    "checked_loss",
-    "class_means",
-    "class_sums",
     "classification",
     "contrastive",
-    "counting",
     "cross_entropy",
     "default_loss",
-    "distribution",
     "effective_weights",
     "focal",
     "generalized_cross_entropy",
     "huber",
-    "info_nce",
     "kl_divergence",
-    "model_inputs",
     "next_token",
     "nt_xent",
     "regression",
     "regularized",
-    "row_weights",
     "smooth",
     "softmax_cross_entropy",
     "squared_error",
     "supervised",
     "symmetric_cross_entropy",
-    "weighted_mean",
 ]

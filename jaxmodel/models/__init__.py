@@ -9,14 +9,13 @@ from typing import Any
 from jaxmodel.models.checks import check_params
 from jaxmodel.models.contents import summary
 from jaxmodel.models.family import KNOWN, Family, family
-from jaxmodel.models.foreign import from_linen, from_nnx, linen_params, nnx_params, set_state
-from jaxmodel.models.model import Inputs, Model, Output, Parts, wrap
+from jaxmodel.models.foreign import from_linen, from_nnx, linen_params, nnx_params
+from jaxmodel.models.model import Model, Output, Parts, wrap
 from jaxmodel.models.predict import predict_fn
 from jaxmodel.models.stochastic_depth import stochastic_depth
 
 __all__ = [
     "Family",
-    "Inputs",
     "Model",
     "Output",
     "Parts",
@@ -28,7 +27,6 @@ __all__ = [
     "linen_params",
     "nnx_params",
     "predict_fn",
-    "set_state",
     "sizes",
     "stochastic_depth",
     "summary",

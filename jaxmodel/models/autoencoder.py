@@ -31,6 +31,7 @@ from jaxmodel.layers import activation, codes
 from jaxmodel.layers.connect import Full
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, read
+from jaxmodel.ops.norms import on_last
 
 KINDS = ("plain", "denoising", "variational", "l1", "kl", "topk")
 SPARSE = ("l1", "kl", "topk")
@@ -161,7 +162,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         if config.kind == "denoising" and rng is not None:
             x = jnp.where(jax.random.bernoulli(rng, config.noise, x.shape), jnp.zeros((), x.dtype), x)
         if config.kind in ("l1", "topk"):  # the decoder's bias is the centre of the data; codes are of what differs from it
-            x = x - ops.on_last(params["decoder"]["out"]["weight_bias"].astype(x.dtype), x.ndim)
+            x = x - on_last(params["decoder"]["out"]["weight_bias"].astype(x.dtype), x.ndim)
         pre, spread = encoder.apply({"params": params["encoder"]}, x.astype(policy.stream))
         code, aux = _code(config, pre, spread, rng)
         return code, {"aux": aux}

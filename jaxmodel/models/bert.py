@@ -22,10 +22,12 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
-from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, PooledHead, init_layers, leaf, linear
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, leaf, linear
+from jaxmodel.layers.encoder import EncoderBlock, PooledHead
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
+from jaxmodel.ops.norms import on_last
 
 HEADS = ("mlm", "classify", "embed")
 POOL_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -144,7 +146,7 @@ class _MaskedHead(nn.Module):
         y = LayerNorm(c.norm_eps, name="norm")(ACTIVATIONS[c.activation](y))
         logits = ops.einsum("BTD,VD->BTV", y, table, dataclasses.replace(self.policy, stream="float32"))
         bias = leaf(self, "bias", nn.initializers.zeros, (c.vocab,))
-        return logits + ops.on_last(bias.astype(jnp.float32), logits.ndim)
+        return logits + on_last(bias.astype(jnp.float32), logits.ndim)
 
 
 @family(Config, SIZES)

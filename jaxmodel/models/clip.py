@@ -30,10 +30,12 @@ from jaxtyping import Array, Float
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, EncoderBlock, LayerNorm, init_layers, repeat
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, repeat
+from jaxmodel.layers.encoder import EncoderBlock
 from jaxmodel.models import vit
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.ops.norms import on_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,7 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
         normed: Any = norm_module.apply({"params": own["norm"]}, x)
         if config.sigmoid:
             mapped = ops.einsum("ND,ED->NE", normed[:, -1], params["text_map"], policy)
-            return _unit(mapped + ops.on_last(params["text_map_bias"].astype(mapped.dtype), 2))
+            return _unit(mapped + on_last(params["text_map_bias"].astype(mapped.dtype), 2))
         end = config.text.end
         last = jnp.argmax(tokens if end is None else tokens == end, axis=1)
         pooled = jnp.take_along_axis(normed, last[:, None, None], axis=1)[:, 0]

@@ -24,7 +24,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import LayerNorm, activation, connect, dense
-from jaxmodel.layers.connect.groups import check_pattern
+from jaxmodel.layers.connect.groups import check_pattern, weight_names
 from jaxmodel.layers.connect.sparse import check_blocks
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, read
@@ -100,7 +100,7 @@ class Config:
             check_pattern(self.edges, names, [group for group, _ in self.groups], self.combine)
             if self.width % max(len(self.groups), 1):
                 raise InputError(f"edges: {len(self.groups)} groups given; a divisor of the width {self.width} is needed")
-            connect.weight_names(self.edges, self.share)
+            weight_names(self.edges, self.share)
         elif self.edges or self.share or self.importance:
             raise InputError(f"edges, share, importance: given with the merge {self.merge!r}; allowed: with 'groups'")
         if self.body in ("sparse", "learnt"):

@@ -46,6 +46,7 @@ from jaxmodel.leaves.adapted import read_adapters
 from jaxmodel.models.checks import runs_on
 from jaxmodel.models.counted import linen_counting, nnx_counting
 from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
+from jaxmodel.ops.norms import Measured
 
 STATE = "state"
 """The branch of the tree with what is not a parameter."""
@@ -287,7 +288,7 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
             raise InputError("cache: given to a foreign module; allowed: None, it has none of ours")
         state = tree.flatten(params.get(STATE, {}))
         counts, inputs = inputs.get(COUNTS), {name: a for name, a in inputs.items() if name != COUNTS}
-        if watched := {path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, ops.Measured)}:
+        if watched := {path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, Measured)}:
             plain = {path: leaf.mean if path in watched else leaf for path, leaf in state.items()}
             key = jax.random.key(0) if rng is None else rng
             out, kept = config.run({**params, STATE: tree.unflatten(plain)}, inputs, key, True, counts)

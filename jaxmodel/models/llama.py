@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, MLP, Attention, MoE, RMSNorm, init_layers, leaf, real_tokens
+from jaxmodel.layers import ACTIVATIONS, MLP, Attention, MoE, RMSNorm, init_layers, leaf
+from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 

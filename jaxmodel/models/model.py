@@ -15,6 +15,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.layers.repeat import Block
 from jaxmodel.leaves.leaf import register
 from jaxmodel.models.checks import check_inputs, runs_on
+from jaxmodel.ops.norms import Measured
 
 type Inputs = jax.Array | Mapping[str, jax.Array]
 
@@ -229,7 +230,7 @@ def _counted(params: tree.Params, inputs: dict[str, jax.Array]) -> tuple[tree.Pa
     def told(path: str, leaf: Any) -> Any:
         if not _MEANS.fullmatch(path):
             return leaf
-        measured = leaf if isinstance(leaf, ops.Measured) else ops.Measured(leaf, own=False)
+        measured = leaf if isinstance(leaf, Measured) else Measured(leaf, own=False)
         return dataclasses.replace(measured, counts=jnp.broadcast_to(counts, (*leaf.shape[:-1], *counts.shape)))
 
     return tree.map_leaves(told, params), inputs

@@ -26,6 +26,7 @@ from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, 
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
+from jaxmodel.ops.norms import on_last
 
 HEADS = ("mlm", "classify", "embed")
 POOLS = ("class", "mean")
@@ -152,7 +153,7 @@ class _Head(nn.Module):
         if c.head == "classify":
             return linear(self, y.astype(jnp.float32), {"classes": len(c.labels)}, normal, True, wide)[0]
         logits = ops.einsum("BTD,VD->BTV", y, table, wide)
-        return logits + ops.on_last(leaf(self, "bias", nn.initializers.zeros, (c.vocab,)).astype(jnp.float32), logits.ndim)
+        return logits + on_last(leaf(self, "bias", nn.initializers.zeros, (c.vocab,)).astype(jnp.float32), logits.ndim)
 
 
 @family(Config, SIZES)

@@ -23,11 +23,13 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import Additive, Multiplicative, Recurrent, dropout, init_layers, leaf, repeat
+from jaxmodel.layers import dropout, init_layers, leaf, repeat
+from jaxmodel.layers.recurrent import Additive, Multiplicative, Recurrent
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
-from jaxmodel.ops.recurrent import GATES, STATES, check_cell
+from jaxmodel.ops.norms import on_last
+from jaxmodel.ops.recurrent import GATES, STATES, StateCache, check_cell
 
 ATTENTION = ("none", "additive", "multiplicative")
 
@@ -192,7 +194,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         logits = ops.einsum("BTD,VD->BTV", x, params["head"], wide)
-        return logits + ops.on_last(params["head_bias"].astype(jnp.float32), 3)
+        return logits + on_last(params["head_bias"].astype(jnp.float32), 3)
 
     def init(key: jax.Array) -> tree.Params:
         keys, d = jax.random.split(key, 6), config.depth
@@ -213,7 +215,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             "head_bias": jnp.zeros(config.vocab, jnp.float32),
         }
 
-    def init_cache(batch: int, capacity: int) -> ops.StateCache:
-        return ops.StateCache.zeros(config.cell, config.depth, batch, config.width, policy.stream)
+    def init_cache(batch: int, capacity: int) -> StateCache:
+        return StateCache.zeros(config.cell, config.depth, batch, config.width, policy.stream)
 
     return Model(config, policy, init, Parts(embed, block, head), source_inputs, axes(config), init_cache)

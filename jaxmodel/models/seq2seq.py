@@ -27,7 +27,7 @@ def source_context(
 
     Args:
       inputs: of the model.
-      cache: one with a method `reading` (see `ops.MemoryCache`), or None.
+      cache: one with a method `reading` (see `ops.memory.MemoryCache`), or None.
       encode: (source, its mask) -> `memory`, and what else `reading` takes.
 
     Raises:

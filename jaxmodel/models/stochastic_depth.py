@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
-from jaxmodel import layers, tree
+from jaxmodel import tree
 from jaxmodel.errors import InputError
+from jaxmodel.layers import stochastic_depth as layers_stochastic_depth
 from jaxmodel.models.model import Model, Parts, wrap
 
 _SITE = 2**32 - 1  # tells its draws apart from the dropout within a block
@@ -48,7 +49,7 @@ def stochastic_depth(model: Model, rate: float) -> Model:
         def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
             y, cache, aux = whole(params, x, context, cache, layer, rng, train)
             if train and y.shape == x.shape:
-                y = layers.stochastic_depth(x, y, rate * ((layer + 1) / depth), rng, _SITE)
+                y = layers_stochastic_depth.stochastic_depth(x, y, rate * ((layer + 1) / depth), rng, _SITE)
             return y, cache, aux
 
         return parts._replace(block=block)

@@ -27,10 +27,12 @@ from jaxtyping import Array, Float, Int
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import MLP, Attention, CrossAttention, RMSNorm, dropout, init_layers, leaf, repeat
+from jaxmodel.layers import MLP, Attention, RMSNorm, dropout, init_layers, leaf, repeat
+from jaxmodel.layers.cross import CrossAttention
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
+from jaxmodel.ops.memory import MemoryCache
 
 FORMS = {"relu": (nn.relu, False), "gated-gelu": (nn.gelu, True), "gated-silu": (nn.silu, True)}
 """Feed-forward parts: their activation, and whether it gates."""
@@ -264,7 +266,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         scale = lambda path, a: a * config.head_width**-0.5 if path.endswith("/q") else a  # what others do to the scores
         return tree.map_leaves(scale, params)
 
-    def init_cache(batch: int, capacity: int) -> ops.MemoryCache:
-        return ops.MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.head_width, policy)
+    def init_cache(batch: int, capacity: int) -> MemoryCache:
+        return MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.head_width, policy)
 
     return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, axes(config), init_cache)

@@ -23,10 +23,13 @@ from jaxtyping import Array, Float, Int
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
-from jaxmodel.layers import BLOCK_AXES, MLP, Attention, CrossAttention, LayerNorm, dropout, init_layers, repeat
+from jaxmodel.layers import BLOCK_AXES, MLP, Attention, LayerNorm, dropout, init_layers, repeat
+from jaxmodel.layers.cross import CrossAttention
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
+from jaxmodel.ops.memory import MemoryCache
+from jaxmodel.ops.norms import on_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ def sinusoids(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]
     """`sin(p / 10000^(2i/D))` at the channels 2i, the cosine at 2i + 1."""
     steps = jnp.arange(0, width, 2, dtype=jnp.float32)
     rates = jnp.exp(steps * (-math.log(10000.0) / width))
-    angles = positions[..., None].astype(jnp.float32) * ops.on_last(rates, 3)
+    angles = positions[..., None].astype(jnp.float32) * on_last(rates, 3)
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, width)
 
 
@@ -180,7 +183,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             **norm,
         }
 
-    def init_cache(batch: int, capacity: int) -> ops.MemoryCache:
-        return ops.MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
+    def init_cache(batch: int, capacity: int) -> MemoryCache:
+        return MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
 
     return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, axes(config), init_cache)

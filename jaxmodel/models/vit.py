@@ -22,7 +22,9 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, AttentionPool, EncoderBlock, LayerNorm, Patches, PooledHead, init_layers
+from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers
+from jaxmodel.layers.encoder import AttentionPool, EncoderBlock, PooledHead
+from jaxmodel.layers.patches import Patches
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 

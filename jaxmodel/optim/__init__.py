@@ -1,7 +1,7 @@
 """Optimisers by name, schedules, and what a step keeps an eye on: weights of few bits, bounds of norms, bad steps."""
 
 from jaxmodel.optim.guard import Guard
-from jaxmodel.optim.optimizers import each_layer, optimizer, scale_by_adam8
+from jaxmodel.optim.optimizers import optimizer
 from jaxmodel.optim.projections import project
 from jaxmodel.optim.quantized import quantize_weights
 from jaxmodel.optim.sam import sam
@@ -9,12 +9,10 @@ from jaxmodel.optim.schedules import reduce_on_plateau, schedule
 
 __all__ = [
     "Guard",
-    "each_layer",
     "optimizer",
     "project",
     "quantize_weights",
     "reduce_on_plateau",
     "sam",
-    "scale_by_adam8",
     "schedule",
 ]

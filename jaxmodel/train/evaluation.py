@@ -12,7 +12,8 @@ from jaxmodel import tree
 from jaxmodel.data import Batches
 from jaxmodel.data.stream import Batch, global_rows
 from jaxmodel.errors import at_least
-from jaxmodel.losses import Loss, checked_loss
+from jaxmodel.losses import Loss
+from jaxmodel.losses.chosen import checked_loss
 from jaxmodel.models import Model
 from jaxmodel.train.placing import Placed, check_rows, explain
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxmodel import ops, tree
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Compressed
+from jaxmodel.ops.probe import GRADIENT
 
 type Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 """`objective(trains, batch, rng) -> (value, metrics)`."""
@@ -43,7 +44,7 @@ def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientF
 
         def of(arrays: dict[str, Any]) -> Any:
             probed = {
-                path: ops.Probe(leaf, {ops.GRADIENT: arrays[path]}) if isinstance(leaf, Compressed) else arrays[path]
+                path: ops.Probe(leaf, {GRADIENT: arrays[path]}) if isinstance(leaf, Compressed) else arrays[path]
                 for path, leaf in leaves.items()
             }
             return objective(tree.unflatten(probed), *args)

@@ -16,13 +16,14 @@ import optax
 
 from jaxmodel import tree
 from jaxmodel.checkpoint.manager import Checkpoints, flat
-from jaxmodel.data import Batches, as_batches, prefetch
-from jaxmodel.data.given import Passed, listed
+from jaxmodel.data import Batches, prefetch
+from jaxmodel.data.given import Passed, as_batches, listed
 from jaxmodel.data.image_folder import same_classes
 from jaxmodel.distributed.supervise import Supervisor
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
-from jaxmodel.losses import Loss, checked_loss, default_loss
+from jaxmodel.losses import Loss, default_loss
+from jaxmodel.losses.chosen import checked_loss
 from jaxmodel.models import Model, check_params
 from jaxmodel.progress import bar
 from jaxmodel.report.training import History

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import report, tree
+from jaxmodel import tree
 from jaxmodel.data import Batches
 from jaxmodel.errors import InputError
 from jaxmodel.losses.contract import IGNORED
 from jaxmodel.models import Model
+from jaxmodel.report.run import versions
 from jaxmodel.sharding import BATCH_AXES
 
 
@@ -193,7 +194,7 @@ def whole(arrays: Any) -> Any:
 
 def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     """What the bits of a run depend on besides its config: mesh, processes, devices, processors, jaxlib."""
-    known = report.versions()
+    known = versions()
     return {
         "mesh": {} if mesh is None else dict(mesh.shape),
         "devices": {key: known["devices"][key] for key in ("kind", "count", "processes")},

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmodel import ops, sharding, tree
+from jaxmodel import sharding, tree
 from jaxmodel.errors import InputError
-from jaxmodel.losses import Loss, checked_loss
+from jaxmodel.losses import Loss
+from jaxmodel.losses.chosen import checked_loss
 from jaxmodel.models import Model, check_params
+from jaxmodel.ops.product import compiler_options
 from jaxmodel.train import early, placing
 from jaxmodel.train.config import TrainConfig, make_optimizer, split_by
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
@@ -106,7 +108,7 @@ class Program:
             if params is not None and self.mesh is not None:
                 params = sharding.place(self.model.rules, params, self.mesh)
             places = jax.tree.map(lambda a: a.sharding, self.shapes(params))
-            return jax.jit(self.start, out_shardings=places)(key, params)
+            return jax.jit(self._start, out_shardings=places)(key, params)
 
     def step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         """Make one step. The state that is given is used up.
@@ -181,7 +183,7 @@ class Program:
         """The state as `jax.ShapeDtypeStruct`s, each with its place."""
         key = jax.random.key(0)  # made on a device that is here
         with self.on_mesh():
-            shapes = jax.eval_shape(self.start, key, params)
+            shapes = jax.eval_shape(self._start, key, params)
         if self.mesh is None:
             one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             places = jax.tree.map(lambda _: one, shapes)
@@ -210,6 +212,11 @@ class Program:
     # ----------------------------------------------------------------------------------------------------------- inside
 
     @functools.cached_property
+    def _start(self) -> Callable[..., TrainState]:
+        """`start`, one object for all calls: of a method that is taken anew each time JAX would forget what it has traced."""
+        return self.start
+
+    @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config, self.model.axes) if self.optimizer is None else self.optimizer
 
@@ -231,5 +238,5 @@ class Program:
     def _jitted(self, state: TrainState) -> Any:
         places = jax.tree.map(lambda a: a.sharding, state)
         here = self.mesh is None or self.mesh.devices.flat[0].platform == jax.default_backend()
-        kernels = ops.compiler_options(self.model.policy.compute) if here else None
+        kernels = compiler_options(self.model.policy.compute) if here else None
         return jax.jit(self.update, donate_argnums=0, out_shardings=(places, None), compiler_options=kernels)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from jaxmodel import tree
 from jaxmodel.brief import briefly
-from jaxmodel.data import as_batches
+from jaxmodel.data.given import as_batches
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import Loss, default_loss
 from jaxmodel.models import Model

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from jaxmodel import report, sharding, tree
+from jaxmodel import sharding, tree
 from jaxmodel.brief import brief
 from jaxmodel.leaves.leaf import register
 from jaxmodel.optim.guard import Guard
 from jaxmodel.optim.masters import with_masters
 from jaxmodel.optim.quantized import dense
+from jaxmodel.report.shown import card
 from jaxmodel.report.table import size
 from jaxmodel.train.exchange import Exchange, residual_shardings
 
@@ -43,7 +44,7 @@ class TrainState:
         return f"TrainState({', '.join(f'{name} {value}' for name, value in self._facts().items())})"
 
     def _repr_html_(self) -> str:
-        return report.card("TrainState", self._facts())
+        return card("TrainState", self._facts())
 
     def _facts(self) -> dict[str, Any]:
         """From shapes alone; of the counters the number where it is there already."""

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import ops, tree
+from jaxmodel import tree
 from jaxmodel.data import Batches as Stream
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import Loss
-from jaxmodel.models import Inputs, Model
+from jaxmodel.models import Model
+from jaxmodel.models.model import Inputs
+from jaxmodel.ops.norms import Measured
 from jaxmodel.progress import progress
 from jaxmodel.train.evaluation import Once
 from jaxmodel.train.placing import Placed, whole
@@ -158,7 +160,7 @@ def _measure(model: Model, loss: Loss | None, norms: tuple[str, ...], own: bool)
         leaves = tree.flatten(params)
 
         def shown(zeros: Sums) -> jax.Array:
-            probed = {f"{norm}/mean": ops.Measured(leaves[f"{norm}/mean"], zeros[norm], own=own) for norm in norms}
+            probed = {f"{norm}/mean": Measured(leaves[f"{norm}/mean"], zeros[norm], own=own) for norm in norms}
             return _shown(model, loss, tree.unflatten({**leaves, **probed}), batch)
 
         zeros = {}
@@ -176,7 +178,7 @@ def _of_norms(
     """The params with the statistics of one pass; `fresh` where those that stand there are not nearly right."""
     total = None
     for batch in batches:
-        if total is None and fresh:  # a first mean to take the sums around: see `ops.Measured`
+        if total is None and fresh:  # a first mean to take the sums around: see `ops.norms.Measured`
             params = _with(params, _float64(measure(_zeroed(params), batch)), _zeroed(params))
         sums = _float64(measure(params, batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
@@ -215,7 +217,7 @@ def _keep(model: Model, loss: Loss | None, state: tuple[str, ...]) -> Callable[[
         leaves = tree.flatten(params)
 
         def shown(zeros: Sums) -> jax.Array:
-            probed = {path: ops.Measured(leaves[path], zeros[path]) for path in state}
+            probed = {path: Measured(leaves[path], zeros[path]) for path in state}
             return _shown(model, loss, tree.unflatten({**leaves, **probed}), batch)
 
         like = lambda path: {"count": jnp.zeros(()), "kept": jnp.zeros(leaves[path].shape, jnp.float32)}

@@ -12,7 +12,8 @@ import optax
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.losses import Loss, checked_loss
+from jaxmodel.losses import Loss
+from jaxmodel.losses.chosen import checked_loss
 from jaxmodel.models import Model
 from jaxmodel.optim import quantized
 from jaxmodel.optim.guard import Guard, choose

@@ -14,6 +14,8 @@ from jaxmodel import data, losses, train, tree
 from jaxmodel.adapt import finetune, scale_updates
 from jaxmodel.errors import InputError
 from jaxmodel.models import bert, families, gpt2, mlp, sizes, stochastic_depth, vit
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 
 def classifiers() -> dict[str, object]:
@@ -121,8 +123,8 @@ def test_rates_scale_the_steps_of_each_layer():
         ("plain", optax.sgd(1.0)),
         ("decayed", optax.chain(optax.sgd(1.0), scale_updates(finetune.layer_rates(params, 0.5)))),
     ):
-        step = train.make_step(model, losses.classification, optimizer)
-        new, _ = jax.jit(step)(train.init_state(params, optimizer), batch)
+        step = make_step(model, losses.classification, optimizer)
+        new, _ = jax.jit(step)(init_state(params, optimizer), batch)
         moved[name] = tree.flatten(tree.unstack(jax.tree.map(lambda a, b: a - b, new.params, params)))
     for path, by in moved["plain"].items():
         factor = {"0": 1 / 8, "1": 1 / 4, "2": 1 / 2}[path.split("/")[1]] if path.startswith("blocks") else 1

@@ -35,7 +35,7 @@ def like(state):
 @pytest.fixture(scope="module")
 def state():
     optimizer = optax.adamw(1e-3)
-    start = lambda key: train.init_state(MODEL.init(key), optimizer, average=True, guard=optim.Guard(4.0))
+    start = lambda key: init_state(MODEL.init(key), optimizer, average=True, guard=optim.Guard(4.0))
     return jax.jit(start)(jax.random.key(0))
 
 
@@ -73,6 +73,7 @@ def test_another_process_cannot_save_there(tmp_path, state):
     program = """
 import sys
 from jaxmodel.checkpoint import Checkpoints
+from jaxmodel.train.state import init_state
 held = Checkpoints(sys.argv[1])
 print('in', flush=True)
 input()

@@ -19,7 +19,8 @@ import pytest
 
 from jaxmodel import sharding, tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import QTensor, Sparse, check_fields, static_fields
+from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.leaves.fields import check_fields, static_fields
 
 RULES = [(".*/sparse.*|norm", jax.P("tensor")), (".*", jax.P("tensor", "fsdp"))]
 

@@ -19,8 +19,10 @@ from jaxmodel import compress, data, evaluate, hub, ops, report, train, tree
 from jaxmodel.cli import main, options
 from jaxmodel.cli.main import read
 from jaxmodel.cli.options import VERBS, Train
+from jaxmodel.data.text import NAMES
 from jaxmodel.generation import decode
 from jaxmodel.models import llama
+from jaxmodel.report.json_out import to_plain
 from tests.cli.conftest import as_json, call
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 60
@@ -127,7 +129,7 @@ def test_a_run_leaves_a_folder_that_rerun_repeats(capsys, folder):
     config = json.loads((run / "config.json").read_text())
     assert config["verb"] == "eval"
     model = hub.from_pretrained(folder / "tiny").model
-    assert config["resolved"]["model"] == report.to_plain({"family": "llama", "config": model.config, "policy": model.policy})
+    assert config["resolved"]["model"] == to_plain({"family": "llama", "config": model.config, "policy": model.policy})
     assert set(config["resolved"]["data"]) == {"name", "origin", "sha256"}
     got = as_json(capsys, folder, "rerun", run)
     assert got["differ"] == {} and got["compared"] > 8
@@ -163,7 +165,7 @@ def test_a_place_of_checkpoints_is_the_same_from_every_folder():
 
 
 def test_files_are_the_same_from_every_folder_and_names_stay(tmp_path, monkeypatch):
-    assert options._NAMES == data.NAMES
+    assert options._NAMES == NAMES
     for name in ("a.txt", "english", "b[1]/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TEXT)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxmodel import compress, leaves
 from jaxmodel.compress.magnitude import largest
+from jaxmodel.compress.method import text_of
 from jaxmodel.errors import InputError
 
 WEIGHT = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 24)), jnp.float32)
@@ -36,7 +37,7 @@ def run(text: str, weight=WEIGHT):
 
 @pytest.mark.parametrize("text", CHAINS)
 def test_text_form_round_trips(text):
-    assert compress.text_of(compress.parse(text)) == text
+    assert text_of(compress.parse(text)) == text
 
 
 @pytest.mark.parametrize("text", CHAINS)

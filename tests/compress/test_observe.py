@@ -15,6 +15,7 @@ from jaxmodel.compress import Rtn
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model, Parts
 from jaxmodel.models.model import token_inputs
+from jaxmodel.ops.norms import on_last
 
 V, D, F, E, L = 16, 6, 8, 3, 5
 TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, V)
@@ -40,7 +41,7 @@ def init(key: jax.Array) -> tree.Params:
 
 
 def block(p, x, context, cache=None, layer=0, rng=None, train=False):
-    x = x + ops.conv(x[:, :, None], p["conv"], kernel=(3, 1))[:, :, 0] + ops.on_last(p["bias"], 3)
+    x = x + ops.conv(x[:, :, None], p["conv"], kernel=(3, 1))[:, :, 0] + on_last(p["bias"], 3)
     gate = jax.nn.softmax(ops.einsum("BTD,ED->BTE", x, p["router"]))
     routed = jnp.einsum("bte,btd->ebtd", gate, x, precision="highest").reshape(E, -1, D)
     inner = 0.9 * jnp.tanh(ops.einsum("END,EFD->ENF", routed, p["experts"]["up"]))  # 1 would be the edge of a bin

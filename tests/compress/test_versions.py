@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jaxmodel import compress, leaves, tree
+from jaxmodel.compress.versions import VERSIONS
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.models import gpt2
@@ -22,7 +23,7 @@ def bundle():
 
 def test_each_is_what_its_name_says(bundle):
     made = {name: make() for name, make in compress.versions(bundle).items()}
-    assert tuple(made) == compress.VERSIONS == ("f32", "bf16", "int8", "int8-weight", "int4", "sparse50-int8")
+    assert tuple(made) == VERSIONS == ("f32", "bf16", "int8", "int8-weight", "int4", "sparse50-int8")
     assert made["f32"].params is bundle.params and made["f32"] is not bundle
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made["bf16"].params)} == {"bfloat16"}
     assert made["bf16"].model.policy.compute == "bfloat16"

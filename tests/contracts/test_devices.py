@@ -22,6 +22,7 @@ from jaxmodel import ops, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse, decode
 from jaxmodel.models import families
+from jaxmodel.train.state import init_state, state_shardings
 from tests.contracts.conftest import LINES_OF_PAGE
 
 MESH = "fsdp=4,tensor=2"
@@ -287,9 +288,9 @@ def check_moments_in_8_bits_lie_with_their_parameters() -> None:
         updates, opt_state = optimizer.update(grads, state.opt_state)
         return train.TrainState(state.step + 1, state.data_step, optax.apply_updates(state.params, updates), opt_state)
 
-    state = train.init_state(params, optimizer)
+    state = init_state(params, optimizer)
     mesh = sharding.make_mesh(MESH)
-    places = train.state_shardings(state, rules, mesh)
+    places = state_shardings(state, rules, mesh)
     on_mesh, run = jax.device_put(state, places), jax.jit(step, out_shardings=places)
     for _ in range(3):
         moments = on_mesh.opt_state
@@ -331,7 +332,7 @@ def check_a_mistyped_axis_is_refused() -> None:
     mesh, rules, params = sharding.make_mesh("fdsp=4"), [("w", P("tensor", "fsdp"))], {"w": jnp.ones((8, 8))}
     message = r"the axis 'fdsp' would hold 4 copies .* allowed: data, fsdp, sequence, tensor \(nearest: fsdp\)"
     refused(lambda: sharding.place(rules, params, mesh), message)
-    refused(lambda: train.state_shardings(train.init_state(params, optax.adam(0.1)), rules, mesh), message)
+    refused(lambda: state_shardings(init_state(params, optax.adam(0.1)), rules, mesh), message)
     assert sharding.place(rules, params, sharding.make_mesh("fdsp=1,fsdp=8"))["w"].sharding.shard_shape((8, 8)) == (8, 1)
 
 

@@ -17,8 +17,11 @@ import pytest
 from flax import nnx
 
 from jaxmodel import adapt, compress, data, hub, leaves, ops, sharding, train, tree
-from jaxmodel.models import Model, from_linen, from_nnx, linen_params, nnx_params, predict_fn, set_state, wrap
+from jaxmodel.models import Model, from_linen, from_nnx, linen_params, nnx_params, predict_fn, wrap
+from jaxmodel.models.foreign import set_state
 from jaxmodel.models.model import token_inputs
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 KEY = jax.random.key(0)
 PIXELS = jax.ShapeDtypeStruct((1, 8, 8, 2), jnp.float32)
@@ -272,11 +275,11 @@ def test_the_loss_falls_and_the_state_is_frozen(case):
     grads = jax.jit(jax.grad(lambda params: loss(case.model, params, batch, KEY)[0]))(case.params)
     assert all(np.all(leaf == 0) == path.startswith("state/") for path, leaf in tree.flatten(grads).items())
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
-    step = train.make_step(case.model, loss, optimizer)
+    step = make_step(case.model, loss, optimizer)
 
     @jax.jit
     def fit(key):
-        start = train.init_state(case.model.init(key), optimizer)
+        start = init_state(case.model.init(key), optimizer)
         end, _ = jax.lax.scan(lambda state, _: step(state, batch), start, None, 40)
         first = loss(case.model, start.params, batch, train=False)[0]
         return start.params, end.params, first, loss(case.model, end.params, batch, KEY)[0]

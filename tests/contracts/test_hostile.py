@@ -23,9 +23,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import adapt, compress, contrib, evaluate, generation, hub, leaves, losses, models, optim, train, tree
+from jaxmodel import adapt, compress, contrib, evaluate, generation, hub, losses, models, optim, train, tree
 from jaxmodel.errors import InputError
+from jaxmodel.leaves.fields import check_fields, static_fields
+from jaxmodel.leaves.sparse import expand
 from jaxmodel.models import autoencoder, gpt2, mlp, resnet, rnn
+from jaxmodel.models.foreign import set_state
+from jaxmodel.train.state import init_state
 
 PACKAGES = ("adapt", "compress", "contrib", "evaluate", "generation", "hub", "leaves", "losses", "models", "optim", "train")
 MODEL = gpt2.model(gpt2.Config(vocab=300, width=16, depth=2, heads=2, context=32))
@@ -180,12 +184,12 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
     "generation.running_only": (TEXT, lambda params: generation.running_only(bundle(params)).params),
     "hub.add_adapters": (TEXT, lambda params: hub.add_adapters(bundle(params), folder()).params),
     "hub.save_adapters": (LORA, lambda params: written(bundle(params))),
-    "leaves.check_fields": (TEXT, lambda params: leaves.check_fields(params, leaves.static_fields({}))),
-    "leaves.expand": (TEXT, leaves.expand),
-    "leaves.static_fields": (TEXT, leaves.static_fields),
+    "leaves.check_fields": (TEXT, lambda params: check_fields(params, static_fields({}))),
+    "leaves.expand": (TEXT, expand),
+    "leaves.static_fields": (TEXT, static_fields),
     "models.check_params": (TEXT, lambda params: models.check_params(MODEL, params)),
     "adapt.coordinates": (TEXT, lambda params: adapt.coordinates(MODEL, params, jnp.asarray(TOKENS))),
-    "models.set_state": (FOREIGN, lambda params: models.set_state(FOREIGN.model, params, jnp.ones((4, 3)))),
+    "models.set_state": (FOREIGN, lambda params: set_state(FOREIGN.model, params, jnp.ones((4, 3)))),
     "models.summary": (TEXT, lambda params: models.summary(MODEL, params)),
     "losses.autoencoder": (CODE, lambda params: losses.autoencoder(CODE.model, params, features())[0]),
     "losses.classification": (PERCEPTRON, lambda params: losses.classification(PERCEPTRON.model, params, features())[0]),
@@ -197,7 +201,7 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
         lambda params: train.fit(PERCEPTRON.model, ROWS, train.TrainConfig(steps=1), params=params, batch_size=4)[0].params,
     ),
     "train.gather": (TEXT, train.gather),
-    "train.init_state": (TEXT, lambda params: train.init_state(params, optax.adam(1e-3)).params),
+    "train.init_state": (TEXT, lambda params: init_state(params, optax.adam(1e-3)).params),
     "adapt.last_layers": (TEXT, lambda params: adapt.last_layers(params, 1)),
     "adapt.layer_rates": (TEXT, lambda params: adapt.layer_rates(params, 0.5)),
     "adapt.lora": (TEXT, lambda params: adapt.lora(MODEL, params, some(".*/up", adapt.LoRA(2)), jax.random.key(0))[1]),

@@ -19,14 +19,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import compress, data, evaluate, generation, hub, leaves, models, plan, report, train
+from jaxmodel import compress, data, evaluate, hub, leaves, models, plan, report, train
 from jaxmodel.brief import brief
 from jaxmodel.contrib.confident import LabelReport
 from jaxmodel.data.examples import Answers
+from jaxmodel.data.images import Images
 from jaxmodel.data.text import Text
+from jaxmodel.evaluate.perplexity import summarize
+from jaxmodel.generation.generate import Completion
 from jaxmodel.models import gpt2
+from jaxmodel.report.json_out import to_plain
 from jaxmodel.report.training import History
 from jaxmodel.train.rate_search import RateSearch
+from jaxmodel.train.state import init_state
 
 EVIL = "<script>alert(1)</script>\x1b[2J"
 PACKAGES = (
@@ -83,7 +88,7 @@ def examples(folder) -> dict[str, object]:
     params = model.init(jax.random.key(0))
     smaller, done = compress.apply(compress.named("int4"), params)
     tokenizer = hub.train_bpe([EVIL * 3, "a text of words " * 9], 260)
-    state = train.init_state(params, optax.adam(1e-3))
+    state = init_state(params, optax.adam(1e-3))
     arrays = {"pixels": np.zeros((300, 8, 8, 1), np.float32), "labels": np.arange(300, dtype=np.int32) % 10}
     rows = [{"step": i, "loss": 1.0 / i, EVIL: EVIL, "tokens_per_second": 9.0} for i in range(1, 200)]
     rates = np.geomspace(1e-4, 1.0, 500)
@@ -92,8 +97,8 @@ def examples(folder) -> dict[str, object]:
 
     for i in range(3):
         Image.new("RGB", (9, 9), (i, 9, 9)).save(folder / "cat" / f"{i}.png")
-    fields = {field.name: 9.87654321 for field in dataclasses.fields(generation.Completion)}
-    completion = generation.Completion(**{**fields, "text": "words " * 400, "ids": list(range(400)), "finish_reason": "length"})
+    fields = {field.name: 9.87654321 for field in dataclasses.fields(Completion)}
+    completion = Completion(**{**fields, "text": "words " * 400, "ids": list(range(400)), "finish_reason": "length"})
     return {
         "Accuracy": evaluate.Accuracy(1 / 3, 100, 300, (0.10512373222898143, 0.24773509567029176)),
         "Answers": Answers(np.arange(400, dtype=np.int32), np.ones(400, bool), np.array([0, 400]), np.array([0, 1]), 400),
@@ -103,9 +108,9 @@ def examples(folder) -> dict[str, object]:
         "Completion": completion,
         "History": History(rows),
         "ImageFolder": data.ImageFolder(folder, (8, 8)),
-        "Images": data.Images(arrays, arrays, EVIL, EVIL, "0" * 64),
+        "Images": Images(arrays, arrays, EVIL, EVIL, "0" * 64),
         "LabelReport": LabelReport(np.eye(99), np.ones(99), np.arange(99), np.arange(99)),
-        "Perplexity": evaluate.summarize(np.ones((3, 64), np.float32)),
+        "Perplexity": summarize(np.ones((3, 64), np.float32)),
         "QTensor": smaller["blocks"]["0-2"]["mlp"]["up"],
         "RateSearch": RateSearch(rates, rates, rates, None),
         "Report": dataclasses.replace(done, leaves=({**done.leaves[0], "path": EVIL}, *done.leaves[1:])),
@@ -162,7 +167,7 @@ def test_a_notebook_shows_it(shown):
 def test_nothing_is_read_from_arrays():
     """The arrays are gone, or are none: what is shown is the same, but for the counters."""
     model = gpt2.model(gpt2.SIZES["tiny"])
-    state = train.init_state(model.init(jax.random.key(1)), optax.adam(1e-3))
+    state = init_state(model.init(jax.random.key(1)), optax.adam(1e-3))
     state = dataclasses.replace(state, step=jnp.int32(3))
     assert repr(state).startswith("TrainState(step 3, data_step 0, parameters ") and "step" in state._repr_html_()
     leaf = leaves.QTensor.from_dense(jnp.ones((4, 8)), bits=4) if hasattr(leaves.QTensor, "from_dense") else None
@@ -170,7 +175,7 @@ def test_nothing_is_read_from_arrays():
     for array in jax.tree.leaves((state, leaf)):
         array.delete()
     assert repr(state) == seen.replace("step 3", "step int32[]").replace("data_step 0", "data_step int32[]")
-    shapes = jax.eval_shape(lambda: train.init_state(model.init(jax.random.key(1)), optax.adam(1e-3)))
+    shapes = jax.eval_shape(lambda: init_state(model.init(jax.random.key(1)), optax.adam(1e-3)))
     assert "parameters" in repr(shapes)
     texts = []
     jax.jit(lambda s: texts.append(repr(s)))(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.step))
@@ -182,7 +187,7 @@ def test_rows_are_a_list():
     assert rows == [{"a": i, "b": 0.5} for i in range(40)] and isinstance(rows[:3], report.Rows) and rows[-1]["a"] == 39
     words = repr(rows)
     assert "The first and the last 6 of 40 rows" in words and "39" in words and "20" not in words
-    assert pickle.loads(pickle.dumps(rows)) == rows and report.to_plain(rows) == list(rows)
+    assert pickle.loads(pickle.dumps(rows)) == rows and to_plain(rows) == list(rows)
     assert repr(report.Rows()) == "[]"
     rows.append(1)  # whatever somebody puts in
     assert repr(rows)

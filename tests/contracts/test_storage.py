@@ -14,6 +14,7 @@ from jaxmodel.losses import penalties as regularize
 from jaxmodel.optim import optimizers
 from jaxmodel.optim.optimizers import each_layer
 from jaxmodel.train.exchange import Exchange
+from jaxmodel.train.state import init_state
 
 L, E = 3, 2
 
@@ -105,6 +106,6 @@ def test_what_is_sent_in_fewer_bytes_is_chosen_by_layer():
 def test_masters_and_averages():
     params = tree.cast(stacked(), jnp.bfloat16)
     optimizer = optimizers.optimizer("adafactor", 0.01)
-    states = [train.init_state(p, optimizer, average=True) for p in (params, apart(params))]
+    states = [init_state(p, optimizer, average=True) for p in (params, apart(params))]
     chex.assert_trees_all_equal(apart(states[0].extra["average"]), states[1].extra["average"])
     chex.assert_trees_all_equal(apart(states[0].opt_state.params), states[1].opt_state.params)

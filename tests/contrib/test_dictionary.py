@@ -11,10 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import contrib, losses, train, tree
+from jaxmodel import contrib, losses, tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import Sparse
 from jaxmodel.models import autoencoder
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 CONFIG = autoencoder.Config(16, 32, kind="topk", k=4)
 MODEL = autoencoder.model(CONFIG)
@@ -31,8 +33,8 @@ def data(rows=512):
 def state():
     """Some steps on, then a quarter of the features switched off."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
-    step = jax.jit(train.make_step(MODEL, losses.autoencoder, optimizer))
-    state = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer)
+    step = jax.jit(make_step(MODEL, losses.autoencoder, optimizer))
+    state = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer)
     for _ in range(5):
         state, _ = step(state, data())
     params = jax.tree.map(jnp.copy, state.params)
@@ -83,7 +85,7 @@ def test_rows_are_drawn_by_their_squared_loss():
     """Of three rows with losses 0, 1 and 4, the last is drawn sixteen times as often as the second, the first never."""
     model = autoencoder.model(dataclasses.replace(CONFIG, features=3, code=4000, k=1))
     params = tree.map_leaves(lambda _, leaf: jnp.zeros_like(leaf), jax.jit(model.init)(jax.random.key(0)))
-    state = train.init_state(params, optax.sgd(0.1))
+    state = init_state(params, optax.sgd(0.1))
     x = jnp.diag(jnp.asarray([0.0, 1.0, 2.0]))
     after = contrib.revive(state, model, {"features": x}, jnp.ones(4000, bool), jax.random.key(0))
     drawn = np.asarray(after.params["decoder"]["out"]["weight"]).argmax(0)
@@ -104,11 +106,11 @@ def test_revived_features_live_and_the_loss_is_lower():
     batch = {"features": jnp.asarray(active @ (directions / np.linalg.norm(directions, axis=1, keepdims=True)), jnp.float32)}
     dead = jnp.arange(32) % 4 != 0
     optimizer = optax.adam(3e-3)
-    step = train.make_step(MODEL, losses.autoencoder, optimizer)
+    step = make_step(MODEL, losses.autoencoder, optimizer)
     run = jax.jit(lambda state: jax.lax.scan(lambda s, _: step(s, batch), state, None, 100))
     params = jax.jit(MODEL.init)(jax.random.key(0))
     params["encoder"]["code"]["weight_bias"] = jnp.where(dead, -100.0, 0.0)
-    left, _ = run(train.init_state(params, optimizer))
+    left, _ = run(init_state(params, optimizer))
     revived = contrib.revive(left, MODEL, batch, dead, jax.random.key(0))
     (left, before), (revived, after) = run(left), run(revived)
     living = lambda state: int(jnp.sum((contrib.count_active(MODEL, state.params, batch) > 0) & dead))

@@ -173,8 +173,8 @@ def test_held_out_losses_are_those_of_the_labels(params, batch):
 def step_of(loss, params, **options):
     optimizer = optax.sgd(0.1)
     average = options.pop("average", 0.0)
-    step = jax.jit(train.make_step(MODEL, loss, optimizer, average=average, **options))
-    return step, train.init_state(params, optimizer, average=average > 0)
+    step = jax.jit(make_step(MODEL, loss, optimizer, average=average, **options))
+    return step, init_state(params, optimizer, average=average > 0)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +235,8 @@ def test_a_mesh_changes_nothing(devices8):
 import jax, numpy as np
 from jaxmodel import contrib, data, train
 from jaxmodel.models import mlp
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 random = np.random.default_rng(0)
 few = {"features": random.normal(size=(16, 6)).astype(np.float32), "labels": np.arange(16, dtype=np.int32) % 3}

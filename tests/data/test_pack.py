@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmodel.data import Bins, pack, windows
+from jaxmodel.data import pack, windows
+from jaxmodel.data.pack import Bins
 from jaxmodel.errors import InputError
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 99), max_size=25), min_size=1, max_size=30).filter(any)

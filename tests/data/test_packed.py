@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmodel.data import Bins, PackedShards, Rows, Shards, ShardWindows, Stream, pack, packed, tokenize, windows
+from jaxmodel.data import PackedShards, Rows, Shards, Stream, pack, packed, tokenize, windows
+from jaxmodel.data.pack import Bins
+from jaxmodel.data.packed import ShardWindows
 from jaxmodel.errors import InputError
 
 TEXTS = ["".join(chr(97 + (i * 7 + j * j) % 26) for j in range(1 + i * 31 % 40)) for i in range(50)]

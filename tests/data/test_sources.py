@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmodel.data.sources as module
-from jaxmodel.data import Documents, documents, load_text, split_documents
+from jaxmodel.data import documents, load_text, split_documents
+from jaxmodel.data.sources import Documents
 from jaxmodel.errors import InputError
 
 TEXTS = ["One.\nTwo lines.\n\n", "Ünïcode ≠ 文\n\n", "last, with { a brace"]

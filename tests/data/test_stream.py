@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxmodel
-from jaxmodel.data import Bins, Stream, pack, prefetch, shuffle, windows
+from jaxmodel.data import Stream, pack, prefetch, shuffle, windows
+from jaxmodel.data.pack import Bins
 from jaxmodel.errors import InputError
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 15), st.integers(0, 2**64 - 1))

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmodel.data import NAMES, load_text, split_documents
+from jaxmodel.data import load_text, split_documents
 from jaxmodel.data import text as text_module
+from jaxmodel.data.text import NAMES
 from jaxmodel.errors import InputError
 
 ARTICLE = " \n = Robert <unk> = \n \n He is an actor . \n \n = = Career = = \n \n In 2006 . \n"

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from jaxmodel import compress, evaluate, generation, hub, tree
+from jaxmodel.evaluate.compare import resident_bytes
+from jaxmodel.evaluate.perplexity import summarize
 from jaxmodel.models import llama
 
 WINDOWS = np.random.default_rng(0).integers(0, 256, (3, 24))
@@ -34,7 +36,7 @@ def test_every_figure_is_what_its_name_says(bundle, tmp_path):
     for row in rows:
         version = versions[row["name"]]()
         nll = evaluate.token_nll(version.model, version.params, WINDOWS)
-        score = evaluate.summarize(nll, seed=3)
+        score = summarize(nll, seed=3)
         assert row["packed_bytes"] == tree.nbytes(version.params) < row["file_bytes"] < 1.3 * row["packed_bytes"]
         assert row["bits_per_weight"] == pytest.approx(8 * row["packed_bytes"] / tree.count(bundle.params))
         assert row["nll"] == pytest.approx(score.nll, abs=1e-4) and row["nll_interval"] == pytest.approx(score.interval, abs=1e-4)
@@ -69,9 +71,9 @@ def test_resident_bytes_are_those_that_stay_alive(bundle, name, monkeypatch):
 
 def test_shared_buffers_count_once(bundle):
     one = tree.nbytes(bundle.params)
-    assert evaluate.resident_bytes(bundle.params) == evaluate.resident_bytes(bundle.params, dict(bundle.params)) == one
+    assert resident_bytes(bundle.params) == resident_bytes(bundle.params, dict(bundle.params)) == one
     fused = [leaf for path, leaf in tree.flatten(bundle.running()).items() if "+" in path]
-    assert evaluate.resident_bytes(bundle.params, bundle.running()) == one + sum(leaf.nbytes for leaf in fused)
+    assert resident_bytes(bundle.params, bundle.running()) == one + sum(leaf.nbytes for leaf in fused)
 
 
 def test_speed_where_asked_for(bundle, monkeypatch):

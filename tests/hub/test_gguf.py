@@ -17,7 +17,8 @@ from jaxmodel.errors import InputError
 from jaxmodel.hub import from_pretrained
 from jaxmodel.hub.blocks import LAYOUTS, Blocks, unpack_blocks
 from jaxmodel.hub.gguf import READ_TYPES, TensorEntry, find_smollm2, read_gguf
-from jaxmodel.leaves import QTensor, decode, from_tensors
+from jaxmodel.leaves import QTensor, decode
+from jaxmodel.leaves.leaf import from_tensors
 
 METADATA = {
     "llama.block_count": (3, "add_uint32"),

@@ -16,8 +16,11 @@ from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers import connect
 from jaxmodel.layers.connect.full import by_name
+from jaxmodel.layers.connect.groups import weight_names
+from jaxmodel.layers.connect.sparse import block_columns
 from jaxmodel.leaves import BlockSparse, QTensor
-from jaxmodel.ops.edges import EdgeBlock, edges_of
+from jaxmodel.ops.edges import EdgeBlock, edge_sum, edges_of
+from jaxmodel.ops.probe import zeros_for
 
 POLICY = ops.Policy()
 PATTERN = (("a", "x"), ("b", "x"), ("b", "y"), ("c", "y"), ("c", "z"))
@@ -93,7 +96,7 @@ def test_equals_gather_and_segment_sum_forward_and_backward(name):
     params = fill(module, *args)
     x = one(args[0]) if isinstance(args[0], dict) else jnp.concatenate([a for a in args if jnp.ndim(a)], axis=1)
     layer = lambda params: (join or (lambda y: y))(module.apply({"params": params}, *args))
-    listed = lambda params: ops.edge_sum(x, edges(module, params))
+    listed = lambda params: edge_sum(x, edges(module, params))
 
     def result(f):
         def loss(params):
@@ -132,8 +135,8 @@ def test_an_edge_list_against_a_loop():
         want[:, o] += v[o, i] * x[:, i + 1]
     edges = edges_of(blocks, 5, 4)
     assert edges.sources.shape == (12 + 8 + 4, 2)
-    np.testing.assert_allclose(ops.edge_sum(jnp.asarray(x), edges), want + b, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(ops.edge_sum)(jnp.asarray(x), edges), want + b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(edge_sum(jnp.asarray(x), edges), want + b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(edge_sum)(jnp.asarray(x), edges), want + b, rtol=1e-5, atol=1e-6)
 
 
 def test_edges_outside_are_refused():
@@ -142,7 +145,7 @@ def test_edges_outside_are_refused():
     with pytest.raises(InputError, match="targets: 1 to 2 given; allowed: 0 to 1"):
         edges_of([EdgeBlock(jnp.ones((2, 3)), (0,), 1)], 3, 2)
     with pytest.raises(InputError, match="has 4 features; the edges are of 3"):
-        ops.edge_sum(jnp.ones((1, 4)), edges_of([EdgeBlock(jnp.ones((1, 3)), (0,))], 3, 1))
+        edge_sum(jnp.ones((1, 4)), edges_of([EdgeBlock(jnp.ones((1, 3)), (0,))], 3, 1))
 
 
 # --------------------------------------------------------------------------------------------------------- second order
@@ -182,7 +185,7 @@ def test_shared_edges_count_once_and_stay_equal_in_training():
     share = (("[bc]->y", "pair"),)
     tied, loose = groups(share=share), groups()
     params = fill(tied, EQUAL)
-    apart = {name: params[tied_name] for name, tied_name in connect.weight_names(PATTERN, share).items()}
+    apart = {name: params[tied_name] for name, tied_name in weight_names(PATTERN, share).items()}
     apart |= {name: leaf for name, leaf in params.items() if name.endswith("_bias")}
     assert tree.count(apart) - tree.count(params) == 2 * 4  # y is two wide, a branch four
 
@@ -211,10 +214,10 @@ def test_edges_of_different_shapes_cannot_share():
     with pytest.raises(InputError, match=r"share: the edge c->y needs a weight \[2, 5\]; the one that it shares is \[2, 6\]"):
         groups(share=(("[bc]->y", "pair"),)).init(jax.random.key(0), THREE)
     with pytest.raises(InputError, match="'q->.*' matches no leaf"):
-        connect.weight_names(PATTERN, (("q->.*", "q"),))
+        weight_names(PATTERN, (("q->.*", "q"),))
     for name in ("importance", "x_bias", "a/b"):
         with pytest.raises(InputError, match=f"share: '{name}' given; allowed: a name without '/' that is not importance"):
-            connect.weight_names(PATTERN, (("a->x", name),))
+            weight_names(PATTERN, (("a->x", name),))
 
 
 def test_importance_finds_the_edges_that_matter():
@@ -328,13 +331,13 @@ def test_what_a_shared_extractor_refuses():
 
 @pytest.mark.parametrize(("rows", "columns", "kept"), [(4, 8, 2), (16, 5, 2), (3, 3, 3), (1, 7, 1)])
 def test_a_fixed_mask_uses_every_column_as_often(rows, columns, kept):
-    places = connect.block_columns(rows, columns, kept, seed=3)
+    places = block_columns(rows, columns, kept, seed=3)
     assert all(len(set(row)) == kept for row in places.tolist())
     counts = np.bincount(places.reshape(-1), minlength=columns)
     assert counts.max() - counts.min() <= 1
-    np.testing.assert_array_equal(places, connect.block_columns(rows, columns, kept, seed=3))
+    np.testing.assert_array_equal(places, block_columns(rows, columns, kept, seed=3))
     if kept < columns and rows > 1:
-        assert (places != connect.block_columns(rows, columns, kept, seed=4)).any()
+        assert (places != block_columns(rows, columns, kept, seed=4)).any()
 
 
 @pytest.mark.parametrize("learnt", [False, True])
@@ -347,7 +350,7 @@ def test_settled_blocks_are_the_same_function(learnt):
     assert float(jnp.mean(settled["weight"].keep())) == 0.5
     want = run(module, params, x)
     np.testing.assert_allclose(run(module, settled, x), want, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(ops.edge_sum)(x, module.edges(settled)), want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(edge_sum)(x, module.edges(settled)), want, rtol=1e-6, atol=1e-6)
 
 
 def test_the_gradient_of_a_score_is_that_of_its_blocks_use():
@@ -422,10 +425,10 @@ def test_blocks_may_be_compressed_and_measured(learnt):
     def measured(zeros):
         return jnp.sum(module.apply({"params": {**params, name: ops.Probe(codes, zeros)}}, x))
 
-    found = jax.jit(jax.grad(measured))(ops.zeros_for(codes.shape, ("square",)))
+    found = jax.jit(jax.grad(measured))(zeros_for(codes.shape, ("square",)))
     squares = np.square(np.asarray(x)).sum(axis=0)
     if learnt:  # what the whole map reads
         np.testing.assert_allclose(found["square"], squares, rtol=1e-5)
     else:  # what each row of blocks reads
-        places = connect.block_columns(4, 4, 2, seed=0)
+        places = block_columns(4, 4, 2, seed=0)
         np.testing.assert_allclose(found["square"], squares.reshape(4, 4)[places].reshape(4, 8), rtol=1e-5)

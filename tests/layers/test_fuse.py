@@ -12,6 +12,7 @@ import pytest
 from jaxmodel import ops, tree
 from jaxmodel.layers.fuse import cut, divide, fuse, fused_key, unfuse
 from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.ops.probe import zeros_for
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -98,7 +99,7 @@ def sparse(w: jax.Array) -> Sparse:
         {n: lambda w: dataclasses.replace(quantise(w), scale=jnp.ones((1, 1))) for n in "qkv"},
         {n: sparse for n in "qkv"},
         {"v": lambda w: w[:, :8]},
-        {n: lambda w: ops.Probe(w, ops.zeros_for(w.shape, [])) for n in "qkv"},
+        {n: lambda w: ops.Probe(w, zeros_for(w.shape, [])) for n in "qkv"},
     ],
 )
 def test_what_cannot_be_joined_stays_apart(change):

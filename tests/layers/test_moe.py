@@ -13,6 +13,7 @@ import pytest
 
 from jaxmodel import compress, layers, ops, tree
 from jaxmodel.errors import InputError
+from jaxmodel.layers.moe import load_balance
 from jaxmodel.leaves import decode
 from jaxmodel.models import llama
 
@@ -92,7 +93,7 @@ def test_all_to_one_expert():
     got, aux = run(1, skewed, x)
     np.testing.assert_allclose(got, token_by_token(1, skewed, x)[0], rtol=1e-4, atol=1e-5)
     assert float(aux["load_balance"]) == pytest.approx(E, rel=1e-5)
-    even = layers.load_balance(jnp.zeros((20, E)), jnp.full(E, 8))
+    even = load_balance(jnp.zeros((20, E)), jnp.full(E, 8))
     assert float(even) == pytest.approx(2)  # two for each token, all alike
 
 

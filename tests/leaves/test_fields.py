@@ -12,8 +12,8 @@ import pytest
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import QTensor, Sparse, check_fields, static_fields
-from jaxmodel.leaves.fields import digest
+from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.leaves.fields import check_fields, digest, static_fields
 
 
 def codes(bits: int, *lead: int, **static) -> QTensor:

@@ -13,8 +13,8 @@ import pytest
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, decode, from_tensors, to_tensors
-from jaxmodel.leaves.leaf import tensor_names
+from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, decode
+from jaxmodel.leaves.leaf import from_tensors, tensor_names, to_tensors
 
 L, OUT, IN = 3, 4, 24
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxmodel.errors import InputError
-from jaxmodel.leaves import QTensor, Sparse, expand
+from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.leaves.sparse import expand
 
 
 def weights(shape: tuple[int, ...], density: float, seed: int) -> np.ndarray:

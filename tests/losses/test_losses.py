@@ -11,9 +11,13 @@ import optax
 import pytest
 from scipy import special, stats
 
-from jaxmodel import losses, train
+from jaxmodel import losses
 from jaxmodel.errors import InputError
+from jaxmodel.losses import views as losses_views
+from jaxmodel.losses.labels import class_means, class_sums, distribution
 from jaxmodel.models import mlp, transformer
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 2, (7, 5)).astype(np.float32)
@@ -147,9 +151,9 @@ def test_means_of_classes_are_those_of_rows_predicted_right_and_batches_add_up()
     p = special.softmax(z.astype(np.float64), axis=1)
     right = z.argmax(1) == labels
     wanted = np.stack([p[right & (labels == c)].mean(0) for c in range(3)] + [np.full(4, 0.25)])
-    sums = jax.jit(losses.class_sums)
+    sums = jax.jit(class_sums)
     parts = [np.asarray(sums(z[s], labels[s])) for s in (slice(0, 15), slice(15, 40))]
-    close(losses.class_means(jnp.asarray(parts[0] + parts[1])), wanted, rtol=1e-4)
+    close(class_means(jnp.asarray(parts[0] + parts[1])), wanted, rtol=1e-4)
 
 
 def test_class_weights_by_hand():
@@ -202,8 +206,8 @@ def test_a_step_in_parts_is_the_step(params):
     loss = losses.regularized(plain, [(".*_bias", None), (".*", "l2(0.1)")])
     found = []
     for parts in (1, 2):
-        step = jax.jit(train.make_step(MODEL, loss, optax.sgd(1.0), accumulate=parts))
-        state, metrics = step(train.init_state(params, optax.sgd(1.0)), rows)
+        step = jax.jit(make_step(MODEL, loss, optax.sgd(1.0), accumulate=parts))
+        state, metrics = step(init_state(params, optax.sgd(1.0)), rows)
         found.append((state.params, {name: metrics[name] for name in ("loss", "weight", "accuracy", "penalty")}))
     jax.tree.map(functools.partial(close, rtol=1e-4), *found)
 
@@ -296,7 +300,7 @@ def test_contrastive_losses_by_hand_and_rows_that_fill_up_are_not_compared(name)
 
 def test_contrastive_reads_both_views(params):
     x = RNG.normal(size=(5, 2, 6)).astype(np.float32)
-    value, metrics = run(losses.contrastive(losses.info_nce), params, {"views": x})
+    value, metrics = run(losses.contrastive(losses_views.info_nce), params, {"views": x})
     out = np.asarray(jax.jit(MODEL.apply)(params, jnp.asarray(x.reshape(10, 6))).logits).reshape(5, 2, 5)
     close(value, np.mean(info_nce(out[:, 0], out[:, 1])), rtol=1e-4)
     assert float(metrics["weight"]) == 5
@@ -313,10 +317,10 @@ BAD = {
     "q: 2.0 given; allowed: 0 to 1": lambda: losses.generalized_cross_entropy(Z, jnp.asarray(LABELS), 2.0),
     "alpha, beta, log_zero: 1.0, 1.0, 0.0 given": lambda: losses.symmetric_cross_entropy(Z, jnp.asarray(LABELS), 1.0, 1.0, 0.0),
     "temperature: 0.0 given; allowed: above 0": lambda: losses.kl_divergence(Z, Z, 0.0),
-    "temperature: -1.0 given; allowed: above 0": lambda: losses.info_nce(Z, Z, -1.0),
+    "temperature: -1.0 given; allowed: above 0": lambda: losses_views.info_nce(Z, Z, -1.0),
     "delta: 0.0 given; allowed: above 0": lambda: losses.huber(Z, Z, 0.0),
     "targets: the shape [7] given with outputs [7, 1]": lambda: losses.squared_error(Z[:, :1], Z[:, 0]),
-    "labels: distributions of shape [7, 4] given; needed are 5": lambda: losses.distribution(Z[:, :4], 5),
+    "labels: distributions of shape [7, 4] given; needed are 5": lambda: distribution(Z[:, :4], 5),
     "labels: the shape [7, 1] given with logits [7, 5]": lambda: losses.focal(Z, jnp.asarray(LABELS)[:, None]),
     "smoothing: 1.5 given; allowed: 0 to 1": lambda: losses.smooth(Z, 1.5),
     "means: the shape [4, 4] given; needed is [5, 5]": lambda: losses.smooth(Z, 0.5, jnp.eye(4)),

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmodel import leaves, train, tree
+from jaxmodel import leaves, tree
 from jaxmodel.errors import InputError
 from jaxmodel.losses import classification
 from jaxmodel.losses.penalties import L1, L2, Elastic, Penalty, parsed, penalties, regularized
 from jaxmodel.models import mlp
 from jaxmodel.optim.projections import MaxMinNorm, MaxNorm, project
 from jaxmodel.optim.sam import sam
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 MODEL = mlp.model(mlp.Config(4, (4, 4, 4), 3))
 BATCH = {"features": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), "labels": jnp.arange(6) % 3}
@@ -129,8 +131,8 @@ def test_layers_of_a_segment_have_bounds_of_their_own(params):
 
 def test_training_keeps_the_bound(params):
     optimizer = optax.chain(optax.adam(0.1), project([(".*_bias", None), (".*", "maxnorm(0.7)")]))
-    step = jax.jit(train.make_step(MODEL, classification, optimizer))
-    state = train.init_state(params, optimizer)
+    step = jax.jit(make_step(MODEL, classification, optimizer))
+    state = init_state(params, optimizer)
     for _ in range(5):
         state, _ = step(state, BATCH)
     found = np.concatenate([norms(a).ravel() for path, a in tree.flatten(state.params).items() if not path.endswith("_bias")])
@@ -194,8 +196,8 @@ def test_sam_where_the_gradient_is_zero_and_in_half_precision():
 def test_a_step_takes_sam_as_its_gradient(params):
     from jaxmodel.train.gradients import value_and_grad
 
-    step = train.make_step(MODEL, classification, optax.sgd(1.0), gradients=lambda objective: sam(value_and_grad(objective), 0.1))
-    state = train.init_state(params, optax.sgd(1.0))
+    step = make_step(MODEL, classification, optax.sgd(1.0), gradients=lambda objective: sam(value_and_grad(objective), 0.1))
+    state = init_state(params, optax.sgd(1.0))
     new, _ = jax.jit(step)(state, BATCH)
     run = jax.value_and_grad(lambda p: classification(MODEL, p, BATCH), has_aux=True)
     wanted = jax.tree.map(lambda p, g: p - g, params, sam(run, 0.1)(params)[1])

@@ -11,10 +11,12 @@ import optax
 import pytest
 from scipy import stats
 
-from jaxmodel import losses, ops, train
+from jaxmodel import losses, ops
 from jaxmodel.errors import InputError
 from jaxmodel.layers import codes
 from jaxmodel.models import autoencoder
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 
 def normal(*shape, seed=0):
@@ -91,11 +93,11 @@ def test_the_loss_of_a_variational_one_bounds_the_evidence():
     x = data(features=6, rank=2)
     config = autoencoder.Config(6, 2, kind="variational")
     model, optimizer = autoencoder.model(config), optax.adam(2e-2)
-    step = train.make_step(model, losses.autoencoder, optimizer)
+    step = make_step(model, losses.autoencoder, optimizer)
 
     @jax.jit
     def fit(key):
-        start = train.init_state(model.init(key), optimizer)
+        start = init_state(model.init(key), optimizer)
         return start.params, jax.lax.scan(lambda state, _: step(state, {"features": x}), start, None, 400)[0].params
 
     @jax.jit
@@ -126,12 +128,12 @@ def test_every_kind_learns(kind, reconstruction):
     model, x = autoencoder.model(config), data()
     batch = {"features": (x > 0).astype(jnp.float32) if reconstruction == "bernoulli" else x}
     optimizer = optax.adam(1e-2)
-    step = train.make_step(model, losses.autoencoder, optimizer)
+    step = make_step(model, losses.autoencoder, optimizer)
     held = lambda params: losses.autoencoder(model, params, batch, train=False)[1]["reconstruction"]
 
     @jax.jit
     def curve(key):
-        start = train.init_state(model.init(key), optimizer)
+        start = init_state(model.init(key), optimizer)
         trained = jax.lax.scan(lambda state, _: step(state, batch), start, None, 300)[0]
         return held(start.params), held(trained.params)
 

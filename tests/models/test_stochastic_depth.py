@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import layers, models, ops, tree
+from jaxmodel import models, ops, tree
 from jaxmodel.errors import InputError
+from jaxmodel.layers.stochastic_depth import stochastic_depth
 from jaxmodel.models import bert, cnn, gpt2
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])  # three layers in one segment
@@ -22,12 +23,12 @@ def params():
 
 def test_a_row_is_what_it_was_or_scaled():
     x, y = (jnp.asarray(np.random.default_rng(i).normal(size=(400, 2, 3)), jnp.float32) for i in (0, 1))
-    out = np.asarray(jax.jit(layers.stochastic_depth)(x, y, jnp.float32(0.25), jax.random.key(3)))
+    out = np.asarray(jax.jit(stochastic_depth)(x, y, jnp.float32(0.25), jax.random.key(3)))
     skipped = np.all(out == np.asarray(x), axis=(1, 2))
     assert 0.15 < skipped.mean() < 0.35
     np.testing.assert_allclose(out[~skipped], np.asarray(x + (y - x) / 0.75)[~skipped], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(layers.stochastic_depth(x, y, 0.0, jax.random.key(3)), y, rtol=1e-5, atol=1e-6)
-    other = layers.stochastic_depth(x, y, 0.25, jax.random.key(3), site=1)
+    np.testing.assert_allclose(stochastic_depth(x, y, 0.0, jax.random.key(3)), y, rtol=1e-5, atol=1e-6)
+    other = stochastic_depth(x, y, 0.25, jax.random.key(3), site=1)
     assert not np.array_equal(out, other)
 
 

@@ -12,6 +12,7 @@ import pytest
 from jaxmodel import ops
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import BlockSparse, QTensor, Sparse, decode, largest_blocks
+from jaxmodel.ops.probe import zeros_for
 
 OUT, IN, BLOCK, KEPT = 24, 64, (8, 16), 2
 
@@ -87,7 +88,7 @@ def test_conv_runs_it(leaf):
 
 def test_statistics_of_its_input_are_measured(leaf):
     x = normal(5, IN, seed=1)
-    zeros = ops.zeros_for(leaf.shape, ("gram",))
+    zeros = zeros_for(leaf.shape, ("gram",))
     found = jax.grad(lambda zeros: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(leaf, zeros))))(zeros)
     close(found["gram"], x.T @ x, 1e-4)
     assert float(found["count"]) == 5
@@ -116,7 +117,7 @@ def test_blocks_of_any_leaf(kind):
 def test_blocks_are_measured_too():
     w, x, columns = kept_weight("array"), normal(5, IN, seed=1), jnp.asarray([[0, 2], [3, 1], [1, 1]])
     probe = lambda zeros: jnp.sum(ops.blocks(x, ops.Probe(w, zeros), columns))
-    found = jax.grad(probe)(ops.zeros_for(w.shape, ("square",)))
+    found = jax.grad(probe)(zeros_for(w.shape, ("square",)))
     tiles = np.asarray(x).reshape(5, 4, 16)
     want = [np.concatenate([np.square(tiles[:, c]).sum(0) for c in row]) for row in columns]
     close(found["square"], np.stack(want), 1e-4)

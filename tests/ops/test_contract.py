@@ -12,6 +12,8 @@ import pytest
 from jaxmodel import ops
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse, decode
+from jaxmodel.ops.contract import round_rows
+from jaxmodel.ops.probe import zeros_for
 
 OUT, IN = 6, 32
 
@@ -188,7 +190,7 @@ def test_int8_codes_and_products_are_exact():
 
 def test_round_rows():
     x = jnp.asarray([[0.0, 0, 0], [1, -2, 0.5], [127, 1, -127]])
-    q, scale = ops.round_rows(x)
+    q, scale = round_rows(x)
     assert q.dtype == jnp.int8
     np.testing.assert_array_equal(q, [[0, 0, 0], [64, -127, 32], [127, 1, -127]])
     np.testing.assert_allclose(scale[1:], [[2 / 127], [1]], rtol=1e-6)
@@ -315,7 +317,7 @@ def test_conv_of_an_array_against_lax_and_patches(kernel, stride, padding):
     ).transpose(0, 2, 3, 1)
     arguments = {"kernel": kernel, "stride": stride, "padding": padding}
     np.testing.assert_allclose(ops.conv(x, flat, **arguments), want, rtol=1e-4, atol=1e-5)
-    probe = ops.Probe(flat, ops.zeros_for(flat.shape, []))  # contracts patches
+    probe = ops.Probe(flat, zeros_for(flat.shape, []))  # contracts patches
     np.testing.assert_allclose(ops.conv(x, probe, **arguments), want, rtol=1e-4, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ import pytest
 from jaxmodel import losses, ops
 from jaxmodel.models import gpt2, llama
 from jaxmodel.models.gpt2 import SIZES
+from jaxmodel.ops.product import compiler_options
 
 EQUATIONS = {
     "bi,oi->bo": ((6, 32), (5, 32)),
@@ -100,10 +101,10 @@ def test_layers_out_of_the_loop_are_the_same_layers(unroll):
 
 def test_options_of_the_compiler_change_nothing_but_the_speed():
     """Also in float32, where there are none."""
-    assert ops.compiler_options("float32") == {}
+    assert compiler_options("float32") == {}
     x, y = (jnp.float32(a) for a in operands("bi,oi->bo"))
     small = jnp.bfloat16
     run = jax.grad(lambda x, y: jnp.sum(ops.product("bi,oi->bo", x, y, small, small).astype(jnp.float32) ** 2), (0, 1))
-    plain, fast = jax.jit(run)(x, y), jax.jit(run, compiler_options=ops.compiler_options("bfloat16"))(x, y)
+    plain, fast = jax.jit(run)(x, y), jax.jit(run, compiler_options=compiler_options("bfloat16"))(x, y)
     for a, b in zip(plain, fast, strict=True):
         assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(a)

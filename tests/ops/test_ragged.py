@@ -13,6 +13,7 @@ import pytest
 
 from jaxmodel import ops
 from jaxmodel.leaves import QTensor, Sparse
+from jaxmodel.ops.probe import histogram, zeros_for
 
 module = importlib.import_module("jaxmodel.ops.ragged")  # `ops.ragged` is the function
 N, E, IN, OUT = 40, 3, 16, 6
@@ -192,7 +193,7 @@ def by_hand(x: jax.Array, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
         "taken": np.zeros(len(sizes)),
         "square": np.stack([(r * r).sum(0) for r in rows]),
         "gram": np.stack([r.T @ r for r in rows]),
-        "histogram": np.stack([np.asarray(ops.histogram(jnp.asarray(r, jnp.float32))) for r in rows]),
+        "histogram": np.stack([np.asarray(histogram(jnp.asarray(r, jnp.float32))) for r in rows]),
     }
 
 
@@ -212,8 +213,8 @@ def test_statistics_are_those_of_each_groups_rows(kind):
         return jax.grad(lambda z: jnp.sum(ops.ragged(x, ops.Probe(w, z), sizes)))(zeros)
 
     for sizes in SIZES:
-        same(measure(ops.zeros_for(w.shape, ALL), array(sizes)), by_hand(x, sizes))
-    got = RUN(x, ops.Probe(w, ops.zeros_for(w.shape, ALL)), array(SIZES[0]), ops.Policy())
+        same(measure(zeros_for(w.shape, ALL), array(sizes)), by_hand(x, sizes))
+    got = RUN(x, ops.Probe(w, zeros_for(w.shape, ALL)), array(SIZES[0]), ops.Policy())
     np.testing.assert_array_equal(got, RUN(x, w, array(SIZES[0]), ops.Policy()))
 
 
@@ -225,7 +226,7 @@ def test_statistics_of_every_layer(remat):
         body = lambda x, leaf: (jnp.tanh(ops.ragged(x, leaf, array(sizes))), None)
         return jnp.sum(jax.lax.scan(jax.checkpoint(body) if remat else body, x, ops.Probe(w, zeros))[0])
 
-    got = jax.jit(jax.grad(loss))(ops.zeros_for(w.shape, ALL))
+    got = jax.jit(jax.grad(loss))(zeros_for(w.shape, ALL))
     for i in range(2):
         same({name: value[i] for name, value in got.items()}, by_hand(x, sizes))
         x = jnp.tanh(one_by_one(x, w[i], sizes))

@@ -12,6 +12,8 @@ import pytest
 from jaxmodel import checkpoint, data, distributed, losses, ops, optim, sharding, train, tree
 from jaxmodel.models import mlp
 from jaxmodel.optim.masters import Masters, with_masters
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 RANDOM = np.random.default_rng(1)
 X = RANDOM.normal(size=(32, 6)).astype(np.float32)
@@ -49,12 +51,12 @@ def test_a_weight_is_its_master_rounded():
 
 def test_nothing_is_added_for_float32_and_compressed_weights():
     optimizer = optax.adam(0.1)
-    chex.assert_trees_all_equal_structs(train.init_state(FIRST, optimizer).opt_state, optimizer.init(FIRST))
+    chex.assert_trees_all_equal_structs(init_state(FIRST, optimizer).opt_state, optimizer.init(FIRST))
     codes = optim.quantize_weights(FIRST, [(".*_bias", None), (".*", 8)])
     rules = [(".*", True)]
-    assert not isinstance(train.init_state(codes, optimizer, rules).opt_state, Masters)
+    assert not isinstance(init_state(codes, optimizer, rules).opt_state, Masters)
     some = {**FIRST, "head": FIRST["head"].astype(jnp.bfloat16)}
-    assert list(tree.flatten(train.init_state(some, optimizer).opt_state.params)) == ["head"]
+    assert list(tree.flatten(init_state(some, optimizer).opt_state.params)) == ["head"]
 
 
 def test_a_weight_that_was_changed_meanwhile_is_its_own_master():
@@ -69,8 +71,8 @@ def test_a_weight_that_was_changed_meanwhile_is_its_own_master():
 def test_a_step_that_is_left_out_leaves_them(tmp_path):
     guard, optimizer = optim.Guard(), optax.adam(1e-3)
     params = tree.cast(FIRST, jnp.bfloat16)
-    state = train.init_state(params, optimizer, guard=guard)
-    step = jax.jit(train.make_step(MODEL, losses.classification, optimizer, guard=guard))
+    state = init_state(params, optimizer, guard=guard)
+    step = jax.jit(make_step(MODEL, losses.classification, optimizer, guard=guard))
     batch = STREAM.batch(0)
     broken, metrics = step(state, {**batch, "features": batch["features"] * np.float32(np.nan)})
     assert metrics["bad"] == 1

@@ -22,6 +22,8 @@ from jaxmodel.losses import next_token
 from jaxmodel.models import gpt2
 from jaxmodel.optim import rounding
 from jaxmodel.optim.optimizers import Adam8State, names, optimizer, scale_by_adam8
+from jaxmodel.train.state import init_state, state_shardings
+from jaxmodel.train.step import make_step
 
 MODEL = gpt2.model(gpt2.Config(256, 64, 2, 4, 16))
 STREAM = data.Stream(data.windows(np.random.default_rng(0).integers(0, 16, 1000), 17, stride=16), 8, seed=1)
@@ -32,8 +34,8 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
 
 
 def run(chosen: optax.GradientTransformation, steps: int) -> tuple[train.TrainState, list[float]]:
-    state = jax.jit(lambda key: train.init_state(MODEL.init(key), chosen))(jax.random.key(0))
-    step, losses = jax.jit(train.make_step(MODEL, next_token, chosen), donate_argnums=0), []
+    state = jax.jit(lambda key: init_state(MODEL.init(key), chosen))(jax.random.key(0))
+    step, losses = jax.jit(make_step(MODEL, next_token, chosen), donate_argnums=0), []
     for i in range(steps):
         state, metrics = step(state, STREAM.batch(i))
         losses.append(float(metrics["loss"]))
@@ -194,12 +196,12 @@ def _on_eight_devices() -> None:
     """Losses of three steps on a mesh and on one device, and where the moments of a stacked leaf lie."""
     model = gpt2.model(gpt2.Config(256, 128, 2, 4, 16))
     chosen = optimizer("adamw8", 3e-3)
-    step = train.make_step(model, next_token, chosen)
-    start = lambda key: train.init_state(model.init(key), chosen)
+    step = make_step(model, next_token, chosen)
+    start = lambda key: init_state(model.init(key), chosen)
     mesh, losses = sharding.make_mesh("fsdp=2,tensor=4"), []
     alone = jax.jit(start)(jax.random.key(0))
     with jax.set_mesh(mesh):
-        where = train.state_shardings(jax.eval_shape(start, jax.random.key(0)), model.rules, mesh)
+        where = state_shardings(jax.eval_shape(start, jax.random.key(0)), model.rules, mesh)
         state = jax.jit(start, out_shardings=where)(jax.random.key(0))
         moment = state.opt_state[0].nu["blocks"]["0-1"]["mlp"]["up"]
         run = jax.jit(step, donate_argnums=0, out_shardings=(where, None))

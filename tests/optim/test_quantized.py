@@ -22,6 +22,8 @@ from jaxmodel.optim.optimizers import optimizer
 from jaxmodel.optim.quantized import apply_updates, by_layer, dense, quantize_weights
 from jaxmodel.optim.rounding import dither, moved, rounded
 from jaxmodel.train.gradients import value_and_grad
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 CONFIG = gpt2.Config(256, 64, 2, 4, 16)
 MODEL = gpt2.model(CONFIG)
@@ -81,8 +83,8 @@ def test_the_backward_pass_keeps_codes_and_not_what_they_stand_for():
 
 
 def test_micro_batches_give_the_same_gradient(params):
-    whole, parts = (train.make_step(MODEL, next_token, optax.sgd(1.0), trainable=ALL, accumulate=parts) for parts in (1, 4))
-    state = train.init_state(params, optax.sgd(1.0), ALL)
+    whole, parts = (make_step(MODEL, next_token, optax.sgd(1.0), trainable=ALL, accumulate=parts) for parts in (1, 4))
+    state = init_state(params, optax.sgd(1.0), ALL)
     one, two = (jax.jit(step)(state, STREAM.batch(0))[1] for step in (whole, parts))
     np.testing.assert_allclose(one["grad_norm"], two["grad_norm"], rtol=5e-3)
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
@@ -167,8 +169,8 @@ def test_plain_leaves_are_updated_as_optax_does(params):
 
 
 def run(start: tree.Params, chosen: optax.GradientTransformation, steps: int) -> tuple[train.TrainState, list[float]]:
-    state = jax.jit(lambda params: train.init_state(params, chosen, ALL))(start)
-    step, losses = jax.jit(train.make_step(MODEL, next_token, chosen, trainable=ALL), donate_argnums=0), []
+    state = jax.jit(lambda params: init_state(params, chosen, ALL))(start)
+    step, losses = jax.jit(make_step(MODEL, next_token, chosen, trainable=ALL), donate_argnums=0), []
     for i in range(steps):
         state, metrics = step(state, STREAM.batch(i))
         losses.append(float(metrics["loss"]))
@@ -206,8 +208,8 @@ def test_a_program_needs_less_than_half_the_memory_of_adam():
 
     def needed(kind: str, start, trainable) -> int:
         chosen = optimizer(kind, 1e-3)
-        state = jax.eval_shape(lambda key: train.init_state(start(key), chosen, trainable), jax.random.key(0))
-        step = train.make_step(model, next_token, chosen, trainable=trainable)
+        state = jax.eval_shape(lambda key: init_state(start(key), chosen, trainable), jax.random.key(0))
+        step = make_step(model, next_token, chosen, trainable=trainable)
         found = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
         given, out, again = found.argument_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes
         return given + found.temp_size_in_bytes + out - again

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmodel import losses, train
+from jaxmodel import losses
 from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
 from jaxmodel.optim.schedules import reduce_on_plateau, schedule
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 NAMES = ("constant", "step", "cosine", "wsd", "one_cycle", "plateau")
 STEPS, WARMUP, PEAK = 50, 10, 0.3
@@ -118,8 +120,8 @@ def test_a_window_averages_noise():
 def test_a_step_gives_the_plateau_its_loss():
     model = mlp.model(mlp.Config(4, (3,), 2))
     optimizer = optax.chain(optax.sgd(0.0), reduce_on_plateau(0.5, patience=2))  # a loss that never changes
-    step = jax.jit(train.make_step(model, losses.classification, optimizer))
-    state = train.init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
+    step = jax.jit(make_step(model, losses.classification, optimizer))
+    state = init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
     for _ in range(5):
         state, _ = step(state, {"features": np.ones((2, 4), np.float32), "labels": np.arange(2, dtype=np.int32)})
     assert float(optax.tree.get(state.opt_state, "scale")) == 0.25

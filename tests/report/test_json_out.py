@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxmodel.errors import InputError
-from jaxmodel.report import check_target, clean_stdout, emit, goal_met, rows, to_plain
+from jaxmodel.report.json_out import check_target, clean_stdout, emit, goal_met, rows, to_plain
 
 
 @dataclasses.dataclass(frozen=True)

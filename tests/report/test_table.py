@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from jaxmodel.report import Column, console_for, html, print_table, to_markdown
-from jaxmodel.report.table import aligned, count, number, percent, rate, significant, size, text
+from jaxmodel.report import Column, html, print_table, to_markdown
+from jaxmodel.report.table import aligned, console_for, count, number, percent, rate, significant, size, text
 
 COLUMNS = [Column("name", "version"), Column("bytes", "resident\nmemory", size), Column("nll", "NLL", significant(5))]
 ROWS = [{"name": "f32 [red]", "bytes": 538_060_032, "nll": np.float32(3.38783)}, {"name": "a|b", "bytes": None}]

@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import data, train
+from jaxmodel import data
 from jaxmodel.losses import classification
 from jaxmodel.models import mlp
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 MODEL = mlp.model(mlp.Config(16, (32,), 4))
 
@@ -44,8 +46,8 @@ def test_steps_learn_from_a_stream_of_arrays(params):
     rows = {name: np.asarray(a) for name, a in batch(np.arange(40) % 4).items()}
     stream = data.Stream(rows, 10, seed=0)
     optimizer = optax.adam(1e-2)
-    step = jax.jit(train.make_step(MODEL, classification, optimizer))
-    state = train.init_state(params, optimizer)
+    step = jax.jit(make_step(MODEL, classification, optimizer))
+    state = init_state(params, optimizer)
     losses = []
     for i in range(60):
         state, metrics = step(state, stream.batch(i))

@@ -24,6 +24,8 @@ from jaxmodel.optim.optimizers import optimizer
 from jaxmodel.optim.quantized import quantize_weights
 from jaxmodel.plan import collectives, moved
 from jaxmodel.train.exchange import Exchange, sum_int8, sum_top_k
+from jaxmodel.train.state import init_state, state_shardings
+from jaxmodel.train.step import make_step
 
 P = jax.P
 MODEL = gpt2.model(gpt2.Config(256, 128, 2, 4, 16), ops.Policy(axes=ops.MESH_AXES))
@@ -92,13 +94,13 @@ def compiled(mesh_shape: str, exchange: Exchange | None, accumulate: int = 1, co
 
     def start(key):
         params = MODEL.init(key)
-        return train.init_state(quantize_weights(params, rules) if codes else params, chosen, trainable, exchange=exchange)
+        return init_state(quantize_weights(params, rules) if codes else params, chosen, trainable, exchange=exchange)
 
-    step = train.make_step(
+    step = make_step(
         MODEL, losses.next_token, chosen, exchange=exchange, accumulate=accumulate, trainable=trainable
     )
     with jax.set_mesh(mesh):
-        where = train.state_shardings(jax.eval_shape(start, jax.random.key(0)), MODEL.rules, mesh)
+        where = state_shardings(jax.eval_shape(start, jax.random.key(0)), MODEL.rules, mesh)
         state = jax.jit(start, out_shardings=where)(jax.random.key(0))
         return mesh, state, jax.jit(step, out_shardings=(where, None)).lower(state, batch(mesh, 0)).compile()
 

@@ -14,7 +14,8 @@ import pytest
 from jaxmodel import checkpoint, distributed, losses, optim, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
-from jaxmodel.train.step import moving_average
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step, moving_average
 
 MODEL = mlp.model(mlp.SIZES["tiny"])
 WIDTH = MODEL.inputs(1, 1)["features"].shape[-1]
@@ -80,8 +81,8 @@ def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
     state, history = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path, Rows(broken=(7,)))
     # by hand: batches 0 to 4, of which there is a checkpoint, then from 8 on
     optimizer, guard = train.make_optimizer(CONFIG), CONFIG.guard()
-    step = jax.jit(train.make_step(MODEL, losses.classification, optimizer, accumulate=2, average=0.9, guard=guard))
-    want = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
+    step = jax.jit(make_step(MODEL, losses.classification, optimizer, accumulate=2, average=0.9, guard=guard))
+    want = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
     for place in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14):
         want = dataclasses.replace(want, data_step=jnp.int32(place))
         want, _ = step(want, jax.device_put(Rows().batch(place)))
@@ -137,7 +138,7 @@ def test_the_best_weights_are_those_that_were_judged(how):
 
 
 def test_an_average_moves_where_bfloat16_would_not():
-    state = train.init_state({"w": jnp.ones(2, jnp.bfloat16)}, optax.sgd(0.0), average=True)
+    state = init_state({"w": jnp.ones(2, jnp.bfloat16)}, optax.sgd(0.0), average=True)
     average = state.extra["average"]
     move = jax.jit(lambda average, i: moving_average(average, {"w": jnp.full(2, 1.5, jnp.bfloat16)}, 0.999, i))
     for i in range(3000):
@@ -149,10 +150,10 @@ def test_an_average_moves_where_bfloat16_would_not():
 def test_a_batch_left_out_leaves_the_average_too():
     """As if it had never come, though it counts as a step."""
     config = dataclasses.replace(CONFIG, accumulate=1, steps=6, log_every=1)
-    step = jax.jit(train.make_step(MODEL, losses.classification, optax.sgd(0.1), average=0.999, guard=config.guard()))
+    step = jax.jit(make_step(MODEL, losses.classification, optax.sgd(0.1), average=0.999, guard=config.guard()))
     states = []
     for stream in (Rows(broken=(0, 1, 2)), Rows()):
-        start = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1), average=True, guard=config.guard())
+        start = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1), average=True, guard=config.guard())
         state = start if stream.broken else dataclasses.replace(start, data_step=jnp.int32(3))
         for i in range(0 if stream.broken else 3, 6):
             state, _ = step(state, stream.batch(i))
@@ -179,7 +180,7 @@ def test_a_last_checkpoint_that_fails_does_not_cost_the_run(tmp_path, monkeypatc
         checkpoints.close()
 
 
-STATE = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1))
+STATE = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1))
 REFUSED = {
     "patience: 2 given without held-out batches": {"config": train.TrainConfig(patience=2, eval_every=20)},
     "bad: 'rewind' given without checkpoints": {"config": train.TrainConfig(bad="rewind")},

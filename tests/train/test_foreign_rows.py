@@ -12,6 +12,9 @@ from flax import nnx
 
 from jaxmodel import data, losses, models, sharding, train, tree
 from jaxmodel.errors import InputError
+from jaxmodel.models.foreign import set_state
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 RANDOM = np.random.default_rng(11)
 X = RANDOM.normal(2.0, 1.5, (6, 4, 4, 3)).astype(np.float32)
@@ -72,7 +75,7 @@ def test_loss_gradient_and_state_are_those_of_the_rows_that_count(name):
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     for (path, a), b in zip(tree.flatten(grads).items(), tree.flatten(wanted).values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=path)
-    seen = models.set_state(model, params, {"pixels": jnp.asarray(X)})["state"]
+    seen = set_state(model, params, {"pixels": jnp.asarray(X)})["state"]
     run = jax.jit(lambda params, rows, counts: model.config.run(params, rows, None, True, counts)[1])
     kept = run(params, {"pixels": filled()["pixels"]}, filled()["weights"] > 0)
     for (path, a), b in zip(tree.flatten(kept).items(), tree.flatten(seen).values(), strict=True):
@@ -104,8 +107,8 @@ def test_a_step_of_a_batch_that_is_filled_up(name, accumulate):
     model, optimizer = made(name), optax.sgd(0.1)
     places = range(0, 12, accumulate) if accumulate > 1 else PLACES
     batch = filled(places=places, size=12) if accumulate > 1 else filled()
-    start = lambda: train.init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
-    step = lambda n: jax.jit(train.make_step(model, losses.classification, optimizer, accumulate=n))
+    start = lambda: init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
+    step = lambda n: jax.jit(make_step(model, losses.classification, optimizer, accumulate=n))
     got, _ = step(accumulate)(start(), batch)
     want, _ = step(1)(start(), ALONE)
     for (path, a), b in zip(tree.flatten(got.params).items(), tree.flatten(want.params).values(), strict=True):
@@ -121,9 +124,9 @@ def check_fit(mesh=None) -> None:
     config = train.TrainConfig(steps=2, optimizer="sgd", weight_decay=0.0, warmup=0, schedule="constant", clip=0.0)
     state, _ = train.fit(model, batches, config, params=params, mesh=mesh)
     optimizer = train.make_optimizer(config)
-    own = train.init_state(params, optimizer)
+    own = init_state(params, optimizer)
     for batch in jax.device_put(batches):
-        own, _ = jax.jit(train.make_step(model, losses.classification, optimizer))(own, batch)
+        own, _ = jax.jit(make_step(model, losses.classification, optimizer))(own, batch)
     got, want = ({p: a for p, a in tree.flatten(s.params).items() if "state" not in p} for s in (state, own))
     for path in want:
         np.testing.assert_allclose(got[path], want[path], rtol=1e-4, atol=1e-5, err_msg=path)

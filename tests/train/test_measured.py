@@ -16,6 +16,7 @@ from jaxmodel import checkpoint, data, distributed, losses, models, ops, optim, 
 from jaxmodel.errors import InputError
 from jaxmodel.models import resnet
 from jaxmodel.train import statistics
+from jaxmodel.train.state import init_state
 
 N, D = 96, 5
 RANDOM = np.random.default_rng(3)
@@ -157,7 +158,7 @@ def test_fewer_rows_than_a_batch_count_once():
 
 
 def test_models_without_norms_cost_nothing():
-    state = train.init_state({"w": jnp.ones(2)}, optim.optimizer("sgd", 0.1))
+    state = init_state({"w": jnp.ones(2)}, optim.optimizer("sgd", 0.1))
     model = models.from_linen(nn.Dense(2), EXAMPLE)
     settled = statistics.of_run(model, losses.classification, data.Stream(ROWS, 4), None, {"w": jnp.ones(2)})
     assert settled(state) is state

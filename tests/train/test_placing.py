@@ -12,6 +12,7 @@ from jaxmodel import data, distributed, ops, optim, sharding, train
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
 from jaxmodel.train import placing
+from jaxmodel.train.gradients import value_and_grad
 
 MODEL = gpt2.model(gpt2.Config(256, 16, 2, 2, 16), ops.Policy(axes=ops.MESH_AXES))
 
@@ -118,4 +119,4 @@ def test_tokens_that_the_model_has_not_are_refused():
 def test_codes_have_no_place_uphill():
     params = optim.quantize_weights({"up": jnp.ones((64, 64))}, [(".*", 8)])
     with pytest.raises(InputError, match="SAM is for arrays"):
-        optim.sam(train.value_and_grad(lambda p: (jnp.zeros(()), {})))(params)
+        optim.sam(value_and_grad(lambda p: (jnp.zeros(()), {})))(params)

@@ -17,6 +17,8 @@ from jaxmodel.models import gpt2, llama, mlp
 from jaxmodel.report import training as page
 from jaxmodel.train import flops
 from jaxmodel.train.exchange import Exchange
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 MODEL = mlp.model(mlp.Config(1, (4,), 3))
 ROWS = {"features": np.linspace(0, 1, 16, dtype=np.float32)[:, None], "labels": (np.arange(16) % 3).astype(np.int32)}
@@ -158,8 +160,8 @@ PARTS = {
 def test_halves_that_do_not_agree_are_refused(name):
     in_step, in_state = PARTS[name]
     params, batch = jax.jit(MODEL.init)(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
-    make = lambda **more: jax.jit(train.make_step(MODEL, losses.classification, SGD, **more))
-    start = lambda **more: train.init_state(params, SGD, **more)
+    make = lambda **more: jax.jit(make_step(MODEL, losses.classification, SGD, **more))
+    start = lambda **more: init_state(params, SGD, **more)
     make(**in_step)(start(**in_state), batch)
     make()(start(), batch)
     with pytest.raises(
@@ -172,12 +174,12 @@ def test_halves_that_do_not_agree_are_refused(name):
 
 def test_guards_and_exchanges_of_another_kind():
     params, batch = jax.jit(MODEL.init)(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
-    step = train.make_step(MODEL, losses.classification, SGD, guard=optim.Guard(6.0))
+    step = make_step(MODEL, losses.classification, SGD, guard=optim.Guard(6.0))
     for other in (optim.Guard(), optim.Guard(6.0, window=4)):
         with pytest.raises(InputError, match="guard: .* given for a state that was made with another"):
-            step(train.init_state(params, SGD, guard=other), batch)
-    state = train.init_state(params, SGD)
+            step(init_state(params, SGD, guard=other), batch)
+    state = init_state(params, SGD)
     state.extra["residual"] = {}
     for exchange in (None, Exchange("int8")):
         with pytest.raises(InputError, match="exchange: the state has a residual"):
-            train.make_step(MODEL, losses.classification, SGD, exchange=exchange)(state, batch)
+            make_step(MODEL, losses.classification, SGD, exchange=exchange)(state, batch)

@@ -14,6 +14,8 @@ import pytest
 from jaxmodel import layers, losses, models, ops, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import cnn, resnet
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 CONFIG = resnet.Config((2, 1), 4, classes=3, size=8, small=True)
 MODEL = resnet.model(CONFIG)
@@ -149,11 +151,11 @@ def test_training_leaves_them_and_folding_takes_them(params, pixels):
     """A run of training, then statistics, then a net without norms: what the life of a small net is."""
     batch = jax.device_put({"pixels": pixels, "labels": np.arange(12, dtype=np.int32) % 3})
     optimizer = optax.adamw(1e-2, weight_decay=0.1)  # decays whatever trains, so what it does not move does not train
-    step = train.make_step(MODEL, losses.classification, optimizer)
+    step = make_step(MODEL, losses.classification, optimizer)
 
     @jax.jit
     def fit(params):
-        state, metrics = jax.lax.scan(lambda state, _: step(state, batch), train.init_state(params, optimizer), None, 30)
+        state, metrics = jax.lax.scan(lambda state, _: step(state, batch), init_state(params, optimizer), None, 30)
         return state, metrics["accuracy"][-1]
 
     @jax.jit

@@ -14,6 +14,8 @@ from jaxmodel import losses, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, mlp
 from jaxmodel.optim.guard import Guard
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 MODEL = mlp.model(dataclasses.replace(mlp.SIZES["tiny"], dropout=0.0))
 FEATURES, CLASSES = MODEL.inputs(1, 1)["features"].shape[-1], MODEL.config.classes
@@ -49,14 +51,14 @@ def params():
 @pytest.fixture(scope="module")
 def whole_step(params):
     """A state, and what a step without micro-batches makes of it."""
-    state = train.init_state(params, optax.sgd(1.0))
-    return state, *jax.jit(train.make_step(MODEL, losses.classification, optax.sgd(1.0)))(state, Rows().batch(0))
+    state = init_state(params, optax.sgd(1.0))
+    return state, *jax.jit(make_step(MODEL, losses.classification, optax.sgd(1.0)))(state, Rows().batch(0))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_micro_batches_of_unequal_weight_give_the_gradient_of_the_whole_batch(parts, whole_step):
     (state, whole, metrics), batch, optimizer = whole_step, jax.device_put(Rows().batch(0)), optax.sgd(1.0)
-    step = train.make_step(MODEL, losses.classification, optimizer, accumulate=parts)
+    step = make_step(MODEL, losses.classification, optimizer, accumulate=parts)
     cut, metrics_cut = jax.jit(step)(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), cut.params, whole.params)
     for name in ("loss", "grad_norm", "accuracy", "weight"):
@@ -64,8 +66,8 @@ def test_micro_batches_of_unequal_weight_give_the_gradient_of_the_whole_batch(pa
 
 
 def test_micro_batches_need_a_divisor(params):
-    state = train.init_state(params, optax.sgd(1.0))
-    step = train.make_step(MODEL, losses.classification, optax.sgd(1.0), accumulate=5)
+    state = init_state(params, optax.sgd(1.0))
+    step = make_step(MODEL, losses.classification, optax.sgd(1.0), accumulate=5)
     with pytest.raises(InputError, match="accumulate: 5 micro-batches do not divide a batch of 12 rows"):
         step(state, Rows().batch(0))
 
@@ -73,19 +75,19 @@ def test_micro_batches_need_a_divisor(params):
 def test_micro_batches_hold_less_memory():
     model = gpt2.model(gpt2.Config(vocab=512, width=32, depth=2, heads=2, context=32))
     optimizer = optax.sgd(0.1)
-    state = jax.eval_shape(lambda key: train.init_state(model.init(key), optimizer), jax.random.key(0))
+    state = jax.eval_shape(lambda key: init_state(model.init(key), optimizer), jax.random.key(0))
     batch = {name: jax.ShapeDtypeStruct((16, 32), jnp.int32) for name in ("tokens", "targets")}
     used = {}
     for parts in (1, 8):
-        step = train.make_step(model, losses.next_token, optimizer, accumulate=parts)
+        step = make_step(model, losses.next_token, optimizer, accumulate=parts)
         used[parts] = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
     assert used[8] < 0.4 * used[1]
 
 
 def test_the_average_follows_its_formula(params):
     optimizer = optax.sgd(0.5)
-    state = train.init_state(params, optimizer, average=True)
-    step = jax.jit(train.make_step(MODEL, losses.classification, optimizer, average=0.6))
+    state = init_state(params, optimizer, average=True)
+    step = jax.jit(make_step(MODEL, losses.classification, optimizer, average=0.6))
     want = jax.tree.map(np.asarray, params)
     for i in range(8):
         state, _ = step(state, jax.device_put(Rows().batch(i)))
@@ -100,11 +102,11 @@ def test_a_step_that_is_not_finite_is_as_if_its_batch_had_not_come(accumulate):
     broken, history = train.fit(MODEL, Rows(broken=(3,)), config, loss=losses.classification)
     guard, optimizer = config.guard(), train.make_optimizer(config)
     step = jax.jit(
-        train.make_step(
+        make_step(
             MODEL, losses.classification, optimizer, average=0.9, accumulate=accumulate, guard=guard, seed=config.seed
         )
     )
-    state = train.init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
+    state = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
     for i in (0, 1, 2, 4, 5):
         state = dataclasses.replace(state, step=jnp.int32(i), data_step=jnp.int32(i))
         state, _ = step(state, jax.device_put(Rows().batch(i)))
@@ -152,8 +154,8 @@ def test_augmentation_is_a_function_of_the_data_step(params):
         return {**batch, "features": batch["features"] + noise}
 
     optimizer = optax.sgd(0.0)
-    step = jax.jit(train.make_step(MODEL, losses.classification, optimizer, augment=augment))
+    step = jax.jit(make_step(MODEL, losses.classification, optimizer, augment=augment))
     for place in (0, 1, 0):
-        state = dataclasses.replace(train.init_state(params, optimizer), data_step=jnp.int32(place))
+        state = dataclasses.replace(init_state(params, optimizer), data_step=jnp.int32(place))
         seen.append(float(step(state, jax.device_put(Rows().batch(0)))[1]["loss"]))
     assert seen[0] == seen[2] != seen[1]

@@ -14,6 +14,8 @@ import pytest
 from jaxmodel import data, losses, ops, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])
 ROWS = data.windows(np.random.default_rng(0).integers(0, 256, 4000), 17, stride=16)
@@ -86,8 +88,8 @@ def test_options_are_the_config_without_its_rules():
 
 def test_step_equals_optax_by_hand(params):
     optimizer = optax.sgd(0.5)
-    state = train.init_state(params, optimizer)
-    step = jax.jit(train.make_step(MODEL, losses.next_token, optimizer))
+    state = init_state(params, optimizer)
+    step = jax.jit(make_step(MODEL, losses.next_token, optimizer))
     for i in range(3):
         batch = jax.device_put(STREAM.batch(i))
         new, metrics = step(state, batch)
@@ -129,8 +131,8 @@ def test_going_on_from_a_state_is_the_run_without_a_stop(params):
     config = train.TrainConfig(steps=6, log_every=1)
     whole, history = train.fit(MODEL, STREAM, config, params=params)
     optimizer = train.make_optimizer(config)
-    state = train.init_state(params, optimizer)
-    step = jax.jit(train.make_step(MODEL, losses.next_token, optimizer, seed=config.seed))
+    state = init_state(params, optimizer)
+    step = jax.jit(make_step(MODEL, losses.next_token, optimizer, seed=config.seed))
     for i in range(3):
         state, _ = step(state, jax.device_put(STREAM.batch(i)))
     rest, tail = train.fit(MODEL, STREAM, config, state=state)
@@ -169,7 +171,7 @@ def test_no_steps_is_an_error():
 
 
 def test_state_is_a_pytree_that_keeps_its_fields(params):
-    state = train.init_state(params, optax.sgd(0.1))
+    state = init_state(params, optax.sgd(0.1))
     again = jax.tree.map(lambda a: a, state)
     assert isinstance(again, train.TrainState) and dataclasses.fields(again) == dataclasses.fields(state)
 

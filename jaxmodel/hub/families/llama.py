@@ -14,7 +14,8 @@ from jaxmodel.hub.families.bert import activation, activation_to_hf
 from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
-from jaxmodel.ops import RopeScaling, rope_frequencies
+from jaxmodel.ops import RopeScaling
+from jaxmodel.ops.rope import rope_frequencies
 
 _GEMMA = ("gemma2", "gemma3_text")
 

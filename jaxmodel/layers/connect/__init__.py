@@ -1,6 +1,6 @@
 """Connection patterns: which inputs meet which outputs, and in what order.
 
-Each is a Linen module whose method `edges(params, ...)` gives the same connections as a list for `ops.edge_sum`. Inputs of
+Each is a Linen module whose method `edges(params, ...)` gives the same connections as a list for `ops.edges.edge_sum`. Inputs of
 several branches are dicts, branch -> `[B, N]`, and so are results of several groups. Where they stand behind each other, in a
 list of edges as in `merged`, they do in the order of their names, whatever the order of the dict: `jax.jit` would sort it anyway.
 
@@ -16,10 +16,10 @@ list of edges as in `merged`, they do in the order of their names, whatever the 
 """
 
 from jaxmodel.layers.connect.full import Full
-from jaxmodel.layers.connect.groups import Groups, edge_name, weight_names
+from jaxmodel.layers.connect.groups import Groups
 from jaxmodel.layers.connect.products import Bilinear, Factorised
 from jaxmodel.layers.connect.shared import Shared, merged
-from jaxmodel.layers.connect.sparse import BlockLinear, block_columns, settle_blocks
+from jaxmodel.layers.connect.sparse import BlockLinear, settle_blocks
 
 __all__ = [
     "Bilinear",
@@ -28,9 +28,6 @@ __all__ = [
     "Full",
     "Groups",
     "Shared",
-    "block_columns",
-    "edge_name",
     "merged",
     "settle_blocks",
-    "weight_names",
 ]

@@ -14,6 +14,8 @@ from jaxmodel.errors import InputError
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import Initializer
 from jaxmodel.leaves import decode
+from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
+from jaxmodel.ops.norms import on_last
 
 fan_in: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
 """Of weights `[out, in]` whose results should be as large as their inputs (LeCun et al., 1998)."""
@@ -29,9 +31,10 @@ class Full(nn.Module):
       initializer: of the weight.
 
     >>> import jax, jax.numpy as jnp
+    >>> from jaxmodel.ops.edges import edge_sum
     >>> x, module = jnp.ones((2, 3)), Full(4, ops.Policy())
     >>> params = jax.jit(module.init)(jax.random.key(0), x)["params"]
-    >>> listed = jax.jit(lambda params: ops.edge_sum(x, module.edges(params)))
+    >>> listed = jax.jit(lambda params: edge_sum(x, module.edges(params)))
     >>> bool(jnp.allclose(module.apply({"params": params}, x), listed(params), atol=1e-6))
     True
     """
@@ -46,16 +49,16 @@ class Full(nn.Module):
         y = ops.einsum("BN,DN->BD", x, leaf(self, "weight", self.initializer, (self.width, x.shape[-1])), self.policy)
         return add_bias(self, y) if self.bias else y
 
-    def edges(self, params: tree.Params) -> ops.Edges:
+    def edges(self, params: tree.Params) -> Edges:
         """The same connections as a list."""
         weight = decode(params["weight"])
-        bias = [ops.EdgeBlock(params["weight_bias"])] if "weight_bias" in params else []
-        return ops.edges_of([ops.EdgeBlock(weight, (0,)), *bias], weight.shape[1], weight.shape[0])
+        bias = [EdgeBlock(params["weight_bias"])] if "weight_bias" in params else []
+        return edges_of([EdgeBlock(weight, (0,)), *bias], weight.shape[1], weight.shape[0])
 
 
 def add_bias(module: nn.Module, y: Float[Array, "B D"], name: str = "weight_bias") -> Float[Array, "B D"]:
     """`y` plus the module's leaf of this name, which starts at zero."""
-    return y + ops.on_last(leaf(module, name, nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+    return y + on_last(leaf(module, name, nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
 
 
 def by_name(branches: Any) -> dict[str, Array]:

@@ -15,6 +15,7 @@ from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers.connect.full import add_bias, by_name, fan_in, starts
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.leaves import decode
+from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 
 type Pattern = tuple[tuple[str, str], ...]
 """Edges, (group of inputs, group of outputs)."""
@@ -79,7 +80,7 @@ class Groups(nn.Module):
             out[target] = y
         return {target: add_bias(self, out[target], f"{target}_bias") for target, _ in self.widths}
 
-    def edges(self, params: tree.Params) -> ops.Edges:
+    def edges(self, params: tree.Params) -> Edges:
         """The same connections as a list, from the features of all groups of inputs to those of all groups of outputs."""
         weights, factors = self._weights(params), params.get("importance")
         if factors is not None:
@@ -90,14 +91,14 @@ class Groups(nn.Module):
         begins = starts(n for _, n in groups)
         blocks = []
         for (group, _), target in zip(groups, begins, strict=False):
-            blocks.append(ops.EdgeBlock(params[f"{group}_bias"], (), target))
+            blocks.append(EdgeBlock(params[f"{group}_bias"], (), target))
             into = [edge for edge in self.pattern if edge[1] == group]
             if self.combine == "product":
                 runs = tuple(first[source] for source, _ in into)
-                blocks.append(ops.EdgeBlock(functools.reduce(_outer, [weights[edge] for edge in into]), runs, target))
+                blocks.append(EdgeBlock(functools.reduce(_outer, [weights[edge] for edge in into]), runs, target))
             else:
-                blocks += [ops.EdgeBlock(weights[edge], (first[edge[0]],), target) for edge in into]
-        return ops.edges_of(blocks, sum(width.values()), begins[-1])
+                blocks += [EdgeBlock(weights[edge], (first[edge[0]],), target) for edge in into]
+        return edges_of(blocks, sum(width.values()), begins[-1])
 
     def importances(self, params: tree.Params) -> dict[str, float]:
         """How much each edge counts, as a share of all: `|importance| * norm(W)`, summing to 1.

@@ -14,6 +14,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.layers.connect.full import by_name, fan_in, starts
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.leaves import decode
+from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 
 
 class Bilinear(nn.Module):
@@ -41,11 +42,11 @@ class Bilinear(nn.Module):
         met = ops.einsum("BJ,(DI)J->BDI", z, pairs, self.policy, I=n)
         return jnp.sum(met.astype(jnp.float32) * x[:, None].astype(jnp.float32), axis=-1).astype(met.dtype)
 
-    def edges(self, params: tree.Params) -> ops.Edges:
+    def edges(self, params: tree.Params) -> Edges:
         """The same connections as a list, of the features of x and behind them those of z."""
         pairs = decode(params["pairs"]).reshape(self.width, -1, params["pairs"].shape[-1])
         n = pairs.shape[1]
-        return ops.edges_of([ops.EdgeBlock(pairs, (0, n))], n + pairs.shape[2], self.width)
+        return edges_of([EdgeBlock(pairs, (0, n))], n + pairs.shape[2], self.width)
 
 
 class Factorised(nn.Module):
@@ -84,13 +85,13 @@ class Factorised(nn.Module):
         assert met is not None
         return ops.einsum("BR,DR->BD", met, leaf(self, "out", fan_in, (self.width, met.shape[-1])), self.policy)
 
-    def edges(self, params: tree.Params) -> ops.Edges:
+    def edges(self, params: tree.Params) -> Edges:
         """The same connections as a list: an edge for each pair of features of two branches and each output."""
         factors = {name: decode(leaf) for name, leaf in sorted(params.items()) if name != "out"}
         first = dict(zip(factors, starts(f.shape[1] for f in factors.values()), strict=False))
         out = decode(params["out"])
         blocks = [
-            ops.EdgeBlock(jnp.einsum("dr,ri,rj->dij", out, factors[b], factors[c], precision="highest"), (first[b], first[c]))
+            EdgeBlock(jnp.einsum("dr,ri,rj->dij", out, factors[b], factors[c], precision="highest"), (first[b], first[c]))
             for b, c in itertools.combinations(factors, 2)
         ]
-        return ops.edges_of(blocks, sum(f.shape[1] for f in factors.values()), out.shape[0])
+        return edges_of(blocks, sum(f.shape[1] for f in factors.values()), out.shape[0])

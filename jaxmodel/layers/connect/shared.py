@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxmodel import ops, tree
+from jaxmodel import tree
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers.connect.full import Full, by_name
+from jaxmodel.ops.edges import Edges
 
 MERGES = ("concat", "sum", "mean", "max")
 
@@ -25,6 +26,7 @@ class Shared(nn.Module):
         `extractor`.
 
     >>> import jax
+    >>> from jaxmodel import ops
     >>> two, module = {"left": jnp.ones((2, 3)), "right": jnp.zeros((2, 3))}, Shared(Full(4, ops.Policy()))
     >>> features, variables = jax.jit(module.init_with_output)(jax.random.key(0), two)
     >>> tree.count(variables["params"]), merged(features, "max").shape
@@ -40,7 +42,7 @@ class Shared(nn.Module):
             raise InputError(f"branches: {sizes} features given; a shared extractor needs as many in each")
         return {name: self.extractor(x) for name, x in xs.items()}
 
-    def edges(self, params: tree.Params, count: int) -> ops.Edges:
+    def edges(self, params: tree.Params, count: int) -> Edges:
         """The connections of `count` inputs through a `Full` extractor as a list: those of one, repeated with their weights.
 
         Their results stand behind each other, as `merged` by "concat" has them.

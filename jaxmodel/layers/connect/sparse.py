@@ -17,6 +17,7 @@ from jaxmodel.layers.connect.full import add_bias
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.leaves import BlockSparse, decode
 from jaxmodel.leaves.block_sparse import largest
+from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 
 
 class BlockLinear(nn.Module):
@@ -74,7 +75,7 @@ class BlockLinear(nn.Module):
         # shifted by the layer, so that blocks of several layers meet other inputs and yet their layers can be scanned
         return add_bias(self, ops.blocks(x, kept, (places + jnp.int32(layer)) % columns, self.policy))
 
-    def edges(self, params: tree.Params, layer: int = 0, features: int | None = None) -> ops.Edges:
+    def edges(self, params: tree.Params, layer: int = 0, features: int | None = None) -> Edges:
         """The connections that are there as a list.
 
         Args:
@@ -86,10 +87,10 @@ class BlockLinear(nn.Module):
         height, width = self.block
         tiles = weight.reshape(keep.shape[0], height, keep.shape[1], width)
         blocks = [
-            ops.EdgeBlock(tiles[row, :, column], (int(column) * width,), int(row) * height)
+            EdgeBlock(tiles[row, :, column], (int(column) * width,), int(row) * height)
             for row, column in np.argwhere(np.asarray(keep))
         ]
-        return ops.edges_of([*blocks, ops.EdgeBlock(params["weight_bias"])], weight.shape[1], self.width)
+        return edges_of([*blocks, EdgeBlock(params["weight_bias"])], weight.shape[1], self.width)
 
 
 def check_blocks(out: int, n: int, block: tuple[int, int], kept: int) -> None:

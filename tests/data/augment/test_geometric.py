@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from jaxmodel.data import augment
 from jaxmodel.data.augment.affine import affine, linear_map
+from jaxmodel.data.augment.geometric import HorizontalFlip, RandomResizedCrop, Translate, VerticalFlip
 
 
 def changed(made: augment.Augmentation, pixels: np.ndarray) -> np.ndarray:
@@ -76,7 +77,7 @@ def test_members_draw_within_their_settings() -> None:
     # and evenly: the centre of mass of a dot says where it went
     pixels = np.zeros((500, 21, 21, 1), np.float32)
     pixels[:, 10, 10] = 1
-    out = changed(augment.Translate(0.2), pixels)[..., 0]
+    out = changed(Translate(0.2), pixels)[..., 0]
     place = np.arange(21) - 10.0
     for moved in ((out * place[:, None]).sum((1, 2)), (out * place).sum((1, 2))):
         assert moved.min() < -3.9 and moved.max() > 3.9 and abs(moved).max() < 4.21 and abs(moved.mean()) < 0.4
@@ -93,7 +94,7 @@ def test_all_in_one_sampling() -> None:
 
 def test_flips() -> None:
     pixels = np.random.default_rng(3).random((300, 3, 4, 1), np.float32)
-    for made, flipped in [(augment.HorizontalFlip(), pixels[:, :, ::-1]), (augment.VerticalFlip(0.5), pixels[:, ::-1])]:
+    for made, flipped in [(HorizontalFlip(), pixels[:, :, ::-1]), (VerticalFlip(0.5), pixels[:, ::-1])]:
         out = changed(made, pixels)
         turned = (out == flipped).all((1, 2, 3))
         assert (turned ^ (out == pixels).all((1, 2, 3))).all() and abs(turned.mean() - 0.5) < 0.12
@@ -112,7 +113,7 @@ def test_random_resized_crop_takes_what_it_says() -> None:
     rows, sides = 400, (20, 30)
     y, x = np.meshgrid(np.arange(20), np.arange(30), indexing="ij")
     ramps = np.tile(np.stack([y / 20, x / 30, x * 0], axis=-1).astype(np.float32), (rows, 1, 1, 1))
-    made = augment.RandomResizedCrop((0.1, 0.4), (0.5, 2.0))
+    made = RandomResizedCrop((0.1, 0.4), (0.5, 2.0))
     out = changed(made, ramps).astype(np.float64)
     # an image of its own coordinates tells where each part began and how long it was
     size = np.stack([(out[:, 12, 0, 0] - out[:, 7, 0, 0]) / 5 * 20, (out[:, 0, 17, 1] - out[:, 0, 12, 1]) / 5 * 30], axis=-1)

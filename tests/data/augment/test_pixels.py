@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from jaxmodel.data import augment
 from jaxmodel.data.augment import pixels as values
+from jaxmodel.data.augment.colour import Brightness, ColourJitter, Hue, Posterize, Solarize
 
 RNG = np.random.default_rng(0)
 ROWS, Y, X = 4, 21, 26
@@ -114,17 +115,17 @@ def test_blur_equals_scipy() -> None:
 
 def test_members_draw_their_settings_for_each_row() -> None:
     grey = np.full((400, 1, 1, 3), 0.5, np.float32)
-    factor = changed(augment.Brightness(0.4), grey)[:, 0, 0, 0] / 0.5
+    factor = changed(Brightness(0.4), grey)[:, 0, 0, 0] / 0.5
     assert 0.6 < factor.min() < 0.62 and 1.38 < factor.max() < 1.4 and abs(factor.mean() - 1) < 0.04
     red = np.tile(np.array([1, 0, 0], np.float32), (400, 1, 1, 1))
-    out = changed(augment.Hue(0.1), red)[:, 0, 0]
+    out = changed(Hue(0.1), red)[:, 0, 0]
     turn = out[:, 1] / 6 - out[:, 2] / 6
     assert -0.1 < turn.min() < -0.095 and 0.095 < turn.max() < 0.1 and abs(turn.mean()) < 0.01
-    jitter = changed(augment.ColourJitter(0, 0, 0, 0.1), red)
+    jitter = changed(ColourJitter(0, 0, 0, 0.1), red)
     assert len(np.unique(jitter[:, 0, 0, 1])) > 150
-    made = changed(augment.Posterize(3), grey)
+    made = changed(Posterize(3), grey)
     assert np.allclose(made, 128 / 255)
-    assert np.allclose(changed(augment.Solarize(0.5), grey * 1.2), 0.4)
+    assert np.allclose(changed(Solarize(0.5), grey * 1.2), 0.4)
 
 
 def test_noise() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxmodel.data import augment
+from jaxmodel.data.augment.text import LocalShuffle, SentenceShuffle, TokenDropout
 
 SEGMENTS = [7, 1, 12, 0, 4]  # lengths; 0 tokens of padding between the last two, then padding
 
@@ -36,7 +37,7 @@ def near(found: float, wanted: float, deviation: float) -> bool:
 
 def test_token_dropout() -> None:
     batch = packed(400)
-    out = run(augment.TokenDropout(7, 0.3), batch)
+    out = run(TokenDropout(7, 0.3), batch)
     dropped, real = out["tokens"] == 7, batch["segments"] > 0
     assert np.array_equal(out["tokens"][~dropped], batch["tokens"][~dropped]) and not (dropped & ~real).any()
     assert near(dropped[real].mean(), 0.3, (0.21 / real.sum()) ** 0.5)
@@ -143,7 +144,7 @@ def test_spans_of_short_texts_lie_anywhere() -> None:
 
 def test_local_shuffle() -> None:
     batch = packed(200)
-    out = run(augment.LocalShuffle(3), batch)
+    out = run(LocalShuffle(3), batch)
     assert np.array_equal(out["segments"], batch["segments"])
     moved = out["tokens"] - batch["tokens"]
     assert np.abs(moved).max() == 3 and (moved != 0)[batch["segments"] == 3].mean() > 0.4
@@ -155,7 +156,7 @@ def test_sentence_shuffle() -> None:
     stop = 55
     batch["tokens"][:, [2, 4, 9, 13, 14]] = stop  # three sentences in the first text, four in the third: one is a stop alone
     batch["tokens"][:, 25] = stop  # padding has no sentences
-    out = run(augment.SentenceShuffle(stop), batch)
+    out = run(SentenceShuffle(stop), batch)
     check_segments(out, batch)
     orders = Counter()
     for row, before in zip(out["tokens"].tolist(), batch["tokens"].tolist(), strict=True):
