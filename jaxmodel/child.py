@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel.errors import InputError
+from jaxmodel.limits import limits, way
 
 _living: list[Child] = []
 
@@ -88,8 +89,6 @@ def _end() -> None:
 
 READER = Child(Path(__file__).with_name("child_reader.py"))
 """In which files are read for the first time that a library could stumble over; see `tried`."""
-SECONDS, MEMORY = 20.0, 2 * 2**30
-"""Of such a trial, for every 256 MiB of a file: to be set to others where one needs more."""
 
 
 def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
@@ -102,12 +101,12 @@ def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
       **more: what else that function takes.
 
     Raises:
-      InputError: it could not be read there, or took more than `SECONDS` or `MEMORY`.
+      InputError: it could not be read there, or took more than `limits` say.
     """
-    seconds = SECONDS * max(os.path.getsize(path) / 2**28, 1)
-    said = READER.ask([kind, str(path), more], seconds, MEMORY)
+    seconds, memory = limits().file_seconds * max(os.path.getsize(path) / 2**28, 1), int(limits().file_memory)
+    said = READER.ask([kind, str(path), more], seconds, memory)
     if said is None:
-        limits = f"{seconds:g} seconds and {MEMORY / 2**30:g} GiB, which jaxmodel.child.SECONDS and MEMORY set"
-        raise InputError(f"{what}: reading it crashes, or takes more than {limits}")
+        most = f"{seconds:g} seconds and {memory / 2**30:g} GiB ({way('file_seconds')})"
+        raise InputError(f"{what}: reading it crashes, or takes more than {most}")
     if said:
         raise InputError(f"{what}: {' '.join(said.split())[:500]}")

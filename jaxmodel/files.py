@@ -34,7 +34,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     return open(handle, "rb")
 
 
-def read_bytes(path: str | Path, limit: int) -> bytes:
+def read_bytes(path: str | Path, limit: float) -> bytes:
     """All of a regular file.
 
     Args:

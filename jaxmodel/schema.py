@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.files import read_bytes
+from jaxmodel.limits import limits
 
-MOST_BYTES = 2**26
 DEEPEST = 100
 MOST_OBJECTS = 2**23  # each takes 20 times the memory that it takes in the file
 _LONE = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps a half of a pair of surrogates
@@ -68,7 +68,7 @@ def read(path: Path, kind: Any = dict[str, Any], missing: bool = False) -> Any:
     if missing and not path.exists():
         return make({}, kind, str(path))
     try:
-        raw = read_bytes(path, MOST_BYTES)
+        raw = read_bytes(path, limits().json_bytes)
     except FileNotFoundError:
         raise InputError(f"{path.parent}: the file {path.name!r} is missing") from None
     except OSError as error:

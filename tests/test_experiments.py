@@ -70,6 +70,7 @@ def test_results_name_only_experiments_that_are_there():
 
 
 def test_rows_are_what_the_design_asks_for():
+    from jaxmodel.report.json_out import rows
 
     row = json.loads(json.dumps(rows([("a", 1, "x", ">= 2")], 1.0, {})))["rows"][0]
     assert set(row) == {"name", "value", "unit", "goal", "met"}

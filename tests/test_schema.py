@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from jaxmodel import schema
+from jaxmodel import limits, schema
 from jaxmodel.errors import InputError
 from jaxmodel.schema import Count, Positive
 
@@ -122,6 +121,6 @@ def test_only_regular_files_of_a_limited_size(tmp_path: Path, monkeypatch: pytes
     for special in (pipe, Path("/dev/zero"), Path("/proc/self/environ"), tmp_path):
         with pytest.raises(InputError, match="no regular file"):
             schema.read(special)
-    monkeypatch.setattr(schema, "MOST_BYTES", 7)
+    monkeypatch.setattr(limits, "_now", limits.Limits(json_bytes=7))
     with pytest.raises(InputError, match="larger than 7 bytes"):
         schema.read(file)

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxmodel import files, schema
+from jaxmodel import files
 from jaxmodel.data.files import is_remote
 from jaxmodel.errors import InputError
 from jaxmodel.files import atomic_write
+from jaxmodel.limits import limits
 
 READERS = 8  # files that are digested at a time
 
@@ -92,7 +93,7 @@ def digest(file: Any) -> str:
 
 def read(file: Any) -> bytes:
     """All of a file of a limited size."""
-    return file.read_bytes() if is_remote(str(file)) else files.read_bytes(str(file), schema.MOST_BYTES)
+    return file.read_bytes() if is_remote(str(file)) else files.read_bytes(str(file), limits().json_bytes)
 
 
 def write(file: Any, text: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxmodel import data, hub
 from jaxmodel.cli.options import Train
@@ -37,6 +38,8 @@ class Corpus(NamedTuple):
     """Of each text: its name, digest, documents and tokens."""
     labels: tuple[str, ...] | None = None
     """Names of the classes, where rows have labels."""
+    prompt: str = "The "
+    """What the sample at the end of the run goes on from, if nobody says another."""
 
 
 def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
@@ -90,7 +93,8 @@ def load_answers(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
         judged = None if options.heldout is None else read(options.heldout)
     if judged is None and len(rows) >= LEAST_TO_SPLIT:
         rows, judged = map(rows.only, data.split(len(rows), (0.9, 0.1)))
-    return _opened(options, tokenizer, rows, judged, rows.tokens)
+    opened = _opened(options, tokenizer, rows, judged, rows.tokens)
+    return opened._replace(prompt=_question(tokenizer, rows if judged is None else judged))
 
 
 def load_labelled(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
@@ -104,6 +108,13 @@ def load_labelled(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
         parts = data.split(len(rows["labels"]), (0.9, 0.1), labels=rows["labels"])
         rows, judged = ({name: a[part] for name, a in rows.items()} for part in parts)
     return _opened(options, tokenizer, rows, judged, int(rows["mask"].sum()))._replace(labels=names)
+
+
+def _question(tokenizer: hub.Tokenizer, rows: Any) -> str:
+    """What stands in front of the first answer of the first row."""
+    first = rows.take(np.array([0]))
+    end = int(np.argmax(first["weights"][0] > 0)) + 1
+    return tokenizer.decode(first["tokens"][0, :end], skip_special=False)
 
 
 def _opened(options: Train, tokenizer: hub.Tokenizer, rows: Any, judged: Any, tokens: int) -> Corpus:

@@ -18,8 +18,7 @@ from jaxmodel.cli.options import Demo, defaults
 from jaxmodel.errors import InputError, require
 from jaxmodel.evaluate.compare import COLUMNS
 from jaxmodel.progress import step
-from jaxmodel.report import html, plot
-from jaxmodel.report import training as page
+from jaxmodel.report import html, plot, training as page
 from jaxmodel.report.table import number, rate, size
 
 _OTHER_WINDOWS = "made smaller, on other windows of the held-out text than the loss in training is of"

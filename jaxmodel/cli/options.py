@@ -285,8 +285,9 @@ class Train(Common, TrainOptions):
     tensorboard: bool = False
     """Write the rows for TensorBoard too. MLflow gets them where the environment variable MLFLOW_TRACKING_URI names a place, such
     as sqlite:///runs.db."""
-    sample: Annotated[str, arg(metavar="TEXT")] = "The "
-    """Prompt of the sample that the trained model writes at the end."""
+    sample: Annotated[str | None, arg(metavar="TEXT")] = None
+    """Prompt of the sample that the trained model writes at the end. The default is the first held-out question of chats and of
+    prompts with completions, and "The " of texts."""
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:

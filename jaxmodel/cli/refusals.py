@@ -9,11 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxmodel import adapt
 from jaxmodel.cli.options import Train
 from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.files import check_writable
-from jaxmodel.hub.bundle import check_target
 
 _TARGETS = "q|k|v|o|gate|up|down"
 _OF_NEW = ("vocab", "width", "depth", "heads")
@@ -26,6 +24,7 @@ def check(options: Train) -> None:
       InputError: says which option it is.
     """
     from jaxmodel import data, sharding
+    from jaxmodel.hub.bundle import check_target
 
     default = {field.name: field.default for field in dataclasses.fields(Train)}
     given = {name for name, value in default.items() if getattr(options, name) != value}
@@ -60,7 +59,7 @@ def check(options: Train) -> None:
     for name, usual, axis in (("exchange", "exact", "data"), ("microbatches", 0, "pipeline"), ("pipeline", "gpipe", "pipeline")):
         if getattr(options, name) != usual and axis not in cut and "JAX_NUM_PROCESSES" not in os.environ:
             raise InputError(f"--{name}: {getattr(options, name)} given without an axis {axis} in --mesh, so it does nothing")
-    if not options.sample:
+    if options.sample is not None and not options.sample:
         raise InputError("--sample: '' given; allowed: at least one token")
     lora(options)
     config(options)
@@ -106,7 +105,6 @@ def lora(options: Train) -> Any:
     Raises:
       InputError: a setting that is not known, or adapters without a model to begin with.
     """
-
     if options.lora is None:
         return None
     if not options.model:
@@ -125,6 +123,8 @@ def lora(options: Train) -> Any:
     targets = found.pop("targets", _TARGETS)
     if not re.fullmatch(r"\w+(\|\w+)*", targets):
         raise InputError(f"--lora: targets={targets!r} given; allowed: names of matrices, such as q|v")
+    from jaxmodel import adapt
+
     one = adapt.LoRA(found.pop("r", 8), **found)
     return ((f"(.*/)?blocks/.*/(attn|mlp)/({targets})", one), (".*", None))
 

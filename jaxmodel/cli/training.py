@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxmodel import adapt, checkpoint, distributed, losses
+import jaxmodel
 from jaxmodel.cli.options import Replay, Train, defaults
 from jaxmodel.errors import InputError
-from jaxmodel.hub.bundle import check_target
 from jaxmodel.progress import step
 from jaxmodel.report.json_out import to_plain
 
@@ -73,8 +72,8 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         start = checkpoints.latest() or 0  # asked by all processes, answered by the first
         if writer is not None:
             writer.rewind(start)
-        ledger = distributed.Ledger(folder.path("ledger.jsonl"), began=distributed.process_began())
-        supervisor = distributed.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
+        ledger = jaxmodel.distributed.Ledger(folder.path("ledger.jsonl"), began=jaxmodel.distributed.process_began())
+        supervisor = jaxmodel.distributed.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
         state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
         supervisor.close()
         problem = _unsaved(checkpoints)
@@ -90,7 +89,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         "data": job.corpus.described,
         "steps": done,
         "stopped": done < options.steps and not early,
-        "fingerprint": checkpoint.fingerprint(state) if jax.process_count() == 1 else None,
+        "fingerprint": jaxmodel.checkpoint.fingerprint(state) if jax.process_count() == 1 else None,
         "ledger": ledger.summary(),
         "problem": problem,
     }
@@ -115,9 +114,9 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
             else:
                 hub.save_adapters(bundle, out, base=options.model)
         if jax.process_count() == 1 and job.labels is None:
-            room = options.context - len(job.corpus.tokenizer.encode(options.sample))
-            result["sample"] = options.sample + generate(
-                bundle, options.sample, max_new_tokens=min(64, room), temperature=0.8, seed=options.seed
+            room = options.context - len(job.corpus.tokenizer.encode(job.prompt))
+            result["sample"] = job.prompt + generate(
+                bundle, job.prompt, max_new_tokens=min(64, room), temperature=0.8, seed=options.seed
             )
         result["out"] = out
     result["seconds"] = time.perf_counter() - began
@@ -171,7 +170,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
     if again.processes > 1:  # here they are devices of one
         again = dataclasses.replace(again, mesh=again.mesh or "data=*")
     job = _Job(again, folder)
-    supervisor = distributed.Supervisor(stop=lambda step: step >= options.step)
+    supervisor = jaxmodel.distributed.Supervisor(stop=lambda step: step >= options.step)
     with job.checkpoints(before.folder, read_only=True, at_most=options.step - 1) as checkpoints:
         start = checkpoints.latest() or 0
         state, history = job.fit([lambda row: folder.log(**row)], checkpoints, supervisor)
@@ -190,7 +189,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
         "grad_norm": row["grad_norm"],
         "written": None if written is None else {name: written.get(name) for name in ("loss", "grad_norm")},
         "same": same,
-        "fingerprint": checkpoint.fingerprint(state),
+        "fingerprint": jaxmodel.checkpoint.fingerprint(state),
     }
 
 
@@ -225,12 +224,14 @@ class _Job:
 
         from jaxmodel import hub, tree
         from jaxmodel.cli import corpus, refusals, resolved
+        from jaxmodel.hub.bundle import check_target
         from jaxmodel.ops import MESH_AXES
         from jaxmodel.train.placing import check_rows
 
         self.lora = refusals.lora(options)
         if jax.process_index() == 0:
-            check_target(options.out or folder.path("bundle"), "config.json" if self.lora is None else "adapter_config.json")
+            kept = "config.json" if self.lora is None else "adapter_config.json"
+            check_target(options.out or folder.path("bundle"), kept)
         self.folder, self.place = folder, options.checkpoints
         self.mesh, self.augment, self.settings = _mesh(options), _augment(options), refusals.config(options)
         begun, model, self.params, kind = None, _new(options, options.vocab), None, corpus.kind(options)
@@ -247,9 +248,8 @@ class _Job:
             model, self.params = begun.model.with_policy(_policy(options)), begun.params
             self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
             if self.lora is not None:
-                refusals.targets(options, begun.params)
-                model, self.params = adapt.lora(model, begun.params, self.lora, key)
-                self.settings = dataclasses.replace(self.settings, trainable=adapt.ADAPTERS)
+                model, self.params = jaxmodel.adapt.lora(model, begun.params, self.lora, key)
+                self.settings = dataclasses.replace(self.settings, trainable=jaxmodel.adapt.ADAPTERS)
                 if jax.process_index() == 0 and "targets" not in (options.lora or ""):
                     _say_without(self.params)
             if kind != "label":
@@ -258,12 +258,13 @@ class _Job:
         self.corpus = read(options, None if begun is None else hub.need_processor(begun))
         self.labels = self.corpus.labels
         if self.labels is not None and begun is not None:
-            model, self.params = adapt.replace_head(begun.model, begun.params, self.labels, key)
+            model, self.params = jaxmodel.adapt.replace_head(begun.model, begun.params, self.labels, key)
             model = model.with_policy(_policy(options))
-        prompt = self.corpus.tokenizer.encode(options.sample)
+        self.prompt = self.corpus.prompt if options.sample is None else options.sample
+        prompt = self.corpus.tokenizer.encode(self.prompt)
         if self.labels is None and not 1 <= len(prompt) < options.context:
             raise InputError(
-                f"--sample: {options.sample!r} given; allowed: at least one token and fewer than the context of {options.context}"
+                f"--sample: {self.prompt!r} given; allowed: at least one token and fewer than the context of {options.context}"
             )
         if begun is None:
             model = _new(options, self.corpus.tokenizer.vocab_size)
@@ -284,7 +285,8 @@ class _Job:
 
         place = self.place or (run or self.shared) / CHECKPOINTS
         changed = report.read_run(self.shared).config.get("changed", ())  # by `resume` with options
-        return checkpoint.Checkpoints(place, keep=checkpoint.Keep(last=3), allow_changes=changed, **options)
+        keep = jaxmodel.checkpoint.Keep(last=3)
+        return jaxmodel.checkpoint.Checkpoints(place, keep=keep, allow_changes=changed, **options)
 
     @property
     def shared(self) -> Path:
@@ -305,7 +307,7 @@ class _Job:
             callbacks,
             params=self.params,
             heldout=self.corpus.heldout,
-            loss=None if self.labels is None else losses.classification,
+            loss=None if self.labels is None else jaxmodel.losses.classification,
             mesh=self.mesh,
             augment=self.augment,
             checkpoints=checkpoints,
@@ -362,7 +364,7 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
     )
     if odd := [link for link in getattr(augment, "links", ()) if getattr(link, "token", 0) >= vocab]:
         raise InputError(f"--augment: {odd[0]} given; allowed: tokens of the vocabulary, 0 to {vocab - 1}")
-    train.Program(model, config, loss=losses.next_token, mesh=_mesh(options), augment=augment).rehearse(batch, params)
+    train.Program(model, config, loss=jaxmodel.losses.next_token, mesh=_mesh(options), augment=augment).rehearse(batch, params)
 
 
 def _begun(options: Train, kind: str | None) -> Any:
@@ -372,20 +374,35 @@ def _begun(options: Train, kind: str | None) -> Any:
       InputError: a model that does not continue texts, or, of rows with labels, reads none; or whose context is shorter than the
         rows.
     """
-    from jaxmodel import hub
+    from jaxmodel import hub, ops, schema
+    from jaxmodel.hub import foreign
+    from jaxmodel.hub.bundle import read_config
 
-    name = options.model
-    assert name is not None
-    bundle = hub.from_pretrained(name)
-    reads = list(bundle.model.inputs(1, 1)) == ["tokens"]
-    if not bundle.model.continues and not (kind == "label" and reads):
-        rows = ", or rows with 'text' and 'label' as --data" if reads else ""
-        raise InputError(f"--model: {name!r} does not continue texts; allowed: a decoder, such as smollm2-135m{rows}")
-    if options.context > (most := bundle.model.config.context):
-        raise InputError(f"--context: {options.context} given; allowed: at most the {most} of {name!r}")
-    if options.lora is not None and not bundle.model.continues:
-        raise InputError("--lora: given for rows with labels, whose new head would not be among the adapters; allowed: without")
+    assert options.model is not None
+    told = Path(options.model, "config.json")
+    if told.is_file() and schema.read(told).get("model_type") != foreign.KIND:  # before the weights are read
+        family, config, _ = read_config(told.parent)
+        _check_begun(options, kind, family.model(config, ops.Policy()))
+    bundle = hub.from_pretrained(options.model)
+    _check_begun(options, kind, bundle.model)
     return bundle
+
+
+def _check_begun(options: Train, kind: str | None, model: jaxmodel.Model) -> None:
+    import jax
+
+    from jaxmodel.cli import refusals
+
+    reads = list(model.inputs(1, 1)) == ["tokens"]
+    if not model.continues and not (kind == "label" and reads):
+        rows = ", or rows with 'text' and 'label' as --data" if reads else ""
+        raise InputError(f"--model: {options.model!r} does not continue texts; allowed: a decoder, such as smollm2-135m{rows}")
+    if options.context > (most := model.config.context):
+        raise InputError(f"--context: {options.context} given; allowed: at most the {most} of {options.model!r}")
+    if options.lora is not None and not model.continues:
+        raise InputError("--lora: given for rows with labels, whose new head would not be among the adapters; allowed: without")
+    if options.lora is not None:
+        refusals.targets(options, jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def _say_without(params: Any) -> None:

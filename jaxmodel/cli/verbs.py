@@ -8,12 +8,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxmodel import adapt
 from jaxmodel.cli.options import Compress, Eval, Generate, Merge
-from jaxmodel.compress.apply import COLUMNS
-from jaxmodel.compress.recipe_file import SUFFIXES
 from jaxmodel.errors import InputError
-from jaxmodel.hub.bundle import check_target
+from jaxmodel.limits import limits
 from jaxmodel.progress import step
 from jaxmodel.report.table import console_for
 
@@ -144,7 +141,7 @@ def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
     if options.system is not None:
         is_file = len(options.system) < 4096 and "\n" not in options.system and Path(options.system).is_file()
         try:
-            said = read_bytes(options.system, schema.MOST_BYTES).decode().strip() if is_file else options.system
+            said = read_bytes(options.system, limits().json_bytes).decode().strip() if is_file else options.system
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--system: {options.system!r} cannot be read as UTF-8 text: {error}") from None
         messages.insert(0, {"role": "system", "content": said})
@@ -169,6 +166,7 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
 
     from jaxmodel import compress, hub
     from jaxmodel.cli import resolved
+    from jaxmodel.hub.bundle import check_target
 
     recipe = _recipe(options)
     check_target(options.out)
@@ -190,6 +188,7 @@ def _recipe(options: Compress) -> Any:
     from pathlib import Path
 
     from jaxmodel import compress
+    from jaxmodel.compress.recipe_file import SUFFIXES
 
     given = options.recipe
     in_file = given.lower().endswith(SUFFIXES) or Path(given, "jaxmodel.json").expanduser().is_file()
@@ -213,6 +212,7 @@ def _exception(rule: str) -> tuple[str, str]:
 
 def _show_compress(result: dict[str, Any], console: Any) -> None:
     from jaxmodel import report
+    from jaxmodel.compress.apply import COLUMNS
     from jaxmodel.report.table import size, text
 
     report.print_table(result["leaves"], COLUMNS, f"{result['recipe']} -> {text(result['out'])}", console)
@@ -226,8 +226,9 @@ def _show_compress(result: dict[str, Any], console: Any) -> None:
 
 
 def _merge(options: Merge, folder: Any) -> dict[str, Any]:
-    from jaxmodel import hub
+    from jaxmodel import adapt, hub
     from jaxmodel.cli import resolved
+    from jaxmodel.hub.bundle import check_target
 
     check_target(options.out)
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)

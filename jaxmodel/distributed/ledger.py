@@ -19,6 +19,7 @@ from typing import Any, TypedDict
 from jaxmodel import schema
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.files import open_own, read_bytes
+from jaxmodel.limits import limits
 
 CATEGORIES = ("start", "compile", "data", "compute", "evaluate", "checkpoint", "lost", "down", "other")
 """start: until the first batch is asked for. compute: the steps. other: what is none of these (writing rows, callbacks)."""
@@ -179,7 +180,7 @@ def _read(file: Path | None) -> list[dict[str, Any]]:
     if file is None or not file.exists():
         return []
     lines = []
-    for text in read_bytes(file, schema.MOST_BYTES).decode(errors="replace").splitlines():
+    for text in read_bytes(file, limits().json_bytes).decode(errors="replace").splitlines():
         with contextlib.suppress(InputError):
             lines.append(schema.make(schema.parse(text.encode(), str(file)), _Spent, str(file)))
     return lines

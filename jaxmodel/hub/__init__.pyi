@@ -1,8 +1,5 @@
-from .adapters import add_adapters as add_adapters
-from .adapters import save_adapters as save_adapters
-from .bundle import Bundle as Bundle
-from .bundle import need_processor as need_processor
+from .adapters import add_adapters as add_adapters, save_adapters as save_adapters
+from .bundle import Bundle as Bundle, need_processor as need_processor
 from .images import ImageProcessor as ImageProcessor
 from .pretrained import from_pretrained as from_pretrained
-from .tokenizer import Tokenizer as Tokenizer
-from .tokenizer import train_bpe as train_bpe
+from .tokenizer import Tokenizer as Tokenizer, train_bpe as train_bpe

@@ -7,7 +7,6 @@ and some patterns never end. What its steps can make of a text is computed from 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import math
 import string
@@ -19,29 +18,10 @@ from typing import Any
 
 import tokenizers
 
-from jaxmodel import child, schema
+from jaxmodel import child
 from jaxmodel.errors import InputError, border
 from jaxmodel.files import read_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a tokenizer may take.
-
-    Attributes:
-      seconds: for every 100,000 characters or ids of a call, and at least once. What is late is refused; the library itself
-        cannot be stopped, and ends its work in a thread of its own.
-      growth: the factor by which its steps may make a text longer.
-      characters: that the tokens of a text to be decoded may have.
-    """
-
-    seconds: float = 10.0
-    growth: float = 100.0
-    characters: int = 2**28
-
-
-LIMITS = Limits()
-"""To be set to others (`backends.LIMITS = backends.Limits(growth=1000)`) where a tokenizer needs more."""
+from jaxmodel.limits import limits, way
 
 _PER = 100_000
 _PROBES = [
@@ -54,11 +34,11 @@ def load(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.json.
 
     Raises:
-      InputError: it is none, or can take more than `LIMITS`.
+      InputError: it is none, or can take more than `limits` say.
     """
     what = f"folder: {str(path)!r} is not a tokenizer"
     with border(what):
-        text = read_bytes(path, schema.MOST_BYTES).decode("utf-8")
+        text = read_bytes(path, limits().json_bytes).decode("utf-8")
         child.tried("tokenizer", path, what, texts=_PROBES)
         made = tokenizers.Tokenizer.from_str(text)
         # Some folders carry the padding and truncation of their training run; neither belongs to the vocabulary.
@@ -80,10 +60,10 @@ def check(backend: tokenizers.Tokenizer, where: str) -> None:
         factors = {kind: growth(part) for kind, part in said.items()}
     text = factors.get("normalizer", 1.0) * factors.get("pre_tokenizer", 1.0)
     for kind, factor in (("normalizer", text), *((k, factors.get(k, 1.0)) for k in ("post_processor", "decoder"))):
-        if factor > LIMITS.growth:
+        if factor > limits().tokenizer_growth:
             raise InputError(
-                f"{where}: its {kind} can make a text {factor:.3g} times as long; allowed: {LIMITS.growth:g} times "
-                "(jaxmodel.hub.backends.LIMITS sets it)"
+                f"{where}: its {kind} can make a text {factor:.3g} times as long; allowed: {limits().tokenizer_growth:g} times "
+                f"({way('tokenizer_growth')})"
             )
 
 
@@ -124,7 +104,7 @@ def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool) -
     """The ids of texts.
 
     Raises:
-      InputError: one is not a string of valid Unicode, the tokenizer fails on one, or takes longer than `LIMITS`.
+      InputError: one is not a string of valid Unicode, the tokenizer fails on one, or takes longer than `limits` say.
     """
     size = sum(map(len, texts))
     work = lambda: [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=special)]
@@ -152,11 +132,12 @@ def decode(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool
     """The text of ids.
 
     Raises:
-      InputError: it would be longer than `LIMITS`, the tokenizer fails, or takes longer.
+      InputError: it would be longer than `limits` say, the tokenizer fails, or takes longer.
     """
     lengths = {i: len(backend.id_to_token(i) or "") for i in set(ids)}
-    if sum(lengths[i] for i in ids) > LIMITS.characters:
-        raise InputError(f"ids: their text has more than {LIMITS.characters:,} characters (jaxmodel.hub.backends.LIMITS sets it)")
+    if sum(lengths[i] for i in ids) > limits().tokenizer_characters:
+        most = f"{limits().tokenizer_characters:,.0f} characters ({way('tokenizer_characters')})"
+        raise InputError(f"ids: their text has more than {most}")
     # not `decode`, which lets no other thread of Python run
     work = lambda: backend.decode_batch([list(ids)], skip_special_tokens=skip_special)[0]
     return _in_time(work, len(ids), "the tokenizer cannot write them")
@@ -172,12 +153,12 @@ def _in_time[T](work: Callable[[], T], size: int, failed: str) -> T:
             said.append((False, error))
 
     what = "text" if failed.endswith("it") else "ids"
-    seconds = LIMITS.seconds * max(size / _PER, 1)
+    seconds = limits().tokenizer_seconds * max(size / _PER, 1)
     thread = threading.Thread(target=run, name="tokenizer", daemon=True)
     thread.start()
     thread.join(seconds)
     if not said:
-        raise InputError(f"{what}: {failed}: it takes more than {seconds:g} seconds (jaxmodel.hub.backends.LIMITS sets it)")
+        raise InputError(f"{what}: {failed}: it takes more than {seconds:g} seconds ({way('tokenizer_seconds')})")
     well, result = said[0]
     if well:
         return result

@@ -27,8 +27,7 @@ from safetensors.numpy import save_file
 from jaxmodel import axes, layers, schema, tree
 from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.errors import InputError, require
-from jaxmodel.hub import adapters, foreign, images, keys, meaning, schemas, vocabularies
-from jaxmodel.hub import tokenizer as tokenizers
+from jaxmodel.hub import adapters, foreign, images, keys, meaning, schemas, tokenizer as tokenizers, vocabularies
 from jaxmodel.hub.assemble import assemble, settle
 from jaxmodel.hub.families import OWN, family_of, family_of_kind
 from jaxmodel.hub.files import WEIGHTS, check_depth, check_target, count_tensors, open_folder, replacing

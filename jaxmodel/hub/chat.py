@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jaxmodel.child import Child
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.files import read_bytes
 from jaxmodel.hub.schemas import Templates
+from jaxmodel.limits import limits, way
 
 type Template = str | Mapping[str, str]
 """One template, or several by name."""
@@ -123,30 +123,16 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ where templates run
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a template may take.
-
-    Attributes:
-      seconds: for one chat.
-      memory: bytes of the process in which templates run, Python included.
-      characters: that it may write.
-    """
-
-    seconds: float = 10.0
-    memory: int = 2**30
-    characters: int = 2**24
-
-
-LIMITS = Limits()
-"""To be set to others before the first chat, where a template needs more."""
 _CHILD = Child(Path(__file__).with_name("chat_worker.py"))
 
 
 def _ask(template: str, variables: Mapping[str, Any], spans: bool) -> dict[str, Any]:
     """What the process in which templates run makes of one."""
+    limit = limits()
     try:
-        said = _CHILD.ask([template, dict(variables), LIMITS.characters, spans], LIMITS.seconds, LIMITS.memory)
+        asked = [template, dict(variables), int(limit.template_characters), spans]
+        said = _CHILD.ask(asked, limit.template_seconds, int(limit.template_memory))
     except InputError as error:
         raise InputError(f"messages: {error}") from None
-    return said or {"error": f"it took more than {LIMITS.seconds:g} seconds, or more memory than it may have"}
+    most = f"{limit.template_seconds:g} seconds, or more memory than it may have ({way('template_seconds')})"
+    return said or {"error": f"it took more than {most}"}

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxmodel.errors import InputError, require
+from jaxmodel.limits import limits, way
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of Pillow; others start programs (EPS), or are rare
-
-MOST_PIXELS = 2**26
-"""Of an image: a small file can claim any number. To be set to another where images are larger."""
 
 _MODES = {1: "L", 3: "RGB"}
 _said: set[str] = set()
@@ -37,15 +35,16 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
       `[Y, X]` or `[Y, X, channels]`: uint8, or uint16 where the file has more levels than 256.
 
     Raises:
-      InputError: it is no image of a kind that is read, is damaged, has more than `MOST_PIXELS`, or has numbers whose black and
-        white nobody says.
+      InputError: it is no image of a kind that is read, is damaged, has more pixels than `limits` say, or has numbers whose black
+        and white nobody says.
     """
     pillow, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
     try:
         opened = _open(pillow, file)
-        if math.prod(opened.size) > MOST_PIXELS or max(opened.size) > MOST_PIXELS // 2**9:  # a line takes memory, too
+        allowed = int(limits().pixels)  # a small file can claim any number
+        if math.prod(opened.size) > allowed or max(opened.size) > allowed // 2**9:  # a line takes memory, too
             size = " x ".join(f"{side:,}" for side in opened.size)
-            most = f"{MOST_PIXELS:,}, {MOST_PIXELS // 2**9:,} in a direction (jaxmodel.hub.decode.MOST_PIXELS sets it)"
+            most = f"{allowed:,}, {allowed // 2**9:,} in a direction ({way('pixels')})"
             raise InputError(f"{called} has {size} pixels; allowed: {most}")
         if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # in a JPEG others are previews
             _say("frames", f"{called} has {opened.n_frames} frames; of this and others the first is taken")

@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.hub import decode
 from jaxmodel.hub.schemas import Images, Processor
+from jaxmodel.limits import limits, way
 
 FILE = "preprocessor_config.json"
 _AT_ONCE = 2**22  # numbers of 64 bits that a piece of an image becomes while it is resized
@@ -211,13 +211,13 @@ def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -
       filter: "bilinear" or "bicubic".
 
     Raises:
-      InputError: it would have more than `decode.MOST_PIXELS`, or so many more or fewer a line that the work does.
+      InputError: it would have more pixels than `limits` say, or so many more or fewer a line that the work does.
     """
-    if max(math.prod(size), *(old * new for old, new in zip(image.shape, size, strict=False))) > decode.MOST_PIXELS:
+    if max(math.prod(size), *(old * new for old, new in zip(image.shape, size, strict=False))) > limits().pixels:
         old, new = (" x ".join(f"{side:,}" for side in sides[:2]) for sides in (image.shape, size))
         raise InputError(
-            f"images: {old} pixels would become {new}; allowed: {decode.MOST_PIXELS:,}, for old times new in a direction too "
-            "(jaxmodel.hub.decode.MOST_PIXELS sets it)"
+            f"images: {old} pixels would become {new}; allowed: {limits().pixels:,.0f}, for old times new in a direction too "
+            f"({way('pixels')})"
         )
     for axis, length in ((1, size[1]), (0, size[0])):
         if image.shape[axis] != length:

@@ -12,8 +12,7 @@ import jax
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError, nearest, require
-from jaxmodel.hub import meaning
-from jaxmodel.hub import tokenizer as tokenizers
+from jaxmodel.hub import meaning, tokenizer as tokenizers
 from jaxmodel.hub.adapters import add_adapters
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks

@@ -259,11 +259,18 @@ class Generation(TypedDict, total=False):
     pad_token_id: int | list[Index] | None  # -1 for none
 
 
+class TextEnds(Generation, total=False):
+    """Of the text's part of config.json, what ends a text."""
+
+    vocab_size: Count
+
+
 class Ends(TypedDict, total=False):
     """Of config.json, what ends a text."""
 
     eos_token_id: Ids
-    text_config: Generation | None
+    vocab_size: Count
+    text_config: TextEnds | None
 
 
 class Side(TypedDict, total=False):

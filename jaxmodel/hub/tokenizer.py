@@ -14,8 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError, border, unknown
-from jaxmodel.hub import backends, chat, vocabularies
-from jaxmodel.hub import images as image_files
+from jaxmodel.hub import backends, chat, images as image_files, vocabularies
 from jaxmodel.hub.schemas import Ends, Generation, Tokens
 from jaxmodel.report.shown import card
 
@@ -113,7 +112,7 @@ class Tokenizer:
           special: add what the tokenizer puts around a text (for instance a begin-of-text id).
 
         Raises:
-          InputError: not a string of valid Unicode, or work beyond `backends.LIMITS`.
+          InputError: not a string of valid Unicode, or work beyond what `limits` say.
         """
         return self.encode_batch([text], special)[0]
 
@@ -125,7 +124,7 @@ class Tokenizer:
         """The text of `ids`; bytes that are no whole character become U+FFFD, ids beyond the vocabulary nothing.
 
         Raises:
-          InputError: a negative id, or a text beyond `backends.LIMITS`.
+          InputError: a negative id, or a text beyond what `limits` say.
         """
         ids = [int(i) for i in ids]
         if min(ids, default=0) < 0:
@@ -208,7 +207,9 @@ def from_folder(folder: str | Path) -> Tokenizer:
     contents = own | {role: token for role in ROLES if (token := _content(config.get(role))) is not None}
     _add_tokens(backend, folder, config, set(contents.values()))
     ids = {role: backend.token_to_id(token) for role, token in contents.items()}
-    eos = [ids.get("eos_token"), *_ends(folder / "generation_config.json", Generation), *_ends(folder / "config.json", Ends)]
+    ends = [*_ends(folder / "generation_config.json", Generation), *_ends(folder / "config.json", Ends)]
+    rows = max(backend.get_vocab_size(), _rows(folder / "config.json"))
+    eos = [ids.get("eos_token"), *(i for i in ends if i < rows)]  # SigLIP's files repeat CLIP's end, which they have no row for
     template = chat.read(folder, config.get("chat_template"))
     pictures = image_files.from_folder(folder)
     return Tokenizer(backend, _distinct(eos), ids.get("bos_token"), ids.get("pad_token"), template, contents, pictures)
@@ -253,6 +254,12 @@ def _ends(path: Path, kind: Any) -> list[int]:
     hf = schema.read(path, kind, missing=True)
     several = [part.get("eos_token_id") for part in (hf, hf.get("text_config") or {})]
     return [i for one in several for i in (one if isinstance(one, list) else [one]) if i is not None]
+
+
+def _rows(path: Path) -> int:
+    """The rows of a model's table, 0 where config.json does not say."""
+    hf = schema.read(path, Ends, missing=True)
+    return max(int(part.get("vocab_size") or 0) for part in (hf, hf.get("text_config") or {}))
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:

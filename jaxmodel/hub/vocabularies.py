@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from jaxmodel import schema
 from jaxmodel.errors import InputError, border, unknown
 from jaxmodel.files import read_bytes
+from jaxmodel.limits import limits
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 FILES = ("tokenizer.json", *SENTENCEPIECE, "vocab.txt", "merges.txt")
@@ -68,7 +69,7 @@ def read_pieces(path: Path) -> Pieces:
     spec: dict[int, Any] = {}
     shape: dict[int, Any] = {}
     try:
-        for field, value in _fields(read_bytes(path, schema.MOST_BYTES)):
+        for field, value in _fields(read_bytes(path, limits().json_bytes)):
             if field == 1:
                 piece = dict(_fields(value))
                 tokens.append(piece[1].decode())
@@ -193,7 +194,7 @@ def _content(token: Any) -> str:
 
 def _bert(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     try:
-        words = read_bytes(path, schema.MOST_BYTES).decode().split("\n")
+        words = read_bytes(path, limits().json_bytes).decode().split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: no UTF-8 text: {error}") from None
     vocabulary = {word.rstrip("\r"): i for i, word in enumerate(words if words[-1] else words[:-1])}
@@ -218,7 +219,7 @@ def _byte_level(folder: Path, kind: str, config: Mapping[str, Any]) -> tuple[tok
         raise unknown(f"folder: {str(folder)!r}: merges.txt without tokenizer.json is not read for", kind, ["gpt2", "roberta"])
     with border(f"folder: {str(folder)!r}: vocab.json and merges.txt are no tokenizer"):
         vocabulary = schema.read(folder / "vocab.json", dict[str, schema.Index])
-        lines = read_bytes(folder / "merges.txt", schema.MOST_BYTES).decode().split("\n")
+        lines = read_bytes(folder / "merges.txt", limits().json_bytes).decode().split("\n")
         merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
         if odd := next((pair for pair in merges if len(pair) != 2), None):
             raise InputError(f"{folder / 'merges.txt'}: the line {' '.join(odd)!r:.80} is no pair of tokens")

@@ -18,8 +18,7 @@ from jaxmodel.errors import InputError, printable
 from jaxmodel.report import plot
 from jaxmodel.report.json_out import to_plain
 from jaxmodel.report.run import processor
-from jaxmodel.report.table import Column, Row, aligned
-from jaxmodel.report.table import text as text_of
+from jaxmodel.report.table import Column, Row, aligned, text as text_of
 
 _PAGE = """
 :root{color-scheme:light dark;--ink:#23272e;--dim:#5c6570;--line:#d9dde3;--paper:#fff;--tint:#f4f6f8}

@@ -1,12 +1,9 @@
-from .config import TrainConfig as TrainConfig
-from .config import make_optimizer as make_optimizer
+from .config import TrainConfig as TrainConfig, make_optimizer as make_optimizer
 from .exchange import Exchange as Exchange
 from .loop import fit as fit
 from .options import TrainOptions as TrainOptions
-from .placing import environment as environment
-from .placing import gather as gather
+from .placing import environment as environment, gather as gather
 from .program import Program as Program
 from .rate_search import find_lr as find_lr
-from .state import TrainState as TrainState
-from .state import averaged as averaged
+from .state import TrainState as TrainState, averaged as averaged
 from .statistics import set_batch_statistics as set_batch_statistics

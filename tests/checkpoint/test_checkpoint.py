@@ -18,6 +18,7 @@ import pytest
 from jaxmodel import checkpoint, compress, optim, train
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2
+from jaxmodel.train.state import init_state
 
 MODEL = gpt2.model(gpt2.SIZES["tiny"])
 
@@ -73,7 +74,6 @@ def test_another_process_cannot_save_there(tmp_path, state):
     program = """
 import sys
 from jaxmodel.checkpoint import Checkpoints
-from jaxmodel.train.state import init_state
 held = Checkpoints(sys.argv[1])
 print('in', flush=True)
 input()

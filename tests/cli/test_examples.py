@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -40,7 +41,7 @@ def room(tmp_path_factory) -> Path:
 
 
 def train(room: Path, model: str, rows: str, *more) -> list:
-    common = ["--context", 40, "--batch", 8, "--log-every", 5, "--runs", room / "runs", "--sample", "[user]say a;[assistant]"]
+    common = ["--context", 40, "--batch", 8, "--log-every", 5, "--runs", room / "runs"]
     return ["train", "--model", room / model, "--data", room / f"{rows}.jsonl", *common, *more]
 
 
@@ -49,6 +50,7 @@ def test_chats(room, capsys, how):
     code, result, err = run(capsys, *train(room, "decoder", "chats", "--steps", 25, "--learning-rate", 2e-2, *how))
     assert code == 0, err
     assert result["history"][-1]["loss"] < (0.95 if how else 0.6) * result["history"][0]["loss"]  # adapters of random weights
+    assert re.match(r"\[user\]say [a-d];\[assistant\]", result["sample"]), "an answer to a held-out question"
     (described,) = result["data"]
     assert described["heldout_rows"] >= 1 and "heldout_loss" in result["history"][-1]
     assert how or described["rows"] + described["heldout_rows"] == 16

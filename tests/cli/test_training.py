@@ -15,8 +15,7 @@ from jaxmodel import hub, report, sharding
 from jaxmodel.checkpoint import places
 from jaxmodel.cli import main, training
 from jaxmodel.cli.options import Replay, Train, defaults
-from jaxmodel.report.training import page as page_of
-from jaxmodel.report.training import read_rows
+from jaxmodel.report.training import page as page_of, read_rows
 from tests.cli.conftest import run
 
 SIZES = ["--width", 16, "--depth", 2, "--heads", 2, "--context", 16, "--batch", 4, "--vocab", 260, "--eval-batches", 2]

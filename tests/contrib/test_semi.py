@@ -14,6 +14,8 @@ from jaxmodel import data, losses, train
 from jaxmodel.contrib import semi
 from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
+from jaxmodel.train.state import init_state
+from jaxmodel.train.step import make_step
 
 WIDTH, LABELLED, EACH = 16, 4, 8
 MODEL = mlp.model(mlp.Config(WIDTH, (32,), 2))
@@ -235,8 +237,6 @@ def test_a_mesh_changes_nothing(devices8):
 import jax, numpy as np
 from jaxmodel import contrib, data, train
 from jaxmodel.models import mlp
-from jaxmodel.train.state import init_state
-from jaxmodel.train.step import make_step
 
 random = np.random.default_rng(0)
 few = {"features": random.normal(size=(16, 6)).astype(np.float32), "labels": np.arange(16, dtype=np.int32) % 3}

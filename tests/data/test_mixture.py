@@ -6,11 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from jaxmodel.data import Batches, Mixture, Stream
-from jaxmodel.data import mixture as module
+from jaxmodel.data import Batches, Mixture, Stream, mixture as module
 from jaxmodel.data.synthetic import Pairs
 from jaxmodel.errors import InputError
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxmodel.data import PackedShards, Rows, Shards, Stream, pack, packed, tokenize, windows
 from jaxmodel.data.pack import Bins

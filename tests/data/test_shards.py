@@ -12,12 +12,10 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxmodel import hub
-from jaxmodel.data import PackedShards, Shards, documents, files, tokenize
-from jaxmodel.data import shards as module
+from jaxmodel.data import PackedShards, Shards, documents, files, shards as module, tokenize
 from jaxmodel.errors import InputError
 
 TEXTS = [f"text {i} " * (1 + i % 5) for i in range(30)]

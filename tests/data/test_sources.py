@@ -14,8 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import jaxmodel.data.sources as module
 from jaxmodel.data import documents, load_text, split_documents

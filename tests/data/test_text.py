@@ -9,11 +9,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from jaxmodel.data import load_text, split_documents
-from jaxmodel.data import text as text_module
+from jaxmodel.data import load_text, split_documents, text as text_module
 from jaxmodel.data.text import NAMES
 from jaxmodel.errors import InputError
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from jaxmodel.errors import InputError
 from jaxmodel.generation.sampling import GREEDY, Sampling, filter_logits, sample

@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxmodel.generation.text import Writer
 from jaxmodel.hub.tokenizer import Tokenizer, train_bpe

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tokenizers import Regex, decoders, pre_tokenizers
 
-from jaxmodel import child
+from jaxmodel import limits
 from jaxmodel.errors import InputError
-from jaxmodel.hub import backends, tokenizer
+from jaxmodel.hub import tokenizer
 
 BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2}, "merges": [], "unk_token": None}
 PARTS = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -56,9 +56,9 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
     ],
 )
 def test_what_multiplies_a_text(parts: dict[str, Any], factor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=f"can make a text {factor} times as long; allowed: 100 times .*LIMITS"):
+    with pytest.raises(InputError, match=f"can make a text {factor} times as long; allowed: 100 times .*tokenizer_growth"):
         read(tmp_path, **parts)
-    monkeypatch.setattr(backends, "LIMITS", backends.Limits(growth=1e4))
+    monkeypatch.setattr(limits, "_now", limits.Limits(tokenizer_growth=1e4))
     assert read(tmp_path, **parts).encode("ba")
 
 
@@ -84,7 +84,7 @@ def test_what_crashes_the_library(parts: dict[str, Any], tmp_path: Path, capfd: 
 def test_texts_that_take_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, text = read(tmp_path, pre_tokenizer=split("(a|b|aa){1,14}[de]c")), "a" * 3000 + "c"
     assert made.encode(text) == [0] * 3000 + [2]  # seconds
-    monkeypatch.setattr(backends, "LIMITS", backends.Limits(seconds=0.01))
+    monkeypatch.setattr(limits, "_now", limits.Limits(tokenizer_seconds=0.01))
     with pytest.raises(InputError, match=r"text: the tokenizer cannot read it: it takes more than 0.01 seconds"):
         made.encode(text)
 
@@ -102,14 +102,14 @@ def test_panics_while_it_is_used(tmp_path: Path) -> None:
 def test_texts_of_long_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = read(tmp_path, model={**BPE, "vocab": {"a" * 1000: 0, "b": 1}})
     assert len(made.decode([0] * 10)) == 10_009  # with spaces between
-    monkeypatch.setattr(backends, "LIMITS", backends.Limits(characters=9999))
+    monkeypatch.setattr(limits, "_now", limits.Limits(tokenizer_characters=9999))
     with pytest.raises(InputError, match="ids: their text has more than 9,999 characters"):
         made.decode([0] * 10)
 
 
 def test_a_trial_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that tries a file has a limit of time and of memory, and another takes its place."""
-    monkeypatch.setattr(child, "SECONDS", 0.5)
+    monkeypatch.setattr(limits, "_now", limits.Limits(file_seconds=0.5))
     with pytest.raises(InputError, match="reading it crashes, or takes more than 0.5 seconds and 2 GiB"):
         read(tmp_path, normalizer={"type": "Sequence", "normalizers": [replace({"String": ""}, "aaaaaaaaaa")] * 5})
     monkeypatch.undo()

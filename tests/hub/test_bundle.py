@@ -26,9 +26,7 @@ from safetensors.numpy import load_file, save_file
 from jaxmodel import compress, layers, tree
 from jaxmodel.compress import Magnitude, Rtn
 from jaxmodel.errors import InputError
-from jaxmodel.hub import Bundle, Tokenizer, from_pretrained, train_bpe
-from jaxmodel.hub import bundle as bundles
-from jaxmodel.hub import gguf as gguf_files
+from jaxmodel.hub import Bundle, Tokenizer, bundle as bundles, from_pretrained, gguf as gguf_files, train_bpe
 from jaxmodel.models import families
 from jaxmodel.ops import Policy
 

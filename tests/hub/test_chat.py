@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from jaxmodel import limits
 from jaxmodel.errors import InputError
 from jaxmodel.hub import chat
 from jaxmodel.hub.tokenizer import Tokenizer, from_folder, train_bpe
@@ -123,7 +124,7 @@ def test_a_template_cannot_leave_the_sandbox(tmp_path: Path) -> None:
 )
 def test_a_template_may_take_so_much(template: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time, memory and output; and the next chat is written as before."""
-    monkeypatch.setattr(chat, "LIMITS", chat.Limits(seconds=0.5 if "seconds" in says else 10.0))
+    monkeypatch.setattr(limits, "_now", limits.Limits(template_seconds=0.5 if "seconds" in says else 10.0))
     with pytest.raises(InputError, match=says) as error:
         chat.render(template, {}, HELLO)
     assert "\n" not in str(error.value)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxmodel.errors import InputError
@@ -266,6 +265,8 @@ def test_foreign_folder(tmp_path: Path) -> None:
     assert (read.eos_ids, read.bos_id, read.pad_id, read.chat_template) == ((3,), 2, 0, {"tool_use": "no", "default": "yes"})
     assert read.encode("Hello world hello World") == [4, 5, 4, 5]
     assert read.encode("Hello world", special=True) == [2, 4, 5, 3]
+    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": [5, 49407], "vocab_size": 8}}')
+    assert from_folder(tmp_path).eos_ids == (3, 5), "an id that neither the tokenizer nor the model has ends nothing"
     (tmp_path / "chat_template.jinja").write_text("newest")
     assert from_folder(tmp_path).chat_template == "newest"
     push = stream_decoder(read)

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from jaxmodel.leaves.packing import codes_per_unit, pack, packed_length, pad_last, unpack, unpacked_length
 

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from jaxmodel.errors import InputError
 from jaxmodel.report.json_out import check_target, clean_stdout, emit, goal_met, rows, to_plain

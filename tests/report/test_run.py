@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from jaxmodel.errors import InputError
-from jaxmodel.report import read_run, start_run
-from jaxmodel.report import run as run_file
+from jaxmodel.report import read_run, run as run_file, start_run
 
 CONFIG = {"verb": "demo", "seed": np.int64(3), "dtype": jnp.bfloat16, "rate": float("inf"), "data": Path("a")}
 
