@@ -34,7 +34,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     return open(handle, "rb")
 
 
-def read_bytes(path: str | Path, limit: float) -> bytes:
+def read_bytes(path: str | Path, limit: int | float) -> bytes:
     """All of a regular file.
 
     Args:
@@ -49,7 +49,7 @@ def read_bytes(path: str | Path, limit: float) -> bytes:
         size = os.fstat(file.fileno()).st_size
         found = file.read(size + 1) if size <= limit else b""  # what `read` is asked for it makes room for
     if max(size, len(found)) > limit:
-        raise InputError(f"{os.fspath(path)}: larger than {limit:,} bytes, which is the most that is read of such a file")
+        raise InputError(f"{os.fspath(path)}: larger than {limit:,.0f} bytes, which is the most that is read of such a file")
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 from jaxmodel.errors import InputError, unknown
 
@@ -34,19 +35,19 @@ class Limits:
       template_characters: that a template may write.
     """
 
-    json_bytes: float = 2**26
-    file_seconds: float = 20.0
-    file_memory: float = 2 * 2**30
-    pixels: float = 2**26
-    tokenizer_seconds: float = 10.0
-    tokenizer_growth: float = 100.0
-    tokenizer_characters: float = 2**28
-    template_seconds: float = 10.0
-    template_memory: float = 2**30
-    template_characters: float = 2**24
+    json_bytes: int | float = 2**26
+    file_seconds: int | float = 20.0
+    file_memory: int | float = 2 * 2**30
+    pixels: int | float = 2**26
+    tokenizer_seconds: int | float = 10.0
+    tokenizer_growth: int | float = 100.0
+    tokenizer_characters: int | float = 2**28
+    template_seconds: int | float = 10.0
+    template_memory: int | float = 2**30
+    template_characters: int | float = 2**24
 
 
-def allow(**more: float) -> Limits:
+def allow(**more: int | float) -> Limits:
     """Set limits of this process, by their names; the others stay.
 
     Returns:
@@ -84,7 +85,7 @@ def way(name: str) -> str:
 _now: Limits | None = None
 
 
-def _changed(old: Limits, more: dict[str, float] | dict[str, str], where: str) -> Limits:
+def _changed(old: Limits, more: dict[str, Any], where: str) -> Limits:
     names = [field.name for field in dataclasses.fields(Limits)]
     made: dict[str, float] = {}
     for name, value in more.items():

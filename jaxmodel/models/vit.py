@@ -221,3 +221,26 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         return {"pixels": jax.ShapeDtypeStruct((batch, c.image, c.image, c.channels), jnp.float32)}
 
     return Model(config, policy, init, Parts(embed, block, head), inputs, axes(config))
+
+
+def features(model: Model, params: tree.Params, pixels: jax.Array) -> jax.Array:
+    """Return what the last layer makes of each token, normed: the patch features of DINOv2 (Oquab et al., 2023).
+
+    Args:
+      model: of this family.
+      params: its parameters.
+      pixels: float32 `[B, Y, X, C]`, normalised as the model's images were.
+
+    Returns:
+      `[B, T, D]`: first the class token, where the config has one, then the patches row by row.
+
+    >>> small = model(SIZES["tiny"])
+    >>> params = jax.jit(small.init)(jax.random.key(0))
+    >>> features(small, params, jnp.zeros((2, 16, 16, 3))).shape  # a class token and 4 x 4 patches
+    (2, 17, 32)
+    """
+    if model.family != "vit":
+        raise InputError(f"model: one of the family {model.family!r} given; allowed: vit")
+    hidden = model.hidden(params, {"pixels": pixels}).hidden
+    normed: Any = LayerNorm(model.config.norm_eps).apply({"params": params["norm"]}, hidden)
+    return normed

@@ -22,6 +22,7 @@ from jaxmodel.hub.families import families, family_of
 from jaxmodel.hub.images import ImageProcessor, from_folder, resize
 from jaxmodel.hub.names import Tensors, find, read_leaf
 from jaxmodel.hub.pretrained import find_minilm
+from jaxmodel.models import vit
 from jaxmodel.models.sentences import embed_texts
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -277,6 +278,18 @@ def test_saving_what_transformers_wrote_changes_no_tensor(source: str, tmp_path:
     assert changed(config, given) <= ours_alone | old | same_model
     back = from_pretrained(folder)
     assert back.model is bundle.model and tree.fingerprint(back.params) == tree.fingerprint(bundle.params)
+
+
+def test_patch_features_are_those_that_the_classifier_reads() -> None:
+    """The oracle: logits of transformers, whose classifier reads the class token and the mean of the patches."""
+    bundle, want = from_pretrained(GOLDENS / "dinov2-b"), read("dinov2-b")
+    found = np.asarray(vit.features(bundle.model, bundle.params, jnp.asarray(want["in:pixels"])))
+    joined = np.concatenate([found[:, 0], found[:, 1:].mean(axis=1)], axis=-1)
+    head = bundle.params["head"]
+    near(joined @ np.asarray(head["classes"]).T + np.asarray(head["classes_bias"]), want["logits"], 2e-5)
+    with pytest.raises(InputError, match="model: one of the family 'bert' given; allowed: vit"):
+        other = from_pretrained(GOLDENS / "bert-a")
+        vit.features(other.model, other.params, jnp.asarray(want["in:pixels"]))
 
 
 # ------------------------------------------------------------------------------------------------------- MiniLM
