@@ -2,7 +2,7 @@
 
 from jaxmodel.layers import connect
 from jaxmodel.layers.attention import Attention
-from jaxmodel.layers.batch_norm import BatchNorm, GroupNorm, fold_batch_norm
+from jaxmodel.layers.batch_norm import BatchNorm, GroupNorm
 from jaxmodel.layers.conv import activation, conv, dense
 from jaxmodel.layers.dropout import dropout
 from jaxmodel.layers.encoder import ACTIVATIONS, BLOCK_AXES
@@ -29,7 +29,6 @@ __all__ = [
     "conv",
     "dense",
     "dropout",
-    "fold_batch_norm",
     "fuse",
     "init_layers",
     "leaf",

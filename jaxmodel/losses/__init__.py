@@ -23,7 +23,7 @@ from jaxmodel.losses.classes import (
     softmax_cross_entropy,
     symmetric_cross_entropy,
 )
-from jaxmodel.losses.contract import Loss
+from jaxmodel.losses.contract import Loss, row_weights, weighted_mean
 from jaxmodel.losses.factory import classification, regression, supervised
 from jaxmodel.losses.labels import balanced_weights, effective_weights, smooth
 from jaxmodel.losses.penalties import regularized
@@ -50,9 +50,11 @@ __all__ = [
     "nt_xent",
     "regression",
     "regularized",
+    "row_weights",
     "smooth",
     "softmax_cross_entropy",
     "squared_error",
     "supervised",
     "symmetric_cross_entropy",
+    "weighted_mean",
 ]

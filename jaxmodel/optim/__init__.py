@@ -5,14 +5,13 @@ from jaxmodel.optim.optimizers import optimizer
 from jaxmodel.optim.projections import project
 from jaxmodel.optim.quantized import quantize_weights
 from jaxmodel.optim.sam import sam
-from jaxmodel.optim.schedules import reduce_on_plateau, schedule
+from jaxmodel.optim.schedules import schedule
 
 __all__ = [
     "Guard",
     "optimizer",
     "project",
     "quantize_weights",
-    "reduce_on_plateau",
     "sam",
     "schedule",
 ]

@@ -187,7 +187,8 @@ WRONG = [
 
 def test_what_is_no_array_is_one_clear_line() -> None:
     """In a process of its own: here, the types of all arguments are checked."""
-    program = "import numpy as np\nfrom jaxmodel.data import Bins, Stream, pack\nfrom jaxmodel.errors import InputError\n"
+    program = "import numpy as np\nfrom jaxmodel.data import Stream, pack\nfrom jaxmodel.data.pack import Bins\n"
+    program += "from jaxmodel.errors import InputError\n"
     program += "good = np.zeros((2, 3), np.int32)\n"
     for call, _ in WRONG:
         program += f"try:\n    {call}\nexcept InputError as error:\n    print(error)\n"

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodel import layers, losses, tree
+from jaxmodel import losses, tree
+from jaxmodel.layers.batch_norm import fold_batch_norm
 from jaxmodel.models import Model, densenet
 
 # Of torchvision, without the statistics of the norms, which are no parameters there.
@@ -127,7 +128,7 @@ def test_norms_behind_convolutions_fold_and_the_others_stay():
     config = CONFIGS["large images"]
     model = densenet.model(config)
     params = filled(model)
-    folded = layers.fold_batch_norm(params, config.norm_eps)
+    folded = fold_batch_norm(params, config.norm_eps)
     norms = {path.rpartition("/")[0] for path in tree.flatten(folded) if "norm" in path}
     assert norms == {"norm", "blocks/2/transition_in_norm", *(f"blocks/{i}/in_norm" for i in range(3))}
     tree.assign(model.rules, folded)  # covered: it can be placed, too

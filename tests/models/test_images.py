@@ -14,6 +14,7 @@ import pytest
 
 from jaxmodel import layers, losses, models, ops, train, tree
 from jaxmodel.errors import InputError
+from jaxmodel.layers.batch_norm import fold_batch_norm
 from jaxmodel.leaves import Sparse
 from jaxmodel.models import cnn, lenet, mlp, resnet
 
@@ -126,7 +127,7 @@ def test_statistics_are_the_moments_of_torch(name):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_folded_net_is_the_same_function_without_norms(name, stacked):
     model, params, pixels = load(name)
-    folded = layers.fold_batch_norm(params if stacked else tree.unstack(params), model.config.norm_eps)
+    folded = fold_batch_norm(params if stacked else tree.unstack(params), model.config.norm_eps)
     assert not any("norm" in path for path in tree.flatten(folded))
     tree.assign(model.rules, folded)  # covered: it can be placed, too
     close(jax.jit(lambda p: model.apply(p, pixels).logits)(folded), GOLDENS[f"{name}/logits"])
@@ -138,7 +139,7 @@ def test_folding_is_in_float32_and_keeps_dtypes():
     norm = {"weight": [1.7], "bias": [0.3], "mean": [2.1], "variance": [0.9]}
     given = {"conv": jnp.full((1, 2), 1.3), "conv_norm": {name: jnp.asarray(value) for name, value in norm.items()}}
     given = tree.cast(given, jnp.bfloat16)
-    folded = layers.fold_batch_norm(given, 1e-5)
+    folded = fold_batch_norm(given, 1e-5)
     w, b, m, v = (float(given["conv_norm"][name][0]) for name in norm)
     scale = w / np.sqrt(v + 1e-5)
     assert {leaf.dtype for leaf in folded.values()} == {jnp.dtype(jnp.bfloat16)}
@@ -150,13 +151,13 @@ def test_what_cannot_be_folded_is_refused():
     norm = {name: jnp.ones(3) for name in ("weight", "bias", "mean", "variance")}
     packed = Sparse.from_dense(jnp.ones((3, 8)))
     with pytest.raises(InputError, match="the weight in front of the norm 'a/conv_norm' is Sparse; a plain array is needed"):
-        layers.fold_batch_norm({"a": {"conv": packed, "conv_norm": norm}}, 1e-5)
+        fold_batch_norm({"a": {"conv": packed, "conv_norm": norm}}, 1e-5)
     for lonely in ({"a": {"conv_norm": norm}}, {"conv": jnp.ones((3, 2)), "norm": norm}):
         with pytest.raises(InputError, match="no batch norm is there to be folded"):
-            layers.fold_batch_norm(lonely, 1e-5)
+            fold_batch_norm(lonely, 1e-5)
     module, config = models.sizes()["resnet/tiny-group"]
     with pytest.raises(InputError, match="no batch norm is there to be folded"):
-        layers.fold_batch_norm(jax.eval_shape(module.model(config).init, jax.random.key(0)), 1e-5)
+        fold_batch_norm(jax.eval_shape(module.model(config).init, jax.random.key(0)), 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ decay

@@ -267,6 +267,7 @@ PROGRAM = """
     from jax.sharding import NamedSharding, PartitionSpec as P
     from jaxmodel import ops
     from jaxmodel.leaves import QTensor
+    from jaxmodel.ops.probe import zeros_for
     from jaxmodel.sharding import make_mesh
 
     rng = np.random.default_rng(0)

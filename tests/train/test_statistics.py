@@ -13,6 +13,7 @@ import pytest
 
 from jaxmodel import layers, losses, models, ops, train, tree
 from jaxmodel.errors import InputError
+from jaxmodel.layers.batch_norm import fold_batch_norm
 from jaxmodel.models import cnn, resnet
 from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step
@@ -173,7 +174,7 @@ def test_training_leaves_them_and_folding_takes_them(params, pixels):
     final = train.set_batch_statistics(MODEL, state.params, [batch])
     want, accuracy = judged(final)
     assert accuracy == 1
-    close(judged(layers.fold_batch_norm(final, CONFIG.norm_eps))[0], want)
+    close(judged(fold_batch_norm(final, CONFIG.norm_eps))[0], want)
 
 
 def test_a_rule_may_train_them(params):
