@@ -1,5 +1,6 @@
 """Smaller models: pure functions that turn leaves into compressed ones by rules, and measure what that costs."""
 
+from jaxmodel import moved
 from jaxmodel.compress.apply import Report, apply, compress_bundle
 from jaxmodel.compress.magnitude import Magnitude
 from jaxmodel.compress.method import Method, methods, parse
@@ -25,3 +26,5 @@ __all__ = [
     "read_recipe",
     "versions",
 ]
+
+moved.attach(__name__)

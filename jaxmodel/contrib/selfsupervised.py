@@ -228,4 +228,4 @@ def _projected(model: Model, head: Model, tokens: int) -> Model:
     axes = Axes(rules, (*own.sizes, *of_head.sizes), own.shared, (*own.ordered, *of_head.ordered))  # pyright: ignore
     again = lambda policy: _projected(model.with_policy(policy), head.with_policy(policy), tokens)
     parts = Parts(model.parts.embed, model.parts.block, top)
-    return Model(model.config, model.policy, init, parts, model.inputs, axes, with_policy=again)
+    return Model(model.config, model.policy, init, parts, model.inputs, None, axes, with_policy=again)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from jaxmodel import moved
 from jaxmodel.data.examples import answers, labelled
 from jaxmodel.data.image_folder import ImageFolder
 from jaxmodel.data.images import load_images
@@ -60,3 +61,5 @@ def __getattr__(name: str) -> Any:
     if name == "augment":  # late: it imports jax
         return importlib.import_module("jaxmodel.data.augment")
     raise AttributeError(f"module 'jaxmodel.data' has no attribute {name!r}")
+
+moved.attach(__name__)

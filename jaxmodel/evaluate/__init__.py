@@ -1,5 +1,6 @@
 """How good a model is, with intervals, alone and beside its smaller versions."""
 
+from jaxmodel import moved
 from jaxmodel.evaluate.accuracy import Accuracy, accuracy
 from jaxmodel.evaluate.compare import compare
 from jaxmodel.evaluate.perplexity import Perplexity, bootstrap, perplexity, token_nll
@@ -13,3 +14,5 @@ __all__ = [
     "perplexity",
     "token_nll",
 ]
+
+moved.attach(__name__)

@@ -1,5 +1,6 @@
 """Text from a model: sampling, the decode loop, `generate` and `stream`, beam search, and how fast it runs."""
 
+from jaxmodel import moved
 from jaxmodel.generation.beam import beam_search
 from jaxmodel.generation.generate import Request, generate, generate_ids, running_only, stream
 from jaxmodel.generation.hypotheses import beam_texts
@@ -18,3 +19,5 @@ __all__ = [
     "running_only",
     "stream",
 ]
+
+moved.attach(__name__)

@@ -5,4 +5,8 @@ What `__init__.pyi` lists is imported when it is first used: `jaxmodel.data` ask
 
 import lazy_loader
 
+from jaxmodel import moved
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+moved.attach(__name__)

@@ -1,5 +1,6 @@
 """Linen blocks made of ops, shared by the models."""
 
+from jaxmodel import moved
 from jaxmodel.layers import connect
 from jaxmodel.layers.attention import Attention
 from jaxmodel.layers.batch_norm import BatchNorm, GroupNorm
@@ -36,3 +37,5 @@ __all__ = [
     "repeat",
     "unfuse",
 ]
+
+moved.attach(__name__)

@@ -6,6 +6,7 @@ adapter beside it. Every leaf jits, scans over its leading layer axis, shards an
 `static_fields` and `check_fields` guard a checkpoint that stores arrays alone.
 """
 
+from jaxmodel import moved
 from jaxmodel.leaves.adapted import Adapted
 from jaxmodel.leaves.block_sparse import BlockSparse, largest_blocks
 from jaxmodel.leaves.leaf import Compressed, decode
@@ -21,3 +22,5 @@ __all__ = [
     "decode",
     "largest_blocks",
 ]
+
+moved.attach(__name__)

@@ -15,6 +15,7 @@ labels, with a value for each row, is all that a new loss of classes needs:
 >>> distilled = regression(functools.partial(kl_divergence, temperature=2.0), target="teacher")
 """
 
+from jaxmodel import moved
 from jaxmodel.losses.chosen import default_loss
 from jaxmodel.losses.classes import (
     focal,
@@ -58,3 +59,5 @@ __all__ = [
     "symmetric_cross_entropy",
     "weighted_mean",
 ]
+
+moved.attach(__name__)

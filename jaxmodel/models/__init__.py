@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from typing import Any
 
+from jaxmodel import moved
 from jaxmodel.models.checks import check_params
 from jaxmodel.models.contents import summary
 from jaxmodel.models.family import KNOWN, Family, family
@@ -49,3 +50,5 @@ def families() -> dict[str, Family]:
     for info in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{info.name}")
     return dict(sorted(KNOWN.items()))
+
+moved.attach(__name__)

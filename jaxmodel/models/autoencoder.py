@@ -183,4 +183,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
 
-    return Model(config, policy, init, Parts(embed, None, head), inputs, axes(config))
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes(config))

@@ -211,4 +211,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             params["head"] = dict(masked_head.init(keys[5], x, params["embed"])["params"])
         return params
 
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, axes(config))
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, axes(config))

@@ -258,4 +258,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32), **image_model.inputs(batch, length)}
 
-    return Model(config, policy, init, Parts(embed, None, head), inputs, axes(config))
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes(config))

@@ -262,4 +262,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((batch, n), jnp.float32) for name, n in config.branches}
 
-    return Model(config, policy, init, Parts(embed, block, head), inputs, AXES)
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, AXES)

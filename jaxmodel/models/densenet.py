@@ -174,4 +174,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             blocks[str(i)] = params["params"]
         return tree.stack({**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]})
 
-    return Model(config, policy, init, Parts(embed, block, head), inputs, axes(config))
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config))

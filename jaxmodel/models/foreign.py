@@ -307,7 +307,7 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
         return model
 
     inputs = functools.partial(_inputs, shapes)
-    model = Model(config, ops.Policy(), init, Parts(embed, None, head), inputs, axes, with_policy=with_policy)
+    model = Model(config, ops.Policy(), init, Parts(embed, None, head), inputs, None, axes, with_policy=with_policy)
     return model
 
 

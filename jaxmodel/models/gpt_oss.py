@@ -194,4 +194,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init_cache(batch: int, capacity: int) -> ops.KVCache:
         return ops.KVCache.zeros(config.depth, batch, config.kv_heads, capacity, config.head_width, policy)
 
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, axes(config), init_cache)
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config))

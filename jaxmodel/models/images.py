@@ -85,7 +85,7 @@ def two_parts(
         x, own = body.init_with_output(body_key, pixels, None)
         return {**own["params"], **top.init(head_key, x)["params"]}
 
-    return Model(config, policy, init, Parts(embed, None, head), inputs, axes)
+    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes)
 
 
 class Head(nn.Module):

@@ -70,8 +70,8 @@ class Model:
       init: key -> params.
       parts: see `Parts`.
       inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` cannot do without, by name.
-      axes: what the axes of the leaves are. Rules path -> PartitionSpec alone are taken too; they say where leaves lie.
       init_cache: (batch, capacity) -> cache; None for a model that does not decode.
+      axes: what the axes of the leaves are. Rules path -> PartitionSpec alone are taken too; they say where leaves lie.
       with_policy: policy -> the same model computing by it; of a family it is given by `models.family`.
       family: the name of its family, which `models.families()` knows; "" for none.
       apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of `tokens` `[B, T]` and,
@@ -86,8 +86,8 @@ class Model:
     init: Callable[[jax.Array], tree.Params] = dataclasses.field(repr=False)
     parts: Parts = dataclasses.field(repr=False)
     inputs: Callable[[int, int], dict[str, jax.ShapeDtypeStruct]] = dataclasses.field(repr=False)
+    init_cache: Callable[[int, int], Any] | None = dataclasses.field(repr=False)
     axes: axes.Axes = dataclasses.field(repr=False)
-    init_cache: Callable[[int, int], Any] | None = dataclasses.field(default=None, repr=False)
     with_policy: Callable[[ops.Policy], Model] = dataclasses.field(default=_no_family, repr=False)
     family: str = ""
     apply: Callable[..., Output] = dataclasses.field(init=False, repr=False)

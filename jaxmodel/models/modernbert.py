@@ -214,4 +214,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             params["head"] = dict(head_module.init(keys[3], x, table)["params"])
         return params
 
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, axes(config))
+    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, axes(config))

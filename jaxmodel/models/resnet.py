@@ -185,4 +185,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         top = head_module.init(head_key, jnp.mean(x, axis=(1, 2)))["params"]
         return tree.stack({**own["params"], "blocks": blocks, **top})
 
-    return Model(config, policy, init, Parts(embed, block, head), inputs, axes(config))
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config))

@@ -218,4 +218,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init_cache(batch: int, capacity: int) -> StateCache:
         return StateCache.zeros(config.cell, config.depth, batch, config.width, policy.stream)
 
-    return Model(config, policy, init, Parts(embed, block, head), source_inputs, axes(config), init_cache)
+    return Model(config, policy, init, Parts(embed, block, head), source_inputs, init_cache, axes(config))

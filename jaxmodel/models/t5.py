@@ -269,4 +269,4 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init_cache(batch: int, capacity: int) -> MemoryCache:
         return MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.head_width, policy)
 
-    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, axes(config), init_cache)
+    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, axes(config))

@@ -220,7 +220,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"pixels": jax.ShapeDtypeStruct((batch, c.image, c.image, c.channels), jnp.float32)}
 
-    return Model(config, policy, init, Parts(embed, block, head), inputs, axes(config))
+    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config))
 
 
 def features(model: Model, params: tree.Params, pixels: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Arrays in, arrays out: every contraction, gather, convolution, attention and norm of the models goes through here."""
 
+from jaxmodel import moved
 from jaxmodel.ops.attention import attention
 from jaxmodel.ops.cache import KVCache
 from jaxmodel.ops.contract import blocks, conv, einsum, take
@@ -38,3 +39,5 @@ __all__ = [
     "rotate",
     "take",
 ]
+
+moved.attach(__name__)

@@ -1,5 +1,6 @@
 """What a person or a program gets to see: tables, plots, pages, JSON rows, run folders."""
 
+from jaxmodel import moved
 from jaxmodel.report import html, plot
 from jaxmodel.report.experiment import experiment
 from jaxmodel.report.run import Run, processor, read_run, start_run
@@ -19,3 +20,5 @@ __all__ = [
     "start_run",
     "to_markdown",
 ]
+
+moved.attach(__name__)

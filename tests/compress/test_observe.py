@@ -64,7 +64,7 @@ AXES = Axes(
         ("blocks/.*/down", "EDF"),
     )
 )
-MODEL = Model(None, ops.Policy(), init, PARTS, token_inputs, AXES)
+MODEL = Model(None, ops.Policy(), init, PARTS, token_inputs, None, AXES)
 PARAMS = init(jax.random.key(0))
 ROUTERS = PARAMS["blocks"][f"0-{L - 1}"]["router"]
 MATRICES = ("conv", "router", "experts/up", "experts/down")

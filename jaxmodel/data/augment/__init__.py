@@ -12,6 +12,7 @@ same however a mesh cuts the rows, and nothing but mixing moves data between dev
 (2, 28, 28, 1)
 """
 
+from jaxmodel import moved
 from jaxmodel.data.augment import colour  # noqa: F401, its members have names in texts too
 from jaxmodel.data.augment.base import Augment, Augmentation, chain, members, parse
 from jaxmodel.data.augment.damage import Cutout, Noise
@@ -36,3 +37,5 @@ __all__ = [
     "members",
     "parse",
 ]
+
+moved.attach(__name__)

@@ -15,6 +15,7 @@ list of edges as in `merged`, they do in the order of their names, whatever the 
 | some blocks only, fixed or learnt | `BlockLinear` |
 """
 
+from jaxmodel import moved
 from jaxmodel.layers.connect.full import Full
 from jaxmodel.layers.connect.groups import Groups
 from jaxmodel.layers.connect.products import Bilinear, Factorised
@@ -31,3 +32,5 @@ __all__ = [
     "merged",
     "settle_blocks",
 ]
+
+moved.attach(__name__)

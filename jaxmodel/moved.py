@@ -1,0 +1,162 @@
+"""Names that other packages have now: they still work where they were, with a warning that says where they are."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from typing import Any
+
+_MOVED = {
+    "compress": {
+        "compress.apply": "COLUMNS",
+        "compress.method": "text_of",
+        "compress.recipe_file": "SUFFIXES",
+        "compress.versions": "VERSIONS",
+    },
+    "data": {
+        "data.examples": "Answers",
+        "data.given": "as_batches",
+        "data.images": "Images",
+        "data.pack": "Bins",
+        "data.packed": "ShardWindows",
+        "data.sources": "Documents records",
+        "data.text": "NAMES Text",
+    },
+    "data.augment": {
+        "data.augment.base": "Chain ImageAugmentation",
+        "data.augment.colour": (
+            "Autocontrast Brightness ColourJitter Contrast Equalize Greyscale Hue Invert Posterize Saturation Sharpness Solarize"
+        ),
+        "data.augment.damage": "Blur",
+        "data.augment.geometric": ("Affine HorizontalFlip RandomResizedCrop Rotate Scale Shear Translate VerticalFlip"),
+        "data.augment.text": "LocalShuffle SentenceShuffle TokenDropout",
+    },
+    "evaluate": {
+        "evaluate.compare": "COLUMNS resident_bytes",
+        "evaluate.perplexity": "summarize",
+    },
+    "generation": {
+        "generation.beam": "Beams",
+        "generation.generate": "Completion",
+        "generation.hypotheses": "Hypothesis",
+        "generation.sampling": "filter_logits sample",
+    },
+    "hub": {
+        "hub.bundle": "check_target",
+        "hub.pretrained": "KNOWN",
+    },
+    "layers": {
+        "layers.batch_norm": "fold_batch_norm",
+        "layers.cross": "CrossAttention",
+        "layers.encoder": "AttentionPool EncoderBlock PooledHead",
+        "layers.moe": "load_balance real_tokens",
+        "layers.patches": "Patches",
+        "layers.recurrent": "Additive Multiplicative Recurrent",
+        "layers.stochastic_depth": "stochastic_depth",
+    },
+    "layers.connect": {
+        "layers.connect.groups": "edge_name weight_names",
+        "layers.connect.sparse": "block_columns",
+    },
+    "leaves": {
+        "leaves.fields": "check_fields static_fields",
+        "leaves.leaf": "from_tensors to_tensors",
+        "leaves.packing": "pack unpack",
+        "leaves.sparse": "expand",
+    },
+    "losses": {
+        "losses.chosen": "checked_loss",
+        "losses.contract": "IGNORED counting model_inputs",
+        "losses.factory": "Each",
+        "losses.labels": "class_means class_sums distribution",
+        "losses.views": "info_nce",
+    },
+    "models": {
+        "adapt": "coordinates initialize mup scale_updates",
+        "adapt.maximal_update": "Mup",
+        "models.foreign": "set_state",
+        "models.model": "Inputs",
+    },
+    "ops": {
+        "ops.contract": "round_rows",
+        "ops.edges": "EdgeBlock Edges edge_sum edges_of",
+        "ops.memory": "MemoryCache",
+        "ops.norms": "Measured on_last",
+        "ops.probe": "GRADIENT histogram tap zeros_for",
+        "ops.product": "compiler_options",
+        "ops.recurrent": "StateCache",
+        "ops.rope": "rope_frequencies",
+    },
+    "report": {
+        "files": "atomic_write",
+        "progress": "bar progress set_quiet step",
+        "report.json_out": "check_target clean_stdout emit goal_met rows to_plain",
+        "report.run": "versions",
+        "report.shown": "card",
+        "report.table": "console_for",
+    },
+    "train": {
+        "adapt": ("ADAPTERS LoRA last_layers layer_rates lora merge_adapters replace_head transplant with_adapters"),
+        "checkpoint": "Checkpoints Keep fingerprint",
+        "contrib": (
+            "confident_learning count_active fixmatch masked_patches mean_teacher pretext "
+            "pseudo_label revive sigmoid_ramp unit_dictionary with_projection without_projection"
+        ),
+        "contrib.selfsupervised": "patch_error restored two_views",
+        "contrib.semi": "linear_ramp pseudo_labels",
+        "distributed": "Ledger Supervisor Watchdog process_began stop_signals",
+        "losses": ("Loss autoencoder classification contrastive cross_entropy next_token regression regularized supervised"),
+        "optim": "Guard optimizer project quantize_weights sam schedule",
+        "optim.optimizers": "each_layer scale_by_adam8",
+        "optim.schedules": "reduce_on_plateau",
+        "train.gradients": "accumulated value_and_grad",
+        "train.pipeline": "one_forward_one_backward",
+        "train.state": "init_state state_shardings",
+        "train.step": "make_step",
+    },
+}
+_MODULES = {
+    "train": {
+        "losses": "losses",
+        "page": "report.training",
+        **{name: f"optim.{name}" for name in ("optimizers", "schedules", "masters", "quantized", "rounding", "guard")},
+        **{name: f"distributed.{name}" for name in ("launch", "faults", "ledger", "supervise")},
+        **{name: f"contrib.{name}" for name in ("semi", "selfsupervised", "dictionary")},
+        "checkpoint": "checkpoint.manager",
+        "finetune": "adapt.finetune",
+    },
+}
+
+
+def attach(package: str) -> None:
+    """Let a package find its old names, besides what its own `__getattr__` finds.
+
+    Type checkers do not see this, so that they know the new names alone.
+
+    Args:
+      package: its `__name__`; called at the end of its `__init__`.
+
+    >>> import jaxmodel.train
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     found = jaxmodel.train.classification
+    >>> found.__module__, str(said[0].message)
+    ('jaxmodel.losses.factory', 'jaxmodel.train.classification is jaxmodel.losses.classification now')
+    """
+    module, short = sys.modules[package], package.removeprefix("jaxmodel.")
+    own = vars(module).get("__getattr__")
+    homes = {name: f"jaxmodel.{home}" for home, names in _MOVED.get(short, {}).items() for name in names.split()}
+    modules = {name: f"jaxmodel.{home}" for name, home in _MODULES.get(short, {}).items()}
+
+    def find(name: str) -> Any:
+        if where := modules.get(name) or homes.get(name):
+            now = where if name in modules else f"{where}.{name}"
+            warnings.warn(f"{package}.{name} is {now} now", DeprecationWarning, stacklevel=2)
+            home = importlib.import_module(where)
+            return home if name in modules else getattr(home, name)
+        if own is not None:
+            return own(name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    vars(module)["__getattr__"] = find
