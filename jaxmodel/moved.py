@@ -53,7 +53,6 @@ _MOVED = {
         "layers.moe": "load_balance real_tokens",
         "layers.patches": "Patches",
         "layers.recurrent": "Additive Multiplicative Recurrent",
-        "layers.stochastic_depth": "stochastic_depth",
     },
     "layers.connect": {
         "layers.connect.groups": "edge_name weight_names",
