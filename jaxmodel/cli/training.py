@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jaxmodel
 from jaxmodel.cli.options import Replay, Train, defaults
 from jaxmodel.errors import InputError
 from jaxmodel.progress import step
@@ -53,7 +52,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         return _launched(options, folder)
     import jax
 
-    from jaxmodel import hub, report, train
+    from jaxmodel import checkpoint, distributed, hub, report, train
     from jaxmodel.distributed import faults
     from jaxmodel.generation import generate
     from jaxmodel.report import training as page
@@ -72,8 +71,8 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         start = checkpoints.latest() or 0  # asked by all processes, answered by the first
         if writer is not None:
             writer.rewind(start)
-        ledger = jaxmodel.distributed.Ledger(folder.path("ledger.jsonl"), began=jaxmodel.distributed.process_began())
-        supervisor = jaxmodel.distributed.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
+        ledger = distributed.Ledger(folder.path("ledger.jsonl"), began=distributed.process_began())
+        supervisor = distributed.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
         state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
         supervisor.close()
         problem = _unsaved(checkpoints)
@@ -89,7 +88,7 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         "data": job.corpus.described,
         "steps": done,
         "stopped": done < options.steps and not early,
-        "fingerprint": jaxmodel.checkpoint.fingerprint(state) if jax.process_count() == 1 else None,
+        "fingerprint": checkpoint.fingerprint(state) if jax.process_count() == 1 else None,
         "ledger": ledger.summary(),
         "problem": problem,
     }
@@ -159,7 +158,7 @@ def code(result: dict[str, Any]) -> int:
 
 def replay(options: Replay, folder: Any) -> dict[str, Any]:
     """Compute one step of a run again, from the last checkpoint before it, and compare with what the run wrote down."""
-    from jaxmodel import report
+    from jaxmodel import checkpoint, distributed, report
     from jaxmodel.cli import rerun
 
     again = rerun.trained_by(options.folder)
@@ -170,7 +169,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
     if again.processes > 1:  # here they are devices of one
         again = dataclasses.replace(again, mesh=again.mesh or "data=*")
     job = _Job(again, folder)
-    supervisor = jaxmodel.distributed.Supervisor(stop=lambda step: step >= options.step)
+    supervisor = distributed.Supervisor(stop=lambda step: step >= options.step)
     with job.checkpoints(before.folder, read_only=True, at_most=options.step - 1) as checkpoints:
         start = checkpoints.latest() or 0
         state, history = job.fit([lambda row: folder.log(**row)], checkpoints, supervisor)
@@ -189,7 +188,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
         "grad_norm": row["grad_norm"],
         "written": None if written is None else {name: written.get(name) for name in ("loss", "grad_norm")},
         "same": same,
-        "fingerprint": jaxmodel.checkpoint.fingerprint(state),
+        "fingerprint": checkpoint.fingerprint(state),
     }
 
 
@@ -222,7 +221,7 @@ class _Job:
     def __init__(self, options: Train, folder: Any):
         import jax
 
-        from jaxmodel import hub, tree
+        from jaxmodel import adapt, hub, tree
         from jaxmodel.cli import corpus, refusals, resolved
         from jaxmodel.hub.bundle import check_target
         from jaxmodel.ops import MESH_AXES
@@ -248,8 +247,8 @@ class _Job:
             model, self.params = begun.model.with_policy(_policy(options)), begun.params
             self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
             if self.lora is not None:
-                model, self.params = jaxmodel.adapt.lora(model, begun.params, self.lora, key)
-                self.settings = dataclasses.replace(self.settings, trainable=jaxmodel.adapt.ADAPTERS)
+                model, self.params = adapt.lora(model, begun.params, self.lora, key)
+                self.settings = dataclasses.replace(self.settings, trainable=adapt.ADAPTERS)
                 if jax.process_index() == 0 and "targets" not in (options.lora or ""):
                     _say_without(self.params)
             if kind != "label":
@@ -258,7 +257,7 @@ class _Job:
         self.corpus = read(options, None if begun is None else hub.need_processor(begun))
         self.labels = self.corpus.labels
         if self.labels is not None and begun is not None:
-            model, self.params = jaxmodel.adapt.replace_head(begun.model, begun.params, self.labels, key)
+            model, self.params = adapt.replace_head(begun.model, begun.params, self.labels, key)
             model = model.with_policy(_policy(options))
         self.prompt = self.corpus.prompt if options.sample is None else options.sample
         prompt = self.corpus.tokenizer.encode(self.prompt)
@@ -281,12 +280,12 @@ class _Job:
 
     def checkpoints(self, run: Path | None = None, **options: Any) -> Any:
         """Of this run, or of another one."""
-        from jaxmodel import report
+        from jaxmodel import checkpoint, report
 
         place = self.place or (run or self.shared) / CHECKPOINTS
         changed = report.read_run(self.shared).config.get("changed", ())  # by `resume` with options
-        keep = jaxmodel.checkpoint.Keep(last=3)
-        return jaxmodel.checkpoint.Checkpoints(place, keep=keep, allow_changes=changed, **options)
+        keep = checkpoint.Keep(last=3)
+        return checkpoint.Checkpoints(place, keep=keep, allow_changes=changed, **options)
 
     @property
     def shared(self) -> Path:
@@ -298,7 +297,7 @@ class _Job:
 
     def fit(self, callbacks: list[Any], checkpoints: Any, supervisor: Any) -> tuple[Any, list[dict[str, Any]]]:
         """Train."""
-        from jaxmodel import train
+        from jaxmodel import losses, train
 
         return train.fit(
             self.model,
@@ -307,7 +306,7 @@ class _Job:
             callbacks,
             params=self.params,
             heldout=self.corpus.heldout,
-            loss=None if self.labels is None else jaxmodel.losses.classification,
+            loss=None if self.labels is None else losses.classification,
             mesh=self.mesh,
             augment=self.augment,
             checkpoints=checkpoints,
@@ -348,7 +347,7 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
     import jax
     import numpy as np
 
-    from jaxmodel import data, train
+    from jaxmodel import data, losses, train
     from jaxmodel.cli import refusals
     from jaxmodel.ops import MESH_AXES
 
@@ -364,7 +363,7 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
     )
     if odd := [link for link in getattr(augment, "links", ()) if getattr(link, "token", 0) >= vocab]:
         raise InputError(f"--augment: {odd[0]} given; allowed: tokens of the vocabulary, 0 to {vocab - 1}")
-    train.Program(model, config, loss=jaxmodel.losses.next_token, mesh=_mesh(options), augment=augment).rehearse(batch, params)
+    train.Program(model, config, loss=losses.next_token, mesh=_mesh(options), augment=augment).rehearse(batch, params)
 
 
 def _begun(options: Train, kind: str | None) -> Any:
@@ -388,7 +387,7 @@ def _begun(options: Train, kind: str | None) -> Any:
     return bundle
 
 
-def _check_begun(options: Train, kind: str | None, model: jaxmodel.Model) -> None:
+def _check_begun(options: Train, kind: str | None, model: Any) -> None:
     import jax
 
     from jaxmodel.cli import refusals
@@ -407,8 +406,9 @@ def _check_begun(options: Train, kind: str | None, model: jaxmodel.Model) -> Non
 
 def _say_without(params: Any) -> None:
     """Name the matrices of the layers that got no adapter, such as those of experts, which are several in one leaf."""
-    from jaxmodel import tree
     from jaxmodel.adapt.adapters import is_adapter
+
+    from jaxmodel import tree
 
     leaves = tree.flatten(params)
     without = {
