@@ -114,7 +114,7 @@ def _question(tokenizer: hub.Tokenizer, rows: Any) -> str:
     """What stands in front of the first answer of the first row."""
     first = rows.take(np.array([0]))
     end = int(np.argmax(first["weights"][0] > 0)) + 1
-    return tokenizer.decode(first["tokens"][0, :end], skip_special=False)
+    return tokenizer.decode(first["tokens"][0, :end].tolist(), skip_special=False)
 
 
 def _opened(options: Train, tokenizer: hub.Tokenizer, rows: Any, judged: Any, tokens: int) -> Corpus:

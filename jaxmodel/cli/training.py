@@ -406,9 +406,8 @@ def _check_begun(options: Train, kind: str | None, model: Any) -> None:
 
 def _say_without(params: Any) -> None:
     """Name the matrices of the layers that got no adapter, such as those of experts, which are several in one leaf."""
-    from jaxmodel.adapt.adapters import is_adapter
-
     from jaxmodel import tree
+    from jaxmodel.adapt.adapters import is_adapter
 
     leaves = tree.flatten(params)
     without = {
