@@ -106,7 +106,7 @@ def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
     seconds, memory = limits().file_seconds * max(os.path.getsize(path) / 2**28, 1), int(limits().file_memory)
     said = READER.ask([kind, str(path), more], seconds, memory)
     if said is None:
-        most = f"{seconds:g} seconds and {memory / 2**30:g} GiB ({way('file_seconds')})"
+        most = f"{seconds:g} seconds and {memory / 2**30:g} GiB ({way('file_seconds', 'file_memory')})"
         raise InputError(f"{what}: reading it crashes, or takes more than {most}")
     if said:
         raise InputError(f"{what}: {' '.join(said.split())[:500]}")

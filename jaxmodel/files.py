@@ -8,9 +8,10 @@ import os
 import secrets
 import stat
 import tempfile
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from jaxmodel.errors import InputError
 
@@ -101,7 +102,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
         if _is_special(path):
             Path(path).write_bytes(raw)
         else:
-            _replace(Path(os.path.realpath(path)), raw)
+            with replacing_file(os.path.realpath(path)) as file:
+                file.write(raw)
     except OSError as error:
         why = f"cannot be written ({error.strerror}); allowed: a file in an existing, writable folder with enough space"
         raise InputError(f"path: {os.fspath(path)!r} {why}") from error
@@ -116,11 +118,18 @@ def _is_special(path: str | os.PathLike[str]) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _replace(target: Path, raw: bytes) -> None:
+@contextlib.contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a new file that takes the place of `path`, or comes to be there, when the block ends well; else nothing changes.
+
+    Raises:
+      OSError: as `open`.
+    """
+    target = Path(path)
     beside = target.parent / f".{secrets.token_hex(8)}.tmp"  # the target's own name may be as long as allowed
     try:
         with open(beside, "xb") as file:
-            file.write(raw)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileNotFoundError):  # who may read the old file, and nobody else, may read the new one

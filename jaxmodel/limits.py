@@ -77,9 +77,10 @@ def limits() -> Limits:
     return _now
 
 
-def way(name: str) -> str:
-    """Return how a limit is raised, for an error."""
-    return f"jaxmodel.limits.allow({name}=...) or {VARIABLE}={name}=... raises it"
+def way(*names: str) -> str:
+    """Return how a limit is raised, for an error that one of these limits makes."""
+    several = " or ".join(f"{name}=..." for name in names)
+    return f"jaxmodel.limits.allow({several}) or {VARIABLE} raises it"
 
 
 _now: Limits | None = None

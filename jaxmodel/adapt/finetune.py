@@ -28,7 +28,7 @@ from jaxtyping import Array
 from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
-from jaxmodel.models.family import rebuilt
+from jaxmodel.models.family import build_of
 
 HEAD = re.compile(r"head(_bias|/.*)?")
 """The leaves of a head, in every family that has one of its own."""
@@ -54,7 +54,8 @@ def replace_head(model: Model, params: tree.Params, classes: int | Sequence[str]
     fields = set(getattr(config, "__dataclass_fields__", ()))
     if not fields & {"classes", "labels"} or not model.family:
         raise InputError(f"model: a config of {type(config).__module__} given; allowed: one with classes or labels")
-    if rebuilt(model) is None:
+    build = build_of(model)
+    if build is None:
         raise InputError("model: it is wrapped; allowed: one as its file makes it (wrap the result instead)")
     names = tuple(f"LABEL_{i}" for i in range(classes)) if isinstance(classes, int) else tuple(classes)
     if not names:
@@ -63,8 +64,7 @@ def replace_head(model: Model, params: tree.Params, classes: int | Sequence[str]
         changed = dataclasses.replace(config, classes=len(names))
     else:
         changed = dataclasses.replace(config, labels=names, **({"head": "classify"} if "head" in fields else {}))
-    new = rebuilt(model, changed)
-    assert new is not None
+    new = build(changed, model.policy)
     fresh: Any = jax.jit(lambda key: _heads(new.init(key), True))(key)  # of a large model, only the head is made
     tree.check(params)
     body = _heads(params, False)

@@ -40,7 +40,7 @@ from jaxmodel.adapt.initializers import Constant, Own
 from jaxmodel.axes import role_of
 from jaxmodel.errors import InputError
 from jaxmodel.models.checks import check_params
-from jaxmodel.models.family import KNOWN, rebuilt
+from jaxmodel.models.family import build_of
 from jaxmodel.models.model import Inputs, Model
 
 FAMILIES = {"bert": "head/norm", "gpt2": "norm", "llama": "norm", "vit": None}
@@ -83,8 +83,8 @@ def mup(model: Model, base: int | Any) -> Mup:
     family = model.family
     if family not in FAMILIES:
         raise InputError(f"model: a config of {type(config).__module__} given; allowed: {', '.join(FAMILIES)}")
-    build = KNOWN[family].model
-    if rebuilt(model) is None:
+    build = build_of(model)
+    if build is None:
         raise InputError("model: it is wrapped; allowed: one as its file makes it (wrap the result instead)")
     base = _narrower(config, base) if isinstance(base, int) else base
     if type(base) is not type(config):

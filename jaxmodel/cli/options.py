@@ -21,7 +21,7 @@ _SOURCE = (
     "a known name (smollm2-135m, which is SmolLM2-135M-Instruct from a file of 4 bits), a size whose weights are at the hub "
     "(gpt2), a bundle folder, a .gguf file, or a hub id 'org/name' or 'org/name@revision'"
 )
-_NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")  # `data.NAMES`
+_NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")  # `data.text.NAMES`
 _TEXT = f"a UTF-8 file, or one of {', '.join(_NAMES)}"
 _TEXTS = (
     f"{_TEXT}; or .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrayrecord (see --field), a folder that `datasets` saved, "

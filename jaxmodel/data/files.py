@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import os
 import re
-import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from jaxmodel.errors import InputError, require
-from jaxmodel.files import open_regular
+from jaxmodel.files import open_regular, replacing_file
 
 type Where = str | Path
 """A path, or a URL, which is a str."""
@@ -122,15 +121,8 @@ def writing(path: str) -> Iterator[IO[bytes]]:
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.parent / f".{secrets.token_hex(8)}.tmp"  # so that two processes may write the same file
-        try:
-            with open(beside, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing_file(target) as file:
+            yield file
 
 
 def copy(path: str, target: str) -> None:

@@ -134,5 +134,7 @@ def _ask(template: str, variables: Mapping[str, Any], spans: bool) -> dict[str, 
         said = _CHILD.ask(asked, limit.template_seconds, int(limit.template_memory))
     except InputError as error:
         raise InputError(f"messages: {error}") from None
-    most = f"{limit.template_seconds:g} seconds, or more memory than it may have ({way('template_seconds')})"
-    return said or {"error": f"it took more than {most}"}
+    if not said:
+        most = f"{limit.template_seconds:g} seconds, or more memory than it may have"
+        return {"error": f"it took more than {most} ({way('template_seconds', 'template_memory')})"}
+    return {**said, "error": f"{said['error']} ({way(said['limit'])})"} if "limit" in said else said

@@ -55,16 +55,16 @@ def environment() -> Any:
 
 def answer(made: Any, template: str, variables: dict[str, Any], most: int, spans: bool) -> dict[str, Any]:
     """`{"text"}`, with `{"spans"}` where asked for: first and behind the last character of what the assistant says; or
-    `{"error"}`."""
+    `{"error"}`, with `{"limit"}` where it is one."""
     pieces, length = [], 0
     made.globals[MARK] = mark = f"\ue000{secrets.token_hex(8)}\ue000" if spans else ""
     try:
         for piece in made.from_string(template).generate(variables):
             pieces.append(piece)
             if (length := length + len(piece)) > most:
-                return {"error": f"it writes more than {most:,} characters"}
+                return {"error": f"it writes more than {most:,} characters", "limit": "template_characters"}
     except MemoryError:
-        return {"error": "it takes more memory than it may have"}
+        return {"error": "it takes more memory than it may have", "limit": "template_memory"}
     except Exception as error:  # a template can raise whatever Python can
         return {"error": str(error) or type(error).__name__}
     text = "".join(pieces)

@@ -90,14 +90,7 @@ def family(
     return declare
 
 
-def rebuilt(model: Model, config: Any = None) -> Model | None:
-    """The model of the same family and policy with another config; None for one of no family, or one that was wrapped.
-
-    Args:
-      model: of a family, as its function makes it.
-      config: of the family; None for the model's own.
-    """
+def build_of(model: Model) -> Build | None:
+    """Return the function that made a model, for another of its family; None for one of no family, or one that was wrapped."""
     known = KNOWN.get(model.family)
-    if known is None or known.model(model.config, model.policy) is not model:
-        return None
-    return model if config is None else known.model(config, model.policy)
+    return known.model if known is not None and known.model(model.config, model.policy) is model else None

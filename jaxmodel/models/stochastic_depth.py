@@ -8,7 +8,7 @@ import jax
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.layers import stochastic_depth as layers_stochastic_depth
+from jaxmodel.layers.stochastic_depth import stochastic_depth as of_rows
 from jaxmodel.models.model import Model, Parts, wrap
 
 _SITE = 2**32 - 1  # tells its draws apart from the dropout within a block
@@ -49,7 +49,7 @@ def stochastic_depth(model: Model, rate: float) -> Model:
         def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
             y, cache, aux = whole(params, x, context, cache, layer, rng, train)
             if train and y.shape == x.shape:
-                y = layers_stochastic_depth.stochastic_depth(x, y, rate * ((layer + 1) / depth), rng, _SITE)
+                y = of_rows(x, y, rate * ((layer + 1) / depth), rng, _SITE)
             return y, cache, aux
 
         return parts._replace(block=block)

@@ -201,7 +201,7 @@ def test_images_of_many_pixels(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
     images = ImageFolder(tmp_path, (4, 4))
     assert images.take(np.arange(2))["pixels"].shape == (2, 4, 4, 3)
     monkeypatch.setattr(limits, "_now", limits.Limits(pixels=2399))
-    with pytest.raises(InputError, match=r"has 60 x 40 pixels; allowed: 2,399.*pixels=... raises it"):
+    with pytest.raises(InputError, match=r"has 60 x 40 pixels; allowed: 2,399.*pixels=.*raises it"):
         images.take(np.arange(2))
 
 
@@ -219,7 +219,7 @@ def test_a_small_file_of_13_000_by_13_000(tmp_path: Path) -> None:
     "processor", [ImageProcessor(2**20), ImageProcessor((2**20, 2**10)), ImageProcessor("cover", (2**14, 2**14))]
 )
 def test_sizes_that_a_processor_claims(processor: ImageProcessor) -> None:
-    with pytest.raises(InputError, match=r"images: 4 x 6 pixels would become .*pixels=... raises it"):
+    with pytest.raises(InputError, match=r"images: 4 x 6 pixels would become .*pixels=.*raises it"):
         processor([np.zeros((4, 6, 3), np.uint8)])
 
 

@@ -13,7 +13,7 @@ from scipy import special, stats
 
 from jaxmodel import losses
 from jaxmodel.errors import InputError
-from jaxmodel.losses import views as losses_views
+from jaxmodel.losses import views as contrasts
 from jaxmodel.losses.labels import class_means, class_sums, distribution
 from jaxmodel.models import mlp, transformer
 from jaxmodel.train.state import init_state
@@ -291,7 +291,7 @@ def test_nt_xent_equals_optax():
 @pytest.mark.parametrize("name", BY_HAND)
 def test_contrastive_losses_by_hand_and_rows_that_fill_up_are_not_compared(name):
     a, b = views()
-    each = jax.jit(getattr(losses_views, name))
+    each = jax.jit(getattr(contrasts, name))
     close(each(a, b), BY_HAND[name](a, b), rtol=1e-4)
     close(each(a, b, counts=np.arange(6) < 4)[:4], BY_HAND[name](a[:4], b[:4]), rtol=1e-4)
     slopes = jax.jit(jax.grad(lambda x: jnp.sum(each(x, jnp.zeros((3, 4))))))(np.zeros((3, 4), np.float32))
@@ -300,7 +300,7 @@ def test_contrastive_losses_by_hand_and_rows_that_fill_up_are_not_compared(name)
 
 def test_contrastive_reads_both_views(params):
     x = RNG.normal(size=(5, 2, 6)).astype(np.float32)
-    value, metrics = run(losses.contrastive(losses_views.info_nce), params, {"views": x})
+    value, metrics = run(losses.contrastive(contrasts.info_nce), params, {"views": x})
     out = np.asarray(jax.jit(MODEL.apply)(params, jnp.asarray(x.reshape(10, 6))).logits).reshape(5, 2, 5)
     close(value, np.mean(info_nce(out[:, 0], out[:, 1])), rtol=1e-4)
     assert float(metrics["weight"]) == 5
@@ -317,7 +317,7 @@ BAD = {
     "q: 2.0 given; allowed: 0 to 1": lambda: losses.generalized_cross_entropy(Z, jnp.asarray(LABELS), 2.0),
     "alpha, beta, log_zero: 1.0, 1.0, 0.0 given": lambda: losses.symmetric_cross_entropy(Z, jnp.asarray(LABELS), 1.0, 1.0, 0.0),
     "temperature: 0.0 given; allowed: above 0": lambda: losses.kl_divergence(Z, Z, 0.0),
-    "temperature: -1.0 given; allowed: above 0": lambda: losses_views.info_nce(Z, Z, -1.0),
+    "temperature: -1.0 given; allowed: above 0": lambda: contrasts.info_nce(Z, Z, -1.0),
     "delta: 0.0 given; allowed: above 0": lambda: losses.huber(Z, Z, 0.0),
     "targets: the shape [7] given with outputs [7, 1]": lambda: losses.squared_error(Z[:, :1], Z[:, 0]),
     "labels: distributions of shape [7, 4] given; needed are 5": lambda: distribution(Z[:, :4], 5),
