@@ -1,4 +1,7 @@
-"""The site that `make docs` builds from docs/, notebooks/ and the docstrings. Nothing is fetched, no notebook is run."""
+"""The site that `make docs` builds from docs/, notebooks/ and the docstrings.
+
+Nothing is fetched, no notebook is run.
+"""
 
 import inspect
 import itertools
@@ -33,28 +36,44 @@ html_title = "jaxmodel"
 
 SECTION = re.compile(r"(Args|Attributes|Example|Examples|Note|Raises|Returns|Yields):")
 ENTRY = re.compile(r"  \S.*?: ")
-CODE_OR_MARK = re.compile(r"(`+)(?P<code>.+?)\1|(?P<kept>(?<![\w*])\*\w[\w -]*\*(?![\w*]))|(?<!^)(?P<mark>[*|])", re.DOTALL)
+CODE_OR_MARK = re.compile(
+    r"(`+)(?P<code>.+?)\1|(?P<kept>(?<![\w*])\*\w[\w -]*\*(?![\w*]))|(?<!^)(?P<mark>[*|])",
+    re.DOTALL,
+)
 
 
 def inline(text: str) -> str:
     """Make reStructuredText of a paragraph whose only markup is `code` and *emphasis*."""
-    return CODE_OR_MARK.sub(lambda m: f"``{m['code'].strip()}``\\ " if m["code"] else m["kept"] or f"\\{m['mark']}", text)
+    return CODE_OR_MARK.sub(
+        lambda m: f"``{m['code'].strip()}``\\ " if m["code"] else m["kept"] or f"\\{m['mark']}",
+        text,
+    )
 
 
 def block(text: str) -> str:
-    """Make reStructuredText of the lines between two blank ones: doctests and code stay, `name: meaning` becomes a list."""
+    """Make reStructuredText of the lines between two blank ones: doctests and code stay,
+    `name: meaning` becomes a list.
+    """
     lines = text.split("\n")
     if any(line.lstrip().startswith(">>>") for line in lines):
         return text
     if all(line.startswith("    ") for line in lines):
         return "::\n\n" + text
     if all(line.startswith("|") for line in lines):
-        rows = [re.split(r"\s+\|\s+", line.strip("| ")) for line in lines if not line.startswith(("|-", "| -"))]
-        cells = [f"   {' ' if i else '*'} - {inline(cell)}" for row in rows for i, cell in enumerate(row)]
+        rows = [
+            re.split(r"\s+\|\s+", line.strip("| "))
+            for line in lines
+            if not line.startswith(("|-", "| -"))
+        ]
+        cells = [
+            f"   {' ' if i else '*'} - {inline(cell)}" for row in rows for i, cell in enumerate(row)
+        ]
         return "\n".join([".. list-table::", "   :header-rows: 1", "", *cells])
     for i, (line, following) in enumerate(itertools.pairwise(lines)):
         if line.endswith(":") and not SECTION.fullmatch(line.strip()) and ENTRY.match(following):
-            entries = [re.sub(r"^(?=\S)", "- ", entry.removeprefix("  ")) for entry in lines[i + 1 :]]
+            entries = [
+                re.sub(r"^(?=\S)", "- ", entry.removeprefix("  ")) for entry in lines[i + 1 :]
+            ]
             return inline("\n".join([*lines[: i + 1], "", *entries]))
     return inline(text)
 
@@ -62,19 +81,43 @@ def block(text: str) -> str:
 def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Rewrite a docstring in place, before napoleon reads its sections."""
     blocks = re.split(r"\n{2,}", "\n".join(lines).strip("\n"))
-    if what in ("attribute", "data", "property"):  # else napoleon takes the words before a colon for a type
+    if what in (
+        "attribute",
+        "data",
+        "property",
+    ):  # else napoleon takes the words before a colon for a type
         blocks.insert(0, "..")
     lines[:] = [*"\n\n".join(map(block, blocks)).split("\n"), ""]
 
 
 def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
-    """Leave out fields of named tuples and functions that are a field's default: their class describes both."""
-    default = what == "class" and callable(obj) and getattr(obj, "__name__", "") != name.rpartition(".")[2]
-    return True if default or (inspect.getdoc(obj) or "").startswith("Alias for field number") else None
+    """Leave out fields of named tuples and functions that are a field's default: their class
+    describes both.
+    """
+    default = (
+        what == "class"
+        and callable(obj)
+        and getattr(obj, "__name__", "") != name.rpartition(".")[2]
+    )
+    return (
+        True
+        if default or (inspect.getdoc(obj) or "").startswith("Alias for field number")
+        else None
+    )
 
 
-def readable(app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
-    """Write defaults that are made or functions as Python does not: else Sphinx gives up on the whole signature."""
+def readable(
+    app: Any,
+    what: str,
+    name: str,
+    obj: Any,
+    options: Any,
+    signature: str | None,
+    returns: str | None,
+) -> Any:
+    """Write defaults that are made or functions as Python does not: else Sphinx gives up on the
+    whole signature.
+    """
     if signature is not None:
         named = r"<(?:function |class ')?(?:[\w.]*\.)?(\w+)[^<>]*>"
         signature = re.sub(named, lambda m: "..." if m[1] == "factory" else m[1], signature)

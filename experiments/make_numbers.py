@@ -1,8 +1,9 @@
-"""Run the quick form of every experiment and write experiments/RESULTS.md: each number with its goal, met or not.
+"""Run the quick form of every experiment and write experiments/RESULTS.md: each number with its
+goal, met or not.
 
 Command:  make numbers            (or python experiments/make_numbers.py [--full] [NAME ...])
-Cost:     the sum of the quick forms: about 12 minutes on two cores. Those beside peers (peers_*) are left out, and their sections
-          kept, until `make peers` was run.
+Cost:     the sum of the quick forms: about 12 minutes on two cores. Those beside peers (peers_*)
+          are left out, and their sections kept, until `make peers` was run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,13 @@ def main() -> None:
     peers = (HERE.parent / ".peers").exists()
     chosen = args.names or [name for name in known if peers or not name.startswith("peers_")]
     for name in progress(chosen, "experiments"):
-        command = [sys.executable, str(HERE / f"{name}.py"), *([] if args.full else ["--quick"]), "--json", "-"]
+        command = [
+            sys.executable,
+            str(HERE / f"{name}.py"),
+            *([] if args.full else ["--quick"]),
+            "--json",
+            "-",
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             sections[name] = f"failed with exit code {done.returncode}"

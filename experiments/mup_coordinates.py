@@ -1,15 +1,19 @@
-"""A coordinate check of `adapt.mup`: the size of activations over widths 64 to 1024 while a model learns, muP and standard.
+"""A coordinate check of `adapt.mup`: the size of activations over widths 64 to 1024 while a model
+learns, muP and standard.
 
 Command:  python experiments/mup_coordinates.py [--quick] [--seed N] --json -
 Cost:     about 4 minutes on two cores; --quick about 1 (widths 64, 128, 256 of one family).
-Goals:    under muP (Yang et al., 2022) the mean absolute activation behind the embedding, behind each layer, of what each layer
-          adds, and of the logits stays flat over widths after each of 1 to 5 steps of Adam: slopes in log-log within 0.15 (0.2
-          in the quick form, whose widths are smaller), and of the residual stream within 0.05; under the standard
-          parametrisation some slope is above 0.5 (else the check would see nothing); with one learning rate the loss after 5
-          steps is no worse at the largest width than at the smallest.
-Measured: all goals met (286 s on a busy machine), largest slopes of llama and gpt2: residual stream 0.012 and 0.025, what layers
-          add 0.021 and 0.044, logits 0.110 and 0.100; standard 2.294 and 1.984. The loss after 5 steps is 0.016 and 0.094 nats
-          lower at width 1,024 than at 64 (2.629 and 2.154; standard 2.801 and 3.235).
+Goals:    under muP (Yang et al., 2022) the mean absolute activation behind the embedding, behind
+          each layer, of what each layer adds, and of the logits stays flat over widths after each
+          of 1 to 5 steps of Adam: slopes in log-log within 0.15 (0.2 in the quick form, whose
+          widths are smaller), and of the residual stream within 0.05; under the standard
+          parametrisation some slope is above 0.5 (else the check would see nothing); with one
+          learning rate the loss after 5 steps is no worse at the largest width than at the
+          smallest.
+Measured: all goals met (286 s on a busy machine), largest slopes of llama and gpt2: residual stream
+          0.012 and 0.025, what layers add 0.021 and 0.044, logits 0.110 and 0.100; standard 2.294
+          and 1.984. The loss after 5 steps is 0.016 and 0.094 nats lower at width 1,024 than at 64
+          (2.629 and 2.154; standard 2.801 and 3.235).
 """
 
 from __future__ import annotations
@@ -25,12 +29,21 @@ from jaxmodel import adapt, models, report
 from jaxmodel.models import gpt2, llama
 from jaxmodel.progress import progress
 
-BASE, STEPS, RATE = 64, 5, 3e-3
-VOCAB, BATCH, LENGTH = 32, 4, 16  # few inputs: with more of them than the width they are not told apart, and sizes mean little
+BASE = 64
+STEPS = 5
+RATE = 3e-3
+VOCAB, BATCH, LENGTH = (
+    32,
+    4,
+    16,
+)  # few inputs: with more of them than the width they are not told apart, and sizes mean little
 
 
 def make(family: str, width: int) -> tuple[models.Model, Any]:
-    """The model of a width, and the config of its base. The heads of gpt2 grow in number, those of llama in width."""
+    """The model of a width, and the config of its base.
+
+    The heads of gpt2 grow in number, those of llama in width.
+    """
 
     def config(width: int) -> Any:
         if family == "gpt2":
@@ -44,20 +57,26 @@ def make(family: str, width: int) -> tuple[models.Model, Any]:
 def batch(seed: int) -> tuple[jax.Array, jax.Array]:
     """Tokens and their successors, four of five by a fixed permutation."""
     rng = np.random.default_rng(seed)
-    successor, rows = rng.permutation(VOCAB), rng.integers(0, VOCAB, (BATCH, LENGTH + 1))
+    successor = rng.permutation(VOCAB)
+    rows = rng.integers(0, VOCAB, (BATCH, LENGTH + 1))
     for i in range(1, LENGTH + 1):
         rows[:, i] = np.where(rng.random(BATCH) < 0.8, successor[rows[:, i - 1]], rows[:, i])
     return jnp.asarray(rows[:, :-1], jnp.int32), jnp.asarray(rows[:, 1:], jnp.int32)
 
 
 def sizes(family: str, width: int, standard: bool, seeds: list[int]) -> dict[str, np.ndarray]:
-    """The size of activations by place, and the loss, before training and after each step; the geometric mean of the seeds."""
+    """The size of activations by place, and the loss, before training and after each step; the
+    geometric mean of the seeds.
+    """
     model, base = make(family, width)
-    init, optimizer = [(".*", None)], optax.adam(RATE)
+    init = [(".*", None)]
+    optimizer = optax.adam(RATE)
     if not standard:
         wide = adapt.mup(model, base)
-        model, optimizer = wide.model, optax.chain(optimizer, adapt.scale_updates(wide.rates))
-        # the paper starts readouts and queries at zero; a head tied to the embedding cannot, and gpt2 keeps all of its own
+        model = wide.model
+        optimizer = optax.chain(optimizer, adapt.scale_updates(wide.rates))
+        # the paper starts readouts and queries at zero; a head tied to the embedding cannot, and
+        # gpt2 keeps all of its own
         zeros = [("head", "zeros"), ("blocks/.*/q", "zeros")] if family == "llama" else []
         init = [*zeros, *wide.init]
 
@@ -66,7 +85,9 @@ def sizes(family: str, width: int, standard: bool, seeds: list[int]) -> dict[str
         params = adapt.initialize(model, key, init)
 
         def loss(params: Any) -> jax.Array:
-            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, tokens).logits, targets).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(
+                model.apply(params, tokens).logits, targets
+            ).mean()
 
         def step(carry: Any, _: Any) -> Any:
             params, state = carry
@@ -78,11 +99,16 @@ def sizes(family: str, width: int, standard: bool, seeds: list[int]) -> dict[str
         return jax.lax.scan(step, (params, optimizer.init(params)), None, STEPS + 1)[1]
 
     found = [run(jax.random.key(seed), *batch(seed)) for seed in seeds]
-    return {place: np.exp(np.mean([np.log(np.maximum(one[place], 1e-30)) for one in found], axis=0)) for place in found[0]}
+    return {
+        place: np.exp(np.mean([np.log(np.maximum(one[place], 1e-30)) for one in found], axis=0))
+        for place in found[0]
+    }
 
 
 def slopes(widths: list[int], by_width: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """For each place the slope of log size over log width after each step (not before the first, where logits may be zero)."""
+    """For each place the slope of log size over log width after each step (not before the first,
+    where logits may be zero).
+    """
 
     def slope(place: str) -> np.ndarray:
         logs = np.log2([found[place][1:] for found in by_width])
@@ -95,23 +121,61 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     """Train every width both ways."""
     widths = [64, 128, 256] if quick else [64, 128, 256, 512, 1024]
     seeds = [seed, seed + 1, seed + 2]
-    bound = "<= 0.2" if quick else "<= 0.15"  # narrow models are further from what holds for wide ones
+    bound = (
+        "<= 0.2" if quick else "<= 0.15"
+    )  # narrow models are further from what holds for wide ones
     families = ["llama"] if quick else ["llama", "gpt2"]
-    jobs = [(family, standard, width) for family in families for standard in (False, True) for width in widths]
+    jobs = [
+        (family, standard, width)
+        for family in families
+        for standard in (False, True)
+        for width in widths
+    ]
     found = {job: sizes(job[0], job[2], job[1], seeds) for job in progress(jobs, "widths")}
     entries: list[tuple] = []
     for family in families:
-        mup, standard = (slopes(widths, [found[family, kind, width] for width in widths]) for kind in (False, True))
+        mup, standard = (
+            slopes(widths, [found[family, kind, width] for width in widths])
+            for kind in (False, True)
+        )
         losses = [found[family, False, width]["loss"][-1] for width in widths]
-        worst = lambda by_place, keep: max(np.abs(v).max() for place, v in by_place.items() if keep(place))
-        stream = lambda place: place == "embed" or (place.startswith("blocks/") and not place.endswith("/added"))
+        worst = lambda by_place, keep: max(
+            np.abs(v).max() for place, v in by_place.items() if keep(place)
+        )
+        stream = lambda place: (
+            place == "embed" or (place.startswith("blocks/") and not place.endswith("/added"))
+        )
         entries += [
-            (f"{family}, muP: largest slope of the residual stream", worst(mup, stream), "", "<= 0.05"),
-            (f"{family}, muP: largest slope of what layers add", worst(mup, lambda p: p.endswith("/added")), "", bound),
-            (f"{family}, muP: largest slope of the logits", worst(mup, lambda p: p == "logits"), "", bound),
+            (
+                f"{family}, muP: largest slope of the residual stream",
+                worst(mup, stream),
+                "",
+                "<= 0.05",
+            ),
+            (
+                f"{family}, muP: largest slope of what layers add",
+                worst(mup, lambda p: p.endswith("/added")),
+                "",
+                bound,
+            ),
+            (
+                f"{family}, muP: largest slope of the logits",
+                worst(mup, lambda p: p == "logits"),
+                "",
+                bound,
+            ),
             (f"{family}, standard: largest slope", worst(standard, lambda _: True), "", ">= 0.5"),
-            (f"{family}, standard: largest slope of the logits", worst(standard, lambda p: p == "logits"), ""),
-            (f"{family}, muP: loss after {STEPS} steps, largest width less smallest", losses[-1] - losses[0], "nats", "<= 0.01"),
+            (
+                f"{family}, standard: largest slope of the logits",
+                worst(standard, lambda p: p == "logits"),
+                "",
+            ),
+            (
+                f"{family}, muP: loss after {STEPS} steps, largest width less smallest",
+                losses[-1] - losses[0],
+                "nats",
+                "<= 0.01",
+            ),
             (f"{family}, muP: loss after {STEPS} steps, width {widths[-1]}", losses[-1], "nats"),
             (
                 f"{family}, standard: the same",
@@ -121,8 +185,16 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
         ]
         for place, values in mup.items():
             entries.append((f"{family}, muP: slope of {place}, step {STEPS}", values[-1], ""))
-            entries.append((f"{family}, standard: slope of {place}, step {STEPS}", standard[place][-1], ""))
-    protocol = {"widths": widths, "base": BASE, "steps": STEPS, "learning_rate": RATE, "seeds": seeds}
+            entries.append(
+                (f"{family}, standard: slope of {place}, step {STEPS}", standard[place][-1], "")
+            )
+    protocol = {
+        "widths": widths,
+        "base": BASE,
+        "steps": STEPS,
+        "learning_rate": RATE,
+        "seeds": seeds,
+    }
     return entries, {**protocol, "batch": [BATCH, LENGTH], "vocab": VOCAB, "optimizer": "adam"}
 
 

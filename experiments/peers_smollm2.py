@@ -1,13 +1,17 @@
-"""SmolLM2-135M-Instruct beside its peers in one run: transformers on torch (float32, bfloat16), llama.cpp (Q4_1, its own file).
+"""SmolLM2-135M-Instruct beside its peers in one run: transformers on torch (float32, bfloat16),
+llama.cpp (Q4_1, its own file).
 
-Ours and torch's f32 is that file decoded, whose matrices were rounded to 4 bits; int4 rounds a second time. It changes no speed.
+Ours and torch's f32 is that file decoded, whose matrices were rounded to 4 bits; int4 rounds a
+second time. It changes no speed.
 
 Command:  python experiments/peers_smollm2.py [--quick] [--seed N] --json -   (after `make peers`)
 Cost:     about 3 minutes on two cores; --quick about 2 (our f32 and int8 only).
-Goals:    our int8 at least as fast as the faster of torch's float32 and bfloat16, in prefill and in decoding of 1 and 8 streams.
-Measured: all goals met (full form, 165 s; llama.cpp was not built there): int8 against the faster of torch's float32 and bfloat16
-          1.52x in prefill, 3.19x and 3.01x in decoding of 1 and 8 streams (1,358, 53.0 and 249 tokens/s). Our float32 is behind
-          torch's at 8 streams (41 to 84 tokens/s in two runs against 66).
+Goals:    our int8 at least as fast as the faster of torch's float32 and bfloat16, in prefill and in
+  decoding of 1 and 8 streams.
+Measured: all goals met (full form, 165 s; llama.cpp was not built there): int8 against the faster
+          of torch's float32 and bfloat16 1.52x in prefill, 3.19x and 3.01x in decoding of 1 and 8
+          streams (1,358, 53.0 and 249 tokens/s). Our float32 is behind torch's at 8 streams (41 to
+          84 tokens/s in two runs against 66).
 """
 
 from __future__ import annotations
@@ -34,7 +38,10 @@ def peer(script: str, *args: object) -> dict[str, float]:
     command = [str(PYTHON), str(HERE / "peers" / script), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"peer: {script} ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        raise InputError(
+            f"peer: {script} ended with code {done.returncode}: "
+            f"{done.stderr.strip().splitlines()[-1:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -51,8 +58,13 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
             "torch f32": ("speed_transformers.py", folder, "float32"),
             "torch bf16": ("speed_transformers.py", folder, "bfloat16"),
         }
-        if not subprocess.run([str(PYTHON), "-c", "import llama_cpp"], capture_output=True, check=False).returncode:
-            theirs[LLAMA] = ("speed_llama_cpp.py", find_smollm2())  # else `make peers` has said that it was not built
+        if not subprocess.run(
+            [str(PYTHON), "-c", "import llama_cpp"], capture_output=True, check=False
+        ).returncode:
+            theirs[LLAMA] = (
+                "speed_llama_cpp.py",
+                find_smollm2(),
+            )  # else `make peers` has said that it was not built
         for name in progress([*names, *theirs], "speeds"):
             if name in theirs:
                 speeds[name] = peer(*map(str, theirs[name]))
@@ -62,10 +74,22 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     entries: list[tuple] = []
     for kind in KINDS:
         best = max(speeds["torch f32"][kind], speeds["torch bf16"][kind])
-        entries.append((f"int8 {kind} over the best of torch", speeds["int8"][kind] / best, "x", ">= 1"))
+        entries.append(
+            (f"int8 {kind} over the best of torch", speeds["int8"][kind] / best, "x", ">= 1")
+        )
     if LLAMA in speeds:
-        entries.append(("int8 decode_tps_1 over llama.cpp", speeds["int8"]["decode_tps_1"] / speeds[LLAMA]["decode_tps_1"], "x"))
-    entries += [(f"{name} {kind}", value, "tokens/s") for name, found in speeds.items() for kind, value in found.items()]
+        entries.append(
+            (
+                "int8 decode_tps_1 over llama.cpp",
+                speeds["int8"]["decode_tps_1"] / speeds[LLAMA]["decode_tps_1"],
+                "x",
+            )
+        )
+    entries += [
+        (f"{name} {kind}", value, "tokens/s")
+        for name, found in speeds.items()
+        for kind, value in found.items()
+    ]
     return entries, {"prompt": 512, "cache": 256, "new": 16}
 
 

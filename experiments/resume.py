@@ -1,19 +1,23 @@
-"""Kills and storage faults: a run broken anywhere ends in the same bits, and a bad checkpoint is never taken for a good one.
+"""Kills and storage faults: a run broken anywhere ends in the same bits, and a bad checkpoint is
+never taken for a good one.
 
-A small GPT trains on packed documents of two texts, mixed 3 to 1, with token dropout, in two micro-batches, with a moving
-average; a checkpoint every third step, asynchronous. Kills: a process of this run gets SIGKILL at a random time, again and
-again, and the run goes on from what it left. Faults: of copies of its checkpoints files are cut off, have bytes flipped, or
-vanish, or the disk is full while it saves (a limit on the size of files: the kernel refuses the write as it does on a full
-disk). Restarts: one more such run is killed five times and keeps its ledger, whose categories are added up and held against a
-clock outside of its processes.
+A small GPT trains on packed documents of two texts, mixed 3 to 1, with token dropout, in two
+micro-batches, with a moving average; a checkpoint every third step, asynchronous. Kills: a process
+of this run gets SIGKILL at a random time, again and again, and the run goes on from what it left.
+Faults: of copies of its checkpoints files are cut off, have bytes flipped, or vanish, or the disk
+is full while it saves (a limit on the size of files: the kernel refuses the write as it does on a
+full disk). Restarts: one more such run is killed five times and keeps its ledger, whose categories
+are added up and held against a clock outside of its processes.
 
 Command:  python experiments/resume.py [--quick] [--seed N] --json -
 Cost:     about 20 minutes on two cores; --quick (10 kills, 40 faults) about 3.
-Goals:    after 100 kills the parameters, the optimiser's state and the average have the same SHA-256 as those of the unbroken
-          run; of 300 storage faults no corrupt restore and no lost last good step; the ledger's categories sum to the wall clock
-          within 0.5 % over five restarts.
-Measured: all goals met: 100 kills, the same SHA-256 (and of 8 runs that ended between two kills); 300 faults, 0 corrupt restores,
-          0 lost good steps; the ledger 0.13 % off over five restarts, 81.0 of 81.1 s. On a busy machine.
+Goals:    after 100 kills the parameters, the optimiser's state and the average have the same
+          SHA-256 as those of the unbroken run; of 300 storage faults no corrupt restore and no lost
+          last good step; the ledger's categories sum to the wall clock within 0.5 % over five
+          restarts.
+Measured: all goals met: 100 kills, the same SHA-256 (and of 8 runs that ended between two kills);
+          300 faults, 0 corrupt restores, 0 lost good steps; the ledger 0.13 % off over five
+          restarts, 81.0 of 81.1 s. On a busy machine.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ from jaxmodel.distributed import ledger
 from jaxmodel.models import gpt2
 from jaxmodel.progress import bar, progress
 
-STEPS, SAVE_EVERY, RESTARTS = 60, 3, 5
+STEPS = 60
+SAVE_EVERY = 3
+RESTARTS = 5
 MODEL = gpt2.Config(vocab=256, width=64, depth=2, heads=4, context=64)
 LOG = Path(tempfile.gettempdir(), f"resume-{os.getpid()}.log")  # of the process that runs now
 FAULTS = ("torn file", "flipped byte", "missing file", "missing marker", "full disk")
@@ -47,20 +53,31 @@ def stream(seed: int) -> data.Mixture:
     """Documents of two texts, as bytes, packed and mixed."""
     parts = []
     for name, weight in (("english_train", 3), ("english", 1)):
-        documents = [list(text.encode()[:400]) for text in data.split_documents(data.load_text(name).text)[:400]]
+        documents = [
+            list(text.encode()[:400])
+            for text in data.split_documents(data.load_text(name).text)[:400]
+        ]
         parts.append((data.Stream(data.pack(documents, MODEL.context + 1), 8, seed), weight))
     return data.Mixture(parts, batch_size=8)
 
 
 def run(folder: Path, seed: int, steps: int = STEPS, book: Path | None = None) -> Any:
     """Train from what is in the folder to the end; the last state."""
-    config = train.TrainConfig(steps=steps, accumulate=2, average=0.99, save_every=SAVE_EVERY, log_every=10, seed=seed)
+    config = train.TrainConfig(
+        steps=steps, accumulate=2, average=0.99, save_every=SAVE_EVERY, log_every=10, seed=seed
+    )
     batches = stream(seed)
     keep = checkpoint.Keep(last=3)
-    with checkpoint.Checkpoints(folder, identity={"seed": seed}, data=batches.fingerprint, keep=keep) as checkpoints:
+    with checkpoint.Checkpoints(
+        folder, identity={"seed": seed}, data=batches.fingerprint, keep=keep
+    ) as checkpoints:
         drops = augment.parse("token_dropout(0, rate=0.1)")
-        supervisor = distributed.Supervisor(distributed.Ledger(book, began=distributed.process_began()))
-        state, _ = train.fit(model(), batches, config, augment=drops, checkpoints=checkpoints, supervisor=supervisor)
+        supervisor = distributed.Supervisor(
+            distributed.Ledger(book, began=distributed.process_began())
+        )
+        state, _ = train.fit(
+            model(), batches, config, augment=drops, checkpoints=checkpoints, supervisor=supervisor
+        )
     supervisor.close()
     return state
 
@@ -77,7 +94,9 @@ def like(seed: int) -> train.TrainState:
 
 
 def child(action: Any) -> int:
-    """Run something in a process of its own, made by fork before JAX starts its devices; returns its id."""
+    """Run something in a process of its own, made by fork before JAX starts its devices; returns
+    its id.
+    """
     if process := os.fork():
         return process
     code = 1
@@ -100,24 +119,41 @@ def wait(process: int) -> int:
 
 
 def unbroken(folder: Path, seed: int) -> tuple[str, float]:
-    """The digest of the run without a stop, and the seconds of a second one, whose programs are compiled."""
+    """The digest of the run without a stop, and the seconds of a second one, whose programs are
+    compiled.
+    """
     for name in ("first", "whole"):
         began = time.perf_counter()
         note = folder / f"{name}.txt"
-        if wait(child(lambda name=name, note=note: note.write_text(checkpoint.fingerprint(run(folder / name, seed))))):
+        if wait(
+            child(
+                lambda name=name, note=note: note.write_text(
+                    checkpoint.fingerprint(run(folder / name, seed))
+                )
+            )
+        ):
             raise SystemExit(f"the run without a stop failed:\n{LOG.read_text()[-2000:]}")
     return (folder / "whole.txt").read_text(), time.perf_counter() - began
 
 
-def killed(folder: Path, seed: int, kills: int, seconds: float, chance: random.Random) -> tuple[str, int, int]:
-    """The digest after so many kills, how many processes saw one, and how many runs were finished and begun anew on the way."""
+def killed(
+    folder: Path, seed: int, kills: int, seconds: float, chance: random.Random
+) -> tuple[str, int, int]:
+    """The digest after so many kills, how many processes saw one, and how many runs were finished
+    and begun anew on the way.
+    """
     done = restarts = 0
-    place, note, digest = folder / "killed", folder / "killed.txt", ""
+    place = folder / "killed"
+    note = folder / "killed.txt"
+    digest = ""
     with bar(kills, "kills") as shown:
         while done < kills or not digest:
             process = child(lambda: note.write_text(checkpoint.fingerprint(run(place, seed))))
             limit = time.monotonic() + (chance.uniform(0.0, seconds) if done < kills else 3600.0)
-            while time.monotonic() < limit and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            while (
+                time.monotonic() < limit
+                and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            ):
                 time.sleep(0.002)
             if time.monotonic() >= limit:
                 os.kill(process, signal.SIGKILL)
@@ -134,18 +170,30 @@ def killed(folder: Path, seed: int, kills: int, seconds: float, chance: random.R
                         return digest, done, restarts
                     digest = ""
             else:
-                raise SystemExit(f"a run failed by itself with code {code}:\n{LOG.read_text()[-2000:]}")
+                raise SystemExit(
+                    f"a run failed by itself with code {code}:\n{LOG.read_text()[-2000:]}"
+                )
     return digest, done, restarts
 
 
-def restarted(folder: Path, seed: int, kills: int, seconds: float, chance: random.Random) -> tuple[float, dict[str, float]]:
-    """The seconds that a run took from outside, with so many kills on the way, and what its ledger says of them."""
-    place, file = folder / "restarted", folder / "ledger.jsonl"
-    began, done, code = time.time(), 0, None
+def restarted(
+    folder: Path, seed: int, kills: int, seconds: float, chance: random.Random
+) -> tuple[float, dict[str, float]]:
+    """The seconds that a run took from outside, with so many kills on the way, and what its ledger
+    says of them.
+    """
+    place = folder / "restarted"
+    file = folder / "ledger.jsonl"
+    began = time.time()
+    done = 0
+    code = None
     while code != 0:
         process = child(lambda: run(place, seed, steps=6 * STEPS, book=file))
         limit = time.monotonic() + (chance.uniform(0.6, 0.9) * seconds if done < kills else 3600.0)
-        while time.monotonic() < limit and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while (
+            time.monotonic() < limit
+            and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             time.sleep(0.002)
         if time.monotonic() >= limit:
             os.kill(process, signal.SIGKILL)
@@ -187,9 +235,12 @@ def fault(kind: str, place: Path, seed: int, chance: random.Random) -> None:
 
 def faulty(folder: Path, seed: int, count: int, chance: random.Random) -> dict[str, list[int]]:
     """Of each kind of fault: how many there were, corrupt restores, lost good steps."""
-    wanted, template = like(seed), folder / "template"
+    wanted = like(seed)
+    template = folder / "template"
     known: dict[int, str] = {}
-    with checkpoint.Checkpoints(template, identity={"seed": seed}, data=stream(seed).fingerprint, read_only=True) as checkpoints:
+    with checkpoint.Checkpoints(
+        template, identity={"seed": seed}, data=stream(seed).fingerprint, read_only=True
+    ) as checkpoints:
         steps = checkpoints.steps()
         for step in steps:
             state = checkpoints.restore(wanted, at_most=step)
@@ -223,7 +274,9 @@ def faulty(folder: Path, seed: int, count: int, chance: random.Random) -> dict[s
 
 
 def full_disks(folder: Path, seed: int, places: list[int], chance: random.Random) -> None:
-    """Copies of the checkpoints in which a save met a full disk: made before this process starts JAX, since they fork."""
+    """Copies of the checkpoints in which a save met a full disk: made before this process starts
+    JAX, since they fork.
+    """
     (folder / "full").mkdir()
     for i in progress(places, "full disks"):
         shutil.copytree(folder / "template", folder / "full" / str(i))
@@ -255,7 +308,12 @@ def numbers(kills: int, faults: int, seed: int) -> tuple[list[tuple], dict[str, 
         ("seconds of an unbroken run", seconds, "s"),
         ("restarts with a ledger", RESTARTS, ""),
         ("ledger: wall clock from outside", outside, "s"),
-        ("ledger: sum of the categories off the wall clock", 100 * abs(sum(seconds_of.values()) / outside - 1), "%", "<= 0.5"),
+        (
+            "ledger: sum of the categories off the wall clock",
+            100 * abs(sum(seconds_of.values()) / outside - 1),
+            "%",
+            "<= 0.5",
+        ),
         *((f"ledger: {category}", share, "s") for category, share in seconds_of.items()),
     ]
     return entries, {"steps": STEPS, "save_every": SAVE_EVERY, "sha256": want}

@@ -1,8 +1,9 @@
 """jaxmodel: a functional JAX framework for the whole life of a big model.
 
-Five ideas. *Params* are a plain nested dict whose leaves are arrays or compressed leaves. A *Model* is a frozen record of pure
-functions. *Rules* `[(path regex, value), ...]` say everything that differs by leaf: axes, freezing, decay, bits, sparsity.
-A *TrainState* and a seed determine the rest of a run. A *Transform* is `params -> params`.
+Five ideas. *Params* are a plain nested dict whose leaves are arrays or compressed leaves. A *Model*
+is a frozen record of pure functions. *Rules* `[(path regex, value), ...]` say everything that
+differs by leaf: axes, freezing, decay, bits, sparsity. A *TrainState* and a seed determine the rest
+of a run. A *Transform* is `params -> params`.
 
     import jaxmodel
     from jaxmodel import compress
@@ -13,8 +14,9 @@ A *TrainState* and a seed determine the rest of a run. A *Transform* is `params 
     params, report = compress.apply(compress.named("int8"), bundle.params)
     print(report.bits_per_weight)
 
-Start with `jaxmodel/models/llama.py` (a model), `jaxmodel/compress/rtn.py` (a method), `docs/design.md` (the ideas and the
-house). What `__init__.pyi` lists is imported when it is first used, so `import jaxmodel` costs little.
+Start with `jaxmodel/models/llama.py` (a model), `jaxmodel/compress/rtn.py` (a method),
+`docs/design.md` (the ideas and the house). What `__init__.pyi` lists is imported when it is first
+used, so `import jaxmodel` costs little.
 """
 
 import lazy_loader

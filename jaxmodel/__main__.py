@@ -3,7 +3,11 @@
 import sys
 
 if not sys.flags.safe_path:
-    del sys.path[0]  # the current folder, in which a file may have the name of a module that is imported from here on
+    del sys.path[
+        0
+        # the current folder, in which a file may have the name of a module that is imported from here
+        # on
+    ]
 
 from jaxmodel.cli import main
 

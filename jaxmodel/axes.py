@@ -1,22 +1,26 @@
 """Axes: what a model declares about its leaves, once.
 
-A model's `Axes` gives each leaf of one layer its axes in the letters that `ops.einsum` reads: `("blocks/.*/attn/q", "(KGh)D")`
-for a weight `[K * G * h, D]`. A letter stands for a set of units: hidden units `F`, groups of heads `K`, experts `E`, channels
-`C`, the residual stream `D`, the vocabulary `V`. From the declaration follow where leaves lie on a mesh (`specs`), which leaves
-are matrices, tables or vectors (`roles`), and which axes of which leaves belong together (`groups`): what prunes, merges,
-permutes or scales a unit has to treat all of them alike.
+A model's `Axes` gives each leaf of one layer its axes in the letters that `ops.einsum` reads:
+`("blocks/.*/attn/q", "(KGh)D")` for a weight `[K * G * h, D]`. A letter stands for a set of units:
+hidden units `F`, groups of heads `K`, experts `E`, channels `C`, the residual stream `D`, the
+vocabulary `V`. From the declaration follow where leaves lie on a mesh (`specs`), which leaves are
+matrices, tables or vectors (`roles`), and which axes of which leaves belong together (`groups`):
+what prunes, merges, permutes or scales a unit has to treat all of them alike.
 
-How a leaf's axes are written. One letter is one axis. Letters in parentheses share an axis, the first of them slowest, so
-`(KGh)` is heads one after the other. Names in brackets stand one behind the other along an axis: `[C0+C1]` is a concatenation. A
-letter may carry a number (`C0`, `C12`). A capital letter is a set of units in no order: if they change places in all leaves of
-their group, the model computes the same. A small letter (`h` of a head, which rotary positions order; `x` of a kernel, `c` of
-classes) and those that `Axes.ordered` lists (`V`) have an order that something outside of the weights knows; `_` is an axis that
-nothing is said about. A word may follow: `table` for rows that are looked up, `measured` for statistics that no optimiser trains.
-`...` alone says nothing about any axis, however many there are; what such a leaf is, is guessed from its name and shape.
+How a leaf's axes are written. One letter is one axis. Letters in parentheses share an axis, the
+first of them slowest, so `(KGh)` is heads one after the other. Names in brackets stand one behind
+the other along an axis: `[C0+C1]` is a concatenation. A letter may carry a number (`C0`, `C12`). A
+capital letter is a set of units in no order: if they change places in all leaves of their group,
+the model computes the same. A small letter (`h` of a head, which rotary positions order; `x` of a
+kernel, `c` of classes) and those that `Axes.ordered` lists (`V`) have an order that something
+outside of the weights knows; `_` is an axis that nothing is said about. A word may follow: `table`
+for rows that are looked up, `measured` for statistics that no optimiser trains. `...` alone says
+nothing about any axis, however many there are; what such a leaf is, is guessed from its name and
+shape.
 
-Which letters are the same units. A letter belongs to its layer, and outside of layers to its folder: `F` of `blocks/3` and of
-`blocks/4` are two sets. Those that `Axes.shared` lists (by default `D` and `V`) and all with a number are one set in the whole
-tree.
+Which letters are the same units. A letter belongs to its layer, and outside of layers to its
+folder: `F` of `blocks/3` and of `blocks/4` are two sets. Those that `Axes.shared` lists (by default
+`D` and `V`) and all with a number are one set in the whole tree.
 
 >>> mlp = Axes((("blocks/.*/up", "FD"), ("blocks/.*/down", "DF"), ("norm", "D")))
 >>> params = {"norm": jnp.ones(2), "blocks": {"0-1": {"up": jnp.ones((2, 3, 2)), "down": jnp.ones((2, 2, 3))}}}
@@ -48,11 +52,15 @@ PLACEMENT = (
     ("E", "expert"),
     *((letter, "fsdp") for letter in "DHFCn"),
 )
-"""Letter of a parameter's axis -> axis of the mesh. The first entry counts whose mesh axis no earlier axis of the leaf took."""
+"""Letter of a parameter's axis -> axis of the mesh.
+
+The first entry counts whose mesh axis no earlier axis of the leaf took.
+"""
 
 ROLES = ("matrix", "table", "head", "vector", "measured")
-"""What a leaf is: a matrix (of experts or of layers too), a table whose rows are looked up, a matrix whose outputs are those of
-the model (`V` or `c` in front), a vector or scalar, a statistic."""
+"""What a leaf is: a matrix (of experts or of layers too), a table whose rows are looked up, a
+matrix whose outputs are those of the model (`V` or `c` in front), a vector or scalar, a statistic.
+"""
 
 type Roles = Callable[[str, tuple[int, ...]], str]  # path and shape of one layer's leaf -> its role
 
@@ -85,12 +93,15 @@ class Axes:
     """The declaration of a model.
 
     Attributes:
-      rules: (pattern of layer paths, letters), or with a third entry, the `PartitionSpec` of leaves that lie in another way than
-        their letters say. The patterns are those of `tree`: the first match wins, `tree.optional` may match nothing.
-      sizes: (letter, size) of letters that the shapes do not tell, such as `h` where heads share an axis.
+      rules: (pattern of layer paths, letters), or with a third entry, the `PartitionSpec` of leaves
+        that lie in another way than their letters say. The patterns are those of `tree`: the first
+        match wins, `tree.optional` may match nothing.
+      sizes: (letter, size) of letters that the shapes do not tell, such as `h` where heads share an
+        axis.
       shared: letters without a number that are one set in the whole tree.
-      ordered: capital letters whose order something outside of the weights knows: the vocabulary, always; `D` where the model
-        returns activations or adds fixed positions, channels that group norms take by groups.
+      ordered: capital letters whose order something outside of the weights knows: the vocabulary,
+        always; `D` where the model returns activations or adds fixed positions, channels that group
+        norms take by groups.
 
     Raises:
       InputError: letters that cannot be read.
@@ -108,15 +119,18 @@ class Axes:
     @property
     def highest(self) -> int:
         """The highest number of a letter, -1 if none has one."""
-        return max((int(n) for _, text, *_ in self.rules for n in re.findall(r"\d+", text)), default=-1)
+        return max(
+            (int(n) for _, text, *_ in self.rules for n in re.findall(r"\d+", text)), default=-1
+        )
 
     def under(self, prefix: str, number: int) -> Axes:
         """The declaration of the same leaves below a prefix, for a model that holds several.
 
         Args:
           prefix: of the paths, without its slash.
-          number: of the letters that are one set in the whole tree: `D` becomes `D1`, so that each model keeps a `D` of its own.
-            A letter that has a number gets one that is higher by `number + 1`.
+          number: of the letters that are one set in the whole tree: `D` becomes `D1`, so that each
+            model keeps a `D` of its own. A letter that has a number gets one that is higher by
+            `number + 1`.
 
         >>> Axes((("up", "FD"), ("norm", "D"))).under("image", 1).rules
         (('image/(?:up)', 'FD1'), ('image/(?:norm)', 'D1'))
@@ -139,7 +153,10 @@ class Axes:
 
 
 class Member(NamedTuple):
-    """One axis of one layer's leaf, or a part of it, in which a group's units stand: `[before, size, after]` from `start` on."""
+    """One axis of one layer's leaf, or a part of it, in which a group's units stand:
+
+    `[before, size, after]` from `start` on.
+    """
 
     path: str
     axis: int
@@ -175,17 +192,24 @@ def read(text: str) -> Letters:
     if text == _ANY:
         return Letters((), _ANY)
     found = [part.group() for part in _AXIS.finditer(letters)]
-    axes = tuple(tuple(tuple(_UNITS.findall(product)) for product in part.strip("[]").split("+")) for part in found)
+    axes = tuple(
+        tuple(tuple(_UNITS.findall(product)) for product in part.strip("[]").split("+"))
+        for part in found
+    )
     whole = "".join(found) == letters and all(map(all, axes))
     if not whole or len(words) > 1 or role not in ("", "table", "measured"):
-        raise InputError(f"axes: {text!r} cannot be read; write them as 'FD', '(Kh)D', 'C1(C0yx)', 'VD table', 'C measured'")
+        raise InputError(
+            f"axes: {text!r} cannot be read; write them as 'FD', '(Kh)D', 'C1(C0yx)', 'VD table', "
+            f"'C measured'"
+        )
     own = [axis for axis in axes if axis != ((_STACKED,),)]
     role = role or ("vector" if len(own) < 2 else "head" if own[0] in _OUTSIDE else "matrix")
     return Letters(axes, role)
 
 
 def guessed(path: str, shape: tuple[int, ...]) -> str:
-    """The role of a leaf that nobody declared, from its name and shape: of another's module, or of an optimiser used by itself.
+    """The role of a leaf that nobody declared, from its name and shape: of another's module, or of
+    an optimiser used by itself.
 
     A leaf of three axes or more that is longer than one along one of them only is a vector.
 
@@ -220,15 +244,19 @@ def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
     """The letters of each layer path.
 
     Raises:
-      InputError: a leaf without letters, with more or fewer than it has axes, or a rule that decides nothing.
+      InputError: a leaf without letters, with more or fewer than it has axes, or a rule that
+        decides nothing.
     """
-    texts, found = tree.assign([(pattern, text) for pattern, text, *_ in axes.rules], params), {}
+    texts = tree.assign([(pattern, text) for pattern, text, *_ in axes.rules], params)
+    found = {}
     for path, shape in _shapes(params).items():
         letters = read(texts[path])
         if letters.role == _ANY:
             letters = Letters((_UNKNOWN,) * len(shape), letters.role)
         if len(letters.axes) != len(shape):
-            raise InputError(f"axes: the leaf {path!r} has the shape {list(shape)} but the axes {str(letters)!r}")
+            raise InputError(
+                f"axes: the leaf {path!r} has the shape {list(shape)} but the axes {str(letters)!r}"
+            )
         found[path] = letters
     return found
 
@@ -252,11 +280,15 @@ def specs(axes: Axes, placement: tuple[tuple[str, str], ...] = PLACEMENT) -> tre
       axes: of a model.
       placement: see `PLACEMENT`.
     """
-    return tuple((pattern, own[0] if own else _spec(read(text), placement)) for pattern, text, *own in axes.rules)
+    return tuple(
+        (pattern, own[0] if own else _spec(read(text), placement))
+        for pattern, text, *own in axes.rules
+    )
 
 
 def groups(axes: Axes, params: tree.Params) -> dict[str, Group]:
-    """All sets of units by name: `D` where the whole tree shares it, `blocks/7/F` where it belongs to a layer.
+    """All sets of units by name: `D` where the whole tree shares it, `blocks/7/F` where it belongs
+    to a layer.
 
     Args:
       axes: of the model.
@@ -265,7 +297,8 @@ def groups(axes: Axes, params: tree.Params) -> dict[str, Group]:
     Raises:
       InputError: see `assign`; sizes that contradict each other or that nothing tells.
     """
-    by_path, shapes = assign(axes, params), _shapes(params)
+    by_path = assign(axes, params)
+    shapes = _shapes(params)
     sizes = _sizes(axes, by_path, shapes)
     members: dict[str, list[Member]] = {}
     for path, letters in by_path.items():
@@ -276,17 +309,22 @@ def groups(axes: Axes, params: tree.Params) -> dict[str, Group]:
             for product in axis:
                 lengths = [sizes[_scoped(axes, path, letter)] for letter in product]
                 for i, letter in enumerate(product):
-                    where = Member(path, number, start, math.prod(lengths[:i]), math.prod(lengths[i + 1 :]))
+                    where = Member(
+                        path, number, start, math.prod(lengths[:i]), math.prod(lengths[i + 1 :])
+                    )
                     members.setdefault(_scoped(axes, path, letter), []).append(where)
                 start += math.prod(lengths)
     return {
-        name: Group(letter := name.split("/")[-1], sizes[name], _is_ordered(axes, letter), tuple(where))
+        name: Group(
+            letter := name.split("/")[-1], sizes[name], _is_ordered(axes, letter), tuple(where)
+        )
         for name, where in members.items()
     }
 
 
 def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> tree.Params:
-    """Keep some units of groups, in the order given, in every leaf that has them; a permutation keeps all.
+    """Keep some units of groups, in the order given, in every leaf that has them; a permutation
+    keeps all.
 
     Args:
       axes: of the model.
@@ -296,12 +334,14 @@ def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> t
     Raises:
       InputError: a name that is no group's.
     """
-    known, params = groups(axes, params), tree.unstack(params)
+    known = groups(axes, params)
+    params = tree.unstack(params)
     for name in units:
         if name not in known:
             raise InputError(f"units: {name!r} given; allowed: {', '.join(known)}")
     for name, index in units.items():
-        group, leaves = groups(axes, params)[name], tree.flatten(params)
+        group = groups(axes, params)[name]
+        leaves = tree.flatten(params)
         # The last part of a concatenation first, so that what stands before it has not moved yet.
         for member in sorted(group.members, key=lambda member: member.start, reverse=True):
             leaves[member.path] = _take(leaves[member.path], member, index, group.size)
@@ -310,7 +350,8 @@ def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> t
 
 
 def narrower(axes: Axes, whole: tree.Params, params: tree.Params) -> dict[str, int]:
-    """The groups of units of which parameters have fewer than a model's config says, with how many they have.
+    """The groups of units of which parameters have fewer than a model's config says, with how many
+    they have.
 
     Args:
       axes: of the model.
@@ -318,14 +359,22 @@ def narrower(axes: Axes, whole: tree.Params, params: tree.Params) -> dict[str, i
       params: what is there.
 
     Raises:
-      InputError: leaves that differ in anything else, such as one that is missing or narrower than its group.
+      InputError: leaves that differ in anything else, such as one that is missing or narrower than
+        its group.
     """
-    wanted, there = groups(axes, whole), groups(axes, params)
-    fewer = {name: group.size for name, group in there.items() if name in wanted and group.size != wanted[name].size}
+    wanted = groups(axes, whole)
+    there = groups(axes, params)
+    fewer = {
+        name: group.size
+        for name, group in there.items()
+        if name in wanted and group.size != wanted[name].size
+    }
     for name, size in fewer.items():
         if wanted[name].ordered or size > wanted[name].size:
             path = there[name].members[0].path
-            raise InputError(f"params: {path!r} has {size} of {name}; the config needs {wanted[name].size}")
+            raise InputError(
+                f"params: {path!r} has {size} of {name}; the config needs {wanted[name].size}"
+            )
     return fewer
 
 
@@ -333,21 +382,30 @@ def shapes(axes: Axes, whole: tree.Params, fewer: Mapping[str, int]) -> tree.Par
     """The shapes of parameters with fewer units in some groups (see `narrower`), a layer each.
 
     Raises:
-      InputError: a name that is no group's, or one of units in an order, or more of them than the config says.
+      InputError: a name that is no group's, or one of units in an order, or more of them than the
+        config says.
     """
     known = groups(axes, whole)
     for name, size in fewer.items():
         if name not in known or known[name].ordered or not 0 < size <= known[name].size:
-            most = f"1 to {known[name].size}" if name in known and not known[name].ordered else "sets of units in no order"
+            most = (
+                f"1 to {known[name].size}"
+                if name in known and not known[name].ordered
+                else "sets of units in no order"
+            )
             raise InputError(f"narrow: {name!r}: {size} given; allowed: {most}")
     units = {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name, size in fewer.items()}
-    return jax.eval_shape(lambda params, units: tree.unstack(select(axes, params, units)), whole, units)
+    return jax.eval_shape(
+        lambda params, units: tree.unstack(select(axes, params, units)), whole, units
+    )
 
 
 def _take(array: jax.Array, member: Member, index: jax.Array, size: int) -> jax.Array:
-    axis, stop = member.axis, member.start + member.before * size * member.after
+    axis = member.axis
+    stop = member.start + member.before * size * member.after
     first, own, rest = jnp.split(array, [member.start, stop], axis=axis)
-    lead, tail = array.shape[:axis], array.shape[axis + 1 :]
+    lead = array.shape[:axis]
+    tail = array.shape[axis + 1 :]
     own = own.reshape(*lead, member.before, size, member.after, *tail)
     own = jnp.take(own, index, axis=axis + 1).reshape(*lead, -1, *tail)
     return jnp.concatenate([first, own, rest], axis=axis)
@@ -357,7 +415,12 @@ def _spec(letters: Letters, placement: Sequence[tuple[str, str]]) -> PartitionSp
     taken: list[str | None] = []
     for axis in letters.axes:
         here = [letter[0] for product in axis for letter in product]
-        free = (place for letter in here for own, place in placement if own == letter and place not in taken)
+        free = (
+            place
+            for letter in here
+            for own, place in placement
+            if own == letter and place not in taken
+        )
         taken.append(next(free, None))
     if len(taken) == 1 and taken[0] == "fsdp":  # a vector is too small to be gathered for every use
         taken = []
@@ -372,22 +435,35 @@ def _is_ordered(axes: Axes, letter: str) -> bool:
 
 def _shapes(params: tree.Params) -> dict[str, tuple[int, ...]]:
     return {
-        layer: tree.layer_shape(path, leaf) for path, leaf in tree.flatten(params).items() for layer in tree.layer_paths(path)
+        layer: tree.layer_shape(path, leaf)
+        for path, leaf in tree.flatten(params).items()
+        for layer in tree.layer_paths(path)
     }
 
 
 def _scoped(axes: Axes, path: str, letter: str) -> str:
-    """The name of a letter's set of units: its layer's or folder's path in front, unless the whole tree shares it."""
+    """The name of a letter's set of units: its layer's or folder's path in front, unless the whole
+    tree shares it.
+    """
     if len(letter) > 1 or letter in axes.shared:
         return letter
     keys = path.split("/")
-    at = next((i + 1 for i in range(1, len(keys)) if keys[i - 1] == tree.BLOCKS and tree.span(keys[i])), len(keys) - 1)
+    at = next(
+        (i + 1 for i in range(1, len(keys)) if keys[i - 1] == tree.BLOCKS and tree.span(keys[i])),
+        len(keys) - 1,
+    )
     return "/".join([*keys[:at], letter])
 
 
-def _sizes(axes: Axes, by_path: Mapping[str, Letters], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The size of each set of units: axes of one unknown letter tell it, until no axis tells anything new."""
-    given, known, told = dict(axes.sizes), {}, {}
+def _sizes(
+    axes: Axes, by_path: Mapping[str, Letters], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """The size of each set of units: axes of one unknown letter tell it, until no axis tells
+    anything new.
+    """
+    given = dict(axes.sizes)
+    known = {}
+    told = {}
 
     def size(name: str) -> int | None:
         return known.get(name, given.get(name.split("/")[-1]))
@@ -410,13 +486,20 @@ def _sizes(axes: Axes, by_path: Mapping[str, Letters], shapes: Mapping[str, tupl
             for name in {name for names in parts for name in names} - set(known):
                 known[name], told[name] = given[name.split("/")[-1]], path
             if sum(math.prod(known[name] for name in names) for names in parts) != length:
-                said = ", ".join(f"{name} = {known[name]} ({told[name]})" for name in dict.fromkeys(_flat(parts)))
-                raise InputError(f"axes: an axis of {path!r} has the length {length}, which does not fit {said}")
+                said = ", ".join(
+                    f"{name} = {known[name]} ({told[name]})" for name in dict.fromkeys(_flat(parts))
+                )
+                raise InputError(
+                    f"axes: an axis of {path!r} has the length {length}, which does not fit {said}"
+                )
         if len(left) == len(waiting):
             parts, length, path = left[0]
             unknown = sorted(name for name in _flat(parts) if size(name) is None)
             names = ", ".join(unknown)
-            raise InputError(f"axes: no leaf tells how the {length} of {path!r} part into {names}; give them as sizes")
+            raise InputError(
+                f"axes: no leaf tells how the {length} of {path!r} part into {names}; give them "
+                f"as sizes"
+            )
         waiting = left
     return known
 
@@ -424,7 +507,11 @@ def _sizes(axes: Axes, by_path: Mapping[str, Letters], shapes: Mapping[str, tupl
 def _solve(parts, length, name, size) -> int:
     """The size of the one unknown letter of an axis."""
     rest = sum(math.prod(size(other) for other in names) for names in parts if name not in names)
-    with_it = sum(math.prod(size(other) for other in names if other != name) for names in parts if name in names)
+    with_it = sum(
+        math.prod(size(other) for other in names if other != name)
+        for names in parts
+        if name in names
+    )
     return max(0, length - rest) // with_it
 
 

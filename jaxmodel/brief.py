@@ -1,6 +1,7 @@
 """Short texts of values, for the `repr` of what holds arrays.
 
-Of an array they say dtype and shape, never a number, so that nothing is computed, copied or waited for; and they never raise.
+Of an array they say dtype and shape, never a number, so that nothing is computed, copied or waited
+for; and they never raise.
 
 >>> brief({"pixels": range(10)}), brief("a long text " * 20), brief([1, 2.5]), brief(list(range(1000)))
 ("{'pixels'}", "'a long text a long text a long text a long ...'", '[1, 2.5]', '1,000 x int')
@@ -25,7 +26,8 @@ def brief(value: Any) -> str:
 
 
 def briefly[T: type](cls: T) -> T:
-    """Class decorator, above `dataclass`: the repr names the fields that are not as by default, each in a few words.
+    """Class decorator, above `dataclass`: the repr names the fields that are not as by default,
+    each in a few words.
 
     >>> @briefly
     ... @dataclasses.dataclass
@@ -44,14 +46,19 @@ def _repr(self: Any) -> str:
     for field in dataclasses.fields(self):
         value = getattr(self, field.name, None)
         plain = isinstance(value, bool | int | float | str | tuple | None)
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        default = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
         if field.repr and not (plain and type(value) is type(default) and value == default):
             parts.append(f"{field.name}={brief(value)}")
     return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def _said(value: Any) -> str:
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    shape = getattr(value, "shape", None)
+    dtype = getattr(value, "dtype", None)
     if isinstance(shape, tuple) and dtype is not None and not dataclasses.is_dataclass(value):
         return f"{getattr(dtype, 'name', dtype)}[{', '.join(map(str, shape))}]"
     if isinstance(value, str):
@@ -61,7 +68,12 @@ def _said(value: Any) -> str:
     if isinstance(value, Mapping):
         names = [repr(name) for name in list(value)[:_FEW]]
         return f"{{{', '.join([*names, *(['...'] if len(value) > _FEW else [])])}}}"
-    if isinstance(value, list | tuple | set | frozenset) and type(value).__name__ in ("list", "tuple", "set", "frozenset"):
+    if isinstance(value, list | tuple | set | frozenset) and type(value).__name__ in (
+        "list",
+        "tuple",
+        "set",
+        "frozenset",
+    ):
         if len(value) <= _FEW and len(made := ", ".join(map(brief, value))) <= _MOST:
             return f"[{made}]" if isinstance(value, list) else f"({made})"
         return f"{len(value):,} x {type(next(iter(value))).__name__}"

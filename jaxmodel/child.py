@@ -1,4 +1,5 @@
-"""Processes of ours in which somebody else's programs and files are tried, with limits of time and memory.
+"""Processes of ours in which somebody else's programs and files are tried, with limits of time and
+memory.
 
 What stalls or kills such a process is an answer, and the process that asked goes on.
 """
@@ -22,10 +23,13 @@ _living: list[Child] = []
 
 
 class Child:
-    """A process that is asked one thing at a time, a line of JSON each; started by the first question, and anew after its end."""
+    """A process that is asked one thing at a time, a line of JSON each; started by the first
+    question, and anew after its end.
+    """
 
     def __init__(self, script: Path):
-        self._script, self._lock = script, threading.Lock()
+        self._script = script
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         _living.append(self)
 
@@ -35,7 +39,8 @@ class Child:
         Args:
           what: plain data.
           seconds: that the answer may take.
-          memory: bytes of the process, Python included; of one that runs already they are those of its first question.
+          memory: bytes of the process, Python included; of one that runs already they are those of
+            its first question.
 
         Raises:
           InputError: `what` is not plain data.
@@ -46,7 +51,8 @@ class Child:
             raise InputError(f"not plain data, as JSON has it: {error}") from None
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                command, pipe = [sys.executable, "-P", str(self._script), str(memory)], subprocess.PIPE
+                command = [sys.executable, "-P", str(self._script), str(memory)]
+                pipe = subprocess.PIPE
                 self._process = subprocess.Popen(
                     command,
                     stdin=pipe,
@@ -54,7 +60,11 @@ class Child:
                     stderr=subprocess.DEVNULL,
                     text=True,
                     encoding="utf-8",
-                    env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"},  # threads reserve memory
+                    env={
+                        **os.environ,
+                        "TOKENIZERS_PARALLELISM": "false",
+                        "MALLOC_ARENA_MAX": "2",
+                    },  # threads reserve memory
                 )
             process = self._process
             late = threading.Timer(seconds, process.kill)
@@ -75,7 +85,8 @@ class Child:
     def end(self) -> None:
         """End the process; the next question starts another."""
         if self._process is not None:
-            process, self._process = self._process, None
+            process = self._process
+            self._process = None
             process.kill()
             with contextlib.suppress(OSError):
                 process.communicate()
@@ -103,10 +114,13 @@ def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
     Raises:
       InputError: it could not be read there, or took more than `limits` say.
     """
-    seconds, memory = limits().file_seconds * max(os.path.getsize(path) / 2**28, 1), int(limits().file_memory)
+    seconds = limits().file_seconds * max(os.path.getsize(path) / 2**28, 1)
+    memory = int(limits().file_memory)
     said = READER.ask([kind, str(path), more], seconds, memory)
     if said is None:
-        most = f"{seconds:g} seconds and {memory / 2**30:g} GiB ({way('file_seconds', 'file_memory')})"
+        most = (
+            f"{seconds:g} seconds and {memory / 2**30:g} GiB ({way('file_seconds', 'file_memory')})"
+        )
         raise InputError(f"{what}: reading it crashes, or takes more than {most}")
     if said:
         raise InputError(f"{what}: {' '.join(said.split())[:500]}")

@@ -1,6 +1,8 @@
-"""The process in which files are read that could crash a library, or keep it busy without end; started by `jaxmodel.child`.
+"""The process in which files are read that could crash a library, or keep it busy without end;
+started by `jaxmodel.child`.
 
-Each function reads a file as the project does. It imports nothing of the project, so that it is there at once.
+Each function reads a file as the project does. It imports nothing of the project, so that it is
+there at once.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ def tokenizer(path: str, texts: Sequence[str]) -> None:
     try:
         rows = [row.ids for row in made.encode_batch_fast(list(texts), add_special_tokens=True)]
         made.decode_batch([row[:1000] for row in rows])
-    except Exception:  # a text that it does not take is none of the file's faults; a panic is no Exception
+    except (
+        Exception
+    ):  # a text that it does not take is none of the file's faults; a panic is no Exception
         return
 
 
@@ -46,7 +50,9 @@ def table(path: str, field: str | None) -> None:
 
 
 def serve(memory: int) -> None:
-    """Until there are no more; the answer is what is wrong, an empty text for nothing, or None for want of memory."""
+    """Until there are no more; the answer is what is wrong, an empty text for nothing, or None for
+    want of memory.
+    """
     try:
         import resource
 

@@ -1,4 +1,6 @@
-"""What a person gets for bad input: one line that names the argument, the value given, what is allowed."""
+"""What a person gets for bad input: one line that names the argument, the value given, what is
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class InputError(ValueError):
-    """Bad input from a person. The message is one line; the command line prints it and exits with code 2."""
+    """Bad input from a person.
+
+    The message is one line; the command line prints it and exits with code 2.
+    """
 
 
 class MissingPackage(InputError):
@@ -48,8 +53,9 @@ def unknown(argument: str, given: object, allowed: Iterable[str]) -> InputError:
 
 
 def printable(text: str) -> str:
-    r"""The text with its control characters as codes, so that a name or a model's text cannot move the cursor of a terminal, and
-    without marks that turn the direction of writing. Ends of lines and tabs stay.
+    r"""The text with its control characters as codes, so that a name or a model's text cannot move
+    the cursor of a terminal, and without marks that turn the direction of writing. Ends of lines
+    and tabs stay.
 
     >>> printable("a\x1b[2Jb\u202ec")
     'a\\x1b[2Jb\\u202ec'
@@ -59,8 +65,8 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def border(what: str) -> Iterator[None]:
-    """Turn whatever a library raises about somebody else's data into one line: each has errors of its own, and those of Rust
-    (`PanicException`) are no `Exception`.
+    """Turn whatever a library raises about somebody else's data into one line: each has errors of
+    its own, and those of Rust (`PanicException`) are no `Exception`.
 
     Args:
       what: the argument or file, and what it is not: "a.json: no tokenizer".
@@ -81,7 +87,9 @@ def border(what: str) -> Iterator[None]:
     except MemoryError:
         raise InputError(f"{what}: it asks for more memory than there is") from None
     except BaseException as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())[:500] or type(error).__name__}") from None
+        raise InputError(
+            f"{what}: {' '.join(str(error).split())[:500] or type(error).__name__}"
+        ) from None
 
 
 type Range = tuple[Callable[[float], bool], str]
@@ -102,7 +110,9 @@ def at_least(argument: str, value: object, least: int = 1) -> None:
     jaxmodel.errors.InputError: steps: 0 given; allowed: a whole number of at least 1
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < least:
-        raise InputError(f"{argument}: {value!r} given; allowed: a whole number of at least {least}")
+        raise InputError(
+            f"{argument}: {value!r} given; allowed: a whole number of at least {least}"
+        )
 
 
 def within(name: str, value: object, allowed: int | Range) -> None:
@@ -118,12 +128,17 @@ def within(name: str, value: object, allowed: int | Range) -> None:
     """
     if isinstance(allowed, int):
         at_least(name, value, allowed)
-    elif not isinstance(value, numbers.Real) or isinstance(value, bool) or not allowed[0](float(value)):
+    elif (
+        not isinstance(value, numbers.Real)
+        or isinstance(value, bool)
+        or not allowed[0](float(value))
+    ):
         raise InputError(f"{name}: {value!r} given; allowed: {allowed[1]}")
 
 
 def named_fields[T](meant: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
-    """Decorate a dataclass: a keyword that is no field of it is answered with the field that was perhaps meant.
+    """Decorate a dataclass: a keyword that is no field of it is answered with the field that was
+    perhaps meant.
 
     Args:
       meant: other people's names -> the field, or where it is said instead.
@@ -148,7 +163,11 @@ def named_fields[T](meant: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
             for name in values:
                 if name not in fields:
                     close = [meant[name]] if name in meant else nearest(name, fields)
-                    hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(fields)}"
+                    hint = (
+                        f"did you mean {' or '.join(close)}?"
+                        if close
+                        else f"allowed: {', '.join(fields)}"
+                    )
                     hint = meant[name] if name in meant and meant[name] not in fields else hint
                     raise InputError(f"{type(self).__name__}: {name!r} is not a field; {hint}")
             made(self, *args, **values)
@@ -171,5 +190,6 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise MissingPackage(
-            f"this needs the package {module!r}, which is not installed: pip install 'jaxmodel[{extra}]'"
+            f"this needs the package {module!r}, which is not installed: pip install "
+            f"'jaxmodel[{extra}]'"
         ) from None

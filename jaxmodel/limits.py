@@ -1,9 +1,12 @@
-"""What files and programs of other people may take: the one home of these limits, and the one way to raise them.
+"""What files and programs of other people may take: the one home of these limits, and the one way
+to raise them.
 
-A file can claim any size, a tokenizer can multiply a text, a chat template can loop. What goes beyond a limit is refused in
-one line, which names it. To raise one, call `allow` in Python, or set the environment variable `JAXMODEL_LIMITS`:
+A file can claim any size, a tokenizer can multiply a text, a chat template can loop. What goes
+beyond a limit is refused in one line, which names it. To raise one, call `allow` in Python, or set
+the environment variable `JAXMODEL_LIMITS`:
 
-    JAXMODEL_LIMITS=pixels=2e8,template_seconds=60 jaxmodel generate my-model --chat --prompt "Hello"
+    JAXMODEL_LIMITS=pixels=2e8,template_seconds=60 jaxmodel generate my-model --chat --prompt
+    "Hello"
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ class Limits:
 
     Attributes:
       json_bytes: of a JSON file, a vocabulary or another text that is read whole.
-      file_seconds: that a process of its own may take to try a file which a library could stumble over, for every 256 MiB.
+      file_seconds: that a process of its own may take to try a file which a library could stumble
+        over, for every 256 MiB.
       file_memory: bytes that this process may take.
       pixels: of an image.
-      tokenizer_seconds: for every 100,000 characters or ids of a call, and at least once. What is late is refused; the library
-        cannot be stopped, and ends its work in a thread of its own.
+      tokenizer_seconds: for every 100,000 characters or ids of a call, and at least once. What is
+        late is refused; the library cannot be stopped, and ends its work in a thread of its own.
       tokenizer_growth: the factor by which a tokenizer's steps may make a text longer.
       tokenizer_characters: that the tokens of a text to be decoded may have.
       template_seconds: for one chat.
@@ -67,12 +71,16 @@ def allow(**more: int | float) -> Limits:
 
 
 def limits() -> Limits:
-    """Return the limits of this process: the usual ones, those of the environment, and what `allow` set."""
+    """Return the limits of this process: the usual ones, those of the environment, and what `allow`
+    set.
+    """
     global _now
     if _now is None:
         parts = [part for part in os.environ.get(VARIABLE, "").split(",") if part.strip()]
         if wrong := next((part for part in parts if "=" not in part), None):
-            raise InputError(f"{VARIABLE}: {wrong.strip()!r} given; allowed: NAME=NUMBER, such as pixels=2e8")
+            raise InputError(
+                f"{VARIABLE}: {wrong.strip()!r} given; allowed: NAME=NUMBER, such as pixels=2e8"
+            )
         _now = _changed(Limits(), dict(part.strip().split("=", 1) for part in parts), VARIABLE)
     return _now
 

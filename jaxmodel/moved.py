@@ -1,4 +1,6 @@
-"""Names that other packages have now: they still work where they were, with a warning that says where they are."""
+"""Names that other packages have now: they still work where they were, with a warning that says
+where they are.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,13 @@ _MOVED = {
     "data.augment": {
         "data.augment.base": "Chain ImageAugmentation",
         "data.augment.colour": (
-            "Autocontrast Brightness ColourJitter Contrast Equalize Greyscale Hue Invert Posterize Saturation Sharpness Solarize"
+            "Autocontrast Brightness ColourJitter Contrast Equalize Greyscale Hue Invert "
+            "Posterize Saturation Sharpness Solarize"
         ),
         "data.augment.damage": "Blur",
-        "data.augment.geometric": ("Affine HorizontalFlip RandomResizedCrop Rotate Scale Shear Translate VerticalFlip"),
+        "data.augment.geometric": (
+            "Affine HorizontalFlip RandomResizedCrop Rotate Scale Shear Translate VerticalFlip"
+        ),
         "data.augment.text": "LocalShuffle SentenceShuffle TokenDropout",
     },
     "evaluate": {
@@ -96,7 +101,10 @@ _MOVED = {
         "report.table": "console_for",
     },
     "train": {
-        "adapt": ("ADAPTERS LoRA last_layers layer_rates lora merge_adapters replace_head transplant with_adapters"),
+        "adapt": (
+            "ADAPTERS LoRA last_layers layer_rates lora merge_adapters replace_head transplant "
+            "with_adapters"
+        ),
         "checkpoint": "Checkpoints Keep fingerprint",
         "contrib": (
             "confident_learning count_active fixmatch masked_patches mean_teacher pretext "
@@ -105,7 +113,10 @@ _MOVED = {
         "contrib.selfsupervised": "patch_error restored two_views",
         "contrib.semi": "linear_ramp pseudo_labels",
         "distributed": "Ledger Supervisor Watchdog process_began stop_signals",
-        "losses": ("Loss autoencoder classification contrastive cross_entropy next_token regression regularized supervised"),
+        "losses": (
+            "Loss autoencoder classification contrastive cross_entropy next_token regression "
+            "regularized supervised"
+        ),
         "optim": "Guard optimizer project quantize_weights sam schedule",
         "optim.optimizers": "each_layer scale_by_adam8",
         "optim.schedules": "reduce_on_plateau",
@@ -119,7 +130,10 @@ _MODULES = {
     "train": {
         "losses": "losses",
         "page": "report.training",
-        **{name: f"optim.{name}" for name in ("optimizers", "schedules", "masters", "quantized", "rounding", "guard")},
+        **{
+            name: f"optim.{name}"
+            for name in ("optimizers", "schedules", "masters", "quantized", "rounding", "guard")
+        },
         **{name: f"distributed.{name}" for name in ("launch", "faults", "ledger", "supervise")},
         **{name: f"contrib.{name}" for name in ("semi", "selfsupervised", "dictionary")},
         "checkpoint": "checkpoint.manager",
@@ -143,9 +157,14 @@ def attach(package: str) -> None:
     >>> found.__module__, str(said[0].message)
     ('jaxmodel.losses.factory', 'jaxmodel.train.classification is jaxmodel.losses.classification now')
     """
-    module, short = sys.modules[package], package.removeprefix("jaxmodel.")
+    module = sys.modules[package]
+    short = package.removeprefix("jaxmodel.")
     own = vars(module).get("__getattr__")
-    homes = {name: f"jaxmodel.{home}" for home, names in _MOVED.get(short, {}).items() for name in names.split()}
+    homes = {
+        name: f"jaxmodel.{home}"
+        for home, names in _MOVED.get(short, {}).items()
+        for name in names.split()
+    }
     modules = {name: f"jaxmodel.{home}" for name, home in _MODULES.get(short, {}).items()}
 
     def find(name: str) -> Any:

@@ -1,11 +1,12 @@
-"""Progress: a live bar on a terminal and in a notebook, a few plain lines on standard error anywhere else.
+"""Progress: a live bar on a terminal and in a notebook, a few plain lines on standard error
+anywhere else.
 
-Nothing that ends within `SHOW_AFTER` seconds shows itself, so library code may report freely; only an outermost `step`
-announces itself at once where no terminal is, to name the work that hangs or dies. There a line of progress comes every
-`LINE_EVERY` seconds at most. Steps and bars nest.
+Nothing that ends within `SHOW_AFTER` seconds shows itself, so library code may report freely; only
+an outermost `step` announces itself at once where no terminal is, to name the work that hangs or
+dies. There a line of progress comes every `LINE_EVERY` seconds at most. Steps and bars nest.
 
-The speed is that of the last `RECENT` seconds, and never counts what came before the first item was done: that is where programs
-compile and files are opened, and so the time left can be believed.
+The speed is that of the last `RECENT` seconds, and never counts what came before the first item was
+done: that is where programs compile and files are opened, and so the time left can be believed.
 """
 
 from __future__ import annotations
@@ -36,8 +37,19 @@ _quiet = False
 class Job:
     """Something that takes time: what `bar` and `step` hand out."""
 
-    def __init__(self, label: str, total: float | int | None, depth: int, done: float | int = 0, unit: str = "", first: str = ""):
-        self.label, self.total, self.depth, self.unit = label, total, depth, unit
+    def __init__(
+        self,
+        label: str,
+        total: float | int | None,
+        depth: int,
+        done: float | int = 0,
+        unit: str = "",
+        first: str = "",
+    ):
+        self.label = label
+        self.total = total
+        self.depth = depth
+        self.unit = unit
         self.done = done
         self.fields: dict[str, Any] = {}
         self.start = time.monotonic()
@@ -50,18 +62,23 @@ class Job:
         """Count `n` more as done, and show `fields` (`loss=2.3`) beside it."""
         self.done += n
         self.fields.update(fields)
-        now, marks = time.monotonic(), self._marks
+        now = time.monotonic()
+        marks = self._marks
         if n < 0:  # the work went back
             marks.clear()
         if n:
-            if len(marks) > _FEW and now - marks[-2][0] < RECENT / 100:  # a thousand items a second need no thousand marks
+            if (
+                len(marks) > _FEW and now - marks[-2][0] < RECENT / 100
+            ):  # a thousand items a second need no thousand marks
                 marks.pop()
             marks.append((now, self.done))
             while len(marks) > _FEW and now - marks[0][0] > RECENT:
                 marks.popleft()
 
     def status(self, width: int | None = None) -> str:
-        """How far it is, how fast, how long still; of the fields those that `width` characters have room for."""
+        """How far it is, how fast, how long still; of the fields those that `width` characters have
+        room for.
+        """
         now = time.monotonic()
         parts = []
         if self.done or self.total:
@@ -95,7 +112,9 @@ def set_quiet(quiet: bool = True) -> None:
 
 
 @contextmanager
-def bar(total: float | int | None, label: str, done: float | int = 0, unit: str = "", first: str = "") -> Iterator[Job]:
+def bar(
+    total: float | int | None, label: str, done: float | int = 0, unit: str = "", first: str = ""
+) -> Iterator[Job]:
     """A bar over work of a known amount; call `.advance(n, **fields)` on what it gives.
 
     Args:
@@ -120,12 +139,15 @@ def step(label: str) -> Iterator[Job]:
 
 
 def progress[T](iterable: Iterable[T], label: str, total: float | int | None = None) -> Iterator[T]:
-    """Pass the items of `iterable` through and show how many came; `total` defaults to its length where it has one.
+    """Pass the items of `iterable` through and show how many came; `total` defaults to its length
+    where it has one.
 
     >>> sum(progress([1, 2, 3], "adding"))
     6
     """
-    with bar(len(iterable) if total is None and isinstance(iterable, Sized) else total, label) as job:
+    with bar(
+        len(iterable) if total is None and isinstance(iterable, Sized) else total, label
+    ) as job:
         for item in iterable:
             yield item
             job.advance()
@@ -139,7 +161,9 @@ def _running(label: str, total: float | int | None, now: bool, **more: Any) -> I
         _jobs.append(job)
         if now and job.depth == 0 and not _on_terminal() and not _in_notebook():
             _announce(job)
-        if _ticker is None or not _ticker.is_alive():  # a forked child has the variable, not the thread
+        if (
+            _ticker is None or not _ticker.is_alive()
+        ):  # a forked child has the variable, not the thread
             _ticker = threading.Thread(target=_tick, name="jaxmodel-progress", daemon=True)
             _ticker.start()
     outcome = ""
@@ -182,7 +206,9 @@ def _tick() -> None:
                 return
             late = [job for job in _jobs if time.monotonic() - job.start >= SHOW_AFTER]
             if late and not _quiet:
-                with suppress(OSError, ValueError):  # a terminal that went away must not stop the work
+                with suppress(
+                    OSError, ValueError
+                ):  # a terminal that went away must not stop the work
                     if _in_notebook():
                         for job in late:
                             _show_in_notebook(job, job.status())
@@ -211,7 +237,10 @@ def _draw(late: list[Job]) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        plain = [TextColumn(what, markup=False) for what in ("{task.description}", "{task.fields[status]}")]
+        plain = [
+            TextColumn(what, markup=False)
+            for what in ("{task.description}", "{task.fields[status]}")
+        ]
         console = Console(stderr=True, force_terminal=True)
         _live = Progress(
             SpinnerColumn(),
@@ -225,7 +254,13 @@ def _draw(late: list[Job]) -> None:
         )
         _live.start()
     width = _live.console.width
-    room = width - max(2 * job.depth + len(job.label) for job in late) - _bar_width(width) - len("* ") - 3
+    room = (
+        width
+        - max(2 * job.depth + len(job.label) for job in late)
+        - _bar_width(width)
+        - len("* ")
+        - 3
+    )
     for job in late:
         if job.task is None:
             job.task = _live.add_task("  " * job.depth + job.label, total=job.total, status="")
@@ -244,7 +279,8 @@ def _show_in_notebook(job: Job, status: str, over: bool = False) -> None:
     share = f' value="{job.done}" max="{job.total}"' if job.total else ""
     drawn = "" if over else f"<progress{share} style='vertical-align:middle'></progress> "
     made = {
-        "text/html": f"<code>{html.escape('  ' * job.depth + job.label)}</code> {drawn}<code>{html.escape(status)}</code>",
+        "text/html": f"<code>{html.escape('  ' * job.depth + job.label)}</code> "
+        f"{drawn}<code>{html.escape(status)}</code>",
         "text/plain": f"{job.label}: {status}",
     }
     if job.task is None:

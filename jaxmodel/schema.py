@@ -1,8 +1,10 @@
-"""JSON that came from elsewhere, read with limits and checked against a type: a schema is a type annotation.
+"""JSON that came from elsewhere, read with limits and checked against a type: a schema is a type
+annotation.
 
-Kinds are `int`, `float`, `bool`, `str`, `None`, `Literal[...]`, `list[...]`, `tuple[...]`, `dict[str, ...]`, unions of them,
-`Annotated[int, Range(1, 10)]`, a TypedDict (other keys pass), a dataclass (they do not) and `Any`. A whole number is a float too,
-`true` is no number, and no number is infinite.
+Kinds are `int`, `float`, `bool`, `str`, `None`, `Literal[...]`, `list[...]`, `tuple[...]`,
+`dict[str, ...]`, unions of them, `Annotated[int, Range(1, 10)]`, a TypedDict (other keys pass), a
+dataclass (they do not) and `Any`. A whole number is a float too, `true` is no number, and no number
+is infinite.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def read(path: Path, kind: Any = dict[str, Any], missing: bool = False) -> Any:
       missing: whether there may be no file, which then holds an empty object.
 
     Raises:
-      InputError: there is no file, it is no regular one or too large, it is not JSON, or it holds something else.
+      InputError: there is no file, it is no regular one or too large, it is not JSON, or it holds
+        something else.
     """
     if missing and not path.exists():
         return make({}, kind, str(path))
@@ -84,7 +87,8 @@ def parse(raw: bytes, where: str) -> Any:
       where: they stood, for errors.
 
     Raises:
-      InputError: that is not JSON, or more deeply nested than `DEEPEST`, or a name in it has two values.
+      InputError: that is not JSON, or more deeply nested than `DEEPEST`, or a name in it has two
+        values.
 
     >>> parse(b'{"a": [1, 2]}', "a.json")
     {'a': [1, 2]}
@@ -99,11 +103,16 @@ def parse(raw: bytes, where: str) -> Any:
     except RecursionError:
         raise InputError(f"{where}: nested too deeply; allowed: {DEEPEST} levels") from None
     except UnicodeEncodeError:
-        raise InputError(f"{where}: a text in it is no valid Unicode; allowed: any without lone surrogates") from None
+        raise InputError(
+            f"{where}: a text in it is no valid Unicode; allowed: any without lone surrogates"
+        ) from None
     except ValueError as error:  # of JSON and of UTF-8
         raise InputError(f"{where}: not JSON: {error}") from None
-    level, depth = [value], 0
-    while level := [inside for one in level if isinstance(one, dict | list) for inside in _inside(one)]:
+    level = [value]
+    depth = 0
+    while level := [
+        inside for one in level if isinstance(one, dict | list) for inside in _inside(one)
+    ]:
         if (depth := depth + 1) > DEEPEST:
             raise InputError(f"{where}: nested too deeply; allowed: {DEEPEST} levels")
     return value
@@ -151,12 +160,17 @@ def make(value: Any, kind: Any, where: str, key: str = "") -> Any:
     """
     if isinstance(kind, typing.TypeAliasType):
         return make(value, kind.__value__, where, key)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    refused = InputError(f"{where}: {key or 'its content'} is {_shown(value)}; allowed: {words(kind)}")
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
+    refused = InputError(
+        f"{where}: {key or 'its content'} is {_shown(value)}; allowed: {words(kind)}"
+    )
     if kind is Any:
         return value
     if origin is Annotated:
-        ranges = [one for one in args[1:] if isinstance(one, Range)]  # other annotations are other people's
+        ranges = [
+            one for one in args[1:] if isinstance(one, Range)
+        ]  # other annotations are other people's
         if ranges and type(value) not in (int, float):
             raise refused
         made = make(value, args[0], where, key)
@@ -171,22 +185,35 @@ def make(value: Any, kind: Any, where: str, key: str = "") -> Any:
         return value
     if origin is list or origin is tuple:
         return _several(value, kind, where, key, refused)
-    if origin is dict or kind is dict or kind is Mapping or typing.is_typeddict(kind) or dataclasses.is_dataclass(kind):
+    if (
+        origin is dict
+        or kind is dict
+        or kind is Mapping
+        or typing.is_typeddict(kind)
+        or dataclasses.is_dataclass(kind)
+    ):
         if not isinstance(value, dict):
             raise refused
         inside = lambda name: f"{key}.{name}" if key else str(name)
         if typing.is_typeddict(kind):
             hints = _hints(kind)
-            made = {n: make(one, hints[n], where, inside(n)) if n in hints else one for n, one in value.items()}
+            made = {
+                n: make(one, hints[n], where, inside(n)) if n in hints else one
+                for n, one in value.items()
+            }
             for name in sorted(getattr(kind, "__required_keys__", set()) - value.keys()):
                 raise InputError(f"{where}: the key {inside(name)!r} is missing")
             return made
         if dataclasses.is_dataclass(kind):
             return _dataclass(value, kind, where, key)
-        return {n: make(one, args[1] if args else Any, where, inside(n)) for n, one in value.items()}
+        return {
+            n: make(one, args[1] if args else Any, where, inside(n)) for n, one in value.items()
+        }
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1023 else math.inf
-    if type(value) is not (types.NoneType if kind is None else kind) or (kind is float and not math.isfinite(value)):
+    if type(value) is not (types.NoneType if kind is None else kind) or (
+        kind is float and not math.isfinite(value)
+    ):
         raise refused
     return value
 
@@ -204,7 +231,11 @@ def _one_of(value: Any, kinds: tuple[Any, ...], where: str, key: str, refused: I
 
 
 def _is_object(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind) or typing.is_typeddict(kind) or typing.get_origin(kind) is dict
+    return (
+        dataclasses.is_dataclass(kind)
+        or typing.is_typeddict(kind)
+        or typing.get_origin(kind) is dict
+    )
 
 
 def _several(value: Any, kind: Any, where: str, key: str, refused: InputError) -> Any:
@@ -216,18 +247,29 @@ def _several(value: Any, kind: Any, where: str, key: str, refused: InputError) -
     if args[-1:] != (...,) and len(args) != len(value):
         raise refused
     kinds = [args[0]] * len(value) if args[-1:] == (...,) else args
-    return tuple(make(one, part, where, f"{key}[{i}]") for i, (one, part) in enumerate(zip(value, kinds, strict=True)))
+    return tuple(
+        make(one, part, where, f"{key}[{i}]")
+        for i, (one, part) in enumerate(zip(value, kinds, strict=True))
+    )
 
 
 def _dataclass(value: dict[str, Any], kind: Any, where: str, key: str) -> Any:
-    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, _hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = _hints(kind)
     for name in value:
         if name not in fields:
             raise unknown(f"{where}: {key or 'a key'}", name, fields)
     for name, field in fields.items():
-        if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        if (
+            name not in value
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ):
             raise InputError(f"{where}: {key and f'{key}: '}the key {name!r} is missing")
-    made = {name: make(one, hints[name], where, f"{key}.{name}" if key else name) for name, one in value.items()}
+    made = {
+        name: make(one, hints[name], where, f"{key}.{name}" if key else name)
+        for name, one in value.items()
+    }
     try:
         return kind(**made)
     except InputError as error:
@@ -257,16 +299,26 @@ def words(kind: Any) -> str:
     """
     if isinstance(kind, typing.TypeAliasType):
         return words(kind.__value__)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
     if origin is Annotated:
         return " ".join([words(args[0]), *(str(one) for one in args[1:] if isinstance(one, Range))])
     if origin is Literal:
         return ", ".join(map(json.dumps, args))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(words, sorted(args, key=lambda one: typing.get_origin(one) in (list, tuple))))
+        return " or ".join(
+            map(words, sorted(args, key=lambda one: typing.get_origin(one) in (list, tuple)))
+        )
     if origin is tuple and args[-1:] != (...,):
         return f"a list of {len(args)}, each {' or '.join(dict.fromkeys(map(words, args)))}"
     if origin in (list, tuple):
         return f"a list, each {words(args[0])}"
-    plain = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", None: "null", types.NoneType: "null"}
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        None: "null",
+        types.NoneType: "null",
+    }
     return plain.get(kind, "an object")

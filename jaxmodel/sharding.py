@@ -1,10 +1,11 @@
 """Meshes, and rules that place the leaves of a tree on one.
 
-A sharding rule gives the `PartitionSpec` of the logical axes of one layer's leaf: `("blocks/.*/attn/q", P("tensor", "fsdp"))`
-for a weight `[out, in]`. A stacked segment gets its layer axis in front, which the mesh's axis `pipeline` cuts into stages; a
-compressed leaf derives the specs of its parts. Mesh axes that the mesh lacks are left out, so the same rules serve every mesh.
-The reverse is an error: along an axis of the mesh that nothing uses, every device would hold and compute the same (`--mesh
-fdsp=4`, or `expert=4` without experts).
+A sharding rule gives the `PartitionSpec` of the logical axes of one layer's leaf:
+`("blocks/.*/attn/q", P("tensor", "fsdp"))` for a weight `[out, in]`. A stacked segment gets its
+layer axis in front, which the mesh's axis `pipeline` cuts into stages; a compressed leaf derives
+the specs of its parts. Mesh axes that the mesh lacks are left out, so the same rules serve every
+mesh. The reverse is an error: along an axis of the mesh that nothing uses, every device would hold
+and compute the same (`--mesh fdsp=4`, or `expert=4` without experts).
 """
 
 from __future__ import annotations
@@ -28,25 +29,33 @@ type AxisTable = Sequence[tuple[str, str | tuple[str, ...]]]  # letter of an axi
 type AnyMesh = Mesh | AbstractMesh  # the latter for lowering without the devices
 
 BATCH_AXES = ("pipeline", "data", "fsdp", "expert")
-"""A batch's rows lie along these axes of the mesh, where it has them: `expert` cuts the experts, `pipeline` the layers, and what
-is outside of those would be computed by all of its devices alike if it were not one more axis of the batch there. `pipeline`
-comes first because a `shard_map` over it alone takes its part from the outside."""
+"""A batch's rows lie along these axes of the mesh, where it has them: `expert` cuts the experts,
+`pipeline` the layers, and what is outside of those would be computed by all of its devices alike if
+it were not one more axis of the batch there. `pipeline` comes first because a `shard_map` over it
+alone takes its part from the outside.
+"""
 
 ACTIVATION_AXES = ("data", "fsdp", "sequence")
-"""The axes that cut activations, so that a mesh may have them though no rule names them. An axis that cuts parameters
-(`tensor`, `expert`, `pipeline`) does not belong here: where no rule names it, the model at hand does not know it."""
+"""The axes that cut activations, so that a mesh may have them though no rule names them. An axis
+that cuts parameters (`tensor`, `expert`, `pipeline`) does not belong here: where no rule names it,
+the model at hand does not know it.
+"""
 
 
 def simulation(count: int) -> dict[str, str]:
     """The environment of a process that has `count` CPU devices."""
-    # With its default schedule XLA runs independent collectives of one program in another order on each device, and
-    # they wait for each other for ever: seen with data=2,fsdp=2 in half of the runs.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    # With its default schedule XLA runs independent collectives of one program in another order on
+    # each device, and they wait for each other for ever: seen with data=2,fsdp=2 in half of the
+    # runs.
+    flags = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    )
     return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count), "XLA_FLAGS": flags.strip()}
 
 
 def simulate_devices(count: int) -> None:
-    """Let this process have `count` CPU devices, for trying a mesh; to be called before the first computation.
+    """Let this process have `count` CPU devices, for trying a mesh; to be called before the first
+    computation.
 
     Raises:
       InputError: a count below 1.
@@ -62,8 +71,8 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
     """A mesh with Auto axes, to be entered with `jax.set_mesh`. Of several processes, all make it.
 
     Args:
-      shape: `{"fsdp": 4, "tensor": 2}` or its text form `"fsdp=4,tensor=2"`; one length of the text may be `*`, what the devices
-        leave for it.
+      shape: `{"fsdp": 4, "tensor": 2}` or its text form `"fsdp=4,tensor=2"`; one length of the text
+        may be `*`, what the devices leave for it.
       devices: the devices; default the first of `jax.devices()` that the shape needs.
 
     Raises:
@@ -72,10 +81,17 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
     devices = jax.devices() if devices is None else devices
     if isinstance(shape, str):
         try:
-            lengths = {name.strip(): n.strip() for name, n in (part.split("=") for part in shape.split(","))}
+            lengths = {
+                name.strip(): n.strip()
+                for name, n in (part.split("=") for part in shape.split(","))
+            }
             known = {name: int(n) for name, n in lengths.items() if n != "*"}
             rest = max(1, len(devices) // max(1, math.prod(known.values())))
-            axes = {name: known.get(name, rest) for name in lengths} if len(lengths) <= len(known) + 1 else {}
+            axes = (
+                {name: known.get(name, rest) for name in lengths}
+                if len(lengths) <= len(known) + 1
+                else {}
+            )
         except ValueError:
             axes = {}
         if not axes or not all(axes) or len(axes) != len(shape.split(",")):
@@ -94,14 +110,22 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
         grid = mesh_utils.create_device_mesh(sizes, devices[:need], allow_split_physical_axes=True)
         mesh = Mesh(grid, tuple(shape), axis_types=auto)
     except ValueError as error:
-        raise InputError(f"mesh: {dict(shape)} cannot be made of these devices: {str(error).splitlines()[0][:200]}") from None
-    if jax.config.jax_cpu_collectives_implementation == "mpi" and jax.process_count() > 1 and devices[0] in jax.devices():
+        raise InputError(
+            f"mesh: {dict(shape)} cannot be made of these devices: "
+            f"{str(error).splitlines()[0][:200]}"
+        ) from None
+    if (
+        jax.config.jax_cpu_collectives_implementation == "mpi"
+        and jax.process_count() > 1
+        and devices[0] in jax.devices()
+    ):
         _meet(mesh)
     return mesh
 
 
 def _meet(mesh: Mesh) -> None:
-    """A first sum over every group of devices that can exchange: XLA opens MPI's communicators on the main thread alone.
+    """A first sum over every group of devices that can exchange: XLA opens MPI's communicators on
+    the main thread alone.
 
     Raises:
       InputError: a sum is wrong, as it is where each process is alone for MPI.
@@ -110,31 +134,43 @@ def _meet(mesh: Mesh) -> None:
     for count in range(1, len(axes) + 1):
         for group in itertools.combinations(axes, count):
             add = functools.partial(jax.lax.psum, axis_name=group)
-            one = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()))
-            found, want = float(one(np.float32(1))), math.prod(mesh.shape[name] for name in group)
+            one = jax.jit(
+                jax.shard_map(add, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+            )
+            found = float(one(np.float32(1)))
+            want = math.prod(mesh.shape[name] for name in group)
             if found != want:
-                raise InputError(f"mesh: {want} devices along {group} meet {found:.0f}; with MPI, start by mpirun or srun")
+                raise InputError(
+                    f"mesh: {want} devices along {group} meet {found:.0f}; with MPI, start by "
+                    f"mpirun or srun"
+                )
 
 
-def shardings(rules: tree.Rules, params: tree.Params, mesh: AnyMesh) -> tuple[tree.Params, tree.Params]:
+def shardings(
+    rules: tree.Rules, params: tree.Params, mesh: AnyMesh
+) -> tuple[tree.Params, tree.Params]:
     """The tree (split where rules tell layers apart) and a tree of `NamedSharding` beside it.
 
-    A compressed leaf's place holds a leaf of the same class whose buffers are shardings, so the result serves as
-    `in_shardings`, for `jax.device_put` and for a restore.
+    A compressed leaf's place holds a leaf of the same class whose buffers are shardings, so the
+    result serves as `in_shardings`, for `jax.device_put` and for a restore.
 
     Raises:
-      InputError: a rule or leaf without the other (see `tree.assign`), a mesh that does not divide an axis, or one with an
-        axis that neither `ACTIVATION_AXES` nor a rule that decides a leaf names.
+      InputError: a rule or leaf without the other (see `tree.assign`), a mesh that does not divide
+        an axis, or one with an axis that neither `ACTIVATION_AXES` nor a rule that decides a leaf
+        names.
     """
     params, specs = tree.match(rules, params)
-    placed = tree.map_leaves(lambda path, leaf: _leaf_sharding(path, leaf, specs[path], mesh), params)
+    placed = tree.map_leaves(
+        lambda path, leaf: _leaf_sharding(path, leaf, specs[path], mesh), params
+    )
     staged = [PartitionSpec("pipeline")] * any(map(tree.is_stacked, specs))
     _check_axes([*specs.values(), *staged], mesh)
     return params, placed
 
 
 def parts(rules: tree.Rules, params: tree.Params, axes: Collection[str]) -> tree.Params:
-    """The spec of each leaf, on the mesh in use, of which only some axes count: for a `shard_map` over those.
+    """The spec of each leaf, on the mesh in use, of which only some axes count: for a `shard_map`
+    over those.
 
     Args:
       rules: of the model; some may have no leaf here.
@@ -158,9 +194,10 @@ def place(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tree.Params:
 
 
 def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
-    """Shardings for an optimiser state: a leaf whose path ends in a parameter's path lies as that parameter does if it can
-    (a factored moment has another shape), any other is on every device. A compressed leaf (a moment in 8 bits) derives the
-    places of its buffers from the parameter's, as parameters do, if it can be cut so.
+    """Shardings for an optimiser state: a leaf whose path ends in a parameter's path lies as that
+    parameter does if it can (a factored moment has another shape), any other is on every device. A
+    compressed leaf (a moment in 8 bits) derives the places of its buffers from the parameter's, as
+    parameters do, if it can be cut so.
 
     Args:
       state: any pytree, of arrays or shape structs.
@@ -175,53 +212,75 @@ def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
 
     def find(path: tuple[Any, ...], leaf: Any) -> Any:
         keys = _key_path(path)
-        beside = next((known[keys[start:]] for start in range(len(keys)) if keys[start:] in known), None)
+        beside = next(
+            (known[keys[start:]] for start in range(len(keys)) if keys[start:] in known), None
+        )
         if not hasattr(leaf, "specs"):
             return everywhere if beside is None else fitting(beside.spec, leaf)
-        if beside is None:  # its parameter, if it has one, is compressed too: a buffer lies as that of the same name
-            return jax.tree_util.tree_map_with_path(lambda inner, buffer: find((*path, *inner), buffer), leaf)
+        if (
+            beside is None
+            # its parameter, if it has one, is compressed too: a buffer lies as that of the same name
+        ):
+            return jax.tree_util.tree_map_with_path(
+                lambda inner, buffer: find((*path, *inner), buffer), leaf
+            )
         try:
             specs = leaf.specs(fitting(beside.spec, leaf).spec, mesh.shape)
         except InputError:  # it would split a group or a byte
             specs = leaf.specs(PartitionSpec(), mesh.shape)
-        return jax.tree.map(fitting, specs, leaf, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+        return jax.tree.map(
+            fitting, specs, leaf, is_leaf=lambda spec: isinstance(spec, PartitionSpec)
+        )
 
-    return jax.tree_util.tree_map_with_path(find, state, is_leaf=lambda node: hasattr(node, "specs"))
+    return jax.tree_util.tree_map_with_path(
+        find, state, is_leaf=lambda node: hasattr(node, "specs")
+    )
 
 
 def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
-    """Constrain the sharding of an activation: each letter of `"B T D"` lies on the mesh axes that `table` gives it.
+    """Constrain the sharding of an activation: each letter of `"B T D"` lies on the mesh axes that
+    `table` gives it.
 
-    Without a mesh, without a table, or where the mesh axes do not divide the dimension, nothing is constrained. Inside of a
-    `shard_map` its axes are cut already and do not count.
+    Without a mesh, without a table, or where the mesh axes do not divide the dimension, nothing is
+    constrained. Inside of a `shard_map` its axes are cut already and do not count.
     """
     if not table or not auto_axes():
         return x
-    lie = [axes_of(letter, table, n) or None for letter, n in zip(letters.replace(" ", ""), x.shape, strict=True)]
+    lie = [
+        axes_of(letter, table, n) or None
+        for letter, n in zip(letters.replace(" ", ""), x.shape, strict=True)
+    ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*lie))
 
 
 def auto_axes() -> dict[str, int]:
-    """The axes of the mesh in use that no `shard_map` around has cut yet, with their lengths; none without a mesh."""
+    """The axes of the mesh in use that no `shard_map` around has cut yet, with their lengths; none
+    without a mesh.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
 
 
 def axes_of(letter: str, table: AxisTable, length: int | None = None) -> tuple[str, ...]:
-    """Those of `auto_axes` that a letter of an activation lies on by a table; none where they do not divide its length."""
+    """Those of `auto_axes` that a letter of an activation lies on by a table; none where they do
+    not divide its length.
+    """
     names = _present(dict(table).get(letter), sizes := auto_axes())
     return names if length is None or length % _product(names, sizes) == 0 else ()
 
 
 def _check_axes(specs: Iterable[PartitionSpec], mesh: AnyMesh) -> None:
-    """Refuse a mesh with an axis of several devices that nothing uses; rules that match no leaf do not count."""
+    """Refuse a mesh with an axis of several devices that nothing uses; rules that match no leaf do
+    not count.
+    """
     named = {name for spec in specs for entry in spec for name in _names(entry)}
     known = sorted({*named, *ACTIVATION_AXES})
     for name, length in mesh.shape.items():
         if length > 1 and name not in known:
             close = nearest(name, known)
             raise InputError(
-                f"mesh: the axis {name!r} would hold {length} copies of everything, since no rule names it; allowed: "
+                f"mesh: the axis {name!r} would hold {length} copies of everything, since no rule "
+                f"names it; allowed: "
                 f"{', '.join(known)}{f' (nearest: {close[0]})' if close else ''}"
             )
 
@@ -229,22 +288,30 @@ def _check_axes(specs: Iterable[PartitionSpec], mesh: AnyMesh) -> None:
 def _leaf_sharding(path: str, leaf: tree.Leaf, spec: PartitionSpec, mesh: AnyMesh) -> Any:
     shape = tree.layer_shape(path, leaf)
     if len(spec) > len(shape):
-        raise InputError(f"rules: the leaf {path!r} has {len(shape)} axes {shape} but its spec {spec} has {len(spec)}")
+        raise InputError(
+            f"rules: the leaf {path!r} has {len(shape)} axes {shape} but its spec {spec} has "
+            f"{len(spec)}"
+        )
     entries = [_present(entry, mesh.shape) for entry in spec]
     for axis, names in enumerate(entries):
         parts = _product(names, mesh.shape)
         if shape[axis] % parts:
             raise InputError(
-                f"mesh: {dict(mesh.shape)} does not divide the leaf {path!r}: axis {axis} of {shape} has length "
+                f"mesh: {dict(mesh.shape)} does not divide the leaf {path!r}: axis {axis} of "
+                f"{shape} has length "
                 f"{shape[axis]}, which {'*'.join(names)} = {parts} does not divide"
             )
     spec = PartitionSpec(*_layers(path, leaf, mesh), *(names or None for names in entries))
     specs = leaf.specs(spec, dict(mesh.shape)) if hasattr(leaf, "specs") else spec
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )
 
 
 def _layers(path: str, leaf: tree.Leaf, mesh: AnyMesh) -> list[str | None]:
-    """The entry of a stacked leaf's axis of layers, which `pipeline` cuts into stages; nothing for any other leaf."""
+    """The entry of a stacked leaf's axis of layers, which `pipeline` cuts into stages; nothing for
+    any other leaf.
+    """
     stages = mesh.shape.get("pipeline", 1)
     if not tree.is_stacked(path):
         return []
@@ -253,7 +320,8 @@ def _layers(path: str, leaf: tree.Leaf, mesh: AnyMesh) -> list[str | None]:
     if (layers := leaf.shape[0]) % stages:
         allowed = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
         raise InputError(
-            f"mesh: pipeline = {stages} does not divide the {layers} layers of the leaf {path!r} into stages; allowed: {allowed}"
+            f"mesh: pipeline = {stages} does not divide the {layers} layers of the leaf {path!r} "
+            f"into stages; allowed: {allowed}"
         )
     return ["pipeline"]
 
@@ -261,7 +329,9 @@ def _layers(path: str, leaf: tree.Leaf, mesh: AnyMesh) -> list[str | None]:
 def _divides(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
     """Whether an array of this shape can lie as the spec says."""
     parts = [_product(_present(entry, sizes), sizes) for entry in spec]
-    return len(parts) <= len(shape) and all(n % part == 0 for n, part in zip(shape, parts, strict=False))
+    return len(parts) <= len(shape) and all(
+        n % part == 0 for n, part in zip(shape, parts, strict=False)
+    )
 
 
 def _present(entry: Any, sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -279,4 +349,6 @@ def _product(names: Sequence[str], sizes: Mapping[str, int]) -> int:
 
 
 def _key_path(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return tuple(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )

@@ -1,6 +1,8 @@
-"""The text form of chains of settings, `"magnitude(0.5) | rtn(bits=8)"`: compression methods, augmentations, penalties, bounds.
+"""The text form of chains of settings, `"magnitude(0.5) | rtn(bits=8)"`: compression methods,
+augmentations, penalties, bounds.
 
-A member is a frozen dataclass; its text is its name, called with literal arguments. Nothing but literals is evaluated.
+A member is a frozen dataclass; its text is its name, called with literal arguments. Nothing but
+literals is evaluated.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ def read_chain(argument: str, text: str, known: Mapping[str, Any], example: str)
 def write(name: str, member: Any) -> str:
     """The text of a member; settings at their default are left out, but for the first."""
     found = [(f.name, getattr(member, f.name), f.default) for f in settings(type(member))]
-    shown = [f"{key}={value!r}" for i, (key, value, default) in enumerate(found) if i == 0 or value != default]
+    shown = [
+        f"{key}={value!r}"
+        for i, (key, value, default) in enumerate(found)
+        if i == 0 or value != default
+    ]
     return f"{name}({', '.join(shown)})"
 
 
@@ -64,10 +70,16 @@ def _member(argument: str, node: ast.expr, text: str, known: Mapping[str, Any]) 
         raise unknown(argument, ast.unparse(name), known)
     try:
         args = [ast.literal_eval(a) for a in node.args] if isinstance(node, ast.Call) else []
-        kwargs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
+        kwargs = (
+            {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            if isinstance(node, ast.Call)
+            else {}
+        )
         return known[name.id](*args, **kwargs)
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         fields = ", ".join(field.name for field in settings(known[name.id]))
-        raise InputError(f"{argument}: {ast.unparse(node)!r} in {text!r}: {name.id} takes the settings {fields}") from None
+        raise InputError(
+            f"{argument}: {ast.unparse(node)!r} in {text!r}: {name.id} takes the settings {fields}"
+        ) from None

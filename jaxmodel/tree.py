@@ -1,22 +1,26 @@
-"""Parameter trees: paths, rules with first match, segments of equal layers, partition, sizes, fingerprints.
+"""Parameter trees: paths, rules with first match, segments of equal layers, partition, sizes,
+fingerprints.
 
-Params are a plain nested `dict`. Whatever is not a dict is a leaf: a `jax.Array` or a compressed leaf (any pytree that has
-`shape` and `dtype`, see `jaxmodel.leaves`). A leaf's path joins the keys with `/`.
+Params are a plain nested `dict`. Whatever is not a dict is a leaf: a `jax.Array` or a compressed
+leaf (any pytree that has `shape` and `dtype`, see `jaxmodel.leaves`). A leaf's path joins the keys
+with `/`.
 
-Segments. Where layers repeat, the dict under the key `blocks` maps a *segment* of equal layers to their stacked leaves: in
-`{"blocks": {"0-28": ..., "29": ...}}` every leaf under `0-28` has a leading axis of 29 layers and the leaves under `29`
-have none. Rules never see segments: they see the path of one layer (`blocks/7/attn/q`). Where rules give the layers of a
-segment different values the segment is split, and `stack` joins equal neighbours again.
+Segments. Where layers repeat, the dict under the key `blocks` maps a *segment* of equal layers to
+their stacked leaves: in `{"blocks": {"0-28": ..., "29": ...}}` every leaf under `0-28` has a
+leading axis of 29 layers and the leaves under `29` have none. Rules never see segments: they see
+the path of one layer (`blocks/7/attn/q`). Where rules give the layers of a segment different values
+the segment is split, and `stack` joins equal neighbours again.
 
-The law of segments. Only the key `blocks` makes them, at any depth: `encoder/blocks/0-5/q` and `decoder/blocks/0-2/q` are
-two stacks of one tree, and `experts/0/up` is a plain path whose key happens to be a number. Under `blocks` either all keys
-are segments (`7`, `3-5`) that share no layer, or none is. Blocks inside of a segment are an error: a leaf has one axis of
-layers at most. All functions here therefore take trees from their root, not what stands under `blocks`; but for
+The law of segments. Only the key `blocks` makes them, at any depth: `encoder/blocks/0-5/q` and
+`decoder/blocks/0-2/q` are two stacks of one tree, and `experts/0/up` is a plain path whose key
+happens to be a number. Under `blocks` either all keys are segments (`7`, `3-5`) that share no
+layer, or none is. Blocks inside of a segment are an error: a leaf has one axis of layers at most.
+All functions here therefore take trees from their root, not what stands under `blocks`; but for
 `segments` and `depth`, which take that.
 
-Rules. An ordered list `[(pattern, value), ...]`. A pattern is a regular expression that must match the whole path; the first
-match wins. A leaf that no rule covers is an error, and so is a rule that decides nothing, unless its pattern is
-`optional(...)` or the closing catch-all `.*`.
+Rules. An ordered list `[(pattern, value), ...]`. A pattern is a regular expression that must match
+the whole path; the first match wins. A leaf that no rule covers is an error, and so is a rule that
+decides nothing, unless its pattern is `optional(...)` or the closing catch-all `.*`.
 
 >>> params = {"embed": jnp.ones((5, 2)), "blocks": {"0-3": {"up": jnp.ones((4, 3, 2))}}}
 >>> params, bits = match([("embed", 8), ("blocks/[01]/.*", 8), (".*", 4)], params)
@@ -49,7 +53,9 @@ BLOCKS = "blocks"
 """The key whose children are segments of layers."""
 
 MEASURED = r"(.*/)?[^/]*norm/(mean|variance)|state/.*"
-"""Leaves that are measured or kept, not trained: the statistics of batch norms, and the state of a foreign module."""
+"""Leaves that are measured or kept, not trained: the statistics of batch norms, and the state of a
+foreign module.
+"""
 
 _DEEPEST = 100
 _SEGMENT = re.compile(r"(\d+)(?:-(\d+))?")
@@ -61,7 +67,7 @@ class optional(str):
     __slots__ = ()
 
 
-# ---------------------------------------------------------------------------------------------------------- paths
+# -------------------------------------------------------------------------------------------- paths
 
 
 def is_leaf(node: Any) -> bool:
@@ -70,11 +76,13 @@ def is_leaf(node: Any) -> bool:
 
 
 def flatten(params: Any) -> dict[str, Leaf]:
-    """All leaves by path; segments in the order of depth, other keys as they stand. `unflatten` is its inverse.
+    """All leaves by path; segments in the order of depth, other keys as they stand. `unflatten` is
+    its inverse.
 
     Raises:
-      InputError: what stands under a key `blocks` breaks the law of segments (see above), or the tree has a list, a tuple or
-        None, a key that is no text or holds a `/`, an empty dict, or itself.
+      InputError: what stands under a key `blocks` breaks the law of segments (see above), or the
+        tree has a list, a tuple or None, a key that is no text or holds a `/`, an empty dict, or
+        itself.
     """
     return dict(_walk(params, ()))
 
@@ -88,19 +96,25 @@ def unflatten(leaves: Mapping[str, Leaf]) -> Params:
         for key in parents:
             node = node.setdefault(key, {})
             if is_leaf(node):
-                raise InputError(f"params: {path!r} given, though {key!r} in it is a leaf; allowed: a dict or a leaf")
+                raise InputError(
+                    f"params: {path!r} given, though {key!r} in it is a leaf; allowed: a dict or "
+                    f"a leaf"
+                )
         if last in node:
-            raise InputError(f"params: {path!r} given, though there is more below it; allowed: a dict or a leaf")
+            raise InputError(
+                f"params: {path!r} given, though there is more below it; allowed: a dict or a leaf"
+            )
         node[last] = leaf
     return root
 
 
 def check(params: Any) -> None:
-    """Refuse what is no tree of weights before anything runs on it: JAX ends the process at a dict that holds itself.
+    """Refuse what is no tree of weights before anything runs on it: JAX ends the process at a dict
+    that holds itself.
 
     Raises:
-      InputError: as `flatten`; or a leaf that is no array of real numbers, such as one of complex numbers, whose imaginary part
-        would be lost, or of texts.
+      InputError: as `flatten`; or a leaf that is no array of real numbers, such as one of complex
+        numbers, whose imaginary part would be lost, or of texts.
 
     >>> check({"w": jnp.ones(3, jnp.complex64)})
     Traceback (most recent call last):
@@ -111,9 +125,13 @@ def check(params: Any) -> None:
         layer_shape(path, leaf)
         for part in jax.tree.leaves(leaf):
             kind = getattr(part, "dtype", type(part))
-            real = jnp.issubdtype(kind, jnp.number) and not jnp.issubdtype(kind, jnp.complexfloating)
+            real = jnp.issubdtype(kind, jnp.number) and not jnp.issubdtype(
+                kind, jnp.complexfloating
+            )
             if not (real or kind == jnp.bool_ or jnp.issubdtype(kind, jax.dtypes.prng_key)):
-                raise InputError(f"params: {path!r} has the dtype {jnp.dtype(kind).name}; allowed: real numbers")
+                raise InputError(
+                    f"params: {path!r} has the dtype {jnp.dtype(kind).name}; allowed: real numbers"
+                )
 
 
 def map_leaves(fn: Callable[[str, Leaf], Leaf], params: Params) -> Params:
@@ -125,24 +143,38 @@ def _walk(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
     if is_leaf(node):
         if type(node) in (list, tuple, type(None)):
             where = repr("/".join(keys)) if keys else "the whole"
-            raise InputError(f"params: {where} is a {type(node).__name__}; allowed: dicts of dicts and arrays")
+            raise InputError(
+                f"params: {where} is a {type(node).__name__}; allowed: dicts of dicts and arrays"
+            )
         yield "/".join(keys), node
         return
     for key in node:
         if not isinstance(key, str) or "/" in key:
-            raise InputError(f"params: {'/'.join(keys) or 'the whole'} has the key {key!r}; allowed: texts without '/'")
+            raise InputError(
+                f"params: {'/'.join(keys) or 'the whole'} has the key {key!r}; allowed: texts "
+                f"without '/'"
+            )
     if len(keys) > _DEEPEST or (keys and not node):
-        what = f"is nested deeper than {_DEEPEST} levels, or holds itself" if node else "is an empty dict"
-        raise InputError(f"params: {'/'.join(keys[:4])!r} {what}; allowed: dicts of dicts and arrays")
+        what = (
+            f"is nested deeper than {_DEEPEST} levels, or holds itself"
+            if node
+            else "is an empty dict"
+        )
+        raise InputError(
+            f"params: {'/'.join(keys[:4])!r} {what}; allowed: dicts of dicts and arrays"
+        )
     for key in _segments_at(keys, node) or node:
         yield from _walk(node[key], (*keys, key))
 
 
-# ------------------------------------------------------------------------------------------------------- segments
+# ----------------------------------------------------------------------------------------- segments
 
 
 def span(key: str) -> range | None:
-    """The layers of a segment's key: `"3-5"` is `range(3, 6)`, `"7"` is `range(7, 8)`, any other key is None."""
+    """The layers of a segment's key:
+
+    `"3-5"` is `range(3, 6)`, `"7"` is `range(7, 8)`, any other key is None.
+    """
     found = _SEGMENT.fullmatch(key)
     if not found:
         return None
@@ -170,12 +202,15 @@ def segments(node: Params) -> list[str]:
     keys = _segments_at((BLOCKS,), node)
     edges = [0, *(_span(key).stop for key in keys)]
     if not keys or any(_span(key).start != start for key, start in zip(keys, edges, strict=False)):
-        raise InputError(f"segments: {keys or list(node)} must cover the layers from 0 on without gap or overlap")
+        raise InputError(
+            f"segments: {keys or list(node)} must cover the layers from 0 on without gap or overlap"
+        )
     return keys
 
 
 def _segments_at(keys: tuple[str, ...], node: Params) -> list[str]:
-    """The segments of the dict at a path by depth, none if it is a plain dict. This and `_segment_place` are the law.
+    """The segments of the dict at a path by depth, none if it is a plain dict. This and
+    `_segment_place` are the law.
 
     A part of a tree (see `partition`) may lack some segments, which `segments` does not allow.
     """
@@ -184,12 +219,19 @@ def _segments_at(keys: tuple[str, ...], node: Params) -> list[str]:
     where = "/".join(keys)
     for key in node:
         layers = span(key)
-        if not layers or segment_key(layers) != key:  # no segment at all, an empty one (1-0), or of another form (3-3, 01)
-            raise InputError(f"{where}: the key {key!r} is no segment of layers as others there are; allowed: such as '7', '3-5'")
+        if (
+            not layers or segment_key(layers) != key
+        ):  # no segment at all, an empty one (1-0), or of another form (3-3, 01)
+            raise InputError(
+                f"{where}: the key {key!r} is no segment of layers as others there are; allowed: "
+                f"such as '7', '3-5'"
+            )
     found = sorted(node, key=lambda key: _span(key).start)
     for one, following in itertools.pairwise(found):
         if _span(following).start < _span(one).stop:
-            raise InputError(f"{where}: the segments {one!r} and {following!r} overlap; allowed: each layer once")
+            raise InputError(
+                f"{where}: the segments {one!r} and {following!r} overlap; allowed: each layer once"
+            )
     _segment_place([*keys, found[0]])
     return found
 
@@ -198,7 +240,9 @@ def _segment_place(keys: Sequence[str]) -> int | None:
     """Which of a path's keys is the segment."""
     found = [i for i in range(1, len(keys)) if keys[i - 1] == BLOCKS and span(keys[i]) is not None]
     if len(found) > 1:
-        raise InputError(f"{'/'.join(keys)}: blocks inside of blocks; allowed: one segment of layers in a path")
+        raise InputError(
+            f"{'/'.join(keys)}: blocks inside of blocks; allowed: one segment of layers in a path"
+        )
     return found[0] if found else None
 
 
@@ -222,13 +266,16 @@ def layer_paths(path: str) -> list[str]:
 def layer_shape(path: str, leaf: Leaf) -> tuple[int, ...]:
     """The shape of one layer's leaf: without the leading axis of a stacked segment."""
     if not hasattr(leaf, "shape"):
-        raise InputError(f"params: {path!r} is a {type(leaf).__name__}; allowed: arrays and compressed leaves")
+        raise InputError(
+            f"params: {path!r} is a {type(leaf).__name__}; allowed: arrays and compressed leaves"
+        )
     return tuple(leaf.shape[1:] if is_stacked(path) else leaf.shape)
 
 
 def layer_slice(node: Any, layers: range, part: range) -> Any:
     """The layers `part` of a segment that holds `layers`; one layer alone has no leading axis."""
-    start, stop = part.start - layers.start, part.stop - layers.start
+    start = part.start - layers.start
+    stop = part.stop - layers.start
     if len(layers) == 1:
         return node
     if len(part) == 1:
@@ -252,11 +299,16 @@ def split(params: Params, values: Mapping[str, Any]) -> Params:
         out: Params = {}
         for key in found:
             layers = _span(key)
-            by_leaf = [[values[layer] for layer in layer_paths(path)] for path, _ in _walk(node[key], (*keys, key))]
+            by_leaf = [
+                [values[layer] for layer in layer_paths(path)]
+                for path, _ in _walk(node[key], (*keys, key))
+            ]
             signature = [[of_layers[i] for of_layers in by_leaf] for i in range(len(layers))]
             starts = [i for i in range(len(layers)) if i == 0 or signature[i] != signature[i - 1]]
             for start, stop in itertools.pairwise([*starts, len(layers)]):
-                out[segment_key(layers[start:stop])] = layer_slice(node[key], layers, layers[start:stop])
+                out[segment_key(layers[start:stop])] = layer_slice(
+                    node[key], layers, layers[start:stop]
+                )
         return out
 
     return cut(params, ())
@@ -268,7 +320,9 @@ def unstack(params: Params) -> Params:
 
 
 def stack(params: Params) -> Params:
-    """Join neighbouring segments whose layers are equal in structure, static fields, shapes and dtypes."""
+    """Join neighbouring segments whose layers are equal in structure, static fields, shapes and
+    dtypes.
+    """
 
     def join(node: Any, keys: tuple[str, ...]) -> Any:
         if is_leaf(node):
@@ -282,23 +336,32 @@ def stack(params: Params) -> Params:
             else:
                 runs.append([key])
         return {
-            segment_key(range(_span(run[0]).start, _span(run[-1]).stop)): _join([(_span(key), node[key]) for key in run])
+            segment_key(range(_span(run[0]).start, _span(run[-1]).stop)): _join(
+                [(_span(key), node[key]) for key in run]
+            )
             for run in runs
         }
 
-    flatten(params)  # looks inside of the segments too, where nothing else here does, so the law is kept there
+    flatten(
+        params
+    )  # looks inside of the segments too, where nothing else here does, so the law is kept there
     return join(params, ())
 
 
 def _join(parts: list[tuple[range, Any]]) -> Any:
     if len(parts) == 1:
         return parts[0][1]
-    lifted = [jax.tree.map(lambda a: a[None], node) if len(layers) == 1 else node for layers, node in parts]
+    lifted = [
+        jax.tree.map(lambda a: a[None], node) if len(layers) == 1 else node
+        for layers, node in parts
+    ]
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *lifted)
 
 
 def _joins(run: list[str], key: str, node: Params) -> bool:
-    return _span(run[-1]).stop == _span(key).start and _signature(run[0], node) == _signature(key, node)
+    return _span(run[-1]).stop == _span(key).start and _signature(run[0], node) == _signature(
+        key, node
+    )
 
 
 def _signature(key: str, node: Params) -> tuple[Any, ...]:
@@ -318,21 +381,24 @@ def _all_layer_paths(params: Params) -> list[str]:
     return [layer for path in flatten(params) for layer in layer_paths(path)]
 
 
-# ---------------------------------------------------------------------------------------------------------- rules
+# -------------------------------------------------------------------------------------------- rules
 
 
 def assign(rules: Rules, params: Params) -> dict[str, Any]:
     """The value that the first matching rule gives to each layer path.
 
     Raises:
-      InputError: a leaf that no rule covers, or a rule that decides nothing and is neither `optional` nor a closing `.*`.
+      InputError: a leaf that no rule covers, or a rule that decides nothing and is neither
+        `optional` nor a closing `.*`.
     """
     compiled = []
     for pattern, value in rules:
         try:
             compiled.append((pattern, re.compile(pattern), value))
         except re.error as error:
-            raise InputError(f"rules: {str(pattern)!r} is not a regular expression: {error}") from None
+            raise InputError(
+                f"rules: {str(pattern)!r} is not a regular expression: {error}"
+            ) from None
     values: dict[str, Any] = {}
     winners: set[int] = set()
     for path in _all_layer_paths(params):
@@ -349,8 +415,12 @@ def assign(rules: Rules, params: Params) -> dict[str, Any]:
         if i in winners or closing or isinstance(pattern, optional):
             continue
         if any(regex.fullmatch(path) for path in values):
-            raise InputError(f"rules: {str(pattern)!r} decides nothing: earlier rules match all of its leaves")
-        close = difflib.get_close_matches(re.sub(r"[\\^$()]|\.\*|\.\+", "", pattern), list(values), n=3, cutoff=0.0)
+            raise InputError(
+                f"rules: {str(pattern)!r} decides nothing: earlier rules match all of its leaves"
+            )
+        close = difflib.get_close_matches(
+            re.sub(r"[\\^$()]|\.\*|\.\+", "", pattern), list(values), n=3, cutoff=0.0
+        )
         raise InputError(f"rules: {str(pattern)!r} matches no leaf; nearest: {', '.join(close)}")
     return values
 
@@ -371,14 +441,18 @@ def partition(params: Params, rules: Rules | None = None) -> tuple[Params, Param
 
     Args:
       params: the tree.
-      rules: path -> bool (whether the leaf trains). Without rules every plain floating-point array trains but those that
-        `MEASURED` names (they have no gradient, yet an optimiser's decay would move them); compressed or integer leaves do not.
+      rules: path -> bool (whether the leaf trains). Without rules every plain floating-point array
+        trains but those that `MEASURED` names (they have no gradient, yet an optimiser's decay
+        would move them); compressed or integer leaves do not.
 
     Returns:
       Two trees with disjoint paths. A segment is split where its layers part ways.
     """
     if rules is None:
-        chosen = {path: _is_float_array(leaf) and not re.fullmatch(MEASURED, path) for path, leaf in flatten(params).items()}
+        chosen = {
+            path: _is_float_array(leaf) and not re.fullmatch(MEASURED, path)
+            for path, leaf in flatten(params).items()
+        }
     else:
         params, chosen = match(rules, params)
     leaves = flatten(params)
@@ -402,11 +476,13 @@ def _is_float_array(leaf: Leaf) -> bool:
     return jax.tree.structure(leaf).num_nodes == 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-# ---------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 def nbytes(params: Any) -> int:
-    """Bytes of all buffers of a tree or leaf, as they stand (packed codes, scales and masks counted)."""
+    """Bytes of all buffers of a tree or leaf, as they stand (packed codes, scales and masks
+    counted).
+    """
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
 
 
@@ -421,7 +497,9 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def fingerprint(params: Params) -> str:
-    """SHA-256 of paths, static fields, dtypes, shapes and bytes; the same however the layers are stacked."""
+    """SHA-256 of paths, static fields, dtypes, shapes and bytes; the same however the layers are
+    stacked.
+    """
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(unstack(jax.device_get(params))).items()):
         arrays, structure = jax.tree.flatten(leaf)

@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Five ideas
 #
-# All of jaxmodel is made of five things: **params** are a plain dict, a **model** is a record of pure functions,
-# **rules** say what differs from leaf to leaf, a **train state** and a seed determine the rest of a run, and a
-# **transform** is `params -> params`. This notebook shows each at toy size. It needs no download and takes about half
-# a minute on a laptop.
+# All of jaxmodel is made of five things: **params** are a plain dict, a **model** is a record of
+# pure functions, **rules** say what differs from leaf to leaf, a **train state** and a seed
+# determine the rest of a run, and a **transform** is `params -> params`. This notebook shows each
+# at toy size. It needs no download and takes about half a minute on a laptop.
 
 # %%
 import dataclasses
@@ -28,7 +28,19 @@ import numpy as np
 import optax
 from IPython.display import SVG, Markdown
 
-from jaxmodel import compress, data, evaluate, generate, hub, losses, models, ops, report, train, tree
+from jaxmodel import (
+    compress,
+    data,
+    evaluate,
+    generate,
+    hub,
+    losses,
+    models,
+    ops,
+    report,
+    train,
+    tree,
+)
 from jaxmodel.errors import InputError
 from jaxmodel.models import llama
 from jaxmodel.progress import set_quiet
@@ -48,11 +60,14 @@ def picture(svg):
 # %% [markdown]
 # ## 1. Params: a plain nested dict
 #
-# A leaf's path joins the keys with `/`. The three equal layers of this model stand in one *segment*, `0-2`: its
-# leaves have a leading axis of three layers, and the model runs them by one `scan`.
+# A leaf's path joins the keys with `/`. The three equal layers of this model stand in one
+# *segment*, `0-2`: its leaves have a leading axis of three layers, and the model runs them by one
+# `scan`.
 
 # %%
-config = llama.Config(512, width=64, depth=3, heads=4, kv_heads=2, head_width=16, mlp_width=128, context=32)
+config = llama.Config(
+    512, width=64, depth=3, heads=4, kv_heads=2, head_width=16, mlp_width=128, context=32
+)
 model = llama.model(config)
 params = model.init(jax.random.key(0))
 table(
@@ -62,8 +77,8 @@ table(
 )
 
 # %% [markdown]
-# Nothing else is hidden anywhere: the dict is the whole model, so every JAX function takes it as it is. How the
-# layers are stacked is storage, not meaning: the fingerprint is the same.
+# Nothing else is hidden anywhere: the dict is the whole model, so every JAX function takes it as it
+# is. How the layers are stacked is storage, not meaning: the fingerprint is the same.
 
 # %%
 apart = tree.unstack(params)
@@ -75,9 +90,9 @@ assert tree.fingerprint(params) == tree.fingerprint(apart)
 # %% [markdown]
 # ## 2. Model: a frozen record of pure functions
 #
-# `config`, `init`, `apply`, `init_cache`, `rules`, and `parts = (embed, block, head)`, of which `apply` is the
-# composition. With the parts one can run a model a layer at a time, cut it into stages, or look at what flows
-# between.
+# `config`, `init`, `apply`, `init_cache`, `rules`, and `parts = (embed, block, head)`, of which
+# `apply` is the composition. With the parts one can run a model a layer at a time, cut it into
+# stages, or look at what flows between.
 
 # %%
 tokens = jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
@@ -91,8 +106,8 @@ for layer in apart["blocks"].values():
 print(f"largest difference: {jnp.max(jnp.abs(model.parts.head(params, x) - logits)):.1e}")
 
 # %% [markdown]
-# What wraps a model is a model again, and whatever takes a model takes it. An ensemble is the same function under
-# `vmap`, over params that have one more axis in front.
+# What wraps a model is a model again, and whatever takes a model takes it. An ensemble is the same
+# function under `vmap`, over params that have one more axis in front.
 
 
 # %%
@@ -109,20 +124,27 @@ jax.jit(ensemble.apply)(two, tokens).logits.shape
 # %% [markdown]
 # ## 3. Rules: what differs from leaf to leaf
 #
-# An ordered list of (path pattern, value); the pattern must match the whole path, and the first that does wins. One
-# language says where leaves lie on a mesh, which train, which decay, how many bits they get. Rules see *layers*:
-# where they tell the layers of a segment apart, it is split there.
+# An ordered list of (path pattern, value); the pattern must match the whole path, and the first
+# that does wins. One language says where leaves lie on a mesh, which train, which decay, how many
+# bits they get. Rules see *layers*: where they tell the layers of a segment apart, it is split
+# there.
 
 # %%
 bits = [("blocks/0/.*", 8), ("blocks/.*/(attn|mlp)/.*", 4), (".*", 16)]
 split, values = tree.match(bits, params)
 print(list(split["blocks"]))
-print({path: value for path, value in values.items() if path.endswith(("embed", "up", "mlp_norm/weight"))})
+print(
+    {
+        path: value
+        for path, value in values.items()
+        if path.endswith(("embed", "up", "mlp_norm/weight"))
+    }
+)
 print(list(tree.stack(split)["blocks"]))  # the layers are equal again, so they are joined again
 
 # %% [markdown]
-# A rule that decides nothing is an error, and so is a leaf that no rule covers. A typing error cannot pass in
-# silence.
+# A rule that decides nothing is an error, and so is a leaf that no rule covers. A typing error
+# cannot pass in silence.
 
 # %%
 for rules in ([("blocks/.*/mpl/up", 4), (".*", 16)], [("blocks/.*", 4), ("norm/weight", 16)]):
@@ -134,22 +156,28 @@ for rules in ([("blocks/.*/mpl/up", 4), (".*", 16)], [("blocks/.*", 4), ("norm/w
 # %% [markdown]
 # ## 4. TrainState: everything that a run carries along
 #
-# A pytree `(step, data_step, params, opt_state, extra)`. The randomness of step `i` is `fold_in(seed, i)`, and the
-# batch is a function of the seed and `data_step`, so there is no iterator whose place could be lost. To read there is
-# the language reference that every Python brings along.
+# A pytree `(step, data_step, params, opt_state, extra)`. The randomness of step `i` is
+# `fold_in(seed, i)`, and the batch is a function of the seed and `data_step`, so there is no
+# iterator whose place could be lost. To read there is the language reference that every Python
+# brings along.
 
 # %%
 texts = [data.load_text(name) for name in ("english_train", "english")]
 tokenizer = hub.train_bpe([texts[0].text], config.vocab)
-windows, unseen = (data.windows(tokenizer.encode(text.text), length=33, stride=32) for text in texts)
-stream, heldout = data.Stream(windows, batch_size=16), data.Stream(unseen, batch_size=16)
+windows, unseen = (
+    data.windows(tokenizer.encode(text.text), length=33, stride=32) for text in texts
+)
+stream = data.Stream(windows, batch_size=16)
+heldout = data.Stream(unseen, batch_size=16)
 print(texts[0].origin, "|", len(windows), "windows to train on,", len(unseen), "held out")
 
 # %% [markdown]
 # Six steps without a break, and three, a copy of the state, and three more: the same bits.
 
 # %%
-program = train.Program(model, train.TrainConfig(seed=0), loss=losses.next_token, optimizer=optax.adam(1e-2))
+program = train.Program(
+    model, train.TrainConfig(seed=0), loss=losses.next_token, optimizer=optax.adam(1e-2)
+)
 
 
 def go_on(state, steps):
@@ -158,8 +186,12 @@ def go_on(state, steps):
     return state
 
 
-copy = jax.device_get(go_on(program.init(params=params), 3))  # a step uses up the state that it is given
-assert tree.fingerprint(go_on(program.init(params=params), 6).params) == tree.fingerprint(go_on(copy, 3).params)
+copy = jax.device_get(
+    go_on(program.init(params=params), 3)
+)  # a step uses up the state that it is given
+assert tree.fingerprint(go_on(program.init(params=params), 6).params) == tree.fingerprint(
+    go_on(copy, 3).params
+)
 
 # %% [markdown]
 # `fit` is a loop around such a program, with AdamW unless it is given something else.
@@ -177,8 +209,9 @@ picture(plot.curves(losses, "step", "loss, nats per token"))
 # %% [markdown]
 # ## 5. Transform: params to params
 #
-# Compression is a function from params to params; its recipe is a list of rules whose values are chains of methods. A
-# compressed leaf stands where the array stood, so the path, the model and every caller stay as they were.
+# Compression is a function from params to params; its recipe is a list of rules whose values are
+# chains of methods. A compressed leaf stands where the array stood, so the path, the model and
+# every caller stay as they were.
 
 # %%
 recipe = [
@@ -201,16 +234,26 @@ table(
 
 # %%
 leaf = smaller["blocks"]["1-2"]["mlp"]["up"]
-print(type(leaf).__name__, leaf.shape, "| mask", leaf.mask.shape, leaf.mask.dtype, "| values", leaf.values.packed.shape)
+print(
+    type(leaf).__name__,
+    leaf.shape,
+    "| mask",
+    leaf.mask.shape,
+    leaf.mask.dtype,
+    "| values",
+    leaf.values.packed.shape,
+)
 
 # %% [markdown]
-# What does it cost? The same held-out tokens for each version, so that the interval is one of the *difference*.
+# What does it cost? The same held-out tokens for each version, so that the interval is one of the
+# *difference*.
 
 # %%
 versions = {"float32": state.params, "the recipe above": smaller}
 for name in ("rtn(bits=4, group=32)", "rtn(bits=2, group=32)"):
     versions[name], _ = compress.apply(compress.named(name), state.params)
-rows, base = [], None
+rows = []
+base = None
 for name, version in versions.items():
     nll = evaluate.token_nll(model, version, unseen[:64, :32])
     base = nll if base is None else base
@@ -240,23 +283,27 @@ picture(plot.scatter(points, "bits a weight", "held-out loss, nats per token"))
 # %% [markdown]
 # ### What a transform may know: statistics by differentiation
 #
-# Calibrated methods want to know what flows into each matrix. A `Probe` leaf holds a weight and arrays of zeros; the
-# gradient for those zeros is defined to be the statistic. So `jax.grad` of one forward pass returns the Gram matrices
-# of all layers, through `scan` and `jit`, with no hooks and no second model. Equal to computing them by hand:
+# Calibrated methods want to know what flows into each matrix. A `Probe` leaf holds a weight and
+# arrays of zeros; the gradient for those zeros is defined to be the statistic. So `jax.grad` of one
+# forward pass returns the Gram matrices of all layers, through `scan` and `jit`, with no hooks and
+# no second model. Equal to computing them by hand:
 
 # %%
 stats = compress.observe(model, params, [tokens], paths="blocks/.*/attn/q", statistics=["gram"])
 found = stats["blocks/0-2/attn/q"]
 for i, (x, layer) in enumerate(zip(entering, apart["blocks"].values(), strict=True)):
-    rows_of_x = ops.rms_norm(x, layer["attn_norm"]["weight"], config.norm_eps).reshape(-1, config.width)
+    rows_of_x = ops.rms_norm(x, layer["attn_norm"]["weight"], config.norm_eps).reshape(
+        -1, config.width
+    )
     difference = jnp.max(jnp.abs(found["gram"][i] - rows_of_x.T @ rows_of_x))
     print(f"layer {i}: {int(found['count'][i])} rows, largest difference {difference:.1e}")
 
 # %% [markdown]
 # ### And it still talks
 #
-# A `Bundle` is a model with its params, tokenizer and card. It is what one saves, loads and generates from;
-# compressed leaves are nothing special to it. (After 150 steps nobody should expect sense.)
+# A `Bundle` is a model with its params, tokenizer and card. It is what one saves, loads and
+# generates from; compressed leaves are nothing special to it. (After 150 steps nobody should expect
+# sense.)
 
 # %%
 bundle = hub.Bundle(model, smaller, tokenizer, {"name": "a small GPT, made smaller"})

@@ -14,10 +14,11 @@
 # %% [markdown]
 # # Training
 #
-# A run is a pure function of its config: the batch of a step is a function of `(seed, data_step)`, all randomness of a
-# step is folded from the same numbers, and what a run carries from step to step is one pytree, the `TrainState`. So a
-# run can be stopped, killed, moved, replayed and repeated, and ends in the same bits. This notebook shows it at toy
-# size; it needs no download and takes about a minute on a laptop.
+# A run is a pure function of its config: the batch of a step is a function of `(seed, data_step)`,
+# all randomness of a step is folded from the same numbers, and what a run carries from step to step
+# is one pytree, the `TrainState`. So a run can be stopped, killed, moved, replayed and repeated,
+# and ends in the same bits. This notebook shows it at toy size; it needs no download and takes
+# about a minute on a laptop.
 
 # %%
 import contextlib
@@ -52,8 +53,10 @@ def picture(svg):
 # %% [markdown]
 # ## Data
 #
-# Two texts of different kinds, as bytes: packed into bins so that no position is wasted and no document sees another,
-# and mixed three to one. The mixture is exact at every prefix, and the batch of any step is there in milliseconds.
+# Two texts of different kinds, as bytes: packed into bins so that no position is wasted and no
+# document sees another, and mixed three to one. The mixture is exact at every prefix, and the batch
+# of any step is there in milliseconds.
+
 
 # %%
 def packed(documents, width=64):
@@ -63,18 +66,28 @@ def packed(documents, width=64):
 prose = packed(data.split_documents(data.load_text("pydoc").text)[:500])
 tables = packed(f"{a} times {b} is {a * b}.\n" * 3 for a in range(2, 30) for b in range(2, 30))
 stream = data.Mixture([(data.Stream(prose, 16), 3), (data.Stream(tables, 16), 1)], batch_size=16)
-print(f"fill {prose.fill:.3f} and {tables.fill:.3f}; the batch of step 10^9:", stream.batch(10**9)["tokens"].shape)
+print(
+    f"fill {prose.fill:.3f} and {tables.fill:.3f}; the batch of step 10^9:",
+    stream.batch(10**9)["tokens"].shape,
+)
 
 # %% [markdown]
 # ## Fit
 #
-# `fit(model, stream, config)` makes a `train.Program` and runs it: `init`, `place` and `step`, which a loop of yours
-# calls as well. The config is plain values; what differs by leaf is rules.
+# `fit(model, stream, config)` makes a `train.Program` and runs it: `init`, `place` and `step`,
+# which a loop of yours calls as well. The config is plain values; what differs by leaf is rules.
 
 # %%
 model = gpt2.model(gpt2.Config(vocab=256, width=64, depth=2, heads=4, context=64))
 config = train.TrainConfig(
-    steps=90, learning_rate=3e-3, schedule="wsd", warmup=10, accumulate=2, average=0.95, log_every=10, save_every=20
+    steps=90,
+    learning_rate=3e-3,
+    schedule="wsd",
+    warmup=10,
+    accumulate=2,
+    average=0.95,
+    log_every=10,
+    save_every=20,
 )
 state, history = train.fit(model, stream, config, heldout=data.Stream(prose, 16, seed=1))
 table(
@@ -88,8 +101,8 @@ table(
 # %% [markdown]
 # ## Learning rates
 #
-# Six schedules by name. `find_lr` looks for the peak: the rate grows from step to step until the loss diverges, and
-# the suggestion is where it falls fastest.
+# Six schedules by name. `find_lr` looks for the peak: the rate grows from step to step until the
+# loss diverges, and the suggestion is where it falls fastest.
 
 # %%
 steps = np.arange(0, 200)
@@ -107,9 +120,9 @@ picture(search.plot("svg"))
 # %% [markdown]
 # ## Killed anywhere, it ends in the same bits
 #
-# Checkpoints are asynchronous, and count only when their manifest with all digests is written. `fit` writes down with
-# them which config, loss and data they belong to, and refuses to go on as another run. Here a run is stopped at step 47;
-# another process could go on from what it left.
+# Checkpoints are asynchronous, and count only when their manifest with all digests is written.
+# `fit` writes down with them which config, loss and data they belong to, and refuses to go on as
+# another run. Here a run is stopped at step 47; another process could go on from what it left.
 
 # %%
 folder = ROOM / "checkpoints"
@@ -122,7 +135,8 @@ same = checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state)
 print("stopped at", int(stopped.step), "- the same SHA-256 at the end:", same)
 
 # %% [markdown]
-# A byte that was flipped on the disk is found before anything is read, and the step before is taken:
+# A byte that was flipped on the disk is found before anything is read, and the step before is
+# taken:
 
 # %%
 newest = sorted(folder.glob("step-*"))[-1]
@@ -136,14 +150,16 @@ with contextlib.redirect_stderr(sys.stdout), checkpoint.Checkpoints(folder) as c
 # %% [markdown]
 # ## A bad batch is as if it had never come
 #
-# A step whose loss is not finite (or a spike, with `spike=6`) is left out in the graph, without a look by the host. The
-# parameters are, bit for bit, those of a stream without that batch.
+# A step whose loss is not finite (or a spike, with `spike=6`) is left out in the graph, without a
+# look by the host. The parameters are, bit for bit, those of a stream without that batch.
+
 
 # %%
 class Broken:
     """The same stream, with weights that are not finite in the batch of step 5."""
 
-    batch_size, fingerprint = stream.batch_size, "broken"
+    batch_size = stream.batch_size
+    fingerprint = "broken"
 
     def batch(self, step, rows=slice(None)):
         batch = stream.batch(step, rows)
@@ -156,8 +172,9 @@ table(rows, Column("step"), Column("loss", format="{:.3f}".format), Column("bad"
 # %% [markdown]
 # ## Losses and rules
 #
-# A loss on logits and labels is a function that gives a value for each row; one factory makes a loss of the model of
-# it. Here two fifths of the labels of a toy problem are wrong, and a loss that was made for that is right more often.
+# A loss on logits and labels is a function that gives a value for each row; one factory makes a
+# loss of the model of it. Here two fifths of the labels of a toy problem are wrong, and a loss that
+# was made for that is right more often.
 
 # %%
 random = np.random.default_rng(0)
@@ -180,27 +197,37 @@ for name, each in {
     "generalised cross entropy": functools.partial(losses.generalized_cross_entropy, q=0.7),
 }.items():
     trained, _ = train.fit(
-        judge, rows, train.TrainConfig(steps=600, learning_rate=3e-3, weight_decay=0.0), loss=losses.supervised(each)
+        judge,
+        rows,
+        train.TrainConfig(steps=600, learning_rate=3e-3, weight_decay=0.0),
+        loss=losses.supervised(each),
     )
     found.append({"loss": name, "test accuracy": accuracy(trained.params)})
 table(found, Column("loss"), Column("test accuracy", format="{:.3f}".format))
 
 # %% [markdown]
-# What trains, what decays, what is penalised: always rules, path to value. Here only the last layer trains, and its
-# weights are drawn towards zero.
+# What trains, what decays, what is penalised: always rules, path to value. Here only the last layer
+# trains, and its weights are drawn towards zero.
 
 # %%
 before = judge.init(jax.random.key(0))
 sparse = losses.regularized(losses.classification, [("head", "l1(1e-2)"), (".*", None)])
-config = train.TrainConfig(steps=50, learning_rate=1e-2, trainable=(("head.*", True), (".*", False)))
+config = train.TrainConfig(
+    steps=50, learning_rate=1e-2, trainable=(("head.*", True), (".*", False))
+)
 after = train.fit(judge, rows, config, params=before, loss=sparse)[0].params
-changed = [path for path, leaf in tree.flatten(before).items() if not np.array_equal(leaf, tree.flatten(after)[path])]
+changed = [
+    path
+    for path, leaf in tree.flatten(before).items()
+    if not np.array_equal(leaf, tree.flatten(after)[path])
+]
 print("changed:", changed)
 
 # %% [markdown]
 # ## Augmentation
 #
-# `augment(key, batch) -> batch` runs inside of the step, on the mesh, and is part of the run's config by its text.
+# `augment(key, batch) -> batch` runs inside of the step, on the mesh, and is part of the run's
+# config by its text.
 
 # %%
 chain = augment.parse("affine(15, scale=0.2) | noise(0.05) | cutout(2)")

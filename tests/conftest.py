@@ -1,11 +1,13 @@
-"""What holds in every test: one CPU device, strict numerics, shapes checked, compiled programs kept between runs.
+"""What holds in every test: one CPU device, strict numerics, shapes checked, compiled programs kept
+between runs.
 
-`make test` runs two processes of tests side by side; with `-p no:xdist`, or `-n 0`, there is one, for a debugger.
+`make test` runs two processes of tests side by side; with `-p no:xdist`, or `-n 0`, there is one,
+for a debugger.
 
-How to write an annotation so that the check works: `from __future__ import annotations`, `x: Float[Array, "B T D"]`,
-and every name in it imported at run time, not under TYPE_CHECKING (beartype evaluates the strings at the first call).
-A letter means one size over all arguments and the result of a call; `...` any axes, `""` none. Under jit the check runs
-while tracing.
+How to write an annotation so that the check works: `from __future__ import annotations`,
+`x: Float[Array, "B T D"]`, and every name in it imported at run time, not under TYPE_CHECKING
+(beartype evaluates the strings at the first call). A letter means one size over all arguments and
+the result of a call; `...` any axes, `""` none. Under jit the check runs while tracing.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
-# In the environment, so that processes that tests start (command line, notebooks) have it too; read by `import jax`.
+# In the environment, so that processes that tests start (command line, notebooks) have it too; read
+# by `import jax`.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
 os.environ["JAXMODEL_CACHE"] = str(REPO / ".cache" / "jaxmodel")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else gcsfs asks Google's servers what kind of bucket it has
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
+    "false"  # else gcsfs asks Google's servers what kind of bucket it has
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
@@ -45,14 +50,21 @@ _jaxtyped = jaxtyping.jaxtyped
 
 
 def _checked(*, typechecker: object) -> Callable[[Any], Any]:
-    """What the import hook puts on every function and class: shapes are compared only where an annotation has some.
+    """What the import hook puts on every function and class: shapes are compared only where an
+    annotation has some.
 
-    Jaxtyping binds the arguments and checks them twice at every call, which is a third of the time of reading a config.
+    Jaxtyping binds the arguments and checks them twice at every call, which is a third of the time
+    of reading a config.
     """
 
     def decorate(fn: Any) -> Any:
-        shaped = any(re.search("['\"]", str(annotation)) for annotation in getattr(fn, "__annotations__", {}).values())
-        if not isinstance(fn, types.FunctionType) or shaped or fn.__closure__:  # of a closure beartype would keep all alive
+        shaped = any(
+            re.search("['\"]", str(annotation))
+            for annotation in getattr(fn, "__annotations__", {}).values()
+        )
+        if (
+            not isinstance(fn, types.FunctionType) or shaped or fn.__closure__
+        ):  # of a closure beartype would keep all alive
             return _jaxtyped(fn, typechecker=typechecker)
         return beartype(conf=BeartypeConf(violation_type=TypeError))(fn)
 
@@ -63,8 +75,8 @@ jaxtyping.jaxtyped = _checked
 jaxtyping.install_import_hook("jaxmodel", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Nearly all of the time is compilation of programs that run once. Not in the environment: the command line and notebooks, in
-# processes of their own, are compiled as users have them.
+# Nearly all of the time is compilation of programs that run once. Not in the environment: the
+# command line and notebooks, in processes of their own, are compiled as users have them.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # The same examples in every run; no deadline, since the first example of a shape compiles.
@@ -83,10 +95,13 @@ def _standard[**P, R](fn: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-# Optax mixes float and integer scalars (Adam's `decay**count`, every schedule), which strict promotion does not allow.
-# So what runs inside a gradient transformation is exempt; what computes gradients and applies updates is not.
+# Optax mixes float and integer scalars (Adam's `decay**count`, every schedule), which strict
+# promotion does not allow. So what runs inside a gradient transformation is exempt; what computes
+# gradients and applies updates is not.
 _new = optax.GradientTransformation.__new__
-optax.GradientTransformation.__new__ = lambda cls, init, update: _new(cls, _standard(init), _standard(update))
+optax.GradientTransformation.__new__ = lambda cls, init, update: _new(
+    cls, _standard(init), _standard(update)
+)
 
 
 _number = itertools.count(1)
@@ -96,7 +111,8 @@ _number = itertools.count(1)
 def few_memory_maps() -> Iterator[None]:
     """Forget compiled programs before the process has as many memory maps as Linux allows (65,530).
 
-    Each program that XLA compiles for a CPU keeps some; at the limit the next compilation ends in a segmentation fault.
+    Each program that XLA compiles for a CPU keeps some; at the limit the next compilation ends in a
+    segmentation fault.
     """
     yield
     maps = Path("/proc/self/maps")
@@ -106,22 +122,32 @@ def few_memory_maps() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def devices8() -> Callable[..., str]:
-    """A function that runs Python in a process of its own with eight simulated CPU devices and returns its stdout.
+    """A function that runs Python in a process of its own with eight simulated CPU devices and
+    returns its stdout.
 
-    `devices8("import jax; print(jax.device_count())")` runs a snippet, `devices8(path, "arg")` a file. There, too, rank
-    promotion raises; dtypes and shapes are not checked. If it fails, so does the test, with what it wrote to stderr.
+    `devices8("import jax; print(jax.device_count())")` runs a snippet, `devices8(path, "arg")` a
+    file. There, too, rank promotion raises; dtypes and shapes are not checked. If it fails, so does
+    the test, with what it wrote to stderr.
     """
 
     def run(program: str | Path, *args: object, timeout: float = 1200) -> str:
         source = [str(program)] if isinstance(program, Path) else ["-c", textwrap.dedent(program)]
         env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_NUMPY_RANK_PROMOTION": "raise"}
         env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        env["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"  # see sharding.simulate_devices
+        env["XLA_FLAGS"] = (
+            # see sharding.simulate_devices
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        )
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
         command = [sys.executable, *source, *map(str, args)]
-        done = subprocess.run(command, env=env, cwd=REPO, timeout=timeout, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=env, cwd=REPO, timeout=timeout, capture_output=True, text=True
+        )
         if done.returncode:
-            pytest.fail(f"exit code {done.returncode} on eight devices\n{done.stdout}{done.stderr}", pytrace=False)
+            pytest.fail(
+                f"exit code {done.returncode} on eight devices\n{done.stdout}{done.stderr}",
+                pytrace=False,
+            )
         return done.stdout
 
     return run
@@ -129,11 +155,14 @@ def devices8() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def outcomes8(devices8: Callable[..., str]) -> Callable[[str, Sequence[str]], dict[str, str]]:
-    """`outcomes8(__file__, names)` runs checks of a test file on eight devices, all in one process: how each failed, "" if not.
+    """`outcomes8(__file__, names)` runs checks of a test file on eight devices, all in one process:
+    how each failed, "" if not.
 
     See `run_checks.py`.
     """
-    return lambda file, names: json.loads(devices8(REPO / "tests" / "run_checks.py", file, *names).splitlines()[-1])
+    return lambda file, names: json.loads(
+        devices8(REPO / "tests" / "run_checks.py", file, *names).splitlines()[-1]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -142,10 +171,18 @@ def sound_page():
 
     def read(place):
         page = place.read_text(encoding="utf-8")
-        assert "`" not in page and not re.search(r"https?://(?!www\.w3\.org)|<script|<link|<img", page)
-        assert page.count("<table>") == len(re.findall(r'<div class="wide(?: fold)?"><table>', page)) > 0
+        assert "`" not in page and not re.search(
+            r"https?://(?!www\.w3\.org)|<script|<link|<img", page
+        )
+        assert (
+            page.count("<table>")
+            == len(re.findall(r'<div class="wide(?: fold)?"><table>', page))
+            > 0
+        )
         seen = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
-        assert "resolved" not in page and len(re.findall("<dt>", seen)) == 0, "long lists are folded"
+        assert "resolved" not in page and len(re.findall("<dt>", seen)) == 0, (
+            "long lists are folded"
+        )
         assert page.count("<details>") >= 3 and "<details open" not in page
         from jaxmodel.report import processor
 

@@ -1,7 +1,8 @@
-"""A server of objects that speaks Google's protocol, on this machine: gcp-storage-emulator, and what tensorstore needs beside it.
+"""A server of objects that speaks Google's protocol, on this machine: gcp-storage-emulator, and
+what tensorstore needs beside it.
 
-The emulator does not say of which generation the object is that it hands out, and writes whatever the generation; a manifest
-that is read between two writes then stops the second one.
+The emulator does not say of which generation the object is that it hands out, and writes whatever
+the generation; a manifest that is read between two writes then stops the second one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from gcp_storage_emulator.storage import Storage
 
 
 class Handler(RequestHandler):
-    """Generations as https://cloud.google.com/storage/docs/request-preconditions has them, for downloads and uploads."""
+    """Generations as https://cloud.google.com/storage/docs/request-preconditions has them, for
+    downloads and uploads.
+    """
 
     def generation(self, bucket: str, name: str) -> str:
         try:
@@ -35,7 +38,8 @@ class Handler(RequestHandler):
         super().end_headers()
 
     def do_POST(self) -> None:
-        path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        path = urlsplit(self.path).path
+        query = parse_qs(urlsplit(self.path).query)
         if "ifGenerationMatch" in query and "name" in query:
             bucket = path.partition("/b/")[2].partition("/o")[0]
             if query["ifGenerationMatch"] != [self.generation(bucket, query["name"][0])]:
@@ -48,7 +52,9 @@ class Handler(RequestHandler):
 
 
 class Queue(HTTPServer):
-    request_queue_size = 128  # tensorstore asks many things at a time, and each on a connection of its own
+    request_queue_size = (
+        128  # tensorstore asks many things at a time, and each on a connection of its own
+    )
 
 
 class Server:

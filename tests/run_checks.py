@@ -1,7 +1,9 @@
-"""Runs checks of a test file in this process and says, as JSON, how each failed: `run_checks.py FILE NAME...`.
+"""Runs checks of a test file in this process and says, as JSON, how each failed:
+`run_checks.py FILE NAME...`.
 
-A name is that of a function of the file, with its arguments behind colons: `check_equal:gpt2:data=8`. For checks that need
-another process than pytest's, one with eight devices; see `outcomes8`.
+A name is that of a function of the file, with its arguments behind colons:
+`check_equal:gpt2:data=8`. For checks that need another process than pytest's, one with eight
+devices; see `outcomes8`.
 """
 
 from __future__ import annotations

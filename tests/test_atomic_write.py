@@ -42,7 +42,9 @@ def test_a_write_that_fails_halfway_keeps_the_old_file(tmp_path):
         "try: atomic_write(sys.argv[1], bytes(100_000))\n"
         "except InputError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "bundle")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "bundle")], capture_output=True, text=True
+    )
     assert "bundle' cannot be written (File too large)" in done.stdout, done.stderr
     assert (tmp_path / "bundle").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["bundle"]

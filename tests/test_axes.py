@@ -41,8 +41,15 @@ def test_letters_are_read_as_they_are_written(text, letters, role):
 
 
 def test_parts_of_a_concatenation_stand_one_behind_the_other():
-    declared = Axes((("wide", "[C0+C1]"), ("up", "F[C0+(Gh)]"), ("one", "C0"), ("two", "C1")), (("h", 2),))
-    params = {"wide": jnp.arange(5), "up": jnp.arange(24).reshape(3, 8), "one": jnp.arange(2), "two": jnp.arange(3)}
+    declared = Axes(
+        (("wide", "[C0+C1]"), ("up", "F[C0+(Gh)]"), ("one", "C0"), ("two", "C1")), (("h", 2),)
+    )
+    params = {
+        "wide": jnp.arange(5),
+        "up": jnp.arange(24).reshape(3, 8),
+        "one": jnp.arange(2),
+        "two": jnp.arange(3),
+    }
     known = axes.groups(declared, params)
     assert known["C1"].members == (Member("wide", 0, 2, 1, 1), Member("two", 0, 0, 1, 1))
     assert (known["G"].size, known["G"].members) == (3, (Member("up", 1, 2, 1, 2),))
@@ -53,18 +60,27 @@ def test_parts_of_a_concatenation_stand_one_behind_the_other():
 
 def test_units_that_share_an_axis_are_parted_by_the_sizes_that_shapes_tell():
     """Eight heads of three in four groups: by hand, with numpy's own reshape."""
-    declared = Axes((("blocks/.*/q", "(KGh)D"), ("blocks/.*/k", "(Kh)D"), ("blocks/.*/o", "D(KGh)")), (("h", 3),))
-    q, k, o = np.arange(48.0).reshape(24, 2), np.arange(24.0).reshape(12, 2), np.arange(48.0).reshape(2, 24)
+    declared = Axes(
+        (("blocks/.*/q", "(KGh)D"), ("blocks/.*/k", "(Kh)D"), ("blocks/.*/o", "D(KGh)")),
+        (("h", 3),),
+    )
+    q = np.arange(48.0).reshape(24, 2)
+    k = np.arange(24.0).reshape(12, 2)
+    o = np.arange(48.0).reshape(2, 24)
     params = {"blocks": {"0": {"q": jnp.asarray(q), "k": jnp.asarray(k), "o": jnp.asarray(o)}}}
     known = axes.groups(declared, params)
     assert {name: group.size for name, group in known.items()} == {
         **{"blocks/0/K": 4, "blocks/0/G": 2, "blocks/0/h": 3},
         "D": 2,
     }
-    got = axes.select(declared, params, {"blocks/0/K": jnp.array([3, 0]), "blocks/0/G": jnp.array([1])})["blocks"]["0"]
+    got = axes.select(
+        declared, params, {"blocks/0/K": jnp.array([3, 0]), "blocks/0/G": jnp.array([1])}
+    )["blocks"]["0"]
     np.testing.assert_array_equal(got["q"], q.reshape(4, 2, 3, 2)[[3, 0]][:, [1]].reshape(6, 2))
     np.testing.assert_array_equal(got["k"], k.reshape(4, 3, 2)[[3, 0]].reshape(6, 2))
-    np.testing.assert_array_equal(got["o"], o.reshape(2, 4, 2, 3)[:, [3, 0]][:, :, [1]].reshape(2, 6))
+    np.testing.assert_array_equal(
+        got["o"], o.reshape(2, 4, 2, 3)[:, [3, 0]][:, :, [1]].reshape(2, 6)
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,9 +107,20 @@ def test_an_exception_lies_as_it_says():
 
 
 def test_a_leaf_of_which_nothing_is_said_has_its_role_by_its_shape():
-    declared, kernel = Axes((("up", "FD"), (".*", "..."))), jnp.ones((2, 3))
-    params = {"up": kernel, "kernel": kernel, "bias": kernel, "embedding": kernel, "lm_head": kernel}
-    params |= {"LayerNorm_0": {"scale": kernel}, "cls": jnp.ones((1, 1, 3)), "state": {"mean": kernel}}
+    declared = Axes((("up", "FD"), (".*", "...")))
+    kernel = jnp.ones((2, 3))
+    params = {
+        "up": kernel,
+        "kernel": kernel,
+        "bias": kernel,
+        "embedding": kernel,
+        "lm_head": kernel,
+    }
+    params |= {
+        "LayerNorm_0": {"scale": kernel},
+        "cls": jnp.ones((1, 1, 3)),
+        "state": {"mean": kernel},
+    }
     matrices = {"up": "matrix", "kernel": "matrix", "embedding": "table", "lm_head": "head"}
     vectors = dict.fromkeys(("bias", "LayerNorm_0/scale", "cls"), "vector")
     assert axes.roles(declared, params) == {**matrices, **vectors, "state/mean": "measured"}
@@ -106,14 +133,24 @@ def test_a_leaf_of_which_nothing_is_said_has_its_role_by_its_shape():
         (lambda: Axes((("q", "(KD"),)), r"axes: '\(KD' cannot be read; write them as 'FD'"),
         (lambda: Axes((("q", "FD tabel"),)), "axes: 'FD tabel' cannot be read"),
         (lambda: Axes((("q", "F  D"),)), "cannot be read"),
-        (lambda: axes.roles(Axes((("up", "FD"),)), {"up": jnp.ones(3)}), r"the leaf 'up' has the shape \[3\] but the axes 'FD'"),
-        (lambda: axes.roles(Axes((("up", "F"),)), {"up": jnp.ones(3), "in": jnp.ones(3)}), "no rule covers the leaf 'in'"),
         (
-            lambda: axes.groups(Axes((("a", "D"), ("b", "D"))), {"a": jnp.ones(3), "b": jnp.ones(4)}),
+            lambda: axes.roles(Axes((("up", "FD"),)), {"up": jnp.ones(3)}),
+            r"the leaf 'up' has the shape \[3\] but the axes 'FD'",
+        ),
+        (
+            lambda: axes.roles(Axes((("up", "F"),)), {"up": jnp.ones(3), "in": jnp.ones(3)}),
+            "no rule covers the leaf 'in'",
+        ),
+        (
+            lambda: axes.groups(
+                Axes((("a", "D"), ("b", "D"))), {"a": jnp.ones(3), "b": jnp.ones(4)}
+            ),
             r"an axis of 'b' has the length 4, which does not fit D = 3 \(a\)",
         ),
         (
-            lambda: axes.groups(Axes((("a", "(Kh)D"), ("b", "D"))), {"a": jnp.ones((6, 3)), "b": jnp.ones(3)}),
+            lambda: axes.groups(
+                Axes((("a", "(Kh)D"), ("b", "D"))), {"a": jnp.ones((6, 3)), "b": jnp.ones(3)}
+            ),
             "no leaf tells how the 6 of 'a' part into K, h; give them as sizes",
         ),
         (
@@ -136,13 +173,25 @@ def test_layers_may_be_of_different_widths():
     declared = Axes((("blocks/.*/up", "FD"), ("blocks/.*/down", "DF")))
     layer = lambda n: {"up": jnp.ones((n, 2)), "down": jnp.ones((2, n))}
     known = axes.groups(declared, {"blocks": {"0": layer(4), "1": layer(6)}})
-    assert {name: group.size for name, group in known.items()} == {"D": 2, "blocks/0/F": 4, "blocks/1/F": 6}
+    assert {name: group.size for name, group in known.items()} == {
+        "D": 2,
+        "blocks/0/F": 4,
+        "blocks/1/F": 6,
+    }
 
 
 def test_a_model_inside_of_another_keeps_its_own_sets():
-    inner = Axes((("up", "FD"), ("head/c", "F0D"), (tree.optional("norm"), "D")), (("h", 4),), ordered=("V", "F0"))
+    inner = Axes(
+        (("up", "FD"), ("head/c", "F0D"), (tree.optional("norm"), "D")),
+        (("h", 4),),
+        ordered=("V", "F0"),
+    )
     outer = inner.under("image", 3)
-    assert outer.rules == (("image/(?:up)", "FD3"), ("image/(?:head/c)", "F4D3"), ("image/(?:norm)", "D3"))
+    assert outer.rules == (
+        ("image/(?:up)", "FD3"),
+        ("image/(?:head/c)", "F4D3"),
+        ("image/(?:norm)", "D3"),
+    )
     assert isinstance(outer.rules[2][0], tree.optional)
     assert (outer.sizes, outer.highest) == ((("h3", 4),), 4)
     assert outer.ordered == ("V3", "F4")
@@ -150,7 +199,9 @@ def test_a_model_inside_of_another_keeps_its_own_sets():
 
 def test_a_model_may_say_only_where_its_leaves_lie():
     known = gpt2.model(gpt2.SIZES["tiny"])
-    made = subprocess.run([sys.executable, "-c", PLACED], capture_output=True, text=True, check=False)  # unchecked by beartype
+    made = subprocess.run(
+        [sys.executable, "-c", PLACED], capture_output=True, text=True, check=False
+    )  # unchecked by beartype
     assert made.stdout == f"{axes.specs(Axes((('.*', '...', P('tensor')),)))}\n", made.stderr
     assert known.rules == axes.specs(known.axes)
 

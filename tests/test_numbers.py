@@ -1,4 +1,6 @@
-"""Numbers and trees that nothing right can be made of are refused in one line; what is accepted comes back as it was."""
+"""Numbers and trees that nothing right can be made of are refused in one line; what is accepted
+comes back as it was.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from hypothesis import given, strategies as st
 from jaxmodel import compress, ops, optim, tree
 from jaxmodel.errors import InputError
 
-KEYS = st.text(min_size=1, max_size=3) | st.sampled_from(["blocks", "0", "1-2", "a", ""]) | st.integers(0, 3)
+KEYS = (
+    st.text(min_size=1, max_size=3)
+    | st.sampled_from(["blocks", "0", "1-2", "a", ""])
+    | st.integers(0, 3)
+)
 LEAVES = st.none() | st.just([]) | st.just((1,)) | st.builds(lambda: np.ones(2))
 
 
@@ -48,19 +54,27 @@ def test_trees_that_are_none() -> None:
             tree.unflatten(leaves)
 
 
-@pytest.mark.parametrize("chain", ["rtn(bits=8)", "rtn(bits=4, group=8)", "rtn(bits=4, symmetric=False)", "magnitude(0.5)"])
+@pytest.mark.parametrize(
+    "chain",
+    ["rtn(bits=8)", "rtn(bits=4, group=8)", "rtn(bits=4, symmetric=False)", "magnitude(0.5)"],
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite(chain: str, value: float) -> None:
     weights = np.ones((4, 16), np.float32)
     weights[1, 3] = value
     for make in (
-        lambda: compress.apply([("up", chain), (".*", ())], {"up": jnp.asarray(weights), "rest": jnp.asarray(weights)}),
+        lambda: compress.apply(
+            [("up", chain), (".*", ())], {"up": jnp.asarray(weights), "rest": jnp.asarray(weights)}
+        ),
         lambda: compress.parse(chain)[0](jnp.asarray(weights)),
     ):
         with pytest.raises(InputError, match="NaN or infinite"):
             make()
     whole, report = compress.apply([(".*", ())], {"up": jnp.asarray(weights)})
-    assert np.array_equal(whole["up"], weights, equal_nan=True) and report.leaves[0]["relative_error"] == 0
+    assert (
+        np.array_equal(whole["up"], weights, equal_nan=True)
+        and report.leaves[0]["relative_error"] == 0
+    )
 
 
 def test_weights_that_codes_cannot_stand_for() -> None:

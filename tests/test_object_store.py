@@ -1,4 +1,6 @@
-"""Checkpoints and data in stores of objects, by servers on this machine: as in a folder, and nothing lies on the disk."""
+"""Checkpoints and data in stores of objects, by servers on this machine: as in a folder, and
+nothing lies on the disk.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ def bucket(request):
             server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
             server.start()
             patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-            for name, value in (("ACCESS_KEY_ID", "me"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+            for name, value in (
+                ("ACCESS_KEY_ID", "me"),
+                ("SECRET_ACCESS_KEY", "secret"),
+                ("DEFAULT_REGION", "us-east-1"),
+            ):
                 patch.setenv(f"AWS_{name}", value)
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("weights")
         else:
@@ -76,30 +82,41 @@ def test_the_last_ones_stay_and_are_restored_bit_for_bit(folder, state, tmp_path
     assert not any(tmp_path.iterdir())
 
 
-def test_a_save_that_did_not_end_does_not_count_and_a_cut_off_one_is_set_aside(folder, state, capsys):
+def test_a_save_that_did_not_end_does_not_count_and_a_cut_off_one_is_set_aside(
+    folder, state, capsys
+):
     with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=3)) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(at(state, step, 1.0 + step))
     store, place = fsspec.url_to_fs(folder, skip_instance_cache=True)
     store.rm_file(f"{place}/step-000000003/manifest.json")
-    largest = max(store.find(f"{place}/step-000000002/arrays", detail=True).values(), key=lambda entry: entry["size"])
+    largest = max(
+        store.find(f"{place}/step-000000002/arrays", detail=True).values(),
+        key=lambda entry: entry["size"],
+    )
     store.pipe_file(largest["name"], store.cat_file(largest["name"])[:-7])
     with checkpoint.Checkpoints(folder) as checkpoints:
         found = checkpoints.restore(like(state))
-    assert int(found.step) == 1 and checkpoint.fingerprint(found) == checkpoint.fingerprint(at(state, 1, 2.0))
+    assert int(found.step) == 1 and checkpoint.fingerprint(found) == checkpoint.fingerprint(
+        at(state, 1, 2.0)
+    )
     said = capsys.readouterr().err
     assert "of step 2 has" in said and "set aside as step-000000002.bad" in said
 
 
 def test_without_the_bucket_it_says_so(bucket):
     nowhere = bucket.replace("weights", "nowhere") + "/run"
-    with pytest.raises(InputError, match=f"folder '{nowhere}' cannot be used .there is no such bucket"):
+    with pytest.raises(
+        InputError, match=f"folder '{nowhere}' cannot be used .there is no such bucket"
+    ):
         checkpoint.Checkpoints(nowhere)
 
 
 def test_batches_of_shards_in_a_bucket_are_those_of_a_folder(folder, tmp_path):
     texts = [f"text {i} of many, " * (i % 7 + 1) for i in range(50)]
-    shards = [data.tokenize(texts, Bytes(), place, shard_tokens=300) for place in (folder, tmp_path)]
+    shards = [
+        data.tokenize(texts, Bytes(), place, shard_tokens=300) for place in (folder, tmp_path)
+    ]
     far, near = (data.Stream(ShardWindows(where, 16), 4, seed=1) for where in shards)
     assert len(shards[0].index["shards"]) > 5 and far.fingerprint == near.fingerprint
     for step in (0, 7):
@@ -112,11 +129,18 @@ def test_after_a_save_that_failed_the_next_one_counts(folder, state, monkeypatch
     with checkpoint.Checkpoints(folder) as checkpoints:
         with monkeypatch.context() as patch:
             right = stored._spec
-            patch.setattr(stored, "_spec", lambda place, name: right(str(place).replace("weights", "nowhere"), name))
+            patch.setattr(
+                stored,
+                "_spec",
+                lambda place, name: right(str(place).replace("weights", "nowhere"), name),
+            )
             patch.setattr(stored, "PATIENCE", 2.0)
             checkpoints.save(at(state, 1))
             checkpoints.wait(raises=False)
-        assert "step 1 failed (not written within 2 s)" in capsys.readouterr().err and checkpoints.steps() == []
+        assert (
+            "step 1 failed (not written within 2 s)" in capsys.readouterr().err
+            and checkpoints.steps() == []
+        )
         checkpoints.save(at(state, 2))
         checkpoints.wait()
         assert checkpoints.steps() == [2] and int(checkpoints.restore(like(state)).step) == 2
@@ -126,11 +150,34 @@ def test_after_a_save_that_failed_the_next_one_counts(folder, state, monkeypatch
 def test_two_processes_save_there_and_one_begins_with_what_they_left(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{i} is followed by {i + 1}." for i in range(900)))
-    sizes = "--width 16 --depth 1 --heads 2 --context 16 --batch 4 --vocab 257 --eval-batches 1 --steps 4 --save-every 2"
+    sizes = (
+        "--width 16 --depth 1 --heads 2 --context 16 --batch 4 --vocab 257 --eval-batches 1 "
+        "--steps 4 --save-every 2"
+    )
 
     def run(*more):
-        command = [sys.executable, "-m", "jaxmodel", "train", *sizes.split(), "--data", str(text), "--heldout", str(text)]
-        options = ["--sample", "1", "--checkpoints", folder, "--runs", str(tmp_path / "runs"), "--json", "-", *more]
+        command = [
+            sys.executable,
+            "-m",
+            "jaxmodel",
+            "train",
+            *sizes.split(),
+            "--data",
+            str(text),
+            "--heldout",
+            str(text),
+        ]
+        options = [
+            "--sample",
+            "1",
+            "--checkpoints",
+            folder,
+            "--runs",
+            str(tmp_path / "runs"),
+            "--json",
+            "-",
+            *more,
+        ]
         done = subprocess.run([*command, *options], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr

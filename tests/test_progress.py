@@ -1,4 +1,6 @@
-"""Progress: silent when quick, plain lines in a pipe, a live bar on a terminal; in processes of their own."""
+"""Progress: silent when quick, plain lines in a pipe, a live bar on a terminal; in processes of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ p.SHOW_AFTER, p.LINE_EVERY, p._REFRESH = 0.3, 0.4, 0.02
 
 def piped(body: str) -> list[str]:
     program = BEGIN + textwrap.dedent(body)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.stdout == "", "progress is for standard error only"
     return done.stderr.splitlines()
 
@@ -35,7 +39,10 @@ def on_terminal(body: str, columns: int = 100) -> str:
     main, side = pty.openpty()
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns)}
     process = subprocess.Popen(
-        [sys.executable, "-c", BEGIN + textwrap.dedent(body)], stderr=side, stdout=subprocess.PIPE, env=env
+        [sys.executable, "-c", BEGIN + textwrap.dedent(body)],
+        stderr=side,
+        stdout=subprocess.PIPE,
+        env=env,
     )
     os.close(side)
     written = b""
@@ -60,7 +67,11 @@ def test_quick_work_is_silent_and_a_step_names_itself_in_a_pipe():
             for _ in p.progress(range(3), "quick"): pass
         with p.bar(3, "quick bar"): pass
     """)
-    assert len(lines) == 2 and lines[0] == "loading ..." and re.fullmatch(r"loading: 0\.\d s", lines[1])
+    assert (
+        len(lines) == 2
+        and lines[0] == "loading ..."
+        and re.fullmatch(r"loading: 0\.\d s", lines[1])
+    )
 
 
 def test_lines_in_a_pipe_nested():
@@ -107,7 +118,9 @@ def test_a_closed_pipe_does_not_stop_the_work(tmp_path):
     """)
     read, write = os.pipe()
     os.close(read)
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], stderr=write, check=False, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "x")], stderr=write, check=False, timeout=60
+    )
     os.close(write)
     assert (tmp_path / "x").read_text() == "done"
 
@@ -122,7 +135,9 @@ def test_a_live_bar_on_a_terminal_nested():
     assert "\x1b[" in written and re.search(r"inner \[x\].*\d+/20", written)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert "a warning\r\n" in plain
-    assert re.search(r"  inner \[x\]: 20/20 .*\r\n", plain) and re.search(r"outer: [1-9]\.\d s\r\n", plain)
+    assert re.search(r"  inner \[x\]: 20/20 .*\r\n", plain) and re.search(
+        r"outer: [1-9]\.\d s\r\n", plain
+    )
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") > 0  # the cursor is back
 
 
@@ -152,12 +167,16 @@ def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = [100.0]
     module = importlib.import_module("jaxmodel.progress")
-    monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    monkeypatch.setattr(
+        module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])})
+    )
     return now, lambda *args, **more: module.Job(*args, **more)
 
 
 def test_the_time_left_does_not_know_the_first_step(clock):
-    """Ten minutes of compilation, then a step each two seconds: 198 of them are left, not 198 times ten minutes."""
+    """Ten minutes of compilation, then a step each two seconds: 198 of them are left, not 198 times
+    ten minutes.
+    """
     now, job = clock
     run = job("train", 200, 0, unit="step", first="compiling")
     now[0] += 300
@@ -212,7 +231,9 @@ def test_a_bar_is_one_line_of_the_terminal(columns):
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     drawn = [line for line in re.split(r"[\r\n]+", plain) if "━" in line]
     assert drawn and all(len(line) <= columns for line in drawn)
-    assert any("left  loss=2.346" in line for line in drawn) and not any("tokens/s=20," in line[columns - 6 :] for line in drawn)
+    assert any("left  loss=2.346" in line for line in drawn) and not any(
+        "tokens/s=20," in line[columns - 6 :] for line in drawn
+    )
 
 
 def test_a_bar_in_a_notebook_is_no_error(tmp_path):
@@ -222,13 +243,18 @@ def test_a_bar_in_a_notebook_is_no_error(tmp_path):
             for i in p.progress(range(20), "inner <x>"):
                 time.sleep(0.04)
     """
-    cells = [nbformat.v4.new_code_cell(BEGIN), nbformat.v4.new_code_cell(textwrap.dedent(body).strip())]
+    cells = [
+        nbformat.v4.new_code_cell(BEGIN),
+        nbformat.v4.new_code_cell(textwrap.dedent(body).strip()),
+    ]
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = notebook.cells[1].outputs
     assert {out.output_type for out in outputs} == {"display_data"} and len(outputs) == 2
     pages = [out.data["text/html"] for out in outputs]
-    assert any("outer" in page for page in pages) and any("inner &lt;x&gt;" in page and "20/20" in page for page in pages)
+    assert any("outer" in page for page in pages) and any(
+        "inner &lt;x&gt;" in page and "20/20" in page for page in pages
+    )
 
 
 @pytest.fixture(autouse=True)

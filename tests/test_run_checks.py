@@ -13,7 +13,13 @@ RUNNER = Path(__file__).parent / "run_checks.py"
 def test_a_failing_check_is_told_with_its_traceback(tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text("def check_equal(a, b):\n    assert a == b, f'{a} is not {b}'\n")
-    command = [sys.executable, RUNNER, file, "check_equal:data=2:data=2", "check_equal:data=2:fsdp=4"]
+    command = [
+        sys.executable,
+        RUNNER,
+        file,
+        "check_equal:data=2:data=2",
+        "check_equal:data=2:fsdp=4",
+    ]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["check_equal:data=2:data=2"] == ""
     assert "AssertionError: data=2 is not fsdp=4" in found["check_equal:data=2:fsdp=4"]

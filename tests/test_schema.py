@@ -59,38 +59,72 @@ def read(raw: bytes, kind: Any = dict[str, Any]) -> Any:
         (b'{"size": ' + b"9" * 5000 + b"}", dict, "not JSON: "),
         (b'{"inner": null}', Outer, "the key 'size' is missing"),
         (b'{"size": true}', Outer, "size is true; allowed: a whole number of 1 to 2147483647"),
-        (b'{"size": 2147483648}', Outer, "size is 2147483648; allowed: a whole number of 1 to 2147483647"),
+        (
+            b'{"size": 2147483648}',
+            Outer,
+            "size is 2147483648; allowed: a whole number of 1 to 2147483647",
+        ),
         (b'{"size": 0}', Outer, "size is 0; allowed"),
         (b'{"size": 4.0}', Outer, "size is 4.0; allowed"),
         (b'{"size": 1, "inner": "abc"}', Outer, 'inner is "abc"; allowed: an object or null'),
-        (b'{"size": 1, "inner": {"factor": "2"}}', Outer, 'inner.factor is "2"; allowed: a number above 0 or null'),
+        (
+            b'{"size": 1, "inner": {"factor": "2"}}',
+            Outer,
+            'inner.factor is "2"; allowed: a number above 0 or null',
+        ),
         (b'{"size": 1, "inner": {"factor": 1e999}}', Outer, "inner.factor is Infinity; allowed"),
         (b'{"size": 1, "inner": {"factor": NaN}}', Outer, "inner.factor is NaN; allowed"),
         (b'{"size": 1, "inner": {"factor": 1' + b"0" * 400 + b"}}", Outer, "inner.factor is 1000"),
-        (b'{"size": 1, "inner": {"names": ["a", 3]}}', Outer, 'inner.names is ["a", 3]; allowed: null or a list, each a text'),
+        (
+            b'{"size": 1, "inner": {"names": ["a", 3]}}',
+            Outer,
+            'inner.names is ["a", 3]; allowed: null or a list, each a text',
+        ),
         (b"{}", Whole, "the key 'width' is missing"),
-        (b'{"widht": 3}', Whole, "'widht' is not known; allowed: kind, pair, part, sizes, width (nearest: width"),
+        (
+            b'{"widht": 3}',
+            Whole,
+            "'widht' is not known; allowed: kind, pair, part, sizes, width (nearest: width",
+        ),
         (b'{"width": "3"}', Whole, 'width is "3"; allowed: a whole number'),
         (b'{"width": 3, "kind": "c"}', Whole, 'kind is "c"; allowed: "a", "b"'),
         (b'{"width": 3, "sizes": [1, "2"]}', Whole, 'sizes[1] is "2"; allowed: a whole number'),
         (b'{"width": 3, "pair": ["x"]}', Whole, 'pair is ["x"]; allowed: a list of 2'),
         (b'{"width": 3, "part": {"share": "x"}}', Whole, 'part.share is "x"; allowed: a number'),
-        (b'{"width": 3, "part": {"shear": 1}}', Whole, "part: 'shear' is not known; allowed: share"),
+        (
+            b'{"width": 3, "part": {"shear": 1}}',
+            Whole,
+            "part: 'shear' is not known; allowed: share",
+        ),
     ],
 )
 def test_what_is_refused(raw: bytes, kind: Any, says: str) -> None:
     with pytest.raises(InputError) as error:
         read(raw, kind)
-    assert str(error.value).startswith("a.json: ") and says in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith("a.json: ")
+        and says in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_what_is_read() -> None:
     assert read(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
     assert read(b'{"a": 1, "a": 1}') == {"a": 1}
     assert read(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
-    assert read(b'{"size": 2, "more": [1], "inner": {"factor": 2}}', Outer) == {"size": 2, "more": [1], "inner": {"factor": 2.0}}
+    assert read(b'{"size": 2, "more": [1], "inner": {"factor": 2}}', Outer) == {
+        "size": 2,
+        "more": [1],
+        "inner": {"factor": 2.0},
+    }
     whole = Whole(3, "b", (1, 2), ("y", 4), Part(1.0))
-    assert read(b'{"width": 3, "kind": "b", "sizes": [1, 2], "pair": ["y", 4], "part": {"share": 1}}', Whole) == whole
+    assert (
+        read(
+            b'{"width": 3, "kind": "b", "sizes": [1, 2], "pair": ["y", 4], "part": {"share": 1}}',
+            Whole,
+        )
+        == whole
+    )
     assert isinstance(whole.part, Part) and read(b'{"width": 3, "part": null}', Whole) == Whole(3)
 
 
@@ -98,7 +132,9 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 NAMES = st.sampled_from(["width", "kind", "sizes", "pair", "part", "share"])
 
 
-@given(st.recursive(LEAVES, lambda some: st.lists(some) | st.dictionaries(NAMES, some), max_leaves=8))
+@given(
+    st.recursive(LEAVES, lambda some: st.lists(some) | st.dictionaries(NAMES, some), max_leaves=8)
+)
 def test_anything_is_read_or_refused_in_one_line(value: Any) -> None:
     """And what is read is what the dataclass declares: written and read again it is the same."""
     try:
@@ -109,8 +145,11 @@ def test_anything_is_read_or_refused_in_one_line(value: Any) -> None:
         assert read(json.dumps(dataclasses.asdict(made)).encode(), Whole) == made
 
 
-def test_only_regular_files_of_a_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, pipe = tmp_path / "a.json", tmp_path / "pipe.json"
+def test_only_regular_files_of_a_limited_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.json"
+    pipe = tmp_path / "pipe.json"
     with pytest.raises(InputError, match=r"the file 'a\.json' is missing"):
         schema.read(file)
     assert schema.read(file, missing=True) == {}

@@ -1,4 +1,7 @@
-"""Meshes and placement by rules: what lies where, and what is refused. Numbers on meshes: tests/contracts."""
+"""Meshes and placement by rules: what lies where, and what is refused.
+
+Numbers on meshes: tests/contracts.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,18 @@ def specs(rules: tree.Rules, params: tree.Params, mesh: AbstractMesh = MESH) -> 
     """The spec of every buffer by path."""
     placed = sharding.shardings(rules, params, mesh)[1]
     flat = jax.tree_util.tree_flatten_with_path(placed)[0]
-    return {"/".join(str(getattr(k, "key", getattr(k, "name", ""))) for k in path): s.spec for path, s in flat}
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", ""))) for k in path): s.spec
+        for path, s in flat
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------- meshes
+# ------------------------------------------------------------------------------------------- meshes
 
 
-@pytest.mark.parametrize("shape", ["fsdp=1,tensor=1", " fsdp = 1 , tensor=1 ", {"fsdp": 1, "tensor": 1}])
+@pytest.mark.parametrize(
+    "shape", ["fsdp=1,tensor=1", " fsdp = 1 , tensor=1 ", {"fsdp": 1, "tensor": 1}]
+)
 def test_make_mesh(shape):
     mesh = sharding.make_mesh(shape)
     assert dict(mesh.shape) == {"fsdp": 1, "tensor": 1}
@@ -40,9 +48,13 @@ def test_make_mesh(shape):
     assert list(mesh.devices.flat) == jax.devices()[:1]
 
 
-@pytest.mark.parametrize("text", ["", "fsdp", "fsdp=", "fsdp=four", "fsdp=4;tensor=2", "=4", "fsdp=1,fsdp=1", "fsdp=1,"])
+@pytest.mark.parametrize(
+    "text", ["", "fsdp", "fsdp=", "fsdp=four", "fsdp=4;tensor=2", "=4", "fsdp=1,fsdp=1", "fsdp=1,"]
+)
 def test_a_mesh_that_is_not_readable(text):
-    with pytest.raises(InputError, match=r"mesh: .* is not readable; write it as 'fsdp=4,tensor=2'"):
+    with pytest.raises(
+        InputError, match=r"mesh: .* is not readable; write it as 'fsdp=4,tensor=2'"
+    ):
         sharding.make_mesh(text)
 
 
@@ -53,11 +65,13 @@ def test_a_mesh_without_devices(shape):
 
 
 def test_more_devices_than_there_are():
-    with pytest.raises(InputError, match=r"mesh: {'fsdp': 4, 'tensor': 2} needs 8 devices; there are 1"):
+    with pytest.raises(
+        InputError, match=r"mesh: {'fsdp': 4, 'tensor': 2} needs 8 devices; there are 1"
+    ):
         sharding.make_mesh("fsdp=4,tensor=2")
 
 
-# --------------------------------------------------------------------------------------------------------------- rules
+# -------------------------------------------------------------------------------------------- rules
 
 PARAMS = {
     "embed": struct(16, 8),
@@ -99,7 +113,10 @@ def test_layers_that_rules_tell_apart_are_split():
     [
         ([("embed", P())], "no rule covers the leaf"),
         ([*RULES, ("head", P())], "'head' matches no leaf"),
-        ([("norm", P(None, "fsdp")), (".*", P())], r"the leaf 'norm' has 1 axes \(8,\) but its spec"),
+        (
+            [("norm", P(None, "fsdp")), (".*", P())],
+            r"the leaf 'norm' has 1 axes \(8,\) but its spec",
+        ),
         (
             [(".*/q", P(None, ("fsdp", "tensor"))), (".*", P())],
             r"does not divide the leaf 'blocks/2/q': axis 1 of \(8, 4\)",
@@ -112,10 +129,19 @@ def test_what_does_not_fit_is_an_error(rules, message):
 
 
 @pytest.mark.parametrize(
-    ("axis", "hint"), [("fdsp", "fsdp"), ("tenosr", "tensor"), ("Data", "data"), ("seq", "sequence"), ("expert", None)]
+    ("axis", "hint"),
+    [
+        ("fdsp", "fsdp"),
+        ("tenosr", "tensor"),
+        ("Data", "data"),
+        ("seq", "sequence"),
+        ("expert", None),
+    ],
 )
 def test_an_axis_that_nothing_uses_is_an_error(axis, hint):
-    """A mistyped axis would place a copy of everything on each of its devices, and train on with none of them in use."""
+    """A mistyped axis would place a copy of everything on each of its devices, and train on with
+    none of them in use.
+    """
     mesh = AbstractMesh((4, 2), (axis, "tensor"), axis_types=(AxisType.Auto,) * 2)
     with pytest.raises(InputError) as error:
         sharding.shardings(RULES, PARAMS, mesh)
@@ -132,15 +158,17 @@ def test_a_mesh_may_have_axes_that_only_rules_or_only_activations_know():
         return AbstractMesh((2,), (axis,), axis_types=(AxisType.Auto,))
 
     for axis in sharding.ACTIVATION_AXES:
-        assert specs([(".*", P())], PARAMS, mesh(axis)) == dict.fromkeys(["embed", "blocks/0-1/q", "blocks/2/q", "norm"], P()) | {
-            "blocks/0-1/q": P(None)
-        }
+        assert specs([(".*", P())], PARAMS, mesh(axis)) == dict.fromkeys(
+            ["embed", "blocks/0-1/q", "blocks/2/q", "norm"], P()
+        ) | {"blocks/0-1/q": P(None)}
     rules = [(tree.optional(".*/experts/.*"), P("expert", None)), (".*", P())]
     of_experts = {**PARAMS, "blocks": {"0": {"experts": {"up": struct(4, 8, 8)}}}}
     assert specs(rules, of_experts, mesh("expert"))["blocks/0/experts/up"] == P(("expert",), None)
     with pytest.raises(InputError, match="the axis 'tensor' would hold 2 copies"):
         sharding.shardings(rules, of_experts, mesh("tensor"))
-    with pytest.raises(InputError, match="the axis 'expert' would hold 2 copies"):  # the rule is there and decides no leaf
+    with pytest.raises(
+        InputError, match="the axis 'expert' would hold 2 copies"
+    ):  # the rule is there and decides no leaf
         sharding.shardings(rules, PARAMS, mesh("expert"))
 
 
@@ -150,14 +178,21 @@ def test_a_dense_model_has_no_use_for_an_axis_of_experts():
         model = llama.model(llama.SIZES[name])
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         if placed:
-            assert specs(model.rules, shapes, mesh)["blocks/0-2/moe/up"] == P(None, ("expert",), None, ("fsdp",))
+            assert specs(model.rules, shapes, mesh)["blocks/0-2/moe/up"] == P(
+                None, ("expert",), None, ("fsdp",)
+            )
             continue
-        with pytest.raises(InputError, match="the axis 'expert' would hold 2 copies .* allowed: data, .*, sequence, tensor$"):
+        with pytest.raises(
+            InputError,
+            match="the axis 'expert' would hold 2 copies .* allowed: data, .*, sequence, tensor$",
+        ):
             sharding.shardings(model.rules, shapes, mesh)
 
 
 def test_a_compressed_leaf_gets_a_spec_for_each_part():
-    groups = QTensor.from_codes(jnp.zeros((2, 8, 64), jnp.int32), jnp.ones((2, 8, 8)), bits=4, group=8)
+    groups = QTensor.from_codes(
+        jnp.zeros((2, 8, 64), jnp.int32), jnp.ones((2, 8, 8)), bits=4, group=8
+    )
     rows = QTensor.from_codes(jnp.zeros((8, 64), jnp.int32), jnp.ones((8, 1)), bits=8)
     sparse = Sparse.from_dense(jnp.ones((8, 16)))
     params = {"blocks": {"0-1": {"w": groups}}, "rows": rows, "sparse": sparse}
@@ -171,18 +206,25 @@ def test_a_compressed_leaf_gets_a_spec_for_each_part():
         "sparse/values": P(("tensor",), None),
     }
     with pytest.raises(InputError, match="splits a group"):
-        specs([(".*", P(None, ("fsdp", "tensor")))], {"w": QTensor(rows.packed, jnp.ones((8, 4)), bits=8)})
+        specs(
+            [(".*", P(None, ("fsdp", "tensor")))],
+            {"w": QTensor(rows.packed, jnp.ones((8, 4)), bits=8)},
+        )
 
 
 def test_place_puts_values_where_shardings_says():
     mesh = sharding.make_mesh("fsdp=1,tensor=1")
-    params = {"embed": jnp.ones((4, 2)), "blocks": {"0-1": {"q": jnp.ones((2, 8, 8))}}, "norm": jnp.ones(2)}
+    params = {
+        "embed": jnp.ones((4, 2)),
+        "blocks": {"0-1": {"q": jnp.ones((2, 8, 8))}},
+        "norm": jnp.ones(2),
+    }
     placed = sharding.place(RULES, params, mesh)
     assert placed["embed"].sharding == NamedSharding(mesh, P(("tensor",), ("fsdp",)))
     jax.tree.map(np.testing.assert_array_equal, placed, params)
 
 
-# ----------------------------------------------------------------------------------------------------- optimiser states
+# --------------------------------------------------------------------------------- optimiser states
 
 
 def test_an_optimiser_state_lies_as_its_parameters_do():
@@ -199,14 +241,21 @@ def test_an_optimiser_state_lies_as_its_parameters_do():
 
 def test_the_longest_path_counts():
     """`norm` in a block is not the `norm` at the top."""
-    placed = {"norm": NamedSharding(MESH, P("fsdp")), "block": {"norm": NamedSharding(MESH, P("tensor"))}}
-    inherited = sharding.inherit({"mu": {"norm": struct(8), "block": {"norm": struct(8)}}}, placed, MESH)["mu"]
+    placed = {
+        "norm": NamedSharding(MESH, P("fsdp")),
+        "block": {"norm": NamedSharding(MESH, P("tensor"))},
+    }
+    inherited = sharding.inherit(
+        {"mu": {"norm": struct(8), "block": {"norm": struct(8)}}}, placed, MESH
+    )["mu"]
     assert (inherited["norm"].spec, inherited["block"]["norm"].spec) == (P("fsdp"), P("tensor"))
 
 
 def test_factored_moments_of_another_shape_are_everywhere():
     params = {"w": struct(256, 128), "bias": struct(8)}
-    placed = sharding.shardings([("w", P("tensor", "fsdp")), ("bias", P("tensor"))], params, MESH)[1]
+    placed = sharding.shardings([("w", P("tensor", "fsdp")), ("bias", P("tensor"))], params, MESH)[
+        1
+    ]
     state = jax.eval_shape(optax.scale_by_factored_rms().init, params)
     inherited = sharding.inherit(state, placed, MESH)
     for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(inherited), strict=True):
@@ -222,24 +271,34 @@ def codes(*shape: int, bits: int = 8, group: int | None = None) -> QTensor:
 
 def inherited(moments: tree.Params, rules: tree.Rules, params: tree.Params) -> dict[str, P]:
     """Where the buffers of these moments lie, which is checked to be possible."""
-    state = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), moments))  # a count, and moments at the parameters' paths
+    state = jax.eval_shape(
+        lambda: (jnp.zeros((), jnp.int32), moments)
+    )  # a count, and moments at the parameters' paths
     placed = sharding.inherit(state, sharding.shardings(rules, params, MESH)[1], MESH)
     assert jax.tree.structure(placed) == jax.tree.structure(state)
     for buffer, where in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
         where.shard_shape(buffer.shape)  # raises where the mesh does not divide the buffer
     flat = jax.tree_util.tree_flatten_with_path(placed[1])[0]
-    return {"/".join(str(getattr(k, "key", getattr(k, "name", ""))) for k in path): s.spec for path, s in flat}
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", ""))) for k in path): s.spec
+        for path, s in flat
+    }
 
 
 def test_a_compressed_moment_derives_its_places_from_its_parameter():
-    params = {"blocks": {"0-1": {"q": struct(2, 8, 64)}, "2": {"q": struct(8, 64)}}, "norm": struct(64), "embed": struct(8, 64)}
+    params = {
+        "blocks": {"0-1": {"q": struct(2, 8, 64)}, "2": {"q": struct(8, 64)}},
+        "norm": struct(64),
+        "embed": struct(8, 64),
+    }
     moments = {
         "blocks": {"0-1": {"q": codes(2, 8, 64, bits=4, group=8)}, "2": {"q": codes(8, 64)}},
         "norm": jnp.zeros(64),
         "embed": codes(8, 64, group=16),
     }
     rules = [("norm", P("tensor")), (".*", P("tensor", "fsdp"))]
-    cut, stacked = P(("tensor",), ("fsdp",)), P(None, ("tensor",), ("fsdp",))
+    cut = P(("tensor",), ("fsdp",))
+    stacked = P(None, ("tensor",), ("fsdp",))
     assert inherited(moments, rules, params) == {
         "blocks/0-1/q/packed": stacked,
         "blocks/0-1/q/scale": stacked,
@@ -250,7 +309,10 @@ def test_a_compressed_moment_derives_its_places_from_its_parameter():
         "embed/scale": cut,
     }
     sparse = Sparse.from_dense(jnp.tile(jnp.asarray([0.0, 0.0, 1.0, 1.0]), (8, 32)), pattern=(2, 4))
-    assert inherited({"w": sparse}, rules[1:], {"w": struct(8, 128)}) == {"w/mask": cut, "w/values": cut}
+    assert inherited({"w": sparse}, rules[1:], {"w": struct(8, 128)}) == {
+        "w/mask": cut,
+        "w/values": cut,
+    }
 
 
 @pytest.mark.parametrize(
@@ -260,7 +322,10 @@ def test_a_compressed_moment_derives_its_places_from_its_parameter():
         (codes(8, 60, bits=4, group=8), P("tensor", "fsdp")),  # ends in padding
         (codes(64, 256), P("tensor", None, "fsdp")),  # fewer axes than its parameter
         (codes(3, 64), P("tensor")),  # no two halves of its rows
-        (Sparse.from_dense(jnp.ones((8, 64))), P("tensor", "fsdp")),  # kept values lie anywhere in a row
+        (
+            Sparse.from_dense(jnp.ones((8, 64))),
+            P("tensor", "fsdp"),
+        ),  # kept values lie anywhere in a row
     ],
 )
 def test_a_compressed_moment_that_cannot_be_cut_so_is_everywhere(moment, spec):
@@ -274,21 +339,30 @@ def test_a_compressed_leaf_beside_its_compressed_parameter_lies_as_that_does():
     rules = [("w", P("tensor", "fsdp")), ("frozen", P())]
     cut = P(("tensor",), ("fsdp",))
     got = inherited(params, rules, params)
-    assert got == {"w/packed": cut, "w/scale": cut, "frozen/packed": P(None, None), "frozen/scale": P(None, None)}
+    assert got == {
+        "w/packed": cut,
+        "w/scale": cut,
+        "frozen/packed": P(None, None),
+        "frozen/scale": P(None, None),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------- activations
+# -------------------------------------------------------------------------------------- activations
 
 
 def constrained(letters: str, table: sharding.AxisTable, *shape: int) -> str:
     with jax.sharding.use_abstract_mesh(MESH):
-        return str(jax.make_jaxpr(lambda x: sharding.constrain(x, letters, table))(jnp.zeros(shape)))
+        return str(
+            jax.make_jaxpr(lambda x: sharding.constrain(x, letters, table))(jnp.zeros(shape))
+        )
 
 
 def test_constrain():
     table = (("B", ("data", "fsdp")), ("F", "tensor"))
     assert "spec=P('fsdp', None, 'tensor')" in constrained("B T F", table, 4, 3, 6)
-    assert "spec=P(None, None, 'tensor')" in constrained("BTF", table, 3, 3, 6)  # what the mesh does not divide stays whole
+    assert "spec=P(None, None, 'tensor')" in constrained(
+        "BTF", table, 3, 3, 6
+    )  # what the mesh does not divide stays whole
     assert "sharding_constraint" not in constrained("BTF", (), 4, 3, 6)
     x = jnp.zeros((4, 3))
     assert sharding.constrain(x, "BT", table) is x  # without a mesh

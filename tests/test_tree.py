@@ -1,4 +1,6 @@
-"""Paths, segments, rules, partition, sizes and fingerprints of trees, against plain lists of layers."""
+"""Paths, segments, rules, partition, sizes and fingerprints of trees, against plain lists of
+layers.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,24 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor
 
-# ---------------------------------------------------------------------------- layers as a list: the oracle
+# --------------------------------------------------------------------- layers as a list: the oracle
 
 
 @functools.cache
 def layer(kind: str, seed: int) -> dict:
-    """One layer: kinds differ in shape, dtype, structure or static fields, so that no two of them can share a stack."""
+    """One layer: kinds differ in shape, dtype, structure or static fields, so that no two of them
+    can share a stack.
+    """
     random = np.random.default_rng(seed)
-    up = random.normal(size=(3 if kind == "wide" else 2, 4)).astype("float16" if kind == "half" else "float32")
+    up = random.normal(size=(3 if kind == "wide" else 2, 4)).astype(
+        "float16" if kind == "half" else "float32"
+    )
     if kind == "int4":
-        codes, scale = random.integers(-8, 8, (2, 4)), np.ones((2, 1), np.float32)
-        up = jax.device_get(QTensor.from_codes(jnp.asarray(codes, jnp.int32), jnp.asarray(scale), bits=4))
+        codes = random.integers(-8, 8, (2, 4))
+        scale = np.ones((2, 1), np.float32)
+        up = jax.device_get(
+            QTensor.from_codes(jnp.asarray(codes, jnp.int32), jnp.asarray(scale), bits=4)
+        )
     leaves = {"mlp": {"up": up}, "norm": random.normal(size=4).astype("float32")}
     return leaves | ({"bias": np.zeros(2, np.float32)} if kind == "bias" else {})
 
@@ -38,7 +47,9 @@ def segment(layers: list[dict]) -> dict:
 def assemble(layers: list[dict], cuts: list[int]) -> dict:
     """The tree whose segments start at 0 and at every cut."""
     edges = [0, *cuts, len(layers)]
-    blocks = {tree.segment_key(range(a, b)): segment(layers[a:b]) for a, b in itertools.pairwise(edges)}
+    blocks = {
+        tree.segment_key(range(a, b)): segment(layers[a:b]) for a, b in itertools.pairwise(edges)
+    }
     return {"embed": np.ones((5, 4), np.float32), "blocks": blocks}
 
 
@@ -59,15 +70,20 @@ MORE = st.sets(st.integers(1, 4))
 
 
 def segmented(kinds: list[str], more: set[int]) -> tuple[list[dict], list[int]]:
-    """Layers of these kinds, and where segments start: wherever the kind changes and at some other places."""
-    return [layer(kind, i) for i, kind in enumerate(kinds)], sorted({*changes(kinds), *(i for i in more if i < len(kinds))})
+    """Layers of these kinds, and where segments start: wherever the kind changes and at some other
+    places.
+    """
+    return [layer(kind, i) for i, kind in enumerate(kinds)], sorted(
+        {*changes(kinds), *(i for i in more if i < len(kinds))}
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(KINDS, MORE)
 def test_stack_and_unstack_are_inverse_and_keep_the_fingerprint(kinds, more):
     layers, cuts = segmented(kinds, more)
-    given_tree, whole = assemble(layers, cuts), assemble(layers, changes(kinds))
+    given_tree = assemble(layers, cuts)
+    whole = assemble(layers, changes(kinds))
     single = assemble(layers, list(range(1, len(layers))))
     assert same(tree.unstack(given_tree), single)
     assert same(tree.stack(given_tree), whole)
@@ -83,19 +99,34 @@ def test_split_cuts_exactly_where_values_change(kinds, more, data):
     given_tree = assemble(layers, cuts)
     values = {"embed": 0}
     for i, node in enumerate(layers):
-        values |= {f"blocks/{i}/{name}": value[i] if name == "norm" else 0 for name in tree.flatten(node)}
+        values |= {
+            f"blocks/{i}/{name}": value[i] if name == "norm" else 0 for name in tree.flatten(node)
+        }
     assert same(tree.split(given_tree, values), assemble(layers, sorted({*cuts, *changes(value)})))
 
 
-# ------------------------------------------------------------------------------------------------------- paths
+# -------------------------------------------------------------------------------------------- paths
 
 
 def test_flatten_orders_segments_by_depth_and_keeps_other_keys():
-    params = {"z": 1, "blocks": {"10": {"q": 2}, "2-9": {"q": 3}, "0-1": {"q": 4}}, "a": {"y": 5, "b": 6}}
-    assert list(tree.flatten(params)) == ["z", "blocks/0-1/q", "blocks/2-9/q", "blocks/10/q", "a/y", "a/b"]
+    params = {
+        "z": 1,
+        "blocks": {"10": {"q": 2}, "2-9": {"q": 3}, "0-1": {"q": 4}},
+        "a": {"y": 5, "b": 6},
+    }
+    assert list(tree.flatten(params)) == [
+        "z",
+        "blocks/0-1/q",
+        "blocks/2-9/q",
+        "blocks/10/q",
+        "a/y",
+        "a/b",
+    ]
 
 
-PATHS = st.recursive(st.integers(), lambda t: st.dictionaries(st.sampled_from("abcd"), t, min_size=1, max_size=3))
+PATHS = st.recursive(
+    st.integers(), lambda t: st.dictionaries(st.sampled_from("abcd"), t, min_size=1, max_size=3)
+)
 
 
 @given(st.dictionaries(st.sampled_from("abcd"), PATHS, min_size=1))
@@ -117,7 +148,7 @@ def test_map_leaves_sees_paths():
     }
 
 
-# ---------------------------------------------------------------------------------------------------- segments
+# ----------------------------------------------------------------------------------------- segments
 
 
 @given(st.integers(0, 200), st.integers(1, 200))
@@ -132,7 +163,9 @@ def test_other_keys_are_no_segments(key):
     assert tree.layer_paths(f"blocks/{key}/0-2") == [f"blocks/{key}/0-2"]
     assert list(tree.flatten({"blocks": {key: 1}})) == [f"blocks/{key}"]
     with pytest.raises(
-        InputError, match=rf"^a/blocks: the key {re.escape(repr(key))} is no segment .* allowed: such as '7', '3-5'$"
+        InputError,
+        match=rf"^a/blocks: the key {re.escape(repr(key))} is no segment .* allowed: such as '7', "
+        rf"'3-5'$",
     ):
         tree.flatten({"a": {"blocks": {key: 1, "0": 1}}})
 
@@ -196,25 +229,39 @@ def test_layer_paths_and_shapes():
 
 
 def test_stack_does_not_join_what_is_not_next_to_each_other():
-    part = {"blocks": {"0": layer("plain", 0), "2": layer("plain", 2)}}  # as `partition` may leave it
+    part = {
+        "blocks": {"0": layer("plain", 0), "2": layer("plain", 2)}
+    }  # as `partition` may leave it
     assert same(tree.stack(part), part)
 
 
-# ------------------------------------------------------------------ the law of segments, wherever in a tree they stand
+# ----------------------------------------------- the law of segments, wherever in a tree they stand
 
 
 def experts(i: int) -> dict:
-    """A dict that is no stack, though its keys are numbers; not in their order, so that sorting would show."""
+    """A dict that is no stack, though its keys are numbers; not in their order, so that sorting
+    would show.
+    """
     return {str(e): {"up": np.full((2, 3), 100 * i + e, np.float32)} for e in (10, 2, 0)}
 
 
 def grown(stacks: dict[str, list[dict]], cuts: dict[str, list[int]]) -> dict:
-    """A tree with a stack of layers at each of these paths, and with dicts of numbers beside and inside of them."""
-    leaves = {"embed": np.ones((5, 4), np.float32), **{f"router/{k}": leaf for k, leaf in tree.flatten(experts(0)).items()}}
+    """A tree with a stack of layers at each of these paths, and with dicts of numbers beside and
+    inside of them.
+    """
+    leaves = {
+        "embed": np.ones((5, 4), np.float32),
+        **{f"router/{k}": leaf for k, leaf in tree.flatten(experts(0)).items()},
+    }
     for where, layers in stacks.items():
         for a, b in itertools.pairwise([0, *cuts[where], len(layers)]):
-            layer_leaves = tree.flatten(segment([{**one, "experts": experts(i)} for i, one in enumerate(layers[a:b], a)]))
-            leaves |= {f"{where}/{tree.segment_key(range(a, b))}/{name}": leaf for name, leaf in layer_leaves.items()}
+            layer_leaves = tree.flatten(
+                segment([{**one, "experts": experts(i)} for i, one in enumerate(layers[a:b], a)])
+            )
+            leaves |= {
+                f"{where}/{tree.segment_key(range(a, b))}/{name}": leaf
+                for name, leaf in layer_leaves.items()
+            }
     return tree.unflatten(leaves)
 
 
@@ -250,17 +297,26 @@ def test_all_functions_agree_on_what_a_segment_is(chosen, data):
     want = {where: sorted({*cuts[where], *changes([values[f"{where}/{i}/norm"] for i in range(len(layers))])})
             for where, layers in stacks.items()}  # fmt: skip
     assert same(tree.split(params, values), grown(stacks, want))
-    rules = [(tree.optional(re.escape(path)), True) for path, value in values.items() if value] + [(".*", False)]
+    rules = [(tree.optional(re.escape(path)), True) for path, value in values.items() if value] + [
+        (".*", False)
+    ]
     parts = tree.partition(params, rules)
-    assert {layer for path in tree.flatten(parts[0]) for layer in tree.layer_paths(path)} == {p for p in paths if values[p]}
+    assert {layer for path in tree.flatten(parts[0]) for layer in tree.layer_paths(path)} == {
+        p for p in paths if values[p]
+    }
     assert same(tree.stack(tree.combine(*parts)), whole)
 
 
 def test_rules_reach_one_stack_of_two():
     params = grown({f"{side}/blocks": [layer("plain", i) for i in range(3)] for side in ("encoder", "decoder")},
                    {"encoder/blocks": [], "decoder/blocks": []})  # fmt: skip
-    split, values = tree.match([("encoder/blocks/1/norm", 4), (r".*/experts/10/up", 2), (".*", 8)], params)
-    assert (list(split["encoder"]["blocks"]), list(split["decoder"]["blocks"])) == (["0", "1", "2"], ["0-2"])
+    split, values = tree.match(
+        [("encoder/blocks/1/norm", 4), (r".*/experts/10/up", 2), (".*", 8)], params
+    )
+    assert (list(split["encoder"]["blocks"]), list(split["decoder"]["blocks"])) == (
+        ["0", "1", "2"],
+        ["0-2"],
+    )
     assert [path for path, value in values.items() if value == 4] == ["encoder/blocks/1/norm"]
     assert len([path for path, value in values.items() if value == 2]) == 3 + 1
 
@@ -268,11 +324,18 @@ def test_rules_reach_one_stack_of_two():
 @pytest.mark.parametrize("path", ["blocks/0-1/blocks/0/q", "encoder/blocks/3/mlp/blocks/0-1/q"])
 def test_blocks_inside_of_blocks_are_refused(path):
     params = tree.unflatten({path: jnp.ones((2, 2))})
-    message = rf"{path.removesuffix('/q')}(/q)?: blocks inside of blocks; allowed: one segment of layers in a path"
+    message = (
+        rf"{path.removesuffix('/q')}(/q)?: blocks inside of blocks; allowed: one segment of "
+        rf"layers in a path"
+    )
     for refuses in (tree.flatten, tree.stack, tree.unstack, tree.fingerprint, tree.count):
         with pytest.raises(InputError, match=message):
             refuses(params)
-    for refuses in (tree.layer_paths, tree.is_stacked, lambda path: tree.layer_shape(path, jnp.ones(2))):
+    for refuses in (
+        tree.layer_paths,
+        tree.is_stacked,
+        lambda path: tree.layer_shape(path, jnp.ones(2)),
+    ):
         with pytest.raises(InputError, match=message):
             refuses(path)
     with pytest.raises(InputError, match=message):
@@ -281,17 +344,28 @@ def test_blocks_inside_of_blocks_are_refused(path):
 
 def test_a_dict_of_that_name_without_segments_is_one_like_any_other():
     pair = np.ones((2, 3), np.float32)
-    params = {"blocks": {"0-1": {"blocks": {"b": pair, "a": pair}}, "2": {"q": np.ones(3, np.float32)}}}
-    assert list(tree.flatten(params)) == ["blocks/0-1/blocks/b", "blocks/0-1/blocks/a", "blocks/2/q"]
+    params = {
+        "blocks": {"0-1": {"blocks": {"b": pair, "a": pair}}, "2": {"q": np.ones(3, np.float32)}}
+    }
+    assert list(tree.flatten(params)) == [
+        "blocks/0-1/blocks/b",
+        "blocks/0-1/blocks/a",
+        "blocks/2/q",
+    ]
     assert tree.layer_paths("blocks/0-1/blocks/b") == ["blocks/0/blocks/b", "blocks/1/blocks/b"]
     assert same(tree.stack(tree.unstack(params)), params)
 
 
-# ------------------------------------------------------------------------------------------------------- rules
+# -------------------------------------------------------------------------------------------- rules
 
 TREE = {
     "embed": np.zeros((5, 4), np.float32),
-    "blocks": {"0-3": {"attn": {"q": np.zeros((4, 2, 2), np.float32)}, "norm": np.zeros((4, 2), np.float32)}},
+    "blocks": {
+        "0-3": {
+            "attn": {"q": np.zeros((4, 2, 2), np.float32)},
+            "norm": np.zeros((4, 2), np.float32),
+        }
+    },
     "head": np.zeros((5, 4), np.float32),
 }
 QS = [f"blocks/{i}/attn/q" for i in range(4)]
@@ -318,7 +392,9 @@ def test_assign_against_a_loop(patterns):
     rules = [(tree.optional(p), i) for i, p in enumerate(patterns)] + [(".*", -1)]
     values = tree.assign(rules, TREE)
     for path in ("embed", "head", *QS, *NORMS):
-        assert values[path] == next(value for pattern, value in rules if re.fullmatch(pattern, path))
+        assert values[path] == next(
+            value for pattern, value in rules if re.fullmatch(pattern, path)
+        )
 
 
 def test_match_splits_segments_and_names_the_new_leaves():
@@ -347,7 +423,9 @@ def test_a_leaf_that_no_rule_covers():
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest_paths():
-    with pytest.raises(InputError, match=r"'blocks/3/attn/query' matches no leaf; nearest: blocks/3/attn/q,"):
+    with pytest.raises(
+        InputError, match=r"'blocks/3/attn/query' matches no leaf; nearest: blocks/3/attn/q,"
+    ):
         tree.assign([("blocks/3/attn/query", 1), (".*", 2)], TREE)
 
 
@@ -372,7 +450,7 @@ def test_a_pattern_that_is_no_regular_expression():
         tree.assign([("blocks/(", 1)], TREE)
 
 
-# --------------------------------------------------------------------------------------------------- partition
+# ---------------------------------------------------------------------------------------- partition
 
 
 @settings(max_examples=30, deadline=None)
@@ -380,7 +458,9 @@ def test_a_pattern_that_is_no_regular_expression():
 def test_partition_by_rules_and_combine_are_inverse(kinds, more, data):
     layers, cuts = segmented(kinds, more)
     trains = data.draw(st.lists(st.booleans(), min_size=len(layers), max_size=len(layers)))
-    rules = [(tree.optional(f"blocks/{i}/norm"), True) for i, t in enumerate(trains) if t] + [(".*", False)]
+    rules = [(tree.optional(f"blocks/{i}/norm"), True) for i, t in enumerate(trains) if t] + [
+        (".*", False)
+    ]
     first, second = tree.partition(assemble(layers, cuts), rules)
     assert {p for path in tree.flatten(first) for p in tree.layer_paths(path)} == {
         f"blocks/{i}/norm" for i, t in enumerate(trains) if t
@@ -397,10 +477,18 @@ def test_partition_without_rules_trains_plain_floating_arrays():
         "blocks": {"0": layer("int4", 0), "1": layer("plain", 1)},
     }
     first, second = tree.partition(params)
-    assert set(tree.flatten(first)) == {"w", "half", "blocks/0/norm", "blocks/1/norm", "blocks/1/mlp/up"}
+    assert set(tree.flatten(first)) == {
+        "w",
+        "half",
+        "blocks/0/norm",
+        "blocks/1/norm",
+        "blocks/1/mlp/up",
+    }
     assert set(tree.flatten(second)) == {"count", "blocks/0/mlp/up"}
     assert same(tree.combine(first, second), params)
-    grads = jax.grad(lambda t: sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(t)))(first)
+    grads = jax.grad(
+        lambda t: sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(t))
+    )(first)
     assert set(tree.flatten(grads)) == set(tree.flatten(first))
 
 
@@ -409,7 +497,7 @@ def test_combine_refuses_a_leaf_twice():
         tree.combine({"a": {"b": 1}}, {"a": {"b": 2, "c": 3}})
 
 
-# ------------------------------------------------------------------------------------------- sizes, fingerprints
+# ------------------------------------------------------------------------------ sizes, fingerprints
 
 
 def test_sizes():

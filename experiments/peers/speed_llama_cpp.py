@@ -1,7 +1,8 @@
-"""Tokens per second of llama.cpp, as JSON: run by experiments/peers_smollm2.py with the Python of .peers.
+"""Tokens per second of llama.cpp, as JSON: run by experiments/peers_smollm2.py with the Python of
+.peers.
 
-python speed_llama_cpp.py FILE.gguf: prefill of 512 tokens, greedy decoding of one stream behind 240 tokens, 16 tokens; the best
-of three runs on two threads.
+python speed_llama_cpp.py FILE.gguf: prefill of 512 tokens, greedy decoding of one stream behind 240
+tokens, 16 tokens; the best of three runs on two threads.
 """
 
 import json
@@ -10,11 +11,16 @@ import time
 
 from llama_cpp import Llama
 
-PROMPT, CACHE, NEW, REPEATS = 512, 240, 16, 3
+PROMPT = 512
+CACHE = 240
+NEW = 16
+REPEATS = 3
 
 
 def main() -> None:
-    model = Llama(sys.argv[1], n_ctx=1024, n_batch=PROMPT, n_threads=2, n_threads_batch=2, verbose=False)
+    model = Llama(
+        sys.argv[1], n_ctx=1024, n_batch=PROMPT, n_threads=2, n_threads_batch=2, verbose=False
+    )
     tokens = [i % model.n_vocab() for i in range(PROMPT)]
     prefill = decode = float("inf")
     for _ in range(REPEATS + 1):  # the first warms up

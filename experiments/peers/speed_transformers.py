@@ -1,7 +1,9 @@
-"""Tokens per second of transformers on torch, as JSON: run by experiments/peers_smollm2.py with the Python of .peers.
+"""Tokens per second of transformers on torch, as JSON: run by experiments/peers_smollm2.py with the
+Python of .peers.
 
-python speed_transformers.py FOLDER DTYPE: prefill of 512 tokens (the head on the last position only), greedy decoding of 1 and
-8 streams behind 240 tokens of cache, 16 tokens each; the best of three runs.
+python speed_transformers.py FOLDER DTYPE: prefill of 512 tokens (the head on the last position
+only), greedy decoding of 1 and 8 streams behind 240 tokens of cache, 16 tokens each; the best of
+three runs.
 """
 
 import json
@@ -11,7 +13,10 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-PROMPT, CACHE, NEW, REPEATS = 512, 240, 16, 3
+PROMPT = 512
+CACHE = 240
+NEW = 16
+REPEATS = 3
 
 
 @torch.inference_mode()
@@ -32,11 +37,13 @@ def main() -> None:
         best = float("inf")
         for _ in range(REPEATS):
             out = model(row[:, :CACHE].repeat(rows, 1), logits_to_keep=1, use_cache=True)
-            token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            token = out.logits[:, -1:].argmax(-1)
+            cache = out.past_key_values
             start = time.perf_counter()
             for _ in range(NEW):
                 out = model(token, past_key_values=cache, use_cache=True)
-                token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+                token = out.logits[:, -1:].argmax(-1)
+                cache = out.past_key_values
             best = min(best, time.perf_counter() - start)
         found[f"decode_tps_{rows}"] = rows * NEW / best
     print(json.dumps(found))

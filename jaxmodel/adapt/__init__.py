@@ -1,4 +1,6 @@
-"""Parameters to parameters: first weights, maximal update parametrisation, adapters (LoRA), other heads."""
+"""Parameters to parameters: first weights, maximal update parametrisation, adapters (LoRA), other
+heads.
+"""
 
 from jaxmodel.adapt.adapters import ADAPTERS, LoRA, lora, merge_adapters, with_adapters
 from jaxmodel.adapt.finetune import last_layers, layer_rates, replace_head, transplant

@@ -1,14 +1,15 @@
-"""Fine-tuning of few weights: low-rank adapters beside weights of any kind (LoRA: Hu et al., 2021; QLoRA).
+"""Fine-tuning of few weights: low-rank adapters beside weights of any kind (LoRA: Hu et al., 2021;
+QLoRA).
 
     model, params = lora(model, params, [(".*/attn/(q|v)", LoRA(8)), (".*", None)], key)
     state, _ = fit(model, stream, TrainConfig(trainable=ADAPTERS), params=params)
     params, how = merge_adapters(state.params)
 
-An adapter of a leaf `attn/q` lies beside it, under `attn/q_lora`: `down` `[rank, in]`, `up` `[out, rank]` and `scale`, with
-dropout also its rate, `dropout`. So rules,
-partition, optimisers, placement and checkpoints know it as any leaf, and the model itself does not change: the wrapped one hands
-its parts an `Adapted` leaf in place of the two. On disk adapters are a file of their own, in PEFT's layout: `hub.save_adapters`,
-`hub.add_adapters`.
+An adapter of a leaf `attn/q` lies beside it, under `attn/q_lora`: `down` `[rank, in]`, `up`
+`[out, rank]` and `scale`, with dropout also its rate, `dropout`. So rules, partition, optimisers,
+placement and checkpoints know it as any leaf, and the model itself does not change: the wrapped one
+hands its parts an `Adapted` leaf in place of the two. On disk adapters are a file of their own, in
+PEFT's layout: `hub.save_adapters`, `hub.add_adapters`.
 """
 
 from __future__ import annotations
@@ -47,13 +48,16 @@ class LoRA:
     Attributes:
       rank: rows of `down`.
       alpha: None for twice the rank.
-      rslora: whether `scale = alpha / sqrt(rank)`, which suits high ranks (Kalajdzievski, 2023); alpha is then 16 for None.
-      dropout: in training, the probability with which an element of the adapter's input is dropped, as in PEFT; what is left is
-        divided by `1 - dropout`. The weight itself sees the whole input. A function of the step's key, so a run repeats. The head
-        of a language model has none, as losses run it without a key, nor has a table that is looked up.
+      rslora: whether `scale = alpha / sqrt(rank)`, which suits high ranks (Kalajdzievski, 2023);
+        alpha is then 16 for None.
+      dropout: in training, the probability with which an element of the adapter's input is dropped,
+        as in PEFT; what is left is divided by `1 - dropout`. The weight itself sees the whole
+        input. A function of the step's key, so a run repeats. The head of a language model has
+        none, as losses run it without a key, nor has a table that is looked up.
 
     Raises:
-      InputError: a rank below 1, an alpha that is no positive number, or a dropout outside of 0 to below 1.
+      InputError: a rank below 1, an alpha that is no positive number, or a dropout outside of 0 to
+        below 1.
     """
 
     rank: int = 8
@@ -63,7 +67,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank)
-        if self.alpha is not None and not (isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf):
+        if self.alpha is not None and not (
+            isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf
+        ):
             raise InputError(f"alpha: {self.alpha!r} given; allowed: a number above 0, or None")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise InputError(f"dropout: {self.dropout!r} given; allowed: at least 0 and below 1")
@@ -76,20 +82,25 @@ class LoRA:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-def lora(model: Model, params: tree.Params, rules: tree.Rules, key: jax.Array) -> tuple[Model, tree.Params]:
-    """The model and its parameters with adapters, which change nothing yet: `up` is zero, `down` normal with variance `1 / in`.
+def lora(
+    model: Model, params: tree.Params, rules: tree.Rules, key: jax.Array
+) -> tuple[Model, tree.Params]:
+    """The model and its parameters with adapters, which change nothing yet: `up` is zero, `down`
+    normal with variance `1 / in`.
 
     Args:
       model: of any family.
       params: of arrays or compressed leaves; split where the rules tell layers of a segment apart.
       rules: path of a weight -> `LoRA` or None.
-      key: of `down`; each layer's is folded from its path, so it is the same however layers are stacked.
+      key: of `down`; each layer's is folded from its path, so it is the same however layers are
+        stacked.
 
     Returns:
       The wrapped model, whose `rules` cover the adapters, and the parameters with them.
 
     Raises:
-      InputError: an adapter for what is no matrix, or for what has one, or a value that is no `LoRA`.
+      InputError: an adapter for what is no matrix, or for what has one, or a value that is no
+        `LoRA`.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
@@ -99,7 +110,12 @@ def lora(model: Model, params: tree.Params, rules: tree.Rules, key: jax.Array) -
     """
     tree.check(params)
     values = tree.assign(rules, split_adapters(params)[0])
-    there = [layer for path in tree.flatten(params) if is_adapter(path) for layer in tree.layer_paths(path)]
+    there = [
+        layer
+        for path in tree.flatten(params)
+        if is_adapter(path)
+        for layer in tree.layer_paths(path)
+    ]
     params = tree.split(params, {**values, **dict.fromkeys(there)})
     leaves = tree.flatten(params)
     for path, leaf in tuple(leaves.items()):
@@ -108,10 +124,18 @@ def lora(model: Model, params: tree.Params, rules: tree.Rules, key: jax.Array) -
             continue
         shape = tree.layer_shape(path, leaf)
         if not isinstance(one, LoRA) or len(shape) != 2:
-            raise InputError(f"rules: {one!r} given for {path!r} of shape {shape}; allowed: a LoRA for a matrix, or None")
+            raise InputError(
+                f"rules: {one!r} given for {path!r} of shape {shape}; allowed: a LoRA for a "
+                f"matrix, or None"
+            )
         if f"{path}{SUFFIX}/down" in leaves:
-            raise InputError(f"rules: {path!r} has an adapter already; merge it first (merge_adapters), or give None")
-        leaves |= {f"{path}{SUFFIX}/{name}": a for name, a in _adapter(path, leaf, one, key).items()}
+            raise InputError(
+                f"rules: {path!r} has an adapter already; merge it first (merge_adapters), or "
+                f"give None"
+            )
+        leaves |= {
+            f"{path}{SUFFIX}/{name}": a for name, a in _adapter(path, leaf, one, key).items()
+        }
     return with_adapters(model), tree.unflatten(leaves)
 
 
@@ -123,15 +147,19 @@ def is_adapter(path: str) -> bool:
 def split_adapters(params: tree.Params) -> tuple[tree.Params, tree.Params]:
     """The tree without its adapters, and the adapters alone."""
     leaves = tree.flatten(params)
-    parts = ({path: leaf for path, leaf in leaves.items() if is_adapter(path) is wanted} for wanted in (False, True))
+    parts = (
+        {path: leaf for path, leaf in leaves.items() if is_adapter(path) is wanted}
+        for wanted in (False, True)
+    )
     base, adapters = map(tree.unflatten, parts)
     return base, adapters
 
 
 @functools.cache
 def with_adapters(model: Model) -> Model:
-    """The model reading adapters where its parameters have them: what `lora` gives, for parameters that come from a
-    checkpoint."""
+    """The model reading adapters where its parameters have them: what `lora` gives, for parameters
+    that come from a checkpoint.
+    """
     if any(f"{SUFFIX}/" in pattern for pattern, *_ in model.axes.rules):
         return model
     again = lambda policy: with_adapters(model.with_policy(policy))
@@ -140,7 +168,10 @@ def with_adapters(model: Model) -> Model:
 
 
 def _axes(axes: Axes) -> tuple[Any, ...]:
-    """The rules of all adapters that a model can have. They are small, so every device has all of them."""
+    """The rules of all adapters that a model can have.
+
+    They are small, so every device has all of them.
+    """
     rules = []
     for pattern, text, *_ in axes.rules:
         letters = read(text).axes
@@ -159,15 +190,17 @@ def merge_adapters(
 
     Args:
       params: with adapters.
-      requantize: array -> leaf, for weights that were compressed, such as `compress.Rtn(bits=4, group=32)`; None to leave the sum
-        as it is, in float32.
+      requantize: array -> leaf, for weights that were compressed, such as
+        `compress.Rtn(bits=4, group=32)`; None to leave the sum as it is, in float32.
 
     Returns:
-      The parameters, and by path how a weight was merged: "exact" (`w + scale up @ down`, computed in float32, in the weight's
-      dtype), "decoded" (the same of what a compressed weight stands for, as an array) or "requantized".
+      The parameters, and by path how a weight was merged: "exact" (`w + scale up @ down`, computed
+      in float32, in the weight's dtype), "decoded" (the same of what a compressed weight stands
+      for, as an array) or "requantized".
     """
     tree.check(params)
-    leaves, how = tree.flatten(params), {}
+    leaves = tree.flatten(params)
+    how = {}
     for path, leaf in _adapted(leaves).items():
         leaf.check()
         dense = jax.jit(Adapted.decode)(leaf)
@@ -175,17 +208,23 @@ def merge_adapters(
         if requantize is not None and isinstance(leaf.base, Compressed):
             dense, how[path] = requantize(dense), "requantized"
         leaves[path] = dense
-    return tree.unflatten({path: leaf for path, leaf in leaves.items() if not is_adapter(path)}), how
+    return tree.unflatten(
+        {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+    ), how
 
 
 def _adapter(path: str, leaf: Any, one: LoRA, key: jax.Array) -> dict[str, jax.Array]:
     out, width = leaf.shape[-2:]
     keys = [jax.random.fold_in(key, zlib.crc32(layer.encode())) for layer in tree.layer_paths(path)]
-    downs = [jax.random.normal(key, (one.rank, width), jnp.float32) * jnp.float32(width**-0.5) for key in keys]
+    downs = [
+        jax.random.normal(key, (one.rank, width), jnp.float32) * jnp.float32(width**-0.5)
+        for key in keys
+    ]
     down = jnp.stack(downs) if tree.is_stacked(path) else downs[0]
     lead = down.shape[:-2]
     rate = {"dropout": jnp.full(lead, one.dropout, jnp.float32)} if one.dropout else {}
-    up, scale = jnp.zeros((*lead, out, one.rank), jnp.float32), jnp.full(lead, one.scale, jnp.float32)
+    up = jnp.zeros((*lead, out, one.rank), jnp.float32)
+    scale = jnp.full(lead, one.scale, jnp.float32)
     return {"down": down, "up": up, "scale": scale, **rate}
 
 
@@ -195,14 +234,23 @@ def _adapted(leaves: dict[str, Any]) -> dict[str, Adapted]:
     for head in heads:
         for path in (head.removesuffix(SUFFIX), *(f"{head}/{name}" for name in sorted(PARTS))):
             if path not in leaves:
-                raise InputError(f"params: {path!r} is missing, though there is an adapter {head!r}")
-    parts = {head.removesuffix(SUFFIX): {name: leaves[f"{head}/{name}"] for name in PARTS} for head in heads}
+                raise InputError(
+                    f"params: {path!r} is missing, though there is an adapter {head!r}"
+                )
+    parts = {
+        head.removesuffix(SUFFIX): {name: leaves[f"{head}/{name}"] for name in PARTS}
+        for head in heads
+    }
     return {path: Adapted(leaves[path], **adapter) for path, adapter in parts.items()}
 
 
 def _reading(parts: Parts) -> Parts:
-    def embed(params: tree.Params, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        return parts.embed(read_adapters(params, _dropout_key(rng, train)), inputs, cache, rng, train)
+    def embed(
+        params: tree.Params, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
+    ) -> Any:
+        return parts.embed(
+            read_adapters(params, _dropout_key(rng, train)), inputs, cache, rng, train
+        )
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         return parts.head(read_adapters(params, _dropout_key(rng, train)), x, rng, train)
@@ -211,14 +259,24 @@ def _reading(parts: Parts) -> Parts:
         return Parts(embed, None, head)
 
     def one(
-        params: tree.Params, x: jax.Array, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False
+        params: tree.Params,
+        x: jax.Array,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
     ) -> Any:
-        return block(read_adapters(params, _dropout_key(rng, train)), x, context, cache, layer, rng, train)
+        return block(
+            read_adapters(params, _dropout_key(rng, train)), x, context, cache, layer, rng, train
+        )
 
     return Parts(embed, one, head)
 
 
-_DROPOUT = 2**32 - 9  # what dropout folds into the key of a part; see `models.model` for the other numbers
+_DROPOUT = (
+    2**32 - 9
+)  # what dropout folds into the key of a part; see `models.model` for the other numbers
 
 
 def _dropout_key(rng: Any, train: bool) -> Any:

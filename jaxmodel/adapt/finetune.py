@@ -36,10 +36,14 @@ _FIRST = r"(.*/)?(embed|positions|types|stem)(_[^/]*)?(/.*)?"  # what stands in 
 _LAYER = re.compile(r"((?:.*/)?)blocks/(\d+)/.*")
 
 
-def replace_head(model: Model, params: tree.Params, classes: int | Sequence[str], key: Array) -> tuple[Model, tree.Params]:
-    """The model and its parameters with a new head for other classes; all other leaves stay as they are.
+def replace_head(
+    model: Model, params: tree.Params, classes: int | Sequence[str], key: Array
+) -> tuple[Model, tree.Params]:
+    """The model and its parameters with a new head for other classes; all other leaves stay as they
+    are.
 
-    A `bert` of any head gets one of classes. Leaves of the body may be compressed or lie on a mesh; those of the head are new.
+    A `bert` of any head gets one of classes. Leaves of the body may be compressed or lie on a mesh;
+    those of the head are new.
 
     Args:
       model: of a family whose config has `classes` or `labels`.
@@ -48,39 +52,57 @@ def replace_head(model: Model, params: tree.Params, classes: int | Sequence[str]
       key: of the new leaves.
 
     Raises:
-      InputError: another family, a wrapped model, fewer than one class, or parameters of another body.
+      InputError: another family, a wrapped model, fewer than one class, or parameters of another
+        body.
     """
     config: Any = model.config
     fields = set(getattr(config, "__dataclass_fields__", ()))
     if not fields & {"classes", "labels"} or not model.family:
-        raise InputError(f"model: a config of {type(config).__module__} given; allowed: one with classes or labels")
+        raise InputError(
+            f"model: a config of {type(config).__module__} given; allowed: one with classes or "
+            f"labels"
+        )
     build = build_of(model)
     if build is None:
-        raise InputError("model: it is wrapped; allowed: one as its file makes it (wrap the result instead)")
-    names = tuple(f"LABEL_{i}" for i in range(classes)) if isinstance(classes, int) else tuple(classes)
+        raise InputError(
+            "model: it is wrapped; allowed: one as its file makes it (wrap the result instead)"
+        )
+    names = (
+        tuple(f"LABEL_{i}" for i in range(classes)) if isinstance(classes, int) else tuple(classes)
+    )
     if not names:
         raise InputError(f"classes: {classes!r} given; allowed: at least one")
     if "classes" in fields:
         changed = dataclasses.replace(config, classes=len(names))
     else:
-        changed = dataclasses.replace(config, labels=names, **({"head": "classify"} if "head" in fields else {}))
+        changed = dataclasses.replace(
+            config, labels=names, **({"head": "classify"} if "head" in fields else {})
+        )
     new = build(changed, model.policy)
-    fresh: Any = jax.jit(lambda key: _heads(new.init(key), True))(key)  # of a large model, only the head is made
+    fresh: Any = jax.jit(lambda key: _heads(new.init(key), True))(
+        key
+    )  # of a large model, only the head is made
     tree.check(params)
     body = _heads(params, False)
     needed: Any = jax.eval_shape(new.init, key)
-    have, need = ({layer for path in tree.flatten(t) for layer in tree.layer_paths(path)} for t in (body, _heads(needed, False)))
+    have, need = (
+        {layer for path in tree.flatten(t) for layer in tree.layer_paths(path)}
+        for t in (body, _heads(needed, False))
+    )
     if unlike := sorted(have ^ need):
         kind = "too many" if unlike[0] in have else "missing"
-        raise InputError(f"params: the leaf {unlike[0]!r} is {kind}; needed is the body of the model")
+        raise InputError(
+            f"params: the leaf {unlike[0]!r} is {kind}; needed is the body of the model"
+        )
     return new, tree.combine(body, fresh)
 
 
 def last_layers(params: tree.Params, count: int) -> tree.Rules:
-    """Rules of what trains (`TrainConfig.trainable`): the head, and the last `count` layers with the norm behind them.
+    """Rules of what trains (`TrainConfig.trainable`): the head, and the last `count` layers with
+    the norm behind them.
 
-    With 0 only the head learns, a *linear probe*. To unfreeze gradually (Howard & Ruder, 2018) train in stages, each from the
-    parameters of the one before, with a growing count.
+    With 0 only the head learns, a *linear probe*. To unfreeze gradually (Howard & Ruder, 2018)
+    train in stages, each from the parameters of the one before, with a growing count.
 
     Args:
       params: with layers under `blocks`, unless the count is 0.
@@ -101,10 +123,12 @@ def last_layers(params: tree.Params, count: int) -> tree.Rules:
 
 
 def layer_rates(params: tree.Params, decay: float) -> tree.Rules:
-    """Rules path -> factor of the learning rate, for `adapt.scale_updates`: `decay^(L - l)` for layer l of L, and 1 behind them.
+    """Rules path -> factor of the learning rate, for `adapt.scale_updates`: `decay^(L - l)` for
+    layer l of L, and 1 behind them.
 
-    What stands in front of the layers (embeddings) has `decay^(L + 1)`: a layer counts from 1 then (Howard & Ruder, 2018; in this
-    form Clark et al., 2020). Of a model with two stacks each counts by itself.
+    What stands in front of the layers (embeddings) has `decay^(L + 1)`: a layer counts from 1 then
+    (Howard & Ruder, 2018; in this form Clark et al., 2020). Of a model with two stacks each counts
+    by itself.
 
     Args:
       params: with layers under `blocks`.
@@ -118,10 +142,15 @@ def layer_rates(params: tree.Params, decay: float) -> tree.Rules:
     tree.check(params)
     deepest = _depths(params)
     if not deepest:
-        raise InputError("params: no layers under 'blocks'; give adapt.scale_updates rules of your own")
+        raise InputError(
+            "params: no layers under 'blocks'; give adapt.scale_updates rules of your own"
+        )
     rules: list[tuple[str, float]] = []
     for at, depth in deepest.items():
-        rules += [(tree.optional(rf"{re.escape(at)}blocks/{i}/.*"), decay ** (depth - i)) for i in range(depth)]
+        rules += [
+            (tree.optional(rf"{re.escape(at)}blocks/{i}/.*"), decay ** (depth - i))
+            for i in range(depth)
+        ]
     return (*rules, (tree.optional(_FIRST), decay ** (max(deepest.values()) + 1)), (".*", 1.0))
 
 
@@ -137,19 +166,26 @@ def _depths(params: tree.Params) -> dict[str, int]:
 
 def _heads(params: tree.Params, wanted: bool) -> tree.Params:
     """The leaves of the head, or all others."""
-    return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if bool(HEAD.fullmatch(path)) == wanted})
+    return tree.unflatten(
+        {
+            path: leaf
+            for path, leaf in tree.flatten(params).items()
+            if bool(HEAD.fullmatch(path)) == wanted
+        }
+    )
 
 
 def transplant(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params, list[str]]:
-    """Fresh parameters with every leaf of trained ones that has a place there: a new head (of other classes, say) on a trained
-    body.
+    """Fresh parameters with every leaf of trained ones that has a place there: a new head (of other
+    classes, say) on a trained body.
 
     Args:
       fresh: of the new model.
       trained: of another; its layers may be stacked otherwise.
 
     Returns:
-      The parameters, and the layer paths that stayed fresh, for rules: what else is there may be frozen.
+      The parameters, and the layer paths that stayed fresh, for rules: what else is there may be
+      frozen.
 
     Raises:
       InputError: nothing of the trained parameters has a place.
@@ -160,9 +196,19 @@ def transplant(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params, l
     >>> left, float(params["body"].sum())
     (['head'], 4.0)
     """
-    given, wanted = tree.flatten(tree.unstack(trained)), tree.flatten(tree.unstack(fresh))
-    fits = [path for path, leaf in wanted.items() if path in given and given[path].shape == leaf.shape]
+    given = tree.flatten(tree.unstack(trained))
+    wanted = tree.flatten(tree.unstack(fresh))
+    fits = [
+        path for path, leaf in wanted.items() if path in given and given[path].shape == leaf.shape
+    ]
     if not fits:
-        raise InputError("trained: none of its leaves has the path and shape of a fresh one; allowed: those of the same family")
-    whole = tree.stack(tree.unflatten({path: given[path] if path in fits else leaf for path, leaf in wanted.items()}))
+        raise InputError(
+            "trained: none of its leaves has the path and shape of a fresh one; allowed: those of "
+            "the same family"
+        )
+    whole = tree.stack(
+        tree.unflatten(
+            {path: given[path] if path in fits else leaf for path, leaf in wanted.items()}
+        )
+    )
     return whole, [path for path in wanted if path not in fits]

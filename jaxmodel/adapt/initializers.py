@@ -1,8 +1,9 @@
-"""New weights by rules: path -> initialiser. Whatever the rules leave to the model (value None) starts as the model starts it.
+"""New weights by rules: path -> initialiser. Whatever the rules leave to the model (value None)
+starts as the model starts it.
 
-A leaf of one layer is `[..., out, in]`: its last axis is the fan-in, the one before it the fan-out, and the axes in front
-(experts) are matrices of their own. A convolution's kernel is `[out, in * places]`, so its fan-in counts the places, and its
-fan-out does not.
+A leaf of one layer is `[..., out, in]`: its last axis is the fan-in, the one before it the fan-out,
+and the axes in front (experts) are matrices of their own. A convolution's kernel is
+`[out, in * places]`, so its fan-in counts the places, and its fan-out does not.
 
 >>> from jaxmodel.models import gpt2
 >>> model = gpt2.model(gpt2.SIZES["tiny"])
@@ -34,7 +35,8 @@ DISTRIBUTIONS = ("normal", "truncated", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """Base of the initialisers: `(key, shape, dtype) -> array`, as those of `jax.nn.initializers`, but for `[..., out, in]`.
+    """Base of the initialisers: `(key, shape, dtype) -> array`, as those of `jax.nn.initializers`,
+    but for `[..., out, in]`.
 
     A new one is a subclass; its class name in lower case is its text form.
     """
@@ -43,9 +45,13 @@ class Initializer:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if str(field.type).startswith("float") and not isinstance(value, float | int | None):
-                raise TypeError(f"{field.name} is {value!r}; a number is needed")  # as any wrong type of an argument
+                raise TypeError(
+                    f"{field.name} is {value!r}; a number is needed"
+                )  # as any wrong type of an argument
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         """New weights for the leaf of one layer.
 
         Raises:
@@ -60,7 +66,9 @@ class Constant(Initializer):
 
     value: float
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         return jnp.full(shape, self.value, dtype)
 
 
@@ -68,7 +76,9 @@ class Constant(Initializer):
 class Zeros(Initializer):
     """Every weight is 0."""
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         return jnp.zeros(shape, dtype)
 
 
@@ -76,7 +86,9 @@ class Zeros(Initializer):
 class Ones(Initializer):
     """Every weight is 1."""
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         return jnp.ones(shape, dtype)
 
 
@@ -90,9 +102,13 @@ class Uniform(Initializer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (-self.high if self.low is None else self.low) < self.high:
-            raise InputError(f"uniform: high {self.high}, low {self.low} given; allowed: a low below the high")
+            raise InputError(
+                f"uniform: high {self.high}, low {self.low} given; allowed: a low below the high"
+            )
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         low = -self.high if self.low is None else self.low
         return jax.random.uniform(key, shape, jnp.float32, low, self.high).astype(dtype)
 
@@ -107,13 +123,17 @@ class Normal(Initializer):
         super().__post_init__()
         _at_least_zero("normal", "std", self.std)
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         return (self.std * jax.random.normal(key, shape)).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncated(Initializer):
-    """A normal distribution without its tails beyond `cut` of its deviations, widened so that what is left has `std`."""
+    """A normal distribution without its tails beyond `cut` of its deviations, widened so that what
+    is left has `std`.
+    """
 
     std: float = 0.02
     cut: float = 2.0
@@ -124,9 +144,13 @@ class Truncated(Initializer):
         if not self.cut > 0:
             raise InputError(f"truncated: cut is {self.cut}; allowed: above 0")
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         density = math.exp(-(self.cut**2) / 2) / math.sqrt(2 * math.pi)
-        left = 1 - 2 * self.cut * density / math.erf(self.cut / math.sqrt(2))  # variance of the standard normal when cut
+        left = 1 - 2 * self.cut * density / math.erf(
+            self.cut / math.sqrt(2)
+        )  # variance of the standard normal when cut
         drawn = jax.random.truncated_normal(key, -self.cut, self.cut, shape)
         return (self.std / math.sqrt(left) * drawn).astype(dtype)
 
@@ -153,7 +177,9 @@ class _Scaled(Initializer):
         """The variance of one weight, without the gain."""
         raise NotImplementedError
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         _need_matrix(type(self), shape)
         std = self.gain * math.sqrt(self.variance(shape[-1], shape[-2]))
         if self.distribution == "uniform":
@@ -187,16 +213,22 @@ class LeCun(_Scaled):
 
 @dataclasses.dataclass(frozen=True)
 class Orthogonal(Initializer):
-    """`gain` times a matrix whose rows (columns, if they are fewer) are orthonormal, uniformly drawn (Saxe et al., 2014)."""
+    """`gain` times a matrix whose rows (columns, if they are fewer) are orthonormal, uniformly
+    drawn (Saxe et al., 2014).
+    """
 
     gain: float = 1.0
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         _need_matrix(type(self), shape)
         *lead, rows, columns = shape
         tall = jax.random.normal(key, (*lead, max(rows, columns), min(rows, columns)))
         q, r = jnp.linalg.qr(tall)
-        signs = jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))  # else the draw would not be uniform (Mezzadri, 2007)
+        signs = jnp.sign(
+            jnp.diagonal(r, axis1=-2, axis2=-1)
+        )  # else the draw would not be uniform (Mezzadri, 2007)
         q = q * signs[..., None, :]
         return (self.gain * (q if rows >= columns else jnp.swapaxes(q, -1, -2))).astype(dtype)
 
@@ -207,29 +239,33 @@ class Own(Initializer):
 
     scale: float = 1.0
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def __call__(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         raise InputError("own: only `initialize` knows the model's own weights")
 
 
 def initialize(model: Model, key: jax.Array, rules: tree.Rules) -> tree.Params:
     """New parameters of a model.
 
-    Each layer's leaf draws from a key of its own, made of `key` and its path: layers of a segment are independent, and how
-    they are stacked, how many there are or what other rules say changes nothing. Run it in `jax.jit` for big models: what is
-    replaced is then never made.
+    Each layer's leaf draws from a key of its own, made of `key` and its path: layers of a segment
+    are independent, and how they are stacked, how many there are or what other rules say changes
+    nothing. Run it in `jax.jit` for big models: what is replaced is then never made.
 
     Args:
       model: its `init` is asked for the shapes, and for what the rules leave to it.
       key: the same key gives the same weights.
-      rules: path of a layer's leaf -> an `Initializer`, its text (`"he"`, `"normal(0.02)"`, `"xavier('uniform')"`), any
-        callable `(key, shape, dtype) -> array` that takes the shape of one layer, or None for the model's own.
+      rules: path of a layer's leaf -> an `Initializer`, its text (`"he"`, `"normal(0.02)"`,
+        `"xavier('uniform')"`), any callable `(key, shape, dtype) -> array` that takes the shape of
+        one layer, or None for the model's own.
 
     Returns:
       A tree as `model.init(key)` gives it.
 
     Raises:
-      InputError: rules that do not fit the tree (see `tree.assign`), an unknown initialiser, one that needs a matrix where
-        none is, or one that returns something else than what it was asked for.
+      InputError: rules that do not fit the tree (see `tree.assign`), an unknown initialiser, one
+        that needs a matrix where none is, or one that returns something else than what it was asked
+        for.
     """
     own = model.init(key)
     chosen = {path: initializer(value) for path, value in tree.assign(rules, own).items()}
@@ -240,13 +276,23 @@ def initialize(model: Model, key: jax.Array, rules: tree.Rules) -> tree.Params:
         if all(maker is None for maker in makers):
             return leaf
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise InputError(f"rules: the leaf {layers[0]!r} is {leaf.dtype}; allowed: None, which leaves it to the model")
+            raise InputError(
+                f"rules: the leaf {layers[0]!r} is {leaf.dtype}; allowed: None, which leaves it "
+                f"to the model"
+            )
         if not tree.is_stacked(path):
             return _draw(makers[0], key, path, leaf)
-        if all(maker == makers[0] for maker in makers):  # one program for all layers, not one for each
+        if all(
+            maker == makers[0] for maker in makers
+        ):  # one program for all layers, not one for each
             words = jnp.asarray([_words(layer) for layer in layers], jnp.uint32)
             return jax.vmap(lambda w, one: _draw(makers[0], key, layers[0], one, w))(words, leaf)
-        return jnp.stack([_draw(maker, key, layer, leaf[i]) for i, (maker, layer) in enumerate(zip(makers, layers, strict=True))])
+        return jnp.stack(
+            [
+                _draw(maker, key, layer, leaf[i])
+                for i, (maker, layer) in enumerate(zip(makers, layers, strict=True))
+            ]
+        )
 
     return tree.map_leaves(new, own)
 
@@ -266,7 +312,10 @@ def initializer(value: Any) -> Initializer | Callable[..., jax.Array] | None:
     if value is None or (callable(value) and value not in known.values()):
         return value  # pyright: ignore[reportReturnType]
     names = ", ".join(sorted(known))
-    raise InputError(f"rules: {value!r} is no initialiser; allowed: {names}, one that is made (`He()`), a callable or None")
+    raise InputError(
+        f"rules: {value!r} is no initialiser; allowed: {names}, one that is made (`He()`), a "
+        f"callable or None"
+    )
 
 
 def initializers() -> dict[str, type[Initializer]]:
@@ -283,19 +332,28 @@ def _parse(text: str) -> Initializer:
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise InputError(f"initializer: {text!r} is not readable; write it as 'he' or 'normal(0.02)'") from None
-    name, known = node.func if isinstance(node, ast.Call) else node, initializers()
+        raise InputError(
+            f"initializer: {text!r} is not readable; write it as 'he' or 'normal(0.02)'"
+        ) from None
+    name = node.func if isinstance(node, ast.Call) else node
+    known = initializers()
     if not isinstance(name, ast.Name) or name.id not in known:
         raise unknown("initializer", ast.unparse(name), known)
     try:
         args = [_literal(a) for a in node.args] if isinstance(node, ast.Call) else []
-        kwargs = {str(k.arg): _literal(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
+        kwargs = (
+            {str(k.arg): _literal(k.value) for k in node.keywords}
+            if isinstance(node, ast.Call)
+            else {}
+        )
         return known[name.id](*args, **kwargs)
     except InputError:
         raise
     except (TypeError, ValueError):
         fields = ", ".join(field.name for field in dataclasses.fields(known[name.id])) or "none"
-        raise InputError(f"initializer: {text!r} cannot be made; the settings of {name.id} are: {fields}") from None
+        raise InputError(
+            f"initializer: {text!r} cannot be made; the settings of {name.id} are: {fields}"
+        ) from None
 
 
 def _literal(node: ast.expr) -> Any:
@@ -323,7 +381,10 @@ def _draw(maker: Any, key: jax.Array, path: str, own: jax.Array, words: Any = No
     except InputError as error:
         raise InputError(f"rules: {path}: {error}") from None
     if drawn.shape != own.shape or drawn.dtype != own.dtype:
-        raise InputError(f"rules: {path}: {maker!r} made {drawn.dtype}{list(drawn.shape)}; needed: {own.dtype}{list(own.shape)}")
+        raise InputError(
+            f"rules: {path}: {maker!r} made {drawn.dtype}{list(drawn.shape)}; needed: "
+            f"{own.dtype}{list(own.shape)}"
+        )
     return drawn
 
 
@@ -339,7 +400,10 @@ def _name(cls: type[Initializer]) -> str:
 
 def _need_matrix(cls: type[Initializer], shape: tuple[int, ...]) -> None:
     if len(shape) < 2:
-        raise InputError(f"{_name(cls)}: the shape {list(shape)} has no fan-in; allowed: a leaf of two axes or more")
+        raise InputError(
+            f"{_name(cls)}: the shape {list(shape)} has no fan-in; allowed: a leaf of two axes or "
+            f"more"
+        )
 
 
 def _at_least_zero(name: str, field: str, value: float) -> None:

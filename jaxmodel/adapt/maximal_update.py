@@ -1,16 +1,18 @@
-"""Maximal update parametrisation: widths that share their learning rate (Yang et al., 2022, "Tensor Programs V").
+"""Maximal update parametrisation: widths that share their learning rate (Yang et al., 2022, "Tensor
+Programs V").
 
-Each leaf is compared with that of a *base* model, the narrow one whose learning rate is known. With `m` for how many times
-wider than there a leaf's input is, and Adam:
+Each leaf is compared with that of a *base* model, the narrow one whose learning rate is known. With
+`m` for how many times wider than there a leaf's input is, and Adam:
 
     leaf                                   initial weights      learning rate
     grows in both axes (a hidden matrix)   times m ** -0.5      times 1 / m
     grows in its input only (a readout)    times 1 / m          times 1 / m
     all others (tables, biases, norms)     as in the base       as in the base
 
-Scores of attention shrink with the head's width instead of with its root. A head tied to the embedding needs the factor 1 / m
-on the logits; here the norm in front of it starts with it and learns by it, which under Adam is the same function at every
-step. So the model stays one that its config describes, and a saved bundle needs to know nothing of all this.
+Scores of attention shrink with the head's width instead of with its root. A head tied to the
+embedding needs the factor 1 / m on the logits; here the norm in front of it starts with it and
+learns by it, which under Adam is the same function at every step. So the model stays one that its
+config describes, and a saved bundle needs to know nothing of all this.
 
 >>> from jaxmodel.models import gpt2
 >>> from jaxmodel.adapt import initialize
@@ -44,8 +46,9 @@ from jaxmodel.models.family import build_of
 from jaxmodel.models.model import Inputs, Model
 
 FAMILIES = {"bert": "head/norm", "gpt2": "norm", "llama": "norm", "vit": None}
-"""The families whose own initial weights have the same spread at every width, which the factors above are factors of; and the
-norm in front of a head that is tied to the embedding."""
+"""The families whose own initial weights have the same spread at every width, which the factors
+above are factors of; and the norm in front of a head that is tied to the embedding.
+"""
 
 _GROWING = ("width", "mlp_width", "heads", "kv_heads")
 
@@ -67,46 +70,68 @@ class Mup(NamedTuple):
 def mup(model: Model, base: int | Any) -> Mup:
     """How a model starts and learns, so that what is best for the base model is best for it.
 
-    At the base's own width nothing changes. All rules are optional, so own rules may stand in front of them (`[("head",
-    "zeros"), *rules]`, which the paper recommends).
+    At the base's own width nothing changes. All rules are optional, so own rules may stand in front
+    of them (`[("head", "zeros"), *rules]`, which the paper recommends).
 
     Args:
       model: of one of `FAMILIES`, as its file makes it.
-      base: the config of the base model; or its width, for a base whose feed-forward parts and numbers of heads are narrower
-        in proportion and whose heads are as wide.
+      base: the config of the base model; or its width, for a base whose feed-forward parts and
+        numbers of heads are narrower in proportion and whose heads are as wide.
 
     Raises:
-      InputError: another family, a wrapped model, a base that is not the same model but for its widths, or heads of another
-        width in a family whose config has no scale of the scores.
+      InputError: another family, a wrapped model, a base that is not the same model but for its
+        widths, or heads of another width in a family whose config has no scale of the scores.
     """
     config = model.config
     family = model.family
     if family not in FAMILIES:
-        raise InputError(f"model: a config of {type(config).__module__} given; allowed: {', '.join(FAMILIES)}")
+        raise InputError(
+            f"model: a config of {type(config).__module__} given; allowed: {', '.join(FAMILIES)}"
+        )
     build = build_of(model)
     if build is None:
-        raise InputError("model: it is wrapped; allowed: one as its file makes it (wrap the result instead)")
+        raise InputError(
+            "model: it is wrapped; allowed: one as its file makes it (wrap the result instead)"
+        )
     base = _narrower(config, base) if isinstance(base, int) else base
     if type(base) is not type(config):
-        raise InputError(f"base: {type(base).__name__} given; allowed: a width, or a config of {family}")
+        raise InputError(
+            f"base: {type(base).__name__} given; allowed: a width, or a config of {family}"
+        )
     wide = _scored(config, base)
     shapes, narrow = (
-        {layer: tree.layer_shape(path, leaf) for path, leaf in leaves.items() for layer in tree.layer_paths(path)}
+        {
+            layer: tree.layer_shape(path, leaf)
+            for path, leaf in leaves.items()
+            for layer in tree.layer_paths(path)
+        }
         for leaves in (_shapes(build(c, model.policy)) for c in (wide, base))
     )
     if unlike := sorted(shapes.keys() ^ narrow.keys()):
-        raise InputError(f"base: it differs from the model in the leaf {unlike[0]!r}; allowed: another width of the same model")
+        raise InputError(
+            f"base: it differs from the model in the leaf {unlike[0]!r}; allowed: another width "
+            f"of the same model"
+        )
     role = role_of(model.axes)  # of a table, which is looked up, only the output has a width
-    factors = {path: _factors(path, shape, narrow[path], role(path, shape)) for path, shape in shapes.items()}
+    factors = {
+        path: _factors(path, shape, narrow[path], role(path, shape))
+        for path, shape in shapes.items()
+    }
     factors |= _tied(FAMILIES[family], factors, config, base)
     kinds: dict[str, dict[tuple[Any, float], list[str]]] = {}
     for path, pair in factors.items():
-        kinds.setdefault(re.sub(r"(^|/)blocks/\d+/", r"\1blocks/N/", path), {}).setdefault(pair, []).append(path)
+        kinds.setdefault(re.sub(r"(^|/)blocks/\d+/", r"\1blocks/N/", path), {}).setdefault(
+            pair, []
+        ).append(path)
     init: list[tuple[str, Any]] = []
     rates: list[tuple[str, Any]] = []
     for kind, pairs in kinds.items():
         for (start, rate), paths in pairs.items():
-            pattern = re.escape(kind).replace("/N/", r"/\d+/") if len(pairs) == 1 else "|".join(map(re.escape, paths))
+            pattern = (
+                re.escape(kind).replace("/N/", r"/\d+/")
+                if len(pairs) == 1
+                else "|".join(map(re.escape, paths))
+            )
             if start is not None:
                 init.append((tree.optional(pattern), start))
             if rate != 1:
@@ -115,7 +140,8 @@ def mup(model: Model, base: int | Any) -> Mup:
 
 
 def scale_updates(rules: tree.Rules) -> optax.GradientTransformation:
-    """Updates times a factor for each leaf; to be chained behind an optimiser, whose decay it scales too.
+    """Updates times a factor for each leaf; to be chained behind an optimiser, whose decay it
+    scales too.
 
     Args:
       rules: path -> factor of the learning rate; layers of a segment may differ.
@@ -136,12 +162,13 @@ def scale_updates(rules: tree.Rules) -> optax.GradientTransformation:
 
 
 def coordinates(model: Model, params: tree.Params, inputs: Inputs) -> dict[str, jax.Array]:
-    """The mean size of activations by place: what a coordinate check plots over widths. Where a parametrisation is right, none
-    of them grows or shrinks with the width after some steps of training.
+    """The mean size of activations by place: what a coordinate check plots over widths. Where a
+    parametrisation is right, none of them grows or shrinks with the width after some steps of
+    training.
 
     Returns:
-      `embed`, `blocks/0`, ... (behind each layer), `blocks/0/added`, ... (what the layer changed), `logits`: mean absolute
-      values, scalars.
+      `embed`, `blocks/0`, ... (behind each layer), `blocks/0/added`, ... (what the layer changed),
+      `logits`: mean absolute values, scalars.
     """
     check_params(model, params)
     embed, block, head = model.parts
@@ -170,12 +197,19 @@ def _narrower(config: Any, width: int) -> Any:
     sizes = {name: getattr(config, name) for name in _GROWING if hasattr(config, name)}
     if width < 1 or any(size * width % config.width for size in sizes.values()):
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise InputError(f"base: the width {width} given; allowed: one that shrinks {told} to whole numbers, or a config")
-    return dataclasses.replace(config, **{name: size * width // config.width for name, size in sizes.items()})
+        raise InputError(
+            f"base: the width {width} given; allowed: one that shrinks {told} to whole numbers, "
+            f"or a config"
+        )
+    return dataclasses.replace(
+        config, **{name: size * width // config.width for name, size in sizes.items()}
+    )
 
 
 def _scored(config: Any, base: Any) -> Any:
-    """The config with scores that shrink with the width of a head, and everything else that is no size as in the base."""
+    """The config with scores that shrink with the width of a head, and everything else that is no
+    size as in the base.
+    """
     wide, narrow = (getattr(c, "head_width", c.width // c.heads) for c in (config, base))
     changed: dict[str, Any] = {}
     if hasattr(config, "embed_scale"):  # Gemma's grows with the width
@@ -185,16 +219,22 @@ def _scored(config: Any, base: Any) -> Any:
         changed["query_scale"] = config.query_scale if wide == narrow else own * narrow / wide
     elif wide != narrow:
         raise InputError(
-            f"base: heads of width {narrow}, those of the model have {wide}; allowed: the same, as this family's config has no "
+            f"base: heads of width {narrow}, those of the model have {wide}; allowed: the same, "
+            f"as this family's config has no "
             "scale of the scores"
         )
     return dataclasses.replace(config, **changed)
 
 
-def _factors(path: str, shape: tuple[int, ...], narrow: tuple[int, ...], role: str) -> tuple[Any, float]:
+def _factors(
+    path: str, shape: tuple[int, ...], narrow: tuple[int, ...], role: str
+) -> tuple[Any, float]:
     """How a leaf starts (None: as it is) and the factor of its learning rate."""
     if len(shape) != len(narrow):
-        raise InputError(f"base: {path!r} has the shape {list(narrow)}, here it has {list(shape)}; allowed: as many axes")
+        raise InputError(
+            f"base: {path!r} has the shape {list(narrow)}, here it has {list(shape)}; allowed: as "
+            f"many axes"
+        )
     if shape[-1:] == narrow[-1:] or role not in ("matrix", "head"):
         return None, 1.0
     times = shape[-1] / narrow[-1]
@@ -202,11 +242,21 @@ def _factors(path: str, shape: tuple[int, ...], narrow: tuple[int, ...], role: s
     return Own(1 / math.sqrt(times) if hidden else 1 / times), 1 / times
 
 
-def _tied(norm: str | None, factors: Mapping[str, Any], config: Any, base: Any) -> dict[str, tuple[Any, float]]:
-    """The norm in front of a head that is tied to the embedding: it starts as `1 / m`, and learns by that."""
+def _tied(
+    norm: str | None, factors: Mapping[str, Any], config: Any, base: Any
+) -> dict[str, tuple[Any, float]]:
+    """The norm in front of a head that is tied to the embedding: it starts as `1 / m`, and learns
+    by that.
+    """
     times = config.width / base.width
     if norm is None or "head" in factors or f"{norm}/weight" not in factors or times == 1:
         return {}
-    offset = getattr(config, "norm_offset", 0.0)  # added to the weight, so what is to be scaled is their sum
+    offset = getattr(
+        config, "norm_offset", 0.0
+    )  # added to the weight, so what is to be scaled is their sum
     own = Constant(1 / times - offset) if offset else Own(1 / times)
-    return {path: (own if path.endswith("/weight") else None, 1 / times) for path in factors if path.startswith(f"{norm}/")}
+    return {
+        path: (own if path.endswith("/weight") else None, 1 / times)
+        for path in factors
+        if path.startswith(f"{norm}/")
+    }

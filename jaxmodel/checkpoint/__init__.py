@@ -1,6 +1,7 @@
 """Save a run whole, and go on where it stopped: `Checkpoints`."""
 
-from jaxmodel.checkpoint.manager import Checkpoints, Keep, fingerprint
+from jaxmodel.checkpoint.manager import Checkpoints, Keep
+from jaxmodel.checkpoint.records import fingerprint
 
 __all__ = [
     "Checkpoints",

@@ -1,20 +1,21 @@
-"""Checkpoints: asynchronous, checked by their digests, never without a last good one, restored onto any mesh.
+"""Checkpoints: asynchronous, checked by their digests, never without a last good one, restored onto
+any mesh.
 
     checkpoints/step-000000300/arrays/         see `jaxmodel.checkpoint.stored` (each process writes its own part)
     checkpoints/step-000000300/history.jsonl   the rows of the run up to there
     checkpoints/step-000000300/manifest.json   written last: the step counts only from then on
 
-The manifest has the name, shape and dtype of every array, the static fields of compressed leaves (orbax would accept other ones
-silently), size and SHA-256 of every file (in a bucket the size), what identifies the run (its configs), the digest of its data,
-and the environment. A restore takes the newest step whose files are those of its manifest, says which newer ones are not, and
-sets these aside.
+The manifest has the name, shape and dtype of every array, the static fields of compressed leaves
+(orbax would accept other ones silently), size and SHA-256 of every file (in a bucket the size),
+what identifies the run (its configs), the digest of its data, and the environment. A restore takes
+the newest step whose files are those of its manifest, says which newer ones are not, and sets these
+aside.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -27,16 +28,25 @@ from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmodel import schema
 from jaxmodel.checkpoint import places
+from jaxmodel.checkpoint.records import (
+    copied,
+    differences,
+    digest_of,
+    field_of,
+    fields,
+    flat,
+    is_about,
+    of_other_devices,
+    shown,
+    zeros,
+)
 from jaxmodel.checkpoint.stored import stored
 from jaxmodel.data.files import check_protocol, is_remote
 from jaxmodel.errors import InputError, at_least
-from jaxmodel.leaves import Compressed
-from jaxmodel.leaves.leaf import to_tensors
 from jaxmodel.progress import step as shown_step
 from jaxmodel.report.json_out import dumps, to_plain
 
@@ -86,7 +96,9 @@ class Keep:
         [150, 250]
         """
         steps = sorted(scores)
-        judged = sorted((score, step) for step, score in scores.items() if score is not None and score == score)
+        judged = sorted(
+            (score, step) for step, score in scores.items() if score is not None and score == score
+        )
         regular = {step for step in steps if self.every and step % self.every == 0}
         return {*steps[-self.last :], *(step for _, step in judged[: self.best]), *regular}
 
@@ -106,17 +118,21 @@ class Manifest(TypedDict):
 
 
 class Checkpoints:
-    """The checkpoints of one run. All processes make one with the same arguments; a context manager that waits at its end.
+    """The checkpoints of one run. All processes make one with the same arguments; a context manager
+    that waits at its end.
 
     Args:
       folder: local, made when missing; or in a bucket, `gs://...`, `s3://...`.
       keep: see `Keep`.
-      identity: plain data that a checkpoint must have been made with to be restored: configs. Differences are named. None for
-        what `fit` says of its run (see `state_run`); without it, as in a loop of your own, nothing is compared.
+      identity: plain data that a checkpoint must have been made with to be restored: configs.
+        Differences are named. None for what `fit` says of its run (see `state_run`); without it, as
+        in a loop of your own, nothing is compared.
       data: digest of the data, likewise.
-      environment: what bits depend on (mesh, processors, versions), likewise; a restore elsewhere says that they may differ.
-      allow_changes: names of what may differ from the run that saved, to go on with it in another way: fields of its
-        `TrainConfig` such as "steps" or "learning_rate", "batch_size" (whose data cannot be compared then), "loss", "data".
+      environment: what bits depend on (mesh, processors, versions), likewise; a restore elsewhere
+        says that they may differ.
+      allow_changes: names of what may differ from the run that saved, to go on with it in another
+        way: fields of its `TrainConfig` such as "steps" or "learning_rate", "batch_size" (whose
+        data cannot be compared then), "loss", "data".
       read_only: whether to save nothing and to change nothing there.
       at_most: only steps up to this one are restored.
 
@@ -140,14 +156,23 @@ class Checkpoints:
 
         if is_remote(str(folder)):
             check_protocol(str(folder), "checkpoints", ("gs", "s3"))
-        self.folder = epath.Path(places.fresh(str(folder)) if is_remote(str(folder)) else Path(folder).absolute())
-        self.keep, self.identity, self.data, self.environment = keep, None, None, None
+        self.folder = epath.Path(
+            places.fresh(str(folder)) if is_remote(str(folder)) else Path(folder).absolute()
+        )
+        self.keep = keep
+        self.identity = None
+        self.data = None
+        self.environment = None
         self.state_run(identity, data, environment)
         self._allowed = (allow_changes,) if isinstance(allow_changes, str) else tuple(allow_changes)
-        self._read_only, self._at_most = read_only, at_most
+        self._read_only = read_only
+        self._at_most = at_most
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
-        self._swept, self._saved, self._last, self._verified = False, time.monotonic(), -1, -1
+        self._swept = False
+        self._saved = time.monotonic()
+        self._last = -1
+        self._verified = -1
         self._held = contextlib.ExitStack()
         if jax.process_index() == 0 and not read_only:
             try:
@@ -155,11 +180,20 @@ class Checkpoints:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     self._held.enter_context(places.held(Path(folder)))
                 elif not epath.Path("/".join(str(folder).split("/")[:3])).exists():
-                    raise OSError("there is no such bucket, or it cannot be seen from here: address, keys, permission")
+                    raise OSError(
+                        "there is no such bucket, or it cannot be seen from here: address, keys, "
+                        "permission"
+                    )
             except (OSError, ImportError) as error:
                 reason = getattr(error, "strerror", None) or _one_line(error)
-                hint = "; 'jaxmodel[remote]' brings gs:// and s3://" if isinstance(error, ImportError) else ""
-                raise InputError(f"checkpoints: the folder {str(folder)!r} cannot be used ({reason}){hint}") from None
+                hint = (
+                    "; 'jaxmodel[remote]' brings gs:// and s3://"
+                    if isinstance(error, ImportError)
+                    else ""
+                )
+                raise InputError(
+                    f"checkpoints: the folder {str(folder)!r} cannot be used ({reason}){hint}"
+                ) from None
         self._arrays = stored(str(self.folder))
 
     def __enter__(self) -> Checkpoints:
@@ -168,8 +202,16 @@ class Checkpoints:
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.close(raises=kind is None)
 
-    def state_run(self, identity: Mapping[str, Any] | None, data: str | None, environment: Mapping[str, Any] | None) -> None:
-        """Say of which run the checkpoints are; what was said already stays. `fit` does so. For the arguments see the class."""
+    def state_run(
+        self,
+        identity: Mapping[str, Any] | None,
+        data: str | None,
+        environment: Mapping[str, Any] | None,
+    ) -> None:
+        """Say of which run the checkpoints are; what was said already stays.
+
+        `fit` does so. For the arguments see the class.
+        """
         if self.identity is None and identity is not None:
             self.identity = to_plain(dict(identity))
         if self.data is None:
@@ -177,10 +219,17 @@ class Checkpoints:
         if self.environment is None and environment is not None:
             self.environment = to_plain(dict(environment))
 
-    # -------------------------------------------------------------------------------------------------- saving
+    # --------------------------------------------------------------------------------------- saving
 
-    def save(self, state: Stepped, *, score: float | None = None, history: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Begin to save a state under its `step`, and return once nothing more is read from its arrays.
+    def save(
+        self,
+        state: Stepped,
+        *,
+        score: float | None = None,
+        history: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Begin to save a state under its `step`, and return once nothing more is read from its
+        arrays.
 
         A save that fails (a full disk) says so on standard error and leaves what was saved before.
 
@@ -194,21 +243,28 @@ class Checkpoints:
         self._join()
         self._saved = time.monotonic()
         number = int(state.step)
-        place, self._verified = self._place(number), -1
-        if number == self._last:  # not by a look at the folder, which the processes would have at different times
+        place = self._place(number)
+        self._verified = -1
+        if (
+            number == self._last
+        ):  # not by a look at the folder, which the processes would have at different times
             return
         ready = True
         if jax.process_index() == 0:
             try:
                 self._clear(place)
-            except Exception as error:  # of the file system, or of a store of objects: there is no common class
+            except (
+                Exception
+            ) as error:  # of the file system, or of a store of objects: there is no common class
                 self._failed(number, error)
                 ready = False
         if not _told(ready):  # and before it is clear none writes
             return
         arrays = flat(state)
-        if jax.default_backend() == "cpu":  # there the writer would go on reading the buffers, which the next step writes
-            arrays = _copy(arrays)
+        if (
+            jax.default_backend() == "cpu"
+        ):  # there the writer would go on reading the buffers, which the next step writes
+            arrays = copied(arrays)
         record = self._record(state, number, score)
         try:
             self._arrays.save(place / "arrays", arrays)
@@ -216,16 +272,22 @@ class Checkpoints:
             self._failed(number, error)
             return
         self._last = number
-        lines = [json.dumps(row, default=float) for row in history]  # now, since the loop goes on with the list
-        self._thread = threading.Thread(target=self._finish, args=(place, number, record, lines), name="checkpoint")
+        lines = [
+            json.dumps(row, default=float) for row in history
+        ]  # now, since the loop goes on with the list
+        self._thread = threading.Thread(
+            target=self._finish, args=(place, number, record, lines), name="checkpoint"
+        )
         self._thread.start()
 
     def late(self, seconds: float, ask: bool) -> bool:
-        """Whether the last checkpoint (or the beginning) is so long ago; all processes get the answer of the first.
+        """Whether the last checkpoint (or the beginning) is so long ago; all processes get the
+        answer of the first.
 
         Args:
           seconds: 0 for never.
-          ask: False where it is not yet time to ask, which with several processes costs an exchange.
+          ask: False where it is not yet time to ask, which with several processes costs an
+            exchange.
         """
         if not ask or not seconds or self._read_only:
             return False
@@ -242,10 +304,12 @@ class Checkpoints:
         """
         self._join()
         if self._problem is not None and raises:
-            problem, self._problem = self._problem, None
+            problem = self._problem
+            self._problem = None
             last = self.steps()[-1:]
             raise InputError(
-                f"checkpoints: the last state could not be saved in {str(self.folder)!r} ({_one_line(problem)}); "
+                f"checkpoints: the last state could not be saved in {str(self.folder)!r} "
+                f"({_one_line(problem)}); "
                 f"the last good step is {last[0] if last else 'none'}"
             ) from problem
 
@@ -271,14 +335,17 @@ class Checkpoints:
                 if history:
                     places.write(place / HISTORY, "\n".join(history) + "\n")
                 record["files"] = places.digests(place, but=MANIFEST)
-                places.write(place / MANIFEST, dumps({**record, "sha256": _digest_of(record)}))
+                places.write(place / MANIFEST, dumps({**record, "sha256": digest_of(record)}))
                 self._thin()
         except Exception as error:
             self._failed(number, error)
 
     def _failed(self, number: int, error: Exception) -> None:
         self._problem = error
-        _say(f"checkpoint of step {number} failed ({_one_line(error)}); training goes on, what was saved before stays")
+        _say(
+            f"checkpoint of step {number} failed ({_one_line(error)}); training goes on, what was "
+            f"saved before stays"
+        )
 
     def _record(self, state: Stepped, number: int, score: float | None) -> dict[str, Any]:
         return {
@@ -307,7 +374,9 @@ class Checkpoints:
             return None
 
     def _clear(self, place: Any) -> None:
-        """Make room for a save, and at the first one remove what earlier saves left that did not come to their end."""
+        """Make room for a save, and at the first one remove what earlier saves left that did not
+        come to their end.
+        """
         if place.exists():
             (place / MANIFEST).unlink(missing_ok=True)
             place.rmtree()
@@ -316,12 +385,14 @@ class Checkpoints:
                 other.rmtree()
         self._swept = True
 
-    # ----------------------------------------------------------------------------------------------- restoring
+    # ------------------------------------------------------------------------------------ restoring
 
     def steps(self) -> list[int]:
         """The steps that are whole, by their manifests, in order."""
         found = (_STEP.fullmatch(place.name) for place in self._entries())
-        return sorted(int(m[1]) for m in found if m and (self._place(int(m[1])) / MANIFEST).exists())
+        return sorted(
+            int(m[1]) for m in found if m and (self._place(int(m[1])) / MANIFEST).exists()
+        )
 
     def manifest(self, number: int) -> dict[str, Any]:
         """What stands beside the arrays of a step.
@@ -333,11 +404,17 @@ class Checkpoints:
         try:
             record = schema.parse(places.read(file), str(file))
         except (OSError, InputError) as error:
-            raise InputError(f"checkpoints: the manifest of step {number} cannot be read ({_one_line(error)})") from None
+            raise InputError(
+                f"checkpoints: the manifest of step {number} cannot be read ({_one_line(error)})"
+            ) from None
         if not isinstance(record, dict) or record.get("version") != VERSION:
-            raise InputError(f"checkpoints: the manifest of step {number} is not of version {VERSION}")
-        if record.pop("sha256", None) != _digest_of(record):
-            raise InputError(f"checkpoints: the manifest of step {number} has other bytes than were written")
+            raise InputError(
+                f"checkpoints: the manifest of step {number} is not of version {VERSION}"
+            )
+        if record.pop("sha256", None) != digest_of(record):
+            raise InputError(
+                f"checkpoints: the manifest of step {number} has other bytes than were written"
+            )
         schema.make(record, Manifest, str(file))
         return record
 
@@ -348,7 +425,8 @@ class Checkpoints:
           InputError: names the first file that is missing, of another size, or of another content.
         """
         place = self._place(number)
-        files, sizes = self.manifest(number)["files"], places.sizes(place)
+        files = self.manifest(number)["files"]
+        sizes = places.sizes(place)
 
         def problem(name: str) -> str:
             size, digest = files[name]
@@ -357,7 +435,11 @@ class Checkpoints:
                     return "is missing"
                 if sizes[name] != size:
                     return f"has {sizes[name]} bytes of {size}"
-                return "has other bytes than were written" if digest is not None and places.digest(place / name) != digest else ""
+                return (
+                    "has other bytes than were written"
+                    if digest is not None and places.digest(place / name) != digest
+                    else ""
+                )
             except OSError as error:
                 return f"cannot be read ({error.strerror or error})"
 
@@ -367,7 +449,8 @@ class Checkpoints:
                     raise InputError(f"checkpoints: {name} of step {number} {found}")
 
     def latest(self, at_most: int | None = None) -> int | None:
-        """The newest whole step; newer ones whose files are bad are named on standard error and set aside as `step-....bad`.
+        """The newest whole step; newer ones whose files are bad are named on standard error and set
+        aside as `step-....bad`.
 
         Args:
           at_most: only steps up to this one.
@@ -413,119 +496,88 @@ class Checkpoints:
             return None
         record = self.manifest(number)
         wanted = flat(like)
-        if of_others := _of_other_devices(record, wanted):
-            _say(f"step {number} was made by another number of devices: what the exchange of gradients had yet to send is lost")
+        if of_others := of_other_devices(record, wanted):
+            _say(
+                f"step {number} was made by another number of devices: what the exchange of "
+                f"gradients had yet to send is lost"
+            )
         self._check(record, like, of_others)
         with shown_step(f"restoring step {number}"):
             kept = {name: a for name, a in wanted.items() if name not in of_others}
-            found = {**self._arrays.restore(self._place(number) / "arrays", kept), **_zeros(wanted, of_others)}
+            found = {
+                **self._arrays.restore(self._place(number) / "arrays", kept),
+                **zeros(wanted, of_others),
+            }
         self._last = number
-        differ = _differences(record["environment"], self.environment or {}) if record["environment"] else []
+        differ = (
+            differences(record["environment"], self.environment or {})
+            if record["environment"]
+            else []
+        )
         if differ:
-            _say(f"step {number} was made elsewhere, so bits may differ from those of an unbroken run: {'; '.join(differ)}")
+            _say(
+                f"step {number} was made elsewhere, so bits may differ from those of an unbroken "
+                f"run: {'; '.join(differ)}"
+            )
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
     def _check(self, record: dict[str, Any], like: Stepped, but: Collection[str] = ()) -> None:
         number = record["step"]
         known = record["identity"] is not None and self.identity is not None
-        differ = _differences(record["identity"], self.identity) if known else []
-        changed = [line for line in differ if any(_is_of(name, line) for name in self._allowed)]
+        differ = differences(record["identity"], self.identity) if known else []
+        changed = [line for line in differ if any(is_about(name, line) for name in self._allowed)]
         if others := [line for line in differ if line not in changed]:
             raise InputError(
-                f"checkpoints: step {number} in {str(self.folder)!r} is of another config: {'; '.join(others[:8])}; to go on "
-                f"in this way use Checkpoints(..., allow_changes={[_field(line) for line in others[:8]]}) or options of "
+                f"checkpoints: step {number} in {str(self.folder)!r} is of another config: "
+                f"{'; '.join(others[:8])}; to go on "
+                f"in this way use Checkpoints(..., "
+                f"allow_changes={[field_of(line) for line in others[:8]]}) or options of "
                 "`jaxmodel resume`, else another folder"
             )
         if changed:
             _say(f"step {number} goes on in another way: {'; '.join(changed)}")
-        compared = record["data"] is not None and self.data is not None and not {"data", "batch_size"} & {*self._allowed}
+        compared = (
+            record["data"] is not None
+            and self.data is not None
+            and not {"data", "batch_size"} & {*self._allowed}
+        )
         if compared and record["data"] != self.data:
             then, now = (str(value)[:12] for value in (record["data"], self.data))
             raise InputError(
-                f"data: its fingerprint was {then} when step {number} in {str(self.folder)!r} was saved and is {now}; a run "
+                f"data: its fingerprint was {then} when step {number} in {str(self.folder)!r} was "
+                f"saved and is {now}; a run "
                 "goes on with the data that it began with"
             )
         wanted = {name: [list(a.shape), str(a.dtype)] for name, a in flat(like).items()}
         differ = [
-            f"{name} is {_shown(record['arrays'].get(name))} there, {_shown(wanted.get(name))} here"
+            f"{name} is {shown(record['arrays'].get(name))} there, {shown(wanted.get(name))} here"
             for name in sorted({*wanted, *record["arrays"]} - {*but})
             if wanted.get(name) != record["arrays"].get(name)
-        ] + _differences(record["fields"], to_plain(fields(like)))
+        ] + differences(record["fields"], to_plain(fields(like)))
         if differ:
             more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
             raise InputError(
-                f"checkpoints: step {number} in {str(self.folder)!r} has other arrays: {'; '.join(differ[:4])}{more}"
+                f"checkpoints: step {number} in {str(self.folder)!r} has other arrays: "
+                f"{'; '.join(differ[:4])}{more}"
             )
 
     def history(self, number: int) -> list[dict[str, Any]]:
-        """The rows that were saved with a step: those of the run up to it; of a run of several processes, those of the first."""
+        """The rows that were saved with a step: those of the run up to it; of a run of several
+        processes, those of the first.
+        """
         place = self._place(number) / HISTORY
-        return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+        return (
+            [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+        )
 
     def _entries(self) -> list[Any]:
-        """What is there: nothing where there is no folder, as in a store of objects that holds none of it yet."""
+        """What is there: nothing where there is no folder, as in a store of objects that holds none
+        of it yet.
+        """
         return list(self.folder.iterdir()) if self.folder.exists() else []
 
     def _place(self, number: int) -> Any:
         return self.folder / f"step-{number:09d}"
-
-
-# ------------------------------------------------------------------------------------------------------- arrays by name
-
-
-def flat(state: Any) -> dict[str, Any]:
-    """The arrays of a state by name, in the order of its leaves.
-
-    >>> from jaxmodel.train import TrainState
-    >>> state = TrainState(jnp.int32(3), jnp.int32(3), {"w": jnp.ones(2)}, (), {})
-    >>> list(flat(state))
-    ['step', 'data_step', 'params.w']
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf for path, leaf in leaves}
-
-
-def fields(state: Any) -> dict[str, Any]:
-    """The static fields of the compressed leaves by name."""
-    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, Compressed))[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): to_tensors(leaf)[1]
-        for path, leaf in leaves
-        if isinstance(leaf, Compressed)
-    }
-
-
-def fingerprint(state: Any) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of a state: equal for equal bits."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(flat(state).items()):
-        array = np.asarray(jax.device_get(leaf))
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _of_other_devices(record: dict[str, Any], wanted: dict[str, Any]) -> set[str]:
-    """The memories of an exchange, which have an axis of devices, if there were others than there are; else none."""
-    names = {name for name in {*wanted, *record["arrays"]} if name.startswith("extra.residual.")}
-    there = {name: record["arrays"].get(name, [None])[0] for name in names}
-    same = all(name in wanted and list(wanted[name].shape) == shape for name, shape in there.items())
-    return set() if same else names
-
-
-def _zeros(wanted: dict[str, Any], names: Collection[str]) -> dict[str, jax.Array]:
-    shapes = {name: wanted[name] for name in names if name in wanted}
-    where = {name: a.sharding for name, a in shapes.items()}
-    make = lambda: {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items()}
-    return jax.jit(make, out_shardings=where)() if shapes else {}
-
-
-@jax.jit
-def _copy(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return jax.tree.map(jnp.copy, arrays)
-
-
-# -------------------------------------------------------------------------------------------------------------- records
 
 
 def _told(value: int) -> int:
@@ -535,39 +587,6 @@ def _told(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _digest_of(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(to_plain(record), sort_keys=True).encode()).hexdigest()
-
-
-def _differences(then: Any, now: Any, where: str = "") -> list[str]:
-    """The plain values that two records do not share: `width 64 then, 128 now`."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        keys = [*then, *(key for key in now if key not in then)]
-        inside = lambda key: _differences(then.get(key), now.get(key), f"{where}.{key}" if where else str(key))
-        return [line for key in keys for line in inside(key)]
-    return [] if then == now else [f"{where} was {_shown(then)}, is {_shown(now)}"]
-
-
-def _field(line: str) -> str:
-    """The name that a line of `_differences` begins with, without the config that it is a field of."""
-    return line.split(" ", 1)[0].removeprefix("train.")
-
-
-def _is_of(name: str, line: str) -> bool:
-    """Whether a line of `_differences` is about a name: `learning_rate`, `train.learning_rate`, `model` for all of it."""
-    path = line.split(" ", 1)[0]
-    return name in (path, path.removeprefix("train.")) or path.startswith(f"{name}.")
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "absent"
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], list):
-        return f"{value[1]}{value[0]}"
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def _one_line(error: BaseException) -> str:

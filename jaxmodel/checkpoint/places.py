@@ -1,4 +1,6 @@
-"""The files of checkpoints, in a folder or in a bucket: listed, digested, locked, moved, written whole."""
+"""The files of checkpoints, in a folder or in a bucket: listed, digested, locked, moved, written
+whole.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ READERS = 8  # files that are digested at a time
 
 
 def fresh(url: str) -> str:
-    """The URL, and from now on what fsspec lists there is what is there: arrays are written past it."""
+    """The URL, and from now on what fsspec lists there is what is there: arrays are written past
+    it.
+    """
     protocol = url.partition("://")[0]
     with contextlib.suppress(ImportError):  # said where the folder is looked for
         import fsspec.config
@@ -32,12 +36,16 @@ def fresh(url: str) -> str:
 
 
 def digests(place: Any, but: str) -> dict[str, Any]:
-    """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects check contents themselves."""
+    """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects
+    check contents themselves.
+    """
     remote = is_remote(str(place))
     found = {name: size for name, size in sorted(sizes(place).items()) if name != but}
     with ThreadPoolExecutor(READERS) as pool:
         taken = pool.map(lambda name: None if remote else digest(place / name), found)
-        return {name: [size, sha256] for (name, size), sha256 in zip(found.items(), taken, strict=True)}
+        return {
+            name: [size, sha256] for (name, size), sha256 in zip(found.items(), taken, strict=True)
+        }
 
 
 @contextlib.contextmanager
@@ -49,7 +57,9 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             who = file.read().strip() or "another process"
-            raise InputError(f"checkpoints: {who} saves in {str(folder)!r}; stop it first, or use another folder") from None
+            raise InputError(
+                f"checkpoints: {who} saves in {str(folder)!r}; stop it first, or use another folder"
+            ) from None
         except OSError:
             pass  # a file system without locks
         with contextlib.suppress(OSError):  # a full disk
@@ -63,13 +73,18 @@ def sizes(place: Any) -> dict[str, int]:
     """Bytes of all files in a folder and below, by name."""
     if is_remote(str(place)):
         store, base = _store(place)
-        return {name.removeprefix(f"{base}/"): entry["size"] for name, entry in store.find(base, detail=True).items()}
+        return {
+            name.removeprefix(f"{base}/"): entry["size"]
+            for name, entry in store.find(base, detail=True).items()
+        }
     files = (file for file in Path(place).rglob("*") if file.is_file())
     return {file.relative_to(place).as_posix(): file.stat().st_size for file in files}
 
 
 def move(place: Any, aside: Any, first: str) -> None:
-    """Give a folder another name; in a bucket its files move one after the other, that of the name `first` in front."""
+    """Give a folder another name; in a bucket its files move one after the other, that of the name
+    `first` in front.
+    """
     if not is_remote(str(place)):
         place.rename(aside)
         return
@@ -93,7 +108,11 @@ def digest(file: Any) -> str:
 
 def read(file: Any) -> bytes:
     """All of a file of a limited size."""
-    return file.read_bytes() if is_remote(str(file)) else files.read_bytes(str(file), limits().json_bytes)
+    return (
+        file.read_bytes()
+        if is_remote(str(file))
+        else files.read_bytes(str(file), limits().json_bytes)
+    )
 
 
 def write(file: Any, text: str) -> None:

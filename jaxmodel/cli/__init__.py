@@ -6,7 +6,9 @@ import threading
 _quiet = threading.current_thread() is threading.main_thread()
 _before = signal.getsignal(signal.SIGINT)
 if _quiet:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C while modules are imported ends without a traceback
 
 from jaxmodel.cli.main import main  # noqa: E402
 

@@ -1,4 +1,6 @@
-"""The texts of `jaxmodel train`: a tokenizer learnt from them, their ids in shards, streams of windows or of packed documents."""
+"""The texts of `jaxmodel train`: a tokenizer learnt from them, their ids in shards, streams of
+windows or of packed documents.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from jaxmodel.errors import InputError
 from jaxmodel.progress import step
 
 HELDOUT_ROWS = 16
-"""Rows of the held-out text that `--eval-batches` counts as one: which are judged must not move with --batch or --seed."""
+"""Rows of the held-out text that `--eval-batches` counts as one: which are judged must not move
+with --batch or --seed.
+"""
 LEAST_TO_SPLIT = 10
 """Rows with answers or labels, of which each tenth is held out where there is no file for it."""
 LEARN_FROM = 2**24
@@ -43,7 +47,8 @@ class Corpus(NamedTuple):
 
 
 def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
-    """Learn the tokenizer, tokenise once, and open the streams; of several processes the first does the work.
+    """Learn the tokenizer, tokenise once, and open the streams; of several processes the first does
+    the work.
 
     Args:
       options: of the run.
@@ -56,37 +61,71 @@ def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
     texts = [data.documents(source, options.field) for source in (*options.data, heldout)]
     with step("tokenise"), _in_turn():
         if tokenizer is None:
-            tokenizer = hub.train_bpe(itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]), options.vocab)
-        shards = [data.tokenize(text, tokenizer, _folder(source, tokenizer)) for text, source in _beside(texts, options)]
-        rows = [_rows(one, options, source) for one, (_, source) in zip(shards, _beside(texts, options), strict=True)]
+            tokenizer = hub.train_bpe(
+                itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]),
+                options.vocab,
+            )
+        shards = [
+            data.tokenize(text, tokenizer, _folder(source, tokenizer))
+            for text, source in _beside(texts, options)
+        ]
+        rows = [
+            _rows(one, options, source)
+            for one, (_, source) in zip(shards, _beside(texts, options), strict=True)
+        ]
     streams = [data.Stream(one, options.batch, options.seed) for one in rows[:-1]]
     streams.append(data.Stream(rows[-1], options.batch))  # in the same order whatever the seed
     weights = options.weights or (1.0,) * len(options.data)
-    mixed = data.Mixture(list(zip(streams[:-1], weights, strict=True)), options.batch) if len(options.data) > 1 else streams[0]
+    mixed = (
+        data.Mixture(list(zip(streams[:-1], weights, strict=True)), options.batch)
+        if len(options.data) > 1
+        else streams[0]
+    )
     described = [
-        {"name": source, "digest": text.digest(), "documents": len(one), "tokens": one.tokens, "stream": stream.fingerprint}
-        for (text, source), one, stream in zip(_beside(texts, options), shards, streams, strict=True)
+        {
+            "name": source,
+            "digest": text.digest(),
+            "documents": len(one),
+            "tokens": one.tokens,
+            "stream": stream.fingerprint,
+        }
+        for (text, source), one, stream in zip(
+            _beside(texts, options), shards, streams, strict=True
+        )
     ]
     return Corpus(tokenizer, mixed, streams[-1], described)
 
 
 def kind(options: Train) -> str | None:
-    """What the rows are to be learnt for: "answers" (chats, prompts with completions), "label" (classes), None for plain texts.
+    """What the rows are to be learnt for: "answers" (chats, prompts with completions), "label"
+    (classes), None for plain texts.
 
     Raises:
       InputError: sources of several kinds.
     """
-    kinds = {examples.kind_of_source(source) for source in options.data} if options.field == "text" else {None}
+    kinds = (
+        {examples.kind_of_source(source) for source in options.data}
+        if options.field == "text"
+        else {None}
+    )
     found = {"answers" if one in examples.KINDS else one for one in kinds}
     if len(found) > 1:
-        raise InputError(f"--data: {', '.join(options.data)} are of several kinds; allowed: texts, answers, or rows with labels")
+        raise InputError(
+            f"--data: {', '.join(options.data)} are of several kinds; allowed: texts, answers, or "
+            f"rows with labels"
+        )
     return found.pop()
 
 
 def load_answers(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
-    """Rows to learn answers from; without a held-out file each tenth row is held out, where there are ten."""
+    """Rows to learn answers from; without a held-out file each tenth row is held out, where there
+    are ten.
+    """
     if options.weights:
-        raise InputError("--weights: given for rows to learn answers from, which are read as one; allowed: without")
+        raise InputError(
+            "--weights: given for rows to learn answers from, which are read as one; allowed: "
+            "without"
+        )
     with step("tokenise"):
         read = lambda source: data.answers(source, tokenizer, options.context, pack=options.pack)
         rows = read(options.data)
@@ -117,10 +156,17 @@ def _question(tokenizer: hub.Tokenizer, rows: Any) -> str:
     return tokenizer.decode(first["tokens"][0, :end].tolist(), skip_special=False)
 
 
-def _opened(options: Train, tokenizer: hub.Tokenizer, rows: Any, judged: Any, tokens: int) -> Corpus:
+def _opened(
+    options: Train, tokenizer: hub.Tokenizer, rows: Any, judged: Any, tokens: int
+) -> Corpus:
     stream = data.Stream(rows, options.batch, options.seed)
     heldout = None if judged is None else data.Stream(judged, options.batch)
-    described = {"name": " ".join(options.data), "rows": stream.count, "tokens": tokens, "stream": stream.fingerprint}
+    described = {
+        "name": " ".join(options.data),
+        "rows": stream.count,
+        "tokens": tokens,
+        "stream": stream.fingerprint,
+    }
     if heldout is not None:
         described |= {"heldout_rows": heldout.count, "heldout": heldout.fingerprint}
     return Corpus(tokenizer, stream, heldout, [described])
@@ -140,9 +186,18 @@ def _beginning(text: Any) -> Iterator[str]:
 
 
 def _folder(source: str, tokenizer: hub.Tokenizer) -> Path:
-    """Where the ids of a text stay, so that the next run finds them: `$JAXMODEL_CACHE`, or `~/.cache/jaxmodel`."""
+    """Where the ids of a text stay, so that the next run finds them:
+
+    `$JAXMODEL_CACHE`, or `~/.cache/jaxmodel`.
+    """
     room = Path(os.environ.get("JAXMODEL_CACHE", "~/.cache/jaxmodel")).expanduser()
-    name = source if "://" in source else str(Path(source).absolute()) if Path(source).exists() else source
+    name = (
+        source
+        if "://" in source
+        else str(Path(source).absolute())
+        if Path(source).exists()
+        else source
+    )
     key = hashlib.sha256(f"{name}\n{tokenizer.backend.to_str()}".encode()).hexdigest()[:24]
     return room / "tokens" / key
 
@@ -153,7 +208,8 @@ def _rows(shards: data.Shards, options: Train, source: str) -> data.Rows:
         return data.PackedShards(shards, length)
     if shards.tokens < length:
         raise InputError(
-            f"--data, --heldout, --context: {source!r} has {shards.tokens} tokens; allowed: at least the {length} of one window"
+            f"--data, --heldout, --context: {source!r} has {shards.tokens} tokens; allowed: at "
+            f"least the {length} of one window"
         )
     return ShardWindows(shards, length, stride=options.context)
 

@@ -1,7 +1,7 @@
 """`jaxmodel demo`: the main job from end to end, on a real model and real text.
 
-Load, score, make smaller in five ways, measure each; train a small GPT on eight simulated devices in a process of its own and
-make that smaller too; write it all down as a page.
+Load, score, make smaller in five ways, measure each; train a small GPT on eight simulated devices
+in a process of its own and make that smaller too; write it all down as a page.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from jaxmodel.progress import step
 from jaxmodel.report import html, plot, training as page
 from jaxmodel.report.table import number, rate, size
 
-_OTHER_WINDOWS = "made smaller, on other windows of the held-out text than the loss in training is of"
+_OTHER_WINDOWS = (
+    "made smaller, on other windows of the held-out text than the loss in training is of"
+)
 PROMPT = "The capital of France is"
 MESH = "fsdp=4,tensor=2"
 
@@ -35,10 +37,16 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
         bundle = hub.from_pretrained(options.model, dtype="float32")
         versions = compress.versions(bundle)
         windows, tokens = resolved.windows(
-            text, hub.need_processor(bundle), options.window, options="--data, --window", limit=options.windows
+            text,
+            hub.need_processor(bundle),
+            options.window,
+            options="--data, --window",
+            limit=options.windows,
         )
     recipes = {name: recipe.texts() for name, recipe in compress.NAMED.items()}
-    folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(text), recipes=recipes)
+    folder.resolve(
+        model=resolved.of_model(bundle.model), data=resolved.of_text(text), recipes=recipes
+    )
     rows = evaluate.compare(
         versions,
         windows,
@@ -51,11 +59,16 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
     result: dict[str, Any] = {
         "rows": rows,
         "text": {**resolved.of_text(text), "tokens": tokens},
-        "model": {"name": bundle.card.get("name", options.model), "decoded_from": bundle.card.get("decoded_from")},
+        "model": {
+            "name": bundle.card.get("name", options.model),
+            "decoded_from": bundle.card.get("decoded_from"),
+        },
         "processor": report.processor(folder.versions),
         "predictions": int(windows.shape[0] * (windows.shape[1] - 1)),
         "prompt": PROMPT,
-        "int8_loads_back_identical": next(row["loads_back"] for row in rows if row["name"] == "int8"),
+        "int8_loads_back_identical": next(
+            row["loads_back"] for row in rows if row["name"] == "int8"
+        ),
         "train": _train(options, folder) if options.train_steps else {},
     }
     result["seconds"] = time.perf_counter() - began
@@ -65,23 +78,52 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
 
 
 def _train(options: Demo, folder: report.Run) -> dict[str, Any]:
-    """Train in a process of its own (eight devices would slow this one down), then make the result smaller here."""
-    out, answer = folder.path("gpt/bundle"), folder.path("gpt/train.json")
-    command = [sys.executable, "-P", "-m", "jaxmodel", "train", "--out", out, "--json", answer, "--runs", folder.path("gpt")]
-    command += ["--devices", 8, "--mesh", MESH, "--steps", options.train_steps, "--seed", options.seed]
+    """Train in a process of its own (eight devices would slow this one down), then make the result
+    smaller here.
+    """
+    out = folder.path("gpt/bundle")
+    answer = folder.path("gpt/train.json")
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "jaxmodel",
+        "train",
+        "--out",
+        out,
+        "--json",
+        answer,
+        "--runs",
+        folder.path("gpt"),
+    ]
+    command += [
+        "--devices",
+        8,
+        "--mesh",
+        MESH,
+        "--steps",
+        options.train_steps,
+        "--seed",
+        options.seed,
+    ]
     print("train a small GPT on eight simulated devices, in a process of its own", file=sys.stderr)
     done = subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        raise InputError(f"train: the training process ended with code {done.returncode}; its messages stand above")
+        raise InputError(
+            f"train: the training process ended with code {done.returncode}; its messages stand "
+            f"above"
+        )
     result = json.loads(answer.read_text())
     bundle = hub.from_pretrained(out)
     ids = hub.need_processor(bundle).encode(data.load_text("english").text)
     windows = data.windows(ids, bundle.model.config.context, limit=32)
-    rows = evaluate.compare(compress.versions(bundle, ("f32", "int8", "int4")), windows, seed=options.seed)
+    rows = evaluate.compare(
+        compress.versions(bundle, ("f32", "int8", "int4")), windows, seed=options.seed
+    )
     return {**result, "out": "gpt/bundle", "compressed": {row["name"]: row for row in rows}}
 
 
-# --------------------------------------------------------------------------------------------------------- show
+# --------------------------------------------------------------------------------------------- show
 
 TRAIN_COLUMNS = (
     report.Column("name", "version"),
@@ -104,7 +146,8 @@ def show(result: dict[str, Any], console: Any) -> None:
     if train:
         console.print()
         console.print(
-            f"small GPT: {train['parameters']:,} parameters on {train['devices']} simulated devices "
+            f"small GPT: {train['parameters']:,} parameters on {train['devices']} simulated "
+            f"devices "
             f"({mesh_text(train['mesh'])}), held-out loss {number(train['heldout_loss'])}, "
             f"{rate(train['tokens_per_second'])} tokens/s",
             markup=False,
@@ -117,7 +160,12 @@ def show(result: dict[str, Any], console: Any) -> None:
 def _explained(result: dict[str, Any]) -> str:
     """What the f32 of the table is, and what its speeds are of."""
     kind = result["model"]["decoded_from"]
-    origin = f"f32 is decoded from {kind}, in which the file has the weights; int4 rounds a second time. " if kind else ""
+    origin = (
+        f"f32 is decoded from {kind}, in which the file has the weights; int4 rounds a second "
+        f"time. "
+        if kind
+        else ""
+    )
     return f"{origin}Speeds in tokens a second, on {result['processor']}."
 
 
@@ -128,45 +176,64 @@ def mesh_text(mesh: dict[str, int]) -> str:
 
 def _write_page(result: dict[str, Any], folder: report.Run, options: Demo) -> None:
     """report.html, whole in one file, and the plots as pictures."""
-    rows, train = result["rows"], result["train"]
+    rows = result["rows"]
+    train = result["train"]
     sizes = {row["name"]: (row["file_bytes"] / 1e6, row["perplexity"]) for row in rows}
     prefill = {row["name"]: {"prefill of 512": row["prefill_tps"]} for row in rows}
-    decode = {row["name"]: {"1 stream": row["decode_tps_1"], "8 streams": row["decode_tps_8"]} for row in rows}
+    decode = {
+        row["name"]: {"1 stream": row["decode_tps_1"], "8 streams": row["decode_tps_8"]}
+        for row in rows
+    }
     plots: dict[str, Any] = {
-        "size": lambda fmt: plot.scatter(sizes, "weights on disk, MB", "perplexity", "Size and quality", fmt, True, True),
-        "prefill": lambda fmt: plot.bars(prefill, "tokens per second", "Reading a prompt of 512 tokens", fmt),
-        "decode": lambda fmt: plot.bars(decode, "tokens per second", "Writing, 1 and 8 texts at once", fmt),
+        "size": lambda fmt: plot.scatter(
+            sizes, "weights on disk, MB", "perplexity", "Size and quality", fmt, True, True
+        ),
+        "prefill": lambda fmt: plot.bars(
+            prefill, "tokens per second", "Reading a prompt of 512 tokens", fmt
+        ),
+        "decode": lambda fmt: plot.bars(
+            decode, "tokens per second", "Writing, 1 and 8 texts at once", fmt
+        ),
     }
     if train:
         plots["loss"] = page.plots(train["history"])["loss"]
     for name, draw in plots.items():
         folder.save_bytes(f"plots/{name}.png", draw("png"))
     figures = {name: html.figure(draw("svg")) for name, draw in plots.items()}
-    figures["decode"] = html.figure(plots["decode"]("svg"), f"Both speeds on {result['processor']}.")
+    figures["decode"] = html.figure(
+        plots["decode"]("svg"), f"Both speeds on {result['processor']}."
+    )
     sections = [
         html.text(
-            f"Every version of {result['model']['name']} scored on {result['predictions']:,} predictions of "
+            f"Every version of {result['model']['name']} scored on {result['predictions']:,} "
+            f"predictions of "
             f"{result['text']['origin']}, and timed "
-            "in one process on one device. Change is the mean difference of the loss to f32 on the same tokens. "
-            + _explained(result)
+            "in one process on one device. Change is the mean difference of the loss to f32 on "
+            "the same tokens. " + _explained(result)
         ),
         html.table(rows, COLUMNS),
         figures["size"],
         figures["prefill"],
         figures["decode"],
         html.heading("The same greedy continuation"),
-        html.table(rows, [report.Column("name", "version"), report.Column("continuation", PROMPT + " ...")]),
+        html.table(
+            rows, [report.Column("name", "version"), report.Column("continuation", PROMPT + " ...")]
+        ),
     ]
     if train:
         sections += [
             html.heading("A small GPT, trained from scratch"),
             html.text(
-                f"{train['parameters']:,} parameters on {train['devices']} simulated devices, mesh {mesh_text(train['mesh'])}; "
-                f"held-out loss {train['heldout_loss']:.3f}, {rate(train['tokens_per_second'])} tokens/s on "
+                f"{train['parameters']:,} parameters on {train['devices']} simulated devices, "
+                f"mesh {mesh_text(train['mesh'])}; "
+                f"held-out loss {train['heldout_loss']:.3f}, {rate(train['tokens_per_second'])} "
+                f"tokens/s on "
                 f"{result['processor']}. Saved, loaded and made smaller by the same calls:"
             ),
             figures["loss"],
-            html.table([*train["compressed"].values()], TRAIN_COLUMNS, _OTHER_WINDOWS.capitalize() + "."),
+            html.table(
+                [*train["compressed"].values()], TRAIN_COLUMNS, _OTHER_WINDOWS.capitalize() + "."
+            ),
             html.code(train["sample"]),
         ]
     sections += [

@@ -1,4 +1,6 @@
-"""The run folder of a verb: a new one, or the one of a run that goes on; with several processes one for all."""
+"""The run folder of a verb: a new one, or the one of a run that goes on; with several processes one
+for all.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from jaxmodel.report.run import versions
 
 
 def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
-    """The folder. Of several processes the first has the run's own, the others `rank-<i>/` inside of it."""
+    """The folder.
+
+    Of several processes the first has the run's own, the others `rank-<i>/` inside of it.
+    """
     import jax
 
     config = {"verb": name, **dataclasses.asdict(options)}
@@ -36,12 +41,17 @@ def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
 
 @contextlib.contextmanager
 def dropped_on_failure(folder: report.Run, resumed: str | None) -> Iterator[report.Run]:
-    """The folder, which goes again when the work inside fails before it has left anything but what was asked for."""
+    """The folder, which goes again when the work inside fails before it has left anything but what
+    was asked for.
+    """
     try:
         yield folder
     except (InputError, OSError, KeyboardInterrupt):
         place = folder.folder
-        if resumed is None and {path.name for path in place.iterdir()} <= {"config.json", "versions.json"}:
+        if resumed is None and {path.name for path in place.iterdir()} <= {
+            "config.json",
+            "versions.json",
+        }:
             shutil.rmtree(place, ignore_errors=True)
             with contextlib.suppress(OSError):
                 place.parent.rmdir()  # of all runs, if this was the first

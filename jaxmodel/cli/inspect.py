@@ -14,16 +14,21 @@ from jaxmodel.files import read_bytes
 from jaxmodel.hub.published import WEIGHTS
 from jaxmodel.progress import progress
 
-# ------------------------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 
 
 def models(options: Models, folder: Any) -> list[dict[str, Any]]:
     """Every size with its parameters and what it needs."""
     from jaxmodel.models import sizes
 
-    known, rows = sizes(), []
+    known = sizes()
+    rows = []
     stored = json.loads(COUNTS.read_text(encoding="utf-8"))
-    counts = {name: stored[name]["parameters"] for name in known if stored.get(name, {}).get("config") == _digest(known[name])}
+    counts = {
+        name: stored[name]["parameters"]
+        for name in known
+        if stored.get(name, {}).get("config") == _digest(known[name])
+    }
     counts |= count_parameters({name: size for name, size in known.items() if name not in counts})
     for name in known:
         (family, _, size), count = name.partition("/"), counts[name]
@@ -37,8 +42,10 @@ def models(options: Models, folder: Any) -> list[dict[str, Any]]:
 MOST_BYTES = 2**28
 """Of a file that is predicted of."""
 COUNTS = Path(__file__).with_name("parameters.json")
-"""Parameters of the sizes, since tracing the initialisation of all takes ten seconds. A size that is not there, or whose config
-has changed, is counted on the spot; a test counts all, and `store_counts` writes the file anew."""
+"""Parameters of the sizes, since tracing the initialisation of all takes ten seconds. A size that
+is not there, or whose config has changed, is counted on the spot; a test counts all, and
+`store_counts` writes the file anew.
+"""
 
 
 def count_parameters(known: Mapping[str, tuple[Any, Any]]) -> dict[str, int]:
@@ -48,7 +55,10 @@ def count_parameters(known: Mapping[str, tuple[Any, Any]]) -> dict[str, int]:
     from jaxmodel import tree
 
     shown = progress(known.items(), "count parameters") if known else ()
-    return {name: tree.count(jax.eval_shape(of.model(config).init, jax.random.key(0))) for name, (of, config) in shown}
+    return {
+        name: tree.count(jax.eval_shape(of.model(config).init, jax.random.key(0)))
+        for name, (of, config) in shown
+    }
 
 
 def store_counts() -> None:
@@ -57,7 +67,10 @@ def store_counts() -> None:
 
     known = sizes()
     counts = count_parameters(known)
-    lines = (f'"{name}": {json.dumps({"parameters": counts[name], "config": _digest(known[name])})}' for name in known)
+    lines = (
+        f'"{name}": {json.dumps({"parameters": counts[name], "config": _digest(known[name])})}'
+        for name in known
+    )
     COUNTS.write_text("{\n " + ",\n ".join(lines) + "\n}\n", encoding="utf-8")
 
 
@@ -79,10 +92,13 @@ def show_models(result: list[dict[str, Any]], console: Any) -> None:
         report.Column("weights", "trained weights"),
     ]
     report.print_table([{**row, **row["needs"]} for row in result], columns, None, console)
-    console.print("Memory is that of the weights alone. `jaxmodel summary FAMILY/NAME` shows one.", markup=False)
+    console.print(
+        "Memory is that of the weights alone. `jaxmodel summary FAMILY/NAME` shows one.",
+        markup=False,
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------------------ summary
 
 
 def summary(options: Summary, folder: Any) -> dict[str, Any]:
@@ -93,8 +109,18 @@ def summary(options: Summary, folder: Any) -> dict[str, Any]:
     model, params, card = _named(options.name)
     rows = house.summary(model, params)
     total = {key: sum(row[key] for row in rows) for key in ("parameters", "bytes")}
-    said = {"name": options.name, "weights": params is not None, **resolved.of_model(model), "card": dict(card)}
-    return {**said, **total, "bits_per_weight": 8 * total["bytes"] / max(total["parameters"], 1), "leaves": rows}
+    said = {
+        "name": options.name,
+        "weights": params is not None,
+        **resolved.of_model(model),
+        "card": dict(card),
+    }
+    return {
+        **said,
+        **total,
+        "bits_per_weight": 8 * total["bytes"] / max(total["parameters"], 1),
+        "leaves": rows,
+    }
 
 
 def _named(name: str) -> tuple[Any, Any, Any]:
@@ -109,11 +135,17 @@ def _named(name: str) -> tuple[Any, Any, Any]:
 
     known = sizes()
     alike = [size for size in known if size.split("/", 1)[1] == name]
-    if name in KNOWN or Path(name).exists() or (name.count("/") == 1 and name.split("/")[0] not in families()):
+    if (
+        name in KNOWN
+        or Path(name).exists()
+        or (name.count("/") == 1 and name.split("/")[0] not in families())
+    ):
         bundle = hub.from_pretrained(name)
         return bundle.model, bundle.params, bundle.card
     if len(alike) > 1 and name not in known:
-        raise InputError(f"name: {name!r} is a size of several families; allowed: {', '.join(alike)}")
+        raise InputError(
+            f"name: {name!r} is a size of several families; allowed: {', '.join(alike)}"
+        )
     if name not in known and not alike:
         places = "; or give a bundle's folder, a .gguf file, or a hub id 'org/name'"
         within = [size for size in known if size.startswith(name.split("/")[0] + "/")]
@@ -128,15 +160,18 @@ def show_summary(result: dict[str, Any], console: Any) -> None:
     from jaxmodel.models.contents import columns
     from jaxmodel.report.table import size
 
-    title = f"{result['name']} ({result['family']})" + ("" if result["weights"] else ", without weights")
+    title = f"{result['name']} ({result['family']})" + (
+        "" if result["weights"] else ", without weights"
+    )
     report.print_table(result["leaves"], columns(), title, console)
     console.print(
-        f"{result['parameters']:,} parameters, {size(result['bytes'])}, {result['bits_per_weight']:.2f} bits a weight",
+        f"{result['parameters']:,} parameters, {size(result['bytes'])}, "
+        f"{result['bits_per_weight']:.2f} bits a weight",
         markup=False,
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- predict
+# ------------------------------------------------------------------------------------------ predict
 
 
 def predict(options: Predict, folder: Any) -> dict[str, Any]:
@@ -151,53 +186,84 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
 
     if not options.input:
         raise InputError("--input: no file given; allowed: one or more files of text or of images")
-    contents = [read_bytes(name, MOST_BYTES) for name in options.input]  # what cannot be read is known before the model is loaded
+    contents = [
+        read_bytes(name, MOST_BYTES) for name in options.input
+    ]  # what cannot be read is known before the model is loaded
     bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
     labels = bundle.labels
     if not labels:
         raise InputError(
-            f"model: {options.model!r} has no labels; allowed: a bundle of a classifier, whose config or card names its classes"
+            f"model: {options.model!r} has no labels; allowed: a bundle of a classifier, whose "
+            f"config or card names its classes"
         )
     folder.resolve(model=resolved.of_model(bundle.model))
     names = list(bundle.model.inputs(1, 1))
     if names not in (["tokens"], ["pixels"]):
-        raise InputError(f"model: {options.model!r} reads {', '.join(names)}; allowed: a model of text or of images")
+        raise InputError(
+            f"model: {options.model!r} reads {', '.join(names)}; allowed: a model of text or of "
+            f"images"
+        )
     read = _texts if names == ["tokens"] else _images
     inputs, cut = read(bundle, options.input, contents)
     kind = says(bundle.model.config)
     gives = predict_fn(bundle.model, "logits" if kind == "number" else "probabilities")
-    run, size, chunks = jax.jit(gives), min(options.batch, len(contents)), []
+    run = jax.jit(gives)
+    size = min(options.batch, len(contents))
+    chunks = []
     for start in progress(range(0, len(contents), size), "predict"):
         batch = {name: a[start : start + size] for name, a in inputs.items()}
-        short = size - len(contents[start : start + size])  # filled up, so that all batches are one program
-        batch = {name: np.concatenate([a, np.repeat(a[:1], short, axis=0)]) for name, a in batch.items()}
-        chunks.append(np.asarray(run(bundle.params, jax.tree.map(jnp.asarray, batch)))[: size - short])
+        short = size - len(
+            contents[start : start + size]
+        )  # filled up, so that all batches are one program
+        batch = {
+            name: np.concatenate([a, np.repeat(a[:1], short, axis=0)]) for name, a in batch.items()
+        }
+        chunks.append(
+            np.asarray(run(bundle.params, jax.tree.map(jnp.asarray, batch)))[: size - short]
+        )
     rows = []
-    for name, probabilities, truncated in zip(options.input, np.concatenate(chunks), cut, strict=True):
+    for name, probabilities, truncated in zip(
+        options.input, np.concatenate(chunks), cut, strict=True
+    ):
         order = np.argsort(-probabilities, kind="stable")[: options.top]
         best = [{"label": labels[i], "probability": float(probabilities[i])} for i in order]
         rows.append({"file": name, **best[0], "truncated": truncated, "top": best})
     reads = "text" if names == ["tokens"] else "images"
-    return {"model": options.model, "reads": reads, "classes": len(labels), "says": kind, "rows": rows}
+    return {
+        "model": options.model,
+        "reads": reads,
+        "classes": len(labels),
+        "says": kind,
+        "rows": rows,
+    }
 
 
-def _texts(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple[dict[str, Any], list[bool]]:
-    """Tokens and mask, padded on the right to the longest; and which texts were cut to the model's context."""
+def _texts(
+    bundle: Any, names: tuple[str, ...], contents: list[bytes]
+) -> tuple[dict[str, Any], list[bool]]:
+    """Tokens and mask, padded on the right to the longest; and which texts were cut to the model's
+    context.
+    """
     import numpy as np
 
     from jaxmodel import hub
 
-    tokenizer, texts = hub.need_processor(bundle), []
+    tokenizer = hub.need_processor(bundle)
+    texts = []
     for name, content in zip(names, contents, strict=True):
         try:
             texts.append(content.decode("utf-8").strip())
         except UnicodeDecodeError:
-            raise InputError(f"--input: {name!r} is no UTF-8 text; allowed: text, which is what this model reads") from None
+            raise InputError(
+                f"--input: {name!r} is no UTF-8 text; allowed: text, which is what this model reads"
+            ) from None
         if not texts[-1]:
             raise InputError(f"--input: {name!r} is empty; allowed: a file with text")
     limit = bundle.model.config.context
     rows = tokenizer.encode_batch(texts, True)
-    kept = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]  # the last is what ends a text
+    kept = [
+        ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows
+    ]  # the last is what ends a text
     tokens = np.zeros((len(kept), max(map(len, kept))), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, ids in enumerate(kept):
@@ -205,25 +271,39 @@ def _texts(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple[
     return {"tokens": tokens, "mask": mask}, [len(ids) > limit for ids in rows]
 
 
-def _images(bundle: Any, names: tuple[str, ...], contents: list[bytes]) -> tuple[dict[str, Any], list[bool]]:
-    """Pixels as the bundle's image processor makes them, of which a model of one channel gets grey ones; no image is cut."""
+def _images(
+    bundle: Any, names: tuple[str, ...], contents: list[bytes]
+) -> tuple[dict[str, Any], list[bool]]:
+    """Pixels as the bundle's image processor makes them, of which a model of one channel gets grey
+    ones; no image is cut.
+    """
     import io
 
     from jaxmodel.hub.decode import decode
 
-    processor, called = getattr(bundle.processor, "images", bundle.processor), bundle.card.get("name", "the bundle")
+    processor = getattr(bundle.processor, "images", bundle.processor)
+    called = bundle.card.get("name", "the bundle")
     if processor is None:
         size = bundle.model.inputs(1, 1)["pixels"].shape[1:3]
         raise InputError(
-            f"model: {called!r} has no image processor, which makes of an image what the model was trained on; save it with one: "
-            f"hub.Bundle(..., processor=hub.ImageProcessor(size={size}, mean=..., std=...)), or data.ImageFolder(...).processor"
+            f"model: {called!r} has no image processor, which makes of an image what the model "
+            f"was trained on; save it with one: "
+            f"hub.Bundle(..., processor=hub.ImageProcessor(size={size}, mean=..., std=...)), or "
+            f"data.ImageFolder(...).processor"
         )
     channels = len(processor.mean)
-    decoded = [decode(io.BytesIO(content), channels, f"--input: {name!r}") for name, content in zip(names, contents, strict=True)]
-    pixels, wanted = processor(decoded), bundle.model.inputs(1, 1)["pixels"].shape
+    decoded = [
+        decode(io.BytesIO(content), channels, f"--input: {name!r}")
+        for name, content in zip(names, contents, strict=True)
+    ]
+    pixels = processor(decoded)
+    wanted = bundle.model.inputs(1, 1)["pixels"].shape
     if pixels.shape[1:] != wanted[1:] and not getattr(bundle.model.config, "any_size", False):
         made, needed = (" x ".join(map(str, shape[1:])) for shape in (pixels.shape, wanted))
-        raise InputError(f"model: the image processor of {called!r} makes {made} pixels; the model reads {needed}")
+        raise InputError(
+            f"model: the image processor of {called!r} makes {made} pixels; the model reads "
+            f"{needed}"
+        )
     return {"pixels": pixels}, [False] * len(decoded)
 
 
@@ -233,13 +313,19 @@ def show_predict(result: dict[str, Any], console: Any) -> None:
     from jaxmodel.report.table import number, percent
 
     share = number if result["says"] == "number" else percent
-    others = lambda best: ", ".join(f"{one['label']} {share(one['probability'])}" for one in best[1:])
+    others = lambda best: ", ".join(
+        f"{one['label']} {share(one['probability'])}" for one in best[1:]
+    )
     columns = [
         report.Column("file"),
         report.Column("label"),
-        report.Column("probability", "number" if result["says"] == "number" else "probability", share),
+        report.Column(
+            "probability", "number" if result["says"] == "number" else "probability", share
+        ),
         report.Column("top", "else", others, "left"),
     ]
-    report.print_table(result["rows"], columns, f"{result['model']}, {result['classes']} classes", console)
+    report.print_table(
+        result["rows"], columns, f"{result['model']}, {result['classes']} classes", console
+    )
     if cut := [row["file"] for row in result["rows"] if row["truncated"]]:
         console.print(f"only the beginning was read of: {', '.join(cut)}", markup=False)

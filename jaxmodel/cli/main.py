@@ -1,4 +1,6 @@
-"""The entry point: read the options, run the verb, keep its results, turn errors of a person into one line."""
+"""The entry point: read the options, run the verb, keep its results, turn errors of a person into
+one line.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,16 @@ prints the version, `jaxmodel --tyro-print-completion bash` (or zsh) what comple
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one verb; exits with 0, with 2 on bad input or a state that could not be saved, with 1 where a rerun differs, with
-    130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output."""
+    """Run one verb; exits with 0, with 2 on bad input or a state that could not be saved, with 1
+    where a rerun differs, with 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the
+    output.
+    """
     if "JAX_PLATFORMS" not in os.environ and not any(
         map(glob.glob, ("/dev/accel*", "/dev/nvidia*", "/dev/vfio/*", "/dev/kfd", "/dev/dxg"))
     ):
-        os.environ["JAX_PLATFORMS"] = "cpu"  # no accelerator: an installed libtpu would print lines of noise
+        os.environ["JAX_PLATFORMS"] = (
+            "cpu"  # no accelerator: an installed libtpu would print lines of noise
+        )
     try:
         words = sys.argv[1:] if args is None else args
         if list(words[:1]) in (["--version"], ["-V"]):
@@ -47,19 +53,25 @@ def main(args: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"jaxmodel: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 2
-    except BrokenPipeError:  # who read standard output, such as `head`, has seen enough; what is kept is kept
+    except (
+        BrokenPipeError
+    ):  # who read standard output, such as `head`, has seen enough; what is kept is kept
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"jaxmodel: {str(error.filename)!r} cannot be used: {error.strerror}", file=sys.stderr)
+        print(
+            f"jaxmodel: {str(error.filename)!r} cannot be used: {error.strerror}", file=sys.stderr
+        )
         code = 2
     except KeyboardInterrupt as end:
         told = isinstance(end, _Terminated)
         print(f"jaxmodel: {'terminated' if told else 'interrupted'}", file=sys.stderr)
         code = 143 if told else 130
-    if (distributed := sys.modules.get("jaxmodel.distributed.startup")) is not None and distributed.by_mpi():
+    if (
+        distributed := sys.modules.get("jaxmodel.distributed.startup")
+    ) is not None and distributed.by_mpi():
         distributed.leave(code)
     raise SystemExit(code)
 
@@ -75,7 +87,10 @@ def _terminable() -> Iterator[None]:
     def end(*_: Any) -> None:
         raise _Terminated
 
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
         yield
         return
     signal.signal(signal.SIGTERM, end)
@@ -87,15 +102,20 @@ def _terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undropped() -> Iterator[None]:
-    """Give Ctrl-C and SIGTERM once more where Python drops what they raise, which it does in callbacks of the collector of
-    garbage (JAX has one) and in `__del__`; the work would go on as if nothing had been said."""
-    before, waiting = sys.unraisablehook, []
+    """Give Ctrl-C and SIGTERM once more where Python drops what they raise, which it does in
+    callbacks of the collector of garbage (JAX has one) and in `__del__`; the work would go on as if
+    nothing had been said.
+    """
+    before = sys.unraisablehook
+    waiting = []
 
     def hook(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             return before(dropped)
         number = signal.SIGTERM if issubclass(dropped.exc_type, _Terminated) else signal.SIGINT
-        waiting.append(threading.Timer(0.1, os.kill, (os.getpid(), number)))  # behind the callback, which is short
+        waiting.append(
+            threading.Timer(0.1, os.kill, (os.getpid(), number))
+        )  # behind the callback, which is short
         waiting[-1].daemon = True
         waiting[-1].start()
 
@@ -121,10 +141,15 @@ def read(args: Sequence[str]) -> Common:
     for kind in kinds[1:]:
         union = union | kind
     said = io.StringIO()
-    shown = io.TextIOWrapper(io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8", write_through=True)
+    shown = io.TextIOWrapper(
+        io.BytesIO(), encoding=getattr(sys.stdout, "encoding", None) or "utf-8", write_through=True
+    )
     helps = "--help" in words or "-h" in words
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown) if helps else contextlib.nullcontext():
+        with (
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(shown) if helps else contextlib.nullcontext(),
+        ):
             return tyro.cli(union, prog="jaxmodel", description=ABOUT, args=words)  # pyright: ignore
     except SystemExit as end:
         if end.code != 2:
@@ -132,7 +157,9 @@ def read(args: Sequence[str]) -> Common:
                 shown.seek(0)
                 sys.stdout.write(grouped(shown.read()))
             raise
-    raise InputError(re.sub(r"^Error parsing \w+: ", "", _one_line(said.getvalue())))  # which options refused themselves
+    raise InputError(
+        re.sub(r"^Error parsing \w+: ", "", _one_line(said.getvalue()))
+    )  # which options refused themselves
 
 
 def run(options: Common) -> tuple[Any, int]:
@@ -151,7 +178,11 @@ def run(options: Common) -> tuple[Any, int]:
 def _do(options: Common, work: Common, name: str, resumed: str | None = None) -> tuple[Any, int]:
     from jaxmodel.cli import folders, rerun, verbs
 
-    verb = verbs.find(name) if name != "rerun" else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
+    verb = (
+        verbs.find(name)
+        if name != "rerun"
+        else verbs.Verb(_rerun, rerun.show, _prepare_rerun, rerun.code)
+    )
     verb.prepare(work)
     with clean_stdout(options.json):
         if verb.keeps:
@@ -159,9 +190,12 @@ def _do(options: Common, work: Common, name: str, resumed: str | None = None) ->
                 result = verb.run(work, folder)
             folder.save_json("report.json", result)
         else:
-            folder, result = None, verb.run(work, None)
+            folder = None
+            result = verb.run(work, None)
     try:
-        emit(result, options.json)  # before anything is shown, which may be to a pipe that nobody reads to its end
+        emit(
+            result, options.json
+        )  # before anything is shown, which may be to a pipe that nobody reads to its end
     finally:
         with clean_stdout(options.json):
             verb.show(result, console_for(options.json))

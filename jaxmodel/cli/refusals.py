@@ -1,4 +1,6 @@
-"""What `jaxmodel train` refuses by its options alone, before a text, a model or a device is looked at."""
+"""What `jaxmodel train` refuses by its options alone, before a text, a model or a device is looked
+at.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _OF_NEW = ("vocab", "width", "depth", "heads")
 
 
 def check(options: Train) -> None:
-    """Refuse options that no run could be made of, those that do nothing without another, and packages that are not there.
+    """Refuse options that no run could be made of, those that do nothing without another, and
+    packages that are not there.
 
     Raises:
       InputError: says which option it is.
@@ -28,37 +31,67 @@ def check(options: Train) -> None:
 
     default = {field.name: field.default for field in dataclasses.fields(Train)}
     given = {name for name, value in default.items() if getattr(options, name) != value}
-    if options.model is not None and (own := next((name for name in _OF_NEW if name in given), None)):
-        raise InputError(f"--{own}: {getattr(options, own)} given with --model, which has its own; allowed: without it")
+    if options.model is not None and (
+        own := next((name for name in _OF_NEW if name in given), None)
+    ):
+        raise InputError(
+            f"--{own}: {getattr(options, own)} given with --model, which has its own; allowed: "
+            f"without it"
+        )
     if options.model is None and options.width % options.heads:
         near = [n for n in range(1, options.width + 1) if options.width % n == 0]
         near = sorted(sorted(near, key=lambda n: abs(n - options.heads))[:4])
         raise InputError(
-            f"--heads: {options.heads} given; allowed: a divisor of the width {options.width}: {', '.join(map(str, near))}"
+            f"--heads: {options.heads} given; allowed: a divisor of the width {options.width}: "
+            f"{', '.join(map(str, near))}"
         )
-    for name, needed in (("elastic", "processes"), ("devices_per_process", "processes"), ("regrow", "elastic")):
+    for name, needed in (
+        ("elastic", "processes"),
+        ("devices_per_process", "processes"),
+        ("regrow", "elastic"),
+    ):
         if name in given and needed not in given:
-            raise InputError(f"--{name.replace('_', '-')}: given without --{needed}, so it does nothing")
+            raise InputError(
+                f"--{name.replace('_', '-')}: given without --{needed}, so it does nothing"
+            )
     if options.batch % options.accumulate:
-        raise InputError(f"--accumulate: {options.accumulate} micro-batches do not divide a batch of {options.batch} rows")
+        raise InputError(
+            f"--accumulate: {options.accumulate} micro-batches do not divide a batch of "
+            f"{options.batch} rows"
+        )
     if options.processes > 1 and options.batch % (options.processes * options.devices_per_process):
         raise InputError(
-            f"batch: its rows do not divide over {options.processes} processes of {options.devices_per_process} devices"
+            f"batch: its rows do not divide over {options.processes} processes of "
+            f"{options.devices_per_process} devices"
         )
     if options.weights:
         if len(options.weights) != len(options.data):
             said = f"{len(options.weights)} given for {len(options.data)} texts of --data"
             raise InputError(f"--weights: {said}; allowed: one for each")
         if not all(0 < weight < math.inf for weight in options.weights):
-            raise InputError(f"--weights: {' '.join(map(str, options.weights))} given; allowed: finite numbers above 0")
+            raise InputError(
+                f"--weights: {' '.join(map(str, options.weights))} given; allowed: finite numbers "
+                f"above 0"
+            )
     if options.mesh is not None:
         for axis in re.findall(r"(\w+)\s*=", options.mesh):
             if axis not in (known := (*sharding.BATCH_AXES, *sharding.ACTIVATION_AXES, "tensor")):
                 raise unknown("--mesh", axis, set(known))
     cut = options.mesh or ("data" if options.processes > 1 else "")
-    for name, usual, axis in (("exchange", "exact", "data"), ("microbatches", 0, "pipeline"), ("pipeline", "gpipe", "pipeline")):
-        if getattr(options, name) != usual and axis not in cut and "JAX_NUM_PROCESSES" not in os.environ:
-            raise InputError(f"--{name}: {getattr(options, name)} given without an axis {axis} in --mesh, so it does nothing")
+    for name, usual, axis in (
+        ("exchange", "exact", "data"),
+        ("microbatches", 0, "pipeline"),
+        ("pipeline", "gpipe", "pipeline"),
+    ):
+        if (
+            getattr(options, name) != usual
+            and axis not in cut
+            and "JAX_NUM_PROCESSES" not in os.environ
+        ):
+            raise InputError(
+                f"--{name}: {getattr(options, name)} given without an axis {axis} in --mesh, so "
+                f"it does nothing"
+            )
     if options.sample is not None and not options.sample:
         raise InputError("--sample: '' given; allowed: at least one token")
     lora(options)
@@ -75,11 +108,15 @@ def check(options: Train) -> None:
         data.files.check_protocol(options.checkpoints, "checkpoints", ("gs", "s3"))
     elif options.checkpoints is not None:
         if Path(options.checkpoints).is_file():
-            raise InputError(f"--checkpoints: {options.checkpoints!r} is a file; a folder is needed")
+            raise InputError(
+                f"--checkpoints: {options.checkpoints!r} is a file; a folder is needed"
+            )
         try:
             check_writable(options.checkpoints)
         except OSError as error:
-            raise InputError(f"--checkpoints: {options.checkpoints!r} cannot be used ({error.strerror})") from None
+            raise InputError(
+                f"--checkpoints: {options.checkpoints!r} cannot be used ({error.strerror})"
+            ) from None
 
 
 def config(options: Train) -> Any:
@@ -91,7 +128,9 @@ def config(options: Train) -> Any:
     from jaxmodel import train
     from jaxmodel.cli import corpus
 
-    values: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)}
+    values: dict[str, Any] = {
+        field.name: getattr(options, field.name) for field in dataclasses.fields(train.TrainOptions)
+    }
     values["eval_every"] = options.eval_every or max(1, options.steps // 4)
     values["eval_rows"] = options.eval_batches * corpus.HELDOUT_ROWS
     made = train.TrainConfig(**values)
@@ -110,7 +149,13 @@ def lora(options: Train) -> Any:
     if not options.model:
         raise InputError("--lora: given without --model, the one whose weights stay as they are")
     yes = {"true": True, "false": False}
-    known = {"r": int, "alpha": float, "dropout": float, "rslora": lambda text: yes[text], "targets": str}
+    known = {
+        "r": int,
+        "alpha": float,
+        "dropout": float,
+        "rslora": lambda text: yes[text],
+        "targets": str,
+    }
     found: dict[str, Any] = {}
     for part in options.lora.split(","):
         name, _, text = part.strip().partition("=")
@@ -119,10 +164,15 @@ def lora(options: Train) -> Any:
         try:
             found[name] = known[name](text)
         except (ValueError, KeyError):
-            raise InputError(f"--lora: {part.strip()!r} given; allowed: such as r=8,alpha=16,dropout=0.05,targets=q|v") from None
+            raise InputError(
+                f"--lora: {part.strip()!r} given; allowed: such as "
+                f"r=8,alpha=16,dropout=0.05,targets=q|v"
+            ) from None
     targets = found.pop("targets", _TARGETS)
     if not re.fullmatch(r"\w+(\|\w+)*", targets):
-        raise InputError(f"--lora: targets={targets!r} given; allowed: names of matrices, such as q|v")
+        raise InputError(
+            f"--lora: targets={targets!r} given; allowed: names of matrices, such as q|v"
+        )
     from jaxmodel import adapt
 
     one = adapt.LoRA(found.pop("r", 8), **found)
@@ -138,7 +188,9 @@ def targets(options: Train, params: Any) -> None:
     from jaxmodel import tree
 
     asked = re.search(r"targets=([\w|]+)", options.lora or "")
-    found = (re.fullmatch(r"(?:.*/)?blocks/.*/(?:attn|mlp)/(\w+)", path) for path in tree.flatten(params))
+    found = (
+        re.fullmatch(r"(?:.*/)?blocks/.*/(?:attn|mlp)/(\w+)", path) for path in tree.flatten(params)
+    )
     there = {one[1] for one in found if one}
     for name in asked[1].split("|") if asked else ():
         if name not in there:

@@ -25,7 +25,9 @@ CLOCK = (
     "out",
     "history",
 )
-"""Keys whose values depend on the clock or on the folder; rows of a history are compared by their losses."""
+"""Keys whose values depend on the clock or on the folder; rows of a history are compared by their
+losses.
+"""
 
 
 def name_of(options: Common) -> str:
@@ -41,7 +43,8 @@ def options_of(folder: str, ended: bool = True) -> Common:
       ended: whether it must have come to its end.
 
     Raises:
-      InputError: that is no run folder, its run did not end or was stopped, or its verb or options are not those of this version.
+      InputError: that is no run folder, its run did not end or was stopped, or its verb or options
+        are not those of this version.
     """
     before = report.read_run(folder)
     config: dict[str, Any] = dict(before.config)
@@ -55,7 +58,9 @@ def options_of(folder: str, ended: bool = True) -> Common:
         raise InputError(f"folder: {folder!r} has no report.json; the run did not end")
     found = _report(before) if ended else None
     if isinstance(found, dict) and found.get("stopped"):
-        raise InputError(f"folder: {folder!r} was stopped at step {found.get('steps')}; resume it first")
+        raise InputError(
+            f"folder: {folder!r} was stopped at step {found.get('steps')}; resume it first"
+        )
     options = schema.make(config, VERBS[verb], f"{folder}/config.json")
     try:
         check(options)
@@ -77,13 +82,16 @@ def trained_by(folder: str) -> Train:
 
 
 CHANGES = {"steps": ("steps", "eval_every"), "batch": ("batch_size",)}
-"""Options of `resume` -> what differs in the identity of the run; of the others, the field of the same name."""
+"""Options of `resume` -> what differs in the identity of the run; of the others, the field of the
+same name.
+"""
 
 
 @contextlib.contextmanager
 def resumed(options: Resume) -> Iterator[Train]:
-    """The options of a run that goes on. Those that are given anew are written into its folder, where its other processes find
-    them, with what may differ by them; if it cannot go on so, they are taken out again.
+    """The options of a run that goes on. Those that are given anew are written into its folder,
+    where its other processes find them, with what may differ by them; if it cannot go on so, they
+    are taken out again.
 
     Raises:
       InputError: as `trained_by`, or a value out of range.
@@ -91,14 +99,21 @@ def resumed(options: Resume) -> Iterator[Train]:
     before = trained_by(options.folder)
     names = [field.name for field in dataclasses.fields(options) if hasattr(before, field.name)]
     known = [field.name for field in dataclasses.fields(Common)]
-    given = {name: getattr(options, name) for name in names if name not in known and getattr(options, name) is not None}
+    given = {
+        name: getattr(options, name)
+        for name in names
+        if name not in known and getattr(options, name) is not None
+    }
     if not given:
         yield before
         return
     work = dataclasses.replace(before, **given)
     check(work)
     run = report.read_run(options.folder)
-    changed = {*run.config.get("changed", ()), *(one for name in given for one in CHANGES.get(name, (name,)))}
+    changed = {
+        *run.config.get("changed", ()),
+        *(one for name in given for one in CHANGES.get(name, (name,))),
+    }
     run.save_json("config.json", {**run.config, **given, "changed": sorted(changed)})
     try:
         yield work
@@ -123,7 +138,11 @@ def compare(folder: str, result: dict[str, Any], room: report.Run) -> dict[str, 
     old = dict(leaves(_report(before)))
     new = dict(leaves(to_plain(result)))
     paths = [path for path in {**old, **new} if not _same(old.get(path), new.get(path))]
-    changed = {k: [v, room.versions.get(k)] for k, v in before.versions.items() if v != room.versions.get(k)}
+    changed = {
+        k: [v, room.versions.get(k)]
+        for k, v in before.versions.items()
+        if v != room.versions.get(k)
+    }
     return {
         "verb": before.config["verb"],
         "folder": folder,
@@ -150,7 +169,10 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def show(result: dict[str, Any], console: Any) -> None:
     """How many values are the same, and those that are not."""
-    console.print(f"{result['verb']}: {result['compared'] - len(result['differ'])} of {result['compared']} values are the same")
+    console.print(
+        f"{result['verb']}: {result['compared'] - len(result['differ'])} of {result['compared']} "
+        f"values are the same"
+    )
     for path, (was, now) in sorted(result["differ"].items())[:20]:
         console.print(f"  {path}: {was} then, {now} now", markup=False)
     for name, (was, now) in result["versions_changed"].items() if result["differ"] else ():
@@ -167,4 +189,6 @@ def _report(run: report.Run) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+    return a == b or (
+        isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    )

@@ -1,4 +1,6 @@
-"""What options come to: whole configs and digests for a run's config.json, and the windows of a text."""
+"""What options come to: whole configs and digests for a run's config.json, and the windows of a
+text.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from jaxmodel.errors import InputError
 
 def of_model(model: models.Model) -> dict[str, Any]:
     """Family, config and policy."""
-    config, policy = dataclasses.asdict(model.config), dataclasses.asdict(model.policy)
+    config = dataclasses.asdict(model.config)
+    policy = dataclasses.asdict(model.policy)
     return {"family": model.family, "config": config, "policy": policy}
 
 
@@ -22,11 +25,18 @@ def of_text(text: Text) -> dict[str, Any]:
 
 
 def windows(
-    text: Text, tokenizer: hub.Tokenizer, length: int, *, options: str, stride: int | None = None, limit: int | None = None
+    text: Text,
+    tokenizer: hub.Tokenizer,
+    length: int,
+    *,
+    options: str,
+    stride: int | None = None,
+    limit: int | None = None,
 ) -> tuple[Any, int]:
     """`data.windows` of a text tokenised whole, and how many tokens it has.
 
-    Each window begins with what the tokenizer puts in front of a text, as what `generate` reads does.
+    Each window begins with what the tokenizer puts in front of a text, as what `generate` reads
+    does.
 
     Args:
       options: those that give the text and the length, for the error: `--data, --window`.
@@ -36,5 +46,8 @@ def windows(
     """
     ids = tokenizer.encode(text.text)
     if len(ids) < length - len(tokenizer.begins):
-        raise InputError(f"{options}: {text.name!r} has {len(ids)} tokens; allowed: at least the {length} of one window")
+        raise InputError(
+            f"{options}: {text.name!r} has {len(ids)} tokens; allowed: at least the {length} of "
+            f"one window"
+        )
     return data.windows(ids, length, stride=stride, limit=limit, begin=tokenizer.begins), len(ids)

@@ -1,4 +1,6 @@
-"""`jaxmodel train`, `resume` and `replay`: a run is a pure function of its config, so a folder is all that these need."""
+"""`jaxmodel train`, `resume` and `replay`: a run is a pure function of its config, so a folder is
+all that these need.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,17 @@ CHECKPOINTS = "checkpoints"
 
 
 def prepare(options: Train) -> None:
-    """Before JAX starts its devices: what the options alone tell, then simulated devices, or the other processes of the run."""
+    """Before JAX starts its devices: what the options alone tell, then simulated devices, or the
+    other processes of the run.
+    """
     from jaxmodel import sharding
     from jaxmodel.cli import refusals
     from jaxmodel.distributed import startup
 
     refusals.check(options)
-    if _launches(options):  # this process only starts the others, and rehearses as if their devices were its own
+    if _launches(
+        options
+    ):  # this process only starts the others, and rehearses as if their devices were its own
         return sharding.simulate_devices(options.processes * options.devices_per_process)
     if options.devices != 1:
         sharding.simulate_devices(options.devices)
@@ -41,13 +47,17 @@ def prepare_replay(options: Replay) -> None:
     from jaxmodel.cli import rerun
 
     again = rerun.trained_by(options.folder)
-    each = again.devices_per_process if again.processes > 1 and again.devices == 1 else again.devices
+    each = (
+        again.devices_per_process if again.processes > 1 and again.devices == 1 else again.devices
+    )
     if again.processes * each > 1:
         sharding.simulate_devices(again.processes * each)
 
 
 def run(options: Train, folder: Any) -> dict[str, Any]:
-    """Train in a run folder, from its last checkpoint on where there is one; with several processes, in those."""
+    """Train in a run folder, from its last checkpoint on where there is one; with several
+    processes, in those.
+    """
     if _launches(options):
         return _launched(options, folder)
     import jax
@@ -72,7 +82,9 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         if writer is not None:
             writer.rewind(start)
         ledger = distributed.Ledger(folder.path("ledger.jsonl"), began=distributed.process_began())
-        supervisor = distributed.Supervisor(ledger, watchdog, stop, folder.path("profile") if options.profile else None)
+        supervisor = distributed.Supervisor(
+            ledger, watchdog, stop, folder.path("profile") if options.profile else None
+        )
         state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
         supervisor.close()
         problem = _unsaved(checkpoints)
@@ -93,18 +105,24 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         "problem": problem,
     }
     rows = writer.rows() if writer is not None else history
-    steady = [row for row in rows if "tokens_per_second" in row][1:] or rows  # the first row holds the compilation
+    steady = [row for row in rows if "tokens_per_second" in row][
+        1:
+    ] or rows  # the first row holds the compilation
     judged = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
     result |= {
         "loss": rows[-1]["loss"] if rows else None,
         "heldout_loss": judged[-1] if judged else None,
-        "tokens_per_second": sum(row["tokens_per_second"] for row in steady) / len(steady) if steady else None,
+        "tokens_per_second": sum(row["tokens_per_second"] for row in steady) / len(steady)
+        if steady
+        else None,
         "history": rows,
     }
     params = train.gather(train.averaged(state))
     if first and not result["stopped"]:
         out = options.out or str(folder.path("bundle"))
-        texts = ", ".join(os.path.basename(text) if os.path.isabs(text) else text for text in options.data)
+        texts = ", ".join(
+            os.path.basename(text) if os.path.isabs(text) else text for text in options.data
+        )
         card = {**job.card, "trained_on": texts, "steps": done, "seed": options.seed}
         bundle = hub.Bundle(job.single, params, job.corpus.tokenizer, card)
         with step("save"):
@@ -127,7 +145,11 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Any) -> None:
     """What came out, in two lines."""
     if result["stopped"]:
-        how, there = ("stopped", "the last good checkpoint") if result["problem"] else ("stopped and saved", "there")
+        how, there = (
+            ("stopped", "the last good checkpoint")
+            if result["problem"]
+            else ("stopped and saved", "there")
+        )
         console.print(f"{how} at step {result['steps']}; jaxmodel resume goes on from {there}")
         return
     if result["out"] is None:
@@ -141,7 +163,8 @@ def show(result: dict[str, Any], console: Any) -> None:
         done = f"loss {_shown(result['loss'])}{heldout}, {speed}, {goodput}"
     mesh = "".join(f", {axis}={length}" for axis, length in result["mesh"].items())
     console.print(
-        f"{result['parameters']:,} parameters on {result['devices']} device{'s' * (result['devices'] > 1)}{mesh}: {done}, "
+        f"{result['parameters']:,} parameters on {result['devices']} "
+        f"device{'s' * (result['devices'] > 1)}{mesh}: {done}, "
         f"saved in {result['out']}",
         markup=False,
     )
@@ -157,7 +180,9 @@ def code(result: dict[str, Any]) -> int:
 
 
 def replay(options: Replay, folder: Any) -> dict[str, Any]:
-    """Compute one step of a run again, from the last checkpoint before it, and compare with what the run wrote down."""
+    """Compute one step of a run again, from the last checkpoint before it, and compare with what
+    the run wrote down.
+    """
     from jaxmodel import checkpoint, distributed, report
     from jaxmodel.cli import rerun
 
@@ -165,7 +190,9 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
     if options.step > again.steps:
         raise InputError(f"--step: {options.step} given; allowed: 1 to {again.steps}")
     before = report.read_run(options.folder)
-    again = dataclasses.replace(again, log_every=1, eval_every=again.eval_every or max(1, again.steps // 4))
+    again = dataclasses.replace(
+        again, log_every=1, eval_every=again.eval_every or max(1, again.steps // 4)
+    )
     if again.processes > 1:  # here they are devices of one
         again = dataclasses.replace(again, mesh=again.mesh or "data=*")
     job = _Job(again, folder)
@@ -177,8 +204,14 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
             raise InputError(f"--step: {options.step} given; the run stopped early at step {end}")
         row = to_plain(history[-1])
         written = {r["step"]: r for r in _rows(before.folder)}.get(options.step)
-        _same_batch(row, written or {}, [n for n in checkpoints.steps() if options.step <= n < again.steps])
-    same = None if written is None else all(written.get(name) == row[name] for name in ("loss", "grad_norm"))
+        _same_batch(
+            row, written or {}, [n for n in checkpoints.steps() if options.step <= n < again.steps]
+        )
+    same = (
+        None
+        if written is None
+        else all(written.get(name) == row[name] for name in ("loss", "grad_norm"))
+    )
     return {
         "folder": options.folder,
         "step": options.step,
@@ -186,7 +219,9 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
         "data_step": int(state.data_step) - 1,
         "loss": row["loss"],
         "grad_norm": row["grad_norm"],
-        "written": None if written is None else {name: written.get(name) for name in ("loss", "grad_norm")},
+        "written": None
+        if written is None
+        else {name: written.get(name) for name in ("loss", "grad_norm")},
         "same": same,
         "fingerprint": checkpoint.fingerprint(state),
     }
@@ -195,22 +230,35 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
 def show_replay(result: dict[str, Any], console: Any) -> None:
     """The step beside what was written down."""
     console.print(
-        f"step {result['step']} (batch {result['data_step']}), computed again from step {result['from']}: "
+        f"step {result['step']} (batch {result['data_step']}), computed again from step "
+        f"{result['from']}: "
         f"loss {result['loss']!r}, gradient norm {result['grad_norm']!r}"
     )
     if result["written"] is None:
         console.print("the run wrote no row for this step")
     else:
-        console.print("the same bits as the run wrote" if result["same"] else f"the run wrote {result['written']}")
+        console.print(
+            "the same bits as the run wrote"
+            if result["same"]
+            else f"the run wrote {result['written']}"
+        )
 
 
 def _same_batch(row: dict[str, Any], written: dict[str, Any], later: list[int]) -> None:
-    """Refuse a step that the run made of another batch, because it went back to before it; `later` are checkpoints behind."""
-    step, batch = row["step"], row["data_step"]
+    """Refuse a step that the run made of another batch, because it went back to before it; `later`
+    are checkpoints behind.
+    """
+    step = row["step"]
+    batch = row["data_step"]
     if (then := written.get("data_step", batch)) != batch:
-        allowed = f"steps behind the checkpoint of step {later[0]}" if later else "none, as no later checkpoint was kept"
+        allowed = (
+            f"steps behind the checkpoint of step {later[0]}"
+            if later
+            else "none, as no later checkpoint was kept"
+        )
         raise InputError(
-            f"--step: {step} given; the run went back there and made it of batch {then}, but a replay from the checkpoint before "
+            f"--step: {step} given; the run went back there and made it of batch {then}, but a "
+            f"replay from the checkpoint before "
             f"comes to batch {batch}; allowed: {allowed}"
         )
 
@@ -231,21 +279,34 @@ class _Job:
         if jax.process_index() == 0:
             kept = "config.json" if self.lora is None else "adapter_config.json"
             check_target(options.out or folder.path("bundle"), kept)
-        self.folder, self.place = folder, options.checkpoints
-        self.mesh, self.augment, self.settings = _mesh(options), _augment(options), refusals.config(options)
-        begun, model, self.params, kind = None, _new(options, options.vocab), None, corpus.kind(options)
+        self.folder = folder
+        self.place = options.checkpoints
+        self.mesh = _mesh(options)
+        self.augment = _augment(options)
+        self.settings = refusals.config(options)
+        begun = None
+        model = _new(options, options.vocab)
+        self.params = None
+        kind = corpus.kind(options)
         key = jax.random.key(options.seed)
         if options.model is None:
             if kind == "answers":
-                raise InputError("--data: chats, or prompts with completions, given for a new model; allowed: with --model")
+                raise InputError(
+                    "--data: chats, or prompts with completions, given for a new model; allowed: "
+                    "with --model"
+                )
             kind = None
             _rehearse(options, model, None)
         else:
             check_rows(options.batch, self.mesh)
             begun = _begun(options, kind)
-            kind = None if kind == "label" and begun.model.continues else kind  # a decoder learns the texts
-            model, self.params = begun.model.with_policy(_policy(options)), begun.params
-            self.card, self.base = {**begun.card}, {"model": options.model, "weights": tree.fingerprint(begun.params)}
+            kind = (
+                None if kind == "label" and begun.model.continues else kind
+            )  # a decoder learns the texts
+            model = begun.model.with_policy(_policy(options))
+            self.params = begun.params
+            self.card = {**begun.card}
+            self.base = {"model": options.model, "weights": tree.fingerprint(begun.params)}
             if self.lora is not None:
                 model, self.params = adapt.lora(model, begun.params, self.lora, key)
                 self.settings = dataclasses.replace(self.settings, trainable=adapt.ADAPTERS)
@@ -253,7 +314,11 @@ class _Job:
                     _say_without(self.params)
             if kind != "label":
                 _rehearse(options, model, self.params, self.settings.trainable)
-        read: Any = {None: corpus.load, "answers": corpus.load_answers, "label": corpus.load_labelled}[kind]
+        read: Any = {
+            None: corpus.load,
+            "answers": corpus.load_answers,
+            "label": corpus.load_labelled,
+        }[kind]
         self.corpus = read(options, None if begun is None else hub.need_processor(begun))
         self.labels = self.corpus.labels
         if self.labels is not None and begun is not None:
@@ -263,12 +328,15 @@ class _Job:
         prompt = self.corpus.tokenizer.encode(self.prompt)
         if self.labels is None and not 1 <= len(prompt) < options.context:
             raise InputError(
-                f"--sample: {self.prompt!r} given; allowed: at least one token and fewer than the context of {options.context}"
+                f"--sample: {self.prompt!r} given; allowed: at least one token and fewer than the "
+                f"context of {options.context}"
             )
         if begun is None:
             model = _new(options, self.corpus.tokenizer.vocab_size)
-            self.card, self.base = {"name": "gpt2-small-from-scratch"}, None
-        self.single, self.model = model, model.with_policy(dataclasses.replace(_policy(options), axes=MESH_AXES))
+            self.card = {"name": "gpt2-small-from-scratch"}
+            self.base = None
+        self.single = model
+        self.model = model.with_policy(dataclasses.replace(_policy(options), axes=MESH_AXES))
         folder.resolve(
             train=self.settings,
             model=resolved.of_model(self.model),
@@ -295,7 +363,9 @@ class _Job:
         place = Path(self.folder.folder)
         return place if jax.process_index() == 0 else place.parent
 
-    def fit(self, callbacks: list[Any], checkpoints: Any, supervisor: Any) -> tuple[Any, list[dict[str, Any]]]:
+    def fit(
+        self, callbacks: list[Any], checkpoints: Any, supervisor: Any
+    ) -> tuple[Any, list[dict[str, Any]]]:
         """Train."""
         from jaxmodel import losses, train
 
@@ -332,14 +402,19 @@ def _augment(options: Train) -> Any:
 def _policy(options: Train) -> Any:
     from jaxmodel.ops import Policy
 
-    more: dict[str, Any] = {name: getattr(options, name) for name in ("remat", "microbatches", "unroll")}
+    more: dict[str, Any] = {
+        name: getattr(options, name) for name in ("remat", "microbatches", "unroll")
+    }
     return Policy(options.dtype, options.stream, **more)
 
 
 def _new(options: Train, vocab: int) -> Any:
     from jaxmodel.models import gpt2
 
-    return gpt2.model(gpt2.Config(vocab, options.width, options.depth, options.heads, options.context), _policy(options))
+    return gpt2.model(
+        gpt2.Config(vocab, options.width, options.depth, options.heads, options.context),
+        _policy(options),
+    )
 
 
 def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) -> None:
@@ -356,22 +431,26 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
     shape = (options.batch, options.context)
     batch = {name: jax.ShapeDtypeStruct(shape, np.asarray(a).dtype) for name, a in one.items()}
     model = model.with_policy(dataclasses.replace(model.policy, axes=MESH_AXES))
-    config, augment, vocab = (
-        dataclasses.replace(refusals.config(options), trainable=trainable),
-        _augment(options),
-        model.config.vocab,
-    )
-    if odd := [link for link in getattr(augment, "links", ()) if getattr(link, "token", 0) >= vocab]:
-        raise InputError(f"--augment: {odd[0]} given; allowed: tokens of the vocabulary, 0 to {vocab - 1}")
-    train.Program(model, config, loss=losses.next_token, mesh=_mesh(options), augment=augment).rehearse(batch, params)
+    config = dataclasses.replace(refusals.config(options), trainable=trainable)
+    augment = _augment(options)
+    vocab = model.config.vocab
+    if odd := [
+        link for link in getattr(augment, "links", ()) if getattr(link, "token", 0) >= vocab
+    ]:
+        raise InputError(
+            f"--augment: {odd[0]} given; allowed: tokens of the vocabulary, 0 to {vocab - 1}"
+        )
+    train.Program(
+        model, config, loss=losses.next_token, mesh=_mesh(options), augment=augment
+    ).rehearse(batch, params)
 
 
 def _begun(options: Train, kind: str | None) -> Any:
     """The bundle whose weights the training begins with.
 
     Raises:
-      InputError: a model that does not continue texts, or, of rows with labels, reads none; or whose context is shorter than the
-        rows.
+      InputError: a model that does not continue texts, or, of rows with labels, reads none; or
+        whose context is shorter than the rows.
     """
     from jaxmodel import hub, ops, schema
     from jaxmodel.hub import foreign
@@ -379,7 +458,9 @@ def _begun(options: Train, kind: str | None) -> Any:
 
     assert options.model is not None
     told = Path(options.model, "config.json")
-    if told.is_file() and schema.read(told).get("model_type") != foreign.KIND:  # before the weights are read
+    if (
+        told.is_file() and schema.read(told).get("model_type") != foreign.KIND
+    ):  # before the weights are read
         family, config, _ = read_config(told.parent)
         _check_begun(options, kind, family.model(config, ops.Policy()))
     bundle = hub.from_pretrained(options.model)
@@ -395,17 +476,27 @@ def _check_begun(options: Train, kind: str | None, model: Any) -> None:
     reads = list(model.inputs(1, 1)) == ["tokens"]
     if not model.continues and not (kind == "label" and reads):
         rows = ", or rows with 'text' and 'label' as --data" if reads else ""
-        raise InputError(f"--model: {options.model!r} does not continue texts; allowed: a decoder, such as smollm2-135m{rows}")
+        raise InputError(
+            f"--model: {options.model!r} does not continue texts; allowed: a decoder, such as "
+            f"smollm2-135m{rows}"
+        )
     if options.context > (most := model.config.context):
-        raise InputError(f"--context: {options.context} given; allowed: at most the {most} of {options.model!r}")
+        raise InputError(
+            f"--context: {options.context} given; allowed: at most the {most} of {options.model!r}"
+        )
     if options.lora is not None and not model.continues:
-        raise InputError("--lora: given for rows with labels, whose new head would not be among the adapters; allowed: without")
+        raise InputError(
+            "--lora: given for rows with labels, whose new head would not be among the adapters; "
+            "allowed: without"
+        )
     if options.lora is not None:
         refusals.targets(options, jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def _say_without(params: Any) -> None:
-    """Name the matrices of the layers that got no adapter, such as those of experts, which are several in one leaf."""
+    """Name the matrices of the layers that got no adapter, such as those of experts, which are
+    several in one leaf.
+    """
     from jaxmodel import tree
     from jaxmodel.adapt.adapters import is_adapter
 
@@ -418,7 +509,11 @@ def _say_without(params: Any) -> None:
     }
     if without:
         names = ", ".join(sorted(without))
-        print(f"jaxmodel: --lora: {names} have no adapters and stay as they are", file=sys.stderr, flush=True)
+        print(
+            f"jaxmodel: --lora: {names} have no adapters and stay as they are",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _launches(options: Train) -> bool:
@@ -431,7 +526,9 @@ def _launched(options: Train, folder: Any) -> dict[str, Any]:
     from jaxmodel.distributed import launch
 
     if os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION") == "mpi":
-        raise InputError(f"--processes: {options.processes} given; with MPI, start them by mpirun or srun")
+        raise InputError(
+            f"--processes: {options.processes} given; with MPI, start them by mpirun or srun"
+        )
     if options.model is None:
         _rehearse(options, _new(options, options.vocab), None)
     launch.launch(
@@ -450,7 +547,9 @@ def _launched(options: Train, folder: Any) -> dict[str, Any]:
 
 
 def _unsaved(checkpoints: Any) -> str | None:
-    """Wait for the last checkpoint; what is wrong with it, which of several processes the first gets to know."""
+    """Wait for the last checkpoint; what is wrong with it, which of several processes the first
+    gets to know.
+    """
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -463,7 +562,9 @@ def _unsaved(checkpoints: Any) -> str | None:
     if jax.process_count() == 1:
         return problem
     bad = np.flatnonzero(multihost_utils.process_allgather(np.bool_(problem is not None)))
-    if jax.process_index() or not len(bad):  # the others must not end with an error while the first keeps what was trained
+    if jax.process_index() or not len(
+        bad
+    ):  # the others must not end with an error while the first keeps what was trained
         return None
     return problem or f"checkpoints: rank {bad[0]} could not save its part of the last state"
 

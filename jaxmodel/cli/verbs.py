@@ -47,7 +47,9 @@ def find(name: str) -> Verb:
     if name in ("models", "predict", "summary"):
         from jaxmodel.cli import inspect
 
-        return Verb(getattr(inspect, name), getattr(inspect, f"show_{name}"), keeps=name == "predict")
+        return Verb(
+            getattr(inspect, name), getattr(inspect, f"show_{name}"), keeps=name == "predict"
+        )
     return {
         "eval": Verb(_eval, _show_eval),
         "generate": Verb(_generate, _show_generate),
@@ -56,7 +58,7 @@ def find(name: str) -> Verb:
     }[name]
 
 
-# --------------------------------------------------------------------------------------------------------- eval
+# --------------------------------------------------------------------------------------------- eval
 
 
 def _eval(options: Eval, folder: Any) -> dict[str, Any]:
@@ -64,12 +66,21 @@ def _eval(options: Eval, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     text = data.load_text(options.data)
-    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter))
+    bundle = generation.running_only(
+        hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter)
+    )
     if not bundle.model.continues:
-        raise InputError(f"model: {options.model!r} does not continue texts; allowed: a decoder, such as smollm2-135m")
+        raise InputError(
+            f"model: {options.model!r} does not continue texts; allowed: a decoder, such as "
+            f"smollm2-135m"
+        )
     folder.resolve(model=resolved.of_model(bundle.model), data=resolved.of_text(text))
     windows, tokens = resolved.windows(
-        text, hub.need_processor(bundle), options.window, options="--data, --window", limit=options.max_windows
+        text,
+        hub.need_processor(bundle),
+        options.window,
+        options="--data, --window",
+        limit=options.max_windows,
     )
     score = evaluate.perplexity(bundle.model, bundle.params, windows, seed=options.seed)
     return {
@@ -83,11 +94,16 @@ def _eval(options: Eval, folder: Any) -> dict[str, Any]:
 
 def _show_eval(result: dict[str, Any], console: Any) -> None:
     low, high = result["interval"]
-    console.print(f"{result['data']['origin']}: {result['tokens']} tokens, {result['predictions']} predictions")
-    console.print(f"NLL {result['nll']:.5f} [{low:.3f}, {high:.3f}], perplexity {result['perplexity']:.3f}")
+    console.print(
+        f"{result['data']['origin']}: {result['tokens']} tokens, {result['predictions']} "
+        f"predictions"
+    )
+    console.print(
+        f"NLL {result['nll']:.5f} [{low:.3f}, {high:.3f}], perplexity {result['perplexity']:.3f}"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- generate
+# ----------------------------------------------------------------------------------------- generate
 
 
 def _generate(options: Generate, folder: Any) -> dict[str, Any]:
@@ -98,13 +114,21 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
 
     messages, tools, documents = _talk(options)
     request = generation.Request(  # refuses values out of range before anything is loaded
-        generation.Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty),
+        generation.Sampling(
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            options.min_p,
+            options.repetition_penalty,
+        ),
         options.max_new_tokens,
         options.stop,
         options.seed,
         special=not options.chat,  # a chat template writes what begins a text itself
     )
-    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter))
+    bundle = generation.running_only(
+        hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter)
+    )
     prompt = options.prompt
     if options.chat:
         prompt = hub.need_processor(bundle).apply_chat(messages, tools=tools, documents=documents)
@@ -139,11 +163,21 @@ def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
         raise InputError(f"--{name}: a chat is needed for it; give --chat too")
     messages: list[dict[str, Any]] = [{"role": "user", "content": options.prompt}]
     if options.system is not None:
-        is_file = len(options.system) < 4096 and "\n" not in options.system and Path(options.system).is_file()
+        is_file = (
+            len(options.system) < 4096
+            and "\n" not in options.system
+            and Path(options.system).is_file()
+        )
         try:
-            said = read_bytes(options.system, limits().json_bytes).decode().strip() if is_file else options.system
+            said = (
+                read_bytes(options.system, limits().json_bytes).decode().strip()
+                if is_file
+                else options.system
+            )
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--system: {options.system!r} cannot be read as UTF-8 text: {error}") from None
+            raise InputError(
+                f"--system: {options.system!r} cannot be read as UTF-8 text: {error}"
+            ) from None
         messages.insert(0, {"role": "system", "content": said})
     read = lambda path: None if path is None else schema.read(Path(path), list[dict[str, Any]])
     return messages, read(options.tools), read(options.documents)
@@ -153,12 +187,18 @@ def _show_generate(result: dict[str, Any], console: Any) -> None:
     from rich.text import Text
 
     if not console.is_terminal:  # where it stands already
-        console.print(Text("" if result.get("chat") else result["prompt"], style="dim") + Text(result["text"]))
+        console.print(
+            Text("" if result.get("chat") else result["prompt"], style="dim") + Text(result["text"])
+        )
     speed = f"{result['tokens_per_second']:.1f} tokens/s on {result['processor']}"
-    console.print(Text(f"{len(result['ids'])} tokens, {speed}, ended by {result['finish_reason']}", style="dim"))
+    console.print(
+        Text(
+            f"{len(result['ids'])} tokens, {speed}, ended by {result['finish_reason']}", style="dim"
+        )
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- compress
+# ----------------------------------------------------------------------------------------- compress
 
 
 def _compress(options: Compress, folder: Any) -> dict[str, Any]:
@@ -176,14 +216,20 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
     with step("save"):
         smaller.save_pretrained(options.out)
     file_bytes = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
-    return {**dataclasses.asdict(done), "file_bytes": file_bytes, "recipe": options.recipe, "out": options.out}
+    return {
+        **dataclasses.asdict(done),
+        "file_bytes": file_bytes,
+        "recipe": options.recipe,
+        "out": options.out,
+    }
 
 
 def _recipe(options: Compress) -> Any:
     """The recipe that is named or read, behind the exceptions from it.
 
     Raises:
-      InputError: an exception that is not of the form PATTERN=CHAIN, or what is wrong with the recipe.
+      InputError: an exception that is not of the form PATTERN=CHAIN, or what is wrong with the
+        recipe.
     """
     from pathlib import Path
 
@@ -191,8 +237,14 @@ def _recipe(options: Compress) -> Any:
     from jaxmodel.compress.recipe_file import SUFFIXES
 
     given = options.recipe
-    in_file = given.lower().endswith(SUFFIXES) or Path(given, "jaxmodel.json").expanduser().is_file()
-    recipe = compress.read_recipe(given) if given not in compress.NAMED and in_file else compress.named(given)
+    in_file = (
+        given.lower().endswith(SUFFIXES) or Path(given, "jaxmodel.json").expanduser().is_file()
+    )
+    recipe = (
+        compress.read_recipe(given)
+        if given not in compress.NAMED and in_file
+        else compress.named(given)
+    )
     try:
         exceptions = [_exception(rule) for rule in options.rule]
         return dataclasses.replace(recipe, rules=(*exceptions, *recipe.rules))
@@ -201,7 +253,9 @@ def _recipe(options: Compress) -> Any:
 
 
 def _exception(rule: str) -> tuple[str, str]:
-    """Pattern and chain: parted at the first sign of equality before which a whole regular expression stands."""
+    """Pattern and chain: parted at the first sign of equality before which a whole regular
+    expression stands.
+    """
     for sign in re.finditer("=", rule):
         with contextlib.suppress(re.error):
             re.compile(rule[: sign.start()])
@@ -215,14 +269,16 @@ def _show_compress(result: dict[str, Any], console: Any) -> None:
     from jaxmodel.compress.apply import COLUMNS
     from jaxmodel.report.table import size, text
 
-    report.print_table(result["leaves"], COLUMNS, f"{result['recipe']} -> {text(result['out'])}", console)
+    report.print_table(
+        result["leaves"], COLUMNS, f"{result['recipe']} -> {text(result['out'])}", console
+    )
     console.print(
         f"{size(result['bytes_before'])} -> {size(result['bytes_after'])}, "
         f"{result['bits_per_weight']:.3f} bits a weight, file {size(result['file_bytes'])}"
     )
 
 
-# -------------------------------------------------------------------------------------------------------- merge
+# -------------------------------------------------------------------------------------------- merge
 
 
 def _merge(options: Merge, folder: Any) -> dict[str, Any]:
@@ -234,7 +290,9 @@ def _merge(options: Merge, folder: Any) -> dict[str, Any]:
     bundle = hub.from_pretrained(options.model, adapters=options.adapter)
     params, how = adapt.merge_adapters(bundle.params)
     if not how:
-        raise InputError(f"--adapter: none given, and {options.model!r} has none; allowed: a folder of adapters")
+        raise InputError(
+            f"--adapter: none given, and {options.model!r} has none; allowed: a folder of adapters"
+        )
     folder.resolve(model=resolved.of_model(bundle.model))
     with step("save"):
         dataclasses.replace(bundle, params=params).save_pretrained(options.out)
@@ -244,4 +302,7 @@ def _merge(options: Merge, folder: Any) -> dict[str, Any]:
 def _show_merge(result: dict[str, Any], console: Any) -> None:
     decoded = sum(how == "decoded" for how in result["merged"].values())
     plain = f" ({decoded} of them were compressed and are plain arrays now)" if decoded else ""
-    console.print(f"{len(result['merged'])} adapters added to their weights{plain}, saved in {result['out']}", markup=False)
+    console.print(
+        f"{len(result['merged'])} adapters added to their weights{plain}, saved in {result['out']}",
+        markup=False,
+    )

@@ -1,4 +1,6 @@
-"""The words of a command line before anything reads them, and its help: unknown options by name, options in groups."""
+"""The words of a command line before anything reads them, and its help: unknown options by name,
+options in groups.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,16 @@ class _Kind(NamedTuple):
 
 
 def checked(args: Sequence[str]) -> list[str]:
-    """The words as tyro takes them: first the verb and what is given by its place, then options with their values.
+    """The words as tyro takes them: first the verb and what is given by its place, then options
+    with their values.
 
-    A whole number may be written as any number that is one (`1e3`), texts of an option that takes several be given
-    one by one, what
-    `generate` and `predict` read stand behind the model, and everything behind `--` is no option.
+    A whole number may be written as any number that is one (`1e3`), texts of an option that takes
+    several be given one by one, what `generate` and `predict` read stand behind the model, and
+    everything behind `--` is no option.
 
     Raises:
-      InputError: a verb or an option that there is not (the message names the nearest), or a value of another kind.
+      InputError: a verb or an option that there is not (the message names the nearest), or a value
+        of another kind.
 
     >>> checked(["generate", "gpt2", "hi", "--max-new-tokens", "1e1"])
     ['generate', 'gpt2', '--max-new-tokens=10', '--prompt=hi']
@@ -75,9 +79,12 @@ def checked(args: Sequence[str]) -> list[str]:
         raise InputError(f"the verb {words[0]!r} is unknown{hint}; allowed: {', '.join(VERBS)}")
     if {"-h", "--help"} & set(words):
         return [words[0], "--help"]
-    verb, rest = words[0], words[1:]
+    verb = words[0]
+    rest = words[1:]
     known = kinds(VERBS[verb])
-    placed, made, several = list[str](), list[str](), dict[str, list[str]]()
+    placed = list[str]()
+    made = list[str]()
+    several = dict[str, list[str]]()
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -88,24 +95,38 @@ def checked(args: Sequence[str]) -> list[str]:
                 raise InputError(_unknown(short[1], word, known, verb))
             placed.append(word)
             continue
-        name, value = found[1].replace("_", "-"), found[2]
+        name = found[1].replace("_", "-")
+        value = found[2]
         if name in _OURS:
             return [verb, word, *rest]
-        off = name.removeprefix("no-") if name.startswith("no-") and name.removeprefix("no-") in known else name
+        off = (
+            name.removeprefix("no-")
+            if name.startswith("no-") and name.removeprefix("no-") in known
+            else name
+        )
         if off not in known or known[off].placed or (off != name and known[off].words):
             raise InputError(_unknown(name, f"--{name}", known, verb))
         kind = known[off]
         if kind.words == 0:
             if value is not None or (rest and rest[0].lower() in ("true", "false", "yes", "no")):
                 given = rest[0] if value is None else value
-                raise InputError(f"--{name}: {given!r} given; it takes no value; allowed: --{off} or --no-{off}")
+                raise InputError(
+                    f"--{name}: {given!r} given; it takes no value; allowed: --{off} or --no-{off}"
+                )
             made.append(f"--{name}")
             continue
         values = [] if value is None else [value]
-        while rest and value is None and len(values) < (1 if kind.words == 1 else len(args)) and not _is_option(rest[0]):
+        while (
+            rest
+            and value is None
+            and len(values) < (1 if kind.words == 1 else len(args))
+            and not _is_option(rest[0])
+        ):
             values.append(rest.pop(0))
         if not values:
-            raise InputError(f"--{name}: no value given; `jaxmodel {verb} --help` says what it takes")
+            raise InputError(
+                f"--{name}: no value given; `jaxmodel {verb} --help` says what it takes"
+            )
         values = [_value(f"--{name}", one, kind.types) for one in values]
         if kind.words == 1:
             made.append(f"--{name}={values[0]}")
@@ -115,19 +136,40 @@ def checked(args: Sequence[str]) -> list[str]:
     if extra := placed[room:]:
         name = _BEHIND.get(VERBS[verb], "")
         if not name or name in several or any(word.startswith(f"--{name}=") for word in made):
-            raise InputError(f"{extra[0]!r} is one word too many for {verb}; `jaxmodel {verb} --help` lists what it takes")
+            raise InputError(
+                f"{extra[0]!r} is one word too many for {verb}; `jaxmodel {verb} --help` lists "
+                f"what it takes"
+            )
         if known[name].words == 1 and len(extra) > 1:
-            raise InputError(f"{extra[1]!r} is one word too many for {verb}; a {name} of several words stands in quotes")
+            raise InputError(
+                f"{extra[1]!r} is one word too many for {verb}; a {name} of several words stands "
+                f"in quotes"
+            )
         if known[name].words == 1:
             made.append(f"--{name}={extra[0]}")
         else:
             several[name] = extra
     given = {*several, *(word[2:].partition("=")[0] for word in made)}
-    lacks = [kind.label for name, kind in known.items() if kind.label and not kind.placed and name not in given]
-    lacks = [*[kind.label for kind in known.values() if kind.label and kind.placed][len(placed) :], *lacks]
+    lacks = [
+        kind.label
+        for name, kind in known.items()
+        if kind.label and not kind.placed and name not in given
+    ]
+    lacks = [
+        *[kind.label for kind in known.values() if kind.label and kind.placed][len(placed) :],
+        *lacks,
+    ]
     if lacks:
-        raise InputError(f"Missing from jaxmodel {verb}: {', '.join(lacks)}; `jaxmodel {verb} --help` says what is meant")
-    return [verb, *placed[:room], *made, *(word for name, values in several.items() for word in (f"--{name}", *values))]
+        raise InputError(
+            f"Missing from jaxmodel {verb}: {', '.join(lacks)}; `jaxmodel {verb} --help` says "
+            f"what is meant"
+        )
+    return [
+        verb,
+        *placed[:room],
+        *made,
+        *(word for name, values in several.items() for word in (f"--{name}", *values)),
+    ]
 
 
 @functools.cache
@@ -137,14 +179,26 @@ def kinds(verb: type) -> dict[str, _Kind]:
     hints = typing.get_type_hints(verb, include_extras=True)
     for field in dataclasses.fields(verb):
         hint = hints[field.name]
-        hint, *marks = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+        hint, *marks = (
+            typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+        )
         several = typing.get_origin(hint) is tuple
         one = typing.get_args(hint)[0] if several else hint
-        union = typing.get_args(one) if typing.get_origin(one) in (typing.Union, types.UnionType) else (one,)
+        union = (
+            typing.get_args(one)
+            if typing.get_origin(one) in (typing.Union, types.UnionType)
+            else (one,)
+        )
         words = 0 if one is bool else 2 if several and UseAppendAction not in marks else 1
-        metavar = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), getattr(one, "__name__", "").upper())
-        placed, name = _PLACED in marks, field.name.replace("_", "-")
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        metavar = next(
+            (mark.metavar for mark in marks if getattr(mark, "metavar", None)),
+            getattr(one, "__name__", "").upper(),
+        )
+        placed = _PLACED in marks
+        name = field.name.replace("_", "-")
+        needed = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
         label = None if not needed else metavar if placed else f"--{name} {metavar}"
         found[name] = _Kind(words, union, placed, label)
     return found
@@ -162,7 +216,12 @@ def _value(option: str, text: str, kinds: tuple[Any, ...]) -> str:
     """
     if types.NoneType in kinds and text == "None":
         return text
-    names = [name for kind in kinds if typing.get_origin(kind) is Literal for name in typing.get_args(kind)]
+    names = [
+        name
+        for kind in kinds
+        if typing.get_origin(kind) is Literal
+        for name in typing.get_args(kind)
+    ]
     if names and text not in names:
         raise unknown(option, text, names)
     if float in kinds:
@@ -183,8 +242,11 @@ def _value(option: str, text: str, kinds: tuple[Any, ...]) -> str:
 
 def _unknown(name: str, shown: str, known: Mapping[str, _Kind], verb: str) -> str:
     options = [one for one, kind in known.items() if not kind.placed]
-    meant, name = _MEANT.get(name), name.lower().replace("_", "-")
-    others = [other for other, cls in VERBS.items() if name in kinds(cls) and not kinds(cls)[name].placed]
+    meant = _MEANT.get(name)
+    name = name.lower().replace("_", "-")
+    others = [
+        other for other, cls in VERBS.items() if name in kinds(cls) and not kinds(cls)[name].placed
+    ]
     if others and name not in options and meant not in options:
         return f"{shown} is unknown to {verb}; it is an option of {', '.join(others)}"
     close = [meant] if meant in options else nearest(name, options, 1)
@@ -204,7 +266,11 @@ def grouped(help_text: str, groups: Mapping[str, str] = GROUPS) -> str:
         top = next(i for i, line in enumerate(lines) if re.match("(╭─)? options ", line))
         framed = lines[top].startswith("╭")
         first = top + (1 if framed else 2)
-        end = next(i for i in range(first, len(lines)) if lines[i].startswith("╰") or not (framed or lines[i].strip()))
+        end = next(
+            i
+            for i in range(first, len(lines))
+            if lines[i].startswith("╰") or not (framed or lines[i].strip())
+        )
     except StopIteration:
         return help_text
     blocks: list[list[str]] = []
@@ -218,9 +284,14 @@ def grouped(help_text: str, groups: Mapping[str, str] = GROUPS) -> str:
         name = re.search(r"--([a-z][\w-]*)", block[0])
         title = groups.get(name[1].replace("-", "_"), "options") if name else "options"
         boxes["required options" if "(required)" in " ".join(block) else title] += block
-    width, made = len(lines[end]), []
+    width = len(lines[end])
+    made = []
     for title, inside in boxes.items():
         if inside:
-            head = [f"╭─ {title} ".ljust(width - 1, "─") + "╮"] if framed else [f" {title}", lines[top + 1]]
+            head = (
+                [f"╭─ {title} ".ljust(width - 1, "─") + "╮"]
+                if framed
+                else [f" {title}", lines[top + 1]]
+            )
             made += [*head, *inside, lines[end]]
     return "\n".join([*lines[:top], *made, *lines[end + 1 :]])

@@ -1,4 +1,6 @@
-"""Smaller models: pure functions that turn leaves into compressed ones by rules, and measure what that costs."""
+"""Smaller models: pure functions that turn leaves into compressed ones by rules, and measure what
+that costs.
+"""
 
 from jaxmodel import moved
 from jaxmodel.compress.apply import Report, apply, compress_bundle

@@ -36,8 +36,8 @@ class Report:
       bytes_before: of all buffers of the tree.
       bytes_after: likewise, after.
       bits_per_weight: of the whole tree after.
-      leaves: one record each: path, method, shape, bytes_before, bytes_after, bits_per_weight, relative_error (the root mean
-        square change over the root mean square weight).
+      leaves: one record each: path, method, shape, bytes_before, bytes_after, bits_per_weight,
+        relative_error (the root mean square change over the root mean square weight).
     """
 
     bytes_before: int
@@ -47,7 +47,11 @@ class Report:
 
     def _repr_html_(self) -> str:
         said = f"{size(self.bytes_before)} → {size(self.bytes_after)}"
-        return shown.card("Report", {"bytes": said, "bits per weight": self.bits_per_weight}, [html.table(self.leaves, COLUMNS)])
+        return shown.card(
+            "Report",
+            {"bytes": said, "bits per weight": self.bits_per_weight},
+            [html.table(self.leaves, COLUMNS)],
+        )
 
 
 COLUMNS = (
@@ -63,22 +67,26 @@ COLUMNS = (
 """Of a table of the leaves of a report."""
 
 
-def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None = None) -> tuple[tree.Params, Report]:
+def apply(
+    recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None = None
+) -> tuple[tree.Params, Report]:
     """Compress each leaf by the chain of methods that the recipe's rules give it.
 
     Args:
-      recipe: a `Recipe` or its rules alone. `Recipe.compute` concerns the model, not its params: `recipe.adapt(model)` sees to
-        it, and so does `compress_bundle`.
-      params: the tree. Segments are split where layers get different chains or have different statistics, and equal
-        neighbours are joined at the end. Adapters stay as they are, beside weights that get smaller.
-      stats: by path of a leaf, from `observe`, for methods that want them; layers may be stacked in any way.
+      recipe: a `Recipe` or its rules alone. `Recipe.compute` concerns the model, not its params:
+        `recipe.adapt(model)` sees to it, and so does `compress_bundle`.
+      params: the tree. Segments are split where layers get different chains or have different
+        statistics, and equal neighbours are joined at the end. Adapters stay as they are, beside
+        weights that get smaller.
+      stats: by path of a leaf, from `observe`, for methods that want them; layers may be stacked in
+        any way.
 
     Returns:
       The compressed tree and the report.
 
     Raises:
-      InputError: a rule or leaf without the other, a rule whose value is no chain, statistics of a leaf that is not there, or
-        a method that does not take a leaf.
+      InputError: a rule or leaf without the other, a rule whose value is no chain, statistics of a
+        leaf that is not there, or a method that does not take a leaf.
     """
     stats = stats or {}
     tree.check(params)
@@ -87,15 +95,21 @@ def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None 
     chains = tree.assign(as_recipe(recipe).rules, base)
     chains |= {layer: () for path in tree.flatten(adapters) for layer in tree.layer_paths(path)}
     where = places(stats, chains)
-    split = tree.split(params, {layer: (chain, names_of(layer, stats, where)) for layer, chain in chains.items()})
+    split = tree.split(
+        params, {layer: (chain, names_of(layer, stats, where)) for layer, chain in chains.items()}
+    )
     out: dict[str, Any] = {}
     rows = []
     for path, leaf in progress(tree.flatten(split).items(), "compress"):
-        chain, shape = chains[tree.layer_paths(path)[0]], tree.layer_shape(path, leaf)
+        chain = chains[tree.layer_paths(path)[0]]
+        shape = tree.layer_shape(path, leaf)
         if len(shape) < 2 and isinstance(chain, OnMatrices):
             chain = ()
         if chain and len(shape) < 2:  # stacked, it would pass for a matrix
-            raise InputError(f"recipe: {text_of(chain)!r} is given to {path!r} of shape {list(shape)}; methods take matrices")
+            raise InputError(
+                f"recipe: {text_of(chain)!r} is given to {path!r} of shape {list(shape)}; methods "
+                f"take matrices"
+            )
         if chain:
             check_weights(leaf, f"recipe: {text_of(chain)!r} is given to {path!r}")
         out[path] = run_chain(chain, leaf, stats_of(path, stats, where))
@@ -105,13 +119,16 @@ def apply(recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None 
     return result, Report(before, after, 8 * after / max(tree.count(result), 1), tuple(rows))
 
 
-def compress_bundle(bundle: Bundle, recipe: Recipe | tree.Rules, name: str | None = None) -> tuple[Bundle, Report]:
+def compress_bundle(
+    bundle: Bundle, recipe: Recipe | tree.Rules, name: str | None = None
+) -> tuple[Bundle, Report]:
     """A bundle made smaller, computing as the recipe wants it to, with the fact on its card.
 
     Args:
       bundle: the model, its params, its card.
       recipe: a `Recipe` or its rules alone.
-      name: what the card calls the recipe; None for its own name. The card has its rules too, unless a name says all.
+      name: what the card calls the recipe; None for its own name. The card has its rules too,
+        unless a name says all.
 
     Raises:
       InputError: as `apply`.
@@ -121,7 +138,9 @@ def compress_bundle(bundle: Bundle, recipe: Recipe | tree.Rules, name: str | Non
     said = to_record(dataclasses.replace(recipe, name=name or recipe.name))
     said = said["base"] if list(said) == ["base"] else said
     card = {**bundle.card, "recipe": said, "bits_per_weight": done.bits_per_weight}
-    return dataclasses.replace(bundle, model=recipe.adapt(bundle.model), params=params, card=card), done
+    return dataclasses.replace(
+        bundle, model=recipe.adapt(bundle.model), params=params, card=card
+    ), done
 
 
 def run_chain(chain: Chain, leaf: Any, stats: Any = None) -> Any:
@@ -146,5 +165,6 @@ def _row(path: str, chain: Chain, before: Any, after: Any) -> dict[str, Any]:
 
 @jax.jit
 def _relative_error(before: Any, after: Any) -> jax.Array:
-    was, now = decode(before, jnp.float32), decode(after, jnp.float32)
+    was = decode(before, jnp.float32)
+    now = decode(after, jnp.float32)
     return jnp.sqrt(jnp.sum((was - now) ** 2) / jnp.maximum(jnp.sum(was**2), 1e-30))

@@ -18,13 +18,15 @@ from jaxmodel.leaves.leaf import check_weights
 
 @dataclasses.dataclass(frozen=True)
 class Magnitude(Method):
-    """Keep the weights of largest absolute value (Han et al., 2015) and store the rest as zero bits of a mask.
+    """Keep the weights of largest absolute value (Han et al., 2015) and store the rest as zero bits
+    of a mask.
 
     Attributes:
       fraction: of weights that become zero, in [0, 1).
-      scope: "row" compares within each row, so that all rows keep as many and nothing is padded; "leaf" compares within each
-        layer's leaf, and rows are padded to the fullest.
-      pattern: None, or (N, M) to keep the N largest of each M neighbours; `fraction` and `scope` then say nothing.
+      scope: "row" compares within each row, so that all rows keep as many and nothing is padded;
+        "leaf" compares within each layer's leaf, and rows are padded to the fullest.
+      pattern: None, or (N, M) to keep the N largest of each M neighbours; `fraction` and `scope`
+        then say nothing.
     """
 
     fraction: float = 0.5
@@ -33,22 +35,36 @@ class Magnitude(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1:
-            raise InputError(f"magnitude: fraction is {self.fraction!r}; allowed: from 0 to below 1")
+            raise InputError(
+                f"magnitude: fraction is {self.fraction!r}; allowed: from 0 to below 1"
+            )
         if self.scope not in ("row", "leaf"):
             raise InputError(f"magnitude: scope is {self.scope!r}; allowed: 'row', 'leaf'")
         pattern = self.pattern
-        whole = isinstance(pattern, tuple) and len(pattern) == 2 and all(isinstance(n, int) for n in pattern)
+        whole = (
+            isinstance(pattern, tuple)
+            and len(pattern) == 2
+            and all(isinstance(n, int) for n in pattern)
+        )
         if pattern is not None and not (whole and 0 < pattern[0] < pattern[1]):
-            raise InputError(f"magnitude: pattern is {self.pattern!r}; allowed: (N, M) with 0 < N < M")
+            raise InputError(
+                f"magnitude: pattern is {self.pattern!r}; allowed: (N, M) with 0 < N < M"
+            )
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
         if isinstance(leaf, Compressed):
-            raise InputError(f"magnitude: takes a plain leaf, not {type(leaf).__name__}; prune before you quantise")
+            raise InputError(
+                f"magnitude: takes a plain leaf, not {type(leaf).__name__}; prune before you "
+                f"quantise"
+            )
         check_weights(leaf, "magnitude")
         if self.pattern is None and self.fraction == 0:
             return leaf
         if self.pattern is not None and leaf.shape[-1] % self.pattern[1]:
-            raise InputError(f"magnitude: pattern {self.pattern} does not divide rows of {leaf.shape[-1]} weights")
+            raise InputError(
+                f"magnitude: pattern {self.pattern} does not divide rows of {leaf.shape[-1]} "
+                f"weights"
+            )
         return Sparse.from_dense(leaf, _keep(leaf, self), pattern=self.pattern)
 
 
@@ -61,14 +77,17 @@ def _keep(weight: Float[Array, "... out in"], method: Magnitude) -> Bool[Array, 
         return largest(size.reshape(*lead, out, n // per, per), kept).reshape(weight.shape)
     if method.scope == "row":
         return largest(size, n - round(n * method.fraction))
-    return largest(size.reshape(*lead, out * n), out * n - round(out * n * method.fraction)).reshape(weight.shape)
+    return largest(
+        size.reshape(*lead, out * n), out * n - round(out * n * method.fraction)
+    ).reshape(weight.shape)
 
 
 def largest(scores: Float[Array, "... n"], count: int) -> Bool[Array, "... n"]:
-    """True for the `count` largest of non-negative scores along the last axis; of equal ones the first.
+    """True for the `count` largest of non-negative scores along the last axis; of equal ones the
+    first.
 
-    The threshold is found bit by bit: the patterns of non-negative floats have their order, so 31 passes that only count
-    settle it. No sort, and on a mesh only counts travel.
+    The threshold is found bit by bit: the patterns of non-negative floats have their order, so 31
+    passes that only count settle it. No sort, and on a mesh only counts travel.
     """
     pattern = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
 
@@ -78,6 +97,7 @@ def largest(scores: Float[Array, "... n"], count: int) -> Bool[Array, "... n"]:
         return jnp.where(enough, higher, threshold)
 
     threshold = jax.lax.fori_loop(0, 31, refine, jnp.zeros((*pattern.shape[:-1], 1), jnp.int32))
-    above, equal = pattern > threshold, pattern == threshold
+    above = pattern > threshold
+    equal = pattern == threshold
     room = count - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
     return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))

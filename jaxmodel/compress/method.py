@@ -1,4 +1,5 @@
-"""`Method`: a frozen record that turns one leaf into a compressed one; chains of methods and their text form.
+"""`Method`: a frozen record that turns one leaf into a compressed one; chains of methods and their
+text form.
 
 A chain is a tuple of methods, applied in order. Its text form is what the command line takes:
 
@@ -20,19 +21,21 @@ from jaxmodel.text_form import read_chain, write
 class Method:
     """Base of the methods: a frozen dataclass of settings with one function.
 
-    A new method is a subclass in a file of this folder; the command line, the recipes and the contract tests find it by its
-    class name in lower case.
+    A new method is a subclass in a file of this folder; the command line, the recipes and the
+    contract tests find it by its class name in lower case.
     """
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
         """The leaf, compressed.
 
         Args:
-          leaf: `[..., out, in]`: an array, or what an earlier method of the chain made. Leading axes are layers.
+          leaf: `[..., out, in]`: an array, or what an earlier method of the chain made. Leading
+            axes are layers.
           stats: what `observe` measured of the input of this leaf's contraction, or None.
 
         Raises:
-          InputError: the method does not take this kind of leaf, or needs statistics that are not there.
+          InputError: the method does not take this kind of leaf, or needs statistics that are not
+            there.
         """
         raise NotImplementedError
 
@@ -49,7 +52,8 @@ def methods() -> dict[str, type[Method]]:
 
 
 def parse(text: str) -> Chain:
-    """A chain from its text: methods joined by `|`, each a call with literal arguments; empty text is the empty chain.
+    """A chain from its text: methods joined by `|`, each a call with literal arguments; empty text
+    is the empty chain.
 
     Raises:
       InputError: not of that form, an unknown method, or arguments that it does not take.

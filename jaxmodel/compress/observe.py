@@ -1,4 +1,6 @@
-"""`observe`: statistics of the input of every contraction, by differentiation of probes (see `jaxmodel.ops.probe`)."""
+"""`observe`: statistics of the input of every contraction, by differentiation of probes (see
+`jaxmodel.ops.probe`).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from jaxmodel.models.model import Inputs
 from jaxmodel.ops.probe import zeros_for
 from jaxmodel.progress import progress
 
-type Stats = Mapping[str, Mapping[str, jax.Array]]  # path of a leaf -> statistic -> array, stacked as the leaf is
+type Stats = Mapping[
+    str, Mapping[str, jax.Array]
+]  # path of a leaf -> statistic -> array, stacked as the leaf is
 
 
 def observe(
@@ -30,17 +34,19 @@ def observe(
 
     Args:
       model: whose `apply` is run.
-      params: with separate leaves (not fused); compressed leaves are measured as they run. Matrices are the leaves of two
-        axes or more (kernels of convolutions, experts), and each runs through `ops`.
+      params: with separate leaves (not fused); compressed leaves are measured as they run. Matrices
+        are the leaves of two axes or more (kernels of convolutions, experts), and each runs through
+        `ops`.
       batches: inputs of `model.apply`, of one shape if possible (each shape compiles once).
-      paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats a matrix: where those of all layers
-        do not fit, take some layers at a time.
+      paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats a
+        matrix: where those of all layers do not fit, take some layers at a time.
       statistics: of `ops.STATISTICS`; `count` and `taken` are always there.
 
     Returns:
-      Path of a leaf -> statistic -> array, with the leaf's leading axes (layers, experts) in front. Layers are stacked as
-      those of the params are, but for segments that `paths` splits; `apply` cuts and joins them as it needs them, so what was
-      measured some layers at a time is put together as `{**first, **second}`.
+      Path of a leaf -> statistic -> array, with the leaf's leading axes (layers, experts) in front.
+      Layers are stacked as those of the params are, but for segments that `paths` splits; `apply`
+      cuts and joins them as it needs them, so what was measured some layers at a time is put
+      together as `{**first, **second}`.
 
     Raises:
       InputError: no matrix matches `paths`, no batches, or a leaf whose input was never seen.
@@ -49,7 +55,11 @@ def observe(
         regex = re.compile(paths)
     except re.error as error:
         raise InputError(f"paths: {paths!r} is not a regular expression: {error}") from None
-    layers = {layer: bool(regex.fullmatch(layer)) for path in tree.flatten(params) for layer in tree.layer_paths(path)}
+    layers = {
+        layer: bool(regex.fullmatch(layer))
+        for path in tree.flatten(params)
+        for layer in tree.layer_paths(path)
+    }
     params = tree.split(params, layers)
     leaves = tree.flatten(params)
     zeros = {
@@ -63,7 +73,10 @@ def observe(
     @jax.jit
     def measure(zeros: Stats, params: tree.Params, inputs: Inputs) -> Stats:
         def loss(zeros: Stats) -> jax.Array:
-            probed = {p: ops.Probe(leaf, zeros[p]) if p in zeros else leaf for p, leaf in tree.flatten(params).items()}
+            probed = {
+                p: ops.Probe(leaf, zeros[p]) if p in zeros else leaf
+                for p, leaf in tree.flatten(params).items()
+            }
             return jnp.sum(model.apply(tree.unflatten(probed), inputs).logits)
 
         return jax.grad(loss)(zeros)
@@ -77,7 +90,13 @@ def observe(
         raise InputError("batches: there is none")
     for path, found in total.items():
         if not np.all(np.asarray(found["count"] + found["taken"]) > 0):
-            raise InputError(f"observe: the leaf {path!r} was never reached (count 0); is it used, and not behind an argmax?")
+            raise InputError(
+                f"observe: the leaf {path!r} was never reached (count 0); is it used, and not "
+                f"behind an argmax?"
+            )
         if not all(np.isfinite(np.asarray(value)).all() for value in found.values()):
-            raise InputError(f"observe: what was measured at {path!r} is not finite; a weight or a batch has NaN or infinity")
+            raise InputError(
+                f"observe: what was measured at {path!r} is not finite; a weight or a batch has "
+                f"NaN or infinity"
+            )
     return total

@@ -1,10 +1,13 @@
-"""Recipes in files, YAML or JSON: what a file says, what a bundle's card says, and how both are read.
+"""Recipes in files, YAML or JSON: what a file says, what a bundle's card says, and how both are
+read.
 
-    base: int4                              # a named recipe or a chain for all matrices; rules go before it
-    rules:                                  # pattern of whole paths: chain; the first that matches wins
-      blocks/(0|29)/.*/(q|k|v|o): rtn(bits=8)
+    base: int4                              # a named recipe or a chain for all matrices; rules go
+      before it
+    rules:                                  # pattern of whole paths: chain; the first that matches
+      wins blocks/(0|29)/.*/(q|k|v|o): rtn(bits=8)
       ?head: ""                             # left as it is; behind `?` a pattern may match nothing
-    compute: bfloat16                       # what the model computes in afterwards; else as the base wants it
+    compute: bfloat16                       # what the model computes in afterwards; else as the
+      base wants it
     name: mixed                             # for the card
 
 All keys may be left out. Without a base the rules must cover every leaf.
@@ -39,11 +42,12 @@ def read_recipe(place: str | Path) -> Recipe:
     """The recipe that a file says, or the one that a bundle was made by.
 
     Args:
-      place: a YAML or JSON file as the module's docstring has it, or the folder of a bundle, whose card has its recipe.
+      place: a YAML or JSON file as the module's docstring has it, or the folder of a bundle, whose
+        card has its recipe.
 
     Raises:
-      InputError: no such file, one that is not in that form, an unknown method (with the nearest), or a bundle that no recipe
-        made.
+      InputError: no such file, one that is not in that form, an unknown method (with the nearest),
+        or a bundle that no recipe made.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "mixed.yaml")
@@ -54,9 +58,14 @@ def read_recipe(place: str | Path) -> Recipe:
     path = Path(place).expanduser()
     if path.is_dir():
         where = f"{path}/jaxmodel.json"
-        card = schema.make(schema.read(path / "jaxmodel.json").get("card"), dict[str, Any], where, "card")
+        card = schema.make(
+            schema.read(path / "jaxmodel.json").get("card"), dict[str, Any], where, "card"
+        )
         if (said := card.get("recipe")) is None:
-            raise InputError(f"recipe: the bundle {str(place)!r} was made by none; allowed: one that `compress` made, or a file")
+            raise InputError(
+                f"recipe: the bundle {str(place)!r} was made by none; allowed: one that "
+                f"`compress` made, or a file"
+            )
         if isinstance(said, str):
             return named(said)
         return from_record(said, where)
@@ -65,7 +74,10 @@ def read_recipe(place: str | Path) -> Recipe:
     try:
         raw = read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
-        raise InputError(f"recipe: there is no file {str(place)!r}; allowed: a YAML or JSON file, or a recipe's name") from None
+        raise InputError(
+            f"recipe: there is no file {str(place)!r}; allowed: a YAML or JSON file, or a "
+            f"recipe's name"
+        ) from None
     except OSError as error:
         raise InputError(f"recipe: {str(place)!r} cannot be read: {error.strerror}") from None
     return from_record(_yaml(raw, str(path)), str(path))
@@ -86,7 +98,10 @@ def from_record(record: Any, where: str = "recipe") -> Recipe:
         raise InputError(f"{where}: neither base nor rules is there; allowed: one of them or both")
     try:
         base = Recipe(()) if said.base is None else named(said.base)
-        rules = [(tree.optional(p[1:]) if p.startswith("?") else p, chain) for p, chain in said.rules.items()]
+        rules = [
+            (tree.optional(p[1:]) if p.startswith("?") else p, chain)
+            for p, chain in said.rules.items()
+        ]
         compute = base.compute if said.compute == _AS_BASE else said.compute
         name = said.name or (said.base if not rules and compute == base.compute else None)
         return Recipe((*rules, *base.rules), compute, name)
@@ -95,12 +110,15 @@ def from_record(record: Any, where: str = "recipe") -> Recipe:
 
 
 def to_record(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain data that `from_record` makes it from again; what a named one or a chain alone says is its `base`.
+    """A recipe as plain data that `from_record` makes it from again; what a named one or a chain
+    alone says is its `base`.
 
     >>> to_record(Recipe([("head", "rtn(4)"), *named("int8").rules]))
     {'base': 'int8', 'rules': {'head': 'rtn(bits=4)'}, 'compute': None}
     """
-    base = next((one for one in _bases(recipe) if recipe.rules[-len(one.rules) :] == one.rules), None)
+    base = next(
+        (one for one in _bases(recipe) if recipe.rules[-len(one.rules) :] == one.rules), None
+    )
     own = recipe.rules if base is None else recipe.rules[: -len(base.rules)]
     rules: dict[str, str] = {}
     for (pattern, _), (text, chain) in zip(own, recipe.texts(), strict=False):
@@ -121,7 +139,8 @@ def _bases(recipe: Recipe) -> list[Recipe]:
 
 
 def _yaml(raw: bytes, where: str) -> Any:
-    """Plain data from YAML: no anchors, which could make little text much data, no keys twice, not deep.
+    """Plain data from YAML: no anchors, which could make little text much data, no keys twice, not
+    deep.
 
     Raises:
       InputError: it is something else.
@@ -136,7 +155,10 @@ def _yaml(raw: bytes, where: str) -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event: Any = self.peek_event()
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise InputError(f"{where}: line {event.start_mark.line + 1} has an anchor or an alias; allowed: plain YAML")
+                raise InputError(
+                    f"{where}: line {event.start_mark.line + 1} has an anchor or an alias; "
+                    f"allowed: plain YAML"
+                )
             self.depth += 1
             if self.depth > _DEEPEST:
                 raise InputError(f"{where}: nested too deeply; allowed: {_DEEPEST} levels")
@@ -149,9 +171,15 @@ def _yaml(raw: bytes, where: str) -> Any:
             for key, _ in node.value:
                 if not isinstance(self.construct_object(key, deep=True), str):
                     said = key.value if isinstance(key.value, str) else "a list or a mapping"
-                    raise InputError(f"{where}: line {key.start_mark.line + 1}: the key {said} is no text; quote it")
+                    raise InputError(
+                        f"{where}: line {key.start_mark.line + 1}: the key {said} is no text; "
+                        f"quote it"
+                    )
                 if key.value in seen:
-                    raise InputError(f"{where}: line {key.start_mark.line + 1}: the key {key.value!r} stands there twice")
+                    raise InputError(
+                        f"{where}: line {key.start_mark.line + 1}: the key {key.value!r} stands "
+                        f"there twice"
+                    )
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 

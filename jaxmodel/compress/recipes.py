@@ -16,30 +16,36 @@ from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign
 
 TABLES = tree.optional("(.*/)?(embed|embedding|positions|types)|head(/.*)?")
-KEPT = tree.optional("(.*/)?(router|state/.*)")  # which expert a token goes to hangs on small differences
+KEPT = tree.optional(
+    "(.*/)?(router|state/.*)"
+)  # which expert a token goes to hangs on small differences
 
 _CHAIN = "a tuple of methods, or text such as 'magnitude(0.5) | rtn(bits=8)'"
 _RULES = "a Recipe, or a list of pairs (pattern, chain); compress.named finds one by its name"
 
 
 class OnMatrices(tuple[Method, ...]):
-    """A chain that leaves what is no matrix as it is, where any other chain is refused: the rule of a named recipe is for all."""
+    """A chain that leaves what is no matrix as it is, where any other chain is refused: the rule of
+    a named recipe is for all.
+    """
 
 
 @briefly
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What compression does to a model, in one value. Where a recipe is wanted its rules alone are taken too.
+    """What compression does to a model, in one value. Where a recipe is wanted its rules alone are
+    taken too.
 
     Attributes:
-      rules: path -> chain of methods: a tuple, or its text (see `parse`), kept as a tuple. `()` and `""` leave a leaf as it is.
-      compute: what the model computes in afterwards (`Policy.compute`): attention and its cache, and contractions that are
-        not int8; None for as before.
+      rules: path -> chain of methods: a tuple, or its text (see `parse`), kept as a tuple. `()` and
+        `""` leave a leaf as it is.
+      compute: what the model computes in afterwards (`Policy.compute`): attention and its cache,
+        and contractions that are not int8; None for as before.
       name: what a bundle's card calls it.
 
     Raises:
-      InputError: rules that are no list of pairs, a pattern that is no regular expression, a value that is no chain, or no
-        dtype.
+      InputError: rules that are no list of pairs, a pattern that is no regular expression, a value
+        that is no chain, or no dtype.
 
     >>> Recipe([(".*/up", "rtn(4)"), (".*", ())]).texts()
     [['.*/up', 'rtn(bits=4)'], ['.*', '']]
@@ -57,7 +63,9 @@ class Recipe:
             ops.Policy(compute=self.compute)  # refuses what is no dtype
 
     def adapt(self, model: Model) -> Model:
-        """The model, computing as the recipe wants it to; a foreign module computes as it is written."""
+        """The model, computing as the recipe wants it to; a foreign module computes as it is
+        written.
+        """
         if self.compute is None or isinstance(model.config, Foreign):
             return model
         return model.with_policy(dataclasses.replace(model.policy, compute=self.compute))
@@ -96,18 +104,24 @@ def _rule(rule: Any) -> tuple[str, Chain]:
         raise InputError(f"{at} gives {value!r}, which is no chain; allowed: {_CHAIN}")
     for method in value:
         if not isinstance(method, Method):
-            raise InputError(f"{at} gives a chain with {method!r}, which is no method; allowed: {_CHAIN}")
+            raise InputError(
+                f"{at} gives a chain with {method!r}, which is no method; allowed: {_CHAIN}"
+            )
     return pattern, value if isinstance(value, OnMatrices) else tuple(value)
 
 
-def _recipe(name: str, blocks: Chain, tables: Chain = (Rtn(8),), compute: str | None = None) -> Recipe:
-    return Recipe(((TABLES, OnMatrices(tables)), (KEPT, ()), (".*", OnMatrices(blocks))), compute, name)
+def _recipe(
+    name: str, blocks: Chain, tables: Chain = (Rtn(8),), compute: str | None = None
+) -> Recipe:
+    return Recipe(
+        ((TABLES, OnMatrices(tables)), (KEPT, ()), (".*", OnMatrices(blocks))), compute, name
+    )
 
 
 _W8A8 = (Rtn(8, activations="int8"),)
 
-# The embedding is also the head where weights are tied, so its rounding counts as any layer's does. Where all contractions
-# are int8, what is left (attention and its cache) is computed in bfloat16.
+# The embedding is also the head where weights are tied, so its rounding counts as any layer's does.
+# Where all contractions are int8, what is left (attention and its cache) is computed in bfloat16.
 _ALL = (
     _recipe("int8", _W8A8, _W8A8, "bfloat16"),
     _recipe("int8-weight", (Rtn(8),)),
@@ -115,11 +129,14 @@ _ALL = (
     _recipe("sparse50-int8", (Magnitude(0.5), *_W8A8), _W8A8, "bfloat16"),
 )
 NAMED: dict[str, Recipe] = {str(recipe.name): recipe for recipe in _ALL}
-"""`int8` rounds the activations as they come, `int8-weight` does not; `int4` has symmetric groups of 64 with float16 scales."""
+"""`int8` rounds the activations as they come, `int8-weight` does not; `int4` has symmetric groups
+of 64 with float16 scales.
+"""
 
 
 def named(name: str) -> Recipe:
-    """The recipe of this name, or one from text: a chain for all matrices, with tables (embeddings, positions, heads) in 8 bits.
+    """The recipe of this name, or one from text: a chain for all matrices, with tables (embeddings,
+    positions, heads) in 8 bits.
 
     Raises:
       InputError: no recipe of this name, and no chain of methods.

@@ -20,14 +20,17 @@ from jaxmodel.leaves.packing import codes_per_unit
 class Rtn(Method):
     """Round each weight to the nearest of `2^bits` levels.
 
-    Symmetric: `scale = max|w| / (2^(bits-1) - 1)` (at one bit: the mean of |w|, which is the least squares choice). Affine:
-    levels from the smallest to the largest weight. The codes are rounded for the scale as it is stored.
+    Symmetric: `scale = max|w| / (2^(bits-1) - 1)` (at one bit: the mean of |w|, which is the least
+      squares choice). Affine:
+    levels from the smallest to the largest weight. The codes are rounded for the scale as it is
+    stored.
 
     Attributes:
       bits: 1 to 8.
       group: weights of a row that share a scale, in whole bytes; None for one scale a row.
       symmetric: whether zero is a level and the range is even around it.
-      activations: None, or "int8" to round the input of the contraction too, a row at a time, as it comes.
+      activations: None, or "int8" to round the input of the contraction too, a row at a time, as it
+        comes.
       scale_dtype: None for float32 with one scale a row, float16 with groups.
     """
 
@@ -44,16 +47,25 @@ class Rtn(Method):
             raise InputError(f"rtn: group is {self.group!r}; allowed: a positive length or None")
         if self.group is not None and self.group % codes_per_unit(self.bits):
             unit = codes_per_unit(self.bits)
-            raise InputError(f"rtn: group is {self.group}; at {self.bits} bits a multiple of {unit} fills whole bytes")
+            raise InputError(
+                f"rtn: group is {self.group}; at {self.bits} bits a multiple of {unit} fills "
+                f"whole bytes"
+            )
         if self.scale_dtype not in (None, "float32", "float16", "bfloat16"):
-            raise InputError(f"rtn: scale_dtype is {self.scale_dtype!r}; allowed: None, float32, float16, bfloat16")
+            raise InputError(
+                f"rtn: scale_dtype is {self.scale_dtype!r}; allowed: None, float32, float16, "
+                f"bfloat16"
+            )
         if self.activations not in (None, "int8"):
             raise InputError(f"rtn: activations is {self.activations!r}; allowed: None, 'int8'")
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
         if isinstance(leaf, Sparse):
             if isinstance(leaf.values, Compressed) or not self.symmetric:
-                raise InputError("rtn: the values of a sparse leaf are rounded once, symmetrically, so that zeros stay zero")
+                raise InputError(
+                    "rtn: the values of a sparse leaf are rounded once, symmetrically, so that "
+                    "zeros stay zero"
+                )
             return dataclasses.replace(leaf, values=self(leaf.values))
         if isinstance(leaf, Compressed):
             raise InputError(f"rtn: takes a plain or sparse leaf, not {type(leaf).__name__}")
@@ -63,17 +75,25 @@ class Rtn(Method):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _rtn(weight: jax.Array, method: Rtn) -> QTensor:
-    bits, group = method.bits, method.group
+    bits = method.bits
+    group = method.group
     weight = weight.astype(jnp.float32)
     *lead, n = weight.shape
     extra = -n % group if group else 0
     # the padding repeats the last weight, so that it does not widen a range
-    padded = jnp.concatenate([weight, jnp.repeat(weight[..., -1:], extra, axis=-1)], axis=-1) if extra else weight
+    padded = (
+        jnp.concatenate([weight, jnp.repeat(weight[..., -1:], extra, axis=-1)], axis=-1)
+        if extra
+        else weight
+    )
     grouped = padded.reshape(*lead, -1, group or n)
     dtype = jnp.dtype(method.scale_dtype or ("float16" if group else "float32"))
     if method.symmetric:
-        size = jnp.mean(jnp.abs(grouped), axis=-1) if bits == 1 else jnp.max(jnp.abs(grouped), axis=-1)
-        scale, minimum = size / max(2 ** (bits - 1) - 1, 1), None
+        size = (
+            jnp.mean(jnp.abs(grouped), axis=-1) if bits == 1 else jnp.max(jnp.abs(grouped), axis=-1)
+        )
+        scale = size / max(2 ** (bits - 1) - 1, 1)
+        minimum = None
     else:
         low = jnp.min(grouped, axis=-1)
         minimum = low.astype(dtype)
@@ -81,10 +101,14 @@ def _rtn(weight: jax.Array, method: Rtn) -> QTensor:
     scale = jnp.maximum(scale, float(jnp.finfo(dtype).tiny)).astype(dtype)
     wide = scale.astype(jnp.float32)[..., None]
     if minimum is not None:
-        codes = jnp.clip(jnp.round((grouped - minimum.astype(jnp.float32)[..., None]) / wide), 0, 2**bits - 1)
+        codes = jnp.clip(
+            jnp.round((grouped - minimum.astype(jnp.float32)[..., None]) / wide), 0, 2**bits - 1
+        )
     elif bits == 1:
         codes = jnp.where(grouped < 0, -1.0, 1.0)
     else:
         codes = jnp.clip(jnp.round(grouped / wide), -(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1)
     codes = codes.reshape(padded.shape)[..., :n].astype(jnp.int32)
-    return QTensor.from_codes(codes, scale, minimum, bits=bits, group=group, activations=method.activations)
+    return QTensor.from_codes(
+        codes, scale, minimum, bits=bits, group=group, activations=method.activations
+    )

@@ -1,4 +1,6 @@
-"""Statistics by the path of a layer: what `observe` stacked in one way, cut and joined as the leaf at hand is stacked."""
+"""Statistics by the path of a layer: what `observe` stacked in one way, cut and joined as the leaf
+at hand is stacked.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,14 @@ from jaxmodel import tree
 from jaxmodel.compress.observe import Stats
 from jaxmodel.errors import InputError, nearest
 
-type Places = dict[str, tuple[str, int]]  # layer path -> path in the statistics, position in its segment
+type Places = dict[
+    str, tuple[str, int]
+]  # layer path -> path in the statistics, position in its segment
 
 
 def places(stats: Stats, layers: Iterable[str]) -> Places:
-    """Where the statistics of each layer's leaf are. Of two entries that hold the same layer the later one counts.
+    """Where the statistics of each layer's leaf are. Of two entries that hold the same layer the
+    later one counts.
 
     Args:
       stats: from `observe`.
@@ -29,12 +34,18 @@ def places(stats: Stats, layers: Iterable[str]) -> Places:
     for layer, (path, _) in found.items():
         if layer not in known:
             close = "".join(nearest(layer, known, 1))
-            raise InputError(f"stats: {path!r} is not a leaf of these params" + (f"; nearest: {close}" if close else ""))
+            raise InputError(
+                f"stats: {path!r} is not a leaf of these params"
+                + (f"; nearest: {close}" if close else "")
+            )
     return found
 
 
 def names_of(layer: str, stats: Stats, where: Places) -> frozenset[str]:
-    """Which statistics there are of a layer's leaf. Layers that differ in this are not compressed as one leaf."""
+    """Which statistics there are of a layer's leaf.
+
+    Layers that differ in this are not compressed as one leaf.
+    """
     return frozenset(stats[where[layer][0]]) if layer in where else frozenset()
 
 
@@ -51,4 +62,6 @@ def stats_of(path: str, stats: Stats, where: Places) -> dict[str, jax.Array] | N
     if all(where[layer][0] == path for layer in layers):
         return dict(stats[path])
     each = [one(layer) for layer in layers]
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each) if tree.is_stacked(path) else each[0]
+    return (
+        jax.tree.map(lambda *arrays: jnp.stack(arrays), *each) if tree.is_stacked(path) else each[0]
+    )

@@ -15,7 +15,8 @@ VERSIONS = ("f32", "bf16", *NAMED)
 
 
 def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Callable[[], Bundle]]:
-    """Functions that make the named versions of a bundle, for `evaluate.compare`; nothing is made before they are called.
+    """Functions that make the named versions of a bundle, for `evaluate.compare`; nothing is made
+    before they are called.
 
     Args:
       bundle: with plain float32 weights.
@@ -30,14 +31,21 @@ def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
     tree.check(bundle.params)
     if any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values()):
         called = bundle.card.get("name", "the bundle")
-        raise InputError(f"model: {called!r} is compressed already; plain weights are needed to compare versions of them")
+        raise InputError(
+            f"model: {called!r} is compressed already; plain weights are needed to compare "
+            f"versions of them"
+        )
 
     def make(name: str) -> Bundle:
         if name in NAMED:
             return compress_bundle(bundle, NAMED[name])[0]
         if name == "f32":
-            return dataclasses.replace(bundle)  # of its own, so that what it caches for running goes with it
-        model = bundle.model.with_policy(dataclasses.replace(bundle.model.policy, compute="bfloat16"))
+            return dataclasses.replace(
+                bundle
+            )  # of its own, so that what it caches for running goes with it
+        model = bundle.model.with_policy(
+            dataclasses.replace(bundle.model.policy, compute="bfloat16")
+        )
         return dataclasses.replace(bundle, model=model, params=tree.cast(bundle.params, "bfloat16"))
 
     return {name: lambda name=name: make(name) for name in names}

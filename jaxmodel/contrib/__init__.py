@@ -1,8 +1,16 @@
-"""What fewer people need: learning from unlabelled data, wrong labels, dictionaries of features. Nothing else imports it."""
+"""What fewer people need: learning from unlabelled data, wrong labels, dictionaries of features.
+
+Nothing else imports it.
+"""
 
 from jaxmodel.contrib.confident import confident_learning
 from jaxmodel.contrib.dictionary import count_active, revive, unit_dictionary
-from jaxmodel.contrib.selfsupervised import masked_patches, pretext, with_projection, without_projection
+from jaxmodel.contrib.selfsupervised import (
+    masked_patches,
+    pretext,
+    with_projection,
+    without_projection,
+)
 from jaxmodel.contrib.semi import fixmatch, mean_teacher, pseudo_label, sigmoid_ramp
 
 __all__ = [

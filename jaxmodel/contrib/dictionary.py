@@ -1,4 +1,6 @@
-"""What the training of a sparse auto-encoder needs besides a loss: columns of length one, and new starts for dead features."""
+"""What the training of a sparse auto-encoder needs besides a loss: columns of length one, and new
+starts for dead features.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,24 @@ from jaxmodel.models import Model
 from jaxmodel.ops.norms import on_last
 from jaxmodel.train.state import TrainState
 
-READS, BIAS, WRITES = ("encoder", "code", "weight"), ("encoder", "code", "weight_bias"), ("decoder", "out", "weight")
+READS = ("encoder", "code", "weight")
+BIAS = ("encoder", "code", "weight_bias")
+WRITES = ("decoder", "out", "weight")
 
 
 def count_active(model: Model, params: tree.Params, batch: Mapping[str, Array]) -> Int[Array, " Z"]:
     """In how many rows of a batch each feature of the code is above zero; a sum, so batches add up."""
-    return jnp.sum(model.hidden(params, {"features": batch["features"]}).hidden > 0, axis=0, dtype=jnp.int32)
+    return jnp.sum(
+        model.hidden(params, {"features": batch["features"]}).hidden > 0, axis=0, dtype=jnp.int32
+    )
 
 
 def unit_dictionary(params: tree.Params) -> tree.Params:
-    """Params with columns of length one in the decoder: what each feature writes. To be applied after each step.
+    """Params with columns of length one in the decoder: what each feature writes. To be applied
+    after each step.
 
-    Without it an L1 norm of the code falls at no cost, by small codes and large columns (Bricken et al., 2023).
+    Without it an L1 norm of the code falls at no cost, by small codes and large columns (Bricken et
+    al., 2023).
     """
     columns = _plain(params)["decoder"]["out"]["weight"]
     length = jnp.linalg.norm(columns.astype(jnp.float32), axis=0, keepdims=True)
@@ -46,10 +54,11 @@ def revive(
 ) -> TrainState:
     """The state with a new start for each dead feature: resampling (Bricken et al., 2023).
 
-    Rows of the batch are drawn with a probability in proportion to their squared loss. A dead feature is set to read and write
-    what the reconstruction of its row misses: the decoder's column is that direction, the encoder's row is the same at `scale`
-    times the mean length of the rows of living features, its bias is zero. The optimiser's moments of these weights are zero
-    again; living features keep everything.
+    Rows of the batch are drawn with a probability in proportion to their squared loss. A dead
+    feature is set to read and write what the reconstruction of its row misses: the decoder's column
+    is that direction, the encoder's row is the same at `scale` times the mean length of the rows of
+    living features, its bias is zero. The optimiser's moments of these weights are zero again;
+    living features keep everything.
 
     Args:
       state: whose params are those of a sparse auto-encoder without hidden layers.
@@ -57,8 +66,8 @@ def revive(
       batch: `features` `[B, N]`; the more rows, the more different the new features.
       dead: which features; such as `count_active(...) == 0` over many batches.
       key: of the draws.
-      scale: of the encoder's rows; Bricken et al. take 0.2 for an L1 norm. With a small one new features are seldom among the k
-        largest, with a large one they push out what works.
+      scale: of the encoder's rows; Bricken et al. take 0.2 for an L1 norm. With a small one new
+        features are seldom among the k largest, with a large one they push out what works.
 
     Raises:
       InputError: hidden layers, or compressed weights.
@@ -69,24 +78,35 @@ def revive(
     loss = jnp.sum(missed**2, axis=-1)
     rows = jax.random.categorical(key, 2 * jnp.log(jnp.maximum(loss, 1e-30)), shape=dead.shape)
     new = missed[rows] / jnp.maximum(jnp.sqrt(loss[rows]), 1e-12)[:, None]  # [Z, N]
-    reads, writes = params["encoder"]["code"]["weight"], params["decoder"]["out"]["weight"]
+    reads = params["encoder"]["code"]["weight"]
+    writes = params["decoder"]["out"]["weight"]
     lengths = jnp.linalg.norm(reads.astype(jnp.float32), axis=-1)
-    living = jnp.sum(jnp.where(dead, 0.0, lengths)) / jnp.maximum(jnp.sum(~dead, dtype=jnp.float32), 1.0)
+    living = jnp.sum(jnp.where(dead, 0.0, lengths)) / jnp.maximum(
+        jnp.sum(~dead, dtype=jnp.float32), 1.0
+    )
     length = scale * jnp.where(jnp.any(~dead), living, 1.0)
 
     shapes = {READS: reads.shape, BIAS: dead.shape, WRITES: writes.shape}
 
-    def renewed(path: tuple[str, ...], leaf: Any, values: Mapping[tuple[str, str, str], Array | float]) -> Any:
+    def renewed(
+        path: tuple[str, ...], leaf: Any, values: Mapping[tuple[str, str, str], Array | float]
+    ) -> Any:
         for name, value in values.items():
             if path[-3:] == name and leaf.shape == shapes[name]:
-                where = on_last(dead, 2) if name == WRITES else dead.reshape(-1, *[1] * (leaf.ndim - 1))
+                where = (
+                    on_last(dead, 2) if name == WRITES else dead.reshape(-1, *[1] * (leaf.ndim - 1))
+                )
                 return jnp.where(where, jnp.asarray(value, leaf.dtype), leaf)
         return leaf
 
     values = {READS: length * new, BIAS: jnp.zeros(dead.shape), WRITES: new.T}
     zeros = dict.fromkeys(values, 0.0)
-    opt_state = jax.tree_util.tree_map_with_path(lambda path, leaf: renewed(_names(path), leaf, zeros), state.opt_state)
-    params = tree.map_leaves(lambda path, leaf: renewed(tuple(path.split("/")), leaf, values), params)
+    opt_state = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: renewed(_names(path), leaf, zeros), state.opt_state
+    )
+    params = tree.map_leaves(
+        lambda path, leaf: renewed(tuple(path.split("/")), leaf, values), params
+    )
     return dataclasses.replace(state, params=params, opt_state=opt_state)
 
 
@@ -94,10 +114,17 @@ def _plain(params: tree.Params) -> tree.Params:
     """The params, if they are those of one linear encoder and one linear decoder."""
     tree.check(params)
     leaves = tree.flatten(params)
-    missing = [name for name in map("/".join, (READS, BIAS, WRITES)) if isinstance(leaves.get(name), Compressed | None)]
+    missing = [
+        name
+        for name in map("/".join, (READS, BIAS, WRITES))
+        if isinstance(leaves.get(name), Compressed | None)
+    ]
     hidden = [name for name in leaves if "hidden_" in name]
     if missing or hidden:
-        raise InputError(f"params: {[*missing, *hidden][0]} is in the way; plain weights of an encoder and a decoder are needed")
+        raise InputError(
+            f"params: {[*missing, *hidden][0]} is in the way; plain weights of an encoder and a "
+            f"decoder are needed"
+        )
     return params
 
 

@@ -1,12 +1,14 @@
 """Learning from rows without labels: losses over batches of `data.Paired`, for `fit` as any other.
 
-The unlabelled rows are the batch's `unlabelled_...`, `[B, each, ...]`, with the names of the model's inputs behind. The loss is
+The unlabelled rows are the batch's `unlabelled_...`, `[B, each, ...]`, with the names of the
+model's inputs behind. The loss is
 
     sum_i w_i (each(z_i, t_i) + weight ramp(step) mean_j u_ij) / sum_i w_i
 
-with u_ij the value of the j-th unlabelled row that came with row i. So it is a mean over the labelled rows, as other losses are,
-and micro-batches add up to the whole batch. In training the views are made here, from the step's key; labelled rows and the
-student's views pass through the model as one batch, so that a batch norm sees both. Held-out losses are those of labels alone.
+with u_ij the value of the j-th unlabelled row that came with row i. So it is a mean over the
+labelled rows, as other losses are, and micro-batches add up to the whole batch. In training the
+views are made here, from the step's key; labelled rows and the student's views pass through the
+model as one batch, so that a batch norm sees both. Held-out losses are those of labels alone.
 
 >>> from jaxmodel.data import augment
 >>> loss = fixmatch(augment.RandomCrop(2), augment.parse("random_crop(2) | rand_augment(2, 9) | cutout(14)"))
@@ -34,13 +36,17 @@ from jaxmodel.train.state import TrainState, averaged
 
 type Augment = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 type Ramp = Callable[[Array], Array]
-"""`ramp(step) -> factor` of the unlabelled rows, such as `functools.partial(linear_ramp, begin=100, end=600)`."""
+"""`ramp(step) -> factor` of the unlabelled rows, such as `functools.partial(linear_ramp, begin=100,
+end=600)`.
+"""
 type _Inputs = dict[str, Array]
 
-_VIEWS = 2**32 - 7  # what the views fold into the step's key; see `models.model` for the other numbers
+_VIEWS = (
+    2**32 - 7
+)  # what the views fold into the step's key; see `models.model` for the other numbers
 
 
-# -------------------------------------------------------------------------------------------------------------- the losses
+# --------------------------------------------------------------------------------------- the losses
 
 
 def fixmatch(
@@ -53,10 +59,11 @@ def fixmatch(
     align: bool = False,
     each: Each = softmax_cross_entropy,
 ) -> Loss:
-    """What the model is sure of in a weak view of a row is the label of a strong one: FixMatch (Sohn et al., 2020).
+    """What the model is sure of in a weak view of a row is the label of a strong one: FixMatch
+    (Sohn et al., 2020).
 
-    `u = 1[max q >= threshold] each(z_strong, argmax q)` with `q = softmax(z_weak)`, without gradient and without dropout.
-    Labelled rows are seen weakly.
+    `u = 1[max q >= threshold] each(z_strong, argmax q)` with `q = softmax(z_weak)`, without
+    gradient and without dropout. Labelled rows are seen weakly.
 
     Args:
       weak: `augment(key, batch)`, as flips and crops; None for the rows as they are.
@@ -64,14 +71,14 @@ def fixmatch(
       threshold: of the probability, 0 to 1.
       weight: of the unlabelled rows.
       ramp: see `Ramp`.
-      align: whether q is divided by its mean over the batch and scaled to sum to 1 again, so that no class takes the rows of
-        another where all are as frequent (Berthelot et al., 2020, align to a running mean). Rows meet then, so micro-batches of
-        few rows are another loss.
+      align: whether q is divided by its mean over the batch and scaled to sum to 1 again, so that
+        no class takes the rows of another where all are as frequent (Berthelot et al., 2020, align
+        to a running mean). Rows meet then, so micro-batches of few rows are another loss.
       each: of the labelled and the unlabelled rows, see `supervised`.
 
     Returns:
-      The loss. Its metrics are `weight`, `accuracy` (of the labelled rows), `unlabelled_loss` (u, before its weight) and
-      `confident` (the share of the unlabelled rows above the threshold).
+      The loss. Its metrics are `weight`, `accuracy` (of the labelled rows), `unlabelled_loss` (u,
+      before its weight) and `confident` (the share of the unlabelled rows above the threshold).
 
     Raises:
       InputError: a threshold outside of 0 to 1, or a negative weight.
@@ -87,9 +94,11 @@ def pseudo_label(
     ramp: Ramp | None = None,
     each: Each = softmax_cross_entropy,
 ) -> Loss:
-    """What the model says of a row is its label (Lee, 2013): as `fixmatch`, but of the row as it stands, and of every row.
+    """What the model says of a row is its label (Lee, 2013): as `fixmatch`, but of the row as it
+    stands, and of every row.
 
-    The weight should rise while the model learns: `ramp=functools.partial(linear_ramp, begin=100, end=600)`.
+    The weight should rise while the model learns: `ramp=functools.partial(linear_ramp, begin=100,
+    end=600)`.
 
     Args:
       augment: of labelled and unlabelled rows where they are learnt; None for dropout alone.
@@ -108,28 +117,36 @@ def mean_teacher(
     ramp: Ramp | None = None,
     each: Each = softmax_cross_entropy,
 ) -> Loss:
-    """The student agrees with the moving average of itself: the mean teacher (Tarvainen & Valpola, 2017).
+    """The student agrees with the moving average of itself: the mean teacher (Tarvainen & Valpola,
+    2017).
 
-    `u = mean_c (softmax(z)_c - softmax(z')_c)^2`, z of the student and z' of the teacher, each of a view of its own. The teacher
-    is `state.extra["average"]`: train with `TrainConfig(average=0.99)`, which also has it judged.
+    `u = mean_c (softmax(z)_c - softmax(z')_c)^2`, z of the student and z' of the teacher, each of a
+    view of its own. The teacher is `state.extra["average"]`: train with
+    `TrainConfig(average=0.99)`, which also has it judged.
 
     Args:
-      noise: `augment(key, batch)` of labelled and unlabelled rows; None for dropout alone, which the teacher is without.
+      noise: `augment(key, batch)` of labelled and unlabelled rows; None for dropout alone, which
+        the teacher is without.
       weight: of the unlabelled rows, once the ramp is over.
       ramp: see `Ramp`; the authors' is `functools.partial(sigmoid_ramp, steps=...)`.
       each: of the labelled rows.
 
     Returns:
-      The loss. Its metrics are `weight`, `accuracy`, `unlabelled_loss` and `agree`, the share of the unlabelled rows of which
-      both say the same.
+      The loss. Its metrics are `weight`, `accuracy`, `unlabelled_loss` and `agree`, the share of
+      the unlabelled rows of which both say the same.
 
     Raises:
       InputError: a negative weight; when called, a state without an average.
     """
 
-    def term(model: Model, params: tree.Params, rows: _Inputs, key: Array, state: TrainState | None) -> _Term:
+    def term(
+        model: Model, params: tree.Params, rows: _Inputs, key: Array, state: TrainState | None
+    ) -> _Term:
         if state is None or "average" not in state.extra:
-            raise InputError("average: 0 given; the teacher is the moving average, so one is needed, such as 0.99")
+            raise InputError(
+                "average: 0 given; the teacher is the moving average, so one is needed, such as "
+                "0.99"
+            )
         taught = _said(model, averaged(state), _seen(noise, jax.random.fold_in(key, 0), rows))
 
         def value(z: Array) -> tuple[Array, dict[str, Array]]:
@@ -145,7 +162,8 @@ def mean_teacher(
 def pseudo_labels(
     logits: Float[np.ndarray, "N C"], threshold: float = 0.95
 ) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " M"]]:
-    """The rows that a model is sure of, and their classes: to be joined to the labelled ones for another round of training.
+    """The rows that a model is sure of, and their classes: to be joined to the labelled ones for
+    another round of training.
 
     Args:
       logits: of all unlabelled rows.
@@ -164,7 +182,7 @@ def pseudo_labels(
     return rows, np.argmax(logits[rows], axis=-1).astype(np.int32)
 
 
-# --------------------------------------------------------------------------------------------------------------- the ramps
+# ---------------------------------------------------------------------------------------- the ramps
 
 
 def linear_ramp(step: Int[Array, ""], begin: int, end: int) -> Float[Array, ""]:
@@ -174,7 +192,9 @@ def linear_ramp(step: Int[Array, ""], begin: int, end: int) -> Float[Array, ""]:
     [0.0, 0.0, 0.5, 1.0]
     """
     if not 0 <= begin < end:
-        raise InputError(f"begin, end: {begin}, {end} given; allowed: from 0, the end behind the beginning")
+        raise InputError(
+            f"begin, end: {begin}, {end} given; allowed: from 0, the end behind the beginning"
+        )
     return jnp.clip((step.astype(jnp.float32) - begin) / (end - begin), 0, 1)
 
 
@@ -189,17 +209,21 @@ def sigmoid_ramp(step: Int[Array, ""], steps: int) -> Float[Array, ""]:
     return jnp.exp(-5 * (1 - jnp.minimum(step.astype(jnp.float32) / steps, 1)) ** 2)
 
 
-# ------------------------------------------------------------------------------------------------------------- what they share
+# ---------------------------------------------------------------------------------- what they share
 
 type _Term = tuple[_Inputs, Callable[[Array], tuple[Array, dict[str, Array]]]]
 """The student's views, and from its logits of them the value of each and metrics of each."""
 
 
-def _own_labels(first: Augment | None, second: Augment | None, threshold: float, each: Each, align: bool) -> Callable[..., _Term]:
+def _own_labels(
+    first: Augment | None, second: Augment | None, threshold: float, each: Each, align: bool
+) -> Callable[..., _Term]:
     """What the model says of the first view, where it is sure, is the label of the second."""
     _check_threshold(threshold)
 
-    def term(model: Model, params: tree.Params, rows: _Inputs, key: Array, state: TrainState | None) -> _Term:
+    def term(
+        model: Model, params: tree.Params, rows: _Inputs, key: Array, state: TrainState | None
+    ) -> _Term:
         seen = _seen(first, jax.random.fold_in(key, 0), rows)
         q = jax.nn.softmax(_said(model, jax.lax.stop_gradient(params), seen), axis=-1)
         if align:
@@ -208,13 +232,24 @@ def _own_labels(first: Augment | None, second: Augment | None, threshold: float,
             q = q / jnp.sum(q, axis=-1, keepdims=True)
         sure = (jnp.max(q, axis=-1) >= threshold).astype(jnp.float32)
         labels = jnp.argmax(q, axis=-1)
-        return _seen(second, jax.random.fold_in(key, 1), rows), lambda z: (sure * each(z, labels), {"confident": sure})
+        return _seen(second, jax.random.fold_in(key, 1), rows), lambda z: (
+            sure * each(z, labels),
+            {"confident": sure},
+        )
 
     return term
 
 
-def _semi(term: Callable[..., _Term], augment: Augment | None, each: Each, weight: float, ramp: Ramp | None) -> Loss:
-    """The loss of labelled rows seen through `augment`, and of what `term` makes of the unlabelled ones."""
+def _semi(
+    term: Callable[..., _Term],
+    augment: Augment | None,
+    each: Each,
+    weight: float,
+    ramp: Ramp | None,
+) -> Loss:
+    """The loss of labelled rows seen through `augment`, and of what `term` makes of the unlabelled
+    ones.
+    """
     if not weight >= 0:
         raise InputError(f"weight: {weight} given; allowed: at least 0")
     heldout = supervised(each)
@@ -234,39 +269,64 @@ def _semi(term: Callable[..., _Term], augment: Augment | None, each: Each, weigh
         if rng is None:
             raise InputError("rng: None given; views of the rows are drawn from it in training")
         if ramp is not None and state is None:
-            raise InputError("ramp: it needs the state's step; allowed: in make_step and fit, which hand over the state")
+            raise InputError(
+                "ramp: it needs the state's step; allowed: in make_step and fit, which hand over "
+                "the state"
+            )
         inputs, rows, count = _parted(batch)
         key = jax.random.fold_in(rng, _VIEWS)
         views, value = term(model, params, rows, key, state)
         own = _seen(augment, jax.random.fold_in(key, 2), inputs)
-        both = {name: jnp.concatenate([own[name], views[name]]) for name in own if name in views}  # else it is no input
+        both = {
+            name: jnp.concatenate([own[name], views[name]]) for name in own if name in views
+        }  # else it is no input
         z = model.apply(params, both, rng=rng, train=True).logits
         labelled, (values, metrics) = z[:count], value(z[count:])
 
-        labels, weights = counting(batch["labels"], row_weights(batch, (count,)))  # of rows that fill it up they do not matter
+        labels, weights = counting(
+            batch["labels"], row_weights(batch, (count,))
+        )  # of rows that fill it up they do not matter
         t = distribution(labels, z.shape[-1])
         right = (jnp.argmax(labelled, axis=-1) == jnp.argmax(t, axis=-1)).astype(jnp.float32)
         mean = lambda values: weighted_mean(jnp.mean(values.reshape(count, -1), axis=1), weights)
         factor = jnp.float32(weight) if ramp is None or state is None else weight * ramp(state.step)
         found = {name: mean(a) for name, a in metrics.items()} | {"unlabelled_loss": mean(values)}
         total = weighted_mean(each(labelled, t), weights) + factor * found["unlabelled_loss"]
-        return total, {"weight": jnp.sum(weights), "accuracy": weighted_mean(right, weights), **found}
+        return total, {
+            "weight": jnp.sum(weights),
+            "accuracy": weighted_mean(right, weights),
+            **found,
+        }
 
     return loss
 
 
 def _parted(batch: Mapping[str, Array]) -> tuple[_Inputs, _Inputs, int]:
-    """The inputs of the labelled rows, those of the unlabelled ones as one batch `[B * each, ...]`, and B."""
+    """The inputs of the labelled rows, those of the unlabelled ones as one batch `[B * each, ...]`,
+    and B.
+    """
     aside = ("labels", "weights")
-    rows = {name.removeprefix(UNLABELLED): a for name, a in batch.items() if name.startswith(UNLABELLED)}
+    rows = {
+        name.removeprefix(UNLABELLED): a for name, a in batch.items() if name.startswith(UNLABELLED)
+    }
     if "labels" not in batch or not rows:
         given = ", ".join(batch) or "nothing"
-        raise InputError(f"batch: {given} given; 'labels' and '{UNLABELLED}...' are needed, see data.Paired")
-    inputs = {name: a for name, a in batch.items() if not name.startswith(UNLABELLED) and name not in aside}
+        raise InputError(
+            f"batch: {given} given; 'labels' and '{UNLABELLED}...' are needed, see data.Paired"
+        )
+    inputs = {
+        name: a
+        for name, a in batch.items()
+        if not name.startswith(UNLABELLED) and name not in aside
+    }
     flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in rows.items() if name not in aside}
-    if "weights" in batch:  # an unlabelled row fills a batch up where the row does that it came with
+    if (
+        "weights" in batch
+    ):  # an unlabelled row fills a batch up where the row does that it came with
         inputs["counts"] = batch["weights"] > 0
-        flat["counts"] = jnp.repeat(inputs["counts"], len(next(iter(flat.values()))) // len(batch["labels"]))
+        flat["counts"] = jnp.repeat(
+            inputs["counts"], len(next(iter(flat.values()))) // len(batch["labels"])
+        )
     return inputs, flat, len(batch["labels"])
 
 
@@ -280,5 +340,7 @@ def _check_threshold(threshold: float) -> None:
 
 
 def _said(model: Model, params: tree.Params, rows: _Inputs) -> Float[Array, "N C"]:
-    """Logits without dropout; a batch norm goes by this batch, since while training it has nothing else."""
+    """Logits without dropout; a batch norm goes by this batch, since while training it has nothing
+    else.
+    """
     return model.apply(params, rows, rng=None, train=True).logits.astype(jnp.float32)

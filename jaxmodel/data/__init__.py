@@ -1,8 +1,9 @@
-"""Text to batches: load a text, cut it into windows or pack its documents into bins, stream batches of (seed, step).
-Images to batches: load them with their labels, stream their rows. Pairs of texts are made as they are needed.
-Larger than memory: `documents` reads any format from anywhere, `tokenize` writes `Shards` once, `PackedShards` and `ShardWindows`
-read rows of them, `ImageFolder` rows of files; `answers` rows of chats and of prompts with completions, `labelled` of texts
-with labels; `Mixture` mixes streams, `Paired` puts rows without labels beside labelled ones.
+"""Text to batches: load a text, cut it into windows or pack its documents into bins, stream batches
+of (seed, step). Images to batches: load them with their labels, stream their rows. Pairs of texts
+are made as they are needed. Larger than memory: `documents` reads any format from anywhere,
+`tokenize` writes `Shards` once, `PackedShards` and `ShardWindows` read rows of them, `ImageFolder`
+rows of files; `answers` rows of chats and of prompts with completions, `labelled` of texts with
+labels; `Mixture` mixes streams, `Paired` puts rows without labels beside labelled ones.
 
 >>> import numpy as np
 >>> stream = Stream(windows(range(100), length=9, stride=8), batch_size=4, seed=0)
@@ -61,5 +62,6 @@ def __getattr__(name: str) -> Any:
     if name == "augment":  # late: it imports jax
         return importlib.import_module("jaxmodel.data.augment")
     raise AttributeError(f"module 'jaxmodel.data' has no attribute {name!r}")
+
 
 moved.attach(__name__)

@@ -1,4 +1,5 @@
-"""Rows to learn answers or classes from: chats, prompts with their completions, texts with their labels.
+"""Rows to learn answers or classes from: chats, prompts with their completions, texts with their
+labels.
 
 | a record has                        | it is read as                                                                        |
 |-------------------------------------|--------------------------------------------------------------------------------------|
@@ -29,8 +30,18 @@ from jaxmodel.data.stream import Batch
 from jaxmodel.data.text import NAMES, record_kind
 from jaxmodel.errors import InputError, at_least
 
-KINDS = {"messages": ("messages",), "conversations": ("conversations",), "completion": ("prompt", "completion")}
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+KINDS = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "completion": ("prompt", "completion"),
+}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def kind_of(record: Mapping[str, Any]) -> str | None:
@@ -39,12 +50,16 @@ def kind_of(record: Mapping[str, Any]) -> str | None:
     >>> kind_of({"prompt": "2+2=", "completion": "4"}), kind_of({"text": "a", "label": "b"}), kind_of({"text": "a"})
     ('completion', 'label', None)
     """
-    found = next((kind for kind, fields in KINDS.items() if all(field in record for field in fields)), None)
+    found = next(
+        (kind for kind, fields in KINDS.items() if all(field in record for field in fields)), None
+    )
     return found or ("label" if "text" in record and "label" in record else None)
 
 
 def kind_of_source(source: Source) -> str | None:
-    """What the first record of a source is (see `kind_of`); None for plain texts, and where there is no record."""
+    """What the first record of a source is (see `kind_of`); None for plain texts, and where there
+    is no record.
+    """
     first = next(iter(documents(source).parts))
     if first in NAMES or (record_kind(first) is None and not first.startswith("hf:")):
         return None
@@ -55,10 +70,12 @@ def kind_of_source(source: Source) -> str | None:
 @briefly
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Texts of which parts are to be learnt, as rows of one width: what `Stream` takes for `data`. Made by `answers`.
+    """Texts of which parts are to be learnt, as rows of one width: what `Stream` takes for `data`.
+    Made by `answers`.
 
-    A batch has `tokens`, `targets`, `segments`, `positions` `[B, T]` int32 as one of packed documents, and `weights` `[B, T]`, 1
-    where the target is to be learnt. Texts that share a row do not see each other.
+    A batch has `tokens`, `targets`, `segments`, `positions` `[B, T]` int32 as one of packed
+    documents, and `weights` `[B, T]`, 1 where the target is to be learnt. Texts that share a row do
+    not see each other.
 
     Attributes:
       ids: of all texts, one after the other, int32.
@@ -82,7 +99,12 @@ class Answers:
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"answers 1 {self.length}\n".encode())
-        for a, kind in ((self.ids, "<i4"), (self.learnt, "|b1"), (self.begins, "<i8"), (self.firsts, "<i8")):
+        for a, kind in (
+            (self.ids, "<i4"),
+            (self.learnt, "|b1"),
+            (self.begins, "<i8"),
+            (self.firsts, "<i8"),
+        ):
             digest.update(np.ascontiguousarray(a, kind).data)
         return digest.hexdigest()
 
@@ -99,14 +121,21 @@ class Answers:
         """These rows alone, in this order."""
         texts = [text for row in rows for text in range(self.firsts[row], self.firsts[row + 1])]
         places = np.concatenate([np.arange(*self.begins[text : text + 2]) for text in texts])
-        begins = np.concatenate([[0], np.cumsum([self.begins[text + 1] - self.begins[text] for text in texts])])
-        firsts = np.concatenate([[0], np.cumsum([self.firsts[row + 1] - self.firsts[row] for row in rows])])
+        begins = np.concatenate(
+            [[0], np.cumsum([self.begins[text + 1] - self.begins[text] for text in texts])]
+        )
+        firsts = np.concatenate(
+            [[0], np.cumsum([self.firsts[row + 1] - self.firsts[row] for row in rows])]
+        )
         return Answers(self.ids[places], self.learnt[places], begins, firsts, self.length)
 
     def take(self, indices: np.ndarray) -> Batch:
         """The rows of these numbers."""
         shape = len(indices), self.length
-        out: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments", "positions")}
+        out: Batch = {
+            name: np.zeros(shape, np.int32)
+            for name in ("tokens", "targets", "segments", "positions")
+        }
         out["weights"] = np.zeros(shape, np.float32)
         for row, i in enumerate(indices):
             at = 0
@@ -122,10 +151,13 @@ class Answers:
         return out
 
 
-def answers(source: Source, tokenizer: Any, length: int, *, pack: bool = False, split: str = "train") -> Answers:
+def answers(
+    source: Source, tokenizer: Any, length: int, *, pack: bool = False, split: str = "train"
+) -> Answers:
     """Rows to learn answers from: of chats, or of prompts with completions (see the table above).
 
-    A text that is longer than a row is cut at its end; one of which nothing to learn is left, left out. Both are said.
+    A text that is longer than a row is cut at its end; one of which nothing to learn is left, left
+    out. Both are said.
 
     Args:
       source: as of `data.documents`.
@@ -147,27 +179,46 @@ def answers(source: Source, tokenizer: Any, length: int, *, pack: bool = False, 
     [[0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
     """
     _check(tokenizer, length)
-    texts = [text for place, record in records(source, split) for text in _read(place, record, tokenizer)]
+    texts = [
+        text for place, record in records(source, split) for text in _read(place, record, tokenizer)
+    ]
     cut = [(ids[: length + 1], learnt[: length + 1]) for ids, learnt in texts]
     kept = [one for one in cut if any(one[1][1:])]
-    longer, lost = sum(len(ids) > length + 1 for ids, _ in texts), len(cut) - len(kept)
+    longer = sum(len(ids) > length + 1 for ids, _ in texts)
+    lost = len(cut) - len(kept)
     if longer:
-        _say(f"{longer:,} of {len(texts):,} texts are longer than a row of {length} tokens and were cut at their end")
+        _say(
+            f"{longer:,} of {len(texts):,} texts are longer than a row of {length} tokens and "
+            f"were cut at their end"
+        )
     if lost:
         _say(f"of {lost:,} of {len(texts):,} texts nothing to learn is left, so they were left out")
     if not kept:
-        raise InputError(f"data source: {_named(source)}: no text has something to learn within {length} tokens")
+        raise InputError(
+            f"data source: {_named(source)}: no text has something to learn within {length} tokens"
+        )
     sizes = [len(ids) - 1 for ids, _ in kept]
     rows = first_fit(sizes, length)[0] if pack else np.arange(len(kept))
     order = np.argsort(rows, kind="stable")  # within a row in the order of the source
     begins = np.concatenate([[0], np.cumsum([len(kept[i][0]) for i in order])])
     ids, learnt = (np.concatenate([kept[i][part] for i in order]) for part in (0, 1))
     firsts = np.searchsorted(rows[order], np.arange(rows.max() + 2))
-    return Answers(ids.astype(np.int32), learnt.astype(bool), begins.astype(np.int64), firsts.astype(np.int64), length)
+    return Answers(
+        ids.astype(np.int32),
+        learnt.astype(bool),
+        begins.astype(np.int64),
+        firsts.astype(np.int64),
+        length,
+    )
 
 
 def labelled(
-    source: Source, tokenizer: Any, length: int, *, names: Sequence[str] | None = None, split: str = "train"
+    source: Source,
+    tokenizer: Any,
+    length: int,
+    *,
+    names: Sequence[str] | None = None,
+    split: str = "train",
 ) -> tuple[Batch, tuple[str, ...]]:
     """Arrays to learn classes from: of records with `text` and `label`.
 
@@ -175,14 +226,17 @@ def labelled(
       source: as of `data.documents`.
       tokenizer: `hub.Tokenizer` of the model.
       length: tokens of a row, T; longer texts are cut, which is said.
-      names: of the classes, those of the training part for a held-out one; None for the labels that there are, in their order.
+      names: of the classes, those of the training part for a held-out one; None for the labels that
+        there are, in their order.
       split: the part of a data set.
 
     Returns:
-      `tokens` `[N, T]`, `mask` `[N, T]` (whether a token is there) and `labels` `[N]`, for a `Stream`; and the names.
+      `tokens` `[N, T]`, `mask` `[N, T]` (whether a token is there) and `labels` `[N]`, for a
+      `Stream`; and the names.
 
     Raises:
-      InputError: a record without them, or with a label that is not among the names, named by its file and line.
+      InputError: a record without them, or with a label that is not among the names, named by its
+        file and line.
     """
     _check(tokenizer, length)
     texts: list[str] = []
@@ -191,57 +245,91 @@ def labelled(
         label = record.get("label")
         if not isinstance(record.get("text"), str) or not isinstance(label, str | int):
             given = {name: type(a).__name__ for name, a in record.items()}
-            raise InputError(f"data source: {place}: {given} given; allowed: 'text', and 'label', a name or a number")
+            raise InputError(
+                f"data source: {place}: {given} given; allowed: 'text', and 'label', a name or a "
+                f"number"
+            )
         if names is not None and str(label) not in names:
-            raise InputError(f"data source: {place}: the label {str(label)!r} is no class; allowed: {', '.join(names)}")
+            raise InputError(
+                f"data source: {place}: the label {str(label)!r} is no class; allowed: "
+                f"{', '.join(names)}"
+            )
         texts.append(_text(place, "text", record["text"]))
         found.append(str(label))
     if not texts:
         raise InputError(f"data source: {_named(source)}: there are no records")
     numbers = all(label.removeprefix("-").isdecimal() for label in found)
-    known = tuple(sorted(set(found), key=int if numbers else str)) if names is None else tuple(names)
+    known = (
+        tuple(sorted(set(found), key=int if numbers else str)) if names is None else tuple(names)
+    )
     if len(known) < 2:
-        raise InputError(f"data source: {_named(source)}: all labels are {found[0]!r}; allowed: at least two classes")
-    rows = [_within(tokenizer, text, ids, length) for text, ids in zip(texts, tokenizer.encode_batch(texts, True), strict=True)]
+        raise InputError(
+            f"data source: {_named(source)}: all labels are {found[0]!r}; allowed: at least two "
+            f"classes"
+        )
+    rows = [
+        _within(tokenizer, text, ids, length)
+        for text, ids in zip(texts, tokenizer.encode_batch(texts, True), strict=True)
+    ]
     if longer := sum(was for _, was in rows):
-        _say(f"{longer:,} of {len(texts):,} texts are longer than a row of {length} tokens and were cut at their end")
+        _say(
+            f"{longer:,} of {len(texts):,} texts are longer than a row of {length} tokens and "
+            f"were cut at their end"
+        )
     tokens = np.full((len(rows), length), tokenizer.pad_id or 0, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, (ids, _) in enumerate(rows):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     places = {name: i for i, name in enumerate(known)}
-    return {"tokens": tokens, "mask": mask, "labels": np.array([places[label] for label in found], np.int32)}, known
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "labels": np.array([places[label] for label in found], np.int32),
+    }, known
 
 
 def _check(tokenizer: Any, length: int) -> None:
     at_least("length", length, 1)
     if not hasattr(tokenizer, "encode_batch"):
         given = f"{tokenizer!r:.40}" if isinstance(tokenizer, str) else type(tokenizer).__name__
-        raise InputError(f"tokenizer: {given} given; allowed: a hub.Tokenizer, such as the processor of a bundle")
+        raise InputError(
+            f"tokenizer: {given} given; allowed: a hub.Tokenizer, such as the processor of a bundle"
+        )
 
 
-def _read(place: str, record: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
+def _read(
+    place: str, record: Mapping[str, Any], tokenizer: Any
+) -> Iterator[tuple[list[int], list[bool]]]:
     """What a record has to learn from."""
     from jaxmodel.hub import answers  # late, as it imports the library of tokenizers
 
     kind = kind_of(record)
     if kind not in KINDS:
         allowed = "'messages', or 'prompt' and 'completion'"
-        raise InputError(f"data source: {place} has {', '.join(map(repr, record)) or 'no fields'}; allowed: {allowed}")
+        raise InputError(
+            f"data source: {place} has {', '.join(map(repr, record)) or 'no fields'}; allowed: "
+            f"{allowed}"
+        )
     try:
         if kind == "completion" and not isinstance(record["prompt"], list):
             prompt, completion = (_text(place, name, record[name]) for name in KINDS[kind])
             found = [answers.of_completion(tokenizer, prompt, completion)]
         else:
             first = 0 if kind != "completion" else len(record["prompt"])
-            messages = record[kind] if kind != "completion" else [*record["prompt"], *_list(record["completion"], "completion")]
+            messages = (
+                record[kind]
+                if kind != "completion"
+                else [*record["prompt"], *_list(record["completion"], "completion")]
+            )
             messages = [_message(i, one) for i, one in enumerate(_list(messages, kind))]
             tools = record.get("tools") or None
             tools = json.loads(tools) if isinstance(tools, str) else tools
             found = answers.of_chat(tokenizer, messages, first=first, tools=tools)
     except ValueError as error:
         said = str(error)
-        raise error if said.startswith("data source") else InputError(f"data source: {place}: {said}") from None
+        raise (
+            error if said.startswith("data source") else InputError(f"data source: {place}: {said}")
+        ) from None
     for one in found:
         yield one.ids, one.learnt
 
@@ -249,11 +337,16 @@ def _read(place: str, record: Mapping[str, Any], tokenizer: Any) -> Iterator[tup
 def _message(number: int, message: Any) -> dict[str, Any]:
     """A message as templates read it, also of the form `{"from": "human", "value": "..."}`."""
     if not isinstance(message, Mapping):
-        raise InputError(f"message {number} is {type(message).__name__}; allowed: {{'role': ..., 'content': ...}}")
+        raise InputError(
+            f"message {number} is {type(message).__name__}; allowed: {{'role': ..., 'content': "
+            f"...}}"
+        )
     if "role" not in message and {"from", "value"} <= set(message):
         role = _ROLES.get(str(message["from"]), str(message["from"]))
         return {"role": role, "content": message["value"]}
-    if not isinstance(message.get("role"), str) or not ("content" in message or "tool_calls" in message):
+    if not isinstance(message.get("role"), str) or not (
+        "content" in message or "tool_calls" in message
+    ):
         given = ", ".join(map(repr, message)) or "nothing"
         raise InputError(f"message {number} has {given}; allowed: 'role', a text, and 'content'")
     return dict(message)
@@ -261,29 +354,43 @@ def _message(number: int, message: Any) -> dict[str, Any]:
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{name!r} is {type(value).__name__} of {value!r:.40}; allowed: a list of messages, at least one")
+        raise InputError(
+            f"{name!r} is {type(value).__name__} of {value!r:.40}; allowed: a list of messages, "
+            f"at least one"
+        )
     return value
 
 
 def _text(place: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise InputError(f"data source: {place}: {name!r} is {type(value).__name__}; allowed: a text")
+        raise InputError(
+            f"data source: {place}: {name!r} is {type(value).__name__}; allowed: a text"
+        )
     if any("\ud800" <= c <= "\udfff" for c in value):
-        raise InputError(f"data source: {place}: {name!r} has half of a surrogate pair; allowed: Unicode text")
+        raise InputError(
+            f"data source: {place}: {name!r} has half of a surrogate pair; allowed: Unicode text"
+        )
     return value
 
 
 def _within(tokenizer: Any, text: str, ids: list[int], length: int) -> tuple[list[int], bool]:
-    """The ids of a whole text within a row, with what the tokenizer puts around it; and whether it was cut."""
+    """The ids of a whole text within a row, with what the tokenizer puts around it; and whether it
+    was cut.
+    """
     if len(ids) <= length:
         return ids, False
-    begins, bare = list(tokenizer.begins), tokenizer.encode(text)
+    begins = list(tokenizer.begins)
+    bare = tokenizer.encode(text)
     tail = ids[len(begins) + len(bare) :]
     return [*begins, *bare[: max(length - len(begins) - len(tail), 0)], *tail][:length], True
 
 
 def _named(source: Source) -> str:
-    return repr(str(source)) if not isinstance(source, Sequence) or isinstance(source, str) else ", ".join(map(repr, source))
+    return (
+        repr(str(source))
+        if not isinstance(source, Sequence) or isinstance(source, str)
+        else ", ".join(map(repr, source))
+    )
 
 
 def _say(what: str) -> None:

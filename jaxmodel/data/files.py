@@ -1,7 +1,8 @@
-"""Files by path or by URL (`https://`, `gs://`, `s3://`, `hf://`), and arrays in them, read in ranges.
+"""Files by path or by URL (`https://`, `gs://`, `s3://`, `hf://`), and arrays in them, read in
+ranges.
 
-Of local files only regular ones are read, and no other kinds of URL are opened: fsspec knows some that lead to other local
-files, to archives in archives, or to any server of the network.
+Of local files only regular ones are read, and no other kinds of URL are opened: fsspec knows some
+that lead to other local files, to archives in archives, or to any server of the network.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ PROTOCOLS = ("https", "gs", "s3", "hf")
 LONGEST = 2**27
 """Bytes of a line, and of a local file that is read as a whole into a text."""
 _BLOCK = 2**20  # bytes
-_CONTENT_UP_TO = 2**26  # bytes of a local file that are hashed rather than believed to be those of its time of change
+_CONTENT_UP_TO = (
+    2**26
+)  # bytes of a local file that are hashed rather than believed to be those of its time of change
 
 
 def is_remote(path: Where) -> bool:
@@ -41,7 +44,8 @@ def is_remote(path: Where) -> bool:
 
 
 def check_protocol(url: str, argument: str = "data", allowed: Sequence[str] | None = None) -> None:
-    """Refuse URLs of other protocols than these, and chains of them, but for a `filecache::` or `simplecache::` in front.
+    """Refuse URLs of other protocols than these, and chains of them, but for a `filecache::` or
+    `simplecache::` in front.
 
     Args:
       url: the URL.
@@ -69,7 +73,11 @@ def naming(path: Where) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = (
+            getattr(error, "strerror", None)
+            or str(error).strip().partition("\n")[0]
+            or type(error).__name__
+        )
         raise InputError(f"data: {str(path)!r} cannot be read or written: {reason}") from None
 
 
@@ -95,17 +103,26 @@ def lines(path: str, most: int | None = None) -> Iterator[bytes]:
       most: bytes of all lines; None for any number.
 
     Raises:
-      InputError: there are more, a line is longer than `LONGEST`, or it goes on with more white space than a text holds.
+      InputError: there are more, a line is longer than `LONGEST`, or it goes on with more white
+        space than a text holds.
     """
     with reading(path) as file:
-        blank, total = 0, 0
+        blank = 0
+        total = 0
         while line := file.readline(LONGEST + 1):
             blank = 0 if line.strip() else blank + len(line)
             if len(line) > LONGEST or blank > LONGEST // 8:
-                what = f"a line is longer than {LONGEST:,} bytes" if blank == 0 else "it goes on with white space"
+                what = (
+                    f"a line is longer than {LONGEST:,} bytes"
+                    if blank == 0
+                    else "it goes on with white space"
+                )
                 raise InputError(f"data: {path!r} cannot be read: {what}")
             if most is not None and (total := total + len(line)) > most:
-                raise InputError(f"data: {path!r} cannot be read: it has more than the {most:,} bytes that are held at once")
+                raise InputError(
+                    f"data: {path!r} cannot be read: it has more than the {most:,} bytes that are "
+                    f"held at once"
+                )
             yield line
 
 
@@ -148,7 +165,11 @@ def sizes(folder: Where) -> dict[str, int]:
             if is_remote(folder):
                 fs, inside = _remote(str(folder))
                 fs.invalidate_cache(inside)  # another process may have written since
-                return {Path(e["name"]).name: e["size"] for e in fs.ls(inside, detail=True) if e["type"] == "file"}
+                return {
+                    Path(e["name"]).name: e["size"]
+                    for e in fs.ls(inside, detail=True)
+                    if e["type"] == "file"
+                }
             with os.scandir(folder) as entries:
                 return {entry.name: size for entry in entries if (size := _size(entry)) is not None}
         except (FileNotFoundError, NotADirectoryError):
@@ -161,7 +182,9 @@ def _size(entry: os.DirEntry[str]) -> int | None:
 
 
 def find(pattern: str) -> list[str]:
-    """The file of this name, if there is one, else those that it names by `*`, `?`, `[...]` and `**`, sorted."""
+    """The file of this name, if there is one, else those that it names by `*`, `?`, `[...]` and
+    `**`, sorted.
+    """
     with naming(pattern):
         if not is_remote(pattern):
             found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
@@ -174,28 +197,41 @@ def find(pattern: str) -> list[str]:
 
 
 def below(folder: Where) -> list[str]:
-    """All files in a folder and in those below it, but hidden ones: paths from there with `/`, sorted."""
+    """All files in a folder and in those below it, but hidden ones: paths from there with `/`,
+    sorted.
+    """
     with naming(folder):
         if is_remote(folder):
             fs, inside = _remote(str(folder))
             found = [path[len(inside) :].strip("/") for path in fs.find(inside)]
         else:
-            found, seen = [], set[str]()
+            found = []
+            seen = set[str]()
             for root, folders, names in os.walk(folder, followlinks=True):
                 found += [Path(root, name).relative_to(folder).as_posix() for name in names]
                 seen.add(os.path.realpath(root))  # a link may lead back up
-                folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.split("/")))
+                folders[:] = [
+                    name
+                    for name in folders
+                    if os.path.realpath(os.path.join(root, name)) not in seen
+                ]
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.split("/"))
+    )
 
 
 def stamp(path: str) -> str:
-    """What changes when the file does: the sha256 of a small local one, else its size and time, or the checksum of its store."""
+    """What changes when the file does: the sha256 of a small local one, else its size and time, or
+    the checksum of its store.
+    """
     with naming(path):
         if is_remote(path):
             fs, inside = _remote(path)
             return str(fs.checksum(inside))
         info = os.stat(path)
-        return sha256(path) if info.st_size <= _CONTENT_UP_TO else f"{info.st_size} {info.st_mtime_ns}"
+        return (
+            sha256(path) if info.st_size <= _CONTENT_UP_TO else f"{info.st_size} {info.st_mtime_ns}"
+        )
 
 
 def sha256(path: str) -> str:
@@ -209,12 +245,14 @@ def sha256(path: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """An array in a file of nothing but its items, little-endian: mapped into memory, or read by byte ranges where remote.
+    """An array in a file of nothing but its items, little-endian: mapped into memory, or read by
+    byte ranges where remote.
 
     Attributes:
       path: of the file.
       dtype: of the items.
-      digest: sha256 of the file, which is compared before the first read of a local one; None for not.
+      digest: sha256 of the file, which is compared before the first read of a local one; None for
+        not.
     """
 
     path: str
@@ -227,7 +265,10 @@ class Column:
             if not os.path.getsize(self.path):
                 return np.empty(0, self.dtype)  # what is empty cannot be mapped
             if self.digest is not None and sha256(self.path) != self.digest:
-                raise InputError(f"data: {self.path!r} is not what was written (another sha256): restore it, or make it anew")
+                raise InputError(
+                    f"data: {self.path!r} is not what was written (another sha256): restore it, "
+                    f"or make it anew"
+                )
             with open_regular(self.path) as file:
                 return np.memmap(file, self.dtype, mode="r").view(np.ndarray)
 
@@ -243,7 +284,8 @@ class Column:
             return self._mapped[ranges(starts, counts)]
         fs, inside = _remote(self.path)
         width = self.dtype.itemsize
-        begins, ends = (starts * width).tolist(), ((starts + counts) * width).tolist()
+        begins = (starts * width).tolist()
+        ends = ((starts + counts) * width).tolist()
         with naming(self.path):
             found = fs.cat_ranges([inside] * len(begins), begins, ends, on_error="raise")
         return np.frombuffer(b"".join(found), self.dtype)
@@ -264,7 +306,12 @@ def _remote(url: str) -> tuple[Any, str]:
     check_protocol(url)
     try:
         return require("fsspec.core", "remote").url_to_fs(url)
-    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
+    except (
+        ValueError,
+        ImportError,
+    ) as error:  # an unknown protocol, or one whose package is not installed
         if isinstance(error, InputError):
             raise
-        raise InputError(f"data: {url!r} cannot be opened: {error}; 'jaxmodel[remote]' brings gs:// and s3://") from None
+        raise InputError(
+            f"data: {url!r} cannot be opened: {error}; 'jaxmodel[remote]' brings gs:// and s3://"
+        ) from None

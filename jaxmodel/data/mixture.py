@@ -25,17 +25,19 @@ PERIOD = 2**16
 class Mixture:
     """An endless stream whose rows come from several, in proportion to weights at every moment.
 
-    Of the first g rows, whatever g, component k with share w_k has given n_k(g), and |n_k(g) - w_k g| < 1. Row g is the
-    component's next row, of its own place n_k(g), so that each component goes through its own epochs. The pattern repeats after P
-    rows, P the common denominator of the shares, and a table of one period finds any row: n_k(g) = (g div P) n_k(P) +
-    n_k(g mod P). Shares with a larger denominator than 2^16 are rounded to 2^16ths; `shares` says what they are.
+    Of the first g rows, whatever g, component k with share w_k has given n_k(g), and |n_k(g) - w_k
+    g| < 1. Row g is the component's next row, of its own place n_k(g), so that each component goes
+    through its own epochs. The pattern repeats after P rows, P the common denominator of the
+    shares, and a table of one period finds any row: n_k(g) = (g div P) n_k(P) + n_k(g mod P).
+    Shares with a larger denominator than 2^16 are rounded to 2^16ths; `shares` says what they are.
 
     Attributes:
       components: streams with their weights, of any sum. A component's batch size may be another.
       batch_size: rows in a batch, B.
 
     Raises:
-      InputError: no component, a weight that is not above 0, components whose batches differ in fields, dtypes or shapes.
+      InputError: no component, a weight that is not above 0, components whose batches differ in
+        fields, dtypes or shapes.
 
     The order within a period: Tijdeman, The chairman assignment problem, 1980.
 
@@ -61,22 +63,31 @@ class Mixture:
         for i, other in enumerate(shapes):
             if other != shapes[0]:
                 differ = sorted({name for name, _ in set(other.items()) ^ set(shapes[0].items())})
-                given = f"component {i} has {_show(other, differ)}, component 0 {_show(shapes[0], differ)}"
+                given = (
+                    f"component {i} has {_show(other, differ)}, component 0 "
+                    f"{_show(shapes[0], differ)}"
+                )
                 raise InputError(f"components: {given}; equal fields, dtypes and widths are needed")
         _ = self._counts  # now, so that no step waits for it
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the components' fingerprints, shares and batch size: equal fingerprints mean equal batches at every step."""
+        """sha256 of the components' fingerprints, shares and batch size: equal fingerprints mean
+        equal batches at every step.
+        """
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
     def _fingerprint(self) -> str:
-        parts = [f"{stream.fingerprint} {share}" for (stream, _), share in zip(self.components, self.shares, strict=True)]
+        parts = [
+            f"{stream.fingerprint} {share}"
+            for (stream, _), share in zip(self.components, self.shares, strict=True)
+        ]
         return hashlib.sha256(f"mixture 1 {self.batch_size} {parts}".encode()).hexdigest()
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The batch of `step`, a pure function of (components, weights, batch size, step), or its rows `rows` at their cost.
+        """The batch of `step`, a pure function of (components, weights, batch size, step), or its
+        rows `rows` at their cost.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.
@@ -89,7 +100,9 @@ class Mixture:
             mine = owners == k
             begin = self.place(k, first)
             for name, array in _consecutive(stream, begin, begin + int(mine.sum())).items():
-                batch.setdefault(name, np.empty((len(mine), *array.shape[1:]), array.dtype))[mine] = array
+                batch.setdefault(name, np.empty((len(mine), *array.shape[1:]), array.dtype))[
+                    mine
+                ] = array
         return batch
 
     def place(self, component: int, rows: int) -> int:
@@ -125,12 +138,15 @@ def _shares(weights: Sequence[int | float]) -> tuple[Fraction, ...]:
 
 
 def _assign(parts: Sequence[int]) -> np.ndarray:
-    """Tijdeman's rule for one period: of the components that have waited for long enough, the one whose turn ends first.
+    """Tijdeman's rule for one period: of the components that have waited for long enough, the one
+    whose turn ends first.
 
-    With s_k the share and n_k the rows so far of component k, those with s_k t - n_k >= 1 / (2 K - 2) may have row t, and the one
-    with the least (1 - 1 / (2 K - 2) - (s_k t - n_k)) / s_k gets it. In whole numbers: everything times 2 (K - 1) P.
+    With s_k the share and n_k the rows so far of component k, those with s_k t - n_k >= 1 / (2 K -
+    2) may have row t, and the one with the least (1 - 1 / (2 K - 2) - (s_k t - n_k)) / s_k gets it.
+    In whole numbers: everything times 2 (K - 1) P.
     """
-    period, scale = sum(parts), 2 * (len(parts) - 1)
+    period = sum(parts)
+    scale = 2 * (len(parts) - 1)
     pattern = np.zeros(period, np.int64)
     if len(parts) == 1:
         return pattern
@@ -150,13 +166,18 @@ def _consecutive(stream: Batches, begin: int, end: int) -> Batch:
     parts = []
     for step in range(begin // size, max(-(-end // size), begin // size + 1)):
         first = step * size
-        parts.append(stream.batch(step, slice(max(begin, first) - first, min(end, first + size) - first)))
+        parts.append(
+            stream.batch(step, slice(max(begin, first) - first, min(end, first + size) - first))
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _shapes(stream: Batches) -> dict[str, str]:
     fields = _consecutive(stream, 0, 0)
-    return {name: f"{array.dtype} [{', '.join(['B', *map(str, array.shape[1:])])}]" for name, array in fields.items()}
+    return {
+        name: f"{array.dtype} [{', '.join(['B', *map(str, array.shape[1:])])}]"
+        for name, array in fields.items()
+    }
 
 
 def _show(shapes: dict[str, str], names: Sequence[str]) -> str:

@@ -23,7 +23,8 @@ class Bins:
 
     Attributes:
       tokens: token ids, 0 where there is padding.
-      segments: 1, 2, ... in the order in which pieces of documents follow each other in the row; 0 is padding.
+      segments: 1, 2, ... in the order in which pieces of documents follow each other in the row; 0
+        is padding.
       positions: 0, 1, ... from the start of each segment; 0 in padding.
     """
 
@@ -37,17 +38,26 @@ class Bins:
         return float(np.count_nonzero(self.segments) / self.segments.size)
 
 
-def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None = None, begin: Sequence[int] = ()) -> np.ndarray:
+def windows(
+    ids: Ids,
+    length: int,
+    stride: int | None = None,
+    limit: int | None = None,
+    begin: Sequence[int] = (),
+) -> np.ndarray:
     """Cut the ids of a whole text into windows; a remainder shorter than a window is dropped.
 
-    For batches of width T in which every token but the first is predicted once, cut `length=T + 1, stride=T`.
+    For batches of width T in which every token but the first is predicted once, cut
+    `length=T + 1, stride=T`.
 
     Args:
       ids: token ids [n].
       length: tokens in a window.
-      stride: tokens between the starts of two windows; when left out as many as each has of the text, so that none overlap.
+      stride: tokens between the starts of two windows; when left out as many as each has of the
+        text, so that none overlap.
       limit: at most this many windows, the first ones.
-      begin: what every window begins with, of its length (`tokenizer.begins`: the begin-of-text token of models that need one).
+      begin: what every window begins with, of its length (`tokenizer.begins`: the begin-of-text
+        token of models that need one).
 
     Returns:
       int32 [N, length].
@@ -67,20 +77,26 @@ def windows(ids: Ids, length: int, stride: int | None = None, limit: int | None 
     stride = own if stride is None else stride
     for argument, value in (("stride", stride), ("limit", 1 if limit is None else limit)):
         at_least(argument, value)
-    flat, head = _int32("ids", ids), _int32("begin", begin)
+    flat = _int32("ids", ids)
+    head = _int32("begin", begin)
     if flat.size < own:
-        raise InputError(f"ids: {flat.size} tokens are fewer than one window of {own}; give a longer text or a smaller window")
+        raise InputError(
+            f"ids: {flat.size} tokens are fewer than one window of {own}; give a longer text or a "
+            f"smaller window"
+        )
     views = np.lib.stride_tricks.sliding_window_view(flat, own)[::stride][:limit]
     # a copy: views of one buffer would be read-only and alias each other
     return np.concatenate([np.broadcast_to(head, (len(views), head.size)), views], axis=1)
 
 
 def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bins:
-    """Pack documents into bins: each token stands in exactly one place, and no order depends on a seed or on hosts.
+    """Pack documents into bins: each token stands in exactly one place, and no order depends on a
+    seed or on hosts.
 
-    A document longer than a bin is cut into pieces of `length` (the last is shorter); each piece is its own segment.
-    In the order given, every piece goes into the first bin that has room for it (first fit with all bins open; a tree
-    of free space finds the bin in O(log N)). Empty documents are skipped. Batches of width T need `length=T + 1`.
+    A document longer than a bin is cut into pieces of `length` (the last is shorter); each piece is
+    its own segment. In the order given, every piece goes into the first bin that has room for it
+    (first fit with all bins open; a tree of free space finds the bin in O(log N)). Empty documents
+    are skipped. Batches of width T need `length=T + 1`.
 
     Args:
       documents: token ids of each document.
@@ -99,9 +115,13 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
     """
     at_least("length", length)
     end = np.empty(0, np.int32) if eos_id is None else _int32("eos_id", [eos_id])
-    arrays = [array for i, ids in enumerate(documents) if (array := _int32(f"documents[{i}]", ids)).size]
+    arrays = [
+        array for i, ids in enumerate(documents) if (array := _int32(f"documents[{i}]", ids)).size
+    ]
     if not arrays:
-        raise InputError(f"documents: none of the {len(documents)} holds a token; at least one must")
+        raise InputError(
+            f"documents: none of the {len(documents)} holds a token; at least one must"
+        )
     flat = np.concatenate([part for array in arrays for part in (array, end)])
     _, pieces = cut(np.array([array.size for array in arrays]) + end.size, length)
     rows, offsets, segments, bins = first_fit(pieces.tolist(), length)
@@ -117,7 +137,8 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
 
 
 def cut(totals: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Start and size of the pieces that documents are cut into, where the documents follow each other without a gap.
+    """Start and size of the pieces that documents are cut into, where the documents follow each
+    other without a gap.
 
     >>> cut(np.array([3, 5]), length=4)
     (array([0, 3, 7]), array([3, 4, 1]))
@@ -130,8 +151,9 @@ def cut(totals: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 def first_fit(pieces: list[int], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Row, offset and segment number of each piece, and the number of rows; see `pack`."""
-    # First fit leaves at most one bin half empty or worse, which bounds the bins. Bins not yet begun are leaves of the
-    # tree with all their room, so that "the first with room" is one descent.
+    # First fit leaves at most one bin half empty or worse, which bounds the bins. Bins not yet
+    # begun are leaves of the tree with all their room, so that "the first with room" is one
+    # descent.
     leaves = 1 << min(len(pieces), 2 * sum(pieces) // length + 1).bit_length()
     room = [length] * (2 * leaves)
     held = [0] * leaves
@@ -160,11 +182,18 @@ def _int32(argument: str, ids: Ids) -> np.ndarray:
     try:
         array: np.ndarray[Any, Any] = np.asarray(ids)
     except ValueError:  # lists of unequal lengths
-        raise InputError(f"{argument}: lists in a list given; a flat list of integers is needed") from None
+        raise InputError(
+            f"{argument}: lists in a list given; a flat list of integers is needed"
+        ) from None
     if array.ndim == 1 and array.size == 0:
         return np.empty(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InputError(f"{argument}: {array.dtype} of shape {array.shape} given; a flat list of integers is needed")
+        raise InputError(
+            f"{argument}: {array.dtype} of shape {array.shape} given; a flat list of integers is "
+            f"needed"
+        )
     if array.min() < 0 or array.max() > _LARGEST:
-        raise InputError(f"{argument}: ids from {array.min()} to {array.max()} given; 0 to {_LARGEST} is allowed")
+        raise InputError(
+            f"{argument}: ids from {array.min()} to {array.max()} given; 0 to {_LARGEST} is allowed"
+        )
     return array.astype(np.int32, copy=False)

@@ -1,10 +1,13 @@
-"""Rows of shards: bins packed by a plan that is made once and kept, or windows of the run of all tokens.
+"""Rows of shards: bins packed by a plan that is made once and kept, or windows of the run of all
+tokens.
 
-The plan takes 2^16 documents at a time, so that memory is bounded however many there are, cuts them into pieces as `pack` does,
-and gives every piece, the longest first, to the first bin that has room for it (first fit decreasing, with all bins open; small
-pieces, coming last, fill what the others left). It depends on the lengths of documents only: not on a seed, not on hosts. It
-keeps, beside the shards, the pieces in the order of their bins (`pack-*.starts`: int64, where each begins in the run of all
-tokens; `pack-*.sizes`: int32) and the number of pieces before each bin (`pack-*.firsts`: int64, one more than bins).
+The plan takes 2^16 documents at a time, so that memory is bounded however many there are, cuts them
+into pieces as `pack` does, and gives every piece, the longest first, to the first bin that has room
+for it (first fit decreasing, with all bins open; small pieces, coming last, fill what the others
+left). It depends on the lengths of documents only: not on a seed, not on hosts. It keeps, beside
+the shards, the pieces in the order of their bins (`pack-*.starts`: int64, where each begins in the
+run of all tokens; `pack-*.sizes`: int32) and the number of pieces before each bin (`pack-*.firsts`:
+int64, one more than bins).
 """
 
 from __future__ import annotations
@@ -34,9 +37,11 @@ _ARRAYS = {"starts": np.dtype("<i8"), "sizes": np.dtype("<i4"), "firsts": np.dty
 
 @dataclass(frozen=True, eq=False)
 class PackedShards:
-    """Documents of shards packed into bins; what `Stream` takes for `data`. The plan is made when there is none yet.
+    """Documents of shards packed into bins; what `Stream` takes for `data`. The plan is made when
+    there is none yet.
 
-    Each token stands in exactly one place, each piece in a segment of its own. Batches of width T need `length=T + 1`.
+    Each token stands in exactly one place, each piece in a segment of its own. Batches of width T
+    need `length=T + 1`.
 
     Attributes:
       shards: the documents.
@@ -68,14 +73,17 @@ class PackedShards:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return hashlib.sha256(f"packed 1 {self.length} {WINDOW} {self.shards.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"packed 1 {self.length} {WINDOW} {self.shards.fingerprint}".encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         """The number of bins."""
         return self._bins
 
     def verify(self) -> None:
-        """Compare the digests of the plan's arrays with those that it had; `shards.verify()` is for the tokens.
+        """Compare the digests of the plan's arrays with those that it had; `shards.verify()` is for
+        the tokens.
 
         Raises:
           InputError: a file that is not what was written.
@@ -85,14 +93,18 @@ class PackedShards:
         for name in _ARRAYS:
             path = f"{self._path}.{name}"
             if files.sha256(path) != digests[name]:
-                raise InputError(f"plan: {path!r} is not what was written (another sha256): delete it, and it is made anew")
+                raise InputError(
+                    f"plan: {path!r} is not what was written (another sha256): delete it, and it "
+                    f"is made anew"
+                )
 
     def take(self, indices: np.ndarray) -> Bins:
         """The bins of these numbers; reads nothing else."""
         starts, sizes, firsts = self._columns
         edges = firsts.take(indices, np.full(len(indices), 2)).reshape(-1, 2)
         pieces = edges[:, 1] - edges[:, 0]
-        begins, counts = starts.take(edges[:, 0], pieces), sizes.take(edges[:, 0], pieces).astype(np.int64)
+        begins = starts.take(edges[:, 0], pieces)
+        counts = sizes.take(edges[:, 0], pieces).astype(np.int64)
         tokens = self.shards.read(begins, counts)
         segments = files.ranges(np.ones_like(pieces), pieces)
         filled = np.bincount(np.repeat(np.arange(len(indices)), pieces), counts, len(indices))
@@ -100,36 +112,53 @@ class PackedShards:
 
         def place(values: np.ndarray) -> np.ndarray:
             out = np.zeros(held.shape, np.int32)
-            out[held] = values  # rows are filled from the left, so pieces follow each other here as they do in `values`
+            out[held] = (
+                # rows are filled from the left, so pieces follow each other here as they do in
+                # `values`
+                values
+            )
             return out
 
-        return Bins(place(tokens), place(np.repeat(segments, counts)), place(files.ranges(np.zeros_like(counts), counts)))
+        return Bins(
+            place(tokens),
+            place(np.repeat(segments, counts)),
+            place(files.ranges(np.zeros_like(counts), counts)),
+        )
 
     @property
     def _path(self) -> str:
         """Of the plan, without an ending."""
-        return files.join(self.folder or self.shards.folder, f"pack-{self.length}-{self.fingerprint[:16]}")
+        return files.join(
+            self.folder or self.shards.folder, f"pack-{self.length}-{self.fingerprint[:16]}"
+        )
 
     @cached_property
     def _bins(self) -> int:
-        return files.sizes(self.folder or self.shards.folder)[f"{Path(self._path).name}.firsts"] // 8 - 1
+        return (
+            files.sizes(self.folder or self.shards.folder)[f"{Path(self._path).name}.firsts"] // 8
+            - 1
+        )
 
     @cached_property
     def _columns(self) -> list[files.Column]:
         with files.reading(f"{self._path}.json") as file:
             digests = _head(file.read())["sha256"]
-        return [files.Column(f"{self._path}.{name}", dtype, digests[name]) for name, dtype in _ARRAYS.items()]
+        return [
+            files.Column(f"{self._path}.{name}", dtype, digests[name])
+            for name, dtype in _ARRAYS.items()
+        ]
 
 
 @dataclass(frozen=True, eq=False)
 class ShardWindows:
-    """Windows of the run of all tokens of shards, as `windows` cuts them from a text; what `Stream` takes for `data`.
+    """Windows of the run of all tokens of shards, as `windows` cuts them from a text; what `Stream`
+    takes for `data`.
 
     Attributes:
       shards: the documents, one after the other.
       length: tokens in a window, at least 2.
-      stride: tokens between the starts of two windows; `length` when left out. For batches of width T in which every token
-        but the first is predicted once: `length=T + 1, stride=T`.
+      stride: tokens between the starts of two windows; `length` when left out. For batches of width
+        T in which every token but the first is predicted once: `length=T + 1, stride=T`.
 
     Raises:
       InputError: a size out of range, or fewer tokens than one window.
@@ -153,7 +182,9 @@ class ShardWindows:
     @property
     def fingerprint(self) -> str:
         """sha256 of the shards' digests and the sizes; costs nothing."""
-        return hashlib.sha256(f"windows 1 {self.length} {self._step} {self.shards.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"windows 1 {self.length} {self._step} {self.shards.fingerprint}".encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         """The number of windows; a remainder shorter than one is dropped."""
@@ -161,7 +192,9 @@ class ShardWindows:
 
     def take(self, indices: np.ndarray) -> Bins:
         """The windows of these numbers, as bins with one segment."""
-        tokens = self.shards.read(indices * self._step, np.full(len(indices), self.length)).reshape(len(indices), self.length)
+        tokens = self.shards.read(indices * self._step, np.full(len(indices), self.length)).reshape(
+            len(indices), self.length
+        )
         places = np.arange(self.length, dtype=np.int32)
         return Bins(tokens, np.ones_like(tokens), np.broadcast_to(places, tokens.shape))
 
@@ -196,7 +229,8 @@ def _is_whole(path: str, fingerprint: str) -> bool:
 
 
 def _make_plan(shards: Shards, length: int, path: str, fingerprint: str) -> None:
-    written, digests = dict.fromkeys(_ARRAYS, 0), {name: hashlib.sha256() for name in _ARRAYS}
+    written = dict.fromkeys(_ARRAYS, 0)
+    digests = {name: hashlib.sha256() for name in _ARRAYS}
     with ExitStack() as stack:
         job = stack.enter_context(bar(len(shards), "pack documents", unit="document"))
         out = {name: stack.enter_context(files.writing(f"{path}.{name}")) for name in _ARRAYS}
@@ -222,4 +256,6 @@ def _make_plan(shards: Shards, length: int, path: str, fingerprint: str) -> None
             job.advance(end - begin)
     with files.writing(f"{path}.json") as file:
         sums = {name: digest.hexdigest() for name, digest in digests.items()}
-        file.write(json.dumps({"fingerprint": fingerprint, "bytes": written, "sha256": sums}).encode())
+        file.write(
+            json.dumps({"fingerprint": fingerprint, "bytes": written, "sha256": sums}).encode()
+        )

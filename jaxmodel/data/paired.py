@@ -18,17 +18,20 @@ UNLABELLED = "unlabelled_"
 @briefly
 @dataclass(frozen=True, eq=False)
 class Paired:
-    """Each row of a stream with `each` rows of another, which have names of their own: `unlabelled_pixels` `[B, each, Y, X, C]`.
+    """Each row of a stream with `each` rows of another, which have names of their own:
+    `unlabelled_pixels` `[B, each, Y, X, C]`.
 
-    So a batch still has B rows, whatever a mesh, several hosts or micro-batches make of them. Both streams shuffle for themselves
-    and go through their own epochs; how large their batches are says how many rows come together.
+    So a batch still has B rows, whatever a mesh, several hosts or micro-batches make of them. Both
+    streams shuffle for themselves and go through their own epochs; how large their batches are says
+    how many rows come together.
 
     Attributes:
       stream: B rows a batch, such as labelled ones.
       other: `each * B` rows a batch.
 
     Raises:
-      InputError: batches of the other stream whose rows are no multiple of the stream's, or a field with such a name.
+      InputError: batches of the other stream whose rows are no multiple of the stream's, or a field
+        with such a name.
 
     >>> import numpy as np
     >>> from jaxmodel.data import Stream
@@ -42,12 +45,21 @@ class Paired:
     other: Batches
 
     def __post_init__(self) -> None:
-        mine, theirs = self.stream.batch_size, self.other.batch_size
+        mine = self.stream.batch_size
+        theirs = self.other.batch_size
         if theirs % mine:
             near = max(mine, theirs - theirs % mine)
-            raise InputError(f"other: batches of {theirs} rows given; allowed: a multiple of the stream's {mine}, such as {near}")
-        if clash := [name for name in self.stream.batch(0, slice(0, 0)) if name.startswith(UNLABELLED)]:
-            raise InputError(f"stream: the field {clash[0]!r} given; allowed: names that do not begin with {UNLABELLED!r}")
+            raise InputError(
+                f"other: batches of {theirs} rows given; allowed: a multiple of the stream's "
+                f"{mine}, such as {near}"
+            )
+        if clash := [
+            name for name in self.stream.batch(0, slice(0, 0)) if name.startswith(UNLABELLED)
+        ]:
+            raise InputError(
+                f"stream: the field {clash[0]!r} given; allowed: names that do not begin with "
+                f"{UNLABELLED!r}"
+            )
 
     @property
     def each(self) -> int:
@@ -61,20 +73,31 @@ class Paired:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of both streams' fingerprints: equal fingerprints mean equal batches at every step."""
+        """sha256 of both streams' fingerprints: equal fingerprints mean equal batches at every
+        step.
+        """
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
     def _fingerprint(self) -> str:
-        return hashlib.sha256(f"paired 1 {self.stream.fingerprint} {self.other.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"paired 1 {self.stream.fingerprint} {self.other.fingerprint}".encode()
+        ).hexdigest()
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The stream's batch of `step`, or its rows `rows`, and beside them the other's, `[B, each, ...]`.
+        """The stream's batch of `step`, or its rows `rows`, and beside them the other's,
+        `[B, each, ...]`.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.
         """
-        first, stop = (place - int(step) * self.batch_size for place in global_rows(step, rows, self.batch_size))
+        first, stop = (
+            place - int(step) * self.batch_size
+            for place in global_rows(step, rows, self.batch_size)
+        )
         found = self.other.batch(step, slice(first * self.each, stop * self.each))
-        beside = {UNLABELLED + name: a.reshape(stop - first, self.each, *a.shape[1:]) for name, a in found.items()}
+        beside = {
+            UNLABELLED + name: a.reshape(stop - first, self.each, *a.shape[1:])
+            for name, a in found.items()
+        }
         return {**self.stream.batch(step, rows), **beside}

@@ -1,8 +1,10 @@
-"""Texts tokenised once: their ids in files of fixed width that are mapped into memory, or read by byte ranges from a store.
+"""Texts tokenised once: their ids in files of fixed width that are mapped into memory, or read by
+byte ranges from a store.
 
-A folder holds for each shard the ids of its documents, one after the other (`tokens-*.bin`: uint16 where the vocabulary allows
-it, else uint32), and where each begins and the last ends (`offsets-*.bin`: int64), little-endian. `index.json`, written last, has
-their sizes and digests. No document is in two shards.
+A folder holds for each shard the ids of its documents, one after the other (`tokens-*.bin`: uint16
+where the vocabulary allows it, else uint32), and where each begins and the last ends
+(`offsets-*.bin`: int64), little-endian. `index.json`, written last, has their sizes and digests. No
+document is in two shards.
 """
 
 from __future__ import annotations
@@ -32,9 +34,14 @@ from jaxmodel.progress import Job, bar
 INDEX = "index.json"
 _FORMAT = "jaxmodel shards 1"
 _FILES = ("tokens_file", "offsets_file")
-_OURS = re.compile(r"(tokens|offsets)-[0-9a-f]{8}-\d{5,}\.bin|pack-\d+-[0-9a-f]{16}\.(json|starts|sizes|firsts)")
+_OURS = re.compile(
+    r"(tokens|offsets)-[0-9a-f]{8}-\d{5,}\.bin|pack-\d+-[0-9a-f]{16}\.(json|starts|sizes|firsts)"
+)
 _ANEW = f"delete {INDEX} and tokenise anew"
-_TEXTS, _CHARACTERS = 1024, 2**20  # at most so many are encoded in one call, unless a single text is longer
+_TEXTS, _CHARACTERS = (
+    1024,
+    2**20,
+)  # at most so many are encoded in one call, unless a single text is longer
 
 
 type _Size = Annotated[int, schema.Range(0, 2**62)]
@@ -64,7 +71,10 @@ class _Index(TypedDict):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What `tokenize` asks of a tokenizer: `hub.Tokenizer` has it, and a property `fingerprint` may stand for its `backend`."""
+    """What `tokenize` asks of a tokenizer:
+
+    `hub.Tokenizer` has it, and a property `fingerprint` may stand for its `backend`.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -83,14 +93,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Documents as token ids, in a folder that `tokenize` wrote. Opening reads the index and compares sizes;
-    a local file's digest is compared before it is first read.
+    """Documents as token ids, in a folder that `tokenize` wrote. Opening reads the index and
+    compares sizes; a local file's digest is compared before it is first read.
 
     Attributes:
-      folder: a path or a URL. Each range of a URL is a request; `filecache::s3://...` keeps files that it reads on a disk.
+      folder: a path or a URL. Each range of a URL is a request; `filecache::s3://...` keeps files
+        that it reads on a disk.
 
     Raises:
-      InputError: a folder without an index, or a shard that is missing or has another size than it had.
+      InputError: a folder without an index, or a shard that is missing or has another size than it
+        had.
     """
 
     folder: files.Where
@@ -98,12 +110,19 @@ class Shards:
     def __post_init__(self) -> None:
         found = files.sizes(self.folder)
         for shard in self.index["shards"]:
-            for kind, size in zip(_FILES, (shard["tokens"] * self.dtype.itemsize, 8 * shard["documents"] + 8), strict=True):
+            for kind, size in zip(
+                _FILES,
+                (shard["tokens"] * self.dtype.itemsize, 8 * shard["documents"] + 8),
+                strict=True,
+            ):
                 name = shard[kind]
                 if found.get(name) != size:
                     given = f"has {found[name]:,} bytes" if name in found else "is missing"
                     path = files.join(self.folder, name)
-                    raise InputError(f"shards: {path!r} {given}; {size:,} bytes are needed: restore it, or {_ANEW}")
+                    raise InputError(
+                        f"shards: {path!r} {given}; {size:,} bytes are needed: restore it, or "
+                        f"{_ANEW}"
+                    )
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -111,7 +130,9 @@ class Shards:
         found = _read_index(self.folder)
         if found is None:
             where = files.join(self.folder, INDEX)
-            raise InputError(f"shards: there is no whole {where!r}; a folder that `tokenize` finished is needed")
+            raise InputError(
+                f"shards: there is no whole {where!r}; a folder that `tokenize` finished is needed"
+            )
         return found
 
     @property
@@ -131,8 +152,12 @@ class Shards:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digests = [[shard["tokens_sha256"], shard["offsets_sha256"]] for shard in self.index["shards"]]
-        keep = self.index["keep"] and self.index["keep"][0]  # its code reads differently in each version of Python
+        digests = [
+            [shard["tokens_sha256"], shard["offsets_sha256"]] for shard in self.index["shards"]
+        ]
+        keep = (
+            self.index["keep"] and self.index["keep"][0]
+        )  # its code reads differently in each version of Python
         return _digest([_FORMAT, self.index["dtype"], self.index["tokenizer"], keep, digests])
 
     def __len__(self) -> int:
@@ -140,12 +165,16 @@ class Shards:
         return self.index["documents"]
 
     def offsets(self, start: int, stop: int) -> np.ndarray:
-        """Where documents start ... stop - 1 begin in the run of all tokens, and the last ends: int64 [stop - start + 1]."""
+        """Where documents start ... stop - 1 begin in the run of all tokens, and the last ends:
+        int64 [stop - start + 1].
+        """
         begins = self._documents
-        first, last = bisect.bisect_right(begins, start) - 1, bisect.bisect_left(begins, stop) - 1
+        first = bisect.bisect_right(begins, start) - 1
+        last = bisect.bisect_left(begins, stop) - 1
         parts = []
         for k in range(first, last + 1):
-            low, high = max(start - begins[k], 0), min(stop, begins[k + 1]) - begins[k]
+            low = max(start - begins[k], 0)
+            high = min(stop, begins[k + 1]) - begins[k]
             parts.append(self._starts[k] + self._offsets[k].read(low, high + (k == last)))
         return np.concatenate(parts)
 
@@ -162,13 +191,24 @@ class Shards:
         return self.read(np.array([start]), np.array([stop - start]))
 
     def read(self, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The ids int32 [sum of counts] of several ranges in the run of all tokens, one after the other."""
+        """The ids int32 [sum of counts] of several ranges in the run of all tokens, one after the
+        other.
+        """
         owner = np.searchsorted(self._starts, starts, side="right") - 1
-        if np.any(starts + counts > self._starts[owner + 1]):  # a range that reaches into the next shard is cut there
+        if np.any(
+            starts + counts > self._starts[owner + 1]
+        ):  # a range that reaches into the next shard is cut there
             inner = self._starts[1:-1]
-            cuts = [inner[(inner > a) & (inner < b)] for a, b in zip(starts, starts + counts, strict=True)]
-            edges = [np.array([a, *c, b]) for a, c, b in zip(starts, cuts, starts + counts, strict=True)]
-            return self.read(np.concatenate([e[:-1] for e in edges]), np.concatenate([np.diff(e) for e in edges]))
+            cuts = [
+                inner[(inner > a) & (inner < b)]
+                for a, b in zip(starts, starts + counts, strict=True)
+            ]
+            edges = [
+                np.array([a, *c, b]) for a, c, b in zip(starts, cuts, starts + counts, strict=True)
+            ]
+            return self.read(
+                np.concatenate([e[:-1] for e in edges]), np.concatenate([np.diff(e) for e in edges])
+            )
         out = np.empty(int(counts.sum()), np.int32)
         used = np.unique(owner)
         for shard in used:
@@ -190,7 +230,10 @@ class Shards:
                 for kind in _FILES:
                     path = files.join(self.folder, shard[kind])
                     if files.sha256(path) != shard[kind.replace("file", "sha256")]:
-                        raise InputError(f"shards: {path!r} is not what was written (another sha256): restore it, or {_ANEW}")
+                        raise InputError(
+                            f"shards: {path!r} is not what was written (another sha256): restore "
+                            f"it, or {_ANEW}"
+                        )
                 job.advance(shard["tokens"])
 
     @cached_property
@@ -202,7 +245,9 @@ class Shards:
         return [self._column(shard, "offsets", np.dtype("<i8")) for shard in self.index["shards"]]
 
     def _column(self, shard: dict[str, Any], kind: str, dtype: np.dtype) -> files.Column:
-        return files.Column(files.join(self.folder, shard[f"{kind}_file"]), dtype, shard[f"{kind}_sha256"])
+        return files.Column(
+            files.join(self.folder, shard[f"{kind}_file"]), dtype, shard[f"{kind}_sha256"]
+        )
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -224,32 +269,39 @@ def tokenize(
     eos: bool = True,
     keep: Callable[[str], bool] | None = None,
 ) -> Shards:
-    """Tokenise documents once: the second call with the same documents, tokenizer and options opens what the first one wrote.
+    """Tokenise documents once: the second call with the same documents, tokenizer and options opens
+    what the first one wrote.
 
-    Shards of a changed source are written beside the old ones, which are deleted when the new index stands; an interrupted call
-    leaves the old state, or none. Documents without a token are left out.
+    Shards of a changed source are written beside the old ones, which are deleted when the new index
+    stands; an interrupted call leaves the old state, or none. Documents without a token are left
+    out.
 
     Args:
-      texts: `documents(...)` or a source for it, or a list of texts, or anything else that can be iterated twice.
-      tokenizer: `hub.Tokenizer`, or anything else with `vocab_size`, `eos_ids`, `encode_batch` and `fingerprint`.
+      texts: `documents(...)` or a source for it, or a list of texts, or anything else that can be
+        iterated twice.
+      tokenizer: `hub.Tokenizer`, or anything else with `vocab_size`, `eos_ids`, `encode_batch` and
+        `fingerprint`.
       folder: where to write, a path or a URL.
       shard_tokens: a shard is closed when it has at least so many tokens.
       eos: end each document with the tokenizer's principal end-of-text id.
-      keep: which documents to keep, a pure function of the text. Its name is part of the fingerprint; when its code has
-        changed, the documents are tokenised anew.
+      keep: which documents to keep, a pure function of the text. Its name is part of the
+        fingerprint; when its code has changed, the documents are tokenised anew.
 
     Returns:
       The shards.
 
     Raises:
-      InputError: no documents, a tokenizer without an end-of-text id, ids beyond its vocabulary, a filter that depends on more
-        than the text, a folder that cannot be written.
+      InputError: no documents, a tokenizer without an end-of-text id, ids beyond its vocabulary, a
+        filter that depends on more than the text, a folder that cannot be written.
     """
     at_least("shard_tokens", shard_tokens)
     if isinstance(texts, str | Path):
         texts = documents(texts)
     if isinstance(texts, Iterator):
-        raise InputError("texts: an iterator given, which is read only once; allowed: documents(...), a list of texts")
+        raise InputError(
+            "texts: an iterator given, which is read only once; allowed: documents(...), a list "
+            "of texts"
+        )
     if eos and not tokenizer.eos_ids:
         raise InputError("eos: the tokenizer has no end-of-text id; allowed: eos=False")
     head = {
@@ -271,7 +323,11 @@ def tokenize(
         kept = texts if keep is None else filter(keep, texts)
         rows = (np.array(ids, head["dtype"]) for ids in _encoded(kept, tokenizer, head["eos"], job))
         for row in rows:
-            shards.append(_write_shard(folder, f"{key[:8]}-{len(shards):05}", chain([row], rows), shard_tokens))
+            shards.append(
+                _write_shard(
+                    folder, f"{key[:8]}-{len(shards):05}", chain([row], rows), shard_tokens
+                )
+            )
     if not shards:
         raise InputError("texts: no document has a token; at least one must")
     totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
@@ -284,47 +340,64 @@ def tokenize(
     return Shards(folder)
 
 
-def _encoded(texts: Iterable[str], tokenizer: Encoder, eos: int | None, job: Job) -> Iterator[list[int]]:
+def _encoded(
+    texts: Iterable[str], tokenizer: Encoder, eos: int | None, job: Job
+) -> Iterator[list[int]]:
     end = [] if eos is None else [eos]
     for chunk in _chunks(texts):
         for ids in tokenizer.encode_batch(chunk):
             if ids:
                 if min(ids) < 0 or max(ids) >= tokenizer.vocab_size:
                     given = f"ids from {min(ids)} to {max(ids)}"
-                    raise InputError(f"tokenizer: gave {given}; 0 to {tokenizer.vocab_size - 1} is what its vocab_size allows")
+                    raise InputError(
+                        f"tokenizer: gave {given}; 0 to {tokenizer.vocab_size - 1} is what its "
+                        f"vocab_size allows"
+                    )
                 yield [*ids, *end]
         job.advance(len(chunk))
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk, characters = [], 0
+    chunk = []
+    characters = 0
     for text in texts:
         chunk.append(text)
         characters += len(text)
         if len(chunk) == _TEXTS or characters >= _CHARACTERS:
             yield chunk
-            chunk, characters = [], 0
+            chunk = []
+            characters = 0
     if chunk:
         yield chunk
 
 
-def _write_shard(folder: files.Where, name: str, rows: Iterable[np.ndarray], limit: int) -> dict[str, Any]:
+def _write_shard(
+    folder: files.Where, name: str, rows: Iterable[np.ndarray], limit: int
+) -> dict[str, Any]:
     """Write documents until there are `limit` tokens; what the index says of them."""
     paths = {"tokens_file": f"tokens-{name}.bin", "offsets_file": f"offsets-{name}.bin"}
     first, second = (files.join(folder, path) for path in paths.values())
     sums = hashlib.sha256(), hashlib.sha256()
-    total, count = 0, 0
+    total = 0
+    count = 0
     with files.writing(first) as tokens, files.writing(second) as offsets:
         for row in chain([None], rows):
             if row is not None:
-                total, count = total + len(row), count + 1
+                total = total + len(row)
+                count = count + 1
                 tokens.write(raw := row.tobytes())
                 sums[0].update(raw)
             offsets.write(raw := np.array(total, "<i8").tobytes())
             sums[1].update(raw)
             if total >= limit:
                 break
-    digests = dict(zip(("tokens_sha256", "offsets_sha256"), (digest.hexdigest() for digest in sums), strict=True))
+    digests = dict(
+        zip(
+            ("tokens_sha256", "offsets_sha256"),
+            (digest.hexdigest() for digest in sums),
+            strict=True,
+        )
+    )
     return {**paths, "documents": count, "tokens": total, **digests}
 
 
@@ -337,13 +410,19 @@ def _read_index(folder: files.Where) -> dict[str, Any] | None:
     with suppress(InputError):
         found = schema.make(schema.parse(raw, INDEX), _Index, INDEX)
         names = [shard[kind] for shard in found["shards"] for kind in _FILES]
-        totals = {name: sum(shard[name] for shard in found["shards"]) for name in ("documents", "tokens")}
-        if found["format"] == _FORMAT and all(map(_OURS.fullmatch, names)) and totals == {name: found[name] for name in totals}:
+        totals = {
+            name: sum(shard[name] for shard in found["shards"]) for name in ("documents", "tokens")
+        }
+        if (
+            found["format"] == _FORMAT
+            and all(map(_OURS.fullmatch, names))
+            and totals == {name: found[name] for name in totals}
+        ):
             return found
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- digests
+# ------------------------------------------------------------------------------------------ digests
 
 
 def _digest(what: Any) -> str:
@@ -356,7 +435,10 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     backend: Any = getattr(tokenizer, "backend", None)
     if hasattr(backend, "to_str"):
         return _digest(backend.to_str())
-    raise InputError(f"tokenizer: {type(tokenizer).__name__} given; a hub.Tokenizer, or a property `fingerprint`, is needed")
+    raise InputError(
+        f"tokenizer: {type(tokenizer).__name__} given; a hub.Tokenizer, or a property "
+        f"`fingerprint`, is needed"
+    )
 
 
 def _texts_digest(texts: Iterable[str]) -> str:
@@ -371,20 +453,33 @@ def _texts_digest(texts: Iterable[str]) -> str:
 
 def _function_digest(function: Callable[[str], bool]) -> list[Any]:
     """Name and code of a function; what else it could depend on must be plain constants."""
-    allowed = "a plain function of the text; what it closes over and its defaults may be numbers and texts"
+    allowed = (
+        "a plain function of the text; what it closes over and its defaults may be numbers "
+        "and texts"
+    )
     if not isinstance(function, FunctionType):
         raise InputError(f"keep: {function!r} given; allowed: {allowed}")
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for value in held:
         if not isinstance(value, str | int | float | None):
-            raise InputError(f"keep: {function.__qualname__} depends on {value!r}; allowed: {allowed}")
-    return [f"{function.__module__}.{function.__qualname__}", _digest([_code(function.__code__), repr(held)])]
+            raise InputError(
+                f"keep: {function.__qualname__} depends on {value!r}; allowed: {allowed}"
+            )
+    return [
+        f"{function.__module__}.{function.__qualname__}",
+        _digest([_code(function.__code__), repr(held)]),
+    ]
 
 
 def _code(code: CodeType) -> list[Any]:
     """What a function does, without where it stands."""
-    return [code.co_code.hex(), code.co_names, code.co_varnames, [_constant(c) for c in code.co_consts]]
+    return [
+        code.co_code.hex(),
+        code.co_names,
+        code.co_varnames,
+        [_constant(c) for c in code.co_consts],
+    ]
 
 
 def _constant(value: Any) -> Any:

@@ -13,12 +13,14 @@ _ROUNDS = 8
 
 
 def permute(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """The rows that stand at `places` of the order of (seed, epoch): a permutation of 0 ... count - 1.
+    """The rows that stand at `places` of the order of (seed, epoch): a permutation of 0 ... count -
+    1.
 
-    Small orders are sorted random words, kept for the next call. Of a large one nothing is kept: with a = ceil(sqrt(N)) and
-    b = ceil(N / a) a place is a pair (x mod a, x div a), to one half of which each round adds a keyed hash of the other, mod a
-    or b (a Feistel network). The pairs beyond N, fewer than a, are sent through again until they fall below N (cycle walking).
-    So every place costs the same at every step, in memory of its own size. It is no cipher.
+    Small orders are sorted random words, kept for the next call. Of a large one nothing is kept:
+    with a = ceil(sqrt(N)) and b = ceil(N / a) a place is a pair (x mod a, x div a), to one half of
+    which each round adds a keyed hash of the other, mod a or b (a Feistel network). The pairs
+    beyond N, fewer than a, are sent through again until they fall below N (cycle walking). So every
+    place costs the same at every step, in memory of its own size. It is no cipher.
 
     Args:
       places: int64 [n], each from 0 to count - 1.
@@ -43,7 +45,9 @@ def permute(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray
 def _sorted(seed: int, epoch: int, count: int) -> np.ndarray:
     words = _words(seed, epoch, count)
     order = np.argsort(words)
-    if np.any(words[order[1:]] == words[order[:-1]]):  # only then does the order depend on how it is sorted
+    if np.any(
+        words[order[1:]] == words[order[:-1]]
+    ):  # only then does the order depend on how it is sorted
         order = np.argsort(words, kind="stable")
     order.flags.writeable = False  # the cache hands out the same array again
     return order
@@ -76,7 +80,9 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.
 
 
 def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """32 bits, to be added without overflow: the upper half of the 64 that MurmurHash3 ends with (Appleby, 2011)."""
+    """32 bits, to be added without overflow: the upper half of the 64 that MurmurHash3 ends with
+    (Appleby, 2011).
+    """
     x = x ^ key
     for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)

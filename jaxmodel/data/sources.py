@@ -13,7 +13,8 @@
 | `hf:NAME`, `hf:NAME:CONFIG`         | the same of a data set at the hub, streamed                                         |
 | any other file                      | UTF-8, split as `split_documents` does                                              |
 
-Files may be packed (`.gz`), named by patterns (`texts/*.jsonl`, `**`), and stand behind a URL of `files.PROTOCOLS`.
+Files may be packed (`.gz`), named by patterns (`texts/*.jsonl`, `**`), and stand behind a URL of
+`files.PROTOCOLS`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,24 @@ from typing import Any
 from jaxmodel import child, schema
 from jaxmodel.brief import briefly
 from jaxmodel.data import files
-from jaxmodel.data.text import NAMES, RECORDS, load_text, no_file, not_utf8, record_kind, split_documents, split_lines
+from jaxmodel.data.text import (
+    NAMES,
+    RECORDS,
+    load_text,
+    no_file,
+    not_utf8,
+    record_kind,
+    split_documents,
+    split_lines,
+)
 from jaxmodel.errors import InputError, border, require, unknown
 
 type Source = str | Path | Sequence[str | Path]
 
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # one of them is in every folder that `datasets` saved
+_SAVED = (
+    "dataset_info.json",
+    "dataset_dict.json",
+)  # one of them is in every folder that `datasets` saved
 _PACKAGES = {
     "parquet": ("pyarrow.parquet",),
     "arrayrecord": ("array_record.python.array_record_module",),
@@ -72,9 +85,18 @@ class Documents:
                 if text is None:  # a null in a column
                     continue
                 if not isinstance(text, str):
-                    raise _bad(part, f"{where}: field {self.field!r} holds {type(text).__name__}; text is needed")
-                if (odd := _LONE.search(text)) is not None:  # JSON can say it, and no tokenizer can read it
-                    half = f"half of a surrogate pair (\\u{ord(odd[0]):04x}) at character {odd.start()}"
+                    raise _bad(
+                        part,
+                        f"{where}: field {self.field!r} holds {type(text).__name__}; text is "
+                        f"needed",
+                    )
+                if (
+                    odd := _LONE.search(text)
+                ) is not None:  # JSON can say it, and no tokenizer can read it
+                    half = (
+                        f"half of a surrogate pair (\\u{ord(odd[0]):04x}) at character "
+                        f"{odd.start()}"
+                    )
                     raise _bad(part, f"{where} has {half}; Unicode text is needed")
                 empty = empty and not text.strip()
                 yield text
@@ -82,9 +104,11 @@ class Documents:
                 raise _bad(part, "holds no text; some text is needed")
 
     def digest(self) -> str:
-        """sha256 that changes with what is read: content of small local files, else their sizes and times (see `files.stamp`).
+        """sha256 that changes with what is read: content of small local files, else their sizes and
+        times (see `files.stamp`).
 
-        Of a data set at the hub it is that of its name: what is published there under the same name is taken for the same.
+        Of a data set at the hub it is that of its name: what is published there under the same name
+        is taken for the same.
         """
         stamps = [[_kind(part), *_stamps(part)] for part in self.parts]
         return hashlib.sha256(json.dumps([stamps, self.field, self.split]).encode()).hexdigest()
@@ -100,7 +124,9 @@ class Documents:
                 require(module, "data")
 
     def entries(self, part: str) -> Iterator[tuple[str, Any]]:
-        """The fields of a part as they are, each with the place where it stands; without a field's name whole records."""
+        """The fields of a part as they are, each with the place where it stands; without a field's
+        name whole records.
+        """
         kind = _kind(part)
         if kind == "name":
             yield from _numbered("document", split_documents(load_text(part).text))
@@ -121,7 +147,8 @@ class Documents:
 
 
 def documents(source: Source, field: str = "text", split: str = "train") -> Documents:
-    """The documents of a source, of several, or of all files that a pattern names; see the table above.
+    """The documents of a source, of several, or of all files that a pattern names; see the table
+    above.
 
     Args:
       source: a name, path, URL or pattern, or several.
@@ -132,7 +159,8 @@ def documents(source: Source, field: str = "text", split: str = "train") -> Docu
       An iterable; each iteration reads anew.
 
     Raises:
-      InputError: a source that is not there; in iterations one that is empty, not UTF-8, or not in its format.
+      InputError: a source that is not there; in iterations one that is empty, not UTF-8, or not in
+        its format.
 
     >>> next(iter(documents("pydoc"))).splitlines()[0]
     'The "assert" statement'
@@ -146,7 +174,8 @@ def documents(source: Source, field: str = "text", split: str = "train") -> Docu
 
 
 def records(source: Source, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a source, with all their fields, each with the place where it stands (`'chats.jsonl' line 3`).
+    """The records of a source, with all their fields, each with the place where it stands
+    (`'chats.jsonl' line 3`).
 
     Args:
       source: as of `documents`, but no plain text.
@@ -157,7 +186,11 @@ def records(source: Source, split: str = "train") -> Iterator[tuple[str, dict[st
     """
     for part in documents(source, split=split).parts:
         if _kind(part) in ("name", "text"):
-            raise _bad(part, f"is plain text; allowed: records, in files that end with {', '.join(sorted(RECORDS))}")
+            raise _bad(
+                part,
+                f"is plain text; allowed: records, in files that end with "
+                f"{', '.join(sorted(RECORDS))}",
+            )
         for where, record in Documents((part,), None, split).entries(part):
             yield f"{part!r} {where}", record
 
@@ -171,10 +204,19 @@ def _resolve(given: str | Path) -> list[str]:
     if _is_saved(path):
         return [path]
     found = files.find(path)
-    if not found and not files.is_remote(path) and not glob.has_magic(path) and not os.path.isdir(path):
+    if (
+        not found
+        and not files.is_remote(path)
+        and not glob.has_magic(path)
+        and not os.path.isdir(path)
+    ):
         raise no_file(name, Path(path))
     if not found:
-        kind = "no file has such a name" if glob.has_magic(path) or files.is_remote(path) else "a folder"
+        kind = (
+            "no file has such a name"
+            if glob.has_magic(path) or files.is_remote(path)
+            else "a folder"
+        )
         allowed = "a file, a pattern such as 'folder/*.jsonl', or a folder that `datasets` saved"
         raise InputError(f"data source: {name!r} given: {kind}; allowed: {allowed}")
     return found
@@ -205,12 +247,14 @@ def _stamps(part: str) -> list[str]:
     return [files.stamp(part)]
 
 
-# ------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 def _lines(part: str) -> Iterator[str]:
     offset = 0
-    for line in files.lines(part):  # no character of UTF-8 has a line feed among its bytes, so that lines decode one by one
+    for line in files.lines(
+        part
+    ):  # no character of UTF-8 has a line feed among its bytes, so that lines decode one by one
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -223,12 +267,19 @@ def _numbered(kind: str, texts: Iterable[Any], first: int = 1) -> Iterator[tuple
 
 
 def _json(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
-    """An object a line; of a `.json` the first character tells whether it is a list of objects instead."""
+    """An object a line; of a `.json` the first character tells whether it is a list of objects
+    instead.
+    """
     first = b""
     if part.lower().removesuffix(".gz").endswith(".json"):
         first = next((line for line in files.lines(part) if line.strip()), b"")
     if first.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        records = _loads(part, "the file", b"".join(files.lines(part, files.LONGEST)), f"a list of {_objects(field)}")
+        records = _loads(
+            part,
+            "the file",
+            b"".join(files.lines(part, files.LONGEST)),
+            f"a list of {_objects(field)}",
+        )
         for i, record in enumerate(records, 1):
             yield f"entry {i}", _field(part, f"entry {i}", record, field)
         return
@@ -238,7 +289,9 @@ def _json(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _table(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
-    """The column of a table of text, the first line of which names the columns; or its rows as records."""
+    """The column of a table of text, the first line of which names the columns; or its rows as
+    records.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), _CELL))
     separator = "\t" if ".tsv" in Path(part).name.lower() else ","
     lines = (line if i else line.removeprefix("\ufeff") for i, line in enumerate(_lines(part)))
@@ -252,7 +305,10 @@ def _table(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
         for row in reader:
             where = f"line {reader.line_num}"
             if row and len(row) != len(names):
-                raise _bad(part, f"{where} has {len(row)} cells; {len(names)} are needed, as the first line has")
+                raise _bad(
+                    part,
+                    f"{where} has {len(row)} cells; {len(names)} are needed, as the first line has",
+                )
             if row:
                 yield where, dict(zip(names, row, strict=True)) if column is None else row[column]
     except csv.Error as error:
@@ -283,13 +339,16 @@ def _field(part: str, where: str, record: Any, field: str | None) -> Any:
 
 
 def _parquet(part: str, field: str | None) -> Iterator[Any]:
-    parquet, what = require("pyarrow.parquet", "data"), f"data source: {part!r} is no whole Parquet file"
+    parquet = require("pyarrow.parquet", "data")
+    what = f"data source: {part!r} is no whole Parquet file"
     _try("table", part, what, field=field)
     with files.reading(part) as raw, border(what):
         file = parquet.ParquetFile(raw)
         if field is not None and field not in file.schema_arrow.names:
             raise unknown(f"field in {part!r}", field, file.schema_arrow.names)
-        for rows in file.iter_batches(columns=None if field is None else [field], batch_size=_RECORDS):
+        for rows in file.iter_batches(
+            columns=None if field is None else [field], batch_size=_RECORDS
+        ):
             yield from (rows if field is None else rows.column(0)).to_pylist()
 
 
@@ -314,7 +373,9 @@ _tried: set[tuple[Any, ...]] = set()
 
 
 def _try(kind: str, path: str, what: str, **more: Any) -> None:
-    """Read a local file in another process, once; some damaged ones would end this one, or take all of its memory."""
+    """Read a local file in another process, once; some damaged ones would end this one, or take all
+    of its memory.
+    """
     if files.is_remote(path):
         return
     with files.naming(path):
@@ -349,8 +410,13 @@ def _hub(part: str, field: str | None, split: str) -> Iterator[Any]:
     datasets = require("datasets", "data")
     _, name, *config = part.split(":")
     try:
-        yield from _column(part, datasets.load_dataset(name, *config, split=split, streaming=True), field)
-    except (OSError, ValueError) as error:  # the errors of datasets and of the hub derive from these
+        yield from _column(
+            part, datasets.load_dataset(name, *config, split=split, streaming=True), field
+        )
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # the errors of datasets and of the hub derive from these
         if isinstance(error, InputError):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

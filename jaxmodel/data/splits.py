@@ -1,4 +1,5 @@
-"""Rows in parts: train, validation and test, or folds; keyed, in proportion for each class, whole groups together.
+"""Rows in parts: train, validation and test, or folds; keyed, in proportion for each class, whole
+groups together.
 
 >>> labels = np.array([0] * 10 + [1] * 5)
 >>> train, held = split(15, (0.8, 0.2), labels=labels)
@@ -16,7 +17,9 @@ from jaxtyping import Int, Shaped
 
 from jaxmodel.errors import InputError, at_least
 
-_KEY = 2**64 - 1  # where a stream has its epoch in the key, so that no order of rows is drawn from the same words
+_KEY = (
+    2**64 - 1
+)  # where a stream has its epoch in the key, so that no order of rows is drawn from the same words
 
 
 def split(
@@ -29,8 +32,9 @@ def split(
 ) -> tuple[Int[np.ndarray, " _"], ...]:
     """The rows of each part: every row in exactly one, drawn by the seed.
 
-    With labels, a part has of each class its share of the rows, rounded up or down. With groups, rows of a group are in one part;
-    then the shares, also those of the classes, are as near as taking the largest group first gets.
+    With labels, a part has of each class its share of the rows, rounded up or down. With groups,
+    rows of a group are in one part; then the shares, also those of the classes, are as near as
+    taking the largest group first gets.
 
     Args:
       count: rows N.
@@ -43,7 +47,8 @@ def split(
       Indices of rows, ascending, for each part.
 
     Raises:
-      InputError: shares that do not sum to 1, labels or groups of another length, a part that no row is left for.
+      InputError: shares that do not sum to 1, labels or groups of another length, a part that no
+        row is left for.
     """
     shares = np.asarray(parts, np.float64)
     if shares.ndim != 1 or not shares.size or shares.min() <= 0 or abs(shares.sum() - 1) > 1e-6:
@@ -51,7 +56,10 @@ def split(
     where = _parts(count, shares, seed, labels, groups)
     found = tuple(np.flatnonzero(where == part) for part in range(len(shares)))
     if empty := [share for share, rows in zip(parts, found, strict=True) if not rows.size]:
-        raise InputError(f"parts: a share of {empty[0]} gets none of {count} rows; needed are more rows, groups or larger shares")
+        raise InputError(
+            f"parts: a share of {empty[0]} gets none of {count} rows; needed are more rows, "
+            f"groups or larger shares"
+        )
     return found
 
 
@@ -63,7 +71,8 @@ def kfold(
     labels: Int[np.ndarray, " N"] | None = None,
     groups: Shaped[np.ndarray, " N"] | None = None,
 ) -> list[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]]:
-    """For each fold the rows outside of it, to train on, and those in it, to be held out; every row is held out once.
+    """For each fold the rows outside of it, to train on, and those in it, to be held out; every row
+    is held out once.
 
     Args:
       count: rows N.
@@ -81,7 +90,10 @@ def kfold(
     at_least("folds", folds, 2)
     most = count if groups is None else len(np.unique(groups))
     if folds > most:
-        raise InputError(f"folds: {folds} given; allowed: at most {most}, the number of {'rows' if groups is None else 'groups'}")
+        raise InputError(
+            f"folds: {folds} given; allowed: at most {most}, the number of "
+            f"{'rows' if groups is None else 'groups'}"
+        )
     where = _parts(count, np.full(folds, 1 / folds), seed, labels, groups)
     return [(np.flatnonzero(where != fold), np.flatnonzero(where == fold)) for fold in range(folds)]
 
@@ -95,28 +107,39 @@ def take(arrays: Mapping[str, np.ndarray], rows: Int[np.ndarray, " _"]) -> dict[
     return {name: array[rows] for name, array in arrays.items()}
 
 
-def _parts(count: int, shares: np.ndarray, seed: int, labels: np.ndarray | None, groups: np.ndarray | None) -> np.ndarray:
+def _parts(
+    count: int, shares: np.ndarray, seed: int, labels: np.ndarray | None, groups: np.ndarray | None
+) -> np.ndarray:
     """The part of each row."""
     at_least("count", count)
     if not 0 <= seed < 2**64:
         raise InputError(f"seed: {seed} given; 0 to 2^64 - 1 is allowed")
     for name, given in (("labels", labels), ("groups", groups)):
         if given is not None and given.shape != (count,):
-            raise InputError(f"{name}: the shape {list(given.shape)} given for {count} rows; needed is one for each")
-    classes = np.zeros(count, np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
+            raise InputError(
+                f"{name}: the shape {list(given.shape)} given for {count} rows; needed is one for "
+                f"each"
+            )
+    classes = (
+        np.zeros(count, np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
+    )
     # Raw words, because across its versions NumPy promises nothing else.
     words = np.random.Philox(key=np.array([seed, _KEY], np.uint64)).random_raw(count)
     if groups is not None:
         return _by_group(shares, classes, np.unique(groups, return_inverse=True)[1], words)
     where = np.empty(count, np.int64)
-    behind = np.zeros(len(shares))  # rows that each part should have had of the classes so far, but has not
+    behind = np.zeros(
+        len(shares)
+    )  # rows that each part should have had of the classes so far, but has not
     for label in range(classes.max() + 1):
         rows = np.flatnonzero(classes == label)
         rows = rows[np.argsort(words[rows], kind="stable")]
         wanted = np.round(len(rows) * shares, 9)  # 0.1 * 30 is 3
         sizes = np.floor(wanted).astype(np.int64)
         behind += wanted - sizes
-        open_ = np.where(wanted > sizes, behind, -math.inf)  # no part may go beyond its share rounded up
+        open_ = np.where(
+            wanted > sizes, behind, -math.inf
+        )  # no part may go beyond its share rounded up
         extra = np.argsort(-open_, kind="stable")[: len(rows) - sizes.sum()]
         sizes[extra] += 1
         behind[extra] -= 1
@@ -124,7 +147,9 @@ def _parts(count: int, shares: np.ndarray, seed: int, labels: np.ndarray | None,
     return where
 
 
-def _by_group(shares: np.ndarray, classes: np.ndarray, groups: np.ndarray, words: np.ndarray) -> np.ndarray:
+def _by_group(
+    shares: np.ndarray, classes: np.ndarray, groups: np.ndarray, words: np.ndarray
+) -> np.ndarray:
     """Each group, the largest first, goes where it brings the classes nearest to their shares."""
     table = np.zeros((groups.max() + 1, classes.max() + 1))
     np.add.at(table, (groups, classes), 1)
@@ -132,7 +157,9 @@ def _by_group(shares: np.ndarray, classes: np.ndarray, groups: np.ndarray, words
     weight = 1 / table.sum(axis=0)  # a rare class counts as much as a common one
     chosen = np.zeros(len(table), np.int64)
     for group in np.lexsort((words[: len(table)], -table.sum(axis=1))):
-        before, after = (np.sum(gap**2 * weight, axis=1) for gap in (missing, missing - table[group]))
+        before, after = (
+            np.sum(gap**2 * weight, axis=1) for gap in (missing, missing - table[group])
+        )
         chosen[group] = np.argmin(np.round(after - before, 9))
         missing[chosen[group]] -= table[group]
     return chosen[groups]

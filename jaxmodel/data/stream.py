@@ -1,4 +1,6 @@
-"""The batch of a step as a pure function of (seed, step), so that resuming, replaying and skipping are exact."""
+"""The batch of a step as a pure function of (seed, step), so that resuming, replaying and skipping
+are exact.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,19 @@ from jaxmodel.errors import InputError, at_least
 
 type Batch = dict[str, np.ndarray]
 
-TOGETHER, SMALL = 8, 2**20
-"""Batches that a thread computes at once, if none has more bytes than the latter: handing one over to the loop costs as much time
-as computing a small one."""
+TOGETHER = 8
+SMALL = 2**20
+"""Batches that a thread computes at once, if none has more bytes than the latter: handing one over
+to the loop costs as much time as computing a small one.
+"""
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """What training reads: the batch of a step. `Stream`, `Mixture` and `synthetic.Pairs` are such."""
+    """What training reads: the batch of a step.
+
+    `Stream`, `Mixture` and `synthetic.Pairs` are such.
+    """
 
     @property
     def batch_size(self) -> int:
@@ -38,16 +45,21 @@ class Batches(Protocol):
         ...
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """Named arrays `[B, ...]`, a pure function of the step and of what the source was made from.
+        """Named arrays `[B, ...]`, a pure function of the step and of what the source was made
+        from.
 
-        With `rows`, a slice without stride within 0 and B, only these rows of them: each host makes its own.
+        With `rows`, a slice without stride within 0 and B, only these rows of them: each host makes
+        its own.
         """
         ...
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """What a `Stream` shuffles: N rows that are read by their numbers, from wherever they are stored."""
+    """What a `Stream` shuffles:
+
+    N rows that are read by their numbers, from wherever they are stored.
+    """
 
     @property
     def fingerprint(self) -> str:
@@ -59,31 +71,36 @@ class Rows(Protocol):
         ...
 
     def take(self, indices: np.ndarray) -> Bins | Batch:
-        """The rows of these numbers, int64 [n]: bins of tokens, or named arrays [n, ...], that belong to the receiver."""
+        """The rows of these numbers, int64 [n]: bins of tokens, or named arrays [n, ...], that
+        belong to the receiver.
+        """
         ...
 
 
 @briefly
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """An endless stream of batches over packed bins, plain windows, rows of named arrays, or rows that are stored somewhere.
+    """An endless stream of batches over packed bins, plain windows, rows of named arrays, or rows
+    that are stored somewhere.
 
-    Place i of batch s has the global index g = s * batch_size + i. Its epoch is g // N, and within an epoch the N rows
-    come in an order drawn from (seed, epoch): each row exactly once, none dropped. A batch may therefore end one epoch
-    and begin the next (or span several when it is larger than N).
+    Place i of batch s has the global index g = s * batch_size + i. Its epoch is g // N, and within
+    an epoch the N rows come in an order drawn from (seed, epoch): each row exactly once, none
+    dropped. A batch may therefore end one epoch and begin the next (or span several when it is
+    larger than N).
 
-    Rows of length T + 1 give batches of width T, the last column being a target only. This serves both kinds of data:
-    a row of windows [N, T + 1] is a bin with one segment. Of named arrays [N, ...], such as images and their labels, a batch
-    has the rows as they are.
+    Rows of length T + 1 give batches of width T, the last column being a target only. This serves
+    both kinds of data: a row of windows [N, T + 1] is a bin with one segment. Of named arrays [N,
+    ...], such as images and their labels, a batch has the rows as they are.
 
     Attributes:
-      data: `Bins`, or windows, an integer array [N, T + 1], or a dict of arrays [N, ...], or `Rows` such as `PackedShards`.
+      data: `Bins`, or windows, an integer array [N, T + 1], or a dict of arrays [N, ...], or `Rows`
+        such as `PackedShards`.
       batch_size: rows in a batch, B.
       seed: 0 to 2^64 - 1.
 
     Raises:
-      InputError: data without rows or with rows shorter than two tokens, lists for arrays, arrays of unequal lengths, a batch
-        size below 1, a seed out of range.
+      InputError: data without rows or with rows shorter than two tokens, lists for arrays, arrays
+        of unequal lengths, a batch size below 1, a seed out of range.
     """
 
     data: Bins | np.ndarray | Mapping[str, np.ndarray] | Rows
@@ -98,20 +115,45 @@ class Stream:
         if isinstance(self.data, Mapping):
             _check_arrays(self.data)
             shapes = {name: a.shape for name, a in self.data.items()}
-            if len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values() or not self.count:
-                raise InputError(f"data: arrays of shapes {shapes} given; the same number of rows in each, at least 1, is needed")
+            if (
+                len({shape[:1] for shape in shapes.values()}) != 1
+                or () in shapes.values()
+                or not self.count
+            ):
+                raise InputError(
+                    f"data: arrays of shapes {shapes} given; the same number of rows in each, at "
+                    f"least 1, is needed"
+                )
         elif isinstance(self.data, Bins | np.ndarray):
-            _check_arrays({name: getattr(self.bins, name) for name in ("tokens", "segments", "positions")})
-            tokens, segments, positions = self.bins.tokens, self.bins.segments, self.bins.positions
-            if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+            _check_arrays(
+                {name: getattr(self.bins, name) for name in ("tokens", "segments", "positions")}
+            )
+            tokens = self.bins.tokens
+            segments = self.bins.segments
+            positions = self.bins.positions
+            if (
+                tokens.ndim != 2
+                or tokens.dtype.kind not in "iu"
+                or tokens.shape[0] < 1
+                or tokens.shape[1] < 2
+            ):
                 given = f"{tokens.dtype} of shape {tokens.shape}"
-                raise InputError(f"data: {given} given; integers [N, T + 1] with N and T at least 1 are needed")
+                raise InputError(
+                    f"data: {given} given; integers [N, T + 1] with N and T at least 1 are needed"
+                )
             if not tokens.shape == segments.shape == positions.shape:
                 shapes = f"{tokens.shape}, {segments.shape}, {positions.shape}"
-                raise InputError(f"data: tokens, segments, positions of shapes {shapes} given; equal shapes are needed")
+                raise InputError(
+                    f"data: tokens, segments, positions of shapes {shapes} given; equal shapes "
+                    f"are needed"
+                )
         elif not isinstance(self.data, Rows):
             allowed = "Bins, windows, a dict of arrays, PackedShards, ShardWindows, ImageFolder"
-            hint = " (windows and pack make rows of token ids)" if isinstance(self.data, list | tuple) else ""
+            hint = (
+                " (windows and pack make rows of token ids)"
+                if isinstance(self.data, list | tuple)
+                else ""
+            )
             raise InputError(f"data: {type(self.data).__name__} given; allowed: {allowed}{hint}")
         elif not self.count:
             raise InputError("data: no rows given; at least 1 is needed")
@@ -135,28 +177,37 @@ class Stream:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of rows, sizes, batch size and seed: equal fingerprints mean equal batches at every step."""
+        """sha256 of rows, sizes, batch size and seed: equal fingerprints mean equal batches at
+        every step.
+        """
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
     def _fingerprint(self) -> str:
         version = 1 if self.count <= SORTED_UP_TO else 2  # once, orders of any size were sorted
         if isinstance(self.data, Mapping):
-            digest = hashlib.sha256(f"stream of arrays {version} {self.batch_size} {self.seed}\n".encode())
+            digest = hashlib.sha256(
+                f"stream of arrays {version} {self.batch_size} {self.seed}\n".encode()
+            )
             for name, array in sorted(self.data.items()):
                 digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
                 digest.update(np.ascontiguousarray(array).data)
             return digest.hexdigest()
         if not isinstance(self.data, Bins | np.ndarray):
-            return hashlib.sha256(f"stream of rows 1 {self.data.fingerprint} {self.batch_size} {self.seed}".encode()).hexdigest()
+            return hashlib.sha256(
+                f"stream of rows 1 {self.data.fingerprint} {self.batch_size} {self.seed}".encode()
+            ).hexdigest()
         arrays = (self.bins.tokens, self.bins.segments, self.bins.positions)
-        digest = hashlib.sha256(f"stream {version} {arrays[0].shape} {self.batch_size} {self.seed}\n".encode())
+        digest = hashlib.sha256(
+            f"stream {version} {arrays[0].shape} {self.batch_size} {self.seed}\n".encode()
+        )
         for array in arrays:
             digest.update(np.ascontiguousarray(array, "<i4").data)
         return digest.hexdigest()
 
     def rows(self, step: SupportsIndex, rows: slice = slice(None)) -> np.ndarray:
-        """The numbers int64 [B] of the rows in the batch of `step`, or of those at its places `rows`.
+        """The numbers int64 [B] of the rows in the batch of `step`, or of those at its places
+        `rows`.
 
         >>> stream = Stream(np.zeros((3, 2), np.int32), batch_size=2)
         >>> sorted(np.concatenate([stream.rows(0), stream.rows(1), stream.rows(2)]).tolist())
@@ -172,11 +223,14 @@ class Stream:
         return np.concatenate(parts)
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The batch of `step`, a pure function of (data, batch size, seed, step), or its rows `rows`, at their cost alone.
+        """The batch of `step`, a pure function of (data, batch size, seed, step), or its rows
+        `rows`, at their cost alone.
 
         Returns:
-          tokens, targets, segments, positions: int32 [B, T]; a target is the next token of the same segment, else 0.
-          weights: float32 [B, T], 1 where there is a target, 0 on the last token of a segment and on padding.
+          tokens, targets, segments, positions: int32 [B, T]; a target is the next token of the same
+            segment, else 0.
+          weights: float32 [B, T], 1 where there is a target, 0 on the last token of a segment and
+            on padding.
           Of named arrays: their rows [B, ...], by name.
 
         Raises:
@@ -186,7 +240,14 @@ class Stream:
         if isinstance(self.data, Mapping):
             return {name: array[indices] for name, array in self.data.items()}
         if isinstance(self.data, Bins | np.ndarray):
-            return _predict(Bins(*(a[indices] for a in (self.bins.tokens, self.bins.segments, self.bins.positions))))
+            return _predict(
+                Bins(
+                    *(
+                        a[indices]
+                        for a in (self.bins.tokens, self.bins.segments, self.bins.positions)
+                    )
+                )
+            )
         found = self.data.take(indices)
         return _predict(found) if isinstance(found, Bins) else found
 
@@ -196,12 +257,17 @@ def _check_arrays(fields: Mapping[str, Any]) -> None:
     for name, a in fields.items():
         if not hasattr(a, "shape") or not hasattr(a, "dtype") or a.dtype == object:
             given = f"an array of {a.dtype}" if hasattr(a, "dtype") else type(a).__name__
-            raise InputError(f"data: {given} given for {name!r}; allowed: an array, as np.asarray makes of equally long rows")
+            raise InputError(
+                f"data: {given} given for {name!r}; allowed: an array, as np.asarray makes of "
+                f"equally long rows"
+            )
 
 
 def _predict(bins: Bins) -> Batch:
     """What a language model reads and should predict of bins [B, T + 1]; see `Stream.batch`."""
-    tokens, segments, positions = (a.astype(np.int32, copy=False) for a in (bins.tokens, bins.segments, bins.positions))
+    tokens, segments, positions = (
+        a.astype(np.int32, copy=False) for a in (bins.tokens, bins.segments, bins.positions)
+    )
     follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
     return {
         "tokens": tokens[:, :-1].copy(),
@@ -213,7 +279,8 @@ def _predict(bins: Bins) -> Batch:
 
 
 def global_rows(step: SupportsIndex, rows: slice, batch_size: int) -> tuple[int, int]:
-    """The first and the end of the global indices g = step * batch_size + place of places `rows` of a batch.
+    """The first and the end of the global indices g = step * batch_size + place of places `rows` of
+    a batch.
 
     Raises:
       InputError: a negative step, a slice with a stride, or one that reaches beyond the batch.
@@ -222,17 +289,24 @@ def global_rows(step: SupportsIndex, rows: slice, batch_size: int) -> tuple[int,
     (42, 44)
     """
     at_least("step", operator.index(step), 0)
-    start, stop = 0 if rows.start is None else rows.start, batch_size if rows.stop is None else rows.stop
+    start = 0 if rows.start is None else rows.start
+    stop = batch_size if rows.stop is None else rows.stop
     if rows.step not in (None, 1) or not 0 <= start <= stop <= batch_size:
-        raise InputError(f"rows: {rows} given; allowed: a slice within 0 and {batch_size}, without stride")
+        raise InputError(
+            f"rows: {rows} given; allowed: a slice within 0 and {batch_size}, without stride"
+        )
     return operator.index(step) * batch_size + start, operator.index(step) * batch_size + stop
 
 
-def prefetch(stream: Batches, start: int, stop: int, workers: int = 2, rows: slice = slice(None)) -> Iterator[Batch]:
-    """The batches of steps start, start + 1, ..., stop - 1, or their rows `rows`, computed ahead of their use in threads.
+def prefetch(
+    stream: Batches, start: int, stop: int, workers: int = 2, rows: slice = slice(None)
+) -> Iterator[Batch]:
+    """The batches of steps start, start + 1, ..., stop - 1, or their rows `rows`, computed ahead of
+    their use in threads.
 
-    Grain only prefetches: the batches are those of `stream.batch`, bit for bit and in order. It uses threads, so a
-    script needs no `if __name__ == "__main__"`. About twice as many batches as workers wait in memory, of small ones more.
+    Grain only prefetches: the batches are those of `stream.batch`, bit for bit and in order. It
+    uses threads, so a script needs no `if __name__ == "__main__"`. About twice as many batches as
+    workers wait in memory, of small ones more.
 
     Raises:
       InputError: start below 0 or beyond stop, fewer than one worker, or rows outside of the batch.
@@ -258,5 +332,7 @@ def _ahead(stream: Batches, start: int, stop: int, workers: int, rows: slice) ->
     import grain  # late: it takes a second that only training should pay
 
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    for group in grain.MapDataset.range(-(-(stop - start) // together)).map(some).to_iter_dataset(options):
+    for group in (
+        grain.MapDataset.range(-(-(stop - start) // together)).map(some).to_iter_dataset(options)
+    ):
         yield from group

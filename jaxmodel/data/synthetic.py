@@ -1,4 +1,5 @@
-"""Pairs of texts that are made, not found: a source and the target that a model should write for it.
+"""Pairs of texts that are made, not found: a source and the target that a model should write for
+it.
 
     copy      =qwerty               qwerty
     reverse   <qwerty               ytrewq
@@ -29,7 +30,8 @@ from jaxmodel.brief import briefly
 from jaxmodel.data.stream import Batch, global_rows
 from jaxmodel.errors import InputError, at_least, unknown
 
-START, END = 0, 1
+START = 0
+END = 1
 """What a target begins with (and padding), and what ends it."""
 ALPHABET = " ,-./<=@0123456789abcdefghijklmnopqrstuvwxyz"
 VOCAB = 2 + len(ALPHABET)
@@ -76,17 +78,27 @@ def _reverse(draw: Draw) -> tuple[str, str]:
 
 def _date(draw: Draw) -> tuple[str, str]:
     day = datetime.date(1900, 1, 1) + datetime.timedelta(days=draw(73049))  # up to 2099
-    y, m, d, name = day.year, day.month, day.day, _MONTHS[day.month - 1]
-    return "@" + (f"{d} {name} {y}", f"{name} {d}, {y}", f"{d}.{m}.{y}", f"{y}/{m}/{d}")[draw(4)], day.isoformat()
+    y = day.year
+    m = day.month
+    d = day.day
+    name = _MONTHS[day.month - 1]
+    return "@" + (f"{d} {name} {y}", f"{name} {d}, {y}", f"{d}.{m}.{y}", f"{y}/{m}/{d}")[
+        draw(4)
+    ], day.isoformat()
 
 
 _MONTHS = (
     *("january", "february", "march", "april", "may", "june", "july"),
     *("august", "september", "october", "november", "december"),
 )
-TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {"copy": _copy, "reverse": _reverse, "date": _date}
+TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {
+    "copy": _copy,
+    "reverse": _reverse,
+    "date": _date,
+}
 """A task makes a pair by drawing whole numbers below the ones that it names."""
-SOURCE, TARGET = 1 + len("september 30, 1987"), 1 + max(LONGEST, len("1987-03-12"))
+SOURCE = 1 + len("september 30, 1987")
+TARGET = 1 + max(LONGEST, len("1987-03-12"))
 """The longest source and target in tokens, the target with its end."""
 
 
@@ -124,8 +136,12 @@ class Pairs:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that the pairs depend on: equal fingerprints mean equal batches at every step."""
-        return hashlib.sha256(f"pairs 1 {self.tasks} {self.batch_size} {self.seed} {self.part}".encode()).hexdigest()
+        """sha256 of all that the pairs depend on: equal fingerprints mean equal batches at every
+        step.
+        """
+        return hashlib.sha256(
+            f"pairs 1 {self.tasks} {self.batch_size} {self.seed} {self.part}".encode()
+        ).hexdigest()
 
     def texts(self, step: SupportsIndex, rows: slice = slice(None)) -> list[tuple[str, str]]:
         """The pairs in the batch of `step`, or those at its places `rows`.
@@ -133,24 +149,31 @@ class Pairs:
         Raises:
           InputError: a negative step, or rows outside of the batch.
         """
-        first, stop = (g - operator.index(step) * self.batch_size for g in global_rows(step, rows, self.batch_size))
+        first, stop = (
+            g - operator.index(step) * self.batch_size
+            for g in global_rows(step, rows, self.batch_size)
+        )
         # not a `Generator`: across its versions NumPy promises the same raw words only
         words = np.random.Philox(key=np.array([self.seed, operator.index(step)], np.uint64))
         draw = lambda below: int(words.random_raw()) % below
         found: list[tuple[str, str]] = []
-        while len(found) < stop:  # those before `first` too: it takes a few microseconds each to draw as they did
+        while (
+            len(found) < stop
+        ):  # those before `first` too: it takes a few microseconds each to draw as they did
             source, target = TASKS[self.tasks[draw(len(self.tasks))]](draw)
             if (zlib.crc32(target.encode()) % 10 == 0) == (self.part == "test"):
                 found.append((source, target))
         return found[first:]
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The batch of `step`, a pure function of (tasks, batch size, seed, part, step), or its rows `rows`.
+        """The batch of `step`, a pure function of (tasks, batch size, seed, part, step), or its
+        rows `rows`.
 
         Returns:
-          `source` and `source_mask`, int32 and bool [B, S], padded on the right to `SOURCE`; `tokens`, `targets` and `weights`,
-          [B, T], T is `TARGET`: what the decoder reads (it begins with `START`), what it should predict (it closes with `END`),
-          and 1.0 where there is something to predict.
+          `source` and `source_mask`, int32 and bool [B, S], padded on the right to `SOURCE`;
+          `tokens`, `targets` and `weights`, [B, T], T is `TARGET`: what the decoder reads (it
+          begins with `START`), what it should predict (it closes with `END`), and 1.0 where there
+          is something to predict.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.
@@ -161,7 +184,15 @@ class Pairs:
         for i, (given, wanted) in enumerate(texts):
             source[i, : len(given)] = encode(given)
             targets[i, : len(wanted) + 1] = [*encode(wanted), END]
-        tokens = np.concatenate([np.full((len(texts), 1), START, np.int32), targets[:, :-1]], axis=1)
+        tokens = np.concatenate(
+            [np.full((len(texts), 1), START, np.int32), targets[:, :-1]], axis=1
+        )
         tokens[tokens == END] = START  # the end is predicted and never read
         weights = (targets != START).astype(np.float32)
-        return {"source": source, "source_mask": source != START, "tokens": tokens, "targets": targets, "weights": weights}
+        return {
+            "source": source,
+            "source_mask": source != START,
+            "tokens": tokens,
+            "targets": targets,
+            "weights": weights,
+        }

@@ -1,7 +1,8 @@
 """Text sources by name or path, and the rule that splits a text into documents.
 
-A name means the same text everywhere. Those of pydoc come with Python. Files of the others are looked up in the folder that the
-environment variable `JAXMODEL_DATA` names, then at the hub; `Text.origin` says which it was.
+A name means the same text everywhere. Those of pydoc come with Python. Files of the others are
+looked up in the folder that the environment variable `JAXMODEL_DATA` names, then at the hub;
+`Text.origin` says which it was.
 
 | name              | text                                             | `$JAXMODEL_DATA`      | else     |
 |-------------------|--------------------------------------------------|-----------------------|----------|
@@ -12,13 +13,14 @@ environment variable `JAXMODEL_DATA` names, then at the hub; `Text.origin` says 
 | `wikitext2-valid` | WikiText-2, validation part                      | `wikitext2-valid.txt` | wikitext |
 | `tinyshakespeare` | 1.1 MB of Shakespeare                            | `tinyshakespeare.txt` | -        |
 
-(pydoc: the module pydoc_data.topics of every CPython, a little different in each version; wikitext: the data set
-Salesforce/wikitext at the hub.)
+(pydoc: the module pydoc_data.topics of every CPython, a little different in each version; wikitext:
+the data set Salesforce/wikitext at the hub.)
 
-The topics of pydoc repeat each other (the one on compound statements contains those on `if`, `for`, ...). So for
-`english` and `english_train` a topic is left out when at least half of it stands in larger ones. Of the others, in
-order of name, those that begin in the first 60 % of the characters are to train on and the later ones are held out; the
-former lose every paragraph that also occurs in the latter, so that the two share none.
+The topics of pydoc repeat each other (the one on compound statements contains those on `if`, `for`,
+...). So for `english` and `english_train` a topic is left out when at least half of it stands in
+larger ones. Of the others, in order of name, those that begin in the first 60 % of the characters
+are to train on and the later ones are held out; the former lose every paragraph that also occurs in
+the latter, so that the two share none.
 """
 
 from __future__ import annotations
@@ -40,7 +42,14 @@ from jaxmodel.files import read_bytes
 from jaxmodel.report import html
 from jaxmodel.report.shown import card
 
-NAMES = ("english", "english_train", "pydoc", "tinyshakespeare", "wikitext2-test", "wikitext2-valid")
+NAMES = (
+    "english",
+    "english_train",
+    "pydoc",
+    "tinyshakespeare",
+    "wikitext2-test",
+    "wikitext2-valid",
+)
 
 RECORDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
@@ -50,7 +59,8 @@ RECORDS = {
 """Endings of files that hold records, and their formats."""
 _PACKAGE = "pydoc_data.topics"
 _PYDOC = ("english", "english_train", "pydoc")
-# Part of WikiText-2 -> (its file in Salesforce/wikitext, sha256 of the text that all figures refer to).
+# Part of WikiText-2 -> (its file in Salesforce/wikitext, sha256 of the text that all figures refer
+# to).
 _HUB = {
     "wikitext2-test": (
         "wikitext-2-v1/test-00000-of-00001.parquet",
@@ -61,7 +71,8 @@ _HUB = {
         "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     ),
 }
-# Lines, each with its end. A title has one blank line at least on both sides, or stars below it; see `split_documents`.
+# Lines, each with its end. A title has one blank line at least on both sides, or stars below it;
+# see `split_documents`.
 _BLANK = re.compile(r"[ \t\r]*\n")
 _TITLE = re.compile(r" ?= [^=\n]+ = ?\r?\n")
 _STARS = re.compile(r"\*{3,}\r?\n")
@@ -75,7 +86,8 @@ class Text:
     Attributes:
       text: the characters, exactly as in the file (line ends are not translated).
       name: the name or path that was asked for.
-      origin: the place used: `$JAXMODEL_DATA/wikitext2-test.txt`, `package pydoc_data.topics`, `hub ...`, or the path.
+      origin: the place used: `$JAXMODEL_DATA/wikitext2-test.txt`, `package pydoc_data.topics`,
+        `hub ...`, or the path.
       sha256: of the text in UTF-8, hexadecimal.
     """
 
@@ -86,11 +98,14 @@ class Text:
 
     def _repr_html_(self) -> str:
         facts = {"origin": self.origin, "characters": len(self.text), "sha256": self.sha256}
-        return card(f"Text {self.name}", facts, [html.code(self.text[:400] + "…" * (len(self.text) > 400))])
+        return card(
+            f"Text {self.name}", facts, [html.code(self.text[:400] + "…" * (len(self.text) > 400))]
+        )
 
 
 def load_text(source: str | Path) -> Text:
-    """The text of a known name (see the table above) or of a UTF-8 file; a name wins over a file of the same name.
+    """The text of a known name (see the table above) or of a UTF-8 file; a name wins over a file of
+    the same name.
 
     Args:
       source: one of `NAMES`, a path, or a URL (`gs://...`).
@@ -99,7 +114,8 @@ def load_text(source: str | Path) -> Text:
       The text with its origin and digest.
 
     Raises:
-      InputError: neither a name nor a file, a text that is found nowhere, an unreadable, empty or non-UTF-8 file.
+      InputError: neither a name nor a file, a text that is found nowhere, an unreadable, empty or
+        non-UTF-8 file.
 
     >>> load_text("pydoc").origin
     'package pydoc_data.topics'
@@ -108,22 +124,32 @@ def load_text(source: str | Path) -> Text:
     if isinstance(source, str) and source in NAMES:
         text, origin = _named(source)
     elif record_kind(name) is not None:
-        allowed = f"one UTF-8 text, or {', '.join(NAMES)}; `data.documents`, and so train, reads records"
-        raise InputError(f"data source: {name!r} is by its name a file of records; allowed: {allowed}")
+        allowed = (
+            f"one UTF-8 text, or {', '.join(NAMES)}; `data.documents`, and so train, reads records"
+        )
+        raise InputError(
+            f"data source: {name!r} is by its name a file of records; allowed: {allowed}"
+        )
     elif files.is_remote(name):
         with files.reading(name, unpack=False) as file:
             raw = file.read(files.LONGEST + 1)
             if len(raw) > files.LONGEST:
-                raise InputError(f"data source: {name!r} is larger than {files.LONGEST:,} bytes, which is the most that is held")
-            text, origin = _decode(name, raw), name
+                raise InputError(
+                    f"data source: {name!r} is larger than {files.LONGEST:,} bytes, which is the "
+                    f"most that is held"
+                )
+            text = _decode(name, raw)
+            origin = name
     else:
         path = Path(source).expanduser()
-        text, origin = _read(name, path), _shown(name, path)
+        text = _read(name, path)
+        origin = _shown(name, path)
     return Text(text, name, origin, _sha256(text))
 
 
 def record_kind(path: str) -> str | None:
-    """The format of a file that holds records, with the text in one of their fields; None for plain text.
+    """The format of a file that holds records, with the text in one of their fields; None for plain
+    text.
 
     >>> record_kind("a/tweets.JSONL.gz"), record_kind("b.csv"), record_kind("c.txt")
     ('json', 'table', None)
@@ -134,8 +160,9 @@ def record_kind(path: str) -> str | None:
 def split_documents(text: str) -> list[str]:
     """Split a text into documents: articles where it has titles, else paragraphs.
 
-    A title follows a blank line and is either a WikiText one (` = Title = `, a blank line after it) or underlined by
-    stars, as in pydoc. Paragraphs end with blank lines. Nothing is lost: the documents joined give the text back.
+    A title follows a blank line and is either a WikiText one (` = Title = `, a blank line after it)
+    or underlined by stars, as in pydoc. Paragraphs end with blank lines. Nothing is lost: the
+    documents joined give the text back.
 
     >>> split_documents("First Citizen:\\nSpeak.\\n\\nAll:\\nResolved.\\n")
     ['First Citizen:\\nSpeak.\\n\\n', 'All:\\nResolved.\\n']
@@ -144,7 +171,10 @@ def split_documents(text: str) -> list[str]:
 
 
 def split_lines(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
-    """`split_documents` for a text that is too large to hold: `lines()` gives its lines, and is called twice."""
+    """`split_documents` for a text that is too large to hold:
+
+    `lines()` gives its lines, and is called twice.
+    """
     before = True  # as if a blank line stood above the first
     titled = False
     for line, below in pairwise(chain(lines(), [""])):
@@ -152,15 +182,20 @@ def split_lines(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
             titled = True
             break
         before = bool(_BLANK.fullmatch(line))
-    held, spaces = "", []  # white space before the first text and after the last is part of these documents
+    held, spaces = (
+        "",
+        [],
+    )  # white space before the first text and after the last is part of these documents
     for piece in _pieces(lines(), titled):
         if not piece.strip():
             spaces.append(piece)
         elif not held:
-            held, spaces = "".join([*spaces, piece]), []
+            held = "".join([*spaces, piece])
+            spaces = []
         else:
             yield from [held, *spaces]
-            held, spaces = piece, []
+            held = piece
+            spaces = []
     if held:
         yield "".join([held, *spaces])
 
@@ -188,12 +223,19 @@ def _named(name: str) -> tuple[str, str]:
     if name in _PYDOC:
         train, held_out = (_topics().values(), ()) if name == "pydoc" else _split_topics(_topics())
         return "\n\n\n".join(held_out if name == "english" else train) + "\n", f"package {_PACKAGE}"
-    folder, file = os.environ.get("JAXMODEL_DATA"), f"{name}.txt"
+    folder = os.environ.get("JAXMODEL_DATA")
+    file = f"{name}.txt"
     if folder and (path := Path(folder, file)).is_file():
         return _read(name, path), f"$JAXMODEL_DATA/{file}"
-    missing = f"data source: {name!r} is not in $JAXMODEL_DATA ({folder or 'not set'}), where {file} is looked for"
+    missing = (
+        f"data source: {name!r} is not in $JAXMODEL_DATA ({folder or 'not set'}), where "
+        f"{file} is looked for"
+    )
     if name not in _HUB:
-        raise InputError(f"{missing}; put it into a folder, and name that by the environment variable JAXMODEL_DATA")
+        raise InputError(
+            f"{missing}; put it into a folder, and name that by the environment variable "
+            f"JAXMODEL_DATA"
+        )
     try:
         return _from_hub(name)
     except InputError as error:
@@ -210,8 +252,12 @@ def _read(given: str, path: Path) -> str:
 
 
 def not_utf8(given: str, error: UnicodeDecodeError, before: int = 0) -> InputError:
-    """The error for a file that does not decode, `before` bytes of which did (to be raised by the caller)."""
-    where = f"byte 0x{error.object[error.start]:02x} at offset {before + error.start} ({error.reason})"
+    """The error for a file that does not decode, `before` bytes of which did (to be raised by the
+    caller).
+    """
+    where = (
+        f"byte 0x{error.object[error.start]:02x} at offset {before + error.start} ({error.reason})"
+    )
     return InputError(f"data source: {given!r} is not UTF-8: {where}; a UTF-8 text file is needed")
 
 
@@ -221,7 +267,10 @@ def _decode(given: str, raw: bytes) -> str:
     except UnicodeDecodeError as error:
         raise not_utf8(given, error) from None
     if not text.strip():
-        raise InputError(f"data source: {given!r} holds no text ({len(text)} white-space characters); some text is needed")
+        raise InputError(
+            f"data source: {given!r} holds no text ({len(text)} white-space characters); some "
+            f"text is needed"
+        )
     return text
 
 
@@ -229,13 +278,18 @@ def no_file(given: str, path: Path) -> InputError:
     """The error for a source that is neither a file nor a name (to be raised by the caller)."""
     if path.is_dir():
         return InputError(f"data source: {given!r} is a folder; a UTF-8 text file is needed")
-    beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file()) if path.parent.is_dir() else []
+    beside = (
+        sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
+        if path.parent.is_dir()
+        else []
+    )
     close = nearest(path.name, [*beside, *(NAMES if path.parent == Path() else ())])
     hint = f" (nearest: {', '.join(close)})" if close else ""
     if not path.parent.is_dir():
         hint = f" (there is no folder {str(path.parent)!r})"
     return InputError(
-        f"data source: {given!r} is neither a file nor a known text; allowed: a UTF-8 file, {', '.join(NAMES)}{hint}"
+        f"data source: {given!r} is neither a file nor a known text; allowed: a UTF-8 file, "
+        f"{', '.join(NAMES)}{hint}"
     )
 
 
@@ -251,7 +305,10 @@ def _topics() -> dict[str, str]:
     try:
         topics = importlib.import_module(_PACKAGE).topics
     except ImportError:
-        raise InputError(f"data source: this Python was installed without its module {_PACKAGE}; name a UTF-8 file") from None
+        raise InputError(
+            f"data source: this Python was installed without its module {_PACKAGE}; name a UTF-8 "
+            f"file"
+        ) from None
     return {name: topics[name].strip() for name in sorted(topics)}
 
 
@@ -266,10 +323,14 @@ def _split_topics(topics: dict[str, str]) -> tuple[list[str], list[str]]:
             seen.update(paragraphs)
     texts = [text for name, text in topics.items() if name in kept]
     begins = [0, *accumulate(map(len, texts))]
-    train = [text for text, begin in zip(texts, begins, strict=False) if 10 * begin < 6 * begins[-1]]
+    train = [
+        text for text, begin in zip(texts, begins, strict=False) if 10 * begin < 6 * begins[-1]
+    ]
     held_out = texts[len(train) :]
     secret = {_plain(p) for text in held_out for p in _paragraphs(text)}
-    train = ["".join(p for p in _paragraphs(text) if _plain(p) not in secret).strip() for text in train]
+    train = [
+        "".join(p for p in _paragraphs(text) if _plain(p) not in secret).strip() for text in train
+    ]
     return [text for text in train if text], held_out
 
 
@@ -278,7 +339,9 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _plain(paragraph: str) -> str:
-    return " ".join(paragraph.split())  # the same paragraph is indented differently in different topics
+    return " ".join(
+        paragraph.split()
+    )  # the same paragraph is indented differently in different topics
 
 
 def _from_hub(name: str) -> tuple[str, str]:
@@ -291,9 +354,14 @@ def _from_hub(name: str) -> tuple[str, str]:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"Salesforce/wikitext:{file} could not be fetched ({reason})") from None
     rows = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    text = "".join(row or " \n" for row in rows)  # one row a line; the data set stores the line " \n" as ""
+    text = "".join(
+        row or " \n" for row in rows
+    )  # one row a line; the data set stores the line " \n" as ""
     if _sha256(text) != digest:
-        raise InputError(f"Salesforce/wikitext:{file} is not the text that was published (sha256 {_sha256(text)})")
+        raise InputError(
+            f"Salesforce/wikitext:{file} is not the text that was published (sha256 "
+            f"{_sha256(text)})"
+        )
     return text, f"hub Salesforce/wikitext:{file}"
 
 

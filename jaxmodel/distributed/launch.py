@@ -1,4 +1,6 @@
-"""Several processes of one run on this machine, to try what a cluster does: started, watched, named when they die."""
+"""Several processes of one run on this machine, to try what a cluster does: started, watched, named
+when they die.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,13 @@ def launch(
     finished: Callable[[], bool] = lambda: False,
     restarts: int = 100,
 ) -> list[dict[str, object]]:
-    """Run a Python command in several processes with JAX's coordinates in their environment, until all of them end well.
+    """Run a Python command in several processes with JAX's coordinates in their environment, until
+    all of them end well.
 
-    Process 0 writes to this one's standard error, the others to `rank-<i>.log`. When one dies, the others, which would wait for
-    it for ever, are ended, and which it was is said. Elastic, the run is started again with one fewer (or as many, where one
-    was only stuck), and after `regrow` seconds it is told to save and started again with all.
+    Process 0 writes to this one's standard error, the others to `rank-<i>.log`. When one dies, the
+    others, which would wait for it for ever, are ended, and which it was is said. Elastic, the run
+    is started again with one fewer (or as many, where one was only stuck), and after `regrow`
+    seconds it is told to save and started again with all.
 
     Args:
       command: arguments of Python.
@@ -59,7 +63,9 @@ def launch(
     at_least("processes", processes)
     at_least("devices_per_process", devices)
     if not fits(processes):
-        raise InputError(f"batch: its rows do not divide over {processes} processes of {devices} devices")
+        raise InputError(
+            f"batch: its rows do not divide over {processes} processes of {devices} devices"
+        )
     events: list[dict[str, object]] = []
     told = False
 
@@ -68,12 +74,14 @@ def launch(
         told = True
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
-    now, attempts = processes, 0
+    now = processes
+    attempts = 0
     try:
         while True:
             events.append({"time": time.time(), "event": "start", "processes": now})
             world = _start(command, now, devices, logs)
-            began, asked = time.monotonic(), False
+            began = time.monotonic()
+            asked = False
             while True:
                 time.sleep(POLL)
                 codes = [one.poll() for one in world]
@@ -99,16 +107,23 @@ def launch(
                 return events
             rank, code = dead[0]
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-            events.append({"time": time.time(), "event": "died", "processes": now, "rank": rank, "how": how})
+            events.append(
+                {"time": time.time(), "event": "died", "processes": now, "rank": rank, "how": how}
+            )
             _end(world)
             what = f"rank {rank} of {now} ended {how}"
             shown = _tail(logs / f"rank-{rank}.log") if rank else ""
             if code == 2 or not elastic or told:  # 2: bad input, which is no better the next time
                 raise InputError(f"train: {what}; the others were stopped{shown}")
             attempts += 1
-            smaller = now if code == STUCK else next((n for n in range(now - 1, 0, -1) if fits(n)), 0)
+            smaller = (
+                now if code == STUCK else next((n for n in range(now - 1, 0, -1) if fits(n)), 0)
+            )
             if not smaller or attempts > restarts:
-                raise InputError(f"train: {what}, and there is no smaller number of processes that the batch divides over")
+                raise InputError(
+                    f"train: {what}, and there is no smaller number of processes that the batch "
+                    f"divides over"
+                )
             _say(f"{what}: going on with {smaller}{shown}")
             now = smaller
     finally:
@@ -116,14 +131,20 @@ def launch(
             signal.signal(number, handler)
 
 
-def _start(command: Sequence[str], processes: int, devices: int, logs: Path) -> list[subprocess.Popen[bytes]]:
+def _start(
+    command: Sequence[str], processes: int, devices: int, logs: Path
+) -> list[subprocess.Popen[bytes]]:
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    safe = ["-P"] if command[:1] == ["-m"] else []  # a module comes from where it is installed, never from the current folder
+    safe = (
+        ["-P"] if command[:1] == ["-m"] else []
+    )  # a module comes from where it is installed, never from the current folder
     world = []
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open_own(logs / f"rank-{rank}.log")) for rank in range(1, processes)]
+        files = [
+            stack.enter_context(open_own(logs / f"rank-{rank}.log")) for rank in range(1, processes)
+        ]
         for rank, log in enumerate([None, *files]):
             environ = {
                 **os.environ,
@@ -133,9 +154,14 @@ def _start(command: Sequence[str], processes: int, devices: int, logs: Path) -> 
                 "JAX_PROCESS_ID": str(rank),
                 LAUNCHER: str(os.getpid()),
             }
-            # what process 0 prints on standard output the caller says once more, when all are through
+            # what process 0 prints on standard output the caller says once more, when all are
+            # through
             out = log or subprocess.DEVNULL
-            world.append(subprocess.Popen([sys.executable, *safe, *command], env=environ, stdout=out, stderr=log))
+            world.append(
+                subprocess.Popen(
+                    [sys.executable, *safe, *command], env=environ, stdout=out, stderr=log
+                )
+            )
     return world
 
 
@@ -154,7 +180,11 @@ def _end(world: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _tail(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    lines = (
+        [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if log.exists()
+        else []
+    )
     return f"; its last line: {lines[-1][:300]}" if lines else ""
 
 

@@ -1,8 +1,9 @@
-"""Where the time of a run went: each instant of its wall clock, over all its restarts, is in exactly one category.
+"""Where the time of a run went: each instant of its wall clock, over all its restarts, is in
+exactly one category.
 
-Written as it goes, a line every second or so, so that a run that is killed has told nearly all; what it did not tell counts as
-`down`, as does the time until it is started again. What was computed behind the checkpoint that it then goes on from counts as
-`lost`.
+Written as it goes, a line every second or so, so that a run that is killed has told nearly all;
+what it did not tell counts as `down`, as does the time until it is started again. What was computed
+behind the checkpoint that it then goes on from counts as `lost`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,20 @@ from jaxmodel.errors import InputError, unknown
 from jaxmodel.files import open_own, read_bytes
 from jaxmodel.limits import limits
 
-CATEGORIES = ("start", "compile", "data", "compute", "evaluate", "checkpoint", "lost", "down", "other")
-"""start: until the first batch is asked for. compute: the steps. other: what is none of these (writing rows, callbacks)."""
+CATEGORIES = (
+    "start",
+    "compile",
+    "data",
+    "compute",
+    "evaluate",
+    "checkpoint",
+    "lost",
+    "down",
+    "other",
+)
+"""start: until the first batch is asked for. compute: the steps. other: what is none of these
+(writing rows, callbacks).
+"""
 _LOST = ("compile", "data", "compute", "evaluate", "checkpoint")
 EVERY = 1.0  # seconds between two lines, in a long run a thousandth of its time
 
@@ -56,13 +69,22 @@ class Ledger:
     {'start': 2.0, 'data': 3.0, 'other': 0.5, 'wall': 5.5, 'goodput': 0.0}
     """
 
-    def __init__(self, file: str | Path | None = None, clock: Callable[[], float] = time.time, began: float | None = None):
-        self._file, self._clock = None if file is None else Path(file), clock
+    def __init__(
+        self,
+        file: str | Path | None = None,
+        clock: Callable[[], float] = time.time,
+        began: float | None = None,
+    ):
+        self._file = None if file is None else Path(file)
+        self._clock = clock
         self._lines = _read(self._file)
         self._lives = self._lines[-1]["life"] + 1 if self._lines else 0
-        before = max((line["time"] for line in self._lines), default=float("-inf"))  # of this process too, where it resumes
+        before = max(
+            (line["time"] for line in self._lines), default=float("-inf")
+        )  # of this process too, where it resumes
         self._began = self._since = max(before, clock() if began is None else began)
-        self._category, self._step = "start", 0
+        self._category = "start"
+        self._step = 0
         self._spent: dict[str, float] = {}
         self._write(self._clock())
 
@@ -83,22 +105,28 @@ class Ledger:
         """
         if category not in CATEGORIES:
             raise unknown("category", category, CATEGORIES)
-        now, before = self._clock(), self._category
+        now = self._clock()
+        before = self._category
         self._spent[before] = self._spent.get(before, 0.0) + now - self._since
-        self._since, self._category = now, category
+        self._since = now
+        self._category = category
         if now - self._written >= max(EVERY, (now - self._began) / 1000):
             self._write(now)
         return before
 
     def at(self, step: int, *, saved: bool = False) -> None:
-        """The run is at this step; `saved` where its checkpoint is begun, so that what follows may be lost."""
+        """The run is at this step; `saved` where its checkpoint is begun, so that what follows may
+        be lost.
+        """
         self._step = step
         if saved:
             self.enter(self._category)
             self._write(self._since, saved=step)
 
     def restored(self, step: int) -> None:
-        """The run goes on from a checkpoint of this step: what earlier processes did behind it was lost."""
+        """The run goes on from a checkpoint of this step: what earlier processes did behind it was
+        lost.
+        """
         self._append({"life": self._lives, "restored": step, "time": self._clock()})
 
     def close(self) -> None:
@@ -107,7 +135,9 @@ class Ledger:
         self._write(self._since)
 
     def summary(self) -> dict[str, float]:
-        """Seconds by category over all restarts, `wall` from the beginning until now, and `goodput`, the share of compute."""
+        """Seconds by category over all restarts, `wall` from the beginning until now, and
+        `goodput`, the share of compute.
+        """
         self.enter(self._category)
         if self._file is not None:
             self._write(self._since)
@@ -116,7 +146,13 @@ class Ledger:
 
     def _write(self, now: float, **more: int) -> None:
         self._written = now
-        line = {"life": self._lives, "time": now, "step": self._step, "began": self._began, "spent": dict(self._spent)}
+        line = {
+            "life": self._lives,
+            "time": now,
+            "step": self._step,
+            "began": self._began,
+            "spent": dict(self._spent),
+        }
         self._append({**line, **more})
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -127,13 +163,16 @@ class Ledger:
 
 
 def process_began() -> float:
-    """When the operating system started this process, in seconds as `time.time` gives them; now, where it does not tell.
+    """When the operating system started this process, in seconds as `time.time` gives them; now,
+    where it does not tell.
 
     So a ledger counts what went by before it was made: the interpreter, imports, the data.
     """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+        return (
+            time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+        )
     except (OSError, AttributeError, ValueError, IndexError):  # not Linux
         return time.time()
 
@@ -151,7 +190,9 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
         ends = own[-1]["time"]
         kept = _kept([line for later in lives if later > life for line in of_life[later]], own)
         for category, seconds in own[-1]["spent"].items():
-            lost = seconds - kept.get(category, 0.0) if kept is not None and category in _LOST else 0.0
+            lost = (
+                seconds - kept.get(category, 0.0) if kept is not None and category in _LOST else 0.0
+            )
             total[category] += seconds - lost
             total["lost"] += lost
     first = of_life[lives[0]]
@@ -159,11 +200,14 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _kept(later: list[dict[str, Any]], own: list[dict[str, Any]]) -> dict[str, float] | None:
-    """What a life had spent when it began the checkpoint that the next one went on from; None if no other has begun to work."""
+    """What a life had spent when it began the checkpoint that the next one went on from; None if no
+    other has begun to work.
+    """
     for line in later:
         if "restored" in line:
             saved = [mine["spent"] for mine in own if mine.get("saved") == line["restored"]]
-            # a checkpoint that is not of this life is of one before (all was in vain), unless this one ended at that step
+            # a checkpoint that is not of this life is of one before (all was in vain), unless this
+            # one ended at that step
             return saved[-1] if saved else {}
         if line["spent"].get("compile"):
             return {}  # from the beginning

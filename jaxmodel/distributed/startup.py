@@ -1,4 +1,6 @@
-"""Several processes as one run: found out from a TPU pod, Slurm, Open MPI, Kubernetes or the environment, or said explicitly."""
+"""Several processes as one run: found out from a TPU pod, Slurm, Open MPI, Kubernetes or the
+environment, or said explicitly.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ import jax
 from jaxmodel.errors import InputError
 
 HEARTBEAT = 30
-"""Seconds after which the coordinator counts a silent process as dead, and all others end; JAX's own default is 100."""
+"""Seconds after which the coordinator counts a silent process as dead, and all others end; JAX's
+own default is 100.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +47,9 @@ def detect(
 ) -> Cluster | None:
     """The cluster that this process belongs to; None for one process alone.
 
-    What is said explicitly wins, then `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` (of Kubernetes' indexed
-    jobs `JOB_COMPLETION_INDEX` serves as the last), then what Slurm, Open MPI or a TPU pod set.
+    What is said explicitly wins, then `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`,
+    `JAX_PROCESS_ID` (of Kubernetes' indexed jobs `JOB_COMPLETION_INDEX` serves as the last), then
+    what Slurm, Open MPI or a TPU pod set.
 
     Raises:
       InputError: only a part of what is needed was said.
@@ -66,24 +71,42 @@ def detect(
     if "JAX_COORDINATOR_ADDRESS" in environ:
         kind = "environment" if "JAX_PROCESS_ID" in environ else "kubernetes"
         index = environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX"))
-        return _whole(kind, environ["JAX_COORDINATOR_ADDRESS"], _number(environ.get("JAX_NUM_PROCESSES")), _number(index))
+        return _whole(
+            kind,
+            environ["JAX_COORDINATOR_ADDRESS"],
+            _number(environ.get("JAX_NUM_PROCESSES")),
+            _number(index),
+        )
     if "SLURM_JOB_ID" in environ and "SLURM_PROCID" in environ:
         return Cluster("slurm") if (_number(environ.get("SLURM_NTASKS")) or 1) > 1 else None
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return Cluster("openmpi") if (_number(environ["OMPI_COMM_WORLD_SIZE"]) or 1) > 1 else None
-    hosts = (environ.get(name, "").split(",") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
-    if any(len(names) > 1 for names in hosts) or (_number(environ.get("MEGASCALE_NUM_SLICES")) or 1) > 1:
+    hosts = (
+        environ.get(name, "").split(",")
+        for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+    )
+    if (
+        any(len(names) > 1 for names in hosts)
+        or (_number(environ.get("MEGASCALE_NUM_SLICES")) or 1) > 1
+    ):
         return Cluster("tpu")
     return None
 
 
 def on_tpu_machine() -> bool:
-    """Whether this is a machine of Google's with chips to use, whose surroundings JAX knows how to ask."""
+    """Whether this is a machine of Google's with chips to use, whose surroundings JAX knows how to
+    ask.
+    """
     if "tpu" not in (jax.config.jax_platforms or "tpu"):
         return False
-    from jax._src.clusters import cloud_tpu_cluster  # it says no at once where there are no chips; there is no public way to it
+    from jax._src.clusters import (
+        cloud_tpu_cluster,
+    )  # it says no at once where there are no chips; there is no public way to it
 
-    return any(kind.is_env_present() for kind in (cloud_tpu_cluster.GceTpuCluster, cloud_tpu_cluster.GkeTpuCluster))
+    return any(
+        kind.is_env_present()
+        for kind in (cloud_tpu_cluster.GceTpuCluster, cloud_tpu_cluster.GkeTpuCluster)
+    )
 
 
 def initialize(
@@ -99,22 +122,35 @@ def initialize(
       cluster: default what the environment says.
       heartbeat: see `HEARTBEAT`.
       timeout: seconds to wait for the others.
-      collectives: of CPU clusters: gloo (over TCP, part of JAX) or mpi (which loads the MPIwrapper that `MPITRAMPOLINE_LIB`
-        names); default what `JAX_CPU_COLLECTIVES_IMPLEMENTATION` says, else gloo.
+      collectives: of CPU clusters: gloo (over TCP, part of JAX) or mpi (which loads the MPIwrapper
+        that `MPITRAMPOLINE_LIB` names); default what `JAX_CPU_COLLECTIVES_IMPLEMENTATION` says,
+        else gloo.
 
     Raises:
-      InputError: the others did not come in time; with MPI, no MPIwrapper, or several devices in a process.
+      InputError: the others did not come in time; with MPI, no MPIwrapper, or several devices in a
+        process.
     """
-    cluster = detect(os.environ) or (Cluster("tpu") if on_tpu_machine() else None) if cluster is None else cluster
+    cluster = (
+        detect(os.environ) or (Cluster("tpu") if on_tpu_machine() else None)
+        if cluster is None
+        else cluster
+    )
     if cluster is None:
         return None
     if collectives is not None:
         jax.config.update("jax_cpu_collectives_implementation", collectives)
     if jax.config.jax_cpu_collectives_implementation == "mpi":
         if (devices := jax.config.jax_num_cpu_devices) > 1:
-            raise InputError(f"devices: {devices} in each process given; allowed with MPI: 1 (or gloo)")
-        if "MPITRAMPOLINE_LIB" not in os.environ:  # else the process would end here, with a line of C
-            raise InputError("MPITRAMPOLINE_LIB: not set; MPI needs it to name a libmpiwrapper.so, see docs/design.md")
+            raise InputError(
+                f"devices: {devices} in each process given; allowed with MPI: 1 (or gloo)"
+            )
+        if (
+            "MPITRAMPOLINE_LIB" not in os.environ
+        ):  # else the process would end here, with a line of C
+            raise InputError(
+                "MPITRAMPOLINE_LIB: not set; MPI needs it to name a libmpiwrapper.so, see "
+                "docs/design.md"
+            )
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # see `sharding.make_mesh`
     try:
         jax.distributed.initialize(
@@ -123,15 +159,20 @@ def initialize(
             cluster.process,
             heartbeat_timeout_seconds=heartbeat,
             initialization_timeout=timeout,
-            shutdown_timeout_seconds=heartbeat,  # one that fails does not wait five minutes for those that cannot come
+            # one that fails does not wait five minutes for those that cannot come
+            shutdown_timeout_seconds=heartbeat,
         )
     except RuntimeError as error:
-        raise InputError(f"distributed: {cluster} could not be joined: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(
+            f"distributed: {cluster} could not be joined: {' '.join(str(error).split())[:300]}"
+        ) from None
     return cluster
 
 
 def coordinator() -> Any:
-    """The client of JAX's coordination service, of barriers and a key-value store; None for one process alone."""
+    """The client of JAX's coordination service, of barriers and a key-value store; None for one
+    process alone.
+    """
     if jax.process_count() == 1:
         return None
     from jax._src import distributed  # there is no public way to it
@@ -141,25 +182,34 @@ def coordinator() -> Any:
 
 def by_mpi() -> bool:
     """Whether this process is one of several that exchange by MPI."""
-    return jax.distributed.is_initialized() and jax.config.jax_cpu_collectives_implementation == "mpi"
+    return (
+        jax.distributed.is_initialized() and jax.config.jax_cpu_collectives_implementation == "mpi"
+    )
 
 
 def leave(code: int) -> NoReturn:
-    """End this process after collectives by MPI: at a usual exit XLA would free what MPI has closed, on which MPI aborts."""
+    """End this process after collectives by MPI: at a usual exit XLA would free what MPI has
+    closed, on which MPI aborts.
+    """
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _whole(kind: str, coordinator: str | None, processes: int | None, process: int | None) -> Cluster:
+def _whole(
+    kind: str, coordinator: str | None, processes: int | None, process: int | None
+) -> Cluster:
     if coordinator is None or processes is None or process is None:
         raise InputError(
-            f"distributed: coordinator {coordinator}, processes {processes}, process {process} given; all three are needed "
+            f"distributed: coordinator {coordinator}, processes {processes}, process {process} "
+            f"given; all three are needed "
             "(in the environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID)"
         )
     if not 0 <= process < processes:
-        raise InputError(f"distributed: process {process} of {processes} given; allowed: 0 to {processes - 1}")
+        raise InputError(
+            f"distributed: process {process} of {processes} given; allowed: 0 to {processes - 1}"
+        )
     return Cluster(kind, coordinator, processes, process)
 
 

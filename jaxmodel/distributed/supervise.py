@@ -11,7 +11,8 @@ import jax
 from jaxmodel.distributed.faults import Watchdog
 from jaxmodel.distributed.ledger import Ledger
 
-PROFILE_AFTER, PROFILED = 5, 3
+PROFILE_AFTER = 5
+PROFILED = 3
 """Steps before a trace, which are not as later ones are, and steps of a trace."""
 
 
@@ -32,8 +33,11 @@ class Supervisor:
         stop: Callable[[int], bool] = lambda step: False,
         profile: str | Path | None = None,
     ):
-        self.ledger, self.watchdog, self.stop = ledger or Ledger(), watchdog, stop
-        self._profile, self._begins = profile, 0
+        self.ledger = ledger or Ledger()
+        self.watchdog = watchdog
+        self.stop = stop
+        self._profile = profile
+        self._begins = 0
 
     @contextlib.contextmanager
     def spend(self, category: str, step: int) -> Iterator[None]:

@@ -51,7 +51,8 @@ def accuracy(
       x: the inputs, their rows along the first axis.
       labels: the class of each row.
       top: classes that count.
-      batch: rows that are predicted at once; the last batch is filled up, so that nothing is compiled twice.
+      batch: rows that are predicted at once; the last batch is filled up, so that nothing is
+        compiled twice.
 
     Raises:
       InputError: no rows, another number of labels, a label that is no class, or a size below 1.
@@ -64,17 +65,29 @@ def accuracy(
     at_least("top", top)
     at_least("batch", batch)
     if len(x) < 1 or labels.shape != (len(x),):
-        raise InputError(f"labels: shape {labels.shape} given for {len(x)} rows; one label for each row, at least one, is needed")
+        raise InputError(
+            f"labels: shape {labels.shape} given for {len(x)} rows; one label for each row, at "
+            f"least one, is needed"
+        )
     tree.check(params)
     right = 0
     for start in progress(range(0, len(x), batch), "accuracy"):
-        rows, wanted = x[start : start + batch], labels[start : start + batch]
-        filled = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)]) if len(x) > batch else rows
+        rows = x[start : start + batch]
+        wanted = labels[start : start + batch]
+        filled = (
+            np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
+            if len(x) > batch
+            else rows
+        )
         scores = np.asarray(predict(params, filled))[: len(rows)]
         if wanted.min() < 0 or wanted.max() >= scores.shape[-1]:
-            raise InputError(f"labels: {wanted.min()} to {wanted.max()} given; 0 to {scores.shape[-1] - 1} is allowed")
+            raise InputError(
+                f"labels: {wanted.min()} to {wanted.max()} given; 0 to {scores.shape[-1] - 1} is "
+                f"allowed"
+            )
         mine = np.take_along_axis(scores, wanted[:, None].astype(np.int64), axis=-1)
-        # An equal score of another class counts against the label, and so does NaN: who scores all alike knows nothing.
+        # An equal score of another class counts against the label, and so does NaN: who scores all
+        # alike knows nothing.
         right += int(np.sum(np.sum(~(scores < mine), axis=-1) <= top))
     return Accuracy(right / len(x), right, len(x), _wilson(right, len(x)))
 
@@ -82,5 +95,7 @@ def accuracy(
 def _wilson(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
     share = right / rows
     middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    half = (
+        z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    )
     return middle - half, middle + half

@@ -1,4 +1,6 @@
-"""Versions of a model beside each other: their bytes, the loss on the same tokens, speed, the same greedy text."""
+"""Versions of a model beside each other: their bytes, the loss on the same tokens, speed, the same
+greedy text.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,15 @@ def compare(
     seed: int = 0,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure versions of a model, one at a time, each made when its turn comes and dropped afterwards.
+    """Measure versions of a model, one at a time, each made when its turn comes and dropped
+    afterwards.
 
     Args:
-      versions: name -> a function that makes the bundle (see `compress.versions`). The others are compared with the first.
+      versions: name -> a function that makes the bundle (see `compress.versions`). The others are
+        compared with the first.
       windows: tokens to score; see `perplexity`.
-      keep: name -> a folder in which the version's bundle stays; it is read back, and its logits are compared with those that
-        the bundle in memory gives.
+      keep: name -> a folder in which the version's bundle stays; it is read back, and its logits
+        are compared with those that the bundle in memory gives.
       speed: whether to measure it too (see `generation.measure_speed`).
       prompt: a text for each to continue greedily; empty for none.
       max_new_tokens: of that continuation.
@@ -62,13 +66,14 @@ def compare(
       on_row: called with each row as it comes.
 
     Returns:
-      A row for each version: `name`; `resident_bytes` of the weights while it runs, `packed_bytes` of its stored form,
-      `file_bytes` on disk, `bits_per_weight` (stored); `nll`, `nll_interval`, `perplexity`; `nll_change`, the mean difference to
-      the first version on the same tokens, `nll_change_interval`; and where asked for `loads_back`, tokens per second,
-      `continuation`.
+      A row for each version: `name`; `resident_bytes` of the weights while it runs, `packed_bytes`
+      of its stored form, `file_bytes` on disk, `bits_per_weight` (stored); `nll`, `nll_interval`,
+      `perplexity`; `nll_change`, the mean difference to the first version on the same tokens,
+      `nll_change_interval`; and where asked for `loads_back`, tokens per second, `continuation`.
 
     Raises:
-      InputError: windows that cannot be scored, a folder of `keep` that cannot be written, a prompt that cannot be read.
+      InputError: windows that cannot be scored, a folder of `keep` that cannot be written, a prompt
+        that cannot be read.
     """
     rows: list[dict[str, Any]] = report.Rows((), COLUMNS)
     first: np.ndarray | None = None
@@ -76,8 +81,9 @@ def compare(
         for name, make in versions.items():
             bundle = make()
             row = {"name": name, **_stored(bundle, (keep or {}).get(name), windows[:1, :64])}
-            # From here on only what a server would hold is alive, so the stored form is not counted (nor is a plain bundle that
-            # other versions are still to be made of: it is not this version's). A leaf that both forms share is counted once.
+            # From here on only what a server would hold is alive, so the stored form is not counted
+            # (nor is a plain bundle that other versions are still to be made of: it is not this
+            # version's). A leaf that both forms share is counted once.
             bundle = generation.running_only(bundle)
             row["resident_bytes"] = resident_bytes(bundle.params, bundle.running())
             nll = token_nll(bundle.model, bundle.params, windows)
@@ -87,7 +93,9 @@ def compare(
                 with step(f"{name}: speed"):
                     row |= generation.measure_speed(bundle)
             if prompt:
-                row["continuation"] = generation.generate(bundle, prompt, max_new_tokens=max_new_tokens)
+                row["continuation"] = generation.generate(
+                    bundle, prompt, max_new_tokens=max_new_tokens
+                )
             rows.append(row)
             shown.advance(1, done=name)
             if on_row is not None:
@@ -96,14 +104,19 @@ def compare(
 
 
 def resident_bytes(*trees: Any) -> int:
-    """Bytes of the buffers that stay alive while these trees do; one that stands in several places is counted once."""
+    """Bytes of the buffers that stay alive while these trees do; one that stands in several places
+    is counted once.
+    """
     return tree.nbytes(list({id(array): array for array in jax.tree.leaves(trees)}.values()))
 
 
 def _stored(bundle: Bundle, keep: Path | None, tokens: np.ndarray) -> dict[str, Any]:
     """What the stored form takes, in memory and on disk."""
     packed = tree.nbytes(bundle.params)
-    row: dict[str, Any] = {"packed_bytes": packed, "bits_per_weight": 8 * packed / tree.count(bundle.params)}
+    row: dict[str, Any] = {
+        "packed_bytes": packed,
+        "bits_per_weight": 8 * packed / tree.count(bundle.params),
+    }
     with tempfile.TemporaryDirectory() as room:
         folder = bundle.save_pretrained(keep or Path(room) / "bundle")
         row["file_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -115,11 +128,15 @@ def _stored(bundle: Bundle, keep: Path | None, tokens: np.ndarray) -> dict[str, 
 def _same_logits(one: Bundle, other: Bundle, tokens: np.ndarray) -> bool:
     """Whether two bundles give the same logits bit for bit."""
     inputs = jnp.asarray(tokens)
-    first, second = (np.asarray(jax.jit(b.model.apply)(b.params, inputs).logits) for b in (one, other))
+    first, second = (
+        np.asarray(jax.jit(b.model.apply)(b.params, inputs).logits) for b in (one, other)
+    )
     return bool(np.array_equal(first, second))
 
 
-def _quality(nll: Float[np.ndarray, "N P"], change: Float[np.ndarray, "N P"], seed: int) -> dict[str, Any]:
+def _quality(
+    nll: Float[np.ndarray, "N P"], change: Float[np.ndarray, "N P"], seed: int
+) -> dict[str, Any]:
     score = dataclasses.asdict(summarize(nll, seed=seed))
     return {
         "nll": score["nll"],

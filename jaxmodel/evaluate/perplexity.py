@@ -38,11 +38,19 @@ class Perplexity:
 
     def __repr__(self) -> str:
         low, high = self.interval
-        return f"Perplexity({self.perplexity:.2f}: nll {self.nll:.4f} [{low:.3f}, {high:.3f}], {self.predictions:,} predictions)"
+        return (
+            f"Perplexity({self.perplexity:.2f}: nll {self.nll:.4f} [{low:.3f}, {high:.3f}], "
+            f"{self.predictions:,} predictions)"
+        )
 
 
 def perplexity(
-    model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128, seed: int = 0
+    model: Model,
+    params: tree.Params,
+    windows: Int[np.ndarray, "N T"],
+    *,
+    chunk: int = 128,
+    seed: int = 0,
 ) -> Perplexity:
     """Score windows of tokens, each on its own.
 
@@ -65,34 +73,55 @@ def token_nll(
     """Negative log-likelihood of every token but the first of each window, in nats.
 
     Raises:
-      InputError: no windows, ids that the vocabulary has not, windows of one token or longer than the model's context, a chunk
-        below 1.
+      InputError: no windows, ids that the vocabulary has not, windows of one token or longer than
+        the model's context, a chunk below 1.
     """
     n, t = windows.shape
     if n < 1 or t < 2:
-        raise InputError(f"windows: shape {windows.shape} has nothing to predict; at least one window of 2 tokens is needed")
+        raise InputError(
+            f"windows: shape {windows.shape} has nothing to predict; at least one window of 2 "
+            f"tokens is needed"
+        )
     if t > model.config.context:
-        raise InputError(f"window: {t} is longer than the model's context of {model.config.context}")
+        raise InputError(
+            f"window: {t} is longer than the model's context of {model.config.context}"
+        )
     at_least("chunk", chunk)
     check_ids("windows", windows, model.config.vocab)
     check_params(model, params)
     score = _scorer(model, min(chunk, t - 1))
-    return np.concatenate([np.asarray(score(params, jnp.asarray(w)[None])) for w in progress(windows, "perplexity")])
+    return np.concatenate(
+        [np.asarray(score(params, jnp.asarray(w)[None])) for w in progress(windows, "perplexity")]
+    )
 
 
-def summarize(nll: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0) -> Perplexity:
-    """Mean and bootstrap interval. Neighbouring predictions depend on each other, so blocks of them are resampled."""
+def summarize(
+    nll: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0
+) -> Perplexity:
+    """Mean and bootstrap interval.
+
+    Neighbouring predictions depend on each other, so blocks of them are resampled.
+    """
     mean = float(np.mean(nll, dtype=np.float64))
-    return Perplexity(mean, math.exp(min(mean, 700.0)), nll.size, bootstrap(nll, block=block, resamples=resamples, seed=seed))
+    return Perplexity(
+        mean,
+        math.exp(min(mean, 700.0)),
+        nll.size,
+        bootstrap(nll, block=block, resamples=resamples, seed=seed),
+    )
 
 
-def bootstrap(values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """95 % percentile interval of the mean, resampling blocks of neighbours (Kuensch, 1989).
 
-    Differences of two models' values on the same tokens give the interval of their difference, which is far narrower.
+    Differences of two models' values on the same tokens give the interval of their difference,
+    which is far narrower.
     """
     pieces = [piece for row in values for piece in np.array_split(row, max(1, len(row) // block))]
-    sums, sizes = np.array([p.sum(dtype=np.float64) for p in pieces]), np.array([p.size for p in pieces])
+    sums = np.array([p.sum(dtype=np.float64) for p in pieces])
+    sizes = np.array([p.size for p in pieces])
     draws = np.random.default_rng(seed).integers(0, len(pieces), (resamples, len(pieces)))
     means = sums[draws].sum(1) / sizes[draws].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])

@@ -1,4 +1,6 @@
-"""Text from a model: sampling, the decode loop, `generate` and `stream`, beam search, and how fast it runs."""
+"""Text from a model: sampling, the decode loop, `generate` and `stream`, beam search, and how fast
+it runs.
+"""
 
 from jaxmodel import moved
 from jaxmodel.generation.beam import beam_search

@@ -1,9 +1,10 @@
 """Beam search: the most probable texts, for any model with a cache.
 
-A beam is a text that goes on. At each step all tokens after all beams of a row are candidates. Those among the best `beams`
-that end are hypotheses (they end by an end token, or by being as long as allowed); the best of the others are the next beams.
-A row is done when it has as many hypotheses as beams (Kasai et al., 2022, call that "first come, first served"), or, with
-`patient`, when no beam can become better than the worst of its hypotheses.
+A beam is a text that goes on. At each step all tokens after all beams of a row are candidates.
+Those among the best `beams` that end are hypotheses (they end by an end token, or by being as long
+as allowed); the best of the others are the next beams. A row is done when it has as many hypotheses
+as beams (Kasai et al., 2022, call that "first come, first served"), or, with `patient`, when no
+beam can become better than the worst of its hypotheses.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ class Beams(NamedTuple):
     """The hypotheses of each row, the best first.
 
     Attributes:
-      tokens: int32 `[B, K, N]`, without the prompt; an end token is part of the text, what stands behind it is not.
-      scores: `[B, K]`, the log probability over the length penalty; -inf where there is no hypothesis.
+      tokens: int32 `[B, K, N]`, without the prompt; an end token is part of the text, what stands
+        behind it is not.
+      scores: `[B, K]`, the log probability over the length penalty; -inf where there is no
+        hypothesis.
       lengths: int32 `[B, K]`, tokens of each text with its end token.
     """
 
@@ -68,27 +71,30 @@ def beam_search(
     length_penalty: float | int = 0.0,
     patient: bool = False,
 ) -> Beams:
-    """The texts of the highest score `log p(text) / ((5 + length) / 6)^length_penalty` that the beams find.
+    """The texts of the highest score `log p(text) / ((5 + length) / 6)^length_penalty` that the
+    beams find.
 
     One compiled program for a model, these options and the shapes of the inputs.
 
     Args:
       model: a decoder, or an encoder with a decoder.
       params: best in the form of `Bundle.running`.
-      inputs: what `model.apply` takes: `tokens` `[B, T]` (prompts, or what the targets begin with; with a source alone that is
-        `config.start`), `mask` where they differ in length (padding on the right), and `source` with `source_mask`.
+      inputs: what `model.apply` takes: `tokens` `[B, T]` (prompts, or what the targets begin with;
+        with a source alone that is `config.start`), `mask` where they differ in length (padding on
+        the right), and `source` with `source_mask`.
       beams: K; 1 is greedy.
       max_new_tokens: N, the longest text.
       eos_ids: a text ends with one of these.
-      length_penalty: 0 prefers short texts, more does so less (Wu et al., 2016); finite and at least 0.
+      length_penalty: 0 prefers short texts, more does so less (Wu et al., 2016); finite and at
+        least 0.
       patient: goes on until no beam can win, instead of until there are K hypotheses.
 
     Returns:
       See `Beams`.
 
     Raises:
-      InputError: a model without a cache, a value out of its range, a text beyond the context, ids that the vocabulary has
-        not, logits that are no numbers.
+      InputError: a model without a cache, a value out of its range, a text beyond the context, ids
+        that the vocabulary has not, logits that are no numbers.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
@@ -99,7 +105,9 @@ def beam_search(
     at_least("beams", beams)
     at_least("max_new_tokens", max_new_tokens)
     if not math.isfinite(length_penalty) or length_penalty < 0:
-        raise InputError(f"length_penalty: {length_penalty!r}; allowed: a finite number of at least 0")
+        raise InputError(
+            f"length_penalty: {length_penalty!r}; allowed: a finite number of at least 0"
+        )
     if model.init_cache is None:
         new_cache(model, 1, 1)  # says why not
     models.check_params(model, params)
@@ -111,7 +119,13 @@ def beam_search(
         check_ids(name, known[name], model.config.vocab)
     if model.continues:
         _check_room(named, model.config.context, max_new_tokens)
-    plan = _Plan(beams, max_new_tokens, tuple(sorted({int(i) for i in eos_ids})), float(length_penalty), patient)
+    plan = _Plan(
+        beams,
+        max_new_tokens,
+        tuple(sorted({int(i) for i in eos_ids})),
+        float(length_penalty),
+        patient,
+    )
     found = _search(model, plan)(params, named)
     if not isinstance(found.scores, core.Tracer) and bool(jnp.any(jnp.isnan(found.scores))):
         raise unsound(params)
@@ -119,19 +133,22 @@ def beam_search(
 
 
 def _check_room(inputs: Mapping[str, Any], context: int, new: int) -> None:
-    mask, longest = inputs.get("mask"), inputs["tokens"].shape[1]
+    mask = inputs.get("mask")
+    longest = inputs["tokens"].shape[1]
     if mask is not None and not isinstance(mask, core.Tracer):
         longest = int(jnp.max(jnp.sum(mask, axis=1)))
     if longest + new > context:
         raise InputError(
-            f"max_new_tokens: {new}; allowed: at most {max(context - longest, 0)}, because the model's context is {context} and "
+            f"max_new_tokens: {new}; allowed: at most {max(context - longest, 0)}, because the "
+            f"model's context is {context} and "
             f"the longest row has {longest} tokens"
         )
 
 
 @functools.lru_cache(maxsize=64)
 def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
-    k, n = plan.beams, plan.steps
+    k = plan.beams
+    n = plan.steps
     places = _places(model)
 
     @jax.jit
@@ -139,20 +156,37 @@ def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
         tokens = inputs["tokens"]
         batch, length = tokens.shape
         mask = inputs.get("mask")
-        count = jnp.full(batch, length, jnp.int32) if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32)
+        count = (
+            jnp.full(batch, length, jnp.int32)
+            if mask is None
+            else jnp.sum(mask, axis=1, dtype=jnp.int32)
+        )
         out = model.hidden(params, inputs, new_cache(model, batch, length + n))
         last = jnp.take_along_axis(out.hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
         logits = model.parts.head(params, last)[:, 0]
         nothing = Beams(
-            jnp.zeros((batch, k, n), jnp.int32), jnp.full((batch, k), -jnp.inf, jnp.float32), jnp.zeros((batch, k), jnp.int32)
+            jnp.zeros((batch, k, n), jnp.int32),
+            jnp.full((batch, k), -jnp.inf, jnp.float32),
+            jnp.zeros((batch, k), jnp.int32),
         )
-        first = nothing._replace(scores=nothing.scores.at[:, 0].set(0.0))  # one beam, so that no text is there twice
+        first = nothing._replace(
+            scores=nothing.scores.at[:, 0].set(0.0)
+        )  # one beam, so that no text is there twice
         cache = _map_rows(lambda a, axis: jnp.repeat(a, k, axis=axis), out.cache, places, True)
-        state = _State(jnp.zeros((), jnp.int32), cache, first, nothing, jnp.zeros(batch, jnp.bool_), jnp.ones(batch, jnp.bool_))
+        state = _State(
+            jnp.zeros((), jnp.int32),
+            cache,
+            first,
+            nothing,
+            jnp.zeros(batch, jnp.bool_),
+            jnp.ones(batch, jnp.bool_),
+        )
         state = choose(state, jnp.repeat(logits, k, axis=0))
 
         def step(state: _State) -> _State:
-            newest = jax.lax.dynamic_index_in_dim(state.live.tokens, state.step - 1, axis=2, keepdims=False)
+            newest = jax.lax.dynamic_index_in_dim(
+                state.live.tokens, state.step - 1, axis=2, keepdims=False
+            )
             alive = jnp.repeat(~state.over, k)[:, None]
             out = model.apply(params, {"tokens": newest.reshape(-1, 1), "mask": alive}, state.cache)
             return choose(state._replace(cache=out.cache), out.logits[:, 0])
@@ -162,30 +196,47 @@ def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
 
     def choose(state: _State, logits: Float[Array, "R V"]) -> _State:
         """The state with a token more."""
-        batch, vocab = state.over.shape[0], logits.shape[-1]
+        batch = state.over.shape[0]
+        vocab = logits.shape[-1]
         steps = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1).reshape(batch, k, vocab)
         total = (state.live.scores[:, :, None] + steps).reshape(batch, k * vocab)
-        # each beam has one candidate for each end token; besides these, as many as there are beams must be left
+        # each beam has one candidate for each end token; besides these, as many as there are beams
+        # must be left
         scores, place = jax.lax.top_k(total, min(k * (1 + len(plan.ends)), k * vocab))
-        parent, token = place // vocab, place % vocab
+        parent = place // vocab
+        token = place % vocab
         texts = jnp.take_along_axis(state.live.tokens, parent[:, :, None], axis=1)
         texts = jax.lax.dynamic_update_slice(texts, token[:, :, None], (0, 0, state.step))
         step = state.step + 1
-        ends = functools.reduce(jnp.logical_or, [token == end for end in plan.ends], jnp.zeros(token.shape, jnp.bool_))
+        ends = functools.reduce(
+            jnp.logical_or, [token == end for end in plan.ends], jnp.zeros(token.shape, jnp.bool_)
+        )
         among = jnp.arange(token.shape[1], dtype=jnp.int32)[None] < k
         wins = (ends | (step == n)) & among & ~state.over[:, None]
-        won = Beams(texts, jnp.where(wins, scores / _penalty(plan, step), -jnp.inf), jnp.broadcast_to(step, token.shape))
+        won = Beams(
+            texts,
+            jnp.where(wins, scores / _penalty(plan, step), -jnp.inf),
+            jnp.broadcast_to(step, token.shape),
+        )
         done = _best(_joined(state.done, won), k)
         live = Beams(texts, jnp.where(ends, -jnp.inf, scores), parent)
         live = _best(live, k)
         full = jnp.isfinite(done.scores[:, -1])
-        if plan.patient and k > 1:  # with a penalty a longer text of the same probability is better: the longest bounds them all
-            full = full & (done.scores[:, -1] >= live.scores[:, 0] / _penalty(plan, jnp.asarray(n, jnp.int32)))
+        if (
+            plan.patient and k > 1
+            # with a penalty a longer text of the same probability is better: the longest bounds them
+            # all
+        ):
+            full = full & (
+                done.scores[:, -1] >= live.scores[:, 0] / _penalty(plan, jnp.asarray(n, jnp.int32))
+            )
         row = jnp.arange(batch, dtype=jnp.int32)[:, None] * k
         rows = (row + live.lengths).reshape(-1)
         cache = _map_rows(lambda a, axis: jnp.take(a, rows, axis=axis), state.cache, places, False)
         fine = jnp.all(is_sound(logits).reshape(batch, k), axis=1)
-        return _State(step, cache, live, done, state.over | full | ~fine, state.sound & (fine | state.over))
+        return _State(
+            step, cache, live, done, state.over | full | ~fine, state.sound & (fine | state.over)
+        )
 
     return search
 
@@ -209,19 +260,39 @@ class _Place(NamedTuple):
     """Where in an array of a cache the rows stand."""
 
     axis: int | None  # None where there is no such axis
-    shared: bool  # whether all beams of a row have the same: what an empty cache holds nothing of is of the source
+    # whether all beams of a row have the same: what an empty cache holds nothing of is of the
+    # source
+    shared: bool
 
 
 def _places(model: models.Model) -> list[_Place]:
-    """The place of each array of the cache: the axis in which caches for two and for three rows differ."""
-    two, three = (jax.eval_shape(lambda n=n: jax.tree.leaves(new_cache(model, n, 8))) for n in (2, 3))
-    axes = [[i for i, n in enumerate(a.shape) if n != b.shape[i]] for a, b in zip(two, three, strict=True)]
-    return [_Place(axis[0] if axis else None, a.size == 0) for axis, a in zip(axes, two, strict=True)]
+    """The place of each array of the cache: the axis in which caches for two and for three rows
+    differ.
+    """
+    two, three = (
+        jax.eval_shape(lambda n=n: jax.tree.leaves(new_cache(model, n, 8))) for n in (2, 3)
+    )
+    axes = [
+        [i for i, n in enumerate(a.shape) if n != b.shape[i]]
+        for a, b in zip(two, three, strict=True)
+    ]
+    return [
+        _Place(axis[0] if axis else None, a.size == 0) for axis, a in zip(axes, two, strict=True)
+    ]
 
 
-def _map_rows(change: Callable[[jax.Array, int], jax.Array], cache: Any, places: Sequence[_Place], shared: bool) -> Any:
-    """The cache with `change(array, axis of the rows)` in place of each array; of shared ones only if `shared`."""
+def _map_rows(
+    change: Callable[[jax.Array, int], jax.Array],
+    cache: Any,
+    places: Sequence[_Place],
+    shared: bool,
+) -> Any:
+    """The cache with `change(array, axis of the rows)` in place of each array; of shared ones only
+    if `shared`.
+    """
     arrays, structure = jax.tree.flatten(cache)
     pairs = zip(arrays, places, strict=True)
-    out = [a if p.axis is None or (p.shared and not shared) else change(a, p.axis) for a, p in pairs]
+    out = [
+        a if p.axis is None or (p.shared and not shared) else change(a, p.axis) for a, p in pairs
+    ]
     return jax.tree.unflatten(structure, out)

@@ -1,7 +1,7 @@
 """The device side of generation: prefill, then several decode steps in one compiled loop.
 
-Everything here has static shapes: lengths are rounded up to few sizes (`round_up`), and what is compiled for a model,
-a `Sampling` and a shape is used again by every later call.
+Everything here has static shapes: lengths are rounded up to few sizes (`round_up`), and what is
+compiled for a model, a `Sampling` and a shape is used again by every later call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ STEPS = 16
 UNSOUND = -1
 """In place of a token where the logits are no numbers."""
 PIECE = 512
-"""The most tokens of a prompt that are run at once: attention's scores grow with this times the capacity."""
+"""The most tokens of a prompt that are run at once: attention's scores grow with this times the
+capacity.
+"""
 
 
 class State(NamedTuple):
@@ -75,24 +77,29 @@ def run(
     Args:
       model: its pure functions.
       params: best in the form of `Bundle.running`.
-      rows: token ids of the prompts, none empty; lengths may differ. Of a model that reads a source they are the sources.
+      rows: token ids of the prompts, none empty; lengths may differ. Of a model that reads a source
+        they are the sources.
       done: bool `[B]`; the caller sets it where a row has ended, and generation ends when all have.
       sampling: how tokens are chosen.
       max_new_tokens: at least 1.
-      eos_ids: a row that has drawn one of these is left alone until the end of the call that drew it.
+      eos_ids: a row that has drawn one of these is left alone until the end of the call that drew
+        it.
       seed: of all randomness.
       first_row: the number of the first row; row r draws with `fold_in(key(seed), r)`.
       steps: decode steps in a call, at most STEPS.
 
     Raises:
-      InputError: logits that are no numbers; the message names the weight or the precision behind it.
+      InputError: logits that are no numbers; the message names the weight or the precision behind
+        it.
 
     Yields:
-      The next tokens `[B, n]`: the first of each row, then up to `steps` at a time. What follows an end is arbitrary.
+      The next tokens `[B, n]`: the first of each row, then up to `steps` at a time. What follows an
+      end is arbitrary.
     """
     sources = None
     if reads_source(model):
-        sources, rows = rows, [[model.config.start]] * len(rows)
+        sources = rows
+        rows = [[model.config.start]] * len(rows)
     logits, cache = prefill(model, params, rows, max_new_tokens, sources)
     lengths = np.array([len(row) for row in rows], np.int32)
     seen = None
@@ -103,11 +110,15 @@ def run(
         seen = jnp.asarray(marks)
     last = jnp.asarray([row[-1] for row in rows], jnp.int32)
     numbers = jnp.asarray(np.arange(first_row, first_row + len(rows), dtype=np.int32))
-    state = State(None, last, jnp.asarray(lengths - 1), _row_keys(jax.random.key(seed), numbers), seen)
+    state = State(
+        None, last, jnp.asarray(lengths - 1), _row_keys(jax.random.key(seed), numbers), seen
+    )
     state = _first(sampling)(state, logits)._replace(cache=cache)
     eos = jnp.asarray([*eos_ids] or [-1], jnp.int32)
     advance = decoder(model, sampling)
-    if max_new_tokens > 1:  # no steps: only compiles, so that the time of decoding is that of decoding
+    if (
+        max_new_tokens > 1
+    ):  # no steps: only compiles, so that the time of decoding is that of decoding
         state, _ = advance(params, state, jnp.array(done), 0, eos)
     first = np.array(state.token)[:, None]  # a copy: the buffer is donated
     _check(first, params)
@@ -135,13 +146,17 @@ def unsound(params: tree.Params) -> InputError:
     """
     for path, leaf in tree.flatten(params).items():
         for part in jax.tree.leaves(leaf):
-            if jnp.issubdtype(part.dtype, jnp.floating) and (bad := int(jnp.sum(~jnp.isfinite(part)))):
+            if jnp.issubdtype(part.dtype, jnp.floating) and (
+                bad := int(jnp.sum(~jnp.isfinite(part)))
+            ):
                 return InputError(
-                    f"params: {path!r} has {bad} numbers that are NaN or infinite, so the logits are no numbers; a damaged "
+                    f"params: {path!r} has {bad} numbers that are NaN or infinite, so the logits "
+                    f"are no numbers; a damaged "
                     "file, or one converted to a dtype that is too small"
                 )
     return InputError(
-        "model: the logits are NaN or infinite though all weights are finite: the activations overflow; compute in float32 "
+        "model: the logits are NaN or infinite though all weights are finite: the activations "
+        "overflow; compute in float32 "
         "(dtype='float32')"
     )
 
@@ -153,7 +168,8 @@ def reads_source(model: models.Model) -> bool:
 
 def padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows padded on the right, int32 `[B, length]`, and where they hold a token."""
-    tokens, lengths = np.zeros((len(rows), length), np.int32), np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), length), np.int32)
+    lengths = np.array([len(row) for row in rows], np.int32)
     for line, row in zip(tokens, rows, strict=True):
         line[: len(row)] = row
     return tokens, np.arange(length) < lengths[:, None]
@@ -166,23 +182,29 @@ def prefill(
     max_new_tokens: int,
     sources: Sequence[Sequence[int]] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Run the prompts, padded on the right to one length; with the first of their tokens the sources, where there are any.
+    """Run the prompts, padded on the right to one length; with the first of their tokens the
+    sources, where there are any.
 
     Returns:
-      The logits `[B, V]` of the token after each prompt, and the cache, with room for `max_new_tokens` more.
+      The logits `[B, V]` of the token after each prompt, and the cache, with room for
+      `max_new_tokens` more.
     """
     models.check_params(model, params)
-    batch, longest = len(rows), max(len(row) for row in rows)
+    batch = len(rows)
+    longest = max(len(row) for row in rows)
     tail = (longest - 1) % PIECE + 1  # tokens in the last piece
     whole = longest - tail + round_up(tail)
     capacity = round_up(max(whole, longest + max_new_tokens), 64)
     tokens, mask = padded(rows, whole)
-    lengths, source = mask.sum(axis=1), {}
+    lengths = mask.sum(axis=1)
+    source = {}
     if sources is not None:
         given = padded(sources, round_up(max(len(row) for row in sources)))
         source = dict(zip(("source", "source_mask"), map(jnp.asarray, given), strict=True))
-    # a single piece attends to itself only; its cache grows afterwards, if it holds nothing but these tokens
-    single, logits = longest <= PIECE and sources is None, None
+    # a single piece attends to itself only; its cache grows afterwards, if it holds nothing but
+    # these tokens
+    single = longest <= PIECE and sources is None
+    logits = None
     cache = new_cache(model, batch, whole if single else capacity)
     for start in range(0, longest, PIECE):
         piece = jnp.asarray(tokens[:, start : start + PIECE])
@@ -201,7 +223,10 @@ def new_cache(model: models.Model, batch: int, capacity: int) -> Any:
       InputError: the model has none, so it does not write text.
     """
     if model.init_cache is None:
-        raise InputError(f"model: a model of the family {model.family!r} does not decode; one with a cache is needed")
+        raise InputError(
+            f"model: a model of the family {model.family!r} does not decode; one with a cache is "
+            f"needed"
+        )
     return model.init_cache(batch, capacity)
 
 
@@ -211,7 +236,11 @@ def _piece(model: models.Model) -> Callable[..., tuple[jax.Array, Any]]:
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def piece(
-        params: tree.Params, tokens: Int[Array, "B T"], count: Int[Array, " B"], cache: Any, source: dict[str, jax.Array]
+        params: tree.Params,
+        tokens: Int[Array, "B T"],
+        count: Int[Array, " B"],
+        cache: Any,
+        source: dict[str, jax.Array],
     ) -> tuple[Float[Array, "B V"], Any]:
         mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < count[:, None]
         out = model.hidden(params, {"tokens": tokens, "mask": mask, **source}, cache)
@@ -223,7 +252,9 @@ def _piece(model: models.Model) -> Callable[..., tuple[jax.Array, Any]]:
 
 @functools.cache
 def _grow(model: models.Model) -> Callable[[Any, int, int], Any]:
-    """The jitted `(cache, batch, capacity) -> cache`: each array becomes the beginning of a larger empty one."""
+    """The jitted `(cache, batch, capacity) -> cache`: each array becomes the beginning of a larger
+    empty one.
+    """
 
     def begin(whole: jax.Array, part: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
@@ -242,18 +273,25 @@ def _first(sampling: Sampling) -> Callable[[State, jax.Array], State]:
 
 @functools.lru_cache(maxsize=64)
 def decoder(model: models.Model, sampling: Sampling) -> Callable[..., tuple[State, jax.Array]]:
-    """The jitted `(params, state, done, count, eos) -> (state, tokens [B, STEPS])`, which takes up to `count` steps.
+    """The jitted `(params, state, done, count, eos) -> (state, tokens [B,
+    STEPS])`, which takes up to `count` steps.
 
     `state` is donated. Rows that are `done` keep still; when all are, the loop ends early.
     """
 
     @functools.partial(jax.jit, donate_argnames="state")
     def advance(
-        params: tree.Params, state: State, done: Bool[Array, " B"], count: Int[Array, ""] | int, eos: Int[Array, " E"]
+        params: tree.Params,
+        state: State,
+        done: Bool[Array, " B"],
+        count: Int[Array, ""] | int,
+        eos: Int[Array, " E"],
     ) -> tuple[State, Int[Array, "B steps"]]:
         def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             i, state, done, tokens = carry
-            out = model.apply(params, {"tokens": state.token[:, None], "mask": ~done[:, None]}, state.cache)
+            out = model.apply(
+                params, {"tokens": state.token[:, None], "mask": ~done[:, None]}, state.cache
+            )
             chosen = _choose(sampling, state._replace(cache=out.cache), out.logits[:, 0])
             token = jnp.where(done, state.token, chosen.token)
             tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, i))
@@ -262,7 +300,9 @@ def decoder(model: models.Model, sampling: Sampling) -> Callable[..., tuple[Stat
 
         tokens = jnp.zeros((done.shape[0], STEPS), jnp.int32)
         start = jnp.zeros((), jnp.int32), state, done, tokens
-        _, state, _, tokens = jax.lax.while_loop(lambda c: (c[0] < count) & ~jnp.all(c[2]), step, start)
+        _, state, _, tokens = jax.lax.while_loop(
+            lambda c: (c[0] < count) & ~jnp.all(c[2]), step, start
+        )
         return state, tokens
 
     return advance
@@ -273,7 +313,9 @@ def _choose(sampling: Sampling, state: State, logits: jax.Array) -> State:
     position = state.position + 1
     keys = None if sampling.greedy else jax.vmap(jax.random.fold_in)(state.keys, position)
     token = jnp.where(is_sound(logits), sample(logits, keys, sampling, state.seen), UNSOUND)
-    seen = None if state.seen is None else state.seen.at[jnp.arange(token.shape[0]), token].set(True)
+    seen = (
+        None if state.seen is None else state.seen.at[jnp.arange(token.shape[0]), token].set(True)
+    )
     return State(state.cache, token, position, state.keys, seen)
 
 

@@ -1,4 +1,7 @@
-"""Text from prompts: `generate`, `stream`, and `generate_ids` for all that is known about each text."""
+"""Text from prompts:
+
+`generate`, `stream`, and `generate_ids` for all that is known about each text.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ class Request:
       max_new_tokens: the most tokens to add.
       stop: a text ends before the first of these strings; a single one may be given as it is.
       seed: 0 to 2^32 - 1; same seed, same text.
-      special: whether a prompt gets what the tokenizer puts around a text (a begin-of-text id). False for what a chat template
-        made, which has it already.
+      special: whether a prompt gets what the tokenizer puts around a text (a begin-of-text id).
+        False for what a chat template made, which has it already.
 
     Raises:
       InputError: a value out of its range.
@@ -47,9 +50,15 @@ class Request:
 
     def __post_init__(self) -> None:
         at_least("max_new_tokens", self.max_new_tokens)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if (
+            isinstance(self.seed, bool)
+            or not isinstance(self.seed, int)
+            or not 0 <= self.seed < 2**32
+        ):
             raise InputError(f"seed: {self.seed!r}; allowed: a whole number from 0 to {2**32 - 1}")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(
+            self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        )
         for item in self.stop:
             if not isinstance(item, str) or not item:
                 raise InputError(f"stop: {item!r}; allowed: strings of one character or more")
@@ -63,9 +72,11 @@ class Completion:
     Attributes:
       text: what follows the prompt, with the space between them, up to the stop string.
       ids: its tokens: without the one that ends a text, with those of the stop string.
-      finish_reason: "eos" (the model ended it), "stop" (a stop string came) or "length" (max_new_tokens).
+      finish_reason: "eos" (the model ended it), "stop" (a stop string came) or "length"
+        (max_new_tokens).
       tokens_per_second: of this row after its first token; 0 where there is only one.
-      prefill_seconds: from the prompts of its batch to their first tokens; the first call of a shape compiles in it.
+      prefill_seconds: from the prompts of its batch to their first tokens; the first call of a
+        shape compiles in it.
     """
 
     text: str
@@ -104,15 +115,17 @@ def generate[T: (str, list[str])](
       stop: a text ends before the first of these strings.
       seed: same seed, same text. Row r of `prompts` draws the token at position p with
         `fold_in(fold_in(key(seed), r), p)`, whatever the other rows are.
-      special: False for prompts that a chat template made: they begin with the begin-of-text id already.
-      chunk: rows that run together; it bounds the memory of the cache and does not change the draws.
+      special: False for prompts that a chat template made: they begin with the begin-of-text id
+        already.
+      chunk: rows that run together; it bounds the memory of the cache and does not change the
+        draws.
 
     Returns:
       The new text, or a list of them.
 
     Raises:
-      InputError: an empty prompt, one too long for the model's context, a bundle without a tokenizer, a value out of
-        range.
+      InputError: an empty prompt, one too long for the model's context, a bundle without a
+        tokenizer, a value out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     request = Request(sampling, max_new_tokens, stop, seed, special)
@@ -129,27 +142,40 @@ def generate_ids(
     chunk: int = 16,
     show: Callable[[str], None] | None = None,
 ) -> list[Completion]:
-    """`generate` with ids, the reason for each end, and speed; for `source` and `chunk`, draws and errors see there.
+    """`generate` with ids, the reason for each end, and speed; for `source` and `chunk`, draws and
+    errors see there.
 
-    With `show`, it is called with each piece of the text of a single prompt as the tokens come, in place of a progress bar.
+    With `show`, it is called with each piece of the text of a single prompt as the tokens come, in
+    place of a progress bar.
     """
     if show is not None and len(prompts) != 1:
         raise InputError(f"show: given with {len(prompts)} prompts; allowed: one")
     if isinstance(prompts, str):
-        raise InputError(f"prompts: a single string was given ({prompts!r:.40}); give a list of strings")
+        raise InputError(
+            f"prompts: a single string was given ({prompts!r:.40}); give a list of strings"
+        )
     at_least("chunk", chunk)
     rows, run, new_writer = _begin(source, prompts, request)
     completions = []
     total = len(rows) * request.max_new_tokens if show is None else 0
-    with bar(total, "generating", unit="token", first="compiling") if total else contextlib.nullcontext() as job:
+    with (
+        bar(total, "generating", unit="token", first="compiling")
+        if total
+        else contextlib.nullcontext() as job
+    ):
         for first in range(0, len(rows), chunk):
             part = rows[first : first + chunk]
             writers = [new_writer(row) for row in part]
-            seconds, done = np.zeros(len(part)), np.zeros(len(part), bool)
-            start, prefill = time.perf_counter(), None
-            for tokens in run(part, done, first_row=first, **({} if show is None else {"steps": 1})):
+            seconds = np.zeros(len(part))
+            done = np.zeros(len(part), bool)
+            start = time.perf_counter()
+            prefill = None
+            for tokens in run(
+                part, done, first_row=first, **({} if show is None else {"steps": 1})
+            ):
                 if prefill is None:
-                    prefill, start = time.perf_counter() - start, time.perf_counter()
+                    prefill = time.perf_counter() - start
+                    start = time.perf_counter()
                 for writer, line in zip(writers, tokens.tolist(), strict=True):
                     writer.write(line)
                 if job is not None:
@@ -159,21 +185,27 @@ def generate_ids(
                 seconds[~done] = time.perf_counter() - start
                 done[:] = [writer.finish_reason is not None for writer in writers]
             for writer, spent in zip(writers, seconds.tolist(), strict=True):
-                drawn = len(writer.ids) + (writer.finish_reason == "eos") - 1  # the first came with the prefill
+                drawn = (
+                    len(writer.ids) + (writer.finish_reason == "eos") - 1
+                )  # the first came with the prefill
                 speed = drawn / spent if drawn > 0 else 0.0
                 reason = writer.finish_reason or "length"
-                completions.append(Completion(writer.text, writer.ids, reason, speed, prefill or 0.0))
+                completions.append(
+                    Completion(writer.text, writer.ids, reason, speed, prefill or 0.0)
+                )
     return completions
 
 
 def stream(source: Source, prompt: str, request: Request = Request()) -> Iterator[str]:
     """`generate_ids` for one prompt, piece by piece as the tokens come.
 
-    A piece is never half a character or a part of a stop string. Together they are the text of `generate_ids` with the same
-    request, whose errors are raised here at once. The iterator may be left at any time.
+    A piece is never half a character or a part of a stop string. Together they are the text of
+    `generate_ids` with the same request, whose errors are raised here at once. The iterator may be
+    left at any time.
     """
     rows, run, new_writer = _begin(source, [prompt], request)
-    writer, done = new_writer(rows[0]), np.zeros(1, bool)
+    writer = new_writer(rows[0])
+    done = np.zeros(1, bool)
 
     def pieces() -> Iterator[str]:
         for tokens in run(rows, done, steps=1):
@@ -186,7 +218,9 @@ def stream(source: Source, prompt: str, request: Request = Request()) -> Iterato
 
 
 def running_only(bundle: Bundle) -> Bundle:
-    """The bundle with its params in the form that runs and without the stored ones: all that a server holds of it."""
+    """The bundle with its params in the form that runs and without the stored ones: all that a
+    server holds of it.
+    """
     return dataclasses.replace(bundle, params=bundle.running())
 
 
@@ -212,7 +246,9 @@ def _begin(
         seed=request.seed,
     )
     apart = decode.reads_source(bundle.model)  # then a text of its own, not the prompt's next words
-    new_writer = lambda row: Writer(tokenizer, request.max_new_tokens, request.stop, () if apart else row)
+    new_writer = lambda row: Writer(
+        tokenizer, request.max_new_tokens, request.stop, () if apart else row
+    )
     return rows, run, new_writer
 
 
@@ -223,32 +259,47 @@ def encode(bundle: Bundle, prompts: Sequence[str], request: Request) -> list[lis
       InputError: see `generate`.
     """
     _check_texts(prompts)
-    tokenizer, config = need_processor(bundle), bundle.model.config
+    tokenizer = need_processor(bundle)
+    config = bundle.model.config
     apart = decode.reads_source(bundle.model)  # the new ones stand in a row of their own
     bare = tokenizer.encode_batch(prompts)
     rows = tokenizer.encode_batch(prompts, special=True) if request.special else bare
     for i, row in enumerate(rows):
         name = _name(prompts, i)
         if not bare[i]:
-            raise InputError(f"{name}: {prompts[i]!r:.40} has no tokens; allowed: a text of one token or more")
+            raise InputError(
+                f"{name}: {prompts[i]!r:.40} has no tokens; allowed: a text of one token or more"
+            )
         if len(row) >= config.context and not (apart and getattr(config, "any_length", False)):
-            raise InputError(f"{name}: {len(row)} tokens; allowed: fewer than the model's context of {config.context}")
+            raise InputError(
+                f"{name}: {len(row)} tokens; allowed: fewer than the model's context of "
+                f"{config.context}"
+            )
         if len(row) + request.max_new_tokens > config.context and not apart:
             raise InputError(
-                f"max_new_tokens: {request.max_new_tokens}; allowed: at most {config.context - len(row)}, because the model's "
+                f"max_new_tokens: {request.max_new_tokens}; allowed: at most "
+                f"{config.context - len(row)}, because the model's "
                 f"context is {config.context} and {name} has {len(row)} tokens"
             )
         if images := set(bundle.card.get("image_tokens", ())).intersection(row):
-            raise InputError(f"{name}: the token of an image (id {min(images)}), of which this model has the text part alone")
+            raise InputError(
+                f"{name}: the token of an image (id {min(images)}), of which this model has the "
+                f"text part alone"
+            )
         if max(row) >= config.vocab:
-            raise InputError(f"{name}: the tokenizer gives id {max(row)}; the model knows 0 to {config.vocab - 1}")
+            raise InputError(
+                f"{name}: the tokenizer gives id {max(row)}; the model knows 0 to "
+                f"{config.vocab - 1}"
+            )
     return rows
 
 
 def _check_texts(prompts: Sequence[str]) -> None:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt:
-            raise InputError(f"{_name(prompts, i)}: {prompt!r}; allowed: a text of one token or more")
+            raise InputError(
+                f"{_name(prompts, i)}: {prompt!r}; allowed: a text of one token or more"
+            )
 
 
 def _name(prompts: Sequence[str], i: int) -> str:

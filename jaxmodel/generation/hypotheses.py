@@ -59,7 +59,8 @@ def beam_texts(
       length_penalty: of the scores.
       patient: whether the search goes on until no beam can win.
       special: whether a prompt gets what the tokenizer puts around a text.
-      chunk: prompts that run together; it bounds the memory of the cache and does not change the texts.
+      chunk: prompts that run together; it bounds the memory of the cache and does not change the
+        texts.
 
     Returns:
       At most `beams` texts for each prompt, the best first.
@@ -68,12 +69,16 @@ def beam_texts(
       InputError: as `generate`, and as `beam_search`.
     """
     if isinstance(prompts, str):
-        raise InputError(f"prompts: a single string was given ({prompts!r:.40}); give a list of strings")
+        raise InputError(
+            f"prompts: a single string was given ({prompts!r:.40}); give a list of strings"
+        )
     at_least("chunk", chunk)
     bundle = source if isinstance(source, Bundle) else running_only(from_pretrained(source))
-    tokenizer, apart = need_processor(bundle), reads_source(bundle.model)
+    tokenizer = need_processor(bundle)
+    apart = reads_source(bundle.model)
     rows = encode(bundle, prompts, Request(max_new_tokens=max_new_tokens, special=special))
-    ends, out = set(tokenizer.eos_ids), []
+    ends = set(tokenizer.eos_ids)
+    out = []
     names = ("source", "source_mask") if apart else ("tokens", "mask")
     for first in progress(range(0, len(rows), chunk), "beam search"):
         part = rows[first : first + chunk]
@@ -91,7 +96,9 @@ def beam_texts(
         tokens, scores, lengths = map(np.asarray, found)
         for i in range(len(part)):
             row = []
-            for ids, score, length in zip(tokens[i].tolist(), scores[i].tolist(), lengths[i].tolist(), strict=True):
+            for ids, score, length in zip(
+                tokens[i].tolist(), scores[i].tolist(), lengths[i].tolist(), strict=True
+            ):
                 if np.isfinite(score):
                     ended = ids[length - 1] in ends
                     ids = ids[: length - ended]

@@ -1,6 +1,7 @@
 """From logits to the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
 
-Nothing is sorted over the whole vocabulary: a sort of 49,152 logits takes 9 ms a row on a CPU, half a decode step.
+Nothing is sorted over the whole vocabulary: a sort of 49,152 logits takes 9 ms a row on a CPU, half
+a decode step.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ def _check(name: str, value: float | int, ok: Callable[[float], bool], allowed: 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; each stage keeps at least one token. In the order in which they apply:
+    """How the next token is chosen; each stage keeps at least one token. In the order in which they
+    apply:
 
     Attributes:
-      repetition_penalty: the logit of a token that is in the prompt or the text so far is divided by it if positive and
-        multiplied by it if negative (Keskar et al., CTRL, 2019); above 0, 1 is off.
-      temperature: logits are divided by it; 0 (anything below 1e-6) is greedy: the best token, of equal ones the one
-        with the lowest id.
+      repetition_penalty: the logit of a token that is in the prompt or the text so far is divided
+        by it if positive and multiplied by it if negative (Keskar et al., CTRL, 2019); above 0, 1
+        is off.
+      temperature: logits are divided by it; 0 (anything below 1e-6) is greedy: the best token, of
+        equal ones the one with the lowest id.
       top_k: keep the k best tokens (Fan et al., 2018), and those equal to the k-th; 0 is off.
-      top_p: keep the smallest set of best tokens whose probabilities sum to at least this (Holtzman et al., 2020), and
-        those equal to its last; above 0 and at most 1, 1 is off.
-      min_p: keep the tokens of at least this share of the best one's probability (Nguyen et al., 2024); 0 to 1, 0 is
-        off.
+      top_p: keep the smallest set of best tokens whose probabilities sum to at least this (Holtzman
+        et al., 2020), and those equal to its last; above 0 and at most 1, 1 is off.
+      min_p: keep the tokens of at least this share of the best one's probability (Nguyen et al.,
+        2024); 0 to 1, 0 is off.
 
     Raises:
       InputError: a value out of its range.
@@ -51,7 +54,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, lambda x: x >= 0, "0 (greedy) or above")
-        _check("top_k", self.top_k, lambda x: x >= 0 and x == int(x), "0 (off) or a whole number of tokens")
+        _check(
+            "top_k",
+            self.top_k,
+            lambda x: x >= 0 and x == int(x),
+            "0 (off) or a whole number of tokens",
+        )
         _check("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0, at most 1 (off)")
         _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "0 (off) to 1")
         _check("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0; 1 is off")
@@ -75,7 +83,8 @@ def sample(
 
     Args:
       logits: of the next token; one that is no number is never chosen, see `is_sound`.
-      keys: one for each row, so that a row's choice does not depend on the others; None will do for greedy.
+      keys: one for each row, so that a row's choice does not depend on the others; None will do for
+        greedy.
       sampling: how.
       seen: the tokens in the prompt and the text so far, for the repetition penalty.
 
@@ -103,8 +112,12 @@ def is_sound(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
     return jnp.isfinite(jnp.max(logits, axis=-1))  # which is NaN where one is
 
 
-def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None) -> Float[Array, "B V"]:
-    """The logits whose softmax `sample` draws from (up to a constant of each row): -inf for a token filtered out."""
+def filter_logits(
+    logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None
+) -> Float[Array, "B V"]:
+    """The logits whose softmax `sample` draws from (up to a constant of each row): -inf for a token
+    filtered out.
+    """
     x = logits.astype(jnp.float32)
     x = _keep(x, ~jnp.isnan(x))
     if sampling.repetition_penalty != 1 and seen is not None:
@@ -112,7 +125,9 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Ar
         x = jnp.where(seen, jnp.where(x < 0, x * penalty, x / penalty), x)
     if sampling.greedy:
         return x
-    x = (x - jnp.max(x, axis=-1, keepdims=True)) / sampling.temperature  # the best is 0, so that nothing overflows
+    x = (
+        x - jnp.max(x, axis=-1, keepdims=True)
+    ) / sampling.temperature  # the best is 0, so that nothing overflows
     if 0 < sampling.top_k < x.shape[-1]:
         x = _keep(x, x >= jax.lax.top_k(x, int(sampling.top_k))[0][:, -1:])
     if sampling.top_p < 1:
@@ -129,7 +144,8 @@ def _keep(x: Float[Array, "B V"], keep: Bool[Array, "B V"]) -> Float[Array, "B V
 def _nucleus(x: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
     """Which tokens top-p keeps: those for which all better ones together have less than `p`.
 
-    That threshold is found by bisection over the bits of a float (32 passes over the row; a sort takes 24 times that).
+    That threshold is found by bisection over the bits of a float (32 passes over the row; a sort
+    takes 24 times that).
     """
     probabilities = jax.nn.softmax(x, axis=-1)
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # no -0.0
@@ -142,7 +158,10 @@ def _nucleus(x: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
         return jnp.where(better < p, low, middle + 1), jnp.where(better < p, middle, high)
 
     limits = jnp.iinfo(jnp.int32)
-    bounds = jnp.full(x.shape[0], limits.min, jnp.int32), jnp.full(x.shape[0], limits.max, jnp.int32)
+    bounds = (
+        jnp.full(x.shape[0], limits.min, jnp.int32),
+        jnp.full(x.shape[0], limits.max, jnp.int32),
+    )
     return rank >= jax.lax.fori_loop(0, 32, halve, bounds)[1][:, None]
 
 

@@ -12,16 +12,26 @@ class Writer:
 
     Attributes:
       ids: the tokens so far: not the one that ends a text, but with those of a stop string.
-      text: what they say behind the prompt, up to the stop string. Special tokens are no part of it, but stop strings see them.
+      text: what they say behind the prompt, up to the stop string. Special tokens are no part of
+        it, but stop strings see them.
       finish_reason: "eos", "stop" or "length"; None while it goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_new_tokens: int, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+    ):
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: str | None = None
-        self._limit, self._stop, self._eos = max_new_tokens, stop, frozenset(tokenizer.eos_ids)
-        self._decode, self._tokenizer = stream_decoder(tokenizer, after=prompt), tokenizer
+        self._limit = max_new_tokens
+        self._stop = stop
+        self._eos = frozenset(tokenizer.eos_ids)
+        self._decode = stream_decoder(tokenizer, after=prompt)
+        self._tokenizer = tokenizer
         self._sent = 0
         self._whole = ""  # the text with its special tokens
         self._places: list[int] = []  # of each character of it, where it stands in the text
@@ -46,7 +56,8 @@ class Writer:
             held = max((_overlap(self._whole, stop) for stop in self._stop), default=0)
             visible = max((_overlap(self.text, stop) for stop in self._stop), default=0)
             end = min(self._places[-held] if held else end, end - visible)
-        piece, self._sent = self.text[self._sent : end], max(self._sent, end)
+        piece = self.text[self._sent : end]
+        self._sent = max(self._sent, end)
         return piece
 
     def _finish(self, reason: str) -> None:
@@ -54,7 +65,8 @@ class Writer:
         self.finish_reason = self.finish_reason or reason
 
     def _add(self, piece: str, token: int | None = None) -> None:
-        start, before = len(self.text), len(self._whole)
+        start = len(self.text)
+        before = len(self._whole)
         self.text += piece
         self._whole += piece
         self._places += range(start, len(self.text))
@@ -77,4 +89,6 @@ def _overlap(text: str, stop: str) -> int:
     >>> _overlap("so\\n", "\\n\\n")
     1
     """
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )

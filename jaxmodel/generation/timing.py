@@ -25,12 +25,14 @@ def measure_speed(
     cache: int = 256,
     repeats: int = 3,
 ) -> dict[str, float]:
-    """Tokens per second of prefill and of greedy decoding, each the best of several runs, none of which compiles.
+    """Tokens per second of prefill and of greedy decoding, each the best of several runs, none of
+    which compiles.
 
     Args:
       bundle: model and weights; no tokenizer is needed.
       streams: for each, rows that are decoded at once.
-      prompt: tokens of the one prompt that is read (at most the model's context); only its last position goes through the head.
+      prompt: tokens of the one prompt that is read (at most the model's context); only its last
+        position goes through the head.
       new: tokens that each row writes in a run.
       cache: positions that each of them attends to (at most the model's context).
       repeats: timed runs; the best one counts, for a shared machine only ever makes a run slower.
@@ -41,10 +43,12 @@ def measure_speed(
     Raises:
       InputError: `prompt` or `cache` below 1.
     """
-    model, params = bundle.model, bundle.running()
+    model = bundle.model
+    params = bundle.running()
     for name, tokens in (("prompt", prompt), ("cache", cache)):
         at_least(name, tokens)
-    prompt, cache = min(prompt, model.config.context), min(cache, model.config.context)
+    prompt = min(prompt, model.config.context)
+    cache = min(cache, model.config.context)
     row = [i % model.config.vocab for i in range(prompt)]
 
     def read() -> jax.Array:
@@ -59,15 +63,20 @@ def measure_speed(
     return speeds
 
 
-def _writer(model: Model, params: tree.Params, rows: int, capacity: int) -> Callable[[int], jax.Array]:
+def _writer(
+    model: Model, params: tree.Params, rows: int, capacity: int
+) -> Callable[[int], jax.Array]:
     """A function that decodes so many tokens more of each row."""
-    advance, eos = decode.decoder(model, GREEDY), jnp.array([-1], jnp.int32)
+    advance = decode.decoder(model, GREEDY)
+    eos = jnp.array([-1], jnp.int32)
     keys = jax.random.split(jax.random.key(0), rows)
     token, position, done = (jnp.zeros(rows, dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_))
     state = decode.State(decode.new_cache(model, rows, capacity), token, position, keys, None)
 
     def write(new: int) -> jax.Array:
-        nonlocal state  # goes on where it was: an empty cache takes time to make, and attention always reads all of it
+        # goes on where it was: an empty cache takes time to make, and attention always reads all of
+        # it
+        nonlocal state
         tokens = done
         for start in range(0, max(new, 1), decode.STEPS):
             state, tokens = advance(params, state, done, min(decode.STEPS, new - start), eos)

@@ -1,6 +1,8 @@
-"""Weights that other people trained, and our own on disk: HF folders, GGUF files, tokenizers, names per family.
+"""Weights that other people trained, and our own on disk: HF folders, GGUF files, tokenizers, names
+per family.
 
-What `__init__.pyi` lists is imported when it is first used: `jaxmodel.data` asks for the images alone, without JAX.
+What `__init__.pyi` lists is imported when it is first used: `jaxmodel.data` asks for the images
+alone, without JAX.
 """
 
 import lazy_loader

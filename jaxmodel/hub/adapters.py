@@ -1,11 +1,13 @@
-"""Adapters (LoRA) on disk, in PEFT's layout: a folder of a few MB beside the model that they belong to.
+"""Adapters (LoRA) on disk, in PEFT's layout: a folder of a few MB beside the model that they belong
+to.
 
     adapter_config.json         rank, alpha, which modules
     adapter_model.safetensors   `base_model.model.<module>.lora_A.weight` [r, in] and `...lora_B.weight` [out, r], under HF names
 
-`save_adapters` writes it, `add_adapters` and `from_pretrained(model, adapters=folder)` read it, theirs and ours. A bundle with
-adapters is saved whole: the folder of its weights with these two files in it. Where a file joins several of our weights (GPT-2's
-q, k and v), the adapters of the parts are joined too: `lora_B` is zero where a part does not read a rank.
+`save_adapters` writes it, `add_adapters` and `from_pretrained(model, adapters=folder)` read it,
+theirs and ours. A bundle with adapters is saved whole: the folder of its weights with these two
+files in it. Where a file joins several of our weights (GPT-2's q, k and v), the adapters of the
+parts are joined too: `lora_B` is zero where a part does not read a rank.
 """
 
 from __future__ import annotations
@@ -40,20 +42,59 @@ CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
 STEM = "base_model.model."
 
-_TABLES = re.compile(r"(.*/)?(embed|positions|types)")  # what transformers looks up, and PEFT names otherwise
+_TABLES = re.compile(
+    r"(.*/)?(embed|positions|types)"
+)  # what transformers looks up, and PEFT names otherwise
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB])(\.[^.]+)??(\.weight)?")
 
-# What adapter_config.json may say of these keys; of a key that is not here only what is empty or off.
+# What adapter_config.json may say of these keys; of a key that is not here only what is empty or
+# off.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the weights of the base
+    "init_lora_weights": (
+        True,
+        False,
+        "gaussian",
+        "orthogonal",
+        "eva",
+    ),  # others change the weights of the base
 }
 _ANY = {
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_dropout", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type"),
-    *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "megatron_core", "megatron_config"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size"),
+    *(
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "lora_dropout",
+        "inference_mode",
+    ),
+    *(
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "task_type",
+    ),
+    *(
+        "base_model_name_or_path",
+        "revision",
+        "peft_version",
+        "auto_mapping",
+        "megatron_core",
+        "megatron_config",
+    ),
+    *(
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "qalora_group_size",
+    ),
 }
 type Adapter = dict[str, np.ndarray]  # of a layer: down [r, in], up [out, r], scale
 type Entry = tuple[Name, str, tuple[int, ...]]  # of a leaf, its path, its shape
@@ -62,17 +103,22 @@ _TASKS = {"CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "SequenceClassifi
 _TASKS |= {"ConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
-def save_adapters(bundle: Any, folder: str | Path, *, base: str | None = None, also: str | None = None) -> Path:
+def save_adapters(
+    bundle: Any, folder: str | Path, *, base: str | None = None, also: str | None = None
+) -> Path:
     """Write the adapters of a bundle alone, atomically, as PEFT reads them.
 
     Args:
       bundle: a `Bundle` with adapters (see `adapt.lora`).
       folder: a new or empty one, or one of adapters, which is replaced.
-      base: how the model is called that they belong to, a hub id or a folder; None for the name on the bundle's card.
-      also: pattern of whole leaves that were trained too and go with them (PEFT's `modules_to_save`), such as `head|norm/.*`.
+      base: how the model is called that they belong to, a hub id or a folder; None for the name on
+        the bundle's card.
+      also: pattern of whole leaves that were trained too and go with them (PEFT's
+        `modules_to_save`), such as `head|norm/.*`.
 
     Raises:
-      InputError: no adapters; one for which PEFT's layout has no place; a folder that holds something else.
+      InputError: no adapters; one for which PEFT's layout has no place; a folder that holds
+        something else.
     """
     tree.check(bundle.params)
     _, adapters = split_adapters(bundle.params)
@@ -84,8 +130,15 @@ def save_adapters(bundle: Any, folder: str | Path, *, base: str | None = None, a
     return Path(folder)
 
 
-def add_adapters[B: Any](bundle: B, folder: str | Path, *, weight: float | int = 1.0, mesh: jax.sharding.Mesh | None = None) -> B:
-    """The bundle with the adapters of a folder. Where there are some already, both count: the sum is what is computed.
+def add_adapters[B: Any](
+    bundle: B,
+    folder: str | Path,
+    *,
+    weight: float | int = 1.0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> B:
+    """The bundle with the adapters of a folder. Where there are some already, both count: the sum
+    is what is computed.
 
     Args:
       bundle: a `Bundle` of the model that they belong to; its weights may be compressed.
@@ -94,12 +147,14 @@ def add_adapters[B: Any](bundle: B, folder: str | Path, *, weight: float | int =
       mesh: on which the bundle's parameters lie.
 
     Raises:
-      InputError: a file is missing or damaged; a kind of adapter other than LoRA, or a setting of it that is not read; a module
-        that the model does not have.
+      InputError: a file is missing or damaged; a kind of adapter other than LoRA, or a setting of
+        it that is not read; a module that the model does not have.
     """
     folder = Path(folder)
     tree.check(bundle.params)
-    file, config, layout = folder / FILE, _config(folder), _Layout(bundle.model)
+    file = folder / FILE
+    config = _config(folder)
+    layout = _Layout(bundle.model)
     if not isinstance(weight, int | float) or not 0 < abs(weight) < float("inf"):
         raise InputError(f"weight: {weight!r} given; allowed: a number that is not 0")
     arrays, ours = _read(file)
@@ -107,29 +162,41 @@ def add_adapters[B: Any](bundle: B, folder: str | Path, *, weight: float | int =
     whole: dict[str, np.ndarray] = {}
     for key, array in arrays.items():
         if not key.startswith(STEM):
-            raise InputError(f"{file}: the tensor {key!r} is not of PEFT's layout; allowed: names that begin with {STEM!r}")
+            raise InputError(
+                f"{file}: the tensor {key!r} is not of PEFT's layout; allowed: names that begin "
+                f"with {STEM!r}"
+            )
         if match := _LORA.fullmatch(key.removeprefix(STEM)):
             found.setdefault(match["module"], {})[match["kind"]] = array
         else:
-            whole[key.removeprefix(STEM).replace(".base_layer.", ".")] = array  # PEFT adds tables that have adapters
+            whole[key.removeprefix(STEM).replace(".base_layer.", ".")] = (
+                array  # PEFT adds tables that have adapters
+            )
     if not found:
         raise InputError(f"{file}: it holds no adapters")
     adapters: dict[str, Adapter] = {}
     for module, pair in found.items():
         entries = layout.find(layout.modules, module, file)
         if ours is None and layout.tied(entries[0][1]):
-            raise InputError(f"{file}: {module!r} has an adapter of the lookup alone, but is the head too, and so it is not read")
+            raise InputError(
+                f"{file}: {module!r} has an adapter of the lookup alone, but is the head too, and "
+                f"so it is not read"
+            )
         rank, scale = _scale(module, config)
         dtype = np.float32 if ours is None else None
-        for path, one in _parts(f"{file}: {module}", entries, pair, (ours or {}).get(module), rank, dtype).items():
+        for path, one in _parts(
+            f"{file}: {module}", entries, pair, (ours or {}).get(module), rank, dtype
+        ).items():
             adapters[path] = {**one, "scale": np.asarray(scale * weight, np.float32)}
-            if rate := config.get("lora_dropout"):  # it goes on where the adapters are trained further
+            if rate := config.get(
+                "lora_dropout"
+            ):  # it goes on where the adapters are trained further
                 adapters[path]["dropout"] = np.asarray(rate, np.float32)
     params = _beside(_replaced(bundle.params, whole, layout, file), adapters, mesh)
     return dataclasses.replace(bundle, model=with_adapters(bundle.model), params=params)
 
 
-# ----------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write(bundle: Any, folder: Path, base: str | None = None, also: str | None = None) -> None:
@@ -140,21 +207,33 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
     for path, leaf in _layers(bundle.params).items():
         name, module = layout.adapted(path)
         modules.setdefault(module, []).append((name, path, leaf))
-    ranks, alphas, parts = {}, {}, {}
+    ranks = {}
+    alphas = {}
+    parts = {}
     for module, adapters in modules.items():
         down, up, scale, where = _joined(adapters)
         ranks[module], alphas[module] = len(down), float(scale) * len(down)
         parts |= {module: where} if where else {}
         if _TABLES.fullmatch(adapters[0][1]):
-            tensors |= {f"{STEM}{module}.lora_embedding_A": up.T, f"{STEM}{module}.lora_embedding_B": down.T}
+            tensors |= {
+                f"{STEM}{module}.lora_embedding_A": up.T,
+                f"{STEM}{module}.lora_embedding_B": down.T,
+            }
             continue
         trailing = adapters[0][0].trailing
-        down, up = down.reshape(len(down), *(trailing or down.shape[1:])), up.reshape(*up.shape, *(1,) * (len(trailing) - 1))
+        down = down.reshape(len(down), *(trailing or down.shape[1:]))
+        up = up.reshape(*up.shape, *(1,) * (len(trailing) - 1))
         tensors |= {f"{STEM}{module}.lora_A.weight": down, f"{STEM}{module}.lora_B.weight": up}
     saved = _whole(bundle, layout.names, also)
-    rates = [round(float(leaf["dropout"]), 7) for leaf in _layers(bundle.params).values() if "dropout" in leaf]
+    rates = [
+        round(float(leaf["dropout"]), 7)
+        for leaf in _layers(bundle.params).values()
+        if "dropout" in leaf
+    ]
     kind = layout.hf.get("architectures", [""])[0]
-    rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha = (
+        collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas)
+    )
     config = {
         "peft_type": "LORA",
         "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
@@ -171,7 +250,9 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
         "bias": "none",
         "inference_mode": True,
     }
-    arrays = {key: np.ascontiguousarray(a) for key, a in tensors.items()} | {STEM + tensor: a for tensor, a in saved.items()}
+    arrays = {key: np.ascontiguousarray(a) for key, a in tensors.items()} | {
+        STEM + tensor: a for tensor, a in saved.items()
+    }
     save_file(arrays, folder / FILE, metadata={"format": "pt", "jaxmodel": json.dumps(parts)})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -182,30 +263,44 @@ def _layers(params: tree.Params) -> dict[str, Adapter]:
     for path, leaf in tree.flatten(params).items():
         for i, layer in enumerate(tree.layer_paths(path) if is_adapter(path) else ()):
             head, _, part = layer.rpartition("/")
-            out.setdefault(head.removesuffix(SUFFIX), {})[part] = np.asarray(leaf[i] if tree.is_stacked(path) else leaf)
+            out.setdefault(head.removesuffix(SUFFIX), {})[part] = np.asarray(
+                leaf[i] if tree.is_stacked(path) else leaf
+            )
     return out
 
 
-def _joined(adapters: Sequence[tuple[Name, str, Adapter]]) -> tuple[Any, Any, Any, dict[str, list[int]]]:
-    """The adapter of a module: of its one leaf, or of those that the file joins; and which ranks each of these has."""
+def _joined(
+    adapters: Sequence[tuple[Name, str, Adapter]],
+) -> tuple[Any, Any, Any, dict[str, list[int]]]:
+    """The adapter of a module: of its one leaf, or of those that the file joins; and which ranks
+    each of these has.
+    """
     name, _, first = adapters[0]
     if name.part is None:
         return first["down"], first["up"], first["scale"], {}
-    sizes, scale = name.part[1], first["scale"]
-    same = all(np.array_equal(first["down"], a["down"]) for _, _, a in adapters) and len(adapters) == len(sizes)
+    sizes = name.part[1]
+    scale = first["scale"]
+    same = all(np.array_equal(first["down"], a["down"]) for _, _, a in adapters) and len(
+        adapters
+    ) == len(sizes)
     downs = [first["down"]] if same else [a["down"] for _, _, a in adapters]
     up = np.zeros((_rows(name, len(first["up"]))[1], sum(map(len, downs))), first["up"].dtype)
-    start, where = 0, {}
+    start = 0
+    where = {}
     for name, path, a in adapters:
         stop = start + len(a["down"])
-        up[_rows(name, len(a["up"]))[0], start:stop] = a["up"] * (a["scale"] / scale).astype(up.dtype)
+        up[_rows(name, len(a["up"]))[0], start:stop] = a["up"] * (a["scale"] / scale).astype(
+            up.dtype
+        )
         where[path.rpartition("/")[2]] = [start, stop]
         start = 0 if same else stop
     return np.concatenate(downs), up, scale, {} if same else where
 
 
 def _rows(name: Name, count: int) -> tuple[slice, int]:
-    """Where the `count` rows of a leaf stand among those of its module, and how many the module has."""
+    """Where the `count` rows of a leaf stand among those of its module, and how many the module
+    has.
+    """
     i, sizes = name.part or (0, (1,))
     unit = count // sizes[i]
     return slice(unit * sum(sizes[:i]), unit * sum(sizes[: i + 1])), unit * sum(sizes)
@@ -226,20 +321,28 @@ def _whole(bundle: Any, names: tuple[Name, ...], also: str | None) -> dict[str, 
             name, number = find(names, layer)
             if isinstance(leaf, Compressed) or name.part or name.experts:
                 raise InputError(
-                    f"also: {layer!r} is compressed or a part of a tensor; allowed: plain leaves that are one tensor"
+                    f"also: {layer!r} is compressed or a part of a tensor; allowed: plain leaves "
+                    f"that are one tensor"
                 )
             array = np.asarray(leaf[i] if tree.is_stacked(path) else leaf)
             out[name.at(number)] = np.array(to_file(name, array), order="C")
     if not out:
-        raise InputError(f"also: {also!r} matches no leaf; nearest: {', '.join(nearest(also, tree.flatten(base)))}")
+        raise InputError(
+            f"also: {also!r} matches no leaf; nearest: "
+            f"{', '.join(nearest(also, tree.flatten(base)))}"
+        )
     return out
 
 
 def _targets(modules: set[str], known: Iterable[str]) -> list[str]:
-    """The names of the modules: the last parts alone, where every module of that name has an adapter."""
+    """The names of the modules: the last parts alone, where every module of that name has an
+    adapter.
+    """
     last = lambda module: module.rpartition(".")[2]
     ends = set(map(last, modules))
-    short = {module for module in known if last(module) in ends} == modules and not any(end.isdigit() for end in ends)
+    short = {module for module in known if last(module) in ends} == modules and not any(
+        end.isdigit() for end in ends
+    )
     return sorted(ends if short else modules)
 
 
@@ -249,12 +352,18 @@ def _check_places(bundle: Any) -> None:
     for path in _layers(bundle.params):
         name, _ = layout.adapted(path)
         if layout.tied(path):  # there it would be of the lookup alone
-            raise InputError(f"bundle: the adapter of {path!r} is one of the head too, as both are one table; PEFT has no such")
+            raise InputError(
+                f"bundle: the adapter of {path!r} is one of the head too, as both are one table; "
+                f"PEFT has no such"
+            )
         if name.experts or name.lead:
-            raise InputError(f"bundle: PEFT has no place for an adapter of {path!r}; merge it (adapt.merge_adapters)")
+            raise InputError(
+                f"bundle: PEFT has no place for an adapter of {path!r}; merge it "
+                f"(adapt.merge_adapters)"
+            )
 
 
-# ----------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -264,12 +373,21 @@ def _config(folder: Path) -> dict[str, Any]:
     config = {**given, **{key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}}
     if not (folder / FILE).exists():
         pickled = (folder / "adapter_model.bin").exists()
-        why = "; adapter_model.bin is pickled, which is never read: save it with safe_serialization=True" if pickled else ""
+        why = (
+            "; adapter_model.bin is pickled, which is never read: save it with "
+            "safe_serialization=True"
+            if pickled
+            else ""
+        )
         raise InputError(f"{folder}: the file {FILE!r} is missing{why}")
     merge = "merge it into its model with PEFT (merge_and_unload), and load that"
     for key, value in config.items():
         allowed = _ALLOWED.get(key)
-        known = value in allowed if allowed is not None and isinstance(value, str | bool) else key in _ANY
+        known = (
+            value in allowed
+            if allowed is not None and isinstance(value, str | bool)
+            else key in _ANY
+        )
         if not known and (allowed is not None or value not in (None, False, 0, "", [], {})):
             what = f"allowed: {' or '.join(map(repr, allowed))}" if allowed else "which is not read"
             raise InputError(f"{folder / CONFIG}: {key} is {value!r}; {what}; {merge}")
@@ -277,9 +395,16 @@ def _config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / CONFIG}: an alpha is 0; allowed: any other number")
     for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
         # of no more than a few steps at each letter, as it is somebody else's
-        simple = re.fullmatch(r"[\w.\\^$|()*-]+", pattern) and pattern.count("*") <= 3 and ")*" not in pattern
+        simple = (
+            re.fullmatch(r"[\w.\\^$|()*-]+", pattern)
+            and pattern.count("*") <= 3
+            and ")*" not in pattern
+        )
         if not simple or not _compiles(pattern):
-            raise InputError(f"{folder / CONFIG}: the pattern {pattern!r} is not read; allowed: names of modules, with * and |")
+            raise InputError(
+                f"{folder / CONFIG}: the pattern {pattern!r} is not read; allowed: names of "
+                f"modules, with * and |"
+            )
     return config
 
 
@@ -300,7 +425,8 @@ def _scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
                 return value
         return config[default]
 
-    rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+    rank = of("rank_pattern", "r")
+    alpha = of("alpha_pattern", "lora_alpha")
     return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -312,7 +438,12 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
             arrays = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             text = (opened.metadata() or {}).get("jaxmodel")
         parts = (
-            None if text is None else {m: {k: (int(a), int(b)) for k, (a, b) in p.items()} for m, p in json.loads(text).items()}
+            None
+            if text is None
+            else {
+                m: {k: (int(a), int(b)) for k, (a, b) in p.items()}
+                for m, p in json.loads(text).items()
+            }
         )
         return arrays, parts
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:
@@ -332,7 +463,9 @@ class _Layout:
             for tensor in name.tensors(layer):
                 self.tensors[tensor] = (name, path, want.shape)
                 if not tensor.endswith(".bias"):
-                    self.modules.setdefault(tensor.removesuffix(".weight"), []).append((name, path, want.shape))
+                    self.modules.setdefault(tensor.removesuffix(".weight"), []).append(
+                        (name, path, want.shape)
+                    )
 
     def find[T](self, known: Mapping[str, T], name: str, where: Path) -> T:
         """What is known by a name, which may lack the prefix that some files leave out."""
@@ -344,7 +477,9 @@ class _Layout:
 
     def tied(self, path: str) -> bool:
         """Whether the head is this table too."""
-        return any(path == of and tensor not in self.tensors for tensor, of in self.family.copies.items())
+        return any(
+            path == of and tensor not in self.tensors for tensor, of in self.family.copies.items()
+        )
 
     def adapted(self, path: str) -> tuple[Name, str]:
         """The entry of a leaf with an adapter, and the name of its module."""
@@ -353,20 +488,33 @@ class _Layout:
 
 
 def _parts(
-    where: str, entries: Sequence[Entry], arrays: Mapping[str, np.ndarray], ranks: Any, rank: int, dtype: Any
+    where: str,
+    entries: Sequence[Entry],
+    arrays: Mapping[str, np.ndarray],
+    ranks: Any,
+    rank: int,
+    dtype: Any,
 ) -> dict[str, Adapter]:
     """`down` and `up` of each leaf behind a module."""
     table = "embedding_A" in arrays
     if set(arrays) != ({"embedding_A", "embedding_B"} if table else {"A", "B"}):
-        raise InputError(f"{where} has {', '.join(f'lora_{kind}' for kind in sorted(arrays))}; a pair lora_A, lora_B is needed")
-    down, up = (arrays["embedding_B"].T, arrays["embedding_A"].T) if table else (arrays["A"], arrays["B"])
+        raise InputError(
+            f"{where} has {', '.join(f'lora_{kind}' for kind in sorted(arrays))}; a pair lora_A, "
+            f"lora_B is needed"
+        )
+    down, up = (
+        (arrays["embedding_B"].T, arrays["embedding_A"].T) if table else (arrays["A"], arrays["B"])
+    )
     name, _, shape = entries[0]
     if len(shape) != 2 or name.experts or name.lead:
         raise InputError(f"{where} is no matrix; allowed: adapters of matrices")
     rows = _rows(name, shape[0])[1]
     wanted = (rank, *(name.trailing or shape[1:])), (rows, rank, *(1,) * (len(name.trailing) - 1))
     if (down.shape, up.shape) != wanted:
-        found, needed = (" and ".join(str(list(shape)) for shape in shapes) for shapes in ((down.shape, up.shape), wanted))
+        found, needed = (
+            " and ".join(str(list(shape)) for shape in shapes)
+            for shapes in ((down.shape, up.shape), wanted)
+        )
         raise InputError(f"{where} has shapes {found}; needed are {needed}")
     down, up = (a.astype(dtype or a.dtype).reshape(len(a), -1) for a in (down, up))
     out: dict[str, Adapter] = {}
@@ -378,7 +526,9 @@ def _parts(
     return out
 
 
-def _replaced(params: tree.Params, whole: Mapping[str, np.ndarray], layout: _Layout, where: Path) -> tree.Params:
+def _replaced(
+    params: tree.Params, whole: Mapping[str, np.ndarray], layout: _Layout, where: Path
+) -> tree.Params:
     """The parameters with the leaves that the folder holds whole in place of theirs."""
     leaves = tree.flatten(params)
     places = {layer: (path, i) for path in leaves for i, layer in enumerate(tree.layer_paths(path))}
@@ -386,25 +536,49 @@ def _replaced(params: tree.Params, whole: Mapping[str, np.ndarray], layout: _Lay
         name, layer, shape = layout.find(layout.tensors, tensor, where)
         if name.part or name.experts or array.shape != name.file_shape(shape):
             needed = list(name.file_shape(shape))
-            raise InputError(f"{where}: {tensor!r} of shape {list(array.shape)} does not fit; needed is {needed}")
+            raise InputError(
+                f"{where}: {tensor!r} of shape {list(array.shape)} does not fit; needed is {needed}"
+            )
         if layout.tied(layer):
-            raise InputError(f"{where}: {tensor!r} would be one of the head too, as both are one table; merge it with PEFT")
+            raise InputError(
+                f"{where}: {tensor!r} would be one of the head too, as both are one table; merge "
+                f"it with PEFT"
+            )
         path, i = places[layer]
         if isinstance(leaves[path], Compressed):
-            raise InputError(f"{where}: {tensor!r} takes the place of a leaf that is compressed; add it before compressing")
-        new = jnp.asarray((array.T if name.transposed else array).reshape(shape), leaves[path].dtype)
+            raise InputError(
+                f"{where}: {tensor!r} takes the place of a leaf that is compressed; add it before "
+                f"compressing"
+            )
+        new = jnp.asarray(
+            (array.T if name.transposed else array).reshape(shape), leaves[path].dtype
+        )
         leaves[path] = leaves[path].at[i].set(new) if tree.is_stacked(path) else new
     return tree.unflatten(leaves)
 
 
-def _beside(params: tree.Params, new: Mapping[str, Adapter], mesh: jax.sharding.Mesh | None) -> tree.Params:
-    """The parameters with adapters of layers; segments are split where the adapters of their layers differ in shape."""
+def _beside(
+    params: tree.Params, new: Mapping[str, Adapter], mesh: jax.sharding.Mesh | None
+) -> tree.Params:
+    """The parameters with adapters of layers; segments are split where the adapters of their layers
+    differ in shape.
+    """
     base, _ = split_adapters(params)
     adapters = dict(_layers(params))
     for path, one in new.items():
         adapters[path] = _sum(adapters[path], one) if path in adapters else one
-    shapes = {path: tuple((part, a.shape, a.dtype) for part, a in sorted(one.items())) for path, one in adapters.items()}
-    base = tree.split(base, {layer: shapes.get(layer) for path in tree.flatten(base) for layer in tree.layer_paths(path)})
+    shapes = {
+        path: tuple((part, a.shape, a.dtype) for part, a in sorted(one.items()))
+        for path, one in adapters.items()
+    }
+    base = tree.split(
+        base,
+        {
+            layer: shapes.get(layer)
+            for path in tree.flatten(base)
+            for layer in tree.layer_paths(path)
+        },
+    )
     leaves = tree.flatten(base)
     everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.P())
     for path in tuple(leaves):
@@ -423,4 +597,9 @@ def _sum(one: Adapter, other: Adapter) -> Adapter:
     up = np.concatenate([one["up"], (other["up"] * ratio).astype(one["up"].dtype)], axis=1)
     rates = [a["dropout"] for a in (one, other) if "dropout" in a]
     down = np.concatenate([one["down"], other["down"].astype(one["down"].dtype)])
-    return {"down": down, "up": up, "scale": one["scale"], **({"dropout": max(rates)} if rates else {})}
+    return {
+        "down": down,
+        "up": up,
+        "scale": one["scale"],
+        **({"dropout": max(rates)} if rates else {}),
+    }

@@ -1,7 +1,9 @@
-"""From the tensors of a file to a parameter tree: checked first, then read a leaf at a time into the place where it stays.
+"""From the tensors of a file to a parameter tree: checked first, then read a leaf at a time into
+the place where it stays.
 
-On a mesh each device's slice is read by itself. On a CPU a slice is read into the very buffer that the device uses, so loading
-takes the memory of the weights and of the one tensor that is being converted.
+On a mesh each device's slice is read by itself. On a CPU a slice is read into the very buffer that
+the device uses, so loading takes the memory of the weights and of the one tensor that is being
+converted.
 """
 
 from __future__ import annotations
@@ -46,17 +48,21 @@ def assemble(
       names: the file's entry of each leaf.
       tensors: the file.
       fields: the static fields of compressed leaves by their packed name.
-      narrow: the groups of units of which there are fewer than the config says, see `axes.narrower`.
+      narrow: the groups of units of which there are fewer than the config says, see
+        `axes.narrower`.
       dtype: of plain floating leaves; None for as they are stored.
       mesh: to place them on by the model's rules; None for the default device.
 
     Raises:
-      InputError: a tensor is missing, does not fit, or has no place. Nothing is read before all is checked.
+      InputError: a tensor is missing, does not fit, or has no place. Nothing is read before all is
+        checked.
     """
-    names, fields = tuple(names), fields or {}
+    names = tuple(names)
+    fields = fields or {}
     whole = layer_shapes(model)
     shapes = tree.flatten(axes.shapes(model.axes, whole, narrow) if narrow else whole)
-    there, used = tensors.names(), set[str]()
+    there = tensors.names()
+    used = set[str]()
 
     def place(tensor: str) -> str | None:
         return next((name for name in family.spelt(tensor) if name in there), None)
@@ -71,7 +77,10 @@ def assemble(
 
     def fits(tensor: str, found: Iterable[int], needed: Iterable[int]) -> None:
         if tuple(found) != tuple(needed):
-            raise InputError(f"{tensors.where}: the tensor {tensor!r} has shape {list(found)}; the config needs {list(needed)}")
+            raise InputError(
+                f"{tensors.where}: the tensor {tensor!r} has shape {list(found)}; the config "
+                f"needs {list(needed)}"
+            )
 
     readers: dict[str, list[Read]] = {}  # layer path -> a reader for each buffer of its leaf
     leaves: dict[str, Any] = {}  # and the leaf, with the shapes of its buffers
@@ -80,7 +89,9 @@ def assemble(
         name = dataclasses.replace(name, experts=want.shape[0]) if name.experts else name
         base = name.packed.format(layer)
         if base in fields:
-            leaves[path], readers[path] = _packed(tensors, base, name, want.shape, fields[base], place, need)
+            leaves[path], readers[path] = _packed(
+                tensors, base, name, want.shape, fields[base], place, need
+            )
             fits(base, leaves[path].shape, want.shape)
             continue
         name = name.alone if name.part is not None and place(base) else name
@@ -89,17 +100,26 @@ def assemble(
             stored = need(tensor)
             if not jnp.issubdtype(tensors.dtype(stored), jnp.floating):
                 raise InputError(
-                    f"{tensors.where}: the tensor {tensor!r} is {tensors.dtype(stored)}; floating-point numbers are needed"
+                    f"{tensors.where}: the tensor {tensor!r} is {tensors.dtype(stored)}; "
+                    f"floating-point numbers are needed"
                 )
             fits(tensor, tensors.shape(stored), name.file_shape(want.shape))
             found.add(tensors.dtype(stored))
-        kind = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*found) if len(found) > 1 else found.pop()
+        kind = (
+            jnp.dtype(dtype)
+            if dtype is not None
+            else jnp.result_type(*found)
+            if len(found) > 1
+            else found.pop()
+        )
         leaves[path] = jax.ShapeDtypeStruct(want.shape, kind)
         readers[path] = [_reader(tensors, family, name, layer, want.shape)]
     _check_rest(tensors, family, used, shapes, place, names)
     shape_tree = jax.eval_shape(tree.stack, tree.unflatten(leaves))
     if mesh is None:
-        placed = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shape_tree)
+        placed = jax.tree.map(
+            lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shape_tree
+        )
     else:
         shape_tree, placed = sharding.shardings(model.rules, shape_tree, mesh)
     places = tree.flatten(placed)
@@ -110,7 +130,9 @@ def assemble(
         stacked = tree.is_stacked(path)
         made = [
             _make(buffer, where, [of_layer[i] for of_layer in layers], stacked)
-            for i, (buffer, where) in enumerate(zip(buffers, jax.tree.leaves(places[path]), strict=True))
+            for i, (buffer, where) in enumerate(
+                zip(buffers, jax.tree.leaves(places[path]), strict=True)
+            )
         ]
         out[path] = jax.tree.unflatten(structure, made)
         if isinstance(out[path], Compressed):
@@ -128,15 +150,22 @@ def settle(config: Any, family: Family, tensors: Tensors) -> Any:
     """
     if not hasattr(config, "tied") or "lm_head.weight" not in family.copies:
         return config
-    table = next(name.tensor for name in family.names(config) if name.path == family.copies["lm_head.weight"])
+    table = next(
+        name.tensor for name in family.names(config) if name.path == family.copies["lm_head.weight"]
+    )
     there = tensors.names()
-    head, table = (next((name for name in family.spelt(one) if name in there), None) for one in ("lm_head.weight", table))
+    head, table = (
+        next((name for name in family.spelt(one) if name in there), None)
+        for one in ("lm_head.weight", table)
+    )
     if head is None or table is None:
         return family.settle(config, None if head is None else not config.tied)
     return family.settle(config, not config.tied or not _equal(tensors, head, table))
 
 
-def _reader(tensors: Tensors, family: Family, name: Name, layer: str, shape: tuple[int, ...]) -> Read:
+def _reader(
+    tensors: Tensors, family: Family, name: Name, layer: str, shape: tuple[int, ...]
+) -> Read:
     """What reads a part of a plain leaf, whose tensors the file may spell in another way."""
     spelt = [dataclasses.replace(name, tensor=tensor) for tensor in family.spelt(name.tensor)]
     entry = next(entry for entry in spelt if entry.at(layer) in tensors.names())
@@ -156,27 +185,38 @@ def _packed(
     try:
         present = [suffix for suffix in tensor_names(fields) if place(f"{base}_{suffix}")]
         stored = {suffix: need(f"{base}_{suffix}") for suffix in present}
-        shapes = {s: jax.ShapeDtypeStruct(tensors.shape(name), tensors.dtype(name)) for s, name in stored.items()}
+        shapes = {
+            s: jax.ShapeDtypeStruct(tensors.shape(name), tensors.dtype(name))
+            for s, name in stored.items()
+        }
         leaf = from_tensors(shapes, fields)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{tensors.where}: the tensor {base!r} does not fit its fields: {reason}") from None
+        raise InputError(
+            f"{tensors.where}: the tensor {base!r} does not fit its fields: {reason}"
+        ) from None
     by_buffer = {id(shapes[suffix]): name for suffix, name in stored.items()}
     order = [by_buffer[id(buffer)] for buffer in jax.tree.leaves(leaf)]
     rows = name.rows(shape[0]) if name.pairs else None
 
     def reader(stored: str) -> Read:
-        return lambda index: tensors.read(stored, index if rows is None else (rows[index[0]], *index[1:]))
+        return lambda index: tensors.read(
+            stored, index if rows is None else (rows[index[0]], *index[1:])
+        )
 
     return leaf, [reader(name) for name in order]
 
 
-def _make(buffer: jax.ShapeDtypeStruct, where: jax.sharding.Sharding, readers: list[Read], stacked: bool) -> jax.Array:
+def _make(
+    buffer: jax.ShapeDtypeStruct, where: jax.sharding.Sharding, readers: list[Read], stacked: bool
+) -> jax.Array:
     """One array, on each of this host's devices only its own slice."""
     done: dict[Any, np.ndarray] = {}  # a slice that several devices hold is read once
     shards = []
     for device, index in where.addressable_devices_indices_map(buffer.shape).items():
-        full = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), buffer.shape, strict=True))
+        full = tuple(
+            slice(*s.indices(n)[:2]) for s, n in zip(index or (), buffer.shape, strict=True)
+        )
         key = tuple((s.start, s.stop) for s in full)
         if key not in done:
             done[key] = _aligned(tuple(s.stop - s.start for s in full), buffer.dtype)
@@ -214,13 +254,21 @@ def _check_rest(
         entry, layer = find(names, path)
         original = place(entry.at(layer))
         if original is not None and not _equal(tensors, name, original):
-            raise InputError(f"{tensors.where}: the tensor {name!r} is not {original!r}, to which this config ties it")
+            raise InputError(
+                f"{tensors.where}: the tensor {name!r} is not {original!r}, to which this config "
+                f"ties it"
+            )
     extra = [name for name in tensors.names() if name not in used and not ignored.fullmatch(name)]
     if extra:  # a bias or a table of rotary factors left out would be another model
-        raise InputError(f"{tensors.where}: {len(extra)} tensors have no place in the model, the first is {min(extra)!r}")
+        raise InputError(
+            f"{tensors.where}: {len(extra)} tensors have no place in the model, the first is "
+            f"{min(extra)!r}"
+        )
 
 
 def _equal(tensors: Tensors, one: str, other: str, rows: int = 4096) -> bool:
     shape = tensors.shape(one)
     pieces = [(slice(i, min(i + rows, shape[0])),) for i in range(0, shape[0], rows)]
-    return shape == tensors.shape(other) and all(np.array_equal(tensors.read(one, i), tensors.read(other, i)) for i in pieces)
+    return shape == tensors.shape(other) and all(
+        np.array_equal(tensors.read(one, i), tensors.read(other, i)) for i in pieces
+    )

@@ -1,7 +1,9 @@
-"""The library's tokenizers at their border: somebody else's tokenizer.json is a program, so it has limits and errors of one line.
+"""The library's tokenizers at their border: somebody else's tokenizer.json is a program, so it has
+limits and errors of one line.
 
-A file is loaded in another process first (`child.tried`), which also cuts runs of every character, since some crash the library
-and some patterns never end. What its steps can make of a text is computed from them (`growth`).
+A file is loaded in another process first (`child.tried`), which also cuts runs of every character,
+since some crash the library and some patterns never end. What its steps can make of a text is
+computed from them (`growth`).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def load(path: Path) -> tokenizers.Tokenizer:
         text = read_bytes(path, limits().json_bytes).decode("utf-8")
         child.tried("tokenizer", path, what, texts=_PROBES)
         made = tokenizers.Tokenizer.from_str(text)
-        # Some folders carry the padding and truncation of their training run; neither belongs to the vocabulary.
+        # Some folders carry the padding and truncation of their training run; neither belongs to
+        # the vocabulary.
         made.no_padding()
         made.no_truncation()
     check(made, str(path))
@@ -54,30 +57,47 @@ def check(backend: tokenizers.Tokenizer, where: str) -> None:
     Raises:
       InputError: such a step.
     """
-    parts = {kind: getattr(backend, kind) for kind in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    parts = {
+        kind: getattr(backend, kind)
+        for kind in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    }
     with border(f"{where}: no tokenizer of the library's own parts"):
-        said = {kind: json.loads(part.__getstate__()) for kind, part in parts.items() if part is not None}
+        said = {
+            kind: json.loads(part.__getstate__())
+            for kind, part in parts.items()
+            if part is not None
+        }
         factors = {kind: growth(part) for kind, part in said.items()}
     text = factors.get("normalizer", 1.0) * factors.get("pre_tokenizer", 1.0)
-    for kind, factor in (("normalizer", text), *((k, factors.get(k, 1.0)) for k in ("post_processor", "decoder"))):
+    for kind, factor in (
+        ("normalizer", text),
+        *((k, factors.get(k, 1.0)) for k in ("post_processor", "decoder")),
+    ):
         if factor > limits().tokenizer_growth:
             raise InputError(
-                f"{where}: its {kind} can make a text {factor:.3g} times as long; allowed: {limits().tokenizer_growth:g} times "
+                f"{where}: its {kind} can make a text {factor:.3g} times as long; allowed: "
+                f"{limits().tokenizer_growth:g} times "
                 f"({way('tokenizer_growth')})"
             )
 
 
 def growth(step: Any) -> float:
-    """By how much a step, as JSON has it, can make a text longer, at most; steps of the library that multiply nothing count as 1.
+    """By how much a step, as JSON has it, can make a text longer, at most; steps of the library
+    that multiply nothing count as 1.
 
     >>> growth({"type": "Replace", "pattern": {"String": "ab"}, "content": "abcdef"})
     3.0
     """
-    inner = [growth(one) for key in ("normalizers", "pretokenizers", "processors", "decoders") for one in step.get(key, ())]
+    inner = [
+        growth(one)
+        for key in ("normalizers", "pretokenizers", "processors", "decoders")
+        for one in step.get(key, ())
+    ]
     kind = step.get("type")
     own = 1.0
     if kind == "Replace":
-        content, pattern = len(step["content"]), step["pattern"].get("String")
+        content = len(step["content"])
+        pattern = step["pattern"].get("String")
         own = max(content / len(pattern), 1.0) if pattern else 1.0 + content
     elif kind == "Prepend":
         own = 1.0 + len(step["prepend"])
@@ -97,25 +117,37 @@ def growth(step: Any) -> float:
 def _longest(charsmap: bytes) -> int:
     """Characters of the longest text that a compiled normalisation puts in the place of one."""
     (size,) = struct.unpack_from("<I", charsmap)
-    return max((len(text.decode("utf-8", "replace")) for text in charsmap[4 + size :].split(b"\0")), default=1) or 1
+    return (
+        max(
+            (len(text.decode("utf-8", "replace")) for text in charsmap[4 + size :].split(b"\0")),
+            default=1,
+        )
+        or 1
+    )
 
 
 def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool) -> list[list[int]]:
     """The ids of texts.
 
     Raises:
-      InputError: one is not a string of valid Unicode, the tokenizer fails on one, or takes longer than `limits` say.
+      InputError: one is not a string of valid Unicode, the tokenizer fails on one, or takes longer
+        than `limits` say.
     """
     size = sum(map(len, texts))
     work = lambda: [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=special)]
     try:
         return _in_time(work, size, "the tokenizer cannot read it")
     except TypeError:
-        raise InputError("text: not a string of valid Unicode; allowed: any str without lone surrogates") from None
+        raise InputError(
+            "text: not a string of valid Unicode; allowed: any str without lone surrogates"
+        ) from None
 
 
-def encode_offsets(backend: tokenizers.Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a text, and for each the first and the end of its characters; what stands around texts is not added.
+def encode_offsets(
+    backend: tokenizers.Tokenizer, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a text, and for each the first and the end of its characters; what stands around
+    texts is not added.
 
     Raises:
       InputError: see `encode`.
@@ -124,7 +156,9 @@ def encode_offsets(backend: tokenizers.Tokenizer, text: str) -> tuple[list[int],
     try:
         found = _in_time(work, len(text), "the tokenizer cannot read it")
     except TypeError:
-        raise InputError("text: not a string of valid Unicode; allowed: any str without lone surrogates") from None
+        raise InputError(
+            "text: not a string of valid Unicode; allowed: any str without lone surrogates"
+        ) from None
     return found.ids, found.offsets
 
 
@@ -158,7 +192,9 @@ def _in_time[T](work: Callable[[], T], size: int, failed: str) -> T:
     thread.start()
     thread.join(seconds)
     if not said:
-        raise InputError(f"{what}: {failed}: it takes more than {seconds:g} seconds ({way('tokenizer_seconds')})")
+        raise InputError(
+            f"{what}: {failed}: it takes more than {seconds:g} seconds ({way('tokenizer_seconds')})"
+        )
     well, result = said[0]
     if well:
         return result

@@ -1,7 +1,9 @@
-"""The tensors of a GGUF file: as floats, or as the codes and scales that stand in it (`QTensor`, bit for bit the same weights).
+"""The tensors of a GGUF file: as floats, or as the codes and scales that stand in it (`QTensor`,
+bit for bit the same weights).
 
-How each type lays out its bits is known to the `gguf` package alone. It is asked for codes and scales by blocks that are changed:
-with all scales one, what it decodes are the codes; with all codes one, the scales; with all codes zero, the minima.
+How each type lays out its bits is known to the `gguf` package alone. It is asked for codes and
+scales by blocks that are changed: with all scales one, what it decodes are the codes; with all
+codes one, the scales; with all codes zero, the minima.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Layout:
       group: codes that share a scale.
       ones: what makes every code one.
       unit: what makes every scale one.
-      minima: what makes every minimum zero; empty where there are none. With minima, codes begin at zero.
+      minima: what makes every minimum zero; empty where there are none. With minima, codes begin at
+        zero.
       half: whether a 16-bit float holds the scales and minima exactly.
     """
 
@@ -49,30 +52,46 @@ def _one(at: int) -> Bytes:
     return (at, at + 1, 0x00), (at + 1, at + 2, 0x3C)
 
 
-_SIX_BITS = (*_one(0), (4, 8, 1), (8, 12, 0), (12, 16, 1))  # Q4_K and Q5_K: eight scales and minima of 6 bits, interleaved
+_SIX_BITS = (
+    *_one(0),
+    (4, 8, 1),
+    (8, 12, 0),
+    (12, 16, 1),
+)  # Q4_K and Q5_K: eight scales and minima of 6 bits, interleaved
 LAYOUTS = {
     "Q8_0": Layout(8, 32, ((2, 34, 0x01),), _one(0)),
     "Q4_0": Layout(4, 32, ((2, 18, 0x99),), _one(0)),
     "Q4_1": Layout(4, 32, ((4, 20, 0x11),), _one(0), ((2, 4, 0),)),
     "Q5_0": Layout(5, 32, ((2, 6, 0xFF), (6, 22, 0x11)), _one(0)),
     "Q5_1": Layout(5, 32, ((4, 8, 0x00), (8, 24, 0x11)), _one(0), ((2, 4, 0),)),
-    "Q2_K": Layout(2, 16, ((16, 80, 0x55),), ((0, 16, 0x01), *_one(80)), ((82, 84, 0),), half=False),
-    "Q3_K": Layout(3, 16, ((0, 32, 0xFF), (32, 96, 0x55)), ((96, 104, 0x11), (104, 108, 0xAA), *_one(108)), half=False),
+    "Q2_K": Layout(
+        2, 16, ((16, 80, 0x55),), ((0, 16, 0x01), *_one(80)), ((82, 84, 0),), half=False
+    ),
+    "Q3_K": Layout(
+        3,
+        16,
+        ((0, 32, 0xFF), (32, 96, 0x55)),
+        ((96, 104, 0x11), (104, 108, 0xAA), *_one(108)),
+        half=False,
+    ),
     "Q4_K": Layout(4, 32, ((16, 144, 0x11),), _SIX_BITS, ((2, 4, 0),), half=False),
     "Q5_K": Layout(5, 32, ((16, 48, 0x00), (48, 176, 0x11)), _SIX_BITS, ((2, 4, 0),), half=False),
-    "Q6_K": Layout(6, 16, ((0, 128, 0x11), (128, 192, 0xAA)), ((192, 208, 0x01), *_one(208)), half=False),
+    "Q6_K": Layout(
+        6, 16, ((0, 128, 0x11), (128, 192, 0xAA)), ((192, 208, 0x01), *_one(208)), half=False
+    ),
 }
 
 
 class Blocks(Tensors):
     """The tensors of a GGUF file.
 
-    With `packed`, a matrix of a type in `LAYOUTS` is given as the tensors of a `QTensor` (`NAME_packed`, `NAME_scale`,
-    `NAME_minimum`), whose static fields are in `fields`.
+    With `packed`, a matrix of a type in `LAYOUTS` is given as the tensors of a `QTensor`
+    (`NAME_packed`, `NAME_scale`, `NAME_minimum`), whose static fields are in `fields`.
     """
 
     def __init__(self, file: GGUFFile, packed: bool = False):
-        self.where, self._file = file.path.name, file
+        self.where = file.path.name
+        self._file = file
         self.fields: dict[str, dict[str, Any]] = {}
         self._virtual: dict[str, tuple[str, jax.ShapeDtypeStruct]] = {}
         self._last: tuple[Any, dict[str, np.ndarray]] = (None, {})
@@ -81,13 +100,17 @@ class Blocks(Tensors):
                 arrays, fields = to_tensors(_shapes(entry.shape, LAYOUTS[entry.type]))
                 assert fields is not None
                 self.fields[name] = fields
-                self._virtual |= {f"{name}_{suffix}": (name, array) for suffix, array in arrays.items()}
+                self._virtual |= {
+                    f"{name}_{suffix}": (name, array) for suffix, array in arrays.items()
+                }
 
     def names(self) -> Collection[str]:
         return [*(name for name in self._file.tensors if name not in self.fields), *self._virtual]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._virtual[name][1].shape if name in self._virtual else self._file.entry(name).shape
+        return (
+            self._virtual[name][1].shape if name in self._virtual else self._file.entry(name).shape
+        )
 
     def dtype(self, name: str) -> np.dtype:
         if name in self._virtual:
@@ -98,26 +121,34 @@ class Blocks(Tensors):
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
         if name not in self._virtual:
             return self._file.read(name, index)
-        base, suffix = self._virtual[name][0], name.rsplit("_", 1)[1]
+        base = self._virtual[name][0]
+        suffix = name.rsplit("_", 1)[1]
         rows = index[0] if index else slice(None)
         key = base, str(rows) if isinstance(rows, slice) else rows.tobytes()
         if self._last[0] != key:  # the parts of a leaf are asked for one after the other
             leaf = unpack_blocks(self._file.raw(base)[rows], self._file.entry(base).type)
-            self._last = key, {part: np.asarray(array) for part, array in to_tensors(leaf)[0].items()}
+            self._last = (
+                key,
+                {part: np.asarray(array) for part, array in to_tensors(leaf)[0].items()},
+            )
         return self._last[1][suffix][(slice(None), *index[1:])]
 
 
 def unpack_blocks(data: np.ndarray, kind: str) -> QTensor:
-    """Rows of blocks as a `QTensor` that decodes to what the file's own dequantisation gives, bit for bit.
+    """Rows of blocks as a `QTensor` that decodes to what the file's own dequantisation gives, bit
+    for bit.
 
     Args:
       data: uint8 `[rows, bytes]`.
       kind: a type in `LAYOUTS`.
     """
-    gguf, layout = require("gguf", "hub"), LAYOUTS[kind]
+    gguf = require("gguf", "hub")
+    layout = LAYOUTS[kind]
     type_ = gguf.GGMLQuantizationType[kind]
-    size, length = gguf.GGML_QUANT_SIZES[type_][1], gguf.GGML_QUANT_SIZES[type_][0]
-    rows, n = data.shape[0], data.shape[1] // size * length
+    size = gguf.GGML_QUANT_SIZES[type_][1]
+    length = gguf.GGML_QUANT_SIZES[type_][0]
+    rows = data.shape[0]
+    n = data.shape[1] // size * length
 
     def decoded(*changes: tuple[int, int, int]) -> np.ndarray:
         blocks = data.reshape(-1, size).copy()
@@ -131,8 +162,12 @@ def unpack_blocks(data: np.ndarray, kind: str) -> QTensor:
 
     codes = decoded(*layout.unit, *layout.minima).astype(np.uint8 if layout.minima else np.int8)
     scale = of_groups(*layout.ones, *layout.minima)
-    minimum = of_groups(*((first, stop, 0) for first, stop, _ in layout.ones)) if layout.minima else None
-    return QTensor.from_codes(jnp.asarray(codes), scale, minimum, bits=layout.bits, group=layout.group)
+    minimum = (
+        of_groups(*((first, stop, 0) for first, stop, _ in layout.ones)) if layout.minima else None
+    )
+    return QTensor.from_codes(
+        jnp.asarray(codes), scale, minimum, bits=layout.bits, group=layout.group
+    )
 
 
 def _shapes(shape: tuple[int, ...], layout: Layout) -> QTensor:
@@ -142,6 +177,8 @@ def _shapes(shape: tuple[int, ...], layout: Layout) -> QTensor:
     scale = jax.ShapeDtypeStruct((shape[0], shape[1] // layout.group), kind)
 
     def make(codes: jax.Array, scale: jax.Array) -> QTensor:
-        return QTensor.from_codes(codes, scale, scale if layout.minima else None, bits=layout.bits, group=layout.group)
+        return QTensor.from_codes(
+            codes, scale, scale if layout.minima else None, bits=layout.bits, group=layout.group
+        )
 
     return jax.eval_shape(make, codes, scale)

@@ -1,4 +1,5 @@
-"""`Bundle`: a model with its weights, processor and card; and its form on disk, a folder in HF layout.
+"""`Bundle`: a model with its weights, processor and card; and its form on disk, a folder in HF
+layout.
 
     config.json         the config under HF names
     model.safetensors   a tensor a layer and leaf under HF names; a compressed leaf is several (weight_scale, ...)
@@ -6,8 +7,9 @@
     tokenizer.json, preprocessor_config.json ...  the processor
     adapter_config.json, adapter_model.safetensors  adapters, where there are some (see `adapters`)
 
-A folder with plain leaves is one that transformers loads. Saving is atomic: the new folder is written beside the old
-one, synced, and takes its place at the end, so a full disk or a kill leaves the old bundle whole.
+A folder with plain leaves is one that transformers loads. Saving is atomic: the new folder is
+written beside the old one, synced, and takes its place at the end, so a full disk or a kill leaves
+the old bundle whole.
 """
 
 from __future__ import annotations
@@ -27,10 +29,26 @@ from safetensors.numpy import save_file
 from jaxmodel import axes, layers, schema, tree
 from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.errors import InputError, require
-from jaxmodel.hub import adapters, foreign, images, keys, meaning, schemas, tokenizer as tokenizers, vocabularies
+from jaxmodel.hub import (
+    adapters,
+    foreign,
+    images,
+    keys,
+    meaning,
+    schemas,
+    tokenizer as tokenizers,
+    vocabularies,
+)
 from jaxmodel.hub.assemble import assemble, settle
 from jaxmodel.hub.families import OWN, family_of, family_of_kind
-from jaxmodel.hub.files import WEIGHTS, check_depth, check_target, count_tensors, open_folder, replacing
+from jaxmodel.hub.files import (
+    WEIGHTS,
+    check_depth,
+    check_target,
+    count_tensors,
+    open_folder,
+    replacing,
+)
 from jaxmodel.hub.names import Family, Name, check_fields, find, layer_shapes, to_file
 from jaxmodel.leaves.fields import digest
 from jaxmodel.leaves.leaf import to_tensors
@@ -55,9 +73,10 @@ class Bundle:
     Attributes:
       model: pure functions.
       params: the stored form: separate leaves, packed.
-      processor: the tokenizer (which has the image processor of a model of both), the image processor, or None.
-      card: what is known about it: name, source, training data, compression report; names of classes that its config has not;
-        `special_ids` of a folder without a tokenizer.
+      processor: the tokenizer (which has the image processor of a model of both), the image
+        processor, or None.
+      card: what is known about it: name, source, training data, compression report; names of
+        classes that its config has not; `special_ids` of a folder without a tokenizer.
     """
 
     model: Model
@@ -67,7 +86,8 @@ class Bundle:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the classes in the order of the logits: of the config, else of the card (`labels`); () for none.
+        """The names of the classes in the order of the logits: of the config, else of the card
+        (`labels`); () for none.
 
         Raises:
           InputError: the card names more or fewer classes than the config has.
@@ -75,7 +95,8 @@ class Bundle:
         config = self.model.config
         if hasattr(config, "labels"):
             return tuple(config.labels)
-        named, classes = tuple(map(str, self.card.get("labels", ()))), getattr(config, "classes", 0)
+        named = tuple(map(str, self.card.get("labels", ())))
+        classes = getattr(config, "classes", 0)
         if isinstance(config, Foreign):  # which does not say how many it has
             return named
         if named and len(named) != classes:
@@ -83,15 +104,18 @@ class Bundle:
         return named
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the bundle to a folder, atomically; `from_pretrained(folder)` reads it back bit for bit."""
+        """Write the bundle to a folder, atomically; `from_pretrained(folder)` reads it back bit for
+        bit.
+        """
         return save(self, folder)
 
     def running(self) -> tree.Params:
-        """The params in the form that runs fastest: sparse leaves expanded, maps of one input fused.
+        """The params in the form that runs fastest: sparse leaves expanded, maps of one input
+        fused.
 
-        They are made once for each bundle and live as long as it does, beside `params`. Of params that are in this form
-        already nothing is copied, so `dataclasses.replace(bundle, params=bundle.running())` is a bundle that holds no more
-        than what runs.
+        They are made once for each bundle and live as long as it does, beside `params`. Of params
+        that are in this form already nothing is copied, so `dataclasses.replace(bundle,
+        params=bundle.running())` is a bundle that holds no more than what runs.
         """
         return self._running
 
@@ -101,7 +125,8 @@ class Bundle:
         return layers.fuse(expand(self.params))
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows: card, config, and the tree by path as `jaxmodel summary` has it, to be folded out.
+        """What a notebook shows: card, config, and the tree by path as `jaxmodel summary` has it,
+        to be folded out.
 
         None, so that the plain text is shown, where treescope is not installed.
         """
@@ -109,10 +134,16 @@ class Bundle:
             treescope = require("treescope", "notebook")
         except InputError:
             return None
-        shown = {"card": dict(self.card), "config": self.model.config, "params": outline(self.model, self.params)}
+        shown = {
+            "card": dict(self.card),
+            "config": self.model.config,
+            "params": outline(self.model, self.params),
+        }
         with warnings.catch_warnings():  # it looks through all that numpy has, deprecated names too
             warnings.simplefilter("ignore", DeprecationWarning)
-            return treescope.render_to_html(shown, compressed=False)  # text, which can be searched and compared
+            return treescope.render_to_html(
+                shown, compressed=False
+            )  # text, which can be searched and compared
 
 
 def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
@@ -123,7 +154,8 @@ def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
     """
     if not isinstance(bundle.processor, tokenizers.Tokenizer):
         raise InputError(
-            f"model: {bundle.card.get('name', 'the bundle')!r} has no tokenizer, so text cannot be read; allowed: a folder with "
+            f"model: {bundle.card.get('name', 'the bundle')!r} has no tokenizer, so text cannot "
+            f"be read; allowed: a folder with "
             f"one of {', '.join(vocabularies.FILES)}"
         )
     return bundle.processor
@@ -132,8 +164,8 @@ def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
 def check_vocabulary(config: Any, processor: Any, where: str) -> None:
     """Refuse a tokenizer with tokens for which the embedding has no row.
 
-    A special token without a role may lie behind the last row, as Gemma's token of images does in its models of text alone; a
-    text that has it is refused when it is read.
+    A special token without a role may lie behind the last row, as Gemma's token of images does in
+    its models of text alone; a text that has it is refused when it is read.
 
     Raises:
       InputError: such a token.
@@ -143,7 +175,10 @@ def check_vocabulary(config: Any, processor: Any, where: str) -> None:
         return
     if (found := processor.beyond(rows)) is not None:
         token, i = found
-        raise InputError(f"{where}: the tokenizer's token {token!r} has id {i}, but the embedding's are 0 to {rows - 1}")
+        raise InputError(
+            f"{where}: the tokenizer's token {token!r} has id {i}, but the embedding's are 0 to "
+            f"{rows - 1}"
+        )
 
 
 def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -152,10 +187,12 @@ def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> 
     Args:
       bundle: what is saved.
       folder: where.
-      shard_bytes: weights beyond this size go to several files with an index; one file's tensors are in memory at a time.
+      shard_bytes: weights beyond this size go to several files with an index; one file's tensors
+        are in memory at a time.
 
     Raises:
-      InputError: params that are not those of the config, or a folder that cannot be written; its content is untouched.
+      InputError: params that are not those of the config, or a folder that cannot be written; its
+        content is untouched.
     """
     family, config = family_of(bundle.model)
     given, (params, added) = bundle, split_adapters(bundle.params)
@@ -202,46 +239,74 @@ def load(
     """Read a bundle, ours or HF's; see `from_pretrained`.
 
     Raises:
-      InputError: a file, tensor or key is missing, of an unknown family, or does not fit; nothing is half loaded.
+      InputError: a file, tensor or key is missing, of an unknown family, or does not fit; nothing
+        is half loaded.
     """
     made = _foreign(folder, module)
-    family, config, card = read_config(folder, ignore) if made is None else (foreign.layout(made), made.config, {})
-    ours = _read_ours(folder / OURS, family.architecture, config) if (folder / OURS).exists() else {}
+    family, config, card = (
+        read_config(folder, ignore) if made is None else (foreign.layout(made), made.config, {})
+    )
+    ours = (
+        _read_ours(folder / OURS, family.architecture, config) if (folder / OURS).exists() else {}
+    )
     stored = ours["policy"] if ours else Policy()
-    how: Policy = policy or (stored if dtype is None else dataclasses.replace(stored, compute=dtype))
-    processor = tokenizers.from_folder(folder) if tokenizers.is_there(folder) else images.from_folder(folder)
+    how: Policy = policy or (
+        stored if dtype is None else dataclasses.replace(stored, compute=dtype)
+    )
+    processor = (
+        tokenizers.from_folder(folder)
+        if tokenizers.is_there(folder)
+        else images.from_folder(folder)
+    )
     check_vocabulary(config, processor, str(folder))
     kind = dtype or (None if ours else "float32")
     with open_folder(folder) as opened:
-        tensors, fields = family.view(opened), ours.get("leaves", {})
+        tensors = family.view(opened)
+        fields = ours.get("leaves", {})
         config = config if ours else settle(config, family, tensors)
         model = family.model(config, how) if made is None else made.with_policy(how)
-        how_stored: dict[str, Any] = {"fields": fields, "narrow": ours.get("narrow", {}), "dtype": kind}
+        how_stored: dict[str, Any] = {
+            "fields": fields,
+            "narrow": ours.get("narrow", {}),
+            "dtype": kind,
+        }
         params = assemble(model, family, family.names(config), tensors, **how_stored, mesh=mesh)
     if made is not None:
         params = tree.unstack(params)  # a layer each, as the module itself has them
-    if not ours and not isinstance(processor, tokenizers.Tokenizer) and hasattr(config, "vocab") and made is None:
+    if (
+        not ours
+        and not isinstance(processor, tokenizers.Tokenizer)
+        and hasattr(config, "vocab")
+        and made is None
+    ):
         card = card | {"special_ids": ids} if (ids := meaning.special_ids(folder)) else card
     bundle = Bundle(model, params, processor, ours.get("card", card))
     if (folder / adapters.FILE).exists() and not (folder / adapters.CONFIG).exists():
         raise InputError(
-            f"{folder}: {adapters.CONFIG!r} is missing, which says what {adapters.FILE!r} means; add it or remove that"
+            f"{folder}: {adapters.CONFIG!r} is missing, which says what {adapters.FILE!r} means; "
+            f"add it or remove that"
         )
     if ours.get("adapters") or (folder / adapters.CONFIG).exists():
         return adapters.add_adapters(bundle, folder, mesh=mesh)
     return bundle
 
 
-# --------------------------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------ configs
 
 
 def _foreign(folder: Path, module: Any) -> Model | None:
-    """The model of a foreign module's folder, of the module that was handed over; None for other folders."""
-    where, hf = f"{folder}/config.json", schema.read(folder / "config.json")
+    """The model of a foreign module's folder, of the module that was handed over; None for other
+    folders.
+    """
+    where = f"{folder}/config.json"
+    hf = schema.read(folder / "config.json")
     if hf.get("model_type") == foreign.KIND:
         return foreign.model_of(folder, schema.make(hf, schemas.Foreign, where), module)
     if module is not None:
-        raise InputError(f"module: given for {folder}, which is of {hf.get('model_type')!r}; allowed: None, as it brings its own")
+        raise InputError(
+            f"module: given for {folder}, which is of {hf.get('model_type')!r}; allowed: None, as "
+            f"it brings its own"
+        )
     return None
 
 
@@ -258,16 +323,25 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
       ignore: keys of it that are taken as not there.
 
     Raises:
-      InputError: it is missing, or has a key of another kind than it should be, or one that is not read and may change what is
-        computed, or says what no family has.
+      InputError: it is missing, or has a key of another kind than it should be, or one that is not
+        read and may change what is computed, or says what no family has.
     """
     where = f"{folder}/config.json"
-    hf = keys.Keys(schema.make(keys.without(schema.read(folder / "config.json"), ignore), schemas.Config, where))
+    hf = keys.Keys(
+        schema.make(
+            keys.without(schema.read(folder / "config.json"), ignore), schemas.Config, where
+        )
+    )
     packed = hf.get("quantization_config")
-    how = None if packed is None else packed.get("quant_method") or packed.get("quant_algo") or "a method that is not named"
+    how = (
+        None
+        if packed is None
+        else packed.get("quant_method") or packed.get("quant_algo") or "a method that is not named"
+    )
     if how is not None and (how, hf.get("model_type")) != DECODED:
         raise InputError(
-            f"{where}: the weights are quantised by {how}, which is not read; give the model that it was made from, or a "
+            f"{where}: the weights are quantised by {how}, which is not read; give the model that "
+            f"it was made from, or a "
             "GGUF file, and compress that here"
         )
     family = family_of_kind(str(hf.get("model_type")), f"{where}: model_type")
@@ -283,7 +357,9 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
     except KeyError as error:
         raise InputError(f"{where}: the key {error} is missing") from None
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{where}: a value is of the wrong kind: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"{where}: a value is of the wrong kind: {' '.join(str(error).split())}"
+        ) from None
     return family, check_fields(config, where), family.card(hf)
 
 
@@ -296,14 +372,22 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     theirs = {"family": family, **json.loads(json.dumps(_plain(config)))}
     for key, value in {"family": ours["family"], **ours["config"]}.items():
         if theirs.get(key) != value:
-            raise InputError(f"{path}: {key} is {value!r}, but config.json says {theirs.get(key)!r}")
-    if digest(ours["leaves"]) != ours["leaves_sha256"]:  # some wrong fields fit the arrays and give other weights
-        raise InputError(f"{path}: the static fields of the leaves are not those that were written (leaves_sha256)")
+            raise InputError(
+                f"{path}: {key} is {value!r}, but config.json says {theirs.get(key)!r}"
+            )
+    if (
+        digest(ours["leaves"]) != ours["leaves_sha256"]
+    ):  # some wrong fields fit the arrays and give other weights
+        raise InputError(
+            f"{path}: the static fields of the leaves are not those that were written "
+            f"(leaves_sha256)"
+        )
     return {**ours, "policy": schema.make(ours["policy"], Policy, str(path), "policy")}
 
 
 def _special_ids(processor: Any, card: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a text begins and ends: what transformers would otherwise take from GPT-2's or Llama's own vocabulary.
+    """Where a text begins and ends: what transformers would otherwise take from GPT-2's or Llama's
+    own vocabulary.
 
     Without a tokenizer these are the ids of the folder that was read, which the card keeps.
     """
@@ -314,27 +398,44 @@ def _special_ids(processor: Any, card: Mapping[str, Any]) -> dict[str, Any]:
     return {"bos_token_id": processor.bos_id, "eos_token_id": end, "pad_token_id": processor.pad_id}
 
 
-# --------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def _check_params(bundle: Bundle) -> dict[str, int]:
-    """Refuse what is not the model of the config, but for layers with fewer units; the groups that have fewer, and how many."""
-    leaves, whole = tree.flatten(bundle.params), layer_shapes(bundle.model)
-    there = {layer: tree.layer_shape(path, leaf) for path, leaf in leaves.items() for layer in tree.layer_paths(path)}
+    """Refuse what is not the model of the config, but for layers with fewer units; the groups that
+    have fewer, and how many.
+    """
+    leaves = tree.flatten(bundle.params)
+    whole = layer_shapes(bundle.model)
+    there = {
+        layer: tree.layer_shape(path, leaf)
+        for path, leaf in leaves.items()
+        for layer in tree.layer_paths(path)
+    }
     wanted = {path: leaf.shape for path, leaf in tree.flatten(whole).items()}
     for path in wanted:
         if path not in there:
-            raise InputError(f"params: the leaf {path!r} is missing; a fused tree is for running, not for saving")
+            raise InputError(
+                f"params: the leaf {path!r} is missing; a fused tree is for running, not for saving"
+            )
     if all(there[path] == shape for path, shape in wanted.items()):
         return {}
-    declared, reason = bundle.model.axes, ""
+    declared = bundle.model.axes
+    reason = ""
     try:
         fewer = axes.narrower(declared, whole, bundle.params)
-        wanted = {path: leaf.shape for path, leaf in tree.flatten(axes.shapes(declared, whole, fewer)).items()}
+        wanted = {
+            path: leaf.shape
+            for path, leaf in tree.flatten(axes.shapes(declared, whole, fewer)).items()
+        }
     except InputError as error:
-        fewer, reason = {}, f" ({str(error).removeprefix('axes: ').removeprefix('params: ')})"
+        fewer = {}
+        reason = f" ({str(error).removeprefix('axes: ').removeprefix('params: ')})"
     if unlike := next((path for path in wanted if there[path] != wanted[path]), None):
-        raise InputError(f"params: {unlike!r} has shape {list(there[unlike])}; the config needs {list(wanted[unlike])}{reason}")
+        raise InputError(
+            f"params: {unlike!r} has shape {list(there[unlike])}; the config needs "
+            f"{list(wanted[unlike])}{reason}"
+        )
     return fewer
 
 
@@ -349,14 +450,19 @@ def _static_fields(bundle: Bundle, names: tuple[Name, ...]) -> dict[str, Any]:
 
 
 def _tensors(bundle: Bundle, names: tuple[Name, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the file, brought to the host one after the other; parts of a tensor wait for each other."""
+    """Every tensor of the file, brought to the host one after the other; parts of a tensor wait for
+    each other.
+    """
     parts: dict[str, dict[int, tuple[Name, str, np.ndarray]]] = {}
     waiting = _parts_of_tensors(bundle, names)
     for path, leaf in tree.flatten(bundle.params).items():
         arrays, static = to_tensors(leaf)
         for i, layer_path in enumerate(tree.layer_paths(path)):
             name, layer = find(names, layer_path)
-            one = {s: np.asarray(array[i] if tree.is_stacked(path) else array) for s, array in arrays.items()}
+            one = {
+                s: np.asarray(array[i] if tree.is_stacked(path) else array)
+                for s, array in arrays.items()
+            }
             if static is not None:
                 for suffix, array in one.items():
                     yield f"{name.packed.format(layer)}_{suffix}", array
@@ -386,11 +492,16 @@ def _parts_of_tensors(bundle: Bundle, names: tuple[Name, ...]) -> dict[str, int]
     return count
 
 
-def _join(tensor: str, found: list[tuple[Name, str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Plain leaves in the file's form: parts of a tensor joined, or apart where they differ or some are compressed."""
+def _join(
+    tensor: str, found: list[tuple[Name, str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Plain leaves in the file's form: parts of a tensor joined, or apart where they differ or some
+    are compressed.
+    """
     whole = found[0][0].part
     alike = len({array.dtype for _, _, array in found}) == 1
-    arrays, name = [array for _, _, array in found], found[0][0]
+    arrays = [array for _, _, array in found]
+    name = found[0][0]
     if whole is not None and alike and len(found) == len(whole[1]) and _in_proportion(arrays, name):
         woven = np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1) if name.woven else None
         yield tensor, np.concatenate(arrays, axis=name.joined) if woven is None else woven
@@ -403,10 +514,15 @@ def _in_proportion(arrays: list[np.ndarray], name: Name) -> bool:
     """Whether parts are to each other as the file's are, which is how they are told apart again."""
     assert name.part is not None
     lengths = [array.shape[name.joined] for array in arrays]
-    return all(n * name.part[1][0] == lengths[0] * size for n, size in zip(lengths, name.part[1], strict=True))
+    return all(
+        n * name.part[1][0] == lengths[0] * size
+        for n, size in zip(lengths, name.part[1], strict=True)
+    )
 
 
-def _save_weights(tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int) -> None:
+def _save_weights(
+    tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard_bytes: int
+) -> None:
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = 0
@@ -419,13 +535,16 @@ def _save_weights(tensors: Iterator[tuple[str, np.ndarray]], folder: Path, shard
     for name, array in tensors:
         if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
             write()
-        held[name] = np.asarray(array, order="C")  # which leaves a scalar one, as np.ascontiguousarray does not
+        held[name] = np.asarray(
+            array, order="C"
+        )  # which leaves a scalar one, as np.ascontiguousarray does not
         total += array.nbytes
     write()
     if len(shards) == 1:
         (folder / "part-0").rename(folder / WEIGHTS)
         return
-    stem, where = WEIGHTS.removesuffix(".safetensors"), {}
+    stem = WEIGHTS.removesuffix(".safetensors")
+    where = {}
     for i, names in enumerate(shards):
         file = f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{i}").rename(folder / file)

@@ -16,7 +16,11 @@ from jaxmodel.limits import limits, way
 type Template = str | Mapping[str, str]
 """One template, or several by name."""
 
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first two
+_THOUGHTS = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # names of a message's reasoning; templates read the first two
 
 
 def choose(template: Template | None, name: str | None = None, tools: bool = False) -> str:
@@ -24,7 +28,8 @@ def choose(template: Template | None, name: str | None = None, tools: bool = Fal
 
     Args:
       template: of the tokenizer.
-      name: which of several; None for "tool_use" where there are tools and one of that name, else "default".
+      name: which of several; None for "tool_use" where there are tools and one of that name, else
+        "default".
       tools: whether the chat has tools.
 
     Raises:
@@ -34,19 +39,26 @@ def choose(template: Template | None, name: str | None = None, tools: bool = Fal
         raise InputError("chat_template: this tokenizer has none; give the prompt as plain text")
     if isinstance(template, str):
         if name is not None:
-            raise InputError(f"template: {name!r} given, but this tokenizer has one chat template without a name")
+            raise InputError(
+                f"template: {name!r} given, but this tokenizer has one chat template without a name"
+            )
         return template
     if name is None:
         name = "tool_use" if tools and "tool_use" in template else "default"
         if name not in template:
             names = ", ".join(sorted(template))
-            raise InputError(f"chat_template: there are multiple templates and no default; choose one of them: {names}")
+            raise InputError(
+                f"chat_template: there are multiple templates and no default; choose one of them: "
+                f"{names}"
+            )
     if name not in template:
         raise unknown("template", name, template)
     return template[name]
 
 
-def render(template: str, special: Mapping[str, str], messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
+def render(
+    template: str, special: Mapping[str, str], messages: Sequence[Mapping[str, Any]], **given: Any
+) -> str:
     """A conversation as the template writes it.
 
     Args:
@@ -64,39 +76,53 @@ def render(template: str, special: Mapping[str, str], messages: Sequence[Mapping
 def render_spans(
     template: str, special: Mapping[str, str], messages: Sequence[Mapping[str, Any]], **given: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """`render`, and where the assistant speaks in it: first and behind the last character of each `{% generation %}`; none of a
-    template that has no such."""
+    """`render`, and where the assistant speaks in it: first and behind the last character of each
+    `{% generation %}`; none of a template that has no such.
+    """
     said = _render(template, special, messages, given, True)
     return said["text"], [(first, last) for first, last in said["spans"]]
 
 
-def _render(template: str, special: Mapping[str, str], messages: Any, given: Mapping[str, Any], spans: bool) -> dict[str, Any]:
-    if isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise InputError(f"messages: {messages!r:.80} is not a list of {{'role': ..., 'content': ...}}")
+def _render(
+    template: str, special: Mapping[str, str], messages: Any, given: Mapping[str, Any], spans: bool
+) -> dict[str, Any]:
+    if isinstance(messages, str | Mapping) or not all(
+        isinstance(m, Mapping) and "role" in m for m in messages
+    ):
+        raise InputError(
+            f"messages: {messages!r:.80} is not a list of {{'role': ..., 'content': ...}}"
+        )
     said = _ask(template, {**special, "messages": list(map(_message, messages)), **given}, spans)
     if "error" in said:
-        raise InputError(f"chat_template: it failed on these messages: {' '.join(said['error'].split())}")
+        raise InputError(
+            f"chat_template: it failed on these messages: {' '.join(said['error'].split())}"
+        )
     return said
 
 
 def read(folder: Path, entry: Any) -> Template | None:
-    """The templates of a folder: of its .jinja files, else of chat_template.json, else of tokenizer_config.json.
+    """The templates of a folder: of its .jinja files, else of chat_template.json, else of
+    tokenizer_config.json.
 
     Args:
       folder: in HF layout.
-      entry: `chat_template` of tokenizer_config.json: a template, a list of `{"name", "template"}`, or name -> template.
+      entry: `chat_template` of tokenizer_config.json: a template, a list of `{"name", "template"}`,
+        or name -> template.
 
     Raises:
       InputError: a file that is no such thing.
     """
-    path, more = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    path = folder / "chat_template.jinja"
+    more = folder / "additional_chat_templates"
     named = {file.stem: _text(file) for file in sorted(more.glob("*.jinja"))}
     if path.is_file():
         one = _text(path)
         return {"default": one, **named} if named else one
     if named:
         return named
-    entry = schema.read(folder / "chat_template.json", Templates, missing=True).get("chat_template", entry)
+    entry = schema.read(folder / "chat_template.json", Templates, missing=True).get(
+        "chat_template", entry
+    )
     return {item["name"]: item["template"] for item in entry} if isinstance(entry, list) else entry
 
 
@@ -120,7 +146,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     return kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought}
 
 
-# ------------------------------------------------------------------------------------------------ where templates run
+# ------------------------------------------------------------------------------ where templates run
 
 
 _CHILD = Child(Path(__file__).with_name("chat_worker.py"))

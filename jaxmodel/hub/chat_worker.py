@@ -1,7 +1,9 @@
-"""The process in which chat templates run: somebody else's programs, in Jinja's sandbox and with a limit of memory.
+"""The process in which chat templates run: somebody else's programs, in Jinja's sandbox and with a
+limit of memory.
 
-It is the `Child` of `jaxmodel.hub.chat`, which ends it when a template takes too long. It reads a line of JSON for each chat,
-and imports nothing of the project, so that it is there in a tenth of a second.
+It is the `Child` of `jaxmodel.hub.chat`, which ends it when a template takes too long. It reads a
+line of JSON for each chat, and imports nothing of the project, so that it is there in a tenth of a
+second.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ def environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`: what the assistant says, for training. The text is that of its body, between marks where they are
-        asked for."""
+        """`{% generation %}`: what the assistant says, for training. The text is that of its body,
+        between marks where they are asked for.
+        """
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
 
@@ -42,10 +45,20 @@ def environment() -> Any:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(
+        x: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
     made.filters["tojson"] = tojson
     made.globals["raise_exception"] = refuse
     made.globals[MARK] = ""
@@ -53,16 +66,23 @@ def environment() -> Any:
     return made
 
 
-def answer(made: Any, template: str, variables: dict[str, Any], most: int, spans: bool) -> dict[str, Any]:
-    """`{"text"}`, with `{"spans"}` where asked for: first and behind the last character of what the assistant says; or
-    `{"error"}`, with `{"limit"}` where it is one."""
-    pieces, length = [], 0
+def answer(
+    made: Any, template: str, variables: dict[str, Any], most: int, spans: bool
+) -> dict[str, Any]:
+    """`{"text"}`, with `{"spans"}` where asked for: first and behind the last character of what the
+    assistant says; or `{"error"}`, with `{"limit"}` where it is one.
+    """
+    pieces = []
+    length = 0
     made.globals[MARK] = mark = f"\ue000{secrets.token_hex(8)}\ue000" if spans else ""
     try:
         for piece in made.from_string(template).generate(variables):
             pieces.append(piece)
             if (length := length + len(piece)) > most:
-                return {"error": f"it writes more than {most:,} characters", "limit": "template_characters"}
+                return {
+                    "error": f"it writes more than {most:,} characters",
+                    "limit": "template_characters",
+                }
     except MemoryError:
         return {"error": "it takes more memory than it may have", "limit": "template_memory"}
     except Exception as error:  # a template can raise whatever Python can
@@ -72,7 +92,10 @@ def answer(made: Any, template: str, variables: dict[str, Any], most: int, spans
         return {"text": text}
     parts = text.split(mark)
     edges = list(itertools.accumulate(map(len, parts)))
-    return {"text": "".join(parts), "spans": [edges[i : i + 2] for i in range(0, len(edges) - 1, 2)]}
+    return {
+        "text": "".join(parts),
+        "spans": [edges[i : i + 2] for i in range(0, len(edges) - 1, 2)],
+    }
 
 
 def serve(memory: int) -> None:

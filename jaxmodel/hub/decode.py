@@ -1,4 +1,6 @@
-"""An image file as pixels: the one decoder, of training and of prediction, so that both see the same of a file."""
+"""An image file as pixels: the one decoder, of training and of prediction, so that both see the
+same of a file.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,28 @@ import numpy as np
 from jaxmodel.errors import InputError, require
 from jaxmodel.limits import limits, way
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of Pillow; others start programs (EPS), or are rare
+ENDINGS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "PPM",
+)  # of Pillow; others start programs (EPS), or are rare
 
 _MODES = {1: "L", 3: "RGB"}
 _said: set[str] = set()
@@ -23,8 +45,8 @@ _lock = threading.Lock()
 def decode(file: Any, channels: int, called: str) -> np.ndarray:
     """The pixels of an image file, turned upright as its camera says.
 
-    Transparent parts show white, as on paper. Of an animation the first frame is taken. Grey of 16 bits keeps them; of floating
-    numbers 0 is black and 1 is white.
+    Transparent parts show white, as on paper. Of an animation the first frame is taken. Grey of 16
+    bits keeps them; of floating numbers 0 is black and 1 is white.
 
     Args:
       file: opened for reading bytes.
@@ -35,19 +57,27 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
       `[Y, X]` or `[Y, X, channels]`: uint8, or uint16 where the file has more levels than 256.
 
     Raises:
-      InputError: it is no image of a kind that is read, is damaged, has more pixels than `limits` say, or has numbers whose black
-        and white nobody says.
+      InputError: it is no image of a kind that is read, is damaged, has more pixels than `limits`
+        say, or has numbers whose black and white nobody says.
     """
-    pillow, ops = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
+    pillow = require("PIL.Image", "data")
+    ops = require("PIL.ImageOps", "data")
     try:
         opened = _open(pillow, file)
         allowed = int(limits().pixels)  # a small file can claim any number
-        if math.prod(opened.size) > allowed or max(opened.size) > allowed // 2**9:  # a line takes memory, too
+        if (
+            math.prod(opened.size) > allowed or max(opened.size) > allowed // 2**9
+        ):  # a line takes memory, too
             size = " x ".join(f"{side:,}" for side in opened.size)
             most = f"{allowed:,}, {allowed // 2**9:,} in a direction ({way('pixels')})"
             raise InputError(f"{called} has {size} pixels; allowed: {most}")
-        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:  # in a JPEG others are previews
-            _say("frames", f"{called} has {opened.n_frames} frames; of this and others the first is taken")
+        if (
+            opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1
+        ):  # in a JPEG others are previews
+            _say(
+                "frames",
+                f"{called} has {opened.n_frames} frames; of this and others the first is taken",
+            )
         image = ops.exif_transpose(opened)
         if (levels := _levels(image, opened.format, called)) is not None:
             return levels
@@ -59,13 +89,18 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
         raise
     except Exception as error:  # each of Pillow's readers raises what it comes upon
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{called} cannot be decoded: {reason}; allowed: {', '.join(FORMATS)}") from None
+        raise InputError(
+            f"{called} cannot be decoded: {reason}; allowed: {', '.join(FORMATS)}"
+        ) from None
 
 
 def _open(pillow: Any, file: Any) -> Any:
-    """The image, of which no more than the head is read; Pillow's own limit, here a warning and there an error, is off."""
+    """The image, of which no more than the head is read; Pillow's own limit, here a warning and
+    there an error, is off.
+    """
     with _lock:
-        usual, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
+        usual = pillow.MAX_IMAGE_PIXELS
+        pillow.MAX_IMAGE_PIXELS = None
         try:
             return pillow.open(file, formats=FORMATS)
         finally:
@@ -77,13 +112,19 @@ def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         return np.asarray(image).astype(np.uint16)
     if image.mode == "I":
-        raise InputError(f"{called} has whole numbers of 32 bits, of which nobody says what is white; allowed: 8 or 16 bits")
+        raise InputError(
+            f"{called} has whole numbers of 32 bits, of which nobody says what is white; allowed: "
+            f"8 or 16 bits"
+        )
     if image.mode != "F":
         return None
     pixels = np.asarray(image).astype(np.float32)
     low, high = (float(edge(pixels)) for edge in (np.min, np.max))
     if not 0 <= low <= high <= 1:
-        raise InputError(f"{called} has floating numbers from {low:.6g} to {high:.6g}; allowed: 0 (black) to 1 (white)")
+        raise InputError(
+            f"{called} has floating numbers from {low:.6g} to {high:.6g}; allowed: 0 (black) to 1 "
+            f"(white)"
+        )
     return np.round(pixels * np.float32(65535)).astype(np.uint16)
 
 

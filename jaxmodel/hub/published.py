@@ -62,11 +62,13 @@ WEIGHTS = {
     "vit/vit-base-16": "google/vit-base-patch16-224",
     "vit/vit-large-16": "google/vit-large-patch16-224",
 }
-"""Size -> an id of the hub, `org/name`, or the name of a model that an installed package carries."""
+"""Size -> an id of the hub, `org/name`, or the name of a model that an installed package carries.
+"""
 
 
 def where(name: str) -> str | None:
-    """Where the trained weights of a size are to be had; None for no size, or one whose weights nobody has published.
+    """Where the trained weights of a size are to be had; None for no size, or one whose weights
+    nobody has published.
 
     Args:
       name: `family/size`, or the size alone where one family has it.

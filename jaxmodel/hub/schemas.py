@@ -1,7 +1,8 @@
-"""What the JSON files of a model's folder may hold: the kind of each key that is read; see `jaxmodel.schema`.
+"""What the JSON files of a model's folder may hold: the kind of each key that is read; see
+`jaxmodel.schema`.
 
-`Config` serves all families, since a name of config.json means the same kind of value in each. A key that a family reads stands
-here: a test sees to it.
+`Config` serves all families, since a name of config.json means the same kind of value in each. A
+key that a family reads stands here: a test sees to it.
 """
 
 from __future__ import annotations
@@ -347,7 +348,9 @@ type Modules = list[Module]
 
 
 class Pooling(TypedDict, total=False):
-    """1_Pooling/config.json, in its old form (a flag for each way) and its new one (`pooling_mode`)."""
+    """1_Pooling/config.json, in its old form (a flag for each way) and its new one
+    (`pooling_mode`).
+    """
 
     word_embedding_dimension: Count
     embedding_dimension: Count

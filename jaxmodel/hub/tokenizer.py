@@ -1,4 +1,6 @@
-"""Text to token ids and back: from a HF folder, from the metadata of a GGUF file, or trained on the spot."""
+"""Text to token ids and back: from a HF folder, from the metadata of a GGUF file, or trained on the
+spot.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError, border, unknown
+from jaxmodel.errors import InputError, border
 from jaxmodel.hub import backends, chat, images as image_files, vocabularies
 from jaxmodel.hub.schemas import Ends, Generation, Tokens
 from jaxmodel.report.shown import card
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = tuple(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "cls", "sep", "mask"))
-# tokens that end a turn of a chat, by the names that models give them; a GGUF file may say no more of them (as in llama.cpp)
-_TURN_ENDS = (
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
-    *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"),
-    "<｜end▁of▁sentence｜>",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +34,8 @@ class Tokenizer:
       bos_id: the id that begins a text, or None.
       pad_id: the id that fills rows, or None.
       chat_template: a Jinja template in the manner of HF, or several by name, or None.
-      special: the special tokens by their role in HF (those of `ROLES` that there are), as templates see them; None for
-        those of the ids above.
+      special: the special tokens by their role in HF (those of `ROLES` that there are), as
+        templates see them; None for those of the ids above.
       images: what reads the images of a model of both, or None.
     """
 
@@ -58,8 +54,13 @@ class Tokenizer:
         return card("Tokenizer", self._facts())
 
     def _facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {"kind": type(self.backend.model).__name__, "tokens": f"{self.vocab_size:,}"}
-        facts |= {role.removesuffix("_token"): repr(token) for role, token in self.named_tokens.items()}
+        facts: dict[str, Any] = {
+            "kind": type(self.backend.model).__name__,
+            "tokens": f"{self.vocab_size:,}",
+        }
+        facts |= {
+            role.removesuffix("_token"): repr(token) for role, token in self.named_tokens.items()
+        }
         return facts | {"chat template": "yes" if self.chat_template else "no"}
 
     @property
@@ -69,9 +70,16 @@ class Tokenizer:
 
     @property
     def named_tokens(self) -> dict[str, str]:
-        """The special tokens by their role in HF: `bos_token`, `eos_token`, `pad_token` and what else has a role."""
+        """The special tokens by their role in HF:
+
+        `bos_token`, `eos_token`, `pad_token` and what else has a role.
+        """
         said = dict(self.special or {})
-        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None), "pad_token": self.pad_id}
+        ids = {
+            "bos_token": self.bos_id,
+            "eos_token": next(iter(self.eos_ids), None),
+            "pad_token": self.pad_id,
+        }
         for role, i in ids.items():
             known = role in said and self.backend.token_to_id(said[role]) is not None
             if i is not None and (self.special is None or known):
@@ -83,25 +91,35 @@ class Tokenizer:
     @functools.cached_property
     def begins(self) -> tuple[int, ...]:
         """The ids that the tokenizer puts in front of a text (begin-of-text); () for none."""
-        bare, whole = self.encode("a"), self.encode("a", special=True)
+        bare = self.encode("a")
+        whole = self.encode("a", special=True)
         where = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
         return tuple(whole[: where[0]]) if bare and where else ()
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids that `decode` leaves out."""
-        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+        return frozenset(
+            i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
+        )
 
     def beyond(self, rows: int) -> tuple[str, int] | None:
-        """The first token, and its id, behind the last row of a table; None where all that a text needs are within.
+        """The first token, and its id, behind the last row of a table; None where all that a text
+        needs are within.
 
-        A special token that has no role here does not count, nor does that of padding, for rows are padded by masks: only a
-        text in which it is written out would have it.
+        A special token that has no role here does not count, nor does that of padding, for rows are
+        padded by masks: only a text in which it is written out would have it.
         """
         roles = {token for role, token in self.named_tokens.items() if role != "pad_token"}
         added = self.backend.get_added_tokens_decoder()
-        spare = {i for i, token in added.items() if token.special and token.content not in roles} | {self.pad_id}
-        over = {i: token for token, i in self.backend.get_vocab().items() if i >= rows and i not in spare}
+        spare = {
+            i for i, token in added.items() if token.special and token.content not in roles
+        } | {self.pad_id}
+        over = {
+            i: token
+            for token, i in self.backend.get_vocab().items()
+            if i >= rows and i not in spare
+        }
         return (over[min(over)], min(over)) if over else None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -121,14 +139,17 @@ class Tokenizer:
         return backends.encode(self.backend, list(_several(texts)), special)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no whole character become U+FFFD, ids beyond the vocabulary nothing.
+        """The text of `ids`; bytes that are no whole character become U+FFFD, ids beyond the
+        vocabulary nothing.
 
         Raises:
           InputError: a negative id, or a text beyond what `limits` say.
         """
         ids = [int(i) for i in ids]
         if min(ids, default=0) < 0:
-            raise InputError(f"ids: {min(ids)} is not a token id; allowed: 0 to {self.vocab_size - 1}")
+            raise InputError(
+                f"ids: {min(ids)} is not a token id; allowed: 0 to {self.vocab_size - 1}"
+            )
         return backends.decode(self.backend, ids, skip_special)
 
     def apply_chat(
@@ -148,18 +169,26 @@ class Tokenizer:
           add_generation_prompt: end with the opening of the assistant's answer.
           tools: what the model may call: JSON schemas of functions, as HF templates take them.
           documents: what the answer may rest on, as `{"title": "...", "text": "..."}`.
-          template: the name of one of several templates; None for "tool_use" with tools, else "default".
+          template: the name of one of several templates; None for "tool_use" with tools, else
+            "default".
           **more: what else the template reads (`enable_thinking=False`).
 
         Raises:
-          InputError: there is no chat template, a message has no role, or the template refuses the messages.
+          InputError: there is no chat template, a message has no role, or the template refuses the
+            messages.
         """
         chosen = chat.choose(self.chat_template, template, tools is not None)
-        given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **more}
+        given = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+            **more,
+        }
         return chat.render(chosen, self.named_tokens, messages, **given)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers and `from_folder` read.
+        """Write tokenizer.json and tokenizer_config.json, which transformers and `from_folder`
+        read.
 
         More than one end-of-text id goes to generation_config.json, where HF keeps them.
         """
@@ -171,14 +200,20 @@ class Tokenizer:
             "chat_template": chat.to_config(self.chat_template),
             **self.named_tokens,
         }
-        _write_json(folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
-        # Not backend.save: that turns a full disk into a bare Exception, and callers wait for OSError.
+        _write_json(
+            folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None}
+        )
+        # Not backend.save: that turns a full disk into a bare Exception, and callers wait for
+        # OSError.
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         if self.images is not None:
             self.images.save(folder)
         if len(self.eos_ids) > 1:
             path = folder / "generation_config.json"
-            _write_json(path, {**schema.read(path, Generation, missing=True), "eos_token_id": list(self.eos_ids)})
+            _write_json(
+                path,
+                {**schema.read(path, Generation, missing=True), "eos_token_id": list(self.eos_ids)},
+            )
 
 
 def is_there(folder: Path) -> bool:
@@ -187,7 +222,8 @@ def is_there(folder: Path) -> bool:
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder in HF layout: tokenizer.json, else a vocabulary alone; with its companions where present.
+    """The tokenizer of a folder in HF layout: tokenizer.json, else a vocabulary alone; with its
+    companions where present.
 
     A text ends with the `eos_token` and with the ids of generation_config.json and config.json.
 
@@ -196,43 +232,81 @@ def from_folder(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     names = ("special_tokens_map.json", "tokenizer_config.json")
-    config = {k: v for name in names for k, v in schema.read(folder / name, Tokens, missing=True).items() if v is not None}
-    path, own = folder / "tokenizer.json", {}
+    config = {
+        k: v
+        for name in names
+        for k, v in schema.read(folder / name, Tokens, missing=True).items()
+        if v is not None
+    }
+    path = folder / "tokenizer.json"
+    own = {}
     if path.is_file():
         backend = backends.load(path)
     else:
         with border(f"folder: {str(folder)!r} has no whole vocabulary"):
             backend, own = vocabularies.from_vocabulary(folder, config)
         backends.check(backend, str(folder))
-    contents = own | {role: token for role in ROLES if (token := _content(config.get(role))) is not None}
+    contents = own | {
+        role: token for role in ROLES if (token := _content(config.get(role))) is not None
+    }
     _add_tokens(backend, folder, config, set(contents.values()))
     ids = {role: backend.token_to_id(token) for role, token in contents.items()}
-    ends = [*_ends(folder / "generation_config.json", Generation), *_ends(folder / "config.json", Ends)]
+    ends = [
+        *_ends(folder / "generation_config.json", Generation),
+        *_ends(folder / "config.json", Ends),
+    ]
     rows = max(backend.get_vocab_size(), _rows(folder / "config.json"))
-    eos = [ids.get("eos_token"), *(i for i in ends if i < rows)]  # SigLIP's files repeat CLIP's end, which they have no row for
+    eos = [
+        ids.get("eos_token"),
+        *(i for i in ends if i < rows),
+    ]  # SigLIP's files repeat CLIP's end, which they have no row for
     template = chat.read(folder, config.get("chat_template"))
     pictures = image_files.from_folder(folder)
-    return Tokenizer(backend, _distinct(eos), ids.get("bos_token"), ids.get("pad_token"), template, contents, pictures)
+    return Tokenizer(
+        backend,
+        distinct(eos),
+        ids.get("bos_token"),
+        ids.get("pad_token"),
+        template,
+        contents,
+        pictures,
+    )
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], named: set[str]) -> None:
-    """The tokens that only `added_tokens_decoder` of tokenizer_config.json, or added_tokens.json, knows.
+def _add_tokens(
+    backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], named: set[str]
+) -> None:
+    """The tokens that only `added_tokens_decoder` of tokenizer_config.json, or added_tokens.json,
+    knows.
 
     Raises:
       InputError: one that is no token, or whose id is not the next.
     """
     found: dict[int, AddedToken] = {}
     listed = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    special = named | {_content(token) for token in (listed.values() if isinstance(listed, Mapping) else listed)}
-    for content, i in schema.read(folder / "added_tokens.json", dict[str, schema.Index], missing=True).items():
-        found[i] = AddedToken(content, special=content in special, normalized=content not in special)
+    special = named | {
+        _content(token) for token in (listed.values() if isinstance(listed, Mapping) else listed)
+    }
+    for content, i in schema.read(
+        folder / "added_tokens.json", dict[str, schema.Index], missing=True
+    ).items():
+        found[i] = AddedToken(
+            content, special=content in special, normalized=content not in special
+        )
     for key, entry in config.get("added_tokens_decoder", {}).items():
         if not key.isdecimal():
             raise InputError(
-                f"{folder}/tokenizer_config.json: added_tokens_decoder has the id {key!r:.40}; allowed: whole numbers"
+                f"{folder}/tokenizer_config.json: added_tokens_decoder has the id {key!r:.40}; "
+                f"allowed: whole numbers"
             )
-        options = {k: entry[k] for k in ("lstrip", "rstrip", "single_word", "special") if k in entry}
-        found[int(key)] = AddedToken(entry["content"], normalized=entry.get("normalized", not entry.get("special")), **options)
+        options = {
+            k: entry[k] for k in ("lstrip", "rstrip", "single_word", "special") if k in entry
+        }
+        found[int(key)] = AddedToken(
+            entry["content"],
+            normalized=entry.get("normalized", not entry.get("special")),
+            **options,
+        )
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
     for i, token in sorted(found.items()):
         if token.content in there:
@@ -242,18 +316,24 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
             backend.add_tokens([token])
         if not known and backend.token_to_id(token.content) != i:
             given = backend.token_to_id(token.content)
-            raise InputError(f"{folder}: the added token {token.content!r} has id {i}, but the next of tokenizer.json is {given}")
+            raise InputError(
+                f"{folder}: the added token {token.content!r} has id {i}, but the next of "
+                f"tokenizer.json is {given}"
+            )
 
 
 def _ends(path: Path, kind: Any) -> list[int]:
-    """The `eos_token_id` of a file, a number or a list; also that of the text's part, in models of several kinds of input.
+    """The `eos_token_id` of a file, a number or a list; also that of the text's part, in models of
+    several kinds of input.
 
     Raises:
       InputError: it is something else.
     """
     hf = schema.read(path, kind, missing=True)
     several = [part.get("eos_token_id") for part in (hf, hf.get("text_config") or {})]
-    return [i for one in several for i in (one if isinstance(one, list) else [one]) if i is not None]
+    return [
+        i for one in several for i in (one if isinstance(one, list) else [one]) if i is not None
+    ]
 
 
 def _rows(path: Path) -> int:
@@ -262,104 +342,14 @@ def _rows(path: Path) -> int:
     return max(int(part.get("vocab_size") or 0) for part in (hf, hf.get("text_config") or {}))
 
 
-def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer inside a GGUF file: byte-level BPE (`tokenizer.ggml.model` = "gpt2"), or SentencePiece's ("llama").
-
-    A text ends with the tokens that the file says end a text, a turn or a message, and with those that are known by name to do
-    so (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, ...), as in llama.cpp.
-
-    Bytes that the file's vocabulary lacks are dropped from a text, as the original tokenizer does
-    (SmolLM2 lacks six control characters and two leading bytes of unassigned planes).
-
-    Args:
-      metadata: `GGUFFile.metadata`.
-
-    Raises:
-      InputError: another kind of tokenizer, an unknown pre-tokenizer, or missing or inconsistent entries.
-    """
-
-    with border("metadata: the GGUF file's tokenizer cannot be read"):
-        return _from_gguf(metadata)
-
-
-def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    def get(key: str) -> Any:
-        if f"tokenizer.ggml.{key}" not in metadata:
-            raise InputError(f"metadata: the GGUF file has no tokenizer.ggml.{key}")
-        return metadata[f"tokenizer.ggml.{key}"]
-
-    if get("model") not in ("gpt2", "llama"):
-        raise unknown("tokenizer.ggml.model", get("model"), ["gpt2", "llama"])
-    tokens, kinds = get("tokens"), metadata.get("tokenizer.ggml.token_type", [])
-    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "padding")}
-    if get("model") == "llama":
-        ids = {"bos": 1, "eos": 2} | {key: i for key, i in ids.items() if i is not None}  # what the kind has by itself
-        unk, prefix = metadata.get("tokenizer.ggml.unknown_token_id", 0), metadata.get("tokenizer.ggml.add_space_prefix", True)
-        settings = {"unk": unk, "prefix": bool(prefix)}
-        kinds = list(kinds) or [vocabularies.NORMAL] * len(tokens)
-        backend = vocabularies.of_pieces(vocabularies.piece_list(tokens, get("scores"), kinds, **settings))
-        begins = True
-    else:
-        backend, begins = _byte_level(tokens, get("merges"), kinds, metadata.get("tokenizer.ggml.pre", "default"))
-    for key, i in ids.items():
-        if i is not None and not 0 <= i < len(tokens):
-            raise InputError(f"tokenizer.ggml.{key}_token_id: {i} is not a token; allowed: 0 to {len(tokens) - 1}")
-    head = tokens[ids["bos"]] if ids.get("bos") is not None and metadata.get(_ADD_BOS, begins) else None
-    tail = tokens[ids["eos"]] if ids.get("eos") is not None and metadata.get(_ADD_EOS, False) else None
-    vocabularies.around(backend, head, tail)
-    vocabulary = backend.get_vocab()
-    there = [token for token in _TURN_ENDS if token in vocabulary]
-    if {"<|return|>", "<|call|>", "<|end|>"} <= set(there):  # in that kind of chat <|end|> ends a part of an answer
-        there.remove("<|end|>")
-    backend.add_special_tokens([token for token in there if vocabulary[token] not in backend.get_added_tokens_decoder()])
-    named = [vocabulary[token] for token in there]
-    ends = _distinct([*(ids.get(key) for key in ("eos", "eot", "eom")), *named])
-    return Tokenizer(backend, ends, ids.get("bos"), ids.get("padding"), _gguf_templates(metadata))
-
-
-def _byte_level(
-    tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], name: str
-) -> tuple[tokenizers.Tokenizer, bool]:
-    """The byte-level tokenizer of a GGUF file, and whether its texts begin with a token unless the file says otherwise.
-
-    Raises:
-      InputError: an unknown pre-tokenizer, or lists that do not fit together.
-    """
-    if name not in _SPLITS:
-        raise unknown("tokenizer.ggml.pre", name, _SPLITS)
-    like_llama3 = name == "llama-bpe"
-    with border("metadata: tokenizer.ggml.tokens and merges do not fit together"):
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        pairs = [_pair(merge) for merge in merges]
-        # what a merge would make but no token has falls apart again, in llama.cpp as without that merge
-        pairs = [(a, b) for a, b in pairs if a + b in vocabulary or not (a in vocabulary and b in vocabulary)]
-        backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=like_llama3))
-    if len(vocabulary) != len(tokens):
-        raise InputError(f"metadata: tokenizer.ggml.tokens has {len(tokens) - len(vocabulary)} repeated entries")
-    if name == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _pre_tokenizer(_SPLITS[name])
-    backend.decoder = decoders.ByteLevel()
-    for added, kind in ((True, _CONTROL), (False, _USER_DEFINED)):
-        chosen = [token for token, k in zip(tokens, kinds, strict=False) if k == kind]
-        backend.add_tokens([AddedToken(token, special=added, normalized=False) for token in chosen])
-    return backend, like_llama3
-
-
-def _gguf_templates(metadata: Mapping[str, Any]) -> chat.Template | None:
-    """The chat template, or all where the file has further ones by name (`tokenizer.chat_template.tool_use`)."""
-    key = "tokenizer.chat_template"
-    one = metadata.get(key)
-    more = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
-    return {**({"default": one} if one is not None else {}), **more} if more else one
-
-
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer; every text round-trips. `<|endoftext|>` is id 0: begin, end and padding.
+    """Train a byte-level BPE tokenizer; every text round-trips. `<|endoftext|>` is id 0: begin, end
+    and padding.
 
     Args:
       texts: the corpus; an iterator is consumed once.
-      vocab_size: tokens wanted, at least 257 (256 bytes and the special one); a small corpus may give fewer.
+      vocab_size: tokens wanted, at least 257 (256 bytes and the special one); a small corpus may
+        give fewer.
 
     Returns:
       The same tokenizer for the same texts and size, always.
@@ -367,7 +357,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
       InputError: `vocab_size` below 257, or `texts` a single string.
 
-    Source: Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016; bytes as in GPT-2, 2019.
+    Source: Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016;
+      bytes as in GPT-2, 2019.
 
     >>> tokenizer = train_bpe(["low lower lowest", "new newer newest"], vocab_size=264)
     >>> tokenizer.decode(tokenizer.encode("a newer café"))
@@ -375,30 +366,42 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
-        raise InputError(f"vocab_size: {vocab_size} is too small; allowed: {len(alphabet) + 1} or more")
+        raise InputError(
+            f"vocab_size: {vocab_size} is too small; allowed: {len(alphabet) + 1} or more"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = _pre_tokenizer(_SPLITS["gpt-2"])
+    backend.pre_tokenizer = pre_tokenizer((WORDS,))
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     try:
         backend.train_from_iterator(_several(texts), trainer)
     except (TypeError, UnicodeError):
-        raise InputError("texts: one is not a string of valid Unicode; allowed: any str without lone surrogates") from None
+        raise InputError(
+            "texts: one is not a string of valid Unicode; allowed: any str without lone surrogates"
+        ) from None
     return Tokenizer(backend, eos_ids=(0,), bos_id=0, pad_id=0)
 
 
-def stream_decoder(tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()) -> Callable[[int | None], str]:
-    """A function from the next id to the text that it completes, for showing a text while it is generated.
+def stream_decoder(
+    tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()
+) -> Callable[[int | None], str]:
+    """A function from the next id to the text that it completes, for showing a text while it is
+    generated.
 
-    The pieces together are what `decode(after + ids)` has more than `decode(after)`; none ends within a UTF-8 character. At the
-    end of the ids, calling it with None gives what was held back (U+FFFD, where the ids stop within a character).
+    The pieces together are what `decode(after + ids)` has more than `decode(after)`; none ends
+    within a UTF-8 character. At the end of the ids, calling it with None gives what was held back
+    (U+FFFD, where the ids stop within a character).
 
     Args:
       tokenizer: whose ids.
       skip_special: whether special tokens are left out, as by `decode`.
-      after: the ids in front (a prompt): a decoder that drops the space of the first word must not do so within a text.
+      after: the ids in front (a prompt): a decoder that drops the space of the first word must not
+        do so within a text.
 
     >>> tokenizer = train_bpe([], vocab_size=257)
     >>> push = stream_decoder(tokenizer)
@@ -409,7 +412,9 @@ def stream_decoder(tokenizer: Tokenizer, skip_special: bool = True, after: Seque
     in_bytes: dict[int, bool] = {}
 
     def is_byte(token: int) -> bool:
-        """Whether it is a byte of a longer character, `<0xE6>`: what a run of them says is known at its end only."""
+        """Whether it is a byte of a longer character, `<0xE6>`: what a run of them says is known at
+        its end only.
+        """
         if token not in in_bytes:
             said = tokenizer.backend.id_to_token(token) or ""
             in_bytes[token] = len(said) == 6 and said.startswith("<0x") and said.endswith(">")
@@ -436,10 +441,14 @@ def stream_decoder(tokenizer: Tokenizer, skip_special: bool = True, after: Seque
             if int(token) not in skipped:  # which leaves a run as it is
                 in_run = is_byte(int(token))
         text = tokenizer.decode(ids, skip_special)
-        # A trailing U+FFFD may be half a character, or a real one: hold it until the next id decides.
+        # A trailing U+FFFD may be half a character, or a real one: hold it until the next id
+        # decides.
         held = token is not None and in_run
-        ready = sent if held else max(sent, len(text) if token is None else len(text.rstrip("\ufffd")))
-        piece, sent = text[sent:ready], ready
+        ready = (
+            sent if held else max(sent, len(text) if token is None else len(text.rstrip("\ufffd")))
+        )
+        piece = text[sent:ready]
+        sent = ready
         if sent == len(text) and len(ids) > 16:
             ids = tail(ids)
             sent = len(tokenizer.decode(ids, skip_special))
@@ -448,40 +457,27 @@ def stream_decoder(tokenizer: Tokenizer, skip_special: bool = True, after: Seque
     return push
 
 
-_ADD_BOS, _ADD_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
-_CONTROL, _USER_DEFINED = vocabularies.CONTROL, vocabularies.USER_DEFINED  # values of tokenizer.ggml.token_type
-
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LETTERS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Where a text may be cut before merging, by the name that GGUF gives it (tokenizer.ggml.pre): each pattern cuts the
-# pieces left by the one before. The names and patterns are the file format's, as llama.cpp defines it.
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "gpt-2": (_WORDS,),
-    "llama-bpe": (_LETTERS + r"\p{N}{1,3}" + _REST,),
-    "qwen2": (_LETTERS + r"\p{N}" + _REST,),
-    "smollm": (r"\p{N}", _WORDS),
-}
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def _pre_tokenizer(patterns: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(patterns: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Make the byte-level pre-tokenizer that cuts by these patterns, one after the other."""
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def _several(texts: Iterable[str]) -> Iterable[str]:
     if isinstance(texts, str):
-        raise InputError(f"texts: a single string was given ({texts!r:.40}); give a list of strings")
+        raise InputError(
+            f"texts: a single string was given ({texts!r:.40}); give a list of strings"
+        )
     return texts
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    left, right = merge.split(" ")
-    return left, right
-
-
-def _distinct(ids: Iterable[int | None]) -> tuple[int, ...]:
+def distinct(ids: Iterable[int | None]) -> tuple[int, ...]:
+    """Leave out repeated ids and None; the order stays."""
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 

@@ -1,4 +1,6 @@
-"""Tokenizers from a vocabulary alone: tokenizer.model of SentencePiece, vocab.txt of BERT, vocab.json and merges.txt of GPT-2."""
+"""Tokenizers from a vocabulary alone: tokenizer.model of SentencePiece, vocab.txt of BERT,
+vocab.json and merges.txt of GPT-2.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,17 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 FILES = ("tokenizer.json", *SENTENCEPIECE, "vocab.txt", "merges.txt")
 """What a tokenizer is read from, the first that there is."""
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of a piece, in SentencePiece and in GGUF
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(
+    1, 7
+)  # kinds of a piece, in SentencePiece and in GGUF
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _SPACE = "▁"
 
 # `tokenizer_class` without Tokenizer and Fast, or `model_type` -> what a text begins and ends with
 _AROUND = {
-    **dict.fromkeys(("llama", "codellama", "gemma", "mistral", "mixtral", "phi3"), ("bos_token", None)),
+    **dict.fromkeys(
+        ("llama", "codellama", "gemma", "mistral", "mixtral", "phi3"), ("bos_token", None)
+    ),
     **dict.fromkeys(("t5", "siglip"), (None, "eos_token")),
 }
 
@@ -65,7 +71,9 @@ def read_pieces(path: Path) -> Pieces:
     Raises:
       InputError: no such model, or one whose kind is not read.
     """
-    tokens, scores, kinds = [], [], []
+    tokens = []
+    scores = []
+    kinds = []
     spec: dict[int, Any] = {}
     shape: dict[int, Any] = {}
     try:
@@ -80,14 +88,25 @@ def read_pieces(path: Path) -> Pieces:
             elif field == 3:
                 shape = dict(_fields(value))
     except (IndexError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
-        raise InputError(f"{path}: no SentencePiece model: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"{path}: no SentencePiece model: {' '.join(str(error).split())}"
+        ) from None
     model = spec.get(3, _UNIGRAM)
     if not tokens or model not in (_UNIGRAM, _BPE):
-        raise InputError(f"{path}: no SentencePiece model of kind BPE or unigram; give the folder a tokenizer.json")
+        raise InputError(
+            f"{path}: no SentencePiece model of kind BPE or unigram; give the folder a "
+            f"tokenizer.json"
+        )
     if shape.get(5, 1) != 1 or spec.get(24, 0):
-        raise InputError(f"{path}: its treatment of spaces is not read; give the folder a tokenizer.json")
-    unk, bos, eos = (_signed(spec.get(field, usual)) for field, usual in ((40, 0), (41, 1), (42, 2)))
-    prefix, shrinks, charsmap = bool(shape.get(3, 1)), bool(shape.get(4, 1)), shape.get(2, b"")
+        raise InputError(
+            f"{path}: its treatment of spaces is not read; give the folder a tokenizer.json"
+        )
+    unk, bos, eos = (
+        _signed(spec.get(field, usual)) for field, usual in ((40, 0), (41, 1), (42, 2))
+    )
+    prefix = bool(shape.get(3, 1))
+    shrinks = bool(shape.get(4, 1))
+    charsmap = shape.get(2, b"")
     return Pieces(tokens, scores, kinds, model == _BPE, unk, bos, eos, prefix, shrinks, charsmap)
 
 
@@ -97,38 +116,59 @@ def of_pieces(pieces: Pieces) -> tokenizers.Tokenizer:
     Raises:
       InputError: the pieces do not fit together.
     """
-    tokens, kinds = pieces.tokens, pieces.kinds
+    tokens = pieces.tokens
+    kinds = pieces.kinds
     if len(set(tokens)) != len(tokens):
         raise InputError(f"tokenizer: {len(tokens) - len(set(tokens))} of its tokens are repeated")
-    unk = tokens[pieces.unk] if 0 <= pieces.unk < len(tokens) and kinds[pieces.unk] == UNKNOWN else None
+    unk = (
+        tokens[pieces.unk]
+        if 0 <= pieces.unk < len(tokens) and kinds[pieces.unk] == UNKNOWN
+        else None
+    )
     fallback = BYTE in kinds
     with border("tokenizer: its tokens and scores do not fit together"):
         if pieces.bpe:
             vocabulary = {token: i for i, token in enumerate(tokens)}
             merges = _merges(pieces)
-            model: Any = models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=fallback)
+            model: Any = models.BPE(
+                vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=fallback
+            )
         else:
             scored = list(zip(tokens, pieces.scores, strict=True))
-            model = models.Unigram(scored, unk_id=pieces.unk if unk else None, byte_fallback=fallback)
+            model = models.Unigram(
+                scored, unk_id=pieces.unk if unk else None, byte_fallback=fallback
+            )
         backend = tokenizers.Tokenizer(model)
     with border("tokenizer: its normalisation (precompiled_charsmap) is damaged"):
         steps: list[Any] = [normalizers.Precompiled(pieces.charsmap)] if pieces.charsmap else []
     if pieces.shrinks:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(Regex("^ +| +$"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     steps += [normalizers.Prepend(_SPACE)] if pieces.prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     if not pieces.bpe:  # as SentencePiece cuts, and quicker
         backend.pre_tokenizer = pre_tokenizers.Split(_SPACE, "merged_with_next")
     strip = [decoders.Strip(" ", 1, 0)] if pieces.prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     for special, wanted in ((True, (UNKNOWN, CONTROL)), (False, (USER_DEFINED,))):
-        chosen = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k in wanted]
+        chosen = [
+            AddedToken(t, special=special, normalized=False)
+            for t, k in zip(tokens, kinds, strict=True)
+            if k in wanted
+        ]
         backend.add_tokens(chosen)
     return backend
 
 
-def from_vocabulary(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """The tokenizer of a folder without tokenizer.json, and the special tokens that its kind has by itself.
+def from_vocabulary(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The tokenizer of a folder without tokenizer.json, and the special tokens that its kind has by
+    itself.
 
     Args:
       folder: in HF layout.
@@ -138,23 +178,37 @@ def from_vocabulary(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers
       InputError: no file that is read, or a kind of tokenizer that needs a tokenizer.json.
     """
     file = next((name for name in FILES[1:] if (folder / name).is_file()), None)
-    named = config.get("tokenizer_class") or schema.read(folder / "config.json", missing=True).get("model_type") or ""
+    named = (
+        config.get("tokenizer_class")
+        or schema.read(folder / "config.json", missing=True).get("model_type")
+        or ""
+    )
     kind = str(named).removesuffix("Fast").removesuffix("Tokenizer").lower()
     if file is None:
-        raise InputError(f"folder: {str(folder)!r} has no tokenizer; allowed: a folder with one of {', '.join(FILES)}")
+        raise InputError(
+            f"folder: {str(folder)!r} has no tokenizer; allowed: a folder with one of "
+            f"{', '.join(FILES)}"
+        )
     if file == "vocab.txt":
-        return _bert(folder / file, config), {f"{k}_token": f"[{k.upper()}]" for k in ("unk", "sep", "pad", "cls", "mask")}
+        return _bert(folder / file, config), {
+            f"{k}_token": f"[{k.upper()}]" for k in ("unk", "sep", "pad", "cls", "mask")
+        }
     if file == "merges.txt":
         return _byte_level(folder, kind, config)
     if kind not in _AROUND:
-        raise unknown(f"folder: {str(folder / file)!r} alone is not read for the tokenizer of", kind, _AROUND)
+        raise unknown(
+            f"folder: {str(folder / file)!r} alone is not read for the tokenizer of", kind, _AROUND
+        )
     pieces = read_pieces(folder / file)
     if kind == "t5":  # T5 has no begin of its own, and further tokens behind the pieces
         pieces = pieces._replace(bos=-1)
-    backend, ids = of_pieces(pieces), {"unk_token": pieces.unk, "bos_token": pieces.bos, "eos_token": pieces.eos}
+    backend = of_pieces(pieces)
+    ids = {"unk_token": pieces.unk, "bos_token": pieces.bos, "eos_token": pieces.eos}
     roles = {role: pieces.tokens[i] for role, i in ids.items() if 0 <= i < len(pieces.tokens)}
     if kind == "t5":
-        backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(int(config.get("extra_ids", 100))))])
+        backend.add_special_tokens(
+            [f"<extra_id_{i}>" for i in reversed(range(int(config.get("extra_ids", 100))))]
+        )
         roles["pad_token"] = "<pad>"
     if kind == "siglip":
         plain = _plain_words(lower=config.get("do_lower_case", True) is not False)
@@ -163,13 +217,17 @@ def from_vocabulary(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers
     head, tail = _AROUND[kind]
     head = head if config.get("add_bos_token", head is not None) else None
     tail = "eos_token" if config.get("add_eos_token", tail is not None) else None
-    given = {role: _content(config[role]) for role in ("bos_token", "eos_token") if config.get(role)}
+    given = {
+        role: _content(config[role]) for role in ("bos_token", "eos_token") if config.get(role)
+    }
     around(backend, *((roles | given).get(role or "") for role in (head, tail)))
     return backend, roles
 
 
 def _plain_words(lower: bool) -> list[Any]:
-    """What SigLIP's texts went through before they were cut: no capitals, no punctuation of ASCII, single spaces."""
+    """What SigLIP's texts went through before they were cut: no capitals, no punctuation of ASCII,
+    single spaces.
+    """
     marks = "".join(f"\\{mark}" for mark in string.punctuation)
     return [
         normalizers.Replace(_SPACE, " "),
@@ -182,7 +240,11 @@ def _plain_words(lower: bool) -> list[Any]:
 
 def around(backend: tokenizers.Tokenizer, head: str | None, tail: str | None) -> None:
     """Let a tokenizer put a token before and one after each text."""
-    tokens = [(token, backend.token_to_id(token)) for token in dict.fromkeys([head, tail]) if token is not None]
+    tokens = [
+        (token, backend.token_to_id(token))
+        for token in dict.fromkeys([head, tail])
+        if token is not None
+    ]
     if tokens:
         single = [*([head] if head else []), "$A", *([tail] if tail else [])]
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
@@ -198,9 +260,14 @@ def _bert(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: no UTF-8 text: {error}") from None
     vocabulary = {word.rstrip("\r"): i for i, word in enumerate(words if words[-1] else words[:-1])}
-    special = [_content(config.get(f"{k}_token") or f"[{k.upper()}]") for k in ("pad", "unk", "cls", "sep", "mask")]
+    special = [
+        _content(config.get(f"{k}_token") or f"[{k.upper()}]")
+        for k in ("pad", "unk", "cls", "sep", "mask")
+    ]
     if missing := [token for token in special[1:4] if token not in vocabulary]:
-        raise InputError(f"{path}: the token {missing[0]!r} is missing; a vocabulary of BERT has it")
+        raise InputError(
+            f"{path}: the token {missing[0]!r} is missing; a vocabulary of BERT has it"
+        )
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=special[1]))
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=config.get("do_lower_case", True),
@@ -214,23 +281,44 @@ def _bert(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _byte_level(folder: Path, kind: str, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+def _byte_level(
+    folder: Path, kind: str, config: Mapping[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     if kind not in ("gpt2", "roberta"):
-        raise unknown(f"folder: {str(folder)!r}: merges.txt without tokenizer.json is not read for", kind, ["gpt2", "roberta"])
+        raise unknown(
+            f"folder: {str(folder)!r}: merges.txt without tokenizer.json is not read for",
+            kind,
+            ["gpt2", "roberta"],
+        )
     with border(f"folder: {str(folder)!r}: vocab.json and merges.txt are no tokenizer"):
         vocabulary = schema.read(folder / "vocab.json", dict[str, schema.Index])
         lines = read_bytes(folder / "merges.txt", limits().json_bytes).decode().split("\n")
-        merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+        merges = [
+            line.rstrip("\r").split(" ")
+            for line in lines
+            if line.strip() and not line.startswith("#version")
+        ]
         if odd := next((pair for pair in merges if len(pair) != 2), None):
-            raise InputError(f"{folder / 'merges.txt'}: the line {' '.join(odd)!r:.80} is no pair of tokens")
+            raise InputError(
+                f"{folder / 'merges.txt'}: the line {' '.join(odd)!r:.80} is no pair of tokens"
+            )
         model = models.BPE(vocabulary, [(left, right) for left, right in merges])
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(config.get("add_prefix_space", False))
+    )
     backend.decoder = decoders.ByteLevel()
     if kind == "gpt2":
         backend.add_special_tokens(["<|endoftext|>"])
         return backend, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    names = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "cls": "<s>", "sep": "</s>"}
+    names = {
+        "bos": "<s>",
+        "eos": "</s>",
+        "unk": "<unk>",
+        "pad": "<pad>",
+        "cls": "<s>",
+        "sep": "</s>",
+    }
     mask = AddedToken("<mask>", lstrip=True, special=True, normalized=False)
     backend.add_special_tokens([*dict.fromkeys(names.values()), mask])
     around(backend, "<s>", "</s>")
@@ -238,7 +326,9 @@ def _byte_level(folder: Path, kind: str, config: Mapping[str, Any]) -> tuple[tok
 
 
 def _merges(pieces: Pieces) -> list[tuple[str, str]]:
-    """Which pairs SentencePiece joins, the best first: those that make a piece, in the order of its score."""
+    """Which pairs SentencePiece joins, the best first: those that make a piece, in the order of its
+    score.
+    """
     kinds = enumerate(pieces.kinds)
     parts = {pieces.tokens[i]: i for i, kind in kinds if kind in (NORMAL, USER_DEFINED, UNUSED)}
     found = []
@@ -251,11 +341,13 @@ def _merges(pieces: Pieces) -> list[tuple[str, str]]:
     return [(a, b) for _, a, b in sorted(found, key=lambda pair: pair[0])]
 
 
-# ---------------------------------------------------------------------------------------------------- protocol buffers
+# --------------------------------------------------------------------------------- protocol buffers
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message: numbers (of variable length), bytes, and those of four or eight bytes as they are."""
+    """The fields of a message: numbers (of variable length), bytes, and those of four or eight
+    bytes as they are.
+    """
     at = 0
     while at < len(data):
         key, at = _number(data, at)
@@ -266,7 +358,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             size, at = _number(data, at) if kind == 2 else (8 if kind == 1 else 4, at)
             if at + size > len(data):
                 raise ValueError("it ends within a field")
-            value, at = data[at : at + size], at + size
+            value = data[at : at + size]
+            at = at + size
         else:
             raise ValueError(f"a field of the kind {kind}")
         yield key >> 3, value
@@ -276,7 +369,8 @@ def _number(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         byte = data[at]
-        value, at = value | (byte & 127) << shift, at + 1
+        value = value | (byte & 127) << shift
+        at = at + 1
         if byte < 128:
             return value, at
     raise ValueError("a number of more than ten bytes")
@@ -286,12 +380,19 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def piece_list(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], **settings: Any) -> Pieces:
+def piece_list(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], **settings: Any
+) -> Pieces:
     """`Pieces` of a file that keeps them in lists (GGUF).
 
     Raises:
       InputError: lists of unequal length.
     """
     if not len(tokens) == len(scores) == len(kinds):
-        raise InputError(f"tokenizer: {len(tokens)} tokens, {len(scores)} scores, {len(kinds)} types; as many of each are needed")
-    return Pieces(list(tokens), [float(score) for score in scores], [int(kind) for kind in kinds], **settings)
+        raise InputError(
+            f"tokenizer: {len(tokens)} tokens, {len(scores)} scores, {len(kinds)} types; as many "
+            f"of each are needed"
+        )
+    return Pieces(
+        list(tokens), [float(score) for score in scores], [int(kind) for kind in kinds], **settings
+    )

@@ -18,7 +18,8 @@ from jaxmodel.sharding import constrain
 
 
 class Attention(nn.Module):
-    """Leaves q `[H*h, D]`, k and v `[K*h, D]`, o `[D, H*h]`, biases if wanted, q_norm and k_norm weights `[h]` if wanted.
+    """Leaves q `[H*h, D]`, k and v `[K*h, D]`, o `[D, H*h]`, biases if wanted, q_norm and k_norm
+    weights `[h]` if wanted.
 
     Attributes:
       heads: query heads H of new leaves; leaves that exist have their own number.
@@ -32,8 +33,10 @@ class Attention(nn.Module):
       qk_norm: the RMS norm of each head's queries and keys (Henry et al., 2020), or None.
       scale: of the scores; None for `1 / sqrt(h)`.
       softcap: of the scores; see `ops.attention`.
-      wide_norm: whether `qk_norm` is over all heads together, its weights `[H*h]` and `[K*h]` (OLMo 2, 2024).
-      sinks: whether each head has a score that takes part in the softmax and has no value: leaf sinks `[H]` (gpt-oss, 2025).
+      wide_norm: whether `qk_norm` is over all heads together, its weights `[H*h]` and `[K*h]` (OLMo
+        2, 2024).
+      sinks: whether each head has a score that takes part in the softmax and has no value: leaf
+        sinks `[H]` (gpt-oss, 2025).
     """
 
     heads: int
@@ -52,40 +55,66 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: dict[str, Any], cache: Any, layer: jax.Array | int, window: Any = None
+        self,
+        x: Float[Array, "B T D"],
+        context: dict[str, Any],
+        cache: Any,
+        layer: jax.Array | int,
+        window: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the mixed activations and the cache with this layer written.
 
         Args:
           x: normed activations.
-          context: what a step computes once: `seen` where there is no cache, `rope` tables and a `bias` `[#B, H, T, S]` of the
-            scores where the model has them.
+          context: what a step computes once: `seen` where there is no cache, `rope` tables and a
+            `bias` `[#B, H, T, S]` of the scores where the model has them.
           cache: see `ops.KVCache`, or None.
           layer: where in the cache to write.
           window: see `ops.Seen`.
         """
-        outputs = {"q": self.heads * self.width, "k": self.kv_heads * self.width, "v": self.kv_heads * self.width}
+        outputs = {
+            "q": self.heads * self.width,
+            "k": self.kv_heads * self.width,
+            "v": self.kv_heads * self.width,
+        }
         flat = linear(self, x, outputs, self.initializer, self.bias, self.policy)
         if self.qk_norm is not None and self.wide_norm:
-            flat = [self.qk_norm(name="q_norm")(flat[0]), self.qk_norm(name="k_norm")(flat[1]), flat[2]]
+            flat = [
+                self.qk_norm(name="q_norm")(flat[0]),
+                self.qk_norm(name="k_norm")(flat[1]),
+                flat[2],
+            ]
         q, k, v = (y.reshape(*y.shape[:2], -1, self.width) for y in flat)
-        q, k, v = (constrain(y, f"BT{n}h", self.policy.axes) for y, n in ((q, "H"), (k, "K"), (v, "K")))
+        q, k, v = (
+            constrain(y, f"BT{n}h", self.policy.axes) for y, n in ((q, "H"), (k, "K"), (v, "K"))
+        )
         if self.qk_norm is not None and not self.wide_norm:
-            q, k = self.qk_norm(name="q_norm")(q), self.qk_norm(name="k_norm")(k)
+            q = self.qk_norm(name="q_norm")(q)
+            k = self.qk_norm(name="k_norm")(k)
         if "rope" in context:
-            q, k = ops.rotate(q, context["rope"]), ops.rotate(k, context["rope"])
+            q = ops.rotate(q, context["rope"])
+            k = ops.rotate(k, context["rope"])
         if cache is None:
-            seen, k, v = context["seen"], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+            seen = context["seen"]
+            k = k.transpose(0, 2, 1, 3)
+            v = v.transpose(0, 2, 1, 3)
         else:
             k, v, seen, cache = cache.update(layer, k, v)
         if window is not None:
             seen = dataclasses.replace(seen, window=window)
         bias = context.get("bias")
         sinks = leaf(self, "sinks", self.initializer, (self.heads,)) if self.sinks else None
-        how: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "bias": bias, "sinks": sinks}
+        how: dict[str, Any] = {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "bias": bias,
+            "sinks": sinks,
+        }
         mixed = ops.attention(q, k, v, seen, self.policy, **how)
         o = leaf(self, "o", self.out_initializer, (x.shape[-1], mixed.shape[2] * self.width))
         y = ops.einsum("BTHh,D(Hh)->BTD", mixed, o, self.policy)
         if self.bias if self.out_bias is None else self.out_bias:
-            y = y + on_last(leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(
+                leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim
+            )
         return y, cache

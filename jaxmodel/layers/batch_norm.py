@@ -15,10 +15,11 @@ BATCH_NORM = {"weight", "bias", "mean", "variance"}  # its leaves
 
 
 class BatchNorm(nn.Module):
-    """Batch norm (Ioffe & Szegedy, 2015) with a weight and a bias `[D]`, and its statistics, mean and variance `[D]`.
+    """Batch norm (Ioffe & Szegedy, 2015) with a weight and a bias `[D]`, and its statistics, mean
+    and variance `[D]`.
 
-    In training it normalises by the moments of the batch, and nothing is kept: new statistics are zero and one until
-    `jaxmodel.train.set_batch_statistics` sets them. They have no gradient.
+    In training it normalises by the moments of the batch, and nothing is kept: new statistics are
+    zero and one until `jaxmodel.train.set_batch_statistics` sets them. They have no gradient.
 
     Attributes:
       eps: added to the variance.
@@ -36,8 +37,10 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B *space D"]) -> Float[Array, "B *space D"]:
         width = x.shape[-1:]
-        weight, bias = leaf(self, "weight", nn.initializers.ones, width), leaf(self, "bias", nn.initializers.zeros, width)
-        mean, variance = leaf(self, "mean", nn.initializers.zeros, width), leaf(self, "variance", nn.initializers.ones, width)
+        weight = leaf(self, "weight", nn.initializers.ones, width)
+        bias = leaf(self, "bias", nn.initializers.zeros, width)
+        mean = leaf(self, "mean", nn.initializers.zeros, width)
+        variance = leaf(self, "variance", nn.initializers.ones, width)
         return ops.batch_norm(x, weight, bias, mean, variance, self.eps, self.train)
 
 
@@ -60,14 +63,17 @@ class GroupNorm(nn.Module):
 
 
 def fold_batch_norm(params: tree.Params, eps: float) -> tree.Params:
-    """Every batch norm put into the convolution in front of it, for inference: the same function without those norms.
+    """Every batch norm put into the convolution in front of it, for inference: the same function
+    without those norms.
 
-    `w' = w * s` and `b' = bias - mean * s` with `s = weight / sqrt(variance + eps)`: the leaves `conv` and `conv_norm/*` become
-    `conv` and `conv_bias`, which the same model runs. As `fuse`, it is for running: what is stored or trained has its norms.
-    Norms that do not stand behind a convolution (half of a DenseNet's, which stand in front of an activation) stay as they are.
+    `w' = w * s` and `b' = bias - mean * s` with `s = weight / sqrt(variance + eps)`: the leaves
+    `conv` and `conv_norm/*` become `conv` and `conv_bias`, which the same model runs. As `fuse`, it
+    is for running: what is stored or trained has its norms. Norms that do not stand behind a
+    convolution (half of a DenseNet's, which stand in front of an activation) stay as they are.
 
     Args:
-      params: a tree in which a norm `X_norm` stands beside the weight `X` of its convolution; weights are plain arrays.
+      params: a tree in which a norm `X_norm` stands beside the weight `X` of its convolution;
+        weights are plain arrays.
       eps: `norm_eps` of the model's config.
 
     Raises:
@@ -80,7 +86,10 @@ def fold_batch_norm(params: tree.Params, eps: float) -> tree.Params:
     """
     folded = _fold(params, eps, ())
     if tree.flatten(folded).keys() == tree.flatten(params).keys():
-        raise InputError("params: no batch norm is there to be folded; a weight .../X and a leaf .../X_norm/variance are needed")
+        raise InputError(
+            "params: no batch norm is there to be folded; a weight .../X and a leaf "
+            ".../X_norm/variance are needed"
+        )
     return folded
 
 
@@ -93,9 +102,13 @@ def _fold(node: tree.Params, eps: float, keys: tuple[str, ...]) -> tree.Params:
         if set(child) != BATCH_NORM or name == key or name not in node:
             out[key] = _fold(child, eps, (*keys, key))
             continue
-        w, where = node[name], "/".join((*keys, key))
+        w = node[name]
+        where = "/".join((*keys, key))
         if not isinstance(w, jax.Array):
-            raise InputError(f"params: the weight in front of the norm {where!r} is {type(w).__name__}; a plain array is needed")
+            raise InputError(
+                f"params: the weight in front of the norm {where!r} is {type(w).__name__}; a "
+                f"plain array is needed"
+            )
         wide = {part: leaf.astype(jnp.float32) for part, leaf in child.items()}
         scale = wide["weight"] * jax.lax.rsqrt(wide["variance"] + eps)
         del out[key]

@@ -1,4 +1,6 @@
-"""What auto-encoders do with their code: sample it, keep its largest entries, and say how far it is from what it should be."""
+"""What auto-encoders do with their code: sample it, keep its largest entries, and say how far it is
+from what it should be.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from jaxmodel.errors import InputError
 def sample_normal(
     mean: Float[Array, "B Z"], log_variance: Float[Array, "B Z"], rng: Key[Array, ""] | None
 ) -> Float[Array, "B Z"]:
-    """`mean + exp(log_variance / 2) * noise`, with gradients for both (Kingma & Welling, 2014); the mean without an rng.
+    """`mean + exp(log_variance / 2) * noise`, with gradients for both (Kingma & Welling, 2014); the
+    mean without an rng.
 
     >>> mean, log_variance = jnp.ones((1, 2)), jnp.full((1, 2), -100.0)
     >>> sample_normal(mean, log_variance, jax.random.key(0)).tolist()  # a variance of nearly nothing
@@ -23,13 +26,17 @@ def sample_normal(
     return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(rng, mean.shape, mean.dtype)
 
 
-def kl_to_normal(mean: Float[Array, "B Z"], log_variance: Float[Array, "B Z"]) -> Float[Array, " B"]:
-    """`KL(N(mean, variance) || N(0, 1)) = sum (mean^2 + variance - 1 - log variance) / 2` of each row, in nats.
+def kl_to_normal(
+    mean: Float[Array, "B Z"], log_variance: Float[Array, "B Z"]
+) -> Float[Array, " B"]:
+    """`KL(N(mean, variance) || N(0, 1)) = sum (mean^2 + variance - 1 - log variance) / 2` of each
+    row, in nats.
 
     >>> kl_to_normal(jnp.array([[0.0, 2.0]]), jnp.zeros((1, 2))).tolist()
     [2.0]
     """
-    mean, log_variance = mean.astype(jnp.float32), log_variance.astype(jnp.float32)
+    mean = mean.astype(jnp.float32)
+    log_variance = log_variance.astype(jnp.float32)
     return 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1 - log_variance, axis=-1)
 
 
@@ -48,7 +55,8 @@ def kl_of_rates(code: Float[Array, "B Z"], rate: float) -> Float[Array, ""]:
 
 
 def keep_top(code: Float[Array, "B Z"], k: int) -> Float[Array, "B Z"]:
-    """The `k` largest entries of each row, if they are positive, and zero for the others (Gao et al., 2024).
+    """The `k` largest entries of each row, if they are positive, and zero for the others (Gao et
+    al., 2024).
 
     Never more than `k`: of equal ones, which in bfloat16 are many, the first.
 

@@ -19,17 +19,32 @@ from jaxmodel.layers.linear import linear
 from jaxmodel.ops.norms import on_last
 from jaxmodel.sharding import constrain
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
+he_normal = nn.initializers.variance_scaling(
+    2.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2
+)
 """Of weights `[out, in]` in front of a ReLU (He et al., 2015)."""
 
 _OF_JAX = (
-    *("celu", "elu", "hard_sigmoid", "hard_silu", "hard_tanh", "leaky_relu", "log_sigmoid", "mish", "relu6", "selu", "sigmoid"),
+    *(
+        "celu",
+        "elu",
+        "hard_sigmoid",
+        "hard_silu",
+        "hard_tanh",
+        "leaky_relu",
+        "log_sigmoid",
+        "mish",
+        "relu6",
+        "selu",
+        "sigmoid",
+    ),
     *("silu", "soft_sign", "softplus", "sparse_plus", "squareplus", "tanh"),
 )
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """An elementwise function by its name: those of `ACTIVATIONS`, "identity", and those of `jax.nn` that need nothing else.
+    """An elementwise function by its name: those of `ACTIVATIONS`, "identity", and those of
+    `jax.nn` that need nothing else.
 
     Raises:
       InputError: an unknown name.
@@ -37,16 +52,26 @@ def activation(name: str) -> Callable[[Array], Array]:
     >>> float(activation("relu")(jnp.float32(-1)))
     0.0
     """
-    known = {**ACTIVATIONS, "identity": jax.nn.identity, **{one: getattr(jax.nn, one) for one in _OF_JAX}}
+    known = {
+        **ACTIVATIONS,
+        "identity": jax.nn.identity,
+        **{one: getattr(jax.nn, one) for one in _OF_JAX},
+    }
     if name not in known:
         raise unknown("activation", name, known)
     return known[name]
 
 
 def dense(
-    module: nn.Module, x: Float[Array, "B I"], name: str, width: int, policy: ops.Policy, stream: str | None = None
+    module: nn.Module,
+    x: Float[Array, "B I"],
+    name: str,
+    width: int,
+    policy: ops.Policy,
+    stream: str | None = None,
 ) -> Float[Array, "B O"]:
-    """`x @ w.T + b` with the module's leaves `name` `[O, I]` and `name_bias`; a leaf that exists has its own width.
+    """`x @ w.T + b` with the module's leaves `name` `[O, I]` and `name_bias`; a leaf that exists
+    has its own width.
 
     Args:
       module: the Linen module that owns the leaves.
@@ -73,7 +98,8 @@ def conv(
     pad: int = 0,
     norm: Callable[..., Any] | None = None,
 ) -> Float[Array, "B P Q O"]:
-    """Convolve, then add a bias or run a norm: leaves `name` `[O, I * kernel^2]`, and `name_bias` or `name_norm`.
+    """Convolve, then add a bias or run a norm: leaves `name` `[O, I * kernel^2]`, and `name_bias`
+    or `name_norm`.
 
     Args:
       module: the Linen module that owns the leaves.
@@ -84,15 +110,28 @@ def conv(
       policy: dtypes and placement.
       stride: between two places of the kernel.
       pad: rows and columns of zeros on each side.
-      norm: makes the norm from its name; None for a bias. A bias that exists stands for both: see `fold_batch_norm`.
+      norm: makes the norm from its name; None for a bias. A bias that exists stands for both: see
+        `fold_batch_norm`.
     """
     w = leaf(module, name, he_normal, (channels, x.shape[-1] * kernel**2))
     same = stride == 1 and kernel == 2 * pad + 1
-    if pad and not same:  # under a stride "SAME" may pad one side only, where published weights expect both
+    if (
+        pad and not same
+    ):  # under a stride "SAME" may pad one side only, where published weights expect both
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    y = ops.conv(x, w, policy, kernel=(kernel, kernel), stride=(stride, stride), padding="SAME" if same else "VALID")
+    y = ops.conv(
+        x,
+        w,
+        policy,
+        kernel=(kernel, kernel),
+        stride=(stride, stride),
+        padding="SAME" if same else "VALID",
+    )
     if norm is None or module.has_variable("params", f"{name}_bias"):
-        y = y + on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+        y = y + on_last(
+            leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype),
+            y.ndim,
+        )
     else:
         y = norm(name=f"{name}_norm")(y)
     return constrain(y, "BYXF", policy.axes)

@@ -16,9 +16,11 @@ from jaxmodel.sharding import constrain
 
 
 class CrossAttention(nn.Module):
-    """Leaves q `[H*h, D]`, memory_k and memory_v `[H*h, M]`, o `[D, H*h]`, and biases of each if `bias`.
+    """Leaves q `[H*h, D]`, memory_k and memory_v `[H*h, M]`, o `[D, H*h]`, and biases of each if
+    `bias`.
 
-    Keys and values have names of their own because they read another input than q, so the three must never be fused.
+    Keys and values have names of their own because they read another input than q, so the three
+    must never be fused.
 
     Attributes:
       heads: H of new leaves; leaves that exist have their own number.
@@ -46,8 +48,8 @@ class CrossAttention(nn.Module):
 
         Args:
           x: normed activations.
-          context: `memory` `[B, S, M]` and `memory_mask` `[B, S]` in a call that reads the source; without them the keys and
-            values are those of the cache.
+          context: `memory` `[B, S, M]` and `memory_mask` `[B, S]` in a call that reads the source;
+            without them the keys and values are those of the cache.
           cache: see `ops.memory.MemoryCache`, or None.
           layer: its number.
         """
@@ -65,8 +67,13 @@ class CrossAttention(nn.Module):
         o = leaf(self, "o", self.out_initializer, (x.shape[-1], mixed.shape[2] * self.width))
         y = ops.einsum("BTHh,D(Hh)->BTD", mixed, o, self.policy)
         if self.bias:
-            y = y + on_last(leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(
+                leaf(self, "o_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim
+            )
         return y, cache
 
     def _heads(self, flat: list[Array]) -> list[Array]:
-        return [constrain(y.reshape(*y.shape[:2], -1, self.width), "BTHh", self.policy.axes) for y in flat]
+        return [
+            constrain(y.reshape(*y.shape[:2], -1, self.width), "BTHh", self.policy.axes)
+            for y in flat
+        ]

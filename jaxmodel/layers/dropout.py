@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 
-def dropout(x: Float[Array, "..."], rate: float, rng: Key[Array, ""] | None, site: int = 0) -> Float[Array, "..."]:
-    """Each element as zero with the probability `rate`, else divided by `1 - rate` (Srivastava et al., 2014).
+def dropout(
+    x: Float[Array, "..."], rate: float, rng: Key[Array, ""] | None, site: int = 0
+) -> Float[Array, "..."]:
+    """Each element as zero with the probability `rate`, else divided by `1 - rate` (Srivastava et
+    al., 2014).
 
     Args:
       x: activations.

@@ -33,7 +33,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-"""By name: GELU (Hendrycks & Gimpel, 2016), its two approximations by tanh and by a sigmoid, ReLU, and SiLU (Swish)."""
+"""By name:
+
+GELU (Hendrycks & Gimpel, 2016), its two approximations by tanh and by a sigmoid, ReLU, and SiLU
+(Swish).
+"""
 
 BLOCK_AXES = (
     ("(.*/)?blocks/.*/attn/(q|k|v)", "(Kh)D"),
@@ -46,13 +50,17 @@ BLOCK_AXES = (
     (tree.optional("(.*/)?blocks/.*/mlp/down_bias"), "D"),
     (".*norm/(weight|bias)", "D"),
 )
-"""The axes (see `jaxmodel.axes`) of a block of attention and a feed-forward part, and of all norms over its width."""
+"""The axes (see `jaxmodel.axes`) of a block of attention and a feed-forward part, and of all norms
+over its width.
+"""
 
 
 class EncoderBlock(nn.Module):
-    """Attention, then a feed-forward part, each with a residual and a layer norm; leaves attn, mlp, attn_norm, mlp_norm.
+    """Attention, then a feed-forward part, each with a residual and a layer norm; leaves attn, mlp,
+    attn_norm, mlp_norm.
 
-    The norm stands in front of each part, or behind each sum (`post_norm`: Vaswani et al., 2017; BERT).
+    The norm stands in front of each part, or behind each sum (`post_norm`: Vaswani et al., 2017;
+    BERT).
 
     Attributes:
       heads: H of new leaves, which divide D.
@@ -64,7 +72,8 @@ class EncoderBlock(nn.Module):
       out_scale: of those whose results are summed up.
       policy: dtypes and placement.
       qkv_bias: whether q, k and v have biases.
-      layer_scale: whether the result of each part has a factor for each component: leaves attn_scale and mlp_scale `[D]`.
+      layer_scale: whether the result of each part has a factor for each component: leaves
+        attn_scale and mlp_scale `[D]`.
     """
 
     heads: int
@@ -86,17 +95,42 @@ class EncoderBlock(nn.Module):
           x: activations.
           context: with `seen`: which positions see which.
         """
-        normal, out = nn.initializers.normal(self.init_scale), nn.initializers.normal(self.out_scale)
+        normal = nn.initializers.normal(self.init_scale)
+        out = nn.initializers.normal(self.out_scale)
         width = x.shape[-1] // self.heads
-        attention = Attention(self.heads, self.heads, width, self.qkv_bias, normal, out, self.policy, out_bias=True, name="attn")
+        attention = Attention(
+            self.heads,
+            self.heads,
+            width,
+            self.qkv_bias,
+            normal,
+            out,
+            self.policy,
+            out_bias=True,
+            name="attn",
+        )
         mix = lambda y: attention(y, context, None, 0)[0]
-        mlp = MLP(self.mlp_width, ACTIVATIONS[self.activation], False, True, normal, out, self.policy, name="mlp")
-        attn_norm, mlp_norm = (LayerNorm(self.norm_eps, name=name) for name in ("attn_norm", "mlp_norm"))
+        mlp = MLP(
+            self.mlp_width,
+            ACTIVATIONS[self.activation],
+            False,
+            True,
+            normal,
+            out,
+            self.policy,
+            name="mlp",
+        )
+        attn_norm, mlp_norm = (
+            LayerNorm(self.norm_eps, name=name) for name in ("attn_norm", "mlp_norm")
+        )
 
         def scaled(part: str, y: Array) -> Array:
             if not self.layer_scale:
                 return y
-            return y * on_last(leaf(self, f"{part}_scale", nn.initializers.ones, y.shape[-1:]).astype(y.dtype), y.ndim)
+            return y * on_last(
+                leaf(self, f"{part}_scale", nn.initializers.ones, y.shape[-1:]).astype(y.dtype),
+                y.ndim,
+            )
 
         if self.post_norm:
             x = attn_norm(x + scaled("attn", mix(x)))
@@ -106,7 +140,8 @@ class EncoderBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One vector of all positions: what a learnt query finds in them, and a feed-forward part behind it (Lee et al., 2019).
+    """One vector of all positions: what a learnt query finds in them, and a feed-forward part
+    behind it (Lee et al., 2019).
 
     Leaves query `[D]`, attn (as `CrossAttention` has them), norm, mlp.
 
@@ -129,17 +164,30 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         normal = nn.initializers.normal(self.init_scale)
-        width, policy = x.shape[-1], self.policy
+        width = x.shape[-1]
+        policy = self.policy
         query = on_last(leaf(self, "query", normal, (width,)).astype(x.dtype), x.ndim)
-        attention = CrossAttention(self.heads, width // self.heads, True, normal, normal, policy, name="attn")
+        attention = CrossAttention(
+            self.heads, width // self.heads, True, normal, normal, policy, name="attn"
+        )
         given = {"memory": x, "memory_mask": jnp.ones(x.shape[:2], jnp.bool_)}
         y = attention(jnp.broadcast_to(query, (x.shape[0], 1, width)), given, None, 0)[0]
-        mlp = MLP(self.mlp_width, ACTIVATIONS[self.activation], False, True, normal, normal, policy, name="mlp")
+        mlp = MLP(
+            self.mlp_width,
+            ACTIVATIONS[self.activation],
+            False,
+            True,
+            normal,
+            normal,
+            policy,
+            name="mlp",
+        )
         return (y + mlp(LayerNorm(self.norm_eps, name="norm")(y)))[:, 0]
 
 
 class PooledHead(nn.Module):
-    """From one vector of each row to float32 logits: a dense layer with tanh if `pool`, then classes if there are any.
+    """From one vector of each row to float32 logits: a dense layer with tanh if `pool`, then
+    classes if there are any.
 
     Leaves pool `[D, D]` and pool_bias, classes `[C, D]` and classes_bias.
 

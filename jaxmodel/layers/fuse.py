@@ -1,8 +1,9 @@
 """Fuse the linear maps of one input into one leaf for inference, and part them again.
 
-A small contraction costs its start on a CPU however small it is, so `q`, `k`, `v` and `gate`, `up` run faster as one. The fused
-leaf's key tells how it divides, in proportions: `3q+k+v` is one weight whose first three fifths are `q`. This is the only
-exception to stable paths, and it is for running only: what is stored, compressed or trained is the tree with separate leaves.
+A small contraction costs its start on a CPU however small it is, so `q`, `k`, `v` and `gate`, `up`
+run faster as one. The fused leaf's key tells how it divides, in proportions: `3q+k+v` is one weight
+whose first three fifths are `q`. This is the only exception to stable paths, and it is for running
+only: what is stored, compressed or trained is the tree with separate leaves.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ GROUPS = (("q", "k", "v"), ("gate", "up"))
 
 
 def fuse(params: tree.Params) -> tree.Params:
-    """`params` with each group of maps joined where their leaves can be: plain arrays of one dtype, or `QTensor`s of the same
-    static fields with a scale for every row. Others stay apart, and so do those of which one has an adapter."""
+    """`params` with each group of maps joined where their leaves can be: plain arrays of one dtype,
+    or `QTensor`s of the same static fields with a scale for every row. Others stay apart, and so do
+    those of which one has an adapter.
+    """
     out = {key: child if tree.is_leaf(child) else fuse(child) for key, child in params.items()}
     for group in GROUPS:
         members: list[Any] = [out.get(name) for name in group]
         biases: list[Any] = [out.get(f"{name}_bias") for name in group]
         none = [bias is None for bias in biases]
-        apart = any(f"{name}{SUFFIX}" in out for name in group) or any(isinstance(bias, Compressed) for bias in biases)
+        apart = any(f"{name}{SUFFIX}" in out for name in group) or any(
+            isinstance(bias, Compressed) for bias in biases
+        )
         if apart or not _joinable(members) or any(none) != all(none):
             continue
         key = _key(group, [leaf.shape[-2] for leaf in members])
@@ -53,7 +58,9 @@ def unfuse(params: tree.Params) -> tree.Params:
             continue
         axis, suffix = (-1, "_bias") if key.endswith("_bias") else (-2, "")
         for name, (start, stop) in parts.items():
-            out[name + suffix] = jax.tree.map(lambda a, s=start, e=stop, x=axis: _cut(a, s, e, x), child)
+            out[name + suffix] = jax.tree.map(
+                lambda a, s=start, e=stop, x=axis: _cut(a, s, e, x), child
+            )
     return out
 
 
@@ -69,7 +76,9 @@ def divide(key: str) -> dict[str, tuple[float, float]] | None:
     if not all(members):
         return None
     weights = {m[2]: int(m[1] or 1) for m in members if m}
-    total, start, parts = sum(weights.values()), 0, {}
+    total = sum(weights.values())
+    start = 0
+    parts = {}
     for name, weight in weights.items():
         parts[name] = (start / total, (start + weight) / total)
         start += weight
@@ -95,7 +104,10 @@ def _cut(a: jax.Array, start: float, stop: float, axis: int) -> jax.Array:
 
 def _key(group: Iterable[str], widths: list[int]) -> str:
     unit = math.gcd(*widths)
-    return "+".join(f"{width // unit if width > unit else ''}{name}" for name, width in zip(group, widths, strict=True))
+    return "+".join(
+        f"{width // unit if width > unit else ''}{name}"
+        for name, width in zip(group, widths, strict=True)
+    )
 
 
 def _joinable(members: list[Any]) -> bool:
@@ -103,7 +115,9 @@ def _joinable(members: list[Any]) -> bool:
     if any(leaf is None for leaf in members):
         return False
     if isinstance(first, Compressed):
-        if not all(isinstance(leaf, QTensor) and leaf.scale.shape[-2] == leaf.shape[-2] for leaf in members):
+        if not all(
+            isinstance(leaf, QTensor) and leaf.scale.shape[-2] == leaf.shape[-2] for leaf in members
+        ):
             return False
     elif not all(hasattr(leaf, "at") or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in members):
         return False

@@ -8,10 +8,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 
-def leaf(module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]) -> Any:
-    """The leaf of this name, as it stands; created as a float32 array by the initialiser if there is none yet.
+def leaf(
+    module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
+) -> Any:
+    """The leaf of this name, as it stands; created as a float32 array by the initialiser if there
+    is none yet.
 
-    `self.param` would insist on the initialiser's shape, but a leaf may be compressed, narrower after shrinking, or a `Probe`.
+    `self.param` would insist on the initialiser's shape, but a leaf may be compressed, narrower
+    after shrinking, or a `Probe`.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)

@@ -35,11 +35,21 @@ def linear(
     """
 
     def one(name: str, width: int) -> Array:
-        # F, because all of these are cut by their outputs: a letter that no mesh axis has would be gathered, and the weights too
-        y = ops.einsum("BTI,FI->BTF", x, leaf(module, name, initializer, (width, x.shape[-1])), policy)
+        # F, because all of these are cut by their outputs: a letter that no mesh axis has would be
+        # gathered, and the weights too
+        y = ops.einsum(
+            "BTI,FI->BTF", x, leaf(module, name, initializer, (width, x.shape[-1])), policy
+        )
         if bias:
-            y = y + on_last(leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(
+                leaf(module, f"{name}_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype),
+                y.ndim,
+            )
         return y
 
     fused = fused_key(module.variables.get("params", {}), outputs) if len(outputs) > 1 else None
-    return cut(one(fused, 0), fused) if fused else [one(name, width) for name, width in outputs.items()]
+    return (
+        cut(one(fused, 0), fused)
+        if fused
+        else [one(name, width) for name, width in outputs.items()]
+    )

@@ -40,11 +40,15 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         names = ("gate", "up") if self.gated else ("up",)
-        parts = linear(self, x, dict.fromkeys(names, self.width), self.initializer, self.bias, self.policy)
+        parts = linear(
+            self, x, dict.fromkeys(names, self.width), self.initializer, self.bias, self.policy
+        )
         parts = [constrain(y, "BTF", self.policy.axes) for y in parts]
         hidden = self.activation(parts[0]) * parts[1] if self.gated else self.activation(parts[0])
         down = leaf(self, "down", self.out_initializer, (x.shape[-1], hidden.shape[-1]))
         y = ops.einsum("BTF,DF->BTD", hidden, down, self.policy)
         if self.bias:
-            y = y + on_last(leaf(self, "down_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(
+                leaf(self, "down_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim
+            )
         return y

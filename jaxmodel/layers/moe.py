@@ -22,14 +22,16 @@ from jaxmodel.sharding import auto_axes, axes_of
 
 
 class MoE(nn.Module):
-    """`sum_k p_k down_k(act(gate_k x) * up_k x)` over the experts k that a router chooses for each token (Shazeer et al., 2017;
-    Mixtral: Jiang et al., 2024). No token is dropped: the rows of all tokens are sorted by expert, however many each has.
+    """`sum_k p_k down_k(act(gate_k x) * up_k x)` over the experts k that a router chooses for each
+    token (Shazeer et al., 2017; Mixtral: Jiang et al., 2024). No token is dropped: the rows of all
+    tokens are sorted by expert, however many each has.
 
     Leaves router `[E, D]`, gate and up `[E, F, D]`, down `[E, D, F]`.
 
     Attributes:
       experts: E of new leaves; leaves that exist have their own.
-      chosen: experts of each token; their probabilities are those of a softmax over the chosen, or over all (`normed`).
+      chosen: experts of each token; their probabilities are those of a softmax over the chosen, or
+        over all (`normed`).
       width: F of new leaves; leaves that exist have their own.
       activation: of the gate.
       initializer: of router, up and gate.
@@ -37,7 +39,8 @@ class MoE(nn.Module):
       policy: dtypes; the router is float32 whatever it says.
       normed: whether the probabilities of the chosen sum to one.
       gated: what is made of gate and up, in place of `activation(gate) * up`.
-      bias: whether all maps have biases, the router too: router_bias `[E]`, gate_bias and up_bias `[E, F]`, down_bias `[E, D]`.
+      bias: whether all maps have biases, the router too: router_bias `[E]`, gate_bias and up_bias
+        `[E, F]`, down_bias `[E, D]`.
     """
 
     experts: int
@@ -59,7 +62,8 @@ class MoE(nn.Module):
 
         Args:
           x: normed activations.
-          real: true for tokens; padding is sent to no expert and gives zeros. None where all are tokens.
+          real: true for tokens; padding is sent to no expert and gives zeros. None where all are
+            tokens.
         """
         router = leaf(self, "router", self.initializer, (self.experts, x.shape[-1]))
         wide = dataclasses.replace(self.policy, compute="float32", stream="float32")
@@ -68,7 +72,9 @@ class MoE(nn.Module):
             of_router = leaf(self, "router_bias", nn.initializers.zeros, (self.experts,))
             scores = scores + on_last(of_router.astype(jnp.float32), 3)
         real = jnp.ones(x.shape[:2], jnp.bool_) if real is None else real
-        mixed, expert = expert_parallel(self._choose, self._mixed, x, scores, real, self._leaves(x.shape[-1]), self.policy)
+        mixed, expert = expert_parallel(
+            self._choose, self._mixed, x, scores, real, self._leaves(x.shape[-1]), self.policy
+        )
         each = on_last(jnp.arange(scores.shape[-1], dtype=expert.dtype), 4)
         sizes = jnp.sum(expert[..., None] == each, axis=(0, 1, 2))
         return mixed, {"load_balance": load_balance(scores, sizes, real)}
@@ -76,11 +82,15 @@ class MoE(nn.Module):
     def _choose(
         self, scores: Float[Array, "B T E"], real: Bool[Array, "B T"]
     ) -> tuple[Int[Array, "B T n"], Float[Array, "B T n"]]:
-        """The experts of each token and their weights; padding is sent behind all others, where rows are of no group."""
+        """The experts of each token and their weights; padding is sent behind all others, where
+        rows are of no group.
+        """
         best, expert = jax.lax.top_k(scores, self.chosen)
         whole = best if self.normed else scores
         weights = jnp.exp(best - jax.nn.logsumexp(whole, axis=-1, keepdims=True))
-        return jnp.where(real[..., None], expert, scores.shape[-1]), jnp.where(real[..., None], weights, 0.0)
+        return jnp.where(real[..., None], expert, scores.shape[-1]), jnp.where(
+            real[..., None], weights, 0.0
+        )
 
     def _mixed(
         self,
@@ -89,41 +99,61 @@ class MoE(nn.Module):
         weights: Float[Array, "B T n"],
         leaves: dict[str, Any],
     ) -> Float[Array, "B T D"]:
-        """What those experts whose leaves are given say, in float32; what is sent to others is zero."""
+        """What those experts whose leaves are given say, in float32; what is sent to others is
+        zero.
+        """
         width = x.shape[-1]
         flat = expert.reshape(-1)
-        order = jnp.argsort(flat)  # stable, so that a token's place does not depend on later ones of its expert
+        order = jnp.argsort(
+            flat
+        )  # stable, so that a token's place does not depend on later ones of its expert
         sizes = jnp.bincount(flat, length=leaves["down"].shape[0])
         rows = x.reshape(-1, width)[order // self.chosen]
         y = self._expert(rows, sizes, leaves)[jnp.argsort(order)].reshape(-1, self.chosen, width)
-        return jnp.sum(y.astype(jnp.float32) * weights.reshape(-1, self.chosen, 1), axis=1).reshape(x.shape)
+        return jnp.sum(y.astype(jnp.float32) * weights.reshape(-1, self.chosen, 1), axis=1).reshape(
+            x.shape
+        )
 
     def _leaves(self, width: int) -> dict[str, Any]:
         """Those of the feed-forward parts, by name."""
         fused = fused_key(self.variables.get("params", {}), ("gate", "up"))
         names = ("gate", "up") if fused is None else (fused,)
-        leaves = {name: leaf(self, name, self.initializer, (self.experts, self.width, width)) for name in names}
+        leaves = {
+            name: leaf(self, name, self.initializer, (self.experts, self.width, width))
+            for name in names
+        }
         inner = leaves["gate"].shape[1] if fused is None else leaves[fused].shape[1] // 2
         leaves["down"] = leaf(self, "down", self.out_initializer, (self.experts, width, inner))
         for name in tuple(leaves) if self.bias else ():
-            key, shape = f"{name}_bias", (self.experts, leaves[name].shape[1])
+            key = f"{name}_bias"
+            shape = (self.experts, leaves[name].shape[1])
             leaves[key] = leaf(self, key, nn.initializers.zeros, shape)
         return leaves
 
-    def _expert(self, rows: Float[Array, "N D"], sizes: Int[Array, " E"], leaves: dict[str, Any]) -> Float[Array, "N D"]:
+    def _expert(
+        self, rows: Float[Array, "N D"], sizes: Int[Array, " E"], leaves: dict[str, Any]
+    ) -> Float[Array, "N D"]:
         """The feed-forward part of each row's expert."""
-        group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0], dtype=sizes.dtype), side="right")
+        group = jnp.searchsorted(
+            jnp.cumsum(sizes), jnp.arange(rows.shape[0], dtype=sizes.dtype), side="right"
+        )
         group = jnp.minimum(group, sizes.shape[0] - 1)[None].astype(jnp.int32)
 
         def run(x: Array, name: str) -> Array:
             y = ops.ragged(x, leaves[name], sizes, self.policy)
             if not self.bias:
                 return y
-            return y + ops.take(leaves[f"{name}_bias"], group, dataclasses.replace(self.policy, axes=()))[0].astype(y.dtype)
+            return y + ops.take(
+                leaves[f"{name}_bias"], group, dataclasses.replace(self.policy, axes=())
+            )[0].astype(y.dtype)
 
         fused = fused_key([name for name in leaves if not name.endswith("_bias")], ("gate", "up"))
-        gate, up = (run(rows, "gate"), run(rows, "up")) if fused is None else cut(run(rows, fused), fused)
-        return run(self.activation(gate) * up if self.gated is None else self.gated(gate, up), "down")
+        gate, up = (
+            (run(rows, "gate"), run(rows, "up")) if fused is None else cut(run(rows, fused), fused)
+        )
+        return run(
+            self.activation(gate) * up if self.gated is None else self.gated(gate, up), "down"
+        )
 
 
 def expert_parallel(
@@ -135,18 +165,23 @@ def expert_parallel(
     leaves: dict[str, Any],
     policy: ops.Policy,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T n"]]:
-    """`mixed(x, *choose(scores, real), leaves)`, each device with its own tokens and, on a mesh with `expert`, its own experts.
+    """`mixed(x, *choose(scores, real), leaves)`, each device with its own tokens and, on a mesh
+    with `expert`, its own experts.
 
-    Tokens lie along `expert` too. The devices of such a group gather theirs, each runs its own experts on all of them, and the
-    sums are scattered back to where the tokens came from: exact, whatever the router chooses, with shapes that are known.
-    (Sending each token to its experts only is less where they are few and used alike, but then either tokens are dropped or
-    every device must have room for all of them.) Along other axes nothing is sent: each device sorts its own tokens.
+    Tokens lie along `expert` too. The devices of such a group gather theirs, each runs its own
+    experts on all of them, and the sums are scattered back to where the tokens came from: exact,
+    whatever the router chooses, with shapes that are known. (Sending each token to its experts only
+    is less where they are few and used alike, but then either tokens are dropped or every device
+    must have room for all of them.) Along other axes nothing is sent: each device sorts its own
+    tokens.
 
-    Bytes on each device, of the N tokens of a group: forward an all-gather of `N D` in `policy.stream` with `8 N n` for the
-    choice and its weights, and a reduce-scatter of `4 N D`; backward the reverse of both, and `4 N n` for the weights' gradient.
+    Bytes on each device, of the N tokens of a group: forward an all-gather of `N D` in
+    `policy.stream` with `8 N n` for the choice and its weights, and a reduce-scatter of `4 N D`;
+    backward the reverse of both, and `4 N n` for the weights' gradient.
 
     Args:
-      choose: of scores and what is real, the experts of each token (E for none) and their weights, float32.
+      choose: of scores and what is real, the experts of each token (E for none) and their weights,
+        float32.
       mixed: of tokens, their experts and weights, and the leaves of some experts, in float32.
       x: tokens.
       scores: of the router.
@@ -157,28 +192,45 @@ def expert_parallel(
     Returns:
       The result, in `policy.stream`, and the experts of each token.
     """
-    sizes, rows, positions = auto_axes(), axes_of("B", policy.axes), axes_of("T", policy.axes)
-    experts, n = scores.shape[-1], sizes.get("expert", 1)
+    sizes = auto_axes()
+    rows = axes_of("B", policy.axes)
+    positions = axes_of("T", policy.axes)
+    experts = scores.shape[-1]
+    n = sizes.get("expert", 1)
     lie = math.prod(sizes[name] for name in rows), math.prod(sizes[name] for name in positions)
 
     def own(x: Array, scores: Array, real: Array, leaves: dict[str, Any]) -> tuple[Array, Array]:
         expert, weights = choose(scores, real)
         return mixed(x, expert, weights, leaves).astype(policy.stream), expert
 
-    def of_group(x: Array, scores: Array, real: Array, leaves: dict[str, Any]) -> tuple[Array, Array]:
+    def of_group(
+        x: Array, scores: Array, real: Array, leaves: dict[str, Any]
+    ) -> tuple[Array, Array]:
         chosen, weights = choose(scores, real)
-        x, expert, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights))
+        x, expert, weights = (
+            jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights)
+        )
         here = experts // n
         place = expert - here * jax.lax.axis_index("expert").astype(expert.dtype)
         is_here = (place >= 0) & (place < here)
         part = mixed(x, jnp.where(is_here, place, here), jnp.where(is_here, weights, 0.0), leaves)
-        return jax.lax.psum_scatter(part, "expert", scatter_dimension=0, tiled=True).astype(policy.stream), chosen
+        return jax.lax.psum_scatter(part, "expert", scatter_dimension=0, tiled=True).astype(
+            policy.stream
+        ), chosen
 
-    fits = x.shape[0] % lie[0] == 0 and x.shape[1] % lie[1] == 0 and experts % n == 0 and (n == 1 or "expert" in rows)
+    fits = (
+        x.shape[0] % lie[0] == 0
+        and x.shape[1] % lie[1] == 0
+        and experts % n == 0
+        and (n == 1 or "expert" in rows)
+    )
     if lie == (1, 1) or not fits:
         return own(x, scores, real, leaves)
-    tokens, first = jax.P(rows or None, positions or None), jax.P("expert" if n > 1 else None)
-    specs = {name: w.specs(first, sizes) if hasattr(w, "specs") else first for name, w in leaves.items()}
+    tokens = jax.P(rows or None, positions or None)
+    first = jax.P("expert" if n > 1 else None)
+    specs = {
+        name: w.specs(first, sizes) if hasattr(w, "specs") else first for name, w in leaves.items()
+    }
     run = jax.shard_map(
         own if n == 1 else of_group,
         in_specs=(tokens, tokens, tokens, specs),
@@ -192,8 +244,9 @@ def expert_parallel(
 def load_balance(
     scores: Float[Array, "*N E"], sizes: Int[Array, " E"], real: Bool[Array, "*N"] | None = None
 ) -> Float[Array, ""]:
-    """`E sum_e f_e p_e` (Switch: Fedus et al., 2022): f_e the rows that expert e was given for each token, p_e its mean
-    probability. It is the number of chosen experts where all are used alike, and more the less they are.
+    """`E sum_e f_e p_e` (Switch: Fedus et al., 2022): f_e the rows that expert e was given for each
+    token, p_e its mean probability. It is the number of chosen experts where all are used alike,
+    and more the less they are.
 
     Args:
       scores: of the router.
@@ -202,7 +255,10 @@ def load_balance(
     """
     ones = jnp.ones(scores.shape[:-1], jnp.float32) if real is None else real.astype(jnp.float32)
     tokens = jnp.maximum(jnp.sum(ones), 1.0)
-    probability = jnp.sum(jax.nn.softmax(scores, axis=-1) * ones[..., None], axis=tuple(range(ones.ndim))) / tokens
+    probability = (
+        jnp.sum(jax.nn.softmax(scores, axis=-1) * ones[..., None], axis=tuple(range(ones.ndim)))
+        / tokens
+    )
     return scores.shape[-1] * jnp.sum(sizes.astype(jnp.float32) / tokens * probability)
 
 

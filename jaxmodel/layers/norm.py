@@ -11,7 +11,9 @@ from jaxmodel.layers.leaf import leaf
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm with a weight `[D]`, to which `offset` is added (Gemma stores weights around zero)."""
+    """Root mean square norm with a weight `[D]`, to which `offset` is added (Gemma stores weights
+    around zero).
+    """
 
     eps: float
     offset: float = 0.0
@@ -31,5 +33,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         weight = leaf(self, "weight", nn.initializers.ones, x.shape[-1:])
-        bias = leaf(self, "bias", nn.initializers.zeros, x.shape[-1:]) if self.bias else jnp.zeros_like(weight)
+        bias = (
+            leaf(self, "bias", nn.initializers.zeros, x.shape[-1:])
+            if self.bias
+            else jnp.zeros_like(weight)
+        )
         return ops.layer_norm(x, weight, bias, self.eps)

@@ -17,10 +17,12 @@ from jaxmodel.sharding import constrain
 
 
 class Patches(nn.Module):
-    """Each patch of an image by a linear map, a class token in front of them, and learnt positions (Dosovitskiy et al., 2020).
+    """Each patch of an image by a linear map, a class token in front of them, and learnt positions
+    (Dosovitskiy et al., 2020).
 
-    Leaves patch `[D, C * patch * patch]`, patch_bias `[D]`, class `[D]`, positions `[grid * grid (+ 1), D]`. An image of another
-    size gets positions between the learnt ones, bicubic; what is left of it beyond whole patches is not read.
+    Leaves patch `[D, C * patch * patch]`, patch_bias `[D]`, class `[D]`, positions
+    `[grid * grid (+ 1), D]`. An image of another size gets positions between the learnt ones,
+    bicubic; what is left of it beyond whole patches is not read.
 
     Attributes:
       width: D of new leaves.
@@ -42,24 +44,34 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B T D"]:
-        normal, side = nn.initializers.normal(self.init_scale), (self.patch, self.patch)
-        batch, channels = pixels.shape[0], pixels.shape[-1]
+        normal = nn.initializers.normal(self.init_scale)
+        side = (self.patch, self.patch)
+        batch = pixels.shape[0]
+        channels = pixels.shape[-1]
         kernel = leaf(self, "patch", normal, (self.width, channels * self.patch**2))
         y = ops.conv(pixels, kernel, self.policy, kernel=side, stride=side, padding="VALID")
         rows, columns = y.shape[1:3]
         y = y.reshape(batch, -1, y.shape[-1])
         if self.bias:
-            y = y + on_last(leaf(self, "patch_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+            y = y + on_last(
+                leaf(self, "patch_bias", nn.initializers.zeros, y.shape[-1:]).astype(y.dtype),
+                y.ndim,
+            )
         if self.class_token:
             first = on_last(leaf(self, "class", normal, y.shape[-1:]).astype(y.dtype), y.ndim)
             y = jnp.concatenate([jnp.broadcast_to(first, (batch, 1, y.shape[-1])), y], axis=1)
-        learnt, alike = self.grid**2 + self.class_token, (rows, columns) == (self.grid, self.grid)
+        learnt = self.grid**2 + self.class_token
+        alike = (rows, columns) == (self.grid, self.grid)
         table = leaf(self, "positions", normal, (learnt, y.shape[-1]))
-        places = jnp.broadcast_to(jnp.arange(learnt, dtype=jnp.int32), (batch if alike else 1, learnt))
+        places = jnp.broadcast_to(
+            jnp.arange(learnt, dtype=jnp.int32), (batch if alike else 1, learnt)
+        )
         positions = ops.take(table, places, self.policy, "SD")
         if not alike:
             split = int(self.class_token)
-            between = _between(positions[0, split:], self.grid, (rows, columns)).astype(y.dtype)[None]
+            between = _between(positions[0, split:], self.grid, (rows, columns)).astype(y.dtype)[
+                None
+            ]
             positions = jnp.concatenate([positions[:, :split], between], axis=1)
         return constrain(y + positions, "BTD", self.policy.axes)
 
@@ -68,20 +80,29 @@ def _between(table: Float[Array, "N D"], grid: int, size: tuple[int, int]) -> Fl
     """Positions of a square grid at the middles of another one's patches."""
     square = table.astype(jnp.float32).reshape(grid, grid, -1)
     down, across = (jnp.asarray(_weights(grid, n)) for n in size)
-    return jnp.einsum("yY,xX,YXD->yxD", down, across, square, precision=jax.lax.Precision.HIGHEST).reshape(-1, table.shape[-1])
+    return jnp.einsum(
+        "yY,xX,YXD->yxD", down, across, square, precision=jax.lax.Precision.HIGHEST
+    ).reshape(-1, table.shape[-1])
 
 
 @functools.cache
 def _weights(before: int, after: int, a: float = -0.75) -> np.ndarray:
-    """`[after, before]`: how much each old place counts for each new one, by cubic convolution (Keys, 1981).
+    """`[after, before]`: how much each old place counts for each new one, by cubic convolution
+    (Keys, 1981).
 
-    The ends go on outwards, and a smaller grid is not averaged first, as torch's `interpolate` has it.
+    The ends go on outwards, and a smaller grid is not averaged first, as torch's `interpolate` has
+    it.
     """
     at = (np.arange(after) + 0.5) * before / after - 0.5
     weights = np.zeros((after, before), np.float32)
     for step in (-1, 0, 1, 2):
         old = np.floor(at) + step
         x = np.abs(at - old)
-        near, far = ((a + 2) * x - (a + 3)) * x * x + 1, a * (((x - 5) * x + 8) * x - 4)
-        np.add.at(weights, (np.arange(after), np.clip(old, 0, before - 1).astype(int)), np.where(x <= 1, near, far))
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = a * (((x - 5) * x + 8) * x - 4)
+        np.add.at(
+            weights,
+            (np.arange(after), np.clip(old, 0, before - 1).astype(int)),
+            np.where(x <= 1, near, far),
+        )
     return weights

@@ -1,19 +1,25 @@
-"""Pipeline parallelism: the layers are cut into stages along the mesh's axis `pipeline`, and parts of a batch follow each other.
+"""Pipeline parallelism: the layers are cut into stages along the mesh's axis `pipeline`, and parts
+of a batch follow each other.
 
-Outside of the layers `pipeline` is one more axis of the batch (see `sharding.BATCH_AXES`), so that embedding, head and loss are
-shared out like all else and never computed twice. At the first stage the rows are gathered, at the last they are scattered.
+Outside of the layers `pipeline` is one more axis of the batch (see `sharding.BATCH_AXES`), so that
+embedding, head and loss are shared out like all else and never computed twice. At the first stage
+the rows are gathered, at the last they are scattered.
 
-GPipe (Huang et al., 2019): with S stages and M micro-batches, stage s runs micro-batch m in tick `m + s`; the backward pass is
-that of autodiff, the same the other way round. A stage has nothing to do in S - 1 of the M + S - 1 ticks.
+GPipe (Huang et al., 2019): with S stages and M micro-batches, stage s runs micro-batch m in tick
+  `m + s`; the backward pass is
+that of autodiff, the same the other way round. A stage has nothing to do in S - 1 of the M + S - 1
+ticks.
 
-The axis `data` is cut by hand too, so that the gradients of a stage's layers are added up over the micro-batches where they are
-and summed over `data` once. What lies along `fsdp` is gathered for every micro-batch: less memory, more traffic.
+The axis `data` is cut by hand too, so that the gradients of a stage's layers are added up over the
+micro-batches where they are and summed over `data` once. What lies along `fsdp` is gathered for
+every micro-batch: less memory, more traffic.
 
-Bytes that a device sends on average, `act` those of the activations of a whole batch `B T D` in `policy.stream`: from stage to
-stage `(S - 1)/S act` forward and as much backward, and nothing in ticks where there is nothing to send; an all-gather of `act`
-(and of what else has rows: rotary tables, segments) in front, a reduce-scatter of `act` behind, and the reverse of each backward.
-With `data`, `act` is that of a device's part, and the gradients of its layers are summed. For this the first and the last S - 2
-ticks are written out one by one; all between them are one scan.
+Bytes that a device sends on average, `act` those of the activations of a whole batch `B T D` in
+`policy.stream`: from stage to stage `(S - 1)/S act` forward and as much backward, and nothing in
+ticks where there is nothing to send; an all-gather of `act` (and of what else has rows: rotary
+tables, segments) in front, a reduce-scatter of `act` behind, and the reverse of each backward. With
+`data`, `act` is that of a device's part, and the gradients of its layers are summed. For this the
+first and the last S - 2 ticks are written out one by one; all between them are one scan.
 """
 
 from __future__ import annotations
@@ -30,14 +36,22 @@ from jaxtyping import Array, Float
 from jaxmodel.errors import InputError
 from jaxmodel.sharding import BATCH_AXES, auto_axes
 
-P, AXIS = jax.P, "pipeline"
+P = jax.P
+AXIS = "pipeline"
 
 type Stage = Callable[[Any, Array, Any, Any, Any], tuple[Array, dict[str, Array]]]
-"""`stage(layers, x, context, place, key) -> (x, aux)`: the layers of one stage, its place among the stages."""
+"""`stage(layers, x, context, place, key) -> (x, aux)`: the layers of one stage, its place among the
+stages.
+"""
 
 
 def gpipe(
-    stage: Stage, layers: Any, x: Float[Array, "B ..."], context: Any, rng: Array | None = None, microbatches: int = 0
+    stage: Stage,
+    layers: Any,
+    x: Float[Array, "B ..."],
+    context: Any,
+    rng: Array | None = None,
+    microbatches: int = 0,
 ) -> tuple[Float[Array, "B ..."], dict[str, Array]]:
     """All layers, each stage's on its own devices.
 
@@ -45,26 +59,34 @@ def gpipe(
       stage: what one stage computes.
       layers: leaves `[L, ...]`.
       x: activations.
-      context: arrays `[B, ...]`, which are cut into micro-batches too, or any others, which each micro-batch has whole.
+      context: arrays `[B, ...]`, which are cut into micro-batches too, or any others, which each
+        micro-batch has whole.
       rng: each micro-batch gets a key of its own, and so do the devices along `data`.
       microbatches: see `ops.Policy`.
 
     Returns:
-      The activations, and the mean over the micro-batches (and over `data`) of the aux values, summed over the stages.
+      The activations, and the mean over the micro-batches (and over `data`) of the aux values,
+      summed over the stages.
 
     Raises:
       InputError: layers, rows or micro-batches that do not divide.
     """
     axes = auto_axes()
-    stages, data = axes[AXIS], tuple(name for name in ("data",) if axes.get(name, 1) > 1)
+    stages = axes[AXIS]
+    data = tuple(name for name in ("data",) if axes.get(name, 1) > 1)
     rows = x.shape[0]
-    count = micro_batches(jax.tree.leaves(layers)[0].shape[0], rows, stages, microbatches, axes.get("data", 1))
+    count = micro_batches(
+        jax.tree.leaves(layers)[0].shape[0], rows, stages, microbatches, axes.get("data", 1)
+    )
 
     def run(layers: Any, x: Array, context: Any) -> tuple[Array, dict[str, Array]]:
         place = jax.lax.axis_index(AXIS).astype(jnp.int32)
-        parts, of_part = micro(gathered(x), count), parted(context, is_cut, count)
+        parts = micro(gathered(x), count)
+        of_part = parted(context, is_cut, count)
 
-        def tick(arrived: Array, t: Any, hops: Hops) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        def tick(
+            arrived: Array, t: Any, hops: Hops
+        ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             m = jnp.clip(t - place, 0, count - 1)
             x = jnp.where(place == 0, parts[jnp.minimum(t, count - 1)], arrived)
             y, aux = stage(layers, by_rows(x), of_part(m), place, key_of(rng, m, data))
@@ -73,16 +95,26 @@ def gpipe(
             y = by_rows(y)
             return jax.lax.ppermute(y, AXIS, hops) if hops else jnp.zeros_like(y), (y, aux)
 
-        _, (found, aux) = in_ticks(tick, jnp.zeros_like(parts[0]), [_hops(t, stages, count) for t in range(count + stages - 1)])
+        _, (found, aux) = in_ticks(
+            tick,
+            jnp.zeros_like(parts[0]),
+            [_hops(t, stages, count) for t in range(count + stages - 1)],
+        )
         out = jnp.where(place == stages - 1, found[stages - 1 :], jnp.zeros_like(parts))
-        total = jax.tree.map(lambda a: jax.lax.pmean(jax.lax.psum(jnp.sum(a, axis=0), AXIS) / count, data), aux)
+        total = jax.tree.map(
+            lambda a: jax.lax.pmean(jax.lax.psum(jnp.sum(a, axis=0), AXIS) / count, data), aux
+        )
         return by_rows(jax.lax.psum_scatter(joined(out, stages), AXIS, scatter_dimension=0)), total
 
     is_cut = jax.tree.map(lambda a: a.ndim > 0 and a.shape[0] == rows, context)
     cut = P((AXIS, *data))
     specs = jax.tree.map(lambda has_rows: cut if has_rows else P(), is_cut)
     across = jax.shard_map(
-        run, in_specs=(P(AXIS), cut, specs), out_specs=(cut, P()), axis_names={AXIS, *data}, check_vma=False
+        run,
+        in_specs=(P(AXIS), cut, specs),
+        out_specs=(cut, P()),
+        axis_names={AXIS, *data},
+        check_vma=False,
     )
     x, aux = across(layers, by_rows(x), context)
     return by_rows(x), aux
@@ -99,11 +131,14 @@ def micro_batches(layers: int, rows: int, stages: int, wanted: int, data: int = 
       data: devices along `data`, which share the rows of each micro-batch.
 
     Raises:
-      InputError: stages do not divide the layers, or micro-batches the rows, or stages the micro-batches.
+      InputError: stages do not divide the layers, or micro-batches the rows, or stages the
+        micro-batches.
     """
     count = wanted or stages
     if layers % stages:
-        raise InputError(f"mesh: pipeline = {stages} does not divide the {layers} layers into stages")
+        raise InputError(
+            f"mesh: pipeline = {stages} does not divide the {layers} layers into stages"
+        )
     if count % stages or rows % (count * data):
         allowed = [n for n in range(stages, rows + 1, stages) if rows % (n * data) == 0]
         places = f"{stages} stages" + (f" and {data} places along 'data'" if data > 1 else "")
@@ -113,7 +148,7 @@ def micro_batches(layers: int, rows: int, stages: int, wanted: int, data: int = 
     return count
 
 
-# -------------------------------------------------------------------------------- inside of the shard_map, for schedules
+# ----------------------------------------------------------- inside of the shard_map, for schedules
 
 type Hops = list[tuple[int, int]]
 
@@ -124,7 +159,9 @@ def gathered(rows: Array) -> Array:
 
 
 def micro(blocks: Array, count: int) -> Array:
-    """`[S, B/S, ...]` -> `[M, B/M, ...]`: every (M/S)th row of a block, so that rows stay on the devices that have them."""
+    """`[S, B/S, ...]` -> `[M, B/M, ...]`: every (M/S)th row of a block, so that rows stay on the
+    devices that have them.
+    """
     stages, rows, *rest = blocks.shape
     each = count // stages
     parts = jnp.moveaxis(by_rows(blocks.reshape(stages, rows // each, each, *rest), 1), 2, 1)
@@ -132,7 +169,9 @@ def micro(blocks: Array, count: int) -> Array:
 
 
 def by_rows(x: Array, axis: int = 0) -> Array:
-    """Rows cut as all rows are; left to itself XLA may cut what passes between stages as it cuts weights, or gather it."""
+    """Rows cut as all rows are; left to itself XLA may cut what passes between stages as it cuts
+    weights, or gather it.
+    """
     axes = {name: n for name, n in auto_axes().items() if name in BATCH_AXES}
     if not axes or x.shape[axis] % math.prod(axes.values()):
         return x
@@ -158,13 +197,18 @@ def joined(parts: Array, stages: int) -> Array:
 
 
 def parted(tree: Any, is_cut: Any, count: int) -> Callable[[Any], Any]:
-    """A function from the number of a micro-batch to its part of a tree, of which some leaves are cut by rows."""
+    """A function from the number of a micro-batch to its part of a tree, of which some leaves are
+    cut by rows.
+    """
     ready = jax.tree.map(lambda a, cut: micro(gathered(a), count) if cut else a, tree, is_cut)
     return lambda m: jax.tree.map(lambda a, cut: a[m] if cut else a, ready, is_cut)
 
 
-def in_ticks(tick: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, hops: list[Any]) -> tuple[Any, Any]:
-    """`tick(carry, t, hops[t])` for each t; neighbours with the same hops, which a program must know, share one scan.
+def in_ticks(
+    tick: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, hops: list[Any]
+) -> tuple[Any, Any]:
+    """`tick(carry, t, hops[t])` for each t; neighbours with the same hops, which a program must
+    know, share one scan.
 
     Returns:
       The carry, and what the ticks gave, stacked.
@@ -176,7 +220,9 @@ def in_ticks(tick: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, hops:
             carry, one = tick(carry, times[0], same)
             found.append(jax.tree.map(lambda a: a[None], one))
         else:
-            carry, many = jax.lax.scan(lambda c, t, same=same: tick(c, t, same), carry, jnp.asarray(times, jnp.int32))
+            carry, many = jax.lax.scan(
+                lambda c, t, same=same: tick(c, t, same), carry, jnp.asarray(times, jnp.int32)
+            )
             found.append(many)
     return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *found)
 

@@ -23,8 +23,9 @@ type Read = Callable[[Array], Array]
 class Recurrent(nn.Module):
     """A layer of LSTM or GRU, run over each row by one scan.
 
-    Leaves input `[G, I]`, state `[G, H]`, input_bias `[G]`, of a GRU state_bias `[G]` (an LSTM adds both sums, so one bias will
-    do), and context `[G, M]` where a memory is read; G is 4H or 3H, see `ops.recurrent_step`.
+    Leaves input `[G, I]`, state `[G, H]`, input_bias `[G]`, of a GRU state_bias `[G]` (an LSTM adds
+    both sums, so one bias will do), and context `[G, M]` where a memory is read; G is 4H or 3H, see
+    `ops.recurrent_step`.
 
     Attributes:
       kind: "lstm" or "gru".
@@ -56,16 +57,25 @@ class Recurrent(nn.Module):
           mask: where it is false a step changes nothing, so padding may stand on either side.
           read: what each step has besides its input (see `Additive`), or None.
         """
-        size, stream = GATES[self.kind] * self.width, self.policy.stream
+        size = GATES[self.kind] * self.width
+        stream = self.policy.stream
         matrix = lambda name, wide: leaf(self, name, self.initializer, (size, wide))
         from_input = ops.einsum("BTI,GI->BTG", x, matrix("input", x.shape[-1]), self.policy)
         given = leaf(self, "input_bias", _remembering(self.kind), (size,))
         from_input = from_input + on_last(given.astype(stream), 3)
         state = matrix("state", start.shape[-1])
-        shift = leaf(self, "state_bias", nn.initializers.zeros, (size,)).astype(stream) if self.kind == "gru" else None
-        context = None if read is None else matrix("context", jax.eval_shape(read, start[:, 0]).shape[-1])
+        shift = (
+            leaf(self, "state_bias", nn.initializers.zeros, (size,)).astype(stream)
+            if self.kind == "gru"
+            else None
+        )
+        context = (
+            None if read is None else matrix("context", jax.eval_shape(read, start[:, 0]).shape[-1])
+        )
 
-        def step(old: Array, now: tuple[Array, Array | None]) -> tuple[Array, tuple[Array, Array | None]]:
+        def step(
+            old: Array, now: tuple[Array, Array | None]
+        ) -> tuple[Array, tuple[Array, Array | None]]:
             given, valid = now
             from_state = ops.einsum("BH,GH->BG", old[:, 0], state, self.policy)
             from_state = from_state if shift is None else from_state + on_last(shift, 2)
@@ -92,7 +102,8 @@ def _remembering(kind: str) -> Initializer:
 
 
 class Additive(nn.Module):
-    """Attention by `score . tanh(query s + memory_k m)`, with s of the step before (Bahdanau et al., 2014).
+    """Attention by `score . tanh(query s + memory_k m)`, with s of the step before (Bahdanau et
+    al., 2014).
 
     Leaves memory_k `[A, M]`, query `[A, H]`, score `[A]`.
 
@@ -108,9 +119,14 @@ class Additive(nn.Module):
 
     @nn.compact
     def __call__(
-        self, memory: Float[Array, "B S M"], valid: Bool[Array, "B S"], keys: Float[Array, "B S A"] | None, wide: int
+        self,
+        memory: Float[Array, "B S M"],
+        valid: Bool[Array, "B S"],
+        keys: Float[Array, "B S A"] | None,
+        wide: int,
     ) -> tuple[Read, Float[Array, "B S A"]]:
-        """Returns what reads the memory at a step, and the memory's share of the sums, to be given to later calls.
+        """Returns what reads the memory at a step, and the memory's share of the sums, to be given
+        to later calls.
 
         Args:
           memory: what is read.
@@ -120,21 +136,26 @@ class Additive(nn.Module):
         """
         keys = _keys(self, memory) if keys is None else keys
         query = leaf(self, "query", self.initializer, (keys.shape[-1], wide))
-        score = leaf(self, "score", nn.initializers.normal(self.width**-0.5), (keys.shape[-1],)).astype(jnp.float32)
+        score = leaf(
+            self, "score", nn.initializers.normal(self.width**-0.5), (keys.shape[-1],)
+        ).astype(jnp.float32)
 
         def read(shown: Array) -> Array:
             asked = ops.einsum("BH,AH->BA", shown, query, self.policy)
             sums = jnp.tanh((asked[:, None] + keys.astype(asked.dtype)).astype(jnp.float32))
             scores = jnp.sum(sums * on_last(score, 3), axis=-1)
             weights = jax.nn.softmax(jnp.where(valid, scores, -1e30), axis=-1)
-            found = jnp.einsum("bs,bsm->bm", weights, memory.astype(jnp.float32), precision="highest")
+            found = jnp.einsum(
+                "bs,bsm->bm", weights, memory.astype(jnp.float32), precision="highest"
+            )
             return found.astype(self.policy.stream)
 
         return read, keys
 
 
 class Multiplicative(nn.Module):
-    """Attention by `s . memory_k m`, with s of the same step (Luong et al., 2015; their score "general").
+    """Attention by `s . memory_k m`, with s of the same step (Luong et al., 2015; their score
+    "general").
 
     Leaf memory_k `[H, M]`.
 
@@ -156,10 +177,14 @@ class Multiplicative(nn.Module):
         valid: Bool[Array, "B S"],
         keys: Float[Array, "B S A"] | None,
     ) -> tuple[Float[Array, "B T M"], Float[Array, "B S A"]]:
-        """Returns what each step reads, and the keys, to be given to later calls; the arguments are those of `Additive`."""
+        """Returns what each step reads, and the keys, to be given to later calls; the arguments are
+        those of `Additive`.
+        """
         keys = _keys(self, memory) if keys is None else keys
         seen = ops.Seen(valid=valid, causal=False)
-        found = ops.attention(shown[:, :, None], keys[:, None], memory[:, None], seen, self.policy, scale=1.0)
+        found = ops.attention(
+            shown[:, :, None], keys[:, None], memory[:, None], seen, self.policy, scale=1.0
+        )
         return found[:, :, 0], keys
 
 

@@ -38,13 +38,15 @@ def repeat(
     microbatches: int = 0,
     unroll: int = 1,
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-    """Run all layers: each segment of several by one scan, a single layer as it is; in stages where the mesh has `pipeline`.
+    """Run all layers: each segment of several by one scan, a single layer as it is; in stages where
+    the mesh has `pipeline`.
 
     Args:
       block: one layer.
       params: segment -> leaves (see `jaxmodel.tree`); segments may differ in everything.
       x: `[B, T, D]`.
-      context: what a step computes once and each layer reads: arrays `[B, ...]` or `[1, ...]`, and scalars.
+      context: what a step computes once and each layer reads: arrays `[B, ...]` or `[1, ...]`, and
+        scalars.
       cache: for all layers, or None; carried, so that XLA can write it in place.
       rng: layer `i` gets `fold_in(rng, i)`.
       train: passed to the block.
@@ -53,13 +55,21 @@ def repeat(
       unroll: see `ops.Policy`.
 
     Returns:
-      x, the cache, and the sum of each aux value over the layers (with stages, of its mean over the micro-batches).
+      x, the cache, and the sum of each aux value over the layers (with stages, of its mean over the
+      micro-batches).
 
     Raises:
       InputError: stages for layers that differ, or a number of them that does not divide.
     """
     if auto_axes().get(AXIS, 1) > 1 and cache is None:
-        x, total = gpipe(stage_of(block, train, remat, unroll), one_segment(params), x, context, rng, microbatches)
+        x, total = gpipe(
+            stage_of(block, train, remat, unroll),
+            one_segment(params),
+            x,
+            context,
+            rng,
+            microbatches,
+        )
         return x, None, total
     run = _layer(block, context, rng, train, remat)
     total: dict[str, jax.Array] = {}
@@ -71,7 +81,9 @@ def repeat(
         else:
             indices = jnp.arange(layers.start, layers.stop, dtype=jnp.int32)
             x, cache, aux = _scan(run, params[key], x, cache, indices, unroll)
-        total |= {name: total[name] + value if name in total else value for name, value in aux.items()}
+        total |= {
+            name: total[name] + value if name in total else value for name, value in aux.items()
+        }
     return x, cache, total
 
 
@@ -83,24 +95,35 @@ def one_segment(params: tree.Params) -> Any:
     """
     keys = tree.segments(params)
     if len(keys) > 1 or len(tree.span(keys[0]) or ()) == 1:
-        raise InputError(f"mesh: stages of a pipeline need one segment of equal layers; here are {', '.join(keys)}")
+        raise InputError(
+            f"mesh: stages of a pipeline need one segment of equal layers; here are "
+            f"{', '.join(keys)}"
+        )
     return params[keys[0]]
 
 
 def stage_of(block: Block, train: bool, remat: str, unroll: int = 1) -> Stage:
     """What one stage of a pipeline computes: its part of the layers, by one scan."""
 
-    def stage(layers: Any, x: jax.Array, context: Any, place: Any, key: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def stage(
+        layers: Any, x: jax.Array, context: Any, place: Any, key: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         own = jax.tree.leaves(layers)[0].shape[0]
         indices = place * own + jnp.arange(own, dtype=jnp.int32)
-        x, _, aux = _scan(_layer(block, context, key, train, remat), layers, x, None, indices, unroll)
+        x, _, aux = _scan(
+            _layer(block, context, key, train, remat), layers, x, None, indices, unroll
+        )
         return x, aux
 
     return stage
 
 
-def _layer(block: Block, context: dict[str, Any], rng: Any, train: bool, remat: str) -> Callable[..., Any]:
-    def run(layer_params: Any, x: jax.Array, cache: Any, layer: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+def _layer(
+    block: Block, context: dict[str, Any], rng: Any, train: bool, remat: str
+) -> Callable[..., Any]:
+    def run(
+        layer_params: Any, x: jax.Array, cache: Any, layer: Any
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         key = None if rng is None else jax.random.fold_in(rng, layer)
         return block(layer_params, x, context, cache, layer, key, train)
 
@@ -110,16 +133,24 @@ def _layer(block: Block, context: dict[str, Any], rng: Any, train: bool, remat: 
 def _scan(
     run: Callable[..., Any], layers: Any, x: jax.Array, cache: Any, indices: jax.Array, unroll: int
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-    def body(carry: tuple[jax.Array, Any], xs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, Any], Any]:
+    def body(
+        carry: tuple[jax.Array, Any], xs: tuple[Any, jax.Array]
+    ) -> tuple[tuple[jax.Array, Any], Any]:
         x, cache, aux = run(xs[0], *carry, xs[1])
         return (x, cache), aux
 
-    (x, cache), stacked = jax.lax.scan(body, (x, cache), (layers, indices), unroll=min(unroll, len(indices)))
+    (x, cache), stacked = jax.lax.scan(
+        body, (x, cache), (layers, indices), unroll=min(unroll, len(indices))
+    )
     return x, cache, jax.tree.map(lambda a: jnp.sum(a, axis=0), stacked)
 
 
-def init_layers(init: Callable[[jax.Array], tree.Params], key: jax.Array, depth: int, first: int = 0) -> tree.Params:
-    """`depth` equal layers in one segment, numbered from `first`, each initialised with a key of its own."""
+def init_layers(
+    init: Callable[[jax.Array], tree.Params], key: jax.Array, depth: int, first: int = 0
+) -> tree.Params:
+    """`depth` equal layers in one segment, numbered from `first`, each initialised with a key of
+    its own.
+    """
     keys = jax.random.split(key, depth)
     if depth == 1:
         return {str(first): init(keys[0])}

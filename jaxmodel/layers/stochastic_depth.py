@@ -8,9 +8,14 @@ from jaxtyping import Array, Float, Key
 
 
 def stochastic_depth(
-    x: Float[Array, "B ..."], y: Float[Array, "B ..."], rate: float | Float[Array, ""], rng: Key[Array, ""] | None, site: int = 0
+    x: Float[Array, "B ..."],
+    y: Float[Array, "B ..."],
+    rate: float | Float[Array, ""],
+    rng: Key[Array, ""] | None,
+    site: int = 0,
 ) -> Float[Array, "B ..."]:
-    """`x + keep / (1 - rate) (y - x)`, keep being 0 for a row with the probability `rate`, else 1 (Huang et al., 2016).
+    """`x + keep / (1 - rate) (y - x)`, keep being 0 for a row with the probability `rate`, else 1
+    (Huang et al., 2016).
 
     The mean over many draws is y, what stands without training.
 
@@ -28,6 +33,8 @@ def stochastic_depth(
     """
     if rng is None:
         return y
-    keep = jax.random.bernoulli(jax.random.fold_in(rng, site), 1 - jnp.asarray(rate, jnp.float32), x.shape[:1])
+    keep = jax.random.bernoulli(
+        jax.random.fold_in(rng, site), 1 - jnp.asarray(rate, jnp.float32), x.shape[:1]
+    )
     scale = keep.astype(jnp.float32) / (1 - jnp.asarray(rate, jnp.float32))
     return x + scale.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * (y - x)

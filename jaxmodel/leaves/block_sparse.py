@@ -1,4 +1,6 @@
-"""`BlockSparse`: a weight of which whole blocks are zero, as a bitmask of blocks and the blocks that it keeps."""
+"""`BlockSparse`: a weight of which whole blocks are zero, as a bitmask of blocks and the blocks
+that it keeps.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,18 @@ from jaxmodel.leaves.packing import pack, pad_last, unpack
 
 @register
 class BlockSparse(Compressed):
-    """A weight `[..., out, in]` cut into blocks `[height, width]`, of which each row of blocks keeps at most `n`.
+    """A weight `[..., out, in]` cut into blocks `[height, width]`, of which each row of blocks
+    keeps at most `n`.
 
-    Blocks are large enough for matrix kernels, so unlike the bits of a `Sparse` they need not be expanded to run: a product
-    reads the kept blocks only (see `jaxmodel.ops.block_sparse`).
+    Blocks are large enough for matrix kernels, so unlike the bits of a `Sparse` they need not be
+    expanded to run: a product reads the kept blocks only (see `jaxmodel.ops.block_sparse`).
 
     Invariants (`check`, `check_values`):
-      mask: uint8 `[..., out / height, (in / width + pad) / 8]`; block i of a row is bit `i % 8` of byte `i // 8`. The bits of the
-        padding are zero.
-      values: an array `[..., out / height, n, height, width]`, n the largest number of kept blocks of any row of blocks. The
-        kept blocks of a row stand in order at its start and zeros fill the rest.
+      mask: uint8 `[..., out / height, (in / width + pad) / 8]`; block i of a row is bit `i % 8` of
+        byte `i // 8`. The bits of the padding are zero.
+      values: an array `[..., out / height, n, height, width]`, n the largest number of kept blocks
+        of any row of blocks. The kept blocks of a row stand in order at its start and zeros fill
+        the rest.
       pad: bits that fill the last byte of each row, fewer than 8.
     """
 
@@ -36,7 +40,11 @@ class BlockSparse(Compressed):
 
     @classmethod
     def from_dense(
-        cls, weight: jax.Array, keep: Bool[Array, "... rows columns"] | None = None, *, block: tuple[int, int]
+        cls,
+        weight: jax.Array,
+        keep: Bool[Array, "... rows columns"] | None = None,
+        *,
+        block: tuple[int, int],
     ) -> BlockSparse:
         """Store the blocks where `keep` is true (default: those with a weight that is not zero).
 
@@ -46,17 +54,25 @@ class BlockSparse(Compressed):
           block: its height and width, which divide out and in.
 
         Raises:
-          InputError: blocks that do not divide the weight, a mask of another shape, or one that is traced.
+          InputError: blocks that do not divide the weight, a mask of another shape, or one that is
+            traced.
         """
         tiles = cut(weight, block)
         keep = jnp.any(tiles != 0, axis=(-2, -1)) if keep is None else keep
         if isinstance(keep, Tracer):
-            raise InputError("keep: a traced mask was given; how many blocks are kept must be known before compilation")
+            raise InputError(
+                "keep: a traced mask was given; how many blocks are kept must be known before "
+                "compilation"
+            )
         if keep.shape != tiles.shape[:-2]:
-            raise InputError(f"keep: shape {keep.shape} given; {tiles.shape[:-2]} is needed, a bit for each block")
+            raise InputError(
+                f"keep: shape {keep.shape} given; {tiles.shape[:-2]} is needed, a bit for each "
+                f"block"
+            )
         n = max(1, int(jnp.max(jnp.sum(keep, axis=-1), initial=0)))
         bits, pad = pad_last(keep, 8)
-        first, there = _first(keep, n), jnp.sum(keep, axis=-1, keepdims=True) > _count(n, keep.ndim)
+        first = _first(keep, n)
+        there = jnp.sum(keep, axis=-1, keepdims=True) > _count(n, keep.ndim)
         values = jnp.take_along_axis(tiles, first[..., None, None], axis=-3)
         values = jnp.where(there[..., None, None], values, jnp.zeros((), values.dtype))
         leaf = cls(pack(bits.astype(jnp.uint8), 1), values, pad=pad)
@@ -83,49 +99,87 @@ class BlockSparse(Compressed):
         return unpack(self.mask, 1)[..., : self.mask.shape[-1] * 8 - self.pad].astype(jnp.bool_)
 
     def columns(self) -> Int[Array, "... rows n"]:
-        """Where along the row each stored block stands; for a block that only fills up (of zeros), some place that is free."""
+        """Where along the row each stored block stands; for a block that only fills up (of zeros),
+        some place that is free.
+        """
         return _first(self.keep(), self.values.shape[-3])
 
     def decode(self, dtype: Any = None) -> jax.Array:
-        tiles = _spread(self.keep(), self.values if dtype is None else self.values.astype(dtype), axis=-3)
+        tiles = _spread(
+            self.keep(), self.values if dtype is None else self.values.astype(dtype), axis=-3
+        )
         return jnp.swapaxes(tiles, -3, -2).reshape(self.shape)
 
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "..."]:
-        """The weight's rows at `ids`, `[*ids.shape, in]`, decoded alone; for a leaf without leading axes."""
+        """The weight's rows at `ids`, `[*ids.shape, in]`, decoded alone; for a leaf without leading
+        axes.
+        """
         if self.ndim != 2:
-            raise InputError(f"BlockSparse.rows: a leaf of shape {self.shape} was given; [out, in] is needed")
+            raise InputError(
+                f"BlockSparse.rows: a leaf of shape {self.shape} was given; [out, in] is needed"
+            )
         height = self.block[0]
         at = lambda a, i: jnp.take(a, i, axis=0, mode="clip")
-        values = self.values.swapaxes(-3, -2).reshape(self.shape[0], *self.values.shape[-3::2])  # [out, n, width]
-        return _spread(at(self.keep(), ids // height), at(values, ids), axis=-2).reshape(*ids.shape, self.shape[-1])
+        values = self.values.swapaxes(-3, -2).reshape(
+            self.shape[0], *self.values.shape[-3::2]
+        )  # [out, n, width]
+        return _spread(at(self.keep(), ids // height), at(values, ids), axis=-2).reshape(
+            *ids.shape, self.shape[-1]
+        )
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> BlockSparse:
         *lead, out, last = full_spec(spec, self.ndim)
-        rows, parts = self.mask.shape[-2], shards(out, sizes)
-        expect(shards(last, sizes) == 1, self, f"a spec {spec} cuts the last axis, whose blocks stand anywhere; shard another")
-        expect(rows % parts == 0, self, f"a spec {spec} cuts {rows} rows of blocks into {parts} parts, which splits a block")
+        rows = self.mask.shape[-2]
+        parts = shards(out, sizes)
+        expect(
+            shards(last, sizes) == 1,
+            self,
+            f"a spec {spec} cuts the last axis, whose blocks stand anywhere; shard another",
+        )
+        expect(
+            rows % parts == 0,
+            self,
+            f"a spec {spec} cuts {rows} rows of blocks into {parts} parts, which splits a block",
+        )
         return type(self)(PartitionSpec(*lead, out), PartitionSpec(*lead, out), pad=self.pad)  # pyright: ignore
 
     def check(self) -> None:
-        m, v = self.mask, self.values
-        expect(m.dtype == jnp.uint8 and m.ndim >= 2, self, f"mask is {m.dtype} {m.shape}; uint8 [..., rows, bytes] is needed")
+        m = self.mask
+        v = self.values
+        expect(
+            m.dtype == jnp.uint8 and m.ndim >= 2,
+            self,
+            f"mask is {m.dtype} {m.shape}; uint8 [..., rows, bytes] is needed",
+        )
         expect(
             v.ndim == m.ndim + 2 and v.shape[:-3] == m.shape[:-1],
             self,
-            f"values has shape {v.shape}; [..., rows, n, height, width] of mask {m.shape} is needed",
+            f"values has shape {v.shape}; [..., rows, n, height, width] of mask {m.shape} is "
+            f"needed",
         )
         expect(0 <= self.pad < 8, self, f"pad is {self.pad}; allowed: 0 to 7")
         columns = m.shape[-1] * 8 - self.pad
-        expect(v.shape[-3] <= columns, self, f"{v.shape[-3]} blocks are stored for rows of {columns}")
+        expect(
+            v.shape[-3] <= columns, self, f"{v.shape[-3]} blocks are stored for rows of {columns}"
+        )
 
     def check_values(self) -> None:
-        """Check what needs the data: counts of the mask, zeros behind the last block (not for use under jit)."""
-        kept, n = jnp.sum(self.keep(), axis=-1, dtype=jnp.int32), self.values.shape[-3]
-        expect(int(jnp.max(kept, initial=0)) <= n, self, f"a row keeps {int(jnp.max(kept))} blocks but has {n}")
+        """Check what needs the data: counts of the mask, zeros behind the last block (not for use
+        under jit).
+        """
+        kept = jnp.sum(self.keep(), axis=-1, dtype=jnp.int32)
+        n = self.values.shape[-3]
+        expect(
+            int(jnp.max(kept, initial=0)) <= n,
+            self,
+            f"a row keeps {int(jnp.max(kept))} blocks but has {n}",
+        )
         padding = unpack(self.mask, 1)[..., self.keep().shape[-1] :]
         expect(not bool(jnp.any(padding != 0)), self, "the mask keeps a block of the padding")
         behind = _count(n, kept.ndim + 1) >= kept[..., None]
-        filled = jnp.any(jnp.where(behind[..., None, None], self.values, jnp.zeros((), self.dtype)) != 0)
+        filled = jnp.any(
+            jnp.where(behind[..., None, None], self.values, jnp.zeros((), self.dtype)) != 0
+        )
         expect(not bool(filled), self, "a value stands behind the last kept block")
 
 
@@ -137,12 +191,17 @@ def cut(weight: jax.Array, block: tuple[int, int]) -> Float[Array, "... rows col
     """
     (height, width), (*lead, out, n) = block, weight.shape
     if height < 1 or width < 1 or out % height or n % width:
-        raise InputError(f"block: {block} given; divisors of the weight's {out} rows and {n} columns are needed")
+        raise InputError(
+            f"block: {block} given; divisors of the weight's {out} rows and {n} columns are needed"
+        )
     return jnp.swapaxes(weight.reshape(*lead, out // height, height, n // width, width), -3, -2)
 
 
-def largest_blocks(weight: jax.Array, block: tuple[int, int], kept: int) -> Bool[Array, "... rows columns"]:
-    """The `kept` blocks with the largest sum of squares in each row of blocks; of equal ones the first.
+def largest_blocks(
+    weight: jax.Array, block: tuple[int, int], kept: int
+) -> Bool[Array, "... rows columns"]:
+    """The `kept` blocks with the largest sum of squares in each row of blocks; of equal ones the
+    first.
 
     Every row of blocks keeps as many, so that none is filled up and each costs the same.
 

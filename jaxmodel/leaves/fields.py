@@ -1,8 +1,10 @@
-"""The static fields of a tree's compressed leaves as JSON, to be stored beside its arrays and checked against a tree.
+"""The static fields of a tree's compressed leaves as JSON, to be stored beside its arrays and
+checked against a tree.
 
-A checkpoint of arrays (orbax) does not hold static fields: restored into a tree that says 2 bits where 4 were stored, the
-same bytes silently become other weights. So write `json.dumps(static_fields(params))` beside it, and call `check_fields` on
-the tree that it is restored into.
+A checkpoint of arrays (orbax) does not hold static fields: restored into a tree that says 2 bits
+where 4 were stored, the same bytes silently become other weights. So write
+`json.dumps(static_fields(params))` beside it, and call `check_fields` on the tree that it is
+restored into.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ def static_fields(params: tree.Params) -> dict[str, Any]:
       params: of arrays or of shape structs, stacked in any way.
 
     Returns:
-      `format`; `leaves`, the fields of each compressed leaf by the path of its layer, as `to_tensors` gives them; and
-      `leaves_sha256`, their digest. As JSON reads it: lists for tuples.
+      `format`; `leaves`, the fields of each compressed leaf by the path of its layer, as
+      `to_tensors` gives them; and `leaves_sha256`, their digest. As JSON reads it: lists for
+      tuples.
     """
     fields = {path: one for path, one in _fields(params).items() if one is not None}
     return {"format": FORMAT, "leaves": fields, "leaves_sha256": digest(fields)}
@@ -47,14 +50,23 @@ def check_fields(params: tree.Params, stored: Mapping[str, Any]) -> None:
         raise InputError(f"fields: format {stored.get('format')!r} is not read; allowed: {FORMAT}")
     saved = stored.get("leaves")
     if not isinstance(saved, dict) or digest(saved) != stored.get("leaves_sha256"):
-        raise InputError("fields: the static fields of the leaves are not those that were written (leaves_sha256)")
+        raise InputError(
+            "fields: the static fields of the leaves are not those that were written "
+            "(leaves_sha256)"
+        )
     here = _fields(params)
     for path in [*here, *saved]:
         if path not in here:
             close = ", ".join(nearest(path, here)) or "nothing like it"
-            raise InputError(f"fields: the compressed leaf {path!r} was stored, which the tree lacks; it has {close}")
+            raise InputError(
+                f"fields: the compressed leaf {path!r} was stored, which the tree lacks; it has "
+                f"{close}"
+            )
         if saved.get(path) != here[path]:
-            raise InputError(f"fields: {path!r} was stored as {_words(saved.get(path))}; the tree has {_words(here[path])} there")
+            raise InputError(
+                f"fields: {path!r} was stored as {_words(saved.get(path))}; the tree has "
+                f"{_words(here[path])} there"
+            )
 
 
 def digest(fields: Mapping[str, Any]) -> str:
@@ -65,7 +77,11 @@ def digest(fields: Mapping[str, Any]) -> str:
 def _fields(params: tree.Params) -> dict[str, Any]:
     """The fields of all leaves by layer path, None for a plain array."""
     tree.check(params)
-    found = {layer: to_tensors(leaf)[1] for path, leaf in tree.flatten(params).items() for layer in tree.layer_paths(path)}
+    found = {
+        layer: to_tensors(leaf)[1]
+        for path, leaf in tree.flatten(params).items()
+        for layer in tree.layer_paths(path)
+    }
     return json.loads(json.dumps(found))
 
 

@@ -1,7 +1,9 @@
-"""What every compressed leaf is: a frozen dataclass pytree with a shape, a decoder, partition specs and named tensors.
+"""What every compressed leaf is: a frozen dataclass pytree with a shape, a decoder, partition specs
+and named tensors.
 
-A leaf's arrays may carry a leading axis of layers, which `scan` slices off. Its static fields therefore hold no absolute
-shape and nothing about that axis: shapes follow from the arrays, and axes are counted from the end.
+A leaf's arrays may carry a leading axis of layers, which `scan` slices off. Its static fields
+therefore hold no absolute shape and nothing about that axis: shapes follow from the arrays, and
+axes are counted from the end.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ type AxisSizes = Mapping[str, int]
 
 
 def static(*, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that is pytree metadata: hashable, compared when leaves are stacked, stored as JSON."""
+    """A dataclass field that is pytree metadata: hashable, compared when leaves are stacked, stored
+    as JSON.
+    """
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field)
+)
 def register[T: type](cls: T) -> T:
     """Class decorator: a frozen dataclass whose fields marked `static()` are pytree metadata."""
     own = "__repr__" in vars(cls)
@@ -41,7 +47,10 @@ def register[T: type](cls: T) -> T:
 
 
 class Compressed:
-    """Base of the compressed leaves. A subclass is decorated with `register` and defines what is abstract here."""
+    """Base of the compressed leaves.
+
+    A subclass is decorated with `register` and defines what is abstract here.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,7 +117,8 @@ def expect(ok: bool, leaf: Compressed, message: str) -> None:
 
 
 def check_weights(leaf: Any, what: str) -> None:
-    """Refuse an array that codes cannot stand for: one NaN or infinity would spoil all the weights that share its scale.
+    """Refuse an array that codes cannot stand for: one NaN or infinity would spoil all the weights
+    that share its scale.
 
     Args:
       leaf: an array; of one that is traced only shape and dtype are looked at.
@@ -124,7 +134,10 @@ def check_weights(leaf: Any, what: str) -> None:
     if not math.prod(leaf.shape):
         raise InputError(f"{what}: has the shape {list(leaf.shape)}, so no weights; leave it out")
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and not _all_finite(leaf):
-        raise InputError(f"{what}: some of its weights are NaN or infinite; those that share a scale with them would be lost")
+        raise InputError(
+            f"{what}: some of its weights are NaN or infinite; those that share a scale with them "
+            f"would be lost"
+        )
 
 
 @jax.jit
@@ -134,7 +147,9 @@ def _all_finite(array: jax.Array) -> jax.Array:
 
 def shards(entry: Any, sizes: AxisSizes) -> int:
     """Into how many parts one entry of a partition spec cuts its axis."""
-    return math.prod(sizes[name] for name in ((entry,) if isinstance(entry, str) else (entry or ())))
+    return math.prod(
+        sizes[name] for name in ((entry,) if isinstance(entry, str) else (entry or ()))
+    )
 
 
 def full_spec(spec: PartitionSpec, ndim: int) -> list[Any]:
@@ -142,15 +157,16 @@ def full_spec(spec: PartitionSpec, ndim: int) -> list[Any]:
     return [*spec, *[None] * (ndim - len(spec))]
 
 
-# ------------------------------------------------------------------------------------- the same leaf by name, on disk
+# ------------------------------------------------------------------- the same leaf by name, on disk
 
 
 def to_tensors(leaf: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A leaf as named arrays and its static fields.
 
     Returns:
-      `({"": array}, None)` for a plain array. For a compressed leaf the arrays by field name (`packed`, `scale`; those of
-      a nested leaf joined by `_`, `values_packed`) and what JSON needs to put them together again.
+      `({"": array}, None)` for a plain array. For a compressed leaf the arrays by field name
+      (`packed`, `scale`; those of a nested leaf joined by `_`, `values_packed`) and what JSON needs
+      to put them together again.
     """
     if not isinstance(leaf, Compressed):
         return {"": leaf}, None
@@ -161,10 +177,15 @@ def to_tensors(leaf: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
         if field.metadata.get("static"):
             fields[field.name] = value
         elif value is None:
-            fields[field.name] = None  # so that an array that is missing on disk is not taken for one that never was
+            fields[field.name] = (
+                None  # so that an array that is missing on disk is not taken for one that never was
+            )
         else:
             inner, inner_fields = to_tensors(value)
-            arrays |= {f"{field.name}_{name}" if name else field.name: array for name, array in inner.items()}
+            arrays |= {
+                f"{field.name}_{name}" if name else field.name: array
+                for name, array in inner.items()
+            }
             if inner_fields is not None:
                 fields[field.name] = inner_fields
     return arrays, fields
@@ -193,13 +214,16 @@ def from_tensors(arrays: Mapping[str, Any], fields: Mapping[str, Any] | None) ->
     cls = _class(fields)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
-        name, given = field.name, fields.get(field.name)
+        name = field.name
+        given = fields.get(field.name)
         if field.metadata.get("static"):
             if name in fields:
                 values[name] = tuple(given) if isinstance(given, list) else given
         elif given is not None:
             head = f"{name}_"
-            values[name] = from_tensors({k[len(head) :]: v for k, v in arrays.items() if k.startswith(head)}, given)
+            values[name] = from_tensors(
+                {k[len(head) :]: v for k, v in arrays.items() if k.startswith(head)}, given
+            )
         elif name in arrays:
             values[name] = arrays[name]
         elif name not in fields:

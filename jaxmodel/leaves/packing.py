@@ -1,8 +1,9 @@
 """Unsigned codes of 1 to 8 bits, packed without waste along the last axis.
 
-Widths that divide a byte put neighbouring codes into one byte, the first in the lowest bits. The other widths (3, 5, 6, 7)
-put eight codes into `bits` bytes, byte j holding bit j of all eight. Either way a stretch of `codes_per_unit(bits)` codes is
-a whole number of bytes, so the packed axis can be cut (by a mesh, say) at any such stretch.
+Widths that divide a byte put neighbouring codes into one byte, the first in the lowest bits. The
+other widths (3, 5, 6, 7) put eight codes into `bits` bytes, byte j holding bit j of all eight.
+Either way a stretch of `codes_per_unit(bits)` codes is a whole number of bytes, so the packed axis
+can be cut (by a mesh, say) at any such stretch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def unpacked_length(n_bytes: int, bits: int) -> int:
 
 
 def pack(codes: Integer[Array, "... n"], bits: int) -> UInt8[Array, "... m"]:
-    """Pack codes in [0, 2^bits) along the last axis, whose length is a multiple of `codes_per_unit(bits)`.
+    """Pack codes in [0, 2^bits) along the last axis, whose length is a multiple of
+    `codes_per_unit(bits)`.
 
     >>> pack(jnp.array([1, 2, 3, 4]), 4)
     Array([33, 67], dtype=uint8)
@@ -36,7 +38,8 @@ def pack(codes: Integer[Array, "... n"], bits: int) -> UInt8[Array, "... m"]:
     codes = codes.astype(jnp.uint8)
     if bits == 8:
         return codes
-    lead, n = codes.shape[:-1], codes.shape[-1]
+    lead = codes.shape[:-1]
+    n = codes.shape[-1]
     if bits in (1, 2, 4):
         groups = codes.reshape(*lead, n * bits // 8, 8 // bits)
         return jnp.sum(groups << _count(8, bits, groups.ndim, -1), axis=-1, dtype=jnp.uint8)
@@ -54,7 +57,8 @@ def unpack(packed: UInt8[Array, "... m"], bits: int) -> UInt8[Array, "... n"]:
     """
     if bits == 8:
         return packed
-    lead, m = packed.shape[:-1], packed.shape[-1]
+    lead = packed.shape[:-1]
+    m = packed.shape[-1]
     if bits in (1, 2, 4):
         codes = (packed[..., None] >> _count(8, bits, packed.ndim + 1, -1)) & jnp.uint8(2**bits - 1)
         return codes.reshape(*lead, m * 8 // bits)
@@ -72,7 +76,9 @@ def _count(stop: int, step: int, ndim: int, axis: int) -> jax.Array:
 
 
 def pad_last(array: jax.Array, multiple: int) -> tuple[jax.Array, int]:
-    """Pad the last axis with zeros to a multiple; returns the array and the number of elements added."""
+    """Pad the last axis with zeros to a multiple; returns the array and the number of elements
+    added.
+    """
     extra = -array.shape[-1] % multiple
     if extra:
         array = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)])

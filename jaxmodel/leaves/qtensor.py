@@ -16,20 +16,25 @@ from jaxmodel.leaves.packing import codes_per_unit, pack, pad_last, unpack, unpa
 
 @register
 class QTensor(Compressed):
-    """A weight `[..., out, in]` as codes along its last axis, with a scale per tensor, channel or group.
+    """A weight `[..., out, in]` as codes along its last axis, with a scale per tensor, channel or
+    group.
 
-    Symmetric (no `minimum`): `w = scale * q` with q in [-2^(bits-1), 2^(bits-1) - 1], at one bit in {-1, +1}.
+    Symmetric (no `minimum`): `w = scale * q` with q in [-2^(bits-1), 2^(bits-1) - 1], at one bit in
+      {-1, +1}.
     Affine: `w = scale * code + minimum` with code in [0, 2^bits - 1].
 
     Invariants (`check`):
-      packed: int8 holding q itself where bits is 8 and the leaf symmetric; else uint8, the unsigned codes (q + 2^(bits-1)
-        if symmetric) in the layout of `jaxmodel.leaves.packing`. The last axis holds `in + pad` codes in whole bytes.
-      scale: floating, as many axes as the weight. Last axis: 1, or the number of groups, which divides `in + pad`. The axis
-        before it: `out`, or 1. Scales of length 1 on both are per tensor; with groups there is one for every row.
+      packed: int8 holding q itself where bits is 8 and the leaf symmetric; else uint8, the unsigned
+        codes (q + 2^(bits-1) if symmetric) in the layout of `jaxmodel.leaves.packing`. The last
+        axis holds `in + pad` codes in whole bytes.
+      scale: floating, as many axes as the weight. Last axis: 1, or the number of groups, which
+        divides `in + pad`. The axis before it: `out`, or 1. Scales of length 1 on both are per
+        tensor; with groups there is one for every row.
       minimum: None or as scale, in shape and dtype.
-      pad: codes at the end of each row that stand for nothing: fewer than one of several groups (or a byte) holds; where a
-        row has one scale, fewer than all.
-      activations: None (the contraction runs in floating point) or "int8" (its input is rounded to int8, a row at a time).
+      pad: codes at the end of each row that stand for nothing: fewer than one of several groups (or
+        a byte) holds; where a row has one scale, fewer than all.
+      activations: None (the contraction runs in floating point) or "int8" (its input is rounded to
+        int8, a row at a time).
     """
 
     packed: Any  # the buffers are Any because specs() and tree maps put other things in their place
@@ -65,14 +70,17 @@ class QTensor(Compressed):
         else:
             if minimum is None:
                 codes = (codes + 1) // 2 if bits == 1 else codes + 2 ** (bits - 1)
-            stored, pad = pad_last(codes.astype(jnp.uint8), math.lcm(group or 1, codes_per_unit(bits)))
+            stored, pad = pad_last(
+                codes.astype(jnp.uint8), math.lcm(group or 1, codes_per_unit(bits))
+            )
             stored = pack(stored, bits)
         leaf = cls(stored, scale, minimum, bits=bits, pad=pad, activations=activations)
         leaf.check()
         expect(
             group is None or leaf.groups * group == leaf._padded,
             leaf,
-            f"{leaf.groups} scales a row do not fit groups of {group} in rows of {leaf.shape[-1]} codes and whole bytes",
+            f"{leaf.groups} scales a row do not fit groups of {group} in rows of {leaf.shape[-1]} "
+            f"codes and whole bytes",
         )
         return leaf
 
@@ -127,14 +135,22 @@ class QTensor(Compressed):
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> QTensor:
         *lead, out, last = full_spec(spec, self.ndim)
         parts = shards(last, sizes)
-        unit = math.lcm(self._padded // self.groups if self.groups > 1 else 1, codes_per_unit(self.bits))
+        unit = math.lcm(
+            self._padded // self.groups if self.groups > 1 else 1, codes_per_unit(self.bits)
+        )
         expect(
             parts == 1 or (self.pad == 0 and self._in % (parts * unit) == 0),
             self,
-            f"a spec {spec} cuts the last axis of {self._in} codes into {parts} parts, which splits a "
-            f"{'group' if self.groups > 1 else 'byte'} of {unit}; use an axis that leaves whole ones, or another axis",
+            f"a spec {spec} cuts the last axis of {self._in} codes into {parts} parts, which "
+            f"splits a "
+            f"{'group' if self.groups > 1 else 'byte'} of {unit}; use an axis that leaves whole "
+            f"ones, or another axis",
         )
-        scale = PartitionSpec(*lead, out if self.scale.shape[-2] > 1 else None, last if self.groups > 1 and parts > 1 else None)
+        scale = PartitionSpec(
+            *lead,
+            out if self.scale.shape[-2] > 1 else None,
+            last if self.groups > 1 and parts > 1 else None,
+        )
         return type(self)(
             PartitionSpec(*lead, out, last),  # pyright: ignore[reportArgumentType]
             scale,  # pyright: ignore[reportArgumentType]
@@ -145,27 +161,55 @@ class QTensor(Compressed):
         )
 
     def check(self) -> None:
-        p, s = self.packed, self.scale
+        p = self.packed
+        s = self.scale
         expect(self.bits in range(1, 9), self, f"bits is {self.bits}; allowed: 1 to 8")
         signed = self.bits == 8 and self.minimum is None
         want = jnp.int8 if signed else jnp.uint8
-        expect(p.dtype == want, self, f"packed has dtype {p.dtype}; {jnp.dtype(want)} is needed at {self.bits} bits")
+        expect(
+            p.dtype == want,
+            self,
+            f"packed has dtype {p.dtype}; {jnp.dtype(want)} is needed at {self.bits} bits",
+        )
         expect(p.ndim >= 2, self, f"packed has shape {p.shape}; at least [out, in] is needed")
         unit = codes_per_unit(self.bits)
-        expect(signed or self._padded % unit == 0, self, f"{self._padded} codes of {self.bits} bits are not whole bytes")
-        expect(jnp.issubdtype(s.dtype, jnp.floating), self, f"scale has dtype {s.dtype}; a floating one is needed")
+        expect(
+            signed or self._padded % unit == 0,
+            self,
+            f"{self._padded} codes of {self.bits} bits are not whole bytes",
+        )
+        expect(
+            jnp.issubdtype(s.dtype, jnp.floating),
+            self,
+            f"scale has dtype {s.dtype}; a floating one is needed",
+        )
         expect(
             s.ndim == p.ndim and s.shape[:-2] == p.shape[:-2] and s.shape[-2] in (1, p.shape[-2]),
             self,
-            f"scale has shape {s.shape}; [..., out or 1, groups or 1] of packed {p.shape} is needed",
+            f"scale has shape {s.shape}; [..., out or 1, groups or 1] of packed {p.shape} is "
+            f"needed",
         )
         expect(
-            s.shape[-1] > 0 and self._padded % s.shape[-1] == 0, self, f"{s.shape[-1]} groups do not divide {self._padded} codes"
+            s.shape[-1] > 0 and self._padded % s.shape[-1] == 0,
+            self,
+            f"{s.shape[-1]} groups do not divide {self._padded} codes",
         )
-        expect(s.shape[-1] == 1 or s.shape[-2] == p.shape[-2], self, "groups need a scale for every row")
+        expect(
+            s.shape[-1] == 1 or s.shape[-2] == p.shape[-2],
+            self,
+            "groups need a scale for every row",
+        )
         limit = max(self._padded // s.shape[-1], unit) if s.shape[-1] > 1 else self._padded
-        expect(0 <= self.pad < limit, self, f"pad is {self.pad}; a whole group or more stands for nothing")
+        expect(
+            0 <= self.pad < limit,
+            self,
+            f"pad is {self.pad}; a whole group or more stands for nothing",
+        )
         if self.minimum is not None:
             same = self.minimum.shape == s.shape and self.minimum.dtype == s.dtype
             expect(same, self, "minimum differs from scale in shape or dtype")
-        expect(self.activations in (None, "int8"), self, f"activations is {self.activations!r}; allowed: None, 'int8'")
+        expect(
+            self.activations in (None, "int8"),
+            self,
+            f"activations is {self.activations!r}; allowed: None, 'int8'",
+        )

@@ -12,22 +12,33 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
 from jaxmodel import tree
-from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, expect, full_spec, register, shards, static
+from jaxmodel.leaves.leaf import (
+    AxisSizes,
+    Compressed,
+    decode,
+    expect,
+    full_spec,
+    register,
+    shards,
+    static,
+)
 from jaxmodel.leaves.packing import pack, pad_last, unpack
 from jaxmodel.leaves.qtensor import QTensor
 
 
 @register
 class Sparse(Compressed):
-    """A weight `[..., out, in]` as one bit for each element and the values of the elements that are kept, row by row.
+    """A weight `[..., out, in]` as one bit for each element and the values of the elements that are
+    kept, row by row.
 
     Invariants (`check`, `check_values`):
-      mask: uint8 `[..., out, (in + pad) / 8]`; element i of a row is bit `i % 8` of byte `i // 8`. The bits of the padding
-        are zero.
-      values: `[..., out, n]`, an array or a symmetric `QTensor`, n the largest number of kept elements of any row. The
-        kept values of a row stand in order at its start and zeros fill the rest (at one bit, which has no zero, anything).
-      pattern: None, or (N, M): each M neighbours along the last axis keep exactly N (a zero may be kept); then
-        `n = in / M * N` and nothing is padded.
+      mask: uint8 `[..., out, (in + pad) / 8]`; element i of a row is bit `i % 8` of byte `i // 8`.
+        The bits of the padding are zero.
+      values: `[..., out, n]`, an array or a symmetric `QTensor`, n the largest number of kept
+        elements of any row. The kept values of a row stand in order at its start and zeros fill the
+        rest (at one bit, which has no zero, anything).
+      pattern: None, or (N, M): each M neighbours along the last axis keep exactly N (a zero may be
+        kept); then `n = in / M * N` and nothing is padded.
       pad: elements that fill the last byte of each row, fewer than 8.
     """
 
@@ -38,17 +49,24 @@ class Sparse(Compressed):
 
     @classmethod
     def from_dense(
-        cls, weight: jax.Array, keep: Bool[Array, "... out in"] | None = None, *, pattern: tuple[int, int] | None = None
+        cls,
+        weight: jax.Array,
+        keep: Bool[Array, "... out in"] | None = None,
+        *,
+        pattern: tuple[int, int] | None = None,
     ) -> Sparse:
-        """Store the elements where `keep` is true (default: where the weight is not zero). Not for use under jit: the
-        length of `values` depends on the data, unless `pattern` says it."""
+        """Store the elements where `keep` is true (default: where the weight is not zero). Not for
+        use under jit: the length of `values` depends on the data, unless `pattern` says it.
+        """
         keep = weight != 0 if keep is None else keep
         if pattern is not None:
             n = weight.shape[-1] // pattern[1] * pattern[0]
         else:
             n = max(1, int(jnp.max(jnp.sum(keep, axis=-1)))) if keep.size else 1
         bits, pad = pad_last(keep, 8)
-        leaf = cls(pack(bits.astype(jnp.uint8), 1), _gather(weight, keep, n), pattern=pattern, pad=pad)
+        leaf = cls(
+            pack(bits.astype(jnp.uint8), 1), _gather(weight, keep, n), pattern=pattern, pad=pad
+        )
         leaf.check()
         if pattern is not None and not isinstance(keep, Tracer):
             leaf.check_values()  # a group with more than N would lose weights silently
@@ -70,22 +88,31 @@ class Sparse(Compressed):
         return _scatter(self.keep(), decode(self.values, dtype))
 
     def expand(self) -> jax.Array | QTensor:
-        """The same weight with its zeros in place: a plain array, or a `QTensor` of the same codes where values is one."""
+        """The same weight with its zeros in place: a plain array, or a `QTensor` of the same codes
+        where values is one.
+        """
         if not isinstance(self.values, QTensor):
             return self.decode()
         if self.values.groups > 1:  # a group of kept values has no place in the dense row
             return self.decode()
-        codes, bits = _scatter(self.keep(), self.values.codes()), max(self.values.bits, 2)  # one bit has no code for zero
-        return QTensor.from_codes(codes, self.values.scale, bits=bits, activations=self.values.activations)
+        codes, bits = (
+            _scatter(self.keep(), self.values.codes()),
+            max(self.values.bits, 2),
+        )  # one bit has no code for zero
+        return QTensor.from_codes(
+            codes, self.values.scale, bits=bits, activations=self.values.activations
+        )
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Sparse:
         *lead, out, last = full_spec(spec, self.ndim)
         parts = shards(last, sizes)
-        n, per = self.shape[-1], 8 * (self.pattern[1] if self.pattern else 1)
+        n = self.shape[-1]
+        per = 8 * (self.pattern[1] if self.pattern else 1)
         expect(
             parts == 1 or (self.pattern is not None and self.pad == 0 and n % (parts * per) == 0),
             self,
-            f"a spec {spec} cuts the last axis of {n} elements into {parts} parts; only an N:M pattern with whole bytes and "
+            f"a spec {spec} cuts the last axis of {n} elements into {parts} parts; only an N:M "
+            f"pattern with whole bytes and "
             "groups in each part can be cut there, so shard another axis",
         )
         inner = PartitionSpec(*lead, out, last)
@@ -93,8 +120,13 @@ class Sparse(Compressed):
         return type(self)(inner, values, pattern=self.pattern, pad=self.pad)  # pyright: ignore[reportArgumentType]
 
     def check(self) -> None:
-        m, v = self.mask, self.values
-        expect(m.dtype == jnp.uint8 and m.ndim >= 2, self, f"mask is {m.dtype} {m.shape}; uint8 [..., out, bytes] is needed")
+        m = self.mask
+        v = self.values
+        expect(
+            m.dtype == jnp.uint8 and m.ndim >= 2,
+            self,
+            f"mask is {m.dtype} {m.shape}; uint8 [..., out, bytes] is needed",
+        )
         expect(
             len(v.shape) == m.ndim and v.shape[:-1] == m.shape[:-1],
             self,
@@ -102,35 +134,59 @@ class Sparse(Compressed):
         )
         expect(0 <= self.pad < 8, self, f"pad is {self.pad}; allowed: 0 to 7")
         if isinstance(v, Compressed):
-            expect(isinstance(v, QTensor) and v.minimum is None, self, "values must be an array or a symmetric QTensor")
+            expect(
+                isinstance(v, QTensor) and v.minimum is None,
+                self,
+                "values must be an array or a symmetric QTensor",
+            )
             v.check()
         if self.pattern is not None:
             n, per = self.pattern
-            expect(0 < n <= per and self.shape[-1] % per == 0, self, f"{n}:{per} does not divide {self.shape[-1]} elements")
+            expect(
+                0 < n <= per and self.shape[-1] % per == 0,
+                self,
+                f"{n}:{per} does not divide {self.shape[-1]} elements",
+            )
             want = self.shape[-1] // per * n
             expect(v.shape[-1] == want, self, f"{v.shape[-1]} values a row; {n}:{per} needs {want}")
 
     def check_values(self) -> None:
-        """Check what needs the data: counts of the mask, zeros behind the last value (not for use under jit)."""
+        """Check what needs the data: counts of the mask, zeros behind the last value (not for use
+        under jit).
+        """
         kept = jnp.sum(self.keep(), axis=-1, dtype=jnp.int32)
         n = self.values.shape[-1]
-        expect(int(jnp.max(kept, initial=0)) <= n, self, f"a row keeps {int(jnp.max(kept))} elements but has {n} values")
+        expect(
+            int(jnp.max(kept, initial=0)) <= n,
+            self,
+            f"a row keeps {int(jnp.max(kept))} elements but has {n} values",
+        )
         if self.pattern is not None:
             groups = self.keep().reshape(*self.shape[:-1], -1, self.pattern[1]).sum(-1)
-            expect(bool(jnp.all(groups == self.pattern[0])), self, f"a group does not keep {self.pattern[0]} elements")
+            expect(
+                bool(jnp.all(groups == self.pattern[0])),
+                self,
+                f"a group does not keep {self.pattern[0]} elements",
+            )
         padding = unpack(self.mask, 1)[..., self.shape[-1] :]
         expect(not bool(jnp.any(padding != 0)), self, "the mask keeps an element of the padding")
         if isinstance(self.values, QTensor) and self.values.bits == 1:
             return
         behind = jnp.expand_dims(jnp.arange(n), range(kept.ndim)) >= kept[..., None]
-        expect(not bool(jnp.any(jnp.where(behind, decode(self.values), 0) != 0)), self, "a value stands behind the last kept")
+        expect(
+            not bool(jnp.any(jnp.where(behind, decode(self.values), 0) != 0)),
+            self,
+            "a value stands behind the last kept",
+        )
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _gather(weight: jax.Array, keep: Bool[Array, "... out in"], n: int) -> jax.Array:
     """The kept elements of each row at its start, zeros behind them: the inverse of `_scatter`."""
     width = weight.shape[-1]
-    place = jnp.where(keep, jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1, n)  # n is outside and dropped
+    place = jnp.where(
+        keep, jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1, n
+    )  # n is outside and dropped
     row = jax.vmap(lambda w, p: jnp.zeros(n, w.dtype).at[p].set(w, mode="drop"))
     return row(weight.reshape(-1, width), place.reshape(-1, width)).reshape(*weight.shape[:-1], n)
 
@@ -143,8 +199,9 @@ def _scatter(keep: Bool[Array, "... out in"], values: jax.Array) -> jax.Array:
 
 
 def expand(params: tree.Params) -> tree.Params:
-    """`params` with each `Sparse` leaf expanded, for running: on a device without sparse kernels that is many times faster
-    (a bitmask expanded in every decode step costs more than the step). Bytes in memory grow; the stored tree stays packed.
+    """`params` with each `Sparse` leaf expanded, for running: on a device without sparse kernels
+    that is many times faster (a bitmask expanded in every decode step costs more than the step).
+    Bytes in memory grow; the stored tree stays packed.
     """
     tree.check(params)
     run = jax.jit(lambda leaf: leaf.expand())

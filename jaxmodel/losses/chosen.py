@@ -18,14 +18,18 @@ from jaxmodel.losses.tokens import next_token
 from jaxmodel.losses.views import contrastive
 from jaxmodel.models import Model
 
-CONTRACT = "loss(model, params, batch, rng, *, train=True) -> (mean, {'weight': ..., ...}), or the mean alone"
+CONTRACT = (
+    "loss(model, params, batch, rng, *, train=True) -> (mean, {'weight': ..., ...}), or "
+    "the mean alone"
+)
 
 
 def default_loss(model: Model, batch: Mapping[str, Any]) -> Loss:
     """The loss of what a batch holds besides the inputs of the model.
 
-    `labels`: `classification`. `targets` that are whole numbers: `next_token`; others: `regression()`. `views`: `contrastive()`.
-    Of an auto-encoder, whose target is its input: `autoencoder`.
+    `labels`: `classification`. `targets` that are whole numbers: `next_token`; others:
+    `regression()`. `views`: `contrastive()`. Of an auto-encoder, whose target is its input:
+    `autoencoder`.
 
     Raises:
       InputError: none of them is there.
@@ -42,19 +46,25 @@ def default_loss(model: Model, batch: Mapping[str, Any]) -> Loss:
         return contrastive()
     if hasattr(model.config, "reconstruction"):
         return autoencoder
-    hint = "; data.Stream(data.windows(ids, length=T + 1), batch_size) makes targets of tokens" if "tokens" in batch else ""
+    hint = (
+        "; data.Stream(data.windows(ids, length=T + 1), batch_size) makes targets of tokens"
+        if "tokens" in batch
+        else ""
+    )
     raise InputError(
-        f"loss: none given, and the batch holds {', '.join(batch) or 'nothing'}; allowed: a batch with labels (classification) "
+        f"loss: none given, and the batch holds {', '.join(batch) or 'nothing'}; allowed: a batch "
+        f"with labels (classification) "
         f"or targets (next_token, regression), or a loss of losses or your own{hint}"
     )
 
 
 def checked_loss(loss: Any) -> Loss:
-    """A loss as `make_step` wants it; one that gives the mean alone, or metrics without `weight`, is a mean over the rows.
+    """A loss as `make_step` wants it; one that gives the mean alone, or metrics without `weight`,
+    is a mean over the rows.
 
     Raises:
-      InputError: no function, or one with other arguments; when called, one that reads a field that the batch has not, or returns
-        something else.
+      InputError: no function, or one with other arguments; when called, one that reads a field that
+        the batch has not, or returns something else.
 
     >>> loss = checked_loss(lambda model, params, batch, rng=None, *, train=True: jnp.mean(batch["x"]))
     >>> value, metrics = loss(None, {}, {"x": jnp.ones((4, 2))}, None)
@@ -63,7 +73,8 @@ def checked_loss(loss: Any) -> Loss:
     """
     if not callable(loss):
         raise InputError(
-            f"loss: {loss!r:.60} given; allowed: a function, such as losses.classification, losses.next_token or {CONTRACT}"
+            f"loss: {loss!r:.60} given; allowed: a function, such as losses.classification, "
+            f"losses.next_token or {CONTRACT}"
         )
     name = getattr(loss, "__name__", type(loss).__name__)
     try:
@@ -74,17 +85,27 @@ def checked_loss(loss: Any) -> Loss:
     _check_arguments(name, signature)
 
     @functools.wraps(loss)  # its signature too: it tells whether the loss reads the state
-    def call(model: Any, params: Any, batch: Mapping[str, Array], rng: Any = None, **named: Any) -> Any:
+    def call(
+        model: Any, params: Any, batch: Mapping[str, Array], rng: Any = None, **named: Any
+    ) -> Any:
         try:
             out = loss(model, params, batch, rng, **named)
         except KeyError as error:
             if not error.args or not isinstance(error.args[0], str) or error.args[0] in batch:
                 raise
-            raise InputError(f"batch: {', '.join(batch)} given; the loss {name} reads {error.args[0]!r}") from error
+            raise InputError(
+                f"batch: {', '.join(batch)} given; the loss {name} reads {error.args[0]!r}"
+            ) from error
         value, metrics = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
         if getattr(value, "shape", None) != () or not isinstance(metrics, Mapping):
-            given = [f"{getattr(one, 'dtype', '')}{list(getattr(one, 'shape', []))}" for one in (value, metrics)]
-            raise InputError(f"loss: {name} returns {' and '.join(given)}; allowed: a scalar, and metrics: {CONTRACT}")
+            given = [
+                f"{getattr(one, 'dtype', '')}{list(getattr(one, 'shape', []))}"
+                for one in (value, metrics)
+            ]
+            raise InputError(
+                f"loss: {name} returns {' and '.join(given)}; allowed: a scalar, and metrics: "
+                f"{CONTRACT}"
+            )
         if "weight" in metrics:
             return value, dict(metrics)
         rows = next(iter(batch.values())).shape[0]

@@ -1,6 +1,8 @@
-"""Losses of classes: functions of logits `[..., C]` and labels with a value for each row; `supervised` makes a loss of them.
+"""Losses of classes: functions of logits `[..., C]` and labels with a value for each row;
+`supervised` makes a loss of them.
 
-Labels are classes `[...]` or distributions `[..., C]`, as mixup, CutMix and smoothing make them. Everything is float32.
+Labels are classes `[...]` or distributions `[..., C]`, as mixup, CutMix and smoothing make them.
+Everything is float32.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from jaxmodel.losses.labels import distribution
 def softmax_cross_entropy(
     logits: Float[Array, "... C"], labels: Int[Array, "..."] | Float[Array, "... C"]
 ) -> Float[Array, "..."]:
-    """`-sum_c t_c log p_c` with `p = softmax(z)`, in nats: `log sum_c exp(z_c) - z_label` for a whole number.
+    """`-sum_c t_c log p_c` with `p = softmax(z)`, in nats: `log sum_c exp(z_c) - z_label` for a
+    whole number.
 
     >>> float(softmax_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]) == float(jnp.log(4.0))
     True
@@ -26,9 +29,12 @@ def softmax_cross_entropy(
 
 
 def focal(
-    logits: Float[Array, "... C"], labels: Int[Array, "..."] | Float[Array, "... C"], gamma: float = 2.0
+    logits: Float[Array, "... C"],
+    labels: Int[Array, "..."] | Float[Array, "... C"],
+    gamma: float = 2.0,
 ) -> Float[Array, "..."]:
-    """`-sum_c t_c (1 - p_c)^gamma log p_c`: rows that are right already count little (Lin et al., 2017).
+    """`-sum_c t_c (1 - p_c)^gamma log p_c`: rows that are right already count little (Lin et al.,
+    2017).
 
     Args:
       logits: z.
@@ -54,13 +60,14 @@ def focal(
 def generalized_cross_entropy(
     logits: Float[Array, "... C"], labels: Int[Array, "..."] | Float[Array, "... C"], q: float = 0.7
 ) -> Float[Array, "..."]:
-    """`sum_c t_c (1 - p_c^q) / q`: labels that are believed to be wrong pull less (Zhang & Sabuncu, 2018).
+    """`sum_c t_c (1 - p_c^q) / q`: labels that are believed to be wrong pull less (Zhang & Sabuncu,
+    2018).
 
     Args:
       logits: z.
       labels: classes or distributions t, some of them wrong.
-      q: from 0, where it is the cross entropy, to 1, where it is half of the absolute error of p, which noise moves least and
-        which learns most slowly.
+      q: from 0, where it is the cross entropy, to 1, where it is half of the absolute error of p,
+        which noise moves least and which learns most slowly.
 
     Raises:
       InputError: a q outside of 0 to 1.
@@ -82,7 +89,8 @@ def symmetric_cross_entropy(
     beta: float = 1.0,
     log_zero: float = -4.0,
 ) -> Float[Array, "..."]:
-    """`-alpha sum_c t_c log p_c - beta sum_c p_c log t_c`: the second term is bounded and withstands noise (Wang et al., 2019).
+    """`-alpha sum_c t_c log p_c - beta sum_c p_c log t_c`: the second term is bounded and
+    withstands noise (Wang et al., 2019).
 
     Args:
       logits: z.
@@ -100,7 +108,9 @@ def symmetric_cross_entropy(
     """
     if alpha < 0 or beta < 0 or log_zero >= 0:
         given = f"{alpha}, {beta}, {log_zero}"
-        raise InputError(f"alpha, beta, log_zero: {given} given; allowed: at least 0, at least 0, below 0")
+        raise InputError(
+            f"alpha, beta, log_zero: {given} given; allowed: at least 0, at least 0, below 0"
+        )
     log_p, t = _compared(logits, labels)
     log_t = jnp.log(jnp.maximum(t, jnp.exp(jnp.float32(log_zero))))
     return -alpha * jnp.sum(t * log_p, axis=-1) - beta * jnp.sum(jnp.exp(log_p) * log_t, axis=-1)
@@ -109,13 +119,15 @@ def symmetric_cross_entropy(
 def kl_divergence(
     logits: Float[Array, "... C"], teacher: Float[Array, "... C"], temperature: float = 1.0
 ) -> Float[Array, "..."]:
-    """`T^2 sum_c p_c (log p_c - log q_c)` with `p = softmax(teacher / T)`, `q = softmax(logits / T)` (Hinton et al., 2015).
+    """`T^2 sum_c p_c (log p_c - log q_c)` with `p = softmax(teacher / T)`,
+    `q = softmax(logits / T)` (Hinton et al., 2015).
 
     The square keeps the size of the gradient the same at every temperature.
 
     Args:
       logits: of the student.
-      teacher: logits of the teacher. They have a gradient too; `jax.lax.stop_gradient` them where they are computed beside.
+      teacher: logits of the teacher. They have a gradient too; `jax.lax.stop_gradient` them where
+        they are computed beside.
       temperature: T above 0; the higher, the more the unlikely classes count.
 
     Raises:
@@ -135,5 +147,8 @@ def _compared(logits: Array, labels: Array) -> tuple[Float[Array, "... C"], Floa
     """`log p` and the distributions t."""
     t = distribution(labels, logits.shape[-1])
     if t.shape != logits.shape:
-        raise InputError(f"labels: the shape {list(labels.shape)} given with logits {list(logits.shape)}; needed is one a row")
+        raise InputError(
+            f"labels: the shape {list(labels.shape)} given with logits {list(logits.shape)}; "
+            f"needed is one a row"
+        )
     return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), t

@@ -19,13 +19,17 @@ def row_weights(batch: Mapping[str, Array], shape: tuple[int, ...]) -> Float[Arr
     if "weights" not in batch:
         return jnp.ones(shape, jnp.float32)
     weights = batch["weights"].astype(jnp.float32)
-    return jnp.broadcast_to(weights.reshape(*weights.shape, *[1] * (len(shape) - weights.ndim)), shape)
+    return jnp.broadcast_to(
+        weights.reshape(*weights.shape, *[1] * (len(shape) - weights.ndim)), shape
+    )
 
 
 def counting(labels: Array, weights: Float[Array, "..."]) -> tuple[Array, Float[Array, "..."]]:
-    """Labels, or targets, without those that do not count, and the weights: 0 where a whole number is `IGNORED`.
+    """Labels, or targets, without those that do not count, and the weights: 0 where a whole number
+    is `IGNORED`.
 
-    What stands where the weight is 0 becomes 0, since even a factor of 0 leaves NaN, and the gradient of NaN, what they are.
+    What stands where the weight is 0 becomes 0, since even a factor of 0 leaves NaN, and the
+    gradient of NaN, what they are.
 
     >>> labels, weights = counting(jnp.array([3, -100, -1]), jnp.array([1.0, 1.0, 0.0]))
     >>> labels.tolist(), weights.tolist()
@@ -43,7 +47,9 @@ def only(values: Array, weights: Float[Array, "..."]) -> Array:
 
 
 def model_inputs(batch: Mapping[str, Array], *without: str) -> dict[str, Array]:
-    """The fields of a batch that are a model's: all but these and `weights`, which tells it what rows count."""
+    """The fields of a batch that are a model's: all but these and `weights`, which tells it what
+    rows count.
+    """
     inputs = {name: a for name, a in batch.items() if name not in (*without, "weights")}
     weights = batch.get("weights")
     return inputs if weights is None or weights.ndim != 1 else {**inputs, "counts": weights > 0}
@@ -56,4 +62,6 @@ def weighted_mean(values: Float[Array, "..."], weights: Float[Array, "..."]) -> 
     2.0
     """
     total = jnp.sum(weights)
-    return jnp.sum(only(values, weights) * weights) / jnp.where(total > 0, total, jnp.ones_like(total))
+    return jnp.sum(only(values, weights) * weights) / jnp.where(
+        total > 0, total, jnp.ones_like(total)
+    )

@@ -1,4 +1,6 @@
-"""From a function that gives each row's value to a `Loss`: weights of rows and classes, smoothed labels, accuracy."""
+"""From a function that gives each row's value to a `Loss`: weights of rows and classes, smoothed
+labels, accuracy.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,10 @@ def supervised(
 ) -> Loss:
     """A loss of classes: `sum_i w_i each(z_i, t_i) / sum_i w_i`.
 
-    The batch has `labels`, classes `[B]` or distributions `[B, C]`, if there `weights` `[B]` (0 for rows that fill a batch up,
-    whose labels then do not matter), and the model's inputs. The weight of a row is that times `sum_c t_c class_weights_c`; of a
-    row labelled -100 it is 0. Another label that is no class makes the loss NaN, and `fit` say which it is.
+    The batch has `labels`, classes `[B]` or distributions `[B, C]`, if there `weights` `[B]` (0 for
+    rows that fill a batch up, whose labels then do not matter), and the model's inputs. The weight
+    of a row is that times `sum_c t_c class_weights_c`; of a row labelled -100 it is 0. Another
+    label that is no class makes the loss NaN, and `fit` say which it is.
 
     Args:
       each: one of `jaxmodel.losses`, with its settings bound by `functools.partial`, or the like.
@@ -41,8 +44,8 @@ def supervised(
       class_weights: see `balanced_weights` and `effective_weights`.
 
     Returns:
-      The loss. Its metrics are `weight` and `accuracy`, the weighted share of rows whose largest logit is the label's (of a
-      distribution: its largest).
+      The loss. Its metrics are `weight` and `accuracy`, the weighted share of rows whose largest
+      logit is the label's (of a distribution: its largest).
 
     >>> import jax
     >>> from jaxmodel.models import mlp
@@ -55,7 +58,12 @@ def supervised(
     """
 
     def loss(
-        model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
+        model: Model,
+        params: tree.Params,
+        batch: Mapping[str, Array],
+        rng: Array | None = None,
+        *,
+        train: bool = True,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         logits = _outputs(model, params, batch, rng, train, "labels")
         labels, weights = counting(batch["labels"], row_weights(batch, logits.shape[:-1]))
@@ -63,7 +71,10 @@ def supervised(
         if class_weights is not None:
             weights = weights * _of_classes(t, class_weights)
         right = jnp.argmax(logits, axis=-1) == jnp.argmax(t, axis=-1)
-        metrics = {"weight": jnp.sum(weights), "accuracy": weighted_mean(right.astype(jnp.float32), weights)}
+        metrics = {
+            "weight": jnp.sum(weights),
+            "accuracy": weighted_mean(right.astype(jnp.float32), weights),
+        }
         values = each(logits, smooth(t, smoothing, means) if smoothing and train else t)
         return weighted_mean(values, weights), metrics
 
@@ -91,18 +102,21 @@ def classification(
       smoothing: the share of each label that is spread over all classes (Szegedy et al., 2015).
 
     Returns:
-      The loss; `weight`, the number of rows, and `accuracy`, the share of rows whose largest logit is the label's.
+      The loss; `weight`, the number of rows, and `accuracy`, the share of rows whose largest logit
+      is the label's.
     """
     return supervised(smoothing=smoothing)(model, params, batch, rng, train=train)
 
 
 def regression(each: Each = squared_error, *, target: str = "targets") -> Loss:
-    """A loss of values: the mean of `each(outputs, batch[target])` over the rows, weighted by the batch's `weights` `[B]`.
+    """A loss of values: the mean of `each(outputs, batch[target])` over the rows, weighted by the
+    batch's `weights` `[B]`.
 
     Args:
       each: one of `jaxmodel.losses`, with its settings bound, or the like.
-      target: the name of what the outputs are compared with. `regression(partial(kl_divergence, temperature=2.0),
-        target="teacher")` is distillation from a batch that holds the teacher's logits.
+      target: the name of what the outputs are compared with. `regression(partial(kl_divergence,
+        temperature=2.0), target="teacher")` is distillation from a batch that holds the teacher's
+        logits.
 
     Returns:
       The loss. Its one metric is `weight`, the number of rows.
@@ -117,9 +131,15 @@ def regression(each: Each = squared_error, *, target: str = "targets") -> Loss:
     """
 
     def loss(
-        model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
+        model: Model,
+        params: tree.Params,
+        batch: Mapping[str, Array],
+        rng: Array | None = None,
+        *,
+        train: bool = True,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        outputs, targets = _outputs(model, params, batch, rng, train, target), batch[target]
+        outputs = _outputs(model, params, batch, rng, train, target)
+        targets = batch[target]
         if "weights" in batch:
             targets = only(targets, batch["weights"])  # a target that is not known may be NaN
         values = each(outputs, targets)
@@ -129,7 +149,14 @@ def regression(each: Each = squared_error, *, target: str = "targets") -> Loss:
     return loss
 
 
-def _outputs(model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None, train: bool, target: str) -> Array:
+def _outputs(
+    model: Model,
+    params: tree.Params,
+    batch: Mapping[str, Array],
+    rng: Array | None,
+    train: bool,
+    target: str,
+) -> Array:
     if target not in batch:
         raise InputError(f"batch: {', '.join(batch) or 'nothing'} given; {target!r} is needed")
     return model.apply(params, model_inputs(batch, target), rng=rng, train=train).logits
@@ -137,5 +164,10 @@ def _outputs(model: Model, params: tree.Params, batch: Mapping[str, Array], rng:
 
 def _of_classes(t: Float[Array, "... C"], class_weights: Any) -> Float[Array, "..."]:
     if np.shape(class_weights) != t.shape[-1:]:
-        raise InputError(f"class_weights: the shape {list(np.shape(class_weights))} given; needed is {list(t.shape[-1:])}")
-    return jnp.einsum("...c,c->...", t, jnp.asarray(class_weights, jnp.float32), precision="highest")
+        raise InputError(
+            f"class_weights: the shape {list(np.shape(class_weights))} given; needed is "
+            f"{list(t.shape[-1:])}"
+        )
+    return jnp.einsum(
+        "...c,c->...", t, jnp.asarray(class_weights, jnp.float32), precision="highest"
+    )

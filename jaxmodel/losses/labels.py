@@ -11,7 +11,8 @@ from jaxmodel.errors import InputError
 
 
 def distribution(labels: Array, classes: int) -> Float[Array, "... C"]:
-    """Labels as distributions over the classes; a number that is no class gives NaN, so that the loss shows it.
+    """Labels as distributions over the classes; a number that is no class gives NaN, so that the
+    loss shows it.
 
     Args:
       labels: classes `[...]`, or distributions `[..., C]`, which stay as they are.
@@ -25,24 +26,33 @@ def distribution(labels: Array, classes: int) -> Float[Array, "... C"]:
     """
     if jnp.issubdtype(labels.dtype, jnp.floating):
         if labels.shape[-1:] != (classes,):
-            raise InputError(f"labels: distributions of shape {list(labels.shape)} given; needed are {classes} classes at last")
+            raise InputError(
+                f"labels: distributions of shape {list(labels.shape)} given; needed are {classes} "
+                f"classes at last"
+            )
         return labels.astype(jnp.float32)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise InputError(
-            f"labels: {labels.dtype} given; allowed: whole numbers from 0, as .astype(np.int32) makes of True and False"
+            f"labels: {labels.dtype} given; allowed: whole numbers from 0, as .astype(np.int32) "
+            f"makes of True and False"
         )
     known = (labels >= 0) & (labels < classes)
-    return jnp.where(known[..., None], jax.nn.one_hot(labels, classes, dtype=jnp.float32), jnp.float32(jnp.nan))
+    return jnp.where(
+        known[..., None], jax.nn.one_hot(labels, classes, dtype=jnp.float32), jnp.float32(jnp.nan)
+    )
 
 
-def smooth(labels: Float[Array, "... C"], share: float, means: Float[Array, "_ _"] | None = None) -> Float[Array, "... C"]:
-    """`(1 - s) t + s u`, where u is uniform (Szegedy et al., 2015), or the mean prediction of the label's class.
+def smooth(
+    labels: Float[Array, "... C"], share: float, means: Float[Array, "_ _"] | None = None
+) -> Float[Array, "... C"]:
+    """`(1 - s) t + s u`, where u is uniform (Szegedy et al., 2015), or the mean prediction of the
+    label's class.
 
     Args:
       labels: t, distributions.
       share: s, from 0 to 1.
-      means: a distribution for each class, as `class_means` gives it: online label smoothing (Zhang et al., 2020), whose weight
-        of the hard label is 1 - s. None for the uniform one.
+      means: a distribution for each class, as `class_means` gives it: online label smoothing (Zhang
+        et al., 2020), whose weight of the hard label is 1 - s. None for the uniform one.
 
     Raises:
       InputError: a share outside of 0 to 1, or means of another number of classes.
@@ -56,13 +66,16 @@ def smooth(labels: Float[Array, "... C"], share: float, means: Float[Array, "_ _
     if means is None:
         return (1 - share) * labels + share / classes
     if means.shape != (classes, classes):
-        raise InputError(f"means: the shape {list(means.shape)} given; needed is {[classes, classes]}")
+        raise InputError(
+            f"means: the shape {list(means.shape)} given; needed is {[classes, classes]}"
+        )
     towards = jnp.einsum("...c,cd->...d", labels, means.astype(jnp.float32), precision="highest")
     return (1 - share) * labels + share * towards
 
 
 def class_sums(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> Float[Array, "C C"]:
-    """Of each class, the sum of the predicted distributions of its rows that are predicted right; sums of batches add up.
+    """Of each class, the sum of the predicted distributions of its rows that are predicted right;
+    sums of batches add up.
 
     Args:
       logits: of N rows.
@@ -75,14 +88,23 @@ def class_sums(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> Float[A
     [[1.0, 0.0], [0.0, 0.0]]
     """
     right = jnp.argmax(logits, axis=-1) == labels.astype(jnp.int32)
-    chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32) * right[:, None].astype(jnp.float32)
-    return jnp.einsum("nc,nd->cd", chosen, jax.nn.softmax(logits.astype(jnp.float32), axis=-1), precision="highest")
+    chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32) * right[:, None].astype(
+        jnp.float32
+    )
+    return jnp.einsum(
+        "nc,nd->cd",
+        chosen,
+        jax.nn.softmax(logits.astype(jnp.float32), axis=-1),
+        precision="highest",
+    )
 
 
 def class_means(sums: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    """The mean predicted distribution of each class, for `smooth`: rows of `class_sums` divided by their sums.
+    """The mean predicted distribution of each class, for `smooth`: rows of `class_sums` divided by
+    their sums.
 
-    A class without a row predicted right has the uniform distribution, as all have before an epoch (Zhang et al., 2020).
+    A class without a row predicted right has the uniform distribution, as all have before an epoch
+    (Zhang et al., 2020).
 
     Args:
       sums: of an epoch.
@@ -95,7 +117,8 @@ def class_means(sums: Float[Array, "C C"]) -> Float[Array, "C C"]:
 
 
 def balanced_weights(counts: Int[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
-    """Class weights `N / (C n_c)`: every class counts as much in all, a row 1 on average (King & Zeng, 2001).
+    """Class weights `N / (C n_c)`: every class counts as much in all, a row 1 on average (King &
+    Zeng, 2001).
 
     Args:
       counts: n_c, the rows of each class, such as `np.bincount(labels)`.
@@ -110,8 +133,11 @@ def balanced_weights(counts: Int[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
     return (counts.sum() / (len(counts) * counts)).astype(np.float32)
 
 
-def effective_weights(counts: Int[np.ndarray, " C"], beta: float = 0.999) -> Float[np.ndarray, " C"]:
-    """Class weights in proportion to `(1 - beta) / (1 - beta^n_c)`, 1 on average over the classes (Cui et al., 2019).
+def effective_weights(
+    counts: Int[np.ndarray, " C"], beta: float = 0.999
+) -> Float[np.ndarray, " C"]:
+    """Class weights in proportion to `(1 - beta) / (1 - beta^n_c)`, 1 on average over the classes
+    (Cui et al., 2019).
 
     Args:
       counts: n_c, the rows of each class.
@@ -133,5 +159,7 @@ def effective_weights(counts: Int[np.ndarray, " C"], beta: float = 0.999) -> Flo
 def _counts(counts: np.ndarray) -> np.ndarray:
     counts = np.asarray(counts, np.float64)
     if counts.ndim != 1 or not counts.size or counts.min() < 1:
-        raise InputError(f"counts: {counts.tolist()} given; allowed: at least one row of each class")
+        raise InputError(
+            f"counts: {counts.tolist()} given; allowed: at least one row of each class"
+        )
     return counts

@@ -1,7 +1,7 @@
 """What keeps weights small: penalties by rules.
 
-Rules are path -> penalty, a frozen dataclass or its text; None, `()` or `""` for nothing. Layers of a segment may
-differ. Whatever is not given a value must be given none, by a closing `(".*", None)`.
+Rules are path -> penalty, a frozen dataclass or its text; None, `()` or `""` for nothing. Layers of
+a segment may differ. Whatever is not given a value must be given none, by a closing `(".*", None)`.
 
 >>> from jaxmodel.losses import next_token
 >>> loss = regularized(next_token, [("blocks/.*/mlp/.*", "l2(1e-4)"), ("embed", L1(1e-5)), (".*", None)])
@@ -29,13 +29,17 @@ from jaxmodel.text_form import read_chain
 class Penalty:
     """Base of the penalties: a frozen dataclass of settings, all at least 0, and one function.
 
-    A new one is a subclass; its text form is the class name in lower case, called with its settings.
+    A new one is a subclass; its text form is the class name in lower case, called with its
+    settings.
     """
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if not isinstance(value, int | float) or not value >= 0:
-                raise InputError(f"{type(self).__name__.lower()}: {name} is {value!r}; allowed: a number of at least 0")
+                raise InputError(
+                    f"{type(self).__name__.lower()}: {name} is {value!r}; allowed: a number of at "
+                    f"least 0"
+                )
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
         """What a weight in float32 costs."""
@@ -84,7 +88,8 @@ def regularized(loss: Loss, rules: tree.Rules) -> Loss:
       The loss. In training its metrics have `penalty`, what was added.
 
     Raises:
-      InputError: when called, a text that is no penalty, or a penalty of a compressed leaf or one of whole numbers.
+      InputError: when called, a text that is no penalty, or a penalty of a compressed leaf or one
+        of whole numbers.
     """
     values = [(pattern, parsed(value, Penalty)) for pattern, value in rules]
 
@@ -127,7 +132,7 @@ def penalties(rules: tree.Rules, params: tree.Params) -> Float[Array, ""]:
     return total
 
 
-# -------------------------------------------------------------------------------------------------------------- the text form
+# ------------------------------------------------------------------------------------ the text form
 
 
 def parsed[T](value: Any, base: type[T]) -> T | None:
@@ -143,7 +148,10 @@ def parsed[T](value: Any, base: type[T]) -> T | None:
         return value or None
     argument = base.__name__.lower()
     if not isinstance(value, str):
-        raise InputError(f"{argument}: {value!r} given; allowed: {', '.join(_members(base))} as a text or an object, or None")
+        raise InputError(
+            f"{argument}: {value!r} given; allowed: {', '.join(_members(base))} as a text or an "
+            f"object, or None"
+        )
     found = read_chain(argument, value, _members(base), " or ".join(_forms(base)))
     if len(found) > 1:
         raise InputError(f"{argument}: {value!r} given; allowed: one of {', '.join(_forms(base))}")
@@ -158,7 +166,10 @@ def plain(path: str, leaf: Any) -> Array:
     """
     if isinstance(leaf, Compressed) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         kind = type(leaf).__name__ if isinstance(leaf, Compressed) else str(leaf.dtype)
-        raise InputError(f"rules: the leaf {path!r} is {kind}; allowed: plain floating-point weights, and None for the others")
+        raise InputError(
+            f"rules: the leaf {path!r} is {kind}; allowed: plain floating-point weights, and None "
+            f"for the others"
+        )
     return leaf
 
 
@@ -167,4 +178,7 @@ def _members[T](base: type[T]) -> dict[str, type[T]]:
 
 
 def _forms(base: Any) -> list[str]:
-    return [f"{name}({', '.join(f.name for f in dataclasses.fields(cls))})" for name, cls in _members(base).items()]
+    return [
+        f"{name}({', '.join(f.name for f in dataclasses.fields(cls))})"
+        for name, cls in _members(base).items()
+    ]

@@ -14,13 +14,20 @@ from jaxmodel.models import Model
 
 
 def autoencoder(
-    model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
+    model: Model,
+    params: tree.Params,
+    batch: Mapping[str, Array],
+    rng: Array | None = None,
+    *,
+    train: bool = True,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Reconstruction plus `config.penalty` times the model's `kl` or `sparsity`, in nats, on average over the rows.
+    """Reconstruction plus `config.penalty` times the model's `kl` or `sparsity`, in nats, on
+    average over the rows.
 
-    The reconstruction is the negative logarithm of the likelihood without its constant: `sum (x - y)^2 / 2` for normals of
-    variance 1, the cross entropy of each feature for Bernoulli variables. With a penalty of 1 a variational one's loss is the
-    negative evidence lower bound (Kingma & Welling, 2014).
+    The reconstruction is the negative logarithm of the likelihood without its constant:
+    `sum (x - y)^2 / 2` for normals of variance 1, the cross entropy of each feature for Bernoulli
+    variables. With a penalty of 1 a variational one's loss is the negative evidence lower bound
+    (Kingma & Welling, 2014).
 
     Args:
       model: of `jaxmodel.models.autoencoder`.
@@ -41,6 +48,8 @@ def autoencoder(
         each = 0.5 * (x - out.logits) ** 2
     weights = row_weights(batch, each.shape[:1])
     reconstruction = weighted_mean(jnp.sum(each, axis=-1), weights)
-    penalty = sum((out.aux[name] for name in ("kl", "sparsity") if name in out.aux), start=jnp.float32(0))
+    penalty = sum(
+        (out.aux[name] for name in ("kl", "sparsity") if name in out.aux), start=jnp.float32(0)
+    )
     metrics = {"weight": jnp.sum(weights), "reconstruction": reconstruction}
     return reconstruction + model.config.penalty * penalty, {**metrics, **out.aux}

@@ -1,4 +1,6 @@
-"""The next token's cross entropy, over chunks of positions so that the logits need not exist at once."""
+"""The next token's cross entropy, over chunks of positions so that the logits need not exist at
+once.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from jaxmodel.models.checks import runs_on
 from jaxmodel.sharding import auto_axes, axes_of, parts
 
 LOGITS = 2**30
-"""Bytes of float32 logits that a device makes at once: of so many positions that to add a chunk's gradient of the head to the
-others, which is memory's work, takes little beside the products."""
+"""Bytes of float32 logits that a device makes at once: of so many positions that to add a chunk's
+gradient of the head to the others, which is memory's work, takes little beside the products.
+"""
 
 
 def next_token(
@@ -34,21 +37,23 @@ def next_token(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross entropy of the next token, in nats, over the positions with weight.
 
-    In training a model of experts adds `config.balance` times its load balance (Fedus et al., 2022): what `aux["load_balance"]`
-    sums over the layers, divided by their number, so that the coefficient means the same at every depth.
+    In training a model of experts adds `config.balance` times its load balance (Fedus et al.,
+    2022): what `aux["load_balance"]` sums over the layers, divided by their number, so that the
+    coefficient means the same at every depth.
 
     Args:
       model: a decoder, or an encoder with a decoder.
       params: its parameters.
-      batch: `targets` `[B, T]`, -100 where there is nothing to predict; if there `weights` `[B, T]`, 0 for the same, or `[B]`;
-        and the model's inputs: `tokens` `[B, T]`, `segments`, `positions`, `source`.
+      batch: `targets` `[B, T]`, -100 where there is nothing to predict; if there `weights`
+        `[B, T]`, 0 for the same, or `[B]`; and the model's inputs: `tokens` `[B, T]`, `segments`,
+        `positions`, `source`.
       rng: for dropout.
       train: False for a held-out loss, which is the cross entropy alone.
       chunk: see `cross_entropy`.
 
     Returns:
-      The loss, and `weight`, the number of tokens; of a model of experts also `load_balance`, the mean over the layers, which is
-      the number of experts of a token where all are used alike.
+      The loss, and `weight`, the number of tokens; of a model of experts also `load_balance`, the
+      mean over the layers, which is the number of experts of a token where all are used alike.
     """
     out = model.hidden(params, model_inputs(batch, "targets"), rng=rng, train=train)
     targets, weights = counting(batch["targets"], row_weights(batch, batch["targets"].shape))
@@ -57,7 +62,10 @@ def next_token(
     if "load_balance" not in out.aux:
         return loss, metrics
     balance = out.aux["load_balance"] / model.config.expert_layers
-    return loss + model.config.balance * balance if train else loss, {**metrics, "load_balance": balance}
+    return loss + model.config.balance * balance if train else loss, {
+        **metrics,
+        "load_balance": balance,
+    }
 
 
 def cross_entropy(
@@ -68,16 +76,18 @@ def cross_entropy(
     *,
     chunk: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Cross entropy of each target: `log sum_v exp(z_v) - z_target` with `z = head(hidden)`, in nats.
+    """Cross entropy of each target: `log sum_v exp(z_v) - z_target` with `z = head(hidden)`, in
+    nats.
 
     Args:
       model: its head is run.
       params: its parameters.
       hidden: what `model.hidden` gives.
-      targets: the token that each position should predict; -100 gives 0, another that is no token NaN.
-      chunk: positions of a row whose logits exist at once (on each device that the mesh cuts positions over), so that
-        `[B, T, V]` never does, in the backward pass neither, which makes them again; T for all; default as many as a device has
-        logits of in `LOGITS` bytes.
+      targets: the token that each position should predict; -100 gives 0, another that is no token
+        NaN.
+      chunk: positions of a row whose logits exist at once (on each device that the mesh cuts
+        positions over), so that `[B, T, V]` never does, in the backward pass neither, which makes
+        them again; T for all; default as many as a device has logits of in `LOGITS` bytes.
 
     Raises:
       InputError: a chunk below 1.
@@ -88,11 +98,15 @@ def cross_entropy(
         return _cross_entropy(model, params, hidden, targets, chunk)
 
 
-def _cross_entropy(model: Model, params: tree.Params, hidden: Array, targets: Array, chunk: int | None) -> Array:
+def _cross_entropy(
+    model: Model, params: tree.Params, hidden: Array, targets: Array, chunk: int | None
+) -> Array:
     def part(params: tree.Params, x: Array, targets: Array) -> Array:
         logits = model.parts.head(params, x)
         known = (targets >= 0) & (targets < logits.shape[-1])
-        chosen = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[..., None], axis=-1)[..., 0]
+        chosen = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[..., None], axis=-1)[
+            ..., 0
+        ]
         each = jnp.where(known, jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.nan)
         return jnp.where(targets == IGNORED, 0.0, each)
 
@@ -100,38 +114,61 @@ def _cross_entropy(model: Model, params: tree.Params, hidden: Array, targets: Ar
         """One after the other; the last is filled up with zeros."""
         (b, t), size = targets.shape, min(chunk or 1, targets.shape[1])
         pieces = lambda a: jnp.moveaxis(
-            jnp.pad(a, [(0, 0), (0, -t % size), *[(0, 0)] * (a.ndim - 2)]).reshape(b, -1, size, *a.shape[2:]), 1, 0
+            jnp.pad(a, [(0, 0), (0, -t % size), *[(0, 0)] * (a.ndim - 2)]).reshape(
+                b, -1, size, *a.shape[2:]
+            ),
+            1,
+            0,
         )
-        one = jax.checkpoint(functools.partial(part, params))  # the backward pass makes a chunk's logits again
-        return jnp.moveaxis(jax.lax.map(lambda xs: one(*xs), (pieces(x), pieces(targets))), 0, 1).reshape(b, -1)[:, :t]
+        one = jax.checkpoint(
+            functools.partial(part, params)
+        )  # the backward pass makes a chunk's logits again
+        return jnp.moveaxis(
+            jax.lax.map(lambda xs: one(*xs), (pieces(x), pieces(targets))), 0, 1
+        ).reshape(b, -1)[:, :t]
 
-    cut = [axes_of(letter, model.policy.axes, length) for letter, length in zip("BT", targets.shape, strict=True)]
+    cut = [
+        axes_of(letter, model.policy.axes, length)
+        for letter, length in zip("BT", targets.shape, strict=True)
+    ]
     devices = math.prod(auto_axes()[name] for names in cut for name in names)
     needed = 4 * jax.eval_shape(functools.partial(model.parts.head, params), hidden).size // devices
     if (needed <= LOGITS) if chunk is None else (chunk >= targets.shape[1]):
         return part(params, hidden, targets)
-    chunk = chunk or max(1, targets.shape[1] * LOGITS // needed // math.prod(auto_axes()[name] for name in cut[1]))
+    chunk = chunk or max(
+        1, targets.shape[1] * LOGITS // needed // math.prod(auto_axes()[name] for name in cut[1])
+    )
     return _on_each_device(chunks, model.rules, cut)(params, hidden, targets)
 
 
-def _on_each_device(run: Callable[..., Array], rules: tree.Rules, cut: Sequence[tuple[str, ...]]) -> Callable[..., Array]:
-    """`run(params, x, targets)` of each device's own rows and positions, with the parameters outside of the layers.
+def _on_each_device(
+    run: Callable[..., Array], rules: tree.Rules, cut: Sequence[tuple[str, ...]]
+) -> Callable[..., Array]:
+    """`run(params, x, targets)` of each device's own rows and positions, with the parameters
+    outside of the layers.
 
-    Left to jit, every chunk would gather the head's weights again and sum their gradients: here they are gathered once before
-    the first, and summed, or scattered, once behind the last.
+    Left to jit, every chunk would gather the head's weights again and sum their gradients: here
+    they are gathered once before the first, and summed, or scattered, once behind the last.
     """
-    axes, rows = {name for names in cut for name in names}, P(*cut)
+    axes = {name for names in cut for name in names}
+    rows = P(*cut)
     if not axes:
         return run
 
     def whole(params: tree.Params, x: Array, targets: Array) -> Array:
-        outside = {path: leaf for path, leaf in tree.flatten(params).items() if "blocks" not in path.split("/")}
+        outside = {
+            path: leaf
+            for path, leaf in tree.flatten(params).items()
+            if "blocks" not in path.split("/")
+        }
         own = parts(rules, params := tree.unflatten(outside), axes)
 
         def local(params: tree.Params, x: Array, targets: Array) -> Array:
             return run(jax.tree.map(_gathered, params, own), x, targets)
 
-        across = jax.shard_map(local, in_specs=(own, rows, rows), out_specs=rows, axis_names=axes, check_vma=False)
+        across = jax.shard_map(
+            local, in_specs=(own, rows, rows), out_specs=rows, axis_names=axes, check_vma=False
+        )
         return across(params, x, targets)
 
     return whole

@@ -1,4 +1,6 @@
-"""Losses of values: functions of outputs and targets `[B, ...]` with a value for each row; `regression` makes a loss of them."""
+"""Losses of values: functions of outputs and targets `[B, ...]` with a value for each row;
+`regression` makes a loss of them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from jaxtyping import Array, Float
 from jaxmodel.errors import InputError
 
 
-def squared_error(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]) -> Float[Array, " B"]:
+def squared_error(
+    outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]
+) -> Float[Array, " B"]:
     """The mean of `(x - y)^2` over a row.
 
     Raises:
@@ -20,7 +24,9 @@ def squared_error(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]
     return _rows(_missed(outputs, targets) ** 2)
 
 
-def absolute_error(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]) -> Float[Array, " B"]:
+def absolute_error(
+    outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]
+) -> Float[Array, " B"]:
     """The mean of `|x - y|` over a row.
 
     >>> absolute_error(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])).tolist()
@@ -29,8 +35,11 @@ def absolute_error(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."
     return _rows(jnp.abs(_missed(outputs, targets)))
 
 
-def huber(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."], delta: float = 1.0) -> Float[Array, " B"]:
-    """The mean over a row of `r^2 / 2` where `r = |x - y|` is at most delta, else of `delta (r - delta / 2)` (Huber, 1964).
+def huber(
+    outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."], delta: float = 1.0
+) -> Float[Array, " B"]:
+    """The mean over a row of `r^2 / 2` where `r = |x - y|` is at most delta, else of
+    `delta (r - delta / 2)` (Huber, 1964).
 
     >>> huber(jnp.array([[0.5, 3.0]]), jnp.array([[0.0, 0.0]])).tolist()
     [1.3125]
@@ -44,7 +53,10 @@ def huber(outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."], delta:
 
 def _missed(outputs: Array, targets: Array) -> Array:
     if outputs.shape != targets.shape:  # `[B, 1]` less `[B]` would be `[B, B]`
-        raise InputError(f"targets: the shape {list(targets.shape)} given with outputs {list(outputs.shape)}; needed is the same")
+        raise InputError(
+            f"targets: the shape {list(targets.shape)} given with outputs {list(outputs.shape)}; "
+            f"needed is the same"
+        )
     return outputs.astype(jnp.float32) - targets.astype(jnp.float32)
 
 

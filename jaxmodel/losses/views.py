@@ -15,18 +15,23 @@ from jaxmodel.models import Model
 
 
 def info_nce(
-    first: Float[Array, "B D"], second: Float[Array, "B D"], temperature: float = 0.1, counts: Bool[Array, " B"] | None = None
+    first: Float[Array, "B D"],
+    second: Float[Array, "B D"],
+    temperature: float = 0.1,
+    counts: Bool[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
-    """`-log(exp(s_ii / T) / sum_j exp(s_ij / T))`, on average over both directions, with s the cosine of two views' vectors.
+    """`-log(exp(s_ii / T) / sum_j exp(s_ij / T))`, on average over both directions, with s the
+    cosine of two views' vectors.
 
-    Each row of `first` finds its partner among the B of `second`, and the other way round (van den Oord et al., 2018; in both
-    directions: Radford et al., 2021).
+    Each row of `first` finds its partner among the B of `second`, and the other way round (van den
+    Oord et al., 2018; in both directions: Radford et al., 2021).
 
     Args:
       first: vectors of one view.
       second: of the other.
       temperature: T, above 0.
-      counts: False for rows that fill a batch up, which nothing is compared with; their own value means nothing.
+      counts: False for rows that fill a batch up, which nothing is compared with; their own value
+        means nothing.
 
     Raises:
       InputError: a temperature that is not above 0.
@@ -42,9 +47,13 @@ def info_nce(
 
 
 def nt_xent(
-    first: Float[Array, "B D"], second: Float[Array, "B D"], temperature: float = 0.5, counts: Bool[Array, " B"] | None = None
+    first: Float[Array, "B D"],
+    second: Float[Array, "B D"],
+    temperature: float = 0.5,
+    counts: Bool[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
-    """InfoNCE among all 2B vectors but oneself, on average over a row's two: the loss of SimCLR (Chen et al., 2020).
+    """InfoNCE among all 2B vectors but oneself, on average over a row's two: the loss of SimCLR
+    (Chen et al., 2020).
 
     Args:
       first: vectors of one view.
@@ -66,10 +75,12 @@ def nt_xent(
 
 
 def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
-    """A loss of pairs of views: the batch has `views` `[B, 2, ...]`, twice the model's one input, and if there `weights` `[B]`.
+    """A loss of pairs of views: the batch has `views` `[B, 2, ...]`, twice the model's one input,
+    and if there `weights` `[B]`.
 
-    The model reads all 2B views as one batch; what it gives, `[2B, D]`, is compared. Rows are compared with each other, so the
-    loss of a batch in parts is another, with fewer rows to tell apart.
+    The model reads all 2B views as one batch; what it gives, `[2B, D]`, is compared. Rows are
+    compared with each other, so the loss of a batch in parts is another, with fewer rows to tell
+    apart.
 
     Args:
       each: `info_nce` or `nt_xent`, with its temperature bound, or the like.
@@ -86,14 +97,22 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
     """
 
     def loss(
-        model: Model, params: tree.Params, batch: Mapping[str, Array], rng: Array | None = None, *, train: bool = True
+        model: Model,
+        params: tree.Params,
+        batch: Mapping[str, Array],
+        rng: Array | None = None,
+        *,
+        train: bool = True,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         views = batch["views"]
         if views.ndim < 2 or views.shape[1] != 2:
             raise InputError(f"views: the shape {list(views.shape)} given; needed is [B, 2, ...]")
         names = list(model.inputs(1, 1))
         if len(names) != 1:
-            raise InputError(f"model: one that reads {', '.join(names)} given; a contrastive loss needs a model of one input")
+            raise InputError(
+                f"model: one that reads {', '.join(names)} given; a contrastive loss needs a "
+                f"model of one input"
+            )
         weights = row_weights(batch, views.shape[:1])
         inputs = {names[0]: views.reshape(-1, *views.shape[2:])}
         if "weights" in batch:
@@ -110,7 +129,10 @@ def _cosines(first: Array, second: Array, temperature: float) -> Float[Array, "N
     """Cosines of all pairs, divided by the temperature."""
     if temperature <= 0:
         raise InputError(f"temperature: {temperature} given; allowed: above 0")
-    a, b = (x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24)) for x in map(_wide, (first, second)))
+    a, b = (
+        x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+        for x in map(_wide, (first, second))
+    )
     return jnp.einsum("nd,md->nm", a, b, precision="highest") / temperature
 
 
@@ -122,5 +144,7 @@ def _others(alike: Array, counts: Array | None) -> Callable[[Array], Array]:
     """Leaves out the columns that do not count, but for one's own, so that no row is empty."""
     if counts is None:
         return lambda a: a
-    seen = jnp.broadcast_to(counts[None, :], alike.shape) | ~jnp.broadcast_to(counts[:, None], alike.shape)
+    seen = jnp.broadcast_to(counts[None, :], alike.shape) | ~jnp.broadcast_to(
+        counts[:, None], alike.shape
+    )
     return lambda a: jnp.where(seen, a, -jnp.inf)

@@ -1,4 +1,6 @@
-"""One file for each architecture: a frozen `Config`, named `SIZES`, `axes(config)`, `model(config, policy) -> Model`."""
+"""One file for each architecture: a frozen `Config`, named `SIZES`, `axes(config)`,
+`model(config, policy) -> Model`.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,20 @@ def sizes() -> dict[str, tuple[Family, Any]]:
     >>> config.width
     1600
     """
-    return {f"{name}/{size}": (one, config) for name, one in families().items() for size, config in one.SIZES.items()}
+    return {
+        f"{name}/{size}": (one, config)
+        for name, one in families().items()
+        for size, config in one.SIZES.items()
+    }
 
 
 def families() -> dict[str, Family]:
-    """Return every architecture by its name: those of this folder, and those that were declared elsewhere (`family`)."""
+    """Return every architecture by its name: those of this folder, and those that were declared
+    elsewhere (`family`).
+    """
     for info in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{info.name}")
     return dict(sorted(KNOWN.items()))
+
 
 moved.attach(__name__)

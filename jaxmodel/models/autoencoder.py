@@ -1,9 +1,13 @@
-"""Auto-encoders: plain, denoising, variational and sparse. The code is `hidden`, the reconstruction is `logits`.
+"""Auto-encoders: plain, denoising, variational and sparse. The code is `hidden`, the reconstruction
+is `logits`.
 
-- plain (Hinton & Salakhutdinov, 2006), and denoising: some inputs are zero in training (Vincent et al., 2008);
-- variational (Kingma & Welling, 2014): the code is sampled in training, `aux["kl"]` is its distance from a standard normal;
-- sparse: `aux["sparsity"]` is the L1 norm of the code (Bricken et al., 2023) or the KL of its rates (Ng, 2011); or only the k
-  largest entries of the code are kept (Gao et al., 2024). `jaxmodel.contrib.revive` gives dead entries of a code a new start.
+- plain (Hinton & Salakhutdinov, 2006), and denoising: some inputs are zero in training (Vincent et
+  al., 2008);
+- variational (Kingma & Welling, 2014): the code is sampled in training, `aux["kl"]` is its distance
+  from a standard normal;
+- sparse: `aux["sparsity"]` is the L1 norm of the code (Bricken et al., 2023) or the KL of its rates
+  (Ng, 2011); or only the k largest entries of the code are kept (Gao et al., 2024).
+  `jaxmodel.contrib.revive` gives dead entries of a code a new start.
 
 The loss is `jaxmodel.losses.autoencoder`.
 
@@ -45,14 +49,17 @@ class Config:
     Attributes:
       features: N of an input.
       code: its width Z; for a dictionary of features more than N.
-      hidden: widths of the layers between input and code, and in reverse between code and reconstruction.
+      hidden: widths of the layers between input and code, and in reverse between code and
+        reconstruction.
       kind: "plain", "denoising", "variational", or sparse: "l1", "kl", "topk".
-      reconstruction: what the loss takes the output for: "squared" (means of normals of variance 1) or "bernoulli" (logits).
+      reconstruction: what the loss takes the output for: "squared" (means of normals of variance 1)
+        or "bernoulli" (logits).
       penalty: factor of `kl` or `sparsity` in the loss.
       noise: share of the inputs that are zero in training, of a denoising one.
       rate: mean activity that each entry of the code should have, of kind "kl".
       k: entries of the code that are kept, of kind "topk".
-      activation: of the hidden layers, and of the code of a plain or denoising one; see `layers.activation`.
+      activation: of the hidden layers, and of the code of a plain or denoising one; see
+        `layers.activation`.
     """
 
     features: int
@@ -76,11 +83,16 @@ class Config:
             raise unknown("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         activation(self.activation)
         if not 0 <= self.noise < 1 or not 0 < self.rate < 1:
-            raise InputError(f"noise, rate: {self.noise}, {self.rate} given; allowed: from 0, for a rate above 0, to below 1")
+            raise InputError(
+                f"noise, rate: {self.noise}, {self.rate} given; allowed: from 0, for a rate above "
+                f"0, to below 1"
+            )
         if not self.penalty >= 0:
             raise InputError(f"penalty: {self.penalty} given; allowed: at least 0")
         if self.kind == "topk" and self.k > self.code:
-            raise InputError(f"k: {self.k} given; at most the width of the code, {self.code}, is allowed")
+            raise InputError(
+                f"k: {self.k} given; at most the width of the code, {self.code}, is allowed"
+            )
 
 
 SIZES = {
@@ -91,14 +103,28 @@ SIZES = {
     "smollm2-135m-l1": Config(576, 2304, kind="l1", penalty=5.0),
 }
 
+
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: `F0` the units behind the input, and so on to the reconstruction."""
+    """What the axes of the leaves are:
+
+    `F0` the units behind the input, and so on to the reconstruction.
+    """
     names = [f"hidden_{i}" for i in range(len(config.hidden))]
-    paths = [*(f"encoder/{name}" for name in names), "encoder/(code|spread)", *(f"decoder/{name}" for name in names)]
+    paths = [
+        *(f"encoder/{name}" for name in names),
+        "encoder/(code|spread)",
+        *(f"decoder/{name}" for name in names),
+    ]
     rules = []
     for i, path in enumerate(paths):
-        rules += [(f"{path}/weight", f"F{i}F{i - 1}" if i else "F0n"), (f"{path}/weight_bias", f"F{i}", P())]
-    out = (("decoder/out/weight", f"nF{len(paths) - 1}", P("tensor", "fsdp")), ("decoder/out/weight_bias", "n", P()))
+        rules += [
+            (f"{path}/weight", f"F{i}F{i - 1}" if i else "F0n"),
+            (f"{path}/weight_bias", f"F{i}", P()),
+        ]
+    out = (
+        ("decoder/out/weight", f"nF{len(paths) - 1}", P("tensor", "fsdp")),
+        ("decoder/out/weight_bias", "n", P()),
+    )
     return Axes((*rules, *out), shared=("n",))
 
 
@@ -131,16 +157,23 @@ class _Decoder(nn.Module):
         return Full(c.features, dataclasses.replace(self.policy, stream="float32"), name="out")(z)
 
 
-def _code(config: Config, pre: jax.Array, spread: Any, rng: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _code(
+    config: Config, pre: jax.Array, spread: Any, rng: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The code and its aux values from what the encoder gives."""
     if config.kind == "variational":
-        return codes.sample_normal(pre, spread, rng), {"kl": jnp.mean(codes.kl_to_normal(pre, spread))}
+        return codes.sample_normal(pre, spread, rng), {
+            "kl": jnp.mean(codes.kl_to_normal(pre, spread))
+        }
     if config.kind == "kl":
         code = jax.nn.sigmoid(pre)
         return code, {"sparsity": codes.kl_of_rates(code, config.rate)}
     if config.kind == "l1":
         code = jax.nn.relu(pre)
-        return code, {"sparsity": jnp.mean(jnp.sum(code.astype(jnp.float32), axis=-1)), "active": _active(code)}
+        return code, {
+            "sparsity": jnp.mean(jnp.sum(code.astype(jnp.float32), axis=-1)),
+            "active": _active(code),
+        }
     if config.kind == "topk":
         code = codes.keep_top(pre, config.k)
         return code, {"active": _active(code)}
@@ -154,14 +187,25 @@ def _active(code: jax.Array) -> jax.Array:
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    encoder, decoder = _Encoder(config, policy), _Decoder(config, policy)
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    encoder = _Encoder(config, policy)
+    decoder = _Decoder(config, policy)
 
-    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        x, rng = read(inputs, "features", "BN"), rng if train else None
+    def embed(
+        params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
+    ) -> Any:
+        x = read(inputs, "features", "BN")
+        rng = rng if train else None
         if config.kind == "denoising" and rng is not None:
-            x = jnp.where(jax.random.bernoulli(rng, config.noise, x.shape), jnp.zeros((), x.dtype), x)
-        if config.kind in ("l1", "topk"):  # the decoder's bias is the centre of the data; codes are of what differs from it
+            x = jnp.where(
+                jax.random.bernoulli(rng, config.noise, x.shape), jnp.zeros((), x.dtype), x
+            )
+        if config.kind in (
+            "l1",
+            "topk",
+        ):  # the decoder's bias is the centre of the data; codes are of what differs from it
             x = x - on_last(params["decoder"]["out"]["weight_bias"].astype(x.dtype), x.ndim)
         pre, spread = encoder.apply({"params": params["encoder"]}, x.astype(policy.stream))
         code, aux = _code(config, pre, spread, rng)
@@ -172,12 +216,17 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         encoder_key, decoder_key = jax.random.split(key)
-        own: Any = encoder.init(encoder_key, jnp.zeros((1, config.features), policy.stream))["params"]
+        own: Any = encoder.init(encoder_key, jnp.zeros((1, config.features), policy.stream))[
+            "params"
+        ]
         top: Any = decoder.init(decoder_key, jnp.zeros((1, config.code), policy.stream))["params"]
-        if config.kind in ("l1", "topk") and not config.hidden:  # columns of length one, and their transpose in the encoder
+        if (
+            config.kind in ("l1", "topk") and not config.hidden
+        ):  # columns of length one, and their transpose in the encoder
             rows = own["code"]["weight"]
             rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
-            own, top = {"code": {**own["code"], "weight": rows}}, {"out": {**top["out"], "weight": rows.T}}
+            own = {"code": {**own["code"], "weight": rows}}
+            top = {"out": {**top["out"], "weight": rows.T}}
         return {"encoder": own, "decoder": top}
 
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

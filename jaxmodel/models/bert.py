@@ -1,7 +1,9 @@
-"""BERT (Devlin et al., 2018): an encoder of text with a head for masked tokens, for classes, or for sentence embeddings.
+"""BERT (Devlin et al., 2018): an encoder of text with a head for masked tokens, for classes, or for
+sentence embeddings.
 
-A norm behind each part, learnt positions and token types, biases, exact GELU. RoBERTa (Liu et al., 2019) and XLM-R (Conneau et
-al., 2020) count positions from 2; DistilBERT (Sanh et al., 2019) has no token types and classifies behind a ReLU.
+A norm behind each part, learnt positions and token types, biases, exact GELU. RoBERTa (Liu et al.,
+2019) and XLM-R (Conneau et al., 2020) count positions from 2; DistilBERT (Sanh et al., 2019) has no
+token types and classifies behind a ReLU.
 
 >>> bert = model(SIZES["tiny"])
 >>> params = bert.init(jax.random.key(0))
@@ -44,8 +46,8 @@ class Config:
       heads: H, which divide D.
       mlp_width: F.
       context: the longest sequence: learnt positions.
-      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits `[B, C]` from the first token;
-        "embed", one vector `[B, D]` of the last activations.
+      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits
+        `[B, C]` from the first token; "embed", one vector `[B, D]` of the last activations.
       labels: names of the classes, for the head "classify".
       types: token types: 0 in a first text, 1 in a second; or none.
       activation: a name of `layers.ACTIVATIONS`.
@@ -53,8 +55,10 @@ class Config:
       init_scale: standard deviation of new weights.
       first_position: rows of the table of positions in front of that of a text's first token.
       pool_activation: behind the dense layer of the head "classify", "tanh" or "relu".
-      problem: what the logits of the head "classify" mean, as `problem_type` of HF says it; see `predict_fn`.
-      pooling: how the head "embed" makes one vector of a text: names of `sentences.POOLINGS`; of several, one behind the other.
+      problem: what the logits of the head "classify" mean, as `problem_type` of HF says it; see
+        `predict_fn`.
+      pooling: how the head "embed" makes one vector of a text: names of `sentences.POOLINGS`; of
+        several, one behind the other.
     """
 
     vocab: int
@@ -79,7 +83,9 @@ class Config:
         at_least("types", self.types, 0)
         at_least("first_position", self.first_position, 0)
         if self.width % self.heads:
-            raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
+            raise InputError(
+                f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
+            )
         if self.head not in HEADS:
             raise unknown("head", self.head, HEADS)
         if self.activation not in ACTIVATIONS:
@@ -88,7 +94,10 @@ class Config:
             raise unknown("pool_activation", self.pool_activation, POOL_ACTIVATIONS)
         check_pooling(self.pooling)
         if bool(self.labels) != (self.head == "classify"):
-            raise InputError(f"labels: {len(self.labels)} given; the head {self.head!r} needs {_wanted(self.head)}")
+            raise InputError(
+                f"labels: {len(self.labels)} given; the head {self.head!r} needs "
+                f"{_wanted(self.head)}"
+            )
 
 
 def _wanted(head: str) -> str:
@@ -101,16 +110,25 @@ SIZES = {
     "tiny": Config(256, 32, 3, 4, 64, 128),
     "tiny-classify": Config(256, 48, 3, 4, 64, 128, "classify", _FOUR),
     "tiny-embed": Config(256, 32, 3, 4, 64, 128, "embed"),
-    "tiny-distil": Config(256, 48, 3, 4, 64, 128, "classify", _FOUR, 0, first_position=2, pool_activation="relu"),
+    "tiny-distil": Config(
+        256, 48, 3, 4, 64, 128, "classify", _FOUR, 0, first_position=2, pool_activation="relu"
+    ),
     "bert-base": Config(30522, 768, 12, 12, 3072, 512),
     "bert-large": Config(30522, 1024, 24, 16, 4096, 512),
     "minilm-l6": Config(30522, 384, 6, 12, 1536, 512, "embed"),
     "roberta-base": Config(50265, 768, 12, 12, 3072, 512, types=1, norm_eps=1e-5, first_position=2),
-    "roberta-large": Config(50265, 1024, 24, 16, 4096, 512, types=1, norm_eps=1e-5, first_position=2),
-    "xlm-roberta-base": Config(250002, 768, 12, 12, 3072, 512, types=1, norm_eps=1e-5, first_position=2),
-    "xlm-roberta-large": Config(250002, 1024, 24, 16, 4096, 512, types=1, norm_eps=1e-5, first_position=2),
+    "roberta-large": Config(
+        50265, 1024, 24, 16, 4096, 512, types=1, norm_eps=1e-5, first_position=2
+    ),
+    "xlm-roberta-base": Config(
+        250002, 768, 12, 12, 3072, 512, types=1, norm_eps=1e-5, first_position=2
+    ),
+    "xlm-roberta-large": Config(
+        250002, 1024, 24, 16, 4096, 512, types=1, norm_eps=1e-5, first_position=2
+    ),
     "distilbert-base": Config(30522, 768, 6, 12, 3072, 512, types=0),
 }
+
 
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are."""
@@ -142,46 +160,81 @@ class _MaskedHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, table: Any) -> jax.Array:
         c = self.config
-        y = linear(self, x, {"dense": x.shape[-1]}, nn.initializers.normal(c.init_scale), True, self.policy)[0]
+        y = linear(
+            self, x, {"dense": x.shape[-1]}, nn.initializers.normal(c.init_scale), True, self.policy
+        )[0]
         y = LayerNorm(c.norm_eps, name="norm")(ACTIVATIONS[c.activation](y))
-        logits = ops.einsum("BTD,VD->BTV", y, table, dataclasses.replace(self.policy, stream="float32"))
+        logits = ops.einsum(
+            "BTD,VD->BTV", y, table, dataclasses.replace(self.policy, stream="float32")
+        )
         bias = leaf(self, "bias", nn.initializers.zeros, (c.vocab,))
         return logits + on_last(bias.astype(jnp.float32), logits.ndim)
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
 
-    Inputs are `tokens` `[B, T]` and, if wanted, `types` (token types, 0 where they are left out), `mask`, `positions`; with
-    the head "mlm" also `segments`.
+    Inputs are `tokens` `[B, T]` and, if wanted, `types` (token types, 0 where they are left out),
+    `mask`, `positions`; with the head "mlm" also `segments`.
     """
-    c, norm_module = config, LayerNorm(config.norm_eps)
-    block_module = EncoderBlock(*(c.heads, c.mlp_width, c.activation, c.norm_eps), True, c.init_scale, c.init_scale, policy)
+    c = config
+    norm_module = LayerNorm(config.norm_eps)
+    block_module = EncoderBlock(
+        *(c.heads, c.mlp_width, c.activation, c.norm_eps), True, c.init_scale, c.init_scale, policy
+    )
     masked_head = _MaskedHead(c, policy)
-    pooled_head = PooledHead(True, len(c.labels), c.init_scale, policy, POOL_ACTIVATIONS[c.pool_activation])
+    pooled_head = PooledHead(
+        True, len(c.labels), c.init_scale, policy, POOL_ACTIVATIONS[c.pool_activation]
+    )
 
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        tokens, mask, segments = inputs["tokens"], inputs.get("mask"), inputs.get("segments")
+        tokens = inputs["tokens"]
+        mask = inputs.get("mask")
+        segments = inputs.get("segments")
         if segments is not None and c.head != "mlm":
-            raise InputError(f"segments: given to the head {c.head!r}, which takes a row for one text; leave them out")
+            raise InputError(
+                f"segments: given to the head {c.head!r}, which takes a row for one text; leave "
+                f"them out"
+            )
         positions = positions_of(inputs)
         positions = positions + c.first_position
-        x = ops.take(params["embed"], tokens, policy) + ops.take(params["positions"], positions, policy, "SD")
+        x = ops.take(params["embed"], tokens, policy) + ops.take(
+            params["positions"], positions, policy, "SD"
+        )
         if c.types:
-            x = x + ops.take(params["types"], inputs.get("types", jnp.zeros_like(tokens)), policy, "SD")
+            x = x + ops.take(
+                params["types"], inputs.get("types", jnp.zeros_like(tokens)), policy, "SD"
+            )
         elif "types" in inputs:
             raise InputError("types: given to a model without token types; leave them out")
-        seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=mask, causal=False)
+        seen = ops.Seen(
+            segments=None if segments is None else (segments, segments), valid=mask, causal=False
+        )
         normed: Any = norm_module.apply({"params": params["embed_norm"]}, x)
         return normed, {"seen": seen}
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ):
         x = block_module.apply({"params": params}, x, context)
         mask = context["seen"].valid
-        if c.head == "embed" and mask is not None:  # rows of zeros: by them the head, which sees only x, knows the padding
+        if (
+            c.head == "embed" and mask is not None
+        ):  # rows of zeros: by them the head, which sees only x, knows the padding
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         return x, cache, {}
 
@@ -189,7 +242,11 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         if c.head == "embed":
             return pool(x, jnp.any(x != 0, axis=-1), c.pooling)
         own = {"params": params["head"]}
-        logits = pooled_head.apply(own, x[:, 0]) if c.head == "classify" else masked_head.apply(own, x, params["embed"])
+        logits = (
+            pooled_head.apply(own, x[:, 0])
+            if c.head == "classify"
+            else masked_head.apply(own, x, params["embed"])
+        )
         assert isinstance(logits, jax.Array)
         return logits
 
@@ -204,7 +261,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         x = jnp.zeros((1, 1, c.width), policy.stream)
         params = {**tables, "embed_norm": norm_module.init(keys[3], x)["params"]}
         context = embed(params, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
-        params["blocks"] = init_layers(lambda k: dict(block_module.init(k, x, context)["params"]), keys[4], c.depth)
+        params["blocks"] = init_layers(
+            lambda k: dict(block_module.init(k, x, context)["params"]), keys[4], c.depth
+        )
         if c.head == "classify":
             params["head"] = dict(pooled_head.init(keys[5], x[:, 0])["params"])
         elif c.head == "mlm":

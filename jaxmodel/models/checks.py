@@ -21,29 +21,40 @@ def check_params(model: Any, params: Any) -> None:
     """Refuse parameters that are not this model's, as far as it shows without running it.
 
     Raises:
-      InputError: as `tree.check`; or a part that the model needs is missing, or a leaf outside of the layers has other axes.
+      InputError: as `tree.check`; or a part that the model needs is missing, or a leaf outside of
+        the layers has other axes.
     """
     tree.check(params)
     whole, sets = _shapes(model)
     if missing := [name for name in whole if name not in params]:
-        raise InputError(f"params: {missing[0]!r} is missing; {', '.join(params) or 'nothing'} given")
-    given, needed = tree.flatten(params), tree.flatten(whole)
-    fewer = lambda path: needed[path].shape[-1] - given[path].shape[-1] if path in given and given[path].shape else 0
+        raise InputError(
+            f"params: {missing[0]!r} is missing; {', '.join(params) or 'nothing'} given"
+        )
+    given = tree.flatten(params)
+    needed = tree.flatten(whole)
+    fewer = lambda path: (
+        needed[path].shape[-1] - given[path].shape[-1] if path in given and given[path].shape else 0
+    )
     for path, leaf in needed.items():
         if path not in given or tree.BLOCKS in path.split("/"):
             continue
         there = given[path].shape
         alike = [{fewer(other) for other in paths} for paths in sets if path in paths]
-        if len(there) != len(leaf.shape) or (there[-1:] != leaf.shape[-1:] and not any(len(one) == 1 for one in alike)):
-            raise InputError(f"params: {path!r} of shape {list(there)} given; the model needs {list(leaf.shape)}")
+        if len(there) != len(leaf.shape) or (
+            there[-1:] != leaf.shape[-1:] and not any(len(one) == 1 for one in alike)
+        ):
+            raise InputError(
+                f"params: {path!r} of shape {list(there)} given; the model needs {list(leaf.shape)}"
+            )
 
 
 @contextlib.contextmanager
 def runs_on(model: Any, params: Any, layers: bool = True) -> Iterator[None]:
-    """Around what runs a part of a model: the door of everything that computes with parameters, in jit too.
+    """Around what runs a part of a model: the door of everything that computes with parameters, in
+    jit too.
 
-    What no part would notice is refused at once. Parts that are missing or of other shapes are looked for where it fails, since
-    what a model needs takes a trace of its `init`.
+    What no part would notice is refused at once. Parts that are missing or of other shapes are
+    looked for where it fails, since what a model needs takes a trace of its `init`.
 
     Args:
       model: whose part it is.
@@ -54,7 +65,9 @@ def runs_on(model: Any, params: Any, layers: bool = True) -> Iterator[None]:
       InputError: as `check_params`.
     """
     whole = layers or not isinstance(params, dict)
-    tree.check(params if whole else {name: node for name, node in params.items() if name != tree.BLOCKS})
+    tree.check(
+        params if whole else {name: node for name, node in params.items() if name != tree.BLOCKS}
+    )
     try:
         yield
     except Exception as error:
@@ -68,10 +81,14 @@ def runs_on(model: Any, params: Any, layers: bool = True) -> Iterator[None]:
 def _check_layers(model: Any, params: tree.Params) -> None:
     """Refuse parameters of which a layer lacks a leaf; where its maps are fused they are not it."""
     given, needed = (
-        [layer for path in tree.flatten(one) for layer in tree.layer_paths(path)] for one in (unfuse(params), _shapes(model)[0])
+        [layer for path in tree.flatten(one) for layer in tree.layer_paths(path)]
+        for one in (unfuse(params), _shapes(model)[0])
     )
     if missing := [path for path in needed if path not in set(given)]:
-        raise InputError(f"params: {missing[0]!r} is missing; nearest: {', '.join(nearest(missing[0], given)) or 'nothing'}")
+        raise InputError(
+            f"params: {missing[0]!r} is missing; nearest: "
+            f"{', '.join(nearest(missing[0], given)) or 'nothing'}"
+        )
 
 
 def check_ids(name: str, ids: Any, vocab: int) -> None:
@@ -93,24 +110,43 @@ def check_ids(name: str, ids: Any, vocab: int) -> None:
 
 
 def check_inputs(inputs: Mapping[str, Any], cache: Any = None) -> None:
-    """Refuse pixels that are not finite, as far as they are not traced, and a cache of another batch size than the tokens.
+    """Refuse pixels that are not finite, as far as they are not traced, and a cache of another
+    batch size than the tokens.
 
     Raises:
       InputError: says what was given.
     """
     pixels = inputs.get("pixels")
-    here = pixels is not None and not isinstance(pixels, Tracer) and getattr(pixels, "is_fully_addressable", True)
+    here = (
+        pixels is not None
+        and not isinstance(pixels, Tracer)
+        and getattr(pixels, "is_fully_addressable", True)
+    )
     if here and (bad := np.argwhere(~np.isfinite(np.asarray(pixels)))).size:
-        raise InputError(f"pixels: row {bad[0][0]} has numbers that are NaN or infinite; allowed: finite ones")
-    if cache is not None and "tokens" in inputs and (rows := len(inputs["tokens"])) != len(cache.length):
+        raise InputError(
+            f"pixels: row {bad[0][0]} has numbers that are NaN or infinite; allowed: finite ones"
+        )
+    if (
+        cache is not None
+        and "tokens" in inputs
+        and (rows := len(inputs["tokens"])) != len(cache.length)
+    ):
         raise InputError(f"cache: made for {len(cache.length)} rows; {rows} given")
 
 
 @functools.cache
 def _shapes(model: Any) -> tuple[tree.Params, list[set[str]]]:
-    """The shapes of the model's own parameters; and of each group of units, which may be fewer than the config says, the paths of
-    the leaves outside of the layers that have them in their last axis."""
+    """The shapes of the model's own parameters; and of each group of units, which may be fewer than
+    the config says, the paths of the leaves outside of the layers that have them in their last
+    axis.
+    """
     whole = jax.eval_shape(model.init, jax.random.key(0))
-    last = {path: len(leaf.shape) - 1 for path, leaf in tree.flatten(whole).items() if tree.BLOCKS not in path.split("/")}
+    last = {
+        path: len(leaf.shape) - 1
+        for path, leaf in tree.flatten(whole).items()
+        if tree.BLOCKS not in path.split("/")
+    }
     sets = [group for group in axes.groups(model.axes, whole).values() if not group.ordered]
-    return whole, [{one.path for one in group.members if last.get(one.path) == one.axis} for group in sets]
+    return whole, [
+        {one.path for one in group.members if last.get(one.path) == one.axis} for group in sets
+    ]

@@ -1,12 +1,14 @@
 """CLIP (Radford et al., 2021): an image tower and a text tower that agree on what belongs together.
 
-The image tower is a vision transformer with a norm behind its positions, the text tower a causal transformer that is read at the
-token that ends the text. Each has a linear map to a shared space; logits are scaled cosines of images with texts.
+The image tower is a vision transformer with a norm behind its positions, the text tower a causal
+transformer that is read at the token that ends the text. Each has a linear map to a shared space;
+logits are scaled cosines of images with texts.
 
-In SigLIP (Zhai et al., 2023) each pair is a yes or no by itself: logits have a bias, and a sigmoid makes probabilities of them.
-Its text tower sees both ways and is read at the last position: fill texts up to the whole context with the tokenizer's padding
-token, and give no mask (for a SigLIP 2 in lower case, which its files' tokenizer leaves to you). Its image tower pools by
-attention, into the shared space without a map.
+In SigLIP (Zhai et al., 2023) each pair is a yes or no by itself: logits have a bias, and a sigmoid
+makes probabilities of them. Its text tower sees both ways and is read at the last position: fill
+texts up to the whole context with the tokenizer's padding token, and give no mask (for a SigLIP 2
+in lower case, which its files' tokenizer leaves to you). Its image tower pools by attention, into
+the shared space without a map.
 
 >>> clip = model(SIZES["tiny"])
 >>> params = clip.init(jax.random.key(0))
@@ -49,8 +51,8 @@ class Text:
       heads: H, which divide D.
       mlp_width: F.
       context: the longest sequence: learnt positions.
-      end: the token at whose first place a text is read; None for its highest one (the first CLIP's files, and SigLIP, which
-        reads the last position).
+      end: the token at whose first place a text is read; None for its highest one (the first CLIP's
+        files, and SigLIP, which reads the last position).
       activation: a name of `layers.ACTIVATIONS`.
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
@@ -70,7 +72,9 @@ class Text:
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
         if self.width % self.heads:
-            raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
+            raise InputError(
+                f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
+            )
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
 
@@ -98,9 +102,15 @@ class Config:
     def __post_init__(self) -> None:
         check_sizes(self, ("shared",))
         if self.sigmoid and self.shared != self.image.width:
-            raise InputError(f"shared: {self.shared} given; a SigLIP needs {self.image.width}, the width of its image tower")
+            raise InputError(
+                f"shared: {self.shared} given; a SigLIP needs {self.image.width}, the width of "
+                f"its image tower"
+            )
         if self.image.labels:
-            raise InputError(f"image.labels: {len(self.image.labels)} given; the image tower has no classes, leave them out")
+            raise InputError(
+                f"image.labels: {len(self.image.labels)} given; the image tower has no classes, "
+                f"leave them out"
+            )
 
     @property
     def vocab(self) -> int:
@@ -108,14 +118,21 @@ class Config:
         return self.text.vocab
 
 
-_IMAGE: dict[str, Any] = {"activation": "quick_gelu", "patch_bias": False, "embed_norm": True, "norm_eps": 1e-5}
+_IMAGE: dict[str, Any] = {
+    "activation": "quick_gelu",
+    "patch_bias": False,
+    "embed_norm": True,
+    "norm_eps": 1e-5,
+}
 
 _SIGLIP: dict[str, Any] = {"activation": "gelu_tanh", "norm_eps": 1e-6}
 SIGLIP_SCALE = math.log(10)
 _PAIRS: dict[str, Any] = {"scale": SIGLIP_SCALE, "sigmoid": True}
 
 
-def _siglip(width: int, depth: int, heads: int, mlp: int, image: int, patch: int, vocab: int = 32000) -> Config:
+def _siglip(
+    width: int, depth: int, heads: int, mlp: int, image: int, patch: int, vocab: int = 32000
+) -> Config:
     """Both towers of a SigLIP of the same sizes."""
     tower = vit.Config(image, patch, width, depth, heads, mlp, pool="attention", **_SIGLIP)
     return Config(Text(vocab, width, depth, heads, mlp, 64, **_SIGLIP), tower, width, **_PAIRS)
@@ -124,11 +141,20 @@ def _siglip(width: int, depth: int, heads: int, mlp: int, image: int, patch: int
 SIZES = {
     "tiny": Config(Text(256, 32, 2, 4, 64, 32), vit.Config(16, 4, 64, 3, 4, 64, **_IMAGE), 4),
     "tiny-siglip": Config(
-        Text(256, 32, 2, 4, 64, 32, **_SIGLIP), vit.Config(16, 8, 48, 3, 4, 64, pool="attention", **_SIGLIP), 48, **_PAIRS
+        Text(256, 32, 2, 4, 64, 32, **_SIGLIP),
+        vit.Config(16, 8, 48, 3, 4, 64, pool="attention", **_SIGLIP),
+        48,
+        **_PAIRS,
     ),
-    "clip-base-32": Config(Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 32, 768, 12, 12, 3072, **_IMAGE), 512),
-    "clip-base-16": Config(Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 16, 768, 12, 12, 3072, **_IMAGE), 512),
-    "clip-large-14": Config(Text(49408, 768, 12, 12, 3072, 77), vit.Config(224, 14, 1024, 24, 16, 4096, **_IMAGE), 768),
+    "clip-base-32": Config(
+        Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 32, 768, 12, 12, 3072, **_IMAGE), 512
+    ),
+    "clip-base-16": Config(
+        Text(49408, 512, 12, 8, 2048, 77), vit.Config(224, 16, 768, 12, 12, 3072, **_IMAGE), 512
+    ),
+    "clip-large-14": Config(
+        Text(49408, 768, 12, 12, 3072, 77), vit.Config(224, 14, 1024, 24, 16, 4096, **_IMAGE), 768
+    ),
     "siglip-base-16": _siglip(768, 12, 12, 3072, 224, 16),
     "siglip-large-16": _siglip(1024, 24, 16, 4096, 256, 16),
     "siglip-so400m-14": _siglip(1152, 27, 16, 4304, 384, 14),
@@ -137,22 +163,32 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: `D0` is the width of the text tower, `D1` that of the other (and of a SigLIP's space)."""
+    """What the axes of the leaves are:
+
+    `D0` is the width of the text tower, `D1` that of the other (and of a SigLIP's space).
+    """
     tables = (("embed", "VD table"), ("positions", "tD table"))
-    text = Axes((*tables, *BLOCK_AXES), (("h", config.text.width // config.text.heads),)).under("text", 0)
+    text = Axes((*tables, *BLOCK_AXES), (("h", config.text.width // config.text.heads),)).under(
+        "text", 0
+    )
     image = vit.axes(config.image).under("image", 1)
     if config.sigmoid:
-        own = (("text_map", "D1D0", P("tensor", "fsdp")), ("text_map_bias", "D1"), ("scale|bias", ""))
+        own = (
+            ("text_map", "D1D0", P("tensor", "fsdp")),
+            ("text_map_bias", "D1"),
+            ("scale|bias", ""),
+        )
     else:
         own = (("text_map", "PD0"), ("image_map", "PD1"), ("scale", ""))
     return Axes((*text.rules, *image.rules, *own), (*text.sizes, *image.sizes))
 
 
 class Towers(NamedTuple):
-    """The parts of a model for themselves: to compare many texts with many images, or to classify by what classes are called.
+    """The parts of a model for themselves: to compare many texts with many images, or to classify
+    by what classes are called.
 
-    image(params, pixels) -> `[N, E]` and text(params, {"tokens": [M, T], "mask"}) -> `[M, E]`: float32 rows of length one.
-    logits(params, image, text) -> `[N, M]`: their scaled products.
+    image(params, pixels) -> `[N, E]` and text(params, {"tokens": [M, T], "mask"}) -> `[M, E]`:
+    float32 rows of length one. logits(params, image, text) -> `[N, M]`: their scaled products.
     """
 
     image: Any
@@ -164,23 +200,34 @@ class Towers(NamedTuple):
 def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
     """The towers of one config; equal arguments give the same functions."""
     wide = dataclasses.replace(policy, compute="float32", stream="float32")
-    image_model, norm_module = vit.model(config.image, policy), LayerNorm(config.text.norm_eps)
+    image_model = vit.model(config.image, policy)
+    norm_module = LayerNorm(config.text.norm_eps)
     block_module = _text_block(config.text, policy)
 
     def image(params: tree.Params, pixels: Float[Array, "N Y X C"]) -> Float[Array, "N E"]:
         pooled = image_model.apply(params["image"], pixels).logits
-        return _unit(pooled if config.sigmoid else ops.einsum("ND,ED->NE", pooled, params["image_map"], policy))
+        return _unit(
+            pooled
+            if config.sigmoid
+            else ops.einsum("ND,ED->NE", pooled, params["image_map"], policy)
+        )
 
     def block(params: Any, x: Any, context: Any, cache: Any, layer: Any, rng: Any, train: bool):
         x = block_module.apply({"params": params}, x, context)
         return x, cache, {}
 
     def text(params: tree.Params, inputs: dict[str, jax.Array]) -> Float[Array, "M E"]:
-        tokens, own = inputs["tokens"], params["text"]
+        tokens = inputs["tokens"]
+        own = params["text"]
         if tokens.shape[1] > config.text.context:
-            raise InputError(f"tokens: {tokens.shape[1]} of a text given; allowed: at most {config.text.context}, the context")
+            raise InputError(
+                f"tokens: {tokens.shape[1]} of a text given; allowed: at most "
+                f"{config.text.context}, the context"
+            )
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x = ops.take(own["embed"], tokens, policy) + ops.take(own["positions"], positions, policy, "SD")
+        x = ops.take(own["embed"], tokens, policy) + ops.take(
+            own["positions"], positions, policy, "SD"
+        )
         context = {"seen": ops.Seen(valid=inputs.get("mask"), causal=not config.sigmoid)}
         how = policy.remat, policy.microbatches, policy.unroll
         x = repeat(block, own["blocks"], x, context, None, None, False, *how)[0]
@@ -193,8 +240,12 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
         pooled = jnp.take_along_axis(normed, last[:, None, None], axis=1)[:, 0]
         return _unit(ops.einsum("ND,ED->NE", pooled, params["text_map"], policy))
 
-    def logits(params: tree.Params, image: Float[Array, "N E"], text: Float[Array, "M E"]) -> Float[Array, "N M"]:
-        scaled = jnp.exp(params["scale"].astype(jnp.float32)) * ops.einsum("NE,ME->NM", image, text, wide)
+    def logits(
+        params: tree.Params, image: Float[Array, "N E"], text: Float[Array, "M E"]
+    ) -> Float[Array, "N M"]:
+        scaled = jnp.exp(params["scale"].astype(jnp.float32)) * ops.einsum(
+            "NE,ME->NM", image, text, wide
+        )
         return scaled + params["bias"].astype(jnp.float32) if config.sigmoid else scaled
 
     return Towers(image, text, logits)
@@ -202,7 +253,18 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
 
 def _text_block(text: Text, policy: ops.Policy) -> EncoderBlock:
     out = text.init_scale / (2 * text.depth) ** 0.5
-    return EncoderBlock(*(text.heads, text.mlp_width, text.activation, text.norm_eps, False, text.init_scale, out, policy))
+    return EncoderBlock(
+        *(
+            text.heads,
+            text.mlp_width,
+            text.activation,
+            text.norm_eps,
+            False,
+            text.init_scale,
+            out,
+            policy,
+        )
+    )
 
 
 def _unit(x: Float[Array, "N E"]) -> Float[Array, "N E"]:
@@ -212,41 +274,57 @@ def _unit(x: Float[Array, "N E"]) -> Float[Array, "N E"]:
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
 
-    Inputs are `tokens` `[B, T]` (and `mask`) and `pixels` `[B, Y, X, C]`. `hidden` is `[B, 2, E]`, an image's vector and its
-    text's; logits are `[B, B]`, a row for each image. `towers` has the functions for texts and images of unequal number.
+    Inputs are `tokens` `[B, T]` (and `mask`) and `pixels` `[B, Y, X, C]`. `hidden` is `[B, 2, E]`,
+    an image's vector and its text's; logits are `[B, B]`, a row for each image. `towers` has the
+    functions for texts and images of unequal number.
     """
     own = towers(config, policy)
-    image_model, block_module, norm_module = (
-        vit.model(config.image, policy),
-        _text_block(config.text, policy),
-        LayerNorm(config.text.norm_eps),
-    )
+    image_model = vit.model(config.image, policy)
+    block_module = _text_block(config.text, policy)
+    norm_module = LayerNorm(config.text.norm_eps)
 
     # both stacks run in `embed`: a part `block` is for one
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        return jnp.stack([own.image(params, inputs["pixels"]), own.text(params, inputs)], axis=1), {}
+        return jnp.stack(
+            [own.image(params, inputs["pixels"]), own.text(params, inputs)], axis=1
+        ), {}
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         return own.logits(params, x[:, 0], x[:, 1])
 
     def init(key: jax.Array) -> tree.Params:
-        c, keys = config.text, jax.random.split(key, 7)
+        c = config.text
+        keys = jax.random.split(key, 7)
         x = jnp.zeros((1, 1, c.width), policy.stream)
-        context, shared = {"seen": ops.Seen()}, config.shared
+        context = {"seen": ops.Seen()}
+        shared = config.shared
         normal = lambda key, *shape: c.init_scale * jax.random.normal(key, shape)
         text = {
             "embed": normal(keys[0], c.vocab, c.width),
             "positions": normal(keys[1], c.context, c.width) / 2,
-            "blocks": init_layers(lambda k: dict(block_module.init(k, x, context)["params"]), keys[2], c.depth),
+            "blocks": init_layers(
+                lambda k: dict(block_module.init(k, x, context)["params"]), keys[2], c.depth
+            ),
             "norm": norm_module.init(keys[3], x)["params"],
         }
-        of_image: tree.Params = {"image_map": config.image.width**-0.5 * jax.random.normal(keys[5], (shared, config.image.width))}
+        of_image: tree.Params = {
+            "image_map": config.image.width**-0.5
+            * jax.random.normal(keys[5], (shared, config.image.width))
+        }
         if config.sigmoid:
-            of_image = {"text_map_bias": jnp.zeros(shared), "bias": jnp.full((), config.bias, jnp.float32)}
+            of_image = {
+                "text_map_bias": jnp.zeros(shared),
+                "bias": jnp.full((), config.bias, jnp.float32),
+            }
         return {
             "image": image_model.init(keys[4]),
             "text": text,
@@ -256,6 +334,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         }
 
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32), **image_model.inputs(batch, length)}
+        return {
+            "tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32),
+            **image_model.inputs(batch, length),
+        }
 
     return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes(config))

@@ -1,6 +1,7 @@
 """The network of two convolutions that Keras's example of MNIST made known: 34,826 parameters.
 
-Convolution of 32 channels, pooling, of 64 channels, pooling, dropout, a dense layer; kernels 3 x 3 without padding.
+Convolution of 32 channels, pooling, of 64 channels, pooling, dropout, a dense layer; kernels 3 x 3
+without padding.
 
 >>> import jax.numpy as jnp
 >>> cnn = model(SIZES["tiny"])
@@ -52,14 +53,19 @@ class Config:
         for _ in self.convolutions:
             side = (side - self.kernel + 1) // 2
         if side < 1:
-            raise InputError(f"size: {self.size} given; an image must outlast {len(self.convolutions)} convolutions with pooling")
+            raise InputError(
+                f"size: {self.size} given; an image must outlast {len(self.convolutions)} "
+                f"convolutions with pooling"
+            )
 
 
 SIZES = {"tiny": Config((32, 32), 12, 4, dropout=0.2), "mnist": Config()}
 
+
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are: `C1` the channels of the first convolution, and so on."""
-    rules, last = [], len(config.convolutions)
+    rules = []
+    last = len(config.convolutions)
     for i in range(1, last + 1):
         rules += [(f"conv{i}", f"C{i}(C{i - 1}s)" if i > 1 else "C1p"), (f"conv{i}_bias", f"C{i}")]
     return Axes((*rules, ("head", f"c(qC{last})"), ("head_bias", "c")), (("s", config.kernel**2),))
@@ -74,11 +80,17 @@ class _Body(nn.Module):
         c = self.config
         for i, channels in enumerate(c.convolutions, start=1):
             y = conv(self, x, f"conv{i}", channels, c.kernel, self.policy)
-            x = nn.relu(ops.max_pool(y, (2, 2)))  # the same as pooling last, with a quarter of the work for the ReLU
+            x = nn.relu(
+                ops.max_pool(y, (2, 2))
+            )  # the same as pooling last, with a quarter of the work for the ReLU
         return dropout(x.reshape(x.shape[0], -1), c.dropout, rng)
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), axes(config))
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    return two_parts(
+        config, policy, _Body(config, policy), Head(config.classes, policy), axes(config)
+    )

@@ -1,6 +1,8 @@
-"""A network of named branches whose config picks how they are connected: extractors, a merge of the branches, a body, a head.
+"""A network of named branches whose config picks how they are connected: extractors, a merge of the
+branches, a body, a head.
 
-Each pattern is a layer of `jaxmodel.layers.connect`; "concat" is the dense connectivity of Huang et al. (2017) on features.
+Each pattern is a layer of `jaxmodel.layers.connect`; "concat" is the dense connectivity of Huang et
+al. (2017) on features.
 
 >>> connected = model(SIZES["tiny"])
 >>> params = jax.jit(connected.init)(jax.random.key(0))
@@ -45,15 +47,16 @@ class Config:
       depth: layers L of the body.
       extract: what runs on each branch first: "none", a map of its "own", or one "shared" by all.
       features: of an extractor's result.
-      merge: "full", the branches in the order of their names; "bilinear" (two branches); "factorised"; or "groups", along
-        `edges`.
+      merge: "full", the branches in the order of their names; "bilinear" (two branches);
+        "factorised"; or "groups", along `edges`.
       rank: of a factorised merge.
-      edges: (branch, group of outputs); all groups are of one width. One edge for each branch is a fixed group for each.
+      edges: (branch, group of outputs); all groups are of one width. One edge for each branch is a
+        fixed group for each.
       combine: how edges meet in a group, "sum" or "product".
       share: rules, name of an edge -> name of its weight; see `connect.Groups`.
       importance: whether each edge has a factor that is learnt; see `importances`.
-      body: "full", "sparse" (a fixed choice of blocks), "learnt" (a choice that is learnt), each with a residual; or "concat",
-        where each layer reads what all before it gave.
+      body: "full", "sparse" (a fixed choice of blocks), "learnt" (a choice that is learnt), each
+        with a residual; or "concat", where each layer reads what all before it gave.
       block: height and width of the blocks of a sparse body.
       kept: blocks in each row of blocks of a sparse body.
       growth: features that a layer of "concat" adds.
@@ -88,21 +91,39 @@ class Config:
         activation(self.activation)
         for name in ("branches", "edges", "share", "block"):
             if not isinstance(getattr(self, name), tuple):
-                raise InputError(f"{name}: {getattr(self, name)!r} given; allowed: a tuple, so that the config can be hashed")
+                raise InputError(
+                    f"{name}: {getattr(self, name)!r} given; allowed: a tuple, so that the config "
+                    f"can be hashed"
+                )
         names = [name for name, _ in self.branches]
         for name, n in self.branches:
             at_least(f"branches: {name}", n)
-        if len(set(names)) != len(names) or not names or (self.merge == "bilinear" and len(names) != 2):
-            raise InputError(f"branches: {names} given; different names, for a bilinear merge two, are needed")
+        if (
+            len(set(names)) != len(names)
+            or not names
+            or (self.merge == "bilinear" and len(names) != 2)
+        ):
+            raise InputError(
+                f"branches: {names} given; different names, for a bilinear merge two, are needed"
+            )
         if self.extract == "shared" and len({n for _, n in self.branches}) > 1:
-            raise InputError(f"branches: {dict(self.branches)} given; a shared extractor needs as many features in each")
+            raise InputError(
+                f"branches: {dict(self.branches)} given; a shared extractor needs as many "
+                f"features in each"
+            )
         if self.merge == "groups":
             check_pattern(self.edges, names, [group for group, _ in self.groups], self.combine)
             if self.width % max(len(self.groups), 1):
-                raise InputError(f"edges: {len(self.groups)} groups given; a divisor of the width {self.width} is needed")
+                raise InputError(
+                    f"edges: {len(self.groups)} groups given; a divisor of the width {self.width} "
+                    f"is needed"
+                )
             weight_names(self.edges, self.share)
         elif self.edges or self.share or self.importance:
-            raise InputError(f"edges, share, importance: given with the merge {self.merge!r}; allowed: with 'groups'")
+            raise InputError(
+                f"edges, share, importance: given with the merge {self.merge!r}; allowed: with "
+                f"'groups'"
+            )
         if self.body in ("sparse", "learnt"):
             check_blocks(self.width, self.width, self.block, self.kept)
 
@@ -116,7 +137,9 @@ class Config:
 _TWO = (("left", 16), ("right", 16))
 
 SIZES = {
-    "tiny": Config(_TWO, 8, 64, 3, extract="shared", features=16, merge="bilinear", body="sparse", kept=4),
+    "tiny": Config(
+        _TWO, 8, 64, 3, extract="shared", features=16, merge="bilinear", body="sparse", kept=4
+    ),
     "tiny-groups": Config(
         (*_TWO, ("third", 8)),
         *(8, 32, 4),
@@ -157,21 +180,31 @@ class _Branches(nn.Module):
 
     @nn.compact
     def __call__(self, xs: Mapping[str, jax.Array]) -> jax.Array:
-        c, act = self.config, activation(self.config.activation)
+        c = self.config
+        act = activation(self.config.activation)
         if c.extract == "shared":
-            xs = connect.Shared(connect.Full(c.features, self.policy, parent=None), name="extract")(xs)
+            xs = connect.Shared(connect.Full(c.features, self.policy, parent=None), name="extract")(
+                xs
+            )
         elif c.extract == "own":
-            xs = {n: connect.Full(c.features, self.policy, name=f"extract_{n}")(x) for n, x in xs.items()}
+            xs = {
+                n: connect.Full(c.features, self.policy, name=f"extract_{n}")(x)
+                for n, x in xs.items()
+            }
         xs = xs if c.extract == "none" else {n: act(x) for n, x in xs.items()}
         if c.merge == "bilinear":
-            y = connect.Bilinear(c.width, self.policy, name="merge")(*(xs[n] for n, _ in c.branches))
+            y = connect.Bilinear(c.width, self.policy, name="merge")(
+                *(xs[n] for n, _ in c.branches)
+            )
         elif c.merge == "factorised":
             y = connect.Factorised(c.width, c.rank, self.policy, name="merge")(xs)
         elif c.merge == "groups":
             y = connect.merged(_groups(c, self.policy, name="merge")(xs))
         else:
             y = connect.Full(c.width, self.policy, name="merge")(connect.merged(xs))
-        return LayerNorm(c.norm_eps, name="merge_norm")(y)  # products are of another scale than their factors
+        return LayerNorm(c.norm_eps, name="merge_norm")(
+            y
+        )  # products are of another scale than their factors
 
 
 class _Block(nn.Module):
@@ -195,7 +228,14 @@ class _Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return dense(self, LayerNorm(self.config.norm_eps, name="norm")(x), "head", self.config.classes, self.policy, "float32")
+        return dense(
+            self,
+            LayerNorm(self.config.norm_eps, name="norm")(x),
+            "head",
+            self.config.classes,
+            self.policy,
+            "float32",
+        )
 
 
 def _groups(config: Config, policy: ops.Policy = ops.Policy(), **kwargs: Any) -> connect.Groups:
@@ -204,19 +244,24 @@ def _groups(config: Config, policy: ops.Policy = ops.Policy(), **kwargs: Any) ->
 
 
 def _map(config: Config, policy: ops.Policy = ops.Policy(), **kwargs: Any) -> connect.BlockLinear:
-    return connect.BlockLinear(config.width, config.block, config.kept, policy, config.body == "learnt", **kwargs)
+    return connect.BlockLinear(
+        config.width, config.block, config.kept, policy, config.body == "learnt", **kwargs
+    )
 
 
 def settle(config: Config, params: tree.Params) -> tree.Params:
-    """Params of a "sparse" or "learnt" body with each choice of blocks in a `BlockSparse` leaf: the same function, which stores
-    and runs the blocks that are there.
+    """Params of a "sparse" or "learnt" body with each choice of blocks in a `BlockSparse` leaf: the
+    same function, which stores and runs the blocks that are there.
 
     Raises:
       InputError: a body without blocks.
     """
     if config.body not in ("sparse", "learnt"):
-        raise InputError(f"body: {config.body!r} given; allowed: 'sparse', 'learnt', which have blocks")
-    single, module = tree.unstack(params), _map(config)
+        raise InputError(
+            f"body: {config.body!r} given; allowed: 'sparse', 'learnt', which have blocks"
+        )
+    single = tree.unstack(params)
+    module = _map(config)
     for layer, own in single["blocks"].items():
         own["map"] = connect.settle_blocks(module, own["map"], int(layer), config.width)
     return tree.stack(single)
@@ -230,20 +275,36 @@ def importances(config: Config, params: tree.Params) -> dict[str, float]:
     ['left->x', 'right->x', 'right->y', 'third->y']
     """
     if config.merge != "groups":
-        raise InputError(f"merge: {config.merge!r} given; allowed: 'groups', whose edges have names")
+        raise InputError(
+            f"merge: {config.merge!r} given; allowed: 'groups', whose edges have names"
+        )
     return _groups(config).importances(params["merge"])
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    branches, block_module, head_module = (module(config, policy) for module in (_Branches, _Block, _Head))
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    branches, block_module, head_module = (
+        module(config, policy) for module in (_Branches, _Block, _Head)
+    )
 
-    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+    def embed(
+        params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
+    ) -> Any:
         xs = {name: read(inputs, name, "BN").astype(policy.stream) for name, _ in config.branches}
         return branches.apply({"params": params}, xs), {}
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ) -> Any:
         return block_module.apply({"params": params}, x, layer), cache, {}
 
     def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
@@ -257,7 +318,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         for i in range(config.depth):
             x, params = block_module.init_with_output(keys[i], x, i)
             blocks[str(i)] = params["params"]
-        return tree.stack({**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]})
+        return tree.stack(
+            {**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]}
+        )
 
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((batch, n), jnp.float32) for name, n in config.branches}

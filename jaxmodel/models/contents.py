@@ -20,12 +20,14 @@ def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, A
 
     Args:
       model: any.
-      params: its weights, compressed or not, or their shapes; None for those that `init` would give, which are not made.
+      params: its weights, compressed or not, or their shapes; None for those that `init` would
+        give, which are not made.
 
     Returns:
-      Rows `{"path", "layers", "shape", "kind", "parameters", "bytes", "sharding"}`: the shape is that of one layer, parameters
-      and bytes are those of all of them. `sharding` has the mesh axes of each axis of the shape (None for whole); it is None
-      where the model's rules do not know the leaf (fused ones).
+      Rows `{"path", "layers", "shape", "kind", "parameters", "bytes", "sharding"}`: the shape is
+      that of one layer, parameters and bytes are those of all of them. `sharding` has the mesh axes
+      of each axis of the shape (None for whole); it is None where the model's rules do not know the
+      leaf (fused ones).
 
     >>> from jaxmodel.models import gpt2
     >>> row = next(row for row in summary(gpt2.model(gpt2.SIZES["tiny"])) if row["path"] == "blocks/0-2/mlp/up")
@@ -38,7 +40,9 @@ def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, A
         specs = tree.assign(model.rules, whole)
     except InputError:
         specs = {}
-    return report.Rows((_row(path, leaf, specs) for path, leaf in tree.flatten(whole).items()), columns())
+    return report.Rows(
+        (_row(path, leaf, specs) for path, leaf in tree.flatten(whole).items()), columns()
+    )
 
 
 def columns() -> list[report.Column]:
@@ -66,7 +70,8 @@ def outline(model: Model, params: tree.Params) -> dict[str, Any]:
     for row in summary(model, params):
         times = f"{row['layers']} layers of " if row["layers"] > 1 else ""
         lines[row["path"]] = (
-            f"{times}{shape_text(row['shape'])} {row['kind']}, {size(row['bytes'])}, {sharding_text(row['sharding'])}"
+            f"{times}{shape_text(row['shape'])} {row['kind']}, {size(row['bytes'])}, "
+            f"{sharding_text(row['sharding'])}"
         )
     return tree.unflatten(lines)
 
@@ -93,7 +98,9 @@ def _row(path: str, leaf: Any, specs: dict[str, Any]) -> dict[str, Any]:
     layers = tree.layer_paths(path)
     shape = tree.layer_shape(path, leaf)
     found = {specs.get(layer) for layer in layers}
-    spec = found.pop() if len(found) == 1 else None  # rules that part a segment would split it before they place it
+    spec = (
+        found.pop() if len(found) == 1 else None
+    )  # rules that part a segment would split it before they place it
     return {
         "path": path,
         "layers": len(layers),
@@ -111,9 +118,13 @@ def _axes(spec: PartitionSpec, ndim: int) -> list[Any]:
 
 
 def _kind(leaf: Any) -> str:
-    """The dtype of an array; the class of a compressed leaf with the static fields that are not as usual, or its bits."""
+    """The dtype of an array; the class of a compressed leaf with the static fields that are not as
+    usual, or its bits.
+    """
     if not dataclasses.is_dataclass(leaf):
         return str(leaf.dtype)
-    static = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.metadata.get("static")}
+    static = {
+        f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.metadata.get("static")
+    }
     shown = [f"{name}={value}" for name, value in static.items() if value and name != "pad"]
     return f"{type(leaf).__name__}({', '.join(shown)})"

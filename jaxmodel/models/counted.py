@@ -1,4 +1,6 @@
-"""Rows that only fill a batch up, kept out of the moments of Flax's own batch norms, inside of somebody else's module."""
+"""Rows that only fill a batch up, kept out of the moments of Flax's own batch norms, inside of
+somebody else's module.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def linen_counting(counts: jax.Array | None) -> contextlib.AbstractContextManage
     if counts is None:
         return contextlib.nullcontext()
 
-    def counted(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def counted(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
         if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
             kwargs = _masked(context.orig_method, context.module.name, counts, args, kwargs)
         return call(*args, **kwargs)
@@ -50,16 +54,21 @@ def _counting_kind(kind: Any, name: str, counts: jax.Array) -> Any:
     return Counting
 
 
-def _masked(method: Callable[..., Any], name: str | None, counts: jax.Array, args: Any, kwargs: Any) -> Any:
+def _masked(
+    method: Callable[..., Any], name: str | None, counts: jax.Array, args: Any, kwargs: Any
+) -> Any:
     """The keywords with the mask of `x`, where the method takes one and none was given."""
     if kwargs.get("mask") is not None or "mask" not in inspect.signature(method).parameters:
         return kwargs
     x = kwargs["x"] if "x" in kwargs else args[0]
     if x.shape[0] % counts.shape[0]:
         raise InputError(
-            f"weights: the batch norm {name!r} reads {x.shape[0]} rows of a batch of {counts.shape[0]}, and cannot tell which of "
+            f"weights: the batch norm {name!r} reads {x.shape[0]} rows of a batch of "
+            f"{counts.shape[0]}, and cannot tell which of "
             "them count; allowed: rows first in what it reads, or no weights of rows"
         )
     known = counts | ~jnp.any(counts)  # moments of nothing would be NaN
-    mask = jnp.repeat(known, x.shape[0] // counts.shape[0])  # where rows and places are one axis, rows come first
+    mask = jnp.repeat(
+        known, x.shape[0] // counts.shape[0]
+    )  # where rows and places are one axis, rows come first
     return {**kwargs, "mask": mask.reshape(-1, *[1] * (x.ndim - 1))}

@@ -1,7 +1,9 @@
-"""DenseNet (Huang et al., 2017): each layer reads what all layers before it in its stage gave, put behind each other.
+"""DenseNet (Huang et al., 2017): each layer reads what all layers before it in its stage gave, put
+behind each other.
 
-Norm and activation stand in front of each convolution; a bottleneck of 1 x 1 in front of one of 3 x 3. Between two stages a
-transition of 1 x 1 halves the channels, and pooling the sides; here it is the beginning of the next stage's first layer.
+Norm and activation stand in front of each convolution; a bottleneck of 1 x 1 in front of one of 3 x
+3. Between two stages a transition of 1 x 1 halves the channels, and pooling the sides; here it is
+the beginning of the next stage's first layer.
 
 >>> densenet = model(SIZES["tiny"])
 >>> params = jax.jit(densenet.init)(jax.random.key(0))
@@ -60,7 +62,10 @@ class Config:
     def __post_init__(self) -> None:
         check_classifier(self, ("growth", "classes", "size", "channels", "bottleneck"), ("stages",))
         if not self.stages or self.width < 0:
-            raise InputError(f"stages, width: {self.stages}, {self.width} given; at least one stage and a width of 0 or more")
+            raise InputError(
+                f"stages, width: {self.stages}, {self.width} given; at least one stage and a "
+                f"width of 0 or more"
+            )
 
     @property
     def starts(self) -> tuple[bool, ...]:
@@ -76,18 +81,28 @@ SIZES = {
     "densenet-201": Config((6, 12, 48, 32)),
 }
 
+
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: each convolution's channels stand behind those of all before it in the stage."""
-    rules, parts, count = [("stem", "C0p"), *_norm_axes("stem_norm", "C0")], ["C0"], 1
+    """What the axes of the leaves are: each convolution's channels stand behind those of all before
+    it in the stage.
+    """
+    rules = [("stem", "C0p"), *_norm_axes("stem_norm", "C0")]
+    parts = ["C0"]
+    count = 1
     for layer, starts in enumerate(config.starts):
         at = f"blocks/{layer}"
         if starts:
             rules += [(f"{at}/transition", f"C{count}{_joined(parts)}")]
             rules += _norm_axes(f"{at}/transition_in_norm", _joined(parts))
-            parts, count = [f"C{count}"], count + 1
+            parts = [f"C{count}"]
+            count = count + 1
         rules += [(f"{at}/conv1", f"F{_joined(parts)}"), (f"{at}/conv2", f"C{count}(Fs)")]
-        rules += [*_norm_axes(f"{at}/in_norm", _joined(parts)), *_norm_axes(f"{at}/conv1_norm", "F")]
-        parts, count = [*parts, f"C{count}"], count + 1
+        rules += [
+            *_norm_axes(f"{at}/in_norm", _joined(parts)),
+            *_norm_axes(f"{at}/conv1_norm", "F"),
+        ]
+        parts = [*parts, f"C{count}"]
+        count = count + 1
     top = [("head", f"c{_joined(parts)}"), ("head_bias", "c"), *_norm_axes("norm", _joined(parts))]
     return Axes((*rules, *top), (("s", 9),))
 
@@ -106,7 +121,9 @@ def _norm_axes(path: str, letters: str) -> list[tuple[str, str]]:
 
 
 def _bare(name: str) -> Callable[[jax.Array], jax.Array]:
-    """In a norm's place: a convolution without bias and norm, since the next one's norm reads what is put together."""
+    """In a norm's place: a convolution without bias and norm, since the next one's norm reads what
+    is put together.
+    """
     return lambda y: y
 
 
@@ -119,7 +136,17 @@ class _Stem(nn.Module):
         c = self.config
         side, stride = (3, 1) if c.small else (7, 2)
         norm = functools.partial(BatchNorm, c.norm_eps, train)
-        y = conv(self, x, "stem", c.width or 2 * c.growth, side, self.policy, stride=stride, pad=side // 2, norm=norm)
+        y = conv(
+            self,
+            x,
+            "stem",
+            c.width or 2 * c.growth,
+            side,
+            self.policy,
+            stride=stride,
+            pad=side // 2,
+            norm=norm,
+        )
         return nn.relu(y) if c.small else ops.max_pool(nn.relu(y), (3, 3), (2, 2), pad=1)
 
 
@@ -134,10 +161,14 @@ class _Layer(nn.Module):
         norm = functools.partial(BatchNorm, c.norm_eps, train)
         if starts or self.has_variable("params", "transition"):
             y = nn.relu(norm(name="transition_in_norm")(x))
-            x = ops.avg_pool(conv(self, y, "transition", x.shape[-1] // 2, 1, self.policy, norm=_bare), (2, 2))
+            x = ops.avg_pool(
+                conv(self, y, "transition", x.shape[-1] // 2, 1, self.policy, norm=_bare), (2, 2)
+            )
         y = nn.relu(norm(name="in_norm")(x))
         y = nn.relu(conv(self, y, "conv1", c.bottleneck * c.growth, 1, self.policy, norm=norm))
-        return jnp.concatenate([x, conv(self, y, "conv2", c.growth, 3, self.policy, pad=1, norm=_bare)], axis=-1)
+        return jnp.concatenate(
+            [x, conv(self, y, "conv2", c.growth, 3, self.policy, pad=1, norm=_bare)], axis=-1
+        )
 
 
 class _Head(nn.Module):
@@ -147,19 +178,38 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         y = nn.relu(BatchNorm(self.config.norm_eps, train, name="norm")(x))
-        return dense(self, jnp.mean(y.astype(jnp.float32), axis=(1, 2)), "head", self.config.classes, self.policy, "float32")
+        return dense(
+            self,
+            jnp.mean(y.astype(jnp.float32), axis=(1, 2)),
+            "head",
+            self.config.classes,
+            self.policy,
+            "float32",
+        )
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
     stem, layer_module, head_module = (module(config, policy) for module in (_Stem, _Layer, _Head))
     inputs = pixel_inputs(config.size, config.channels)
 
-    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+    def embed(
+        params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
+    ) -> Any:
         return stem.apply({"params": params}, read_pixels(inputs, policy), train), {}
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ) -> Any:
         return layer_module.apply({"params": params}, x, train), cache, {}
 
     def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
@@ -167,11 +217,15 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         stem_key, head_key, *keys = jax.random.split(key, sum(config.stages) + 2)
-        x, own = stem.init_with_output(stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.stream))
+        x, own = stem.init_with_output(
+            stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.stream)
+        )
         blocks = {}
         for i, starts in enumerate(config.starts):
             x, params = layer_module.init_with_output(keys[i], x, False, starts)
             blocks[str(i)] = params["params"]
-        return tree.stack({**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]})
+        return tree.stack(
+            {**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]}
+        )
 
     return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config))

@@ -1,4 +1,6 @@
-"""`family`: what makes an architecture of a config and a function; the package's own files and a user's are declared alike."""
+"""`family`: what makes an architecture of a config and a function; the package's own files and a
+user's are declared alike.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ class Build(Protocol):
     """The function that a family's models are made by."""
 
     def __call__(self, config: Any, policy: ops.Policy = ...) -> Model:
-        """Return the model of one config; equal arguments give the same functions, so nothing is traced twice."""
+        """Return the model of one config; equal arguments give the same functions, so nothing is
+        traced twice.
+        """
         ...
 
 
@@ -49,11 +53,13 @@ def family(
 ) -> Callable[[Callable[[Any, ops.Policy], Model]], Build]:
     """Declare a family: a decorator for `model(config, policy) -> Model`.
 
-    Models of equal configs and policies are one object, know their family, and have `with_policy`. So a bundle of them can be
-    saved and loaded, its head be replaced, its widths be compared, in a process where this declaration was run.
+    Models of equal configs and policies are one object, know their family, and have `with_policy`.
+    So a bundle of them can be saved and loaded, its head be replaced, its widths be compared, in a
+    process where this declaration was run.
 
     Args:
-      config: the frozen dataclass that `model` takes first; its fields are plain values, tuples or such dataclasses.
+      config: the frozen dataclass that `model` takes first; its fields are plain values, tuples or
+        such dataclasses.
       sizes: configs by name, `tiny` first.
       name: of the family; "" for that of the file.
 
@@ -71,14 +77,20 @@ def family(
     def declare(make: Callable[[Any, ops.Policy], Model]) -> Build:
         called = name or make.__module__.rpartition(".")[2]
         if called == "__main__":
-            raise InputError("name: none given; a family that is declared in a notebook or a script needs one")
+            raise InputError(
+                "name: none given; a family that is declared in a notebook or a script needs one"
+            )
         if called in KNOWN and KNOWN[called].module != make.__module__:
-            raise InputError(f"name: {called!r} is the family of {KNOWN[called].module}; allowed: another name")
+            raise InputError(
+                f"name: {called!r} is the family of {KNOWN[called].module}; allowed: another name"
+            )
 
         @functools.cache
         def built(config: Any, policy: ops.Policy) -> Model:
             model = make(config, policy)
-            return dataclasses.replace(model, family=called, with_policy=functools.partial(built, config))
+            return dataclasses.replace(
+                model, family=called, with_policy=functools.partial(built, config)
+            )
 
         @functools.wraps(make)
         def build(config: Any, policy: ops.Policy = ops.Policy()) -> Model:
@@ -91,6 +103,12 @@ def family(
 
 
 def build_of(model: Model) -> Build | None:
-    """Return the function that made a model, for another of its family; None for one of no family, or one that was wrapped."""
+    """Return the function that made a model, for another of its family; None for one of no family,
+    or one that was wrapped.
+    """
     known = KNOWN.get(model.family)
-    return known.model if known is not None and known.model(model.config, model.policy) is model else None
+    return (
+        known.model
+        if known is not None and known.model(model.config, model.policy) is model
+        else None
+    )

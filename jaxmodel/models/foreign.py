@@ -1,20 +1,24 @@
 """Somebody else's Flax module as a `Model`: `from_linen`, `from_nnx`.
 
-Its weights are a plain nested dict as everywhere: rules, freezing, optimisers, checkpoints and meshes work on them, and whatever
-asks for a `predict` alone (evaluation, explanation, trust) takes the model. Its matrix products are not ours, so this it does
-without: a dtype policy, probes and so calibration, parts smaller than the whole (`embed` is the module, the head gives its
-output on), a cache. Compressed leaves are decoded before the module sees them, so a recipe saves bytes, not time. Kernels lie
-`[in, out]`: a row of a `QTensor`, which has its own scale, is what one input gives to all outputs; in our own models it is what
-one output reads. A bundle is saved with the module's import path, and loaded with the module handed over, as in
+Its weights are a plain nested dict as everywhere: rules, freezing, optimisers, checkpoints and
+meshes work on them, and whatever asks for a `predict` alone (evaluation, explanation, trust) takes
+the model. Its matrix products are not ours, so this it does without: a dtype policy, probes and so
+calibration, parts smaller than the whole (`embed` is the module, the head gives its output on), a
+cache. Compressed leaves are decoded before the module sees them, so a recipe saves bytes, not time.
+Kernels lie `[in, out]`: a row of a `QTensor`, which has its own scale, is what one input gives to
+all outputs; in our own models it is what one output reads. A bundle is saved with the module's
+import path, and loaded with the module handed over, as in
 `hub.from_pretrained(folder, module=Net(3))`.
 
-What a module keeps that is not a parameter (running statistics) stands in the branch `state` of the tree. It has no gradient, it
-does not train (see `tree.partition`), and `set_state` is the pure function that moves it on. Rows that only fill a batch up
-(`weights` 0) do not count in the moments of `nn.BatchNorm` and `nnx.BatchNorm`; what else takes means over rows, sees them.
+What a module keeps that is not a parameter (running statistics) stands in the branch `state` of the
+tree. It has no gradient, it does not train (see `tree.partition`), and `set_state` is the pure
+function that moves it on. Rows that only fill a batch up (`weights` 0) do not count in the moments
+of `nn.BatchNorm` and `nnx.BatchNorm`; what else takes means over rows, sees them.
 
-The contracts that every module here keeps: its tree is a plain nested dict, covered by rules; `apply` gives what the module
-gives, under `jit` too, traced once; the key alone decides what is drawn, and a missing one is an error in training; nothing is
-changed in place; the loss falls; the state stays; it runs on a mesh, with compressed leaves, and as a `predict`.
+The contracts that every module here keeps: its tree is a plain nested dict, covered by rules;
+`apply` gives what the module gives, under `jit` too, traced once; the key alone decides what is
+drawn, and a missing one is an error in training; nothing is changed in place; the loss falls; the
+state stays; it runs on a mesh, with compressed leaves, and as a `predict`.
 
 >>> import flax.linen as nn
 >>> model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
@@ -51,10 +55,20 @@ from jaxmodel.ops.norms import Measured
 STATE = "state"
 """The branch of the tree with what is not a parameter."""
 
-_FLAGS = {"train": False, "training": False, "is_training": False, "deterministic": True}  # name -> whether it is the opposite
+_FLAGS = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+}  # name -> whether it is the opposite
 
 type Call = Callable[[Any, dict[str, jax.Array], bool], Any]
-type Example = jax.Array | jax.ShapeDtypeStruct | Mapping[str, Any] | Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]
+type Example = (
+    jax.Array
+    | jax.ShapeDtypeStruct
+    | Mapping[str, Any]
+    | Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +77,8 @@ class Foreign:
 
     Attributes:
       module: whose it is: a Linen module, or an nnx one (of shapes) or what makes one.
-      run: (params, inputs, rng, train, counts) -> (output, the state afterwards); counts names the rows that count, or is None.
+      run: (params, inputs, rng, train, counts) -> (output, the state afterwards); counts names the
+        rows that count, or is None.
       inputs: (name, shape, dtype) of each, or the function that gives their shapes.
       rngs: names of a Linen module's random streams.
       own_call: whether it is called otherwise than with its inputs in their order.
@@ -78,7 +93,9 @@ class Foreign:
 
 def is_linen(module: Any) -> bool:
     """Whether it is a Linen module or a class of such."""
-    return isinstance(module, nn.Module) or (inspect.isclass(module) and issubclass(module, nn.Module))
+    return isinstance(module, nn.Module) or (
+        inspect.isclass(module) and issubclass(module, nn.Module)
+    )
 
 
 def from_linen(
@@ -89,27 +106,34 @@ def from_linen(
     rngs: tuple[str, ...] = ("dropout",),
     axes: Axes = UNDECLARED,
 ) -> Model:
-    """A Linen module as a model. Equal arguments, a module that can be hashed among them, give the same functions, so nothing is
-    traced twice (`nn.Sequential` can with a tuple, not with a list).
+    """A Linen module as a model. Equal arguments, a module that can be hashed among them, give the
+    same functions, so nothing is traced twice (`nn.Sequential` can with a tuple, not with a list).
 
     Args:
-      module: a Linen module as its author wrote it. Collections besides `params` become the tree's branch `state`.
-      inputs: what it reads: an array or shape with the batch in front, a dict of such, or `(batch, length) -> shapes`. The order
-        of this dict is that of the module's arguments; batches go by name, in any order.
-      call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in that order. As it
-        stands, an argument of the module named train, training, is_training or deterministic is told which it is.
+      module: a Linen module as its author wrote it. Collections besides `params` become the tree's
+        branch `state`.
+      inputs: what it reads: an array or shape with the batch in front, a dict of such, or
+        `(batch, length) -> shapes`. The order of this dict is that of the module's arguments;
+        batches go by name, in any order.
+      call: `(module, inputs, train) -> logits`, where the module is not simply called with its
+        inputs in that order. As it stands, an argument of the module named train, training,
+        is_training or deterministic is told which it is.
       rngs: names of the random streams that it draws from, besides `params`.
-      axes: of its leaves, where something is to follow from them: `Axes((("Dense_0/kernel", "DF"), (".*", "...")))`.
+      axes: of its leaves, where something is to follow from them: `Axes((("Dense_0/kernel", "DF"),
+        (".*", "...")))`.
 
     Returns:
-      The model; weights that exist already are `{**variables["params"], "state": other collections}`, see `linen_params`.
+      The model; weights that exist already are `{**variables["params"], "state": other
+      collections}`, see `linen_params`.
 
     Raises:
-      InputError: what is no Linen module, or inputs of another kind; when it is run, an output that is no array, or no `rng`
-        where one is drawn from.
+      InputError: what is no Linen module, or inputs of another kind; when it is run, an output that
+        is no array, or no `rng` where one is drawn from.
     """
     if not isinstance(module, nn.Module):
-        raise InputError(f"module: {module!r} given; allowed: a Linen module that is made, such as nn.Dense(3)")
+        raise InputError(
+            f"module: {module!r} given; allowed: a Linen module that is made, such as nn.Dense(3)"
+        )
     shapes = _shapes(inputs)
     call = call or _Call(_names(shapes), *_flag(type(module).__call__))
     arguments = (module, shapes, call, rngs, axes)
@@ -120,25 +144,29 @@ def from_linen(
     return _linen(*arguments)
 
 
-def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, axes: Axes = UNDECLARED) -> Model:
-    """An nnx module as a model: split into weights and a description, merged in every call, so that nothing is changed in place.
+def from_nnx(
+    module: Any, inputs: Example, *, call: Call | None = None, axes: Axes = UNDECLARED
+) -> Model:
+    """An nnx module as a model: split into weights and a description, merged in every call, so that
+    nothing is changed in place.
 
     Keep the model: called again this gives other functions, which are traced anew.
 
     Args:
-      module: what makes one from its random streams, `functools.partial(Net, 4, 3)` for `Net(4, 3, rngs=rngs)`; or one that is
-        made. The latter's `init` gives the weights that it had, whatever the key.
+      module: what makes one from its random streams, `functools.partial(Net, 4, 3)` for
+        `Net(4, 3, rngs=rngs)`; or one that is made. The latter's `init` gives the weights that it
+        had, whatever the key.
       inputs: see `from_linen`.
-      call: `(module, inputs, train) -> logits`, where the module is not simply called with its inputs in their order. It has
-        been set to `module.train()` or `module.eval()` before.
+      call: `(module, inputs, train) -> logits`, where the module is not simply called with its
+        inputs in their order. It has been set to `module.train()` or `module.eval()` before.
       axes: see `from_linen`.
 
     Returns:
       The model; weights of a module that exists already are `nnx_params(module)`.
 
     Raises:
-      InputError: what is no module and makes none, inputs of another kind, or a module with a cache of its own; when it is run,
-        see `from_linen`.
+      InputError: what is no module and makes none, inputs of another kind, or a module with a cache
+        of its own; when it is run, see `from_linen`.
 
     >>> from flax import nnx
     >>> model = from_nnx(functools.partial(nnx.Linear, 4, 3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
@@ -150,18 +178,24 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, axes: Ax
     """
     from flax import nnx
 
-    made, make = isinstance(module, nnx.Module), module
+    made = isinstance(module, nnx.Module)
+    make = module
     if not made and not callable(module):
-        raise InputError(f"module: {module!r} given; allowed: an nnx module, or what makes one from `rngs`")
+        raise InputError(
+            f"module: {module!r} given; allowed: an nnx module, or what makes one from `rngs`"
+        )
     if made:
         graph, values = nnx.split(module)
         make: Any = lambda rngs: nnx.merge(graph, values)
     shell = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-    kinds = dict(nnx.to_flat_state(nnx.split(shell)[1]))  # path -> what stands there, without values
+    kinds = dict(
+        nnx.to_flat_state(nnx.split(shell)[1])
+    )  # path -> what stands there, without values
     for path, kind in kinds.items():
         if isinstance(kind, nnx.Cache):
             raise InputError(
-                f"module: {'/'.join(map(str, path))!r} is a cache; allowed: a module that keeps nothing between calls"
+                f"module: {'/'.join(map(str, path))!r} is a cache; allowed: a module that keeps "
+                f"nothing between calls"
             )
     graphs = {}
     for train in (True, False):
@@ -169,7 +203,8 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, axes: Ax
         graphs[train] = nnx.split(shell)[0]
     drawn = [path for path, kind in kinds.items() if isinstance(kind, nnx.RngState)]
     streams = [path for path in drawn if isinstance(kinds[path], nnx.RngKey)]
-    shapes, own_call = _shapes(inputs), call is not None
+    shapes = _shapes(inputs)
+    own_call = call is not None
     call = call or _Call(_names(shapes))
 
     def run(
@@ -182,7 +217,11 @@ def from_nnx(module: Any, inputs: Example, *, call: Call | None = None, axes: Ax
         values = []
         for path, kind in kinds.items():
             if path in drawn:
-                value = _stream(kind, key, streams.index(path)) if path in streams else jnp.zeros_like(kind.get_value())
+                value = (
+                    _stream(kind, key, streams.index(path))
+                    if path in streams
+                    else jnp.zeros_like(kind.get_value())
+                )
             else:
                 value = stored[_joined(path if isinstance(kind, nnx.Param) else (STATE, *path))]
             values.append((path, kind.replace(value) if isinstance(kind, nnx.Variable) else value))
@@ -204,7 +243,9 @@ def linen_params(variables: Mapping[str, Any]) -> tree.Params:
       InputError: a parameter named `state`, or a name with a slash.
     """
     plain = nn.meta.unbox(flax.core.unfreeze(dict(variables)))
-    state = {name: collection for name, collection in plain.items() if name != "params" and collection}
+    state = {
+        name: collection for name, collection in plain.items() if name != "params" and collection
+    }
     return _checked(plain.get("params", {}), state)
 
 
@@ -225,8 +266,11 @@ def nnx_params(module: Any) -> tree.Params:
     return _checked(tree.unflatten(weights), tree.unflatten(state))
 
 
-def set_state(model: Model, params: tree.Params, inputs: Inputs, rng: jax.Array | None = None) -> tree.Params:
-    """The params with the state that the module keeps after a batch in training (running statistics moved by its momentum).
+def set_state(
+    model: Model, params: tree.Params, inputs: Inputs, rng: jax.Array | None = None
+) -> tree.Params:
+    """The params with the state that the module keeps after a batch in training (running statistics
+    moved by its momentum).
 
     Args:
       model: of `from_linen` or `from_nnx`.
@@ -238,15 +282,22 @@ def set_state(model: Model, params: tree.Params, inputs: Inputs, rng: jax.Array 
       InputError: another kind of model.
     """
     if not isinstance(model.config, Foreign):
-        raise InputError(f"model: a config of {type(model.config).__module__} given; allowed: one of from_linen or from_nnx")
+        raise InputError(
+            f"model: a config of {type(model.config).__module__} given; allowed: one of "
+            f"from_linen or from_nnx"
+        )
     with runs_on(model, params):
         if STATE not in params:
             return params
-        inputs = dict(inputs) if isinstance(inputs, Mapping) else {next(iter(model.inputs(1, 1))): inputs}
+        inputs = (
+            dict(inputs)
+            if isinstance(inputs, Mapping)
+            else {next(iter(model.inputs(1, 1))): inputs}
+        )
         return {**params, STATE: model.config.run(params, inputs, rng, True)[1]}
 
 
-# --------------------------------------------------------------------------------------------------------------- inside
+# ------------------------------------------------------------------------------------------- inside
 
 
 @functools.cache
@@ -256,18 +307,26 @@ def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], ax
     ) -> tuple[jax.Array, tree.Params]:
         plain = _plain(params)
         state = plain.pop(STATE, {})
-        keys = {} if rng is None else {name: jax.random.fold_in(rng, i) for i, name in enumerate(rngs)}
+        keys = (
+            {} if rng is None else {name: jax.random.fold_in(rng, i) for i, name in enumerate(rngs)}
+        )
         method = lambda module: call(module, inputs, train)
         variables = {"params": plain, **state}
         try:
             with linen_counting(counts if train else None):
                 if train and state:  # it would keep what it sees; that is given back instead
-                    out, kept = module.apply(variables, rngs=keys, method=method, mutable=list(state))
+                    out, kept = module.apply(
+                        variables, rngs=keys, method=method, mutable=list(state)
+                    )
                 else:
-                    out, kept = module.apply(variables, rngs=keys, method=method), state
+                    out = module.apply(variables, rngs=keys, method=method)
+                    kept = state
         except flax.errors.ScopeParamShapeError as error:
             given = ", ".join(f"{name} {list(a.shape)}" for name, a in inputs.items())
-            raise InputError(f"inputs: {given} given; they do not fit the module: {str(error).split(' (https')[0]}") from None
+            raise InputError(
+                f"inputs: {given} given; they do not fit the module: "
+                f"{str(error).split(' (https')[0]}"
+            ) from None
         except flax.errors.InvalidRngError as error:
             raise _no_rng(str(error).split(" (https")[0]) if rng is None else error from None
         return _array(out), nn.meta.unbox(flax.core.unfreeze(kept))
@@ -277,21 +336,34 @@ def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], ax
         zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in _inputs(shapes, 1, 1).items()}
         return linen_params(module.init(keys, method=lambda module: call(module, zeros, False)))
 
-    return _model(Foreign(module, run, shapes, rngs, not isinstance(call, _Call)), init, shapes, axes)
+    return _model(
+        Foreign(module, run, shapes, rngs, not isinstance(call, _Call)), init, shapes, axes
+    )
 
 
-def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: Any, axes: Axes) -> Model:
+def _model(
+    config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: Any, axes: Axes
+) -> Model:
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         if cache is not None:
             raise InputError("cache: given to a foreign module; allowed: None, it has none of ours")
         state = tree.flatten(params.get(STATE, {}))
-        counts, inputs = inputs.get(COUNTS), {name: a for name, a in inputs.items() if name != COUNTS}
-        if watched := {path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, Measured)}:
+        counts = inputs.get(COUNTS)
+        inputs = {name: a for name, a in inputs.items() if name != COUNTS}
+        if watched := {
+            path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, Measured)
+        }:
             plain = {path: leaf.mean if path in watched else leaf for path, leaf in state.items()}
             key = jax.random.key(0) if rng is None else rng
-            out, kept = config.run({**params, STATE: tree.unflatten(plain)}, inputs, key, True, counts)
+            out, kept = config.run(
+                {**params, STATE: tree.unflatten(plain)}, inputs, key, True, counts
+            )
             kept = tree.flatten(jax.lax.stop_gradient(kept))
             return _kept(out, {path: kept[path] for path in watched}, watched), {}
         if state:
@@ -303,22 +375,39 @@ def _model(config: Foreign, init: Callable[[jax.Array], tree.Params], shapes: An
 
     def with_policy(policy: ops.Policy) -> Model:
         if policy != model.policy:
-            raise InputError(f"policy: {policy} given; a foreign module computes as it is written, allowed: {model.policy}")
+            raise InputError(
+                f"policy: {policy} given; a foreign module computes as it is written, allowed: "
+                f"{model.policy}"
+            )
         return model
 
     inputs = functools.partial(_inputs, shapes)
-    model = Model(config, ops.Policy(), init, Parts(embed, None, head), inputs, None, axes, with_policy=with_policy)
+    model = Model(
+        config,
+        ops.Policy(),
+        init,
+        Parts(embed, None, head),
+        inputs,
+        None,
+        axes,
+        with_policy=with_policy,
+    )
     return model
 
 
 @jax.custom_vjp
 def _kept(out: jax.Array, kept: dict[str, jax.Array], zeros: dict[str, jax.Array]) -> jax.Array:
-    """The output; the gradient of the zeros is what the module keeps, in training, times the rows that it is of."""
+    """The output; the gradient of the zeros is what the module keeps, in training, times the rows
+    that it is of.
+    """
     return out
 
 
 def _kept_backward(saved: Any, g: jax.Array) -> Any:
-    kept = {path: {"count": jnp.float32(len(g)), "kept": len(g) * a.astype(jnp.float32)} for path, a in saved.items()}
+    kept = {
+        path: {"count": jnp.float32(len(g)), "kept": len(g) * a.astype(jnp.float32)}
+        for path, a in saved.items()
+    }
     return g, None, kept
 
 
@@ -332,7 +421,9 @@ def _shapes(inputs: Example) -> Any:
     named = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
     for name, a in named.items():
         if not hasattr(a, "shape") or not hasattr(a, "dtype") or not a.shape:
-            raise InputError(f"inputs: {name} is {a!r}; allowed: an array or shape with the batch in front")
+            raise InputError(
+                f"inputs: {name} is {a!r}; allowed: an array or shape with the batch in front"
+            )
     return tuple((name, tuple(a.shape), jnp.dtype(a.dtype)) for name, a in named.items())
 
 
@@ -354,7 +445,8 @@ def _flag(function: Callable[..., Any]) -> tuple[str | None, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A module called with its inputs in the order of their names here; a dataclass, so that equal ones are equal.
+    """A module called with its inputs in the order of their names here; a dataclass, so that equal
+    ones are equal.
 
     Not in the order of the batch: JAX sorts the keys of a dict that goes through `jit`.
     """
@@ -374,10 +466,14 @@ def _plain(params: tree.Params) -> tree.Params:
     def plain(path: str, leaf: Any) -> jax.Array:
         if isinstance(leaf, ops.Probe):
             raise InputError(
-                f"params: {path!r} is a probe; a foreign module has none of our products, which are what it measures"
+                f"params: {path!r} is a probe; a foreign module has none of our products, which "
+                f"are what it measures"
             )
         if isinstance(leaf, leaves.Adapted) and leaf.key is not None:
-            raise InputError("dropout: given for adapters of a foreign module, which is run whole; allowed: LoRA(dropout=0)")
+            raise InputError(
+                "dropout: given for adapters of a foreign module, which is run whole; allowed: "
+                "LoRA(dropout=0)"
+            )
         return leaves.decode(leaf)
 
     return tree.map_leaves(plain, read_adapters(tree.unstack(params)))
@@ -385,8 +481,12 @@ def _plain(params: tree.Params) -> tree.Params:
 
 def _array(out: Any) -> jax.Array:
     if not isinstance(out, jax.Array) or not jnp.issubdtype(out.dtype, jnp.floating):
-        given = f"{out.dtype}{list(out.shape)}" if isinstance(out, jax.Array) else type(out).__name__
-        raise InputError(f"module: it returns {given}; allowed: one floating array [B, ...]; pick it with `call`")
+        given = (
+            f"{out.dtype}{list(out.shape)}" if isinstance(out, jax.Array) else type(out).__name__
+        )
+        raise InputError(
+            f"module: it returns {given}; allowed: one floating array [B, ...]; pick it with `call`"
+        )
     return out
 
 
@@ -397,7 +497,8 @@ def _joined(path: tuple[Any, ...]) -> str:
 
 def _stream(kind: Any, key: jax.Array, i: int) -> jax.Array:
     """A key of our own for the i-th random stream; an array of them where the module has split it."""
-    one, shape = jax.random.fold_in(key, i), kind.get_value().shape
+    one = jax.random.fold_in(key, i)
+    shape = kind.get_value().shape
     return jax.random.split(one, shape) if shape else one
 
 
@@ -412,19 +513,30 @@ def _checked(params: tree.Params, state: tree.Params) -> tree.Params:
 
 def _slashless(name: str) -> str:
     if "/" in name:
-        raise InputError(f"module: the name {name!r} has a slash, which parts the keys of a path; allowed: names without")
+        raise InputError(
+            f"module: the name {name!r} has a slash, which parts the keys of a path; allowed: "
+            f"names without"
+        )
     return name
 
 
 def _keys(node: Any) -> list[str]:
-    return [] if tree.is_leaf(node) else [key for name, child in node.items() for key in (name, *_keys(child))]
+    return (
+        []
+        if tree.is_leaf(node)
+        else [key for name, child in node.items() for key in (name, *_keys(child))]
+    )
 
 
 def _taken() -> InputError:
     return InputError(
-        f"module: a part of it is named {STATE!r}; allowed: any other name, as that branch is for what is no parameter"
+        f"module: a part of it is named {STATE!r}; allowed: any other name, as that branch is for "
+        f"what is no parameter"
     )
 
 
 def _no_rng(what: str) -> InputError:
-    return InputError(f"rng: None given in training; allowed: a key, as the module draws from {' '.join(what.split())}")
+    return InputError(
+        f"rng: None given in training; allowed: a key, as the module draws from "
+        f"{' '.join(what.split())}"
+    )

@@ -1,4 +1,5 @@
-"""GPT-2 (Radford et al., 2019) and the sizes of GPT-3: layer norm in front of each part, learnt positions, biases, a tied head.
+"""GPT-2 (Radford et al., 2019) and the sizes of GPT-3: layer norm in front of each part, learnt
+positions, biases, a tied head.
 
 >>> gpt2 = model(SIZES["tiny"])
 >>> params = gpt2.init(jax.random.key(0))
@@ -52,11 +53,16 @@ class Config:
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "context"))
         if self.width % self.heads:
-            raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
+            raise InputError(
+                f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
+            )
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
         if self.mlp_width < 0:
-            raise InputError(f"mlp_width: {self.mlp_width} given; allowed: at least 1, or 0 for four times the width")
+            raise InputError(
+                f"mlp_width: {self.mlp_width} given; allowed: at least 1, or 0 for four times the "
+                f"width"
+            )
 
 
 SIZES = {
@@ -65,8 +71,8 @@ SIZES = {
     "gpt2-medium": Config(50257, 1024, 24, 16, 1024),
     "gpt2-large": Config(50257, 1280, 36, 20, 1024),
     "gpt2-xl": Config(50257, 1600, 48, 25, 1024),
-    # GPT-3 (Brown et al., 2020), with full attention in every layer; where the paper's table has a width that its heads do not
-    # divide (XL, 13B), the width or the heads that do.
+    # GPT-3 (Brown et al., 2020), with full attention in every layer; where the paper's table has a
+    # width that its heads do not divide (XL, 13B), the width or the heads that do.
     "gpt3-small": Config(50257, 768, 12, 12, 2048),
     "gpt3-medium": Config(50257, 1024, 24, 16, 2048),
     "gpt3-large": Config(50257, 1536, 24, 16, 2048),
@@ -76,6 +82,7 @@ SIZES = {
     "gpt3-13b": Config(50257, 5120, 40, 40, 2048),
     "gpt3-175b": Config(50257, 12288, 96, 96, 2048),
 }
+
 
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are."""
@@ -88,12 +95,25 @@ class _Block(nn.Module):
     policy: ops.Policy
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any
+    ) -> tuple[jax.Array, Any]:
         c = self.config
         normal = nn.initializers.normal(c.init_scale)
         out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
-        mix = Attention(c.heads, c.heads, c.width // c.heads, True, normal, out, self.policy, name="attn")
-        mlp = MLP(c.mlp_width or 4 * c.width, ACTIVATIONS[c.activation], False, True, normal, out, self.policy, name="mlp")
+        mix = Attention(
+            c.heads, c.heads, c.width // c.heads, True, normal, out, self.policy, name="attn"
+        )
+        mlp = MLP(
+            c.mlp_width or 4 * c.width,
+            ACTIVATIONS[c.activation],
+            False,
+            True,
+            normal,
+            out,
+            self.policy,
+            name="mlp",
+        )
         y, cache = mix(LayerNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer)
         x = x + y
         return x + mlp(LayerNorm(c.norm_eps, name="mlp_norm")(x)), cache
@@ -101,18 +121,35 @@ class _Block(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    block_module, norm_module = _Block(config, policy), LayerNorm(config.norm_eps)
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    block_module = _Block(config, policy)
+    norm_module = LayerNorm(config.norm_eps)
     wide = dataclasses.replace(policy, stream="float32")
 
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         positions, context = decoder_context(inputs, cache)
-        x = ops.take(params["embed"], inputs["tokens"], policy) + ops.take(params["positions"], positions, policy, "SD")
+        x = ops.take(params["embed"], inputs["tokens"], policy) + ops.take(
+            params["positions"], positions, policy, "SD"
+        )
         return x, context
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ):
         x, cache = block_module.apply({"params": params}, x, context, cache, layer)
         return x, cache, {}
 
@@ -123,17 +160,28 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, position_key, blocks_key, head_key = jax.random.split(key, 4)
-        x, tokens = jnp.zeros((1, 1, config.width), policy.stream), {"tokens": jnp.zeros((1, 1), jnp.int32)}
+        x = jnp.zeros((1, 1, config.width), policy.stream)
+        tokens = {"tokens": jnp.zeros((1, 1), jnp.int32)}
         params: tree.Params = {
             "embed": config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width)),
-            "positions": config.init_scale / 2 * jax.random.normal(position_key, (config.context, config.width)),
+            "positions": config.init_scale
+            / 2
+            * jax.random.normal(position_key, (config.context, config.width)),
             "norm": norm_module.init(head_key, x)["params"],
         }
         context = embed(params, tokens)[1]
-        blocks = init_layers(lambda k: dict(block_module.init(k, x, context, None, 0)["params"]), blocks_key, config.depth)
+        blocks = init_layers(
+            lambda k: dict(block_module.init(k, x, context, None, 0)["params"]),
+            blocks_key,
+            config.depth,
+        )
         return {**params, "blocks": blocks}
 
     def init_cache(batch: int, capacity: int) -> ops.KVCache:
-        return ops.KVCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
+        return ops.KVCache.zeros(
+            config.depth, batch, config.heads, capacity, config.width // config.heads, policy
+        )
 
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config))
+    return Model(
+        config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config)
+    )

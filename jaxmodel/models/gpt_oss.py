@@ -1,7 +1,8 @@
-"""gpt-oss (OpenAI, 2025): a decoder with experts in every layer, attention sinks and windows in every other layer.
+"""gpt-oss (OpenAI, 2025): a decoder with experts in every layer, attention sinks and windows in
+every other layer.
 
-RMS norms, rotary positions stretched by YaRN, grouped heads, biases everywhere. An expert's gate and up are clamped, and the gate
-multiplies `up + 1`.
+RMS norms, rotary positions stretched by YaRN, grouped heads, biases everywhere. An expert's gate
+and up are clamped, and the gate multiplies `up + 1`.
 
 >>> gpt_oss = model(SIZES["tiny"])
 >>> params = gpt_oss.init(jax.random.key(0))
@@ -49,7 +50,8 @@ class Config:
       norm_eps: of the RMS norms.
       limit: the gate is at most this, up between minus this and this.
       steepness: of the gate, `x sigmoid(steepness x)`.
-      balance: in training, what the loss adds of the experts' load balance (its mean over the layers).
+      balance: in training, what the loss adds of the experts' load balance (its mean over the
+        layers).
       init_scale: standard deviation of new weights.
     """
 
@@ -73,20 +75,44 @@ class Config:
     init_scale: float = 0.02
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context", "experts"))
+        check_sizes(
+            self,
+            (
+                "vocab",
+                "width",
+                "depth",
+                "heads",
+                "kv_heads",
+                "head_width",
+                "mlp_width",
+                "context",
+                "experts",
+            ),
+        )
         if self.heads % self.kv_heads or self.head_width % 2:
             given = f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given"
-            raise InputError(f"{given}; a divisor of {self.heads} heads and an even width are needed")
+            raise InputError(
+                f"{given}; a divisor of {self.heads} heads and an even width are needed"
+            )
         if any(not isinstance(w, int) or w < 0 for w in self.windows):
-            raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
+            raise InputError(
+                f"windows: {self.windows} given; whole numbers of at least 0 are needed"
+            )
         if not 1 <= self.experts_per_token <= self.experts:
-            raise InputError(f"experts_per_token: {self.experts_per_token} given; allowed: 1 to {self.experts}, the experts")
+            raise InputError(
+                f"experts_per_token: {self.experts_per_token} given; allowed: 1 to "
+                f"{self.experts}, the experts"
+            )
         if self.limit <= 0 or self.balance < 0:
-            raise InputError(f"limit, balance: {self.limit}, {self.balance} given; allowed: above 0, at least 0")
+            raise InputError(
+                f"limit, balance: {self.limit}, {self.balance} given; allowed: above 0, at least 0"
+            )
 
     def window_of_layers(self) -> tuple[int, ...]:
         """The window of every layer; 0 for none."""
-        return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth))
+        return tuple(
+            self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
+        )
 
     @property
     def expert_layers(self) -> int:
@@ -98,9 +124,14 @@ _YARN = ops.RopeScaling("yarn", 32.0, 4096, truncate=False)
 
 SIZES = {
     "tiny": Config(256, 32, 3, 4, 2, 8, 64, 128, 8, 4, (3, 0)),
-    "gpt-oss-20b": Config(201088, 2880, 24, 64, 8, 64, 2880, 131072, 32, rope_scaling=_YARN, balance=0.9),
-    "gpt-oss-120b": Config(201088, 2880, 36, 64, 8, 64, 2880, 131072, 128, rope_scaling=_YARN, balance=0.9),
+    "gpt-oss-20b": Config(
+        201088, 2880, 24, 64, 8, 64, 2880, 131072, 32, rope_scaling=_YARN, balance=0.9
+    ),
+    "gpt-oss-120b": Config(
+        201088, 2880, 36, 64, 8, 64, 2880, 131072, 128, rope_scaling=_YARN, balance=0.9
+    ),
 }
+
 
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are."""
@@ -132,18 +163,25 @@ class _Block(nn.Module):
     policy: ops.Policy
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
+    def __call__(
+        self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
         c = self.config
         normal = nn.initializers.normal(c.init_scale)
         out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
         everything = jnp.iinfo(jnp.int32).max
         window = jnp.asarray([w or everything for w in c.window_of_layers()], jnp.int32)[layer]
-        mix = Attention(*(c.heads, c.kv_heads, c.head_width, True, normal, out, self.policy), sinks=True, name="attn")
+        mix = Attention(
+            *(c.heads, c.kv_heads, c.head_width, True, normal, out, self.policy),
+            sinks=True,
+            name="attn",
+        )
         y, cache = mix(RMSNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer, window)
         x = x + y
 
         def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-            gate, up = jnp.minimum(gate, c.limit), jnp.clip(up, -c.limit, c.limit)
+            gate = jnp.minimum(gate, c.limit)
+            up = jnp.clip(up, -c.limit, c.limit)
             return (up + 1) * gate * jax.nn.sigmoid(c.steepness * gate)
 
         sizes = c.experts, c.experts_per_token, c.mlp_width
@@ -161,26 +199,49 @@ class _Head(nn.Module):
         c = self.config
         x = RMSNorm(c.norm_eps, name="norm")(x)
         table = leaf(self, "head", nn.initializers.normal(c.init_scale), (c.vocab, x.shape[-1]))
-        return ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
+        return ops.einsum(
+            "BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32")
+        )
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    block_module, head_module = _Block(config, policy), _Head(config, policy)
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    block_module = _Block(config, policy)
+    head_module = _Head(config, policy)
 
-    def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False):
+    def embed(
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
+    ):
         positions, context = decoder_context(inputs, cache)
-        context["rope"] = ops.rope_tables(positions, config.head_width, config.rope_base, config.rope_scaling)
+        context["rope"] = ops.rope_tables(
+            positions, config.head_width, config.rope_base, config.rope_scaling
+        )
         context["real"] = real_tokens(inputs)
         return ops.take(params["embed"], inputs["tokens"], policy), context
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ):
         out: Any = block_module.apply({"params": params}, x, context, cache, layer)
         return out
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
-        logits: Any = head_module.apply({"params": {name: params[name] for name in ("norm", "head")}}, x)
+        logits: Any = head_module.apply(
+            {"params": {name: params[name] for name in ("norm", "head")}}, x
+        )
         return logits
 
     def init(key: jax.Array) -> tree.Params:
@@ -188,10 +249,18 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         x = jnp.zeros((1, 1, config.width), policy.stream)
         table = config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width))
         context = embed({"embed": table}, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
-        blocks = init_layers(lambda k: dict(block_module.init(k, x, context, None, 0)["params"]), blocks_key, config.depth)
+        blocks = init_layers(
+            lambda k: dict(block_module.init(k, x, context, None, 0)["params"]),
+            blocks_key,
+            config.depth,
+        )
         return {"embed": table, "blocks": blocks, **head_module.init(head_key, x)["params"]}
 
     def init_cache(batch: int, capacity: int) -> ops.KVCache:
-        return ops.KVCache.zeros(config.depth, batch, config.kv_heads, capacity, config.head_width, policy)
+        return ops.KVCache.zeros(
+            config.depth, batch, config.kv_heads, capacity, config.head_width, policy
+        )
 
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config))
+    return Model(
+        config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config)
+    )

@@ -17,7 +17,8 @@ from jaxmodel.models.model import Model, Parts, check_sizes, read
 
 
 def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = ()) -> None:
-    """Refuse a config whose sizes are not positive whole numbers, or tuples of them, or whose activation or dropout is unknown.
+    """Refuse a config whose sizes are not positive whole numbers, or tuples of them, or whose
+    activation or dropout is unknown.
 
     Args:
       config: what is checked.
@@ -31,7 +32,9 @@ def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = 
     for name in widths:
         value = getattr(config, name)
         if not isinstance(value, tuple) or any(not isinstance(n, int) or n < 1 for n in value):
-            raise InputError(f"{name}: {value!r} given; allowed: a tuple of whole numbers of at least 1")
+            raise InputError(
+                f"{name}: {value!r} given; allowed: a tuple of whole numbers of at least 1"
+            )
     if hasattr(config, "activation"):
         layers.activation(config.activation)
     if not 0 <= getattr(config, "dropout", 0) < 1:
@@ -39,19 +42,27 @@ def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = 
 
 
 def pixel_inputs(size: int, channels: int) -> Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]:
-    """The inputs of a model of square images: `pixels` `[B, Y, X, C]`; their sides are the config's, whatever the length."""
-    return lambda batch, length: {"pixels": jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)}
+    """The inputs of a model of square images:
+
+    `pixels` `[B, Y, X, C]`; their sides are the config's, whatever the length.
+    """
+    return lambda batch, length: {
+        "pixels": jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)
+    }
 
 
 def read_pixels(inputs: Mapping[str, jax.Array], policy: ops.Policy) -> Float[Array, "B Y X C"]:
     """The pixels of some inputs, in the policy's dtype.
 
     Raises:
-      InputError: none, other axes, or whole numbers: 0 to 255 must not look like the scaled ones that a model was trained on.
+      InputError: none, other axes, or whole numbers: 0 to 255 must not look like the scaled ones
+        that a model was trained on.
     """
     pixels = read(inputs, "pixels", "BYXC")
     if not jnp.issubdtype(pixels.dtype, jnp.floating):
-        raise InputError(f"pixels: {pixels.dtype} given; floating numbers are needed, scaled as in training")
+        raise InputError(
+            f"pixels: {pixels.dtype} given; floating numbers are needed, scaled as in training"
+        )
     return pixels.astype(policy.stream)
 
 
@@ -73,8 +84,12 @@ def two_parts(
     """
     inputs = pixel_inputs(config.size, config.channels)
 
-    def embed(params: tree.Params, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
-        return body.apply({"params": params}, read_pixels(inputs, policy), rng if train else None), {}
+    def embed(
+        params: tree.Params, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
+    ) -> Any:
+        return body.apply(
+            {"params": params}, read_pixels(inputs, policy), rng if train else None
+        ), {}
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> Any:
         return top.apply({"params": params}, x)

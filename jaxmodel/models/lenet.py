@@ -1,8 +1,9 @@
 """LeNet-300-100 and LeNet-5 (LeCun et al., 1998), the nets of handwritten digits.
 
-`lenet-5` is the form that is usual today, of 61,706 parameters: every map of the second convolution sees all maps of the first
-(the paper leaves some out), pooling has no weights of its own, and a dense layer with softmax takes the place of the radial
-basis functions. `lenet-5-wide` is the one of Caffe, of 431,080, on which most papers on pruning report.
+`lenet-5` is the form that is usual today, of 61,706 parameters: every map of the second convolution
+sees all maps of the first (the paper leaves some out), pooling has no weights of its own, and a
+dense layer with softmax takes the place of the radial basis functions. `lenet-5-wide` is the one of
+Caffe, of 431,080, on which most papers on pruning report.
 
 >>> import jax.numpy as jnp
 >>> lenet = model(SIZES["tiny"])
@@ -65,7 +66,8 @@ class Config:
             side = (side - KERNEL + 1) // 2
         if side < 1 or self.pad < 0:
             raise InputError(
-                f"size, pad: {self.size}, {self.pad} given; an image must outlast {len(self.convolutions)} convolutions of "
+                f"size, pad: {self.size}, {self.pad} given; an image must outlast "
+                f"{len(self.convolutions)} convolutions of "
                 f"{KERNEL} x {KERNEL}, each with pooling"
             )
 
@@ -78,11 +80,19 @@ SIZES = {
     "lenet-5-wide": Config((20, 50), (500,)),
 }
 
+
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: `C1` the channels of the first convolution, `F1` the first dense layer's units."""
-    rules, before = [], "n"
+    """What the axes of the leaves are:
+
+    `C1` the channels of the first convolution, `F1` the first dense layer's units.
+    """
+    rules = []
+    before = "n"
     for i in range(1, len(config.convolutions) + 1):
-        rules += [(f"conv{i}", f"C{i}(C{i - 1}s)" if i > 1 else "C1p", P("tensor")), (f"conv{i}_bias", f"C{i}")]
+        rules += [
+            (f"conv{i}", f"C{i}(C{i - 1}s)" if i > 1 else "C1p", P("tensor")),
+            (f"conv{i}_bias", f"C{i}"),
+        ]
         before = f"(qC{i})"
     for i in range(1, len(config.widths) + 1):
         rules += [(f"dense{i}", f"F{i}{before}"), (f"dense{i}_bias", f"F{i}")]
@@ -109,5 +119,9 @@ class _Body(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    return two_parts(config, policy, _Body(config, policy), Head(config.classes, policy), axes(config))
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    return two_parts(
+        config, policy, _Body(config, policy), Head(config.classes, policy), axes(config)
+    )

@@ -1,10 +1,12 @@
-"""Llama (Touvron et al., 2023) and what its config makes of it: Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3, SmolLM 2 and 3,
-OLMo 2 and 3, Granite 3, Phi 3 and 4.
+"""Llama (Touvron et al., 2023) and what its config makes of it: Mistral, Mixtral, Qwen 2 and 3,
+Gemma 2 and 3, SmolLM 2 and 3, OLMo 2 and 3, Granite 3, Phi 3 and 4.
 
-RMS norm, rotary positions, grouped heads, a gated feed-forward part. Mistral (Jiang et al., 2023) adds a window of attention,
-Mixtral (2024) experts, Qwen 2 (2024) biases of q, k and v, Qwen 3 (2025) norms of queries and keys, Gemma (2024, 2025) norms
-behind each part, soft caps and windows in most layers only. OLMo 2 (2024) norms the results of the parts alone, and all queries
-of a token together; SmolLM3 (2025) does not turn them in every fourth layer; Granite (2024) scales residuals and logits.
+RMS norm, rotary positions, grouped heads, a gated feed-forward part. Mistral (Jiang et al., 2023)
+adds a window of attention, Mixtral (2024) experts, Qwen 2 (2024) biases of q, k and v, Qwen 3
+(2025) norms of queries and keys, Gemma (2024, 2025) norms behind each part, soft caps and windows
+in most layers only. OLMo 2 (2024) norms the results of the parts alone, and all queries of a token
+together; SmolLM3 (2025) does not turn them in every fourth layer; Granite (2024) scales residuals
+and logits.
 
 >>> config = SIZES["tiny"]
 >>> llama = model(config)
@@ -52,8 +54,10 @@ class Config:
       tied: whether the head reads the embedding.
       init_scale: standard deviation of new weights.
       rope_scaling: for contexts longer than that of the training.
-      windows: of attention, taken by the layers in turn; 0 for all positions, () for all in every layer.
-      local_rope_base: of the rotary frequencies in layers with a window; None for `rope_base`, and with the scaling.
+      windows: of attention, taken by the layers in turn; 0 for all positions, () for all in every
+        layer.
+      local_rope_base: of the rotary frequencies in layers with a window; None for `rope_base`, and
+        with the scaling.
       qkv_bias: whether q, k and v have biases.
       o_bias: whether o has one.
       mlp_bias: whether gate, up and down have biases.
@@ -65,11 +69,14 @@ class Config:
       query_scale: of the scores; None for `head_width ** -0.5`.
       attn_softcap: of the scores, or None.
       logit_softcap: of the logits, or None.
-      experts: feed-forward parts E of each layer, between which a router chooses; 0 for one without a router.
+      experts: feed-forward parts E of each layer, between which a router chooses; 0 for one without
+        a router.
       experts_per_token: how many it chooses.
-      balance: in training, what the loss adds of the experts' load balance (its mean over the layers).
+      balance: in training, what the loss adds of the experts' load balance (its mean over the
+        layers).
       expert_width: F of an expert; 0 for `mlp_width`.
-      norm_topk: whether the weights of the chosen experts sum to one; else they are those of a softmax over all.
+      norm_topk: whether the weights of the chosen experts sum to one; else they are those of a
+        softmax over all.
       dense_layers: layers with one feed-forward part of `mlp_width` in a model of experts.
       rotary_width: components of a head that are turned; 0 for all.
       still: layers, taken in turn as `windows`, whose queries and keys are not turned; () for none.
@@ -119,24 +126,42 @@ class Config:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context"))
+        check_sizes(
+            self,
+            ("vocab", "width", "depth", "heads", "kv_heads", "head_width", "mlp_width", "context"),
+        )
         if self.heads % self.kv_heads or self.head_width % 2:
             given = f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given"
-            raise InputError(f"{given}; a divisor of {self.heads} heads and an even width are needed")
+            raise InputError(
+                f"{given}; a divisor of {self.heads} heads and an even width are needed"
+            )
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
         if any(not isinstance(w, int) or w < 0 for w in self.windows):
-            raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
+            raise InputError(
+                f"windows: {self.windows} given; whole numbers of at least 0 are needed"
+            )
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
-            raise InputError(f"experts_per_token: {self.experts_per_token} given; allowed: 1 to {self.experts}, the experts")
+            raise InputError(
+                f"experts_per_token: {self.experts_per_token} given; allowed: 1 to "
+                f"{self.experts}, the experts"
+            )
         if any(not isinstance(layer, int) or layer < 0 for layer in self.dense_layers) or (
             self.dense_layers and not self.experts
         ):
-            raise InputError(f"dense_layers: {self.dense_layers} given; allowed: numbers of layers of a model of experts")
+            raise InputError(
+                f"dense_layers: {self.dense_layers} given; allowed: numbers of layers of a model "
+                f"of experts"
+            )
         if self.rotary_width % 2 or not 0 <= self.rotary_width <= self.head_width:
-            raise InputError(f"rotary_width: {self.rotary_width} given; allowed: even numbers up to {self.head_width}; 0 for all")
+            raise InputError(
+                f"rotary_width: {self.rotary_width} given; allowed: even numbers up to "
+                f"{self.head_width}; 0 for all"
+            )
         if not self.pre_norms and not self.post_norms:
-            raise InputError("pre_norms: False given without post_norms; a part has a norm in front or behind")
+            raise InputError(
+                "pre_norms: False given without post_norms; a part has a norm in front or behind"
+            )
         if self.mlp_bias and self.experts:
             raise InputError("mlp_bias: True given for a model of experts, which have none")
         if self.balance < 0:
@@ -144,7 +169,9 @@ class Config:
 
     def window_of_layers(self) -> tuple[int, ...]:
         """The window of every layer; 0 for none."""
-        return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth))
+        return tuple(
+            self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
+        )
 
     @property
     def expert_layers(self) -> int:
@@ -155,17 +182,42 @@ class Config:
 def _gemma(*sizes: Any, **more: Any) -> Config:
     """A size of Gemma, whose embedding is scaled by the root of the width."""
     given: dict[str, Any] = {"tied": True, "norm_eps": 1e-6, "query_scale": 256**-0.5} | more
-    same: dict[str, Any] = {"activation": "gelu_tanh", "norm_offset": 1.0, "post_norms": True, "embed_scale": sizes[1] ** 0.5}
+    same: dict[str, Any] = {
+        "activation": "gelu_tanh",
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "embed_scale": sizes[1] ** 0.5,
+    }
     return Config(*sizes, **given, **same)
 
 
 _LLAMA31 = ops.RopeScaling("llama3", 8.0, 8192)
 _GEMMA3: dict[str, Any] = {"rope_base": 1e6, "local_rope_base": 10000.0, "qk_norm": True}
 _GEMMA_LONG: dict[str, Any] = {"rope_scaling": ops.RopeScaling("linear", 8.0)}
-_ALL = {"local_rope_base": 1000.0, "qk_norm": True, "qkv_bias": True, "attn_softcap": 5.0, "logit_softcap": 3.0}
-_QWEN_MOE: dict[str, Any] = {"qk_norm": True, "experts": 128, "experts_per_token": 8, "balance": 0.001}
-_OLMO: dict[str, Any] = {"qk_norm": True, "wide_qk_norm": True, "pre_norms": False, "post_norms": True}
-_OLMO3 = _OLMO | {"rope_scaling": ops.RopeScaling("yarn", 8.0, 8192), "windows": (4096,) * 3 + (0,), "local_rope_base": 500000.0}
+_ALL = {
+    "local_rope_base": 1000.0,
+    "qk_norm": True,
+    "qkv_bias": True,
+    "attn_softcap": 5.0,
+    "logit_softcap": 3.0,
+}
+_QWEN_MOE: dict[str, Any] = {
+    "qk_norm": True,
+    "experts": 128,
+    "experts_per_token": 8,
+    "balance": 0.001,
+}
+_OLMO: dict[str, Any] = {
+    "qk_norm": True,
+    "wide_qk_norm": True,
+    "pre_norms": False,
+    "post_norms": True,
+}
+_OLMO3 = _OLMO | {
+    "rope_scaling": ops.RopeScaling("yarn", 8.0, 8192),
+    "windows": (4096,) * 3 + (0,),
+    "local_rope_base": 500000.0,
+}
 _GRANITE: dict[str, Any] = {"query_scale": 0.015625, "residual_scale": 0.22}
 _STILL = (False,) * 3 + (True,)
 _TOGETHER: dict[str, Any] = {
@@ -176,11 +228,18 @@ _TOGETHER: dict[str, Any] = {
     "logit_divisor": 2.0,
     **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True),
 }
-_SPARSE: dict[str, Any] = {"experts": 4, "expert_width": 48, "norm_topk": False, "dense_layers": (1,)}
+_SPARSE: dict[str, Any] = {
+    "experts": 4,
+    "expert_width": 48,
+    "norm_topk": False,
+    "dense_layers": (1,),
+}
 
 SIZES = {
     "tiny": Config(256, 32, 3, 4, 2, 8, 64, 128),
-    "tiny-gemma": _gemma(256, 32, 3, 4, 2, 8, 64, 128, norm_eps=1e-5, query_scale=None, windows=(3, 0), **_ALL),
+    "tiny-gemma": _gemma(
+        256, 32, 3, 4, 2, 8, 64, 128, norm_eps=1e-5, query_scale=None, windows=(3, 0), **_ALL
+    ),
     "tiny-moe": Config(256, 32, 3, 4, 2, 8, 64, 128, experts=4),
     "tiny-olmo": Config(256, 32, 3, 4, 2, 8, 64, 128, **_OLMO, **_TOGETHER),
     "tiny-sparse": Config(256, 32, 3, 4, 2, 8, 64, 128, **_SPARSE),
@@ -189,29 +248,94 @@ SIZES = {
     "llama-3-8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 8192, 500000.0),
     "llama-3-70b": Config(128256, 8192, 80, 64, 8, 128, 28672, 8192, 500000.0),
     "llama-3-405b": Config(128256, 16384, 126, 128, 8, 128, 53248, 8192, 500000.0),
-    "llama-3.1-8b": Config(128256, 4096, 32, 32, 8, 128, 14336, 131072, 500000.0, rope_scaling=_LLAMA31),
+    "llama-3.1-8b": Config(
+        128256, 4096, 32, 32, 8, 128, 14336, 131072, 500000.0, rope_scaling=_LLAMA31
+    ),
     "mistral-7b": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, windows=(4096,)),
-    "mixtral-8x7b": Config(32000, 4096, 32, 32, 8, 128, 14336, 32768, 1000000.0, experts=8, balance=0.02),
-    "qwen2-0.5b": Config(151936, 896, 24, 14, 2, 64, 4864, 32768, 1000000.0, 1e-6, tied=True, qkv_bias=True),
+    "mixtral-8x7b": Config(
+        32000, 4096, 32, 32, 8, 128, 14336, 32768, 1000000.0, experts=8, balance=0.02
+    ),
+    "qwen2-0.5b": Config(
+        151936, 896, 24, 14, 2, 64, 4864, 32768, 1000000.0, 1e-6, tied=True, qkv_bias=True
+    ),
     "qwen2-7b": Config(152064, 3584, 28, 28, 4, 128, 18944, 32768, 1000000.0, 1e-6, qkv_bias=True),
-    "qwen3-0.6b": Config(151936, 1024, 28, 16, 8, 128, 3072, 40960, 1000000.0, 1e-6, tied=True, qk_norm=True),
+    "qwen3-0.6b": Config(
+        151936, 1024, 28, 16, 8, 128, 3072, 40960, 1000000.0, 1e-6, tied=True, qk_norm=True
+    ),
     "qwen3-8b": Config(151936, 4096, 36, 32, 8, 128, 12288, 40960, 1000000.0, 1e-6, qk_norm=True),
-    "qwen3-30b-a3b": Config(151936, 2048, 48, 32, 4, 128, 6144, 40960, 1e6, 1e-6, **_QWEN_MOE, expert_width=768),
-    "qwen3-235b-a22b": Config(151936, 4096, 94, 64, 4, 128, 12288, 40960, 1e6, 1e-6, **_QWEN_MOE, expert_width=1536),
-    "gemma-2-2b": _gemma(256000, 2304, 26, 8, 4, 256, 9216, 8192, windows=(4096, 0), attn_softcap=50.0, logit_softcap=30.0),
-    "gemma-3-1b": _gemma(262144, 1152, 26, 4, 1, 256, 6912, 32768, windows=(512,) * 5 + (0,), **_GEMMA3),
-    "gemma-3-4b": _gemma(262208, 2560, 34, 8, 4, 256, 10240, 131072, windows=(1024,) * 5 + (0,), **_GEMMA3, **_GEMMA_LONG),
-    "gemma-3-12b": _gemma(262208, 3840, 48, 16, 8, 256, 15360, 131072, windows=(1024,) * 5 + (0,), **_GEMMA3, **_GEMMA_LONG),
+    "qwen3-30b-a3b": Config(
+        151936, 2048, 48, 32, 4, 128, 6144, 40960, 1e6, 1e-6, **_QWEN_MOE, expert_width=768
+    ),
+    "qwen3-235b-a22b": Config(
+        151936, 4096, 94, 64, 4, 128, 12288, 40960, 1e6, 1e-6, **_QWEN_MOE, expert_width=1536
+    ),
+    "gemma-2-2b": _gemma(
+        256000,
+        2304,
+        26,
+        8,
+        4,
+        256,
+        9216,
+        8192,
+        windows=(4096, 0),
+        attn_softcap=50.0,
+        logit_softcap=30.0,
+    ),
+    "gemma-3-1b": _gemma(
+        262144, 1152, 26, 4, 1, 256, 6912, 32768, windows=(512,) * 5 + (0,), **_GEMMA3
+    ),
+    "gemma-3-4b": _gemma(
+        262208,
+        2560,
+        34,
+        8,
+        4,
+        256,
+        10240,
+        131072,
+        windows=(1024,) * 5 + (0,),
+        **_GEMMA3,
+        **_GEMMA_LONG,
+    ),
+    "gemma-3-12b": _gemma(
+        262208,
+        3840,
+        48,
+        16,
+        8,
+        256,
+        15360,
+        131072,
+        windows=(1024,) * 5 + (0,),
+        **_GEMMA3,
+        **_GEMMA_LONG,
+    ),
     "olmo-2-1b": Config(100352, 2048, 16, 16, 16, 128, 8192, 4096, 500000.0, 1e-6, **_OLMO),
     "olmo-2-7b": Config(100352, 4096, 32, 32, 32, 128, 11008, 4096, 500000.0, 1e-6, **_OLMO),
     "olmo-3-7b": Config(100278, 4096, 32, 32, 32, 128, 11008, 65536, 500000.0, 1e-6, **_OLMO3),
-    "smollm3-3b": Config(128256, 2048, 36, 16, 4, 128, 11008, 65536, 5e6, 1e-6, tied=True, still=_STILL),
+    "smollm3-3b": Config(
+        128256, 2048, 36, 16, 4, 128, 11008, 65536, 5e6, 1e-6, tied=True, still=_STILL
+    ),
     "granite-3.3-2b": Config(
-        49159, 2048, 40, 32, 8, 64, 8192, 131072, 1e7, tied=True, embed_scale=12.0, **_GRANITE, logit_divisor=8.0
+        49159,
+        2048,
+        40,
+        32,
+        8,
+        64,
+        8192,
+        131072,
+        1e7,
+        tied=True,
+        embed_scale=12.0,
+        **_GRANITE,
+        logit_divisor=8.0,
     ),
     "phi-3-mini-4k": Config(32064, 3072, 32, 32, 32, 96, 8192, 4096, windows=(2047,)),
     "phi-4": Config(100352, 5120, 40, 40, 10, 128, 17920, 16384, 250000.0),
 }
+
 
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are."""
@@ -247,8 +371,11 @@ class _Block(nn.Module):
     sparse: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
-        c, aux = self.config, {}
+    def __call__(
+        self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
+        c = self.config
+        aux = {}
         normal = nn.initializers.normal(c.init_scale)
         out = nn.initializers.normal(c.init_scale / (2 * c.depth) ** 0.5)
         norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset)
@@ -274,7 +401,17 @@ class _Block(nn.Module):
         y = before("mlp", x)
         if self.sparse:
             width = c.expert_width or c.mlp_width
-            moe = MoE(c.experts, c.experts_per_token, width, act, normal, out, self.policy, c.norm_topk, name="moe")
+            moe = MoE(
+                c.experts,
+                c.experts_per_token,
+                width,
+                act,
+                normal,
+                out,
+                self.policy,
+                c.norm_topk,
+                name="moe",
+            )
             y, aux = moe(y, context["real"])
         else:
             y = MLP(c.mlp_width, act, True, c.mlp_bias, normal, out, self.policy, name="mlp")(y)
@@ -283,14 +420,22 @@ class _Block(nn.Module):
 
 def _of_layer(config: Config, context: dict[str, Any], layer: Any) -> tuple[dict[str, Any], Any]:
     """The context and the window of one layer, whose number is traced where layers are scanned."""
-    windows, window, rope = config.window_of_layers(), None, context["rope"]
+    windows = config.window_of_layers()
+    window = None
+    rope = context["rope"]
     if any(windows):
         everything = jnp.iinfo(jnp.int32).max
         window = jnp.asarray([w or everything for w in windows], jnp.int32)[layer]
         if config.local_rope_base is not None:
-            rope = jax.tree.map(lambda near, far: jnp.where(window < everything, near, far), context["local_rope"], rope)
+            rope = jax.tree.map(
+                lambda near, far: jnp.where(window < everything, near, far),
+                context["local_rope"],
+                rope,
+            )
     if any(config.still):
-        still = jnp.asarray([config.still[i % len(config.still)] for i in range(config.depth)])[layer]
+        still = jnp.asarray([config.still[i % len(config.still)] for i in range(config.depth)])[
+            layer
+        ]
         rope = jnp.where(still, 0.0, rope[0]), jnp.where(still, 1.0, rope[1])
     return {**context, "rope": rope}, window
 
@@ -305,18 +450,33 @@ class _Head(nn.Module):
         x = RMSNorm(c.norm_eps, c.norm_offset, name="norm")(x)
         if table is None:
             table = leaf(self, "head", nn.initializers.normal(c.init_scale), (c.vocab, x.shape[-1]))
-        logits = ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
+        logits = ops.einsum(
+            "BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32")
+        )
         logits = logits if c.logit_divisor == 1 else logits / c.logit_divisor
-        return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return (
+            logits
+            if c.logit_softcap is None
+            else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        )
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    block_modules, head_module = {sparse: _Block(config, policy, sparse) for sparse in (False, True)}, _Head(config, policy)
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    block_modules = {sparse: _Block(config, policy, sparse) for sparse in (False, True)}
+    head_module = _Head(config, policy)
     turned = config.rotary_width or config.head_width
 
-    def embed(params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False):
+    def embed(
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
+    ):
         positions, context = decoder_context(inputs, cache)
         context["rope"] = ops.rope_tables(positions, turned, config.rope_base, config.rope_scaling)
         if config.local_rope_base is not None:
@@ -324,15 +484,29 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         if config.experts:
             context["real"] = real_tokens(inputs)
         x = ops.take(params["embed"], inputs["tokens"], policy)
-        return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype), context
+        return x if config.embed_scale == 1 else x * jnp.asarray(
+            config.embed_scale, x.dtype
+        ), context
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
-        out: Any = block_modules["moe" in params].apply({"params": params}, x, context, cache, layer)
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ):
+        out: Any = block_modules["moe" in params].apply(
+            {"params": params}, x, context, cache, layer
+        )
         return out
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         own = {name: params[name] for name in ("norm", "head") if name in params}
-        logits: Any = head_module.apply({"params": own}, x, None if "head" in params else params["embed"])
+        logits: Any = head_module.apply(
+            {"params": own}, x, None if "head" in params else params["embed"]
+        )
         return logits
 
     def init(key: jax.Array) -> tree.Params:
@@ -344,7 +518,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         for sparse, run in itertools.groupby(
             range(config.depth), lambda i: bool(config.experts) and i not in config.dense_layers
         ):
-            layers, module = list(run), block_modules[sparse]
+            layers = list(run)
+            module = block_modules[sparse]
             of_run = jax.random.fold_in(blocks_key, layers[0]) if layers[0] else blocks_key
             one = lambda k, module=module: dict(module.init(k, x, context, None, 0)["params"])
             blocks |= init_layers(one, of_run, len(layers), layers[0])
@@ -352,6 +527,10 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         return {"embed": table, "blocks": blocks, **top}
 
     def init_cache(batch: int, capacity: int) -> ops.KVCache:
-        return ops.KVCache.zeros(config.depth, batch, config.kv_heads, capacity, config.head_width, policy)
+        return ops.KVCache.zeros(
+            config.depth, batch, config.kv_heads, capacity, config.head_width, policy
+        )
 
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config))
+    return Model(
+        config, policy, init, Parts(embed, block, head), token_inputs, init_cache, axes(config)
+    )

@@ -55,11 +55,18 @@ SIZES = {
     "mnist": Config(784, (512, 512), 10, dropout=0.2),
 }
 
+
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: `F1` the units of the first layer, which the second reads, and so on."""
+    """What the axes of the leaves are:
+
+    `F1` the units of the first layer, which the second reads, and so on.
+    """
     rules = []
     for i, before in enumerate(["n", *(f"F{i + 1}" for i in range(len(config.widths) - 1))]):
-        rules += [(f"blocks/{i}/dense", f"F{i + 1}{before}"), (f"blocks/{i}/dense_bias", f"F{i + 1}")]
+        rules += [
+            (f"blocks/{i}/dense", f"F{i + 1}{before}"),
+            (f"blocks/{i}/dense_bias", f"F{i + 1}"),
+        ]
     return Axes((*rules, ("head", f"cF{len(config.widths)}"), ("head_bias", "c")))
 
 
@@ -75,14 +82,27 @@ class _Layer(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    layer_module, head_module = _Layer(config, policy), Head(config.classes, policy)
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    layer_module = _Layer(config, policy)
+    head_module = Head(config.classes, policy)
 
-    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+    def embed(
+        params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
+    ) -> Any:
         x = read(inputs, "features")
         return x.reshape(x.shape[0], -1).astype(policy.stream), {}
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ) -> Any:
         return layer_module.apply({"params": params}, x, rng if train else None), cache, {}
 
     def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
@@ -90,7 +110,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         *keys, head_key = jax.random.split(key, len(config.widths) + 1)
-        x, blocks = jnp.zeros((1, config.features), policy.stream), {}
+        x = jnp.zeros((1, config.features), policy.stream)
+        blocks = {}
         for i, width in enumerate(config.widths):
             x, own = layer_module.init_with_output(keys[i], x, None, width)
             blocks[str(i)] = own["params"]

@@ -41,10 +41,11 @@ class Parts(NamedTuple):
     """The functions that `apply` is the composition of.
 
     Attributes:
-      embed: (params, inputs, cache, rng, train) -> (x, context): activations, and what a step computes once for all layers. The
-        context may name `aux`, scalars of its own, and `cache`, one to be used instead of the one given.
-      block: (layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux): one layer of `params["blocks"]`; None for a
-        model without layers that repeat.
+      embed: (params, inputs, cache, rng, train) -> (x, context): activations, and what a step
+        computes once for all layers. The context may name `aux`, scalars of its own, and `cache`,
+        one to be used instead of the one given.
+      block: (layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux): one layer of
+        `params["blocks"]`; None for a model without layers that repeat.
       head: (params, x, rng, train) -> logits.
     """
 
@@ -54,31 +55,39 @@ class Parts(NamedTuple):
 
 
 def _no_family(policy: ops.Policy) -> Model:
-    raise InputError("policy: this model was made by hand; allowed: one of a family (see models.family), or give with_policy")
+    raise InputError(
+        "policy: this model was made by hand; allowed: one of a family (see models.family), or "
+        "give with_policy"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A model is its config and pure functions over a parameter tree.
 
-    `apply` and `hidden` are compositions of `parts` and cannot be replaced by themselves: who changes a part changes what the
-    losses, the prefill and the evaluation run too (see `wrap`).
+    `apply` and `hidden` are compositions of `parts` and cannot be replaced by themselves: who
+    changes a part changes what the losses, the prefill and the evaluation run too (see `wrap`).
 
     Attributes:
       config: the family's frozen `Config`.
       policy: how it computes.
       init: key -> params.
       parts: see `Parts`.
-      inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` cannot do without, by name.
+      inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` cannot do without,
+        by name.
       init_cache: (batch, capacity) -> cache; None for a model that does not decode.
-      axes: what the axes of the leaves are. Rules path -> PartitionSpec alone are taken too; they say where leaves lie.
-      with_policy: policy -> the same model computing by it; of a family it is given by `models.family`.
+      axes: what the axes of the leaves are. Rules path -> PartitionSpec alone are taken too; they
+        say where leaves lie.
+      with_policy: policy -> the same model computing by it; of a family it is given by
+        `models.family`.
       family: the name of its family, which `models.families()` knows; "" for none.
-      apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of `tokens` `[B, T]` and,
-        if wanted, `positions`, `segments` (packed documents, 0 for padding) and `mask` (true for tokens; padding stands
-        on the right). An array alone is taken as the one input that the model needs. `counts`, bool `[B]`, names the rows that
-        do not only fill the batch up, for batch norms in training.
-      hidden: `apply` without the head: `logits` is None. For a prefill, features, and losses that chunk the vocabulary.
+      apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of
+        `tokens` `[B, T]` and, if wanted, `positions`, `segments` (packed documents, 0 for padding)
+        and `mask` (true for tokens; padding stands on the right). An array alone is taken as the
+        one input that the model needs. `counts`, bool `[B]`, names the rows that do not only fill
+        the batch up, for batch norms in training.
+      hidden: `apply` without the head: `logits` is None. For a prefill, features, and losses that
+        chunk the vocabulary.
     """
 
     config: Any
@@ -96,18 +105,43 @@ class Model:
     def __post_init__(self) -> None:
         given: Any = self.axes
         if not isinstance(given, axes.Axes):
-            object.__setattr__(self, "axes", axes.Axes(tuple((pattern, "...", spec) for pattern, spec in given)))
-        parts, policy, names = self.parts, self.policy, tuple(self.inputs(1, 1))
+            object.__setattr__(
+                self, "axes", axes.Axes(tuple((pattern, "...", spec) for pattern, spec in given))
+            )
+        parts = self.parts
+        policy = self.policy
+        names = tuple(self.inputs(1, 1))
 
-        def hidden(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
+        def hidden(
+            params: tree.Params,
+            inputs: Inputs,
+            cache: Any = None,
+            rng: Any = None,
+            train: bool = False,
+        ) -> Output:
             with runs_on(self, params):
-                return _hidden(parts, policy, *_counted(params, unpadded(_by_name(inputs, names))), cache, rng, train)
+                return _hidden(
+                    parts,
+                    policy,
+                    *_counted(params, unpadded(_by_name(inputs, names))),
+                    cache,
+                    rng,
+                    train,
+                )
 
-        def apply(params: tree.Params, inputs: Inputs, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
+        def apply(
+            params: tree.Params,
+            inputs: Inputs,
+            cache: Any = None,
+            rng: Any = None,
+            train: bool = False,
+        ) -> Output:
             with runs_on(self, params, layers=False):  # `hidden` looks at these
                 params, inputs = _counted(params, _by_name(inputs, names))
                 out = self.hidden(params, inputs, cache, rng, train)
-                return dataclasses.replace(out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train))  # pyright: ignore
+                return dataclasses.replace(
+                    out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train)
+                )  # pyright: ignore
 
         object.__setattr__(self, "hidden", hidden)
         object.__setattr__(self, "apply", apply)
@@ -134,12 +168,16 @@ def wrap(model: Model, change: Callable[[Parts], Parts]) -> Model:
     True
     """
     return dataclasses.replace(
-        model, parts=change(model.parts), with_policy=lambda policy: wrap(model.with_policy(policy), change)
+        model,
+        parts=change(model.parts),
+        with_policy=lambda policy: wrap(model.with_policy(policy), change),
     )
 
 
 def with_hidden(model: Model, hidden: Callable[..., Output]) -> Model:
-    """The model whose `hidden` is another function, for who runs the layers elsewhere than where the loss is taken."""
+    """The model whose `hidden` is another function, for who runs the layers elsewhere than where
+    the loss is taken.
+    """
     changed = dataclasses.replace(model)
     object.__setattr__(changed, "hidden", hidden)
     return changed
@@ -148,7 +186,9 @@ def with_hidden(model: Model, hidden: Callable[..., Output]) -> Model:
 def begin(
     model: Model, params: tree.Params, inputs: Inputs, rng: Any = None, train: bool = False
 ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
-    """What `hidden` does in front of the layers, without a cache: activations, context and aux values."""
+    """What `hidden` does in front of the layers, without a cache: activations, context and aux
+    values.
+    """
     given = unpadded(_by_name(inputs, tuple(model.inputs(1, 1))))
     x, context = model.parts.embed(params, given, None, _key(rng, _EMBED), train)
     return x, context, context.pop("aux", {})
@@ -176,14 +216,19 @@ def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Arra
     if name not in inputs:
         raise InputError(f"inputs: {', '.join(inputs) or 'none'} given; {name!r} is needed")
     if axes and inputs[name].ndim != len(axes):
-        raise InputError(f"{name}: the shape {list(inputs[name].shape)} given; needed is [{', '.join(axes)}]")
+        raise InputError(
+            f"{name}: the shape {list(inputs[name].shape)} given; needed is [{', '.join(axes)}]"
+        )
     return inputs[name]
 
 
 _PADDED = {"tokens": "mask", "positions": "mask", "types": "mask", "source": "source_mask"}
 """Inputs of token ids and places, and the mask of each."""
 
-_EMBED, _HEAD = 2**32 - 1, 2**32 - 2  # what embed and head fold into the step's key; layer i folds in i
+_EMBED, _HEAD = (
+    2**32 - 1,
+    2**32 - 2,
+)  # what embed and head fold into the step's key; layer i folds in i
 
 
 def _key(rng: Any, number: int) -> Any:
@@ -198,16 +243,21 @@ def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
     return {names[0]: inputs}
 
 
-def unpadded(inputs: dict[str, jax.Array], names: Mapping[str, str] = _PADDED) -> dict[str, jax.Array]:
-    """The inputs with zeros where a mask says padding: what stands there may lie outside of a table, whose rows are NaN then, and
-    a weight of zero in attention times NaN is NaN, so no mask would keep it from the tokens.
+def unpadded(
+    inputs: dict[str, jax.Array], names: Mapping[str, str] = _PADDED
+) -> dict[str, jax.Array]:
+    """The inputs with zeros where a mask says padding: what stands there may lie outside of a
+    table, whose rows are NaN then, and a weight of zero in attention times NaN is NaN, so no mask
+    would keep it from the tokens.
 
     >>> tokens, mask = jnp.array([[7, -1]]), jnp.array([[True, False]])
     >>> unpadded({"tokens": tokens, "mask": mask})["tokens"].tolist()
     [[7, 0]]
     """
     padded = {
-        name: jnp.where(inputs[mask].astype(jnp.bool_), inputs[name], jnp.zeros((), inputs[name].dtype))
+        name: jnp.where(
+            inputs[mask].astype(jnp.bool_), inputs[name], jnp.zeros((), inputs[name].dtype)
+        )
         for name, mask in names.items()
         if name in inputs and mask in inputs and jnp.shape(inputs[name]) == jnp.shape(inputs[mask])
     }
@@ -220,8 +270,12 @@ COUNTS = "counts"
 _MEANS = re.compile(r"(?!state/)(.*/)?[^/]*norm/mean")  # a foreign module is told otherwise
 
 
-def _counted(params: tree.Params, inputs: dict[str, jax.Array]) -> tuple[tree.Params, dict[str, jax.Array]]:
-    """Which rows count, told to the batch norms: they stand in parts of a model that no input reaches."""
+def _counted(
+    params: tree.Params, inputs: dict[str, jax.Array]
+) -> tuple[tree.Params, dict[str, jax.Array]]:
+    """Which rows count, told to the batch norms: they stand in parts of a model that no input
+    reaches.
+    """
     if (counts := inputs.pop(COUNTS, None)) is None:
         return params, inputs
     if isinstance(params.get("state"), dict):  # of a foreign module, which reads it as an input
@@ -231,25 +285,38 @@ def _counted(params: tree.Params, inputs: dict[str, jax.Array]) -> tuple[tree.Pa
         if not _MEANS.fullmatch(path):
             return leaf
         measured = leaf if isinstance(leaf, Measured) else Measured(leaf, own=False)
-        return dataclasses.replace(measured, counts=jnp.broadcast_to(counts, (*leaf.shape[:-1], *counts.shape)))
+        return dataclasses.replace(
+            measured, counts=jnp.broadcast_to(counts, (*leaf.shape[:-1], *counts.shape))
+        )
 
     return tree.map_leaves(told, params), inputs
 
 
 def _hidden(
-    parts: Parts, policy: ops.Policy, params: tree.Params, inputs: dict[str, Any], cache: Any, rng: Any, train: bool
+    parts: Parts,
+    policy: ops.Policy,
+    params: tree.Params,
+    inputs: dict[str, Any],
+    cache: Any,
+    rng: Any,
+    train: bool,
 ) -> Output:
     check_inputs(inputs, cache)
     x, context = parts.embed(params, inputs, cache, _key(rng, _EMBED), train)
-    cache, aux = context.pop("cache", cache), context.pop("aux", {})
+    cache = context.pop("cache", cache)
+    aux = context.pop("aux", {})
     if parts.block is not None:
         how = policy.remat, policy.microbatches, policy.unroll
-        x, cache, more = layers.repeat(parts.block, params["blocks"], x, context, cache, rng, train, *how)
+        x, cache, more = layers.repeat(
+            parts.block, params["blocks"], x, context, cache, rng, train, *how
+        )
         aux = {**aux, **more}
     if cache is not None:
         x = cache.checked(x)
         mask = inputs.get("mask")
-        cache = cache.advance(x.shape[1] if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32))
+        cache = cache.advance(
+            x.shape[1] if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32)
+        )
     return Output(hidden=x, cache=cache, aux=aux)
 
 
@@ -259,8 +326,9 @@ def token_inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def positions_of(inputs: Mapping[str, jax.Array], places: jax.Array | None = None) -> jax.Array:
-    """Positions `[B, T]` of the tokens: those that are given, else `places`, else 0, 1, 2, ...; padding is at 0, so that it may
-    reach beyond the context."""
+    """Positions `[B, T]` of the tokens: those that are given, else `places`, else 0, 1, 2, ...;
+    padding is at 0, so that it may reach beyond the context.
+    """
     if "positions" in inputs:
         return inputs["positions"]
     tokens = inputs["tokens"]
@@ -269,8 +337,11 @@ def positions_of(inputs: Mapping[str, jax.Array], places: jax.Array | None = Non
     return unpadded({**inputs, "positions": places})["positions"]
 
 
-def decoder_context(inputs: Mapping[str, jax.Array], cache: Any) -> tuple[jax.Array, dict[str, Any]]:
-    """Positions `[B, T]` and the context of a causal decoder: what each token sees, where there is no cache to say it.
+def decoder_context(
+    inputs: Mapping[str, jax.Array], cache: Any
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Positions `[B, T]` and the context of a causal decoder: what each token sees, where there is
+    no cache to say it.
 
     Raises:
       InputError: segments and a cache, whose tokens are one document.
@@ -278,8 +349,12 @@ def decoder_context(inputs: Mapping[str, jax.Array], cache: Any) -> tuple[jax.Ar
     segments = inputs.get("segments")
     if cache is not None:
         if segments is not None:
-            raise InputError("segments: given with a cache; a row of a cache is one document, so leave them out")
+            raise InputError(
+                "segments: given with a cache; a row of a cache is one document, so leave them out"
+            )
         return positions_of(inputs, cache.positions(inputs["tokens"].shape[1])), {}
     positions = positions_of(inputs)
-    seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=inputs.get("mask"))
+    seen = ops.Seen(
+        segments=None if segments is None else (segments, segments), valid=inputs.get("mask")
+    )
     return positions, {"seen": seen}

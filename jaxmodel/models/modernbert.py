@@ -1,7 +1,9 @@
-"""ModernBERT (Warner et al., 2024): an encoder of long texts, with a head for masked tokens, for classes, or for embeddings.
+"""ModernBERT (Warner et al., 2024): an encoder of long texts, with a head for masked tokens, for
+classes, or for embeddings.
 
-Rotary positions, attention to a neighbourhood in most layers (with another base of the rotation), a gated feed-forward part,
-norms in front of each part (the first layer's attention has the embedding's), no biases but those of the last map.
+Rotary positions, attention to a neighbourhood in most layers (with another base of the rotation), a
+gated feed-forward part, norms in front of each part (the first layer's attention has the
+embedding's), no biases but those of the last map.
 
 >>> modernbert = model(SIZES["tiny"])
 >>> params = modernbert.init(jax.random.key(0))
@@ -22,7 +24,16 @@ from jax.sharding import PartitionSpec as P
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers, leaf, linear
+from jaxmodel.layers import (
+    ACTIVATIONS,
+    BLOCK_AXES,
+    MLP,
+    Attention,
+    LayerNorm,
+    init_layers,
+    leaf,
+    linear,
+)
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
@@ -44,18 +55,20 @@ class Config:
       heads: H, which divide D.
       mlp_width: F.
       context: the longest sequence that the model was made for.
-      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits `[B, C]`; "embed", one vector
-        `[B, D]` of the last activations.
+      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits
+        `[B, C]`; "embed", one vector `[B, D]` of the last activations.
       labels: names of the classes, for the head "classify".
       pool: what the head "classify" reads: "class", the first token, or "mean" of all.
-      windows: how near a token must be to be seen (at less than this distance), taken by the layers in turn; 0 for all tokens.
+      windows: how near a token must be to be seen (at less than this distance), taken by the layers
+        in turn; 0 for all tokens.
       rope_base: of the rotary frequencies in layers that see all tokens.
       local_rope_base: of those in other layers.
       activation: of the gate, a name of `layers.ACTIVATIONS`.
       head_activation: of the heads.
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
-      pooling: how the head "embed" makes one vector of a text: names of `sentences.POOLINGS`; of several, one behind the other.
+      pooling: how the head "embed" makes one vector of a text: names of `sentences.POOLINGS`; of
+        several, one behind the other.
     """
 
     vocab: int
@@ -80,34 +93,59 @@ class Config:
         check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
         check_pooling(self.pooling)
         if self.width % (2 * self.heads):
-            raise InputError(f"heads: {self.heads} given; a divisor of half the width {self.width} is needed")
+            raise InputError(
+                f"heads: {self.heads} given; a divisor of half the width {self.width} is needed"
+            )
         if any(not isinstance(w, int) or w < 0 for w in self.windows):
-            raise InputError(f"windows: {self.windows} given; whole numbers of at least 0 are needed")
-        for name, allowed in {"head": HEADS, "pool": POOLS, "activation": ACTIVATIONS, "head_activation": ACTIVATIONS}.items():
+            raise InputError(
+                f"windows: {self.windows} given; whole numbers of at least 0 are needed"
+            )
+        for name, allowed in {
+            "head": HEADS,
+            "pool": POOLS,
+            "activation": ACTIVATIONS,
+            "head_activation": ACTIVATIONS,
+        }.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
         if bool(self.labels) != (self.head == "classify"):
             needed = "at least one" if self.head == "classify" else "none"
-            raise InputError(f"labels: {len(self.labels)} given; the head {self.head!r} needs {needed}")
+            raise InputError(
+                f"labels: {len(self.labels)} given; the head {self.head!r} needs {needed}"
+            )
 
     def window_of_layers(self) -> tuple[int, ...]:
         """The window of every layer; 0 for none."""
-        return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth))
+        return tuple(
+            self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
+        )
 
 
 SIZES = {
     "tiny": Config(256, 32, 3, 4, 64, 128, windows=(0, 3)),
-    "tiny-classify": Config(256, 48, 3, 4, 64, 128, "classify", ("no", "yes", "maybe", "never"), "mean", (0, 3)),
+    "tiny-classify": Config(
+        256, 48, 3, 4, 64, 128, "classify", ("no", "yes", "maybe", "never"), "mean", (0, 3)
+    ),
     "tiny-embed": Config(256, 32, 3, 4, 64, 128, "embed", windows=(0, 3)),
     "modernbert-base": Config(50368, 768, 22, 12, 1152, 8192),
     "modernbert-large": Config(50368, 1024, 28, 16, 2624, 8192),
 }
 
+
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are."""
     heads = {
-        "mlm": (("head/dense", "DD", P("tensor", "fsdp")), ("head/norm/weight", "D"), ("head/bias", "V")),
-        "classify": (("head/dense", "F0D"), ("head/norm/weight", "F0"), ("head/classes", "cF0"), ("head/classes_bias", "c")),
+        "mlm": (
+            ("head/dense", "DD", P("tensor", "fsdp")),
+            ("head/norm/weight", "D"),
+            ("head/bias", "V"),
+        ),
+        "classify": (
+            ("head/dense", "F0D"),
+            ("head/norm/weight", "F0"),
+            ("head/classes", "cF0"),
+            ("head/classes_bias", "c"),
+        ),
         "embed": (),
     }
     return Axes(
@@ -131,61 +169,109 @@ class _Block(nn.Module):
         window = jnp.asarray([w or everything for w in c.window_of_layers()], jnp.int32)[layer]
         near = lambda local, far: jnp.where(window < everything, local, far)
         context = {**context, "rope": jax.tree.map(near, context["local_rope"], context["rope"])}
-        mix = Attention(*(c.heads, c.heads, c.width // c.heads, False, normal, out, self.policy), name="attn")
+        mix = Attention(
+            *(c.heads, c.heads, c.width // c.heads, False, normal, out, self.policy), name="attn"
+        )
         y = x if self.first else LayerNorm(c.norm_eps, bias=False, name="attn_norm")(x)
         x = x + mix(y, context, None, 0, window)[0]
-        mlp = MLP(c.mlp_width, ACTIVATIONS[c.activation], True, False, normal, out, self.policy, name="mlp")
+        mlp = MLP(
+            c.mlp_width,
+            ACTIVATIONS[c.activation],
+            True,
+            False,
+            normal,
+            out,
+            self.policy,
+            name="mlp",
+        )
         return x + mlp(LayerNorm(c.norm_eps, bias=False, name="mlp_norm")(x))
 
 
 class _Head(nn.Module):
-    """A dense layer, its activation and a norm, then the logits of tokens by the embedding, or of classes."""
+    """A dense layer, its activation and a norm, then the logits of tokens by the embedding, or of
+    classes.
+    """
 
     config: Config
     policy: ops.Policy
 
     @nn.compact
     def __call__(self, x: jax.Array, table: Any = None) -> jax.Array:
-        c, wide = self.config, dataclasses.replace(self.policy, stream="float32")
+        c = self.config
+        wide = dataclasses.replace(self.policy, stream="float32")
         normal = nn.initializers.normal(c.init_scale)
-        y = ACTIVATIONS[c.head_activation](linear(self, x, {"dense": x.shape[-1]}, normal, False, self.policy)[0])
+        y = ACTIVATIONS[c.head_activation](
+            linear(self, x, {"dense": x.shape[-1]}, normal, False, self.policy)[0]
+        )
         y = LayerNorm(c.norm_eps, bias=False, name="norm")(y)
         if c.head == "classify":
-            return linear(self, y.astype(jnp.float32), {"classes": len(c.labels)}, normal, True, wide)[0]
+            return linear(
+                self, y.astype(jnp.float32), {"classes": len(c.labels)}, normal, True, wide
+            )[0]
         logits = ops.einsum("BTD,VD->BTV", y, table, wide)
-        return logits + on_last(leaf(self, "bias", nn.initializers.zeros, (c.vocab,)).astype(jnp.float32), logits.ndim)
+        return logits + on_last(
+            leaf(self, "bias", nn.initializers.zeros, (c.vocab,)).astype(jnp.float32), logits.ndim
+        )
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
 
-    Inputs are `tokens` `[B, T]` and, if wanted, `mask`, `positions`; with the head "mlm" also `segments`.
+    Inputs are `tokens` `[B, T]` and, if wanted, `mask`, `positions`; with the head "mlm" also
+    `segments`.
     """
-    c, norm_module, head_module = config, LayerNorm(config.norm_eps, bias=False), _Head(config, policy)
+    c = config
+    norm_module = LayerNorm(config.norm_eps, bias=False)
+    head_module = _Head(config, policy)
     block_modules = {first: _Block(c, policy, first) for first in (False, True)}
 
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        tokens, segments = inputs["tokens"], inputs.get("segments")
+        tokens = inputs["tokens"]
+        segments = inputs.get("segments")
         if segments is not None and c.head != "mlm":
-            raise InputError(f"segments: given to the head {c.head!r}, which takes a row for one text; leave them out")
+            raise InputError(
+                f"segments: given to the head {c.head!r}, which takes a row for one text; leave "
+                f"them out"
+            )
         positions = positions_of(inputs)
-        seen = ops.Seen(segments=None if segments is None else (segments, segments), valid=inputs.get("mask"), causal=False)
+        seen = ops.Seen(
+            segments=None if segments is None else (segments, segments),
+            valid=inputs.get("mask"),
+            causal=False,
+        )
         turned = c.width // c.heads
         context = {
             "seen": seen,
             "rope": ops.rope_tables(positions, turned, c.rope_base),
             "local_rope": ops.rope_tables(positions, turned, c.local_rope_base),
         }
-        x: Any = norm_module.apply({"params": params["embed_norm"]}, ops.take(params["embed"], tokens, policy))
+        x: Any = norm_module.apply(
+            {"params": params["embed_norm"]}, ops.take(params["embed"], tokens, policy)
+        )
         return x, context
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ):
         x = block_modules["attn_norm" not in params].apply({"params": params}, x, context, layer)
         mask = context["seen"].valid
-        if c.head != "mlm" and mask is not None:  # rows of zeros: by them the head, which sees only x, knows the padding
+        if (
+            c.head != "mlm" and mask is not None
+        ):  # rows of zeros: by them the head, which sees only x, knows the padding
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         return x, cache, {}
 
@@ -194,7 +280,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         if c.head == "mlm":
             logits: Any = head_module.apply({"params": params["head"]}, y, params["embed"])
             return logits
-        one = pool(y, jnp.any(x != 0, axis=-1), c.pooling if c.head == "embed" else (_POOLINGS[c.pool],))
+        one = pool(
+            y, jnp.any(x != 0, axis=-1), c.pooling if c.head == "embed" else (_POOLINGS[c.pool],)
+        )
         if c.head == "embed":
             return one
         logits = head_module.apply({"params": params["head"]}, one[:, None])

@@ -1,4 +1,6 @@
-"""`predict_fn`: a model as one function of weights and a batch, which is all that evaluation, explanation and trust ask for."""
+"""`predict_fn`: a model as one function of weights and a batch, which is all that evaluation,
+explanation and trust ask for.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,17 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.models.model import Inputs, Model
 
-GIVES = {"probabilities": jax.nn.softmax, "log_probabilities": jax.nn.log_softmax, "logits": lambda logits: logits}
+GIVES = {
+    "probabilities": jax.nn.softmax,
+    "log_probabilities": jax.nn.log_softmax,
+    "logits": lambda logits: logits,
+}
 _EACH = {**GIVES, "probabilities": jax.nn.sigmoid, "log_probabilities": jax.nn.log_sigmoid}
 
 
 def says(config: Any) -> str:
-    """What the logits of a classifier say, by its `problem` and labels as in HF: one class "of all", "each", or a "number".
+    """What the logits of a classifier say, by its `problem` and labels as in HF: one class "of
+    all", "each", or a "number".
 
     >>> from jaxmodel.models import bert
     >>> [says(bert.Config(9, 4, 1, 1, 8, 8, "classify", names)) for names in (("no", "yes"), ("toxic",))]
@@ -31,20 +38,24 @@ def says(config: Any) -> str:
     return "each" if one or problem == "multi_label_classification" else "of all"
 
 
-def predict_fn(model: Model, gives: str = "probabilities") -> Callable[[tree.Params, Inputs], jax.Array]:
+def predict_fn(
+    model: Model, gives: str = "probabilities"
+) -> Callable[[tree.Params, Inputs], jax.Array]:
     """`predict(params, x)`: what a model says about a batch, as it does after training.
 
-    Pure, and not jitted: it is for the caller to jit, vmap, differentiate or cut into chunks. Equal arguments give the same
-    function, so nothing is traced twice. Whoever has no `Model` (a forest, a server, an ensemble) writes such a function.
+    Pure, and not jitted: it is for the caller to jit, vmap, differentiate or cut into chunks. Equal
+    arguments give the same function, so nothing is traced twice. Whoever has no `Model` (a forest,
+    a server, an ensemble) writes such a function.
 
     Args:
       model: any.
-      gives: "probabilities" (over the last axis, or of each class by itself: `says`), "log_probabilities", or "logits", which are
-        also the numbers of a regression and the vector of a model without classes.
+      gives: "probabilities" (over the last axis, or of each class by itself: `says`),
+        "log_probabilities", or "logits", which are also the numbers of a regression and the vector
+        of a model without classes.
 
     Returns:
-      (params, x) -> float32 `[B, C]`, or `[B, T, V]` of a model that gives logits for every position. `x` is what
-      `model.apply` takes: an array `[B, ...]`, or a dict.
+      (params, x) -> float32 `[B, C]`, or `[B, T, V]` of a model that gives logits for every
+      position. `x` is what `model.apply` takes: an array `[B, ...]`, or a dict.
 
     Raises:
       InputError: `gives` is something else, or asks a regression for probabilities.
@@ -59,7 +70,9 @@ def predict_fn(model: Model, gives: str = "probabilities") -> Callable[[tree.Par
     if gives not in GIVES:
         raise unknown("gives", gives, GIVES)
     if gives != "logits" and says(model.config) == "number":
-        raise InputError(f"gives: {gives!r}; a regression has none; allowed: logits, which are its numbers")
+        raise InputError(
+            f"gives: {gives!r}; a regression has none; allowed: logits, which are its numbers"
+        )
     return _predict_fn(model, gives)
 
 

@@ -1,8 +1,9 @@
 """ResNet (He et al., 2015) with batch norm or group norm (Wu & He, 2018).
 
-Residual blocks of two convolutions, or of three with a narrow one between (bottleneck). A block that halves the image has a leaf
-`halve`, a 1 x 1 convolution for the sum to fit; one that only widens has `widen`. As in torchvision, whose weights most people
-have, a bottleneck's stride is that of its 3 x 3 convolution.
+Residual blocks of two convolutions, or of three with a narrow one between (bottleneck). A block
+that halves the image has a leaf `halve`, a 1 x 1 convolution for the sum to fit; one that only
+widens has `widen`. As in torchvision, whose weights most people have, a bottleneck's stride is that
+of its 3 x 3 convolution.
 
 >>> resnet = model(SIZES["tiny"])
 >>> params = jax.jit(resnet.init)(jax.random.key(0))
@@ -38,7 +39,8 @@ class Config:
     """The sizes that tell the members of the family apart.
 
     Attributes:
-      stages: blocks of each stage. A stage halves the sides of its input, but for the first, and doubles the width.
+      stages: blocks of each stage. A stage halves the sides of its input, but for the first, and
+        doubles the width.
       width: channels of the first stage.
       bottleneck: whether a block has three convolutions; its result is four times as wide.
       classes: C.
@@ -68,13 +70,17 @@ class Config:
         if self.norm not in NORMS:
             raise unknown("norm", self.norm, NORMS)
         if self.norm == "group" and self.width % self.groups:
-            raise InputError(f"groups: {self.groups} given; a divisor of the width {self.width} is needed")
+            raise InputError(
+                f"groups: {self.groups} given; a divisor of the width {self.width} is needed"
+            )
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """The width and the stride of every block."""
         return tuple(
-            (self.width * 2**stage, 2 if stage and not i else 1) for stage, n in enumerate(self.stages) for i in range(n)
+            (self.width * 2**stage, 2 if stage and not i else 1)
+            for stage, n in enumerate(self.stages)
+            for i in range(n)
         )
 
 
@@ -88,9 +94,14 @@ SIZES = {
     "resnet-50-group": Config((3, 4, 6, 3), bottleneck=True, norm="group"),
 }
 
+
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: each stage has its channels, `C0` and so on; `F` and `H` stand inside of a block."""
-    rules, stream, layer = _conv_axes("stem", "C0", "p"), "C0", 0
+    """What the axes of the leaves are: each stage has its channels, `C0` and so on; `F` and `H`
+    stand inside of a block.
+    """
+    rules = _conv_axes("stem", "C0", "p")
+    stream = "C0"
+    layer = 0
     for stage, depth in enumerate(config.stages):
         out = f"C{stage + config.bottleneck}"
         for _ in range(depth):
@@ -102,8 +113,11 @@ def axes(config: Config) -> Axes:
                 convs["halve" if stage else "widen"] = (out, stream)
             for name, letters in convs.items():
                 rules += _conv_axes(f"blocks/{layer}/{name}", *letters)
-            stream, layer = out, layer + 1
-    ordered = ("V", "C", "F", "H") if config.norm == "group" else ("V",)  # a group norm knows which channels are neighbours
+            stream = out
+            layer = layer + 1
+    ordered = (
+        ("V", "C", "F", "H") if config.norm == "group" else ("V",)
+    )  # a group norm knows which channels are neighbours
     return Axes((*rules, ("head", f"c{stream}"), ("head_bias", "c")), (("s", 9),), ordered=ordered)
 
 
@@ -130,7 +144,17 @@ class _Stem(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         c = self.config
         side, stride = (3, 1) if c.small else (7, 2)
-        y = conv(self, x, "stem", c.width, side, self.policy, stride=stride, pad=side // 2, norm=_norm(c, train))
+        y = conv(
+            self,
+            x,
+            "stem",
+            c.width,
+            side,
+            self.policy,
+            stride=stride,
+            pad=side // 2,
+            norm=_norm(c, train),
+        )
         return nn.relu(y) if c.small else ops.max_pool(nn.relu(y), (3, 3), (2, 2), pad=1)
 
 
@@ -139,12 +163,24 @@ class _Block(nn.Module):
     policy: ops.Policy
 
     @nn.compact
-    def __call__(self, x: jax.Array, stride: int = 1, train: bool = False, width: int = 0) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, stride: int = 1, train: bool = False, width: int = 0
+    ) -> jax.Array:
         """`width` is that of new leaves; those that exist have their own."""
         c = self.config
 
         def step(x: jax.Array, name: str, width: int, side: int, stride: int = 1) -> jax.Array:
-            return conv(self, x, name, width, side, self.policy, stride=stride, pad=side // 2, norm=_norm(c, train))
+            return conv(
+                self,
+                x,
+                name,
+                width,
+                side,
+                self.policy,
+                stride=stride,
+                pad=side // 2,
+                norm=_norm(c, train),
+            )
 
         if c.bottleneck:
             y = nn.relu(step(x, "conv1", width, 1))
@@ -160,16 +196,35 @@ class _Block(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    stem, block_module, head_module = _Stem(config, policy), _Block(config, policy), Head(config.classes, policy)
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    stem = _Stem(config, policy)
+    block_module = _Block(config, policy)
+    head_module = Head(config.classes, policy)
     inputs = pixel_inputs(config.size, config.channels)
 
-    def embed(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Any:
+    def embed(
+        params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
+    ) -> Any:
         return stem.apply({"params": params}, read_pixels(inputs, policy), train), {}
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False) -> Any:
-        # What a block does follows from its leaves, not from its number, which is traced where layers are scanned.
-        return block_module.apply({"params": params}, x, 2 if "halve" in params else 1, train), cache, {}
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ) -> Any:
+        # What a block does follows from its leaves, not from its number, which is traced where
+        # layers are scanned.
+        return (
+            block_module.apply({"params": params}, x, 2 if "halve" in params else 1, train),
+            cache,
+            {},
+        )
 
     def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
         mean = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
@@ -177,7 +232,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         stem_key, head_key, *keys = jax.random.split(key, len(config.blocks) + 2)
-        x, own = stem.init_with_output(stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.stream))
+        x, own = stem.init_with_output(
+            stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.stream)
+        )
         blocks = {}
         for i, (width, stride) in enumerate(config.blocks):
             x, params = block_module.init_with_output(keys[i], x, stride, False, width)

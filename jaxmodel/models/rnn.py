@@ -1,7 +1,9 @@
-"""Recurrent encoder and decoder (Sutskever et al., 2014), with attention (Bahdanau et al., 2014; Luong et al., 2015).
+"""Recurrent encoder and decoder (Sutskever et al., 2014), with attention (Bahdanau et al., 2014;
+Luong et al., 2015).
 
-The encoder reads the source in both directions; its last states begin the decoder's. The last layer of the decoder reads what
-the encoder showed: at each step before its cell does (additive), or after all cells (multiplicative), or not at all.
+The encoder reads the source in both directions; its last states begin the decoder's. The last layer
+of the decoder reads what the encoder showed: at each step before its cell does (additive), or after
+all cells (multiplicative), or not at all.
 
 >>> rnn = model(SIZES["tiny"])
 >>> params = rnn.init(jax.random.key(0))
@@ -40,8 +42,10 @@ class Config:
 
     Attributes:
       vocab: tokens V of source and target, which have tables of their own.
-      width: D of embeddings, states and memory; even, because each direction of the encoder has half of it.
-      depth: layers of the encoder and of the decoder; a layer's last state in one begins it in the other.
+      width: D of embeddings, states and memory; even, because each direction of the encoder has
+        half of it.
+      depth: layers of the encoder and of the decoder; a layer's last state in one begins it in the
+        other.
       cell: "lstm" or "gru".
       attention: one of `ATTENTION`.
       dropout: share of the input of each layer that is dropped in training (Zaremba et al., 2014).
@@ -74,21 +78,28 @@ SIZES = {
     "bahdanau-2014": Config(30000, 1000, 1, "gru", "additive"),
     "luong-2015": Config(50000, 1000, 4, "lstm", "multiplicative", 0.2),
 }
-"""The papers' cells, depths and widths; their sources are read in both directions here, and their vocabularies are one."""
+"""The papers' cells, depths and widths; their sources are read in both directions here, and their
+vocabularies are one.
+"""
+
 
 def axes(config: Config) -> Axes:
     """What the axes of the leaves are.
 
-    A layer of the encoder has units of its own in each direction, `C0` and `C1` in the first. Both together are what the next
-    layer reads, and in their order the units of the decoder's layer, which starts with their state.
+    A layer of the encoder has units of its own in each direction, `C0` and `C1` in the first. Both
+    together are what the next layer reads, and in their order the units of the decoder's layer,
+    which starts with their state.
     """
-    gates, both = GATES[config.cell], [f"C{2 * i}+C{2 * i + 1}" for i in range(config.depth)]
+    gates = GATES[config.cell]
+    both = [f"C{2 * i}+C{2 * i + 1}" for i in range(config.depth)]
     rules = [("encoder/embed", "VD0 table"), ("embed", "VD1 table")]
     for i, units in enumerate(both):
         before = f"[{both[i - 1]}]" if i else ""
         for name, own in zip(("forward", "backward"), units.split("+"), strict=True):
             rules += _cell_axes(f"encoder/blocks/{i}/{name}", f"(g{own})", before or "D0", own)
-        rules += _cell_axes(f"blocks/{i}/cell", f"[{'+'.join([units] * gates)}]", before or "D1", f"[{units}]")
+        rules += _cell_axes(
+            f"blocks/{i}/cell", f"[{'+'.join([units] * gates)}]", before or "D1", f"[{units}]"
+        )
     top = both[-1]
     keys = "F" if config.attention == "additive" else f"[{top}]"
     reading = (
@@ -103,7 +114,12 @@ def axes(config: Config) -> Axes:
 
 
 def _cell_axes(path: str, gates: str, before: str, own: str) -> list[Any]:
-    return [(f"{path}/input", gates + before), (f"{path}/state", gates + own), (f"{path}/(input|state)_bias", gates, P())]
+    return [
+        (f"{path}/input", gates + before),
+        (f"{path}/state", gates + own),
+        (f"{path}/(input|state)_bias", gates, P()),
+    ]
+
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
@@ -114,7 +130,8 @@ class _Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        c, ends = self.config, []
+        c = self.config
+        ends = []
         start = jnp.zeros((x.shape[0], STATES[c.cell], c.width // 2), jnp.float32)
         for name in ("forward", "backward"):
             run = Recurrent(c.cell, c.width // 2, _INIT, self.policy, name == "backward", name=name)
@@ -129,23 +146,39 @@ class _Block(nn.Module):
     reads: bool  # the memory: the last layer, where there is attention
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any) -> tuple[jax.Array, Any]:
-        c, keys, found = self.config, None, None
-        start, mask = (context["start"] if cache is None else cache.state)[layer], context.get("mask")
+    def __call__(
+        self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
+        keys = None
+        found = None
+        start = (context["start"] if cache is None else cache.state)[layer]
+        mask = context.get("mask")
         run = Recurrent(c.cell, c.width, _INIT, self.policy, name="cell")
         if not self.reads:
             y, last, _ = run(x, start, mask)
         else:
             memory, valid, keys = _memory(context, cache)
             if c.attention == "additive":
-                read, keys = Additive(c.width, _INIT, self.policy, name="attn")(memory, valid, keys, c.width)
+                read, keys = Additive(c.width, _INIT, self.policy, name="attn")(
+                    memory, valid, keys, c.width
+                )
                 y, last, found = run(x, start, mask, read)
             else:
                 y, last, _ = run(x, start, mask)
-                found, keys = Multiplicative(c.width, _INIT, self.policy, name="attn")(y, memory, valid, keys)
+                found, keys = Multiplicative(c.width, _INIT, self.policy, name="attn")(
+                    y, memory, valid, keys
+                )
             assert found is not None
             both = jnp.concatenate([found, y], axis=-1)
-            y = jnp.tanh(ops.einsum("BTI,DI->BTD", both, leaf(self, "mix", _INIT, (c.width, both.shape[-1])), self.policy))
+            y = jnp.tanh(
+                ops.einsum(
+                    "BTI,DI->BTD",
+                    both,
+                    leaf(self, "mix", _INIT, (c.width, both.shape[-1])),
+                    self.policy,
+                )
+            )
         return y, None if cache is None else cache.remember(layer, last, keys)
 
 
@@ -158,28 +191,47 @@ def _memory(context: dict[str, Any], cache: Any) -> tuple[Any, Any, Any]:
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
     encoder_module = _Encoder(config, policy)
-    plain, top = _Block(config, policy, False), _Block(config, policy, True)
+    plain = _Block(config, policy, False)
+    top = _Block(config, policy, True)
     wide = dataclasses.replace(policy, stream="float32")
 
     def encode_layer(params: Any, x: jax.Array, mask: jax.Array) -> Any:
         return encoder_module.apply({"params": params}, x, mask)
 
-    def encoder_block(params: Any, x: Any, context: Any, cache: Any, layer: Any, rng: Any = None, train: bool = False):
+    def encoder_block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any,
+        layer: Any,
+        rng: Any = None,
+        train: bool = False,
+    ):
         x = dropout(x, config.dropout, rng if train else None)
         shown, last = encode_layer(params, x, context["mask"])
         return shown, jax.lax.dynamic_update_slice(cache, last[None], (layer, 0, 0, 0)), {}
 
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         def encode(source: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-            states = jnp.zeros((config.depth, source.shape[0], STATES[config.cell], config.width), jnp.float32)
+            states = jnp.zeros(
+                (config.depth, source.shape[0], STATES[config.cell], config.width), jnp.float32
+            )
             x = ops.take(params["encoder"]["embed"], source, policy)
             blocks = params["encoder"]["blocks"]
             how = {"remat": policy.remat, "unroll": policy.unroll}
-            x, states, _ = repeat(encoder_block, blocks, x, {"mask": mask}, states, rng, train, **how)
+            x, states, _ = repeat(
+                encoder_block, blocks, x, {"mask": mask}, states, rng, train, **how
+            )
             return {"memory": x, "start": states}
 
         _, context = source_context(inputs, cache, encode)
@@ -187,9 +239,19 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             context["mask"] = inputs["mask"].astype(jnp.bool_)
         return ops.take(params["embed"], inputs["tokens"], policy), context
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ):
         x = dropout(x, config.dropout, rng if train else None)
-        x, cache = (top if "attn" in params else plain).apply({"params": params}, x, context, cache, layer)  # pyright: ignore
+        x, cache = (top if "attn" in params else plain).apply(
+            {"params": params}, x, context, cache, layer
+        )  # pyright: ignore
         return x, cache, {}
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
@@ -197,8 +259,10 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         return logits + on_last(params["head_bias"].astype(jnp.float32), 3)
 
     def init(key: jax.Array) -> tree.Params:
-        keys, d = jax.random.split(key, 6), config.depth
-        x, mask = jnp.zeros((1, 1, config.width), policy.stream), jnp.ones((1, 1), jnp.bool_)
+        keys = jax.random.split(key, 6)
+        d = config.depth
+        x = jnp.zeros((1, 1, config.width), policy.stream)
+        mask = jnp.ones((1, 1), jnp.bool_)
         start = jnp.zeros((d, 1, STATES[config.cell], config.width), jnp.float32)
         context = {"memory": x, "memory_mask": mask, "start": start}
         table = lambda k: jax.random.normal(k, (config.vocab, config.width)) * config.width**-0.5
@@ -218,4 +282,6 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init_cache(batch: int, capacity: int) -> StateCache:
         return StateCache.zeros(config.cell, config.depth, batch, config.width, policy.stream)
 
-    return Model(config, policy, init, Parts(embed, block, head), source_inputs, init_cache, axes(config))
+    return Model(
+        config, policy, init, Parts(embed, block, head), source_inputs, init_cache, axes(config)
+    )

@@ -1,4 +1,7 @@
-"""Vectors of texts: how the encoders with the head "embed" make them. Not an architecture: it has no `Config`."""
+"""Vectors of texts: how the encoders with the head "embed" make them.
+
+Not an architecture: it has no `Config`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,16 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.models.model import Model
 
-SHORTEST = 16  # batches of sentences are of this or a doubled length, so that few programs are compiled
+SHORTEST = (
+    16  # batches of sentences are of this or a doubled length, so that few programs are compiled
+)
 
 
 def _weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.einsum("BTD,BT->BD", x, weights, precision="highest") / jnp.maximum(weights.sum(axis=1), 1.0)[:, None]
+    return (
+        jnp.einsum("BTD,BT->BD", x, weights, precision="highest")
+        / jnp.maximum(weights.sum(axis=1), 1.0)[:, None]
+    )
 
 
 def _last(x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -36,10 +44,14 @@ POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "cls": lambda x, valid: x[:, 0],
     "max": lambda x, valid: jnp.max(jnp.where(valid[..., None], x, -jnp.inf), axis=1),
     "mean_sqrt_len_tokens": lambda x, valid: jnp.sum(x, axis=1) / jnp.sqrt(_length(valid)),
-    "weightedmean": lambda x, valid: _weighted(x, jnp.cumsum(valid, axis=1, dtype=jnp.float32) * valid.astype(jnp.float32)),
+    "weightedmean": lambda x, valid: _weighted(
+        x, jnp.cumsum(valid, axis=1, dtype=jnp.float32) * valid.astype(jnp.float32)
+    ),
     "lasttoken": _last,
 }
-"""Ways of making one vector of a text's, as sentence-transformers names them: of activations `[B, T, D]`, zeros where padded."""
+"""Ways of making one vector of a text's, as sentence-transformers names them: of activations
+`[B, T, D]`, zeros where padded.
+"""
 
 
 def check_pooling(ways: Sequence[str]) -> None:
@@ -49,7 +61,9 @@ def check_pooling(ways: Sequence[str]) -> None:
             raise unknown("pooling", way, POOLINGS)
 
 
-def pool(x: Float[Array, "B T D"], valid: Bool[Array, "B T"], ways: Sequence[str]) -> Float[Array, "B E"]:
+def pool(
+    x: Float[Array, "B T D"], valid: Bool[Array, "B T"], ways: Sequence[str]
+) -> Float[Array, "B E"]:
     """One vector of each row, float32.
 
     Args:
@@ -61,17 +75,22 @@ def pool(x: Float[Array, "B T D"], valid: Bool[Array, "B T"], ways: Sequence[str
     return jnp.concatenate([POOLINGS[way](x, valid) for way in ways], axis=-1)
 
 
-def embed_texts(bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int | None = None) -> np.ndarray:
-    """Sentence embeddings: the last activations, pooled as `config.pooling` says, of length one (Reimers & Gurevych, 2019).
+def embed_texts(
+    bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int | None = None
+) -> np.ndarray:
+    """Sentence embeddings: the last activations, pooled as `config.pooling` says, of length one
+    (Reimers & Gurevych, 2019).
 
-    Texts of similar length share a batch, so that little is padding; the order of the results is that of the texts.
+    Texts of similar length share a batch, so that little is padding; the order of the results is
+    that of the texts.
 
     Args:
-      bundle: a `hub.Bundle` of a model with the head "embed" (of bert, modernbert) and its tokenizer.
+      bundle: a `hub.Bundle` of a model with the head "embed" (of bert, modernbert) and its
+        tokenizer.
       texts: N texts.
       batch_size: texts that are computed at once.
-      max_tokens: longer texts are cut, the tokenizer's last token kept; None for what the bundle's card says
-        (`max_tokens`), else for the model's context.
+      max_tokens: longer texts are cut, the tokenizer's last token kept; None for what the bundle's
+        card says (`max_tokens`), else for the model's context.
 
     Returns:
       float32 `[N, D]`; the product of two rows is the cosine of their angle.
@@ -82,29 +101,56 @@ def embed_texts(bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_
     config = bundle.model.config
     if getattr(config, "head", "") != "embed":
         found = f"{bundle.model.family} {getattr(config, 'head', '')}".strip()
-        raise InputError(f"bundle: a model of bert or modernbert with the head 'embed' is needed; this is {found}")
+        raise InputError(
+            f"bundle: a model of bert or modernbert with the head 'embed' is needed; this is "
+            f"{found}"
+        )
     if bundle.processor is None:
-        raise InputError(f"bundle: {bundle.card.get('name', 'it')!r} has no tokenizer; text cannot be read")
+        raise InputError(
+            f"bundle: {bundle.card.get('name', 'it')!r} has no tokenizer; text cannot be read"
+        )
     at_least("batch_size", batch_size)
-    limit = min(int(bundle.card.get("max_tokens", config.context)), config.context) if max_tokens is None else max_tokens
+    limit = (
+        min(int(bundle.card.get("max_tokens", config.context)), config.context)
+        if max_tokens is None
+        else max_tokens
+    )
     if not 2 <= limit <= config.context:
         raise InputError(f"max_tokens: {limit} given; allowed: 2 to {config.context}")
     if isinstance(texts, str):
-        raise InputError(f"texts: a single string was given ({texts!r:.40}); give a list of strings")
-    prompt, lower = str(bundle.card.get("prompt", "")), bool(bundle.card.get("lower_case", False))
-    read = [prompt + (text.lower() if lower else text) for text in texts] if prompt or lower else texts
-    rows = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in bundle.processor.encode_batch(read, True)]
-    out, params = np.zeros((len(rows), config.width * len(config.pooling)), np.float32), bundle.running()
+        raise InputError(
+            f"texts: a single string was given ({texts!r:.40}); give a list of strings"
+        )
+    prompt = str(bundle.card.get("prompt", ""))
+    lower = bool(bundle.card.get("lower_case", False))
+    read = (
+        [prompt + (text.lower() if lower else text) for text in texts] if prompt or lower else texts
+    )
+    rows = [
+        ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+        for ids in bundle.processor.encode_batch(read, True)
+    ]
+    out = np.zeros((len(rows), config.width * len(config.pooling)), np.float32)
+    params = bundle.running()
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
-        by_length.setdefault(min(_power_of_two(max(len(row), SHORTEST)), config.context), []).append(i)
-    batches = [(n, which[at : at + batch_size]) for n, which in by_length.items() for at in range(0, len(which), batch_size)]
+        by_length.setdefault(
+            min(_power_of_two(max(len(row), SHORTEST)), config.context), []
+        ).append(i)
+    batches = [
+        (n, which[at : at + batch_size])
+        for n, which in by_length.items()
+        for at in range(0, len(which), batch_size)
+    ]
     for length, batch in batches:
         size = min(_power_of_two(len(batch)), batch_size)
-        tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+        tokens = np.zeros((size, length), np.int32)
+        mask = np.zeros((size, length), bool)
         for row, i in enumerate(batch):
             tokens[row, : len(rows[i])], mask[row, : len(rows[i])] = rows[i], True
-        means = _embedded(bundle.model, params, {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)})
+        means = _embedded(
+            bundle.model, params, {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)}
+        )
         out[batch] = np.asarray(means)[: len(batch)]
     return out
 

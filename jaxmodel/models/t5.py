@@ -1,7 +1,9 @@
-"""T5 (Raffel et al., 2019): an encoder and a decoder with RMS norms and a bias of relative positions that all layers share.
+"""T5 (Raffel et al., 2019): an encoder and a decoder with RMS norms and a bias of relative
+positions that all layers share.
 
-The first form has a plain ReLU and a head tied to the embedding, which it scales; version 1.1 and Flan-T5 (Chung et al., 2022)
-have gated GELU and a head of their own. Scores are not scaled: the initial queries are smaller instead.
+The first form has a plain ReLU and a head tied to the embedding, which it scales; version 1.1 and
+Flan-T5 (Chung et al., 2022) have gated GELU and a head of their own. Scores are not scaled: the
+initial queries are smaller instead.
 
 >>> t5 = model(SIZES["tiny"])
 >>> params = t5.init(jax.random.key(0))
@@ -58,7 +60,8 @@ class Config:
       dropout: share of what each part adds that is dropped in training.
       init_scale: factor of the standard deviations of new weights.
       start: the token that a target begins with.
-      context: the longest source that the model was trained on; positions are relative, so that longer ones are read too.
+      context: the longest source that the model was trained on; positions are relative, so that
+        longer ones are read too.
       head_scale: of what the head reads; None for `width ** -0.5` where it is tied, else 1.
     """
 
@@ -83,19 +86,37 @@ class Config:
     head_scale: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab", "width", "encoder_depth", "depth", "heads", "head_width", "mlp_width", "buckets", "distance", "context")
+        sizes = (
+            "vocab",
+            "width",
+            "encoder_depth",
+            "depth",
+            "heads",
+            "head_width",
+            "mlp_width",
+            "buckets",
+            "distance",
+            "context",
+        )
         check_sizes(self, sizes)
         if self.mlp not in FORMS:
             raise unknown("mlp", self.mlp, FORMS)
         if self.buckets < 4 or self.distance <= self.buckets // 2:
             raise InputError(
-                f"buckets, distance: {self.buckets}, {self.distance} given; allowed: at least 4, more than half of it"
+                f"buckets, distance: {self.buckets}, {self.distance} given; allowed: at least 4, "
+                f"more than half of it"
             )
 
     @property
     def scale(self) -> float:
         """The factor of what the head reads."""
-        return self.head_scale if self.head_scale is not None else self.width**-0.5 if self.tied else 1.0
+        return (
+            self.head_scale
+            if self.head_scale is not None
+            else self.width**-0.5
+            if self.tied
+            else 1.0
+        )
 
 
 SIZES = {
@@ -107,8 +128,11 @@ SIZES = {
     "flan-t5-small": Config(32128, 512, 8, 8, 6, 64, 1024, "gated-gelu", False),
 }
 
+
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: all layers of a stack share the table of positions, and so their heads `K0` or `K1`."""
+    """What the axes of the leaves are: all layers of a stack share the table of positions, and so
+    their heads `K0` or `K1`.
+    """
     return Axes(
         (
             ("embed", "VD table"),
@@ -135,16 +159,22 @@ class _Block(nn.Module):
     reads: bool  # a memory: a layer of the decoder
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any, rng: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any, rng: Any = None
+    ) -> tuple[jax.Array, Any]:
         c = self.config
         normal = nn.initializers.normal(c.init_scale * c.width**-0.5)
         out = nn.initializers.normal(c.init_scale * (c.heads * c.head_width) ** -0.5)
         down = nn.initializers.normal(c.init_scale * c.mlp_width**-0.5)
-        mix = Attention(c.heads, c.heads, c.head_width, False, normal, out, self.policy, scale=1.0, name="attn")
+        mix = Attention(
+            c.heads, c.heads, c.head_width, False, normal, out, self.policy, scale=1.0, name="attn"
+        )
         y, cache = mix(RMSNorm(c.norm_eps, name="attn_norm")(x), context, cache, layer)
         x = x + dropout(y, c.dropout, rng, 0)
         if self.reads:
-            read = CrossAttention(c.heads, c.head_width, False, normal, out, self.policy, scale=1.0, name="cross")
+            read = CrossAttention(
+                c.heads, c.head_width, False, normal, out, self.policy, scale=1.0, name="cross"
+            )
             y, cache = read(RMSNorm(c.norm_eps, name="cross_norm")(x), context, cache, layer)
             x = x + dropout(y, c.dropout, rng, 1)
         activation, gated = FORMS[c.mlp]
@@ -161,22 +191,34 @@ class _Head(nn.Module):
         c = self.config
         x = RMSNorm(c.norm_eps, name="norm")(x)
         if table is None:
-            table = leaf(self, "head", nn.initializers.normal(c.init_scale * c.width**-0.5), (c.vocab, x.shape[-1]))
+            table = leaf(
+                self,
+                "head",
+                nn.initializers.normal(c.init_scale * c.width**-0.5),
+                (c.vocab, x.shape[-1]),
+            )
         x = x if c.scale == 1 else x * jnp.asarray(c.scale, x.dtype)
-        return ops.einsum("BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32"))
+        return ops.einsum(
+            "BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32")
+        )
 
 
 @functools.cache
 def bucket_table(buckets: int, distance: int) -> np.ndarray:
-    """The bucket of each distance from 0 to `distance`: the first half as they are, the others by their logarithm.
+    """The bucket of each distance from 0 to `distance`: the first half as they are, the others by
+    their logarithm.
 
-    A table made on the host: on the edge between two buckets the logarithms of two devices would disagree.
+    A table made on the host: on the edge between two buckets the logarithms of two devices would
+    disagree.
 
     >>> bucket_table(8, 16).tolist()
     [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7]
     """
-    half, steps = buckets // 2, np.arange(distance + 1)
-    octave = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(half)) / np.float32(math.log(distance / half))
+    half = buckets // 2
+    steps = np.arange(distance + 1)
+    octave = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(half)) / np.float32(
+        math.log(distance / half)
+    )
     far = half + (octave * np.float32(buckets - half)).astype(np.int64)
     return np.where(steps < half, steps, np.minimum(far, buckets - 1)).astype(np.int32)
 
@@ -190,7 +232,8 @@ def position_bias(
       table: the leaf `[buckets, H]`.
       query: places of the queries.
       key: places of the keys.
-      both: whether keys behind the query have buckets of their own (half of all); else they count as distance 0.
+      both: whether keys behind the query have buckets of their own (half of all); else they count
+        as distance 0.
       config: buckets and distance.
     """
     gap = key[:, None, :] - query[:, :, None]
@@ -205,13 +248,27 @@ def position_bias(
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    encoder_module, block_module = _Block(config, policy, False), _Block(config, policy, True)
-    norm_module, head_module = RMSNorm(config.norm_eps), _Head(config, policy)
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    encoder_module = _Block(config, policy, False)
+    block_module = _Block(config, policy, True)
+    norm_module = RMSNorm(config.norm_eps)
+    head_module = _Head(config, policy)
 
     def run(module: nn.Module) -> Any:
-        def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
-            x, cache = module.apply({"params": params}, x, context, cache, layer, rng if train else None)  # pyright: ignore
+        def block(
+            params: Any,
+            x: Any,
+            context: Any,
+            cache: Any = None,
+            layer: Any = 0,
+            rng: Any = None,
+            train: bool = False,
+        ):
+            x, cache = module.apply(
+                {"params": params}, x, context, cache, layer, rng if train else None
+            )  # pyright: ignore
             return x, cache, {}
 
         return block
@@ -220,53 +277,87 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         return jnp.arange(length, dtype=jnp.int32)[None]
 
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         drop = rng if train else None
 
         def encode(source: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-            places, encoder = row(source.shape[1]), params["encoder"]
+            places = row(source.shape[1])
+            encoder = params["encoder"]
             bias = position_bias(encoder["positions"], places, places, True, config)
             context = {"seen": ops.Seen(valid=mask, causal=False), "bias": bias}
             x = dropout(ops.take(params["embed"], source, policy), config.dropout, drop, 2**31)
             how = policy.remat, policy.microbatches, policy.unroll
-            x, _, _ = repeat(run(encoder_module), encoder["blocks"], x, context, None, rng, train, *how)
+            x, _, _ = repeat(
+                run(encoder_module), encoder["blocks"], x, context, None, rng, train, *how
+            )
             x = norm_module.apply({"params": encoder["norm"]}, x)
             return {"memory": dropout(x, config.dropout, drop, 2**31 + 1)}  # pyright: ignore[reportArgumentType]
 
         positions, context = source_context(inputs, cache, encode)
         if cache is not None:
-            query, key = positions, row(cache.capacity)
+            query = positions
+            key = row(cache.capacity)
         else:
             query = key = positions if "positions" in inputs else row(positions.shape[1])
         context["bias"] = position_bias(params["positions"], query, key, False, config)
-        return dropout(ops.take(params["embed"], inputs["tokens"], policy), config.dropout, drop, 2**31 + 2), context
+        return dropout(
+            ops.take(params["embed"], inputs["tokens"], policy), config.dropout, drop, 2**31 + 2
+        ), context
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         own = {name: params[name] for name in ("norm", "head") if name in params}
-        logits = head_module.apply({"params": own}, x, None if "head" in params else params["embed"])
+        logits = head_module.apply(
+            {"params": own}, x, None if "head" in params else params["embed"]
+        )
         assert isinstance(logits, jax.Array)
         return logits
 
     def init(key: jax.Array) -> tree.Params:
         keys = jax.random.split(key, 6)
-        x, mask = jnp.zeros((1, 1, config.width), policy.stream), jnp.ones((1, 1), jnp.bool_)
+        x = jnp.zeros((1, 1, config.width), policy.stream)
+        mask = jnp.ones((1, 1), jnp.bool_)
         context = {"seen": ops.Seen(), "memory": x, "memory_mask": mask}
         table = config.init_scale * jax.random.normal(keys[0], (config.vocab, config.width))
-        near = lambda k: config.init_scale * config.width**-0.5 * jax.random.normal(k, (config.buckets, config.heads))
-        blocks = lambda module, k, n: init_layers(lambda k: dict(module.init(k, x, context, None, 0)["params"]), k, n)
+        near = lambda k: (
+            config.init_scale
+            * config.width**-0.5
+            * jax.random.normal(k, (config.buckets, config.heads))
+        )
+        blocks = lambda module, k, n: init_layers(
+            lambda k: dict(module.init(k, x, context, None, 0)["params"]), k, n
+        )
         encoder = {
             "positions": near(keys[1]),
             "blocks": blocks(encoder_module, keys[2], config.encoder_depth),
             "norm": norm_module.init(key, x)["params"],
         }
         top = head_module.init(keys[3], x, table if config.tied else None)["params"]
-        decoder = {"positions": near(keys[4]), "blocks": blocks(block_module, keys[5], config.depth)}
+        decoder = {
+            "positions": near(keys[4]),
+            "blocks": blocks(block_module, keys[5], config.depth),
+        }
         params = {"embed": table, "encoder": encoder, **decoder, **top}
-        scale = lambda path, a: a * config.head_width**-0.5 if path.endswith("/q") else a  # what others do to the scores
+        scale = lambda path, a: (
+            a * config.head_width**-0.5 if path.endswith("/q") else a
+        )  # what others do to the scores
         return tree.map_leaves(scale, params)
 
     def init_cache(batch: int, capacity: int) -> MemoryCache:
-        return MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.head_width, policy)
+        return MemoryCache.zeros(
+            config.depth, batch, config.heads, capacity, config.head_width, policy
+        )
 
-    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, axes(config))
+    return Model(
+        config,
+        policy,
+        init,
+        Parts(embed, run(block_module), head),
+        source_inputs,
+        init_cache,
+        axes(config),
+    )

@@ -1,6 +1,8 @@
-"""The Transformer (Vaswani et al., 2017): an encoder and a decoder, sinusoidal positions, one embedding for all three tables.
+"""The Transformer (Vaswani et al., 2017): an encoder and a decoder, sinusoidal positions, one
+embedding for all three tables.
 
-As in the paper a norm follows each sum; `pre_norm` puts it in front of each part (Xiong et al., 2020), and one behind each stack.
+As in the paper a norm follows each sum; `pre_norm` puts it in front of each part (Xiong et al.,
+2020), and one behind each stack.
 
 >>> transformer = model(SIZES["tiny"])
 >>> params = transformer.init(jax.random.key(0))
@@ -44,7 +46,8 @@ class Config:
       heads: H, which divide D.
       mlp_width: F.
       pre_norm: whether norms stand in front of the parts.
-      attn_bias: whether the maps of attention have biases (the paper's have none, most programs' do).
+      attn_bias: whether the maps of attention have biases (the paper's have none, most programs'
+        do).
       dropout: share of what each part adds, and of the embeddings, that is dropped in training.
       norm_eps: of the layer norms.
       start: the token that a target begins with.
@@ -65,9 +68,14 @@ class Config:
     context: int = 512
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("vocab", "width", "encoder_depth", "depth", "heads", "mlp_width", "context"))
+        check_sizes(
+            self, ("vocab", "width", "encoder_depth", "depth", "heads", "mlp_width", "context")
+        )
         if self.width % self.heads or self.width % 2:
-            raise InputError(f"width, heads: {self.width}, {self.heads} given; allowed: an even width that the heads divide")
+            raise InputError(
+                f"width, heads: {self.width}, {self.heads} given; allowed: an even width that the "
+                f"heads divide"
+            )
 
 
 SIZES = {
@@ -77,8 +85,12 @@ SIZES = {
     "big": Config(37000, 1024, 6, 6, 16, 4096, dropout=0.3),
 }
 
+
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: `H` heads read the source; `D` is ordered, since the positions are fixed waves."""
+    """What the axes of the leaves are:
+
+    `H` heads read the source; `D` is ordered, since the positions are fixed waves.
+    """
     cross = (
         ("blocks/.*/cross/(q|memory_k|memory_v)", "(Hh)D"),
         ("blocks/.*/cross/o", "D(Hh)"),
@@ -95,7 +107,9 @@ class _Block(nn.Module):
     reads: bool  # a memory: a layer of the decoder
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any, rng: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, context: dict[str, Any], cache: Any, layer: Any, rng: Any = None
+    ) -> tuple[jax.Array, Any]:
         c = self.config
         fan = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-1, out_axis=-2)
         width = c.width // c.heads
@@ -128,13 +142,27 @@ def sinusoids(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice."""
-    encoder_module, block_module = _Block(config, policy, False), _Block(config, policy, True)
-    norm_module, wide = LayerNorm(config.norm_eps), dataclasses.replace(policy, stream="float32")
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
+    """
+    encoder_module = _Block(config, policy, False)
+    block_module = _Block(config, policy, True)
+    norm_module = LayerNorm(config.norm_eps)
+    wide = dataclasses.replace(policy, stream="float32")
 
     def run(module: nn.Module) -> Any:
-        def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
-            x, cache = module.apply({"params": params}, x, context, cache, layer, rng if train else None)  # pyright: ignore
+        def block(
+            params: Any,
+            x: Any,
+            context: Any,
+            cache: Any = None,
+            layer: Any = 0,
+            rng: Any = None,
+            train: bool = False,
+        ):
+            x, cache = module.apply(
+                {"params": params}, x, context, cache, layer, rng if train else None
+            )  # pyright: ignore
             return x, cache, {}
 
         return block
@@ -147,18 +175,28 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         assert isinstance(y, jax.Array)
         return y
 
-    def placed(params: tree.Params, tokens: jax.Array, positions: jax.Array, rng: Any, site: int) -> jax.Array:
-        x = ops.take(params["embed"], tokens, wide) * config.width**0.5 + sinusoids(positions, config.width)
+    def placed(
+        params: tree.Params, tokens: jax.Array, positions: jax.Array, rng: Any, site: int
+    ) -> jax.Array:
+        x = ops.take(params["embed"], tokens, wide) * config.width**0.5 + sinusoids(
+            positions, config.width
+        )
         return dropout(x.astype(policy.stream), config.dropout, rng, site)
 
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         drop = rng if train else None
 
         def encode(source: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
             context = {"seen": ops.Seen(valid=mask, causal=False)}
-            x = placed(params, source, jnp.arange(source.shape[1], dtype=jnp.int32)[None], drop, 2**31)
+            x = placed(
+                params, source, jnp.arange(source.shape[1], dtype=jnp.int32)[None], drop, 2**31
+            )
             blocks = params["encoder"]["blocks"]
             how = policy.remat, policy.microbatches, policy.unroll
             x, _, _ = repeat(run(encoder_module), blocks, x, context, None, rng, train, *how)
@@ -174,16 +212,32 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, config.width), policy.stream)
         context = {"seen": ops.Seen(), "memory": x, "memory_mask": jnp.ones((1, 1), jnp.bool_)}
-        blocks = lambda module, k, n: init_layers(lambda k: dict(module.init(k, x, context, None, 0)["params"]), k, n)
+        blocks = lambda module, k, n: init_layers(
+            lambda k: dict(module.init(k, x, context, None, 0)["params"]), k, n
+        )
         norm = {"norm": norm_module.init(key, x)["params"]} if config.pre_norm else {}
         return {
-            "embed": config.width**-0.5 * jax.random.normal(embed_key, (config.vocab, config.width)),
-            "encoder": {"blocks": blocks(encoder_module, encoder_key, config.encoder_depth), **norm},
+            "embed": config.width**-0.5
+            * jax.random.normal(embed_key, (config.vocab, config.width)),
+            "encoder": {
+                "blocks": blocks(encoder_module, encoder_key, config.encoder_depth),
+                **norm,
+            },
             "blocks": blocks(block_module, decoder_key, config.depth),
             **norm,
         }
 
     def init_cache(batch: int, capacity: int) -> MemoryCache:
-        return MemoryCache.zeros(config.depth, batch, config.heads, capacity, config.width // config.heads, policy)
+        return MemoryCache.zeros(
+            config.depth, batch, config.heads, capacity, config.width // config.heads, policy
+        )
 
-    return Model(config, policy, init, Parts(embed, run(block_module), head), source_inputs, init_cache, axes(config))
+    return Model(
+        config,
+        policy,
+        init,
+        Parts(embed, run(block_module), head),
+        source_inputs,
+        init_cache,
+        axes(config),
+    )

@@ -1,7 +1,8 @@
-"""Vision transformer (Dosovitskiy et al., 2020): patches of an image as tokens, a norm in front of each part.
+"""Vision transformer (Dosovitskiy et al., 2020): patches of an image as tokens, a norm in front of
+each part.
 
-DINOv2 (Oquab et al., 2023) scales what each part adds, classifies by the class token beside the mean of the patches, and reads
-images of any size.
+DINOv2 (Oquab et al., 2023) scales what each part adds, classifies by the class token beside the
+mean of the patches, and reads images of any size.
 
 >>> vit = model(SIZES["tiny"])
 >>> params = vit.init(jax.random.key(0))
@@ -44,8 +45,9 @@ class Config:
       mlp_width: F.
       labels: names of the classes; () for a model whose `apply` gives the pooled vector `[B, D]`.
       channels: of the images.
-      pool: what stands for the image: "class", a token of its own, "mean" of the patches' (Zhai et al., 2021), "both", one
-        behind the other, or "attention" of a learnt query to the patches and a feed-forward part (Lee et al., 2019; SigLIP).
+      pool: what stands for the image: "class", a token of its own, "mean" of the patches' (Zhai et
+        al., 2021), "both", one behind the other, or "attention" of a learnt query to the patches
+        and a feed-forward part (Lee et al., 2019; SigLIP).
       pool_dense: whether a dense layer with tanh follows.
       activation: a name of `layers.ACTIVATIONS`.
       qkv_bias: whether q, k and v have biases.
@@ -54,7 +56,8 @@ class Config:
       norm_eps: of the layer norms.
       init_scale: standard deviation of new weights.
       problem: what the logits mean, as `problem_type` of HF says it; see `predict_fn`.
-      layer_scale: whether the result of each part has a factor for each component (Touvron et al., 2021).
+      layer_scale: whether the result of each part has a factor for each component (Touvron et al.,
+        2021).
       any_size: whether images of other sizes are read, at positions between the learnt ones.
     """
 
@@ -81,9 +84,13 @@ class Config:
     def __post_init__(self) -> None:
         check_sizes(self, ("image", "patch", "width", "depth", "heads", "mlp_width", "channels"))
         if self.patch > self.image:
-            raise InputError(f"patch: {self.patch} given; allowed: at most the image's {self.image} pixels")
+            raise InputError(
+                f"patch: {self.patch} given; allowed: at most the image's {self.image} pixels"
+            )
         if self.width % self.heads:
-            raise InputError(f"heads: {self.heads} given; a divisor of the width {self.width} is needed")
+            raise InputError(
+                f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
+            )
         if self.pool not in POOLS:
             raise unknown("pool", self.pool, POOLS)
         if self.activation not in ACTIVATIONS:
@@ -103,7 +110,20 @@ _DINO: dict[str, Any] = {"layer_scale": True, "any_size": True, "norm_eps": 1e-6
 
 SIZES = {
     "tiny": Config(16, 4, 32, 3, 4, 64, numbered(10)),
-    "tiny-mean": Config(16, 4, 32, 3, 4, 64, numbered(10), 1, "mean", qkv_bias=False, patch_bias=False, embed_norm=True),
+    "tiny-mean": Config(
+        16,
+        4,
+        32,
+        3,
+        4,
+        64,
+        numbered(10),
+        1,
+        "mean",
+        qkv_bias=False,
+        patch_bias=False,
+        embed_norm=True,
+    ),
     "tiny-dino": Config(16, 4, 32, 3, 4, 64, numbered(10), pool="both", **_DINO),
     "tiny-features": Config(16, 8, 48, 3, 4, 64, pool_dense=True),
     "tiny-attention": Config(16, 8, 48, 3, 4, 64, pool="attention"),
@@ -158,8 +178,14 @@ class _Head(nn.Module):
         else:
             patches = x[:, 1:] if c.pool == "both" else x
             pooled = x[:, 0] if c.pool == "class" else jnp.mean(patches.astype(jnp.float32), axis=1)
-            pooled = jnp.concatenate([x[:, 0].astype(jnp.float32), pooled], axis=-1) if c.pool == "both" else pooled
-        return PooledHead(c.pool_dense, len(c.labels), c.init_scale, self.policy, name="head")(pooled)
+            pooled = (
+                jnp.concatenate([x[:, 0].astype(jnp.float32), pooled], axis=-1)
+                if c.pool == "both"
+                else pooled
+            )
+        return PooledHead(c.pool_dense, len(c.labels), c.init_scale, self.policy, name="head")(
+            pooled
+        )
 
 
 class _Embed(nn.Module):
@@ -170,38 +196,71 @@ class _Embed(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         c = self.config
         sizes = c.width, c.patch, c.image // c.patch
-        x = Patches(*sizes, c.pool in ("class", "both"), c.patch_bias, c.init_scale, self.policy, name="embed")(pixels)
+        x = Patches(
+            *sizes,
+            c.pool in ("class", "both"),
+            c.patch_bias,
+            c.init_scale,
+            self.policy,
+            name="embed",
+        )(pixels)
         return LayerNorm(c.norm_eps, name="embed_norm")(x) if c.embed_norm else x
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is traced twice.
+    """The pure functions of one config; equal arguments give the same functions, so nothing is
+    traced twice.
 
     The input is `pixels` `[B, Y, X, C]`, float32, normalised as the model's images were.
     """
-    c, embed_module, head_module = config, _Embed(config, policy), _Head(config, policy)
+    c = config
+    embed_module = _Embed(config, policy)
+    head_module = _Head(config, policy)
     block_module = EncoderBlock(
-        *(c.heads, c.mlp_width, c.activation, c.norm_eps, False, c.init_scale, c.init_scale / (2 * c.depth) ** 0.5, policy),
+        *(
+            c.heads,
+            c.mlp_width,
+            c.activation,
+            c.norm_eps,
+            False,
+            c.init_scale,
+            c.init_scale / (2 * c.depth) ** 0.5,
+            policy,
+        ),
         qkv_bias=c.qkv_bias,
         layer_scale=c.layer_scale,
     )
     context = {"seen": ops.Seen(causal=False)}
 
     def embed(
-        params: tree.Params, inputs: dict[str, jax.Array], cache: Any = None, rng: Any = None, train: bool = False
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: Any = None,
+        train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         pixels = inputs["pixels"]
         right = pixels.ndim == 4 and pixels.shape[3] == c.channels
         sides = pixels.shape[1:3] if right else ()
         if not right or (min(sides) < c.patch if c.any_size else sides != (c.image, c.image)):
             sides = f"Y, X of at least {c.patch}" if c.any_size else f"{c.image}, {c.image}"
-            raise InputError(f"pixels: the shape {pixels.shape} given; needed is [B, {sides}, {c.channels}]")
+            raise InputError(
+                f"pixels: the shape {pixels.shape} given; needed is [B, {sides}, {c.channels}]"
+            )
         own = {name: params[name] for name in ("embed", "embed_norm") if name in params}
         x: Any = embed_module.apply({"params": own}, pixels)
         return x, dict(context)
 
-    def block(params: Any, x: Any, context: Any, cache: Any = None, layer: Any = 0, rng: Any = None, train: bool = False):
+    def block(
+        params: Any,
+        x: Any,
+        context: Any,
+        cache: Any = None,
+        layer: Any = 0,
+        rng: Any = None,
+        train: bool = False,
+    ):
         x = block_module.apply({"params": params}, x, context)
         return x, cache, {}
 
@@ -214,7 +273,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, c.width), policy.stream)
         first = embed_module.init(embed_key, jnp.zeros((1, c.image, c.image, c.channels)))["params"]
-        blocks = init_layers(lambda k: dict(block_module.init(k, x, context)["params"]), blocks_key, c.depth)
+        blocks = init_layers(
+            lambda k: dict(block_module.init(k, x, context)["params"]), blocks_key, c.depth
+        )
         return {**first, "blocks": blocks, **head_module.init(head_key, x)["params"]}
 
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -224,7 +285,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
 
 def features(model: Model, params: tree.Params, pixels: jax.Array) -> jax.Array:
-    """Return what the last layer makes of each token, normed: the patch features of DINOv2 (Oquab et al., 2023).
+    """Return what the last layer makes of each token, normed: the patch features of DINOv2 (Oquab
+    et al., 2023).
 
     Args:
       model: of this family.

@@ -1,4 +1,6 @@
-"""Arrays in, arrays out: every contraction, gather, convolution, attention and norm of the models goes through here."""
+"""Arrays in, arrays out: every contraction, gather, convolution, attention and norm of the models
+goes through here.
+"""
 
 from jaxmodel import moved
 from jaxmodel.ops.attention import attention

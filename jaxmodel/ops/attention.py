@@ -13,7 +13,9 @@ from jaxmodel.ops.product import product
 from jaxmodel.ops.ring import ring, ring_axis
 from jaxmodel.ops.seen import Seen, masked
 
-CAUSAL_PARTS = 8  # queries of a causal square are run in up to so many parts, each with the keys it can see
+CAUSAL_PARTS = (
+    8  # queries of a causal square are run in up to so many parts, each with the keys it can see
+)
 CAUSAL_ROWS = 128  # of at least so many queries: smaller ones cost more than they save
 BLOCKWISE_FROM = 4096**2  # pairs of query and key from which "auto" holds no square of scores
 
@@ -30,27 +32,31 @@ def attention(
     bias: Float[Array, "#B H T S"] | None = None,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
-    """`softmax(softcap(scale q k^T) + bias) v`, heads in groups that share a key head (Ainslie et al., 2023).
+    """`softmax(softcap(scale q k^T) + bias) v`, heads in groups that share a key head (Ainslie et
+    al., 2023).
 
-    Where the mesh cuts positions (`T` in `policy.axes`), keys and values go round in a ring (see `jaxmodel.ops.ring`), unless
-    there is a bias or a mask, or the number of positions is not divisible: then the devices gather them.
+    Where the mesh cuts positions (`T` in `policy.axes`), keys and values go round in a ring (see
+    `jaxmodel.ops.ring`), unless there is a bias or a mask, or the number of positions is not
+    divisible: then the devices gather them.
 
     Args:
       q: queries; H is a multiple of K.
       k: keys, a key head's positions in a row (so that a cache is read in order).
       v: values.
       seen: which keys each query sees.
-      policy: `compute` is the dtype of the operands; `attention` says how: "plain" holds all scores, "blockwise" memory that is
-        linear in length, "auto" chooses by length.
+      policy: `compute` is the dtype of the operands; `attention` says how: "plain" holds all
+        scores, "blockwise" memory that is linear in length, "auto" chooses by length.
       scale: of the scores; default `1 / sqrt(h)`.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, 2024).
       bias: added to the scores (relative positions).
-      sinks: a score of each head that takes part in the softmax and has no value (Xiao et al., 2023; gpt-oss, 2025).
+      sinks: a score of each head that takes part in the softmax and has no value (Xiao et al.,
+        2023; gpt-oss, 2025).
 
     Raises:
       InputError: a bias with blockwise attention.
     """
-    t, s = q.shape[1], k.shape[2]
+    t = q.shape[1]
+    s = k.shape[2]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     axis = None if bias is not None else ring_axis(t, s, seen, policy)
     if axis is not None:
@@ -58,18 +64,35 @@ def attention(
     long = policy.attention == "auto" and t * s >= BLOCKWISE_FROM and t > 1 and bias is None
     if policy.attention == "blockwise" or long:
         if bias is not None:
-            raise InputError("policy.attention: 'blockwise' takes no bias of relative positions; allowed: 'plain', 'auto'")
+            raise InputError(
+                "policy.attention: 'blockwise' takes no bias of relative positions; allowed: "
+                "'plain', 'auto'"
+            )
         return blockwise(q, k, v, seen, policy, factor, softcap, sinks)
     count = min(CAUSAL_PARTS, t // CAUSAL_ROWS)
     if not (seen.causal and t == s and count > 1 and t % count == 0):
         return _plain(q, k, v, seen.square(t, s), policy, factor, softcap, bias, sinks)
-    size = t // count  # nearly half of the work is left out: no query sees behind the end of its part
+    size = (
+        t // count
+    )  # nearly half of the work is left out: no query sees behind the end of its part
     parts = []
     for start in range(0, t, size):
         stop = start + size
         square = seen.square(size, stop, start)
         near = None if bias is None else bias[:, :, start:stop, :stop]
-        parts.append(_plain(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], square, policy, factor, softcap, near, sinks))
+        parts.append(
+            _plain(
+                q[:, start:stop],
+                k[:, :, :stop],
+                v[:, :, :stop],
+                square,
+                policy,
+                factor,
+                softcap,
+                near,
+                sinks,
+            )
+        )
     return jnp.concatenate(parts, axis=1)
 
 
@@ -94,12 +117,18 @@ def _plain(
         scores = softcap * jnp.tanh(scores / softcap)
     scores = scores.reshape(b, k.shape[1], groups, t, -1)
     if bias is not None:
-        scores = scores + bias.astype(jnp.float32).reshape(bias.shape[0], k.shape[1], groups, *bias.shape[2:])
+        scores = scores + bias.astype(jnp.float32).reshape(
+            bias.shape[0], k.shape[1], groups, *bias.shape[2:]
+        )
     scores = masked(scores, square)
     if sinks is not None:
         of_head = sinks.astype(jnp.float32).reshape(1, k.shape[1], groups, 1, 1)
-        scores = jnp.concatenate([scores, jnp.broadcast_to(of_head, (*scores.shape[:-1], 1))], axis=-1)
+        scores = jnp.concatenate(
+            [scores, jnp.broadcast_to(of_head, (*scores.shape[:-1], 1))], axis=-1
+        )
     weights = jax.nn.softmax(scores, axis=-1)
-    weights = (weights if sinks is None else weights[..., :-1]).reshape(b, k.shape[1], groups * t, -1)
+    weights = (weights if sinks is None else weights[..., :-1]).reshape(
+        b, k.shape[1], groups * t, -1
+    )
     out = product("bkns,bksh->bknh", weights, v, compute, policy.stream)
     return heads_joined(out.reshape(b, k.shape[1], groups, t, width)).astype(policy.stream)

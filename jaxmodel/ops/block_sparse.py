@@ -1,4 +1,6 @@
-"""The product with a weight of which only some blocks are there: work in proportion to the blocks that are kept."""
+"""The product with a weight of which only some blocks are there: work in proportion to the blocks
+that are kept.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ def block_product(
 ) -> Float[Array, "... out"]:
     """`y_r = w_r @ x[columns_r]` for each row of blocks r, one after the other.
 
-    x is turned once so that a block of it is contiguous, and each step is one product of matrices that fit a cache. (Measured
-    on a CPU against one batched product of gathered blocks: forward 2 to 4 times faster, and nothing of the size of
-    `rows * n * width` exists. The backward pass gathers again rather than keep what was gathered.)
+    x is turned once so that a block of it is contiguous, and each step is one product of matrices
+    that fit a cache. (Measured on a CPU against one batched product of gathered blocks: forward 2
+    to 4 times faster, and nothing of the size of `rows * n * width` exists. The backward pass
+    gathers again rather than keep what was gathered.)
 
     Args:
       x: the activation.
@@ -30,7 +33,8 @@ def block_product(
       width: of a block.
       run: (gathered `[n * width, B]`, w of a row) -> `[height, B]`.
     """
-    lead, size = x.shape[:-1], x.shape[-1]
+    lead = x.shape[:-1]
+    size = x.shape[-1]
     turned = x.reshape(-1, size).T.reshape(size // width, width, -1)
 
     @jax.checkpoint

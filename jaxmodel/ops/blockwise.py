@@ -1,8 +1,9 @@
 """Blockwise attention: the same function as the plain one, with memory linear in length.
 
-Queries and keys are taken a block at a time, and the softmax is kept as a running maximum, sum and weighted mean (Rabe & Staats,
-2021; Dao et al., 2022). The backward pass computes the scores of each block again from the saved logarithm of each row's sum.
-Blocks that no query can see (behind it, or out of its window) are never run.
+Queries and keys are taken a block at a time, and the softmax is kept as a running maximum, sum and
+weighted mean (Rabe & Staats, 2021; Dao et al., 2022). The backward pass computes the scores of each
+block again from the saved logarithm of each row's sum. Blocks that no query can see (behind it, or
+out of its window) are never run.
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ def blockwise(
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """See `ops.attention`."""
-    b, t, s, compute = q.shape[0], q.shape[1], k.shape[2], jnp.dtype(policy.compute)
+    b = q.shape[0]
+    t = q.shape[1]
+    s = k.shape[2]
+    compute = jnp.dtype(policy.compute)
     grouped = heads_grouped(q, k.shape[1])
-    # whole blocks: what is added at the end is hidden from all queries, and its own results are cut off
+    # whole blocks: what is added at the end is hidden from all queries, and its own results are cut
+    # off
     extra, extra_keys = missing(t, s)
-    grouped, k, v = longer(grouped, extra, 3), longer(k, extra_keys, 2), longer(v, extra_keys, 2)
+    grouped = longer(grouped, extra, 3)
+    k = longer(k, extra_keys, 2)
+    v = longer(v, extra_keys, 2)
     if extra or extra_keys:
         seen = padded(seen, b, t, s)
     sinks = None if sinks is None else sinks_grouped(sinks, k.shape[1])
-    out = _blockwise(grouped.astype(compute), k.astype(compute), v.astype(compute), seen, sinks, scale, softcap)
+    out = _blockwise(
+        grouped.astype(compute), k.astype(compute), v.astype(compute), seen, sinks, scale, softcap
+    )
     return heads_joined(out[:, :, :, :t]).astype(policy.stream)
 
 
@@ -85,7 +94,13 @@ def padded(seen: Seen, b: int, t: int, s: int) -> Seen:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _blockwise(
-    q: Array, k: Array, v: Array, seen: Seen, sinks: Array | None, scale: float, softcap: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Seen,
+    sinks: Array | None,
+    scale: float,
+    softcap: float | None,
 ) -> Float[Array, "B K G T h"]:
     return _save(q, k, v, seen, sinks, scale, softcap)[0]
 
@@ -98,11 +113,13 @@ def forward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K G T"]]:
-    """The result, float32, and the logarithm of each row's sum: with it, results for parts of the keys can be put together.
+    """The result, float32, and the logarithm of each row's sum: with it, results for parts of the
+    keys can be put together.
 
     Whole blocks only: T is at most `QUERIES` or a multiple of it, S of `KEYS`.
     """
-    bq, bk = min(QUERIES, q.shape[3]), min(KEYS, k.shape[2])
+    bq = min(QUERIES, q.shape[3])
+    bk = min(KEYS, k.shape[2])
 
     def rows(i: Array) -> tuple[Array, Array]:
         block = jax.lax.dynamic_slice_in_dim(q, i * bq, bq, axis=3)
@@ -111,12 +128,19 @@ def forward(
             top, total, mean = carry
             scores, _ = _scores(block, _keys(k, j, bk), seen, i * bq, j * bk, scale, softcap)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1))
-            weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            weights = jnp.exp(scores - higher[..., None])
+            shrink = jnp.exp(top - higher)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            mean = mean * shrink[..., None] + product("bkgts,bksh->bkgth", weights, _keys(v, j, bk), v.dtype)
+            mean = mean * shrink[..., None] + product(
+                "bkgts,bksh->bkgth", weights, _keys(v, j, bk), v.dtype
+            )
             return higher, total, mean
 
-        start = jnp.full(block.shape[:-1], -jnp.inf), jnp.zeros(block.shape[:-1]), jnp.zeros(block.shape, jnp.float32)
+        start = (
+            jnp.full(block.shape[:-1], -jnp.inf),
+            jnp.zeros(block.shape[:-1]),
+            jnp.zeros(block.shape, jnp.float32),
+        )
         top, total, mean = jax.lax.fori_loop(*_reach(seen, i, bq, bk, k.shape[2]), column, start)
         return mean / total[..., None], top + jnp.log(total)
 
@@ -135,19 +159,27 @@ def backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K S h"], Float[Array, "B K S h"]]:
-    """What these keys add to the gradients of q, k and v, float32; `out` and `log_total` are those over all keys."""
-    bq, bk = min(QUERIES, q.shape[3]), min(KEYS, k.shape[2])
+    """What these keys add to the gradients of q, k and v, float32; `out` and `log_total` are those
+    over all keys.
+    """
+    bq = min(QUERIES, q.shape[3])
+    bk = min(KEYS, k.shape[2])
     through = jnp.sum(g * out, axis=-1)  # what the normalisation of each row passes back
 
     def rows(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
-        block, g_block, top, passed = (jax.lax.dynamic_slice_in_dim(a, i * bq, bq, axis=3) for a in (q, g, log_total, through))
+        block, g_block, top, passed = (
+            jax.lax.dynamic_slice_in_dim(a, i * bq, bq, axis=3) for a in (q, g, log_total, through)
+        )
 
         def column(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = carry
-            keys, values = _keys(k, j, bk), _keys(v, j, bk)
+            keys = _keys(k, j, bk)
+            values = _keys(v, j, bk)
             scores, slope = _scores(block, keys, seen, i * bq, j * bk, scale, softcap)
             weights = jnp.exp(scores - top[..., None])
-            weights = jnp.where(top[..., None] < HIDDEN / 2, 0.0, weights)  # of a row that sees nothing
+            weights = jnp.where(
+                top[..., None] < HIDDEN / 2, 0.0, weights
+            )  # of a row that sees nothing
             dv = _add(dv, product("bkgts,bkgth->bksh", weights, g_block, v.dtype), j, bk)
             d_weights = product("bkgth,bksh->bkgts", g_block, values, v.dtype)
             d_scores = weights * (d_weights - passed[..., None]) * slope * scale
@@ -164,9 +196,13 @@ def backward(
 
 
 def with_sinks(
-    out: Float[Array, "B K G T h"], log_total: Float[Array, "B K G T"], sinks: Float[Array, "1 K G 1"] | None
+    out: Float[Array, "B K G T h"],
+    log_total: Float[Array, "B K G T"],
+    sinks: Float[Array, "1 K G 1"] | None,
 ) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K G T"]]:
-    """A result and the logarithms of its sums, with the sinks in the sums: they take of each weight, and add no value."""
+    """A result and the logarithms of its sums, with the sinks in the sums: they take of each
+    weight, and add no value.
+    """
     if sinks is None:
         return out, log_total
     total = jnp.logaddexp(log_total, sinks)
@@ -174,16 +210,27 @@ def with_sinks(
 
 
 def of_sinks(
-    sinks: Float[Array, "1 K G 1"] | None, out: Float[Array, "B K G T h"], log_total: Float[Array, "B K G T"], g: Array
+    sinks: Float[Array, "1 K G 1"] | None,
+    out: Float[Array, "B K G T h"],
+    log_total: Float[Array, "B K G T"],
+    g: Array,
 ) -> Float[Array, "1 K G 1"] | None:
     """The gradient of the sinks, from what `with_sinks` gave: a key's whose value is zero."""
     if sinks is None:
         return None
-    return -jnp.sum(jnp.exp(sinks - log_total) * jnp.sum(g * out, axis=-1), axis=(0, 3), keepdims=True)
+    return -jnp.sum(
+        jnp.exp(sinks - log_total) * jnp.sum(g * out, axis=-1), axis=(0, 3), keepdims=True
+    )
 
 
 def _save(
-    q: Array, k: Array, v: Array, seen: Seen, sinks: Array | None, scale: float, softcap: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Seen,
+    sinks: Array | None,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Array, Any]:
     out, log_total = with_sinks(*forward(q, k, v, seen, scale, softcap), sinks)
     return out, (q, k, v, seen, sinks, out, log_total)
@@ -192,33 +239,53 @@ def _save(
 def _pull(scale: float, softcap: float | None, saved: Any, g: Array) -> tuple[Any, ...]:
     q, k, v, seen, sinks, out, log_total = saved
     dq, dk, dv = backward(q, k, v, seen, out, log_total, g, scale, softcap)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, of_sinks(sinks, out, log_total, g)
+    return (
+        dq.astype(q.dtype),
+        dk.astype(k.dtype),
+        dv.astype(v.dtype),
+        None,
+        of_sinks(sinks, out, log_total, g),
+    )
 
 
 _blockwise.defvjp(_save, _pull)
 
 
 def _scores(
-    q: Array, k: Array, seen: Seen, first: Array, first_key: Array, scale: float, softcap: float | None
+    q: Array,
+    k: Array,
+    seen: Seen,
+    first: Array,
+    first_key: Array,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Array, Array]:
     """The scores of a block, and their derivative by the scores without the soft cap."""
-    scores, slope = product("bkgth,bksh->bkgts", q, k, q.dtype) * scale, jnp.ones(())
+    scores = product("bkgth,bksh->bkgts", q, k, q.dtype) * scale
+    slope = jnp.ones(())
     if softcap is not None:
         bent = jnp.tanh(scores / softcap)
-        scores, slope = softcap * bent, 1 - bent * bent
+        scores = softcap * bent
+        slope = 1 - bent * bent
     return masked(scores, seen.square(q.shape[3], k.shape[2], first, first_key)), slope
 
 
 def _reach(seen: Seen, i: Array, bq: int, bk: int, s: int) -> tuple[Any, Any]:
     """The blocks of keys that the queries of block `i` can see, from the first to behind the last.
 
-    At least the first block stays in, so that a row that sees nothing is finite, as it is in plain attention.
+    At least the first block stays in, so that a row that sees nothing is finite, as it is in plain
+    attention.
     """
-    first, stop = jnp.zeros((), jnp.int32), jnp.asarray(s // bk, jnp.int32)
+    first = jnp.zeros((), jnp.int32)
+    stop = jnp.asarray(s // bk, jnp.int32)
     if seen.query is not None:
-        low, high = (f(jax.lax.dynamic_slice_in_dim(seen.query, i * bq, bq, axis=1)) for f in (jnp.min, jnp.max))
+        low, high = (
+            f(jax.lax.dynamic_slice_in_dim(seen.query, i * bq, bq, axis=1))
+            for f in (jnp.min, jnp.max)
+        )
     else:
-        low, high = i * bq, i * bq + bq - 1
+        low = i * bq
+        high = i * bq + bq - 1
     if seen.causal:
         stop = jnp.clip(high // bk + 1, 1, s // bk)
         if seen.window is not None:
@@ -231,7 +298,9 @@ def _keys(a: Array, j: Array, length: int) -> Array:
 
 
 def _add(total: Array, part: Array, j: Array, length: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(total, _keys(total, j, length) + part, j * length, axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(
+        total, _keys(total, j, length) + part, j * length, axis=2
+    )
 
 
 def _joined(blocks: Array) -> Array:

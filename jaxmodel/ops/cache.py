@@ -12,15 +12,17 @@ from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.seen import Seen
 
 UNROLLED = 16
-"""Rows that are written by code of their own; more are written in a loop, because XLA would compile for minutes."""
+"""Rows that are written by code of their own; more are written in a loop, because XLA would compile
+for minutes.
+"""
 
 
 @register
 class KVCache:
     """Keys and values of the tokens so far, for all layers.
 
-    A row's tokens stand at the positions from 0 to `length - 1`; what lies behind them is not defined and is masked, so rows
-    of unequal length (padded on the right) share a batch.
+    A row's tokens stand at the positions from 0 to `length - 1`; what lies behind them is not
+    defined and is masked, so rows of unequal length (padded on the right) share a batch.
 
     Attributes:
       k: `[L, B, K, S, h]`, S the capacity.
@@ -33,10 +35,16 @@ class KVCache:
     length: jax.Array
 
     @classmethod
-    def zeros(cls, layers: int, batch: int, heads: int, capacity: int, width: int, policy: Policy) -> KVCache:
+    def zeros(
+        cls, layers: int, batch: int, heads: int, capacity: int, width: int, policy: Policy
+    ) -> KVCache:
         """An empty cache."""
         shape = (layers, batch, heads, capacity, width)
-        return cls(jnp.zeros(shape, policy.cache_dtype), jnp.zeros(shape, policy.cache_dtype), jnp.zeros(batch, jnp.int32))
+        return cls(
+            jnp.zeros(shape, policy.cache_dtype),
+            jnp.zeros(shape, policy.cache_dtype),
+            jnp.zeros(batch, jnp.int32),
+        )
 
     @property
     def capacity(self) -> int:
@@ -48,7 +56,10 @@ class KVCache:
         return self.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
 
     def checked(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Activations of the next tokens, as NaN in rows for which there is no room: `update` would write over older tokens."""
+        """Activations of the next tokens, as NaN in rows for which there is no room:
+
+        `update` would write over older tokens.
+        """
         full = self.length + x.shape[1] > self.capacity
         return jnp.where(full[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
 
@@ -58,15 +69,21 @@ class KVCache:
         """Write the keys and values of the next tokens into one layer.
 
         Returns:
-          All keys and values `[B, K, S, h]` of the layer, what each new token sees, and the new cache. A layer with fewer key
-          heads than the cache uses the first of its heads. `advance` moves on when all layers are written.
+          All keys and values `[B, K, S, h]` of the layer, what each new token sees, and the new
+          cache. A layer with fewer key heads than the cache uses the first of its heads. `advance`
+          moves on when all layers are written.
         """
         if k.shape[0] != self.k.shape[1]:
             raise InputError(f"cache: made for {self.k.shape[1]} rows; {k.shape[0]} given")
         keys, values = (self._write(store, layer, new) for store, new in ((self.k, k), (self.v, v)))
         heads = k.shape[2]
         seen = Seen(query=self.positions(k.shape[1]))
-        return keys[layer][:, :heads], values[layer][:, :heads], seen, KVCache(keys, values, self.length)
+        return (
+            keys[layer][:, :heads],
+            values[layer][:, :heads],
+            seen,
+            KVCache(keys, values, self.length),
+        )
 
     def _write(self, store: Array, layer: jax.Array | int, new: Float[Array, "B T K h"]) -> Array:
         rows = new.transpose(0, 2, 1, 3).astype(store.dtype)

@@ -1,9 +1,12 @@
-"""The one place where activations meet weights: `einsum`, `take` and `conv`, dispatching on the leaf.
+"""The one place where activations meet weights: `einsum`, `take` and `conv`, dispatching on the
+leaf.
 
-Weights are stored `[..., out, in]`. Letters of an equation are logical; letters in parentheses share one stored axis, so
-`einsum("BTD,(Hh)D->BTHh", x, w, h=64)` contracts with a weight `[H*h, D]` and returns heads apart.
+Weights are stored `[..., out, in]`. Letters of an equation are logical; letters in parentheses
+share one stored axis, so `einsum("BTD,(Hh)D->BTHh", x, w, h=64)` contracts with a weight `[H*h, D]`
+and returns heads apart.
 
-On a CPU a single row is slow in bfloat16 and int8 (XLA leaves its matrix kernels), so one row is computed as two.
+On a CPU a single row is slow in bfloat16 and int8 (XLA leaves its matrix kernels), so one row is
+computed as two.
 """
 
 from __future__ import annotations
@@ -36,13 +39,15 @@ class _Plan(NamedTuple):
     result: tuple[str, ...]
 
 
-def einsum(equation: str, x: Float[Array, "..."], w: Any, policy: Policy = DEFAULT, **sizes: int) -> Float[Array, "..."]:
+def einsum(
+    equation: str, x: Float[Array, "..."], w: Any, policy: Policy = DEFAULT, **sizes: int
+) -> Float[Array, "..."]:
     """Contract an activation with a weight leaf.
 
     Args:
-      equation: `x,w->y`. The weight's last axis is contracted and its axis before that goes out; letters in front of both are
-        batch letters, which x and y share (`"ETD,EFD->ETF"`). One stored axis of the weight may be several letters in
-        parentheses.
+      equation: `x,w->y`. The weight's last axis is contracted and its axis before that goes out;
+        letters in front of both are batch letters, which x and y share (`"ETD,EFD->ETF"`). One
+        stored axis of the weight may be several letters in parentheses.
       x: the activation.
       w: an array, a compressed leaf or a `Probe`.
       policy: dtypes and placement.
@@ -58,14 +63,17 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any, policy: Policy = DEFAU
     known = dict(sizes)
     fits = x.ndim == len(plan.x_letters) and len(w.shape) == plan.batch + 2
     if not fits or x.shape[: plan.batch] != w.shape[: plan.batch]:
-        raise InputError(f"einsum {equation!r}: x {x.shape} and the weight {w.shape} do not have these axes")
+        raise InputError(
+            f"einsum {equation!r}: x {x.shape} and the weight {w.shape} do not have these axes"
+        )
     for letter, length in zip(plan.x_letters, x.shape, strict=True):
         known.setdefault(letter, length)
     lead = x.shape[plan.batch : x.ndim - len(plan.w_in)]
     flat = x.reshape(*x.shape[: plan.batch], *lead, -1)
     if flat.shape[-1] != w.shape[-1]:
         raise InputError(
-            f"einsum {equation!r}: x {x.shape} has {flat.shape[-1]} features, the weight {w.shape} takes {w.shape[-1]}"
+            f"einsum {equation!r}: x {x.shape} has {flat.shape[-1]} features, the weight "
+            f"{w.shape} takes {w.shape[-1]}"
         )
     run = functools.partial(_matmul, policy=policy)
     for _ in range(plan.batch):
@@ -75,24 +83,35 @@ def einsum(equation: str, x: Float[Array, "..."], w: Any, policy: Policy = DEFAU
     return constrain(y.astype(policy.stream), "".join(plan.result), policy.axes)
 
 
-def take(table: Any, ids: Int[Array, "B T"], policy: Policy = DEFAULT, letters: str = "VD") -> Float[Array, "B T D"]:
-    """Rows of a table `[V, D]`: an embedding. An id outside the table gives a row of NaN: wrong input must not
-    look like right input.
+def take(
+    table: Any, ids: Int[Array, "B T"], policy: Policy = DEFAULT, letters: str = "VD"
+) -> Float[Array, "B T D"]:
+    """Rows of a table `[V, D]`: an embedding. An id outside the table gives a row of NaN: wrong
+    input must not look like right input.
 
     Args:
       table: an array, a compressed leaf or a `Probe`.
       ids: rows to take.
       policy: dtypes and placement.
-      letters: of the table's axes. While it is looked up it lies as activations with these letters do, so that a table whose
-        width is cut over the same devices as the batch is gathered, as every weight is, and not the activations.
+      letters: of the table's axes. While it is looked up it lies as activations with these letters
+        do, so that a table whose width is cut over the same devices as the batch is gathered, as
+        every weight is, and not the activations.
     """
     if isinstance(table, Probe):
         rows = take(table.weight, ids, policy, letters)
-        return tap(rows, ids, {name: zero for name, zero in table.zeros.items() if name in (*OF_TAKE, GRADIENT)})
+        return tap(
+            rows,
+            ids,
+            {name: zero for name, zero in table.zeros.items() if name in (*OF_TAKE, GRADIENT)},
+        )
     if not isinstance(table, Compressed):
         table = constrain(table, letters, policy.axes)
     inside = (ids >= 0) & (ids < table.shape[-2])
-    rows = jnp.where(inside[..., None], _rows(table, ids).astype(policy.stream), jnp.asarray(jnp.nan, policy.stream))
+    rows = jnp.where(
+        inside[..., None],
+        _rows(table, ids).astype(policy.stream),
+        jnp.asarray(jnp.nan, policy.stream),
+    )
     return constrain(rows, "BTD", policy.axes)
 
 
@@ -105,15 +124,22 @@ def conv(
     stride: tuple[int, int] = (1, 1),
     padding: str = "SAME",
 ) -> Float[Array, "B P Q O"]:
-    """Convolve images with a weight `[O, I * kernel_y * kernel_x]`, the kernel flattened as `[O, I, ky, kx]` is.
+    """Convolve images with a weight `[O, I * kernel_y * kernel_x]`, the kernel flattened as
+    `[O, I, ky, kx]` is.
 
-    Two axes, so that every method of compression sees the matrix that the patches are multiplied with.
+    Two axes, so that every method of compression sees the matrix that the patches are multiplied
+    with.
     """
     if isinstance(w, Probe) or (isinstance(w, Compressed) and _dynamic(w)):
-        patches = jax.lax.conv_general_dilated_patches(x, kernel, stride, padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
+        patches = jax.lax.conv_general_dilated_patches(
+            x, kernel, stride, padding, dimension_numbers=("NHWC", "OIHW", "NHWC")
+        )
         return einsum("BYXI,OI->BYXO", patches, w, policy)
     if len(w.shape) != 2 or w.shape[1] != x.shape[-1] * kernel[0] * kernel[1]:
-        raise InputError(f"conv: the weight {w.shape} does not take {x.shape[-1]} channels by a kernel of {kernel}")
+        raise InputError(
+            f"conv: the weight {w.shape} does not take {x.shape[-1]} channels by a kernel of "
+            f"{kernel}"
+        )
     if isinstance(w, Adapted) and w.key is not None:  # the adapter sees another input than the base
         settings = {"kernel": kernel, "stride": stride, "padding": padding}
         wide = dataclasses.replace(policy, stream="float32")
@@ -134,12 +160,16 @@ def conv(
     return y.astype(policy.stream)
 
 
-def blocks(x: Float[Array, "... in"], w: Any, columns: Int[Array, "rows n"], policy: Policy = DEFAULT) -> Float[Array, "... out"]:
-    """Contract with a weight of which only some blocks are there, at places that are known apart from it.
+def blocks(
+    x: Float[Array, "... in"], w: Any, columns: Int[Array, "rows n"], policy: Policy = DEFAULT
+) -> Float[Array, "... out"]:
+    """Contract with a weight of which only some blocks are there, at places that are known apart
+    from it.
 
     Args:
       x: the activation.
-      w: a leaf `[rows, height, n * width]`: for each row of blocks those that are there, side by side.
+      w: a leaf `[rows, height, n * width]`: for each row of blocks those that are there, side by
+        side.
       columns: which block of x each of them meets.
       policy: dtypes and placement.
 
@@ -149,9 +179,18 @@ def blocks(x: Float[Array, "... in"], w: Any, columns: Int[Array, "rows n"], pol
     Raises:
       InputError: shapes that do not fit.
     """
-    n, width = columns.shape[1], w.shape[-1] // max(columns.shape[1], 1)
-    if len(w.shape) != 3 or w.shape[0] != columns.shape[0] or w.shape[-1] != n * width or x.shape[-1] % max(width, 1):
-        raise InputError(f"blocks: x {x.shape}, the weight {w.shape} and columns {columns.shape} do not fit each other")
+    n = columns.shape[1]
+    width = w.shape[-1] // max(columns.shape[1], 1)
+    if (
+        len(w.shape) != 3
+        or w.shape[0] != columns.shape[0]
+        or w.shape[-1] != n * width
+        or x.shape[-1] % max(width, 1)
+    ):
+        raise InputError(
+            f"blocks: x {x.shape}, the weight {w.shape} and columns {columns.shape} do not fit "
+            f"each other"
+        )
     if isinstance(w, Compressed | Probe):
         y = block_product(x, w, columns, width, lambda x, row: _matmul(x.T, row, policy).T)
     else:
@@ -160,11 +199,13 @@ def blocks(x: Float[Array, "... in"], w: Any, columns: Int[Array, "rows n"], pol
     return y.astype(policy.stream)
 
 
-# ------------------------------------------------------------------------------------------ dispatch on the leaf
+# ----------------------------------------------------------------------------- dispatch on the leaf
 
 
 def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "... out"]:
-    """`x @ w.T` for a leaf `[out, in]`, in float32 or, where no more is done with it, in `policy.stream`."""
+    """`x @ w.T` for a leaf `[out, in]`, in float32 or, where no more is done with it, in
+    `policy.stream`.
+    """
     if isinstance(w, Probe):
         y = _matmul(x, w.weight, policy)
         return tap(y, x, {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE})
@@ -176,36 +217,60 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
         return _matmul(x, w.base, wide) + on_last(w.scale.astype(jnp.float32)[None], y.ndim) * y
     compute = jnp.dtype(policy.compute)
     if isinstance(w, BlockSparse):
-        return block_product(x.astype(compute), beside(w.values.astype(compute)), w.columns(), w.block[1], _turned_dot)
+        return block_product(
+            x.astype(compute),
+            beside(w.values.astype(compute)),
+            w.columns(),
+            w.block[1],
+            _turned_dot,
+        )
     # a plain leaf as it is, so that its gradient is not rounded with it
     return _dot(x, decode(w, compute) if isinstance(w, Compressed) else w, compute, policy.stream)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2,))  # backward decodes again: else it would keep each layer's plain weight
-def _of_codes(x: Float[Array, "... in"], w: Sparse | QTensor, policy: Policy) -> Float[Array, "... out"]:
+@functools.partial(
+    jax.checkpoint, static_argnums=(2,)
+)  # backward decodes again: else it would keep each layer's plain weight
+def _of_codes(
+    x: Float[Array, "... in"], w: Sparse | QTensor, policy: Policy
+) -> Float[Array, "... out"]:
     if isinstance(w, Sparse):
         dense = w.expand()
-        return _matmul(x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x), dense, policy)
-    compute, plain_codes = jnp.dtype(policy.compute), w.groups == 1 and w.minimum is None
+        return _matmul(
+            x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x), dense, policy
+        )
+    compute = jnp.dtype(policy.compute)
+    plain_codes = w.groups == 1 and w.minimum is None
     if w.activations == "int8":
         if plain_codes:
             return _int8_matmul(x, w)
-        x = _rounded(x)  # codes in groups: the rounding of the input, then a contraction of decoded weights
+        x = _rounded(
+            x
+        )  # codes in groups: the rounding of the input, then a contraction of decoded weights
     elif plain_codes:
         return _dot(x, w.codes().astype(compute), compute) * _row_scale(w, x.ndim)
     return _dot(x, decode(w, compute), compute)
 
 
 def _dot(x: Array, w: Array, compute: Any, out: Any = jnp.float32) -> Array:
-    """`x @ w.T`, a `product` (of int8 with an int32 result); a single row as two where a CPU would leave its matrix kernels."""
+    """`x @ w.T`, a `product` (of int8 with an int32 result); a single row as two where a CPU would
+    leave its matrix kernels.
+    """
     codes = x.dtype == jnp.int8
-    # On a mesh the axes stay apart: rows and positions that are both cut would have to be gathered to become one axis.
+    # On a mesh the axes stay apart: rows and positions that are both cut would have to be gathered
+    # to become one axis.
     rows = x if auto_axes() else x.reshape(-1, x.shape[-1])
-    single = x.size == x.shape[-1] and (codes or compute != jnp.float32) and jax.default_backend() == "cpu"
+    single = (
+        x.size == x.shape[-1]
+        and (codes or compute != jnp.float32)
+        and jax.default_backend() == "cpu"
+    )
     if single:
         rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
     if codes:
-        y = jax.lax.dot_general(rows, w, (((rows.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        y = jax.lax.dot_general(
+            rows, w, (((rows.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+        )
     else:
         lead = "abcdefgh"[: rows.ndim - 1]
         y = product(f"{lead}i,oi->{lead}o", rows, w, compute, out)
@@ -240,7 +305,8 @@ def _int8_matmul(x: Float[Array, "... in"], w: QTensor) -> Float[Array, "... out
 
 @_int8_matmul.defjvp
 def _int8_matmul_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    # The rounding counts as the identity, so that gradients (and the statistics of probes) pass; codes and scales get none.
+    # The rounding counts as the identity, so that gradients (and the statistics of probes) pass;
+    # codes and scales get none.
     x, w = primals
     return _int8_matmul(x, w), _dot(tangents[0], w.decode(jnp.float32), jnp.float32)
 
@@ -251,7 +317,11 @@ def _row_scale(w: QTensor, ndim: int) -> Array:
 
 
 def _dynamic(w: Any) -> bool:
-    return w.activations == "int8" if isinstance(w, QTensor) else isinstance(w, Sparse) and _dynamic(w.values)
+    return (
+        w.activations == "int8"
+        if isinstance(w, QTensor)
+        else isinstance(w, Sparse) and _dynamic(w.values)
+    )
 
 
 def _rows(leaf: Any, ids: Array) -> Array:
@@ -269,22 +339,26 @@ def _rows(leaf: Any, ids: Array) -> Array:
     return rows_of(leaf)
 
 
-# ------------------------------------------------------------------------------------------------- equations
+# ---------------------------------------------------------------------------------------- equations
 
 
 @functools.cache
 def _parse(equation: str) -> _Plan:
     problem = InputError(
-        f"einsum: {equation!r} is not of the form 'batch rows in, batch out in -> batch rows out' with weights stored "
+        f"einsum: {equation!r} is not of the form 'batch rows in, batch out in -> batch rows out' "
+        f"with weights stored "
         "[..., out, in], such as 'BTD,FD->BTF' or 'BTHh,D(Hh)->BTD'"
     )
     try:
         inputs, output = equation.replace(" ", "").split("->")
         x_term, w_term = inputs.split(",")
-        x_letters, y_letters, w_axes = tuple(x_term), tuple(output), _axes(w_term)
+        x_letters = tuple(x_term)
+        y_letters = tuple(output)
+        w_axes = _axes(w_term)
         *lead, w_out, w_in = w_axes
         batch = tuple(letter for (letter,) in lead)
-        n, rows = len(batch), x_letters[len(batch) : len(x_letters) - len(w_in)]
+        n = len(batch)
+        rows = x_letters[len(batch) : len(x_letters) - len(w_in)]
         ok = x_letters == (*batch, *rows, *w_in) and y_letters == (*batch, *rows, *w_out)
         ok = ok and len({*x_letters, *w_out}) == len(x_letters) + len(w_out)
     except ValueError:
@@ -306,11 +380,21 @@ def _axes(term: str) -> list[tuple[str, ...]]:
     return axes
 
 
-def _out_shape(equation: str, letters: tuple[str, ...], length: int, known: dict[str, int]) -> list[int]:
+def _out_shape(
+    equation: str, letters: tuple[str, ...], length: int, known: dict[str, int]
+) -> list[int]:
     shape = [known.get(letter, -1) for letter in letters] if len(letters) > 1 else [length]
     product = 1
     for n in shape:
         product *= abs(n)
-    if shape.count(-1) > 1 or not product or length % product or (-1 not in shape and product != length):
-        raise InputError(f"einsum {equation!r}: cannot part an axis of {length} into {dict(zip(letters, shape, strict=True))}")
+    if (
+        shape.count(-1) > 1
+        or not product
+        or length % product
+        or (-1 not in shape and product != length)
+    ):
+        raise InputError(
+            f"einsum {equation!r}: cannot part an axis of {length} into "
+            f"{dict(zip(letters, shape, strict=True))}"
+        )
     return shape

@@ -1,8 +1,8 @@
 """A connection pattern as a list of edges: gather, multiply, sum by target.
 
-Whatever a layer computes by matrices of second order or less, it also is a list of edges, each of which carries the product of
-its sources, times a weight, to its target. That form is slow and says exactly what is connected: the layers of
-`jaxmodel.layers.connect` give theirs, and equal it.
+Whatever a layer computes by matrices of second order or less, it also is a list of edges, each of
+which carries the product of its sources, times a weight, to its target. That form is slow and says
+exactly what is connected: the layers of `jaxmodel.layers.connect` give theirs, and equal it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Edges:
     """A pytree.
 
     Attributes:
-      sources: int32 `[E, order]`, the features whose product each edge carries. The number of features, N, stands for a constant
-        one: for a bias, and for edges of a lower order than others.
+      sources: int32 `[E, order]`, the features whose product each edge carries. The number of
+        features, N, stands for a constant one: for a bias, and for edges of a lower order than
+        others.
       targets: int32 `[E]`.
       weights: `[E]`, of which several may be one and the same parameter.
       features: N.
@@ -40,11 +41,18 @@ class Edges:
     outputs: int = static()
 
     def check(self) -> None:
-        """Raise InputError where an edge begins or ends outside of the features or outputs (not for use under jit)."""
-        for name, ids, count in (("sources", self.sources, self.features + 1), ("targets", self.targets, self.outputs)):
+        """Raise InputError where an edge begins or ends outside of the features or outputs (not for
+        use under jit).
+        """
+        for name, ids, count in (
+            ("sources", self.sources, self.features + 1),
+            ("targets", self.targets, self.outputs),
+        ):
             ids = np.asarray(ids)
             if ids.size and not (ids.min() >= 0 and ids.max() < count):
-                raise InputError(f"{name}: {ids.min()} to {ids.max()} given; allowed: 0 to {count - 1}")
+                raise InputError(
+                    f"{name}: {ids.min()} to {ids.max()} given; allowed: 0 to {count - 1}"
+                )
 
 
 class EdgeBlock(NamedTuple):
@@ -70,7 +78,9 @@ def edges_of(blocks: Iterable[EdgeBlock], features: int, outputs: int) -> Edges:
     """
     blocks = list(blocks)
     order = max([1, *(len(block.sources) for block in blocks)])
-    sources, targets, weights = [], [], []
+    sources = []
+    targets = []
+    weights = []
     for weight, starts, target in blocks:
         grid = np.indices(weight.shape, np.int32).reshape(weight.ndim, -1)
         rows = [run + np.int32(start) for run, start in zip(grid[1:], starts, strict=True)]
@@ -78,7 +88,13 @@ def edges_of(blocks: Iterable[EdgeBlock], features: int, outputs: int) -> Edges:
         sources.append(np.stack(rows, axis=-1))
         targets.append(grid[0] + np.int32(target))
         weights.append(weight.reshape(-1))
-    edges = Edges(np.concatenate(sources), np.concatenate(targets), jnp.concatenate(weights), features, outputs)
+    edges = Edges(
+        np.concatenate(sources),
+        np.concatenate(targets),
+        jnp.concatenate(weights),
+        features,
+        outputs,
+    )
     edges.check()
     return edges
 
@@ -92,7 +108,9 @@ def edge_sum(x: Float[Array, "B N"], edges: Edges) -> Float[Array, "B M"]:
       InputError: another number of features than the edges are of.
     """
     if x.shape[1] != edges.features:
-        raise InputError(f"edge_sum: x {x.shape} has {x.shape[1]} features; the edges are of {edges.features}")
+        raise InputError(
+            f"edge_sum: x {x.shape} has {x.shape[1]} features; the edges are of {edges.features}"
+        )
     known = jnp.concatenate([x, jnp.ones((x.shape[0], 1), x.dtype)], axis=1)
     carried = on_last(edges.weights, 2)
     for i in range(edges.sources.shape[1]):

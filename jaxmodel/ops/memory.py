@@ -1,4 +1,6 @@
-"""The cache of a decoder that reads a source: what it said so far, and the keys and values of what it reads."""
+"""The cache of a decoder that reads a source: what it said so far, and the keys and values of what
+it reads.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from jaxmodel.ops.seen import Seen
 
 @register
 class MemoryCache:
-    """A `KVCache` of the target, and beside it the source, which is written by the first call and read by all.
+    """A `KVCache` of the target, and beside it the source, which is written by the first call and
+    read by all.
 
-    As long as no source is there, S is 0: what an empty cache holds nothing of belongs to the source.
+    As long as no source is there, S is 0: what an empty cache holds nothing of belongs to the
+    source.
 
     Attributes:
       target: of the decoder's own tokens.
@@ -33,29 +37,45 @@ class MemoryCache:
     valid: jax.Array
 
     @classmethod
-    def zeros(cls, layers: int, batch: int, heads: int, capacity: int, width: int, policy: Policy) -> MemoryCache:
+    def zeros(
+        cls, layers: int, batch: int, heads: int, capacity: int, width: int, policy: Policy
+    ) -> MemoryCache:
         """An empty cache, for `capacity` tokens of the target and a source of any length."""
         target = KVCache.zeros(layers, batch, heads, capacity, width, policy)
         source = jnp.zeros((layers, batch, heads, 0, width), policy.cache_dtype)
         return cls(target, source, source, jnp.zeros((batch, 0), jnp.bool_))
 
     def reading(self, valid: Bool[Array, "B S"], memory: Float[Array, "B S D"]) -> MemoryCache:
-        """The cache with room for the keys and values of a memory; `remember` writes those of each layer."""
+        """The cache with room for the keys and values of a memory; `remember` writes those of each
+        layer.
+        """
         layers, batch, heads, _, width = self.k.shape
         room = jnp.zeros((layers, batch, heads, valid.shape[1], width), self.k.dtype)
         return MemoryCache(self.target, room, room, valid)
 
-    def remember(self, layer: jax.Array | int, k: Float[Array, "B K S h"], v: Float[Array, "B K S h"]) -> MemoryCache:
+    def remember(
+        self, layer: jax.Array | int, k: Float[Array, "B K S h"], v: Float[Array, "B K S h"]
+    ) -> MemoryCache:
         """Write the source's keys and values in one layer."""
 
         def write(store: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice(store, new[None].astype(store.dtype), (layer, 0, 0, 0, 0))
+            return jax.lax.dynamic_update_slice(
+                store, new[None].astype(store.dtype), (layer, 0, 0, 0, 0)
+            )
 
         return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
 
-    def recall(self, layer: jax.Array | int, heads: int) -> tuple[Float[Array, "B K S h"], Float[Array, "B K S h"], Seen]:
-        """The source's keys and values in one layer that has so many heads, and what every query sees of them."""
-        return self.k[layer][:, :heads], self.v[layer][:, :heads], Seen(valid=self.valid, causal=False)
+    def recall(
+        self, layer: jax.Array | int, heads: int
+    ) -> tuple[Float[Array, "B K S h"], Float[Array, "B K S h"], Seen]:
+        """The source's keys and values in one layer that has so many heads, and what every query
+        sees of them.
+        """
+        return (
+            self.k[layer][:, :heads],
+            self.v[layer][:, :heads],
+            Seen(valid=self.valid, causal=False),
+        )
 
     @property
     def length(self) -> Int[Array, " B"]:

@@ -13,7 +13,9 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves.leaf import register, static
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+def rms_norm(
+    x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
     """`x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich, 2019), in x's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
@@ -21,26 +23,38 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
 
 
 def layer_norm(
-    x: Float[Array, "... D"], weight: Float[Array, " D"], bias: Float[Array, " D"] | None, eps: float
+    x: Float[Array, "... D"],
+    weight: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    eps: float,
 ) -> Float[Array, "... D"]:
     """`(x - mean) / sqrt(var + eps) * weight + bias` (Ba et al., 2016), in x's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     wide = wide * on_last(weight.astype(jnp.float32), x.ndim)
-    return (wide if bias is None else wide + on_last(bias.astype(jnp.float32), x.ndim)).astype(x.dtype)
+    return (wide if bias is None else wide + on_last(bias.astype(jnp.float32), x.ndim)).astype(
+        x.dtype
+    )
 
 
 def group_norm(
-    x: Float[Array, "B *space D"], weight: Float[Array, " D"], bias: Float[Array, " D"], groups: int, eps: float
+    x: Float[Array, "B *space D"],
+    weight: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    groups: int,
+    eps: float,
 ) -> Float[Array, "B *space D"]:
-    """`(x - mean) / sqrt(var + eps) * weight + bias`, moments of each row's groups of channels (Wu & He, 2018), in x's dtype.
+    """`(x - mean) / sqrt(var + eps) * weight + bias`, moments of each row's groups of channels (Wu
+    & He, 2018), in x's dtype.
 
     Raises:
       InputError: groups that do not divide the channels.
     """
     if groups < 1 or x.shape[-1] % groups:
-        raise InputError(f"groups: {groups} given; a divisor of the {x.shape[-1]} channels is needed")
+        raise InputError(
+            f"groups: {groups} given; a divisor of the {x.shape[-1]} channels is needed"
+        )
     wide = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     wide = wide - jnp.mean(wide, axis=(1, 3), keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=(1, 3), keepdims=True) + eps)
@@ -57,17 +71,20 @@ def batch_norm(
     eps: float,
     train: bool = False,
 ) -> Float[Array, "B *space D"]:
-    """`(x - mean) / sqrt(variance + eps) * weight + bias` of each channel (Ioffe & Szegedy, 2015), in x's dtype.
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` of each channel (Ioffe & Szegedy, 2015),
+    in x's dtype.
 
     Args:
       x: activations.
       weight: of the result.
       bias: of the result.
-      mean: the statistics that inference normalises by. They are set, not trained, so they have no gradient; see
-        `jaxmodel.train.set_batch_statistics`. A `Measured` in the mean's place measures x.
+      mean: the statistics that inference normalises by. They are set, not trained, so they have no
+        gradient; see `jaxmodel.train.set_batch_statistics`. A `Measured` in the mean's place
+        measures x.
       variance: its other half.
       eps: added to the variance.
-      train: normalise by the moments of x itself, over all axes but the last, and of the rows that count (see `Measured`).
+      train: normalise by the moments of x itself, over all axes but the last, and of the rows that
+        count (see `Measured`).
     """
     measured = mean if isinstance(mean, Measured) else None
     counts = None if measured is None else measured.counts
@@ -99,18 +116,22 @@ def _mean(wide: Float[Array, "B *space D"], counts: Array | None) -> Float[Array
 
 @register
 class Measured:
-    """What stands in the place of a batch norm's `mean` where more is asked of the norm than to normalise.
+    """What stands in the place of a batch norm's `mean` where more is asked of the norm than to
+    normalise.
 
-    `counts` says which rows of the batch its moments are of: those that only fill a batch up do not count. `zeros` measures the
-    input, as a `Probe` measures that of a contraction: the gradient of the zeros, of anything downstream, is the count of x, the
-    sum of `x - mean` and the sum of its squares, for each channel. They are sums, so batches and shards add up; taking them
-    around a mean that is nearly right keeps the variance from being the difference of two large numbers.
+    `counts` says which rows of the batch its moments are of: those that only fill a batch up do not
+    count. `zeros` measures the input, as a `Probe` measures that of a contraction: the gradient of
+    the zeros, of anything downstream, is the count of x, the sum of `x - mean` and the sum of its
+    squares, for each channel. They are sums, so batches and shards add up; taking them around a
+    mean that is nearly right keeps the variance from being the difference of two large numbers.
 
     Attributes:
       mean: `[D]`, with the layers in front where they are stacked.
-      zeros: `count` `[]`, `sum` and `square` `[D]`, with the layers in front; None to measure nothing.
+      zeros: `count` `[]`, `sum` and `square` `[D]`, with the layers in front; None to measure
+        nothing.
       counts: bool `[B]`, with the layers in front; None for all rows.
-      own: whether each batch is normalised by its own moments, as in training, rather than by `mean` and `variance`.
+      own: whether each batch is normalised by its own moments, as in training, rather than by
+        `mean` and `variance`.
     """
 
     mean: Any
@@ -134,7 +155,9 @@ def _tap(y: Array, x: Array, mean: Array, counts: Array | None, zeros: dict[str,
     return y
 
 
-def _forward(y: Array, x: Array, mean: Array, counts: Array | None, zeros: dict[str, Array]) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    y: Array, x: Array, mean: Array, counts: Array | None, zeros: dict[str, Array]
+) -> tuple[Array, tuple[Any, ...]]:
     return y, (x, mean, counts)
 
 
@@ -144,7 +167,13 @@ def _backward(saved: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
     rows = jnp.ones(len(x), bool) if counts is None else counts
     wide = jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), wide, 0.0).reshape(-1, x.shape[-1])
     count = jnp.sum(rows, dtype=jnp.float32) * math.prod(x.shape[1:-1])
-    return g, None, None, None, {"count": count, "sum": jnp.sum(wide, axis=0), "square": jnp.sum(wide * wide, axis=0)}
+    return (
+        g,
+        None,
+        None,
+        None,
+        {"count": count, "sum": jnp.sum(wide, axis=0), "square": jnp.sum(wide * wide, axis=0)},
+    )
 
 
 _tap.defvjp(_forward, _backward)

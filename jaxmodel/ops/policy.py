@@ -1,4 +1,7 @@
-"""`Policy`: how a model computes. Dtypes, rematerialisation, and where activations lie on a mesh."""
+"""`Policy`: how a model computes.
+
+Dtypes, rematerialisation, and where activations lie on a mesh.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,22 @@ class Policy:
     """Frozen and hashable, so that equal policies give the same compiled functions.
 
     Attributes:
-      compute: dtype of the operands of every contraction; sums, norms and softmax are float32 whatever it is.
+      compute: dtype of the operands of every contraction; sums, norms and softmax are float32
+        whatever it is.
       stream: dtype of the activations between operations.
       cache: dtype of keys and values in the cache; None for `compute`.
-      remat: what the backward pass computes again: "none", "full" (each block), "dots" (all but the contractions).
-      attention: how attention runs: "plain" (all scores at once), "blockwise" (memory linear in length), "auto" (by length).
-      axes: letter of an activation's axis -> mesh axes, `(("B", ("data", "fsdp")), ("H", "tensor"), ("F", "tensor"))`.
-      microbatches: parts of a batch that follow each other through the stages of a mesh with `pipeline`; 0 for as many as there
-        are stages. With S stages and M parts a stage has nothing to do for (S - 1) / (M + S - 1) of the time.
-      unroll: layers that stand in the program one after the other, in a loop over the rest. More compile longer; on a CPU a small
-        model trains by a third faster without the loop, which keeps what the backward pass needs in one array of all layers.
+      remat: what the backward pass computes again: "none", "full" (each block), "dots" (all but the
+        contractions).
+      attention: how attention runs: "plain" (all scores at once), "blockwise" (memory linear in
+        length), "auto" (by length).
+      axes: letter of an activation's axis -> mesh axes, `(("B", ("data", "fsdp")), ("H", "tensor"),
+        ("F", "tensor"))`.
+      microbatches: parts of a batch that follow each other through the stages of a mesh with
+        `pipeline`; 0 for as many as there are stages. With S stages and M parts a stage has nothing
+        to do for (S - 1) / (M + S - 1) of the time.
+      unroll: layers that stand in the program one after the other, in a loop over the rest. More
+        compile longer; on a CPU a small model trains by a third faster without the loop, which
+        keeps what the backward pass needs in one array of all layers.
     """
 
     compute: str = "float32"
@@ -66,5 +75,6 @@ MESH_AXES = (
     ("F", "tensor"),
     ("V", "tensor"),
 )
-"""The usual placement of activations: rows over the axes of the batch, positions over `sequence` (whose attention is a ring),
-heads, feed-forward and vocabulary over `tensor`."""
+"""The usual placement of activations: rows over the axes of the batch, positions over `sequence`
+(whose attention is a ring), heads, feed-forward and vocabulary over `tensor`.
+"""

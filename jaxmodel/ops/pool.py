@@ -1,8 +1,9 @@
 """Pooling of images: the largest or the mean value of each window.
 
-XLA's own windowed reductions have a gradient that scatters, which took three quarters of a training step of a small network on a
-CPU (135 ms against 35 ms). Here a maximum is one of slices, each with one place of all windows, and a mean is over axes of its
-own; both are fused. (A maximum over such axes, too, is slower in its gradient: 61 against 50 ms of processor time in that step.)
+XLA's own windowed reductions have a gradient that scatters, which took three quarters of a training
+step of a small network on a CPU (135 ms against 35 ms). Here a maximum is one of slices, each with
+one place of all windows, and a mean is over axes of its own; both are fused. (A maximum over such
+axes, too, is slower in its gradient: 61 against 50 ms of processor time in that step.)
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from jaxmodel.errors import InputError
 
 
 def max_pool(
-    x: Float[Array, "B Y X D"], kernel: tuple[int, int], stride: tuple[int, int] | None = None, pad: int = 0
+    x: Float[Array, "B Y X D"],
+    kernel: tuple[int, int],
+    stride: tuple[int, int] | None = None,
+    pad: int = 0,
 ) -> Float[Array, "B P Q D"]:
     """The largest value of each window.
 
     Args:
       x: images.
       kernel: the sides of a window.
-      stride: between two windows; None for windows side by side. What fills no window at the end is left out.
+      stride: between two windows; None for windows side by side. What fills no window at the end is
+        left out.
       pad: rows and columns on each side, which no window takes a value from.
 
     Raises:
@@ -37,14 +42,20 @@ def max_pool(
 
     def part(i: int, j: int) -> Array:
         """The elements at this place of all windows."""
-        rows, columns = (slice(at, at + s * (n - 1) + 1, s) for at, s, n in zip((i, j), stride, counts, strict=True))
+        rows, columns = (
+            slice(at, at + s * (n - 1) + 1, s)
+            for at, s, n in zip((i, j), stride, counts, strict=True)
+        )
         return x[:, rows, columns]
 
-    return functools.reduce(jnp.maximum, (part(i, j) for i, j in itertools.product(*map(range, kernel))))
+    return functools.reduce(
+        jnp.maximum, (part(i, j) for i, j in itertools.product(*map(range, kernel)))
+    )
 
 
 def avg_pool(x: Float[Array, "B Y X D"], kernel: tuple[int, int]) -> Float[Array, "B P Q D"]:
-    """The mean of each window, side by side, in x's dtype; what fills no window at the end is left out.
+    """The mean of each window, side by side, in x's dtype; what fills no window at the end is left
+    out.
 
     Args:
       x: images.
@@ -58,9 +69,13 @@ def avg_pool(x: Float[Array, "B Y X D"], kernel: tuple[int, int]) -> Float[Array
     return jnp.mean(windows.astype(jnp.float32), axis=(2, 4)).astype(x.dtype)
 
 
-def _counts(x: Float[Array, "B Y X D"], kernel: tuple[int, int], stride: tuple[int, int]) -> list[int]:
+def _counts(
+    x: Float[Array, "B Y X D"], kernel: tuple[int, int], stride: tuple[int, int]
+) -> list[int]:
     """How many windows there are along each side."""
     counts = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:3], kernel, stride, strict=True)]
     if min(counts) < 1:
-        raise InputError(f"kernel: {kernel} given for images of {x.shape[1:3]}; a window must fit into an image")
+        raise InputError(
+            f"kernel: {kernel} given for images of {x.shape[1:3]}; a window must fit into an image"
+        )
     return counts

@@ -1,9 +1,10 @@
 """`Probe`: a leaf that measures the input of its contraction, read out by differentiation.
 
-The op computes its output `y` and returns `tap(y, x, zeros)`: `y` unchanged, but with a gradient for the zeros that is the
-statistic of `x`. `jax.grad` of anything downstream with respect to the zeros then returns the statistics of every layer, under
-`scan`, `remat`, `jit` and on a mesh, without hooks and without a second model. The *output* is tapped because the gradient of
-an input is zero behind a rounding or an argmax, and the statistic would silently be too.
+The op computes its output `y` and returns `tap(y, x, zeros)`: `y` unchanged, but with a gradient
+for the zeros that is the statistic of `x`. `jax.grad` of anything downstream with respect to the
+zeros then returns the statistics of every layer, under `scan`, `remat`, `jit` and on a mesh,
+without hooks and without a second model. The *output* is tapped because the gradient of an input is
+zero behind a rounding or an argmax, and the statistic would silently be too.
 
 Every statistic is a sum over tokens, so batches and shards add up.
 """
@@ -26,7 +27,8 @@ HISTOGRAM_STEP = 0.5  # octaves; bin i counts |x| in [2^(i*STEP + LOW), 2^((i+1)
 HISTOGRAM_LOW = -24.0
 
 STATISTICS = ("count", "taken", "square", "gram", "histogram", "tokens")
-GRADIENT = "gradient"  # of the weight itself, for a leaf that has none of its own; no statistic of the input alone
+# of the weight itself, for a leaf that has none of its own; no statistic of the input alone
+GRADIENT = "gradient"
 OF_TAKE = ("taken", "tokens")  # the statistics of a lookup; the others are of a contraction
 
 
@@ -41,8 +43,8 @@ class Probe:
       gram: [in, in], X^T X.
       histogram: [bins], elements of x by the logarithm of |x| on a fixed grid.
       tokens: [rows of the table], how often each row was looked up.
-      gradient: [out, in], that of the array which the weight stands for, in the dtype of the zeros. So a compressed weight trains
-        (see `jaxmodel.optim.quantized`).
+      gradient: [out, in], that of the array which the weight stands for, in the dtype of the zeros.
+        So a compressed weight trains (see `jaxmodel.optim.quantized`).
     """
 
     weight: Any
@@ -63,8 +65,8 @@ def zeros_for(shape: tuple[int, ...], statistics: Iterable[str]) -> dict[str, Ar
     """The zeros of a probe on a weight.
 
     Args:
-      shape: `[..., out, in]`. Each matrix behind the leading axes (of layers, that `scan` slices off; of experts, batch
-        letters of the equation) has statistics of its own.
+      shape: `[..., out, in]`. Each matrix behind the leading axes (of layers, that `scan` slices
+        off; of experts, batch letters of the equation) has statistics of its own.
       statistics: of `STATISTICS`; `count` and `taken` are always there.
 
     Returns:
@@ -101,14 +103,20 @@ def _tap(y: Array, x: Array, zeros: dict[str, Array]) -> Array:
     return y
 
 
-def _forward(y: Array, x: Array, zeros: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+def _forward(
+    y: Array, x: Array, zeros: dict[str, Array]
+) -> tuple[Array, tuple[Array, dict[str, Array]]]:
     return y, (x, zeros)
 
 
-def _backward(saved: tuple[Array, dict[str, Array]], g: Array) -> tuple[Array, Any, dict[str, Array]]:
+def _backward(
+    saved: tuple[Array, dict[str, Array]], g: Array
+) -> tuple[Array, Any, dict[str, Array]]:
     x, zeros = saved
     sums = {
-        name: _gradient(x, g, zero) if name == GRADIENT else _statistic(name, x, zero).reshape(zero.shape)
+        name: _gradient(x, g, zero)
+        if name == GRADIENT
+        else _statistic(name, x, zero).reshape(zero.shape)
         for name, zero in zeros.items()
     }
     return g, None, {name: _gather(total, x, zeros[name]) for name, total in sums.items()}
@@ -120,8 +128,15 @@ _tap.defvjp(_forward, _backward)
 def _gradient(x: Array, g: Array, zero: Array) -> Float[Array, "out in"]:
     """Of a weight `[out, in]`, where `y = x w^T`, or where y are its rows at the ids x."""
     if jnp.issubdtype(x.dtype, jnp.integer):
-        place = jnp.where((x >= 0) & (x < zero.shape[0]), x, zero.shape[0])  # what is outside is dropped
-        return jnp.zeros(zero.shape, jnp.float32).at[place].add(g.astype(jnp.float32), mode="drop").astype(zero.dtype)
+        place = jnp.where(
+            (x >= 0) & (x < zero.shape[0]), x, zero.shape[0]
+        )  # what is outside is dropped
+        return (
+            jnp.zeros(zero.shape, jnp.float32)
+            .at[place]
+            .add(g.astype(jnp.float32), mode="drop")
+            .astype(zero.dtype)
+        )
     rows = tuple(range(x.ndim - 1))
     product = jax.lax.dot_general(
         g.astype(zero.dtype),
@@ -135,7 +150,11 @@ def _gradient(x: Array, g: Array, zero: Array) -> Float[Array, "out in"]:
 
 def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:
     if name == "tokens":
-        return jnp.zeros(zero.shape, jnp.float32).at[jnp.clip(x.reshape(-1), 0, zero.shape[0] - 1)].add(1.0)
+        return (
+            jnp.zeros(zero.shape, jnp.float32)
+            .at[jnp.clip(x.reshape(-1), 0, zero.shape[0] - 1)]
+            .add(1.0)
+        )
     if name == "taken":
         return _size(x)
     if name == "count":
@@ -149,14 +168,21 @@ def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:
 
 
 def _size(x: Array) -> Float[Array, ""]:
-    """The number of elements, as a sum over x: `vmap` adds up what depends on a mapped x, and would count a constant once."""
+    """The number of elements, as a sum over x:
+
+    `vmap` adds up what depends on a mapped x, and would count a constant once.
+    """
     return jnp.sum(jnp.where(x == x, 1.0, 1.0), dtype=jnp.float32)
 
 
 def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
-    """Counts of |x| on the fixed logarithmic grid; what lies outside it falls into the first or last bin."""
+    """Counts of |x| on the fixed logarithmic grid; what lies outside it falls into the first or
+    last bin.
+    """
     octave = jnp.log2(jnp.maximum(jnp.abs(x.reshape(-1).astype(jnp.float32)), 1e-30))
-    place = jnp.clip((octave - HISTOGRAM_LOW) / HISTOGRAM_STEP, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
+    place = jnp.clip((octave - HISTOGRAM_LOW) / HISTOGRAM_STEP, 0, HISTOGRAM_BINS - 1).astype(
+        jnp.int32
+    )
     return jnp.zeros(HISTOGRAM_BINS, jnp.float32).at[place].add(1.0)
 
 
@@ -168,4 +194,6 @@ def _gather(total: Array, x: Array, zero: Array) -> Array:
 
 def _varying(x: Array) -> frozenset[str]:
     kind = jax.typeof(x)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma  # the name before JAX 0.12
+    return (
+        kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    )  # the name before JAX 0.12

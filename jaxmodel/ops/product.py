@@ -1,4 +1,6 @@
-"""The product of two arrays in a lower precision, forward and backward: the one home of the dtypes of operands and results."""
+"""The product of two arrays in a lower precision, forward and backward: the one home of the dtypes
+of operands and results.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,29 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 WITHOUT_BATCH = "product without batch axes"
-"""The name for `jax.checkpoint_policies` of products in bfloat16, whose own rule of differentiation hides the `dot_general`."""
+"""The name for `jax.checkpoint_policies` of products in bfloat16, whose own rule of differentiation
+hides the `dot_general`.
+"""
 
 
-def product(equation: str, x: Float[Array, "..."], y: Float[Array, "..."], compute: Any, out: Any = jnp.float32) -> Array:
+def product(
+    equation: str,
+    x: Float[Array, "..."],
+    y: Float[Array, "..."],
+    compute: Any,
+    out: Any = jnp.float32,
+) -> Array:
     """`einsum(equation, x, y)` of operands rounded to `compute`, summed in float32.
 
-    Its gradients are such products too: what comes back is rounded to `compute` first. The transpose that JAX derives has a
-    float32 operand beside a rounded one, which no matrix unit takes, so that two thirds of a training step would run in float32
-    (float16 keeps it, since its gradients may be too small without a scale). In bfloat16 there is no forward
-    derivative for that, and on a CPU the gradients are rounded to bfloat16 (see `_narrow`).
+    Its gradients are such products too: what comes back is rounded to `compute` first. The
+    transpose that JAX derives has a float32 operand beside a rounded one, which no matrix unit
+    takes, so that two thirds of a training step would run in float32 (float16 keeps it, since its
+    gradients may be too small without a scale). In bfloat16 there is no forward derivative for
+    that, and on a CPU the gradients are rounded to bfloat16 (see `_narrow`).
 
     Args:
-      equation: two terms of single letters; a letter that is in one operand alone is in the result too.
+      equation: two terms of single letters; a letter that is in one operand alone is in the result
+        too.
       x: an operand.
       y: the other.
       compute: dtype of the operands.
@@ -36,26 +48,39 @@ def product(equation: str, x: Float[Array, "..."], y: Float[Array, "..."], compu
     3.0
     """
     if jnp.dtype(compute) == jnp.bfloat16:
-        found, terms = _bfloat16(equation, x, y, jnp.dtype(out)), equation.replace("->", ",").split(",")
-        return found if set.intersection(*map(set, terms)) else checkpoint_name(found, WITHOUT_BATCH)
-    x, y = x.astype(compute), y.astype(compute)
-    return jnp.einsum(equation, x, y, precision=precision(compute), preferred_element_type=jnp.float32).astype(out)
+        found = _bfloat16(equation, x, y, jnp.dtype(out))
+        terms = equation.replace("->", ",").split(",")
+        return (
+            found if set.intersection(*map(set, terms)) else checkpoint_name(found, WITHOUT_BATCH)
+        )
+    x = x.astype(compute)
+    y = y.astype(compute)
+    return jnp.einsum(
+        equation, x, y, precision=precision(compute), preferred_element_type=jnp.float32
+    ).astype(out)
 
 
 def precision(compute: Any) -> jax.lax.Precision | None:
-    """Of XLA's products: float32 means float32 also on accelerators, whose default is one bfloat16 pass."""
+    """Of XLA's products: float32 means float32 also on accelerators, whose default is one bfloat16
+    pass.
+    """
     return jax.lax.Precision.HIGHEST if jnp.dtype(compute) == jnp.float32 else None
 
 
 def compiler_options(compute: Any) -> dict[str, Any]:
-    """Options of `jax.jit` for a program full of products in `compute`: on x86 processors with bfloat16 units oneDNN's kernels.
+    """Options of `jax.jit` for a program full of products in `compute`: on x86 processors with
+    bfloat16 units oneDNN's kernels.
 
-    XLA's default on a CPU has no fast kernel for the gradient of a weight in bfloat16. In float32 oneDNN is left out: XLA lets
-    it add up products whose layouts differ, and for these it has a reference loop alone, 40 times slower.
+    XLA's default on a CPU has no fast kernel for the gradient of a weight in bfloat16. In float32
+    oneDNN is left out: XLA lets it add up products whose layouts differ, and for these it has a
+    reference loop alone, 40 times slower.
     """
     if jnp.dtype(compute) != jnp.bfloat16 or jax.default_backend() != "cpu" or not _has_bfloat16():
         return {}
-    return {"xla_cpu_experimental_onednn_custom_call": True, "xla_cpu_experimental_ynn_fusion_type": ""}
+    return {
+        "xla_cpu_experimental_onednn_custom_call": True,
+        "xla_cpu_experimental_ynn_fusion_type": "",
+    }
 
 
 @functools.cache
@@ -71,8 +96,12 @@ def _bfloat16(equation: str, x: Array, y: Array, out: Any) -> Array:
 
 
 def _save(equation: str, x: Array, y: Array, out: Any) -> tuple[Array, Any]:
-    likes = jnp.zeros(0, x.dtype), jnp.zeros(0, y.dtype)  # without content: they tell the dtypes of the gradients
-    x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    likes = (
+        jnp.zeros(0, x.dtype),
+        jnp.zeros(0, y.dtype),
+    )  # without content: they tell the dtypes of the gradients
+    x = x.astype(jnp.bfloat16)
+    y = y.astype(jnp.bfloat16)
     return _bfloat16(equation, x, y, out), (x, y, likes)
 
 
@@ -88,18 +117,23 @@ _bfloat16.defvjp(_save, _pull)
 
 
 def _run(equation: str, x: Array, y: Array, out: Any) -> Array:
-    return jnp.einsum(equation, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=out)
+    return jnp.einsum(
+        equation, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=out
+    )
 
 
 def _narrow(equation: str, x: Array, y: Array, out: Any) -> Array:
     """The same where a result in bfloat16 is exact enough; on a CPU it is one.
 
-    There only products with a result in bfloat16 have kernels for operands of every layout. XLA would make it a float32 product
-    again where the result is widened, and add others into it, so it is widened in a way that XLA does not know.
+    There only products with a result in bfloat16 have kernels for operands of every layout. XLA
+    would make it a float32 product again where the result is widened, and add others into it, so it
+    is widened in a way that XLA does not know.
     """
 
     def on_cpu(x: Array, y: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(_run(equation, x, y, jnp.bfloat16), jnp.uint16)
         return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32).astype(out)
 
-    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=functools.partial(_run, equation, out=out))
+    return jax.lax.platform_dependent(
+        x, y, cpu=on_cpu, default=functools.partial(_run, equation, out=out)
+    )

@@ -1,9 +1,11 @@
-"""`ragged`: rows that stand sorted by group, each contracted with the matrix of its group (mixture of experts).
+"""`ragged`: rows that stand sorted by group, each contracted with the matrix of its group (mixture
+of experts).
 
-On an accelerator a plain array goes to XLA's own ragged product. On a CPU that product computes every row with every group (six
-times slower for 1,024 rows and 8 groups, thirty times for 4 rows), and no accelerator knows our compressed leaves, so there the
-rows are cut into blocks of one group each, and a block is a contraction of `einsum` with that group's slice of the leaf: all leaf
-types work as they do there. It has first derivatives, in reverse mode, which `vmap` may map.
+On an accelerator a plain array goes to XLA's own ragged product. On a CPU that product computes
+every row with every group (six times slower for 1,024 rows and 8 groups, thirty times for 4 rows),
+and no accelerator knows our compressed leaves, so there the rows are cut into blocks of one group
+each, and a block is a contraction of `einsum` with that group's slice of the leaf: all leaf types
+work as they do there. It has first derivatives, in reverse mode, which `vmap` may map.
 """
 
 from __future__ import annotations
@@ -24,15 +26,21 @@ from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, histogram
 from jaxmodel.ops.product import precision
 
-BLOCK = 64  # rows of a block at most; more waste rows at the end of each group, fewer read the matrices more often
+# rows of a block at most; more waste rows at the end of each group, fewer read the matrices more
+# often
+BLOCK = 64
 
 
-def ragged(x: Float[Array, "N in"], w: Any, sizes: Int[Array, " E"], policy: Policy = DEFAULT) -> Float[Array, "N out"]:
-    """`y[n] = w[group of n] x[n]`, where the first `sizes[0]` rows are of group 0, the next `sizes[1]` of group 1, and so on.
+def ragged(
+    x: Float[Array, "N in"], w: Any, sizes: Int[Array, " E"], policy: Policy = DEFAULT
+) -> Float[Array, "N out"]:
+    """`y[n] = w[group of n] x[n]`, where the first `sizes[0]` rows are of group 0, the next
+    `sizes[1]` of group 1, and so on.
 
     Args:
       x: rows, sorted by group.
-      w: `[E, out, in]`: an array, a compressed leaf or a `Probe`, whose statistics are those of each group's own rows.
+      w: `[E, out, in]`: an array, a compressed leaf or a `Probe`, whose statistics are those of
+        each group's own rows.
       sizes: rows of each group, together at most N; rows behind them give zeros.
       policy: dtypes.
 
@@ -43,32 +51,43 @@ def ragged(x: Float[Array, "N in"], w: Any, sizes: Int[Array, " E"], policy: Pol
       InputError: shapes that do not fit.
     """
     if len(w.shape) != 3 or sizes.shape != w.shape[:1] or x.shape[1] != w.shape[2]:
-        raise InputError(f"ragged: x {x.shape}, w {w.shape}, sizes {sizes.shape} given; [N, in], [E, out, in], [E] are needed")
+        raise InputError(
+            f"ragged: x {x.shape}, w {w.shape}, sizes {sizes.shape} given; [N, in], [E, out, in], "
+            f"[E] are needed"
+        )
     return _of_leaf(x, w, sizes, policy).astype(policy.stream)
 
 
 def _of_leaf(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
     if isinstance(w, Probe):
         y = _of_leaf(x, w.weight, sizes, policy)
-        return _tap(y, jax.lax.stop_gradient(x), sizes, {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE})
+        return _tap(
+            y,
+            jax.lax.stop_gradient(x),
+            sizes,
+            {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE},
+        )
     y = _product(x, w, sizes, dataclasses.replace(policy, stream="float32", axes=()))
     row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     return jnp.where(row < jnp.sum(sizes, dtype=jnp.int32), y, jnp.float32(0))
 
 
-# ------------------------------------------------------------------------------------------------------ the product
+# -------------------------------------------------------------------------------------- the product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
     """float32; rows behind the last group are undefined."""
-    by_blocks, by_group = functools.partial(_by_blocks, policy=policy), functools.partial(_by_group, policy=policy)
+    by_blocks = functools.partial(_by_blocks, policy=policy)
+    by_group = functools.partial(_by_group, policy=policy)
     if isinstance(w, Compressed):
         return by_blocks(x, w, sizes)
     return jax.lax.platform_dependent(x, w, sizes, cpu=by_blocks, default=by_group)
 
 
-def _forward(x: Array, w: Any, sizes: Array, policy: Policy) -> tuple[Array, tuple[Array, Any, Array]]:
+def _forward(
+    x: Array, w: Any, sizes: Array, policy: Policy
+) -> tuple[Array, tuple[Array, Any, Array]]:
     return _product(x, w, sizes, policy), (x, w, sizes)
 
 
@@ -82,44 +101,59 @@ def _backward(policy: Policy, saved: tuple[Array, Any, Array], g: Array) -> tupl
     return dx, dw, None
 
 
-_product.defvjp(_forward, _backward)  # by itself the transpose of a loop over blocks would add a whole leaf for every block
+_product.defvjp(
+    _forward, _backward
+)  # by itself the transpose of a loop over blocks would add a whole leaf for every block
 
 
 def _by_group(x: Array, w: Array, sizes: Array, policy: Policy) -> Array:
     return _dot(x, w, sizes, ((1,), (2,)), policy)
 
 
-def _by_group_backward(x: Array, w: Array, sizes: Array, g: Array, policy: Policy) -> tuple[Array, Array]:
-    dx, dw = _dot(g, w, sizes, ((1,), (1,)), policy), _dot(g, x, sizes, ((0,), (0,)), policy)
+def _by_group_backward(
+    x: Array, w: Array, sizes: Array, g: Array, policy: Policy
+) -> tuple[Array, Array]:
+    dx = _dot(g, w, sizes, ((1,), (1,)), policy)
+    dw = _dot(g, x, sizes, ((0,), (0,)), policy)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-def _dot(a: Array, b: Array, sizes: Array, contracted: tuple[tuple[int], tuple[int]], policy: Policy) -> Array:
-    """XLA's ragged product of a, whose first axis is cut, with b `[E, ., .]`, or with b cut alike for a result `[E, ., .]`."""
+def _dot(
+    a: Array, b: Array, sizes: Array, contracted: tuple[tuple[int], tuple[int]], policy: Policy
+) -> Array:
+    """XLA's ragged product of a, whose first axis is cut, with b `[E, ., .]`, or with b cut alike
+    for a result `[E, ., .]`.
+    """
     compute = jnp.dtype(policy.compute)
-    dims = jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), [0], [0] if b.ndim == 3 else [])
+    dims = jax.lax.RaggedDotDimensionNumbers(
+        (contracted, ((), ())), [0], [0] if b.ndim == 3 else []
+    )
     run = functools.partial(
         jax.lax.ragged_dot_general,
         ragged_dot_dimension_numbers=dims,
         precision=precision(compute),
         preferred_element_type=jnp.float32,
     )
-    return jax.custom_batching.sequential_vmap(run)(a.astype(compute), b.astype(compute), sizes)  # vmap cannot leave b alone
+    return jax.custom_batching.sequential_vmap(run)(
+        a.astype(compute), b.astype(compute), sizes
+    )  # vmap cannot leave b alone
 
 
-# ----------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 def _blocks(sizes: Array, rows: int) -> tuple[int, tuple[Array, Array, Array]]:
     """The rows of a block, and of each block its group, first row, and the end of its group's rows.
 
-    There are as many as any sizes may need; those that these sizes do not need begin behind the last row.
+    There are as many as any sizes may need; those that these sizes do not need begin behind the
+    last row.
     """
     groups = sizes.shape[0]
     size = max(2, min(BLOCK, 1 << max(rows // groups, 1).bit_length() - 1))
     sizes = sizes.astype(jnp.int32)
     needed = -(-sizes // size)
-    ends, last = jnp.cumsum(sizes, dtype=jnp.int32), jnp.cumsum(needed, dtype=jnp.int32)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    last = jnp.cumsum(needed, dtype=jnp.int32)
     block = jnp.arange(min(rows, rows // size + groups), dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(last, block, side="right").astype(jnp.int32), groups - 1)
     start = (ends - sizes)[group] + (block - (last - needed)[group]) * size
@@ -140,8 +174,12 @@ def _by_blocks(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
     padded = _pad(x, size)
 
     def run(y: Array, group: Array, start: Array) -> Array:
-        part = einsum("ND,FD->NF", jax.lax.dynamic_slice_in_dim(padded, start, size), _slice(w, group), policy)
-        return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=0)  # what is too much, the next block overwrites
+        part = einsum(
+            "ND,FD->NF", jax.lax.dynamic_slice_in_dim(padded, start, size), _slice(w, group), policy
+        )
+        return jax.lax.dynamic_update_slice_in_dim(
+            y, part, start, axis=0
+        )  # what is too much, the next block overwrites
 
     def body(y: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
         group, start, _ = block
@@ -150,24 +188,33 @@ def _by_blocks(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
     return jax.lax.scan(body, jnp.zeros((rows + size, w.shape[1]), jnp.float32), blocks)[0][:rows]
 
 
-def _by_blocks_backward(x: Array, w: Any, sizes: Array, g: Array, policy: Policy) -> tuple[Array, Any]:
+def _by_blocks_backward(
+    x: Array, w: Any, sizes: Array, g: Array, policy: Policy
+) -> tuple[Array, Any]:
     rows = x.shape[0]
     size, blocks = _blocks(sizes, rows)
-    padded, g = _pad(x, size), _pad(g, size)
+    padded = _pad(x, size)
+    g = _pad(g, size)
     parts, structure = jax.tree.flatten(w)
     floats = [i for i, part in enumerate(parts) if jnp.issubdtype(part.dtype, jnp.floating)]
 
-    def run(dx: Array, dw: list[Array], group: Array, start: Array, end: Array) -> tuple[Array, list[Array]]:
+    def run(
+        dx: Array, dw: list[Array], group: Array, start: Array, end: Array
+    ) -> tuple[Array, list[Array]]:
         own = (start + jnp.arange(size, dtype=jnp.int32) < end)[:, None]
         upward = jnp.where(own, jax.lax.dynamic_slice_in_dim(g, start, size), jnp.float32(0))
         product = functools.partial(einsum, "ND,FD->NF", policy=policy)
-        _, pull = jax.vjp(product, jax.lax.dynamic_slice_in_dim(padded, start, size), _slice(w, group))
+        _, pull = jax.vjp(
+            product, jax.lax.dynamic_slice_in_dim(padded, start, size), _slice(w, group)
+        )
         dx_part, dw_part = pull(upward)
         found = [jax.tree.leaves(dw_part)[i].astype(jnp.float32) for i in floats]
         dw = [total.at[group].add(part) for total, part in zip(dw, found, strict=True)]
         return jax.lax.dynamic_update_slice_in_dim(dx, dx_part, start, axis=0), dw
 
-    def body(carry: tuple[Array, list[Array]], block: tuple[Array, Array, Array]) -> tuple[tuple[Array, list[Array]], None]:
+    def body(
+        carry: tuple[Array, list[Array]], block: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, list[Array]], None]:
         return jax.lax.cond(block[1] < rows, run, lambda dx, dw, *_: (dx, dw), *carry, *block), None
 
     zeros = [jnp.zeros(parts[i].shape, jnp.float32) for i in floats]
@@ -178,29 +225,41 @@ def _by_blocks_backward(x: Array, w: Any, sizes: Array, g: Array, policy: Policy
     return dx[:rows], jax.tree.unflatten(structure, cotangents)
 
 
-# ------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 @jax.custom_vjp
 def _tap(y: Array, x: Array, sizes: Array, zeros: dict[str, Array]) -> Array:
-    """`y`, whose gradient for the zeros is the statistics of each group's rows; see `jaxmodel.ops.probe`."""
+    """`y`, whose gradient for the zeros is the statistics of each group's rows; see
+    `jaxmodel.ops.probe`.
+    """
     return y
 
 
-def _tap_forward(y: Array, x: Array, sizes: Array, zeros: dict[str, Array]) -> tuple[Array, tuple[Array, Array, Any]]:
+def _tap_forward(
+    y: Array, x: Array, sizes: Array, zeros: dict[str, Array]
+) -> tuple[Array, tuple[Array, Array, Any]]:
     return y, (x, sizes, zeros)
 
 
-def _tap_backward(saved: tuple[Array, Array, dict[str, Array]], g: Array) -> tuple[Array, None, None, dict[str, Array]]:
+def _tap_backward(
+    saved: tuple[Array, Array, dict[str, Array]], g: Array
+) -> tuple[Array, None, None, dict[str, Array]]:
     x, sizes, zeros = saved
-    return g, None, None, {name: _statistic(name, x, g, sizes, zero) for name, zero in zeros.items()}
+    return (
+        g,
+        None,
+        None,
+        {name: _statistic(name, x, g, sizes, zero) for name, zero in zeros.items()},
+    )
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
 def _statistic(name: str, x: Array, g: Array, sizes: Array, zero: Array) -> Array:
-    wide, groups = x.astype(jnp.float32), sizes.shape[0]
+    wide = x.astype(jnp.float32)
+    groups = sizes.shape[0]
     if name == "count":
         return sizes.astype(jnp.float32)
     if name == "gram":  # the gradient of each group's matrix, where y's gradient is x
@@ -208,6 +267,8 @@ def _statistic(name: str, x: Array, g: Array, sizes: Array, zero: Array) -> Arra
     if name == GRADIENT:
         return _backward(DEFAULT, (wide, zero, sizes), g)[1]
     ends = jnp.cumsum(sizes.astype(jnp.int32), dtype=jnp.int32)
-    group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right")  # E for the rows behind, dropped
+    group = jnp.searchsorted(
+        ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right"
+    )  # E for the rows behind, dropped
     each = wide * wide if name == "square" else jax.vmap(histogram)(wide)
     return jax.ops.segment_sum(each, group, groups)

@@ -1,7 +1,8 @@
-"""One step of a recurrent cell, from the sums that its matrices give: elementwise, in float32. And the cache of such cells.
+"""One step of a recurrent cell, from the sums that its matrices give: elementwise, in float32. And
+the cache of such cells.
 
-A state is `[B, n, H]`: `n` is 2 for an LSTM (what it shows, what it keeps), 1 for a GRU. The gates stand in one axis in the
-order that PyTorch has, so its weights can be taken as they are.
+A state is `[B, n, H]`: `n` is 2 for an LSTM (what it shows, what it keeps), 1 for a GRU. The gates
+stand in one axis in the order that PyTorch has, so its weights can be taken as they are.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ def check_cell(argument: str, kind: str) -> None:
 
 
 def recurrent_step(
-    kind: str, from_input: Float[Array, "B G"], from_state: Float[Array, "B G"], state: Float[Array, "B n H"]
+    kind: str,
+    from_input: Float[Array, "B G"],
+    from_state: Float[Array, "B G"],
+    state: Float[Array, "B n H"],
 ) -> Float[Array, "B n H"]:
-    """The next state of an LSTM (Hochreiter & Schmidhuber, 1997; with forget gates, Gers et al., 2000) or GRU (Cho et al., 2014).
+    """The next state of an LSTM (Hochreiter & Schmidhuber, 1997; with forget gates, Gers et al.,
+    2000) or GRU (Cho et al., 2014).
 
-    With `i, f, g, o` the parts of `from_input + from_state`, an LSTM keeps `c' = sigmoid(f) c + sigmoid(i) tanh(g)` and shows
-    `h' = sigmoid(o) tanh(c')`. With `r, z, n` the parts of both sums `x` and `s`, a GRU shows
-    `h' = (1 - z') tanh(n_x + r' n_s) + z' h`, where `r' = sigmoid(r_x + r_s)` and `z' = sigmoid(z_x + z_s)`.
+    With `i, f, g, o` the parts of `from_input + from_state`, an LSTM keeps
+    `c' = sigmoid(f) c + sigmoid(i) tanh(g)` and shows `h' = sigmoid(o) tanh(c')`. With `r, z, n`
+    the parts of both sums `x` and `s`, a GRU shows `h' = (1 - z') tanh(n_x + r' n_s) + z' h`, where
+    `r' = sigmoid(r_x + r_s)` and `z' = sigmoid(z_x + z_s)`.
 
     Args:
       kind: "lstm" or "gru".
@@ -42,20 +48,23 @@ def recurrent_step(
       from_state: the state's share, with its bias.
       state: see the module; float32.
     """
-    x, s = from_input.astype(jnp.float32), from_state.astype(jnp.float32)
+    x = from_input.astype(jnp.float32)
+    s = from_state.astype(jnp.float32)
     if kind == "lstm":
         i, f, g, o = jnp.split(x + s, 4, axis=-1)
         kept = jax.nn.sigmoid(f) * state[:, 1] + jax.nn.sigmoid(i) * jnp.tanh(g)
         return jnp.stack([jax.nn.sigmoid(o) * jnp.tanh(kept), kept], axis=1)
     check_cell("kind", kind)
     (rx, zx, nx), (rs, zs, ns) = jnp.split(x, 3, axis=-1), jnp.split(s, 3, axis=-1)
-    keep, new = jax.nn.sigmoid(zx + zs), jnp.tanh(nx + jax.nn.sigmoid(rx + rs) * ns)
+    keep = jax.nn.sigmoid(zx + zs)
+    new = jnp.tanh(nx + jax.nn.sigmoid(rx + rs) * ns)
     return ((1 - keep) * new + keep * state[:, 0])[:, None]
 
 
 @register
 class StateCache:
-    """The cache of a recurrent decoder: its states, and the memory that it reads. It holds a text of any length.
+    """The cache of a recurrent decoder: its states, and the memory that it reads. It holds a text
+    of any length.
 
     As long as no source is there, S is 0, as in `MemoryCache`.
 
@@ -75,16 +84,31 @@ class StateCache:
 
     @classmethod
     def zeros(cls, kind: str, layers: int, batch: int, width: int, dtype: str) -> StateCache:
-        """The cache before the source is read; `width` is that of the state and the memory, `dtype` the memory's."""
-        state, nothing = jnp.zeros((layers, batch, STATES[kind], width), jnp.float32), jnp.zeros((batch, 0, width), dtype)
-        return cls(state, nothing, nothing, jnp.zeros((batch, 0), jnp.bool_), jnp.zeros(batch, jnp.int32))
+        """The cache before the source is read; `width` is that of the state and the memory, `dtype`
+        the memory's.
+        """
+        state = jnp.zeros((layers, batch, STATES[kind], width), jnp.float32)
+        nothing = jnp.zeros((batch, 0, width), dtype)
+        return cls(
+            state, nothing, nothing, jnp.zeros((batch, 0), jnp.bool_), jnp.zeros(batch, jnp.int32)
+        )
 
-    def reading(self, valid: Bool[Array, "B S"], memory: Float[Array, "B S M"], start: Float[Array, "L B n H"]) -> StateCache:
+    def reading(
+        self,
+        valid: Bool[Array, "B S"],
+        memory: Float[Array, "B S M"],
+        start: Float[Array, "L B n H"],
+    ) -> StateCache:
         """The cache with a source, which begins at the states `start`; `remember` writes the keys."""
         room = jnp.zeros((*valid.shape, self.keys.shape[-1]), self.keys.dtype)
         return StateCache(start, memory, room, valid, self.length)
 
-    def remember(self, layer: jax.Array | int, state: Float[Array, "B n H"], keys: Float[Array, "B S A"] | None) -> StateCache:
+    def remember(
+        self,
+        layer: jax.Array | int,
+        state: Float[Array, "B n H"],
+        keys: Float[Array, "B S A"] | None,
+    ) -> StateCache:
         """The cache after a layer's steps, with the keys where the layer reads the memory."""
         states = jax.lax.dynamic_update_slice(self.state, state[None], (layer, 0, 0, 0))
         keys = self.keys if keys is None else keys.astype(self.keys.dtype)

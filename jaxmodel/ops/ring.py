@@ -1,17 +1,20 @@
-"""Ring attention: queries stay, keys and values go round the devices along which the positions are cut.
+"""Ring attention: queries stay, keys and values go round the devices along which the positions are
+cut.
 
-Each of n devices has T/n queries and S/n keys. In n steps the keys, with what says who sees them, visit all devices; the softmax
-over all of them is put together from the parts' results and the logarithms of their sums (Liu, Zaharia & Abbeel, 2023). The
-backward pass sends them round again, and with them their gradients, which come home with the last step. So no device ever holds
-more than its part of the positions and one part on its way.
+Each of n devices has T/n queries and S/n keys. In n steps the keys, with what says who sees them,
+visit all devices; the softmax over all of them is put together from the parts' results and the
+logarithms of their sums (Liu, Zaharia & Abbeel, 2023). The backward pass sends them round again,
+and with them their gradients, which come home with the last step. So no device ever holds more than
+its part of the positions and one part on its way.
 
-Blocks of keys that no query of a device can see (behind it, out of its window) are not computed. A causal ring still takes as
-long as its last device, which sees all keys. While a device looks at keys, they are on their way to the next one, and so are the
-gradients of the keys before.
+Blocks of keys that no query of a device can see (behind it, out of its window) are not computed. A
+causal ring still takes as long as its last device, which sees all keys. While a device looks at
+keys, they are on their way to the next one, and so are the gradients of the keys before.
 
-Bytes that each device sends, with `k` and `v` its own part `B K S/n h` in `policy.compute`: forward `(n - 1) (k + v)`; backward
-`(n - 1) (k + v)`, one less where XLA sees that the first is the forward pass's, and as many elements in float32 for the
-gradients. Segments (4 bytes) and validity (1 byte) of the keys go with them both times, `(n - 1) B S/n` of each.
+Bytes that each device sends, with `k` and `v` its own part `B K S/n h` in `policy.compute`: forward
+`(n - 1) (k + v)`; backward `(n - 1) (k + v)`, one less where XLA sees that the first is the forward
+pass's, and as many elements in float32 for the gradients. Segments (4 bytes) and validity (1 byte)
+of the keys go with them both times, `(n - 1) B S/n` of each.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ P = jax.P
 
 
 def ring_axis(t: int, s: int, seen: Seen, policy: Policy) -> str | None:
-    """The axis of the mesh round which attention runs; None where positions are not cut, or not by such a ring.
+    """The axis of the mesh round which attention runs; None where positions are not cut, or not by
+    such a ring.
 
     Args:
       t: queries.
@@ -69,24 +73,42 @@ def ring(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _ring(
-    q: Array, k: Array, v: Array, seen: Seen, sinks: Array | None, scale: float, softcap: float | None, axis: str
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Seen,
+    sinks: Array | None,
+    scale: float,
+    softcap: float | None,
+    axis: str,
 ) -> Float[Array, "B K G T h"]:
     return _save(q, k, v, seen, sinks, scale, softcap, axis)[0]
 
 
 def _save(
-    q: Array, k: Array, v: Array, seen: Seen, sinks: Array | None, scale: float, softcap: float | None, axis: str
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Seen,
+    sinks: Array | None,
+    scale: float,
+    softcap: float | None,
+    axis: str,
 ) -> tuple[Array, Any]:
-    rows, keys = P(None, None, None, axis), P(None, None, axis)
+    rows = P(None, None, None, axis)
+    keys = P(None, None, axis)
     run = functools.partial(_forward, scale=scale, softcap=softcap, axis=axis)
-    out, log_total = _on(axis, run, (rows, keys, keys, _places(seen, axis)), (rows, rows))(q, k, v, seen)
+    out, log_total = _on(axis, run, (rows, keys, keys, _places(seen, axis)), (rows, rows))(
+        q, k, v, seen
+    )
     out, log_total = blockwise.with_sinks(out, log_total, sinks)
     return out, (q, k, v, seen, sinks, out, log_total)
 
 
 def _pull(scale: float, softcap: float | None, axis: str, saved: Any, g: Array) -> tuple[Any, ...]:
     q, k, v, seen, sinks, out, log_total = saved
-    rows, keys = P(None, None, None, axis), P(None, None, axis)
+    rows = P(None, None, None, axis)
+    keys = P(None, None, axis)
     run = functools.partial(_backward, scale=scale, softcap=softcap, axis=axis)
     specs = (rows, keys, keys, _places(seen, axis), rows, rows, rows)
     of_all = _on(axis, run, specs, (rows, keys, keys))(q, k, v, seen, out, log_total, g)
@@ -97,7 +119,9 @@ _ring.defvjp(_save, _pull)
 
 
 def _on(axis: str, run: Callable[..., Any], given: Any, returned: Any) -> Callable[..., Any]:
-    return jax.shard_map(run, in_specs=given, out_specs=returned, axis_names={axis}, check_vma=False)
+    return jax.shard_map(
+        run, in_specs=given, out_specs=returned, axis_names={axis}, check_vma=False
+    )
 
 
 def _places(seen: Seen, axis: str) -> Seen:
@@ -108,15 +132,18 @@ def _places(seen: Seen, axis: str) -> Seen:
     return Seen(row(seen.query), segments, row(seen.valid), window, None, seen.causal)
 
 
-# --------------------------------------------------------------------------------------------------- on each device
+# ----------------------------------------------------------------------------------- on each device
 
 
 class _Own:
     """What a device knows about its own queries, and which it tells of the keys that visit it."""
 
     def __init__(self, q: Array, k: Array, v: Array, seen: Seen, axis: str) -> None:
-        self.axis, self.n, self.place = axis, jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-        self.t, self.s = q.shape[3], k.shape[2]
+        self.axis = axis
+        self.n = jax.lax.axis_size(axis)
+        self.place = jax.lax.axis_index(axis)
+        self.t = q.shape[3]
+        self.s = k.shape[2]
         start = (self.place * self.t).astype(jnp.int32)
         here = start + jnp.arange(self.t, dtype=jnp.int32)[None]
         self.query = here if seen.query is None else seen.query
@@ -134,19 +161,28 @@ class _Own:
 
     def step(self, tree: Any) -> Any:
         """One device further."""
-        return jax.tree.map(lambda a: jax.lax.ppermute(a, self.axis, [(i, (i + 1) % self.n) for i in range(self.n)]), tree)
+        return jax.tree.map(
+            lambda a: jax.lax.ppermute(
+                a, self.axis, [(i, (i + 1) % self.n) for i in range(self.n)]
+            ),
+            tree,
+        )
 
     def of(self, visitor: Any, steps: Any) -> Seen:
         """Which of the keys that came from so many devices before this one the queries see."""
         first = (self.place - steps) % self.n * self.s
-        query = blockwise.longer(self.query, blockwise.missing(self.t, self.s)[0], 1) - first.astype(jnp.int32)
+        query = blockwise.longer(
+            self.query, blockwise.missing(self.t, self.s)[0], 1
+        ) - first.astype(jnp.int32)
         segments = None if self.seen.segments is None else (self.seen.segments[0], visitor[2])
         return Seen(query, segments, visitor[3], self.seen.window, None, self.seen.causal)
 
     def sees(self, seen: Seen) -> Array:
         """Whether any query can see any of these keys, by their distance."""
         query = seen.query[:, : self.t]
-        low, high, any_key = jnp.min(query), jnp.max(query), jnp.ones((), jnp.bool_)
+        low = jnp.min(query)
+        high = jnp.max(query)
+        any_key = jnp.ones((), jnp.bool_)
         if seen.causal:
             any_key &= high >= 0
         if seen.window is not None:
@@ -154,7 +190,9 @@ class _Own:
         return any_key
 
 
-def _forward(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str) -> tuple[Array, Array]:
+def _forward(
+    q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str
+) -> tuple[Array, Array]:
     own = _Own(q, k, v, seen, axis)
     queries = own.rows(q)
 
@@ -163,11 +201,21 @@ def _forward(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: fl
 
     def with_these(found: tuple[Array, Array], visitor: Any, steps: Any) -> tuple[Array, Array]:
         seen = own.of(visitor, steps)
-        return jax.lax.cond(own.sees(seen), lambda found: _together(found, part(visitor, seen)), lambda found: found, found)
+        return jax.lax.cond(
+            own.sees(seen),
+            lambda found: _together(found, part(visitor, seen)),
+            lambda found: found,
+            found,
+        )
 
-    def visit(carry: tuple[Any, tuple[Array, Array]], steps: Array) -> tuple[tuple[Any, tuple[Array, Array]], None]:
+    def visit(
+        carry: tuple[Any, tuple[Array, Array]], steps: Array
+    ) -> tuple[tuple[Any, tuple[Array, Array]], None]:
         visitor, found = carry
-        return (own.step(visitor), with_these(found, visitor, steps)), None  # it goes on while it is looked at
+        return (
+            own.step(visitor),
+            with_these(found, visitor, steps),
+        ), None  # it goes on while it is looked at
 
     start = own.step(own.visitor), part(own.visitor, own.of(own.visitor, 0))
     (last, found), _ = jax.lax.scan(visit, start, jnp.arange(1, own.n - 1, dtype=jnp.int32))
@@ -178,18 +226,25 @@ def _forward(q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: fl
 def _together(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
     """The results over two sets of keys as that over both."""
     top = jnp.maximum(one[1], other[1])
-    first, second = jnp.exp(one[1] - top), jnp.exp(other[1] - top)
+    first = jnp.exp(one[1] - top)
+    second = jnp.exp(other[1] - top)
     total = first + second
-    return (one[0] * first[..., None] + other[0] * second[..., None]) / total[..., None], top + jnp.log(total)
+    return (one[0] * first[..., None] + other[0] * second[..., None]) / total[
+        ..., None
+    ], top + jnp.log(total)
 
 
-def _backward(*arrays: Any, scale: float, softcap: float | None, axis: str) -> tuple[Array, Array, Array]:
+def _backward(
+    *arrays: Any, scale: float, softcap: float | None, axis: str
+) -> tuple[Array, Array, Array]:
     q, k, v, seen, out, log_total, g = arrays
     own = _Own(q, k, v, seen, axis)
     queries, out, log_total, g = (own.rows(a) for a in (q, out, log_total, g))
 
     def part(visitor: Any, seen: Seen) -> tuple[Array, Array, Array]:
-        return blockwise.backward(queries, visitor[0], visitor[1], seen, out, log_total, g, scale, softcap)
+        return blockwise.backward(
+            queries, visitor[0], visitor[1], seen, out, log_total, g, scale, softcap
+        )
 
     def of_these(dq: Array, visitor: Any, steps: Any) -> tuple[tuple[Array, Array], Array]:
         seen = own.of(visitor, steps)
@@ -202,7 +257,10 @@ def _backward(*arrays: Any, scale: float, softcap: float | None, axis: str) -> t
 
     def visit(carry: tuple[Any, Any, Array], steps: Array) -> tuple[tuple[Any, Any, Array], None]:
         visitor, gradient, dq = carry
-        onward, arrived = own.step(visitor), own.step(gradient)  # both on their way while the visitor is looked at
+        onward, arrived = (
+            own.step(visitor),
+            own.step(gradient),
+        )  # both on their way while the visitor is looked at
         here, dq = of_these(dq, visitor, steps)
         return (onward, jax.tree.map(jnp.add, arrived, here), dq), None
 
@@ -211,12 +269,19 @@ def _backward(*arrays: Any, scale: float, softcap: float | None, axis: str) -> t
     none = jnp.zeros_like(dk), jnp.zeros_like(dv)
     onward = own.step(visitor) if own.n > 2 else visitor
     gradient, dq = of_these(dq, visitor, jnp.int32(1))
-    if own.n > 2:  # gradients are one step behind their keys, so that the last step brings them home
+    if (
+        own.n > 2
+    ):  # gradients are one step behind their keys, so that the last step brings them home
         steps = jnp.arange(2, own.n - 1, dtype=jnp.int32)
         (visitor, gradient, dq), _ = jax.lax.scan(visit, (onward, gradient, dq), steps)
         arrived = own.step(gradient)
         here, dq = of_these(dq, visitor, jnp.int32(own.n - 1))
         gradient = jax.tree.map(jnp.add, arrived, here)
     home = own.step(gradient)
-    dk, dv = dk + home[0], dv + home[1]
-    return dq[:, :, :, : own.t].astype(q.dtype), dk[:, :, : own.s].astype(k.dtype), dv[:, :, : own.s].astype(v.dtype)
+    dk = dk + home[0]
+    dv = dv + home[1]
+    return (
+        dq[:, :, :, : own.t].astype(q.dtype),
+        dk[:, :, : own.s].astype(k.dtype),
+        dv[:, :, : own.s].astype(v.dtype),
+    )

@@ -1,4 +1,6 @@
-"""Rotary position embedding (Su et al., 2021), in the half-split order of HF weights, and its stretched forms."""
+"""Rotary position embedding (Su et al., 2021), in the half-split order of HF weights, and its
+stretched forms.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ class RopeScaling:
     """How the frequencies of a model are stretched for a longer context than that of its training.
 
     Attributes:
-      kind: "linear" (Chen et al., 2023): all by `factor`; "llama3" (Llama 3.1, 2024): only waves longer than the context, with a
-        smooth passage; "yarn" (Peng et al., 2023): by how often a wave turns in the context, and scores sharpened; "longrope"
-        (Ding et al., 2024): each by a divisor of its own, of which there are two lists, and scores sharpened.
+      kind: "linear" (Chen et al., 2023): all by `factor`; "llama3" (Llama 3.1, 2024): only waves
+        longer than the context, with a smooth passage; "yarn" (Peng et al., 2023): by how often a
+        wave turns in the context, and scores sharpened; "longrope" (Ding et al., 2024): each by a
+        divisor of its own, of which there are two lists, and scores sharpened.
       factor: of the context's length.
       context: tokens of the training; all but "linear" need it.
       low: llama3: a wave that fits the context fewer than so many times is stretched whole.
@@ -31,8 +34,10 @@ class RopeScaling:
       sharpen: yarn and longrope: factor of sine and cosine; None for `0.1 ln(factor) + 1` and
         `sqrt(1 + ln(factor) / ln(context))`.
       truncate: yarn: whether the dimensions between which the passage lies are whole numbers.
-      near: longrope: the divisors for rows all of whose positions are in the context of the training.
-      far: longrope: those for other rows. (So what a cache holds changes its meaning where a row grows beyond that context.)
+      near: longrope: the divisors for rows all of whose positions are in the context of the
+        training.
+      far: longrope: those for other rows. (So what a cache holds changes its meaning where a row
+        grows beyond that context.)
     """
 
     kind: str
@@ -51,18 +56,31 @@ class RopeScaling:
         if self.kind not in KINDS:
             raise unknown("rope scaling", self.kind, KINDS)
         if self.factor < 1 or (self.kind != "linear" and self.context < 1):
-            raise InputError(f"rope scaling: factor {self.factor}, context {self.context}; at least 1 is needed of each")
+            raise InputError(
+                f"rope scaling: factor {self.factor}, context {self.context}; at least 1 is "
+                f"needed of each"
+            )
         if self.kind == "llama3" and not self.low < self.high:
             raise InputError(f"rope scaling: low {self.low} must be below high {self.high}")
 
-        if self.kind == "longrope" and (min(self.near + self.far, default=0) <= 0 or len(self.near) != len(self.far)):
-            raise InputError(f"rope scaling: {len(self.near)} near and {len(self.far)} far divisors; as many above 0 are needed")
+        if self.kind == "longrope" and (
+            min(self.near + self.far, default=0) <= 0 or len(self.near) != len(self.far)
+        ):
+            raise InputError(
+                f"rope scaling: {len(self.near)} near and {len(self.far)} far divisors; as many "
+                f"above 0 are needed"
+            )
 
     def apply(self, frequency: np.ndarray, base: float) -> np.ndarray:
-        """The frequencies of the stretched model, from those of the plain one; of "longrope" `[2, f]`, near and far."""
+        """The frequencies of the stretched model, from those of the plain one; of "longrope"
+        `[2, f]`, near and far.
+        """
         if self.kind == "longrope":
             if len(self.near) != len(frequency):
-                raise InputError(f"rope scaling: {len(self.near)} divisors; {len(frequency)} are needed, one for each frequency")
+                raise InputError(
+                    f"rope scaling: {len(self.near)} divisors; {len(frequency)} are needed, one "
+                    f"for each frequency"
+                )
             return frequency / np.array([self.near, self.far])
         slower = frequency / self.factor
         if self.kind == "linear":
@@ -76,9 +94,11 @@ class RopeScaling:
             def place(turns: float) -> float:
                 return width * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-            first, last = place(self.fast), place(self.slow)
+            first = place(self.fast)
+            last = place(self.slow)
             first, last = (math.floor(first), math.ceil(last)) if self.truncate else (first, last)
-            first, last = max(first, 0), min(last, width - 1)
+            first = max(first, 0)
+            last = min(last, width - 1)
             last = last + 0.001 if first == last else last
             kept = 1 - np.clip((np.arange(len(frequency)) - first) / (last - first), 0.0, 1.0)
         return slower * (1 - kept) + frequency * kept
@@ -132,9 +152,15 @@ def rope_tables(
 
 
 def rotate(x: Float[Array, "B T N h"], tables: tuple[Array, Array]) -> Float[Array, "B T N h"]:
-    """Rotate queries or keys by their positions' tables; components behind the tables' `2 f` stay as they are."""
+    """Rotate queries or keys by their positions' tables; components behind the tables' `2 f` stay
+    as they are.
+    """
     sin, cos = (table[:, :, None, :] for table in tables)
     half = sin.shape[-1]
     wide = x.astype(jnp.float32)
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
+    first = wide[..., :half]
+    second = wide[..., half : 2 * half]
+    rest = wide[..., 2 * half :]
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin, rest], axis=-1
+    ).astype(x.dtype)

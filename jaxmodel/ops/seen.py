@@ -16,11 +16,13 @@ class Seen:
     """All conditions hold together. A pytree; nothing in it grows with T times S, but for `mask`.
 
     Attributes:
-      query: int32 `[#B, T]`, the place of each query in the row of keys; None where query t stands at key t.
-      segments: int32 `([B, T], [B, S])` of queries and keys, which must be equal (documents packed into a row); or None.
+      query: int32 `[#B, T]`, the place of each query in the row of keys; None where query t stands
+        at key t.
+      segments: int32 `([B, T], [B, S])` of queries and keys, which must be equal (documents packed
+        into a row); or None.
       valid: bool `[B, S]`, false for keys of padding; or None.
-      window: int32 scalar; a key is seen at less than this distance. None for any distance. It may differ between the layers
-        of one scan.
+      window: int32 scalar; a key is seen at less than this distance. None for any distance. It may
+        differ between the layers of one scan.
       mask: bool `[#B, T, S]`, any other condition; or None.
       causal: whether a query sees no key behind its own place.
     """
@@ -50,11 +52,15 @@ class Seen:
             seen = seen & (jnp.abs(distance) < self.window)
         if self.segments is not None:
             of_query, of_key = self.segments
-            seen = seen & (_cut(of_query, first, t)[:, :, None] == _cut(of_key, first_key, s)[:, None, :])
+            seen = seen & (
+                _cut(of_query, first, t)[:, :, None] == _cut(of_key, first_key, s)[:, None, :]
+            )
         if self.valid is not None:
             seen = seen & _cut(self.valid, first_key, s)[:, None, :]
         if self.mask is not None:
-            seen = seen & jax.lax.dynamic_slice_in_dim(_cut(self.mask, first, t), first_key, s, axis=2)
+            seen = seen & jax.lax.dynamic_slice_in_dim(
+                _cut(self.mask, first, t), first_key, s, axis=2
+            )
         return seen
 
 
@@ -62,9 +68,13 @@ def _cut(a: Array, start: Any, length: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(a, start, length, axis=1)
 
 
-HIDDEN = -1e30  # the score of a key that is not seen: finite, so that a row that sees nothing stays finite
+HIDDEN = (
+    -1e30
+)  # the score of a key that is not seen: finite, so that a row that sees nothing stays finite
 
 
-def masked(scores: Float[Array, "B K G T S"], seen: Bool[Array, "#B T S"]) -> Float[Array, "B K G T S"]:
+def masked(
+    scores: Float[Array, "B K G T S"], seen: Bool[Array, "#B T S"]
+) -> Float[Array, "B K G T S"]:
     """The scores, with those of unseen keys far below all others."""
     return jnp.where(seen[:, None, None], scores, HIDDEN)

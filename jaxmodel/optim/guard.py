@@ -1,7 +1,9 @@
-"""Bad steps: a loss or gradient that is not finite, or far above the last ones, found in the graph and left out there.
+"""Bad steps: a loss or gradient that is not finite, or far above the last ones, found in the graph
+and left out there.
 
-A step that is left out changes neither parameters nor the optimiser's state nor averages; its batch is as if it had never come,
-because all randomness is folded from `data_step`. So the run is, bit for bit, the one of a stream without that batch.
+A step that is left out changes neither parameters nor the optimiser's state nor averages; its batch
+is as if it had never come, because all randomness is folded from `data_step`. So the run is, bit
+for bit, the one of a stream without that batch.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ class Guard:
     """When a step counts as bad.
 
     Attributes:
-      sigmas: a loss or a gradient norm more than so many standard deviations above the mean of the last good ones is a spike; 0
-        for no such check (a loss or norm that is not finite is always bad).
-      window: how many good steps the mean and deviation are over; until there are so many, nothing is a spike.
+      sigmas: a loss or a gradient norm more than so many standard deviations above the mean of the
+        last good ones is a spike; 0 for no such check (a loss or norm that is not finite is always
+        bad).
+      window: how many good steps the mean and deviation are over; until there are so many, nothing
+        is a spike.
 
     Raises:
       InputError: fewer than 0 sigmas, a window below 2.
@@ -33,15 +37,22 @@ class Guard:
 
     def __post_init__(self) -> None:
         if not self.sigmas >= 0:
-            raise InputError(f"spike: {self.sigmas} given; allowed: 0 for no check, or standard deviations above 0, such as 6")
+            raise InputError(
+                f"spike: {self.sigmas} given; allowed: 0 for no check, or standard deviations "
+                f"above 0, such as 6"
+            )
         at_least("window", self.window, 2)
 
     def init(self) -> dict[str, jax.Array]:
-        """What a state carries: the last good losses and norms `[window, 2]` and how many good and bad steps there were."""
+        """What a state carries: the last good losses and norms `[window, 2]` and how many good and
+        bad steps there were.
+        """
         seen = {} if self.sigmas == 0 else {"seen": jnp.zeros((self.window, 2), jnp.float32)}
         return {**seen, "good": jnp.zeros((), jnp.int32), "bad": jnp.zeros((), jnp.int32)}
 
-    def judge(self, memory: dict[str, jax.Array], loss: jax.Array, norm: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def judge(
+        self, memory: dict[str, jax.Array], loss: jax.Array, norm: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Whether a step is good, and what is remembered after it.
 
         >>> guard = Guard(sigmas=6.0, window=4)
@@ -56,15 +67,22 @@ class Guard:
         (4, 2)
         """
         found = jnp.stack([loss.astype(jnp.float32), norm.astype(jnp.float32)])
-        ok, new = jnp.all(jnp.isfinite(found)), dict(memory)
+        ok = jnp.all(jnp.isfinite(found))
+        new = dict(memory)
         good = memory["good"]
         if self.sigmas:
             seen = memory["seen"]
-            # a floor under the deviation, so that a loss that hardly moves is not one long row of spikes
+            # a floor under the deviation, so that a loss that hardly moves is not one long row of
+            # spikes
             spread = jnp.maximum(jnp.std(seen, axis=0), 1e-3 * jnp.abs(jnp.mean(seen, axis=0)))
-            ok &= (good < self.window) | jnp.all(found <= jnp.mean(seen, axis=0) + jnp.float32(self.sigmas) * spread)
+            ok &= (good < self.window) | jnp.all(
+                found <= jnp.mean(seen, axis=0) + jnp.float32(self.sigmas) * spread
+            )
             new["seen"] = jnp.where(ok, seen.at[good % self.window].set(found), seen)
-        new["good"], new["bad"] = good + ok.astype(jnp.int32), memory["bad"] + (~ok).astype(jnp.int32)
+        new["good"], new["bad"] = (
+            good + ok.astype(jnp.int32),
+            memory["bad"] + (~ok).astype(jnp.int32),
+        )
         return ok, new
 
 

@@ -1,7 +1,7 @@
 """Optimisers by name, from optax, and Adam with moments of 8 bits.
 
-`optimizer(name, rate)` is an optax transformation as any other: chain what you like in front of it or behind. A new one is a
-function in `_MAKERS`.
+`optimizer(name, rate)` is an optax transformation as any other: chain what you like in front of it
+or behind. A new one is a function in `_MAKERS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from jaxmodel.optim.quantized import by_layer, flat
 from jaxmodel.optim.rounding import curved, group_of, straight
 
 SMALLEST = 4096
-"""Leaves with fewer elements keep moments in float32: norms and biases, of which a step is cheap and an error dear."""
+"""Leaves with fewer elements keep moments in float32: norms and biases, of which a step is cheap
+and an error dear.
+"""
 
 type Rate = float | optax.Schedule
 type Mask = Callable[[Any], Any]
@@ -47,9 +49,11 @@ def optimizer(
     - "adamw" (Loshchilov & Hutter, 2019); "adamw8", the same with moments of 8 bits;
     - "sgd" with momentum b1, not dampened (b1 = 0 for none);
     - "lion" (Chen et al., 2023): a third to a tenth of Adam's rate, and as much more decay;
-    - "adafactor" (Shazeer & Stern, 2018): second moments by rows and columns, steps relative to the size of the weights;
-    - "muon" (Jordan et al., 2024): each layer's matrix of momentum (0.95) made orthogonal and scaled to the size of Adam's steps
-      (Liu et al., 2025); tables, heads and what is no matrix by AdamW, as its authors do.
+    - "adafactor" (Shazeer & Stern, 2018): second moments by rows and columns, steps relative to the
+      size of the weights;
+    - "muon" (Jordan et al., 2024): each layer's matrix of momentum (0.95) made orthogonal and
+      scaled to the size of Adam's steps (Liu et al., 2025); tables, heads and what is no matrix by
+      AdamW, as its authors do.
 
     Args:
       name: one of them.
@@ -59,7 +63,8 @@ def optimizer(
       eps: what is added to the root of the second moment.
       weight_decay: its factor.
       mask: tree -> tree of bool, which leaves decay; None for matrices, tables and heads.
-      roles: what each leaf is, `axes.role_of(model.axes)`; as it stands, guessed from its name and shape.
+      roles: what each leaf is, `axes.role_of(model.axes)`; as it stands, guessed from its name and
+        shape.
       seed: of the rounding of "adamw8".
 
     Raises:
@@ -74,7 +79,9 @@ def optimizer(
     if name not in _MAKERS:
         raise unknown("optimizer", name, _MAKERS)
     mask = functools.partial(decaying, roles) if mask is None else mask
-    return _MAKERS[name](rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, roles=roles, seed=seed)
+    return _MAKERS[name](
+        rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, roles=roles, seed=seed
+    )
 
 
 def names() -> list[str]:
@@ -92,16 +99,24 @@ def decaying(roles: Roles, params: Any) -> Any:
 
     def one(path: Any, leaf: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return roles(tree.layer_paths(name)[0], tree.layer_shape(name, leaf)) in ("matrix", "table", "head")
+        return roles(tree.layer_paths(name)[0], tree.layer_shape(name, leaf)) in (
+            "matrix",
+            "table",
+            "head",
+        )
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda node: isinstance(node, Compressed))
+    return jax.tree_util.tree_map_with_path(
+        one, params, is_leaf=lambda node: isinstance(node, Compressed)
+    )
 
 
 def each_layer(direction: optax.GradientTransformation) -> optax.GradientTransformation:
-    """A transformation that takes norms or means over leaves, taken over each layer, and each expert, by itself.
+    """A transformation that takes norms or means over leaves, taken over each layer, and each
+    expert, by itself.
 
-    How layers are stacked is storage: a leaf `[layers, out, in]` is as many matrices. Adam, momentum, signs and the norm of all
-    gradients do not mind; what looks at a leaf as a whole does (Adafactor, LAMB, LARS, clipping by blocks), and is right so.
+    How layers are stacked is storage: a leaf `[layers, out, in]` is as many matrices. Adam,
+    momentum, signs and the norm of all gradients do not mind; what looks at a leaf as a whole does
+    (Adafactor, LAMB, LARS, clipping by blocks), and is right so.
 
     Args:
       direction: of one array; without extra arguments.
@@ -120,12 +135,22 @@ def each_layer(direction: optax.GradientTransformation) -> optax.GradientTransfo
 
     def init(params: Any) -> Any:
         paths, leaves, places = flat(params)
-        return places.unflatten([apart(direction.init, path, leaf)(leaf) for path, leaf in zip(paths, leaves, strict=True)])
+        return places.unflatten(
+            [
+                apart(direction.init, path, leaf)(leaf)
+                for path, leaf in zip(paths, leaves, strict=True)
+            ]
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         paths, leaves, places = flat(updates)
-        beside = [places.flatten_up_to(other) for other in (state, updates if params is None else params)]
-        found = [apart(direction.update, path, u)(u, *rest) for path, u, *rest in zip(paths, leaves, *beside, strict=True)]
+        beside = [
+            places.flatten_up_to(other) for other in (state, updates if params is None else params)
+        ]
+        found = [
+            apart(direction.update, path, u)(u, *rest)
+            for path, u, *rest in zip(paths, leaves, *beside, strict=True)
+        ]
         return tuple(places.unflatten([each[i] for each in found]) for i in range(2))  # pyright: ignore[reportReturnType]
 
     return optax.GradientTransformation(init, update)
@@ -136,7 +161,7 @@ def _has_experts(path: str, leaf: Any) -> bool:
     return "moe" in path.split("/") and len(tree.layer_shape(path, leaf)) == 3
 
 
-# ------------------------------------------------------------------------------------------------------------ Adam in 8 bits
+# ----------------------------------------------------------------------------------- Adam in 8 bits
 
 
 class Adam8State(NamedTuple):
@@ -148,21 +173,32 @@ class Adam8State(NamedTuple):
 
 
 def scale_by_adam8(
-    b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, *, group: int | None = None, smallest: int = SMALLEST, seed: int = 0
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    *,
+    group: int | None = None,
+    smallest: int = SMALLEST,
+    seed: int = 0,
 ) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba, 2015) whose moments take a byte each, with a scale for each block (Dettmers et al., 2022).
+    """Adam (Kingma & Ba, 2015) whose moments take a byte each, with a scale for each block
+    (Dettmers et al., 2022).
 
-    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `u = m' / (sqrt(v') + eps)` with the moments corrected for their start
-    at zero. The first is stored by its square root, the second by its fourth root, so that small values keep apart from zero, and
-    both are rounded at random with an exact mean: the second moves by `1 - b2` of itself in a step, less than any 8-bit grid has.
-    No update is larger than gradients could have made it without rounding, by the inequality of Cauchy and Schwarz.
+    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `u = m' / (sqrt(v') + eps)` with the
+    moments corrected for their start at zero. The first is stored by its square root, the second by
+    its fourth root, so that small values keep apart from zero, and both are rounded at random with
+    an exact mean: the second moves by `1 - b2` of itself in a step, less than any 8-bit grid has.
+    No update is larger than gradients could have made it without rounding, by the inequality of
+    Cauchy and Schwarz.
 
     Args:
       b1: decay of the first moment.
       b2: decay of the second.
       eps: what is added to the root.
-      group: length of a block along the last axis; None for 128, 64 or 32, the longest that divides it.
-      smallest: leaves of fewer elements a layer, vectors, and those whose last axis no block divides have moments in float32.
+      group: length of a block along the last axis; None for 128, 64 or 32, the longest that divides
+        it.
+      smallest: leaves of fewer elements a layer, vectors, and those whose last axis no block
+        divides have moments in float32.
       seed: of the rounding.
 
     >>> params = {"w": jnp.ones((64, 128)), "bias": jnp.ones(64)}
@@ -191,21 +227,28 @@ def scale_by_adam8(
 
     def init(params: Any) -> Adam8State:
         paths, leaves, places = flat(params)
-        moments = [[zeros(*one, second) for one in zip(paths, leaves, strict=True)] for second in (False, True)]
+        moments = [
+            [zeros(*one, second) for one in zip(paths, leaves, strict=True)]
+            for second in (False, True)
+        ]
         return Adam8State(jnp.zeros((), jnp.int32), *map(places.unflatten, moments))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Adam8State]:
         count = state.count + jnp.int32(1)
         t = count.astype(jnp.float32)
-        first, second = 1 - jnp.float32(b1) ** t, 1 - jnp.float32(b2) ** t
+        first = 1 - jnp.float32(b1) ** t
+        second = 1 - jnp.float32(b2) ** t
         key = jax.random.fold_in(jax.random.key(seed), count)
 
         def wide(g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
             g = g.astype(jnp.float32)
-            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * g * g
             return m, v, (m / first) / (jnp.sqrt(v / second) + eps)
 
-        def narrow(g: Array, mu: QTensor, nu: QTensor, key: Array) -> tuple[Array, QTensor, QTensor]:
+        def narrow(
+            g: Array, mu: QTensor, nu: QTensor, key: Array
+        ) -> tuple[Array, QTensor, QTensor]:
             m, v, u = wide(g, straight(mu, 2), straight(nu, 4))
             size = g.shape[-1] // mu.groups
             keys = [jax.random.fold_in(key, i) for i in (0, 1)]
@@ -214,7 +257,13 @@ def scale_by_adam8(
 
         found = []
         paths, leaves, places = flat(updates)
-        moments = zip(paths, leaves, places.flatten_up_to(state.mu), places.flatten_up_to(state.nu), strict=True)
+        moments = zip(
+            paths,
+            leaves,
+            places.flatten_up_to(state.mu),
+            places.flatten_up_to(state.nu),
+            strict=True,
+        )
         for path, g, mu, nu in moments:
             if isinstance(mu, QTensor):
                 found.append(by_layer(path, narrow, key, (g, mu, nu)))
@@ -228,23 +277,30 @@ def scale_by_adam8(
 
 
 def _largest_update(b1: float, b2: float) -> float:
-    """The largest |m| / sqrt(v) that any gradients lead to: `(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))`, at least 1."""
+    """The largest |m| / sqrt(v) that any gradients lead to:
+
+    `(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))`, at least 1.
+    """
     if not b1 * b1 < b2 < 1:
         return math.inf
     return max(1.0, (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2)))
 
 
-# ------------------------------------------------------------------------------------------------------------------ by name
+# ------------------------------------------------------------------------------------------ by name
 
 
-def _decoupled(direction: optax.GradientTransformation, rate: Rate, weight_decay: float, mask: Mask | None) -> Any:
+def _decoupled(
+    direction: optax.GradientTransformation, rate: Rate, weight_decay: float, mask: Mask | None
+) -> Any:
     """`-rate (u + weight_decay w)`."""
     decay = (decayed(weight_decay, mask),) if weight_decay else ()
     return optax.chain(direction, *decay, optax.scale_by_learning_rate(rate))
 
 
 def decayed(weight_decay: float, mask: Mask | None = None) -> optax.GradientTransformation:
-    """`u + weight_decay w` in the dtype of u; `optax.add_decayed_weights` would make bfloat16 updates float32."""
+    """`u + weight_decay w` in the dtype of u; `optax.add_decayed_weights` would make bfloat16
+    updates float32.
+    """
 
     def init(params: Any) -> Any:
         if mask is not None:
@@ -253,17 +309,40 @@ def decayed(weight_decay: float, mask: Mask | None = None) -> optax.GradientTran
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         chosen = jax.tree.map(lambda _: True, updates) if mask is None else mask(params)
-        add = lambda u, w, yes: (u.astype(jnp.float32) + weight_decay * w.astype(jnp.float32)).astype(u.dtype) if yes else u
+        add = lambda u, w, yes: (
+            (u.astype(jnp.float32) + weight_decay * w.astype(jnp.float32)).astype(u.dtype)
+            if yes
+            else u
+        )
         return jax.tree.map(add, updates, params, chosen), state
 
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+def _adamw(
+    rate: Rate,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    mask: Mask | None,
+    **_: Any,
+) -> Any:
     return _decoupled(optax.scale_by_adam(b1, b2, eps), rate, weight_decay, mask)
 
 
-def _adamw8(rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, seed: int, **_: Any) -> Any:
+def _adamw8(
+    rate: Rate,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    mask: Mask | None,
+    seed: int,
+    **_: Any,
+) -> Any:
     return _decoupled(scale_by_adam8(b1, b2, eps, seed=seed), rate, weight_decay, mask)
 
 
@@ -271,19 +350,33 @@ def _sgd(rate: Rate, *, b1: float, weight_decay: float, mask: Mask | None, **_: 
     return _decoupled(optax.trace(b1) if b1 else optax.identity(), rate, weight_decay, mask)
 
 
-def _lion(rate: Rate, *, b1: float, b2: float, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
+def _lion(
+    rate: Rate, *, b1: float, b2: float, weight_decay: float, mask: Mask | None, **_: Any
+) -> Any:
     return _decoupled(optax.scale_by_lion(b1, b2), rate, weight_decay, mask)
 
 
 def _adafactor(rate: Rate, *, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
-    return _decoupled(each_layer(optax.chain(optax.adafactor(None), optax.scale(-1.0))), rate, weight_decay, mask)
+    return _decoupled(
+        each_layer(optax.chain(optax.adafactor(None), optax.scale(-1.0))), rate, weight_decay, mask
+    )
 
 
 def _muon(
-    rate: Rate, *, b1: float, b2: float, eps: float, weight_decay: float, mask: Mask | None, roles: Roles, **_: Any
+    rate: Rate,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    mask: Mask | None,
+    roles: Roles,
+    **_: Any,
 ) -> Any:
     settings: dict[str, Any] = {"adam_b1": b1, "adam_b2": b2, "eps": eps, "consistent_rms": 0.2}
-    steps = optax.contrib.muon(1.0, muon_weight_dimension_numbers=functools.partial(_matrices, roles), **settings)
+    steps = optax.contrib.muon(
+        1.0, muon_weight_dimension_numbers=functools.partial(_matrices, roles), **settings
+    )
     return _decoupled(optax.chain(steps, optax.scale(-1.0)), rate, weight_decay, mask)
 
 
@@ -297,7 +390,9 @@ def _matrices(roles: Roles, params: Any) -> Any:
         matrix = len(shape) == 2 or _has_experts(path, leaf)
         if not matrix or roles(tree.layer_paths(path)[0], shape) != "matrix":
             return None
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
+        return optax.contrib.MuonDimensionNumbers(
+            reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2
+        )
 
     return tree.map_leaves(axes, params)
 

@@ -17,7 +17,9 @@ from jaxmodel.losses.penalties import parsed, plain
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Base of the bounds: a frozen dataclass that says from where to where the norm of a row may go; see `bounds`."""
+    """Base of the bounds: a frozen dataclass that says from where to where the norm of a row may
+    go; see `bounds`.
+    """
 
     def bounds(self) -> tuple[float, float]:
         """The least and the largest norm."""
@@ -27,7 +29,9 @@ class Bound:
         low, high = self.bounds()
         if not 0 <= low <= high or high == 0:
             name = type(self).__name__.lower()
-            raise InputError(f"{name}: norms from {low!r} to {high!r} given; allowed: 0 <= low <= high, 0 < high")
+            raise InputError(
+                f"{name}: norms from {low!r} to {high!r} given; allowed: 0 <= low <= high, 0 < high"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +56,15 @@ class MaxMinNorm(Bound):
 
 
 def project(rules: tree.Rules) -> optax.GradientTransformation:
-    """The last link of a chain: changes updates so that after `p + u` the norm of each row is in bounds, to a rounding.
+    """The last link of a chain: changes updates so that after `p + u` the norm of each row is in
+    bounds, to a rounding.
 
-    A row is what stands along the last axis: the weights `[out, in]` of one output, a vector as a whole. A row whose norm is in
-    bounds gets its update bit for bit.
+    A row is what stands along the last axis: the weights `[out, in]` of one output, a vector as a
+    whole. A row whose norm is in bounds gets its update bit for bit.
 
     Args:
-      rules: path -> `Bound`, its text ("maxnorm(3)", "maxminnorm(0.5, 2)"), or None; of the leaves that train. Layers of a
-        segment may differ.
+      rules: path -> `Bound`, its text ("maxnorm(3)", "maxminnorm(0.5, 2)"), or None; of the leaves
+        that train. Layers of a segment may differ.
 
     Raises:
       InputError: a text that is no bound; when used, a bound of a compressed leaf, or no params.
@@ -78,14 +83,20 @@ def project(rules: tree.Rules) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
-            raise InputError("params: none given; a projection needs them: optimizer.update(updates, state, params)")
-        by_layer, leaves = tree.assign(values, params), tree.flatten(params)
+            raise InputError(
+                "params: none given; a projection needs them: optimizer.update(updates, state, "
+                "params)"
+            )
+        by_layer = tree.assign(values, params)
+        leaves = tree.flatten(params)
 
         def projected(path: str, u: Any) -> Any:
             found = [by_layer[layer] for layer in tree.layer_paths(path)]
             if not any(found):
                 return u
-            limits = jnp.asarray([bound.bounds() if bound else (0.0, math.inf) for bound in found], jnp.float32).T
+            limits = jnp.asarray(
+                [bound.bounds() if bound else (0.0, math.inf) for bound in found], jnp.float32
+            ).T
             p = plain(path, leaves[path])
             shape = (-1 if tree.is_stacked(path) else 1, *(1,) * (p.ndim - 1)) if p.ndim else ()
             low, high = (jnp.broadcast_to(a.reshape(shape), p.shape) for a in limits)
@@ -97,7 +108,10 @@ def project(rules: tree.Rules) -> optax.GradientTransformation:
 
 
 def _bounded(
-    p: Float[Array, "..."], u: Float[Array, "..."], low: Float[Array, "..."], high: Float[Array, "..."]
+    p: Float[Array, "..."],
+    u: Float[Array, "..."],
+    low: Float[Array, "..."],
+    high: Float[Array, "..."],
 ) -> Float[Array, "..."]:
     new = p.astype(jnp.float32) + u.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(new**2, axis=-1, keepdims=True)) if p.ndim else jnp.abs(new)

@@ -1,14 +1,15 @@
 """Training whose weights are `QTensor` leaves, without a float copy of them.
 
-The parts are those of any run. The gradient of a compressed leaf comes from a probe, in bfloat16 (`gradients.value_and_grad`);
-the optimiser is shown what the leaf stands for (`dense`), so that any will do; its update is added a layer at a time and rounded
-to codes at random, with an exact mean (`apply_updates`). All that a run has to say is that such leaves train:
+The parts are those of any run. The gradient of a compressed leaf comes from a probe, in bfloat16
+(`gradients.value_and_grad`); the optimiser is shown what the leaf stands for (`dense`), so that any
+will do; its update is added a layer at a time and rounded to codes at random, with an exact mean
+(`apply_updates`). All that a run has to say is that such leaves train:
 
     params = quantize_weights(params, [(".*(norm/.*|_bias)|positions", None), (".*", 8)])
     state = init_state(params, optimizer("adamw8", 1e-3), trainable=[(".*", True)])
 
-A weight then takes 1 byte of codes, 2 of 8-bit moments, a tenth of scales, and while a step runs 2 of its gradient: 5 where
-float32 Adam takes 16.
+A weight then takes 1 byte of codes, 2 of 8-bit moments, a tenth of scales, and while a step runs 2
+of its gradient: 5 where float32 Adam takes 16.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from jaxmodel.optim.rounding import moved, rounded
 from jaxmodel.sharding import auto_axes
 
 
-def quantize_weights(params: tree.Params, rules: tree.Rules, group: int | None = None) -> tree.Params:
+def quantize_weights(
+    params: tree.Params, rules: tree.Rules, group: int | None = None
+) -> tree.Params:
     """The tree with leaves as codes to train on, each weight rounded to the nearest.
 
     Args:
       params: of plain arrays.
       rules: path -> bits, 2 to 8, or None for leaves that stay as they are.
-      group: weights of a row that share a scale; None for 128, 64 or 32 where they divide a row, else one scale a row.
+      group: weights of a row that share a scale; None for 128, 64 or 32 where they divide a row,
+        else one scale a row.
 
     Raises:
       InputError: bits that are not allowed, or a leaf that is no plain matrix.
@@ -53,7 +57,9 @@ def quantize_weights(params: tree.Params, rules: tree.Rules, group: int | None =
         if not isinstance(bits[path], int) or not 2 <= bits[path] <= 8:
             raise InputError(f"bits: {bits[path]!r} given for {path!r}; allowed: 2 to 8, or None")
         if isinstance(leaf, Compressed) or len(tree.layer_shape(path, leaf)) < 2:
-            raise InputError(f"rules: the leaf {path!r} of shape {leaf.shape} is no plain matrix; give it None")
+            raise InputError(
+                f"rules: the leaf {path!r} of shape {leaf.shape} is no plain matrix; give it None"
+            )
         check_weights(leaf, f"rules: the leaf {path!r}")
         return jax.jit(rounded, static_argnums=(1, 2))(leaf, group, bits[path])
 
@@ -61,13 +67,15 @@ def quantize_weights(params: tree.Params, rules: tree.Rules, group: int | None =
 
 
 def dense(params: Any) -> Any:
-    """A tree with the arrays that its compressed leaves stand for, as an optimiser wants to see it. Under jit what is not used is
-    not made."""
+    """A tree with the arrays that its compressed leaves stand for, as an optimiser wants to see it.
+    Under jit what is not used is not made.
+    """
     return jax.tree.map(decode, params, is_leaf=_is_compressed)
 
 
 def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Params:
-    """`p + u` of every leaf, in its dtype; the new codes of compressed leaves are rounded at random.
+    """`p + u` of every leaf, in its dtype; the new codes of compressed leaves are rounded at
+    random.
 
     Args:
       params: what trains.
@@ -84,7 +92,10 @@ def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Par
             new.append((leaf.astype(jnp.float32) + update.astype(jnp.float32)).astype(leaf.dtype))
             continue
         if not isinstance(leaf, QTensor):
-            raise InputError(f"trainable: a {type(leaf).__name__} leaf has no rounding to train with; allowed: arrays, QTensor")
+            raise InputError(
+                f"trainable: a {type(leaf).__name__} leaf has no rounding to train with; allowed: "
+                f"arrays, QTensor"
+            )
         new += by_layer(path, lambda *args: (moved(*args),), key, (leaf,), update)
     return jax.tree.unflatten(places, new)
 
@@ -92,24 +103,37 @@ def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Par
 def flat(params: Any) -> tuple[list[str], list[Any], Any]:
     """Paths, leaves (compressed ones whole) and structure of any pytree."""
     found, places = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_compressed)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found], [leaf for _, leaf in found], places
+    return (
+        [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found],
+        [leaf for _, leaf in found],
+        places,
+    )
 
 
-def by_layer[T: tuple[Any, ...]](path: str, function: Callable[..., T], key: jax.Array, arrays: T, *others: Any) -> T:
-    """`function(*arrays, *others, key)`, which gives the arrays anew, layer by layer where the leaf of this path is a stack of
-    matrices.
+def by_layer[T: tuple[Any, ...]](
+    path: str, function: Callable[..., T], key: jax.Array, arrays: T, *others: Any
+) -> T:
+    """`function(*arrays, *others, key)`, which gives the arrays anew, layer by layer where the leaf
+    of this path is a stack of matrices.
 
-    They are then written in place, where a step may: what is needed beside them is that of one layer. Not where a mesh cuts the
-    layers into stages. Each layer's key is folded from its path, so it is the same however layers are stacked.
+    They are then written in place, where a step may: what is needed beside them is that of one
+    layer. Not where a mesh cuts the layers into stages. Each layer's key is folded from its path,
+    so it is the same however layers are stacked.
     """
     if not tree.is_stacked(path) or len(arrays[0].shape) < 3 or auto_axes().get("pipeline", 1) > 1:
         return function(*arrays, *others, jax.random.fold_in(key, zlib.crc32(path.encode())))
-    numbers = jnp.array([zlib.crc32(layer.encode()) for layer in tree.layer_paths(path)], jnp.uint32)
+    numbers = jnp.array(
+        [zlib.crc32(layer.encode()) for layer in tree.layer_paths(path)], jnp.uint32
+    )
 
     def body(i: jax.Array, arrays: T) -> T:
-        here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (*arrays, *others))
+        here = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (*arrays, *others)
+        )
         new = function(*here, jax.random.fold_in(key, numbers[i]))
-        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), arrays, new)
+        return jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), arrays, new
+        )
 
     return jax.lax.fori_loop(0, arrays[0].shape[0], body, arrays)
 

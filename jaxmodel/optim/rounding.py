@@ -1,4 +1,6 @@
-"""Rounding to few bits with nothing lost on average: a cheap dither, codes of a curved grid, weights whose scales move slowly."""
+"""Rounding to few bits with nothing lost on average: a cheap dither, codes of a curved grid,
+weights whose scales move slowly.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from jaxmodel.leaves import QTensor
 from jaxmodel.leaves.packing import pad_last
 
 HEADROOM = 1.25
-"""What a new scale leaves free above the largest weight of its group, so that the next updates need no other one."""
+"""What a new scale leaves free above the largest weight of its group, so that the next updates need
+no other one.
+"""
 SHRINK = 0.4
 """A scale is made smaller when the largest weight of its group uses less than this share of it."""
 GROUPS = (128, 64, 32)
@@ -21,8 +25,9 @@ GROUPS = (128, 64, 32)
 def dither(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Uniform numbers in [0, 1), one for each element.
 
-    The key is used once, and the elements' places are hashed with it (two rounds of a 32-bit mixer, Wellons, 2018): thirty times
-    cheaper than `jax.random.uniform` on a CPU, the same however the array is sharded, and good enough to round with.
+    The key is used once, and the elements' places are hashed with it (two rounds of a 32-bit mixer,
+    Wellons, 2018): thirty times cheaper than `jax.random.uniform` on a CPU, the same however the
+    array is sharded, and good enough to round with.
 
     >>> u = dither(jax.random.key(0), (1000, 1000))
     >>> bool(jnp.abs(u.mean() - 0.5) < 1e-3), bool(u.min() >= 0), bool(u.max() < 1)
@@ -32,7 +37,9 @@ def dither(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     place = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(
+            stride % 2**32
+        )
         stride *= shape[axis]
     word = _mixed(_mixed(place ^ first) ^ second)
     return (word >> 8).astype(jnp.float32) * jnp.float32(2**-24)
@@ -53,15 +60,17 @@ def group_of(length: int, groups: tuple[int, ...] = GROUPS) -> int | None:
     return next((group for group in groups if length % group == 0), None)
 
 
-# ------------------------------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def rounded(weight: Float[Array, "... out in"], group: int | None = None, bits: int = 8) -> QTensor:
-    """A weight as codes, each to the nearest: `scale = 1.25 max |w| / (2^(bits-1) - 1)` of its group, to begin training with.
+    """A weight as codes, each to the nearest: `scale = 1.25 max |w| / (2^(bits-1) - 1)` of its
+    group, to begin training with.
 
     Args:
       weight: a matrix, or several behind each other.
-      group: weights of a row that share a scale; None for the longest of `GROUPS` that divides a row, or one scale a row.
+      group: weights of a row that share a scale; None for the longest of `GROUPS` that divides a
+        row, or one scale a row.
       bits: 2 to 8.
     """
     weight = weight.astype(jnp.float32)
@@ -69,16 +78,20 @@ def rounded(weight: Float[Array, "... out in"], group: int | None = None, bits: 
     padded, _ = pad_last(weight, group or 1)
     grouped = padded.reshape(*padded.shape[:-1], -1, group or weight.shape[-1])
     top = 2 ** (bits - 1) - 1
-    scale = jnp.maximum(jnp.max(jnp.abs(grouped), axis=-1) * (HEADROOM / top), jnp.finfo(jnp.float32).tiny)
+    scale = jnp.maximum(
+        jnp.max(jnp.abs(grouped), axis=-1) * (HEADROOM / top), jnp.finfo(jnp.float32).tiny
+    )
     codes = jnp.round(grouped / scale[..., None]).reshape(padded.shape)[..., : weight.shape[-1]]
     return QTensor.from_codes(codes.astype(jnp.int32), scale, bits=bits, group=group)
 
 
 def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor:
-    """`w + u`, rounded to codes at random so that its mean is exact: `E[decode(moved(w, u))] = decode(w) + u`.
+    """`w + u`, rounded to codes at random so that its mean is exact:
+    `E[decode(moved(w, u))] = decode(w) + u`.
 
-    A group keeps its scale while its largest weight fits and uses it, since with another scale every weight of the group would
-    lie between two codes and be rounded, and not those alone that move.
+    A group keeps its scale while its largest weight fits and uses it, since with another scale
+    every weight of the group would lie between two codes and be rounded, and not those alone that
+    move.
 
     Args:
       leaf: symmetric, of 2 to 8 bits.
@@ -90,15 +103,21 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
     """
     if leaf.minimum is not None or leaf.bits < 2:
         kind = "an affine QTensor" if leaf.minimum is not None else "a QTensor of 1 bit"
-        raise InputError(f"trainable: {kind} cannot be rounded at random around zero; allowed: symmetric ones of 2 to 8 bits")
-    top, n, groups = 2 ** (leaf.bits - 1) - 1, leaf.shape[-1], leaf.groups
+        raise InputError(
+            f"trainable: {kind} cannot be rounded at random around zero; allowed: symmetric ones "
+            f"of 2 to 8 bits"
+        )
+    top = 2 ** (leaf.bits - 1) - 1
+    n = leaf.shape[-1]
+    groups = leaf.groups
     width = (n + leaf.pad) // groups
 
     def grouped(a: Array) -> Array:
         a = jnp.pad(a.astype(jnp.float32), [(0, 0)] * (a.ndim - 1) + [(0, leaf.pad)])
         return a.reshape(*a.shape[:-1], groups, width)
 
-    codes, step = grouped(leaf.codes()), grouped(update)
+    codes = grouped(leaf.codes())
+    step = grouped(update)
     scale = leaf.scale.astype(jnp.float32)
     peak = jnp.max(jnp.abs(codes * scale[..., None] + step), axis=-1)
     if scale.shape[-2] < peak.shape[-2]:  # one scale for all rows
@@ -107,26 +126,31 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
     new = jnp.maximum(peak * jnp.float32(HEADROOM / top), jnp.finfo(leaf.scale.dtype).tiny)
     new = jnp.where(fits, leaf.scale, new.astype(leaf.scale.dtype))
     wide = new.astype(jnp.float32)
-    place = codes * (scale / wide)[..., None] + step / wide[..., None]  # the codes themselves where the scale stays
+    place = (
+        codes * (scale / wide)[..., None] + step / wide[..., None]
+    )  # the codes themselves where the scale stays
     place = jnp.clip(jnp.floor(place + dither(key, place.shape)), -top, top)
     place = place.reshape(*place.shape[:-2], groups * width)[..., :n].astype(jnp.int32)
     group = width if groups > 1 or leaf.pad else None
     return QTensor.from_codes(place, new, bits=leaf.bits, group=group, activations=leaf.activations)
 
 
-# ------------------------------------------------------------------------------------------------------------------ moments
+# ------------------------------------------------------------------------------------------ moments
 
 
 def curved(x: Float[Array, "..."], group: int, power: int, signed: bool, key: jax.Array) -> QTensor:
-    """Values as 8-bit codes of a grid that is finer near zero: `|x| = r^power` with r on an even grid, a scale for each block.
+    """Values as 8-bit codes of a grid that is finer near zero: `|x| = r^power` with r on an even
+    grid, a scale for each block.
 
-    Between its two neighbours on the grid a value is rounded at random so that its mean is exact: a running mean that moves by
-    less than a step of the grid still moves. (Block-wise 8-bit states: Dettmers et al., 2022.)
+    Between its two neighbours on the grid a value is rounded at random so that its mean is exact: a
+    running mean that moves by less than a step of the grid still moves. (Block-wise 8-bit states:
+    Dettmers et al., 2022.)
 
     Args:
       x: any shape of two axes or more.
       group: length of a block of the last axis, which it divides.
-      power: 2 or 4; 2 spans a range of 1 to 127^2 below the largest value of a block, 4 one of 1 to 255^4.
+      power: 2 or 4; 2 spans a range of 1 to 127^2 below the largest value of a block, 4 one of 1 to
+        255^4.
       signed: False for values of at least 0, whose grid then begins at the smallest of the block.
       key: of this array and step.
     """
@@ -148,4 +172,3 @@ def straight(leaf: QTensor, power: int) -> Float[Array, "..."]:
     """The values behind `curved`."""
     root = leaf.decode(jnp.float32)
     return jnp.sign(root) * jnp.abs(root) ** power
-

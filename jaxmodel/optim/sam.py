@@ -14,13 +14,15 @@ from jaxmodel.leaves import Compressed
 
 
 def sam(run: Callable[..., Any], radius: float = 0.05) -> Callable[..., Any]:
-    """Sharpness-aware minimisation: the gradient at `p + radius g / |g|`, where the loss nearby is worst (Foret et al., 2021).
+    """Sharpness-aware minimisation: the gradient at `p + radius g / |g|`, where the loss nearby is
+    worst (Foret et al., 2021).
 
-    Twice the work of a step. Where a step takes its batch in parts, each part has a worst point of its own, which the authors
-    found to be better yet.
+    Twice the work of a step. Where a step takes its batch in parts, each part has a worst point of
+    its own, which the authors found to be better yet.
 
     Args:
-      run: `run(params, ...) -> ((value, metrics), grads)`, as `jax.value_and_grad(..., has_aux=True)` makes it.
+      run: `run(params, ...) -> ((value, metrics), grads)`, as
+        `jax.value_and_grad(..., has_aux=True)` makes it.
       radius: length of the step uphill, over all leaves together, above 0.
 
     Returns:
@@ -37,11 +39,15 @@ def sam(run: Callable[..., Any], radius: float = 0.05) -> Callable[..., Any]:
     def worst(params: Any, *args: Any) -> Any:
         is_compressed = lambda node: isinstance(node, Compressed)
         if any(map(is_compressed, jax.tree.leaves(params, is_leaf=is_compressed))):
-            raise InputError("trainable: compressed leaves have no place a little uphill; SAM is for arrays")
+            raise InputError(
+                "trainable: compressed leaves have no place a little uphill; SAM is for arrays"
+            )
         (value, metrics), grads = run(params, *args)
         wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         scale = radius / jnp.maximum(optax.tree.norm(wide), 1e-12)
-        near = jax.tree.map(lambda p, g: (p.astype(jnp.float32) + scale * g).astype(p.dtype), params, wide)
+        near = jax.tree.map(
+            lambda p, g: (p.astype(jnp.float32) + scale * g).astype(p.dtype), params, wide
+        )
         return (value, metrics), run(near, *args)[1]
 
     return worst

@@ -1,4 +1,6 @@
-"""Learning rates as pure functions of the step; and the plateau, which follows a value and therefore has a state."""
+"""Learning rates as pure functions of the step; and the plateau, which follows a value and
+therefore has a state.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,16 @@ def schedule(
     every: int | None = None,
     gamma: float = 0.1,
 ) -> Schedule:
-    """A learning rate by name. All but "one_cycle" rise from 0 to the peak in a line over `warmup` steps; then
+    """A learning rate by name. All but "one_cycle" rise from 0 to the peak in a line over `warmup`
+    steps; then
 
     - "constant" stays there;
     - "step" is multiplied by `gamma` after each `every` steps;
     - "cosine" falls to `end` times the peak along half a cosine (Loshchilov & Hutter, 2017);
-    - "wsd" (warm-up, stable, decay) stays for the share `stable` of the steps, and falls to `end` in a line (Hu et al., 2024);
-    - "one_cycle" has risen from 1/25 of the peak along half a cosine, and falls as "cosine" (Smith & Topin, 2018);
+    - "wsd" (warm-up, stable, decay) stays for the share `stable` of the steps, and falls to `end`
+      in a line (Hu et al., 2024);
+    - "one_cycle" has risen from 1/25 of the peak along half a cosine, and falls as "cosine" (Smith
+      & Topin, 2018);
     - "plateau" stays; `reduce_on_plateau` behind the optimiser lowers it.
 
     Args:
@@ -41,7 +46,8 @@ def schedule(
       steps: of the whole run. Behind its end the rate stays, but for "step".
       warmup: steps of the rise, fewer than all. Smith and Topin take 30 to 45 % of the steps.
       end: of "cosine", "wsd" and "one_cycle": the last rate as a share of the peak.
-      stable: of "wsd": share of the steps behind the warm-up, 0 to 1; with 0 the fall is a line from the peak on.
+      stable: of "wsd": share of the steps behind the warm-up, 0 to 1; with 0 the fall is a line
+        from the peak on.
       every: of "step": steps between two drops; None for a third of those behind the warm-up.
       gamma: of "step": a drop's factor, above 0.
 
@@ -57,7 +63,9 @@ def schedule(
     if not 0 <= warmup < steps:
         raise InputError(f"warmup: {warmup} given for {steps} steps; allowed: 0 to {steps - 1}")
     if not (0 <= end <= 1 and 0 <= stable <= 1 and 0 < gamma <= 1):
-        raise InputError(f"end, stable, gamma: {end}, {stable}, {gamma} given; allowed: 0 to 1 (gamma: above 0)")
+        raise InputError(
+            f"end, stable, gamma: {end}, {stable}, {gamma} given; allowed: 0 to 1 (gamma: above 0)"
+        )
     rest = steps - warmup
     every = max(1, rest // 3) if every is None else every
     at_least("every", every)
@@ -82,17 +90,26 @@ def schedule(
 
 
 def reduce_on_plateau(
-    factor: float = 0.5, patience: int = 10, *, window: int = 1, cooldown: int = 0, least: float = 0.01, rtol: float = 1e-4
+    factor: float = 0.5,
+    patience: int = 10,
+    *,
+    window: int = 1,
+    cooldown: int = 0,
+    least: float = 0.01,
+    rtol: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates times a scale that falls by `factor` where a value has stopped falling; to be chained behind an optimiser.
+    """Updates times a scale that falls by `factor` where a value has stopped falling; to be chained
+    behind an optimiser.
 
-    The value comes with each update: `optimizer.update(grads, state, params, value=loss)`. What it remembers (the scale, the best
-    value) lies in the optimiser's state, so a run that goes on from a checkpoint goes on with it.
+    The value comes with each update: `optimizer.update(grads, state, params, value=loss)`. What it
+    remembers (the scale, the best value) lies in the optimiser's state, so a run that goes on from
+    a checkpoint goes on with it.
 
     Args:
       factor: of a drop, between 0 and 1.
       patience: windows without a new best value before a drop.
-      window: updates whose values are averaged before they are compared. A training loss is noisy: take an epoch, or about 100.
+      window: updates whose values are averaged before they are compared. A training loss is noisy:
+        take an epoch, or about 100.
       cooldown: windows after a drop that do not count.
       least: the smallest scale.
       rtol: by how much of itself the value must fall to be better.
@@ -110,8 +127,14 @@ def reduce_on_plateau(
     """
     if not 0 < factor < 1 or not 0 <= least <= 1 or not 0 < rtol < 1:
         given = f"{factor}, {least}, {rtol}"
-        raise InputError(f"factor, least, rtol: {given} given; allowed: between 0 and 1 (least: 0 and 1 too)")
-    for name, value, low in (("patience", patience, 1), ("window", window, 1), ("cooldown", cooldown, 0)):
+        raise InputError(
+            f"factor, least, rtol: {given} given; allowed: between 0 and 1 (least: 0 and 1 too)"
+        )
+    for name, value, low in (
+        ("patience", patience, 1),
+        ("window", window, 1),
+        ("cooldown", cooldown, 0),
+    ):
         at_least(name, value, low)
     return optax.contrib.reduce_on_plateau(factor, patience, rtol, 0.0, cooldown, window, least)
 

@@ -1,4 +1,6 @@
-"""What a program will need on machines that are not here: its collectives, read from what XLA compiled."""
+"""What a program will need on machines that are not here: its collectives, read from what XLA
+compiled.
+"""
 
 from jaxmodel.plan.collectives import Collective, collectives, moved
 from jaxmodel.plan.topology import topology

@@ -1,8 +1,9 @@
 """The collectives of a compiled program: what kind, how many bytes, how often.
 
-They are read from the text of the optimised module (`jax.stages.Compiled.as_text()`), where nothing is hidden: what `jit` sharded
-stands beside what `shard_map` wrote. A collective in a loop counts as often as the loop runs, one that is started and done in
-two places once, one in a branch as if the branch were taken.
+They are read from the text of the optimised module (`jax.stages.Compiled.as_text()`), where nothing
+is hidden: what `jit` sharded stands beside what `shard_map` wrote. A collective in a loop counts as
+often as the loop runs, one that is started and done in two places once, one in a branch as if the
+branch were taken.
 
 Bytes of one collective on one device:
 
@@ -40,7 +41,14 @@ import jax
 
 from jaxmodel.errors import InputError
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,9 @@ type _Module = dict[str, dict[str, _Instruction]]  # computation -> instructions
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.~-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.~-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLS = "body|calls|to_apply|true_computation|false_computation|branch_computations|called_computations"
+_CALLS = (
+    "body|calls|to_apply|true_computation|false_computation|branch_computations|called_computations"
+)
 _CALLED = re.compile(rf"({_CALLS})=(\{{[^}}]*\}}|[^ ,]+)")
 
 
@@ -89,11 +99,15 @@ def collectives(program: jax.stages.Compiled | str) -> list[Collective]:
       program: what `jax.jit(f).lower(...).compile()` gives, or the text of its module.
 
     Raises:
-      InputError: no module, or a collective in a loop of which the module does not say how often it runs.
+      InputError: no module, or a collective in a loop of which the module does not say how often it
+        runs.
     """
     text = program if isinstance(program, str) else program.as_text() or ""
     module, entry = _parse(text)
-    devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n\n")[0]))
+    devices = math.prod(
+        int(n)
+        for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n\n")[0])
+    )
     found: list[Collective] = []
     parts: dict[tuple[str, int, str], Collective] = {}
     for computation, name, times, fused in _runs(module, entry):
@@ -103,7 +117,9 @@ def collectives(program: jax.stages.Compiled | str) -> list[Collective]:
         channel = module[computation][name].attribute(r"channel_id=(\d+)")
         if not fused or channel is None or one.kind == "reduce-scatter":
             found.append(one)
-        else:  # a TPU runs one collective in pieces, between pieces of what else there is to do; all have its channel
+        # a TPU runs one collective in pieces, between pieces of what else there is to do; all have
+        # its channel
+        else:
             key = (one.kind, one.bytes, channel)
             parts[key] = max(one, parts.get(key, one), key=lambda each: each.times)
     return found + list(parts.values())
@@ -117,12 +133,13 @@ def moved(found: Iterable[Collective]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-# ------------------------------------------------------------------------------------------------------ the module
+# --------------------------------------------------------------------------------------- the module
 
 
 def _parse(text: str) -> tuple[_Module, str]:
     module: _Module = {}
-    entry, current = "", None
+    entry = ""
+    current = None
     for line in text.splitlines():
         if head := _HEAD.match(line):
             current = module[head[2]] = {}
@@ -134,7 +151,9 @@ def _parse(text: str) -> tuple[_Module, str]:
             opcode, _, after = rest.partition("(")
             current[found[1]] = _Instruction(kind, opcode.strip(), after)
     if not entry:
-        raise InputError("collectives: this text is no module of XLA; needed is that of `compiled.as_text()`")
+        raise InputError(
+            "collectives: this text is no module of XLA; needed is that of `compiled.as_text()`"
+        )
     return module, entry
 
 
@@ -151,7 +170,9 @@ def _type(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _runs(module: _Module, computation: str, times: int = 1, fused: bool = False) -> Iterator[tuple[str, str, int, bool]]:
+def _runs(
+    module: _Module, computation: str, times: int = 1, fused: bool = False
+) -> Iterator[tuple[str, str, int, bool]]:
     """Every instruction that runs: its computation, name, how often, and whether in a fusion."""
     for name, instruction in module[computation].items():
         yield computation, name, times, fused
@@ -162,7 +183,9 @@ def _runs(module: _Module, computation: str, times: int = 1, fused: bool = False
                 if called not in module or not _holds(module, called):
                     continue
                 rounds = _rounds(module, instruction, name) if role == "body" else 1
-                yield from _runs(module, called, times * rounds, fused or instruction.opcode == "fusion")
+                yield from _runs(
+                    module, called, times * rounds, fused or instruction.opcode == "fusion"
+                )
 
 
 def _holds(module: _Module, computation: str) -> bool:
@@ -189,7 +212,10 @@ def _rounds(module: _Module, loop: _Instruction, name: str) -> int:
                 constant = condition.get(operand)
                 if constant is not None and constant.opcode == "constant":
                     return int(constant.text.split(")")[0])
-    raise InputError(f"collectives: the module does not say how often its loop {name!r} runs, and there are collectives in it")
+    raise InputError(
+        f"collectives: the module does not say how often its loop {name!r} runs, and there are "
+        f"collectives in it"
+    )
 
 
 def _kind(opcode: str) -> str | None:
@@ -197,7 +223,9 @@ def _kind(opcode: str) -> str | None:
     return opcode if opcode in KINDS else None
 
 
-def _read(instruction: _Instruction, computation: str, devices: int, times: int) -> Collective | None:
+def _read(
+    instruction: _Instruction, computation: str, devices: int, times: int
+) -> Collective | None:
     kind = _kind(instruction.opcode)
     if kind is None:
         return None
@@ -206,15 +234,20 @@ def _read(instruction: _Instruction, computation: str, devices: int, times: int)
     source = instruction.attribute(r'op_name="([^"]*)"') or ""
     if kind == "collective-permute":
         operand = _sizes(_parts(instruction.type)[0]) if started else sizes
-        pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=\{(\{.*?\})\}") or "")
+        pairs = re.findall(
+            r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=\{(\{.*?\})\}") or ""
+        )
         senders = sum(a != b for a, b in pairs)
-        return Collective(kind, sum(operand) * senders // devices, 2 if senders else 1, times, source)
+        return Collective(
+            kind, sum(operand) * senders // devices, 2 if senders else 1, times, source
+        )
     group = _group(instruction, devices)
     if started and kind == "all-gather":
         sizes = sizes[len(sizes) // 2 :]
     total = sum(sizes)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # how a TPU's module writes it: an all-reduce and the slice of its result, fused
+        # how a TPU's module writes it: an all-reduce and the slice of its result, fused
+        kind = "reduce-scatter"
     elif kind == "reduce-scatter":
         total *= group
     elif kind == "all-reduce":
@@ -223,7 +256,9 @@ def _read(instruction: _Instruction, computation: str, devices: int, times: int)
 
 
 def _group(instruction: _Instruction, devices: int) -> int:
-    """Devices of a group, from one of the three ways to write it: all of them, a grid, or axes of a mesh."""
+    """Devices of a group, from one of the three ways to write it: all of them, a grid, or axes of a
+    mesh.
+    """
     text = instruction.text.partition("replica_groups=")[2]
     if found := re.match(r"\{\{([\d,]*)\}", text):
         return len(found[1].split(","))
@@ -237,7 +272,10 @@ def _group(instruction: _Instruction, devices: int) -> int:
 
 def _parts(kind: str) -> list[str]:
     """The elements of a tuple's type."""
-    inner, depth, parts, start = kind[1:-1], 0, [], 0
+    inner = kind[1:-1]
+    depth = 0
+    parts = []
+    start = 0
     for i, letter in enumerate(inner):
         depth += (letter in "({[") - (letter in ")}]")
         if letter == "," and depth == 0:
@@ -248,7 +286,10 @@ def _parts(kind: str) -> list[str]:
 
 def _sizes(kind: str) -> list[int]:
     """Bytes of each array of a type."""
-    return [math.prod(int(n) for n in dims.split(",") if n) * _width(dtype) for dtype, dims in _SHAPE.findall(kind)]
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * _width(dtype)
+        for dtype, dims in _SHAPE.findall(kind)
+    ]
 
 
 def _width(dtype: str) -> int:

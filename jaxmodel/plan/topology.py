@@ -17,10 +17,12 @@ _held: list[Any] = []  # the lock, for as long as this process lives
 
 
 def topology(name: str) -> list[Any]:
-    """The devices of a TPU slice, to compile for but not to run on: `make_mesh(shape, topology("v5e:2x4"))`.
+    """The devices of a TPU slice, to compile for but not to run on:
+    `make_mesh(shape, topology("v5e:2x4"))`.
 
-    Needs libtpu (the extra `plan`), which one process at a time may load: this one waits for its turn, and keeps it until it
-    ends. So use a process of its own, with JAX_PLATFORMS=cpu, since JAX takes an installed libtpu for a TPU that is here.
+    Needs libtpu (the extra `plan`), which one process at a time may load: this one waits for its
+    turn, and keeps it until it ends. So use a process of its own, with JAX_PLATFORMS=cpu, since JAX
+    takes an installed libtpu for a TPU that is here.
 
     Args:
       name: generation and grid of chips, `v5e:2x4`, `v6e:8x8`, `v5p:4x4x4`.
@@ -29,8 +31,12 @@ def topology(name: str) -> list[Any]:
       InputError: libtpu is not installed or does not know the name.
     """
     require("libtpu", "plan")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the network what machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its own lock does not wait but fails; nothing runs on a chip
+    os.environ.setdefault(
+        "TPU_SKIP_MDS_QUERY", "1"
+    )  # it would ask the network what machine this is
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # its own lock does not wait but fails; nothing runs on a chip
     if not _held:
         lock = open_own(Path(tempfile.gettempdir()) / "jaxmodel-libtpu.lock")
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -38,4 +44,6 @@ def topology(name: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:
-        raise InputError(f"topology: {name!r} is no slice for libtpu ({error}); allowed: such as 'v5e:2x4'") from None
+        raise InputError(
+            f"topology: {name!r} is no slice for libtpu ({error}); allowed: such as 'v5e:2x4'"
+        ) from None

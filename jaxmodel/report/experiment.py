@@ -13,23 +13,42 @@ from jaxmodel.report.run import versions
 type Result = tuple[Iterable[Sequence[Any]], Mapping[str, Any]]
 
 
-def experiment(doc: str | None, quick: str, run: Callable[[bool, int], Result], args: Sequence[str] | None = None) -> None:
-    """Read `--quick`, `--seed` and `--json`, run an experiment, print its rows (see `rows`) or write them to a file.
+def experiment(
+    doc: str | None,
+    quick: str,
+    run: Callable[[bool, int], Result],
+    args: Sequence[str] | None = None,
+) -> None:
+    """Read `--quick`, `--seed` and `--json`, run an experiment, print its rows (see `rows`) or
+    write them to a file.
 
     Args:
       doc: the experiment's docstring; its first line is shown as help.
       quick: what its quick form is, for the help.
-      run: `(quick, seed) -> (entries, protocol)`; the seed and what it ran on are added to the protocol.
+      run: `(quick, seed) -> (entries, protocol)`; the seed and what it ran on are added to the
+        protocol.
       args: the command line; that of the process when None.
     """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    parser.add_argument("--json", default="-", metavar="FILE", help="where the numbers go; '-' is standard output, the default")
+    parser.add_argument(
+        "--json",
+        default="-",
+        metavar="FILE",
+        help="where the numbers go; '-' is standard output, the default",
+    )
     options = parser.parse_args(args)
     check_target(options.json)
     began = time.perf_counter()
     with clean_stdout(options.json):
         entries, protocol = run(options.quick, options.seed)
     seconds = time.perf_counter() - began
-    emit(rows(entries, seconds, {"quick": options.quick, "seed": options.seed, **protocol, **versions()}), options.json)
+    emit(
+        rows(
+            entries,
+            seconds,
+            {"quick": options.quick, "seed": options.seed, **protocol, **versions()},
+        ),
+        options.json,
+    )

@@ -1,4 +1,5 @@
-"""A report as one HTML file: loads nothing from elsewhere, light or dark as the reader's screen, readable on a phone.
+"""A report as one HTML file: loads nothing from elsewhere, light or dark as the reader's screen,
+readable on a phone.
 
 >>> cost = table([{"name": "int8", "nll": 3.389}], [Column("name"), Column("nll")], caption="One row for each version.")
 >>> page("SmolLM2, compressed", [text("How much worse?"), cost]).startswith("<!doctype html>")
@@ -58,7 +59,8 @@ _AROUND = """
 --ink:currentColor;--dim:color-mix(in srgb,currentColor 65%,transparent);--line:#8884;--paper:transparent;--tint:#8882;
 h3{font-size:1.05rem;margin:.4rem 0}table{margin:0}dl{margin:.2rem 0}
 """
-_FEW = 4  # columns that are no table any more on a phone, where each row of a wider one becomes a paragraph
+# columns that are no table any more on a phone, where each row of a wider one becomes a paragraph
+_FEW = 4
 _SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -81,10 +83,15 @@ def page(title: str, sections: Sequence[Section]) -> str:
       title: stands on top and in the browser's tab.
       sections: what `heading`, `text`, `table`, `figure`, `code`, `key_value` made, in order.
     """
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    )
     body = "\n".join(section.html for section in sections)
     name = escape(title)
-    start = f'<!doctype html>\n<html lang="en"><head>{head}<title>{name}</title><style>{_PAGE}{_PARTS}</style></head>'
+    start = (
+        f"<!doctype html>\n<html "
+        f'lang="en"><head>{head}<title>{name}</title><style>{_PAGE}{_PARTS}</style></head>'
+    )
     return f"{start}\n<body><h1>{name}</h1>\n{body}\n</body></html>\n"
 
 
@@ -107,13 +114,20 @@ def text(words: str) -> Section:
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column], caption: str = "") -> Section:
-    """The same table that `print_table` shows on a terminal; on a phone each row of a wide one is a paragraph of its own."""
-    head, body = [], []
+    """The same table that `print_table` shows on a terminal; on a phone each row of a wide one is a
+    paragraph of its own.
+    """
+    head = []
+    body = []
     for column in columns:
-        right, title = column.to_right(rows), column.title or column.key
-        kind, named = (' class="r"' if right else ""), escape(" ".join(title.split()))
+        right = column.to_right(rows)
+        title = column.title or column.key
+        kind = ' class="r"' if right else ""
+        named = escape(" ".join(title.split()))
         cells = [column.cell(row) for row in rows]
-        cells = aligned(cells, "\u2007", "\u2008") if right else cells  # spaces as wide as a digit and a point
+        cells = (
+            aligned(cells, "\u2007", "\u2008") if right else cells
+        )  # spaces as wide as a digit and a point
         head.append(f"<th{kind}>{escape(title)}</th>")
         body.append([f'<td{kind} data-title="{named}">{escape(cell)}</td>' for cell in cells])
     lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in zip(*body, strict=True))
@@ -126,7 +140,9 @@ def table(rows: Sequence[Row], columns: Sequence[Column], caption: str = "") -> 
 
 def details(summary: str, sections: Sequence[Section]) -> Section:
     """What is seen when the reader unfolds it."""
-    return Section(f"<details><summary>{escape(summary)}</summary>{''.join(one.html for one in sections)}</details>")
+    return Section(
+        f"<details><summary>{escape(summary)}</summary>{''.join(one.html for one in sections)}</details>"
+    )
 
 
 def code(words: str) -> Section:
@@ -136,23 +152,40 @@ def code(words: str) -> Section:
 
 def key_value(pairs: Mapping[str, Any]) -> Section:
     """Names and values, such as the versions of packages; values of values are named `mesh.tensor`."""
-    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in _flat(pairs, ""))
+    items = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in _flat(pairs, "")
+    )
     return Section(f"<dl>{items}</dl>")
 
 
 def options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Section:
-    """What a run was asked for: the options that are not as they are by default, and folded away the others and what all came to.
+    """What a run was asked for: the options that are not as they are by default, and folded away
+    the others and what all came to.
 
     Args:
       config: of a `Run`.
       defaults: option -> its value where none is given; one that is missing here has none.
     """
     asked = {name: value for name, value in config.items() if name not in ("verb", "resolved")}
-    changed = {name: value for name, value in asked.items() if name not in defaults or to_plain(defaults[name]) != value}
-    rows = [{"option": name, "value": _said(value), "default": _said(defaults.get(name))} for name, value in changed.items()]
-    parts = [table(rows, [Column("option"), Column("value"), Column("default")]) if rows else text("All options as by default.")]
+    changed = {
+        name: value
+        for name, value in asked.items()
+        if name not in defaults or to_plain(defaults[name]) != value
+    }
+    rows = [
+        {"option": name, "value": _said(value), "default": _said(defaults.get(name))}
+        for name, value in changed.items()
+    ]
+    parts = [
+        table(rows, [Column("option"), Column("value"), Column("default")])
+        if rows
+        else text("All options as by default.")
+    ]
     rest = {name: value for name, value in asked.items() if name not in changed}
-    folded = {"The other options, all as by default": rest, "What all of them came to": config.get("resolved", {})}
+    folded = {
+        "The other options, all as by default": rest,
+        "What all of them came to": config.get("resolved", {}),
+    }
     parts += [details(title, [key_value(pairs)]) for title, pairs in folded.items() if pairs]
     return Section("".join(part.html for part in parts))
 
@@ -160,18 +193,30 @@ def options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Section:
 def ran_on(versions: Mapping[str, Any]) -> Section:
     """What a run ran on: its processor in words, and the rest folded away."""
     said = text(f"{processor(versions)[:1].upper()}{processor(versions)[1:]}.")
-    return Section(heading("What it ran on").html + said.html + details("Versions and devices", [key_value(versions)]).html)
+    return Section(
+        heading("What it ran on").html
+        + said.html
+        + details("Versions and devices", [key_value(versions)]).html
+    )
 
 
 def figure(svg: bytes | str, caption: str = "") -> Section:
-    """A drawing of ours, as the functions of `plot` return it; ink, grid and paper take the page's colours, light or dark."""
+    """A drawing of ours, as the functions of `plot` return it; ink, grid and paper take the page's
+    colours, light or dark.
+    """
     source = svg.decode() if isinstance(svg, bytes) else svg
     root = ElementTree.fromstring(source[source.find("<svg") :])
     for node in root.iter():
         node.tag = str(node.tag).removeprefix(_SVG)
         node.attrib = {name.rpartition("}")[2]: value for name, value in node.attrib.items()}
-    root.attrib = {"viewBox": root.get("viewBox", "0 0 300 150"), "role": "img", "aria-label": caption or "plot"}
-    drawing = ElementTree.tostring(root, encoding="unicode")  # written anew: comments, which hold labels unescaped, are gone
+    root.attrib = {
+        "viewBox": root.get("viewBox", "0 0 300 150"),
+        "role": "img",
+        "aria-label": caption or "plot",
+    }
+    drawing = ElementTree.tostring(
+        root, encoding="unicode"
+    )  # written anew: comments, which hold labels unescaped, are gone
     for colour, name in ((plot.INK, "ink"), (plot.GRID, "line"), (plot.PAPER, "paper")):
         drawing = drawing.replace(colour, f"var(--{name})")
     return Section(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
@@ -201,7 +246,9 @@ def _flat(pairs: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
 def _said(value: Any) -> str:
     """A value as one would give it."""
     if isinstance(value, list | tuple):
-        return ("; " if any(isinstance(one, list | tuple) for one in value) else ", ").join(map(_said, value)) or "–"
+        return ("; " if any(isinstance(one, list | tuple) for one in value) else ", ").join(
+            map(_said, value)
+        ) or "–"
     if isinstance(value, float):
         return f"{value:.6g}"
     return "–" if value is None or value == "" else text_of(value)

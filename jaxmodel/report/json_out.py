@@ -1,4 +1,6 @@
-"""The numbers for programs: anything to plain JSON, `--json TARGET`, and the rows of an experiment with their goals."""
+"""The numbers for programs: anything to plain JSON, `--json TARGET`, and the rows of an experiment
+with their goals.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ _BAND = re.compile(rf"\s*({_NUMBER})\s*(?:\+-|\+/-|±)\s*({_NUMBER})\s*")
 def to_plain(obj: Any) -> Any:
     """`obj` as what JSON knows: dicts with text keys, lists, text, numbers, booleans, None.
 
-    NumPy and JAX scalars and arrays, dataclasses, enums, paths, dtypes, sets, iterables are translated; a number that
-    is not finite becomes None, because JSON has no word for it.
+    NumPy and JAX scalars and arrays, dataclasses, enums, paths, dtypes, sets, iterables are
+    translated; a number that is not finite becomes None, because JSON has no word for it.
 
     Raises:
       TypeError: something else is in there (a program's mistake, not a person's).
@@ -48,8 +50,12 @@ def to_plain(obj: Any) -> Any:
         return float(obj) if math.isfinite(obj) else None
     if isinstance(obj, np.dtype):
         return obj.name
-    if isinstance(obj, type) and (issubclass(obj, np.generic) or isinstance(getattr(obj, "dtype", None), np.dtype)):
-        return np.dtype(obj).name  # np.float32, or jnp.float32, a type of JAX's own that carries its dtype
+    if isinstance(obj, type) and (
+        issubclass(obj, np.generic) or isinstance(getattr(obj, "dtype", None), np.dtype)
+    ):
+        return np.dtype(
+            obj
+        ).name  # np.float32, or jnp.float32, a type of JAX's own that carries its dtype
     if isinstance(obj, np.generic):
         return to_plain(obj.item())
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
@@ -73,7 +79,8 @@ def dumps(obj: Any, indent: int | None = 2) -> str:
 
 
 def emit(obj: Any, target: str | None) -> None:
-    """Give `obj` to a program: `-` prints it on standard output, a path becomes a file, None does nothing.
+    """Give `obj` to a program: `-` prints it on standard output, a path becomes a file, None does
+    nothing.
 
     Raises:
       InputError: the path cannot be written.
@@ -87,7 +94,9 @@ def emit(obj: Any, target: str | None) -> None:
 
 @contextlib.contextmanager
 def clean_stdout(target: str | None) -> Iterator[None]:
-    """While a job runs for `--json -`, whatever Python prints goes to standard error; `emit` comes after the block."""
+    """While a job runs for `--json -`, whatever Python prints goes to standard error; `emit` comes
+    after the block.
+    """
     with contextlib.redirect_stdout(sys.stderr) if target == "-" else contextlib.nullcontext():
         yield
 
@@ -109,15 +118,20 @@ def check_target(target: str | None) -> None:
     except OSError:
         wrong = True
     if wrong:
-        raise InputError(f"--json: {target!r} cannot be written; allowed: - or a file in an existing, writable folder")
+        raise InputError(
+            f"--json: {target!r} cannot be written; allowed: - or a file in an existing, writable "
+            f"folder"
+        )
 
 
 def goal_met(value: Any, goal: str | None) -> bool | None:
-    """Whether a measured value meets a goal; None where there is no goal, False for a value missing or not finite.
+    """Whether a measured value meets a goal; None where there is no goal, False for a value missing
+    or not finite.
 
     Args:
       value: a number, or None when it could not be measured.
-      goal: `>= 2.5`, `<= 0.002`, `> 1`, `< 1`, `== 0` or `3.38783 +- 0.0005`; compared as written, in decimals.
+      goal: `>= 2.5`, `<= 0.002`, `> 1`, `< 1`, `== 0` or `3.38783 +- 0.0005`; compared as written,
+        in decimals.
 
     Raises:
       InputError: the goal cannot be read, or the value is not a number.
@@ -127,23 +141,37 @@ def goal_met(value: Any, goal: str | None) -> bool | None:
     """
     if goal is None:
         return None
-    bound, band = _BOUND.fullmatch(goal), _BAND.fullmatch(goal)
+    bound = _BOUND.fullmatch(goal)
+    band = _BAND.fullmatch(goal)
     if not bound and not band:
-        raise InputError(f"goal: {goal!r} cannot be read; allowed: >=, <=, >, < or == and a number, or '2.5 +- 0.1'")
+        raise InputError(
+            f"goal: {goal!r} cannot be read; allowed: >=, <=, >, < or == and a number, or '2.5 +- "
+            f"0.1'"
+        )
     plain = to_plain(value)
     if plain is None:
         return False
     if not isinstance(plain, int | float):
-        raise InputError(f"value: {plain!r} cannot be compared with the goal {goal!r}; allowed: a number")
+        raise InputError(
+            f"value: {plain!r} cannot be compared with the goal {goal!r}; allowed: a number"
+        )
     number = Decimal(repr(plain if isinstance(plain, float) else int(plain)))
     if band:
         return abs(number - Decimal(band[1])) <= abs(Decimal(band[2]))
     assert bound
-    compare = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
+    compare = {
+        ">=": operator.ge,
+        "<=": operator.le,
+        ">": operator.gt,
+        "<": operator.lt,
+        "==": operator.eq,
+    }
     return compare[bound[1]](number, Decimal(bound[2]))
 
 
-def rows(entries: Iterable[Sequence[Any]], seconds: float | int, protocol: Mapping[str, Any]) -> dict[str, Any]:
+def rows(
+    entries: Iterable[Sequence[Any]], seconds: float | int, protocol: Mapping[str, Any]
+) -> dict[str, Any]:
     """What an experiment prints: its measured values beside their goals.
 
     Args:
@@ -163,5 +191,7 @@ def rows(entries: Iterable[Sequence[Any]], seconds: float | int, protocol: Mappi
     table = []
     for name, value, unit, *rest in entries:
         goal = rest[0] if rest else None
-        table.append({"name": name, "value": value, "unit": unit, "goal": goal, "met": goal_met(value, goal)})
+        table.append(
+            {"name": name, "value": value, "unit": unit, "goal": goal, "met": goal_met(value, goal)}
+        )
     return to_plain({"rows": table, "seconds": seconds, "protocol": protocol})

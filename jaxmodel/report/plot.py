@@ -1,7 +1,8 @@
 """Plots as bytes, from plain numbers, in one house style: SVG to stand in a page, PNG to be a file.
 
-Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; lines differ in dash and points in
-shape as well. Figures are objects of their own, so nothing leaks into a notebook's plots.
+Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; lines differ in
+dash and points in shape as well. Figures are objects of their own, so nothing leaks into a
+notebook's plots.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ import numpy as np
 from jaxmodel.errors import InputError, require
 from jaxmodel.report.table import rate
 
-INK, GRID, PAPER = "#23272e", "#d9dde3", "#ffffff"  # `html.figure` gives these the page's own colours
+INK, GRID, PAPER = (
+    "#23272e",
+    "#d9dde3",
+    "#ffffff",
+)  # `html.figure` gives these the page's own colours
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -93,7 +98,9 @@ def curves(
         for index, (name, (x, y)) in enumerate(_some(series, "series").items()):
             if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
                 shapes = f"x of shape {np.shape(x)} and y of shape {np.shape(y)}"
-                raise InputError(f"series: {name!r} has {shapes}; allowed: two sequences of equal length")
+                raise InputError(
+                    f"series: {name!r} has {shapes}; allowed: two sequences of equal length"
+                )
             look = {"color": COLOURS[index % 6], "linestyle": _DASHES[index % 4], "markersize": 5}
             marker = _MARKERS[index % 6] if len(x) <= 25 else None
             ax.plot(np.asarray(x, float), np.asarray(y, float), label=name, marker=marker, **look)
@@ -105,8 +112,11 @@ def curves(
     return Picture(out.getvalue())
 
 
-def bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", fmt: str = "svg") -> Picture:
-    """Horizontal bars with their values, in groups; a value that is missing or not finite is a dash.
+def bars(
+    groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", fmt: str = "svg"
+) -> Picture:
+    """Horizontal bars with their values, in groups; a value that is missing or not finite is a
+    dash.
 
     Args:
       groups: group to series to value, such as version to {"prefill": 1124.0, "decode": 59.9}.
@@ -114,12 +124,16 @@ def bars(groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", 
     Raises:
       InputError: nothing to draw.
     """
-    names = list(dict.fromkeys(name for group in _some(groups, "groups").values() for name in group))
+    names = list(
+        dict.fromkeys(name for group in _some(groups, "groups").values() for name in group)
+    )
     height = 0.8 / len(_some(names, "groups"))
     inches = 1.1 + len(groups) * max(0.36, 0.24 * len(names)) + 0.3 * (len(names) > 1)
     with _axes(title, xlabel, "", fmt, inches) as (ax, out):
         for index, name in enumerate(names):
-            values = np.array([group.get(name) for group in groups.values()], float)  # None becomes not a number
+            values = np.array(
+                [group.get(name) for group in groups.values()], float
+            )  # None becomes not a number
             where = np.arange(len(groups)) + (index - (len(names) - 1) / 2) * height
             lengths = np.where(np.isfinite(values), values, 0)
             drawn = ax.barh(where, lengths, height * 0.9, label=name, color=COLOURS[index % 6])
@@ -145,11 +159,12 @@ def scatter(
     logx: bool = False,
     logy: bool = False,
 ) -> Picture:
-    """Named points, such as size against perplexity; labels keep clear of each other and of the points.
+    """Named points, such as size against perplexity; labels keep clear of each other and of the
+    points.
 
     Args:
-      points: label to (x, y). One that cannot stand on the axes (not finite, or not positive on a logarithmic one) is
-        named below the plot instead.
+      points: label to (x, y). One that cannot stand on the axes (not finite, or not positive on a
+        logarithmic one) is named below the plot instead.
 
     Raises:
       InputError: no point can be drawn.
@@ -159,8 +174,12 @@ def scatter(
         for name, (x, y) in points.items()
         if math.isfinite(x) and math.isfinite(y) and (x > 0 or not logx) and (y > 0 or not logy)
     }
-    left_out = ", ".join(f"{name} ({x:.4g}, {y:.4g})" for name, (x, y) in points.items() if name not in inside)
-    with _axes(title, xlabel + (f"\nnot shown: {left_out}" if left_out else ""), ylabel, fmt, 4.2) as (ax, out):
+    left_out = ", ".join(
+        f"{name} ({x:.4g}, {y:.4g})" for name, (x, y) in points.items() if name not in inside
+    )
+    with _axes(
+        title, xlabel + (f"\nnot shown: {left_out}" if left_out else ""), ylabel, fmt, 4.2
+    ) as (ax, out):
         look = {"linestyle": "none", "mec": PAPER, "mew": 0.8, "ms": 8.5}
         drawn = [
             ax.plot(x, y, marker=_MARKERS[index % 6], color=COLOURS[index % 6], **look)[0]
@@ -173,8 +192,11 @@ def scatter(
     return Picture(out.getvalue())
 
 
-def place_labels(anchors: np.ndarray, sizes: np.ndarray, bounds: tuple[Any, Any], clear: float = 7.5) -> np.ndarray:
-    """Where labels go so that they cover neither each other nor a point: for each the nearest free place, in order.
+def place_labels(
+    anchors: np.ndarray, sizes: np.ndarray, bounds: tuple[Any, Any], clear: float = 7.5
+) -> np.ndarray:
+    """Where labels go so that they cover neither each other nor a point: for each the nearest free
+    place, in order.
 
     Args:
       anchors: the points, [N, 2], pixels.
@@ -183,13 +205,16 @@ def place_labels(anchors: np.ndarray, sizes: np.ndarray, bounds: tuple[Any, Any]
       clear: radius around each point that stays free.
 
     Returns:
-      The lower left corner of each label, [N, 2]. Where nothing is free, the place that covers least.
+      The lower left corner of each label, [N, 2]. Where nothing is free, the place that covers
+      least.
     """
     taken = [np.concatenate([point - clear, point + clear]) for point in anchors]
     corners = np.zeros((len(anchors), 2))
     for index, (point, size) in enumerate(zip(anchors, sizes, strict=True)):
         best = (math.inf, np.zeros(4))
-        for radius, (dx, dy) in itertools.product((0, 6, 14, 24, 36, 50, 70, 95, 125, 160), _DIRECTIONS):
+        for radius, (dx, dy) in itertools.product(
+            (0, 6, 14, 24, 36, 50, 70, 95, 125, 160), _DIRECTIONS
+        ):
             centre = point + np.array([dx, dy]) * (size / 2 + clear + 1 + radius)
             centre = np.clip(centre, size / 2, np.maximum(np.array(bounds) - size / 2, size / 2))
             box = np.concatenate([centre - size / 2, centre + size / 2])
@@ -219,12 +244,15 @@ def _label(ax: Any, points: Mapping[str, tuple[Any, Any]]) -> None:
     look = {"textcoords": "offset points", "fontsize": 9, "va": "bottom"}
     texts = [ax.annotate(name, at, (0, 0), **look) for name, at in points.items()]
     sizes = np.array([text.get_window_extent(renderer).size for text in texts]) + 2
-    area, anchors = ax.get_window_extent(renderer), ax.transData.transform(np.array(list(points.values())))
+    area = ax.get_window_extent(renderer)
+    anchors = ax.transData.transform(np.array(list(points.values())))
     corners = place_labels(anchors - area.p0, sizes, (area.width, area.height)) + area.p0
     for text, corner, size, anchor in zip(texts, corners, sizes, anchors, strict=True):
         text.set_position(tuple((corner + 1 - anchor) * pixel))
         nearest = np.clip(anchor, corner, corner + size)
-        if np.linalg.norm(nearest - anchor) > 16:  # too far to be seen as its own: a thread between them
+        if (
+            np.linalg.norm(nearest - anchor) > 16
+        ):  # too far to be seen as its own: a thread between them
             ends = ax.transData.inverted().transform([nearest, anchor])
             ax.plot(*ends.T, color=INK, linewidth=0.6, zorder=1, scalex=False, scaley=False)
 
@@ -235,11 +263,18 @@ def _unhide(ax: Any, drawn: list[Any], points: np.ndarray) -> None:
     for index, line in enumerate(drawn):
         above = int(np.sum(np.linalg.norm(places[index + 1 :] - places[index], axis=1) < 6.5))
         if above:
-            line.set(markerfacecolor="none", markeredgecolor=line.get_color(), mew=1.6, markersize=8.5 + 5.5 * above)
+            line.set(
+                markerfacecolor="none",
+                markeredgecolor=line.get_color(),
+                mew=1.6,
+                markersize=8.5 + 5.5 * above,
+            )
 
 
 @contextmanager
-def _axes(title: str, xlabel: str, ylabel: str, fmt: str, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
+def _axes(
+    title: str, xlabel: str, ylabel: str, fmt: str, height: float
+) -> Iterator[tuple[Any, io.BytesIO]]:
     """Empty axes in the house style; what was drawn on them is in the buffer afterwards."""
     if fmt not in ("svg", "png"):
         raise InputError(f"fmt: {fmt!r} is not known; allowed: svg, png")
@@ -290,5 +325,7 @@ def _tick(value: Any, digits: int = 6) -> str:
 
 def _some(things: Any, argument: str) -> Any:
     if not things:
-        raise InputError(f"{argument}: nothing to draw; allowed: at least one entry with finite numbers")
+        raise InputError(
+            f"{argument}: nothing to draw; allowed: at least one entry with finite numbers"
+        )
     return things

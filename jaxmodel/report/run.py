@@ -1,7 +1,8 @@
 """Run folders: what was run, with which versions on which machine, and what came out.
 
-`runs/<YYYYmmdd-HHMMSS>-<name>/` holds `config.json` and `versions.json` from its first moment, `metrics.jsonl` as it
-grows, and whatever the run saves. Start one per job, not one per process of it.
+`runs/<YYYYmmdd-HHMMSS>-<name>/` holds `config.json` and `versions.json` from its first moment,
+`metrics.jsonl` as it grows, and whatever the run saves. Start one per job, not one per process of
+it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Run:
 
     Attributes:
       folder: where it is.
-      config: what was asked for (the verb, the options, the seeds), and `resolved`, what that came to.
+      config: what was asked for (the verb, the options, the seeds), and `resolved`, what that came
+        to.
       versions: what it ran on, see `versions`.
     """
 
@@ -50,12 +52,16 @@ class Run:
         """
         place = self.folder / name
         if not place.resolve().is_relative_to(self.folder.resolve()) or not name:
-            raise InputError(f"name: {name!r} leads out of the run folder; allowed: a path inside {str(self.folder)!r}")
+            raise InputError(
+                f"name: {name!r} leads out of the run folder; allowed: a path inside "
+                f"{str(self.folder)!r}"
+            )
         _make_folder(place.parent)
         return place
 
     def log(self, **metrics: Any) -> None:
-        """Append one line to `metrics.jsonl`; it is there when this returns, and a number that is not finite is null.
+        """Append one line to `metrics.jsonl`; it is there when this returns, and a number that is
+        not finite is null.
 
         Raises:
           InputError: the file cannot be written.
@@ -64,10 +70,14 @@ class Run:
             with open_own(self.folder / "metrics.jsonl") as file:
                 file.write(dumps(metrics, indent=None) + "\n")
         except OSError as error:
-            raise InputError(f"metrics.jsonl in {str(self.folder)!r} cannot be written ({error.strerror})") from error
+            raise InputError(
+                f"metrics.jsonl in {str(self.folder)!r} cannot be written ({error.strerror})"
+            ) from error
 
     def resolve(self, **resolved: Any) -> None:
-        """Add to `config` and `config.json`, under `resolved`, what the options came to: whole configs, data by digest."""
+        """Add to `config` and `config.json`, under `resolved`, what the options came to: whole
+        configs, data by digest.
+        """
         self.config["resolved"] = self.config.get("resolved", {}) | to_plain(resolved)
         self.save_json("config.json", self.config)
 
@@ -92,12 +102,17 @@ def start_run(name: str, config: Mapping[str, Any], root: str | os.PathLike[str]
       InputError: the name holds something else, or the folder cannot be written.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(f"name: {name!r} cannot name a run folder; allowed: letters, digits, '.', '_', '-'")
+        raise InputError(
+            f"name: {name!r} cannot name a run folder; allowed: letters, digits, '.', '_', '-'"
+        )
     _make_folder(Path(root))
-    stamp, folder, again = time.strftime("%Y%m%d-%H%M%S"), None, 1
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = None
+    again = 1
     while folder is None:
         place = Path(root) / (f"{stamp}-{name}" if again == 1 else f"{stamp}-{name}-{again}")
-        folder, again = (place if _make_folder(place, new=True) else None), again + 1
+        folder = place if _make_folder(place, new=True) else None
+        again = again + 1
     run = Run(folder, to_plain(config), versions())
     run.save_json("versions.json", run.versions)
     run.save_json("config.json", run.config)
@@ -115,18 +130,23 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         try:
             records.append(schema.read(Path(folder) / file))
         except InputError as error:
-            why = f"is no run folder ({file} is missing or unreadable: {error}); allowed: runs/<time>-<name>"
+            why = (
+                f"is no run folder ({file} is missing or unreadable: {error}); allowed: "
+                f"runs/<time>-<name>"
+            )
             raise InputError(f"folder: {str(folder)!r} {why}") from None
     return Run(Path(folder), *records)
 
 
 def versions() -> dict[str, Any]:
-    """Versions of Python and packages, machine, processor, devices, commit of the code; starts JAX's backend.
+    """Versions of Python and packages, machine, processor, devices, commit of the code; starts
+    JAX's backend.
 
     Returns:
-      `{"python", "jaxmodel", "jax", "jaxlib", "flax", "optax", "numpy", "platform", "cpu": {"model", "flags", "count"},
-      "devices": {"platform", "kind", "count", "processes"}, "git": {"commit", "dirty"} or None}`. `cpu.count` is the
-      number of processors this process may use: results repeat bit for bit only where it and the flags are the same.
+      `{"python", "jaxmodel", "jax", "jaxlib", "flax", "optax", "numpy", "platform", "cpu":
+      {"model", "flags", "count"}, "devices": {"platform", "kind", "count", "processes"}, "git":
+      {"commit", "dirty"} or None}`. `cpu.count` is the number of processors this process may use:
+      results repeat bit for bit only where it and the flags are the same.
     """
     import jax
 
@@ -147,7 +167,8 @@ def versions() -> dict[str, Any]:
 
 
 def processor(known: Mapping[str, Any] | None = None) -> str:
-    """What computes, in words, for a speed to stand beside: speeds of other kinds differ several times over.
+    """What computes, in words, for a speed to stand beside: speeds of other kinds differ several
+    times over.
 
     Args:
       known: what `versions` gave; None asks it.
@@ -161,10 +182,21 @@ def processor(known: Mapping[str, Any] | None = None) -> str:
         return f"{devices['count']} x {devices['kind']}"
     cpu = known["cpu"]
     flags = set(cpu["flags"])
-    more = [name for flag, name in (("avx512_vnni", "VNNI"), ("avx512_bf16", "bf16")) if flag in flags]
-    kinds = (("amx_tile", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"), ("sve", "SVE"), ("asimd", "NEON"))
+    more = [
+        name for flag, name in (("avx512_vnni", "VNNI"), ("avx512_bf16", "bf16")) if flag in flags
+    ]
+    kinds = (
+        ("amx_tile", "AMX"),
+        ("avx512f", "AVX-512"),
+        ("avx2", "AVX2"),
+        ("sve", "SVE"),
+        ("asimd", "NEON"),
+    )
     kind = next((name for flag, name in kinds if flag in flags), "no vectors known")
-    return f"{cpu['model']}, {cpu['count']} cores, {kind}{f' with {" and ".join(more)}' if kind == 'AVX-512' and more else ''}"
+    return (
+        f"{cpu['model']}, {cpu['count']} cores, "
+        f"{kind}{f' with {" and ".join(more)}' if kind == 'AVX-512' and more else ''}"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -188,7 +220,9 @@ def _git() -> dict[str, Any] | None:
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
@@ -205,5 +239,7 @@ def _make_folder(folder: Path, new: bool = False) -> bool:
         raise InputError(f"folder: {str(folder)!r} is a file; allowed: a folder") from error
     except OSError as error:
         allowed = "a place in a writable folder"
-        raise InputError(f"folder: {str(folder)!r} cannot be made ({error.strerror}); allowed: {allowed}") from error
+        raise InputError(
+            f"folder: {str(folder)!r} cannot be made ({error.strerror}); allowed: {allowed}"
+        ) from error
     return True

@@ -1,4 +1,7 @@
-"""What interpreters and notebooks show of results: `Rows`, a list that looks like a table; `card`, the HTML of an object."""
+"""What interpreters and notebooks show of results:
+
+`Rows`, a list that looks like a table; `card`, the HTML of an object.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ _MOST = 12  # rows that are shown
 
 
 class Rows(list[Any]):
-    """A list of rows (dicts with text keys) whose repr is a table: the first and the last rows of many.
+    """A list of rows (dicts with text keys) whose repr is a table: the first and the last rows of
+    many.
 
     Args:
       rows: any.
@@ -34,9 +38,15 @@ class Rows(list[Any]):
         with contextlib.suppress(Exception):  # rows that somebody else put in
             rows, title = self._some()
             console = console_for()
-            console.file, console.width, console.soft_wrap = io.StringIO(), min(console.width, 120), False
+            console.file, console.width, console.soft_wrap = (
+                io.StringIO(),
+                min(console.width, 120),
+                False,
+            )
             print_table(rows, self.columns(), title, console)
-            return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+            return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip(
+                "\n"
+            )
         return list.__repr__(self)
 
     def _repr_html_(self) -> str | None:
@@ -62,7 +72,10 @@ class Rows(list[Any]):
     def _some(self) -> tuple[list[Row], str | None]:
         if len(self) <= _MOST:
             return list(self), None
-        return [*self[: _MOST // 2], *self[-_MOST // 2 :]], f"The first and the last {_MOST // 2} of {len(self):,} rows"
+        return [
+            *self[: _MOST // 2],
+            *self[-_MOST // 2 :],
+        ], f"The first and the last {_MOST // 2} of {len(self):,} rows"
 
 
 def card(title: str, facts: Mapping[str, Any], sections: Sequence[html.Section] = ()) -> str:

@@ -24,8 +24,14 @@ def number(value: float | int, digits: int = 4) -> str:
         return f"{value:,}"
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
-    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])  # of the rounded value: 9.9996 becomes 10.00
-    return f"{value:,.{max(0, digits - 1 - exponent)}f}" if -4 <= exponent < 15 else f"{value:.{digits - 1}e}"
+    exponent = int(
+        f"{value:.{digits - 1}e}".split("e")[1]
+    )  # of the rounded value: 9.9996 becomes 10.00
+    return (
+        f"{value:,.{max(0, digits - 1 - exponent)}f}"
+        if -4 <= exponent < 15
+        else f"{value:.{digits - 1}e}"
+    )
 
 
 def significant(digits: int) -> Callable[[float | int], str]:
@@ -39,7 +45,8 @@ def count(value: float | int) -> str:
 
 
 def size(value: float | int) -> str:
-    """Bytes in units of a thousand of each other, always with one decimal, so that they line up in a column.
+    """Bytes in units of a thousand of each other, always with one decimal, so that they line up in
+    a column.
 
     >>> size(538_060_032), size(12_400), size(60), size(1.6e12)
     ('538.1 MB', '12.4 kB', '0.1 kB', '1.6 TB')
@@ -51,7 +58,10 @@ def size(value: float | int) -> str:
 
 
 def rate(value: float | int) -> str:
-    """Tokens (or anything) per second with three significant digits, without the unit: `1,124`, `59.9`."""
+    """Tokens (or anything) per second with three significant digits, without the unit:
+
+    `1,124`, `59.9`.
+    """
     return number(float(value), 3)
 
 
@@ -61,7 +71,9 @@ def percent(value: float | int) -> str:
 
 
 def text(value: Any) -> str:
-    """The format of a column that names none: numbers by `number`, truth as yes and no, the rest as it is written."""
+    """The format of a column that names none: numbers by `number`, truth as yes and no, the rest as
+    it is written.
+    """
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple | list):
@@ -97,13 +109,17 @@ class Column:
         if self.align != "auto":
             return self.align == "right"
         values = [row[self.key] for row in rows if row.get(self.key) is not None]
-        return bool(values) and all(hasattr(v, "__float__") and not isinstance(v, bool) for v in values)
+        return bool(values) and all(
+            hasattr(v, "__float__") and not isinstance(v, bool) for v in values
+        )
 
 
 def console_for(json_target: str | None = None) -> Any:
-    """The rich console where tables go: standard output, or standard error when `--json -` has taken standard output.
+    """The rich console where tables go: standard output, or standard error when `--json -` has
+    taken standard output.
 
-    What is no terminal has no width either, so tables in a pipe or a file are never folded. Texts are `printable`.
+    What is no terminal has no width either, so tables in a pipe or a file are never folded. Texts
+    are `printable`.
     """
     from rich.console import Console
     from rich.text import Text
@@ -122,11 +138,14 @@ def console_for(json_target: str | None = None) -> Any:
 
     stderr = json_target == "-"
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Safe(stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else 500)
+    return Safe(
+        stderr=stderr, highlight=False, soft_wrap=not terminal, width=None if terminal else 500
+    )
 
 
 def aligned(cells: Sequence[str], digit: str = " ", point: str = " ") -> list[str]:
-    """Numbers with room behind them, so that their decimal points stand below each other once they are set flush right.
+    """Numbers with room behind them, so that their decimal points stand below each other once they
+    are set flush right.
 
     >>> aligned(["375", "19.5", "9.66"])
     ['375   ', '19.5 ', '9.66']
@@ -143,10 +162,13 @@ def aligned(cells: Sequence[str], digit: str = " ", point: str = " ") -> list[st
     return [padded(cell, one) for cell, one in zip(cells, found, strict=True)]
 
 
-def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str | None = None, console: Any = None) -> None:
+def print_table(
+    rows: Sequence[Row], columns: Sequence[Column], title: str | None = None, console: Any = None
+) -> None:
     """Print rows as a table on `console` (standard output when None; see `console_for`).
 
-    What is too wide for it comes as several tables below each other, each of which begins with the first column.
+    What is too wide for it comes as several tables below each other, each of which begins with the
+    first column.
     """
     from rich.text import Text
 
@@ -154,7 +176,10 @@ def print_table(rows: Sequence[Row], columns: Sequence[Column], title: str | Non
     parts: list[list[Column]] = [[]]
     for column in columns:
         wider = [*parts[-1], column]
-        if len(wider) > 1 + (len(parts) > 1) and _width(_rich(rows, wider), console) > console.width:
+        if (
+            len(wider) > 1 + (len(parts) > 1)
+            and _width(_rich(rows, wider), console) > console.width
+        ):
             wider = [columns[0], column]
             parts.append(wider)
         parts[-1] = wider
@@ -172,9 +197,12 @@ def _rich(rows: Sequence[Row], columns: Sequence[Column]) -> Any:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     made = []
     for column in columns:
-        right, cells = column.to_right(rows), [column.cell(row) for row in rows]
+        right = column.to_right(rows)
+        cells = [column.cell(row) for row in rows]
         title = printable(column.title or column.key)
-        if right:  # the spaces at the ends of cells would be cut off, were they set flush right by rich
+        if (
+            right
+        ):  # the spaces at the ends of cells would be cut off, were they set flush right by rich
             cells = aligned(cells)
             widest = max(map(len, [*cells, *title.split("\n")]))
             cells = [cell.rjust(widest) for cell in cells]
@@ -201,5 +229,7 @@ def to_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     head = [column.title or column.key for column in columns]
     rule = ["--:" if column.to_right(rows) else ":--" for column in columns]
     body = [[column.cell(row) for column in columns] for row in rows]
-    lines = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in [head, *body]]
+    lines = [
+        [" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in [head, *body]
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

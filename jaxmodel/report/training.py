@@ -1,4 +1,7 @@
-"""What a run writes while it goes: `metrics.jsonl`, TensorBoard and MLflow where they are wanted, plots, and one HTML page."""
+"""What a run writes while it goes:
+
+`metrics.jsonl`, TensorBoard and MLflow where they are wanted, plots, and one HTML page.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,8 @@ class _Row(TypedDict, total=False):
 
 
 class Writer:
-    """A callback of `fit`: each row goes to `metrics.jsonl` and the trackers; plots and page are made anew from time to time.
+    """A callback of `fit`: each row goes to `metrics.jsonl` and the trackers; plots and page are
+    made anew from time to time.
 
     Args:
       folder: of the run.
@@ -57,10 +61,18 @@ class Writer:
     """
 
     def __init__(
-        self, folder: report.Run, steps: int, trackers: Sequence[Tracker] = (), defaults: Mapping[str, Any] | None = None
+        self,
+        folder: report.Run,
+        steps: int,
+        trackers: Sequence[Tracker] = (),
+        defaults: Mapping[str, Any] | None = None,
     ):
-        self._folder, self._steps, self._trackers, self._defaults = folder, steps, trackers, defaults or {}
-        self._shown, self._last = time.monotonic(), 0
+        self._folder = folder
+        self._steps = steps
+        self._trackers = trackers
+        self._defaults = defaults or {}
+        self._shown = time.monotonic()
+        self._last = 0
 
     def __call__(self, row: dict[str, Any]) -> None:
         if row["step"] <= self._last:  # the run went back to a checkpoint
@@ -90,10 +102,14 @@ class Writer:
         rows = self.rows()
         if not rows:
             return
-        with contextlib.suppress(InputError):  # the package that draws is missing: training goes on without pictures
+        with contextlib.suppress(
+            InputError
+        ):  # the package that draws is missing: training goes on without pictures
             for name, draw in plots(rows).items():
                 self._folder.save_bytes(f"plots/{name}.png", draw("png"))
-        self._folder.save_bytes("report.html", page(self._folder, rows, result, self._steps, self._defaults))
+        self._folder.save_bytes(
+            "report.html", page(self._folder, rows, result, self._steps, self._defaults)
+        )
 
 
 def read_rows(file: str | Path) -> list[dict[str, Any]]:
@@ -108,15 +124,21 @@ def read_rows(file: str | Path) -> list[dict[str, Any]]:
 
 
 class History(report.Rows):
-    """The rows of a run: a list of dicts that shows itself as a table, in a notebook below the curve of the losses."""
+    """The rows of a run: a list of dicts that shows itself as a table, in a notebook below the
+    curve of the losses.
+    """
 
     def columns(self) -> list[report.Column]:
         """Losses and speed first, in words."""
         return columns(self)
 
     def _repr_html_(self) -> str | None:
-        with contextlib.suppress(Exception):  # the package that draws is missing, or these are other rows
-            return f"{html.fragment([html.figure(plots(self)['loss']('svg'))])}{super()._repr_html_()}"
+        with contextlib.suppress(
+            Exception
+        ):  # the package that draws is missing, or these are other rows
+            return (
+                f"{html.fragment([html.figure(plots(self)['loss']('svg'))])}{super()._repr_html_()}"
+            )
         return super()._repr_html_()
 
 
@@ -129,19 +151,29 @@ def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.P
             own = [row for row in rows if row.get(name) is not None]
             own = own[skip:] or own
             if own:
-                found[TITLES[name].partition("\n")[0]] = ([row["step"] for row in own], [row[name] for row in own])
+                found[TITLES[name].partition("\n")[0]] = (
+                    [row["step"] for row in own],
+                    [row[name] for row in own],
+                )
         return found
 
     unit = ", nats per token" if any("tokens_per_second" in row for row in rows) else ""
-    losses, speed = series(*LOSSES), next(name for name in SPEEDS if name == SPEEDS[-1] or any(name in row for row in rows))
+    losses = series(*LOSSES)
+    speed = next(name for name in SPEEDS if name == SPEEDS[-1] or any(name in row for row in rows))
     wanted = {
         "loss": (losses, f"loss{unit}", "Loss"),
         "learning_rate": (series("learning_rate"), "learning rate", "Learning rate"),
         "grad_norm": (series("grad_norm"), "norm of the gradient", "Gradient"),
-        "speed": (series(speed, skip=1), speed.replace("_", " "), "Speed"),  # the first row has the compilation in it
+        "speed": (
+            series(speed, skip=1),
+            speed.replace("_", " "),
+            "Speed",
+        ),  # the first row has the compilation in it
     }
     return {
-        name: lambda fmt, found=found, label=label, title=title: plot.curves(found, "step", label, title, fmt)
+        name: lambda fmt, found=found, label=label, title=title: plot.curves(
+            found, "step", label, title, fmt
+        )
         for name, (found, label, title) in wanted.items()
         if found
     }
@@ -149,13 +181,21 @@ def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.P
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[report.Column]:
     """Those of a table of such rows, in words and with units."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("data_step", "seconds"))
+    names = dict.fromkeys(
+        name for row in rows for name in row if name not in ("data_step", "seconds")
+    )
     first = [name for name in ("step", *LOSSES, *SPEEDS) if name in names]
     formats = {"mfu": percent, "data_wait": percent, **dict.fromkeys(SPEEDS, rate), "loss": _loss}
-    formats |= {"heldout_loss": _loss, "learning_rate": lambda value: number(value, 3), "step": count, "bad": count}
+    formats |= {
+        "heldout_loss": _loss,
+        "learning_rate": lambda value: number(value, 3),
+        "step": count,
+        "bad": count,
+    }
     heading = lambda name: TITLES[name] if name in TITLES else name.replace("_", " ")
     return [
-        report.Column(name, heading(name), formats.get(name, text)) for name in [*first, *(n for n in names if n not in first)]
+        report.Column(name, heading(name), formats.get(name, text))
+        for name in [*first, *(n for n in names if n not in first)]
     ]
 
 
@@ -164,17 +204,27 @@ def _loss(value: float) -> str:
 
 
 def page(
-    folder: report.Run, rows: list[dict[str, Any]], result: dict[str, Any], steps: int, defaults: Mapping[str, Any] | None = None
+    folder: report.Run,
+    rows: list[dict[str, Any]],
+    result: dict[str, Any],
+    steps: int,
+    defaults: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of a run, whether it goes on or is through."""
     last = rows[-1]
     state = "ended" if result and not result.get("stopped") else "stopped" if result else "running"
     sections = [
-        html.text(f"Step {last['step']:,} of {steps:,}, {state}. Its speed is that of {report.processor(folder.versions)}.")
+        html.text(
+            f"Step {last['step']:,} of {steps:,}, {state}. Its speed is that of "
+            f"{report.processor(folder.versions)}."
+        )
     ]
     if result:
         mesh = ", ".join(f"{axis}={length}" for axis, length in result["mesh"].items())
-        where = f"{result['devices']} device{'s' * (result['devices'] > 1)}{f', mesh {mesh}' if mesh else ''}"
+        where = (
+            f"{result['devices']} "
+            f"device{'s' * (result['devices'] > 1)}{f', mesh {mesh}' if mesh else ''}"
+        )
         sections.append(html.text(f"{result['parameters']:,} parameters on {where}."))
     try:
         sections += [html.figure(draw("svg")) for draw in plots(rows).values()]
@@ -184,7 +234,10 @@ def page(
     if spent := result.get("ledger", {}):
         wall = spent["wall"]
         kinds = {name: value for name, value in spent.items() if name not in ("wall", "goodput")}
-        times = [{"category": name, "seconds": value, "share": value / wall} for name, value in kinds.items()]
+        times = [
+            {"category": name, "seconds": value, "share": value / wall}
+            for name, value in kinds.items()
+        ]
         shown = [
             report.Column("category"),
             report.Column("seconds", format="{:.1f}".format),
@@ -193,7 +246,8 @@ def page(
         sections += [
             html.heading("Where the time went"),
             html.text(
-                f"Goodput {100 * spent['goodput']:.1f} %: the share of {wall:.0f} s, restarts and all, that went into steps that "
+                f"Goodput {100 * spent['goodput']:.1f} %: the share of {wall:.0f} s, restarts and "
+                f"all, that went into steps that "
                 "counted."
             ),
             html.table(times, shown),
@@ -203,7 +257,9 @@ def page(
     sections += [
         html.heading("How to go on and to repeat it"),
         html.text("From the last checkpoint on, the whole run again, or one step of it:"),
-        html.code("\n".join(f"jaxmodel {verb} {folder.folder}{more}" for verb, more in _AGAIN.items())),
+        html.code(
+            "\n".join(f"jaxmodel {verb} {folder.folder}{more}" for verb, more in _AGAIN.items())
+        ),
         html.heading("What was asked for"),
         html.options(folder.config, defaults or {}),
         html.ran_on(folder.versions),
@@ -215,11 +271,12 @@ def page(
 def tensorboard(folder: str | Path) -> Iterator[Tracker]:
     """A tracker that writes every number of a row for TensorBoard (tensorboardX, extra `notebook`).
 
-    Where rows come again, because a run went back or was killed behind its last checkpoint, TensorBoard is told to forget what it
-    has from that step on.
+    Where rows come again, because a run went back or was killed behind its last checkpoint,
+    TensorBoard is told to forget what it has from that step on.
     """
     board = require("tensorboardX", "notebook")
-    writer, last = None, 0
+    writer = None
+    last = 0
 
     def write(row: dict[str, Any]) -> None:
         nonlocal writer, last
@@ -227,8 +284,11 @@ def tensorboard(folder: str | Path) -> Iterator[Tracker]:
             parts = len(list(Path(folder).glob("events*")))
             if writer is not None:
                 writer.close()
-            # a file of its own, whose name, which has the second, might else be that of the one before
-            writer = board.SummaryWriter(str(folder), purge_step=row["step"] if parts else None, filename_suffix=f".{parts}")
+            # a file of its own, whose name, which has the second, might else be that of the one
+            # before
+            writer = board.SummaryWriter(
+                str(folder), purge_step=row["step"] if parts else None, filename_suffix=f".{parts}"
+            )
         last = row["step"]
         for name, value in numbers(row).items():
             writer.add_scalar(name, value, row["step"])
@@ -243,28 +303,36 @@ def tensorboard(folder: str | Path) -> Iterator[Tracker]:
 
 @contextlib.contextmanager
 def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
-    """A tracker for MLflow, at `MLFLOW_TRACKING_URI` (extra `lifecycle`; checked with MLflow 3.17 on SQLite).
+    """A tracker for MLflow, at `MLFLOW_TRACKING_URI` (extra `lifecycle`; checked with MLflow 3.17
+    on SQLite).
 
-    A run that is resumed goes on there too. Where rows come again, because it went back or was killed behind its last checkpoint,
-    the run is written anew from the rows before, and the one so far is deleted, as MLflow deletes: `mlflow gc` removes it for
-    good. A server that fails while the run goes on is told once, and the run goes on without it.
+    A run that is resumed goes on there too. Where rows come again, because it went back or was
+    killed behind its last checkpoint, the run is written anew from the rows before, and the one so
+    far is deleted, as MLflow deletes: `mlflow gc` removes it for good. A server that fails while
+    the run goes on is told once, and the run goes on without it.
 
     Raises:
       InputError: the package is missing, or MLflow cannot be used there.
     """
-    module, failed = require("mlflow", "lifecycle"), require("mlflow.exceptions", "lifecycle").MlflowException
+    module = require("mlflow", "lifecycle")
+    failed = require("mlflow.exceptions", "lifecycle").MlflowException
     client: Any = None
-    last, well = 0, True
+    last = 0
+    well = True
 
     def begin(known: str | None) -> str:
         made = module.start_run(run_id=known, run_name=run, tags={"jaxmodel_run": run})
         if known is None:
-            module.log_params({key: str(value)[:500] for key, value in config.items() if key != "resolved"})
+            module.log_params(
+                {key: str(value)[:500] for key, value in config.items() if key != "resolved"}
+            )
         return made.info.run_id
 
     def begin_anew(old: str, step: int) -> str:
         names = client.get_run(old).data.metrics
-        kept = [one for name in names for one in client.get_metric_history(old, name) if one.step < step]
+        kept = [
+            one for name in names for one in client.get_metric_history(old, name) if one.step < step
+        ]
         module.end_run()
         new = begin(None)
         for start in range(0, len(kept), 1000):  # the most that MLflow takes at once
@@ -274,13 +342,17 @@ def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
 
     try:
         client = module.MlflowClient()
-        found = module.search_runs(filter_string=f"tags.jaxmodel_run = '{run}'", output_format="list")
+        found = module.search_runs(
+            filter_string=f"tags.jaxmodel_run = '{run}'", output_format="list"
+        )
         current = begin(found[0].info.run_id if found else None)
         if found and "loss" in found[0].data.metrics:
             last = max(one.step for one in client.get_metric_history(current, "loss"))
     except failed as error:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        raise InputError(f"mlflow: {uri!r}, of MLFLOW_TRACKING_URI, cannot be used: {_first_line(error)}") from None
+        raise InputError(
+            f"mlflow: {uri!r}, of MLFLOW_TRACKING_URI, cannot be used: {_first_line(error)}"
+        ) from None
 
     def write(row: dict[str, Any]) -> None:
         nonlocal current, last, well
@@ -293,7 +365,11 @@ def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
             module.log_metrics(numbers(row), step=last)
         except failed as error:
             well = False
-            print(f"jaxmodel: mlflow: gets no more rows of this run: {_first_line(error)}", file=sys.stderr, flush=True)
+            print(
+                f"jaxmodel: mlflow: gets no more rows of this run: {_first_line(error)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     status = "FAILED"
     try:
@@ -312,7 +388,10 @@ def _first_line(error: Exception) -> str:
 
 
 def trackers(stack: contextlib.ExitStack, folder: report.Run, board: bool) -> list[Tracker]:
-    """Those that a run has: TensorBoard if wanted, MLflow where `MLFLOW_TRACKING_URI` is set; the stack closes them."""
+    """Those that a run has:
+
+    TensorBoard if wanted, MLflow where `MLFLOW_TRACKING_URI` is set; the stack closes them.
+    """
     found = [stack.enter_context(tensorboard(folder.path("tensorboard")))] if board else []
     if os.environ.get("MLFLOW_TRACKING_URI"):
         found.append(stack.enter_context(mlflow(folder.folder.name, folder.config)))
@@ -321,4 +400,8 @@ def trackers(stack: contextlib.ExitStack, folder: report.Run, board: bool) -> li
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row but its step."""
-    return {name: float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if name != "step" and isinstance(value, int | float)
+    }

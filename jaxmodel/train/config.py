@@ -22,7 +22,10 @@ from jaxmodel.train.options import TrainOptions
 OTHER_NAMES = {
     **dict.fromkeys(("lr", "max_lr", "rate"), "learning_rate"),
     **dict.fromkeys(("max_steps", "num_steps", "iterations", "updates"), "steps"),
-    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "steps are counted: epochs x rows // batch_size"),
+    **dict.fromkeys(
+        ("epochs", "num_epochs", "num_train_epochs"),
+        "steps are counted: epochs x rows // batch_size",
+    ),
     "batch_size": "a stream has its own: data.Stream(rows, batch_size=32)",
     **dict.fromkeys(("lr_schedule", "lr_scheduler_type", "scheduler"), "schedule"),
     **dict.fromkeys(("warmup_steps", "warmup_ratio"), "warmup"),
@@ -48,9 +51,12 @@ class TrainConfig(TrainOptions):
     """How to train.
 
     Attributes:
-      decay: rules, path -> whether weights decay; None for matrices, tables and heads, as the axes say.
-      trainable: rules, path -> whether the leaf trains; None for every plain floating leaf but statistics (see `tree.partition`).
-      eval_rows: held-out rows that are judged, the first of their stream; 0 for all of them, each once.
+      decay: rules, path -> whether weights decay; None for matrices, tables and heads, as the axes
+        say.
+      trainable: rules, path -> whether the leaf trains; None for every plain floating leaf but
+        statistics (see `tree.partition`).
+      eval_rows: held-out rows that are judged, the first of their stream; 0 for all of them, each
+        once.
 
     Raises:
       InputError: a number out of range, or an unknown name.
@@ -77,8 +83,10 @@ class TrainConfig(TrainOptions):
         """
         if self.patience and self.patience >= self.evaluations:
             raise InputError(
-                f"patience: {self.patience} given for {self.steps} steps with {self.evaluations} held-out loss(es), so it "
-                f"never stops them; allowed: fewer than these, or a smaller eval_every than {self.eval_every or self.steps}"
+                f"patience: {self.patience} given for {self.steps} steps with {self.evaluations} "
+                f"held-out loss(es), so it "
+                f"never stops them; allowed: fewer than these, or a smaller eval_every than "
+                f"{self.eval_every or self.steps}"
             )
 
     def guard(self) -> Guard:
@@ -90,12 +98,16 @@ class TrainConfig(TrainOptions):
         return None if self.exchange == "exact" else Exchange(self.exchange, self.exchange_share)
 
     def due(self, i: int) -> set[str]:
-        """What is to be done after update `i`: a "row" of the history, a "heldout" loss, to "save" the state."""
+        """What is to be done after update `i`: a "row" of the history, a "heldout" loss, to "save"
+        the state.
+        """
         last = i == self.steps
         heldout = last or bool(self.eval_every and i % self.eval_every == 0)
         row = heldout or i == 1 or i % self.log_every == 0
         save = bool(self.save_every and i % self.save_every == 0)
-        return {name for name, wanted in (("row", row), ("heldout", heldout), ("save", save)) if wanted}
+        return {
+            name for name, wanted in (("row", row), ("heldout", heldout), ("save", save)) if wanted
+        }
 
 
 if TrainConfig.__doc__ and TrainOptions.__doc__:  # neither is there under python -OO
@@ -118,8 +130,9 @@ def schedule_of(config: TrainConfig) -> optax.Schedule:
 
 
 def rate_of(rate: optax.Schedule, opt_state: Any, bad: bool) -> float:
-    """The rate of the update that led to a state of `make_optimizer`, as its own count has it, which steps that are left out do
-    not move; of a bad step, the one that it would have had."""
+    """The rate of the update that led to a state of `make_optimizer`, as its own count has it,
+    which steps that are left out do not move; of a bad step, the one that it would have had.
+    """
     kinds: Any = optax.ScaleByScheduleState, optax.contrib.ReduceLROnPlateauState
     known: list[Any] = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
     count: int = next(int(one.count) for one in known if isinstance(one, kinds[0]))
@@ -129,11 +142,13 @@ def rate_of(rate: optax.Schedule, opt_state: Any, bad: bool) -> float:
 
 
 def make_optimizer(config: TrainConfig, axes: Axes = UNDECLARED) -> optax.GradientTransformation:
-    """The optimiser that a config describes: clipping, then the optimiser of that name with its schedule and decay by rules.
+    """The optimiser that a config describes: clipping, then the optimiser of that name with its
+    schedule and decay by rules.
 
     Args:
       config: see `TrainConfig`.
-      axes: of the model, which say what is a matrix; as it stands, that is guessed from names and shapes.
+      axes: of the model, which say what is a matrix; as it stands, that is guessed from names and
+        shapes.
     """
     chain = [
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
@@ -149,7 +164,8 @@ def make_optimizer(config: TrainConfig, axes: Axes = UNDECLARED) -> optax.Gradie
     ]
     if config.schedule == "plateau":
         patience = config.drop_every or max(1, config.steps // 20)
-        # of the losses of single batches, so over so many that their mean is steadier than what is waited for
+        # of the losses of single batches, so over so many that their mean is steadier than what is
+        # waited for
         chain.append(reduce_on_plateau(config.drop, 1, window=patience, least=config.end_rate))
     return optax.chain(*chain)
 
@@ -161,7 +177,10 @@ def _decays(rules: tree.Rules, params: tree.Params) -> tree.Params:
     def value(path: str, _: Any) -> bool:
         of_layers = {values[layer] for layer in tree.layer_paths(path)}
         if len(of_layers) > 1:
-            raise InputError(f"decay: the layers of {path!r} differ; split the tree first (tree.match), as `fit` does")
+            raise InputError(
+                f"decay: the layers of {path!r} differ; split the tree first (tree.match), as "
+                f"`fit` does"
+            )
         return of_layers.pop()
 
     return tree.map_leaves(value, params)
@@ -171,5 +190,7 @@ def split_by(config: TrainConfig, params: tree.Params) -> tree.Params:
     """`params` with segments split where a rule of the config tells their layers apart."""
     for rules in (config.decay, config.trainable):
         if rules is not None:
-            params, _ = tree.match([(tree.optional(pattern), value) for pattern, value in rules], params)
+            params, _ = tree.match(
+                [(tree.optional(pattern), value) for pattern, value in rules], params
+            )
     return params

@@ -1,4 +1,6 @@
-"""Early stopping (Prechelt, 1998): the best parameters so far ride along in `state.extra["best"]`, through restarts too."""
+"""Early stopping (Prechelt, 1998): the best parameters so far ride along in `state.extra["best"]`,
+through restarts too.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,19 @@ from jaxmodel.train.state import TrainState, replaced
 
 
 def init(state: TrainState, trainable: tree.Rules | None = None) -> TrainState:
-    """The state with a memory of the best: its held-out loss, its parameters that train, and how many evaluations ago it was."""
-    trains = state.extra["average"] if "average" in state.extra else tree.partition(state.params, trainable)[0]
-    best = {"loss": jnp.float32(jnp.inf), "since": jnp.int32(0), "params": jax.tree.map(jnp.copy, trains)}
+    """The state with a memory of the best: its held-out loss, its parameters that train, and how
+    many evaluations ago it was.
+    """
+    trains = (
+        state.extra["average"]
+        if "average" in state.extra
+        else tree.partition(state.params, trainable)[0]
+    )
+    best = {
+        "loss": jnp.float32(jnp.inf),
+        "since": jnp.int32(0),
+        "params": jax.tree.map(jnp.copy, trains),
+    }
     return dataclasses.replace(state, extra={**state.extra, "best": best})
 
 
@@ -48,4 +60,6 @@ def best(state: TrainState) -> TrainState:
     if not jnp.isfinite(memory["loss"]):
         return state
     average = {"average": memory["params"]} if "average" in state.extra else {}
-    return dataclasses.replace(state, params=replaced(state.params, memory["params"]), extra={**state.extra, **average})
+    return dataclasses.replace(
+        state, params=replaced(state.params, memory["params"]), extra={**state.extra, **average}
+    )

@@ -20,7 +20,8 @@ from jaxmodel.train.placing import Placed, check_rows, explain
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Once:
-    """The first rows of a stream as batches of its size; rows that only fill up the last one have weight 0.
+    """The first rows of a stream as batches of its size; rows that only fill up the last one have
+    weight 0.
 
     Attributes:
       stream: batches by step.
@@ -54,14 +55,21 @@ class Once:
             return batch
         given = batch.get("weights", np.ones(len(next(iter(batch.values()))), np.float32))
         counts = np.arange(*global_rows(step, rows, self.batch_size)) < self.count
-        return {**batch, "weights": np.where(counts.reshape(-1, *[1] * (given.ndim - 1)), given, np.zeros_like(given))}
+        return {
+            **batch,
+            "weights": np.where(
+                counts.reshape(-1, *[1] * (given.ndim - 1)), given, np.zeros_like(given)
+            ),
+        }
 
 
 class Scorer:
-    """`scorer(params) -> {"heldout_loss": ..., "heldout_accuracy": ...}`: the loss, not in training, and its metrics.
+    """`scorer(params) -> {"heldout_loss": ..., "heldout_accuracy": ...}`: the loss, not in
+    training, and its metrics.
 
-    Of a stream with a `count` each row is judged once, whatever the size of its batches: those that fill up the last one have
-    weight 0 (or are not there, where the loss does not read weights). Which rows, and in which order, does not change.
+    Of a stream with a `count` each row is judged once, whatever the size of its batches: those that
+    fill up the last one have weight 0 (or are not there, where the loss does not read weights).
+    Which rows, and in which order, does not change.
 
     Args:
       model: what is judged.
@@ -75,19 +83,32 @@ class Scorer:
       InputError: no batch; when called, a label or a token that the model has not.
     """
 
-    def __init__(self, model: Model, loss: Loss, stream: Batches, mesh: jax.sharding.Mesh | None, batches: int, rows: int = 0):
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        stream: Batches,
+        mesh: jax.sharding.Mesh | None,
+        batches: int,
+        rows: int = 0,
+    ):
         at_least("eval_batches", batches)
         at_least("eval_rows", rows, 0)
-        size, most = stream.batch_size, getattr(stream, "count", None)
+        size = stream.batch_size
+        most = getattr(stream, "count", None)
         count = (rows or batches * size) if most is None else min(rows or most, most)
-        self._model, self._mesh, self._once = model, mesh, Once(stream, count)
+        self._model = model
+        self._mesh = mesh
+        self._once = Once(stream, count)
         self._placed = Placed(self._once, mesh)
         loss = checked_loss(loss)
         self._score = jax.jit(lambda params, batch: loss(model, params, batch, None, train=False))
         self._reads_weights: bool | None = None
 
     def __call__(self, params: tree.Params) -> dict[str, float]:
-        """Each value is the mean over the rows, weighted by what each is a mean over; NaN where no row of them has weight."""
+        """Each value is the mean over the rows, weighted by what each is a mean over; NaN where no
+        row of them has weight.
+        """
         rows: list[dict[str, Any]] = []
         for j in range(self._once.steps):
             value, metrics = self._score(params, self._batch(params, j))
@@ -96,9 +117,14 @@ class Scorer:
             rows.append({"loss": value, "weight": np.float32(1), **metrics})
         weights = np.array([float(row["weight"]) for row in rows])
         total = weights.sum()
-        share = weights / total if total else np.full(len(weights), np.nan)  # a mean over nothing must not be the best of all
+        share = (
+            weights / total if total else np.full(len(weights), np.nan)
+        )  # a mean over nothing must not be the best of all
         names = [name for name in rows[0] if name not in ("weight", "tokens")]
-        return {f"heldout_{name}": float(np.dot(share, [float(row[name]) for row in rows])) for name in names}
+        return {
+            f"heldout_{name}": float(np.dot(share, [float(row[name]) for row in rows]))
+            for name in names
+        }
 
     def _batch(self, params: tree.Params, j: int) -> dict[str, Any]:
         left = self._once.count - j * self._once.batch_size
@@ -107,7 +133,10 @@ class Scorer:
         if self._reads_weights is None:
             count = self._once.steps * self._once.batch_size
             full = Placed(dataclasses.replace(self._once, count=count, weighted=True), self._mesh)
-            weighed = [float(self._score(params, part.batch(j))[1].get("weight", 0)) for part in (full, self._placed)]
+            weighed = [
+                float(self._score(params, part.batch(j))[1].get("weight", 0))
+                for part in (full, self._placed)
+            ]
             self._reads_weights = weighed[0] != weighed[1]
         if self._reads_weights:
             return self._placed.batch(j)

@@ -1,4 +1,6 @@
-"""How many operations a token costs, and how many the devices could do: model FLOP utilisation (PaLM: Chowdhery et al., 2022)."""
+"""How many operations a token costs, and how many the devices could do: model FLOP utilisation
+(PaLM: Chowdhery et al., 2022).
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,14 @@ def per_token(
     *,
     trains: tree.Params | None = None,
 ) -> float:
-    """Operations of forward and backward pass for one token: `6 N + 6 L T D`, N the weights in products of matrices.
+    """Operations of forward and backward pass for one token: `6 N + 6 L T D`, N the weights in
+    products of matrices.
 
-    Of the 6, 2 are the forward pass of every weight, 2 its own gradient, where it trains, and 2 that of what it reads, where
-    something in front of it trains: so frozen weights behind adapters cost 4, those in front of the first layer that trains 2,
-    and their attention a third. Tables that are only looked up cost nothing; one that is the head too counts as that. Causal
-    attention sees half of the T positions. What is computed again to save memory does not count.
+    Of the 6, 2 are the forward pass of every weight, 2 its own gradient, where it trains, and 2
+    that of what it reads, where something in front of it trains: so frozen weights behind adapters
+    cost 4, those in front of the first layer that trains 2, and their attention a third. Tables
+    that are only looked up cost nothing; one that is the head too counts as that. Causal attention
+    sees half of the T positions. What is computed again to save memory does not count.
 
     Args:
       params: all weights, or their shapes.
@@ -63,11 +67,14 @@ def per_token(
     (6.0, 4.0)
     """
     leaves = tree.flatten(params)
-    adapters = [path for path in leaves if path.split("/")[-2:-1] and path.split("/")[-2].endswith("_lora")]
+    adapters = [
+        path for path in leaves if path.split("/")[-2:-1] and path.split("/")[-2].endswith("_lora")
+    ]
     learns = list(tree.flatten(trains)) if trains is not None else adapters or list(leaves)
     places = [_place(layer) for path in learns for layer in tree.layer_paths(path)]
     first = min(places, default=(math.inf, 0.0))
-    learnt, cost = set(learns), 0.0
+    learnt = set(learns)
+    cost = 0.0
     for path, leaf in leaves.items():
         shape = tree.layer_shape(path, leaf)
         if len(shape) < 2 or _is_table(path, leaves):
@@ -85,15 +92,30 @@ def _place(layer: str) -> tuple[float, float]:
     """Where a layer's leaf stands in the forward pass: the number of its layer, and where in that."""
     keys = layer.split("/")
     if tree.BLOCKS not in keys:
-        return (-1.0, 0.0) if keys[-1] in TABLES or "embed" in keys or "encoder" in keys else (math.inf, float(keys[0] == "head"))
+        return (
+            (-1.0, 0.0)
+            if keys[-1] in TABLES or "embed" in keys or "encoder" in keys
+            else (math.inf, float(keys[0] == "head"))
+        )
     at = keys.index(tree.BLOCKS) + 1
-    number, rest = float(keys[at]) if "encoder" not in keys else -1.0, keys[at + 1 :]
-    within = 0.0 if rest[0].startswith("attn_norm") else 1.0 if rest[0] == "attn" and rest[-1] != "o" else 2.0
-    return number, within + 0.5 * (rest[-1] == "up" and len(rest) > 1 and rest[-2].endswith("_lora"))
+    number = float(keys[at]) if "encoder" not in keys else -1.0
+    rest = keys[at + 1 :]
+    within = (
+        0.0
+        if rest[0].startswith("attn_norm")
+        else 1.0
+        if rest[0] == "attn" and rest[-1] != "o"
+        else 2.0
+    )
+    return number, within + 0.5 * (
+        rest[-1] == "up" and len(rest) > 1 and rest[-2].endswith("_lora")
+    )
 
 
 def _is_table(path: str, leaves: Mapping[str, Any]) -> bool:
-    """Whether a matrix is only looked up: an embedding, unless it is the head too, as it is where that has no rows of its own."""
+    """Whether a matrix is only looked up: an embedding, unless it is the head too, as it is where
+    that has no rows of its own.
+    """
     if path.split("/")[-1] not in TABLES:
         return False
     heads = [leaf for other, leaf in leaves.items() if other == "head" or other.startswith("head/")]
@@ -111,7 +133,14 @@ def peak(dtype: str) -> float | None:
     """
     device = jax.devices()[0]
     if device.platform != "cpu":
-        kind = next((name for name in sorted(_PEAK, key=len, reverse=True) if device.device_kind.startswith(name)), None)
+        kind = next(
+            (
+                name
+                for name in sorted(_PEAK, key=len, reverse=True)
+                if device.device_kind.startswith(name)
+            ),
+            None,
+        )
         return None if kind is None else _PEAK[kind] * jax.device_count()
     n = 1024
     a = jax.device_put(np.ones((n, n), jnp.dtype(dtype)), jax.local_devices()[0])

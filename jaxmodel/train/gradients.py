@@ -1,8 +1,8 @@
 """How a step gets its gradients: at once, or from micro-batches one after the other.
 
-A *gradient function* is `run(trains, batch, rng) -> ((value, metrics), grads)`, what `jax.value_and_grad` makes of a loss of
-the part that trains. Whoever wants gradients of another kind (at a perturbed point, from a pipeline) makes one of these from
-the loss.
+A *gradient function* is `run(trains, batch, rng) -> ((value, metrics),
+grads)`, what `jax.value_and_grad` makes of a loss of the part that trains. Whoever wants gradients
+of another kind (at a perturbed point, from a pipeline) makes one of these from the loss.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ type Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 type GradientFn = Callable[..., tuple[tuple[jax.Array, dict[str, jax.Array]], Any]]
 """`run(trains, batch, rng) -> ((value, metrics), grads)`."""
 
-_MICRO_BATCH = 2**32 - 4  # what the micro-batches fold into the step's key; see `models.model` for the other numbers
+_MICRO_BATCH = (
+    2**32 - 4
+)  # what the micro-batches fold into the step's key; see `models.model` for the other numbers
 
 
 def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientFn:
     """The plain gradient function of an objective.
 
-    A compressed leaf that trains has the gradient of the array that it stands for, taken by a probe (see `ops.Probe`), so that
-    this array is never there whole.
+    A compressed leaf that trains has the gradient of the array that it stands for, taken by a probe
+    (see `ops.Probe`), so that this array is never there whole.
 
     Args:
       objective: see `Objective`.
@@ -40,11 +42,16 @@ def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientF
 
     def run(trains: tree.Params, *args: Any) -> Any:
         leaves = tree.flatten(trains)
-        arrays = {path: jnp.zeros(leaf.shape, dtype) if isinstance(leaf, Compressed) else leaf for path, leaf in leaves.items()}
+        arrays = {
+            path: jnp.zeros(leaf.shape, dtype) if isinstance(leaf, Compressed) else leaf
+            for path, leaf in leaves.items()
+        }
 
         def of(arrays: dict[str, Any]) -> Any:
             probed = {
-                path: ops.Probe(leaf, {GRADIENT: arrays[path]}) if isinstance(leaf, Compressed) else arrays[path]
+                path: ops.Probe(leaf, {GRADIENT: arrays[path]})
+                if isinstance(leaf, Compressed)
+                else arrays[path]
                 for path, leaf in leaves.items()
             }
             return objective(tree.unflatten(probed), *args)
@@ -62,11 +69,12 @@ def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientF
 
 
 def accumulated(run: GradientFn, parts: int) -> GradientFn:
-    """The same gradient from `parts` micro-batches in a scan: the memory of one of them, and of a second set of gradients.
+    """The same gradient from `parts` micro-batches in a scan: the memory of one of them, and of a
+    second set of gradients.
 
-    `g = sum_i w_i g_i / sum_i w_i`, w_i the `weight` of micro-batch i: what the whole batch gives, for every loss that is a
-    mean over its weight. Micro-batch i has the rows i, i + parts, i + 2 parts, ..., so that on a mesh each device keeps its
-    own.
+    `g = sum_i w_i g_i / sum_i w_i`, w_i the `weight` of micro-batch i: what the whole batch gives,
+    for every loss that is a mean over its weight. Micro-batch i has the rows i, i + parts, i + 2
+    parts, ..., so that on a mesh each device keeps its own.
 
     Args:
       run: a gradient function whose metrics have `weight`.
@@ -81,7 +89,9 @@ def accumulated(run: GradientFn, parts: int) -> GradientFn:
 
     def cut(a: Any) -> jax.Array:
         if a.shape[0] % parts:
-            raise InputError(f"accumulate: {parts} micro-batches do not divide a batch of {a.shape[0]} rows")
+            raise InputError(
+                f"accumulate: {parts} micro-batches do not divide a batch of {a.shape[0]} rows"
+            )
         return jnp.moveaxis(jnp.asarray(a).reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
 
     def whole(trains: Any, batch: Mapping[str, Any], rng: jax.Array) -> Any:
@@ -93,7 +103,9 @@ def accumulated(run: GradientFn, parts: int) -> GradientFn:
             ((value, metrics), grads), weight = run(trains, piece, key), None
             weight = metrics["weight"].astype(jnp.float32)
             others = {name: metric for name, metric in metrics.items() if name != "weight"}
-            return jax.tree.map(lambda a: a.astype(jnp.float32) * weight, ((value, others), grads)), weight
+            return jax.tree.map(
+                lambda a: a.astype(jnp.float32) * weight, ((value, others), grads)
+            ), weight
 
         def body(total: Any, xs: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, weighted(*xs)), None

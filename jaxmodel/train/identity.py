@@ -1,4 +1,7 @@
-"""What a run is: the plain values that tell it from another. `fit` gives them to its checkpoints, which refuse others."""
+"""What a run is: the plain values that tell it from another.
+
+`fit` gives them to its checkpoints, which refuse others.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,11 @@ def run_identity(model: Model, config: TrainConfig, **functions: Any) -> dict[st
     (0.001, 2, 'builtins.sum')
     """
     free = (*FREE, *(() if config.patience else JUDGING))
-    train = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in free}
+    train = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in free
+    }
     policy = model.policy
     return {
         "train": described(train),
@@ -50,10 +57,11 @@ def run_identity(model: Model, config: TrainConfig, **functions: Any) -> dict[st
 
 
 def described(value: Any) -> Any:
-    """A value as JSON knows it, the same in every process: settings of functions too, which they hold in closures.
+    """A value as JSON knows it, the same in every process: settings of functions too, which they
+    hold in closures.
 
-    Arrays are told by their digest, functions by their name and what is bound to them (not by their code), other objects by
-    their class.
+    Arrays are told by their digest, functions by their name and what is bound to them (not by their
+    code), other objects by their class.
 
     >>> described(functools.partial(max, default=1.0))
     {'call': 'builtins.max', 'bound': [{'default': 1.0}]}
@@ -82,7 +90,9 @@ def _described(value: Any, inside: tuple[int, ...]) -> Any:
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     if dataclasses.is_dataclass(value):
-        return {field.name: go(getattr(value, field.name, None)) for field in dataclasses.fields(value)}
+        return {
+            field.name: go(getattr(value, field.name, None)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {str(key): go(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -91,20 +101,33 @@ def _described(value: Any, inside: tuple[int, ...]) -> Any:
         return sorted((go(one) for one in value), key=repr)
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         array = np.asarray(value)
-        return f"{array.dtype}{list(array.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
+        return (
+            f"{array.dtype}{list(array.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
+        )
     if isinstance(value, np.dtype):
         return value.name
     if isinstance(value, functools.partial):
-        return _call(go(value.func), [*map(go, value.args), *([go(value.keywords)] if value.keywords else [])])
+        return _call(
+            go(value.func),
+            [*map(go, value.args), *([go(value.keywords)] if value.keywords else [])],
+        )
     if isinstance(value, types.MethodType):
         return _call(_name(value), [go(value.__self__)])
-    if callable(value) and not isinstance(value, types.FunctionType) and hasattr(value, "__wrapped__"):  # under jit
+    if (
+        callable(value)
+        and not isinstance(value, types.FunctionType)
+        and hasattr(value, "__wrapped__")
+    ):  # under jit
         return go(inspect.unwrap(value))
     if isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         bound = {name: go(_content(cell)) for name, cell in cells}
-        inner = "<" in value.__qualname__  # of a lambda or a function in another one defaults are settings, too
-        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()] if inner else []
+        inner = (
+            "<" in value.__qualname__
+        )  # of a lambda or a function in another one defaults are settings, too
+        defaults = (
+            [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()] if inner else []
+        )
         return _call(_name(value), [part for part in (bound, list(map(go, defaults))) if part])
     if isinstance(value, types.BuiltinFunctionType):
         return _name(value)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodel import tree
-from jaxmodel.checkpoint.manager import Checkpoints, flat
+from jaxmodel.checkpoint.manager import Checkpoints
+from jaxmodel.checkpoint.records import flat
 from jaxmodel.data import Batches, prefetch
 from jaxmodel.data.given import Passed, as_batches, listed
 from jaxmodel.data.image_folder import same_classes
@@ -39,7 +40,9 @@ from jaxmodel.train.state import TrainState, averaged
 from jaxmodel.train.step import Augment, check_optimizer
 
 AHEAD = 2
-"""Steps that may wait on the devices: more would only hold batches, fewer would let the devices wait for the host."""
+"""Steps that may wait on the devices: more would only hold batches, fewer would let the devices
+wait for the host.
+"""
 
 type Row = dict[str, Any]
 
@@ -65,48 +68,58 @@ def fit(
     """Train a model on data.
 
     Args:
-      model: what is trained; its `rules` place it on the mesh. Of a bundle its model, from its parameters on.
-      data: batches by step, such as a `data.Stream`; or a dict of arrays `[N, ...]`, a pair `(x, y)` of them, rows such as a
-        `data.ImageFolder`, a list of batches, an iterable of them such as a DataLoader (which cannot be wound to where a run was
-        broken, so it takes no checkpoints); see `data.given.as_batches`.
+      model: what is trained; its `rules` place it on the mesh. Of a bundle its model, from its
+        parameters on.
+      data: batches by step, such as a `data.Stream`; or a dict of arrays `[N, ...]`, a pair
+        `(x, y)` of them, rows such as a `data.ImageFolder`, a list of batches, an iterable of them
+        such as a DataLoader (which cannot be wound to where a run was broken, so it takes no
+        checkpoints); see `data.given.as_batches`.
       config: see `TrainConfig`.
       callbacks: each is called with every row of the history.
       params: to start from; default fresh ones from the seed.
-      state: to go on from, up to `config.steps` steps in all; it stays usable. The result is that of a run without a stop.
-      heldout: the data of the held-out loss, likewise. Of data with a `count`, such as a `Stream`, each row is judged once, or
-        the first `config.eval_rows`; of data without an end the first `config.eval_batches` batches.
+      state: to go on from, up to `config.steps` steps in all; it stays usable. The result is that
+        of a run without a stop.
+      heldout: the data of the held-out loss, likewise. Of data with a `count`, such as a `Stream`,
+        each row is judged once, or the first `config.eval_rows`; of data without an end the first
+        `config.eval_batches` batches.
       batch_size: rows in a batch of arrays; None for 32. A stream has its own.
       mesh: None for one device.
-      loss: see `jaxmodel.losses`; a function of yours may return the mean over the rows alone. None for what the batch
-        holds: `classification` of `labels`, `next_token` of `targets` that are whole numbers, `regression()` of others.
+      loss: see `jaxmodel.losses`; a function of yours may return the mean over the rows alone. None
+        for what the batch holds: `classification` of `labels`, `next_token` of `targets` that are
+        whole numbers, `regression()` of others.
       optimizer: default `make_optimizer(config)`.
       augment: changes batches in training, see `jaxmodel.data.augment`.
       gradients: see `make_step`.
-      checkpoints: where states are saved, as the config says, and from where a run that was broken goes on: a folder, a place
-        such as gs:// or s3://, or `Checkpoints` with settings. They are of this run alone: its config, loss, optimiser and data
-        and the params that were given are written down with them, and another run that is started there is refused, with what
-        differs.
-      supervisor: see `Supervisor`; where it stops the run, the state is saved and returned as it is.
+      checkpoints: where states are saved, as the config says, and from where a run that was broken
+        goes on: a folder, a place such as gs:// or s3://, or `Checkpoints` with settings. They are
+        of this run alone: its config, loss, optimiser and data and the params that were given are
+        written down with them, and another run that is started there is refused, with what differs.
+      supervisor: see `Supervisor`; where it stops the run, the state is saved and returned as it
+        is.
 
     Returns:
-      The last state (with early stopping: with its best parameters) and the history of the whole run, also of the part before a
-      restart from checkpoints: rows with step, data_step (the number of its batch), loss, grad_norm, learning_rate, the other
-      metrics of the loss, tokens_per_second and mfu (rows_per_second where batches have no tokens), data_wait (the share of time
-      spent waiting for data), bad (steps left out since the row before), seconds, and where they were taken heldout_loss and the
-      held-out metrics. The statistics of batch norms, those of a Flax module too, are measured on the first 1,024 rows of the
-      stream before each held-out loss and at the end, at the cost of their forward pass (see `set_batch_statistics`); where
+      The last state (with early stopping: with its best parameters) and the history of the whole
+      run, also of the part before a restart from checkpoints: rows with step, data_step (the number
+      of its batch), loss, grad_norm, learning_rate, the other metrics of the loss,
+      tokens_per_second and mfu (rows_per_second where batches have no tokens), data_wait (the share
+      of time spent waiting for data), bad (steps left out since the row before), seconds, and where
+      they were taken heldout_loss and the held-out metrics. The statistics of batch norms, those of
+      a Flax module too, are measured on the first 1,024 rows of the stream before each held-out
+      loss and at the end, at the cost of their forward pass (see `set_batch_statistics`); where
       there is a moving average they are those of its weights.
 
     Raises:
-      InputError: a batch or parameters that the mesh does not divide; tokens, targets or labels that the model has not, in
-        whatever batch; held-out images of other classes; data or a loss that are no such; a state or a checkpoint of another
-        config, a checkpoint of other data; bad steps, as `config.bad` says.
+      InputError: a batch or parameters that the mesh does not divide; tokens, targets or labels
+        that the model has not, in whatever batch; held-out images of other classes; data or a loss
+        that are no such; a state or a checkpoint of another config, a checkpoint of other data; bad
+        steps, as `config.bad` says.
     """
     if isinstance(model, Bundle):
         model, params = model.model, model.params if params is None else params
     if not isinstance(model, Model):
         raise InputError(
-            f"model: {type(model).__name__} given; allowed: a Model, a Bundle; models.from_linen makes one of a Flax module"
+            f"model: {type(model).__name__} given; allowed: a Model, a Bundle; models.from_linen "
+            f"makes one of a Flax module"
         )
     if params is not None:
         check_params(model, params)
@@ -116,10 +129,16 @@ def fit(
         _check_passed(stream, checkpoints is not None, state)
     loss = default_loss(model, stream.batch(0)) if loss is None else loss
     checked_loss(loss)
-    how: dict[str, Any] = {"optimizer": optimizer, "mesh": mesh, "augment": augment, "gradients": gradients}
+    how: dict[str, Any] = {
+        "optimizer": optimizer,
+        "mesh": mesh,
+        "augment": augment,
+        "gradients": gradients,
+    }
     program = Program(model, config, loss=loss, **how)
     _check_judging(config, stream, heldout, checkpoints is not None)
-    supervisor, placed = supervisor or Supervisor(), Placed(stream, mesh)
+    supervisor = supervisor or Supervisor()
+    placed = Placed(stream, mesh)
     most = flops.peak(model.policy.compute)  # measured on one device, so in front of the mesh
     with contextlib.ExitStack() as opened, program.on_mesh():
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
@@ -162,7 +181,9 @@ class _Run:
     supervisor: Supervisor
     most: float | None  # operations in a second that the devices could do
     history: list[Row] = dataclasses.field(default_factory=list)
-    unread: collections.deque[tuple[int, Any]] = dataclasses.field(default_factory=collections.deque)  # steps whose metrics wait
+    unread: collections.deque[tuple[int, Any]] = dataclasses.field(
+        default_factory=collections.deque
+    )  # steps whose metrics wait
     due: set[str] = dataclasses.field(default_factory=set)
     i: int = 0
     stop: bool = False
@@ -184,7 +205,8 @@ class _Run:
 
     def begin(self, params: tree.Params | None, state: TrainState | None) -> None:
         """Start anew, or go on from a state or from what the checkpoints hold."""
-        program, config = self.program, self.program.config
+        program = self.program
+        config = self.program.config
         self.like = program.shapes(params)
         restored = None if self.checkpoints is None else self.checkpoints.restore(self.like)
         if restored is not None and self.checkpoints is not None:
@@ -203,8 +225,12 @@ class _Run:
         if config.steps < self.i:
             raise InputError(f"steps: {config.steps} given; {self.i} were made already")
         judge = config.eval_batches, config.eval_rows
-        model, mesh, loss = program.model, program.mesh, program.loss
-        self.scorer = None if self.heldout is None else Scorer(model, loss, self.heldout, mesh, *judge)
+        model = program.model
+        mesh = program.mesh
+        loss = program.loss
+        self.scorer = (
+            None if self.heldout is None else Scorer(model, loss, self.heldout, mesh, *judge)
+        )
         self.with_statistics = statistics.of_run(model, loss, self.stream, mesh, self.state.params)
         self.meter = Meter(model, self.state.params, self.most, config.trainable)
         self.bad_steps = BadSteps(config.bad)
@@ -214,7 +240,11 @@ class _Run:
         if restored is not None and jax.process_index() == 0:
             ended = "the run has ended there; nothing is left to train"
             then = ended if self.over or self.i == config.steps else "going on"
-            print(f"jaxmodel: step {self.i} of {config.steps} is restored; {then}", file=sys.stderr, flush=True)
+            print(
+                f"jaxmodel: step {self.i} of {config.steps} is restored; {then}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def is_over(self) -> bool:
         """Whether all steps were made, or somebody stopped it."""
@@ -225,7 +255,10 @@ class _Run:
         with self.supervisor.spend("data", self.i), self.meter.waits():
             batch = next(self.feed, None)
         if batch is None:
-            told = f"jaxmodel: data: ended after {self.i} of {self.program.config.steps} steps; the run stops there"
+            told = (
+                f"jaxmodel: data: ended after {self.i} of {self.program.config.steps} steps; "
+                f"the run stops there"
+            )
             print(told, file=sys.stderr, flush=True)
             self.measure_statistics()
         elif not self.meter.steps:
@@ -234,9 +267,12 @@ class _Run:
 
     def step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Begin a step. Its metrics may not be there yet."""
-        config, model = self.program.config, self.program.model
+        config = self.program.config
+        model = self.program.model
         rows = self.stream.batch_size // self.placed.parts
-        full = memory.explained(self._compiled_with(batch), config.accumulate, rows, model.policy.remat)
+        full = memory.explained(
+            self._compiled_with(batch), config.accumulate, rows, model.policy.remat
+        )
         with self.supervisor.spend("compute" if self.meter.steps else "compile", self.i), full:
             self.state, metrics = self.program.step(self.state, batch)
             self.unread.append((self.i, metrics))
@@ -259,7 +295,8 @@ class _Run:
         with self.supervisor.spend("checkpoint", self.i):
             restored = self.checkpoints.restore(self.like, at_most=back)
             self.state = self.bad_steps.rewind(self.state, self.i, back, restored)
-        self.i, self.stop = back, False
+        self.i = back
+        self.stop = False
         self.history[:] = [row for row in self.history if row["step"] <= back]
         self.feed = _feed(self.placed, self.state, self.program.config)
         self.unread.clear()
@@ -272,9 +309,18 @@ class _Run:
 
     def row(self, metrics: dict[str, Any]) -> tuple[Row, float | None]:
         """A row of the history, with the held-out loss where it is due, which is given beside it."""
-        config, score = self.program.config, None
-        used = None if self.rate is None else rate_of(self.rate, self.state.opt_state, bool(metrics["bad"]))
-        row = {"step": self.i, "data_step": int(self.state.data_step) - 1, **self.meter.row(metrics, used)}
+        config = self.program.config
+        score = None
+        used = (
+            None
+            if self.rate is None
+            else rate_of(self.rate, self.state.opt_state, bool(metrics["bad"]))
+        )
+        row = {
+            "step": self.i,
+            "data_step": int(self.state.data_step) - 1,
+            **self.meter.row(metrics, used),
+        }
         if self.scorer is not None and "heldout" in self.due:
             with self.supervisor.spend("evaluate", self.i):
                 row |= self.scorer(averaged(self.state))
@@ -283,7 +329,11 @@ class _Run:
                     self.state = early.update(self.state, score)
                     self.over = early.over(self.state, config.patience)
         if not self.history and row["grad_norm"] == 0:  # adapters that the model does not know?
-            print("jaxmodel: the gradient is zero: what trains has no part in the loss", file=sys.stderr, flush=True)
+            print(
+                "jaxmodel: the gradient is zero: what trains has no part in the loss",
+                file=sys.stderr,
+                flush=True,
+            )
         self.history.append(row)
         for callback in self.callbacks:
             callback(row)
@@ -291,10 +341,15 @@ class _Run:
 
     def save(self, score: float | None = None) -> None:
         """Save the state where that is due."""
-        config, checkpoints = self.program.config, self.checkpoints
+        config = self.program.config
+        checkpoints = self.checkpoints
         if checkpoints is None:
             return
-        if self.stop or "save" in self.due or checkpoints.late(config.save_seconds, "row" in self.due):
+        if (
+            self.stop
+            or "save" in self.due
+            or checkpoints.late(config.save_seconds, "row" in self.due)
+        ):
             with self.supervisor.spend("checkpoint", self.i):
                 checkpoints.save(self.state, score=score, history=self.history)
                 self.supervisor.ledger.at(self.i, saved=True)
@@ -303,59 +358,90 @@ class _Run:
         """Save the last state, and give the best where the run may stop early."""
         if self.checkpoints is not None:
             with self.supervisor.spend("checkpoint", self.i):
-                self.checkpoints.save(self.state, history=self.history)  # nothing where it is there already
+                self.checkpoints.save(
+                    self.state, history=self.history
+                )  # nothing where it is there already
                 self.supervisor.ledger.at(self.i, saved=True)
-                self.checkpoints.wait(raises=False)  # what was trained is not lost with it: `close` raises
+                self.checkpoints.wait(
+                    raises=False
+                )  # what was trained is not lost with it: `close` raises
         if self.program.config.patience and not self.stop:
             self.state = self.with_statistics(early.best(self.state))
 
     def _compiled_with(self, batch: dict[str, Any]) -> Callable[[int, str], Any]:
         """The step compiled with other micro-batches or another `remat`, to see what would fit."""
-        program, params = self.program, jax.eval_shape(lambda params: params, self.like.params)
+        program = self.program
+        params = jax.eval_shape(lambda params: params, self.like.params)
 
         def compiled(accumulate: int, remat: str) -> Any:
             policy = dataclasses.replace(program.model.policy, remat=remat)
             config = dataclasses.replace(program.config, accumulate=accumulate)
-            other = dataclasses.replace(program, model=program.model.with_policy(policy), config=config)
+            other = dataclasses.replace(
+                program, model=program.model.with_policy(policy), config=config
+            )
             return other.compile(batch, params)
 
         return compiled
 
 
-def _identity(program: Program, stream: Batches, heldout: Batches | None, params: tree.Params | None) -> dict[str, Any]:
-    """What checkpoints are of: the program, the rows of a batch, the parameters that were given, and what may end the run."""
+def _identity(
+    program: Program, stream: Batches, heldout: Batches | None, params: tree.Params | None
+) -> dict[str, Any]:
+    """What checkpoints are of: the program, the rows of a batch, the parameters that were given,
+    and what may end the run.
+    """
     found = {**program.identity, "batch_size": stream.batch_size}
     if heldout is not None and program.config.patience:
         found["heldout"] = heldout.fingerprint
-    if params is not None and all(getattr(a, "is_fully_addressable", True) for a in jax.tree.leaves(params)):
+    if params is not None and all(
+        getattr(a, "is_fully_addressable", True) for a in jax.tree.leaves(params)
+    ):
         found["params"] = tree.fingerprint(params)
     return found
 
 
-def _check_judging(config: TrainConfig, stream: Batches, heldout: Batches | None, saves: bool) -> None:
-    """Refuse what could never stop a run, or could not go back, and held-out images of other classes."""
+def _check_judging(
+    config: TrainConfig, stream: Batches, heldout: Batches | None, saves: bool
+) -> None:
+    """Refuse what could never stop a run, or could not go back, and held-out images of other
+    classes.
+    """
     if config.patience and heldout is None:
-        raise InputError(f"patience: {config.patience} given without held-out batches to be judged by")
+        raise InputError(
+            f"patience: {config.patience} given without held-out batches to be judged by"
+        )
     config.check_patience()
     same_classes(stream, heldout)
     if config.bad == "rewind" and not saves:
         raise InputError("bad: 'rewind' given without checkpoints to go back to")
 
 
-def _going_on(state: TrainState, like: TrainState, extra: Callable[[tree.Params], dict[str, Any]]) -> TrainState:
-    """A copy of the state, since steps donate theirs, in the places of `like`, with what it has not yet of `extra`."""
+def _going_on(
+    state: TrainState, like: TrainState, extra: Callable[[tree.Params], dict[str, Any]]
+) -> TrainState:
+    """A copy of the state, since steps donate theirs, in the places of `like`, with what it has not
+    yet of `extra`.
+    """
     given = dataclasses.replace(state, extra={**like.extra, **state.extra})
     if jax.tree.structure(given) != jax.tree.structure(like):
-        differ = ", ".join(sorted(flat(given).keys() ^ flat(like).keys())[:4]) or "the kind of some leaf"
-        raise InputError(f"state: it is of another model, optimizer or config; only one of both has {differ}")
+        differ = (
+            ", ".join(sorted(flat(given).keys() ^ flat(like).keys())[:4]) or "the kind of some leaf"
+        )
+        raise InputError(
+            f"state: it is of another model, optimizer or config; only one of both has {differ}"
+        )
     where = jax.tree.map(lambda a: a.sharding, like)
     params = jax.device_put(state.params, where.params)
     whole = {**jax.jit(extra, out_shardings=where.extra)(params), **state.extra}
-    return jax.tree.map(jnp.copy, jax.device_put(dataclasses.replace(state, params=params, extra=whole), where))
+    return jax.tree.map(
+        jnp.copy, jax.device_put(dataclasses.replace(state, params=params, extra=whole), where)
+    )
 
 
 def _at_row(state: TrainState, batch_size: int) -> TrainState:
-    """The state at the batch that begins with its next row, where batches had another size until now."""
+    """The state at the batch that begins with its next row, where batches had another size until
+    now.
+    """
     then = int(state.extra["batch_size"]) or batch_size  # 0 where no loop has begun yet
     rows = int(state.data_step) * then
     if int(state.extra["batch_size"]) == batch_size:
@@ -364,7 +450,8 @@ def _at_row(state: TrainState, batch_size: int) -> TrainState:
         near = [n for n in range(1, 4 * max(then, batch_size)) if rows % n == 0]
         near = sorted(sorted(near, key=lambda n: abs(n - batch_size))[:4])
         raise InputError(
-            f"batch_size: {batch_size} given to go on behind {rows} rows in batches of {then}, where some rows would come again "
+            f"batch_size: {batch_size} given to go on behind {rows} rows in batches of {then}, "
+            f"where some rows would come again "
             f"or be left out; allowed: a divisor of {rows}, such as {', '.join(map(str, near))}"
         )
     now = {"data_step": rows // batch_size, "batch_size": batch_size}
@@ -374,7 +461,9 @@ def _at_row(state: TrainState, batch_size: int) -> TrainState:
     return dataclasses.replace(state, data_step=new["data_step"], extra=extra)
 
 
-def _given(model: Model, data: Any, heldout: Any, config: TrainConfig, batch_size: int | None) -> tuple[Batches, Batches | None]:
+def _given(
+    model: Model, data: Any, heldout: Any, config: TrainConfig, batch_size: int | None
+) -> tuple[Batches, Batches | None]:
     """What was given as batches, training and held out."""
     name = next(iter(model.inputs(1, 1)))
     stream = as_batches(data, input_name=name, batch_size=batch_size, seed=config.seed)
@@ -390,14 +479,19 @@ def _check_passed(stream: Passed, saves: bool, state: TrainState | None) -> None
     allowed = "a data.Stream, arrays, or a list of batches"
     if saves:
         raise InputError(
-            f"checkpoints: given with an iterable of batches, which cannot be wound to where a run was broken; allowed: {allowed}"
+            f"checkpoints: given with an iterable of batches, which cannot be wound to where a "
+            f"run was broken; allowed: {allowed}"
         )
     if state is not None and (number := int(state.data_step)):
         raise InputError(
-            f"state: at batch {number}, given with an iterable of batches; allowed: {allowed}, or params=state.params"
+            f"state: at batch {number}, given with an iterable of batches; allowed: {allowed}, or "
+            f"params=state.params"
         )
     if jax.process_count() > 1:
-        raise InputError(f"data: an iterable given to several processes, each of which makes its own rows; allowed: {allowed}")
+        raise InputError(
+            f"data: an iterable given to several processes, each of which makes its own rows; "
+            f"allowed: {allowed}"
+        )
 
 
 def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Iterator[Any]:
@@ -409,7 +503,9 @@ def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Iterator[An
 
 
 def _read(unread: collections.deque[tuple[int, Any]], ahead: int) -> list[int]:
-    """Wait until all but `ahead` of the steps that were begun are through; those of them that were bad."""
+    """Wait until all but `ahead` of the steps that were begun are through; those of them that were
+    bad.
+    """
     bad = []
     while len(unread) > ahead:
         number, metrics = unread.popleft()

@@ -1,4 +1,6 @@
-"""What a step needs of a device's memory, and what would need less: the answer to running out of it."""
+"""What a step needs of a device's memory, and what would need less: the answer to running out of
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ type Compile = Callable[[int, str], Any]
 
 
 def needed(compiled: Any) -> int:
-    """Bytes of one device that a compiled program holds: arguments, results that do not take their place, work space."""
+    """Bytes of one device that a compiled program holds: arguments, results that do not take their
+    place, work space.
+    """
     found = compiled.memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return int(kept + found.temp_size_in_bytes)
@@ -33,7 +37,8 @@ def limit() -> int:
 
 
 def candidates(accumulate: int, rows: int, remat: str) -> Iterator[tuple[int, str]]:
-    """Ways to need less, the cheapest in time first: more micro-batches, then blocks that are computed again.
+    """Ways to need less, the cheapest in time first: more micro-batches, then blocks that are
+    computed again.
 
     >>> list(candidates(1, 4, "none"))
     [(2, 'none'), (4, 'none'), (1, 'full'), (2, 'full'), (4, 'full')]
@@ -53,7 +58,9 @@ class Fit:
     bytes: int
 
 
-def what_fits(compile_with: Compile, accumulate: int, rows: int, remat: str, most: int) -> Fit | None:
+def what_fits(
+    compile_with: Compile, accumulate: int, rows: int, remat: str, most: int
+) -> Fit | None:
     """The first of the candidates that fits, by what XLA says of the compiled step; nothing is run.
 
     Args:
@@ -87,10 +94,19 @@ def explained(compile_with: Compile, accumulate: int, rows: int, remat: str) -> 
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        most, gib = limit(), 2.0**30
+        most = limit()
+        gib = 2.0**30
         found = what_fits(compile_with, accumulate, rows, remat, most)
-        advice = "no number of micro-batches helps: cut the model over more devices (a longer fsdp or tensor axis)"
+        advice = (
+            "no number of micro-batches helps: cut the model over more devices (a longer "
+            "fsdp or tensor axis)"
+        )
         if found is not None:
-            advice = f"accumulate={found.accumulate} with remat={found.remat!r} needs {found.bytes / gib:.3g} GiB and would fit"
+            advice = (
+                f"accumulate={found.accumulate} with remat={found.remat!r} needs "
+                f"{found.bytes / gib:.3g} GiB and would fit"
+            )
         wants = needed(compile_with(accumulate, remat)) / gib
-        raise InputError(f"memory: a step needs {wants:.3g} GiB, a device has {most / gib:.3g} GiB; {advice}") from None
+        raise InputError(
+            f"memory: a step needs {wants:.3g} GiB, a device has {most / gib:.3g} GiB; {advice}"
+        ) from None

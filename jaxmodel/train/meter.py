@@ -1,4 +1,6 @@
-"""What a row of the history says of speed: tokens a second, utilisation, the share of time that was spent waiting for data."""
+"""What a row of the history says of speed: tokens a second, utilisation, the share of time that was
+spent waiting for data.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,27 @@ class Meter:
     Args:
       model: whose sizes give the operations of a token.
       params: all of them.
-      most: operations in a second that the devices could do, see `flops.peak`; None leaves the utilisation out.
+      most: operations in a second that the devices could do, see `flops.peak`; None leaves the
+        utilisation out.
       trainable: rules, path -> whether the leaf trains.
     """
 
-    def __init__(self, model: Model, params: tree.Params, most: float | None, trainable: tree.Rules | None = None):
-        self._model, self._shapes, self._trainable = model, jax.eval_shape(lambda p: p, params), trainable
+    def __init__(
+        self,
+        model: Model,
+        params: tree.Params,
+        most: float | None,
+        trainable: tree.Rules | None = None,
+    ):
+        self._model = model
+        self._shapes = jax.eval_shape(lambda p: p, params)
+        self._trainable = trainable
         self._most = most
         self._began = self._since = time.perf_counter()
-        self._seen, self._waited, self._unit, self._length = 0, 0.0, "rows", 0
+        self._seen = 0
+        self._waited = 0.0
+        self._unit = "rows"
+        self._length = 0
         self._bad = 0
         self.steps = 0
 
@@ -51,11 +65,19 @@ class Meter:
         self._bad += steps
 
     def row(self, metrics: dict[str, Any], rate: float | None = None) -> dict[str, Any]:
-        """The metrics of the last step, its learning rate if known, and what was counted since the row before."""
-        values = {name: float(value) for name, value in metrics.items() if name not in ("weight", "bad")}
+        """The metrics of the last step, its learning rate if known, and what was counted since the
+        row before.
+        """
+        values = {
+            name: float(value) for name, value in metrics.items() if name not in ("weight", "bad")
+        }
         now = time.perf_counter()
         speed = self._seen / (now - self._since)
-        found = {**values, f"{self._unit}_per_second": speed, "data_wait": self._waited / (now - self._since)}
+        found = {
+            **values,
+            f"{self._unit}_per_second": speed,
+            "data_wait": self._waited / (now - self._since),
+        }
         if rate is not None:
             found["learning_rate"] = rate
         if self._unit == "tokens" and self._most is not None:
@@ -66,7 +88,10 @@ class Meter:
             cost = flops.per_token(self._shapes, *sizes, experts or 1.0, trains=trains)
             found["mfu"] = speed * cost / self._most
         found |= {"bad": self._bad, "seconds": now - self._began}
-        self._since, self._seen, self._waited, self._bad = time.perf_counter(), 0, 0.0, 0
+        self._since = time.perf_counter()
+        self._seen = 0
+        self._waited = 0.0
+        self._bad = 0
         return found
 
     def shown(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""`TrainOptions`: the plain values of a `TrainConfig`; the command line shows them, so nothing heavy is imported here."""
+"""`TrainOptions`: the plain values of a `TrainConfig`; the command line shows them, so nothing
+heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -20,43 +22,57 @@ RANGES: dict[str, int | Range] = {
     **dict.fromkeys(("drop", "exchange_share"), FACTOR),
     **dict.fromkeys(("beta2", "average"), DECAY),
 }
-"""What each number of `TrainOptions` may be: the least whole number, or a range. Names stand with their fields."""
+"""What each number of `TrainOptions` may be: the least whole number, or a range.
+
+Names stand with their fields.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """The part of `TrainConfig` that is plain values, and so at the same time options of `jaxmodel train`.
+    """The part of `TrainConfig` that is plain values, and so at the same time options of
+    `jaxmodel train`.
 
     Attributes:
-      steps: Updates of the weights. Epochs are steps times the rows of a batch, over the rows that there are.
+      steps: Updates of the weights. Epochs are steps times the rows of a batch, over the rows that
+        there are.
       optimizer: One of adamw, adamw8 (its moments take 8 bits), sgd, lion, adafactor, muon.
       learning_rate: The rate at the peak of the schedule.
       warmup: Updates over which the learning rate rises (at most half of them).
-      schedule: Course of the learning rate after that: constant, step, cosine, wsd (stays, then falls), one_cycle, plateau (falls
-        when the loss does not).
-      end_rate: The last rate as a share of the peak, for cosine, wsd and one_cycle; for plateau the least.
+      schedule: Course of the learning rate after that: constant, step, cosine, wsd (stays, then
+        falls), one_cycle, plateau (falls when the loss does not).
+      end_rate: The last rate as a share of the peak, for cosine, wsd and one_cycle; for plateau the
+        least.
       stable: The share of the updates that wsd stays at the peak.
-      drop_every: Updates between two drops of step, 0 for a third of all; for plateau, those without a better loss until one.
+      drop_every: Updates between two drops of step, 0 for a third of all; for plateau, those
+        without a better loss until one.
       drop: The factor by which a drop of step or plateau multiplies the rate.
-      weight_decay: Strength of the decay of weights towards zero, times the learning rate; norms and biases do not decay.
+      weight_decay: Strength of the decay of weights towards zero, times the learning rate; norms
+        and biases do not decay.
       clip: Largest global norm of the gradient; 0 for no limit.
       beta2: Decay of the mean of squared gradients, for the optimisers that keep one.
-      accumulate: Micro-batches that each batch is cut into: the same gradient, with the memory of one of them.
-      pipeline: The order in which the stages of a mesh with `pipeline` work: gpipe (all forward passes first) or 1f1b (each
-        backward pass as soon as it can).
-      exchange: The sum of gradients over the data axis of a mesh: exact, int8, or top_k (only the largest, with error feedback).
+      accumulate: Micro-batches that each batch is cut into: the same gradient, with the memory of
+        one of them.
+      pipeline: The order in which the stages of a mesh with `pipeline` work: gpipe (all forward
+        passes first) or 1f1b (each backward pass as soon as it can).
+      exchange: The sum of gradients over the data axis of a mesh: exact, int8, or top_k (only the
+        largest, with error feedback).
       exchange_share: The share of the gradients that top_k exchanges in a step.
-      average: Decay of a moving average of the weights, such as 0.999, which is then judged and kept; 0 for none.
-      patience: Stop after so many held-out losses without a better one, and take the best weights; 0 for never.
-      bad: The answer to a step whose loss or gradient is not finite or a spike: skip leaves it out, rewind goes back to a
-        checkpoint and past its batch, stop ends the run.
-      spike: Standard deviations above the mean of the last 128 losses (or gradient norms) that make a spike; 0 for no check.
+      average: Decay of a moving average of the weights, such as 0.999, which is then judged and
+        kept; 0 for none.
+      patience: Stop after so many held-out losses without a better one, and take the best weights;
+        0 for never.
+      bad: The answer to a step whose loss or gradient is not finite or a spike: skip leaves it out,
+        rewind goes back to a checkpoint and past its batch, stop ends the run.
+      spike: Standard deviations above the mean of the last 128 losses (or gradient norms) that make
+        a spike; 0 for no check.
       seed: Seed of the initial weights and of each step's randomness.
       log_every: Updates between two rows of the history.
       eval_every: Updates between two held-out losses; 0 for one, at the end.
       eval_batches: Batches of a held-out loss whose stream has no end, such as a mixture.
       save_every: Updates between two checkpoints; 0 to save by time.
-      save_seconds: Seconds between two checkpoints, where they are not by updates; 0 for never. The end has one in any case.
+      save_seconds: Seconds between two checkpoints, where they are not by updates; 0 for never. The
+        end has one in any case.
 
     Raises:
       InputError: a number out of range, or an unknown name.
@@ -102,4 +118,8 @@ class TrainOptions:
 @functools.cache
 def _names() -> dict[str, tuple[str, ...]]:
     """The names that each field allows which is one."""
-    return {name: get_args(kind) for name, kind in get_type_hints(TrainOptions).items() if get_origin(kind) is Literal}
+    return {
+        name: get_args(kind)
+        for name, kind in get_type_hints(TrainOptions).items()
+        if get_origin(kind) is Literal
+    }

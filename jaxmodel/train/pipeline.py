@@ -1,14 +1,17 @@
-"""One forward, one backward (Narayanan et al., 2019): a pipeline that keeps no more than S micro-batches.
+"""One forward, one backward (Narayanan et al., 2019): a pipeline that keeps no more than S
+micro-batches.
 
-GPipe (`layers.pipeline`, which a model runs by itself where the mesh has `pipeline`) ends all forward passes before the first
-backward pass begins, and so keeps something of all M micro-batches. Here the loss of a micro-batch is taken at the last stage as
-soon as it arrives there, and its gradient follows it back. Stage s runs micro-batch m forward in slot `2 m + s` and backward in
-slot `2 m + 2 S - 1 - s`; in every slot it does one or the other. Between the two it keeps what the stage was given, of at most
-S - s micro-batches, and computes the rest again.
+GPipe (`layers.pipeline`, which a model runs by itself where the mesh has `pipeline`) ends all
+forward passes before the first backward pass begins, and so keeps something of all M micro-batches.
+Here the loss of a micro-batch is taken at the last stage as soon as it arrives there, and its
+gradient follows it back. Stage s runs micro-batch m forward in slot `2 m + s` and backward in slot
+`2 m + 2 S - 1 - s`; in every slot it does one or the other. Between the two it keeps what the stage
+was given, of at most S - s micro-batches, and computes the rest again.
 
-Bytes that a device sends on average are those of GPipe from stage to stage, `(S - 1)/S act` each way, where `act` has the few
-numbers of `aux` too. Only the batch itself is gathered, whose rows each stage has (integers, mostly); instead the gradients of
-what is outside of the layers (embedding, head) are summed over the stages: `2 G_outside`. Over `data` all gradients are summed
+Bytes that a device sends on average are those of GPipe from stage to stage, `(S - 1)/S act` each
+way, where `act` has the few numbers of `aux` too. Only the batch itself is gathered, whose rows
+each stage has (integers, mostly); instead the gradients of what is outside of the layers
+(embedding, head) are summed over the stages: `2 G_outside`. Over `data` all gradients are summed
 once, those of the layers as `2 G_layers / S`.
 """
 
@@ -32,28 +35,37 @@ from jaxmodel.models.model import begin, with_hidden
 from jaxmodel.sharding import auto_axes
 from jaxmodel.train.gradients import GradientFn
 
-P, AXIS = jax.P, stages_of.AXIS
+P = jax.P
+AXIS = stages_of.AXIS
 
-type Payload = tuple[jax.Array, dict[str, jax.Array]]  # what goes from stage to stage: activations, and aux values so far
+type Payload = tuple[
+    jax.Array, dict[str, jax.Array]
+]  # what goes from stage to stage: activations, and aux values so far
 
 
 class _Begun(Exception):
     """Stops a loss where it runs the model, with what it runs it on."""
 
 
-def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | None = None) -> GradientFn:
-    """The gradient function of a loss by this schedule, on a mesh with `pipeline`: `run(trains, batch, rng)`.
+def one_forward_one_backward(
+    model: Model, loss: Loss, frozen: tree.Params | None = None
+) -> GradientFn:
+    """The gradient function of a loss by this schedule, on a mesh with `pipeline`:
+    `run(trains, batch, rng)`.
 
-    The loss must be a mean over the `weight` in its metrics and run the model once. Losses and gradients are then those of the
-    whole batch; but a value that is no sum over rows (a load balance) is that of each micro-batch, and so is all randomness.
+    The loss must be a mean over the `weight` in its metrics and run the model once. Losses and
+    gradients are then those of the whole batch; but a value that is no sum over rows (a load
+    balance) is that of each micro-batch, and so is all randomness.
 
     Args:
       model: what is trained: embedding, one segment of equal layers, head.
-      loss: see `jaxmodel.losses`. It may read the parameters outside of the layers only: no penalties.
+      loss: see `jaxmodel.losses`. It may read the parameters outside of the layers only: no
+        penalties.
       frozen: the parameters that do not train.
 
     Raises:
-      InputError: when called: no such mesh or model, sizes that do not divide, a loss that runs the model twice or reads layers.
+      InputError: when called: no such mesh or model, sizes that do not divide, a loss that runs the
+        model twice or reads layers.
 
     Returns:
       What `jax.value_and_grad(..., has_aux=True)` of the loss gives.
@@ -63,19 +75,39 @@ def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | Non
         trains: tree.Params, batch: Mapping[str, Any], rng: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], tree.Params]:
         axes = auto_axes()
-        stages, data = axes.get(AXIS, 1), tuple(name for name in ("data",) if axes.get(name, 1) > 1)
+        stages = axes.get(AXIS, 1)
+        data = tuple(name for name in ("data",) if axes.get(name, 1) > 1)
         fixed = frozen or {}
-        if packed := [path for path, leaf in tree.flatten(trains).items() if isinstance(leaf, Compressed)]:
-            raise InputError(f"trainable: the compressed {packed[0]!r} cannot train in this schedule; use GPipe")
+        if packed := [
+            path for path, leaf in tree.flatten(trains).items() if isinstance(leaf, Compressed)
+        ]:
+            raise InputError(
+                f"trainable: the compressed {packed[0]!r} cannot train in this schedule; use GPipe"
+            )
         _check(model, tree.combine(trains, fixed), axes)
         whole = dict(batch)
-        rows = whole[next((name for name in model.inputs(1, 1) if name in whole), next(iter(whole)))].shape[0]
+        rows = whole[
+            next((name for name in model.inputs(1, 1) if name in whole), next(iter(whole)))
+        ].shape[0]
         layers = tree.depth(tree.combine(trains, fixed)["blocks"])
-        count = stages_of.micro_batches(layers, rows, stages, model.policy.microbatches, axes.get("data", 1))
+        count = stages_of.micro_batches(
+            layers, rows, stages, model.policy.microbatches, axes.get("data", 1)
+        )
         is_cut = jax.tree.map(lambda a: a.ndim > 0 and a.shape[0] == rows, whole)
 
-        def on_stage(trains: tree.Params, frozen: tree.Params, whole: dict[str, Any], rng: Any) -> Any:
-            schedule = _Schedule(model, loss, frozen, stages, count, data, rng, stages_of.parted(whole, is_cut, count))
+        def on_stage(
+            trains: tree.Params, frozen: tree.Params, whole: dict[str, Any], rng: Any
+        ) -> Any:
+            schedule = _Schedule(
+                model,
+                loss,
+                frozen,
+                stages,
+                count,
+                data,
+                rng,
+                stages_of.parted(whole, is_cut, count),
+            )
             grads, sums = schedule.run(trains)
             sums = jax.lax.psum(sums, (AXIS, *data))
             share = 1 / jnp.maximum(sums["weight"], jnp.finfo(jnp.float32).tiny)
@@ -84,10 +116,14 @@ def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | Non
                 over = (*data,) if tree.is_stacked(path) else (AXIS, *data)
                 return ((jax.lax.psum(g, over) if over else g) * share).astype(g.dtype)
 
-            sums = {name: value if name == "weight" else value * share for name, value in sums.items()}
+            sums = {
+                name: value if name == "weight" else value * share for name, value in sums.items()
+            }
             return sums, tree.map_leaves(summed, grads)
 
-        specs = lambda params: tree.map_leaves(lambda path, _: P(AXIS) if tree.is_stacked(path) else P(), params)
+        specs = lambda params: tree.map_leaves(
+            lambda path, _: P(AXIS) if tree.is_stacked(path) else P(), params
+        )
         rows_of = jax.tree.map(lambda has_rows: P((AXIS, *data)) if has_rows else P(), is_cut)
         across = jax.shard_map(
             on_stage,
@@ -103,26 +139,47 @@ def one_forward_one_backward(model: Model, loss: Loss, frozen: tree.Params | Non
 
 
 class _Elsewhere:
-    """What stands for the layers where the loss is taken: they are on all stages, so it must not read them there."""
+    """What stands for the layers where the loss is taken: they are on all stages, so it must not
+    read them there.
+    """
 
     def __getattr__(self, name: str) -> Any:
-        raise InputError("loss: it reads the parameters of the layers (a penalty?), which no stage of a pipeline has all of")
+        raise InputError(
+            "loss: it reads the parameters of the layers (a penalty?), which no stage of a "
+            "pipeline has all of"
+        )
 
 
 def _check(model: Model, params: tree.Params, axes: Mapping[str, int]) -> None:
     if axes.get(AXIS, 1) < 2:
-        raise InputError(f"mesh: this schedule needs an axis 'pipeline' of 2 or more; there are {dict(axes) or 'none'}")
-    if axes.get("sequence", 1) > 1:
-        raise InputError("mesh: a ring over 'sequence' needs all stages at once; use GPipe, whose stages all do the same")
-    if axes.get("tensor", 1) > 1 and (rows := [name for name in ("fsdp", "expert") if axes.get(name, 1) > 1]):
-        # the embedding's and the loss's gathers, from what is cut over `tensor`, by ids cut over another axis
         raise InputError(
-            f"mesh: beside 'tensor', {rows[0]!r} ends in a failed assertion of XLA inside of this schedule; use 'data', or GPipe"
+            f"mesh: this schedule needs an axis 'pipeline' of 2 or more; there are "
+            f"{dict(axes) or 'none'}"
         )
-    elsewhere = [path for path in tree.flatten(params) if tree.is_stacked(path) and not path.startswith("blocks/")]
+    if axes.get("sequence", 1) > 1:
+        raise InputError(
+            "mesh: a ring over 'sequence' needs all stages at once; use GPipe, whose stages all "
+            "do the same"
+        )
+    if axes.get("tensor", 1) > 1 and (
+        rows := [name for name in ("fsdp", "expert") if axes.get(name, 1) > 1]
+    ):
+        # the embedding's and the loss's gathers, from what is cut over `tensor`, by ids cut over
+        # another axis
+        raise InputError(
+            f"mesh: beside 'tensor', {rows[0]!r} ends in a failed assertion of XLA inside of this "
+            f"schedule; use 'data', or GPipe"
+        )
+    elsewhere = [
+        path
+        for path in tree.flatten(params)
+        if tree.is_stacked(path) and not path.startswith("blocks/")
+    ]
     if model.parts.block is None or elsewhere:
         what = f"{elsewhere[0]!r} is of another" if elsewhere else "it has none"
-        raise InputError(f"model: one forward, one backward needs one stack of layers, 'blocks'; {what}")
+        raise InputError(
+            f"model: one forward, one backward needs one stack of layers, 'blocks'; {what}"
+        )
     one_segment(params["blocks"])
 
 
@@ -146,33 +203,55 @@ class _Schedule:
     def key(self, m: Any) -> Any:
         return stages_of.key_of(self.rng, m, self.data)
 
-    # ------------------------------------------------------------------------------------------- one micro-batch
+    # ------------------------------------------------------------------------------ one micro-batch
 
-    def begun(self, params: tree.Params, m: Any) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array], Any, bool]:
-        """What the loss runs the model on: the embedded inputs, context, aux, key, and whether it trains."""
+    def begun(
+        self, params: tree.Params, m: Any
+    ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array], Any, bool]:
+        """What the loss runs the model on: the embedded inputs, context, aux, key, and whether it
+        trains.
+        """
 
-        def hidden(params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False) -> Output:
+        def hidden(
+            params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
+        ) -> Output:
             raise _Begun(*begin(self.model, params, inputs, rng, train), rng, train)
 
         try:
             self.loss(with_hidden(self.model, hidden), params, self.part(m), self.key(m))
         except _Begun as found:
             return found.args  # pyright: ignore[reportReturnType]
-        raise InputError("loss: it does not run the model's layers (`model.hidden` or `model.apply`)")
+        raise InputError(
+            "loss: it does not run the model's layers (`model.hidden` or `model.apply`)"
+        )
 
     def forward(self, trains: tree.Params, given: Payload, m: Any) -> Payload:
         params = tree.combine(trains, self.frozen)
-        _, context, first_aux, rng, train = self.begun(params, m)  # the embedding itself is not used, so it is not computed
+        _, context, first_aux, rng, train = self.begun(
+            params, m
+        )  # the embedding itself is not used, so it is not computed
         first = self.place == 0
-        x = jax.lax.cond(first, lambda: stages_of.by_rows(self.begun(params, m)[0]), lambda: given[0])
+        x = jax.lax.cond(
+            first, lambda: stages_of.by_rows(self.begun(params, m)[0]), lambda: given[0]
+        )
         policy = self.model.policy
         stage = stage_of(self.model.parts.block, train, policy.remat, policy.unroll)  # pyright: ignore[reportArgumentType]
         y, aux = stage(one_segment(params["blocks"]), x, context, self.place, rng)
-        here = {name: jnp.where(first, value, jnp.zeros_like(value)) for name, value in first_aux.items()}
-        total = {name: sum((d[name] for d in (given[1], here) if name in d), aux.get(name, 0.0)) for name in {**here, **aux}}
-        return stages_of.by_rows(y), {name: jnp.asarray(value, jnp.float32) for name, value in total.items()}
+        here = {
+            name: jnp.where(first, value, jnp.zeros_like(value))
+            for name, value in first_aux.items()
+        }
+        total = {
+            name: sum((d[name] for d in (given[1], here) if name in d), aux.get(name, 0.0))
+            for name in {**here, **aux}
+        }
+        return stages_of.by_rows(y), {
+            name: jnp.asarray(value, jnp.float32) for name, value in total.items()
+        }
 
-    def judged(self, trains: tree.Params, found: Payload, m: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def judged(
+        self, trains: tree.Params, found: Payload, m: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss times its weight, which has the gradient, and all that is to be summed."""
         calls = []
 
@@ -181,38 +260,63 @@ class _Schedule:
             return Output(hidden=found[0], aux=dict(found[1]))
 
         params = {**tree.combine(trains, self.frozen), "blocks": _Elsewhere()}
-        value, metrics = self.loss(with_hidden(self.model, hidden), params, self.part(m), self.key(m))
+        value, metrics = self.loss(
+            with_hidden(self.model, hidden), params, self.part(m), self.key(m)
+        )
         if len(calls) != 1:
-            raise InputError(f"loss: it runs the model {len(calls)} times; one forward, one backward needs one that does so once")
+            raise InputError(
+                f"loss: it runs the model {len(calls)} times; one forward, one backward needs one "
+                f"that does so once"
+            )
         weight = jax.lax.stop_gradient(metrics.get("weight", jnp.ones(()))).astype(jnp.float32)
-        sums = {name: jax.lax.stop_gradient(metric).astype(jnp.float32) * weight for name, metric in metrics.items()}
-        return value * weight, {**sums, "loss": jax.lax.stop_gradient(value) * weight, "weight": weight}
+        sums = {
+            name: jax.lax.stop_gradient(metric).astype(jnp.float32) * weight
+            for name, metric in metrics.items()
+        }
+        return value * weight, {
+            **sums,
+            "loss": jax.lax.stop_gradient(value) * weight,
+            "weight": weight,
+        }
 
-    def backward(self, trains: tree.Params, given: Payload, g: Payload, m: Any) -> tuple[tree.Params, Payload, dict[str, Any]]:
-        def whole(trains: tree.Params, given: Payload) -> tuple[tuple[Payload, jax.Array], dict[str, jax.Array]]:
+    def backward(
+        self, trains: tree.Params, given: Payload, g: Payload, m: Any
+    ) -> tuple[tree.Params, Payload, dict[str, Any]]:
+        def whole(
+            trains: tree.Params, given: Payload
+        ) -> tuple[tuple[Payload, jax.Array], dict[str, jax.Array]]:
             found = self.forward(trains, given, m)
             zeros = _zeros(jax.eval_shape(lambda: self.judged(trains, found, m)))
-            value, sums = jax.lax.cond(self.last, lambda: self.judged(trains, found, m), lambda: zeros)
+            value, sums = jax.lax.cond(
+                self.last, lambda: self.judged(trains, found, m), lambda: zeros
+            )
             return (found, value), sums
 
         (_, value), pull, sums = jax.vjp(whole, trains, given, has_aux=True)
         d_trains, d_given = pull((g, jnp.ones_like(value)))
         return d_trains, d_given, sums
 
-    # ------------------------------------------------------------------------------------------------- all of them
+    # ---------------------------------------------------------------------------------- all of them
 
     def run(self, trains: tree.Params) -> tuple[tree.Params, dict[str, jax.Array]]:
-        """The sums over the micro-batches of gradients times weight, and of all that the loss gives times weight."""
+        """The sums over the micro-batches of gradients times weight, and of all that the loss gives
+        times weight.
+        """
         nothing = self._payload(trains)
         shapes = jax.eval_shape(lambda: self.backward(trains, nothing, nothing, 0))
         kept = jax.tree.map(lambda a: jnp.zeros((self.stages, *a.shape), a.dtype), nothing)
         totals = _zeros((shapes[0], shapes[2]))
-        pairs = [tuple(self._hops(slot) for slot in (tick, tick + 1)) for tick in range(0, 2 * (self.count + self.stages - 1), 2)]
+        pairs = [
+            tuple(self._hops(slot) for slot in (tick, tick + 1))
+            for tick in range(0, 2 * (self.count + self.stages - 1), 2)
+        ]
 
         def tick(carry: Any, t: Any, hops: Any) -> tuple[Any, tuple[()]]:
             for i in (0, 1):
                 kept, totals, arrived, came_back = carry
-                kept, totals, ahead, back = self._slot(trains, 2 * t + i, kept, totals, arrived, came_back, nothing)
+                kept, totals, ahead, back = self._slot(
+                    trains, 2 * t + i, kept, totals, arrived, came_back, nothing
+                )
                 carry = kept, totals, _send(ahead, hops[i][0]), _send(back, hops[i][1])
             return carry, ()
 
@@ -220,9 +324,17 @@ class _Schedule:
         return totals
 
     def _slot(
-        self, trains: Any, slot: Any, kept: Any, totals: Any, arrived: Payload, came_back: Payload, nothing: Payload
+        self,
+        trains: Any,
+        slot: Any,
+        kept: Any,
+        totals: Any,
+        arrived: Payload,
+        came_back: Payload,
+        nothing: Payload,
     ) -> tuple[Any, Any, Payload, Payload]:
-        ahead, back = slot - self.place, slot + self.place - (2 * self.stages - 1)
+        ahead = slot - self.place
+        back = slot + self.place - (2 * self.stages - 1)
         is_ahead = (ahead % 2 == 0) & (ahead >= 0) & (ahead < 2 * self.count)
         is_back = (back % 2 == 0) & (back >= 0) & (back < 2 * self.count)
 
@@ -232,7 +344,9 @@ class _Schedule:
         def forward(kept: Any, totals: Any) -> Any:
             m = ahead // 2
             kept = jax.tree.map(lambda all_, a: all_.at[m % self.stages].set(a), kept, arrived)
-            found = jax.lax.cond(self.last, lambda: nothing, lambda: self.forward(trains, arrived, m))
+            found = jax.lax.cond(
+                self.last, lambda: nothing, lambda: self.forward(trains, arrived, m)
+            )
             return kept, totals, found, nothing
 
         def backward(kept: Any, totals: Any) -> Any:
@@ -241,17 +355,27 @@ class _Schedule:
             d_trains, d_given, sums = self.backward(trains, given, came_back, m)
             return kept, jax.tree.map(jnp.add, totals, (d_trains, sums)), nothing, d_given
 
-        some_ahead, some_back = self._busy(slot)  # of all stages: what none does in this slot needs no program
-        run = lambda kept, totals: jax.lax.cond(is_back, backward, idle, kept, totals) if some_back else idle(kept, totals)
-        return jax.lax.cond(is_ahead, forward, run, kept, totals) if some_ahead else run(kept, totals)
+        some_ahead, some_back = self._busy(
+            slot
+        )  # of all stages: what none does in this slot needs no program
+        run = lambda kept, totals: (
+            jax.lax.cond(is_back, backward, idle, kept, totals) if some_back else idle(kept, totals)
+        )
+        return (
+            jax.lax.cond(is_ahead, forward, run, kept, totals) if some_ahead else run(kept, totals)
+        )
 
     def _busy(self, slot: Any) -> tuple[bool, bool]:
-        """Whether any stage runs forward in a slot, and whether any runs backward; both, where its number is traced."""
+        """Whether any stage runs forward in a slot, and whether any runs backward; both, where its
+        number is traced.
+        """
         if not isinstance(slot, int):
             return True, True
         busy = lambda twice: twice % 2 == 0 and 0 <= twice < 2 * self.count
         places = range(self.stages)
-        return any(busy(slot - s) for s in places), any(busy(slot + s - 2 * self.stages + 1) for s in places)
+        return any(busy(slot - s) for s in places), any(
+            busy(slot + s - 2 * self.stages + 1) for s in places
+        )
 
     def _hops(self, slot: int) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
         """Who has something to send ahead behind a slot, and who back."""

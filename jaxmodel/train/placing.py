@@ -22,7 +22,8 @@ from jaxmodel.sharding import BATCH_AXES
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placed:
-    """A stream whose batches lie on the devices of a mesh; of several processes each makes only its own rows.
+    """A stream whose batches lie on the devices of a mesh; of several processes each makes only its
+    own rows.
 
     Attributes:
       stream: batches by step.
@@ -56,8 +57,9 @@ class Placed:
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> dict[str, Any]:
         """The batch of a step: on the devices of the mesh, without one in the host's memory.
 
-        One device gets it with the call that uses it, which takes a tenth of the host's time for `device_put` and is as early,
-        because steps are called ahead of their turn. With `rows` only these, where there is one process.
+        One device gets it with the call that uses it, which takes a tenth of the host's time for
+        `device_put` and is as early, because steps are called ahead of their turn. With `rows` only
+        these, where there is one process.
         """
         if self.mesh is None:
             return dict(self.stream.batch(step, rows))
@@ -89,7 +91,8 @@ def check_rows(rows: int, mesh: jax.sharding.Mesh | None) -> None:
     if rows % devices:
         near = [n for n in (rows - rows % devices, rows + devices - rows % devices) if n]
         raise InputError(
-            f"batch: {rows} rows do not divide over the {devices} devices of {' x '.join(_axes(mesh))} in the mesh; "
+            f"batch: {rows} rows do not divide over the {devices} devices of "
+            f"{' x '.join(_axes(mesh))} in the mesh; "
             f"allowed: a multiple, such as {' or '.join(map(str, near))}"
         )
 
@@ -103,8 +106,8 @@ def _parts(mesh: jax.sharding.Mesh | None) -> int:
 
 
 def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> None:
-    """Refuse what would only make every loss NaN: tokens that the vocabulary has not, and more than there are positions; and
-    what is no array of numbers.
+    """Refuse what would only make every loss NaN: tokens that the vocabulary has not, and more than
+    there are positions; and what is no array of numbers.
 
     Raises:
       InputError: names them.
@@ -113,20 +116,26 @@ def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> 
         if np.dtype(a.dtype).kind in "OSUMm":
             hint = "numbers (of names of classes, np.unique(names, return_inverse=True)[1])"
             raise InputError(f"data: {name} is an array of {a.dtype}; allowed: {hint}")
-    vocab, table = getattr(model.config, "vocab", None), params.get("positions")
+    vocab = getattr(model.config, "vocab", None)
+    table = params.get("positions")
     if vocab is None or "tokens" not in batch:
         return
     for name in ("tokens", "targets"):
         largest = max(int(np.max(part)) for part in _local(batch.get(name, 0)))
         if largest >= vocab:
-            raise InputError(f"data: {name} up to {largest} for a model with a vocabulary of {vocab}; is the tokenizer its own?")
+            raise InputError(
+                f"data: {name} up to {largest} for a model with a vocabulary of {vocab}; is the "
+                f"tokenizer its own?"
+            )
     if table is not None and (length := batch["tokens"].shape[1]) > table.shape[0]:
-        raise InputError(f"data: rows of {length} tokens for a model with a context of {table.shape[0]}")
+        raise InputError(
+            f"data: rows of {length} tokens for a model with a context of {table.shape[0]}"
+        )
 
 
 def explain(model: Model, stream: Batches, step: int, what: str = "data") -> None:
-    """Refuse the batch of a step whose loss is not finite, if that is its fault: a label, a target or a token that the model has
-    not. Asked of such batches alone, so that good ones cost nothing.
+    """Refuse the batch of a step whose loss is not finite, if that is its fault: a label, a target
+    or a token that the model has not. Asked of such batches alone, so that good ones cost nothing.
 
     Args:
       model: its vocabulary, or the width of its logits, says what is allowed.
@@ -151,7 +160,9 @@ def explain(model: Model, stream: Batches, step: int, what: str = "data") -> Non
             row = int(np.argwhere(wrong)[0][0])
             known = getattr(getattr(stream, "stream", stream), "rows", None)
             where = f"row {row} of batch {step}" if known is None else f"row {known(step)[row]}"
-            allowed = f"0 to {limit - 1}" + ("" if name == "tokens" else f", or {IGNORED} for what does not count")
+            allowed = f"0 to {limit - 1}" + (
+                "" if name == "tokens" else f", or {IGNORED} for what does not count"
+            )
             raise InputError(f"{what}: {name} hold {a[wrong][0]} in {where}; allowed: {allowed}")
 
 
@@ -169,7 +180,11 @@ def _limit(model: Model, name: str) -> int | None:
 
 def _local(a: Any) -> list[np.ndarray]:
     """What of an array is here."""
-    return [np.asarray(part.data) for part in a.addressable_shards] if isinstance(a, jax.Array) else [np.asarray(a)]
+    return (
+        [np.asarray(part.data) for part in a.addressable_shards]
+        if isinstance(a, jax.Array)
+        else [np.asarray(a)]
+    )
 
 
 def gather(params: tree.Params) -> tree.Params:
@@ -185,7 +200,9 @@ def whole(arrays: Any) -> Any:
         if not a.is_fully_addressable and not a.is_fully_replicated:
             from jax.experimental import multihost_utils
 
-            return jax.device_put(multihost_utils.process_allgather(a, tiled=True), jax.local_devices()[0])
+            return jax.device_put(
+                multihost_utils.process_allgather(a, tiled=True), jax.local_devices()[0]
+            )
         found = a.addressable_data(0) if a.is_fully_replicated else jax.device_get(a)
         return jax.device_put(np.asarray(found), jax.local_devices()[0])
 
@@ -193,7 +210,9 @@ def whole(arrays: Any) -> Any:
 
 
 def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
-    """What the bits of a run depend on besides its config: mesh, processes, devices, processors, jaxlib."""
+    """What the bits of a run depend on besides its config: mesh, processes, devices, processors,
+    jaxlib.
+    """
     known = versions()
     return {
         "mesh": {} if mesh is None else dict(mesh.shape),
@@ -204,7 +223,9 @@ def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
 
 
 def local_rows(where: jax.sharding.Sharding, rows: int) -> list[tuple[int, int]]:
-    """The rows of a batch that the devices of this process hold: first and behind the last of each part. On a TPU slice, where
-    a mesh follows the wires, those of a host need not be next to each other."""
+    """The rows of a batch that the devices of this process hold: first and behind the last of each
+    part. On a TPU slice, where a mesh follows the wires, those of a host need not be next to each
+    other.
+    """
     indices = where.addressable_devices_indices_map((rows,)).values()
     return sorted({index[0].indices(rows)[:2] for index in indices if index is not None})

@@ -5,8 +5,9 @@
     for i in range(100):
         state, metrics = program.step(state, program.place(stream.batch(i)))
 
-A guard, a moving average or an exchange of gradients has a part in the state and a part in the step. Both come from one record
-here, so neither can lack what the other has. `fit`, `find_lr` and a plan of what a step costs are callers of it like any other.
+A guard, a moving average or an exchange of gradients has a part in the state and a part in the
+step. Both come from one record here, so neither can lack what the other has. `fit`, `find_lr` and a
+plan of what a step costs are callers of it like any other.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Program:
       model: what is trained.
       config: see `TrainConfig`.
       loss: see `jaxmodel.losses`.
-      optimizer: an optax transformation over what trains; None for the one that the config describes.
+      optimizer: an optax transformation over what trains; None for the one that the config
+        describes.
       mesh: None for one device.
       augment: `(key, batch) -> batch`, in training; see `jaxmodel.data.augment`.
       gradients: makes the gradient function of the objective.
@@ -64,14 +66,17 @@ class Program:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Model):
-            raise InputError(f"model: {type(self.model).__name__} given; allowed: a Model, such as bundle.model")
+            raise InputError(
+                f"model: {type(self.model).__name__} given; allowed: a Model, such as bundle.model"
+            )
         checked_loss(self.loss)
         check_optimizer(self.optimizer)
 
-    # ------------------------------------------------------------------------------------------------ pure functions
+    # ------------------------------------------------------------------------------- pure functions
 
     def start(self, key: jax.Array, params: tree.Params | None = None) -> TrainState:
-        """Make the state before the first step: pure, to be mapped over keys or traced for its shapes.
+        """Make the state before the first step: pure, to be mapped over keys or traced for its
+        shapes.
 
         Args:
           key: of fresh parameters.
@@ -79,7 +84,11 @@ class Program:
         """
         c = self.config
         params = split_by(c, self.model.init(key) if params is None else params)
-        memories: dict[str, Any] = {"average": c.average > 0, "guard": c.guard(), "exchange": c.made_exchange()}
+        memories: dict[str, Any] = {
+            "average": c.average > 0,
+            "guard": c.guard(),
+            "exchange": c.made_exchange(),
+        }
         state = init_state(params, self._optimizer, c.trainable, **memories)
         state.extra["batch_size"] = jnp.int32(0)
         return early.init(state, c.trainable) if c.patience else state
@@ -88,11 +97,19 @@ class Program:
     def update(self) -> Step:
         """`(state, batch) -> (state, metrics)`: one step, pure."""
         c = self.config
-        options: dict[str, Any] = {name: getattr(c, name) for name in ("seed", "trainable", "accumulate", "average", "pipeline")}
-        options |= {"guard": c.guard(), "exchange": c.made_exchange(), "augment": self.augment, "gradients": self.gradients}
+        options: dict[str, Any] = {
+            name: getattr(c, name)
+            for name in ("seed", "trainable", "accumulate", "average", "pipeline")
+        }
+        options |= {
+            "guard": c.guard(),
+            "exchange": c.made_exchange(),
+            "augment": self.augment,
+            "gradients": self.gradients,
+        }
         return make_step(self.model, self.loss, self._optimizer, **options)
 
-    # --------------------------------------------------------------------------------------------- compiled and placed
+    # -------------------------------------------------------------------------- compiled and placed
 
     def init(self, key: jax.Array | None = None, params: tree.Params | None = None) -> TrainState:
         """Make the state before the first step, on the mesh.
@@ -110,18 +127,21 @@ class Program:
             places = jax.tree.map(lambda a: a.sharding, self.shapes(params))
             return jax.jit(self._start, out_shardings=places)(key, params)
 
-    def step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        self, state: TrainState, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Make one step. The state that is given is used up.
 
         Returns:
-          The next state, and the metrics of the loss with `loss`, `grad_norm` and `bad` (1 for a step that was left out), float32
-          scalars.
+          The next state, and the metrics of the loss with `loss`, `grad_norm` and `bad` (1 for a
+          step that was left out), float32 scalars.
         """
         with self.on_mesh():
             return self._compiled_for(state)(state, batch)
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Put a batch on the mesh, rows over its batch axes. Of several processes each takes its rows of the whole batch.
+        """Put a batch on the mesh, rows over its batch axes. Of several processes each takes its
+        rows of the whole batch.
 
         Raises:
           InputError: rows that do not divide over the mesh.
@@ -133,10 +153,14 @@ class Program:
         where = placing.rows_sharding(self.mesh)
         if jax.process_count() == 1:
             return jax.device_put(dict(batch), where)
-        whole = lambda a: jax.make_array_from_callback(a.shape, where, lambda index: np.asarray(a[index]))
+        whole = lambda a: jax.make_array_from_callback(
+            a.shape, where, lambda index: np.asarray(a[index])
+        )
         return {name: whole(np.asarray(a)) for name, a in batch.items()}
 
-    def compile(self, batch: Mapping[str, Any], params: tree.Params | None = None) -> jax.stages.Compiled:
+    def compile(
+        self, batch: Mapping[str, Any], params: tree.Params | None = None
+    ) -> jax.stages.Compiled:
         """Compile the step for a mesh whose devices need not be here, without any of its arrays.
 
         Args:
@@ -149,20 +173,25 @@ class Program:
         self._check_rows(batch)
         where = None if self.mesh is None else placing.rows_sharding(self.mesh)
         state = self.shapes(params)
-        given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) for name, a in batch.items()}
+        given = {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+            for name, a in batch.items()
+        }
         with self.on_mesh():
             return self._jitted(state).lower(state, given).compile()
 
     def rehearse(self, batch: Mapping[str, Any], params: tree.Params | None = None) -> None:
-        """Trace a step on shapes alone, so that what does not fit is known before anything is read, made or compiled.
+        """Trace a step on shapes alone, so that what does not fit is known before anything is read,
+        made or compiled.
 
         Args:
           batch: of a whole batch the arrays, or their shapes and dtypes.
           params: to start from, or their shapes; None for fresh ones.
 
         Raises:
-          InputError: a mesh that does not divide the rows, the heads or the layers, or has an axis that the model does not know;
-            micro-batches that do not divide, an augmentation of other batches.
+          InputError: a mesh that does not divide the rows, the heads or the layers, or has an axis
+            that the model does not know; micro-batches that do not divide, an augmentation of other
+            batches.
 
         >>> from jaxmodel.models import gpt2
         >>> from jaxmodel.losses import next_token
@@ -175,7 +204,8 @@ class Program:
         accumulate: 3 micro-batches do not divide a batch of 4 rows
         """
         self._check_rows(batch)
-        state, given = self.shapes(params), {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch.items()}
+        state = self.shapes(params)
+        given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch.items()}
         with self.on_mesh():
             jax.eval_shape(self.update, state, given)
 
@@ -189,18 +219,24 @@ class Program:
             places = jax.tree.map(lambda _: one, shapes)
         else:
             places = state_shardings(shapes, self.model.rules, self.mesh)
-        return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)
+        return jax.tree.map(
+            lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
+        )
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which the mesh is the one in use."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    # ------------------------------------------------------------------------------------------------------- what it is
+    # ----------------------------------------------------------------------------------- what it is
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The plain values that a run is a function of, besides its data and where it begins."""
-        named: dict[str, Any] = {"loss": self.loss, "optimizer": self.optimizer, "augment": self.augment}
+        named: dict[str, Any] = {
+            "loss": self.loss,
+            "optimizer": self.optimizer,
+            "augment": self.augment,
+        }
         named |= {} if self.gradients is value_and_grad else {"gradients": self.gradients}
         return run_identity(self.model, self.config, **named)
 
@@ -209,16 +245,22 @@ class Program:
         """What the bits of a run depend on besides: mesh, processes, devices, processors, jaxlib."""
         return placing.environment(self.mesh)
 
-    # ----------------------------------------------------------------------------------------------------------- inside
+    # --------------------------------------------------------------------------------------- inside
 
     @functools.cached_property
     def _start(self) -> Callable[..., TrainState]:
-        """`start`, one object for all calls: of a method that is taken anew each time JAX would forget what it has traced."""
+        """`start`, one object for all calls: of a method that is taken anew each time JAX would
+        forget what it has traced.
+        """
         return self.start
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config, self.model.axes) if self.optimizer is None else self.optimizer
+        return (
+            make_optimizer(self.config, self.model.axes)
+            if self.optimizer is None
+            else self.optimizer
+        )
 
     def _check_rows(self, batch: Mapping[str, Any]) -> None:
         for rows in {a.shape[0] for a in batch.values()}:
@@ -229,7 +271,9 @@ class Program:
         return {}
 
     def _compiled_for(self, state: TrainState) -> Any:
-        """The jitted step of states of this structure, whose places are those of the state that came first."""
+        """The jitted step of states of this structure, whose places are those of the state that
+        came first.
+        """
         structure = jax.tree.structure(state)
         if structure not in self._steps:
             self._steps[structure] = self._jitted(state)
@@ -239,4 +283,6 @@ class Program:
         places = jax.tree.map(lambda a: a.sharding, state)
         here = self.mesh is None or self.mesh.devices.flat[0].platform == jax.default_backend()
         kernels = compiler_options(self.model.policy.compute) if here else None
-        return jax.jit(self.update, donate_argnums=0, out_shardings=(places, None), compiler_options=kernels)
+        return jax.jit(
+            self.update, donate_argnums=0, out_shardings=(places, None), compiler_options=kernels
+        )

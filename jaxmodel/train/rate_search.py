@@ -36,8 +36,10 @@ class RateSearch:
     Attributes:
       rates: `[N]`, of the updates made, growing; N is smaller than asked where the loss diverged.
       losses: `[N]`, of the batch before each update.
-      smoothed: `[N]`, their average with weights `smoothing^|i - j|`, which goes to both sides, so that it does not lag behind.
-      suggestion: the rate at which `smoothed` falls most steeply over the logarithm of the rate; None where it never falls.
+      smoothed: `[N]`, their average with weights `smoothing^|i - j|`, which goes to both sides, so
+        that it does not lag behind.
+      suggestion: the rate at which `smoothed` falls most steeply over the logarithm of the rate;
+        None where it never falls.
     """
 
     rates: Float[np.ndarray, " N"]
@@ -51,13 +53,22 @@ class RateSearch:
         return None
 
     def plot(self, fmt: str = "svg") -> plot.Picture:
-        """The losses over the rates, with the suggestion; `fmt` is svg or png. Where they explode the axis ends."""
-        most = 1.5 * max(self.losses[0], self.smoothed[0])  # beyond it nothing is to be seen but that it diverges
+        """The losses over the rates, with the suggestion; `fmt` is svg or png.
+
+        Where they explode the axis ends.
+        """
+        most = 1.5 * max(
+            self.losses[0], self.smoothed[0]
+        )  # beyond it nothing is to be seen but that it diverges
         series = {
             name: (self.rates, np.where(loss <= most, loss, np.nan))
             for name, loss in (("loss", self.losses), ("smoothed", self.smoothed))
         }
-        marks = {} if self.suggestion is None else {f"suggested: {self.suggestion:.2g}": self.suggestion}
+        marks = (
+            {}
+            if self.suggestion is None
+            else {f"suggested: {self.suggestion:.2g}": self.suggestion}
+        )
         title = "" if marks else "No rate lowers the loss"
         return plot.curves(series, "learning rate", "loss", title, fmt, logx=True, marks=marks)
 
@@ -78,9 +89,11 @@ def find_lr(
     trainable: tree.Rules | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RateSearch:
-    """Train for some steps at `low (high / low)^(i / (steps - 1))` and see where the loss falls most steeply (Smith, 2017).
+    """Train for some steps at `low (high / low)^(i / (steps - 1))` and see where the loss falls
+    most steeply (Smith, 2017).
 
-    One step is compiled and run on the batches 0, 1, 2, ... of the stream. Params that are given stay as they are.
+    One step is compiled and run on the batches 0, 1, 2, ... of the stream. Params that are given
+    stay as they are.
 
     Args:
       model: what is to be trained.
@@ -92,16 +105,19 @@ def find_lr(
       high: the last rate.
       steps: at most so many updates, at least 8.
       smoothing: of the averages, from 0 to below 1.
-      diverged: the search ends where the moving average of the losses is above so many times its least, or a loss not finite.
+      diverged: the search ends where the moving average of the losses is above so many times its
+        least, or a loss not finite.
       seed: of the params and of each step's randomness.
       trainable: rules, path -> bool; see `tree.partition`.
       mesh: None for one device.
 
     Returns:
-      See `RateSearch`. The suggestion is that of a steep place, so it is on the safe side of the largest good rate.
+      See `RateSearch`. The suggestion is that of a steep place, so it is on the safe side of the
+      largest good rate.
 
     Raises:
-      InputError: rates that do not grow, a setting out of range, or a batch that the mesh does not divide.
+      InputError: rates that do not grow, a setting out of range, or a batch that the mesh does not
+        divide.
 
     >>> from jaxmodel import data
     >>> from jaxmodel.models import mlp
@@ -114,7 +130,9 @@ def find_lr(
     if not 0 < low < high < math.inf:
         raise InputError(f"low, high: {low}, {high} given; allowed: 0 < low < high")
     if not 0 <= smoothing < 1 or not diverged > 1:
-        raise InputError(f"smoothing, diverged: {smoothing}, {diverged} given; allowed: 0 to below 1, above 1")
+        raise InputError(
+            f"smoothing, diverged: {smoothing}, {diverged} given; allowed: 0 to below 1, above 1"
+        )
     at_least("steps", steps, 8)
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
@@ -125,8 +143,10 @@ def find_lr(
     config = TrainConfig(seed=seed, trainable=trainable)
     program = Program(model, config, loss=loss, optimizer=optimizer(rate), mesh=mesh)
     losses: list[float] = []
-    average, least = 0.0, math.inf
-    state, placed = program.init(params=params), Placed(stream, mesh)
+    average = 0.0
+    least = math.inf
+    state = program.init(params=params)
+    placed = Placed(stream, mesh)
     for i in progress(range(steps), "learning rates"):
         state, metrics = program.step(state, placed.batch(i))
         value = float(metrics["loss"])
@@ -136,13 +156,15 @@ def find_lr(
         if i and not now <= diverged * abs(least):  # not a number is not below either
             break
         losses.append(value)
-    rates, found = np.geomspace(low, high, steps)[: len(losses)], np.asarray(losses)
+    rates = np.geomspace(low, high, steps)[: len(losses)]
+    found = np.asarray(losses)
     smoothed = _smoothed(found, smoothing)
     return RateSearch(rates, found, smoothed, steepest(rates, smoothed))
 
 
 def steepest(rates: Float[np.ndarray, " N"], losses: Float[np.ndarray, " N"]) -> float | None:
-    """The rate at which losses fall most steeply over the logarithm of the rate, not behind their least; None where they do not.
+    """The rate at which losses fall most steeply over the logarithm of the rate, not behind their
+    least; None where they do not.
 
     >>> steepest(np.array([1e-3, 1e-2, 1e-1, 1.0]), np.array([4.0, 3.9, 2.0, 9.0]))
     0.01

@@ -1,4 +1,6 @@
-"""What the loop does about bad steps, which the step itself has left out: nothing more, an error, or back to a checkpoint."""
+"""What the loop does about bad steps, which the step itself has left out: nothing more, an error,
+or back to a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from jaxmodel.train.state import TrainState
 
 POLICIES = ("skip", "rewind", "stop")
 MOST_BAD = 50
-"""Steps in a row that may be bad before a run that skips them gives up, and times that one may go back to the same step."""
+"""Steps in a row that may be bad before a run that skips them gives up, and times that one may go
+back to the same step.
+"""
 
 
 class BadSteps:
@@ -28,7 +32,10 @@ class BadSteps:
     def __init__(self, policy: str) -> None:
         if policy not in POLICIES:
             raise unknown("bad", policy, POLICIES)
-        self._policy, self._row, self._last, self._rewound = policy, 0, -2, collections.Counter[int]()
+        self._policy = policy
+        self._row = 0
+        self._last = -2
+        self._rewound = collections.Counter[int]()
         self._first = 0
 
     def rewind_to(self, bad: Iterable[int], i: int, checkpoints: Checkpoints | None) -> int | None:
@@ -38,24 +45,37 @@ class BadSteps:
           InputError: the policy is to stop, or there is no end of bad steps.
         """
         for number in bad:
-            self._row, self._last = self._row + 1 if number == self._last + 1 else 1, number
+            self._row = self._row + 1 if number == self._last + 1 else 1
+            self._last = number
             what = f"the loss or the gradient of step {number + 1} is not finite or a spike"
             if self._policy == "stop":
-                raise InputError(f"{what}; allowed: --bad skip or --bad rewind to go on, or a smaller learning rate")
+                raise InputError(
+                    f"{what}; allowed: --bad skip or --bad rewind to go on, or a smaller learning "
+                    f"rate"
+                )
             if self._row >= MOST_BAD:
-                raise InputError(f"{what}, as were the {MOST_BAD - 1} before; try a smaller learning rate or a longer warm-up")
+                raise InputError(
+                    f"{what}, as were the {MOST_BAD - 1} before; try a smaller learning rate or a "
+                    f"longer warm-up"
+                )
             if self._policy == "rewind" and checkpoints is not None:
                 checkpoints.wait()
                 if (back := checkpoints.latest(at_most=number)) is not None:
                     self._first = number
                     self._rewound[back] += 1
                     if self._rewound[back] >= MOST_BAD:
-                        raise InputError(f"{what}, after going back to step {back} for the {MOST_BAD}th time")
+                        raise InputError(
+                            f"{what}, after going back to step {back} for the {MOST_BAD}th time"
+                        )
                     return back
         return None
 
-    def rewind(self, current: TrainState, i: int, back: int, restored: TrainState | None) -> TrainState:
+    def rewind(
+        self, current: TrainState, i: int, back: int, restored: TrainState | None
+    ) -> TrainState:
         """The restored state, with its data moved past the bad batch."""
         assert restored is not None and int(restored.step) == back
         past = int(current.data_step) - (i - self._first) + 1
-        return dataclasses.replace(restored, data_step=jax.device_put(jnp.int32(past), restored.data_step.sharding))
+        return dataclasses.replace(
+            restored, data_step=jax.device_put(jnp.int32(past), restored.data_step.sharding)
+        )

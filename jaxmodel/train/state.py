@@ -41,7 +41,9 @@ class TrainState:
     extra: Any = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"TrainState({', '.join(f'{name} {value}' for name, value in self._facts().items())})"
+        return (
+            f"TrainState({', '.join(f'{name} {value}' for name, value in self._facts().items())})"
+        )
 
     def _repr_html_(self) -> str:
         return card("TrainState", self._facts())
@@ -50,16 +52,27 @@ class TrainState:
         """From shapes alone; of the counters the number where it is there already."""
         leaves = tree.flatten(self.params) if isinstance(self.params, dict) else {}
         known = [leaf for leaf in leaves.values() if hasattr(leaf, "shape")]
-        facts: dict[str, Any] = {name: _number(getattr(self, name)) for name in ("step", "data_step")}
-        facts["parameters"] = f"{sum(math.prod(leaf.shape) for leaf in known):,} in {len(leaves)} leaves"
+        facts: dict[str, Any] = {
+            name: _number(getattr(self, name)) for name in ("step", "data_step")
+        }
+        facts["parameters"] = (
+            f"{sum(math.prod(leaf.shape) for leaf in known):,} in {len(leaves)} leaves"
+        )
         for name in ("params", "opt_state", "extra"):
-            facts[f"{name} bytes"] = size(sum(a.nbytes for a in jax.tree.leaves(getattr(self, name)) if hasattr(a, "nbytes")))
+            facts[f"{name} bytes"] = size(
+                sum(a.nbytes for a in jax.tree.leaves(getattr(self, name)) if hasattr(a, "nbytes"))
+            )
         return facts
 
 
 def _number(counter: Any) -> Any:
     """A counter, unless it would have to be waited for."""
-    if isinstance(counter, jax.Array) and not isinstance(counter, Tracer) and not counter.is_deleted() and counter.ndim == 0:
+    if (
+        isinstance(counter, jax.Array)
+        and not isinstance(counter, Tracer)
+        and not counter.is_deleted()
+        and counter.ndim == 0
+    ):
         ready: Any = getattr(counter, "is_ready", lambda: True)
         return int(counter) if counter.is_fully_addressable and ready() else brief(counter)
     return brief(counter)
@@ -78,7 +91,8 @@ def init_state(
 
     Args:
       params: the tree; split by `trainable` where its rules tell layers of a segment apart.
-      optimizer: any optax transformation; of weights in 16 bits it keeps float32 copies, see `optim.masters`.
+      optimizer: any optax transformation; of weights in 16 bits it keeps float32 copies, see
+        `optim.masters`.
       trainable: rules, path -> bool; see `tree.partition`.
       average: whether a moving average of what trains rides along, for `make_step(average=...)`.
       guard: whose memory rides along, for `make_step(guard=...)`, which must be given the same.
@@ -89,17 +103,22 @@ def init_state(
     zero = jnp.zeros((), jnp.int32)
     extra: dict[str, Any] = {}
     if average:
-        # in float32, since a small step of it is none in bfloat16; buffers of their own, since a step donates both
+        # in float32, since a small step of it is none in bfloat16; buffers of their own, since a
+        # step donates both
         extra["average"] = jax.tree.map(lambda a: jnp.array(a, jnp.float32), dense(trains))
     if guard is not None:
         extra["guard"] = guard.init()
     if exchange is not None and (residual := exchange.residual(trains)) is not None:
         extra["residual"] = residual
-    return TrainState(zero, zero, tree.combine(trains, frozen), with_masters(optimizer).init(dense(trains)), extra)
+    return TrainState(
+        zero, zero, tree.combine(trains, frozen), with_masters(optimizer).init(dense(trains)), extra
+    )
 
 
 def averaged(state: TrainState) -> tree.Params:
-    """The parameters to judge and to keep: the moving average where the state has one, with what is frozen, else `params`."""
+    """The parameters to judge and to keep: the moving average where the state has one, with what is
+    frozen, else `params`.
+    """
     if "average" not in state.extra:
         return state.params
     return replaced(state.params, state.extra["average"])
@@ -117,10 +136,14 @@ def replaced(params: tree.Params, new: tree.Params) -> tree.Params:
 
 
 def state_shardings(state: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh) -> TrainState:
-    """Where each part of a state (of arrays or shape structs) lies: parameters by rules, the optimiser's state beside them."""
+    """Where each part of a state (of arrays or shape structs) lies: parameters by rules, the
+    optimiser's state beside them.
+    """
     _, placed = sharding.shardings(rules, state.params, mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
-    extra = sharding.inherit({name: part for name, part in state.extra.items() if name != "residual"}, placed, mesh)
+    extra = sharding.inherit(
+        {name: part for name, part in state.extra.items() if name != "residual"}, placed, mesh
+    )
     if "residual" in state.extra:
         extra["residual"] = residual_shardings(state.extra["residual"], placed, mesh)
     return TrainState(

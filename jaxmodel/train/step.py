@@ -28,7 +28,10 @@ type Augment = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
 """`augment(key, batch) -> batch`, pure; see `jaxmodel.data.augment`."""
 
 PIPELINES = ("gpipe", "1f1b")
-_AUGMENT, _ROUND = 2**32 - 3, 2**32 - 5  # what they fold into the step's key; see `models.model` for the other numbers
+_AUGMENT, _ROUND = (
+    2**32 - 3,
+    2**32 - 5,
+)  # what they fold into the step's key; see `models.model` for the other numbers
 
 
 def make_step(
@@ -48,64 +51,96 @@ def make_step(
 ) -> Step:
     """`step(state, batch) -> (state, metrics)`: pure, to be jitted with the state donated.
 
-    All randomness of a step is folded from `(seed, data_step)`: a batch that is left out takes its randomness with it.
+    All randomness of a step is folded from `(seed, data_step)`: a batch that is left out takes its
+    randomness with it.
 
     Args:
       model: what is trained.
-      loss: see `jaxmodel.losses`. One with a keyword `state` is given the state before the step too: its number, the moving
-        average (see `mean_teacher`); no gradient flows into it.
-      optimizer: any optax transformation, over the part that trains. Its `update` is given `value`, the loss.
+      loss: see `jaxmodel.losses`. One with a keyword `state` is given the state before the step
+        too: its number, the moving average (see `mean_teacher`); no gradient flows into it.
+      optimizer: any optax transformation, over the part that trains. Its `update` is given `value`,
+        the loss.
       seed: of all randomness of the steps.
       trainable: rules, path -> bool; see `tree.partition`.
       accumulate: micro-batches that a batch is cut into, see `gradients.accumulated`.
       augment: changes the batch before it is used.
-      average: decay d of a moving average of the parameters, `a <- d a + (1 - d) p` with `d <- min(d, (1 + i) / (10 + i))` at
-        step i, kept in `state.extra["average"]` (`init_state(average=True)`); 0 for none.
-      guard: which steps are left out; the state has to be made with the same, `init_state(guard=...)`. None for none.
+      average: decay d of a moving average of the parameters, `a <- d a + (1 - d) p` with
+        `d <- min(d, (1 + i) / (10 + i))` at step i, kept in `state.extra["average"]`
+        (`init_state(average=True)`); 0 for none.
+      guard: which steps are left out; the state has to be made with the same,
+        `init_state(guard=...)`. None for none.
       gradients: makes the gradient function of the objective.
-      exchange: sums the gradients over the data axis in fewer bytes, once a step; one with a memory needs a state made for it,
-        `init_state(exchange=...)`.
-      pipeline: on a mesh with stages, "gpipe" (the model's own) or "1f1b" (see `train.pipeline`; it takes the place of
-        `gradients`).
+      exchange: sums the gradients over the data axis in fewer bytes, once a step; one with a memory
+        needs a state made for it, `init_state(exchange=...)`.
+      pipeline: on a mesh with stages, "gpipe" (the model's own) or "1f1b" (see `train.pipeline`; it
+        takes the place of `gradients`).
 
     Returns:
-      The step. Its metrics are those of the loss, with `loss`, `grad_norm` and, under a guard, `bad` (1 for a step left out).
+      The step. Its metrics are those of the loss, with `loss`, `grad_norm` and, under a guard,
+      `bad` (1 for a step left out).
 
     Raises:
-      InputError: an unknown pipeline; when called, a state that was made with other parts than these (see `init_state`).
+      InputError: an unknown pipeline; when called, a state that was made with other parts than
+        these (see `init_state`).
     """
     if pipeline not in PIPELINES:
         raise unknown("pipeline", pipeline, PIPELINES)
     check_optimizer(optimizer)
-    update, loss = with_masters(optimizer).update, checked_loss(loss)
+    update = with_masters(optimizer).update
+    loss = checked_loss(loss)
     needs_state = "state" in inspect.signature(loss).parameters
 
-    def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         _check_halves(state, average, guard, exchange)
         rng = jax.random.fold_in(jax.random.key(seed), state.data_step)
-        batch = dict(batch) if augment is None else augment(jax.random.fold_in(rng, _AUGMENT), dict(batch))
+        batch = (
+            dict(batch)
+            if augment is None
+            else augment(jax.random.fold_in(rng, _AUGMENT), dict(batch))
+        )
         trains, frozen = tree.partition(state.params, trainable)
 
-        def objective(trains: tree.Params, batch: Mapping[str, Any], rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss(model, tree.combine(trains, frozen), batch, rng, **({"state": state} if needs_state else {}))
+        def objective(
+            trains: tree.Params, batch: Mapping[str, Any], rng: jax.Array
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return loss(
+                model,
+                tree.combine(trains, frozen),
+                batch,
+                rng,
+                **({"state": state} if needs_state else {}),
+            )
 
-        plain = gradients(objective) if pipeline == "gpipe" else one_forward_one_backward(model, loss, frozen)
-        extra, run = dict(state.extra), accumulated(plain, accumulate)
+        plain = (
+            gradients(objective)
+            if pipeline == "gpipe"
+            else one_forward_one_backward(model, loss, frozen)
+        )
+        extra = dict(state.extra)
+        run = accumulated(plain, accumulate)
         if exchange is None:
             (value, metrics), grads = run(trains, batch, rng)
         else:
-            ((value, metrics), grads), residual = exchange(run, model.rules)(trains, batch, rng, extra.get("residual"))
+            ((value, metrics), grads), residual = exchange(run, model.rules)(
+                trains, batch, rng, extra.get("residual")
+            )
             extra |= {} if residual is None else {"residual": residual}
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         updates, opt_state = update(grads, state.opt_state, quantized.dense(trains), value=value)
-        # Of their own, leaf by leaf, so that adding them rounds alike whatever stands behind it: a good step under a guard is,
-        # bit for bit, one without.
+        # Of their own, leaf by leaf, so that adding them rounds alike whatever stands behind it: a
+        # good step under a guard is, bit for bit, one without.
         updates = jax.tree.map(jax.lax.optimization_barrier, updates)
         trained: Any = quantized.apply_updates(trains, updates, jax.random.fold_in(rng, _ROUND))
         metrics = {**metrics, "loss": value, "grad_norm": norm}
         if "average" in extra:
-            taken = extra["guard"]["good"] if "guard" in extra else state.step  # steps that were left out do not count
-            extra["average"] = moving_average(extra["average"], quantized.dense(trained), average, taken)
+            taken = (
+                extra["guard"]["good"] if "guard" in extra else state.step
+            )  # steps that were left out do not count
+            extra["average"] = moving_average(
+                extra["average"], quantized.dense(trained), average, taken
+            )
         if guard is not None:
             ok, extra["guard"] = guard.judge(extra["guard"], value, norm)
             kept = {name: extra[name] for name in extra if name != "guard"}
@@ -114,7 +149,9 @@ def make_step(
             extra |= kept
             metrics["bad"] = 1 - ok.astype(jnp.float32)
         one = jnp.int32(1)
-        return TrainState(state.step + one, state.data_step + one, tree.combine(trained, frozen), opt_state, extra), metrics
+        return TrainState(
+            state.step + one, state.data_step + one, tree.combine(trained, frozen), opt_state, extra
+        ), metrics
 
     return step
 
@@ -130,24 +167,40 @@ def check_optimizer(optimizer: Any) -> None:
         raise InputError(f"optimizer: {optimizer!r:.60} given; allowed: {allowed}")
 
 
-def _check_halves(state: TrainState, average: float, guard: Guard | None, exchange: Exchange | None) -> None:
+def _check_halves(
+    state: TrainState, average: float, guard: Guard | None, exchange: Exchange | None
+) -> None:
     """A part that only the step or only the state knows would do nothing, or something else."""
     made = {"average": average > 0, "guard": guard is not None}
     for name, wanted in made.items():
         if wanted != (name in state.extra):
             told = f"make_step({name}=...)", f"init_state({name}=...)"
             has, lacks = told if wanted else reversed(told)
-            raise InputError(f"{name}: given to {has.partition('(')[0]} alone; allowed: both {has} and {lacks}, or neither")
+            raise InputError(
+                f"{name}: given to {has.partition('(')[0]} alone; allowed: both {has} and "
+                f"{lacks}, or neither"
+            )
     if guard is not None:
-        kept, memory = jax.eval_shape(guard.init), state.extra["guard"]
+        kept = jax.eval_shape(guard.init)
+        memory = state.extra["guard"]
         if jax.tree.map(jnp.shape, memory) != jax.tree.map(jnp.shape, kept):
-            raise InputError(f"guard: {guard} given for a state that was made with another; allowed: the same in both")
+            raise InputError(
+                f"guard: {guard} given for a state that was made with another; allowed: the same "
+                f"in both"
+            )
     if "residual" in state.extra and (exchange is None or exchange.kind != "top_k"):
-        raise InputError("exchange: the state has a residual, made by init_state(exchange=...); allowed: the same in make_step")
+        raise InputError(
+            "exchange: the state has a residual, made by init_state(exchange=...); allowed: the "
+            "same in make_step"
+        )
 
 
 def moving_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
-    """`d a + (1 - d) p` for every leaf, `d = min(decay, (1 + step) / (10 + step))`: the first steps are soon forgotten."""
+    """`d a + (1 - d) p` for every leaf, `d = min(decay, (1 + step) / (10 + step))`: the first steps
+    are soon forgotten.
+    """
     i = step.astype(jnp.float32)
     d = jnp.minimum(jnp.float32(decay), (1 + i) / (10 + i))
-    return jax.tree.map(lambda a, p: (a + (1 - d) * (p.astype(jnp.float32) - a)).astype(a.dtype), average, new)
+    return jax.tree.map(
+        lambda a, p: (a + (1 - d) * (p.astype(jnp.float32) - a)).astype(a.dtype), average, new
+    )

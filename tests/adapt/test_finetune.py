@@ -1,4 +1,6 @@
-"""Fine-tuning: a new head and nothing else, rules of what trains and how fast, on every family that has classes."""
+"""Fine-tuning: a new head and nothing else, rules of what trains and how fast, on every family that
+has classes.
+"""
 
 from __future__ import annotations
 
@@ -33,22 +35,29 @@ CLASSIFIERS = classifiers()
 
 
 def test_families_with_classes_are_found():
-    assert {"bert", "cnn", "connected", "densenet", "lenet", "mlp", "resnet", "vit"} <= set(CLASSIFIERS)
+    assert {"bert", "cnn", "connected", "densenet", "lenet", "mlp", "resnet", "vit"} <= set(
+        CLASSIFIERS
+    )
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_only_the_head_is_new(family):
     old = families()[family].model(CLASSIFIERS[family])
-    params = jax.tree.map(lambda s: np.full(s.shape, 0.1, s.dtype), jax.eval_shape(old.init, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda s: np.full(s.shape, 0.1, s.dtype), jax.eval_shape(old.init, jax.random.key(0))
+    )
     model, new = finetune.replace_head(old, params, 7, jax.random.key(1))
-    before, after = tree.flatten(params), tree.flatten(new)
+    before = tree.flatten(params)
+    after = tree.flatten(new)
     kept = {path for path in after if not finetune.HEAD.fullmatch(path)}
     assert kept == {path for path in before if not finetune.HEAD.fullmatch(path)}
     assert all(after[path] is before[path] for path in kept)
     changed = {path for path in after if path not in kept}
     assert changed and all(after[path] is not before.get(path) for path in changed)
     inputs = model.inputs(2, 8)
-    logits = jax.eval_shape(lambda p: model.apply(p, {n: jnp.zeros(s.shape, s.dtype) for n, s in inputs.items()}), new).logits
+    logits = jax.eval_shape(
+        lambda p: model.apply(p, {n: jnp.zeros(s.shape, s.dtype) for n, s in inputs.items()}), new
+    ).logits
     assert logits.shape == (2, 7)
     tree.assign(model.rules, new)
     # the leaves are those of the model that the new config describes, from its own key
@@ -63,7 +72,10 @@ def test_an_encoder_of_masked_tokens_gets_classes_with_names():
     model, new = finetune.replace_head(old, params, ("bad", "good"), jax.random.key(1))
     assert model.config.head == "classify" and model.config.labels == ("bad", "good")
     assert new["head"].keys() == {"pool", "pool_bias", "classes", "classes_bias"}
-    hidden = [jax.jit(m.hidden)(p, jnp.ones((1, 4), jnp.int32)).hidden for m, p in ((old, params), (model, new))]
+    hidden = [
+        jax.jit(m.hidden)(p, jnp.ones((1, 4), jnp.int32)).hidden
+        for m, p in ((old, params), (model, new))
+    ]
     np.testing.assert_array_equal(*hidden)
 
 
@@ -77,7 +89,11 @@ def test_a_split_body_stays_split():
 def test_what_trains():
     params = jax.eval_shape(vit.model(vit.SIZES["tiny"]).init, jax.random.key(0))
     for count in range(4):
-        trains = {path for path, value in tree.assign(finetune.last_layers(params, count), params).items() if value}
+        trains = {
+            path
+            for path, value in tree.assign(finetune.last_layers(params, count), params).items()
+            if value
+        }
         blocks = {path.split("/")[1] for path in trains if path.startswith("blocks/")}
         assert blocks == {str(i) for i in range(3 - count, 3)}
         tops = {path.split("/")[0] for path in trains} - {"blocks"}
@@ -88,10 +104,16 @@ def test_what_trains():
 def test_the_last_layer_is_the_only_one_that_trains(family):
     params = jax.eval_shape(families()[family].model(CLASSIFIERS[family]).init, jax.random.key(0))
     count = min(1, tree.depth(params["blocks"]) if "blocks" in params else 0)
-    trains = {path for path, value in tree.assign(finetune.last_layers(params, count), params).items() if value}
+    trains = {
+        path
+        for path, value in tree.assign(finetune.last_layers(params, count), params).items()
+        if value
+    }
     last = f"blocks/{tree.depth(params['blocks']) - 1}/" if count else "head"
     assert all(path.startswith((last, "head", "norm/")) for path in trains)
-    assert any(path.startswith(last) for path in trains) and any(path.startswith("head") for path in trains)
+    assert any(path.startswith(last) for path in trains) and any(
+        path.startswith("head") for path in trains
+    )
 
 
 def test_statistics_never_train():
@@ -106,18 +128,28 @@ def test_statistics_never_train():
 def test_layer_rates_by_hand():
     params = jax.eval_shape(vit.model(vit.SIZES["tiny"]).init, jax.random.key(0))
     values = tree.assign(finetune.layer_rates(params, 0.5), params)
-    wanted = {"embed/patch": 1 / 16, "blocks/0/attn/q": 1 / 8, "blocks/2/mlp/up": 1 / 2, "head/classes": 1.0}
+    wanted = {
+        "embed/patch": 1 / 16,
+        "blocks/0/attn/q": 1 / 8,
+        "blocks/2/mlp/up": 1 / 2,
+        "head/classes": 1.0,
+    }
     assert {path: values[path] for path in wanted} == wanted and values["norm/weight"] == 1
     params = jax.eval_shape(bert.model(bert.SIZES["tiny"]).init, jax.random.key(0))
     tables = tree.assign(finetune.layer_rates(params, 0.5), params)
-    assert {tables[path] for path in ("embed", "positions", "types", "embed_norm/weight")} == {1 / 16}
+    assert {tables[path] for path in ("embed", "positions", "types", "embed_norm/weight")} == {
+        1 / 16
+    }
 
 
 def test_rates_scale_the_steps_of_each_layer():
     """Plain gradient descent moves each layer by its factor times what it would have."""
     model = mlp.model(mlp.Config(4, (8, 8, 8), 2))
     params = jax.jit(model.init)(jax.random.key(0))
-    batch = {"features": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), "labels": jnp.arange(6) % 2}
+    batch = {
+        "features": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32),
+        "labels": jnp.arange(6) % 2,
+    }
     moved = {}
     for name, optimizer in (
         ("plain", optax.sgd(1.0)),
@@ -125,9 +157,15 @@ def test_rates_scale_the_steps_of_each_layer():
     ):
         step = make_step(model, losses.classification, optimizer)
         new, _ = jax.jit(step)(init_state(params, optimizer), batch)
-        moved[name] = tree.flatten(tree.unstack(jax.tree.map(lambda a, b: a - b, new.params, params)))
+        moved[name] = tree.flatten(
+            tree.unstack(jax.tree.map(lambda a, b: a - b, new.params, params))
+        )
     for path, by in moved["plain"].items():
-        factor = {"0": 1 / 8, "1": 1 / 4, "2": 1 / 2}[path.split("/")[1]] if path.startswith("blocks") else 1
+        factor = (
+            {"0": 1 / 8, "1": 1 / 4, "2": 1 / 2}[path.split("/")[1]]
+            if path.startswith("blocks")
+            else 1
+        )
         np.testing.assert_allclose(moved["decayed"][path], factor * by, atol=1e-7)
     assert np.any(moved["plain"]["blocks/0/dense"])
 
@@ -136,12 +174,27 @@ def test_a_stage_of_fine_tuning_runs():
     """Rules of rates with frozen layers, in the loop."""
     model = mlp.model(mlp.Config(4, (8, 8, 8), 2))
     params = jax.jit(model.init)(jax.random.key(0))
-    config = train.TrainConfig(steps=3, trainable=finetune.last_layers(params, 1), decay=((".*", False),))
-    optimizer = optax.chain(train.make_optimizer(config), scale_updates(finetune.layer_rates(params, 0.5)))
+    config = train.TrainConfig(
+        steps=3, trainable=finetune.last_layers(params, 1), decay=((".*", False),)
+    )
+    optimizer = optax.chain(
+        train.make_optimizer(config), scale_updates(finetune.layer_rates(params, 0.5))
+    )
     rows = {"features": np.ones((4, 4), np.float32), "labels": np.arange(4, dtype=np.int32) % 2}
-    state, _ = train.fit(model, data.Stream(rows, 4), config, params=params, loss=losses.classification, optimizer=optimizer)
+    state, _ = train.fit(
+        model,
+        data.Stream(rows, 4),
+        config,
+        params=params,
+        loss=losses.classification,
+        optimizer=optimizer,
+    )
     before, after = (tree.flatten(tree.unstack(p)) for p in (params, state.params))
-    moved = {path.split("/")[1] for path in before if path.startswith("blocks") and np.any(before[path] != after[path])}
+    moved = {
+        path.split("/")[1]
+        for path in before
+        if path.startswith("blocks") and np.any(before[path] != after[path])
+    }
     assert moved == {"2"}
 
 
@@ -149,7 +202,10 @@ def test_bad_input_is_refused():
     model = gpt2.model(gpt2.SIZES["tiny"])
     params = jax.eval_shape(model.init, jax.random.key(0))
     key = jax.random.key(0)
-    with pytest.raises(InputError, match="model: a config of jaxmodel.models.gpt2 given; allowed: one with classes or labels"):
+    with pytest.raises(
+        InputError,
+        match="model: a config of jaxmodel.models.gpt2 given; allowed: one with classes or labels",
+    ):
         finetune.replace_head(model, params, 2, key)
     small = vit.model(vit.SIZES["tiny"])
     mine = jax.eval_shape(small.init, key)
@@ -157,8 +213,12 @@ def test_bad_input_is_refused():
         finetune.replace_head(stochastic_depth(small, 0.1), mine, 2, key)
     with pytest.raises(InputError, match="classes: 0 given; allowed: at least one"):
         finetune.replace_head(small, mine, 0, key)
-    with pytest.raises(InputError, match="params: the leaf 'norm/bias' is missing; needed is the body of the model"):
-        finetune.replace_head(small, {name: node for name, node in mine.items() if name != "norm"}, 2, key)
+    with pytest.raises(
+        InputError, match="params: the leaf 'norm/bias' is missing; needed is the body of the model"
+    ):
+        finetune.replace_head(
+            small, {name: node for name, node in mine.items() if name != "norm"}, 2, key
+        )
     with pytest.raises(InputError, match="params: the leaf 'extra' is too many"):
         finetune.replace_head(small, {**mine, "extra": mine["norm"]["bias"]}, 2, key)
     with pytest.raises(InputError, match="count: 4 given; allowed: 0 to 3, the number of layers"):

@@ -1,4 +1,6 @@
-"""Checkpoints: what is restored is what was saved, bit for bit, or a clear refusal; the last good one is never lost."""
+"""Checkpoints: what is restored is what was saved, bit for bit, or a clear refusal; the last good
+one is never lost.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,15 @@ MODEL = gpt2.model(gpt2.SIZES["tiny"])
 def at(state, step, scale=1.0):
     """The state at another step, with other values."""
     params = jax.tree.map(lambda a: a * jnp.asarray(scale, a.dtype), state.params)
-    return dataclasses.replace(state, step=jnp.int32(step), data_step=jnp.int32(step), params=params)
+    return dataclasses.replace(
+        state, step=jnp.int32(step), data_step=jnp.int32(step), params=params
+    )
 
 
 def like(state):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,8 @@ def state():
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory, state):
-    folder, digests = tmp_path_factory.mktemp("saved") / "c", {}
+    folder = tmp_path_factory.mktemp("saved") / "c"
+    digests = {}
     with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=3)) as checkpoints:
         for step in (1, 2, 3):
             now = at(state, step, 1.0 + step)
@@ -78,16 +85,28 @@ held = Checkpoints(sys.argv[1])
 print('in', flush=True)
 input()
 """
-    other = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert other.stdout.readline() == "in\n"
-        with pytest.raises(InputError, match=f"checkpoints: process {other.pid} on .* saves in {str(tmp_path)!r}; stop it first"):
+        with pytest.raises(
+            InputError,
+            match=f"checkpoints: process {other.pid} on .* saves in {str(tmp_path)!r}; stop it "
+            f"first",
+        ):
             checkpoint.Checkpoints(tmp_path)
         with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
             assert checkpoints.steps() == []
     finally:
         other.communicate("\n")
-    with checkpoint.Checkpoints(tmp_path) as checkpoints, checkpoint.Checkpoints(tmp_path) as again:  # of one process
+    with (
+        checkpoint.Checkpoints(tmp_path) as checkpoints,
+        checkpoint.Checkpoints(tmp_path) as again,
+    ):  # of one process
         checkpoints.save(at(state, 1))
         checkpoints.wait()
         assert again.steps() == [1]
@@ -113,7 +132,9 @@ def test_an_empty_folder_has_nothing(tmp_path, state):
 
 
 def test_donating_the_state_after_a_save_does_not_tear_it(tmp_path, state):
-    overwrite = jax.jit(lambda s: jax.tree.map(lambda a: a * jnp.asarray(3, a.dtype), s), donate_argnums=0)
+    overwrite = jax.jit(
+        lambda s: jax.tree.map(lambda a: a * jnp.asarray(3, a.dtype), s), donate_argnums=0
+    )
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         for step in range(1, 6):
             now = jax.tree.map(jnp.copy, at(state, step))
@@ -125,14 +146,20 @@ def test_donating_the_state_after_a_save_does_not_tear_it(tmp_path, state):
 
 
 def test_retention_keeps_the_last_the_best_and_the_regular(tmp_path, state):
-    with checkpoint.Checkpoints(tmp_path, keep=checkpoint.Keep(last=2, best=1, every=4)) as checkpoints:
+    with checkpoint.Checkpoints(
+        tmp_path, keep=checkpoint.Keep(last=2, best=1, every=4)
+    ) as checkpoints:
         for step, score in ((1, 5.0), (2, 1.0), (3, 3.0), (4, 4.0), (5, None), (6, 2.0)):
             checkpoints.save(at(state, step), score=score)
     assert checkpoints.steps() == [2, 4, 5, 6]
 
 
 def damage(kind, folder):
-    files = sorted(p for p in newest(folder).rglob("*") if p.is_file() and p.name != "manifest.json" and p.stat().st_size > 100)
+    files = sorted(
+        p
+        for p in newest(folder).rglob("*")
+        if p.is_file() and p.name != "manifest.json" and p.stat().st_size > 100
+    )
     if kind == "torn":
         files[0].write_bytes(files[0].read_bytes()[:-7])
     elif kind == "flipped":
@@ -151,7 +178,9 @@ def damage(kind, folder):
         file.write_text(file.read_text().replace('"data_step": 3', '"data_step": 4'))
 
 
-@pytest.mark.parametrize("kind", ["torn", "flipped", "missing", "no manifest", "torn manifest", "changed manifest"])
+@pytest.mark.parametrize(
+    "kind", ["torn", "flipped", "missing", "no manifest", "torn manifest", "changed manifest"]
+)
 def test_a_bad_checkpoint_is_said_and_the_one_before_is_taken(kind, saved, state, capsys):
     folder, digests = saved
     damage(kind, folder)
@@ -159,7 +188,9 @@ def test_a_bad_checkpoint_is_said_and_the_one_before_is_taken(kind, saved, state
         found = checkpoints.restore(like(state))
         assert int(found.step) == 2 and checkpoint.fingerprint(found) == digests[2]
         said = capsys.readouterr().err
-        assert kind == "no manifest" or ("of step 3" in said and "set aside as step-000000003.bad" in said)
+        assert kind == "no manifest" or (
+            "of step 3" in said and "set aside as step-000000003.bad" in said
+        )
         checkpoints.save(at(state, 3, 9.0))  # and its number is free again
     assert checkpoints.steps() == [1, 2, 3]
 
@@ -171,15 +202,23 @@ def test_reading_only_changes_nothing(saved, state, capsys):
     with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         assert int(checkpoints.restore(like(state)).step) == 2
         checkpoints.save(at(state, 9))
-    assert sorted(folder.rglob("*")) == before and "the step before is taken" in capsys.readouterr().err
+    assert (
+        sorted(folder.rglob("*")) == before
+        and "the step before is taken" in capsys.readouterr().err
+    )
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path, state):
-    with checkpoint.Checkpoints(tmp_path, identity={"model": {"width": 32, "depth": 3}, "seed": 0}) as checkpoints:
+    with checkpoint.Checkpoints(
+        tmp_path, identity={"model": {"width": 32, "depth": 3}, "seed": 0}
+    ) as checkpoints:
         checkpoints.save(state)
     said = r"of another config: model.width was 32, is 64; seed was 0, is 1"
     identity = {"model": {"width": 64, "depth": 3}, "seed": 1}
-    with checkpoint.Checkpoints(tmp_path, identity=identity) as checkpoints, pytest.raises(InputError, match=said):
+    with (
+        checkpoint.Checkpoints(tmp_path, identity=identity) as checkpoints,
+        pytest.raises(InputError, match=said),
+    ):
         checkpoints.restore(like(state))
 
 
@@ -187,7 +226,10 @@ def test_other_data_is_refused(tmp_path, state):
     with checkpoint.Checkpoints(tmp_path, data="a" * 64) as checkpoints:
         checkpoints.save(state)
     said = r"data: its fingerprint was aaaaaaaaaaaa when step 0 .* and is bbbbbbbbbbbb"
-    with checkpoint.Checkpoints(tmp_path, data="b" * 64) as checkpoints, pytest.raises(InputError, match=said):
+    with (
+        checkpoint.Checkpoints(tmp_path, data="b" * 64) as checkpoints,
+        pytest.raises(InputError, match=said),
+    ):
         checkpoints.restore(like(state))
 
 
@@ -195,7 +237,10 @@ def test_other_arrays_are_refused(tmp_path, state):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         params = {**state.params, "positions": jnp.zeros((7, 32))}
-        with pytest.raises(InputError, match=re.escape("params.positions is float32[128, 32] there, float32[7, 32] here")):
+        with pytest.raises(
+            InputError,
+            match=re.escape("params.positions is float32[128, 32] there, float32[7, 32] here"),
+        ):
             checkpoints.restore(like(dataclasses.replace(state, params=params)))
 
 
@@ -208,16 +253,23 @@ def test_compressed_leaves_and_their_static_fields(tmp_path, state):
         assert checkpoint.fingerprint(checkpoints.restore(like(now))) == checkpoint.fingerprint(now)
         pad = dataclasses.replace(params["embed"], pad=0, activations="int8")
         other = dataclasses.replace(now, params={**params, "embed": pad})
-        with pytest.raises(InputError, match="params.embed.activations was absent, is \"int8\""):
+        with pytest.raises(InputError, match='params.embed.activations was absent, is "int8"'):
             checkpoints.restore(like(other))
 
 
 def test_a_restore_elsewhere_says_that_bits_may_differ(tmp_path, state, capsys):
-    with checkpoint.Checkpoints(tmp_path, environment={"cpu": {"count": 2}, "jaxlib": "0.12.0"}) as checkpoints:
+    with checkpoint.Checkpoints(
+        tmp_path, environment={"cpu": {"count": 2}, "jaxlib": "0.12.0"}
+    ) as checkpoints:
         checkpoints.save(state)
-    with checkpoint.Checkpoints(tmp_path, environment={"cpu": {"count": 64}, "jaxlib": "0.12.0"}) as checkpoints:
+    with checkpoint.Checkpoints(
+        tmp_path, environment={"cpu": {"count": 64}, "jaxlib": "0.12.0"}
+    ) as checkpoints:
         checkpoints.restore(like(state))
-    assert "bits may differ from those of an unbroken run: cpu.count was 2, is 64" in capsys.readouterr().err
+    assert (
+        "bits may differ from those of an unbroken run: cpu.count was 2, is 64"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_failed_save_is_said_and_loses_nothing(saved, state, capsys, monkeypatch):
@@ -225,7 +277,9 @@ def test_a_failed_save_is_said_and_loses_nothing(saved, state, capsys, monkeypat
     with checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints._place(4).write_text("a file where the folder should be")
         checkpoints.save(at(state, 4))
-        with pytest.raises(InputError, match=r"the last state could not be saved .*; the last good step is 3"):
+        with pytest.raises(
+            InputError, match=r"the last state could not be saved .*; the last good step is 3"
+        ):
             checkpoints.wait()
         assert "checkpoint of step 4 failed" in capsys.readouterr().err
         assert checkpoint.fingerprint(checkpoints.restore(like(state))) == digests[3]

@@ -1,6 +1,8 @@
-"""Compressed leaves in an orbax checkpoint: stored on one device or eight, restored on the other, equal to the bit.
+"""Compressed leaves in an orbax checkpoint: stored on one device or eight, restored on the other,
+equal to the bit.
 
-This file runs itself in a process with eight simulated devices: `JAX_NUM_CPU_DEVICES=8 python FILE FOLDER`.
+This file runs itself in a process with eight simulated devices:
+`JAX_NUM_CPU_DEVICES=8 python FILE FOLDER`.
 """
 
 from __future__ import annotations
@@ -29,10 +31,14 @@ def build() -> tree.Params:
     """A leaf of each kind in two stacked layers and in one alone."""
     rng = np.random.default_rng(0)
 
-    def qtensor(lead: tuple[int, ...], bits: int, group: int | None, affine: bool = False, n: int = 64) -> QTensor:
+    def qtensor(
+        lead: tuple[int, ...], bits: int, group: int | None, affine: bool = False, n: int = 64
+    ) -> QTensor:
         low, high = (0, 2**bits) if affine else (-(2 ** (bits - 1)), 2 ** (bits - 1))
         codes = jnp.asarray(rng.integers(low, high, (*lead, 16, n)), jnp.int32)
-        scale = jnp.asarray(rng.uniform(0.5, 2, (*lead, 16, n // group if group else 1)), jnp.float32)
+        scale = jnp.asarray(
+            rng.uniform(0.5, 2, (*lead, 16, n // group if group else 1)), jnp.float32
+        )
         return QTensor.from_codes(codes, scale, -scale if affine else None, bits=bits, group=group)
 
     def sparse(lead: tuple[int, ...], pattern: tuple[int, int] | None = None) -> Sparse:
@@ -52,7 +58,11 @@ def build() -> tree.Params:
         }
 
     plain = jnp.asarray(rng.normal(size=(16, 8)), jnp.bfloat16)
-    return {"blocks": {"0-1": layers(2), "2": layers()}, "embed": plain, "norm": jnp.arange(16, dtype=jnp.int32)}
+    return {
+        "blocks": {"0-1": layers(2), "2": layers()},
+        "embed": plain,
+        "norm": jnp.arange(16, dtype=jnp.int32),
+    }
 
 
 def save(folder: Path, params: tree.Params) -> None:
@@ -69,11 +79,15 @@ def restore(folder: Path, target: tree.Params) -> tree.Params:
 
 
 def on(places: tree.Params, params: tree.Params) -> tree.Params:
-    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), params, places)
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), params, places
+    )
 
 
 def alone(params: tree.Params) -> tree.Params:
-    return on(jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), params), params)
+    return on(
+        jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), params), params
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +135,9 @@ def eight(source: Path, out: Path) -> None:
 
 
 def change(params: tree.Params, path: str, **fields) -> tree.Params:
-    return tree.map_leaves(lambda p, leaf: dataclasses.replace(leaf, **fields) if p == path else leaf, params)
+    return tree.map_leaves(
+        lambda p, leaf: dataclasses.replace(leaf, **fields) if p == path else leaf, params
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +158,9 @@ def test_wrong_static_fields_are_refused_which_orbax_takes(path, fields, folder,
     for name, value in fields.items():
         assert getattr(tree.flatten(taken)[path], name) == value
     layer = tree.layer_paths(path)[0]
-    with pytest.raises(InputError, match=f"^fields: '{layer}' was stored as .*; the tree has .* there$"):
+    with pytest.raises(
+        InputError, match=f"^fields: '{layer}' was stored as .*; the tree has .* there$"
+    ):
         restore(folder, wrong)
     # and the other way round: the right tree, and a file in which somebody changed the field
     stored = json.loads((folder / "fields.json").read_text())

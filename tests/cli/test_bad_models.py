@@ -1,4 +1,6 @@
-"""Folders that cannot be loaded: one line that says why, exit code 2, and no weight read before all is checked."""
+"""Folders that cannot be loaded: one line that says why, exit code 2, and no weight read before all
+is checked.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,16 @@ def _refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 @pytest.mark.parametrize(
     ("source", "damage", "says"),
     [
-        ("llama-untied", _config(model_type="lama"), "config.json: model_type: 'lama' is not known; allowed: bert, clip"),
-        ("llama-untied", _short, f"the tensor {UP!r} has shape [23, 16]; the config needs [24, 16]"),
+        (
+            "llama-untied",
+            _config(model_type="lama"),
+            "config.json: model_type: 'lama' is not known; allowed: bert, clip",
+        ),
+        (
+            "llama-untied",
+            _short,
+            f"the tensor {UP!r} has shape [23, 16]; the config needs [24, 16]",
+        ),
         (
             "llama-tied",
             lambda folder: (folder / "model-00003-of-00004.safetensors").unlink(),
@@ -64,14 +74,21 @@ def _refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         (
             "llama-untied",
             _config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-            "config.json: rope scaling: 'dynamic' is not known; allowed: linear, llama3, longrope, yarn",
+            "config.json: rope scaling: 'dynamic' is not known; allowed: linear, llama3, "
+            "longrope, yarn",
         ),
         ("llama-untied", _tokens, "has id 97, but the embedding's are 0 to 96"),
     ],
     ids=["family", "shape", "shard", "rope", "vocabulary"],
 )
 def test_a_folder_that_does_not_fit(
-    verb: str, source: str, damage: Callable[[Path], object], says: str, capsys, monkeypatch, tmp_path: Path
+    verb: str,
+    source: str,
+    damage: Callable[[Path], object],
+    says: str,
+    capsys,
+    monkeypatch,
+    tmp_path: Path,
 ) -> None:
     folder = shutil.copytree(GOLDENS / source, tmp_path / "model")
     damage(folder)
@@ -83,14 +100,27 @@ def test_a_folder_that_does_not_fit(
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{{ raise_exception('only\ntools') }}", "chat_template: it failed on these messages: only tools"),
-        ("{% for m in messages %}{{ m.content }}", "chat_template: it failed on these messages: Unexpected end of template."),
-        ("{{ messages[7].content }}", "chat_template: it failed on these messages: list object has no element 7"),
+        (
+            "{{ raise_exception('only\ntools') }}",
+            "chat_template: it failed on these messages: only tools",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}",
+            "chat_template: it failed on these messages: Unexpected end of template.",
+        ),
+        (
+            "{{ messages[7].content }}",
+            "chat_template: it failed on these messages: list object has no element 7",
+        ),
     ],
 )
 def test_a_chat_template_that_fails(template: str, says: str, capsys, tmp_path: Path) -> None:
     tokenizer = hub.train_bpe([], 257)
     model = gpt2.model(dataclasses.replace(gpt2.SIZES["tiny"], vocab=257))
     talks = dataclasses.replace(tokenizer, chat_template=template)
-    folder = hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)), talks).save_pretrained(tmp_path / "model")
-    assert says in _refused(capsys, "generate", folder, "--chat", "--prompt", "hi", "--runs", tmp_path / "runs")
+    folder = hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)), talks).save_pretrained(
+        tmp_path / "model"
+    )
+    assert says in _refused(
+        capsys, "generate", folder, "--chat", "--prompt", "hi", "--runs", tmp_path / "runs"
+    )

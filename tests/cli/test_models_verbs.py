@@ -26,7 +26,8 @@ LABELS = ("no", "yes", "[may]be")  # brackets are no markup
 
 def bundle_of(module, config, processor, name: str) -> hub.Bundle:
     """With weights so large that the classes differ."""
-    model, rng = module.model(config), np.random.default_rng(0)
+    model = module.model(config)
+    rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype), shapes)
     return hub.Bundle(model, params, processor, {"name": name})
@@ -39,15 +40,28 @@ def folder(tmp_path_factory):
     tokenizer = hub.train_bpe([TEXT], 300)
     vocab = tokenizer.vocab_size
     made = {
-        "texts": bundle_of(bert, bert.Config(vocab, 32, 2, 4, 64, 32, "classify", LABELS), tokenizer, "texts"),
-        "images": bundle_of(vit, vit.Config(8, 4, 32, 1, 4, 64, LABELS), ImageProcessor((8, 8)), "images"),
-        "grey": bundle_of(lenet, lenet.Config((4,), (8,), 8, 3), ImageProcessor((8, 8), mean=(0.0,), std=(1.0,)), "grey"),
-        "plain": bundle_of(llama, llama.Config(vocab, 64, 3, 4, 2, 16, 128, 128, tied=True), tokenizer, "plain"),
+        "texts": bundle_of(
+            bert, bert.Config(vocab, 32, 2, 4, 64, 32, "classify", LABELS), tokenizer, "texts"
+        ),
+        "images": bundle_of(
+            vit, vit.Config(8, 4, 32, 1, 4, 64, LABELS), ImageProcessor((8, 8)), "images"
+        ),
+        "grey": bundle_of(
+            lenet,
+            lenet.Config((4,), (8,), 8, 3),
+            ImageProcessor((8, 8), mean=(0.0,), std=(1.0,)),
+            "grey",
+        ),
+        "plain": bundle_of(
+            llama, llama.Config(vocab, 64, 3, 4, 2, 16, 128, 128, tied=True), tokenizer, "plain"
+        ),
     }
     made["small"], _ = compress.compress_bundle(made["plain"], compress.named("int8"))
     made["grey"] = dataclasses.replace(made["grey"], card={"name": "grey", "labels": LABELS})
     made["colours"] = dataclasses.replace(made["grey"], processor=ImageProcessor((8, 8)))
-    made["unequal"] = dataclasses.replace(made["grey"], card={"name": "unequal", "labels": LABELS[:2]})
+    made["unequal"] = dataclasses.replace(
+        made["grey"], card={"name": "unequal", "labels": LABELS[:2]}
+    )
     for name, bundle in made.items():
         bundle.save_pretrained(room / name)
     for i, text in enumerate(("The dog", "The quick brown fox", TEXT)):
@@ -62,7 +76,7 @@ def folder(tmp_path_factory):
     return room
 
 
-# ------------------------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 
 PUBLISHED = {  # what transformers counts; of bert with the head for masked tokens
     "gpt2/gpt2": 124_439_808,
@@ -76,7 +90,9 @@ PUBLISHED = {  # what transformers counts; of bert with the head for masked toke
 
 
 def test_models(capsys, folder, monkeypatch):
-    monkeypatch.setattr(inspect, "count_parameters", lambda known: dict.fromkeys(known, 0))  # what is not stored
+    monkeypatch.setattr(
+        inspect, "count_parameters", lambda known: dict.fromkeys(known, 0)
+    )  # what is not stored
     got = as_json(capsys, folder, "models")
     rows = {f"{row['family']}/{row['name']}": row for row in got}
     assert list(rows) == list(sizes()) and set(WEIGHTS) < set(rows)
@@ -84,7 +100,10 @@ def test_models(capsys, folder, monkeypatch):
     for row in got:
         assert set(row) == {"family", "name", "parameters", "needs"}
         needs = row["needs"]
-        assert (needs["float32_bytes"], needs["bfloat16_bytes"]) == (4 * row["parameters"], 2 * row["parameters"])
+        assert (needs["float32_bytes"], needs["bfloat16_bytes"]) == (
+            4 * row["parameters"],
+            2 * row["parameters"],
+        )
     assert rows["llama/smollm2-135m"]["needs"]["weights"] == "smollm2-135m-instruct-q4_1"
     assert rows["gpt2/gpt2"]["needs"]["weights"] == "hub openai-community/gpt2"
     assert rows["gpt2/tiny"]["needs"]["weights"] == "none"
@@ -93,7 +112,10 @@ def test_models(capsys, folder, monkeypatch):
 
 def test_a_size_that_has_changed_or_is_new_is_counted(capsys, folder, monkeypatch):
     module, config = sizes()["llama/tiny"]
-    known = {"llama/tiny": (module, dataclasses.replace(config, vocab=100)), "llama/new": (module, config)}
+    known = {
+        "llama/tiny": (module, dataclasses.replace(config, vocab=100)),
+        "llama/new": (module, config),
+    }
     monkeypatch.setattr("jaxmodel.models.sizes", lambda: known)
     counts = {row["name"]: row["parameters"] for row in as_json(capsys, folder, "models")}
     assert counts["tiny"] == counts["new"] - 156 * 32 * 2 == 44_256 - 156 * 32 * 2
@@ -104,21 +126,41 @@ def test_models_for_people(capsys, folder, monkeypatch):
     monkeypatch.setattr("jaxmodel.models.sizes", lambda: few)
     lines = call(capsys, "models", "--runs", folder / "runs").out.splitlines()
     (line,) = [line for line in lines if "gpt2-xl" in line]
-    assert line.split() == ["gpt2", "gpt2-xl", "1,557,611,200", "6.2", "GB", "3.1", "GB", "hub", "openai-community/gpt2-xl"]
+    assert line.split() == [
+        "gpt2",
+        "gpt2-xl",
+        "1,557,611,200",
+        "6.2",
+        "GB",
+        "3.1",
+        "GB",
+        "hub",
+        "openai-community/gpt2-xl",
+    ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------------------ summary
 
 
 def test_summary_of_a_size(capsys, folder):
     got = as_json(capsys, folder, "summary", "llama/llama-3-70b")
-    assert got["parameters"] == PUBLISHED["llama/llama-3-70b"] and got["bytes"] == 4 * got["parameters"]
+    assert (
+        got["parameters"] == PUBLISHED["llama/llama-3-70b"]
+        and got["bytes"] == 4 * got["parameters"]
+    )
     assert got["family"] == "llama" and got["config"]["width"] == 8192 and got["weights"] is False
     rows = {row["path"]: row for row in got["leaves"]}
     q = rows["blocks/0-79/attn/q"]
-    assert (q["layers"], q["shape"], q["kind"], q["sharding"]) == (80, [8192, 8192], "float32", ["tensor", "fsdp"])
+    assert (q["layers"], q["shape"], q["kind"], q["sharding"]) == (
+        80,
+        [8192, 8192],
+        "float32",
+        ["tensor", "fsdp"],
+    )
     assert q["bytes"] == 80 * 8192 * 8192 * 4 and rows["norm/weight"]["sharding"] == [None]
-    assert as_json(capsys, folder, "summary", "llama-3-70b")["leaves"] == got["leaves"]  # one family has that size
+    assert (
+        as_json(capsys, folder, "summary", "llama-3-70b")["leaves"] == got["leaves"]
+    )  # one family has that size
     lines = call(capsys, "summary", "llama-3-70b", "--runs", folder / "runs").out.splitlines()
     (line,) = [line for line in lines if "attn/q" in line]
     assert line.split() == [
@@ -141,28 +183,43 @@ def test_summary_of_a_bundle(capsys, folder):
     got = as_json(capsys, folder, "summary", folder / "small")
     params = hub.from_pretrained(folder / "small").params
     assert [row["path"] for row in got["leaves"]] == list(tree.flatten(params))
-    assert got["bytes"] == tree.nbytes(params) and got["parameters"] == tree.count(params) and got["weights"] is True
+    assert (
+        got["bytes"] == tree.nbytes(params)
+        and got["parameters"] == tree.count(params)
+        and got["weights"] is True
+    )
     kinds = {row["path"]: row["kind"] for row in got["leaves"]}
-    assert kinds["blocks/0-2/mlp/up"] == "QTensor(bits=8, activations=int8)" and kinds["norm/weight"] == "float32"
+    assert (
+        kinds["blocks/0-2/mlp/up"] == "QTensor(bits=8, activations=int8)"
+        and kinds["norm/weight"] == "float32"
+    )
     assert got["card"]["name"] == "plain" and 8 < got["bits_per_weight"] < 10
-    assert "QTensor(bits=8" in call(capsys, "summary", folder / "small", "--runs", folder / "runs").out
+    assert (
+        "QTensor(bits=8" in call(capsys, "summary", folder / "small", "--runs", folder / "runs").out
+    )
 
 
 def test_a_notebook_shows_the_same(folder, monkeypatch):
     bundle = hub.from_pretrained(folder / "small")
     page = bundle._repr_html_()
-    assert page is not None and "0-2" in page and "3 layers of 128 x 64 QTensor(bits=8, activations=int8)" in page
+    assert (
+        page is not None
+        and "0-2" in page
+        and "3 layers of 128 x 64 QTensor(bits=8, activations=int8)" in page
+    )
     shown, _ = DisplayFormatter().format(bundle)
     assert shown["text/html"] == page or "0-2" in shown["text/html"]
     fused = hub.Bundle(bundle.model, bundle.running())
-    assert "no rule" in (fused._repr_html_() or "")  # fused leaves too, for which there are no sharding rules
+    assert "no rule" in (
+        fused._repr_html_() or ""
+    )  # fused leaves too, for which there are no sharding rules
     monkeypatch.setitem(sys.modules, "treescope", None)
     assert bundle._repr_html_() is None
     shown, _ = DisplayFormatter().format(bundle)
     assert set(shown) == {"text/plain"} and "Bundle(" in shown["text/plain"]
 
 
-# ----------------------------------------------------------------------------------------------------------------- predict
+# ------------------------------------------------------------------------------------------ predict
 
 
 def expected(bundle, inputs):
@@ -186,7 +243,9 @@ def test_predict_texts(capsys, folder):
     assert [row["truncated"] for row in got["rows"]] == [False, False, True]
     assert (got["reads"], got["classes"]) == ("text", 3)
     one_by_one = as_json(capsys, folder, *args, "--batch", 1)["rows"]
-    assert [row["probability"] for row in one_by_one] == pytest.approx([row["probability"] for row in got["rows"]], abs=1e-5)
+    assert [row["probability"] for row in one_by_one] == pytest.approx(
+        [row["probability"] for row in got["rows"]], abs=1e-5
+    )
     out = call(capsys, *args, "--runs", folder / "runs").out
     assert "only the beginning was read of" in out and all(label in out for label in LABELS)
 
@@ -197,21 +256,41 @@ def test_predict_images(capsys, folder):
     bundle = hub.from_pretrained(folder / "images")
     assert isinstance(bundle.processor, ImageProcessor)
     white = Image.new("RGBA", (12, 10), "white")  # what shows behind what is transparent
-    shown = [Image.alpha_composite(white, Image.open(file).convert("RGBA")).convert("RGB") for file in files]
+    shown = [
+        Image.alpha_composite(white, Image.open(file).convert("RGBA")).convert("RGB")
+        for file in files
+    ]
     pixels = bundle.processor([np.asarray(image) for image in shown])
     want = expected(bundle, jnp.asarray(pixels))
     for row, probabilities in zip(got["rows"], want, strict=True):
         assert row["label"] == LABELS[int(probabilities.argmax())] and not row["truncated"]
-        assert [one["probability"] for one in row["top"]] == pytest.approx(-np.sort(-probabilities), abs=1e-5)
+        assert [one["probability"] for one in row["top"]] == pytest.approx(
+            -np.sort(-probabilities), abs=1e-5
+        )
     assert got["reads"] == "images"
     assert len({row["probability"] for row in got["rows"]}) == 3
-    assert "rgb.png" in call(capsys, "predict", folder / "images", "--input", files[0], "--runs", folder / "runs").out
+    assert (
+        "rgb.png"
+        in call(
+            capsys, "predict", folder / "images", "--input", files[0], "--runs", folder / "runs"
+        ).out
+    )
 
 
 def test_predict_grey_images_with_the_labels_of_a_card(capsys, folder):
-    got = as_json(capsys, folder, "predict", folder / "grey", "--input", folder / "rgb.png", folder / "grey.png")
+    got = as_json(
+        capsys,
+        folder,
+        "predict",
+        folder / "grey",
+        "--input",
+        folder / "rgb.png",
+        folder / "grey.png",
+    )
     bundle = hub.from_pretrained(folder / "grey")
-    pixels = bundle.processor([np.asarray(Image.open(folder / f"{name}.png").convert("L")) for name in ("rgb", "grey")])
+    pixels = bundle.processor(
+        [np.asarray(Image.open(folder / f"{name}.png").convert("L")) for name in ("rgb", "grey")]
+    )
     assert pixels.shape == (2, 8, 8, 1)
     for row, probabilities in zip(got["rows"], expected(bundle, jnp.asarray(pixels)), strict=True):
         assert row["label"] == LABELS[int(probabilities.argmax())]
@@ -224,7 +303,15 @@ def test_an_image_is_turned_as_the_camera_was_held(capsys, folder):
     exif[0x0112] = 6  # to be shown a quarter turned
     Image.fromarray(pixels).save(folder / "turned.png", exif=exif)
     Image.fromarray(np.rot90(pixels, -1)).save(folder / "upright.png")
-    got = as_json(capsys, folder, "predict", folder / "images", "--input", folder / "turned.png", folder / "upright.png")["rows"]
+    got = as_json(
+        capsys,
+        folder,
+        "predict",
+        folder / "images",
+        "--input",
+        folder / "turned.png",
+        folder / "upright.png",
+    )["rows"]
     assert got[0]["top"] == got[1]["top"]
 
 
@@ -232,24 +319,54 @@ BAD = [
     (["summary"], "Missing from jaxmodel summary: NAME"),
     (["summary", "tiny"], "name: 'tiny' is a size of several families; allowed: "),
     (["summary", "gpt2-xxl"], "name: 'gpt2-xxl' is not known; allowed: "),
-    (["summary", "gpt2/gpt2-xxl"], "name: 'gpt2/gpt2-xxl' is not known; allowed: gpt2/gpt2, gpt2/gpt2-large"),
+    (
+        ["summary", "gpt2/gpt2-xxl"],
+        "name: 'gpt2/gpt2-xxl' is not known; allowed: gpt2/gpt2, gpt2/gpt2-large",
+    ),
     (["summary", "{nowhere}"], "nowhere"),
     (["predict", "{texts}"], "--input"),
     (["predict", "{texts}", "--input"], "--input"),
     (["predict", "smolm2-135m", "--input", "{0.txt}"], "model: 'smolm2-135m' is not known"),
-    (["predict", "{plain}", "--input", "{0.txt}"], "has no labels; allowed: a bundle of a classifier"),
+    (
+        ["predict", "{plain}", "--input", "{0.txt}"],
+        "has no labels; allowed: a bundle of a classifier",
+    ),
     (["predict", "{texts}", "--input", "{nowhere}"], "nowhere' cannot be used: No such file"),
     (["predict", "{texts}", "--input", "{texts}"], "no regular file"),
-    (["predict", "{texts}", "--input", "{0.txt}", "{empty.txt}"], "empty.txt' is empty; allowed: a file with text"),
+    (
+        ["predict", "{texts}", "--input", "{0.txt}", "{empty.txt}"],
+        "empty.txt' is empty; allowed: a file with text",
+    ),
     (["predict", "{texts}", "--input", "{latin.txt}"], "latin.txt' is no UTF-8 text"),
-    (["predict", "{texts}", "--input", "{rgb.png}"], "rgb.png' is no UTF-8 text; allowed: text, which is what this model reads"),
-    (["predict", "{images}", "--input", "{rgb.png}", "{broken.png}"], "broken.png' cannot be decoded: "),
-    (["predict", "{images}", "--input", "{0.txt}"], "0.txt' cannot be decoded: cannot identify image file"),
-    (["predict", "{colours}", "--input", "{rgb.png}"], "processor of 'grey' makes 8 x 8 x 3 pixels; the model reads 8 x 8 x 1"),
-    (["eval", "{texts}", "--data", "{2.txt}", "--window", "16"], "texts' does not continue texts; allowed: a decoder"),
+    (
+        ["predict", "{texts}", "--input", "{rgb.png}"],
+        "rgb.png' is no UTF-8 text; allowed: text, which is what this model reads",
+    ),
+    (
+        ["predict", "{images}", "--input", "{rgb.png}", "{broken.png}"],
+        "broken.png' cannot be decoded: ",
+    ),
+    (
+        ["predict", "{images}", "--input", "{0.txt}"],
+        "0.txt' cannot be decoded: cannot identify image file",
+    ),
+    (
+        ["predict", "{colours}", "--input", "{rgb.png}"],
+        "processor of 'grey' makes 8 x 8 x 3 pixels; the model reads 8 x 8 x 1",
+    ),
+    (
+        ["eval", "{texts}", "--data", "{2.txt}", "--window", "16"],
+        "texts' does not continue texts; allowed: a decoder",
+    ),
     (["eval", "{grey}", "--data", "{2.txt}"], "grey' does not continue texts; allowed: a decoder"),
-    (["predict", "{unequal}", "--input", "{rgb.png}"], "card: labels names 2 classes; the model has 3"),
-    (["predict", "{texts}", "--input", "{0.txt}", "--top", "0"], "--top: 0 given; allowed: a whole number of at least 1"),
+    (
+        ["predict", "{unequal}", "--input", "{rgb.png}"],
+        "card: labels names 2 classes; the model has 3",
+    ),
+    (
+        ["predict", "{texts}", "--input", "{0.txt}", "--top", "0"],
+        "--top: 0 given; allowed: a whole number of at least 1",
+    ),
     (["predict", "{texts}", "--input", "{0.txt}", "--batch", "0"], "--batch: 0 given"),
 ]
 
@@ -265,5 +382,14 @@ def test_bad_input_is_one_line_and_code_2(capsys, folder, args, says):
 
 def test_without_pillow(capsys, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    err = call(capsys, "predict", folder / "images", "--input", folder / "rgb.png", "--runs", folder / "runs", code=2).err
+    err = call(
+        capsys,
+        "predict",
+        folder / "images",
+        "--input",
+        folder / "rgb.png",
+        "--runs",
+        folder / "runs",
+        code=2,
+    ).err
     assert "pip install 'jaxmodel[data]'" in err

@@ -37,16 +37,25 @@ WRONG = [
     ("--processes 1e6", "--processes: 1000000 given; allowed: 1 to 512"),
     ("--sample=", "--sample: '' given; allowed: at least one token"),
     ("--weights 1 2", "--weights: 2 given for 1 texts of --data; allowed: one for each"),
-    ("--data english pydoc --weights 0 1", r"--weights: 0.0 1.0 given; allowed: finite numbers above 0"),
+    (
+        "--data english pydoc --weights 0 1",
+        r"--weights: 0.0 1.0 given; allowed: finite numbers above 0",
+    ),
     ("--weights nan", r"--weights: nan given; allowed: finite"),
     ("--augment token_drop(0)", "'token_drop' is not known; allowed: .*nearest: token_dropout"),
-    ("--augment token_dropout(1024)", r"--augment: token_dropout\(token=1024\) given; allowed: .* 0 to 1023"),
+    (
+        "--augment token_dropout(1024)",
+        r"--augment: token_dropout\(token=1024\) given; allowed: .* 0 to 1023",
+    ),
     ("--augment rotate(5)", "'pixels' .* is needed"),
     ("--data nowhere.txt", "'nowhere.txt' is neither a file nor a known text"),
     ("--heldout nowhere.txt", "'nowhere.txt' is neither a file nor a known text"),
     ("--data {room}/*.nothing", "no file has such a name"),
     ("--data ftp://a/b.txt", "allowed: local files, and URLs of"),
-    ("--checkpoints ftp://a/b", "checkpoints: 'ftp://a/b' given; allowed: local files, and URLs of gs://, s3://"),
+    (
+        "--checkpoints ftp://a/b",
+        "checkpoints: 'ftp://a/b' given; allowed: local files, and URLs of gs://, s3://",
+    ),
     ("--checkpoints {room}/file", "is a file; a folder is needed"),
     ("--checkpoints /proc/none", "--checkpoints: '/proc/none' cannot be used"),
     ("--out {room}/file", "is a file; a folder is needed"),
@@ -55,7 +64,10 @@ WRONG = [
     ("--tensorboard", "needs the package 'tensorboardX', which is not installed"),
     ("--model nowhere --width 256", "--width: 256 given with --model, which has its own"),
     ("--model nowhere --lora r=0", "rank: 0 given; allowed: a whole number of at least 1"),
-    ("--model nowhere --lora rank=8", "--lora: 'rank' is not known; allowed: alpha, dropout, r, rslora, targets"),
+    (
+        "--model nowhere --lora rank=8",
+        "--lora: 'rank' is not known; allowed: alpha, dropout, r, rslora, targets",
+    ),
     ("--lora r=8", "--lora: given without --model"),
     ("--beta2 1", "beta2: 1.0 given; allowed: at least 0 and below 1"),
 ]
@@ -108,16 +120,26 @@ MESHES = [
     ("--mesh expert=2", "the axis 'expert' would hold 2 copies of everything"),
     ("--mesh fsdp=16", "needs 16 devices; there are 8"),
     ("--mesh pipeline=4 --depth 6", "does not divide|pipeline"),
-    ("--mesh pipeline=2 --microbatches 3", "microbatches: 3 given for 16 rows in 2 stages; allowed: 2, 4, 8, 16"),
+    (
+        "--mesh pipeline=2 --microbatches 3",
+        "microbatches: 3 given for 16 rows in 2 stages; allowed: 2, 4, 8, 16",
+    ),
     ("--processes 2 --mesh tensor=3 --batch 6", "'tensor': 3} does not divide the leaf"),
-    ("--processes 2 --devices-per-process 4 --mesh fsdp=8 --batch 12", "batch: its rows do not divide over 2 processes of 4"),
+    (
+        "--processes 2 --devices-per-process 4 --mesh fsdp=8 --batch 12",
+        "batch: its rows do not divide over 2 processes of 4",
+    ),
 ]
 
 
 def test_a_mesh_that_does_not_fit_is_refused_at_once(devices8, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = json.dumps([words for words, _ in MESHES])
-    found = json.loads(devices8(f"WORDS = {words!r}\n" + "\n".join(line[4:] for line in ON_MESHES.splitlines())).splitlines()[-1])
+    found = json.loads(
+        devices8(
+            f"WORDS = {words!r}\n" + "\n".join(line[4:] for line in ON_MESHES.splitlines())
+        ).splitlines()[-1]
+    )
     for (given, says), err in zip(MESHES, found, strict=True):
         assert err.count("\n") == 1 and re.search(says, err), (given, err)
     assert list(tmp_path.iterdir()) == []

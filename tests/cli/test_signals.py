@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and pipes that nobody reads to their end: one line or none, the exit code of the shell, no run folder."""
+"""Ctrl-C, SIGTERM and pipes that nobody reads to their end: one line or none, the exit code of the
+shell, no run folder.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def interrupt():
     ],
     ids=["Ctrl-C", "SIGTERM"],
 )
-def test_a_verb_that_is_told_to_end_leaves_one_line(raised, code, said, monkeypatch, tmp_path, capsys):
+def test_a_verb_that_is_told_to_end_leaves_one_line(
+    raised, code, said, monkeypatch, tmp_path, capsys
+):
     before = signal.getsignal(signal.SIGTERM)
     assert ended(monkeypatch, tmp_path, capsys, raised) == (code, said)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -74,9 +78,14 @@ def wait_for(what=lambda: False):
 
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGINT, 130, "jaxmodel: interrupted\n"), (signal.SIGTERM, 143, "jaxmodel: terminated\n")],
+    [
+        (signal.SIGINT, 130, "jaxmodel: interrupted\n"),
+        (signal.SIGTERM, 143, "jaxmodel: terminated\n"),
+    ],
 )
-def test_a_signal_in_a_callback_of_the_collector_is_not_forgotten(number, code, said, monkeypatch, tmp_path, capsys):
+def test_a_signal_in_a_callback_of_the_collector_is_not_forgotten(
+    number, code, said, monkeypatch, tmp_path, capsys
+):
     def work():
         dropped(number)
         wait_for()
@@ -87,7 +96,9 @@ def test_a_signal_in_a_callback_of_the_collector_is_not_forgotten(number, code, 
 
 
 def test_training_that_begins_meanwhile_hears_it(monkeypatch, tmp_path, capsys):
-    """The handler of `train` takes over between the signal and its repetition, and then saves and stops."""
+    """The handler of `train` takes over between the signal and its repetition, and then saves and
+    stops.
+    """
     stopped = []
 
     def work():
@@ -106,6 +117,10 @@ def test_a_pipe_that_nobody_reads_is_no_error(more, tmp_path):
     ours, theirs = os.pipe()
     os.close(ours)
     command = [sys.executable, "-m", "jaxmodel", "models", *more]
-    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        command, stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False
+    )
     os.close(theirs)
-    assert done.returncode == 141 and "Error" not in done.stderr and "jaxmodel: " not in done.stderr, done.stderr
+    assert (
+        done.returncode == 141 and "Error" not in done.stderr and "jaxmodel: " not in done.stderr
+    ), done.stderr

@@ -25,7 +25,9 @@ def bundle(tmp_path_factory):
 
 
 def at_a_terminal(folder, *words):
-    """The exit code, and what a command writes where standard output and standard error are a terminal."""
+    """The exit code, and what a command writes where standard output and standard error are a
+    terminal.
+    """
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "jaxmodel", *map(str, words)]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder)
@@ -44,16 +46,25 @@ def at_a_terminal(folder, *words):
 
 
 def test_a_text_is_written_once_as_it_comes(bundle, tmp_path):
-    code, written = at_a_terminal(tmp_path, "generate", bundle, "--prompt", "aab", "--max-new-tokens", 12)
+    code, written = at_a_terminal(
+        tmp_path, "generate", bundle, "--prompt", "aab", "--max-new-tokens", 12
+    )
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     text = jaxmodel.generate(hub.from_pretrained(bundle), "aab", max_new_tokens=12)
-    assert code == 0 and shown.count(jaxmodel.errors.printable(f"aab{text}\n12 tokens, ")) == 1, written
+    assert code == 0 and shown.count(jaxmodel.errors.printable(f"aab{text}\n12 tokens, ")) == 1, (
+        written
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(("--promt", "aab"), "--promt is unknown; nearest --prompt"), ((), "Missing from jaxmodel generate: --prompt TEXT")],
+    [
+        (("--promt", "aab"), "--promt is unknown; nearest --prompt"),
+        ((), "Missing from jaxmodel generate: --prompt TEXT"),
+    ],
 )
 def test_an_error_is_one_plain_line(words, said, bundle, tmp_path):
     code, written = at_a_terminal(tmp_path, "generate", bundle, *words)
-    assert code == 2 and written.count("\n") == 1 and "\x1b" not in written and said in written, written
+    assert code == 2 and written.count("\n") == 1 and "\x1b" not in written and said in written, (
+        written
+    )

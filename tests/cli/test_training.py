@@ -1,4 +1,6 @@
-"""`jaxmodel train`, `resume`, `replay`: what a run leaves is all that it takes to go on with it or to compute a step again."""
+"""`jaxmodel train`, `resume`, `replay`: what a run leaves is all that it takes to go on with it or
+to compute a step again.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,78 @@ from jaxmodel.cli.options import Replay, Train, defaults
 from jaxmodel.report.training import page as page_of, read_rows
 from tests.cli.conftest import run
 
-SIZES = ["--width", 16, "--depth", 2, "--heads", 2, "--context", 16, "--batch", 4, "--vocab", 260, "--eval-batches", 2]
+SIZES = [
+    "--width",
+    16,
+    "--depth",
+    2,
+    "--heads",
+    2,
+    "--context",
+    16,
+    "--batch",
+    4,
+    "--vocab",
+    260,
+    "--eval-batches",
+    2,
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     room = tmp_path_factory.mktemp("runs")
-    (room / "a.txt").write_text("\n\n".join(f"{i} is less than {i + 1} and more than {i - 1}." for i in range(300)))
-    rows = [json.dumps({"text": f"twice {i} is {2 * i}, and three times {i} is {3 * i}."}) for i in range(300)]
+    (room / "a.txt").write_text(
+        "\n\n".join(f"{i} is less than {i + 1} and more than {i - 1}." for i in range(300))
+    )
+    rows = [
+        json.dumps({"text": f"twice {i} is {2 * i}, and three times {i} is {3 * i}."})
+        for i in range(300)
+    ]
     (room / "b.jsonl").write_text("\n".join(rows))
     return room
 
 
 def options(room):
-    mixed = ["--data", room / "a.txt", room / "b.jsonl", "--weights", 3, 1, "--pack", "--augment", "token_dropout(0, rate=0.1)"]
-    often = ["--steps", 12, "--save-every", 4, "--log-every", 1, "--accumulate", 2, "--average", 0.9, "--sample", "1 is"]
+    mixed = [
+        "--data",
+        room / "a.txt",
+        room / "b.jsonl",
+        "--weights",
+        3,
+        1,
+        "--pack",
+        "--augment",
+        "token_dropout(0, rate=0.1)",
+    ]
+    often = [
+        "--steps",
+        12,
+        "--save-every",
+        4,
+        "--log-every",
+        1,
+        "--accumulate",
+        2,
+        "--average",
+        0.9,
+        "--sample",
+        "1 is",
+    ]
     return ["train", *SIZES, *mixed, *often, "--heldout", room / "a.txt"]
 
 
 @pytest.fixture(scope="module")
 def trained(folder):
     with pytest.raises(SystemExit) as end:
-        more = ("--runs", folder / "good", "--profile", "--tensorboard", "--json", folder / "trained.json")
+        more = (
+            "--runs",
+            folder / "good",
+            "--profile",
+            "--tensorboard",
+            "--json",
+            folder / "trained.json",
+        )
         main([str(arg) for arg in (*options(folder), *more)])
     assert end.value.code == 0
     (place,) = (folder / "good").glob("*-train")
@@ -48,11 +100,25 @@ def trained(folder):
 
 def test_what_a_run_leaves(trained, sound_page):
     place, result = trained
-    assert [row["step"] for row in result["history"]] == list(range(1, 13)) and result["steps"] == 12
-    assert [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] == result["history"]
-    assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "data_wait", "bad"} < set(result["history"][0])
+    assert [row["step"] for row in result["history"]] == list(range(1, 13)) and result[
+        "steps"
+    ] == 12
+    assert [
+        json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()
+    ] == result["history"]
+    assert {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "mfu",
+        "data_wait",
+        "bad",
+    } < set(result["history"][0])
     page = sound_page(place / "report.html")
-    assert page.count("<svg") == 4 and "tokens per second" in page and "norm of the gradient" in page
+    assert (
+        page.count("<svg") == 4 and "tokens per second" in page and "norm of the gradient" in page
+    )
     drawn = ("loss", "learning_rate", "grad_norm", "speed")
     assert all((place / "plots" / f"{name}.png").stat().st_size > 5000 for name in drawn)
     assert list(place.glob("tensorboard/events*")) and list(place.glob("profile/**/*.xplane.pb"))
@@ -88,22 +154,40 @@ def test_replay_computes_a_step_again(trained, folder, capsys):
 
 
 def test_a_step_that_the_run_made_of_another_batch_is_refused(trained, folder, capsys):
-    """As after `--bad rewind`, where the checkpoint before the step is of the time before the run went back."""
+    """As after `--bad rewind`, where the checkpoint before the step is of the time before the run
+    went back.
+    """
     place, result = trained
     rewound = folder / "rewound" / place.name
     shutil.copytree(place, rewound)
     rows = [{**row, "data_step": row["step"] - 1 + (row["step"] > 5)} for row in result["history"]]
     (rewound / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, err = run(capsys, "replay", rewound, "--step", 7, "--runs", folder / "replays")
-    assert code == 2 and "made it of batch 7, but a replay from the checkpoint before comes to batch 6; " in err
+    assert (
+        code == 2
+        and "made it of batch 7, but a replay from the checkpoint before comes to batch 6; " in err
+    )
     assert "allowed: steps behind the checkpoint of step 8" in err
     code, found, _ = run(capsys, "replay", rewound, "--step", 5, "--runs", folder / "replays")
     assert code == 0 and found["same"] is True and found["data_step"] == 4
 
 
 def test_a_run_that_stopped_early_and_one_that_cannot_save_its_end(folder, capsys, monkeypatch):
-    more = ("--patience", 1, "--eval-every", 2, "--learning-rate", 0, "--save-every", 0, "--out", folder / "early")
-    code, result, _ = run(capsys, *options(folder), *more, "--depth", 1, "--accumulate", 1, "--runs", folder / "stops")
+    more = (
+        "--patience",
+        1,
+        "--eval-every",
+        2,
+        "--learning-rate",
+        0,
+        "--save-every",
+        0,
+        "--out",
+        folder / "early",
+    )
+    code, result, _ = run(
+        capsys, *options(folder), *more, "--depth", 1, "--accumulate", 1, "--runs", folder / "stops"
+    )
     assert code == 0 and result["steps"] == 4 and result["problem"] is None
     (place,) = (folder / "stops").iterdir()
     code, _, err = run(capsys, "replay", place, "--step", 5, "--runs", folder / "replays")
@@ -116,15 +200,35 @@ def test_a_run_that_stopped_early_and_one_that_cannot_save_its_end(folder, capsy
 
     monkeypatch.setattr(places, "write", full)
     code, again, err = run(capsys, "resume", place, "--runs", folder / "runs")
-    assert code == 2 and err.splitlines()[-1].startswith("jaxmodel: checkpoints: the last state could not be saved in "), err
-    assert again["fingerprint"] == result["fingerprint"] == json.loads((place / "report.json").read_text())["fingerprint"]
+    assert code == 2 and err.splitlines()[-1].startswith(
+        "jaxmodel: checkpoints: the last state could not be saved in "
+    ), err
+    assert (
+        again["fingerprint"]
+        == result["fingerprint"]
+        == json.loads((place / "report.json").read_text())["fingerprint"]
+    )
     assert hub.from_pretrained(folder / "early").model.config.width == 16
 
 
 def test_a_loss_that_is_not_finite_is_no_lack_of_rows():
     rows = [{"step": 6, "loss": None, "heldout_loss": None}]
-    result = {"stopped": False, "out": "there", "steps": 6, "history": rows, "loss": None, "heldout_loss": None, "problem": None}
-    result |= {"parameters": 1, "devices": 1, "mesh": {}, "tokens_per_second": 1.0, "ledger": {"goodput": 1.0}}
+    result = {
+        "stopped": False,
+        "out": "there",
+        "steps": 6,
+        "history": rows,
+        "loss": None,
+        "heldout_loss": None,
+        "problem": None,
+    }
+    result |= {
+        "parameters": 1,
+        "devices": 1,
+        "mesh": {},
+        "tokens_per_second": 1.0,
+        "ledger": {"goodput": 1.0},
+    }
     result["processor"] = "A, 2 cores, AVX2"
     console = Console(record=True, width=200)
     training.show(result, console)
@@ -135,12 +239,15 @@ def test_a_loss_that_is_not_finite_is_no_lack_of_rows():
 
 
 @pytest.mark.parametrize(
-    ("devices", "wanted"), [({"devices": 8}, [8]), ({"processes": 2, "devices_per_process": 3}, [6]), ({}, [])]
+    ("devices", "wanted"),
+    [({"devices": 8}, [8]), ({"processes": 2, "devices_per_process": 3}, [6]), ({}, [])],
 )
 def test_a_replay_has_the_devices_of_the_run(devices, wanted, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(sharding, "simulate_devices", asked.append)
-    made = report.start_run("train", {"verb": "train", **dataclasses.asdict(Train(**devices))}, tmp_path)
+    made = report.start_run(
+        "train", {"verb": "train", **dataclasses.asdict(Train(**devices))}, tmp_path
+    )
     training.prepare_replay(Replay(folder=str(made.folder), step=1))
     assert asked == wanted
 
@@ -149,7 +256,10 @@ def test_a_replay_has_the_devices_of_the_run(devices, wanted, tmp_path, monkeypa
     ("change", "said"),
     [
         (["--weights", 1, 2, 3], "--weights: 3 given for 2 texts of --data; allowed: one for each"),
-        (["--augment", "token_drop(0)"], "'token_drop' is not known; allowed: .*nearest: token_dropout"),
+        (
+            ["--augment", "token_drop(0)"],
+            "'token_drop' is not known; allowed: .*nearest: token_dropout",
+        ),
         (["--mesh", "data=*,tensor=*"], "mesh: 'data=\\*,tensor=\\*' is not readable"),
         (["--schedule", "linear"], "--schedule: 'linear' is not known; allowed: constant, "),
         (["--accumulate", 3], "accumulate: 3 micro-batches do not divide a batch of 4 rows"),
@@ -176,9 +286,13 @@ def test_an_ended_run_goes_on_with_more_steps_and_another_rate(trained, folder, 
     longer = folder / "longer" / place.name
     shutil.copytree(place, longer)
     code, again, said = run(capsys, "resume", longer, "--steps", 14, "--learning-rate", 0.001)
-    assert code == 0 and "steps was 12, is 14" in said and "learning_rate was 0.003, is 0.001" in said
+    assert (
+        code == 0 and "steps was 12, is 14" in said and "learning_rate was 0.003, is 0.001" in said
+    )
     assert [row["step"] for row in again["history"]] == list(range(1, 15)) and again["steps"] == 14
-    assert [row["loss"] for row in again["history"][:12]] == [row["loss"] for row in result["history"]]
+    assert [row["loss"] for row in again["history"][:12]] == [
+        row["loss"] for row in result["history"]
+    ]
     assert again["history"][13]["learning_rate"] < again["history"][12]["learning_rate"] < 0.001
     code, ended, said = run(capsys, "resume", longer)  # as it is now
     assert code == 0 and "has ended" in said and ended["fingerprint"] == again["fingerprint"]
@@ -209,7 +323,9 @@ def test_a_config_of_wrong_types_is_refused(change, said, trained, folder, capsy
     changed = folder / "types"
     changed.mkdir(exist_ok=True)
     shutil.copy(place / "versions.json", changed)
-    (changed / "config.json").write_text(json.dumps({**json.loads((place / "config.json").read_text()), **change}))
+    (changed / "config.json").write_text(
+        json.dumps({**json.loads((place / "config.json").read_text()), **change})
+    )
     code, _, err = run(capsys, "resume", changed, "--runs", folder / "runs")
     assert code == 2 and f"{changed}/config.json: " in err and said in err, err
 
@@ -237,7 +353,14 @@ def test_data_that_changed_is_refused(trained, folder, capsys):
 
 @pytest.mark.parametrize("verb", ["resume", "replay"])
 def test_no_run_folder(verb, tmp_path, capsys):
-    code, _, err = run(capsys, verb, tmp_path, *(["--step", 1] if verb == "replay" else []), "--runs", tmp_path / "runs")
+    code, _, err = run(
+        capsys,
+        verb,
+        tmp_path,
+        *(["--step", 1] if verb == "replay" else []),
+        "--runs",
+        tmp_path / "runs",
+    )
     assert code == 2 and "is no run folder" in err
 
 

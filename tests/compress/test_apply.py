@@ -27,12 +27,16 @@ def params():
 def test_named_recipes(family, recipe, params):
     small, report = compress.apply(compress.NAMED[recipe], params[family])
     assert list(tree.flatten(small)) == list(tree.flatten(params[family]))  # same paths
-    assert report.bytes_before == tree.nbytes(params[family]) and report.bytes_after == tree.nbytes(small)
+    assert report.bytes_before == tree.nbytes(params[family]) and report.bytes_after == tree.nbytes(
+        small
+    )
     assert sum(row["bytes_after"] for row in report.leaves) == report.bytes_after
     assert report.bits_per_weight == pytest.approx(8 * tree.nbytes(small) / tree.count(small))
     for row in report.leaves:
         leaf = tree.flatten(small)[row["path"]]
-        assert bool(row["method"]) == isinstance(leaf, QTensor | Sparse) == (row["relative_error"] > 0)
+        assert (
+            bool(row["method"]) == isinstance(leaf, QTensor | Sparse) == (row["relative_error"] > 0)
+        )
         assert row["bits_per_weight"] == pytest.approx(8 * tree.nbytes(leaf) / np.prod(leaf.shape))
     exact, near = (np.asarray(APPLY[family](p, TOKENS).logits) for p in (params[family], small))
     limit = {"int8": 0.05, "int8-weight": 0.03, "int4": 0.3, "sparse50-int8": 1.0}[recipe]
@@ -63,10 +67,13 @@ def test_a_recipe_of_the_wrong_rules_is_refused(params):
 @pytest.mark.parametrize("recipe", [None, "int8"])
 def test_observe_equals_hand_computed_statistics(recipe, params):
     """The inputs of the first layer's q and of the head can be computed without probes."""
-    model, tree_ = MODELS["llama"], params["llama"]
+    model = MODELS["llama"]
+    tree_ = params["llama"]
     if recipe:
         tree_ = compress.apply(compress.NAMED[recipe], tree_)[0]
-    stats = compress.observe(model, tree_, [TOKENS, TOKENS[:, ::-1]], statistics=("gram", "square", "histogram"))
+    stats = compress.observe(
+        model, tree_, [TOKENS, TOKENS[:, ::-1]], statistics=("gram", "square", "histogram")
+    )
     grams = []
     for tokens in (TOKENS, TOKENS[:, ::-1]):
         x, _ = model.parts.embed(tree_, {"tokens": tokens})
@@ -80,7 +87,10 @@ def test_observe_equals_hand_computed_statistics(recipe, params):
         np.testing.assert_allclose(found["square"][0], np.diag(sum(grams)), rtol=1e-4, atol=1e-3)
     assert all(np.all(found["count"] == 64) for path, found in stats.items() if path != "embed")
     assert float(stats["embed"]["taken"]) == 64 and float(stats["embed"]["count"]) == 0
-    assert all(np.all(found["histogram"].sum(-1) == found["count"] * found["square"].shape[-1]) for found in stats.values())
+    assert all(
+        np.all(found["histogram"].sum(-1) == found["count"] * found["square"].shape[-1])
+        for found in stats.values()
+    )
 
 
 def test_observe_some_paths(params):
@@ -119,6 +129,10 @@ def test_recipes_give_the_same_codes_on_a_mesh(devices8):
 def test_a_vector_takes_no_method():
     """Stacked over layers it looks like a matrix, and its layers would share scales."""
     params = {"blocks": {"0-1": {"norm": jnp.ones((2, 8)), "up": jnp.ones((2, 4, 8))}}}
-    with pytest.raises(InputError, match=r"'rtn\(bits=8\)' is given to 'blocks/0-1/norm' of shape \[8\]; methods take matrices"):
+    with pytest.raises(
+        InputError,
+        match=r"'rtn\(bits=8\)' is given to 'blocks/0-1/norm' of shape \[8\]; methods take "
+        r"matrices",
+    ):
         compress.apply([(".*", (compress.Rtn(8),))], params)
     compress.apply([(".*up", (compress.Rtn(8),)), (".*", ())], params)

@@ -52,7 +52,9 @@ def test_laws_of_every_chain(text):
 
 
 def test_every_method_is_in_a_chain():
-    assert {name for name in compress.methods() if any(name in text for text in CHAINS)} == set(compress.methods())
+    assert {name for name in compress.methods() if any(name in text for text in CHAINS)} == set(
+        compress.methods()
+    )
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -79,13 +81,17 @@ def test_rtn_scale_is_that_of_the_largest_weight():
 
 def test_rtn_of_a_row_of_zeros_is_zeros():
     assert not np.any(np.asarray(compress.Rtn(4, group=8)(jnp.zeros((2, 16))).decode()))
-    assert np.all(np.abs(np.asarray(compress.Rtn(4, symmetric=False)(jnp.zeros((2, 16))).decode())) < 1e-30)
+    assert np.all(
+        np.abs(np.asarray(compress.Rtn(4, symmetric=False)(jnp.zeros((2, 16))).decode())) < 1e-30
+    )
 
 
 def test_values_on_the_grid_are_exact():
     codes = np.random.default_rng(1).integers(-7, 8, (4, 32))
     codes[:, ::8] = 7
-    np.testing.assert_array_equal(compress.Rtn(4, group=8)(jnp.asarray(codes * 0.25, jnp.float32)).decode(), codes * 0.25)
+    np.testing.assert_array_equal(
+        compress.Rtn(4, group=8)(jnp.asarray(codes * 0.25, jnp.float32)).decode(), codes * 0.25
+    )
 
 
 @pytest.mark.parametrize("scope", ["row", "leaf"])
@@ -111,7 +117,9 @@ def test_no_pruning_is_the_identity():
     assert run("magnitude(0.0)") is WEIGHT
 
 
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.5, 1e-30]), min_size=1, max_size=30), st.data())
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.5, 1e-30]), min_size=1, max_size=30), st.data()
+)
 def test_largest_equals_a_stable_sort(scores, draws):
     count = draws.draw(st.integers(0, len(scores)))
     got = np.asarray(largest(jnp.asarray(scores, jnp.float32), count))
@@ -122,7 +130,9 @@ def test_largest_equals_a_stable_sort(scores, draws):
 def test_zeros_survive_rounding():
     pruned = compress.Magnitude(0.5)(WEIGHT)
     rounded = compress.Rtn(8)(pruned)
-    np.testing.assert_array_equal(np.asarray(rounded.decode()) == 0, np.asarray(pruned.decode()) == 0)
+    np.testing.assert_array_equal(
+        np.asarray(rounded.decode()) == 0, np.asarray(pruned.decode()) == 0
+    )
     expanded = rounded.expand()
     assert isinstance(expanded, leaves.QTensor)
     np.testing.assert_array_equal(expanded.decode(), rounded.decode())

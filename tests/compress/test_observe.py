@@ -1,4 +1,6 @@
-"""Statistics of whole models against a forward pass in plain NumPy, and their way to the leaves of a recipe."""
+"""Statistics of whole models against a forward pass in plain NumPy, and their way to the leaves of
+a recipe.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,23 @@ from jaxmodel.models import Model, Parts
 from jaxmodel.models.model import token_inputs
 from jaxmodel.ops.norms import on_last
 
-V, D, F, E, L = 16, 6, 8, 3, 5
+V = 16
+D = 6
+F = 8
+E = 3
+L = 5
 TOKENS = jax.random.randint(jax.random.key(1), (2, 7), 0, V)
 BATCHES = [TOKENS, TOKENS[:, ::-1]]
 STATISTICS = ("gram", "square", "histogram")
 
 
-# --------------------------------------------------------------- a model of experts and convolutions, and it in NumPy
+# --------------------------------------------- a model of experts and convolutions, and it in NumPy
 
 
 def normal(*shape: int, seed: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / shape[-1] ** 0.5, jnp.float32)
+    return jnp.asarray(
+        np.random.default_rng(seed).normal(size=shape) / shape[-1] ** 0.5, jnp.float32
+    )
 
 
 def init(key: jax.Array) -> tree.Params:
@@ -37,14 +45,20 @@ def init(key: jax.Array) -> tree.Params:
         "router": normal(L, E, D, seed=4),
         "experts": {"up": normal(L, E, F, D, seed=5), "down": normal(L, E, D, F, seed=6)},
     }
-    return {"embed": normal(V, D, seed=0), "blocks": {f"0-{L - 1}": block}, "head": normal(V, D, seed=1)}
+    return {
+        "embed": normal(V, D, seed=0),
+        "blocks": {f"0-{L - 1}": block},
+        "head": normal(V, D, seed=1),
+    }
 
 
 def block(p, x, context, cache=None, layer=0, rng=None, train=False):
     x = x + ops.conv(x[:, :, None], p["conv"], kernel=(3, 1))[:, :, 0] + on_last(p["bias"], 3)
     gate = jax.nn.softmax(ops.einsum("BTD,ED->BTE", x, p["router"]))
     routed = jnp.einsum("bte,btd->ebtd", gate, x, precision="highest").reshape(E, -1, D)
-    inner = 0.9 * jnp.tanh(ops.einsum("END,EFD->ENF", routed, p["experts"]["up"]))  # 1 would be the edge of a bin
+    inner = 0.9 * jnp.tanh(
+        ops.einsum("END,EFD->ENF", routed, p["experts"]["up"])
+    )  # 1 would be the edge of a bin
     y = ops.einsum("ENF,EDF->END", inner, p["experts"]["down"])
     return x + jnp.sum(y, axis=0).reshape(x.shape), cache, {}
 
@@ -72,8 +86,12 @@ MATRICES = ("conv", "router", "experts/up", "experts/down")
 
 def inputs_by_hand(tokens: jax.Array) -> dict[str, np.ndarray]:
     """What flows into each matrix `[..., rows, in]`, by layer path, in NumPy."""
-    at = {name: np.asarray(leaf, np.float64) for name, leaf in tree.flatten(PARAMS["blocks"][f"0-{L - 1}"]).items()}
-    x, found = np.asarray(PARAMS["embed"], np.float64)[np.asarray(tokens)], {}
+    at = {
+        name: np.asarray(leaf, np.float64)
+        for name, leaf in tree.flatten(PARAMS["blocks"][f"0-{L - 1}"]).items()
+    }
+    x = np.asarray(PARAMS["embed"], np.float64)[np.asarray(tokens)]
+    found = {}
     for i in range(L):
         padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
         patches = np.stack([padded[:, k : k + x.shape[1]] for k in range(3)], -1).reshape(-1, 3 * D)
@@ -97,10 +115,17 @@ def by_hand() -> dict[str, dict[str, np.ndarray]]:
             return {name: np.stack([one[name] for one in each]) for name in each[0]}
         edges = 2.0 ** (-24 + 0.5 * np.arange(65))
         counts = np.histogram(np.clip(np.abs(rows), edges[0], edges[-1] * (1 - 1e-9)), edges)[0]
-        return {"count": np.float64(len(rows)), "square": (rows**2).sum(0), "gram": rows.T @ rows, "histogram": counts}
+        return {
+            "count": np.float64(len(rows)),
+            "square": (rows**2).sum(0),
+            "gram": rows.T @ rows,
+            "histogram": counts,
+        }
 
     every = [inputs_by_hand(tokens) for tokens in BATCHES]
-    return {path: of(np.concatenate([inputs[path] for inputs in every], axis=-2)) for path in every[0]}
+    return {
+        path: of(np.concatenate([inputs[path] for inputs in every], axis=-2)) for path in every[0]
+    }
 
 
 WANT = by_hand()
@@ -109,7 +134,10 @@ WANT = by_hand()
 def segmented(*starts: int) -> tree.Params:
     """The params with segments that start at these layers."""
     layers = {layer: layer for path in tree.flatten(PARAMS) for layer in tree.layer_paths(path)}
-    part = {layer: sum(int(layer.split("/")[1]) >= s for s in starts) if "/" in layer else 0 for layer in layers}
+    part = {
+        layer: sum(int(layer.split("/")[1]) >= s for s in starts) if "/" in layer else 0
+        for layer in layers
+    }
     return tree.split(PARAMS, part)
 
 
@@ -120,7 +148,9 @@ def close(got, want, **message) -> None:
 
 @pytest.mark.parametrize("starts", [(), (2,), (1, 2, 3, 4)], ids=["together", "two parts", "apart"])
 def test_every_matrix_of_every_expert_and_layer_is_measured(starts):
-    """Leaves `[L, E, out, in]`, `[E, out, in]`, `[L, out, in]` and `[out, in]`; no vectors, stacked (`[L, D]`) or not."""
+    """Leaves `[L, E, out, in]`, `[E, out, in]`, `[L, out, in]` and `[out, in]`; no vectors, stacked
+    (`[L, D]`) or not.
+    """
     stats = compress.observe(MODEL, segmented(*starts), BATCHES, statistics=STATISTICS)
     measured = {layer for path in stats for layer in tree.layer_paths(path)}
     assert measured == {*WANT, "embed"}
@@ -136,14 +166,26 @@ def test_every_matrix_of_every_expert_and_layer_is_measured(starts):
 
 def test_compressed_experts_are_measured_as_they_run():
     """Codes that stand for the same weights see the same inputs."""
-    grid = lambda path, leaf: jnp.round(leaf * 63) / 63 if path.split("/")[-1] in ("up", "down") else leaf
+    grid = lambda path, leaf: (
+        jnp.round(leaf * 63) / 63 if path.split("/")[-1] in ("up", "down") else leaf
+    )
     plain = tree.map_leaves(grid, PARAMS)
-    exact = lambda path, leaf: dataclasses.replace(Rtn(8)(leaf), scale=jnp.full((*leaf.shape[:-1], 1), 1 / 63))
+    exact = lambda path, leaf: dataclasses.replace(
+        Rtn(8)(leaf), scale=jnp.full((*leaf.shape[:-1], 1), 1 / 63)
+    )
     codes = lambda leaf: jnp.round(leaf * 63).astype(jnp.int8)
     coded = tree.map_leaves(
-        lambda path, leaf: dataclasses.replace(exact(path, leaf), packed=codes(leaf)) if "experts" in path else leaf, plain
+        lambda path, leaf: (
+            dataclasses.replace(exact(path, leaf), packed=codes(leaf))
+            if "experts" in path
+            else leaf
+        ),
+        plain,
     )
-    one, two = (compress.observe(MODEL, params, BATCHES, "blocks/.*", STATISTICS) for params in (plain, coded))
+    one, two = (
+        compress.observe(MODEL, params, BATCHES, "blocks/.*", STATISTICS)
+        for params in (plain, coded)
+    )
     assert list(one) == list(two)
     for path in one:
         close(two[path], one[path], err_msg=path)
@@ -154,12 +196,13 @@ def test_a_pattern_that_is_none():
         compress.observe(MODEL, PARAMS, BATCHES, paths="(")
 
 
-# ------------------------------------------------------------------------------- statistics by layer, in any segments
+# ------------------------------------------------------------- statistics by layer, in any segments
 
 
 @dataclasses.dataclass(frozen=True)
 class Norm(Rtn):
-    """Weights times the root of the `square` of their input: shows which statistics a leaf got. `bits` only tells chains apart.
+    """Weights times the root of the `square` of their input: shows which statistics a leaf got.
+    `bits` only tells chains apart.
 
     Derived from `Rtn`, so that it is not found as one more method.
     """
@@ -172,18 +215,32 @@ class Norm(Rtn):
 
 
 TOGETHER = [("blocks/.*/(conv|router|up|down)", (Norm(8),)), (".*", ())]
-IN_TWO = [("blocks/[01]/.*/?(conv|router|up|down)", (Norm(8),)), ("blocks/.*/(conv|router|up|down)", (Norm(4),)), (".*", ())]
+IN_TWO = [
+    ("blocks/[01]/.*/?(conv|router|up|down)", (Norm(8),)),
+    ("blocks/.*/(conv|router|up|down)", (Norm(4),)),
+    (".*", ()),
+]
 APART = [*((f"blocks/{i}/.*/?(conv|router|up|down)", (Norm(i + 1),)) for i in range(L)), (".*", ())]
-UNEQUAL = [("blocks/3/router", (Norm(3),)), ("blocks/.*/(conv|router|up|down)", (Norm(8),)), (".*", ())]
+UNEQUAL = [
+    ("blocks/3/router", (Norm(3),)),
+    ("blocks/.*/(conv|router|up|down)", (Norm(8),)),
+    (".*", ()),
+]
 
 
-@pytest.mark.parametrize("recipe", [TOGETHER, IN_TWO, APART, UNEQUAL], ids=["together", "two parts", "apart", "unequal"])
+@pytest.mark.parametrize(
+    "recipe", [TOGETHER, IN_TWO, APART, UNEQUAL], ids=["together", "two parts", "apart", "unequal"]
+)
 @pytest.mark.parametrize("given", [(), (3,)], ids=["params together", "params in two"])
 @pytest.mark.parametrize(
-    "seen", [(), (1,), (2, 4), (1, 2, 3, 4)], ids=["seen together", "seen 0|1-4", "seen 0-1|2-3|4", "seen apart"]
+    "seen",
+    [(), (1,), (2, 4), (1, 2, 3, 4)],
+    ids=["seen together", "seen 0|1-4", "seen 0-1|2-3|4", "seen apart"],
 )
 def test_each_layer_gets_its_own_statistics(seen, given, recipe):
-    """However the layers were stacked when they were measured, are stacked now, and are split by the recipe."""
+    """However the layers were stacked when they were measured, are stacked now, and are split by
+    the recipe.
+    """
     stats = compress.observe(MODEL, segmented(*seen), BATCHES, "blocks/.*")
     out, report = compress.apply(recipe, segmented(*given), stats)
     before, after = (tree.flatten(tree.unstack(params)) for params in (PARAMS, out))
@@ -198,10 +255,15 @@ def test_each_layer_gets_its_own_statistics(seen, given, recipe):
 
 
 def test_statistics_taken_some_layers_at_a_time_are_put_together():
-    parts = [compress.observe(MODEL, PARAMS, BATCHES, paths) for paths in ("blocks/[0-2]/.*", "blocks/[34]/.*")]
+    parts = [
+        compress.observe(MODEL, PARAMS, BATCHES, paths)
+        for paths in ("blocks/[0-2]/.*", "blocks/[34]/.*")
+    ]
     assert not set(parts[0]) & set(parts[1])
     whole = compress.observe(MODEL, PARAMS, BATCHES, "blocks/.*")
-    one, two = (compress.apply(TOGETHER, PARAMS, stats)[0] for stats in ({**parts[0], **parts[1]}, whole))
+    one, two = (
+        compress.apply(TOGETHER, PARAMS, stats)[0] for stats in ({**parts[0], **parts[1]}, whole)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, two)
 
 
@@ -209,7 +271,9 @@ def test_layers_without_statistics_are_not_given_those_of_others():
     stats = compress.observe(MODEL, PARAMS, BATCHES, "blocks/[12]/router")
     with pytest.raises(InputError, match="norm: needs the statistic"):
         compress.apply([("blocks/.*/router", (Norm(),)), (".*", ())], PARAMS, stats)
-    with pytest.raises(InputError, match="norm: needs the statistic"):  # also where the first layer has some
+    with pytest.raises(
+        InputError, match="norm: needs the statistic"
+    ):  # also where the first layer has some
         compress.apply([("blocks/[1-3]/router", (Norm(),)), (".*", ())], PARAMS, stats)
     out, _ = compress.apply([("blocks/[12]/router", (Norm(),)), (".*", ())], PARAMS, stats)
     for i, leaf in enumerate(out["blocks"][f"0-{L - 1}"]["router"]):
@@ -221,25 +285,39 @@ def test_layers_with_other_statistics_are_leaves_of_their_own():
     """So that nothing is stacked that is not there for all."""
     first = compress.observe(MODEL, PARAMS, BATCHES, "blocks/0/router", ("square", "gram"))
     rest = compress.observe(MODEL, PARAMS, BATCHES, "blocks/[1-4]/router", ("square",))
-    out, report = compress.apply([("blocks/.*/router", (Norm(),)), (".*", ())], PARAMS, {**first, **rest})
-    assert [row["path"] for row in report.leaves if row["method"]] == ["blocks/0/router", "blocks/1-4/router"]
+    out, report = compress.apply(
+        [("blocks/.*/router", (Norm(),)), (".*", ())], PARAMS, {**first, **rest}
+    )
+    assert [row["path"] for row in report.leaves if row["method"]] == [
+        "blocks/0/router",
+        "blocks/1-4/router",
+    ]
     for i, leaf in enumerate(out["blocks"][f"0-{L - 1}"]["router"]):
-        np.testing.assert_allclose(leaf, np.asarray(ROUTERS[i]) * np.sqrt(WANT[f"blocks/{i}/router"]["square"]), rtol=1e-4)
+        np.testing.assert_allclose(
+            leaf, np.asarray(ROUTERS[i]) * np.sqrt(WANT[f"blocks/{i}/router"]["square"]), rtol=1e-4
+        )
 
 
 def test_statistics_of_a_leaf_that_is_not_there():
     stats = {"blocks/0-4/routr": {"square": jnp.ones((L, D))}}
-    with pytest.raises(InputError, match="stats: 'blocks/0-4/routr' is not a leaf of these params; nearest: blocks/0/router"):
+    with pytest.raises(
+        InputError,
+        match="stats: 'blocks/0-4/routr' is not a leaf of these params; nearest: blocks/0/router",
+    ):
         compress.apply(TOGETHER, PARAMS, stats)
 
 
-# --------------------------------------------------------------------------------------------------- leaves of any rank
+# ------------------------------------------------------------------------------- leaves of any rank
 
 
-@pytest.mark.parametrize("chain", ["rtn(bits=4, group=8)", "magnitude(0.5) | rtn(bits=8)", "magnitude(pattern=(1, 2))"])
+@pytest.mark.parametrize(
+    "chain", ["rtn(bits=4, group=8)", "magnitude(0.5) | rtn(bits=8)", "magnitude(pattern=(1, 2))"]
+)
 @pytest.mark.parametrize("shape", [(6, 16), (3, 6, 16), (2, 3, 6, 16), (2, 2, 3, 6, 16)], ids=str)
 def test_the_report_of_a_leaf_of_any_rank(shape, chain):
-    """Leading axes change nothing: each matrix as it would be alone, and the numbers of all of them."""
+    """Leading axes change nothing: each matrix as it would be alone, and the numbers of all of
+    them.
+    """
     weight = normal(*shape, seed=7)
     out, report = compress.apply([(".*", chain)], {"w": weight})
     (row,) = report.leaves
@@ -248,13 +326,24 @@ def test_the_report_of_a_leaf_of_any_rank(shape, chain):
         alone = compress.apply([(".*", chain)], {"w": weight[at]})[0]["w"]
         np.testing.assert_array_equal(now[at], alone.decode())
     was = np.asarray(weight, np.float64)
-    assert row["relative_error"] == pytest.approx(np.sqrt(((was - now) ** 2).sum() / (was**2).sum()), rel=1e-5)
+    assert row["relative_error"] == pytest.approx(
+        np.sqrt(((was - now) ** 2).sum() / (was**2).sum()), rel=1e-5
+    )
     assert row["shape"] == list(shape) and out["w"].shape == shape
-    assert row["bits_per_weight"] == pytest.approx(8 * tree.nbytes(out["w"]) / was.size) == report.bits_per_weight
+    assert (
+        row["bits_per_weight"]
+        == pytest.approx(8 * tree.nbytes(out["w"]) / was.size)
+        == report.bits_per_weight
+    )
 
 
 def test_the_report_of_vectors_and_scalars():
-    _, report = compress.apply([(".*", ())], {"gain": jnp.ones(()), "blocks": {"0-1": {"norm": jnp.ones((2, 3))}}})
-    shapes = [(row["shape"], row["layers"], row["bits_per_weight"], row["relative_error"]) for row in report.leaves]
+    _, report = compress.apply(
+        [(".*", ())], {"gain": jnp.ones(()), "blocks": {"0-1": {"norm": jnp.ones((2, 3))}}}
+    )
+    shapes = [
+        (row["shape"], row["layers"], row["bits_per_weight"], row["relative_error"])
+        for row in report.leaves
+    ]
     assert shapes == [([], 1, 32.0, 0.0), ([3], 2, 32.0, 0.0)]
     assert compress.apply([(".*", ())], {"none": jnp.ones((0, 3))})[1].bits_per_weight == 0

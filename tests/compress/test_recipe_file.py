@@ -1,4 +1,6 @@
-"""Recipes in files: the same leaves as by the recipe in Python, again from the bundle's card, and one line for what is wrong."""
+"""Recipes in files: the same leaves as by the recipe in Python, again from the bundle's card, and
+one line for what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ rules:
 compute: float16
 name: mixed
 """
-RULES = [("blocks/0/.*/(up|down)", "magnitude(0.5) | rtn(bits=8)"), (tree.optional("nowhere"), "rtn(bits=2)")]
+RULES = [
+    ("blocks/0/.*/(up|down)", "magnitude(0.5) | rtn(bits=8)"),
+    (tree.optional("nowhere"), "rtn(bits=2)"),
+]
 RULES += [("blocks/.*/up", "rtn(bits=6)"), ("embed", "")]
 IN_PYTHON = Recipe((*RULES, *compress.NAMED["int4"].rules), "float16", "mixed")
 
@@ -43,7 +48,11 @@ def write(folder, name, text):
 @pytest.mark.parametrize("name", ["a.yaml", "a.yml", "a.YAML", "a.json"])
 def test_a_file_says_what_python_says(name, bundle, tmp_path):
     as_json = {"base": "int4", "rules": {f"?{p}" if p == "nowhere" else p: c for p, c in RULES}}
-    text = json.dumps(as_json | {"compute": "float16", "name": "mixed"}) if name.endswith("json") else YAML
+    text = (
+        json.dumps(as_json | {"compute": "float16", "name": "mixed"})
+        if name.endswith("json")
+        else YAML
+    )
     recipe = compress.read_recipe(write(tmp_path, name, text))
     assert recipe == IN_PYTHON
     mine, wanted = (compress.apply(one, bundle.params)[0] for one in (recipe, IN_PYTHON))
@@ -67,19 +76,29 @@ def test_what_the_card_says_is_the_recipe_again(recipe):
     again = from_record(said)
     assert again == recipe and to_record(again) == said
     kinds = [[type(part) for part in rule] for rule in recipe.rules]
-    assert [[type(part) for part in rule] for rule in again.rules] == kinds  # what is optional stays so
+    assert [
+        [type(part) for part in rule] for rule in again.rules
+    ] == kinds  # what is optional stays so
 
 
 def test_a_bundle_is_a_recipe(bundle, tmp_path):
     smaller, _ = compress.compress_bundle(bundle, IN_PYTHON)
     smaller.save_pretrained(tmp_path / "small")
     again, _ = compress.compress_bundle(bundle, compress.read_recipe(tmp_path / "small"))
-    assert tree.fingerprint(again.params) == tree.fingerprint(smaller.params) and again.card == smaller.card
+    assert (
+        tree.fingerprint(again.params) == tree.fingerprint(smaller.params)
+        and again.card == smaller.card
+    )
     named, _ = compress.compress_bundle(bundle, compress.named("int4"))
     named.save_pretrained(tmp_path / "named")
-    assert named.card["recipe"] == "int4" and compress.read_recipe(tmp_path / "named") == compress.NAMED["int4"]
+    assert (
+        named.card["recipe"] == "int4"
+        and compress.read_recipe(tmp_path / "named") == compress.NAMED["int4"]
+    )
     bundle.save_pretrained(tmp_path / "plain")
-    with pytest.raises(InputError, match="was made by none; allowed: one that `compress` made, or a file"):
+    with pytest.raises(
+        InputError, match="was made by none; allowed: one that `compress` made, or a file"
+    ):
         compress.read_recipe(tmp_path / "plain")
 
 
@@ -95,7 +114,10 @@ def test_a_bundle_is_a_recipe(bundle, tmp_path):
         ("rules: [a]", r'rules is \["a"\]; allowed: an object'),
         ("rules: {'(a': rtn(4)}", r"the rule '\(a' is not a regular expression"),
         ("rules:\n  a: rtn(4)\n  a: rtn(5)", "line 3: the key 'a' stands there twice"),
-        ("rule: {a: rtn(4)}", "'rule' is not known; allowed: base, compute, name, rules .nearest: rules"),
+        (
+            "rule: {a: rtn(4)}",
+            "'rule' is not known; allowed: base, compute, name, rules .nearest: rules",
+        ),
         ("base: int4\ncompute: int7", "'int7' given|int7"),
         ("", "its content is null; allowed: an object"),
         ("{}", "neither base nor rules is there"),
@@ -105,7 +127,10 @@ def test_a_bundle_is_a_recipe(bundle, tmp_path):
         ("base: int4\n\tname: x", "not YAML: .* in line 2"),
         ("base: &x int4", "line 1 has an anchor or an alias; allowed: plain YAML"),
         ("base: *x", "line 1 has an anchor or an alias"),
-        ("base: !!python/object/apply:os.system [true]", "not YAML: could not determine a constructor"),
+        (
+            "base: !!python/object/apply:os.system [true]",
+            "not YAML: could not determine a constructor",
+        ),
         ("a: " + "[" * 30 + "]" * 30, "nested too deeply"),
         ("a: " + "9" * 5000, "not YAML|not known"),
         ("--- {base: int4}\n--- {base: int8}", "not YAML: but found another document"),
@@ -122,6 +147,10 @@ def test_what_is_wrong_is_one_line_with_the_file(text, says, tmp_path):
 
 def test_what_is_no_file(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"base: \xe9")
-    for name, says in {"no.yaml": "there is no file", "no.json": "'no.json' is missing", "latin.yaml": "not YAML"}.items():
+    for name, says in {
+        "no.yaml": "there is no file",
+        "no.json": "'no.json' is missing",
+        "latin.yaml": "not YAML",
+    }.items():
         with pytest.raises(InputError, match=says):
             compress.read_recipe(tmp_path / name)

@@ -25,7 +25,7 @@ def bundle() -> Bundle:
     return Bundle(MODEL, jax.jit(MODEL.init)(jax.random.key(0)), None, {"name": "tiny"})
 
 
-# ------------------------------------------------------------------------------------------------- what a recipe says
+# ------------------------------------------------------------------------------- what a recipe says
 
 
 def test_named_takes_names_and_chains():
@@ -33,14 +33,19 @@ def test_named_takes_names_and_chains():
     assert all(recipe.name == name for name, recipe in compress.NAMED.items())
     text = compress.named("rtn(bits=3)")
     assert text.rules[-1][1] == (Rtn(3),) and text.compute is None and text.name == "rtn(bits=3)"
-    with pytest.raises(InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4"):
+    with pytest.raises(
+        InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4"
+    ):
         compress.named("int5")
 
 
 def test_where_all_contractions_are_int8_the_rest_is_bfloat16():
     for recipe in compress.NAMED.values():
         assert (recipe.compute == "bfloat16") == ("activations='int8'" in recipe.texts()[0][1])
-    assert [name for name, recipe in compress.NAMED.items() if recipe.compute] == ["int8", "sparse50-int8"]
+    assert [name for name, recipe in compress.NAMED.items() if recipe.compute] == [
+        "int8",
+        "sparse50-int8",
+    ]
 
 
 @pytest.mark.parametrize("name", compress.NAMED)
@@ -51,14 +56,21 @@ def test_a_bundle_is_what_its_recipe_says(name, bundle):
     assert tree.fingerprint(smaller.params) == tree.fingerprint(params) and report == alone
     assert smaller.model.policy.compute == (recipe.compute or "float32")
     assert smaller.model is recipe.adapt(bundle.model)
-    assert smaller.card == {"name": "tiny", "recipe": name, "bits_per_weight": report.bits_per_weight}
+    assert smaller.card == {
+        "name": "tiny",
+        "recipe": name,
+        "bits_per_weight": report.bits_per_weight,
+    }
 
 
 def test_the_dtype_does_not_hang_on_a_name(bundle):
     """The same rules under another name, or none, compute as they say and not as a name does."""
     rules = compress.NAMED["int8"].rules
     mine, _ = compress.compress_bundle(bundle, Recipe(rules, compute="float16", name="int8"))
-    assert (mine.model.policy.compute, mine.card["recipe"]) == ("float16", {"base": "int8", "compute": "float16"})
+    assert (mine.model.policy.compute, mine.card["recipe"]) == (
+        "float16",
+        {"base": "int8", "compute": "float16"},
+    )
     bare, _ = compress.compress_bundle(bundle, rules)
     assert bare.model is bundle.model
     called, _ = compress.compress_bundle(bundle, rules, "mine")
@@ -72,7 +84,9 @@ def test_adapt_changes_nothing_else_of_the_policy(bundle):
 
 
 def test_without_a_name_the_card_says_the_rules(bundle):
-    smaller, _ = compress.compress_bundle(bundle, [("embed", "rtn(4)"), (".*/up", (Magnitude(0.5), Rtn(8))), (".*", ())])
+    smaller, _ = compress.compress_bundle(
+        bundle, [("embed", "rtn(4)"), (".*/up", (Magnitude(0.5), Rtn(8))), (".*", ())]
+    )
     want = {"embed": "rtn(bits=4)", ".*/up": "magnitude(fraction=0.5) | rtn(bits=8)", ".*": ""}
     assert json.loads(json.dumps(smaller.card["recipe"])) == {"rules": want}
 
@@ -81,7 +95,12 @@ def test_rules_alone_and_texts_are_recipes():
     """A `Recipe`, its rules, and chains as tuples, lists or text all do the same."""
     chain = (Magnitude(0.5), Rtn(8))
     recipe = Recipe((("w", chain),))
-    same = [recipe.rules, [("w", chain)], [("w", list(chain))], [("w", "magnitude(0.5) | rtn(bits=8)")]]
+    same = [
+        recipe.rules,
+        [("w", chain)],
+        [("w", list(chain))],
+        [("w", "magnitude(0.5) | rtn(bits=8)")],
+    ]
     want = tree.fingerprint(compress.apply(recipe, WEIGHT)[0])
     for rules in same:
         assert Recipe(rules) == recipe and hash(Recipe(rules)) == hash(recipe)
@@ -95,7 +114,7 @@ def test_an_optional_pattern_stays_optional():
     assert compress.apply(Recipe(rules), WEIGHT)[0]["w"] is WEIGHT["w"]
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 # not in the test's process: there beartype refuses what is of another type than the annotation says
 MISTAKES = """
@@ -113,7 +132,10 @@ MISTAKES = """
 
 
 def test_what_is_no_list_of_rules_is_refused_in_one_line(devices8):
-    allowed = "allowed: a Recipe, or a list of pairs (pattern, chain); compress.named finds one by its name"
+    allowed = (
+        "allowed: a Recipe, or a list of pairs (pattern, chain); compress.named finds one "
+        "by its name"
+    )
     method = "Rtn(bits=8, group=None, symmetric=True, activations=None, scale_dtype=None)"
     given = ["'int8'", f"{{'w': ({method},)}}", "None", method]
     pairs = ["'w'", "('w', (), 3)", "(3, ())"]
@@ -133,29 +155,47 @@ ALLOWED = r"allowed: a tuple of methods, or text such as 'magnitude\(0.5\) \| rt
         ([("w", Rtn)], rf"recipe: the rule 'w' gives <class .*Rtn'>, which is no chain; {ALLOWED}"),
         ([("w", None)], rf"recipe: the rule 'w' gives None, which is no chain; {ALLOWED}"),
         ([("w", 8)], rf"recipe: the rule 'w' gives 8, which is no chain; {ALLOWED}"),
-        ([("w", (Rtn(8), "rtn()"))], rf"recipe: the rule 'w' gives a chain with 'rtn\(\)', which is no method; {ALLOWED}"),
-        ([("w", (Magnitude,))], rf"recipe: the rule 'w' gives a chain with <class .*Magnitude'>, which is no method; {ALLOWED}"),
+        (
+            [("w", (Rtn(8), "rtn()"))],
+            rf"recipe: the rule 'w' gives a chain with 'rtn\(\)', which is no method; {ALLOWED}",
+        ),
+        (
+            [("w", (Magnitude,))],
+            rf"recipe: the rule 'w' gives a chain with <class .*Magnitude'>, which is no method; "
+            rf"{ALLOWED}",
+        ),
         ([("w", ((Rtn(8),),))], r"gives a chain with \(Rtn\(.*\),\), which is no method"),
-        ([("w", "rtm(4)")], r"recipe: the rule 'w': method: 'rtm' is not known; allowed: .*nearest: rtn"),
+        (
+            [("w", "rtm(4)")],
+            r"recipe: the rule 'w': method: 'rtm' is not known; allowed: .*nearest: rtn",
+        ),
         ([("w", "rtn(4")], r"recipe: the rule 'w': method: 'rtn\(4' is not readable"),
         ([("w", "rtn(bits=9)")], r"recipe: the rule 'w': rtn: bits is 9; allowed: 1 to 8"),
         ([("x", Rtn(8)), ("w", ())], r"the rule 'x' gives the method"),
     ],
 )
 def test_what_is_no_chain_is_refused_in_one_line(recipe, says, bundle):
-    for use in (Recipe, lambda recipe: compress.apply(recipe, WEIGHT), lambda recipe: compress.compress_bundle(bundle, recipe)):
+    for use in (
+        Recipe,
+        lambda recipe: compress.apply(recipe, WEIGHT),
+        lambda recipe: compress.compress_bundle(bundle, recipe),
+    ):
         with pytest.raises(InputError, match=says) as error:
             use(recipe)
         assert "\n" not in str(error.value)
 
 
 def test_a_dtype_that_there_is_not():
-    with pytest.raises(InputError, match="compute: 'int8' is not known; allowed: bfloat16, float16, float32"):
+    with pytest.raises(
+        InputError, match="compute: 'int8' is not known; allowed: bfloat16, float16, float32"
+    ):
         Recipe((), compute="int8")
 
 
 def test_encoders_and_cross_attention_get_smaller_too():
-    """A T5: the encoder's branch, the keys and values of the memory, the table; norms stay as they are."""
+    """A T5: the encoder's branch, the keys and values of the memory, the table; norms stay as they
+    are.
+    """
     model = t5.model(t5.SIZES["tiny"])
     params = jax.jit(model.init)(jax.random.key(0))
     smaller, _ = compress.apply(compress.named("int8-weight"), params)

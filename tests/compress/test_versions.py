@@ -23,14 +23,21 @@ def bundle():
 
 def test_each_is_what_its_name_says(bundle):
     made = {name: make() for name, make in compress.versions(bundle).items()}
-    assert tuple(made) == VERSIONS == ("f32", "bf16", "int8", "int8-weight", "int4", "sparse50-int8")
+    assert (
+        tuple(made) == VERSIONS == ("f32", "bf16", "int8", "int8-weight", "int4", "sparse50-int8")
+    )
     assert made["f32"].params is bundle.params and made["f32"] is not bundle
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made["bf16"].params)} == {"bfloat16"}
     assert made["bf16"].model.policy.compute == "bfloat16"
     for name in compress.NAMED:
         whole = compress.compress_bundle(bundle, compress.NAMED[name])[0]
-        assert tree.fingerprint(made[name].params) == tree.fingerprint(whole.params) and made[name].card == whole.card
-        assert any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(made[name].params).values())
+        assert (
+            tree.fingerprint(made[name].params) == tree.fingerprint(whole.params)
+            and made[name].card == whole.card
+        )
+        assert any(
+            isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(made[name].params).values()
+        )
 
 
 def test_nothing_is_made_before_it_is_asked_for(bundle, monkeypatch):
@@ -43,5 +50,7 @@ def test_what_cannot_be_compared(bundle):
     with pytest.raises(InputError, match="names: 'int5' is not known; allowed: bf16, f32"):
         compress.versions(bundle, ("int5",))
     small = compress.versions(bundle)["int8"]()
-    with pytest.raises(InputError, match="model: 'tiny' is compressed already; plain weights are needed"):
+    with pytest.raises(
+        InputError, match="model: 'tiny' is compressed already; plain weights are needed"
+    ):
         compress.versions(small)

@@ -1,4 +1,5 @@
-"""The members that the laws are about: every size whose name begins with `tiny`, of every file in jaxmodel/models.
+"""The members that the laws are about: every size whose name begins with `tiny`, of every file in
+jaxmodel/models.
 
 And of one family from outside of the package, which docs/how_to/own_model.md declares.
 """
@@ -35,14 +36,17 @@ def declare_family_of_page() -> int:
 
 
 LINES_OF_PAGE = declare_family_of_page()
-B, T = 3, 8
+B = 3
+T = 8
 TINY = [name for name in sizes() if name.split("/")[1].startswith("tiny")]
 KINDS = [
     *(name for name in TINY if name.endswith("/tiny")),
     *("clip/tiny-siglip", "connected/tiny-groups", "llama/tiny-sparse"),
     *("resnet/tiny-group", "rnn/tiny-gru", "vit/tiny-attention"),
 ]
-"""For laws about what all members share: one of each family, and those whose layers are of another kind than that one's."""
+"""For laws about what all members share: one of each family, and those whose layers are of another
+kind than that one's.
+"""
 
 
 def is_decoder(name: str) -> bool:
@@ -57,14 +61,19 @@ def example(model: Model, batch: int, length: int, seed: int = 0) -> dict[str, j
 
     def one(a: jax.ShapeDtypeStruct) -> jax.Array:
         whole = jnp.issubdtype(a.dtype, jnp.integer)
-        return jnp.asarray(rng.integers(0, model.config.vocab, a.shape) if whole else rng.normal(size=a.shape), a.dtype)
+        return jnp.asarray(
+            rng.integers(0, model.config.vocab, a.shape) if whole else rng.normal(size=a.shape),
+            a.dtype,
+        )
 
     return {name: one(a) for name, a in model.inputs(batch, length).items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A member with parameters that are large everywhere, biases and norms too, and what is compiled once for all laws."""
+    """A member with parameters that are large everywhere, biases and norms too, and what is
+    compiled once for all laws.
+    """
 
     name: str
     module: Any
@@ -99,9 +108,14 @@ class Case:
 
     @staticmethod
     def loss(model: Model, params: tree.Params, inputs: dict[str, jax.Array]) -> jax.Array:
-        """Cross entropy of some fixed classes in training, for whatever the last axis of the logits is."""
+        """Cross entropy of some fixed classes in training, for whatever the last axis of the logits
+        is.
+        """
         logits = model.apply(params, inputs, rng=jax.random.key(0), train=True).logits
-        classes = jnp.arange(logits[..., 0].size, dtype=jnp.int32).reshape(logits.shape[:-1]) % logits.shape[-1]
+        classes = (
+            jnp.arange(logits[..., 0].size, dtype=jnp.int32).reshape(logits.shape[:-1])
+            % logits.shape[-1]
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
 
     @functools.cached_property
@@ -116,7 +130,9 @@ class Case:
 
     @functools.cached_property
     def mixed(self) -> tree.Params:
-        """Every leaf of two axes or more, which only the operations may read: another kind in each layer, a table int8."""
+        """Every leaf of two axes or more, which only the operations may read: another kind in each
+        layer, a table int8.
+        """
 
         def compress(path: str, leaf: jax.Array) -> object:
             if leaf.ndim < 2:
@@ -157,15 +173,17 @@ COMPRESSED = (lambda w: quantise(w, 8), lambda w: quantise(w, 4, group=16), half
 def make_case(name: str) -> Case:
     module, config = sizes()[name]
     model = module.model(config)
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
     arrays = jax.tree.map(lambda a: (rng.normal(size=a.shape) * 0.2).astype(a.dtype), shapes)
     params = jax.tree.map(jnp.asarray, tree.map_leaves(meaningful, arrays))
     return Case(name, module, model, params, example(model, B, T))
 
 
 def meaningful(path: str, leaf: np.ndarray) -> np.ndarray:
-    """Variances must be above zero to mean anything; cosines of random vectors are small and much alike, so CLIP's scale makes
-    logits of the others' size of them."""
+    """Variances must be above zero to mean anything; cosines of random vectors are small and much
+    alike, so CLIP's scale makes logits of the others' size of them.
+    """
     if path.endswith("variance"):
         return np.abs(leaf) + leaf.dtype.type(0.5)
     return leaf + leaf.dtype.type(2) if path == "scale" else leaf
@@ -195,9 +213,13 @@ def decoder(member) -> Case:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All three are one fixture of the session, so that pytest runs the tests of a member, of all files, one after the other."""
+    """All three are one fixture of the session, so that pytest runs the tests of a member, of all
+    files, one after the other.
+    """
     if "member" in metafunc.fixturenames:
         decoders = [name for name in TINY if is_decoder(name)]
         lists = {"kind": KINDS, "decoder": decoders}
-        names = next((names for fixture, names in lists.items() if fixture in metafunc.fixturenames), TINY)
+        names = next(
+            (names for fixture, names in lists.items() if fixture in metafunc.fixturenames), TINY
+        )
         metafunc.parametrize("member", names, indirect=True, scope="session")

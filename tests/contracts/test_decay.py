@@ -1,4 +1,6 @@
-"""Which weights decay as the settings stand: matrices, in every family and in modules of others, and nothing else."""
+"""Which weights decay as the settings stand: matrices, in every family and in modules of others,
+and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class Linen(nn.Module):
 
 class Nnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.norm, self.out = nnx.LayerNorm(6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        self.norm = nnx.LayerNorm(6, rngs=rngs)
+        self.out = nnx.Linear(6, 3, rngs=rngs)
         self.query = nnx.MultiHeadAttention(2, 6, decode=False, rngs=rngs)
 
     def __call__(self, x):
@@ -44,21 +47,41 @@ def members() -> dict[str, models.Model]:
         if size.startswith("tiny")
     }
     adapted = adapt.with_adapters(gpt2.model(gpt2.SIZES["tiny"]))
-    return {**found, "linen": models.from_linen(Linen(), X), "nnx": models.from_nnx(Nnx, X), "lora": adapted}
+    return {
+        **found,
+        "linen": models.from_linen(Linen(), X),
+        "nnx": models.from_nnx(Nnx, X),
+        "lora": adapted,
+    }
 
 
 MEMBERS = members()
-VECTORS = ("bias", "scale", "weight_bias", "class", "cls", "mean", "variance", "var", "importance", "score")
+VECTORS = (
+    "bias",
+    "scale",
+    "weight_bias",
+    "class",
+    "cls",
+    "mean",
+    "variance",
+    "var",
+    "importance",
+    "score",
+)
 
 
 def decaying(optimizer, params: tree.Params) -> set[str]:
     """What moves where the gradient is zero."""
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, value=0.0)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, value=0.0
+    )
     return {path for path, u in tree.flatten(updates).items() if np.any(np.asarray(u) != 0)}
 
 
 def ones(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Two units for each axis, since how many there are is nothing to decay: few shapes, so few programs."""
+    """Two units for each axis, since how many there are is nothing to decay: few shapes, so few
+    programs.
+    """
     layers = leaf.ndim - len(tree.layer_shape(path, leaf))
     return jnp.ones((*leaf.shape[:layers], *(min(n, 2) for n in leaf.shape[layers:])), leaf.dtype)
 
@@ -70,7 +93,9 @@ def test_matrices_decay_and_nothing_else(name):
     if name == "lora":
         one = gpt2.model(gpt2.SIZES["tiny"])
         rules = [(".*/attn/q", adapt.LoRA(2)), (".*", None)]
-        shapes = jax.eval_shape(lambda key: adapt.lora(one, one.init(key), rules, key)[1], jax.random.key(0))
+        shapes = jax.eval_shape(
+            lambda key: adapt.lora(one, one.init(key), rules, key)[1], jax.random.key(0)
+        )
     params = tree.map_leaves(ones, tree.partition(shapes)[0])
     settings = {"schedule": "constant", "warmup": 0, "learning_rate": 0.1, "weight_decay": 0.5}
     for optimizer in (
@@ -79,18 +104,30 @@ def test_matrices_decay_and_nothing_else(name):
     ):
         found = decaying(optimizer, params)
         for path, leaf in tree.flatten(params).items():
-            last, above = path.split("/")[-1], (path.split("/")[-2:-1] or [""])[0].lower()
-            vector = len(tree.layer_shape(path, leaf)) < 2 or last in VECTORS or last.endswith("_bias") or "norm" in above
+            last = path.split("/")[-1]
+            above = (path.split("/")[-2:-1] or [""])[0].lower()
+            vector = (
+                len(tree.layer_shape(path, leaf)) < 2
+                or last in VECTORS
+                or last.endswith("_bias")
+                or "norm" in above
+            )
             assert (path in found) == (not vector), path
     apart = tree.unstack(params)
-    assert {layer for path in found for layer in tree.layer_paths(path)} == decaying(optimizer, apart)  # storage is not meaning
+    assert {layer for path in found for layer in tree.layer_paths(path)} == decaying(
+        optimizer, apart
+    )  # storage is not meaning
 
 
 def test_rules_still_say_otherwise():
     params = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    config = train.TrainConfig(optimizer="sgd", schedule="constant", warmup=0, decay=[("bias", True), (".*", False)])
+    config = train.TrainConfig(
+        optimizer="sgd", schedule="constant", warmup=0, decay=[("bias", True), (".*", False)]
+    )
     assert decaying(train.make_optimizer(config), params) == {"bias"}
-    everything = optim.optimizer("sgd", 0.1, weight_decay=1.0, mask=lambda p: jax.tree.map(lambda _: True, p))
+    everything = optim.optimizer(
+        "sgd", 0.1, weight_decay=1.0, mask=lambda p: jax.tree.map(lambda _: True, p)
+    )
     assert decaying(everything, params) == {"w", "bias"}
 
 

@@ -1,7 +1,9 @@
-"""What runs on one device runs on a mesh of eight and gives the same, for every family and every compressed leaf.
+"""What runs on one device runs on a mesh of eight and gives the same, for every family and every
+compressed leaf.
 
-The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here read how they went.
-By hand: `JAX_NUM_CPU_DEVICES=8 python tests/run_checks.py tests/contracts/test_devices.py check_meshes`.
+The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here
+read how they went. By hand: `JAX_NUM_CPU_DEVICES=8 python tests/run_checks.py
+tests/contracts/test_devices.py check_meshes`.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from jaxmodel.train.state import init_state, state_shardings
 from tests.contracts.conftest import LINES_OF_PAGE
 
 MESH = "fsdp=4,tensor=2"
-B, T = 8, 6
+B = 8
+T = 6
 
 
-# ---------------------------------------------------------------------------------------------------------- the helpers
+# -------------------------------------------------------------------------------------- the helpers
 
 
 @functools.cache
@@ -36,15 +39,20 @@ def build(family: str):
     """The model on one device, the one whose policy places activations, large parameters, inputs."""
     module = families()[family]
     config = module.SIZES["tiny"]
-    alone, placed = module.model(config), module.model(config, ops.Policy(axes=ops.MESH_AXES))
+    alone = module.model(config)
+    placed = module.model(config, ops.Policy(axes=ops.MESH_AXES))
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(alone.init, jax.random.key(0))
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.2, a.dtype), shapes)
-    params = tree.map_leaves(lambda path, a: jnp.abs(a) + 0.5 if path.endswith("variance") else a, params)
+    params = tree.map_leaves(
+        lambda path, a: jnp.abs(a) + 0.5 if path.endswith("variance") else a, params
+    )
     inputs = {}
     for name, a in alone.inputs(B, T).items():
         whole = jnp.issubdtype(a.dtype, jnp.integer)
-        inputs[name] = jnp.asarray(rng.integers(0, config.vocab, a.shape) if whole else rng.normal(size=a.shape), a.dtype)
+        inputs[name] = jnp.asarray(
+            rng.integers(0, config.vocab, a.shape) if whole else rng.normal(size=a.shape), a.dtype
+        )
     return alone, placed, params, inputs
 
 
@@ -64,7 +72,10 @@ def decodes(family: str) -> bool:
 
 def loss(model, params, inputs):
     logits = model.apply(params, inputs).logits
-    classes = jnp.arange(logits[..., 0].size, dtype=jnp.int32).reshape(logits.shape[:-1]) % logits.shape[-1]
+    classes = (
+        jnp.arange(logits[..., 0].size, dtype=jnp.int32).reshape(logits.shape[:-1])
+        % logits.shape[-1]
+    )
     return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean(), logits
 
 
@@ -76,25 +87,37 @@ def close(got, want, tolerance: float = 1e-5) -> None:
 
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     message = lambda a, b: f"{error(a, b)} of the largest apart, allowed: {tolerance}"
-    chex.assert_trees_all_equal_comparator(lambda a, b: error(a, b) <= tolerance, message, got, want)
+    chex.assert_trees_all_equal_comparator(
+        lambda a, b: error(a, b) <= tolerance, message, got, want
+    )
 
 
-def quantise(w: jax.Array, bits: int = 8, group: int | None = None, tensor: bool = False, **static) -> QTensor:
+def quantise(
+    w: jax.Array, bits: int = 8, group: int | None = None, tensor: bool = False, **static
+) -> QTensor:
     n = w.shape[-1]
     grouped = np.pad(np.asarray(w), [(0, 0)] * (w.ndim - 1) + [(0, -n % (group or 1))])
     grouped = grouped.reshape(*w.shape[:-1], -1, group or n)
     scale = np.abs(grouped).max(-1) / (2 ** (bits - 1) - 1)
     scale = np.full_like(scale[..., :1, :], scale.max()) if tensor else scale
-    codes = np.round(grouped / scale[..., None]).astype(np.int32).reshape(*w.shape[:-1], -1)[..., :n]
-    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static)
+    codes = (
+        np.round(grouped / scale[..., None]).astype(np.int32).reshape(*w.shape[:-1], -1)[..., :n]
+    )
+    return QTensor.from_codes(
+        jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static
+    )
 
 
 def affine(w: jax.Array, group: int) -> QTensor:
     grouped = np.asarray(w).reshape(*w.shape[:-1], -1, group)
     low = grouped.min(-1)
     scale = (grouped.max(-1) - low) / 15
-    codes = np.round((grouped - low[..., None]) / scale[..., None]).astype(np.int32).reshape(w.shape)
-    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(low), bits=4, group=group)
+    codes = (
+        np.round((grouped - low[..., None]) / scale[..., None]).astype(np.int32).reshape(w.shape)
+    )
+    return QTensor.from_codes(
+        jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(low), bits=4, group=group
+    )
 
 
 def sparse(w: jax.Array) -> Sparse:
@@ -111,7 +134,7 @@ def refused(run, message: str) -> None:
         raise AssertionError(f"nothing raised; wanted: {message}")
 
 
-# ------------------------------------------------------------------------------------ the checks, one for each family
+# ------------------------------------------------------------------ the checks, one for each family
 
 
 def check_a_training_step(family: str) -> None:
@@ -131,9 +154,13 @@ def check_a_training_step(family: str) -> None:
         assert jax.tree.leaves(moment) == jax.tree.leaves(places)
     before = jax.device_put(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), state), inherited)
 
-    @functools.partial(jax.jit, out_shardings=(None, places, inherited, places))  # as `fit` does; else XLA cuts as it likes
+    @functools.partial(
+        jax.jit, out_shardings=(None, places, inherited, places)
+    )  # as `fit` does; else XLA cuts as it likes
     def step(params, state, inputs):
-        (_, logits), grads = jax.value_and_grad(lambda p: loss(placed, p, inputs), has_aux=True)(params)
+        (_, logits), grads = jax.value_and_grad(lambda p: loss(placed, p, inputs), has_aux=True)(
+            params
+        )
         updates, state = optimizer.update(grads, state, params)
         return logits, grads, state, optax.apply_updates(params, updates)
 
@@ -151,7 +178,9 @@ def check_a_training_step(family: str) -> None:
         for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(on_mesh), strict=True):
             assert a.sharding.shard_shape(a.shape) == b.sharding.shard_shape(b.shape)
     # adam divides by the size of the gradient: where that is all rounding, so is its update
-    for a, p, g in zip(*(map(np.asarray, jax.tree.leaves(x)) for x in (got[3], params, grads)), strict=True):
+    for a, p, g in zip(
+        *(map(np.asarray, jax.tree.leaves(x)) for x in (got[3], params, grads)), strict=True
+    ):
         assert np.all((np.abs(a - (p - 0.01 * g / (np.abs(g) + 1e-8))) < 1e-4) | (np.abs(g) < 3e-5))
 
 
@@ -169,11 +198,14 @@ def check_cache(family: str) -> None:
 
 
 def check_compressed_leaves(family: str) -> None:
-    """Layers of int8 rows, int4 in groups that divide with int8 activations, and sparse, cut by rows; an int8 table."""
+    """Layers of int8 rows, int4 in groups that divide with int8 activations, and sparse, cut by
+    rows; an int8 table.
+    """
     alone, placed, params, inputs = build(family)
     tokens = inputs["tokens"]
     kinds = (quantise, lambda w: quantise(w, 4, group=8, activations="int8"), sparse)
-    compressed, rows = {}, []
+    compressed = {}
+    rows = []
     for path, leaf in tree.flatten(tree.unstack(jax.device_get(params))).items():
         leaf = jnp.asarray(leaf)
         if leaf.ndim != 2:
@@ -190,16 +222,21 @@ def check_compressed_leaves(family: str) -> None:
     on_mesh = sharding.place(rules, compressed, mesh)
     with jax.set_mesh(mesh):
         got = jax.jit(placed.apply)(on_mesh, tokens).logits
-    got, want = np.asarray(got), np.asarray(want)
+    got = np.asarray(got)
+    want = np.asarray(want)
     # a rounded activation on the edge between two codes may fall to either side
     assert np.sqrt(np.mean((got - want) ** 2)) < 1e-3 * np.std(want)
     assert np.median(np.abs(got - want)) < 1e-5
-    cut = [a.sharding.shard_shape(a.shape) != a.shape for a in jax.tree.leaves(on_mesh) if a.size >= 512]
+    cut = [
+        a.sharding.shard_shape(a.shape) != a.shape
+        for a in jax.tree.leaves(on_mesh)
+        if a.size >= 512
+    ]
     assert all(cut)
     assert tree.fingerprint(on_mesh) == tree.fingerprint(compressed)
 
 
-# --------------------------------------------------------------------------------------------- the checks, once
+# --------------------------------------------------------------------------------- the checks, once
 
 
 def check_each_leaf_on_rows_and_columns() -> None:
@@ -225,13 +262,21 @@ def check_each_leaf_on_rows_and_columns() -> None:
     }
     ids = jnp.asarray(rng.integers(0, 16, (2, 5)), jnp.int32)
     both = jax.jit(lambda leaf, x: (ops.einsum("BD,FD->BF", x, leaf), ops.take(leaf, ids)))
-    rows, columns = P(("fsdp", "tensor")), P("fsdp", "tensor")
+    rows = P(("fsdp", "tensor"))
+    columns = P("fsdp", "tensor")
     cases = [(leaf, spec) for leaf in anywhere.values() for spec in (rows, P("tensor", "fsdp"))]
-    for leaf, spec in [*cases, *((leaf, rows) for leaf in by_rows.values()), (two_of_four, columns)]:
+    for leaf, spec in [
+        *cases,
+        *((leaf, rows) for leaf in by_rows.values()),
+        (two_of_four, columns),
+    ]:
         narrow = x[:, : leaf.shape[-1]]
         placed = sharding.place([("w", spec)], {"w": leaf}, mesh)["w"]
         main = jax.tree.leaves(placed)[0]
-        assert main.sharding.shard_shape(main.shape)[0] * (8 if spec == rows else mesh.shape[spec[0]]) == 16
+        assert (
+            main.sharding.shard_shape(main.shape)[0] * (8 if spec == rows else mesh.shape[spec[0]])
+            == 16
+        )
         with jax.set_mesh(mesh):
             close(both(placed, narrow), both(leaf, narrow), 2e-5)
 
@@ -239,7 +284,9 @@ def check_each_leaf_on_rows_and_columns() -> None:
 def check_stacked_leaves_scan_on_a_mesh() -> None:
     mesh = sharding.make_mesh(MESH)
     rng = np.random.default_rng(0)
-    w, x = (jnp.asarray(rng.normal(size=shape) / 6, jnp.float32) for shape in ((3, 32, 32), (8, 32)))
+    w, x = (
+        jnp.asarray(rng.normal(size=shape) / 6, jnp.float32) for shape in ((3, 32, 32), (8, 32))
+    )
     body = lambda x, leaf: (jnp.tanh(ops.einsum("BD,FD->BF", x, leaf)), None)
     run = jax.jit(lambda leaf, x: jax.lax.scan(body, x, leaf)[0])
     for leaf, spec in (
@@ -256,47 +303,79 @@ def check_stacked_leaves_scan_on_a_mesh() -> None:
 
 
 def momentum_in_8_bits(group: int, rate: float = 0.125) -> optax.GradientTransformation:
-    """Momentum that is stored as codes; its scales are powers of two, so that sums and products of small numbers are exact."""
+    """Momentum that is stored as codes; its scales are powers of two, so that sums and products of
+    small numbers are exact.
+    """
 
     def store(m: jax.Array) -> jax.Array | QTensor:
         if m.ndim < 2:
             return m
         grouped = m.reshape(*m.shape[:-1], -1, group)
         scale = jnp.ldexp(jnp.float32(1), jnp.frexp(jnp.abs(grouped).max(-1))[1] - 7)
-        codes = jnp.clip(jnp.round(grouped / scale[..., None]), -127, 127).astype(jnp.int32).reshape(m.shape)
+        codes = (
+            jnp.clip(jnp.round(grouped / scale[..., None]), -127, 127)
+            .astype(jnp.int32)
+            .reshape(m.shape)
+        )
         return QTensor.from_codes(codes, scale, bits=8, group=group)
 
     def update(grads, state, params=None):
         moments = jax.tree.map(lambda g, m: 0.5 * decode(m) + g, grads, state)
         return jax.tree.map(lambda m: -rate * m, moments), jax.tree.map(store, moments)
 
-    return optax.GradientTransformation(lambda params: jax.tree.map(lambda p: store(jnp.zeros_like(p)), params), update)
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda p: store(jnp.zeros_like(p)), params), update
+    )
 
 
 def check_moments_in_8_bits_lie_with_their_parameters() -> None:
-    """Before and after steps, whose results are equal to the bit; a moment whose groups cannot be cut is everywhere."""
+    """Before and after steps, whose results are equal to the bit; a moment whose groups cannot be
+    cut is everywhere.
+    """
     rng = np.random.default_rng(0)
-    shapes = {"blocks": {"0-2": {"up": (3, 16, 64)}, "3": {"up": (16, 64)}}, "embed": (64, 16), "norm": (16,)}
+    shapes = {
+        "blocks": {"0-2": {"up": (3, 16, 64)}, "3": {"up": (16, 64)}},
+        "embed": (64, 16),
+        "norm": (16,),
+    }
     whole = lambda shape: jnp.asarray(rng.integers(-100, 101, shape), jnp.float32)
     params = jax.tree.map(whole, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
     rules = [("norm", P()), (".*", P("tensor", "fsdp"))]
     optimizer = momentum_in_8_bits(group=8)
 
     def step(state: train.TrainState) -> train.TrainState:
-        grads = jax.grad(lambda p: sum(jnp.sum(leaf * leaf) / 2 for leaf in jax.tree.leaves(p)))(state.params)
+        grads = jax.grad(lambda p: sum(jnp.sum(leaf * leaf) / 2 for leaf in jax.tree.leaves(p)))(
+            state.params
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state)
-        return train.TrainState(state.step + 1, state.data_step, optax.apply_updates(state.params, updates), opt_state)
+        return train.TrainState(
+            state.step + 1, state.data_step, optax.apply_updates(state.params, updates), opt_state
+        )
 
     state = init_state(params, optimizer)
     mesh = sharding.make_mesh(MESH)
     places = state_shardings(state, rules, mesh)
-    on_mesh, run = jax.device_put(state, places), jax.jit(step, out_shardings=places)
+    on_mesh = jax.device_put(state, places)
+    run = jax.jit(step, out_shardings=places)
     for _ in range(3):
         moments = on_mesh.opt_state
-        for moment, lead in ((moments["blocks"]["0-2"]["up"], (3,)), (moments["blocks"]["3"]["up"], ())):
-            assert moment.packed.sharding.shard_shape(moment.packed.shape) == (*lead, 16 // 2, 64 // 4)
-            assert moment.scale.sharding.shard_shape(moment.scale.shape) == (*lead, 16 // 2, 64 // 8 // 4)
-        assert all(a.is_fully_replicated for a in jax.tree.leaves(moments["embed"]))  # two groups a row, not for four devices
+        for moment, lead in (
+            (moments["blocks"]["0-2"]["up"], (3,)),
+            (moments["blocks"]["3"]["up"], ()),
+        ):
+            assert moment.packed.sharding.shard_shape(moment.packed.shape) == (
+                *lead,
+                16 // 2,
+                64 // 4,
+            )
+            assert moment.scale.sharding.shard_shape(moment.scale.shape) == (
+                *lead,
+                16 // 2,
+                64 // 8 // 4,
+            )
+        assert all(
+            a.is_fully_replicated for a in jax.tree.leaves(moments["embed"])
+        )  # two groups a row, not for four devices
         assert not on_mesh.params["embed"].is_fully_replicated
         state = jax.jit(step)(state)
         with jax.set_mesh(mesh):
@@ -309,11 +388,17 @@ def check_what_cannot_be_cut_is_refused() -> None:
     mesh = sharding.make_mesh(MESH)
     w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)), jnp.float32)
     cut = lambda leaf, spec: lambda: sharding.place([("w", spec)], {"w": leaf}, mesh)
-    refused(cut(quantise(w, 4, group=32), P(None, "fsdp")), "64 codes into 4 parts, which splits a group of 32")
+    refused(
+        cut(quantise(w, 4, group=32), P(None, "fsdp")),
+        "64 codes into 4 parts, which splits a group of 32",
+    )
     refused(cut(quantise(w[:, :4], 4), P(None, "fsdp")), "splits a byte of 2")
     refused(cut(quantise(w[:, :60], 4, group=8), P(None, "tensor")), "cuts the last axis of 60")
     refused(cut(sparse(w), P(None, "tensor")), "only an N:M pattern")
-    refused(cut(w[:6], P("fsdp")), "does not divide the leaf 'w': axis 0 of .6, 64. has length 6, which fsdp = 4")
+    refused(
+        cut(w[:6], P("fsdp")),
+        "does not divide the leaf 'w': axis 0 of .6, 64. has length 6, which fsdp = 4",
+    )
     cut(quantise(w, 4, group=32), P(None, "tensor"))()  # two groups of 32 on two devices
 
 
@@ -328,11 +413,18 @@ def check_meshes() -> None:
 
 def check_a_mistyped_axis_is_refused() -> None:
     """It would place copies, and a run would go on without use of the devices."""
-    mesh, rules, params = sharding.make_mesh("fdsp=4"), [("w", P("tensor", "fsdp"))], {"w": jnp.ones((8, 8))}
-    message = r"the axis 'fdsp' would hold 4 copies .* allowed: data, fsdp, sequence, tensor \(nearest: fsdp\)"
+    mesh = sharding.make_mesh("fdsp=4")
+    rules = [("w", P("tensor", "fsdp"))]
+    params = {"w": jnp.ones((8, 8))}
+    message = (
+        r"the axis 'fdsp' would hold 4 copies .* allowed: data, fsdp, sequence, tensor "
+        r"\(nearest: fsdp\)"
+    )
     refused(lambda: sharding.place(rules, params, mesh), message)
     refused(lambda: state_shardings(init_state(params, optax.adam(0.1)), rules, mesh), message)
-    assert sharding.place(rules, params, sharding.make_mesh("fdsp=1,fsdp=8"))["w"].sharding.shard_shape((8, 8)) == (8, 1)
+    assert sharding.place(rules, params, sharding.make_mesh("fdsp=1,fsdp=8"))[
+        "w"
+    ].sharding.shard_shape((8, 8)) == (8, 1)
 
 
 DECODER_CHECKS = (check_cache, check_compressed_leaves)
@@ -344,13 +436,20 @@ CHECKS = (
     check_meshes,
     check_a_mistyped_axis_is_refused,
 )
-assert "parallel" in families() and LINES_OF_PAGE <= 120, "the family of the how-to keeps the laws, in few lines"
+assert "parallel" in families() and LINES_OF_PAGE <= 120, (
+    "the family of the how-to keeps the laws, in few lines"
+)
 NAMES = [f"{check_a_training_step.__name__}:{family}" for family in families()]
-NAMES += [f"{check.__name__}:{family}" for family in families() if decodes(family) for check in DECODER_CHECKS]
+NAMES += [
+    f"{check.__name__}:{family}"
+    for family in families()
+    if decodes(family)
+    for check in DECODER_CHECKS
+]
 NAMES += [check.__name__ for check in CHECKS]
 
 
-# ------------------------------------------------------------------------------------------------------------ the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")

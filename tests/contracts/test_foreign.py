@@ -1,4 +1,6 @@
-"""The smaller set of laws that somebody else's Flax module keeps as a `Model`: what needs no matrix product of ours."""
+"""The smaller set of laws that somebody else's Flax module keeps as a `Model`: what needs no matrix
+product of ours.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from jaxmodel.train.step import make_step
 KEY = jax.random.key(0)
 PIXELS = jax.ShapeDtypeStruct((1, 8, 8, 2), jnp.float32)
 
-# ------------------------------------------------------------------------------------------ modules as others write them
+# --------------------------------------------------------------------- modules as others write them
 
 
 class LinenNet(nn.Module):
@@ -34,7 +36,9 @@ class LinenNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Conv(4, (3, 3))(x)))
+        x = nn.relu(
+            nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Conv(4, (3, 3))(x))
+        )
         x = nn.Dropout(0.2, deterministic=not train)(x.reshape(x.shape[0], -1))
         return nn.Dense(3, name="head")(x)
 
@@ -53,7 +57,8 @@ class LinenTwo(nn.Module):
     """Two inputs, modules made in setup."""
 
     def setup(self):
-        self.left, self.right = nn.Dense(4), nn.Dense(4)
+        self.left = nn.Dense(4)
+        self.right = nn.Dense(4)
         self.top = nn.Dense(3)
 
     def __call__(self, a, b):
@@ -105,15 +110,21 @@ class Case:
     def params(self) -> tree.Params:
         rng = np.random.default_rng(0)
         shapes = jax.eval_shape(self.model.init, KEY)
-        params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype), shapes)
-        return tree.map_leaves(lambda path, a: jnp.abs(a) + 0.5 if path.endswith("var") else a, params)
+        params = jax.tree.map(
+            lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype), shapes
+        )
+        return tree.map_leaves(
+            lambda path, a: jnp.abs(a) + 0.5 if path.endswith("var") else a, params
+        )
 
 
 def numbers(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
 
-def linen(module: nn.Module, pick: Callable[[Any], Any] = lambda out: out) -> Callable[..., jax.Array]:
+def linen(
+    module: nn.Module, pick: Callable[[Any], Any] = lambda out: out
+) -> Callable[..., jax.Array]:
     def apply(params, inputs):
         params = dict(params)
         state = params.pop("state", {})
@@ -143,10 +154,15 @@ PICK = lambda module, inputs, train: module(inputs["tokens"], deterministic=not 
 IMAGES = {"inputs": numbers(4, 8, 8, 2)}
 CASES = {
     "linen": Case(
-        lambda: from_linen(nn.Sequential((nn.Dense(16), nn.tanh, nn.Dense(3))), jax.ShapeDtypeStruct((1, 5), jnp.float32)),
+        lambda: from_linen(
+            nn.Sequential((nn.Dense(16), nn.tanh, nn.Dense(3))),
+            jax.ShapeDtypeStruct((1, 5), jnp.float32),
+        ),
         {"inputs": numbers(4, 5)},
         linen(nn.Sequential((nn.Dense(16), nn.tanh, nn.Dense(3)))),
-        lambda key: nn.Sequential((nn.Dense(16), nn.tanh, nn.Dense(3))).init(key, jnp.zeros((1, 5)))["params"],
+        lambda key: nn.Sequential((nn.Dense(16), nn.tanh, nn.Dense(3))).init(
+            key, jnp.zeros((1, 5))
+        )["params"],
         False,
         False,
     ),
@@ -175,7 +191,12 @@ CASES = {
         False,
     ),
     "nnx": Case(
-        lambda: from_nnx(NnxNet, PIXELS), IMAGES, nnx_oracle, lambda key: nnx_params(NnxNet(rngs=nnx.Rngs(key))), True, True
+        lambda: from_nnx(NnxNet, PIXELS),
+        IMAGES,
+        nnx_oracle,
+        lambda key: nnx_params(NnxNet(rngs=nnx.Rngs(key))),
+        True,
+        True,
     ),
 }
 
@@ -189,7 +210,7 @@ def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
     chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------------------- laws
+# --------------------------------------------------------------------------------------------- laws
 
 
 def test_params_are_a_plain_dict_as_the_module_makes_them(case):
@@ -221,13 +242,19 @@ def test_nothing_is_changed_in_place(case):
     """The same call twice gives the same, also in training, and leaves weights as they were."""
     before = tree.fingerprint(case.params)
     for train_ in (False, True):
-        one, two = (case.model.apply(case.params, case.inputs, rng=KEY, train=train_).logits for _ in range(2))
+        one, two = (
+            case.model.apply(case.params, case.inputs, rng=KEY, train=train_).logits
+            for _ in range(2)
+        )
         np.testing.assert_array_equal(one, two)
     assert tree.fingerprint(case.params) == before
     other = case.model.apply(case.params, case.inputs, rng=jax.random.key(1), train=True).logits
     assert bool(np.any(np.abs(other - one) > 1e-4)) == case.draws  # the key is what decides
     if case.draws:
-        with pytest.raises(ValueError, match="rng: None given in training; allowed: a key, as the module draws from"):
+        with pytest.raises(
+            ValueError,
+            match="rng: None given in training; allowed: a key, as the module draws from",
+        ):
             case.model.apply(case.params, case.inputs, train=True)
 
 
@@ -241,14 +268,19 @@ def test_the_second_call_traces_nothing(case):
 
     apply(case.model, case.params, case.inputs)
     apply(case.model, jax.tree.map(lambda a: a * 2, case.params), case.inputs)
-    if isinstance(case.model.config.module, nn.Module):  # a Linen module equal to another gives the same model
+    if isinstance(
+        case.model.config.module, nn.Module
+    ):  # a Linen module equal to another gives the same model
         apply(case.make(), case.params, case.inputs)
 
 
 def test_an_array_alone_is_the_one_input(case):
     if len(case.inputs) == 1:
         (only,) = case.inputs.values()
-        close(case.model.apply(case.params, only).logits, case.model.apply(case.params, case.inputs).logits)
+        close(
+            case.model.apply(case.params, only).logits,
+            case.model.apply(case.params, case.inputs).logits,
+        )
     else:
         with pytest.raises(ValueError, match="a dict of a, b is needed"):
             case.model.apply(case.params, case.inputs["a"])
@@ -260,20 +292,30 @@ def test_rules_cover_every_leaf(case):
     """Replicated as it stands, so that a mesh needs an axis that cuts the batch alone."""
     mesh = sharding.make_mesh("data=1")
     placed = sharding.place(case.model.rules, case.params, mesh)
-    close(case.model.apply(placed, case.inputs).logits, case.model.apply(case.params, case.inputs).logits)
+    close(
+        case.model.apply(placed, case.inputs).logits,
+        case.model.apply(case.params, case.inputs).logits,
+    )
 
 
 def test_the_loss_falls_and_the_state_is_frozen(case):
     """With an optimiser that decays; the state does not train, and has no gradient."""
 
     def loss(model, params, batch, rng=None, *, train=True):
-        logits = model.apply(params, {name: batch[name] for name in case.inputs}, rng=rng, train=train).logits
+        logits = model.apply(
+            params, {name: batch[name] for name in case.inputs}, rng=rng, train=train
+        ).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["classes"]).mean(), {}
 
     shape = case.model.apply(case.params, case.inputs).logits.shape[:-1]
-    batch = {**case.inputs, "classes": jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape) % 3}
+    batch = {
+        **case.inputs,
+        "classes": jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape) % 3,
+    }
     grads = jax.jit(jax.grad(lambda params: loss(case.model, params, batch, KEY)[0]))(case.params)
-    assert all(np.all(leaf == 0) == path.startswith("state/") for path, leaf in tree.flatten(grads).items())
+    assert all(
+        np.all(leaf == 0) == path.startswith("state/") for path, leaf in tree.flatten(grads).items()
+    )
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
     step = make_step(case.model, loss, optimizer)
 
@@ -294,7 +336,9 @@ def test_set_state_is_what_the_module_would_have_kept():
     case = CASES["linen-state"]
     params = dict(case.params)
     variables = {"params": {k: v for k, v in params.items() if k != "state"}, **params["state"]}
-    _, kept = LinenNet().apply(variables, x, train=True, rngs={"dropout": KEY}, mutable=["batch_stats"])
+    _, kept = LinenNet().apply(
+        variables, x, train=True, rngs={"dropout": KEY}, mutable=["batch_stats"]
+    )
     close(set_state(case.model, params, x, KEY), {**params, "state": kept})
     module = NnxNet(rngs=nnx.Rngs(0))
     made = from_nnx(module, PIXELS)
@@ -303,11 +347,16 @@ def test_set_state_is_what_the_module_would_have_kept():
     module.first(x.reshape(4, -1))
     after = set_state(made, before, x, KEY)
     module(x)
-    want = nnx_params(module)["state"]["blocks"]["0"]["norm"]  # behind it dropout has drawn, and not the same
+    want = nnx_params(module)["state"]["blocks"]["0"][
+        "norm"
+    ]  # behind it dropout has drawn, and not the same
     close(after["state"]["blocks"]["0"]["norm"], want)
     assert np.abs(want["mean"]).max() > 1e-3
     close({**after, "state": {}}, {**before, "state": {}}, 0)
-    assert set_state(CASES["linen"].model, CASES["linen"].params, CASES["linen"].inputs) is CASES["linen"].params
+    assert (
+        set_state(CASES["linen"].model, CASES["linen"].params, CASES["linen"].inputs)
+        is CASES["linen"].params
+    )
 
 
 def test_a_module_that_is_made_already_keeps_its_weights():
@@ -318,7 +367,7 @@ def test_a_module_that_is_made_already_keeps_its_weights():
     close(model.init(KEY), nnx_params(module), 0)
 
 
-# ------------------------------------------------------------------------------------------- what it takes part in, or not
+# -------------------------------------------------------------------- what it takes part in, or not
 
 
 def test_predict(case):
@@ -334,13 +383,17 @@ def test_compressed_leaves_and_joined_layers_run(case):
     if "blocks" in case.params:
         assert list(smaller["blocks"]) == ["0-1"]
     want = case.model.apply(case.params, case.inputs).logits
-    np.testing.assert_allclose(jax.jit(case.model.apply)(smaller, case.inputs).logits, want, atol=0.05 * np.abs(want).max())
+    np.testing.assert_allclose(
+        jax.jit(case.model.apply)(smaller, case.inputs).logits, want, atol=0.05 * np.abs(want).max()
+    )
 
 
 def test_fit_takes_it():
     """The loop with its stream: a foreign model of tokens in place of one of ours."""
     case = CASES["linen-tokens"]
-    stream = data.Stream(data.windows([i % 11 for i in range(300)], length=9, stride=8), batch_size=4, seed=0)
+    stream = data.Stream(
+        data.windows([i % 11 for i in range(300)], length=9, stride=8), batch_size=4, seed=0
+    )
     config = train.TrainConfig(steps=30, learning_rate=0.05, log_every=29)
     _, history = train.fit(case.model, stream, config)
     assert history[-1]["loss"] < 0.3 * history[0]["loss"]
@@ -348,24 +401,36 @@ def test_fit_takes_it():
 
 def test_it_can_be_wrapped():
     case = CASES["linen"]
-    halved = wrap(case.model, lambda parts: parts._replace(head=lambda *args: parts.head(*args) / 2))
-    close(halved.apply(case.params, case.inputs).logits, case.model.apply(case.params, case.inputs).logits / 2)
+    halved = wrap(
+        case.model, lambda parts: parts._replace(head=lambda *args: parts.head(*args) / 2)
+    )
+    close(
+        halved.apply(case.params, case.inputs).logits,
+        case.model.apply(case.params, case.inputs).logits / 2,
+    )
 
 
 def test_inputs_go_by_name_whatever_their_order():
-    """JAX sorts the keys of a dict on its way into `jit`, and a person writes them in any order: what is `a` stays `a`."""
+    """JAX sorts the keys of a dict on its way into `jit`, and a person writes them in any order:
+    what is `a` stays `a`.
+    """
 
     class Difference(nn.Module):
         @nn.compact
         def __call__(self, query, item):
             return nn.Dense(2)(query - item)
 
-    one, two = numbers(3, 4), 2 * numbers(3, 4)
+    one = numbers(3, 4)
+    two = 2 * numbers(3, 4)
     model = from_linen(Difference(), {"query": one, "item": two})
     params = jax.jit(model.init)(KEY)
     want = Difference().apply({"params": params}, one, two)
     assert np.abs(want).max() > 0.3
-    for inputs in ({"query": one, "item": two}, {"item": two, "query": one}, {"labels": one, "item": two, "query": one}):
+    for inputs in (
+        {"query": one, "item": two},
+        {"item": two, "query": one},
+        {"labels": one, "item": two, "query": one},
+    ):
         close(model.apply(params, inputs).logits, want)
         close(jax.jit(model.apply)(params, inputs).logits, want)
 
@@ -379,7 +444,10 @@ def test_inputs_go_by_name_whatever_their_order():
     model = from_nnx(Nnx, {"query": one, "item": two})
     params = {"top": {"kernel": params["Dense_0"]["kernel"], "bias": params["Dense_0"]["bias"]}}
     close(jax.jit(model.apply)(params, {"item": two, "query": one}).logits, want)
-    refused(lambda: model.apply(params, {"query": one, "items": two}), "inputs: query, items given; 'item' is needed")
+    refused(
+        lambda: model.apply(params, {"query": one, "items": two}),
+        "inputs: query, items given; 'item' is needed",
+    )
 
 
 def refused(run: Callable[[], Any], says: str) -> None:
@@ -395,26 +463,44 @@ def test_what_it_cannot_do_is_refused_in_one_line():
         lambda: case.model.with_policy(ops.Policy(compute="bfloat16")),
         "given; a foreign module computes as it is written, allowed",
     )
-    refused(lambda: case.model.apply(case.params, case.inputs, cache=1), "cache: given to a foreign module")
+    refused(
+        lambda: case.model.apply(case.params, case.inputs, cache=1),
+        "cache: given to a foreign module",
+    )
     observe = lambda: compress.observe(case.model, case.params, [case.inputs], paths=".*kernel")
     refused(observe, "kernel' is a probe; a foreign module has none of our products")
     refused(
         lambda: case.model.apply(case.params, numbers(4, 6)),
         "inputs: inputs [4, 6] given; they do not fit the module: For parameter",
     )
-    adapted, params = adapt.lora(case.model, case.params, [(".*kernel", adapt.LoRA(2, dropout=0.1)), (".*", None)], KEY)
+    adapted, params = adapt.lora(
+        case.model, case.params, [(".*kernel", adapt.LoRA(2, dropout=0.1)), (".*", None)], KEY
+    )
     adapted.apply(params, case.inputs)
     refused(
         lambda: adapted.apply(params, case.inputs, rng=KEY, train=True),
-        "dropout: given for adapters of a foreign module, which is run whole; allowed: LoRA(dropout=0)",
+        "dropout: given for adapters of a foreign module, which is run whole; allowed: "
+        "LoRA(dropout=0)",
     )
-    refused(lambda: set_state(_gpt2(), {}, jnp.zeros((1, 1))), "allowed: one of from_linen or from_nnx")
-    refused(lambda: from_linen(nn.Dense, numbers(1, 2)), "given; allowed: a Linen module that is made, such as nn.Dense(3)")
-    refused(lambda: from_nnx(5, numbers(1, 2)), "module: 5 given; allowed: an nnx module, or what makes one from `rngs`")
-    refused(lambda: from_linen(nn.Dense(3), {"x": 5}), "inputs: x is 5; allowed: an array or shape with the batch in front")
+    refused(
+        lambda: set_state(_gpt2(), {}, jnp.zeros((1, 1))), "allowed: one of from_linen or from_nnx"
+    )
+    refused(
+        lambda: from_linen(nn.Dense, numbers(1, 2)),
+        "given; allowed: a Linen module that is made, such as nn.Dense(3)",
+    )
+    refused(
+        lambda: from_nnx(5, numbers(1, 2)),
+        "module: 5 given; allowed: an nnx module, or what makes one from `rngs`",
+    )
+    refused(
+        lambda: from_linen(nn.Dense(3), {"x": 5}),
+        "inputs: x is 5; allowed: an array or shape with the batch in front",
+    )
     model = from_linen(LinenText(), token_inputs)
     refused(
-        lambda: jax.eval_shape(model.apply, model.init(KEY), jnp.zeros((1, 2), jnp.int32)), "returns dict; allowed: one float"
+        lambda: jax.eval_shape(model.apply, model.init(KEY), jnp.zeros((1, 2), jnp.int32)),
+        "returns dict; allowed: one float",
     )
 
     class Taken(nn.Module):
@@ -422,7 +508,10 @@ def test_what_it_cannot_do_is_refused_in_one_line():
         def __call__(self, x):
             return nn.Dense(2, name="state")(x)
 
-    refused(lambda: from_linen(Taken(), numbers(1, 2)).init(KEY), "a part of it is named 'state'; allowed: any other name")
+    refused(
+        lambda: from_linen(Taken(), numbers(1, 2)).init(KEY),
+        "a part of it is named 'state'; allowed: any other name",
+    )
     refused(lambda: linen_params({"params": {"a/b": jnp.ones(2)}}), "the name 'a/b' has a slash")
 
     class Remembers(nnx.Module):
@@ -437,11 +526,16 @@ def test_what_it_cannot_do_is_refused_in_one_line():
 
 def test_boxed_linen_parameters_are_unboxed():
     """Names of axes, which others hang on their leaves, are dropped: placement goes by rules here."""
-    module = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out")))
+    module = nn.Dense(
+        3, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    )
     model = from_linen(module, numbers(1, 2))
     params = model.init(KEY)
     assert type(params["kernel"]) is not nn.Partitioned and isinstance(params["kernel"], jax.Array)
-    close(model.apply(params, numbers(4, 2)).logits, numbers(4, 2) @ params["kernel"] + jnp.broadcast_to(params["bias"], (4, 3)))
+    close(
+        model.apply(params, numbers(4, 2)).logits,
+        numbers(4, 2) @ params["kernel"] + jnp.broadcast_to(params["bias"], (4, 3)),
+    )
 
 
 def _gpt2() -> Model:
@@ -456,10 +550,16 @@ def test_a_bundle_is_read_back_bit_for_bit(case, recipe, tmp_path):
     if recipe is not None:
         rules = [(tree.optional(".*(kernel|embedding)"), recipe), (".*", ())]
         bundle, _ = compress.compress_bundle(bundle, rules)
-        assert any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values())
+        assert any(
+            isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values()
+        )
     bundle.save_pretrained(tmp_path / "mine")
     again = hub.from_pretrained(tmp_path / "mine", module=case.model)
-    assert again.model is case.model and again.labels == ("a", "b", "c") and again.card == bundle.card
+    assert (
+        again.model is case.model and again.labels == ("a", "b", "c") and again.card == bundle.card
+    )
     chex.assert_trees_all_equal(again.params, tree.unstack(bundle.params))
-    logits = [jax.eval_shape(one.model.apply, one.params, case.inputs).logits for one in (again, bundle)]
+    logits = [
+        jax.eval_shape(one.model.apply, one.params, case.inputs).logits for one in (again, bundle)
+    ]
     assert len({(one.shape, one.dtype) for one in logits}) == 1

@@ -1,7 +1,8 @@
-"""What somebody may put in place of parameters, at every door of the library: the right result, or one line.
+"""What somebody may put in place of parameters, at every door of the library: the right result, or
+one line.
 
-Every public function with a parameter `params` or `bundle` is found by its signature; one that is new needs a call here, or a
-place among those that are not held to this.
+Every public function with a parameter `params` or `bundle` is found by its signature; one that is
+new needs a call here, or a place among those that are not held to this.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import adapt, compress, contrib, evaluate, generation, hub, losses, models, optim, train, tree
+from jaxmodel import (
+    adapt,
+    compress,
+    contrib,
+    evaluate,
+    generation,
+    hub,
+    losses,
+    models,
+    optim,
+    train,
+    tree,
+)
 from jaxmodel.errors import InputError
 from jaxmodel.leaves.fields import check_fields, static_fields
 from jaxmodel.leaves.sparse import expand
@@ -31,7 +44,19 @@ from jaxmodel.models import autoencoder, gpt2, mlp, resnet, rnn
 from jaxmodel.models.foreign import set_state
 from jaxmodel.train.state import init_state
 
-PACKAGES = ("adapt", "compress", "contrib", "evaluate", "generation", "hub", "leaves", "losses", "models", "optim", "train")
+PACKAGES = (
+    "adapt",
+    "compress",
+    "contrib",
+    "evaluate",
+    "generation",
+    "hub",
+    "leaves",
+    "losses",
+    "models",
+    "optim",
+    "train",
+)
 MODEL = gpt2.model(gpt2.Config(vocab=300, width=16, depth=2, heads=2, context=32))
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
 TEXTS = hub.train_bpe(["a b c"], 300)
@@ -60,7 +85,9 @@ class Given:
 
     def changed(self, change: Any) -> tree.Params:
         """With the inner leaf as `change` makes it."""
-        return tree.map_leaves(lambda path, leaf: change(leaf) if path == self.inner else leaf, self.params)
+        return tree.map_leaves(
+            lambda path, leaf: change(leaf) if path == self.inner else leaf, self.params
+        )
 
     def put(self, thing: Any) -> tree.Params:
         """With something in place of the top leaf."""
@@ -84,7 +111,9 @@ class Lora(Given):
     @functools.cached_property
     def params(self) -> tree.Params:
         """Of the model, with those that `adapt.lora` adds."""
-        return adapt.lora(MODEL, TEXT.params, [(".*/mlp/up", adapt.LoRA(2)), (".*", None)], jax.random.key(0))[1]
+        return adapt.lora(
+            MODEL, TEXT.params, [(".*/mlp/up", adapt.LoRA(2)), (".*", None)], jax.random.key(0)
+        )[1]
 
 
 def itself(given: Given) -> dict[str, Any]:
@@ -97,9 +126,19 @@ TEXT = Given(MODEL, "blocks/0-1/mlp/up", "embed")
 END = Given(MODEL, "norm/weight", "embed")  # what a head reads
 LORA = Lora(MODEL, "blocks/0-1/mlp/up_lora/down", "blocks/0-1/mlp/up")
 PERCEPTRON = Given(mlp.model(mlp.Config(3, (4,), 2)), "blocks/0/dense", "head")
-CODE = Given(autoencoder.model(autoencoder.Config(3, 4, (), "l1")), "decoder/out/weight", "encoder/code/weight")
-NORMED = Given(resnet.model(resnet.Config((1,), 2, classes=2, size=4, small=True)), "stem", "blocks/0/conv1")
-FOREIGN = Given(models.from_linen(nn.BatchNorm(use_running_average=False), jnp.ones((4, 3))), "state/batch_stats/mean", "scale")
+CODE = Given(
+    autoencoder.model(autoencoder.Config(3, 4, (), "l1")),
+    "decoder/out/weight",
+    "encoder/code/weight",
+)
+NORMED = Given(
+    resnet.model(resnet.Config((1,), 2, classes=2, size=4, small=True)), "stem", "blocks/0/conv1"
+)
+FOREIGN = Given(
+    models.from_linen(nn.BatchNorm(use_running_average=False), jnp.ones((4, 3))),
+    "state/batch_stats/mean",
+    "scale",
+)
 
 HOSTILE: dict[str, Callable[[Given], Any]] = {
     "NaN in a weight": lambda given: given.changed(lambda a: a.at[(0,) * a.ndim].set(jnp.nan)),
@@ -118,7 +157,9 @@ HOSTILE: dict[str, Callable[[Given], Any]] = {
     "an empty dict": lambda given: given.put({}),
     "itself": itself,
     "empty": lambda given: {},
-    "a missing leaf": lambda given: tree.unflatten({p: a for p, a in tree.flatten(given.params).items() if p != given.top}),
+    "a missing leaf": lambda given: tree.unflatten(
+        {p: a for p, a in tree.flatten(given.params).items() if p != given.top}
+    ),
     "more leaves": lambda given: {**given.params, "more": jnp.ones((3, 4))},
     "another shape": lambda given: given.put(given.leaf[..., : given.leaf.shape[-1] // 2]),
     "a leaf without axes": lambda given: given.put(jnp.float32(1)),
@@ -162,10 +203,22 @@ def predicted(params: Any, x: Any) -> jax.Array:
 
 
 CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
-    "compress.apply": (TEXT, lambda params: compress.apply(some(".*/mlp/.*", "rtn(bits=8)", ()), params)[0]),
-    "compress.compress_bundle": (TEXT, lambda params: compress.compress_bundle(bundle(params), compress.named("int8"))[0].params),
-    "compress.observe": (TEXT, lambda params: compress.observe(MODEL, params, [jnp.asarray(TOKENS)])),
-    "compress.versions": (TEXT, lambda params: compress.versions(bundle(params), ["bf16"])["bf16"]().params),
+    "compress.apply": (
+        TEXT,
+        lambda params: compress.apply(some(".*/mlp/.*", "rtn(bits=8)", ()), params)[0],
+    ),
+    "compress.compress_bundle": (
+        TEXT,
+        lambda params: compress.compress_bundle(bundle(params), compress.named("int8"))[0].params,
+    ),
+    "compress.observe": (
+        TEXT,
+        lambda params: compress.observe(MODEL, params, [jnp.asarray(TOKENS)]),
+    ),
+    "compress.versions": (
+        TEXT,
+        lambda params: compress.versions(bundle(params), ["bf16"])["bf16"]().params,
+    ),
     "evaluate.accuracy": (
         PERCEPTRON,
         lambda params: evaluate.accuracy(predicted, params, ROWS["features"], ROWS["labels"]).value,
@@ -174,45 +227,100 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
     "evaluate.token_nll": (TEXT, lambda params: evaluate.token_nll(MODEL, params, TOKENS)),
     "generation.beam_search": (
         TEXT,
-        lambda params: generation.beam_search(MODEL, params, jnp.asarray(TOKENS), beams=2, max_new_tokens=2).tokens,
+        lambda params: (
+            generation.beam_search(
+                MODEL, params, jnp.asarray(TOKENS), beams=2, max_new_tokens=2
+            ).tokens
+        ),
     ),
-    "generation.generate": (TEXT, lambda params: generation.generate(bundle(params), "a b", max_new_tokens=2)),  # its `source`
+    "generation.generate": (
+        TEXT,
+        lambda params: generation.generate(bundle(params), "a b", max_new_tokens=2),
+    ),  # its `source`
     "generation.measure_speed": (
         TEXT,
-        lambda params: generation.measure_speed(bundle(params), streams=(1,), prompt=4, new=1, cache=4, repeats=1),
+        lambda params: generation.measure_speed(
+            bundle(params), streams=(1,), prompt=4, new=1, cache=4, repeats=1
+        ),
     ),
-    "generation.running_only": (TEXT, lambda params: generation.running_only(bundle(params)).params),
+    "generation.running_only": (
+        TEXT,
+        lambda params: generation.running_only(bundle(params)).params,
+    ),
     "hub.add_adapters": (TEXT, lambda params: hub.add_adapters(bundle(params), folder()).params),
     "hub.save_adapters": (LORA, lambda params: written(bundle(params))),
     "leaves.check_fields": (TEXT, lambda params: check_fields(params, static_fields({}))),
     "leaves.expand": (TEXT, expand),
     "leaves.static_fields": (TEXT, static_fields),
     "models.check_params": (TEXT, lambda params: models.check_params(MODEL, params)),
-    "adapt.coordinates": (TEXT, lambda params: adapt.coordinates(MODEL, params, jnp.asarray(TOKENS))),
-    "models.set_state": (FOREIGN, lambda params: set_state(FOREIGN.model, params, jnp.ones((4, 3)))),
+    "adapt.coordinates": (
+        TEXT,
+        lambda params: adapt.coordinates(MODEL, params, jnp.asarray(TOKENS)),
+    ),
+    "models.set_state": (
+        FOREIGN,
+        lambda params: set_state(FOREIGN.model, params, jnp.ones((4, 3))),
+    ),
     "models.summary": (TEXT, lambda params: models.summary(MODEL, params)),
-    "losses.autoencoder": (CODE, lambda params: losses.autoencoder(CODE.model, params, features())[0]),
-    "losses.classification": (PERCEPTRON, lambda params: losses.classification(PERCEPTRON.model, params, features())[0]),
-    "contrib.count_active": (CODE, lambda params: contrib.count_active(CODE.model, params, features())),
-    "losses.cross_entropy": (END, lambda params: losses.cross_entropy(MODEL, params, jnp.ones((2, 6, 16)), jnp.asarray(TOKENS))),
-    "train.find_lr": (PERCEPTRON, lambda params: train.find_lr(PERCEPTRON.model, ROWS, params=params, steps=8).losses),
+    "losses.autoencoder": (
+        CODE,
+        lambda params: losses.autoencoder(CODE.model, params, features())[0],
+    ),
+    "losses.classification": (
+        PERCEPTRON,
+        lambda params: losses.classification(PERCEPTRON.model, params, features())[0],
+    ),
+    "contrib.count_active": (
+        CODE,
+        lambda params: contrib.count_active(CODE.model, params, features()),
+    ),
+    "losses.cross_entropy": (
+        END,
+        lambda params: losses.cross_entropy(
+            MODEL, params, jnp.ones((2, 6, 16)), jnp.asarray(TOKENS)
+        ),
+    ),
+    "train.find_lr": (
+        PERCEPTRON,
+        lambda params: train.find_lr(PERCEPTRON.model, ROWS, params=params, steps=8).losses,
+    ),
     "train.fit": (
         PERCEPTRON,
-        lambda params: train.fit(PERCEPTRON.model, ROWS, train.TrainConfig(steps=1), params=params, batch_size=4)[0].params,
+        lambda params: (
+            train.fit(
+                PERCEPTRON.model, ROWS, train.TrainConfig(steps=1), params=params, batch_size=4
+            )[0].params
+        ),
     ),
     "train.gather": (TEXT, train.gather),
     "train.init_state": (TEXT, lambda params: init_state(params, optax.adam(1e-3)).params),
     "adapt.last_layers": (TEXT, lambda params: adapt.last_layers(params, 1)),
     "adapt.layer_rates": (TEXT, lambda params: adapt.layer_rates(params, 0.5)),
-    "adapt.lora": (TEXT, lambda params: adapt.lora(MODEL, params, some(".*/up", adapt.LoRA(2)), jax.random.key(0))[1]),
+    "adapt.lora": (
+        TEXT,
+        lambda params: adapt.lora(MODEL, params, some(".*/up", adapt.LoRA(2)), jax.random.key(0))[
+            1
+        ],
+    ),
     "adapt.merge_adapters": (LORA, lambda params: adapt.merge_adapters(params)[0]),
     "losses.next_token": (
         TEXT,
-        lambda params: losses.next_token(MODEL, params, dict.fromkeys(("tokens", "targets"), jnp.asarray(TOKENS)))[0],
+        lambda params: losses.next_token(
+            MODEL, params, dict.fromkeys(("tokens", "targets"), jnp.asarray(TOKENS))
+        )[0],
     ),
-    "optim.quantize_weights": (TEXT, lambda params: optim.quantize_weights(params, some(".*/mlp/up", 8))),
-    "adapt.replace_head": (PERCEPTRON, lambda params: adapt.replace_head(PERCEPTRON.model, params, 3, jax.random.key(0))[1]),
-    "train.set_batch_statistics": (NORMED, lambda params: train.set_batch_statistics(NORMED.model, params, [PIXELS])),
+    "optim.quantize_weights": (
+        TEXT,
+        lambda params: optim.quantize_weights(params, some(".*/mlp/up", 8)),
+    ),
+    "adapt.replace_head": (
+        PERCEPTRON,
+        lambda params: adapt.replace_head(PERCEPTRON.model, params, 3, jax.random.key(0))[1],
+    ),
+    "train.set_batch_statistics": (
+        NORMED,
+        lambda params: train.set_batch_statistics(NORMED.model, params, [PIXELS]),
+    ),
     "contrib.unit_dictionary": (CODE, contrib.unit_dictionary),
     "contrib.without_projection": (TEXT, contrib.without_projection),
 }
@@ -234,7 +342,9 @@ def found() -> set[str]:
         module = importlib.import_module(f"jaxmodel.{package}")
         for public in module.__all__:
             thing = getattr(module, public)
-            if isinstance(thing, types.FunctionType) and {"params", "bundle"} & set(inspect.signature(thing).parameters):
+            if isinstance(thing, types.FunctionType) and {"params", "bundle"} & set(
+                inspect.signature(thing).parameters
+            ):
                 names.add(f"{package}.{public}")
     return names
 

@@ -1,6 +1,8 @@
-"""Every axis of a mesh, alone and with others, gives the loss and the gradients of one device; the model is the same.
+"""Every axis of a mesh, alone and with others, gives the loss and the gradients of one device; the
+model is the same.
 
-The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here read how they went.
+The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here
+read how they went.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxmodel import losses, ops, sharding
 from jaxmodel.models import gpt2, gpt_oss, llama
 
-B, T = 8, 16
+B = 8
+T = 16
 SIZES = {"depth": 4, "init_scale": 0.1}
 MODELS = {
     "gpt2": (gpt2, dataclasses.replace(gpt2.SIZES["tiny"], **SIZES)),
@@ -40,30 +43,48 @@ MESHES = {
 
 @functools.cache
 def case(name: str):
-    """The model on one device, parameters, a packed batch, and the loss and gradients on one device."""
+    """The model on one device, parameters, a packed batch, and the loss and gradients on one
+    device.
+    """
     module, config = MODELS[name]
     model = module.model(config)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, config.vocab, (B, T + 1)), jnp.int32)
     ends = rng.integers(3, T - 2, (B, 1))
-    segments = jnp.asarray(1 + (np.arange(T)[None] >= ends) - 3 * (np.arange(T)[None] >= T - ends % 3), jnp.int32).clip(0)
+    segments = jnp.asarray(
+        1 + (np.arange(T)[None] >= ends) - 3 * (np.arange(T)[None] >= T - ends % 3), jnp.int32
+    ).clip(0)
     weights = (segments > 0).astype(jnp.float32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "weights": weights}
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": segments,
+        "weights": weights,
+    }
     params = jax.jit(model.init)(jax.random.key(0))
     return module, config, params, batch, of_model(model)(params, batch)
 
 
 def of_model(model):
     """params, batch -> (loss, gradients), jitted."""
-    return jax.jit(lambda params, batch: jax.value_and_grad(lambda p: losses.next_token(model, p, batch)[0])(params))
+    return jax.jit(
+        lambda params, batch: jax.value_and_grad(lambda p: losses.next_token(model, p, batch)[0])(
+            params
+        )
+    )
 
 
 def close(got, want, tolerance: float) -> None:
-    largest = max(np.abs(a).max() for a in jax.tree.leaves(want))  # some have no gradient but rounding: a bias of all keys
+    largest = max(
+        np.abs(a).max() for a in jax.tree.leaves(want)
+    )  # some have no gradient but rounding: a bias of all keys
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
+        a = np.asarray(a)
+        b = np.asarray(b)
         error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest)
-        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error} of the largest apart, allowed: {tolerance}"
+        assert error <= tolerance, (
+            f"{jax.tree_util.keystr(path)}: {error} of the largest apart, allowed: {tolerance}"
+        )
 
 
 def check(name: str, shape: str) -> None:
@@ -73,7 +94,9 @@ def check(name: str, shape: str) -> None:
     placed = module.model(config, ops.Policy(axes=ops.MESH_AXES, microbatches=micro))
     rows = NamedSharding(mesh, P(tuple(axis for axis in sharding.BATCH_AXES if axis in mesh.shape)))
     with jax.set_mesh(mesh):
-        got = of_model(placed)(sharding.place(placed.rules, params, mesh), jax.device_put(batch, rows))
+        got = of_model(placed)(
+            sharding.place(placed.rules, params, mesh), jax.device_put(batch, rows)
+        )
     error = abs(float(got[0]) - float(loss)) / float(loss)
     assert error <= 1e-5, f"{error} of the loss apart, allowed: 1e-5"
     close(got[1], grads, 1e-4)

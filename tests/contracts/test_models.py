@@ -1,6 +1,8 @@
-"""The laws that every architecture keeps. Members are discovered (see conftest.py): a new file in models/ is tested as it is.
+"""The laws that every architecture keeps. Members are discovered (see conftest.py): a new file in
+models/ is tested as it is.
 
-What each member declares and computes is tested for `case`, any of them; what they share, for `kind`, one of each kind.
+What each member declares and computes is tested for `case`, any of them; what they share, for
+`kind`, one of each kind.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ def close(got: Any, want: Any, tolerance: float = 1e-4) -> None:
     chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance, strict=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- the record
+# --------------------------------------------------------------------------------------- the record
 
 
 def test_config_is_frozen_and_equal_arguments_give_the_same_model(case):
-    make, config = case.module.model, case.model.config
+    make = case.module.model
+    config = case.model.config
     assert isinstance(config, case.module.Config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.depth = 1
@@ -68,15 +71,21 @@ def test_params_are_a_plain_dict_of_arrays(case):
 
 @functools.cache
 def shapes_of(family: str) -> dict[str, tree.Params]:
-    """The shapes of the parameters of every size of a family, the tiny ones first; without their arrays."""
+    """The shapes of the parameters of every size of a family, the tiny ones first; without their
+    arrays.
+    """
     module = families()[family]
     sizes = sorted(module.SIZES, key=lambda name: not name.startswith("tiny"))
-    return {name: jax.eval_shape(module.model(module.SIZES[name]).init, jax.random.key(0)) for name in sizes}
+    return {
+        name: jax.eval_shape(module.model(module.SIZES[name]).init, jax.random.key(0))
+        for name in sizes
+    }
 
 
 @pytest.mark.parametrize("family", families())
 def test_every_leaf_has_axes_and_no_rule_is_dead(family):
-    used, module = set(), families()[family]
+    used = set()
+    module = families()[family]
     for name, shapes in shapes_of(family).items():
         model = module.model(module.SIZES[name])
         assert set(axes.roles(model.axes, shapes).values()) <= set(axes.ROLES)
@@ -85,24 +94,37 @@ def test_every_leaf_has_axes_and_no_rule_is_dead(family):
             shape = tree.layer_shape(path, leaf)
             for layer in tree.layer_paths(path):
                 assert isinstance(specs[layer], P) and len(specs[layer]) <= len(shape), layer
-                cut = {axis for entry in specs[layer] if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
-                assert cut or np.prod(shape) < 2**20, f"{name}: {layer} {shape} is cut over no axis, so a big one does not fit"
+                cut = {
+                    axis
+                    for entry in specs[layer]
+                    if entry
+                    for axis in ((entry,) if isinstance(entry, str) else entry)
+                }
+                assert cut or np.prod(shape) < 2**20, (
+                    f"{name}: {layer} {shape} is cut over no axis, so a big one does not fit"
+                )
         if name.startswith("tiny"):
             used |= set(map(str, specs.values()))
         else:
-            assert set(map(str, specs.values())) <= used, f"{name} has a leaf that no tiny member has"
+            assert set(map(str, specs.values())) <= used, (
+                f"{name} has a leaf that no tiny member has"
+            )
 
 
 @pytest.mark.parametrize("family", families())
 def test_stored_counts_are_true(family):
-    """If not: `python -c "from jaxmodel.cli import inspect; inspect.store_counts()"`. A size that is not stored is counted."""
+    """If not:
+
+    `python -c "from jaxmodel.cli import inspect; inspect.store_counts()"`. A size that is not
+    stored is counted.
+    """
     stored = json.loads(COUNTS.read_text())
     for name, shapes in shapes_of(family).items():
         if (size := stored.get(f"{family}/{name}")) is not None:
             assert size["parameters"] == tree.count(shapes), name
 
 
-# ------------------------------------------------------------------------------------------------------------ functions
+# ---------------------------------------------------------------------------------------- functions
 
 
 def test_apply_is_the_composition_of_its_parts(kind):
@@ -119,7 +141,9 @@ def test_apply_is_the_composition_of_its_parts(kind):
         return head(params, x), x
 
     close(kind.run(kind.model, kind.params, kind.inputs), composed(kind.params, kind.inputs))
-    out = jax.eval_shape(kind.model.hidden, kind.params, kind.inputs)  # what it computes: the test of wrapped models
+    out = jax.eval_shape(
+        kind.model.hidden, kind.params, kind.inputs
+    )  # what it computes: the test of wrapped models
     assert isinstance(out, Output)
     assert out.logits is None
 
@@ -133,7 +157,10 @@ def test_logits_are_large_float32(case):
 def test_an_array_alone_is_the_one_input(kind):
     if len(kind.inputs) == 1:
         (only,) = kind.inputs.values()
-        program, same = (kind.run.lower(kind.model, kind.params, inputs).as_text() for inputs in (kind.inputs, only))
+        program, same = (
+            kind.run.lower(kind.model, kind.params, inputs).as_text()
+            for inputs in (kind.inputs, only)
+        )
         assert program == same
     else:
         with pytest.raises(ValueError, match=f"a dict of {', '.join(kind.inputs)} is needed"):
@@ -143,23 +170,32 @@ def test_an_array_alone_is_the_one_input(kind):
 def test_the_second_call_traces_nothing(case):
     case.apply(case.params, case.inputs)
     traced = len(case.traces)
-    model = case.module.model(dataclasses.replace(case.model.config))  # built anew from an equal config
-    case.run(model, jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 1), case.params), case.inputs)
+    model = case.module.model(
+        dataclasses.replace(case.model.config)
+    )  # built anew from an equal config
+    case.run(
+        model, jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 1), case.params), case.inputs
+    )
     assert len(case.traces) == traced
     case.run.eval_shape(case.model.with_policy(ops.Policy(remat="full")), case.params, case.inputs)
     assert len(case.traces) == traced + 1  # another model is another program, so this does count
 
 
-@pytest.mark.parametrize("policy", [{"compute": "bfloat16"}, {"compute": "bfloat16", "stream": "bfloat16"}])
+@pytest.mark.parametrize(
+    "policy", [{"compute": "bfloat16"}, {"compute": "bfloat16", "stream": "bfloat16"}]
+)
 def test_bfloat16_is_close_and_logits_stay_float32(kind, policy):
     model = kind.model.with_policy(ops.Policy(**policy))
-    run = jax.jit(lambda params, inputs: model.apply(tree.cast(params, jnp.bfloat16), inputs).logits)
-    logits, want = run(kind.params, kind.inputs), np.asarray(kind.apply(kind.params, kind.inputs))
+    run = jax.jit(
+        lambda params, inputs: model.apply(tree.cast(params, jnp.bfloat16), inputs).logits
+    )
+    logits = run(kind.params, kind.inputs)
+    want = np.asarray(kind.apply(kind.params, kind.inputs))
     assert logits.dtype == jnp.float32
     assert np.sqrt(np.mean((np.asarray(logits) - want) ** 2)) < 0.05 * np.std(want)
 
 
-# -------------------------------------------------------------------------------------------------- segments and leaves
+# ------------------------------------------------------------------------------ segments and leaves
 
 
 def test_segments_do_not_change_the_function(kind):
@@ -167,13 +203,19 @@ def test_segments_do_not_change_the_function(kind):
 
 
 def test_mixed_compressed_layers_run_close_to_their_decoded_version(kind):
-    decoded = jax.jit(lambda params: tree.map_leaves(lambda _, leaf: decode(leaf), params))(kind.mixed)
+    decoded = jax.jit(lambda params: tree.map_leaves(lambda _, leaf: decode(leaf), params))(
+        kind.mixed
+    )
     want = np.asarray(kind.apply(decoded, kind.inputs))
     close(kind.of_mixed, want)
-    assert np.abs(want - np.asarray(kind.apply(kind.params, kind.inputs))).max() > 0.05  # they are compressed
+    assert (
+        np.abs(want - np.asarray(kind.apply(kind.params, kind.inputs))).max() > 0.05
+    )  # they are compressed
     # in floating point arithmetic that is exact, what remains is the rounding of activations
     dynamic = jax.tree.map(
-        lambda leaf: dataclasses.replace(leaf, activations="int8") if isinstance(leaf, QTensor) else leaf,
+        lambda leaf: (
+            dataclasses.replace(leaf, activations="int8") if isinstance(leaf, QTensor) else leaf
+        ),
         kind.mixed,
         is_leaf=lambda leaf: isinstance(leaf, QTensor),
     )
@@ -190,15 +232,19 @@ def test_fused_equals_unfused(kind):
     logits, again = run(kind.params, kind.inputs)
     close(logits, kind.apply(kind.params, kind.inputs), 1e-5)
     chex.assert_trees_all_equal(again, kind.params, strict=True)
-    logits = jax.jit(lambda params, inputs: kind.model.apply(fuse(params), inputs).logits)(kind.mixed, kind.inputs)
+    logits = jax.jit(lambda params, inputs: kind.model.apply(fuse(params), inputs).logits)(
+        kind.mixed, kind.inputs
+    )
     close(logits, kind.of_mixed, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def trains(path: str) -> bool:
-    """Statistics are set, not trained; softmax does not see a shift of all scores: biases of keys, SigLIP's of its logits."""
+    """Statistics are set, not trained; softmax does not see a shift of all scores: biases of keys,
+    SigLIP's of its logits.
+    """
     return not path.endswith(("/mean", "/variance", "k_bias")) and path != "bias"
 
 
@@ -207,14 +253,17 @@ def adam(params, grads, moments, step: int, rate: float = 1e-2):
 
     def move(p, g, m, v):
         m[...], v[...] = 0.9 * m + 0.1 * np.asarray(g), 0.999 * v + 0.001 * np.asarray(g) ** 2
-        return p - np.float32(rate) * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + np.float32(1e-8))
+        return p - np.float32(rate) * (m / (1 - 0.9**step)) / (
+            np.sqrt(v / (1 - 0.999**step)) + np.float32(1e-8)
+        )
 
     return jax.tree.map(move, params, grads, *moments)
 
 
 def test_the_loss_falls(case):
     params = jax.device_get(case.init(jax.random.key(0)))
-    moments, losses = [jax.tree.map(np.zeros_like, params) for _ in range(2)], []
+    moments = [jax.tree.map(np.zeros_like, params) for _ in range(2)]
+    losses = []
     for step in range(1, 41):
         loss, grads = case.gradients(params, case.inputs)
         params = adam(params, grads, moments, step)
@@ -232,13 +281,19 @@ def test_gradients_reach_every_leaf(case):
 def test_one_step_lowers_on_an_abstract_mesh(kind):
     """For a TPU pod that is not there: no device of it is needed before compilation."""
     mesh = AbstractMesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    model = kind.module.model(kind.model.config, ops.Policy("bfloat16", "bfloat16", remat="full", axes=ops.MESH_AXES))
-    params, placed = sharding.shardings(model.rules, jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    model = kind.module.model(
+        kind.model.config, ops.Policy("bfloat16", "bfloat16", remat="full", axes=ops.MESH_AXES)
+    )
+    params, placed = sharding.shardings(
+        model.rules, jax.eval_shape(model.init, jax.random.key(0)), mesh
+    )
     optimizer = optax.adam(1e-3)
     state = jax.eval_shape(optimizer.init, params)
 
     def on(shapes, shardings):
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+        )
 
     def step(params, state, inputs):
         loss, grads = jax.value_and_grad(lambda p: kind.loss(model, p, inputs))(params)
@@ -246,7 +301,8 @@ def test_one_step_lowers_on_an_abstract_mesh(kind):
         return optax.apply_updates(params, updates), state, loss
 
     batch = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("fsdp"))), model.inputs(8, 8)
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("fsdp"))),
+        model.inputs(8, 8),
     )
     arguments = on(params, placed), on(state, sharding.inherit(state, placed, mesh)), batch
     with jax.sharding.use_abstract_mesh(mesh):
@@ -256,10 +312,14 @@ def test_one_step_lowers_on_an_abstract_mesh(kind):
 
 
 def test_a_wrapped_model_is_wrapped_everywhere(kind):
-    """Also in what runs the parts on their own (losses, prefill, perplexity), and under another policy."""
+    """Also in what runs the parts on their own (losses, prefill, perplexity), and under another
+    policy.
+    """
 
     def quieter(parts):
-        return parts._replace(embed=lambda *args: (lambda x, context: (0 * x, context))(*parts.embed(*args)))
+        return parts._replace(
+            embed=lambda *args: (lambda x, context: (0 * x, context))(*parts.embed(*args))
+        )
 
     wrapped = wrap(kind.model, quieter)
     other = wrapped.with_policy(ops.Policy(compute="bfloat16"))
@@ -268,7 +328,9 @@ def test_a_wrapped_model_is_wrapped_everywhere(kind):
     @jax.jit
     def run(params, inputs):
         def both(model):
-            return model.parts.embed(params, inputs, None, None, False)[0], model.apply(params, inputs)
+            return model.parts.embed(params, inputs, None, None, False)[0], model.apply(
+                params, inputs
+            )
 
         return (both(wrapped), both(other)), wrapped.hidden(params, inputs).hidden
 
@@ -276,7 +338,10 @@ def test_a_wrapped_model_is_wrapped_everywhere(kind):
     for x, out in outs:
         assert not np.any(x)
         assert hidden.shape == out.hidden.shape
-        assert np.abs(np.asarray(out.logits) - np.asarray(kind.apply(kind.params, kind.inputs))).max() > 1e-2
+        assert (
+            np.abs(np.asarray(out.logits) - np.asarray(kind.apply(kind.params, kind.inputs))).max()
+            > 1e-2
+        )
     np.testing.assert_array_equal(hidden, outs[0][1].hidden)
     with pytest.raises(ValueError, match="init=False"):
         dataclasses.replace(kind.model, apply=lambda params, inputs: None)

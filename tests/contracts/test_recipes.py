@@ -1,5 +1,6 @@
-"""Every named recipe makes every architecture smaller, and what comes out runs: no family needs rules of its own,
-nor does somebody else's Flax module."""
+"""Every named recipe makes every architecture smaller, and what comes out runs: no family needs
+rules of its own, nor does somebody else's Flax module.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def _inputs(model):
         random = np.random.default_rng(len(name))
         whole = jnp.issubdtype(shape.dtype, jnp.integer)
         array = random.integers(1, 4, shape.shape) if whole else random.normal(size=shape.shape)
-        made[name] = jnp.asarray(np.ones(shape.shape) if shape.dtype == bool else array, shape.dtype)
+        made[name] = jnp.asarray(
+            np.ones(shape.shape) if shape.dtype == bool else array, shape.dtype
+        )
     return made
 
 
@@ -36,8 +39,15 @@ def test_named_recipes_differ_in_their_chains_alone():
 
 
 def test_named_recipes_take_every_kind(kind):
-    """All matrices but routers. What comes out is traced, and that of one is run; test_models.py runs each kind of leaf."""
-    matrices = {p: leaf for p, leaf in tree.flatten(kind.params).items() if len(tree.layer_shape(p, leaf)) >= 2}
+    """All matrices but routers.
+
+    What comes out is traced, and that of one is run; test_models.py runs each kind of leaf.
+    """
+    matrices = {
+        p: leaf
+        for p, leaf in tree.flatten(kind.params).items()
+        if len(tree.layer_shape(p, leaf)) >= 2
+    }
     before = np.asarray(kind.apply(kind.params, kind.inputs))
     for name in ("int8-weight", "int4", "sparse50-int8"):
         recipe = compress.named(name)
@@ -47,15 +57,22 @@ def test_named_recipes_take_every_kind(kind):
             layer for p in matrices for layer in tree.layer_paths(p) if not layer.endswith("router")
         }
         assert report.bytes_after < report.bytes_before
-        assert all(np.isfinite(np.asarray(buffer, np.float32)).all() for buffer in jax.tree.leaves(smaller))
-        assert jax.eval_shape(recipe.adapt(kind.model).apply, smaller, kind.inputs).logits.shape == before.shape
+        assert all(
+            np.isfinite(np.asarray(buffer, np.float32)).all() for buffer in jax.tree.leaves(smaller)
+        )
+        assert (
+            jax.eval_shape(recipe.adapt(kind.model).apply, smaller, kind.inputs).logits.shape
+            == before.shape
+        )
         if name == "int8-weight":
             after = np.asarray(kind.apply(smaller, kind.inputs))
             assert np.sqrt(np.mean((after - before) ** 2)) < 0.2 * np.std(before)
 
 
 class Linen(nn.Module):
-    """Kernels of two axes and of four, an embedding's place taken by a convolution, norms, and statistics."""
+    """Kernels of two axes and of four, an embedding's place taken by a convolution, norms, and
+    statistics.
+    """
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -66,8 +83,10 @@ class Linen(nn.Module):
 
 class Nnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.norm, self.inner = nnx.BatchNorm(6, rngs=rngs), nnx.Linear(6, 64, rngs=rngs)
-        self.layers, self.out = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(2)]), nnx.Linear(64, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.inner = nnx.Linear(6, 64, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(2)])
+        self.out = nnx.Linear(64, 5, rngs=rngs)
 
     def __call__(self, x):
         x = self.inner(self.norm(x).mean(axis=(1, 2)))
@@ -84,8 +103,9 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_named_recipes_take_modules_of_others(name, tmp_path):
-    """They get smaller, run, are saved and read back, and are trained further where their weights are plain; what is measured and
-    vectors stay."""
+    """They get smaller, run, are saved and read back, and are trained further where their weights
+    are plain; what is measured and vectors stay.
+    """
     model = FOREIGN[name]()
     params = jax.jit(model.init)(jax.random.key(0))
     inputs = _inputs(model)
@@ -93,22 +113,37 @@ def test_named_recipes_take_modules_of_others(name, tmp_path):
     kernels = {path for path, leaf in tree.flatten(params).items() if path.endswith("kernel")}
     for recipe in NAMES:
         bundle, report = compress.compress_bundle(hub.Bundle(model, params), compress.named(recipe))
-        treated = {layer for row in report.leaves if row["method"] for layer in tree.layer_paths(row["path"])}
+        treated = {
+            layer
+            for row in report.leaves
+            if row["method"]
+            for layer in tree.layer_paths(row["path"])
+        }
         assert treated == {layer for path in kernels for layer in tree.layer_paths(path)}, recipe
         assert report.bytes_after < report.bytes_before
         after = jax.jit(bundle.model.apply)(bundle.params, inputs).logits
         assert bool(jnp.all(jnp.isfinite(after)))
         bundle.save_pretrained(tmp_path / recipe)
         again = hub.from_pretrained(tmp_path / recipe, module=model)
-        np.testing.assert_array_equal(jax.jit(again.model.apply)(again.params, inputs).logits, after)
+        np.testing.assert_array_equal(
+            jax.jit(again.model.apply)(again.params, inputs).logits, after
+        )
         if recipe == "int8-weight":
-            assert float(jnp.sqrt(jnp.mean((after - before) ** 2))) < 0.2 * (float(jnp.std(before)) + 1e-3)
+            assert float(jnp.sqrt(jnp.mean((after - before) ** 2))) < 0.2 * (
+                float(jnp.std(before)) + 1e-3
+            )
 
 
 def test_rules_in_front_are_exceptions():
     module = families()["gpt2"]
     params = module.model(module.SIZES["tiny"]).init(jax.random.key(0))
     recipe = compress.named("int4")
-    mine = dataclasses.replace(recipe, rules=(("blocks/0/.*/up", "rtn(bits=8)"), ("embed", ""), *recipe.rules))
+    mine = dataclasses.replace(
+        recipe, rules=(("blocks/0/.*/up", "rtn(bits=8)"), ("embed", ""), *recipe.rules)
+    )
     rows = {row["path"]: row["method"] for row in compress.apply(mine, params)[1].leaves}
-    assert (rows["blocks/0/mlp/up"], rows["blocks/1-2/mlp/up"], rows["embed"]) == ("rtn(bits=8)", "rtn(bits=4, group=64)", "")
+    assert (rows["blocks/0/mlp/up"], rows["blocks/1-2/mlp/up"], rows["embed"]) == (
+        "rtn(bits=8)",
+        "rtn(bits=4, group=64)",
+        "",
+    )

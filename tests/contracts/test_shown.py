@@ -1,6 +1,7 @@
 """What an interpreter and a notebook show of results: short, escaped, from shapes alone.
 
-Every class of the project that a public function returns is found; one that is new needs an example here.
+Every class of the project that a public function returns is found; one that is new needs an example
+here.
 """
 
 from __future__ import annotations
@@ -35,10 +36,32 @@ from jaxmodel.train.state import init_state
 
 EVIL = "<script>alert(1)</script>\x1b[2J"
 PACKAGES = (
-    *("adapt", "compress", "contrib", "data", "distributed", "evaluate", "generation", "hub", "leaves", "losses", "models"),
+    *(
+        "adapt",
+        "compress",
+        "contrib",
+        "data",
+        "distributed",
+        "evaluate",
+        "generation",
+        "hub",
+        "leaves",
+        "losses",
+        "models",
+    ),
     *("optim", "plan", "train"),
 )
-HTML = {"Bundle", "History", "ImageFolder", "Images", "Report", "Rows", "Text", "Tokenizer", "TrainState"}
+HTML = {
+    "Bundle",
+    "History",
+    "ImageFolder",
+    "Images",
+    "Report",
+    "Rows",
+    "Text",
+    "Tokenizer",
+    "TrainState",
+}
 """Those that a person looks at in a notebook. The others have a line."""
 LESS = {
     "Bundle",
@@ -89,8 +112,13 @@ def examples(folder) -> dict[str, object]:
     smaller, done = compress.apply(compress.named("int4"), params)
     tokenizer = hub.train_bpe([EVIL * 3, "a text of words " * 9], 260)
     state = init_state(params, optax.adam(1e-3))
-    arrays = {"pixels": np.zeros((300, 8, 8, 1), np.float32), "labels": np.arange(300, dtype=np.int32) % 10}
-    rows = [{"step": i, "loss": 1.0 / i, EVIL: EVIL, "tokens_per_second": 9.0} for i in range(1, 200)]
+    arrays = {
+        "pixels": np.zeros((300, 8, 8, 1), np.float32),
+        "labels": np.arange(300, dtype=np.int32) % 10,
+    }
+    rows = [
+        {"step": i, "loss": 1.0 / i, EVIL: EVIL, "tokens_per_second": 9.0} for i in range(1, 200)
+    ]
     rates = np.geomspace(1e-4, 1.0, 500)
     (folder / "cat").mkdir()
     from PIL import Image
@@ -98,10 +126,18 @@ def examples(folder) -> dict[str, object]:
     for i in range(3):
         Image.new("RGB", (9, 9), (i, 9, 9)).save(folder / "cat" / f"{i}.png")
     fields = {field.name: 9.87654321 for field in dataclasses.fields(Completion)}
-    completion = Completion(**{**fields, "text": "words " * 400, "ids": list(range(400)), "finish_reason": "length"})
+    completion = Completion(
+        **{**fields, "text": "words " * 400, "ids": list(range(400)), "finish_reason": "length"}
+    )
     return {
         "Accuracy": evaluate.Accuracy(1 / 3, 100, 300, (0.10512373222898143, 0.24773509567029176)),
-        "Answers": Answers(np.arange(400, dtype=np.int32), np.ones(400, bool), np.array([0, 400]), np.array([0, 1]), 400),
+        "Answers": Answers(
+            np.arange(400, dtype=np.int32),
+            np.ones(400, bool),
+            np.array([0, 400]),
+            np.array([0, 1]),
+            400,
+        ),
         "Bins": data.pack([list(range(99))] * 40, length=128),
         "Bundle": hub.Bundle(model, params, tokenizer, {"name": EVIL}),
         "Collective": plan.Collective("all-reduce", 256, 4, 1),
@@ -113,7 +149,9 @@ def examples(folder) -> dict[str, object]:
         "Perplexity": summarize(np.ones((3, 64), np.float32)),
         "QTensor": smaller["blocks"]["0-2"]["mlp"]["up"],
         "RateSearch": RateSearch(rates, rates, rates, None),
-        "Report": dataclasses.replace(done, leaves=({**done.leaves[0], "path": EVIL}, *done.leaves[1:])),
+        "Report": dataclasses.replace(
+            done, leaves=({**done.leaves[0], "path": EVIL}, *done.leaves[1:])
+        ),
         "Rows": report.Rows(rows),
         "Stream": data.Stream(arrays, batch_size=8),
         "Text": Text("a text of many words " * 9999 + EVIL, EVIL, EVIL, "0" * 64),
@@ -130,7 +168,11 @@ def shown(tmp_path_factory):
 
 
 def test_every_result_type_is_here(shown):
-    missing = {name for name, cls in found().items() if not issubclass(cls, leaves.Compressed)} - set(shown) - LESS
+    missing = (
+        {name for name, cls in found().items() if not issubclass(cls, leaves.Compressed)}
+        - set(shown)
+        - LESS
+    )
     assert not missing, "write an example"
 
 
@@ -139,7 +181,10 @@ def test_a_repr_is_short_and_has_no_array(shown):
         words = repr(one)
         most = 6000 if isinstance(one, list) else 600
         assert len(words) < most, (name, len(words))
-        assert not re.search(r"array\(\[|Array\(", words) and "\x1b" not in words, (name, words[:200])
+        assert not re.search(r"array\(\[|Array\(", words) and "\x1b" not in words, (
+            name,
+            words[:200],
+        )
 
 
 def test_a_notebook_shows_it(shown):
@@ -159,8 +204,14 @@ def test_a_notebook_shows_it(shown):
         tags = Reader(page).tags
         if name == "Bundle":  # treescope's own, tested with the command line
             continue
-        assert "script" not in tags and "\x1b" not in page and "http" not in page.replace("http://www.w3.org", ""), name
-        assert page.count("<table>") == len(re.findall(r'<div class="wide(?: fold)?"><table>', page)), name
+        assert (
+            "script" not in tags
+            and "\x1b" not in page
+            and "http" not in page.replace("http://www.w3.org", "")
+        ), name
+        assert page.count("<table>") == len(
+            re.findall(r'<div class="wide(?: fold)?"><table>', page)
+        ), name
         assert len(page) < 200_000, name
 
 
@@ -169,22 +220,37 @@ def test_nothing_is_read_from_arrays():
     model = gpt2.model(gpt2.SIZES["tiny"])
     state = init_state(model.init(jax.random.key(1)), optax.adam(1e-3))
     state = dataclasses.replace(state, step=jnp.int32(3))
-    assert repr(state).startswith("TrainState(step 3, data_step 0, parameters ") and "step" in state._repr_html_()
-    leaf = leaves.QTensor.from_dense(jnp.ones((4, 8)), bits=4) if hasattr(leaves.QTensor, "from_dense") else None
+    assert (
+        repr(state).startswith("TrainState(step 3, data_step 0, parameters ")
+        and "step" in state._repr_html_()
+    )
+    leaf = (
+        leaves.QTensor.from_dense(jnp.ones((4, 8)), bits=4)
+        if hasattr(leaves.QTensor, "from_dense")
+        else None
+    )
     seen = repr(state)
     for array in jax.tree.leaves((state, leaf)):
         array.delete()
-    assert repr(state) == seen.replace("step 3", "step int32[]").replace("data_step 0", "data_step int32[]")
+    assert repr(state) == seen.replace("step 3", "step int32[]").replace(
+        "data_step 0", "data_step int32[]"
+    )
     shapes = jax.eval_shape(lambda: init_state(model.init(jax.random.key(1)), optax.adam(1e-3)))
     assert "parameters" in repr(shapes)
     texts = []
-    jax.jit(lambda s: texts.append(repr(s)))(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.step))
+    jax.jit(lambda s: texts.append(repr(s)))(
+        jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.step)
+    )
     assert texts
 
 
 def test_rows_are_a_list():
     rows = report.Rows([{"a": i, "b": 0.5} for i in range(40)])
-    assert rows == [{"a": i, "b": 0.5} for i in range(40)] and isinstance(rows[:3], report.Rows) and rows[-1]["a"] == 39
+    assert (
+        rows == [{"a": i, "b": 0.5} for i in range(40)]
+        and isinstance(rows[:3], report.Rows)
+        and rows[-1]["a"] == 39
+    )
     words = repr(rows)
     assert "The first and the last 6 of 40 rows" in words and "39" in words and "20" not in words
     assert pickle.loads(pickle.dumps(rows)) == rows and to_plain(rows) == list(rows)
@@ -198,5 +264,13 @@ def test_a_few_words_never_fail():
         def __repr__(self):
             raise RuntimeError("no")
 
-    assert brief(Odd()) == "<Odd>" and brief(jnp.ones((2, 3))) == "float32[2, 3]" and brief(print) == "print"
-    assert brief([Odd()] * 2) == "[<Odd>, <Odd>]" and len(brief(EVIL * 99)) < 60 and brief(0.1 + 0.2) == "0.3"
+    assert (
+        brief(Odd()) == "<Odd>"
+        and brief(jnp.ones((2, 3))) == "float32[2, 3]"
+        and brief(print) == "print"
+    )
+    assert (
+        brief([Odd()] * 2) == "[<Odd>, <Odd>]"
+        and len(brief(EVIL * 99)) < 60
+        and brief(0.1 + 0.2) == "0.3"
+    )

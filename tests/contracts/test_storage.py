@@ -1,4 +1,6 @@
-"""How layers are stacked is storage: optimisers, penalties, projections and averages are those of each layer alone."""
+"""How layers are stacked is storage: optimisers, penalties, projections and averages are those of
+each layer alone.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from jaxmodel.optim.optimizers import each_layer
 from jaxmodel.train.exchange import Exchange
 from jaxmodel.train.state import init_state
 
-L, E = 3, 2
+L = 3
+E = 2
 
 
 def leaf(*shape: int, seed: int = 0) -> jax.Array:
@@ -27,10 +30,15 @@ def leaf(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def stacked(seed: int = 0) -> tree.Params:
-    """Matrices large enough for factors (128) and 8 bits (4,096), vectors that are not, though all of them together are."""
+    """Matrices large enough for factors (128) and 8 bits (4,096), vectors that are not, though all
+    of them together are.
+    """
     layer = {
         "attn": {"q": leaf(L, 130, 160, seed=seed), "q_bias": leaf(L, 1600, seed=seed + 1)},
-        "moe": {"up": leaf(L, E, 132, 160, seed=seed + 2), "router": leaf(L, E, 160, seed=seed + 3)},
+        "moe": {
+            "up": leaf(L, E, 132, 160, seed=seed + 2),
+            "router": leaf(L, E, 160, seed=seed + 3),
+        },
         "attn_norm": {"weight": leaf(L, 160, seed=seed + 4)},
     }
     return {"blocks": {f"0-{L - 1}": layer}, "embed": leaf(L, 160, seed=seed + 5)}
@@ -59,7 +67,8 @@ def apart(params: tree.Params) -> tree.Params:
 def test_an_optimiser_of_stacked_layers_is_that_of_each(name):
     config = train.TrainConfig(steps=9, optimizer=name, warmup=0, clip=1.0, weight_decay=0.3)
     optimizer = train.make_optimizer(config)
-    together, alone = updates_of(optimizer, stacked()), updates_of(optimizer, apart(stacked()))
+    together = updates_of(optimizer, stacked())
+    alone = updates_of(optimizer, apart(stacked()))
     chex.assert_trees_all_close(apart(together), alone, rtol=2e-5, atol=1e-6)
 
 
@@ -68,10 +77,12 @@ def test_an_expert_is_a_matrix_of_its_own(name):
     """Beside one whose gradients are a thousand times as large an expert moves as it would alone."""
     if name == "adamw8":
         pytest.skip("rounded at random: an expert's dither is that of its place in the leaf")
-    small, large = leaf(1, 140, 150)[0], 1e3 * leaf(1, 140, 150, seed=1)[0]
+    small = leaf(1, 140, 150)[0]
+    large = 1e3 * leaf(1, 140, 150, seed=1)[0]
     make = lambda *experts: {"blocks": {"0": {"moe": {"up": jnp.stack(experts)}}}}
     optimizer = optimizers.optimizer(name, 0.1)
-    both, one = make(small, large), make(small)
+    both = make(small, large)
+    one = make(small)
     found = [optimizer.update(params, optimizer.init(params), params)[0] for params in (both, one)]
     both, one = (np.asarray(u["blocks"]["0"]["moe"]["up"])[0] for u in found)
     np.testing.assert_allclose(both, one, rtol=1e-4, atol=1e-7)
@@ -81,7 +92,8 @@ def test_others_become_so_by_each_layer():
     """LAMB's trust ratio, clipping by blocks: |w| / |u| over a stack would mix its layers."""
     for direction in (optax.lamb(0.1), optax.adaptive_grad_clip(0.1), optax.clip_by_block_rms(0.1)):
         wrapped = each_layer(direction)
-        together, alone = updates_of(wrapped, stacked()), updates_of(wrapped, apart(stacked()))
+        together = updates_of(wrapped, stacked())
+        alone = updates_of(wrapped, apart(stacked()))
         chex.assert_trees_all_close(apart(together), alone, rtol=1e-5, atol=1e-6)
 
 
@@ -91,14 +103,17 @@ def test_penalties_and_bounds():
     together, alone = (regularize.penalties(rules, p) for p in (params, apart(params)))
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     bound = optim.project([(".*/q", "maxnorm(0.5)"), (".*", None)])
-    chex.assert_trees_all_close(apart(updates_of(bound, params)), updates_of(bound, apart(params)), rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(
+        apart(updates_of(bound, params)), updates_of(bound, apart(params)), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_what_is_sent_in_fewer_bytes_is_chosen_by_layer():
     exchange = Exchange("int8", smallest=3000)
     for path, a in tree.flatten(stacked()).items():
         ones = [
-            exchange._large(layer, jax.ShapeDtypeStruct(tree.layer_shape(path, a), a.dtype)) for layer in tree.layer_paths(path)
+            exchange._large(layer, jax.ShapeDtypeStruct(tree.layer_shape(path, a), a.dtype))
+            for layer in tree.layer_paths(path)
         ]
         assert {exchange._large(path, a)} == set(ones), path
 

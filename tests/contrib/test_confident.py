@@ -13,7 +13,9 @@ RNG = np.random.default_rng(0)
 
 def by_hand(p, labels):
     rows, classes = p.shape
-    thresholds = [p[labels == c, c].mean() if (labels == c).any() else np.inf for c in range(classes)]
+    thresholds = [
+        p[labels == c, c].mean() if (labels == c).any() else np.inf for c in range(classes)
+    ]
     counted = np.zeros((classes, classes))
     suspects = []
     for i in range(rows):

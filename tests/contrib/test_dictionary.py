@@ -38,7 +38,9 @@ def state():
     for _ in range(5):
         state, _ = step(state, data())
     params = jax.tree.map(jnp.copy, state.params)
-    params["encoder"]["code"]["weight_bias"] = jnp.where(DEAD, -100.0, params["encoder"]["code"]["weight_bias"])
+    params["encoder"]["code"]["weight_bias"] = jnp.where(
+        DEAD, -100.0, params["encoder"]["code"]["weight_bias"]
+    )
     return dataclasses.replace(state, params=params), step
 
 
@@ -50,41 +52,61 @@ def test_active_features_are_counted(state):
 
 
 def test_columns_of_length_one(state):
-    scaled = tree.map_leaves(lambda path, leaf: 3 * leaf if path.startswith("decoder") else leaf, state[0].params)
+    scaled = tree.map_leaves(
+        lambda path, leaf: 3 * leaf if path.startswith("decoder") else leaf, state[0].params
+    )
     unit = contrib.unit_dictionary(scaled)
-    np.testing.assert_allclose(jnp.linalg.norm(unit["decoder"]["out"]["weight"], axis=0), np.ones(32), rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(unit["decoder"]["out"]["weight"], axis=0), np.ones(32), rtol=1e-5
+    )
     chex.assert_trees_all_equal(unit["encoder"], scaled["encoder"])
-    np.testing.assert_array_equal(unit["decoder"]["out"]["weight_bias"], scaled["decoder"]["out"]["weight_bias"])
+    np.testing.assert_array_equal(
+        unit["decoder"]["out"]["weight_bias"], scaled["decoder"]["out"]["weight_bias"]
+    )
 
 
 def test_only_dead_features_and_their_moments_change(state):
     before, _ = state
-    after = jax.jit(lambda s, key: contrib.revive(s, MODEL, data(), jnp.asarray(DEAD), key, scale=0.5))(before, jax.random.key(3))
+    after = jax.jit(
+        lambda s, key: contrib.revive(s, MODEL, data(), jnp.asarray(DEAD), key, scale=0.5)
+    )(before, jax.random.key(3))
     old, new = (tree.flatten(s.params) for s in (before, after))
-    reads, bias, writes = "encoder/code/weight", "encoder/code/weight_bias", "decoder/out/weight"
+    reads = "encoder/code/weight"
+    bias = "encoder/code/weight_bias"
+    writes = "decoder/out/weight"
     np.testing.assert_array_equal(new[reads][~DEAD], old[reads][~DEAD])
     np.testing.assert_array_equal(new[writes][:, ~DEAD], old[writes][:, ~DEAD])
     np.testing.assert_array_equal(new[bias], np.where(DEAD, 0, old[bias]))
     np.testing.assert_array_equal(new["decoder/out/weight_bias"], old["decoder/out/weight_bias"])
     living = np.linalg.norm(np.asarray(old[reads])[~DEAD], axis=1).mean()
-    np.testing.assert_allclose(np.asarray(new[reads])[DEAD], 0.5 * living * np.asarray(new[writes]).T[DEAD], rtol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(np.asarray(new[writes])[:, DEAD], axis=0), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(new[reads])[DEAD], 0.5 * living * np.asarray(new[writes]).T[DEAD], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        np.linalg.norm(np.asarray(new[writes])[:, DEAD], axis=0), 1, rtol=1e-5
+    )
     # each new direction is what the reconstruction of some row misses
     missed = np.asarray(data()["features"] - jax.jit(MODEL.apply)(before.params, data()).logits)
     missed = missed / np.linalg.norm(missed, axis=1, keepdims=True)
     assert np.all((np.asarray(new[writes]).T[DEAD] @ missed.T).max(axis=1) > 0.9999)
     for moments, were in zip(after.opt_state[1][0][1:], before.opt_state[1][0][1:], strict=True):
         for path, leaf in tree.flatten(moments).items():
-            dead = {reads: DEAD[:, None], bias: DEAD, writes: DEAD[None]}.get(path, np.zeros(leaf.shape, bool))
+            dead = {reads: DEAD[:, None], bias: DEAD, writes: DEAD[None]}.get(
+                path, np.zeros(leaf.shape, bool)
+            )
             np.testing.assert_array_equal(leaf, np.where(dead, 0, tree.flatten(were)[path]))
             assert np.any(np.asarray(leaf) != 0)
     assert int(after.step) == int(before.step)
 
 
 def test_rows_are_drawn_by_their_squared_loss():
-    """Of three rows with losses 0, 1 and 4, the last is drawn sixteen times as often as the second, the first never."""
+    """Of three rows with losses 0, 1 and 4, the last is drawn sixteen times as often as the second,
+    the first never.
+    """
     model = autoencoder.model(dataclasses.replace(CONFIG, features=3, code=4000, k=1))
-    params = tree.map_leaves(lambda _, leaf: jnp.zeros_like(leaf), jax.jit(model.init)(jax.random.key(0)))
+    params = tree.map_leaves(
+        lambda _, leaf: jnp.zeros_like(leaf), jax.jit(model.init)(jax.random.key(0))
+    )
     state = init_state(params, optax.sgd(0.1))
     x = jnp.diag(jnp.asarray([0.0, 1.0, 2.0]))
     after = contrib.revive(state, model, {"features": x}, jnp.ones(4000, bool), jax.random.key(0))
@@ -99,11 +121,17 @@ def test_nothing_changes_where_nothing_is_dead(state):
 
 
 def test_revived_features_live_and_the_loss_is_lower():
-    """Against the same steps without it, where they stay dead: the data has more factors than features are left."""
+    """Against the same steps without it, where they stay dead: the data has more factors than
+    features are left.
+    """
     rng = np.random.default_rng(0)
     active = (rng.random((512, 32)) < 0.1) * np.abs(rng.normal(size=(512, 32)) + 1)
     directions = rng.normal(size=(32, 16))
-    batch = {"features": jnp.asarray(active @ (directions / np.linalg.norm(directions, axis=1, keepdims=True)), jnp.float32)}
+    batch = {
+        "features": jnp.asarray(
+            active @ (directions / np.linalg.norm(directions, axis=1, keepdims=True)), jnp.float32
+        )
+    }
     dead = jnp.arange(32) % 4 != 0
     optimizer = optax.adam(3e-3)
     step = make_step(MODEL, losses.autoencoder, optimizer)
@@ -113,7 +141,9 @@ def test_revived_features_live_and_the_loss_is_lower():
     left, _ = run(init_state(params, optimizer))
     revived = contrib.revive(left, MODEL, batch, dead, jax.random.key(0))
     (left, before), (revived, after) = run(left), run(revived)
-    living = lambda state: int(jnp.sum((contrib.count_active(MODEL, state.params, batch) > 0) & dead))
+    living = lambda state: int(
+        jnp.sum((contrib.count_active(MODEL, state.params, batch) > 0) & dead)
+    )
     assert living(left) == 0
     assert living(revived) >= 20  # of 24
     assert float(after["loss"][-1]) < 0.7 * float(before["loss"][-1])
@@ -124,6 +154,17 @@ def test_other_params_are_refused(state):
     with pytest.raises(InputError, match="params: .*hidden_0.* is in the way"):
         contrib.unit_dictionary(jax.jit(deep.init)(jax.random.key(0)))
     params = state[0].params
-    packed = {**params, "decoder": {"out": {**params["decoder"]["out"], "weight": Sparse.from_dense(jnp.ones((16, 32)))}}}
+    packed = {
+        **params,
+        "decoder": {
+            "out": {**params["decoder"]["out"], "weight": Sparse.from_dense(jnp.ones((16, 32)))}
+        },
+    }
     with pytest.raises(InputError, match="params: decoder/out/weight is in the way"):
-        contrib.revive(dataclasses.replace(state[0], params=packed), MODEL, data(), jnp.asarray(DEAD), jax.random.key(0))
+        contrib.revive(
+            dataclasses.replace(state[0], params=packed),
+            MODEL,
+            data(),
+            jnp.asarray(DEAD),
+            jax.random.key(0),
+        )

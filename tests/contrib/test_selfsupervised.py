@@ -1,4 +1,6 @@
-"""Self-supervised learning: tasks by their definition, losses that fall, bodies that keep what they learnt."""
+"""Self-supervised learning: tasks by their definition, losses that fall, bodies that keep what they
+learnt.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def bars(count: int, side: int = 8) -> dict[str, np.ndarray]:
 IMAGES = bars(64)
 
 
-def fall(model, stream, loss, steps: int = 30, rate: float = 3e-3, **options) -> tuple[float, float, train.TrainState]:
+def fall(
+    model, stream, loss, steps: int = 30, rate: float = 3e-3, **options
+) -> tuple[float, float, train.TrainState]:
     """The held-out loss before and after some steps of `fit`."""
     config = train.TrainConfig(steps=steps, learning_rate=rate, warmup=5, eval_batches=1, **options)
     start = jax.jit(model.init)(jax.random.key(0))
@@ -52,15 +56,29 @@ def test_a_task_is_drawn_in_training_and_stands_still_held_out():
         seen.append((np.asarray(batch["x"]), rng, train))
         return jnp.float32(0), {}
 
-    made = alone.pretext(loss, lambda key, batch: {"x": jax.random.normal(key, batch["x"].shape)}, seed=7)
-    for rng, training in [(KEY, True), (jax.random.key(6), True), (KEY, False), (None, False), (None, False)]:
+    made = alone.pretext(
+        loss, lambda key, batch: {"x": jax.random.normal(key, batch["x"].shape)}, seed=7
+    )
+    for rng, training in [
+        (KEY, True),
+        (jax.random.key(6), True),
+        (KEY, False),
+        (None, False),
+        (None, False),
+    ]:
         made(VIT, {}, {"x": jnp.zeros(4)}, rng, train=training)
     (a, *_), (b, *_), (c, *_), (d, *_), (e, *_) = seen
     assert not np.array_equal(a, b) and not np.array_equal(a, c)
     np.testing.assert_array_equal(c, d)
     np.testing.assert_array_equal(d, e)
     np.testing.assert_array_equal(c, jax.random.normal(jax.random.key(7), (4,)))
-    assert seen[0][1] is KEY and [training for *_, training in seen] == [True, True, False, False, False]
+    assert seen[0][1] is KEY and [training for *_, training in seen] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_masked_patches_by_hand():
@@ -70,19 +88,29 @@ def test_masked_patches_by_hand():
     np.testing.assert_array_equal(made["weights"].sum(axis=1), 2)  # round(0.4 * 6)
     for image in range(5):
         for t in range(6):
-            y, x = 2 * (t // 2), 2 * (t % 2)
+            y = 2 * (t // 2)
+            x = 2 * (t % 2)
             place = (image, slice(y, y + 2), slice(x, x + 2))
             np.testing.assert_array_equal(made["targets"][image, t], pixels[place].ravel())
             hidden = bool(made["weights"][image, t])
-            np.testing.assert_array_equal(made["pixels"][place], jnp.zeros((2, 2, 3)) if hidden else pixels[place])
-    assert len({tuple(row) for row in np.asarray(made["weights"]).tolist()}) > 1  # rows for themselves
+            np.testing.assert_array_equal(
+                made["pixels"][place], jnp.zeros((2, 2, 3)) if hidden else pixels[place]
+            )
+    assert (
+        len({tuple(row) for row in np.asarray(made["weights"]).tolist()}) > 1
+    )  # rows for themselves
 
 
 def test_two_views_are_drawn_apart_and_undo_keeps_the_clean_one():
     batch = {"pixels": jnp.ones((3, 4, 4, 1)), "labels": jnp.arange(3)}
     views = alone.two_views(augment.Noise(0.3))(KEY, batch)
-    assert not np.array_equal(views["views"][:, 0], views["views"][:, 1]) and views["labels"] is batch["labels"]
-    np.testing.assert_array_equal(alone.two_views(lambda key, rows: rows)(KEY, batch)["views"][:, 1], batch["pixels"])
+    assert (
+        not np.array_equal(views["views"][:, 0], views["views"][:, 1])
+        and views["labels"] is batch["labels"]
+    )
+    np.testing.assert_array_equal(
+        alone.two_views(lambda key, rows: rows)(KEY, batch)["views"][:, 1], batch["pixels"]
+    )
     noise = augment.Noise(0.3)
     made = alone.restored(noise)(KEY, batch)
     np.testing.assert_array_equal(made["targets"], batch["pixels"])
@@ -121,7 +149,9 @@ def test_hidden_patches_of_an_image():
     assert out.shape == (16, 16, 4) and metrics["weight"] == 16 * 8
     each = np.asarray((out - made["targets"]) ** 2).mean(-1)
     np.testing.assert_allclose(value, each[np.asarray(made["weights"]) > 0].mean(), rtol=1e-5)
-    first, last, _ = fall(model, data.Stream({"pixels": IMAGES["pixels"]}, 16), loss, steps=40, rate=1e-2)
+    first, last, _ = fall(
+        model, data.Stream({"pixels": IMAGES["pixels"]}, 16), loss, steps=40, rate=1e-2
+    )
     assert last < 0.8 * first
 
 
@@ -138,16 +168,26 @@ def test_two_views_teach_what_a_linear_head_reads():
     head = mlp.model(mlp.Config(16, (16,), 8))
     model = alone.with_projection(body, head)
     views = alone.two_views(augment.parse("noise(0.1) | random_crop(2)"))
-    loss = alone.pretext(losses.contrastive(functools.partial(losses.nt_xent, temperature=0.5)), views)
+    loss = alone.pretext(
+        losses.contrastive(functools.partial(losses.nt_xent, temperature=0.5)), views
+    )
     stream = data.Stream(IMAGES, 32)
     first, last, state = fall(model, stream, loss, steps=40, rate=1e-2)
     assert last < first - 0.1
-    learnt, params = finetune.replace_head(body, alone.without_projection(state.params), 2, jax.random.key(9))
+    learnt, params = finetune.replace_head(
+        body, alone.without_projection(state.params), 2, jax.random.key(9)
+    )
     rules = finetune.last_layers(params, 0)
-    config = train.TrainConfig(steps=40, learning_rate=3e-2, warmup=5, trainable=rules, weight_decay=0.0)
-    probe, history = train.fit(learnt, stream, config, params=params, loss=losses.classification, heldout=stream)
+    config = train.TrainConfig(
+        steps=40, learning_rate=3e-2, warmup=5, trainable=rules, weight_decay=0.0
+    )
+    probe, history = train.fit(
+        learnt, stream, config, params=params, loss=losses.classification, heldout=stream
+    )
     assert history[-1]["heldout_accuracy"] > 0.9
-    np.testing.assert_array_equal(probe.params["conv1"], state.params["conv1"])  # the body is as it was
+    np.testing.assert_array_equal(
+        probe.params["conv1"], state.params["conv1"]
+    )  # the body is as it was
 
 
 @pytest.mark.parametrize(
@@ -162,27 +202,36 @@ def test_a_projection_reads_what_the_body_gives(body, width):
     params = jax.jit(model.init)(jax.random.key(0))
     assert not any(path.startswith("head") for path in tree.flatten(params))
     tree.assign(model.rules, params)
-    pixels = jnp.asarray(np.random.default_rng(0).random(body.inputs(2, 1)["pixels"].shape), jnp.float32)
+    pixels = jnp.asarray(
+        np.random.default_rng(0).random(body.inputs(2, 1)["pixels"].shape), jnp.float32
+    )
     hidden = jax.jit(body.hidden)(params, pixels).hidden
     mean = hidden.reshape(2, -1, hidden.shape[-1]).mean(axis=1)
     logits = jax.jit(model.apply)(params, pixels).logits
     np.testing.assert_allclose(logits, head.apply(params["projection"], mean).logits, atol=1e-5)
     half = model.with_policy(Policy(compute="bfloat16"))
-    assert half.policy.compute == "bfloat16" and jax.eval_shape(half.apply, params, pixels).logits.shape == (2, 3)
+    assert half.policy.compute == "bfloat16" and jax.eval_shape(
+        half.apply, params, pixels
+    ).logits.shape == (2, 3)
 
 
 def test_bad_input_is_refused():
-    shapes, pixels = jax.eval_shape(VIT.init, KEY), jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    shapes = jax.eval_shape(VIT.init, KEY)
+    pixels = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
     with pytest.raises(InputError, match="rate: 1.0 given; allowed: above 0 and below 1"):
         alone.masked_patches(2, 1.0)
-    with pytest.raises(InputError, match="patch: 3 given; allowed: a divisor of the image's 8 x 8 pixels"):
+    with pytest.raises(
+        InputError, match="patch: 3 given; allowed: a divisor of the image's 8 x 8 pixels"
+    ):
         alone.masked_patches(3)(KEY, {"pixels": jnp.zeros((1, 8, 8, 1))})
     with pytest.raises(InputError, match="batch: labels given; 'pixels' is needed"):
         alone.two_views(augment.Noise())(KEY, {"labels": jnp.zeros(2)})
     with pytest.raises(InputError, match="head: it reads 5 numbers; needed are the 16"):
         narrow = alone.with_projection(VIT, mlp.model(mlp.Config(5, (8,), 3)))
         jax.eval_shape(narrow.apply, shapes, pixels)
-    with pytest.raises(InputError, match="head: it reads source, tokens; needed is a model of one input"):
+    with pytest.raises(
+        InputError, match="head: it reads source, tokens; needed is a model of one input"
+    ):
         alone.with_projection(VIT, t5.model(t5.SIZES["tiny"]))
     with pytest.raises(InputError, match="tokens: 99 given; the model's body gives"):
         wide = alone.with_projection(VIT, mlp.model(mlp.Config(16, (8,), 3)), tokens=99)

@@ -1,4 +1,6 @@
-"""Semi-supervised losses: equal to their definition by hand, no gradient into targets, and rows without labels help."""
+"""Semi-supervised losses: equal to their definition by hand, no gradient into targets, and rows
+without labels help.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from jaxmodel.models import mlp
 from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step
 
-WIDTH, LABELLED, EACH = 16, 4, 8
+WIDTH = 16
+LABELLED = 4
+EACH = 8
 MODEL = mlp.model(mlp.Config(WIDTH, (32,), 2))
 
 
@@ -40,9 +44,12 @@ def shifted(by: float):
     return lambda key, batch: {**batch, "features": batch["features"] + jnp.float32(by)}
 
 
-MANY, TEST = blobs(400, 0), blobs(400, 1)
+MANY = blobs(400, 0)
+TEST = blobs(400, 1)
 FEW = data.take(MANY, np.arange(4))
-PAIRS = data.Paired(data.Stream(FEW, LABELLED), data.Stream({"features": MANY["features"]}, LABELLED * EACH))
+PAIRS = data.Paired(
+    data.Stream(FEW, LABELLED), data.Stream({"features": MANY["features"]}, LABELLED * EACH)
+)
 RNG = jax.random.key(3)
 
 
@@ -78,19 +85,27 @@ def unlabelled(batch) -> jax.Array:
 
 
 def labelled_part(params, batch, shift: float = 0.0) -> float:
-    w, t = np.asarray(batch["weights"]), np.maximum(np.asarray(batch["labels"]), 0)
+    w = np.asarray(batch["weights"])
+    t = np.maximum(np.asarray(batch["labels"]), 0)
     return float((nats(said(params, batch["features"] + shift), t) * w).sum() / w.sum())
 
 
 def state_of(params, step: int = 0, average=None) -> train.TrainState:
-    return train.TrainState(jnp.int32(step), jnp.int32(step), params, (), {} if average is None else {"average": average})
+    return train.TrainState(
+        jnp.int32(step),
+        jnp.int32(step),
+        params,
+        (),
+        {} if average is None else {"average": average},
+    )
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6, 1.0])
 def test_fixmatch_is_its_definition(threshold, params, batch):
     loss = semi.fixmatch(shifted(0.1), shifted(-0.3), threshold=threshold, weight=0.7)
     value, metrics = jax.jit(lambda p: loss(MODEL, p, batch, RNG))(params)
-    q, p = said(params, unlabelled(batch) + 0.1), said(params, unlabelled(batch) - 0.3)
+    q = said(params, unlabelled(batch) + 0.1)
+    p = said(params, unlabelled(batch) - 0.3)
     sure = q.max(-1) >= threshold
     w = np.asarray(batch["weights"])
     u = mean(sure * nats(p, q.argmax(-1)), w)
@@ -101,14 +116,21 @@ def test_fixmatch_is_its_definition(threshold, params, batch):
 
 
 def test_alignment_is_its_definition(params, batch):
-    value, metrics = jax.jit(lambda p: semi.fixmatch(None, None, threshold=0.6, align=True)(MODEL, p, batch, RNG))(params)
-    p, w = said(params, unlabelled(batch)), np.asarray(batch["weights"])
-    q = p / p[np.repeat(w > 0, len(p) // len(w))].mean(0)  # rows that fill the batch up do not count
+    value, metrics = jax.jit(
+        lambda p: semi.fixmatch(None, None, threshold=0.6, align=True)(MODEL, p, batch, RNG)
+    )(params)
+    p = said(params, unlabelled(batch))
+    w = np.asarray(batch["weights"])
+    q = p / p[np.repeat(w > 0, len(p) // len(w))].mean(
+        0
+    )  # rows that fill the batch up do not count
     q /= q.sum(-1, keepdims=True)
     assert np.any(q.argmax(-1) != p.argmax(-1))
     sure = q.max(-1) >= 0.6
     u = mean(sure * nats(p, q.argmax(-1)), w)
-    np.testing.assert_allclose([value, metrics["confident"]], [labelled_part(params, batch) + u, mean(sure, w)], rtol=1e-5)
+    np.testing.assert_allclose(
+        [value, metrics["confident"]], [labelled_part(params, batch) + u, mean(sure, w)], rtol=1e-5
+    )
 
 
 def test_pseudo_labels_are_those_of_the_rows_as_they_stand(params, batch):
@@ -116,25 +138,36 @@ def test_pseudo_labels_are_those_of_the_rows_as_they_stand(params, batch):
     loss = semi.pseudo_label(shifted(0.2), ramp=ramp)
     run = jax.jit(lambda state: loss(MODEL, params, batch, RNG, state=state)[0])
     values = [run(state_of(params, step)) for step in (0, 15, 90)]
-    p, q = said(params, unlabelled(batch) + 0.2), said(params, unlabelled(batch))
+    p = said(params, unlabelled(batch) + 0.2)
+    q = said(params, unlabelled(batch))
     u = mean(nats(p, q.argmax(-1)), np.asarray(batch["weights"]))
-    np.testing.assert_allclose(values, labelled_part(params, batch, 0.2) + 3.0 * np.array([0, 0.5, 1]) * u, rtol=1e-5)
+    np.testing.assert_allclose(
+        values, labelled_part(params, batch, 0.2) + 3.0 * np.array([0, 0.5, 1]) * u, rtol=1e-5
+    )
 
 
 def test_the_mean_teacher_is_the_average(params, batch):
     other = jax.tree.map(lambda a: 2 * a, params)
-    loss = semi.mean_teacher(shifted(0.2), weight=5.0, ramp=functools.partial(semi.sigmoid_ramp, steps=10))
+    loss = semi.mean_teacher(
+        shifted(0.2), weight=5.0, ramp=functools.partial(semi.sigmoid_ramp, steps=10)
+    )
     value, metrics = loss(MODEL, params, batch, RNG, state=state_of(params, 5, other))
     x = unlabelled(batch) + 0.2
-    p, q, w = said(params, x), said(other, x), np.asarray(batch["weights"])
+    p = said(params, x)
+    q = said(other, x)
+    w = np.asarray(batch["weights"])
     u = mean(((p - q) ** 2).mean(-1), w)
     np.testing.assert_allclose(metrics["unlabelled_loss"], u, rtol=1e-4)
-    np.testing.assert_allclose(value, labelled_part(params, batch, 0.2) + 5 * np.exp(-1.25) * u, rtol=1e-5)
+    np.testing.assert_allclose(
+        value, labelled_part(params, batch, 0.2) + 5 * np.exp(-1.25) * u, rtol=1e-5
+    )
     np.testing.assert_allclose(metrics["agree"], mean(p.argmax(-1) == q.argmax(-1), w), rtol=1e-5)
 
 
 def test_no_gradient_flows_into_targets(params, batch):
-    """What the weak view says is a constant: the gradient is that of a loss whose labels were computed beforehand."""
+    """What the weak view says is a constant: the gradient is that of a loss whose labels were
+    computed beforehand.
+    """
     only = {**batch, "weights": jnp.ones(LABELLED)}
 
     def direct(p):
@@ -146,18 +179,26 @@ def test_no_gradient_flows_into_targets(params, batch):
 
     only["labels"] = jnp.maximum(batch["labels"], 0)
     loss = semi.fixmatch(shifted(0.1), shifted(-0.3), threshold=0.0)
-    found, want = (jax.jit(jax.grad(fn))(params) for fn in (lambda p: loss(MODEL, p, only, RNG)[0], direct))
+    found, want = (
+        jax.jit(jax.grad(fn))(params) for fn in (lambda p: loss(MODEL, p, only, RNG)[0], direct)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, want)
     # nor does a label that only the weak view could move have one
     blind = semi.fixmatch(None, lambda key, rows: {"features": 0 * rows["features"]}, threshold=0.0)
-    slope = jax.jit(jax.grad(lambda x: blind(MODEL, params, {**only, "unlabelled_features": x}, RNG)[0]))
+    slope = jax.jit(
+        jax.grad(lambda x: blind(MODEL, params, {**only, "unlabelled_features": x}, RNG)[0])
+    )
     assert not np.any(slope(only["unlabelled_features"]))
 
 
 def test_no_gradient_flows_into_the_teacher(params, batch):
-    """The state's own parameters may be what is differentiated, as in a step: as its average they are constant."""
+    """The state's own parameters may be what is differentiated, as in a step: as its average they
+    are constant.
+    """
     loss = semi.mean_teacher(weight=5.0)
-    alone = jax.jit(jax.grad(lambda p: loss(MODEL, p, batch, RNG, state=state_of(params, 0, params))[0]))(params)
+    alone = jax.jit(
+        jax.grad(lambda p: loss(MODEL, p, batch, RNG, state=state_of(params, 0, params))[0])
+    )(params)
     labelled = {name: a for name, a in batch.items() if not name.startswith("unlabelled")}
     want = jax.jit(jax.grad(lambda p: losses.classification(MODEL, p, labelled)[0]))(params)
     # a teacher that says the same moves nothing, while one that moved along would
@@ -167,9 +208,15 @@ def test_no_gradient_flows_into_the_teacher(params, batch):
 def test_held_out_losses_are_those_of_the_labels(params, batch):
     labelled = {name: a for name, a in batch.items() if not name.startswith("unlabelled")}
     want = losses.classification(MODEL, params, labelled, train=False)
-    for loss in (semi.fixmatch(jitter(1.0), jitter(1.0)), semi.mean_teacher(jitter(1.0)), semi.pseudo_label(jitter(1.0))):
+    for loss in (
+        semi.fixmatch(jitter(1.0), jitter(1.0)),
+        semi.mean_teacher(jitter(1.0)),
+        semi.pseudo_label(jitter(1.0)),
+    ):
         for given in (batch, labelled):
-            jax.tree.map(np.testing.assert_array_equal, loss(MODEL, params, given, train=False), want)
+            jax.tree.map(
+                np.testing.assert_array_equal, loss(MODEL, params, given, train=False), want
+            )
 
 
 def step_of(loss, params, **options):
@@ -183,7 +230,9 @@ def step_of(loss, params, **options):
     "loss",
     [
         semi.fixmatch(shifted(0.1), shifted(-0.3), threshold=0.6),
-        semi.mean_teacher(shifted(0.1), weight=3.0, ramp=functools.partial(semi.sigmoid_ramp, steps=4)),
+        semi.mean_teacher(
+            shifted(0.1), weight=3.0, ramp=functools.partial(semi.sigmoid_ramp, steps=4)
+        ),
     ],
     ids=["fixmatch", "mean_teacher"],
 )
@@ -202,11 +251,17 @@ def test_a_step_hands_over_its_state(params, batch):
 
     def loss(model, params, batch, rng, *, train=True, state=None):
         moved = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, state.extra["average"])
-        return jnp.sum(params["head_bias"]), {"weight": jnp.float32(1), "at": state.step, "moved": sum(jax.tree.leaves(moved))}
+        return jnp.sum(params["head_bias"]), {
+            "weight": jnp.float32(1),
+            "at": state.step,
+            "moved": sum(jax.tree.leaves(moved)),
+        }
 
     step, state = step_of(functools.partial(loss), params, average=0.9)
     for i in range(3):
-        behind = jax.tree.map(lambda a, b: float(jnp.sum((a - b) ** 2)), state.params, state.extra["average"])
+        behind = jax.tree.map(
+            lambda a, b: float(jnp.sum((a - b) ** 2)), state.params, state.extra["average"]
+        )
         state, metrics = step(state, batch)
         assert int(metrics["at"]) == i
         np.testing.assert_allclose(metrics["moved"], sum(jax.tree.leaves(behind)), rtol=1e-5)
@@ -215,7 +270,9 @@ def test_a_step_hands_over_its_state(params, batch):
 
 
 def test_rows_without_labels_help():
-    config = train.TrainConfig(steps=80, learning_rate=1e-2, warmup=10, weight_decay=0.0, average=0.95)
+    config = train.TrainConfig(
+        steps=80, learning_rate=1e-2, warmup=10, weight_decay=0.0, average=0.95
+    )
     heldout = data.Stream(TEST, 400)
 
     def accuracy(loss, stream=PAIRS, augment=None) -> float:
@@ -226,7 +283,10 @@ def test_rows_without_labels_help():
     ramp = functools.partial(semi.linear_ramp, begin=10, end=40)
     assert alone < 0.94
     assert accuracy(semi.fixmatch(jitter(0.1), jitter(0.4), threshold=0.9)) > alone + 0.03
-    assert accuracy(semi.pseudo_label(jitter(0.2), threshold=0.8, weight=1.0, ramp=ramp)) > alone + 0.03
+    assert (
+        accuracy(semi.pseudo_label(jitter(0.2), threshold=0.8, weight=1.0, ramp=ramp))
+        > alone + 0.03
+    )
     ramp = functools.partial(semi.sigmoid_ramp, steps=40)
     assert accuracy(semi.mean_teacher(jitter(0.2), weight=40.0, ramp=ramp)) > alone + 0.02
 
@@ -261,10 +321,14 @@ def test_bad_input_is_refused(params, batch):
     with pytest.raises(InputError, match="average: 0 given; the teacher is the moving average"):
         semi.mean_teacher()(MODEL, params, batch, RNG, state=state_of(params))
     with pytest.raises(InputError, match="ramp: it needs the state's step"):
-        semi.pseudo_label(ramp=functools.partial(semi.linear_ramp, begin=0, end=9))(MODEL, params, batch, RNG)
+        semi.pseudo_label(ramp=functools.partial(semi.linear_ramp, begin=0, end=9))(
+            MODEL, params, batch, RNG
+        )
     with pytest.raises(InputError, match="rng: None given"):
         semi.fixmatch(None, None)(MODEL, params, batch)
-    with pytest.raises(InputError, match="batch: features, labels given; 'labels' and 'unlabelled_...' are needed"):
+    with pytest.raises(
+        InputError, match="batch: features, labels given; 'labels' and 'unlabelled_...' are needed"
+    ):
         semi.fixmatch(None, None)(MODEL, params, jax.device_put(FEW), RNG)
     with pytest.raises(InputError, match="begin, end: 9, 9 given"):
         semi.linear_ramp(jnp.int32(0), 9, 9)

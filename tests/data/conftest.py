@@ -1,4 +1,6 @@
-"""What the tests of stored data share: a tokenizer of bytes, shards of texts, a folder in fsspec's memory."""
+"""What the tests of stored data share: a tokenizer of bytes, shards of texts, a folder in fsspec's
+memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class Bytes:
     eos_ids = (256,)
 
     def __init__(self, vocab_size: int = 257, fingerprint: str = "bytes"):
-        self.vocab_size, self.fingerprint, self.calls = vocab_size, fingerprint, 0
+        self.vocab_size = vocab_size
+        self.fingerprint = fingerprint
+        self.calls = 0
 
     def encode_batch(self, texts: Iterable[str], /) -> list[list[int]]:
         self.calls += 1

@@ -1,4 +1,6 @@
-"""Rows of chats, completions and labels: what counts in the loss, rows by hand, errors that name the line."""
+"""Rows of chats, completions and labels: what counts in the loss, rows by hand, errors that name
+the line.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from jaxmodel.hub import train_bpe
 from jaxmodel.models import gpt2
 
 BYTES = train_bpe([], 257)  # each byte a token of its own, and the end of a text, which is 0
-TURNS = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+TURNS = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if "
+    "add_generation_prompt %}a:{% endif %}"
+)
 
 
 def chatting(template: str = TURNS):
@@ -39,9 +44,17 @@ def learnt(batch, row: int) -> str:
 
 CHATS = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
-    {"conversations": [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * 2, "abcd", strict=True)]},
+    {
+        "conversations": [
+            {"from": who, "value": text}
+            for who, text in zip(["human", "gpt"] * 2, "abcd", strict=True)
+        ]
+    },
     {"prompt": "2+2=", "completion": "4"},
-    {"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]},
+    {
+        "prompt": [{"role": "user", "content": "x"}],
+        "completion": [{"role": "assistant", "content": "y"}],
+    },
 ]
 
 
@@ -58,13 +71,19 @@ def test_rows_by_hand(tmp_path, pack):
             here = batch["segments"][row] == number
             ids = [*batch["tokens"][row][here], batch["targets"][row][here][-1]]
             assert batch["positions"][row][here].tolist() == list(range(here.sum()))
-            np.testing.assert_array_equal(batch["targets"][row][here][:-1], batch["tokens"][row][here][1:])
+            np.testing.assert_array_equal(
+                batch["targets"][row][here][:-1], batch["tokens"][row][here][1:]
+            )
             counted = batch["targets"][row][here][batch["weights"][row][here] > 0]
             found[spelt(ids)] = spelt(counted)
     assert found == dict(zip(texts, wanted, strict=True))
     assert not batch["weights"][batch["segments"] == 0].any()
     again = data.answers(str(tmp_path / "a.jsonl"), chatting(), 20, pack=pack)
-    assert again.fingerprint == rows.fingerprint != data.answers(str(tmp_path / "a.jsonl"), chatting(), 21).fingerprint
+    assert (
+        again.fingerprint
+        == rows.fingerprint
+        != data.answers(str(tmp_path / "a.jsonl"), chatting(), 21).fingerprint
+    )
 
 
 def test_packed_texts_have_the_loss_that_they_have_alone(tmp_path):
@@ -85,22 +104,31 @@ def test_only_answers_are_learnt(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "abcdefgh", "completion": "zzz"}])
     rows = data.answers(path, BYTES, 16)
     model = gpt2.model(gpt2.Config(257, 32, 2, 2, 16))
-    state, history = train.fit(model, data.Stream(rows, 2), train.TrainConfig(steps=40, learning_rate=1e-2, log_every=39))
+    state, history = train.fit(
+        model, data.Stream(rows, 2), train.TrainConfig(steps=40, learning_rate=1e-2, log_every=39)
+    )
     assert history[-1]["loss"] < 0.1
-    everything = {**rows.take(np.array([0])), "weights": (rows.take(np.array([0]))["segments"] > 0).astype(np.float32)}
+    everything = {
+        **rows.take(np.array([0])),
+        "weights": (rows.take(np.array([0]))["segments"] > 0).astype(np.float32),
+    }
     assert float(losses.next_token(model, state.params, jax.device_put(everything))[0]) > 2
 
 
 def test_rows_of_some_numbers(tmp_path):
     rows = data.answers(write(tmp_path / "a.jsonl", CHATS), chatting(), 20, pack=True)
     part = rows.only(np.array([2, 0]))
-    whole, some = rows.take(np.arange(len(rows))), part.take(np.arange(2))
+    whole = rows.take(np.arange(len(rows)))
+    some = part.take(np.arange(2))
     for name in whole:
         np.testing.assert_array_equal(some[name], whole[name][[2, 0]])
 
 
 def test_what_is_cut_is_said(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "abc", "completion": "0123456789"}, {"prompt": "a" * 30, "completion": "b"}])
+    path = write(
+        tmp_path / "a.jsonl",
+        [{"prompt": "abc", "completion": "0123456789"}, {"prompt": "a" * 30, "completion": "b"}],
+    )
     rows = data.answers(path, BYTES, 8)
     assert len(rows) == 1 and learnt(rows.take(np.array([0])), 0) == "012345"
     said = capsys.readouterr().err
@@ -116,7 +144,10 @@ WRONG = [
     ({"messages": "hi"}, "'messages' is str of 'hi'; allowed: a list of messages"),
     ({"messages": []}, "'messages' is list of .*at least one"),
     ({"messages": ["hi"]}, "message 0 is str"),
-    ({"messages": [{"role": "user"}]}, "message 0 has 'role'; allowed: 'role', a text, and 'content'"),
+    (
+        {"messages": [{"role": "user"}]},
+        "message 0 has 'role'; allowed: 'role', a text, and 'content'",
+    ),
     ({"messages": [{"content": "a"}]}, "message 0 has 'content'"),
     ({"messages": [{"role": "user", "content": "a"}]}, "none is the assistant's"),
     ({"prompt": "a", "completion": None}, "'completion' is NoneType; allowed: a text"),
@@ -137,7 +168,9 @@ def test_a_wrong_record_is_named_by_its_line(tmp_path, row, says):
 @pytest.mark.parametrize("read", [data.answers, data.labelled])
 def test_what_is_no_tokenizer_and_no_length(tmp_path, read):
     path = write(tmp_path / "a.jsonl", CHATS)
-    with pytest.raises(InputError, match="tokenizer: 'smollm2-135m' given; allowed: a hub.Tokenizer"):
+    with pytest.raises(
+        InputError, match="tokenizer: 'smollm2-135m' given; allowed: a hub.Tokenizer"
+    ):
         read(path, "smollm2-135m", 8)
     with pytest.raises(InputError, match="length: 0 given"):
         read(path, BYTES, 0)
@@ -173,8 +206,12 @@ def test_texts_with_labels(tmp_path, kind):
         assert spelt(batch["tokens"][row][batch["mask"][row]]) == text
     held, again = data.labelled(table(tmp_path / "b.csv", [("x", "pos")]), BYTES, 12, names=names)
     assert again == names and held["labels"].tolist() == [1]
-    with pytest.raises(InputError, match="c.csv' line 3: the label 'odd' is no class; allowed: neg, pos"):
-        data.labelled(table(tmp_path / "c.csv", [("x", "pos"), ("y", "odd")]), BYTES, 12, names=names)
+    with pytest.raises(
+        InputError, match="c.csv' line 3: the label 'odd' is no class; allowed: neg, pos"
+    ):
+        data.labelled(
+            table(tmp_path / "c.csv", [("x", "pos"), ("y", "odd")]), BYTES, 12, names=names
+        )
 
 
 def test_labels_that_are_numbers_are_classes_in_their_order(tmp_path):
@@ -193,7 +230,9 @@ def test_texts_are_cut_within_what_the_tokenizer_puts_around_them(tmp_path, caps
     )
     path = table(tmp_path / "a.csv", [("abcdefgh", "x"), ("abc", "y")])
     batch, _ = data.labelled(path, framed, 6)
-    assert [spelt(row[keep], framed) for row, keep in zip(batch["tokens"], batch["mask"], strict=True)] == [
+    assert [
+        spelt(row[keep], framed) for row, keep in zip(batch["tokens"], batch["mask"], strict=True)
+    ] == [
         "[B]abcd[E]",
         "[B]abc[E]",
     ]
@@ -201,7 +240,13 @@ def test_texts_are_cut_within_what_the_tokenizer_puts_around_them(tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    "row", [{"text": "a"}, {"text": 3, "label": 1}, {"text": "a", "label": 1.5}, {"text": "a", "label": None}]
+    "row",
+    [
+        {"text": "a"},
+        {"text": 3, "label": 1},
+        {"text": "a", "label": 1.5},
+        {"text": "a", "label": None},
+    ],
 )
 def test_a_row_without_text_or_label(tmp_path, row):
     path = write(tmp_path / "a.jsonl", [{"text": "a", "label": 1}, row])

@@ -1,4 +1,6 @@
-"""Data that somebody prepared: other kinds of files and addresses, texts without end, changed shards."""
+"""Data that somebody prepared: other kinds of files and addresses, texts without end, changed
+shards.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,24 @@ from jaxmodel.hub.images import ImageProcessor, resize
 @pytest.mark.parametrize(
     "address",
     [
-        *("file:///etc/hostname", "memory://a/b.txt", "ftp://127.0.0.1/a.txt", "http://127.0.0.1/a.txt", "local:///etc/hostname"),
-        *("zip://a.txt::/etc/hostname", "zip://a.txt::https://127.0.0.1/a.zip", "simplecache::file:///etc/hostname"),
-        *("reference://::memory://a.txt", "https://127.0.0.1/a.txt::file:///etc/hostname", "github://a:b@/c", "data://,x"),
+        *(
+            "file:///etc/hostname",
+            "memory://a/b.txt",
+            "ftp://127.0.0.1/a.txt",
+            "http://127.0.0.1/a.txt",
+            "local:///etc/hostname",
+        ),
+        *(
+            "zip://a.txt::/etc/hostname",
+            "zip://a.txt::https://127.0.0.1/a.zip",
+            "simplecache::file:///etc/hostname",
+        ),
+        *(
+            "reference://::memory://a.txt",
+            "https://127.0.0.1/a.txt::file:///etc/hostname",
+            "github://a:b@/c",
+            "data://,x",
+        ),
     ],
 )
 def test_other_addresses_are_not_opened(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +49,9 @@ def test_other_addresses_are_not_opened(address: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *_: pytest.fail("opened"))
     for read in (load_text, documents):
-        with pytest.raises(InputError, match=r"allowed: local files, and URLs of https://, gs://, s3://, hf://$"):
+        with pytest.raises(
+            InputError, match=r"allowed: local files, and URLs of https://, gs://, s3://, hf://$"
+        ):
             read(address)
 
 
@@ -65,7 +84,10 @@ def packed(piece: bytes, times: int) -> bytes:
 def test_a_text_without_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LONGEST", 2**20)
     file = tmp_path / name
-    for piece, says in ((b"x" * 2**16, "a line is longer than 1,048,576 bytes"), (b"\n" * 2**16, "it goes on with white space")):
+    for piece, says in (
+        (b"x" * 2**16, "a line is longer than 1,048,576 bytes"),
+        (b"\n" * 2**16, "it goes on with white space"),
+    ):
         file.write_bytes(packed(piece, 64))
         with pytest.raises(InputError, match=says):
             list(documents(file))
@@ -138,17 +160,28 @@ def test_json_of_many_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         schema.parse(raw, "a.json")
 
 
-def test_a_table_that_unpacks_to_more_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_unpacks_to_more_than_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """64 rows of 2^24 characters are 1 GiB, and a few thousand bytes of a file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 64), pa.array(["a" * 2**24]))
-    options: Any = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "store_schema": False}
+    options: Any = {
+        "compression": "zstd",
+        "dictionary_pagesize_limit": 2**30,
+        "store_schema": False,
+    }
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", **options)
-    monkeypatch.setattr(child, "READER", child.Child(Path(child.__file__).with_name("child_reader.py")))
+    monkeypatch.setattr(
+        child, "READER", child.Child(Path(child.__file__).with_name("child_reader.py"))
+    )
     monkeypatch.setattr(limits, "_now", limits.Limits(file_memory=2**30))
-    with pytest.raises(InputError, match=r"a.parquet' is no whole Parquet file: .* 20 seconds and 1 GiB .*file_seconds"):
+    with pytest.raises(
+        InputError,
+        match=r"a.parquet' is no whole Parquet file: .* 20 seconds and 1 GiB .*file_seconds",
+    ):
         list(documents(tmp_path / "a.parquet"))
     child.READER.end()
 
@@ -173,7 +206,8 @@ def test_damaged_files_of_records(kind: str, change: str, tmp_path: Path) -> Non
     import pyarrow.parquet as pq
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path, texts = tmp_path / f"a.{kind}", [f"text {i}" for i in range(500)]
+    path = tmp_path / f"a.{kind}"
+    texts = [f"text {i}" for i in range(500)]
     if kind == "parquet":
         pq.write_table(pa.table({"text": texts}), path)
     else:
@@ -210,13 +244,21 @@ def test_a_small_file_of_13_000_by_13_000(tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("1", (13_000, 13_000)).save(tmp_path / "a.png")
-    with (tmp_path / "a.png").open("rb") as file, pytest.raises(InputError, match="x has 13,000 x 13,000 pixels; allowed: 67,"):
+    with (
+        (tmp_path / "a.png").open("rb") as file,
+        pytest.raises(InputError, match="x has 13,000 x 13,000 pixels; allowed: 67,"),
+    ):
         decode.decode(file, 3, "x")
     assert Image.MAX_IMAGE_PIXELS is not None  # for others as it was
 
 
 @pytest.mark.parametrize(
-    "processor", [ImageProcessor(2**20), ImageProcessor((2**20, 2**10)), ImageProcessor("cover", (2**14, 2**14))]
+    "processor",
+    [
+        ImageProcessor(2**20),
+        ImageProcessor((2**20, 2**10)),
+        ImageProcessor("cover", (2**14, 2**14)),
+    ],
 )
 def test_sizes_that_a_processor_claims(processor: ImageProcessor) -> None:
     with pytest.raises(InputError, match=r"images: 4 x 6 pixels would become .*pixels=.*raises it"):
@@ -224,7 +266,9 @@ def test_sizes_that_a_processor_claims(processor: ImageProcessor) -> None:
 
 
 def test_a_line_of_pixels() -> None:
-    with pytest.raises(InputError, match="images: 1 x 100,000 pixels would become 224 x 22,400,000"):
+    with pytest.raises(
+        InputError, match="images: 1 x 100,000 pixels would become 224 x 22,400,000"
+    ):
         ImageProcessor(224)([np.zeros((1, 100_000), np.uint8)])
 
 

@@ -1,4 +1,6 @@
-"""What every stream keeps: the same batches on any number of hosts, after any resume, for the same fingerprint."""
+"""What every stream keeps: the same batches on any number of hosts, after any resume, for the same
+fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,18 @@ from jaxmodel.data.stream import Batch
 
 BATCH = 24
 STEPS = [0, 5, 10**9]
-NAMES = ("arrays", "bins", "windows", "packed", "shard windows", "filtered and mixed", "mixed again", "pairs", "images", "large")
+NAMES = (
+    "arrays",
+    "bins",
+    "windows",
+    "packed",
+    "shard windows",
+    "filtered and mixed",
+    "mixed again",
+    "pairs",
+    "images",
+    "large",
+)
 
 type Make = Callable[[str, int], Batches]
 
@@ -41,8 +54,11 @@ class Numbers:
 @pytest.fixture(scope="module")
 def make(shards_of: Callable[..., Shards], tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A stream by name and seed, made anew from the same files at each call."""
-    texts = ["".join(chr(97 + (i * 7 + j * j) % 26) for j in range(1 + i * 31 % 60)) for i in range(90)]
-    whole, kept = shards_of(texts, shard_tokens=300), shards_of(texts[::-1], keep=long)
+    texts = [
+        "".join(chr(97 + (i * 7 + j * j) % 26) for j in range(1 + i * 31 % 60)) for i in range(90)
+    ]
+    whole = shards_of(texts, shard_tokens=300)
+    kept = shards_of(texts[::-1], keep=long)
     folder = tmp_path_factory.mktemp("images")
     for i in range(10):
         path = folder / f"class {i % 3}" / f"{i}.png"
@@ -50,7 +66,9 @@ def make(shards_of: Callable[..., Shards], tmp_path_factory: pytest.TempPathFact
         Image.new("RGB", (4, 4), (20 * i, 10, 200 - i)).save(path)
 
     def build(name: str, seed: int) -> Batches:
-        packed = lambda shards, batch: Stream(data.PackedShards(Shards(shards.folder), 17), batch, seed)
+        packed = lambda shards, batch: Stream(
+            data.PackedShards(Shards(shards.folder), 17), batch, seed
+        )
         if name == "arrays":
             return Stream({"x": np.arange(50), "y": np.arange(100.0).reshape(50, 2)}, BATCH, seed)
         if name == "bins":
@@ -64,7 +82,9 @@ def make(shards_of: Callable[..., Shards], tmp_path_factory: pytest.TempPathFact
         if name == "filtered and mixed":
             return data.Mixture([(packed(whole, 5), 0.7), (packed(kept, 7), 0.3)], BATCH)
         if name == "mixed again":
-            return data.Mixture([(build("filtered and mixed", seed), 2), (build("windows", seed), 1)], BATCH)
+            return data.Mixture(
+                [(build("filtered and mixed", seed), 2), (build("windows", seed), 1)], BATCH
+            )
         if name == "pairs":
             return data.Pairs(batch_size=BATCH, seed=seed)
         if name == "images":
@@ -111,7 +131,10 @@ def test_any_resume_goes_on_as_if_nothing_had_happened(make: Make, name: str) ->
     whole = digest(make(name, 4).batch(step) for step in range(9))
     for stops in ([4], [1, 2, 8]):
         edges = zip([0, *stops], [*stops, 9], strict=True)
-        assert digest(batch for a, b in edges for batch in map(make(name, 4).batch, range(a, b))) == whole
+        assert (
+            digest(batch for a, b in edges for batch in map(make(name, 4).batch, range(a, b)))
+            == whole
+        )
     first = host_rows(0, 2)
     ahead = prefetch(make(name, 4), 6, 9, rows=first)
     assert digest(ahead) == digest(make(name, 4).batch(step, first) for step in range(6, 9))
@@ -130,18 +153,27 @@ def test_all_kinds_of_streams_have_fingerprints_of_their_own(make: Make) -> None
 
 @pytest.mark.parametrize("name", ["packed", "filtered and mixed", "large"])
 def test_a_host_reads_its_rows_only(make: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, read = (Numbers if name == "large" else data.PackedShards), []
+    kind = Numbers if name == "large" else data.PackedShards
+    read = []
     take = kind.take
-    monkeypatch.setattr(kind, "take", lambda self, indices: read.extend(indices) or take(self, indices))
+    monkeypatch.setattr(
+        kind, "take", lambda self, indices: read.extend(indices) or take(self, indices)
+    )
     stream = make(name, 3)
     stream.batch(10**9, slice(5, 8))
     assert len(read) == 3
 
 
-def test_images_are_read_by_their_host_only(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_images_are_read_by_their_host_only(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     opened = []
     reading = data.files.reading
     stream = make("images", 3)
-    monkeypatch.setattr(data.files, "reading", lambda path, **options: opened.append(path) or reading(path, **options))
+    monkeypatch.setattr(
+        data.files,
+        "reading",
+        lambda path, **options: opened.append(path) or reading(path, **options),
+    )
     stream.batch(7, slice(2, 4))
     assert len(opened) == 2

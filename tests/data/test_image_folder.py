@@ -42,7 +42,9 @@ def save(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 def one(path: Path, resize: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:
-    """The only image below a folder, as training sees it; and `jaxmodel predict`, by the folder's processor, sees the same."""
+    """The only image below a folder, as training sees it; and `jaxmodel predict`, by the folder's
+    processor, sees the same.
+    """
     images = ImageFolder(str(path), resize, channels)
     pixels = images.take(np.array([0]))["pixels"]
     with open(path / images.paths[0], "rb") as file:
@@ -57,7 +59,9 @@ def test_images_and_labels(folder: Path) -> None:
     order = np.array([NAMES.index(name) for name in sorted(NAMES)])
     found = images.take(np.arange(6))
     assert found["labels"].tolist() == [0, 1, 1, 1, 2, 2] and found["labels"].dtype == np.int32
-    assert found["pixels"].dtype == np.float32 and np.allclose(found["pixels"] * 255, COLOURS[order], atol=1e-4)
+    assert found["pixels"].dtype == np.float32 and np.allclose(
+        found["pixels"] * 255, COLOURS[order], atol=1e-4
+    )
     some = images.take(np.array([4, 0, 4]))
     assert all(np.array_equal(some[name], found[name][[4, 0, 4]]) for name in found)
 
@@ -91,7 +95,8 @@ def test_grey_and_turned_images(tmp_path: Path) -> None:
 def test_behind_a_url(folder: Path, memory: str) -> None:
     for name in NAMES:
         fsspec.filesystem("memory").pipe_file(f"{memory}/{name}", (folder / name).read_bytes())
-    here, there = ImageFolder(str(folder), (4, 4)), ImageFolder(memory, (4, 4))
+    here = ImageFolder(str(folder), (4, 4))
+    there = ImageFolder(memory, (4, 4))
     assert there.fingerprint == here.fingerprint and there.names == here.names
     left, right = (Stream(images, 4, 1).batch(3) for images in (here, there))
     assert all(np.array_equal(left[name], right[name]) for name in left)
@@ -100,7 +105,11 @@ def test_behind_a_url(folder: Path, memory: str) -> None:
 def test_the_fingerprint_is_that_of_names_and_bytes(folder: Path) -> None:
     first = ImageFolder(str(folder), (4, 4)).fingerprint
     assert ImageFolder(str(folder), (4, 4)).fingerprint == first
-    prints = {first, ImageFolder(str(folder), (4, 5)).fingerprint, ImageFolder(str(folder), (4, 4), 1).fingerprint}
+    prints = {
+        first,
+        ImageFolder(str(folder), (4, 5)).fingerprint,
+        ImageFolder(str(folder), (4, 4), 1).fingerprint,
+    }
     (folder / "ants" / "z.PNG").rename(folder / "ants" / "y.png")
     prints.add(ImageFolder(str(folder), (4, 4)).fingerprint)
     Image.fromarray(COLOURS[0]).save(folder / "ants" / "y.png")
@@ -118,20 +127,29 @@ def test_bad_input(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> No
     (folder / "cats" / "b.png").write_bytes((folder / "cats" / "b.png").read_bytes()[:-40])
     (folder / "cats" / "d.png").unlink()
     for call, message in [
-        (lambda: ImageFolder(str(empty), (4, 4)), "images: .*' has no images; CLASS/NAME.png, .jpg, .* below it"),
+        (
+            lambda: ImageFolder(str(empty), (4, 4)),
+            "images: .*' has no images; CLASS/NAME.png, .jpg, .* below it",
+        ),
         (lambda: ImageFolder(str(empty / "none"), (4, 4)), "none' has no images"),
         (lambda: ImageFolder(str(folder), (0, 4)), "resize: 0 given"),
         (lambda: ImageFolder(str(folder), (4, 4), 4), "channels: 4 given; allowed: 1, 3"),
-        (lambda: images.take(np.array([0])), "images: .*z.PNG' cannot be decoded: cannot identify image file"),
+        (
+            lambda: images.take(np.array([0])),
+            "images: .*z.PNG' cannot be decoded: cannot identify image file",
+        ),
         (lambda: images.take(np.array([1])), "images: .*a.bmp' cannot be decoded: "),
         (lambda: images.take(np.array([2])), "images: .*b.png' cannot be decoded: "),
-        (lambda: images.take(np.array([3])), "data: .*d.png' cannot be read or written: No such file"),
+        (
+            lambda: images.take(np.array([3])),
+            "data: .*d.png' cannot be read or written: No such file",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             call()
 
 
-# ------------------------------------------------------------------------------------------------------- kinds of files
+# ----------------------------------------------------------------------------------- kinds of files
 
 RAMP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
 
@@ -143,7 +161,9 @@ def test_sixteen_bits_keep_their_levels(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(grey[..., 0], RAMP / 65535, atol=1e-6)
     np.testing.assert_allclose(one(tmp_path), np.repeat(RAMP[..., None], 3, -1) / 65535, atol=1e-6)
     small = one(tmp_path, (4, 4), 1)  # no level is lost in between
-    wanted = Image.fromarray((RAMP / 65535).astype(np.float32)).resize((4, 4), Image.Resampling.BILINEAR)
+    wanted = Image.fromarray((RAMP / 65535).astype(np.float32)).resize(
+        (4, 4), Image.Resampling.BILINEAR
+    )
     np.testing.assert_allclose(small[..., 0], np.asarray(wanted), atol=1e-5)
 
 
@@ -153,7 +173,9 @@ def test_floating_numbers_are_read_where_black_and_white_are_known(tmp_path: Pat
     np.testing.assert_allclose(one(tmp_path / "ok", channels=1)[..., 0], levels, atol=1e-5)
     for i, wrong in enumerate((levels * 255, levels - 0.5, np.full((8, 8), np.nan, np.float32))):
         save(Image.fromarray(wrong), tmp_path / str(i) / "a" / "1.tiff")
-        with pytest.raises(InputError, match="1.tiff' has floating numbers from .*; allowed: 0 .black. to 1"):
+        with pytest.raises(
+            InputError, match="1.tiff' has floating numbers from .*; allowed: 0 .black. to 1"
+        ):
             one(tmp_path / str(i))
     save(Image.fromarray(np.full((8, 8), 70000, np.int32)), tmp_path / "long" / "a" / "1.tif")
     with pytest.raises(InputError, match="whole numbers of 32 bits"):
@@ -193,10 +215,17 @@ def test_other_modes(tmp_path: Path) -> None:
     np.testing.assert_allclose(one(tmp_path / "jpeg")[0, 0], [0, 1, 1], atol=0.05)
 
 
-def test_of_an_animation_the_first_frame_is_taken_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_an_animation_the_first_frame_is_taken_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     frames = [Image.fromarray(np.full((8, 8), shade, np.uint8)) for shade in (10, 200)]
     for ending in ("gif", "png"):
-        save(frames[0], tmp_path / ending / "a" / f"1.{ending}", save_all=True, append_images=frames[1:])
+        save(
+            frames[0],
+            tmp_path / ending / "a" / f"1.{ending}",
+            save_all=True,
+            append_images=frames[1:],
+        )
     hub_decode._said.clear()
     for ending in ("gif", "png"):
         np.testing.assert_allclose(one(tmp_path / ending, channels=1) * 255, 10)
@@ -204,7 +233,9 @@ def test_of_an_animation_the_first_frame_is_taken_and_that_is_said(tmp_path: Pat
     assert said.count("has 2 frames; of this and others the first is taken") == 1
 
 
-def test_what_is_left_out_is_said_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_left_out_is_said_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(Image.fromarray(COLOURS[0]), folder / "dogs" / "young" / "e.webp", lossless=True)
     save(Image.fromarray(COLOURS[0]), folder / "stray.png")
     (folder / "cats" / "raw.heic").write_bytes(b"?")
@@ -212,13 +243,18 @@ def test_what_is_left_out_is_said_in_one_line(folder: Path, capsys: pytest.Captu
     (folder / "emus").mkdir()
     capsys.readouterr()
     images = ImageFolder(str(folder), (4, 4))
-    assert images.names == ["ants", "cats", "dogs", "emus"] and images.paths[-1] == "dogs/young/e.webp"
+    assert (
+        images.names == ["ants", "cats", "dogs", "emus"] and images.paths[-1] == "dogs/young/e.webp"
+    )
     assert images.labels.tolist() == [0, 1, 1, 1, 2, 2, 2]
-    left = "4 files left out (1 .heic, 1 .txt, 2 outside of a class's folder); no image of the class 'emus'"
+    left = (
+        "4 files left out (1 .heic, 1 .txt, 2 outside of a class's folder); no image of the "
+        "class 'emus'"
+    )
     assert capsys.readouterr().err == f"jaxmodel: images: {str(folder)!r}: {left}\n"
 
 
-# -------------------------------------------------------------------------------------------------- classes and labels
+# ------------------------------------------------------------------------------- classes and labels
 
 
 def test_numbers_are_in_their_order(tmp_path: Path) -> None:
@@ -229,44 +265,70 @@ def test_numbers_are_in_their_order(tmp_path: Path) -> None:
     assert [images.names[i] for i in images.labels] == [path.split("/")[0] for path in images.paths]
 
 
-def test_a_class_without_images_keeps_its_label(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_class_without_images_keeps_its_label(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     other = tmp_path_factory.mktemp("heldout")
     save(Image.fromarray(COLOURS[0]), other / "dogs" / "1.png")
     learnt = ImageFolder(str(folder), (4, 4))
     judged = ImageFolder(str(other), (4, 4), classes=learnt.names)
     assert judged.labels.tolist() == [2] and judged.names == learnt.names
-    with pytest.raises(InputError, match="classes: 'dogs' is not known; allowed: ants, dog .nearest: dog"):
+    with pytest.raises(
+        InputError, match="classes: 'dogs' is not known; allowed: ants, dog .nearest: dog"
+    ):
         ImageFolder(str(other), (4, 4), classes=["ants", "dog"])
     for wrong in ("dogs", ["dogs", "dogs"]):
-        with pytest.raises(InputError, match="classes: .* given; allowed: a list of names, each once"):
+        with pytest.raises(
+            InputError, match="classes: .* given; allowed: a list of names, each once"
+        ):
             ImageFolder(str(other), (4, 4), classes=wrong)
-    assert ImageFolder(str(other), (4, 4), classes=["dogs", "ants"]).fingerprint != judged.fingerprint
+    assert (
+        ImageFolder(str(other), (4, 4), classes=["dogs", "ants"]).fingerprint != judged.fingerprint
+    )
 
 
-def test_fit_refuses_held_out_images_of_other_classes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_fit_refuses_held_out_images_of_other_classes(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     other = tmp_path_factory.mktemp("heldout")
     for name in ("ants", "dogs"):
         save(Image.fromarray(COLOURS[0]), other / name / "1.png")
     model = lenet.model(lenet.SIZES["tiny"])
     learnt, judged = (Stream(ImageFolder(str(path), (4, 4)), 2) for path in (folder, other))
-    message = r"one folder of images has 2 .ants, dogs., another 3 .ants, cats, dogs., so labels would mean different"
+    message = (
+        r"one folder of images has 2 .ants, dogs., another 3 .ants, cats, dogs., so labels "
+        r"would mean different"
+    )
     for stream in (learnt, Mixture([(learnt, 1.0), (learnt, 1.0)], 2)):
         with pytest.raises(InputError, match=message):
-            train.fit(model, stream, train.TrainConfig(steps=1), heldout=judged, loss=losses.classification)
+            train.fit(
+                model,
+                stream,
+                train.TrainConfig(steps=1),
+                heldout=judged,
+                loss=losses.classification,
+            )
 
 
 @pytest.mark.parametrize("resize", [(6, 6), (6, 9), (9, 4)])
 @pytest.mark.parametrize("size", [(16, 24), (24, 16), (7, 5), (6, 6)])
-def test_the_processor_of_a_folder_covers_and_crops(resize: tuple[int, int], size: tuple[int, int], tmp_path: Path) -> None:
+def test_the_processor_of_a_folder_covers_and_crops(
+    resize: tuple[int, int], size: tuple[int, int], tmp_path: Path
+) -> None:
     pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     save(Image.fromarray(pixels), tmp_path / "a" / "1.png")
     folder = ImageFolder(str(tmp_path), resize)
     found = one(tmp_path, resize)
     scale = max(resize[0] / size[0], resize[1] / size[1])
-    whole = Image.fromarray(pixels).resize((max(resize[1], int(size[1] * scale)), max(resize[0], int(size[0] * scale))), 2)
-    top, left = (whole.size[1] - resize[0]) // 2, (whole.size[0] - resize[1]) // 2
+    whole = Image.fromarray(pixels).resize(
+        (max(resize[1], int(size[1] * scale)), max(resize[0], int(size[0] * scale))), 2
+    )
+    top = (whole.size[1] - resize[0]) // 2
+    left = (whole.size[0] - resize[1]) // 2
     wanted = np.asarray(whole)[top : top + resize[0], left : left + resize[1]] / 255
-    np.testing.assert_allclose(found, wanted, atol=1.01 / 255)  # Pillow rounds whole numbers, which may be a level off
+    np.testing.assert_allclose(
+        found, wanted, atol=1.01 / 255
+    )  # Pillow rounds whole numbers, which may be a level off
     assert np.mean(np.abs(found - wanted) > 1e-5) < 0.2
     folder.processor.save(tmp_path)
     assert from_folder(tmp_path) == folder.processor

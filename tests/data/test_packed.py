@@ -1,4 +1,6 @@
-"""Rows of shards: every token in exactly one bin, as `pack` and `windows` would have it, by a plan that is kept."""
+"""Rows of shards: every token in exactly one bin, as `pack` and `windows` would have it, by a plan
+that is kept.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,23 @@ def by_pack(shards: Shards, length: int, window: int) -> Bins:
         rows = [shards.doc(i) for i in range(start, min(start + window, len(shards)))]
         pieces = [row[i : i + length] for row in rows for i in range(0, len(row), length)]
         parts.append(pack(sorted(pieces, key=len, reverse=True), length))
-    return Bins(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "segments", "positions")))
+    return Bins(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("tokens", "segments", "positions")
+        )
+    )
 
 
 @settings(max_examples=12)
-@given(st.lists(st.text("abcd", min_size=1, max_size=30), min_size=1, max_size=25), st.integers(2, 20), st.integers(1, 30))
-def test_bins_are_those_of_pack(shards_of: Make, texts: list[str], length: int, window: int) -> None:
+@given(
+    st.lists(st.text("abcd", min_size=1, max_size=30), min_size=1, max_size=25),
+    st.integers(2, 20),
+    st.integers(1, 30),
+)
+def test_bins_are_those_of_pack(
+    shards_of: Make, texts: list[str], length: int, window: int
+) -> None:
     shards = shards_of(texts, shard_tokens=40)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed, "WINDOW", window)
@@ -68,16 +81,25 @@ def test_every_token_exactly_once(shards_of: Make) -> None:
 
 
 def test_long_pieces_first_fills_what_first_fit_leaves(shards_of: Make) -> None:
-    texts = ["a" * 9] * 40 + ["b" * 49] * 40  # short ones first would leave none for the room beside the long ones
+    texts = ["a" * 9] * 40 + [
+        "b" * 49
+    ] * 40  # short ones first would leave none for the room beside the long ones
     shards = shards_of(texts, eos=False)
     assert PackedShards(shards, 58).fill == 1.0
     assert pack([shards.doc(i) for i in range(len(shards))], 58).fill < 0.87
 
 
-def test_a_plan_is_made_once(shards_of: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_plan_is_made_once(
+    shards_of: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     shards = shards_of(TEXTS)
     first = PackedShards(shards, 17)
-    assert {path.suffix for path in Path(shards.folder).glob("pack-17-*")} == {".json", ".starts", ".sizes", ".firsts"}
+    assert {path.suffix for path in Path(shards.folder).glob("pack-17-*")} == {
+        ".json",
+        ".starts",
+        ".sizes",
+        ".firsts",
+    }
     make = packed.first_fit
     monkeypatch.setattr(packed, "first_fit", None)
     assert equal(everything(PackedShards(Shards(shards.folder), 17)), everything(first))
@@ -130,14 +152,21 @@ def test_behind_a_url(shards_of: Make, byte_tokenizer: Any, memory: str, tmp_pat
 
 @settings(max_examples=12)
 @given(
-    *(st.lists(st.text("abcd", min_size=1, max_size=12), min_size=3, max_size=20), st.integers(2, 30)),
+    *(
+        st.lists(st.text("abcd", min_size=1, max_size=12), min_size=3, max_size=20),
+        st.integers(2, 30),
+    ),
     *(st.integers(1, 30), st.integers(5, 60)),
 )
-def test_windows_are_those_of_the_whole_run(shards_of: Make, texts: list[str], length: int, stride: int, limit: int) -> None:
+def test_windows_are_those_of_the_whole_run(
+    shards_of: Make, texts: list[str], length: int, stride: int, limit: int
+) -> None:
     shards = shards_of(texts, shard_tokens=limit)
     run = np.concatenate([shards.doc(i) for i in range(len(shards))])
     if len(run) < length:
-        with pytest.raises(InputError, match=f"shards: {len(run)} tokens are fewer than one window of {length}"):
+        with pytest.raises(
+            InputError, match=f"shards: {len(run)} tokens are fewer than one window of {length}"
+        ):
             ShardWindows(shards, length)
         return
     for step in (stride, None):
@@ -150,25 +179,43 @@ def test_a_stream_of_them(shards_of: Make) -> None:
     shards = shards_of(TEXTS, shard_tokens=100)
     for rows in (PackedShards(shards, 17), ShardWindows(shards, 17, 16)):
         assert isinstance(rows, Rows)
-        stream, held = Stream(rows, 5, seed=3), Stream(everything(rows), 5, seed=3)
+        stream = Stream(rows, 5, seed=3)
+        held = Stream(everything(rows), 5, seed=3)
         assert stream.count == len(rows)
         for step in (0, 1, 7, 10**9):
-            left, right = stream.batch(step), held.batch(step)
+            left = stream.batch(step)
+            right = held.batch(step)
             assert left.keys() == right.keys()
-            assert all(np.array_equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
+            assert all(
+                np.array_equal(left[name], right[name]) and left[name].dtype == right[name].dtype
+                for name in left
+            )
 
 
 def test_fingerprints(shards_of: Make) -> None:
-    shards, other = shards_of(TEXTS), shards_of(TEXTS[1:])
+    shards = shards_of(TEXTS)
+    other = shards_of(TEXTS[1:])
     rows = [
         *(PackedShards(shards, 17), PackedShards(shards, 18), PackedShards(other, 17)),
-        *(ShardWindows(shards, 17), ShardWindows(shards, 17, 16), ShardWindows(shards, 18), ShardWindows(other, 17)),
+        *(
+            ShardWindows(shards, 17),
+            ShardWindows(shards, 17, 16),
+            ShardWindows(shards, 18),
+            ShardWindows(other, 17),
+        ),
     ]
     assert len({r.fingerprint for r in rows}) == len(rows)
     assert ShardWindows(shards, 17).fingerprint == ShardWindows(shards, 17, 17).fingerprint
-    streams = [Stream(rows[0], 4, 0), Stream(rows[0], 5, 0), Stream(rows[0], 4, 1), Stream(rows[1], 4, 0)]
+    streams = [
+        Stream(rows[0], 4, 0),
+        Stream(rows[0], 5, 0),
+        Stream(rows[0], 4, 1),
+        Stream(rows[1], 4, 0),
+    ]
     assert len({s.fingerprint for s in streams}) == 4
-    assert Stream(PackedShards(Shards(shards.folder), 17), 4, 0).fingerprint == streams[0].fingerprint
+    assert (
+        Stream(PackedShards(Shards(shards.folder), 17), 4, 0).fingerprint == streams[0].fingerprint
+    )
 
 
 def test_bad_input(shards_of: Make, tmp_path: Path) -> None:
@@ -178,7 +225,10 @@ def test_bad_input(shards_of: Make, tmp_path: Path) -> None:
         (lambda: PackedShards(shards, 1), "length: 1 given; allowed: a whole number of at least 2"),
         (lambda: ShardWindows(shards, 1), "length: 1 given"),
         (lambda: ShardWindows(shards, 5, 0), "stride: 0 given"),
-        (lambda: PackedShards(shards, 9, folder=str(tmp_path / "file")), "file/pack-9-.*cannot be read or written"),
+        (
+            lambda: PackedShards(shards, 9, folder=str(tmp_path / "file")),
+            "file/pack-9-.*cannot be read or written",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             call()

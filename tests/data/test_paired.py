@@ -26,7 +26,8 @@ def test_the_rows_are_those_of_both_streams():
 
 def test_parts_of_a_batch_join_to_it():
     pairs = Paired(FEW, MANY)
-    whole, parts = pairs.batch(3), [pairs.batch(3, slice(i, i + 2)) for i in (0, 2)]
+    whole = pairs.batch(3)
+    parts = [pairs.batch(3, slice(i, i + 2)) for i in (0, 2)]
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
     assert pairs.batch(3, slice(1, 1))["unlabelled_x"].shape == (0, 3, 3)
@@ -34,12 +35,18 @@ def test_parts_of_a_batch_join_to_it():
 
 def test_fingerprints_tell_both_streams_apart():
     other = data.Stream(MANY.data, 12, seed=3)
-    prints = {Paired(a, b).fingerprint for a, b in [(FEW, MANY), (FEW, other), (data.Stream(FEW.data, 4, seed=2), MANY)]}
+    prints = {
+        Paired(a, b).fingerprint
+        for a, b in [(FEW, MANY), (FEW, other), (data.Stream(FEW.data, 4, seed=2), MANY)]
+    }
     assert len(prints) == 3 and Paired(FEW, MANY).fingerprint in prints
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(InputError, match="other: batches of 10 rows given; allowed: a multiple of the stream's 4, such as 8"):
+    with pytest.raises(
+        InputError,
+        match="other: batches of 10 rows given; allowed: a multiple of the stream's 4, such as 8",
+    ):
         Paired(FEW, data.Stream(MANY.data, 10))
     with pytest.raises(InputError, match="stream: the field 'unlabelled_x' given"):
         Paired(Paired(FEW, MANY), MANY)

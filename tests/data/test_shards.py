@@ -1,4 +1,6 @@
-"""Shards: what was tokenised is read back, once is enough, nothing half done or damaged passes for whole."""
+"""Shards: what was tokenised is read back, once is enough, nothing half done or damaged passes for
+whole.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,19 @@ def names(folder: Path) -> list[str]:
 
 @settings(max_examples=15)  # files that are synced to a disk take their time
 @given(
-    st.lists(st.text("abc", max_size=9), min_size=1, max_size=20).filter(any), st.integers(5, 60), st.booleans(), st.data()
+    st.lists(st.text("abc", max_size=9), min_size=1, max_size=20).filter(any),
+    st.integers(5, 60),
+    st.booleans(),
+    st.data(),
 )
 def test_what_goes_in_comes_out(
     shards_of: Callable[..., Shards], texts: list[str], limit: int, eos: bool, draw: st.DataObject
 ) -> None:
     shards = shards_of(texts, shard_tokens=limit, eos=eos)
     rows = [ids(text, END if eos else None) for text in texts if text]
-    assert [shards.doc(i).tolist() for i in range(len(shards))] == rows and shards.doc(0).dtype == np.int32
+    assert [shards.doc(i).tolist() for i in range(len(shards))] == rows and shards.doc(
+        0
+    ).dtype == np.int32
     run = [token for row in rows for token in row]
     assert shards.tokens == len(run)
     edges = np.cumsum([0, *map(len, rows)])
@@ -48,7 +55,10 @@ def test_what_goes_in_comes_out(
     assert shards.offsets(first, last).tolist() == edges[first : last + 1].tolist()
     places = st.tuples(st.integers(0, len(run)), st.integers(0, len(run))).map(sorted)
     ranges = [pair for pair in draw.draw(st.lists(places, max_size=4)) if pair[0] < len(run)]
-    starts, counts = (np.array([f(*pair) for pair in ranges], np.int64) for f in (lambda a, b: a, lambda a, b: b - a))
+    starts, counts = (
+        np.array([f(*pair) for pair in ranges], np.int64)
+        for f in (lambda a, b: a, lambda a, b: b - a)
+    )
     assert shards.read(starts, counts).tolist() == [token for a, b in ranges for token in run[a:b]]
     shards.verify()
     # no document is in two shards, and each but the last has what it should
@@ -71,49 +81,76 @@ def test_large_vocabularies_take_four_bytes(byte_tokenizer: Any, tmp_path: Path)
         assert shards.dtype == np.dtype(dtype) and shards.doc(1).tolist() == ids(TEXTS[1])
 
 
-def test_behind_a_url(shards_of: Callable[..., Shards], byte_tokenizer: Any, memory: str, tmp_path: Path) -> None:
+def test_behind_a_url(
+    shards_of: Callable[..., Shards], byte_tokenizer: Any, memory: str, tmp_path: Path
+) -> None:
     local = shards_of(TEXTS, shard_tokens=50)
     remote = tokenize(TEXTS, byte_tokenizer(), f"{memory}/shards", shard_tokens=50)
     assert len(remote.index["shards"]) > 5 and remote.index == local.index
     assert remote.fingerprint == local.fingerprint == Shards(f"{memory}/shards").fingerprint
     remote.verify()
-    starts, counts = np.array([3, 90, 0]), np.array([200, 1, 7])
+    starts = np.array([3, 90, 0])
+    counts = np.array([200, 1, 7])
     assert np.array_equal(remote.read(starts, counts), local.read(starts, counts))
-    assert remote.doc(29).tolist() == ids(TEXTS[29]) and np.array_equal(remote.offsets(2, 30), local.offsets(2, 30))
+    assert remote.doc(29).tolist() == ids(TEXTS[29]) and np.array_equal(
+        remote.offsets(2, 30), local.offsets(2, 30)
+    )
     kept = Shards(f"simplecache::{memory}/shards")
-    assert np.array_equal(kept.read(starts, counts), local.read(starts, counts)) and kept.fingerprint == local.fingerprint
+    assert (
+        np.array_equal(kept.read(starts, counts), local.read(starts, counts))
+        and kept.fingerprint == local.fingerprint
+    )
     tokenizer = byte_tokenizer()
     tokenize(TEXTS, tokenizer, f"{memory}/shards", shard_tokens=50)
     assert tokenizer.calls == 0
 
 
-def test_only_ranges_of_remote_files_are_read(byte_tokenizer: Any, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_ranges_of_remote_files_are_read(
+    byte_tokenizer: Any, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards = tokenize(TEXTS, byte_tokenizer(), memory)
     read = []
     monkeypatch.setattr(
         type(fsspec.filesystem("memory")),
         "cat_file",
-        lambda self, path, start=None, end=None, **_: read.append(end - start) or self.store[path].getvalue()[start:end],
+        lambda self, path, start=None, end=None, **_: (
+            read.append(end - start) or self.store[path].getvalue()[start:end]
+        ),
     )
     assert shards.doc(7).tolist() == ids(TEXTS[7])
     assert sum(read) == 2 * 8 + 2 * len(ids(TEXTS[7]))
 
 
 def test_once_is_enough(byte_tokenizer: Any, tmp_path: Path) -> None:
-    source, folder = tmp_path / "a.txt", tmp_path / "shards"
+    source = tmp_path / "a.txt"
+    folder = tmp_path / "shards"
     source.write_text("one\n\ntwo\n")
-    calls = lambda tokenizer, **options: (tokenize(source, tokenizer, folder, **options), tokenizer.calls)
+    calls = lambda tokenizer, **options: (
+        tokenize(source, tokenizer, folder, **options),
+        tokenizer.calls,
+    )
     first, count = calls(byte_tokenizer())
-    assert count == 1 and [first.doc(i).tolist() for i in range(2)] == [ids("one\n\n"), ids("two\n")]
+    assert count == 1 and [first.doc(i).tolist() for i in range(2)] == [
+        ids("one\n\n"),
+        ids("two\n"),
+    ]
     again, count = calls(byte_tokenizer())
     assert count == 0 and again.fingerprint == first.fingerprint
     found = names(folder)
 
     (folder / "tokens-mine.txt").write_text("not ours")
-    source.write_text("one\n\ntoo\n")  # as long as before, and perhaps within the same tick of the clock
+    source.write_text(
+        "one\n\ntoo\n"
+    )  # as long as before, and perhaps within the same tick of the clock
     changed, count = calls(byte_tokenizer())
-    assert count == 1 and changed.doc(1).tolist() == ids("too\n") and changed.fingerprint != first.fingerprint
-    assert len(names(folder)) == len(found) + 1 == 4 and set(names(folder)) & set(found) == {"index.json"}
+    assert (
+        count == 1
+        and changed.doc(1).tolist() == ids("too\n")
+        and changed.fingerprint != first.fingerprint
+    )
+    assert len(names(folder)) == len(found) + 1 == 4 and set(names(folder)) & set(found) == {
+        "index.json"
+    }
     assert calls(byte_tokenizer())[1] == 0
 
     for tokenizer, options in [
@@ -134,8 +171,11 @@ def short(text: str) -> bool:
 
 
 def test_a_filter_is_part_of_the_fingerprint(shards_of: Callable[..., Shards]) -> None:
-    plain, kept = shards_of(TEXTS), shards_of(TEXTS, keep=short)
-    assert [kept.doc(i).tolist() for i in range(len(kept))] == [ids(text) for text in TEXTS if short(text)]
+    plain = shards_of(TEXTS)
+    kept = shards_of(TEXTS, keep=short)
+    assert [kept.doc(i).tolist() for i in range(len(kept))] == [
+        ids(text) for text in TEXTS if short(text)
+    ]
     same = shards_of([text for text in TEXTS if short(text)])
     assert same.index["shards"][0]["tokens_sha256"] == kept.index["shards"][0]["tokens_sha256"]
     everything = shards_of(TEXTS, keep=lambda text: True)
@@ -148,17 +188,29 @@ def test_a_filter_is_part_of_the_fingerprint(shards_of: Callable[..., Shards]) -
     def below(limit: int) -> Callable[[str], bool]:
         return lambda text: len(text) < limit
 
-    assert shards_of(TEXTS, keep=below(10)).fingerprint != shards_of(TEXTS, keep=below(20)).fingerprint
-    assert shards_of(TEXTS, keep=below(10)).fingerprint == shards_of(TEXTS, keep=below(10)).fingerprint
+    assert (
+        shards_of(TEXTS, keep=below(10)).fingerprint != shards_of(TEXTS, keep=below(20)).fingerprint
+    )
+    assert (
+        shards_of(TEXTS, keep=below(10)).fingerprint == shards_of(TEXTS, keep=below(10)).fingerprint
+    )
     for keep, message in [
-        (functools.partial(short), "keep: functools.partial.*given; allowed: a plain function of the text"),
-        (lambda text, kept=kept: kept is not None, r"keep: .*lambda.* depends on Shards\(.*\); allowed"),
+        (
+            functools.partial(short),
+            "keep: functools.partial.*given; allowed: a plain function of the text",
+        ),
+        (
+            lambda text, kept=kept: kept is not None,
+            r"keep: .*lambda.* depends on Shards\(.*\); allowed",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             shards_of(TEXTS, keep=keep)
 
 
-def test_a_fingerprint_is_that_of_the_tokens(shards_of: Callable[..., Shards], byte_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_fingerprint_is_that_of_the_tokens(
+    shards_of: Callable[..., Shards], byte_tokenizer: Any, tmp_path: Path
+) -> None:
     one = shards_of(TEXTS)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -166,14 +218,19 @@ def test_a_fingerprint_is_that_of_the_tokens(shards_of: Callable[..., Shards], b
     assert shards_of([*TEXTS[:-1], TEXTS[-1] + "."]).fingerprint != one.fingerprint
     assert shards_of(TEXTS[::-1]).fingerprint != one.fingerprint
     assert shards_of(["".join(TEXTS)]).fingerprint != one.fingerprint
-    assert tokenize(TEXTS, byte_tokenizer(fingerprint="other"), tmp_path / "2").fingerprint != one.fingerprint
+    assert (
+        tokenize(TEXTS, byte_tokenizer(fingerprint="other"), tmp_path / "2").fingerprint
+        != one.fingerprint
+    )
 
 
 class Broken(Exception):
     pass
 
 
-def test_an_interrupted_call_is_never_taken_for_a_whole_one(byte_tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_interrupted_call_is_never_taken_for_a_whole_one(
+    byte_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     def fails(texts: list[str], when: int) -> Any:
         for i, text in enumerate(texts):
             if i == when:
@@ -193,9 +250,15 @@ def test_an_interrupted_call_is_never_taken_for_a_whole_one(byte_tokenizer: Any,
     monkeypatch.setattr("jaxmodel.data.shards._TEXTS", 5)
     with pytest.raises(Broken):
         tokenize(TEXTS, Arms(), tmp_path, shard_tokens=30)
-    assert [name for name in names(tmp_path) if name.startswith("tokens")] and "index.json" not in names(tmp_path)
+    assert [
+        name for name in names(tmp_path) if name.startswith("tokens")
+    ] and "index.json" not in names(tmp_path)
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
-    with pytest.raises(InputError, match="shards: there is no whole .*index.json'; a folder that `tokenize` finished is needed"):
+    with pytest.raises(
+        InputError,
+        match="shards: there is no whole .*index.json'; a folder that `tokenize` finished is "
+        "needed",
+    ):
         Shards(str(tmp_path))
     for path in tmp_path.iterdir():  # as a machine that lost power may leave it
         path.write_bytes(b"x")
@@ -230,14 +293,19 @@ def test_damage_is_named(shards_of: Callable[..., Shards]) -> None:
     for path in sorted(folder.glob("*.bin"))[1::3]:
         raw = path.read_bytes()
         path.write_bytes(raw[:-1])
-        wrong = f"{path.name}' has {len(raw) - 1:,} bytes; {len(raw):,} bytes are needed: restore it, or delete index.json and"
+        wrong = (
+            f"{path.name}' has {len(raw) - 1:,} bytes; {len(raw):,} bytes are needed: restore "
+            f"it, or delete index.json and"
+        )
         with pytest.raises(InputError, match=wrong):
             Shards(shards.folder)
         path.unlink()
         with pytest.raises(InputError, match=f"{path.name}' is missing"):
             Shards(shards.folder)
         path.write_bytes(raw[:5] + bytes([raw[5] ^ 1]) + raw[6:])
-        with pytest.raises(InputError, match=f"{path.name}' is not what was written .another sha256"):
+        with pytest.raises(
+            InputError, match=f"{path.name}' is not what was written .another sha256"
+        ):
             Shards(shards.folder).verify()
         path.write_bytes(raw)
         Shards(shards.folder).verify()
@@ -246,9 +314,15 @@ def test_damage_is_named(shards_of: Callable[..., Shards]) -> None:
 def test_a_tokenizer_of_the_hub(tmp_path: Path) -> None:
     tokenizer = hub.train_bpe(["some words, and some more words"], 270)
     shards = tokenize(documents("pydoc"), tokenizer, tmp_path)
-    assert tokenizer.decode(shards.doc(3).tolist()) == list(documents("pydoc"))[3] and shards.doc(3)[-1] == tokenizer.eos_ids[0]
+    assert (
+        tokenizer.decode(shards.doc(3).tolist()) == list(documents("pydoc"))[3]
+        and shards.doc(3)[-1] == tokenizer.eos_ids[0]
+    )
     other = hub.train_bpe(["other words, and some more words"], 270)
-    assert tokenize(["a"], other, tmp_path).fingerprint != tokenize(["a"], tokenizer, tmp_path).fingerprint
+    assert (
+        tokenize(["a"], other, tmp_path).fingerprint
+        != tokenize(["a"], tokenizer, tmp_path).fingerprint
+    )
 
 
 def test_bad_input(shards_of: Callable[..., Shards], byte_tokenizer: Any, tmp_path: Path) -> None:
@@ -261,14 +335,32 @@ def test_bad_input(shards_of: Callable[..., Shards], byte_tokenizer: Any, tmp_pa
     (tmp_path / "file").write_text("")
     for call, message in [
         (lambda: shards_of(TEXTS, shard_tokens=0), "shard_tokens: 0 given"),
-        (lambda: shards_of(iter(TEXTS)), "texts: an iterator given, which is read only once; allowed: documents"),
+        (
+            lambda: shards_of(iter(TEXTS)),
+            "texts: an iterator given, which is read only once; allowed: documents",
+        ),
         (lambda: shards_of(["", ""]), "texts: no document has a token"),
         (lambda: shards_of(TEXTS, keep=lambda text: False), "texts: no document has a token"),
-        (lambda: tokenize(TEXTS, Endless(), tmp_path), "eos: the tokenizer has no end-of-text id; allowed: eos=False"),
-        (lambda: tokenize(TEXTS, Nameless(), tmp_path), "tokenizer: Nameless given; a hub.Tokenizer, or a property `fing"),
-        (lambda: tokenize(TEXTS, byte_tokenizer(vocab_size=100), tmp_path), "tokenizer: gave ids from 32 to 120; 0 to 99 is"),
-        (lambda: tokenize(TEXTS, byte_tokenizer(), tmp_path / "file" / "x"), "file/x/.*cannot be read or written: Not a dir"),
-        (lambda: tokenize(tmp_path / "none.txt", byte_tokenizer(), tmp_path), "none.txt' is neither a file nor a known text"),
+        (
+            lambda: tokenize(TEXTS, Endless(), tmp_path),
+            "eos: the tokenizer has no end-of-text id; allowed: eos=False",
+        ),
+        (
+            lambda: tokenize(TEXTS, Nameless(), tmp_path),
+            "tokenizer: Nameless given; a hub.Tokenizer, or a property `fing",
+        ),
+        (
+            lambda: tokenize(TEXTS, byte_tokenizer(vocab_size=100), tmp_path),
+            "tokenizer: gave ids from 32 to 120; 0 to 99 is",
+        ),
+        (
+            lambda: tokenize(TEXTS, byte_tokenizer(), tmp_path / "file" / "x"),
+            "file/x/.*cannot be read or written: Not a dir",
+        ),
+        (
+            lambda: tokenize(tmp_path / "none.txt", byte_tokenizer(), tmp_path),
+            "none.txt' is neither a file nor a known text",
+        ),
         (lambda: shards_of(TEXTS).doc(30), "document: 30 given; allowed: 0 to 29"),
         (lambda: Shards(str(tmp_path / "nowhere")), "there is no whole .*nowhere/index.json"),
     ]:

@@ -38,7 +38,9 @@ def by_hand(place: int, count: int, keys: list[int]) -> int:
 def test_the_formula(count: int) -> None:
     keys = shuffle._words(8, 9, shuffle._ROUNDS).tolist()
     places = np.unique(np.linspace(0, count - 1, 20).astype(np.int64))
-    assert walked(count, 8, 9, places).tolist() == [by_hand(int(place), count, keys) for place in places]
+    assert walked(count, 8, 9, places).tolist() == [
+        by_hand(int(place), count, keys) for place in places
+    ]
 
 
 def test_every_size_is_permuted() -> None:
@@ -46,7 +48,12 @@ def test_every_size_is_permuted() -> None:
         assert np.array_equal(np.sort(walked(count, seed=count)), np.arange(count)), count
 
 
-@given(st.integers(1, 3000), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**32))
+@given(
+    st.integers(1, 3000),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32),
+)
 def test_any_place_is_found_without_the_others(count: int, seed: int, epoch: int, at: int) -> None:
     whole = walked(count, seed, epoch)
     assert np.array_equal(np.sort(whole), np.arange(count))
@@ -56,7 +63,9 @@ def test_any_place_is_found_without_the_others(count: int, seed: int, epoch: int
 
 @pytest.mark.parametrize("count", [SORTED_UP_TO, SORTED_UP_TO + 1, 100_003])
 def test_both_ways_of_drawing_are_permutations(count: int) -> None:
-    assert np.array_equal(np.sort(permute(np.arange(count), count, seed=3, epoch=1)), np.arange(count))
+    assert np.array_equal(
+        np.sort(permute(np.arange(count), count, seed=3, epoch=1)), np.arange(count)
+    )
 
 
 @pytest.mark.parametrize("count", [7, 12, 33])
@@ -84,15 +93,27 @@ def test_neighbours_of_a_large_order_are_scattered() -> None:
     rows = permute(np.arange(4 * 10**8, 4 * 10**8 + 50_000), count, seed=1, epoch=2)
     assert len(np.unique(rows)) == len(rows) and rows.min() >= 0 and rows.max() < count
     for values in (rows, np.diff(rows) % count, (rows[2:] - 2 * rows[1:-1] + rows[:-2]) % count):
-        assert 1e-3 < stats.chisquare(np.bincount(values * 200 // count, minlength=200)).pvalue < 1 - 1e-3
+        assert (
+            1e-3
+            < stats.chisquare(np.bincount(values * 200 // count, minlength=200)).pvalue
+            < 1 - 1e-3
+        )
     other = permute(np.arange(50_000), count, seed=1, epoch=3)
     assert abs(stats.spearmanr(rows, other).statistic) < 0.02
 
 
 def test_written_down_once() -> None:
     """Another NumPy, another machine or a refactoring must not reorder anybody's training data."""
-    assert permute(np.arange(4), 10**9, seed=0, epoch=0).tolist() == [683219822, 890073180, 611927800, 27058700]
-    assert permute(np.arange(2), 2**60, seed=2**64 - 1, epoch=2**40).tolist() == [1074632682105476163, 296936820577049064]
+    assert permute(np.arange(4), 10**9, seed=0, epoch=0).tolist() == [
+        683219822,
+        890073180,
+        611927800,
+        27058700,
+    ]
+    assert permute(np.arange(2), 2**60, seed=2**64 - 1, epoch=2**40).tolist() == [
+        1074632682105476163,
+        296936820577049064,
+    ]
     assert permute(np.arange(4), 100, seed=0, epoch=0).tolist() == [66, 0, 54, 43]
 
 
@@ -110,4 +131,8 @@ def test_a_large_stream_goes_through_every_row_once() -> None:
     steps = range(3 * count // 1000, 4 * count // 1000 + 1)
     seen = np.concatenate([stream.batch(step)["x"] for step in steps])[3 * count % 1000 :][:count]
     assert np.array_equal(np.sort(seen), np.arange(count))
-    assert stream.batch(10**12)["x"].tolist() == stream.batch(10**12)["x"].tolist() != stream.batch(10**12 + 1)["x"].tolist()
+    assert (
+        stream.batch(10**12)["x"].tolist()
+        == stream.batch(10**12)["x"].tolist()
+        != stream.batch(10**12 + 1)["x"].tolist()
+    )

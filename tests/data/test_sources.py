@@ -1,4 +1,6 @@
-"""Documents: the same texts out of every format, local or behind a URL, streamed; bad files are named."""
+"""Documents: the same texts out of every format, local or behind a URL, streamed; bad files are
+named.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def as_text(path: Path) -> None:
 
 
 def as_jsonl(path: Path) -> None:
-    rows = "\n\n".join(json.dumps({"id": i, "text": text}, ensure_ascii=bool(i)) for i, text in enumerate(TEXTS))
+    rows = "\n\n".join(
+        json.dumps({"id": i, "text": text}, ensure_ascii=bool(i)) for i, text in enumerate(TEXTS)
+    )
     path.write_bytes(gzip.compress(rows.encode()) if path.suffix == ".gz" else rows.encode())
 
 
@@ -37,7 +41,9 @@ def as_parquet(path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"id": [0, 1, 2, 3], "text": [*TEXTS, None]}), path, row_group_size=2)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": [0, 1, 2, 3], "text": [*TEXTS, None]}), path, row_group_size=2
+    )
 
 
 def as_records(path: Path) -> None:
@@ -68,12 +74,17 @@ def test_what_datasets_saved(tmp_path: Path, memory: str) -> None:
 
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     rows.save_to_disk(str(tmp_path / "rows"))
-    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(tmp_path / "parts"))
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(
+        str(tmp_path / "parts")
+    )
     assert list(documents(tmp_path / "rows")) == TEXTS == list(documents(tmp_path / "parts"))
     assert list(documents(tmp_path / "parts", split="test")) == TEXTS[1:2]
     fsspec.filesystem("memory").put(str(tmp_path / "rows"), memory, recursive=True)
     assert list(documents(memory)) == TEXTS
-    with pytest.raises(InputError, match="split of .*parts': 'tset' is not known; allowed: test, train .nearest: test"):
+    with pytest.raises(
+        InputError,
+        match="split of .*parts': 'tset' is not known; allowed: test, train .nearest: test",
+    ):
         list(documents(tmp_path / "parts", split="tset"))
     with pytest.raises(InputError, match="field in .*: 'body' is not known; allowed: text"):
         list(documents(tmp_path / "rows", field="body"))
@@ -96,20 +107,31 @@ def test_a_data_set_at_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert list(documents("hf:owner/name:plain", split="validation")) == TEXTS
     assert asked == [(("owner/name", "plain"), {"split": "validation", "streaming": True})]
-    with pytest.raises(InputError, match="'hf:owner/none' could not be fetched .Couldn't reach 'owner/none' on the Hub.$"):
+    with pytest.raises(
+        InputError,
+        match="'hf:owner/none' could not be fetched .Couldn't reach 'owner/none' on the Hub.$",
+    ):
         list(documents("hf:owner/none"))
     assert documents("hf:owner/name").digest() != documents("hf:owner/name", split="test").digest()
 
 
 def test_tables_and_lists_of_objects(tmp_path: Path) -> None:
-    """The texts alone: no commas, quotes and braces of the format, whatever the file is called and packed."""
+    """The texts alone: no commas, quotes and braces of the format, whatever the file is called and
+    packed.
+    """
     texts = ["a fine day", 'he said "no", twice', "two\nlines\u2028 and more", "Zoë"]
     rows = [{"text": text, "label": i} for i, text in enumerate(texts)]
-    (tmp_path / "a.csv").write_text("\ufeff" + "".join(_row(row) for row in [("text", "label"), *((t, 1) for t in texts)]))
-    (tmp_path / "b.tsv").write_text("label\tBody\n" + "".join(f"1\t{json.dumps(t)}\n" for t in texts[:1] + texts[3:]))
+    (tmp_path / "a.csv").write_text(
+        "\ufeff" + "".join(_row(row) for row in [("text", "label"), *((t, 1) for t in texts)])
+    )
+    (tmp_path / "b.tsv").write_text(
+        "label\tBody\n" + "".join(f"1\t{json.dumps(t)}\n" for t in texts[:1] + texts[3:])
+    )
     (tmp_path / "c.json").write_text("\n " + json.dumps(rows, indent=1))
     (tmp_path / "d.json").write_text("\n".join(map(json.dumps, rows)))  # lines, as many call .json
-    (tmp_path / "e.NDJSON.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, [*rows, {"text": None}])).encode()))
+    (tmp_path / "e.NDJSON.gz").write_bytes(
+        gzip.compress("\n".join(map(json.dumps, [*rows, {"text": None}])).encode())
+    )
     for name in ("a.csv", "c.json", "d.json", "e.NDJSON.gz"):
         assert list(documents(tmp_path / name)) == texts, name
     assert list(documents(tmp_path / "b.tsv", field="Body")) == [texts[0], "Zo\\u00eb"]
@@ -133,7 +155,9 @@ def test_names_patterns_and_lists(tmp_path: Path, memory: str) -> None:
     assert list(documents(["pydoc", tmp_path / "0.txt"])) == [*split_documents(pydoc), TEXTS[0]]
 
 
-def test_a_file_may_be_called_like_a_known_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_may_be_called_like_a_known_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("english").write_text("mine")
     assert list(documents(Path("english"))) == ["mine"]
@@ -143,7 +167,8 @@ def test_a_file_may_be_called_like_a_known_text(tmp_path: Path, monkeypatch: pyt
 def by_patterns(text: str) -> list[str]:
     """The rule of `split_documents` in two patterns over a whole text, as an oracle."""
     title = r"(?m)(?:\A|^[ \t\r]*\n)(?= ?= [^=\n]+ = ?\r?\n[ \t\r]*\n|[^\n]*\S[^\n]*\n\*{3,}\r?\n)"
-    first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+    first = len(text) - len(text.lstrip())
+    last = len(text.rstrip())
     for mark in (title, r"\n(?:[ \t\r]*\n)+"):
         if marks := [m.end() for m in re.finditer(mark, text)]:
             starts = [place for place in marks if first < place < last]
@@ -151,7 +176,24 @@ def by_patterns(text: str) -> list[str]:
     return [text]
 
 
-LINES = st.sampled_from([" = A = ", "= B =", "x", "***", " ***", "", " ", "\t", "\x0b", " = = ", "a\r", "\r", "***\r", "\u2028"])
+LINES = st.sampled_from(
+    [
+        " = A = ",
+        "= B =",
+        "x",
+        "***",
+        " ***",
+        "",
+        " ",
+        "\t",
+        "\x0b",
+        " = = ",
+        "a\r",
+        "\r",
+        "***\r",
+        "\u2028",
+    ]
+)
 
 
 @settings(max_examples=500)
@@ -164,7 +206,10 @@ def test_lines_are_split_as_whole_texts_are(lines: list[str], end: str) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_file_is_never_held_whole(name: str, tmp_path: Path) -> None:
     line = "some words of a text that goes on " * 30
-    lines = (f"{line}{i}\n\n" if name == "a.txt" else json.dumps({"text": f"{line}{i}"}) + "\n" for i in range(8000))
+    lines = (
+        f"{line}{i}\n\n" if name == "a.txt" else json.dumps({"text": f"{line}{i}"}) + "\n"
+        for i in range(8000)
+    )
     (tmp_path / name).write_text("".join(lines))
     assert (tmp_path / name).stat().st_size > 8e6
     tracemalloc.start()
@@ -174,7 +219,9 @@ def test_a_file_is_never_held_whole(name: str, tmp_path: Path) -> None:
     assert count == 8000 and peak < 2.5e6
 
 
-def test_a_digest_is_that_of_the_content(tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_is_that_of_the_content(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.txt").write_text("one")
     before = documents(tmp_path / "a.txt")
     first = before.digest()
@@ -182,9 +229,13 @@ def test_a_digest_is_that_of_the_content(tmp_path: Path, memory: str, monkeypatc
     assert documents(tmp_path / "b.txt").digest() == first
     (tmp_path / "a.txt").write_text("two")
     assert before.digest() != first
-    assert len({Documents(before.parts, field, split).digest() for field in "ab" for split in "ab"}) == 4
+    assert (
+        len({Documents(before.parts, field, split).digest() for field in "ab" for split in "ab"})
+        == 4
+    )
 
-    url, fs = f"{memory}/a.txt", fsspec.filesystem("memory")
+    url = f"{memory}/a.txt"
+    fs = fsspec.filesystem("memory")
     fs.pipe_file(url, b"one")
     first = documents(url).digest()
     assert documents(url).digest() == first
@@ -215,38 +266,109 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         (lambda: whole(file("empty.txt", b"")), "data source: .*empty.txt' holds no text"),
         (lambda: whole(file("blank.txt", b" \n\n")), "blank.txt' holds no text"),
         (lambda: whole(file("empty.jsonl", b"\n")), "empty.jsonl' holds no text"),
-        (lambda: whole(file("l.txt", b"fine\ngr\xfc\xdfe")), "l.txt' is not UTF-8: byte 0xfc at offset 7 .invalid start byte"),
-        (lambda: whole(file("cut.txt", "ü".encode()[:1])), "cut.txt' is not UTF-8: byte 0xc3 at offset 0 .unexpected end"),
-        (lambda: whole(file("a.jsonl", b'{"text": "x"}\n{"text":')), "a.jsonl' line 2 is not JSON .Expecting value"),
-        (lambda: whole(file("b.jsonl", b"[1]")), "b.jsonl' line 1 is a JSON list; an object with 'text' is needed"),
-        (lambda: whole(file("c.jsonl", b'{"texts": "x"}')), "field in .*c.jsonl', line 1: 'text' is not known; allowed: texts"),
-        (lambda: whole(file("d.jsonl", b'{"text": 3}')), "d.jsonl' line 1: field 'text' holds int; text is needed"),
+        (
+            lambda: whole(file("l.txt", b"fine\ngr\xfc\xdfe")),
+            "l.txt' is not UTF-8: byte 0xfc at offset 7 .invalid start byte",
+        ),
+        (
+            lambda: whole(file("cut.txt", "ü".encode()[:1])),
+            "cut.txt' is not UTF-8: byte 0xc3 at offset 0 .unexpected end",
+        ),
+        (
+            lambda: whole(file("a.jsonl", b'{"text": "x"}\n{"text":')),
+            "a.jsonl' line 2 is not JSON .Expecting value",
+        ),
+        (
+            lambda: whole(file("b.jsonl", b"[1]")),
+            "b.jsonl' line 1 is a JSON list; an object with 'text' is needed",
+        ),
+        (
+            lambda: whole(file("c.jsonl", b'{"texts": "x"}')),
+            "field in .*c.jsonl', line 1: 'text' is not known; allowed: texts",
+        ),
+        (
+            lambda: whole(file("d.jsonl", b'{"text": 3}')),
+            "d.jsonl' line 1: field 'text' holds int; text is needed",
+        ),
         (lambda: whole(file("e.jsonl", b'{"text": "\xff"}')), "e.jsonl' line 1 is not JSON"),
         (lambda: whole(file("x.parquet", b"rubbish")), "x.parquet' is no whole Parquet file"),
-        (lambda: whole(file("y.parquet", (tmp_path / "whole.parquet").read_bytes()[:-9])), "y.parquet' is no whole Parquet file"),
-        (lambda: whole(tmp_path / "whole.parquet", field="body"), "field in .*: 'body' is not known; allowed: id, text"),
-        (lambda: whole(file("z.jsonl.gz", (tmp_path / "whole.jsonl.gz").read_bytes()[:-9])), "z.jsonl.gz' cannot be read"),
-        (lambda: whole(file("z.gz", b"rubbish")), "z.gz' cannot be read or written: Not a gzipped file"),
-        (lambda: whole(file("a.arrayrecord", b"rubbish")), "a.arrayrecord' is no whole ArrayRecord file: ArrayRecord file sh"),
-        (lambda: whole(file("b.arrayrecord", records[:120] + bytes(8) + records[128:])), "b.arrayrecord' is no whole"),
+        (
+            lambda: whole(file("y.parquet", (tmp_path / "whole.parquet").read_bytes()[:-9])),
+            "y.parquet' is no whole Parquet file",
+        ),
+        (
+            lambda: whole(tmp_path / "whole.parquet", field="body"),
+            "field in .*: 'body' is not known; allowed: id, text",
+        ),
+        (
+            lambda: whole(file("z.jsonl.gz", (tmp_path / "whole.jsonl.gz").read_bytes()[:-9])),
+            "z.jsonl.gz' cannot be read",
+        ),
+        (
+            lambda: whole(file("z.gz", b"rubbish")),
+            "z.gz' cannot be read or written: Not a gzipped file",
+        ),
+        (
+            lambda: whole(file("a.arrayrecord", b"rubbish")),
+            "a.arrayrecord' is no whole ArrayRecord file: ArrayRecord file sh",
+        ),
+        (
+            lambda: whole(file("b.arrayrecord", records[:120] + bytes(8) + records[128:])),
+            "b.arrayrecord' is no whole",
+        ),
         (lambda: whole(file("c.arrayrecord", records[:-1000])), "c.arrayrecord' is no whole"),
-        (lambda: documents(tmp_path / "wohle.parquet"), "wohle.parquet' is neither a file nor.*nearest: whole.parquet"),
-        (lambda: whole(file("f.json", b'[{"text": "x"}, 3]')), "f.json' entry 2 is a JSON int; an object with 'text' is needed"),
+        (
+            lambda: documents(tmp_path / "wohle.parquet"),
+            "wohle.parquet' is neither a file nor.*nearest: whole.parquet",
+        ),
+        (
+            lambda: whole(file("f.json", b'[{"text": "x"}, 3]')),
+            "f.json' entry 2 is a JSON int; an object with 'text' is needed",
+        ),
         (lambda: whole(file("g.json", b'[{"text": "x"}')), "g.json' the file is not JSON"),
-        (lambda: whole(file("h.csv", b"txt,label\na,1\n")), "column in .*h.csv': 'text' is not known; allowed: label, txt"),
-        (lambda: whole(file("i.csv", b'text,label\na,1\n"b\n\nc",1\nd\n')), "i.csv' line 6 has 1 cells; 2 are needed"),
-        (lambda: whole(file("j.tsv", b'text\tlabel\n"a" b\t1\n')), "j.tsv' line 2 is no row of a table"),
-        (lambda: whole(file("k.csv", b"text\ngr\xfcn\n")), "k.csv' is not UTF-8: byte 0xfc at offset 7"),
-        (lambda: load_text(file("l.csv", b"text\na\n")), "l.csv' is by its name a file of records; allowed: one UTF-8 text"),
-        (lambda: whole(file("m.ndjson", rb'{"text": "a"}' + b"\n\n" + rb'{"text": "cut \ud83d"}')), r"line 3 has half of"),
+        (
+            lambda: whole(file("h.csv", b"txt,label\na,1\n")),
+            "column in .*h.csv': 'text' is not known; allowed: label, txt",
+        ),
+        (
+            lambda: whole(file("i.csv", b'text,label\na,1\n"b\n\nc",1\nd\n')),
+            "i.csv' line 6 has 1 cells; 2 are needed",
+        ),
+        (
+            lambda: whole(file("j.tsv", b'text\tlabel\n"a" b\t1\n')),
+            "j.tsv' line 2 is no row of a table",
+        ),
+        (
+            lambda: whole(file("k.csv", b"text\ngr\xfcn\n")),
+            "k.csv' is not UTF-8: byte 0xfc at offset 7",
+        ),
+        (
+            lambda: load_text(file("l.csv", b"text\na\n")),
+            "l.csv' is by its name a file of records; allowed: one UTF-8 text",
+        ),
+        (
+            lambda: whole(
+                file("m.ndjson", rb'{"text": "a"}' + b"\n\n" + rb'{"text": "cut \ud83d"}')
+            ),
+            r"line 3 has half of",
+        ),
         (
             lambda: whole(file("n.json", rb'[{"text": "a\udc00"}]')),
             r"entry 1 has half of a surrogate pair .*dc00. at character 1",
         ),
-        (lambda: documents(tmp_path / "*.csx"), "csx' given: no file has such a name; allowed: a file, a pattern such as"),
-        (lambda: documents(tmp_path / "folder"), "folder' given: a folder; allowed: a file, a pattern"),
+        (
+            lambda: documents(tmp_path / "*.csx"),
+            "csx' given: no file has such a name; allowed: a file, a pattern such as",
+        ),
+        (
+            lambda: documents(tmp_path / "folder"),
+            "folder' given: a folder; allowed: a file, a pattern",
+        ),
         (lambda: documents(f"{memory}/a.txt"), "/a.txt' given: no file has such a name"),
-        (lambda: documents("nope://a.txt"), "data: 'nope://a.txt' given; allowed: local files, and URLs of https://, gs://, s3:"),
+        (
+            lambda: documents("nope://a.txt"),
+            "data: 'nope://a.txt' given; allowed: local files, and URLs of https://, gs://, s3:",
+        ),
         (lambda: documents([]), "data source: none given"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -260,7 +382,9 @@ def test_records_that_are_no_text(tmp_path: Path) -> None:
     writer.close()
     found = iter(documents(tmp_path / "a.arrayrecord"))
     assert next(found) == "fine"
-    with pytest.raises(InputError, match="a.arrayrecord' record 1 is not UTF-8: invalid start byte at offset 2"):
+    with pytest.raises(
+        InputError, match="a.arrayrecord' record 1 is not UTF-8: invalid start byte at offset 2"
+    ):
         next(found)
 
 

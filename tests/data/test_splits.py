@@ -1,4 +1,6 @@
-"""Splits: every row once, classes in proportion to within one row, groups whole, the same for the same seed."""
+"""Splits: every row once, classes in proportion to within one row, groups whole, the same for the
+same seed.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,12 @@ from jaxmodel.data import Stream
 from jaxmodel.data.splits import kfold, split, take
 from jaxmodel.errors import InputError
 
-SHARES = st.lists(st.integers(1, 20), min_size=2, max_size=5).map(lambda n: tuple(x / sum(n) for x in n))
-LABELS = st.lists(st.integers(-2, 6), min_size=80, max_size=200).map(lambda values: np.array(values))
+SHARES = st.lists(st.integers(1, 20), min_size=2, max_size=5).map(
+    lambda n: tuple(x / sum(n) for x in n)
+)
+LABELS = st.lists(st.integers(-2, 6), min_size=80, max_size=200).map(
+    lambda values: np.array(values)
+)
 
 
 @given(SHARES, LABELS, st.integers(0, 2**64 - 1), st.booleans())
@@ -66,7 +72,9 @@ def test_a_seed_decides_and_never_changes():
     assert drawn[0] == drawn[1] != drawn[2]
     # Written down once: another NumPy must not move rows from training to test.
     assert drawn[0] == [[0, 5, 7, 8, 9], [1, 2, 3, 4, 6]]
-    assert set(split(8, (0.5, 0.5))[0].tolist()) != set(Stream(np.zeros((8, 2), int), 4).rows(0).tolist())
+    assert set(split(8, (0.5, 0.5))[0].tolist()) != set(
+        Stream(np.zeros((8, 2), int), 4).rows(0).tolist()
+    )
 
 
 def test_rows_taken_from_a_split_make_a_stream():
@@ -83,15 +91,27 @@ def test_rows_taken_from_a_split_make_a_stream():
     ("call", "message"),
     [
         (lambda: split(0), "count: 0 given; allowed: a whole number of at least 1"),
-        (lambda: split(9, (0.8, 0.1)), "parts: [0.8, 0.1] given; allowed: shares above 0 that sum to 1"),
+        (
+            lambda: split(9, (0.8, 0.1)),
+            "parts: [0.8, 0.1] given; allowed: shares above 0 that sum to 1",
+        ),
         (lambda: split(9, (1.1, -0.1)), "parts: [1.1, -0.1] given"),
         (lambda: split(3), "parts: a share of 0.1 gets none of 3 rows"),
         (lambda: split(4, (0.5, 0.5), seed=-1), "seed: -1 given; 0 to 2^64 - 1 is allowed"),
-        (lambda: split(4, (0.5, 0.5), labels=np.arange(3)), "labels: the shape [3] given for 4 rows"),
-        (lambda: split(4, (0.5, 0.5), groups=np.array(["a", "b"])), "groups: the shape [2] given for 4 rows"),
+        (
+            lambda: split(4, (0.5, 0.5), labels=np.arange(3)),
+            "labels: the shape [3] given for 4 rows",
+        ),
+        (
+            lambda: split(4, (0.5, 0.5), groups=np.array(["a", "b"])),
+            "groups: the shape [2] given for 4 rows",
+        ),
         (lambda: kfold(4, 1), "folds: 1 given; allowed: a whole number of at least 2"),
         (lambda: kfold(4, 5), "folds: 5 given; allowed: at most 4, the number of rows"),
-        (lambda: kfold(4, 3, groups=np.array([0, 0, 1, 1])), "folds: 3 given; allowed: at most 2, the number of groups"),
+        (
+            lambda: kfold(4, 3, groups=np.array([0, 0, 1, 1])),
+            "folds: 3 given; allowed: at most 2, the number of groups",
+        ),
     ],
 )
 def test_bad_input(call, message):

@@ -36,7 +36,9 @@ def test_dates_are_read_by_the_standard_library():
                 continue
             seen[form] += 1
             assert day.isoformat() == target
-    assert sum(seen.values()) == 1200 and min(seen.values()) > 200  # each is read in one way, and all are there
+    assert (
+        sum(seen.values()) == 1200 and min(seen.values()) > 200
+    )  # each is read in one way, and all are there
 
 
 def test_the_parts_share_no_target_and_hold_nine_and_one_tenth():
@@ -46,7 +48,8 @@ def test_the_parts_share_no_target_and_hold_nine_and_one_tenth():
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    one, other = Pairs(batch_size=32, seed=5), Pairs(batch_size=32, seed=6)
+    one = Pairs(batch_size=32, seed=5)
+    other = Pairs(batch_size=32, seed=6)
     for step in (0, 7, np.int64(7)):
         for name, array in one.batch(step).items():
             np.testing.assert_array_equal(array, Pairs(batch_size=32, seed=5).batch(step)[name])
@@ -61,7 +64,11 @@ def test_what_a_batch_holds():
     batch = pairs.batch(3)
     shapes = {name: (array.dtype.name, array.shape[1]) for name, array in batch.items()}
     assert shapes == {
-        **{"source": ("int32", SOURCE), "source_mask": ("bool", SOURCE), "tokens": ("int32", TARGET)},
+        **{
+            "source": ("int32", SOURCE),
+            "source_mask": ("bool", SOURCE),
+            "tokens": ("int32", TARGET),
+        },
         **{"targets": ("int32", TARGET), "weights": ("float32", TARGET)},
     }
     for i, (source, target) in enumerate(pairs.texts(3)):
@@ -70,7 +77,10 @@ def test_what_a_batch_holds():
         assert batch["targets"][i, :n].tolist() == [*encode(target), END]
         assert batch["tokens"][i, :n].tolist() == [START, *encode(target)]
         assert batch["weights"][i].tolist() == [1.0] * n + [0.0] * (TARGET - n)
-    assert max(array.max() for array in batch.values()) < VOCAB and batch["source_mask"].any(axis=0)[:-1].all()
+    assert (
+        max(array.max() for array in batch.values()) < VOCAB
+        and batch["source_mask"].any(axis=0)[:-1].all()
+    )
 
 
 @pytest.mark.parametrize(

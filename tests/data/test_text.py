@@ -51,19 +51,28 @@ def test_file_is_read_exactly(tmp_path: Path, no_data: None) -> None:
 def test_data_folder_comes_first(data: Path) -> None:
     (data / "wikitext2-test.txt").write_text(ARTICLE)
     text = load_text("wikitext2-test")
-    assert (text.text, text.name, text.origin) == (ARTICLE, "wikitext2-test", "$JAXMODEL_DATA/wikitext2-test.txt")
+    assert (text.text, text.name, text.origin) == (
+        ARTICLE,
+        "wikitext2-test",
+        "$JAXMODEL_DATA/wikitext2-test.txt",
+    )
     assert load_text(data / "wikitext2-test.txt").origin == "$JAXMODEL_DATA/wikitext2-test.txt"
     (data / "tinyshakespeare.txt").write_text("Speak, speak.")
     assert load_text("tinyshakespeare").text == "Speak, speak."
 
 
-def test_english_is_the_same_text_whatever_the_data_folder_holds(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_english_is_the_same_text_whatever_the_data_folder_holds(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ("english", "english_train", "pydoc")
     for name in (*names, "wikitext2-test", "wikitext2-valid"):
         (data / f"{name}.txt").write_text(f"another {name}")
     here = [load_text(name) for name in names]
     monkeypatch.delenv("JAXMODEL_DATA")
-    assert here == [load_text(name) for name in names] and here[0].origin == "package pydoc_data.topics"
+    assert (
+        here == [load_text(name) for name in names]
+        and here[0].origin == "package pydoc_data.topics"
+    )
 
 
 def test_pydoc_is_every_topic_in_order(no_data: None) -> None:
@@ -79,7 +88,8 @@ def test_pydoc_is_every_topic_in_order(no_data: None) -> None:
 
 
 def test_english_and_english_train_share_nothing(no_data: None) -> None:
-    held_out, train = load_text("english"), load_text("english_train")
+    held_out = load_text("english")
+    train = load_text("english_train")
     assert held_out.origin == train.origin == "package pydoc_data.topics"
     assert len(held_out.text) > 60_000 and len(train.text) > 150_000
     assert 0.25 < len(held_out.text) / (len(held_out.text) + len(train.text)) < 0.5
@@ -106,7 +116,9 @@ def test_small_topics_inside_large_ones_are_left_out() -> None:
     assert train == ["Alpha two, which goes on for a good deal longer than the first one."]
 
 
-def hub(monkeypatch: pytest.MonkeyPatch, rows: list[str], digest_of: str, fails: Exception | None = None) -> list[tuple]:
+def hub(
+    monkeypatch: pytest.MonkeyPatch, rows: list[str], digest_of: str, fails: Exception | None = None
+) -> list[tuple]:
     calls = []
 
     def download(*args: str, **keywords: str) -> str:
@@ -122,7 +134,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, rows: list[str], digest_of: str, fails:
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
     file, _ = text_module._HUB["wikitext2-test"]
-    monkeypatch.setitem(text_module._HUB, "wikitext2-test", (file, hashlib.sha256(digest_of.encode()).hexdigest()))
+    monkeypatch.setitem(
+        text_module._HUB, "wikitext2-test", (file, hashlib.sha256(digest_of.encode()).hexdigest())
+    )
     return calls
 
 
@@ -139,7 +153,9 @@ def test_hub_is_the_last_place(no_data: None, monkeypatch: pytest.MonkeyPatch) -
 
 def test_hub_failures_are_one_line(no_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch, [], ARTICLE, fails=OSError("no connection\nmore"))
-    assert "'wikitext2-test' is not in $JAXMODEL_DATA (not set)" in (message := error("wikitext2-test"))
+    assert "'wikitext2-test' is not in $JAXMODEL_DATA (not set)" in (
+        message := error("wikitext2-test")
+    )
     assert "could not be fetched (no connection)" in message
     hub(monkeypatch, ["something else\n"], ARTICLE)
     assert "is not the text that was published" in error("wikitext2-test")
@@ -150,18 +166,25 @@ def test_hub_failures_are_one_line(no_data: None, monkeypatch: pytest.MonkeyPatc
 def test_missing_file_names_its_neighbours(tmp_path: Path, no_data: None) -> None:
     (tmp_path / "speech.txt").write_text("a")
     message = error(tmp_path / "speeh.txt")
-    assert message.startswith(f"data source: {str(tmp_path / 'speeh.txt')!r} is neither a file nor a known text")
+    assert message.startswith(
+        f"data source: {str(tmp_path / 'speeh.txt')!r} is neither a file nor a known text"
+    )
     assert message.endswith("(nearest: speech.txt)")
     assert "there is no folder" in error(tmp_path / "none" / "speech.txt")
     assert "is a folder" in error(tmp_path)
 
 
-def test_unknown_name_names_the_nearest(tmp_path: Path, no_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_name_names_the_nearest(
+    tmp_path: Path, no_data: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert error("wikitext2-tst").endswith("(nearest: wikitext2-test, wikitext2-valid)")
     assert all(name in error("something") for name in NAMES)
     message = error("tinyshakespeare")
-    assert "is not in $JAXMODEL_DATA (not set)" in message and "name that by the environment variable JAXMODEL_DATA" in message
+    assert (
+        "is not in $JAXMODEL_DATA (not set)" in message
+        and "name that by the environment variable JAXMODEL_DATA" in message
+    )
 
 
 def test_empty_and_binary_files(tmp_path: Path, data: Path) -> None:
@@ -183,14 +206,22 @@ def test_articles_paragraphs_and_topics() -> None:
     assert split_documents(ARTICLE.removeprefix(" \n")) == [ARTICLE.removeprefix(" \n")]
     # The blank line before a title still belongs to the article before.
     assert split_documents(ARTICLE * 2) == [ARTICLE + " \n", ARTICLE.removeprefix(" \n")]
-    assert split_documents("one\ntwo\n\nthree\n \n\nfour") == ["one\ntwo\n\n", "three\n \n\n", "four"]
+    assert split_documents("one\ntwo\n\nthree\n \n\nfour") == [
+        "one\ntwo\n\n",
+        "three\n \n\n",
+        "four",
+    ]
     topics = "Unary\n*****\n\ntext\n\n\nBinary\n******\n\nmore\n\nagain\n"
     assert [d.split("\n")[0] for d in split_documents(topics)] == ["Unary", "Binary"]
     assert split_documents("a\r\n\r\nb") == ["a\r\n\r\n", "b"]
     assert split_documents(" \n\n") == []
 
 
-@given(st.lists(st.sampled_from(["word", "\n", "\n\n", " ", " = T = \n", "Title\n***\n", "\r\n"])).map("".join))
+@given(
+    st.lists(st.sampled_from(["word", "\n", "\n\n", " ", " = T = \n", "Title\n***\n", "\r\n"])).map(
+        "".join
+    )
+)
 def test_splitting_loses_nothing(text: str) -> None:
     documents = split_documents(text)
     assert "".join(documents) == (text if text.strip() else "")

@@ -1,4 +1,6 @@
-"""What comes from outside: signals and notices of maintenance save and stop; a watchdog names what hangs."""
+"""What comes from outside: signals and notices of maintenance save and stop; a watchdog names what
+hangs.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_without_a_server_nobody_is_asked(monkeypatch):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
     with faults.stop_signals() as stop:
         assert not stop(1)
-        assert not any(thread.name == "notices" and thread.is_alive() for thread in threading.enumerate())
+        assert not any(
+            thread.name == "notices" and thread.is_alive() for thread in threading.enumerate()
+        )
 
 
 def test_the_watchdog_says_where_a_run_hangs(capfd):

@@ -1,4 +1,6 @@
-"""The ledger: every instant in one category, over restarts too; what was computed in vain is lost, not compute."""
+"""The ledger: every instant in one category, over restarts too; what was computed in vain is lost,
+not compute.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def steps(ledger, clock, first, last, save_every=10):
 
 
 def test_the_categories_sum_to_the_wall_clock_over_five_restarts(tmp_path):
-    clock, file, step, began = Clock(), tmp_path / "ledger.jsonl", 0, 1000.0
+    clock = Clock()
+    file = tmp_path / "ledger.jsonl"
+    step = 0
+    began = 1000.0
     for life in range(6):
         ledger = Ledger(file, clock)
         clock.pass_(2.0)
@@ -60,7 +65,8 @@ def test_the_categories_sum_to_the_wall_clock_over_five_restarts(tmp_path):
 
 
 def test_steps_behind_the_checkpoint_are_lost(tmp_path):
-    clock, file = Clock(), tmp_path / "ledger.jsonl"
+    clock = Clock()
+    file = tmp_path / "ledger.jsonl"
     ledger = Ledger(file, clock)
     steps(ledger, clock, 0, 14)  # saved at 10: four steps, each of 1.1 s, in vain
     ledger.close()
@@ -74,7 +80,8 @@ def test_steps_behind_the_checkpoint_are_lost(tmp_path):
 
 
 def test_without_a_checkpoint_all_is_lost(tmp_path):
-    clock, file = Clock(), tmp_path / "ledger.jsonl"
+    clock = Clock()
+    file = tmp_path / "ledger.jsonl"
     ledger = Ledger(file, clock)
     steps(ledger, clock, 0, 8)
     ledger.close()
@@ -86,7 +93,8 @@ def test_without_a_checkpoint_all_is_lost(tmp_path):
 
 
 def test_a_line_that_was_cut_off_is_none(tmp_path):
-    clock, file = Clock(), tmp_path / "ledger.jsonl"
+    clock = Clock()
+    file = tmp_path / "ledger.jsonl"
     ledger = Ledger(file, clock)
     steps(ledger, clock, 0, 3)
     ledger.close()
@@ -107,7 +115,9 @@ def test_nested_categories_interrupt_each_other():
 
 
 def test_an_unknown_category():
-    with pytest.raises(InputError, match="category: 'computing' is not known; allowed: .*nearest: compute"):
+    with pytest.raises(
+        InputError, match="category: 'computing' is not known; allowed: .*nearest: compute"
+    ):
         Ledger().enter("computing")
 
 
@@ -120,7 +130,9 @@ from jaxmodel.distributed import process_began
 print(first, process_began())
 """
     before = time.time()
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     first, began = map(float, told.split())
     assert before - 0.05 <= began <= first + 0.05 or not Path("/proc/self/stat").exists()
     now = time.time()
@@ -128,7 +140,8 @@ print(first, process_began())
 
 
 def test_a_process_that_resumes_its_own_run_counts_no_time_twice(tmp_path):
-    clock, file = Clock(), tmp_path / "ledger.jsonl"
+    clock = Clock()
+    file = tmp_path / "ledger.jsonl"
     began = clock()
     for step in (0, 10):
         clock.pass_(2.0)

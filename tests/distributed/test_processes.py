@@ -1,4 +1,6 @@
-"""Several processes on this machine: collectives that are right, moves, a lost rank, a stuck rank, a notice to one of them."""
+"""Several processes on this machine: collectives that are right, moves, a lost rank, a stuck rank,
+a notice to one of them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ REPO = Path(__file__).resolve().parent.parent.parent
 def environment(monkeypatch):
     """What `devices8` sets for its process too."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    )
 
 
 def script(folder, program):
@@ -51,7 +55,11 @@ def results(folder, processes):
 
 
 def test_collectives_of_two_processes_are_right(tmp_path):
-    """jax#40830: `psum_scatter` of some MiB was silently wrong in a development version of JAX 0.12. Training relies on it."""
+    """jax#40830:
+
+    `psum_scatter` of some MiB was silently wrong in a development version of JAX 0.12. Training
+    relies on it.
+    """
     program = """
         mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         where = jax.sharding.NamedSharding(mesh, jax.P("data"))
@@ -89,9 +97,40 @@ def test_a_run_moves_between_one_device_a_mesh_and_two_processes():
 
 def train_command(folder, *more):
     text = folder / "text.txt"
-    text.write_text("\n\n".join(f"{i} is followed by {i + 1}, which is followed by {i + 2}." for i in range(900)))
-    sizes = ["--width", 16, "--depth", 1, "--heads", 2, "--context", 16, "--batch", 12, "--vocab", 257, "--eval-batches", 1]
-    command = ["train", "--data", text, "--heldout", text, *sizes, "--sample", "1", "--runs", folder / "runs", *more]
+    text.write_text(
+        "\n\n".join(
+            f"{i} is followed by {i + 1}, which is followed by {i + 2}." for i in range(900)
+        )
+    )
+    sizes = [
+        "--width",
+        16,
+        "--depth",
+        1,
+        "--heads",
+        2,
+        "--context",
+        16,
+        "--batch",
+        12,
+        "--vocab",
+        257,
+        "--eval-batches",
+        1,
+    ]
+    command = [
+        "train",
+        "--data",
+        text,
+        "--heldout",
+        text,
+        *sizes,
+        "--sample",
+        "1",
+        "--runs",
+        folder / "runs",
+        *more,
+    ]
     return [sys.executable, "-m", "jaxmodel", *map(str, command)]
 
 
@@ -108,18 +147,25 @@ def ranks(folder):
     found = {}
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            command, environ = (place / "cmdline").read_bytes().decode(), (place / "environ").read_bytes().decode()
+            command = (place / "cmdline").read_bytes().decode()
+            environ = (place / "environ").read_bytes().decode()
         except OSError:
             continue
-        if str(folder) in command and "resume" in command and (rank := re.search(r"JAX_PROCESS_ID=(\d+)", environ)):
+        if (
+            str(folder) in command
+            and "resume" in command
+            and (rank := re.search(r"JAX_PROCESS_ID=(\d+)", environ))
+        ):
             found[int(rank[1])] = int(place.name)
     return found
 
 
 def test_an_elastic_run_loses_a_process_and_gets_it_back(tmp_path):
-    """One of two is killed; the other goes on alone on the same stream; later it is told to save, and both go on to the end.
+    """One of two is killed; the other goes on alone on the same stream; later it is told to save,
+    and both go on to the end.
 
-    It is told soon: even on a quick machine it must not have come to its end, and on a slow one it may not have begun.
+    It is told soon: even on a quick machine it must not have come to its end, and on a slow one it
+    may not have begun.
     """
     more = ["--steps", 400, "--save-every", 20, "--log-every", 20]
     more += ["--processes", 2, "--elastic", "--regrow", 3, "--json", tmp_path / "out.json"]
@@ -127,31 +173,53 @@ def test_an_elastic_run_loses_a_process_and_gets_it_back(tmp_path):
         run = subprocess.Popen(train_command(tmp_path, *more), stderr=said, stdout=said)
         try:
             runs = tmp_path / "runs"
-            wait_for(lambda: [p for p in runs.glob("*/checkpoints/step-000000020/manifest.json")], "a checkpoint")
+            wait_for(
+                lambda: [p for p in runs.glob("*/checkpoints/step-000000020/manifest.json")],
+                "a checkpoint",
+            )
             os.kill(ranks(runs)[1], signal.SIGKILL)
             assert run.wait(240) == 0, (tmp_path / "said").read_text()
         finally:
             run.kill()
     text = (tmp_path / "said").read_text()
-    assert "rank 1 of 2 ended by SIGKILL: going on with 1" in text and "back to 2 processes: the 1 save and stop" in text
+    assert (
+        "rank 1 of 2 ended by SIGKILL: going on with 1" in text
+        and "back to 2 processes: the 1 save and stop" in text
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["steps"] == 400 and found["processes"] == 2
-    alone = train_command(tmp_path, "--steps", 400, "--log-every", 20, "--json", tmp_path / "alone.json")
+    alone = train_command(
+        tmp_path, "--steps", 400, "--log-every", 20, "--json", tmp_path / "alone.json"
+    )
     subprocess.run(alone, check=True, capture_output=True)
     want = json.loads((tmp_path / "alone.json").read_text())
     losses, wanted = ({row["step"]: row["loss"] for row in one["history"]} for one in (found, want))
     assert losses.keys() >= wanted.keys()
-    np.testing.assert_allclose([losses[step] for step in wanted], list(wanted.values()), rtol=2e-3)  # 400 steps apart in rounding
+    np.testing.assert_allclose(
+        [losses[step] for step in wanted], list(wanted.values()), rtol=2e-3
+    )  # 400 steps apart in rounding
     np.testing.assert_allclose(losses[1], wanted[1], rtol=1e-5)
     ledger = found["ledger"]
     kinds = sum(value for name, value in ledger.items() if name not in ("wall", "goodput"))
-    assert kinds == pytest.approx(ledger["wall"], rel=5e-3) and ledger["lost"] > 0 and ledger["down"] > 0
+    assert (
+        kinds == pytest.approx(ledger["wall"], rel=5e-3)
+        and ledger["lost"] > 0
+        and ledger["down"] > 0
+    )
 
 
 def test_a_cluster_of_one_hears_a_signal_before_it_listens(tmp_path):
-    """From the moment that it joins until the loop begins, JAX's own service takes SIGTERM: it is asked."""
-    port, ready = 20000 + (os.getpid() + 77) % 20000, tmp_path / "said"
-    environ = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    """From the moment that it joins until the loop begins, JAX's own service takes SIGTERM: it is
+    asked.
+    """
+    port = 20000 + (os.getpid() + 77) % 20000
+    ready = tmp_path / "said"
+    environ = {
+        **os.environ,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "1",
+        "JAX_PROCESS_ID": "0",
+    }
     with open(ready, "wb") as said:
         command = train_command(tmp_path, "--steps", 1000000, "--json", tmp_path / "out.json")
         run = subprocess.Popen(command, env=environ, stderr=said, stdout=said)
@@ -170,13 +238,27 @@ def test_a_rank_that_is_gone_or_stuck_is_named_and_the_others_stop(how, tmp_path
     (tmp_path / "one").mkdir()
     more = ("--steps", 100000, "--log-every", 100, *(("--watchdog", 8) if how == "stuck" else ()))
     port = 20000 + os.getpid() % 20000
-    world, logs = [], [(tmp_path / f"{rank}.log").open("wb") for rank in (0, 1)]
+    world = []
+    logs = [(tmp_path / f"{rank}.log").open("wb") for rank in (0, 1)]
     try:
         for rank in (0, 1):
-            environ = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+            environ = {
+                **os.environ,
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": "2",
+            }
             environ |= {"JAX_PROCESS_ID": str(rank), "JAX_NUM_CPU_DEVICES": "1"}
-            world.append(subprocess.Popen(train_command(tmp_path, *more), env=environ, stderr=logs[rank], stdout=logs[rank]))
-        rows = lambda: [p for p in (tmp_path / "runs").glob("*/metrics.jsonl") if p.read_text().count("\n") > 2]
+            world.append(
+                subprocess.Popen(
+                    train_command(tmp_path, *more),
+                    env=environ,
+                    stderr=logs[rank],
+                    stdout=logs[rank],
+                )
+            )
+        rows = lambda: [
+            p for p in (tmp_path / "runs").glob("*/metrics.jsonl") if p.read_text().count("\n") > 2
+        ]
         wait_for(rows, "three rows")
         time.sleep(3)  # each rank has told where it is
         world[1].send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
@@ -207,18 +289,34 @@ def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.skipif(not (shutil.which("mpirun") and "MPITRAMPOLINE_LIB" in os.environ), reason="needs Open MPI and an MPIwrapper")
+@pytest.mark.skipif(
+    not (shutil.which("mpirun") and "MPITRAMPOLINE_LIB" in os.environ),
+    reason="needs Open MPI and an MPIwrapper",
+)
 def test_by_mpi_as_by_gloo(tmp_path):
-    """Started by `mpirun`, which is how they find each other; two axes, so that there are several groups of devices."""
+    """Started by `mpirun`, which is how they find each other; two axes, so that there are several
+    groups of devices.
+    """
     losses = {}
     for kind in ("mpi", "gloo"):
-        more = ("--steps", 5, "--log-every", 1, "--mesh", "data=2,fsdp=2", "--json", tmp_path / f"{kind}.json")
+        more = (
+            "--steps",
+            5,
+            "--log-every",
+            1,
+            "--mesh",
+            "data=2,fsdp=2",
+            "--json",
+            tmp_path / f"{kind}.json",
+        )
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         environ = {**os.environ, **root, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": kind}
         command = ["mpirun", "-n", "4", "--oversubscribe", *train_command(tmp_path, *more)]
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
-        losses[kind] = [row["loss"] for row in json.loads((tmp_path / f"{kind}.json").read_text())["history"]]
+        losses[kind] = [
+            row["loss"] for row in json.loads((tmp_path / f"{kind}.json").read_text())["history"]
+        ]
     assert len(losses["mpi"]) == 5
     np.testing.assert_allclose(losses["mpi"], losses["gloo"], rtol=1e-6)
 
@@ -237,15 +335,23 @@ def test_what_mpi_needs():
                 print(error)
     """
     environ = {name: value for name, value in os.environ.items() if name != "MPITRAMPOLINE_LIB"}
-    environ |= {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    environ |= {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "0",
+    }
     environ |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "mpi"}
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
-    assert first.startswith("MPITRAMPOLINE_LIB: not set") and second.startswith("devices: 2 in each process given")
+    assert first.startswith("MPITRAMPOLINE_LIB: not set") and second.startswith(
+        "devices: 2 in each process given"
+    )
 
 
 def test_processes_that_do_not_divide_the_batch():
-    with pytest.raises(InputError, match="batch: its rows do not divide over 5 processes of 2 devices"):
+    with pytest.raises(
+        InputError, match="batch: its rows do not divide over 5 processes of 2 devices"
+    ):
         launch.launch([], processes=5, devices=2, logs=Path("."), fits=lambda n: 12 % (2 * n) == 0)
     assert threading.active_count() >= 1

@@ -23,9 +23,13 @@ def params():
 def test_token_nll_is_its_definition(chunk, params):
     windows = np.random.default_rng(0).integers(0, 256, (3, 20))
     nll = evaluate.token_nll(MODEL, params, windows, chunk=chunk)
-    logits = np.asarray(jax.jit(MODEL.apply)(params, jnp.asarray(windows)).logits, np.float64)[:, :-1]
+    logits = np.asarray(jax.jit(MODEL.apply)(params, jnp.asarray(windows)).logits, np.float64)[
+        :, :-1
+    ]
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    np.testing.assert_allclose(nll, -np.take_along_axis(log_probs, windows[:, 1:, None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(
+        nll, -np.take_along_axis(log_probs, windows[:, 1:, None], -1)[..., 0], atol=1e-5
+    )
 
 
 def test_summary(params):
@@ -51,11 +55,16 @@ def test_bootstrap_of_blocks_is_wider_where_neighbours_agree():
 
 def test_bootstrap_repeats():
     values = np.random.default_rng(0).normal(size=(2, 64))
-    assert evaluate.bootstrap(values, seed=3) == evaluate.bootstrap(values, seed=3) != evaluate.bootstrap(values, seed=4)
+    assert (
+        evaluate.bootstrap(values, seed=3)
+        == evaluate.bootstrap(values, seed=3)
+        != evaluate.bootstrap(values, seed=4)
+    )
 
 
 @pytest.mark.parametrize(
-    ("shape", "says"), [((0, 9), "nothing to predict"), ((2, 1), "nothing to predict"), ((1, 200), "context of 128")]
+    ("shape", "says"),
+    [((0, 9), "nothing to predict"), ((2, 1), "nothing to predict"), ((1, 200), "context of 128")],
 )
 def test_windows_that_cannot_be_scored(shape, says, params):
     with pytest.raises(InputError, match=says):
@@ -70,5 +79,9 @@ def test_a_chunk_of_nothing(params):
 def test_a_result_prints_as_one_short_line():
     from jaxmodel.evaluate.perplexity import Perplexity
 
-    shown = repr(Perplexity(3.22247227453718, 25.090073116352055, 1020, (2.92109312373293, 3.566567221158673)))
+    shown = repr(
+        Perplexity(
+            3.22247227453718, 25.090073116352055, 1020, (2.92109312373293, 3.566567221158673)
+        )
+    )
     assert shown == "Perplexity(25.09: nll 3.2225 [2.921, 3.567], 1,020 predictions)"

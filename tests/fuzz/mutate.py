@@ -1,4 +1,6 @@
-"""Seeded damage: to bytes, to what JSON says, to what kind of thing stands in a place, and to command lines."""
+"""Seeded damage: to bytes, to what JSON says, to what kind of thing stands in a place, and to
+command lines.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,38 @@ from pathlib import Path
 from typing import Any
 
 _VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2, 7, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, -1.5, 1e30, 1e999, float("nan")),
-    *("", "abc", "0", "../../x", "/etc/hostname", "\x1b[31m", "\u0000", "<script>", "a" * 5000, "{{ 1/0 }}", "é😀"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        7,
+        2**31 - 1,
+        2**31,
+        2**63,
+        10**30,
+        0.5,
+        -1.5,
+        1e30,
+        1e999,
+        float("nan"),
+    ),
+    *(
+        "",
+        "abc",
+        "0",
+        "../../x",
+        "/etc/hostname",
+        "\x1b[31m",
+        "\u0000",
+        "<script>",
+        "a" * 5000,
+        "{{ 1/0 }}",
+        "é😀",
+    ),
     *([], [1], ["a"], [[]], {}, {"a": 1}, {"type": "Sequence"}, [None] * 50),
 ]
 _TEXTS = [
@@ -67,7 +99,9 @@ def _bytes(path: Path, rng: random.Random) -> str:
     raw = bytearray(path.read_bytes())
     said = []
     for _ in range(rng.choice([1, 1, 1, 3, 10])):
-        at = min(len(raw), int(len(raw) * rng.random() ** rng.choice([1, 4])))  # headers stand in front
+        at = min(
+            len(raw), int(len(raw) * rng.random() ** rng.choice([1, 4]))
+        )  # headers stand in front
         kind = rng.choice(["flip", "set", "cut", "insert", "zero", "number", "twice", "swap"])
         if kind == "cut":
             del raw[at : rng.choice([len(raw), at + 1, at + 4, at + 100])]
@@ -77,7 +111,9 @@ def _bytes(path: Path, rng: random.Random) -> str:
             raw[at : at + 32] = bytes(len(raw[at : at + 32]))
         elif kind == "number":
             size = rng.choice([4, 8])
-            value = rng.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]) % 2 ** (8 * size)
+            value = rng.choice(
+                [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+            ) % 2 ** (8 * size)
             raw[at : at + size] = value.to_bytes(size, "little")
         elif kind == "twice":
             raw[at:at] = raw[at : at + 64]
@@ -91,8 +127,16 @@ def _bytes(path: Path, rng: random.Random) -> str:
 
 
 def _places(value: Any, trail: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value[:20]) if isinstance(value, list) else ()
-    return [(*trail, key) for key, _ in pairs] + [p for key, one in pairs for p in _places(one, (*trail, key))]
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:20])
+        if isinstance(value, list)
+        else ()
+    )
+    return [(*trail, key) for key, _ in pairs] + [
+        p for key, one in pairs for p in _places(one, (*trail, key))
+    ]
 
 
 def _json(path: Path, rng: random.Random) -> str:
@@ -202,7 +246,9 @@ _OPTIONS = [
 
 
 def command(base: list[str], rng: random.Random) -> list[str]:
-    """A command line with one or a few words changed, left out, doubled or added; steps at its end stay few."""
+    """A command line with one or a few words changed, left out, doubled or added; steps at its end
+    stay few.
+    """
     kept = base[-2:] if "--steps" in base[-2:] else []
     words = base[: len(base) - len(kept)]
     for _ in range(rng.choice([1, 1, 2, 3])):

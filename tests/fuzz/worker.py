@@ -1,4 +1,6 @@
-"""The process in which cases are read: a line of JSON for each comes in, one with how it ended goes out."""
+"""The process in which cases are read: a line of JSON for each comes in, one with how it ended goes
+out.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,14 @@ def _tokenizer(folder: Path) -> Any:
 
 def _recipe(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
-        _main("compress", str(folder.parents[2] / "samples" / "plain"), "--recipe", str(file), "--out", f"out-{file.name}")
+        _main(
+            "compress",
+            str(folder.parents[2] / "samples" / "plain"),
+            "--recipe",
+            str(file),
+            "--out",
+            f"out-{file.name}",
+        )
 
 
 def _documents(folder: Path) -> Any:
@@ -95,12 +104,16 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "images": _images,
     "shards": _shards,
     "checkpoints": _checkpoints,
-    "generate": lambda folder: _main("generate", str(folder), "--prompt", "hi", "--max-new-tokens", "2"),
+    "generate": lambda folder: _main(
+        "generate", str(folder), "--prompt", "hi", "--max-new-tokens", "2"
+    ),
     "adapters": lambda folder: _main(
         *("generate", str(folder.parents[2] / "samples" / "plain"), "--adapter", str(folder)),
         *("--prompt", "hi", "--max-new-tokens", "2"),
     ),
-    "predict": lambda folder: _main("predict", str(folder), "--input", str(folder.parents[2] / "samples/data.txt/a.txt")),
+    "predict": lambda folder: _main(
+        "predict", str(folder), "--input", str(folder.parents[2] / "samples/data.txt/a.txt")
+    ),
     "recipe": _recipe,
     "tokenizer": _tokenizer,
     "rerun": lambda folder: _main("rerun", str(folder)),
@@ -122,7 +135,9 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
     os.chdir(case["room"])
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    out, err, end = io.StringIO(), io.StringIO(), "right"
+    out = io.StringIO()
+    err = io.StringIO()
+    end = "right"
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             if "words" in case:
@@ -134,9 +149,17 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
         err.write(f"jaxmodel: {error}\n")
     except SystemExit as error:
         news = "jaxmodel: step [0-9]|.* is set aside as "  # of resume
-        lines = [line for line in err.getvalue().splitlines() if re.match("jaxmodel: ", line) and not re.match(news, line)]
+        lines = [
+            line
+            for line in err.getvalue().splitlines()
+            if re.match("jaxmodel: ", line) and not re.match(news, line)
+        ]
         if error.code != 1 or case["whole"]:
-            end = "refused" if error.code == 2 and len(lines) == 1 else f"code {error.code} and {len(lines)} lines"
+            end = (
+                "refused"
+                if error.code == 2 and len(lines) == 1
+                else f"code {error.code} and {len(lines)} lines"
+            )
         if "Traceback" in err.getvalue():
             end = "traceback"
     except BaseException:

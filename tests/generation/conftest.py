@@ -20,8 +20,12 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def bundle() -> Bundle:
-    """Logits far enough apart that a text is not one token over and over, nor decided by the last bit."""
+    """Logits far enough apart that a text is not one token over and over, nor decided by the last
+    bit.
+    """
     tokenizer = train_bpe(TEXTS, 320)
     config = dataclasses.replace(llama.SIZES["tiny"], vocab=tokenizer.vocab_size, init_scale=0.3)
     model = llama.model(config)
-    return Bundle(model, jax.jit(model.init)(jax.random.key(1)), dataclasses.replace(tokenizer, eos_ids=()))
+    return Bundle(
+        model, jax.jit(model.init)(jax.random.key(1)), dataclasses.replace(tokenizer, eos_ids=())
+    )

@@ -1,4 +1,6 @@
-"""Beam search against all texts there are, against a search written with lists, and against greedy decoding."""
+"""Beam search against all texts there are, against a search written with lists, and against greedy
+decoding.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ import pytest
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.generation import GREEDY, Request, beam_search, beam_texts, decode, generate, generate_ids
+from jaxmodel.generation import (
+    GREEDY,
+    Request,
+    beam_search,
+    beam_texts,
+    decode,
+    generate,
+    generate_ids,
+)
 from jaxmodel.generation.beam import _search
 from jaxmodel.hub.bundle import Bundle
 from jaxmodel.models import sizes
@@ -30,7 +40,9 @@ def made(name: str, vocab: int):
     model = module.model(dataclasses.replace(config, vocab=vocab))
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return model, jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype), shapes)
+    return model, jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, a.dtype), shapes
+    )
 
 
 def ragged(rows):
@@ -49,16 +61,22 @@ def logits_of(model):
 
 
 def log_probabilities(model, params, row, texts):
-    """log p of each token `[M, N]` of texts `[M, N]` after one row, by the whole model and without a cache."""
+    """log p of each token `[M, N]` of texts `[M, N]` after one row, by the whole model and without
+    a cache.
+    """
     texts = np.asarray(texts, np.int32)
     if decode.reads_source(model):
         source, mask = (jnp.repeat(a, len(texts), axis=0) for a in ragged([row]))
-        begin, inputs = [model.config.start], {"source": source, "source_mask": mask}
+        begin = [model.config.start]
+        inputs = {"source": source, "source_mask": mask}
     else:
-        begin, inputs = row, {}
+        begin = row
+        inputs = {}
     tokens = np.concatenate([np.repeat([begin], len(texts), axis=0), texts], axis=1)
     tokens = np.pad(tokens, [(0, 0), (0, 12 - tokens.shape[1])])
-    logits = np.asarray(logits_of(model)(params, {**inputs, "tokens": jnp.asarray(tokens, jnp.int32)}), np.float64)
+    logits = np.asarray(
+        logits_of(model)(params, {**inputs, "tokens": jnp.asarray(tokens, jnp.int32)}), np.float64
+    )
     logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     places = len(begin) - 1 + np.arange(texts.shape[1])
     return np.take_along_axis(logp[:, places], texts[:, :, None], axis=2)[:, :, 0]
@@ -71,17 +89,29 @@ def cut(text, ends):
 
 
 def texts_of(found, row):
-    return [tuple(t[:n]) for t, n in zip(found.tokens[row].tolist(), found.lengths[row].tolist(), strict=True)]
+    return [
+        tuple(t[:n])
+        for t, n in zip(found.tokens[row].tolist(), found.lengths[row].tolist(), strict=True)
+    ]
 
 
-@pytest.mark.parametrize(("name", "penalty"), [*((name, 2.0) for name in FAMILIES), ("llama/tiny", 0.0), ("t5/tiny-gated", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "penalty"),
+    [*((name, 2.0) for name in FAMILIES), ("llama/tiny", 0.0), ("t5/tiny-gated", 0.0)],
+)
 def test_the_best_of_all_texts(name, penalty):
     """Every text of at most 4 tokens out of 4, of which one ends it; no beam has to be given up."""
     model, params = made(name, 4)
     every = np.array(list(itertools.product(range(4), repeat=4)))
     rows = PROMPTS[:2]
     known = [log_probabilities(model, params, row, every) for row in rows]
-    options = {"beams": 27, "max_new_tokens": 4, "eos_ids": [3], "length_penalty": penalty, "patient": penalty > 0}
+    options = {
+        "beams": 27,
+        "max_new_tokens": 4,
+        "eos_ids": [3],
+        "length_penalty": penalty,
+        "patient": penalty > 0,
+    }
     found = beam_search(model, params, arrays(model, rows), **options)
     winners = set()
     for row in range(len(rows)):
@@ -91,14 +121,17 @@ def test_the_best_of_all_texts(name, penalty):
             scores[short] = sum(logp[: len(short)]) / ((5 + len(short)) / 6) ** penalty
         best = sorted(scores, key=lambda text: -scores[text])[:10]
         assert texts_of(found, row)[:10] == best
-        np.testing.assert_allclose(found.scores[row, :10], [scores[text] for text in best], atol=1e-4)
+        np.testing.assert_allclose(
+            found.scores[row, :10], [scores[text] for text in best], atol=1e-4
+        )
         winners |= {len(text) for text in best}
     assert len(winners) > 1  # texts of several lengths compete
 
 
 def searched(model, params, row, *, beams, max_new_tokens, eos_ids, length_penalty, patient):
     """The same search with lists, one row, all logits anew at each step."""
-    live, done = [(0.0, ())], []
+    live = [(0.0, ())]
+    done = []
     score = lambda logp, n: logp / ((5 + n) / 6) ** length_penalty
     for n in range(1, max_new_tokens + 1):
         found = []
@@ -107,7 +140,9 @@ def searched(model, params, row, *, beams, max_new_tokens, eos_ids, length_penal
             new = log_probabilities(model, params, row, texts)[:, -1]
             found += [(logp + float(p), tuple(t)) for p, t in zip(new, texts, strict=True)]
         found.sort(key=lambda item: -item[0])
-        done += [(score(p, n), t) for p, t in found[:beams] if t[-1] in eos_ids or n == max_new_tokens]
+        done += [
+            (score(p, n), t) for p, t in found[:beams] if t[-1] in eos_ids or n == max_new_tokens
+        ]
         done = sorted(done, key=lambda item: -item[0])[:beams]
         live = [(p, t) for p, t in found if t[-1] not in eos_ids][:beams]
         if len(done) == beams and (not patient or done[-1][0] >= score(live[0][0], max_new_tokens)):
@@ -116,10 +151,18 @@ def searched(model, params, row, *, beams, max_new_tokens, eos_ids, length_penal
 
 
 @pytest.mark.parametrize("name", ["llama/tiny", "t5/tiny-gated"])
-@pytest.mark.parametrize(("penalty", "patient", "ends"), [(0.0, False, (3, 7)), (0.9, True, (3,)), (1.5, False, ())])
+@pytest.mark.parametrize(
+    ("penalty", "patient", "ends"), [(0.0, False, (3, 7)), (0.9, True, (3,)), (1.5, False, ())]
+)
 def test_few_beams_equal_a_search_with_lists(name, penalty, patient, ends):
     model, params = made(name, 12)
-    options = {"beams": 3, "max_new_tokens": 6, "eos_ids": ends, "length_penalty": penalty, "patient": patient}
+    options = {
+        "beams": 3,
+        "max_new_tokens": 6,
+        "eos_ids": ends,
+        "length_penalty": penalty,
+        "patient": patient,
+    }
     found = beam_search(model, params, arrays(model, PROMPTS), **options)
     for row, prompt in enumerate(PROMPTS):
         want = searched(model, params, prompt, **options)
@@ -128,7 +171,8 @@ def test_few_beams_equal_a_search_with_lists(name, penalty, patient, ends):
 
 
 @pytest.mark.parametrize(
-    ("name", "patient"), [*((name, False) for name in FAMILIES), ("llama/tiny", True), ("t5/tiny-gated", True)]
+    ("name", "patient"),
+    [*((name, False) for name in FAMILIES), ("llama/tiny", True), ("t5/tiny-gated", True)],
 )
 def test_one_beam_is_greedy(name, patient):
     model, params = made(name, 64)
@@ -137,7 +181,9 @@ def test_one_beam_is_greedy(name, patient):
     run = decode.run(model, params, rows, done, sampling=GREEDY, max_new_tokens=9)
     greedy = np.concatenate(list(run), axis=1).tolist()
     options = {"beams": 1, "max_new_tokens": 9, "length_penalty": 1.0, "patient": patient}
-    end = max(greedy[0][:8], key=greedy[0].index)  # the last that is new there: one text at least ends early, but not soon
+    end = max(
+        greedy[0][:8], key=greedy[0].index
+    )  # the last that is new there: one text at least ends early, but not soon
     found = beam_search(model, params, arrays(model, rows), eos_ids=[end], **options)
     assert [texts_of(found, row)[0] for row in range(3)] == [cut(text, [end]) for text in greedy]
 
@@ -155,7 +201,13 @@ def test_more_beams_find_better_texts_and_rows_do_not_see_each_other():
 
 def test_a_source_alone_begins_with_the_start_token_and_nothing_is_traced_twice():
     model, params = made("t5/tiny-gated", 12)
-    options = {"beams": 3, "max_new_tokens": 6, "eos_ids": (3,), "length_penalty": 0.9, "patient": True}
+    options = {
+        "beams": 3,
+        "max_new_tokens": 6,
+        "eos_ids": (3,),
+        "length_penalty": 0.9,
+        "patient": True,
+    }
     one = beam_search(model, params, arrays(model, PROMPTS), **options)
     start = jnp.full((3, 1), model.config.start, jnp.int32)
     other = beam_search(model, params, {**arrays(model, PROMPTS[::-1]), "tokens": start}, **options)
@@ -167,15 +219,25 @@ def test_a_source_alone_begins_with_the_start_token_and_nothing_is_traced_twice(
 def _plan(options):
     from jaxmodel.generation.beam import _Plan
 
-    return _Plan(options["beams"], options["max_new_tokens"], options["eos_ids"], options["length_penalty"], options["patient"])
+    return _Plan(
+        options["beams"],
+        options["max_new_tokens"],
+        options["eos_ids"],
+        options["length_penalty"],
+        options["patient"],
+    )
 
 
 def test_fewer_texts_than_beams():
     model, params = made("llama/tiny", 5)
-    found = beam_search(model, params, jnp.asarray([[1, 2]], jnp.int32), beams=9, max_new_tokens=1, eos_ids=[3])
+    found = beam_search(
+        model, params, jnp.asarray([[1, 2]], jnp.int32), beams=9, max_new_tokens=1, eos_ids=[3]
+    )
     assert found.lengths[0].tolist() == [1] * 5 + [0] * 4
     assert np.isfinite(found.scores[0]).tolist() == [True] * 5 + [False] * 4
-    assert sum(math.exp(score) for score in found.scores[0, :5].tolist()) == pytest.approx(1.0, abs=1e-5)
+    assert sum(math.exp(score) for score in found.scores[0, :5].tolist()) == pytest.approx(
+        1.0, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,10 +258,12 @@ def test_values_out_of_range(options, message):
 def test_a_model_that_does_not_decode():
     model, params = made("llama/tiny", 5)
     with pytest.raises(InputError, match="'llama' does not decode; one with a cache is needed"):
-        beam_search(dataclasses.replace(model, init_cache=None), params, jnp.zeros((1, 1), jnp.int32))
+        beam_search(
+            dataclasses.replace(model, init_cache=None), params, jnp.zeros((1, 1), jnp.int32)
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- texts
+# -------------------------------------------------------------------------------------------- texts
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +271,12 @@ def translator(bundle):
     module, config = sizes()["transformer/tiny-pre"]
     model = module.model(dataclasses.replace(config, vocab=bundle.processor.vocab_size, context=24))
     rng = np.random.default_rng(2)
-    one = lambda path, a: jnp.asarray(path.endswith("norm/weight") + rng.normal(size=a.shape) * 0.3, a.dtype)
-    return Bundle(model, tree.map_leaves(one, jax.eval_shape(model.init, jax.random.key(0))), bundle.processor)
+    one = lambda path, a: jnp.asarray(
+        path.endswith("norm/weight") + rng.normal(size=a.shape) * 0.3, a.dtype
+    )
+    return Bundle(
+        model, tree.map_leaves(one, jax.eval_shape(model.init, jax.random.key(0))), bundle.processor
+    )
 
 
 @pytest.mark.parametrize("which", ["bundle", "translator"])
@@ -220,11 +288,17 @@ def test_texts(which, request):
     assert [row[0].text for row in beam_texts(bundle, prompts, beams=1, max_new_tokens=7)] == greedy
     found = beam_texts(bundle, prompts, beams=3, max_new_tokens=7, chunk=2)
     for prompt, row in zip(prompts, found, strict=True):
-        assert [h.score for h in row] == sorted((h.score for h in row), reverse=True) and len(row) == 3
+        assert [h.score for h in row] == sorted((h.score for h in row), reverse=True) and len(
+            row
+        ) == 3
         assert beam_texts(bundle, [prompt], beams=3, max_new_tokens=7)[0][0].text == row[0].text
-        assert all(h.finish_reason == "length" and bundle.processor.decode(h.ids) == h.text for h in row)
+        assert all(
+            h.finish_reason == "length" and bundle.processor.decode(h.ids) == h.text for h in row
+        )
     end = found[0][0].ids[3]
-    ending = dataclasses.replace(bundle, processor=dataclasses.replace(bundle.processor, eos_ids=(end,)))
+    ending = dataclasses.replace(
+        bundle, processor=dataclasses.replace(bundle.processor, eos_ids=(end,))
+    )
     [row] = beam_texts(ending, prompts[:1], beams=3, max_new_tokens=7)
     reasons = {(h.finish_reason, len(h.ids) < 7) for h in row}
     assert ("eos", True) in reasons and all(end not in h.ids for h in row)

@@ -33,7 +33,9 @@ def params(model):
 
 def generated(model, params, rows, n, sampling=GREEDY, **options):
     done = np.zeros(len(rows), bool)
-    pieces = list(decode.run(model, params, rows, done, sampling=sampling, max_new_tokens=n, **options))
+    pieces = list(
+        decode.run(model, params, rows, done, sampling=sampling, max_new_tokens=n, **options)
+    )
     return np.concatenate(pieces, axis=1).tolist()
 
 
@@ -43,7 +45,10 @@ def jitted(model):
 
 
 def all_logits(model, params, row):
-    """The logits after each token of a row, alone and without a cache. Padding to one length stands behind it."""
+    """The logits after each token of a row, alone and without a cache.
+
+    Padding to one length stands behind it.
+    """
     tokens = jnp.array([row + [0] * (64 - len(row))])
     return np.asarray(jitted(model)(params, tokens).logits)[0, : len(row)]
 
@@ -61,7 +66,15 @@ def test_a_context_that_is_no_round_length_is_used_to_its_end(model):
     want = [list(row) for row in rows]
     for row in want:
         for _ in range(5):
-            row.append(int(np.argmax(jitted(short)(params, jnp.array([row + [0] * (20 - len(row))])).logits[0, len(row) - 1])))
+            row.append(
+                int(
+                    np.argmax(
+                        jitted(short)(params, jnp.array([row + [0] * (20 - len(row))])).logits[
+                            0, len(row) - 1
+                        ]
+                    )
+                )
+            )
     assert generated(short, params, rows, 5) == [row[-5:] for row in want]
     long = list(range(2, 21))
     last = int(np.argmax(jitted(short)(params, jnp.array([[*long, 0]])).logits[0, len(long) - 1]))
@@ -75,7 +88,9 @@ def test_prefill_gives_each_row_the_logits_after_its_last_token(model, params):
 
 
 def test_decoding_with_the_cache_equals_the_full_forward(model, params):
-    """Greedy texts of a ragged batch are those of the whole model run again at each position, row by row."""
+    """Greedy texts of a ragged batch are those of the whole model run again at each position, row
+    by row.
+    """
     new = generated(model, params, ROWS, 20)
     for row, text in zip(ROWS, new, strict=True):
         logits = all_logits(model, params, row + text)[len(row) - 1 : -1]
@@ -92,11 +107,15 @@ def test_steps_with_the_cache_give_the_logits_of_the_full_forward(model, params)
         tokens = jnp.array([text[min(i, len(text) - 1)] for text in forced])
         out = jitted(model)(params, {"tokens": tokens[:, None], "mask": alive[:, None]}, cache)
         cache = out.cache
-        expected = next_logits(model, params, [row + text[: i + 1] for row, text in zip(ROWS, forced, strict=True)])
+        expected = next_logits(
+            model, params, [row + text[: i + 1] for row, text in zip(ROWS, forced, strict=True)]
+        )
         for got, want, lives in zip(out.logits[:, 0], expected, alive, strict=True):
             if lives:
                 np.testing.assert_allclose(got, want, atol=3e-4)
-    assert cache.length.tolist() == [len(row) + len(text) for row, text in zip(ROWS, forced, strict=True)]
+    assert cache.length.tolist() == [
+        len(row) + len(text) for row, text in zip(ROWS, forced, strict=True)
+    ]
 
 
 def test_long_prompts_in_pieces(model, params, monkeypatch):
@@ -113,8 +132,12 @@ def test_long_prompts_in_pieces(model, params, monkeypatch):
 @pytest.mark.parametrize("n", [1, 2, 16, 17, 18, 35])
 def test_length_and_beginning_do_not_depend_on_the_steps(model, params, n):
     longest = generated(model, params, ROWS, 35, Sampling(0.8), seed=3)
-    assert generated(model, params, ROWS, n, Sampling(0.8), seed=3) == [text[:n] for text in longest]
-    assert generated(model, params, ROWS, n, Sampling(0.8), seed=3, steps=1) == [text[:n] for text in longest]
+    assert generated(model, params, ROWS, n, Sampling(0.8), seed=3) == [
+        text[:n] for text in longest
+    ]
+    assert generated(model, params, ROWS, n, Sampling(0.8), seed=3, steps=1) == [
+        text[:n] for text in longest
+    ]
 
 
 def test_a_text_does_not_depend_on_its_batch(model, params):
@@ -129,10 +152,14 @@ def test_a_text_does_not_depend_on_its_batch(model, params):
 
 
 def test_a_text_can_be_continued(model, params):
-    """What is drawn depends on the position, so a prompt with half of the text gives the other half."""
+    """What is drawn depends on the position, so a prompt with half of the text gives the other
+    half.
+    """
     whole = generated(model, params, ROWS, 12, Sampling(0.9), seed=1)
     longer = [row + text[:5] for row, text in zip(ROWS, whole, strict=True)]
-    assert generated(model, params, longer, 7, Sampling(0.9), seed=1) == [text[5:] for text in whole]
+    assert generated(model, params, longer, 7, Sampling(0.9), seed=1) == [
+        text[5:] for text in whole
+    ]
 
 
 def test_repetition_penalty_sees_prompt_and_text(model, params):
@@ -152,7 +179,9 @@ def test_generation_ends_when_all_rows_have(model, params):
     eos = text[20]
     done = np.zeros(1, bool)
     pieces = []
-    run = decode.run(model, params, [ROWS[0]], done, sampling=GREEDY, max_new_tokens=35, eos_ids=[eos, 9999])
+    run = decode.run(
+        model, params, [ROWS[0]], done, sampling=GREEDY, max_new_tokens=35, eos_ids=[eos, 9999]
+    )
     for piece in run:
         pieces.append(piece)
         done[:] = eos in piece
@@ -165,8 +194,15 @@ def test_generation_ends_when_all_rows_have(model, params):
 def test_a_row_that_has_ended_keeps_still(model, params):
     logits, cache = decode.prefill(model, params, ROWS, 16)
     b = len(ROWS)
-    state = decode.State(cache, sample(logits, None, GREEDY), cache.length + 0, jax.random.split(jax.random.key(0), b), None)
-    first, before = state.token.tolist(), state.cache.length.tolist()
+    state = decode.State(
+        cache,
+        sample(logits, None, GREEDY),
+        cache.length + 0,
+        jax.random.split(jax.random.key(0), b),
+        None,
+    )
+    first = state.token.tolist()
+    before = state.cache.length.tolist()
     done = jnp.array([False, True, False, True])
     state, tokens = decode.decoder(model, GREEDY)(params, state, done, 5, jnp.array([-1]))
     moved = (np.array(state.cache.length) - before).tolist()
@@ -191,7 +227,9 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)]
+)
 def test_nothing_is_compiled_on_the_second_call(model, params, sampling):
     with compilations() as first:
         generated(model, params, [[1, 2, 3], [4] * 30], 20, sampling, seed=1, eos_ids=[0])
@@ -207,7 +245,9 @@ def test_nothing_is_compiled_on_the_second_call(model, params, sampling):
 
 
 def test_a_bfloat16_cache(model, params):
-    small = families()[type(model.config).__module__.split(".")[-1]].model(model.config, ops.Policy(cache="bfloat16"))
+    small = families()[type(model.config).__module__.split(".")[-1]].model(
+        model.config, ops.Policy(cache="bfloat16")
+    )
     logits, cache = decode.prefill(small, params, ROWS, 4)
     assert cache.k.dtype == jnp.bfloat16 and cache.capacity >= 21
     np.testing.assert_allclose(logits, decode.prefill(model, params, ROWS, 4)[0], atol=0.2)
@@ -219,7 +259,7 @@ def test_few_sizes():
     assert sizes == sorted(sizes) and len(set(sizes)) == 2 * 8
 
 
-# ---------------------------------------------------------------------------------------- logits that are no numbers
+# ----------------------------------------------------------------------- logits that are no numbers
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5, top_p=0.9)])
@@ -234,7 +274,11 @@ def test_logits_that_are_no_numbers_are_an_error_with_its_cause(sampling, how):
         params["head"] = jnp.full_like(params["head"], 3e38)
         says = "all weights are finite: the activations overflow; compute in float32"
     with pytest.raises(InputError, match=says):
-        list(decode.run(model, params, [[1, 2]], np.zeros(1, bool), sampling=sampling, max_new_tokens=3))
+        list(
+            decode.run(
+                model, params, [[1, 2]], np.zeros(1, bool), sampling=sampling, max_new_tokens=3
+            )
+        )
     with pytest.raises(InputError, match=says):
         beam_search(model, params, jnp.asarray([[1, 2]], jnp.int32), beams=2, max_new_tokens=3)
 
@@ -244,4 +288,8 @@ def test_a_logit_that_is_no_number_is_never_chosen():
     keys = jax.random.split(jax.random.key(0), 1)
     assert sample(logits, None, GREEDY).tolist() == [2]
     assert sample(logits, keys, Sampling(0.01, top_p=0.9)).tolist() == [2]
-    assert is_sound(jnp.asarray([[0.0, -jnp.inf], [-jnp.inf] * 2, [jnp.inf, 0.0]])).tolist() == [True, False, False]
+    assert is_sound(jnp.asarray([[0.0, -jnp.inf], [-jnp.inf] * 2, [jnp.inf, 0.0]])).tolist() == [
+        True,
+        False,
+        False,
+    ]

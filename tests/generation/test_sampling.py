@@ -11,9 +11,13 @@ from jaxmodel.generation.sampling import GREEDY, Sampling, filter_logits, sample
 
 
 def reference(logits, sampling, seen):
-    """The probabilities that HF transformers' processors leave, one row, in float64; those equal to a kept one stay."""
+    """The probabilities that HF transformers' processors leave, one row, in float64; those equal to
+    a kept one stay.
+    """
     x = logits.astype(np.float64)
-    x = np.where(seen, np.where(x < 0, x * sampling.repetition_penalty, x / sampling.repetition_penalty), x)
+    x = np.where(
+        seen, np.where(x < 0, x * sampling.repetition_penalty, x / sampling.repetition_penalty), x
+    )
     x = x / sampling.temperature
     if 0 < sampling.top_k < len(x):
         x = np.where(x < np.sort(x)[-sampling.top_k], -np.inf, x)
@@ -58,9 +62,15 @@ jitted_filter = jax.jit(filter_logits, static_argnames="sampling")
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @settings(deadline=None, max_examples=60)
-@given(logits=st.lists(st.integers(-40, 40), min_size=8, max_size=8), seen=st.lists(st.booleans(), min_size=8, max_size=8))
+@given(
+    logits=st.lists(st.integers(-40, 40), min_size=8, max_size=8),
+    seen=st.lists(st.booleans(), min_size=8, max_size=8),
+)
 def test_filters_as_the_reference(sampling, logits, seen):
-    x, marks = np.array(logits, np.float32) / 8, np.array(seen)  # few values, so that many are equal
+    x, marks = (
+        np.array(logits, np.float32) / 8,
+        np.array(seen),
+    )  # few values, so that many are equal
     expected = reference(x, sampling, marks)
     got = jitted_filter(jnp.asarray(x)[None], sampling, jnp.asarray(marks)[None])[0]
     np.testing.assert_array_equal(np.isfinite(got), expected > 0)
@@ -83,23 +93,30 @@ def test_greedy_heeds_the_repetition_penalty():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_draws_follow_the_softmax(temperature):
-    n, logits = 20_000, np.array([2.0, 0.0, 1.0, -1.0, 0.5], np.float32)
+    n = 20_000
+    logits = np.array([2.0, 0.0, 1.0, -1.0, 0.5], np.float32)
     keys = jax.random.split(jax.random.key(7), n)
     ids = sample(jnp.broadcast_to(jnp.asarray(logits), (n, 5)), keys, Sampling(temperature))
     share = np.bincount(np.asarray(ids), minlength=5) / n
     assert np.abs(share - softmax(logits / temperature)).sum() < 0.02
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.9), Sampling(0.9, top_k=20), Sampling(2.0, top_p=0.7, min_p=0.01)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.9), Sampling(0.9, top_k=20), Sampling(2.0, top_p=0.7, min_p=0.01)]
+)
 def test_a_row_does_not_see_the_others(sampling):
     logits = 2 * jax.random.normal(jax.random.key(0), (6, 500))
     keys = jax.random.split(jax.random.key(1), 6)
     together = sample(logits, keys, sampling).tolist()
-    assert together == [int(sample(logits[i : i + 1], keys[i : i + 1], sampling)[0]) for i in range(6)]
+    assert together == [
+        int(sample(logits[i : i + 1], keys[i : i + 1], sampling)[0]) for i in range(6)
+    ]
     assert together == jax.jit(sample, static_argnames="sampling")(logits, keys, sampling).tolist()
 
 
-@pytest.mark.parametrize("logits", [[3e38, -3e38, 0.0], [-jnp.inf, 0.0, -jnp.inf], [-3e38, -3e38, -jnp.inf]])
+@pytest.mark.parametrize(
+    "logits", [[3e38, -3e38, 0.0], [-jnp.inf, 0.0, -jnp.inf], [-3e38, -3e38, -jnp.inf]]
+)
 def test_extreme_logits_give_a_token_that_is_allowed(logits):
     x = jnp.array([logits] * 4)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -124,4 +141,6 @@ def test_extreme_logits_give_a_token_that_is_allowed(logits):
 def test_refuses_bad_values(name, value, allowed):
     with pytest.raises(InputError) as error:
         Sampling(**{name: value})
-    assert name in str(error.value) and repr(value) in str(error.value) and allowed in str(error.value)
+    assert (
+        name in str(error.value) and repr(value) in str(error.value) and allowed in str(error.value)
+    )

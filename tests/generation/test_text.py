@@ -10,12 +10,15 @@ from jaxmodel.generation.text import Writer
 from jaxmodel.hub.tokenizer import Tokenizer, train_bpe
 from jaxmodel.hub.vocabularies import of_pieces, read_pieces
 
-TOKENIZER = dataclasses.replace(train_bpe(["aab abb aab ba ba, naïve 東京 🙂🙃"], 290), eos_ids=(0, 7))
+TOKENIZER = dataclasses.replace(
+    train_bpe(["aab abb aab ba ba, naïve 東京 🙂🙃"], 290), eos_ids=(0, 7)
+)
 LETTERS = st.text(st.sampled_from("ab é🙂"), min_size=1, max_size=30)
 
 
 def written(ids, limit=1000, stop=()):
-    writer, pieces = Writer(TOKENIZER, limit, stop), []
+    writer = Writer(TOKENIZER, limit, stop)
+    pieces = []
     for token in ids:
         writer.write([token])
         pieces.append(writer.read())
@@ -23,7 +26,9 @@ def written(ids, limit=1000, stop=()):
 
 
 def cut(ids, stop):
-    """What should be left, the slow way: decode all from the start after each token, and look for each stop string."""
+    """What should be left, the slow way: decode all from the start after each token, and look for
+    each stop string.
+    """
     for n in range(1, len(ids) + 1):
         text = TOKENIZER.decode(ids[:n])
         if found := [text.find(s) for s in stop if s in text]:
@@ -32,17 +37,26 @@ def cut(ids, stop):
 
 
 @settings(deadline=None, max_examples=300)
-@given(text=LETTERS, stop=st.lists(st.text(st.sampled_from("ab é🙂"), min_size=1, max_size=4), max_size=3))
+@given(
+    text=LETTERS,
+    stop=st.lists(st.text(st.sampled_from("ab é🙂"), min_size=1, max_size=4), max_size=3),
+)
 def test_stop_strings_are_cut_wherever_the_tokens_part_them(text, stop):
     ids = TOKENIZER.encode(text)
     expected, n = cut(ids, stop)
     writer, pieces = written(ids, limit=len(ids), stop=stop)
     assert writer.text == "".join(pieces) == expected
     assert writer.ids == ids[:n]
-    assert writer.finish_reason == ("stop" if any(s in TOKENIZER.decode(ids[:n]) for s in stop) else "length")
+    assert writer.finish_reason == (
+        "stop" if any(s in TOKENIZER.decode(ids[:n]) for s in stop) else "length"
+    )
     at_once = Writer(TOKENIZER, len(ids), stop)
     at_once.write([*ids, 5, 5, 5])
-    assert (at_once.text, at_once.ids, at_once.finish_reason) == (writer.text, writer.ids, writer.finish_reason)
+    assert (at_once.text, at_once.ids, at_once.finish_reason) == (
+        writer.text,
+        writer.ids,
+        writer.finish_reason,
+    )
 
 
 def test_a_stop_string_of_several_tokens_is_never_shown_in_part():
@@ -81,7 +95,7 @@ def test_the_limit_ends():
     assert open_end.finish_reason is None
 
 
-# ----------------------------------------------------------------------------------------- the text in its context
+# -------------------------------------------------------------------------- the text in its context
 
 GOLDENS = Path(__file__).parents[1] / "hub" / "goldens" / "sentencepiece"
 PIECES = Tokenizer(of_pieces(read_pieces(GOLDENS / "llama.model")), eos_ids=(2,), bos_id=1)
@@ -93,10 +107,15 @@ def behind(tokenizer, prompt, ids):
     return tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :]
 
 
-@pytest.mark.parametrize(("prompt", "new"), [("the", "module is"), ("the module", "\U0001f642 is"), ("the", "\n\nmodule")])
+@pytest.mark.parametrize(
+    ("prompt", "new"),
+    [("the", "module is"), ("the module", "\U0001f642 is"), ("the", "\n\nmodule")],
+)
 def test_the_first_new_word_keeps_its_space(prompt, new):
-    before, ids = PIECES.encode(prompt), PIECES.encode(new)
-    writer, pieces = Writer(PIECES, len(ids), prompt=[1, *before]), []
+    before = PIECES.encode(prompt)
+    ids = PIECES.encode(new)
+    writer = Writer(PIECES, len(ids), prompt=[1, *before])
+    pieces = []
     for token in ids:
         writer.write([token])
         pieces.append(writer.read())
@@ -104,7 +123,9 @@ def test_the_first_new_word_keeps_its_space(prompt, new):
     stops = Writer(PIECES, len(ids), (" ",), [1, *before])
     stops.write(ids)
     assert (stops.text, stops.finish_reason) == ("", "stop")
-    alone = Writer(PIECES, len(ids), prompt=[1])  # behind nothing but a special token it is the first word of the text
+    alone = Writer(
+        PIECES, len(ids), prompt=[1]
+    )  # behind nothing but a special token it is the first word of the text
     alone.write(ids)
     assert alone.text == new
 
@@ -112,11 +133,16 @@ def test_the_first_new_word_keeps_its_space(prompt, new):
 @settings(deadline=None, max_examples=300)
 @given(prompt=st.text(st.sampled_from("the module ▁\n🙂é"), max_size=40), ids=RAW)
 def test_a_text_is_what_decoding_all_at_once_gives(prompt, ids):
-    """Also of bytes that make no character: how many U+FFFD they are is known at the end of their run only."""
+    """Also of bytes that make no character: how many U+FFFD they are is known at the end of their
+    run only.
+    """
     before = PIECES.encode(prompt)
     for token in before[-1:]:  # a run that begins in the prompt changes what the prompt says
-        ids = ids if not (PIECES.backend.id_to_token(token) or "").startswith("<0x") else [305, *ids]
-    writer, pieces = Writer(PIECES, max(len(ids), 1), prompt=before), []
+        ids = (
+            ids if not (PIECES.backend.id_to_token(token) or "").startswith("<0x") else [305, *ids]
+        )
+    writer = Writer(PIECES, max(len(ids), 1), prompt=before)
+    pieces = []
     for token in ids:
         writer.write([token])
         pieces.append(writer.read())
@@ -146,7 +172,8 @@ def special(*contents):
 def test_stop_strings_see_special_tokens(stop, text, reason):
     tokenizer, ids = special("<|end|>", "<|start|>")
     row = [*tokenizer.encode("ab"), ids["<|end|>"], *tokenizer.encode("\nab")]
-    writer, pieces = Writer(tokenizer, len(row), stop), []
+    writer = Writer(tokenizer, len(row), stop)
+    pieces = []
     for token in row:
         writer.write([token])
         pieces.append(writer.read())

@@ -1,4 +1,6 @@
-"""Adapters on disk: those of PEFT compute here what they compute there; ours are read back bit for bit, alone and whole."""
+"""Adapters on disk: those of PEFT compute here what they compute there; ours are read back bit for
+bit, alone and whole.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,15 @@ def of_peft(name: str) -> tuple[hub.Bundle, dict[str, np.ndarray]]:
 
 
 def computed(bundle: hub.Bundle, golden: dict[str, np.ndarray], name: str) -> np.ndarray:
-    inputs = {key: jnp.asarray(a, jnp.float32 if key == "pixels" else jnp.int32) for key, a in golden.items() if key != "logits"}
+    inputs = {
+        key: jnp.asarray(a, jnp.float32 if key == "pixels" else jnp.int32)
+        for key, a in golden.items()
+        if key != "logits"
+    }
     out = jax.jit(bundle.model.apply)(bundle.params, inputs)
-    return np.asarray(out.hidden if name == "bert" else out.logits)  # there without the head of masked tokens
+    return np.asarray(
+        out.hidden if name == "bert" else out.logits
+    )  # there without the head of masked tokens
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +55,25 @@ def tokenizer():
 
 def adapted(family=llama, rules: str = ".*/(q|v|down)", **config) -> hub.Bundle:
     """A tiny model with adapters that do something."""
-    model = family.model(dataclasses.replace(family.SIZES["tiny"], **({"vocab": 257} if family is not mlp else {}), **config))
+    model = family.model(
+        dataclasses.replace(
+            family.SIZES["tiny"], **({"vocab": 257} if family is not mlp else {}), **config
+        )
+    )
     base = jax.jit(model.init)(jax.random.key(0))
-    model, params = adapt.lora(model, base, [(rules, adapt.LoRA(3, 5.0)), (".*", None)], jax.random.key(1))
+    model, params = adapt.lora(
+        model, base, [(rules, adapt.LoRA(3, 5.0)), (".*", None)], jax.random.key(1)
+    )
     return hub.Bundle(model, stirred(params))
 
 
 def stirred(params: tree.Params) -> tree.Params:
     rng = np.random.default_rng(1)
     return tree.map_leaves(
-        lambda path, a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype) if path.endswith("_lora/up") else a, params
+        lambda path, a: (
+            jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype) if path.endswith("_lora/up") else a
+        ),
+        params,
     )
 
 
@@ -71,7 +88,7 @@ def same(one: tree.Params, other: tree.Params) -> None:
     chex.assert_trees_all_equal(one, other)
 
 
-# ------------------------------------------------------------------------------------------------------------ PEFT
+# --------------------------------------------------------------------------------------------- PEFT
 
 
 def test_the_goldens_have_every_kind():
@@ -79,8 +96,19 @@ def test_the_goldens_have_every_kind():
     for name in PEFT:
         config = json.loads((GOLDENS / "adapters" / name / "adapter_config.json").read_text())
         found |= {key for key, value in config.items() if value}
-        found |= {key.rpartition(".lora_")[2] for key in load_file(GOLDENS / "adapters" / name / "adapter_model.safetensors")}
-    wanted = {"rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "fan_in_fan_out", "A.weight", "embedding_B"}
+        found |= {
+            key.rpartition(".lora_")[2]
+            for key in load_file(GOLDENS / "adapters" / name / "adapter_model.safetensors")
+        }
+    wanted = {
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "modules_to_save",
+        "fan_in_fan_out",
+        "A.weight",
+        "embedding_B",
+    }
     assert wanted <= found
 
 
@@ -92,7 +120,12 @@ def test_adapters_of_peft_compute_what_they_compute_there(name):
     assert np.abs(without - golden["logits"]).max() > 0.05  # they do something
     merged, how = adapt.merge_adapters(bundle.params)
     assert set(how.values()) == {"exact"}
-    assert np.abs(computed(dataclasses.replace(bundle, params=merged), golden, name) - golden["logits"]).max() < 5e-5
+    assert (
+        np.abs(
+            computed(dataclasses.replace(bundle, params=merged), golden, name) - golden["logits"]
+        ).max()
+        < 5e-5
+    )
 
 
 @pytest.mark.parametrize("name", PEFT)
@@ -100,9 +133,16 @@ def test_what_peft_wrote_is_written_as_it_was(name, tmp_path):
     bundle, _ = of_peft(name)
     also = {"patterns": "(.*/attn_|.*/mlp_)?norm/weight", "vit": "head/.*"}.get(name)
     hub.save_adapters(bundle, tmp_path / "again", also=also, base="somewhere/base")
-    before, after = (load_file(f / "adapter_model.safetensors") for f in (GOLDENS / "adapters" / name, tmp_path / "again"))
-    stem = lambda key: "base_model.model." + key.removeprefix("base_model.model.").removeprefix("bert.")  # left out there
-    before = {stem(key): a for key, a in before.items() if ".base_layer." not in key}  # tables as they are in the model
+    before, after = (
+        load_file(f / "adapter_model.safetensors")
+        for f in (GOLDENS / "adapters" / name, tmp_path / "again")
+    )
+    stem = lambda key: (
+        "base_model.model." + key.removeprefix("base_model.model.").removeprefix("bert.")
+    )  # left out there
+    before = {
+        stem(key): a for key, a in before.items() if ".base_layer." not in key
+    }  # tables as they are in the model
     chex.assert_trees_all_equal(before, {stem(key): a for key, a in after.items()})
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     theirs = json.loads((GOLDENS / "adapters" / name / "adapter_config.json").read_text())
@@ -126,7 +166,8 @@ def change(folder: Path, tmp_path: Path, **values) -> Path:
 
 
 def test_what_is_not_read_is_refused_by_name(tmp_path):
-    folder, base = GOLDENS / "adapters" / "llama", hub.from_pretrained(GOLDENS / "llama-untied")
+    folder = GOLDENS / "adapters" / "llama"
+    base = hub.from_pretrained(GOLDENS / "llama-untied")
     refused = {
         "use_dora": True,
         "bias": "all",
@@ -149,11 +190,21 @@ def test_what_is_not_read_is_refused_by_name(tmp_path):
             hub.add_adapters(base, change(folder, tmp_path, alpha_pattern={pattern: 3}))
     with pytest.raises(InputError, match="an alpha is 0"):
         hub.add_adapters(base, change(folder, tmp_path, lora_alpha=0))
-    for key, value in {"lora_dropout": 0.1, "revision": "main", "init_lora_weights": "gaussian", "something_new": None}.items():
+    for key, value in {
+        "lora_dropout": 0.1,
+        "revision": "main",
+        "init_lora_weights": "gaussian",
+        "something_new": None,
+    }.items():
         hub.add_adapters(base, change(folder, tmp_path, **{key: value}))
-    with pytest.raises(InputError, match=r"down_proj has shapes \[4, 24\] and \[16, 4\]; needed are \[5, 24\] and \[16, 5\]"):
+    with pytest.raises(
+        InputError,
+        match=r"down_proj has shapes \[4, 24\] and \[16, 4\]; needed are \[5, 24\] and \[16, 5\]",
+    ):
         hub.add_adapters(base, change(folder, tmp_path, r=5))
-    with pytest.raises(InputError, match="'transformer.h.0.attn.c_attn' has no place in this model; there is "):
+    with pytest.raises(
+        InputError, match="'transformer.h.0.attn.c_attn' has no place in this model; there is "
+    ):
         hub.add_adapters(base, GOLDENS / "adapters" / "gpt2")
     for weight in (0, float("nan")):
         with pytest.raises(InputError, match="weight: "):
@@ -170,10 +221,19 @@ def test_damaged_folders_are_refused(tmp_path):
     file = folder / "adapter_model.safetensors"
     for wrong, message in (
         ({}, "it holds no adapters"),
-        ({key: a for key, a in tensors.items() if "layers.0.self_attn.q_proj.lora_B" not in key}, "has lora_A; a pair"),
+        (
+            {key: a for key, a in tensors.items() if "layers.0.self_attn.q_proj.lora_B" not in key},
+            "has lora_A; a pair",
+        ),
         ({**tensors, "odd": np.ones(2, np.float32)}, "'odd' is not of PEFT's layout"),
-        ({**tensors, "base_model.model.model.odd.weight": np.ones(2, np.float32)}, "'model.odd.weight' has no place"),
-        ({**tensors, "base_model.model.model.norm.weight": np.ones(2, np.float32)}, "does not fit; needed is"),
+        (
+            {**tensors, "base_model.model.model.odd.weight": np.ones(2, np.float32)},
+            "'model.odd.weight' has no place",
+        ),
+        (
+            {**tensors, "base_model.model.model.norm.weight": np.ones(2, np.float32)},
+            "does not fit; needed is",
+        ),
     ):
         save_file(wrong, file)
         with pytest.raises(InputError, match=message):
@@ -182,7 +242,9 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="not a whole safetensors file"):
         hub.add_adapters(base, folder)
     file.rename(folder / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"adapter_model.safetensors' is missing; adapter_model.bin is pickled"):
+    with pytest.raises(
+        InputError, match=r"adapter_model.safetensors' is missing; adapter_model.bin is pickled"
+    ):
         hub.add_adapters(base, folder)
 
 
@@ -198,7 +260,7 @@ def test_a_table_that_is_the_head_too_takes_no_adapter_of_the_lookup_alone(tmp_p
         hub.from_pretrained(tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------------------------ ours
+# --------------------------------------------------------------------------------------------- ours
 
 
 @pytest.mark.parametrize(
@@ -213,7 +275,10 @@ def test_a_table_that_is_the_head_too_takes_no_adapter_of_the_lookup_alone(tmp_p
 def test_alone_and_whole_are_read_back_bit_for_bit(bundle, tmp_path):
     bundle = bundle()
     hub.save_adapters(bundle, tmp_path / "alone")
-    assert {path.name for path in (tmp_path / "alone").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     same(hub.add_adapters(plain(bundle), tmp_path / "alone").params, bundle.params)
     bundle.save_pretrained(tmp_path / "whole")
     again = hub.from_pretrained(tmp_path / "whole")
@@ -229,7 +294,9 @@ def test_alone_and_whole_are_read_back_bit_for_bit(bundle, tmp_path):
 def test_fresh_adapters_of_parts_are_not_lost(tmp_path):
     model = gpt2.model(gpt2.SIZES["tiny"])
     rules = [(".*/q", adapt.LoRA(2, 3.0)), (".*/v", adapt.LoRA(3, 7.0)), (".*", None)]
-    model, params = adapt.lora(model, jax.jit(model.init)(jax.random.key(0)), rules, jax.random.key(1))
+    model, params = adapt.lora(
+        model, jax.jit(model.init)(jax.random.key(0)), rules, jax.random.key(1)
+    )
     hub.Bundle(model, params).save_pretrained(tmp_path / "whole")
     again = hub.from_pretrained(tmp_path / "whole").params
     assert tree.flatten(again)["blocks/0-2/attn/v_lora/down"].shape == (3, 3, 32)
@@ -239,7 +306,9 @@ def test_fresh_adapters_of_parts_are_not_lost(tmp_path):
 
 def test_a_quantised_base_with_adapters_is_saved_whole(tmp_path):
     bundle = adapted()
-    small, _ = compress.compress_bundle(bundle, [("blocks/.*/(attn|mlp)/[a-z]+", "rtn(bits=4, group=32)"), (".*", ())])
+    small, _ = compress.compress_bundle(
+        bundle, [("blocks/.*/(attn|mlp)/[a-z]+", "rtn(bits=4, group=32)"), (".*", ())]
+    )
     assert {type(leaf).__name__ for leaf in tree.flatten(small.params).values()} > {"QTensor"}
     small.save_pretrained(tmp_path / "small")
     again = hub.from_pretrained(tmp_path / "small")
@@ -252,7 +321,11 @@ def test_named_recipes_leave_adapters_as_they_are(tmp_path):
     bundle = adapted()
     for name in compress.NAMED:
         small, _ = compress.compress_bundle(bundle, compress.named(name))
-        kinds = {type(leaf).__name__ for path, leaf in tree.flatten(small.params).items() if "_lora/" in path}
+        kinds = {
+            type(leaf).__name__
+            for path, leaf in tree.flatten(small.params).items()
+            if "_lora/" in path
+        }
         assert kinds == {"ArrayImpl"}, name
         jax.eval_shape(small.model.apply, small.params, TOKENS)
 
@@ -270,18 +343,27 @@ def test_several_add_up(tmp_path):
         for path in tree.flatten(bundle.params):
             if path.endswith("_lora/up"):
                 at = path.removesuffix("_lora/up")
-                part = {name: tree.flatten(bundle.params)[f"{at}_lora/{name}"] for name in ("down", "up", "scale")}
+                part = {
+                    name: tree.flatten(bundle.params)[f"{at}_lora/{name}"]
+                    for name in ("down", "up", "scale")
+                }
                 weights[at] = Adapted(weights[at], **part).decode()
     want = jax.jit(llama.model(one.model.config).apply)(tree.unflatten(weights), TOKENS).logits
-    chex.assert_trees_all_close(jax.jit(got.model.apply)(got.params, TOKENS).logits, want, atol=2e-5)
+    chex.assert_trees_all_close(
+        jax.jit(got.model.apply)(got.params, TOKENS).logits, want, atol=2e-5
+    )
     half = hub.add_adapters(plain(one), tmp_path / "one", weight=-0.5)
-    up, scale = (tree.flatten(half.params)[f"blocks/0-2/attn/q_lora/{name}"] for name in ("up", "scale"))
+    up, scale = (
+        tree.flatten(half.params)[f"blocks/0-2/attn/q_lora/{name}"] for name in ("up", "scale")
+    )
     np.testing.assert_array_equal(up, tree.flatten(one.params)["blocks/0-2/attn/q_lora/up"])
     np.testing.assert_allclose(scale, -0.5 * 5 / 3, rtol=1e-6)
 
 
 def test_dropout_goes_with_them(tmp_path):
-    """As PEFT's `lora_dropout`, which its own folders bring along; of two that add up the higher is left."""
+    """As PEFT's `lora_dropout`, which its own folders bring along; of two that add up the higher is
+    left.
+    """
     model = llama.model(dataclasses.replace(llama.SIZES["tiny"], vocab=257))
     base = hub.Bundle(model, jax.jit(model.init)(jax.random.key(0)))
     rules = [(".*/(q|v)", adapt.LoRA(3, 5.0, dropout=0.1)), (".*", None)]
@@ -293,7 +375,10 @@ def test_dropout_goes_with_them(tmp_path):
     again = hub.add_adapters(base, tmp_path / "a")
     chex.assert_trees_all_equal(again.params, with_dropout.params)
     run = jax.jit(
-        lambda key, train: again.model.apply(stirred(again.params), TOKENS, rng=key, train=train).logits, static_argnums=1
+        lambda key, train: (
+            again.model.apply(stirred(again.params), TOKENS, rng=key, train=train).logits
+        ),
+        static_argnums=1,
     )
     assert np.abs(run(KEY, True) - run(KEY, False)).max() > 1e-3
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.4}))
@@ -312,9 +397,15 @@ def test_what_was_trained_besides_goes_with_them(tmp_path):
     assert config["modules_to_save"] == ["model.layers.1.input_layernorm", "model.norm"]
     got = tree.flatten(hub.add_adapters(plain(bundle), tmp_path / "alone").params)
     np.testing.assert_array_equal(got["norm/weight"], params["norm"]["weight"])
-    np.testing.assert_array_equal(got["blocks/0-2/attn_norm/weight"][1], params["blocks"]["0-2"]["attn_norm"]["weight"][1])
-    np.testing.assert_array_equal(got["blocks/0-2/attn_norm/weight"][0], 1 + 0 * got["blocks/0-2/attn_norm/weight"][0])
-    with pytest.raises(InputError, match="also: 'nom/weight' matches no leaf; nearest: norm/weight"):
+    np.testing.assert_array_equal(
+        got["blocks/0-2/attn_norm/weight"][1], params["blocks"]["0-2"]["attn_norm"]["weight"][1]
+    )
+    np.testing.assert_array_equal(
+        got["blocks/0-2/attn_norm/weight"][0], 1 + 0 * got["blocks/0-2/attn_norm/weight"][0]
+    )
+    with pytest.raises(
+        InputError, match="also: 'nom/weight' matches no leaf; nearest: norm/weight"
+    ):
         hub.save_adapters(changed, tmp_path / "alone", also="nom/weight")
 
 
@@ -331,7 +422,7 @@ def test_folders_of_something_else_are_left_alone(tmp_path):
         hub.save_adapters(plain(bundle), tmp_path / "new")
 
 
-# ------------------------------------------------------------------------------------------------- what runs with them
+# ------------------------------------------------------------------------------ what runs with them
 
 
 def test_generation_and_perplexity_are_those_of_the_model_and_of_the_merged_one(tokenizer):
@@ -340,20 +431,35 @@ def test_generation_and_perplexity_are_those_of_the_model_and_of_the_merged_one(
     begun = len(ids)
     for _ in range(6):
         padded = np.array([ids + [0] * (begun + 6 - len(ids))], np.int32)
-        ids.append(int(np.argmax(jax.jit(bundle.model.apply)(bundle.params, padded).logits[0, len(ids) - 1])))
+        ids.append(
+            int(
+                np.argmax(
+                    jax.jit(bundle.model.apply)(bundle.params, padded).logits[0, len(ids) - 1]
+                )
+            )
+        )
     (got,) = generation.generate_ids(bundle, ["hello"], generation.Request(max_new_tokens=6))
     assert got.ids == ids[begun:]
     merged = dataclasses.replace(bundle, params=adapt.merge_adapters(bundle.params)[0])
-    assert generation.generate_ids(merged, ["hello"], generation.Request(max_new_tokens=6))[0].ids == got.ids
+    assert (
+        generation.generate_ids(merged, ["hello"], generation.Request(max_new_tokens=6))[0].ids
+        == got.ids
+    )
     text = [tokenizer.encode("hello world hello worl")]
-    scores = [perplexity(one.model, one.params, np.asarray(text, np.int32)).nll for one in (bundle, merged, plain(bundle))]
+    scores = [
+        perplexity(one.model, one.params, np.asarray(text, np.int32)).nll
+        for one in (bundle, merged, plain(bundle))
+    ]
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
     assert abs(scores[0] - scores[2]) > 1e-3
 
 
 def test_only_maps_without_adapters_are_joined_for_running():
-    running = hub.Bundle(*[getattr(adapted(rules=".*/q"), name) for name in ("model", "params")]).running()
-    attention, feed = running["blocks"]["0-2"]["attn"], running["blocks"]["0-2"]["mlp"]
+    running = hub.Bundle(
+        *[getattr(adapted(rules=".*/q"), name) for name in ("model", "params")]
+    ).running()
+    attention = running["blocks"]["0-2"]["attn"]
+    feed = running["blocks"]["0-2"]["mlp"]
     assert {"q", "k", "v", "q_lora"} <= set(attention) and "gate+up" in feed
 
 
@@ -362,19 +468,28 @@ def test_adapters_of_a_foreign_module_are_read_where_the_module_runs():
 
     model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
     base = jax.jit(model.init)(jax.random.key(0))
-    wrapped, params = adapt.lora(model, base, [("kernel", adapt.LoRA(2)), (".*", None)], jax.random.key(1))
-    params, x = stirred(params), jnp.ones((2, 4))
+    wrapped, params = adapt.lora(
+        model, base, [("kernel", adapt.LoRA(2)), (".*", None)], jax.random.key(1)
+    )
+    params = stirred(params)
+    x = jnp.ones((2, 4))
     merged, _ = adapt.merge_adapters(params)
     for one in (wrapped, model):
-        chex.assert_trees_all_close(one.apply(params, x).logits, model.apply(merged, x).logits, rtol=1e-5)
-    assert float(jnp.abs(wrapped.apply(params, x).logits - model.apply(base, x).logits).max()) > 0.01
+        chex.assert_trees_all_close(
+            one.apply(params, x).logits, model.apply(merged, x).logits, rtol=1e-5
+        )
+    assert (
+        float(jnp.abs(wrapped.apply(params, x).logits - model.apply(base, x).logits).max()) > 0.01
+    )
 
 
 def test_a_mesh_of_one_holds_them():
     from jaxmodel import sharding
 
     mesh = sharding.make_mesh("fsdp=1")
-    bundle = hub.from_pretrained(GOLDENS / "llama-untied", mesh=mesh, adapters=GOLDENS / "adapters" / "llama")
+    bundle = hub.from_pretrained(
+        GOLDENS / "llama-untied", mesh=mesh, adapters=GOLDENS / "adapters" / "llama"
+    )
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(bundle.params)} == {mesh}
     half = bundle.model.with_policy(ops.Policy(compute="bfloat16"))
     assert jax.eval_shape(half.apply, bundle.params, TOKENS % 40).logits.dtype == jnp.float32

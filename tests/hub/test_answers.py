@@ -1,4 +1,6 @@
-"""Which tokens of a text are the answer: as transformers says of `{% generation %}`, stored; else by hand."""
+"""Which tokens of a text are the answer: as transformers says of `{% generation %}`, stored; else
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,14 @@ from jaxmodel.errors import InputError
 from jaxmodel.hub import answers
 from jaxmodel.hub.tokenizer import Tokenizer
 
-GOLDEN = json.loads(Path(__file__).with_name("goldens").joinpath("answers.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    Path(__file__).with_name("goldens").joinpath("answers.json").read_text(encoding="utf-8")
+)
 BACKEND = tokenizers.Tokenizer.from_str(json.dumps(GOLDEN["tokenizer"]))
 END = BACKEND.token_to_id("</s>")
 PLAIN = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}{% if "
+    "add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CHAT = GOLDEN["cases"][1]["messages"]
 
@@ -27,7 +32,9 @@ def tokenizer(template: str | None, **more) -> Tokenizer:
 
 def said(one: answers.Answer) -> list[str]:
     """The runs of text that are learnt, and what stands between."""
-    runs, ids, before = [], [], None
+    runs = []
+    ids = []
+    before = None
     for i, learnt in zip(one.ids, one.learnt, strict=True):
         if learnt != before and ids:
             runs.append(BACKEND.decode(ids, skip_special_tokens=False))
@@ -57,7 +64,8 @@ def test_without_spans_an_answer_is_what_its_message_adds():
 def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer():
     """As those do that leave out old reasoning: a turn is written otherwise once more follow."""
     rewriting = (
-        "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}(so){% endif %}{{ m.content }}</s>"
+        "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' "
+        "%}(so){% endif %}{{ m.content }}</s>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     one, two = answers.of_chat(tokenizer(rewriting), CHAT)
@@ -81,15 +89,21 @@ def test_a_completion_and_the_end_of_the_text():
     made = tokenizer(None)
     one = answers.of_completion(made, "say hi", " ok.")
     assert said(one) == ["say hi", " ok.</s>"]
-    one = answers.of_completion(made, "ok", "ok.")  # tokens go over the edge: the one of both is learnt
+    one = answers.of_completion(
+        made, "ok", "ok."
+    )  # tokens go over the edge: the one of both is learnt
     assert said(one)[-1] == "ok.</s>" and sum(one.learnt) < len(one.ids)
 
 
 def test_what_cannot_be_learnt_is_refused():
-    with pytest.raises(InputError, match="messages: none is the assistant's, so there is nothing to learn"):
+    with pytest.raises(
+        InputError, match="messages: none is the assistant's, so there is nothing to learn"
+    ):
         answers.of_chat(tokenizer(PLAIN), CHAT[:2])
     with pytest.raises(InputError, match="chat_template: this tokenizer has none"):
         answers.of_chat(tokenizer(None), CHAT)
     backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
-    with pytest.raises(InputError, match="chat_template: message 2 changes how those in front are written"):
+    with pytest.raises(
+        InputError, match="chat_template: message 2 changes how those in front are written"
+    ):
         answers.of_chat(tokenizer(backwards), CHAT)

@@ -1,4 +1,6 @@
-"""Reading no more than is needed: parts of leaves, slices on a mesh, and the memory that loading takes."""
+"""Reading no more than is needed: parts of leaves, slices on a mesh, and the memory that loading
+takes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Arrays(Tensors):
     """Tensors in memory that note how many elements were asked for."""
 
     def __init__(self, stored: dict[str, np.ndarray]):
-        self.where, self.stored, self.count = "memory", stored, 0
+        self.where = "memory"
+        self.stored = stored
+        self.count = 0
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
         found = self.stored[name][index]
@@ -74,9 +78,13 @@ def test_every_part_of_a_leaf(kind: str) -> None:
 
 
 def test_rows_of_rotary_pairs() -> None:
-    """GGUF has the two members of a pair next to each other, we have the first members of all pairs in front."""
+    """GGUF has the two members of a pair next to each other, we have the first members of all pairs
+    in front.
+    """
     rows = np.arange(8.0)[:, None]
-    got = read_leaf(Arrays({"w": rows}), Name("w", "w", pairs=2), "", (8, 1), (slice(0, 8), slice(0, 1)))
+    got = read_leaf(
+        Arrays({"w": rows}), Name("w", "w", pairs=2), "", (8, 1), (slice(0, 8), slice(0, 1))
+    )
     np.testing.assert_array_equal(got[:, 0], [0, 2, 1, 3, 4, 6, 5, 7])
 
 
@@ -102,7 +110,9 @@ for folder in sys.argv[1:]:
 
 
 def test_loading_onto_meshes(devices8, tmp_path: Path) -> None:
-    """Plain and compressed leaves, of both families; every leaf lies as its rule says and is bit-equal."""
+    """Plain and compressed leaves, of both families; every leaf lies as its rule says and is
+    bit-equal.
+    """
     from jaxmodel import compress
 
     saved = {}
@@ -110,11 +120,17 @@ def test_loading_onto_meshes(devices8, tmp_path: Path) -> None:
         model = module.model(module.SIZES["tiny"])
         params = jax.tree.map(lambda a: a + 0.1, jax.jit(model.init)(jax.random.key(0)))
         whole = Bundle(model, params)
-        rules = [("blocks/0/mlp/(gate|up|down)", "rtn(bits=8)"), ("embed", "rtn(bits=8)"), (".*", ())]
+        rules = [
+            ("blocks/0/mlp/(gate|up|down)", "rtn(bits=8)"),
+            ("embed", "rtn(bits=8)"),
+            (".*", ()),
+        ]
         mixed, _ = compress.compress_bundle(whole, rules)
         for name, one in (("plain", whole), ("mixed", mixed)):
             saved[one.save_pretrained(tmp_path / f"{kind}-{name}")] = tree.fingerprint(one.params)
-    assert devices8(ON_A_MESH, *saved).split() == [fingerprint for fingerprint in saved.values() for _ in range(3)]
+    assert devices8(ON_A_MESH, *saved).split() == [
+        fingerprint for fingerprint in saved.values() for _ in range(3)
+    ]
 
 
 MEMORY = """
@@ -147,24 +163,40 @@ for folder in sys.argv[1:]:
 
 LARGEST = 4096 * 512  # elements of the largest tensor of each
 BIG = {
-    "llama": (llama.Config(4096, 512, 6, 8, 8, 64, 2048, 128), {"vocab": 256, "width": 64, "depth": 1, "mlp_width": 64}),
+    "llama": (
+        llama.Config(4096, 512, 6, 8, 8, 64, 2048, 128),
+        {"vocab": 256, "width": 64, "depth": 1, "mlp_width": 64},
+    ),
     "gpt2": (gpt2.Config(4096, 512, 3, 8, 128), {"vocab": 256, "width": 64, "depth": 1}),
-    "bert": (bert.Config(4096, 512, 3, 8, 2048, 128), {"vocab": 256, "width": 64, "depth": 1, "mlp_width": 64}),
+    "bert": (
+        bert.Config(4096, 512, 3, 8, 2048, 128),
+        {"vocab": 256, "width": 64, "depth": 1, "mlp_width": 64},
+    ),
     "vit": (vit.Config(64, 16, 512, 3, 8, 4096), {"width": 64, "depth": 1, "mlp_width": 64}),
-    "t5": (t5.Config(4096, 512, 2, 2, 8, 64, 2048), {"vocab": 256, "width": 64, "depth": 1, "encoder_depth": 1, "mlp_width": 64}),
+    "t5": (
+        t5.Config(4096, 512, 2, 2, 8, 64, 2048),
+        {"vocab": 256, "width": 64, "depth": 1, "encoder_depth": 1, "mlp_width": 64},
+    ),
 }
 
 
-def test_loading_takes_the_memory_of_what_is_held_and_of_one_tensor(devices8, tmp_path: Path) -> None:
+def test_loading_takes_the_memory_of_what_is_held_and_of_one_tensor(
+    devices8, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     for kind, (big, change) in BIG.items():
         for name, config in ((kind, big), (f"{kind}-small", dataclasses.replace(big, **change))):
             model = families()[kind].model(config)
             shapes = jax.eval_shape(model.init, jax.random.key(0))
-            params = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32)), shapes)
+            params = jax.tree.map(
+                lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32)), shapes
+            )
             folder = Bundle(model, params).save_pretrained(tmp_path / name)
             assert json.loads((folder / "config.json").read_text())["model_type"] == kind
-            assert name != kind or max(leaf.size for leaf in jax.tree.leaves(layer_shapes(model))) == LARGEST
+            assert (
+                name != kind
+                or max(leaf.size for leaf in jax.tree.leaves(layer_shapes(model))) == LARGEST
+            )
     lines = devices8(MEMORY, *(tmp_path / kind for kind in BIG)).splitlines()
     for kind, line in zip(BIG, lines, strict=True):
         peak, held, size = map(float, line.split())
@@ -182,7 +214,9 @@ def test_several_files_and_their_index(tmp_path: Path) -> None:
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert index["metadata"]["total_size"] == tree.nbytes(one.params)
     assert all((tmp_path / "out" / shard).stat().st_size < 50_000 for shard in shards)
-    assert tree.fingerprint(from_pretrained(tmp_path / "out").params) == tree.fingerprint(one.params)
+    assert tree.fingerprint(from_pretrained(tmp_path / "out").params) == tree.fingerprint(
+        one.params
+    )
     one.save_pretrained(tmp_path / "out")  # one file takes the place of several
     assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
 

@@ -1,4 +1,6 @@
-"""Tokenizers that somebody prepared: what multiplies a text, never ends, or crashes the library is refused in one line."""
+"""Tokenizers that somebody prepared: what multiplies a text, never ends, or crashes the library is
+refused in one line.
+"""
 
 from __future__ import annotations
 
@@ -49,14 +51,25 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
         ({"normalizer": replace({"String": ""}, "x" * 200)}, "201"),
         ({"normalizer": replace({"Regex": "b|$"}, "x" * 200)}, "201"),
         ({"normalizer": {"type": "Prepend", "prepend": "x" * 200}}, "201"),
-        ({"normalizer": TENFOLD[0], "pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 4}}, "160"),
+        (
+            {
+                "normalizer": TENFOLD[0],
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 4},
+            },
+            "160",
+        ),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 7}}, "128"),
         ({"decoder": {"type": "Sequence", "decoders": TENFOLD}}, "1e.03"),
         ({"post_processor": TEMPLATE}, "500"),
     ],
 )
-def test_what_multiplies_a_text(parts: dict[str, Any], factor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=f"can make a text {factor} times as long; allowed: 100 times .*tokenizer_growth"):
+def test_what_multiplies_a_text(
+    parts: dict[str, Any], factor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        InputError,
+        match=f"can make a text {factor} times as long; allowed: 100 times .*tokenizer_growth",
+    ):
         read(tmp_path, **parts)
     monkeypatch.setattr(limits, "_now", limits.Limits(tokenizer_growth=1e4))
     assert read(tmp_path, **parts).encode("ba")
@@ -67,31 +80,55 @@ def test_what_multiplies_a_text(parts: dict[str, Any], factor: str, tmp_path: Pa
     [
         {"pre_tokenizer": split("(a+)+$")},  # a panic in the first text that it meets
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-        {"model": {**BPE, "continuing_subword_prefix": "é#", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}},
-        {"model": {**BPE, "continuing_subword_prefix": "x", "vocab": {"a": 0, "é": 1, "aé": 2}, "merges": ["a é"]}},  # an abort
+        {
+            "model": {
+                **BPE,
+                "continuing_subword_prefix": "é#",
+                "vocab": {"a": 0, "b": 1, "ab": 2},
+                "merges": ["a b"],
+            }
+        },
+        {
+            "model": {
+                **BPE,
+                "continuing_subword_prefix": "x",
+                "vocab": {"a": 0, "é": 1, "aé": 2},
+                "merges": ["a é"],
+            }
+        },  # an abort
         {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
         {"pre_tokenizer": split("[")},
         {"normalizer": eval('{"type":"Sequence","normalizers":[' * 70 + "]}" * 70)},
     ],
 )
-def test_what_crashes_the_library(parts: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_crashes_the_library(
+    parts: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match="tokenizer.json' is not a tokenizer: ") as error:
         read(tmp_path, **parts)
-    assert "\n" not in str(error.value) and not capfd.readouterr().err  # nor does a panic say so at length
+    assert (
+        "\n" not in str(error.value) and not capfd.readouterr().err
+    )  # nor does a panic say so at length
     assert read(tmp_path).encode("abc") == [0, 1, 2]  # and the next is read as before
 
 
 def test_texts_that_take_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, text = read(tmp_path, pre_tokenizer=split("(a|b|aa){1,14}[de]c")), "a" * 3000 + "c"
+    made = read(tmp_path, pre_tokenizer=split("(a|b|aa){1,14}[de]c"))
+    text = "a" * 3000 + "c"
     assert made.encode(text) == [0] * 3000 + [2]  # seconds
     monkeypatch.setattr(limits, "_now", limits.Limits(tokenizer_seconds=0.01))
-    with pytest.raises(InputError, match=r"text: the tokenizer cannot read it: it takes more than 0.01 seconds"):
+    with pytest.raises(
+        InputError, match=r"text: the tokenizer cannot read it: it takes more than 0.01 seconds"
+    ):
         made.encode(text)
 
 
 def test_panics_while_it_is_used(tmp_path: Path) -> None:
-    made, pattern = read(tmp_path), Regex("(a|b|aa){1,30}[de]c")
-    made.backend.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")  # afterwards: none like it is loaded
+    made = read(tmp_path)
+    pattern = Regex("(a|b|aa){1,30}[de]c")
+    made.backend.pre_tokenizer = pre_tokenizers.Split(
+        pattern, "isolated"
+    )  # afterwards: none like it is loaded
     made.backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(pattern, "")])
     with pytest.raises(InputError, match="text: the tokenizer cannot read it: Onig"):
         made.encode("a" * 300 + "c")
@@ -110,13 +147,23 @@ def test_texts_of_long_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_trial_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that tries a file has a limit of time and of memory, and another takes its place."""
     monkeypatch.setattr(limits, "_now", limits.Limits(file_seconds=0.5))
-    with pytest.raises(InputError, match="reading it crashes, or takes more than 0.5 seconds and 2 GiB"):
-        read(tmp_path, normalizer={"type": "Sequence", "normalizers": [replace({"String": ""}, "aaaaaaaaaa")] * 5})
+    with pytest.raises(
+        InputError, match="reading it crashes, or takes more than 0.5 seconds and 2 GiB"
+    ):
+        read(
+            tmp_path,
+            normalizer={
+                "type": "Sequence",
+                "normalizers": [replace({"String": ""}, "aaaaaaaaaa")] * 5,
+            },
+        )
     monkeypatch.undo()
     assert read(tmp_path).encode("abc") == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "merges.txt", "tokenizer.model", "added_tokens.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "vocab.txt", "merges.txt", "tokenizer.model", "added_tokens.json"]
+)
 def test_what_is_no_regular_file(name: str, tmp_path: Path) -> None:
     """A pipe in the place of a tokenizer's file is not waited for."""
     if name == "added_tokens.json":

@@ -1,4 +1,6 @@
-"""Numbers that a config claims: compared with what the files hold before anything is made for each of them."""
+"""Numbers that a config claims: compared with what the files hold before anything is made for each
+of them.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,20 @@ DEPTHS -= {"max_window_layers", "mlp_only_layers", "no_rope_layers"}  # these co
 def depths(config: Any, trail: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     found = []
     for key, value in config.items() if isinstance(config, dict) else ():
-        found += [(*trail, key)] if key in DEPTHS and type(value) is int else depths(value, (*trail, key))
+        found += (
+            [(*trail, key)]
+            if key in DEPTHS and type(value) is int
+            else depths(value, (*trail, key))
+        )
     return found
 
 
 def places() -> list[tuple[Path, tuple[str, ...]]]:
-    configs = [(folder, json.loads((folder / "config.json").read_text())) for folder in sorted(FOLDERS) if folder.is_dir()]
+    configs = [
+        (folder, json.loads((folder / "config.json").read_text()))
+        for folder in sorted(FOLDERS)
+        if folder.is_dir()
+    ]
     return [(folder, place) for folder, config in configs for place in depths(config)]
 
 
@@ -43,11 +53,16 @@ def changed(folder: Path, to: Path, place: tuple[str, ...], value: int) -> Path:
     return to
 
 
-@pytest.mark.parametrize(("folder", "place"), places(), ids=lambda x: x.name if isinstance(x, Path) else ".".join(x))
+@pytest.mark.parametrize(
+    ("folder", "place"), places(), ids=lambda x: x.name if isinstance(x, Path) else ".".join(x)
+)
 def test_depths(folder: Path, place: tuple[str, ...], tmp_path: Path) -> None:
     """Each of every family: a list of so many layers would take all of the memory."""
     given = changed(folder, tmp_path / "given", place, 2**31 - 1)
-    with pytest.raises(InputError, match=rf"config.json: {place[-1]} is 2,147,483,647; the files have \d+ tensors, and every"):
+    with pytest.raises(
+        InputError,
+        match=rf"config.json: {place[-1]} is 2,147,483,647; the files have \d+ tensors, and every",
+    ):
         hub.from_pretrained(given)
 
 
@@ -58,7 +73,9 @@ def test_experts(tmp_path: Path) -> None:
 
 
 def test_sizes_that_no_array_has(tmp_path: Path) -> None:
-    given = changed(GOLDENS / "clip-a", tmp_path / "given", ("vision_config", "image_size"), 3 * 10**7)
+    given = changed(
+        GOLDENS / "clip-a", tmp_path / "given", ("vision_config", "image_size"), 3 * 10**7
+    )
     with pytest.raises(InputError, match="config: its sizes are too large for arrays") as error:
         hub.from_pretrained(given)
     assert "\n" not in str(error.value)
@@ -78,6 +95,11 @@ def test_depths_of_our_own_folders(tmp_path: Path) -> None:
         if "config" not in config:
             continue
         for field in fields:
-            (folder / "config.json").write_text(json.dumps({**config, "config": {**config["config"], field: 2**31 - 1}}))
-            with pytest.raises(InputError, match=rf"config.json: {field} is 2,147,483,647; the files have \d+ tensors"):
+            (folder / "config.json").write_text(
+                json.dumps({**config, "config": {**config["config"], field: 2**31 - 1}})
+            )
+            with pytest.raises(
+                InputError,
+                match=rf"config.json: {field} is 2,147,483,647; the files have \d+ tensors",
+            ):
                 hub.from_pretrained(folder)

@@ -1,4 +1,6 @@
-"""What transformers computed with encoders (see goldens/make_encoders.py), against what we compute from the same files."""
+"""What transformers computed with encoders (see goldens/make_encoders.py), against what we compute
+from the same files.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,11 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 
 def inputs_of(want: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    found = {key.removeprefix("in:"): jnp.asarray(value) for key, value in want.items() if key.startswith("in:")}
+    found = {
+        key.removeprefix("in:"): jnp.asarray(value)
+        for key, value in want.items()
+        if key.startswith("in:")
+    }
     return {key: value.astype(bool) if key == "mask" else value for key, value in found.items()}
 
 
@@ -56,11 +62,14 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 def computed(golden: Golden) -> tuple[jax.Array, jax.Array, tree.Params]:
     """Loss, logits and gradients, by one program."""
     bundle, want = golden
-    targets, weights = jnp.asarray(want["targets"]), jnp.asarray(want["weights"])
+    targets = jnp.asarray(want["targets"])
+    weights = jnp.asarray(want["weights"])
 
     def loss(params: tree.Params) -> tuple[jax.Array, jax.Array]:
         logits = bundle.model.apply(params, inputs_of(want)).logits
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[
+            ..., 0
+        ]
         return -jnp.sum(picked * weights) / jnp.sum(weights), logits
 
     (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(bundle.params)
@@ -84,7 +93,9 @@ def test_there_are_several_of_each_kind() -> None:
         **{"roberta": 2, "xlm-roberta": 1, "distilbert": 3, "modernbert": 4, "dinov2": 3},
         **{"siglip": 2, "siglip_vision_model": 1},
     }
-    files = [path for name in NAMES for path in (*(GOLDENS / name).iterdir(), GOLDENS / f"{name}.npz")]
+    files = [
+        path for name in NAMES for path in (*(GOLDENS / name).iterdir(), GOLDENS / f"{name}.npz")
+    ]
     assert sum(path.stat().st_size for path in files) < 1_000_000
 
 
@@ -102,7 +113,11 @@ def test_logits(golden: Golden, computed: tuple[jax.Array, jax.Array, tree.Param
     # what stands behind the text does not matter, nor that it stands there
     short = int(inputs["mask"][1].sum())
     assert 0 < short < inputs["mask"].shape[1] and bool(inputs["mask"][0].all())
-    cut = {key: np.asarray(a)[1:] if key == "pixels" else np.asarray(a)[1:, :short] for key, a in inputs.items() if key != "mask"}
+    cut = {
+        key: np.asarray(a)[1:] if key == "pixels" else np.asarray(a)[1:, :short]
+        for key, a in inputs.items()
+        if key != "mask"
+    }
     last = apply(bundle, bundle.running(), cut)[0]
     of_last = want["logits"][1, :short] if want["logits"].ndim == 3 else want["logits"][1]
     near(last, of_last[1:] if "pixels" in inputs else of_last, 2e-5)
@@ -121,30 +136,47 @@ class Gradients(Tensors):
 def test_gradients(golden: Golden, computed: tuple[jax.Array, jax.Array, tree.Params]) -> None:
     (bundle, want), (value, _, grads) = golden, computed
     near(value, want["loss"], 1e-5)
-    names, seen = tuple(family_of(bundle.model)[0].names(bundle.model.config)), set()
+    names = tuple(family_of(bundle.model)[0].names(bundle.model.config))
+    seen = set()
     for path, leaf in tree.flatten(tree.unstack(grads)).items():
         name, layer = find(names, path)
         stem = name.at(layer)
-        key = next((f"grad:{t}" for t in (stem, stem.split(".", 1)[-1]) if f"grad:{t}" in want), None)
+        key = next(
+            (f"grad:{t}" for t in (stem, stem.split(".", 1)[-1]) if f"grad:{t}" in want), None
+        )
         if key is None:
             continue
         seen.add(key)
-        whole = read_leaf(Gradients({f"grad:{stem}": want[key]}), name, layer, leaf.shape, tuple(slice(0, n) for n in leaf.shape))
-        # the softmax does not see a shift of all scores, so the gradient of a key's bias is rounding
+        whole = read_leaf(
+            Gradients({f"grad:{stem}": want[key]}),
+            name,
+            layer,
+            leaf.shape,
+            tuple(slice(0, n) for n in leaf.shape),
+        )
+        # the softmax does not see a shift of all scores, so the gradient of a key's bias is
+        # rounding
         size = max(np.abs(whole).max(), 1e-4 if path.endswith("k_bias") else 1e-6)
         near(np.asarray(leaf) / size, whole / size, 1e-3)
     stored = {key for key in want if key.startswith("grad:")}
     assert seen == stored and len(seen) >= 3
 
 
-# ----------------------------------------------------------------------------------------------- what a folder says
+# ------------------------------------------------------------------------------- what a folder says
 
 
-def edited(source: str, folder: Path, tensors: Callable[[dict[str, np.ndarray]], Any] | None = None, **config: Any) -> Path:
+def edited(
+    source: str,
+    folder: Path,
+    tensors: Callable[[dict[str, np.ndarray]], Any] | None = None,
+    **config: Any,
+) -> Path:
     """A copy of a golden's folder with other tensors or keys."""
     shutil.copytree(GOLDENS / source, folder)
     hf = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in hf.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in hf.items() if value is not None})
+    )
     if tensors is not None:
         found = load_file(folder / "model.safetensors")
         tensors(found)
@@ -156,17 +188,34 @@ def test_the_config_of_each_kind() -> None:
     configs = {name: read_config(GOLDENS / name)[1] for name in NAMES}
     assert [configs[f"bert-{x}"].head for x in "abc"] == ["mlm", "classify", "embed"]
     assert configs["bert-b"].labels == ("no", "perhaps", "yes") and configs["bert-a"].types == 3
-    assert [(configs[name].context, configs[name].first_position) for name in ("roberta-a", "distilbert-a")] == [(16, 2), (16, 0)]
-    assert configs["roberta-b"].pool_activation == "tanh" and configs["distilbert-b"].pool_activation == "relu"
+    assert [
+        (configs[name].context, configs[name].first_position)
+        for name in ("roberta-a", "distilbert-a")
+    ] == [(16, 2), (16, 0)]
+    assert (
+        configs["roberta-b"].pool_activation == "tanh"
+        and configs["distilbert-b"].pool_activation == "relu"
+    )
     assert configs["vit-a"].labels == ("x", "y", "z") and not configs["vit-a"].pool_dense
-    assert configs["vit-b"].labels[11] == "class 11" and not configs["vit-b"].qkv_bias and configs["vit-b"].channels == 1
+    assert (
+        configs["vit-b"].labels[11] == "class 11"
+        and not configs["vit-b"].qkv_bias
+        and configs["vit-b"].channels == 1
+    )
     assert configs["vit-c"].labels == () and configs["vit-c"].pool_dense
-    assert [configs[f"dinov2-{x}"].pool for x in "abc"] == ["class", "both", "class"] and configs["dinov2-b"].labels
+    assert [configs[f"dinov2-{x}"].pool for x in "abc"] == ["class", "both", "class"] and configs[
+        "dinov2-b"
+    ].labels
     assert configs["clip-a"].text.end is None and configs["clip-b"].text.end == 55
-    assert configs["clip-b"].image.activation == "gelu" and configs["clip-a"].text.activation == "quick_gelu"
+    assert (
+        configs["clip-b"].image.activation == "gelu"
+        and configs["clip-a"].text.activation == "quick_gelu"
+    )
 
 
-@pytest.mark.parametrize("source", ["bert-a", "bert-c", "roberta-a", "distilbert-b", "vit-a", "vit-c", "dinov2-b"])
+@pytest.mark.parametrize(
+    "source", ["bert-a", "bert-c", "roberta-a", "distilbert-b", "vit-a", "vit-c", "dinov2-b"]
+)
 def test_names_with_and_without_the_prefix(source: str, tmp_path: Path) -> None:
     prefix = f"{source.split('-')[0]}."
 
@@ -181,15 +230,20 @@ def test_names_with_and_without_the_prefix(source: str, tmp_path: Path) -> None:
     assert tree.fingerprint(from_pretrained(tmp_path / "a").params) == tree.fingerprint(same)
 
 
-def put(name: str, like: str, change: Callable[[np.ndarray], np.ndarray] = np.copy) -> Callable[[dict[str, np.ndarray]], Any]:
+def put(
+    name: str, like: str, change: Callable[[np.ndarray], np.ndarray] = np.copy
+) -> Callable[[dict[str, np.ndarray]], Any]:
     return lambda tensors: tensors.update({name: change(tensors[like])})
 
 
-TABLE, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+TABLE = "bert.embeddings.word_embeddings.weight"
+DECODER = "cls.predictions.decoder.weight"
 
 
 def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
-    """Tables of positions, copies of tied leaves, and the heads that the architecture does not have."""
+    """Tables of positions, copies of tied leaves, and the heads that the architecture does not
+    have.
+    """
 
     def more(tensors: dict[str, np.ndarray]) -> None:
         tensors["bert.embeddings.position_ids"] = np.arange(24)[None]
@@ -199,15 +253,27 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
         tensors["cls.seq_relationship.bias"] = np.ones(2, np.float32)
 
     folder = edited("bert-a", tmp_path / "a", more)
-    assert tree.fingerprint(from_pretrained(folder).params) == tree.fingerprint(from_pretrained(GOLDENS / "bert-a").params)
+    assert tree.fingerprint(from_pretrained(folder).params) == tree.fingerprint(
+        from_pretrained(GOLDENS / "bert-a").params
+    )
 
 
 @pytest.mark.parametrize(
     ("source", "tensors", "config", "message"),
     [
         ("bert-a", put(DECODER, TABLE, lambda a: a + 1), {}, f"'{DECODER}' is not '{TABLE}'"),
-        ("bert-a", put("classifier.weight", "cls.predictions.bias"), {}, "1 tensors have no place.*'classifier.weight'"),
-        ("bert-b", None, {"architectures": ["BertModel"]}, "2 tensors have no place.*'classifier.bias'"),
+        (
+            "bert-a",
+            put("classifier.weight", "cls.predictions.bias"),
+            {},
+            "1 tensors have no place.*'classifier.weight'",
+        ),
+        (
+            "bert-b",
+            None,
+            {"architectures": ["BertModel"]},
+            "2 tensors have no place.*'classifier.bias'",
+        ),
         ("bert-c", None, {"architectures": ["BertForMaskedLM"]}, "'cls.predictions.*' is missing"),
         (
             "bert-a",
@@ -215,46 +281,148 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
             {"architectures": ["BertForTokenClassification"]},
             "'BertForTokenClassification' is not known; allowed: BertFor",
         ),
-        ("bert-a", None, {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        (
+            "bert-a",
+            None,
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type is 'relative_key'",
+        ),
         ("bert-a", None, {"is_decoder": True}, "is_decoder is True"),
         ("bert-a", None, {"hidden_act": "mish"}, "hidden_act: 'mish' is not known"),
-        ("bert-b", None, {"id2label": {"0": "a", "1": "b"}}, "'classifier.*' has shape .3.*config needs .2"),
+        (
+            "bert-b",
+            None,
+            {"id2label": {"0": "a", "1": "b"}},
+            "'classifier.*' has shape .3.*config needs .2",
+        ),
         ("roberta-a", None, {"pad_token_id": 17}, "pad_token_id is 17; allowed: 0 to 16"),
         ("roberta-a", None, {"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        ("roberta-a", put("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight", lambda a: a + 1), {}, "is not"),
-        ("xlm-roberta-a", None, {"architectures": ["RobertaModel"]}, "'RobertaModel' is not known; allowed: XLMRoberta"),
+        (
+            "roberta-a",
+            put(
+                "lm_head.decoder.weight",
+                "roberta.embeddings.word_embeddings.weight",
+                lambda a: a + 1,
+            ),
+            {},
+            "is not",
+        ),
+        (
+            "xlm-roberta-a",
+            None,
+            {"architectures": ["RobertaModel"]},
+            "'RobertaModel' is not known; allowed: XLMRoberta",
+        ),
         ("distilbert-a", None, {"activation": "tanh"}, "activation: 'tanh' is not known"),
-        ("distilbert-b", None, {"architectures": ["DistilBertForMaskedLM"]}, "'vocab_projector.bias' is missing"),
+        (
+            "distilbert-b",
+            None,
+            {"architectures": ["DistilBertForMaskedLM"]},
+            "'vocab_projector.bias' is missing",
+        ),
         ("modernbert-a", None, {"attention_bias": True}, "attention_bias is True"),
-        ("modernbert-b", None, {"classifier_pooling": "max"}, "classifier_pooling: 'max' is not known; allowed: cls, mean"),
-        ("modernbert-b", None, {"layer_types": ["full_attention"]}, "layer_types is .*for each of 2 layers"),
-        ("vit-a", None, {"architectures": ["ViTForMaskedImageModeling"]}, "architectures: 'ViTForMaskedImageModeling'"),
-        ("vit-a", None, {"image_size": [12, 12]}, "image_size is .12, 12.; allowed: a whole number"),
-        ("vit-a", None, {"patch_size": 13}, "patch: 13 given; allowed: at most the image's 12 pixels"),
+        (
+            "modernbert-b",
+            None,
+            {"classifier_pooling": "max"},
+            "classifier_pooling: 'max' is not known; allowed: cls, mean",
+        ),
+        (
+            "modernbert-b",
+            None,
+            {"layer_types": ["full_attention"]},
+            "layer_types is .*for each of 2 layers",
+        ),
+        (
+            "vit-a",
+            None,
+            {"architectures": ["ViTForMaskedImageModeling"]},
+            "architectures: 'ViTForMaskedImageModeling'",
+        ),
+        (
+            "vit-a",
+            None,
+            {"image_size": [12, 12]},
+            "image_size is .12, 12.; allowed: a whole number",
+        ),
+        (
+            "vit-a",
+            None,
+            {"patch_size": 13},
+            "patch: 13 given; allowed: at most the image's 12 pixels",
+        ),
         ("vit-c", None, {"add_pooling_layer": False}, "2 tensors have no place.*pooler"),
         ("vit-c", None, {"pooler_act": "relu"}, "pooler_act is 'relu'"),
-        ("dinov2-a", None, {"use_swiglu_ffn": True}, "use_swiglu_ffn is True; this family has False"),
-        ("dinov2-a", None, {"architectures": ["Dinov2Backbone"]}, "'Dinov2Backbone' is not known; allowed: Dinov2ForImageC"),
+        (
+            "dinov2-a",
+            None,
+            {"use_swiglu_ffn": True},
+            "use_swiglu_ffn is True; this family has False",
+        ),
+        (
+            "dinov2-a",
+            None,
+            {"architectures": ["Dinov2Backbone"]},
+            "'Dinov2Backbone' is not known; allowed: Dinov2ForImageC",
+        ),
         ("clip-a", None, {"text_config": 3}, "text_config is 3; allowed: an object"),
-        ("clip-a", None, {"projection_dim": 9}, "'(text|visual)_projection.weight' has shape .8, .*needs .9, "),
-        ("clip-a", None, {"architectures": ["CLIPTextModel"]}, "'CLIPTextModel' is not known; allowed: CLIPModel"),
-        ("siglip-a", None, {"architectures": ["SiglipForImageClassification"]}, "'SiglipForImageClassification' is not known"),
-        ("siglip-a", None, {"model_type": "siglip2"}, "model_type: 'siglip2' is not known; .*nearest: siglip"),
-        ("siglip-a", None, {"text_config": {"hidden_size": 12}}, "projection_size is 12; allowed: 16, the image tower's"),
-        ("siglip_vision_model-a", None, {"vision_use_head": False}, "vision_use_head is False; this family has True"),
+        (
+            "clip-a",
+            None,
+            {"projection_dim": 9},
+            "'(text|visual)_projection.weight' has shape .8, .*needs .9, ",
+        ),
+        (
+            "clip-a",
+            None,
+            {"architectures": ["CLIPTextModel"]},
+            "'CLIPTextModel' is not known; allowed: CLIPModel",
+        ),
+        (
+            "siglip-a",
+            None,
+            {"architectures": ["SiglipForImageClassification"]},
+            "'SiglipForImageClassification' is not known",
+        ),
+        (
+            "siglip-a",
+            None,
+            {"model_type": "siglip2"},
+            "model_type: 'siglip2' is not known; .*nearest: siglip",
+        ),
+        (
+            "siglip-a",
+            None,
+            {"text_config": {"hidden_size": 12}},
+            "projection_size is 12; allowed: 16, the image tower's",
+        ),
+        (
+            "siglip_vision_model-a",
+            None,
+            {"vision_use_head": False},
+            "vision_use_head is False; this family has True",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused(source: str, tensors: Any, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(
+    source: str, tensors: Any, config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message) as caught:
         from_pretrained(edited(source, tmp_path / "a", tensors, **config))
     assert "\n" not in str(caught.value)
 
 
 def changed(config: dict[str, Any], given: dict[str, Any]) -> set[str]:
-    """Keys, those of towers too, with another value or none there; the special ids follow from the tokenizer."""
+    """Keys, those of towers too, with another value or none there; the special ids follow from the
+    tokenizer.
+    """
     nested = {key for key in config if isinstance(config[key], dict) and key.endswith("_config")}
     inner = [changed(config[key], given[key]) for key in nested]
-    other = {key for key in config if key not in nested and (key not in given or config[key] != given[key])}
+    other = {
+        key
+        for key in config
+        if key not in nested and (key not in given or config[key] != given[key])
+    }
     return {key for key in other.union(*inner) if not key.endswith("token_id")}
 
 
@@ -264,35 +432,61 @@ def test_saving_what_transformers_wrote_changes_no_tensor(source: str, tmp_path:
     folder = bundle.save_pretrained(tmp_path / "a")
     ours, theirs = (load_file(path / "model.safetensors") for path in (folder, GOLDENS / source))
     prefix = family_of(bundle.model)[0].prefix  # we write it also where the bare model was saved
-    theirs = {key if f"{prefix}{key}" not in ours else f"{prefix}{key}": value for key, value in theirs.items()}
+    theirs = {
+        key if f"{prefix}{key}" not in ours else f"{prefix}{key}": value
+        for key, value in theirs.items()
+    }
     bare = source in ("bert-c", "xlm-roberta-a")
     left_out = {"pooler.dense.weight", "pooler.dense.bias"} if bare else set()
     if source.startswith("dinov2"):
-        left_out |= {key for key in theirs if key.endswith("mask_token")}  # no use but in their pre-training
-    assert set(theirs) - left_out == set(ours) and all(np.array_equal(ours[key], theirs[key]) for key in ours)
-    given, config = (json.loads((path / "config.json").read_text()) for path in (GOLDENS / source, folder))
-    same_model = {"model_type", "architectures"} if source.startswith("xlm") else set()  # it is a RoBERTa
+        left_out |= {
+            key for key in theirs if key.endswith("mask_token")
+        }  # no use but in their pre-training
+    assert set(theirs) - left_out == set(ours) and all(
+        np.array_equal(ours[key], theirs[key]) for key in ours
+    )
+    given, config = (
+        json.loads((path / "config.json").read_text()) for path in (GOLDENS / source, folder)
+    )
+    same_model = (
+        {"model_type", "architectures"} if source.startswith("xlm") else set()
+    )  # it is a RoBERTa
     old = {"global_rope_theta", "local_rope_theta"}  # for transformers 4
-    ours_alone = {"position_embedding_type", "add_pooling_layer", "hidden_act", "projection_dim", "use_mask_token"}
+    ours_alone = {
+        "position_embedding_type",
+        "add_pooling_layer",
+        "hidden_act",
+        "projection_dim",
+        "use_mask_token",
+    }
     ours_alone |= {"initializer_range"} if source.startswith("siglip") else set()
     assert changed(config, given) <= ours_alone | old | same_model
     back = from_pretrained(folder)
-    assert back.model is bundle.model and tree.fingerprint(back.params) == tree.fingerprint(bundle.params)
+    assert back.model is bundle.model and tree.fingerprint(back.params) == tree.fingerprint(
+        bundle.params
+    )
 
 
 def test_patch_features_are_those_that_the_classifier_reads() -> None:
-    """The oracle: logits of transformers, whose classifier reads the class token and the mean of the patches."""
-    bundle, want = from_pretrained(GOLDENS / "dinov2-b"), read("dinov2-b")
+    """The oracle: logits of transformers, whose classifier reads the class token and the mean of
+    the patches.
+    """
+    bundle = from_pretrained(GOLDENS / "dinov2-b")
+    want = read("dinov2-b")
     found = np.asarray(vit.features(bundle.model, bundle.params, jnp.asarray(want["in:pixels"])))
     joined = np.concatenate([found[:, 0], found[:, 1:].mean(axis=1)], axis=-1)
     head = bundle.params["head"]
-    near(joined @ np.asarray(head["classes"]).T + np.asarray(head["classes_bias"]), want["logits"], 2e-5)
+    near(
+        joined @ np.asarray(head["classes"]).T + np.asarray(head["classes_bias"]),
+        want["logits"],
+        2e-5,
+    )
     with pytest.raises(InputError, match="model: one of the family 'bert' given; allowed: vit"):
         other = from_pretrained(GOLDENS / "bert-a")
         vit.features(other.model, other.params, jnp.asarray(want["in:pixels"]))
 
 
-# ------------------------------------------------------------------------------------------------------- MiniLM
+# ------------------------------------------------------------------------------------------- MiniLM
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +503,10 @@ def texts() -> list[str]:
 
 def test_minilm_tokens(minilm: Golden, texts: list[str]) -> None:
     bundle, want = minilm
-    assert bundle.processor is not None and bundle.card == {"name": "all-minilm-l6-v2", "max_tokens": 256}
+    assert bundle.processor is not None and bundle.card == {
+        "name": "all-minilm-l6-v2",
+        "max_tokens": 256,
+    }
     rows = bundle.processor.encode_batch(texts, special=True)
     starts = np.cumsum([0, *want["lengths"]])
     for row, start, length in zip(rows[:-1], starts[:-2], want["lengths"], strict=False):
@@ -326,7 +523,14 @@ def test_minilm_embeddings(minilm: Golden, texts: list[str]) -> None:
     assert cosines.min() >= 0.99999
     near(found, want["embeddings"], 1e-5)
     likeness = found @ found.T
-    for a, b in ((0, 1), (4, 5), (19, 20), (26, 27), (38, 39), (41, 42)):  # pairs that mean the same
+    for a, b in (
+        (0, 1),
+        (4, 5),
+        (19, 20),
+        (26, 27),
+        (38, 39),
+        (41, 42),
+    ):  # pairs that mean the same
         others = [likeness[a, i] for i in range(50) if i not in (a, b)]
         assert likeness[a, b] > max(others)
 
@@ -337,21 +541,27 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         find_minilm()
 
 
-# ------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("name", ["smooth", "tall", "noise"])
 @pytest.mark.parametrize("folder", ["vit-a", "clip-a"])
 def test_images_are_read_as_by_transformers(folder: str, name: str, tmp_path: Path) -> None:
-    processor, want = from_folder(GOLDENS / folder), read("encoder-images")
+    processor = from_folder(GOLDENS / folder)
+    want = read("encoder-images")
     assert processor is not None
     pixels = processor([want[f"image:{name}"], want[f"image:{name}"]])
     level = processor.scale / min(processor.std)
-    near(pixels[1], want[f"{folder}:{name}"], 1.01 * level)  # a level of 255, where sums are rounded the other way
+    near(
+        pixels[1], want[f"{folder}:{name}"], 1.01 * level
+    )  # a level of 255, where sums are rounded the other way
     assert np.mean(np.abs(pixels[0] - want[f"{folder}:{name}"]) > 1e-5) < 0.1 or name == "tall"
     processor.save(tmp_path)
     assert from_folder(tmp_path) == processor
-    given, ours = (json.loads((path / "preprocessor_config.json").read_text()) for path in (GOLDENS / folder, tmp_path))
+    given, ours = (
+        json.loads((path / "preprocessor_config.json").read_text())
+        for path in (GOLDENS / folder, tmp_path)
+    )
     assert all(ours[key] == value for key, value in given.items() if key != "do_convert_rgb")
 
 
@@ -359,8 +569,12 @@ def test_resize_by_hand() -> None:
     """Halves are means of what they cover; a straight line stays one, but for its ends."""
     image = np.array([[[0], [10], [20], [30]]], np.uint8)
     assert resize(image, (1, 4)) is image
-    # the triangle of a new pixel reaches over four old ones: weights 1, 3, 3, 1, those beyond the edge left out
-    assert resize(image, (1, 2)).ravel().tolist() == [round((3 * 0 + 3 * 10 + 20) / 7), round((10 + 3 * 20 + 3 * 30) / 7)]
+    # the triangle of a new pixel reaches over four old ones: weights 1, 3, 3, 1, those beyond the
+    # edge left out
+    assert resize(image, (1, 2)).ravel().tolist() == [
+        round((3 * 0 + 3 * 10 + 20) / 7),
+        round((10 + 3 * 20 + 3 * 30) / 7),
+    ]
     assert resize(image, (1, 8)).ravel().tolist() == [0, 3, 8, 13, 18, 23, 28, 30]  # 2.5 goes up
     assert resize(image, (3, 4))[:, :, 0].tolist() == image[:, :, 0].tolist() * 3
     cubic = resize(image, (1, 8), "bicubic").ravel()
@@ -371,10 +585,17 @@ def test_kinds_of_images_and_of_files(tmp_path: Path) -> None:
     processor = ImageProcessor((4, 4), mean=(0.0,) * 3, std=(1.0,) * 3)
     grey = np.full((9, 7), 51, np.uint8)
     np.testing.assert_allclose(processor([grey]), np.full((1, 4, 4, 3), 0.2), rtol=1e-6)
-    alpha = np.concatenate([np.full((9, 7, 3), 255, np.uint8), np.zeros((9, 7, 1), np.uint8)], axis=-1)
+    alpha = np.concatenate(
+        [np.full((9, 7, 3), 255, np.uint8), np.zeros((9, 7, 1), np.uint8)], axis=-1
+    )
     np.testing.assert_allclose(processor([alpha, alpha]), np.ones((2, 4, 4, 3)), rtol=1e-6)
     assert processor([]).shape[0] == 0
-    for wrong in (grey.astype(np.float32), np.zeros((4, 4, 2), np.uint8), np.zeros((4,), np.uint8), np.zeros((0, 4), np.uint8)):
+    for wrong in (
+        grey.astype(np.float32),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((4,), np.uint8),
+        np.zeros((0, 4), np.uint8),
+    ):
         with pytest.raises(InputError, match="allowed: uint8"):
             processor([wrong])
     with pytest.raises(InputError, match=r"\[9, 7\] pixels, from which \[8, 8\] cannot be cropped"):
@@ -386,13 +607,20 @@ def test_kinds_of_images_and_of_files(tmp_path: Path) -> None:
     old = {"size": 8, "do_resize": True, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     file.write_text(json.dumps(old))
     assert from_folder(tmp_path) == ImageProcessor((8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
-    file.write_text(json.dumps(old | {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 6}))
-    assert from_folder(tmp_path) == ImageProcessor(8, (6, 6), "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
+    file.write_text(
+        json.dumps(old | {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 6})
+    )
+    assert from_folder(tmp_path) == ImageProcessor(
+        8, (6, 6), "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3
+    )
     for change, message in (
         ({"resample": 1}, "resample is 1; allowed: 2 .bilinear., 3 .bicubic."),
         ({"size": {"longest_edge": 3}}, "missing or of the wrong kind"),
         ({"image_mean": None}, "image_mean is null; allowed: a list, each a number"),
-        ({"image_processor_type": "ConvNextImageProcessor"}, "'ConvNextImageProcessor' is not read"),
+        (
+            {"image_processor_type": "ConvNextImageProcessor"},
+            "'ConvNextImageProcessor' is not read",
+        ),
     ):
         file.write_text(json.dumps(old | change))
         with pytest.raises(InputError, match=message):

@@ -1,4 +1,6 @@
-"""Bundles of other people's Flax modules: what is stated, who hands the code over, and that a folder imports none of it."""
+"""Bundles of other people's Flax modules: what is stated, who hands the code over, and that a
+folder imports none of it.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,16 @@ class Net(nn.Module):
     def __call__(self, x, train: bool = False):
         x = x.reshape(x.shape[0], -1)
         for width in self.widths:
-            x = nn.BatchNorm(use_running_average=not train)((self.activation or nn.relu)(nn.Dense(width)(x)))
+            x = nn.BatchNorm(use_running_average=not train)(
+                (self.activation or nn.relu)(nn.Dense(width)(x))
+            )
         return nn.Dense(3)(nn.Dropout(self.rate, deterministic=not train)(x))
 
 
 class Small(nnx.Module):
     def __init__(self, width: int, out: int, rngs: nnx.Rngs):
-        self.one, self.two = nnx.Linear(16, width, rngs=rngs), nnx.Linear(width, out, rngs=rngs)
+        self.one = nnx.Linear(16, width, rngs=rngs)
+        self.two = nnx.Linear(width, out, rngs=rngs)
 
     def __call__(self, x):
         return self.two(nnx.relu(self.one(x.reshape(x.shape[0], -1))))
@@ -57,7 +62,10 @@ def test_the_module_or_its_class_is_handed_over(module, tmp_path):
     bundle = saved(from_linen(Net((5, 4), 0.2), PIXELS), tmp_path / "net", processor)
     stated = json.loads((tmp_path / "net" / "config.json").read_text())
     assert stated["module"] == f"{__name__}:Net" and stated["flax"] == "linen"
-    assert stated["fields"] == {"widths": [5, 4], "rate": 0.2, "activation": None} and stated["stated"] == {}
+    assert (
+        stated["fields"] == {"widths": [5, 4], "rate": 0.2, "activation": None}
+        and stated["stated"] == {}
+    )
     assert stated["inputs"] == {"pixels": {"shape": [1, 4, 4, 1], "dtype": "float32"}}
     again = hub.from_pretrained(tmp_path / "net", module=module)
     assert again.model is bundle.model and again.processor == processor
@@ -65,7 +73,9 @@ def test_the_module_or_its_class_is_handed_over(module, tmp_path):
     assert list(again.params["state"]) == ["batch_stats"]
 
 
-@pytest.mark.parametrize("module", [functools.partial(Small, 5, out=3), Small], ids=["partial", "class"])
+@pytest.mark.parametrize(
+    "module", [functools.partial(Small, 5, out=3), Small], ids=["partial", "class"]
+)
 def test_nnx_modules_too(module, tmp_path):
     bundle = saved(from_nnx(functools.partial(Small, 5, out=3), PIXELS), tmp_path / "net")
     stated = json.loads((tmp_path / "net" / "config.json").read_text())
@@ -73,7 +83,9 @@ def test_nnx_modules_too(module, tmp_path):
     again = hub.from_pretrained(tmp_path / "net", module=module)
     chex.assert_trees_all_equal(again.params, bundle.params)
     x = jnp.ones((2, 4, 4, 1))
-    chex.assert_trees_all_equal(*(jax.jit(one.model.apply)(one.params, x).logits for one in (again, bundle)))
+    chex.assert_trees_all_equal(
+        *(jax.jit(one.model.apply)(one.params, x).logits for one in (again, bundle))
+    )
 
 
 def test_a_module_that_is_made_may_be_handed_over(tmp_path):
@@ -81,13 +93,17 @@ def test_a_module_that_is_made_may_be_handed_over(tmp_path):
     saved(from_nnx(made, PIXELS), tmp_path / "net")
     again = hub.from_pretrained(tmp_path / "net", module=Small(5, 3, nnx.Rngs(7)))
     chex.assert_trees_all_equal(again.params["one"]["kernel"], made.one.kernel[...])
-    with pytest.raises(InputError, match="Small cannot be made of the fields"):  # nobody knows with which arguments
+    with pytest.raises(
+        InputError, match="Small cannot be made of the fields"
+    ):  # nobody knows with which arguments
         hub.from_pretrained(tmp_path / "net", module=Small)
 
 
 def test_without_the_module_one_line_says_how(tmp_path):
     saved(from_linen(Net((5,), 0.2), PIXELS), tmp_path / "net")
-    with pytest.raises(InputError, match=r"module '.*:Net', which is code .* module=Net\(widths=\[5\], rate=0.2") as error:
+    with pytest.raises(
+        InputError, match=r"module '.*:Net', which is code .* module=Net\(widths=\[5\], rate=0.2"
+    ) as error:
         hub.from_pretrained(tmp_path / "net")
     assert "\n" not in str(error.value)
 
@@ -97,8 +113,13 @@ def test_nothing_is_imported_from_where_a_folder_says(tmp_path):
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     (tmp_path / "net" / "config.json").write_text(json.dumps({**config, "module": "trap:Net"}))
     (tmp_path / "trap.py").write_text("raise SystemExit('it was imported')")
-    program = "import jaxmodel\ntry:\n    jaxmodel.from_pretrained('net')\nexcept ValueError as error:\n    print(error)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    program = (
+        "import jaxmodel\ntry:\n    jaxmodel.from_pretrained('net')\nexcept ValueError as "
+        "error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "trap:Net" in done.stdout
 
 
@@ -108,7 +129,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (Net((5,), 0.3), "its rate is 0.3, but .* states 0.2"),
         (Net((6,), 0.2), r"its widths is \(6,\), but .* states \[5\]"),
         (nn.Dense(3), "the tensor 'bias' is missing|has no place|is missing"),
-        (mlp.model(mlp.Config(4, (8,), 2)), "a model of jaxmodel.models.mlp given; allowed: one of from_linen or from_nnx"),
+        (
+            mlp.model(mlp.Config(4, (8,), 2)),
+            "a model of jaxmodel.models.mlp given; allowed: one of from_linen or from_nnx",
+        ),
         (3, "3"),
     ):
         with pytest.raises(InputError, match=message):
@@ -127,10 +151,14 @@ def test_what_json_does_not_hold_is_stated_and_handed_over(tmp_path):
     saved(from_linen(Net(activation=nn.tanh), PIXELS), tmp_path / "net")
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     assert "tanh" in config["stated"]["activation"]
-    with pytest.raises(InputError, match="with activation, which JSON does not hold; hand over the module itself"):
+    with pytest.raises(
+        InputError, match="with activation, which JSON does not hold; hand over the module itself"
+    ):
         hub.from_pretrained(tmp_path / "net", module=Net)
     hub.from_pretrained(tmp_path / "net", module=Net(activation=nn.tanh))
-    model = from_linen(nn.Dense(3), PIXELS, call=lambda module, inputs, train: module(inputs["pixels"]))
+    model = from_linen(
+        nn.Dense(3), PIXELS, call=lambda module, inputs, train: module(inputs["pixels"])
+    )
     saved(model, tmp_path / "called")
     with pytest.raises(InputError, match="called in a way of its own; hand over a model"):
         hub.from_pretrained(tmp_path / "called", module=nn.Dense(3))

@@ -1,4 +1,6 @@
-"""GGUF files written by the gguf package, read back bit for bit; and every way in which a file can be wrong."""
+"""GGUF files written by the gguf package, read back bit for bit; and every way in which a file can
+be wrong.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def write(path: Path, tensors: dict[str, tuple[np.ndarray, Kind]], **options: ob
         getattr(writer, method)(key, value)
     for name, (values, kind) in tensors.items():
         plain = kind in (Kind.F32, Kind.F16, Kind.I32)
-        writer.add_tensor(name, values if plain else gguf.quants.quantize(values, kind), raw_dtype=kind)
+        writer.add_tensor(
+            name, values if plain else gguf.quants.quantize(values, kind), raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -60,26 +64,35 @@ def error(path: Path) -> str:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    return write(tmp_path / "small.gguf", {"w": (random(4, 64), Kind.F32), "q": (random(6, 32), Kind.Q4_1)})
+    return write(
+        tmp_path / "small.gguf", {"w": (random(4, 64), Kind.F32), "q": (random(6, 32), Kind.Q4_1)}
+    )
 
 
-WRITTEN = [name for name in READ_TYPES if not name.endswith("_K")]  # the package does not write the others
+WRITTEN = [
+    name for name in READ_TYPES if not name.endswith("_K")
+]  # the package does not write the others
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 32), (96,)])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_dequantised_bit_for_bit(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
-    kind, values = Kind[name], random(*shape)
+    kind = Kind[name]
+    values = random(*shape)
     if kind == Kind.F16:
         values = values.astype(np.float16)
-    file = read_gguf(write(tmp_path / "a.gguf", {"before": (random(3), Kind.F32), "w": (values, kind)}))
+    file = read_gguf(
+        write(tmp_path / "a.gguf", {"before": (random(3), Kind.F32), "w": (values, kind)})
+    )
     stored = values if kind in (Kind.F32, Kind.F16) else gguf.quants.quantize(values, kind)
     expected = gguf.quants.dequantize(stored, kind)
     read = file.read("w")
     assert file.tensors["w"] == TensorEntry(shape, name)
     assert read.dtype == np.float32 and read.shape == shape
     assert read.tobytes() == expected.tobytes()
-    assert np.abs(read - values).max() < {"F32": 1e-9, "F16": 1e-9, "BF16": 0.02, "Q8_0": 0.02}.get(name, 0.4)
+    assert np.abs(read - values).max() < {"F32": 1e-9, "F16": 1e-9, "BF16": 0.02, "Q8_0": 0.02}.get(
+        name, 0.4
+    )
 
 
 def test_what_is_read_belongs_to_the_caller(small: Path) -> None:
@@ -93,7 +106,9 @@ def test_what_is_read_belongs_to_the_caller(small: Path) -> None:
 
 def test_metadata_is_plain_python(small: Path) -> None:
     metadata = read_gguf(small).metadata
-    expected = {"general.architecture": "llama"} | {key: value for key, (value, _) in METADATA.items()}
+    expected = {"general.architecture": "llama"} | {
+        key: value for key, (value, _) in METADATA.items()
+    }
     assert metadata == expected
     for key, value in expected.items():
         assert type(metadata[key]) is type(value), key
@@ -101,8 +116,11 @@ def test_metadata_is_plain_python(small: Path) -> None:
 
 
 def test_metadata_and_tensors_equal_the_package(small: Path) -> None:
-    ours, theirs = read_gguf(small), gguf.GGUFReader(small)
-    fields = {key: value.contents() for key, value in theirs.fields.items() if not key.startswith("GGUF.")}
+    ours = read_gguf(small)
+    theirs = gguf.GGUFReader(small)
+    fields = {
+        key: value.contents() for key, value in theirs.fields.items() if not key.startswith("GGUF.")
+    }
     assert ours.metadata == fields
     assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
     for tensor in theirs.tensors:
@@ -137,7 +155,9 @@ def test_smollm2_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_tensor_names_the_nearest(small: Path, tmp_path: Path) -> None:
     file = read_gguf(write(tmp_path / "a.gguf", {"blk.0.attn_k.weight": (random(2, 4), Kind.F32)}))
-    with pytest.raises(InputError, match=r"'blk\.0\.attn_k\.wight' .*nearest: blk\.0\.attn_k\.weight"):
+    with pytest.raises(
+        InputError, match=r"'blk\.0\.attn_k\.wight' .*nearest: blk\.0\.attn_k\.weight"
+    ):
         file.read("blk.0.attn_k.wight")
 
 
@@ -149,12 +169,18 @@ def test_type_that_is_not_read(tmp_path: Path, kind: Kind) -> None:
     np.testing.assert_array_equal(file.read("norm"), random(8))
     with pytest.raises(InputError) as caught:
         file.read("blk.7.w")
-    assert all(part in str(caught.value) for part in ("'blk.7.w'", kind.name, str(path), ", ".join(READ_TYPES)))
+    assert all(
+        part in str(caught.value)
+        for part in ("'blk.7.w'", kind.name, str(path), ", ".join(READ_TYPES))
+    )
 
 
 def test_truncated_anywhere(small: Path, tmp_path: Path) -> None:
-    whole, cut = small.read_bytes(), tmp_path / "cut.gguf"
-    end = len(whole) - (-6 * 20) % 32  # what follows the last tensor (6 blocks of 20 bytes) is padding
+    whole = small.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    end = (
+        len(whole) - (-6 * 20) % 32
+    )  # what follows the last tensor (6 blocks of 20 bytes) is padding
     for size in (*range(5, end, 3), end - 1):
         cut.write_bytes(whole[:size])
         assert "truncated" in error(cut), size
@@ -199,17 +225,28 @@ def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_other_byte_order(tmp_path: Path) -> None:
-    path = write(tmp_path / "big.gguf", {"w": (random(2, 2), Kind.F32)}, endianess=gguf.GGUFEndian.BIG)
+    path = write(
+        tmp_path / "big.gguf", {"w": (random(2, 2), Kind.F32)}, endianess=gguf.GGUFEndian.BIG
+    )
     assert "byte order" in error(path)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b"\x01\x00\x00\x00\x00\x00\x00\x00" + b"w", b"\x01\x00\x00\x00\x00\x00\x00\x00" + b"q"),  # two tensors named q
+        (
+            b"\x01\x00\x00\x00\x00\x00\x00\x00" + b"w",
+            b"\x01\x00\x00\x00\x00\x00\x00\x00" + b"q",
+        ),  # two tensors named q
         (np.array([64, 4], "<u8").tobytes(), np.array([0, 4], "<u8").tobytes()),  # no elements
-        (np.array([64, 4], "<u8").tobytes(), np.array([2**62, 2**62], "<u8").tobytes()),  # 2^124 of them
-        (np.array([32, 6], "<u8").tobytes(), np.array([33, 6], "<u8").tobytes()),  # no whole group of 32
+        (
+            np.array([64, 4], "<u8").tobytes(),
+            np.array([2**62, 2**62], "<u8").tobytes(),
+        ),  # 2^124 of them
+        (
+            np.array([32, 6], "<u8").tobytes(),
+            np.array([33, 6], "<u8").tobytes(),
+        ),  # no whole group of 32
         ("naïve".encode(), b"na\xff\xffve"),  # not UTF-8
     ],
 )
@@ -221,7 +258,8 @@ def test_damaged(small: Path, old: bytes, new: bytes) -> None:
 
 
 def test_no_flipped_byte_gives_a_traceback(small: Path) -> None:
-    content, rng = small.read_bytes(), np.random.default_rng(0)
+    content = small.read_bytes()
+    rng = np.random.default_rng(0)
     header = content.index(random(4, 64).tobytes())
     for _ in range(500):
         changed = bytearray(content)
@@ -234,15 +272,19 @@ def test_no_flipped_byte_gives_a_traceback(small: Path) -> None:
             assert "\n" not in str(caught)
 
 
-# ------------------------------------------------------------------------------------------------------ packed blocks
+# ------------------------------------------------------------------------------------ packed blocks
 
 
 def some_blocks(kind: str, rows: int, width: int) -> np.ndarray:
-    """Random bytes as blocks, with finite 16-bit floats where the type has them: every code and scale comes up."""
+    """Random bytes as blocks, with finite 16-bit floats where the type has them: every code and
+    scale comes up.
+    """
     length, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (rows * width // length, size), dtype=np.uint8)
-    floats = {first for first, stop, value in LAYOUTS[kind].unit if value == 0x00 and stop - first == 1}
+    floats = {
+        first for first, stop, value in LAYOUTS[kind].unit if value == 0x00 and stop - first == 1
+    }
     floats |= {first for first, stop, value in LAYOUTS[kind].minima if stop - first == 2}
     for at in floats:
         values = rng.normal(size=len(blocks)).astype(np.float16)
@@ -265,19 +307,30 @@ def test_every_type_of_blocks_is_read(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     for kind in LAYOUTS:
         writer.add_tensor(kind, some_blocks(kind, 4, 256), raw_dtype=Kind[kind])
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         step()
     file = read_gguf(path)
-    plain, packed = Blocks(file), Blocks(file, packed=True)
+    plain = Blocks(file)
+    packed = Blocks(file, packed=True)
     assert set(LAYOUTS) < set(READ_TYPES)
     for kind in LAYOUTS:
         want = gguf.quants.dequantize(some_blocks(kind, 4, 256), Kind[kind])
         np.testing.assert_array_equal(file.read(kind), want)
-        np.testing.assert_array_equal(plain.read(kind, (slice(1, 3), slice(5, 40))), want[1:3, 5:40])
-        np.testing.assert_array_equal(plain.read(kind, (np.array([2, 0]), slice(0, 256))), want[[2, 0]])
+        np.testing.assert_array_equal(
+            plain.read(kind, (slice(1, 3), slice(5, 40))), want[1:3, 5:40]
+        )
+        np.testing.assert_array_equal(
+            plain.read(kind, (np.array([2, 0]), slice(0, 256))), want[[2, 0]]
+        )
         names = [name for name in packed.names() if name.startswith(f"{kind}_")]
         leaf = from_tensors(
-            {name.removeprefix(f"{kind}_"): jnp.asarray(packed.read(name)) for name in names}, packed.fields[kind]
+            {name.removeprefix(f"{kind}_"): jnp.asarray(packed.read(name)) for name in names},
+            packed.fields[kind],
         )
         np.testing.assert_array_equal(np.asarray(decode(leaf)), want)
 
@@ -288,7 +341,9 @@ def test_smollm2_stays_packed() -> None:
     assert tree.nbytes(packed.params) < 1.01 * find_smollm2().stat().st_size
     for path, leaf in tree.flatten(packed.params).items():
         assert isinstance(leaf, QTensor) == ("norm" not in path)
-        np.testing.assert_array_equal(np.asarray(decode(leaf)), np.asarray(tree.flatten(plain.params)[path]), err_msg=path)
+        np.testing.assert_array_equal(
+            np.asarray(decode(leaf)), np.asarray(tree.flatten(plain.params)[path]), err_msg=path
+        )
 
 
 def test_only_gguf_can_stay_packed(tmp_path: Path) -> None:

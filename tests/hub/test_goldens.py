@@ -1,4 +1,6 @@
-"""What transformers computed (see goldens/make_goldens.py), against what we compute from the same files."""
+"""What transformers computed (see goldens/make_goldens.py), against what we compute from the same
+files.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,12 @@ from jaxmodel.ops import rope
 GOLDENS = Path(__file__).parent / "goldens"
 # decoders; other families have goldens and tests of their own
 DECODERS = ("gpt2", "gpt_oss", "llama")
-KINDS = {kind: family for family in families().values() if family.architecture in DECODERS for kind in family.kinds}
+KINDS = {
+    kind: family
+    for family in families().values()
+    if family.architecture in DECODERS
+    for kind in family.kinds
+}
 NAMES = sorted(path.parent.name for kind in KINDS for path in GOLDENS.glob(f"{kind}-*/config.json"))
 
 type Golden = tuple[Bundle, dict[str, np.ndarray]]
@@ -49,7 +55,10 @@ def logits_of(bundle: Bundle, params: tree.Params | None = None, **inputs: np.nd
 def drawn(model: Model) -> tree.Params:
     """Random parameters without a compiled program."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: rng.normal(size=a.shape).astype(a.dtype), jax.eval_shape(model.init, jax.random.key(0)))
+    return jax.tree.map(
+        lambda a: rng.normal(size=a.shape).astype(a.dtype),
+        jax.eval_shape(model.init, jax.random.key(0)),
+    )
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -75,10 +84,16 @@ def near(found: Any, stored: np.ndarray, limit: float) -> None:
 
 
 def test_every_kind_has_goldens() -> None:
-    kinds = [json.loads((GOLDENS / name / "config.json").read_text())["model_type"] for name in NAMES]
+    kinds = [
+        json.loads((GOLDENS / name / "config.json").read_text())["model_type"] for name in NAMES
+    ]
     assert kinds == [name.split("-")[0] for name in NAMES] and set(kinds) == set(KINDS)
-    assert (GOLDENS / "llama-tied" / "model.safetensors.index.json").exists()  # one is in several files
-    files = [path for name in NAMES for path in (*(GOLDENS / name).iterdir(), GOLDENS / f"{name}.npz")]
+    assert (
+        GOLDENS / "llama-tied" / "model.safetensors.index.json"
+    ).exists()  # one is in several files
+    files = [
+        path for name in NAMES for path in (*(GOLDENS / name).iterdir(), GOLDENS / f"{name}.npz")
+    ]
     assert sum(path.stat().st_size for path in files) < 1_450_000
 
 
@@ -87,8 +102,13 @@ def test_the_goldens_between_them_have_every_part() -> None:
     configs = [read_config(GOLDENS / name)[1] for name in NAMES if not name.startswith("gpt")]
     plain = llama.SIZES["tiny"]
     for field in dataclasses.fields(llama.Config):
-        assert len({getattr(config, field.name) for config in configs} | {getattr(plain, field.name)}) > 1, field.name
-    assert {config.rope_scaling.kind for config in configs if config.rope_scaling} == set(rope.KINDS)
+        assert (
+            len({getattr(config, field.name) for config in configs} | {getattr(plain, field.name)})
+            > 1
+        ), field.name
+    assert {config.rope_scaling.kind for config in configs if config.rope_scaling} == set(
+        rope.KINDS
+    )
 
 
 def test_logits(golden: Golden) -> None:
@@ -106,8 +126,14 @@ def test_positions_with_gaps_up_to_the_last(golden: Golden) -> None:
     assert want["positions"][0, -1] == bundle.model.config.context - 1
     rows, length = want["mask"].shape
     count = want["apart"].shape[1]
-    given = {"tokens": want["apart"], "mask": np.ones_like(want["apart"], bool), "positions": want["positions"]}
-    padded = {name: np.pad(a.repeat(rows, 0), ((0, 0), (0, length - count))) for name, a in given.items()}
+    given = {
+        "tokens": want["apart"],
+        "mask": np.ones_like(want["apart"], bool),
+        "positions": want["positions"],
+    }
+    padded = {
+        name: np.pad(a.repeat(rows, 0), ((0, 0), (0, length - count))) for name, a in given.items()
+    }
     near(logits_of(bundle, **padded)[:, :count], want["apart_logits"].repeat(rows, 0), 1e-4)
 
 
@@ -120,11 +146,14 @@ def test_gradients(golden: Golden) -> None:
         "weights": mask[:, 1:].astype(np.float32),
     }
     batch = jax.tree.map(jnp.asarray, batch)
-    loss = lambda params: next_token(bundle.model, params, batch, train=False)[0]  # without the balance of experts
+    loss = lambda params: next_token(bundle.model, params, batch, train=False)[
+        0
+    ]  # without the balance of experts
     value, grads = jax.jit(jax.value_and_grad(loss))(bundle.params)
     near(value, want["loss"], 1e-5)
     family, _ = family_of(bundle.model)
-    names, seen = tuple(family.names(bundle.model.config)), set()
+    names = tuple(family.names(bundle.model.config))
+    seen = set()
     for path, leaf in tree.flatten(tree.unstack(grads)).items():
         name, layer = find(names, path)
         keys = {f"grad:{tensor}" for tensor in name.tensors(layer)}
@@ -133,37 +162,58 @@ def test_gradients(golden: Golden) -> None:
             whole = tuple(slice(0, n) for n in leaf.shape)
             stored = read_leaf(Gradients(want), name, layer, leaf.shape, whole)
             # of q, k, v together: the gradient of k's bias is zero by the softmax
-            size = max(np.abs(want[key.replace("k_proj.bias", "q_proj.bias")]).max() for key in keys)
+            size = max(
+                np.abs(want[key.replace("k_proj.bias", "q_proj.bias")]).max() for key in keys
+            )
             near(leaf / size, stored / size, 1e-4)
     assert seen == {key for key in want if key.startswith("grad:")} and len(seen) >= 3
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "mixtral" in name or "moe" in name])
 def test_load_balance(name: str) -> None:
-    """The loss without padding, by the mask or by segments, and without gradients to what is not the router."""
-    bundle, want = from_pretrained(GOLDENS / name), read(name)
-    mask, tokens = jnp.asarray(want["mask"]), jnp.asarray(want["tokens"])
-    balance = jax.jit(lambda params, inputs: bundle.model.hidden(params, inputs).aux["load_balance"])
+    """The loss without padding, by the mask or by segments, and without gradients to what is not
+    the router.
+    """
+    bundle = from_pretrained(GOLDENS / name)
+    want = read(name)
+    mask = jnp.asarray(want["mask"])
+    tokens = jnp.asarray(want["tokens"])
+    balance = jax.jit(
+        lambda params, inputs: bundle.model.hidden(params, inputs).aux["load_balance"]
+    )
     near(balance(bundle.params, {"tokens": tokens, "mask": mask}), want["load_balance"], 1e-5)
     of_all = balance(bundle.params, {"tokens": tokens, "mask": jnp.ones_like(mask)})
     assert abs(float(of_all) - float(want["load_balance"])) > 1e-3
     segments = mask.astype(jnp.int32)
-    near(balance(bundle.params, {"tokens": tokens, "segments": segments}), want["load_balance"], 1e-5)
+    near(
+        balance(bundle.params, {"tokens": tokens, "segments": segments}), want["load_balance"], 1e-5
+    )
 
 
 def test_decoding_with_a_cache(golden: Golden) -> None:
-    """Rows of unequal length are prefilled together, and the rest of the longer one is fed a token at a time.
+    """Rows of unequal length are prefilled together, and the rest of the longer one is fed a token
+    at a time.
 
     In the running form, as texts are generated.
     """
     bundle, want = golden
-    tokens, mask, params = want["tokens"], want["mask"], bundle.running()
+    tokens = want["tokens"]
+    mask = want["mask"]
+    params = bundle.running()
     start = int(mask[1].sum())
     apply = jax.jit(bundle.model.apply)
-    head = mask[:, :start] & np.array([[True] * start, [True] * (start - 3) + [False] * 3])  # the second row three behind
-    out = apply(params, {"tokens": tokens[:, :start], "mask": head}, bundle.model.init_cache(2, mask.shape[1]))
+    head = mask[:, :start] & np.array(
+        [[True] * start, [True] * (start - 3) + [False] * 3]
+    )  # the second row three behind
+    out = apply(
+        params,
+        {"tokens": tokens[:, :start], "mask": head},
+        bundle.model.init_cache(2, mask.shape[1]),
+    )
     near(out.logits[head], want["logits"][:, :start][head], 2e-5)
-    assert np.isfinite(out.logits).all()  # of padding too: it is read as token 0 at position 0, as it may lie outside of a table
+    assert np.isfinite(
+        out.logits
+    ).all()  # of padding too: it is read as token 0 at position 0, as it may lie outside of a table
     for step in range(mask.shape[1] - start):
         at = np.array([start + step, min(start - 3 + step, start - 1)])
         live = np.array([[True], [step < 3]])
@@ -174,17 +224,29 @@ def test_decoding_with_a_cache(golden: Golden) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("gpt2")])
 def test_saving_it_again_changes_nothing(name: str, tmp_path: Path) -> None:
-    """The same kind, the same config, the same tensors under the same names; so `--check` of ours is a check of theirs."""
+    """The same kind, the same config, the same tensors under the same names; so `--check` of ours
+    is a check of theirs.
+    """
     bundle = from_pretrained(GOLDENS / name)
     stored = jnp.bfloat16 if name not in ("llama-tied", "llama-untied") else jnp.float32
     params = jax.tree.map(lambda a: np.asarray(a).astype(stored), bundle.params)
     folder = dataclasses.replace(bundle, params=params).save_pretrained(tmp_path / "out")
-    kind = name.split("-")[0].replace("gemma3", "gemma3_text") if "gemma3-" in name else name.split("-")[0]  # without the images
+    kind = (
+        name.split("-")[0].replace("gemma3", "gemma3_text")
+        if "gemma3-" in name
+        else name.split("-")[0]
+    )  # without the images
     assert json.loads((folder / "config.json").read_text())["model_type"] == kind
     assert from_pretrained(folder).model is bundle.model
     theirs = [load_file(path) for path in (GOLDENS / name).glob("*.safetensors")]
-    given = {key.removeprefix("language_model."): value for file in theirs for key, value in file.items()}
-    given = {key: value for key, value in given.items() if not key.startswith(("vision_tower", "multi_modal_projector"))}
+    given = {
+        key.removeprefix("language_model."): value for file in theirs for key, value in file.items()
+    }
+    given = {
+        key: value
+        for key, value in given.items()
+        if not key.startswith(("vision_tower", "multi_modal_projector"))
+    }
     ours = load_file(folder / "model.safetensors")
     assert set(ours) == set(given) and all(np.array_equal(ours[key], given[key]) for key in given)
 
@@ -192,24 +254,52 @@ def test_saving_it_again_changes_nothing(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"gpt2", "gemma3"}))
 def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind: str) -> None:
     full = defaults()[kind]
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    sizes = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    )
     family = KINDS[kind]
-    assert family.config_from_hf({key: full[key] for key in ("model_type", *sizes)}) == family.config_from_hf(full)
+    assert family.config_from_hf(
+        {key: full[key] for key in ("model_type", *sizes)}
+    ) == family.config_from_hf(full)
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale of the rope scaling is 0.7"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},
+            "mscale of the rope scaling is 0.7",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "'linear' has no factor"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
-        ("gemma2", {"hidden_activation": "mish"}, "hidden_activation: 'mish' is not known; allowed: gelu, "),
+        (
+            "gemma2",
+            {"hidden_activation": "mish"},
+            "hidden_activation: 'mish' is not known; allowed: gelu, ",
+        ),
         ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token: 9 given; allowed: 1 to 8"),
-        ("qwen2", {"layer_types": ["linear_attention"], "use_sliding_window": True}, "layer_types has 'linear_attention'"),
+        (
+            "qwen2",
+            {"layer_types": ["linear_attention"], "use_sliding_window": True},
+            "layer_types has 'linear_attention'",
+        ),
         ("qwen3_moe", {"hidden_act": "relu2"}, "hidden_act: 'relu2' is not known"),
-        ("qwen3_moe", {"num_experts_per_tok": 129}, "experts_per_token: 129 given; allowed: 1 to 128"),
-        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]; allowed: a list with 1 or 0 for each of 36 layers"),
+        (
+            "qwen3_moe",
+            {"num_experts_per_tok": 129},
+            "experts_per_token: 129 given; allowed: 1 to 128",
+        ),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0]},
+            r"no_rope_layers is \[1, 0\]; allowed: a list with 1 or 0 for each of 36 layers",
+        ),
         ("gpt_oss", {"attention_bias": False}, "attention_bias is False"),
         (
             "mistral",
@@ -222,8 +312,16 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind: s
             "allowed: 'full_attention' alone, as 'llama'",
         ),
         ("olmo3", {"layer_types": ["full_attention"] * 32}, "layer_types has no sliding_attention"),
-        ("olmo2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not known"),
-        ("phi3", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope type 'llama3' is not read"),
+        (
+            "olmo2",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "'dynamic' is not known",
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            "rope type 'llama3' is not read",
+        ),
         (
             "phi3",
             {"rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": 3}},
@@ -238,7 +336,9 @@ def test_what_is_not_read_is_named(kind: str, change: dict[str, Any], message: s
 
 
 def test_the_first_phi_3_files_mean_the_same() -> None:
-    """They call it "su" or "yarn" and keep the context of the training outside of the scaling; newer ones beside its lists."""
+    """They call it "su" or "yarn" and keep the context of the training outside of the scaling;
+    newer ones beside its lists.
+    """
     new = json.loads((GOLDENS / "phi3-b" / "config.json").read_text())
     rope = new["rope_parameters"]
     lists = {key: rope[key] for key in ("short_factor", "long_factor")}
@@ -247,22 +347,35 @@ def test_the_first_phi_3_files_mean_the_same() -> None:
     want = KINDS["phi3"].config_from_hf(new)
     assert want.rotary_width == 6 and want.rope_scaling.factor == 2
     for kind in ("su", "yarn", "longrope"):
-        assert KINDS["phi3"].config_from_hf({**old, "rope_scaling": {"type": kind, **lists}}) == want
+        assert (
+            KINDS["phi3"].config_from_hf({**old, "rope_scaling": {"type": kind, **lists}}) == want
+        )
 
 
 def fp4(code: int) -> float:
-    """E2M1 by its definition: a sign, two bits of exponent (bias 1), one of mantissa; exponent 0 has no hidden one."""
-    sign, exponent, mantissa = -1 if code & 8 else 1, code >> 1 & 3, code & 1
+    """E2M1 by its definition: a sign, two bits of exponent (bias 1), one of mantissa; exponent 0
+    has no hidden one.
+    """
+    sign = -1 if code & 8 else 1
+    exponent = code >> 1 & 3
+    mantissa = code & 1
     return sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1))
 
 
 def test_mxfp4_is_decoded(tmp_path: Path) -> None:
-    """gpt-oss as it is published: blocks of 32 codes with a shared exponent in place of the experts' matrices."""
+    """gpt-oss as it is published: blocks of 32 codes with a shared exponent in place of the
+    experts' matrices.
+    """
     hf = json.loads((GOLDENS / "gpt_oss-a" / "config.json").read_text())
-    hf |= {"hidden_size": 64, "intermediate_size": 32, "quantization_config": {"quant_method": "mxfp4"}}
+    hf |= {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(hf))
     config = KINDS["gpt_oss"].config_from_hf(json.loads((tmp_path / "config.json").read_text()))
-    rng, want = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    want = {}
     params = drawn(gpt_oss.model(config))
     Bundle(gpt_oss.model(config), params).save_pretrained(tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / "model.safetensors")
@@ -271,12 +384,20 @@ def test_mxfp4_is_decoded(tmp_path: Path) -> None:
         blocks = rng.integers(0, 256, (experts, out, inner // 32, 16), dtype=np.uint8)
         scales = rng.integers(118, 130, (experts, out, inner // 32), dtype=np.uint8)
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        values = np.array([[fp4(byte & 15), fp4(byte >> 4)] for byte in range(256)], np.float32)[blocks]
+        values = np.array([[fp4(byte & 15), fp4(byte >> 4)] for byte in range(256)], np.float32)[
+            blocks
+        ]
         values *= 2.0 ** (scales.astype(np.float32) - 127)[..., None, None]
-        want[name] = values.reshape(experts, out, inner).swapaxes(1, 2)  # by group, byte and half of a byte
+        want[name] = values.reshape(experts, out, inner).swapaxes(
+            1, 2
+        )  # by group, byte and half of a byte
     save_file(tensors, tmp_path / "model.safetensors")
-    got = load_file(from_pretrained(tmp_path).save_pretrained(tmp_path / "out") / "model.safetensors")
-    assert len(want) == 4 and all(np.array_equal(got[name], decoded) for name, decoded in want.items())
+    got = load_file(
+        from_pretrained(tmp_path).save_pretrained(tmp_path / "out") / "model.safetensors"
+    )
+    assert len(want) == 4 and all(
+        np.array_equal(got[name], decoded) for name, decoded in want.items()
+    )
     del tensors["model.layers.0.mlp.experts.down_proj_scales"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="'model.layers.0.mlp.experts.down_proj' is missing"):
@@ -284,19 +405,30 @@ def test_mxfp4_is_decoded(tmp_path: Path) -> None:
 
 
 def test_other_spellings_of_gemma_3(tmp_path: Path) -> None:
-    """Files of transformers 5 in memory's names, `lm_head` with or without the prefix; what is left out is said."""
+    """Files of transformers 5 in memory's names, `lm_head` with or without the prefix; what is left
+    out is said.
+    """
     given = load_file(GOLDENS / "gemma3-a" / "model.safetensors")
     want = from_pretrained(GOLDENS / "gemma3-a")
     said = {"left_out": "vision_tower, multi_modal_projector", "image_tokens": [60]}
     assert want.card == said | {"special_ids": {"bos_token_id": 0, "eos_token_id": 0}}
     embed = given["language_model.model.embed_tokens.weight"]
-    new = {re.sub(r"^language_model\.model\.", "model.language_model.", key): value for key, value in given.items()}
+    new = {
+        re.sub(r"^language_model\.model\.", "model.language_model.", key): value
+        for key, value in given.items()
+    }
     new = {f"model.{key}" if key.startswith("vision") else key: value for key, value in new.items()}
-    for tensors in (new | {"lm_head.weight": embed.copy()}, given | {"language_model.lm_head.weight": embed.copy()}):
+    for tensors in (
+        new | {"lm_head.weight": embed.copy()},
+        given | {"language_model.lm_head.weight": embed.copy()},
+    ):
         save_file(tensors, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_bytes((GOLDENS / "gemma3-a" / "config.json").read_bytes())
         assert tree.fingerprint(from_pretrained(tmp_path).params) == tree.fingerprint(want.params)
-    save_file(given | {"language_model.model.layers.0.mlp.bias": embed.copy()}, tmp_path / "model.safetensors")
+    save_file(
+        given | {"language_model.model.layers.0.mlp.bias": embed.copy()},
+        tmp_path / "model.safetensors",
+    )
     with pytest.raises(InputError, match="1 tensors have no place"):
         from_pretrained(tmp_path)
 
@@ -305,17 +437,28 @@ def test_other_spellings_of_gemma_3(tmp_path: Path) -> None:
     ("size", "change"),
     [
         ("tiny-gemma", {}),  # biases
-        ("tiny-gemma", {"qkv_bias": False, "query_scale": 0.3, "attn_softcap": None}),  # no whole number is its inverse square
-        ("tiny-gemma", {"qkv_bias": False, "query_scale": 20**-0.5}),  # a soft cap and norms of q and k
+        (
+            "tiny-gemma",
+            {"qkv_bias": False, "query_scale": 0.3, "attn_softcap": None},
+        ),  # no whole number is its inverse square
+        (
+            "tiny-gemma",
+            {"qkv_bias": False, "query_scale": 20**-0.5},
+        ),  # a soft cap and norms of q and k
         ("tiny", {"windows": (5, 0)}),
         ("tiny", {"qk_norm": True, "qkv_bias": True}),
         ("tiny", {"logit_softcap": 3.0}),
-        ("tiny", {"experts_per_token": 3, "balance": 0.5}),  # of which a model without experts has no use, and config.json no key
+        (
+            "tiny",
+            {"experts_per_token": 3, "balance": 0.5},
+        ),  # of which a model without experts has no use, and config.json no key
         ("tiny-moe", {"qk_norm": True}),
         ("tiny-moe", {"windows": (5, 0)}),
     ],
 )
-def test_what_no_kind_has_is_stored_under_our_own_names(size: str, change: dict[str, Any], tmp_path: Path) -> None:
+def test_what_no_kind_has_is_stored_under_our_own_names(
+    size: str, change: dict[str, Any], tmp_path: Path
+) -> None:
     model = llama.model(dataclasses.replace(llama.SIZES[size], **change))
     params = drawn(model)
     folder = Bundle(model, params).save_pretrained(tmp_path / "out")
@@ -325,125 +468,36 @@ def test_what_no_kind_has_is_stored_under_our_own_names(size: str, change: dict[
 
 
 def test_compressed_experts_are_one_leaf_on_disk(tmp_path: Path) -> None:
-    """Plain ones are a tensor each, as transformers has them; the experts of a compressed leaf share its fields."""
+    """Plain ones are a tensor each, as transformers has them; the experts of a compressed leaf
+    share its fields.
+    """
     bundle = from_pretrained(GOLDENS / "mixtral-b")
-    recipe = [("blocks/0/moe/(gate|down)", "rtn(bits=4)"), ("blocks/1/moe/up", "magnitude(0.5) | rtn(bits=8)"), (".*", ())]
+    recipe = [
+        ("blocks/0/moe/(gate|down)", "rtn(bits=4)"),
+        ("blocks/1/moe/up", "magnitude(0.5) | rtn(bits=8)"),
+        (".*", ()),
+    ]
     params, _ = compress.apply(recipe, bundle.params)
     folder = dataclasses.replace(bundle, params=params).save_pretrained(tmp_path / "out")
     back = from_pretrained(folder)
     assert tree.fingerprint(back.params) == tree.fingerprint(params) and back.model is bundle.model
     names = {key for key in load_file(folder / "model.safetensors") if "experts" in key}
     stem = "model.layers.{}.block_sparse_moe.experts.{}.weight"
-    plain = {stem.format(layer, f"{e}.{w}") for layer, w in ((0, "w3"), (1, "w1"), (1, "w2")) for e in range(5)}
+    plain = {
+        stem.format(layer, f"{e}.{w}")
+        for layer, w in ((0, "w3"), (1, "w1"), (1, "w2"))
+        for e in range(5)
+    }
     packed = {f"{stem.format(0, w)}_{part}" for w in ("w1", "w2") for part in ("packed", "scale")}
-    assert names == plain | packed | {f"{stem.format(1, 'w3')}_{part}" for part in ("mask", "values_packed", "values_scale")}
-
-
-# ---------------------------------------------------------------------------------------------------------- GGUF
-
-
-def write_gguf(path: Path, name: str, architecture: str, base: float | None = None, divisors: np.ndarray | None = None) -> Path:
-    """A golden as GGUF, with the names and keys of the gguf package; with another rope where `base` and `divisors` are given."""
-    hf = load_file(GOLDENS / name / "model.safetensors")
-    config = json.loads((GOLDENS / name / "config.json").read_text())
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(base or config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if config.get("head_dim"):
-        writer.add_key_length(config["head_dim"])
-    if "num_local_experts" in config:
-        writer.add_expert_count(config["num_local_experts"])
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-    vocabulary = ["AB", *(chr(i) for i in range(65, 64 + config["vocab_size"]))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_merges(["A B"])
-    if divisors is not None:
-        writer.add_tensor(f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight", divisors)
-    experts: dict[str, list[np.ndarray]] = {}
-    for key in sorted(hf):
-        value, (stem, suffix) = hf[key].astype(np.float32), key.rsplit(".", 1)
-        if architecture == "llama" and re.search("[qk]_proj", key):  # rotary halves become neighbours
-            count = heads if "q_proj" in key else kv_heads
-            value = value.reshape(count, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-        if ".experts." in stem:
-            experts.setdefault(re.sub(r"experts\.\d+", "experts", stem), []).append(value)
-        else:
-            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", value)
-    for stem, values in experts.items():
-        writer.add_tensor(f"{names.get_name(stem)}.weight", np.stack(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize(("name", "architecture"), [("qwen2-a", "qwen2"), ("qwen3-a", "qwen3"), ("mixtral-a", "llama")])
-def test_gguf_equals_the_folder(name: str, architecture: str, tmp_path: Path) -> None:
-    ours, theirs = from_pretrained(write_gguf(tmp_path / "a.gguf", name, architecture)), from_pretrained(GOLDENS / name)
-    assert tree.fingerprint(ours.params) == tree.fingerprint(theirs.params)
-    config = theirs.model.config
-    unsaid = {"init_scale": 0.02, "balance": llama.Config.balance}
-    assert ours.model.config == dataclasses.replace(config, norm_eps=float(np.float32(config.norm_eps)), **unsaid)
-
-
-def llama3_divisors(width: int, base: float, factor: float, context: float = 8192) -> np.ndarray:
-    """What converters to GGUF write for Llama 3.1 and later: float32, from the lengths of the waves."""
-    length = np.float32(2 * np.pi) * np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
-    kept = (np.float32(context) / length - np.float32(1)) / np.float32(3)
-    between = np.float32(1) / ((np.float32(1) - kept) / np.float32(factor) + kept)
-    return np.where(length < context / 4, np.float32(1), np.where(length > context, np.float32(factor), between))
-
-
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_the_rope_of_llama_3_in_gguf(factor: float, tmp_path: Path) -> None:
-    """Such files say it by a tensor of divisors alone; from that comes the scaling of config.json, and with it the logits."""
-    divisors = llama3_divisors(16, 5e5, factor)
-    assert divisors.dtype == np.float32 and set(divisors[:4]) == {1.0} and 1 < divisors[4] < divisors[5] == factor
-    ours = from_pretrained(write_gguf(tmp_path / "a.gguf", "llama-yarn", "llama", 5e5, divisors))
-    scaling = rope.RopeScaling("llama3", factor, 8192)
-    assert ours.model.config.rope_scaling == scaling and ours.model.config.rope_base == 5e5
-    saved = json.loads((ours.save_pretrained(tmp_path / "out") / "config.json").read_text())["rope_scaling"]
-    assert saved["rope_type"] == "llama3" and saved["factor"] == factor and saved["original_max_position_embeddings"] == 8192
-    theirs = from_pretrained(GOLDENS / "llama-yarn")
-    model = llama.model(dataclasses.replace(theirs.model.config, rope_base=5e5, rope_scaling=scaling))
-    inputs = {"tokens": np.arange(6, dtype=np.int32)[None], "positions": np.array([[0, 1, 2, 700, 5000, 9000]], np.int32)}
-    logits = logits_of(ours, **inputs)
-    near(logits, np.asarray(logits_of(dataclasses.replace(theirs, model=model), **inputs)), 1e-5)
-    plain = llama.model(dataclasses.replace(model.config, rope_scaling=None))
-    assert np.abs(logits - logits_of(dataclasses.replace(theirs, model=plain), **inputs)).max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    "divisors",
-    [
-        llama3_divisors(16, 5e5, 8.0, context=4096),
-        llama3_divisors(16, 1e4, 8.0),  # of another base than the file's
-        llama3_divisors(16, 5e5, 8.0)[:-1],
-        np.ones(8, np.float32),
-        np.full(8, 4.0, np.float32),
-    ],
-)
-def test_other_divisors_of_the_rope_are_refused(divisors: np.ndarray, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "a.gguf", "llama-yarn", "llama", 5e5, divisors)
-    message = rf"'rope_freqs.weight' has shape \[{len(divisors)}\].*; allowed: 8 divisors of .*'llama3'"
-    with pytest.raises(InputError, match=message):
-        from_pretrained(path)
+    assert names == plain | packed | {
+        f"{stem.format(1, 'w3')}_{part}" for part in ("mask", "values_packed", "values_scale")
+    }
 
 
 def test_dtype_of_a_foreign_folder() -> None:
     """float32 unless said otherwise; bfloat16 stays within its rounding."""
-    bundle, want = from_pretrained(GOLDENS / "gpt2-a", dtype="bfloat16"), read("gpt2-a")
+    bundle = from_pretrained(GOLDENS / "gpt2-a", dtype="bfloat16")
+    want = read("gpt2-a")
     assert {leaf.dtype for leaf in jax.tree.leaves(bundle.params)} == {jnp.dtype("bfloat16")}
     assert bundle.model.policy.compute == "bfloat16"
     near(logits_of(bundle, tokens=want["tokens"][:1]), want["logits"][:1], 0.1)
@@ -453,13 +507,18 @@ def test_names_without_the_prefix(tmp_path: Path) -> None:
     """Older GPT-2 files say `wte.weight`, and carry masks and a copy of the embedding."""
     tensors = load_file(GOLDENS / "gpt2-a" / "model.safetensors")
     renamed = {re.sub(r"^transformer\.", "", key): value for key, value in tensors.items()}
-    renamed |= {"h.0.attn.bias": np.ones((1, 1, 24, 24), np.float32), "lm_head.weight": renamed["wte.weight"].copy()}
+    renamed |= {
+        "h.0.attn.bias": np.ones((1, 1, 24, 24), np.float32),
+        "lm_head.weight": renamed["wte.weight"].copy(),
+    }
     save_file(renamed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((GOLDENS / "gpt2-a" / "config.json").read_bytes())
-    assert tree.fingerprint(from_pretrained(tmp_path).params) == tree.fingerprint(from_pretrained(GOLDENS / "gpt2-a").params)
+    assert tree.fingerprint(from_pretrained(tmp_path).params) == tree.fingerprint(
+        from_pretrained(GOLDENS / "gpt2-a").params
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ SmolLM2
+# ------------------------------------------------------------------------------------------ SmolLM2
 
 
 @pytest.fixture(scope="module")
@@ -483,4 +542,7 @@ def test_smollm2_nll(smollm2: Golden) -> None:
     assert abs(nll.mean(dtype=np.float64) - want["nll"]) < 2e-5
     score = perplexity(bundle.model, bundle.running(), want["windows"][:1])
     assert score.nll == pytest.approx(want["token_nll"][0].mean(dtype=np.float64), abs=5e-4)
-    assert score.predictions == want["token_nll"].shape[1] and score.interval[0] < score.nll < score.interval[1]
+    assert (
+        score.predictions == want["token_nll"].shape[1]
+        and score.interval[0] < score.nll < score.interval[1]
+    )

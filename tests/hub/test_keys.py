@@ -1,4 +1,6 @@
-"""No key of config.json that would change a model is passed over: each kind, each key that transformers writes, and any other."""
+"""No key of config.json that would change a model is passed over: each kind, each key that
+transformers writes, and any other.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,19 @@ from jaxmodel.hub.bundle import read_config
 from jaxmodel.hub.families import OWN, families
 from jaxmodel.hub.keys import HARMLESS, Keys, defaults
 
-KINDS = sorted(kind for family in families().values() for kind in family.kinds if not kind.startswith(OWN))
+KINDS = sorted(
+    kind for family in families().values() for kind in family.kinds if not kind.startswith(OWN)
+)
 # What transformers does not use either where the other keys are as they are by default.
 WITHOUT_EFFECT = {
     "dinov2": {
-        *("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states"),  # of a backbone
+        *(
+            "out_features",
+            "out_indices",
+            "stage_names",
+            "apply_layernorm",
+            "reshape_hidden_states",
+        ),  # of a backbone
         "layerscale_value",
     },
     "distilbert": {"sinusoidal_pos_embds"},
@@ -75,12 +85,18 @@ def test_an_unknown_key_is_refused_unless_it_says_nothing(kind: str, read: Any) 
     for value in (None, False, 0, "", [], {}):
         assert read(hf | {"attention_sharpness": value}) == read(hf)
     for value in (True, 2, 0.5, "yes", [1], {"a": 1}):
-        with pytest.raises(InputError, match=r"attention_sharpness is .*, which is not read .*ignore=\['attention_sharpness'\]"):
+        with pytest.raises(
+            InputError,
+            match=r"attention_sharpness is .*, which is not read "
+            r".*ignore=\['attention_sharpness'\]",
+        ):
             read(hf | {"attention_sharpness": value})
         assert read(hf | {"attention_sharpness": value}, ignore=["attention_sharpness"]) == read(hf)
 
 
-TOWERS = [(kind, tower) for kind in ("clip", "siglip") for tower in ("text_config", "vision_config")]
+TOWERS = [
+    (kind, tower) for kind in ("clip", "siglip") for tower in ("text_config", "vision_config")
+]
 
 
 @pytest.mark.parametrize(("kind", "tower"), [*TOWERS, ("gemma3", "text_config")])
@@ -98,48 +114,164 @@ def test_keys_of_a_rope(key: str, read: Any) -> None:
     with pytest.raises(InputError, match=rf"{key}\.mrope_section is \[8, 4\]"):
         read(hf | {key: {"rope_type": "linear", "factor": 2.0, "mrope_section": [8, 4]}})
     with pytest.raises(InputError, match="partial_rotary_factor of the rope scaling is 0.5"):
-        read(hf | {key: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}})
+        read(
+            hf
+            | {key: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+        )
 
 
-# What published models have in config.json beside what transformers 5.24 writes by default, and means no other model.
-_BERT = {"directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3}
-_BERT |= {"pooler_size_per_head": 128, "pooler_type": "first_token_transform", "position_embedding_type": "absolute"}
-_GPT2 = {"n_ctx": 1024, "summary_first_dropout": 0.1, "task_specific_params": {"text-generation": {"do_sample": True}}}
-_QWEN = {"max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False}
-_MOE = {"max_window_layers": 62, "qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
-_PHI = {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "full_attn_mod": 1, "interpolate_factor": 1}
-_MODERN = {"layer_norm_eps": 1e-5, "position_embedding_type": "absolute", "global_attn_every_n_layers": 3}
-_OLD = {"bad_words_ids": None, "diversity_penalty": 0.0, "do_sample": False, "max_length": 20, "temperature": 1.0, "top_k": 50}
-_OLD |= {"length_penalty": 1.0, "pruned_heads": {}, "torchscript": False, "cross_attention_hidden_size": None}
+# What published models have in config.json beside what transformers 5.24 writes by default, and
+# means no other model.
+_BERT = {
+    "directionality": "bidi",
+    "pooler_fc_size": 768,
+    "pooler_num_attention_heads": 12,
+    "pooler_num_fc_layers": 3,
+}
+_BERT |= {
+    "pooler_size_per_head": 128,
+    "pooler_type": "first_token_transform",
+    "position_embedding_type": "absolute",
+}
+_GPT2 = {
+    "n_ctx": 1024,
+    "summary_first_dropout": 0.1,
+    "task_specific_params": {"text-generation": {"do_sample": True}},
+}
+_QWEN = {
+    "max_window_layers": 21,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "use_mrope": False,
+}
+_MOE = {
+    "max_window_layers": 62,
+    "qkv_bias": False,
+    "use_qk_norm": True,
+    "shared_expert_intermediate_size": 0,
+}
+_PHI = {
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+}
+_MODERN = {
+    "layer_norm_eps": 1e-5,
+    "position_embedding_type": "absolute",
+    "global_attn_every_n_layers": 3,
+}
+_OLD = {
+    "bad_words_ids": None,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "max_length": 20,
+    "temperature": 1.0,
+    "top_k": 50,
+}
+_OLD |= {
+    "length_penalty": 1.0,
+    "pruned_heads": {},
+    "torchscript": False,
+    "cross_attention_hidden_size": None,
+}
 PUBLISHED = [
     ("bert", _BERT | {"gradient_checkpointing": False, "finetuning_task": "rte"}),
     ("bert", {"_num_labels": 2, "output_past": True, "transformers_version": "4.6.0.dev0", **_OLD}),
-    ("clip", {"text_config_dict": None, "vision_config_dict": None, "logit_scale_init_value": 2.6592}),
-    ("distilbert", {"sinusoidal_pos_embds": True, "tie_weights_": True, "output_past": True, "prefix": None}),
-    ("gemma2", {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4096}),
-    ("gemma3_text", {"sliding_window_pattern": 6, "cache_implementation": "hybrid", "_sliding_window_pattern": 6}),
+    (
+        "clip",
+        {"text_config_dict": None, "vision_config_dict": None, "logit_scale_init_value": 2.6592},
+    ),
+    (
+        "distilbert",
+        {"sinusoidal_pos_embds": True, "tie_weights_": True, "output_past": True, "prefix": None},
+    ),
+    (
+        "gemma2",
+        {
+            "cache_implementation": "hybrid",
+            "hidden_act": "gelu_pytorch_tanh",
+            "sliding_window_size": 4096,
+        },
+    ),
+    (
+        "gemma3_text",
+        {
+            "sliding_window_pattern": 6,
+            "cache_implementation": "hybrid",
+            "_sliding_window_pattern": 6,
+        },
+    ),
     ("gemma3", {"boi_token_index": 255999, "eoi_token_index": 256000, "mm_tokens_per_image": 64}),
-    ("gpt2", _GPT2 | {"scale_attn_weights": True, "reorder_and_upcast_attn": True, "n_inner": None}),
-    ("gpt_oss", {"experts_per_token": 4, "initial_context_length": 4096, "max_seq_len_cached": None, "swiglu_limit": 7.0}),
+    (
+        "gpt2",
+        _GPT2 | {"scale_attn_weights": True, "reorder_and_upcast_attn": True, "n_inner": None},
+    ),
+    (
+        "gpt_oss",
+        {
+            "experts_per_token": 4,
+            "initial_context_length": 4096,
+            "max_seq_len_cached": None,
+            "swiglu_limit": 7.0,
+        },
+    ),
     ("granite", {"rope_scaling": None, "use_cache": True, "unsloth_fixed": True}),
     (
         "llama",
-        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "pretraining_tp": 2},
+        {
+            "is_llama_config": True,
+            "rope_interleaved": False,
+            "transformers.js_config": {"dtype": "q4"},
+            "pretraining_tp": 2,
+        },
     ),
-    ("llama", {"max_sequence_length": 2048, "_attn_implementation_autoset": True, "torch_dtype": "float16", "pad_token_id": -1}),
+    (
+        "llama",
+        {
+            "max_sequence_length": 2048,
+            "_attn_implementation_autoset": True,
+            "torch_dtype": "float16",
+            "pad_token_id": -1,
+        },
+    ),
     ("mistral", {"unsloth_version": "2025.12.5", "_name_or_path": "somewhere", "use_sdpa": True}),
     ("mixtral", {"router_jitter_noise": 0.01, "output_router_logits": False}),
-    ("modernbert", _MODERN | {"reference_compile": True, "repad_logits_with_grad": False, "gradient_checkpointing": False}),
-    ("phi3", _PHI | {"mlp_bias": False, "lm_head_bias": False, "attention_bias": False, "resid_pdrop": 0.1}),
+    (
+        "modernbert",
+        _MODERN
+        | {
+            "reference_compile": True,
+            "repad_logits_with_grad": False,
+            "gradient_checkpointing": False,
+        },
+    ),
+    (
+        "phi3",
+        _PHI
+        | {"mlp_bias": False, "lm_head_bias": False, "attention_bias": False, "resid_pdrop": 0.1},
+    ),
     ("qwen2", _QWEN),
     ("qwen3", {"max_window_layers": 36, "rope_scaling": None}),
     ("qwen3_moe", _MOE | {"router_aux_loss_coef": 0.001}),
     ("siglip", {"initializer_factor": 1.0, "text_config": {"model_type": "siglip_text_model"}}),
     ("siglip_vision_model", {"vision_use_head": True, "attn_implementation": None}),
     ("smollm3", {"max_window_layers": 28, "pretraining_tp": 2}),
-    ("t5", {"n_positions": 512, "output_past": True, "task_specific_params": {"summarization": {"num_beams": 4}}}),
-    ("vit", {"padding": "max_length", "max_length": 128, "problem_type": "single_label_classification"}),
-    ("xlm-roberta", {"output_past": True, "position_embedding_type": "absolute", "classifier_dropout": 0.1}),
+    (
+        "t5",
+        {
+            "n_positions": 512,
+            "output_past": True,
+            "task_specific_params": {"summarization": {"num_beams": 4}},
+        },
+    ),
+    (
+        "vit",
+        {"padding": "max_length", "max_length": 128, "problem_type": "single_label_classification"},
+    ),
+    (
+        "xlm-roberta",
+        {"output_past": True, "position_embedding_type": "absolute", "classifier_dropout": 0.1},
+    ),
 ]
 
 

@@ -1,4 +1,6 @@
-"""What scores and vectors mean, where others' files say it: by hand in NumPy, from the model's own activations and logits."""
+"""What scores and vectors mean, where others' files say it: by hand in NumPy, from the model's own
+activations and logits.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ MODERN = modernbert.model(modernbert.Config(257, 16, 2, 4, 24, 64, "embed", wind
 def drawn(model: Model) -> tree.Params:
     rng = np.random.default_rng(4)
     shapes = jax.eval_shape(model.init, jax.random.key(3))
-    one = lambda path, a: (path.endswith("norm/weight") + rng.normal(size=a.shape) * 0.2).astype(a.dtype)
+    one = lambda path, a: (path.endswith("norm/weight") + rng.normal(size=a.shape) * 0.2).astype(
+        a.dtype
+    )
     return tree.map_leaves(one, shapes)
 
 
@@ -53,7 +57,11 @@ def activations(model: Model, text: str) -> np.ndarray:
     tokens = jnp.asarray([TOKENIZER.encode(text)], jnp.int32)
     x = np.asarray(jax.jit(model.hidden)(params, tokens).hidden)[0]
     if "norm" in params:  # that of ModernBERT stands behind the last layer
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * params["norm"]["weight"]
+        x = (
+            (x - x.mean(-1, keepdims=True))
+            / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            * params["norm"]["weight"]
+        )
     return x
 
 
@@ -62,10 +70,17 @@ WAYS = {
     "mean": lambda x: x.mean(0),
     "max": lambda x: x.max(0),
     "mean_sqrt_len_tokens": lambda x: x.sum(0) / np.sqrt(len(x)),
-    "weightedmean": lambda x: (x * np.arange(1, len(x) + 1)[:, None]).sum(0) / np.arange(1, len(x) + 1).sum(),
+    "weightedmean": lambda x: (
+        (x * np.arange(1, len(x) + 1)[:, None]).sum(0) / np.arange(1, len(x) + 1).sum()
+    ),
     "lasttoken": lambda x: x[-1],
 }
-OLD = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "weightedmean": "weightedmean_tokens"}
+OLD = {
+    "cls": "cls_token",
+    "mean": "mean_tokens",
+    "max": "max_tokens",
+    "weightedmean": "weightedmean_tokens",
+}
 
 
 def near_units(found: np.ndarray, model: Model, *ways: str) -> None:
@@ -82,12 +97,16 @@ def test_a_text_is_pooled_as_its_folder_says(way: str, form: str, tmp_path: Path
     old = {f"pooling_mode_{OLD.get(one, one)}": one == way for one in WAYS}
     say(folder, old if form == "old" else {"pooling_mode": way})
     bundle = from_pretrained(folder)
-    near_units(embed_texts(bundle, TEXTS), SENTENCES, way)  # in one batch, so that the shorter ones are padded
+    near_units(
+        embed_texts(bundle, TEXTS), SENTENCES, way
+    )  # in one batch, so that the shorter ones are padded
     again = from_pretrained(bundle.save_pretrained(tmp_path / "saved"))
     assert again.model.config.pooling == (way,)
     (tmp_path / "saved" / "jaxmodel.json").unlink()
     assert from_pretrained(tmp_path / "saved").model.config.pooling == (way,)
-    again.save_pretrained(tmp_path / "saved")  # a folder with these files is one that a save may replace
+    again.save_pretrained(
+        tmp_path / "saved"
+    )  # a folder with these files is one that a save may replace
 
 
 def test_modernbert_is_pooled_behind_its_last_norm(tmp_path: Path) -> None:
@@ -104,7 +123,10 @@ def test_several_poolings_stand_one_behind_the_other(tmp_path: Path) -> None:
     (bundle.save_pretrained(tmp_path / "saved") / "jaxmodel.json").unlink()
     assert from_pretrained(tmp_path / "saved").model.config.pooling == ("max", "cls")
     say(folder, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True})
-    assert from_pretrained(folder).model.config.pooling == ("cls", "mean")  # the old form has an order of its own
+    assert from_pretrained(folder).model.config.pooling == (
+        "cls",
+        "mean",
+    )  # the old form has an order of its own
 
 
 def test_modules_say_where_the_pooling_is_and_what_else_there_is(tmp_path: Path) -> None:
@@ -112,11 +134,19 @@ def test_modules_say_where_the_pooling_is_and_what_else_there_is(tmp_path: Path)
     say(folder, {"pooling_mode_mean_tokens": True})
     (folder / "elsewhere").mkdir()
     (folder / "elsewhere" / "config.json").write_text('{"pooling_mode": "cls"}')
-    modules = [{"path": "", "type": "a.Transformer"}, {"path": "elsewhere", "type": "b.modules.pooling.Pooling"}]
+    modules = [
+        {"path": "", "type": "a.Transformer"},
+        {"path": "elsewhere", "type": "b.modules.pooling.Pooling"},
+    ]
     say(folder, modules=modules)
     assert from_pretrained(folder).model.config.pooling == ("cls",)
-    say(folder, modules=[*modules, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}])
-    with pytest.raises(InputError, match=r"modules.json: the module 'Dense' is not read, .*Transformer, Pooling"):
+    say(
+        folder,
+        modules=[*modules, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}],
+    )
+    with pytest.raises(
+        InputError, match=r"modules.json: the module 'Dense' is not read, .*Transformer, Pooling"
+    ):
         from_pretrained(folder)
     say(folder, modules=[{"path": "../x", "type": "Pooling"}])
     with pytest.raises(InputError, match="leads out of the folder"):
@@ -126,9 +156,15 @@ def test_modules_say_where_the_pooling_is_and_what_else_there_is(tmp_path: Path)
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"pooling_mode": "middle"}, "pooling_mode: 'middle' is not known; allowed: cls, lasttoken, max"),
+        (
+            {"pooling_mode": "middle"},
+            "pooling_mode: 'middle' is not known; allowed: cls, lasttoken, max",
+        ),
         ({"pooling_mode_middle": True}, "a key: 'pooling_mode_middle' is not known"),
-        ({"pooling_mode_cls_token": "yes"}, 'pooling_mode_cls_token is "yes"; allowed: true or false'),
+        (
+            {"pooling_mode_cls_token": "yes"},
+            'pooling_mode_cls_token is "yes"; allowed: true or false',
+        ),
     ],
 )
 def test_a_pooling_that_is_not_read(said: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -142,7 +178,13 @@ def test_what_happens_to_a_text_first(tmp_path: Path) -> None:
     folder = base(tmp_path)
     plain = from_pretrained(folder)
     say(folder, sentence_bert_config={"max_seq_length": 24, "do_lower_case": True})
-    say(folder, config_sentence_transformers={"prompts": {"query": "query: "}, "default_prompt_name": "query"})
+    say(
+        folder,
+        config_sentence_transformers={
+            "prompts": {"query": "query: "},
+            "default_prompt_name": "query",
+        },
+    )
     bundle = from_pretrained(folder)
     saved = from_pretrained(bundle.save_pretrained(tmp_path / "saved"))
     for one in (bundle, saved):
@@ -153,14 +195,21 @@ def test_what_happens_to_a_text_first(tmp_path: Path) -> None:
         }
         assert np.array_equal(embed_texts(one, ["A River"]), embed_texts(plain, ["query: a river"]))
     say(folder, {"pooling_mode": "mean", "include_prompt": False})
-    with pytest.raises(InputError, match="include_prompt is false, with a prompt before every text"):
+    with pytest.raises(
+        InputError, match="include_prompt is false, with a prompt before every text"
+    ):
         from_pretrained(folder)
-    say(folder, config_sentence_transformers={"prompts": {"query": "q"}, "default_prompt_name": "document"})
-    with pytest.raises(InputError, match="default_prompt_name: 'document' is not known; allowed: query"):
+    say(
+        folder,
+        config_sentence_transformers={"prompts": {"query": "q"}, "default_prompt_name": "document"},
+    )
+    with pytest.raises(
+        InputError, match="default_prompt_name: 'document' is not known; allowed: query"
+    ):
         from_pretrained(folder)
 
 
-# ----------------------------------------------------------------------------------------------------- problem_type
+# ------------------------------------------------------------------------------------- problem_type
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -184,11 +233,17 @@ def softmax(x: np.ndarray) -> np.ndarray:
         ("regression", 2, None),
     ],
 )
-def test_scores_are_what_the_problem_says(kind: str, problem: str, classes: int, rule: Any, tmp_path: Path) -> None:
-    """As the classification pipelines of transformers choose; also behind a save, in others' form too."""
+def test_scores_are_what_the_problem_says(
+    kind: str, problem: str, classes: int, rule: Any, tmp_path: Path
+) -> None:
+    """As the classification pipelines of transformers choose; also behind a save, in others' form
+    too.
+    """
     names = tuple("abc"[:classes])
     config: Any = (
-        bert.Config(257, 16, 1, 4, 24, 32, "classify", names) if kind == "bert" else vit.Config(8, 4, 16, 1, 4, 24, names)
+        bert.Config(257, 16, 1, 4, 24, 32, "classify", names)
+        if kind == "bert"
+        else vit.Config(8, 4, 16, 1, 4, 24, names)
     )
     module: Any = bert if kind == "bert" else vit
     model = module.model(dataclasses.replace(config, problem=problem))
@@ -201,11 +256,15 @@ def test_scores_are_what_the_problem_says(kind: str, problem: str, classes: int,
     x: Any = jnp.asarray([[5, 6, 7]], jnp.int32) if kind == "bert" else jnp.ones((1, 8, 8, 3))
     logits = np.asarray(predict_fn(back.model, "logits")(back.params, x))
     if rule is None:
-        with pytest.raises(InputError, match="gives: 'probabilities'; a regression has none; allowed: logits"):
+        with pytest.raises(
+            InputError, match="gives: 'probabilities'; a regression has none; allowed: logits"
+        ):
             predict_fn(back.model)
         return
     assert np.allclose(predict_fn(back.model)(back.params, x), rule(logits), atol=1e-6)
-    assert np.allclose(np.exp(predict_fn(back.model, "log_probabilities")(back.params, x)), rule(logits), atol=1e-6)
+    assert np.allclose(
+        np.exp(predict_fn(back.model, "log_probabilities")(back.params, x)), rule(logits), atol=1e-6
+    )
 
 
 def test_a_problem_that_is_not_known(tmp_path: Path) -> None:
@@ -213,17 +272,24 @@ def test_a_problem_that_is_not_known(tmp_path: Path) -> None:
     folder = Bundle(model, drawn(model), TOKENIZER).save_pretrained(tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label"}))
-    with pytest.raises(InputError, match="problem_type: 'multi_label' is not known; .*nearest: multi_label_classification"):
+    with pytest.raises(
+        InputError,
+        match="problem_type: 'multi_label' is not known; .*nearest: multi_label_classification",
+    ):
         from_pretrained(folder)
 
 
 def test_ends_of_a_text_are_kept_by_a_save(tmp_path: Path) -> None:
     folder = base(tmp_path)
-    (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), "eos_token_id": [7, 9]}))
+    (folder / "config.json").write_text(
+        json.dumps({**json.loads((folder / "config.json").read_text()), "eos_token_id": [7, 9]})
+    )
     (folder / "tokenizer_config.json").write_text("{}")
     bundle = from_pretrained(folder)
     assert isinstance(bundle.processor, Tokenizer) and bundle.processor.eos_ids == (7, 9)
     saved = bundle.save_pretrained(tmp_path / "saved")
     assert json.loads((saved / "config.json").read_text())["eos_token_id"] == [7, 9]
-    assert "eos_token" not in json.loads((saved / "tokenizer_config.json").read_text())  # it had none by name
+    assert "eos_token" not in json.loads(
+        (saved / "tokenizer_config.json").read_text()
+    )  # it had none by name
     assert from_pretrained(saved).processor.eos_ids == (7, 9)  # pyright: ignore

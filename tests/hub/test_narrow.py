@@ -13,14 +13,23 @@ from jaxmodel import axes, compress, data, hub, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, llama
 
-TINY, MOE, GPT = llama.model(llama.SIZES["tiny"]), llama.model(llama.SIZES["tiny-moe"]), gpt2.model(gpt2.SIZES["tiny"])
+TINY = llama.model(llama.SIZES["tiny"])
+MOE = llama.model(llama.SIZES["tiny-moe"])
+GPT = gpt2.model(gpt2.SIZES["tiny"])
 TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
 
 
 def narrow(model, **units):
-    """Parameters of which some layers have the first units alone: `F1=32` for 32 of `F` in layer 1."""
+    """Parameters of which some layers have the first units alone:
+
+    `F1=32` for 32 of `F` in layer 1.
+    """
     params = jax.jit(model.init)(jax.random.key(0))
-    return axes.select(model.axes, params, {f"blocks/{name[1:]}/{name[0]}": jnp.arange(n) for name, n in units.items()})
+    return axes.select(
+        model.axes,
+        params,
+        {f"blocks/{name[1:]}/{name[0]}": jnp.arange(n) for name, n in units.items()},
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,25 +57,33 @@ def test_a_narrow_bundle_comes_back_bit_for_bit(model, units, tmp_path):
 def test_compressed_narrow_layers_come_back_too(tmp_path):
     params, _ = compress.apply([(".*/mlp/.*", "rtn(8)"), (".*", ())], narrow(TINY, F1=32))
     hub.Bundle(TINY, params).save_pretrained(tmp_path / "narrow")
-    assert tree.fingerprint(hub.from_pretrained(tmp_path / "narrow").params) == tree.fingerprint(params)
+    assert tree.fingerprint(hub.from_pretrained(tmp_path / "narrow").params) == tree.fingerprint(
+        params
+    )
 
 
 def test_a_narrow_model_is_trained():
     tokens = np.random.default_rng(0).integers(0, 256, (64, 13)).astype(np.int32) % 7
     stream = data.Stream({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}, batch_size=8)
     params = narrow(TINY, F1=32, K2=1)
-    state, history = train.fit(TINY, stream, train.TrainConfig(steps=6, learning_rate=1e-2), params=params)
+    state, history = train.fit(
+        TINY, stream, train.TrainConfig(steps=6, learning_rate=1e-2), params=params
+    )
     assert history[-1]["loss"] < history[0]["loss"]
     assert state.params["blocks"]["1"]["mlp"]["up"].shape == (32, 32)
     assert state.params["blocks"]["2"]["attn"]["k"].shape == (8, 32)
 
 
 def test_a_narrow_model_lies_on_a_mesh_that_divides_it():
-    mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.sharding.AbstractMesh(
+        (2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     shapes = jax.eval_shape(lambda: narrow(TINY, F1=32))
     placed = tree.flatten(sharding.shardings(TINY.rules, shapes, mesh)[1])
     assert placed["blocks/1/mlp/up"].spec == jax.P(("tensor",), ("fsdp",))
-    with pytest.raises(InputError, match=r"does not divide the leaf 'blocks/1/mlp/down': axis 1 of \(32, 33\)"):
+    with pytest.raises(
+        InputError, match=r"does not divide the leaf 'blocks/1/mlp/down': axis 1 of \(32, 33\)"
+    ):
         sharding.shardings(TINY.rules, jax.eval_shape(lambda: narrow(TINY, F1=33)), mesh)
 
 
@@ -78,7 +95,10 @@ def test_a_narrow_model_lies_on_a_mesh_that_divides_it():
             r"an axis of 'blocks/1/mlp/(gate|up|down)' has the length",
         ),
         (lambda p: p.update(norm={"weight": jnp.ones(31)}), "D = "),
-        (lambda p: p.update(embed=jnp.ones((255, 32)), head=jnp.ones((255, 32))), "has 255 of V; the config needs 256"),
+        (
+            lambda p: p.update(embed=jnp.ones((255, 32)), head=jnp.ones((255, 32))),
+            "has 255 of V; the config needs 256",
+        ),
         (lambda p: p["blocks"]["1"]["mlp"].pop("up"), "the leaf 'blocks/1/mlp/up' is missing"),
     ],
 )

@@ -1,4 +1,6 @@
-"""The kinds of the keys in other people's JSON: each that is read has one, and a value of another kind is one line."""
+"""The kinds of the keys in other people's JSON: each that is read has one, and a value of another
+kind is one line.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,12 @@ def stored() -> dict[str, dict[str, Any]]:
 
 def test_every_key_that_a_family_reads_has_a_kind() -> None:
     for file in sorted(Path(families.__file__).parent.glob("*.py")):
-        read = re.findall(r'\b(?:hf|own|text|image|rope|local|scaling)(?:\.get\(|\[)"(\w+)"', file.read_text())
-        assert not set(read) - KEYS, f"{file.name} reads keys that stand not in hub/schemas.py: {sorted(set(read) - KEYS)}"
+        read = re.findall(
+            r'\b(?:hf|own|text|image|rope|local|scaling)(?:\.get\(|\[)"(\w+)"', file.read_text()
+        )
+        assert not set(read) - KEYS, (
+            f"{file.name} reads keys that stand not in hub/schemas.py: {sorted(set(read) - KEYS)}"
+        )
 
 
 WRONG = ("abc", [[]], {"a": []}, True, None, -1, 10**400)
@@ -51,11 +57,13 @@ def fits(key: str, i: int) -> bool:
 
 @pytest.mark.parametrize("kind", stored())
 def test_a_value_of_another_kind(kind: str, tmp_path: Path) -> None:
-    """Each key as a text, a list, an object, a yes, nothing and a number beyond all: read, or refused in one line.
+    """Each key as a text, a list, an object, a yes, nothing and a number beyond all: read, or
+    refused in one line.
 
     What the schema refuses no family sees, so that is tried with one kind of model alone.
     """
-    file, hf = tmp_path / "config.json", stored()[kind]
+    file = tmp_path / "config.json"
+    hf = stored()[kind]
     for key in sorted({*hf, *schemas.Config.__annotations__}):
         for i, wrong in enumerate(WRONG):
             if not fits(key, i) and kind != "llama":
@@ -64,5 +72,9 @@ def test_a_value_of_another_kind(kind: str, tmp_path: Path) -> None:
             try:
                 read_config(tmp_path)
             except InputError as error:
-                assert str(error).startswith(str(file)) and "\n" not in str(error), (key, wrong, str(error))
+                assert str(error).startswith(str(file)) and "\n" not in str(error), (
+                    key,
+                    wrong,
+                    str(error),
+                )
                 assert "wrong kind" not in str(error), (key, wrong, str(error))

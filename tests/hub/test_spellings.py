@@ -27,7 +27,9 @@ GOLDENS = Path(__file__).parent / "goldens"
 def renamed(source: str, folder: Path, rename: Any) -> Path:
     shutil.copytree(GOLDENS / source, folder)
     tensors = load_file(folder / "model.safetensors")
-    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {rename(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors"
+    )
     return folder
 
 
@@ -50,9 +52,13 @@ def test_other_beginnings_of_names(rename: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["bert-a", "bert-b", "bert-c"])
 def test_norms_by_their_first_names(name: str, tmp_path: Path) -> None:
     old = {"weight": "gamma", "bias": "beta"}
-    rename = lambda n: f"{n.rpartition('.')[0]}.{old[n.rpartition('.')[2]]}" if "LayerNorm" in n else n
+    rename = lambda n: (
+        f"{n.rpartition('.')[0]}.{old[n.rpartition('.')[2]]}" if "LayerNorm" in n else n
+    )
     folder = renamed(name, tmp_path / "a", rename)
-    assert tree.fingerprint(from_pretrained(folder).params) == tree.fingerprint(from_pretrained(GOLDENS / name).params)
+    assert tree.fingerprint(from_pretrained(folder).params) == tree.fingerprint(
+        from_pretrained(GOLDENS / name).params
+    )
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -62,17 +68,47 @@ BARE = {key: value for key, value in YARN.items() if key != "original_max_positi
 @pytest.mark.parametrize(
     ("keys", "base", "context"),
     [  # what transformers 5.24 computes with
-        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}, 10000.0, 32),
-        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}, "rope_theta": 555.0}, 555.0, 32),
+        (
+            {
+                "rope_scaling": YARN,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 777.0},
+            },
+            10000.0,
+            32,
+        ),
+        (
+            {
+                "rope_scaling": YARN,
+                "rope_parameters": {"rope_type": "default"},
+                "rope_theta": 555.0,
+            },
+            555.0,
+            32,
+        ),
         ({"rope_scaling": None, "rope_parameters": {**YARN, "rope_theta": 777.0}}, 777.0, 32),
         ({"rope_scaling": BARE, "original_max_position_embeddings": 16}, 10000.0, 16),
-        ({"rope_parameters": {**YARN, "rope_theta": 777.0}, "original_max_position_embeddings": 16}, 777.0, 16),
+        (
+            {
+                "rope_parameters": {**YARN, "rope_theta": 777.0},
+                "original_max_position_embeddings": 16,
+            },
+            777.0,
+            16,
+        ),
         ({"rope_scaling": BARE}, 10000.0, 128),
     ],
 )
 def test_a_rope_that_is_said_in_two_places(keys: dict[str, Any], base: float, context: int) -> None:
-    sizes = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 8}
-    config = FAMILY.config_from_hf({"model_type": "llama", **sizes, "max_position_embeddings": 128, **keys})
+    sizes = {
+        "vocab_size": 9,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 8,
+    }
+    config = FAMILY.config_from_hf(
+        {"model_type": "llama", **sizes, "max_position_embeddings": 128, **keys}
+    )
     assert (config.rope_base, config.rope_scaling) == (base, RopeScaling("yarn", 4.0, context))
 
 
@@ -80,8 +116,13 @@ def test_a_rope_that_is_said_in_two_places(keys: dict[str, Any], base: float, co
 def test_a_refusal_names_who_quantised(method: str, tmp_path: Path) -> None:
     shutil.copytree(GOLDENS / "llama-tied", tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
-    with pytest.raises(InputError, match=f"the weights are quantised by {method}, which is not read; give the model"):
+    (tmp_path / "a" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": method}})
+    )
+    with pytest.raises(
+        InputError,
+        match=f"the weights are quantised by {method}, which is not read; give the model",
+    ):
         from_pretrained(tmp_path / "a")
 
 
@@ -101,16 +142,25 @@ def test_a_folder_without_weights_that_are_read(file: str, says: str, tmp_path: 
 
 
 def test_adapters_alone(tmp_path: Path) -> None:
-    for said, base in (("{}", "the model they were made for"), ('{"base_model_name_or_path": "org/base"}', "org/base")):
+    for said, base in (
+        ("{}", "the model they were made for"),
+        ('{"base_model_name_or_path": "org/base"}', "org/base"),
+    ):
         (tmp_path / "adapter_config.json").write_text(said)
-        with pytest.raises(InputError, match=f"it holds adapters alone .*from_pretrained.'{base}', adapters='{tmp_path}'"):
+        with pytest.raises(
+            InputError,
+            match=f"it holds adapters alone .*from_pretrained.'{base}', adapters='{tmp_path}'",
+        ):
             from_pretrained(tmp_path)
 
 
 def test_adapters_without_what_they_mean(tmp_path: Path) -> None:
     shutil.copytree(GOLDENS / "llama-untied", tmp_path / "a")
     shutil.copy(tmp_path / "a" / "model.safetensors", tmp_path / "a" / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="'adapter_config.json' is missing, which says what 'adapter_model.safetensors' means"):
+    with pytest.raises(
+        InputError,
+        match="'adapter_config.json' is missing, which says what 'adapter_model.safetensors' means",
+    ):
         from_pretrained(tmp_path / "a")
 
 
@@ -122,11 +172,21 @@ def test_adapters_without_what_they_mean(tmp_path: Path) -> None:
             {},
             {"bos_token_id": 3, "eos_token_id": 7, "pad_token_id": -1},
         ),
-        ({"eos_token_id": 7}, {"eos_token_id": [7, 9]}, {"bos_token_id": None, "eos_token_id": [7, 9]}),
-        ({"bos_token_id": None, "eos_token_id": None}, {}, {"bos_token_id": None, "eos_token_id": None}),
+        (
+            {"eos_token_id": 7},
+            {"eos_token_id": [7, 9]},
+            {"bos_token_id": None, "eos_token_id": [7, 9]},
+        ),
+        (
+            {"bos_token_id": None, "eos_token_id": None},
+            {},
+            {"bos_token_id": None, "eos_token_id": None},
+        ),
     ],
 )
-def test_the_ends_of_a_text_are_kept_without_a_tokenizer(config: Any, generation: Any, want: Any, tmp_path: Path) -> None:
+def test_the_ends_of_a_text_are_kept_without_a_tokenizer(
+    config: Any, generation: Any, want: Any, tmp_path: Path
+) -> None:
     shutil.copytree(GOLDENS / "llama-untied", tmp_path / "a")
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     hf = json.loads((tmp_path / "a" / "config.json").read_text())
@@ -169,8 +229,11 @@ def test_a_head_of_its_own_is_kept_where_config_json_ties_it(tmp_path: Path) -> 
     shutil.copytree(GOLDENS / "llama-untied", tmp_path / "a")
     hf = json.loads((tmp_path / "a" / "config.json").read_text())
     (tmp_path / "a" / "config.json").write_text(json.dumps(hf | {"tie_word_embeddings": True}))
-    want, found = from_pretrained(GOLDENS / "llama-untied"), from_pretrained(tmp_path / "a")
-    assert found.model is want.model and tree.fingerprint(found.params) == tree.fingerprint(want.params)
+    want = from_pretrained(GOLDENS / "llama-untied")
+    found = from_pretrained(tmp_path / "a")
+    assert found.model is want.model and tree.fingerprint(found.params) == tree.fingerprint(
+        want.params
+    )
 
 
 _TANH = lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
@@ -182,15 +245,23 @@ _SILU = lambda x: x / (1 + np.exp(-x))
     ("formula", "names"),
     [
         (_ERF, ("gelu", "gelu_python")),
-        (_TANH, ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")),
+        (
+            _TANH,
+            ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"),
+        ),
         (_SILU, ("silu", "swish")),
         (lambda x: x / (1 + np.exp(-1.702 * x)), ("quick_gelu",)),
         (lambda x: np.maximum(x, 0), ("relu",)),
     ],
 )
-def test_activations_by_every_name_that_transformers_has_for_them(formula: Any, names: tuple[str, ...]) -> None:
+def test_activations_by_every_name_that_transformers_has_for_them(
+    formula: Any, names: tuple[str, ...]
+) -> None:
     x = np.linspace(-4, 4, 33)
     for name in names:
         ours = activation({"hidden_act": name}, "gelu")
-        assert np.abs(np.asarray(ACTIVATIONS[ours](jnp.asarray(x, jnp.float32))) - formula(x)).max() < 1e-6, name
+        assert (
+            np.abs(np.asarray(ACTIVATIONS[ours](jnp.asarray(x, jnp.float32))) - formula(x)).max()
+            < 1e-6
+        ), name
         assert activation({"hidden_act": activation_to_hf(ours)}, "") == ours

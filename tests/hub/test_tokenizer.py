@@ -1,4 +1,7 @@
-"""Tokenizers: SmolLM2's facts, the splits that GGUF names, folders in HF layout, training, chats and streaming."""
+"""Tokenizers:
+
+SmolLM2's facts, the splits that GGUF names, folders in HF layout, training, chats and streaming.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,18 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxmodel.errors import InputError
 from jaxmodel.hub.gguf import find_smollm2, read_gguf
-from jaxmodel.hub.tokenizer import Tokenizer, from_folder, from_gguf, stream_decoder, train_bpe
+from jaxmodel.hub.gguf_tokenizer import from_gguf
+from jaxmodel.hub.tokenizer import Tokenizer, from_folder, stream_decoder, train_bpe
 
 ENGLISH = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
-MIXED = "It's 12345 naïve cafés,\t\n\n  “quoted” — 東京 ½ \U0001f600\U0001f468‍\U0001f469 don't <b> x=1;\r\n"
+MIXED = (
+    "It's 12345 naïve cafés,\t\n\n  “quoted” — 東京 ½ \U0001f600\U0001f468‍\U0001f469 don't <b> "
+    "x=1;\r\n"
+)
 # Chat markup of SmolLM2, written down from transformers 5.23 on the saved tokenizer.
 CHAT = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+    "Face<|im_end|>\n"
     '<|im_start|>user\nhi <b> "é"<|im_end|>\n'
 )
 
@@ -39,8 +47,12 @@ def trained() -> Tokenizer:
 TINY = train_bpe([MIXED] * 3, vocab_size=300)
 
 
-def gguf_metadata(tokenizer: Tokenizer, extra: dict[str, int] | None = None, **entries: Any) -> dict[str, Any]:
-    """What a GGUF file would hold for this tokenizer; `extra` are further tokens with their token_type."""
+def gguf_metadata(
+    tokenizer: Tokenizer, extra: dict[str, int] | None = None, **entries: Any
+) -> dict[str, Any]:
+    """What a GGUF file would hold for this tokenizer; `extra` are further tokens with their
+    token_type.
+    """
     model = json.loads(tokenizer.backend.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     metadata = {
@@ -54,24 +66,36 @@ def gguf_metadata(tokenizer: Tokenizer, extra: dict[str, int] | None = None, **e
     return {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
 
 
-# ------------------------------------------------------------------------------------------------------ SmolLM2
+# ------------------------------------------------------------------------------------------ SmolLM2
 
 
 def test_smollm2_facts(smollm2: Tokenizer) -> None:
     assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert smollm2.decode([7042]) == " Paris"
-    assert (smollm2.vocab_size, smollm2.eos_ids, smollm2.bos_id, smollm2.pad_id) == (49152, (2, 0), 1, 2)  # 0 by its name
+    assert (smollm2.vocab_size, smollm2.eos_ids, smollm2.bos_id, smollm2.pad_id) == (
+        49152,
+        (2, 0),
+        1,
+        2,
+    )  # 0 by its name
     assert smollm2.encode("", special=True) == []
-    assert smollm2.encode("a", special=True) == smollm2.encode("a")  # this file asks for no begin-of-text
+    assert smollm2.encode("a", special=True) == smollm2.encode(
+        "a"
+    )  # this file asks for no begin-of-text
 
 
 def test_smollm2_equals_the_pipeline_of_its_authors(smollm2: Tokenizer) -> None:
-    """Digits, then the library's own byte-level split; and the token count of facts where the data is at hand."""
+    """Digits, then the library's own byte-level split; and the token count of facts where the data
+    is at hand.
+    """
     path = Path(os.environ.get("JAXMODEL_DATA", "")) / "wikitext2-test.txt"
     text = path.read_text(encoding="utf-8") if path.is_file() else ENGLISH
     reference = tokenizers.Tokenizer.from_str(smollm2.backend.to_str())
     reference.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     ids = smollm2.encode(text)
     assert ids == reference.encode(text).ids
@@ -94,8 +118,11 @@ def test_encode_batch(smollm2: Tokenizer) -> None:
         smollm2.encode_batch("The capital")
 
 
-# Bytes that SmolLM2's vocabulary lacks: six control characters, and what leads characters beyond U+3FFFF.
-_known = st.characters(codec="utf-8", max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d")
+# Bytes that SmolLM2's vocabulary lacks: six control characters, and what leads characters beyond
+# U+3FFFF.
+_known = st.characters(
+    codec="utf-8", max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d"
+)
 
 
 @given(st.text(_known))
@@ -114,19 +141,91 @@ def test_surrogates_are_no_text(smollm2: Tokenizer) -> None:
         smollm2.encode("a\udcff")
 
 
-# --------------------------------------------------------------------------------------------------------- GGUF
+# --------------------------------------------------------------------------------------------- GGUF
 
 
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
-        ("gpt-2", ["I", "'ll", " pay", " 12345", " dollars", "!!!", " ", " It", "'", "S", "\n", "\n", "x"]),
-        ("smollm", ["I", "'ll", " pay", " ", *"12345", " dollars", "!!!", " ", " It", "'", "S", "\n", "\n", "x"]),
-        ("llama-bpe", ["I", "'ll", " pay", " ", "123", "45", " dollars", "!!!", " ", " It", "'S", "\n\n", "x"]),
-        ("qwen2", ["I", "'ll", " pay", " ", *"12345", " dollars", "!!!", " ", " It", "'S", "\n\n", "x"]),
+        (
+            "gpt-2",
+            [
+                "I",
+                "'ll",
+                " pay",
+                " 12345",
+                " dollars",
+                "!!!",
+                " ",
+                " It",
+                "'",
+                "S",
+                "\n",
+                "\n",
+                "x",
+            ],
+        ),
+        (
+            "smollm",
+            [
+                "I",
+                "'ll",
+                " pay",
+                " ",
+                *"12345",
+                " dollars",
+                "!!!",
+                " ",
+                " It",
+                "'",
+                "S",
+                "\n",
+                "\n",
+                "x",
+            ],
+        ),
+        (
+            "llama-bpe",
+            [
+                "I",
+                "'ll",
+                " pay",
+                " ",
+                "123",
+                "45",
+                " dollars",
+                "!!!",
+                " ",
+                " It",
+                "'S",
+                "\n\n",
+                "x",
+            ],
+        ),
+        (
+            "qwen2",
+            ["I", "'ll", " pay", " ", *"12345", " dollars", "!!!", " ", " It", "'S", "\n\n", "x"],
+        ),
         (
             "default",
-            ["I", "'", "ll", " pay", " ", "123", "45", " dollars", "!!!", " ", " It", "'", "S", "\n", "\n", "x"],
+            [
+                "I",
+                "'",
+                "ll",
+                " pay",
+                " ",
+                "123",
+                "45",
+                " dollars",
+                "!!!",
+                " ",
+                " It",
+                "'",
+                "S",
+                "\n",
+                "\n",
+                "x",
+            ],
         ),
     ],
 )
@@ -146,7 +245,12 @@ def test_from_gguf_equals_the_tokenizer_it_describes(trained: Tokenizer) -> None
 
 def test_from_gguf_reads_special_and_user_defined_tokens() -> None:
     n = TINY.vocab_size
-    metadata = gguf_metadata(TINY, {"<bos>": 3, "<eot>": 3, "   ": 4, "[PAD1]": 5}, padding_token_id=n, eot_token_id=n + 1)
+    metadata = gguf_metadata(
+        TINY,
+        {"<bos>": 3, "<eot>": 3, "   ": 4, "[PAD1]": 5},
+        padding_token_id=n,
+        eot_token_id=n + 1,
+    )
     read = from_gguf(metadata)
     assert (read.eos_ids, read.pad_id) == ((0, n + 1), n)
     assert read.encode("<bos>   <eot>") == [n, n + 2, n + 1]
@@ -165,7 +269,9 @@ def test_from_gguf_reads_special_and_user_defined_tokens() -> None:
         ({"pre": "llama-bpe", "add_bos_token": False}, [], []),
     ],
 )
-def test_what_is_put_around_a_text(entries: dict[str, Any], before: list[int], after: list[int]) -> None:
+def test_what_is_put_around_a_text(
+    entries: dict[str, Any], before: list[int], after: list[int]
+) -> None:
     read = from_gguf(gguf_metadata(TINY, bos_token_id=0, **entries | {"eos_token_id": 1}))
     plain = read.encode("cafés")
     assert read.encode("cafés", special=True) == [*before, *plain, *after]
@@ -191,7 +297,8 @@ def test_qwen2_composes_characters() -> None:
         ({"model": None}, "no tokenizer.ggml.model"),
         (
             {"pre": "gpt-3"},
-            r"tokenizer.ggml.pre: 'gpt-3' .*allowed: default, gpt-2, llama-bpe, qwen2, smollm.*nearest: gpt-2",
+            r"tokenizer.ggml.pre: 'gpt-3' .*allowed: default, gpt-2, llama-bpe, qwen2, "
+            r"smollm.*nearest: gpt-2",
         ),
         ({"tokens": None}, "no tokenizer.ggml.tokens"),
         ({"merges": None}, "no tokenizer.ggml.merges"),
@@ -207,13 +314,17 @@ def test_wrong_metadata(entries: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def test_saved_folder_reads_back(smollm2: Tokenizer, tmp_path: Path) -> None:
     smollm2.save(tmp_path / "new" / "folder")
     read = from_folder(tmp_path / "new" / "folder")
-    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}  # the last for its two ends
+    names = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    }  # the last for its two ends
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == names
     for text in (MIXED, "<|im_start|>user\n", ENGLISH[:20_000]):
         assert read.encode(text) == smollm2.encode(text)
@@ -239,34 +350,58 @@ def test_several_eos_ids_survive(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
     Tokenizer(TINY.backend, eos_ids=(0, 7, 5)).save(tmp_path)
     read = from_folder(tmp_path)
-    assert (read.eos_ids, read.bos_id, read.pad_id, read.chat_template) == ((0, 7, 5), None, None, None)
+    assert (read.eos_ids, read.bos_id, read.pad_id, read.chat_template) == (
+        (0, 7, 5),
+        None,
+        None,
+        None,
+    )
     assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.6
 
 
 def test_foreign_folder(tmp_path: Path) -> None:
-    """WordPiece with the padding and truncation of its training run, and companions in older manners."""
+    """WordPiece with the padding and truncation of its training run, and companions in older
+    manners.
+    """
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "hello", "world"]
-    backend = tokenizers.Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend = tokenizers.Tokenizer(
+        models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     backend.add_special_tokens(words[:4])
     backend.enable_padding(length=128)
     backend.enable_truncation(max_length=3)
     backend.save(str(tmp_path / "tokenizer.json"))
-    special = {"eos_token": {"content": "[SEP]", "lstrip": False}, "pad_token": "[PAD]", "bos_token": "<absent>"}
+    special = {
+        "eos_token": {"content": "[SEP]", "lstrip": False},
+        "pad_token": "[PAD]",
+        "bos_token": "<absent>",
+    }
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     templates = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     config = {"pad_token": None, "bos_token": "[CLS]", "chat_template": templates}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
     read = from_folder(tmp_path)
-    assert (read.eos_ids, read.bos_id, read.pad_id, read.chat_template) == ((3,), 2, 0, {"tool_use": "no", "default": "yes"})
+    assert (read.eos_ids, read.bos_id, read.pad_id, read.chat_template) == (
+        (3,),
+        2,
+        0,
+        {"tool_use": "no", "default": "yes"},
+    )
     assert read.encode("Hello world hello World") == [4, 5, 4, 5]
     assert read.encode("Hello world", special=True) == [2, 4, 5, 3]
-    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": [5, 49407], "vocab_size": 8}}')
-    assert from_folder(tmp_path).eos_ids == (3, 5), "an id that neither the tokenizer nor the model has ends nothing"
+    (tmp_path / "config.json").write_text(
+        '{"text_config": {"eos_token_id": [5, 49407], "vocab_size": 8}}'
+    )
+    assert from_folder(tmp_path).eos_ids == (3, 5), (
+        "an id that neither the tokenizer nor the model has ends nothing"
+    )
     (tmp_path / "chat_template.jinja").write_text("newest")
     assert from_folder(tmp_path).chat_template == "newest"
     push = stream_decoder(read)
@@ -274,7 +409,9 @@ def test_foreign_folder(tmp_path: Path) -> None:
 
 
 def test_wrong_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"{tmp_path}.*no tokenizer; allowed: .*tokenizer.json, tokenizer.model"):
+    with pytest.raises(
+        InputError, match=f"{tmp_path}.*no tokenizer; allowed: .*tokenizer.json, tokenizer.model"
+    ):
         from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(InputError, match=r"tokenizer.json' is not a tokenizer"):
@@ -284,11 +421,13 @@ def test_wrong_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer_config.json: not JSON"):
         from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(InputError, match=r"tokenizer_config.json: its content is .*; allowed: an object"):
+    with pytest.raises(
+        InputError, match=r"tokenizer_config.json: its content is .*; allowed: an object"
+    ):
         from_folder(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def test_training_is_deterministic(trained: Tokenizer) -> None:
@@ -302,7 +441,9 @@ def test_training_equals_the_library(trained: Tokenizer) -> None:
     reference = tokenizers.Tokenizer(models.BPE())
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
     reference.train_from_iterator([ENGLISH[:200_000]], trainer)
     assert reference.get_vocab() == trained.backend.get_vocab()
     assert reference.encode(MIXED).ids == trained.encode(MIXED)
@@ -327,7 +468,7 @@ def test_trained_round_trip(text: str) -> None:
     assert TINY.decode(TINY.encode(text), skip_special=False) == text
 
 
-# --------------------------------------------------------------------------------------------------------- chats
+# -------------------------------------------------------------------------------------------- chats
 
 
 def test_chat_of_smollm2(smollm2: Tokenizer) -> None:
@@ -335,7 +476,9 @@ def test_chat_of_smollm2(smollm2: Tokenizer) -> None:
     assert smollm2.apply_chat(messages, add_generation_prompt=False) == CHAT
     assert smollm2.apply_chat(messages) == CHAT + "<|im_start|>assistant\n"
     messages.insert(0, {"role": "system", "content": "Be brief."})
-    assert smollm2.apply_chat(messages).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi")
+    assert smollm2.apply_chat(messages).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi"
+    )
 
 
 def test_chat_template_language() -> None:
@@ -344,7 +487,12 @@ def test_chat_template_language() -> None:
         {{ m | tojson }}{% endfor %}{{ eos_token }}|{{ pad_token }}"""
     tokenizer = Tokenizer(TINY.backend, eos_ids=(0,), chat_template=template)
     messages = [{"role": "tool"}, {"role": "user", "content": "<é>"}]
-    assert tokenizer.apply_chat(messages).split() == ['{"role":', '"user",', '"content":', '"<é>"}<|endoftext|>|']
+    assert tokenizer.apply_chat(messages).split() == [
+        '{"role":',
+        '"user",',
+        '"content":',
+        '"<é>"}<|endoftext|>|',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +518,7 @@ def test_wrong_messages(smollm2: Tokenizer) -> None:
         smollm2.apply_chat([{"content": "hi"}])
 
 
-# ----------------------------------------------------------------------------------------------------- streaming
+# ---------------------------------------------------------------------------------------- streaming
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], skip_special: bool = True) -> list[str]:

@@ -1,4 +1,6 @@
-"""Tokenizers from a vocabulary alone, against the SentencePiece library (goldens/make_sentencepiece.py) and BERT's rules."""
+"""Tokenizers from a vocabulary alone, against the SentencePiece library
+(goldens/make_sentencepiece.py) and BERT's rules.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 
 from jaxmodel.errors import InputError
-from jaxmodel.hub.tokenizer import from_folder, from_gguf, stream_decoder, train_bpe
+from jaxmodel.hub.gguf_tokenizer import from_gguf
+from jaxmodel.hub.tokenizer import from_folder, stream_decoder, train_bpe
 from jaxmodel.hub.vocabularies import Pieces, of_pieces, read_pieces
 
 GOLDENS = Path(__file__).parent / "goldens" / "sentencepiece"
@@ -29,38 +32,63 @@ def write(folder: Path, file: str, **config: Any) -> None:
 def test_texts_are_cut_as_by_sentencepiece(name: str) -> None:
     backend = of_pieces(read_pieces(GOLDENS / f"{name}.model"))
     assert backend.get_vocab_size() == SAID[name]["size"]
-    for text, ids, decoded in zip(SAID["texts"], SAID[name]["ids"], SAID[name]["decoded"], strict=True):
+    for text, ids, decoded in zip(
+        SAID["texts"], SAID[name]["ids"], SAID[name]["decoded"], strict=True
+    ):
         assert backend.encode(text).ids == ids
-        assert backend.decode(ids) == decoded.replace(" ⁇ ", "")  # an unknown token is a special one, left out
+        assert backend.decode(ids) == decoded.replace(
+            " ⁇ ", ""
+        )  # an unknown token is a special one, left out
 
 
 def gguf(pieces: Pieces, **more: Any) -> dict[str, Any]:
     lists = {"tokens": pieces.tokens, "scores": pieces.scores, "token_type": pieces.kinds}
-    return {f"tokenizer.ggml.{key}": value for key, value in ({"model": "llama"} | lists | more).items()}
+    return {
+        f"tokenizer.ggml.{key}": value for key, value in ({"model": "llama"} | lists | more).items()
+    }
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_a_gguf_file_has_the_same(name: str) -> None:
     pieces = read_pieces(GOLDENS / f"{name}.model")
-    tokenizer = from_gguf(gguf(pieces, add_space_prefix=pieces.prefix, bos_token_id=1, eos_token_id=2, unknown_token_id=0))
+    tokenizer = from_gguf(
+        gguf(
+            pieces,
+            add_space_prefix=pieces.prefix,
+            bos_token_id=1,
+            eos_token_id=2,
+            unknown_token_id=0,
+        )
+    )
     for text, ids in zip(SAID["texts"], SAID[name]["ids"], strict=True):
         assert tokenizer.encode(text) == ids and tokenizer.encode(text, special=True) == [1, *ids]
     assert (tokenizer.eos_ids, tokenizer.begins) == ((2,), (1,))
 
 
 def test_ends_of_a_turn_by_their_names() -> None:
-    """What llama.cpp takes for an end of generation, whatever the file says of it; it is a special token then."""
+    """What llama.cpp takes for an end of generation, whatever the file says of it; it is a special
+    token then.
+    """
     pieces = read_pieces(GOLDENS / "llama.model")
     for name in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
         more = pieces._replace(
-            tokens=[*pieces.tokens, name, "plain"], scores=[*pieces.scores, 0.0, 0.0], kinds=[*pieces.kinds, 1, 1]
+            tokens=[*pieces.tokens, name, "plain"],
+            scores=[*pieces.scores, 0.0, 0.0],
+            kinds=[*pieces.kinds, 1, 1],
         )
-        tokenizer, new = from_gguf(gguf(more, eos_token_id=2)), len(pieces.tokens)
+        tokenizer = from_gguf(gguf(more, eos_token_id=2))
+        new = len(pieces.tokens)
         assert tokenizer.eos_ids == (2, new) and new in tokenizer.special_ids
         assert tokenizer.encode(f"{name}")[-1] == new and tokenizer.decode([new]) == ""
     harmony = [*pieces.tokens, "<|end|>", "<|return|>", "<|call|>"]
-    more = pieces._replace(tokens=harmony, scores=[*pieces.scores, 0.0, 0.0, 0.0], kinds=[*pieces.kinds, 3, 3, 3])
-    assert from_gguf(gguf(more)).eos_ids == (2, len(harmony) - 2, len(harmony) - 1)  # <|end|> ends a part only
+    more = pieces._replace(
+        tokens=harmony, scores=[*pieces.scores, 0.0, 0.0, 0.0], kinds=[*pieces.kinds, 3, 3, 3]
+    )
+    assert from_gguf(gguf(more)).eos_ids == (
+        2,
+        len(harmony) - 2,
+        len(harmony) - 1,
+    )  # <|end|> ends a part only
 
 
 @pytest.mark.parametrize("lists", [{"scores": [0.0]}, {"token_type": [1, 1]}])
@@ -69,7 +97,7 @@ def test_lists_of_unequal_length(lists: dict[str, Any]) -> None:
         from_gguf(gguf(read_pieces(GOLDENS / "llama.model"), **lists))
 
 
-# ------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 @pytest.mark.parametrize(
@@ -82,9 +110,12 @@ def test_lists_of_unequal_length(lists: dict[str, Any]) -> None:
         ("t5.model", {"tokenizer_class": "T5Tokenizer"}, [], [1]),
     ],
 )
-def test_a_model_of_pieces_alone(file: str, config: dict[str, Any], before: list[int], after: list[int], tmp_path: Path) -> None:
+def test_a_model_of_pieces_alone(
+    file: str, config: dict[str, Any], before: list[int], after: list[int], tmp_path: Path
+) -> None:
     write(tmp_path, file, **config)
-    tokenizer, said = from_folder(tmp_path), SAID[file.removesuffix(".model")]
+    tokenizer = from_folder(tmp_path)
+    said = SAID[file.removesuffix(".model")]
     assert tokenizer.encode(SAID["texts"][0], special=True) == [*before, *said["ids"][0], *after]
     assert tokenizer.eos_ids == ((1,) if file == "t5.model" else (2,))
     tokenizer.save(tmp_path / "saved")
@@ -95,14 +126,21 @@ def test_a_model_of_pieces_alone(file: str, config: dict[str, Any], before: list
 
 def test_t5_has_its_further_tokens_behind_the_pieces(tmp_path: Path) -> None:
     write(tmp_path, "t5.model", tokenizer_class="T5Tokenizer")
-    tokenizer, size = from_folder(tmp_path), SAID["t5"]["size"]
-    assert tokenizer.encode("<extra_id_99>") == [size] and tokenizer.encode("<extra_id_0>") == [size + 99]
+    tokenizer = from_folder(tmp_path)
+    size = SAID["t5"]["size"]
+    assert tokenizer.encode("<extra_id_99>") == [size] and tokenizer.encode("<extra_id_0>") == [
+        size + 99
+    ]
     assert (tokenizer.pad_id, tokenizer.bos_id) == (0, None)
 
 
 def plain(text: str, lower: bool) -> str:
     """What SigLIP's texts are before they are cut, by Python's own functions."""
-    text = (text.lower() if lower else text).replace("▁", " ").translate(str.maketrans("", "", string.punctuation))
+    text = (
+        (text.lower() if lower else text)
+        .replace("▁", " ")
+        .translate(str.maketrans("", "", string.punctuation))
+    )
     return " ".join(text.split())
 
 
@@ -119,22 +157,39 @@ SIGLIP = {
 @pytest.mark.parametrize("lower", [True, False, None])
 def test_siglip_drops_capitals_and_punctuation(lower: bool | None, tmp_path: Path) -> None:
     shutil.copy(GOLDENS / "t5.model", tmp_path / "spiece.model")
-    said = {"tokenizer_class": "SiglipTokenizer"} | ({} if lower is None else {"do_lower_case": lower})
+    said = {"tokenizer_class": "SiglipTokenizer"} | (
+        {} if lower is None else {"do_lower_case": lower}
+    )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-    tokenizer, pieces = from_folder(tmp_path), of_pieces(read_pieces(GOLDENS / "t5.model"))
-    for text in (*SAID["texts"], *SIGLIP, string.punctuation, "under_score-dash", "! spaced , marks !", "\xa0Ünïcode\u2003ÄÖ "):
-        assert tokenizer.encode(text, special=True) == [*pieces.encode(plain(text, lower is not False)).ids, 1], text
+    tokenizer = from_folder(tmp_path)
+    pieces = of_pieces(read_pieces(GOLDENS / "t5.model"))
+    for text in (
+        *SAID["texts"],
+        *SIGLIP,
+        string.punctuation,
+        "under_score-dash",
+        "! spaced , marks !",
+        "\xa0Ünïcode\u2003ÄÖ ",
+    ):
+        assert tokenizer.encode(text, special=True) == [
+            *pieces.encode(plain(text, lower is not False)).ids,
+            1,
+        ], text
     assert (tokenizer.pad_id, tokenizer.eos_ids, tokenizer.bos_id) == (1, (1,), None)
     if lower is not False:
         assert {text: tokenizer.encode(text, special=True) for text in SIGLIP} == SIGLIP
     tokenizer.save(tmp_path / "saved")
-    assert from_folder(tmp_path / "saved").encode("A Cat!", special=True) == tokenizer.encode("A Cat!", special=True)
+    assert from_folder(tmp_path / "saved").encode("A Cat!", special=True) == tokenizer.encode(
+        "A Cat!", special=True
+    )
     assert from_folder(tmp_path / "saved").pad_id == 1
 
 
 def test_a_kind_that_needs_more_than_its_pieces(tmp_path: Path) -> None:
     write(tmp_path, "llama.model", tokenizer_class="XLMRobertaTokenizer")
-    with pytest.raises(InputError, match=r"tokenizer.model' alone is not read for the tokenizer of: 'xlmroberta'"):
+    with pytest.raises(
+        InputError, match=r"tokenizer.model' alone is not read for the tokenizer of: 'xlmroberta'"
+    ):
         from_folder(tmp_path)
 
 
@@ -155,7 +210,9 @@ def test_the_words_of_bert_alone(tmp_path: Path) -> None:
     tokenizer = from_folder(tmp_path)
     assert tokenizer.encode("The Cafés, [MASK]", special=True) == [2, 5, 6, 7, 1, 4, 3]
     assert tokenizer.named_tokens["mask_token"] == "[MASK]" and tokenizer.pad_id == 0
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "strip_accents": false}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"do_lower_case": false, "strip_accents": false}'
+    )
     assert from_folder(tmp_path).encode("The café") == [1, 8]
 
 
@@ -163,25 +220,35 @@ def test_the_bytes_of_gpt2_alone(tmp_path: Path) -> None:
     trained = train_bpe(["low lower lowest"], vocab_size=264)
     trained.backend.model.save(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    tokenizer, text = from_folder(tmp_path), "lowest low<|endoftext|>"
+    tokenizer = from_folder(tmp_path)
+    text = "lowest low<|endoftext|>"
     assert tokenizer.encode(text) == trained.encode(text) and tokenizer.eos_ids == (0,)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(InputError, match="merges.txt without tokenizer.json is not read for: 'qwen2'"):
+    with pytest.raises(
+        InputError, match="merges.txt without tokenizer.json is not read for: 'qwen2'"
+    ):
         from_folder(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------- added tokens
+# ------------------------------------------------------------------------------------- added tokens
 
 
 def test_tokens_that_only_the_companions_know(tmp_path: Path) -> None:
-    """`added_tokens_decoder` and added_tokens.json, as transformers adds them: one id each, special by flag or by role."""
+    """`added_tokens_decoder` and added_tokens.json, as transformers adds them: one id each, special
+    by flag or by role.
+    """
     trained = train_bpe([], vocab_size=257)
-    entries = {"258": {"content": "<|b|>", "special": False}, "257": {"content": "<|a|>", "special": True}}
+    entries = {
+        "258": {"content": "<|b|>", "special": False},
+        "257": {"content": "<|a|>", "special": True},
+    }
     for file, value in {"decoder": entries, "json": {"<|a|>": 257, "<|b|>": 258}}.items():
         folder = tmp_path / file
         folder.mkdir()
         trained.backend.save(str(folder / "tokenizer.json"))
-        config = {"eos_token": "<|a|>"} | ({"added_tokens_decoder": value} if file == "decoder" else {})
+        config = {"eos_token": "<|a|>"} | (
+            {"added_tokens_decoder": value} if file == "decoder" else {}
+        )
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         if file == "json":
             (folder / "added_tokens.json").write_text(json.dumps(value))
@@ -195,7 +262,9 @@ def test_tokens_that_only_the_companions_know(tmp_path: Path) -> None:
 def test_an_added_token_that_leaves_a_gap(tmp_path: Path) -> None:
     train_bpe([], vocab_size=257).save(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<|a|>": 300}')
-    with pytest.raises(InputError, match=r"added token '<\|a\|>' has id 300, but the next of tokenizer.json is 257"):
+    with pytest.raises(
+        InputError, match=r"added token '<\|a\|>' has id 300, but the next of tokenizer.json is 257"
+    ):
         from_folder(tmp_path)
 
 
@@ -209,7 +278,9 @@ def test_an_added_token_that_leaves_a_gap(tmp_path: Path) -> None:
         ({"eos_token_id": None}, {"eos_token_id": None}, ()),
     ],
 )
-def test_ends_that_the_tokenizer_does_not_name(config: Any, generation: Any, ends: tuple[int, ...], tmp_path: Path) -> None:
+def test_ends_that_the_tokenizer_does_not_name(
+    config: Any, generation: Any, ends: tuple[int, ...], tmp_path: Path
+) -> None:
     train_bpe([], vocab_size=257).backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
@@ -221,7 +292,9 @@ def test_ends_that_the_tokenizer_does_not_name(config: Any, generation: Any, end
 def test_ends_that_are_no_ids(value: Any, tmp_path: Path) -> None:
     train_bpe([], vocab_size=257).backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(InputError, match=r"config.json: eos_token_id is .*allowed: .*a whole number.* or a list"):
+    with pytest.raises(
+        InputError, match=r"config.json: eos_token_id is .*allowed: .*a whole number.* or a list"
+    ):
         from_folder(tmp_path)
 
 
@@ -229,5 +302,6 @@ def test_the_pieces_of_a_stream_are_those_of_the_whole(tmp_path: Path) -> None:
     write(tmp_path, "llama.model")
     tokenizer = from_folder(tmp_path)
     for text in SAID["texts"]:
-        ids, push = tokenizer.encode(text), stream_decoder(tokenizer)
+        ids = tokenizer.encode(text)
+        push = stream_decoder(tokenizer)
         assert "".join([*map(push, ids), push(None)]) == tokenizer.decode(ids)

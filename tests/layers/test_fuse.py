@@ -1,4 +1,7 @@
-"""Fusing q, k, v and gate, up: reversible bit for bit, and the same products. Whole models: tests/contracts."""
+"""Fusing q, k, v and gate, up: reversible bit for bit, and the same products.
+
+Whole models: tests/contracts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ def quantise(w: jax.Array, bits: int = 8, group: int | None = None, **static) ->
     grouped = np.asarray(w).reshape(*w.shape[:-1], -1, group or w.shape[-1])
     scale = np.abs(grouped).max(-1) / (2 ** (bits - 1) - 1)
     codes = np.round(grouped / scale[..., None]).astype(np.int32).reshape(w.shape)
-    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static)
+    return QTensor.from_codes(
+        jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static
+    )
 
 
 def assert_same(a: tree.Params, b: tree.Params) -> None:
@@ -32,8 +37,13 @@ def assert_same(a: tree.Params, b: tree.Params) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def attention(q: int = 24, k: int = 8, v: int = 8, lead: tuple[int, ...] = (), width: int = 16) -> dict[str, jax.Array]:
-    return {name: normal(*lead, n, width, seed=n + i) for i, (name, n) in enumerate((("q", q), ("k", k), ("v", v)))}
+def attention(
+    q: int = 24, k: int = 8, v: int = 8, lead: tuple[int, ...] = (), width: int = 16
+) -> dict[str, jax.Array]:
+    return {
+        name: normal(*lead, n, width, seed=n + i)
+        for i, (name, n) in enumerate((("q", q), ("k", k), ("v", v)))
+    }
 
 
 LEAVES = {
@@ -52,7 +62,10 @@ def test_fuse_and_unfuse_are_inverse(kind, lead):
     parts = {name: LEAVES[kind](w) for name, w in attention(lead=lead).items()}
     key = "0-2" if lead else "0"
     mlp = {name: LEAVES[kind](normal(*lead, 12, 16)) for name in ("gate", "up", "down")}
-    params = {"embed": normal(5, 16), "blocks": {key: {"attn": {**parts, "o": normal(*lead, 16, 24)}, "mlp": mlp}}}
+    params = {
+        "embed": normal(5, 16),
+        "blocks": {key: {"attn": {**parts, "o": normal(*lead, 16, 24)}, "mlp": mlp}},
+    }
     fused = fuse(params)
     assert set(fused["blocks"][key]["attn"]) == {"3q+k+v", "o"}
     assert set(fused["blocks"][key]["mlp"]) == {"gate+up", "down"}
@@ -65,14 +78,22 @@ def test_fuse_and_unfuse_are_inverse(kind, lead):
 
 
 def test_biases_go_with_their_weights():
-    params = {**attention(), **{f"{n}_bias": normal(w.shape[0]) for n, w in attention().items()}, "o_bias": normal(4)}
+    params = {
+        **attention(),
+        **{f"{n}_bias": normal(w.shape[0]) for n, w in attention().items()},
+        "o_bias": normal(4),
+    }
     fused = fuse(params)
     assert set(fused) == {"3q+k+v", "3q+k+v_bias", "o_bias"}
-    np.testing.assert_array_equal(fused["3q+k+v_bias"], jnp.concatenate([params[f"{n}_bias"] for n in "qkv"]))
+    np.testing.assert_array_equal(
+        fused["3q+k+v_bias"], jnp.concatenate([params[f"{n}_bias"] for n in "qkv"])
+    )
     assert_same(unfuse(fused), params)
 
 
-@pytest.mark.parametrize("widths", [(24, 8, 8), (8, 8, 8), (40, 16, 16), (7, 5, 3), (1, 1, 1), (576, 192, 192)])
+@pytest.mark.parametrize(
+    "widths", [(24, 8, 8), (8, 8, 8), (40, 16, 16), (7, 5, 3), (1, 1, 1), (576, 192, 192)]
+)
 def test_any_widths(widths):
     params = attention(*widths, width=2)
     fused = fuse(params)
@@ -81,7 +102,9 @@ def test_any_widths(widths):
     x = normal(4, 2)
     parts = cut(ops.einsum("BD,FD->BF", x, fused[key]), key)
     for part, name in zip(parts, "qkv", strict=True):
-        np.testing.assert_allclose(part, ops.einsum("BD,FD->BF", x, params[name]), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            part, ops.einsum("BD,FD->BF", x, params[name]), rtol=1e-5, atol=1e-6
+        )
 
 
 def sparse(w: jax.Array) -> Sparse:
@@ -111,7 +134,10 @@ def test_what_cannot_be_joined_stays_apart(change):
 
 
 def test_what_is_not_whole_stays_apart():
-    for params in ({**attention(), "q_bias": normal(24)}, {name: attention()[name] for name in "qk"}):
+    for params in (
+        {**attention(), "q_bias": normal(24)},
+        {name: attention()[name] for name in "qk"},
+    ):
         assert set(fuse(params)) == set(params)
 
 

@@ -1,4 +1,6 @@
-"""The mixture of experts against a loop over tokens; transformers' own results: tests/hub/test_goldens.py."""
+"""The mixture of experts against a loop over tokens; transformers' own results:
+tests/hub/test_goldens.py.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from jaxmodel.layers.moe import load_balance
 from jaxmodel.leaves import decode
 from jaxmodel.models import llama
 
-B, T, D, F, E = 3, 8, 16, 12, 5
+B = 3
+T = 8
+D = 16
+F = 12
+E = 5
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -35,24 +41,40 @@ def params() -> tree.Params:
 
 
 @functools.partial(jax.jit, static_argnames=("chosen", "policy"))
-def run(chosen: int, p: tree.Params, x: jax.Array, real: jax.Array | None = None, policy: ops.Policy = ops.Policy()):
+def run(
+    chosen: int,
+    p: tree.Params,
+    x: jax.Array,
+    real: jax.Array | None = None,
+    policy: ops.Policy = ops.Policy(),
+):
     return moe(chosen, policy).apply({"params": p}, x, real)
 
 
-def token_by_token(chosen: int, p: tree.Params, x: jax.Array, real: np.ndarray | None = None) -> tuple[np.ndarray, float]:
-    """In float64: each token with the experts of its largest scores; and the loss of balance from its definition."""
+def token_by_token(
+    chosen: int, p: tree.Params, x: jax.Array, real: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
+    """In float64: each token with the experts of its largest scores; and the loss of balance from
+    its definition.
+    """
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), p)
     rows = np.asarray(x, np.float64).reshape(-1, D)
-    out, used, probability, tokens = np.zeros_like(rows), np.zeros(E), np.zeros(E), 0
+    out = np.zeros_like(rows)
+    used = np.zeros(E)
+    probability = np.zeros(E)
+    tokens = 0
     for i, row in enumerate(rows):
         if real is not None and not real.reshape(-1)[i]:
             continue
         scores = p["router"] @ row
         best = np.argsort(-scores)[:chosen]
         for e in best:
-            gate, up = p["gate"][e] @ row, p["up"][e] @ row
+            gate = p["gate"][e] @ row
+            up = p["up"][e] @ row
             part = p["down"][e] @ (gate / (1 + np.exp(-gate)) * up)
-            out[i] += np.exp(scores[e] - scores.max()) / np.exp(scores[best] - scores.max()).sum() * part
+            out[i] += (
+                np.exp(scores[e] - scores.max()) / np.exp(scores[best] - scores.max()).sum() * part
+            )
             used[e] += 1
         probability += np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         tokens += 1
@@ -60,7 +82,12 @@ def token_by_token(chosen: int, p: tree.Params, x: jax.Array, real: np.ndarray |
 
 
 def test_leaves():
-    assert jax.tree.map(jnp.shape, params()) == {"router": (E, D), "gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
+    assert jax.tree.map(jnp.shape, params()) == {
+        "router": (E, D),
+        "gate": (E, F, D),
+        "up": (E, F, D),
+        "down": (E, D, F),
+    }
 
 
 @pytest.mark.parametrize("chosen", [1, 2, E])
@@ -74,7 +101,8 @@ def test_equals_token_by_token(chosen):
 
 
 def test_padding_is_sent_to_no_expert():
-    x, real = normal(B, T, D, seed=1), np.arange(T) < np.array([[3], [8], [5]])
+    x = normal(B, T, D, seed=1)
+    real = np.arange(T) < np.array([[3], [8], [5]])
     got, aux = run(2, params(), x, jnp.asarray(real))
     want, balance = token_by_token(2, params(), x, real)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -118,7 +146,8 @@ def test_the_router_is_float32_whatever_the_policy():
 
 @pytest.mark.parametrize("kind", ["array", "int8"])
 def test_fused(kind):
-    x, p = normal(B, T, D, seed=1), {"blocks": {"0": {"moe": params()}}}
+    x = normal(B, T, D, seed=1)
+    p = {"blocks": {"0": {"moe": params()}}}
     if kind == "int8":
         p, _ = compress.apply([("blocks/.*/(gate|up)", "rtn(bits=8)"), (".*", ())], p)
     fused = layers.fuse(p)
@@ -138,7 +167,7 @@ def test_sizes_of_experts():
     assert tree.count(shapes) == 46_702_792_704  # as published, with the norms
 
 
-# ------------------------------------------------------------------------------------------------- in a whole model
+# --------------------------------------------------------------------------------- in a whole model
 
 CONFIG = dataclasses.replace(llama.SIZES["tiny-moe"], init_scale=0.3, depth=2)
 MODEL = llama.model(CONFIG)
@@ -158,9 +187,15 @@ def test_the_balance_of_a_model_is_the_sum_over_its_layers():
         x, _, aux = block(layer, x, context, None, int(i))
         each.append(float(aux["load_balance"]))
     total = jax.jit(MODEL.apply)(whole(), TOKENS).aux["load_balance"]
-    assert float(total) == pytest.approx(sum(each), rel=1e-5) and len({round(value, 3) for value in each}) == 2
+    assert (
+        float(total) == pytest.approx(sum(each), rel=1e-5)
+        and len({round(value, 3) for value in each}) == 2
+    )
     dense = llama.model(llama.SIZES["tiny"])
-    assert jax.eval_shape(lambda key: dense.apply(dense.init(key), TOKENS), jax.random.key(0)).aux == {}
+    assert (
+        jax.eval_shape(lambda key: dense.apply(dense.init(key), TOKENS), jax.random.key(0)).aux
+        == {}
+    )
 
 
 def test_each_expert_is_measured_by_its_own_tokens():
@@ -170,7 +205,9 @@ def test_each_expert_is_measured_by_its_own_tokens():
     layer = tree.unstack(whole())["blocks"]["0"]
     x, context = embed(whole(), {"tokens": TOKENS})
     empty = {**layer, "moe": {**layer["moe"], "down": jnp.zeros_like(layer["moe"]["down"])}}
-    rows = ops.rms_norm(block(empty, x, context)[0], layer["mlp_norm"]["weight"], CONFIG.norm_eps).reshape(-1, CONFIG.width)
+    rows = ops.rms_norm(
+        block(empty, x, context)[0], layer["mlp_norm"]["weight"], CONFIG.norm_eps
+    ).reshape(-1, CONFIG.width)
     _, chosen = jax.lax.top_k(rows @ layer["moe"]["router"].T, 2)
     for e in range(CONFIG.experts):
         own = np.asarray(rows)[np.any(np.asarray(chosen) == e, axis=1)]
@@ -179,10 +216,15 @@ def test_each_expert_is_measured_by_its_own_tokens():
             assert float(found["count"][e]) == len(own) > 0
             np.testing.assert_allclose(found["gram"][e], own.T @ own, rtol=1e-3, atol=1e-3)
     assert float(stats["blocks/0/moe/router"]["count"]) == TOKENS.size
-    np.testing.assert_array_equal(stats["blocks/0/moe/down"]["count"], stats["blocks/0/moe/up"]["count"])
+    np.testing.assert_array_equal(
+        stats["blocks/0/moe/down"]["count"], stats["blocks/0/moe/up"]["count"]
+    )
 
 
-@pytest.mark.parametrize("chain", ["rtn(bits=8, activations='int8')", "rtn(bits=4, group=16)", "magnitude(0.5) | rtn(bits=8)"])
+@pytest.mark.parametrize(
+    "chain",
+    ["rtn(bits=8, activations='int8')", "rtn(bits=4, group=16)", "magnitude(0.5) | rtn(bits=8)"],
+)
 def test_compressed_experts_run_close_to_their_decoded_version(chain):
     smaller, report = compress.apply([("blocks/.*/moe/(gate|up|down)", chain), (".*", ())], whole())
     assert report.bytes_after < 0.8 * report.bytes_before
@@ -257,5 +299,7 @@ PROGRAM = """
 
 
 def test_experts_on_a_mesh_equal_those_on_one_device(devices8):
-    """Cut by expert, with tensor, fsdp or sequence beside it, or not cut at all; and the bytes are those of the formula."""
+    """Cut by expert, with tensor, fsdp or sequence beside it, or not cut at all; and the bytes are
+    those of the formula.
+    """
     assert devices8(PROGRAM).splitlines()[-1] == "equal"

@@ -1,6 +1,8 @@
-"""Layers in stages on eight devices: equal to layers in a row, with the bytes that the formula says.
+"""Layers in stages on eight devices: equal to layers in a row, with the bytes that the formula
+says.
 
-The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here read how they went.
+The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here
+read how they went.
 """
 
 from __future__ import annotations
@@ -16,20 +18,32 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxmodel import layers, plan, sharding, tree
 from jaxmodel.errors import InputError
 
-L, B, T, D = 4, 16, 3, 8
+L = 4
+B = 16
+T = 3
+D = 8
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 3, jnp.float32)
 
 
-PARAMS, X = {"0-3": {"w": random(L, D, D), "b": random(L, D, seed=1)}}, random(B, T, D, seed=2)
-CONTEXT = {"row": random(B, T, seed=3), "all": random(1, T, D, seed=4), "number": jnp.float32(0.5), "nothing": None}
+PARAMS = {"0-3": {"w": random(L, D, D), "b": random(L, D, seed=1)}}
+X = random(B, T, D, seed=2)
+CONTEXT = {
+    "row": random(B, T, seed=3),
+    "all": random(1, T, D, seed=4),
+    "number": jnp.float32(0.5),
+    "nothing": None,
+}
 
 
 def block(params, x, context, cache, layer, rng, train):
     """Reads what has rows, what has none, its own number and its key."""
-    y = jnp.tanh(jnp.einsum("btd,ed->bte", x, params["w"]) + params["b"][None, None]) * context["row"][..., None]
+    y = (
+        jnp.tanh(jnp.einsum("btd,ed->bte", x, params["w"]) + params["b"][None, None])
+        * context["row"][..., None]
+    )
     y = y + context["number"] * context["all"] * (layer + 1)
     if rng is not None:
         y = y + jax.random.normal(rng, y.shape)
@@ -62,7 +76,11 @@ def check_equal_to_layers_in_a_row() -> None:
     """Values, aux and the gradients of everything, also of what is shared by the micro-batches."""
     (value, (out, aux)), grads = gradients()(PARAMS, X, CONTEXT)
     assert float(aux["layer"]) == 0 + 1 + 2 + 3
-    for shape, count, remat in (("pipeline=4", 0, "none"), ("pipeline=2,data=2", 8, "full"), ("pipeline=4,tensor=2", 16, "none")):
+    for shape, count, remat in (
+        ("pipeline=4", 0, "none"),
+        ("pipeline=2,data=2", 8, "full"),
+        ("pipeline=4,tensor=2", 16, "none"),
+    ):
         mesh = sharding.make_mesh(shape)
         with jax.set_mesh(mesh):
             run = gradients(remat=remat, microbatches=count)
@@ -85,11 +103,15 @@ def check_micro_batches_have_keys_of_their_own() -> None:
 def check_bytes() -> None:
     for shape, count in (("pipeline=4", 8), ("pipeline=4", 4), ("pipeline=2,data=2", 4)):
         mesh = sharding.make_mesh(shape)
-        stages, groups = mesh.shape["pipeline"], mesh.shape.get("data", 1)
-        act, rows = B * T * D * 4 // groups, B * T * 4 // groups
+        stages = mesh.shape["pipeline"]
+        groups = mesh.shape.get("data", 1)
+        act = B * T * D * 4 // groups
+        rows = B * T * 4 // groups
         with jax.set_mesh(mesh):
             params, x, context = placed(mesh)
-            run = lambda params, x, context=context, count=count: score(params, x, context, microbatches=count)[0]
+            run = lambda params, x, context=context, count=count: score(
+                params, x, context, microbatches=count
+            )[0]
             program = jax.jit(jax.grad(run, argnums=(0, 1))).lower(params, x).compile()
         found = plan.moved(plan.collectives(program))
         assert found.pop("collective-permute") == 2 * act * (stages - 1) // stages
@@ -110,14 +132,32 @@ def check_what_does_not_divide_is_refused() -> None:
                 raise AssertionError(f"nothing raised; wanted: {message}")
 
     refused("pipeline = 3 does not divide the 4 layers", "pipeline=3")
-    refused("microbatches: 6 given for 16 rows in 2 stages; allowed: 2, 4, 8, 16", "pipeline=2", microbatches=6)
-    refused("microbatches: 2 given for 16 rows in 4 stages; allowed: 4, 8, 16", "pipeline=4", microbatches=2)
-    refused("8 given for 16 rows in 2 stages and 4 places along 'data'; allowed: 2, 4", "pipeline=2,data=4", microbatches=8)
+    refused(
+        "microbatches: 6 given for 16 rows in 2 stages; allowed: 2, 4, 8, 16",
+        "pipeline=2",
+        microbatches=6,
+    )
+    refused(
+        "microbatches: 2 given for 16 rows in 4 stages; allowed: 4, 8, 16",
+        "pipeline=4",
+        microbatches=2,
+    )
+    refused(
+        "8 given for 16 rows in 2 stages and 4 places along 'data'; allowed: 2, 4",
+        "pipeline=2,data=4",
+        microbatches=8,
+    )
     small = {**CONTEXT, "row": CONTEXT["row"][:3]}
-    few = "microbatches: 2 given for 3 rows in 2 stages; no number serves: a multiple of 2 rows would"
+    few = (
+        "microbatches: 2 given for 3 rows in 2 stages; no number serves: a multiple of 2 rows would"
+    )
     refused(few, "pipeline=2", x=X[:3], context=small)
     apart = tree.unstack({"blocks": PARAMS})["blocks"]
-    refused("stages of a pipeline need one segment of equal layers; here are 0, 1, 2, 3", "pipeline=2", params=apart)
+    refused(
+        "stages of a pipeline need one segment of equal layers; here are 0, 1, 2, 3",
+        "pipeline=2",
+        params=apart,
+    )
 
 
 def check_places() -> None:

@@ -1,4 +1,6 @@
-"""`repeat` against a Python loop over single layers: mixed segments, caches, keys, auxiliary losses, rematerialisation."""
+"""`repeat` against a Python loop over single layers: mixed segments, caches, keys, auxiliary
+losses, rematerialisation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse
 from jaxmodel.models import llama
 
-B, T = 2, 5
+B = 2
+T = 5
 CONFIG = dataclasses.replace(llama.SIZES["tiny"], depth=7)
 MODEL = llama.model(CONFIG)
 
@@ -30,14 +33,23 @@ def quantise(w: jax.Array, bits: int, **static) -> QTensor:
 
 
 def narrow(block: tree.Params) -> tree.Params:
-    """A feed-forward part of half the width, and a head less in attention: 3 query heads, 1 key head."""
-    mlp = {"gate": block["mlp"]["gate"][:32], "up": block["mlp"]["up"][:32], "down": block["mlp"]["down"][:, :32]}
+    """A feed-forward part of half the width, and a head less in attention: 3 query heads, 1 key
+    head.
+    """
+    mlp = {
+        "gate": block["mlp"]["gate"][:32],
+        "up": block["mlp"]["up"][:32],
+        "down": block["mlp"]["down"][:, :32],
+    }
     attn = {name: block["attn"][name][: rows * 8] for name, rows in (("q", 3), ("k", 1), ("v", 1))}
     return {**block, "mlp": mlp, "attn": {**attn, "o": block["attn"]["o"][:, :24]}}
 
 
 def change(block: tree.Params, leaf) -> tree.Params:
-    return {**block, **{part: {name: leaf(w) for name, w in block[part].items()} for part in ("attn", "mlp")}}
+    return {
+        **block,
+        **{part: {name: leaf(w) for name, w in block[part].items()} for part in ("attn", "mlp")},
+    }
 
 
 def half(w: jax.Array) -> Sparse:
@@ -47,7 +59,9 @@ def half(w: jax.Array) -> Sparse:
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Seven layers: two plain, two of 8 bits, one of 4 bits with int8 activations, one sparse, one narrow."""
+    """Seven layers: two plain, two of 8 bits, one of 4 bits with int8 activations, one sparse, one
+    narrow.
+    """
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.2, a.dtype), shapes)
@@ -61,7 +75,9 @@ def mixed():
         narrow,
     ]
     single = tree.unstack(params)["blocks"]
-    single = {key: kind(single[key]) for kind, key in zip(kinds, tree.segments(single), strict=True)}
+    single = {
+        key: kind(single[key]) for kind, key in zip(kinds, tree.segments(single), strict=True)
+    }
     return {**params, "blocks": single}, tree.stack({**params, "blocks": single})
 
 
@@ -88,11 +104,12 @@ def test_mixed_segments_with_a_cache_equal_the_whole(mixed):
     parts = []
     for t in range(T):
         out = run(params, tokens[:, t : t + 1], cache)
-        cache, parts = out.cache, [*parts, out.logits]
+        cache = out.cache
+        parts = [*parts, out.logits]
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-3, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------ a toy block
+# -------------------------------------------------------------------------------------- a toy block
 
 
 def toy(params, x, context, cache, layer, rng, train):
@@ -114,15 +131,23 @@ def toy_case(depth: int = 5):
 @pytest.mark.parametrize("cuts", [["0-4"], ["0", "1-3", "4"], ["0-1", "2-4"]])
 def test_cache_keys_and_aux_do_not_depend_on_the_segments(cuts):
     singles, x, context = toy_case()
-    key, cache = jax.random.key(3), jnp.zeros(5)
-    want, aux, seen = x, 0.0, []
+    key = jax.random.key(3)
+    cache = jnp.zeros(5)
+    want = x
+    aux = 0.0
+    seen = []
     for i in range(5):
-        want, _, one = toy(singles[str(i)], want, context, None, i, jax.random.fold_in(key, i), True)
-        aux, seen = aux + one["square"], [*seen, want[0, 0, 0]]
+        want, _, one = toy(
+            singles[str(i)], want, context, None, i, jax.random.fold_in(key, i), True
+        )
+        aux = aux + one["square"]
+        seen = [*seen, want[0, 0, 0]]
     pieces = {}
     for name in cuts:
         nodes = [singles[str(i)] for i in tree.span(name)]
-        pieces[name] = nodes[0] if len(nodes) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *nodes)
+        pieces[name] = (
+            nodes[0] if len(nodes) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *nodes)
+        )
     run = jax.jit(lambda p, x, c: layers.repeat(toy, p, x, context, c, key, True))
     got, got_cache, got_aux = run(pieces, x, cache)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -153,7 +178,7 @@ def test_init_layers_gives_each_layer_a_key_of_its_own():
     np.testing.assert_array_equal(stacked, jnp.stack([init(key)["w"] for key in keys]))
 
 
-# ----------------------------------------------------------------------------------------------- rematerialisation
+# -------------------------------------------------------------------------------- rematerialisation
 
 
 @pytest.mark.parametrize("cuts", [["0-4"], ["0", "1-4"]])
@@ -164,13 +189,17 @@ def test_remat_gives_the_same_gradients_and_saves_less(cuts):
 
     stack = {"up": normal(5, 8, 4), "down": normal(5, 4, 8, seed=1)}
     params = {key: tree.layer_slice(stack, range(5), tree.span(key)) for key in cuts}
-    x, results, saved = normal(B, T, 4, seed=2), {}, {}
+    x = normal(B, T, 4, seed=2)
+    results = {}
+    saved = {}
     for remat in ("none", "full", "dots"):
         loss = lambda p, mode=remat: jnp.mean(layers.repeat(block, p, x, {}, remat=mode)[0] ** 2)
         results[remat] = jax.jit(jax.value_and_grad(loss))(params)
         residuals = jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params)
         saved[remat] = sum(a.size for a in jax.tree.leaves(residuals))
     for remat in ("full", "dots"):
-        for got, want in zip(jax.tree.leaves(results[remat]), jax.tree.leaves(results["none"]), strict=True):
+        for got, want in zip(
+            jax.tree.leaves(results[remat]), jax.tree.leaves(results["none"]), strict=True
+        ):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     assert saved["full"] < saved["dots"] < saved["none"]

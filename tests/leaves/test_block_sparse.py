@@ -24,10 +24,18 @@ def random(shape, rows, columns, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("shape", "block"), [((4, 24), (2, 4)), ((3, 6, 40), (3, 4)), ((2, 2, 4, 18), (1, 2)), ((4, 4), (4, 4)), ((8, 8), (1, 1))]
+    ("shape", "block"),
+    [
+        ((4, 24), (2, 4)),
+        ((3, 6, 40), (3, 4)),
+        ((2, 2, 4, 18), (1, 2)),
+        ((4, 4), (4, 4)),
+        ((8, 8), (1, 1)),
+    ],
 )
 def test_round_trip(shape, block):
-    rows, columns = shape[-2] // block[0], shape[-1] // block[1]
+    rows = shape[-2] // block[0]
+    columns = shape[-1] // block[1]
     weight, keep = random(shape, rows, columns)
     for leaf in (
         BlockSparse.from_dense(jnp.asarray(weight), block=block),
@@ -77,7 +85,13 @@ def test_the_largest_blocks_of_each_row_are_kept():
     want = np.zeros((3, 4, 3), bool)
     np.put_along_axis(want, np.argsort(-norms, axis=-1, kind="stable")[..., :2], True, axis=-1)
     np.testing.assert_array_equal(keep, want)
-    assert BlockSparse.from_dense(jnp.asarray(weight), keep, block=(2, 4)).values.shape == (3, 4, 2, 2, 4)
+    assert BlockSparse.from_dense(jnp.asarray(weight), keep, block=(2, 4)).values.shape == (
+        3,
+        4,
+        2,
+        2,
+        4,
+    )
     with pytest.raises(InputError, match="kept: 4 given; 1 to 3"):
         largest_blocks(jnp.asarray(weight), (2, 4), 4)
 
@@ -93,8 +107,11 @@ def test_specs_cut_rows_of_blocks_only():
 
 
 def test_what_is_refused():
-    weight, leaf = jnp.ones((4, 6)), BlockSparse.from_dense(jnp.ones((4, 6)), block=(2, 2))
-    with pytest.raises(InputError, match=r"block: \(3, 2\) given; divisors of the weight's 4 rows and 6 columns"):
+    weight = jnp.ones((4, 6))
+    leaf = BlockSparse.from_dense(jnp.ones((4, 6)), block=(2, 2))
+    with pytest.raises(
+        InputError, match=r"block: \(3, 2\) given; divisors of the weight's 4 rows and 6 columns"
+    ):
         cut(weight, (3, 2))
     with pytest.raises(InputError, match=r"keep: shape \(2, 2\) given; \(2, 3\) is needed"):
         BlockSparse.from_dense(weight, jnp.ones((2, 2), bool), block=(2, 2))

@@ -1,4 +1,6 @@
-"""Static fields as JSON beside a tree: what they say, that stacking does not matter, and that any change is refused."""
+"""Static fields as JSON beside a tree: what they say, that stacking does not matter, and that any
+change is refused.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ from jaxmodel.leaves.fields import check_fields, digest, static_fields
 
 def codes(bits: int, *lead: int, **static) -> QTensor:
     values = np.random.default_rng(bits).integers(0, 2 ** (bits - 1), (*lead, 4, 16))
-    return QTensor.from_codes(jnp.asarray(values, jnp.int32), jnp.ones((*lead, 4, 1)), bits=bits, **static)
+    return QTensor.from_codes(
+        jnp.asarray(values, jnp.int32), jnp.ones((*lead, 4, 1)), bits=bits, **static
+    )
 
 
 def half(*lead: int) -> Sparse:
-    return Sparse.from_dense(jnp.tile(jnp.asarray([0.0, 1.0, 0.0, 2.0]), (*lead, 4, 4)), pattern=(2, 4))
+    return Sparse.from_dense(
+        jnp.tile(jnp.asarray([0.0, 1.0, 0.0, 2.0]), (*lead, 4, 4)), pattern=(2, 4)
+    )
 
 
 PARAMS = {
@@ -42,8 +48,19 @@ def stored() -> dict:
 def test_fields_are_those_of_each_layer(stored):
     assert stored == static_fields(PARAMS)  # JSON changes nothing
     assert stored["format"] == 1
-    assert stored["leaves"].keys() == {"embed", *(f"blocks/{i}/up" for i in range(3)), "blocks/0/down", "blocks/1/down"}
-    assert stored["leaves"]["embed"] == {"type": "QTensor", "bits": 8, "pad": 0, "activations": "int8", "minimum": None}
+    assert stored["leaves"].keys() == {
+        "embed",
+        *(f"blocks/{i}/up" for i in range(3)),
+        "blocks/0/down",
+        "blocks/1/down",
+    }
+    assert stored["leaves"]["embed"] == {
+        "type": "QTensor",
+        "bits": 8,
+        "pad": 0,
+        "activations": "int8",
+        "minimum": None,
+    }
     assert stored["leaves"]["blocks/1/down"] == {"type": "Sparse", "pattern": [2, 4], "pad": 0}
     assert static_fields({"w": jnp.ones(2)})["leaves"] == {}
 
@@ -61,11 +78,17 @@ def test_a_changed_field_is_refused(stored):
         for name in fields:
             changed = copy.deepcopy(stored)
             changed["leaves"][path][name] = 2
-            with pytest.raises(InputError, match=r"^fields: the static fields .* not those that were written \(leaves_sha256\)$"):
+            with pytest.raises(
+                InputError,
+                match=r"^fields: the static fields .* not those that were written "
+                r"\(leaves_sha256\)$",
+            ):
                 check_fields(PARAMS, changed)
             changed["leaves_sha256"] = digest(changed["leaves"])  # written so, for another tree
             with pytest.raises(
-                InputError, match=rf'^fields: {path!r} was stored as {{.*"{name}": 2.*; the tree has {{.*}} there$'
+                InputError,
+                match=rf'^fields: {path!r} was stored as {{.*"{name}": 2.*; the tree has {{.*}} '
+                rf"there$",
             ):
                 check_fields(PARAMS, changed)
 
@@ -82,7 +105,10 @@ def test_a_changed_field_is_refused(stored):
             {"blocks": PARAMS["blocks"], "embd": jnp.ones(2)},
             "the compressed leaf 'embed' was stored, which the tree lacks; .*embd",
         ),
-        ({}, "the compressed leaf 'embed' was stored, which the tree lacks; it has nothing like it"),
+        (
+            {},
+            "the compressed leaf 'embed' was stored, which the tree lacks; it has nothing like it",
+        ),
     ],
 )
 def test_another_tree_is_refused(params, message, stored):

@@ -1,4 +1,6 @@
-"""The laws that every compressed leaf keeps: one function for jit, scan, vmap, stacking, naming and placing."""
+"""The laws that every compressed leaf keeps: one function for jit, scan, vmap, stacking, naming and
+placing.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,19 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import Adapted, BlockSparse, Compressed, QTensor, Sparse, decode
 from jaxmodel.leaves.leaf import from_tensors, tensor_names, to_tensors
 
-L, OUT, IN = 3, 4, 24
+L = 3
+OUT = 4
+IN = 24
 
 
-def qtensor(bits: int, affine: bool = False, scales: str = "row", group: int | None = None, n: int = IN, **static) -> QTensor:
+def qtensor(
+    bits: int,
+    affine: bool = False,
+    scales: str = "row",
+    group: int | None = None,
+    n: int = IN,
+    **static,
+) -> QTensor:
     rng = np.random.default_rng(bits)
     shape = (L, 1 if scales == "tensor" else OUT, -(-n // group) if group else 1)
     if affine:
@@ -30,15 +41,23 @@ def qtensor(bits: int, affine: bool = False, scales: str = "row", group: int | N
         codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (L, OUT, n))
     scale = jnp.asarray(rng.uniform(0.5, 2, shape), static.pop("dtype", jnp.float32))
     minimum = -scale if affine else None
-    return QTensor.from_codes(jnp.asarray(codes, jnp.int32), scale, minimum, bits=bits, group=group, **static)
+    return QTensor.from_codes(
+        jnp.asarray(codes, jnp.int32), scale, minimum, bits=bits, group=group, **static
+    )
 
 
-def sparse(n: int = IN, pattern: tuple[int, int] | None = None, values: QTensor | None = None) -> Sparse:
+def sparse(
+    n: int = IN, pattern: tuple[int, int] | None = None, values: QTensor | None = None
+) -> Sparse:
     rng = np.random.default_rng(0)
     m = pattern[1] if pattern else n
-    keep = np.argsort(rng.random((L, OUT, n // m, m)), axis=-1) < (pattern[0] if pattern else n // 2)
+    keep = np.argsort(rng.random((L, OUT, n // m, m)), axis=-1) < (
+        pattern[0] if pattern else n // 2
+    )
     weight = np.where(keep.reshape(L, OUT, n), rng.normal(size=(L, OUT, n)), 0).astype(np.float32)
-    leaf = Sparse.from_dense(jnp.asarray(weight), jnp.asarray(keep.reshape(L, OUT, n)), pattern=pattern)
+    leaf = Sparse.from_dense(
+        jnp.asarray(weight), jnp.asarray(keep.reshape(L, OUT, n)), pattern=pattern
+    )
     return leaf if values is None else dataclasses.replace(leaf, values=values)
 
 
@@ -51,7 +70,10 @@ def blocks(columns: int) -> BlockSparse:
 
 def adapted(base: Compressed) -> Adapted:
     rng = np.random.default_rng(0)
-    down, up, scale = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((L, 1, IN), (L, OUT, 1), (L,)))
+    down, up, scale = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((L, 1, IN), (L, OUT, 1), (L,))
+    )
     return Adapted(base, down, up, scale)
 
 
@@ -96,7 +118,11 @@ def test_describes_itself(leaf):
     chex.assert_type(dense, leaf.dtype)
     assert leaf.ndim == 3
     assert leaf.size == dense.size == L * layer(leaf, 0).size
-    assert leaf.nbytes == sum(np.asarray(a).nbytes for a in jax.tree.leaves(leaf)) == tree.nbytes({"w": leaf})
+    assert (
+        leaf.nbytes
+        == sum(np.asarray(a).nbytes for a in jax.tree.leaves(leaf))
+        == tree.nbytes({"w": leaf})
+    )
     assert leaf.bits_per_weight == pytest.approx(8 * leaf.nbytes / dense.size)
     assert tree.count({"w": leaf}) == dense.size
     assert leaf.nbytes < dense.nbytes
@@ -111,7 +137,9 @@ def test_jit_scan_and_vmap_equal_a_loop_over_layers(leaf):
     whole, scanned, mapped = jax.jit(run)(leaf)
     loop = np.stack([layer(leaf, i).decode() for i in range(L)])
     for got in (whole, scanned, mapped):
-        chex.assert_trees_all_close(got, loop, rtol=1e-6, atol=1e-6, strict=True)  # XLA may fuse multiply and add
+        chex.assert_trees_all_close(
+            got, loop, rtol=1e-6, atol=1e-6, strict=True
+        )  # XLA may fuse multiply and add
     chex.assert_trees_all_equal(leaf.decode(), loop, strict=True)
 
 
@@ -177,13 +205,21 @@ def test_other_static_fields_are_another_structure(leaf):
     """So that jit compiles again and `tree.stack` does not join."""
     assert hash(jax.tree.structure(leaf)) == hash(jax.tree.structure(layer(leaf, 0)))
     padded = lambda one: dataclasses.replace(one, pad=one.pad + 1)
-    other = dataclasses.replace(leaf, base=padded(leaf.base)) if isinstance(leaf, Adapted) else padded(leaf)
+    other = (
+        dataclasses.replace(leaf, base=padded(leaf.base))
+        if isinstance(leaf, Adapted)
+        else padded(leaf)
+    )
     assert jax.tree.structure(other) != jax.tree.structure(leaf)
-    assert list(tree.stack({"blocks": {"0": {"w": layer(leaf, 0)}, "1": {"w": layer(other, 1)}}})["blocks"]) == ["0", "1"]
-    assert list(tree.stack({"blocks": {"0": {"w": layer(leaf, 0)}, "1": {"w": layer(leaf, 1)}}})["blocks"]) == ["0-1"]
+    assert list(
+        tree.stack({"blocks": {"0": {"w": layer(leaf, 0)}, "1": {"w": layer(other, 1)}}})["blocks"]
+    ) == ["0", "1"]
+    assert list(
+        tree.stack({"blocks": {"0": {"w": layer(leaf, 0)}, "1": {"w": layer(leaf, 1)}}})["blocks"]
+    ) == ["0-1"]
 
 
-# ---------------------------------------------------------------------------------------- what is no leaf of ours
+# -------------------------------------------------------------------------- what is no leaf of ours
 
 
 def test_a_plain_array_has_one_nameless_tensor():
@@ -199,7 +235,9 @@ def test_a_plain_array_has_one_nameless_tensor():
 
 def test_an_unknown_type_names_those_that_are_known():
     with pytest.raises(
-        InputError, match=r"leaf type: 'QTensr' is not known; allowed: Adapted, BlockSparse, QTensor, Sparse \(nearest: QTensor"
+        InputError,
+        match=r"leaf type: 'QTensr' is not known; allowed: Adapted, BlockSparse, QTensor, Sparse "
+        r"\(nearest: QTensor",
     ):
         from_tensors({}, {"type": "QTensr"})
 

@@ -8,21 +8,34 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from jaxmodel.leaves.packing import codes_per_unit, pack, packed_length, pad_last, unpack, unpacked_length
+from jaxmodel.leaves.packing import (
+    codes_per_unit,
+    pack,
+    packed_length,
+    pad_last,
+    unpack,
+    unpacked_length,
+)
 
 BITS = range(1, 9)
-PACK, UNPACK = jax.jit(pack, static_argnums=1), jax.jit(unpack, static_argnums=1)
+PACK = jax.jit(pack, static_argnums=1)
+UNPACK = jax.jit(unpack, static_argnums=1)
 
 
 def pack_row(codes: list[int], bits: int) -> bytes:
-    """The documented layout, a unit of codes at a time: as one big integer, or as one integer for each bit."""
-    unit, out = codes_per_unit(bits), b""
+    """The documented layout, a unit of codes at a time: as one big integer, or as one integer for
+    each bit.
+    """
+    unit = codes_per_unit(bits)
+    out = b""
     for start in range(0, len(codes), unit):
         part = codes[start : start + unit]
         if bits in (1, 2, 4, 8):
             out += bytes([sum(code << (i * bits) for i, code in enumerate(part))])
         else:
-            out += bytes(sum((code >> bit & 1) << i for i, code in enumerate(part)) for bit in range(bits))
+            out += bytes(
+                sum((code >> bit & 1) << i for i, code in enumerate(part)) for bit in range(bits)
+            )
     return out
 
 
@@ -42,7 +55,8 @@ def test_pack_has_the_documented_layout_and_unpack_inverts_it(case):
     packed = PACK(jnp.asarray(codes, jnp.uint8), bits)
     assert packed.dtype == jnp.uint8
     assert packed.shape == (*codes.shape[:-1], packed_length(codes.shape[-1], bits))
-    rows, packed_rows = codes.reshape(-1, codes.shape[-1]), np.asarray(packed).reshape(-1, packed.shape[-1])
+    rows = codes.reshape(-1, codes.shape[-1])
+    packed_rows = np.asarray(packed).reshape(-1, packed.shape[-1])
     for row, packed_row in zip(rows.tolist(), packed_rows, strict=True):
         assert packed_row.tobytes() == pack_row(row, bits)
     back = UNPACK(packed, bits)
@@ -75,7 +89,9 @@ def test_any_integer_dtype_packs_eagerly_and_under_vmap(bits):
     codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 3 * codes_per_unit(bits)))
     packed = pack(jnp.asarray(codes, jnp.int32), bits)
     assert np.asarray(packed)[1].tobytes() == pack_row(codes[1].tolist(), bits)
-    mapped = jax.jit(jax.vmap(lambda c: unpack(pack(c, bits), bits)))(jnp.asarray(codes, jnp.int8 if bits < 8 else jnp.uint8))
+    mapped = jax.jit(jax.vmap(lambda c: unpack(pack(c, bits), bits)))(
+        jnp.asarray(codes, jnp.int8 if bits < 8 else jnp.uint8)
+    )
     np.testing.assert_array_equal(mapped, codes)
 
 

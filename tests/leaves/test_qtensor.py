@@ -26,10 +26,22 @@ def random_codes(bits: int, affine: bool, shape: tuple[int, ...], seed: int) -> 
     rng = np.random.default_rng(seed)
     if affine:
         return rng.integers(0, 2**bits, shape)
-    return rng.choice([-1, 1], shape) if bits == 1 else rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
+    return (
+        rng.choice([-1, 1], shape)
+        if bits == 1
+        else rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
+    )
 
 
-def make(bits: int, affine: bool, n: int, scales: str, group: int | None, lead: tuple[int, ...] = (), seed: int = 0):
+def make(
+    bits: int,
+    affine: bool,
+    n: int,
+    scales: str,
+    group: int | None,
+    lead: tuple[int, ...] = (),
+    seed: int = 0,
+):
     """A leaf and, in float64, the weight that it stands for."""
     rng = np.random.default_rng(seed + 1)
     shape = (*lead, 1 if scales == "tensor" else OUT, groups_of(n, group))
@@ -40,17 +52,31 @@ def make(bits: int, affine: bool, n: int, scales: str, group: int | None, lead: 
     for index in np.ndindex(weight.shape):
         *first, row, i = index
         place = (*first, 0 if scales == "tensor" else row, 0 if group is None else i // group)
-        weight[index] = float(scale[place]) * codes[index] + (float(minimum[place]) if affine else 0.0)
-    arrays = (jnp.asarray(codes, jnp.int32), jnp.asarray(scale), None if minimum is None else jnp.asarray(minimum))
+        weight[index] = float(scale[place]) * codes[index] + (
+            float(minimum[place]) if affine else 0.0
+        )
+    arrays = (
+        jnp.asarray(codes, jnp.int32),
+        jnp.asarray(scale),
+        None if minimum is None else jnp.asarray(minimum),
+    )
     return QTensor.from_codes(*arrays, bits=bits, group=group), codes, weight
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[int, bool, int, str, int | None, tuple[int, ...]]:
-    bits, affine = draw(st.integers(1, 8)), draw(st.booleans())
+    bits = draw(st.integers(1, 8))
+    affine = draw(st.booleans())
     scales = draw(st.sampled_from(["tensor", "row", "group"]))
     group = draw(st.sampled_from([8, 16])) if scales == "group" else None
-    return bits, affine, draw(st.sampled_from([13, 16])), scales, group, draw(st.sampled_from([(), (2,)]))
+    return (
+        bits,
+        affine,
+        draw(st.sampled_from([13, 16])),
+        scales,
+        group,
+        draw(st.sampled_from([(), (2,)])),
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -66,7 +92,13 @@ def test_decode_is_the_formula(case, seed):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_bytes_are_counted_exactly(bits):
-    for n, group, affine in ((64, None, False), (64, 16, False), (64, 16, True), (13, None, False), (13, 8, True)):
+    for n, group, affine in (
+        (64, None, False),
+        (64, 16, False),
+        (64, 16, True),
+        (13, None, False),
+        (13, 8, True),
+    ):
         leaf, _, _ = make(bits, affine, n, "row", group)
         unit = 1 if bits == 8 else codes_per_unit(bits)
         padded = -(-n // (group or unit)) * (group or unit)
@@ -76,7 +108,8 @@ def test_bytes_are_counted_exactly(bits):
 
 
 def test_int4_in_groups_of_64_with_16_bit_scales_is_four_and_a_quarter_bits():
-    codes, scale = jnp.zeros((8, 256), jnp.int32), jnp.ones((8, 4), jnp.float16)
+    codes = jnp.zeros((8, 256), jnp.int32)
+    scale = jnp.ones((8, 4), jnp.float16)
     leaf = QTensor.from_codes(codes, scale, bits=4, group=64)
     assert leaf.bits_per_weight == 4.25
     affine = QTensor.from_codes(codes, scale, scale, bits=4, group=64)
@@ -106,7 +139,7 @@ def test_one_group_longer_than_the_row():
     np.testing.assert_allclose(leaf.decode(), weight, rtol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- broken invariants
+# -------------------------------------------------------------------------------- broken invariants
 
 GOOD, _, _ = make(4, True, 16, "group", 8)
 WHOLE, _, _ = make(8, False, 16, "row", None)
@@ -118,7 +151,11 @@ WHOLE, _, _ = make(8, False, 16, "row", None)
         (GOOD, {"bits": 0}, "bits is 0; allowed: 1 to 8"),
         (GOOD, {"bits": 9}, "bits is 9; allowed: 1 to 8"),
         (GOOD, {"packed": GOOD.packed.astype(jnp.int8)}, "packed has dtype int8; uint8 is needed"),
-        (WHOLE, {"packed": WHOLE.packed.astype(jnp.uint8)}, "packed has dtype uint8; int8 is needed"),
+        (
+            WHOLE,
+            {"packed": WHOLE.packed.astype(jnp.uint8)},
+            "packed has dtype uint8; int8 is needed",
+        ),
         (WHOLE, {"minimum": WHOLE.scale}, "packed has dtype int8; uint8 is needed"),
         (GOOD, {"packed": GOOD.packed[0]}, "at least"),
         (GOOD, {"bits": 3}, "not whole bytes"),
@@ -126,8 +163,16 @@ WHOLE, _, _ = make(8, False, 16, "row", None)
         (GOOD, {"scale": GOOD.scale[0]}, "scale has shape"),
         (GOOD, {"scale": GOOD.scale[:2]}, "scale has shape"),
         (GOOD, {"scale": GOOD.scale[:, :0]}, "0 groups do not divide"),
-        (GOOD, {"scale": jnp.ones((OUT, 3)), "minimum": jnp.ones((OUT, 3))}, "3 groups do not divide 16 codes"),
-        (GOOD, {"scale": GOOD.scale[:1], "minimum": GOOD.minimum[:1]}, "groups need a scale for every row"),
+        (
+            GOOD,
+            {"scale": jnp.ones((OUT, 3)), "minimum": jnp.ones((OUT, 3))},
+            "3 groups do not divide 16 codes",
+        ),
+        (
+            GOOD,
+            {"scale": GOOD.scale[:1], "minimum": GOOD.minimum[:1]},
+            "groups need a scale for every row",
+        ),
         (GOOD, {"minimum": GOOD.minimum[:, :1]}, "minimum differs from scale"),
         (GOOD, {"minimum": GOOD.minimum.astype(jnp.float16)}, "minimum differs from scale"),
         (GOOD, {"pad": 8}, "pad is 8"),
@@ -147,11 +192,13 @@ def test_from_codes_refuses_scales_that_do_not_fit_the_groups():
     for groups in (1, 2, 8):
         with pytest.raises(InputError, match=f"{groups} scales a row do not fit groups of 16"):
             QTensor.from_codes(codes, jnp.ones((2, groups)), bits=4, group=16)
-    with pytest.raises(InputError, match="whole bytes"):  # three groups of 12 codes of 3 bits end within a byte
+    with pytest.raises(
+        InputError, match="whole bytes"
+    ):  # three groups of 12 codes of 3 bits end within a byte
         QTensor.from_codes(codes[:, :36], jnp.ones((2, 3)), bits=3, group=12)
 
 
-# ------------------------------------------------------------------------------------------------------ on a mesh
+# ---------------------------------------------------------------------------------------- on a mesh
 
 
 def test_specs_of_the_parts():
@@ -167,7 +214,9 @@ def test_specs_of_the_parts():
 
 
 def test_specs_refuses_to_split_a_group_or_a_byte():
-    with pytest.raises(InputError, match="cuts the last axis of 16 codes into 4 parts, which splits a group of 8"):
+    with pytest.raises(
+        InputError, match="cuts the last axis of 16 codes into 4 parts, which splits a group of 8"
+    ):
         GOOD.specs(P(None, "a"), {"a": 4})
     nibbles, _, _ = make(4, False, 2, "row", None)
     with pytest.raises(InputError, match="splits a byte of 2"):

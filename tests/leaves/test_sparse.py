@@ -29,7 +29,9 @@ def two_of_four(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarr
     return np.where(keep, rng.normal(size=shape), 0).astype(np.float32), keep
 
 
-def quantised(leaf: Sparse, bits: int, group: int | None = None, activations: str | None = None) -> Sparse:
+def quantised(
+    leaf: Sparse, bits: int, group: int | None = None, activations: str | None = None
+) -> Sparse:
     """The same leaf with symmetric codes for values."""
     values = np.asarray(leaf.values, np.float64)
     *lead, n = values.shape
@@ -41,7 +43,9 @@ def quantised(leaf: Sparse, bits: int, group: int | None = None, activations: st
         scale = np.maximum(np.abs(grouped).max(-1) / (2 ** (bits - 1) - 1), 1e-6).astype(np.float32)
         codes = np.round(grouped / scale[..., None]).reshape(values.shape)
     kwargs = {"bits": bits, "group": group, "activations": activations}
-    return dataclasses.replace(leaf, values=QTensor.from_codes(jnp.asarray(codes, jnp.int32), jnp.asarray(scale), **kwargs))
+    return dataclasses.replace(
+        leaf, values=QTensor.from_codes(jnp.asarray(codes, jnp.int32), jnp.asarray(scale), **kwargs)
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -89,15 +93,21 @@ def test_n_of_m_has_no_slack_and_jits():
     assert leaf.values.shape == (2, 3, 8)
     assert leaf.bits_per_weight == 1 + 32 / 2
     np.testing.assert_array_equal(leaf.decode(), weight)
-    jitted = jax.jit(lambda w, k: Sparse.from_dense(w, k, pattern=(2, 4)))(jnp.asarray(weight), jnp.asarray(keep))
+    jitted = jax.jit(lambda w, k: Sparse.from_dense(w, k, pattern=(2, 4)))(
+        jnp.asarray(weight), jnp.asarray(keep)
+    )
     assert jax.tree.structure(jitted) == jax.tree.structure(leaf)
     np.testing.assert_array_equal(jitted.values, leaf.values)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(1, None), (2, None), (4, None), (8, None), (4, 8), (8, 4)])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(1, None), (2, None), (4, None), (8, None), (4, 8), (8, 4)]
+)
 def test_values_may_be_codes(bits, group):
     weight, keep = two_of_four((3, 32), bits)
-    leaf = quantised(Sparse.from_dense(jnp.asarray(weight), jnp.asarray(keep), pattern=(2, 4)), bits, group)
+    leaf = quantised(
+        Sparse.from_dense(jnp.asarray(weight), jnp.asarray(keep), pattern=(2, 4)), bits, group
+    )
     leaf.check()
     leaf.check_values()
     decoded = np.asarray(leaf.decode())
@@ -139,7 +149,7 @@ def test_expand_of_a_tree():
     np.testing.assert_array_equal(expanded["a"], sparse.decode())
 
 
-# ---------------------------------------------------------------------------------------------- broken invariants
+# -------------------------------------------------------------------------------- broken invariants
 
 GOOD = Sparse.from_dense(jnp.asarray(weights((3, 12), 0.5, 0)))
 PATTERN = Sparse.from_dense(*map(jnp.asarray, two_of_four((3, 32), 0)), pattern=(2, 4))
@@ -171,8 +181,16 @@ def test_check_refuses_a_broken_leaf(leaf, change, message):
 @pytest.mark.parametrize(
     ("leaf", "change", "message"),
     [
-        (GOOD, {"mask": GOOD.mask.at[1].set(255)}, "keeps 12 elements but has|keeps an element of the padding"),
-        (GOOD, {"mask": GOOD.mask.at[:, 1].set(GOOD.mask[:, 1] | 16)}, "element of the padding|elements but has"),
+        (
+            GOOD,
+            {"mask": GOOD.mask.at[1].set(255)},
+            "keeps 12 elements but has|keeps an element of the padding",
+        ),
+        (
+            GOOD,
+            {"mask": GOOD.mask.at[:, 1].set(GOOD.mask[:, 1] | 16)},
+            "element of the padding|elements but has",
+        ),
         (GOOD, {"mask": GOOD.mask & 0}, "stands behind the last kept"),
         (PATTERN, {"mask": (PATTERN.mask & 0) | 15}, "a group does not keep 2"),
     ],
@@ -190,7 +208,7 @@ def test_from_dense_does_not_lose_weights_to_a_pattern():
         Sparse.from_dense(jnp.ones((1, 4)), pattern=(2, 4))
 
 
-# ------------------------------------------------------------------------------------------------------ on a mesh
+# ---------------------------------------------------------------------------------------- on a mesh
 
 
 def test_specs():

@@ -1,4 +1,6 @@
-"""The loss of a model of experts: cross entropy and, in training only, its balance, by hand from the parts of the model."""
+"""The loss of a model of experts: cross entropy and, in training only, its balance, by hand from
+the parts of the model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from jaxmodel.models import llama
 CONFIG = dataclasses.replace(llama.SIZES["tiny-moe"], depth=2, init_scale=0.3, balance=0.05)
 MODEL = llama.model(CONFIG)
 ROWS = np.random.default_rng(0).integers(0, 256, (4, 13))
-BATCH = {"tokens": jnp.asarray(ROWS[:, :-1], jnp.int32), "targets": jnp.asarray(ROWS[:, 1:], jnp.int32)}
+BATCH = {
+    "tokens": jnp.asarray(ROWS[:, :-1], jnp.int32),
+    "targets": jnp.asarray(ROWS[:, 1:], jnp.int32),
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +35,14 @@ def by_hand(params: tree.Params) -> tuple[float, float]:
     x, context = embed(params, {"tokens": BATCH["tokens"]})
     each = []
     for i, layer in tree.unstack(params)["blocks"].items():
-        moe = {**layer["moe"], "down": jnp.zeros_like(layer["moe"]["down"])}  # what the experts read: the stream before them
+        moe = {
+            **layer["moe"],
+            "down": jnp.zeros_like(layer["moe"]["down"]),
+        }  # what the experts read: the stream before them
         before = np.asarray(block({**layer, "moe": moe}, x, context, None, int(i))[0], np.float64)
-        normed = before / np.sqrt(np.mean(before**2, -1, keepdims=True) + CONFIG.norm_eps)  # the norm's weight is 1
+        normed = before / np.sqrt(
+            np.mean(before**2, -1, keepdims=True) + CONFIG.norm_eps
+        )  # the norm's weight is 1
         scores = normed.reshape(-1, CONFIG.width) @ np.asarray(layer["moe"]["router"], np.float64).T
         p = np.exp(scores - scores.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
@@ -42,19 +52,31 @@ def by_hand(params: tree.Params) -> tuple[float, float]:
         x = block(layer, x, context, None, int(i))[0]
     logits = np.asarray(head(params, x), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return -float(np.take_along_axis(log_p, np.asarray(BATCH["targets"])[..., None], -1).mean()), float(np.mean(each))
+    return -float(
+        np.take_along_axis(log_p, np.asarray(BATCH["targets"])[..., None], -1).mean()
+    ), float(np.mean(each))
 
 
 def test_training_adds_the_balance_and_a_held_out_loss_does_not(params):
     entropy, balance = by_hand(params)
 
     def both(params):
-        of = lambda train_: jax.value_and_grad(lambda p: losses.next_token(MODEL, p, BATCH, train=train_), has_aux=True)(params)
-        return of(True), of(False), jax.grad(lambda p: MODEL.hidden(p, BATCH["tokens"]).aux["load_balance"])(params)
+        of = lambda train_: jax.value_and_grad(
+            lambda p: losses.next_token(MODEL, p, BATCH, train=train_), has_aux=True
+        )(params)
+        return (
+            of(True),
+            of(False),
+            jax.grad(lambda p: MODEL.hidden(p, BATCH["tokens"]).aux["load_balance"])(params),
+        )
 
     ((loss, metrics), grads), ((heldout, same), plain), pull = jax.jit(both)(params)
     assert balance > CONFIG.experts_per_token + 0.05  # not balanced, so that something is added
-    assert float(metrics["load_balance"]) == pytest.approx(balance, rel=1e-5) == float(same["load_balance"])
+    assert (
+        float(metrics["load_balance"])
+        == pytest.approx(balance, rel=1e-5)
+        == float(same["load_balance"])
+    )
     assert float(loss) == pytest.approx(entropy + 0.05 * balance, rel=1e-5)
     assert float(heldout) == pytest.approx(entropy, rel=1e-5)
     grads, plain, pull = (a["blocks"]["0-1"]["moe"]["router"] for a in (grads, plain, pull))
@@ -65,6 +87,8 @@ def test_training_adds_the_balance_and_a_held_out_loss_does_not(params):
 def test_a_dense_model_has_no_balance():
     dense = llama.model(llama.SIZES["tiny"])
     shapes = jax.eval_shape(dense.init, jax.random.key(0))
-    assert set(jax.eval_shape(lambda params: losses.next_token(dense, params, BATCH), shapes)[1]) == {"weight"}
+    assert set(
+        jax.eval_shape(lambda params: losses.next_token(dense, params, BATCH), shapes)[1]
+    ) == {"weight"}
     with pytest.raises(InputError, match="balance: -0.1 given; allowed: at least 0"):
         dataclasses.replace(CONFIG, balance=-0.1)

@@ -1,4 +1,6 @@
-"""Penalties equal the hand sum, bounds hold after the update, SAM is the gradient at the worst point; all by rules."""
+"""Penalties equal the hand sum, bounds hold after the update, SAM is the gradient at the worst
+point; all by rules.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step
 
 MODEL = mlp.model(mlp.Config(4, (4, 4, 4), 3))
-BATCH = {"features": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), "labels": jnp.arange(6) % 3}
+BATCH = {
+    "features": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32),
+    "labels": jnp.arange(6) % 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def params():
     return jax.jit(MODEL.init)(jax.random.key(0))
 
 
-# ------------------------------------------------------------------------------------------------------------- penalties
+# ---------------------------------------------------------------------------------------- penalties
 
 
 def test_text_forms():
@@ -58,9 +63,17 @@ def test_what_is_no_penalty(value, message):
 
 
 def test_the_penalty_is_the_hand_sum_by_layer(params):
-    rules = [("blocks/0/dense", "l1(0.1)"), ("blocks/1/dense", L2(0.2)), ("head", "elastic(0.3, 0.4)"), (".*", None)]
+    rules = [
+        ("blocks/0/dense", "l1(0.1)"),
+        ("blocks/1/dense", L2(0.2)),
+        ("head", "elastic(0.3, 0.4)"),
+        (".*", None),
+    ]
     layers = tree.flatten(tree.unstack(params))
-    w = {path: np.asarray(layers[path], np.float64) for path in ("blocks/0/dense", "blocks/1/dense", "head")}
+    w = {
+        path: np.asarray(layers[path], np.float64)
+        for path in ("blocks/0/dense", "blocks/1/dense", "head")
+    }
     wanted = 0.1 * np.abs(w["blocks/0/dense"]).sum() + 0.2 * (w["blocks/1/dense"] ** 2).sum()
     wanted += 0.3 * np.abs(w["head"]).sum() + 0.4 * (w["head"] ** 2).sum()
     assert any(tree.is_stacked(path) for path in tree.flatten(params))
@@ -78,19 +91,23 @@ def test_the_penalty_is_the_hand_sum_by_layer(params):
 def test_a_uniform_penalty_does_not_split_and_has_its_gradient(params):
     grads = jax.grad(lambda p: penalties([(".*_bias", None), (".*", "l2(0.5)")], p))(params)
     for path, g in tree.flatten(grads).items():
-        np.testing.assert_allclose(g, 0 if path.endswith("_bias") else tree.flatten(params)[path], rtol=1e-6)
+        np.testing.assert_allclose(
+            g, 0 if path.endswith("_bias") else tree.flatten(params)[path], rtol=1e-6
+        )
 
 
 def test_a_leaf_that_cannot_be_penalised():
     packed = leaves.Sparse.from_dense(jnp.eye(4), jnp.eye(4) > 0)
-    with pytest.raises(InputError, match="the leaf 'w' is Sparse; allowed: plain floating-point weights, and None"):
+    with pytest.raises(
+        InputError, match="the leaf 'w' is Sparse; allowed: plain floating-point weights, and None"
+    ):
         penalties([("w", "l1(1)")], {"w": packed})
     with pytest.raises(InputError, match="the leaf 'n' is int32"):
         penalties([("n", "l1(1)")], {"n": jnp.arange(3)})
     assert float(penalties([(".*", None)], {"n": jnp.arange(3), "w": packed})) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- projections
+# -------------------------------------------------------------------------------------- projections
 
 
 def norms(leaf) -> np.ndarray:
@@ -102,10 +119,14 @@ def test_norms_are_in_bounds_after_the_update(seed, low, more, size):
     rng = np.random.default_rng(seed)
     w, u = (jnp.asarray(size * rng.normal(size=(5, 4)), jnp.float32) for _ in range(2))
     high = low + more + 1e-3
-    updates, _ = project([("w", MaxMinNorm(low, high))]).update({"w": u}, optax.EmptyState(), {"w": w})
+    updates, _ = project([("w", MaxMinNorm(low, high))]).update(
+        {"w": u}, optax.EmptyState(), {"w": w}
+    )
     new = optax.apply_updates({"w": w}, updates)["w"]  # pyright: ignore
     slack = 1e-6 * float(jnp.max(jnp.abs(w)))  # of the sum p + (new - p)
-    assert (norms(new) <= high * (1 + 1e-6) + slack).all() and (norms(new) >= low * (1 - 1e-6) - slack).all()
+    assert (norms(new) <= high * (1 + 1e-6) + slack).all() and (
+        norms(new) >= low * (1 - 1e-6) - slack
+    ).all()
     free = np.asarray(w + u)
     inside = (norms(free) < high * (1 - 1e-5)) & (norms(free) > low * (1 + 1e-5))
     np.testing.assert_array_equal(np.asarray(updates["w"])[inside], np.asarray(u)[inside])
@@ -115,7 +136,11 @@ def test_norms_are_in_bounds_after_the_update(seed, low, more, size):
 
 def test_layers_of_a_segment_have_bounds_of_their_own(params):
     big = jax.tree.map(lambda a: 10 * a + 1, params)
-    rules = [("blocks/0/dense", "maxnorm(1)"), ("blocks/1/dense", "maxminnorm(30, 40)"), ("head_bias", "maxnorm(0.5)")]
+    rules = [
+        ("blocks/0/dense", "maxnorm(1)"),
+        ("blocks/1/dense", "maxminnorm(30, 40)"),
+        ("head_bias", "maxnorm(0.5)"),
+    ]
     optimizer = optax.chain(optax.sgd(0.1), project([*rules, (".*", None)]))
     grads = jax.tree.map(jnp.ones_like, big)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(big), big)
@@ -134,7 +159,13 @@ def test_training_keeps_the_bound(params):
     state = init_state(params, optimizer)
     for _ in range(5):
         state, _ = step(state, BATCH)
-    found = np.concatenate([norms(a).ravel() for path, a in tree.flatten(state.params).items() if not path.endswith("_bias")])
+    found = np.concatenate(
+        [
+            norms(a).ravel()
+            for path, a in tree.flatten(state.params).items()
+            if not path.endswith("_bias")
+        ]
+    )
     assert found.max() <= 0.7 * (1 + 1e-6) and (found > 0.69).any()
 
 
@@ -166,12 +197,15 @@ def test_a_projection_needs_params_and_rules_that_fit():
         project([("v", "maxnorm(1)"), (".*", None)]).init(w)
 
 
-# ------------------------------------------------------------------------------------------------------------------- SAM
+# ---------------------------------------------------------------------------------------------- SAM
 
 
 def test_sam_on_a_quadratic_by_hand():
     curved = np.array([[3.0, 1.0], [1.0, 2.0]])
-    fn = lambda p, a: (0.5 * jnp.sum(p["x"] * (a @ p["x"])) + jnp.sum(p["y"] ** 2), {"seen": jnp.sum(p["x"])})
+    fn = lambda p, a: (
+        0.5 * jnp.sum(p["x"] * (a @ p["x"])) + jnp.sum(p["y"] ** 2),
+        {"seen": jnp.sum(p["x"])},
+    )
     p = {"x": jnp.asarray([1.0, -2.0]), "y": jnp.asarray([0.5])}
     run = jax.value_and_grad(fn, has_aux=True)
     (value, metrics), grads = jax.jit(sam(run, 0.3))(p, jnp.asarray(curved, jnp.float32))
@@ -195,7 +229,12 @@ def test_sam_where_the_gradient_is_zero_and_in_half_precision():
 def test_a_step_takes_sam_as_its_gradient(params):
     from jaxmodel.train.gradients import value_and_grad
 
-    step = make_step(MODEL, classification, optax.sgd(1.0), gradients=lambda objective: sam(value_and_grad(objective), 0.1))
+    step = make_step(
+        MODEL,
+        classification,
+        optax.sgd(1.0),
+        gradients=lambda objective: sam(value_and_grad(objective), 0.1),
+    )
     state = init_state(params, optax.sgd(1.0))
     new, _ = jax.jit(step)(state, BATCH)
     run = jax.value_and_grad(lambda p: classification(MODEL, p, BATCH), has_aux=True)

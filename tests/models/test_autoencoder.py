@@ -1,4 +1,6 @@
-"""Auto-encoders: divergences against Monte Carlo, gradients through samples, sparsity, noise, and that each kind learns."""
+"""Auto-encoders: divergences against Monte Carlo, gradients through samples, sparsity, noise, and
+that each kind learns.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,12 @@ def data(rows=256, features=16, rank=3, seed=0):
     return jnp.asarray(factors / np.sqrt(np.mean(factors**2)), jnp.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------ the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 
 def test_the_divergence_from_a_normal_against_monte_carlo():
-    mean, log_variance = normal(3, 4), 0.7 * normal(3, 4, seed=1)
+    mean = normal(3, 4)
+    log_variance = 0.7 * normal(3, 4, seed=1)
     sample = jax.jit(jax.vmap(lambda key: codes.sample_normal(mean, log_variance, key)))
     z = np.asarray(sample(jax.random.split(jax.random.key(0), 40_000)))
     log_q = stats.norm.logpdf(z, np.asarray(mean), np.exp(0.5 * np.asarray(log_variance)))
@@ -43,14 +46,21 @@ def test_the_divergence_from_a_normal_against_monte_carlo():
     got = np.asarray(codes.kl_to_normal(mean, log_variance))
     assert np.all(np.abs(got - np.mean(ratios, axis=0)) < 4 * error)
     assert np.all(got > 0.5)
-    np.testing.assert_allclose(codes.kl_to_normal(jnp.zeros((1, 4)), jnp.zeros((1, 4))), 0, atol=1e-7)
+    np.testing.assert_allclose(
+        codes.kl_to_normal(jnp.zeros((1, 4)), jnp.zeros((1, 4))), 0, atol=1e-7
+    )
 
 
 def test_gradients_pass_through_a_sample():
-    """`E z^2 = mean^2 + variance`, whose derivatives are `2 mean` and `variance` (by the logarithm of it)."""
-    mean, log_variance = jnp.asarray([[0.5, -1.0]]), jnp.asarray([[0.2, -0.8]])
+    """`E z^2 = mean^2 + variance`, whose derivatives are `2 mean` and `variance` (by the logarithm
+    of it).
+    """
+    mean = jnp.asarray([[0.5, -1.0]])
+    log_variance = jnp.asarray([[0.2, -0.8]])
     keys = jax.random.split(jax.random.key(0), 40_000)
-    square = lambda m, v: jnp.mean(jax.vmap(lambda key: codes.sample_normal(m, v, key) ** 2)(keys), axis=0).sum()
+    square = lambda m, v: jnp.mean(
+        jax.vmap(lambda key: codes.sample_normal(m, v, key) ** 2)(keys), axis=0
+    ).sum()
     by_mean, by_spread = jax.jit(jax.grad(square, argnums=(0, 1)))(mean, log_variance)
     np.testing.assert_allclose(by_mean, 2 * np.asarray(mean), atol=0.03)
     np.testing.assert_allclose(by_spread, np.exp(log_variance), atol=0.03)
@@ -85,20 +95,25 @@ def test_of_equal_entries_no_more_than_k_are_kept():
     assert np.all(np.sum(np.asarray(codes.keep_top(wide, 40)) > 0, axis=1) == 40)
 
 
-# ----------------------------------------------------------------------------------------------------------- the models
+# --------------------------------------------------------------------------------------- the models
 
 
 def test_the_loss_of_a_variational_one_bounds_the_evidence():
-    """A linear decoder has a normal as its evidence, known in closed form; the bound lies below it, by little when trained."""
+    """A linear decoder has a normal as its evidence, known in closed form; the bound lies below it,
+    by little when trained.
+    """
     x = data(features=6, rank=2)
     config = autoencoder.Config(6, 2, kind="variational")
-    model, optimizer = autoencoder.model(config), optax.adam(2e-2)
+    model = autoencoder.model(config)
+    optimizer = optax.adam(2e-2)
     step = make_step(model, losses.autoencoder, optimizer)
 
     @jax.jit
     def fit(key):
         start = init_state(model.init(key), optimizer)
-        return start.params, jax.lax.scan(lambda state, _: step(state, {"features": x}), start, None, 400)[0].params
+        return start.params, jax.lax.scan(
+            lambda state, _: step(state, {"features": x}), start, None, 400
+        )[0].params
 
     @jax.jit
     def bound(params):
@@ -117,7 +132,10 @@ def test_the_loss_of_a_variational_one_bounds_the_evidence():
     assert float(bound(after)) > float(bound(before)) + 0.3
 
 
-KINDS = [(kind, "squared") for kind in autoencoder.KINDS] + [("plain", "bernoulli"), ("variational", "bernoulli")]
+KINDS = [(kind, "squared") for kind in autoencoder.KINDS] + [
+    ("plain", "bernoulli"),
+    ("variational", "bernoulli"),
+]
 
 
 @pytest.mark.parametrize(("kind", "reconstruction"), KINDS)
@@ -125,7 +143,8 @@ def test_every_kind_learns(kind, reconstruction):
     sparse = kind in autoencoder.SPARSE
     hidden = () if sparse else (24,)
     config = autoencoder.Config(16, 24, hidden, kind, reconstruction, penalty=0.05, k=4)
-    model, x = autoencoder.model(config), data()
+    model = autoencoder.model(config)
+    x = data()
     batch = {"features": (x > 0).astype(jnp.float32) if reconstruction == "bernoulli" else x}
     optimizer = optax.adam(1e-2)
     step = make_step(model, losses.autoencoder, optimizer)
@@ -143,20 +162,31 @@ def test_every_kind_learns(kind, reconstruction):
 
 @pytest.mark.parametrize("kind", ["denoising", "variational"])
 def test_noise_is_in_training_only_and_of_the_key(kind):
-    model, x = autoencoder.model(autoencoder.Config(16, 8, (12,), kind)), {"features": data()}
+    model = autoencoder.model(autoencoder.Config(16, 8, (12,), kind))
+    x = {"features": data()}
     params = jax.jit(model.init)(jax.random.key(0))
-    run = jax.jit(lambda key, train: model.apply(params, x, rng=key, train=train).logits, static_argnums=1)
-    one, two = jax.random.key(1), jax.random.key(2)
+    run = jax.jit(
+        lambda key, train: model.apply(params, x, rng=key, train=train).logits, static_argnums=1
+    )
+    one = jax.random.key(1)
+    two = jax.random.key(2)
     np.testing.assert_array_equal(run(one, True), run(one, True))
     assert np.abs(run(one, True) - run(two, True)).max() > 1e-2
     np.testing.assert_array_equal(run(one, False), run(None, True))
 
 
 def test_a_denoising_one_hides_its_share_of_the_inputs():
-    model = autoencoder.model(autoencoder.Config(400, 400, kind="denoising", noise=0.3, activation="identity"))
+    model = autoencoder.model(
+        autoencoder.Config(400, 400, kind="denoising", noise=0.3, activation="identity")
+    )
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree.map(lambda a: np.eye(400, dtype=np.float32) if a.ndim == 2 else np.zeros(400, np.float32), shapes)
-    run = jax.jit(lambda params, x: model.hidden(params, x, rng=jax.random.key(0), train=True).hidden)
+    params = jax.tree.map(
+        lambda a: np.eye(400, dtype=np.float32) if a.ndim == 2 else np.zeros(400, np.float32),
+        shapes,
+    )
+    run = jax.jit(
+        lambda params, x: model.hidden(params, x, rng=jax.random.key(0), train=True).hidden
+    )
     code = np.asarray(run(params, np.ones((50, 400), np.float32)))
     assert set(np.unique(code)) == {0.0, 1.0}
     assert np.mean(code) == pytest.approx(0.7, abs=0.01)
@@ -175,9 +205,14 @@ def test_a_sparse_code_is_of_what_differs_from_the_centre():
 
 
 def test_a_new_dictionary_reads_what_it_writes():
-    """Columns of length one, and their transpose in the encoder; in bfloat16 no more than k are active."""
+    """Columns of length one, and their transpose in the encoder; in bfloat16 no more than k are
+    active.
+    """
     for kind in ("l1", "topk"):
-        model = autoencoder.model(autoencoder.Config(16, 64, kind=kind, k=4), ops.Policy(compute="bfloat16", stream="bfloat16"))
+        model = autoencoder.model(
+            autoencoder.Config(16, 64, kind=kind, k=4),
+            ops.Policy(compute="bfloat16", stream="bfloat16"),
+        )
         params = jax.jit(model.init)(jax.random.key(0))
         writes = params["decoder"]["out"]["weight"]
         np.testing.assert_array_equal(params["encoder"]["code"]["weight"], writes.T)
@@ -208,7 +243,9 @@ def test_configs_that_are_refused(change, message):
 def test_inputs_that_are_refused():
     model = autoencoder.model(autoencoder.Config(16, 8))
     params = jax.eval_shape(model.init, jax.random.key(0))
-    with pytest.raises(InputError, match=r"features: the shape \[2, 4, 4\] given; needed is \[B, N\]"):
+    with pytest.raises(
+        InputError, match=r"features: the shape \[2, 4, 4\] given; needed is \[B, N\]"
+    ):
         jax.eval_shape(model.apply, params, jnp.ones((2, 4, 4)))
     with pytest.raises(InputError, match="inputs: pixels given; 'features' is needed"):
         jax.eval_shape(model.apply, params, {"pixels": jnp.ones((2, 16))})

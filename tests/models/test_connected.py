@@ -1,4 +1,6 @@
-"""The network of branches: every pattern learns, settled bodies are the same function, configs are checked."""
+"""The network of branches: every pattern learns, settled bodies are the same function, configs are
+checked.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import BlockSparse
 from jaxmodel.models import connected
 
-BASE = connected.Config((("left", 8), ("right", 8)), 4, 16, 2, features=8, rank=4, block=(4, 4), kept=2)
+BASE = connected.Config(
+    (("left", 8), ("right", 8)), 4, 16, 2, features=8, rank=4, block=(4, 4), kept=2
+)
 GROUPS = (("left", "x"), ("right", "x"), ("right", "y"))
 MERGED = {"merge": "groups", "edges": GROUPS, "combine": "product"}
 
@@ -36,12 +40,18 @@ PATTERNS = [
 @pytest.mark.parametrize(("extract", "merge", "body"), PATTERNS)
 def test_every_pattern_learns(extract, merge, body):
     model = connected.model(
-        dataclasses.replace(BASE, extract=extract, body=body, **(MERGED if merge == "groups" else {"merge": merge}))
+        dataclasses.replace(
+            BASE, extract=extract, body=body, **(MERGED if merge == "groups" else {"merge": merge})
+        )
     )
-    xs, labels, optimizer = inputs(), jnp.arange(6, dtype=jnp.int32) % 4, optax.adam(1e-2)
+    xs = inputs()
+    labels = jnp.arange(6, dtype=jnp.int32) % 4
+    optimizer = optax.adam(1e-2)
 
     def loss(params):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, xs).logits, labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(params, xs).logits, labels
+        ).mean()
 
     def step(carry, _):
         params, state = carry
@@ -71,14 +81,18 @@ def test_a_settled_body_is_the_same_function_in_fewer_bytes(body):
     assert np.any(keep[0] != keep[1])  # the layers do not all read the same inputs
     want = apply(params)
     np.testing.assert_allclose(apply(settled), want, atol=1e-5)
-    dense = tree.map_leaves(lambda _, leaf: leaf.decode() if isinstance(leaf, BlockSparse) else leaf, settled)
+    dense = tree.map_leaves(
+        lambda _, leaf: leaf.decode() if isinstance(leaf, BlockSparse) else leaf, settled
+    )
     np.testing.assert_allclose(apply(dense), want, atol=1e-5)
     assert tree.nbytes(settled) < 0.5 * tree.nbytes(dense)
 
 
 def test_a_shared_extractor_and_shared_edges_count_once():
     own, shared = (dataclasses.replace(BASE, extract=extract) for extract in ("own", "shared"))
-    count = lambda config: tree.count(jax.eval_shape(connected.model(config).init, jax.random.key(0)))
+    count = lambda config: tree.count(
+        jax.eval_shape(connected.model(config).init, jax.random.key(0))
+    )
     assert count(own) - count(shared) == 8 * 8 + 8
     apart = dataclasses.replace(BASE, merge="groups", edges=GROUPS)
     tied = dataclasses.replace(apart, share=((".*->x", "both"),))
@@ -114,15 +128,28 @@ def test_layers_of_concatenation_read_all_before_them():
         ({"branches": (("a", 2), ("b", 0))}, "branches: b: 0 given"),
         ({"branches": (("a", 2),), "merge": "bilinear"}, "for a bilinear merge two"),
         ({"merge": "groups", "edges": (("left", "x"),)}, "the group 'right' has none"),
-        ({"merge": "groups", "edges": tuple((b, g) for b in ("left", "right") for g in "xyz")}, "3 groups given; a divisor"),
+        (
+            {"merge": "groups", "edges": tuple((b, g) for b in ("left", "right") for g in "xyz")},
+            "3 groups given; a divisor",
+        ),
         ({"merge": "groups", "edges": GROUPS, "combine": "max"}, "combine: 'max' is not known"),
-        ({"merge": "groups", "edges": GROUPS, "share": (("left->z", "q"),)}, "'left->z' matches no leaf"),
-        ({"edges": GROUPS}, "edges, share, importance: given with the merge 'full'; allowed: with 'groups'"),
+        (
+            {"merge": "groups", "edges": GROUPS, "share": (("left->z", "q"),)},
+            "'left->z' matches no leaf",
+        ),
+        (
+            {"edges": GROUPS},
+            "edges, share, importance: given with the merge 'full'; allowed: with 'groups'",
+        ),
         ({"importance": True}, "edges, share, importance: given with the merge 'full'"),
-        ({"branches": (("a", 2), ("b", 3)), "extract": "shared"}, "a shared extractor needs as many features in each"),
+        (
+            {"branches": (("a", 2), ("b", 3)), "extract": "shared"},
+            "a shared extractor needs as many features in each",
+        ),
         (
             {"body": "sparse", "kept": 5},
-            r"block, kept: \(4, 4\), 5 given; a block must divide 16 x 16, and a row of blocks keeps 1 to 4",
+            r"block, kept: \(4, 4\), 5 given; a block must divide 16 x 16, and a row of blocks "
+            r"keeps 1 to 4",
         ),
         ({"body": "learnt", "width": 18}, "a block must divide 18 x 18"),
         ({"depth": 0}, "depth is 0"),
@@ -135,14 +162,21 @@ def test_configs_that_are_refused(change, message):
 
 def test_inputs_go_by_name():
     """In any order, and a name that is missing is said."""
-    config = dataclasses.replace(BASE, branches=(("right", 8), ("left", 8)), extract="shared", merge="bilinear")
-    model, xs = connected.model(config), inputs()
+    config = dataclasses.replace(
+        BASE, branches=(("right", 8), ("left", 8)), extract="shared", merge="bilinear"
+    )
+    model = connected.model(config)
+    xs = inputs()
     params = jax.jit(model.init)(jax.random.key(0))
     apply = jax.jit(model.apply)
     want = apply(params, xs).logits
-    in_turn = jax.jit(lambda a, b: model.apply(params, {"right": a, "left": b}).logits)  # not sorted inside of jit
+    in_turn = jax.jit(
+        lambda a, b: model.apply(params, {"right": a, "left": b}).logits
+    )  # not sorted inside of jit
     np.testing.assert_allclose(in_turn(xs["right"], xs["left"]), want, rtol=1e-5, atol=1e-5)
-    assert np.abs(apply(params, {"left": xs["right"], "right": xs["left"]}).logits - want).max() > 1e-2
+    assert (
+        np.abs(apply(params, {"left": xs["right"], "right": xs["left"]}).logits - want).max() > 1e-2
+    )
     with pytest.raises(InputError, match="inputs: left, rihgt given; 'right' is needed"):
         model.apply(params, {"left": xs["left"], "rihgt": xs["right"]})
     with pytest.raises(InputError, match=r"left: the shape \[8\] given; needed is \[B, N\]"):

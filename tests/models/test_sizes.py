@@ -39,5 +39,6 @@ PARAMETERS = {
 def test_parameters(name: str) -> None:
     module, config = sizes()[name]
     shapes = jax.eval_shape(module.model(config).init, jax.random.key(0))
-    count, want = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), PARAMETERS[name]
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    want = PARAMETERS[name]
     assert count == want if isinstance(want, int) else count == pytest.approx(want, rel=0.02)

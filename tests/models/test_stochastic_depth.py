@@ -1,4 +1,6 @@
-"""Stochastic depth: what is skipped is the input, what stays is scaled, the mean is the whole model; later layers more often."""
+"""Stochastic depth: what is skipped is the input, what stays is scaled, the mean is the whole
+model; later layers more often.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,29 @@ def params():
 
 
 def test_a_row_is_what_it_was_or_scaled():
-    x, y = (jnp.asarray(np.random.default_rng(i).normal(size=(400, 2, 3)), jnp.float32) for i in (0, 1))
+    x, y = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(400, 2, 3)), jnp.float32) for i in (0, 1)
+    )
     out = np.asarray(jax.jit(stochastic_depth)(x, y, jnp.float32(0.25), jax.random.key(3)))
     skipped = np.all(out == np.asarray(x), axis=(1, 2))
     assert 0.15 < skipped.mean() < 0.35
-    np.testing.assert_allclose(out[~skipped], np.asarray(x + (y - x) / 0.75)[~skipped], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(stochastic_depth(x, y, 0.0, jax.random.key(3)), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        out[~skipped], np.asarray(x + (y - x) / 0.75)[~skipped], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        stochastic_depth(x, y, 0.0, jax.random.key(3)), y, rtol=1e-5, atol=1e-6
+    )
     other = stochastic_depth(x, y, 0.25, jax.random.key(3), site=1)
     assert not np.array_equal(out, other)
 
 
 def test_each_layer_has_its_rate_and_rows_are_the_path_that_was_drawn(params):
     """By hand, over the layers one by one, with the keys that `repeat` gives."""
-    rate, rng = 0.6, jax.random.key(5)
-    found = jax.jit(lambda p: models.stochastic_depth(MODEL, rate).hidden(p, TOKENS, rng=rng, train=True).hidden)(params)
+    rate = 0.6
+    rng = jax.random.key(5)
+    found = jax.jit(
+        lambda p: models.stochastic_depth(MODEL, rate).hidden(p, TOKENS, rng=rng, train=True).hidden
+    )(params)
     embed, block, _ = MODEL.parts
     x, context = embed(params, {"tokens": TOKENS})
     run = jax.jit(lambda p, x: block(p, x, context)[0])
@@ -57,14 +68,19 @@ def test_without_training_it_is_the_model(params):
     for rng in (None, jax.random.key(0)):
         np.testing.assert_array_equal(shallower.apply(params, TOKENS[:2], rng=rng).logits, wanted)
     bf16 = shallower.with_policy(ops.Policy(remat="full"))  # it stays with the model
-    drawn = [m.hidden(params, TOKENS, rng=jax.random.key(1), train=True).hidden for m in (shallower, bf16)]
+    drawn = [
+        m.hidden(params, TOKENS, rng=jax.random.key(1), train=True).hidden
+        for m in (shallower, bf16)
+    ]
     np.testing.assert_allclose(*drawn, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_flow_through_what_stays(params):
     shallower = models.stochastic_depth(MODEL, 0.9)
     loss = lambda p, rng: jnp.sum(shallower.hidden(p, TOKENS[:1], rng=rng, train=True).hidden ** 2)
-    grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, jax.random.split(jax.random.key(0), 8))
+    grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(
+        params, jax.random.split(jax.random.key(0), 8)
+    )
     q = np.abs(np.asarray(grads["blocks"]["0-2"]["mlp"]["up"])).sum((2, 3))  # [draws, layers]
     assert np.isfinite(q).all() and (q == 0).any() and (q > 0).any()
 

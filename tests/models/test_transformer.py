@@ -1,4 +1,6 @@
-"""The Transformer against stacks of torch's layers (see tests/hub/goldens/make_t5.py), and its positions in NumPy."""
+"""The Transformer against stacks of torch's layers (see tests/hub/goldens/make_t5.py), and its
+positions in NumPy.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,18 @@ from jaxmodel.models import transformer
 
 STORED = Path(__file__).parents[1] / "hub" / "goldens" / "seq2seq" / "transformer.npz"
 FORMS = ("post", "pre")
-D, S, T = 8, 6, 5
+D = 8
+S = 6
+T = 5
 
 
 def stored(form: str) -> dict[str, np.ndarray]:
     with np.load(STORED) as file:
-        return {key.removeprefix(f"{form}:"): value for key, value in file.items() if key.startswith(f"{form}:")}
+        return {
+            key.removeprefix(f"{form}:"): value
+            for key, value in file.items()
+            if key.startswith(f"{form}:")
+        }
 
 
 def stack_of(want: dict[str, np.ndarray], side: str) -> dict:
@@ -32,9 +40,15 @@ def stack_of(want: dict[str, np.ndarray], side: str) -> dict:
         reads = side == "decoder"
         out = {"mlp": {"up": get("linear1.weight"), "down": get("linear2.weight")}}
         out["mlp"] |= {"up_bias": get("linear1.bias"), "down_bias": get("linear2.bias")}
-        for ours, theirs, keys in (("attn", "self_attn", "qkv"), ("cross", "multihead_attn", ("q", "memory_k", "memory_v"))):
+        for ours, theirs, keys in (
+            ("attn", "self_attn", "qkv"),
+            ("cross", "multihead_attn", ("q", "memory_k", "memory_v")),
+        ):
             if ours == "attn" or reads:
-                out[ours] = {"o": get(f"{theirs}.out_proj.weight"), "o_bias": get(f"{theirs}.out_proj.bias")}
+                out[ours] = {
+                    "o": get(f"{theirs}.out_proj.weight"),
+                    "o_bias": get(f"{theirs}.out_proj.bias"),
+                }
                 for kind, suffix in (("weight", ""), ("bias", "_bias")):
                     parts = jnp.split(get(f"{theirs}.in_proj_{kind}"), 3)
                     out[ours] |= {key + suffix: part for key, part in zip(keys, parts, strict=True)}
@@ -45,7 +59,9 @@ def stack_of(want: dict[str, np.ndarray], side: str) -> dict:
 
     out: dict = {"blocks": {"0": layer(0), "1": layer(1)}}
     if f"{side}.norm.weight" in want:
-        out["norm"] = {kind: jnp.asarray(want[f"{side}.norm.{kind}"]) for kind in ("weight", "bias")}
+        out["norm"] = {
+            kind: jnp.asarray(want[f"{side}.norm.{kind}"]) for kind in ("weight", "bias")
+        }
     return out
 
 
@@ -65,26 +81,41 @@ def test_positions():
 def of_torch(form: str) -> tuple[models.Model, dict, dict[str, jax.Array], dict[str, np.ndarray]]:
     """A model, its parameters and inputs, and what torch made of them.
 
-    Every token is another, and its embedding is such that with its position it is the input of the stored stacks.
+    Every token is another, and its embedding is such that with its position it is the input of the
+    stored stacks.
     """
     want = stored(form)
-    config = transformer.Config(2 * S + 2 * T, D, 2, 2, 2, 12, pre_norm=form == "pre", attn_bias=True, norm_eps=1e-3)
-    rows = [(want["source"] - sinusoids(S)).reshape(-1, D), (want["target"] - sinusoids(T)).reshape(-1, D)]
+    config = transformer.Config(
+        2 * S + 2 * T, D, 2, 2, 2, 12, pre_norm=form == "pre", attn_bias=True, norm_eps=1e-3
+    )
+    rows = [
+        (want["source"] - sinusoids(S)).reshape(-1, D),
+        (want["target"] - sinusoids(T)).reshape(-1, D),
+    ]
     embed = jnp.asarray(np.concatenate(rows) / np.sqrt(D), jnp.float32)
     params = {"embed": embed, "encoder": stack_of(want, "encoder"), **stack_of(want, "decoder")}
     source = jnp.arange(2 * S, dtype=jnp.int32).reshape(2, S)
     tokens = 2 * S + jnp.arange(2 * T, dtype=jnp.int32).reshape(2, T)
     inputs = {"source": source, "source_mask": jnp.asarray(want["mask"]), "tokens": tokens}
-    return transformer.model(config), params, inputs, {**want, "logits": want["out"] @ np.asarray(embed).T}
+    return (
+        transformer.model(config),
+        params,
+        inputs,
+        {**want, "logits": want["out"] @ np.asarray(embed).T},
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_stacks_are_those_of_torch(form):
     model, params, inputs, want = of_torch(form)
     shapes = tree.unstack(jax.jit(model.init)(jax.random.key(0)))
-    assert {k: a.shape for k, a in tree.flatten(params).items()} == {k: a.shape for k, a in tree.flatten(shapes).items()}
+    assert {k: a.shape for k, a in tree.flatten(params).items()} == {
+        k: a.shape for k, a in tree.flatten(shapes).items()
+    }
     _, context = jax.jit(model.parts.embed)(params, inputs)
-    np.testing.assert_allclose(np.asarray(context["memory"])[want["mask"]], want["memory"][want["mask"]], atol=5e-6)
+    np.testing.assert_allclose(
+        np.asarray(context["memory"])[want["mask"]], want["memory"][want["mask"]], atol=5e-6
+    )
     logits = jax.jit(model.apply)(params, inputs).logits
     np.testing.assert_allclose(logits, want["logits"], atol=2e-5)
     assert np.abs(want["out"]).max() > 1 and np.abs(logits).max() > 1
@@ -107,5 +138,7 @@ def test_the_papers_base_model_has_65_million_weights():
 
 @pytest.mark.parametrize("change", [{"heads": 5}, {"width": 33, "heads": 3}])
 def test_wrong_configs(change):
-    with pytest.raises(InputError, match="width, heads: .* given; allowed: an even width that the heads divide"):
+    with pytest.raises(
+        InputError, match="width, heads: .* given; allowed: an even width that the heads divide"
+    ):
         dataclasses.replace(transformer.SIZES["tiny"], **change)

@@ -1,4 +1,6 @@
-"""Attention against softmax written out, and the cache; models that decode with it: contracts/test_decoders.py."""
+"""Attention against softmax written out, and the cache; models that decode with it:
+contracts/test_decoders.py.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +35,21 @@ def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.n
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 def test_attention_is_softmax_written_out(heads, kv_heads):
-    q, k, v = normal(2, 5, heads, 8), normal(2, kv_heads, 7, 8, seed=1), normal(2, kv_heads, 7, 8, seed=2)
+    q = normal(2, 5, heads, 8)
+    k = normal(2, kv_heads, 7, 8, seed=1)
+    v = normal(2, kv_heads, 7, 8, seed=2)
     mask = np.random.default_rng(3).random((2, 5, 7)) < 0.6
     mask[:, :, 0] = True
-    got = jax.jit(ops.attention, static_argnums=4)(q, k, v, ops.Seen(mask=jnp.asarray(mask), causal=False), ops.Policy())
+    got = jax.jit(ops.attention, static_argnums=4)(
+        q, k, v, ops.Seen(mask=jnp.asarray(mask), causal=False), ops.Policy()
+    )
     np.testing.assert_allclose(got, naive(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_masked_has_no_influence():
-    q, k, v = normal(1, 3, 2, 8), normal(1, 2, 3, 8, seed=1), normal(1, 2, 3, 8, seed=2)
+    q = normal(1, 3, 2, 8)
+    k = normal(1, 2, 3, 8, seed=1)
+    v = normal(1, 2, 3, 8, seed=2)
     seen = ops.Seen()
     before = ops.attention(q, k, v, seen, ops.Policy())
     after = ops.attention(q, k.at[:, :, 2].set(1e4), v.at[:, :, 2].set(-1e4), seen, ops.Policy())
@@ -50,7 +58,9 @@ def test_what_is_masked_has_no_influence():
 
 
 def test_attention_in_bfloat16():
-    q, k, v = normal(2, 5, 4, 8), normal(2, 2, 5, 8, seed=1), normal(2, 2, 5, 8, seed=2)
+    q = normal(2, 5, 4, 8)
+    k = normal(2, 2, 5, 8, seed=1)
+    v = normal(2, 2, 5, 8, seed=2)
     mask = np.broadcast_to(ops.Seen().square(5, 5), (2, 5, 5))
     got = ops.attention(q, k, v, ops.Seen(), ops.Policy(compute="bfloat16", stream="bfloat16"))
     assert got.dtype == jnp.bfloat16
@@ -60,14 +70,22 @@ def test_attention_in_bfloat16():
 def test_a_query_that_sees_nothing_is_finite():
     seen = ops.Seen(mask=jnp.zeros((1, 1, 2), bool))
     for how in ("plain", "blockwise"):
-        got = ops.attention(normal(1, 1, 1, 4), normal(1, 1, 2, 4), normal(1, 1, 2, 4), seen, ops.Policy(attention=how))
+        got = ops.attention(
+            normal(1, 1, 1, 4),
+            normal(1, 1, 2, 4),
+            normal(1, 1, 2, 4),
+            seen,
+            ops.Policy(attention=how),
+        )
         assert np.all(np.isfinite(got))
 
 
 def test_what_is_seen():
-    segments, valid = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 2, 2]]), np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
+    segments = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 2, 2]])
+    valid = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
     pair = jnp.asarray(segments), jnp.asarray(segments)
-    plain, both = ops.Seen().square(5, 5), ops.Seen(segments=pair, valid=jnp.asarray(valid)).square(5, 5)
+    plain = ops.Seen().square(5, 5)
+    both = ops.Seen(segments=pair, valid=jnp.asarray(valid)).square(5, 5)
     assert plain.shape == (1, 5, 5)
     for b, t, s in np.ndindex(2, 5, 5):
         assert bool(plain[0, t, s]) == (s <= t)
@@ -81,10 +99,12 @@ def test_what_is_seen():
     for t, s in np.ndindex(5, 5):
         assert bool(near[0, t, s]) == (abs(t - s) < 2)
     for b, t, s in np.ndindex(2, 2, 3):
-        assert bool(part[b, t, s]) == (0 <= t + 3 - (s + 1) < 3 and segments[b, t + 3] == segments[b, s + 1])
+        assert bool(part[b, t, s]) == (
+            0 <= t + 3 - (s + 1) < 3 and segments[b, t + 3] == segments[b, s + 1]
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def test_the_cache_writes_each_row_behind_its_own_length():
@@ -92,7 +112,8 @@ def test_the_cache_writes_each_row_behind_its_own_length():
     assert cache.capacity == 6
     cache = cache.advance(jnp.asarray([3, 1]))
     np.testing.assert_array_equal(cache.positions(2), [[3, 4], [1, 2]])
-    k, v = normal(2, 2, 1, 4), normal(2, 2, 1, 4, seed=1)
+    k = normal(2, 2, 1, 4)
+    v = normal(2, 2, 1, 4, seed=1)
     keys, values, seen, cache = jax.jit(lambda c: c.update(1, k, v))(cache)
     for b, start in enumerate((3, 1)):
         np.testing.assert_array_equal(keys[b, 0, start : start + 2], k[b, :, 0])
@@ -114,7 +135,10 @@ def test_a_layer_with_fewer_heads_uses_the_first_of_the_cache():
     assert not np.any(cache.k[:, :, 2])
 
 
-@pytest.mark.parametrize(("policy", "dtype"), [({"cache": "bfloat16"}, "bfloat16"), ({"compute": "bfloat16"}, "bfloat16")])
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [({"cache": "bfloat16"}, "bfloat16"), ({"compute": "bfloat16"}, "bfloat16")],
+)
 def test_dtype_of_the_cache(policy, dtype):
     cache = ops.KVCache.zeros(1, 1, 1, 2, 4, ops.Policy(**policy))
     assert cache.k.dtype == cache.v.dtype == dtype
@@ -124,31 +148,51 @@ def test_dtype_of_the_cache(policy, dtype):
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_causal_square_in_parts_is_the_whole(heads):
     """Long prompts leave out what the mask would hide."""
-    q, k, v = normal(2, 256, 2, 8), normal(2, heads, 256, 8, seed=1), normal(2, heads, 256, 8, seed=2)
+    q = normal(2, 256, 2, 8)
+    k = normal(2, heads, 256, 8, seed=1)
+    v = normal(2, heads, 256, 8, seed=2)
     segments = jnp.asarray(np.repeat([[1, 2], [1, 1]], 128, axis=1), jnp.int32)
     seen = ops.Seen(segments=(segments, segments))
-    square = dataclasses.replace(seen, mask=seen.square(256, 256), causal=False)  # not known to be causal: no parts
+    square = dataclasses.replace(
+        seen, mask=seen.square(256, 256), causal=False
+    )  # not known to be causal: no parts
     run = jax.jit(ops.attention, static_argnums=4)
     whole, parts = (run(q, k, v, how, ops.Policy()) for how in (square, seen))
     np.testing.assert_allclose(parts, whole, atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------- blockwise
+# ---------------------------------------------------------------------------------------- blockwise
 
 SEEN = {
     "causal": lambda b, t: ops.Seen(),
     "both ways": lambda b, t: ops.Seen(causal=False),
     "window": lambda b, t: ops.Seen(window=jnp.int32(300)),
     "window both ways": lambda b, t: ops.Seen(window=jnp.int32(100), causal=False),
-    "segments": lambda b, t: ops.Seen(segments=(jnp.sort(jnp.arange(b * t).reshape(b, t) % 5),) * 2),
-    "padding": lambda b, t: ops.Seen(valid=jnp.arange(t)[None] < jnp.asarray([t, t // 3])[:, None], causal=False),
-    "places": lambda b, t: ops.Seen(query=jnp.asarray([[0], [37]], jnp.int32) + jnp.arange(t, dtype=jnp.int32)[None] // 2),
-    "a mask": lambda b, t: ops.Seen(mask=jnp.asarray((np.random.default_rng(5).random((1, t, t)) < 0.5) | np.eye(t, dtype=bool))),
+    "segments": lambda b, t: ops.Seen(
+        segments=(jnp.sort(jnp.arange(b * t).reshape(b, t) % 5),) * 2
+    ),
+    "padding": lambda b, t: ops.Seen(
+        valid=jnp.arange(t)[None] < jnp.asarray([t, t // 3])[:, None], causal=False
+    ),
+    "places": lambda b, t: ops.Seen(
+        query=jnp.asarray([[0], [37]], jnp.int32) + jnp.arange(t, dtype=jnp.int32)[None] // 2
+    ),
+    "a mask": lambda b, t: ops.Seen(
+        mask=jnp.asarray((np.random.default_rng(5).random((1, t, t)) < 0.5) | np.eye(t, dtype=bool))
+    ),
 }
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def with_gradients(how: str, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array, seen: ops.Seen):
+def with_gradients(
+    how: str,
+    softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    weight: jax.Array,
+    seen: ops.Seen,
+):
     def total(q, k, v):
         out = ops.attention(q, k, v, seen, ops.Policy(attention=how), scale=0.5, softcap=softcap)
         return jnp.sum(out * weight), out
@@ -159,10 +203,19 @@ def with_gradients(how: str, softcap: float | None, q: jax.Array, k: jax.Array, 
 @pytest.mark.parametrize("name", SEEN)
 @pytest.mark.parametrize("t", [700, 1024])  # whole blocks, and not
 def test_blockwise_equals_plain_with_its_gradients(name, t):
-    """Plain attention is told what is seen by its square, so that one program of it serves them all."""
-    arrays = [normal(2, *shape, seed=i) for i, shape in enumerate([(t, 4, 8), (2, t, 8), (2, t, 8), (t, 4, 8)])]
-    seen, softcap = SEEN[name](2, t), 2.0 if name == "window" else None
-    square = ops.Seen(mask=jnp.asarray(np.broadcast_to(jax.jit(lambda: seen.square(t, t))(), (2, t, t))), causal=False)
+    """Plain attention is told what is seen by its square, so that one program of it serves them
+    all.
+    """
+    arrays = [
+        normal(2, *shape, seed=i)
+        for i, shape in enumerate([(t, 4, 8), (2, t, 8), (2, t, 8), (t, 4, 8)])
+    ]
+    seen = SEEN[name](2, t)
+    softcap = 2.0 if name == "window" else None
+    square = ops.Seen(
+        mask=jnp.asarray(np.broadcast_to(jax.jit(lambda: seen.square(t, t))(), (2, t, t))),
+        causal=False,
+    )
     (_, want), grads = with_gradients("plain", softcap, *arrays, square)
     (_, got), got_grads = with_gradients("blockwise", softcap, *arrays, seen)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -173,16 +226,27 @@ def test_blockwise_equals_plain_with_its_gradients(name, t):
 @pytest.mark.parametrize("name", ["causal", "window", "padding"])
 def test_sinks_take_of_every_weight(name):
     """As a key more whose value is zero, in each way of computing; with their gradients."""
-    t, heads = 300, 4
-    q, k, v, weight = (normal(2, *shape, seed=i) for i, shape in enumerate([(t, 4, 8), (2, t, 8), (2, t, 8), (t, 4, 8)]))
-    sinks, seen = 2 * normal(heads, seed=5), SEEN[name](2, t)
+    t = 300
+    heads = 4
+    q, k, v, weight = (
+        normal(2, *shape, seed=i)
+        for i, shape in enumerate([(t, 4, 8), (2, t, 8), (2, t, 8), (t, 4, 8)])
+    )
+    sinks = 2 * normal(heads, seed=5)
+    seen = SEEN[name](2, t)
     see = np.broadcast_to(seen.square(t, t), (2, t, t))
-    scores = np.einsum("bthd,bhsd->bhts", np.asarray(q, np.float64), np.repeat(k, 2, axis=1)) / np.sqrt(8)
+    scores = np.einsum(
+        "bthd,bhsd->bhts", np.asarray(q, np.float64), np.repeat(k, 2, axis=1)
+    ) / np.sqrt(8)
     sums = np.where(see[:, None], np.exp(scores), 0)
-    share = sums / (sums.sum(-1, keepdims=True) + np.exp(np.asarray(sinks, np.float64))[:, None, None])
+    share = sums / (
+        sums.sum(-1, keepdims=True) + np.exp(np.asarray(sinks, np.float64))[:, None, None]
+    )
     want = np.einsum("bhts,bhsd->bthd", share, np.repeat(v, 2, axis=1))
     of_value = np.einsum("bthd,bthd->bht", want, np.asarray(weight, np.float64))
-    of_sinks = -np.einsum("bht,bht->h", 1 - share.sum(-1), of_value)  # that of a score whose value is zero
+    of_sinks = -np.einsum(
+        "bht,bht->h", 1 - share.sum(-1), of_value
+    )  # that of a score whose value is zero
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(how, *arrays):
@@ -192,7 +256,9 @@ def test_sinks_take_of_every_weight(name):
 
         return jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
 
-    ((_, plain), grads), ((_, got), got_grads) = (run(how, q, k, v, sinks) for how in ("plain", "blockwise"))
+    ((_, plain), grads), ((_, got), got_grads) = (
+        run(how, q, k, v, sinks) for how in ("plain", "blockwise")
+    )
     for out in (plain, got):
         np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
     for a, b in zip(got_grads, grads, strict=True):
@@ -209,23 +275,40 @@ def test_a_query_that_sees_its_sink_alone_gets_nothing():
 
 
 def test_blockwise_holds_no_square():
-    """32k positions, which plain attention would need tens of gigabytes for: the compiler's own account."""
-    t, heads = 32768, 8
-    q, k = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, t, heads, 64), (1, heads, t, 64)))
+    """32k positions, which plain attention would need tens of gigabytes for: the compiler's own
+    account.
+    """
+    t = 32768
+    heads = 8
+    q, k = (
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, t, heads, 64), (1, heads, t, 64))
+    )
 
     def loss(how, q, k, v):
         return jnp.sum(ops.attention(q, k, v, ops.Seen(), ops.Policy(attention=how)))
 
     def needs(how):
-        memory = jax.jit(jax.grad(functools.partial(loss, how), argnums=(0, 1, 2))).lower(q, k, k).compile().memory_analysis()
-        return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        memory = (
+            jax.jit(jax.grad(functools.partial(loss, how), argnums=(0, 1, 2)))
+            .lower(q, k, k)
+            .compile()
+            .memory_analysis()
+        )
+        return (
+            memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        )
 
     assert needs("auto") < 2e9 < 30e9 < needs("plain")
 
 
 def test_scale_softcap_and_bias():
-    q, k, v, bias = normal(1, 3, 4, 8), normal(1, 2, 5, 8, seed=1), normal(1, 2, 5, 8, seed=2), normal(1, 4, 3, 5, seed=3)
-    got = ops.attention(q, k, v, ops.Seen(causal=False), ops.Policy(), scale=0.7, softcap=1.5, bias=bias)
+    q = normal(1, 3, 4, 8)
+    k = normal(1, 2, 5, 8, seed=1)
+    v = normal(1, 2, 5, 8, seed=2)
+    bias = normal(1, 4, 3, 5, seed=3)
+    got = ops.attention(
+        q, k, v, ops.Seen(causal=False), ops.Policy(), scale=0.7, softcap=1.5, bias=bias
+    )
     scores = np.einsum("bthd,bhsd->bhts", np.asarray(q), np.repeat(k, 2, axis=1)) * 0.7
     scores = 1.5 * np.tanh(scores / 1.5) + np.asarray(bias)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)

@@ -14,7 +14,10 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves import BlockSparse, QTensor, Sparse, decode, largest_blocks
 from jaxmodel.ops.probe import zeros_for
 
-OUT, IN, BLOCK, KEPT = 24, 64, (8, 16), 2
+OUT = 24
+IN = 64
+BLOCK = (8, 16)
+KEPT = 2
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -43,13 +46,16 @@ def test_einsum_equals_that_of_the_masked_dense_weight(leaf, lead):
 def test_bfloat16_operands(leaf, rows):
     x = normal(rows, IN, seed=1)
     got = ops.einsum("BD,FD->BF", x, leaf, ops.Policy(compute="bfloat16"))
-    want = jnp.dot(x.astype(jnp.bfloat16), leaf.decode(jnp.bfloat16).T, preferred_element_type=jnp.float32)
+    want = jnp.dot(
+        x.astype(jnp.bfloat16), leaf.decode(jnp.bfloat16).T, preferred_element_type=jnp.float32
+    )
     assert got.dtype == jnp.float32
     close(got, want, 1e-4)
 
 
 def test_gradients_equal_those_of_the_masked_dense_weight(leaf):
-    x, target = normal(7, IN, seed=1), normal(7, OUT, seed=2)
+    x = normal(7, IN, seed=1)
+    target = normal(7, OUT, seed=2)
 
     def loss(x, values):
         y = ops.einsum("BD,FD->BF", x, dataclasses.replace(leaf, values=values))
@@ -67,10 +73,13 @@ def test_gradients_equal_those_of_the_masked_dense_weight(leaf):
 
 def test_stacked_leaves_run_by_scan_and_by_batch_letters(leaf):
     leaves = [leaf, jax.tree.map(lambda a: a[::-1], leaf)]
-    stacked, x = jax.tree.map(lambda *a: jnp.stack(a), *leaves), normal(2, 5, IN, seed=1)
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *leaves)
+    x = normal(2, 5, IN, seed=1)
     want = jnp.stack([x[i] @ one.decode().T for i, one in enumerate(leaves)])
     close(ops.einsum("EBD,EFD->EBF", x, stacked), want)
-    scanned = jax.lax.scan(lambda _, xs: (None, ops.einsum("BD,FD->BF", *xs)), None, (x, stacked))[1]
+    scanned = jax.lax.scan(lambda _, xs: (None, ops.einsum("BD,FD->BF", *xs)), None, (x, stacked))[
+        1
+    ]
     close(scanned, want)
 
 
@@ -89,12 +98,14 @@ def test_conv_runs_it(leaf):
 def test_statistics_of_its_input_are_measured(leaf):
     x = normal(5, IN, seed=1)
     zeros = zeros_for(leaf.shape, ("gram",))
-    found = jax.grad(lambda zeros: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(leaf, zeros))))(zeros)
+    found = jax.grad(lambda zeros: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(leaf, zeros))))(
+        zeros
+    )
     close(found["gram"], x.T @ x, 1e-4)
     assert float(found["count"]) == 5
 
 
-# ------------------------------------------------------------------------- blocks whose places are known apart from them
+# ---------------------------------------------------- blocks whose places are known apart from them
 
 
 def kept_weight(kind):
@@ -102,20 +113,31 @@ def kept_weight(kind):
     if kind == "int8":
         scale = jnp.max(jnp.abs(weight), axis=-1, keepdims=True) / 127
         return QTensor.from_codes(jnp.round(weight / scale).astype(jnp.int32), scale, bits=8)
-    return Sparse.from_dense(jnp.where(jnp.abs(weight) > 0.5, weight, 0)) if kind == "sparse" else weight
+    return (
+        Sparse.from_dense(jnp.where(jnp.abs(weight) > 0.5, weight, 0))
+        if kind == "sparse"
+        else weight
+    )
 
 
 @pytest.mark.parametrize("kind", ["array", "int8", "sparse"])
 def test_blocks_of_any_leaf(kind):
-    w, x, columns = kept_weight(kind), normal(5, IN, seed=1), jnp.asarray([[0, 2], [3, 1], [1, 1]])
+    w = kept_weight(kind)
+    x = normal(5, IN, seed=1)
+    columns = jnp.asarray([[0, 2], [3, 1], [1, 1]])
     got = jax.jit(ops.blocks)(x, w, columns)
     tiles = np.asarray(x).reshape(5, 4, 16)
-    want = [np.concatenate([tiles[:, c] for c in row], axis=-1) @ np.asarray(decode(w)[i]).T for i, row in enumerate(columns)]
+    want = [
+        np.concatenate([tiles[:, c] for c in row], axis=-1) @ np.asarray(decode(w)[i]).T
+        for i, row in enumerate(columns)
+    ]
     close(got, np.concatenate(want, axis=-1), 1e-4)
 
 
 def test_blocks_are_measured_too():
-    w, x, columns = kept_weight("array"), normal(5, IN, seed=1), jnp.asarray([[0, 2], [3, 1], [1, 1]])
+    w = kept_weight("array")
+    x = normal(5, IN, seed=1)
+    columns = jnp.asarray([[0, 2], [3, 1], [1, 1]])
     probe = lambda zeros: jnp.sum(ops.blocks(x, ops.Probe(w, zeros), columns))
     found = jax.grad(probe)(zeros_for(w.shape, ("square",)))
     tiles = np.asarray(x).reshape(5, 4, 16)

@@ -1,4 +1,6 @@
-"""`einsum`, `take` and `conv`: arrays against jax.numpy and lax, compressed leaves against their decoded weights."""
+"""`einsum`, `take` and `conv`: arrays against jax.numpy and lax, compressed leaves against their
+decoded weights.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,22 @@ from jaxmodel.leaves import QTensor, Sparse, decode
 from jaxmodel.ops.contract import round_rows
 from jaxmodel.ops.probe import zeros_for
 
-OUT, IN = 6, 32
+OUT = 6
+IN = 32
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def quantise(w: jax.Array, bits: int, group: int | None = None, affine: bool = False, tensor: bool = False, **static) -> QTensor:
+def quantise(
+    w: jax.Array,
+    bits: int,
+    group: int | None = None,
+    affine: bool = False,
+    tensor: bool = False,
+    **static,
+) -> QTensor:
     """Round to nearest, in numpy."""
     wide = np.asarray(w, np.float64)
     n = wide.shape[-1]
@@ -36,7 +46,12 @@ def quantise(w: jax.Array, bits: int, group: int | None = None, affine: bool = F
     codes = (np.where(grouped < 0, -1, 1) if bits == 1 else codes).reshape(wide.shape)[..., :n]
     f32 = lambda a: jnp.asarray(a, jnp.float32)
     return QTensor.from_codes(
-        jnp.asarray(codes, jnp.int32), f32(scale), f32(low) if affine else None, bits=bits, group=group, **static
+        jnp.asarray(codes, jnp.int32),
+        f32(scale),
+        f32(low) if affine else None,
+        bits=bits,
+        group=group,
+        **static,
     )
 
 
@@ -80,7 +95,7 @@ DYNAMIC = {
 MAKE = {"array": lambda w: w, **WEIGHT_ONLY, **DYNAMIC}
 
 
-# ----------------------------------------------------------------------------------------- arrays against jnp.einsum
+# ------------------------------------------------------------------------ arrays against jnp.einsum
 
 
 @pytest.mark.parametrize(
@@ -93,12 +108,20 @@ MAKE = {"array": lambda w: w, **WEIGHT_ONLY, **DYNAMIC}
         ("BTHh,D(Hh)->BTD", "BTHh,DHh->BTD", (2, 3, 2, 4), (5, 8), (5, 2, 4), {}),
         ("BHh,(Kg)(Hh)->BKg", "BHh,KgHh->BKg", (2, 2, 4), (6, 8), (3, 2, 2, 4), {"g": 2}),
         ("ETD,EFD->ETF", "ETD,EFD->ETF", (4, 3, 8), (4, 5, 8), (4, 5, 8), {}),
-        ("AETD,AE(Hh)D->AETHh", "AETD,AEHhD->AETHh", (2, 2, 3, 8), (2, 2, 6, 8), (2, 2, 2, 3, 8), {"h": 3}),
+        (
+            "AETD,AE(Hh)D->AETHh",
+            "AETD,AEHhD->AETHh",
+            (2, 2, 3, 8),
+            (2, 2, 6, 8),
+            (2, 2, 2, 3, 8),
+            {"h": 3},
+        ),
         ("B T D , F D -> B T F", "BTD,FD->BTF", (2, 3, 8), (5, 8), (5, 8), {}),
     ],
 )
 def test_einsum_of_arrays(equation, plain, x, w, w_logical, sizes):
-    x, w = normal(*x), normal(*w, seed=1)
+    x = normal(*x)
+    w = normal(*w, seed=1)
     want = jnp.einsum(plain, x, w.reshape(w_logical), precision="highest")
     got = ops.einsum(equation, x, w, **sizes)
     assert got.dtype == jnp.float32
@@ -147,14 +170,16 @@ def test_shapes_that_do_not_fit_are_an_error(equation, x, w, sizes, message):
         ops.einsum(equation, normal(*x), normal(*w), **sizes)
 
 
-# ------------------------------------------------------------------------------------------------ compressed leaves
+# -------------------------------------------------------------------------------- compressed leaves
 
 
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_einsum_of_a_compressed_leaf_is_that_of_its_decoded_weight(name):
     leaf = MAKE[name](normal(OUT, IN))
     x = normal(2, 3, leaf.shape[-1], seed=1)
-    want = np.einsum("btd,fd->btf", np.asarray(x, np.float64), np.asarray(leaf.decode(), np.float64))
+    want = np.einsum(
+        "btd,fd->btf", np.asarray(x, np.float64), np.asarray(leaf.decode(), np.float64)
+    )
     got = jax.jit(lambda x, w: ops.einsum("BTD,FD->BTF", x, w))(x, leaf)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     bf16 = ops.einsum("BTD,FD->BTF", x, leaf, ops.Policy(compute="bfloat16"))
@@ -176,16 +201,26 @@ def test_int8_activations_equal_the_reference(name, rows):
     x = normal(rows, IN, seed=2)
     want = reference_int8(x, np.asarray(leaf.decode(), np.float64))
     np.testing.assert_allclose(ops.einsum("BD,FD->BF", x, leaf), want, rtol=1e-5, atol=1e-5)
-    assert np.abs(want - np.asarray(x) @ np.asarray(leaf.decode()).T).max() > 1e-3  # rounding is there
+    assert (
+        np.abs(want - np.asarray(x) @ np.asarray(leaf.decode()).T).max() > 1e-3
+    )  # rounding is there
 
 
 def test_int8_codes_and_products_are_exact():
     """Integers in, integers out: the contraction itself rounds nothing, however large its sum."""
-    x = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (2, 4096)), jnp.float32).at[:, 0].set(127)
+    x = (
+        jnp.asarray(np.random.default_rng(0).integers(-127, 128, (2, 4096)), jnp.float32)
+        .at[:, 0]
+        .set(127)
+    )
     codes = np.random.default_rng(1).integers(-128, 128, (3, 4096))
-    leaf = QTensor.from_codes(jnp.asarray(codes, jnp.int32), jnp.ones((3, 1)), bits=8, activations="int8")
+    leaf = QTensor.from_codes(
+        jnp.asarray(codes, jnp.int32), jnp.ones((3, 1)), bits=8, activations="int8"
+    )
     want = np.asarray(x, np.int64) @ codes.T
-    np.testing.assert_array_equal(np.asarray(ops.einsum("BD,FD->BF", x, leaf)), want.astype(np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(ops.einsum("BD,FD->BF", x, leaf)), want.astype(np.float32)
+    )
 
 
 def test_round_rows():
@@ -205,7 +240,9 @@ def test_a_row_alone_equals_the_row_among_others(name, compute):
     many = ops.einsum("BD,FD->BF", x, leaf, policy)
     one = jnp.concatenate([ops.einsum("BD,FD->BF", x[i : i + 1], leaf, policy) for i in range(2)])
     np.testing.assert_allclose(one, many[:2], rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(ops.einsum("D,FD->F", x[0], leaf, policy), many[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        ops.einsum("D,FD->F", x[0], leaf, policy), many[0], rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("dtype", "policy"), [("bf16", "bfloat16"), ("s8", "float32")])
@@ -235,19 +272,25 @@ def test_grouped_letters_of_a_compressed_leaf():
 
 
 def test_policy_chooses_the_dtypes():
-    x, w = normal(4, IN), normal(OUT, IN, seed=1)
+    x = normal(4, IN)
+    w = normal(OUT, IN, seed=1)
     policy = ops.Policy(compute="bfloat16", stream="bfloat16")
     y = ops.einsum("BD,FD->BF", x, w, policy)
     assert y.dtype == jnp.bfloat16
     rounded = [np.asarray(a.astype(jnp.bfloat16).astype(jnp.float32), np.float64) for a in (x, w)]
-    np.testing.assert_allclose(y.astype(jnp.float32), rounded[0] @ rounded[1].T, rtol=2**-8, atol=1e-3)
-    # operands are rounded, the sum is not: 512 ones and a small one would lose the small one in bfloat16
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), rounded[0] @ rounded[1].T, rtol=2**-8, atol=1e-3
+    )
+    # operands are rounded, the sum is not: 512 ones and a small one would lose the small one in
+    # bfloat16
     ones = jnp.ones((2, 513)).at[:, 512].set(0.125)
     kept = ops.einsum("BD,FD->BF", ones, jnp.ones((1, 513)), ops.Policy(compute="bfloat16"))
     np.testing.assert_array_equal(kept, 512.125)
     assert ops.take(w, jnp.zeros((1, 1), jnp.int32), policy).dtype == jnp.bfloat16
     for make in DYNAMIC.values():  # a bfloat16 stream into int8 rounding
-        assert ops.einsum("BD,FD->BF", x.astype(jnp.bfloat16), make(w), policy).dtype == jnp.bfloat16
+        assert (
+            ops.einsum("BD,FD->BF", x.astype(jnp.bfloat16), make(w), policy).dtype == jnp.bfloat16
+        )
 
 
 @pytest.mark.parametrize("field", ["compute", "stream", "cache", "remat"])
@@ -257,29 +300,38 @@ def test_policy_refuses_unknown_names(field):
     assert hash(ops.Policy()) == hash(ops.Policy())
 
 
-# -------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_gradients_pass_the_rounding_of_int8_activations(name):
     """As though the contraction were of the decoded weight (the straight-through estimator)."""
     leaf = DYNAMIC[name](normal(OUT, IN))
-    x, seed = normal(3, IN, seed=1), normal(3, OUT, seed=2)
+    x = normal(3, IN, seed=1)
+    seed = normal(3, OUT, seed=2)
     got = jax.grad(lambda x: jnp.sum(ops.einsum("BD,FD->BF", x, leaf) * seed))(x)
-    np.testing.assert_allclose(got, np.asarray(seed) @ np.asarray(leaf.decode()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        got, np.asarray(seed) @ np.asarray(leaf.decode()), rtol=1e-4, atol=1e-4
+    )
     one = jax.grad(lambda x: jnp.sum(ops.einsum("BD,FD->BF", x, leaf) * seed[:1]))(x[:1])
     np.testing.assert_allclose(one, got[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_arrays():
-    x, w, seed = normal(3, 4, IN), normal(OUT, IN, seed=1), normal(3, 4, 2, 3, seed=2)
-    ours = jax.grad(lambda x, w: jnp.sum(ops.einsum("BTD,(Hh)D->BTHh", x, w, h=3) * seed), (0, 1))(x, w)
-    plain = lambda x, w: jnp.sum(jnp.einsum("BTD,HhD->BTHh", x, w.reshape(2, 3, IN), precision="highest") * seed)
+    x = normal(3, 4, IN)
+    w = normal(OUT, IN, seed=1)
+    seed = normal(3, 4, 2, 3, seed=2)
+    ours = jax.grad(lambda x, w: jnp.sum(ops.einsum("BTD,(Hh)D->BTHh", x, w, h=3) * seed), (0, 1))(
+        x, w
+    )
+    plain = lambda x, w: jnp.sum(
+        jnp.einsum("BTD,HhD->BTHh", x, w.reshape(2, 3, IN), precision="highest") * seed
+    )
     for got, want in zip(ours, jax.grad(plain, (0, 1))(x, w), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- take
+# --------------------------------------------------------------------------------------------- take
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -289,7 +341,9 @@ def test_take_is_rows_of_the_decoded_table(name):
     run = jax.jit(lambda table, ids: ops.take(table, ids))
     got = run(table, ids)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, np.asarray(decode(table))[np.asarray(ids)], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        got, np.asarray(decode(table))[np.asarray(ids)], rtol=1e-6, atol=1e-6
+    )
     outside = run(table, jnp.asarray([[-1, 7, 1000]] * 2))
     assert np.all(np.isnan(outside))
 
@@ -301,7 +355,7 @@ def test_take_decodes_the_taken_rows_only():
     assert "u8[1000,16]" in text
 
 
-# ------------------------------------------------------------------------------------------------------------- conv
+# --------------------------------------------------------------------------------------------- conv
 
 
 CONVS = [((3, 3), (1, 1), "SAME"), ((3, 2), (2, 1), "VALID"), ((1, 1), (1, 1), "SAME")]
@@ -310,10 +364,16 @@ CONVS = [((3, 3), (1, 1), "SAME"), ((3, 2), (2, 1), "VALID"), ((1, 1), (1, 1), "
 @pytest.mark.parametrize(("kernel", "stride", "padding"), CONVS)
 def test_conv_of_an_array_against_lax_and_patches(kernel, stride, padding):
     channels = 4
-    x, w = normal(2, 6, 5, channels), normal(OUT, channels, *kernel, seed=1)
+    x = normal(2, 6, 5, channels)
+    w = normal(OUT, channels, *kernel, seed=1)
     flat = w.reshape(OUT, -1)
     want = jax.lax.conv_general_dilated(
-        x.transpose(0, 3, 1, 2), w, stride, padding, dimension_numbers=("NCHW", "OIHW", "NCHW"), precision="highest"
+        x.transpose(0, 3, 1, 2),
+        w,
+        stride,
+        padding,
+        dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        precision="highest",
     ).transpose(0, 2, 3, 1)
     arguments = {"kernel": kernel, "stride": stride, "padding": padding}
     np.testing.assert_allclose(ops.conv(x, flat, **arguments), want, rtol=1e-4, atol=1e-5)
@@ -323,12 +383,18 @@ def test_conv_of_an_array_against_lax_and_patches(kernel, stride, padding):
 
 @pytest.mark.parametrize("name", ["int8", "int4 groups", "sparse 2:4", "dynamic", "dynamic sparse"])
 def test_conv_of_a_compressed_leaf(name):
-    x, w = normal(2, 5, 5, 8), normal(OUT, 8 * 4, seed=1)
+    x = normal(2, 5, 5, 8)
+    w = normal(OUT, 8 * 4, seed=1)
     leaf = MAKE[name](w)
     got = ops.conv(x, leaf, kernel=(2, 2), padding="VALID")
     if name.startswith("dynamic"):
         patches = np.stack(
-            [x[:, i : i + 2, j : j + 2].transpose(0, 3, 1, 2).reshape(2, -1) for i in range(4) for j in range(4)], 1
+            [
+                x[:, i : i + 2, j : j + 2].transpose(0, 3, 1, 2).reshape(2, -1)
+                for i in range(4)
+                for j in range(4)
+            ],
+            1,
         )
         want = reference_int8(patches, np.asarray(leaf.decode(), np.float64)).reshape(2, 4, 4, OUT)
     else:
@@ -337,5 +403,8 @@ def test_conv_of_a_compressed_leaf(name):
 
 
 def test_conv_of_shapes_that_do_not_fit():
-    with pytest.raises(InputError, match=r"conv: the weight \(6, 32\) does not take 3 channels by a kernel of \(3, 3\)"):
+    with pytest.raises(
+        InputError,
+        match=r"conv: the weight \(6, 32\) does not take 3 channels by a kernel of \(3, 3\)",
+    ):
         ops.conv(normal(1, 4, 4, 3), normal(OUT, IN), kernel=(3, 3))

@@ -1,4 +1,5 @@
-"""Norms against float64, rotary positions against complex numbers, scaled ones against their definitions, a wave at a time.
+"""Norms against float64, rotary positions against complex numbers, scaled ones against their
+definitions, a wave at a time.
 
 What transformers makes of whole models with them: tests/hub/test_goldens.py.
 """
@@ -22,7 +23,8 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
 def test_rms_norm(shape):
-    x, weight = normal(*shape), normal(6, seed=1)
+    x = normal(*shape)
+    weight = normal(6, seed=1)
     wide = np.asarray(x, np.float64)
     want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-2) * np.asarray(weight)
     np.testing.assert_allclose(ops.rms_norm(x, weight, 1e-2), want, rtol=1e-5, atol=1e-6)
@@ -31,20 +33,29 @@ def test_rms_norm(shape):
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_layer_norm(shape, bias):
-    x, weight = normal(*shape) + 3, normal(6, seed=1)
+    x = normal(*shape) + 3
+    weight = normal(6, seed=1)
     shift = normal(6, seed=2) if bias else None
     wide = np.asarray(x, np.float64)
-    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-2) * np.asarray(weight)
+    want = (
+        (wide - wide.mean(-1, keepdims=True))
+        / np.sqrt(wide.var(-1, keepdims=True) + 1e-2)
+        * np.asarray(weight)
+    )
     want = want + np.asarray(shift) if bias else want
     np.testing.assert_allclose(ops.layer_norm(x, weight, shift, 1e-2), want, rtol=1e-5, atol=1e-5)
 
 
 def test_norms_compute_in_float32_and_keep_the_dtype_of_the_stream():
     x = (normal(4, 256) + 300).astype(jnp.bfloat16)  # squares that a bfloat16 sum would lose
-    wide, ones = np.asarray(x.astype(jnp.float32), np.float64), jnp.ones(256)
+    wide = np.asarray(x.astype(jnp.float32), np.float64)
+    ones = jnp.ones(256)
     for got, want in (
         (ops.rms_norm(x, ones, 1e-6), wide / np.sqrt((wide**2).mean(-1, keepdims=True))),
-        (ops.layer_norm(x, ones, None, 1e-6), (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)),
+        (
+            ops.layer_norm(x, ones, None, 1e-6),
+            (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True),
+        ),
     ):
         assert got.dtype == jnp.bfloat16
         np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-3)
@@ -57,19 +68,24 @@ def test_layer_norm_of_a_large_constant_does_not_cancel():
 
 
 def test_rotation_is_a_complex_product():
-    width, base = 8, 100.0
-    x, positions = normal(2, 5, 3, width), jnp.asarray([[0, 1, 2, 3, 4], [7, 0, 100, 3, 50]])
+    width = 8
+    base = 100.0
+    x = normal(2, 5, 3, width)
+    positions = jnp.asarray([[0, 1, 2, 3, 4], [7, 0, 100, 3, 50]])
     tables = ops.rope_tables(positions, width, base)
     assert tables[0].shape == tables[1].shape == (2, 5, width // 2)
     pairs = np.asarray(x[..., : width // 2]) + 1j * np.asarray(x[..., width // 2 :])
     frequency = np.array([base ** (-2 * i / width) for i in range(width // 2)])
     turned = pairs * np.exp(1j * np.asarray(positions)[:, :, None, None] * frequency)
     got = ops.rotate(x, tables)
-    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        got, np.concatenate([turned.real, turned.imag], -1), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_scores_depend_on_the_distance_of_positions_only():
-    q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
+    q = normal(1, 1, 1, 8)
+    k = normal(1, 1, 1, 8, seed=1)
 
     def score(a: int, b: int) -> float:
         turn = lambda x, p: ops.rotate(x, ops.rope_tables(jnp.asarray([[p]]), 8, 10000.0))
@@ -85,9 +101,13 @@ def test_rotate_keeps_the_dtype():
     assert ops.rotate(normal(1, 1, 2, 4).astype(jnp.bfloat16), tables).dtype == jnp.bfloat16
 
 
-# ------------------------------------------------------------------------------------------------------- longer contexts
+# ---------------------------------------------------------------------------------- longer contexts
 
-WIDTH, BASE, CONTEXT = 16, 100.0, 64  # waves of 6 to 353 positions: some fit the context often, some not once
+WIDTH, BASE, CONTEXT = (
+    16,
+    100.0,
+    64,
+)  # waves of 6 to 353 positions: some fit the context often, some not once
 PLAIN = [BASE ** (-2 * i / WIDTH) for i in range(WIDTH // 2)]
 
 
@@ -115,27 +135,41 @@ def test_llama3_scaling_wave_by_wave():
 
     want = [wave(frequency) for frequency in PLAIN]
     changed = np.asarray(PLAIN) / want
-    assert changed[0] == 1 and changed[-1] == pytest.approx(8) and np.any((changed > 1.01) & (changed < 7.99))
+    assert (
+        changed[0] == 1
+        and changed[-1] == pytest.approx(8)
+        and np.any((changed > 1.01) & (changed < 7.99))
+    )
     np.testing.assert_allclose(scaled(ops.RopeScaling("llama3", 8.0, CONTEXT)), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("fast", "slow"), [(32.0, 1.0), (4.0, 0.5), (1.0, 1.0)])
 def test_yarn_scaling_wave_by_wave(fast, slow):
     def dimension(turns: float) -> float:
-        """Where, among the waves, one turns so often in the context: CONTEXT * BASE^(-2 d / WIDTH) = 2 pi turns."""
+        """Where, among the waves, one turns so often in the context:
+
+        CONTEXT * BASE^(-2 d / WIDTH) = 2 pi turns.
+        """
         return WIDTH / 2 * math.log(CONTEXT / (2 * math.pi * turns)) / math.log(BASE)
 
-    first, last = max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), WIDTH - 1)
+    first = max(math.floor(dimension(fast)), 0)
+    last = min(math.ceil(dimension(slow)), WIDTH - 1)
     share = [min(max((i - first) / (last - first), 0), 1) for i in range(WIDTH // 2)]
-    want = [(1 - s) * frequency + s * frequency / 4 for s, frequency in zip(share, PLAIN, strict=True)]
+    want = [
+        (1 - s) * frequency + s * frequency / 4 for s, frequency in zip(share, PLAIN, strict=True)
+    ]
     assert want[0] == PLAIN[0] and any(0 < s < 1 for s in share) == (fast > slow)
-    np.testing.assert_allclose(scaled(ops.RopeScaling("yarn", 4.0, CONTEXT, fast=fast, slow=slow)), want, rtol=1e-5)
+    np.testing.assert_allclose(
+        scaled(ops.RopeScaling("yarn", 4.0, CONTEXT, fast=fast, slow=slow)), want, rtol=1e-5
+    )
 
 
 def test_yarn_sharpens_the_scores():
     assert ops.RopeScaling("yarn", 4.0, CONTEXT).gain == pytest.approx(0.1 * math.log(4) + 1)
     assert ops.RopeScaling("yarn", 4.0, CONTEXT, sharpen=1.5).gain == 1.5
-    assert ops.RopeScaling("llama3", 4.0, CONTEXT).gain == ops.RopeScaling("linear", 4.0).gain == 1.0
+    assert (
+        ops.RopeScaling("llama3", 4.0, CONTEXT).gain == ops.RopeScaling("linear", 4.0).gain == 1.0
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Statistics by differentiation against the same sums taken by hand from the inputs of each contraction."""
+"""Statistics by differentiation against the same sums taken by hand from the inputs of each
+contraction.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def quantise(w: jax.Array, **static) -> QTensor:
     return QTensor.from_codes(jnp.round(w / scale).astype(jnp.int32), scale, bits=8, **static)
 
 
-# ------------------------------------------------------------------------------------------------------ one contraction
+# ---------------------------------------------------------------------------------- one contraction
 
 
 WEIGHTS = {
@@ -57,7 +59,8 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_statistics_of_one_contraction(kind):
-    x, weight = normal(2, 5, 6), WEIGHTS[kind](normal(4, 6, seed=1))
+    x = normal(2, 5, 6)
+    weight = WEIGHTS[kind](normal(4, 6, seed=1))
     zeros = zeros_for(weight.shape, ALL)
 
     def loss(zeros):
@@ -79,20 +82,34 @@ def test_a_probe_stands_for_its_weight():
 @pytest.mark.parametrize("lead", [(), (5,), (4, 5)])
 def test_zeros_have_the_leading_axes_of_the_weight(lead):
     zeros = zeros_for((*lead, 2, 3), [*ALL, "tokens"])
-    shapes = {"count": (), "taken": (), "square": (3,), "gram": (3, 3), "histogram": (64,), "tokens": (2,)}
-    assert {name: zero.shape for name, zero in zeros.items()} == {name: (*lead, *shape) for name, shape in shapes.items()}
+    shapes = {
+        "count": (),
+        "taken": (),
+        "square": (3,),
+        "gram": (3, 3),
+        "histogram": (64,),
+        "tokens": (2,),
+    }
+    assert {name: zero.shape for name, zero in zeros.items()} == {
+        name: (*lead, *shape) for name, shape in shapes.items()
+    }
     assert set(ops.STATISTICS) == set(shapes)
 
 
 def test_zeros_for_says_what_is_wrong():
-    with pytest.raises(InputError, match=r"statistics: 'gramm' is not known; allowed: .*gram.*nearest: gram"):
+    with pytest.raises(
+        InputError, match=r"statistics: 'gramm' is not known; allowed: .*gram.*nearest: gram"
+    ):
         zeros_for((2, 3), ["gramm"])
-    with pytest.raises(InputError, match=r"shape: \(3,\) is not that of a matrix; allowed: \[..., out, in\]"):
+    with pytest.raises(
+        InputError, match=r"shape: \(3,\) is not that of a matrix; allowed: \[..., out, in\]"
+    ):
         zeros_for((3,), ["gram"])
 
 
 def test_the_gradients_of_everything_else_are_unchanged():
-    x, w = normal(3, 6), normal(4, 6, seed=1)
+    x = normal(3, 6)
+    w = normal(4, 6, seed=1)
     plain = jax.grad(lambda x, w: jnp.sum(jnp.sin(ops.einsum("BD,FD->BF", x, w))), (0, 1))(x, w)
 
     def probed(x, w, zeros):
@@ -105,21 +122,32 @@ def test_the_gradients_of_everything_else_are_unchanged():
 
 
 def test_the_statistic_does_not_depend_on_the_loss():
-    x, w = normal(3, 6), normal(4, 6, seed=1)
-    for loss in (jnp.sum, lambda y: 1e6 * jnp.sum(y**3), lambda y: 0.0 * jnp.sum(y), lambda y: y[0, 0]):
+    x = normal(3, 6)
+    w = normal(4, 6, seed=1)
+    for loss in (
+        jnp.sum,
+        lambda y: 1e6 * jnp.sum(y**3),
+        lambda y: 0.0 * jnp.sum(y),
+        lambda y: y[0, 0],
+    ):
         zeros = zeros_for(w.shape, ALL)
-        close(jax.grad(lambda z, f=loss: f(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(zeros), by_hand(x))
+        close(
+            jax.grad(lambda z, f=loss: f(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(zeros),
+            by_hand(x),
+        )
 
 
 def test_what_no_gradient_reaches_counts_zero():
     """So that it can be told from a statistic of zeros."""
-    x, w = normal(3, 6), normal(4, 6, seed=1)
+    x = normal(3, 6)
+    w = normal(4, 6, seed=1)
     blocked = lambda z: jnp.sum(jax.lax.stop_gradient(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))
     assert jax.grad(blocked)(zeros_for(w.shape, ALL))["count"] == 0
 
 
 def test_batch_letters_have_statistics_each():
-    x, w = normal(3, 5, 6), normal(3, 4, 6, seed=1)
+    x = normal(3, 5, 6)
+    w = normal(3, 4, 6, seed=1)
     zeros = zeros_for(w.shape, ALL)
     got = jax.grad(lambda z: jnp.sum(ops.einsum("ETD,EFD->ETF", x, ops.Probe(w, z))))(zeros)
     for i in range(3):
@@ -127,22 +155,31 @@ def test_batch_letters_have_statistics_each():
 
 
 def test_grouped_input_letters_are_one_axis():
-    x, w = normal(2, 3, 2, 4), normal(5, 8, seed=1)
-    got = jax.grad(lambda z: jnp.sum(ops.einsum("BTHh,D(Hh)->BTD", x, ops.Probe(w, z))))(zeros_for(w.shape, ALL))
+    x = normal(2, 3, 2, 4)
+    w = normal(5, 8, seed=1)
+    got = jax.grad(lambda z: jnp.sum(ops.einsum("BTHh,D(Hh)->BTD", x, ops.Probe(w, z))))(
+        zeros_for(w.shape, ALL)
+    )
     close(got, by_hand(x.reshape(2, 3, 8)))
 
 
 def test_statistics_of_a_convolution_are_of_its_patches():
-    x, w = normal(2, 4, 4, 3), normal(5, 3 * 4, seed=1)
+    x = normal(2, 4, 4, 3)
+    w = normal(5, 3 * 4, seed=1)
     probed = lambda z: jnp.sum(ops.conv(x, ops.Probe(w, z), kernel=(2, 2), padding="VALID"))
     got = jax.jit(jax.grad(probed))(zeros_for(w.shape, ALL))
-    patches = [x[:, i : i + 2, j : j + 2].transpose(0, 3, 1, 2).reshape(2, 12) for i in range(3) for j in range(3)]
+    patches = [
+        x[:, i : i + 2, j : j + 2].transpose(0, 3, 1, 2).reshape(2, 12)
+        for i in range(3)
+        for j in range(3)
+    ]
     close(got, by_hand(jnp.concatenate(patches)))
 
 
-# ------------------------------------------------------------------------------------------------------ many layers
+# -------------------------------------------------------------------------------------- many layers
 
-L, D = 3, 6
+L = 3
+D = 6
 
 
 def layers_by_hand(x: jax.Array, weights: list) -> list[dict]:
@@ -157,7 +194,8 @@ def layers_by_hand(x: jax.Array, weights: list) -> list[dict]:
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("kind", ["array", "dynamic"])
 def test_statistics_of_every_scanned_layer(kind, remat):
-    x, w = normal(4, D), WEIGHTS[kind](normal(L, D, D, seed=1))
+    x = normal(4, D)
+    w = WEIGHTS[kind](normal(L, D, D, seed=1))
 
     def loss(zeros):
         def body(x, leaf):
@@ -176,11 +214,14 @@ def test_statistics_of_every_scanned_layer(kind, remat):
 def test_statistics_of_every_expert_of_every_scanned_layer(remat):
     """Two leading axes: one that scan slices off, one of batch letters."""
     experts = 2
-    x, w = normal(experts, 4, D), normal(L, experts, D, D, seed=1)
+    x = normal(experts, 4, D)
+    w = normal(L, experts, D, D, seed=1)
 
     def loss(zeros):
         body = lambda x, leaf: (jnp.tanh(ops.einsum("END,EFD->ENF", x, leaf)), None)
-        return jnp.sum(jax.lax.scan(jax.checkpoint(body) if remat else body, x, ops.Probe(w, zeros))[0])
+        return jnp.sum(
+            jax.lax.scan(jax.checkpoint(body) if remat else body, x, ops.Probe(w, zeros))[0]
+        )
 
     got = jax.jit(jax.grad(loss))(zeros_for(w.shape, ALL))
     for e in range(experts):
@@ -189,8 +230,11 @@ def test_statistics_of_every_expert_of_every_scanned_layer(remat):
 
 
 def test_two_batch_letters_have_statistics_each():
-    x, w = normal(2, 3, 5, 6), normal(2, 3, 4, 6, seed=1)
-    got = jax.grad(lambda z: jnp.sum(ops.einsum("GETD,GEFD->GETF", x, ops.Probe(w, z))))(zeros_for(w.shape, ALL))
+    x = normal(2, 3, 5, 6)
+    w = normal(2, 3, 4, 6, seed=1)
+    got = jax.grad(lambda z: jnp.sum(ops.einsum("GETD,GEFD->GETF", x, ops.Probe(w, z))))(
+        zeros_for(w.shape, ALL)
+    )
     for g, e in np.ndindex(2, 3):
         close({name: statistic[g, e] for name, statistic in got.items()}, by_hand(x[g, e]))
 
@@ -198,7 +242,8 @@ def test_two_batch_letters_have_statistics_each():
 @pytest.mark.parametrize("jit", [False, True])
 def test_vmap_over_inputs_is_a_sum(jit):
     """One probe, many inputs: every statistic, the counts too, is that of all of them together."""
-    x, w = normal(5, 2, 3, D), normal(4, D, seed=1)
+    x = normal(5, 2, 3, D)
+    w = normal(4, D, seed=1)
     ids = jnp.asarray(np.random.default_rng(2).integers(0, 4, (5, 2, 3)))
 
     def loss(zeros):
@@ -207,13 +252,20 @@ def test_vmap_over_inputs_is_a_sum(jit):
         return jnp.sum(y) + jnp.sum(jax.vmap(lambda i: ops.take(leaf, i))(ids))
 
     grad = jax.jit(jax.grad(loss)) if jit else jax.grad(loss)
-    want = {**by_hand(x), "taken": np.float64(30), "tokens": np.bincount(np.asarray(ids).reshape(-1), minlength=4)}
+    want = {
+        **by_hand(x),
+        "taken": np.float64(30),
+        "tokens": np.bincount(np.asarray(ids).reshape(-1), minlength=4),
+    }
     close(grad(zeros_for(w.shape, [*ALL, "tokens"])), want)
 
 
 def test_vmap_of_the_gradient_keeps_inputs_apart():
-    x, w = normal(5, 3, D), normal(4, D, seed=1)
-    one = lambda x: jax.grad(lambda z: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(zeros_for(w.shape, ALL))
+    x = normal(5, 3, D)
+    w = normal(4, D, seed=1)
+    one = lambda x: jax.grad(lambda z: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(w, z))))(
+        zeros_for(w.shape, ALL)
+    )
     got = jax.vmap(one)(x)
     for i in range(5):
         close({name: statistic[i] for name, statistic in got.items()}, by_hand(x[i]))
@@ -221,19 +273,23 @@ def test_vmap_of_the_gradient_keeps_inputs_apart():
 
 def test_counts_do_not_read_the_values():
     x = jnp.asarray([[jnp.nan, 1.0], [jnp.inf, 2.0]])
-    got = jax.grad(lambda z: jnp.nansum(ops.einsum("BD,FD->BF", x, ops.Probe(normal(3, 2), z))))(zeros_for((3, 2), []))
+    got = jax.grad(lambda z: jnp.nansum(ops.einsum("BD,FD->BF", x, ops.Probe(normal(3, 2), z))))(
+        zeros_for((3, 2), [])
+    )
     assert float(got["count"]) == 2
 
 
 def test_batches_add_up():
-    x, w = normal(6, D), normal(D, D, seed=1)
+    x = normal(6, D)
+    w = normal(D, D, seed=1)
     run = jax.jit(jax.grad(lambda z, x: jnp.sum(ops.einsum("BD,FD->BF", x, ops.Probe(w, z)))))
     parts = [run(zeros_for(w.shape, ALL), part) for part in jnp.split(x, 3)]
     close(jax.tree.map(lambda *a: sum(a), *parts), by_hand(x))
 
 
 def test_a_tied_table_counts_lookups_and_contractions_apart():
-    table, ids = normal(7, D), jnp.asarray([[0, 3, 3, 6], [1, 3, 0, 0]])
+    table = normal(7, D)
+    ids = jnp.asarray([[0, 3, 3, 6], [1, 3, 0, 0]])
 
     def loss(zeros, weight):
         leaf = ops.Probe(weight, zeros)
@@ -242,12 +298,22 @@ def test_a_tied_table_counts_lookups_and_contractions_apart():
     for weight in (table, quantise(table), quantise(table, activations="int8")):
         got = jax.jit(jax.grad(loss))(zeros_for(table.shape, [*ALL, "tokens"]), weight)
         want = by_hand(jnp.tanh(ops.take(weight, ids)))
-        close(got, {**want, "taken": np.float64(8), "tokens": np.bincount(np.asarray(ids).reshape(-1), minlength=7)})
+        close(
+            got,
+            {
+                **want,
+                "taken": np.float64(8),
+                "tokens": np.bincount(np.asarray(ids).reshape(-1), minlength=7),
+            },
+        )
 
 
 def test_tokens_outside_the_table_count_for_the_row_that_they_take():
-    table, ids = normal(4, D), jnp.asarray([[-1, 4, 99, 2]])
-    got = jax.grad(lambda z: jnp.sum(ops.take(ops.Probe(table, z), ids)))(zeros_for(table.shape, ["tokens"]))
+    table = normal(4, D)
+    ids = jnp.asarray([[-1, 4, 99, 2]])
+    got = jax.grad(lambda z: jnp.sum(ops.take(ops.Probe(table, z), ids)))(
+        zeros_for(table.shape, ["tokens"])
+    )
     np.testing.assert_array_equal(got["tokens"], [1, 0, 1, 2])
     assert (got["taken"], got["count"]) == (4, 0)
 
@@ -257,10 +323,14 @@ def test_histogram_covers_the_line():
     counts = np.asarray(histogram(x))
     assert counts.sum() == x.size
     assert (counts[0], counts[-1]) == (3, 1)  # 0, 1e-30, 2^-24; 1e30
-    assert (counts[48], counts[49], counts[50]) == (2, 1, 1)  # [1, sqrt 2), [sqrt 2, 2), [2, 2 sqrt 2)
+    assert (counts[48], counts[49], counts[50]) == (
+        2,
+        1,
+        1,
+    )  # [1, sqrt 2), [sqrt 2, 2), [2, 2 sqrt 2)
 
 
-# ------------------------------------------------------------------------------------------------------ eight devices
+# ------------------------------------------------------------------------------------ eight devices
 
 PROGRAM = """
     import jax, jax.numpy as jnp, numpy as np

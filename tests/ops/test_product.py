@@ -1,4 +1,6 @@
-"""`product`: its values and gradients against float64, and no operand in another precision anywhere in a training step."""
+"""`product`: its values and gradients against float64, and no operand in another precision anywhere
+in a training step.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,25 @@ def operands(equation: str) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("equation", EQUATIONS)
-@pytest.mark.parametrize(("compute", "limit"), [("float32", 1e-6), ("float16", 2e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+    ("compute", "limit"), [("float32", 1e-6), ("float16", 2e-3), ("bfloat16", 1e-2)]
+)
 @pytest.mark.parametrize("out", ["float32", "bfloat16"])
 def test_value_and_gradients_against_float64(equation, compute, limit, out):
     x, y = operands(equation)
     weights = np.random.default_rng(1).normal(size=np.einsum(equation, x, y).shape)
-    f = lambda x, y: jnp.sum(ops.product(equation, x, y, compute, out).astype(jnp.float32) * jnp.float32(weights))
+    f = lambda x, y: jnp.sum(
+        ops.product(equation, x, y, compute, out).astype(jnp.float32) * jnp.float32(weights)
+    )
     inputs, result = equation.split("->")
     left, right = inputs.split(",")
-    transposes = np.einsum(f"{result},{right}->{left}", weights, y), np.einsum(f"{result},{left}->{right}", weights, x)
+    transposes = (
+        np.einsum(f"{result},{right}->{left}", weights, y),
+        np.einsum(f"{result},{left}->{right}", weights, x),
+    )
     wanted = np.einsum(equation, x, y), *transposes
-    x, y = jnp.float32(x), jnp.float32(y)
+    x = jnp.float32(x)
+    y = jnp.float32(y)
     found = ops.product(equation, x, y, compute, out), *jax.grad(f, argnums=(0, 1))(x, y)
     assert found[0].dtype == jnp.dtype(out) and found[1].dtype == found[2].dtype == jnp.float32
     limit = max(limit, 1e-2) if out == "bfloat16" else limit
@@ -50,9 +60,13 @@ def test_value_and_gradients_against_float64(equation, compute, limit, out):
 def test_rows_of_a_vmap_are_those_of_each_alone(equation):
     x, y = (jnp.float32(a) for a in operands(equation))
     xs = jnp.stack([x, 2 * x])
-    run = jax.grad(lambda x, y: jnp.sum(ops.product(equation, x, y, jnp.bfloat16) ** 2), argnums=(0, 1))
+    run = jax.grad(
+        lambda x, y: jnp.sum(ops.product(equation, x, y, jnp.bfloat16) ** 2), argnums=(0, 1)
+    )
     for i, j in itertools.product(range(2), repeat=2):
-        np.testing.assert_allclose(jax.vmap(run, (0, None))(xs, y)[i][j], run(xs[j], y)[i], rtol=2e-2, atol=1e-3)
+        np.testing.assert_allclose(
+            jax.vmap(run, (0, None))(xs, y)[i][j], run(xs[j], y)[i], rtol=2e-2, atol=1e-3
+        )
 
 
 def products(jaxpr: Any) -> list[tuple[str, str]]:
@@ -61,7 +75,9 @@ def products(jaxpr: Any) -> list[tuple[str, str]]:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             found.append(tuple(str(v.aval.dtype) for v in eqn.invars))
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")):
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")
+        ):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 found += products(getattr(inner, "jaxpr", inner))
     return found
@@ -78,14 +94,20 @@ def of_a_step(model: Any) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("attention", ["plain", "blockwise"])
 @pytest.mark.parametrize("module", [gpt2, llama])
 def test_every_product_of_a_training_step_is_in_bfloat16(module, attention):
-    found = of_a_step(module.model(module.SIZES["tiny"], ops.Policy("bfloat16", attention=attention)))
+    found = of_a_step(
+        module.model(module.SIZES["tiny"], ops.Policy("bfloat16", attention=attention))
+    )
     assert len(found) > 20  # forward, and two for each of them backward
     assert set(found) == {("bfloat16", "bfloat16")}
 
 
 def test_dots_are_kept_by_remat():
-    """`remat="dots"` sees the products, so that its backward pass has fewer of them than that of "full"."""
-    of = lambda remat: len(of_a_step(gpt2.model(SIZES["tiny"], ops.Policy("bfloat16", remat=remat))))
+    """`remat="dots"` sees the products, so that its backward pass has fewer of them than that of
+    "full".
+    """
+    of = lambda remat: len(
+        of_a_step(gpt2.model(SIZES["tiny"], ops.Policy("bfloat16", remat=remat)))
+    )
     counts = {remat: of(remat) for remat in ("none", "dots", "full")}
     assert counts["none"] <= counts["dots"] < counts["full"]
 
@@ -104,7 +126,11 @@ def test_options_of_the_compiler_change_nothing_but_the_speed():
     assert compiler_options("float32") == {}
     x, y = (jnp.float32(a) for a in operands("bi,oi->bo"))
     small = jnp.bfloat16
-    run = jax.grad(lambda x, y: jnp.sum(ops.product("bi,oi->bo", x, y, small, small).astype(jnp.float32) ** 2), (0, 1))
-    plain, fast = jax.jit(run)(x, y), jax.jit(run, compiler_options=compiler_options("bfloat16"))(x, y)
+    run = jax.grad(
+        lambda x, y: jnp.sum(ops.product("bi,oi->bo", x, y, small, small).astype(jnp.float32) ** 2),
+        (0, 1),
+    )
+    plain = jax.jit(run)(x, y)
+    fast = jax.jit(run, compiler_options=compiler_options("bfloat16"))(x, y)
     for a, b in zip(plain, fast, strict=True):
         assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(a)

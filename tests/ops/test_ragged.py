@@ -16,8 +16,18 @@ from jaxmodel.leaves import QTensor, Sparse
 from jaxmodel.ops.probe import histogram, zeros_for
 
 module = importlib.import_module("jaxmodel.ops.ragged")  # `ops.ragged` is the function
-N, E, IN, OUT = 40, 3, 16, 6
-SIZES = [(10, 25, 5), (0, 40, 0), (37, 0, 3), (1, 1, 1), (0, 7, 4), (0, 0, 0)]  # the last three leave rows over
+N = 40
+E = 3
+IN = 16
+OUT = 6
+SIZES = [
+    (10, 25, 5),
+    (0, 40, 0),
+    (37, 0, 3),
+    (1, 1, 1),
+    (0, 7, 4),
+    (0, 0, 0),
+]  # the last three leave rows over
 ALL = ("square", "gram", "histogram")
 
 
@@ -29,15 +39,21 @@ def quantise(w: jax.Array, bits: int = 8, group: int | None = None, **static) ->
     grouped = np.asarray(w).reshape(*w.shape[:-1], -1, group or w.shape[-1])
     scale = np.abs(grouped).max(-1) / (2 ** (bits - 1) - 1)
     codes = np.round(grouped / scale[..., None]).astype(np.int32).reshape(w.shape)
-    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static)
+    return QTensor.from_codes(
+        jnp.asarray(codes), jnp.asarray(scale), bits=bits, group=group, **static
+    )
 
 
 def affine(w: jax.Array) -> QTensor:
     grouped = np.asarray(w).reshape(*w.shape[:-1], -1, 8)
     low = grouped.min(-1)
     scale = (grouped.max(-1) - low) / 15
-    codes = np.round((grouped - low[..., None]) / scale[..., None]).astype(np.int32).reshape(w.shape)
-    return QTensor.from_codes(jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(low), bits=4, group=8)
+    codes = (
+        np.round((grouped - low[..., None]) / scale[..., None]).astype(np.int32).reshape(w.shape)
+    )
+    return QTensor.from_codes(
+        jnp.asarray(codes), jnp.asarray(scale), jnp.asarray(low), bits=4, group=8
+    )
 
 
 def sparse(w: jax.Array) -> Sparse:
@@ -63,16 +79,22 @@ LEAVES = {
 }
 
 
-def one_by_one(x: jax.Array, w, sizes: tuple[int, ...], policy: ops.Policy = ops.Policy()) -> jax.Array:
+def one_by_one(
+    x: jax.Array, w, sizes: tuple[int, ...], policy: ops.Policy = ops.Policy()
+) -> jax.Array:
     """Each group's rows with its own matrix."""
     ends = np.cumsum(sizes)[:, None]
     rows = np.arange(x.shape[0])
-    return each(x, w, jnp.asarray((rows < ends) & (rows >= ends - np.array(sizes)[:, None])), policy)
+    return each(
+        x, w, jnp.asarray((rows < ends) & (rows >= ends - np.array(sizes)[:, None])), policy
+    )
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def each(x: jax.Array, w, own: jax.Array, policy: ops.Policy) -> jax.Array:
-    """All rows with each matrix, of which only the group's `own` are kept, so that sizes of groups are no shapes."""
+    """All rows with each matrix, of which only the group's `own` are kept, so that sizes of groups
+    are no shapes.
+    """
     total = jnp.zeros((x.shape[0], w.shape[1]), policy.stream)
     for e in range(len(own)):
         y = ops.einsum("ND,FD->NF", x, jax.tree.map(lambda a, e=e: a[e], w), policy)
@@ -89,36 +111,53 @@ RUN = jax.jit(ops.ragged, static_argnums=3)
 
 @pytest.mark.parametrize("kind", LEAVES)
 def test_equals_each_group_by_itself(kind):
-    x, w = normal(N, IN), LEAVES[kind](normal(E, OUT, IN, seed=1))
+    x = normal(N, IN)
+    w = LEAVES[kind](normal(E, OUT, IN, seed=1))
     for sizes in SIZES:
         want = one_by_one(x, w, sizes)
-        np.testing.assert_allclose(RUN(x, w, array(sizes), ops.Policy()), want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            RUN(x, w, array(sizes), ops.Policy()), want, rtol=1e-5, atol=1e-5
+        )
     assert np.abs(want).max() == 0 and np.abs(one_by_one(x, w, SIZES[0])).max() > 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 129, 300])
 def test_any_number_of_rows(rows):
     """Blocks of two rows to 64, groups of many blocks."""
-    rng, groups = np.random.default_rng(rows), 4
-    x, w = normal(rows, IN), normal(groups, OUT, IN, seed=1)
+    rng = np.random.default_rng(rows)
+    groups = 4
+    x = normal(rows, IN)
+    w = normal(groups, OUT, IN, seed=1)
     for share in ([0.25] * 4, [0.97, 0.01, 0.01, 0.01]):
         sizes = tuple(np.bincount(rng.choice(groups, rows, p=share), minlength=groups).tolist())
-        np.testing.assert_allclose(RUN(x, w, array(sizes), ops.Policy()), one_by_one(x, w, sizes), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            RUN(x, w, array(sizes), ops.Policy()), one_by_one(x, w, sizes), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_policy():
-    x, w, sizes = normal(N, IN), normal(E, OUT, IN, seed=1), SIZES[0]
+    x = normal(N, IN)
+    w = normal(E, OUT, IN, seed=1)
+    sizes = SIZES[0]
     policy = ops.Policy(compute="bfloat16", stream="bfloat16")
-    got, want = RUN(x, w, array(sizes), policy), one_by_one(x, w, sizes, policy)
+    got = RUN(x, w, array(sizes), policy)
+    want = one_by_one(x, w, sizes, policy)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-2, atol=1e-2)
-    assert np.abs(got.astype(jnp.float32) - one_by_one(x, w, sizes)).max() > 1e-3  # the operands are rounded
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-2, atol=1e-2
+    )
+    assert (
+        np.abs(got.astype(jnp.float32) - one_by_one(x, w, sizes)).max() > 1e-3
+    )  # the operands are rounded
 
 
-@pytest.mark.parametrize("kind", ["array", "bfloat16", "int8", "int8 dynamic", "int4 groups", "affine", "sparse"])
+@pytest.mark.parametrize(
+    "kind", ["array", "bfloat16", "int8", "int8 dynamic", "int4 groups", "affine", "sparse"]
+)
 def test_gradients(kind):
     """Of the rows, and of whatever in a leaf is floating-point."""
-    x, w = normal(N, IN), LEAVES[kind](normal(E, OUT, IN, seed=1))
+    x = normal(N, IN)
+    w = LEAVES[kind](normal(E, OUT, IN, seed=1))
     leaves, structure = jax.tree.flatten(w)
     floats = {i: leaf for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
@@ -126,29 +165,42 @@ def test_gradients(kind):
         leaf = jax.tree.unflatten(structure, [floats.get(i, leaf) for i, leaf in enumerate(leaves)])
         return jnp.sum(jnp.sin(run(x, leaf)))
 
-    run = jax.jit(jax.grad(lambda x, f, sizes: loss(lambda x, w: ops.ragged(x, w, sizes), x, f), (0, 1)))
+    run = jax.jit(
+        jax.grad(lambda x, f, sizes: loss(lambda x, w: ops.ragged(x, w, sizes), x, f), (0, 1))
+    )
     tolerance = 1e-2 if kind == "bfloat16" else 1e-4
     for sizes in (SIZES[0], SIZES[2], SIZES[4]):
         got = run(x, floats, array(sizes))
-        want = jax.grad(lambda *a, s=sizes: loss(lambda x, w: one_by_one(x, w, s), *a), (0, 1))(x, floats)
+        want = jax.grad(lambda *a, s=sizes: loss(lambda x, w: one_by_one(x, w, s), *a), (0, 1))(
+            x, floats
+        )
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(*(np.asarray(v, np.float32) for v in (a, b)), tolerance, tolerance)
+            np.testing.assert_allclose(
+                *(np.asarray(v, np.float32) for v in (a, b)), tolerance, tolerance
+            )
         assert np.abs(got[0]).max() > 0.1 and not np.any(np.asarray(got[0])[sum(sizes) :])
 
 
 def test_what_an_accelerator_runs_is_the_same():
-    x, w, sizes = normal(N, IN), normal(E, OUT, IN, seed=1), array(SIZES[2])
+    x = normal(N, IN)
+    w = normal(E, OUT, IN, seed=1)
+    sizes = array(SIZES[2])
     got = module._by_group(x, w, sizes, ops.Policy())
     np.testing.assert_allclose(got, RUN(x, w, sizes, ops.Policy()), rtol=1e-5, atol=1e-5)
     grad = jax.grad(lambda x, w: jnp.sum(ops.ragged(x, w, sizes) ** 2), (0, 1))
     text = jax.jit(grad).trace(x, w).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count('"chlo.ragged_dot"(') == 3 and "while" not in text  # the product and its two gradients
-    assert "ragged_dot" not in jax.jit(grad).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+    assert (
+        text.count('"chlo.ragged_dot"(') == 3 and "while" not in text
+    )  # the product and its two gradients
+    assert (
+        "ragged_dot" not in jax.jit(grad).trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+    )
 
 
 def test_rows_of_other_groups_do_not_matter():
     """To the bit: a row's result is that of the row alone, wherever it stands in its group."""
-    x, w = normal(N, IN), normal(E, OUT, IN, seed=1)
+    x = normal(N, IN)
+    w = normal(E, OUT, IN, seed=1)
     first = RUN(x, w, array((10, 25, 5)), ops.Policy())
     moved = RUN(jnp.concatenate([x[3:10], x[10:35], x[:8]]), w, array((7, 25, 8)), ops.Policy())
     np.testing.assert_array_equal(moved[:7], first[3:10])
@@ -156,7 +208,9 @@ def test_rows_of_other_groups_do_not_matter():
 
 
 def test_under_scan_remat_and_vmap():
-    x, w, sizes = normal(N, IN), normal(2, E, IN, IN, seed=1) / 4, array(SIZES[0])
+    x = normal(N, IN)
+    w = normal(2, E, IN, IN, seed=1) / 4
+    sizes = array(SIZES[0])
 
     def stack(x, w):
         body = jax.checkpoint(lambda x, leaf: (jnp.tanh(ops.ragged(x, leaf, sizes)), None))
@@ -167,7 +221,8 @@ def test_under_scan_remat_and_vmap():
             x = jnp.tanh(one_by_one(x, leaf, SIZES[0]))
         return jnp.sum(x**2)
 
-    got, want = jax.jit(jax.grad(stack, (0, 1)))(x, w), jax.grad(loop, (0, 1))(x, w)
+    got = jax.jit(jax.grad(stack, (0, 1)))(x, w)
+    want = jax.grad(loop, (0, 1))(x, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
     both = jnp.stack([array(SIZES[0]), array(SIZES[1])])
     mapped = jax.jit(jax.vmap(lambda x, s: ops.ragged(x, w[0], s)))(jnp.stack([x, -x]), both)
@@ -176,18 +231,21 @@ def test_under_scan_remat_and_vmap():
 
 
 def test_wrong_shapes():
-    x, w = normal(N, IN), normal(E, OUT, IN)
+    x = normal(N, IN)
+    w = normal(E, OUT, IN)
     for bad in ((x, w[0], array(SIZES[0])), (x[:, 1:], w, array(SIZES[0])), (x, w, array((1, 2)))):
         with pytest.raises(ValueError, match="are needed"):
             ops.ragged(*bad)
 
 
-# ------------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def by_hand(x: jax.Array, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
     ends = np.cumsum(sizes)
-    rows = [np.asarray(x[end - size : end], np.float64) for size, end in zip(sizes, ends, strict=True)]
+    rows = [
+        np.asarray(x[end - size : end], np.float64) for size, end in zip(sizes, ends, strict=True)
+    ]
     return {
         "count": np.asarray(sizes, np.float64),
         "taken": np.zeros(len(sizes)),
@@ -206,7 +264,8 @@ def same(got: dict[str, jax.Array], want: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("kind", ["array", "int8 dynamic", "sparse"])
 def test_statistics_are_those_of_each_groups_rows(kind):
-    x, w = normal(N, IN), LEAVES[kind](normal(E, OUT, IN, seed=1))
+    x = normal(N, IN)
+    w = LEAVES[kind](normal(E, OUT, IN, seed=1))
 
     @jax.jit
     def measure(zeros, sizes):
@@ -220,11 +279,15 @@ def test_statistics_are_those_of_each_groups_rows(kind):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_statistics_of_every_layer(remat):
-    x, w, sizes = normal(N, IN), normal(2, E, IN, IN, seed=1) / 4, SIZES[4]
+    x = normal(N, IN)
+    w = normal(2, E, IN, IN, seed=1) / 4
+    sizes = SIZES[4]
 
     def loss(zeros):
         body = lambda x, leaf: (jnp.tanh(ops.ragged(x, leaf, array(sizes))), None)
-        return jnp.sum(jax.lax.scan(jax.checkpoint(body) if remat else body, x, ops.Probe(w, zeros))[0])
+        return jnp.sum(
+            jax.lax.scan(jax.checkpoint(body) if remat else body, x, ops.Probe(w, zeros))[0]
+        )
 
     got = jax.jit(jax.grad(loss))(zeros_for(w.shape, ALL))
     for i in range(2):

@@ -1,6 +1,7 @@
 """Ring attention on eight devices: equal to attention on one, with the bytes that its formula says.
 
-The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here read how they went.
+The checks run once, in one process with eight simulated devices (see `outcomes8`); the tests here
+read how they went.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxmodel import ops, plan, sharding
 
-B, T, H, K, WIDTH = 2, 32, 4, 2, 8
+B = 2
+T = 32
+H = 4
+K = 2
+WIDTH = 8
 PLACED = ops.Policy(axes=ops.MESH_AXES)
 MESHES = ("sequence=4", "data=2,sequence=2,tensor=2", "sequence=8")
 
@@ -42,7 +47,9 @@ CASES = {
 
 
 def of_case(policy: ops.Policy, options: dict):
-    """The result and the gradients of attention, jitted; rows that see nothing have no meaning and do not count."""
+    """The result and the gradients of attention, jitted; rows that see nothing have no meaning and
+    do not count.
+    """
 
     def run(q, k, v, seen, counts):
         def score(q, k, v):
@@ -77,7 +84,9 @@ def check_equal_to_one_device(name: str, mesh: str) -> None:
 
 
 def check_parts_that_are_no_whole_blocks() -> None:
-    """Local parts of 300 queries and keys: two blocks of 256 queries, of which the second is filled up."""
+    """Local parts of 300 queries and keys: two blocks of 256 queries, of which the second is filled
+    up.
+    """
     t = 1200
     seen = ops.Seen(segments=(jnp.arange(t, dtype=jnp.int32)[None].repeat(B, 0) // 500,) * 2)
     args = *heads(t, t), seen, jnp.ones((B, t))
@@ -98,7 +107,8 @@ def check_sinks(mesh: str) -> None:
     """The sinks of all heads, and their gradients, which come from every part of the positions."""
     seen = CASES["padding and segments"][0]
     q, k, v = heads()
-    counts, sinks = counted(seen)[..., None, None], random(H, seed=3)
+    counts = counted(seen)[..., None, None]
+    sinks = random(H, seed=3)
 
     def of(policy: ops.Policy):
         def score(q, k, v, sinks):
@@ -130,13 +140,15 @@ def check_what_is_no_ring_is_gathered() -> None:
 
 
 def check_bytes() -> None:
-    """Each of n devices sends its part of keys and values n - 1 times forward; backward too, and their gradients.
+    """Each of n devices sends its part of keys and values n - 1 times forward; backward too, and
+    their gradients.
 
     In float32, since XLA on a CPU sends bfloat16 as float32.
     """
     for mesh in ("sequence=4", "data=2,sequence=4"):
         made = sharding.make_mesh(mesh)
-        n, rows = made.shape["sequence"], B // made.shape.get("data", 1)
+        n = made.shape["sequence"]
+        rows = B // made.shape.get("data", 1)
         batch = "data" if "data" in made.shape else None
         q, k, v = heads()
         q = jax.device_put(q, NamedSharding(made, P(batch, "sequence")))
@@ -145,15 +157,22 @@ def check_bytes() -> None:
         seen, counts = jax.device_put((CASES["segments"][0], jnp.ones((B, T))), place)
         with jax.set_mesh(made):
             program = of_case(PLACED, {}).lower(q, k, v, seen, counts).compile()
-        part, tokens = rows * K * (T // n) * WIDTH * 4, rows * (T // n)
+        part = rows * K * (T // n) * WIDTH * 4
+        tokens = rows * (T // n)
         keys = 2 * part + 4 * tokens
-        formula = (n - 1) * (2 * keys + 2 * part) - keys  # without a loop around, XLA sees that the first of both passes are one
+        formula = (n - 1) * (
+            2 * keys + 2 * part
+        ) - keys  # without a loop around, XLA sees that the first of both passes are one
         assert plan.moved(plan.collectives(program)) == {"collective-permute": formula}
 
 
 CHECKS = [
     *(f"check_equal_to_one_device:{name}:{MESHES[0]}" for name in CASES),
-    *(f"check_equal_to_one_device:{name}:{mesh}" for mesh in MESHES[1:] for name in ("causal", "padding and segments")),
+    *(
+        f"check_equal_to_one_device:{name}:{mesh}"
+        for mesh in MESHES[1:]
+        for name in ("causal", "padding and segments")
+    ),
     *(f"check_sinks:{mesh}" for mesh in MESHES[:2]),
     "check_parts_that_are_no_whole_blocks",
     "check_a_memory_of_another_length",

@@ -23,7 +23,13 @@ FIRST = jax.jit(MODEL.init)(jax.random.key(2))
 
 
 def fall(dtype, **settings) -> tuple[float, train.TrainState]:
-    config = train.TrainConfig(steps=150, warmup=0, schedule="constant", log_every=149, **{"learning_rate": 1e-4, **settings})
+    config = train.TrainConfig(
+        steps=150,
+        warmup=0,
+        schedule="constant",
+        log_every=149,
+        **{"learning_rate": 1e-4, **settings},
+    )
     start = tree.cast(FIRST, dtype)
     state, rows = train.fit(MODEL, STREAM, config, params=start, loss=losses.classification)
     assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
@@ -31,7 +37,9 @@ def fall(dtype, **settings) -> tuple[float, train.TrainState]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1e-4), ("adamw", 3e-5), ("sgd", 1e-3), ("lion", 3e-5)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("adamw", 1e-4), ("adamw", 3e-5), ("sgd", 1e-3), ("lion", 3e-5)]
+)
 def test_the_loss_falls_as_in_float32(dtype, optimizer, rate):
     settings = {"optimizer": optimizer, "learning_rate": rate, "beta2": 0.999}
     want, _ = fall("float32", **settings)
@@ -51,7 +59,9 @@ def test_a_weight_is_its_master_rounded():
 
 def test_nothing_is_added_for_float32_and_compressed_weights():
     optimizer = optax.adam(0.1)
-    chex.assert_trees_all_equal_structs(init_state(FIRST, optimizer).opt_state, optimizer.init(FIRST))
+    chex.assert_trees_all_equal_structs(
+        init_state(FIRST, optimizer).opt_state, optimizer.init(FIRST)
+    )
     codes = optim.quantize_weights(FIRST, [(".*_bias", None), (".*", 8)])
     rules = [(".*", True)]
     assert not isinstance(init_state(codes, optimizer, rules).opt_state, Masters)
@@ -69,7 +79,8 @@ def test_a_weight_that_was_changed_meanwhile_is_its_own_master():
 
 
 def test_a_step_that_is_left_out_leaves_them(tmp_path):
-    guard, optimizer = optim.Guard(), optax.adam(1e-3)
+    guard = optim.Guard()
+    optimizer = optax.adam(1e-3)
     params = tree.cast(FIRST, jnp.bfloat16)
     state = init_state(params, optimizer, guard=guard)
     step = jax.jit(make_step(MODEL, losses.classification, optimizer, guard=guard))
@@ -92,13 +103,18 @@ def test_they_are_restored(tmp_path):
 
 def check_masters_lie_as_their_weights() -> None:
     config = mlp.Config(8, (16, 16), 8)
-    model, mesh = mlp.model(config, ops.Policy(axes=ops.MESH_AXES)), sharding.make_mesh("fsdp=4,tensor=2")
+    model = mlp.model(config, ops.Policy(axes=ops.MESH_AXES))
+    mesh = sharding.make_mesh("fsdp=4,tensor=2")
     x = RANDOM.normal(size=(32, 8)).astype(np.float32)
     stream = data.Stream({"features": x, "labels": np.argmax(x, 1).astype(np.int32)}, 32)
     start = tree.cast(jax.jit(model.init)(jax.random.key(0)), jnp.bfloat16)
     settings = train.TrainConfig(steps=20, learning_rate=1e-4, warmup=0)
-    state, _ = train.fit(model, stream, settings, params=start, mesh=mesh, loss=losses.classification)
-    one, _ = train.fit(mlp.model(config), stream, settings, params=start, loss=losses.classification)
+    state, _ = train.fit(
+        model, stream, settings, params=start, mesh=mesh, loss=losses.classification
+    )
+    one, _ = train.fit(
+        mlp.model(config), stream, settings, params=start, loss=losses.classification
+    )
     for path, a in tree.flatten(state.opt_state.params).items():
         assert a.sharding.spec == tree.flatten(state.params)[path].sharding.spec
         np.testing.assert_allclose(a, tree.flatten(one.opt_state.params)[path], atol=2e-5)

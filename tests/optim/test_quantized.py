@@ -1,4 +1,6 @@
-"""Weights that are codes train: the gradient is exact, rounding has an exact mean, the loss is that of float32, memory is not."""
+"""Weights that are codes train: the gradient is exact, rounding has an exact mean, the loss is that
+of float32, memory is not.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from jaxmodel.train.step import make_step
 CONFIG = gpt2.Config(256, 64, 2, 4, 16)
 MODEL = gpt2.model(CONFIG)
 RULES = [(".*(norm/.*|_bias)", None), (".*", 8)]
-STREAM = data.Stream(data.windows(np.random.default_rng(0).integers(0, 16, 1000), 17, stride=16), 8, seed=1)
+STREAM = data.Stream(
+    data.windows(np.random.default_rng(0).integers(0, 16, 1000), 17, stride=16), 8, seed=1
+)
 ALL = [(".*", True)]
 
 
@@ -41,20 +45,26 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-# ----------------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_gradient_is_that_of_the_decoded_weights(remat, params):
     """Of a tied table too, which is looked up and multiplied with."""
-    model, batch = MODEL.with_policy(ops.Policy(remat=remat)), jax.device_put(STREAM.batch(0))
+    model = MODEL.with_policy(ops.Policy(remat=remat))
+    batch = jax.device_put(STREAM.batch(0))
     run = lambda params: next_token(model, params, batch)
     got = jax.jit(value_and_grad(run, jnp.float32))(params)
     want = jax.jit(jax.value_and_grad(run, has_aux=True))(dense(params))
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-7)
     short = jax.jit(value_and_grad(run))(params)[1]
-    assert short["blocks"]["0-1"]["attn"]["q"].dtype == jnp.bfloat16 and short["norm"]["bias"].dtype == jnp.float32
-    chex.assert_trees_all_close(jax.tree.map(lambda a: a.astype(jnp.float32), short), got[1], rtol=2e-2, atol=2e-4)
+    assert (
+        short["blocks"]["0-1"]["attn"]["q"].dtype == jnp.bfloat16
+        and short["norm"]["bias"].dtype == jnp.float32
+    )
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda a: a.astype(jnp.float32), short), got[1], rtol=2e-2, atol=2e-4
+    )
 
 
 def test_the_gradient_of_experts_is_that_of_the_decoded_weights():
@@ -62,7 +72,9 @@ def test_the_gradient_of_experts_is_that_of_the_decoded_weights():
     model = llama.model(config)
     start = jax.jit(model.init)(jax.random.key(0))
     params = tree.map_leaves(lambda _, leaf: rounded(leaf) if leaf.ndim == 4 else leaf, start)
-    assert any(isinstance(leaf, QTensor) and leaf.ndim == 4 for leaf in tree.flatten(params).values())
+    assert any(
+        isinstance(leaf, QTensor) and leaf.ndim == 4 for leaf in tree.flatten(params).values()
+    )
     batch = {name: a[:2] for name, a in jax.device_put(STREAM.batch(0)).items()}
     run = lambda params: next_token(model, params, batch)
     got = jax.jit(value_and_grad(run, jnp.float32))(params)
@@ -71,34 +83,54 @@ def test_the_gradient_of_experts_is_that_of_the_decoded_weights():
 
 
 def test_the_backward_pass_keeps_codes_and_not_what_they_stand_for():
-    """Of frozen leaves too: without it, what is saved for the backward pass holds every layer's plain weight."""
+    """Of frozen leaves too: without it, what is saved for the backward pass holds every layer's
+    plain weight.
+    """
     leaf = rounded(random(3, 32, 64))
 
     def loss(x, leaf):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(ops.einsum("BD,FD->BF", x, w)) @ jnp.ones((32, 64)), None), x, leaf)[0].sum()
+        return jax.lax.scan(
+            lambda x, w: (jnp.tanh(ops.einsum("BD,FD->BF", x, w)) @ jnp.ones((32, 64)), None),
+            x,
+            leaf,
+        )[0].sum()
 
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: loss(x, leaf), x)[1], random(2, 64)))
+    kept = jax.tree.leaves(
+        jax.eval_shape(lambda x: jax.vjp(lambda x: loss(x, leaf), x)[1], random(2, 64))
+    )
     shapes = [(a.shape, a.dtype) for a in kept]
-    assert not any(shape[-2:] == (32, 64) and dtype == jnp.float32 and len(shape) == 3 for shape, dtype in shapes), shapes
+    assert not any(
+        shape[-2:] == (32, 64) and dtype == jnp.float32 and len(shape) == 3
+        for shape, dtype in shapes
+    ), shapes
 
 
 def test_micro_batches_give_the_same_gradient(params):
-    whole, parts = (make_step(MODEL, next_token, optax.sgd(1.0), trainable=ALL, accumulate=parts) for parts in (1, 4))
+    whole, parts = (
+        make_step(MODEL, next_token, optax.sgd(1.0), trainable=ALL, accumulate=parts)
+        for parts in (1, 4)
+    )
     state = init_state(params, optax.sgd(1.0), ALL)
     one, two = (jax.jit(step)(state, STREAM.batch(0))[1] for step in (whole, parts))
     np.testing.assert_allclose(one["grad_norm"], two["grad_norm"], rtol=5e-3)
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------------ rounding
+# ----------------------------------------------------------------------------------------- rounding
 
 
 def test_dither_is_uniform_and_independent():
     key = jax.random.key(3)
     u = np.asarray(dither(key, (400, 500)), np.float64)
     counts = np.histogram(u, bins=64, range=(0, 1))[0]
-    assert ((counts - u.size / 64) ** 2 / (u.size / 64)).sum() < 63 + 5 * (2 * 63) ** 0.5  # chi-squared
-    others = [np.roll(u, 1, 0), np.roll(u, 1, 1), np.asarray(dither(jax.random.fold_in(key, 1), (400, 500)))]
+    assert ((counts - u.size / 64) ** 2 / (u.size / 64)).sum() < 63 + 5 * (
+        2 * 63
+    ) ** 0.5  # chi-squared
+    others = [
+        np.roll(u, 1, 0),
+        np.roll(u, 1, 1),
+        np.asarray(dither(jax.random.fold_in(key, 1), (400, 500))),
+    ]
     for other in others:
         assert abs(np.corrcoef(u.ravel(), other.ravel())[0, 1]) < 5 / u.size**0.5
     np.testing.assert_array_equal(u, dither(key, (400, 500)))
@@ -115,15 +147,23 @@ def test_dither_is_uniform_and_independent():
     ],
     ids=["groups", "stacked int4", "rows", "padded int3", "one scale"],
 )
-@pytest.mark.parametrize("size", [1e-3, 2.0])  # of the update: within the old scales, and beyond them
+@pytest.mark.parametrize(
+    "size", [1e-3, 2.0]
+)  # of the update: within the old scales, and beyond them
 def test_the_mean_of_a_moved_weight_is_exact(leaf, size):
     update = random(*leaf.shape, seed=7, scale=size)
     keys = jax.random.split(jax.random.key(0), 3000)
-    found = np.asarray(jax.jit(jax.vmap(lambda key: moved(leaf, update, key).decode()))(keys), np.float64)
+    found = np.asarray(
+        jax.jit(jax.vmap(lambda key: moved(leaf, update, key).decode()))(keys), np.float64
+    )
     want = np.asarray(decode(leaf) + update, np.float64)
     one = moved(leaf, update, keys[0])
-    rare = 10 / len(keys) * float(jnp.max(one.scale))  # what would be rounded the other way too seldom to be seen
-    assert np.all(np.abs(found.mean(axis=0) - want) <= 5 * found.std(axis=0) / len(keys) ** 0.5 + rare)
+    rare = (
+        10 / len(keys) * float(jnp.max(one.scale))
+    )  # what would be rounded the other way too seldom to be seen
+    assert np.all(
+        np.abs(found.mean(axis=0) - want) <= 5 * found.std(axis=0) / len(keys) ** 0.5 + rare
+    )
     one.check()
     chex.assert_trees_all_equal_shapes_and_dtypes(one, leaf)
 
@@ -135,7 +175,8 @@ def test_scales_stay_while_they_fit_and_move_when_they_do_not():
     chex.assert_trees_all_equal(still, leaf)  # no update changes nothing, to the bit
     near = moved(leaf, random(8, 64, seed=1, scale=1e-3), key)
     np.testing.assert_array_equal(near.scale, leaf.scale)
-    grown, shrunk = moved(leaf, 3 * decode(leaf), key), moved(leaf, -0.9 * decode(leaf), key)
+    grown = moved(leaf, 3 * decode(leaf), key)
+    shrunk = moved(leaf, -0.9 * decode(leaf), key)
     for other, factor in ((grown, 4.0), (shrunk, 0.1)):
         peak = np.abs(decode(leaf)).max(axis=-1, keepdims=True) * factor
         np.testing.assert_allclose(other.scale, 1.25 * peak / 127, rtol=1e-5)
@@ -144,33 +185,48 @@ def test_scales_stay_while_they_fit_and_move_when_they_do_not():
 def test_a_leaf_of_zeros_can_begin_to_move():
     leaf = rounded(jnp.zeros((4, 64)))
     update = random(4, 64, scale=1e-3)
-    np.testing.assert_allclose(moved(leaf, update, jax.random.key(0)).decode(), update, atol=2 * 4e-3 / 127)
+    np.testing.assert_allclose(
+        moved(leaf, update, jax.random.key(0)).decode(), update, atol=2 * 4e-3 / 127
+    )
 
 
 def test_layer_by_layer_is_each_layer():
-    leaf, update, key = rounded(random(3, 4, 32)), random(3, 4, 32, seed=2, scale=0.1), jax.random.key(5)
+    leaf = rounded(random(3, 4, 32))
+    update = random(3, 4, 32, seed=2, scale=0.1)
+    key = jax.random.key(5)
     (whole,) = by_layer("blocks/0-2/up", lambda *args: (moved(*args),), key, (leaf,), update)
-    alone = lambda path, leaf, update: by_layer(path, lambda *args: (moved(*args),), key, (leaf,), update)[0]
+    alone = lambda path, leaf, update: by_layer(
+        path, lambda *args: (moved(*args),), key, (leaf,), update
+    )[0]
     for i in range(3):  # the same codes, however layers are stacked
         one = alone(f"blocks/{i}/up", jax.tree.map(lambda a, i=i: a[i], leaf), update[i])
         chex.assert_trees_all_equal(jax.tree.map(lambda a, i=i: a[i], whole), one)
-    (experts,) = by_layer("blocks/3/up", lambda *args: (moved(*args),), key, (leaf,), update)  # whose first axis a mesh may cut
-    chex.assert_trees_all_equal(experts, moved(leaf, update, jax.random.fold_in(key, zlib.crc32(b"blocks/3/up"))))
+    (experts,) = by_layer(
+        "blocks/3/up", lambda *args: (moved(*args),), key, (leaf,), update
+    )  # whose first axis a mesh may cut
+    chex.assert_trees_all_equal(
+        experts, moved(leaf, update, jax.random.fold_in(key, zlib.crc32(b"blocks/3/up")))
+    )
 
 
 def test_plain_leaves_are_updated_as_optax_does(params):
     updates = jax.tree.map(lambda a: 0.01 * jnp.ones_like(a), dense(params))
     new = apply_updates(params, updates, jax.random.key(0))
-    np.testing.assert_array_equal(new["norm"]["weight"], params["norm"]["weight"] + jnp.float32(0.01))
+    np.testing.assert_array_equal(
+        new["norm"]["weight"], params["norm"]["weight"] + jnp.float32(0.01)
+    )
     assert isinstance(new["embed"], QTensor)
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
-def run(start: tree.Params, chosen: optax.GradientTransformation, steps: int) -> tuple[train.TrainState, list[float]]:
+def run(
+    start: tree.Params, chosen: optax.GradientTransformation, steps: int
+) -> tuple[train.TrainState, list[float]]:
     state = jax.jit(lambda params: init_state(params, chosen, ALL))(start)
-    step, losses = jax.jit(make_step(MODEL, next_token, chosen, trainable=ALL), donate_argnums=0), []
+    step = jax.jit(make_step(MODEL, next_token, chosen, trainable=ALL), donate_argnums=0)
+    losses = []
     for i in range(steps):
         state, metrics = step(state, STREAM.batch(i))
         losses.append(float(metrics["loss"]))
@@ -179,26 +235,44 @@ def run(start: tree.Params, chosen: optax.GradientTransformation, steps: int) ->
 
 def test_the_loss_is_that_of_weights_in_float32(params):
     state, got = run(params, optimizer("adamw8", 3e-3, weight_decay=0.1), 60)
-    _, want = run(jax.jit(MODEL.init)(jax.random.key(0)), optimizer("adamw", 3e-3, weight_decay=0.1), 60)
+    _, want = run(
+        jax.jit(MODEL.init)(jax.random.key(0)), optimizer("adamw", 3e-3, weight_decay=0.1), 60
+    )
     assert got[-1] < 0.65 * got[0]
     assert np.mean(got[-10:]) == pytest.approx(np.mean(want[-10:]), rel=0.03)
-    before, after = tree.flatten(params), tree.flatten(state.params)
-    assert {path: type(leaf) for path, leaf in after.items()} == {path: type(leaf) for path, leaf in before.items()}
+    before = tree.flatten(params)
+    after = tree.flatten(state.params)
+    assert {path: type(leaf) for path, leaf in after.items()} == {
+        path: type(leaf) for path, leaf in before.items()
+    }
     held = sum(a.nbytes for a in jax.tree.leaves(state)) / tree.count(params)
-    assert held < 0.36 * 12  # of float32 Adam; of wide models, where vectors hardly count, a quarter
+    assert (
+        held < 0.36 * 12
+    )  # of float32 Adam; of wide models, where vectors hardly count, a quarter
 
 
 def test_fit_trains_them_repeats_exactly_and_goes_on_from_a_checkpoint(params, tmp_path):
-    config = train.TrainConfig(steps=4, learning_rate=3e-3, warmup=1, log_every=1, trainable=ALL, average=0.9, save_every=2)
+    config = train.TrainConfig(
+        steps=4, learning_rate=3e-3, warmup=1, log_every=1, trainable=ALL, average=0.9, save_every=2
+    )
     states = []
     for name in ("a", "b", "a"):
-        with checkpoint.Checkpoints(tmp_path / name, at_most=2 if len(states) == 2 else None) as checkpoints:
-            given = {"params": params, "checkpoints": checkpoints, "optimizer": optimizer("adamw8", 3e-3)}
+        with checkpoint.Checkpoints(
+            tmp_path / name, at_most=2 if len(states) == 2 else None
+        ) as checkpoints:
+            given = {
+                "params": params,
+                "checkpoints": checkpoints,
+                "optimizer": optimizer("adamw8", 3e-3),
+            }
             states.append(train.fit(MODEL, STREAM, config, **given)[0])
     assert len({checkpoint.fingerprint(state) for state in states}) == 1
     assert isinstance(states[0].params["embed"], QTensor)
     average = train.averaged(states[0])["embed"]
-    assert isinstance(average, jax.Array) and 0 < float(jnp.abs(average - decode(states[0].params["embed"])).max()) < 0.1
+    assert (
+        isinstance(average, jax.Array)
+        and 0 < float(jnp.abs(average - decode(states[0].params["embed"])).max()) < 0.1
+    )
 
 
 def test_a_program_needs_less_than_half_the_memory_of_adam():
@@ -208,10 +282,14 @@ def test_a_program_needs_less_than_half_the_memory_of_adam():
 
     def needed(kind: str, start, trainable) -> int:
         chosen = optimizer(kind, 1e-3)
-        state = jax.eval_shape(lambda key: init_state(start(key), chosen, trainable), jax.random.key(0))
+        state = jax.eval_shape(
+            lambda key: init_state(start(key), chosen, trainable), jax.random.key(0)
+        )
         step = make_step(model, next_token, chosen, trainable=trainable)
         found = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
-        given, out, again = found.argument_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes
+        given = found.argument_size_in_bytes
+        out = found.output_size_in_bytes
+        again = found.alias_size_in_bytes
         return given + found.temp_size_in_bytes + out - again
 
     ours = needed("adamw8", lambda key: quantize_weights(model.init(key), RULES), ALL)
@@ -219,12 +297,20 @@ def test_a_program_needs_less_than_half_the_memory_of_adam():
 
 
 def test_what_cannot_be_trained_is_refused(params):
-    update, key = jnp.zeros((4, 32)), jax.random.key(0)
-    with pytest.raises(InputError, match="trainable: an affine QTensor cannot be rounded at random"):
+    update = jnp.zeros((4, 32))
+    key = jax.random.key(0)
+    with pytest.raises(
+        InputError, match="trainable: an affine QTensor cannot be rounded at random"
+    ):
         moved(Rtn(bits=4, group=32, symmetric=False)(random(4, 32)), update, key)
-    with pytest.raises(InputError, match="trainable: a QTensor of 1 bit cannot be rounded at random"):
+    with pytest.raises(
+        InputError, match="trainable: a QTensor of 1 bit cannot be rounded at random"
+    ):
         moved(Rtn(bits=1)(random(4, 32)), update, key)
-    with pytest.raises(InputError, match="trainable: a Sparse leaf has no rounding to train with; allowed: arrays, QTensor"):
+    with pytest.raises(
+        InputError,
+        match="trainable: a Sparse leaf has no rounding to train with; allowed: arrays, QTensor",
+    ):
         apply_updates({"w": Sparse.from_dense(random(4, 32))}, {"w": update}, key)
     with pytest.raises(InputError, match="bits: 9 given for 'embed'; allowed: 2 to 8, or None"):
         quantize_weights(dense(params), [("embed", 9), (".*", None)])

@@ -1,6 +1,8 @@
-"""The reader of collectives: programs whose traffic is known, compiled for eight CPU devices, and a text as TPUs have them.
+"""The reader of collectives: programs whose traffic is known, compiled for eight CPU devices, and a
+text as TPUs have them.
 
-This file runs itself once, in a process of its own, as tests/contracts/test_devices.py does; the tests here read what it found.
+This file runs itself once, in a process of its own, as tests/contracts/test_devices.py does; the
+tests here read what it found.
 """
 
 from __future__ import annotations
@@ -36,19 +38,36 @@ def repeated(times: int, run):
 PROGRAMS = {
     "none": (lambda a: a + 1, {}),
     "one all-reduce": (psum, {"all-reduce": 2 * BYTES}),
-    "several operands": (lambda a: sum(x.sum() for x in psum((a, a[:4], a[0]))) + a, {"all-reduce": 2 * (BYTES * 13 // 8)}),
+    "several operands": (
+        lambda a: sum(x.sum() for x in psum((a, a[:4], a[0]))) + a,
+        {"all-reduce": 2 * (BYTES * 13 // 8)},
+    ),
     "all-gather": (lambda a: jax.lax.all_gather(a, "data").sum(0), {"all-gather": N * BYTES}),
-    "reduce-scatter": (lambda a: a + jax.lax.psum_scatter(a, "data", tiled=True), {"reduce-scatter": BYTES}),
-    "all-to-all": (lambda a: jax.lax.all_to_all(a, "data", 0, 1, tiled=True).reshape(a.shape), {"all-to-all": BYTES}),
+    "reduce-scatter": (
+        lambda a: a + jax.lax.psum_scatter(a, "data", tiled=True),
+        {"reduce-scatter": BYTES},
+    ),
+    "all-to-all": (
+        lambda a: jax.lax.all_to_all(a, "data", 0, 1, tiled=True).reshape(a.shape),
+        {"all-to-all": BYTES},
+    ),
     "a ring": (lambda a: jax.lax.ppermute(a, "data", RING), {"collective-permute": BYTES}),
-    "two of eight send": (lambda a: jax.lax.ppermute(a, "data", [(0, 1), (5, 2)]), {"collective-permute": BYTES // 4}),
+    "two of eight send": (
+        lambda a: jax.lax.ppermute(a, "data", [(0, 1), (5, 2)]),
+        {"collective-permute": BYTES // 4},
+    ),
     "in a scan": (scanned(5, lambda a: psum(a) / N), {"all-reduce": 5 * 2 * BYTES}),
     "in a loop in a scan": (scanned(5, repeated(3, psum)), {"all-reduce": 5 * 3 * 2 * BYTES}),
     "in a scan, under gradients": (
-        jax.grad(lambda a: jnp.sum(scanned(5, lambda a: jnp.sin(jax.lax.ppermute(a, "data", RING)))(a))),
+        jax.grad(
+            lambda a: jnp.sum(scanned(5, lambda a: jnp.sin(jax.lax.ppermute(a, "data", RING)))(a))
+        ),
         {"collective-permute": 10 * BYTES},
     ),
-    "in a branch": (lambda a: jax.lax.cond(jnp.sum(a) > 0, psum, lambda a: a, a), {"all-reduce": 2 * BYTES}),
+    "in a branch": (
+        lambda a: jax.lax.cond(jnp.sum(a) > 0, psum, lambda a: a, a),
+        {"all-reduce": 2 * BYTES},
+    ),
 }
 
 
@@ -59,12 +78,23 @@ def run_all() -> dict[str, dict]:
     with jax.set_mesh(mesh):
         for name, (run, _) in PROGRAMS.items():
             mapped = jax.shard_map(run, in_specs=P(), out_specs=P(), check_vma=False)
-            found[name] = plan.moved(plan.collectives(jax.jit(mapped).lower(jnp.ones((8, 16))).compile()))
+            found[name] = plan.moved(
+                plan.collectives(jax.jit(mapped).lower(jnp.ones((8, 16))).compile())
+            )
     grid = sharding.make_mesh("data=2,tensor=4")
-    put = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(grid, P(*spec)))
-    x, w = put((8, 16), "data", "tensor"), put((16, 8), "tensor")
-    program = jax.jit(lambda x, w: jnp.sin(x @ w), out_shardings=jax.NamedSharding(grid, P("data"))).lower(x, w).compile()
-    found["jit"] = [[one.kind, one.bytes, one.group, one.times] for one in plan.collectives(program)]
+    put = lambda shape, *spec: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=jax.NamedSharding(grid, P(*spec))
+    )
+    x = put((8, 16), "data", "tensor")
+    w = put((16, 8), "tensor")
+    program = (
+        jax.jit(lambda x, w: jnp.sin(x @ w), out_shardings=jax.NamedSharding(grid, P("data")))
+        .lower(x, w)
+        .compile()
+    )
+    found["jit"] = [
+        [one.kind, one.bytes, one.group, one.times] for one in plan.collectives(program)
+    ]
     return found
 
 
@@ -83,7 +113,7 @@ def test_what_jit_shards(outcome):
     assert outcome["jit"] == [["all-reduce", 2 * 4 * 8 * 4, 4, 1]]
 
 
-# --------------------------------------------------------------------------------- forms that only a TPU's modules have
+# ------------------------------------------------------------- forms that only a TPU's modules have
 
 TPU = """
 HloModule step, is_scheduled=true, num_partitions=8
@@ -149,12 +179,19 @@ channel_id=3, source_target_pairs={{0,1},{1,0},{2,2},{3,4}}
 
 
 def test_forms_of_a_tpu():
-    """Pieces of one collective in two fusions, an all-reduce whose result is cut, groups by axes, a loop without a count."""
+    """Pieces of one collective in two fusions, an all-reduce whose result is cut, groups by axes, a
+    loop without a count.
+    """
     found = {(one.kind, one.bytes, one.group, one.times) for one in plan.collectives(TPU)}
     assert found == {
         ("all-gather", 4 * 16 * 4, 8, 6),
         ("reduce-scatter", (16 * 4 + 8) * 4, 8, 6),
-        ("collective-permute", 4 * 2 * 2 * 3 // 8, 2, 1),  # three of eight devices send, one to itself
+        (
+            "collective-permute",
+            4 * 2 * 2 * 3 // 8,
+            2,
+            1,
+        ),  # three of eight devices send, one to itself
         ("all-gather", 4 * 16 * 2, 8, 1),
     }
 

@@ -1,7 +1,9 @@
-"""A training step sends what the formulas of data, fsdp and tensor say and nothing else, read from what XLA compiled.
+"""A training step sends what the formulas of data, fsdp and tensor say and nothing else, read from
+what XLA compiled.
 
-For the axes that `jit` shards, on eight CPU devices and for a TPU v5e that is not here: on a CPU XLA has no reduce-scatter, and
-so fsdp is `2G + 2P` there. Those in a `shard_map` (sequence, expert, pipeline) are checked beside their code.
+For the axes that `jit` shards, on eight CPU devices and for a TPU v5e that is not here: on a CPU
+XLA has no reduce-scatter, and so fsdp is `2G + 2P` there. Those in a `shard_map` (sequence, expert,
+pipeline) are checked beside their code.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ from jaxmodel import losses, ops, plan, sharding, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, llama
 
-B, T = 16, 32
+B = 16
+T = 32
 GPT2 = gpt2.Config(256, 128, 2, 8, T)  # the head is the embedding
-LLAMA = dataclasses.replace(llama.SIZES["tiny"], width=128, mlp_width=256, heads=8, kv_heads=8, depth=2)  # it is not
+LLAMA = dataclasses.replace(
+    llama.SIZES["tiny"], width=128, mlp_width=256, heads=8, kv_heads=8, depth=2
+)  # it is not
 
 
 def found_in(module, config, shape: str, devices=None, loss=losses.next_token) -> dict:
@@ -36,19 +41,28 @@ def found_in(module, config, shape: str, devices=None, loss=losses.next_token) -
     batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in ("tokens", "targets")}
     program = train.Program(model, loss=loss, optimizer=optax.sgd(0.1), mesh=mesh).compile(batch)
     gradients = tree.nbytes(jax.eval_shape(model.init, jax.random.key(0)))
-    return {"sent": plan.moved(plan.collectives(program)), "G": gradients, "act": B * T * config.width * 4}
+    return {
+        "sent": plan.moved(plan.collectives(program)),
+        "G": gradients,
+        "act": B * T * config.width * 4,
+    }
 
 
 def values_on(shape: str, losses) -> list[list[float]]:
     """Each loss of the first parameters and one batch, and the norms of its gradient."""
     model = llama.model(LLAMA, ops.Policy(axes=ops.MESH_AXES))
     rows = jax.random.randint(jax.random.key(1), (4, T + 1), 0, LLAMA.vocab)
-    batch, found = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}, []
+    batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+    found = []
     with jax.set_mesh(mesh := sharding.make_mesh(shape)):
         params = sharding.place(model.rules, jax.jit(model.init)(jax.random.key(0)), mesh)
         for loss in losses:
-            value, grads = jax.jit(jax.value_and_grad(lambda params: loss(model, params, batch)[0]))(params)  # noqa: B023
-            found.append([float(value), *(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(grads))])
+            value, grads = jax.jit(
+                jax.value_and_grad(lambda params, loss=loss: loss(model, params, batch)[0])
+            )(params)
+            found.append(
+                [float(value), *(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(grads))]
+            )
     return found
 
 
@@ -57,14 +71,25 @@ def run_all(kind: str) -> dict[str, dict]:
     chunked = functools.partial(losses.next_token, chunk=8)
     if kind == "cpu":
         found = {shape: found_in(llama, LLAMA, shape) for shape in ("data=8", "fsdp=8")}
-        found |= {f"{shape}, chunked": found_in(llama, LLAMA, shape, loss=chunked) for shape in ("data=8", "fsdp=8")}
-        values = {shape: values_on(shape, (losses.next_token, chunked)) for shape in ("sequence=4", "data=2,fsdp=2,tensor=2")}
+        found |= {
+            f"{shape}, chunked": found_in(llama, LLAMA, shape, loss=chunked)
+            for shape in ("data=8", "fsdp=8")
+        }
+        values = {
+            shape: values_on(shape, (losses.next_token, chunked))
+            for shape in ("sequence=4", "data=2,fsdp=2,tensor=2")
+        }
         return found | {"values": values}
     devices = plan.topology("v5e:2x4")
-    found = {shape: found_in(gpt2, GPT2, shape, devices) for shape in ("data=8", "fsdp=8", "tensor=8", "sequence=8")}
+    found = {
+        shape: found_in(gpt2, GPT2, shape, devices)
+        for shape in ("data=8", "fsdp=8", "tensor=8", "sequence=8")
+    }
     found["sequence=8, chunked"] = found_in(gpt2, GPT2, "sequence=8", devices, chunked)
     across = sharding.make_mesh("fsdp=8,tensor=2", plan.topology("v6e:4x4"))
-    found["fsdp=8,tensor=2 on v6e:4x4"] = {"devices": len({device.id for device in across.devices.flat})}
+    found["fsdp=8,tensor=2 on v6e:4x4"] = {
+        "devices": len({device.id for device in across.devices.flat})
+    }
     try:
         plan.topology("v9:2x2")
     except InputError as error:
@@ -81,14 +106,22 @@ def on_cpu(devices8):
 def on_tpu():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, of the extra `plan`, is not installed")
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, __file__, "tpu"], env=env, capture_output=True, text=True, timeout=600)
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, "tpu"], env=env, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def within(sent: int, formula: int) -> None:
-    assert 0.9 * formula <= sent <= 1.02 * formula, f"{sent} bytes, {sent / formula:.4f} of the formula"
+    assert 0.9 * formula <= sent <= 1.02 * formula, (
+        f"{sent} bytes, {sent / formula:.4f} of the formula"
+    )
 
 
 def test_data_on_cpu(on_cpu):
@@ -112,7 +145,9 @@ def test_a_chunked_loss_sends_what_the_whole_one_does(on_cpu, on_tpu):
         whole, chunked = (on_cpu[name]["sent"] for name in (shape, f"{shape}, chunked"))
         assert chunked.get("all-gather") == whole.get("all-gather")
         # in a shard_map a CPU has a reduce-scatter, of half the bytes
-        assert chunked["all-reduce"] + 2 * chunked.get("reduce-scatter", 0) == pytest.approx(whole["all-reduce"], rel=1e-4)
+        assert chunked["all-reduce"] + 2 * chunked.get("reduce-scatter", 0) == pytest.approx(
+            whole["all-reduce"], rel=1e-4
+        )
     for whole, chunked in on_cpu["values"].values():
         assert chunked == pytest.approx(whole, rel=1e-5)
 
@@ -128,8 +163,11 @@ def test_data_on_tpu(on_tpu):
 
 
 def test_fsdp_on_tpu(on_tpu):
-    """Gradients are scattered, parameters gathered twice; only vectors, which are not cut, and positions are summed."""
-    found, gradients = on_tpu["fsdp=8"], on_tpu["fsdp=8"]["G"]
+    """Gradients are scattered, parameters gathered twice; only vectors, which are not cut, and
+    positions are summed.
+    """
+    found = on_tpu["fsdp=8"]
+    gradients = on_tpu["fsdp=8"]["G"]
     within(sum(found["sent"].values()), gradients + 2 * gradients)
     within(found["sent"]["reduce-scatter"], gradients)
     assert found["sent"]["all-gather"] <= 2 * gradients
@@ -138,7 +176,9 @@ def test_fsdp_on_tpu(on_tpu):
 
 
 def test_tensor_on_tpu(on_tpu):
-    """Two sums of activations a layer forward and two backward, one behind the embedding and one in front of the head."""
+    """Two sums of activations a layer forward and two backward, one behind the embedding and one in
+    front of the head.
+    """
     found = on_tpu["tensor=8"]
     within(found["sent"].pop("all-reduce"), 2 * (4 * GPT2.depth + 2) * found["act"])
     assert not found["sent"]
@@ -146,7 +186,9 @@ def test_tensor_on_tpu(on_tpu):
 
 def test_a_slice_that_is_none(on_tpu):
     error = on_tpu["v9:2x2"]["error"]
-    assert error.startswith("topology: 'v9:2x2' is no slice for libtpu") and error.endswith("allowed: such as 'v5e:2x4'")
+    assert error.startswith("topology: 'v9:2x2' is no slice for libtpu") and error.endswith(
+        "allowed: such as 'v5e:2x4'"
+    )
     assert "\n" not in error
 
 

@@ -97,7 +97,11 @@ def test_check_target(tmp_path):
         (0.002, "< 2e-3", False),
         (np.float32(3), "> -1", True),
         (0, "== 0", True),
-        (3.38833, "3.38783 +- 0.0005", True),  # in binary fractions the difference is more than 0.0005
+        (
+            3.38833,
+            "3.38783 +- 0.0005",
+            True,
+        ),  # in binary fractions the difference is more than 0.0005
         (3.38733, "3.38783 ± 0.0005", True),
         (3.388331, "3.38783 +- 0.0005", False),
         (float("nan"), "<= 1", False),
@@ -116,7 +120,9 @@ def test_goals_compare_as_python_does(value, limit):
     assert goal_met(value, f"< {limit!r}") is (value < limit)
 
 
-@pytest.mark.parametrize("goal", ["", "2.5", "at least 2", ">= nan", ">= 2.5x", "=> 2", "1 +- ", ">= 1 2"])
+@pytest.mark.parametrize(
+    "goal", ["", "2.5", "at least 2", ">= nan", ">= 2.5x", "=> 2", "1 +- ", ">= 1 2"]
+)
 def test_a_goal_that_cannot_be_read(goal):
     with pytest.raises(InputError, match=r"^goal: .* cannot be read; allowed:"):
         rows([("x", 1, "", goal)], 0.0, {})
@@ -128,7 +134,11 @@ def test_a_value_that_is_no_number():
 
 
 def test_rows():
-    out = rows([("nll", jnp.float32(3.5), "nats", "<= 3"), ("text", "Paris", "")], 2.0, {"seed": np.int32(0)})
+    out = rows(
+        [("nll", jnp.float32(3.5), "nats", "<= 3"), ("text", "Paris", "")],
+        2.0,
+        {"seed": np.int32(0)},
+    )
     assert out == {
         "rows": [
             {"name": "nll", "value": 3.5, "unit": "nats", "goal": "<= 3", "met": False},

@@ -23,16 +23,27 @@ POINTS = {
 }
 X = np.arange(50)
 DRAW = {
-    "curves": lambda fmt: plot.curves({"loss $a_b$": (X, X), "b": ([1, 2], [3, 4])}, "step", "nats", "<t>", fmt),
-    "log curves": lambda fmt: plot.curves({"a": (X, X - 3.0)}, "step", "nats", "t", fmt, logx=True, logy=True),
-    "bars": lambda fmt: plot.bars({"f32": {"a": 1.0, "b": 2.0}, "int8": {"a": np.nan, "b": None}}, "MB", "t", fmt),
+    "curves": lambda fmt: plot.curves(
+        {"loss $a_b$": (X, X), "b": ([1, 2], [3, 4])}, "step", "nats", "<t>", fmt
+    ),
+    "log curves": lambda fmt: plot.curves(
+        {"a": (X, X - 3.0)}, "step", "nats", "t", fmt, logx=True, logy=True
+    ),
+    "bars": lambda fmt: plot.bars(
+        {"f32": {"a": 1.0, "b": 2.0}, "int8": {"a": np.nan, "b": None}}, "MB", "t", fmt
+    ),
     "scatter": lambda fmt: plot.scatter(POINTS, "MB", "perplexity", "t", fmt, logx=True, logy=True),
-    "one point": lambda fmt: plot.scatter({"f32": (1.0, 1.0)}, "MB", "perplexity", "t", fmt, logy=True),
+    "one point": lambda fmt: plot.scatter(
+        {"f32": (1.0, 1.0)}, "MB", "perplexity", "t", fmt, logy=True
+    ),
 }
 
 
 def words(svg: bytes) -> list[str]:
-    return ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    return [
+        "".join(node.itertext())
+        for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    ]
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -51,7 +62,9 @@ def test_names_are_text_and_dollars_are_dollars():
 
 
 def test_a_point_off_the_axes_is_named_below():
-    svg = plot.scatter({"ok": (1, 1), "diverged": (2, float("inf")), "free": (0, 3)}, "MB", "ppl", logx=True)
+    svg = plot.scatter(
+        {"ok": (1, 1), "diverged": (2, float("inf")), "free": (0, 3)}, "MB", "ppl", logx=True
+    )
     assert any("not shown: diverged (2, inf), free (0, 3)" in word for word in words(svg))
 
 
@@ -72,11 +85,16 @@ def test_labels_do_not_overlap_in_the_picture(monkeypatch):
     boxes = list(seen.values())
     assert len(boxes) == 6
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert all(axes.containsx(box.x0) and axes.containsx(box.x1) and axes.containsy(box.y0) for box in boxes)
+    assert all(
+        axes.containsx(box.x0) and axes.containsx(box.x1) and axes.containsy(box.y0)
+        for box in boxes
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 560), st.floats(0, 320)), min_size=6, max_size=6), st.booleans())
+@given(
+    st.lists(st.tuples(st.floats(0, 560), st.floats(0, 320)), min_size=6, max_size=6), st.booleans()
+)
 def test_six_labels_find_free_places(anchors, clustered):
     points = np.array(anchors) * (0.05 if clustered else 1) + (250 if clustered else 0)
     points = np.clip(points, 0, [560, 320])
@@ -119,16 +137,23 @@ def test_matplotlib_is_lazy_and_untouched():
 def test_a_point_below_another_is_a_ring_around_it(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        plot, "_unhide", lambda ax, lines, points, kept=plot._unhide: (kept(ax, lines, points), drawn.append(lines))
+        plot,
+        "_unhide",
+        lambda ax, lines, points, kept=plot._unhide: (kept(ax, lines, points), drawn.append(lines)),
     )
     plot.scatter({"under": (100, 10), "over": (100.2, 10.01), "apart": (300, 40)}, "MB", "ppl")
     under, over, apart = drawn[0]
-    assert under.get_markerfacecolor() == "none" and under.get_markersize() > over.get_markersize() + 4
+    assert (
+        under.get_markerfacecolor() == "none" and under.get_markersize() > over.get_markersize() + 4
+    )
     assert over.get_markersize() == apart.get_markersize() and apart.get_markerfacecolor() != "none"
 
 
 def test_numbers_of_bars_have_the_digits_of_the_tables():
-    svg = plot.bars({"f32": {"speed": 9.6641}, "int8": {"speed": 632.94}, "int4": {"speed": 12345.6}}, "tokens per second")
+    svg = plot.bars(
+        {"f32": {"speed": 9.6641}, "int8": {"speed": 632.94}, "int4": {"speed": 12345.6}},
+        "tokens per second",
+    )
     assert {"9.66", "633", "12,346"} <= set(words(svg))
 
 
@@ -141,7 +166,8 @@ def test_a_mark_has_its_name_and_a_long_axis_its_thousands():
 def test_a_notebook_shows_a_picture(fmt):
     made = plot.curves({"a": (X, X)}, "step", "nats", fmt=fmt)
     assert isinstance(made, bytes) and len(repr(made)) < 40
-    svg, png = made._repr_svg_(), made._repr_png_()
+    svg = made._repr_svg_()
+    png = made._repr_png_()
     assert (svg is None, png is None) == (fmt == "png", fmt == "svg")
     if svg:
         assert "background:#ffffff" in svg and ElementTree.fromstring(svg).tag.endswith("svg")

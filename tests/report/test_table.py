@@ -14,10 +14,27 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxmodel.report import Column, html, print_table, to_markdown
-from jaxmodel.report.table import aligned, console_for, count, number, percent, rate, significant, size, text
+from jaxmodel.report.table import (
+    aligned,
+    console_for,
+    count,
+    number,
+    percent,
+    rate,
+    significant,
+    size,
+    text,
+)
 
-COLUMNS = [Column("name", "version"), Column("bytes", "resident\nmemory", size), Column("nll", "NLL", significant(5))]
-ROWS = [{"name": "f32 [red]", "bytes": 538_060_032, "nll": np.float32(3.38783)}, {"name": "a|b", "bytes": None}]
+COLUMNS = [
+    Column("name", "version"),
+    Column("bytes", "resident\nmemory", size),
+    Column("nll", "NLL", significant(5)),
+]
+ROWS = [
+    {"name": "f32 [red]", "bytes": 538_060_032, "nll": np.float32(3.38783)},
+    {"name": "a|b", "bytes": None},
+]
 
 
 def shown(rows, columns, width, title=None):
@@ -65,7 +82,9 @@ def test_to_markdown():
 
 def test_alignment_and_default_format():
     rows = [{"met": True, "n": jnp.float32(2), "s": 1}]
-    assert to_markdown(rows, [Column("met"), Column("n"), Column("s", align="left")]).splitlines()[1:] == [
+    assert to_markdown(rows, [Column("met"), Column("n"), Column("s", align="left")]).splitlines()[
+        1:
+    ] == [
         "| :-- | --: | :-- |",
         "| yes | 2.000 | 1 |",
     ]
@@ -97,7 +116,9 @@ def test_formats(text, expected):
 
 @given(st.floats(1e-12, 1e14), st.integers(1, 8))
 def test_number_is_right_to_its_digits(value, digits):
-    assert math.isclose(float(number(value, digits).replace(",", "")), value, rel_tol=0.5001 * 10 ** (1 - digits))
+    assert math.isclose(
+        float(number(value, digits).replace(",", "")), value, rel_tol=0.5001 * 10 ** (1 - digits)
+    )
 
 
 def test_no_control_character_reaches_a_terminal_or_a_page():
@@ -108,7 +129,9 @@ def test_no_control_character_reaches_a_terminal_or_a_page():
         console.print(evil)
         console.print(Text(evil))
         print_table([{"name": evil}], [Column("name")], evil, console)
-    shown = caught.get() + html.page(evil, [html.text(evil), html.table([{"name": evil}], [Column("name")])])
+    shown = caught.get() + html.page(
+        evil, [html.text(evil), html.table([{"name": evil}], [Column("name")])]
+    )
     assert not set("\x1b\x07\r\x9b\u202e") & set(shown)
     assert shown.count(r"gpt\x1b]0;title\x07\x1b[31m\r\x9b2J\u202e") >= 6
 
@@ -119,15 +142,22 @@ def test_decimal_points_stand_below_each_other():
     assert aligned(["538.1 MB", "12.4 kB", "7"]) == ["538.1 MB", "12.4 kB", "7  "]
     rows = [{"speed": value} for value in (375.0, 19.5, 9.66)]
     lines = [
-        line.rstrip("\n") for line in shown(rows, [Column("speed", "tokens\nper second", rate)], 40).splitlines() if "." in line
+        line.rstrip("\n")
+        for line in shown(rows, [Column("speed", "tokens\nper second", rate)], 40).splitlines()
+        if "." in line
     ]
     assert len({line.index(".") for line in lines}) == 1 and len(lines) == 2
 
 
 def test_a_table_too_wide_comes_in_parts_each_with_its_names():
     """80 columns: nothing is folded inside of a number or a word, and nothing is lost."""
-    columns = [Column("name", "version"), *(Column(f"k{i}", f"speed of the {i}th kind") for i in range(8))]
-    rows = [{"name": f"version {j}", **{f"k{i}": 1000.5 * i + j for i in range(8)}} for j in range(2)]
+    columns = [
+        Column("name", "version"),
+        *(Column(f"k{i}", f"speed of the {i}th kind") for i in range(8)),
+    ]
+    rows = [
+        {"name": f"version {j}", **{f"k{i}": 1000.5 * i + j for i in range(8)}} for j in range(2)
+    ]
     lines = shown(rows, columns, 80, "the title").splitlines()
     assert max(map(len, lines)) <= 80 and lines[0].strip() == "the title"
     whole = "\n".join(lines)

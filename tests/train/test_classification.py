@@ -35,7 +35,9 @@ def test_it_is_the_cross_entropy_of_the_smoothed_label(smoothing, params):
     wanted = (1 - smoothing) * np.eye(4)[np.asarray(rows["labels"])] + smoothing / 4
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(loss, -np.mean(np.sum(wanted * log_probs, -1)), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], np.mean(logits.argmax(-1) == np.asarray(rows["labels"])))
+    np.testing.assert_allclose(
+        metrics["accuracy"], np.mean(logits.argmax(-1) == np.asarray(rows["labels"]))
+    )
 
 
 def test_a_label_that_is_no_class_is_loud(params):

@@ -1,7 +1,8 @@
-"""Gradients exchanged in fewer bytes: right on average, in the bytes of the formula, once a step, with the loss of a plain run.
+"""Gradients exchanged in fewer bytes: right on average, in the bytes of the formula, once a step,
+with the loss of a plain run.
 
-This file runs itself once, in a process of its own with eight simulated devices, and the tests read what it wrote down.
-Run it by hand with `JAX_NUM_CPU_DEVICES=8 python tests/train/test_exchange.py`.
+This file runs itself once, in a process of its own with eight simulated devices, and the tests read
+what it wrote down. Run it by hand with `JAX_NUM_CPU_DEVICES=8 python tests/train/test_exchange.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from jaxmodel.train.step import make_step
 
 P = jax.P
 MODEL = gpt2.model(gpt2.Config(256, 128, 2, 4, 16), ops.Policy(axes=ops.MESH_AXES))
-STREAM = data.Stream(data.windows(np.random.default_rng(0).integers(0, 16, 3000), 17, stride=16), 16, seed=1)
+STREAM = data.Stream(
+    data.windows(np.random.default_rng(0).integers(0, 16, 3000), 17, stride=16), 16, seed=1
+)
 EXACT = Exchange(smallest=10**9)  # sums all as they are
 TOP = Exchange("top_k", 0.05)
 
@@ -38,7 +41,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------- on eight devices
+# --------------------------------------------------------------------------------- on eight devices
 
 
 def summed(function, *arrays):
@@ -46,8 +49,13 @@ def summed(function, *arrays):
     mesh = sharding.make_mesh("data=8")
     with jax.set_mesh(mesh):
         local = lambda *args: jax.tree.map(lambda a: a[None], function(*(a[0] for a in args)))
-        run = jax.jit(jax.shard_map(local, in_specs=P("data"), out_specs=P("data"), check_vma=False))
-        return jax.tree.map(np.asarray, run(*(jax.device_put(a, jax.NamedSharding(mesh, P("data"))) for a in arrays)))
+        run = jax.jit(
+            jax.shard_map(local, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+        )
+        return jax.tree.map(
+            np.asarray,
+            run(*(jax.device_put(a, jax.NamedSharding(mesh, P("data"))) for a in arrays)),
+        )
 
 
 def check_int8_sums() -> dict:
@@ -63,7 +71,8 @@ def check_int8_sums() -> dict:
         found = summed(many, x, np.arange(8, dtype=np.uint32))
         want = x.sum(0)
         same = all(np.array_equal(found[0], other) for other in found)
-        mean, spread = found[0].mean(0), found[0].std(0) / len(keys) ** 0.5
+        mean = found[0].mean(0)
+        spread = found[0].std(0) / len(keys) ** 0.5
         bias = np.abs(mean - want) / (spread + 1e-6)
         out[name] = {
             "same": same,
@@ -76,7 +85,8 @@ def check_int8_sums() -> dict:
 def check_top_k_sums() -> dict:
     x = random(8, 6, 50)
     sums, rest = summed(lambda x: sum_top_k(x, "data", 3), x)
-    want, want_rest = np.zeros((6, 50), np.float32), x.copy()
+    want = np.zeros((6, 50), np.float32)
+    want_rest = x.copy()
     for device in range(8):
         for row in range(6):
             for place in np.argsort(-np.abs(x[device, row]), kind="stable")[:3]:
@@ -88,28 +98,45 @@ def check_top_k_sums() -> dict:
 @functools.cache
 def compiled(mesh_shape: str, exchange: Exchange | None, accumulate: int = 1, codes: bool = False):
     """The mesh, the first state and the compiled step."""
-    mesh, trainable = sharding.make_mesh(mesh_shape), [(".*", True)] if codes else None
+    mesh = sharding.make_mesh(mesh_shape)
+    trainable = [(".*", True)] if codes else None
     chosen = optimizer("adamw8", 3e-3) if codes else optax.adam(3e-3)
     rules = [(".*(norm/.*|_bias)", None), (".*", 8)]
 
     def start(key):
         params = MODEL.init(key)
-        return init_state(quantize_weights(params, rules) if codes else params, chosen, trainable, exchange=exchange)
+        return init_state(
+            quantize_weights(params, rules) if codes else params,
+            chosen,
+            trainable,
+            exchange=exchange,
+        )
 
     step = make_step(
-        MODEL, losses.next_token, chosen, exchange=exchange, accumulate=accumulate, trainable=trainable
+        MODEL,
+        losses.next_token,
+        chosen,
+        exchange=exchange,
+        accumulate=accumulate,
+        trainable=trainable,
     )
     with jax.set_mesh(mesh):
         where = state_shardings(jax.eval_shape(start, jax.random.key(0)), MODEL.rules, mesh)
         state = jax.jit(start, out_shardings=where)(jax.random.key(0))
-        return mesh, state, jax.jit(step, out_shardings=(where, None)).lower(state, batch(mesh, 0)).compile()
+        return (
+            mesh,
+            state,
+            jax.jit(step, out_shardings=(where, None)).lower(state, batch(mesh, 0)).compile(),
+        )
 
 
 def batch(mesh, i: int):
     rows = {name: np.asarray(a) for name, a in STREAM.batch(i).items()}
     weights = np.ones(rows["targets"].shape, np.float32)
     weights[:5, 3:] = 0  # devices with more and with fewer tokens
-    place = jax.NamedSharding(mesh, P(tuple(name for name in sharding.BATCH_AXES if name in mesh.shape)))
+    place = jax.NamedSharding(
+        mesh, P(tuple(name for name in sharding.BATCH_AXES if name in mesh.shape))
+    )
     return jax.device_put({**rows, "weights": weights}, place)
 
 
@@ -131,7 +158,12 @@ def check_weights() -> dict:
 def check_bytes() -> dict:
     out = {}
     count = tree.count(jax.eval_shape(MODEL.init, jax.random.key(0)))
-    for name, *case in (("plain", None), ("exact in parts", EXACT, 2), ("int8", Exchange()), ("top_k", TOP)):
+    for name, *case in (
+        ("plain", None),
+        ("exact in parts", EXACT, 2),
+        ("int8", Exchange()),
+        ("top_k", TOP),
+    ):
         found = collectives(compiled("data=8", *case)[2].as_text())
         calls = sum(one.times for one in found if one.kind == "all-to-all")
         out[name] = {"bytes": sum(moved(found).values()) / (8 * count), "all-to-all": calls}
@@ -140,11 +172,14 @@ def check_bytes() -> dict:
 
 def check_planned() -> dict:
     """Of `Program.compile`, which has no arrays, the bytes over those of the step that runs."""
-    mesh, out = sharding.make_mesh("data=8"), {}
+    mesh = sharding.make_mesh("data=8")
+    out = {}
     shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch(mesh, 0).items()}
     for name, exchange in (("int8", Exchange()), ("top_k", TOP)):
         config = train.TrainConfig(exchange=exchange.kind, exchange_share=exchange.share)
-        program = train.Program(MODEL, config, loss=losses.next_token, optimizer=optax.adam(3e-3), mesh=mesh)
+        program = train.Program(
+            MODEL, config, loss=losses.next_token, optimizer=optax.adam(3e-3), mesh=mesh
+        )
         found = collectives(program.compile(shapes))
         runs = collectives(compiled("data=8", exchange)[2].as_text())
         out[name] = sum(moved(found).values()) / sum(moved(runs).values())
@@ -153,7 +188,10 @@ def check_planned() -> dict:
 
 def check_losses() -> dict:
     runs = {"plain": None, "int8": Exchange(), "top_k": TOP}
-    out = {name: float(np.mean(trained(20, "data=8", exchange)[2][-5:])) for name, exchange in runs.items()}
+    out = {
+        name: float(np.mean(trained(20, "data=8", exchange)[2][-5:]))
+        for name, exchange in runs.items()
+    }
     return {**out, "first": trained(1, "data=8", None)[2][0]}
 
 
@@ -162,7 +200,12 @@ def check_residual() -> dict:
     up = state.extra["residual"]["blocks"]["0-1"]["mlp"]["up"]
     whole = np.asarray(up)
     mesh = sharding.make_mesh("data=8")
-    with jax.set_mesh(mesh), pytest.raises(InputError, match="exchange: the state has no residual; make it by init_state"):
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(
+            InputError, match="exchange: the state has no residual; make it by init_state"
+        ),
+    ):
         TOP(lambda *args: args, [])({}, {}, None)
     return {
         "shape": list(up.shape),
@@ -177,7 +220,10 @@ def check_other_axes() -> dict:
     _, got, _ = trained(1, "data=4,tensor=2", Exchange())
     found = moved(collectives(compiled("data=4,tensor=2", Exchange())[2].as_text()))
     alone = moved(collectives(compiled("data=8", Exchange())[2].as_text()))
-    return {"norm": got["grad_norm"] / want["grad_norm"], "share": found["all-to-all"] / alone["all-to-all"]}
+    return {
+        "norm": got["grad_norm"] / want["grad_norm"],
+        "share": found["all-to-all"] / alone["all-to-all"],
+    }
 
 
 def check_codes() -> dict:
@@ -185,9 +231,13 @@ def check_codes() -> dict:
     return {"leaf": type(state.params["embed"]).__name__, "losses": [losses[0], losses[-1]]}
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_")
+}
 
-# ------------------------------------------------------------------------------------------------------------------ the tests
+# ---------------------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +248,10 @@ def found(devices8):
 def test_int8_sums_are_right_on_average_and_alike_on_all_devices(found):
     for name, one in found["int8_sums"].items():
         assert one["same"] and one["bias"] < 5.5, (name, one)
-        assert one["error"] < 8 * (8 + 1) / 127, (name, one)  # a code of each of the eight, and one of the sum
+        assert one["error"] < 8 * (8 + 1) / 127, (
+            name,
+            one,
+        )  # a code of each of the eight, and one of the sum
 
 
 def test_top_k_sums_are_those_written_out(found):
@@ -210,7 +263,9 @@ def test_each_device_counts_by_its_weight(found):
 
 
 def test_bytes_are_those_of_the_formula_once_a_step(found):
-    plain, parts, int8, top = (found["bytes"][name] for name in ("plain", "exact in parts", "int8", "top_k"))
+    plain, parts, int8, top = (
+        found["bytes"][name] for name in ("plain", "exact in parts", "int8", "top_k")
+    )
     assert plain["bytes"] >= 1 and plain["all-to-all"] == 0
     assert 1 <= parts["bytes"] < 1.01  # of two micro-batches
     assert 0.25 < int8["bytes"] <= 0.27
@@ -232,7 +287,9 @@ def test_the_loss_is_that_of_a_plain_run(found):
 def test_what_was_not_sent_is_remembered_by_each_device(found):
     one = found["residual"]
     assert one["shape"] == [8, 2, 512, 128] and one["spec"] == "data" and one["differ"]
-    assert "embed" in one["leaves"] and not any(path.endswith(("bias", "norm/weight")) for path in one["leaves"])
+    assert "embed" in one["leaves"] and not any(
+        path.endswith(("bias", "norm/weight")) for path in one["leaves"]
+    )
 
 
 def test_what_other_axes_cut_is_exchanged_in_its_parts(found):

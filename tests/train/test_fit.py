@@ -1,4 +1,6 @@
-"""The loop: a broken run goes on to the same bits, bad batches are passed, the best weights come back, one compilation."""
+"""The loop: a broken run goes on to the same bits, bad batches are passed, the best weights come
+back, one compilation.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ class Rows:
         random = np.random.default_rng(int(step))
         features = random.normal(size=(self.batch_size, WIDTH)).astype(np.float32)
         labels = (features[:, 0] > 0).astype(np.int32)
-        labels = np.where(random.random(self.batch_size) < self.noise, random.integers(0, 4, self.batch_size), labels)
+        labels = np.where(
+            random.random(self.batch_size) < self.noise,
+            random.integers(0, 4, self.batch_size),
+            labels,
+        )
         if int(step) in self.broken:
             features[0, 0] = np.inf
         return {"features": features[rows], "labels": labels.astype(np.int32)[rows]}
@@ -46,14 +52,24 @@ class Rows:
 def fit(config, folder=None, stream=Rows(), stop=None, **more):
     supervisor = distributed.Supervisor(stop=lambda i: i == stop)
     if folder is None:
-        return train.fit(MODEL, stream, config, loss=losses.classification, supervisor=supervisor, **more)
+        return train.fit(
+            MODEL, stream, config, loss=losses.classification, supervisor=supervisor, **more
+        )
     with checkpoint.Checkpoints(folder) as checkpoints:
         return train.fit(
-            MODEL, stream, config, loss=losses.classification, checkpoints=checkpoints, supervisor=supervisor, **more
+            MODEL,
+            stream,
+            config,
+            loss=losses.classification,
+            checkpoints=checkpoints,
+            supervisor=supervisor,
+            **more,
         )
 
 
-CONFIG = train.TrainConfig(steps=12, accumulate=2, average=0.9, save_every=5, log_every=1, learning_rate=1e-2)
+CONFIG = train.TrainConfig(
+    steps=12, accumulate=2, average=0.9, save_every=5, log_every=1, learning_rate=1e-2
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +86,26 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, never_stopped, tm
     assert checkpoint.fingerprint(second) == checkpoint.fingerprint(whole)
     assert f"step {stop} of 12 is restored; going on" in capsys.readouterr().err
     losses = [row["loss"] for row in history]
-    assert [row["loss"] for row in before] == losses[:stop] and [row["loss"] for row in after] == losses
+    assert [row["loss"] for row in before] == losses[:stop] and [
+        row["loss"] for row in after
+    ] == losses
     if stop == 8:
         third, same = fit(CONFIG, tmp_path)  # it was through
         assert checkpoint.fingerprint(third) == checkpoint.fingerprint(whole) and same == after
-        assert "step 12 of 12 is restored; the run has ended there; nothing is left to train" in capsys.readouterr().err
+        assert (
+            "step 12 of 12 is restored; the run has ended there; nothing is left to train"
+            in capsys.readouterr().err
+        )
 
 
 def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
     state, history = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path, Rows(broken=(7,)))
     # by hand: batches 0 to 4, of which there is a checkpoint, then from 8 on
-    optimizer, guard = train.make_optimizer(CONFIG), CONFIG.guard()
-    step = jax.jit(make_step(MODEL, losses.classification, optimizer, accumulate=2, average=0.9, guard=guard))
+    optimizer = train.make_optimizer(CONFIG)
+    guard = CONFIG.guard()
+    step = jax.jit(
+        make_step(MODEL, losses.classification, optimizer, accumulate=2, average=0.9, guard=guard)
+    )
     want = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
     for place in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14):
         want = dataclasses.replace(want, data_step=jnp.int32(place))
@@ -89,15 +113,22 @@ def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
     assert tree.fingerprint(state.params) == tree.fingerprint(want.params)
     assert (int(state.step), int(state.data_step)) == (12, 15)
     assert [row["step"] for row in history] == list(range(1, 13))
-    killed, _ = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)), stop=8)
+    killed, _ = fit(
+        dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)), stop=8
+    )
     resumed, _ = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)))
-    assert int(killed.data_step) == 11 and checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state)
+    assert int(killed.data_step) == 11 and checkpoint.fingerprint(
+        resumed
+    ) == checkpoint.fingerprint(state)
 
 
 def test_early_stopping_takes_the_best_weights(tmp_path):
     """The labels of training are noise, so the held-out loss gets worse in the end."""
-    config = train.TrainConfig(steps=400, learning_rate=3e-2, eval_every=10, eval_batches=4, patience=3, weight_decay=0.0)
-    stream, heldout = Rows(noise=0.9), Rows(batch_size=64)
+    config = train.TrainConfig(
+        steps=400, learning_rate=3e-2, eval_every=10, eval_batches=4, patience=3, weight_decay=0.0
+    )
+    stream = Rows(noise=0.9)
+    heldout = Rows(batch_size=64)
     state, history = fit(config, stream=stream, heldout=heldout)
     judged = {row["step"]: row["heldout_loss"] for row in history if "heldout_loss" in row}
     best = min(judged, key=judged.get)
@@ -109,23 +140,33 @@ def test_early_stopping_takes_the_best_weights(tmp_path):
     assert tree.fingerprint(again.params) == tree.fingerprint(state.params)
     broken, _ = fit(config, tmp_path, stream, stop=best + 15, heldout=heldout)
     resumed, _ = fit(config, tmp_path, stream, heldout=heldout)
-    assert checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state) and int(broken.step) == best + 15
+    assert (
+        checkpoint.fingerprint(resumed) == checkpoint.fingerprint(state)
+        and int(broken.step) == best + 15
+    )
     through, rows = fit(config, tmp_path, stream, heldout=heldout)
-    assert rows[-1]["step"] == best + 30 and checkpoint.fingerprint(through) == checkpoint.fingerprint(state)
+    assert rows[-1]["step"] == best + 30 and checkpoint.fingerprint(
+        through
+    ) == checkpoint.fingerprint(state)
 
 
-HELDOUT_LOSS = jax.jit(lambda params, batch: losses.classification(MODEL, params, batch, train=False)[0])
+HELDOUT_LOSS = jax.jit(
+    lambda params, batch: losses.classification(MODEL, params, batch, train=False)[0]
+)
 
 
 @pytest.mark.parametrize("how", ["average", "quantised", "bfloat16"])
 def test_the_best_weights_are_those_that_were_judged(how):
     """Those of the average, all that train of compressed ones, and in the dtype that they had."""
-    config = train.TrainConfig(steps=12, learning_rate=0.1, warmup=0, patience=2, eval_every=1, eval_batches=1)
+    config = train.TrainConfig(
+        steps=12, learning_rate=0.1, warmup=0, patience=2, eval_every=1, eval_batches=1
+    )
     params = jax.jit(MODEL.init)(jax.random.key(0))
     if how == "average":
         config = dataclasses.replace(config, average=0.5)
     elif how == "bfloat16":
-        config, params = dataclasses.replace(config, average=0.5), tree.cast(params, jnp.bfloat16)
+        config = dataclasses.replace(config, average=0.5)
+        params = tree.cast(params, jnp.bfloat16)
     else:
         params = optim.quantize_weights(params, [(".*_bias", None), (".*", 8)])
         config = dataclasses.replace(config, trainable=[(".*", True)])
@@ -133,27 +174,41 @@ def test_the_best_weights_are_those_that_were_judged(how):
     state, history = fit(config, params=params, heldout=Rows(noise=0.5))
     losses = [row["heldout_loss"] for row in history]
     assert min(losses) < losses[-1]
-    assert float(HELDOUT_LOSS(train.averaged(state), Rows(noise=0.5).batch(0))) == pytest.approx(min(losses), rel=1e-5)
+    assert float(HELDOUT_LOSS(train.averaged(state), Rows(noise=0.5).batch(0))) == pytest.approx(
+        min(losses), rel=1e-5
+    )
     assert [a.dtype for a in jax.tree.leaves(state.params)] == dtypes
 
 
 def test_an_average_moves_where_bfloat16_would_not():
     state = init_state({"w": jnp.ones(2, jnp.bfloat16)}, optax.sgd(0.0), average=True)
     average = state.extra["average"]
-    move = jax.jit(lambda average, i: moving_average(average, {"w": jnp.full(2, 1.5, jnp.bfloat16)}, 0.999, i))
+    move = jax.jit(
+        lambda average, i: moving_average(average, {"w": jnp.full(2, 1.5, jnp.bfloat16)}, 0.999, i)
+    )
     for i in range(3000):
         average = move(average, np.int32(i))
     assert float(average["w"][0]) == pytest.approx(1.5, abs=0.03)
-    assert train.averaged(dataclasses.replace(state, extra={"average": average})).get("w").dtype == jnp.bfloat16
+    assert (
+        train.averaged(dataclasses.replace(state, extra={"average": average})).get("w").dtype
+        == jnp.bfloat16
+    )
 
 
 def test_a_batch_left_out_leaves_the_average_too():
     """As if it had never come, though it counts as a step."""
     config = dataclasses.replace(CONFIG, accumulate=1, steps=6, log_every=1)
-    step = jax.jit(make_step(MODEL, losses.classification, optax.sgd(0.1), average=0.999, guard=config.guard()))
+    step = jax.jit(
+        make_step(MODEL, losses.classification, optax.sgd(0.1), average=0.999, guard=config.guard())
+    )
     states = []
     for stream in (Rows(broken=(0, 1, 2)), Rows()):
-        start = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1), average=True, guard=config.guard())
+        start = init_state(
+            jax.jit(MODEL.init)(jax.random.key(0)),
+            optax.sgd(0.1),
+            average=True,
+            guard=config.guard(),
+        )
         state = start if stream.broken else dataclasses.replace(start, data_step=jnp.int32(3))
         for i in range(0 if stream.broken else 3, 6):
             state, _ = step(state, stream.batch(i))
@@ -168,25 +223,40 @@ def test_rows_name_their_batch(tmp_path):
     stream = Rows(broken=(7,))
     config = train.TrainConfig(steps=10, save_every=5, log_every=1, bad="rewind")
     _, history = fit(config, tmp_path, stream)
-    assert {row["step"]: row["data_step"] for row in history} == {i: i - 1 if i <= 5 else i + 2 for i in range(1, 11)}
+    assert {row["step"]: row["data_step"] for row in history} == {
+        i: i - 1 if i <= 5 else i + 2 for i in range(1, 11)
+    }
 
 
 def test_a_last_checkpoint_that_fails_does_not_cost_the_run(tmp_path, monkeypatch):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     monkeypatch.setattr(type(checkpoints._arrays), "wait", lambda self: 1 / 0)
-    state, _ = train.fit(MODEL, Rows(), train.TrainConfig(steps=2), loss=losses.classification, checkpoints=checkpoints)
+    state, _ = train.fit(
+        MODEL,
+        Rows(),
+        train.TrainConfig(steps=2),
+        loss=losses.classification,
+        checkpoints=checkpoints,
+    )
     assert int(state.step) == 2
-    with pytest.raises(InputError, match="the last state could not be saved .* .division by zero.; the last good step is none"):
+    with pytest.raises(
+        InputError,
+        match="the last state could not be saved .* .division by zero.; the last good step is none",
+    ):
         checkpoints.close()
 
 
 STATE = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optax.sgd(0.1))
 REFUSED = {
-    "patience: 2 given without held-out batches": {"config": train.TrainConfig(patience=2, eval_every=20)},
+    "patience: 2 given without held-out batches": {
+        "config": train.TrainConfig(patience=2, eval_every=20)
+    },
     "bad: 'rewind' given without checkpoints": {"config": train.TrainConfig(bad="rewind")},
     "trainable: nothing trains": {"config": train.TrainConfig(trainable=[(".*", False)])},
     "steps: 2 given; 3 were made already": {"state": dataclasses.replace(STATE, step=jnp.int32(3))},
-    "state: it is of another model, optimizer or config; only one of both has opt_state": {"state": STATE},
+    "state: it is of another model, optimizer or config; only one of both has opt_state": {
+        "state": STATE
+    },
 }
 
 
@@ -206,7 +276,9 @@ def test_what_has_no_part_in_the_loss_is_said(capsys):
 
 
 def test_heldout_metrics_are_reported_as_it_goes():
-    _, history = fit(train.TrainConfig(steps=9, eval_every=3, eval_batches=2), heldout=Rows(batch_size=32))
+    _, history = fit(
+        train.TrainConfig(steps=9, eval_every=3, eval_batches=2), heldout=Rows(batch_size=32)
+    )
     judged = [row for row in history if "heldout_loss" in row]
     assert [row["step"] for row in judged] == [3, 6, 9]
     assert all(0 <= row["heldout_accuracy"] <= 1 for row in judged)
@@ -214,7 +286,10 @@ def test_heldout_metrics_are_reported_as_it_goes():
 
 def test_one_compilation_of_the_step_also_after_a_restore(tmp_path, caplog):
     def compiled():
-        found = sum("Finished XLA compilation of jit(step)" in record.getMessage() for record in caplog.records)
+        found = sum(
+            "Finished XLA compilation of jit(step)" in record.getMessage()
+            for record in caplog.records
+        )
         caplog.clear()
         return found
 
@@ -232,12 +307,20 @@ def test_checkpoints_by_time(tmp_path):
 
 def test_callbacks_see_every_row():
     seen = []
-    _, history = train.fit(MODEL, Rows(), train.TrainConfig(steps=3, log_every=1), [seen.append], loss=losses.classification)
+    _, history = train.fit(
+        MODEL,
+        Rows(),
+        train.TrainConfig(steps=3, log_every=1),
+        [seen.append],
+        loss=losses.classification,
+    )
     assert seen == history and [row["step"] for row in seen] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "wsd", "one_cycle", "plateau"])
 def test_every_schedule_trains(schedule):
-    config = train.TrainConfig(steps=40, schedule=schedule, learning_rate=1e-2, warmup=4, drop_every=10, log_every=39)
+    config = train.TrainConfig(
+        steps=40, schedule=schedule, learning_rate=1e-2, warmup=4, drop_every=10, log_every=39
+    )
     _, history = fit(config)
     assert history[-1]["loss"] < history[0]["loss"]

@@ -1,4 +1,6 @@
-"""Rows of weight 0 in the batch norms of others' modules: the loss, its gradient and what is kept are those of the rest."""
+"""Rows of weight 0 in the batch norms of others' modules: the loss, its gradient and what is kept
+are those of the rest.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ class Linen(nn.Module):
 class Nnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.norms = nnx.List([nnx.BatchNorm(3, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)])
-        self.inner, self.out = nnx.Linear(48, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.inner = nnx.Linear(48, 8, rngs=rngs)
+        self.out = nnx.Linear(8, 3, rngs=rngs)
 
     def __call__(self, x):
         return self.out(self.norms[1](self.inner(self.norms[0](x).reshape(len(x), -1))))
@@ -56,7 +59,10 @@ def made(name: str) -> models.Model:
 
 def filled(x=X, labels=LABELS, places=PLACES, size=8) -> dict[str, jax.Array]:
     """The rows at some places of a larger batch, with numbers elsewhere that would change any mean."""
-    out = {"pixels": np.full((size, *x.shape[1:]), 1e3, np.float32), "labels": np.full(size, 2, np.int32)}
+    out = {
+        "pixels": np.full((size, *x.shape[1:]), 1e3, np.float32),
+        "labels": np.full(size, 2, np.int32),
+    }
     out |= {"weights": np.zeros(size, np.float32)}
     for name, a in {"pixels": x, "labels": labels, "weights": np.float32(1)}.items():
         out[name][list(places)] = a
@@ -70,13 +76,19 @@ ALONE = jax.device_put({"pixels": X, "labels": LABELS})
 def test_loss_gradient_and_state_are_those_of_the_rows_that_count(name):
     model = made(name)
     params = jax.jit(model.init)(jax.random.key(0))
-    of = jax.jit(jax.value_and_grad(lambda params, batch: losses.classification(model, params, batch)[0]))
+    of = jax.jit(
+        jax.value_and_grad(lambda params, batch: losses.classification(model, params, batch)[0])
+    )
     (loss, grads), (want, wanted) = of(params, filled()), of(params, ALONE)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
-    for (path, a), b in zip(tree.flatten(grads).items(), tree.flatten(wanted).values(), strict=True):
+    for (path, a), b in zip(
+        tree.flatten(grads).items(), tree.flatten(wanted).values(), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=path)
     seen = set_state(model, params, {"pixels": jnp.asarray(X)})["state"]
-    run = jax.jit(lambda params, rows, counts: model.config.run(params, rows, None, True, counts)[1])
+    run = jax.jit(
+        lambda params, rows, counts: model.config.run(params, rows, None, True, counts)[1]
+    )
     kept = run(params, {"pixels": filled()["pixels"]}, filled()["weights"] > 0)
     for (path, a), b in zip(tree.flatten(kept).items(), tree.flatten(seen).values(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=path)
@@ -95,7 +107,9 @@ def test_the_loss_by_numpy():
     inner = norm(X.astype(np.float64)).reshape(6, -1) @ weights["inner/kernel"]
     z = norm(inner) @ weights["out/kernel"]
     want = np.log(np.exp(z).sum(1)) - z[np.arange(6), LABELS]
-    loss, metrics = jax.jit(lambda params, rows: losses.classification(model, params, rows))(params, filled())
+    loss, metrics = jax.jit(lambda params, rows: losses.classification(model, params, rows))(
+        params, filled()
+    )
     np.testing.assert_allclose(loss, want.mean(), rtol=1e-4)
     assert float(metrics["weight"]) == 6
 
@@ -103,31 +117,43 @@ def test_the_loss_by_numpy():
 @pytest.mark.parametrize("name", ["linen", "nnx"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_of_a_batch_that_is_filled_up(name, accumulate):
-    """In two micro-batches, of rows 0, 2, ... and 1, 3, ...; the one that holds no row that counts changes nothing."""
-    model, optimizer = made(name), optax.sgd(0.1)
+    """In two micro-batches, of rows 0, 2, ... and 1, 3, ...; the one that holds no row that counts
+    changes nothing.
+    """
+    model = made(name)
+    optimizer = optax.sgd(0.1)
     places = range(0, 12, accumulate) if accumulate > 1 else PLACES
     batch = filled(places=places, size=12) if accumulate > 1 else filled()
     start = lambda: init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
     step = lambda n: jax.jit(make_step(model, losses.classification, optimizer, accumulate=n))
     got, _ = step(accumulate)(start(), batch)
     want, _ = step(1)(start(), ALONE)
-    for (path, a), b in zip(tree.flatten(got.params).items(), tree.flatten(want.params).values(), strict=True):
+    for (path, a), b in zip(
+        tree.flatten(got.params).items(), tree.flatten(want.params).values(), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def check_fit(mesh=None) -> None:
-    """A list whose last batch is short: `fit` fills it up, and trains as a loop of my own does on what was given."""
+    """A list whose last batch is short:
+
+    `fit` fills it up, and trains as a loop of my own does on what was given.
+    """
     model = made("linen")
     params = jax.jit(model.init)(jax.random.key(0))
     rows = RANDOM.normal(1.0, 2.0, (8, 4, 4, 3)).astype(np.float32)
     batches = [{"pixels": rows, "labels": np.arange(8, dtype=np.int32) % 3}, ALONE]
-    config = train.TrainConfig(steps=2, optimizer="sgd", weight_decay=0.0, warmup=0, schedule="constant", clip=0.0)
+    config = train.TrainConfig(
+        steps=2, optimizer="sgd", weight_decay=0.0, warmup=0, schedule="constant", clip=0.0
+    )
     state, _ = train.fit(model, batches, config, params=params, mesh=mesh)
     optimizer = train.make_optimizer(config)
     own = init_state(params, optimizer)
     for batch in jax.device_put(batches):
         own, _ = jax.jit(make_step(model, losses.classification, optimizer))(own, batch)
-    got, want = ({p: a for p, a in tree.flatten(s.params).items() if "state" not in p} for s in (state, own))
+    got, want = (
+        {p: a for p, a in tree.flatten(s.params).items() if "state" not in p} for s in (state, own)
+    )
     for path in want:
         np.testing.assert_allclose(got[path], want[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
@@ -153,13 +179,19 @@ def test_a_norm_that_cannot_tell_its_rows_is_named():
 
     model = models.from_linen(Turned(), EXAMPLE)
     params = jax.jit(model.init)(jax.random.key(0))
-    with pytest.raises(InputError, match="weights: the batch norm 'odd' reads 3 rows of a batch of 8"):
+    with pytest.raises(
+        InputError, match="weights: the batch norm 'odd' reads 3 rows of a batch of 8"
+    ):
         losses.classification(model, params, filled())
 
 
 def test_data_with_weights_of_rows():
     """Any data whose rows have weights, not only what `fit` fills up."""
     stream = data.Stream(jax.tree.map(np.asarray, filled()), 8)
-    state, rows = train.fit(made("nnx"), stream, train.TrainConfig(steps=5, log_every=1, learning_rate=0.02))
+    state, rows = train.fit(
+        made("nnx"), stream, train.TrainConfig(steps=5, log_every=1, learning_rate=0.02)
+    )
     assert rows[-1]["loss"] < rows[0]["loss"]
-    np.testing.assert_allclose(state.params["state"]["norms"]["0"]["mean"], X.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(
+        state.params["state"]["norms"]["0"]["mean"], X.mean((0, 1, 2)), rtol=1e-4
+    )

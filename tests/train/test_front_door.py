@@ -1,4 +1,6 @@
-"""`fit` takes what people have: arrays, pairs, lists, iterables of batches, bundles, their own loss; and says what it wants."""
+"""`fit` takes what people have: arrays, pairs, lists, iterables of batches, bundles, their own
+loss; and says what it wants.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Tensor:
     """What stands for a tensor of torch: no array, but one comes out of it."""
 
     def __init__(self, array):
-        self._array, self.shape, self.dtype = array, array.shape, str(array.dtype)
+        self._array = array
+        self.shape = array.shape
+        self.dtype = str(array.dtype)
 
     def detach(self):
         return self
@@ -56,7 +60,11 @@ def curve(history):
 @pytest.fixture(scope="module")
 def wanted():
     """The oracle: the same batches by a `Stream`, with the loss said."""
-    return curve(train.fit(MODEL, STREAM, dataclasses.replace(CONFIG, steps=5), loss=losses.classification)[1])
+    return curve(
+        train.fit(MODEL, STREAM, dataclasses.replace(CONFIG, steps=5), loss=losses.classification)[
+            1
+        ]
+    )
 
 
 FORMS = {
@@ -71,11 +79,15 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_batches_in_any_form_train_as_a_stream(form, wanted):
     given = FORMS[form]
-    _, history = train.fit(MODEL, given() if callable(given) else given, dataclasses.replace(CONFIG, steps=5))
+    _, history = train.fit(
+        MODEL, given() if callable(given) else given, dataclasses.replace(CONFIG, steps=5)
+    )
     assert curve(history) == wanted
 
 
-@pytest.mark.parametrize("given", [(X, Y), {"features": X, "labels": Y}, (jnp.float32(X), jnp.int32(Y))])
+@pytest.mark.parametrize(
+    "given", [(X, Y), {"features": X, "labels": Y}, (jnp.float32(X), jnp.int32(Y))]
+)
 def test_arrays_are_a_shuffled_stream(given):
     config = dataclasses.replace(CONFIG, seed=3)
     same = data.Stream(STREAM.data, 16, seed=3)
@@ -102,7 +114,9 @@ def test_a_short_batch_is_filled_with_rows_that_do_not_count():
     assert batch["weights"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
     params = jax.jit(MODEL.init)(jax.random.key(0))
     value, metrics = losses.classification(MODEL, params, jax.device_put(batch))
-    alone, _ = losses.classification(MODEL, params, {"features": jnp.asarray(short[1][0]), "labels": jnp.asarray(short[1][1])})
+    alone, _ = losses.classification(
+        MODEL, params, {"features": jnp.asarray(short[1][0]), "labels": jnp.asarray(short[1][1])}
+    )
     assert float(value) == pytest.approx(float(alone), rel=1e-6) and float(metrics["weight"]) == 3
     tokens = fill({"tokens": np.ones((2, 5), np.int32), "targets": np.ones((2, 5), np.int32)}, 3)
     assert tokens["weights"].shape == (3, 5) and tokens["weights"].sum() == 10
@@ -116,7 +130,9 @@ def test_held_out_iterables_are_read_once_and_judged_each_time():
 
 
 def test_what_an_iterable_cannot_do_is_said(tmp_path):
-    with pytest.raises(InputError, match=r"checkpoints: given with an iterable .* allowed: a data.Stream"):
+    with pytest.raises(
+        InputError, match=r"checkpoints: given with an iterable .* allowed: a data.Stream"
+    ):
         train.fit(MODEL, iter(PAIRS), CONFIG, checkpoints=tmp_path)
     state, _ = train.fit(MODEL, PAIRS, dataclasses.replace(CONFIG, steps=2))
     with pytest.raises(InputError, match="state: at batch 2, given with an iterable"):
@@ -170,7 +186,7 @@ def test_a_bundle_is_trained_from_its_parameters():
         UNCHECKED(params, PAIRS, CONFIG)
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def test_the_loss_is_what_the_batch_asks_for():
@@ -179,9 +195,13 @@ def test_the_loss_is_what_the_batch_asks_for():
     assert losses.default_loss(MODEL, WHOLE[0]) is losses.classification
     assert losses.default_loss(tokens, {"tokens": X, "targets": Y}) is losses.next_token
     assert losses.default_loss(image, {"features": X}) is losses.autoencoder
-    _, history = train.fit(mlp.model(mlp.Config(4, (8,), 2)), (X, X[:, :2]), CONFIG, batch_size=40)  # values: squared error
+    _, history = train.fit(
+        mlp.model(mlp.Config(4, (8,), 2)), (X, X[:, :2]), CONFIG, batch_size=40
+    )  # values: squared error
     assert curve(history)[-1] < curve(history)[0] and "accuracy" not in history[0]
-    with pytest.raises(InputError, match=r"the batch holds features; allowed: a batch with labels .* or a loss"):
+    with pytest.raises(
+        InputError, match=r"the batch holds features; allowed: a batch with labels .* or a loss"
+    ):
         train.fit(MODEL, {"features": X}, CONFIG)
     with pytest.raises(InputError, match="the batch holds tokens; .*data.windows"):
         train.fit(tokens, {"tokens": Y.astype(np.int32)[:, None]}, CONFIG)
@@ -194,7 +214,9 @@ def test_a_loss_may_give_its_mean_alone(wanted):
 
     five = dataclasses.replace(CONFIG, steps=5)
     assert curve(train.fit(MODEL, STREAM, five, loss=alone)[1]) == pytest.approx(wanted, rel=1e-5)
-    parts = train.fit(MODEL, STREAM, dataclasses.replace(five, accumulate=2), loss=alone, heldout=STREAM)[1]
+    parts = train.fit(
+        MODEL, STREAM, dataclasses.replace(five, accumulate=2), loss=alone, heldout=STREAM
+    )[1]
     assert curve(parts) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -205,10 +227,22 @@ def of_two(params, batch):
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        ("cross_entropy", "loss: 'cross_entropy' given; allowed: a function, such as losses.classification"),
-        (of_two, r"loss: of_two\(params, batch\) given .* allowed: loss\(model, params, batch, rng"),
-        (lambda model, params, batch, rng, train=True: batch["labels"], r"returns int32\[8\].*allowed: a scalar"),
-        (lambda model, params, batch, rng, train=True: batch["y"], "features, labels given; the loss <lambda> reads 'y'"),
+        (
+            "cross_entropy",
+            "loss: 'cross_entropy' given; allowed: a function, such as losses.classification",
+        ),
+        (
+            of_two,
+            r"loss: of_two\(params, batch\) given .* allowed: loss\(model, params, batch, rng",
+        ),
+        (
+            lambda model, params, batch, rng, train=True: batch["labels"],
+            r"returns int32\[8\].*allowed: a scalar",
+        ),
+        (
+            lambda model, params, batch, rng, train=True: batch["y"],
+            "features, labels given; the loss <lambda> reads 'y'",
+        ),
     ],
 )
 def test_a_loss_that_is_none_is_refused(loss, said):
@@ -218,7 +252,9 @@ def test_a_loss_that_is_none_is_refused(loss, said):
 
 
 def test_an_optimizer_by_name_is_a_value_of_the_config():
-    with pytest.raises(InputError, match=r"optimizer: 'adam' given; .*TrainConfig\(optimizer=...\)"):
+    with pytest.raises(
+        InputError, match=r"optimizer: 'adam' given; .*TrainConfig\(optimizer=...\)"
+    ):
         UNCHECKED(MODEL, STREAM, CONFIG, optimizer="adam")
 
 
@@ -232,7 +268,8 @@ def test_a_real_data_loader():
     torch = pytest.importorskip("torch")
     from torch.utils.data import DataLoader, TensorDataset
 
-    x, y = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32), np.arange(20) % 3
+    x = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    y = np.arange(20) % 3
     loader = DataLoader(TensorDataset(torch.tensor(x), torch.tensor(y)), batch_size=8, shuffle=True)
     model = mlp.model(mlp.Config(4, (8,), 3))
     state, history = train.fit(model, loader, train.TrainConfig(steps=7, log_every=1))

@@ -1,4 +1,7 @@
-"""Checkpoints are of one run: `fit` refuses to go on with them as another, names what differs, and goes on where it may."""
+"""Checkpoints are of one run:
+
+`fit` refuses to go on with them as another, names what differs, and goes on where it may.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ from jaxmodel.errors import InputError
 from jaxmodel.models import mlp
 from jaxmodel.train.identity import FREE, JUDGING, described, short
 
-ROWS = {"features": np.linspace(0, 1, 64, dtype=np.float32)[:, None], "labels": (np.arange(64) % 3).astype(np.int32)}
+ROWS = {
+    "features": np.linspace(0, 1, 64, dtype=np.float32)[:, None],
+    "labels": (np.arange(64) % 3).astype(np.int32),
+}
 STREAM = data.Stream(ROWS, 8)
 MODEL = mlp.model(mlp.Config(1, (4,), 3))
 CONFIG = train.TrainConfig(steps=3, log_every=1)
@@ -68,7 +74,9 @@ def test_every_value_of_the_config_tells_a_run_apart_but_for_what_is_written_dow
     told = {field.name for field in dataclasses.fields(CONFIG)} - {*FREE, *JUDGING}
     known = checkpoint.Checkpoints(saved, read_only=True).manifest(3)["identity"]["train"]
     assert set(known) == told
-    fit(saved, dataclasses.replace(CONFIG, log_every=2, save_every=2, eval_every=1))  # goes on: nothing is left to train
+    fit(
+        saved, dataclasses.replace(CONFIG, log_every=2, save_every=2, eval_every=1)
+    )  # goes on: nothing is left to train
 
 
 def test_a_change_that_is_allowed_is_said(tmp_path, capsys):
@@ -84,19 +92,26 @@ def test_a_change_that_is_allowed_is_said(tmp_path, capsys):
 
 
 def seen_by(history, stream, first):
-    return np.concatenate([stream.rows(row["data_step"]) for row in history if row["step"] > first]).tolist()
+    return np.concatenate(
+        [stream.rows(row["data_step"]) for row in history if row["step"] > first]
+    ).tolist()
 
 
 @pytest.mark.parametrize("how", ["state", "checkpoints"])
 def test_with_another_batch_size_the_next_row_is_the_next(how, tmp_path):
-    """Counted by hand: three batches of 8 are rows 0 to 23 of the order of the epoch, so batches of 4 go on with the sixth."""
+    """Counted by hand: three batches of 8 are rows 0 to 23 of the order of the epoch, so batches of
+    4 go on with the sixth.
+    """
     state, _ = fit(tmp_path)
-    small, large = data.Stream(ROWS, 4), data.Stream(ROWS, 16)
+    small = data.Stream(ROWS, 4)
+    large = data.Stream(ROWS, 16)
     more = dataclasses.replace(CONFIG, steps=7)
     go = {"state": state, "place": None}
     if how == "checkpoints":
         go = {"place": checkpoint.Checkpoints(tmp_path, allow_changes=["steps", "batch_size"])}
-    with pytest.raises(InputError, match=r"16 given to go on behind 24 rows .* divisor of 24, such as .*12"):
+    with pytest.raises(
+        InputError, match=r"16 given to go on behind 24 rows .* divisor of 24, such as .*12"
+    ):
         fit(config=more, stream=large, **go)
     after, history = fit(config=more, stream=small, **go)
     whole = np.concatenate([STREAM.rows(i) for i in range(8)])
@@ -106,11 +121,14 @@ def test_with_another_batch_size_the_next_row_is_the_next(how, tmp_path):
 
 def test_what_a_function_holds_is_told_and_is_the_same_in_another_process():
     program = (
-        "import optax; from jaxmodel.train.identity import short; from jaxmodel.losses import supervised, next_token;"
+        "import optax; from jaxmodel.train.identity import short; from jaxmodel.losses import "
+        "supervised, next_token;"
         "print(short(optax.adam(optax.cosine_decay_schedule(0.1, 10))));"
         "print(short(supervised(smoothing=0.1))); print(short(next_token))"
     )
-    run = functools.partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = functools.partial(
+        subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     out = [run(env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")]
     assert out[0] == out[1] and out[0].count(" with settings ") == 2
     assert out[0].endswith("\njaxmodel.losses.tokens.next_token\n")
@@ -123,7 +141,17 @@ def test_a_description_is_plain_whatever_it_is_of():
         return again(n - 1) if n else 0
 
     rules = ((tree.optional("a"), True), (".*", np.float32(0.5)))
-    for value in (again, rules, {"a": {1, 2}}, jnp.ones(3), np.dtype("int8"), float("nan"), object(), [].append, mlp.Config):
+    for value in (
+        again,
+        rules,
+        {"a": {1, 2}},
+        jnp.ones(3),
+        np.dtype("int8"),
+        float("nan"),
+        object(),
+        [].append,
+        mlp.Config,
+    ):
         assert described(value) == described(value)
     assert described(rules) != described(((tree.optional("b"), True), (".*", np.float32(0.5))))
     assert described(jnp.ones(3)) != described(jnp.zeros(3))

@@ -1,4 +1,7 @@
-"""Statistics of batch norms while a model trains: `fit` sets them, of own and of foreign modules, the same in every run."""
+"""Statistics of batch norms while a model trains:
+
+`fit` sets them, of own and of foreign modules, the same in every run.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,30 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodel import checkpoint, data, distributed, losses, models, ops, optim, sharding, train, tree
+from jaxmodel import (
+    checkpoint,
+    data,
+    distributed,
+    losses,
+    models,
+    ops,
+    optim,
+    sharding,
+    train,
+    tree,
+)
 from jaxmodel.errors import InputError
 from jaxmodel.models import resnet
 from jaxmodel.train import statistics
 from jaxmodel.train.state import init_state
 
-N, D = 96, 5
+N = 96
+D = 5
 RANDOM = np.random.default_rng(3)
 LABELS = RANDOM.integers(0, 3, N).astype(np.int32)
-FEATURES = (4.0 + LABELS[:, None] + RANDOM.normal(size=(N, D)) * np.arange(1, D + 1)).astype(np.float32)
+FEATURES = (4.0 + LABELS[:, None] + RANDOM.normal(size=(N, D)) * np.arange(1, D + 1)).astype(
+    np.float32
+)
 ROWS = {"features": FEATURES, "labels": LABELS}
 
 
@@ -38,7 +55,9 @@ class Linen(nn.Module):
 
 
 class Counting(nn.Module):
-    """Keeps averages under names of its own, in a collection of its own, and what is none: a number of calls, the last batch."""
+    """Keeps averages under names of its own, in a collection of its own, and what is none: a number
+    of calls, the last batch.
+    """
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -54,7 +73,8 @@ class Counting(nn.Module):
 
 class Nnx(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.norm, self.out = nnx.BatchNorm(D, rngs=rngs), nnx.Linear(D, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(D, rngs=rngs)
+        self.out = nnx.Linear(D, 3, rngs=rngs)
 
     def __call__(self, x):
         return self.out(self.norm(x))
@@ -62,8 +82,16 @@ class Nnx(nnx.Module):
 
 EXAMPLE = {"features": jax.ShapeDtypeStruct((1, D), jnp.float32)}
 FOREIGN = {
-    "linen": (models.from_linen(Linen(), EXAMPLE), "state/batch_stats/BatchNorm_0/mean", "state/batch_stats/BatchNorm_0/var"),
-    "names": (models.from_linen(Counting(), EXAMPLE), "state/kept/running_mean", "state/kept/running_var"),
+    "linen": (
+        models.from_linen(Linen(), EXAMPLE),
+        "state/batch_stats/BatchNorm_0/mean",
+        "state/batch_stats/BatchNorm_0/var",
+    ),
+    "names": (
+        models.from_linen(Counting(), EXAMPLE),
+        "state/kept/running_mean",
+        "state/kept/running_var",
+    ),
     "nnx": (models.from_nnx(Nnx, EXAMPLE), "state/norm/mean", "state/norm/var"),
 }
 
@@ -72,7 +100,13 @@ FOREIGN = {
 def test_fit_leaves_a_foreign_norm_with_the_moments_of_the_data(name):
     model, mean, var = FOREIGN[name]
     config = train.TrainConfig(steps=3, eval_every=2, average=0.5)
-    state, rows = train.fit(model, data.Stream(ROWS, 32), config, heldout=data.Stream(ROWS, 40), loss=losses.classification)
+    state, rows = train.fit(
+        model,
+        data.Stream(ROWS, 32),
+        config,
+        heldout=data.Stream(ROWS, 40),
+        loss=losses.classification,
+    )
     leaves = tree.flatten(state.params)
     np.testing.assert_allclose(leaves[mean], FEATURES.mean(0), rtol=1e-4)
     np.testing.assert_allclose(leaves[var], FEATURES.var(0), rtol=1e-4)
@@ -83,12 +117,21 @@ def test_fit_leaves_a_foreign_norm_with_the_moments_of_the_data(name):
 
 def test_batches_of_unequal_size_and_rows_without_weight():
     model, mean, var = FOREIGN["linen"]
-    params = tree.map_leaves(lambda path, a: a + 3, jax.jit(model.init)(jax.random.key(0)))  # whatever stood there
-    filled = {"features": np.concatenate([FEATURES[50:], 1e3 * FEATURES[:4]]), "weights": np.repeat([1, 0], [N - 50, 4])}
-    found = tree.flatten(train.set_batch_statistics(model, params, [{"features": FEATURES[:50]}, filled]))
+    params = tree.map_leaves(
+        lambda path, a: a + 3, jax.jit(model.init)(jax.random.key(0))
+    )  # whatever stood there
+    filled = {
+        "features": np.concatenate([FEATURES[50:], 1e3 * FEATURES[:4]]),
+        "weights": np.repeat([1, 0], [N - 50, 4]),
+    }
+    found = tree.flatten(
+        train.set_batch_statistics(model, params, [{"features": FEATURES[:50]}, filled])
+    )
     np.testing.assert_allclose(found[mean], FEATURES.mean(0), rtol=1e-4)
     np.testing.assert_allclose(found[var], FEATURES.var(0), rtol=1e-4)
-    with pytest.raises(InputError, match="passes: 2 given; a foreign module normalises by each batch, allowed: 1"):
+    with pytest.raises(
+        InputError, match="passes: 2 given; a foreign module normalises by each batch, allowed: 1"
+    ):
         train.set_batch_statistics(model, params, [filled], passes=2)
     with pytest.raises(InputError, match="batches: there is none in pass 1"):
         train.set_batch_statistics(model, params, [])
@@ -123,7 +166,9 @@ def test_the_weights_are_judged_as_they_are_used(average):
     state, rows = fit(dataclasses.replace(CONFIG, average=average))
     judged = train.averaged(state)
     close(judged, by_hand(judged))
-    logits = np.asarray(jax.jit(MODEL.apply)(judged, jnp.asarray(IMAGES["pixels"])).logits, np.float64)
+    logits = np.asarray(
+        jax.jit(MODEL.apply)(judged, jnp.asarray(IMAGES["pixels"])).logits, np.float64
+    )
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(N), LABELS]
     assert rows[-1]["heldout_loss"] == pytest.approx(loss.mean(), rel=1e-4)
     assert sum("heldout_loss" in row for row in rows) == 3
@@ -143,12 +188,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path):
         with checkpoint.Checkpoints(tmp_path / str(stop)) as checkpoints:
             again, after = fit(checkpoints=checkpoints)
         assert checkpoint.fingerprint(again) == checkpoint.fingerprint(whole)
-        assert [row["heldout_loss"] for row in after if "heldout_loss" in row][-1] == rows[-1]["heldout_loss"]
+        assert [row["heldout_loss"] for row in after if "heldout_loss" in row][-1] == rows[-1][
+            "heldout_loss"
+        ]
     steady = dataclasses.replace(CONFIG, schedule="constant", warmup=0)
     shorter, _ = fit(dataclasses.replace(steady, steps=3))
     longer, _ = fit(steady, state=shorter)
     straight, _ = fit(steady)
-    assert checkpoint.fingerprint(longer) == checkpoint.fingerprint(straight)  # what was set at step 3 leaves no trace
+    assert checkpoint.fingerprint(longer) == checkpoint.fingerprint(
+        straight
+    )  # what was set at step 3 leaves no trace
 
 
 def test_fewer_rows_than_a_batch_count_once():
@@ -160,18 +209,25 @@ def test_fewer_rows_than_a_batch_count_once():
 def test_models_without_norms_cost_nothing():
     state = init_state({"w": jnp.ones(2)}, optim.optimizer("sgd", 0.1))
     model = models.from_linen(nn.Dense(2), EXAMPLE)
-    settled = statistics.of_run(model, losses.classification, data.Stream(ROWS, 4), None, {"w": jnp.ones(2)})
+    settled = statistics.of_run(
+        model, losses.classification, data.Stream(ROWS, 4), None, {"w": jnp.ones(2)}
+    )
     assert settled(state) is state
 
 
 def check_fit_on_a_mesh() -> None:
     config = resnet.Config((1,), 8, classes=4, size=6, channels=1, small=True)
-    alone, placed = resnet.model(config), resnet.model(config, ops.Policy(axes=ops.MESH_AXES))
-    run = functools.partial(train.fit, config=CONFIG, heldout=data.Stream(IMAGES, 40), loss=losses.classification)
+    alone = resnet.model(config)
+    placed = resnet.model(config, ops.Policy(axes=ops.MESH_AXES))
+    run = functools.partial(
+        train.fit, config=CONFIG, heldout=data.Stream(IMAGES, 40), loss=losses.classification
+    )
     one, rows = run(alone, data.Stream(IMAGES, 24))
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
     many, found = run(placed, data.Stream(IMAGES, 24), mesh=mesh)
-    for (path, a), b in zip(tree.flatten(many.params).items(), tree.flatten(one.params).values(), strict=True):
+    for (path, a), b in zip(
+        tree.flatten(many.params).items(), tree.flatten(one.params).values(), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4, err_msg=path)
     np.testing.assert_allclose(found[-1]["heldout_loss"], rows[-1]["heldout_loss"], rtol=1e-3)
     again, _ = run(placed, data.Stream(IMAGES, 24), mesh=mesh)
@@ -180,8 +236,11 @@ def check_fit_on_a_mesh() -> None:
 
 def check_a_foreign_norm_on_a_mesh() -> None:
     model, mean, var = FOREIGN["linen"]
-    config, mesh = train.TrainConfig(steps=2), sharding.make_mesh("data=8")
-    state, _ = train.fit(model, data.Stream(ROWS, 32), config, mesh=mesh, loss=losses.classification)
+    config = train.TrainConfig(steps=2)
+    mesh = sharding.make_mesh("data=8")
+    state, _ = train.fit(
+        model, data.Stream(ROWS, 32), config, mesh=mesh, loss=losses.classification
+    )
     found = tree.flatten(state.params)
     np.testing.assert_allclose(found[mean], FEATURES.mean(0), rtol=1e-4)
     np.testing.assert_allclose(found[var], FEATURES.var(0), rtol=1e-4)

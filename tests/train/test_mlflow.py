@@ -1,4 +1,6 @@
-"""What MLflow has of a run that was killed, resumed and went back: each step once, as the run ended up. On SQLite."""
+"""What MLflow has of a run that was killed, resumed and went back: each step once, as the run ended
+up. On SQLite.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,16 @@ def store(tmp_path, monkeypatch):
 
 
 def rows(steps, of):
-    return [{"step": step, "loss": of + step / 100, "heldout_loss": None, "bad": 0, "words": "x"} for step in steps]
+    return [
+        {"step": step, "loss": of + step / 100, "heldout_loss": None, "bad": 0, "words": "x"}
+        for step in steps
+    ]
 
 
 def seen(name="run"):
-    """The one run of this name that is not deleted: its state, and the steps and losses that it has."""
+    """The one run of this name that is not deleted: its state, and the steps and losses that it
+    has.
+    """
     (run,) = mlflow.search_runs(filter_string=f"tags.jaxmodel_run = '{name}'", output_format="list")
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
     return run, sorted((one.step, one.value) for one in history)
@@ -45,7 +52,11 @@ def test_a_run_as_it_is(store):
         for row in rows(range(1, 4), 1.0):
             write(row)
     run, found = seen()
-    assert found == losses(range(1, 4), 1.0) and run.info.status == "FINISHED" and run.info.run_name == "run"
+    assert (
+        found == losses(range(1, 4), 1.0)
+        and run.info.status == "FINISHED"
+        and run.info.run_name == "run"
+    )
     assert run.data.params["steps"] == "9" and set(run.data.params) == {"verb", "steps", "data"}
     assert set(run.data.metrics) == {"loss", "bad"}
 
@@ -61,11 +72,22 @@ with page.mlflow("run", {"steps": 9}) as write:
 
 
 def test_a_run_that_was_killed_resumed_and_went_back_has_each_step_once(store):
-    done = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        env={**os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 9, done.stderr
     assert seen()[0].info.status == "RUNNING"
-    with page.mlflow("run", {"steps": 12}) as write:  # from the checkpoint of step 4, at another rate
-        for row in [*rows(range(5, 11), 2.0), *rows(range(9, 13), 3.0)]:  # and back from step 10 to 8
+    with page.mlflow(
+        "run", {"steps": 12}
+    ) as write:  # from the checkpoint of step 4, at another rate
+        for row in [
+            *rows(range(5, 11), 2.0),
+            *rows(range(9, 13), 3.0),
+        ]:  # and back from step 10 to 8
             write(row)
     run, found = seen()
     assert found == losses(range(1, 5), 1.0) + losses(range(5, 9), 2.0) + losses(range(9, 13), 3.0)
@@ -77,7 +99,9 @@ def test_a_run_that_was_killed_resumed_and_went_back_has_each_step_once(store):
     assert again.info.run_id == run.info.run_id and found[-2:] == losses((13, 14), 3.0)
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")])
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")]
+)
 def test_how_a_run_ended(error, status, store):
     with pytest.raises(error), page.mlflow("run", CONFIG) as write:
         write(rows([1], 1.0)[0])
@@ -88,7 +112,9 @@ def test_how_a_run_ended(error, status, store):
 def test_a_place_that_cannot_be_used_is_one_line(store, monkeypatch):
     for uri in (f"file:{store}/files", "nothing://at/all"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(InputError, match="mlflow: .*, of MLFLOW_TRACKING_URI, cannot be used: ") as told:
+        with pytest.raises(
+            InputError, match="mlflow: .*, of MLFLOW_TRACKING_URI, cannot be used: "
+        ) as told:
             page.mlflow("run", {}).__enter__()
         assert "\n" not in str(told.value)
 
@@ -102,5 +128,7 @@ def test_a_server_that_fails_does_not_end_the_run(store, monkeypatch, capsys):
         monkeypatch.setattr(mlflow, "log_metrics", down)
         for row in rows([2, 3], 1.0):
             write(row)
-    assert capsys.readouterr().err.splitlines()[-1:] == ["jaxmodel: mlflow: gets no more rows of this run: no answer"]
+    assert capsys.readouterr().err.splitlines()[-1:] == [
+        "jaxmodel: mlflow: gets no more rows of this run: no answer"
+    ]
     assert seen()[1] == losses([1], 1.0)

@@ -1,4 +1,6 @@
-"""Settings out of range are refused where they are made, in one line; a score over nothing is no score."""
+"""Settings out of range are refused where they are made, in one line; a score over nothing is no
+score.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ WIDTH = MODEL.inputs(1, 1)["features"].shape[-1]
 REFUSED = {
     **dict.fromkeys(("steps", "accumulate", "log_every", "eval_batches"), (0, -1)),
     **dict.fromkeys(("warmup", "drop_every", "patience", "eval_every", "save_every"), (-1,)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "clip", "spike", "save_seconds"), (-1e-9, math.nan, math.inf)),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "clip", "spike", "save_seconds"),
+        (-1e-9, math.nan, math.inf),
+    ),
     **dict.fromkeys(("end_rate", "stable"), (-0.1, 1.1, math.nan)),
     **dict.fromkeys(("drop", "exchange_share"), (0.0, -0.1, 1.1, math.nan)),
     **dict.fromkeys(("beta2", "average"), (-0.1, 1.0, math.nan)),
@@ -99,7 +104,13 @@ def test_names_are_checked_where_they_are_given():
                     print(error)
     """
     env = {**os.environ, "PYTHONPATH": str(Path(jaxmodel.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     said = done.stdout.splitlines()
     assert [line.split(" is not known; allowed: ")[0] for line in said] == [
         f"{name}: {value!r}" for name in NAMES for value in ("Stop", "", None)
@@ -110,7 +121,9 @@ def test_names_are_checked_where_they_are_given():
 def test_a_changed_config_is_checked_too():
     config = train.TrainConfig(steps=3)
     assert dataclasses.replace(config, steps=4).steps == 4
-    with pytest.raises(InputError, match="save_every: -1 given; allowed: a whole number of at least 0"):
+    with pytest.raises(
+        InputError, match="save_every: -1 given; allowed: a whole number of at least 0"
+    ):
         dataclasses.replace(config, save_every=-1)
     with pytest.raises(InputError, match="bad: 'Stop' is not known; allowed: rewind, skip, stop"):
         BadSteps("Stop")
@@ -124,7 +137,14 @@ def test_every_optimiser_may_be_named(name):
 def test_no_clip_is_no_limit():
     grads = {"w": jnp.array([300.0, 400.0])}
     for clip, factor in ((0.0, 1.0), (5.0, 0.01)):
-        config = train.TrainConfig(optimizer="sgd", clip=clip, warmup=0, schedule="constant", learning_rate=0.1, weight_decay=0.0)
+        config = train.TrainConfig(
+            optimizer="sgd",
+            clip=clip,
+            warmup=0,
+            schedule="constant",
+            learning_rate=0.1,
+            weight_decay=0.0,
+        )
         optimizer = train.make_optimizer(config)
         updates: Any = optimizer.update(grads, optimizer.init(grads), grads)[0]
         np.testing.assert_allclose(updates["w"], -0.1 * factor * grads["w"], rtol=1e-6)
@@ -132,7 +152,9 @@ def test_no_clip_is_no_limit():
 
 @pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf])
 def test_a_rate_that_is_none(rate):
-    with pytest.raises(InputError, match=f"rate: {rate} given; allowed: a finite number of at least 0"):
+    with pytest.raises(
+        InputError, match=f"rate: {rate} given; allowed: a finite number of at least 0"
+    ):
         optim.schedule("constant", rate, 10)
 
 
@@ -149,22 +171,38 @@ def scores(weights: list[float], batches: int = 2) -> dict[str, float]:
 
 def test_a_loss_over_nothing_is_not_the_best():
     found = scores([0, 0, 0, 0])
-    assert set(found) == {"heldout_loss", "heldout_accuracy"} and all(map(math.isnan, found.values()))
+    assert set(found) == {"heldout_loss", "heldout_accuracy"} and all(
+        map(math.isnan, found.values())
+    )
     assert 0 < scores([0, 0, 0, 1])["heldout_loss"] < math.inf
-    with pytest.raises(InputError, match="eval_batches: 0 given; allowed: a whole number of at least 1"):
+    with pytest.raises(
+        InputError, match="eval_batches: 0 given; allowed: a whole number of at least 1"
+    ):
         scores([1, 1, 1, 1], batches=0)
 
 
 def test_a_compiled_step_refuses_rows_that_the_mesh_does_not_divide():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 4).reshape(2, 2), ("data", "fsdp"))  # it never runs
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[:1] * 4).reshape(2, 2), ("data", "fsdp")
+    )  # it never runs
     batch = {name: jax.ShapeDtypeStruct((6, 8), jnp.int32) for name in ("tokens", "targets")}
-    with pytest.raises(InputError, match="batch: 6 rows do not divide over the 4 devices of data x fsdp in the mesh; allowed"):
-        train.Program(gpt2.model(gpt2.SIZES["tiny"]), loss=losses.next_token, mesh=mesh).compile(batch)
+    with pytest.raises(
+        InputError,
+        match="batch: 6 rows do not divide over the 4 devices of data x fsdp in the mesh; allowed",
+    ):
+        train.Program(gpt2.model(gpt2.SIZES["tiny"]), loss=losses.next_token, mesh=mesh).compile(
+            batch
+        )
 
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("lr", "learning_rate"), ("epochs", "steps are counted"), ("warmup_steps", "warmup"), ("learnig_rate", "learning_rate")],
+    [
+        ("lr", "learning_rate"),
+        ("epochs", "steps are counted"),
+        ("warmup_steps", "warmup"),
+        ("learnig_rate", "learning_rate"),
+    ],
 )
 def test_a_name_that_is_no_field_is_answered_with_the_one_that_is(given, meant):
     with pytest.raises(InputError, match=f"TrainConfig: '{given}' is not a field; .*{meant}"):

@@ -1,4 +1,6 @@
-"""Where batches, parameters and states are put for training: on a mesh in any order of devices, and only where they fit."""
+"""Where batches, parameters and states are put for training: on a mesh in any order of devices, and
+only where they fit.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,15 @@ def fit(steps, **more):
     return train.fit(MODEL, stream(), config, optimizer=optax.sgd(0.1), **more)
 
 
-# ------------------------------------------------------------------------------------------------------- on eight devices
+# --------------------------------------------------------------------------------- on eight devices
 
 
 def check_rows_on_a_mesh_that_follows_the_wires() -> None:
     """The rows of one host are not next to each other then."""
     order = [0, 4, 2, 6, 1, 5, 3, 7]
     mesh = sharding.make_mesh("data=2,fsdp=4", [jax.devices()[i] for i in order])
-    placed, want = placing.Placed(stream(), mesh), stream().batch(3)
+    placed = placing.Placed(stream(), mesh)
+    want = stream().batch(3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: 2)
         found = placed.batch(3)
@@ -48,7 +51,9 @@ def check_what_stood_on_one_device_goes_on_a_mesh() -> None:
     mesh = sharding.make_mesh("fsdp=4")
     again, _ = fit(4, state=alone, mesh=mesh)
     whole, _ = fit(4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), again.params, whole.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), again.params, whole.params
+    )
     assert len(again.params["embed"].sharding.device_set) == 4
     assert int(fit(4, state=alone)[0].step) == 4  # it stays usable
     _, on_mesh = fit(1, params=alone.params, mesh=mesh)
@@ -75,15 +80,23 @@ def check_a_memory_of_the_exchange_elsewhere(folder: str) -> None:
 
 def check_an_exchange_among_stages_is_refused() -> None:
     config = train.TrainConfig(steps=1, exchange="int8")
-    with pytest.raises(InputError, match="with stages of a pipeline gradients cannot be exchanged so"):
+    with pytest.raises(
+        InputError, match="with stages of a pipeline gradients cannot be exchanged so"
+    ):
         train.fit(MODEL, stream(), config, mesh=sharding.make_mesh("pipeline=2,data=2"))
 
 
 def check_codes_in_1f1b_are_refused() -> None:
-    params = optim.quantize_weights(jax.jit(MODEL.init)(jax.random.key(0)), [(".*(norm/.*|_bias)|positions", None), (".*", 8)])
+    params = optim.quantize_weights(
+        jax.jit(MODEL.init)(jax.random.key(0)), [(".*(norm/.*|_bias)|positions", None), (".*", 8)]
+    )
     config = train.TrainConfig(steps=1, pipeline="1f1b", trainable=[(".*", True)])
-    with pytest.raises(InputError, match="trainable: the compressed .* cannot train in this schedule"):
-        train.fit(MODEL, stream(), config, params=params, mesh=sharding.make_mesh("pipeline=2,data=2"))
+    with pytest.raises(
+        InputError, match="trainable: the compressed .* cannot train in this schedule"
+    ):
+        train.fit(
+            MODEL, stream(), config, params=params, mesh=sharding.make_mesh("pipeline=2,data=2")
+        )
 
 
 CHECKS = [
@@ -97,7 +110,10 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def outcome(outcomes8, tmp_path_factory):
     elsewhere = f"check_a_memory_of_the_exchange_elsewhere:{tmp_path_factory.mktemp('c')}"
-    return {name.partition(":")[0]: said for name, said in outcomes8(__file__, [*CHECKS, elsewhere]).items()}
+    return {
+        name.partition(":")[0]: said
+        for name, said in outcomes8(__file__, [*CHECKS, elsewhere]).items()
+    }
 
 
 @pytest.mark.parametrize("name", [*CHECKS, "check_a_memory_of_the_exchange_elsewhere"])
@@ -105,14 +121,18 @@ def test_on_eight_devices(name, outcome):
     assert not outcome[name], outcome[name]
 
 
-# ----------------------------------------------------------------------------------------------------------- on one device
+# ------------------------------------------------------------------------------------ on one device
 
 
 def test_tokens_that_the_model_has_not_are_refused():
     config = train.TrainConfig(steps=1)
-    with pytest.raises(InputError, match="data: tokens up to 299 for a model with a vocabulary of 256"):
+    with pytest.raises(
+        InputError, match="data: tokens up to 299 for a model with a vocabulary of 256"
+    ):
         train.fit(MODEL, stream(tokens=np.full(400, 299)), config)
-    with pytest.raises(InputError, match="data: rows of 24 tokens for a model with a context of 16"):
+    with pytest.raises(
+        InputError, match="data: rows of 24 tokens for a model with a context of 16"
+    ):
         train.fit(MODEL, stream(length=25), config)
 
 

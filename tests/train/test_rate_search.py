@@ -1,4 +1,6 @@
-"""The search for a learning rate: its rates, where it stops, what it suggests, and that it touches nothing of the caller's."""
+"""The search for a learning rate: its rates, where it stops, what it suggests, and that it touches
+nothing of the caller's.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from jaxmodel.train.rate_search import find_lr, steepest
 
 MODEL = mlp.model(mlp.Config(6, (8,), 3))
 LABELS = np.arange(60, dtype=np.int32) % 3
-X = (np.eye(3)[LABELS] @ np.ones((3, 6)) * LABELS[:, None] + np.random.default_rng(0).normal(0, 0.1, (60, 6))).astype(np.float32)
+X = (
+    np.eye(3)[LABELS] @ np.ones((3, 6)) * LABELS[:, None]
+    + np.random.default_rng(0).normal(0, 0.1, (60, 6))
+).astype(np.float32)
 STREAM = data.Stream({"features": X, "labels": LABELS}, 20)
 
 
@@ -39,7 +44,9 @@ def test_it_suggests_a_rate_that_learns_and_leaves_the_params(params):
 
     def trained(rate):
         config = train.TrainConfig(steps=20, log_every=20)
-        return train.fit(MODEL, STREAM, config, params=params, loss=classification, optimizer=optax.adam(rate))[1][-1]["loss"]
+        return train.fit(
+            MODEL, STREAM, config, params=params, loss=classification, optimizer=optax.adam(rate)
+        )[1][-1]["loss"]
 
     assert trained(found.suggestion) < min(trained(1e-5), found.losses[0]) - 0.1
 
@@ -47,7 +54,9 @@ def test_it_suggests_a_rate_that_learns_and_leaves_the_params(params):
 def test_the_steps_are_those_of_the_optimiser_at_these_rates(params):
     options = {"optimizer": optax.sgd, "low": 1e-3, "high": 1e-1, "steps": 8, "smoothing": 0.5}
     found = find_lr(MODEL, STREAM, classification, params=params, **options)
-    grad = jax.jit(jax.value_and_grad(lambda p, batch: classification(MODEL, p, batch, train=False)[0]))
+    grad = jax.jit(
+        jax.value_and_grad(lambda p, batch: classification(MODEL, p, batch, train=False)[0])
+    )
     losses = []
     for i in range(8):
         value, slopes = grad(params, STREAM.batch(i))
@@ -88,7 +97,9 @@ def test_the_steepest_place():
     rates = np.geomspace(1e-4, 1, 5)
     assert steepest(rates, np.array([5, 4.5, 3, 2.9, 9.0])) == pytest.approx(1e-3)
     assert steepest(rates, np.array([1.0, 2, 3, 4, 5])) is None
-    assert steepest(rates, np.array([5.0, 4, 9, 0.5, 8])) == pytest.approx(1e-2)  # not behind the least
+    assert steepest(rates, np.array([5.0, 4, 9, 0.5, 8])) == pytest.approx(
+        1e-2
+    )  # not behind the least
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Numbers of a run's rows are those of the run: the rate that was used, operations, each step once; halves that must agree."""
+"""Numbers of a run's rows are those of the run: the rate that was used, operations, each step once;
+halves that must agree.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,17 @@ from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step
 
 MODEL = mlp.model(mlp.Config(1, (4,), 3))
-ROWS = {"features": np.linspace(0, 1, 16, dtype=np.float32)[:, None], "labels": (np.arange(16) % 3).astype(np.int32)}
+ROWS = {
+    "features": np.linspace(0, 1, 16, dtype=np.float32)[:, None],
+    "labels": (np.arange(16) % 3).astype(np.int32),
+}
 
 
 class Broken:
     """Batches of which some are not finite."""
 
-    batch_size, fingerprint = 4, "broken"
+    batch_size = 4
+    fingerprint = "broken"
 
     def __init__(self, *bad: int):
         self.bad = bad
@@ -41,7 +47,9 @@ class Broken:
 def test_the_rate_of_a_row_is_the_one_that_was_used(optimizer):
     """As if the bad batches had never come."""
     config = train.TrainConfig(steps=9, warmup=3, log_every=1, optimizer=optimizer, end_rate=0.0)
-    run = lambda stream, steps: train.fit(MODEL, stream, dataclasses.replace(config, steps=steps), loss=losses.classification)[1]
+    run = lambda stream, steps: train.fit(
+        MODEL, stream, dataclasses.replace(config, steps=steps), loss=losses.classification
+    )[1]
     rows = run(Broken(2, 3, 6), 9)
     rates = [row["learning_rate"] for row in rows if not row["bad"]]
     rate = optim.schedule("cosine", config.learning_rate, 9, warmup=3, end=0.0)
@@ -60,23 +68,32 @@ def test_a_rate_that_a_plateau_lowered():
         optimizer="sgd",
         weight_decay=0.0,
     )
-    flat = lambda model, params, batch, rng, *, train=True: (0 * jnp.sum(params["head"]) + 1.0, {"weight": jnp.float32(1)})
+    flat = lambda model, params, batch, rng, *, train=True: (
+        0 * jnp.sum(params["head"]) + 1.0,
+        {"weight": jnp.float32(1)},
+    )
     _, rows = train.fit(MODEL, Broken(), config, loss=flat)
     assert [row["learning_rate"] / 1e-3 for row in rows[:4]] == pytest.approx([1, 0.5, 0.25, 0.125])
 
 
-# ------------------------------------------------------------------------------------------------------------- operations
+# --------------------------------------------------------------------------------------- operations
 
 
 def counted(model, trains, frozen, rows=2, length=32) -> float:
-    """XLA's own count of the gradient's operations for a token; of one layer, as it counts a loop once."""
+    """XLA's own count of the gradient's operations for a token; of one layer, as it counts a loop
+    once.
+    """
     batch = {name: jnp.zeros((rows, length), jnp.int32) for name in ("tokens", "targets")}
-    gradient = jax.jit(jax.grad(lambda t, f: losses.next_token(model, tree.combine(t, f), batch)[0]))
+    gradient = jax.jit(
+        jax.grad(lambda t, f: losses.next_token(model, tree.combine(t, f), batch)[0])
+    )
     return gradient.lower(trains, frozen).compile().cost_analysis()["flops"] / (rows * length)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rules", [None, adapt.ADAPTERS, ((".*", True),), (("head|norm/.*", True), (".*", False))])
+@pytest.mark.parametrize(
+    "rules", [None, adapt.ADAPTERS, ((".*", True),), (("head|norm/.*", True), (".*", False))]
+)
 def test_operations_are_those_that_xla_counts(tied, rules):
     if tied and rules is not None and rules[0][0].startswith("head"):
         pytest.skip("it has no head of its own")
@@ -84,7 +101,9 @@ def test_operations_are_those_that_xla_counts(tied, rules):
     model = llama.model(config)
     params = jax.jit(model.init)(jax.random.key(0))
     if rules == adapt.ADAPTERS:
-        model, params = adapt.lora(model, params, [(".*/attn/(q|v)", adapt.LoRA(4)), (".*", None)], jax.random.key(1))
+        model, params = adapt.lora(
+            model, params, [(".*/attn/(q|v)", adapt.LoRA(4)), (".*", None)], jax.random.key(1)
+        )
     trains, frozen = tree.partition(params, rules)
     got = flops.per_token(jax.eval_shape(lambda p: p, params), 32, config.width, 1, trains=trains)
     assert got == pytest.approx(counted(model, trains, frozen), rel=0.08)
@@ -93,7 +112,8 @@ def test_operations_are_those_that_xla_counts(tied, rules):
 def test_frozen_layers_in_front_cost_their_forward_pass():
     model = gpt2.model(gpt2.Config(64, 32, 4, 2, 16))
     params = jax.jit(model.init)(jax.random.key(0))
-    layer, head = 12 * 32 * 32, 64 * 32
+    layer = 12 * 32 * 32
+    head = 64 * 32
     assert flops.per_token(params, 0) == 6 * (4 * layer + head)
     rules = [("blocks/[23]/.*", True), (".*", False)]
     part, _ = tree.match(rules, params)
@@ -101,16 +121,18 @@ def test_frozen_layers_in_front_cost_their_forward_pass():
     assert flops.per_token(part, 0, trains=trains) == 2 * 2 * layer + 6 * 2 * layer + 4 * head
 
 
-# --------------------------------------------------------------------------------------------------------- each step once
+# ----------------------------------------------------------------------------------- each step once
 
 
 def events(folder) -> tuple[list[int], list[int]]:
     """Steps of the loss, and those of marks to purge."""
     from tensorboardX.proto import event_pb2
 
-    steps, marks = [], []
+    steps = []
+    marks = []
     for file in sorted(folder.glob("events*"), key=lambda file: file.name.rsplit(".", 1)[-1]):
-        raw, at = file.read_bytes(), 0
+        raw = file.read_bytes()
+        at = 0
         while at + 12 <= len(raw):
             (size,) = struct.unpack("<Q", raw[at : at + 8])
             event = event_pb2.Event.FromString(raw[at + 12 : at + 12 + size])
@@ -124,7 +146,10 @@ def events(folder) -> tuple[list[int], list[int]]:
 
 def test_rows_of_a_run_that_goes_back_come_once(tmp_path):
     folder = tmp_path / "board"
-    for steps in ([1, 2, 3, 4, 5, 3, 4, 5, 6], [5, 6, 7]):  # a rewind; then killed behind step 6, and resumed from 4
+    for steps in (
+        [1, 2, 3, 4, 5, 3, 4, 5, 6],
+        [5, 6, 7],
+    ):  # a rewind; then killed behind step 6, and resumed from 4
         with page.tensorboard(folder) as write:
             for step in steps:
                 write({"step": step, "loss": 1.0 / step})
@@ -135,19 +160,28 @@ def test_rows_of_a_run_that_goes_back_come_once(tmp_path):
 def test_a_patience_that_never_ends_is_refused(settings):
     config = train.TrainConfig(**{"steps": 40, "patience": 4, **settings})
     stream = data.Stream(ROWS, 8)
-    with pytest.raises(InputError, match="patience: . given for 40 steps with . held-out loss.*allowed"):
+    with pytest.raises(
+        InputError, match="patience: . given for 40 steps with . held-out loss.*allowed"
+    ):
         train.fit(MODEL, stream, config, heldout=stream, loss=losses.classification)
 
 
 def test_the_largest_patience_still_stops():
-    stream, config = data.Stream(ROWS, 8), train.TrainConfig(steps=40, patience=3, eval_every=10, learning_rate=0.0)
+    stream = data.Stream(ROWS, 8)
+    config = train.TrainConfig(steps=40, patience=3, eval_every=10, learning_rate=0.0)
     state, _ = train.fit(MODEL, stream, config, heldout=stream, loss=losses.classification)
     assert int(state.step) == 40  # at the last of four
-    state, _ = train.fit(MODEL, stream, dataclasses.replace(config, patience=2), heldout=stream, loss=losses.classification)
+    state, _ = train.fit(
+        MODEL,
+        stream,
+        dataclasses.replace(config, patience=2),
+        heldout=stream,
+        loss=losses.classification,
+    )
     assert int(state.step) == 30
 
 
-# ------------------------------------------------------------------------------------------------------------------ halves
+# ------------------------------------------------------------------------------------------- halves
 
 SGD = optax.sgd(0.1)
 PARTS = {
@@ -159,13 +193,16 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_halves_that_do_not_agree_are_refused(name):
     in_step, in_state = PARTS[name]
-    params, batch = jax.jit(MODEL.init)(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    batch = {k: a[:4] for k, a in ROWS.items()}
     make = lambda **more: jax.jit(make_step(MODEL, losses.classification, SGD, **more))
     start = lambda **more: init_state(params, SGD, **more)
     make(**in_step)(start(**in_state), batch)
     make()(start(), batch)
     with pytest.raises(
-        InputError, match=f"{name}: given to make_step alone; allowed: both make_step.* and init_state.*or neither"
+        InputError,
+        match=f"{name}: given to make_step alone; allowed: both make_step.* and init_state.*or "
+        f"neither",
     ):
         make(**in_step)(start(), batch)
     with pytest.raises(InputError, match=f"{name}: given to init_state alone"):
@@ -173,10 +210,13 @@ def test_halves_that_do_not_agree_are_refused(name):
 
 
 def test_guards_and_exchanges_of_another_kind():
-    params, batch = jax.jit(MODEL.init)(jax.random.key(0)), {k: a[:4] for k, a in ROWS.items()}
+    params = jax.jit(MODEL.init)(jax.random.key(0))
+    batch = {k: a[:4] for k, a in ROWS.items()}
     step = make_step(MODEL, losses.classification, SGD, guard=optim.Guard(6.0))
     for other in (optim.Guard(), optim.Guard(6.0, window=4)):
-        with pytest.raises(InputError, match="guard: .* given for a state that was made with another"):
+        with pytest.raises(
+            InputError, match="guard: .* given for a state that was made with another"
+        ):
             step(init_state(params, SGD, guard=other), batch)
     state = init_state(params, SGD)
     state.extra["residual"] = {}

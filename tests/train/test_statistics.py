@@ -1,4 +1,6 @@
-"""Batch statistics: those of all data together, in inference the same as in training, pure, on a mesh, in scanned layers."""
+"""Batch statistics: those of all data together, in inference the same as in training, pure, on a
+mesh, in scanned layers.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ def test_one_batch_makes_inference_equal_to_training(params, pixels):
     close(logits(found, pixels), logits(params, pixels, train=True))
     chex.assert_trees_all_equal(params, before)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
-    got, old = tree.flatten(found), tree.flatten(params)
+    got = tree.flatten(found)
+    old = tree.flatten(params)
     changed = {path for path in got if not np.array_equal(got[path], old[path])}
     assert changed == {path for path in got if re.search("/(mean|variance)$", path)}
     assert len(changed) == 2 * 6  # stem, two of the stacked blocks, two and `halve` of the last
@@ -73,7 +76,9 @@ def test_batches_of_any_sizes_merge_exactly(sizes, params, pixels):
 
 
 def test_the_variance_does_not_drown_in_a_large_mean(params, pixels):
-    """A mean of 1e4 times the deviation: squares of x alone would leave float32 no digit of the variance."""
+    """A mean of 1e4 times the deviation: squares of x alone would leave float32 no digit of the
+    variance.
+    """
     norm = {name: jnp.ones(2) for name in ("weight", "bias", "mean", "variance")}
     x = np.random.default_rng(0).normal(1e4, 1.0, (60, 2)).astype(np.float32)
     model = models.wrap(
@@ -84,15 +89,23 @@ def test_the_variance_does_not_drown_in_a_large_mean(params, pixels):
             head=lambda params, x, *_: layers.BatchNorm(1e-5).apply({"params": params["norm"]}, x),
         ),
     )
-    found = train.set_batch_statistics(model, {"norm": norm}, [{"pixels": rows} for rows in parts(x, 10, 20, 30)])["norm"]
+    found = train.set_batch_statistics(
+        model, {"norm": norm}, [{"pixels": rows} for rows in parts(x, 10, 20, 30)]
+    )["norm"]
     np.testing.assert_allclose(found["variance"], x.astype(np.float64).var(0), rtol=1e-5)
     np.testing.assert_allclose(found["mean"], x.astype(np.float64).mean(0), rtol=1e-7)
 
 
 def test_each_further_pass_makes_another_norm_exact(params, pixels):
-    """Batches that differ: at the end a deep norm has the moments of what it reads in inference, over all the data."""
-    batches = parts(pixels * np.linspace(0.2, 3, 12, dtype=np.float32)[:, None, None, None], 5, 4, 3)
-    first, exact = (train.set_batch_statistics(MODEL, params, batches, passes=n) for n in (1, BEFORE + 1))
+    """Batches that differ: at the end a deep norm has the moments of what it reads in inference,
+    over all the data.
+    """
+    batches = parts(
+        pixels * np.linspace(0.2, 3, 12, dtype=np.float32)[:, None, None, None], 5, 4, 3
+    )
+    first, exact = (
+        train.set_batch_statistics(MODEL, params, batches, passes=n) for n in (1, BEFORE + 1)
+    )
 
     def read(params):
         """What the first norm of the last block reads, and its statistics."""
@@ -101,7 +114,10 @@ def test_each_further_pass_makes_another_norm_exact(params, pixels):
         for i in range(2):
             x = MODEL.parts.block(layers[str(i)], x, context, None, i)[0]
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        y = np.asarray(ops.conv(x, layers["2"]["conv1"], kernel=(3, 3), stride=(2, 2), padding="VALID"), np.float64)
+        y = np.asarray(
+            ops.conv(x, layers["2"]["conv1"], kernel=(3, 3), stride=(2, 2), padding="VALID"),
+            np.float64,
+        )
         norm = layers["2"]["conv1_norm"]
         return (y.mean((0, 1, 2)), y.var((0, 1, 2))), (norm["mean"], norm["variance"])
 
@@ -149,27 +165,44 @@ def test_on_a_mesh(devices8):
 
 
 def test_training_leaves_them_and_folding_takes_them(params, pixels):
-    """A run of training, then statistics, then a net without norms: what the life of a small net is."""
+    """A run of training, then statistics, then a net without norms: what the life of a small net
+    is.
+    """
     batch = jax.device_put({"pixels": pixels, "labels": np.arange(12, dtype=np.int32) % 3})
-    optimizer = optax.adamw(1e-2, weight_decay=0.1)  # decays whatever trains, so what it does not move does not train
+    optimizer = optax.adamw(
+        1e-2, weight_decay=0.1
+    )  # decays whatever trains, so what it does not move does not train
     step = make_step(MODEL, losses.classification, optimizer)
 
     @jax.jit
     def fit(params):
-        state, metrics = jax.lax.scan(lambda state, _: step(state, batch), init_state(params, optimizer), None, 30)
+        state, metrics = jax.lax.scan(
+            lambda state, _: step(state, batch), init_state(params, optimizer), None, 30
+        )
         return state, metrics["accuracy"][-1]
 
     @jax.jit
     def judged(params):
         logits = MODEL.apply(params, batch["pixels"]).logits
-        return logits, jnp.mean((jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch["labels"]).astype(jnp.float32))
+        return logits, jnp.mean(
+            (jnp.argmax(logits, axis=-1).astype(jnp.int32) == batch["labels"]).astype(jnp.float32)
+        )
 
     state, accuracy = fit(params)
     assert accuracy == 1
-    kept = {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith(("/mean", "/variance"))}
-    assert len(kept) == 2 * len([path for path in tree.flatten(params) if path.endswith("norm/weight")])
+    kept = {
+        path: leaf
+        for path, leaf in tree.flatten(params).items()
+        if path.endswith(("/mean", "/variance"))
+    }
+    assert len(kept) == 2 * len(
+        [path for path in tree.flatten(params) if path.endswith("norm/weight")]
+    )
     chex.assert_trees_all_equal({path: tree.flatten(state.params)[path] for path in kept}, kept)
-    assert not any("variance" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.opt_state))
+    assert not any(
+        "variance" in jax.tree_util.keystr(path)
+        for path, _ in jax.tree.leaves_with_path(state.opt_state)
+    )
     assert judged(state.params)[1] < 1  # nobody set the statistics yet
     final = train.set_batch_statistics(MODEL, state.params, [batch])
     want, accuracy = judged(final)
@@ -179,7 +212,11 @@ def test_training_leaves_them_and_folding_takes_them(params, pixels):
 
 def test_a_rule_may_train_them(params):
     """Frozen as it stands; a rule that says otherwise is obeyed."""
-    names = lambda rules: {path for path in tree.flatten(tree.partition(params, rules)[0]) if path.endswith(("mean", "variance"))}
+    names = lambda rules: {
+        path
+        for path in tree.flatten(tree.partition(params, rules)[0])
+        if path.endswith(("mean", "variance"))
+    }
     assert names(None) == set()
     assert names([("stem_norm/mean", True), (".*", False)]) == {"stem_norm/mean"}
 
@@ -187,7 +224,9 @@ def test_a_rule_may_train_them(params):
 def test_what_cannot_be_measured_is_refused(params, pixels):
     with pytest.raises(InputError, match="batches: there is none in pass 1"):
         train.set_batch_statistics(MODEL, params, [])
-    with pytest.raises(InputError, match="batches: there is none in pass 2; a list of at least one is needed"):
+    with pytest.raises(
+        InputError, match="batches: there is none in pass 2; a list of at least one is needed"
+    ):
         train.set_batch_statistics(MODEL, params, iter([pixels]), passes=2)
     with pytest.raises(InputError, match="passes: 0 given"):
         train.set_batch_statistics(MODEL, params, [pixels], passes=0)
@@ -195,5 +234,7 @@ def test_what_cannot_be_measured_is_refused(params, pixels):
     with pytest.raises(InputError, match="params: no batch norm is there"):
         train.set_batch_statistics(other, jax.eval_shape(other.init, jax.random.key(0)), [pixels])
     lost = {**params, "lost_norm": params["stem_norm"]}
-    with pytest.raises(InputError, match="params: the norm 'lost_norm' was never reached; is it used"):
+    with pytest.raises(
+        InputError, match="params: the norm 'lost_norm' was never reached; is it used"
+    ):
         train.set_batch_statistics(MODEL, lost, [pixels])

@@ -1,4 +1,6 @@
-"""The step: micro-batches give the whole batch's gradient, averages their formula, bad steps are as if they had not been."""
+"""The step: micro-batches give the whole batch's gradient, averages their formula, bad steps are as
+if they had not been.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step
 
 MODEL = mlp.model(dataclasses.replace(mlp.SIZES["tiny"], dropout=0.0))
-FEATURES, CLASSES = MODEL.inputs(1, 1)["features"].shape[-1], MODEL.config.classes
+FEATURES = MODEL.inputs(1, 1)["features"].shape[-1]
+CLASSES = MODEL.config.classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +55,18 @@ def params():
 def whole_step(params):
     """A state, and what a step without micro-batches makes of it."""
     state = init_state(params, optax.sgd(1.0))
-    return state, *jax.jit(make_step(MODEL, losses.classification, optax.sgd(1.0)))(state, Rows().batch(0))
+    return state, *jax.jit(make_step(MODEL, losses.classification, optax.sgd(1.0)))(
+        state, Rows().batch(0)
+    )
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_micro_batches_of_unequal_weight_give_the_gradient_of_the_whole_batch(parts, whole_step):
-    (state, whole, metrics), batch, optimizer = whole_step, jax.device_put(Rows().batch(0)), optax.sgd(1.0)
+    (state, whole, metrics), batch, optimizer = (
+        whole_step,
+        jax.device_put(Rows().batch(0)),
+        optax.sgd(1.0),
+    )
     step = make_step(MODEL, losses.classification, optimizer, accumulate=parts)
     cut, metrics_cut = jax.jit(step)(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), cut.params, whole.params)
@@ -68,7 +77,9 @@ def test_micro_batches_of_unequal_weight_give_the_gradient_of_the_whole_batch(pa
 def test_micro_batches_need_a_divisor(params):
     state = init_state(params, optax.sgd(1.0))
     step = make_step(MODEL, losses.classification, optax.sgd(1.0), accumulate=5)
-    with pytest.raises(InputError, match="accumulate: 5 micro-batches do not divide a batch of 12 rows"):
+    with pytest.raises(
+        InputError, match="accumulate: 5 micro-batches do not divide a batch of 12 rows"
+    ):
         step(state, Rows().batch(0))
 
 
@@ -80,7 +91,13 @@ def test_micro_batches_hold_less_memory():
     used = {}
     for parts in (1, 8):
         step = make_step(model, losses.next_token, optimizer, accumulate=parts)
-        used[parts] = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+        used[parts] = (
+            jax.jit(step, donate_argnums=0)
+            .lower(state, batch)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
     assert used[8] < 0.4 * used[1]
 
 
@@ -93,17 +110,26 @@ def test_the_average_follows_its_formula(params):
         state, _ = step(state, jax.device_put(Rows().batch(i)))
         d = min(0.6, (1 + i) / (10 + i))
         want = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * np.asarray(p), want, state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), train.averaged(state), want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), train.averaged(state), want
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_that_is_not_finite_is_as_if_its_batch_had_not_come(accumulate):
     config = train.TrainConfig(steps=6, average=0.9, accumulate=accumulate, log_every=1)
     broken, history = train.fit(MODEL, Rows(broken=(3,)), config, loss=losses.classification)
-    guard, optimizer = config.guard(), train.make_optimizer(config)
+    guard = config.guard()
+    optimizer = train.make_optimizer(config)
     step = jax.jit(
         make_step(
-            MODEL, losses.classification, optimizer, average=0.9, accumulate=accumulate, guard=guard, seed=config.seed
+            MODEL,
+            losses.classification,
+            optimizer,
+            average=0.9,
+            accumulate=accumulate,
+            guard=guard,
+            seed=config.seed,
         )
     )
     state = init_state(jax.jit(MODEL.init)(jax.random.key(0)), optimizer, average=True, guard=guard)
@@ -118,7 +144,9 @@ def test_a_step_that_is_not_finite_is_as_if_its_batch_had_not_come(accumulate):
 
 def test_a_spike_is_left_out_and_a_falling_loss_is_not():
     guard = Guard(sigmas=4.0, window=8)
-    memory, found, judge = guard.init(), [], jax.jit(guard.judge)
+    memory = guard.init()
+    found = []
+    judge = jax.jit(guard.judge)
     for i in range(40):
         loss = 5.0 - 0.05 * i + 0.1 * np.sin(i) + (6.0 if i == 30 else 0.0)
         ok, memory = judge(memory, np.float32(loss), np.float32(1.0))
@@ -127,7 +155,8 @@ def test_a_spike_is_left_out_and_a_falling_loss_is_not():
 
 
 def test_a_norm_can_be_the_spike():
-    guard, memory = Guard(sigmas=4.0, window=4), Guard(sigmas=4.0, window=4).init()
+    guard = Guard(sigmas=4.0, window=4)
+    memory = Guard(sigmas=4.0, window=4).init()
     for _ in range(4):
         _, memory = guard.judge(memory, jnp.float32(1.0), jnp.float32(1.0))
     assert not guard.judge(memory, jnp.float32(1.0), jnp.float32(50.0))[0]
@@ -136,7 +165,9 @@ def test_a_norm_can_be_the_spike():
 
 def test_to_stop_at_a_bad_step_names_it():
     config = train.TrainConfig(steps=8, bad="stop", log_every=1)
-    with pytest.raises(InputError, match="the loss or the gradient of step 6 is not finite or a spike"):
+    with pytest.raises(
+        InputError, match="the loss or the gradient of step 6 is not finite or a spike"
+    ):
         train.fit(MODEL, Rows(broken=(5,)), config, loss=losses.classification)
 
 

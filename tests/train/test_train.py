@@ -1,4 +1,6 @@
-"""Training: the step is pure, the loop repeats exactly, rules decide what trains, losses equal their definition."""
+"""Training: the step is pure, the loop repeats exactly, rules decide what trains, losses equal
+their definition.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,18 @@ def test_next_token_is_the_mean_cross_entropy(params):
 @functools.cache
 def gradient(chunk=None):
     """Of parameters and a batch: loss and gradients, one program for all tests."""
-    return jax.jit(jax.value_and_grad(lambda p, batch: losses.next_token(MODEL, p, batch, chunk=chunk)[0]))
+    return jax.jit(
+        jax.value_and_grad(lambda p, batch: losses.next_token(MODEL, p, batch, chunk=chunk)[0])
+    )
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 99])  # 5: the 16 positions are padded to 20; 99: there are fewer
+@pytest.mark.parametrize(
+    "chunk", [1, 5, 99]
+)  # 5: the 16 positions are padded to 20; 99: there are fewer
 def test_chunked_loss_has_the_same_value_and_gradient(chunk, params):
     batch = jax.device_put(STREAM.batch(3))
-    whole, parts = gradient()(params, batch), gradient(chunk)(params, batch)
+    whole = gradient()(params, batch)
+    parts = gradient(chunk)(params, batch)
     np.testing.assert_allclose(whole[0], parts[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole[1], parts[1])
 
@@ -56,10 +63,20 @@ def test_a_chunk_bounds_the_logits_that_exist_at_once(params):
     batch = jax.device_put(STREAM.batch(0))
 
     def largest(chunk):
-        """Elements of the largest array with an axis of the vocabulary, and not the embedding, in the gradient's program."""
-        text = str(jax.make_jaxpr(jax.grad(lambda p: losses.next_token(MODEL, p, batch, chunk=chunk)[0]))(params))
-        shapes = [tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)]
-        return max(np.prod(shape) for shape in shapes if len(shape) > 2 and MODEL.config.vocab in shape)
+        """Elements of the largest array with an axis of the vocabulary, and not the embedding, in
+        the gradient's program.
+        """
+        text = str(
+            jax.make_jaxpr(jax.grad(lambda p: losses.next_token(MODEL, p, batch, chunk=chunk)[0]))(
+                params
+            )
+        )
+        shapes = [
+            tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)
+        ]
+        return max(
+            np.prod(shape) for shape in shapes if len(shape) > 2 and MODEL.config.vocab in shape
+        )
 
     assert largest(None) == 8 * 16 * MODEL.config.vocab
     assert largest(5) == 8 * 5 * MODEL.config.vocab
@@ -70,7 +87,9 @@ def test_many_logits_are_chunked_without_being_asked(params, monkeypatch):
     batch = jax.device_put(STREAM.batch(0))
     monkeypatch.setattr("jaxmodel.losses.tokens.LOGITS", 4 * 8 * 5 * MODEL.config.vocab)
     text = str(jax.make_jaxpr(jax.grad(lambda p: losses.next_token(MODEL, p, batch)[0]))(params))
-    assert f"f32[8,5,{MODEL.config.vocab}]" in text and f"f32[8,16,{MODEL.config.vocab}]" not in text
+    assert (
+        f"f32[8,5,{MODEL.config.vocab}]" in text and f"f32[8,16,{MODEL.config.vocab}]" not in text
+    )
 
 
 def test_a_chunk_of_nothing_is_refused(params):
@@ -79,9 +98,13 @@ def test_a_chunk_of_nothing_is_refused(params):
 
 
 def test_options_are_the_config_without_its_rules():
-    names = {f.name for f in dataclasses.fields(train.TrainConfig)} - {f.name for f in dataclasses.fields(train.TrainOptions)}
+    names = {f.name for f in dataclasses.fields(train.TrainConfig)} - {
+        f.name for f in dataclasses.fields(train.TrainOptions)
+    }
     assert names == {"decay", "trainable", "eval_rows"}
-    assert set(train.__all__) == set(dir(train)) and all(hasattr(train, name) for name in train.__all__)
+    assert set(train.__all__) == set(dir(train)) and all(
+        hasattr(train, name) for name in train.__all__
+    )
     with pytest.raises(AttributeError, match="attribute fitt"):
         train.fitt  # noqa: B018
 
@@ -95,7 +118,9 @@ def test_step_equals_optax_by_hand(params):
         new, metrics = step(state, batch)
         value, grads = gradient()(state.params, batch)
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
-        want = jax.tree.map(lambda leaf, grad: np.asarray(leaf) - 0.5 * np.asarray(grad), state.params, grads)
+        want = jax.tree.map(
+            lambda leaf, grad: np.asarray(leaf) - 0.5 * np.asarray(grad), state.params, grads
+        )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.params, want)
         assert (int(new.step), int(new.data_step)) == (i + 1, i + 1)
         state = new
@@ -106,7 +131,8 @@ def test_rules_decide_what_trains(params):
     rules = ((r"blocks/2/.*", True), (".*", False))
     config = train.TrainConfig(steps=3, trainable=rules, decay=((".*", False),))
     state, _ = train.fit(MODEL, STREAM, config, params=params)
-    before, after = tree.flatten(tree.unstack(params)), tree.flatten(tree.unstack(state.params))
+    before = tree.flatten(tree.unstack(params))
+    after = tree.flatten(tree.unstack(state.params))
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert changed == {path for path in before if path.startswith("blocks/2/")}
     states = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -138,11 +164,16 @@ def test_going_on_from_a_state_is_the_run_without_a_stop(params):
     rest, tail = train.fit(MODEL, STREAM, config, state=state)
     assert [row["loss"] for row in tail] == [row["loss"] for row in history[3:]]
     assert tree.fingerprint(rest.params) == tree.fingerprint(whole.params)
-    assert int(state.step) == 3 and np.isfinite(np.asarray(state.params["embed"])).all()  # still usable
+    assert (
+        int(state.step) == 3 and np.isfinite(np.asarray(state.params["embed"])).all()
+    )  # still usable
 
 
 def test_a_seed_gives_other_parameters():
-    prints = [tree.fingerprint(train.fit(MODEL, STREAM, train.TrainConfig(steps=1, seed=s))[0].params) for s in (0, 1)]
+    prints = [
+        tree.fingerprint(train.fit(MODEL, STREAM, train.TrainConfig(steps=1, seed=s))[0].params)
+        for s in (0, 1)
+    ]
     assert prints[0] != prints[1]
 
 
@@ -153,7 +184,9 @@ def test_weights_decay_by_rules(params):
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     for path, update in tree.flatten(updates).items():
         plain = "norm" in path or path.endswith("_bias")
-        assert bool(np.any(np.asarray(update) != 0)) == (not plain and bool(np.any(tree.flatten(params)[path] != 0))), path
+        assert bool(np.any(np.asarray(update) != 0)) == (
+            not plain and bool(np.any(tree.flatten(params)[path] != 0))
+        ), path
 
 
 def test_decay_may_differ_by_layer(params):
@@ -173,7 +206,9 @@ def test_no_steps_is_an_error():
 def test_state_is_a_pytree_that_keeps_its_fields(params):
     state = init_state(params, optax.sgd(0.1))
     again = jax.tree.map(lambda a: a, state)
-    assert isinstance(again, train.TrainState) and dataclasses.fields(again) == dataclasses.fields(state)
+    assert isinstance(again, train.TrainState) and dataclasses.fields(again) == dataclasses.fields(
+        state
+    )
 
 
 def test_eight_devices_train_as_one(devices8):
@@ -214,6 +249,10 @@ def test_remat_policies_give_the_same_gradients(params):
     grads = {}
     for remat in ("none", "full", "dots"):
         model = gpt2.model(gpt2.SIZES["tiny"], ops.Policy(remat=remat))
-        grads[remat] = jax.jit(jax.grad(lambda p, m=model: losses.next_token(m, p, batch)[0]))(params)
+        grads[remat] = jax.jit(jax.grad(lambda p, m=model: losses.next_token(m, p, batch)[0]))(
+            params
+        )
     for remat in ("full", "dots"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads["none"], grads[remat])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads["none"], grads[remat]
+        )

@@ -1,8 +1,9 @@
 """Augmentation: `augment(key, batch) -> batch`, pure, jitted, on the mesh.
 
-An augmentation is a frozen record of settings. It changes what it knows of a batch (`pixels` `[B, Y, X, C]` from 0 to 1 and
-`labels`, or `tokens` and what belongs to them) and hands on the rest. Row i draws from `fold_in(key, i)`, so the result is the
-same however a mesh cuts the rows, and nothing but mixing moves data between devices.
+An augmentation is a frozen record of settings. It changes what it knows of a batch (`pixels`
+`[B, Y, X, C]` from 0 to 1 and `labels`, or `tokens` and what belongs to them) and hands on the
+rest. Row i draws from `fold_in(key, i)`, so the result is the same however a mesh cuts the rows,
+and nothing but mixing moves data between devices.
 
 >>> import jax, jax.numpy as jnp
 >>> from jaxmodel.data.augment.geometric import HorizontalFlip

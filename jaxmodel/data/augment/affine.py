@@ -10,9 +10,13 @@ from jaxmodel.data.augment.base import computed_once
 
 
 def linear_map(
-    degrees: Float[Array, "B"], scale: Float[Array, "B"], shear_y: Float[Array, "B"], shear_x: Float[Array, "B"]
+    degrees: Float[Array, "B"],
+    scale: Float[Array, "B"],
+    shear_y: Float[Array, "B"],
+    shear_x: Float[Array, "B"],
 ) -> Float[Array, "B 2 2"]:
-    """The maps of (y, x) from a place in the result to the place in the image that it shows: `A = R(degrees) S / scale`.
+    """The maps of (y, x) from a place in the result to the place in the image that it shows:
+    `A = R(degrees) S / scale`.
 
     Args:
       degrees: counter-clockwise as one sees it.
@@ -21,7 +25,9 @@ def linear_map(
       shear_x: pixels along X for each pixel along Y.
     """
     angle = jnp.deg2rad(degrees)
-    cos, sin, one = jnp.cos(angle), jnp.sin(angle), jnp.ones_like(angle)
+    cos = jnp.cos(angle)
+    sin = jnp.sin(angle)
+    one = jnp.ones_like(angle)
     turn = jnp.stack([jnp.stack([cos, sin], -1), jnp.stack([-sin, cos], -1)], -2)
     shear = jnp.stack([jnp.stack([one, shear_y], -1), jnp.stack([shear_x, one], -1)], -2)
     # not `matmul`: on an accelerator that would round the coordinates to bfloat16
@@ -34,7 +40,8 @@ def affine(
     shift: Float[Array, "B 2"],
     fill: float | None = 0.0,
 ) -> Float[Array, "B Y X C"]:
-    """Each pixel o of the result, counted from the centre, is the image at `matrix o + shift`, counted from the centre.
+    """Each pixel o of the result, counted from the centre, is the image at `matrix o + shift`,
+    counted from the centre.
 
     Args:
       pixels: the images.
@@ -43,7 +50,8 @@ def affine(
       fill: what lies around an image; None for its nearest pixel.
     """
     rows, columns = pixels.shape[1:3]
-    middle_y, middle_x = (rows - 1) / 2, (columns - 1) / 2
+    middle_y = (rows - 1) / 2
+    middle_x = (columns - 1) / 2
     y = (jnp.arange(rows, dtype=jnp.float32) - middle_y)[None, :, None]
     x = (jnp.arange(columns, dtype=jnp.float32) - middle_x)[None, None, :]
     entry = lambda values: values[:, None, None]
@@ -53,21 +61,34 @@ def affine(
 
 
 def _sample(
-    pixels: Float[Array, "B Y X C"], y: Float[Array, "B Y X"], x: Float[Array, "B Y X"], fill: float | None
+    pixels: Float[Array, "B Y X C"],
+    y: Float[Array, "B Y X"],
+    x: Float[Array, "B Y X"],
+    fill: float | None,
 ) -> Float[Array, "B Y X C"]:
     rows, columns, channels = pixels.shape[1:]
     if fill is None:
-        y, x = jnp.clip(y, 0, rows - 1), jnp.clip(x, 0, columns - 1)
+        y = jnp.clip(y, 0, rows - 1)
+        x = jnp.clip(x, 0, columns - 1)
     # A frame of one pixel holds what lies around, so that no tap needs a mask.
-    padded = computed_once(jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=fill or 0.0))
-    y, x = jnp.clip(y + 1, 0, rows + 1), jnp.clip(x + 1, 0, columns + 1)
-    top, left = jnp.clip(jnp.floor(y), 0, rows), jnp.clip(jnp.floor(x), 0, columns)
-    v, u = (y - top)[..., None], (x - left)[..., None]
-    place = (top.astype(jnp.int32) * (columns + 2) + left.astype(jnp.int32)).reshape(len(pixels), -1)
+    padded = computed_once(
+        jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=fill or 0.0)
+    )
+    y = jnp.clip(y + 1, 0, rows + 1)
+    x = jnp.clip(x + 1, 0, columns + 1)
+    top = jnp.clip(jnp.floor(y), 0, rows)
+    left = jnp.clip(jnp.floor(x), 0, columns)
+    v = (y - top)[..., None]
+    u = (x - left)[..., None]
+    place = (top.astype(jnp.int32) * (columns + 2) + left.astype(jnp.int32)).reshape(
+        len(pixels), -1
+    )
     flat = padded.reshape(len(pixels), -1, channels)
     take = jax.vmap(lambda image, at: image.at[at].get(mode="promise_in_bounds"))
     tap = lambda offset: take(flat, place + jnp.int32(offset)).reshape(pixels.shape)
-    between = lambda a, b, share: a + share * (b - a)  # which stays between them, however it is rounded
+    between = lambda a, b, share: (
+        a + share * (b - a)
+    )  # which stays between them, however it is rounded
     upper = between(tap(0), tap(1), u)
     lower = between(tap(columns + 2), tap(columns + 3), u)
     return between(upper, lower, v)

@@ -1,4 +1,5 @@
-"""What an augmentation is: frozen settings that are a pure function `(key, batch) -> batch`; chains, and their text form.
+"""What an augmentation is: frozen settings that are a pure function `(key, batch) -> batch`;
+chains, and their text form.
 
 The text form is what a run's config records and what a person writes:
 
@@ -26,7 +27,9 @@ from jaxmodel.errors import InputError
 from jaxmodel.text_form import read_chain, write
 
 IGNORED = -100
-"""The label, or target, of a row or position that does not count, as torch and transformers have it."""
+"""The label, or target, of a row or position that does not count, as torch and transformers have
+it.
+"""
 
 type AnyKey = Key[Array, ""] | UInt32[Array, "2"]
 type Keys = Key[Array, "B"] | UInt32[Array, "B 2"]
@@ -34,7 +37,7 @@ type Number = float | int
 type Augment = Callable[[AnyKey, Mapping[str, Any]], dict[str, Any]]
 
 
-# ------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def number(low: float, high: float) -> dict[str, Any]:
@@ -56,8 +59,8 @@ def interval(low: float, high: float) -> dict[str, Any]:
 class Augmentation(abc.ABC):
     """Base of the augmentations: a frozen dataclass of settings with one function.
 
-    A new one is a subclass anywhere; text finds it by its class name in snake case. Numbers in its settings are checked
-    by what `number`, `whole` and `interval` say of them.
+    A new one is a subclass anywhere; text finds it by its class name in snake case. Numbers in its
+    settings are checked by what `number`, `whole` and `interval` say of them.
     """
 
     def __post_init__(self) -> None:
@@ -69,16 +72,26 @@ class Augmentation(abc.ABC):
         value = getattr(self, setting)
         fits = lambda v, kind: isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high
         if kind is tuple:
-            pair = isinstance(value, tuple) and len(value) == 2 and all(fits(v, numbers.Real) for v in value)
+            pair = (
+                isinstance(value, tuple)
+                and len(value) == 2
+                and all(fits(v, numbers.Real) for v in value)
+            )
             if not pair or value[0] > value[1]:
                 self._refuse(setting, f"two numbers from {low} to {high}, the smaller first")
             return tuple(map(float, value))
         if not fits(value, kind):
-            self._refuse(setting, f"{'a whole number' if kind is numbers.Integral else 'a number'} from {low} to {high}")
+            self._refuse(
+                setting,
+                f"{'a whole number' if kind is numbers.Integral else 'a number'} from {low} to "
+                f"{high}",
+            )
         return int(value) if kind is numbers.Integral else float(value)
 
     def _refuse(self, setting: str, allowed: str) -> None:
-        raise InputError(f"{_name(type(self))}: {setting} is {getattr(self, setting)!r}; allowed: {allowed}")
+        raise InputError(
+            f"{_name(type(self))}: {setting} is {getattr(self, setting)!r}; allowed: {allowed}"
+        )
 
     @abc.abstractmethod
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +136,7 @@ class ImageAugmentation(Augmentation):
         return {**batch, "pixels": changed.astype(given.dtype)}
 
 
-# --------------------------------------------------------------------------------------------------------- chains
+# ------------------------------------------------------------------------------------------- chains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +144,8 @@ class Chain(Augmentation):
     """Augmentations one after the other; link i gets `fold_in(key, i)`.
 
     Attributes:
-      links: the augmentations; any function `(key, batch) -> batch` may be one, but text cannot be read back then.
+      links: the augmentations; any function `(key, batch) -> batch` may be one, but text cannot be
+        read back then.
     """
 
     links: tuple[Augment, ...] = ()
@@ -142,7 +156,10 @@ class Chain(Augmentation):
         return dict(batch)
 
     def __str__(self) -> str:
-        named = [str(link) if isinstance(link, Augmentation) else getattr(link, "__name__", repr(link)) for link in self.links]
+        named = [
+            str(link) if isinstance(link, Augmentation) else getattr(link, "__name__", repr(link))
+            for link in self.links
+        ]
         return " | ".join(named)
 
 
@@ -170,7 +187,8 @@ def members() -> dict[str, type[Augmentation]]:
 
 
 def parse(text: str) -> Chain:
-    """A chain from its text: augmentations joined by `|`, each a call with literal arguments; empty text changes nothing.
+    """A chain from its text: augmentations joined by `|`, each a call with literal arguments; empty
+    text changes nothing.
 
     Raises:
       InputError: not of that form, an unknown augmentation, or settings that it does not take.
@@ -182,11 +200,13 @@ def _name(cls: type[Augmentation]) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
 
-# ----------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def row_keys(key: AnyKey, rows: int) -> Keys:
-    """`fold_in(key, i)` for each row i, so that a row's randomness is the same wherever the row lies."""
+    """`fold_in(key, i)` for each row i, so that a row's randomness is the same wherever the row
+    lies.
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
 
 
@@ -196,9 +216,15 @@ def uniforms(keys: Keys, *shape: int) -> Float[Array, "B ..."]:
 
 
 def row_weights(batch: Mapping[str, Any], rows: int) -> Float[Array, "B"]:
-    """What each row counts: its `weights`; of `[B, T]`, 1 where any of them is above 0; 1 for all where there are none."""
+    """What each row counts: its `weights`; of `[B, T]`, 1 where any of them is above 0; 1 for all
+    where there are none.
+    """
     weights = jnp.asarray(batch.get("weights", jnp.ones(rows)), jnp.float32)
-    return weights if weights.ndim < 2 else jnp.any(weights > 0, axis=tuple(range(1, weights.ndim))).astype(jnp.float32)
+    return (
+        weights
+        if weights.ndim < 2
+        else jnp.any(weights > 0, axis=tuple(range(1, weights.ndim))).astype(jnp.float32)
+    )
 
 
 def per_row(values: Array) -> Array:
@@ -207,7 +233,11 @@ def per_row(values: Array) -> Array:
 
 
 def computed_once(pixels: Array) -> Array:
-    """The same. What reads each pixel often would have XLA's fusion compute it again for each read (measured: 4 times slower)."""
+    """The same.
+
+    What reads each pixel often would have XLA's fusion compute it again for each read (measured: 4
+    times slower).
+    """
     return jax.lax.optimization_barrier(pixels)
 
 
@@ -218,8 +248,13 @@ def images(batch: Mapping[str, Any]) -> Float[Array, "B Y X C"]:
       InputError: there are none, or they are not floating-point numbers `[B, Y, X, C]`.
     """
     if "pixels" not in batch:
-        raise InputError(f"batch: {', '.join(sorted(batch)) or 'nothing'} given; 'pixels' [B, Y, X, C] is needed")
+        raise InputError(
+            f"batch: {', '.join(sorted(batch)) or 'nothing'} given; 'pixels' [B, Y, X, C] is needed"
+        )
     pixels = jnp.asarray(batch["pixels"])
     if pixels.ndim != 4 or not jnp.issubdtype(pixels.dtype, jnp.floating):
-        raise InputError(f"batch: pixels are {pixels.dtype} {pixels.shape}; floating-point [B, Y, X, C] from 0 to 1 is needed")
+        raise InputError(
+            f"batch: pixels are {pixels.dtype} {pixels.shape}; floating-point [B, Y, X, C] from 0 "
+            f"to 1 is needed"
+        )
     return pixels

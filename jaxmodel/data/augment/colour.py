@@ -1,4 +1,7 @@
-"""Augmentations of colour: `pixels.py` with settings drawn for each row. One channel has no hue and no saturation to change."""
+"""Augmentations of colour:
+
+`pixels.py` with settings drawn for each row. One channel has no hue and no saturation to change.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,8 @@ class Hue(ImageAugmentation):
 
 @dataclass(frozen=True)
 class ColourJitter(ImageAugmentation):
-    """Brightness, contrast, saturation and hue, in this order, each by a draw of its own (Chen et al., 2020).
+    """Brightness, contrast, saturation and hue, in this order, each by a draw of its own (Chen et
+    al., 2020).
 
     Attributes:
       brightness: see `Brightness`.

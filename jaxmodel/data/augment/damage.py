@@ -46,7 +46,8 @@ class Blur(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Cutout(ImageAugmentation):
-    """A square of one value around a pixel drawn evenly; part of it may lie outside (DeVries & Taylor, 2017).
+    """A square of one value around a pixel drawn evenly; part of it may lie outside (DeVries &
+    Taylor, 2017).
 
     Attributes:
       size: side of the square, in pixels.
@@ -64,7 +65,10 @@ class Cutout(ImageAugmentation):
 
 
 def inside(pixels: Float[Array, "B Y X C"], start: Array, stop: Array) -> Array:
-    """Where pixels lie in boxes: `[B, Y, X, 1]`, of boxes `[B, 2]` (y, x) from `start` to before `stop`."""
+    """Where pixels lie in boxes:
+
+    `[B, Y, X, 1]`, of boxes `[B, 2]` (y, x) from `start` to before `stop`.
+    """
 
     def along(axis: int) -> Array:
         place = jnp.arange(pixels.shape[1 + axis], dtype=jnp.int32)[None]

@@ -1,4 +1,7 @@
-"""Flips, maps and crops of images. Lengths are shares of the image's sides, so that settings serve every resolution."""
+"""Flips, maps and crops of images.
+
+Lengths are shares of the image's sides, so that settings serve every resolution.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel.data.augment.affine import affine, linear_map
-from jaxmodel.data.augment.base import ImageAugmentation, Keys, Number, interval, number, uniforms, whole
+from jaxmodel.data.augment.base import (
+    ImageAugmentation,
+    Keys,
+    Number,
+    interval,
+    number,
+    uniforms,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,9 @@ class VerticalFlip(ImageAugmentation):
 
 @dataclass(frozen=True)
 class _Mapped(ImageAugmentation):
-    """Base of those that sample each image once through an affine map; numbers are drawn evenly from -1 to 1."""
+    """Base of those that sample each image once through an affine map; numbers are drawn evenly
+    from -1 to 1.
+    """
 
     fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
 
@@ -51,7 +64,8 @@ class _Mapped(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Affine(_Mapped):
-    """All of rotation, scale, shear and translation in one sampling, which blurs less and costs less than one after the other.
+    """All of rotation, scale, shear and translation in one sampling, which blurs less and costs
+    less than one after the other.
 
     Attributes:
       degrees: the angle is drawn from -degrees to degrees.
@@ -69,7 +83,9 @@ class Affine(_Mapped):
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
         scale = jnp.exp(math.log1p(self.scale) * drawn[:, 1])
-        matrix = linear_map(self.degrees * drawn[:, 0], scale, self.shear * drawn[:, 2], self.shear * drawn[:, 3])
+        matrix = linear_map(
+            self.degrees * drawn[:, 0], scale, self.shear * drawn[:, 2], self.shear * drawn[:, 3]
+        )
         return matrix, self.translate * drawn[:, 4:] * sides
 
 
@@ -85,7 +101,9 @@ class Rotate(_Mapped):
 
 @dataclass(frozen=True)
 class Scale(_Mapped):
-    """Larger or smaller about the centre by a factor drawn from 1 / (1 + amount) to 1 + amount; see `Affine`."""
+    """Larger or smaller about the centre by a factor drawn from 1 / (1 + amount) to 1 + amount; see
+    `Affine`.
+    """
 
     amount: Number = field(default=0.2, metadata=number(0.0, 9.0))
 
@@ -95,7 +113,9 @@ class Scale(_Mapped):
 
 @dataclass(frozen=True)
 class Shear(_Mapped):
-    """Both sides slanted by an amount drawn from -amount to amount, in pixels for each pixel of the other side; see `Affine`."""
+    """Both sides slanted by an amount drawn from -amount to amount, in pixels for each pixel of the
+    other side; see `Affine`.
+    """
 
     amount: Number = field(default=0.2, metadata=number(0.0, 0.9))
 
@@ -128,9 +148,13 @@ class RandomCrop(ImageAugmentation):
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
         pad = self.padding
-        padded = jnp.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=self.fill)
+        padded = jnp.pad(
+            pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=self.fill
+        )
         start = jnp.floor(uniforms(keys, 2) * (2 * pad + 1)).astype(jnp.int32)
-        cut = lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], jnp.int32(0)), pixels.shape[1:])
+        cut = lambda image, at: jax.lax.dynamic_slice(
+            image, (at[0], at[1], jnp.int32(0)), pixels.shape[1:]
+        )
         return jax.vmap(cut)(padded, start)
 
 
@@ -140,8 +164,8 @@ class RandomResizedCrop(ImageAugmentation):
 
     Attributes:
       area: the part's share of the image, drawn evenly.
-      aspect: width by height of the part, relative to the image, drawn evenly in its logarithm; the part is cut where it would be
-        larger than the image.
+      aspect: width by height of the part, relative to the image, drawn evenly in its logarithm; the
+        part is cut where it would be larger than the image.
       probability: with which each row is changed.
     """
 
@@ -156,4 +180,6 @@ class RandomResizedCrop(ImageAugmentation):
         size = jnp.minimum(jnp.sqrt(jnp.stack([area / aspect, area * aspect], -1)), 1.0)
         sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
         shift = (drawn[:, 2:] - 0.5) * (1 - size) * sides
-        return affine(pixels, size[:, :, None] * jnp.eye(2, dtype=jnp.float32)[None], shift, fill=None)
+        return affine(
+            pixels, size[:, :, None] * jnp.eye(2, dtype=jnp.float32)[None], shift, fill=None
+        )

@@ -1,9 +1,10 @@
 """Augmentations that mix each row with its neighbour, labels as well.
 
-Row i is mixed with row i - 1 (the first with the last). The stream has shuffled the rows, so this partner is as good as a drawn
-one, and on a mesh only the rows at the edges of the devices' parts travel. Labels become distributions `[B, C]`. Where the batch
-has `weights` the partner is the last row before with weight, and rows without stay as they are; a row labelled -100 has none.
-With labels as whole numbers the batch has `weights` afterwards.
+Row i is mixed with row i - 1 (the first with the last). The stream has shuffled the rows, so this
+partner is as good as a drawn one, and on a mesh only the rows at the edges of the devices' parts
+travel. Labels become distributions `[B, C]`. Where the batch has `weights` the partner is the last
+row before with weight, and rows without stay as they are; a row labelled -100 has none. With labels
+as whole numbers the batch has `weights` afterwards.
 """
 
 from __future__ import annotations
@@ -54,8 +55,12 @@ class _Mixing(Augmentation):
     probability: Number = field(default=1.0, metadata=number(0.0, 1.0), kw_only=True)
 
     @abc.abstractmethod
-    def mix(self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]) -> tuple[Array, Array]:
-        """The images, and the shares `[B]` that their partners gave in the end, from the shares drawn."""
+    def mix(
+        self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]
+    ) -> tuple[Array, Array]:
+        """The images, and the shares `[B]` that their partners gave in the end, from the shares
+        drawn.
+        """
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         unmixed, (labels, weights) = images(batch), distributions(batch, self.classes)
@@ -66,14 +71,19 @@ class _Mixing(Augmentation):
             given = jnp.where(uniforms(keys[:, 1]) < self.probability, given, 0.0)
         if jnp.ndim(batch.get("weights", 0)) == 1:
             other = neighbour_of(weights > 0)
-            partner, of_partner = pixels[other], labels[other]
+            partner = pixels[other]
+            of_partner = labels[other]
         else:
-            partner, of_partner = neighbour(pixels), neighbour(labels)
+            partner = neighbour(pixels)
+            of_partner = neighbour(labels)
         sound = (weights > 0) & (jnp.sum(of_partner, axis=1) > 0)
         given = jnp.where(sound, given, 0.0)
         mixed, given = self.mix(keys[:, 2], pixels, partner, given)
         labels = labels + given[:, None] * (of_partner - labels)
-        same = jnp.issubdtype(jnp.asarray(batch["labels"]).dtype, jnp.floating) or jnp.ndim(batch.get("weights", weights)) > 1
+        same = (
+            jnp.issubdtype(jnp.asarray(batch["labels"]).dtype, jnp.floating)
+            or jnp.ndim(batch.get("weights", weights)) > 1
+        )
         counted = {} if same else {"weights": weights}
         return {**batch, "pixels": mixed.astype(unmixed.dtype), "labels": labels, **counted}
 
@@ -90,16 +100,19 @@ class Mixup(_Mixing):
 
     alpha: Number = field(default=0.2, metadata=number(0.0, 1e4))
 
-    def mix(self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]) -> tuple[Array, Array]:
+    def mix(
+        self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]
+    ) -> tuple[Array, Array]:
         return pixels + per_row(given) * (partner - pixels), given
 
 
 @dataclass(frozen=True)
 class CutMix(_Mixing):
-    """A box of the neighbour in place of one's own; labels by the pixels that come from each (Yun et al., 2019).
+    """A box of the neighbour in place of one's own; labels by the pixels that come from each (Yun
+    et al., 2019).
 
-    The box has `sqrt(s)` of each side, with s from Beta(alpha, alpha), lies around a pixel drawn evenly, and is cut where it
-    leaves the image.
+    The box has `sqrt(s)` of each side, with s from Beta(alpha, alpha), lies around a pixel drawn
+    evenly, and is cut where it leaves the image.
 
     Attributes:
       classes: number of classes, C.
@@ -107,7 +120,9 @@ class CutMix(_Mixing):
       probability: with which each row is mixed.
     """
 
-    def mix(self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]) -> tuple[Array, Array]:
+    def mix(
+        self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]
+    ) -> tuple[Array, Array]:
         sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
         whole_sides = sides.astype(jnp.int32)
         size = jnp.floor(jnp.sqrt(given)[:, None] * sides).astype(jnp.int32)
@@ -124,7 +139,8 @@ def neighbour(rows: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
 
 
 def neighbour_of(counts: Bool[Array, "B"]) -> Int[Array, "B"]:
-    """The number of the last row before each that counts; before the first of them, of the last of all.
+    """The number of the last row before each that counts; before the first of them, of the last of
+    all.
 
     >>> neighbour_of(jnp.array([True, False, True, True, False])).tolist()
     [3, 0, 0, 2, 3]
@@ -134,9 +150,11 @@ def neighbour_of(counts: Bool[Array, "B"]) -> Int[Array, "B"]:
     return jnp.where(before < 0, jnp.maximum(jnp.max(place), 0), before)
 
 
-def distributions(batch: Mapping[str, Any], classes: int) -> tuple[Float[Array, "B C"], Float[Array, "B"]]:
-    """The labels as distributions over the classes, NaN where one is no class and 0 where a row does not count, and the weights
-    of the rows.
+def distributions(
+    batch: Mapping[str, Any], classes: int
+) -> tuple[Float[Array, "B C"], Float[Array, "B"]]:
+    """The labels as distributions over the classes, NaN where one is no class and 0 where a row
+    does not count, and the weights of the rows.
 
     Raises:
       InputError: no labels, or neither classes `[B]` nor distributions `[B, C]`.
@@ -146,11 +164,17 @@ def distributions(batch: Mapping[str, Any], classes: int) -> tuple[Float[Array, 
     labels = jnp.asarray(batch["labels"])
     own = jnp.ndim(batch.get("weights", 0)) == 1
     weights = row_weights(batch, len(labels)) if own else jnp.ones(len(labels), jnp.float32)
-    if labels.ndim == 2 and labels.shape[1] == classes and jnp.issubdtype(labels.dtype, jnp.floating):
+    if (
+        labels.ndim == 2
+        and labels.shape[1] == classes
+        and jnp.issubdtype(labels.dtype, jnp.floating)
+    ):
         return labels.astype(jnp.float32), weights
     if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
         given = f"{labels.dtype} {labels.shape}"
-        raise InputError(f"batch: labels are {given}; integers [B] or distributions [B, {classes}] are needed")
+        raise InputError(
+            f"batch: labels are {given}; integers [B] or distributions [B, {classes}] are needed"
+        )
     weights = jnp.where(labels == IGNORED, 0.0, weights)
     labels = jnp.where(weights > 0, labels, 0)
     known = (labels >= 0) & (labels < classes)
@@ -161,12 +185,17 @@ def distributions(batch: Mapping[str, Any], classes: int) -> tuple[Float[Array, 
 def beta(keys: Keys, alpha: float) -> Float[Array, "B"]:
     """Draws from Beta(alpha, alpha), one for each key; an alpha of 0 gives 0.
 
-    `jax.random.beta` loops until every row has its draw, which on a mesh is a reduction over all devices each time. Here are two
-    gamma variates of a fixed number of tries (Marsaglia & Tsang, 2000), in logarithms so that a small alpha does not underflow.
+    `jax.random.beta` loops until every row has its draw, which on a mesh is a reduction over all
+    devices each time. Here are two gamma variates of a fixed number of tries (Marsaglia & Tsang,
+    2000), in logarithms so that a small alpha does not underflow.
     """
     if alpha == 0:
         return jnp.zeros(len(keys), jnp.float32)
-    d = alpha + 1 - 1 / 3  # of alpha + 1, which is at least 1, as the method needs; a power of one uniform leads back to alpha
+    d = (
+        alpha + 1 - 1 / 3
+        # of alpha + 1, which is at least 1, as the method needs; a power of one uniform leads back to
+        # alpha
+    )
     c = 1 / (9 * d) ** 0.5
 
     def one(key: Array) -> Array:
@@ -174,7 +203,10 @@ def beta(keys: Keys, alpha: float) -> Float[Array, "B"]:
         z = jax.random.normal(keys[0], (2, _TRIES))
         v = (1 + c * z) ** 3
         log_v = jnp.log(jnp.maximum(v, 1e-30))
-        right = (v > 0) & (jnp.log1p(-jax.random.uniform(keys[1], (2, _TRIES))) < 0.5 * z**2 + d - d * v + d * log_v)
+        right = (v > 0) & (
+            jnp.log1p(-jax.random.uniform(keys[1], (2, _TRIES)))
+            < 0.5 * z**2 + d - d * v + d * log_v
+        )
         first = jnp.argmax(right, axis=1)
         chosen = jnp.take_along_axis(log_v, first[:, None], axis=1)[:, 0]
         log_gamma = chosen + jnp.log1p(-jax.random.uniform(keys[2], (2,))) / alpha

@@ -1,7 +1,8 @@
 """What can be done to the values of images: arrays in, arrays out, a setting `[B]` for each row.
 
-Images are `[B, Y, X, C]` from 0 to 1 with one channel or three (red, green, blue), and stay in that range. Definitions are those
-of Pillow, so that published settings keep their meaning; where those need bytes, values are rounded to 256 levels.
+Images are `[B, Y, X, C]` from 0 to 1 with one channel or three (red, green, blue), and stay in that
+range. Definitions are those of Pillow, so that published settings keep their meaning; where those
+need bytes, values are rounded to 256 levels.
 """
 
 from __future__ import annotations
@@ -28,27 +29,38 @@ def contrast(pixels: Pixels, factor: Setting) -> Pixels:
 
 
 def saturation(pixels: Pixels, factor: Setting) -> Pixels:
-    """`g + factor (x - g)` with g the image in grey; 1 changes nothing, nor does any factor if there is one channel."""
+    """`g + factor (x - g)` with g the image in grey; 1 changes nothing, nor does any factor if
+    there is one channel.
+    """
     return _blend(grey(pixels), pixels, factor)
 
 
 def sharpness(pixels: Pixels, factor: Setting) -> Pixels:
-    """`s + factor (x - s)` with s the image smoothed over 3 x 3 pixels but for its border; 1 changes nothing."""
+    """`s + factor (x - s)` with s the image smoothed over 3 x 3 pixels but for its border; 1
+    changes nothing.
+    """
     rows, columns = pixels.shape[1:3]
     pixels = computed_once(pixels)
     ring = jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
     down = ring[:, :-2] + ring[:, 1:-1] + ring[:, 2:]
     box = down[:, :, :-2] + down[:, :, 1:-1] + down[:, :, 2:]
-    y, x = jnp.arange(rows)[:, None], jnp.arange(columns)[None, :]
+    y = jnp.arange(rows)[:, None]
+    x = jnp.arange(columns)[None, :]
     within = (y > 0) & (y < rows - 1) & (x > 0) & (x < columns - 1)
-    return _blend(jnp.where(within[None, :, :, None], (box + 4 * pixels) / 13, pixels), pixels, factor)
+    return _blend(
+        jnp.where(within[None, :, :, None], (box + 4 * pixels) / 13, pixels), pixels, factor
+    )
 
 
 def hue(pixels: Pixels, turn: Setting) -> Pixels:
-    """The hue moved by `turn` of the whole circle, brightness and saturation of HSV kept; one channel has none."""
+    """The hue moved by `turn` of the whole circle, brightness and saturation of HSV kept; one
+    channel has none.
+    """
     if _channels(pixels) == 1:
         return pixels
-    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    red = pixels[..., 0]
+    green = pixels[..., 1]
+    blue = pixels[..., 2]
     value = jnp.max(pixels, axis=-1)
     chroma = value - jnp.min(pixels, axis=-1)
     safe = jnp.where(chroma > 0, chroma, 1.0)
@@ -95,22 +107,28 @@ def posterize(pixels: Pixels, bits: Setting) -> Pixels:
 
 def autocontrast(pixels: Pixels) -> Pixels:
     """`(x - min) / (max - min)` of each channel; a channel of one value stays."""
-    low, high = jnp.min(pixels, axis=(1, 2), keepdims=True), jnp.max(pixels, axis=(1, 2), keepdims=True)
+    low = jnp.min(pixels, axis=(1, 2), keepdims=True)
+    high = jnp.max(pixels, axis=(1, 2), keepdims=True)
     span = high - low
     return jnp.where(span > 0, (pixels - low) / jnp.where(span > 0, span, 1.0), pixels)
 
 
 def equalize(pixels: Pixels) -> Pixels:
-    """Each level of a channel moved to the share of pixels below it, so that all levels are used about alike.
+    """Each level of a channel moved to the share of pixels below it, so that all levels are used
+    about alike.
 
-    `level i -> (s // 2 + #(pixels below i)) // s` of 255 with `s = #(pixels below the highest level) // 255`; where s is 0 the
-    channel stays.
+    `level i -> (s // 2 + #(pixels below i)) // s` of 255 with
+    `s = #(pixels below the highest level) // 255`; where s is 0 the channel stays.
     """
     levels = jnp.round(pixels * 255).astype(jnp.int32).reshape(len(pixels), -1, pixels.shape[-1])
     channel = jnp.broadcast_to(jnp.arange(pixels.shape[-1])[None], levels.shape[1:])
 
     def one(levels: Array) -> Array:
-        counts = jnp.zeros((256, levels.shape[-1]), jnp.int32).at[levels, channel].add(1, mode="promise_in_bounds")
+        counts = (
+            jnp.zeros((256, levels.shape[-1]), jnp.int32)
+            .at[levels, channel]
+            .add(1, mode="promise_in_bounds")
+        )
         below = jnp.cumsum(counts, axis=0) - counts
         step = jnp.max(below, axis=0, keepdims=True, where=counts > 0, initial=0) // 255
         table = (step // 2 + below) // jnp.maximum(step, 1)
@@ -122,7 +140,8 @@ def equalize(pixels: Pixels) -> Pixels:
 
 
 def blur(pixels: Pixels, sigma: Setting, radius: int) -> Pixels:
-    """A Gaussian of standard deviation `sigma` pixels, cut off at `radius`; images are mirrored at their borders.
+    """A Gaussian of standard deviation `sigma` pixels, cut off at `radius`; images are mirrored at
+    their borders.
 
     A sigma of 0 changes nothing.
     """
@@ -133,9 +152,13 @@ def blur(pixels: Pixels, sigma: Setting, radius: int) -> Pixels:
     weights = weights / jnp.sum(weights, axis=1, keepdims=True)
     for axis in (1, 2):
         padding = [(radius, radius) if a == axis else (0, 0) for a in range(4)]
-        padded, length = computed_once(jnp.pad(pixels, padding, mode="symmetric")), pixels.shape[axis]
+        padded = computed_once(jnp.pad(pixels, padding, mode="symmetric"))
+        length = pixels.shape[axis]
         pixels = sum(
-            (jax.lax.slice_in_dim(padded, i, i + length, axis=axis) * per_row(weights[:, i]) for i in range(2 * radius + 1)),
+            (
+                jax.lax.slice_in_dim(padded, i, i + length, axis=axis) * per_row(weights[:, i])
+                for i in range(2 * radius + 1)
+            ),
             start=jnp.zeros_like(pixels),
         )
     return jnp.clip(pixels, 0, 1)

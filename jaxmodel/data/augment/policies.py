@@ -1,9 +1,11 @@
 """Policies that choose among simple operations for each row: RandAugment, AugMix.
 
-A choice for each row would, by `lax.switch` under `vmap`, compute every operation and keep one. Here each operation has a neutral
-setting, so a layer gives all rows through all operations once, those not chosen neutrally: the five geometric ones together are
-one bilinear sampling, the rest is arithmetic that fuses, but for the histogram of `equalize`. On two cores RandAugment(2, 9)
-takes 3 ms for 128 x 28 x 28 x 1 and 30 ms for 32 x 96 x 96 x 3, half of it `equalize`; AugMix(), with nine layers, 20 and 130.
+A choice for each row would, by `lax.switch` under `vmap`, compute every operation and keep one.
+Here each operation has a neutral setting, so a layer gives all rows through all operations once,
+those not chosen neutrally: the five geometric ones together are one bilinear sampling, the rest is
+arithmetic that fuses, but for the histogram of `equalize`. On two cores RandAugment(2, 9) takes 3
+ms for 128 x 28 x 28 x 1 and 30 ms for 32 x 96 x 96 x 3, half of it `equalize`; AugMix(), with nine
+layers, 20 and 130.
 """
 
 from __future__ import annotations
@@ -16,24 +18,55 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodel.data.augment import pixels as values
 from jaxmodel.data.augment.affine import affine, linear_map
-from jaxmodel.data.augment.base import ImageAugmentation, Keys, Number, computed_once, number, per_row, uniforms, whole
+from jaxmodel.data.augment.base import (
+    ImageAugmentation,
+    Keys,
+    Number,
+    computed_once,
+    number,
+    per_row,
+    uniforms,
+    whole,
+)
 from jaxmodel.errors import InputError, unknown
 
 OPERATIONS = (
-    *("identity", "autocontrast", "equalize", "posterize", "solarize", "saturation", "contrast", "brightness", "sharpness"),
+    *(
+        "identity",
+        "autocontrast",
+        "equalize",
+        "posterize",
+        "solarize",
+        "saturation",
+        "contrast",
+        "brightness",
+        "sharpness",
+    ),
     *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
 """The fourteen of RandAugment."""
-MIXED = ("autocontrast", "equalize", "posterize", "rotate", "solarize", "shear_x", "shear_y", "translate_x", "translate_y")
+MIXED = (
+    "autocontrast",
+    "equalize",
+    "posterize",
+    "rotate",
+    "solarize",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
 """The nine of AugMix, which leaves out those that its benchmark of corruptions has."""
 
 
 @dataclass(frozen=True)
 class RandAugment(ImageAugmentation):
-    """`count` operations one after the other, drawn evenly for each row, all of one magnitude (Cubuk et al., 2020).
+    """`count` operations one after the other, drawn evenly for each row, all of one magnitude
+    (Cubuk et al., 2020).
 
-    At magnitude 10: rotation by 30 degrees, shear by 0.3, translation by `translate` of a side, factors of brightness, contrast,
-    saturation and sharpness of 0.1 or 1.9, four bits, everything solarized. At 0 these change nothing. The sign is drawn.
+    At magnitude 10: rotation by 30 degrees, shear by 0.3, translation by `translate` of a side,
+    factors of brightness, contrast, saturation and sharpness of 0.1 or 1.9, four bits, everything
+    solarized. At 0 these change nothing. The sign is drawn.
 
     Attributes:
       count: operations on each image.
@@ -59,17 +92,20 @@ class RandAugment(ImageAugmentation):
         drawn = uniforms(keys, self.count, 2)
         level = jnp.full(len(pixels), self.magnitude / 10, jnp.float32)
         for i in range(self.count):
-            pixels = layer(pixels, names, *_choice(drawn[:, i], len(names)), level, self.translate, self.fill)
+            pixels = layer(
+                pixels, names, *_choice(drawn[:, i], len(names)), level, self.translate, self.fill
+            )
         return pixels
 
 
 @dataclass(frozen=True)
 class AugMix(ImageAugmentation):
-    """`x + (1 - m) sum_i w_i (chain_i(x) - x)`: a mixture of chains of one to `depth` operations (Hendrycks et al., 2020).
+    """`x + (1 - m) sum_i w_i (chain_i(x) - x)`: a mixture of chains of one to `depth` operations
+    (Hendrycks et al., 2020).
 
-    m is drawn evenly from 0 to 1, w from Dirichlet(1, ..., 1), the magnitude of each operation evenly from 0.1 to `severity` (see
-    `RandAugment`; translation by a third of a side at 10). The views that its Jensen-Shannon loss compares are calls with
-    different keys.
+    m is drawn evenly from 0 to 1, w from Dirichlet(1, ..., 1), the magnitude of each operation
+    evenly from 0.1 to `severity` (see `RandAugment`; translation by a third of a side at 10). The
+    views that its Jensen-Shannon loss compares are calls with different keys.
 
     Attributes:
       severity: greatest magnitude, 0 to 10.
@@ -103,7 +139,9 @@ class AugMix(ImageAugmentation):
             made = pixels
             for i in range(self.depth):
                 level = (low + (self.severity - low) * drawn[:, i, 2]) / 10
-                after = layer(made, names, *_choice(drawn[:, i, :2], len(names)), level, 1 / 3, self.fill)
+                after = layer(
+                    made, names, *_choice(drawn[:, i, :2], len(names)), level, 1 / 3, self.fill
+                )
                 made = jnp.where(per_row(length) > i, after, made)
             return per_row(weight) * (made - pixels)
 
@@ -133,18 +171,27 @@ def layer(
     """
 
     def setting(name: str, value: Array, neutral: Number = 0.0) -> Array:
-        return jnp.where(chosen == (names.index(name) if name in names else -1), value, jnp.float32(neutral))
+        return jnp.where(
+            chosen == (names.index(name) if name in names else -1), value, jnp.float32(neutral)
+        )
 
     both = level * sign
     if any(name.startswith(("rotate", "shear", "translate")) for name in names):
-        degrees, one = setting("rotate", 30 * both), jnp.ones_like(level)
-        matrix = linear_map(degrees, one, setting("shear_y", 0.3 * both), setting("shear_x", 0.3 * both))
+        degrees = setting("rotate", 30 * both)
+        one = jnp.ones_like(level)
+        matrix = linear_map(
+            degrees, one, setting("shear_y", 0.3 * both), setting("shear_x", 0.3 * both)
+        )
         y, x = (setting(f"translate_{axis}", translate * both) for axis in "yx")
-        pixels = affine(pixels, matrix, jnp.stack([y * pixels.shape[1], x * pixels.shape[2]], axis=-1), fill)
+        pixels = affine(
+            pixels, matrix, jnp.stack([y * pixels.shape[1], x * pixels.shape[2]], axis=-1), fill
+        )
         pixels = computed_once(pixels)
     for name in ("autocontrast", "equalize"):
         if name in names:
-            pixels = jnp.where(per_row(chosen == names.index(name)), getattr(values, name)(pixels), pixels)
+            pixels = jnp.where(
+                per_row(chosen == names.index(name)), getattr(values, name)(pixels), pixels
+            )
     if "posterize" in names:
         pixels = values.posterize(pixels, setting("posterize", 8 - jnp.round(4 * level), 8))
     if "solarize" in names:
@@ -163,12 +210,17 @@ def _choice(drawn: Float[Array, "B 2"], count: int) -> tuple[Array, Array]:
 
 def _fitting(operations: tuple[str, ...], pixels: Float[Array, "B Y X C"]) -> tuple[str, ...]:
     """The operations without those that images of one channel have no use for."""
-    return tuple(name for name in operations if name != "saturation" or pixels.shape[-1] > 1) or ("identity",)
+    return tuple(name for name in operations if name != "saturation" or pixels.shape[-1] > 1) or (
+        "identity",
+    )
 
 
 def _check(policy: RandAugment | AugMix) -> None:
     if isinstance(policy.operations, str) or not policy.operations:
-        raise InputError(f"operations: {policy.operations!r} given; allowed: a tuple of one or more of {', '.join(OPERATIONS)}")
+        raise InputError(
+            f"operations: {policy.operations!r} given; allowed: a tuple of one or more of "
+            f"{', '.join(OPERATIONS)}"
+        )
     for name in policy.operations:
         if name not in OPERATIONS:
             raise unknown("operations", name, OPERATIONS)

@@ -1,7 +1,9 @@
-"""Augmentations of texts: tokens hidden, spans masked or taken out, order disturbed. Nothing crosses from one segment to another.
+"""Augmentations of texts: tokens hidden, spans masked or taken out, order disturbed. Nothing
+crosses from one segment to another.
 
-A text is `tokens` `[B, T]`; `segments` `[B, T]` tell the texts of a row apart and are 0 on padding (see `Stream`); without
-them, `mask` `[B, T]` is true where there is text; without both, all is one text.
+A text is `tokens` `[B, T]`; `segments` `[B, T]` tell the texts of a row apart and are 0 on padding
+(see `Stream`); without them, `mask` `[B, T]` is true where there is text; without both, all is one
+text.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmodel.data.augment.base import AnyKey, Augmentation, Number, number, row_keys, row_weights, uniforms, whole
+from jaxmodel.data.augment.base import (
+    AnyKey,
+    Augmentation,
+    Number,
+    number,
+    row_keys,
+    row_weights,
+    uniforms,
+    whole,
+)
 from jaxmodel.errors import InputError
 
 
@@ -39,18 +50,21 @@ class TokenDropout(Augmentation):
 
 @dataclass(frozen=True)
 class SpanMasking(Augmentation):
-    """Masked modelling: a share `rate` of the tokens is to be predicted, in spans of mean length `span`.
+    """Masked modelling: a share `rate` of the tokens is to be predicted, in spans of mean length
+    `span`.
 
-    Of these tokens 80 % become `token`, 10 % another drawn evenly from the vocabulary, 10 % stay (Devlin et al., 2019; spans:
-    Joshi et al., 2020). Lengths are geometric: a span goes on with probability `1 - 1 / span`, and begins with `rate / (span
-    (1 - rate))`, so that `rate` holds at every place. `targets` becomes the token itself where it is to be predicted, else 0, and
+    Of these tokens 80 % become `token`, 10 % another drawn evenly from the vocabulary, 10 % stay
+    (Devlin et al., 2019; spans: Joshi et al., 2020). Lengths are geometric: a span goes on with
+    probability `1 - 1 / span`, and begins with `rate / (span (1 - rate))`, so that `rate` holds at
+    every place. `targets` becomes the token itself where it is to be predicted, else 0, and
     `weights` that of the row there, else 0 (see `row_weights`).
 
     Attributes:
       token: the id of the mask.
       vocab: ids drawn from are below it.
       rate: share of the tokens, below 1.
-      span: mean length; 0 stands for `1 / (1 - rate)`, with which each token is drawn by itself; no less is possible.
+      span: mean length; 0 stands for `1 / (1 - rate)`, with which each token is drawn by itself; no
+        less is possible.
       lowest: ids drawn from begin here, behind special ones.
     """
 
@@ -71,9 +85,15 @@ class SpanMasking(Augmentation):
         tokens, segments = texts(batch)
         drawn = uniforms(row_keys(key, len(tokens)), 3, tokens.shape[1])
         masked = self.spans(drawn[:, 0], segments)
-        other = self.lowest + jnp.floor(drawn[:, 2] * (self.vocab - self.lowest)).astype(tokens.dtype)
+        other = self.lowest + jnp.floor(drawn[:, 2] * (self.vocab - self.lowest)).astype(
+            tokens.dtype
+        )
         other = jnp.minimum(other, jnp.asarray(self.vocab - 1, tokens.dtype))
-        shown = jnp.where(drawn[:, 1] < 0.8, jnp.asarray(self.token, tokens.dtype), jnp.where(drawn[:, 1] < 0.9, other, tokens))
+        shown = jnp.where(
+            drawn[:, 1] < 0.8,
+            jnp.asarray(self.token, tokens.dtype),
+            jnp.where(drawn[:, 1] < 0.9, other, tokens),
+        )
         return {
             **batch,
             "tokens": jnp.where(masked, shown, tokens),
@@ -84,11 +104,13 @@ class SpanMasking(Augmentation):
     def spans(self, drawn: Float[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
         """Which tokens are masked, by a Markov chain along each segment.
 
-        One number u moves both states: below `begin` the next is masked, from `go_on` it is not, between them it stays as it is.
-        So the last place that decided counts, which is a running maximum rather than a loop.
+        One number u moves both states: below `begin` the next is masked, from `go_on` it is not,
+        between them it stays as it is. So the last place that decided counts, which is a running
+        maximum rather than a loop.
         """
         length = self.span or 1 / (1 - self.rate)
-        go_on, begin = 1 - 1 / length, self.rate / (length * (1 - self.rate))
+        go_on = 1 - 1 / length
+        begin = self.rate / (length * (1 - self.rate))
         first = _first(segments)
         value = drawn < jnp.where(first, self.rate, begin)
         decides = first | value | (drawn >= go_on)
@@ -101,13 +123,15 @@ class SpanMasking(Augmentation):
 class SpanCorruption(Augmentation):
     """Spans taken out of a text, to be written by a decoder (Raffel et al., 2020).
 
-    Of n tokens `round(rate n)` go, in `round(rate n / span)` spans (at least one of each, if there are two tokens). All lengths
-    of spans are as likely, and so are all places that leave a token between two. `source` has one id in place of each span,
-    `first`, `first - 1`, ...; `targets` has each of these ids followed by its span; both close with `end`. A row is one text
-    here: segments tell only where padding is.
+    Of n tokens `round(rate n)` go, in `round(rate n / span)` spans (at least one of each, if there
+    are two tokens). All lengths of spans are as likely, and so are all places that leave a token
+    between two. `source` has one id in place of each span, `first`, `first - 1`, ...; `targets` has
+    each of these ids followed by its span; both close with `end`. A row is one text here: segments
+    tell only where padding is.
 
-    Adds to the batch `source`, `source_mask` `[B, S]`, and replaces `tokens` (the targets moved right behind `start`),
-    `targets`, `weights` `[B, U]`, with S and U what a row without padding needs; `segments`, `positions`, `mask` are left out.
+    Adds to the batch `source`, `source_mask` `[B, S]`, and replaces `tokens` (the targets moved
+    right behind `start`), `targets`, `weights` `[B, U]`, with S and U what a row without padding
+    needs; `segments`, `positions`, `mask` are left out.
 
     Attributes:
       first: the id that stands for the first span; lower ones follow.
@@ -129,32 +153,49 @@ class SpanCorruption(Augmentation):
         pieces = int(np.max(spans))
         least = max(self.end, self.start) + pieces
         if self.first < least:
-            self._refuse("first", f"at least {least}, for {pieces} spans in {tokens.shape[1]} tokens")
-        source_length, target_length = (int(np.max(n)) + 1 for n in (count - taken + spans, taken + spans))
+            self._refuse(
+                "first", f"at least {least}, for {pieces} spans in {tokens.shape[1]} tokens"
+            )
+        source_length, target_length = (
+            int(np.max(n)) + 1 for n in (count - taken + spans, taken + spans)
+        )
         real = segments > 0
         n = jnp.sum(real, axis=1, dtype=jnp.int32)
         drawn = uniforms(row_keys(key, len(tokens)), 2, tokens.shape[1] + 2)
         taken, spans = (jnp.asarray(a, jnp.int32)[n] for a in (taken, spans))
-        # the places before, between and behind the tokens that stay, of which each span takes another, are cuts too
+        # the places before, between and behind the tokens that stay, of which each span takes
+        # another, are cuts too
         kept_before = jnp.cumsum(_pieces(drawn[:, 0], n - taken + 2, spans + 1, pieces), axis=1) - 1
         span_sizes = _pieces(drawn[:, 1], taken, spans, pieces)
         starts = kept_before + jnp.cumsum(span_sizes, axis=1) - span_sizes
         place = (jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1)[:, :, None]
         begins = real & jnp.any((place == starts[:, None]) & (span_sizes > 0)[:, None], axis=2)
-        goes = real & jnp.any((place >= starts[:, None]) & (place < (starts + span_sizes)[:, None]), axis=2)
+        goes = real & jnp.any(
+            (place >= starts[:, None]) & (place < (starts + span_sizes)[:, None]), axis=2
+        )
         number = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
         stands = (self.first - number).astype(tokens.dtype)
 
         stays = begins | (real & ~goes)
         at = jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1
-        source = self._written(source_length, (stays, at, jnp.where(begins, stands, tokens)), n, n - taken + spans)
+        source = self._written(
+            source_length, (stays, at, jnp.where(begins, stands, tokens)), n, n - taken + spans
+        )
         at = jnp.cumsum(goes, axis=1, dtype=jnp.int32) + number
-        targets = self._written(target_length, (goes, at, tokens), n, taken + spans, (begins, at - 1, stands))
-        ends = lambda length, stop: (jnp.arange(length, dtype=jnp.int32)[None] <= stop[:, None]) & (n > 0)[:, None]
+        targets = self._written(
+            target_length, (goes, at, tokens), n, taken + spans, (begins, at - 1, stands)
+        )
+        ends = lambda length, stop: (
+            (jnp.arange(length, dtype=jnp.int32)[None] <= stop[:, None]) & (n > 0)[:, None]
+        )
         weights = ends(target_length, taken + spans)
         moved = jnp.pad(targets, ((0, 0), (1, 0)), constant_values=self.start)[:, :-1]
         return {
-            **{name: a for name, a in batch.items() if name not in ("segments", "positions", "mask")},
+            **{
+                name: a
+                for name, a in batch.items()
+                if name not in ("segments", "positions", "mask")
+            },
             "source": source,
             "source_mask": ends(source_length, n - taken + spans),
             "tokens": jnp.where(weights, moved, jnp.asarray(self.start, tokens.dtype)),
@@ -163,29 +204,47 @@ class SpanCorruption(Augmentation):
         }
 
     def _lengths(self, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Texts of 0, 1, ..., `longest` tokens, how many tokens go from each, and in how many spans."""
+        """Texts of 0, 1, ..., `longest` tokens, how many tokens go from each, and in how many
+        spans.
+        """
         count = np.arange(longest + 1)
-        taken = np.where(count > 1, np.clip(np.round(count * self.rate), 1, np.maximum(count - 1, 1)), 0).astype(np.int32)
-        spans = np.clip(np.round(taken / self.span), np.minimum(taken, 1), np.minimum(taken, count - taken))
+        taken = np.where(
+            count > 1, np.clip(np.round(count * self.rate), 1, np.maximum(count - 1, 1)), 0
+        ).astype(np.int32)
+        spans = np.clip(
+            np.round(taken / self.span), np.minimum(taken, 1), np.minimum(taken, count - taken)
+        )
         return count, taken, spans.astype(np.int32)
 
     def _written(
-        self, length: int, entries: tuple[Array, Array, Array], n: Int[Array, "B"], stop: Int[Array, "B"], *more: tuple
+        self,
+        length: int,
+        entries: tuple[Array, Array, Array],
+        n: Int[Array, "B"],
+        stop: Int[Array, "B"],
+        *more: tuple,
     ) -> Int[Array, "B length"]:
-        """A row of `length`: of each (which, places, values) the values at their places, then `end` at `stop`."""
+        """A row of `length`: of each (which, places, values) the values at their places, then `end`
+        at `stop`.
+        """
         rows = jnp.full((len(n), length), self.start, entries[2].dtype)
         write = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
         for which, at, value in (entries, *more):
             rows = write(rows, jnp.where(which, at, length), value)
-        return write(rows, jnp.where(n > 0, stop, length)[:, None], jnp.full((len(n), 1), self.end, rows.dtype))
+        return write(
+            rows,
+            jnp.where(n > 0, stop, length)[:, None],
+            jnp.full((len(n), 1), self.end, rows.dtype),
+        )
 
 
 @dataclass(frozen=True)
 class LocalShuffle(Augmentation):
-    """Tokens in a disturbed order, none more than `window` places from its own (Lample et al., 2018).
+    """Tokens in a disturbed order, none more than `window` places from its own (Lample et al.,
+    2018).
 
-    Place i is sorted by `i + u` with u from 0 to `window + 1`, within its segment. Targets, weights and positions stay where they
-    are, as a denoiser needs.
+    Place i is sorted by `i + u` with u from 0 to `window + 1`, within its segment. Targets, weights
+    and positions stay where they are, as a denoiser needs.
 
     Attributes:
       window: 0 changes nothing.
@@ -196,13 +255,18 @@ class LocalShuffle(Augmentation):
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         tokens, segments = texts(batch)
         place = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None]
-        way = jnp.where(segments > 0, uniforms(row_keys(key, len(tokens)), tokens.shape[1]) * (self.window + 1), 0.0)
+        way = jnp.where(
+            segments > 0,
+            uniforms(row_keys(key, len(tokens)), tokens.shape[1]) * (self.window + 1),
+            0.0,
+        )
         return {**batch, "tokens": _sorted(tokens, _runs(segments), place + way)}
 
 
 @dataclass(frozen=True)
 class SentenceShuffle(Augmentation):
-    """The sentences of each segment in another order (Lewis et al., 2020). Targets, weights and positions stay where they are.
+    """The sentences of each segment in another order (Lewis et al., 2020). Targets, weights and
+    positions stay where they are.
 
     Attributes:
       stop: the id that closes a sentence; what follows the last one is a sentence too.
@@ -213,7 +277,9 @@ class SentenceShuffle(Augmentation):
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
         tokens, segments = texts(batch)
         behind = jnp.pad(tokens == self.stop, ((0, 0), (1, 0)))[:, :-1]
-        sentence = jnp.cumsum(_first(segments) | (behind & (segments > 0)), axis=1, dtype=jnp.int32) - 1
+        sentence = (
+            jnp.cumsum(_first(segments) | (behind & (segments > 0)), axis=1, dtype=jnp.int32) - 1
+        )
         drawn = uniforms(row_keys(key, len(tokens)), tokens.shape[1])
         order = jnp.take_along_axis(drawn, sentence, axis=1)
         return {**batch, "tokens": _sorted(tokens, _runs(segments), order, sentence)}
@@ -223,19 +289,27 @@ def texts(batch: Mapping[str, Any]) -> tuple[Int[Array, "B T"], Int[Array, "B T"
     """The batch's tokens and segments, 0 on padding.
 
     Raises:
-      InputError: there are no tokens, they are not integers `[B, T]`, or segments or mask have another shape.
+      InputError: there are no tokens, they are not integers `[B, T]`, or segments or mask have
+        another shape.
     """
     if "tokens" not in batch:
-        raise InputError(f"batch: {', '.join(sorted(batch)) or 'nothing'} given; 'tokens' [B, T] is needed")
+        raise InputError(
+            f"batch: {', '.join(sorted(batch)) or 'nothing'} given; 'tokens' [B, T] is needed"
+        )
     tokens = jnp.asarray(batch["tokens"])
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise InputError(f"batch: tokens are {tokens.dtype} {tokens.shape}; integers [B, T] are needed")
+        raise InputError(
+            f"batch: tokens are {tokens.dtype} {tokens.shape}; integers [B, T] are needed"
+        )
     name = next((name for name in ("segments", "mask") if name in batch), None)
     if name is None:
         return tokens, jnp.ones(tokens.shape, jnp.int32)
     segments = jnp.asarray(batch[name])
     if segments.shape != tokens.shape:
-        raise InputError(f"batch: {name} are {segments.shape}; the shape of the tokens, {tokens.shape}, is needed")
+        raise InputError(
+            f"batch: {name} are {segments.shape}; the shape of the tokens, {tokens.shape}, is "
+            f"needed"
+        )
     return tokens, segments.astype(jnp.int32)
 
 
@@ -254,8 +328,12 @@ def _sorted(tokens: Int[Array, "B T"], *order: Array) -> Int[Array, "B T"]:
     return jax.lax.sort((*order, tokens), dimension=1, is_stable=True, num_keys=len(order))[-1]
 
 
-def _pieces(drawn: Float[Array, "B T"], items: Int[Array, "B"], pieces: Int[Array, "B"], most: int) -> Int[Array, "B most"]:
-    """Sizes of `pieces` pieces, none empty, that `items` fall into, every way being as likely; the first `most`, then 0."""
+def _pieces(
+    drawn: Float[Array, "B T"], items: Int[Array, "B"], pieces: Int[Array, "B"], most: int
+) -> Int[Array, "B most"]:
+    """Sizes of `pieces` pieces, none empty, that `items` fall into, every way being as likely; the
+    first `most`, then 0.
+    """
     place = jnp.arange(drawn.shape[1], dtype=jnp.int32)[None]
     free = (place > 0) & (place < items[:, None])
     rank = jnp.argsort(jnp.argsort(jnp.where(free, drawn, 2.0), axis=1), axis=1).astype(jnp.int32)

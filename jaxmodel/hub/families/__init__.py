@@ -1,7 +1,8 @@
-"""One file for each layout of files by others: a `FAMILY` with the names and configs of HF folders and GGUF.
+"""One file for each layout of files by others: a `FAMILY` with the names and configs of HF folders
+and GGUF.
 
-Several may be of one architecture, as RoBERTa's and BERT's. Any other architecture, and any config that no HF family has, is
-stored under its own names (`own`).
+Several may be of one architecture, as RoBERTa's and BERT's. Any other architecture, and any config
+that no HF family has, is stored under its own names (`own`).
 """
 
 from __future__ import annotations
@@ -42,12 +43,16 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
     if model.family not in models.families():
         config = type(model.config)
         raise InputError(
-            f"hub: no file layout is known for the config {config.__qualname__} of {config.__module__}; a family declared by "
+            f"hub: no file layout is known for the config {config.__qualname__} of "
+            f"{config.__module__}; a family declared by "
             "models.family has one"
         )
     name = model.family
     bare, more = without_meaning(model.config)
-    for family in sorted((f for f in families().values() if f.architecture == name), key=lambda f: name not in f.kinds):
+    for family in sorted(
+        (f for f in families().values() if f.architecture == name),
+        key=lambda f: name not in f.kinds,
+    ):
         theirs = family.config_to_hf(bare)
         if theirs is not None and _means(family, theirs, bare):  # else a part of it would be lost
             return family, {**theirs, **more}
@@ -73,7 +78,11 @@ def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
     Raises:
       InputError: none reads it.
     """
-    known = {k: family for family in families().values() for k in (family.gguf_kinds if gguf else family.kinds)}
+    known = {
+        k: family
+        for family in families().values()
+        for k in (family.gguf_kinds if gguf else family.kinds)
+    }
     if not gguf and kind.removeprefix(OWN) in models.families() and kind.startswith(OWN):
         return own(models.families()[kind.removeprefix(OWN)])
     if kind not in known:
@@ -83,11 +92,16 @@ def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
 
 @functools.cache
 def own(architecture: models.Family) -> Family:
-    """The layout of an architecture under its own names: the paths of the leaves with dots, the fields of the config."""
+    """The layout of an architecture under its own names: the paths of the leaves with dots, the
+    fields of the config.
+    """
     kind = OWN + architecture.name
 
     def names(config: Any) -> list[Name]:
-        paths = [re.sub(r"(^|/)\d+/", r"\1{}/", path, count=1) for path in tree.flatten(layer_shapes(architecture.model(config)))]
+        paths = [
+            re.sub(r"(^|/)\d+/", r"\1{}/", path, count=1)
+            for path in tree.flatten(layer_shapes(architecture.model(config)))
+        ]
         return [Name(path, path.replace("/", ".")) for path in dict.fromkeys(paths)]
 
     def from_hf(hf: Mapping[str, Any]) -> Any:

@@ -1,4 +1,7 @@
-"""Files of BERT: HF folders of BertForMaskedLM, BertForSequenceClassification and BertModel (sentence embeddings)."""
+"""Files of BERT:
+
+HF folders of BertForMaskedLM, BertForSequenceClassification and BertModel (sentence embeddings).
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,34 @@ from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import bert
 from jaxmodel.models.vit import numbered
 
-_ARCHITECTURES = {"BertForMaskedLM": "mlm", "BertForSequenceClassification": "classify", "BertModel": "embed"}
+_ARCHITECTURES = {
+    "BertForMaskedLM": "mlm",
+    "BertForSequenceClassification": "classify",
+    "BertModel": "embed",
+}
 _FIXED = {
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-# of `hidden_act` -> of `layers.ACTIVATIONS`; where several mean the same to transformers, the last is what we write
+# of `hidden_act` -> of `layers.ACTIVATIONS`; where several mean the same to transformers, the last
+# is what we write
 ACTIVATIONS = {
     **dict.fromkeys(("gelu_python", "gelu"), "gelu"),
-    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_tanh"),
+    **dict.fromkeys(
+        ("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"),
+        "gelu_tanh",
+    ),
     **dict.fromkeys(("swish", "silu"), "silu"),
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-_TABLES = {"embed": "word_embeddings", "positions": "position_embeddings", "types": "token_type_embeddings"}
+_TABLES = {
+    "embed": "word_embeddings",
+    "positions": "position_embeddings",
+    "types": "token_type_embeddings",
+}
 _LAYER = {
     "attn/q": "attention.self.query",
     "attn/k": "attention.self.key",
@@ -40,10 +55,16 @@ _NORMS = {
     "blocks/{}/mlp_norm": "bert.encoder.layer.{}.output.LayerNorm",
     "head/norm": "cls.predictions.transform.LayerNorm",
 }
-_HEAD = {"dense": "cls.predictions.transform.dense", "pool": "bert.pooler.dense", "classes": "classifier"}
+_HEAD = {
+    "dense": "cls.predictions.transform.dense",
+    "pool": "bert.pooler.dense",
+    "classes": "classifier",
+}
 
 
-def activation(hf: Mapping[str, Any], default: str, where: str = "config.json", key: str = "hidden_act") -> str:
+def activation(
+    hf: Mapping[str, Any], default: str, where: str = "config.json", key: str = "hidden_act"
+) -> str:
     """The activation that a key names, as transformers (5.24) knows it.
 
     Raises:
@@ -61,18 +82,26 @@ def activation_to_hf(name: str) -> str:
 
 
 def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes, in their order; two without a name where config.json says nothing, as in HF."""
+    """The names of the classes, in their order; two without a name where config.json says nothing,
+    as in HF.
+    """
     named = hf.get("id2label")
     if named is None:
         return numbered(int(hf.get("num_labels", 2)))
     if sorted(named) != sorted(map(str, range(len(named)))):
-        raise InputError(f"config.json: id2label has the keys {', '.join(named)[:80]}; allowed: 0 to {len(named) - 1}, each once")
+        raise InputError(
+            f"config.json: id2label has the keys {', '.join(named)[:80]}; allowed: 0 to "
+            f"{len(named) - 1}, each once"
+        )
     return tuple(str(named[str(i)]) for i in range(len(named)))
 
 
 def labels_to_hf(names: tuple[str, ...]) -> dict[str, Any]:
     """The keys of config.json that name the classes."""
-    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def architecture(hf: Mapping[str, Any], known: Collection[str], default: str) -> str:
@@ -159,7 +188,8 @@ FAMILY = Family(
     names=names,
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    # every BertModel has a pooler, which masked tokens and means do not read; the first files keep the next-sentence head
+    # every BertModel has a pooler, which masked tokens and means do not read; the first files keep
+    # the next-sentence head
     ignored=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
     prefix="bert.",
     unread=r"directionality|pooler_\w+",  # of TensorFlow's files: the next-sentence head

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel.hub import keys
-from jaxmodel.hub.families.bert import activation, activation_to_hf, architecture, linear_names, norm_names
+from jaxmodel.hub.families.bert import (
+    activation,
+    activation_to_hf,
+    architecture,
+    linear_names,
+    norm_names,
+)
 from jaxmodel.hub.names import Family, Name
 from jaxmodel.models import clip, vit
 
@@ -22,8 +28,11 @@ _OLD_END = 2  # the first CLIP's files give this id for the end of a text, and m
 
 
 def tower_names(stem: str, ours: str = "") -> list[Name]:
-    """The entries of the layers of a tower of CLIP or SigLIP, in files under `stem`, and in our tree under `ours`."""
-    layer, names = f"{stem}.encoder.layers.{{}}", []
+    """The entries of the layers of a tower of CLIP or SigLIP, in files under `stem`, and in our
+    tree under `ours`.
+    """
+    layer = f"{stem}.encoder.layers.{{}}"
+    names = []
     for leaf, theirs in _LAYER.items():
         names += linear_names(f"{ours}blocks/{{}}/{leaf}", f"{layer}.{theirs}")
     names += norm_names(f"{ours}blocks/{{}}/attn_norm", f"{layer}.layer_norm1")
@@ -32,7 +41,8 @@ def tower_names(stem: str, ours: str = "") -> list[Name]:
 
 def image_names(c: vit.Config, ours: str = "") -> list[Name]:
     """The entries of what the image towers of CLIP and SigLIP have both."""
-    stem, kernel = "vision_model.embeddings", (c.channels, c.patch, c.patch)
+    stem = "vision_model.embeddings"
+    kernel = (c.channels, c.patch, c.patch)
     return [
         *tower_names("vision_model", ours),
         Name(f"{ours}embed/patch", f"{stem}.patch_embedding.weight", trailing=kernel),
@@ -66,13 +76,19 @@ def _names(config: clip.Config) -> list[Name]:
 def _part(hf: dict[str, Any], key: str) -> dict[str, Any]:
     """What config.json says of one tower."""
     own = hf.get(key) or {}
-    if (newer := hf.get(f"{key}_dict")) is not None:  # of the first files: where it is there, it says all
+    if (
+        newer := hf.get(f"{key}_dict")
+    ) is not None:  # of the first files: where it is there, it says all
         own = own | keys.defaults()["clip"][key] | newer
     return own
 
 
-def tower(own: Mapping[str, Any], width: int, heads: int, act: str, eps: float, where: str) -> dict[str, Any]:
-    """What both towers have, as their part of config.json says it, or as it is meant where that is silent."""
+def tower(
+    own: Mapping[str, Any], width: int, heads: int, act: str, eps: float, where: str
+) -> dict[str, Any]:
+    """What both towers have, as their part of config.json says it, or as it is meant where that is
+    silent.
+    """
     return {
         "width": own.get("hidden_size", width),
         "depth": own.get("num_hidden_layers", 12),
@@ -86,16 +102,25 @@ def tower(own: Mapping[str, Any], width: int, heads: int, act: str, eps: float, 
 
 def _from_hf(hf: dict[str, Any]) -> clip.Config:
     architecture(hf, ("CLIPModel",), "CLIPModel")
-    text, image = _part(hf, "text_config"), _part(hf, "vision_config")
+    text = _part(hf, "text_config")
+    image = _part(hf, "vision_config")
     of_text = tower(text, 512, 8, "quick_gelu", 1e-5, "config.json: text_config")
     of_image = tower(image, 768, 12, "quick_gelu", 1e-5, "config.json: vision_config")
     end = text.get("eos_token_id", 49407)
     context = text.get("max_position_embeddings", 77)
-    size, patch = image.get("image_size", 224), image.get("patch_size", 32)
+    size = image.get("image_size", 224)
+    patch = image.get("patch_size", 32)
     channels = image.get("num_channels", 3)
     return clip.Config(
-        text=clip.Text(text.get("vocab_size", 49408), **of_text, context=context, end=None if end == _OLD_END else end),
-        image=vit.Config(size, patch, **of_image, channels=channels, embed_norm=True, patch_bias=False),
+        text=clip.Text(
+            text.get("vocab_size", 49408),
+            **of_text,
+            context=context,
+            end=None if end == _OLD_END else end,
+        ),
+        image=vit.Config(
+            size, patch, **of_image, channels=channels, embed_norm=True, patch_bias=False
+        ),
         shared=hf.get("projection_dim", 512),
         scale=float(hf.get("logit_scale_init_value", 2.6592)),
     )
@@ -116,8 +141,15 @@ def tower_to_hf(kind: str, c: clip.Text | vit.Config) -> dict[str, Any]:
 
 
 def _to_hf(config: clip.Config) -> dict[str, Any] | None:
-    text, image = config.text, config.image
-    plain = image.embed_norm and not image.patch_bias and image.qkv_bias and image.pool == "class" and not image.pool_dense
+    text = config.text
+    image = config.image
+    plain = (
+        image.embed_norm
+        and not image.patch_bias
+        and image.qkv_bias
+        and image.pool == "class"
+        and not image.pool_dense
+    )
     if not plain or config.sigmoid or text.end == _OLD_END:
         return None
     of_text = {

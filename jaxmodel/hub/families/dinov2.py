@@ -22,7 +22,8 @@ _LAYER = {
 
 
 def _names(c: vit.Config) -> list[Name]:
-    patch, layer = "dinov2.embeddings.patch_embeddings.projection", "dinov2.encoder.layer.{}"
+    patch = "dinov2.embeddings.patch_embeddings.projection"
+    layer = "dinov2.encoder.layer.{}"
     names = [
         Name("embed/patch", f"{patch}.weight", trailing=(c.channels, c.patch, c.patch)),
         Name("embed/patch_bias", f"{patch}.bias"),
@@ -71,7 +72,8 @@ def _to_hf(c: vit.Config) -> dict[str, Any] | None:
         **sizes_to_hf(c),
         "mlp_ratio": c.mlp_width // c.width,
         "use_swiglu_ffn": False,
-        "use_mask_token": False,  # which stands for hidden patches in their pre-training, and is not kept
+        # which stands for hidden patches in their pre-training, and is not kept
+        "use_mask_token": False,
     }
 
 

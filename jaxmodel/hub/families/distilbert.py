@@ -1,15 +1,30 @@
-"""Files of DistilBERT: HF folders of DistilBertForMaskedLM, DistilBertForSequenceClassification and DistilBertModel."""
+"""Files of DistilBERT:
+
+HF folders of DistilBertForMaskedLM, DistilBertForSequenceClassification and DistilBertModel.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmodel.hub.families.bert import activation, activation_to_hf, architecture, labels, labels_to_hf, linear_names, norm_names
+from jaxmodel.hub.families.bert import (
+    activation,
+    activation_to_hf,
+    architecture,
+    labels,
+    labels_to_hf,
+    linear_names,
+    norm_names,
+)
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import bert
 
-_ARCHITECTURES = {"DistilBertForMaskedLM": "mlm", "DistilBertForSequenceClassification": "classify", "DistilBertModel": "embed"}
+_ARCHITECTURES = {
+    "DistilBertForMaskedLM": "mlm",
+    "DistilBertForSequenceClassification": "classify",
+    "DistilBertModel": "embed",
+}
 _LAYER = {
     "attn/q": "attention.q_lin",
     "attn/k": "attention.k_lin",
@@ -34,7 +49,11 @@ def _names(config: bert.Config) -> list[Name]:
         *linear_names("head/pool", "pre_classifier"),
         *linear_names("head/classes", "classifier"),
     ]
-    return names + [name for ours, theirs in _LAYER.items() for name in linear_names(f"blocks/{{}}/{ours}", f"{stem}.{theirs}")]
+    return names + [
+        name
+        for ours, theirs in _LAYER.items()
+        for name in linear_names(f"blocks/{{}}/{ours}", f"{stem}.{theirs}")
+    ]
 
 
 def _from_hf(hf: Mapping[str, Any]) -> bert.Config:

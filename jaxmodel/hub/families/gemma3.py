@@ -1,7 +1,8 @@
 """The text part of Gemma 3's multimodal files: HF folders of Gemma3ForConditionalGeneration.
 
-The image tower and what joins it to the text are left out, as the bundle's card says; a text with the token of an image is
-refused. What is saved is a `gemma3_text`, which has the same text part alone.
+The image tower and what joins it to the text are left out, as the bundle's card says; a text with
+the token of an image is refused. What is saved is a `gemma3_text`, which has the same text part
+alone.
 """
 
 from __future__ import annotations

@@ -25,13 +25,29 @@ def _names(config: gpt2.Config) -> list[Name]:
         Name("norm/weight", "transformer.ln_f.weight"),
         Name("norm/bias", "transformer.ln_f.bias"),
     ]
-    layer, stem = "blocks/{}/", "transformer.h.{}."
+    layer = "blocks/{}/"
+    stem = "transformer.h.{}."
     for ours, theirs in {"attn_norm": "ln_1", "mlp_norm": "ln_2"}.items():
-        names += [Name(f"{layer}{ours}/{kind}", f"{stem}{theirs}.{kind}") for kind in ("weight", "bias")]
+        names += [
+            Name(f"{layer}{ours}/{kind}", f"{stem}{theirs}.{kind}") for kind in ("weight", "bias")
+        ]
     for i, leaf in enumerate("qkv"):
-        names.append(Name(f"{layer}attn/{leaf}", f"{stem}attn.c_attn.weight", transposed=True, part=(i, (1, 1, 1))))
-        names.append(Name(f"{layer}attn/{leaf}_bias", f"{stem}attn.c_attn.bias", part=(i, (1, 1, 1))))
-    for ours, theirs in {"attn/o": "attn.c_proj", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}.items():
+        names.append(
+            Name(
+                f"{layer}attn/{leaf}",
+                f"{stem}attn.c_attn.weight",
+                transposed=True,
+                part=(i, (1, 1, 1)),
+            )
+        )
+        names.append(
+            Name(f"{layer}attn/{leaf}_bias", f"{stem}attn.c_attn.bias", part=(i, (1, 1, 1)))
+        )
+    for ours, theirs in {
+        "attn/o": "attn.c_proj",
+        "mlp/up": "mlp.c_fc",
+        "mlp/down": "mlp.c_proj",
+    }.items():
         names.append(Name(layer + ours, f"{stem}{theirs}.weight", transposed=True))
         names.append(Name(f"{layer}{ours}_bias", f"{stem}{theirs}.bias"))
     return names
@@ -66,7 +82,9 @@ def _to_hf(config: gpt2.Config) -> dict[str, Any]:
         "n_ctx": config.context,
         "layer_norm_epsilon": config.norm_eps,
         "initializer_range": config.init_scale,
-        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else activation_to_hf(config.activation),
+        "activation_function": "gelu_new"
+        if config.activation == "gelu_tanh"
+        else activation_to_hf(config.activation),
         "n_inner": config.mlp_width or None,
         "tie_word_embeddings": True,
     }
@@ -80,6 +98,7 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r".*\.attn\.(masked_)?bias",
     prefix="transformer.",
-    unread=r"n_ctx|n_special|predict_special_tokens|summary_\w+",  # of the second head of GPT2DoubleHeadsModel
+    # of the second head of GPT2DoubleHeadsModel
+    unread=r"n_ctx|n_special|predict_special_tokens|summary_\w+",
     copies={"lm_head.weight": "embed"},
 )

@@ -1,4 +1,8 @@
-"""Files of gpt-oss: HF folders of GptOssForCausalLM, whose experts are plain or in MXFP4, which is decoded when it is read."""
+"""Files of gpt-oss:
+
+HF folders of GptOssForCausalLM, whose experts are plain or in MXFP4, which is decoded when it is
+read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,12 @@ _LAYER = {
     "moe/down_bias": "mlp.experts.down_proj_bias",
 }
 _KINDS = {True: "sliding_attention", False: "full_attention"}
-_YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 
 def _names(config: gpt_oss.Config) -> list[Name]:
@@ -36,14 +45,19 @@ def _names(config: gpt_oss.Config) -> list[Name]:
     ]
     for i, ours in enumerate(("gate", "up")):
         both = f"{stem}mlp.experts.gate_up_proj"
-        names.append(Name(f"blocks/{{}}/moe/{ours}", both, transposed=True, part=(i, (1, 1)), woven=True))
-        names.append(Name(f"blocks/{{}}/moe/{ours}_bias", f"{both}_bias", part=(i, (1, 1)), woven=True))
+        names.append(
+            Name(f"blocks/{{}}/moe/{ours}", both, transposed=True, part=(i, (1, 1)), woven=True)
+        )
+        names.append(
+            Name(f"blocks/{{}}/moe/{ours}_bias", f"{both}_bias", part=(i, (1, 1)), woven=True)
+        )
     return names + [Name(f"blocks/{{}}/{ours}", stem + theirs) for ours, theirs in _LAYER.items()]
 
 
 def _from_hf(hf: Mapping[str, Any]) -> gpt_oss.Config:
     fixed(hf, {"hidden_act": ("silu",), "attention_bias": (True,), "tie_word_embeddings": (False,)})
-    depth, context = hf.get("num_hidden_layers", 36), hf.get("max_position_embeddings", 131072)
+    depth = hf.get("num_hidden_layers", 36)
+    context = hf.get("max_position_embeddings", 131072)
     window = hf.get("sliding_window", 128)
     types = hf.get("layer_types") or [_KINDS[not i % 2] for i in range(depth)]
     if set(types) - set(_KINDS.values()) or len(types) != depth:
@@ -108,11 +122,14 @@ _VALUES = np.concatenate([_FP4, -_FP4])  # by code: a sign, two bits of exponent
 
 
 class Decoded(Tensors):
-    """Tensors in MXFP4 (OCP, 2023) as plain ones: `NAME_blocks` `[E, out, groups, 16]` has two codes a byte, the lower half
-    first, `NAME_scales` `[E, out, groups]` the exponent of each group of 32; together they are NAME, `[E, in, out]`."""
+    """Tensors in MXFP4 (OCP, 2023) as plain ones: `NAME_blocks` `[E, out, groups, 16]` has two
+    codes a byte, the lower half first, `NAME_scales` `[E, out, groups]` the exponent of each group
+    of 32; together they are NAME, `[E, in, out]`.
+    """
 
     def __init__(self, tensors: Tensors):
-        self.where, self._tensors = tensors.where, tensors
+        self.where = tensors.where
+        self._tensors = tensors
         names = set(tensors.names())
         stems = {name.removesuffix("_blocks") for name in names if name.endswith("_blocks")}
         self._packed = {stem for stem in stems if f"{stem}_scales" in names}
@@ -124,10 +141,13 @@ class Decoded(Tensors):
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._packed:
             return self._tensors.shape(name)
-        blocks, scales = self._tensors.shape(f"{name}_blocks"), self._tensors.shape(f"{name}_scales")
+        blocks = self._tensors.shape(f"{name}_blocks")
+        scales = self._tensors.shape(f"{name}_scales")
         if len(blocks) != 4 or blocks[3] != 16 or blocks[:3] != scales:
             given = f"blocks {list(blocks)} and scales {list(scales)}"
-            raise InputError(f"{self.where}: {name!r} has {given}; needed are [E, O, G, 16] and [E, O, G]")
+            raise InputError(
+                f"{self.where}: {name!r} has {given}; needed are [E, O, G, 16] and [E, O, G]"
+            )
         return blocks[0], blocks[2] * 32, blocks[1]
 
     def dtype(self, name: str) -> np.dtype:
@@ -139,8 +159,12 @@ class Decoded(Tensors):
         experts, inner, out = (*index, *(slice(0, n) for n in self.shape(name)[len(index) :]))
         groups = slice(inner.start // 32, -(-inner.stop // 32))
         blocks = self._tensors.read(f"{name}_blocks", (experts, out, groups, slice(0, 16)))
-        exponents = self._tensors.read(f"{name}_scales", (experts, out, groups)).astype(np.int32) - 127
-        values = _VALUES[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*blocks.shape[:3], 32)
+        exponents = (
+            self._tensors.read(f"{name}_scales", (experts, out, groups)).astype(np.int32) - 127
+        )
+        values = _VALUES[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(
+            *blocks.shape[:3], 32
+        )
         decoded = np.ldexp(values, exponents[..., None]).reshape(*blocks.shape[:2], -1)
         first = inner.start - 32 * groups.start
         return decoded[..., first : first + inner.stop - inner.start].swapaxes(1, 2)
@@ -153,6 +177,7 @@ FAMILY = Family(
     config_from_hf=_from_hf,
     config_to_hf=_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
-    unread="experts_per_token|initial_context_length",  # of the first code, beside what transformers reads
+    # of the first code, beside what transformers reads
+    unread="experts_per_token|initial_context_length",
     view=Decoded,
 )

@@ -26,7 +26,10 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
     if c.query_scale is None:
         return None
     factors = {theirs: getattr(c, ours) for ours, theirs in _FACTORS.items()}
-    return of_llama.common_to_hf(c, "granite", "GraniteForCausalLM") | {"mlp_bias": c.mlp_bias, **factors}
+    return of_llama.common_to_hf(c, "granite", "GraniteForCausalLM") | {
+        "mlp_bias": c.mlp_bias,
+        **factors,
+    }
 
 
 FAMILY = Family(

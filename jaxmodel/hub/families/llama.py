@@ -20,16 +20,33 @@ from jaxmodel.ops.rope import rope_frequencies
 _GEMMA = ("gemma2", "gemma3_text")
 
 # What a key means that config.json leaves out, where it is not what the key's first use below says.
-_LONG, _GROUPED = {"max_position_embeddings": 131072}, {"num_key_value_heads": 8}
+_LONG = {"max_position_embeddings": 131072}
+_GROUPED = {"num_key_value_heads": 8}
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
-_GEMMA_HAS = {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "tie_word_embeddings": True}
+_GEMMA_HAS = {
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {**_LONG, **_GROUPED, "sliding_window": 4096},
-    "mixtral": {**_LONG, **_GROUPED, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8},
+    "mixtral": {
+        **_LONG,
+        **_GROUPED,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+    },
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 128},
-    "gemma2": {**_GEMMA_HAS, "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma2": {
+        **_GEMMA_HAS,
+        "max_position_embeddings": 8192,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
     "gemma3_text": {**_GEMMA_HAS, **_LONG, "rope_theta": 1e6},
 }
 KINDS = tuple(_DEFAULTS)
@@ -75,39 +92,68 @@ _TOP = {
 
 def names(config: llama.Config) -> list[Name]:
     """The entries of these files."""
-    layer = {ours: theirs for ours, (theirs, _) in _LAYER.items()} | (_POST_NORMS if config.post_norms else {})
-    entries = [Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}") for ours, theirs in layer.items()]
-    for ours, (theirs, _) in _EXPERTS.items():  # transformers joins gate, up and experts in memory, but not in files
-        entries.append(Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}", experts=config.experts))
+    layer = {ours: theirs for ours, (theirs, _) in _LAYER.items()} | (
+        _POST_NORMS if config.post_norms else {}
+    )
+    entries = [
+        Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}") for ours, theirs in layer.items()
+    ]
+    for ours, (
+        theirs,
+        _,
+    ) in _EXPERTS.items():  # transformers joins gate, up and experts in memory, but not in files
+        entries.append(
+            Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}", experts=config.experts)
+        )
     return entries + [Name(ours, theirs) for ours, (theirs, _) in _TOP.items()]
 
 
 def config_from_hf(hf: dict[str, Any]) -> llama.Config:
     """The config that a config.json of these kinds says."""
-    kind, gemma = hf["model_type"], hf["model_type"] in _GEMMA
+    kind = hf["model_type"]
+    gemma = hf["model_type"] in _GEMMA
     causal(hf)
     hf = _DEFAULTS[kind] | hf
     biased = bool(hf.get("attention_bias")) and kind == "llama"
     without = {} if kind == "llama" else {"attention_bias": (False,), "mlp_bias": (False,)}
-    act = activation(hf, "gelu_pytorch_tanh", key="hidden_activation") if gemma else activation(hf, "silu")
+    act = (
+        activation(hf, "gelu_pytorch_tanh", key="hidden_activation")
+        if gemma
+        else activation(hf, "silu")
+    )
     if kind == "gemma3_text":  # transformers reads the key and does not use it
         fixed(hf, {"attn_logit_softcapping": (None,)})
-    fixed(hf, {**without, "use_bidirectional_attention": (False, None), "partial_rotary_factor": (1.0, None)})
-    heads, local = hf["num_attention_heads"], None
-    # Where both are there rope_scaling counts (people add it to what transformers 5 saved), and its context stands beside it.
-    rope, extended = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    fixed(
+        hf,
+        {
+            **without,
+            "use_bidirectional_attention": (False, None),
+            "partial_rotary_factor": (1.0, None),
+        },
+    )
+    heads = hf["num_attention_heads"]
+    local = None
+    # Where both are there rope_scaling counts (people add it to what transformers 5 saved), and its
+    # context stands beside it.
+    rope = hf.get("rope_parameters") or {}
+    extended = hf.get("rope_scaling") or {}
     if "full_attention" in rope and "full_attention" not in extended:
         rope = {**rope, "full_attention": {**rope["full_attention"], **extended}}
     else:
         rope = extended or rope
-    if (trained := hf.get("original_max_position_embeddings")) is not None and "full_attention" not in rope:
+    if (
+        trained := hf.get("original_max_position_embeddings")
+    ) is not None and "full_attention" not in rope:
         rope = {**rope, "original_max_position_embeddings": trained}
     if "full_attention" in rope:  # transformers 5: by kind of layer
-        local, rope = rope.get("sliding_attention", {}), rope["full_attention"]
+        local = rope.get("sliding_attention", {})
+        rope = rope["full_attention"]
     elif kind == "gemma3_text":
         local = {"rope_theta": hf.get("rope_local_base_freq", 10000.0)}
     if local is not None and local.get("rope_type", "default") != "default":
-        raise InputError(f"config.json: the rope type {local['rope_type']!r} in layers with a window is not read")
+        raise InputError(
+            f"config.json: the rope type {local['rope_type']!r} in layers with a window is not read"
+        )
     caps = {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
     softcaps: dict[str, Any] = {ours: hf.get(theirs) for ours, theirs in caps.items() if gemma}
     return llama.Config(
@@ -137,7 +183,9 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
         query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5 if gemma else None,
         experts=hf["num_local_experts"] if kind == "mixtral" else 0,
         experts_per_token=hf.get("num_experts_per_tok", 2) if kind == "mixtral" else 2,
-        balance=hf.get("router_aux_loss_coef", 0.001) if kind == "mixtral" else llama.Config.balance,
+        balance=hf.get("router_aux_loss_coef", 0.001)
+        if kind == "mixtral"
+        else llama.Config.balance,
         **softcaps,
     )
 
@@ -150,7 +198,10 @@ def causal(hf: Mapping[str, Any]) -> None:
     """
     for named in hf.get("architectures") or ():
         if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", named):
-            raise InputError(f"config.json: architectures has {named!r}; of this family the head of the next token alone is read")
+            raise InputError(
+                f"config.json: architectures has {named!r}; of this family the head of the next "
+                f"token alone is read"
+            )
 
 
 def plain(hf: dict[str, Any], **defaults: Any) -> llama.Config:
@@ -166,19 +217,32 @@ def plain(hf: dict[str, Any], **defaults: Any) -> llama.Config:
 def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     """The scaling that `rope_scaling` or `rope_parameters` says, of a model for `context` tokens."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    refused = {"partial_rotary_factor": 1.0} | ({} if kind == "default" else {"mscale": None, "mscale_all_dim": None})
+    refused = {"partial_rotary_factor": 1.0} | (
+        {} if kind == "default" else {"mscale": None, "mscale_all_dim": None}
+    )
     for key, usual in refused.items():
         if rope.get(key, usual) not in (usual, None):
-            raise InputError(f"config.json: {key} of the rope scaling is {rope[key]!r}; allowed: {usual!r}")
+            raise InputError(
+                f"config.json: {key} of the rope scaling is {rope[key]!r}; allowed: {usual!r}"
+            )
     if kind == "default":
         return None
-    wanted = {"low": "low_freq_factor", "high": "high_freq_factor", "fast": "beta_fast", "slow": "beta_slow"}
-    options: dict[str, Any] = {ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None}
+    wanted = {
+        "low": "low_freq_factor",
+        "high": "high_freq_factor",
+        "fast": "beta_fast",
+        "slow": "beta_slow",
+    }
+    options: dict[str, Any] = {
+        ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None
+    }
     if kind == "yarn" and rope.get("attention_factor") is not None:
         options["sharpen"] = float(rope["attention_factor"])
     if kind == "yarn" and rope.get("truncate") is False:
         options["truncate"] = False
-    trained = 0 if kind == "linear" else int(rope.get("original_max_position_embeddings") or context)
+    trained = (
+        0 if kind == "linear" else int(rope.get("original_max_position_embeddings") or context)
+    )
     if "factor" not in rope:
         raise InputError(f"config.json: the rope scaling {kind!r} has no factor")
     return RopeScaling(kind, float(rope["factor"]), trained, **options)
@@ -186,23 +250,42 @@ def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None
 
 def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
     """The windows of the layers, as the shortest pattern that repeats."""
-    window, depth = hf.get("sliding_window"), hf["num_hidden_layers"]
-    alike = {"llama": "full_attention", "mistral": "sliding_attention", "mixtral": "sliding_attention"}
-    kind, types, near_from = hf["model_type"], hf.get("layer_types"), hf.get("max_window_layers", 28)
+    window = hf.get("sliding_window")
+    depth = hf["num_hidden_layers"]
+    alike = {
+        "llama": "full_attention",
+        "mistral": "sliding_attention",
+        "mixtral": "sliding_attention",
+    }
+    kind = hf["model_type"]
+    types = hf.get("layer_types")
+    near_from = hf.get("max_window_layers", 28)
     every = {"gemma2": 2, "gemma3_text": hf.get("sliding_window_pattern") or 6}
     if unknown := set(types or ()) - {"sliding_attention", "full_attention"}:
-        raise InputError(f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', 'full_attention'")
-    if kind in alike and types and window and set(types) != {alike[kind]}:  # transformers does not read it there
         raise InputError(
-            f"config.json: layer_types is {types!r:.60}; allowed: {alike[kind]!r} alone, as {kind!r} has it in every layer"
+            f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', "
+            f"'full_attention'"
         )
-    if not window or kind == "llama" or (kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window")):
+    if (
+        kind in alike and types and window and set(types) != {alike[kind]}
+    ):  # transformers does not read it there
+        raise InputError(
+            f"config.json: layer_types is {types!r:.60}; allowed: {alike[kind]!r} alone, as "
+            f"{kind!r} has it in every layer"
+        )
+    if (
+        not window
+        or kind == "llama"
+        or (kind in ("qwen2", "qwen3") and not hf.get("use_sliding_window"))
+    ):
         return ()
     if types is None:
         if kind in ("qwen2", "qwen3"):
             near = [i >= near_from for i in range(depth)]
         else:
-            near = [kind in ("mistral", "mixtral") or bool((i + 1) % every[kind]) for i in range(depth)]
+            near = [
+                kind in ("mistral", "mixtral") or bool((i + 1) % every[kind]) for i in range(depth)
+            ]
         types = ["sliding_attention" if n else "full_attention" for n in near]
     windows = tuple(window if t == "sliding_attention" else 0 for t in types)
     return pattern(windows)
@@ -228,13 +311,28 @@ def _kind(c: llama.Config) -> str | None:
     if (c.norm_offset == 1.0) != c.post_norms:
         return None
     if c.post_norms:
-        scaled = c.query_scale is not None and round(c.query_scale**-2) ** -0.5 == c.query_scale  # files say a whole number
-        if c.experts or c.qkv_bias or c.embed_scale != c.width**0.5 or not scaled or len(set(c.windows) - {0}) != 1:
+        scaled = (
+            c.query_scale is not None and round(c.query_scale**-2) ** -0.5 == c.query_scale
+        )  # files say a whole number
+        if (
+            c.experts
+            or c.qkv_bias
+            or c.embed_scale != c.width**0.5
+            or not scaled
+            or len(set(c.windows) - {0}) != 1
+        ):
             return None
         if c.qk_norm:
-            return "gemma3_text" if c.local_rope_base is not None and c.attn_softcap is None else None
+            return (
+                "gemma3_text" if c.local_rope_base is not None and c.attn_softcap is None else None
+            )
         return "gemma2" if c.local_rope_base is None and c.rope_scaling is None else None
-    plain = c.embed_scale == 1 and c.query_scale is None and c.attn_softcap is None and c.logit_softcap is None
+    plain = (
+        c.embed_scale == 1
+        and c.query_scale is None
+        and c.attn_softcap is None
+        and c.logit_softcap is None
+    )
     if not plain or c.local_rope_base is not None or (c.qk_norm and c.qkv_bias):
         return None
     if c.experts:
@@ -296,7 +394,11 @@ def config_to_hf(c: llama.Config) -> dict[str, Any] | None:
     if kind in ("qwen2", "qwen3"):
         hf["use_sliding_window"] = any(windows)
     if kind == "mixtral":
-        hf |= {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token, "router_aux_loss_coef": c.balance}
+        hf |= {
+            "num_local_experts": c.experts,
+            "num_experts_per_tok": c.experts_per_token,
+            "router_aux_loss_coef": c.balance,
+        }
     if kind in (*_GEMMA, "qwen2", "qwen3"):
         hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
     if kind in _GEMMA:
@@ -316,24 +418,34 @@ def scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
     if s.kind == "llama3":
         hf |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
     if s.kind == "yarn":
-        hf |= {"beta_fast": s.fast, "beta_slow": s.slow, "attention_factor": s.sharpen, "truncate": s.truncate}
+        hf |= {
+            "beta_fast": s.fast,
+            "beta_slow": s.slow,
+            "attention_factor": s.sharpen,
+            "truncate": s.truncate,
+        }
     return hf
 
 
-# ------------------------------------------------------------------------------------------------------------ GGUF
+# --------------------------------------------------------------------------------------------- GGUF
 
 
 def _gguf_names(config: llama.Config) -> list[Name]:
-    # llama.cpp turns the pairs of q and k for its own rotation, in files of the architecture "llama" only
+    # llama.cpp turns the pairs of q and k for its own rotation, in files of the architecture
+    # "llama" only
     paired = not (config.qkv_bias or config.qk_norm)
     heads = {"attn/q": config.heads, "attn/k": config.kv_heads} if paired else {}
     layer = {ours: theirs for ours, (_, theirs) in (_LAYER | _EXPERTS).items()}
-    entries = [Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}", pairs=heads.get(ours, 0)) for ours, theirs in layer.items()]
+    entries = [
+        Name(f"blocks/{{}}/{ours}", f"blk.{{}}.{theirs}", pairs=heads.get(ours, 0))
+        for ours, theirs in layer.items()
+    ]
     return entries + [Name(ours, theirs) for ours, (_, theirs) in _TOP.items()]
 
 
 def _from_gguf(file: GGUFFile) -> llama.Config:
-    metadata, kind = file.metadata, file.metadata["general.architecture"]
+    metadata = file.metadata
+    kind = file.metadata["general.architecture"]
 
     def get(key: str, *default: Any) -> Any:
         if f"{kind}.{key}" in metadata:
@@ -345,16 +457,25 @@ def _from_gguf(file: GGUFFile) -> llama.Config:
     scaling = get("rope.scaling.type", "none")
     if scaling != "none":
         raise InputError(f"the rope scaling {scaling!r} is not read; allowed: 'none'")
-    heads, width = get("attention.head_count"), get("embedding_length")
+    heads = get("attention.head_count")
+    width = get("embedding_length")
     if not isinstance(heads, int) or heads < 1 or not isinstance(width, int):
-        raise InputError(f"attention.head_count, embedding_length: {heads!r}, {width!r}; whole numbers of at least 1 are needed")
+        raise InputError(
+            f"attention.head_count, embedding_length: {heads!r}, {width!r}; whole numbers of at "
+            f"least 1 are needed"
+        )
     head_width = get("attention.key_length", get("rope.dimension_count", width // heads))
     turned = get("rope.dimension_count", head_width)
-    if turned != head_width and kind == "llama":  # whose rows stand in the order of a rotation of the whole
-        raise InputError(f"rope.dimension_count is {turned}; allowed: {head_width}, the width of a head")
+    if (
+        turned != head_width and kind == "llama"
+    ):  # whose rows stand in the order of a rotation of the whole
+        raise InputError(
+            f"rope.dimension_count is {turned}; allowed: {head_width}, the width of a head"
+        )
     base = float(get("rope.freq_base", 10000.0))
     return llama.Config(
-        vocab=get("vocab_size", None) or len(metadata.get("tokenizer.ggml.tokens") or get("vocab_size")),
+        vocab=get("vocab_size", None)
+        or len(metadata.get("tokenizer.ggml.tokens") or get("vocab_size")),
         width=width,
         depth=get("block_count"),
         heads=heads,
@@ -365,7 +486,9 @@ def _from_gguf(file: GGUFFile) -> llama.Config:
         rope_base=base,
         norm_eps=float(np.float32(get("attention.layer_norm_rms_epsilon"))),
         tied="output.weight" not in file.tensors,
-        rope_scaling=_scaling_of_divisors(file.read(_DIVISORS), head_width, base) if _DIVISORS in file.tensors else None,
+        rope_scaling=_scaling_of_divisors(file.read(_DIVISORS), head_width, base)
+        if _DIVISORS in file.tensors
+        else None,
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         experts=get("expert_count", 0),
@@ -387,10 +510,13 @@ def _scaling_of_divisors(divisors: np.ndarray, head_width: int, base: float) -> 
     if divisors.shape == (head_width // 2,) and factor > 1:
         scaling = RopeScaling("llama3", factor, context=8192)
         frequency = rope_frequencies(head_width, base)
-        if np.allclose(divisors, frequency / scaling.apply(frequency, base), rtol=2e-5, atol=0):  # as float32 computes them
+        if np.allclose(
+            divisors, frequency / scaling.apply(frequency, base), rtol=2e-5, atol=0
+        ):  # as float32 computes them
             return scaling
     raise InputError(
-        f"the tensor {_DIVISORS!r} has shape {list(divisors.shape)} and values up to {factor:g}; allowed: {head_width // 2} "
+        f"the tensor {_DIVISORS!r} has shape {list(divisors.shape)} and values up to {factor:g}; "
+        f"allowed: {head_width // 2} "
         "divisors of the rope scaling 'llama3' with the constants 1, 4 and 8192"
     )
 
@@ -402,7 +528,8 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
-    unread="is_llama_config|hidden_act|sliding_window_size|_sliding_window_pattern",  # Gemmas' are said elsewhere
+    # Gemmas' are said elsewhere
+    unread="is_llama_config|hidden_act|sliding_window_size|_sliding_window_pattern",
     copies={"lm_head.weight": "embed"},
     gguf_kinds=("llama", "qwen2", "qwen3"),
     gguf_names=_gguf_names,

@@ -1,4 +1,7 @@
-"""Files of ModernBERT: HF folders of ModernBertForMaskedLM, ModernBertForSequenceClassification and ModernBertModel."""
+"""Files of ModernBERT:
+
+HF folders of ModernBertForMaskedLM, ModernBertForSequenceClassification and ModernBertModel.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel.errors import InputError, unknown
-from jaxmodel.hub.families.bert import ACTIVATIONS, activation_to_hf, architecture, labels, labels_to_hf
+from jaxmodel.hub.families.bert import (
+    ACTIVATIONS,
+    activation_to_hf,
+    architecture,
+    labels,
+    labels_to_hf,
+)
 from jaxmodel.hub.families.llama import pattern
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import modernbert
 
-_ARCHITECTURES = {"ModernBertForMaskedLM": "mlm", "ModernBertForSequenceClassification": "classify", "ModernBertModel": "embed"}
+_ARCHITECTURES = {
+    "ModernBertForMaskedLM": "mlm",
+    "ModernBertForSequenceClassification": "classify",
+    "ModernBertModel": "embed",
+}
 _FIXED = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), (False,)),
     "decoder_bias": (True,),
@@ -45,9 +58,17 @@ def _names(config: modernbert.Config) -> list[Name]:
         Name("head/classes", "classifier.weight"),
         Name("head/classes_bias", "classifier.bias"),
     ]
-    names += [Name(f"blocks/{{}}/attn/{x}", f"{stem}.attn.Wqkv.weight", part=(i, (1, 1, 1))) for i, x in enumerate("qkv")]
-    names += [Name(f"blocks/{{}}/mlp/{x}", f"{stem}.mlp.Wi.weight", part=(i, (1, 1))) for i, x in enumerate(("gate", "up"))]
-    return names + [Name(f"blocks/{{}}/{ours}", f"{stem}.{theirs}") for ours, theirs in _LAYER.items()]
+    names += [
+        Name(f"blocks/{{}}/attn/{x}", f"{stem}.attn.Wqkv.weight", part=(i, (1, 1, 1)))
+        for i, x in enumerate("qkv")
+    ]
+    names += [
+        Name(f"blocks/{{}}/mlp/{x}", f"{stem}.mlp.Wi.weight", part=(i, (1, 1)))
+        for i, x in enumerate(("gate", "up"))
+    ]
+    return names + [
+        Name(f"blocks/{{}}/{ours}", f"{stem}.{theirs}") for ours, theirs in _LAYER.items()
+    ]
 
 
 def _activation(hf: Mapping[str, Any], key: str) -> str:
@@ -59,20 +80,32 @@ def _activation(hf: Mapping[str, Any], key: str) -> str:
 def _from_hf(hf: Mapping[str, Any]) -> modernbert.Config:
     fixed(hf, _FIXED)
     head = _ARCHITECTURES[architecture(hf, _ARCHITECTURES, "ModernBertForMaskedLM")]
-    depth, every = hf.get("num_hidden_layers", 22), hf.get("global_attn_every_n_layers", 3)
+    depth = hf.get("num_hidden_layers", 22)
+    every = hf.get("global_attn_every_n_layers", 3)
     types = hf.get("layer_types") or [_KINDS[bool(i % every)] for i in range(depth)]
     if set(types) - set(_KINDS.values()) or len(types) != depth:
         raise InputError(
-            f"config.json: layer_types is {types!r:.60}; allowed: {' or '.join(_KINDS.values())} for each of {depth} layers"
+            f"config.json: layer_types is {types!r:.60}; allowed: {' or '.join(_KINDS.values())} "
+            f"for each of {depth} layers"
         )
     near = hf.get("local_attention", 128) // 2 + 1
-    theta = {"full_attention": hf.get("global_rope_theta", 160000.0), "sliding_attention": hf.get("local_rope_theta", 10000.0)}
-    for kind, rope in {kind: (hf.get("rope_parameters") or {}).get(kind) or {} for kind in theta}.items():
+    theta = {
+        "full_attention": hf.get("global_rope_theta", 160000.0),
+        "sliding_attention": hf.get("local_rope_theta", 10000.0),
+    }
+    for kind, rope in {
+        kind: (hf.get("rope_parameters") or {}).get(kind) or {} for kind in theta
+    }.items():
         theta[kind] = rope.get("rope_theta", theta[kind])
         if rope.get("rope_type", "default") != "default":
-            raise InputError(f"config.json: the rope type {rope['rope_type']!r} is not read; allowed: 'default'")
+            raise InputError(
+                f"config.json: the rope type {rope['rope_type']!r} is not read; allowed: 'default'"
+            )
     if hf.get("rope_scaling"):
-        raise InputError("config.json: rope_scaling is given; allowed: none, this family has no stretched rotation")
+        raise InputError(
+            "config.json: rope_scaling is given; allowed: none, this family has no stretched "
+            "rotation"
+        )
     if hf.get("classifier_pooling", "cls") not in _POOLS:
         raise unknown("config.json: classifier_pooling", hf["classifier_pooling"], _POOLS)
     return modernbert.Config(
@@ -111,14 +144,17 @@ def _to_hf(c: modernbert.Config) -> dict[str, Any] | None:
         "layer_types": [_KINDS[bool(window)] for window in windows],
         "global_rope_theta": c.rope_base,
         "local_rope_theta": c.local_rope_base,
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()
+        },
         "hidden_activation": activation_to_hf(c.activation),
         "classifier_activation": activation_to_hf(c.head_activation),
         "classifier_pooling": {ours: theirs for theirs, ours in _POOLS.items()}[c.pool],
         "norm_eps": c.norm_eps,
         "initializer_range": c.init_scale,
         "tie_word_embeddings": True,
-        "pad_token_id": None,  # else transformers takes that of its own vocabulary; a tokenizer's comes over it
+        # else transformers takes that of its own vocabulary; a tokenizer's comes over it
+        "pad_token_id": None,
         **(labels_to_hf(c.labels) if c.labels else {}),
     }
 

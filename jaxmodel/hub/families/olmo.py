@@ -19,21 +19,43 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
     parts = dict(hf.get("rope_parameters") or {})
     if third:  # only layers that see everything are stretched
         nested = "full_attention" in parts or "sliding_attention" in parts
-        far, near = (parts.get("full_attention") or {}, parts.get("sliding_attention") or {}) if nested else (parts, {})
+        far, near = (
+            (parts.get("full_attention") or {}, parts.get("sliding_attention") or {})
+            if nested
+            else (parts, {})
+        )
         far = {"rope_theta": theta, **far, **(hf.get("rope_scaling") or {})}
         near = {"rope_theta": far["rope_theta"], **near}
-        hf = hf | {"rope_scaling": None, "rope_parameters": {"full_attention": far, "sliding_attention": near}}
-    config = of_llama.plain(hf | {"layer_types": None} if third else hf, rms_norm_eps=1e-5, rope_theta=theta)
+        hf = hf | {
+            "rope_scaling": None,
+            "rope_parameters": {"full_attention": far, "sliding_attention": near},
+        }
+    config = of_llama.plain(
+        hf | {"layer_types": None} if third else hf, rms_norm_eps=1e-5, rope_theta=theta
+    )
     windows: tuple[int, ...] = ()
     if third:
-        depth, window = config.depth, hf.get("sliding_window", 4096)
-        types = hf.get("layer_types") or [("sliding" if (i + 1) % 4 else "full") + "_attention" for i in range(depth)]
+        depth = config.depth
+        window = hf.get("sliding_window", 4096)
+        types = hf.get("layer_types") or [
+            ("sliding" if (i + 1) % 4 else "full") + "_attention" for i in range(depth)
+        ]
         windows = of_llama.windows_of(
-            {"model_type": "olmo3", "num_hidden_layers": depth, "sliding_window": window, "layer_types": types}
+            {
+                "model_type": "olmo3",
+                "num_hidden_layers": depth,
+                "sliding_window": window,
+                "layer_types": types,
+            }
         )
         if not any(windows):
-            raise InputError("config.json: layer_types has no sliding_attention; an OLMo 3 has some such layers, with a window")
-    return dataclasses.replace(config, windows=windows, qk_norm=True, wide_qk_norm=True, pre_norms=False, post_norms=True)
+            raise InputError(
+                "config.json: layer_types has no sliding_attention; an OLMo 3 has some such "
+                "layers, with a window"
+            )
+    return dataclasses.replace(
+        config, windows=windows, qk_norm=True, wide_qk_norm=True, pre_norms=False, post_norms=True
+    )
 
 
 def _to_hf(c: llama.Config) -> dict[str, Any] | None:

@@ -17,13 +17,21 @@ def _names(config: llama.Config) -> list[Name]:
     stem = "model.layers.{}.mlp"
     own = [Name("blocks/{}/moe/router", f"{stem}.gate.weight")]
     for ours, theirs in _EXPERTS.items():
-        own.append(Name(f"blocks/{{}}/{ours}", f"{stem}.experts.{{expert}}.{theirs}.weight", experts=config.experts))
+        own.append(
+            Name(
+                f"blocks/{{}}/{ours}",
+                f"{stem}.experts.{{expert}}.{theirs}.weight",
+                experts=config.experts,
+            )
+        )
     return own + [name for name in of_llama.names(config) if "/moe/" not in name.path]
 
 
 def _from_hf(hf: dict[str, Any]) -> llama.Config:
     fixed(hf, {"use_qk_norm": (True,), "shared_expert_intermediate_size": (0,)})
-    step, depth, window = hf.get("decoder_sparse_step", 1), hf["num_hidden_layers"], hf.get("sliding_window", 4096)
+    step = hf.get("decoder_sparse_step", 1)
+    depth = hf["num_hidden_layers"]
+    window = hf.get("sliding_window", 4096)
     dense = {i for i in range(depth) if (i + 1) % step} | set(hf.get("mlp_only_layers") or ())
     return dataclasses.replace(
         of_llama.plain(hf, **_HAS),

@@ -1,6 +1,8 @@
-"""Files of RoBERTa and XLM-RoBERTa: HF folders of their ...ForMaskedLM, ...ForSequenceClassification and ...Model.
+"""Files of RoBERTa and XLM-RoBERTa: HF folders of their ...ForMaskedLM,
+...ForSequenceClassification and ...Model.
 
-These are BERTs whose positions begin behind the padding id. What is saved says `roberta`, which is the same model.
+These are BERTs whose positions begin behind the padding id. What is saved says `roberta`, which is
+the same model.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def _names(config: bert.Config) -> list[Name]:
         old = next(old for old in _RENAMED if tensor.startswith(old))
         return _RENAMED[old] + tensor.removeprefix(old)
 
-    return [dataclasses.replace(name, tensor=renamed(name.tensor)) for name in of_bert.names(config)]
+    return [
+        dataclasses.replace(name, tensor=renamed(name.tensor)) for name in of_bert.names(config)
+    ]
 
 
 def _from_hf(hf: dict[str, Any]) -> bert.Config:
@@ -39,19 +43,33 @@ def _from_hf(hf: dict[str, Any]) -> bert.Config:
     head = known[of_bert.architecture(hf, known, f"{stem}ForMaskedLM")]
     if head == "mlm":  # the layer in front of the logits has GELU whatever the others have
         fixed(hf, {"hidden_act": ("gelu",)})
-    padding, rows = hf.get("pad_token_id", 1), hf.get("max_position_embeddings", 512)
+    padding = hf.get("pad_token_id", 1)
+    rows = hf.get("max_position_embeddings", 512)
     if not isinstance(padding, int) or not 0 <= padding < rows - 1:
-        raise InputError(f"config.json: pad_token_id is {padding!r}; allowed: 0 to {rows - 2}, as positions begin behind it")
-    config = of_bert.config_from_hf(hf | {"architectures": [f"Bert{next(r for r, h in _HEADS.items() if h == head)}"]})
+        raise InputError(
+            f"config.json: pad_token_id is {padding!r}; allowed: 0 to {rows - 2}, as positions "
+            f"begin behind it"
+        )
+    config = of_bert.config_from_hf(
+        hf | {"architectures": [f"Bert{next(r for r, h in _HEADS.items() if h == head)}"]}
+    )
     return dataclasses.replace(config, context=rows - padding - 1, first_position=padding + 1)
 
 
 def _to_hf(c: bert.Config) -> dict[str, Any] | None:
-    if c.first_position < 1 or c.types < 1 or c.pool_activation != "tanh" or (c.head == "mlm" and c.activation != "gelu"):
+    if (
+        c.first_position < 1
+        or c.types < 1
+        or c.pool_activation != "tanh"
+        or (c.head == "mlm" and c.activation != "gelu")
+    ):
         return None
     theirs = of_bert.config_to_hf(dataclasses.replace(c, first_position=0)) or {}
     named = {head: f"Roberta{rest}" for rest, head in _HEADS.items()}[c.head]
-    padding = {"pad_token_id": c.first_position - 1, "max_position_embeddings": c.context + c.first_position}
+    padding = {
+        "pad_token_id": c.first_position - 1,
+        "max_position_embeddings": c.context + c.first_position,
+    }
     return {**theirs, "architectures": [named], "model_type": "roberta", **padding}
 
 

@@ -28,10 +28,15 @@ def _from_hf(hf: Mapping[str, Any]) -> clip.Config:
     text = hf.get("text_config") or {}
     of_text = tower(text, 768, 12, "gelu_pytorch_tanh", 1e-6, "config.json: text_config")
     context = text.get("max_position_embeddings", 64)
-    image = siglip_vision.config_from_hf(hf.get("vision_config") or {}, "config.json: vision_config")
+    image = siglip_vision.config_from_hf(
+        hf.get("vision_config") or {}, "config.json: vision_config"
+    )
     shared = text.get("projection_size") or of_text["width"]
     if shared != image.width:
-        raise InputError(f"config.json: text_config.projection_size is {shared}; allowed: {image.width}, the image tower's width")
+        raise InputError(
+            f"config.json: text_config.projection_size is {shared}; allowed: {image.width}, the "
+            f"image tower's width"
+        )
     return clip.Config(
         text=clip.Text(text.get("vocab_size", 32000), **of_text, context=context),
         image=image,
@@ -52,7 +57,12 @@ def _to_hf(config: clip.Config) -> dict[str, Any] | None:
         "projection_size": config.shared,
     }
     of_image = siglip_vision.config_to_hf(config.image)
-    return {"architectures": ["SiglipModel"], "model_type": "siglip", "text_config": of_text, "vision_config": of_image}
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": of_text,
+        "vision_config": of_image,
+    }
 
 
 FAMILY = Family(

@@ -1,4 +1,7 @@
-"""Files of SigLIP's image tower: HF folders of SiglipVisionModel, and its part of those of SiglipModel."""
+"""Files of SigLIP's image tower:
+
+HF folders of SiglipVisionModel, and its part of those of SiglipModel.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from jaxmodel.models import vit
 
 def names(c: vit.Config, ours: str = "") -> list[Name]:
     """The entries of the tower, in our tree under `ours`."""
-    pool, head = f"{ours}attention_pool", "vision_model.head"
+    pool = f"{ours}attention_pool"
+    head = "vision_model.head"
     found = [
         *image_names(c, ours),
         Name(f"{ours}embed/patch_bias", "vision_model.embeddings.patch_embedding.bias"),
@@ -25,7 +29,13 @@ def names(c: vit.Config, ours: str = "") -> list[Name]:
     ]
     for i, leaf in enumerate(("q", "memory_k", "memory_v")):
         for end, kind in (("", "weight"), ("_bias", "bias")):
-            found.append(Name(f"{pool}/attn/{leaf}{end}", f"{head}.attention.in_proj_{kind}", part=(i, (1, 1, 1))))
+            found.append(
+                Name(
+                    f"{pool}/attn/{leaf}{end}",
+                    f"{head}.attention.in_proj_{kind}",
+                    part=(i, (1, 1, 1)),
+                )
+            )
     return found
 
 
@@ -53,7 +63,11 @@ def _from_hf(hf: Mapping[str, Any]) -> vit.Config:
 
 
 def _to_hf(c: vit.Config) -> dict[str, Any] | None:
-    return {"architectures": ["SiglipVisionModel"], **config_to_hf(c)} if c.pool == "attention" else None
+    return (
+        {"architectures": ["SiglipVisionModel"], **config_to_hf(c)}
+        if c.pool == "attention"
+        else None
+    )
 
 
 FAMILY = Family(

@@ -10,20 +10,33 @@ from jaxmodel.hub.families import llama as of_llama
 from jaxmodel.hub.names import Family
 from jaxmodel.models import llama
 
-_HAS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}
+_HAS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 4,
+    "rope_theta": 2e6,
+    "tie_word_embeddings": True,
+}
 
 
 def _from_hf(hf: dict[str, Any]) -> llama.Config:
-    depth, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval", 4)
+    depth = hf["num_hidden_layers"]
+    every = hf.get("no_rope_layer_interval", 4)
     turned = hf.get("no_rope_layers")
     turned = [bool((i + 1) % every) for i in range(depth)] if turned is None else turned
     if not isinstance(turned, list) or len(turned) < depth:
-        raise InputError(f"config.json: no_rope_layers is {turned!r:.60}; allowed: a list with 1 or 0 for each of {depth} layers")
+        raise InputError(
+            f"config.json: no_rope_layers is {turned!r:.60}; allowed: a list with 1 or 0 for each "
+            f"of {depth} layers"
+        )
     still = tuple(not turns for turns in turned[:depth])
     window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     types = hf.get("layer_types") or [("sliding" if s else "full") + "_attention" for s in still]
     windows = of_llama.windows_of(hf | {"layer_types": types, "sliding_window": window})
-    return dataclasses.replace(of_llama.plain(hf | {"layer_types": None}, **_HAS), still=of_llama.pattern(still), windows=windows)
+    return dataclasses.replace(
+        of_llama.plain(hf | {"layer_types": None}, **_HAS),
+        still=of_llama.pattern(still),
+        windows=windows,
+    )
 
 
 def _to_hf(c: llama.Config) -> dict[str, Any] | None:

@@ -22,45 +22,70 @@ def _names(config: t5.Config) -> list[Name]:
         names.append(Name(f"{ours}norm/weight", f"{theirs}.final_layer_norm.weight"))
         table = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         names.append(Name(f"{ours}positions", table))
-        layer, stem, last = f"{ours}blocks/{{}}/", f"{theirs}.block.{{}}.layer", 2 if reads else 1
-        parts = {f"attn/{x}": f"0.SelfAttention.{x}" for x in "qkvo"} | {"attn_norm/weight": "0.layer_norm"}
+        layer = f"{ours}blocks/{{}}/"
+        stem = f"{theirs}.block.{{}}.layer"
+        last = 2 if reads else 1
+        parts = {f"attn/{x}": f"0.SelfAttention.{x}" for x in "qkvo"} | {
+            "attn_norm/weight": "0.layer_norm"
+        }
         if reads:
             cross = {"q": "q", "memory_k": "k", "memory_v": "v", "o": "o"}
             parts |= {f"cross/{x}": f"1.EncDecAttention.{y}" for x, y in cross.items()}
             parts["cross_norm/weight"] = "1.layer_norm"
-        parts |= {f"mlp/{x}": f"{last}.DenseReluDense.{y}" for x, y in mlp.items()} | {"mlp_norm/weight": f"{last}.layer_norm"}
+        parts |= {f"mlp/{x}": f"{last}.DenseReluDense.{y}" for x, y in mlp.items()} | {
+            "mlp_norm/weight": f"{last}.layer_norm"
+        }
         names += [Name(layer + x, f"{stem}.{y}.weight") for x, y in parts.items()]
     return names
 
 
 def _form(hf: Mapping[str, Any]) -> str:
-    """The feed-forward part, of `t5.FORMS`; where config.json has what transformers made of its name, that counts.
+    """The feed-forward part, of `t5.FORMS`; where config.json has what transformers made of its
+    name, that counts.
 
     Raises:
       InputError: another.
     """
     said = hf.get("feed_forward_proj", "relu")
-    usual = "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")  # the exact GELU is not meant
+    usual = (
+        "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")
+    )  # the exact GELU is not meant
     act = activation(hf, usual, key="dense_act_fn")
     gated = hf.get("is_gated_act", said.startswith("gated-"))
-    forms = {("relu", False): "relu", ("gelu_tanh", True): "gated-gelu", ("silu", True): "gated-silu"}
+    forms = {
+        ("relu", False): "relu",
+        ("gelu_tanh", True): "gated-gelu",
+        ("silu", True): "gated-silu",
+    }
     if (act, gated) not in forms:
-        raise unknown("config.json: feed_forward_proj (or dense_act_fn)", "gated-" * gated + act, t5.FORMS)
+        raise unknown(
+            "config.json: feed_forward_proj (or dense_act_fn)", "gated-" * gated + act, t5.FORMS
+        )
     return forms[act, gated]
 
 
 def _tied(config: t5.Config, tied: bool) -> t5.Config:
     """The config with a head of its own or without, and the same scale of what the head reads."""
     plain = dataclasses.replace(config, tied=tied, head_scale=None)
-    return plain if plain.scale == config.scale else dataclasses.replace(plain, head_scale=config.scale)
+    return (
+        plain
+        if plain.scale == config.scale
+        else dataclasses.replace(plain, head_scale=config.scale)
+    )
 
 
 def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
     fixed(hf, _FIXED)
-    tied = hf.get("tie_word_embeddings", True)  # true from transformers 5, whatever it is: the file tells (`_tied`)
+    tied = hf.get(
+        "tie_word_embeddings", True
+    )  # true from transformers 5, whatever it is: the file tells (`_tied`)
     config = _untouched(hf, tied)
     scaled = hf.get("scale_decoder_outputs", tied)
-    return config if scaled == tied else dataclasses.replace(config, head_scale=config.width**-0.5 if scaled else 1.0)
+    return (
+        config
+        if scaled == tied
+        else dataclasses.replace(config, head_scale=config.width**-0.5 if scaled else 1.0)
+    )
 
 
 def _untouched(hf: Mapping[str, Any], tied: bool) -> t5.Config:
@@ -69,7 +94,9 @@ def _untouched(hf: Mapping[str, Any], tied: bool) -> t5.Config:
         vocab=hf["vocab_size"],
         width=hf["d_model"],
         encoder_depth=hf["num_layers"],
-        depth=hf["num_layers"] if hf.get("num_decoder_layers") is None else hf["num_decoder_layers"],
+        depth=hf["num_layers"]
+        if hf.get("num_decoder_layers") is None
+        else hf["num_decoder_layers"],
         heads=hf["num_heads"],
         head_width=hf["d_kv"],
         mlp_width=hf["d_ff"],
@@ -119,9 +146,16 @@ FAMILY = Family(
     names=_names,
     config_from_hf=_from_hf,
     config_to_hf=_to_hf,
-    spellings=(("shared.weight", "encoder.embed_tokens.weight"), ("shared.weight", "decoder.embed_tokens.weight")),
+    spellings=(
+        ("shared.weight", "encoder.embed_tokens.weight"),
+        ("shared.weight", "decoder.embed_tokens.weight"),
+    ),
     # older files have a table in the first layer that reads the encoder; no T5 uses it
     ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     settle=lambda config, own: _tied(config, not own),  # it always ties what has no head
-    copies={"encoder.embed_tokens.weight": "embed", "decoder.embed_tokens.weight": "embed", "lm_head.weight": "embed"},
+    copies={
+        "encoder.embed_tokens.weight": "embed",
+        "decoder.embed_tokens.weight": "embed",
+        "lm_head.weight": "embed",
+    },
 )

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmodel.hub.families.bert import activation, activation_to_hf, architecture, labels, labels_to_hf, linear_names, norm_names
+from jaxmodel.hub.families.bert import (
+    activation,
+    activation_to_hf,
+    architecture,
+    labels,
+    labels_to_hf,
+    linear_names,
+    norm_names,
+)
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import vit
 
@@ -38,7 +46,9 @@ def _names(c: vit.Config) -> list[Name]:
 
 
 def _from_hf(hf: Mapping[str, Any]) -> vit.Config:
-    classifies = architecture(hf, _CLASSES, "ViTForImageClassification") == "ViTForImageClassification"
+    classifies = (
+        architecture(hf, _CLASSES, "ViTForImageClassification") == "ViTForImageClassification"
+    )
     fixed(hf, {"pooler_act": ("tanh",), "pooler_output_size": (hf["hidden_size"], None)})
     return vit.Config(
         image=hf.get("image_size", 224),
@@ -63,8 +73,13 @@ _CLASSES = ("ViTForImageClassification", "ViTModel")
 def _to_hf(c: vit.Config) -> dict[str, Any] | None:
     if c.pool != "class" or c.embed_norm or not c.patch_bias or (c.labels and c.pool_dense):
         return None
-    hf = {"architectures": [_CLASSES[0 if c.labels else 1]], "model_type": "vit", "intermediate_size": c.mlp_width}
-    # a ViTModel's config.json does not say whether there is a pooler; the key is ours, and theirs is an argument of the class
+    hf = {
+        "architectures": [_CLASSES[0 if c.labels else 1]],
+        "model_type": "vit",
+        "intermediate_size": c.mlp_width,
+    }
+    # a ViTModel's config.json does not say whether there is a pooler; the key is ours, and theirs
+    # is an argument of the class
     return hf | sizes_to_hf(c) | ({} if c.labels else {"add_pooling_layer": c.pool_dense})
 
 

@@ -1,8 +1,9 @@
 """Connection patterns: which inputs meet which outputs, and in what order.
 
-Each is a Linen module whose method `edges(params, ...)` gives the same connections as a list for `ops.edges.edge_sum`. Inputs of
-several branches are dicts, branch -> `[B, N]`, and so are results of several groups. Where they stand behind each other, in a
-list of edges as in `merged`, they do in the order of their names, whatever the order of the dict: `jax.jit` would sort it anyway.
+Each is a Linen module whose method `edges(params, ...)` gives the same connections as a list for
+`ops.edges.edge_sum`. Inputs of several branches are dicts, branch -> `[B, N]`, and so are results
+of several groups. Where they stand behind each other, in a list of edges as in `merged`, they do in
+the order of their names, whatever the order of the dict: `jax.jit` would sort it anyway.
 
 | wanted | layer |
 |---|---|

@@ -17,7 +17,9 @@ from jaxmodel.leaves import decode
 from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 from jaxmodel.ops.norms import on_last
 
-fan_in: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2)
+fan_in: Initializer = nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2
+)
 """Of weights `[out, in]` whose results should be as large as their inputs (LeCun et al., 1998)."""
 
 
@@ -46,7 +48,12 @@ class Full(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N"]) -> Float[Array, "B D"]:
-        y = ops.einsum("BN,DN->BD", x, leaf(self, "weight", self.initializer, (self.width, x.shape[-1])), self.policy)
+        y = ops.einsum(
+            "BN,DN->BD",
+            x,
+            leaf(self, "weight", self.initializer, (self.width, x.shape[-1])),
+            self.policy,
+        )
         return add_bias(self, y) if self.bias else y
 
     def edges(self, params: tree.Params) -> Edges:
@@ -56,9 +63,13 @@ class Full(nn.Module):
         return edges_of([EdgeBlock(weight, (0,)), *bias], weight.shape[1], weight.shape[0])
 
 
-def add_bias(module: nn.Module, y: Float[Array, "B D"], name: str = "weight_bias") -> Float[Array, "B D"]:
+def add_bias(
+    module: nn.Module, y: Float[Array, "B D"], name: str = "weight_bias"
+) -> Float[Array, "B D"]:
     """`y` plus the module's leaf of this name, which starts at zero."""
-    return y + on_last(leaf(module, name, nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim)
+    return y + on_last(
+        leaf(module, name, nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim
+    )
 
 
 def by_name(branches: Any) -> dict[str, Array]:
@@ -71,7 +82,10 @@ def by_name(branches: Any) -> dict[str, Array]:
         given = "none" if isinstance(branches, Mapping) else type(branches).__name__
         raise InputError(f"branches: {given} given; a dict is needed, name of a branch -> [B, N]")
     if slashed := [name for name in branches if "/" in name]:
-        raise InputError(f"branches: {slashed[0]!r} has a slash, which parts the keys of a path; allowed: names without")
+        raise InputError(
+            f"branches: {slashed[0]!r} has a slash, which parts the keys of a path; allowed: "
+            f"names without"
+        )
     return dict(sorted(branches.items()))
 
 

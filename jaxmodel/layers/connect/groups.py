@@ -24,14 +24,17 @@ COMBINE = ("sum", "product")
 
 
 class Groups(nn.Module):
-    """`y_t = b_t + sum (or product) over edges s -> t of importance_st * W_st x_s` for each group of outputs t.
+    """`y_t = b_t + sum (or product) over edges s -> t of importance_st * W_st x_s` for each group
+    of outputs t.
 
-    With one edge for each branch of the input it is the form where every branch meets a fixed group of outputs before they are
-    merged; branches that meet in a group of products interact there. With all edges it is a full connection.
+    With one edge for each branch of the input it is the form where every branch meets a fixed group
+    of outputs before they are merged; branches that meet in a group of products interact there.
+    With all edges it is a full connection.
 
-    Leaves: for each edge, or each name that edges share, a weight `[D_t, N_s]` under that name; GROUP_bias `[D_t]`; and
-    importance `[E]` in the order of the edges, if wanted. Edges that share a weight are one leaf, so they stay equal and
-    count once.
+    Leaves: for each edge, or each name that edges share, a weight `[D_t, N_s]` under that name;
+      GROUP_bias `[D_t]`; and
+    importance `[E]` in the order of the edges, if wanted. Edges that share a weight are one leaf,
+    so they stay equal and count once.
 
     Attributes:
       pattern: the edges.
@@ -39,7 +42,8 @@ class Groups(nn.Module):
       policy: dtypes and placement.
       combine: "sum" or "product".
       share: rules, name of an edge -> name of its weight; the others have weights of their own.
-      importance: whether each edge has a factor of its own that is learnt, and reported by `importances`.
+      importance: whether each edge has a factor of its own that is learnt, and reported by
+        `importances`.
 
     >>> import jax
     >>> xs = {"left": jnp.ones((2, 3)), "right": jnp.ones((2, 5))}
@@ -63,14 +67,19 @@ class Groups(nn.Module):
         xs = by_name(xs)
         check_pattern(self.pattern, xs, dict(self.widths), self.combine)
         weights = weight_names(self.pattern, self.share)
-        factors = leaf(self, "importance", nn.initializers.ones, (len(self.pattern),)) if self.importance else None
+        factors = (
+            leaf(self, "importance", nn.initializers.ones, (len(self.pattern),))
+            if self.importance
+            else None
+        )
         out: dict[str, Array] = {}
         for i, (source, target) in enumerate(self.pattern):
             shape = (dict(self.widths)[target], xs[source].shape[-1])
             weight = leaf(self, weights[edge_name(source, target)], fan_in, shape)
             if tuple(weight.shape) != shape:
                 raise InputError(
-                    f"share: the edge {edge_name(source, target)} needs a weight {list(shape)}; the one that it shares is "
+                    f"share: the edge {edge_name(source, target)} needs a weight {list(shape)}; "
+                    f"the one that it shares is "
                     f"{list(weight.shape)}"
                 )
             y = ops.einsum("BN,DN->BD", xs[source], weight, self.policy)
@@ -81,10 +90,15 @@ class Groups(nn.Module):
         return {target: add_bias(self, out[target], f"{target}_bias") for target, _ in self.widths}
 
     def edges(self, params: tree.Params) -> Edges:
-        """The same connections as a list, from the features of all groups of inputs to those of all groups of outputs."""
-        weights, factors = self._weights(params), params.get("importance")
+        """The same connections as a list, from the features of all groups of inputs to those of all
+        groups of outputs.
+        """
+        weights = self._weights(params)
+        factors = params.get("importance")
         if factors is not None:
-            weights = {edge: factors[i] * weight for i, (edge, weight) in enumerate(weights.items())}
+            weights = {
+                edge: factors[i] * weight for i, (edge, weight) in enumerate(weights.items())
+            }
         width = dict(sorted((source, weight.shape[1]) for (source, _), weight in weights.items()))
         first = dict(zip(width, starts(width.values()), strict=False))
         groups = sorted(self.widths)
@@ -95,7 +109,11 @@ class Groups(nn.Module):
             into = [edge for edge in self.pattern if edge[1] == group]
             if self.combine == "product":
                 runs = tuple(first[source] for source, _ in into)
-                blocks.append(EdgeBlock(functools.reduce(_outer, [weights[edge] for edge in into]), runs, target))
+                blocks.append(
+                    EdgeBlock(
+                        functools.reduce(_outer, [weights[edge] for edge in into]), runs, target
+                    )
+                )
             else:
                 blocks += [EdgeBlock(weights[edge], (first[edge[0]],), target) for edge in into]
         return edges_of(blocks, sum(width.values()), begins[-1])
@@ -103,9 +121,10 @@ class Groups(nn.Module):
     def importances(self, params: tree.Params) -> dict[str, float]:
         """How much each edge counts, as a share of all: `|importance| * norm(W)`, summing to 1.
 
-        A factor alone says nothing, because the weight may grow where it shrinks; their product does not change then. Of edges
-        that are multiplied only the product does not, so each counts as their geometric mean. What it leaves out is the size of
-        the inputs: groups should be of one scale (normed, or standardised).
+        A factor alone says nothing, because the weight may grow where it shrinks; their product
+        does not change then. Of edges that are multiplied only the product does not, so each counts
+        as their geometric mean. What it leaves out is the size of the inputs: groups should be of
+        one scale (normed, or standardised).
 
         Args:
           params: those of this layer; without a leaf `importance` all factors are one.
@@ -113,15 +132,24 @@ class Groups(nn.Module):
         Returns:
           Name of an edge -> its share.
         """
-        factors = np.abs(np.asarray(params.get("importance", np.ones(len(self.pattern))), np.float64))
-        norms = [float(jnp.linalg.norm(weight.astype(jnp.float32))) for weight in self._weights(params).values()]
+        factors = np.abs(
+            np.asarray(params.get("importance", np.ones(len(self.pattern))), np.float64)
+        )
+        norms = [
+            float(jnp.linalg.norm(weight.astype(jnp.float32)))
+            for weight in self._weights(params).values()
+        ]
         sizes = factors * np.asarray(norms)
         if self.combine == "product":
             targets = np.asarray([target for _, target in self.pattern])
             for target in set(targets):
-                sizes[targets == target] = np.prod(sizes[targets == target]) ** (1 / np.sum(targets == target))
+                sizes[targets == target] = np.prod(sizes[targets == target]) ** (
+                    1 / np.sum(targets == target)
+                )
         shares = sizes / max(sizes.sum(), 1e-30)
-        return {edge_name(*edge): float(share) for edge, share in zip(self.pattern, shares, strict=True)}
+        return {
+            edge_name(*edge): float(share) for edge, share in zip(self.pattern, shares, strict=True)
+        }
 
     def _weights(self, params: tree.Params) -> dict[tuple[str, str], Array]:
         """The weight of each edge."""
@@ -146,7 +174,8 @@ def weight_names(pattern: Pattern, share: tree.Rules = ()) -> dict[str, str]:
       share: rules, name of an edge -> name of a weight.
 
     Raises:
-      InputError: a rule that decides nothing, as everywhere, or a name that another leaf of the layer has.
+      InputError: a rule that decides nothing, as everywhere, or a name that another leaf of the
+        layer has.
 
     >>> weight_names((("a", "x"), ("b", "x"), ("c", "x")), (("[ab]->x", "both"),))
     {'a->x': 'both', 'b->x': 'both', 'c->x': 'c->x'}
@@ -154,18 +183,25 @@ def weight_names(pattern: Pattern, share: tree.Rules = ()) -> dict[str, str]:
     names = [edge_name(*edge) for edge in pattern]
     for _, name in share:
         if name == "importance" or name.endswith("_bias") or "/" in name:
-            raise InputError(f"share: {name!r} given; allowed: a name without '/' that is not importance and not ..._bias")
+            raise InputError(
+                f"share: {name!r} given; allowed: a name without '/' that is not importance and "
+                f"not ..._bias"
+            )
     given = tree.assign([*share, (tree.optional(".*"), None)], dict.fromkeys(names, 0))
     return {name: given[name] or name for name in names}
 
 
-def check_pattern(pattern: Pattern, sources: Iterable[str], targets: Iterable[str], combine: str = "sum") -> None:
-    """Refuse a pattern that names an unknown group, has an edge twice, or leaves a group without any.
+def check_pattern(
+    pattern: Pattern, sources: Iterable[str], targets: Iterable[str], combine: str = "sum"
+) -> None:
+    """Refuse a pattern that names an unknown group, has an edge twice, or leaves a group without
+    any.
 
     Raises:
       InputError: which one.
     """
-    sources, targets = list(sources), list(targets)
+    sources = list(sources)
+    targets = list(targets)
     for source, target in pattern:
         if source not in sources:
             raise unknown("edges: group of inputs", source, sources)
@@ -174,8 +210,14 @@ def check_pattern(pattern: Pattern, sources: Iterable[str], targets: Iterable[st
     if len(set(pattern)) != len(pattern):
         raise InputError(f"edges: {pattern} given; each edge once is allowed")
     if slashed := [name for edge in pattern for name in edge if "/" in name]:
-        raise InputError(f"edges: {slashed[0]!r} has a slash, which parts the keys of a path; allowed: names without")
-    for group in [*(s for s in sources if s not in dict(pattern)), *(t for t in targets if t not in {t for _, t in pattern})]:
+        raise InputError(
+            f"edges: {slashed[0]!r} has a slash, which parts the keys of a path; allowed: names "
+            f"without"
+        )
+    for group in [
+        *(s for s in sources if s not in dict(pattern)),
+        *(t for t in targets if t not in {t for _, t in pattern}),
+    ]:
         raise InputError(f"edges: the group {group!r} has none; each group needs at least one")
     if combine not in COMBINE:
         raise unknown("combine", combine, COMBINE)

@@ -18,7 +18,8 @@ from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 
 
 class Bilinear(nn.Module):
-    """`y_d = sum_ij W_dij x_i z_j`: every pair of one input of each of two branches meets every output.
+    """`y_d = sum_ij W_dij x_i z_j`: every pair of one input of each of two branches meets every
+    output.
 
     One leaf, pairs `[D * I, J]`, the outputs in front.
 
@@ -38,9 +39,16 @@ class Bilinear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B I"], z: Float[Array, "B J"]) -> Float[Array, "B D"]:
         n = x.shape[-1]
-        pairs = leaf(self, "pairs", nn.initializers.normal((n * z.shape[-1]) ** -0.5), (self.width * n, z.shape[-1]))
+        pairs = leaf(
+            self,
+            "pairs",
+            nn.initializers.normal((n * z.shape[-1]) ** -0.5),
+            (self.width * n, z.shape[-1]),
+        )
         met = ops.einsum("BJ,(DI)J->BDI", z, pairs, self.policy, I=n)
-        return jnp.sum(met.astype(jnp.float32) * x[:, None].astype(jnp.float32), axis=-1).astype(met.dtype)
+        return jnp.sum(met.astype(jnp.float32) * x[:, None].astype(jnp.float32), axis=-1).astype(
+            met.dtype
+        )
 
     def edges(self, params: tree.Params) -> Edges:
         """The same connections as a list, of the features of x and behind them those of z."""
@@ -50,10 +58,12 @@ class Bilinear(nn.Module):
 
 
 class Factorised(nn.Module):
-    """`y = P (sum over pairs of branches b < c of U_b x_b * U_c x_c)`: a bilinear form of low rank for each pair.
+    """`y = P (sum over pairs of branches b < c of U_b x_b * U_c x_c)`: a bilinear form of low rank
+    for each pair.
 
-    Factorisation machines (Rendle, 2010) with branches as fields; for two branches the low-rank bilinear pooling of Kim et al.
-    (2017). Leaves factor_BRANCH `[R, N]` and out `[D, R]`. The sum over pairs takes one product for each branch.
+    Factorisation machines (Rendle, 2010) with branches as fields; for two branches the low-rank
+    bilinear pooling of Kim et al. (2017). Leaves factor_BRANCH `[R, N]` and out `[D, R]`. The sum
+    over pairs takes one product for each branch.
 
     Attributes:
       width: D of new leaves.
@@ -74,7 +84,9 @@ class Factorised(nn.Module):
     @nn.compact
     def __call__(self, xs: Mapping[str, Array]) -> Float[Array, "B D"]:
         if len(xs) < 2:
-            raise InputError(f"branches: {list(xs)} given; at least two are needed, whose products are taken")
+            raise InputError(
+                f"branches: {list(xs)} given; at least two are needed, whose products are taken"
+            )
         met = seen = None
         for name, x in by_name(xs).items():
             factor = leaf(self, f"factor_{name}", fan_in, (self.rank, x.shape[-1]))
@@ -83,15 +95,22 @@ class Factorised(nn.Module):
                 met = y * seen if met is None else met + y * seen
             seen = y if seen is None else seen + y
         assert met is not None
-        return ops.einsum("BR,DR->BD", met, leaf(self, "out", fan_in, (self.width, met.shape[-1])), self.policy)
+        return ops.einsum(
+            "BR,DR->BD", met, leaf(self, "out", fan_in, (self.width, met.shape[-1])), self.policy
+        )
 
     def edges(self, params: tree.Params) -> Edges:
-        """The same connections as a list: an edge for each pair of features of two branches and each output."""
+        """The same connections as a list: an edge for each pair of features of two branches and
+        each output.
+        """
         factors = {name: decode(leaf) for name, leaf in sorted(params.items()) if name != "out"}
         first = dict(zip(factors, starts(f.shape[1] for f in factors.values()), strict=False))
         out = decode(params["out"])
         blocks = [
-            EdgeBlock(jnp.einsum("dr,ri,rj->dij", out, factors[b], factors[c], precision="highest"), (first[b], first[c]))
+            EdgeBlock(
+                jnp.einsum("dr,ri,rj->dij", out, factors[b], factors[c], precision="highest"),
+                (first[b], first[c]),
+            )
             for b, c in itertools.combinations(factors, 2)
         ]
         return edges_of(blocks, sum(f.shape[1] for f in factors.values()), out.shape[0])

@@ -19,11 +19,12 @@ MERGES = ("concat", "sum", "mean", "max")
 
 
 class Shared(nn.Module):
-    """The same extractor for each of several inputs (Bromley et al., 1993); `merged` puts its results together for one head.
+    """The same extractor for each of several inputs (Bromley et al., 1993); `merged` puts its
+    results together for one head.
 
     Attributes:
-      extractor: any module `[B, N] -> [B, D]`, made with `parent=None` inside of another module; its leaves are there once, under
-        `extractor`.
+      extractor: any module `[B, N] -> [B, D]`, made with `parent=None` inside of another module;
+        its leaves are there once, under `extractor`.
 
     >>> import jax
     >>> from jaxmodel import ops
@@ -39,19 +40,28 @@ class Shared(nn.Module):
         xs = by_name(xs)
         if len({x.shape[-1] for x in xs.values()}) > 1:
             sizes = ", ".join(f"{name} {x.shape[-1]}" for name, x in xs.items())
-            raise InputError(f"branches: {sizes} features given; a shared extractor needs as many in each")
+            raise InputError(
+                f"branches: {sizes} features given; a shared extractor needs as many in each"
+            )
         return {name: self.extractor(x) for name, x in xs.items()}
 
     def edges(self, params: tree.Params, count: int) -> Edges:
-        """The connections of `count` inputs through a `Full` extractor as a list: those of one, repeated with their weights.
+        """The connections of `count` inputs through a `Full` extractor as a list: those of one,
+        repeated with their weights.
 
         Their results stand behind each other, as `merged` by "concat" has them.
         """
         if not isinstance(self.extractor, Full):
-            raise InputError(f"extractor: {type(self.extractor).__name__} given; the list of edges of a Full one is known")
+            raise InputError(
+                f"extractor: {type(self.extractor).__name__} given; the list of edges of a Full "
+                f"one is known"
+            )
         one = self.extractor.edges(params["extractor"])
-        total, of_input = count * one.features, np.arange(count, dtype=np.int32)[:, None]
-        sources = np.where(one.sources == one.features, total, one.sources + one.features * of_input[..., None])
+        total = count * one.features
+        of_input = np.arange(count, dtype=np.int32)[:, None]
+        sources = np.where(
+            one.sources == one.features, total, one.sources + one.features * of_input[..., None]
+        )
         return dataclasses.replace(
             one,
             sources=sources.reshape(-1, one.sources.shape[1]),
@@ -63,7 +73,8 @@ class Shared(nn.Module):
 
 
 def merged(xs: Mapping[str, Array], how: str = "concat") -> Float[Array, "B M"]:
-    """The results of several branches as one input of a head: "concat", in the order of their names, or "sum", "mean", "max".
+    """The results of several branches as one input of a head: "concat", in the order of their
+    names, or "sum", "mean", "max".
 
     Raises:
       InputError: an unknown way, or branches of several widths that are not put behind each other.

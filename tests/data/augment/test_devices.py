@@ -1,4 +1,6 @@
-"""On eight devices every augmentation does what it does on one, and only mixing moves images: one row across each edge."""
+"""On eight devices every augmentation does what it does on one, and only mixing moves images: one
+row across each edge.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def program() -> None:
 
         def every(key, batch):
             outs = {name: one(key, batch) for name, one in made.items()}
-            return {f"{name} {k}": v for name, out in outs.items() for k, v in out.items() if k in touched}
+            return {
+                f"{name} {k}": v
+                for name, out in outs.items()
+                for k, v in out.items()
+                if k in touched
+            }
 
         with jax.set_mesh(mesh):
             lowered = jax.jit(every).lower(jax.random.key(0), cut)
@@ -50,11 +57,23 @@ def program() -> None:
 
     pure, pure_alone, text = run([name for name in SETTINGS if name not in MIXES])
     mixing, mixing_alone, mixing_text = run(["mixup"])
-    collective = r"= (\S+?)\{?[\d,]*\}? (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    out, alone = pure | mixing, pure_alone | mixing_alone
+    collective = (
+        r"= (\S+?)\{?[\d,]*\}? "
+        r"(?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    )
+    out = pure | mixing
+    alone = pure_alone | mixing_alone
     same = lambda a, b: np.allclose(a, b, atol=1e-6) and a.addressable_shards[0].data.shape[0] == 2
     moved, mixing_moved = (sorted(re.findall(collective, t)) for t in (text, mixing_text))
-    print(json.dumps({"different": [k for k in out if not same(out[k], alone[k])], "moved": moved, "mixing moved": mixing_moved}))
+    print(
+        json.dumps(
+            {
+                "different": [k for k in out if not same(out[k], alone[k])],
+                "moved": moved,
+                "mixing moved": mixing_moved,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What holds for every augmentation; members are found, and each must be told here how it looks with strength zero."""
+"""What holds for every augmentation; members are found, and each must be told here how it looks
+with strength zero.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,17 @@ from jaxmodel.data import augment
 from jaxmodel.data.augment.geometric import HorizontalFlip
 from jaxmodel.errors import InputError
 
-ROWS, SIDES, CLASSES = 6, (19, 18), 4
+ROWS = 6
+SIDES = (19, 18)
+CLASSES = 4
 
 # As it is tried, and with strength zero; None where there is no such setting.
 SETTINGS = {
     "affine": ("affine(20, 0.2, 0.2, 0.1)", "affine(0, 0, 0, 0)"),
-    "aug_mix": ("aug_mix(width=2, depth=1)", "aug_mix(0, operations=('rotate', 'posterize', 'solarize', 'shear_x'))"),
+    "aug_mix": (
+        "aug_mix(width=2, depth=1)",
+        "aug_mix(0, operations=('rotate', 'posterize', 'solarize', 'shear_x'))",
+    ),
     "autocontrast": ("autocontrast()", "autocontrast(probability=0)"),
     "blur": ("blur(1)", "blur(0)"),
     "brightness": ("brightness(0.5)", "brightness(0)"),
@@ -78,7 +85,9 @@ def batch_of(channels: int, rows: int = ROWS, seed: int = 0) -> dict[str, np.nda
 
 
 def same(left: dict, right: dict, rows: slice = slice(None)) -> bool:
-    return left.keys() == right.keys() and all(np.array_equal(left[k][rows], right[k][rows]) for k in left)
+    return left.keys() == right.keys() and all(
+        np.array_equal(left[k][rows], right[k][rows]) for k in left
+    )
 
 
 def test_every_member_is_told_of() -> None:
@@ -87,16 +96,27 @@ def test_every_member_is_told_of() -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_laws(name: str) -> None:
-    made, batch, changed = augment.parse(SETTINGS[name][0]), batch_of(3), batch_of(3, seed=1)
+    made = augment.parse(SETTINGS[name][0])
+    batch = batch_of(3)
+    changed = batch_of(3, seed=1)
     assert augment.parse(str(made)) == made and hash(augment.parse(str(made))) == hash(made)
-    compiled, before = jax.jit(made), {k: v.copy() for k, v in batch.items()}
+    compiled = jax.jit(made)
+    before = {k: v.copy() for k, v in batch.items()}
     run = lambda i, batch: jax.tree.map(np.asarray, compiled(jax.random.key(i), batch))
     out = run(0, batch)
     assert same(batch, before) and same(out, run(0, batch))
     assert all(same(out, run(i, batch)) for i in (1, 2, 3)) == (name in FIXED)
-    assert not np.array_equal(*((b["tokens"] if name in TEXT else b["pixels"]) for b in (batch, out)))
+    assert not np.array_equal(
+        *((b["tokens"] if name in TEXT else b["pixels"]) for b in (batch, out))
+    )
     assert out["pixels"].min() >= 0 and out["pixels"].max() <= 1
-    touched = {"tokens", "targets", "weights"} if name in TEXT else {"pixels", "labels"} if name in MIXES else {"pixels"}
+    touched = (
+        {"tokens", "targets", "weights"}
+        if name in TEXT
+        else {"pixels", "labels"}
+        if name in MIXES
+        else {"pixels"}
+    )
     for k in out.keys() & batch.keys():
         if k not in touched:
             assert np.array_equal(out[k], batch[k])
@@ -106,19 +126,29 @@ def test_laws(name: str) -> None:
     for k in changed:
         changed[k][2:4] = batch[k][2:4]
     out_changed = run(0, changed)
-    assert same(out, out_changed, slice(3 if name in MIXES else 2, 4)) and not same(out, out_changed)
+    assert same(out, out_changed, slice(3 if name in MIXES else 2, 4)) and not same(
+        out, out_changed
+    )
 
 
 def test_strength_zero_changes_nothing() -> None:
-    batch, made = batch_of(3), {name: augment.parse(zero) for name, (_, zero) in SETTINGS.items() if zero is not None}
-    outs = jax.jit(lambda key, batch: {name: one(key, batch) for name, one in made.items()})(jax.random.key(0), batch)
+    batch = batch_of(3)
+    made = {name: augment.parse(zero) for name, (_, zero) in SETTINGS.items() if zero is not None}
+    outs = jax.jit(lambda key, batch: {name: one(key, batch) for name, one in made.items()})(
+        jax.random.key(0), batch
+    )
     for name, out in outs.items():
-        assert np.array_equal(out["pixels"], batch["pixels"]) and np.array_equal(out["tokens"], batch["tokens"]), name
+        assert np.array_equal(out["pixels"], batch["pixels"]) and np.array_equal(
+            out["tokens"], batch["tokens"]
+        ), name
 
 
 def test_one_row_of_one_channel() -> None:
-    batch, made = batch_of(1, rows=1), {name: augment.parse(text) for name, (text, _) in SETTINGS.items() if name not in TEXT}
-    run = jax.jit(lambda key, batch: {name: one(key, batch)["pixels"] for name, one in made.items()})
+    batch = batch_of(1, rows=1)
+    made = {name: augment.parse(text) for name, (text, _) in SETTINGS.items() if name not in TEXT}
+    run = jax.jit(
+        lambda key, batch: {name: one(key, batch)["pixels"] for name, one in made.items()}
+    )
     for name, out in run(jax.random.PRNGKey(1), batch).items():  # the older kind of key, too
         assert out.shape == batch["pixels"].shape and out.min() >= 0 and out.max() <= 1, name
         if name in OF_COLOUR:
@@ -127,7 +157,8 @@ def test_one_row_of_one_channel() -> None:
 
 @pytest.mark.parametrize("name", ["rotate", "contrast", "cutout", "span_masking"])
 def test_eager_equals_compiled(name: str) -> None:
-    made, batch = augment.parse(SETTINGS[name][0]), batch_of(3)
+    made = augment.parse(SETTINGS[name][0])
+    batch = batch_of(3)
     eager, compiled = (run(jax.random.key(2), batch) for run in (made, jax.jit(made)))
     for k in eager:
         np.testing.assert_allclose(eager[k], compiled[k], atol=1e-6)
@@ -147,16 +178,24 @@ def test_half_precision_stays_and_is_computed_in_single() -> None:
     batch = batch_of(3)
     half = jnp.asarray(batch["pixels"], jnp.bfloat16)
     out = augment.parse("contrast(0.5)")(jax.random.key(0), {"pixels": half})["pixels"]
-    single = augment.parse("contrast(0.5)")(jax.random.key(0), {"pixels": half.astype(jnp.float32)})["pixels"]
+    single = augment.parse("contrast(0.5)")(
+        jax.random.key(0), {"pixels": half.astype(jnp.float32)}
+    )["pixels"]
     assert out.dtype == jnp.bfloat16 and np.array_equal(out, single.astype(jnp.bfloat16))
 
 
 def test_a_chain_folds_the_key_for_each_link() -> None:
-    flip, noise = HorizontalFlip(), augment.Noise(0.1)
-    batch, key = batch_of(1), jax.random.key(5)
+    flip = HorizontalFlip()
+    noise = augment.Noise(0.1)
+    batch = batch_of(1)
+    key = jax.random.key(5)
     by_hand = noise(jax.random.fold_in(key, 1), flip(jax.random.fold_in(key, 0), batch))
     assert same(augment.chain(flip, noise)(key, batch), by_hand)
-    assert flip | noise == augment.chain(flip, noise) == augment.chain(augment.chain(flip), augment.chain(noise))
+    assert (
+        flip | noise
+        == augment.chain(flip, noise)
+        == augment.chain(augment.chain(flip), augment.chain(noise))
+    )
     assert augment.parse(" ") == augment.chain() and same(augment.chain()(key, batch), batch)
     assert augment.chain(lambda key, batch: {**batch, "seen": 1})(key, batch)["seen"] == 1
 
@@ -168,7 +207,10 @@ def test_text_form() -> None:
         ("random_resized_crop((0.5, 1))", "random_resized_crop(area=(0.5, 1.0))"),
         ("horizontal_flip | mixup(10) ", "horizontal_flip(probability=0.5) | mixup(classes=10)"),
         ("rand_augment(2, 9)", "rand_augment(count=2)"),
-        ("rand_augment(1, 5, ('rotate', 'shear_x'))", "rand_augment(count=1, magnitude=5.0, operations=('rotate', 'shear_x'))"),
+        (
+            "rand_augment(1, 5, ('rotate', 'shear_x'))",
+            "rand_augment(count=1, magnitude=5.0, operations=('rotate', 'shear_x'))",
+        ),
     ]:
         assert str(augment.parse(text)) == shown and augment.parse(shown) == augment.parse(text)
 
@@ -179,45 +221,102 @@ def test_numbers_outside_of_what_is_allowed_are_refused_everywhere() -> None:
         for field in dataclasses.fields(cls):
             if field.metadata:
                 low, high, kind = (field.metadata[k] for k in ("low", "high", "kind"))
-                for bad in (low - 1, high * 2 + 1, True, *([float("nan")] if kind is numbers.Real else [])):
+                for bad in (
+                    low - 1,
+                    high * 2 + 1,
+                    True,
+                    *([float("nan")] if kind is numbers.Real else []),
+                ):
                     bad = (bad, bad) if kind is tuple else bad
-                    with pytest.raises(InputError, match=re.escape(f"{name}: {field.name} is {bad!r}; allowed: ")):
+                    with pytest.raises(
+                        InputError, match=re.escape(f"{name}: {field.name} is {bad!r}; allowed: ")
+                    ):
                         dataclasses.replace(made, **{field.name: bad})
 
 
 def test_bad_input_is_one_clear_line() -> None:
-    pixels, labels = np.zeros((2, 3, 3, 1), np.float32), np.zeros(2, np.int32)
+    pixels = np.zeros((2, 3, 3, 1), np.float32)
+    labels = np.zeros(2, np.int32)
     key = jax.random.key(0)
     run = lambda text, **batch: augment.parse(text)(key, batch)
     for call, message in [
         (lambda: augment.parse("rotate(15"), "augment: 'rotate(15' is not readable"),
-        (lambda: augment.parse("rotat(15)"), "augment: 'rotat' is not known; allowed: affine, .* (nearest: rotate"),
-        (lambda: augment.parse("rotate(15) & noise()"), "augment: 'rotate(15) & noise()' is not known"),
-        (lambda: augment.parse("rotate(angle=15)"), "rotate takes the settings degrees, probability, fill"),
+        (
+            lambda: augment.parse("rotat(15)"),
+            "augment: 'rotat' is not known; allowed: affine, .* (nearest: rotate",
+        ),
+        (
+            lambda: augment.parse("rotate(15) & noise()"),
+            "augment: 'rotate(15) & noise()' is not known",
+        ),
+        (
+            lambda: augment.parse("rotate(angle=15)"),
+            "rotate takes the settings degrees, probability, fill",
+        ),
         (lambda: augment.parse("rotate(x)"), "rotate takes the settings degrees"),
         (lambda: augment.parse("mixup()"), "mixup takes the settings classes, alpha, probability"),
-        (lambda: augment.parse("random_resized_crop((1, 0.5))"), "area is (1, 0.5); allowed: two numbers from 0.001 to 1.0"),
-        (lambda: augment.parse("rand_augment(operations=('rotat',))"), "operations: 'rotat' is not known"),
-        (lambda: augment.parse("aug_mix(operations=())"), "operations: () given; allowed: a tuple of"),
-        (lambda: augment.parse("span_masking(1, 50, lowest=50)"), "lowest is 50; allowed: 0 to 49, below vocab"),
-        (lambda: augment.parse("span_masking(1, 50, 0.5, 1.5)"), "span is 1.5; allowed: 0, or at least 1 / (1 - rate) = 2"),
+        (
+            lambda: augment.parse("random_resized_crop((1, 0.5))"),
+            "area is (1, 0.5); allowed: two numbers from 0.001 to 1.0",
+        ),
+        (
+            lambda: augment.parse("rand_augment(operations=('rotat',))"),
+            "operations: 'rotat' is not known",
+        ),
+        (
+            lambda: augment.parse("aug_mix(operations=())"),
+            "operations: () given; allowed: a tuple of",
+        ),
+        (
+            lambda: augment.parse("span_masking(1, 50, lowest=50)"),
+            "lowest is 50; allowed: 0 to 49, below vocab",
+        ),
+        (
+            lambda: augment.parse("span_masking(1, 50, 0.5, 1.5)"),
+            "span is 1.5; allowed: 0, or at least 1 / (1 - rate) = 2",
+        ),
         (lambda: run("noise()"), "batch: nothing given; 'pixels' [B, Y, X, C] is needed"),
-        (lambda: run("noise()", pixels=labels), "batch: pixels are int32 (2,); floating-point [B, Y, X, C] from 0 to 1"),
-        (lambda: run("contrast()", pixels=np.zeros((2, 3, 3, 2), np.float32)), "pixels have 2 channels; allowed: 1 or 3"),
+        (
+            lambda: run("noise()", pixels=labels),
+            "batch: pixels are int32 (2,); floating-point [B, Y, X, C] from 0 to 1",
+        ),
+        (
+            lambda: run("contrast()", pixels=np.zeros((2, 3, 3, 2), np.float32)),
+            "pixels have 2 channels; allowed: 1 or 3",
+        ),
         (lambda: run("mixup(3)", pixels=pixels), "batch: pixels given; 'labels' [B] is needed too"),
-        (lambda: run("mixup(3)", pixels=pixels, labels=np.zeros((2, 4), np.float32)), "or distributions [B, 3] are needed"),
-        (lambda: run("local_shuffle()", pixels=pixels), "batch: pixels given; 'tokens' [B, T] is needed"),
-        (lambda: run("span_corruption(1)", tokens=labels[None]), "first is 1; allowed: at least 2, for 1 spans in 2 tokens"),
-        (lambda: run("local_shuffle()", tokens=labels), "batch: tokens are int32 (2,); integers [B, T] are needed"),
-        (lambda: run("local_shuffle()", tokens=labels[None], mask=labels), "mask are (2,); the shape of the tokens, (1, 2)"),
+        (
+            lambda: run("mixup(3)", pixels=pixels, labels=np.zeros((2, 4), np.float32)),
+            "or distributions [B, 3] are needed",
+        ),
+        (
+            lambda: run("local_shuffle()", pixels=pixels),
+            "batch: pixels given; 'tokens' [B, T] is needed",
+        ),
+        (
+            lambda: run("span_corruption(1)", tokens=labels[None]),
+            "first is 1; allowed: at least 2, for 1 spans in 2 tokens",
+        ),
+        (
+            lambda: run("local_shuffle()", tokens=labels),
+            "batch: tokens are int32 (2,); integers [B, T] are needed",
+        ),
+        (
+            lambda: run("local_shuffle()", tokens=labels[None], mask=labels),
+            "mask are (2,); the shape of the tokens, (1, 2)",
+        ),
     ]:
         with pytest.raises(InputError) as caught:
             call()
-        told, words = str(caught.value), message.split(" .* ")
+        told = str(caught.value)
+        words = message.split(" .* ")
         assert all(w in told for w in words) and "\n" not in told, told
 
 
 def test_importing_data_does_not_import_jax() -> None:
-    code = "import sys, jaxmodel.data as data; assert 'jax' not in sys.modules; data.augment.Noise(); assert 'jax' in sys.modules"
+    code = (
+        "import sys, jaxmodel.data as data; assert 'jax' not in sys.modules; "
+        "data.augment.Noise(); assert 'jax' in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -19,12 +19,18 @@ from jaxmodel.data.augment import pixels as values
 from jaxmodel.data.augment.colour import Brightness, ColourJitter, Hue, Posterize, Solarize
 
 RNG = np.random.default_rng(0)
-ROWS, Y, X = 4, 21, 26
+ROWS = 4
+Y = 21
+X = 26
 
 
 def photos(channels: int) -> np.ndarray:
-    """Bytes whose levels are used unevenly; the last row has one level in one channel, two in the others."""
-    photos = (255 * RNG.beta(2, 5, (ROWS, Y, X, channels)) * RNG.uniform(0.4, 1, (ROWS, 1, 1, channels))).astype(np.uint8)
+    """Bytes whose levels are used unevenly; the last row has one level in one channel, two in the
+    others.
+    """
+    photos = (
+        255 * RNG.beta(2, 5, (ROWS, Y, X, channels)) * RNG.uniform(0.4, 1, (ROWS, 1, 1, channels))
+    ).astype(np.uint8)
     photos[-1] = np.where(RNG.random((Y, X, channels)) < 0.3, 90, 40)
     photos[-1, ..., 0] = 90
     return photos
@@ -32,7 +38,9 @@ def photos(channels: int) -> np.ndarray:
 
 def by_pillow(photos: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     images = [Image.fromarray(p if p.shape[-1] == 3 else p[..., 0]) for p in photos]
-    return np.stack([np.asarray(change(image)).reshape(photos.shape[1:]) for image in images]).astype(np.float64)
+    return np.stack(
+        [np.asarray(change(image)).reshape(photos.shape[1:]) for image in images]
+    ).astype(np.float64)
 
 
 def rows(value: float) -> jax.Array:
@@ -51,8 +59,14 @@ def changed(made: augment.Augmentation, pixels: np.ndarray) -> np.ndarray:
 EXACT: list[tuple[str, tuple[float, ...], Callable[[Any], Any]]] = [
     ("invert", (), ImageOps.invert),
     ("equalize", (), ImageOps.equalize),
-    *[("posterize", (bits,), lambda image, bits=bits: ImageOps.posterize(image, bits)) for bits in (1, 3, 5, 8)],
-    *[("solarize", (t / 255,), lambda image, t=t: ImageOps.solarize(image, t)) for t in (0, 60, 255, 256)],
+    *[
+        ("posterize", (bits,), lambda image, bits=bits: ImageOps.posterize(image, bits))
+        for bits in (1, 3, 5, 8)
+    ],
+    *[
+        ("solarize", (t / 255,), lambda image, t=t: ImageOps.solarize(image, t))
+        for t in (0, 60, 255, 256)
+    ],
 ]
 CLOSE: list[tuple[str, tuple[float, ...], Callable[[Any], Any]]] = [
     ("autocontrast", (), ImageOps.autocontrast),
@@ -75,7 +89,9 @@ def test_equal_to_pillow(channels: int) -> None:
     pixels = jnp.asarray(bytes_ / np.float32(255))
     for name, setting, change in EXACT:
         out = np.asarray(compiled(name)(pixels, *map(rows, setting)), np.float64) * 255
-        np.testing.assert_allclose(out, by_pillow(bytes_, change), atol=1e-3, err_msg=f"{name} {setting}")
+        np.testing.assert_allclose(
+            out, by_pillow(bytes_, change), atol=1e-3, err_msg=f"{name} {setting}"
+        )
     for name, setting, change in CLOSE:  # Pillow rounds to bytes, in between too
         out = np.asarray(compiled(name)(pixels, *map(rows, setting)), np.float64) * 255
         wanted = by_pillow(bytes_, change)
@@ -100,17 +116,24 @@ def test_hue_equals_colorsys() -> None:
         out = np.asarray(compiled("hue")(jnp.asarray(pixels), jnp.full(2, turn, jnp.float32)))
         for index in np.ndindex(2, 6, 7):
             h, s, v = colorsys.rgb_to_hsv(*map(float, pixels[index]))
-            np.testing.assert_allclose(out[index], colorsys.hsv_to_rgb((h + turn) % 1, s, v), atol=1e-5)
+            np.testing.assert_allclose(
+                out[index], colorsys.hsv_to_rgb((h + turn) % 1, s, v), atol=1e-5
+            )
 
 
 def test_blur_equals_scipy() -> None:
-    pixels, sigmas = RNG.random((3, 8, 11, 3), np.float32), [0.4, 1.0, 2.0]
+    pixels = RNG.random((3, 8, 11, 3), np.float32)
+    sigmas = [0.4, 1.0, 2.0]
     out = jax.jit(values.blur, static_argnums=2)(pixels, jnp.array(sigmas), 6)
     for i, sigma in enumerate(sigmas):
         wanted = ndimage.gaussian_filter(pixels[i], sigma, axes=(0, 1), radius=6, mode="reflect")
         np.testing.assert_allclose(out[i], wanted, atol=1e-5)
-    wide = jax.jit(values.blur, static_argnums=2)(pixels, jnp.full(3, 4.0), 12)  # wider than the image
-    np.testing.assert_allclose(wide[0], ndimage.gaussian_filter(pixels[0], 4, axes=(0, 1), radius=12), atol=1e-5)
+    wide = jax.jit(values.blur, static_argnums=2)(
+        pixels, jnp.full(3, 4.0), 12
+    )  # wider than the image
+    np.testing.assert_allclose(
+        wide[0], ndimage.gaussian_filter(pixels[0], 4, axes=(0, 1), radius=12), atol=1e-5
+    )
 
 
 def test_members_draw_their_settings_for_each_row() -> None:
@@ -136,16 +159,20 @@ def test_noise() -> None:
 
 
 def test_cutout() -> None:
-    rows, size = 3000, 4
+    rows = 3000
+    size = 4
     white = np.ones((rows, 9, 10, 3), np.float32)
     out = changed(augment.Cutout(size, fill=0.25), white)
     assert set(np.unique(out)) == {0.25, 1} and (out == out[..., :1]).all()
     hole = out[..., 0] == 0.25
-    across, down = hole.any(1), hole.any(2)
+    across = hole.any(1)
+    down = hole.any(2)
     # a rectangle of four by four, but where it left the image: then of two or three
     assert (hole == down[:, :, None] & across[:, None, :]).all()
     for found, length in ((down, 9), (across, 10)):
         assert set(found.sum(1)) == {2, 3, 4}
         centre = np.where(found[:, 0], found.sum(1) - size // 2, found.argmax(1) + size // 2)
         counts = np.bincount(centre, minlength=length)
-        assert len(counts) == length and abs(counts - rows / length).max() < 4 * (rows / length) ** 0.5
+        assert (
+            len(counts) == length and abs(counts - rows / length).max() < 4 * (rows / length) ** 0.5
+        )

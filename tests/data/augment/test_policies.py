@@ -1,4 +1,6 @@
-"""RandAugment and AugMix: each operation is the one that it is named after, chosen evenly, mixed as the formula says."""
+"""RandAugment and AugMix: each operation is the one that it is named after, chosen evenly, mixed as
+the formula says.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ PIXELS = np.random.default_rng(0).beta(2, 3, (B, 18, 20, 3)).astype(np.float32)
 
 def alone(name: str, level: float, sign: int) -> jax.Array:
     """The operation by itself, with the settings that the papers' code has."""
-    x, rows = jnp.asarray(PIXELS), lambda value: jnp.full(B, value, jnp.float32)
+    x = jnp.asarray(PIXELS)
+    rows = lambda value: jnp.full(B, value, jnp.float32)
     if name in ("brightness", "contrast", "saturation", "sharpness"):
         return getattr(values, name)(x, rows(1 + 0.9 * level * sign))
     if name in ("autocontrast", "equalize"):
@@ -43,7 +46,9 @@ def test_each_operation_is_what_it_is_named_after() -> None:
             if level == 0 and name not in ("autocontrast", "equalize"):
                 assert np.array_equal(out, PIXELS), name
             else:
-                np.testing.assert_allclose(out, wanted(name, level, sign), atol=1e-6, err_msg=f"{name} {sign}")
+                np.testing.assert_allclose(
+                    out, wanted(name, level, sign), atol=1e-6, err_msg=f"{name} {sign}"
+                )
 
 
 def test_operations_and_signs_are_drawn_evenly_for_each_row() -> None:
@@ -61,7 +66,9 @@ def test_count_and_channels() -> None:
     colour_only = augment.RandAugment(2, 10, ("saturation",))
     assert np.array_equal(colour_only(jax.random.key(0), {"pixels": grey})["pixels"], grey)
     twice = augment.RandAugment(2, 10, ("solarize",))  # all is inverted twice
-    np.testing.assert_allclose(twice(jax.random.key(0), {"pixels": PIXELS})["pixels"], PIXELS, atol=1e-6)
+    np.testing.assert_allclose(
+        twice(jax.random.key(0), {"pixels": PIXELS})["pixels"], PIXELS, atol=1e-6
+    )
     assert "saturation" not in MIXED and set(MIXED) < set(OPERATIONS)
 
 
@@ -73,7 +80,9 @@ def test_augmix_is_a_mixture() -> None:
     out = np.asarray(jax.jit(made)(jax.random.key(0), {"pixels": pixels})["pixels"], np.float64)
     goal = np.asarray(values.autocontrast(jnp.asarray(pixels[:1])), np.float64)[0]
     share = ((out - pixels) * (goal - pixels[0])).sum((1, 2, 3)) / ((goal - pixels[0]) ** 2).sum()
-    np.testing.assert_allclose(out, pixels + share[:, None, None, None] * (goal - pixels), atol=1e-5)
+    np.testing.assert_allclose(
+        out, pixels + share[:, None, None, None] * (goal - pixels), atol=1e-5
+    )
     assert stats.kstest(share, stats.uniform.cdf).pvalue > 0.01
 
 

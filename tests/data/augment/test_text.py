@@ -1,4 +1,6 @@
-"""Texts: rates and lengths as they are said to be, nothing lost, nothing across segments, padding as it was."""
+"""Texts: rates and lengths as they are said to be, nothing lost, nothing across segments, padding
+as it was.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ SEGMENTS = [7, 1, 12, 0, 4]  # lengths; 0 tokens of padding between the last two
 
 
 def packed(rows: int, width: int = 30) -> dict[str, np.ndarray]:
-    """Tokens that carry their own place, in segments of 7, 1, 12 and 4, then padding with ids of its own."""
+    """Tokens that carry their own place, in segments of 7, 1, 12 and 4, then padding with ids of
+    its own.
+    """
     segments = np.zeros((rows, width), np.int32)
     at = 0
     for i, n in enumerate(SEGMENTS):
@@ -38,28 +42,43 @@ def near(found: float, wanted: float, deviation: float) -> bool:
 def test_token_dropout() -> None:
     batch = packed(400)
     out = run(TokenDropout(7, 0.3), batch)
-    dropped, real = out["tokens"] == 7, batch["segments"] > 0
-    assert np.array_equal(out["tokens"][~dropped], batch["tokens"][~dropped]) and not (dropped & ~real).any()
+    dropped = out["tokens"] == 7
+    real = batch["segments"] > 0
+    assert (
+        np.array_equal(out["tokens"][~dropped], batch["tokens"][~dropped])
+        and not (dropped & ~real).any()
+    )
     assert near(dropped[real].mean(), 0.3, (0.21 / real.sum()) ** 0.5)
 
 
 @pytest.mark.parametrize(("rate", "span"), [(0.15, 0.0), (0.15, 3.0), (0.4, 5.0)])
 def test_span_masking(rate: float, span: float) -> None:
-    rows, width, vocab = 300, 200, 50
+    rows = 300
+    width = 200
+    vocab = 50
     rng = np.random.default_rng(0)
     segments = np.tile(np.repeat(np.array([1, 2, 0], np.int32), [100, 80, 20]), (rows, 1))
     tokens = rng.integers(10, vocab, (rows, width), np.int32)
-    out = run(augment.SpanMasking(3, vocab, rate, span, lowest=10), {"tokens": tokens, "segments": segments, "other": tokens})
+    out = run(
+        augment.SpanMasking(3, vocab, rate, span, lowest=10),
+        {"tokens": tokens, "segments": segments, "other": tokens},
+    )
     masked = out["weights"] > 0
     assert set(np.unique(out["weights"])) == {0, 1} and out["weights"].dtype == np.float32
     assert not masked[segments == 0].any()
     assert np.array_equal(out["targets"], np.where(masked, tokens, 0))
-    assert np.array_equal(out["tokens"][~masked], tokens[~masked]) and np.array_equal(out["other"], tokens)
+    assert np.array_equal(out["tokens"][~masked], tokens[~masked]) and np.array_equal(
+        out["other"], tokens
+    )
     # every place alike, the first of a segment too
     length = span or 1 / (1 - rate)
     for places in (slice(0, 1), slice(100, 101), slice(50, 60), slice(0, 180)):
         part = masked[:, places]
-        assert near(part.mean(), rate, (rate * (1 - rate) * min(2 * length, part.shape[1]) / part.size) ** 0.5)
+        assert near(
+            part.mean(),
+            rate,
+            (rate * (1 - rate) * min(2 * length, part.shape[1]) / part.size) ** 0.5,
+        )
     # lengths of the runs that neither edge of a segment cuts are geometric
     runs = [
         sum(map(int, run))
@@ -69,9 +88,14 @@ def test_span_masking(rate: float, span: float) -> None:
         if run
     ]
     assert near(np.mean(runs), length, length / len(runs) ** 0.5 + 0.02 * length)
-    assert near(np.mean(np.array(runs) == 1), 1 / length, (1 / length * (1 - 1 / length) / len(runs)) ** 0.5 + 0.01)
+    assert near(
+        np.mean(np.array(runs) == 1),
+        1 / length,
+        (1 / length * (1 - 1 / length) / len(runs)) ** 0.5 + 0.01,
+    )
     shown = out["tokens"][masked]
-    kept, hidden = shown == tokens[masked], shown == 3
+    kept = shown == tokens[masked]
+    hidden = shown == 3
     assert near(hidden.mean(), 0.8, (0.16 / masked.sum()) ** 0.5)
     assert near(kept.mean(), 0.1 + 0.1 / 40, (0.09 / masked.sum()) ** 0.5)
     drawn = shown[~kept & ~hidden]
@@ -80,7 +104,9 @@ def test_span_masking(rate: float, span: float) -> None:
 
 def test_masks_of_segments_are_independent() -> None:
     segments = np.tile(np.array([1, 1, 1, 2, 2, 2], np.int32), (2000, 1))
-    out = run(augment.SpanMasking(3, 50, 0.5, 20.0), {"tokens": segments + 10, "segments": segments})["weights"]
+    out = run(
+        augment.SpanMasking(3, 50, 0.5, 20.0), {"tokens": segments + 10, "segments": segments}
+    )["weights"]
     assert abs(np.corrcoef(out[:, 1], out[:, 2])[0, 1]) > 0.8
     assert abs(np.corrcoef(out[:, 2], out[:, 3])[0, 1]) < 0.1
 
@@ -88,9 +114,12 @@ def test_masks_of_segments_are_independent() -> None:
 @functools.cache
 def corrupted() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Texts of 0 to 40 tokens in rows of 40, five of each."""
-    made, width = augment.SpanCorruption(999, rate=0.3, span=2.5), 40
+    made = augment.SpanCorruption(999, rate=0.3, span=2.5)
+    width = 40
     lengths = np.repeat(np.arange(width + 1), 5)
-    tokens = np.where(np.arange(width) < lengths[:, None], np.arange(100, 100 + width), 0).astype(np.int32)
+    tokens = np.where(np.arange(width) < lengths[:, None], np.arange(100, 100 + width), 0).astype(
+        np.int32
+    )
     return lengths, tokens, run(made, {"tokens": tokens, "mask": tokens > 0, "labels": lengths})
 
 
@@ -107,7 +136,11 @@ def test_span_corruption_loses_nothing() -> None:
         taken = max(1, round(n * 0.3)) if n > 1 else 0
         spans = min(max(1, round(taken / 2.5)), taken, n - taken) if n > 1 else 0
         assert sum(t < 900 for t in targets) == taken
-        assert [t for t in source if t > 900] == [t for t in targets if t > 900] == list(range(999, 999 - spans, -1))
+        assert (
+            [t for t in source if t > 900]
+            == [t for t in targets if t > 900]
+            == list(range(999, 999 - spans, -1))
+        )
         pieces: dict[int, list[int]] = {}
         for t in targets:
             if t > 900:
@@ -123,7 +156,10 @@ def test_span_corruption_loses_nothing() -> None:
 
 def test_span_corruption_feeds_the_decoder() -> None:
     lengths, _, out = corrupted()
-    assert out["tokens"].dtype == out["source"].dtype == np.int32 and out["source_mask"].dtype == np.bool_
+    assert (
+        out["tokens"].dtype == out["source"].dtype == np.int32
+        and out["source_mask"].dtype == np.bool_
+    )
     for tokens, targets, weights, source, mask in zip(
         *(out[k] for k in ("tokens", "targets", "weights", "source", "source_mask")), strict=True
     ):
@@ -154,7 +190,9 @@ def test_local_shuffle() -> None:
 def test_sentence_shuffle() -> None:
     batch = packed(300)
     stop = 55
-    batch["tokens"][:, [2, 4, 9, 13, 14]] = stop  # three sentences in the first text, four in the third: one is a stop alone
+    batch["tokens"][:, [2, 4, 9, 13, 14]] = (
+        stop  # three sentences in the first text, four in the third: one is a stop alone
+    )
     batch["tokens"][:, 25] = stop  # padding has no sentences
     out = run(SentenceShuffle(stop), batch)
     check_segments(out, batch)

@@ -1,4 +1,5 @@
-"""What PEFT computes with adapters on the tiny models of this folder, stored for `tests/hub/test_adapters.py`: run by hand.
+"""What PEFT computes with adapters on the tiny models of this folder, stored for
+`tests/hub/test_adapters.py`: run by hand.
 
     .peers/bin/python -m pip install peft
     .peers/bin/python tests/hub/goldens/make_adapters.py            # adapters/NAME: PEFT's folder, and logits.npz beside it
@@ -6,7 +7,8 @@
 
 `--ours` names the Python that has jaxmodel (default .venv/bin/python).
 
-With PEFT 0.21.2, transformers 5.24.0 and torch 2.13.0 the check finds logits within 1e-5 of each other.
+With PEFT 0.21.2, transformers 5.24.0 and torch 2.13.0 the check finds logits within 1e-5 of each
+other.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ REPO = HERE.parents[2]
 
 # name -> the model, the class that reads it, settings of `LoraConfig`
 KINDS = {
-    "llama": ("llama-untied", "CausalLM", {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "llama": (
+        "llama-untied",
+        "CausalLM",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    ),
     "patterns": (
         "llama-untied",
         "CausalLM",
@@ -41,9 +47,21 @@ KINDS = {
             "modules_to_save": ["norm"],
         },
     ),
-    "gpt2": ("gpt2-a", "CausalLM", {"r": 3, "lora_alpha": 9, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
-    "phi3": ("phi3-a", "CausalLM", {"r": 3, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
-    "some_layers": ("qwen2-a", "CausalLM", {"target_modules": ["k_proj", "o_proj"], "layers_to_transform": [1], "r": 2}),
+    "gpt2": (
+        "gpt2-a",
+        "CausalLM",
+        {"r": 3, "lora_alpha": 9, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "phi3": (
+        "phi3-a",
+        "CausalLM",
+        {"r": 3, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]},
+    ),
+    "some_layers": (
+        "qwen2-a",
+        "CausalLM",
+        {"target_modules": ["k_proj", "o_proj"], "layers_to_transform": [1], "r": 2},
+    ),
     "bert": ("bert-a", "", {"r": 2, "target_modules": ["query", "output.dense"]}),
     "vit": (
         "vit-a",
@@ -74,7 +92,11 @@ def main() -> None:
     parser.add_argument("--ours", default=str(REPO / ".venv/bin/python"))
     options = parser.parse_args()
     if options.check:
-        rules = {"llama-untied": ".*/(q|v|down)|head", "gpt2-a": ".*/(q|v|up)", "qwen3-a": "blocks/1/.*/(gate|k)"}
+        rules = {
+            "llama-untied": ".*/(q|v|down)|head",
+            "gpt2-a": ".*/(q|v|up)",
+            "qwen3-a": "blocks/1/.*/(gate|k)",
+        }
         rules["phi3-a"] = ".*/(q|v|gate)"
         for name, rule in rules.items():
             check(name, rule, options.ours)
@@ -102,11 +124,13 @@ def write(name: str, of: str, kind: str, settings: dict) -> None:
     with torch.no_grad():
         if name == "vit":
             pixels = torch.randn(2, 3, *(2 * [model.config.image_size]))
-            given, logits = {"pixels": pixels.permute(0, 2, 3, 1).numpy()}, model(pixel_values=pixels).logits
+            given = {"pixels": pixels.permute(0, 2, 3, 1).numpy()}
+            logits = model(pixel_values=pixels).logits
         else:
             tokens = torch.randint(0, model.config.vocab_size, (2, 7))
             out = model(input_ids=tokens)
-            given, logits = {"tokens": tokens.numpy()}, out[0]
+            given = {"tokens": tokens.numpy()}
+            logits = out[0]
     np.savez(folder / "logits.npz", logits=logits.numpy(), **given)
     print(name, sorted(path.name for path in folder.iterdir()), logits.abs().max())
 
@@ -115,12 +139,22 @@ def check(of: str, rules: str, ours: str) -> None:
     """Our folder in PEFT."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = f"{scratch}/adapters"
-        subprocess.run([ours, "-c", OURS, str(HERE / of), rules, folder, str(HERE / f"{of}.npz")], check=True)
+        subprocess.run(
+            [ours, "-c", OURS, str(HERE / of), rules, folder, str(HERE / f"{of}.npz")], check=True
+        )
         model = peft.PeftModel.from_pretrained(read(of, "CausalLM"), folder)
         with torch.no_grad():
-            logits = model(input_ids=torch.as_tensor(np.load(HERE / f"{of}.npz")["tokens"]).long()).logits.numpy()
+            logits = model(
+                input_ids=torch.as_tensor(np.load(HERE / f"{of}.npz")["tokens"]).long()
+            ).logits.numpy()
         wanted = np.load(f"{scratch}/ours.npy")
-    print(of, "largest difference of the logits", np.abs(logits - wanted).max(), "of", np.abs(wanted).max())
+    print(
+        of,
+        "largest difference of the logits",
+        np.abs(logits - wanted).max(),
+        "of",
+        np.abs(wanted).max(),
+    )
     if np.abs(logits - wanted).max() > 1e-4:
         sys.exit(1)
 

@@ -1,22 +1,26 @@
-"""What transformers computes with encoders, stored for `tests/hub/test_encoder_goldens.py`: run by hand, never by the tests.
+"""What transformers computes with encoders, stored for `tests/hub/test_encoder_goldens.py`: run by
+hand, never by the tests.
 
     make peers                                                     # .peers/: torch, transformers 5.23.0
     .peers/bin/python -m pip install pillow                        # for the image processors only
     .peers/bin/python tests/hub/goldens/make_encoders.py           # writes the folders and .npz beside this file
     .peers/bin/python tests/hub/goldens/make_encoders.py --check   # transformers reads what our save_pretrained writes
 
-Both take about half a minute on two cores. `--ours` names the Python that has jaxmodel and all-MiniLM-L6-v2.
+Both take about half a minute on two cores. `--ours` names the Python that has jaxmodel and
+all-MiniLM-L6-v2.
 
-Each tiny model (random weights, biases and norms too) is a folder as transformers writes it and a `.npz`:
+Each tiny model (random weights, biases and norms too) is a folder as transformers writes it and a
+`.npz`:
 
     in:NAME          inputs of our `apply`: tokens, types, mask (a full row, a padded one), pixels `[B, Y, X, C]`
     logits           what `apply` gives: of tokens, of classes, pooled vectors, images by texts
     targets, weights of a cross entropy over the last axis of the logits
     loss, grad:NAME  that, and its gradients by the tensors of the file
 
-`encoder-images.npz` has uint8 images and the pixels that the image processors of `vit-a` and `clip-a` make of them.
-`encoder-minilm.npz` has the embeddings of the lines of sentences.txt, and of all of them as one text (cut at 256 tokens), by
-all-MiniLM-L6-v2: the mean over the mask, of length one; and the token ids.
+`encoder-images.npz` has uint8 images and the pixels that the image processors of `vit-a` and
+`clip-a` make of them. `encoder-minilm.npz` has the embeddings of the lines of sentences.txt, and of
+all of them as one text (cut at 256 tokens), by all-MiniLM-L6-v2: the mean over the mask, of length
+one; and the token ids.
 """
 
 from __future__ import annotations
@@ -52,13 +56,17 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[2]
 MAX_TOKENS = 256  # of sentence_bert_config.json
-TEXTS = [*(HERE / "sentences.txt").read_text(encoding="utf-8").splitlines(), (HERE / "sentences.txt").read_text(encoding="utf-8")]
+TEXTS = [
+    *(HERE / "sentences.txt").read_text(encoding="utf-8").splitlines(),
+    (HERE / "sentences.txt").read_text(encoding="utf-8"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """A model, the length of its padded row (of both, where none is padded), which gradients are stored, and sides of images
-    that are not the config's."""
+    """A model, the length of its padded row (of both, where none is padded), which gradients are
+    stored, and sides of images that are not the config's.
+    """
 
     kind: str
     config: Any
@@ -69,27 +77,60 @@ class Tiny:
 
 def sizes(width: int, depth: int, heads: int, mlp: int, **more: Any) -> dict[str, Any]:
     """What the configs of all kinds have."""
-    given = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": mlp}
+    given = {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+    }
     return given | more
 
 
 def labels(*names: str) -> dict[str, Any]:
     """Names of classes."""
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 _FIRST = r".*(embeddings\.|LayerNorm|layer\.0\.).*|cls.*|classifier.*"
-_ROBERTA = {"vocab_size": 71, "max_position_embeddings": 18, "type_vocab_size": 1, **sizes(12, 2, 2, 20)}
+_ROBERTA = {
+    "vocab_size": 71,
+    "max_position_embeddings": 18,
+    "type_vocab_size": 1,
+    **sizes(12, 2, 2, 20),
+}
 _MODERN = {
-    **{"vocab_size": 71, "max_position_embeddings": 16, "local_attention": 4, **sizes(12, 4, 3, 10)},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    **{
+        "vocab_size": 71,
+        "max_position_embeddings": 16,
+        "local_attention": 4,
+        **sizes(12, 4, 3, 10),
+    },
+    **{
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
 }
 _DINO = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 2}
-_DISTILBERT = {"vocab_size": 71, "max_position_embeddings": 16, "dim": 12, "n_layers": 2, "n_heads": 2, "hidden_dim": 20}
+_DISTILBERT = {
+    "vocab_size": 71,
+    "max_position_embeddings": 16,
+    "dim": 12,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 20,
+}
 MODELS = {
     "bert-a": Tiny(
         "BertForMaskedLM",
-        BertConfig(vocab_size=97, max_position_embeddings=24, type_vocab_size=3, **sizes(16, 2, 4, 24)),
+        BertConfig(
+            vocab_size=97, max_position_embeddings=24, type_vocab_size=3, **sizes(16, 2, 4, 24)
+        ),
         15,
         _FIRST,
     ),
@@ -107,9 +148,15 @@ MODELS = {
         _FIRST + r"|.*pooler.*",
     ),
     "bert-c": Tiny(
-        "BertModel", BertConfig(vocab_size=89, max_position_embeddings=20, **sizes(16, 1, 2, 28)), 13, r".*\.(query|key)\..*"
+        "BertModel",
+        BertConfig(vocab_size=89, max_position_embeddings=20, **sizes(16, 1, 2, 28)),
+        13,
+        r".*\.(query|key)\..*",
     ),
-    "vit-a": Tiny("ViTForImageClassification", ViTConfig(image_size=12, patch_size=4, **sizes(16, 2, 4, 24), **labels(*"xyz"))),
+    "vit-a": Tiny(
+        "ViTForImageClassification",
+        ViTConfig(image_size=12, patch_size=4, **sizes(16, 2, 4, 24), **labels(*"xyz")),
+    ),
     "vit-b": Tiny(
         "ViTForImageClassification",
         ViTConfig(
@@ -124,13 +171,23 @@ MODELS = {
         ),
         gradients=r".*(embeddings|layernorm|classifier|layer\.2\.).*",
     ),
-    "vit-c": Tiny("ViTModel", ViTConfig(image_size=10, patch_size=5, **sizes(18, 1, 3, 20)), gradients=r".*(pooler|token).*"),
+    "vit-c": Tiny(
+        "ViTModel",
+        ViTConfig(image_size=10, patch_size=5, **sizes(18, 1, 3, 20)),
+        gradients=r".*(pooler|token).*",
+    ),
     "clip-a": Tiny(
         "CLIPModel",
         CLIPConfig(
             text_config={
                 **sizes(16, 2, 4, 24),
-                **{"vocab_size": 97, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+                **{
+                    "vocab_size": 97,
+                    "max_position_embeddings": 12,
+                    "bos_token_id": 0,
+                    "eos_token_id": 2,
+                    "pad_token_id": 1,
+                },
             },
             vision_config=sizes(20, 1, 2, 28, image_size=12, patch_size=4),
             projection_dim=8,
@@ -143,9 +200,17 @@ MODELS = {
         CLIPConfig(
             text_config={
                 **sizes(12, 1, 1, 20, hidden_act="gelu"),
-                **{"vocab_size": 61, "max_position_embeddings": 10, "bos_token_id": 0, "eos_token_id": 55, "pad_token_id": 1},
+                **{
+                    "vocab_size": 61,
+                    "max_position_embeddings": 10,
+                    "bos_token_id": 0,
+                    "eos_token_id": 55,
+                    "pad_token_id": 1,
+                },
             },
-            vision_config=sizes(16, 2, 4, 24, image_size=8, patch_size=4, hidden_act="gelu", layer_norm_eps=1e-2),
+            vision_config=sizes(
+                16, 2, 4, 24, image_size=8, patch_size=4, hidden_act="gelu", layer_norm_eps=1e-2
+            ),
             projection_dim=6,
         ),
         6,
@@ -155,27 +220,47 @@ MODELS = {
 
 
 LATER = {
-    "roberta-a": Tiny("RobertaForMaskedLM", RobertaConfig(**_ROBERTA), 11, r".*embeddings\..*|lm_head.*"),
+    "roberta-a": Tiny(
+        "RobertaForMaskedLM", RobertaConfig(**_ROBERTA), 11, r".*embeddings\..*|lm_head.*"
+    ),
     "roberta-b": Tiny(
         "RobertaForSequenceClassification",
-        RobertaConfig(**_ROBERTA | {"hidden_act": "relu", "layer_norm_eps": 1e-2, "type_vocab_size": 2}, **labels("no", "yes")),
+        RobertaConfig(
+            **_ROBERTA | {"hidden_act": "relu", "layer_norm_eps": 1e-2, "type_vocab_size": 2},
+            **labels("no", "yes"),
+        ),
         *(7, r".*embeddings\..*|classifier.*"),
     ),
-    "xlm-roberta-a": Tiny("XLMRobertaModel", XLMRobertaConfig(**_ROBERTA), 9, r".*\.(query|key)\..*|.*position.*"),
-    "distilbert-a": Tiny("DistilBertForMaskedLM", DistilBertConfig(**_DISTILBERT), 11, r".*embeddings\..*|vocab_.*"),
+    "xlm-roberta-a": Tiny(
+        "XLMRobertaModel", XLMRobertaConfig(**_ROBERTA), 9, r".*\.(query|key)\..*|.*position.*"
+    ),
+    "distilbert-a": Tiny(
+        "DistilBertForMaskedLM", DistilBertConfig(**_DISTILBERT), 11, r".*embeddings\..*|vocab_.*"
+    ),
     "distilbert-b": Tiny(
         "DistilBertForSequenceClassification",
         DistilBertConfig(**_DISTILBERT | {"activation": "relu"}, **labels("no", "perhaps", "yes")),
         *(6, r".*embeddings\..*|(pre_)?classifier.*"),
     ),
-    "distilbert-c": Tiny("DistilBertModel", DistilBertConfig(**_DISTILBERT), 9, r".*(q_lin|lin2).*"),
+    "distilbert-c": Tiny(
+        "DistilBertModel", DistilBertConfig(**_DISTILBERT), 9, r".*(q_lin|lin2).*"
+    ),
     "modernbert-a": Tiny(
-        "ModernBertForMaskedLM", ModernBertConfig(**_MODERN), 11, r".*(embeddings|layers\.0)\..*|head.*|decoder.*"
+        "ModernBertForMaskedLM",
+        ModernBertConfig(**_MODERN),
+        11,
+        r".*(embeddings|layers\.0)\..*|head.*|decoder.*",
     ),
     "modernbert-b": Tiny(
         "ModernBertForSequenceClassification",
         ModernBertConfig(
-            **_MODERN | {"classifier_pooling": "mean", "hidden_activation": "relu", "norm_eps": 1e-2, "num_hidden_layers": 2},
+            **_MODERN
+            | {
+                "classifier_pooling": "mean",
+                "hidden_activation": "relu",
+                "norm_eps": 1e-2,
+                "num_hidden_layers": 2,
+            },
             **labels("no", "perhaps", "yes"),
             layer_types=["sliding_attention", "full_attention"],
             rope_parameters={
@@ -187,11 +272,18 @@ LATER = {
     ),
     "modernbert-c": Tiny("ModernBertModel", ModernBertConfig(**_MODERN), 9, r".*(Wqkv|norm).*"),
     "dinov2-a": Tiny(
-        "Dinov2Model", Dinov2Config(image_size=12, patch_size=4, **_DINO), gradients=r".*(cls_token|patch|position|lambda|norm).*"
+        "Dinov2Model",
+        Dinov2Config(image_size=12, patch_size=4, **_DINO),
+        gradients=r".*(cls_token|patch|position|lambda|norm).*",
     ),
     "dinov2-b": Tiny(
         "Dinov2ForImageClassification",
-        Dinov2Config(image_size=8, patch_size=4, **_DINO | {"num_channels": 1, "layer_norm_eps": 1e-2}, **labels(*"xyz")),
+        Dinov2Config(
+            image_size=8,
+            patch_size=4,
+            **_DINO | {"num_channels": 1, "layer_norm_eps": 1e-2},
+            **labels(*"xyz"),
+        ),
         gradients=r".*(classifier|layer\.1).*",
     ),
     "dinov2-c": Tiny(
@@ -202,22 +294,37 @@ LATER = {
     ),
     "modernbert-d": Tiny(
         "ModernBertForSequenceClassification",
-        ModernBertConfig(**_MODERN | {"classifier_pooling": "cls", "num_hidden_layers": 3}, **labels("no", "yes")),
+        ModernBertConfig(
+            **_MODERN | {"classifier_pooling": "cls", "num_hidden_layers": 3}, **labels("no", "yes")
+        ),
         *(7, r".*layers\.2\..*|head.*|classifier.*"),
     ),
     "siglip-a": Tiny(
         "SiglipModel",
         SiglipConfig(
-            text_config={**sizes(12, 2, 2, 20), "vocab_size": 61, "max_position_embeddings": 8, "projection_size": 16},
-            vision_config=sizes(16, 2, 4, 24, image_size=14, patch_size=4),  # of which two pixels are left over
+            text_config={
+                **sizes(12, 2, 2, 20),
+                "vocab_size": 61,
+                "max_position_embeddings": 8,
+                "projection_size": 16,
+            },
+            vision_config=sizes(
+                16, 2, 4, 24, image_size=14, patch_size=4
+            ),  # of which two pixels are left over
         ),
         gradients=r"logit_scale|text_model.head.*|vision_model.(head|embeddings).*",
     ),
     "siglip-b": Tiny(
         "SiglipModel",
         SiglipConfig(
-            text_config={**sizes(12, 1, 3, 20, hidden_act="gelu"), "vocab_size": 61, "max_position_embeddings": 8},
-            vision_config=sizes(12, 1, 2, 20, image_size=8, patch_size=4, num_channels=1, layer_norm_eps=1e-2),
+            text_config={
+                **sizes(12, 1, 3, 20, hidden_act="gelu"),
+                "vocab_size": 61,
+                "max_position_embeddings": 8,
+            },
+            vision_config=sizes(
+                12, 1, 2, 20, image_size=8, patch_size=4, num_channels=1, layer_norm_eps=1e-2
+            ),
         ),
         6,
         r"logit_scale|text_model.embeddings.*|.*post_layernorm.*",
@@ -235,13 +342,17 @@ OF_SENTENCES = ("BertModel", "DistilBertModel", "ModernBertModel", "XLMRobertaMo
 
 def inputs_of(tiny: Tiny, draw: torch.Generator) -> dict[str, torch.Tensor]:
     """Inputs by our names: a full row of text and a padded one, images."""
-    config, found = tiny.config, {}
+    config = tiny.config
+    found = {}
     text = getattr(config, "text_config", config)
     if config.model_type == "siglip":  # which reads the last position, so nothing is padding
         length = tiny.short or text.max_position_embeddings
         found["tokens"] = torch.randint(text.vocab_size, (2, length), generator=draw)
     elif tiny.short:
-        roberta = config.model_type in ("roberta", "xlm-roberta")  # positions begin behind the padding id
+        roberta = config.model_type in (
+            "roberta",
+            "xlm-roberta",
+        )  # positions begin behind the padding id
         length = text.max_position_embeddings - (text.pad_token_id + 1 if roberta else 0)
         tokens = torch.randint(3, text.vocab_size, (2, length), generator=draw)
         mask = torch.ones_like(tokens)
@@ -262,7 +373,12 @@ def inputs_of(tiny: Tiny, draw: torch.Generator) -> dict[str, torch.Tensor]:
 
 def logits_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What our `apply` gives."""
-    theirs = {"tokens": "input_ids", "types": "token_type_ids", "mask": "attention_mask", "pixels": "pixel_values"}
+    theirs = {
+        "tokens": "input_ids",
+        "types": "token_type_ids",
+        "mask": "attention_mask",
+        "pixels": "pixel_values",
+    }
     given = {theirs[name]: value for name, value in inputs.items()}
     if "pixel_values" in given:
         given["pixel_values"] = given["pixel_values"].permute(0, 3, 1, 2)
@@ -282,7 +398,8 @@ def mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def tiny(name: str) -> None:
     """One model: its folder and its `.npz`."""
-    one, seed = MODELS[name], SEEDS[name]
+    one = MODELS[name]
+    seed = SEEDS[name]
     draw = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     kind = getattr(transformers, one.kind)
@@ -298,13 +415,18 @@ def tiny(name: str) -> None:
     logits = logits_of(model, inputs)
     targets = torch.randint(logits.shape[-1], logits.shape[:-1], generator=draw)
     weights = inputs["mask"].float() if logits.ndim == 3 else torch.ones(logits.shape[:-1])
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), reduction="none"
+    )
     loss = (losses * weights.flatten()).sum() / weights.sum()
     loss.backward()
     grads = {f"grad:{k}": v for k, v in gradients(model).items() if re.fullmatch(one.gradients, k)}
     save(
         name,
-        **{f"in:{key}": value.to(torch.int32) if key in ("tokens", "types") else value for key, value in inputs.items()},
+        **{
+            f"in:{key}": value.to(torch.int32) if key in ("tokens", "types") else value
+            for key, value in inputs.items()
+        },
         logits=logits,
         targets=targets.to(torch.int32),
         weights=weights,
@@ -312,12 +434,15 @@ def tiny(name: str) -> None:
         **grads,
     )
     print(
-        f"{name}: {sum(p.numel() for p in model.parameters())} parameters, {len(grads)} gradients, logits {tuple(logits.shape)}"
+        f"{name}: {sum(p.numel() for p in model.parameters())} parameters, {len(grads)} "
+        f"gradients, logits {tuple(logits.shape)}"
     )
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By the names of files, which are not those of modules: the model is saved with its gradients in place of its weights."""
+    """By the names of files, which are not those of modules: the model is saved with its gradients
+    in place of its weights.
+    """
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for value in model.parameters():
             value.copy_(torch.zeros_like(value) if value.grad is None else value.grad)
@@ -330,11 +455,18 @@ def images() -> None:
     draw = np.random.default_rng(0)
     y, x = np.mgrid[:37, :61] / 61
     smooth = np.stack([np.sin(5 * x + 3 * y), np.cos(7 * x * y), x - y], axis=-1) * 100 + 120
-    given = {"smooth": smooth.astype(np.uint8), "noise": draw.integers(0, 256, (25, 40, 3), dtype=np.uint8)}
+    given = {
+        "smooth": smooth.astype(np.uint8),
+        "noise": draw.integers(0, 256, (25, 40, 3), dtype=np.uint8),
+    }
     given["tall"] = given["smooth"].swapaxes(0, 1).copy()
     processors = {
-        "vit-a": transformers.ViTImageProcessorPil(size={"height": 12, "width": 12}, image_std=[0.5, 0.25, 1.0]),
-        "clip-a": transformers.CLIPImageProcessorPil(size={"shortest_edge": 14}, crop_size={"height": 12, "width": 12}),
+        "vit-a": transformers.ViTImageProcessorPil(
+            size={"height": 12, "width": 12}, image_std=[0.5, 0.25, 1.0]
+        ),
+        "clip-a": transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 14}, crop_size={"height": 12, "width": 12}
+        ),
     }
     stored = {f"image:{name}": image for name, image in given.items()}
     for folder, processor in processors.items():
@@ -347,8 +479,10 @@ def images() -> None:
 
 def embeddings(folder: Path) -> tuple[np.ndarray, list[list[int]]]:
     """Of `TEXTS`, as sentence-transformers computes them, each text by itself; and the token ids."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    rows, out = [], []
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = []
+    out = []
     for text in TEXTS:
         given = tokenizer(text, max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
         with torch.no_grad():
@@ -360,10 +494,18 @@ def embeddings(folder: Path) -> tuple[np.ndarray, list[list[int]]]:
 
 def minilm(ours: str) -> None:
     """The embeddings by the original."""
-    found, rows = embeddings(Path(run(ours, "from jaxmodel.hub.pretrained import find_minilm; print(find_minilm())").strip()))
+    found, rows = embeddings(
+        Path(
+            run(
+                ours, "from jaxmodel.hub.pretrained import find_minilm; print(find_minilm())"
+            ).strip()
+        )
+    )
     lengths = np.array([len(row) for row in rows], np.int32)
     assert lengths.max() == MAX_TOKENS
-    np.savez_compressed(HERE / "encoder-minilm.npz", embeddings=found, ids=np.concatenate(rows), lengths=lengths)
+    np.savez_compressed(
+        HERE / "encoder-minilm.npz", embeddings=found, ids=np.concatenate(rows), lengths=lengths
+    )
     print(f"minilm: {found.shape}, {lengths.sum()} tokens")
 
 
@@ -385,29 +527,52 @@ from_pretrained("all-minilm-l6-v2").save_pretrained(out / "minilm")
 
 
 def check(ours: str, names: list[str]) -> None:
-    """transformers loads the folders that we write, and gives the same logits, tokens and embeddings."""
+    """transformers loads the folders that we write, and gives the same logits, tokens and
+    embeddings.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         run(ours, WRITE, str(HERE), folder, *(names or MODELS))
         for name in names or MODELS:
             one = MODELS[name]
-            model, info = getattr(transformers, one.kind).from_pretrained(out / name, output_loading_info=True)
+            model, info = getattr(transformers, one.kind).from_pretrained(
+                out / name, output_loading_info=True
+            )
             # we keep no pooler for means of all tokens
-            missing = {key for key in info["missing_keys"] if not (one.kind in OF_SENTENCES and key.startswith("pooler."))}
-            assert not missing and not any(info[key] for key in info if key != "missing_keys"), f"{name}: {info}"
-            stored = {key[3:]: torch.tensor(v) for key, v in np.load(HERE / f"{name}.npz").items() if key.startswith("in:")}
-            stored = {key: value if value.is_floating_point() else value.long() for key, value in stored.items()}
+            missing = {
+                key
+                for key in info["missing_keys"]
+                if not (one.kind in OF_SENTENCES and key.startswith("pooler."))
+            }
+            assert not missing and not any(info[key] for key in info if key != "missing_keys"), (
+                f"{name}: {info}"
+            )
+            stored = {
+                key[3:]: torch.tensor(v)
+                for key, v in np.load(HERE / f"{name}.npz").items()
+                if key.startswith("in:")
+            }
+            stored = {
+                key: value if value.is_floating_point() else value.long()
+                for key, value in stored.items()
+            }
             with torch.no_grad():
                 logits = logits_of(model.eval(), stored).numpy()
-            told = stored["mask"].numpy().astype(bool) if logits.ndim == 3 else slice(None)  # RoBERTa: see the test
+            told = (
+                stored["mask"].numpy().astype(bool) if logits.ndim == 3 else slice(None)
+            )  # RoBERTa: see the test
             apart = np.abs(logits - np.load(out / f"{name}.npz")["logits"])[told].max()
             assert apart < 2e-4, f"{name}: logits differ by {apart}"
-            named = getattr(model.config, "id2label", None) if "Classification" in one.kind else None
+            named = (
+                getattr(model.config, "id2label", None) if "Classification" in one.kind else None
+            )
             assert named in (None, one.config.id2label), f"{name}: {named}"
             print(f"{name}: {type(model).__name__}, logits within {apart:.1e}")
         found, rows = embeddings(out / "minilm")
         stored = np.load(HERE / "encoder-minilm.npz")
-        assert np.abs(found - stored["embeddings"]).max() < 1e-6 and np.array_equal(np.concatenate(rows), stored["ids"])
+        assert np.abs(found - stored["embeddings"]).max() < 1e-6 and np.array_equal(
+            np.concatenate(rows), stored["ids"]
+        )
         tokenizer = AutoTokenizer.from_pretrained(out / "minilm")
         assert tokenizer.mask_token == "[MASK]" and tokenizer.pad_token_id == 0
         print("minilm: the same embeddings and tokens")
@@ -423,15 +588,28 @@ def run(python: str, program: str, *args: str) -> str:
 
 def save(name: str, **arrays: torch.Tensor) -> None:
     """The `.npz` of a model."""
-    np.savez_compressed(HERE / f"{name}.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
+    np.savez_compressed(
+        HERE / f"{name}.npz", **{key: value.detach().numpy() for key, value in arrays.items()}
+    )
 
 
 def main() -> None:
     """Write the goldens, or check ours with transformers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default all, and what else is stored")
-    parser.add_argument("--check", action="store_true", help="load folders that our save_pretrained writes; store nothing")
-    parser.add_argument("--ours", default=str(REPO / ".venv/bin/python"), help="the Python that has jaxmodel")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(MODELS)}; default all, and what else is stored",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="load folders that our save_pretrained writes; store nothing",
+    )
+    parser.add_argument(
+        "--ours", default=str(REPO / ".venv/bin/python"), help="the Python that has jaxmodel"
+    )
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if options.check:

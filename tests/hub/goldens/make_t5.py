@@ -1,10 +1,12 @@
-"""What torch and transformers compute for encoders with decoders, stored for `tests/hub/test_t5_goldens.py` and `tests/models`.
+"""What torch and transformers compute for encoders with decoders, stored for
+`tests/hub/test_t5_goldens.py` and `tests/models`.
 
     make peers                                          # .peers/: torch, transformers 5.23.0
     .peers/bin/python tests/hub/goldens/make_t5.py              # writes the folders and .npz of goldens/seq2seq
     .peers/bin/python tests/hub/goldens/make_t5.py --check      # transformers reads what our save_pretrained writes
 
-Both take some seconds. `--ours` names the Python that has jaxmodel (default .venv/bin/python), which `--check` runs.
+Both take some seconds. `--ours` names the Python that has jaxmodel (default .venv/bin/python),
+which `--check` runs.
 
 Each tiny T5 (random weights, norms too) is a folder as transformers writes it and a `.npz`:
 
@@ -14,9 +16,10 @@ Each tiny T5 (random weights, norms too) is a folder as transformers writes it a
     greedy                  [2, N]: `generate` without beams, of which the second row ends early
     beams, beam_scores      [2, 3, N], [2, 3]: `generate` with three, a length penalty of 0, and the sums of log probabilities
 
-`heads.npz` has a head of its own for the first, and its logits with it and without, by what config.json says. `buckets.npz` has
-the bucket of each distance for several tables; `recurrent.npz` weights, inputs and outputs of `torch.nn.LSTM` and `GRU`, in both
-directions, two layers, rows of unequal length; `transformer.npz` the same of a stack of `torch.nn.TransformerEncoderLayer` and
+`heads.npz` has a head of its own for the first, and its logits with it and without, by what
+config.json says. `buckets.npz` has the bucket of each distance for several tables; `recurrent.npz`
+weights, inputs and outputs of `torch.nn.LSTM` and `GRU`, in both directions, two layers, rows of
+unequal length; `transformer.npz` the same of a stack of `torch.nn.TransformerEncoderLayer` and
 `DecoderLayer` each, norms behind and in front.
 """
 
@@ -96,8 +99,12 @@ def t5(name: str) -> None:
     config = MODELS[name]
     draw = torch.Generator().manual_seed(sorted(MODELS).index(name))
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-    if not config.scale_decoder_outputs:  # version 1.1, whose head transformers 5 ties unless it is told apart
+    model = T5ForConditionalGeneration._from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    if (
+        not config.scale_decoder_outputs
+    ):  # version 1.1, whose head transformers 5 ties unless it is told apart
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     randomize(model, draw)
     if config.scale_decoder_outputs:
@@ -115,14 +122,31 @@ def t5(name: str) -> None:
     tokens[1, 13:], mask[1, 13:] = 0, 0
     inputs = {"input_ids": source, "attention_mask": source_mask}
     logits = model(**inputs, decoder_input_ids=tokens, decoder_attention_mask=mask).logits
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+    )
     loss = (losses * mask[:, 1:]).sum() / mask[:, 1:].sum()
     loss.backward()
-    grads = {f"grad:{key}": value.grad for key, value in model.named_parameters() if key in GRADIENTS}
+    grads = {
+        f"grad:{key}": value.grad for key, value in model.named_parameters() if key in GRADIENTS
+    }
 
-    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
-    search = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0, "early_stopping": True, "output_scores": True}
-    first = model.generate(**inputs, eos_token_id=config.vocab_size - 1, **options, **search).sequences
+    options = {
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
+    search = {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "length_penalty": 0.0,
+        "early_stopping": True,
+        "output_scores": True,
+    }
+    first = model.generate(
+        **inputs, eos_token_id=config.vocab_size - 1, **options, **search
+    ).sequences
     end = int(first[4, 4])  # so that some text of the second row ends early
     greedy = model.generate(**inputs, eos_token_id=end, **options).sequences
     beams = model.generate(**inputs, eos_token_id=end, **options, **search)
@@ -141,7 +165,9 @@ def t5(name: str) -> None:
         beam_scores=beams.sequences_scores.reshape(2, 3),
         **grads,
     )
-    print(f"{name}: logits from {logits.min():.2f} to {logits.max():.2f}, loss {loss:.4f}, end {end}")
+    print(
+        f"{name}: logits from {logits.min():.2f} to {logits.max():.2f}, loss {loss:.4f}, end {end}"
+    )
     print(f"greedy {greedy.tolist()}, beams {found.tolist()}")
 
 
@@ -156,30 +182,44 @@ HEADS = {  # what config.json says, and whether the file has a head of its own
 
 
 def heads() -> None:
-    """`heads.npz`: a head, and the logits of the folder t5-tied with it and without, by what config.json says of both."""
+    """`heads.npz`: a head, and the logits of the folder t5-tied with it and without, by what
+    config.json says of both.
+    """
     stored = np.load(HERE / "t5-tied.npz")
     tensors = load_file(HERE / "t5-tied" / "model.safetensors")
     head = torch.randn(tensors["shared.weight"].shape, generator=torch.Generator().manual_seed(5))
     inputs = {
-        key: torch.tensor(stored[name][:1, :9]).long() for key, name in (("input_ids", "source"), ("decoder_input_ids", "tokens"))
+        key: torch.tensor(stored[name][:1, :9]).long()
+        for key, name in (("input_ids", "source"), ("decoder_input_ids", "tokens"))
     }
     found = {"head": head}
     for name, (said, own) in HEADS.items():
         with tempfile.TemporaryDirectory() as folder:
             config = json.loads((HERE / "t5-tied" / "config.json").read_text())
-            config = {key: value for key, value in config.items() if key not in HEADS["scaled-tied"][0]} | said
+            config = {
+                key: value for key, value in config.items() if key not in HEADS["scaled-tied"][0]
+            } | said
             Path(folder, "config.json").write_text(json.dumps(config))
-            save_file(tensors | ({"lm_head.weight": head} if own else {}), Path(folder, "model.safetensors"), {"format": "pt"})
+            save_file(
+                tensors | ({"lm_head.weight": head} if own else {}),
+                Path(folder, "model.safetensors"),
+                {"format": "pt"},
+            )
             found[name] = T5ForConditionalGeneration.from_pretrained(folder)(**inputs).logits
     save("heads", **found)
 
 
 def buckets() -> None:
-    """The tables of T5's relative positions: [distances from -600 to 600] for (buckets, largest distance, both sides)."""
-    gaps, tables = torch.arange(-600, 601), {}
+    """The tables of T5's relative positions: [distances from -600 to 600] for (buckets, largest
+    distance, both sides).
+    """
+    gaps = torch.arange(-600, 601)
+    tables = {}
     for count, largest in ((32, 128), (8, 20), (12, 16), (6, 30), (7, 9), (64, 500)):
         for both in (False, True):
-            found = T5Attention._relative_position_bucket(gaps, bidirectional=both, num_buckets=count, max_distance=largest)
+            found = T5Attention._relative_position_bucket(
+                gaps, bidirectional=both, num_buckets=count, max_distance=largest
+            )
             tables[f"{count},{largest},{int(both)}"] = found.to(torch.int8)
     save("buckets", **tables)
 
@@ -191,26 +231,50 @@ def recurrent() -> None:
     for kind, cell in (("lstm", torch.nn.LSTM), ("gru", torch.nn.GRU)):
         model = cell(8, 4, num_layers=2, bidirectional=True, batch_first=True)
         randomize(model, draw, 0.6)
-        x, lengths = torch.randn((3, 7, 8), generator=draw), torch.tensor([7, 3, 5])
-        packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        x = torch.randn((3, 7, 8), generator=draw)
+        lengths = torch.tensor([7, 3, 5])
+        packed = torch.nn.utils.rnn.pack_padded_sequence(
+            x, lengths, batch_first=True, enforce_sorted=False
+        )
         out, last = model(packed)
         shown, _ = torch.nn.utils.rnn.pad_packed_sequence(out, batch_first=True)
-        states = torch.stack(last) if kind == "lstm" else last[None]  # [n, layers * directions, B, H]
+        states = (
+            torch.stack(last) if kind == "lstm" else last[None]
+        )  # [n, layers * directions, B, H]
         arrays |= {f"{kind}:{key}": value for key, value in model.named_parameters()}
-        arrays |= {f"{kind}:x": x, f"{kind}:lengths": lengths, f"{kind}:shown": shown, f"{kind}:last": states}
+        arrays |= {
+            f"{kind}:x": x,
+            f"{kind}:lengths": lengths,
+            f"{kind}:shown": shown,
+            f"{kind}:last": states,
+        }
     save("recurrent", **arrays)
 
 
 def transformer() -> None:
-    """Stacks of torch's own layers, behind the embedding: two that encode, two that decode, with masks."""
-    draw, arrays = torch.Generator().manual_seed(8), {}
+    """Stacks of torch's own layers, behind the embedding: two that encode, two that decode, with
+    masks.
+    """
+    draw = torch.Generator().manual_seed(8)
+    arrays = {}
     for pre in (False, True):
-        options = {"dim_feedforward": 12, "dropout": 0.0, "batch_first": True, "norm_first": pre, "layer_norm_eps": 1e-3}
+        options = {
+            "dim_feedforward": 12,
+            "dropout": 0.0,
+            "batch_first": True,
+            "norm_first": pre,
+            "layer_norm_eps": 1e-3,
+        }
         last = lambda pre=pre: torch.nn.LayerNorm(8, eps=1e-3) if pre else None
         encoder = torch.nn.TransformerEncoder(
-            torch.nn.TransformerEncoderLayer(8, 2, **options), 2, norm=last(), enable_nested_tensor=False
+            torch.nn.TransformerEncoderLayer(8, 2, **options),
+            2,
+            norm=last(),
+            enable_nested_tensor=False,
         )
-        decoder = torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(8, 2, **options), 2, norm=last())
+        decoder = torch.nn.TransformerDecoder(
+            torch.nn.TransformerDecoderLayer(8, 2, **options), 2, norm=last()
+        )
         for part in (encoder, decoder):
             randomize(part, draw)
         source, target = (torch.randn((2, n, 8), generator=draw) for n in (6, 5))
@@ -257,28 +321,56 @@ def check(ours: str) -> None:
         if done.returncode:
             sys.exit(done.stderr)
         for file in sorted(Path(out).glob("*.npz")):
-            stored, folder = np.load(file), file.with_suffix("")
-            model, info = T5ForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+            stored = np.load(file)
+            folder = file.with_suffix("")
+            model, info = T5ForConditionalGeneration.from_pretrained(
+                folder, output_loading_info=True
+            )
             assert not any(info.values()), f"{file.stem}: {info}"
-            assert next(model.parameters()).dtype == (torch.bfloat16 if "bf16" in file.stem else torch.float32)
-            assert model.config.decoder_start_token_id == int(stored["start"]) and model.config.dropout_rate == 0.1
-            inputs = {key: torch.tensor(stored[key], dtype=torch.int64) for key in ("source", "source_mask", "tokens")}
+            assert next(model.parameters()).dtype == (
+                torch.bfloat16 if "bf16" in file.stem else torch.float32
+            )
+            assert (
+                model.config.decoder_start_token_id == int(stored["start"])
+                and model.config.dropout_rate == 0.1
+            )
+            inputs = {
+                key: torch.tensor(stored[key], dtype=torch.int64)
+                for key in ("source", "source_mask", "tokens")
+            }
             with torch.no_grad():
-                logits = model.float().eval()(inputs["source"], inputs["source_mask"], inputs["tokens"]).logits.numpy()
+                logits = (
+                    model.float()
+                    .eval()(inputs["source"], inputs["source_mask"], inputs["tokens"])
+                    .logits.numpy()
+                )
             apart = np.abs(logits - stored["logits"]).max()
-            assert apart < 2e-4 and np.abs(logits).max() > 1, f"{file.stem}: logits differ by {apart}"
-            print(f"{file.stem}: {type(model).__name__}, logits within {apart:.1e} of {np.abs(logits).max():.1f}")
+            assert apart < 2e-4 and np.abs(logits).max() > 1, (
+                f"{file.stem}: logits differ by {apart}"
+            )
+            print(
+                f"{file.stem}: {type(model).__name__}, logits within {apart:.1e} of "
+                f"{np.abs(logits).max():.1f}"
+            )
 
 
 def save(name: str, **arrays: torch.Tensor) -> None:
-    np.savez_compressed(HERE / f"{name}.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
+    np.savez_compressed(
+        HERE / f"{name}.npz", **{key: value.detach().numpy() for key, value in arrays.items()}
+    )
 
 
 def main() -> None:
     """Write the goldens, or check ours with transformers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="load folders that our save_pretrained writes; store nothing")
-    parser.add_argument("--ours", default=str(REPO / ".venv/bin/python"), help="the Python that has jaxmodel")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="load folders that our save_pretrained writes; store nothing",
+    )
+    parser.add_argument(
+        "--ours", default=str(REPO / ".venv/bin/python"), help="the Python that has jaxmodel"
+    )
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if options.check:

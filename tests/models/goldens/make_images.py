@@ -3,8 +3,9 @@
     make peers                                             # .peers/: torch
     .peers/bin/python tests/models/goldens/make_images.py  # writes images.npz beside this file, in some seconds
 
-The networks are written here by hand, with `torch.nn` alone, from their papers; a file for each would repeat the weights. Weights
-are random everywhere, norms and statistics too, and are stored under the paths of our trees. For each name of a network:
+The networks are written here by hand, with `torch.nn` alone, from their papers; a file for each
+would repeat the weights. Weights are random everywhere, norms and statistics too, and are stored
+under the paths of our trees. For each name of a network:
 
     NAME/pixels           [B, Y, X, C]
     NAME/params/PATH      kernels as [O, I * ky * kx], one leaf for each layer
@@ -51,18 +52,30 @@ class Block(nn.Module):
         for i in range(1, self.count + 1):
             y = getattr(self, f"conv{i}_norm")(getattr(self, f"conv{i}")(y))
             y = torch.relu(y) if i < self.count else y
-        short = x if self.short is None else getattr(self, f"{self.short}_norm")(getattr(self, self.short)(x))
+        short = (
+            x
+            if self.short is None
+            else getattr(self, f"{self.short}_norm")(getattr(self, self.short)(x))
+        )
         return torch.relu(y + short)
 
 
 class ResNet(nn.Module):
     """Stem, blocks, mean, classes."""
 
-    def __init__(self, stages: tuple[int, ...], width: int, bottleneck: bool, small: bool, norm) -> None:
+    def __init__(
+        self, stages: tuple[int, ...], width: int, bottleneck: bool, small: bool, norm
+    ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        self.stem_norm, self.pool = norm(width), nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
-        self.blocks, inner = nn.ModuleList(), width
+        self.stem = (
+            nn.Conv2d(3, width, 3, 1, 1, bias=False)
+            if small
+            else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        )
+        self.stem_norm = norm(width)
+        self.pool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        self.blocks = nn.ModuleList()
+        inner = width
         for stage, n in enumerate(stages):
             for i in range(n):
                 stride = 2 if stage and not i else 1
@@ -78,15 +91,32 @@ class ResNet(nn.Module):
 
 
 class Plain(nn.Module):
-    """Convolutions with pooling, dense layers, classes; features flattened with the channels last, as ours are."""
+    """Convolutions with pooling, dense layers, classes; features flattened with the channels last,
+    as ours are.
+    """
 
-    def __init__(self, side: int, channels: tuple[int, ...], kernel: int, pad: int, pool, act, widths: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        side: int,
+        channels: tuple[int, ...],
+        kernel: int,
+        pad: int,
+        pool,
+        act,
+        widths: tuple[int, ...],
+    ) -> None:
         super().__init__()
-        self.convs, self.denses, self.pool, self.act = len(channels), len(widths), pool, act
+        self.convs = len(channels)
+        self.denses = len(widths)
+        self.pool = pool
+        self.act = act
         inner = 1
         for i, width in enumerate(channels, 1):
-            self.add_module(f"conv{i}", nn.Conv2d(inner, width, kernel, padding=pad if i == 1 else 0))
-            side, inner = (side - kernel + 1 + (2 * pad if i == 1 else 0)) // 2, width
+            self.add_module(
+                f"conv{i}", nn.Conv2d(inner, width, kernel, padding=pad if i == 1 else 0)
+            )
+            side = (side - kernel + 1 + (2 * pad if i == 1 else 0)) // 2
+            inner = width
         inner *= side * side
         for i, width in enumerate(widths, 1):
             self.add_module(f"dense{i}", nn.Linear(inner, width))
@@ -103,10 +133,16 @@ class Plain(nn.Module):
 
 
 NETS = {
-    "basic": (ResNet((2, 1), 4, False, False, nn.BatchNorm2d), (4, 3, 21, 21)),  # an odd side: padding is not even
+    "basic": (
+        ResNet((2, 1), 4, False, False, nn.BatchNorm2d),
+        (4, 3, 21, 21),
+    ),  # an odd side: padding is not even
     "bottleneck": (ResNet((1, 2), 4, True, True, nn.BatchNorm2d), (3, 3, 8, 8)),
     "group": (ResNet((1, 1), 4, False, True, lambda d: nn.GroupNorm(2, d)), (2, 3, 7, 7)),
-    "lenet": (Plain(16, (3, 4), 5, 2, nn.functional.avg_pool2d, torch.tanh, (10, 8)), (3, 1, 16, 16)),
+    "lenet": (
+        Plain(16, (3, 4), 5, 2, nn.functional.avg_pool2d, torch.tanh, (10, 8)),
+        (3, 1, 16, 16),
+    ),
     "cnn": (Plain(13, (3, 4), 3, 0, nn.functional.max_pool2d, torch.relu, ()), (3, 1, 13, 13)),
 }
 OURS = {"running_mean": "mean", "running_var": "variance"}
@@ -140,8 +176,18 @@ def main() -> None:
     for name, (net, shape) in NETS.items():
         for path, module, tensor in leaves(net):
             a = getattr(module, tensor)
-            value = normal(a.shape) * (2 / max(a[0].numel(), 2)) ** 0.5 if a.ndim > 1 else 0.3 * normal(a.shape)
-            value = value.abs() + 0.5 if path.endswith("variance") else value + 1 if path.endswith("norm/weight") else value
+            value = (
+                normal(a.shape) * (2 / max(a[0].numel(), 2)) ** 0.5
+                if a.ndim > 1
+                else 0.3 * normal(a.shape)
+            )
+            value = (
+                value.abs() + 0.5
+                if path.endswith("variance")
+                else value + 1
+                if path.endswith("norm/weight")
+                else value
+            )
             a.data.copy_(value)
             found[f"{name}/params/{path}"] = ours(a)
         pixels = normal(shape)
@@ -150,7 +196,9 @@ def main() -> None:
         inputs: dict[str, torch.Tensor] = {}
         for path, module in net.named_modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_pre_hook(lambda _, args, path=path, to=inputs: to.update({path: args[0].detach()}))
+                module.register_forward_pre_hook(
+                    lambda _, args, path=path, to=inputs: to.update({path: args[0].detach()})
+                )
         logits = net.train()(pixels)
         found[f"{name}/train"] = logits.detach().numpy()
         for path, x in inputs.items():
