@@ -1,10 +1,12 @@
-"""Compressed leaves: pytrees that stand in a parameter tree where an array stood.
+"""Compressed leaves: pytrees that take the place of an array in a parameter tree.
 
-`QTensor` holds codes of 1 to 8 bits with scales, `Sparse` holds a bitmask and the values that it
-keeps; the values of a `Sparse` may be a `QTensor`. `BlockSparse` holds whole blocks, and runs as it
-is; `Adapted` is a leaf of any kind with a low-rank adapter beside it. Every leaf jits, scans over
-its leading layer axis, shards and is stored by name. `static_fields` and `check_fields` guard a
-checkpoint that stores arrays alone.
+- `QTensor` holds codes of 1 to 8 bits with scales.
+- `Sparse` holds a bitmask and the values that it keeps; the values may be a `QTensor`.
+- `BlockSparse` holds whole blocks and is multiplied without being decoded.
+- `Adapted` is a leaf of any kind with a low-rank adapter beside it.
+
+Every leaf works under jit, scans over its leading layer axis, shards, and is stored by name.
+`static_fields` and `check_fields` protect a checkpoint that stores arrays alone.
 """
 
 from jaxmodel import moved

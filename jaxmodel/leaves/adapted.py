@@ -1,4 +1,4 @@
-"""`Adapted`: a weight and a product of two thin matrices that is added to it."""
+"""`Adapted`: a weight plus the product of two thin matrices."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from jaxmodel import tree
 from jaxmodel.leaves.leaf import AxisSizes, Compressed, decode, expect, full_spec, register
 
 SUFFIX = "_lora"
-"""The adapter of the leaf `q` lies beside it in the tree, in the branch `q_lora`:
-
-`down`, `up`, `scale`.
-"""
+"""Suffix of an adapter's branch: `q_lora` (`down`, `up`, `scale`) stands beside the leaf `q`."""
 
 PARTS = {"down", "up", "scale"}
 
@@ -25,18 +22,19 @@ PARTS = {"down", "up", "scale"}
 class Adapted(Compressed):
     """`w = base + scale up @ down`: a low-rank adapter (LoRA: Hu et al., 2021).
 
-    A contraction runs the base as it is and the adapter beside it, so that the base may be
-    compressed in any way and the sum need not be there. In training the adapter, not the base, may
-    see its input with some elements dropped; what a leaf stands for does not depend on it.
+    A contraction runs the base and the adapter separately and adds the results. So the base may be
+    compressed in any way, and the sum of the weights is never stored. In training, dropout may be
+    applied to the input of the adapter (not of the base); the value of the leaf does not depend on
+    it.
 
     Invariants (`check`):
       base: an array `[..., out, in]`, or a compressed leaf that stands for one.
       down: floating `[..., rank, in]`.
       up: floating `[..., out, rank]`.
       scale: floating, `[]` or as many as there are layers.
-      dropout: the probability with which an element of the input is dropped for the adapter, `[]`,
-        in training; else None.
-      key: of one layer in a step, with `dropout`; else None.
+      dropout: the probability, `[]`, of dropping an element of the adapter's input in training;
+        else None.
+      key: the random key of one layer in one step, when there is `dropout`; else None.
     """
 
     base: Any
@@ -48,18 +46,21 @@ class Adapted(Compressed):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
         return tuple(self.base.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
+        """The dtype of the base."""
         return self.base.dtype
 
     @property
     def rank(self) -> int:
-        """Rows of `down`."""
+        """The number of rows of `down`."""
         return self.down.shape[-2]
 
     def decode(self, dtype: Any = None) -> jax.Array:
+        """Return `base + scale up @ down` as a plain array."""
         up = self.up.astype(jnp.float32)
         down = self.down.astype(jnp.float32)
         product = jnp.matmul(up, down, precision=jax.lax.Precision.HIGHEST)
@@ -71,8 +72,9 @@ class Adapted(Compressed):
         )
 
     def dropped(self, x: jax.Array) -> jax.Array:
-        """What the adapter reads of an input: in training each element as zero with a probability,
-        else divided by the rest.
+        """Return the adapter's input after dropout, or unchanged where there is no key.
+
+        Each element is zero with probability `dropout`; the others are divided by `1 - dropout`.
         """
         if self.key is None:
             return x
@@ -81,6 +83,7 @@ class Adapted(Compressed):
         return jnp.where(keep, x / kept.astype(x.dtype), jnp.zeros((), x.dtype))
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Adapted:
+        """Return the leaf with a `PartitionSpec` in place of each array."""
         *lead, out, last = full_spec(spec, self.ndim)
         inner = PartitionSpec(*lead, out, last)
         base = self.base.specs(inner, sizes) if isinstance(self.base, Compressed) else inner
@@ -94,6 +97,7 @@ class Adapted(Compressed):
         )
 
     def check(self) -> None:
+        """Check the invariants of the class."""
         b = self.base.shape
         d = self.down
         u = self.up
@@ -126,11 +130,11 @@ class Adapted(Compressed):
 
 
 def read_adapters(params: tree.Params, key: jax.Array | None = None) -> tree.Params:
-    """A tree, or that of one layer, with `Adapted` leaves in place of weights and adapters.
+    """Replace weights that have adapters by `Adapted` leaves, in a tree or in that of one layer.
 
     Args:
-      params: with adapters.
-      key: of the layer in a step of training, for dropout; None for none.
+      params: parameters with adapters.
+      key: the random key of the layer in this training step, for dropout; None for no dropout.
     """
     out: tree.Params = {}
     for name, node in params.items():
@@ -138,7 +142,7 @@ def read_adapters(params: tree.Params, key: jax.Array | None = None) -> tree.Par
         out[name] = read_adapters(node, below) if isinstance(node, dict) else node
     for name in [name for name in out if name.endswith(SUFFIX)]:
         base = name.removesuffix(SUFFIX)
-        if base in out and set(out[name]) - {"dropout"} == PARTS:  # else it is somebody's own name
+        if base in out and set(out[name]) - {"dropout"} == PARTS:  # else the name is the user's own
             adapter = dict(out.pop(name))
             rate = adapter.pop("dropout", None)
             if key is not None and rate is not None:

@@ -1,6 +1,4 @@
-"""`BlockSparse`: a weight of which whole blocks are zero, as a bitmask of blocks and the blocks
-that it keeps.
-"""
+"""`BlockSparse`: a block-sparse weight, as a bitmask of blocks and the blocks that it keeps."""
 
 from __future__ import annotations
 
@@ -19,19 +17,21 @@ from jaxmodel.leaves.packing import pack, pad_last, unpack
 
 @register
 class BlockSparse(Compressed):
-    """A weight `[..., out, in]` cut into blocks `[height, width]`, of which each row of blocks
-    keeps at most `n`.
+    """A block-sparse weight `[..., out, in]`.
 
-    Blocks are large enough for matrix kernels, so unlike the bits of a `Sparse` they need not be
-    expanded to run: a product reads the kept blocks only (see `jaxmodel.ops.block_sparse`).
+    It is cut into blocks `[height, width]`, of which each block row keeps at most `n`.
+
+    Blocks are large enough for matrix kernels, so they need not be decoded first as the elements of
+    a `Sparse` must be: a product reads only the blocks that are kept (see
+    `jaxmodel.ops.block_sparse`).
 
     Invariants (`check`, `check_values`):
       mask: uint8 `[..., out / height, (in / width + pad) / 8]`; block i of a row is bit `i % 8` of
         byte `i // 8`. The bits of the padding are zero.
-      values: an array `[..., out / height, n, height, width]`, n the largest number of kept blocks
-        of any row of blocks. The kept blocks of a row stand in order at its start and zeros fill
-        the rest.
-      pad: bits that fill the last byte of each row, fewer than 8.
+      values: an array `[..., out / height, n, height, width]`, where n is the largest number of
+        kept blocks in any block row. The kept blocks of a row come first, in order; zeros fill the
+        rest.
+      pad: the number of bits that fill up the last byte of each row, fewer than 8.
     """
 
     mask: Any
@@ -46,15 +46,16 @@ class BlockSparse(Compressed):
         *,
         block: tuple[int, int],
     ) -> BlockSparse:
-        """Store the blocks where `keep` is true (default: those with a weight that is not zero).
+        """Store the blocks where `keep` is true (default: the blocks that are not all zero).
 
         Args:
           weight: `[..., out, in]`.
-          keep: for each block. Not traced, because the length of `values` depends on it.
-          block: its height and width, which divide out and in.
+          keep: a bool for each block. It must not be traced, because the length of `values` depends
+            on it.
+          block: height and width of a block, which divide `out` and `in`.
 
         Raises:
-          InputError: blocks that do not divide the weight, a mask of another shape, or one that is
+          InputError: the blocks do not divide the weight, or the mask has another shape or is
             traced.
         """
         tiles = cut(weight, block)
@@ -81,53 +82,55 @@ class BlockSparse(Compressed):
 
     @property
     def block(self) -> tuple[int, int]:
-        """Height and width of a block."""
+        """The height and width of a block."""
         return self.values.shape[-2], self.values.shape[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
         height, width = self.block
         *lead, rows, n_bytes = self.mask.shape
         return (*lead, rows * height, (n_bytes * 8 - self.pad) * width)
 
     @property
     def dtype(self) -> jnp.dtype:
+        """The dtype of the values."""
         return self.values.dtype
 
     def keep(self) -> Bool[Array, "... rows columns"]:
-        """Which blocks are kept."""
+        """Return which blocks are kept."""
         return unpack(self.mask, 1)[..., : self.mask.shape[-1] * 8 - self.pad].astype(jnp.bool_)
 
     def columns(self) -> Int[Array, "... rows n"]:
-        """Where along the row each stored block stands; for a block that only fills up (of zeros),
-        some place that is free.
+        """Return the block column of each stored block.
+
+        A block of zeros that only fills up its row gets some free column.
         """
         return _first(self.keep(), self.values.shape[-3])
 
     def decode(self, dtype: Any = None) -> jax.Array:
+        """Return the dense weight."""
         tiles = _spread(
             self.keep(), self.values if dtype is None else self.values.astype(dtype), axis=-3
         )
         return jnp.swapaxes(tiles, -3, -2).reshape(self.shape)
 
     def rows(self, ids: Int[Array, "..."]) -> Float[Array, "..."]:
-        """The weight's rows at `ids`, `[*ids.shape, in]`, decoded alone; for a leaf without leading
-        axes.
-        """
+        """Decode only the rows `ids` of a leaf without leading axes: `[*ids.shape, in]`."""
         if self.ndim != 2:
             raise InputError(
                 f"BlockSparse.rows: a leaf of shape {self.shape} was given; [out, in] is needed"
             )
         height = self.block[0]
         at = lambda a, i: jnp.take(a, i, axis=0, mode="clip")
-        values = self.values.swapaxes(-3, -2).reshape(
-            self.shape[0], *self.values.shape[-3::2]
-        )  # [out, n, width]
+        # [out, n, width]
+        values = self.values.swapaxes(-3, -2).reshape(self.shape[0], *self.values.shape[-3::2])
         return _spread(at(self.keep(), ids // height), at(values, ids), axis=-2).reshape(
             *ids.shape, self.shape[-1]
         )
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> BlockSparse:
+        """Return the leaf with a `PartitionSpec` in place of each array."""
         *lead, out, last = full_spec(spec, self.ndim)
         rows = self.mask.shape[-2]
         parts = shards(out, sizes)
@@ -144,6 +147,7 @@ class BlockSparse(Compressed):
         return type(self)(PartitionSpec(*lead, out), PartitionSpec(*lead, out), pad=self.pad)  # pyright: ignore
 
     def check(self) -> None:
+        """Check the invariants that do not need the data."""
         m = self.mask
         v = self.values
         expect(
@@ -164,8 +168,9 @@ class BlockSparse(Compressed):
         )
 
     def check_values(self) -> None:
-        """Check what needs the data: counts of the mask, zeros behind the last block (not for use
-        under jit).
+        """Check the invariants that need the data: counts of the mask, zeros behind the last block.
+
+        Not for use under jit.
         """
         kept = jnp.sum(self.keep(), axis=-1, dtype=jnp.int32)
         n = self.values.shape[-3]
@@ -184,10 +189,10 @@ class BlockSparse(Compressed):
 
 
 def cut(weight: jax.Array, block: tuple[int, int]) -> Float[Array, "... rows columns height width"]:
-    """A weight `[..., out, in]` as its blocks.
+    """Cut a weight `[..., out, in]` into its blocks.
 
     Raises:
-      InputError: blocks that do not divide it.
+      InputError: the blocks do not divide the weight.
     """
     (height, width), (*lead, out, n) = block, weight.shape
     if height < 1 or width < 1 or out % height or n % width:
@@ -200,13 +205,13 @@ def cut(weight: jax.Array, block: tuple[int, int]) -> Float[Array, "... rows col
 def largest_blocks(
     weight: jax.Array, block: tuple[int, int], kept: int
 ) -> Bool[Array, "... rows columns"]:
-    """The `kept` blocks with the largest sum of squares in each row of blocks; of equal ones the
-    first.
+    """Select the `kept` blocks of each block row that have the largest sum of squares.
 
-    Every row of blocks keeps as many, so that none is filled up and each costs the same.
+    The first of equal blocks wins. Every row keeps the same number, so none needs filling up and
+    each costs the same.
 
     Raises:
-      InputError: blocks that do not divide the weight, or more of them than there are.
+      InputError: the blocks do not divide the weight, or `kept` is not between 1 and their number.
     """
     size = jnp.sum(jnp.square(cut(weight, block).astype(jnp.float32)), axis=(-2, -1))
     if not 0 < kept <= size.shape[-1]:
@@ -215,13 +220,13 @@ def largest_blocks(
 
 
 def largest(scores: Float[Array, "... n"], count: int) -> Bool[Array, "... n"]:
-    """True for the `count` largest scores along the last axis; of equal ones the first."""
+    """Mark the `count` largest scores along the last axis; the first of equal scores wins."""
     place = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
     return place < count
 
 
 def _first(keep: Bool[Array, "... columns"], n: int) -> Int[Array, "... n"]:
-    """The first `n` places of each row, those that are kept in front."""
+    """Return the first `n` places of each row, with the kept places in front."""
     return jnp.argsort(~keep, axis=-1, stable=True)[..., :n].astype(jnp.int32)
 
 

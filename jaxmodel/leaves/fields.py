@@ -1,10 +1,9 @@
-"""The static fields of a tree's compressed leaves as JSON, to be stored beside its arrays and
-checked against a tree.
+"""The static fields of a tree's compressed leaves, as JSON stored beside its arrays.
 
 A checkpoint of arrays (orbax) does not hold static fields: restored into a tree that says 2 bits
 where 4 were stored, the same bytes silently become other weights. So write
-`json.dumps(static_fields(params))` beside it, and call `check_fields` on the tree that it is
-restored into.
+`json.dumps(static_fields(params))` beside the checkpoint, and call `check_fields` on the tree that
+it is restored into.
 """
 
 from __future__ import annotations
@@ -22,29 +21,30 @@ FORMAT = 1
 
 
 def static_fields(params: tree.Params) -> dict[str, Any]:
-    """What JSON must hold beside the arrays of a tree.
+    """Return what must be stored as JSON beside the arrays of a tree.
 
     Args:
-      params: of arrays or of shape structs, stacked in any way.
+      params: a tree of arrays or of shape structs, stacked in any way.
 
     Returns:
-      `format`; `leaves`, the fields of each compressed leaf by the path of its layer, as
-      `to_tensors` gives them; and `leaves_sha256`, their digest. As JSON reads it: lists for
-      tuples.
+      A dict with `format`; `leaves`, the fields of each compressed leaf by layer path, as
+      `to_tensors` returns them; and `leaves_sha256`, their digest. Tuples are lists, as JSON reads
+      them back.
     """
     fields = {path: one for path, one in _fields(params).items() if one is not None}
     return {"format": FORMAT, "leaves": fields, "leaves_sha256": digest(fields)}
 
 
 def check_fields(params: tree.Params, stored: Mapping[str, Any]) -> None:
-    """Check that `stored` is what `static_fields` gave for a tree with the leaves of this one.
+    """Check that the fields in `stored` belong to the leaves of `params`.
 
     Args:
-      params: of arrays or of shape structs; it may be stacked in another way.
-      stored: read from JSON.
+      params: a tree of arrays or of shape structs; it may be stacked in another way than the stored
+        one.
+      stored: what `static_fields` returned, read back from JSON.
 
     Raises:
-      InputError: it is of another format, was changed since, or belongs to other leaves.
+      InputError: `stored` has another format, was changed since, or belongs to other leaves.
     """
     if stored.get("format") != FORMAT:
         raise InputError(f"fields: format {stored.get('format')!r} is not read; allowed: {FORMAT}")
@@ -70,12 +70,12 @@ def check_fields(params: tree.Params, stored: Mapping[str, Any]) -> None:
 
 
 def digest(fields: Mapping[str, Any]) -> str:
-    """SHA-256 of what JSON writes; the order of keys does not count."""
+    """Return the SHA-256 of the fields as JSON; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _fields(params: tree.Params) -> dict[str, Any]:
-    """The fields of all leaves by layer path, None for a plain array."""
+    """Return the fields of all leaves by layer path, None for a plain array."""
     tree.check(params)
     found = {
         layer: to_tensors(leaf)[1]

@@ -1,9 +1,8 @@
-"""What every compressed leaf is: a frozen dataclass pytree with a shape, a decoder, partition specs
-and named tensors.
+"""The base class of compressed leaves: frozen dataclass pytrees that stand for an array.
 
-A leaf's arrays may carry a leading axis of layers, which `scan` slices off. Its static fields
-therefore hold no absolute shape and nothing about that axis: shapes follow from the arrays, and
-axes are counted from the end.
+A leaf has a shape, a decoder, partition specs and named tensors. Its arrays may carry a leading
+axis of layers, which `scan` slices off. Its static fields therefore hold no absolute shape and
+nothing about that axis: shapes follow from the arrays, and axes are counted from the end.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ type AxisSizes = Mapping[str, int]
 
 
 def static(*, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that is pytree metadata: hashable, compared when leaves are stacked, stored
-    as JSON.
+    """Declare a dataclass field as pytree metadata.
+
+    It must be hashable; it is compared when leaves are stacked, and stored as JSON.
     """
     return dataclasses.field(default=default, metadata={"static": True})
 
@@ -36,7 +36,7 @@ def static(*, default: Any = dataclasses.MISSING) -> Any:
     frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field)
 )
 def register[T: type](cls: T) -> T:
-    """Class decorator: a frozen dataclass whose fields marked `static()` are pytree metadata."""
+    """Make a class a frozen dataclass pytree whose fields marked `static()` are metadata."""
     own = "__repr__" in vars(cls)
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)  # pyright: ignore[reportAssignmentType]
     cls = cls if own else briefly(cls)
@@ -47,9 +47,9 @@ def register[T: type](cls: T) -> T:
 
 
 class Compressed:
-    """Base of the compressed leaves.
+    """Base class of the compressed leaves.
 
-    A subclass is decorated with `register` and defines what is abstract here.
+    A subclass is decorated with `register` and defines the methods that are abstract here.
     """
 
     @property
@@ -63,14 +63,14 @@ class Compressed:
         raise NotImplementedError
 
     def decode(self, dtype: Any = None) -> jax.Array:
-        """The array that the leaf stands for, in `dtype` or the leaf's own."""
+        """Return the array that the leaf stands for, in `dtype` or in the leaf's own."""
         raise NotImplementedError
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Compressed:
-        """The same leaf with a `PartitionSpec` in place of each array.
+        """Return the leaf with a `PartitionSpec` in place of each array.
 
         Args:
-          spec: of the logical axes (with an entry for the layer axis if there is one).
+          spec: the spec of the logical axes, with an entry for the layer axis if there is one.
           sizes: the number of devices along each mesh axis.
 
         Raises:
@@ -79,7 +79,7 @@ class Compressed:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Check the invariants of the class docstring; raise InputError where one is broken."""
+        """Check the invariants of the class docstring; raise InputError if one is broken."""
         raise NotImplementedError
 
     @property
@@ -94,17 +94,17 @@ class Compressed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers: codes, scales, masks."""
+        """The size of all buffers (codes, scales, masks) in bytes."""
         return tree.nbytes(self)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits for each weight, scales and masks counted."""
+        """The number of bits stored for each weight, including scales and masks."""
         return 8 * self.nbytes / max(self.size, 1)
 
 
 def decode(leaf: Any, dtype: Any = None) -> jax.Array:
-    """A leaf as a plain array, compressed or not."""
+    """Return a leaf, compressed or not, as a plain array."""
     if isinstance(leaf, Compressed):
         return leaf.decode(dtype)
     return leaf if dtype is None else leaf.astype(dtype)
@@ -117,15 +117,16 @@ def expect(ok: bool, leaf: Compressed, message: str) -> None:
 
 
 def check_weights(leaf: Any, what: str) -> None:
-    """Refuse an array that codes cannot stand for: one NaN or infinity would spoil all the weights
-    that share its scale.
+    """Refuse an array that cannot be quantised.
+
+    One NaN or infinity would spoil all the weights that share its scale.
 
     Args:
-      leaf: an array; of one that is traced only shape and dtype are looked at.
-      what: its name, for errors.
+      leaf: an array; if it is traced, only its shape and dtype are checked.
+      what: the name of the array, for errors.
 
     Raises:
-      InputError: it is not of floating-point numbers, has none, or some are not finite.
+      InputError: the array is not floating-point, is empty, or has values that are not finite.
     """
     if isinstance(leaf, Compressed):
         return
@@ -146,14 +147,14 @@ def _all_finite(array: jax.Array) -> jax.Array:
 
 
 def shards(entry: Any, sizes: AxisSizes) -> int:
-    """Into how many parts one entry of a partition spec cuts its axis."""
+    """Return the number of parts into which one entry of a partition spec cuts its axis."""
     return math.prod(
         sizes[name] for name in ((entry,) if isinstance(entry, str) else (entry or ()))
     )
 
 
 def full_spec(spec: PartitionSpec, ndim: int) -> list[Any]:
-    """The entries of a spec, one for every axis."""
+    """Return the entries of a spec, one for every axis."""
     return [*spec, *[None] * (ndim - len(spec))]
 
 
@@ -161,12 +162,12 @@ def full_spec(spec: PartitionSpec, ndim: int) -> list[Any]:
 
 
 def to_tensors(leaf: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A leaf as named arrays and its static fields.
+    """Return a leaf as named arrays and its static fields.
 
     Returns:
-      `({"": array}, None)` for a plain array. For a compressed leaf the arrays by field name
-      (`packed`, `scale`; those of a nested leaf joined by `_`, `values_packed`) and what JSON needs
-      to put them together again.
+      `({"": array}, None)` for a plain array. For a compressed leaf, the arrays by field name
+      (`packed`, `scale`; those of a nested leaf are joined by `_`: `values_packed`), and the static
+      fields, as JSON can hold them, that are needed to rebuild the leaf.
     """
     if not isinstance(leaf, Compressed):
         return {"": leaf}, None
@@ -177,9 +178,8 @@ def to_tensors(leaf: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
         if field.metadata.get("static"):
             fields[field.name] = value
         elif value is None:
-            fields[field.name] = (
-                None  # so that an array that is missing on disk is not taken for one that never was
-            )
+            # so that an array missing on disk is not mistaken for one that never existed
+            fields[field.name] = None
         else:
             inner, inner_fields = to_tensors(value)
             arrays |= {
@@ -192,7 +192,7 @@ def to_tensors(leaf: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def tensor_names(fields: Mapping[str, Any] | None) -> list[str]:
-    """The array names of a leaf with these static fields, as `to_tensors` gives them."""
+    """Return the array names of a leaf with these static fields, as `to_tensors` gives them."""
     if fields is None:
         return [""]
     names = []
@@ -204,10 +204,10 @@ def tensor_names(fields: Mapping[str, Any] | None) -> list[str]:
 
 
 def from_tensors(arrays: Mapping[str, Any], fields: Mapping[str, Any] | None) -> Any:
-    """The leaf behind `to_tensors`, checked.
+    """Rebuild and check a leaf from what `to_tensors` returned.
 
     Raises:
-      InputError: an unknown type, a missing array, or a broken invariant.
+      InputError: the type is unknown, an array is missing, or an invariant is broken.
     """
     if fields is None:
         return arrays[""]

@@ -1,9 +1,9 @@
-"""Unsigned codes of 1 to 8 bits, packed without waste along the last axis.
+"""Packing of unsigned codes of 1 to 8 bits along the last axis, without waste.
 
 Widths that divide a byte put neighbouring codes into one byte, the first in the lowest bits. The
-other widths (3, 5, 6, 7) put eight codes into `bits` bytes, byte j holding bit j of all eight.
-Either way a stretch of `codes_per_unit(bits)` codes is a whole number of bytes, so the packed axis
-can be cut (by a mesh, say) at any such stretch.
+other widths (3, 5, 6, 7) put eight codes into `bits` bytes, where byte j holds bit j of all eight.
+Either way, `codes_per_unit(bits)` codes take a whole number of bytes, so the packed axis can be cut
+(by a mesh, say) at any multiple of that.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from jaxtyping import Array, Integer, UInt8
 
 
 def codes_per_unit(bits: int) -> int:
-    """Codes in a unit of the layout, which is a whole number of bytes."""
+    """Return the number of codes in a unit of the layout, which is a whole number of bytes."""
     return 8 // bits if bits in (1, 2, 4, 8) else 8
 
 
 def packed_length(n: int, bits: int) -> int:
-    """Bytes that `n` codes take; `n` is a multiple of `codes_per_unit(bits)`."""
+    """Return the bytes that `n` codes take; `n` is a multiple of `codes_per_unit(bits)`."""
     return n * bits // 8
 
 
 def unpacked_length(n_bytes: int, bits: int) -> int:
-    """Codes that `n_bytes` bytes hold: the inverse of `packed_length`."""
+    """Return the number of codes that `n_bytes` bytes hold: the inverse of `packed_length`."""
     return n_bytes * 8 // bits
 
 
 def pack(codes: Integer[Array, "... n"], bits: int) -> UInt8[Array, "... m"]:
-    """Pack codes in [0, 2^bits) along the last axis, whose length is a multiple of
-    `codes_per_unit(bits)`.
+    """Pack codes in [0, 2^bits) along the last axis.
+
+    The axis' length must be a multiple of `codes_per_unit(bits)`.
 
     >>> pack(jnp.array([1, 2, 3, 4]), 4)
     Array([33, 67], dtype=uint8)
@@ -50,7 +51,7 @@ def pack(codes: Integer[Array, "... n"], bits: int) -> UInt8[Array, "... m"]:
 
 
 def unpack(packed: UInt8[Array, "... m"], bits: int) -> UInt8[Array, "... n"]:
-    """The codes behind `pack`: an array of uint8, one code each.
+    """Unpack what `pack` packed: one code in each uint8.
 
     >>> unpack(jnp.array([33, 67], jnp.uint8), 4)
     Array([1, 2, 3, 4], dtype=uint8)
@@ -69,15 +70,17 @@ def unpack(packed: UInt8[Array, "... m"], bits: int) -> UInt8[Array, "... n"]:
 
 
 def _count(stop: int, step: int, ndim: int, axis: int) -> jax.Array:
-    """0, step, 2 step, ... below stop along one of `ndim` axes."""
+    """Return 0, step, 2 step, ... below stop, along one of `ndim` axes."""
     shape = [1] * ndim
     shape[axis] = -1
     return jnp.arange(0, stop, step, dtype=jnp.uint8).reshape(shape)
 
 
 def pad_last(array: jax.Array, multiple: int) -> tuple[jax.Array, int]:
-    """Pad the last axis with zeros to a multiple; returns the array and the number of elements
-    added.
+    """Pad the last axis with zeros to a multiple.
+
+    Returns:
+      The array, and the number of elements added to each row.
     """
     extra = -array.shape[-1] % multiple
     if extra:

@@ -16,28 +16,27 @@ from jaxmodel.leaves.packing import codes_per_unit, pack, pad_last, unpack, unpa
 
 @register
 class QTensor(Compressed):
-    """A weight `[..., out, in]` as codes along its last axis, with a scale per tensor, channel or
-    group.
+    """A weight `[..., out, in]` as integer codes with a scale for each tensor, channel or group.
 
     Symmetric (no `minimum`): `w = scale * q` with q in [-2^(bits-1), 2^(bits-1) - 1], at one bit in
       {-1, +1}.
     Affine: `w = scale * code + minimum` with code in [0, 2^bits - 1].
 
     Invariants (`check`):
-      packed: int8 holding q itself where bits is 8 and the leaf symmetric; else uint8, the unsigned
-        codes (q + 2^(bits-1) if symmetric) in the layout of `jaxmodel.leaves.packing`. The last
-        axis holds `in + pad` codes in whole bytes.
-      scale: floating, as many axes as the weight. Last axis: 1, or the number of groups, which
-        divides `in + pad`. The axis before it: `out`, or 1. Scales of length 1 on both are per
-        tensor; with groups there is one for every row.
-      minimum: None or as scale, in shape and dtype.
-      pad: codes at the end of each row that stand for nothing: fewer than one of several groups (or
-        a byte) holds; where a row has one scale, fewer than all.
-      activations: None (the contraction runs in floating point) or "int8" (its input is rounded to
-        int8, a row at a time).
+      packed: int8 q itself if the leaf is symmetric and has 8 bits; else uint8, the unsigned codes
+        (q + 2^(bits-1) if symmetric) in the layout of `jaxmodel.leaves.packing`. The last axis
+        holds `in + pad` codes in whole bytes.
+      scale: floating, with as many axes as the weight. The last axis is 1 or the number of groups,
+        which divides `in + pad`; the axis before it is `out` or 1. Length 1 on both means a scale
+        per tensor; with groups, every row has its own scales.
+      minimum: None, or an array with the shape and dtype of `scale`.
+      pad: the number of unused codes at the end of each row: fewer than one of several groups (or a
+        byte) holds; where a row has one scale, fewer than all.
+      activations: None (the contraction runs in floating point) or "int8" (its input is quantised
+        to int8, with a scale per row).
     """
 
-    packed: Any  # the buffers are Any because specs() and tree maps put other things in their place
+    packed: Any  # the buffers are Any because specs() and tree maps replace them by other things
     scale: Any
     minimum: Any = None
     bits: int = static(default=8)
@@ -55,14 +54,14 @@ class QTensor(Compressed):
         group: int | None = None,
         activations: str | None = None,
     ) -> QTensor:
-        """Pack codes: q if symmetric (no `minimum`), else unsigned.
+        """Pack codes: signed q if symmetric (no `minimum`), else unsigned.
 
         Args:
           codes: one integer for each weight.
           scale: `[..., out or 1, groups or 1]`.
-          minimum: of the same shape, for an affine leaf.
+          minimum: of the same shape as `scale`, for an affine leaf.
           bits: 1 to 8.
-          group: length of a group along the last axis; None for one scale a row or tensor.
+          group: length of a group along the last axis; None for one scale per row or tensor.
           activations: None or "int8".
         """
         if minimum is None and bits == 8:
@@ -95,10 +94,12 @@ class QTensor(Compressed):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
         return (*self.packed.shape[:-1], self._in)
 
     @property
     def dtype(self) -> jnp.dtype:
+        """The dtype of the scale."""
         return jnp.dtype(jnp.float32)
 
     @property
@@ -107,7 +108,7 @@ class QTensor(Compressed):
         return self.scale.shape[-1]
 
     def codes(self) -> Integer[Array, "... out in"]:
-        """int8 q of a symmetric leaf, uint8 codes of an affine one, without the padding."""
+        """Return the codes without padding: int8 q of a symmetric leaf, uint8 of an affine one."""
         codes = self._padded_codes()
         return codes[..., : self._in] if self.pad else codes
 
@@ -121,10 +122,11 @@ class QTensor(Compressed):
         return 2 * q - 1 if self.bits == 1 else q - jnp.int8(2 ** (self.bits - 1))
 
     def decode(self, dtype: Any = None) -> jax.Array:
+        """Return the weight as a plain array."""
         dtype = self.dtype if dtype is None else dtype
         codes = self._padded_codes()
         *lead, n = codes.shape
-        # in float32 whatever the dtype, so that a scale is not rounded before its weights are
+        # always in float32, so that a scale is not rounded before its weights are
         grouped = codes.reshape(*lead, self.groups, n // self.groups).astype(jnp.float32)
         weight = grouped * self.scale[..., None].astype(jnp.float32)
         if self.minimum is not None:
@@ -133,6 +135,7 @@ class QTensor(Compressed):
         return weight.reshape(*lead, n)[..., : self._in]
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> QTensor:
+        """Return the leaf with a `PartitionSpec` in place of each array."""
         *lead, out, last = full_spec(spec, self.ndim)
         parts = shards(last, sizes)
         unit = math.lcm(
@@ -161,6 +164,7 @@ class QTensor(Compressed):
         )
 
     def check(self) -> None:
+        """Check the invariants of the class."""
         p = self.packed
         s = self.scale
         expect(self.bits in range(1, 9), self, f"bits is {self.bits}; allowed: 1 to 8")

@@ -28,18 +28,17 @@ from jaxmodel.leaves.qtensor import QTensor
 
 @register
 class Sparse(Compressed):
-    """A weight `[..., out, in]` as one bit for each element and the values of the elements that are
-    kept, row by row.
+    """A weight `[..., out, in]` as one bit for each element and the kept values, row by row.
 
     Invariants (`check`, `check_values`):
       mask: uint8 `[..., out, (in + pad) / 8]`; element i of a row is bit `i % 8` of byte `i // 8`.
         The bits of the padding are zero.
-      values: `[..., out, n]`, an array or a symmetric `QTensor`, n the largest number of kept
-        elements of any row. The kept values of a row stand in order at its start and zeros fill the
-        rest (at one bit, which has no zero, anything).
-      pattern: None, or (N, M): each M neighbours along the last axis keep exactly N (a zero may be
-        kept); then `n = in / M * N` and nothing is padded.
-      pad: elements that fill the last byte of each row, fewer than 8.
+      values: `[..., out, n]`, an array or a symmetric `QTensor`, where n is the largest number of
+        kept elements in any row. The kept values of a row come first, in order; zeros fill the rest
+        (any code, at one bit, which has no zero).
+      pattern: None, or (N, M): of each M neighbours along the last axis exactly N are kept (a zero
+        may be kept); then `n = in / M * N` and nothing is padded.
+      pad: the number of bits that fill up the last byte of each row, fewer than 8.
     """
 
     mask: Any
@@ -55,8 +54,10 @@ class Sparse(Compressed):
         *,
         pattern: tuple[int, int] | None = None,
     ) -> Sparse:
-        """Store the elements where `keep` is true (default: where the weight is not zero). Not for
-        use under jit: the length of `values` depends on the data, unless `pattern` says it.
+        """Store the elements where `keep` is true (default: where the weight is not zero).
+
+        Not for use under jit: the length of `values` depends on the data, unless `pattern` fixes
+        it.
         """
         keep = weight != 0 if keep is None else keep
         if pattern is not None:
@@ -74,22 +75,26 @@ class Sparse(Compressed):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
         return (*self.mask.shape[:-1], self.mask.shape[-1] * 8 - self.pad)
 
     @property
     def dtype(self) -> jnp.dtype:
+        """The dtype of the values."""
         return self.values.dtype
 
     def keep(self) -> Bool[Array, "... out in"]:
-        """Which elements are kept."""
+        """Return which elements are kept."""
         return unpack(self.mask, 1)[..., : self.shape[-1]].astype(jnp.bool_)
 
     def decode(self, dtype: Any = None) -> jax.Array:
+        """Return the dense weight."""
         return _scatter(self.keep(), decode(self.values, dtype))
 
     def expand(self) -> jax.Array | QTensor:
-        """The same weight with its zeros in place: a plain array, or a `QTensor` of the same codes
-        where values is one.
+        """Return the weight with its zeros in place.
+
+        The result is a plain array, or a `QTensor` with the same codes if the values are one.
         """
         if not isinstance(self.values, QTensor):
             return self.decode()
@@ -97,13 +102,14 @@ class Sparse(Compressed):
             return self.decode()
         codes, bits = (
             _scatter(self.keep(), self.values.codes()),
-            max(self.values.bits, 2),
-        )  # one bit has no code for zero
+            max(self.values.bits, 2),  # one bit has no code for zero
+        )
         return QTensor.from_codes(
             codes, self.values.scale, bits=bits, activations=self.values.activations
         )
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> Sparse:
+        """Return the leaf with a `PartitionSpec` in place of each array."""
         *lead, out, last = full_spec(spec, self.ndim)
         parts = shards(last, sizes)
         n = self.shape[-1]
@@ -120,6 +126,7 @@ class Sparse(Compressed):
         return type(self)(inner, values, pattern=self.pattern, pad=self.pad)  # pyright: ignore[reportArgumentType]
 
     def check(self) -> None:
+        """Check the invariants that do not need the data."""
         m = self.mask
         v = self.values
         expect(
@@ -151,8 +158,9 @@ class Sparse(Compressed):
             expect(v.shape[-1] == want, self, f"{v.shape[-1]} values a row; {n}:{per} needs {want}")
 
     def check_values(self) -> None:
-        """Check what needs the data: counts of the mask, zeros behind the last value (not for use
-        under jit).
+        """Check the invariants that need the data: counts of the mask, zeros behind the last value.
+
+        Not for use under jit.
         """
         kept = jnp.sum(self.keep(), axis=-1, dtype=jnp.int32)
         n = self.values.shape[-1]
@@ -182,11 +190,10 @@ class Sparse(Compressed):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _gather(weight: jax.Array, keep: Bool[Array, "... out in"], n: int) -> jax.Array:
-    """The kept elements of each row at its start, zeros behind them: the inverse of `_scatter`."""
+    """Move the kept elements of each row to its start, zeros behind: the inverse of `_scatter`."""
     width = weight.shape[-1]
-    place = jnp.where(
-        keep, jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1, n
-    )  # n is outside and dropped
+    # n is outside and dropped
+    place = jnp.where(keep, jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1, n)
     row = jax.vmap(lambda w, p: jnp.zeros(n, w.dtype).at[p].set(w, mode="drop"))
     return row(weight.reshape(-1, width), place.reshape(-1, width)).reshape(*weight.shape[:-1], n)
 
@@ -199,9 +206,10 @@ def _scatter(keep: Bool[Array, "... out in"], values: jax.Array) -> jax.Array:
 
 
 def expand(params: tree.Params) -> tree.Params:
-    """`params` with each `Sparse` leaf expanded, for running: on a device without sparse kernels
-    that is many times faster (a bitmask expanded in every decode step costs more than the step).
-    Bytes in memory grow; the stored tree stays packed.
+    """Expand every `Sparse` leaf of `params`, for running.
+
+    On a device without sparse kernels that is many times faster, since expanding a bitmask in every
+    decode step costs more than the step. Memory grows; the stored tree stays packed.
     """
     tree.check(params)
     run = jax.jit(lambda leaf: leaf.expand())
