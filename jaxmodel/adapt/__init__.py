@@ -1,6 +1,4 @@
-"""Parameters to parameters: first weights, maximal update parametrisation, adapters (LoRA), other
-heads.
-"""
+"""Functions from parameters to parameters: first weights, muP, adapters (LoRA) and new heads."""
 
 from jaxmodel.adapt.adapters import ADAPTERS, LoRA, lora, merge_adapters, with_adapters
 from jaxmodel.adapt.finetune import last_layers, layer_rates, replace_head, transplant

@@ -1,15 +1,14 @@
-"""Fine-tuning of few weights: low-rank adapters beside weights of any kind (LoRA: Hu et al., 2021;
-QLoRA).
+"""Low-rank adapters beside weights of any kind (LoRA: Hu et al., 2021; QLoRA).
 
     model, params = lora(model, params, [(".*/attn/(q|v)", LoRA(8)), (".*", None)], key)
     state, _ = fit(model, stream, TrainConfig(trainable=ADAPTERS), params=params)
     params, how = merge_adapters(state.params)
 
-An adapter of a leaf `attn/q` lies beside it, under `attn/q_lora`: `down` `[rank, in]`, `up`
-`[out, rank]` and `scale`, with dropout also its rate, `dropout`. So rules, partition, optimisers,
-placement and checkpoints know it as any leaf, and the model itself does not change: the wrapped one
-hands its parts an `Adapted` leaf in place of the two. On disk adapters are a file of their own, in
-PEFT's layout: `hub.save_adapters`, `hub.add_adapters`.
+The adapter of a leaf `attn/q` lies beside it, under `attn/q_lora`: `down` `[rank, in]`, `up`
+`[out, rank]` and `scale`, and with dropout also its rate, `dropout`. So rules, partition,
+optimisers, placement and checkpoints treat it like any other leaf. The model itself does not
+change: the wrapped model gives its parts an `Adapted` leaf in place of the two. On disk, adapters
+are a file of their own in PEFT's layout: `hub.save_adapters`, `hub.add_adapters`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from jaxmodel.leaves.adapted import PARTS, SUFFIX, read_adapters
 from jaxmodel.models.model import Model, Parts, wrap
 
 ADAPTERS: tree.Rules = ((f".*{SUFFIX}/(down|up)", True), (".*", False))
-"""What trains: the adapters alone. Put rules in front for a head or norms that train too."""
+"""Rules that train the adapters alone. Put rules in front for a head or norms that train too."""
 
 
 _PART = re.compile(f".*{SUFFIX}/(down|up|scale|dropout)")
@@ -46,17 +45,17 @@ class LoRA:
     """An adapter `scale up @ down` with `scale = alpha / rank`.
 
     Attributes:
-      rank: rows of `down`.
-      alpha: None for twice the rank.
-      rslora: whether `scale = alpha / sqrt(rank)`, which suits high ranks (Kalajdzievski, 2023);
-        alpha is then 16 for None.
-      dropout: in training, the probability with which an element of the adapter's input is dropped,
-        as in PEFT; what is left is divided by `1 - dropout`. The weight itself sees the whole
-        input. A function of the step's key, so a run repeats. The head of a language model has
-        none, as losses run it without a key, nor has a table that is looked up.
+      rank: number of rows of `down`.
+      alpha: numerator of the scale; None for twice the rank (with `rslora`, for 16).
+      rslora: use `scale = alpha / sqrt(rank)`, which suits high ranks (Kalajdzievski, 2023).
+      dropout: in training, the probability that an element of the adapter's input is dropped, as in
+        PEFT; the others are divided by `1 - dropout`. The weight itself sees the whole input. The
+        draw depends only on the step's key, so a run can be repeated. Two kinds of adapters have
+        no dropout: that of a language model's head, because losses call it without a key, and that
+        of an embedding table.
 
     Raises:
-      InputError: a rank below 1, an alpha that is no positive number, or a dropout outside of 0 to
+      InputError: a rank below 1, an alpha that is no positive number, or a dropout below 0 or not
         below 1.
     """
 
@@ -76,7 +75,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied with."""
+        """Return the factor of the product `up @ down`."""
         if self.rslora:
             return (16.0 if self.alpha is None else self.alpha) / math.sqrt(self.rank)
         return 2.0 if self.alpha is None else self.alpha / self.rank
@@ -85,26 +84,29 @@ class LoRA:
 def lora(
     model: Model, params: tree.Params, rules: tree.Rules, key: jax.Array
 ) -> tuple[Model, tree.Params]:
-    """The model and its parameters with adapters, which change nothing yet: `up` is zero, `down`
-    normal with variance `1 / in`.
+    """Add adapters to a model and its parameters, without changing its outputs.
+
+    `up` starts at zero and `down` is normal with variance `1 / in`.
 
     Args:
-      model: of any family.
-      params: of arrays or compressed leaves; split where the rules tell layers of a segment apart.
+      model: a model of any family.
+      params: arrays or compressed leaves. A segment is split where the rules treat its layers
+        differently.
       rules: path of a weight -> `LoRA` or None.
-      key: of `down`; each layer's is folded from its path, so it is the same however layers are
-        stacked.
+      key: for `down`. The key of each layer is folded from its path, so it does not depend on how
+        layers are stacked.
 
     Returns:
-      The wrapped model, whose `rules` cover the adapters, and the parameters with them.
+      The wrapped model, whose `rules` cover the adapters, and the parameters with adapters.
 
     Raises:
-      InputError: an adapter for what is no matrix, or for what has one, or a value that is no
+      InputError: an adapter for a leaf that is no matrix or already has one, or a value that is no
         `LoRA`.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
-    >>> adapted, params = lora(model, model.init(jax.random.key(0)), [(".*/(q|v)", LoRA(4)), (".*", None)], jax.random.key(1))
+    >>> rules = [(".*/(q|v)", LoRA(4)), (".*", None)]
+    >>> adapted, params = lora(model, model.init(jax.random.key(0)), rules, jax.random.key(1))
     >>> {name: leaf.shape for name, leaf in params["blocks"]["0-2"]["attn"]["q_lora"].items()}
     {'down': (3, 4, 32), 'up': (3, 32, 4), 'scale': (3,)}
     """
@@ -140,12 +142,12 @@ def lora(
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a leaf is a part of an adapter."""
+    """Return whether a path is that of a part of an adapter."""
     return _PART.fullmatch(path) is not None
 
 
 def split_adapters(params: tree.Params) -> tuple[tree.Params, tree.Params]:
-    """The tree without its adapters, and the adapters alone."""
+    """Split a tree into the leaves without adapters and the adapters alone."""
     leaves = tree.flatten(params)
     parts = (
         {path: leaf for path, leaf in leaves.items() if is_adapter(path) is wanted}
@@ -157,8 +159,9 @@ def split_adapters(params: tree.Params) -> tuple[tree.Params, tree.Params]:
 
 @functools.cache
 def with_adapters(model: Model) -> Model:
-    """The model reading adapters where its parameters have them: what `lora` gives, for parameters
-    that come from a checkpoint.
+    """Wrap a model so that it reads adapters wherever its parameters have them.
+
+    `lora` returns such a model; use this for parameters that come from a checkpoint.
     """
     if any(f"{SUFFIX}/" in pattern for pattern, *_ in model.axes.rules):
         return model
@@ -168,9 +171,9 @@ def with_adapters(model: Model) -> Model:
 
 
 def _axes(axes: Axes) -> tuple[Any, ...]:
-    """The rules of all adapters that a model can have.
+    """Return the axis rules of all adapters that a model can have.
 
-    They are small, so every device has all of them.
+    They are small, so every device holds all of them.
     """
     rules = []
     for pattern, text, *_ in axes.rules:
@@ -186,17 +189,17 @@ def _axes(axes: Axes) -> tuple[Any, ...]:
 def merge_adapters(
     params: tree.Params, requantize: Callable[[jax.Array], Any] | None = None
 ) -> tuple[tree.Params, dict[str, str]]:
-    """The parameters with each adapter added to its weight, for the plain model.
+    """Add each adapter to its weight, and return the parameters of the plain model.
 
     Args:
-      params: with adapters.
+      params: parameters with adapters.
       requantize: array -> leaf, for weights that were compressed, such as
-        `compress.Rtn(bits=4, group=32)`; None to leave the sum as it is, in float32.
+        `compress.Rtn(bits=4, group=32)`; None to leave the sum as an array in float32.
 
     Returns:
-      The parameters, and by path how a weight was merged: "exact" (`w + scale up @ down`, computed
-      in float32, in the weight's dtype), "decoded" (the same of what a compressed weight stands
-      for, as an array) or "requantized".
+      The parameters, and for each path how its weight was merged: "exact" (`w + scale up @ down`,
+      computed in float32, stored in the weight's dtype), "decoded" (the same sum for the decoded
+      values of a compressed weight, as an array) or "requantized".
     """
     tree.check(params)
     leaves = tree.flatten(params)
@@ -229,7 +232,7 @@ def _adapter(path: str, leaf: Any, one: LoRA, key: jax.Array) -> dict[str, jax.A
 
 
 def _adapted(leaves: dict[str, Any]) -> dict[str, Adapted]:
-    """The weights that have an adapter, with it, by path."""
+    """Return the weights that have an adapter, each as an `Adapted` leaf, by path."""
     heads = dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves if is_adapter(path))
     for head in heads:
         for path in (head.removesuffix(SUFFIX), *(f"{head}/{name}" for name in sorted(PARTS))):
@@ -274,9 +277,8 @@ def _reading(parts: Parts) -> Parts:
     return Parts(embed, one, head)
 
 
-_DROPOUT = (
-    2**32 - 9
-)  # what dropout folds into the key of a part; see `models.model` for the other numbers
+# The number that dropout folds into the key of a part; `models.model` lists the others.
+_DROPOUT = 2**32 - 9
 
 
 def _dropout_key(rng: Any, train: bool) -> Any:

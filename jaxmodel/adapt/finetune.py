@@ -1,4 +1,4 @@
-"""Fine-tuning: another head on a body that has learnt, and rules for what trains and how fast.
+"""Fine-tuning: a new head on a trained body, and rules for what trains and how fast.
 
 >>> import optax
 >>> from jaxmodel.adapt import scale_updates
@@ -7,8 +7,9 @@
 >>> model, params = replace_head(old, jax.jit(old.init)(jax.random.key(0)), 3, jax.random.key(1))
 >>> params["head"]["classes"].shape
 (3, 32)
->>> rules = last_layers(params, 1)  # for TrainConfig(trainable=rules): the head and the last of three layers
->>> [tree.assign(rules, params)[path] for path in ("head/classes", "blocks/2/attn/q", "blocks/1/attn/q")]
+>>> rules = last_layers(params, 1)  # TrainConfig(trainable=rules): the head, the last of 3 layers
+>>> trains = tree.assign(rules, params)
+>>> [trains[path] for path in ("head/classes", "blocks/2/attn/q", "blocks/1/attn/q")]
 [True, True, False]
 >>> optimizer = optax.chain(optax.adamw(1e-3), scale_updates(layer_rates(params, 0.5)))
 >>> tree.assign(layer_rates(params, 0.5), params)["blocks/1/attn/q"]
@@ -39,17 +40,16 @@ _LAYER = re.compile(r"((?:.*/)?)blocks/(\d+)/.*")
 def replace_head(
     model: Model, params: tree.Params, classes: int | Sequence[str], key: Array
 ) -> tuple[Model, tree.Params]:
-    """The model and its parameters with a new head for other classes; all other leaves stay as they
-    are.
+    """Return a model and its parameters with a new head for other classes.
 
-    A `bert` of any head gets one of classes. Leaves of the body may be compressed or lie on a mesh;
-    those of the head are new.
+    All other leaves stay as they are. A `bert` with any head gets a classification head. Leaves of
+    the body may be compressed or lie on a mesh; those of the head are new.
 
     Args:
-      model: of a family whose config has `classes` or `labels`.
-      params: its parameters, with whatever head, or none (see `without_projection`).
-      classes: how many, or their names.
-      key: of the new leaves.
+      model: a model of a family whose config has `classes` or `labels`.
+      params: its parameters, with any head or none (see `without_projection`).
+      classes: the number of classes, or their names.
+      key: for the new leaves.
 
     Raises:
       InputError: another family, a wrapped model, fewer than one class, or parameters of another
@@ -79,9 +79,8 @@ def replace_head(
             config, labels=names, **({"head": "classify"} if "head" in fields else {})
         )
     new = build(changed, model.policy)
-    fresh: Any = jax.jit(lambda key: _heads(new.init(key), True))(
-        key
-    )  # of a large model, only the head is made
+    # make only the head, since the rest may be large
+    fresh: Any = jax.jit(lambda key: _heads(new.init(key), True))(key)
     tree.check(params)
     body = _heads(params, False)
     needed: Any = jax.eval_shape(new.init, key)
@@ -98,15 +97,15 @@ def replace_head(
 
 
 def last_layers(params: tree.Params, count: int) -> tree.Rules:
-    """Rules of what trains (`TrainConfig.trainable`): the head, and the last `count` layers with
-    the norm behind them.
+    """Return rules that train the head, the last `count` layers and the norm behind them.
 
-    With 0 only the head learns, a *linear probe*. To unfreeze gradually (Howard & Ruder, 2018)
-    train in stages, each from the parameters of the one before, with a growing count.
+    They are for `TrainConfig.trainable`. With 0 only the head learns, a *linear probe*. To unfreeze
+    gradually (Howard & Ruder, 2018), train in stages with a growing count, each from the parameters
+    of the one before.
 
     Args:
-      params: with layers under `blocks`, unless the count is 0.
-      count: at least 0; at most as many layers as there are.
+      params: parameters with layers under `blocks`, unless the count is 0.
+      count: from 0 to the number of layers.
 
     Raises:
       InputError: a count out of range.
@@ -123,15 +122,15 @@ def last_layers(params: tree.Params, count: int) -> tree.Rules:
 
 
 def layer_rates(params: tree.Params, decay: float) -> tree.Rules:
-    """Rules path -> factor of the learning rate, for `adapt.scale_updates`: `decay^(L - l)` for
-    layer l of L, and 1 behind them.
+    """Return rules path -> factor of the learning rate, smaller for the layers near the input.
 
-    What stands in front of the layers (embeddings) has `decay^(L + 1)`: a layer counts from 1 then
-    (Howard & Ruder, 2018; in this form Clark et al., 2020). Of a model with two stacks each counts
-    by itself.
+    The factor is `decay^(L - l)` for layer l of L (l counts from 0), 1 for the leaves behind the
+    layers and `decay^(L + 1)` for those in front of them (embeddings). If a model has two stacks,
+    each counts by itself. Use the rules with `adapt.scale_updates` (Howard & Ruder, 2018; in this
+    form Clark et al., 2020).
 
     Args:
-      params: with layers under `blocks`.
+      params: parameters with layers under `blocks`.
       decay: above 0, at most 1; 0.65 to 0.9 are usual.
 
     Raises:
@@ -155,7 +154,7 @@ def layer_rates(params: tree.Params, decay: float) -> tree.Rules:
 
 
 def _depths(params: tree.Params) -> dict[str, int]:
-    """How many layers stand under each `blocks`, by what is in front of that in a path."""
+    """Return the number of layers under each `blocks`, keyed by the prefix of the path."""
     found: dict[str, int] = {}
     for path in tree.flatten(params):
         for layer in tree.layer_paths(path):
@@ -165,7 +164,7 @@ def _depths(params: tree.Params) -> dict[str, int]:
 
 
 def _heads(params: tree.Params, wanted: bool) -> tree.Params:
-    """The leaves of the head, or all others."""
+    """Return the leaves of the head if `wanted`, else all others."""
     return tree.unflatten(
         {
             path: leaf
@@ -176,19 +175,21 @@ def _heads(params: tree.Params, wanted: bool) -> tree.Params:
 
 
 def transplant(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params, list[str]]:
-    """Fresh parameters with every leaf of trained ones that has a place there: a new head (of other
+    """Copy every trained leaf that fits into fresh parameters.
+
+    A leaf fits if both trees have its path with the same shape. This puts a new head (of other
     classes, say) on a trained body.
 
     Args:
-      fresh: of the new model.
-      trained: of another; its layers may be stacked otherwise.
+      fresh: parameters of the new model.
+      trained: parameters of another model; its layers may be stacked differently.
 
     Returns:
-      The parameters, and the layer paths that stayed fresh, for rules: what else is there may be
-      frozen.
+      The parameters, and the paths (one for each layer) of the leaves that stayed fresh. Rules can
+      freeze all others.
 
     Raises:
-      InputError: nothing of the trained parameters has a place.
+      InputError: no trained leaf fits.
 
     >>> import jax.numpy as jnp
     >>> fresh = {"body": jnp.zeros((2, 2)), "head": jnp.zeros((3, 2))}

@@ -1,13 +1,13 @@
-"""New weights by rules: path -> initialiser. Whatever the rules leave to the model (value None)
-starts as the model starts it.
+"""Initial weights by rules: path -> initialiser.
 
-A leaf of one layer is `[..., out, in]`: its last axis is the fan-in, the one before it the fan-out,
-and the axes in front (experts) are matrices of their own. A convolution's kernel is
-`[out, in * places]`, so its fan-in counts the places, and its fan-out does not.
+A leaf whose rule has the value None starts as the model itself starts it. A leaf of one layer is
+`[..., out, in]`: its last axis is the fan-in, the one before it the fan-out, and the axes in front
+(experts) hold separate matrices. A convolution's kernel is `[out, in * places]`, so its fan-in
+counts the positions of the kernel and its fan-out does not.
 
 >>> from jaxmodel.models import gpt2
 >>> model = gpt2.model(gpt2.SIZES["tiny"])
->>> rules = [("blocks/.*/(q|k|v)", "orthogonal"), ("blocks/.*/up", "he"), ("embed", "normal(0.01)"), (".*", None)]
+>>> rules = [("blocks/.*/(q|k|v)", "orthogonal"), ("embed", "normal(0.01)"), (".*", None)]
 >>> params = jax.jit(lambda key: initialize(model, key, rules))(jax.random.key(0))
 >>> q = params["blocks"]["0-2"]["attn"]["q"][1]
 >>> bool(jnp.allclose(q @ q.T, jnp.eye(32), atol=1e-5))
@@ -35,66 +35,68 @@ DISTRIBUTIONS = ("normal", "truncated", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """Base of the initialisers: `(key, shape, dtype) -> array`, as those of `jax.nn.initializers`,
-    but for `[..., out, in]`.
+    """Base of the initialisers: `(key, shape, dtype) -> array`, for shapes `[..., out, in]`.
 
-    A new one is a subclass; its class name in lower case is its text form.
+    They are called like those of `jax.nn.initializers`. To add one, write a subclass; its class
+    name in lower case is its text form.
     """
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if str(field.type).startswith("float") and not isinstance(value, float | int | None):
-                raise TypeError(
-                    f"{field.name} is {value!r}; a number is needed"
-                )  # as any wrong type of an argument
+                # as for any argument of a wrong type
+                raise TypeError(f"{field.name} is {value!r}; a number is needed")
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
-        """New weights for the leaf of one layer.
+        """Draw new weights for the leaf of one layer.
 
         Raises:
-          InputError: the shape has no fan-in where one is needed.
+          InputError: the shape has no fan-in, and one is needed.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Initializer):
-    """Every weight is `value`."""
+    """An initialiser that sets every weight to `value`."""
 
     value: float
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Return an array of `value`."""
         return jnp.full(shape, self.value, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Zeros(Initializer):
-    """Every weight is 0."""
+    """An initialiser that sets every weight to 0."""
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Return zeros."""
         return jnp.zeros(shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ones(Initializer):
-    """Every weight is 1."""
+    """An initialiser that sets every weight to 1."""
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Return ones."""
         return jnp.ones(shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Initializer):
-    """`U[low, high)`; `low` is `-high` where it is left out."""
+    """The uniform distribution `U[low, high)`; `low` is `-high` unless it is given."""
 
     high: float = 0.01
     low: float | None = None
@@ -109,13 +111,14 @@ class Uniform(Initializer):
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Draw from the uniform distribution."""
         low = -self.high if self.low is None else self.low
         return jax.random.uniform(key, shape, jnp.float32, low, self.high).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Normal(Initializer):
-    """`N(0, std^2)`."""
+    """The normal distribution `N(0, std^2)`."""
 
     std: float = 0.02
 
@@ -126,14 +129,13 @@ class Normal(Initializer):
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Draw from the normal distribution."""
         return (self.std * jax.random.normal(key, shape)).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncated(Initializer):
-    """A normal distribution without its tails beyond `cut` of its deviations, widened so that what
-    is left has `std`.
-    """
+    """A normal distribution cut at `cut` deviations, widened so that its deviation is `std`."""
 
     std: float = 0.02
     cut: float = 2.0
@@ -147,17 +149,17 @@ class Truncated(Initializer):
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Draw from the truncated distribution."""
         density = math.exp(-(self.cut**2) / 2) / math.sqrt(2 * math.pi)
-        left = 1 - 2 * self.cut * density / math.erf(
-            self.cut / math.sqrt(2)
-        )  # variance of the standard normal when cut
+        # the variance of a standard normal distribution cut at `cut`
+        left = 1 - 2 * self.cut * density / math.erf(self.cut / math.sqrt(2))
         drawn = jax.random.truncated_normal(key, -self.cut, self.cut, shape)
         return (self.std / math.sqrt(left) * drawn).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scaled(Initializer):
-    """Mean 0 and a variance that follows from the shape.
+    """A distribution of mean 0 whose variance follows from the shape.
 
     Attributes:
       distribution: one of `DISTRIBUTIONS`.
@@ -174,12 +176,13 @@ class _Scaled(Initializer):
         _at_least_zero(_name(type(self)), "gain", self.gain)
 
     def variance(self, fan_in: int, fan_out: int) -> float:
-        """The variance of one weight, without the gain."""
+        """Return the variance of one weight, without the gain."""
         raise NotImplementedError
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Draw from the distribution, with the variance that belongs to the shape."""
         _need_matrix(type(self), shape)
         std = self.gain * math.sqrt(self.variance(shape[-1], shape[-2]))
         if self.distribution == "uniform":
@@ -189,32 +192,36 @@ class _Scaled(Initializer):
 
 @dataclasses.dataclass(frozen=True)
 class Xavier(_Scaled):
-    """Variance `2 / (fan_in + fan_out)` (Glorot & Bengio, 2010)."""
+    """A distribution of variance `2 / (fan_in + fan_out)` (Glorot & Bengio, 2010)."""
 
     def variance(self, fan_in: int, fan_out: int) -> float:
+        """Return `2 / (fan_in + fan_out)`."""
         return 2 / (fan_in + fan_out)
 
 
 @dataclasses.dataclass(frozen=True)
 class He(_Scaled):
-    """Variance `2 / fan_in`, for maps behind a ReLU (He et al., 2015)."""
+    """A distribution of variance `2 / fan_in`, for layers followed by a ReLU (He et al., 2015)."""
 
     def variance(self, fan_in: int, fan_out: int) -> float:
+        """Return `2 / fan_in`."""
         return 2 / fan_in
 
 
 @dataclasses.dataclass(frozen=True)
 class LeCun(_Scaled):
-    """Variance `1 / fan_in` (LeCun et al., 1998)."""
+    """A distribution of variance `1 / fan_in` (LeCun et al., 1998)."""
 
     def variance(self, fan_in: int, fan_out: int) -> float:
+        """Return `1 / fan_in`."""
         return 1 / fan_in
 
 
 @dataclasses.dataclass(frozen=True)
 class Orthogonal(Initializer):
-    """`gain` times a matrix whose rows (columns, if they are fewer) are orthonormal, uniformly
-    drawn (Saxe et al., 2014).
+    """`gain` times a random matrix with orthonormal rows (or columns, if they are fewer).
+
+    The matrix is drawn uniformly (Saxe et al., 2014).
     """
 
     gain: float = 1.0
@@ -222,50 +229,51 @@ class Orthogonal(Initializer):
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Draw a matrix for each index of the leading axes."""
         _need_matrix(type(self), shape)
         *lead, rows, columns = shape
         tall = jax.random.normal(key, (*lead, max(rows, columns), min(rows, columns)))
         q, r = jnp.linalg.qr(tall)
-        signs = jnp.sign(
-            jnp.diagonal(r, axis1=-2, axis2=-1)
-        )  # else the draw would not be uniform (Mezzadri, 2007)
+        # without the signs the draw would not be uniform (Mezzadri, 2007)
+        signs = jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))
         q = q * signs[..., None, :]
         return (self.gain * (q if rows >= columns else jnp.swapaxes(q, -1, -2))).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Own(Initializer):
-    """`scale` times what the model itself would start with; None in a rule is `own(1)`."""
+    """`scale` times the model's own initial weights; None in a rule means `own(1)`."""
 
     scale: float = 1.0
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> jax.Array:
+        """Raise an `InputError`: `initialize` handles this initialiser itself."""
         raise InputError("own: only `initialize` knows the model's own weights")
 
 
 def initialize(model: Model, key: jax.Array, rules: tree.Rules) -> tree.Params:
-    """New parameters of a model.
+    """Return new parameters of a model.
 
-    Each layer's leaf draws from a key of its own, made of `key` and its path: layers of a segment
-    are independent, and how they are stacked, how many there are or what other rules say changes
-    nothing. Run it in `jax.jit` for big models: what is replaced is then never made.
+    The leaf of each layer is drawn from a key made of `key` and its path. So the layers of a
+    segment are independent, and a leaf does not depend on how layers are stacked, how many there
+    are or what other rules say. For big models call it in `jax.jit`: leaves that are replaced are
+    then never made.
 
     Args:
-      model: its `init` is asked for the shapes, and for what the rules leave to it.
+      model: its `init` gives the shapes, and the leaves that the rules leave to it.
       key: the same key gives the same weights.
       rules: path of a layer's leaf -> an `Initializer`, its text (`"he"`, `"normal(0.02)"`,
         `"xavier('uniform')"`), any callable `(key, shape, dtype) -> array` that takes the shape of
         one layer, or None for the model's own.
 
     Returns:
-      A tree as `model.init(key)` gives it.
+      A tree of the same structure, shapes and dtypes as `model.init(key)`.
 
     Raises:
       InputError: rules that do not fit the tree (see `tree.assign`), an unknown initialiser, one
-        that needs a matrix where none is, or one that returns something else than what it was asked
-        for.
+        that needs a matrix for a leaf that is none, or one that returns another shape or dtype.
     """
     own = model.init(key)
     chosen = {path: initializer(value) for path, value in tree.assign(rules, own).items()}
@@ -282,9 +290,8 @@ def initialize(model: Model, key: jax.Array, rules: tree.Rules) -> tree.Params:
             )
         if not tree.is_stacked(path):
             return _draw(makers[0], key, path, leaf)
-        if all(
-            maker == makers[0] for maker in makers
-        ):  # one program for all layers, not one for each
+        # one program for all layers, not one for each
+        if all(maker == makers[0] for maker in makers):
             words = jnp.asarray([_words(layer) for layer in layers], jnp.uint32)
             return jax.vmap(lambda w, one: _draw(makers[0], key, layers[0], one, w))(words, leaf)
         return jnp.stack(
@@ -298,10 +305,11 @@ def initialize(model: Model, key: jax.Array, rules: tree.Rules) -> tree.Params:
 
 
 def initializer(value: Any) -> Initializer | Callable[..., jax.Array] | None:
-    """What a rule's value stands for; see `initialize`.
+    """Return the initialiser that the value of a rule stands for; see `initialize`.
 
     Raises:
-      InputError: an unknown name, arguments that it does not take, or a value of another kind.
+      InputError: an unknown name, settings that the initialiser does not have, or a value of
+        another kind.
 
     >>> initializer("truncated(0.02)")
     Truncated(std=0.02, cut=2.0)
@@ -319,7 +327,7 @@ def initializer(value: Any) -> Initializer | Callable[..., jax.Array] | None:
 
 
 def initializers() -> dict[str, type[Initializer]]:
-    """Every initialiser by the name of its text form."""
+    """Return every initialiser by the name of its text form."""
     found: dict[str, type[Initializer]] = {}
     waiting = [Initializer]
     while waiting:
@@ -362,14 +370,15 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _draw(maker: Any, key: jax.Array, path: str, own: jax.Array, words: Any = None) -> jax.Array:
-    """The leaf of one layer.
+    """Draw the leaf of one layer.
 
     Args:
       maker: an initialiser, or None.
-      key: of the whole tree.
-      path: of the layer, for messages.
-      own: what the model starts with.
-      words: of the layer's path, where it is not `path` (one trace serves all layers of a segment).
+      key: the key of the whole tree.
+      path: the path of the layer, for messages.
+      own: the model's own initial weights.
+      words: the two numbers of the layer's path, if it is not `path` (one trace serves all layers
+        of a segment).
     """
     if maker is None:
         return own
@@ -389,7 +398,7 @@ def _draw(maker: Any, key: jax.Array, path: str, own: jax.Array, words: Any = No
 
 
 def _words(path: str) -> tuple[int, int]:
-    """64 bits of a path, as two numbers for `fold_in`."""
+    """Hash a path to 64 bits, as two numbers for `fold_in`."""
     digest = hashlib.sha256(path.encode()).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 

@@ -1,18 +1,18 @@
-"""Maximal update parametrisation: widths that share their learning rate (Yang et al., 2022, "Tensor
-Programs V").
+"""Maximal update parametrisation (muP): models of all widths share one learning rate.
 
-Each leaf is compared with that of a *base* model, the narrow one whose learning rate is known. With
-`m` for how many times wider than there a leaf's input is, and Adam:
+Source: Yang et al., 2022, "Tensor Programs V". Each leaf is compared with that of a *base* model,
+the narrow one whose learning rate is known. Let `m` be how many times wider the input of a leaf is
+than in the base. Then, with Adam:
 
     leaf                                   initial weights      learning rate
     grows in both axes (a hidden matrix)   times m ** -0.5      times 1 / m
     grows in its input only (a readout)    times 1 / m          times 1 / m
     all others (tables, biases, norms)     as in the base       as in the base
 
-Scores of attention shrink with the head's width instead of with its root. A head tied to the
-embedding needs the factor 1 / m on the logits; here the norm in front of it starts with it and
-learns by it, which under Adam is the same function at every step. So the model stays one that its
-config describes, and a saved bundle needs to know nothing of all this.
+Attention scores are divided by the width of a head instead of its square root. A head tied to the
+embedding needs a factor 1 / m on the logits. Here the norm in front of it has that factor in its
+initial weights and in its learning rate, which with Adam is the same function at every step. So the
+config still describes the model, and a saved bundle needs no information about muP.
 
 >>> from jaxmodel.models import gpt2
 >>> from jaxmodel.adapt import initialize
@@ -46,18 +46,20 @@ from jaxmodel.models.family import build_of
 from jaxmodel.models.model import Inputs, Model
 
 FAMILIES = {"bert": "head/norm", "gpt2": "norm", "llama": "norm", "vit": None}
-"""The families whose own initial weights have the same spread at every width, which the factors
-above are factors of; and the norm in front of a head that is tied to the embedding.
+"""The norm in front of a head that is tied to the embedding, by family.
+
+Only families whose own initial weights have the same deviation at every width are listed: the
+factors above multiply these.
 """
 
 _GROWING = ("width", "mlp_width", "heads", "kv_heads")
 
 
 class Mup(NamedTuple):
-    """What `mup` gives.
+    """The result of `mup`.
 
     Attributes:
-      model: the model, with the scale of its scores set.
+      model: the model, with the scale of its attention scores set.
       init: rules for `initialize`.
       rates: rules, path -> factor of the learning rate, for `scale_updates`.
     """
@@ -68,19 +70,20 @@ class Mup(NamedTuple):
 
 
 def mup(model: Model, base: int | Any) -> Mup:
-    """How a model starts and learns, so that what is best for the base model is best for it.
+    """Return a model with rules for its first weights and learning rates that follow muP.
 
-    At the base's own width nothing changes. All rules are optional, so own rules may stand in front
-    of them (`[("head", "zeros"), *rules]`, which the paper recommends).
+    The settings that are best for the base model are then best for this one. At the base's own
+    width nothing changes. All rules are optional, so your own rules may stand in front of them
+    (`[("head", "zeros"), *rules]`, which the paper recommends).
 
     Args:
-      model: of one of `FAMILIES`, as its file makes it.
-      base: the config of the base model; or its width, for a base whose feed-forward parts and
-        numbers of heads are narrower in proportion and whose heads are as wide.
+      model: a model of one of `FAMILIES`, not wrapped.
+      base: the config of the base model, or its width. A width means that the feed-forward width
+        and the numbers of heads shrink in proportion and that heads keep their width.
 
     Raises:
-      InputError: another family, a wrapped model, a base that is not the same model but for its
-        widths, or heads of another width in a family whose config has no scale of the scores.
+      InputError: another family, a wrapped model, a base that differs in more than its widths, or
+        heads of another width in a family whose config has no scale of the scores.
     """
     config = model.config
     family = model.family
@@ -112,7 +115,7 @@ def mup(model: Model, base: int | Any) -> Mup:
             f"base: it differs from the model in the leaf {unlike[0]!r}; allowed: another width "
             f"of the same model"
         )
-    role = role_of(model.axes)  # of a table, which is looked up, only the output has a width
+    role = role_of(model.axes)  # a table is looked up, so only its output has a width
     factors = {
         path: _factors(path, shape, narrow[path], role(path, shape))
         for path, shape in shapes.items()
@@ -140,8 +143,9 @@ def mup(model: Model, base: int | Any) -> Mup:
 
 
 def scale_updates(rules: tree.Rules) -> optax.GradientTransformation:
-    """Updates times a factor for each leaf; to be chained behind an optimiser, whose decay it
-    scales too.
+    """Multiply the updates of each leaf by a factor.
+
+    Chain it behind an optimiser; it scales the optimiser's weight decay too.
 
     Args:
       rules: path -> factor of the learning rate; layers of a segment may differ.
@@ -162,13 +166,14 @@ def scale_updates(rules: tree.Rules) -> optax.GradientTransformation:
 
 
 def coordinates(model: Model, params: tree.Params, inputs: Inputs) -> dict[str, jax.Array]:
-    """The mean size of activations by place: what a coordinate check plots over widths. Where a
-    parametrisation is right, none of them grows or shrinks with the width after some steps of
-    training.
+    """Measure the mean size of the activations at each place, for a coordinate check.
+
+    Plot them over widths: if a parametrisation is right, none grows or shrinks with the width after
+    some training steps.
 
     Returns:
-      `embed`, `blocks/0`, ... (behind each layer), `blocks/0/added`, ... (what the layer changed),
-      `logits`: mean absolute values, scalars.
+      Mean absolute values (scalars) of `embed`, `blocks/0`, ... (the output of each layer),
+      `blocks/0/added`, ... (what the layer added) and `logits`.
     """
     check_params(model, params)
     embed, block, head = model.parts
@@ -193,7 +198,7 @@ def _shapes(model: Model) -> dict[str, Any]:
 
 
 def _narrower(config: Any, width: int) -> Any:
-    """The config of a base of this width, whose heads are as wide."""
+    """Return the config of a base of this width with heads of the same width."""
     sizes = {name: getattr(config, name) for name in _GROWING if hasattr(config, name)}
     if width < 1 or any(size * width % config.width for size in sizes.values()):
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -207,8 +212,9 @@ def _narrower(config: Any, width: int) -> Any:
 
 
 def _scored(config: Any, base: Any) -> Any:
-    """The config with scores that shrink with the width of a head, and everything else that is no
-    size as in the base.
+    """Return the config with scores divided by the width of a head.
+
+    Every other setting that is no size is as in the base.
     """
     wide, narrow = (getattr(c, "head_width", c.width // c.heads) for c in (config, base))
     changed: dict[str, Any] = {}
@@ -229,7 +235,7 @@ def _scored(config: Any, base: Any) -> Any:
 def _factors(
     path: str, shape: tuple[int, ...], narrow: tuple[int, ...], role: str
 ) -> tuple[Any, float]:
-    """How a leaf starts (None: as it is) and the factor of its learning rate."""
+    """Return how a leaf starts (None: unchanged) and the factor of its learning rate."""
     if len(shape) != len(narrow):
         raise InputError(
             f"base: {path!r} has the shape {list(narrow)}, here it has {list(shape)}; allowed: as "
@@ -245,15 +251,14 @@ def _factors(
 def _tied(
     norm: str | None, factors: Mapping[str, Any], config: Any, base: Any
 ) -> dict[str, tuple[Any, float]]:
-    """The norm in front of a head that is tied to the embedding: it starts as `1 / m`, and learns
-    by that.
+    """Return the first weights and the rate of the norm in front of a tied head.
+
+    Both are those of the base times `1 / m`.
     """
     times = config.width / base.width
     if norm is None or "head" in factors or f"{norm}/weight" not in factors or times == 1:
         return {}
-    offset = getattr(
-        config, "norm_offset", 0.0
-    )  # added to the weight, so what is to be scaled is their sum
+    offset = getattr(config, "norm_offset", 0.0)  # added to the weight: their sum is to be scaled
     own = Constant(1 / times - offset) if offset else Own(1 / times)
     return {
         path: (own if path.endswith("/weight") else None, 1 / times)
