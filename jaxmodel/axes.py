@@ -14,9 +14,9 @@ capital letter is a set of units in no order: if they change places in all leave
 the model computes the same. A small letter (`h` of a head, which rotary positions order; `x` of a
 kernel, `c` of classes) and those that `Axes.ordered` lists (`V`) have an order that something
 outside of the weights knows; `_` is an axis that nothing is said about. A word may follow: `table`
-for rows that are looked up, `measured` for statistics that no optimiser trains. `...` alone says
-nothing about any axis, however many there are; what such a leaf is, is guessed from its name and
-shape.
+for rows that are looked up, `router` for a matrix whose outputs choose experts, `measured` for
+statistics that no optimiser trains. `...` alone says nothing about any axis, however many there
+are; what such a leaf is, is guessed from its name and shape.
 
 Which letters are the same units. A letter belongs to its layer, and outside of layers to its
 folder: `F` of `blocks/3` and of `blocks/4` are two sets. Those that `Axes.shared` lists (by default
@@ -57,9 +57,10 @@ PLACEMENT = (
 The first entry counts whose mesh axis no earlier axis of the leaf took.
 """
 
-ROLES = ("matrix", "table", "head", "vector", "measured")
-"""What a leaf is: a matrix (of experts or of layers too), a table whose rows are looked up, a
-matrix whose outputs are those of the model (`V` or `c` in front), a vector or scalar, a statistic.
+ROLES = ("matrix", "experts", "router", "table", "head", "vector", "measured")
+"""What a leaf of one layer is: a matrix, a matrix for each expert (`E` in front), the matrix that
+chooses experts, a table whose rows are looked up, a matrix whose outputs are those of the model (`V`
+or `c` in front), a vector or scalar, a statistic.
 """
 
 type Roles = Callable[[str, tuple[int, ...]], str]  # path and shape of one layer's leaf -> its role
@@ -71,7 +72,8 @@ _OUTSIDE = ((("V",),), (("c",),))  # what comes out of a head
 _VECTORS = re.compile(r"(?i)(.*/)?([^/]*norm[^/]*/[^/]*|[^/]*bias|scale|[^/]*token|cls|class)")
 _TABLES = re.compile(r"(.*/)?[^/]*(embed|positions|tokens)[^/]*")
 _HEADS = re.compile(r"(.*/)?[^/]*head[^/]*")
-_STACKED = "E"  # a letter that stands in front of a matrix and makes it no other kind of leaf
+_EXPERTS = (("E",),)
+_STATE = "state/"  # what a foreign module keeps stands there
 _ANY = "..."
 _AXIS = re.compile(r"_|[A-Za-z]\d*|\(([A-Za-z]\d*)+\)|\[[^\[\]]*\]")
 _UNITS = re.compile(r"_|[A-Za-z]\d*")
@@ -102,6 +104,8 @@ class Axes:
       ordered: capital letters whose order something outside of the weights knows: the vocabulary,
         always; `D` where the model returns activations or adds fixed positions, channels that group
         norms take by groups.
+      fused: names of leaves of one folder that read one input, and that the model's layers also
+        read where they are one leaf; see `layers.fuse`.
 
     Raises:
       InputError: letters that cannot be read.
@@ -111,6 +115,7 @@ class Axes:
     sizes: tuple[tuple[str, int], ...] = ()
     shared: tuple[str, ...] = ("D", "V")
     ordered: tuple[str, ...] = ("V",)
+    fused: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for _, text, *_ in self.rules:
@@ -149,7 +154,7 @@ class Axes:
             kind = tree.optional if isinstance(pattern, tree.optional) else str
             rules.append((kind(f"{prefix}/(?:{pattern})"), moved, *spec))
         sizes = tuple((other(letter), size) for letter, size in self.sizes)
-        return Axes(tuple(rules), sizes, self.shared, tuple(map(other, self.ordered)))
+        return Axes(tuple(rules), sizes, self.shared, tuple(map(other, self.ordered)), self.fused)
 
 
 class Member(NamedTuple):
@@ -197,14 +202,14 @@ def read(text: str) -> Letters:
         for part in found
     )
     whole = "".join(found) == letters and all(map(all, axes))
-    if not whole or len(words) > 1 or role not in ("", "table", "measured"):
+    if not whole or len(words) > 1 or role not in ("", "table", "router", "measured"):
         raise InputError(
             f"axes: {text!r} cannot be read; write them as 'FD', '(Kh)D', 'C1(C0yx)', 'VD table', "
             f"'C measured'"
         )
-    own = [axis for axis in axes if axis != ((_STACKED,),)]
-    role = role or ("vector" if len(own) < 2 else "head" if own[0] in _OUTSIDE else "matrix")
-    return Letters(axes, role)
+    own = axes[1:] if axes[:1] == (_EXPERTS,) else axes
+    kind = "experts" if own != axes else "head" if own[:1] and own[0] in _OUTSIDE else "matrix"
+    return Letters(axes, role or ("vector" if len(own) < 2 else kind))
 
 
 def guessed(path: str, shape: tuple[int, ...]) -> str:
@@ -216,7 +221,7 @@ def guessed(path: str, shape: tuple[int, ...]) -> str:
     >>> guessed("Dense_0/kernel", (4, 3)), guessed("LayerNorm_0/scale", (3,)), guessed("cls", (1, 1, 3)), guessed("embed", (9, 3))
     ('matrix', 'vector', 'vector', 'table')
     """
-    if path.startswith("state/"):
+    if path.startswith(_STATE):
         return "measured"
     long = len(shape) if len(shape) < 3 else sum(n > 1 for n in shape)
     if long < 2 or _VECTORS.fullmatch(path):
@@ -238,6 +243,37 @@ def role_of(axes: Axes) -> Roles:
 
 UNDECLARED = Axes(((".*", _ANY),))
 """The axes of a model of which nothing is known; every device has all of it."""
+
+
+def trainable(axes: Axes) -> Callable[[str], bool]:
+    """Tell which leaves train where nobody says: all but statistics, which have no gradient, yet
+    an optimiser's decay would move them.
+
+    Returns:
+      layer path -> bool, for `tree.partition`.
+    """
+    role = role_of(axes)
+    return lambda path: role(path, ()) != "measured"
+
+
+def heads(axes: Axes, params: tree.Params) -> set[str]:
+    """The layer paths of the model's head: the leaves whose outputs are those of the model (`V` or
+    `c` among their axes) and that are no tables, and what stands in one folder with them.
+
+    >>> head = {"classes": jnp.ones((3, 2)), "pool": jnp.ones((2, 4))}
+    >>> sorted(heads(Axes((("head/classes", "cF"), ("head/pool", "FD"), ("norm", "D"))), {"head": head, "norm": jnp.ones(4)}))
+    ['head/classes', 'head/pool']
+    """
+    role = role_of(axes)
+    shapes = _shapes(params)
+    out = {
+        path
+        for path, letters in assign(axes, params).items()
+        if role(path, shapes[path]) == "head"
+        or (letters.role == "vector" and any(axis in _OUTSIDE for axis in letters.axes))
+    }
+    folders = {path.rpartition("/")[0] for path in out} - {""}
+    return {path for path in shapes if path in out or path.rpartition("/")[0] in folders}
 
 
 def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:

@@ -48,14 +48,10 @@ from jaxmodel.errors import InputError
 type Leaf = Any  # a jax.Array or a compressed leaf
 type Params = dict[str, Any]
 type Rules = Sequence[tuple[str, Any]]
+type Trains = Rules | Callable[[str], bool] | None  # which leaves train, see `partition`
 
 BLOCKS = "blocks"
 """The key whose children are segments of layers."""
-
-MEASURED = r"(.*/)?[^/]*norm/(mean|variance)|state/.*"
-"""Leaves that are measured or kept, not trained: the statistics of batch norms, and the state of a
-foreign module.
-"""
 
 _DEEPEST = 100
 _SEGMENT = re.compile(r"(\d+)(?:-(\d+))?")
@@ -436,21 +432,22 @@ def match(rules: Rules, params: Params) -> tuple[Params, dict[str, Any]]:
     return params, {path: by_layer[layer_paths(path)[0]] for path in flatten(params)}
 
 
-def partition(params: Params, rules: Rules | None = None) -> tuple[Params, Params]:
+def partition(params: Params, rules: Trains = None) -> tuple[Params, Params]:
     """Part a tree in two: what trains and what is frozen. `combine` puts them together again.
 
     Args:
       params: the tree.
       rules: path -> bool (whether the leaf trains). Without rules every plain floating-point array
-        trains but those that `MEASURED` names (they have no gradient, yet an optimiser's decay
-        would move them); compressed or integer leaves do not.
+        trains, of which a function of layer paths, such as `axes.trainable(model.axes)`, may leave
+        some out; compressed or integer leaves do not.
 
     Returns:
       Two trees with disjoint paths. A segment is split where its layers part ways.
     """
-    if rules is None:
+    if rules is None or callable(rules):
+        among = rules or (lambda path: True)
         chosen = {
-            path: _is_float_array(leaf) and not re.fullmatch(MEASURED, path)
+            path: _is_float_array(leaf) and among(layer_paths(path)[0])
             for path, leaf in flatten(params).items()
         }
     else:

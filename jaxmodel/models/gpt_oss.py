@@ -146,7 +146,7 @@ def axes(config: Config) -> Axes:
             ("blocks/.*/attn/(k|v)_bias", "(Kh)"),
             ("blocks/.*/attn/o_bias", "D"),
             ("blocks/.*/attn/sinks", "(KG)", P()),
-            ("blocks/.*/moe/router", "ED", P(None, "fsdp")),
+            ("blocks/.*/moe/router", "ED router", P(None, "fsdp")),
             ("blocks/.*/moe/router_bias", "E", P()),
             ("blocks/.*/moe/(gate|up)", "EFD"),
             ("blocks/.*/moe/down", "EDF"),

@@ -356,7 +356,7 @@ def axes(config: Config) -> Axes:
             (tree.optional("blocks/.*/mlp/down"), "DF"),
             (tree.optional("blocks/.*/mlp/(gate|up)_bias"), "F"),
             (tree.optional("blocks/.*/mlp/down_bias"), "D"),
-            (tree.optional("blocks/.*/moe/router"), "ED", P(None, "fsdp")),
+            (tree.optional("blocks/.*/moe/router"), "ED router", P(None, "fsdp")),
             (tree.optional("blocks/.*/moe/(gate|up)"), "EFD"),
             (tree.optional("blocks/.*/moe/down"), "EDF"),
             (".*norm/weight", "D"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -123,7 +122,7 @@ class Model:
                 return _hidden(
                     parts,
                     policy,
-                    *_counted(params, unpadded(_by_name(inputs, names))),
+                    *_counted(self.axes, params, unpadded(_by_name(inputs, names))),
                     cache,
                     rng,
                     train,
@@ -137,7 +136,7 @@ class Model:
             train: bool = False,
         ) -> Output:
             with runs_on(self, params, layers=False):  # `hidden` looks at these
-                params, inputs = _counted(params, _by_name(inputs, names))
+                params, inputs = _counted(self.axes, params, _by_name(inputs, names))
                 out = self.hidden(params, inputs, cache, rng, train)
                 return dataclasses.replace(
                     out, logits=parts.head(params, out.hidden, _key(rng, _HEAD), train)
@@ -267,22 +266,22 @@ def unpadded(
 COUNTS = "counts"
 """The input that names the rows which do not only fill the batch up."""
 
-_MEANS = re.compile(r"(?!state/)(.*/)?[^/]*norm/mean")  # a foreign module is told otherwise
-
 
 def _counted(
-    params: tree.Params, inputs: dict[str, jax.Array]
+    of: axes.Axes, params: tree.Params, inputs: dict[str, jax.Array]
 ) -> tuple[tree.Params, dict[str, jax.Array]]:
-    """Which rows count, told to the batch norms: they stand in parts of a model that no input
-    reaches.
+    """Which rows count, told to the batch norms (the means that the axes call measured): they stand
+    in parts of a model that no input reaches.
     """
     if (counts := inputs.pop(COUNTS, None)) is None:
         return params, inputs
     if isinstance(params.get("state"), dict):  # of a foreign module, which reads it as an input
         inputs[COUNTS] = counts
+        return params, inputs
+    trains = axes.trainable(of)
 
     def told(path: str, leaf: Any) -> Any:
-        if not _MEANS.fullmatch(path):
+        if not path.endswith("/mean") or trains(tree.layer_paths(path)[0]):
             return leaf
         measured = leaf if isinstance(leaf, Measured) else Measured(leaf, own=False)
         return dataclasses.replace(

@@ -99,18 +99,17 @@ def decaying(roles: Roles, params: Any) -> Any:
 
     def one(path: Any, leaf: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return roles(tree.layer_paths(name)[0], tree.layer_shape(name, leaf)) in (
-            "matrix",
-            "table",
-            "head",
-        )
+        role = roles(tree.layer_paths(name)[0], tree.layer_shape(name, leaf))
+        return role not in ("vector", "measured")
 
     return jax.tree_util.tree_map_with_path(
         one, params, is_leaf=lambda node: isinstance(node, Compressed)
     )
 
 
-def each_layer(direction: optax.GradientTransformation) -> optax.GradientTransformation:
+def each_layer(
+    direction: optax.GradientTransformation, roles: Roles = guessed
+) -> optax.GradientTransformation:
     """A transformation that takes norms or means over leaves, taken over each layer, and each
     expert, by itself.
 
@@ -120,6 +119,7 @@ def each_layer(direction: optax.GradientTransformation) -> optax.GradientTransfo
 
     Args:
       direction: of one array; without extra arguments.
+      roles: see `optimizer`; they tell which leaves are a matrix for each expert.
 
     >>> params = {"blocks": {"0-1": {"up": jnp.array([[[3.0, 4.0]], [[0.0, 1.0]]])}}}
     >>> unit = each_layer(optax.scale_by_trust_ratio())  # of LARS: |w| / |u|
@@ -129,7 +129,9 @@ def each_layer(direction: optax.GradientTransformation) -> optax.GradientTransfo
     """
 
     def apart(function: Callable[..., Any], path: str, leaf: Any) -> Callable[..., Any]:
-        for _ in range(tree.is_stacked(path) + _has_experts(path, leaf)):
+        shape = tree.layer_shape(path, leaf)
+        experts = roles(tree.layer_paths(path)[0], shape) == "experts"
+        for _ in range(tree.is_stacked(path) + experts):
             function = jax.vmap(function)
         return function
 
@@ -154,11 +156,6 @@ def each_layer(direction: optax.GradientTransformation) -> optax.GradientTransfo
         return tuple(places.unflatten([each[i] for each in found]) for i in range(2))  # pyright: ignore[reportReturnType]
 
     return optax.GradientTransformation(init, update)
-
-
-def _has_experts(path: str, leaf: Any) -> bool:
-    """Whether a layer's leaf is a matrix for each expert."""
-    return "moe" in path.split("/") and len(tree.layer_shape(path, leaf)) == 3
 
 
 # ----------------------------------------------------------------------------------- Adam in 8 bits
@@ -356,10 +353,11 @@ def _lion(
     return _decoupled(optax.scale_by_lion(b1, b2), rate, weight_decay, mask)
 
 
-def _adafactor(rate: Rate, *, weight_decay: float, mask: Mask | None, **_: Any) -> Any:
-    return _decoupled(
-        each_layer(optax.chain(optax.adafactor(None), optax.scale(-1.0))), rate, weight_decay, mask
-    )
+def _adafactor(
+    rate: Rate, *, weight_decay: float, mask: Mask | None, roles: Roles, **_: Any
+) -> Any:
+    direction = optax.chain(optax.adafactor(None), optax.scale(-1.0))
+    return _decoupled(each_layer(direction, roles), rate, weight_decay, mask)
 
 
 def _muon(
@@ -387,8 +385,8 @@ def _matrices(roles: Roles, params: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):  # Adam has it
             return leaf
         shape = tree.layer_shape(path, leaf)
-        matrix = len(shape) == 2 or _has_experts(path, leaf)
-        if not matrix or roles(tree.layer_paths(path)[0], shape) != "matrix":
+        role = roles(tree.layer_paths(path)[0], shape)
+        if role != "experts" and (role != "matrix" or len(shape) != 2):
             return None
         return optax.contrib.MuonDimensionNumbers(
             reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2

@@ -16,7 +16,7 @@ from jaxmodel.optim.guard import choose
 from jaxmodel.train.state import TrainState, replaced
 
 
-def init(state: TrainState, trainable: tree.Rules | None = None) -> TrainState:
+def init(state: TrainState, trainable: tree.Trains = None) -> TrainState:
     """The state with a memory of the best: its held-out loss, its parameters that train, and how
     many evaluations ago it was.
     """

@@ -220,7 +220,7 @@ class _Run:
             found = program.init(params=params)
         self.state = _at_row(found, self.stream.batch_size)
         self.i = int(self.state.step)
-        if not jax.tree.leaves(tree.partition(self.state.params, config.trainable)[0]):
+        if not jax.tree.leaves(tree.partition(self.state.params, program.trainable)[0]):
             raise InputError("trainable: nothing trains")
         if config.steps < self.i:
             raise InputError(f"steps: {config.steps} given; {self.i} were made already")
@@ -232,7 +232,7 @@ class _Run:
             None if self.heldout is None else Scorer(model, loss, self.heldout, mesh, *judge)
         )
         self.with_statistics = statistics.of_run(model, loss, self.stream, mesh, self.state.params)
-        self.meter = Meter(model, self.state.params, self.most, config.trainable)
+        self.meter = Meter(model, self.state.params, self.most, program.trainable)
         self.bad_steps = BadSteps(config.bad)
         self.feed = _feed(self.placed, self.state, config)
         self.rate = schedule_of(config) if program.optimizer is None else None

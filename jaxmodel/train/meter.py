@@ -24,7 +24,7 @@ class Meter:
       params: all of them.
       most: operations in a second that the devices could do, see `flops.peak`; None leaves the
         utilisation out.
-      trainable: rules, path -> whether the leaf trains.
+      trainable: which leaves train, see `tree.partition`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Meter:
         model: Model,
         params: tree.Params,
         most: float | None,
-        trainable: tree.Rules | None = None,
+        trainable: tree.Trains = None,
     ):
         self._model = model
         self._shapes = jax.eval_shape(lambda p: p, params)

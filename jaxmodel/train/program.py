@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmodel import sharding, tree
+from jaxmodel import axes, sharding, tree
 from jaxmodel.errors import InputError
 from jaxmodel.losses import Loss
 from jaxmodel.losses.chosen import checked_loss
@@ -89,9 +89,9 @@ class Program:
             "guard": c.guard(),
             "exchange": c.made_exchange(),
         }
-        state = init_state(params, self._optimizer, c.trainable, **memories)
+        state = init_state(params, self._optimizer, self.trainable, **memories)
         state.extra["batch_size"] = jnp.int32(0)
-        return early.init(state, c.trainable) if c.patience else state
+        return early.init(state, self.trainable) if c.patience else state
 
     @functools.cached_property
     def update(self) -> Step:
@@ -99,9 +99,10 @@ class Program:
         c = self.config
         options: dict[str, Any] = {
             name: getattr(c, name)
-            for name in ("seed", "trainable", "accumulate", "average", "pipeline")
+            for name in ("seed", "accumulate", "average", "pipeline")
         }
         options |= {
+            "trainable": self.trainable,
             "guard": c.guard(),
             "exchange": c.made_exchange(),
             "augment": self.augment,
@@ -244,6 +245,12 @@ class Program:
     def environment(self) -> dict[str, Any]:
         """What the bits of a run depend on besides: mesh, processes, devices, processors, jaxlib."""
         return placing.environment(self.mesh)
+
+    @functools.cached_property
+    def trainable(self) -> tree.Trains:
+        """Which leaves train: as the config says, or all but the model's statistics."""
+        rules = self.config.trainable
+        return axes.trainable(self.model.axes) if rules is None else rules
 
     # --------------------------------------------------------------------------------------- inside
 

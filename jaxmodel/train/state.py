@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from jaxmodel import sharding, tree
+from jaxmodel import axes, sharding, tree
 from jaxmodel.brief import brief
 from jaxmodel.leaves.leaf import register
 from jaxmodel.optim.guard import Guard
@@ -81,7 +81,7 @@ def _number(counter: Any) -> Any:
 def init_state(
     params: tree.Params,
     optimizer: optax.GradientTransformation,
-    trainable: tree.Rules | None = None,
+    trainable: tree.Trains = None,
     *,
     average: bool = False,
     guard: Guard | None = None,
@@ -93,13 +93,15 @@ def init_state(
       params: the tree; split by `trainable` where its rules tell layers of a segment apart.
       optimizer: any optax transformation; of weights in 16 bits it keeps float32 copies, see
         `optim.masters`.
-      trainable: rules, path -> bool; see `tree.partition`.
+      trainable: see `tree.partition`; None for all but what a foreign module keeps. Of a model with
+        other statistics: `axes.trainable(model.axes)`.
       average: whether a moving average of what trains rides along, for `make_step(average=...)`.
       guard: whose memory rides along, for `make_step(guard=...)`, which must be given the same.
       exchange: whose memory rides along, for `make_step(exchange=...)`; made for the mesh in use.
     """
     tree.check(params)
-    trains, frozen = tree.partition(params, trainable)
+    among = axes.trainable(axes.UNDECLARED) if trainable is None else trainable
+    trains, frozen = tree.partition(params, among)
     zero = jnp.zeros((), jnp.int32)
     extra: dict[str, Any] = {}
     if average:

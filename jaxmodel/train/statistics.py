@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodel import tree
+from jaxmodel import axes, tree
 from jaxmodel.data import Batches as Stream
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import Loss
@@ -59,7 +59,8 @@ def set_batch_statistics(
     norms tell which that is and their m, so no module needs to be known. Other state stays.
 
     Args:
-      model: with batch norms: leaves `X/mean` and `X/variance`, or a foreign module with state.
+      model: with batch norms: leaves `X/mean` and `X/variance` that its axes call measured, or a
+        foreign module with state.
       params: its parameters.
       batches: inputs of `model.apply`, of one shape if possible (each shape compiles once); a list
         if there are several passes. Labels among them are not read, so a training stream serves:
@@ -85,12 +86,12 @@ def set_batch_statistics(
     """
     at_least("passes", passes)
     tree.check(params)
-    norms = _norms(params)
+    norms = _norms(model, params)
     state = _state(params)
     if not norms and not state:
         raise InputError(
-            "params: no batch norm is there; a leaf .../variance, or the state of a foreign "
-            "module, is needed"
+            "params: no batch norm is there; a leaf .../variance that the axes call measured, or "
+            "the state of a foreign module, is needed"
         )
     if state and passes > 1:
         raise InputError(
@@ -99,7 +100,12 @@ def set_batch_statistics(
     for number in range(passes if norms else 0):
         shown = progress(batches, "batch statistics")
         params = _of_norms(
-            _measure(model, loss, norms, number == 0), params, shown, number == 0, number + 1
+            _measure(model, loss, norms, number == 0),
+            params,
+            norms,
+            shown,
+            number == 0,
+            number + 1,
         )
     if state:
         params = _of_module(
@@ -127,7 +133,7 @@ def of_run(
       params: its parameters, or their shapes. Where nothing in them is measured, states stay as
         they are.
     """
-    norms = _norms(params)
+    norms = _norms(model, params)
     state = _state(params)
     if not norms and not state:
         return lambda current: current
@@ -135,6 +141,7 @@ def of_run(
     rows = min(ROWS, getattr(stream, "count", ROWS))
     rows = max(rows - rows % size, min(rows, size))
     placed = Placed(Once(stream, rows), mesh)
+    trains = axes.trainable(model.axes)
     measure = _measure(model, loss, norms, True) if norms else None
     keep = _keep(model, loss, state) if state else None
 
@@ -142,26 +149,29 @@ def of_run(
         judged = averaged(current)
         batches = lambda: (placed.batch(i) for i in range(-(-rows // size)))
         if measure is not None:
-            judged = _of_norms(measure, judged, batches(), True)
+            judged = _of_norms(measure, judged, norms, batches(), True)
         if keep is not None:
             judged = _of_module(keep, judged, batches())
         found = tree.flatten(judged)
-        measured = lambda path: re.fullmatch(tree.MEASURED, path) is not None
         params = tree.map_leaves(
-            lambda path, leaf: found[path] if measured(path) else leaf, current.params
+            lambda path, leaf: leaf if trains(tree.layer_paths(path)[0]) else found[path],
+            current.params,
         )
         return dataclasses.replace(current, params=params)
 
     return settled
 
 
-def _norms(params: tree.Params) -> tuple[str, ...]:
-    paths = [
-        path
+def _norms(model: Model, params: tree.Params) -> tuple[str, ...]:
+    """The paths of the batch norms, as `layers.BatchNorm` names its statistics."""
+    trains = axes.trainable(model.axes)
+    return tuple(
+        path.removesuffix("/variance")
         for path in tree.flatten(params)
-        if path.endswith("/variance") and not path.startswith(_STATE)
-    ]
-    return tuple(path.removesuffix("/variance") for path in paths)
+        if path.endswith("/variance")
+        and not path.startswith(_STATE)
+        and not trains(tree.layer_paths(path)[0])
+    )
 
 
 def _state(params: tree.Params) -> tuple[str, ...]:
@@ -217,6 +227,7 @@ def _measure(
 def _of_norms(
     measure: Callable[..., Sums],
     params: tree.Params,
+    norms: tuple[str, ...],
     batches: Iterable[Any],
     fresh: bool,
     number: int = 1,
@@ -229,7 +240,8 @@ def _of_norms(
         if (
             total is None and fresh
         ):  # a first mean to take the sums around: see `ops.norms.Measured`
-            params = _with(params, _float64(measure(_zeroed(params), batch)), _zeroed(params))
+            zeroed = _zeroed(params, norms)
+            params = _with(params, _float64(measure(zeroed, batch)), zeroed)
         sums = _float64(measure(params, batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
@@ -239,11 +251,11 @@ def _of_norms(
     return _with(params, total, params)
 
 
-def _zeroed(params: tree.Params) -> tree.Params:
+def _zeroed(params: tree.Params, norms: Iterable[str]) -> tree.Params:
     """With means of zero, so that what is found does not depend, in its last bits, on what was
     found before.
     """
-    means = {f"{norm}/mean" for norm in _norms(params)}
+    means = {f"{norm}/mean" for norm in norms}
     return tree.map_leaves(
         lambda path, leaf: jnp.zeros_like(leaf) if path in means else leaf, params
     )

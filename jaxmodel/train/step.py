@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodel import tree
+from jaxmodel import axes, tree
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.losses import Loss
 from jaxmodel.losses.chosen import checked_loss
@@ -40,7 +40,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     seed: int = 0,
-    trainable: tree.Rules | None = None,
+    trainable: tree.Trains = None,
     accumulate: int = 1,
     augment: Augment | None = None,
     average: float = 0.0,
@@ -61,7 +61,7 @@ def make_step(
       optimizer: any optax transformation, over the part that trains. Its `update` is given `value`,
         the loss.
       seed: of all randomness of the steps.
-      trainable: rules, path -> bool; see `tree.partition`.
+      trainable: see `tree.partition`; None for all but the model's statistics.
       accumulate: micro-batches that a batch is cut into, see `gradients.accumulated`.
       augment: changes the batch before it is used.
       average: decay d of a moving average of the parameters, `a <- d a + (1 - d) p` with
@@ -88,6 +88,7 @@ def make_step(
     check_optimizer(optimizer)
     update = with_masters(optimizer).update
     loss = checked_loss(loss)
+    among = axes.trainable(model.axes) if trainable is None else trainable
     needs_state = "state" in inspect.signature(loss).parameters
 
     def step(
@@ -100,7 +101,7 @@ def make_step(
             if augment is None
             else augment(jax.random.fold_in(rng, _AUGMENT), dict(batch))
         )
-        trains, frozen = tree.partition(state.params, trainable)
+        trains, frozen = tree.partition(state.params, among)
 
         def objective(
             trains: tree.Params, batch: Mapping[str, Any], rng: jax.Array

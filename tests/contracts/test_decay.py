@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxmodel import adapt, models, optim, train, tree
+from jaxmodel import adapt, axes, models, optim, train, tree
 from jaxmodel.models import gpt2
 
 X = jax.ShapeDtypeStruct((1, 4, 6), jnp.float32)
@@ -96,10 +96,10 @@ def test_matrices_decay_and_nothing_else(name):
         shapes = jax.eval_shape(
             lambda key: adapt.lora(one, one.init(key), rules, key)[1], jax.random.key(0)
         )
-    params = tree.map_leaves(ones, tree.partition(shapes)[0])
+    params = tree.map_leaves(ones, tree.partition(shapes, axes.trainable(model.axes))[0])
     settings = {"schedule": "constant", "warmup": 0, "learning_rate": 0.1, "weight_decay": 0.5}
     for optimizer in (
-        train.make_optimizer(train.TrainConfig(steps=4, optimizer="sgd", **settings)),
+        train.make_optimizer(train.TrainConfig(steps=4, optimizer="sgd", **settings), model.axes),
         optim.optimizer("sgd", 0.1, weight_decay=0.5),
     ):
         found = decaying(optimizer, params)

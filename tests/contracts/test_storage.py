@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jaxmodel import optim, train, tree
+from jaxmodel.axes import Axes, role_of
 from jaxmodel.losses import penalties as regularize
 from jaxmodel.optim import optimizers
 from jaxmodel.optim.optimizers import each_layer
@@ -80,7 +81,7 @@ def test_an_expert_is_a_matrix_of_its_own(name):
     small = leaf(1, 140, 150)[0]
     large = 1e3 * leaf(1, 140, 150, seed=1)[0]
     make = lambda *experts: {"blocks": {"0": {"moe": {"up": jnp.stack(experts)}}}}
-    optimizer = optimizers.optimizer(name, 0.1)
+    optimizer = optimizers.optimizer(name, 0.1, roles=role_of(Axes(((".*", "EFD"),))))
     both = make(small, large)
     one = make(small)
     found = [optimizer.update(params, optimizer.init(params), params)[0] for params in (both, one)]

@@ -4,6 +4,7 @@ mesh, in scanned layers.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import chex
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import layers, losses, models, ops, train, tree
+from jaxmodel import axes, layers, losses, models, ops, train, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers.batch_norm import fold_batch_norm
 from jaxmodel.models import cnn, resnet
@@ -89,6 +90,8 @@ def test_the_variance_does_not_drown_in_a_large_mean(params, pixels):
             head=lambda params, x, *_: layers.BatchNorm(1e-5).apply({"params": params["norm"]}, x),
         ),
     )
+    letters = (("norm/(weight|bias)", "D"), ("norm/(mean|variance)", "D measured"))
+    model = dataclasses.replace(model, axes=axes.Axes(letters))
     found = train.set_batch_statistics(
         model, {"norm": norm}, [{"pixels": rows} for rows in parts(x, 10, 20, 30)]
     )["norm"]
@@ -177,7 +180,10 @@ def test_training_leaves_them_and_folding_takes_them(params, pixels):
     @jax.jit
     def fit(params):
         state, metrics = jax.lax.scan(
-            lambda state, _: step(state, batch), init_state(params, optimizer), None, 30
+            lambda state, _: step(state, batch),
+            init_state(params, optimizer, axes.trainable(MODEL.axes)),
+            None,
+            30,
         )
         return state, metrics["accuracy"][-1]
 
@@ -217,7 +223,7 @@ def test_a_rule_may_train_them(params):
         for path in tree.flatten(tree.partition(params, rules)[0])
         if path.endswith(("mean", "variance"))
     }
-    assert names(None) == set()
+    assert names(axes.trainable(MODEL.axes)) == set()
     assert names([("stem_norm/mean", True), (".*", False)]) == {"stem_norm/mean"}
 
 
@@ -234,7 +240,9 @@ def test_what_cannot_be_measured_is_refused(params, pixels):
     with pytest.raises(InputError, match="params: no batch norm is there"):
         train.set_batch_statistics(other, jax.eval_shape(other.init, jax.random.key(0)), [pixels])
     lost = {**params, "lost_norm": params["stem_norm"]}
+    rules = (*MODEL.axes.rules, ("lost_norm/.*", "C0 measured"))
+    declared = dataclasses.replace(MODEL, axes=axes.Axes(rules))
     with pytest.raises(
         InputError, match="params: the norm 'lost_norm' was never reached; is it used"
     ):
-        train.set_batch_statistics(MODEL, lost, [pixels])
+        train.set_batch_statistics(declared, lost, [pixels])
