@@ -1,18 +1,18 @@
 """Losses: `loss(model, params, batch, rng, *, train=True) -> (mean, metrics)`.
 
-A loss is a mean over rows or tokens, and `metrics["weight"]`, which is always there, is the sum of
-the weights that it is a mean over: tokens of `next_token`, rows of `classification`, class weights
-where these are used. Every other metric is a mean over the same weights. So the loss of a batch is
-that of its parts, weighted by `weight`, and the metrics are too; a step may take a batch in parts
-and join them. (Not quite, where rows meet: negatives of a contrastive loss, the load balance of
-experts.)
+A loss is a weighted mean over rows or tokens. `metrics["weight"]`, which is always there, is the
+sum of the weights: the number of tokens for `next_token`, of rows for `classification`, or a sum of
+class weights where those are used. Every other metric is a mean over the same weights. So the loss
+and the metrics of a batch are the means over its parts, weighted by `weight`, and a step may take a
+batch in parts and combine them. (This holds only approximately where rows interact: negatives of a
+contrastive loss, the load balance of experts.)
 
-With `train=False` a loss is what a held-out loss should be: no dropout, smoothing, balance or
-penalty.
+With `train=False` a loss is computed as for evaluation: without dropout, label smoothing, load
+balance or penalty.
 
-Settings are keyword arguments, bound by `functools.partial`, or those of a factory that gives a
-loss. One function of logits and labels, with a value for each row, is all that a new loss of
-classes needs:
+Settings are keyword arguments, bound by `functools.partial`, or arguments of a factory that returns
+a loss. A new classification loss needs only one function of logits and labels, which returns a
+value for each row:
 
 >>> import functools
 >>> robust = supervised(functools.partial(generalized_cross_entropy, q=0.7), smoothing=0.1)

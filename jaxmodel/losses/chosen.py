@@ -1,4 +1,4 @@
-"""The loss that a model and a batch ask for, and what is asked of a loss that somebody wrote."""
+"""The default loss for a model and a batch, and the checks of a loss that a user wrote."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ CONTRACT = (
 
 
 def default_loss(model: Model, batch: Mapping[str, Any]) -> Loss:
-    """The loss of what a batch holds besides the inputs of the model.
+    """Return the loss that fits what a batch holds besides the inputs of the model.
 
-    `labels`: `classification`. `targets` that are whole numbers: `next_token`; others:
-    `regression()`. `views`: `contrastive()`. Of an auto-encoder, whose target is its input:
-    `autoencoder`.
+    - `labels`: `classification`
+    - `targets`, integers: `next_token`
+    - `targets`, floating-point: `regression()`
+    - `views`: `contrastive()`
+    - none, for an auto-encoder, whose target is its input: `autoencoder`
 
     Raises:
-      InputError: none of them is there.
+      InputError: the batch has none of them.
 
     >>> from jaxmodel.models import mlp
-    >>> default_loss(mlp.model(mlp.Config(2, (3,), 4)), {"features": jnp.ones((3, 2)), "labels": jnp.zeros(3, int)}).__name__
+    >>> batch = {"features": jnp.ones((3, 2)), "labels": jnp.zeros(3, int)}
+    >>> default_loss(mlp.model(mlp.Config(2, (3,), 4)), batch).__name__
     'classification'
     """
     if "labels" in batch:
@@ -59,15 +62,18 @@ def default_loss(model: Model, batch: Mapping[str, Any]) -> Loss:
 
 
 def checked_loss(loss: Any) -> Loss:
-    """A loss as `make_step` wants it; one that gives the mean alone, or metrics without `weight`,
-    is a mean over the rows.
+    """Return a user's loss in the form that `make_step` needs.
+
+    A loss that returns only the mean, or metrics without `weight`, is taken as a mean over the
+    rows.
 
     Raises:
-      InputError: no function, or one with other arguments; when called, one that reads a field that
-        the batch has not, or returns something else.
+      InputError: `loss` is no function or has other arguments; when called, it reads a field that
+        the batch lacks, or returns something else.
 
-    >>> loss = checked_loss(lambda model, params, batch, rng=None, *, train=True: jnp.mean(batch["x"]))
-    >>> value, metrics = loss(None, {}, {"x": jnp.ones((4, 2))}, None)
+    >>> def mean_of_x(model, params, batch, rng=None, *, train=True):
+    ...     return jnp.mean(batch["x"])
+    >>> value, metrics = checked_loss(mean_of_x)(None, {}, {"x": jnp.ones((4, 2))}, None)
     >>> float(value), float(metrics["weight"])
     (1.0, 4.0)
     """
@@ -79,12 +85,12 @@ def checked_loss(loss: Any) -> Loss:
     name = getattr(loss, "__name__", type(loss).__name__)
     try:
         signature = inspect.signature(loss)
-    except (TypeError, ValueError):  # of one written in C
+    except (TypeError, ValueError):  # a function written in C has no signature
         made: Any = loss
         return made
     _check_arguments(name, signature)
 
-    @functools.wraps(loss)  # its signature too: it tells whether the loss reads the state
+    @functools.wraps(loss)  # with its signature, which tells whether the loss reads the state
     def call(
         model: Any, params: Any, batch: Mapping[str, Array], rng: Any = None, **named: Any
     ) -> Any:

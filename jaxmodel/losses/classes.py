@@ -1,8 +1,7 @@
-"""Losses of classes: functions of logits `[..., C]` and labels with a value for each row;
-`supervised` makes a loss of them.
+"""Classification losses: functions of logits and labels that return a value for each row.
 
-Labels are classes `[...]` or distributions `[..., C]`, as mixup, CutMix and smoothing make them.
-Everything is float32.
+`supervised` turns them into a `Loss`. Logits are `[..., C]`; labels are classes `[...]` or
+distributions `[..., C]`, as mixup, CutMix and label smoothing produce them. Everything is float32.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from jaxmodel.losses.labels import distribution
 def softmax_cross_entropy(
     logits: Float[Array, "... C"], labels: Int[Array, "..."] | Float[Array, "... C"]
 ) -> Float[Array, "..."]:
-    """`-sum_c t_c log p_c` with `p = softmax(z)`, in nats: `log sum_c exp(z_c) - z_label` for a
-    whole number.
+    """Compute the cross entropy `-sum_c t_c log p_c` with `p = softmax(z)`, in nats.
+
+    For an integer label it is `log sum_c exp(z_c) - z_label`.
 
     >>> float(softmax_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]) == float(jnp.log(4.0))
     True
@@ -33,16 +33,17 @@ def focal(
     labels: Int[Array, "..."] | Float[Array, "... C"],
     gamma: float = 2.0,
 ) -> Float[Array, "..."]:
-    """`-sum_c t_c (1 - p_c)^gamma log p_c`: rows that are right already count little (Lin et al.,
-    2017).
+    """Compute the focal loss `-sum_c t_c (1 - p_c)^gamma log p_c` (Lin et al., 2017).
+
+    Rows that are already classified well count little.
 
     Args:
       logits: z.
       labels: classes or distributions t.
-      gamma: at least 0, where it is the cross entropy.
+      gamma: at least 0; at 0 the loss is the cross entropy.
 
     Raises:
-      InputError: a gamma below 0.
+      InputError: gamma is below 0.
 
     >>> logits, labels = jnp.log(jnp.array([[0.9, 0.1]])), jnp.array([0])
     >>> round(float((focal(logits, labels) / softmax_cross_entropy(logits, labels))[0]), 4)
@@ -53,24 +54,25 @@ def focal(
     log_p, t = _compared(logits, labels)
     if gamma == 0:
         return -jnp.sum(t * log_p, axis=-1)
-    wrong = jnp.maximum(-jnp.expm1(log_p), 1e-7)  # a power below 1 has no slope at 0
+    wrong = jnp.maximum(-jnp.expm1(log_p), 1e-7)  # a power below 1 has no gradient at 0
     return -jnp.sum(t * wrong**gamma * log_p, axis=-1)
 
 
 def generalized_cross_entropy(
     logits: Float[Array, "... C"], labels: Int[Array, "..."] | Float[Array, "... C"], q: float = 0.7
 ) -> Float[Array, "..."]:
-    """`sum_c t_c (1 - p_c^q) / q`: labels that are believed to be wrong pull less (Zhang & Sabuncu,
-    2018).
+    """Compute `sum_c t_c (1 - p_c^q) / q` (Zhang & Sabuncu, 2018).
+
+    Rows whose label the model finds unlikely, and which may be mislabelled, have smaller gradients.
 
     Args:
       logits: z.
-      labels: classes or distributions t, some of them wrong.
+      labels: classes or distributions t, some of which may be wrong.
       q: from 0, where it is the cross entropy, to 1, where it is half of the absolute error of p,
-        which noise moves least and which learns most slowly.
+        which is the most robust to noise and the slowest to learn.
 
     Raises:
-      InputError: a q outside of 0 to 1.
+      InputError: q is outside of 0 to 1.
 
     >>> logits = jnp.log(jnp.array([[0.25, 0.75]]))
     >>> float(generalized_cross_entropy(logits, jnp.array([0]), q=1.0)[0])
@@ -89,18 +91,19 @@ def symmetric_cross_entropy(
     beta: float = 1.0,
     log_zero: float = -4.0,
 ) -> Float[Array, "..."]:
-    """`-alpha sum_c t_c log p_c - beta sum_c p_c log t_c`: the second term is bounded and
-    withstands noise (Wang et al., 2019).
+    """Compute `-alpha sum_c t_c log p_c - beta sum_c p_c log t_c` (Wang et al., 2019).
+
+    The second term is bounded and makes the loss robust to label noise.
 
     Args:
       logits: z.
-      labels: classes or distributions t, some of them wrong.
-      alpha: of the cross entropy, which converges.
-      beta: of the reverse one, which withstands.
-      log_zero: what stands for the logarithm of 0 and of all that is below it; below 0.
+      labels: classes or distributions t, some of which may be wrong.
+      alpha: the weight of the cross entropy, which makes training converge.
+      beta: the weight of the reverse cross entropy, which is robust.
+      log_zero: the lower limit of `log t_c`, also used for `log 0`; below 0.
 
     Raises:
-      InputError: a weight below 0, or a `log_zero` that is not below 0.
+      InputError: a weight is below 0, or `log_zero` is not.
 
     >>> logits, labels = jnp.log(jnp.array([[0.75, 0.25]])), jnp.array([0])
     >>> float(symmetric_cross_entropy(logits, labels, alpha=0.0)[0])
@@ -119,19 +122,19 @@ def symmetric_cross_entropy(
 def kl_divergence(
     logits: Float[Array, "... C"], teacher: Float[Array, "... C"], temperature: float = 1.0
 ) -> Float[Array, "..."]:
-    """`T^2 sum_c p_c (log p_c - log q_c)` with `p = softmax(teacher / T)`,
-    `q = softmax(logits / T)` (Hinton et al., 2015).
+    """Compute the distillation loss `T^2 sum_c p_c (log p_c - log q_c)` (Hinton et al., 2015).
 
-    The square keeps the size of the gradient the same at every temperature.
+    Here `p = softmax(teacher / T)` and `q = softmax(logits / T)`. The factor `T^2` keeps the size
+    of the gradient the same at every temperature.
 
     Args:
-      logits: of the student.
-      teacher: logits of the teacher. They have a gradient too; `jax.lax.stop_gradient` them where
-        they are computed beside.
-      temperature: T above 0; the higher, the more the unlikely classes count.
+      logits: the student's logits.
+      teacher: the teacher's logits. Gradients flow into them too: apply `jax.lax.stop_gradient`
+        where they are computed in the same function.
+      temperature: T above 0; the higher it is, the more the unlikely classes count.
 
     Raises:
-      InputError: a temperature that is not above 0.
+      InputError: the temperature is not above 0.
 
     >>> float(kl_divergence(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]]))[0])
     0.0
@@ -144,7 +147,7 @@ def kl_divergence(
 
 
 def _compared(logits: Array, labels: Array) -> tuple[Float[Array, "... C"], Float[Array, "... C"]]:
-    """`log p` and the distributions t."""
+    """Return `log p` and the distributions t."""
     t = distribution(labels, logits.shape[-1])
     if t.shape != logits.shape:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a loss is, and the weighted mean that each of them takes."""
+"""The type of a loss, and the weighted mean that every loss computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ type Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def row_weights(batch: Mapping[str, Array], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """The batch's `weights`, those of rows for all positions of each, or ones of this shape."""
+    """Return the batch's `weights`, broadcast over positions if they are per row, or ones."""
     if "weights" not in batch:
         return jnp.ones(shape, jnp.float32)
     weights = batch["weights"].astype(jnp.float32)
@@ -25,11 +25,10 @@ def row_weights(batch: Mapping[str, Array], shape: tuple[int, ...]) -> Float[Arr
 
 
 def counting(labels: Array, weights: Float[Array, "..."]) -> tuple[Array, Float[Array, "..."]]:
-    """Labels, or targets, without those that do not count, and the weights: 0 where a whole number
-    is `IGNORED`.
+    """Return labels (or targets) and weights, where rows that do not count are 0 in both.
 
-    What stands where the weight is 0 becomes 0, since even a factor of 0 leaves NaN, and the
-    gradient of NaN, what they are.
+    A row does not count if its weight is 0 or its integer label is `IGNORED`. Its label is replaced
+    by 0, since a factor of 0 alone would leave NaN, in the gradient too, if the label is NaN.
 
     >>> labels, weights = counting(jnp.array([3, -100, -1]), jnp.array([1.0, 1.0, 0.0]))
     >>> labels.tolist(), weights.tolist()
@@ -41,14 +40,16 @@ def counting(labels: Array, weights: Float[Array, "..."]) -> tuple[Array, Float[
 
 
 def only(values: Array, weights: Float[Array, "..."]) -> Array:
-    """What has weight of values `[B, ...]`; 0 in place of the rest."""
+    """Return values `[B, ...]` where the weight is above 0, and 0 elsewhere."""
     counts = (weights > 0).reshape(*weights.shape, *[1] * (values.ndim - weights.ndim))
     return jnp.where(counts, values, jnp.zeros((), values.dtype))
 
 
 def model_inputs(batch: Mapping[str, Array], *without: str) -> dict[str, Array]:
-    """The fields of a batch that are a model's: all but these and `weights`, which tells it what
-    rows count.
+    """Return the fields of a batch that the model reads.
+
+    These are all but those in `without` and `weights`; from row weights the model gets `counts`,
+    which rows count.
     """
     inputs = {name: a for name, a in batch.items() if name not in (*without, "weights")}
     weights = batch.get("weights")
@@ -56,7 +57,9 @@ def model_inputs(batch: Mapping[str, Array], *without: str) -> dict[str, Array]:
 
 
 def weighted_mean(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:
-    """`sum w x / sum w`, where a value without weight may be NaN; 0 where no weight is.
+    """Compute `sum w x / sum w`; 0 where all weights are 0.
+
+    A value with weight 0 may be NaN.
 
     >>> float(weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0])))
     2.0

@@ -1,6 +1,4 @@
-"""From a function that gives each row's value to a `Loss`: weights of rows and classes, smoothed
-labels, accuracy.
-"""
+"""Factories that turn a function of rows into a `Loss` with weights, smoothing and accuracy."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from jaxmodel.losses.values import squared_error
 from jaxmodel.models import Model
 
 type Each = Callable[[Array, Array], Array]
-"""`each(logits, labels) -> values`, one for each row."""
+"""`each(logits, labels) -> values`, with one value for each row."""
 
 
 def supervised(
@@ -30,29 +28,34 @@ def supervised(
     means: Float[Array, "_ _"] | None = None,
     class_weights: Float[Array | np.ndarray, " C"] | None = None,
 ) -> Loss:
-    """A loss of classes: `sum_i w_i each(z_i, t_i) / sum_i w_i`.
+    """Make a classification loss: `sum_i w_i each(z_i, t_i) / sum_i w_i`.
 
-    The batch has `labels`, classes `[B]` or distributions `[B, C]`, if there `weights` `[B]` (0 for
-    rows that fill a batch up, whose labels then do not matter), and the model's inputs. The weight
-    of a row is that times `sum_c t_c class_weights_c`; of a row labelled -100 it is 0. Another
-    label that is no class makes the loss NaN, and `fit` say which it is.
+    The batch has `labels` (classes `[B]` or distributions `[B, C]`), optionally `weights` `[B]`,
+    and the model's inputs. A weight of 0 marks a row that only fills up the batch; its label does
+    not matter. The weight w_i of a row is its weight in the batch times
+    `sum_c t_c class_weights_c`, or 0 if its label is -100. Any other label that is no class makes
+    the loss NaN, and `fit` then names it.
 
     Args:
-      each: one of `jaxmodel.losses`, with its settings bound by `functools.partial`, or the like.
-      smoothing: share of each label that is spread, in training only; see `smooth`.
-      means: of the classes, to spread towards; None for all classes alike.
-      class_weights: see `balanced_weights` and `effective_weights`.
+      each: a function of logits and labels, one of `jaxmodel.losses` or your own; bind its settings
+        with `functools.partial`.
+      smoothing: the share of each label that is spread over other classes, in training only; see
+        `smooth`.
+      means: the distribution `[C, C]` to spread towards for each class, see `class_means`; None for
+        the uniform one.
+      class_weights: the weight of each class; see `balanced_weights` and `effective_weights`.
 
     Returns:
       The loss. Its metrics are `weight` and `accuracy`, the weighted share of rows whose largest
-      logit is the label's (of a distribution: its largest).
+      logit is that of the label (of a distribution: its most likely class).
 
     >>> import jax
     >>> from jaxmodel.models import mlp
     >>> model = mlp.model(mlp.Config(2, (3,), 4))
     >>> batch = {"features": jnp.ones((3, 2)), "labels": jnp.array([0, 1, 3])}
     >>> loss = supervised(smoothing=0.1, class_weights=np.array([1.0, 1.0, 1.0, 0.5]))
-    >>> value, metrics = jax.jit(lambda batch: loss(model, model.init(jax.random.key(0)), batch))(batch)
+    >>> params = model.init(jax.random.key(0))
+    >>> value, metrics = jax.jit(lambda batch: loss(model, params, batch))(batch)
     >>> float(metrics["weight"]), bool(value > 0)
     (2.5, True)
     """
@@ -90,42 +93,45 @@ def classification(
     train: bool = True,
     smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean cross entropy of the classes, in nats: `supervised()`.
+    """Compute the mean cross entropy over the rows, in nats: `supervised()`.
 
     Args:
-      model: whose logits are `[B, C]`.
+      model: a model with logits `[B, C]`.
       params: its parameters.
-      batch: `labels` `[B]` or `[B, C]`, if there `weights` `[B]`, and the model's inputs. See
-        `supervised` for labels that are none.
+      batch: `labels` `[B]` or `[B, C]`, optionally `weights` `[B]`, and the model's inputs. See
+        `supervised` for labels that are no class.
       rng: for dropout.
-      train: False for a held-out loss, without smoothing.
+      train: False for evaluation, without smoothing.
       smoothing: the share of each label that is spread over all classes (Szegedy et al., 2015).
 
     Returns:
-      The loss; `weight`, the number of rows, and `accuracy`, the share of rows whose largest logit
-      is the label's.
+      The loss, and the metrics `weight`, the number of rows, and `accuracy`, the share of rows
+      whose largest logit is that of the label.
     """
     return supervised(smoothing=smoothing)(model, params, batch, rng, train=train)
 
 
 def regression(each: Each = squared_error, *, target: str = "targets") -> Loss:
-    """A loss of values: the mean of `each(outputs, batch[target])` over the rows, weighted by the
-    batch's `weights` `[B]`.
+    """Make a regression loss: the weighted mean over rows of `each(outputs, batch[target])`.
+
+    The weights are the batch's `weights` `[B]`, or ones.
 
     Args:
-      each: one of `jaxmodel.losses`, with its settings bound, or the like.
-      target: the name of what the outputs are compared with. `regression(partial(kl_divergence,
-        temperature=2.0), target="teacher")` is distillation from a batch that holds the teacher's
-        logits.
+      each: a function of outputs and targets, one of `jaxmodel.losses` or your own; bind its
+        settings with `functools.partial`.
+      target: the field of the batch that the outputs are compared with.
+        `regression(partial(kl_divergence, temperature=2.0), target="teacher")` is distillation from
+        a batch that holds the teacher's logits.
 
     Returns:
-      The loss. Its one metric is `weight`, the number of rows.
+      The loss. Its only metric is `weight`, the number of rows.
 
     >>> import jax
     >>> from jaxmodel.models import mlp
     >>> model = mlp.model(mlp.Config(2, (3,), 4))
     >>> batch = {"features": jnp.zeros((3, 2)), "targets": jnp.full((3, 4), 2.0)}
-    >>> value, _ = jax.jit(lambda batch: regression()(model, model.init(jax.random.key(0)), batch))(batch)
+    >>> params = model.init(jax.random.key(0))
+    >>> value, _ = jax.jit(lambda batch: regression()(model, params, batch))(batch)
     >>> float(value)  # the biases are 0 at the start
     4.0
     """
@@ -141,7 +147,7 @@ def regression(each: Each = squared_error, *, target: str = "targets") -> Loss:
         outputs = _outputs(model, params, batch, rng, train, target)
         targets = batch[target]
         if "weights" in batch:
-            targets = only(targets, batch["weights"])  # a target that is not known may be NaN
+            targets = only(targets, batch["weights"])  # an unknown target may be NaN
         values = each(outputs, targets)
         weights = row_weights(batch, values.shape)
         return weighted_mean(values, weights), {"weight": jnp.sum(weights)}

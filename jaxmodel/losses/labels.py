@@ -1,4 +1,4 @@
-"""Labels as distributions: from whole numbers, smoothed; and how much each class counts."""
+"""Labels as distributions, label smoothing, and class weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from jaxmodel.errors import InputError
 
 
 def distribution(labels: Array, classes: int) -> Float[Array, "... C"]:
-    """Labels as distributions over the classes; a number that is no class gives NaN, so that the
-    loss shows it.
+    """Return labels as distributions over the classes.
+
+    An integer that is no class gives NaN, so that the loss shows it.
 
     Args:
       labels: classes `[...]`, or distributions `[..., C]`, which stay as they are.
       classes: C.
 
     Raises:
-      InputError: distributions over another number of classes, or labels that are no numbers.
+      InputError: the distributions have another number of classes, or the labels are no numbers.
 
     >>> distribution(jnp.array([2, 0]), 3).tolist()
     [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
@@ -45,17 +46,18 @@ def distribution(labels: Array, classes: int) -> Float[Array, "... C"]:
 def smooth(
     labels: Float[Array, "... C"], share: float, means: Float[Array, "_ _"] | None = None
 ) -> Float[Array, "... C"]:
-    """`(1 - s) t + s u`, where u is uniform (Szegedy et al., 2015), or the mean prediction of the
-    label's class.
+    """Smooth labels: `(1 - s) t + s u`.
+
+    Here u is uniform (Szegedy et al., 2015), or the mean prediction for the label's class.
 
     Args:
-      labels: t, distributions.
-      share: s, from 0 to 1.
-      means: a distribution for each class, as `class_means` gives it: online label smoothing (Zhang
-        et al., 2020), whose weight of the hard label is 1 - s. None for the uniform one.
+      labels: distributions t.
+      share: the share s, from 0 to 1.
+      means: a distribution for each class, as `class_means` returns it, for online label smoothing
+        (Zhang et al., 2020), where the hard label has the weight 1 - s. None for the uniform one.
 
     Raises:
-      InputError: a share outside of 0 to 1, or means of another number of classes.
+      InputError: the share is outside of 0 to 1, or `means` has another number of classes.
 
     >>> smooth(jnp.array([1.0, 0.0, 0.0, 0.0]), 0.5).tolist()
     [0.625, 0.125, 0.125, 0.125]
@@ -74,17 +76,20 @@ def smooth(
 
 
 def class_sums(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> Float[Array, "C C"]:
-    """Of each class, the sum of the predicted distributions of its rows that are predicted right;
-    sums of batches add up.
+    """Sum the predicted distributions of the rows of each class that are predicted correctly.
+
+    The sums of batches can be added.
 
     Args:
-      logits: of N rows.
-      labels: their classes; a row whose label is no class does not count.
+      logits: the logits of N rows.
+      labels: the classes of the rows; a row whose label is no class does not count.
 
     Returns:
-      `[C, C]`, the label first. A row of it sums to the number of rows counted.
+      The sums `[C, C]`, indexed by label, then by class. Each row sums to the number of rows
+      counted.
 
-    >>> class_sums(jnp.array([[9.0, -99.0], [8.0, -99.0]]), jnp.array([0, 1])).tolist()  # only the first is right
+    >>> logits = jnp.array([[9.0, -99.0], [8.0, -99.0]])
+    >>> class_sums(logits, jnp.array([0, 1])).tolist()  # only the first row is correct
     [[1.0, 0.0], [0.0, 0.0]]
     """
     right = jnp.argmax(logits, axis=-1) == labels.astype(jnp.int32)
@@ -100,14 +105,13 @@ def class_sums(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> Float[A
 
 
 def class_means(sums: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    """The mean predicted distribution of each class, for `smooth`: rows of `class_sums` divided by
-    their sums.
+    """Compute the mean predicted distribution of each class, for `smooth`.
 
-    A class without a row predicted right has the uniform distribution, as all have before an epoch
-    (Zhang et al., 2020).
+    It is a row of `class_sums` divided by its sum. A class without a correct prediction gets the
+    uniform distribution, as all classes do before the first epoch (Zhang et al., 2020).
 
     Args:
-      sums: of an epoch.
+      sums: `class_sums` of an epoch.
 
     >>> class_means(jnp.array([[1.5, 0.5], [0.0, 0.0]])).tolist()
     [[0.75, 0.25], [0.5, 0.5]]
@@ -117,14 +121,15 @@ def class_means(sums: Float[Array, "C C"]) -> Float[Array, "C C"]:
 
 
 def balanced_weights(counts: Int[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
-    """Class weights `N / (C n_c)`: every class counts as much in all, a row 1 on average (King &
-    Zeng, 2001).
+    """Compute class weights `N / (C n_c)`, which give every class the same total weight.
+
+    Their average over the rows is 1 (King & Zeng, 2001).
 
     Args:
-      counts: n_c, the rows of each class, such as `np.bincount(labels)`.
+      counts: the number of rows n_c of each class, such as `np.bincount(labels)`.
 
     Raises:
-      InputError: a class without rows.
+      InputError: a class has no rows.
 
     >>> balanced_weights(np.array([30, 10])).tolist()
     [0.6666666865348816, 2.0]
@@ -136,15 +141,16 @@ def balanced_weights(counts: Int[np.ndarray, " C"]) -> Float[np.ndarray, " C"]:
 def effective_weights(
     counts: Int[np.ndarray, " C"], beta: float = 0.999
 ) -> Float[np.ndarray, " C"]:
-    """Class weights in proportion to `(1 - beta) / (1 - beta^n_c)`, 1 on average over the classes
-    (Cui et al., 2019).
+    """Compute class weights in proportion to `(1 - beta) / (1 - beta^n_c)`.
+
+    Their average over the classes is 1 (Cui et al., 2019).
 
     Args:
-      counts: n_c, the rows of each class.
-      beta: from 0, where all are equal, to below 1, where they are as the inverse of the counts.
+      counts: the number of rows n_c of each class.
+      beta: from 0, where all weights are equal, to below 1; near 1 they are inverse to the counts.
 
     Raises:
-      InputError: a class without rows, or a beta outside of [0, 1).
+      InputError: a class has no rows, or beta is outside of [0, 1).
 
     >>> effective_weights(np.array([10, 10_000])).round(2).tolist()
     [1.9800000190734863, 0.019999999552965164]

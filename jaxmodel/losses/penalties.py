@@ -1,10 +1,12 @@
-"""What keeps weights small: penalties by rules.
+"""Penalties that keep weights small, given by rules.
 
-Rules are path -> penalty, a frozen dataclass or its text; None, `()` or `""` for nothing. Layers of
-a segment may differ. Whatever is not given a value must be given none, by a closing `(".*", None)`.
+Rules map paths to penalties: a frozen dataclass or its text; None, `()` or `""` for no penalty.
+Layers of a segment may differ. Leaves without a penalty must be covered too, by a closing
+`(".*", None)`.
 
 >>> from jaxmodel.losses import next_token
->>> loss = regularized(next_token, [("blocks/.*/mlp/.*", "l2(1e-4)"), ("embed", L1(1e-5)), (".*", None)])
+>>> rules = [("blocks/.*/mlp/.*", "l2(1e-4)"), ("embed", L1(1e-5)), (".*", None)]
+>>> loss = regularized(next_token, rules)
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from jaxmodel.text_form import read_chain
 
 @dataclasses.dataclass(frozen=True)
 class Penalty:
-    """Base of the penalties: a frozen dataclass of settings, all at least 0, and one function.
+    """Base class of the penalties: a frozen dataclass of settings (at least 0) and one function.
 
-    A new one is a subclass; its text form is the class name in lower case, called with its
-    settings.
+    To add a penalty, write a subclass. Its text form is the class name in lower case, called with
+    its settings.
     """
 
     def __post_init__(self) -> None:
@@ -42,58 +44,63 @@ class Penalty:
                 )
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
-        """What a weight in float32 costs."""
+        """Return the cost of a weight, given in float32."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class L1(Penalty):
-    """`l1 sum |w|`, which makes weights zero (Tibshirani, 1996)."""
+    """The penalty `l1 sum |w|`, which makes weights zero (Tibshirani, 1996)."""
 
     l1: int | float
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
+        """Return `l1 sum |w|`."""
         return self.l1 * jnp.sum(jnp.abs(w))
 
 
 @dataclasses.dataclass(frozen=True)
 class L2(Penalty):
-    """`l2 sum w^2`, which makes them small; its gradient is `2 l2 w` (Hoerl & Kennard, 1970)."""
+    """The penalty `l2 sum w^2`, which makes weights small (Hoerl & Kennard, 1970).
+
+    Its gradient is `2 l2 w`.
+    """
 
     l2: int | float
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
+        """Return `l2 sum w^2`."""
         return self.l2 * jnp.sum(w**2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Elastic(Penalty):
-    """`l1 sum |w| + l2 sum w^2`: the elastic net (Zou & Hastie, 2005)."""
+    """The elastic net `l1 sum |w| + l2 sum w^2` (Zou & Hastie, 2005)."""
 
     l1: int | float
     l2: int | float
 
     def __call__(self, w: Float[Array, "..."]) -> Float[Array, ""]:
+        """Return `l1 sum |w| + l2 sum w^2`."""
         return self.l1 * jnp.sum(jnp.abs(w)) + self.l2 * jnp.sum(w**2)
 
 
 def regularized(loss: Loss, rules: tree.Rules) -> Loss:
-    """A loss with what the weights cost added to it, in training only.
+    """Add the penalties of the weights to a loss, in training only.
 
     Args:
-      loss: of the data.
+      loss: the loss of the data.
       rules: path -> `Penalty`, its text ("l1(1e-4)", "elastic(1e-4, l2=1e-3)"), or None.
 
     Returns:
-      The loss. In training its metrics have `penalty`, what was added.
+      The loss. In training, its metrics include `penalty`, the amount added.
 
     Raises:
-      InputError: when called, a text that is no penalty, or a penalty of a compressed leaf or one
-        of whole numbers.
+      InputError: when called, a text is no penalty, or the leaf is compressed or of integers.
     """
     values = [(pattern, parsed(value, Penalty)) for pattern, value in rules]
 
-    @functools.wraps(loss)  # so that a step sees which keywords it takes
+    @functools.wraps(loss)  # so that a step sees which keyword arguments the loss takes
     def penalised(
         model: Model,
         params: tree.Params,
@@ -113,9 +120,10 @@ def regularized(loss: Loss, rules: tree.Rules) -> Loss:
 
 
 def penalties(rules: tree.Rules, params: tree.Params) -> Float[Array, ""]:
-    """The sum of what each leaf costs.
+    """Compute the sum of the penalties of all leaves.
 
-    >>> float(penalties([("w", "l2(0.5)"), ("v", "l1(2)")], {"w": jnp.array([1.0, -2.0]), "v": jnp.array([-3.0])}))
+    >>> params = {"w": jnp.array([1.0, -2.0]), "v": jnp.array([-3.0])}
+    >>> float(penalties([("w", "l2(0.5)"), ("v", "l1(2)")], params))
     8.5
     """
     by_layer = tree.assign([(pattern, parsed(value, Penalty)) for pattern, value in rules], params)
@@ -125,7 +133,7 @@ def penalties(rules: tree.Rules, params: tree.Params) -> Float[Array, ""]:
         if not any(found):
             continue
         w = plain(path, leaf).astype(jnp.float32)
-        if len(set(found)) == 1:  # sums do not mind the axis of layers
+        if len(set(found)) == 1:  # a sum over stacked layers is the sum of theirs
             total = total + found[0](w)
         else:
             total = sum((penalty(w[i]) for i, penalty in enumerate(found) if penalty), start=total)
@@ -136,13 +144,13 @@ def penalties(rules: tree.Rules, params: tree.Params) -> Float[Array, ""]:
 
 
 def parsed[T](value: Any, base: type[T]) -> T | None:
-    """A rule's value as a member of `base`: itself, from its text, or None for None, `()` and `""`.
+    """Return a rule's value as a member of `base`, or None for None, `()` and `""`.
 
     >>> parsed("elastic(1e-4, l2=0.1)", Penalty)
     Elastic(l1=0.0001, l2=0.1)
 
     Raises:
-      InputError: neither, or settings that it does not take.
+      InputError: the value is neither a member nor its text, or a setting is not allowed.
     """
     if value is None or value == () or isinstance(value, base):
         return value or None
@@ -159,10 +167,10 @@ def parsed[T](value: Any, base: type[T]) -> T | None:
 
 
 def plain(path: str, leaf: Any) -> Array:
-    """The leaf, if it is a plain floating-point array.
+    """Return the leaf if it is a plain floating-point array.
 
     Raises:
-      InputError: it is not; the message names it.
+      InputError: the leaf is something else; the message names it.
     """
     if isinstance(leaf, Compressed) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         kind = type(leaf).__name__ if isinstance(leaf, Compressed) else str(leaf.dtype)

@@ -21,23 +21,23 @@ def autoencoder(
     *,
     train: bool = True,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Reconstruction plus `config.penalty` times the model's `kl` or `sparsity`, in nats, on
-    average over the rows.
+    """Compute the reconstruction loss plus `config.penalty` times the model's `kl` or `sparsity`.
 
-    The reconstruction is the negative logarithm of the likelihood without its constant:
-    `sum (x - y)^2 / 2` for normals of variance 1, the cross entropy of each feature for Bernoulli
-    variables. With a penalty of 1 a variational one's loss is the negative evidence lower bound
-    (Kingma & Welling, 2014).
+    It is in nats, a mean over the rows. The reconstruction loss is the negative log likelihood
+    without its constant: `sum (x - y)^2 / 2` for normal variables of variance 1, the cross entropy
+    of each feature for Bernoulli variables. With a penalty of 1, the loss of a variational
+    auto-encoder is the negative evidence lower bound (Kingma & Welling, 2014).
 
     Args:
-      model: of `jaxmodel.models.autoencoder`.
+      model: a model of `jaxmodel.models.autoencoder`.
       params: its parameters.
-      batch: `features` `[B, N]`, if there `weights` `[B]`.
-      rng: for the noise of a denoising and the sample of a variational one.
-      train: False for a held-out loss.
+      batch: `features` `[B, N]` and optionally `weights` `[B]`.
+      rng: the key for the noise of a denoising and the sample of a variational auto-encoder.
+      train: False for evaluation.
 
     Returns:
-      The loss, `weight`, the number of rows, and `reconstruction` and the model's aux values.
+      The loss, and the metrics `weight` (the number of rows), `reconstruction` and the model's aux
+      values.
     """
     x = batch["features"].astype(jnp.float32)
     counts = {"counts": batch["weights"] > 0} if "weights" in batch else {}

@@ -1,6 +1,4 @@
-"""The next token's cross entropy, over chunks of positions so that the logits need not exist at
-once.
-"""
+"""The cross entropy of the next token, computed in chunks of positions to bound memory."""
 
 from __future__ import annotations
 
@@ -21,8 +19,10 @@ from jaxmodel.models.checks import runs_on
 from jaxmodel.sharding import auto_axes, axes_of, parts
 
 LOGITS = 2**30
-"""Bytes of float32 logits that a device makes at once: of so many positions that to add a chunk's
-gradient of the head to the others, which is memory's work, takes little beside the products.
+"""Bytes of float32 logits that a device computes at once.
+
+Enough that adding up the chunks' gradients of the head, which is limited by memory bandwidth, takes
+little time beside the matrix products.
 """
 
 
@@ -35,25 +35,26 @@ def next_token(
     train: bool = True,
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean cross entropy of the next token, in nats, over the positions with weight.
+    """Compute the mean cross entropy of the next token, in nats, over the positions with weight.
 
-    In training a model of experts adds `config.balance` times its load balance (Fedus et al.,
-    2022): what `aux["load_balance"]` sums over the layers, divided by their number, so that the
-    coefficient means the same at every depth.
+    In training, a mixture-of-experts model adds `config.balance` times its load-balancing loss
+    (Fedus et al., 2022). `aux["load_balance"]` is a sum over the layers and is divided by their
+    number, so that the coefficient means the same at every depth.
 
     Args:
       model: a decoder, or an encoder with a decoder.
       params: its parameters.
-      batch: `targets` `[B, T]`, -100 where there is nothing to predict; if there `weights`
-        `[B, T]`, 0 for the same, or `[B]`; and the model's inputs: `tokens` `[B, T]`, `segments`,
+      batch: `targets` `[B, T]`, -100 where there is nothing to predict; optionally `weights`
+        `[B, T]` (0 means the same) or `[B]`; and the model's inputs: `tokens` `[B, T]`, `segments`,
         `positions`, `source`.
       rng: for dropout.
-      train: False for a held-out loss, which is the cross entropy alone.
+      train: False for evaluation, which returns the cross entropy alone.
       chunk: see `cross_entropy`.
 
     Returns:
-      The loss, and `weight`, the number of tokens; of a model of experts also `load_balance`, the
-      mean over the layers, which is the number of experts of a token where all are used alike.
+      The loss, and the metrics: `weight`, the number of tokens; for a mixture of experts also
+      `load_balance`, the mean over the layers, which equals the number of experts per token if all
+      experts are used equally.
     """
     out = model.hidden(params, model_inputs(batch, "targets"), rng=rng, train=train)
     targets, weights = counting(batch["targets"], row_weights(batch, batch["targets"].shape))
@@ -76,21 +77,21 @@ def cross_entropy(
     *,
     chunk: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Cross entropy of each target: `log sum_v exp(z_v) - z_target` with `z = head(hidden)`, in
-    nats.
+    """Compute `log sum_v exp(z_v) - z_target` with `z = head(hidden)` for each target, in nats.
 
     Args:
-      model: its head is run.
+      model: the model whose head is run.
       params: its parameters.
-      hidden: what `model.hidden` gives.
-      targets: the token that each position should predict; -100 gives 0, another that is no token
-        NaN.
-      chunk: positions of a row whose logits exist at once (on each device that the mesh cuts
-        positions over), so that `[B, T, V]` never does, in the backward pass neither, which makes
-        them again; T for all; default as many as a device has logits of in `LOGITS` bytes.
+      hidden: what `model.hidden` returns.
+      targets: the token that each position should predict; -100 gives 0, any other number that is
+        no token gives NaN.
+      chunk: the number of positions of a row whose logits exist at once, on each device that the
+        mesh splits positions over. `[B, T, V]` never exists, not even in the backward pass, which
+        computes each chunk again. T for all at once; by default as many as fit `LOGITS` bytes on a
+        device.
 
     Raises:
-      InputError: a chunk below 1.
+      InputError: the chunk is below 1.
     """
     if chunk is not None:
         at_least("chunk", chunk)
@@ -111,7 +112,7 @@ def _cross_entropy(
         return jnp.where(targets == IGNORED, 0.0, each)
 
     def chunks(params: tree.Params, x: Array, targets: Array) -> Array:
-        """One after the other; the last is filled up with zeros."""
+        """Run the chunks one after the other; the last is filled up with zeros."""
         (b, t), size = targets.shape, min(chunk or 1, targets.shape[1])
         pieces = lambda a: jnp.moveaxis(
             jnp.pad(a, [(0, 0), (0, -t % size), *[(0, 0)] * (a.ndim - 2)]).reshape(
@@ -120,9 +121,8 @@ def _cross_entropy(
             1,
             0,
         )
-        one = jax.checkpoint(
-            functools.partial(part, params)
-        )  # the backward pass makes a chunk's logits again
+        # the backward pass computes a chunk's logits again
+        one = jax.checkpoint(functools.partial(part, params))
         return jnp.moveaxis(
             jax.lax.map(lambda xs: one(*xs), (pieces(x), pieces(targets))), 0, 1
         ).reshape(b, -1)[:, :t]
@@ -144,11 +144,11 @@ def _cross_entropy(
 def _on_each_device(
     run: Callable[..., Array], rules: tree.Rules, cut: Sequence[tuple[str, ...]]
 ) -> Callable[..., Array]:
-    """`run(params, x, targets)` of each device's own rows and positions, with the parameters
-    outside of the layers.
+    """Run `run(params, x, targets)` on each device's own rows and positions.
 
-    Left to jit, every chunk would gather the head's weights again and sum their gradients: here
-    they are gathered once before the first, and summed, or scattered, once behind the last.
+    Left to jit, every chunk would gather the head's weights and sum their gradients. Here the
+    parameters outside of the layers are gathered once before the first chunk, and their gradients
+    are summed (or scattered) once after the last.
     """
     axes = {name for names in cut for name in names}
     rows = P(*cut)

@@ -1,5 +1,6 @@
-"""Losses of values: functions of outputs and targets `[B, ...]` with a value for each row;
-`regression` makes a loss of them.
+"""Regression losses: functions of outputs and targets that return a value for each row.
+
+`regression` turns them into a `Loss`. Outputs and targets are `[B, ...]`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from jaxmodel.errors import InputError
 def squared_error(
     outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]
 ) -> Float[Array, " B"]:
-    """The mean of `(x - y)^2` over a row.
+    """Compute the mean of `(x - y)^2` over each row.
 
     Raises:
-      InputError: outputs and targets of different shapes; the same holds for all here.
+      InputError: outputs and targets have different shapes (so for all functions here).
 
     >>> squared_error(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])).tolist()
     [2.5]
@@ -27,7 +28,7 @@ def squared_error(
 def absolute_error(
     outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."]
 ) -> Float[Array, " B"]:
-    """The mean of `|x - y|` over a row.
+    """Compute the mean of `|x - y|` over each row.
 
     >>> absolute_error(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])).tolist()
     [1.5]
@@ -38,8 +39,9 @@ def absolute_error(
 def huber(
     outputs: Float[Array, "B ..."], targets: Float[Array, "B ..."], delta: float = 1.0
 ) -> Float[Array, " B"]:
-    """The mean over a row of `r^2 / 2` where `r = |x - y|` is at most delta, else of
-    `delta (r - delta / 2)` (Huber, 1964).
+    """Compute the Huber loss, with `r = |x - y|`, as a mean over each row (Huber, 1964).
+
+    It is `r^2 / 2` where r is at most delta, else `delta (r - delta / 2)`.
 
     >>> huber(jnp.array([[0.5, 3.0]]), jnp.array([[0.0, 0.0]])).tolist()
     [1.3125]

@@ -1,4 +1,4 @@
-"""Contrastive losses: two views of a row are alike, those of other rows are not."""
+"""Contrastive losses: two views of a row are similar, those of different rows are not."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def info_nce(
     temperature: float = 0.1,
     counts: Bool[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
-    """`-log(exp(s_ii / T) / sum_j exp(s_ij / T))`, on average over both directions, with s the
-    cosine of two views' vectors.
+    """Compute InfoNCE `-log(exp(s_ii / T) / sum_j exp(s_ij / T))`, averaged over both directions.
 
-    Each row of `first` finds its partner among the B of `second`, and the other way round (van den
-    Oord et al., 2018; in both directions: Radford et al., 2021).
+    Here s is the cosine similarity of two vectors. Each row of `first` must find its partner among
+    the B rows of `second`, and the other way round (van den Oord et al., 2018; in both directions:
+    Radford et al., 2021).
 
     Args:
-      first: vectors of one view.
-      second: of the other.
+      first: the vectors of one view.
+      second: the vectors of the other view.
       temperature: T, above 0.
-      counts: False for rows that fill a batch up, which nothing is compared with; their own value
-        means nothing.
+      counts: False for rows that only fill up a batch. No row is compared with them, and their own
+        value means nothing.
 
     Raises:
-      InputError: a temperature that is not above 0.
+      InputError: the temperature is not above 0.
 
     >>> all_alike = jnp.ones((4, 3))
     >>> bool(jnp.allclose(info_nce(all_alike, all_alike), jnp.log(4.0)))  # a guess among four
@@ -52,17 +52,18 @@ def nt_xent(
     temperature: float = 0.5,
     counts: Bool[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
-    """InfoNCE among all 2B vectors but oneself, on average over a row's two: the loss of SimCLR
-    (Chen et al., 2020).
+    """Compute NT-Xent, the loss of SimCLR (Chen et al., 2020).
+
+    It is InfoNCE among all 2B vectors except oneself, averaged over the two views of a row.
 
     Args:
-      first: vectors of one view.
-      second: of the other.
+      first: the vectors of one view.
+      second: the vectors of the other view.
       temperature: T, above 0.
       counts: as in `info_nce`.
 
     >>> all_alike = jnp.ones((4, 3))
-    >>> bool(jnp.allclose(nt_xent(all_alike, all_alike), jnp.log(7.0)))  # a guess among eight but oneself
+    >>> bool(jnp.allclose(nt_xent(all_alike, all_alike), jnp.log(7.0)))  # a guess among seven
     True
     """
     rows = first.shape[0]
@@ -75,23 +76,24 @@ def nt_xent(
 
 
 def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
-    """A loss of pairs of views: the batch has `views` `[B, 2, ...]`, twice the model's one input,
-    and if there `weights` `[B]`.
+    """Make a contrastive loss of pairs of views.
 
-    The model reads all 2B views as one batch; what it gives, `[2B, D]`, is compared. Rows are
-    compared with each other, so the loss of a batch in parts is another, with fewer rows to tell
-    apart.
+    The batch has `views` `[B, 2, ...]`, two versions of the model's only input, and optionally
+    `weights` `[B]`. The model reads all 2B views as one batch, and its outputs `[2B, D]` are
+    compared. Rows are compared with each other, so the loss of a batch taken in parts differs: each
+    part has fewer rows to tell apart.
 
     Args:
-      each: `info_nce` or `nt_xent`, with its temperature bound, or the like.
+      each: `info_nce`, `nt_xent` or your own; bind the temperature with `functools.partial`.
 
     Returns:
-      The loss. Its one metric is `weight`, the number of rows.
+      The loss. Its only metric is `weight`, the number of rows.
 
     >>> from jaxmodel.models import mlp
     >>> model = mlp.model(mlp.Config(2, (3,), 4))
-    >>> loss = lambda views: contrastive()(model, model.init(jax.random.key(0)), {"views": views})[0]
-    >>> value = jax.jit(loss)(jnp.ones((4, 2, 2)))
+    >>> params = model.init(jax.random.key(0))
+    >>> loss = lambda views: contrastive()(model, params, {"views": views})
+    >>> value, _ = jax.jit(loss)(jnp.ones((4, 2, 2)))
     >>> bool(jnp.allclose(value, jnp.log(7.0)))
     True
     """
@@ -126,7 +128,7 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
 
 
 def _cosines(first: Array, second: Array, temperature: float) -> Float[Array, "N M"]:
-    """Cosines of all pairs, divided by the temperature."""
+    """Compute the cosine similarities of all pairs, divided by the temperature."""
     if temperature <= 0:
         raise InputError(f"temperature: {temperature} given; allowed: above 0")
     a, b = (
@@ -141,7 +143,7 @@ def _wide(x: Array) -> Array:
 
 
 def _others(alike: Array, counts: Array | None) -> Callable[[Array], Array]:
-    """Leaves out the columns that do not count, but for one's own, so that no row is empty."""
+    """Leave out the columns that do not count, except one's own, so that no row is empty."""
     if counts is None:
         return lambda a: a
     seen = jnp.broadcast_to(counts[None, :], alike.shape) | ~jnp.broadcast_to(
