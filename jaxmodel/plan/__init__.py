@@ -1,5 +1,6 @@
-"""What a program will need on machines that are not here: its collectives, read from what XLA
-compiled.
+"""Planning for machines that are not here.
+
+So far: the collectives of a program, read from what XLA compiled.
 """
 
 from jaxmodel.plan.collectives import Collective, collectives, moved

@@ -1,13 +1,13 @@
-"""The collectives of a compiled program: what kind, how many bytes, how often.
+"""The collectives of a compiled program: their kinds, bytes and counts.
 
-They are read from the text of the optimised module (`jax.stages.Compiled.as_text()`), where nothing
-is hidden: what `jit` sharded stands beside what `shard_map` wrote. A collective in a loop counts as
-often as the loop runs, one that is started and done in two places once, one in a branch as if the
-branch were taken.
+They are read from the text of the optimised module (`jax.stages.Compiled.as_text()`), which holds
+all of them, whether `jit` inserted them or `shard_map` wrote them. A collective in a loop counts
+as often as the loop runs, a pair of start and done counts once, and one in a branch counts as if
+the branch were taken.
 
 Bytes of one collective on one device:
 
-| kind | bytes | on its links, among n devices |
+| kind | bytes | on the links, among n devices |
 |---|---|---|
 | all-gather | of the result | (n - 1) / n of that |
 | reduce-scatter | of the operand | the same |
@@ -20,7 +20,7 @@ Bytes of one collective on one device:
 ...
 ... ENTRY %main (x: f32[4,8]) -> f32[4,8] {
 ...   %x = f32[4,8]{1,0} parameter(0)
-...   ROOT %sum = f32[4,8]{1,0} all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+...   ROOT %sum = f32[4,8]{1,0} all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[8]
 ... }
 ... '''
 >>> collectives(text)
@@ -57,10 +57,10 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      bytes: of one run on one device, by the table above.
-      group: devices that take part together.
-      times: how often it runs.
-      source: the operation of the program that it comes from, where the module says so.
+      bytes: the bytes of one execution on one device, by the table above.
+      group: the number of devices that take part together.
+      times: how often the collective runs.
+      source: the operation of the program that it comes from, if the module says so.
     """
 
     kind: str
@@ -93,14 +93,14 @@ _CALLED = re.compile(rf"({_CALLS})=(\{{[^}}]*\}}|[^ ,]+)")
 
 
 def collectives(program: jax.stages.Compiled | str) -> list[Collective]:
-    """All collectives of a program among more than one device.
+    """Return all collectives of a program that involve more than one device.
 
     Args:
-      program: what `jax.jit(f).lower(...).compile()` gives, or the text of its module.
+      program: the result of `jax.jit(f).lower(...).compile()`, or the text of its module.
 
     Raises:
-      InputError: no module, or a collective in a loop of which the module does not say how often it
-        runs.
+      InputError: the text is no module, or a collective is in a loop whose number of iterations the
+        module does not tell.
     """
     text = program if isinstance(program, str) else program.as_text() or ""
     module, entry = _parse(text)
@@ -117,8 +117,7 @@ def collectives(program: jax.stages.Compiled | str) -> list[Collective]:
         channel = module[computation][name].attribute(r"channel_id=(\d+)")
         if not fused or channel is None or one.kind == "reduce-scatter":
             found.append(one)
-        # a TPU runs one collective in pieces, between pieces of what else there is to do; all have
-        # its channel
+        # a TPU runs one collective in pieces, between other work; all pieces have the same channel
         else:
             key = (one.kind, one.bytes, channel)
             parts[key] = max(one, parts.get(key, one), key=lambda each: each.times)
@@ -126,7 +125,7 @@ def collectives(program: jax.stages.Compiled | str) -> list[Collective]:
 
 
 def moved(found: Iterable[Collective]) -> dict[str, int]:
-    """Bytes by kind of all runs of these collectives, on one device."""
+    """Return the bytes of all executions of these collectives on one device, by kind."""
     total: collections.Counter[str] = collections.Counter()
     for one in found:
         total[one.kind] += one.bytes * one.times
@@ -158,7 +157,7 @@ def _parse(text: str) -> tuple[_Module, str]:
 
 
 def _type(text: str) -> tuple[str, str]:
-    """The type at the front of an instruction, and what follows."""
+    """Split off the type at the front of an instruction."""
     if not text.startswith("("):
         kind, _, rest = text.partition(" ")
         return kind, rest
@@ -173,7 +172,7 @@ def _type(text: str) -> tuple[str, str]:
 def _runs(
     module: _Module, computation: str, times: int = 1, fused: bool = False
 ) -> Iterator[tuple[str, str, int, bool]]:
-    """Every instruction that runs: its computation, name, how often, and whether in a fusion."""
+    """Yield every instruction that runs: its computation, name, count, and whether it is fused."""
     for name, instruction in module[computation].items():
         yield computation, name, times, fused
         if instruction.opcode.endswith(("-done", "-update")):
@@ -189,7 +188,7 @@ def _runs(
 
 
 def _holds(module: _Module, computation: str) -> bool:
-    """Whether there is a collective in a computation or in what it calls."""
+    """Return whether a computation, or one that it calls, holds a collective."""
     return any(
         _kind(instruction.opcode) is not None
         or any(
@@ -202,7 +201,7 @@ def _holds(module: _Module, computation: str) -> bool:
 
 
 def _rounds(module: _Module, loop: _Instruction, name: str) -> int:
-    """How often a loop runs: XLA says so, or its condition does, `i < constant` from 0 on."""
+    """Return how often a loop runs, as XLA or its condition (`i < constant`, from 0) says."""
     if (known := loop.attribute(r'known_trip_count"?:\{"n":"(\d+)"')) is not None:
         return int(known)
     condition = module.get(loop.attribute(r"condition=%?([\w.~-]+)") or "", {})
@@ -246,7 +245,7 @@ def _read(
         sizes = sizes[len(sizes) // 2 :]
     total = sum(sizes)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-        # how a TPU's module writes it: an all-reduce and the slice of its result, fused
+        # a TPU's module writes it as an all-reduce fused with the slice of its result
         kind = "reduce-scatter"
     elif kind == "reduce-scatter":
         total *= group
@@ -256,8 +255,9 @@ def _read(
 
 
 def _group(instruction: _Instruction, devices: int) -> int:
-    """Devices of a group, from one of the three ways to write it: all of them, a grid, or axes of a
-    mesh.
+    """Return the number of devices of a group.
+
+    There are three ways to write it: all devices, a grid, or axes of a mesh.
     """
     text = instruction.text.partition("replica_groups=")[2]
     if found := re.match(r"\{\{([\d,]*)\}", text):
@@ -271,7 +271,7 @@ def _group(instruction: _Instruction, devices: int) -> int:
 
 
 def _parts(kind: str) -> list[str]:
-    """The elements of a tuple's type."""
+    """Return the elements of a tuple's type."""
     inner = kind[1:-1]
     depth = 0
     parts = []
@@ -285,7 +285,7 @@ def _parts(kind: str) -> list[str]:
 
 
 def _sizes(kind: str) -> list[int]:
-    """Bytes of each array of a type."""
+    """Return the bytes of each array of a type."""
     return [
         math.prod(int(n) for n in dims.split(",") if n) * _width(dtype)
         for dtype, dims in _SHAPE.findall(kind)
@@ -293,6 +293,6 @@ def _sizes(kind: str) -> list[int]:
 
 
 def _width(dtype: str) -> int:
-    """Bytes of an element; packed kinds count a whole byte."""
+    """Return the bytes of an element; packed types count a whole byte."""
     bits = re.search(r"\d+", dtype)
     return 1 if dtype == "pred" or bits is None else max(int(bits[0]) // 8, 1)

@@ -1,4 +1,4 @@
-"""What a person or a program gets to see: tables, plots, pages, JSON rows, run folders."""
+"""Results for people and programs: tables, plots, pages, JSON rows, run folders."""
 
 from jaxmodel import moved
 from jaxmodel.report import html, plot

@@ -19,15 +19,16 @@ def experiment(
     run: Callable[[bool, int], Result],
     args: Sequence[str] | None = None,
 ) -> None:
-    """Read `--quick`, `--seed` and `--json`, run an experiment, print its rows (see `rows`) or
-    write them to a file.
+    """Run an experiment from the command line: `--quick`, `--seed` and `--json`.
+
+    Its rows (see `rows`) are printed, or written to the file that `--json` names.
 
     Args:
-      doc: the experiment's docstring; its first line is shown as help.
-      quick: what its quick form is, for the help.
-      run: `(quick, seed) -> (entries, protocol)`; the seed and what it ran on are added to the
+      doc: the experiment's docstring; its first line is shown in the help.
+      quick: a description of the quick form, for the help.
+      run: `(quick, seed) -> (entries, protocol)`; the seed and the machine are added to the
         protocol.
-      args: the command line; that of the process when None.
+      args: the command-line arguments; None for those of the process.
     """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=quick)

@@ -1,7 +1,9 @@
-"""A report as one HTML file: loads nothing from elsewhere, light or dark as the reader's screen,
-readable on a phone.
+"""A report as one self-contained HTML file.
 
->>> cost = table([{"name": "int8", "nll": 3.389}], [Column("name"), Column("nll")], caption="One row for each version.")
+It loads nothing from elsewhere, follows the reader's light or dark mode, and fits a phone.
+
+>>> columns = [Column("name"), Column("nll")]
+>>> cost = table([{"name": "int8", "nll": 3.389}], columns, caption="One row for each version.")
 >>> page("SmolLM2, compressed", [text("How much worse?"), cost]).startswith("<!doctype html>")
 True
 """
@@ -22,8 +24,10 @@ from jaxmodel.report.run import processor
 from jaxmodel.report.table import Column, Row, aligned, text as text_of
 
 _PAGE = """
-:root{color-scheme:light dark;--ink:#23272e;--dim:#5c6570;--line:#d9dde3;--paper:#fff;--tint:#f4f6f8}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--dim:#a3adb8;--line:#3d444d;--paper:#15181c;--tint:#1f242a}}
+:root{color-scheme:light dark;
+--ink:#23272e;--dim:#5c6570;--line:#d9dde3;--paper:#fff;--tint:#f4f6f8}
+@media(prefers-color-scheme:dark){:root{
+--ink:#e4e7eb;--dim:#a3adb8;--line:#3d444d;--paper:#15181c;--tint:#1f242a}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:58rem;padding:1.5rem 1rem 4rem;background:var(--paper);color:var(--ink);
 font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
@@ -34,7 +38,8 @@ p{max-width:44rem;white-space:pre-line}
 _PARTS = """
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
 figcaption{color:var(--dim);font-size:.9rem;padding:.3rem 0}
-th,td{padding:.35rem .8rem .35rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+th,td{padding:.35rem .8rem .35rem 0;text-align:left;border-bottom:1px solid var(--line);
+vertical-align:top}
 th{color:var(--dim);font-weight:600;vertical-align:bottom;white-space:pre-line}
 .r{text-align:right;font-variant-numeric:tabular-nums}td.r,td:first-child{white-space:nowrap}
 figure{margin:1.2rem 0}figure svg{display:block;width:100%;max-width:44rem;height:auto}
@@ -49,39 +54,41 @@ details{margin:1rem 0}summary{cursor:pointer;color:var(--dim)}
 .fold table,.fold tbody{display:block}.fold thead{display:none}
 .fold tr{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.2rem,1fr));padding:.6rem 0;
 border-bottom:1px solid var(--line)}
-.fold td,.fold td.r{border:0;padding:.15rem .8rem .15rem 0;text-align:left;white-space:normal;font-size:.92rem;
-overflow-wrap:anywhere}
+.fold td,.fold td.r{border:0;padding:.15rem .8rem .15rem 0;text-align:left;white-space:normal;
+font-size:.92rem;overflow-wrap:anywhere}
 .fold td::before{content:attr(data-title);display:block;color:var(--dim);font-size:.75rem}
 .fold td:first-child{grid-column:1/-1;font-weight:600}
 .fold td:first-child::before{content:attr(data-title) "\\2002";display:inline;font-weight:400}}
 """
 _AROUND = """
---ink:currentColor;--dim:color-mix(in srgb,currentColor 65%,transparent);--line:#8884;--paper:transparent;--tint:#8882;
+--ink:currentColor;--dim:color-mix(in srgb,currentColor 65%,transparent);
+--line:#8884;--paper:transparent;--tint:#8882;
 h3{font-size:1.05rem;margin:.4rem 0}table{margin:0}dl{margin:.2rem 0}
 """
-# columns that are no table any more on a phone, where each row of a wider one becomes a paragraph
+# the most columns that a table may have on a phone; the rows of a wider one become paragraphs
 _FEW = 4
 _SVG = "{http://www.w3.org/2000/svg}"
 
 
 def escape(text: str) -> str:
-    """Text as it stands on a page: no markup, no control characters."""
+    """Escape text for a page: no markup, no control characters."""
     return markup.escape(printable(text))
 
 
 @dataclass(frozen=True)
 class Section:
-    """A piece of a page: HTML that is already safe. The functions of this file make them."""
+    """A piece of a page, as HTML that is already safe; the functions of this file make it."""
 
     html: str
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """The whole page.
+    """Return the whole page as HTML.
 
     Args:
-      title: stands on top and in the browser's tab.
-      sections: what `heading`, `text`, `table`, `figure`, `code`, `key_value` made, in order.
+      title: the title, shown at the top and in the browser's tab.
+      sections: the results of `heading`, `text`, `table`, `figure`, `code` and `key_value`, in
+        order.
     """
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -96,26 +103,27 @@ def page(title: str, sections: Sequence[Section]) -> str:
 
 
 def fragment(sections: Sequence[Section]) -> str:
-    """A piece for a notebook's cell, in the colours of what stands around it."""
+    """Return HTML for a notebook's cell, in the colours of its surroundings."""
     style = f"<style>.jaxmodel{{{_AROUND}{_PARTS}}}</style>"
     return f'<div class="jaxmodel">{style}{"".join(section.html for section in sections)}</div>'
 
 
 def heading(words: str, level: int = 2) -> Section:
-    """A heading; level 2 (under the title) or 3."""
+    """Make a heading of level 2 (under the title) or 3."""
     if level not in (2, 3):
         raise InputError(f"level: {level!r} is no heading inside a page; allowed: 2, 3")
     return Section(f"<h{level}>{escape(words)}</h{level}>")
 
 
 def text(words: str) -> Section:
-    """A paragraph; line breaks are kept."""
+    """Make a paragraph; line breaks are kept."""
     return Section(f"<p>{escape(words)}</p>")
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column], caption: str = "") -> Section:
-    """The same table that `print_table` shows on a terminal; on a phone each row of a wide one is a
-    paragraph of its own.
+    """Make the same table that `print_table` shows on a terminal.
+
+    On a phone each row of a wide table becomes a paragraph of its own.
     """
     head = []
     body = []
@@ -125,9 +133,8 @@ def table(rows: Sequence[Row], columns: Sequence[Column], caption: str = "") -> 
         kind = ' class="r"' if right else ""
         named = escape(" ".join(title.split()))
         cells = [column.cell(row) for row in rows]
-        cells = (
-            aligned(cells, "\u2007", "\u2008") if right else cells
-        )  # spaces as wide as a digit and a point
+        # spaces as wide as a digit and a point
+        cells = aligned(cells, "\u2007", "\u2008") if right else cells
         head.append(f"<th{kind}>{escape(title)}</th>")
         body.append([f'<td{kind} data-title="{named}">{escape(cell)}</td>' for cell in cells])
     lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in zip(*body, strict=True))
@@ -139,19 +146,21 @@ def table(rows: Sequence[Row], columns: Sequence[Column], caption: str = "") -> 
 
 
 def details(summary: str, sections: Sequence[Section]) -> Section:
-    """What is seen when the reader unfolds it."""
-    return Section(
-        f"<details><summary>{escape(summary)}</summary>{''.join(one.html for one in sections)}</details>"
-    )
+    """Make sections that stay folded until the reader opens them."""
+    inside = "".join(one.html for one in sections)
+    return Section(f"<details><summary>{escape(summary)}</summary>{inside}</details>")
 
 
 def code(words: str) -> Section:
-    """Text set in a fixed width: a command, a sample of a model."""
+    """Make a block of text in a fixed-width font: a command, a sample of a model."""
     return Section(f"<pre>{escape(words)}</pre>")
 
 
 def key_value(pairs: Mapping[str, Any]) -> Section:
-    """Names and values, such as the versions of packages; values of values are named `mesh.tensor`."""
+    """Make a list of names and values, such as the versions of packages.
+
+    Nested values are named with a dot: `mesh.tensor`.
+    """
     items = "".join(
         f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in _flat(pairs, "")
     )
@@ -159,12 +168,13 @@ def key_value(pairs: Mapping[str, Any]) -> Section:
 
 
 def options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Section:
-    """What a run was asked for: the options that are not as they are by default, and folded away
-    the others and what all came to.
+    """Show the options of a run: those that differ from the defaults, and folded away the others.
+
+    The resolved values are folded away too.
 
     Args:
-      config: of a `Run`.
-      defaults: option -> its value where none is given; one that is missing here has none.
+      config: the `config` of a `Run`.
+      defaults: option -> default value; an option that is missing here has no default.
     """
     asked = {name: value for name, value in config.items() if name not in ("verb", "resolved")}
     changed = {
@@ -191,7 +201,7 @@ def options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Section:
 
 
 def ran_on(versions: Mapping[str, Any]) -> Section:
-    """What a run ran on: its processor in words, and the rest folded away."""
+    """Show what a run ran on: the processor in words, and the rest folded away."""
     said = text(f"{processor(versions)[:1].upper()}{processor(versions)[1:]}.")
     return Section(
         heading("What it ran on").html
@@ -201,8 +211,9 @@ def ran_on(versions: Mapping[str, Any]) -> Section:
 
 
 def figure(svg: bytes | str, caption: str = "") -> Section:
-    """A drawing of ours, as the functions of `plot` return it; ink, grid and paper take the page's
-    colours, light or dark.
+    """Embed a drawing that a function of `plot` returned.
+
+    Ink, grid and paper take the page's colours, light or dark.
     """
     source = svg.decode() if isinstance(svg, bytes) else svg
     root = ElementTree.fromstring(source[source.find("<svg") :])
@@ -214,16 +225,15 @@ def figure(svg: bytes | str, caption: str = "") -> Section:
         "role": "img",
         "aria-label": caption or "plot",
     }
-    drawing = ElementTree.tostring(
-        root, encoding="unicode"
-    )  # written anew: comments, which hold labels unescaped, are gone
+    # serialised again, which drops comments: they hold labels unescaped
+    drawing = ElementTree.tostring(root, encoding="unicode")
     for colour, name in ((plot.INK, "ink"), (plot.GRID, "line"), (plot.PAPER, "paper")):
         drawing = drawing.replace(colour, f"var(--{name})")
     return Section(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
 
 
 def pictures(images: Sequence[tuple[str, bytes]]) -> Section:
-    """Small PNG pictures in a row, each above its label."""
+    """Show small PNG pictures in a row, each above its label."""
     made = []
     for label, png in images:
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -244,7 +254,7 @@ def _flat(pairs: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
 
 
 def _said(value: Any) -> str:
-    """A value as one would give it."""
+    """Return a value as one would type it."""
     if isinstance(value, list | tuple):
         return ("; " if any(isinstance(one, list | tuple) for one in value) else ", ").join(
             map(_said, value)

@@ -1,6 +1,4 @@
-"""The numbers for programs: anything to plain JSON, `--json TARGET`, and the rows of an experiment
-with their goals.
-"""
+"""Numbers for programs: anything as plain JSON, `--json TARGET`, and experiment rows with goals."""
 
 from __future__ import annotations
 
@@ -29,13 +27,13 @@ _BAND = re.compile(rf"\s*({_NUMBER})\s*(?:\+-|\+/-|±)\s*({_NUMBER})\s*")
 
 
 def to_plain(obj: Any) -> Any:
-    """`obj` as what JSON knows: dicts with text keys, lists, text, numbers, booleans, None.
+    """Convert `obj` to JSON types: dicts with text keys, lists, text, numbers, booleans, None.
 
-    NumPy and JAX scalars and arrays, dataclasses, enums, paths, dtypes, sets, iterables are
-    translated; a number that is not finite becomes None, because JSON has no word for it.
+    NumPy and JAX scalars and arrays, dataclasses, enums, paths, dtypes, sets and iterables are
+    converted. A number that is not finite becomes None, because JSON cannot express it.
 
     Raises:
-      TypeError: something else is in there (a program's mistake, not a person's).
+      TypeError: `obj` contains something else (a mistake of the program, not of its user).
 
     >>> to_plain({"loss": np.float32("nan"), 8: np.arange(2), "file": Path("a/b")})
     {'loss': None, '8': [0, 1], 'file': 'a/b'}
@@ -53,9 +51,8 @@ def to_plain(obj: Any) -> Any:
     if isinstance(obj, type) and (
         issubclass(obj, np.generic) or isinstance(getattr(obj, "dtype", None), np.dtype)
     ):
-        return np.dtype(
-            obj
-        ).name  # np.float32, or jnp.float32, a type of JAX's own that carries its dtype
+        # np.float32, or jnp.float32, a type of JAX's own that carries its dtype
+        return np.dtype(obj).name
     if isinstance(obj, np.generic):
         return to_plain(obj.item())
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
@@ -74,13 +71,14 @@ def to_plain(obj: Any) -> Any:
 
 
 def dumps(obj: Any, indent: int | None = 2) -> str:
-    """`obj` as JSON text that every parser reads (ASCII, no NaN)."""
+    """Return `obj` as JSON text that every parser reads (ASCII, no NaN)."""
     return json.dumps(to_plain(obj), indent=indent, allow_nan=False)
 
 
 def emit(obj: Any, target: str | None) -> None:
-    """Give `obj` to a program: `-` prints it on standard output, a path becomes a file, None does
-    nothing.
+    """Write `obj` as JSON to `target`.
+
+    `-` is standard output, a path becomes a file, None does nothing.
 
     Raises:
       InputError: the path cannot be written.
@@ -94,15 +92,16 @@ def emit(obj: Any, target: str | None) -> None:
 
 @contextlib.contextmanager
 def clean_stdout(target: str | None) -> Iterator[None]:
-    """While a job runs for `--json -`, whatever Python prints goes to standard error; `emit` comes
-    after the block.
+    """Send to standard error whatever Python prints in the block, if the target is `-`.
+
+    Call `emit` after the block.
     """
     with contextlib.redirect_stdout(sys.stderr) if target == "-" else contextlib.nullcontext():
         yield
 
 
 def check_target(target: str | None) -> None:
-    """Refuse a `--json` path that could not be written, before hours of work instead of after.
+    """Refuse a `--json` path that cannot be written, before hours of work instead of after.
 
     Raises:
       InputError: the path is a folder, or its folder is missing or not writable.
@@ -125,13 +124,14 @@ def check_target(target: str | None) -> None:
 
 
 def goal_met(value: Any, goal: str | None) -> bool | None:
-    """Whether a measured value meets a goal; None where there is no goal, False for a value missing
-    or not finite.
+    """Return whether a measured value meets a goal.
+
+    The result is None without a goal, and False for a value that is missing or not finite.
 
     Args:
-      value: a number, or None when it could not be measured.
-      goal: `>= 2.5`, `<= 0.002`, `> 1`, `< 1`, `== 0` or `3.38783 +- 0.0005`; compared as written,
-        in decimals.
+      value: a number, or None if it could not be measured.
+      goal: such as `>= 2.5`, `<= 0.002`, `> 1`, `< 1`, `== 0` or `3.38783 +- 0.0005`; the
+        comparison is of decimal numbers, as written.
 
     Raises:
       InputError: the goal cannot be read, or the value is not a number.
@@ -172,15 +172,15 @@ def goal_met(value: Any, goal: str | None) -> bool | None:
 def rows(
     entries: Iterable[Sequence[Any]], seconds: float | int, protocol: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What an experiment prints: its measured values beside their goals.
+    """Return what an experiment reports: its measured values beside their goals.
 
     Args:
       entries: `(name, value, unit)` or `(name, value, unit, goal)`; for goals see `goal_met`.
-      seconds: how long the whole experiment took.
-      protocol: how it was measured (data, windows, seeds, machine).
+      seconds: the duration of the whole experiment.
+      protocol: how the values were measured (data, windows, seeds, machine).
 
     Returns:
-      `{"rows": [{"name", "value", "unit", "goal", "met"}], "seconds", "protocol"}`, plain.
+      `{"rows": [{"name", "value", "unit", "goal", "met"}], "seconds", "protocol"}`, in JSON types.
 
     Raises:
       InputError: a goal cannot be read.

@@ -1,7 +1,7 @@
-"""Plots as bytes, from plain numbers, in one house style: SVG to stand in a page, PNG to be a file.
+"""Plots of plain numbers as bytes, in one style: SVG for a page, PNG for a file.
 
-Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; lines differ in
-dash and points in shape as well. Figures are objects of their own, so nothing leaks into a
+The colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; lines also
+differ in dash and points in shape. Figures are independent of pyplot, so nothing leaks into a
 notebook's plots.
 """
 
@@ -19,11 +19,12 @@ import numpy as np
 from jaxmodel.errors import InputError, require
 from jaxmodel.report.table import rate
 
+# `html.figure` gives these the page's own colours
 INK, GRID, PAPER = (
     "#23272e",
     "#d9dde3",
     "#ffffff",
-)  # `html.figure` gives these the page's own colours
+)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -54,12 +55,12 @@ _STYLE = {
 
 
 class Picture(bytes):
-    """The bytes of a file, which a notebook shows as the picture that it is."""
+    """The bytes of an SVG or PNG file, which a notebook shows as a picture."""
 
     def _repr_svg_(self) -> str | None:
         if not self.endswith(b"</svg>\n"):
             return None
-        paper = f'<svg style="background:{PAPER}" '  # its ink is dark, and a notebook may be, too
+        paper = f'<svg style="background:{PAPER}" '  # the ink is dark, and so may the notebook be
         return self.decode().replace("<svg ", paper, 1)
 
     def _repr_png_(self) -> bytes | None:
@@ -79,20 +80,20 @@ def curves(
     logy: bool = False,
     marks: Mapping[str, float] | None = None,
 ) -> Picture:
-    """Lines over a common axis, such as losses over steps.
+    """Plot lines over a common axis, such as losses over steps.
 
     Args:
       series: name to (x, y), two equally long sequences; a y that is not finite leaves a gap.
-      xlabel: of the axis, with its unit.
-      ylabel: likewise.
-      title: above the plot.
+      xlabel: label of the x axis, with its unit.
+      ylabel: label of the y axis, with its unit.
+      title: the title above the plot.
       fmt: svg or png.
       logx: whether the x axis is logarithmic.
-      logy: likewise.
-      marks: name to a place on the x axis where a thin line stands.
+      logy: whether the y axis is logarithmic.
+      marks: name to a position on the x axis, marked by a thin line.
 
     Raises:
-      InputError: nothing to draw, or x and y differ in length.
+      InputError: there is nothing to draw, or x and y differ in length.
     """
     with _axes(title, xlabel, ylabel, fmt, 3.8) as (ax, out):
         for index, (name, (x, y)) in enumerate(_some(series, "series").items()):
@@ -115,14 +116,18 @@ def curves(
 def bars(
     groups: Mapping[str, Mapping[str, Any]], xlabel: str, title: str = "", fmt: str = "svg"
 ) -> Picture:
-    """Horizontal bars with their values, in groups; a value that is missing or not finite is a
-    dash.
+    """Plot horizontal bars with their values, in groups.
+
+    A value that is missing or not finite is a dash.
 
     Args:
       groups: group to series to value, such as version to {"prefill": 1124.0, "decode": 59.9}.
+      xlabel: label of the x axis, with its unit.
+      title: the title above the plot.
+      fmt: svg or png.
 
     Raises:
-      InputError: nothing to draw.
+      InputError: there is nothing to draw.
     """
     names = list(
         dict.fromkeys(name for group in _some(groups, "groups").values() for name in group)
@@ -131,9 +136,8 @@ def bars(
     inches = 1.1 + len(groups) * max(0.36, 0.24 * len(names)) + 0.3 * (len(names) > 1)
     with _axes(title, xlabel, "", fmt, inches) as (ax, out):
         for index, name in enumerate(names):
-            values = np.array(
-                [group.get(name) for group in groups.values()], float
-            )  # None becomes not a number
+            # None becomes NaN
+            values = np.array([group.get(name) for group in groups.values()], float)
             where = np.arange(len(groups)) + (index - (len(names) - 1) / 2) * height
             lengths = np.where(np.isfinite(values), values, 0)
             drawn = ax.barh(where, lengths, height * 0.9, label=name, color=COLOURS[index % 6])
@@ -159,12 +163,19 @@ def scatter(
     logx: bool = False,
     logy: bool = False,
 ) -> Picture:
-    """Named points, such as size against perplexity; labels keep clear of each other and of the
-    points.
+    """Plot labelled points, such as size against perplexity.
+
+    Labels keep clear of each other and of the points.
 
     Args:
-      points: label to (x, y). One that cannot stand on the axes (not finite, or not positive on a
-        logarithmic one) is named below the plot instead.
+      points: label to (x, y). A point that the axes cannot show (not finite, or not positive on a
+        logarithmic axis) is named below the plot instead.
+      xlabel: label of the x axis, with its unit.
+      ylabel: label of the y axis, with its unit.
+      title: the title above the plot.
+      fmt: svg or png.
+      logx: whether the x axis is logarithmic.
+      logy: whether the y axis is logarithmic.
 
     Raises:
       InputError: no point can be drawn.
@@ -195,8 +206,9 @@ def scatter(
 def place_labels(
     anchors: np.ndarray, sizes: np.ndarray, bounds: tuple[Any, Any], clear: float = 7.5
 ) -> np.ndarray:
-    """Where labels go so that they cover neither each other nor a point: for each the nearest free
-    place, in order.
+    """Place labels so that they cover neither each other nor a point.
+
+    Each in turn takes the nearest free place.
 
     Args:
       anchors: the points, [N, 2], pixels.
@@ -205,8 +217,8 @@ def place_labels(
       clear: radius around each point that stays free.
 
     Returns:
-      The lower left corner of each label, [N, 2]. Where nothing is free, the place that covers
-      least.
+      The lower left corner of each label, [N, 2], in pixels. Where no place is free, the one that
+      covers least.
     """
     taken = [np.concatenate([point - clear, point + clear]) for point in anchors]
     corners = np.zeros((len(anchors), 2))
@@ -237,10 +249,10 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 def _label(ax: Any, points: Mapping[str, tuple[Any, Any]]) -> None:
     figure = ax.figure
-    figure.draw_without_rendering()  # settles the layout, so that pixels mean something
+    figure.draw_without_rendering()  # computes the layout, so that positions in pixels are final
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()
-    pixel = 72 / figure.dpi  # in points, which mean the same whatever the file's resolution
+    pixel = 72 / figure.dpi  # in points, which do not depend on the file's resolution
     look = {"textcoords": "offset points", "fontsize": 9, "va": "bottom"}
     texts = [ax.annotate(name, at, (0, 0), **look) for name, at in points.items()]
     sizes = np.array([text.get_window_extent(renderer).size for text in texts]) + 2
@@ -250,15 +262,14 @@ def _label(ax: Any, points: Mapping[str, tuple[Any, Any]]) -> None:
     for text, corner, size, anchor in zip(texts, corners, sizes, anchors, strict=True):
         text.set_position(tuple((corner + 1 - anchor) * pixel))
         nearest = np.clip(anchor, corner, corner + size)
-        if (
-            np.linalg.norm(nearest - anchor) > 16
-        ):  # too far to be seen as its own: a thread between them
+        # too far from its point to be associated with it: connect them by a line
+        if np.linalg.norm(nearest - anchor) > 16:
             ends = ax.transData.inverted().transform([nearest, anchor])
             ax.plot(*ends.T, color=INK, linewidth=0.6, zorder=1, scalex=False, scaley=False)
 
 
 def _unhide(ax: Any, drawn: list[Any], points: np.ndarray) -> None:
-    """Draw a point on which others lie as a ring around them."""
+    """Draw a point that others cover as a ring around them."""
     places = ax.transData.transform(points) * 72 / ax.figure.dpi
     for index, line in enumerate(drawn):
         above = int(np.sum(np.linalg.norm(places[index + 1 :] - places[index], axis=1) < 6.5))
@@ -275,7 +286,10 @@ def _unhide(ax: Any, drawn: list[Any], points: np.ndarray) -> None:
 def _axes(
     title: str, xlabel: str, ylabel: str, fmt: str, height: float
 ) -> Iterator[tuple[Any, io.BytesIO]]:
-    """Empty axes in the house style; what was drawn on them is in the buffer afterwards."""
+    """Make empty axes in the house style.
+
+    After the block, the buffer holds what was drawn.
+    """
     if fmt not in ("svg", "png"):
         raise InputError(f"fmt: {fmt!r} is not known; allowed: svg, png")
     matplotlib = require("matplotlib", "notebook")

@@ -1,8 +1,7 @@
-"""Run folders: what was run, with which versions on which machine, and what came out.
+"""Run folders: the configuration of a run, its versions and machine, and its results.
 
-`runs/<YYYYmmdd-HHMMSS>-<name>/` holds `config.json` and `versions.json` from its first moment,
-`metrics.jsonl` as it grows, and whatever the run saves. Start one per job, not one per process of
-it.
+`runs/<YYYYmmdd-HHMMSS>-<name>/` holds `config.json` and `versions.json` from the start,
+`metrics.jsonl` as it grows, and whatever the run saves. Start one run per job, not one per process.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ class Run:
     """A run folder.
 
     Attributes:
-      folder: where it is.
-      config: what was asked for (the verb, the options, the seeds), and `resolved`, what that came
-        to.
-      versions: what it ran on, see `versions`.
+      folder: the path of the run folder.
+      config: what was asked for (the verb, the options, the seeds), and `resolved`, the resulting
+        configuration.
+      versions: the software and machine of the run; see `versions`.
     """
 
     folder: Path
@@ -45,7 +44,7 @@ class Run:
     versions: dict[str, Any]
 
     def path(self, name: str) -> Path:
-        """The place of a file inside the folder; its parents are made.
+        """Return the path of a file inside the folder, and make its parent folders.
 
         Raises:
           InputError: `name` leads out of the folder, or the parents cannot be made.
@@ -60,8 +59,9 @@ class Run:
         return place
 
     def log(self, **metrics: Any) -> None:
-        """Append one line to `metrics.jsonl`; it is there when this returns, and a number that is
-        not finite is null.
+        """Append one line to `metrics.jsonl`, which is on disk when this returns.
+
+        A number that is not finite is written as null.
 
         Raises:
           InputError: the file cannot be written.
@@ -75,31 +75,30 @@ class Run:
             ) from error
 
     def resolve(self, **resolved: Any) -> None:
-        """Add to `config` and `config.json`, under `resolved`, what the options came to: whole
-        configs, data by digest.
-        """
+        """Add the resolved options (whole configs, data by digest) to `config` and its file."""
         self.config["resolved"] = self.config.get("resolved", {}) | to_plain(resolved)
         self.save_json("config.json", self.config)
 
     def save_json(self, name: str, obj: Any) -> Path:
-        """Write `obj` as JSON (see `to_plain`), whole or not at all."""
+        """Write `obj` as JSON (see `to_plain`), atomically."""
         return atomic_write(self.path(name), dumps(obj) + "\n")
 
     def save_bytes(self, name: str, data: bytes | str) -> Path:
-        """Write a file (a plot, a page), whole or not at all."""
+        """Write a file (a plot, a page), atomically."""
         return atomic_write(self.path(name), data)
 
 
 def start_run(name: str, config: Mapping[str, Any], root: str | os.PathLike[str] = "runs") -> Run:
-    """Make a run folder and record what is run on what.
+    """Make a run folder and record the configuration, the versions and the machine.
 
     Args:
       name: letters, digits, `.`, `_`, `-`.
-      config: what is asked for, with the verb and every seed; `Run.resolve` adds what it comes to.
-      root: the folder of all runs; made when missing.
+      config: what is asked for, with the verb and every seed; `Run.resolve` adds the resolved
+        options.
+      root: the folder of all runs; it is made if missing.
 
     Raises:
-      InputError: the name holds something else, or the folder cannot be written.
+      InputError: the name holds other characters, or the folder cannot be written.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(
@@ -120,10 +119,10 @@ def start_run(name: str, config: Mapping[str, Any], root: str | os.PathLike[str]
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
-    """The run in `folder`, as `start_run` gave it.
+    """Read the run in `folder`, as `start_run` returned it.
 
     Raises:
-      InputError: that is no run folder, or its records cannot be read.
+      InputError: `folder` is no run folder, or its records cannot be read.
     """
     records = []
     for file in ("config.json", "versions.json"):
@@ -139,14 +138,15 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of Python and packages, machine, processor, devices, commit of the code; starts
-    JAX's backend.
+    """Return the versions of the software, the machine, its devices and the commit of the code.
+
+    This starts JAX's backend.
 
     Returns:
       `{"python", "jaxmodel", "jax", "jaxlib", "flax", "optax", "numpy", "platform", "cpu":
       {"model", "flags", "count"}, "devices": {"platform", "kind", "count", "processes"}, "git":
-      {"commit", "dirty"} or None}`. `cpu.count` is the number of processors this process may use:
-      results repeat bit for bit only where it and the flags are the same.
+      {"commit", "dirty"} or None}`. `cpu.count` is the number of processors that this process may
+      use: results repeat bit for bit only where it and the flags are the same.
     """
     import jax
 
@@ -167,11 +167,12 @@ def versions() -> dict[str, Any]:
 
 
 def processor(known: Mapping[str, Any] | None = None) -> str:
-    """What computes, in words, for a speed to stand beside: speeds of other kinds differ several
-    times over.
+    """Describe the processor in words, to be reported with a speed.
+
+    Speeds on different kinds differ several times over.
 
     Args:
-      known: what `versions` gave; None asks it.
+      known: what `versions` returned; None calls it.
 
     >>> cpu = {"model": "A", "flags": ["avx2", "avx512f", "avx512_vnni"], "count": 2}
     >>> processor({"devices": {"platform": "cpu"}, "cpu": cpu})
@@ -216,7 +217,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit of the tree that this code lies in, and whether anything there differs from it."""
+    """Return the commit of the tree that holds this code, and whether the tree differs from it."""
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]

@@ -1,6 +1,6 @@
-"""What interpreters and notebooks show of results:
+"""Results as interpreters and notebooks show them.
 
-`Rows`, a list that looks like a table; `card`, the HTML of an object.
+`Rows` is a list that looks like a table; `card` is the HTML of an object.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any, SupportsIndex
 from jaxmodel.report import html
 from jaxmodel.report.table import Column, Row, console_for, print_table, text
 
-_MOST = 12  # rows that are shown
+_MOST = 12  # the most rows shown
 
 
 class Rows(list[Any]):
-    """A list of rows (dicts with text keys) whose repr is a table: the first and the last rows of
-    many.
+    """A list of rows (dicts with text keys) whose repr is a table.
+
+    A long table shows only its first and last rows.
 
     Args:
-      rows: any.
-      columns: of the table; one for each key when None.
+      rows: the rows, of any keys.
+      columns: the columns of the table; None for one for each key.
 
     >>> Rows([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}])[-1]["loss"]
     2.25
@@ -35,7 +36,7 @@ class Rows(list[Any]):
     def __repr__(self) -> str:
         if not self:
             return "[]"
-        with contextlib.suppress(Exception):  # rows that somebody else put in
+        with contextlib.suppress(Exception):  # the rows may hold anything
             rows, title = self._some()
             console = console_for()
             console.file, console.width, console.soft_wrap = (
@@ -56,7 +57,7 @@ class Rows(list[Any]):
         return None
 
     def columns(self) -> list[Column]:
-        """Those of the table that is shown."""
+        """Return the columns of the table."""
         if self._columns is not None:
             return [column for column in self._columns if any(column.key in row for row in self)]
         names = dict.fromkeys(name for row in self for name in row)
@@ -67,7 +68,7 @@ class Rows(list[Any]):
         return type(self)(found, self._columns) if isinstance(key, slice) else found
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return (list, (list(self),))  # how a column is written may be a function of no name
+        return (list, (list(self),))  # a column's format may be a lambda, which cannot be pickled
 
     def _some(self) -> tuple[list[Row], str | None]:
         if len(self) <= _MOST:
@@ -79,5 +80,5 @@ class Rows(list[Any]):
 
 
 def card(title: str, facts: Mapping[str, Any], sections: Sequence[html.Section] = ()) -> str:
-    """The HTML of an object for a notebook: its name, what is to be said of it, and more."""
+    """Return the HTML of an object for a notebook: its title, facts and further sections."""
     return html.fragment([html.heading(title, 3), html.key_value(facts), *sections])

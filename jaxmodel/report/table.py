@@ -1,4 +1,4 @@
-"""Tables for people: one list of rows and columns, on a terminal or as Markdown."""
+"""Tables for people, from one list of rows and columns, on a terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ Row = Mapping[str, Any]
 
 
 def number(value: float | int, digits: int = 4) -> str:
-    """A number with `digits` significant digits; the digits before the point are never dropped.
+    """Format a number with `digits` significant digits.
+
+    Digits before the decimal point are never dropped.
 
     >>> number(29.602), number(0.0021), number(1234567.8), number(3.1e-7), number(5)
     ('29.60', '0.002100', '1,234,568', '3.100e-07', '5')
@@ -24,9 +26,8 @@ def number(value: float | int, digits: int = 4) -> str:
         return f"{value:,}"
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
-    exponent = int(
-        f"{value:.{digits - 1}e}".split("e")[1]
-    )  # of the rounded value: 9.9996 becomes 10.00
+    # the exponent of the rounded value: 9.9996 becomes 10.00
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
     return (
         f"{value:,.{max(0, digits - 1 - exponent)}f}"
         if -4 <= exponent < 15
@@ -35,44 +36,46 @@ def number(value: float | int, digits: int = 4) -> str:
 
 
 def significant(digits: int) -> Callable[[float | int], str]:
-    """The format `number` with that many significant digits, for a `Column`."""
+    """Return `number` with that many significant digits, as the format of a `Column`."""
     return lambda value: number(value, digits)
 
 
 def count(value: float | int) -> str:
-    """A whole number with its thousands apart: `134,515,008`."""
+    """Format an integer with thousands separators: `134,515,008`."""
     return f"{round(value):,}"
 
 
 def size(value: float | int) -> str:
-    """Bytes in units of a thousand of each other, always with one decimal, so that they line up in
-    a column.
+    """Format bytes in decimal units (1 kB is 1,000 bytes).
+
+    There is always one decimal, so that the values line up in a column.
 
     >>> size(538_060_032), size(12_400), size(60), size(1.6e12)
     ('538.1 MB', '12.4 kB', '0.1 kB', '1.6 TB')
     """
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if abs(value) >= 0.99995 * one:  # which would be 1,000.0 of the next
+        if abs(value) >= 0.99995 * one:  # smaller values round to at most 999.9 of the next unit
             return f"{value / one:,.1f} {unit}"
     return f"{value / 1e3:.1f} kB"
 
 
 def rate(value: float | int) -> str:
-    """Tokens (or anything) per second with three significant digits, without the unit:
+    """Format a rate (such as tokens per second) with three significant digits, without the unit.
 
-    `1,124`, `59.9`.
+    Examples are `1,124` and `59.9`.
     """
     return number(float(value), 3)
 
 
 def percent(value: float | int) -> str:
-    """A fraction as per cent: `0.5` is `50.0 %`."""
+    """Format a fraction as a percentage: `0.5` is `50.0 %`."""
     return f"{100 * value:.1f} %"
 
 
 def text(value: Any) -> str:
-    """The format of a column that names none: numbers by `number`, truth as yes and no, the rest as
-    it is written.
+    """Format a value of a column that names no format.
+
+    Numbers are formatted by `number`, booleans as yes and no, and the rest by `str`.
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -86,10 +89,10 @@ class Column:
     """One column of a table.
 
     Attributes:
-      key: the rows' key. A row without it, or with None, shows a dash.
-      title: what stands above, with the unit; may hold line breaks; the key when empty.
-      format: value to text.
-      align: `auto` puts a column of numbers to the right and the rest to the left.
+      key: the key of the rows. A row without it, or with None, shows a dash.
+      title: the heading, with the unit; it may hold line breaks; the key if empty.
+      format: a function from value to text.
+      align: `auto` aligns a column of numbers right and any other left.
     """
 
     key: str
@@ -98,14 +101,14 @@ class Column:
     align: Literal["auto", "left", "right"] = "auto"
 
     def cell(self, row: Row) -> str:
-        """The text of this column in one row."""
+        """Return the text of this column in one row."""
         value: Any = row.get(self.key)
         if getattr(value, "ndim", None) == 0:
             value = value.item()  # NumPy and JAX scalars
         return "–" if value is None else printable(self.format(value))
 
     def to_right(self, rows: Sequence[Row]) -> bool:
-        """Whether the column is set flush right."""
+        """Return whether the column is right-aligned."""
         if self.align != "auto":
             return self.align == "right"
         values = [row[self.key] for row in rows if row.get(self.key) is not None]
@@ -115,11 +118,10 @@ class Column:
 
 
 def console_for(json_target: str | None = None) -> Any:
-    """The rich console where tables go: standard output, or standard error when `--json -` has
-    taken standard output.
+    """Return the rich console for tables.
 
-    What is no terminal has no width either, so tables in a pipe or a file are never folded. Texts
-    are `printable`.
+    It writes to standard output, or to standard error if `--json -` has taken standard output. In a
+    pipe or a file, which have no width, tables are never folded. Texts are `printable`.
     """
     from rich.console import Console
     from rich.text import Text
@@ -128,7 +130,7 @@ def console_for(json_target: str | None = None) -> Any:
         def print(self, *objects: Any, **options: Any) -> None:
             super().print(*map(safe, objects), **options)
 
-        def on_broken_pipe(self) -> None:  # rich would leave with code 1
+        def on_broken_pipe(self) -> None:  # rich would exit with code 1
             raise BrokenPipeError
 
     def safe(one: Any) -> Any:
@@ -144,8 +146,7 @@ def console_for(json_target: str | None = None) -> Any:
 
 
 def aligned(cells: Sequence[str], digit: str = " ", point: str = " ") -> list[str]:
-    """Numbers with room behind them, so that their decimal points stand below each other once they
-    are set flush right.
+    """Pad numbers on the right so that their decimal points line up when right-aligned.
 
     >>> aligned(["375", "19.5", "9.66"])
     ['375   ', '19.5 ', '9.66']
@@ -165,10 +166,9 @@ def aligned(cells: Sequence[str], digit: str = " ", point: str = " ") -> list[st
 def print_table(
     rows: Sequence[Row], columns: Sequence[Column], title: str | None = None, console: Any = None
 ) -> None:
-    """Print rows as a table on `console` (standard output when None; see `console_for`).
+    """Print rows as a table on `console` (None for standard output; see `console_for`).
 
-    What is too wide for it comes as several tables below each other, each of which begins with the
-    first column.
+    A table that is too wide is split into several, each of which begins with the first column.
     """
     from rich.text import Text
 
@@ -200,9 +200,8 @@ def _rich(rows: Sequence[Row], columns: Sequence[Column]) -> Any:
         right = column.to_right(rows)
         cells = [column.cell(row) for row in rows]
         title = printable(column.title or column.key)
-        if (
-            right
-        ):  # the spaces at the ends of cells would be cut off, were they set flush right by rich
+        # rich would cut off the spaces at the ends of cells if it right-aligned them
+        if right:
             cells = aligned(cells)
             widest = max(map(len, [*cells, *title.split("\n")]))
             cells = [cell.rjust(widest) for cell in cells]
@@ -210,7 +209,7 @@ def _rich(rows: Sequence[Row], columns: Sequence[Column]) -> Any:
         head = Text(title, justify="right" if right else "left")
         table.add_column(head, overflow="fold", vertical="bottom")
     for cells in zip(*made, strict=True):
-        table.add_row(*map(Text, cells))  # Text: brackets in a name are no markup
+        table.add_row(*map(Text, cells))  # as Text, brackets in a name are no markup
     return table
 
 
@@ -219,7 +218,7 @@ def _width(table: Any, console: Any) -> int:
 
 
 def to_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """Rows as a Markdown table, without a closing line break.
+    """Return rows as a Markdown table, without a trailing line break.
 
     >>> print(to_markdown([{"name": "int8", "nll": 3.389}], [Column("name"), Column("nll", "NLL")]))
     | name | NLL |

@@ -1,6 +1,6 @@
-"""What a run writes while it goes:
+"""The output of a training run while it goes on.
 
-`metrics.jsonl`, TensorBoard and MLflow where they are wanted, plots, and one HTML page.
+It is `metrics.jsonl`, optionally TensorBoard and MLflow, plots, and one HTML page.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from jaxmodel.report.json_out import dumps
 from jaxmodel.report.table import count, number, percent, rate, text
 
 type Tracker = Callable[[dict[str, Any]], None]
-"""Called with every row."""
+"""A function that is called with every row."""
 
-PAGE_EVERY = 30.0  # seconds between two pages of a run that goes on
+PAGE_EVERY = 30.0  # seconds between two versions of the page of a running job
 LOSSES = ("loss", "heldout_loss")
 SPEEDS = ("tokens_per_second", "rows_per_second")
 TITLES = {
@@ -39,7 +39,7 @@ TITLES = {
     "mfu": "MFU",
     "bad": "bad\nsteps",
 }
-"""Of the keys of a row that are no words."""
+"""Column titles for keys of a row that are not plain words."""
 _AGAIN = {"resume": "", "rerun": "", "replay": " --step 1"}
 
 
@@ -50,14 +50,15 @@ class _Row(TypedDict, total=False):
 
 
 class Writer:
-    """A callback of `fit`: each row goes to `metrics.jsonl` and the trackers; plots and page are
-    made anew from time to time.
+    """A callback of `fit` that records every row.
+
+    Each row goes to `metrics.jsonl` and the trackers; plots and page are renewed from time to time.
 
     Args:
-      folder: of the run.
-      steps: of the whole run.
-      trackers: each is called with every row: see `tensorboard`, `mlflow`.
-      defaults: of the options that the run can have; the page says which are otherwise.
+      folder: the run folder.
+      steps: the number of steps of the whole run.
+      trackers: functions that are called with every row; see `tensorboard`, `mlflow`.
+      defaults: the defaults of the run's options; the page shows those that differ.
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class Writer:
         self._last = 0
 
     def __call__(self, row: dict[str, Any]) -> None:
-        if row["step"] <= self._last:  # the run went back to a checkpoint
+        """Record one row of the history."""
+        if row["step"] <= self._last:  # the run was rolled back to a checkpoint
             self.rewind(row["step"] - 1)
         self._last = row["step"]
         self._folder.log(**row)
@@ -85,7 +87,10 @@ class Writer:
             self.page({})
 
     def rewind(self, step: int) -> None:
-        """Drop the rows behind a step: a run that goes on from there writes them again."""
+        """Drop the rows after a step.
+
+        A run that continues from there writes them again.
+        """
         file = self._folder.path("metrics.jsonl")
         rows = self.rows()
         kept = [row for row in rows if row.get("step", 0) <= step]
@@ -93,18 +98,20 @@ class Writer:
             atomic_write(file, "".join(dumps(row, indent=None) + "\n" for row in kept))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Those of the whole run, over all restarts."""
+        """Return the rows of the whole run, over all restarts."""
         return read_rows(self._folder.path("metrics.jsonl"))
 
     def page(self, result: dict[str, Any]) -> None:
-        """Write the plots and `report.html`; without matplotlib the page says what it lacks."""
+        """Write the plots and `report.html`.
+
+        Without matplotlib there are no plots, and the page says so.
+        """
         self._shown = time.monotonic()
         rows = self.rows()
         if not rows:
             return
-        with contextlib.suppress(
-            InputError
-        ):  # the package that draws is missing: training goes on without pictures
+        # without matplotlib, training goes on without plots
+        with contextlib.suppress(InputError):
             for name, draw in plots(rows).items():
                 self._folder.save_bytes(f"plots/{name}.png", draw("png"))
         self._folder.save_bytes(
@@ -113,7 +120,7 @@ class Writer:
 
 
 def read_rows(file: str | Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that was cut off is none."""
+    """Read the rows of a `metrics.jsonl`; an incomplete last line is left out."""
     place = Path(file)
     rows = []
     raw = read_bytes(place, 2**30) if place.exists() else b""
@@ -124,18 +131,18 @@ def read_rows(file: str | Path) -> list[dict[str, Any]]:
 
 
 class History(report.Rows):
-    """The rows of a run: a list of dicts that shows itself as a table, in a notebook below the
-    curve of the losses.
+    """The rows of a run: a list of dicts that is shown as a table.
+
+    A notebook shows the curve of the losses above the table.
     """
 
     def columns(self) -> list[report.Column]:
-        """Losses and speed first, in words."""
+        """Return the columns of the table, losses and speed first."""
         return columns(self)
 
     def _repr_html_(self) -> str | None:
-        with contextlib.suppress(
-            Exception
-        ):  # the package that draws is missing, or these are other rows
+        # matplotlib is missing, or the rows are of another kind
+        with contextlib.suppress(Exception):
             return (
                 f"{html.fragment([html.figure(plots(self)['loss']('svg'))])}{super()._repr_html_()}"
             )
@@ -143,7 +150,10 @@ class History(report.Rows):
 
 
 def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.Picture]]:
-    """Name -> format -> picture: losses, learning rate, norm of the gradient and speed over steps."""
+    """Return the plots of a run, as name -> format -> picture.
+
+    They show losses, learning rate, gradient norm and speed over steps.
+    """
 
     def series(*names: str, skip: int = 0) -> dict[str, Any]:
         found = {}
@@ -160,6 +170,7 @@ def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.P
     unit = ", nats per token" if any("tokens_per_second" in row for row in rows) else ""
     losses = series(*LOSSES)
     speed = next(name for name in SPEEDS if name == SPEEDS[-1] or any(name in row for row in rows))
+    # the first row includes the compilation
     wanted = {
         "loss": (losses, f"loss{unit}", "Loss"),
         "learning_rate": (series("learning_rate"), "learning rate", "Learning rate"),
@@ -168,7 +179,7 @@ def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.P
             series(speed, skip=1),
             speed.replace("_", " "),
             "Speed",
-        ),  # the first row has the compilation in it
+        ),
     }
     return {
         name: lambda fmt, found=found, label=label, title=title: plot.curves(
@@ -180,7 +191,7 @@ def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[str], plot.P
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[report.Column]:
-    """Those of a table of such rows, in words and with units."""
+    """Return the columns of a table of such rows, with headings and units."""
     names = dict.fromkeys(
         name for row in rows for name in row if name not in ("data_step", "seconds")
     )
@@ -210,7 +221,7 @@ def page(
     steps: int,
     defaults: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page of a run, whether it goes on or is through."""
+    """Return the HTML page of a run that goes on or has ended."""
     last = rows[-1]
     state = "ended" if result and not result.get("stopped") else "stopped" if result else "running"
     sections = [
@@ -269,10 +280,11 @@ def page(
 
 @contextlib.contextmanager
 def tensorboard(folder: str | Path) -> Iterator[Tracker]:
-    """A tracker that writes every number of a row for TensorBoard (tensorboardX, extra `notebook`).
+    """Yield a tracker that writes the numbers of every row for TensorBoard.
 
-    Where rows come again, because a run went back or was killed behind its last checkpoint,
-    TensorBoard is told to forget what it has from that step on.
+    It needs tensorboardX (the extra `notebook`). Where steps are repeated, because the run was
+    rolled back or was killed after its last checkpoint, TensorBoard is told to forget what it has
+    from there.
     """
     board = require("tensorboardX", "notebook")
     writer = None
@@ -284,8 +296,8 @@ def tensorboard(folder: str | Path) -> Iterator[Tracker]:
             parts = len(list(Path(folder).glob("events*")))
             if writer is not None:
                 writer.close()
-            # a file of its own, whose name, which has the second, might else be that of the one
-            # before
+            # the name of the new file must differ from that of the last; it is only precise to
+            # the second
             writer = board.SummaryWriter(
                 str(folder), purge_step=row["step"] if parts else None, filename_suffix=f".{parts}"
             )
@@ -303,16 +315,16 @@ def tensorboard(folder: str | Path) -> Iterator[Tracker]:
 
 @contextlib.contextmanager
 def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
-    """A tracker for MLflow, at `MLFLOW_TRACKING_URI` (extra `lifecycle`; checked with MLflow 3.17
-    on SQLite).
+    """Yield a tracker for MLflow, at `MLFLOW_TRACKING_URI`.
 
-    A run that is resumed goes on there too. Where rows come again, because it went back or was
-    killed behind its last checkpoint, the run is written anew from the rows before, and the one so
-    far is deleted, as MLflow deletes: `mlflow gc` removes it for good. A server that fails while
-    the run goes on is told once, and the run goes on without it.
+    It needs the extra `lifecycle`, and is checked with MLflow 3.17 on SQLite. A resumed run
+    continues the same MLflow run. Where steps are repeated, because the run was rolled back or was
+    killed after its last checkpoint, a new MLflow run is written from the rows before them, and the
+    old one is deleted (`mlflow gc` removes it for good). If the server fails during the run, that
+    is reported once, and the run goes on without it.
 
     Raises:
-      InputError: the package is missing, or MLflow cannot be used there.
+      InputError: the package is missing, or MLflow cannot be used at that address.
     """
     module = require("mlflow", "lifecycle")
     failed = require("mlflow.exceptions", "lifecycle").MlflowException
@@ -335,7 +347,7 @@ def mlflow(run: str, config: dict[str, Any]) -> Iterator[Tracker]:
         ]
         module.end_run()
         new = begin(None)
-        for start in range(0, len(kept), 1000):  # the most that MLflow takes at once
+        for start in range(0, len(kept), 1000):  # MLflow takes at most 1000 at once
             client.log_batch(new, metrics=kept[start : start + 1000])
         client.delete_run(old)
         return new
@@ -388,9 +400,9 @@ def _first_line(error: Exception) -> str:
 
 
 def trackers(stack: contextlib.ExitStack, folder: report.Run, board: bool) -> list[Tracker]:
-    """Those that a run has:
+    """Return the trackers of a run; the stack closes them.
 
-    TensorBoard if wanted, MLflow where `MLFLOW_TRACKING_URI` is set; the stack closes them.
+    TensorBoard is used if `board` is true, MLflow if `MLFLOW_TRACKING_URI` is set.
     """
     found = [stack.enter_context(tensorboard(folder.path("tensorboard")))] if board else []
     if os.environ.get("MLFLOW_TRACKING_URI"):
@@ -399,7 +411,7 @@ def trackers(stack: contextlib.ExitStack, folder: report.Run, board: bool) -> li
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row but its step."""
+    """Return the numbers of a row except its step."""
     return {
         name: float(value)
         for name, value in row.items()
