@@ -57,9 +57,9 @@ def learn(rows: Any, steps: int, seed: int, changed: Any, smoothing: float) -> A
     config = train.TrainConfig(
         steps=steps,
         learning_rate=2e-3,
-        warmup=50,
+        warmup_steps=50,
         weight_decay=0.01,
-        beta2=0.99,
+        b2=0.99,
         seed=seed,
         log_every=100,
     )

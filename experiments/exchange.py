@@ -47,7 +47,7 @@ def texts(seed: int) -> tuple[data.Stream, data.Stream]:
 def sent(kind: Kind, stream: data.Stream, mesh: jax.sharding.Mesh) -> float:
     """Bytes of the collectives of a step."""
     model = gpt2.model(CONFIG, ops.Policy(axes=ops.MESH_AXES))
-    config = train.TrainConfig(exchange=kind)
+    config = train.TrainConfig(gradient_compression=kind)
     batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in stream.batch(0).items()}
     step = train.Program(model, config, loss=losses.next_token, mesh=mesh).compile(batch)
     return float(sum(plan.moved(plan.collectives(step)).values()))
@@ -62,7 +62,9 @@ def learn(
 ) -> float:
     """Train; the held-out loss."""
     model = gpt2.model(CONFIG, ops.Policy(axes=ops.MESH_AXES))
-    config = train.TrainConfig(steps=steps, exchange=kind, seed=seed, log_every=max(1, steps // 10))
+    config = train.TrainConfig(
+        steps=steps, gradient_compression=kind, seed=seed, log_every=max(1, steps // 10)
+    )
     _, history = train.fit(model, streams[0], config, heldout=streams[1], mesh=mesh)
     return history[-1]["heldout_loss"]
 

@@ -34,7 +34,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     steps = epochs * stream.count // BATCH
     model = cnn.model(cnn.SIZES["mnist"])
     config = train.TrainConfig(
-        steps=steps, learning_rate=RATE, warmup=200, weight_decay=0.01, beta2=0.99, seed=seed
+        steps=steps, learning_rate=RATE, warmup_steps=200, weight_decay=0.01, b2=0.99, seed=seed
     )
 
     began = time.perf_counter()

@@ -63,7 +63,7 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
         parts.append((data.Stream(data.pack(documents, 33), 16, seed), weight))
     stream = _Noting(data.Mixture(parts, batch_size=16))
     config = train.TrainConfig(
-        steps=STEPS * len(LEGS), warmup=0, log_every=1, seed=seed, average=0.9
+        steps=STEPS * len(LEGS), warmup_steps=0, log_every=1, seed=seed, ema_decay=0.9
     )
     model = gpt2.model(
         gpt2.Config(vocab=256, width=32, depth=2, heads=4, context=32),

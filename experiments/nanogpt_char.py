@@ -50,8 +50,8 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
         config = train.TrainConfig(
             steps=steps,
             learning_rate=rate,
-            warmup=100,
-            beta2=0.99,
+            warmup_steps=100,
+            b2=0.99,
             weight_decay=0.1,
             seed=seed,
             log_every=100,

@@ -79,9 +79,9 @@ def learn(
     config = train.TrainConfig(
         steps=epochs * per_epoch,
         learning_rate=2e-3,
-        warmup=100,
+        warmup_steps=100,
         weight_decay=0.0,
-        beta2=0.99,
+        b2=0.99,
         seed=seed,
         log_every=100,
         eval_every=per_epoch,

@@ -48,7 +48,7 @@ class Case:
         self, width: int, depth: int, codes: bool, name: str, policy: ops.Policy, steps: int = 100
     ):
         self.model = gpt2.model(gpt2.Config(256, width, depth, max(4, width // 64), BLOCK), policy)
-        rate = optim.schedule("cosine", RATE, steps, warmup=min(50, steps // 4))
+        rate = optim.schedule("cosine", RATE, steps, warmup_steps=min(50, steps // 4))
         decays = lambda params: tree.map_leaves(
             lambda path, _: not path.endswith(("bias", "norm/weight")), params
         )

@@ -64,7 +64,12 @@ def stream(seed: int) -> data.Mixture:
 def run(folder: Path, seed: int, steps: int = STEPS, book: Path | None = None) -> Any:
     """Train from what is in the folder to the end; the last state."""
     config = train.TrainConfig(
-        steps=steps, accumulate=2, average=0.99, save_every=SAVE_EVERY, log_every=10, seed=seed
+        steps=steps,
+        gradient_accumulation_steps=2,
+        ema_decay=0.99,
+        save_every=SAVE_EVERY,
+        log_every=10,
+        seed=seed,
     )
     batches = stream(seed)
     keep = checkpoint.Keep(last=3)
@@ -89,7 +94,7 @@ def model() -> Any:
 
 def like(seed: int) -> train.TrainState:
     """The shapes of a state of the run."""
-    config = train.TrainConfig(steps=STEPS, average=0.99, seed=seed)
+    config = train.TrainConfig(steps=STEPS, ema_decay=0.99, seed=seed)
     return train.Program(model(), config, loss=losses.next_token).shapes()
 
 

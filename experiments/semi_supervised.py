@@ -83,10 +83,10 @@ def learn(
     config = train.TrainConfig(
         steps=steps,
         learning_rate=4e-3,
-        warmup=50,
+        warmup_steps=50,
         weight_decay=0.01,
-        beta2=0.99,
-        average=0.99,
+        b2=0.99,
+        ema_decay=0.99,
         seed=seed,
         log_every=100,
     )

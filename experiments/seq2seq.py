@@ -74,9 +74,9 @@ def learn(case: Case, updates: int, seed: int) -> tree.Params:
     config = train.TrainConfig(
         steps=updates,
         learning_rate=case.rate,
-        warmup=100,
+        warmup_steps=100,
         weight_decay=0.01,
-        beta2=0.99,
+        b2=0.99,
         seed=seed,
         log_every=200,
     )

@@ -96,6 +96,8 @@ type Range = tuple[Callable[[float], bool], str]
 """Whether a number is within, and what is allowed, in words."""
 
 FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+SHARE: Range = (lambda x: 0 <= x <= 1, "0 to 1")
+FACTOR: Range = (lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 
 def at_least(argument: str, value: object, least: int = 1) -> None:

@@ -1,12 +1,12 @@
-"""Names that other packages have now: they still work where they were, with a warning that says
-where they are.
-"""
+"""Old names: they still work, with a warning that says which name to use now."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _MOVED = {
@@ -141,6 +141,76 @@ _MODULES = {
     },
 }
 
+CONFIG = {
+    "accumulate": "gradient_accumulation_steps",
+    "average": "ema_decay",
+    "bad": "on_bad_step",
+    "beta2": "b2",
+    "clip": "max_grad_norm",
+    "drop": "gamma",
+    "drop_every": "step_size",
+    "end_rate": "final_lr_fraction",
+    "exchange": "gradient_compression",
+    "exchange_share": "top_k_fraction",
+    "stable": "stable_fraction",
+    "warmup": "warmup_steps",
+}
+"""Old names of fields of `TrainConfig`, which are options of `jaxmodel train` too."""
+
+
+def current(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the fields of a stored `TrainConfig` the names that they have now.
+
+    >>> current({"steps": 3, "clip": 1.0})
+    {'steps': 3, 'max_grad_norm': 1.0}
+    """
+    return {CONFIG.get(name, name): value for name, value in record.items()}
+
+
+def keywords[F: Callable[..., Any]](**now: str) -> Callable[[F], F]:
+    """Decorate a function or a dataclass: old names of arguments and fields still work.
+
+    Args:
+      now: old name -> the name that it has now.
+
+    >>> @keywords(beta2="b2")
+    ... def adam(b2=0.9):
+    ...     return b2
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     print(adam(beta2=0.5), said[0].message)
+    0.5 adam: beta2 is b2 now
+    """
+
+    def decorate(function: Any) -> Any:
+        kind: Any = function if isinstance(function, type) else None
+        call: Callable[..., Any] = function if kind is None else kind.__init__
+
+        @functools.wraps(call)
+        def made(*args: Any, **values: Any) -> Any:
+            for old in values.keys() & now.keys():
+                _say(f"{function.__name__}: {old} is {now[old]} now", 3)
+                values[now[old]] = values.pop(old)
+            return call(*args, **values)
+
+        if kind is None:
+            return made
+        kind.__init__ = made
+        for old, new in now.items():
+            setattr(kind, old, property(functools.partial(_read, old, new)))
+        return function
+
+    return decorate
+
+
+def _read(old: str, new: str, value: Any) -> Any:
+    _say(f"{type(value).__name__}.{old} is {new} now", 4)
+    return getattr(value, new)
+
+
+def _say(line: str, level: int) -> None:
+    warnings.warn(line, DeprecationWarning, stacklevel=level)
+
 
 def attach(package: str) -> None:
     """Let a package find its old names, besides what its own `__getattr__` finds.
@@ -170,7 +240,7 @@ def attach(package: str) -> None:
     def find(name: str) -> Any:
         if where := modules.get(name) or homes.get(name):
             now = where if name in modules else f"{where}.{name}"
-            warnings.warn(f"{package}.{name} is {now} now", DeprecationWarning, stacklevel=2)
+            _say(f"{package}.{name} is {now} now", 3)
             home = importlib.import_module(where)
             return home if name in modules else getattr(home, name)
         if own is not None:

@@ -83,9 +83,9 @@ config = train.TrainConfig(
     steps=90,
     learning_rate=3e-3,
     schedule="wsd",
-    warmup=10,
-    accumulate=2,
-    average=0.95,
+    warmup_steps=10,
+    gradient_accumulation_steps=2,
+    ema_decay=0.95,
     log_every=10,
     save_every=20,
 )
@@ -107,7 +107,7 @@ table(
 # %%
 steps = np.arange(0, 200)
 curves = {
-    name: (steps, [float(optim.schedule(name, 1.0, 200, warmup=20)(i)) for i in steps])
+    name: (steps, [float(optim.schedule(name, 1.0, 200, warmup_steps=20)(i)) for i in steps])
     for name in ("constant", "step", "cosine", "wsd", "one_cycle")
 }
 picture(plot.curves(curves, "step", "share of the peak", "Schedules"))

@@ -79,7 +79,7 @@ table(
 # %%
 rows = data.windows(list(data.load_text("pydoc").text.encode()[:20000]), 33, stride=32)
 stream = data.Stream(rows, batch_size=8)
-config = train.TrainConfig(steps=3, log_every=1, warmup=0)
+config = train.TrainConfig(steps=3, log_every=1, warmup_steps=0)
 found = []
 for mesh in (None, "data=8", "fsdp=4,tensor=2", "sequence=4,data=2", "pipeline=2,fsdp=2"):
     made = None if mesh is None else sharding.make_mesh(mesh)

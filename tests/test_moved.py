@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
 
-from jaxmodel import moved
+from jaxmodel import moved, train
+from jaxmodel.cli.words import checked
 
 OLD = [
     (pkg, home, name)
@@ -25,6 +27,19 @@ def test_every_old_name_is_the_new_one():
             old = getattr(importlib.import_module(f"jaxmodel.{package}"), name)
         assert old is getattr(importlib.import_module(f"jaxmodel.{home}"), name)
         assert name not in importlib.import_module(f"jaxmodel.{package}").__all__
+
+
+def test_old_fields_of_a_config_still_work():
+    with pytest.warns(DeprecationWarning, match="TrainConfig: clip is max_grad_norm now"):
+        config = train.TrainConfig(clip=2.0, steps=7)
+    assert config == train.TrainConfig(max_grad_norm=2.0, steps=7)
+    with pytest.warns(DeprecationWarning, match=r"TrainConfig.clip is max_grad_norm now"):
+        assert config.clip == 2.0
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert set(moved.CONFIG.values()) <= fields and not set(moved.CONFIG) & fields
+    with pytest.warns(DeprecationWarning, match="warmup is warmup_steps now"):
+        assert dataclasses.replace(config, warmup=3).warmup_steps == 3
+    assert checked(["train", "--drop-every", "3"]) == ["train", "--step-size=3"]
 
 
 def test_what_was_never_there_is_not_found():

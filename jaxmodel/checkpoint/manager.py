@@ -30,7 +30,7 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 import jax
 import numpy as np
 
-from jaxmodel import schema
+from jaxmodel import moved, schema
 from jaxmodel.checkpoint import places
 from jaxmodel.checkpoint.records import (
     copied,
@@ -524,7 +524,7 @@ class Checkpoints:
     def _check(self, record: dict[str, Any], like: Stepped, but: Collection[str] = ()) -> None:
         number = record["step"]
         known = record["identity"] is not None and self.identity is not None
-        differ = differences(record["identity"], self.identity) if known else []
+        differ = differences(_as_now(record["identity"] or {}), self.identity) if known else []
         changed = [line for line in differ if any(is_about(name, line) for name in self._allowed)]
         if others := [line for line in differ if line not in changed]:
             raise InputError(
@@ -587,6 +587,12 @@ def _told(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _as_now(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the fields of a run's config the names that they have now."""
+    train = identity.get("train")
+    return {**identity, **({"train": moved.current(train)} if isinstance(train, Mapping) else {})}
 
 
 def _one_line(error: BaseException) -> str:

@@ -225,11 +225,13 @@ class Train(Common, TrainOptions):
         **dict.fromkeys(
             ("steps", "batch", "width", "depth", "heads", "log_every", "eval_batches"), 1
         ),
-        **dict.fromkeys(("accumulate", "unroll"), 1),
+        **dict.fromkeys(("gradient_accumulation_steps", "unroll"), 1),
         **dict.fromkeys(
             ("devices", "processes", "devices_per_process"), (lambda n: 1 <= n <= 512, "1 to 512")
         ),
-        **dict.fromkeys(("warmup", "eval_every", "save_every", "patience", "microbatches"), 0),
+        **dict.fromkeys(
+            ("warmup_steps", "eval_every", "save_every", "patience", "microbatches"), 0
+        ),
         "context": 2,
         "vocab": 257,  # all bytes and the end of a text
         **dict.fromkeys(("watchdog", "regrow"), FROM_ZERO),
@@ -519,11 +521,27 @@ VERBS: dict[str, type[Common]] = {
 
 GROUPS: dict[str, str] = {
     **dict.fromkeys(
-        ("steps", "optimizer", "learning_rate", "warmup", "schedule", "end_rate", "stable"),
+        (
+            "steps",
+            "optimizer",
+            "learning_rate",
+            "warmup_steps",
+            "schedule",
+            "final_lr_fraction",
+            "stable_fraction",
+        ),
         "optimiser options",
     ),
     **dict.fromkeys(
-        ("drop_every", "drop", "weight_decay", "clip", "beta2", "accumulate", "average"),
+        (
+            "step_size",
+            "gamma",
+            "weight_decay",
+            "max_grad_norm",
+            "b2",
+            "gradient_accumulation_steps",
+            "ema_decay",
+        ),
         "optimiser options",
     ),
     **dict.fromkeys(
@@ -549,9 +567,9 @@ GROUPS: dict[str, str] = {
         ("mesh", "devices", "processes", "devices_per_process", "microbatches", "pipeline"),
         "device options",
     ),
-    **dict.fromkeys(("exchange", "exchange_share"), "device options"),
+    **dict.fromkeys(("gradient_compression", "top_k_fraction"), "device options"),
     **dict.fromkeys(
-        ("bad", "spike", "save_every", "save_seconds", "checkpoints", "elastic", "regrow"),
+        ("on_bad_step", "spike", "save_every", "save_seconds", "checkpoints", "elastic", "regrow"),
         "fault options",
     ),
     **dict.fromkeys(("watchdog", "notices"), "fault options"),

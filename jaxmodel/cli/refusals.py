@@ -54,9 +54,9 @@ def check(options: Train) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')}: given without --{needed}, so it does nothing"
             )
-    if options.batch % options.accumulate:
+    if options.batch % options.gradient_accumulation_steps:
         raise InputError(
-            f"--accumulate: {options.accumulate} micro-batches do not divide a batch of "
+            f"--gradient-accumulation-steps: {options.gradient_accumulation_steps} micro-batches do not divide a batch of "
             f"{options.batch} rows"
         )
     if options.processes > 1 and options.batch % (options.processes * options.devices_per_process):
@@ -79,7 +79,7 @@ def check(options: Train) -> None:
                 raise unknown("--mesh", axis, set(known))
     cut = options.mesh or ("data" if options.processes > 1 else "")
     for name, usual, axis in (
-        ("exchange", "exact", "data"),
+        ("gradient_compression", "exact", "data"),
         ("microbatches", 0, "pipeline"),
         ("pipeline", "gpipe", "pipeline"),
     ):
@@ -89,7 +89,7 @@ def check(options: Train) -> None:
             and "JAX_NUM_PROCESSES" not in os.environ
         ):
             raise InputError(
-                f"--{name}: {getattr(options, name)} given without an axis {axis} in --mesh, so "
+                f"--{name.replace('_', '-')}: {getattr(options, name)} given without an axis {axis} in --mesh, so "
                 f"it does nothing"
             )
     if options.sample is not None and not options.sample:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from jaxmodel import report, schema
+from jaxmodel import moved, report, schema
 from jaxmodel.cli.options import VERBS, Common, Resume, Train, check
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.report.json_out import to_plain
@@ -61,6 +61,8 @@ def options_of(folder: str, ended: bool = True) -> Common:
         raise InputError(
             f"folder: {folder!r} was stopped at step {found.get('steps')}; resume it first"
         )
+    if verb == "train":
+        config = moved.current(config)
     options = schema.make(config, VERBS[verb], f"{folder}/config.json")
     try:
         check(options)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from tyro.conf import Positional, UseAppendAction
 
+from jaxmodel import moved
 from jaxmodel.cli.options import GROUPS, VERBS, Generate, Predict
 from jaxmodel.errors import InputError, nearest, unknown
 
@@ -97,6 +98,8 @@ def checked(args: Sequence[str]) -> list[str]:
             continue
         name = found[1].replace("_", "-")
         value = found[2]
+        if name not in known:  # options of train had other names once
+            name = moved.CONFIG.get(name.replace("-", "_"), name).replace("_", "-")
         if name in _OURS:
             return [verb, word, *rest]
         off = (

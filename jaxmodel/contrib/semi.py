@@ -122,7 +122,7 @@ def mean_teacher(
 
     `u = mean_c (softmax(z)_c - softmax(z')_c)^2`, z of the student and z' of the teacher, each of a
     view of its own. The teacher is `state.extra["average"]`: train with
-    `TrainConfig(average=0.99)`, which also has it judged.
+    `TrainConfig(ema_decay=0.99)`, which also has it judged.
 
     Args:
       noise: `augment(key, batch)` of labelled and unlabelled rows; None for dropout alone, which

@@ -11,31 +11,37 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxmodel.errors import FROM_ZERO, InputError, at_least, unknown, within
+from jaxmodel import moved
+from jaxmodel.errors import FACTOR, FROM_ZERO, SHARE, InputError, at_least, unknown, within
 
 type Schedule = Callable[[ArrayLike], Float[Array, ""]]
 """`rate(step)`, step counted from 0."""
 
 
+@moved.keywords(
+    warmup="warmup_steps", end="final_lr_fraction", stable="stable_fraction", every="step_size"
+)
 def schedule(
     name: str,
     rate: float,
     steps: int,
     *,
-    warmup: int = 0,
-    end: float = 0.1,
-    stable: float = 0.8,
-    every: int | None = None,
+    warmup_steps: int = 0,
+    final_lr_fraction: float = 0.1,
+    stable_fraction: float = 0.8,
+    step_size: int | None = None,
     gamma: float = 0.1,
 ) -> Schedule:
-    """A learning rate by name. All but "one_cycle" rise from 0 to the peak in a line over `warmup`
-    steps; then
+    """Make a learning-rate schedule by name.
+
+    All but "one_cycle" rise from 0 to the peak in a line over the warm-up; then
 
     - "constant" stays there;
-    - "step" is multiplied by `gamma` after each `every` steps;
-    - "cosine" falls to `end` times the peak along half a cosine (Loshchilov & Hutter, 2017);
-    - "wsd" (warm-up, stable, decay) stays for the share `stable` of the steps, and falls to `end`
-      in a line (Hu et al., 2024);
+    - "step" is multiplied by `gamma` after each `step_size` steps;
+    - "cosine" falls to `final_lr_fraction` times the peak along half a cosine (Loshchilov & Hutter,
+      2017);
+    - "wsd" (warm-up, stable, decay) stays for `stable_fraction` of the steps, and falls to
+      `final_lr_fraction` times the peak in a line (Hu et al., 2024);
     - "one_cycle" has risen from 1/25 of the peak along half a cosine, and falls as "cosine" (Smith
       & Topin, 2018);
     - "plateau" stays; `reduce_on_plateau` behind the optimiser lowers it.
@@ -44,49 +50,53 @@ def schedule(
       name: one of them.
       rate: the peak, at least 0.
       steps: of the whole run. Behind its end the rate stays, but for "step".
-      warmup: steps of the rise, fewer than all. Smith and Topin take 30 to 45 % of the steps.
-      end: of "cosine", "wsd" and "one_cycle": the last rate as a share of the peak.
-      stable: of "wsd": share of the steps behind the warm-up, 0 to 1; with 0 the fall is a line
-        from the peak on.
-      every: of "step": steps between two drops; None for a third of those behind the warm-up.
+      warmup_steps: steps of the rise, fewer than all. Smith and Topin take 30 to 45 % of the steps.
+      final_lr_fraction: of "cosine", "wsd" and "one_cycle": the last rate as a share of the peak.
+      stable_fraction: of "wsd": share of the steps behind the warm-up, 0 to 1; with 0 the fall is a
+        line from the peak on.
+      step_size: of "step": steps between two drops; None for a third of those behind the warm-up.
       gamma: of "step": a drop's factor, above 0.
 
     Raises:
       InputError: an unknown name, or a value out of range.
 
-    >>> rate = schedule("wsd", 1.0, steps=100, warmup=10, stable=0.5, end=0.0)
+    >>> rate = schedule(
+    ...     "wsd", 1.0, steps=100, warmup_steps=10, stable_fraction=0.5, final_lr_fraction=0.0
+    ... )
     >>> [round(float(rate(i)), 2) for i in (0, 5, 10, 54, 55, 77, 100)]
     [0.0, 0.5, 1.0, 1.0, 1.0, 0.51, 0.0]
     """
     at_least("steps", steps)
     within("rate", rate, FROM_ZERO)
-    if not 0 <= warmup < steps:
-        raise InputError(f"warmup: {warmup} given for {steps} steps; allowed: 0 to {steps - 1}")
-    if not (0 <= end <= 1 and 0 <= stable <= 1 and 0 < gamma <= 1):
+    if not 0 <= warmup_steps < steps:
         raise InputError(
-            f"end, stable, gamma: {end}, {stable}, {gamma} given; allowed: 0 to 1 (gamma: above 0)"
+            f"warmup_steps: {warmup_steps} given for {steps} steps; allowed: 0 to {steps - 1}"
         )
-    rest = steps - warmup
-    every = max(1, rest // 3) if every is None else every
-    at_least("every", every)
-    flat = round(stable * rest)
+    within("final_lr_fraction", final_lr_fraction, SHARE)
+    within("stable_fraction", stable_fraction, SHARE)
+    within("gamma", gamma, FACTOR)
+    rest = steps - warmup_steps
+    last = final_lr_fraction * rate
+    step_size = max(1, rest // 3) if step_size is None else step_size
+    at_least("step_size", step_size)
+    flat = round(stable_fraction * rest)
     falls = {
         "constant": lambda step: rate,
-        "step": optax.exponential_decay(rate, every, gamma, staircase=True),
-        "cosine": optax.cosine_decay_schedule(rate, rest, alpha=end),
-        "wsd": optax.linear_schedule(rate, end * rate, max(1, rest - flat), transition_begin=flat),
-        "one_cycle": optax.cosine_decay_schedule(rate, rest, alpha=end),
+        "step": optax.exponential_decay(rate, step_size, gamma, staircase=True),
+        "cosine": optax.cosine_decay_schedule(rate, rest, alpha=final_lr_fraction),
+        "wsd": optax.linear_schedule(rate, last, max(1, rest - flat), transition_begin=flat),
+        "one_cycle": optax.cosine_decay_schedule(rate, rest, alpha=final_lr_fraction),
         "plateau": lambda step: rate,
     }
     if name not in falls:
         raise unknown("schedule", name, falls)
-    if not warmup:
+    if not warmup_steps:
         return _in_float32(falls[name])
-    rises = optax.linear_schedule(0.0, rate, warmup)
+    rises = optax.linear_schedule(0.0, rate, warmup_steps)
     if name == "one_cycle":
-        missing = optax.cosine_decay_schedule(rate - rate / 25, warmup)
+        missing = optax.cosine_decay_schedule(rate - rate / 25, warmup_steps)
         rises = lambda step: rate - missing(step)
-    return _in_float32(optax.join_schedules([rises, falls[name]], [warmup]))
+    return _in_float32(optax.join_schedules([rises, falls[name]], [warmup_steps]))
 
 
 def reduce_on_plateau(

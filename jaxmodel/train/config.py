@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxmodel import tree
+from jaxmodel import moved, tree
 from jaxmodel.axes import UNDECLARED, Axes, role_of
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least, named_fields
@@ -28,13 +28,13 @@ OTHER_NAMES = {
     ),
     "batch_size": "a stream has its own: data.Stream(rows, batch_size=32)",
     **dict.fromkeys(("lr_schedule", "lr_scheduler_type", "scheduler"), "schedule"),
-    **dict.fromkeys(("warmup_steps", "warmup_ratio"), "warmup"),
-    **dict.fromkeys(("b2", "adam_beta2"), "beta2"),
+    **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "warmup_steps"),
+    **dict.fromkeys(("beta2", "adam_beta2"), "b2"),
     "wd": "weight_decay",
     "optim": "optimizer",
-    **dict.fromkeys(("max_grad_norm", "grad_clip", "gradient_clip_norm"), "clip"),
-    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), "accumulate"),
-    **dict.fromkeys(("ema", "ema_decay"), "average"),
+    **dict.fromkeys(("clip", "grad_clip", "gradient_clip_norm"), "max_grad_norm"),
+    **dict.fromkeys(("accumulate", "grad_accum"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("ema", "average"), "ema_decay"),
     "early_stopping": "patience",
     "logging_steps": "log_every",
     "eval_steps": "eval_every",
@@ -44,6 +44,7 @@ OTHER_NAMES = {
 """What other frameworks call the fields: the name that is not taken -> the field, or what to do."""
 
 
+@moved.keywords(**moved.CONFIG)
 @briefly
 @named_fields(OTHER_NAMES)
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,9 @@ class TrainConfig(TrainOptions):
 
     def made_exchange(self) -> Exchange | None:
         """How gradients are summed over the data axis; None leaves it to XLA."""
-        return None if self.exchange == "exact" else Exchange(self.exchange, self.exchange_share)
+        if self.gradient_compression == "exact":
+            return None
+        return Exchange(self.gradient_compression, self.top_k_fraction)
 
     def due(self, i: int) -> set[str]:
         """What is to be done after update `i`: a "row" of the history, a "heldout" loss, to "save"
@@ -121,11 +124,11 @@ def schedule_of(config: TrainConfig) -> optax.Schedule:
         config.schedule,
         config.learning_rate,
         config.steps,
-        warmup=min(config.warmup, config.steps // 2),
-        end=config.end_rate,
-        stable=config.stable,
-        every=config.drop_every or None,
-        gamma=config.drop,
+        warmup_steps=min(config.warmup_steps, config.steps // 2),
+        final_lr_fraction=config.final_lr_fraction,
+        stable_fraction=config.stable_fraction,
+        step_size=config.step_size or None,
+        gamma=config.gamma,
     )
 
 
@@ -151,11 +154,13 @@ def make_optimizer(config: TrainConfig, axes: Axes = UNDECLARED) -> optax.Gradie
         shapes.
     """
     chain = [
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.clip_by_global_norm(config.max_grad_norm)
+        if config.max_grad_norm
+        else optax.identity(),
         optimizer(
             config.optimizer,
             schedule_of(config),
-            b2=config.beta2,
+            b2=config.b2,
             weight_decay=config.weight_decay,
             mask=None if config.decay is None else functools.partial(_decays, config.decay),
             roles=role_of(axes),
@@ -163,10 +168,12 @@ def make_optimizer(config: TrainConfig, axes: Axes = UNDECLARED) -> optax.Gradie
         ),
     ]
     if config.schedule == "plateau":
-        patience = config.drop_every or max(1, config.steps // 20)
+        patience = config.step_size or max(1, config.steps // 20)
         # of the losses of single batches, so over so many that their mean is steadier than what is
         # waited for
-        chain.append(reduce_on_plateau(config.drop, 1, window=patience, least=config.end_rate))
+        chain.append(
+            reduce_on_plateau(config.gamma, 1, window=patience, least=config.final_lr_fraction)
+        )
     return optax.chain(*chain)
 
 

@@ -68,7 +68,7 @@ class Exchange:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise unknown("exchange", self.kind, KINDS)
+            raise unknown("gradient_compression", self.kind, KINDS)
         if not 0 < self.share <= 1:
             raise InputError(f"share: {self.share} given; allowed: above 0 and at most 1")
         at_least("smallest", self.smallest)

@@ -112,7 +112,7 @@ def fit(
       InputError: a batch or parameters that the mesh does not divide; tokens, targets or labels
         that the model has not, in whatever batch; held-out images of other classes; data or a loss
         that are no such; a state or a checkpoint of another config, a checkpoint of other data; bad
-        steps, as `config.bad` says.
+        steps, as `config.on_bad_step` says.
     """
     if isinstance(model, Bundle):
         model, params = model.model, model.params if params is None else params
@@ -233,7 +233,7 @@ class _Run:
         )
         self.with_statistics = statistics.of_run(model, loss, self.stream, mesh, self.state.params)
         self.meter = Meter(model, self.state.params, self.most, program.trainable)
-        self.bad_steps = BadSteps(config.bad)
+        self.bad_steps = BadSteps(config.on_bad_step)
         self.feed = _feed(self.placed, self.state, config)
         self.rate = schedule_of(config) if program.optimizer is None else None
         self.over = bool(config.patience) and early.over(self.state, config.patience)
@@ -271,7 +271,7 @@ class _Run:
         model = self.program.model
         rows = self.stream.batch_size // self.placed.parts
         full = memory.explained(
-            self._compiled_with(batch), config.accumulate, rows, model.policy.remat
+            self._compiled_with(batch), config.gradient_accumulation_steps, rows, model.policy.remat
         )
         with self.supervisor.spend("compute" if self.meter.steps else "compile", self.i), full:
             self.state, metrics = self.program.step(self.state, batch)
@@ -375,7 +375,7 @@ class _Run:
 
         def compiled(accumulate: int, remat: str) -> Any:
             policy = dataclasses.replace(program.model.policy, remat=remat)
-            config = dataclasses.replace(program.config, accumulate=accumulate)
+            config = dataclasses.replace(program.config, gradient_accumulation_steps=accumulate)
             other = dataclasses.replace(
                 program, model=program.model.with_policy(policy), config=config
             )
@@ -412,7 +412,7 @@ def _check_judging(
         )
     config.check_patience()
     same_classes(stream, heldout)
-    if config.bad == "rewind" and not saves:
+    if config.on_bad_step == "rewind" and not saves:
         raise InputError("bad: 'rewind' given without checkpoints to go back to")
 
 

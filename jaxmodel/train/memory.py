@@ -103,7 +103,7 @@ def explained(compile_with: Compile, accumulate: int, rows: int, remat: str) -> 
         )
         if found is not None:
             advice = (
-                f"accumulate={found.accumulate} with remat={found.remat!r} needs "
+                f"gradient_accumulation_steps={found.accumulate} with remat={found.remat!r} needs "
                 f"{found.bytes / gib:.3g} GiB and would fit"
             )
         wants = needed(compile_with(accumulate, remat)) / gib

@@ -8,19 +8,21 @@ import dataclasses
 import functools
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from jaxmodel.errors import FROM_ZERO, InputError, Range, unknown, within
+from jaxmodel.errors import FACTOR, FROM_ZERO, SHARE, InputError, Range, unknown, within
 
 DECAY: Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
-SHARE: Range = (lambda x: 0 <= x <= 1, "0 to 1")
-FACTOR: Range = (lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 RANGES: dict[str, int | Range] = {
-    **dict.fromkeys(("steps", "accumulate", "log_every", "eval_batches"), 1),
-    **dict.fromkeys(("warmup", "drop_every", "patience", "eval_every", "save_every", "seed"), 0),
-    **dict.fromkeys(("learning_rate", "weight_decay", "clip", "spike", "save_seconds"), FROM_ZERO),
-    **dict.fromkeys(("end_rate", "stable"), SHARE),
-    **dict.fromkeys(("drop", "exchange_share"), FACTOR),
-    **dict.fromkeys(("beta2", "average"), DECAY),
+    **dict.fromkeys(("steps", "gradient_accumulation_steps", "log_every", "eval_batches"), 1),
+    **dict.fromkeys(
+        ("warmup_steps", "step_size", "patience", "eval_every", "save_every", "seed"), 0
+    ),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "spike", "save_seconds"), FROM_ZERO
+    ),
+    **dict.fromkeys(("final_lr_fraction", "stable_fraction"), SHARE),
+    **dict.fromkeys(("gamma", "top_k_fraction"), FACTOR),
+    **dict.fromkeys(("b2", "ema_decay"), DECAY),
 }
 """What each number of `TrainOptions` may be: the least whole number, or a range.
 
@@ -38,31 +40,31 @@ class TrainOptions:
         there are.
       optimizer: One of adamw, adamw8 (its moments take 8 bits), sgd, lion, adafactor, muon.
       learning_rate: The rate at the peak of the schedule.
-      warmup: Updates over which the learning rate rises (at most half of them).
+      warmup_steps: Updates over which the learning rate rises (at most half of them).
       schedule: Course of the learning rate after that: constant, step, cosine, wsd (stays, then
         falls), one_cycle, plateau (falls when the loss does not).
-      end_rate: The last rate as a share of the peak, for cosine, wsd and one_cycle; for plateau the
+      final_lr_fraction: The last rate as a share of the peak, for cosine, wsd and one_cycle; for plateau the
         least.
-      stable: The share of the updates that wsd stays at the peak.
-      drop_every: Updates between two drops of step, 0 for a third of all; for plateau, those
+      stable_fraction: The share of the updates that wsd stays at the peak.
+      step_size: Updates between two drops of step, 0 for a third of all; for plateau, those
         without a better loss until one.
-      drop: The factor by which a drop of step or plateau multiplies the rate.
+      gamma: The factor by which a drop of step or plateau multiplies the rate.
       weight_decay: Strength of the decay of weights towards zero, times the learning rate; norms
         and biases do not decay.
-      clip: Largest global norm of the gradient; 0 for no limit.
-      beta2: Decay of the mean of squared gradients, for the optimisers that keep one.
-      accumulate: Micro-batches that each batch is cut into: the same gradient, with the memory of
+      max_grad_norm: Largest global norm of the gradient; 0 for no limit.
+      b2: Decay of the mean of squared gradients, for the optimisers that keep one.
+      gradient_accumulation_steps: Micro-batches that each batch is cut into: the same gradient, with the memory of
         one of them.
       pipeline: The order in which the stages of a mesh with `pipeline` work: gpipe (all forward
         passes first) or 1f1b (each backward pass as soon as it can).
-      exchange: The sum of gradients over the data axis of a mesh: exact, int8, or top_k (only the
+      gradient_compression: The sum of gradients over the data axis of a mesh: exact, int8, or top_k (only the
         largest, with error feedback).
-      exchange_share: The share of the gradients that top_k exchanges in a step.
-      average: Decay of a moving average of the weights, such as 0.999, which is then judged and
+      top_k_fraction: The share of the gradients that top_k exchanges in a step.
+      ema_decay: Decay of a moving average of the weights, such as 0.999, which is then judged and
         kept; 0 for none.
       patience: Stop after so many held-out losses without a better one, and take the best weights;
         0 for never.
-      bad: The answer to a step whose loss or gradient is not finite or a spike: skip leaves it out,
+      on_bad_step: The answer to a step whose loss or gradient is not finite or a spike: skip leaves it out,
         rewind goes back to a checkpoint and past its batch, stop ends the run.
       spike: Standard deviations above the mean of the last 128 losses (or gradient norms) that make
         a spike; 0 for no check.
@@ -81,22 +83,22 @@ class TrainOptions:
     steps: int = 200
     optimizer: Literal["adamw", "adamw8", "sgd", "lion", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3
-    warmup: int = 20
+    warmup_steps: int = 20
     schedule: Literal["constant", "step", "cosine", "wsd", "one_cycle", "plateau"] = "cosine"
-    end_rate: float = 0.1
-    stable: float = 0.8
-    drop_every: int = 0
-    drop: float = 0.1
+    final_lr_fraction: float = 0.1
+    stable_fraction: float = 0.8
+    step_size: int = 0
+    gamma: float = 0.1
     weight_decay: float = 0.1
-    clip: float = 1.0
-    beta2: float = 0.95
-    accumulate: int = 1
+    max_grad_norm: float = 1.0
+    b2: float = 0.95
+    gradient_accumulation_steps: int = 1
     pipeline: Literal["gpipe", "1f1b"] = "gpipe"
-    exchange: Literal["exact", "int8", "top_k"] = "exact"
-    exchange_share: float = 0.01
-    average: float = 0.0
+    gradient_compression: Literal["exact", "int8", "top_k"] = "exact"
+    top_k_fraction: float = 0.01
+    ema_decay: float = 0.0
     patience: int = 0
-    bad: Literal["skip", "rewind", "stop"] = "skip"
+    on_bad_step: Literal["skip", "rewind", "stop"] = "skip"
     spike: float = 0.0
     seed: int = 0
     log_every: int = 10

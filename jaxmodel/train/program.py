@@ -85,7 +85,7 @@ class Program:
         c = self.config
         params = split_by(c, self.model.init(key) if params is None else params)
         memories: dict[str, Any] = {
-            "average": c.average > 0,
+            "average": c.ema_decay > 0,
             "guard": c.guard(),
             "exchange": c.made_exchange(),
         }
@@ -98,10 +98,10 @@ class Program:
         """`(state, batch) -> (state, metrics)`: one step, pure."""
         c = self.config
         options: dict[str, Any] = {
-            name: getattr(c, name)
-            for name in ("seed", "accumulate", "average", "pipeline")
-        }
-        options |= {
+            "seed": c.seed,
+            "accumulate": c.gradient_accumulation_steps,
+            "average": c.ema_decay,
+            "pipeline": c.pipeline,
             "trainable": self.trainable,
             "guard": c.guard(),
             "exchange": c.made_exchange(),
@@ -196,7 +196,7 @@ class Program:
 
         >>> from jaxmodel.models import gpt2
         >>> from jaxmodel.losses import next_token
-        >>> program = Program(gpt2.model(gpt2.SIZES["tiny"]), TrainConfig(accumulate=3), loss=next_token)
+        >>> program = Program(gpt2.model(gpt2.SIZES["tiny"]), TrainConfig(gradient_accumulation_steps=3), loss=next_token)
         >>> tokens = jax.ShapeDtypeStruct((4, 8), "int32")
         >>> try:
         ...     program.rehearse({"tokens": tokens, "targets": tokens})

@@ -23,7 +23,7 @@ back to the same step.
 
 
 class BadSteps:
-    """What bad steps lead to, by `config.bad`: "skip", "stop" or "rewind".
+    """What bad steps lead to, by `config.on_bad_step`: "skip", "stop" or "rewind".
 
     Raises:
       InputError: another policy.
@@ -31,7 +31,7 @@ class BadSteps:
 
     def __init__(self, policy: str) -> None:
         if policy not in POLICIES:
-            raise unknown("bad", policy, POLICIES)
+            raise unknown("on_bad_step", policy, POLICIES)
         self._policy = policy
         self._row = 0
         self._last = -2
@@ -50,7 +50,7 @@ class BadSteps:
             what = f"the loss or the gradient of step {number + 1} is not finite or a spike"
             if self._policy == "stop":
                 raise InputError(
-                    f"{what}; allowed: --bad skip or --bad rewind to go on, or a smaller learning "
+                    f"{what}; allowed: --on-bad-step skip or --on-bad-step rewind to go on, or a smaller learning "
                     f"rate"
                 )
             if self._row >= MOST_BAD:

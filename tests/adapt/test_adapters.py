@@ -63,7 +63,7 @@ def test_only_adapters_train_on_a_base_of_any_kind(kind, params):
     model, start = lora(MODEL, based(params, kind), RULES, jax.random.key(1))
     chex.assert_trees_all_equal(logits(model, start), logits(MODEL, based(params, kind)))
     config = train.TrainConfig(
-        steps=12, learning_rate=1e-2, warmup=1, log_every=1, trainable=ADAPTERS
+        steps=12, learning_rate=1e-2, warmup_steps=1, log_every=1, trainable=ADAPTERS
     )
     state, history = train.fit(model, STREAM, config, params=start)
     assert history[-1]["loss"] < history[0]["loss"] - 0.05
@@ -266,7 +266,7 @@ def test_dropout_is_a_function_of_the_step_and_of_training_alone():
 def test_a_run_with_dropout_repeats_and_goes_on(tmp_path):
     model, start = dropping(0.3, ".*/(q|up)")
     config = train.TrainConfig(
-        steps=6, save_every=3, learning_rate=1e-2, trainable=ADAPTERS, accumulate=2
+        steps=6, save_every=3, learning_rate=1e-2, trainable=ADAPTERS, gradient_accumulation_steps=2
     )
     whole, _ = train.fit(model, STREAM, config, params=start)
     stop = distributed.Supervisor(stop=lambda i: i == 3)

@@ -263,7 +263,7 @@ def test_train_on_eight_devices_and_rerun(folder, monkeypatch):
         "train",
         "--steps",
         4,
-        "--beta2",
+        "--b2",
         0.9,
         "--width",
         32,
@@ -299,7 +299,7 @@ def test_train_on_eight_devices_and_rerun(folder, monkeypatch):
     assert set(resolved["train"]) == {field.name for field in dataclasses.fields(train.TrainConfig)}
     assert (
         resolved["train"]["eval_every"],
-        resolved["train"]["beta2"],
+        resolved["train"]["b2"],
         resolved["train"]["weight_decay"],
     ) == (1, 0.9, 0.1)
     assert resolved["train"]["decay"] is None and resolved["mesh"] == {"fsdp": 4, "tensor": 2}

@@ -25,10 +25,16 @@ WRONG = [
     ("--mesh fdsp=2", r"--mesh: 'fdsp' is not known; allowed: .*nearest: fsdp"),
     ("--mesh fsdp=3", "needs 3 devices; there are 1"),
     ("--mesh fsdp", "mesh: 'fsdp' is not readable"),
-    ("--accumulate 3 --batch 4", "--accumulate: 3 micro-batches do not divide a batch of 4 rows"),
+    (
+        "--gradient-accumulation-steps 3 --batch 4",
+        "--gradient-accumulation-steps: 3 micro-batches do not divide a batch of 4 rows",
+    ),
     ("--patience 4", "patience: 4 given for 200 steps with 4 held-out loss"),
     ("--patience 1 --eval-every 1e3", "patience: 1 given for 200 steps with 1 held-out loss"),
-    ("--exchange int8", "--exchange: int8 given without an axis data in --mesh"),
+    (
+        "--gradient-compression int8",
+        "--gradient-compression: int8 given without an axis data in --mesh",
+    ),
     ("--microbatches 4", "--microbatches: 4 given without an axis pipeline"),
     ("--pipeline 1f1b --mesh data=1", "--pipeline: 1f1b given without an axis pipeline"),
     ("--elastic", "--elastic: given without --processes"),
@@ -69,7 +75,7 @@ WRONG = [
         "--lora: 'rank' is not known; allowed: alpha, dropout, r, rslora, targets",
     ),
     ("--lora r=8", "--lora: given without --model"),
-    ("--beta2 1", "beta2: 1.0 given; allowed: at least 0 and below 1"),
+    ("--b2 1", "b2: 1.0 given; allowed: at least 0 and below 1"),
 ]
 
 

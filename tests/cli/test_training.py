@@ -71,9 +71,9 @@ def options(room):
         4,
         "--log-every",
         1,
-        "--accumulate",
+        "--gradient-accumulation-steps",
         2,
-        "--average",
+        "--ema-decay",
         0.9,
         "--sample",
         "1 is",
@@ -154,7 +154,7 @@ def test_replay_computes_a_step_again(trained, folder, capsys):
 
 
 def test_a_step_that_the_run_made_of_another_batch_is_refused(trained, folder, capsys):
-    """As after `--bad rewind`, where the checkpoint before the step is of the time before the run
+    """As after `--on-bad-step rewind`, where the checkpoint before the step is of the time before the run
     went back.
     """
     place, result = trained
@@ -186,7 +186,15 @@ def test_a_run_that_stopped_early_and_one_that_cannot_save_its_end(folder, capsy
         folder / "early",
     )
     code, result, _ = run(
-        capsys, *options(folder), *more, "--depth", 1, "--accumulate", 1, "--runs", folder / "stops"
+        capsys,
+        *options(folder),
+        *more,
+        "--depth",
+        1,
+        "--gradient-accumulation-steps",
+        1,
+        "--runs",
+        folder / "stops",
     )
     assert code == 0 and result["steps"] == 4 and result["problem"] is None
     (place,) = (folder / "stops").iterdir()
@@ -262,7 +270,10 @@ def test_a_replay_has_the_devices_of_the_run(devices, wanted, tmp_path, monkeypa
         ),
         (["--mesh", "data=*,tensor=*"], "mesh: 'data=\\*,tensor=\\*' is not readable"),
         (["--schedule", "linear"], "--schedule: 'linear' is not known; allowed: constant, "),
-        (["--accumulate", 3], "accumulate: 3 micro-batches do not divide a batch of 4 rows"),
+        (
+            ["--gradient-accumulation-steps", 3],
+            "accumulate: 3 micro-batches do not divide a batch of 4 rows",
+        ),
         (["--processes", 3], "batch: its rows do not divide over 3 processes of 1 devices"),
     ],
 )
@@ -276,7 +287,7 @@ def test_a_run_of_another_config_is_refused(trained, folder, capsys):
     changed = folder / "changed" / place.name
     shutil.copytree(place, changed)
     config = json.loads((changed / "config.json").read_text())
-    (changed / "config.json").write_text(json.dumps({**config, "beta2": 0.5}))
+    (changed / "config.json").write_text(json.dumps({**config, "b2": 0.5}))
     code, _, err = run(capsys, "resume", changed, "--runs", folder / "runs")
     assert code == 2 and "of another config: train.beta2 was 0.95, is 0.5" in err
 

@@ -97,7 +97,12 @@ def test_matrices_decay_and_nothing_else(name):
             lambda key: adapt.lora(one, one.init(key), rules, key)[1], jax.random.key(0)
         )
     params = tree.map_leaves(ones, tree.partition(shapes, axes.trainable(model.axes))[0])
-    settings = {"schedule": "constant", "warmup": 0, "learning_rate": 0.1, "weight_decay": 0.5}
+    settings = {
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "learning_rate": 0.1,
+        "weight_decay": 0.5,
+    }
     for optimizer in (
         train.make_optimizer(train.TrainConfig(steps=4, optimizer="sgd", **settings), model.axes),
         optim.optimizer("sgd", 0.1, weight_decay=0.5),
@@ -122,7 +127,7 @@ def test_matrices_decay_and_nothing_else(name):
 def test_rules_still_say_otherwise():
     params = {"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     config = train.TrainConfig(
-        optimizer="sgd", schedule="constant", warmup=0, decay=[("bias", True), (".*", False)]
+        optimizer="sgd", schedule="constant", warmup_steps=0, decay=[("bias", True), (".*", False)]
     )
     assert decaying(train.make_optimizer(config), params) == {"bias"}
     everything = optim.optimizer(

@@ -66,7 +66,9 @@ def apart(params: tree.Params) -> tree.Params:
 
 @pytest.mark.parametrize("name", optimizers.names())
 def test_an_optimiser_of_stacked_layers_is_that_of_each(name):
-    config = train.TrainConfig(steps=9, optimizer=name, warmup=0, clip=1.0, weight_decay=0.3)
+    config = train.TrainConfig(
+        steps=9, optimizer=name, warmup_steps=0, max_grad_norm=1.0, weight_decay=0.3
+    )
     optimizer = train.make_optimizer(config)
     together = updates_of(optimizer, stacked())
     alone = updates_of(optimizer, apart(stacked()))

@@ -41,7 +41,9 @@ def fall(
     model, stream, loss, steps: int = 30, rate: float = 3e-3, **options
 ) -> tuple[float, float, train.TrainState]:
     """The held-out loss before and after some steps of `fit`."""
-    config = train.TrainConfig(steps=steps, learning_rate=rate, warmup=5, eval_batches=1, **options)
+    config = train.TrainConfig(
+        steps=steps, learning_rate=rate, warmup_steps=5, eval_batches=1, **options
+    )
     start = jax.jit(model.init)(jax.random.key(0))
     batch = jax.device_put(stream.batch(0))
     first = float(jax.jit(lambda p: loss(model, p, batch, None, train=False)[0])(start))
@@ -179,7 +181,7 @@ def test_two_views_teach_what_a_linear_head_reads():
     )
     rules = finetune.last_layers(params, 0)
     config = train.TrainConfig(
-        steps=40, learning_rate=3e-2, warmup=5, trainable=rules, weight_decay=0.0
+        steps=40, learning_rate=3e-2, warmup_steps=5, trainable=rules, weight_decay=0.0
     )
     probe, history = train.fit(
         learnt, stream, config, params=params, loss=losses.classification, heldout=stream

@@ -239,7 +239,7 @@ def step_of(loss, params, **options):
 def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, params, batch):
     ends = []
     for parts in (1, 2):
-        step, state = step_of(loss, params, accumulate=parts, average=0.5)
+        step, state = step_of(loss, params, gradient_accumulation_steps=parts, average=0.5)
         for _ in range(2):
             state, metrics = step(state, batch)
         ends.append((state.params, metrics))
@@ -271,7 +271,7 @@ def test_a_step_hands_over_its_state(params, batch):
 
 def test_rows_without_labels_help():
     config = train.TrainConfig(
-        steps=80, learning_rate=1e-2, warmup=10, weight_decay=0.0, average=0.95
+        steps=80, learning_rate=1e-2, warmup_steps=10, weight_decay=0.0, ema_decay=0.95
     )
     heldout = data.Stream(TEST, 400)
 

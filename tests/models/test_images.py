@@ -208,7 +208,7 @@ def test_norms_and_biases_do_not_decay(name):
     params = tree.unflatten(
         {tree.layer_paths(path)[0]: leaf for path, leaf in params.items()}
     )  # a layer of each segment
-    optimizer = train.make_optimizer(train.TrainConfig(warmup=0, steps=10))
+    optimizer = train.make_optimizer(train.TrainConfig(warmup_steps=0, steps=10))
     update = jax.jit(
         lambda p: optimizer.update(jax.tree.map(jnp.zeros_like, p), optimizer.init(p), p)[0]
     )

@@ -25,7 +25,7 @@ FIRST = jax.jit(MODEL.init)(jax.random.key(2))
 def fall(dtype, **settings) -> tuple[float, train.TrainState]:
     config = train.TrainConfig(
         steps=150,
-        warmup=0,
+        warmup_steps=0,
         schedule="constant",
         log_every=149,
         **{"learning_rate": 1e-4, **settings},
@@ -41,7 +41,7 @@ def fall(dtype, **settings) -> tuple[float, train.TrainState]:
     ("optimizer", "rate"), [("adamw", 1e-4), ("adamw", 3e-5), ("sgd", 1e-3), ("lion", 3e-5)]
 )
 def test_the_loss_falls_as_in_float32(dtype, optimizer, rate):
-    settings = {"optimizer": optimizer, "learning_rate": rate, "beta2": 0.999}
+    settings = {"optimizer": optimizer, "learning_rate": rate, "b2": 0.999}
     want, _ = fall("float32", **settings)
     got, _ = fall(dtype, **settings)
     assert want > 0 and got == pytest.approx(want, rel=0.08)
@@ -91,7 +91,7 @@ def test_a_step_that_is_left_out_leaves_them(tmp_path):
 
 
 def test_they_are_restored(tmp_path):
-    config = train.TrainConfig(steps=8, save_every=3, learning_rate=1e-4, warmup=0)
+    config = train.TrainConfig(steps=8, save_every=3, learning_rate=1e-4, warmup_steps=0)
     run = lambda place, stop=None: train.fit(
         MODEL, STREAM, config, params=tree.cast(FIRST, jnp.bfloat16), loss=losses.classification, checkpoints=tmp_path / place,
         supervisor=distributed.Supervisor(stop=lambda i: i == stop),
@@ -108,7 +108,7 @@ def check_masters_lie_as_their_weights() -> None:
     x = RANDOM.normal(size=(32, 8)).astype(np.float32)
     stream = data.Stream({"features": x, "labels": np.argmax(x, 1).astype(np.int32)}, 32)
     start = tree.cast(jax.jit(model.init)(jax.random.key(0)), jnp.bfloat16)
-    settings = train.TrainConfig(steps=20, learning_rate=1e-4, warmup=0)
+    settings = train.TrainConfig(steps=20, learning_rate=1e-4, warmup_steps=0)
     state, _ = train.fit(
         model, stream, settings, params=start, mesh=mesh, loss=losses.classification
     )

@@ -253,7 +253,13 @@ def test_the_loss_is_that_of_weights_in_float32(params):
 
 def test_fit_trains_them_repeats_exactly_and_goes_on_from_a_checkpoint(params, tmp_path):
     config = train.TrainConfig(
-        steps=4, learning_rate=3e-3, warmup=1, log_every=1, trainable=ALL, average=0.9, save_every=2
+        steps=4,
+        learning_rate=3e-3,
+        warmup_steps=1,
+        log_every=1,
+        trainable=ALL,
+        ema_decay=0.9,
+        save_every=2,
     )
     states = []
     for name in ("a", "b", "a"):

@@ -176,7 +176,9 @@ def check_planned() -> dict:
     out = {}
     shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch(mesh, 0).items()}
     for name, exchange in (("int8", Exchange()), ("top_k", TOP)):
-        config = train.TrainConfig(exchange=exchange.kind, exchange_share=exchange.share)
+        config = train.TrainConfig(
+            gradient_compression=exchange.kind, top_k_fraction=exchange.share
+        )
         program = train.Program(
             MODEL, config, loss=losses.next_token, optimizer=optax.adam(3e-3), mesh=mesh
         )

@@ -68,7 +68,12 @@ def fit(config, folder=None, stream=Rows(), stop=None, **more):
 
 
 CONFIG = train.TrainConfig(
-    steps=12, accumulate=2, average=0.9, save_every=5, log_every=1, learning_rate=1e-2
+    steps=12,
+    gradient_accumulation_steps=2,
+    ema_decay=0.9,
+    save_every=5,
+    log_every=1,
+    learning_rate=1e-2,
 )
 
 
@@ -99,7 +104,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, never_stopped, tm
 
 
 def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
-    state, history = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path, Rows(broken=(7,)))
+    state, history = fit(
+        dataclasses.replace(CONFIG, on_bad_step="rewind"), tmp_path, Rows(broken=(7,))
+    )
     # by hand: batches 0 to 4, of which there is a checkpoint, then from 8 on
     optimizer = train.make_optimizer(CONFIG)
     guard = CONFIG.guard()
@@ -114,9 +121,11 @@ def test_to_rewind_goes_back_to_a_checkpoint_and_past_the_bad_batch(tmp_path):
     assert (int(state.step), int(state.data_step)) == (12, 15)
     assert [row["step"] for row in history] == list(range(1, 13))
     killed, _ = fit(
-        dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)), stop=8
+        dataclasses.replace(CONFIG, on_bad_step="rewind"), tmp_path / "b", Rows(broken=(7,)), stop=8
     )
-    resumed, _ = fit(dataclasses.replace(CONFIG, bad="rewind"), tmp_path / "b", Rows(broken=(7,)))
+    resumed, _ = fit(
+        dataclasses.replace(CONFIG, on_bad_step="rewind"), tmp_path / "b", Rows(broken=(7,))
+    )
     assert int(killed.data_step) == 11 and checkpoint.fingerprint(
         resumed
     ) == checkpoint.fingerprint(state)
@@ -159,13 +168,13 @@ HELDOUT_LOSS = jax.jit(
 def test_the_best_weights_are_those_that_were_judged(how):
     """Those of the average, all that train of compressed ones, and in the dtype that they had."""
     config = train.TrainConfig(
-        steps=12, learning_rate=0.1, warmup=0, patience=2, eval_every=1, eval_batches=1
+        steps=12, learning_rate=0.1, warmup_steps=0, patience=2, eval_every=1, eval_batches=1
     )
     params = jax.jit(MODEL.init)(jax.random.key(0))
     if how == "average":
-        config = dataclasses.replace(config, average=0.5)
+        config = dataclasses.replace(config, ema_decay=0.5)
     elif how == "bfloat16":
-        config = dataclasses.replace(config, average=0.5)
+        config = dataclasses.replace(config, ema_decay=0.5)
         params = tree.cast(params, jnp.bfloat16)
     else:
         params = optim.quantize_weights(params, [(".*_bias", None), (".*", 8)])
@@ -197,7 +206,7 @@ def test_an_average_moves_where_bfloat16_would_not():
 
 def test_a_batch_left_out_leaves_the_average_too():
     """As if it had never come, though it counts as a step."""
-    config = dataclasses.replace(CONFIG, accumulate=1, steps=6, log_every=1)
+    config = dataclasses.replace(CONFIG, gradient_accumulation_steps=1, steps=6, log_every=1)
     step = jax.jit(
         make_step(MODEL, losses.classification, optax.sgd(0.1), average=0.999, guard=config.guard())
     )
@@ -221,7 +230,7 @@ def test_a_batch_left_out_leaves_the_average_too():
 
 def test_rows_name_their_batch(tmp_path):
     stream = Rows(broken=(7,))
-    config = train.TrainConfig(steps=10, save_every=5, log_every=1, bad="rewind")
+    config = train.TrainConfig(steps=10, save_every=5, log_every=1, on_bad_step="rewind")
     _, history = fit(config, tmp_path, stream)
     assert {row["step"]: row["data_step"] for row in history} == {
         i: i - 1 if i <= 5 else i + 2 for i in range(1, 11)
@@ -251,7 +260,7 @@ REFUSED = {
     "patience: 2 given without held-out batches": {
         "config": train.TrainConfig(patience=2, eval_every=20)
     },
-    "bad: 'rewind' given without checkpoints": {"config": train.TrainConfig(bad="rewind")},
+    "bad: 'rewind' given without checkpoints": {"config": train.TrainConfig(on_bad_step="rewind")},
     "trainable: nothing trains": {"config": train.TrainConfig(trainable=[(".*", False)])},
     "steps: 2 given; 3 were made already": {"state": dataclasses.replace(STATE, step=jnp.int32(3))},
     "state: it is of another model, optimizer or config; only one of both has opt_state": {
@@ -320,7 +329,7 @@ def test_callbacks_see_every_row():
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "wsd", "one_cycle", "plateau"])
 def test_every_schedule_trains(schedule):
     config = train.TrainConfig(
-        steps=40, schedule=schedule, learning_rate=1e-2, warmup=4, drop_every=10, log_every=39
+        steps=40, schedule=schedule, learning_rate=1e-2, warmup_steps=4, step_size=10, log_every=39
     )
     _, history = fit(config)
     assert history[-1]["loss"] < history[0]["loss"]

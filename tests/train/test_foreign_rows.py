@@ -144,7 +144,12 @@ def check_fit(mesh=None) -> None:
     rows = RANDOM.normal(1.0, 2.0, (8, 4, 4, 3)).astype(np.float32)
     batches = [{"pixels": rows, "labels": np.arange(8, dtype=np.int32) % 3}, ALONE]
     config = train.TrainConfig(
-        steps=2, optimizer="sgd", weight_decay=0.0, warmup=0, schedule="constant", clip=0.0
+        steps=2,
+        optimizer="sgd",
+        weight_decay=0.0,
+        warmup_steps=0,
+        schedule="constant",
+        max_grad_norm=0.0,
     )
     state, _ = train.fit(model, batches, config, params=params, mesh=mesh)
     optimizer = train.make_optimizer(config)

@@ -215,7 +215,11 @@ def test_a_loss_may_give_its_mean_alone(wanted):
     five = dataclasses.replace(CONFIG, steps=5)
     assert curve(train.fit(MODEL, STREAM, five, loss=alone)[1]) == pytest.approx(wanted, rel=1e-5)
     parts = train.fit(
-        MODEL, STREAM, dataclasses.replace(five, accumulate=2), loss=alone, heldout=STREAM
+        MODEL,
+        STREAM,
+        dataclasses.replace(five, gradient_accumulation_steps=2),
+        loss=alone,
+        heldout=STREAM,
     )[1]
     assert curve(parts) == pytest.approx(wanted, rel=1e-5)
 

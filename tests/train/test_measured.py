@@ -99,7 +99,7 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_fit_leaves_a_foreign_norm_with_the_moments_of_the_data(name):
     model, mean, var = FOREIGN[name]
-    config = train.TrainConfig(steps=3, eval_every=2, average=0.5)
+    config = train.TrainConfig(steps=3, eval_every=2, ema_decay=0.5)
     state, rows = train.fit(
         model,
         data.Stream(ROWS, 32),
@@ -163,7 +163,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("average", [0.0, 0.6])
 def test_the_weights_are_judged_as_they_are_used(average):
-    state, rows = fit(dataclasses.replace(CONFIG, average=average))
+    state, rows = fit(dataclasses.replace(CONFIG, ema_decay=average))
     judged = train.averaged(state)
     close(judged, by_hand(judged))
     logits = np.asarray(
@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path):
         assert [row["heldout_loss"] for row in after if "heldout_loss" in row][-1] == rows[-1][
             "heldout_loss"
         ]
-    steady = dataclasses.replace(CONFIG, schedule="constant", warmup=0)
+    steady = dataclasses.replace(CONFIG, schedule="constant", warmup_steps=0)
     shorter, _ = fit(dataclasses.replace(steady, steps=3))
     longer, _ = fit(steady, state=shorter)
     straight, _ = fit(steady)

@@ -33,27 +33,31 @@ MODEL = mlp.model(mlp.SIZES["tiny"])
 WIDTH = MODEL.inputs(1, 1)["features"].shape[-1]
 
 REFUSED = {
-    **dict.fromkeys(("steps", "accumulate", "log_every", "eval_batches"), (0, -1)),
-    **dict.fromkeys(("warmup", "drop_every", "patience", "eval_every", "save_every"), (-1,)),
+    **dict.fromkeys(("steps", "gradient_accumulation_steps", "log_every", "eval_batches"), (0, -1)),
+    **dict.fromkeys(("warmup_steps", "step_size", "patience", "eval_every", "save_every"), (-1,)),
     **dict.fromkeys(
-        ("learning_rate", "weight_decay", "clip", "spike", "save_seconds"),
+        ("learning_rate", "weight_decay", "max_grad_norm", "spike", "save_seconds"),
         (-1e-9, math.nan, math.inf),
     ),
-    **dict.fromkeys(("end_rate", "stable"), (-0.1, 1.1, math.nan)),
-    **dict.fromkeys(("drop", "exchange_share"), (0.0, -0.1, 1.1, math.nan)),
-    **dict.fromkeys(("beta2", "average"), (-0.1, 1.0, math.nan)),
+    **dict.fromkeys(("final_lr_fraction", "stable_fraction"), (-0.1, 1.1, math.nan)),
+    **dict.fromkeys(("gamma", "top_k_fraction"), (0.0, -0.1, 1.1, math.nan)),
+    **dict.fromkeys(("b2", "ema_decay"), (-0.1, 1.0, math.nan)),
     "seed": (-1, 2**32),
 }
 ALLOWED = {
-    **dict.fromkeys(("warmup", "drop_every", "patience", "eval_every", "save_every"), (0, 3)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "clip", "spike", "save_seconds"), (0.0, 3.0)),
-    **dict.fromkeys(("end_rate", "stable"), (0.0, 1.0)),
-    **dict.fromkeys(("drop", "exchange_share"), (1e-9, 1.0)),
-    **dict.fromkeys(("beta2", "average"), (0.0, 0.999)),
-    **dict.fromkeys(("steps", "accumulate", "log_every", "eval_batches"), (1, 10**9)),
+    **dict.fromkeys(("warmup_steps", "step_size", "patience", "eval_every", "save_every"), (0, 3)),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "spike", "save_seconds"), (0.0, 3.0)
+    ),
+    **dict.fromkeys(("final_lr_fraction", "stable_fraction"), (0.0, 1.0)),
+    **dict.fromkeys(("gamma", "top_k_fraction"), (1e-9, 1.0)),
+    **dict.fromkeys(("b2", "ema_decay"), (0.0, 0.999)),
+    **dict.fromkeys(
+        ("steps", "gradient_accumulation_steps", "log_every", "eval_batches"), (1, 10**9)
+    ),
     "seed": (0, 2**32 - 1),
 }
-NAMES = ("optimizer", "schedule", "pipeline", "exchange", "bad")
+NAMES = ("optimizer", "schedule", "pipeline", "gradient_compression", "on_bad_step")
 
 
 def each(table: dict) -> list[tuple]:
@@ -115,7 +119,7 @@ def test_names_are_checked_where_they_are_given():
     assert [line.split(" is not known; allowed: ")[0] for line in said] == [
         f"{name}: {value!r}" for name in NAMES for value in ("Stop", "", None)
     ]
-    assert "bad: 'Stop' is not known; allowed: rewind, skip, stop (nearest: stop)" in said
+    assert "on_bad_step: 'Stop' is not known; allowed: rewind, skip, stop (nearest: stop)" in said
 
 
 def test_a_changed_config_is_checked_too():
@@ -125,7 +129,9 @@ def test_a_changed_config_is_checked_too():
         InputError, match="save_every: -1 given; allowed: a whole number of at least 0"
     ):
         dataclasses.replace(config, save_every=-1)
-    with pytest.raises(InputError, match="bad: 'Stop' is not known; allowed: rewind, skip, stop"):
+    with pytest.raises(
+        InputError, match="on_bad_step: 'Stop' is not known; allowed: rewind, skip, stop"
+    ):
         BadSteps("Stop")
 
 
@@ -139,8 +145,8 @@ def test_no_clip_is_no_limit():
     for clip, factor in ((0.0, 1.0), (5.0, 0.01)):
         config = train.TrainConfig(
             optimizer="sgd",
-            clip=clip,
-            warmup=0,
+            max_grad_norm=clip,
+            warmup_steps=0,
             schedule="constant",
             learning_rate=0.1,
             weight_decay=0.0,
@@ -200,7 +206,7 @@ def test_a_compiled_step_refuses_rows_that_the_mesh_does_not_divide():
     [
         ("lr", "learning_rate"),
         ("epochs", "steps are counted"),
-        ("warmup_steps", "warmup"),
+        ("num_warmup_steps", "warmup_steps"),
         ("learnig_rate", "learning_rate"),
     ],
 )

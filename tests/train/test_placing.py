@@ -61,7 +61,9 @@ def check_what_stood_on_one_device_goes_on_a_mesh() -> None:
 
 
 def check_a_memory_of_the_exchange_elsewhere(folder: str) -> None:
-    config = train.TrainConfig(steps=8, save_every=2, exchange="top_k", exchange_share=0.1)
+    config = train.TrainConfig(
+        steps=8, save_every=2, gradient_compression="top_k", top_k_fraction=0.1
+    )
     wide = gpt2.model(gpt2.Config(256, 64, 2, 2, 16), MODEL.policy)
 
     def run(shape, steps):
@@ -79,7 +81,7 @@ def check_a_memory_of_the_exchange_elsewhere(folder: str) -> None:
 
 
 def check_an_exchange_among_stages_is_refused() -> None:
-    config = train.TrainConfig(steps=1, exchange="int8")
+    config = train.TrainConfig(steps=1, gradient_compression="int8")
     with pytest.raises(
         InputError, match="with stages of a pipeline gradients cannot be exchanged so"
     ):

@@ -46,25 +46,27 @@ class Broken:
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8", "sgd", "adafactor", "muon"])
 def test_the_rate_of_a_row_is_the_one_that_was_used(optimizer):
     """As if the bad batches had never come."""
-    config = train.TrainConfig(steps=9, warmup=3, log_every=1, optimizer=optimizer, end_rate=0.0)
+    config = train.TrainConfig(
+        steps=9, warmup_steps=3, log_every=1, optimizer=optimizer, final_lr_fraction=0.0
+    )
     run = lambda stream, steps: train.fit(
         MODEL, stream, dataclasses.replace(config, steps=steps), loss=losses.classification
     )[1]
     rows = run(Broken(2, 3, 6), 9)
     rates = [row["learning_rate"] for row in rows if not row["bad"]]
-    rate = optim.schedule("cosine", config.learning_rate, 9, warmup=3, end=0.0)
+    rate = optim.schedule("cosine", config.learning_rate, 9, warmup_steps=3, final_lr_fraction=0.0)
     np.testing.assert_allclose(rates, [float(rate(i)) for i in range(6)], rtol=1e-6)
 
 
 def test_a_rate_that_a_plateau_lowered():
     config = train.TrainConfig(
         steps=8,
-        warmup=0,
+        warmup_steps=0,
         log_every=1,
         schedule="plateau",
-        drop_every=1,
-        drop=0.5,
-        end_rate=0.1,
+        step_size=1,
+        gamma=0.5,
+        final_lr_fraction=0.1,
         optimizer="sgd",
         weight_decay=0.0,
     )

@@ -117,7 +117,9 @@ def test_the_average_follows_its_formula(params):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_that_is_not_finite_is_as_if_its_batch_had_not_come(accumulate):
-    config = train.TrainConfig(steps=6, average=0.9, accumulate=accumulate, log_every=1)
+    config = train.TrainConfig(
+        steps=6, ema_decay=0.9, gradient_accumulation_steps=accumulate, log_every=1
+    )
     broken, history = train.fit(MODEL, Rows(broken=(3,)), config, loss=losses.classification)
     guard = config.guard()
     optimizer = train.make_optimizer(config)
@@ -164,7 +166,7 @@ def test_a_norm_can_be_the_spike():
 
 
 def test_to_stop_at_a_bad_step_names_it():
-    config = train.TrainConfig(steps=8, bad="stop", log_every=1)
+    config = train.TrainConfig(steps=8, on_bad_step="stop", log_every=1)
     with pytest.raises(
         InputError, match="the loss or the gradient of step 6 is not finite or a spike"
     ):

@@ -178,7 +178,7 @@ def test_a_seed_gives_other_parameters():
 
 
 def test_weights_decay_by_rules(params):
-    config = train.TrainConfig(steps=1, warmup=0, weight_decay=0.5, learning_rate=0.1)
+    config = train.TrainConfig(steps=1, warmup_steps=0, weight_decay=0.5, learning_rate=0.1)
     optimizer = train.make_optimizer(config)
     zero = jax.tree.map(np.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
@@ -191,7 +191,9 @@ def test_weights_decay_by_rules(params):
 
 def test_decay_may_differ_by_layer(params):
     rules = ((r"blocks/0/.*", True), (".*", False))
-    config = train.TrainConfig(steps=1, warmup=0, weight_decay=0.5, learning_rate=0.1, decay=rules)
+    config = train.TrainConfig(
+        steps=1, warmup_steps=0, weight_decay=0.5, learning_rate=0.1, decay=rules
+    )
     with pytest.raises(InputError, match="the layers of 'blocks/0-2/"):
         train.make_optimizer(config).init(params)
     state, _ = train.fit(MODEL, STREAM, config, params=params)
