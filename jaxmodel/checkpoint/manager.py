@@ -1,15 +1,14 @@
-"""Checkpoints: asynchronous, checked by their digests, never without a last good one, restored onto
-any mesh.
+"""Checkpoints: saved in the background, verified by digests, restored onto any mesh.
 
-    checkpoints/step-000000300/arrays/         see `jaxmodel.checkpoint.stored` (each process writes its own part)
-    checkpoints/step-000000300/history.jsonl   the rows of the run up to there
-    checkpoints/step-000000300/manifest.json   written last: the step counts only from then on
+    checkpoints/step-000000300/arrays/         each process writes its own part (checkpoint.stored)
+    checkpoints/step-000000300/history.jsonl   the rows of the run's history up to this step
+    checkpoints/step-000000300/manifest.json   written last: without it the step does not count
 
-The manifest has the name, shape and dtype of every array, the static fields of compressed leaves
-(orbax would accept other ones silently), size and SHA-256 of every file (in a bucket the size),
-what identifies the run (its configs), the digest of its data, and the environment. A restore takes
-the newest step whose files are those of its manifest, says which newer ones are not, and sets these
-aside.
+The manifest holds the name, shape and dtype of every array, the static fields of compressed leaves
+(orbax would accept wrong ones silently), the size and SHA-256 of every file (in a bucket only the
+size), the identity of the run (its configs), the digest of its data, and the environment. A restore
+takes the newest step whose files match its manifest. It names the newer steps that do not match and
+sets them aside. The last good checkpoint is never deleted.
 """
 
 from __future__ import annotations
@@ -62,21 +61,22 @@ class Stepped(Protocol):
 
     @property
     def step(self) -> Any:
-        """Updates made, int32."""
+        """Return the number of updates made, int32."""
 
     @property
     def data_step(self) -> Any:
-        """The next batch, int32."""
+        """Return the index of the next batch, int32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay; the last good one always does.
+    """A rule for which checkpoints are kept; the last good one always is.
 
     Attributes:
-      last: so many of the newest; two, so that a file that goes bad later costs one step.
-      best: so many of those with the lowest scores, where they have one.
-      every: those whose step is a multiple of it; 0 for none.
+      last: how many of the newest to keep. With two, a file that goes bad later costs only the
+        steps since the one before.
+      best: how many to keep of those with the lowest scores, if they have scores.
+      every: keep each checkpoint whose step is a multiple of this; 0 for none.
     """
 
     last: int = 2
@@ -88,12 +88,16 @@ class Keep:
             at_least(f"keep.{name}", getattr(self, name), least)
 
     def chosen(self, scores: Mapping[int, float | None]) -> set[int]:
-        """The steps that stay, of those there are.
+        """Return the steps to keep.
 
-        >>> sorted(Keep(last=2, best=1, every=100).chosen({100: 3.0, 150: 1.0, 200: 2.0, 250: None, 300: 2.5}))
-        [100, 150, 200, 250, 300]
-        >>> sorted(Keep(last=1, best=1).chosen({100: 3.0, 150: 1.0, 200: 2.0, 250: None}))
+        Args:
+          scores: every step that there is, with its score or None.
+
+        >>> scores = {100: 3.0, 150: 1.0, 200: 2.0, 250: None}
+        >>> sorted(Keep(last=1, best=1).chosen(scores))
         [150, 250]
+        >>> sorted(Keep(last=2, best=1, every=100).chosen({**scores, 300: 2.5}))
+        [100, 150, 200, 250, 300]
         """
         steps = sorted(scores)
         judged = sorted(
@@ -104,7 +108,7 @@ class Keep:
 
 
 class Manifest(TypedDict):
-    """manifest.json, beside its digest and version."""
+    """The content of manifest.json, except its digest and version."""
 
     step: schema.Index
     data_step: schema.Index
@@ -118,26 +122,37 @@ class Manifest(TypedDict):
 
 
 class Checkpoints:
-    """The checkpoints of one run. All processes make one with the same arguments; a context manager
-    that waits at its end.
+    """The checkpoints of one run.
+
+    In a run of several processes, each makes one with the same arguments. As a context manager it
+    waits at the end for the last save.
 
     Args:
-      folder: local, made when missing; or in a bucket, `gs://...`, `s3://...`.
+      folder: a local folder, made if it is missing, or one in a bucket (`gs://...`, `s3://...`).
       keep: see `Keep`.
-      identity: plain data that a checkpoint must have been made with to be restored: configs.
-        Differences are named. None for what `fit` says of its run (see `state_run`); without it, as
-        in a loop of your own, nothing is compared.
-      data: digest of the data, likewise.
-      environment: what bits depend on (mesh, processors, versions), likewise; a restore elsewhere
-        says that they may differ.
-      allow_changes: names of what may differ from the run that saved, to go on with it in another
-        way: fields of its `TrainConfig` such as "steps" or "learning_rate", "batch_size" (whose
-        data cannot be compared then), "loss", "data".
-      read_only: whether to save nothing and to change nothing there.
-      at_most: only steps up to this one are restored.
+      identity: plain data (configs) that must be equal when a checkpoint is restored; differences
+        are named. None for what `fit` tells about its run (see `state_run`). In a loop of your own,
+        None means that nothing is compared.
+      data: digest of the data, compared in the same way.
+      environment: what the bits of a result depend on (mesh, processors, versions). A restore in
+        another environment warns that bits may differ.
+      allow_changes: names of what may differ from the run that saved, to continue it with other
+        settings: fields of its `TrainConfig` such as "steps" or "learning_rate", "batch_size" (the
+        data is then not compared), "loss", "data".
+      read_only: save nothing and change nothing in the folder.
+      at_most: restore only steps up to this one.
 
     Raises:
       InputError: the folder cannot be made, or another process saves there.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from jaxmodel.train import TrainState
+    >>> state = TrainState(jnp.int32(3), jnp.int32(3), {"w": jnp.ones(2)}, (), {})
+    >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+    ...     checkpoints.save(state)
+    ...     restored = checkpoints.restore(like=state)
+    >>> int(restored.step), restored.params["w"].tolist()
+    (3, [1.0, 1.0])
     """
 
     def __init__(
@@ -208,9 +223,9 @@ class Checkpoints:
         data: str | None,
         environment: Mapping[str, Any] | None,
     ) -> None:
-        """Say of which run the checkpoints are; what was said already stays.
+        """Tell which run the checkpoints belong to; `fit` calls this.
 
-        `fit` does so. For the arguments see the class.
+        It does not replace what the constructor was given. For the arguments see the class.
         """
         if self.identity is None and identity is not None:
             self.identity = to_plain(dict(identity))
@@ -228,14 +243,14 @@ class Checkpoints:
         score: float | None = None,
         history: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Begin to save a state under its `step`, and return once nothing more is read from its
-        arrays.
+        """Start saving a state under its `step`; return as soon as its arrays may be overwritten.
 
-        A save that fails (a full disk) says so on standard error and leaves what was saved before.
+        If a save fails (a full disk), a message goes to standard error and earlier checkpoints stay
+        as they are.
 
         Args:
-          state: on any mesh.
-          score: of a held-out loss, for `Keep.best`; lower is better.
+          state: the state, on any mesh.
+          score: for `Keep.best`, such as a held-out loss; lower is better.
           history: rows of plain numbers up to this state, see `history`.
         """
         if self._read_only:
@@ -245,62 +260,58 @@ class Checkpoints:
         number = int(state.step)
         place = self._place(number)
         self._verified = -1
-        if (
-            number == self._last
-        ):  # not by a look at the folder, which the processes would have at different times
+        # Do not look at the folder instead: the processes would look at different times.
+        if number == self._last:
             return
         ready = True
         if jax.process_index() == 0:
             try:
                 self._clear(place)
-            except (
-                Exception
-            ) as error:  # of the file system, or of a store of objects: there is no common class
+            except Exception as error:
+                # of the file system, or of a store of objects: there is no common class
                 self._failed(number, error)
                 ready = False
-        if not _told(ready):  # and before it is clear none writes
+        if not _told(ready):  # no process writes before the place is clear
             return
         arrays = flat(state)
-        if (
-            jax.default_backend() == "cpu"
-        ):  # there the writer would go on reading the buffers, which the next step writes
+        # On a CPU the writer would still read these buffers while the next step overwrites them.
+        if jax.default_backend() == "cpu":
             arrays = copied(arrays)
         record = self._record(state, number, score)
         try:
             self._arrays.save(place / "arrays", arrays)
-        except Exception as error:  # of tensorstore or gRPC
+        except Exception as error:  # from tensorstore or gRPC
             self._failed(number, error)
             return
         self._last = number
-        lines = [
-            json.dumps(row, default=float) for row in history
-        ]  # now, since the loop goes on with the list
+        # convert now, since the loop appends to the list
+        lines = [json.dumps(row, default=float) for row in history]
         self._thread = threading.Thread(
             target=self._finish, args=(place, number, record, lines), name="checkpoint"
         )
         self._thread.start()
 
     def late(self, seconds: float, ask: bool) -> bool:
-        """Whether the last checkpoint (or the beginning) is so long ago; all processes get the
-        answer of the first.
+        """Return whether the last checkpoint (or the start) is at least `seconds` ago.
+
+        All processes get the answer of the first.
 
         Args:
           seconds: 0 for never.
-          ask: False where it is not yet time to ask, which with several processes costs an
-            exchange.
+          ask: False to return False at once; with several processes each question costs a message.
         """
         if not ask or not seconds or self._read_only:
             return False
         return bool(_told(time.monotonic() - self._saved >= seconds))
 
     def wait(self, raises: bool = True) -> None:
-        """Until the last save is whole.
+        """Wait until the last save is complete.
 
         Args:
-          raises: False to leave it to the next `wait` or `close` to raise.
+          raises: False to leave an error to the next `wait` or `close`.
 
         Raises:
-          InputError: it failed.
+          InputError: the save failed.
         """
         self._join()
         if self._problem is not None and raises:
@@ -314,7 +325,7 @@ class Checkpoints:
             ) from problem
 
     def close(self, raises: bool = True) -> None:
-        """Wait, end the threads, and leave the folder to others."""
+        """Wait for the last save, end the threads and release the lock on the folder."""
         try:
             self.wait(raises)
         finally:
@@ -327,7 +338,7 @@ class Checkpoints:
             self._thread = None
 
     def _finish(self, place: Any, number: int, record: dict[str, Any], history: list[str]) -> None:
-        """In its thread: when the arrays are through, digests, the manifest, and what goes."""
+        """Complete a save in its thread: wait for the arrays, write the manifest, delete old ones."""
         try:
             self._arrays.wait()
             self._problem = None
@@ -364,19 +375,17 @@ class Checkpoints:
         scores = {number: self._score(number) for number in self.steps()}
         for number in set(scores) - self.keep.chosen(scores):
             place = self._place(number)
-            (place / MANIFEST).unlink()  # first: without it the rest is no checkpoint
+            (place / MANIFEST).unlink()  # first: without a manifest the rest does not count
             place.rmtree()
 
     def _score(self, number: int) -> float | None:
         try:
             return self.manifest(number)["score"]
-        except InputError:  # a restore will set it aside
+        except InputError:  # `latest` sets it aside
             return None
 
     def _clear(self, place: Any) -> None:
-        """Make room for a save, and at the first one remove what earlier saves left that did not
-        come to their end.
-        """
+        """Make room for a save; the first time, also delete what unfinished saves left behind."""
         if place.exists():
             (place / MANIFEST).unlink(missing_ok=True)
             place.rmtree()
@@ -388,17 +397,17 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------ restoring
 
     def steps(self) -> list[int]:
-        """The steps that are whole, by their manifests, in order."""
+        """Return the steps that have a manifest, in ascending order."""
         found = (_STEP.fullmatch(place.name) for place in self._entries())
         return sorted(
             int(m[1]) for m in found if m and (self._place(int(m[1])) / MANIFEST).exists()
         )
 
     def manifest(self, number: int) -> dict[str, Any]:
-        """What stands beside the arrays of a step.
+        """Read the manifest of a step.
 
         Raises:
-          InputError: it is not there or cannot be read.
+          InputError: it is missing, damaged or of another version.
         """
         file = self._place(number) / MANIFEST
         try:
@@ -422,7 +431,7 @@ class Checkpoints:
         """Check every file of a step against its manifest.
 
         Raises:
-          InputError: names the first file that is missing, of another size, or of another content.
+          InputError: a file is missing or has another size or content; the first is named.
         """
         place = self._place(number)
         files = self.manifest(number)["files"]
@@ -449,11 +458,12 @@ class Checkpoints:
                     raise InputError(f"checkpoints: {name} of step {number} {found}")
 
     def latest(self, at_most: int | None = None) -> int | None:
-        """The newest whole step; newer ones whose files are bad are named on standard error and set
-        aside as `step-....bad`.
+        """Return the newest step whose files match its manifest, or None if there is none.
+
+        Newer steps whose files are bad are named on standard error and set aside as `step-....bad`.
 
         Args:
-          at_most: only steps up to this one.
+          at_most: ignore steps above this one.
         """
         self._join()
         found = -1
@@ -463,7 +473,7 @@ class Checkpoints:
                 if limits and number > min(limits):
                     continue
                 try:
-                    if number != self._verified:  # the command line asks, and then a restore
+                    if number != self._verified:  # a command asks first, and its restore again
                         self.verify(number)
                         self._verified = number
                 except InputError as error:
@@ -482,14 +492,14 @@ class Checkpoints:
         return found if found >= 0 else None
 
     def restore[S: Stepped](self, like: S, *, at_most: int | None = None) -> S | None:
-        """The newest whole state, on the mesh of `like`; None where there is none.
+        """Restore the newest good state onto the mesh of `like`; None if there is none.
 
         Args:
-          like: of `jax.ShapeDtypeStruct` with shardings (arrays will do).
-          at_most: only steps up to this one.
+          like: a state of `jax.ShapeDtypeStruct` with shardings, or of arrays.
+          at_most: ignore steps above this one.
 
         Raises:
-          InputError: a checkpoint of another config or of other data, with the fields that differ.
+          InputError: the checkpoint is of another config or of other data; says what differs.
         """
         number = self.latest(at_most)
         if number is None:
@@ -562,8 +572,9 @@ class Checkpoints:
             )
 
     def history(self, number: int) -> list[dict[str, Any]]:
-        """The rows that were saved with a step: those of the run up to it; of a run of several
-        processes, those of the first.
+        """Return the rows that were saved with a step, those of the run up to it.
+
+        If the run has several processes, the rows are those of the first.
         """
         place = self._place(number) / HISTORY
         return (
@@ -571,8 +582,9 @@ class Checkpoints:
         )
 
     def _entries(self) -> list[Any]:
-        """What is there: nothing where there is no folder, as in a store of objects that holds none
-        of it yet.
+        """List what the folder holds: nothing if there is no folder.
+
+        An object store has no folder before its first object.
         """
         return list(self.folder.iterdir()) if self.folder.exists() else []
 
@@ -581,7 +593,7 @@ class Checkpoints:
 
 
 def _told(value: int) -> int:
-    """What the first process says."""
+    """Return the value of the first process on all of them."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils

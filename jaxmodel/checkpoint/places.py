@@ -1,6 +1,4 @@
-"""The files of checkpoints, in a folder or in a bucket: listed, digested, locked, moved, written
-whole.
-"""
+"""Files of checkpoints, in a folder or a bucket: list, digest, lock, move, read and write them."""
 
 from __future__ import annotations
 
@@ -20,15 +18,16 @@ from jaxmodel.errors import InputError
 from jaxmodel.files import atomic_write
 from jaxmodel.limits import limits
 
-READERS = 8  # files that are digested at a time
+READERS = 8  # files that are read at the same time for their digests
 
 
 def fresh(url: str) -> str:
-    """The URL, and from now on what fsspec lists there is what is there: arrays are written past
-    it.
+    """Return the URL unchanged, and switch off fsspec's cache of listings for its protocol.
+
+    Arrays are written without fsspec, so what it has cached would be out of date.
     """
     protocol = url.partition("://")[0]
-    with contextlib.suppress(ImportError):  # said where the folder is looked for
+    with contextlib.suppress(ImportError):  # reported when the folder is looked for
         import fsspec.config
 
         fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
@@ -36,8 +35,9 @@ def fresh(url: str) -> str:
 
 
 def digests(place: Any, but: str) -> dict[str, Any]:
-    """Size and SHA-256 of each file by its name; of remote ones the size, since stores of objects
-    check contents themselves.
+    """Return the size and SHA-256 of each file by name.
+
+    Remote files have None as SHA-256, since object stores verify contents themselves.
     """
     remote = is_remote(str(place))
     found = {name: size for name, size in sorted(sizes(place).items()) if name != but}
@@ -50,7 +50,7 @@ def digests(place: Any, but: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other processes from saving there; not other parts of this one."""
+    """Keep other processes from saving in a folder; other threads of this process may."""
     with files.open_own(folder / ".lock") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +70,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def sizes(place: Any) -> dict[str, int]:
-    """Bytes of all files in a folder and below, by name."""
+    """Return the size in bytes of every file in a folder and below, by name."""
     if is_remote(str(place)):
         store, base = _store(place)
         return {
@@ -82,8 +82,9 @@ def sizes(place: Any) -> dict[str, int]:
 
 
 def move(place: Any, aside: Any, first: str) -> None:
-    """Give a folder another name; in a bucket its files move one after the other, that of the name
-    `first` in front.
+    """Rename a folder.
+
+    In a bucket its files are moved one after the other, beginning with that of the name `first`.
     """
     if not is_remote(str(place)):
         place.rename(aside)
@@ -101,13 +102,13 @@ def _store(place: Any) -> tuple[Any, str]:
 
 
 def digest(file: Any) -> str:
-    """The SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with files.open_regular(str(file)) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read(file: Any) -> bytes:
-    """All of a file of a limited size."""
+    """Read a whole file; a local one must be within the limit `json_bytes`."""
     return (
         file.read_bytes()
         if is_remote(str(file))
@@ -116,8 +117,8 @@ def read(file: Any) -> bytes:
 
 
 def write(file: Any, text: str) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file completely or not at all."""
     if is_remote(str(file)):
-        file.write_text(text)  # a store of objects shows it whole or not at all
+        file.write_text(text)  # an object store shows it whole or not at all
     else:
         atomic_write(str(file), text)

@@ -1,4 +1,4 @@
-"""What a manifest says about a state, and in what two of them differ."""
+"""What a manifest records about a state, and how two records differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxmodel.report.json_out import to_plain
 
 
 def flat(state: Any) -> dict[str, Any]:
-    """The arrays of a state by name, in the order of its leaves.
+    """Return the arrays of a state by name, in the order of its leaves.
 
     >>> from jaxmodel.train import TrainState
     >>> state = TrainState(jnp.int32(3), jnp.int32(3), {"w": jnp.ones(2)}, (), {})
@@ -32,7 +32,7 @@ def flat(state: Any) -> dict[str, Any]:
 
 
 def fields(state: Any) -> dict[str, Any]:
-    """The static fields of the compressed leaves by name."""
+    """Return the static fields of the compressed leaves by name."""
     leaves = jax.tree_util.tree_flatten_with_path(
         state, is_leaf=lambda node: isinstance(node, Compressed)
     )[0]
@@ -44,7 +44,10 @@ def fields(state: Any) -> dict[str, Any]:
 
 
 def fingerprint(state: Any) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of a state: equal for equal bits."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of a state.
+
+    Two states with equal bits have the same fingerprint.
+    """
     digest = hashlib.sha256()
     for name, leaf in sorted(flat(state).items()):
         array = np.asarray(jax.device_get(leaf))
@@ -54,8 +57,10 @@ def fingerprint(state: Any) -> str:
 
 
 def of_other_devices(record: dict[str, Any], wanted: dict[str, Any]) -> set[str]:
-    """The memories of an exchange, which have an axis of devices, if there were others than there
-    are; else none.
+    """Return the names of the residuals of gradient compression if the number of devices changed.
+
+    They have an axis of devices, so they cannot be restored onto another number. Without such a
+    change the set is empty.
     """
     names = {name for name in {*wanted, *record["arrays"]} if name.startswith("extra.residual.")}
     there = {name: record["arrays"].get(name, [None])[0] for name in names}
@@ -66,7 +71,7 @@ def of_other_devices(record: dict[str, Any], wanted: dict[str, Any]) -> set[str]
 
 
 def zeros(wanted: dict[str, Any], names: Collection[str]) -> dict[str, jax.Array]:
-    """Make zeros for those of the wanted arrays that are named, where those are to lie."""
+    """Make zeros for the named ones of the wanted arrays, with their shardings."""
     shapes = {name: wanted[name] for name in names if name in wanted}
     where = {name: a.sharding for name, a in shapes.items()}
     make = lambda: {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items()}
@@ -75,7 +80,7 @@ def zeros(wanted: dict[str, Any], names: Collection[str]) -> dict[str, jax.Array
 
 @jax.jit
 def copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Copy arrays on their devices, so that the next step may take the memory of the old ones."""
+    """Copy arrays on their devices, so that the next step may reuse the memory of the old ones."""
     return jax.tree.map(jnp.copy, arrays)
 
 
@@ -85,7 +90,7 @@ def digest_of(record: Mapping[str, Any]) -> str:
 
 
 def differences(then: Any, now: Any, where: str = "") -> list[str]:
-    """The plain values that two records do not share: `width 64 then, 128 now`."""
+    """List the values that differ between two records of plain data: `width 64 then, 128 now`."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = [*then, *(key for key in now if key not in then)]
         inside = lambda key: differences(
@@ -96,21 +101,22 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
 
 
 def field_of(line: str) -> str:
-    """The name that a line of `differences` begins with, without the config that it is a field of."""
+    """Return the name at the start of a line of `differences`, without the prefix `train.`."""
     return line.split(" ", 1)[0].removeprefix("train.")
 
 
 def is_about(name: str, line: str) -> bool:
-    """Whether a line of `differences` is about a name:
+    """Return whether a line of `differences` is about a name.
 
-    `learning_rate`, `train.learning_rate`, `model` for all of it.
+    The name may be a field with its config or without (`train.learning_rate`, `learning_rate`), or
+    a whole config (`model`).
     """
     path = line.split(" ", 1)[0]
     return name in (path, path.removeprefix("train.")) or path.startswith(f"{name}.")
 
 
 def shown(value: Any) -> str:
-    """Write a value of a record for people: short, an array as `float32[2, 3]`."""
+    """Format a value of a record for people: shortened, an array as `float32[2, 3]`."""
     if value is None:
         return "absent"
     if isinstance(value, list) and len(value) == 2 and isinstance(value[0], list):

@@ -1,8 +1,8 @@
-"""The arrays of a checkpoint, written to a folder and read from it: by orbax, or in S3, which orbax
-does not know, by JAX.
+"""The arrays of a checkpoint in a folder: orbax writes and reads them, and JAX in S3.
 
-Both write in threads, each process the parts that it holds, and read each part onto the devices
-that want it: no process ever holds what the others have, and nothing lies on a disk in between.
+(orbax does not support S3.) Both write in threads. Each process writes the parts that it holds, and
+each part is read directly onto the devices that need it. So no process ever holds the arrays of the
+others, and nothing is stored on a disk in between.
 """
 
 from __future__ import annotations
@@ -21,30 +21,33 @@ import jax
 from jaxmodel.distributed.startup import coordinator
 
 PATIENCE = 1800.0
-"""Seconds after which a save has failed: tensorstore would go on for ever where, say, the bucket is
-gone.
+"""Seconds after which a save counts as failed.
+
+Without it tensorstore would retry for ever, for example if the bucket is gone.
 """
 
 
 @runtime_checkable
 class Stored(Protocol):
-    """One save at a time; all processes make one and call the same of it."""
+    """A writer and reader of arrays, one save at a time.
+
+    All processes make one and call the same methods.
+    """
 
     def save(self, place: Any, arrays: dict[str, jax.Array]) -> None:
-        """Begin to write arrays by name into a folder that is not there yet; back once they may
-        change.
-        """
+        """Start writing arrays by name into a new folder; return once the arrays may change."""
         ...
 
     def wait(self) -> None:
-        """Until all processes are through with the save.
+        """Wait until all processes have finished the save.
 
-        Raises what went wrong, of whatever class the store has for it.
+        Raises:
+          Exception: the save failed; the class depends on the store.
         """
         ...
 
     def restore(self, place: Any, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-        """Those of shape, dtype and sharding as wanted, by name."""
+        """Read arrays by name, with the shapes, dtypes and shardings of `wanted`."""
         ...
 
     def close(self) -> None:
@@ -53,7 +56,7 @@ class Stored(Protocol):
 
 
 def stored(folder: str) -> Stored:
-    """What writes below such a path or URL."""
+    """Return the writer for a path or URL."""
     return _S3() if folder.startswith("s3://") else _Orbax()
 
 
@@ -61,9 +64,9 @@ class _Orbax:
     def __init__(self) -> None:
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells the story of each save
-        # trained floats hardly get smaller
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every phase of a save
         self._ocp = ocp
+        # no compression: it hardly makes trained floats smaller
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(use_compression=False)
         )
@@ -82,7 +85,8 @@ class _Orbax:
             for name, a in wanted.items()
         }
         shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in wanted.items()}
-        # not all that is there need be wanted; `Checkpoints` knows that all that is wanted is there
+        # The folder may hold arrays that are not wanted; `Checkpoints` has checked that it has all
+        # that are.
         chosen = self._ocp.args.PyTreeRestore(item=shapes, restore_args=args, partial_restore=True)
         return self._checkpointer.restore(place, args=chosen)
 
@@ -91,12 +95,13 @@ class _Orbax:
 
 
 class _S3:
-    """Each array is a Zarr of its own. The environment says where the store is and who asks:
-    `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, and of a store that is not Amazon's
-    `AWS_ENDPOINT_URL`.
+    """A store in S3 that keeps each array as a Zarr array of its own.
+
+    These environment variables give the store and the credentials: `AWS_ACCESS_KEY_ID`,
+    `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, and for a store that is not Amazon's `AWS_ENDPOINT_URL`.
     """
 
-    numbers = itertools.count()  # of the saves of this process, the same in all processes
+    numbers = itertools.count()  # counts the saves; all processes agree on the number
 
     def __init__(self) -> None:
         self._number = 0
@@ -120,7 +125,7 @@ class _S3:
 
         try:
             _in_a_thread(lambda: asyncio.run(begin()))
-        except Exception as error:  # told by `wait`, where the other processes hear of it
+        except Exception as error:  # raised by `wait`, which tells the other processes
             self._problem = error
 
     def wait(self) -> None:
@@ -158,9 +163,8 @@ class _S3:
         places = [a.sharding or one for a in wanted.values()]
         shapes = [a.shape for a in wanted.values()]
         dtypes = [a.dtype for a in wanted.values()]
-        reader = (
-            serialization.GlobalAsyncCheckpointManager()
-        )  # it bounds the bytes that are on their way
+        # the manager limits the bytes that are in flight
+        reader = serialization.GlobalAsyncCheckpointManager()
         found = _in_a_thread(lambda: reader.deserialize(places, specs, shapes, dtypes))
         return dict(zip(wanted, found, strict=True))
 
@@ -169,7 +173,7 @@ class _S3:
 
 
 def _in_a_thread[R](work: Callable[[], R]) -> R:
-    """So that a loop of events that runs here, as in a notebook, is not in the way of another."""
+    """Run work in a thread, so that an event loop running here (a notebook's) does no harm."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
 
@@ -180,7 +184,7 @@ def _spec(place: Any, name: str) -> dict[str, Any]:
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         store |= {"endpoint": endpoint, "aws_region": region}
-    # else zeros would not be stored, and a part that is missing would be read as zeros
+    # By default zeros are not stored, and a missing part is read as zeros.
     return {
         "driver": "zarr",
         "kvstore": store,
