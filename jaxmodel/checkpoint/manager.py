@@ -338,7 +338,7 @@ class Checkpoints:
             self._thread = None
 
     def _finish(self, place: Any, number: int, record: dict[str, Any], history: list[str]) -> None:
-        """Complete a save in its thread: wait for the arrays, write the manifest, delete old ones."""
+        """Complete a save in its thread: await the arrays, write the manifest, delete old ones."""
         try:
             self._arrays.wait()
             self._problem = None

@@ -1,6 +1,4 @@
-"""Smaller models: pure functions that turn leaves into compressed ones by rules, and measure what
-that costs.
-"""
+"""Compression: pure functions that replace leaves by smaller ones, by rules, and report it."""
 
 from jaxmodel import moved
 from jaxmodel.compress.apply import Report, apply, compress_bundle

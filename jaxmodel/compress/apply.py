@@ -1,4 +1,4 @@
-"""`apply`: a recipe over a parameter tree, and the report of what it did."""
+"""Applying a recipe to a parameter tree, and the report on the result."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from jaxmodel.report.table import percent, size
 @briefly
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What compression did.
+    """The result of compression in numbers.
 
     Attributes:
-      bytes_before: of all buffers of the tree.
-      bytes_after: likewise, after.
-      bits_per_weight: of the whole tree after.
-      leaves: one record each: path, method, shape, bytes_before, bytes_after, bits_per_weight,
-        relative_error (the root mean square change over the root mean square weight).
+      bytes_before: bytes of all buffers of the tree before compression.
+      bytes_after: bytes of all buffers afterwards: codes, scales, masks and uncompressed leaves.
+      bits_per_weight: stored bits per weight of the whole tree afterwards.
+      leaves: one record for each leaf: path, method (text of its chain), shape (of one layer),
+        layers (number of layers), bytes_before and bytes_after (of all layers), bits_per_weight and
+        relative_error (root mean square of the change over that of the weights).
     """
 
     bytes_before: int
@@ -64,7 +65,7 @@ COLUMNS = (
     report.Column("bits_per_weight", "bits per\nweight", "{:.2f}".format),
     report.Column("relative_error", "error", percent),
 )
-"""Of a table of the leaves of a report."""
+"""The columns of a table of a report's leaves."""
 
 
 def apply(
@@ -73,20 +74,19 @@ def apply(
     """Compress each leaf by the chain of methods that the recipe's rules give it.
 
     Args:
-      recipe: a `Recipe` or its rules alone. `Recipe.compute` concerns the model, not its params:
-        `recipe.adapt(model)` sees to it, and so does `compress_bundle`.
+      recipe: a `Recipe` or its rules alone. `Recipe.compute` concerns the model and not its params:
+        `recipe.adapt(model)` and `compress_bundle` apply it.
       params: the tree. Segments are split where layers get different chains or have different
-        statistics, and equal neighbours are joined at the end. Adapters stay as they are, beside
-        weights that get smaller.
-      stats: by path of a leaf, from `observe`, for methods that want them; layers may be stacked in
-        any way.
+        statistics, and equal neighbours are joined at the end. Adapters are left as they are.
+      stats: statistics by path of a leaf, from `observe`, for methods that need them; layers may be
+        stacked in any way.
 
     Returns:
       The compressed tree and the report.
 
     Raises:
-      InputError: a rule or leaf without the other, a rule whose value is no chain, statistics of a
-        leaf that is not there, or a method that does not take a leaf.
+      InputError: a rule that matches no leaf, a leaf that no rule matches, a value that is no
+        chain, statistics of a leaf that is not there, or a method that does not take a leaf.
     """
     stats = stats or {}
     tree.check(params)
@@ -105,7 +105,7 @@ def apply(
         shape = tree.layer_shape(path, leaf)
         if len(shape) < 2 and isinstance(chain, OnMatrices):
             chain = ()
-        if chain and len(shape) < 2:  # stacked, it would pass for a matrix
+        if chain and len(shape) < 2:  # stacked vectors would look like a matrix
             raise InputError(
                 f"recipe: {text_of(chain)!r} is given to {path!r} of shape {list(shape)}; methods "
                 f"take matrices"
@@ -122,16 +122,16 @@ def apply(
 def compress_bundle(
     bundle: Bundle, recipe: Recipe | tree.Rules, name: str | None = None
 ) -> tuple[Bundle, Report]:
-    """A bundle made smaller, computing as the recipe wants it to, with the fact on its card.
+    """Compress a bundle, set its compute dtype by the recipe, and record the recipe on its card.
 
     Args:
-      bundle: the model, its params, its card.
+      bundle: the model, its params and its card.
       recipe: a `Recipe` or its rules alone.
-      name: what the card calls the recipe; None for its own name. The card has its rules too,
-        unless a name says all.
+      name: the name of the recipe on the card; None for its own. The card has the rules too, except
+        those of an unchanged named recipe.
 
     Raises:
-      InputError: as `apply`.
+      InputError: as for `apply`.
     """
     recipe = as_recipe(recipe)
     params, done = apply(recipe, bundle.params)
@@ -144,7 +144,7 @@ def compress_bundle(
 
 
 def run_chain(chain: Chain, leaf: Any, stats: Any = None) -> Any:
-    """One leaf through a chain of methods."""
+    """Apply a chain of methods to one leaf."""
     for method in chain:
         leaf = method(leaf, stats)
     return leaf

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights become zero."""
+"""Magnitude pruning: set the smallest weights to zero."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from jaxmodel.leaves.leaf import check_weights
 
 @dataclasses.dataclass(frozen=True)
 class Magnitude(Method):
-    """Keep the weights of largest absolute value (Han et al., 2015) and store the rest as zero bits
-    of a mask.
+    """Magnitude pruning, which keeps the weights of largest absolute value (Han et al., 2015).
+
+    The other weights are zero bits of a mask.
 
     Attributes:
-      fraction: of weights that become zero, in [0, 1).
-      scope: "row" compares within each row, so that all rows keep as many and nothing is padded;
-        "leaf" compares within each layer's leaf, and rows are padded to the fullest.
+      fraction: the fraction of weights that become zero, in [0, 1).
+      scope: "row" compares within each row, so that all rows keep equally many and need no padding;
+        "leaf" compares within each layer's leaf, and pads all rows to the fullest.
       pattern: None, or (N, M) to keep the N largest of each M neighbours; `fraction` and `scope`
-        then say nothing.
+        are then ignored.
     """
 
     fraction: float = 0.5
@@ -52,6 +53,7 @@ class Magnitude(Method):
             )
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
+        """Prune a leaf; see `Method`."""
         if isinstance(leaf, Compressed):
             raise InputError(
                 f"magnitude: takes a plain leaf, not {type(leaf).__name__}; prune before you "
@@ -83,11 +85,11 @@ def _keep(weight: Float[Array, "... out in"], method: Magnitude) -> Bool[Array, 
 
 
 def largest(scores: Float[Array, "... n"], count: int) -> Bool[Array, "... n"]:
-    """True for the `count` largest of non-negative scores along the last axis; of equal ones the
-    first.
+    """Mark the `count` largest of non-negative scores along the last axis; of equal ones the first.
 
-    The threshold is found bit by bit: the patterns of non-negative floats have their order, so 31
-    passes that only count settle it. No sort, and on a mesh only counts travel.
+    The threshold is found bit by bit: the bit patterns of non-negative floats are ordered like the
+    floats, so 31 passes that only count find it. This needs no sort, and on a mesh only counts are
+    exchanged.
     """
     pattern = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
 

@@ -1,7 +1,6 @@
-"""`Method`: a frozen record that turns one leaf into a compressed one; chains of methods and their
-text form.
+"""Methods, each a frozen record that compresses one leaf, and chains of them.
 
-A chain is a tuple of methods, applied in order. Its text form is what the command line takes:
+A chain is a tuple of methods, applied in order. The command line takes it as text:
 
 >>> [type(method).__name__ for method in parse("magnitude(0.5) | rtn(bits=8)")]
 ['Magnitude', 'Rtn']
@@ -21,21 +20,21 @@ from jaxmodel.text_form import read_chain, write
 class Method:
     """Base of the methods: a frozen dataclass of settings with one function.
 
-    A new method is a subclass in a file of this folder; the command line, the recipes and the
-    contract tests find it by its class name in lower case.
+    To add a method, write a subclass in a file of this folder. The command line, the recipes and
+    the contract tests find it by its class name in lower case.
     """
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
-        """The leaf, compressed.
+        """Return the compressed leaf.
 
         Args:
-          leaf: `[..., out, in]`: an array, or what an earlier method of the chain made. Leading
+          leaf: `[..., out, in]`: an array or the result of an earlier method of the chain. Leading
             axes are layers.
-          stats: what `observe` measured of the input of this leaf's contraction, or None.
+          stats: the statistics that `observe` measured for the input of this leaf, or None.
 
         Raises:
-          InputError: the method does not take this kind of leaf, or needs statistics that are not
-            there.
+          InputError: the method does not take this kind of leaf, or needs statistics that are
+            missing.
         """
         raise NotImplementedError
 
@@ -44,7 +43,7 @@ type Chain = tuple[Method, ...]
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method by the name of its text form."""
+    """Return every method by the name of its text form."""
     package = __name__.rsplit(".", 1)[0]
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{info.name}")
@@ -52,20 +51,20 @@ def methods() -> dict[str, type[Method]]:
 
 
 def parse(text: str) -> Chain:
-    """A chain from its text: methods joined by `|`, each a call with literal arguments; empty text
-    is the empty chain.
+    """Parse the text form of a chain: methods joined by `|`, each a call with literal arguments.
+
+    Empty text is the empty chain.
 
     Raises:
-      InputError: not of that form, an unknown method, or arguments that it does not take.
+      InputError: text of another form, an unknown method, or arguments that it does not take.
     """
     return read_chain("method", text, methods(), "magnitude(0.5) | rtn(bits=8)")
 
 
 def text_of(chain: Chain) -> str:
-    """The text form of a chain; settings at their default are left out, but for the first.
+    """Write a chain as text; settings with default values are omitted, except the first.
 
     >>> text_of(parse("magnitude(0.5) | rtn(bits=8)"))
     'magnitude(fraction=0.5) | rtn(bits=8)'
     """
-
     return " | ".join(write(type(method).__name__.lower(), method) for method in chain)

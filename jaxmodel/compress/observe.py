@@ -1,6 +1,4 @@
-"""`observe`: statistics of the input of every contraction, by differentiation of probes (see
-`jaxmodel.ops.probe`).
-"""
+"""Statistics of the input of every contraction, by differentiation of probes (`ops.probe`)."""
 
 from __future__ import annotations
 
@@ -18,9 +16,8 @@ from jaxmodel.models.model import Inputs
 from jaxmodel.ops.probe import zeros_for
 from jaxmodel.progress import progress
 
-type Stats = Mapping[
-    str, Mapping[str, jax.Array]
-]  # path of a leaf -> statistic -> array, stacked as the leaf is
+# path of a leaf -> statistic -> array, stacked like the leaf
+type Stats = Mapping[str, Mapping[str, jax.Array]]
 
 
 def observe(
@@ -33,23 +30,24 @@ def observe(
     """Sum statistics of the inputs of every matrix over batches.
 
     Args:
-      model: whose `apply` is run.
-      params: with separate leaves (not fused); compressed leaves are measured as they run. Matrices
-        are the leaves of two axes or more (kernels of convolutions, experts), and each runs through
-        `ops`.
+      model: the model whose `apply` is run.
+      params: parameters with separate (not fused) leaves; compressed leaves are measured as they
+        run. Matrices are the leaves of two axes or more (also kernels of convolutions, experts) and
+        must run through `ops`.
       batches: inputs of `model.apply`, of one shape if possible (each shape compiles once).
-      paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats a
-        matrix: where those of all layers do not fit, take some layers at a time.
-      statistics: of `ops.STATISTICS`; `count` and `taken` are always there.
+      paths: regular expression of layer paths to measure. A Gram matrix takes `in^2` floats for
+        each matrix. If those of all layers do not fit, measure some layers at a time.
+      statistics: names from `ops.STATISTICS`; `count` and `taken` are always included.
 
     Returns:
       Path of a leaf -> statistic -> array, with the leaf's leading axes (layers, experts) in front.
-      Layers are stacked as those of the params are, but for segments that `paths` splits; `apply`
-      cuts and joins them as it needs them, so what was measured some layers at a time is put
-      together as `{**first, **second}`.
+      Layers are stacked like those of the params, except in segments that `paths` splits. `apply`
+      accepts any stacking, so the results for some layers at a time combine as
+      `{**first, **second}`.
 
     Raises:
-      InputError: no matrix matches `paths`, no batches, or a leaf whose input was never seen.
+      InputError: no matrix matches `paths`, there are no batches, or the input of a leaf was never
+        computed.
     """
     try:
         regex = re.compile(paths)

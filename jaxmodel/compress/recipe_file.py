@@ -1,16 +1,13 @@
-"""Recipes in files, YAML or JSON: what a file says, what a bundle's card says, and how both are
-read.
+"""Recipes in files, YAML or JSON, and on the cards of bundles.
 
-    base: int4                              # a named recipe or a chain for all matrices; rules go
-      before it
-    rules:                                  # pattern of whole paths: chain; the first that matches
-      wins blocks/(0|29)/.*/(q|k|v|o): rtn(bits=8)
-      ?head: ""                             # left as it is; behind `?` a pattern may match nothing
-    compute: bfloat16                       # what the model computes in afterwards; else as the
-      base wants it
-    name: mixed                             # for the card
+    base: int4              # a named recipe or a chain for all matrices; rules go before it
+    rules:                  # pattern of whole paths: chain; the first that matches wins
+      blocks/(0|29)/.*/(q|k|v|o): rtn(bits=8)
+      ?head: ""             # left as it is; a pattern with `?` in front may match nothing
+    compute: bfloat16       # dtype that the model computes in afterwards; default: that of the base
+    name: mixed             # for the card
 
-All keys may be left out. Without a base the rules must cover every leaf.
+All keys are optional. Without a base the rules must cover every leaf.
 """
 
 from __future__ import annotations
@@ -39,15 +36,15 @@ class _File:
 
 
 def read_recipe(place: str | Path) -> Recipe:
-    """The recipe that a file says, or the one that a bundle was made by.
+    """Read the recipe in a file, or the one that a bundle was made with.
 
     Args:
-      place: a YAML or JSON file as the module's docstring has it, or the folder of a bundle, whose
-        card has its recipe.
+      place: a YAML or JSON file as described in this module, or the folder of a bundle whose card
+        holds its recipe.
 
     Raises:
-      InputError: no such file, one that is not in that form, an unknown method (with the nearest),
-        or a bundle that no recipe made.
+      InputError: a missing file, a file of another form, an unknown method (with the nearest name),
+        or a bundle made without a recipe.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "mixed.yaml")
@@ -84,14 +81,14 @@ def read_recipe(place: str | Path) -> Recipe:
 
 
 def from_record(record: Any, where: str = "recipe") -> Recipe:
-    """The recipe of a record, as `to_record` gives it and files have it.
+    """Make a recipe from a record, the form that `to_record` writes and files have.
 
     Args:
-      record: plain data: the keys `base`, `rules`, `compute`, `name`.
-      where: it stood, for errors.
+      record: plain data with the keys `base`, `rules`, `compute`, `name`.
+      where: the source of the record, for errors.
 
     Raises:
-      InputError: another form, or what `Recipe` refuses.
+      InputError: a record of another form, or rules that `Recipe` refuses.
     """
     said = schema.make(record, _File, where)
     if said.base is None and not said.rules:
@@ -110,8 +107,9 @@ def from_record(record: Any, where: str = "recipe") -> Recipe:
 
 
 def to_record(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain data that `from_record` makes it from again; what a named one or a chain
-    alone says is its `base`.
+    """Return a recipe as plain data that `from_record` reads.
+
+    Rules that equal those of a named recipe, or of a chain alone, become its `base`.
 
     >>> to_record(Recipe([("head", "rtn(4)"), *named("int8").rules]))
     {'base': 'int8', 'rules': {'head': 'rtn(bits=4)'}, 'compute': None}
@@ -139,20 +137,23 @@ def _bases(recipe: Recipe) -> list[Recipe]:
 
 
 def _yaml(raw: bytes, where: str) -> Any:
-    """Plain data from YAML: no anchors, which could make little text much data, no keys twice, not
-    deep.
+    """Parse YAML as plain data.
+
+    Anchors are refused, since a small text could expand to a lot of data; so are duplicate keys and
+    deep nesting.
 
     Raises:
-      InputError: it is something else.
+      InputError: invalid YAML, or one of these.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses what the docstring says."""
+        """A loader that refuses anchors, duplicate keys and deep nesting."""
 
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
+            """Compose a node unless it is an anchor, an alias or too deep."""
             event: Any = self.peek_event()
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise InputError(
@@ -167,6 +168,7 @@ def _yaml(raw: bytes, where: str) -> Any:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            """Construct a mapping whose keys are text, each only once."""
             seen = set()
             for key, _ in node.value:
                 if not isinstance(self.construct_object(key, deep=True), str):

@@ -1,4 +1,4 @@
-"""`Recipe`: what compression does to a model, in one value; named recipes, and recipes from text."""
+"""Recipes: all that compression does to a model in one value, by name or from text."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign
 
 TABLES = tree.optional("(.*/)?(embed|embedding|positions|types)|head(/.*)?")
-KEPT = tree.optional(
-    "(.*/)?(router|state/.*)"
-)  # which expert a token goes to hangs on small differences
+# the choice of experts depends on small differences
+KEPT = tree.optional("(.*/)?(router|state/.*)")
 
 _CHAIN = "a tuple of methods, or text such as 'magnitude(0.5) | rtn(bits=8)'"
 _RULES = "a Recipe, or a list of pairs (pattern, chain); compress.named finds one by its name"
 
 
 class OnMatrices(tuple[Method, ...]):
-    """A chain that leaves what is no matrix as it is, where any other chain is refused: the rule of
-    a named recipe is for all.
+    """A chain that leaves a leaf that is no matrix as it is, where other chains are refused.
+
+    The rules of named recipes use it, since they match all leaves.
     """
 
 
 @briefly
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What compression does to a model, in one value. Where a recipe is wanted its rules alone are
-    taken too.
+    """All that compression does to a model, in one value.
+
+    Functions that take a recipe also take its rules alone.
 
     Attributes:
-      rules: path -> chain of methods: a tuple, or its text (see `parse`), kept as a tuple. `()` and
-        `""` leave a leaf as it is.
-      compute: what the model computes in afterwards (`Policy.compute`): attention and its cache,
-        and contractions that are not int8; None for as before.
-      name: what a bundle's card calls it.
+      rules: path -> chain of methods, as a tuple or as text (see `parse`); stored as a tuple. `()`
+        and `""` leave a leaf as it is.
+      compute: the dtype that the model computes in afterwards (`Policy.compute`): attention and its
+        cache, and contractions that are not int8; None for no change.
+      name: its name on the card of a bundle.
 
     Raises:
       InputError: rules that are no list of pairs, a pattern that is no regular expression, a value
@@ -63,23 +64,21 @@ class Recipe:
             ops.Policy(compute=self.compute)  # refuses what is no dtype
 
     def adapt(self, model: Model) -> Model:
-        """The model, computing as the recipe wants it to; a foreign module computes as it is
-        written.
-        """
+        """Return the model with the recipe's compute dtype; a foreign module stays unchanged."""
         if self.compute is None or isinstance(model.config, Foreign):
             return model
         return model.with_policy(dataclasses.replace(model.policy, compute=self.compute))
 
     def texts(self) -> list[list[str]]:
-        """The rules as patterns and texts of chains, for JSON."""
+        """Return the rules as patterns and texts of chains, for JSON."""
         return [[str(pattern), text_of(chain)] for pattern, chain in self.rules]
 
 
 def as_recipe(recipe: Recipe | tree.Rules) -> Recipe:
-    """The recipe of rules alone; a `Recipe` as it is.
+    """Make a recipe of rules alone; return a `Recipe` unchanged.
 
     Raises:
-      InputError: as `Recipe`.
+      InputError: as for `Recipe`.
     """
     return recipe if isinstance(recipe, Recipe) else Recipe(recipe)
 
@@ -120,8 +119,8 @@ def _recipe(
 
 _W8A8 = (Rtn(8, activations="int8"),)
 
-# The embedding is also the head where weights are tied, so its rounding counts as any layer's does.
-# Where all contractions are int8, what is left (attention and its cache) is computed in bfloat16.
+# With tied weights the embedding is also the head, so it is rounded in the same way as the layers.
+# If all contractions are int8, the rest (attention and its cache) is computed in bfloat16.
 _ALL = (
     _recipe("int8", _W8A8, _W8A8, "bfloat16"),
     _recipe("int8-weight", (Rtn(8),)),
@@ -129,17 +128,20 @@ _ALL = (
     _recipe("sparse50-int8", (Magnitude(0.5), *_W8A8), _W8A8, "bfloat16"),
 )
 NAMED: dict[str, Recipe] = {str(recipe.name): recipe for recipe in _ALL}
-"""`int8` rounds the activations as they come, `int8-weight` does not; `int4` has symmetric groups
+"""Recipes by name.
+
+`int8` also rounds the activations, at run time; `int8-weight` does not. `int4` has symmetric groups
 of 64 with float16 scales.
 """
 
 
 def named(name: str) -> Recipe:
-    """The recipe of this name, or one from text: a chain for all matrices, with tables (embeddings,
-    positions, heads) in 8 bits.
+    """Return the recipe of this name, or make one from the text of a chain.
+
+    The chain is for all matrices; tables (embeddings, positions, heads) get 8 bits.
 
     Raises:
-      InputError: no recipe of this name, and no chain of methods.
+      InputError: neither the name of a recipe nor a chain of methods.
     """
     if name in NAMED:
         return NAMED[name]

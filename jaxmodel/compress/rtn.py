@@ -1,4 +1,4 @@
-"""Round to nearest: codes of 1 to 8 bits with the range taken from the weights alone."""
+"""Round to nearest: codes of 1 to 8 bits, with the range of the weights alone."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from jaxmodel.leaves.packing import codes_per_unit
 
 @dataclasses.dataclass(frozen=True)
 class Rtn(Method):
-    """Round each weight to the nearest of `2^bits` levels.
+    """Rounding of each weight to the nearest of `2^bits` levels.
 
-    Symmetric: `scale = max|w| / (2^(bits-1) - 1)` (at one bit: the mean of |w|, which is the least
-      squares choice). Affine:
-    levels from the smallest to the largest weight. The codes are rounded for the scale as it is
-    stored.
+    Symmetric: `scale = max|w| / (2^(bits-1) - 1)`; at one bit it is the mean of |w|, the least
+    squares choice. Affine: levels from the smallest to the largest weight. The codes are computed
+    with the scale as it is stored.
 
     Attributes:
       bits: 1 to 8.
-      group: weights of a row that share a scale, in whole bytes; None for one scale a row.
-      symmetric: whether zero is a level and the range is even around it.
-      activations: None, or "int8" to round the input of the contraction too, a row at a time, as it
-        comes.
-      scale_dtype: None for float32 with one scale a row, float16 with groups.
+      group: number of neighbouring weights of a row that share a scale, whole bytes of codes; None
+        for one scale per row.
+      symmetric: True for a range symmetric around zero, with zero as a level; False for affine.
+      activations: None, or "int8" to round the input of the contraction too, row by row at run
+        time.
+      scale_dtype: None for float32 with one scale per row and float16 with groups.
     """
 
     bits: int = 8
@@ -60,6 +60,7 @@ class Rtn(Method):
             raise InputError(f"rtn: activations is {self.activations!r}; allowed: None, 'int8'")
 
     def __call__(self, leaf: Any, stats: dict[str, Any] | None = None) -> Any:
+        """Quantise a leaf; see `Method`."""
         if isinstance(leaf, Sparse):
             if isinstance(leaf.values, Compressed) or not self.symmetric:
                 raise InputError(

@@ -1,6 +1,4 @@
-"""Statistics by the path of a layer: what `observe` stacked in one way, cut and joined as the leaf
-at hand is stacked.
-"""
+"""Statistics by the path of a layer: those of `observe`, restacked to fit the leaf at hand."""
 
 from __future__ import annotations
 
@@ -13,21 +11,19 @@ from jaxmodel import tree
 from jaxmodel.compress.observe import Stats
 from jaxmodel.errors import InputError, nearest
 
-type Places = dict[
-    str, tuple[str, int]
-]  # layer path -> path in the statistics, position in its segment
+# layer path -> path in the statistics, position in its segment
+type Places = dict[str, tuple[str, int]]
 
 
 def places(stats: Stats, layers: Iterable[str]) -> Places:
-    """Where the statistics of each layer's leaf are. Of two entries that hold the same layer the
-    later one counts.
+    """Find the statistics of each layer's leaf; if two entries hold a layer, the later one counts.
 
     Args:
-      stats: from `observe`.
+      stats: statistics from `observe`.
       layers: all layer paths of the params.
 
     Raises:
-      InputError: statistics of a leaf that is not one of them.
+      InputError: statistics of a leaf that is not among the layers.
     """
     found = {layer: (path, i) for path in stats for i, layer in enumerate(tree.layer_paths(path))}
     known = set(layers)
@@ -42,7 +38,7 @@ def places(stats: Stats, layers: Iterable[str]) -> Places:
 
 
 def names_of(layer: str, stats: Stats, where: Places) -> frozenset[str]:
-    """Which statistics there are of a layer's leaf.
+    """Return the names of the statistics that exist for a layer's leaf.
 
     Layers that differ in this are not compressed as one leaf.
     """
@@ -50,7 +46,7 @@ def names_of(layer: str, stats: Stats, where: Places) -> frozenset[str]:
 
 
 def stats_of(path: str, stats: Stats, where: Places) -> dict[str, jax.Array] | None:
-    """The statistics of the leaf at `path`, stacked as its layers are; None if there are none."""
+    """Return the statistics of the leaf at `path`, stacked like its layers, or None."""
 
     def one(layer: str) -> dict[str, jax.Array]:
         source, i = where[layer]

@@ -1,4 +1,4 @@
-"""The versions of a model that are compared: as it is, in bfloat16, and by each named recipe."""
+"""Variants of a model to compare: unchanged, in bfloat16, and by each named recipe."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ VERSIONS = ("f32", "bf16", *NAMED)
 
 
 def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Callable[[], Bundle]]:
-    """Functions that make the named versions of a bundle, for `evaluate.compare`; nothing is made
-    before they are called.
+    """Return functions that make the named variants of a bundle, for `evaluate.compare`.
+
+    Nothing is made before they are called.
 
     Args:
-      bundle: with plain float32 weights.
-      names: `f32`, `bf16` or recipes of `NAMED`.
+      bundle: a bundle with plain float32 weights.
+      names: `f32`, `bf16` or names of recipes in `NAMED`.
 
     Raises:
       InputError: a name that is not known, or a bundle that is compressed already.
@@ -40,9 +41,8 @@ def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
         if name in NAMED:
             return compress_bundle(bundle, NAMED[name])[0]
         if name == "f32":
-            return dataclasses.replace(
-                bundle
-            )  # of its own, so that what it caches for running goes with it
+            # a new object, so that what it caches for running is freed with it
+            return dataclasses.replace(bundle)
         model = bundle.model.with_policy(
             dataclasses.replace(bundle.model.policy, compute="bfloat16")
         )

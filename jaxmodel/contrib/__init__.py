@@ -1,6 +1,6 @@
-"""What fewer people need: learning from unlabelled data, wrong labels, dictionaries of features.
+"""Tools for fewer users: learning from unlabelled data, wrong labels, dictionaries of features.
 
-Nothing else imports it.
+No other package imports this one.
 """
 
 from jaxmodel.contrib.confident import confident_learning

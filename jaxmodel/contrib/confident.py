@@ -1,6 +1,4 @@
-"""Which labels are probably wrong, from predictions by a model that has not seen them: confident
-learning.
-"""
+"""Confident learning: find wrong labels by predictions of a model that has not seen them."""
 
 from __future__ import annotations
 
@@ -16,14 +14,15 @@ from jaxmodel.errors import InputError
 @briefly
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelReport:
-    """What `confident_learning` finds.
+    """The result of `confident_learning`.
 
     Attributes:
-      joint: `[C, C]`, the estimated share of rows by given label (first) and true class; sums to 1.
-      thresholds: `[C]`, the mean probability of a class over the rows labelled so; infinite for a
-        class that no row has.
-      suspects: rows whose label is probably wrong, the surest first.
-      suggested: the class that each of them probably is.
+      joint: `[C, C]`, the estimated share of rows by given label (first axis) and true class; sums
+        to 1.
+      thresholds: `[C]`, the mean probability of each class over the rows with that label; infinite
+        for a class without rows.
+      suspects: indices of the rows whose label is probably wrong, the most certain first.
+      suggested: the probable class of each suspect.
     """
 
     joint: Float[np.ndarray, "C C"]
@@ -33,28 +32,28 @@ class LabelReport:
 
     @property
     def noise(self) -> float:
-        """The estimated share of rows whose label is wrong: what the joint has off its diagonal."""
+        """Return the estimated share of wrong labels: the sum of `joint` off its diagonal."""
         return float(1 - np.trace(self.joint))
 
 
 def confident_learning(
     probabilities: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]
 ) -> LabelReport:
-    """Count the rows that are confidently of another class than their label says (Northcutt et al.,
-    2021).
+    """Find rows that are confidently of another class than their label (Northcutt et al., 2021).
 
-    A row is confidently of class j where its probability of j is at least the mean one of the rows
-    labelled j; of several such classes, of the most probable. The counts by label and class, scaled
-    so that each label has as many as there are rows with it, are the joint distribution; those off
-    the diagonal are the suspects, ranked by how much less probable their label is.
+    A row is confidently of class j if its probability of j is at least the mean probability of j
+    over the rows labelled j; among several such classes the most probable counts. The counts by
+    label and class, scaled so that each label keeps its number of rows, give the joint
+    distribution. Rows off its diagonal are the suspects, ranked by how much less probable their
+    label is than the other class.
 
     Args:
-      probabilities: of each row, by a model that was not trained on it (as from the held-out parts
-        of a `data.kfold`).
-      labels: as given.
+      probabilities: predictions for each row by a model that was not trained on it (such as those
+        for the held-out parts of a `data.kfold`).
+      labels: the given labels.
 
     Raises:
-      InputError: shapes that do not fit, rows that are no distributions, labels that are no
+      InputError: shapes that do not fit, rows that are no distributions, or labels that are no
         classes.
 
     >>> p = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.1, 0.9]])
@@ -89,9 +88,8 @@ def confident_learning(
     own = p[np.arange(rows), labels]
     sums = np.bincount(labels, weights=own, minlength=classes)
     thresholds = np.divide(sums, counts, out=np.full(classes, np.inf), where=counts > 0)
-    above = (
-        p >= thresholds - 1e-12
-    )  # a class whose rows all have one probability still reaches its mean
+    # rows of a class that all have the same probability reach their mean despite rounding
+    above = p >= thresholds - 1e-12
     sure = above.any(axis=1)
     seems = np.argmax(np.where(above, p, -1.0), axis=1)
     confident = np.zeros((classes, classes))

@@ -1,6 +1,4 @@
-"""What the training of a sparse auto-encoder needs besides a loss: columns of length one, and new
-starts for dead features.
-"""
+"""Steps beside the loss of a sparse autoencoder: unit columns, new starts for dead features."""
 
 from __future__ import annotations
 
@@ -25,18 +23,20 @@ WRITES = ("decoder", "out", "weight")
 
 
 def count_active(model: Model, params: tree.Params, batch: Mapping[str, Array]) -> Int[Array, " Z"]:
-    """In how many rows of a batch each feature of the code is above zero; a sum, so batches add up."""
+    """Count for each feature of the code the rows of a batch in which it is above zero.
+
+    The counts of several batches can be added.
+    """
     return jnp.sum(
         model.hidden(params, {"features": batch["features"]}).hidden > 0, axis=0, dtype=jnp.int32
     )
 
 
 def unit_dictionary(params: tree.Params) -> tree.Params:
-    """Params with columns of length one in the decoder: what each feature writes. To be applied
-    after each step.
+    """Scale the columns of the decoder, what each feature writes, to unit length.
 
-    Without it an L1 norm of the code falls at no cost, by small codes and large columns (Bricken et
-    al., 2023).
+    Apply it after each step. Without it the L1 norm of the code can fall at no cost, by small codes
+    and large columns (Bricken et al., 2023).
     """
     columns = _plain(params)["decoder"]["out"]["weight"]
     length = jnp.linalg.norm(columns.astype(jnp.float32), axis=0, keepdims=True)
@@ -52,22 +52,22 @@ def revive(
     *,
     scale: float = 0.5,
 ) -> TrainState:
-    """The state with a new start for each dead feature: resampling (Bricken et al., 2023).
+    """Give each dead feature a new start: resampling (Bricken et al., 2023).
 
-    Rows of the batch are drawn with a probability in proportion to their squared loss. A dead
-    feature is set to read and write what the reconstruction of its row misses: the decoder's column
-    is that direction, the encoder's row is the same at `scale` times the mean length of the rows of
-    living features, its bias is zero. The optimiser's moments of these weights are zero again;
-    living features keep everything.
+    Rows of the batch are drawn with a probability proportional to their squared loss. A dead
+    feature is set to read and write what the reconstruction of its row misses: that direction
+    becomes the column of the decoder and, at `scale` times the mean length of the rows of living
+    features, the row of the encoder. Its bias is zero. The optimiser's moments of these weights are
+    reset to zero. Living features do not change.
 
     Args:
-      state: whose params are those of a sparse auto-encoder without hidden layers.
-      model: `jaxmodel.models.autoencoder`.
-      batch: `features` `[B, N]`; the more rows, the more different the new features.
-      dead: which features; such as `count_active(...) == 0` over many batches.
-      key: of the draws.
-      scale: of the encoder's rows; Bricken et al. take 0.2 for an L1 norm. With a small one new
-        features are seldom among the k largest, with a large one they push out what works.
+      state: a state whose params are those of a sparse autoencoder without hidden layers.
+      model: a model of `jaxmodel.models.autoencoder`.
+      batch: `features` `[B, N]`; with more rows the new features differ more.
+      dead: the features to revive, such as `count_active(...) == 0` over many batches.
+      key: for the draws.
+      scale: length of the encoder's new rows; Bricken et al. use 0.2 with an L1 norm. With a small
+        one, new features are seldom among the k largest; with a large one they displace good ones.
 
     Raises:
       InputError: hidden layers, or compressed weights.
@@ -111,7 +111,7 @@ def revive(
 
 
 def _plain(params: tree.Params) -> tree.Params:
-    """The params, if they are those of one linear encoder and one linear decoder."""
+    """Check that params are those of one linear encoder and one linear decoder, and return them."""
     tree.check(params)
     leaves = tree.flatten(params)
     missing = [

@@ -1,30 +1,34 @@
-"""Learning from data alone: a task made of the batch (Noroozi & Favaro, 2016, call it the pretext),
-and a loss that judges it.
+"""Self-supervised learning: a pretext task made from the batch, and a loss for it.
 
-A task is `task(key, batch) -> batch`, as an augmentation is, and `pretext` makes a loss of both,
-for `fit` as any other:
+The term is from Noroozi & Favaro, 2016. A task is `task(key, batch) -> batch`, like an
+augmentation. `pretext` combines it with a loss into one that `fit` takes:
 
-    masked tokens of an encoder        pretext(next_token, augment.SpanMasking(...))      (Devlin et al., 2019)
-    spans of an encoder with decoder   pretext(next_token, augment.SpanCorruption(...))   (Raffel et al., 2020)
-    a disturbed order, to be put back  pretext(next_token, restored(LocalShuffle(), "tokens"))
-    noise, to be taken away            pretext(regression(), restored(augment.Noise(0.3)))
-    hidden patches of an image         pretext(regression(patch_error), masked_patches(...)) (Xie et al., 2022)
-    two views of a row are alike       pretext(contrastive(), two_views(...))             (SimCLR: Chen et al., 2020)
+    masked tokens of an encoder       pretext(next_token, augment.SpanMasking(...))
+    spans, encoder with decoder       pretext(next_token, augment.SpanCorruption(...))
+    restoring a shuffled order        pretext(next_token, restored(LocalShuffle(), "tokens"))
+    denoising                         pretext(regression(), restored(augment.Noise(0.3)))
+    masked patches of an image        pretext(regression(patch_error), masked_patches(...))
+    two similar views of a row        pretext(contrastive(), two_views(...))
+
+Sources: Devlin et al., 2019 (masked tokens), Raffel et al., 2020 (spans), Xie et al., 2022
+(patches), Chen et al., 2020 (SimCLR, views).
 
 Patches and views need another head than classes do: `with_projection` puts any model of rows, such
-as an `mlp`, on the body of another. What was learnt is then `without_projection(params)`, and
-`replace_head` gives it classes.
+as an `mlp`, on the body of another. Afterwards `without_projection(params)` returns the trained
+body, and `replace_head` gives it classes.
 
 >>> from jaxmodel.data import augment
 >>> from jaxmodel.models import lenet, mlp
 >>> from jaxmodel.losses import contrastive
->>> body, views = lenet.model(lenet.SIZES["tiny"]), augment.parse("random_resized_crop() | noise(0.1)")
+>>> body = lenet.model(lenet.SIZES["tiny"])
+>>> views = augment.parse("random_resized_crop() | noise(0.1)")
 >>> model = with_projection(body, mlp.model(mlp.Config(64, (32,), 16)))
 >>> params, batch = jax.jit(model.init)(jax.random.key(0)), {"pixels": jnp.ones((4, 16, 16, 1))}
 >>> loss = pretext(contrastive(), two_views(views))
 >>> bool(jax.jit(lambda key: loss(model, params, batch, key)[0])(jax.random.key(1)) > 0)
 True
->>> sorted(without_projection(params)) == sorted(name for name in body.init(jax.random.key(0)) if not name.startswith("head"))
+>>> own = body.init(jax.random.key(0))
+>>> sorted(without_projection(params)) == sorted(name for name in own if name[:4] != "head")
 True
 """
 
@@ -50,18 +54,20 @@ from jaxmodel.models import Model, Parts
 type Augment = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 
 PROJECTION = "projection"
-"""Where the leaves of the head stand that `with_projection` adds."""
-_TASK = 2**32 - 8  # what a task folds into the step's key; see `models.model` for the other numbers
+"""The subtree with the leaves of the head that `with_projection` adds."""
+_TASK = 2**32 - 8  # the number that a task folds into the step's key; `models.model` lists others
 
 
 def pretext(loss: Loss, task: Augment, *, seed: int = 0) -> Loss:
-    """A loss of what a task makes of the batch; a held-out loss always has the same task.
+    """Make a loss that applies a task to the batch first.
+
+    In evaluation the task is always drawn from the same seed.
 
     Args:
-      loss: of the batch that the task makes.
-      task: `task(key, batch) -> batch`, drawn in training from the step's key. What `fit` has as
-        `augment` comes in front of it.
-      seed: of the task where the loss is held out, or has no key.
+      loss: the loss of the batch that the task returns.
+      task: `task(key, batch) -> batch`, in training with the step's key. The `augment` of `fit`
+        comes before it.
+      seed: the seed of the task in evaluation, or if the loss gets no key.
     """
 
     def made(
@@ -82,12 +88,13 @@ def pretext(loss: Loss, task: Augment, *, seed: int = 0) -> Loss:
 
 
 def two_views(augment: Augment, name: str = "pixels") -> Augment:
-    """Each row twice, each time augmented for itself: `views` `[B, 2, ...]`, as `contrastive` reads
-    them.
+    """Make a task that augments each row twice independently: `views` `[B, 2, ...]`.
+
+    `contrastive` reads them.
 
     Args:
-      augment: of both views; SimCLR's has crops, colours and blur.
-      name: the field that views are of.
+      augment: the augmentation of both views; SimCLR's has crops, colours and blur.
+      name: the field to make views of.
 
     >>> from jaxmodel.data.augment import Noise
     >>> two_views(Noise(0.1))(jax.random.key(0), {"pixels": jnp.zeros((3, 4, 4, 1))})["views"].shape
@@ -104,14 +111,13 @@ def two_views(augment: Augment, name: str = "pixels") -> Augment:
 
 
 def restored(corrupt: Augment, name: str = "pixels", *, flat: bool = False) -> Augment:
-    """To undo a corruption: `targets` is what the field was, the field what has become of it
-    (Vincent et al., 2008).
+    """Make a task that corrupts a field and keeps the original as `targets` (Vincent et al., 2008).
 
     Args:
-      corrupt: `corrupt(key, batch)`, such as noise, a missing square, another order.
+      corrupt: `corrupt(key, batch)`, such as noise, a missing square or another order.
       name: the field.
-      flat: whether the model reads rows of numbers, `features` `[B, N]`, and gives such; then the
-        targets are such too.
+      flat: for models from rows of numbers to rows of numbers: put the field as `features` `[B, N]`
+        and flatten the targets too.
 
     >>> from jaxmodel.data.augment import Cutout
     >>> made = restored(Cutout(3), flat=True)(jax.random.key(0), {"pixels": jnp.ones((2, 4, 4, 1))})
@@ -135,16 +141,16 @@ def restored(corrupt: Augment, name: str = "pixels", *, flat: bool = False) -> A
 
 
 def masked_patches(patch: int, rate: float = 0.6) -> Augment:
-    """A share of an image's patches is hidden (zero), and to be told from the others: masked image
-    modelling (Xie et al., 2022).
+    """Make a task that hides some patches of an image: masked image modelling (Xie et al., 2022).
 
-    Adds `targets` `[B, T, patch * patch * C]`, what the patches were, and `weights` `[B, T]`, 1 (or
-    the row's) where one is hidden: so `regression(patch_error)` is of these alone. Of each image
-    `round(rate T)` patches are hidden, all choices being as likely.
+    Hidden patches are zero, and the model predicts them from the others. The task adds `targets`
+    `[B, T, patch * patch * C]`, the original patches, and `weights` `[B, T]`, which are 1 (or the
+    row's weight) for hidden patches and 0 for others. So `regression(patch_error)` counts hidden
+    patches alone. In each image `round(rate T)` patches, chosen uniformly, are hidden.
 
     Args:
-      patch: their side in pixels, which divides the image's.
-      rate: share of the patches, above 0 and below 1.
+      patch: side of a patch in pixels, a divisor of the image's.
+      rate: share of the patches to hide, above 0 and below 1.
 
     Raises:
       InputError: a rate out of range; when called, images that the patches do not divide.
@@ -188,7 +194,7 @@ def masked_patches(patch: int, rate: float = 0.6) -> Augment:
 def patch_error(
     outputs: Float[Array, "B T P"], targets: Float[Array, "B T P"]
 ) -> Float[Array, "B T"]:
-    """The mean of `(x - y)^2` over a patch, for `regression`.
+    """Compute the mean of `(x - y)^2` over each patch, for `regression`.
 
     >>> patch_error(jnp.zeros((1, 2, 3)), jnp.full((1, 2, 3), 2.0)).tolist()
     [[4.0, 4.0]]
@@ -208,22 +214,22 @@ def _field(batch: Mapping[str, Any], name: str) -> Array:
 
 
 def with_projection(model: Model, head: Model, *, tokens: int = 0) -> Model:
-    """The body of a model with another model as its head, whose leaves stand under `projection`.
+    """Put another model as the head on the body of a model, with its leaves under `projection`.
 
-    The head reads what the model's own would: `[B, D]`, or the mean over what lies between (places
-    of an image, tokens). Of a classifier's head nothing is left.
+    The new head reads what the model's own head would: `[B, D]`, the mean over the axes between
+    (positions of an image, tokens). The leaves of the old head are dropped.
 
     Args:
       model: the body.
-      head: of one input, rows of D numbers, such as an `mlp`; its outputs are the logits.
-      tokens: the head reads each of the last `tokens` positions of `[B, T, D]` by itself, where a
-        `vit` has its patches; 0 for the mean.
+      head: a model with one input, rows of D numbers, such as an `mlp`; its outputs are the logits.
+      tokens: the head reads each of the last `tokens` positions of `[B, T, D]` by itself, which in
+        a `vit` are the patches; 0 for the mean.
 
     Returns:
       A model. Equal arguments give the same one.
 
     Raises:
-      InputError: a head of several inputs; when called, one for rows of another width.
+      InputError: a head with several inputs; when called, a head for rows of another width.
     """
     if len(head.inputs(1, 1)) != 1:
         raise InputError(
@@ -235,7 +241,7 @@ def with_projection(model: Model, head: Model, *, tokens: int = 0) -> Model:
 
 
 def without_projection(params: tree.Params) -> tree.Params:
-    """The leaves of the body: what `with_projection` added is left out."""
+    """Return the leaves of the body, without those that `with_projection` added."""
     tree.check(params)
     return {name: node for name, node in params.items() if name != PROJECTION}
 

@@ -1,17 +1,18 @@
-"""Learning from rows without labels: losses over batches of `data.Paired`, for `fit` as any other.
+"""Semi-supervised learning: losses for `fit` over batches of `data.Paired`.
 
-The unlabelled rows are the batch's `unlabelled_...`, `[B, each, ...]`, with the names of the
-model's inputs behind. The loss is
+The unlabelled rows are the fields `unlabelled_NAME` `[B, each, ...]` of the batch, where NAME is an
+input of the model. The loss is
 
     sum_i w_i (each(z_i, t_i) + weight ramp(step) mean_j u_ij) / sum_i w_i
 
-with u_ij the value of the j-th unlabelled row that came with row i. So it is a mean over the
-labelled rows, as other losses are, and micro-batches add up to the whole batch. In training the
-views are made here, from the step's key; labelled rows and the student's views pass through the
-model as one batch, so that a batch norm sees both. Held-out losses are those of labels alone.
+where u_ij is the loss of the j-th unlabelled row that belongs to row i. So, like other losses, it
+is a mean over the labelled rows, and micro-batches add up to the whole batch. In training the views
+are made here, from the step's key. Labelled rows and the student's views pass through the model as
+one batch, so that batch norm sees both. In evaluation only the labelled rows count.
 
 >>> from jaxmodel.data import augment
->>> loss = fixmatch(augment.RandomCrop(2), augment.parse("random_crop(2) | rand_augment(2, 9) | cutout(14)"))
+>>> strong = augment.parse("random_crop(2) | rand_augment(2, 9) | cutout(14)")
+>>> loss = fixmatch(augment.RandomCrop(2), strong)
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from jaxmodel.train.state import TrainState, averaged
 
 type Augment = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 type Ramp = Callable[[Array], Array]
-"""`ramp(step) -> factor` of the unlabelled rows, such as `functools.partial(linear_ramp, begin=100,
-end=600)`.
+"""`ramp(step) -> factor` of the unlabelled rows.
+
+For example `functools.partial(linear_ramp, begin=100, end=600)`.
 """
 type _Inputs = dict[str, Array]
 
-_VIEWS = (
-    2**32 - 7
-)  # what the views fold into the step's key; see `models.model` for the other numbers
+# the number that the views fold into the step's key; `models.model` lists the others
+_VIEWS = 2**32 - 7
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -59,26 +60,26 @@ def fixmatch(
     align: bool = False,
     each: Each = softmax_cross_entropy,
 ) -> Loss:
-    """What the model is sure of in a weak view of a row is the label of a strong one: FixMatch
-    (Sohn et al., 2020).
+    """Make the FixMatch loss, which labels a strong view by a confident prediction on a weak view.
 
     `u = 1[max q >= threshold] each(z_strong, argmax q)` with `q = softmax(z_weak)`, without
-    gradient and without dropout. Labelled rows are seen weakly.
+    gradient and without dropout (Sohn et al., 2020). Labelled rows get the weak augmentation.
 
     Args:
-      weak: `augment(key, batch)`, as flips and crops; None for the rows as they are.
-      strong: as RandAugment with cutout.
-      threshold: of the probability, 0 to 1.
-      weight: of the unlabelled rows.
+      weak: `augment(key, batch)`, such as flips and crops; None for the rows as they are.
+      strong: the strong augmentation, such as RandAugment with cutout.
+      threshold: the smallest probability that counts as confident, 0 to 1.
+      weight: the weight of the unlabelled rows.
       ramp: see `Ramp`.
-      align: whether q is divided by its mean over the batch and scaled to sum to 1 again, so that
-        no class takes the rows of another where all are as frequent (Berthelot et al., 2020, align
-        to a running mean). Rows meet then, so micro-batches of few rows are another loss.
-      each: of the labelled and the unlabelled rows, see `supervised`.
+      align: divide q by its mean over the batch and normalise it again. If all classes are equally
+        frequent, this keeps one class from taking the rows of another (Berthelot et al., 2020, who
+        align to a running mean). The loss of a row then depends on the others, so small
+        micro-batches change it.
+      each: the loss of one row, labelled or not; see `supervised`.
 
     Returns:
       The loss. Its metrics are `weight`, `accuracy` (of the labelled rows), `unlabelled_loss` (u,
-      before its weight) and `confident` (the share of the unlabelled rows above the threshold).
+      before its weight) and `confident` (the share of unlabelled rows that reach the threshold).
 
     Raises:
       InputError: a threshold outside of 0 to 1, or a negative weight.
@@ -94,18 +95,19 @@ def pseudo_label(
     ramp: Ramp | None = None,
     each: Each = softmax_cross_entropy,
 ) -> Loss:
-    """What the model says of a row is its label (Lee, 2013): as `fixmatch`, but of the row as it
-    stands, and of every row.
+    """Make a loss that takes the model's prediction for a row as its label (Lee, 2013).
 
-    The weight should rise while the model learns: `ramp=functools.partial(linear_ramp, begin=100,
-    end=600)`.
+    Unlike in `fixmatch`, predictions are for the rows without augmentation, and by default every
+    row counts. The weight should rise during training:
+    `ramp=functools.partial(linear_ramp, begin=100, end=600)`.
 
     Args:
-      augment: of labelled and unlabelled rows where they are learnt; None for dropout alone.
-      threshold: of the probability, 0 to 1; 0 for every row.
-      weight: of the unlabelled rows, once the ramp is over.
+      augment: the augmentation of the rows that the model learns from, labelled or not; None for
+        dropout alone.
+      threshold: the smallest probability that counts, 0 to 1; 0 for every row.
+      weight: the weight of the unlabelled rows after the ramp.
       ramp: see `Ramp`.
-      each: as in `fixmatch`.
+      each: see `fixmatch`.
     """
     return _semi(_own_labels(None, augment, threshold, each, False), augment, each, weight, ramp)
 
@@ -117,23 +119,22 @@ def mean_teacher(
     ramp: Ramp | None = None,
     each: Each = softmax_cross_entropy,
 ) -> Loss:
-    """The student agrees with the moving average of itself: the mean teacher (Tarvainen & Valpola,
-    2017).
+    """Make the mean teacher loss, by which a student agrees with the moving average of itself.
 
-    `u = mean_c (softmax(z)_c - softmax(z')_c)^2`, z of the student and z' of the teacher, each of a
-    view of its own. The teacher is `state.extra["average"]`: train with
-    `TrainConfig(ema_decay=0.99)`, which also has it judged.
+    `u = mean_c (softmax(z)_c - softmax(z')_c)^2`, where z is the student's output and z' the
+    teacher's, each for a view of its own (Tarvainen & Valpola, 2017). The teacher is
+    `state.extra["average"]`: train with `TrainConfig(ema_decay=0.99)`, which also evaluates it.
 
     Args:
-      noise: `augment(key, batch)` of labelled and unlabelled rows; None for dropout alone, which
-        the teacher is without.
-      weight: of the unlabelled rows, once the ramp is over.
-      ramp: see `Ramp`; the authors' is `functools.partial(sigmoid_ramp, steps=...)`.
-      each: of the labelled rows.
+      noise: `augment(key, batch)` for labelled and unlabelled rows; None for dropout alone, which
+        the teacher does not have.
+      weight: the weight of the unlabelled rows after the ramp.
+      ramp: see `Ramp`; the authors use `functools.partial(sigmoid_ramp, steps=...)`.
+      each: the loss of one labelled row.
 
     Returns:
       The loss. Its metrics are `weight`, `accuracy`, `unlabelled_loss` and `agree`, the share of
-      the unlabelled rows of which both say the same.
+      unlabelled rows for which both predict the same class.
 
     Raises:
       InputError: a negative weight; when called, a state without an average.
@@ -162,15 +163,14 @@ def mean_teacher(
 def pseudo_labels(
     logits: Float[np.ndarray, "N C"], threshold: float = 0.95
 ) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " M"]]:
-    """The rows that a model is sure of, and their classes: to be joined to the labelled ones for
-    another round of training.
+    """Select the rows with confident predictions, as labels for another round of training.
 
     Args:
-      logits: of all unlabelled rows.
-      threshold: of the probability, 0 to 1.
+      logits: outputs for all unlabelled rows.
+      threshold: the smallest probability that counts as confident, 0 to 1.
 
     Returns:
-      Numbers of the M rows, ascending, and their labels int32.
+      Indices of the M rows, ascending, and their labels, int32.
 
     >>> rows, labels = pseudo_labels(np.log(np.array([[0.97, 0.03], [0.6, 0.4], [0.01, 0.99]])))
     >>> rows.tolist(), labels.tolist()
@@ -186,7 +186,7 @@ def pseudo_labels(
 
 
 def linear_ramp(step: Int[Array, ""], begin: int, end: int) -> Float[Array, ""]:
-    """From 0 up to step `begin` to 1 from step `end` on, in a line between (Lee, 2013).
+    """Return 0 up to step `begin`, 1 from step `end` on, and a line in between (Lee, 2013).
 
     >>> [float(linear_ramp(jnp.int32(step), 10, 20)) for step in (5, 10, 15, 30)]
     [0.0, 0.0, 0.5, 1.0]
@@ -199,7 +199,7 @@ def linear_ramp(step: Int[Array, ""], begin: int, end: int) -> Float[Array, ""]:
 
 
 def sigmoid_ramp(step: Int[Array, ""], steps: int) -> Float[Array, ""]:
-    """`exp(-5 (1 - min(1, step / steps))^2)` (Laine & Aila, 2017).
+    """Return `exp(-5 (1 - min(1, step / steps))^2)` (Laine & Aila, 2017).
 
     >>> [round(float(sigmoid_ramp(jnp.int32(step), 10)), 4) for step in (0, 5, 10, 30)]
     [0.0067, 0.2865, 1.0, 1.0]
@@ -212,13 +212,13 @@ def sigmoid_ramp(step: Int[Array, ""], steps: int) -> Float[Array, ""]:
 # ---------------------------------------------------------------------------------- what they share
 
 type _Term = tuple[_Inputs, Callable[[Array], tuple[Array, dict[str, Array]]]]
-"""The student's views, and from its logits of them the value of each and metrics of each."""
+"""The student's views, and a function from its logits to the loss and metrics of each view."""
 
 
 def _own_labels(
     first: Augment | None, second: Augment | None, threshold: float, each: Each, align: bool
 ) -> Callable[..., _Term]:
-    """What the model says of the first view, where it is sure, is the label of the second."""
+    """Make a term that labels the second view by a confident prediction on the first."""
     _check_threshold(threshold)
 
     def term(
@@ -247,9 +247,7 @@ def _semi(
     weight: float,
     ramp: Ramp | None,
 ) -> Loss:
-    """The loss of labelled rows seen through `augment`, and of what `term` makes of the unlabelled
-    ones.
-    """
+    """Make the loss of the labelled rows, augmented by `augment`, and of `term` for the others."""
     if not weight >= 0:
         raise InputError(f"weight: {weight} given; allowed: at least 0")
     heldout = supervised(each)
@@ -277,15 +275,13 @@ def _semi(
         key = jax.random.fold_in(rng, _VIEWS)
         views, value = term(model, params, rows, key, state)
         own = _seen(augment, jax.random.fold_in(key, 2), inputs)
-        both = {
-            name: jnp.concatenate([own[name], views[name]]) for name in own if name in views
-        }  # else it is no input
+        # a field without unlabelled rows is no input of the model
+        both = {name: jnp.concatenate([own[name], views[name]]) for name in own if name in views}
         z = model.apply(params, both, rng=rng, train=True).logits
         labelled, (values, metrics) = z[:count], value(z[count:])
 
-        labels, weights = counting(
-            batch["labels"], row_weights(batch, (count,))
-        )  # of rows that fill it up they do not matter
+        # labels of rows that only fill up the batch do not matter
+        labels, weights = counting(batch["labels"], row_weights(batch, (count,)))
         t = distribution(labels, z.shape[-1])
         right = (jnp.argmax(labelled, axis=-1) == jnp.argmax(t, axis=-1)).astype(jnp.float32)
         mean = lambda values: weighted_mean(jnp.mean(values.reshape(count, -1), axis=1), weights)
@@ -302,9 +298,7 @@ def _semi(
 
 
 def _parted(batch: Mapping[str, Array]) -> tuple[_Inputs, _Inputs, int]:
-    """The inputs of the labelled rows, those of the unlabelled ones as one batch `[B * each, ...]`,
-    and B.
-    """
+    """Split a batch into its labelled rows, its unlabelled rows as `[B * each, ...]`, and B."""
     aside = ("labels", "weights")
     rows = {
         name.removeprefix(UNLABELLED): a for name, a in batch.items() if name.startswith(UNLABELLED)
@@ -320,9 +314,8 @@ def _parted(batch: Mapping[str, Array]) -> tuple[_Inputs, _Inputs, int]:
         if not name.startswith(UNLABELLED) and name not in aside
     }
     flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in rows.items() if name not in aside}
-    if (
-        "weights" in batch
-    ):  # an unlabelled row fills a batch up where the row does that it came with
+    # an unlabelled row counts if the labelled row that it belongs to does
+    if "weights" in batch:
         inputs["counts"] = batch["weights"] > 0
         flat["counts"] = jnp.repeat(
             inputs["counts"], len(next(iter(flat.values()))) // len(batch["labels"])
@@ -340,7 +333,5 @@ def _check_threshold(threshold: float) -> None:
 
 
 def _said(model: Model, params: tree.Params, rows: _Inputs) -> Float[Array, "N C"]:
-    """Logits without dropout; a batch norm goes by this batch, since while training it has nothing
-    else.
-    """
+    """Compute logits without dropout; in training, batch norm can only use the batch itself."""
     return model.apply(params, rows, rng=None, train=True).logits.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Runs of several processes: started, watched, stopped in order, and what their time went into."""
+"""Runs of several processes: start, watch and stop them, and record where their time went."""
 
 from jaxmodel.distributed.faults import Watchdog, stop_signals
 from jaxmodel.distributed.ledger import Ledger, process_began

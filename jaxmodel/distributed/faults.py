@@ -1,7 +1,4 @@
-"""What comes from outside and must not cost a run:
-
-SIGTERM, notices of maintenance, a process that hangs or is gone.
-"""
+"""Events from outside that must not cost a run: SIGTERM, maintenance, hanging or dead processes."""
 
 from __future__ import annotations
 
@@ -21,27 +18,29 @@ import jax
 from jaxmodel.distributed.startup import coordinator
 from jaxmodel.errors import InputError
 
-NOTICE_EVERY = 1.0  # seconds between two looks at the place of maintenance notices
-NO_NOTICE = "NONE"  # what stands there otherwise, as on Google's cloud
-STARTING = 20  # times as long a watchdog waits for what is no step of steady state:
+NOTICE_EVERY = 1.0  # seconds between two polls of the URL with maintenance notices
+NO_NOTICE = "NONE"  # the text there when no maintenance is near, as on Google's cloud
+STARTING = 20  # factor of a watchdog's patience during these phases, which are no steps:
 LONG = ("start", "compile", "evaluate", "checkpoint")
-BEAT = 2.0  # seconds between two words of a rank on where it is
-# the variable with the number of the process that started this one as one of several
+BEAT = 2.0  # seconds between two reports of a rank on where it is
+# environment variable with the id of the launcher that started this process as one of several
 LAUNCHER = "JAXMODEL_LAUNCHER"
-STUCK = 75  # the exit code of a process whose watchdog gave up: try again (EX_TEMPFAIL)
+STUCK = 75  # exit code of a process whose watchdog gave up: try again (EX_TEMPFAIL)
 
 
 @contextlib.contextmanager
 def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
-    """A function of the step that says whether to save and stop there: after SIGTERM, SIGINT, or a
-    notice of maintenance.
+    """Listen for SIGTERM, SIGINT and notices of maintenance while the context is open.
 
-    With several processes all stop at the same step, whichever was told (JAX's preemption service,
-    which takes SIGTERM).
+    With several processes all stop at the same step, whichever of them was told (through JAX's
+    preemption service, which handles SIGTERM).
 
     Args:
-      notices: a URL whose text is anything but NONE when maintenance is near; default that of the
-        machine's metadata server, if the environment variable GCE_METADATA_HOST names it.
+      notices: a URL whose text is not NONE when maintenance is near; default: that of the machine's
+        metadata server, if the environment variable GCE_METADATA_HOST names it.
+
+    Yields:
+      A function that takes a step and returns whether to save and stop there.
     """
     host = os.environ.get("GCE_METADATA_HOST")
     if notices is None and host:
@@ -54,9 +53,8 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
     def tell(why: str) -> None:
         told.set()
         if many:
-            os.kill(
-                os.getpid(), signal.SIGTERM
-            )  # which the preemption service hears, and tells the others
+            # The preemption service gets the signal and tells the other processes.
+            os.kill(os.getpid(), signal.SIGTERM)
         print(f"jaxmodel: {why}: saving and stopping", file=sys.stderr, flush=True)
 
     def hear(number: int, frame: Any) -> None:
@@ -64,7 +62,7 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
 
     def follow(launcher: int) -> None:
         while not done.wait(NOTICE_EVERY):
-            if os.getppid() != launcher:  # nobody would start this process again, or look after it
+            if os.getppid() != launcher:  # the launcher is gone, so nothing restarts this process
                 return tell(f"process {launcher}, which started this one, is gone")
 
     def look() -> None:
@@ -84,8 +82,8 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
             return False
         from jax.experimental import multihost_utils
 
-        # also of a cluster of one, as an elastic run may be: what was said before this began, that
-        # service heard
+        # Ask the service in a cluster of one too (an elastic run may shrink to it): it has recorded
+        # what arrived before this context was opened.
         return multihost_utils.reached_preemption_sync_point(step)
 
     main = threading.current_thread() is threading.main_thread()
@@ -104,16 +102,16 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
 
 
 class Watchdog:
-    """Says which rank is stuck or gone, and ends a process that waits for it; a context manager.
+    """A context manager that names the rank that is stuck or gone, and ends a waiting process.
 
-    With several processes every rank tells where it is every other second (JAX's key-value store).
-    When nothing has moved here for `seconds`, or an exchange with the others failed, the ranks that
-    tell nothing any more, or that are behind the others, are named, the stacks of all threads are
-    printed, and the process ends with code 75, without the exchange at the end that would hang.
+    With several processes, every rank reports where it is every two seconds (in JAX's key-value
+    store). If there is no progress here for `seconds`, or communication with the others fails, the
+    watchdog names the ranks that are silent or behind and prints the stacks of all threads. It then
+    ends the process with code 75, without the usual synchronisation, which would hang.
 
     Args:
-      seconds: without a step, in steady state; 0 for never.
-      exits: what ends the process.
+      seconds: the longest time without a step, in steady state; 0 for no limit.
+      exits: the function that ends the process.
     """
 
     def __init__(self, seconds: float = 0.0, exits: Callable[[int], Any] = os._exit):
@@ -135,12 +133,12 @@ class Watchdog:
             and isinstance(error, Exception)
             and not isinstance(error, InputError)
         ):
-            time.sleep(2 * BEAT)  # until one who is gone is silent
+            time.sleep(2 * BEAT)  # by then a rank that is gone is known to be silent
             self._end(f"an exchange failed ({' '.join(str(error).split())[:200]})")
         self._done.set()
 
     def at(self, place: str) -> None:
-        """This process came to a place, such as 'step 7: compute'."""
+        """Record where this process is, such as 'step 7: compute'."""
         self._place = place
         self._moved = time.monotonic()
 
@@ -148,9 +146,8 @@ class Watchdog:
         every = min(BEAT, self.seconds / 4) if self.seconds else BEAT
         while True:
             if self._client is not None:
-                with contextlib.suppress(
-                    Exception
-                ):  # the coordinator may be gone: JAX itself ends the process then
+                with contextlib.suppress(Exception):
+                    # The coordinator may be gone. JAX itself then ends the process.
                     text = f"{time.time()} {time.monotonic() - self._moved} {self._place}"
                     self._client.key_value_set(
                         f"jaxmodel/place/{jax.process_index()}", text, allow_overwrite=True
@@ -169,7 +166,7 @@ class Watchdog:
         self._exits(STUCK)
 
     def _places(self) -> list[str]:
-        """Where each rank is: first those that are silent, then those that moved least."""
+        """Describe where each rank is: silent ranks first, then those with the least progress."""
         found: list[tuple[bool, float, str]] = []
         for rank in range(jax.process_count()):
             try:

@@ -1,6 +1,4 @@
-"""Several processes of one run on this machine, to try what a cluster does: started, watched, named
-when they die.
-"""
+"""Start several processes of one run on this machine, as a cluster would, and watch them."""
 
 from __future__ import annotations
 
@@ -35,30 +33,30 @@ def launch(
     finished: Callable[[], bool] = lambda: False,
     restarts: int = 100,
 ) -> list[dict[str, object]]:
-    """Run a Python command in several processes with JAX's coordinates in their environment, until
-    all of them end well.
+    """Run a Python command in several processes until all of them succeed.
 
-    Process 0 writes to this one's standard error, the others to `rank-<i>.log`. When one dies, the
-    others, which would wait for it for ever, are ended, and which it was is said. Elastic, the run
-    is started again with one fewer (or as many, where one was only stuck), and after `regrow`
-    seconds it is told to save and started again with all.
+    Each gets JAX's cluster settings in its environment. Process 0 writes to the standard error of
+    this one, the others to `rank-<i>.log`. If one dies it is named and the others, which would wait
+    for it for ever, are ended. An elastic run is then started again with one process fewer (or with
+    as many, if one was only stuck). After `regrow` seconds it is told to save and is started with
+    all processes again.
 
     Args:
       command: arguments of Python.
-      processes: how many.
-      devices: simulated devices of each.
+      processes: number of processes.
+      devices: number of simulated devices in each process.
       logs: folder of the logs.
-      elastic: whether to start again.
-      regrow: seconds.
-      fits: whether the run can have so many processes (a batch must divide).
-      finished: whether the run had come to its end when it was told to save.
-      restarts: the most of them.
+      elastic: start again after a process has died.
+      regrow: seconds until an elastic run is started with all processes again.
+      fits: number of processes -> whether the run can have so many (a batch must divide).
+      finished: tells whether the run was complete when it was told to save.
+      restarts: the largest number of restarts.
 
     Returns:
-      What happened: `{"time", "event": "start" | "died" | "regrow" | "end", "processes", ...}`.
+      The events: `{"time", "event": "start" | "died" | "regrow" | "end", "processes", ...}`.
 
     Raises:
-      InputError: a process died and the run is not elastic, or none was left.
+      InputError: a process died and the run is not elastic, or no process was left.
     """
     at_least("processes", processes)
     at_least("devices_per_process", devices)
@@ -97,7 +95,7 @@ def launch(
                     break
             dead = [(rank, code) for rank, code in enumerate(codes) if code]
             if asked and all(code == -signal.SIGTERM for _, code in dead):
-                dead = []  # told before it could hear: it had nothing to save yet
+                dead = []  # the signal came before it was handled: there was nothing to save yet
                 _end(world)
             if not dead:
                 if now < processes and asked and not told and not finished():
@@ -113,7 +111,7 @@ def launch(
             _end(world)
             what = f"rank {rank} of {now} ended {how}"
             shown = _tail(logs / f"rank-{rank}.log") if rank else ""
-            if code == 2 or not elastic or told:  # 2: bad input, which is no better the next time
+            if code == 2 or not elastic or told:  # 2: bad input, which a restart does not mend
                 raise InputError(f"train: {what}; the others were stopped{shown}")
             attempts += 1
             smaller = (
@@ -137,9 +135,8 @@ def _start(
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    safe = (
-        ["-P"] if command[:1] == ["-m"] else []
-    )  # a module comes from where it is installed, never from the current folder
+    # import a module from where it is installed, never from the current folder
+    safe = ["-P"] if command[:1] == ["-m"] else []
     world = []
     with contextlib.ExitStack() as stack:
         files = [
@@ -154,8 +151,7 @@ def _start(
                 "JAX_PROCESS_ID": str(rank),
                 LAUNCHER: str(os.getpid()),
             }
-            # what process 0 prints on standard output the caller says once more, when all are
-            # through
+            # The caller prints the result of process 0 itself, when all have ended.
             out = log or subprocess.DEVNULL
             world.append(
                 subprocess.Popen(
@@ -172,7 +168,7 @@ def _tell(world: list[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _end(world: list[subprocess.Popen[bytes]]) -> None:
-    """End what is left: it waits for the dead one and cannot save."""
+    """Kill the remaining processes: they wait for the dead one and cannot save."""
     for one in world:
         with contextlib.suppress(ProcessLookupError):
             one.kill()

@@ -1,9 +1,8 @@
-"""Where the time of a run went: each instant of its wall clock, over all its restarts, is in
-exactly one category.
+"""Where the time of a run went, over all its restarts, each instant in exactly one category.
 
-Written as it goes, a line every second or so, so that a run that is killed has told nearly all;
-what it did not tell counts as `down`, as does the time until it is started again. What was computed
-behind the checkpoint that it then goes on from counts as `lost`.
+A line is written about once a second, so that little is unrecorded if a run is killed. That and the
+time until the restart count as `down`. What was computed after the checkpoint from which the run
+continues counts as `lost`.
 """
 
 from __future__ import annotations
@@ -33,11 +32,13 @@ CATEGORIES = (
     "down",
     "other",
 )
-"""start: until the first batch is asked for. compute: the steps. other: what is none of these
-(writing rows, callbacks).
+"""Categories of time.
+
+start: until the first batch is requested. compute: the steps. other: all else (writing rows,
+callbacks).
 """
 _LOST = ("compile", "data", "compute", "evaluate", "checkpoint")
-EVERY = 1.0  # seconds between two lines, in a long run a thousandth of its time
+EVERY = 1.0  # seconds between two lines; in a long run a thousandth of its time
 
 
 class _Line(TypedDict):
@@ -54,12 +55,13 @@ class _Spent(_Line, total=False):
 
 
 class Ledger:
-    """Seconds by category. Without a file it keeps this process's own only.
+    """A record of seconds by category; without a file, of this process only.
 
     Args:
-      file: `ledger.jsonl` of a run, appended to; None for none.
-      clock: seconds since some fixed time, the same for all processes of a run.
-      began: when this process began, by the clock, such as `process_began()`; default now.
+      file: `ledger.jsonl` of a run, which is appended to; None for no file.
+      clock: returns seconds since a fixed time that is the same for all processes of a run.
+      began: time by that clock at which this process began, such as `process_began()`; default:
+        now.
 
     >>> now = iter([0.0, 0.0, 2.0, 5.0, 5.5, 5.5])
     >>> ledger = Ledger(clock=lambda: next(now))
@@ -79,9 +81,8 @@ class Ledger:
         self._clock = clock
         self._lines = _read(self._file)
         self._lives = self._lines[-1]["life"] + 1 if self._lines else 0
-        before = max(
-            (line["time"] for line in self._lines), default=float("-inf")
-        )  # of this process too, where it resumes
+        # also a line of this process itself, if it resumes
+        before = max((line["time"] for line in self._lines), default=float("-inf"))
         self._began = self._since = max(before, clock() if began is None else began)
         self._category = "start"
         self._step = 0
@@ -90,7 +91,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def spend(self, category: str) -> Iterator[None]:
-        """The time inside is of this category; what is around goes on in its own afterwards."""
+        """Count the time inside the context for this category, then return to the one before."""
         before = self.enter(category)
         try:
             yield
@@ -98,10 +99,10 @@ class Ledger:
             self.enter("other" if before == "start" else before)
 
     def enter(self, category: str) -> str:
-        """From now on the time is of this category; returns the one before.
+        """Count the time from now on for this category; return the one before.
 
         Raises:
-          InputError: it is none of `CATEGORIES`.
+          InputError: the category is not in `CATEGORIES`.
         """
         if category not in CATEGORIES:
             raise unknown("category", category, CATEGORIES)
@@ -115,8 +116,9 @@ class Ledger:
         return before
 
     def at(self, step: int, *, saved: bool = False) -> None:
-        """The run is at this step; `saved` where its checkpoint is begun, so that what follows may
-        be lost.
+        """Record the step that the run has reached.
+
+        Pass `saved` if its checkpoint has been started, so that only later work can be lost.
         """
         self._step = step
         if saved:
@@ -124,8 +126,9 @@ class Ledger:
             self._write(self._since, saved=step)
 
     def restored(self, step: int) -> None:
-        """The run goes on from a checkpoint of this step: what earlier processes did behind it was
-        lost.
+        """Record that the run continues from a checkpoint of this step.
+
+        Work that earlier processes did after that step is then lost.
         """
         self._append({"life": self._lives, "restored": step, "time": self._clock()})
 
@@ -135,8 +138,9 @@ class Ledger:
         self._write(self._since)
 
     def summary(self) -> dict[str, float]:
-        """Seconds by category over all restarts, `wall` from the beginning until now, and
-        `goodput`, the share of compute.
+        """Return the seconds by category over all restarts.
+
+        `wall` is the time from the beginning until now and `goodput` the share of `compute` in it.
         """
         self.enter(self._category)
         if self._file is not None:
@@ -163,10 +167,10 @@ class Ledger:
 
 
 def process_began() -> float:
-    """When the operating system started this process, in seconds as `time.time` gives them; now,
-    where it does not tell.
+    """Return the time at which the operating system started this process, as `time.time` counts.
 
-    So a ledger counts what went by before it was made: the interpreter, imports, the data.
+    A ledger then includes the time before it was made: the interpreter, imports, the data. If the
+    system does not tell, return the time now.
     """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -178,7 +182,7 @@ def process_began() -> float:
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """What `Ledger.summary` gives, from the lines of its file."""
+    """Compute the result of `Ledger.summary` from the lines of its file."""
     total: dict[str, float] = collections.defaultdict(float)
     lives = sorted({line["life"] for line in lines if "spent" in line})
     of_life = {life: [line for line in lines if line["life"] == life] for life in lives}
@@ -200,14 +204,15 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _kept(later: list[dict[str, Any]], own: list[dict[str, Any]]) -> dict[str, float] | None:
-    """What a life had spent when it began the checkpoint that the next one went on from; None if no
-    other has begun to work.
+    """Return what a process had spent when it started the checkpoint that the next one restored.
+
+    None if no later process has begun to work.
     """
     for line in later:
         if "restored" in line:
             saved = [mine["spent"] for mine in own if mine.get("saved") == line["restored"]]
-            # a checkpoint that is not of this life is of one before (all was in vain), unless this
-            # one ended at that step
+            # A checkpoint that this process did not save is of an earlier one, so all its work is
+            # lost, unless this process ended at that step.
             return saved[-1] if saved else {}
         if line["spent"].get("compile"):
             return {}  # from the beginning
@@ -220,7 +225,7 @@ def _totals(spent: dict[str, float], wall: float) -> dict[str, float]:
 
 
 def _read(file: Path | None) -> list[dict[str, Any]]:
-    """The lines that are whole: the last may be cut off where a process was killed."""
+    """Read the complete lines; the last may be cut off if a process was killed."""
     if file is None or not file.exists():
         return []
     lines = []

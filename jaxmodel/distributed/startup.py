@@ -1,5 +1,6 @@
-"""Several processes as one run: found out from a TPU pod, Slurm, Open MPI, Kubernetes or the
-environment, or said explicitly.
+"""Joining several processes to one run, by explicit settings or those found in the environment.
+
+The settings of TPU pods, Slurm, Open MPI and Kubernetes are recognised.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ import jax
 from jaxmodel.errors import InputError
 
 HEARTBEAT = 30
-"""Seconds after which the coordinator counts a silent process as dead, and all others end; JAX's
-own default is 100.
+"""Seconds after which the coordinator declares a silent process dead and all others end.
+
+JAX's own default is 100.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """How a process finds the others.
+    """The settings by which a process finds the others.
 
     Attributes:
-      kind: "explicit", "environment", "slurm", "openmpi", "kubernetes", "tpu".
-      coordinator: `host:port` of process 0; None where JAX finds it out (Slurm, Open MPI, TPU).
-      processes: how many there are; None likewise.
-      process: which of them this is; None likewise.
+      kind: "explicit", "environment", "slurm", "openmpi", "kubernetes" or "tpu".
+      coordinator: `host:port` of process 0; None if JAX detects it (Slurm, Open MPI, TPU).
+      processes: number of processes; None if JAX detects it.
+      process: index of this process; None if JAX detects it.
     """
 
     kind: str
@@ -45,20 +47,22 @@ def detect(
     processes: int | None = None,
     process: int | None = None,
 ) -> Cluster | None:
-    """The cluster that this process belongs to; None for one process alone.
+    """Return the cluster that this process belongs to, or None for one process alone.
 
-    What is said explicitly wins, then `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`,
-    `JAX_PROCESS_ID` (of Kubernetes' indexed jobs `JOB_COMPLETION_INDEX` serves as the last), then
-    what Slurm, Open MPI or a TPU pod set.
+    Explicit arguments come first, then `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` (or `JOB_COMPLETION_INDEX`, which Kubernetes sets in indexed jobs), then the
+    variables of Slurm, Open MPI or a TPU pod.
 
     Raises:
-      InputError: only a part of what is needed was said.
+      InputError: only some of the three settings are given.
 
-    >>> detect({"JAX_COORDINATOR_ADDRESS": "trainer-0:1234", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"})
+    >>> environ = {"JAX_COORDINATOR_ADDRESS": "trainer-0:1234", "JAX_NUM_PROCESSES": "4"}
+    >>> detect({**environ, "JOB_COMPLETION_INDEX": "2"})
     Cluster(kind='kubernetes', coordinator='trainer-0:1234', processes=4, process=2)
     >>> detect({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "3"}).kind
     'slurm'
-    >>> [detect({name: "h0:8476,h1:8476"}).kind for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")]
+    >>> names = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+    >>> [detect({name: "h0:8476,h1:8476"}).kind for name in names]
     ['tpu', 'tpu']
     >>> detect({"TPU_WORKER_HOSTNAMES": "h0", "MEGASCALE_NUM_SLICES": "2"}).kind
     'tpu'
@@ -94,14 +98,13 @@ def detect(
 
 
 def on_tpu_machine() -> bool:
-    """Whether this is a machine of Google's with chips to use, whose surroundings JAX knows how to
-    ask.
-    """
+    """Return whether this is a Google machine with usable TPU chips, which JAX can query."""
     if "tpu" not in (jax.config.jax_platforms or "tpu"):
         return False
+    # It answers at once if there are no chips. There is no public function for it.
     from jax._src.clusters import (
         cloud_tpu_cluster,
-    )  # it says no at once where there are no chips; there is no public way to it
+    )
 
     return any(
         kind.is_env_present()
@@ -116,19 +119,23 @@ def initialize(
     timeout: int = 300,
     collectives: Literal["gloo", "mpi"] | None = None,
 ) -> Cluster | None:
-    """Join the other processes; nothing where there is one alone. Before the first computation.
+    """Join the other processes of the run; do nothing if there are none.
+
+    Call it before the first computation.
 
     Args:
-      cluster: default what the environment says.
+      cluster: the settings; default: those of the environment.
       heartbeat: see `HEARTBEAT`.
       timeout: seconds to wait for the others.
-      collectives: of CPU clusters: gloo (over TCP, part of JAX) or mpi (which loads the MPIwrapper
-        that `MPITRAMPOLINE_LIB` names); default what `JAX_CPU_COLLECTIVES_IMPLEMENTATION` says,
-        else gloo.
+      collectives: for CPU clusters, gloo (over TCP, part of JAX) or mpi (which loads the MPIwrapper
+        named by `MPITRAMPOLINE_LIB`); default: `JAX_CPU_COLLECTIVES_IMPLEMENTATION`, else gloo.
+
+    Returns:
+      The cluster that was joined, or None.
 
     Raises:
-      InputError: the others did not come in time; with MPI, no MPIwrapper, or several devices in a
-        process.
+      InputError: the others did not join in time; with MPI, a missing MPIwrapper, or several
+        devices in a process.
     """
     cluster = (
         detect(os.environ) or (Cluster("tpu") if on_tpu_machine() else None)
@@ -144,9 +151,8 @@ def initialize(
             raise InputError(
                 f"devices: {devices} in each process given; allowed with MPI: 1 (or gloo)"
             )
-        if (
-            "MPITRAMPOLINE_LIB" not in os.environ
-        ):  # else the process would end here, with a line of C
+        # without this check the process would end here with a message from C
+        if "MPITRAMPOLINE_LIB" not in os.environ:
             raise InputError(
                 "MPITRAMPOLINE_LIB: not set; MPI needs it to name a libmpiwrapper.so, see "
                 "docs/design.md"
@@ -159,7 +165,7 @@ def initialize(
             cluster.process,
             heartbeat_timeout_seconds=heartbeat,
             initialization_timeout=timeout,
-            # one that fails does not wait five minutes for those that cannot come
+            # so that a process that fails does not wait five minutes for those that cannot come
             shutdown_timeout_seconds=heartbeat,
         )
     except RuntimeError as error:
@@ -170,26 +176,28 @@ def initialize(
 
 
 def coordinator() -> Any:
-    """The client of JAX's coordination service, of barriers and a key-value store; None for one
-    process alone.
+    """Return the client of JAX's coordination service, or None for one process alone.
+
+    It has barriers and a key-value store.
     """
     if jax.process_count() == 1:
         return None
-    from jax._src import distributed  # there is no public way to it
+    from jax._src import distributed  # there is no public function for it
 
     return distributed.global_state.client
 
 
 def by_mpi() -> bool:
-    """Whether this process is one of several that exchange by MPI."""
+    """Return whether this process is one of several that communicate by MPI."""
     return (
         jax.distributed.is_initialized() and jax.config.jax_cpu_collectives_implementation == "mpi"
     )
 
 
 def leave(code: int) -> NoReturn:
-    """End this process after collectives by MPI: at a usual exit XLA would free what MPI has
-    closed, on which MPI aborts.
+    """End this process after collectives by MPI, without the usual clean-up.
+
+    At a usual exit XLA would free what MPI has already closed, and MPI would abort.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What stands around a run: the ledger of its time, the watchdog, and who may stop it."""
+"""Monitoring of a run: the ledger of its time, the watchdog, and requests to stop it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from jaxmodel.distributed.ledger import Ledger
 
 PROFILE_AFTER = 5
 PROFILED = 3
-"""Steps before a trace, which are not as later ones are, and steps of a trace."""
+"""Number of steps before a trace, since the first ones are not typical, and number in a trace."""
 
 
 class Supervisor:
-    """Told by `fit` where it is.
+    """A monitor that `fit` tells where it is.
 
     Args:
-      ledger: of the time; default one that keeps nothing.
+      ledger: the record of time; default: one without a file.
       watchdog: see `faults.Watchdog`; None for none.
       stop: step -> whether to save and stop there; see `faults.stop_signals`.
       profile: folder for an XProf trace of three steps, some steps after the first; None for none.
+
+    >>> supervisor = Supervisor(stop=lambda step: step >= 100)
+    >>> with supervisor.spend("compute", step=7):
+    ...     pass
+    >>> sorted(supervisor.ledger.summary())
+    ['compute', 'goodput', 'other', 'start', 'wall']
     """
 
     def __init__(
@@ -41,7 +47,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def spend(self, category: str, step: int) -> Iterator[None]:
-        """The time inside is of this category of the ledger, and the watchdog knows where it went."""
+        """Count the time inside for this category of the ledger, and tell the watchdog."""
         if self.watchdog is not None:
             self.watchdog.at(f"step {step}: {category}")
         if self._profile is not None and category == "data":
@@ -50,7 +56,7 @@ class Supervisor:
             yield
 
     def _trace(self, step: int) -> None:
-        """Begin and end the trace, by the step that comes now."""
+        """Start or stop the trace if this step is the one for it."""
         self._begins = self._begins or step + PROFILE_AFTER
         if step == self._begins:
             jax.profiler.start_trace(str(self._profile))
@@ -59,8 +65,8 @@ class Supervisor:
             self._profile = None
 
     def close(self) -> None:
-        """End a trace that a short run left open, and write the last line of the ledger."""
+        """Stop a trace that a short run left open, and write the last line of the ledger."""
         if self._profile is not None:
-            with contextlib.suppress(RuntimeError):  # it was not begun
+            with contextlib.suppress(RuntimeError):  # it was never started
                 jax.profiler.stop_trace()
         self.ledger.close()

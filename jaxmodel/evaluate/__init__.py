@@ -1,4 +1,4 @@
-"""How good a model is, with intervals, alone and beside its smaller versions."""
+"""Evaluation: quality with confidence intervals, of one model or of its variants side by side."""
 
 from jaxmodel import moved
 from jaxmodel.evaluate.accuracy import Accuracy, accuracy

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, with an interval."""
+"""Accuracy of a classifier, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from jaxmodel.progress import progress
 @briefly
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """How often a classifier is right.
+    """The accuracy of a classifier.
 
     Attributes:
-      value: the share of rows that it gets right.
-      right: how many.
-      rows: of how many.
-      interval: 95 % interval of the share (Wilson, 1927), which holds near 0 and 1 too.
+      value: the share of rows that it classifies correctly.
+      right: number of those rows.
+      rows: number of all rows.
+      interval: 95 % confidence interval of the share (Wilson, 1927), also valid near 0 and 1.
     """
 
     value: float
@@ -43,19 +43,20 @@ def accuracy(
     top: int = 1,
     batch: int = 500,
 ) -> Accuracy:
-    """The share of rows whose label is among the classes with the `top` largest scores.
+    """Compute the share of rows whose label is among the classes with the `top` largest scores.
 
     Args:
-      predict: `(params, x) -> [B, C]`: logits or probabilities; jitted if it should be quick.
-      params: its first argument.
-      x: the inputs, their rows along the first axis.
+      predict: `(params, x) -> [B, C]`: logits or probabilities; jit it for speed.
+      params: the first argument of `predict`.
+      x: the inputs, rows along the first axis.
       labels: the class of each row.
-      top: classes that count.
-      batch: rows that are predicted at once; the last batch is filled up, so that nothing is
-        compiled twice.
+      top: number of classes that count as a hit.
+      batch: number of rows per call; the last batch is filled up, so that nothing is compiled
+        twice.
 
     Raises:
-      InputError: no rows, another number of labels, a label that is no class, or a size below 1.
+      InputError: no rows, another number of labels than rows, a label that is no class, or a size
+        below 1.
 
     >>> scores = np.asarray([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], np.float32)
     >>> found = accuracy(lambda params, x: x, {}, scores, np.asarray([1, 0, 1, 1]))
@@ -86,8 +87,8 @@ def accuracy(
                 f"allowed"
             )
         mine = np.take_along_axis(scores, wanted[:, None].astype(np.int64), axis=-1)
-        # An equal score of another class counts against the label, and so does NaN: who scores all
-        # alike knows nothing.
+        # An equal score of another class counts against the label, and so does NaN: equal scores
+        # for all classes tell nothing.
         right += int(np.sum(np.sum(~(scores < mine), axis=-1) <= top))
     return Accuracy(right / len(x), right, len(x), _wilson(right, len(x)))
 

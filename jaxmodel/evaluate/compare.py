@@ -1,6 +1,4 @@
-"""Versions of a model beside each other: their bytes, the loss on the same tokens, speed, the same
-greedy text.
-"""
+"""Variants of a model side by side: bytes, loss on the same tokens, speed and greedy text."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ COLUMNS = (
     report.Column("decode_tps_1", "decode\n1 stream", rate),
     report.Column("decode_tps_8", "decode\n8 streams", rate),
 )
-"""Of a table of versions."""
+"""The columns of a table of variants."""
 
 type Versions = Mapping[str, Callable[[], Bundle]]
 
@@ -50,30 +48,30 @@ def compare(
     seed: int = 0,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure versions of a model, one at a time, each made when its turn comes and dropped
-    afterwards.
+    """Measure variants of a model one at a time; each is made for its turn and then dropped.
 
     Args:
-      versions: name -> a function that makes the bundle (see `compress.versions`). The others are
-        compared with the first.
+      versions: name -> a function that makes the bundle (see `compress.versions`). All are compared
+        with the first.
       windows: tokens to score; see `perplexity`.
-      keep: name -> a folder in which the version's bundle stays; it is read back, and its logits
-        are compared with those that the bundle in memory gives.
-      speed: whether to measure it too (see `generation.measure_speed`).
-      prompt: a text for each to continue greedily; empty for none.
-      max_new_tokens: of that continuation.
-      seed: of the bootstrap intervals.
-      on_row: called with each row as it comes.
+      keep: name -> a folder to save the variant in. The bundle is then loaded back, and its logits
+        are compared with those of the bundle in memory.
+      speed: measure the speed too (see `generation.measure_speed`).
+      prompt: a text that each continues greedily; empty for none.
+      max_new_tokens: length of that continuation.
+      seed: seed of the bootstrap intervals.
+      on_row: called with each row as soon as it is complete.
 
     Returns:
-      A row for each version: `name`; `resident_bytes` of the weights while it runs, `packed_bytes`
-      of its stored form, `file_bytes` on disk, `bits_per_weight` (stored); `nll`, `nll_interval`,
-      `perplexity`; `nll_change`, the mean difference to the first version on the same tokens,
-      `nll_change_interval`; and where asked for `loads_back`, tokens per second, `continuation`.
+      A row for each variant: `name`; `resident_bytes` of the weights while it runs, `packed_bytes`
+      of its stored form, `file_bytes` on disk, `bits_per_weight` (stored); `nll` (nats per token),
+      `nll_interval`, `perplexity`; `nll_change`, the mean difference from the first variant on the
+      same tokens, and `nll_change_interval`; if asked for also `loads_back`, tokens per second and
+      `continuation`.
 
     Raises:
-      InputError: windows that cannot be scored, a folder of `keep` that cannot be written, a prompt
-        that cannot be read.
+      InputError: windows that cannot be scored, a folder of `keep` that cannot be written, or a
+        prompt that cannot be tokenised.
     """
     rows: list[dict[str, Any]] = report.Rows((), COLUMNS)
     first: np.ndarray | None = None
@@ -81,9 +79,9 @@ def compare(
         for name, make in versions.items():
             bundle = make()
             row = {"name": name, **_stored(bundle, (keep or {}).get(name), windows[:1, :64])}
-            # From here on only what a server would hold is alive, so the stored form is not counted
-            # (nor is a plain bundle that other versions are still to be made of: it is not this
-            # version's). A leaf that both forms share is counted once.
+            # From here on only what a server would hold counts, without the stored form and without
+            # the plain bundle from which other variants are made. A leaf that both forms share is
+            # counted once.
             bundle = generation.running_only(bundle)
             row["resident_bytes"] = resident_bytes(bundle.params, bundle.running())
             nll = token_nll(bundle.model, bundle.params, windows)
@@ -104,14 +102,12 @@ def compare(
 
 
 def resident_bytes(*trees: Any) -> int:
-    """Bytes of the buffers that stay alive while these trees do; one that stands in several places
-    is counted once.
-    """
+    """Return the bytes of all buffers that these trees keep alive; shared buffers count once."""
     return tree.nbytes(list({id(array): array for array in jax.tree.leaves(trees)}.values()))
 
 
 def _stored(bundle: Bundle, keep: Path | None, tokens: np.ndarray) -> dict[str, Any]:
-    """What the stored form takes, in memory and on disk."""
+    """Measure the stored form in memory and on disk."""
     packed = tree.nbytes(bundle.params)
     row: dict[str, Any] = {
         "packed_bytes": packed,
@@ -126,7 +122,7 @@ def _stored(bundle: Bundle, keep: Path | None, tokens: np.ndarray) -> dict[str, 
 
 
 def _same_logits(one: Bundle, other: Bundle, tokens: np.ndarray) -> bool:
-    """Whether two bundles give the same logits bit for bit."""
+    """Return whether two bundles give the same logits bit for bit."""
     inputs = jnp.asarray(tokens)
     first, second = (
         np.asarray(jax.jit(b.model.apply)(b.params, inputs).logits) for b in (one, other)

@@ -22,12 +22,12 @@ from jaxmodel.progress import progress
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """The mean negative log-likelihood of the next token, in nats, and what follows from it.
+    """The mean negative log-likelihood of the next token, and the perplexity.
 
     Attributes:
-      nll: mean over all predictions.
+      nll: mean over all predictions, in nats.
       perplexity: exp(nll).
-      predictions: how many: a window of T tokens has T - 1.
+      predictions: number of predictions, T - 1 for each window of T tokens.
       interval: 95 % bootstrap interval of nll, over blocks of neighbouring predictions.
     """
 
@@ -52,14 +52,14 @@ def perplexity(
     chunk: int = 128,
     seed: int = 0,
 ) -> Perplexity:
-    """Score windows of tokens, each on its own.
+    """Compute the perplexity on windows of tokens, each on its own.
 
     Args:
       model: a decoder.
-      params: its parameters; the form that runs (`bundle.running()`) is quickest.
-      windows: tokens; the first of each window is context only.
-      chunk: positions whose logits exist at once.
-      seed: of the bootstrap.
+      params: its parameters; the form for inference (`bundle.running()`) is fastest.
+      windows: tokens; the first of each window is only context.
+      chunk: number of positions whose logits exist at once.
+      seed: seed of the bootstrap.
 
     Returns:
       See `Perplexity`.
@@ -70,11 +70,11 @@ def perplexity(
 def token_nll(
     model: Model, params: tree.Params, windows: Int[np.ndarray, "N T"], *, chunk: int = 128
 ) -> Float[np.ndarray, "N P"]:
-    """Negative log-likelihood of every token but the first of each window, in nats.
+    """Compute the negative log-likelihood of every token but the first of each window, in nats.
 
     Raises:
-      InputError: no windows, ids that the vocabulary has not, windows of one token or longer than
-        the model's context, a chunk below 1.
+      InputError: no windows, ids outside of the vocabulary, windows of one token or longer than the
+        model's context, or a chunk below 1.
     """
     n, t = windows.shape
     if n < 1 or t < 2:
@@ -98,7 +98,7 @@ def token_nll(
 def summarize(
     nll: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0
 ) -> Perplexity:
-    """Mean and bootstrap interval.
+    """Compute the mean and its bootstrap interval.
 
     Neighbouring predictions depend on each other, so blocks of them are resampled.
     """
@@ -114,10 +114,10 @@ def summarize(
 def bootstrap(
     values: Float[np.ndarray, "N P"], *, block: int = 32, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling blocks of neighbours (Kuensch, 1989).
+    """Compute the 95 % percentile interval of the mean by resampling blocks of neighbours.
 
-    Differences of two models' values on the same tokens give the interval of their difference,
-    which is far narrower.
+    For two models, pass the differences of their values on the same tokens: the interval of the
+    difference is far narrower. Source: Kuensch, 1989.
     """
     pieces = [piece for row in values for piece in np.array_split(row, max(1, len(row) // block))]
     sums = np.array([p.sum(dtype=np.float64) for p in pieces])
