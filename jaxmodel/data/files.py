@@ -33,9 +33,8 @@ PROTOCOLS = ("https", "gs", "s3", "hf")
 LONGEST = 2**27
 """Bytes of a line, and of a local file that is read as a whole into a text."""
 _BLOCK = 2**20  # bytes
-_CONTENT_UP_TO = (
-    2**26
-)  # bytes of a local file that are hashed rather than believed to be those of its time of change
+# bytes of a local file that are hashed rather than believed to be those of its time of change
+_CONTENT_UP_TO = 2**26
 
 
 def is_remote(path: Where) -> bool:
@@ -309,7 +308,8 @@ def _remote(url: str) -> tuple[Any, str]:
     except (
         ValueError,
         ImportError,
-    ) as error:  # an unknown protocol, or one whose package is not installed
+    ) as error:
+        # an unknown protocol, or one whose package is not installed
         if isinstance(error, InputError):
             raise
         raise InputError(

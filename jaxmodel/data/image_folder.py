@@ -28,10 +28,11 @@ from jaxmodel.progress import bar
 from jaxmodel.report import html
 from jaxmodel.report.shown import card
 
+# which lie in folders of images without anybody having put them there
 _OF_SYSTEMS = (
     "thumbs.db",
     "desktop.ini",
-)  # which lie in folders of images without anybody having put them there
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +144,8 @@ class ImageFolder:
         trained on them.
         """
         rows, columns = self.resize
-        size = (
-            rows if rows == columns else "cover"
-        )  # the shorter side of a square is what other programs read, too
+        # the shorter side of a square is what other programs read, too
+        size = rows if rows == columns else "cover"
         return ImageProcessor(
             size=size, crop=self.resize, mean=(0.0,) * self.channels, std=(1.0,) * self.channels
         )
@@ -229,9 +229,8 @@ def same_classes(stream: Any, heldout: Any) -> None:
 def _names(batches: Any) -> list[list[str]]:
     """The classes of each image folder behind a stream, a mixture, or what else is made of streams."""
     inner = [stream for stream, _ in getattr(batches, "components", ())]
-    inner += (
-        [batches.stream] if isinstance(batches, Paired) else []
-    )  # the other's labels do not count
+    # the other's labels do not count
+    inner += [batches.stream] if isinstance(batches, Paired) else []
     folder = getattr(batches, "data", None)
     return (
         [folder.names]

@@ -38,10 +38,11 @@ _OURS = re.compile(
     r"(tokens|offsets)-[0-9a-f]{8}-\d{5,}\.bin|pack-\d+-[0-9a-f]{16}\.(json|starts|sizes|firsts)"
 )
 _ANEW = f"delete {INDEX} and tokenise anew"
+# at most so many are encoded in one call, unless a single text is longer
 _TEXTS, _CHARACTERS = (
     1024,
     2**20,
-)  # at most so many are encoded in one call, unless a single text is longer
+)
 
 
 type _Size = Annotated[int, schema.Range(0, 2**62)]
@@ -155,9 +156,8 @@ class Shards:
         digests = [
             [shard["tokens_sha256"], shard["offsets_sha256"]] for shard in self.index["shards"]
         ]
-        keep = (
-            self.index["keep"] and self.index["keep"][0]
-        )  # its code reads differently in each version of Python
+        # its code reads differently in each version of Python
+        keep = self.index["keep"] and self.index["keep"][0]
         return _digest([_FORMAT, self.index["dtype"], self.index["tokenizer"], keep, digests])
 
     def __len__(self) -> int:
@@ -195,9 +195,8 @@ class Shards:
         other.
         """
         owner = np.searchsorted(self._starts, starts, side="right") - 1
-        if np.any(
-            starts + counts > self._starts[owner + 1]
-        ):  # a range that reaches into the next shard is cut there
+        # a range that reaches into the next shard is cut there
+        if np.any(starts + counts > self._starts[owner + 1]):
             inner = self._starts[1:-1]
             cuts = [
                 inner[(inner > a) & (inner < b)]

@@ -45,9 +45,8 @@ def permute(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray
 def _sorted(seed: int, epoch: int, count: int) -> np.ndarray:
     words = _words(seed, epoch, count)
     order = np.argsort(words)
-    if np.any(
-        words[order[1:]] == words[order[:-1]]
-    ):  # only then does the order depend on how it is sorted
+    # only then does the order depend on how it is sorted
+    if np.any(words[order[1:]] == words[order[:-1]]):
         order = np.argsort(words, kind="stable")
     order.flags.writeable = False  # the cache hands out the same array again
     return order

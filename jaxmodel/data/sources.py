@@ -49,10 +49,11 @@ from jaxmodel.errors import InputError, border, require, unknown
 
 type Source = str | Path | Sequence[str | Path]
 
+# one of them is in every folder that `datasets` saved
 _SAVED = (
     "dataset_info.json",
     "dataset_dict.json",
-)  # one of them is in every folder that `datasets` saved
+)
 _PACKAGES = {
     "parquet": ("pyarrow.parquet",),
     "arrayrecord": ("array_record.python.array_record_module",),
@@ -90,9 +91,8 @@ class Documents:
                         f"{where}: field {self.field!r} holds {type(text).__name__}; text is "
                         f"needed",
                     )
-                if (
-                    odd := _LONE.search(text)
-                ) is not None:  # JSON can say it, and no tokenizer can read it
+                # JSON can say it, and no tokenizer can read it
+                if (odd := _LONE.search(text)) is not None:
                     half = (
                         f"half of a surrogate pair (\\u{ord(odd[0]):04x}) at character "
                         f"{odd.start()}"
@@ -252,9 +252,8 @@ def _stamps(part: str) -> list[str]:
 
 def _lines(part: str) -> Iterator[str]:
     offset = 0
-    for line in files.lines(
-        part
-    ):  # no character of UTF-8 has a line feed among its bytes, so that lines decode one by one
+    # no character of UTF-8 has a line feed among its bytes, so that lines decode one by one
+    for line in files.lines(part):
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -416,7 +415,8 @@ def _hub(part: str, field: str | None, split: str) -> Iterator[Any]:
     except (
         OSError,
         ValueError,
-    ) as error:  # the errors of datasets and of the hub derive from these
+    ) as error:
+        # the errors of datasets and of the hub derive from these
         if isinstance(error, InputError):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

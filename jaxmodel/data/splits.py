@@ -17,9 +17,8 @@ from jaxtyping import Int, Shaped
 
 from jaxmodel.errors import InputError, at_least
 
-_KEY = (
-    2**64 - 1
-)  # where a stream has its epoch in the key, so that no order of rows is drawn from the same words
+# where a stream has its epoch in the key, so that no order of rows is drawn from the same words
+_KEY = 2**64 - 1
 
 
 def split(
@@ -128,18 +127,16 @@ def _parts(
     if groups is not None:
         return _by_group(shares, classes, np.unique(groups, return_inverse=True)[1], words)
     where = np.empty(count, np.int64)
-    behind = np.zeros(
-        len(shares)
-    )  # rows that each part should have had of the classes so far, but has not
+    # rows that each part should have had of the classes so far, but has not
+    behind = np.zeros(len(shares))
     for label in range(classes.max() + 1):
         rows = np.flatnonzero(classes == label)
         rows = rows[np.argsort(words[rows], kind="stable")]
         wanted = np.round(len(rows) * shares, 9)  # 0.1 * 30 is 3
         sizes = np.floor(wanted).astype(np.int64)
         behind += wanted - sizes
-        open_ = np.where(
-            wanted > sizes, behind, -math.inf
-        )  # no part may go beyond its share rounded up
+        # no part may go beyond its share rounded up
+        open_ = np.where(wanted > sizes, behind, -math.inf)
         extra = np.argsort(-open_, kind="stable")[: len(rows) - sizes.sum()]
         sizes[extra] += 1
         behind[extra] -= 1

@@ -157,9 +157,8 @@ class Pairs:
         words = np.random.Philox(key=np.array([self.seed, operator.index(step)], np.uint64))
         draw = lambda below: int(words.random_raw()) % below
         found: list[tuple[str, str]] = []
-        while (
-            len(found) < stop
-        ):  # those before `first` too: it takes a few microseconds each to draw as they did
+        # those before `first` too: it takes a few microseconds each to draw as they did
+        while len(found) < stop:
             source, target = TASKS[self.tasks[draw(len(self.tasks))]](draw)
             if (zlib.crc32(target.encode()) % 10 == 0) == (self.part == "test"):
                 found.append((source, target))

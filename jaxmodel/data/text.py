@@ -182,10 +182,11 @@ def split_lines(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
             titled = True
             break
         before = bool(_BLANK.fullmatch(line))
+    # white space before the first text and after the last is part of these documents
     held, spaces = (
         "",
         [],
-    )  # white space before the first text and after the last is part of these documents
+    )
     for piece in _pieces(lines(), titled):
         if not piece.strip():
             spaces.append(piece)
@@ -339,9 +340,8 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _plain(paragraph: str) -> str:
-    return " ".join(
-        paragraph.split()
-    )  # the same paragraph is indented differently in different topics
+    # the same paragraph is indented differently in different topics
+    return " ".join(paragraph.split())
 
 
 def _from_hub(name: str) -> tuple[str, str]:
@@ -354,9 +354,8 @@ def _from_hub(name: str) -> tuple[str, str]:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"Salesforce/wikitext:{file} could not be fetched ({reason})") from None
     rows = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    text = "".join(
-        row or " \n" for row in rows
-    )  # one row a line; the data set stores the line " \n" as ""
+    # one row a line; the data set stores the line " \n" as ""
+    text = "".join(row or " \n" for row in rows)
     if _sha256(text) != digest:
         raise InputError(
             f"Salesforce/wikitext:{file} is not the text that was published (sha256 "

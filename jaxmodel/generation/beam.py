@@ -169,9 +169,8 @@ def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
             jnp.full((batch, k), -jnp.inf, jnp.float32),
             jnp.zeros((batch, k), jnp.int32),
         )
-        first = nothing._replace(
-            scores=nothing.scores.at[:, 0].set(0.0)
-        )  # one beam, so that no text is there twice
+        # one beam, so that no text is there twice
+        first = nothing._replace(scores=nothing.scores.at[:, 0].set(0.0))
         cache = _map_rows(lambda a, axis: jnp.repeat(a, k, axis=axis), out.cache, places, True)
         state = _State(
             jnp.zeros((), jnp.int32),

@@ -116,9 +116,8 @@ def run(
     state = _first(sampling)(state, logits)._replace(cache=cache)
     eos = jnp.asarray([*eos_ids] or [-1], jnp.int32)
     advance = decoder(model, sampling)
-    if (
-        max_new_tokens > 1
-    ):  # no steps: only compiles, so that the time of decoding is that of decoding
+    # no steps: only compiles, so that the time of decoding is that of decoding
+    if max_new_tokens > 1:
         state, _ = advance(params, state, jnp.array(done), 0, eos)
     first = np.array(state.token)[:, None]  # a copy: the buffer is donated
     _check(first, params)

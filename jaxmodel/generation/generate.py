@@ -185,9 +185,8 @@ def generate_ids(
                 seconds[~done] = time.perf_counter() - start
                 done[:] = [writer.finish_reason is not None for writer in writers]
             for writer, spent in zip(writers, seconds.tolist(), strict=True):
-                drawn = (
-                    len(writer.ids) + (writer.finish_reason == "eos") - 1
-                )  # the first came with the prefill
+                # the first came with the prefill
+                drawn = len(writer.ids) + (writer.finish_reason == "eos") - 1
                 speed = drawn / spent if drawn > 0 else 0.0
                 reason = writer.finish_reason or "length"
                 completions.append(

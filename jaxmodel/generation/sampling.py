@@ -125,9 +125,8 @@ def filter_logits(
         x = jnp.where(seen, jnp.where(x < 0, x * penalty, x / penalty), x)
     if sampling.greedy:
         return x
-    x = (
-        x - jnp.max(x, axis=-1, keepdims=True)
-    ) / sampling.temperature  # the best is 0, so that nothing overflows
+    # the best is 0, so that nothing overflows
+    x = (x - jnp.max(x, axis=-1, keepdims=True)) / sampling.temperature
     if 0 < sampling.top_k < x.shape[-1]:
         x = _keep(x, x >= jax.lax.top_k(x, int(sampling.top_k))[0][:, -1:])
     if sampling.top_p < 1:

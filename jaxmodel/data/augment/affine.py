@@ -86,9 +86,8 @@ def _sample(
     flat = padded.reshape(len(pixels), -1, channels)
     take = jax.vmap(lambda image, at: image.at[at].get(mode="promise_in_bounds"))
     tap = lambda offset: take(flat, place + jnp.int32(offset)).reshape(pixels.shape)
-    between = lambda a, b, share: (
-        a + share * (b - a)
-    )  # which stays between them, however it is rounded
+    # which stays between them, however it is rounded
+    between = lambda a, b, share: a + share * (b - a)
     upper = between(tap(0), tap(1), u)
     lower = between(tap(columns + 2), tap(columns + 3), u)
     return between(upper, lower, v)
