@@ -115,9 +115,8 @@ def conv(
     """
     w = leaf(module, name, he_normal, (channels, x.shape[-1] * kernel**2))
     same = stride == 1 and kernel == 2 * pad + 1
-    if (
-        pad and not same
-    ):  # under a stride "SAME" may pad one side only, where published weights expect both
+    # under a stride "SAME" may pad one side only, where published weights expect both
+    if pad and not same:
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     y = ops.conv(
         x,

@@ -104,9 +104,8 @@ class MoE(nn.Module):
         """
         width = x.shape[-1]
         flat = expert.reshape(-1)
-        order = jnp.argsort(
-            flat
-        )  # stable, so that a token's place does not depend on later ones of its expert
+        # stable, so that a token's place does not depend on later ones of its expert
+        order = jnp.argsort(flat)
         sizes = jnp.bincount(flat, length=leaves["down"].shape[0])
         rows = x.reshape(-1, width)[order // self.chosen]
         y = self._expert(rows, sizes, leaves)[jnp.argsort(order)].reshape(-1, self.chosen, width)

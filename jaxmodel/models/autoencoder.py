@@ -202,10 +202,11 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             x = jnp.where(
                 jax.random.bernoulli(rng, config.noise, x.shape), jnp.zeros((), x.dtype), x
             )
+        # the decoder's bias is the centre of the data; codes are of what differs from it
         if config.kind in (
             "l1",
             "topk",
-        ):  # the decoder's bias is the centre of the data; codes are of what differs from it
+        ):
             x = x - on_last(params["decoder"]["out"]["weight_bias"].astype(x.dtype), x.ndim)
         pre, spread = encoder.apply({"params": params["encoder"]}, x.astype(policy.stream))
         code, aux = _code(config, pre, spread, rng)
@@ -220,9 +221,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             "params"
         ]
         top: Any = decoder.init(decoder_key, jnp.zeros((1, config.code), policy.stream))["params"]
-        if (
-            config.kind in ("l1", "topk") and not config.hidden
-        ):  # columns of length one, and their transpose in the encoder
+        # columns of length one, and their transpose in the encoder
+        if config.kind in ("l1", "topk") and not config.hidden:
             rows = own["code"]["weight"]
             rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
             own = {"code": {**own["code"], "weight": rows}}

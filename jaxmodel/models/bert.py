@@ -232,9 +232,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     ):
         x = block_module.apply({"params": params}, x, context)
         mask = context["seen"].valid
-        if (
-            c.head == "embed" and mask is not None
-        ):  # rows of zeros: by them the head, which sees only x, knows the padding
+        # rows of zeros: by them the head, which sees only x, knows the padding
+        if c.head == "embed" and mask is not None:
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         return x, cache, {}
 

@@ -80,9 +80,8 @@ class _Body(nn.Module):
         c = self.config
         for i, channels in enumerate(c.convolutions, start=1):
             y = conv(self, x, f"conv{i}", channels, c.kernel, self.policy)
-            x = nn.relu(
-                ops.max_pool(y, (2, 2))
-            )  # the same as pooling last, with a quarter of the work for the ReLU
+            # the same as pooling last, with a quarter of the work for the ReLU
+            x = nn.relu(ops.max_pool(y, (2, 2)))
         return dropout(x.reshape(x.shape[0], -1), c.dropout, rng)
 
 

@@ -202,9 +202,8 @@ class _Branches(nn.Module):
             y = connect.merged(_groups(c, self.policy, name="merge")(xs))
         else:
             y = connect.Full(c.width, self.policy, name="merge")(connect.merged(xs))
-        return LayerNorm(c.norm_eps, name="merge_norm")(
-            y
-        )  # products are of another scale than their factors
+        # products are of another scale than their factors
+        return LayerNorm(c.norm_eps, name="merge_norm")(y)
 
 
 class _Block(nn.Module):

@@ -98,9 +98,8 @@ def _row(path: str, leaf: Any, specs: dict[str, Any]) -> dict[str, Any]:
     layers = tree.layer_paths(path)
     shape = tree.layer_shape(path, leaf)
     found = {specs.get(layer) for layer in layers}
-    spec = (
-        found.pop() if len(found) == 1 else None
-    )  # rules that part a segment would split it before they place it
+    # rules that part a segment would split it before they place it
+    spec = found.pop() if len(found) == 1 else None
     return {
         "path": path,
         "layers": len(layers),

@@ -68,7 +68,6 @@ def _masked(
             "them count; allowed: rows first in what it reads, or no weights of rows"
         )
     known = counts | ~jnp.any(counts)  # moments of nothing would be NaN
-    mask = jnp.repeat(
-        known, x.shape[0] // counts.shape[0]
-    )  # where rows and places are one axis, rows come first
+    # where rows and places are one axis, rows come first
+    mask = jnp.repeat(known, x.shape[0] // counts.shape[0])
     return {**kwargs, "mask": mask.reshape(-1, *[1] * (x.ndim - 1))}

@@ -188,9 +188,8 @@ def from_nnx(
         graph, values = nnx.split(module)
         make: Any = lambda rngs: nnx.merge(graph, values)
     shell = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-    kinds = dict(
-        nnx.to_flat_state(nnx.split(shell)[1])
-    )  # path -> what stands there, without values
+    # path -> what stands there, without values
+    kinds = dict(nnx.to_flat_state(nnx.split(shell)[1]))
     for path, kind in kinds.items():
         if isinstance(kind, nnx.Cache):
             raise InputError(

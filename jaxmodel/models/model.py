@@ -224,10 +224,11 @@ def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Arra
 _PADDED = {"tokens": "mask", "positions": "mask", "types": "mask", "source": "source_mask"}
 """Inputs of token ids and places, and the mask of each."""
 
+# what embed and head fold into the step's key; layer i folds in i
 _EMBED, _HEAD = (
     2**32 - 1,
     2**32 - 2,
-)  # what embed and head fold into the step's key; layer i folds in i
+)
 
 
 def _key(rng: Any, number: int) -> Any:

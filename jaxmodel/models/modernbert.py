@@ -269,9 +269,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     ):
         x = block_modules["attn_norm" not in params].apply({"params": params}, x, context, layer)
         mask = context["seen"].valid
-        if (
-            c.head != "mlm" and mask is not None
-        ):  # rows of zeros: by them the head, which sees only x, knows the padding
+        # rows of zeros: by them the head, which sees only x, knows the padding
+        if c.head != "mlm" and mask is not None:
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         return x, cache, {}
 

@@ -115,9 +115,8 @@ def axes(config: Config) -> Axes:
                 rules += _conv_axes(f"blocks/{layer}/{name}", *letters)
             stream = out
             layer = layer + 1
-    ordered = (
-        ("V", "C", "F", "H") if config.norm == "group" else ("V",)
-    )  # a group norm knows which channels are neighbours
+    # a group norm knows which channels are neighbours
+    ordered = ("V", "C", "F", "H") if config.norm == "group" else ("V",)
     return Axes((*rules, ("head", f"c{stream}"), ("head_bias", "c")), (("s", 9),), ordered=ordered)
 
 

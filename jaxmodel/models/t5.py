@@ -342,9 +342,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             "blocks": blocks(block_module, keys[5], config.depth),
         }
         params = {"embed": table, "encoder": encoder, **decoder, **top}
-        scale = lambda path, a: (
-            a * config.head_width**-0.5 if path.endswith("/q") else a
-        )  # what others do to the scores
+        # what others do to the scores
+        scale = lambda path, a: a * config.head_width**-0.5 if path.endswith("/q") else a
         return tree.map_leaves(scale, params)
 
     def init_cache(batch: int, capacity: int) -> MemoryCache:

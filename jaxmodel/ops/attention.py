@@ -72,9 +72,8 @@ def attention(
     count = min(CAUSAL_PARTS, t // CAUSAL_ROWS)
     if not (seen.causal and t == s and count > 1 and t % count == 0):
         return _plain(q, k, v, seen.square(t, s), policy, factor, softcap, bias, sinks)
-    size = (
-        t // count
-    )  # nearly half of the work is left out: no query sees behind the end of its part
+    # nearly half of the work is left out: no query sees behind the end of its part
+    size = t // count
     parts = []
     for start in range(0, t, size):
         stop = start + size

@@ -177,9 +177,8 @@ def backward(
             values = _keys(v, j, bk)
             scores, slope = _scores(block, keys, seen, i * bq, j * bk, scale, softcap)
             weights = jnp.exp(scores - top[..., None])
-            weights = jnp.where(
-                top[..., None] < HIDDEN / 2, 0.0, weights
-            )  # of a row that sees nothing
+            # of a row that sees nothing
+            weights = jnp.where(top[..., None] < HIDDEN / 2, 0.0, weights)
             dv = _add(dv, product("bkgts,bkgth->bksh", weights, g_block, v.dtype), j, bk)
             d_weights = product("bkgth,bksh->bkgts", g_block, values, v.dtype)
             d_scores = weights * (d_weights - passed[..., None]) * slope * scale

@@ -244,9 +244,8 @@ def _of_codes(
     if w.activations == "int8":
         if plain_codes:
             return _int8_matmul(x, w)
-        x = _rounded(
-            x
-        )  # codes in groups: the rounding of the input, then a contraction of decoded weights
+        # codes in groups: the rounding of the input, then a contraction of decoded weights
+        x = _rounded(x)
     elif plain_codes:
         return _dot(x, w.codes().astype(compute), compute) * _row_scale(w, x.ndim)
     return _dot(x, decode(w, compute), compute)

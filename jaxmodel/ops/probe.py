@@ -128,9 +128,8 @@ _tap.defvjp(_forward, _backward)
 def _gradient(x: Array, g: Array, zero: Array) -> Float[Array, "out in"]:
     """Of a weight `[out, in]`, where `y = x w^T`, or where y are its rows at the ids x."""
     if jnp.issubdtype(x.dtype, jnp.integer):
-        place = jnp.where(
-            (x >= 0) & (x < zero.shape[0]), x, zero.shape[0]
-        )  # what is outside is dropped
+        # what is outside is dropped
+        place = jnp.where((x >= 0) & (x < zero.shape[0]), x, zero.shape[0])
         return (
             jnp.zeros(zero.shape, jnp.float32)
             .at[place]
@@ -194,6 +193,5 @@ def _gather(total: Array, x: Array, zero: Array) -> Array:
 
 def _varying(x: Array) -> frozenset[str]:
     kind = jax.typeof(x)
-    return (
-        kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
-    )  # the name before JAX 0.12
+    # the name before JAX 0.12
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma

@@ -96,10 +96,11 @@ def _bfloat16(equation: str, x: Array, y: Array, out: Any) -> Array:
 
 
 def _save(equation: str, x: Array, y: Array, out: Any) -> tuple[Array, Any]:
+    # without content: they tell the dtypes of the gradients
     likes = (
         jnp.zeros(0, x.dtype),
         jnp.zeros(0, y.dtype),
-    )  # without content: they tell the dtypes of the gradients
+    )
     x = x.astype(jnp.bfloat16)
     y = y.astype(jnp.bfloat16)
     return _bfloat16(equation, x, y, out), (x, y, likes)

@@ -101,9 +101,8 @@ def _backward(policy: Policy, saved: tuple[Array, Any, Array], g: Array) -> tupl
     return dx, dw, None
 
 
-_product.defvjp(
-    _forward, _backward
-)  # by itself the transpose of a loop over blocks would add a whole leaf for every block
+# by itself the transpose of a loop over blocks would add a whole leaf for every block
+_product.defvjp(_forward, _backward)
 
 
 def _by_group(x: Array, w: Array, sizes: Array, policy: Policy) -> Array:
@@ -134,9 +133,8 @@ def _dot(
         precision=precision(compute),
         preferred_element_type=jnp.float32,
     )
-    return jax.custom_batching.sequential_vmap(run)(
-        a.astype(compute), b.astype(compute), sizes
-    )  # vmap cannot leave b alone
+    # vmap cannot leave b alone
+    return jax.custom_batching.sequential_vmap(run)(a.astype(compute), b.astype(compute), sizes)
 
 
 # ------------------------------------------------------------------------------------------- blocks
@@ -177,9 +175,8 @@ def _by_blocks(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
         part = einsum(
             "ND,FD->NF", jax.lax.dynamic_slice_in_dim(padded, start, size), _slice(w, group), policy
         )
-        return jax.lax.dynamic_update_slice_in_dim(
-            y, part, start, axis=0
-        )  # what is too much, the next block overwrites
+        # what is too much, the next block overwrites
+        return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=0)
 
     def body(y: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
         group, start, _ = block
@@ -267,8 +264,7 @@ def _statistic(name: str, x: Array, g: Array, sizes: Array, zero: Array) -> Arra
     if name == GRADIENT:
         return _backward(DEFAULT, (wide, zero, sizes), g)[1]
     ends = jnp.cumsum(sizes.astype(jnp.int32), dtype=jnp.int32)
-    group = jnp.searchsorted(
-        ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right"
-    )  # E for the rows behind, dropped
+    # E for the rows behind, dropped
+    group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right")
     each = wide * wide if name == "square" else jax.vmap(histogram)(wide)
     return jax.ops.segment_sum(each, group, groups)

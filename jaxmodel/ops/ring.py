@@ -212,10 +212,11 @@ def _forward(
         carry: tuple[Any, tuple[Array, Array]], steps: Array
     ) -> tuple[tuple[Any, tuple[Array, Array]], None]:
         visitor, found = carry
+        # it goes on while it is looked at
         return (
             own.step(visitor),
             with_these(found, visitor, steps),
-        ), None  # it goes on while it is looked at
+        ), None
 
     start = own.step(own.visitor), part(own.visitor, own.of(own.visitor, 0))
     (last, found), _ = jax.lax.scan(visit, start, jnp.arange(1, own.n - 1, dtype=jnp.int32))
@@ -257,10 +258,11 @@ def _backward(
 
     def visit(carry: tuple[Any, Any, Array], steps: Array) -> tuple[tuple[Any, Any, Array], None]:
         visitor, gradient, dq = carry
+        # both on their way while the visitor is looked at
         onward, arrived = (
             own.step(visitor),
             own.step(gradient),
-        )  # both on their way while the visitor is looked at
+        )
         here, dq = of_these(dq, visitor, steps)
         return (onward, jax.tree.map(jnp.add, arrived, here), dq), None
 
@@ -269,9 +271,8 @@ def _backward(
     none = jnp.zeros_like(dk), jnp.zeros_like(dv)
     onward = own.step(visitor) if own.n > 2 else visitor
     gradient, dq = of_these(dq, visitor, jnp.int32(1))
-    if (
-        own.n > 2
-    ):  # gradients are one step behind their keys, so that the last step brings them home
+    # gradients are one step behind their keys, so that the last step brings them home
+    if own.n > 2:
         steps = jnp.arange(2, own.n - 1, dtype=jnp.int32)
         (visitor, gradient, dq), _ = jax.lax.scan(visit, (onward, gradient, dq), steps)
         arrived = own.step(gradient)

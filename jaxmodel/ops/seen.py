@@ -68,9 +68,8 @@ def _cut(a: Array, start: Any, length: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(a, start, length, axis=1)
 
 
-HIDDEN = (
-    -1e30
-)  # the score of a key that is not seen: finite, so that a row that sees nothing stays finite
+# the score of a key that is not seen: finite, so that a row that sees nothing stays finite
+HIDDEN = -1e30
 
 
 def masked(

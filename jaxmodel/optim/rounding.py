@@ -126,9 +126,8 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
     new = jnp.maximum(peak * jnp.float32(HEADROOM / top), jnp.finfo(leaf.scale.dtype).tiny)
     new = jnp.where(fits, leaf.scale, new.astype(leaf.scale.dtype))
     wide = new.astype(jnp.float32)
-    place = (
-        codes * (scale / wide)[..., None] + step / wide[..., None]
-    )  # the codes themselves where the scale stays
+    # the codes themselves where the scale stays
+    place = codes * (scale / wide)[..., None] + step / wide[..., None]
     place = jnp.clip(jnp.floor(place + dither(key, place.shape)), -top, top)
     place = place.reshape(*place.shape[:-2], groups * width)[..., :n].astype(jnp.int32)
     group = width if groups > 1 or leaf.pad else None

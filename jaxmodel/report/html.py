@@ -29,7 +29,8 @@ _PAGE = """
 @media(prefers-color-scheme:dark){:root{
 --ink:#e4e7eb;--dim:#a3adb8;--line:#3d444d;--paper:#15181c;--tint:#1f242a}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:58rem;padding:1.5rem 1rem 4rem;background:var(--paper);color:var(--ink);
+body{margin:0 auto;max-width:58rem;padding:1.5rem 1rem 4rem;
+background:var(--paper);color:var(--ink);
 font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word}
 h1{font-size:1.7rem;line-height:1.2}
 h2{font-size:1.25rem;margin:2.2rem 0 .6rem}h3{font-size:1.05rem;margin:1.6rem 0 .4rem}

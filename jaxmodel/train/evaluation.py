@@ -117,9 +117,8 @@ class Scorer:
             rows.append({"loss": value, "weight": np.float32(1), **metrics})
         weights = np.array([float(row["weight"]) for row in rows])
         total = weights.sum()
-        share = (
-            weights / total if total else np.full(len(weights), np.nan)
-        )  # a mean over nothing must not be the best of all
+        # a mean over nothing must not be the best of all
+        share = weights / total if total else np.full(len(weights), np.nan)
         names = [name for name in rows[0] if name not in ("weight", "tokens")]
         return {
             f"heldout_{name}": float(np.dot(share, [float(row[name]) for row in rows]))

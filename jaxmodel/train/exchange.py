@@ -42,9 +42,8 @@ from jaxmodel.train.gradients import GradientFn
 
 P = jax.P
 KINDS = ("int8", "top_k")
-_KEY = (
-    2**32 - 6
-)  # what the rounding folds into the step's key; see `models.model` for the other numbers
+# what the rounding folds into the step's key; see `models.model` for the other numbers
+_KEY = 2**32 - 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +213,8 @@ def _places(trains: tree.Params, rules: tree.Rules, manual: str) -> dict[str, An
     axes = {name for name, length in auto_axes().items() if length > 1 and name != manual}
     if not axes:
         return {}
-    shapes = tree.map_leaves(
-        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trains
-    )  # what gradients have
+    # what gradients have
+    shapes = tree.map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trains)
     found = tree.flatten(parts(rules, shapes, axes))
     return found if any(entry for spec in found.values() for entry in spec) else {}
 

@@ -24,9 +24,8 @@ type Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 type GradientFn = Callable[..., tuple[tuple[jax.Array, dict[str, jax.Array]], Any]]
 """`run(trains, batch, rng) -> ((value, metrics), grads)`."""
 
-_MICRO_BATCH = (
-    2**32 - 4
-)  # what the micro-batches fold into the step's key; see `models.model` for the other numbers
+# what the micro-batches fold into the step's key; see `models.model` for the other numbers
+_MICRO_BATCH = 2**32 - 4
 
 
 def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientFn:

@@ -113,18 +113,18 @@ def _described(value: Any, inside: tuple[int, ...]) -> Any:
         )
     if isinstance(value, types.MethodType):
         return _call(_name(value), [go(value.__self__)])
+    # under jit
     if (
         callable(value)
         and not isinstance(value, types.FunctionType)
         and hasattr(value, "__wrapped__")
-    ):  # under jit
+    ):
         return go(inspect.unwrap(value))
     if isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         bound = {name: go(_content(cell)) for name, cell in cells}
-        inner = (
-            "<" in value.__qualname__
-        )  # of a lambda or a function in another one defaults are settings, too
+        # of a lambda or a function in another one defaults are settings, too
+        inner = "<" in value.__qualname__
         defaults = (
             [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()] if inner else []
         )

@@ -227,9 +227,8 @@ class _Schedule:
 
     def forward(self, trains: tree.Params, given: Payload, m: Any) -> Payload:
         params = tree.combine(trains, self.frozen)
-        _, context, first_aux, rng, train = self.begun(
-            params, m
-        )  # the embedding itself is not used, so it is not computed
+        # the embedding itself is not used, so it is not computed
+        _, context, first_aux, rng, train = self.begun(params, m)
         first = self.place == 0
         x = jax.lax.cond(
             first, lambda: stages_of.by_rows(self.begun(params, m)[0]), lambda: given[0]
@@ -355,9 +354,8 @@ class _Schedule:
             d_trains, d_given, sums = self.backward(trains, given, came_back, m)
             return kept, jax.tree.map(jnp.add, totals, (d_trains, sums)), nothing, d_given
 
-        some_ahead, some_back = self._busy(
-            slot
-        )  # of all stages: what none does in this slot needs no program
+        # of all stages: what none does in this slot needs no program
+        some_ahead, some_back = self._busy(slot)
         run = lambda kept, totals: (
             jax.lax.cond(is_back, backward, idle, kept, totals) if some_back else idle(kept, totals)
         )

@@ -57,9 +57,8 @@ class RateSearch:
 
         Where they explode the axis ends.
         """
-        most = 1.5 * max(
-            self.losses[0], self.smoothed[0]
-        )  # beyond it nothing is to be seen but that it diverges
+        # beyond it nothing is to be seen but that it diverges
+        most = 1.5 * max(self.losses[0], self.smoothed[0])
         series = {
             name: (self.rates, np.where(loss <= most, loss, np.nan))
             for name, loss in (("loss", self.losses), ("smoothed", self.smoothed))

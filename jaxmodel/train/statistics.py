@@ -237,9 +237,8 @@ def _of_norms(
     """
     total = None
     for batch in batches:
-        if (
-            total is None and fresh
-        ):  # a first mean to take the sums around: see `ops.norms.Measured`
+        # a first mean to take the sums around: see `ops.norms.Measured`
+        if total is None and fresh:
             zeroed = _zeroed(params, norms)
             params = _with(params, _float64(measure(zeroed, batch)), zeroed)
         sums = _float64(measure(params, batch))
@@ -325,9 +324,8 @@ def _of_module(
         values = {path: after[path] / (1 - m) for path, m in factors.items()}
         rows += size
         for path, value in values.items():
-            about = (
-                values.get(_mean_of(path), np.float64(0)) ** 2
-            )  # a variance is summed as a second moment
+            # a variance is summed as a second moment
+            about = values.get(_mean_of(path), np.float64(0)) ** 2
             total[path] = total.get(path, 0.0) + size * (value + about)
     if not rows:
         raise InputError("batches: there is none in pass 1; a list of at least one is needed")
@@ -356,10 +354,11 @@ def _momenta(
         for path, slope in slopes.items()
         if even(slope) and np.ptp(slope) < 1e-3 * (1 + np.abs(before[path]).max())
     }
+    # exact, whatever stood there
     low, high = (
         kept(_filled(params, sure, 0.0)),
         kept(_filled(params, sure, 1.0)),
-    )  # exact, whatever stood there
+    )
     return {path: float(np.median(high[path] - low[path])) for path in sure}
 
 

@@ -28,10 +28,11 @@ type Augment = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
 """`augment(key, batch) -> batch`, pure; see `jaxmodel.data.augment`."""
 
 PIPELINES = ("gpipe", "1f1b")
+# what they fold into the step's key; see `models.model` for the other numbers
 _AUGMENT, _ROUND = (
     2**32 - 3,
     2**32 - 5,
-)  # what they fold into the step's key; see `models.model` for the other numbers
+)
 
 
 def make_step(
@@ -136,9 +137,8 @@ def make_step(
         trained: Any = quantized.apply_updates(trains, updates, jax.random.fold_in(rng, _ROUND))
         metrics = {**metrics, "loss": value, "grad_norm": norm}
         if "average" in extra:
-            taken = (
-                extra["guard"]["good"] if "guard" in extra else state.step
-            )  # steps that were left out do not count
+            # steps that were left out do not count
+            taken = extra["guard"]["good"] if "guard" in extra else state.step
             extra["average"] = moving_average(
                 extra["average"], quantized.dense(trained), average, taken
             )

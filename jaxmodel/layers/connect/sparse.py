@@ -132,9 +132,8 @@ def block_columns(rows: int, columns: int, kept: int, seed: int) -> Int[np.ndarr
     used = np.zeros(columns, int)
     out = np.zeros((rows, kept), np.int32)
     for row in range(rows):
-        out[row] = np.sort(
-            np.lexsort((words.random_raw(columns), used))[:kept]
-        )  # the least used, of equal ones any
+        # the least used, of equal ones any
+        out[row] = np.sort(np.lexsort((words.random_raw(columns), used))[:kept])
         used[out[row]] += 1
     return out
 
