@@ -1,5 +1,7 @@
-"""Arrays in, arrays out: every contraction, gather, convolution, attention and norm of the models
-goes through here.
+"""Operations of the models on arrays: contractions, lookups, convolutions, attention and norms.
+
+Every model goes through these functions, so a new kind of leaf or a dtype policy is added only
+here.
 """
 
 from jaxmodel import moved

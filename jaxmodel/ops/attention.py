@@ -1,4 +1,4 @@
-"""Attention: softmax in float32, heads in groups, everything that a query may see said by `Seen`."""
+"""Attention: softmax in float32, heads in groups, and visibility described by `Seen`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from jaxmodel.ops.product import product
 from jaxmodel.ops.ring import ring, ring_axis
 from jaxmodel.ops.seen import Seen, masked
 
-CAUSAL_PARTS = (
-    8  # queries of a causal square are run in up to so many parts, each with the keys it can see
-)
-CAUSAL_ROWS = 128  # of at least so many queries: smaller ones cost more than they save
-BLOCKWISE_FROM = 4096**2  # pairs of query and key from which "auto" holds no square of scores
+# Causal attention runs its queries in up to this many parts, each with only the keys it can see ...
+CAUSAL_PARTS = 8
+CAUSAL_ROWS = 128  # ... and at least this many queries: smaller parts cost more than they save
+BLOCKWISE_FROM = 4096**2  # number of query-key pairs from which "auto" is blockwise
 
 
 def attention(
@@ -32,28 +31,29 @@ def attention(
     bias: Float[Array, "#B H T S"] | None = None,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
-    """`softmax(softcap(scale q k^T) + bias) v`, heads in groups that share a key head (Ainslie et
-    al., 2023).
+    """Compute `softmax(softcap(scale q k^T) + bias) v`.
 
-    Where the mesh cuts positions (`T` in `policy.axes`), keys and values go round in a ring (see
-    `jaxmodel.ops.ring`), unless there is a bias or a mask, or the number of positions is not
-    divisible: then the devices gather them.
+    Groups of query heads share a key head (Ainslie et al., 2023). Where the mesh splits positions
+    (`T` in `policy.axes`), keys and values are passed around a ring of devices (see
+    `jaxmodel.ops.ring`). With a bias or a mask, or if the number of positions is not divisible, the
+    devices gather them instead.
 
     Args:
       q: queries; H is a multiple of K.
-      k: keys, a key head's positions in a row (so that a cache is read in order).
+      k: keys; the positions of a head are contiguous, so that a cache is read in order.
       v: values.
       seen: which keys each query sees.
-      policy: `compute` is the dtype of the operands; `attention` says how: "plain" holds all
-        scores, "blockwise" memory that is linear in length, "auto" chooses by length.
-      scale: of the scores; default `1 / sqrt(h)`.
+      policy: `compute` is the dtype of the operands; `attention` chooses the algorithm: "plain"
+        holds all scores at once, "blockwise" needs memory linear in length, "auto" chooses by
+        length.
+      scale: the factor of the scores; `1 / sqrt(h)` by default.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, 2024).
       bias: added to the scores (relative positions).
-      sinks: a score of each head that takes part in the softmax and has no value (Xiao et al.,
-        2023; gpt-oss, 2025).
+      sinks: an extra score for each head that takes part in the softmax but has no value (Xiao et
+        al., 2023; gpt-oss, 2025).
 
     Raises:
-      InputError: a bias with blockwise attention.
+      InputError: a bias is given with blockwise attention.
     """
     t = q.shape[1]
     s = k.shape[2]
@@ -72,7 +72,7 @@ def attention(
     count = min(CAUSAL_PARTS, t // CAUSAL_ROWS)
     if not (seen.causal and t == s and count > 1 and t % count == 0):
         return _plain(q, k, v, seen.square(t, s), policy, factor, softcap, bias, sinks)
-    # nearly half of the work is left out: no query sees behind the end of its part
+    # no query sees keys after the end of its part, which saves nearly half of the work
     size = t // count
     parts = []
     for start in range(0, t, size):
@@ -109,7 +109,7 @@ def _plain(
     b, t, heads, width = q.shape
     groups = heads // k.shape[1]
     compute = jnp.dtype(policy.compute)
-    # all query heads of one key head, and all positions, are the rows of one product
+    # the query heads of one key head, at all positions, are the rows of one product
     q = heads_grouped(q, k.shape[1]).reshape(b, k.shape[1], groups * t, width)
     scores = product("bknh,bksh->bkns", q, k, compute) * scale
     if softcap is not None:

@@ -1,9 +1,9 @@
-"""Blockwise attention: the same function as the plain one, with memory linear in length.
+"""Blockwise attention: the same function as plain attention, with memory linear in length.
 
 Queries and keys are taken a block at a time, and the softmax is kept as a running maximum, sum and
 weighted mean (Rabe & Staats, 2021; Dao et al., 2022). The backward pass computes the scores of each
-block again from the saved logarithm of each row's sum. Blocks that no query can see (behind it, or
-out of its window) are never run.
+block again from the saved logarithm of each row's sum. Blocks that no query can see (later keys, or
+keys outside the window) are skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.product import product
 from jaxmodel.ops.seen import HIDDEN, Seen, masked
 
-QUERIES, KEYS = 256, 512  # of a block
+QUERIES, KEYS = 256, 512  # lengths of a block
 
 
 def blockwise(
@@ -32,14 +32,14 @@ def blockwise(
     softcap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
-    """See `ops.attention`."""
+    """Compute attention a block at a time; see `ops.attention`."""
     b = q.shape[0]
     t = q.shape[1]
     s = k.shape[2]
     compute = jnp.dtype(policy.compute)
     grouped = heads_grouped(q, k.shape[1])
-    # whole blocks: what is added at the end is hidden from all queries, and its own results are cut
-    # off
+    # Pad to whole blocks. Padded keys are hidden from all queries; results of padded queries are
+    # dropped.
     extra, extra_keys = missing(t, s)
     grouped = longer(grouped, extra, 3)
     k = longer(k, extra_keys, 2)
@@ -54,34 +54,34 @@ def blockwise(
 
 
 def heads_grouped(q: Float[Array, "B T H h"], k_heads: int) -> Float[Array, "B K G T h"]:
-    """The query heads in groups that share a key head."""
+    """Group the query heads that share a key head."""
     b, t, heads, width = q.shape
     return q.reshape(b, t, k_heads, heads // k_heads, width).transpose(0, 2, 3, 1, 4)
 
 
 def heads_joined(out: Float[Array, "B K G T h"]) -> Float[Array, "B T H h"]:
-    """What `heads_grouped` took apart."""
+    """Join the groups of `heads_grouped` again."""
     b, _, _, t, width = out.shape
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, -1, width)
 
 
 def sinks_grouped(sinks: Float[Array, " H"], k_heads: int) -> Float[Array, "1 K G 1"]:
-    """The sinks as the query heads are grouped."""
+    """Group the sinks like the query heads."""
     return sinks.astype(jnp.float32).reshape(1, k_heads, -1, 1)
 
 
 def missing(t: int, s: int) -> tuple[int, int]:
-    """How many queries and keys are missing to whole blocks."""
+    """Return how many queries and keys must be added to have whole blocks."""
     return -t % min(QUERIES, t), -s % min(KEYS, s)
 
 
 def longer(a: Array, extra: int, axis: int) -> Array:
-    """The array with so many zeros behind it along one axis."""
+    """Pad an array with `extra` zeros at the end of one axis."""
     return jnp.pad(a, [(0, extra if i == axis else 0) for i in range(a.ndim)])
 
 
 def padded(seen: Seen, b: int, t: int, s: int) -> Seen:
-    """The conditions for whole blocks, where nobody sees the keys that were missing."""
+    """Pad the conditions to whole blocks; no query sees the padded keys."""
     extra, extra_keys = missing(t, s)
     valid = jnp.ones((b, s), jnp.bool_) if seen.valid is None else seen.valid
     segments = seen.segments
@@ -113,10 +113,10 @@ def forward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K G T"]]:
-    """The result, float32, and the logarithm of each row's sum: with it, results for parts of the
-    keys can be put together.
+    """Compute attention over whole blocks, and the logarithm of each row's sum of weights.
 
-    Whole blocks only: T is at most `QUERIES` or a multiple of it, S of `KEYS`.
+    Both are float32. With the logarithms, results for parts of the keys can be combined. T is at
+    most `QUERIES` or a multiple of it; likewise S and `KEYS`.
     """
     bq = min(QUERIES, q.shape[3])
     bk = min(KEYS, k.shape[2])
@@ -159,12 +159,13 @@ def backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K S h"], Float[Array, "B K S h"]]:
-    """What these keys add to the gradients of q, k and v, float32; `out` and `log_total` are those
-    over all keys.
+    """Compute what these keys contribute to the gradients of q, k and v, in float32.
+
+    `out` and `log_total` are the results over all keys.
     """
     bq = min(QUERIES, q.shape[3])
     bk = min(KEYS, k.shape[2])
-    through = jnp.sum(g * out, axis=-1)  # what the normalisation of each row passes back
+    through = jnp.sum(g * out, axis=-1)  # the gradient through the normalisation of each row
 
     def rows(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
         block, g_block, top, passed = (
@@ -177,7 +178,7 @@ def backward(
             values = _keys(v, j, bk)
             scores, slope = _scores(block, keys, seen, i * bq, j * bk, scale, softcap)
             weights = jnp.exp(scores - top[..., None])
-            # of a row that sees nothing
+            # a row that sees no key has no gradient
             weights = jnp.where(top[..., None] < HIDDEN / 2, 0.0, weights)
             dv = _add(dv, product("bkgts,bkgth->bksh", weights, g_block, v.dtype), j, bk)
             d_weights = product("bkgth,bksh->bkgts", g_block, values, v.dtype)
@@ -199,8 +200,9 @@ def with_sinks(
     log_total: Float[Array, "B K G T"],
     sinks: Float[Array, "1 K G 1"] | None,
 ) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K G T"]]:
-    """A result and the logarithms of its sums, with the sinks in the sums: they take of each
-    weight, and add no value.
+    """Include the sinks in a result and in the logarithms of its sums.
+
+    Sinks take a share of the weights and add no value.
     """
     if sinks is None:
         return out, log_total
@@ -214,7 +216,7 @@ def of_sinks(
     log_total: Float[Array, "B K G T"],
     g: Array,
 ) -> Float[Array, "1 K G 1"] | None:
-    """The gradient of the sinks, from what `with_sinks` gave: a key's whose value is zero."""
+    """Return the gradient of the sinks (keys with value zero), from the result of `with_sinks`."""
     if sinks is None:
         return None
     return -jnp.sum(
@@ -259,7 +261,7 @@ def _scores(
     scale: float,
     softcap: float | None,
 ) -> tuple[Array, Array]:
-    """The scores of a block, and their derivative by the scores without the soft cap."""
+    """Compute the scores of a block, and their derivative with respect to the uncapped scores."""
     scores = product("bkgth,bksh->bkgts", q, k, q.dtype) * scale
     slope = jnp.ones(())
     if softcap is not None:
@@ -270,9 +272,9 @@ def _scores(
 
 
 def _reach(seen: Seen, i: Array, bq: int, bk: int, s: int) -> tuple[Any, Any]:
-    """The blocks of keys that the queries of block `i` can see, from the first to behind the last.
+    """Return the range of key blocks that the queries of block `i` can see.
 
-    At least the first block stays in, so that a row that sees nothing is finite, as it is in plain
+    At least the first block is included, so that a row that sees no key is finite, as in plain
     attention.
     """
     first = jnp.zeros((), jnp.int32)
@@ -303,6 +305,6 @@ def _add(total: Array, part: Array, j: Array, length: int) -> Array:
 
 
 def _joined(blocks: Array) -> Array:
-    """`[N, B, K, G, t, ...]` -> `[B, K, G, N * t, ...]`."""
+    """Reshape `[N, B, K, G, t, ...]` to `[B, K, G, N * t, ...]`."""
     moved = jnp.moveaxis(blocks, 0, 3)
     return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])

@@ -1,4 +1,4 @@
-"""The cache of keys and values."""
+"""The cache of keys and values for decoding."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.seen import Seen
 
 UNROLLED = 16
-"""Rows that are written by code of their own; more are written in a loop, because XLA would compile
-for minutes.
+"""Up to this many rows are written by unrolled code; more are written in a loop, which XLA compiles
+in seconds instead of minutes.
 """
 
 
 @register
 class KVCache:
-    """Keys and values of the tokens so far, for all layers.
+    """The keys and values of all tokens so far, for all layers.
 
-    A row's tokens stand at the positions from 0 to `length - 1`; what lies behind them is not
-    defined and is masked, so rows of unequal length (padded on the right) share a batch.
+    The tokens of a row are at positions 0 to `length - 1`. Later positions are undefined and
+    masked, so rows of unequal length (padded on the right) can share a batch.
 
     Attributes:
-      k: `[L, B, K, S, h]`, S the capacity.
-      v: as k.
-      length: int32 `[B]`, tokens held in each row.
+      k: `[L, B, K, S, h]`, where S is the capacity.
+      v: of the same shape as k.
+      length: int32 `[B]`, the number of tokens in each row.
     """
 
     k: jax.Array
@@ -38,7 +38,7 @@ class KVCache:
     def zeros(
         cls, layers: int, batch: int, heads: int, capacity: int, width: int, policy: Policy
     ) -> KVCache:
-        """An empty cache."""
+        """Make an empty cache."""
         shape = (layers, batch, heads, capacity, width)
         return cls(
             jnp.zeros(shape, policy.cache_dtype),
@@ -52,13 +52,13 @@ class KVCache:
         return self.k.shape[-2]
 
     def positions(self, t: int) -> Int[Array, "B T"]:
-        """Where the next `t` tokens of each row stand."""
+        """Return the positions of the next `t` tokens of each row."""
         return self.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
 
     def checked(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Activations of the next tokens, as NaN in rows for which there is no room:
+        """Replace the activations of rows without room for the next tokens by NaN.
 
-        `update` would write over older tokens.
+        `update` would overwrite older tokens there.
         """
         full = self.length + x.shape[1] > self.capacity
         return jnp.where(full[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
@@ -70,8 +70,8 @@ class KVCache:
 
         Returns:
           All keys and values `[B, K, S, h]` of the layer, what each new token sees, and the new
-          cache. A layer with fewer key heads than the cache uses the first of its heads. `advance`
-          moves on when all layers are written.
+          cache. A layer with fewer key heads than the cache uses the first heads. Call `advance`
+          after all layers are written.
         """
         if k.shape[0] != self.k.shape[1]:
             raise InputError(f"cache: made for {self.k.shape[1]} rows; {k.shape[0]} given")
@@ -92,7 +92,7 @@ class KVCache:
             row = jax.lax.dynamic_slice_in_dim(rows, b, 1)
             return jax.lax.dynamic_update_slice(store, row[None], (layer, b, 0, self.length[b], 0))
 
-        # a slice for each row: XLA writes slices in place, and scatters slowly
+        # a slice for each row: XLA updates slices in place, while a scatter is slow
         if rows.shape[0] > UNROLLED:
             return jax.lax.fori_loop(0, rows.shape[0], put, store)
         for b in range(rows.shape[0]):
@@ -100,5 +100,5 @@ class KVCache:
         return store
 
     def advance(self, count: Int[Array, " B"] | int) -> KVCache:
-        """The cache after `count` tokens more in each row."""
+        """Return the cache with `count` more tokens in each row."""
         return KVCache(self.k, self.v, self.length + count)

@@ -1,12 +1,12 @@
-"""The one place where activations meet weights: `einsum`, `take` and `conv`, dispatching on the
-leaf.
+"""`einsum`, `take` and `conv`: the one place where activations meet weights.
 
-Weights are stored `[..., out, in]`. Letters of an equation are logical; letters in parentheses
-share one stored axis, so `einsum("BTD,(Hh)D->BTHh", x, w, h=64)` contracts with a weight `[H*h, D]`
-and returns heads apart.
+They dispatch on the type of the leaf. Weights are stored `[..., out, in]`. Letters of an equation
+are logical axes; letters in parentheses share one stored axis, so
+`einsum("BTD,(Hh)D->BTHh", x, w, h=64)` contracts with a weight `[H*h, D]` and returns separate
+heads.
 
-On a CPU a single row is slow in bfloat16 and int8 (XLA leaves its matrix kernels), so one row is
-computed as two.
+On a CPU a single row is slow in bfloat16 and int8 (XLA does not use its matrix kernels), so one row
+is computed as two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULT = Policy()
 
 
 class _Plan(NamedTuple):
-    batch: int  # leading axes that x, w and the result share
+    batch: int  # number of leading axes that x, w and the result share
     x_letters: tuple[str, ...]
     w_in: tuple[str, ...]
     w_out: tuple[str, ...]
@@ -45,19 +45,20 @@ def einsum(
     """Contract an activation with a weight leaf.
 
     Args:
-      equation: `x,w->y`. The weight's last axis is contracted and its axis before that goes out;
-        letters in front of both are batch letters, which x and y share (`"ETD,EFD->ETF"`). One
-        stored axis of the weight may be several letters in parentheses.
+      equation: `x,w->y`. The weight's last axis is contracted and the axis before it is the output;
+        letters in front of both are batch letters, which x and y share (`"ETD,EFD->ETF"`). Several
+        letters in parentheses stand for one stored axis of the weight.
       x: the activation.
       w: an array, a compressed leaf or a `Probe`.
       policy: dtypes and placement.
-      **sizes: lengths of letters that the shapes do not tell (all but one of an outgoing group).
+      **sizes: the lengths of letters that do not follow from the shapes (all but one of a group of
+        output letters).
 
     Returns:
-      y, in `policy.stream`; the sum is float32.
+      y, in `policy.stream`; sums are float32.
 
     Raises:
-      InputError: an equation of another form, or shapes that do not fit.
+      InputError: the equation has another form, or the shapes do not fit.
     """
     plan = _parse(equation)
     known = dict(sizes)
@@ -86,16 +87,17 @@ def einsum(
 def take(
     table: Any, ids: Int[Array, "B T"], policy: Policy = DEFAULT, letters: str = "VD"
 ) -> Float[Array, "B T D"]:
-    """Rows of a table `[V, D]`: an embedding. An id outside the table gives a row of NaN: wrong
-    input must not look like right input.
+    """Look up rows of a table `[V, D]`: an embedding.
+
+    An id outside the table gives a row of NaN, so that wrong input does not look like right input.
 
     Args:
       table: an array, a compressed leaf or a `Probe`.
-      ids: rows to take.
+      ids: the rows to look up.
       policy: dtypes and placement.
-      letters: of the table's axes. While it is looked up it lies as activations with these letters
-        do, so that a table whose width is cut over the same devices as the batch is gathered, as
-        every weight is, and not the activations.
+      letters: the letters of the table's axes. For the lookup the table is placed like activations
+        with these letters. So if its width is split over the same devices as the batch, the table
+        is gathered, as every weight is, and not the activations.
     """
     if isinstance(table, Probe):
         rows = take(table.weight, ids, policy, letters)
@@ -124,11 +126,10 @@ def conv(
     stride: tuple[int, int] = (1, 1),
     padding: str = "SAME",
 ) -> Float[Array, "B P Q O"]:
-    """Convolve images with a weight `[O, I * kernel_y * kernel_x]`, the kernel flattened as
-    `[O, I, ky, kx]` is.
+    """Convolve images with a weight `[O, I * kernel_y * kernel_x]`.
 
-    Two axes, so that every method of compression sees the matrix that the patches are multiplied
-    with.
+    The kernel is flattened like `[O, I, ky, kx]`. The weight has two axes so that every compression
+    method sees the matrix that the patches are multiplied with.
     """
     if isinstance(w, Probe) or (isinstance(w, Compressed) and _dynamic(w)):
         patches = jax.lax.conv_general_dilated_patches(
@@ -140,7 +141,7 @@ def conv(
             f"conv: the weight {w.shape} does not take {x.shape[-1]} channels by a kernel of "
             f"{kernel}"
         )
-    if isinstance(w, Adapted) and w.key is not None:  # the adapter sees another input than the base
+    if isinstance(w, Adapted) and w.key is not None:  # the adapter has another input than the base
         settings = {"kernel": kernel, "stride": stride, "padding": padding}
         wide = dataclasses.replace(policy, stream="float32")
         alone = dataclasses.replace(w, base=jnp.zeros(w.shape, jnp.float32), dropout=None, key=None)
@@ -163,21 +164,19 @@ def conv(
 def blocks(
     x: Float[Array, "... in"], w: Any, columns: Int[Array, "rows n"], policy: Policy = DEFAULT
 ) -> Float[Array, "... out"]:
-    """Contract with a weight of which only some blocks are there, at places that are known apart
-    from it.
+    """Contract with a block-sparse weight whose block positions are given separately.
 
     Args:
       x: the activation.
-      w: a leaf `[rows, height, n * width]`: for each row of blocks those that are there, side by
-        side.
-      columns: which block of x each of them meets.
+      w: a leaf `[rows, height, n * width]`: the kept blocks of each block row, side by side.
+      columns: the block of x that each kept block is multiplied with.
       policy: dtypes and placement.
 
     Returns:
-      y, of `rows * height` features, in `policy.stream`.
+      y, with `rows * height` features, in `policy.stream`.
 
     Raises:
-      InputError: shapes that do not fit.
+      InputError: the shapes do not fit.
     """
     n = columns.shape[1]
     width = w.shape[-1] // max(columns.shape[1], 1)
@@ -203,8 +202,9 @@ def blocks(
 
 
 def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "... out"]:
-    """`x @ w.T` for a leaf `[out, in]`, in float32 or, where no more is done with it, in
-    `policy.stream`.
+    """Compute `x @ w.T` for a leaf `[out, in]`.
+
+    The result is float32, or `policy.stream` if nothing else is done with it.
     """
     if isinstance(w, Probe):
         y = _matmul(x, w.weight, policy)
@@ -224,13 +224,13 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
             w.block[1],
             _turned_dot,
         )
-    # a plain leaf as it is, so that its gradient is not rounded with it
+    # a plain leaf is not cast, so that its gradient is not rounded
     return _dot(x, decode(w, compute) if isinstance(w, Compressed) else w, compute, policy.stream)
 
 
 @functools.partial(
     jax.checkpoint, static_argnums=(2,)
-)  # backward decodes again: else it would keep each layer's plain weight
+)  # the backward pass decodes again instead of keeping each layer's plain weight
 def _of_codes(
     x: Float[Array, "... in"], w: Sparse | QTensor, policy: Policy
 ) -> Float[Array, "... out"]:
@@ -244,7 +244,7 @@ def _of_codes(
     if w.activations == "int8":
         if plain_codes:
             return _int8_matmul(x, w)
-        # codes in groups: the rounding of the input, then a contraction of decoded weights
+        # grouped codes: round the input, then contract with decoded weights
         x = _rounded(x)
     elif plain_codes:
         return _dot(x, w.codes().astype(compute), compute) * _row_scale(w, x.ndim)
@@ -252,12 +252,13 @@ def _of_codes(
 
 
 def _dot(x: Array, w: Array, compute: Any, out: Any = jnp.float32) -> Array:
-    """`x @ w.T`, a `product` (of int8 with an int32 result); a single row as two where a CPU would
-    leave its matrix kernels.
+    """Compute `x @ w.T` as a `product` (of int8 with an int32 result).
+
+    A single row is computed as two where a CPU would not use its matrix kernels.
     """
     codes = x.dtype == jnp.int8
-    # On a mesh the axes stay apart: rows and positions that are both cut would have to be gathered
-    # to become one axis.
+    # On a mesh the axes are not merged: rows and positions that are both split would have to be
+    # gathered to become one axis.
     rows = x if auto_axes() else x.reshape(-1, x.shape[-1])
     single = (
         x.size == x.shape[-1]
@@ -277,19 +278,19 @@ def _dot(x: Array, w: Array, compute: Any, out: Any = jnp.float32) -> Array:
 
 
 def _turned_dot(x: Float[Array, "n B"], w: Float[Array, "m n"]) -> Float[Array, "m B"]:
-    """`w @ x` with a float32 result: `_dot` of what is turned."""
+    """Compute `w @ x` with a float32 result: the transposed form of `_dot`."""
     return _dot(x.T, w, x.dtype).T if x.shape[1] == 1 else product("mn,nb->mb", w, x, x.dtype)
 
 
 def round_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Array, "... 1"]]:
-    """Each row rounded to int8 in [-127, 127] with its own scale: `x ~ q * scale`."""
+    """Round each row to int8 in [-127, 127] with its own scale: `x ~ q * scale`."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-12) / 127
     return jnp.round(x / scale).astype(jnp.int8), scale
 
 
 def _rounded(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
-    """The input as its int8 codes stand for it; the gradient of the identity."""
+    """Round the input to its int8 codes and back; its gradient is that of the identity."""
     q, scale = round_rows(x)
     x = x.astype(jnp.float32)
     return x + jax.lax.stop_gradient(q.astype(jnp.float32) * scale - x)
@@ -297,21 +298,21 @@ def _rounded(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
 
 @jax.custom_jvp
 def _int8_matmul(x: Float[Array, "... in"], w: QTensor) -> Float[Array, "... out"]:
-    """int8 x int8 -> int32, scaled back."""
+    """Compute int8 x int8 -> int32, and scale the result back."""
     q, scale = round_rows(x)
     return _dot(q, w.codes(), jnp.int8).astype(jnp.float32) * scale * _row_scale(w, x.ndim)
 
 
 @_int8_matmul.defjvp
 def _int8_matmul_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    # The rounding counts as the identity, so that gradients (and the statistics of probes) pass;
-    # codes and scales get none.
+    # The rounding is differentiated as the identity, so that gradients and the statistics of probes
+    # pass; codes and scales get none.
     x, w = primals
     return _int8_matmul(x, w), _dot(tangents[0], w.decode(jnp.float32), jnp.float32)
 
 
 def _row_scale(w: QTensor, ndim: int) -> Array:
-    """The scale of each row, along the last axis of a product of `ndim` axes."""
+    """Return the scale of each row, along the last axis of a product with `ndim` axes."""
     return on_last(w.scale.astype(jnp.float32)[..., 0], ndim)
 
 
@@ -324,7 +325,7 @@ def _dynamic(w: Any) -> bool:
 
 
 def _rows(leaf: Any, ids: Array) -> Array:
-    """Decode the taken rows only."""
+    """Decode only the rows that are looked up."""
 
     def rows_of(a: Array) -> Array:
         return jnp.take(a, ids if a.shape[-2] > 1 else jnp.zeros_like(ids), axis=-2, mode="clip")

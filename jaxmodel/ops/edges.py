@@ -1,8 +1,9 @@
 """A connection pattern as a list of edges: gather, multiply, sum by target.
 
-Whatever a layer computes by matrices of second order or less, it also is a list of edges, each of
-which carries the product of its sources, times a weight, to its target. That form is slow and says
-exactly what is connected: the layers of `jaxmodel.layers.connect` give theirs, and equal it.
+Every layer that computes with matrices of first or second order can be written as a list of edges.
+Each edge carries the product of its sources, times a weight, to its target. This form is slow, but
+it states exactly what is connected: the layers of `jaxmodel.layers.connect` return it, and tests
+compare them with it.
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ from jaxmodel.ops.norms import on_last
 
 @register
 class Edges:
-    """A pytree.
+    """The edges between features and outputs, as a pytree.
 
     Attributes:
-      sources: int32 `[E, order]`, the features whose product each edge carries. The number of
-        features, N, stands for a constant one: for a bias, and for edges of a lower order than
-        others.
-      targets: int32 `[E]`.
-      weights: `[E]`, of which several may be one and the same parameter.
-      features: N.
-      outputs: M.
+      sources: int32 `[E, order]`, the features whose product each edge carries. The index N stands
+        for a constant 1: for a bias, and for edges of a lower order than others.
+      targets: int32 `[E]`, the output of each edge.
+      weights: `[E]`; several may be one and the same parameter.
+      features: N, the number of features.
+      outputs: M, the number of outputs.
     """
 
     sources: Any
@@ -41,8 +41,9 @@ class Edges:
     outputs: int = static()
 
     def check(self) -> None:
-        """Raise InputError where an edge begins or ends outside of the features or outputs (not for
-        use under jit).
+        """Raise InputError if an edge begins or ends outside of the features or outputs.
+
+        Not for use under jit.
         """
         for name, ids, count in (
             ("sources", self.sources, self.features + 1),
@@ -56,11 +57,11 @@ class Edges:
 
 
 class EdgeBlock(NamedTuple):
-    """All edges between some runs of features and a run of outputs.
+    """All edges between some ranges of features and a range of outputs.
 
     Attributes:
-      weight: `[O, I, J, ...]`: output, then a feature of each run; `[O]` alone is a bias.
-      sources: the first feature of each run.
+      weight: `[O, I, J, ...]`: the output, then a feature of each range; `[O]` alone is a bias.
+      sources: the first feature of each range.
       target: the first output.
     """
 
@@ -70,9 +71,10 @@ class EdgeBlock(NamedTuple):
 
 
 def edges_of(blocks: Iterable[EdgeBlock], features: int, outputs: int) -> Edges:
-    """The list of all edges of some blocks.
+    """Return the list of all edges of some blocks.
 
-    >>> edges = edges_of([EdgeBlock(jnp.ones((1, 2)), (0,)), EdgeBlock(jnp.ones(1))], features=2, outputs=1)
+    >>> blocks = [EdgeBlock(jnp.ones((1, 2)), (0,)), EdgeBlock(jnp.ones(1))]
+    >>> edges = edges_of(blocks, features=2, outputs=1)
     >>> edges.sources.tolist(), float(edge_sum(jnp.array([[3.0, 4.0]]), edges)[0, 0])
     ([[0], [1], [2]], 8.0)
     """
@@ -100,12 +102,13 @@ def edges_of(blocks: Iterable[EdgeBlock], features: int, outputs: int) -> Edges:
 
 
 def edge_sum(x: Float[Array, "B N"], edges: Edges) -> Float[Array, "B M"]:
-    """`y[t] = sum over edges to t of weight * product of x[sources]`: gather and segment_sum.
+    """Compute `y[t] = sum over edges to t of weight * product of x[sources]`.
 
-    A source outside of the features gives NaN: wrong input must not look like right input.
+    It is a gather and a segment_sum. A source outside of the features gives NaN, so that wrong
+    input does not look like right input.
 
     Raises:
-      InputError: another number of features than the edges are of.
+      InputError: x has another number of features than the edges.
     """
     if x.shape[1] != edges.features:
         raise InputError(

@@ -1,5 +1,6 @@
-"""The cache of a decoder that reads a source: what it said so far, and the keys and values of what
-it reads.
+"""The cache of a decoder that reads a source.
+
+It holds the decoder's own tokens, and the keys and values of the source.
 """
 
 from __future__ import annotations
@@ -18,17 +19,15 @@ from jaxmodel.ops.seen import Seen
 
 @register
 class MemoryCache:
-    """A `KVCache` of the target, and beside it the source, which is written by the first call and
-    read by all.
+    """A `KVCache` of the target, and the keys and values of the source.
 
-    As long as no source is there, S is 0: what an empty cache holds nothing of belongs to the
-    source.
+    The source is written by the first call and read by all. Until then S is 0.
 
     Attributes:
-      target: of the decoder's own tokens.
-      k: `[L, B, K, S, h]`, keys of the source in each layer.
-      v: as k.
-      valid: bool `[B, S]`, false for padding of the source.
+      target: the cache of the decoder's own tokens.
+      k: `[L, B, K, S, h]`, the keys of the source in each layer.
+      v: the values of the source, of the same shape.
+      valid: bool `[B, S]`, False for padding of the source.
     """
 
     target: KVCache
@@ -40,14 +39,15 @@ class MemoryCache:
     def zeros(
         cls, layers: int, batch: int, heads: int, capacity: int, width: int, policy: Policy
     ) -> MemoryCache:
-        """An empty cache, for `capacity` tokens of the target and a source of any length."""
+        """Make an empty cache for `capacity` tokens of the target and a source of any length."""
         target = KVCache.zeros(layers, batch, heads, capacity, width, policy)
         source = jnp.zeros((layers, batch, heads, 0, width), policy.cache_dtype)
         return cls(target, source, source, jnp.zeros((batch, 0), jnp.bool_))
 
     def reading(self, valid: Bool[Array, "B S"], memory: Float[Array, "B S D"]) -> MemoryCache:
-        """The cache with room for the keys and values of a memory; `remember` writes those of each
-        layer.
+        """Return the cache with room for the keys and values of a source.
+
+        `remember` writes those of each layer.
         """
         layers, batch, heads, _, width = self.k.shape
         room = jnp.zeros((layers, batch, heads, valid.shape[1], width), self.k.dtype)
@@ -68,8 +68,11 @@ class MemoryCache:
     def recall(
         self, layer: jax.Array | int, heads: int
     ) -> tuple[Float[Array, "B K S h"], Float[Array, "B K S h"], Seen]:
-        """The source's keys and values in one layer that has so many heads, and what every query
-        sees of them.
+        """Return the source's keys and values in one layer, and what every query sees of them.
+
+        Args:
+          layer: the index of the layer.
+          heads: the number of key heads of the layer.
         """
         return (
             self.k[layer][:, :heads],
@@ -79,7 +82,7 @@ class MemoryCache:
 
     @property
     def length(self) -> Int[Array, " B"]:
-        """Tokens of the target held in each row."""
+        """The number of tokens of the target in each row."""
         return self.target.length
 
     @property
@@ -88,20 +91,20 @@ class MemoryCache:
         return self.target.capacity
 
     def positions(self, t: int) -> Int[Array, "B T"]:
-        """See `KVCache`."""
+        """Return the positions of the next `t` tokens of each row; see `KVCache`."""
         return self.target.positions(t)
 
     def checked(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """See `KVCache`."""
+        """Replace the activations of rows without room by NaN; see `KVCache`."""
         return self.target.checked(x)
 
     def update(
         self, layer: jax.Array | int, k: Float[Array, "B T K h"], v: Float[Array, "B T K h"]
     ) -> tuple[Array, Array, Seen, MemoryCache]:
-        """See `KVCache`: of the target."""
+        """Write the target's next keys and values into one layer; see `KVCache`."""
         keys, values, seen, target = self.target.update(layer, k, v)
         return keys, values, seen, dataclasses.replace(self, target=target)
 
     def advance(self, count: Int[Array, " B"] | int) -> MemoryCache:
-        """See `KVCache`."""
+        """Return the cache with `count` more target tokens in each row; see `KVCache`."""
         return dataclasses.replace(self, target=self.target.advance(count))

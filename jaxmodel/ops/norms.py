@@ -1,4 +1,4 @@
-"""Normalisation in float32."""
+"""Normalisation, computed in float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxmodel.leaves.leaf import register, static
 def rms_norm(
     x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
-    """`x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich, 2019), in x's dtype."""
+    """Compute `x / sqrt(mean(x^2) + eps) * weight`, in x's dtype (Zhang & Sennrich, 2019)."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * on_last(weight.astype(jnp.float32), x.ndim)).astype(x.dtype)
@@ -28,7 +28,7 @@ def layer_norm(
     bias: Float[Array, " D"] | None,
     eps: float,
 ) -> Float[Array, "... D"]:
-    """`(x - mean) / sqrt(var + eps) * weight + bias` (Ba et al., 2016), in x's dtype."""
+    """Compute `(x - mean) / sqrt(var + eps) * weight + bias`, in x's dtype (Ba et al., 2016)."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
@@ -45,11 +45,12 @@ def group_norm(
     groups: int,
     eps: float,
 ) -> Float[Array, "B *space D"]:
-    """`(x - mean) / sqrt(var + eps) * weight + bias`, moments of each row's groups of channels (Wu
-    & He, 2018), in x's dtype.
+    """Compute `(x - mean) / sqrt(var + eps) * weight + bias` over groups of channels, in x's dtype.
+
+    The moments are those of each row's groups of channels (Wu & He, 2018).
 
     Raises:
-      InputError: groups that do not divide the channels.
+      InputError: the number of groups does not divide the channels.
     """
     if groups < 1 or x.shape[-1] % groups:
         raise InputError(
@@ -71,19 +72,20 @@ def batch_norm(
     eps: float,
     train: bool = False,
 ) -> Float[Array, "B *space D"]:
-    """`(x - mean) / sqrt(variance + eps) * weight + bias` of each channel (Ioffe & Szegedy, 2015),
-    in x's dtype.
+    """Compute `(x - mean) / sqrt(variance + eps) * weight + bias` of each channel, in x's dtype.
+
+    Source: Ioffe & Szegedy, 2015.
 
     Args:
       x: activations.
-      weight: of the result.
-      bias: of the result.
-      mean: the statistics that inference normalises by. They are set, not trained, so they have no
-        gradient; see `jaxmodel.train.set_batch_statistics`. A `Measured` in the mean's place
-        measures x.
-      variance: its other half.
+      weight: the factor of the normalised values.
+      bias: what is added to them.
+      mean: the running mean `[D]`, by which inference normalises. It is set, not trained, so it has
+        no gradient; see `jaxmodel.train.set_batch_statistics`. Or a `Measured`, which also measures
+        x.
+      variance: the running variance, likewise.
       eps: added to the variance.
-      train: normalise by the moments of x itself, over all axes but the last, and of the rows that
+      train: normalise by the moments of x itself, over all axes but the last, for the rows that
         count (see `Measured`).
     """
     measured = mean if isinstance(mean, Measured) else None
@@ -105,7 +107,7 @@ def batch_norm(
 
 
 def _mean(wide: Float[Array, "B *space D"], counts: Array | None) -> Float[Array, " D"]:
-    """Of each channel, over the rows that count."""
+    """Return the mean of each channel over the rows that count."""
     axes = tuple(range(wide.ndim - 1))
     if counts is None:
         return jnp.mean(wide, axis=axes)
@@ -116,20 +118,20 @@ def _mean(wide: Float[Array, "B *space D"], counts: Array | None) -> Float[Array
 
 @register
 class Measured:
-    """What stands in the place of a batch norm's `mean` where more is asked of the norm than to
-    normalise.
+    """What takes the place of a batch norm's `mean` to do more than normalise.
 
-    `counts` says which rows of the batch its moments are of: those that only fill a batch up do not
-    count. `zeros` measures the input, as a `Probe` measures that of a contraction: the gradient of
-    the zeros, of anything downstream, is the count of x, the sum of `x - mean` and the sum of its
-    squares, for each channel. They are sums, so batches and shards add up; taking them around a
-    mean that is nearly right keeps the variance from being the difference of two large numbers.
+    `counts` marks the rows of the batch whose moments are taken; rows that only fill up a batch do
+    not count. `zeros` measures the input, as a `Probe` does for a contraction: the gradient of
+    anything downstream with respect to the zeros is, for each channel, the number of values of x,
+    the sum of `x - mean` and the sum of its squares. They are sums, so those of batches and shards
+    can be added. They are taken around a mean that is nearly right, since otherwise the variance
+    would be the difference of two large numbers.
 
     Attributes:
-      mean: `[D]`, with the layers in front where they are stacked.
-      zeros: `count` `[]`, `sum` and `square` `[D]`, with the layers in front; None to measure
-        nothing.
-      counts: bool `[B]`, with the layers in front; None for all rows.
+      mean: `[D]`, with a leading axis of layers if they are stacked.
+      zeros: a dict of `count` `[]`, `sum` and `square` `[D]`, with leading layers as above; None to
+        measure nothing.
+      counts: bool `[B]`, with leading layers as above; None for all rows.
       own: whether each batch is normalised by its own moments, as in training, rather than by
         `mean` and `variance`.
     """
@@ -180,5 +182,5 @@ _tap.defvjp(_forward, _backward)
 
 
 def on_last(vector: Array, ndim: int) -> Array:
-    """The vector as the last of `ndim` axes, so that nothing is promoted in rank silently."""
+    """Reshape a vector to the last of `ndim` axes, so that ranks are not promoted silently."""
     return vector.reshape((1,) * (ndim - 1) + vector.shape)

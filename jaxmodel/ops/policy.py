@@ -1,6 +1,6 @@
 """`Policy`: how a model computes.
 
-Dtypes, rematerialisation, and where activations lie on a mesh.
+It sets dtypes, rematerialisation, and the placement of activations on a mesh.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ _ATTENTION = ("auto", "plain", "blockwise")
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Frozen and hashable, so that equal policies give the same compiled functions.
+    """How a model computes; frozen and hashable, so that equal policies share compiled functions.
 
     Attributes:
-      compute: dtype of the operands of every contraction; sums, norms and softmax are float32
-        whatever it is.
+      compute: dtype of the operands of every contraction; sums, norms and softmax are always
+        float32.
       stream: dtype of the activations between operations.
       cache: dtype of keys and values in the cache; None for `compute`.
-      remat: what the backward pass computes again: "none", "full" (each block), "dots" (all but the
-        contractions).
+      remat: what the backward pass computes again: "none", "full" (each block), "dots" (everything
+        but the contractions).
       attention: how attention runs: "plain" (all scores at once), "blockwise" (memory linear in
         length), "auto" (by length).
-      axes: letter of an activation's axis -> mesh axes, `(("B", ("data", "fsdp")), ("H", "tensor"),
-        ("F", "tensor"))`.
-      microbatches: parts of a batch that follow each other through the stages of a mesh with
-        `pipeline`; 0 for as many as there are stages. With S stages and M parts a stage has nothing
-        to do for (S - 1) / (M + S - 1) of the time.
-      unroll: layers that stand in the program one after the other, in a loop over the rest. More
-        compile longer; on a CPU a small model trains by a third faster without the loop, which
-        keeps what the backward pass needs in one array of all layers.
+      axes: letter of an activation's axis -> mesh axes, such as `(("B", ("data", "fsdp")),
+        ("H", "tensor"), ("F", "tensor"))`.
+      microbatches: the number of parts of a batch that pass one after the other through the
+        pipeline stages of a mesh; 0 for as many as there are stages. With S stages and M parts, a
+        stage is idle for (S - 1) / (M + S - 1) of the time.
+      unroll: the number of layers in one iteration of the loop over layers. More layers compile
+        longer. On a CPU a small model trains a third faster when all are unrolled, because the
+        loop keeps what the backward pass needs in one array of all layers.
     """
 
     compute: str = "float32"
@@ -75,6 +75,8 @@ MESH_AXES = (
     ("F", "tensor"),
     ("V", "tensor"),
 )
-"""The usual placement of activations: rows over the axes of the batch, positions over `sequence`
-(whose attention is a ring), heads, feed-forward and vocabulary over `tensor`.
+"""The default placement of activations.
+
+Rows are split over the batch axes, positions over `sequence` (with ring attention), heads,
+feed-forward units and the vocabulary over `tensor`.
 """

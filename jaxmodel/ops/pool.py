@@ -1,9 +1,10 @@
 """Pooling of images: the largest or the mean value of each window.
 
-XLA's own windowed reductions have a gradient that scatters, which took three quarters of a training
-step of a small network on a CPU (135 ms against 35 ms). Here a maximum is one of slices, each with
-one place of all windows, and a mean is over axes of its own; both are fused. (A maximum over such
-axes, too, is slower in its gradient: 61 against 50 ms of processor time in that step.)
+The gradient of XLA's own windowed reductions is a scatter, which took three quarters of a training
+step of a small network on a CPU (135 ms against 35 ms). Here a maximum is taken over strided
+slices, one for each position in a window, and a mean is taken over axes of its own; XLA fuses both.
+(A maximum over such axes has a slower gradient too: 61 against 50 ms of processor time in that
+step.)
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ def max_pool(
     stride: tuple[int, int] | None = None,
     pad: int = 0,
 ) -> Float[Array, "B P Q D"]:
-    """The largest value of each window.
+    """Return the largest value of each window.
 
     Args:
       x: images.
       kernel: the sides of a window.
-      stride: between two windows; None for windows side by side. What fills no window at the end is
-        left out.
-      pad: rows and columns on each side, which no window takes a value from.
+      stride: the distance between two windows; None for windows side by side. Rows and columns at
+        the end that fill no window are left out.
+      pad: the number of rows and columns of padding on each side; a padded value is never the
+        largest.
 
     Raises:
       InputError: an image smaller than a window.
@@ -41,7 +43,7 @@ def max_pool(
     counts = _counts(x, kernel, stride)
 
     def part(i: int, j: int) -> Array:
-        """The elements at this place of all windows."""
+        """Return the elements at this position of all windows."""
         rows, columns = (
             slice(at, at + s * (n - 1) + 1, s)
             for at, s, n in zip((i, j), stride, counts, strict=True)
@@ -54,8 +56,9 @@ def max_pool(
 
 
 def avg_pool(x: Float[Array, "B Y X D"], kernel: tuple[int, int]) -> Float[Array, "B P Q D"]:
-    """The mean of each window, side by side, in x's dtype; what fills no window at the end is left
-    out.
+    """Return the mean of each window, in x's dtype.
+
+    Windows lie side by side. Rows and columns at the end that fill no window are left out.
 
     Args:
       x: images.
@@ -72,7 +75,7 @@ def avg_pool(x: Float[Array, "B Y X D"], kernel: tuple[int, int]) -> Float[Array
 def _counts(
     x: Float[Array, "B Y X D"], kernel: tuple[int, int], stride: tuple[int, int]
 ) -> list[int]:
-    """How many windows there are along each side."""
+    """Return the number of windows along each side."""
     counts = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:3], kernel, stride, strict=True)]
     if min(counts) < 1:
         raise InputError(

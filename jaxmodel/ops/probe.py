@@ -3,10 +3,10 @@
 The op computes its output `y` and returns `tap(y, x, zeros)`: `y` unchanged, but with a gradient
 for the zeros that is the statistic of `x`. `jax.grad` of anything downstream with respect to the
 zeros then returns the statistics of every layer, under `scan`, `remat`, `jit` and on a mesh,
-without hooks and without a second model. The *output* is tapped because the gradient of an input is
-zero behind a rounding or an argmax, and the statistic would silently be too.
+without hooks and without a second model. The *output* is tapped, because the gradient of an input
+is zero behind a rounding or an argmax, and so the statistic would silently be zero too.
 
-Every statistic is a sum over tokens, so batches and shards add up.
+Every statistic is a sum over tokens, so statistics of batches and shards can be added.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ HISTOGRAM_STEP = 0.5  # octaves; bin i counts |x| in [2^(i*STEP + LOW), 2^((i+1)
 HISTOGRAM_LOW = -24.0
 
 STATISTICS = ("count", "taken", "square", "gram", "histogram", "tokens")
-# of the weight itself, for a leaf that has none of its own; no statistic of the input alone
+# the gradient of the weight itself, for a leaf that has none; not a statistic of the input alone
 GRADIENT = "gradient"
-OF_TAKE = ("taken", "tokens")  # the statistics of a lookup; the others are of a contraction
+OF_TAKE = ("taken", "tokens")  # the statistics of a lookup; the others belong to a contraction
 
 
 @register
 class Probe:
-    """A weight and the zeros whose gradient is the statistics.
+    """A weight, and the zeros whose gradient is the statistics.
 
-    zeros maps a statistic to an array, with the weight's leading axes (layers, experts) in front:
-      count: [], rows of x seen by a contraction (always there).
-      taken: [], rows looked up by `take` (always there).
+    `zeros` maps a statistic to an array, with the weight's leading axes (layers, experts) in front:
+      count: [], the number of rows of x in a contraction (always there).
+      taken: [], the number of rows looked up by `take` (always there).
       square: [in], sum of x^2.
       gram: [in, in], X^T X.
-      histogram: [bins], elements of x by the logarithm of |x| on a fixed grid.
+      histogram: [bins], the number of elements of x by log |x| on a fixed grid.
       tokens: [rows of the table], how often each row was looked up.
-      gradient: [out, in], that of the array which the weight stands for, in the dtype of the zeros.
-        So a compressed weight trains (see `jaxmodel.optim.quantized`).
+      gradient: [out, in], the gradient of the array that the weight stands for, in the dtype of
+        the zeros. This is how a compressed weight trains (see `jaxmodel.optim.quantized`).
     """
 
     weight: Any
@@ -62,18 +62,18 @@ class Probe:
 
 
 def zeros_for(shape: tuple[int, ...], statistics: Iterable[str]) -> dict[str, Array]:
-    """The zeros of a probe on a weight.
+    """Return the zeros of a probe on a weight.
 
     Args:
-      shape: `[..., out, in]`. Each matrix behind the leading axes (of layers, that `scan` slices
-        off; of experts, batch letters of the equation) has statistics of its own.
-      statistics: of `STATISTICS`; `count` and `taken` are always there.
+      shape: `[..., out, in]`. The leading axes are layers, which `scan` slices off, and experts,
+        which are batch letters of the equation; each of their matrices has its own statistics.
+      statistics: names from `STATISTICS`; `count` and `taken` are always there.
 
     Returns:
-      Statistic -> float32 zeros, the leading axes in front.
+      Statistic -> float32 zeros, with the leading axes in front.
 
     Raises:
-      InputError: an unknown statistic, or a vector.
+      InputError: a statistic is unknown, or the shape is that of a vector.
     """
     if len(shape) < 2:
         raise InputError(f"shape: {shape} is not that of a matrix; allowed: [..., out, in]")
@@ -94,7 +94,7 @@ def zeros_for(shape: tuple[int, ...], statistics: Iterable[str]) -> dict[str, Ar
 
 
 def tap(y: Array, x: Array, zeros: dict[str, Array]) -> Array:
-    """`y`, whose gradient carries the statistics of `x` to `zeros`."""
+    """Return `y`, whose gradient carries the statistics of `x` to `zeros`."""
     return _tap(y, jax.lax.stop_gradient(x), zeros)
 
 
@@ -126,9 +126,12 @@ _tap.defvjp(_forward, _backward)
 
 
 def _gradient(x: Array, g: Array, zero: Array) -> Float[Array, "out in"]:
-    """Of a weight `[out, in]`, where `y = x w^T`, or where y are its rows at the ids x."""
+    """Return the gradient of a weight `[out, in]`.
+
+    Either `y = x w^T`, or y are the weight's rows at the ids x.
+    """
     if jnp.issubdtype(x.dtype, jnp.integer):
-        # what is outside is dropped
+        # ids outside of the table are dropped
         place = jnp.where((x >= 0) & (x < zero.shape[0]), x, zero.shape[0])
         return (
             jnp.zeros(zero.shape, jnp.float32)
@@ -167,16 +170,18 @@ def _statistic(name: str, x: Array, zero: Array) -> Float[Array, "..."]:
 
 
 def _size(x: Array) -> Float[Array, ""]:
-    """The number of elements, as a sum over x:
+    """Return the number of elements of x.
 
-    `vmap` adds up what depends on a mapped x, and would count a constant once.
+    It is written as a sum over x because `vmap` adds up what depends on a mapped x, and would count
+    a constant once.
     """
     return jnp.sum(jnp.where(x == x, 1.0, 1.0), dtype=jnp.float32)
 
 
 def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
-    """Counts of |x| on the fixed logarithmic grid; what lies outside it falls into the first or
-    last bin.
+    """Count |x| on the fixed logarithmic grid.
+
+    Values outside of it fall into the first or last bin.
     """
     octave = jnp.log2(jnp.maximum(jnp.abs(x.reshape(-1).astype(jnp.float32)), 1e-30))
     place = jnp.clip((octave - HISTOGRAM_LOW) / HISTOGRAM_STEP, 0, HISTOGRAM_BINS - 1).astype(
@@ -186,12 +191,12 @@ def histogram(x: Float[Array, "..."]) -> Float[Array, " bins"]:
 
 
 def _gather(total: Array, x: Array, zero: Array) -> Array:
-    """Sum over the mesh axes that the data varies over but the zeros do not (inside `shard_map`)."""
+    """Sum over the mesh axes that the data varies over but the zeros do not (in `shard_map`)."""
     axes = _varying(x) - _varying(zero)
     return jax.lax.psum(total, tuple(axes)) if axes else total
 
 
 def _varying(x: Array) -> frozenset[str]:
     kind = jax.typeof(x)
-    # the name before JAX 0.12
+    # `vma` is the name before JAX 0.12
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma

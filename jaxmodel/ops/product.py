@@ -1,5 +1,6 @@
-"""The product of two arrays in a lower precision, forward and backward: the one home of the dtypes
-of operands and results.
+"""The product of two arrays in a lower precision, forward and backward.
+
+The dtypes of operands and results are decided only here.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 WITHOUT_BATCH = "product without batch axes"
-"""The name for `jax.checkpoint_policies` of products in bfloat16, whose own rule of differentiation
-hides the `dot_general`.
+"""The name of products in bfloat16 for `jax.checkpoint_policies`.
+
+These cannot see the `dot_general` inside a custom derivative.
 """
 
 
@@ -27,21 +29,21 @@ def product(
     compute: Any,
     out: Any = jnp.float32,
 ) -> Array:
-    """`einsum(equation, x, y)` of operands rounded to `compute`, summed in float32.
+    """Compute `einsum(equation, x, y)` with operands rounded to `compute` and float32 sums.
 
-    Its gradients are such products too: what comes back is rounded to `compute` first. The
-    transpose that JAX derives has a float32 operand beside a rounded one, which no matrix unit
-    takes, so that two thirds of a training step would run in float32 (float16 keeps it, since its
-    gradients may be too small without a scale). In bfloat16 there is no forward derivative for
-    that, and on a CPU the gradients are rounded to bfloat16 (see `_narrow`).
+    The gradients are such products too: the incoming gradient is rounded to `compute` first. The
+    transpose that JAX derives multiplies a float32 operand with a rounded one, which no matrix unit
+    supports, so two thirds of a training step would run in float32. (float16 keeps JAX's transpose,
+    since its gradients may be too small without loss scaling.) As a consequence, products in
+    bfloat16 have no forward-mode derivative, and on a CPU their gradients are rounded to bfloat16
+    (see `_narrow`).
 
     Args:
-      equation: two terms of single letters; a letter that is in one operand alone is in the result
-        too.
-      x: an operand.
-      y: the other.
-      compute: dtype of the operands.
-      out: dtype of the result.
+      equation: two terms of single letters; a letter of only one operand must be in the result.
+      x: the first operand.
+      y: the second operand.
+      compute: the dtype of the operands.
+      out: the dtype of the result.
 
     >>> x, y = jnp.ones((2, 3)), jnp.full((4, 3), 1.001)
     >>> product("bi,oi->bo", x, y, jnp.bfloat16)[0, 0].item()  # 1.001 is 1 in bfloat16
@@ -61,19 +63,20 @@ def product(
 
 
 def precision(compute: Any) -> jax.lax.Precision | None:
-    """Of XLA's products: float32 means float32 also on accelerators, whose default is one bfloat16
-    pass.
+    """Return the precision of XLA's products.
+
+    float32 means float32 also on accelerators, whose default is one bfloat16 pass.
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(compute) == jnp.float32 else None
 
 
 def compiler_options(compute: Any) -> dict[str, Any]:
-    """Options of `jax.jit` for a program full of products in `compute`: on x86 processors with
-    bfloat16 units oneDNN's kernels.
+    """Return options of `jax.jit` for a program with many products in `compute`.
 
-    XLA's default on a CPU has no fast kernel for the gradient of a weight in bfloat16. In float32
-    oneDNN is left out: XLA lets it add up products whose layouts differ, and for these it has a
-    reference loop alone, 40 times slower.
+    On x86 processors with bfloat16 units they select oneDNN's kernels, since XLA's own have no fast
+    kernel on a CPU for the gradient of a weight in bfloat16. For float32, oneDNN is left out: XLA
+    lets it add up products whose layouts differ, for which it has only a reference loop, 40 times
+    slower.
     """
     if jnp.dtype(compute) != jnp.bfloat16 or jax.default_backend() != "cpu" or not _has_bfloat16():
         return {}
@@ -96,7 +99,7 @@ def _bfloat16(equation: str, x: Array, y: Array, out: Any) -> Array:
 
 
 def _save(equation: str, x: Array, y: Array, out: Any) -> tuple[Array, Any]:
-    # without content: they tell the dtypes of the gradients
+    # empty arrays that carry the dtypes of the gradients
     likes = (
         jnp.zeros(0, x.dtype),
         jnp.zeros(0, y.dtype),
@@ -124,11 +127,11 @@ def _run(equation: str, x: Array, y: Array, out: Any) -> Array:
 
 
 def _narrow(equation: str, x: Array, y: Array, out: Any) -> Array:
-    """The same where a result in bfloat16 is exact enough; on a CPU it is one.
+    """Run the product where a result in bfloat16 is exact enough; on a CPU the result is bfloat16.
 
-    There only products with a result in bfloat16 have kernels for operands of every layout. XLA
-    would make it a float32 product again where the result is widened, and add others into it, so it
-    is widened in a way that XLA does not know.
+    On a CPU only products with a result in bfloat16 have kernels for operands of every layout. If
+    the result were widened in the usual way, XLA would turn it into a float32 product again and
+    fuse additions into it, so it is widened in a way that XLA does not see through.
     """
 
     def on_cpu(x: Array, y: Array) -> Array:

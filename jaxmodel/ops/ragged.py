@@ -1,11 +1,10 @@
-"""`ragged`: rows that stand sorted by group, each contracted with the matrix of its group (mixture
-of experts).
+"""`ragged`: rows sorted by group, each contracted with its group's matrix (mixture of experts).
 
-On an accelerator a plain array goes to XLA's own ragged product. On a CPU that product computes
-every row with every group (six times slower for 1,024 rows and 8 groups, thirty times for 4 rows),
-and no accelerator knows our compressed leaves, so there the rows are cut into blocks of one group
-each, and a block is a contraction of `einsum` with that group's slice of the leaf: all leaf types
-work as they do there. It has first derivatives, in reverse mode, which `vmap` may map.
+On an accelerator a plain array uses XLA's own ragged product. On a CPU that product computes every
+row with every group (six times slower for 1,024 rows and 8 groups, thirty times for 4 rows), and no
+accelerator knows our compressed leaves. In these cases the rows are cut into blocks of one group
+each, and each block is an `einsum` with that group's slice of the leaf, so all leaf types work. It
+has first derivatives in reverse mode, which `vmap` may map.
 """
 
 from __future__ import annotations
@@ -26,29 +25,31 @@ from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.probe import GRADIENT, OF_TAKE, Probe, histogram
 from jaxmodel.ops.product import precision
 
-# rows of a block at most; more waste rows at the end of each group, fewer read the matrices more
-# often
+# the most rows of a block; larger blocks waste rows at the end of each group, smaller ones read the
+# matrices more often
 BLOCK = 64
 
 
 def ragged(
     x: Float[Array, "N in"], w: Any, sizes: Int[Array, " E"], policy: Policy = DEFAULT
 ) -> Float[Array, "N out"]:
-    """`y[n] = w[group of n] x[n]`, where the first `sizes[0]` rows are of group 0, the next
-    `sizes[1]` of group 1, and so on.
+    """Compute `y[n] = w[group of n] x[n]` for rows sorted by group.
+
+    The first `sizes[0]` rows belong to group 0, the next `sizes[1]` to group 1, and so on.
 
     Args:
       x: rows, sorted by group.
-      w: `[E, out, in]`: an array, a compressed leaf or a `Probe`, whose statistics are those of
-        each group's own rows.
-      sizes: rows of each group, together at most N; rows behind them give zeros.
-      policy: dtypes.
+      w: `[E, out, in]`: an array, a compressed leaf or a `Probe`, which then measures each group's
+        own rows.
+      sizes: the number of rows of each group, together at most N; the results of later rows are
+        zero.
+      policy: the dtypes.
 
     Returns:
-      y, in `policy.stream`; the sum is float32.
+      y, in `policy.stream`; sums are float32.
 
     Raises:
-      InputError: shapes that do not fit.
+      InputError: the shapes do not fit.
     """
     if len(w.shape) != 3 or sizes.shape != w.shape[:1] or x.shape[1] != w.shape[2]:
         raise InputError(
@@ -77,7 +78,7 @@ def _of_leaf(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
-    """float32; rows behind the last group are undefined."""
+    """Compute the product in float32; rows after the last group are undefined."""
     by_blocks = functools.partial(_by_blocks, policy=policy)
     by_group = functools.partial(_by_group, policy=policy)
     if isinstance(w, Compressed):
@@ -101,7 +102,7 @@ def _backward(policy: Policy, saved: tuple[Array, Any, Array], g: Array) -> tupl
     return dx, dw, None
 
 
-# by itself the transpose of a loop over blocks would add a whole leaf for every block
+# JAX's own transpose of the loop would add a gradient of the whole leaf for every block
 _product.defvjp(_forward, _backward)
 
 
@@ -120,8 +121,9 @@ def _by_group_backward(
 def _dot(
     a: Array, b: Array, sizes: Array, contracted: tuple[tuple[int], tuple[int]], policy: Policy
 ) -> Array:
-    """XLA's ragged product of a, whose first axis is cut, with b `[E, ., .]`, or with b cut alike
-    for a result `[E, ., .]`.
+    """Run XLA's ragged product of a, whose first axis is cut into groups, with b.
+
+    b is `[E, ., .]`, or it is cut like a, for a result `[E, ., .]`.
     """
     compute = jnp.dtype(policy.compute)
     dims = jax.lax.RaggedDotDimensionNumbers(
@@ -133,7 +135,7 @@ def _dot(
         precision=precision(compute),
         preferred_element_type=jnp.float32,
     )
-    # vmap cannot leave b alone
+    # the batching rule of the ragged product needs b to be mapped too
     return jax.custom_batching.sequential_vmap(run)(a.astype(compute), b.astype(compute), sizes)
 
 
@@ -141,10 +143,10 @@ def _dot(
 
 
 def _blocks(sizes: Array, rows: int) -> tuple[int, tuple[Array, Array, Array]]:
-    """The rows of a block, and of each block its group, first row, and the end of its group's rows.
+    """Return the rows of a block, and each block's group, first row, and end of its group's rows.
 
-    There are as many as any sizes may need; those that these sizes do not need begin behind the
-    last row.
+    There are as many blocks as any sizes may need; those that these sizes do not need begin after
+    the last row.
     """
     groups = sizes.shape[0]
     size = max(2, min(BLOCK, 1 << max(rows // groups, 1).bit_length() - 1))
@@ -175,7 +177,7 @@ def _by_blocks(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
         part = einsum(
             "ND,FD->NF", jax.lax.dynamic_slice_in_dim(padded, start, size), _slice(w, group), policy
         )
-        # what is too much, the next block overwrites
+        # rows beyond the group are overwritten by the next block
         return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=0)
 
     def body(y: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -227,8 +229,9 @@ def _by_blocks_backward(
 
 @jax.custom_vjp
 def _tap(y: Array, x: Array, sizes: Array, zeros: dict[str, Array]) -> Array:
-    """`y`, whose gradient for the zeros is the statistics of each group's rows; see
-    `jaxmodel.ops.probe`.
+    """Return `y`, whose gradient for the zeros is the statistics of each group's rows.
+
+    See `jaxmodel.ops.probe`.
     """
     return y
 
@@ -259,12 +262,12 @@ def _statistic(name: str, x: Array, g: Array, sizes: Array, zero: Array) -> Arra
     groups = sizes.shape[0]
     if name == "count":
         return sizes.astype(jnp.float32)
-    if name == "gram":  # the gradient of each group's matrix, where y's gradient is x
+    if name == "gram":  # X^T X of each group is the gradient of its matrix if y's gradient is x
         return _backward(DEFAULT, (wide, zero, sizes), wide)[1]
     if name == GRADIENT:
         return _backward(DEFAULT, (wide, zero, sizes), g)[1]
     ends = jnp.cumsum(sizes.astype(jnp.int32), dtype=jnp.int32)
-    # E for the rows behind, dropped
+    # later rows get the group E, which is dropped
     group = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=jnp.int32), side="right")
     each = wide * wide if name == "square" else jax.vmap(histogram)(wide)
     return jax.ops.segment_sum(each, group, groups)

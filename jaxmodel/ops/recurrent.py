@@ -1,8 +1,8 @@
-"""One step of a recurrent cell, from the sums that its matrices give: elementwise, in float32. And
-the cache of such cells.
+"""One step of a recurrent cell, elementwise in float32, and the cache of such cells.
 
-A state is `[B, n, H]`: `n` is 2 for an LSTM (what it shows, what it keeps), 1 for a GRU. The gates
-stand in one axis in the order that PyTorch has, so its weights can be taken as they are.
+A step starts from the sums that the cell's matrices give. A state is `[B, n, H]`: `n` is 2 for an
+LSTM (hidden and cell state), 1 for a GRU. The gates are concatenated along one axis in PyTorch's
+order, so its weights can be used unchanged.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jaxmodel.errors import unknown
 from jaxmodel.leaves.leaf import register
 
 GATES = {"lstm": 4, "gru": 3}
-"""Gates of a cell: input, forget, new, output of an LSTM; reset, keep, new of a GRU."""
+"""The number of gates: LSTM input, forget, new, output; GRU reset, update, new."""
 STATES = {"lstm": 2, "gru": 1}
-"""Vectors in the state of a cell; the first is what it shows."""
+"""The number of vectors in the state of a cell; the first is the hidden state."""
 
 
 def check_cell(argument: str, kind: str) -> None:
-    """Raise InputError for a cell that is none of `GATES`."""
+    """Raise InputError if the kind of cell is not in `GATES`."""
     if kind not in GATES:
         raise unknown(argument, kind, GATES)
 
@@ -34,19 +34,19 @@ def recurrent_step(
     from_state: Float[Array, "B G"],
     state: Float[Array, "B n H"],
 ) -> Float[Array, "B n H"]:
-    """The next state of an LSTM (Hochreiter & Schmidhuber, 1997; with forget gates, Gers et al.,
-    2000) or GRU (Cho et al., 2014).
+    """Compute the next state of an LSTM or GRU.
 
-    With `i, f, g, o` the parts of `from_input + from_state`, an LSTM keeps
-    `c' = sigmoid(f) c + sigmoid(i) tanh(g)` and shows `h' = sigmoid(o) tanh(c')`. With `r, z, n`
-    the parts of both sums `x` and `s`, a GRU shows `h' = (1 - z') tanh(n_x + r' n_s) + z' h`, where
-    `r' = sigmoid(r_x + r_s)` and `z' = sigmoid(z_x + z_s)`.
+    With `i, f, g, o` the parts of `from_input + from_state`, an LSTM has the cell state
+    `c' = sigmoid(f) c + sigmoid(i) tanh(g)` and the hidden state `h' = sigmoid(o) tanh(c')`
+    (Hochreiter & Schmidhuber, 1997; with forget gates, Gers et al., 2000). With `r, z, n` the parts
+    of both sums `x` and `s`, a GRU has `h' = (1 - z') tanh(n_x + r' n_s) + z' h`, where
+    `r' = sigmoid(r_x + r_s)` and `z' = sigmoid(z_x + z_s)` (Cho et al., 2014).
 
     Args:
       kind: "lstm" or "gru".
-      from_input: the input's share of all gates, `G = 4H` or `3H`, with its bias.
-      from_state: the state's share, with its bias.
-      state: see the module; float32.
+      from_input: the input's contribution to all gates, `G = 4H` or `3H`, with its bias.
+      from_state: the state's contribution to all gates, with its bias.
+      state: the last state, float32; see the module.
     """
     x = from_input.astype(jnp.float32)
     s = from_state.astype(jnp.float32)
@@ -63,17 +63,16 @@ def recurrent_step(
 
 @register
 class StateCache:
-    """The cache of a recurrent decoder: its states, and the memory that it reads. It holds a text
-    of any length.
+    """The cache of a recurrent decoder: its states, and the memory that it reads.
 
-    As long as no source is there, S is 0, as in `MemoryCache`.
+    It holds a text of any length. Until there is a source, S is 0, as in `MemoryCache`.
 
     Attributes:
-      state: `[L, B, n, H]`, float32.
-      memory: `[B, S, M]`.
-      keys: `[B, S, A]`, the memory's share of the scores.
-      valid: bool `[B, S]`, false for padding of the source.
-      length: int32 `[B]`, tokens read in each row.
+      state: `[L, B, n, H]`, float32, the state of each layer.
+      memory: `[B, S, M]`, the encoded source.
+      keys: `[B, S, A]`, the memory's contribution to the attention scores.
+      valid: bool `[B, S]`, False for padding of the source.
+      length: int32 `[B]`, the number of tokens read in each row.
     """
 
     state: jax.Array
@@ -84,8 +83,9 @@ class StateCache:
 
     @classmethod
     def zeros(cls, kind: str, layers: int, batch: int, width: int, dtype: str) -> StateCache:
-        """The cache before the source is read; `width` is that of the state and the memory, `dtype`
-        the memory's.
+        """Make the cache before the source is read.
+
+        `width` is that of the state and of the memory, `dtype` that of the memory.
         """
         state = jnp.zeros((layers, batch, STATES[kind], width), jnp.float32)
         nothing = jnp.zeros((batch, 0, width), dtype)
@@ -99,7 +99,10 @@ class StateCache:
         memory: Float[Array, "B S M"],
         start: Float[Array, "L B n H"],
     ) -> StateCache:
-        """The cache with a source, which begins at the states `start`; `remember` writes the keys."""
+        """Return the cache with a source, which begins at the states `start`.
+
+        `remember` writes the keys.
+        """
         room = jnp.zeros((*valid.shape, self.keys.shape[-1]), self.keys.dtype)
         return StateCache(start, memory, room, valid, self.length)
 
@@ -109,19 +112,19 @@ class StateCache:
         state: Float[Array, "B n H"],
         keys: Float[Array, "B S A"] | None,
     ) -> StateCache:
-        """The cache after a layer's steps, with the keys where the layer reads the memory."""
+        """Return the cache after a layer's steps, with the keys if the layer reads the memory."""
         states = jax.lax.dynamic_update_slice(self.state, state[None], (layer, 0, 0, 0))
         keys = self.keys if keys is None else keys.astype(self.keys.dtype)
         return dataclasses.replace(self, state=states, keys=keys)
 
     def positions(self, t: int) -> Int[Array, "B T"]:
-        """Where the next `t` tokens of each row stand."""
+        """Return the positions of the next `t` tokens of each row."""
         return self.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
 
     def checked(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The activations as they are: there is always room."""
+        """Return the activations unchanged: there is always room."""
         return x
 
     def advance(self, count: Int[Array, " B"] | int) -> StateCache:
-        """The cache after `count` tokens more in each row."""
+        """Return the cache with `count` more tokens in each row."""
         return dataclasses.replace(self, length=self.length + count)

@@ -1,20 +1,20 @@
-"""Ring attention: queries stay, keys and values go round the devices along which the positions are
-cut.
+"""Ring attention: queries stay; keys and values travel around the devices that hold the positions.
 
-Each of n devices has T/n queries and S/n keys. In n steps the keys, with what says who sees them,
-visit all devices; the softmax over all of them is put together from the parts' results and the
-logarithms of their sums (Liu, Zaharia & Abbeel, 2023). The backward pass sends them round again,
-and with them their gradients, which come home with the last step. So no device ever holds more than
-its part of the positions and one part on its way.
+Each of n devices has T/n queries and S/n keys. In n steps the keys, with their segments and
+validity, visit all devices. The softmax over all keys is combined from the results for the parts
+and the logarithms of their sums (Liu, Zaharia & Abbeel, 2023). The backward pass sends keys and
+values around again, together with their gradients, which return home with the last step. So a
+device never holds more than its own part of the positions and one visiting part.
 
-Blocks of keys that no query of a device can see (behind it, out of its window) are not computed. A
-causal ring still takes as long as its last device, which sees all keys. While a device looks at
-keys, they are on their way to the next one, and so are the gradients of the keys before.
+Blocks of keys that no query of a device can see (later keys, or outside the window) are skipped. A
+causal ring still takes as long as its last device, which sees all keys. While a device works on
+keys, these are already on their way to the next device, and so are the gradients of the keys
+before.
 
-Bytes that each device sends, with `k` and `v` its own part `B K S/n h` in `policy.compute`: forward
-`(n - 1) (k + v)`; backward `(n - 1) (k + v)`, one less where XLA sees that the first is the forward
-pass's, and as many elements in float32 for the gradients. Segments (4 bytes) and validity (1 byte)
-of the keys go with them both times, `(n - 1) B S/n` of each.
+Bytes that each device sends, where `k` and `v` are its own part `B K S/n h` in `policy.compute`:
+forward `(n - 1) (k + v)`; backward `(n - 1) (k + v)`, one less where XLA sees that the first step
+repeats the forward pass, and as many elements in float32 for the gradients. Segments (4 bytes) and
+validity (1 byte) of the keys go along both times, `(n - 1) B S/n` of each.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ P = jax.P
 
 
 def ring_axis(t: int, s: int, seen: Seen, policy: Policy) -> str | None:
-    """The axis of the mesh round which attention runs; None where positions are not cut, or not by
-    such a ring.
+    """Return the mesh axis around which attention runs.
+
+    It is None if positions are not split, or not in a way that the ring supports.
 
     Args:
-      t: queries.
-      s: keys.
-      seen: who sees what; a written mask is not cut.
+      t: the number of queries.
+      s: the number of keys.
+      seen: which keys each query sees; an explicit mask rules the ring out.
       policy: `axes` puts `T` on a mesh axis.
     """
     names = axes_of("T", policy.axes)
@@ -63,7 +64,7 @@ def ring(
     axis: str,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
-    """See `ops.attention`; T and S are cut along the mesh axis `axis`."""
+    """Compute attention where T and S are split along the mesh axis `axis`; see `ops.attention`."""
     compute = jnp.dtype(policy.compute)
     sinks = None if sinks is None else blockwise.sinks_grouped(sinks, k.shape[1])
     grouped = blockwise.heads_grouped(q, k.shape[1]).astype(compute)
@@ -125,7 +126,7 @@ def _on(axis: str, run: Callable[..., Any], given: Any, returned: Any) -> Callab
 
 
 def _places(seen: Seen, axis: str) -> Seen:
-    """How the arrays of `seen` are cut."""
+    """Return how the arrays of `seen` are split."""
     row = lambda a: None if a is None else P(None, axis)
     segments = None if seen.segments is None else (P(None, axis), P(None, axis))
     window = None if seen.window is None else P()
@@ -136,7 +137,7 @@ def _places(seen: Seen, axis: str) -> Seen:
 
 
 class _Own:
-    """What a device knows about its own queries, and which it tells of the keys that visit it."""
+    """A device's own queries, and what they see of the keys that visit the device."""
 
     def __init__(self, q: Array, k: Array, v: Array, seen: Seen, axis: str) -> None:
         self.axis = axis
@@ -156,11 +157,11 @@ class _Own:
         self.visitor = keys, values, None if seen.segments is None else seen.segments[1], seen.valid
 
     def rows(self, a: Array) -> Array:
-        """Queries, or what belongs to them, in whole blocks."""
+        """Pad the queries, or arrays that belong to them, to whole blocks."""
         return blockwise.longer(a, blockwise.missing(self.t, self.s)[0], 3)
 
     def step(self, tree: Any) -> Any:
-        """One device further."""
+        """Send a tree to the next device."""
         return jax.tree.map(
             lambda a: jax.lax.ppermute(
                 a, self.axis, [(i, (i + 1) % self.n) for i in range(self.n)]
@@ -169,7 +170,7 @@ class _Own:
         )
 
     def of(self, visitor: Any, steps: Any) -> Seen:
-        """Which of the keys that came from so many devices before this one the queries see."""
+        """Return which keys the queries see, of keys that come from `steps` devices back."""
         first = (self.place - steps) % self.n * self.s
         query = blockwise.longer(
             self.query, blockwise.missing(self.t, self.s)[0], 1
@@ -178,7 +179,7 @@ class _Own:
         return Seen(query, segments, visitor[3], self.seen.window, None, self.seen.causal)
 
     def sees(self, seen: Seen) -> Array:
-        """Whether any query can see any of these keys, by their distance."""
+        """Return whether any query can see any of these keys, by their distance."""
         query = seen.query[:, : self.t]
         low = jnp.min(query)
         high = jnp.max(query)
@@ -212,7 +213,7 @@ def _forward(
         carry: tuple[Any, tuple[Array, Array]], steps: Array
     ) -> tuple[tuple[Any, tuple[Array, Array]], None]:
         visitor, found = carry
-        # it goes on while it is looked at
+        # the visitor travels on while it is worked on
         return (
             own.step(visitor),
             with_these(found, visitor, steps),
@@ -225,7 +226,7 @@ def _forward(
 
 
 def _together(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The results over two sets of keys as that over both."""
+    """Combine the results over two sets of keys."""
     top = jnp.maximum(one[1], other[1])
     first = jnp.exp(one[1] - top)
     second = jnp.exp(other[1] - top)
@@ -258,7 +259,7 @@ def _backward(
 
     def visit(carry: tuple[Any, Any, Array], steps: Array) -> tuple[tuple[Any, Any, Array], None]:
         visitor, gradient, dq = carry
-        # both on their way while the visitor is looked at
+        # both travel while the visitor is worked on
         onward, arrived = (
             own.step(visitor),
             own.step(gradient),
@@ -271,7 +272,7 @@ def _backward(
     none = jnp.zeros_like(dk), jnp.zeros_like(dv)
     onward = own.step(visitor) if own.n > 2 else visitor
     gradient, dq = of_these(dq, visitor, jnp.int32(1))
-    # gradients are one step behind their keys, so that the last step brings them home
+    # gradients follow one step behind their keys, so that the last step brings them home
     if own.n > 2:
         steps = jnp.arange(2, own.n - 1, dtype=jnp.int32)
         (visitor, gradient, dq), _ = jax.lax.scan(visit, (onward, gradient, dq), steps)

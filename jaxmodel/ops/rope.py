@@ -1,6 +1,4 @@
-"""Rotary position embedding (Su et al., 2021), in the half-split order of HF weights, and its
-stretched forms.
-"""
+"""Rotary position embedding (Su et al., 2021), in the half-split order of HF weights."""
 
 from __future__ import annotations
 
@@ -18,26 +16,25 @@ KINDS = ("linear", "llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of a model are stretched for a longer context than that of its training.
+    """How the frequencies of a model are scaled for a longer context than it was trained with.
 
     Attributes:
-      kind: "linear" (Chen et al., 2023): all by `factor`; "llama3" (Llama 3.1, 2024): only waves
-        longer than the context, with a smooth passage; "yarn" (Peng et al., 2023): by how often a
-        wave turns in the context, and scores sharpened; "longrope" (Ding et al., 2024): each by a
-        divisor of its own, of which there are two lists, and scores sharpened.
-      factor: of the context's length.
-      context: tokens of the training; all but "linear" need it.
-      low: llama3: a wave that fits the context fewer than so many times is stretched whole.
-      high: llama3: one that fits it more often is left alone.
-      fast: yarn: a dimension that turns more often than this in the context is left alone.
-      slow: yarn: one that turns less often is stretched whole.
-      sharpen: yarn and longrope: factor of sine and cosine; None for `0.1 ln(factor) + 1` and
-        `sqrt(1 + ln(factor) / ln(context))`.
-      truncate: yarn: whether the dimensions between which the passage lies are whole numbers.
-      near: longrope: the divisors for rows all of whose positions are in the context of the
-        training.
-      far: longrope: those for other rows. (So what a cache holds changes its meaning where a row
-        grows beyond that context.)
+      kind: "linear" (Chen et al., 2023): all are divided by `factor`; "llama3" (Llama 3.1, 2024):
+        only those whose wavelength exceeds the context, with a smooth transition; "yarn" (Peng et
+        al., 2023): by the number of rotations in the context, with sharpened scores; "longrope"
+        (Ding et al., 2024): each by its own divisor, from one of two lists, with sharpened scores.
+      factor: the ratio of the new context length to that of the training.
+      context: the context length of the training, in tokens; all kinds but "linear" need it.
+      low: llama3: a wave that fits the context fewer times than this is scaled fully.
+      high: llama3: a wave that fits the context more often than this is not scaled.
+      fast: yarn: a dimension with more rotations than this in the context is not scaled.
+      slow: yarn: a dimension with fewer rotations than this is scaled fully.
+      sharpen: yarn and longrope: the factor of sine and cosine; None for `0.1 ln(factor) + 1`
+        (yarn) and `sqrt(1 + ln(factor) / ln(context))` (longrope).
+      truncate: yarn: whether the limits of the transition are rounded to whole dimensions.
+      near: longrope: the divisors for rows that fit the context of the training.
+      far: longrope: the divisors for longer rows. (So the content of a cache changes its meaning
+        when a row grows beyond the context of the training.)
     """
 
     kind: str
@@ -72,8 +69,9 @@ class RopeScaling:
             )
 
     def apply(self, frequency: np.ndarray, base: float) -> np.ndarray:
-        """The frequencies of the stretched model, from those of the plain one; of "longrope"
-        `[2, f]`, near and far.
+        """Return the scaled frequencies.
+
+        For "longrope" they are `[2, f]`, near and far.
         """
         if self.kind == "longrope":
             if len(self.near) != len(frequency):
@@ -105,7 +103,7 @@ class RopeScaling:
 
     @property
     def gain(self) -> float:
-        """What sine and cosine are multiplied with."""
+        """The factor of sine and cosine."""
         if self.kind not in ("yarn", "longrope"):
             return 1.0
         if self.sharpen is not None or self.factor == 1:
@@ -118,7 +116,7 @@ class RopeScaling:
 
 
 def rope_frequencies(width: int, base: float) -> np.ndarray:
-    """The frequencies of a head, `base^(-2i / width)`, in float64 and before any scaling.
+    """Return the frequencies of a head, `base^(-2i / width)`, in float64 and without scaling.
 
     >>> rope_frequencies(4, 100.0).tolist()
     [1.0, 0.1]
@@ -129,12 +127,12 @@ def rope_frequencies(width: int, base: float) -> np.ndarray:
 def rope_tables(
     positions: Int[Array, "B T"], width: int, base: float, scaling: RopeScaling | None = None
 ) -> tuple[Float[Array, "B T f"], Float[Array, "B T f"]]:
-    """Sine and cosine of every position, to be computed once a step and used in all layers.
+    """Return the sine and cosine of every position, computed once per step and used in all layers.
 
     Args:
-      positions: of the tokens.
-      width: of a head; there are `f = width / 2` frequencies.
-      base: of the frequencies.
+      positions: the positions of the tokens.
+      width: the width of a head; there are `f = width / 2` frequencies.
+      base: the base of the frequencies.
       scaling: see `RopeScaling`.
     """
     frequency = rope_frequencies(width, base)
@@ -152,8 +150,9 @@ def rope_tables(
 
 
 def rotate(x: Float[Array, "B T N h"], tables: tuple[Array, Array]) -> Float[Array, "B T N h"]:
-    """Rotate queries or keys by their positions' tables; components behind the tables' `2 f` stay
-    as they are.
+    """Rotate queries or keys by the tables of their positions.
+
+    Components after the first `2 f` are not rotated.
     """
     sin, cos = (table[:, :, None, :] for table in tables)
     half = sin.shape[-1]

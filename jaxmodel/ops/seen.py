@@ -1,4 +1,4 @@
-"""`Seen`: which keys each query may see, as a rule that is written out only where it is needed."""
+"""`Seen`: which keys each query may see, as rules that are expanded only where needed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from jaxmodel.leaves.leaf import register, static
 
 @register
 class Seen:
-    """All conditions hold together. A pytree; nothing in it grows with T times S, but for `mask`.
+    """The conditions under which a query sees a key; all must hold.
+
+    A pytree in which nothing but `mask` grows with T times S.
 
     Attributes:
-      query: int32 `[#B, T]`, the place of each query in the row of keys; None where query t stands
-        at key t.
-      segments: int32 `([B, T], [B, S])` of queries and keys, which must be equal (documents packed
-        into a row); or None.
-      valid: bool `[B, S]`, false for keys of padding; or None.
-      window: int32 scalar; a key is seen at less than this distance. None for any distance. It may
-        differ between the layers of one scan.
+      query: int32 `[#B, T]`, the position of each query among the keys; None if query t is at key
+        t.
+      segments: int32 `([B, T], [B, S])`, the segments of queries and keys, which must be equal
+        (documents packed into a row); or None.
+      valid: bool `[B, S]`, False for padding; or None.
+      window: int32 scalar; a key is seen only at a smaller distance than this. None for any
+        distance. It may differ between the layers of one scan.
       mask: bool `[#B, T, S]`, any other condition; or None.
-      causal: whether a query sees no key behind its own place.
+      causal: whether a query sees no key after its own position.
     """
 
     query: Any = None
@@ -35,13 +37,15 @@ class Seen:
     causal: bool = static(default=True)
 
     def square(self, t: int, s: int, first: Any = 0, first_key: Any = 0) -> Bool[Array, "#B t s"]:
-        """True where query `first + i` sees key `first_key + j`; the starts may be traced.
+        """Return the mask of a rectangle: whether query `first + i` sees key `first_key + j`.
+
+        The starts may be traced.
 
         Args:
-          t: queries.
-          s: keys.
-          first: the first query.
-          first_key: the first key.
+          t: the number of queries.
+          s: the number of keys.
+          first: the index of the first query.
+          first_key: the index of the first key.
         """
         steps = jnp.arange(t, dtype=jnp.int32)[None]
         query = first + steps if self.query is None else _cut(self.query, first, t)
@@ -68,12 +72,12 @@ def _cut(a: Array, start: Any, length: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(a, start, length, axis=1)
 
 
-# the score of a key that is not seen: finite, so that a row that sees nothing stays finite
+# the score of a hidden key: finite, so that a row that sees no key stays finite
 HIDDEN = -1e30
 
 
 def masked(
     scores: Float[Array, "B K G T S"], seen: Bool[Array, "#B T S"]
 ) -> Float[Array, "B K G T S"]:
-    """The scores, with those of unseen keys far below all others."""
+    """Return the scores, with those of hidden keys far below all others."""
     return jnp.where(seen[:, None, None], scores, HIDDEN)

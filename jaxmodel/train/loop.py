@@ -181,10 +181,9 @@ class _Run:
     supervisor: Supervisor
     most: float | None  # operations in a second that the devices could do
     history: list[Row] = dataclasses.field(default_factory=list)
-    # steps whose metrics wait
     unread: collections.deque[tuple[int, Any]] = dataclasses.field(
         default_factory=collections.deque
-    )
+    )  # steps whose metrics wait
     due: set[str] = dataclasses.field(default_factory=set)
     i: int = 0
     stop: bool = False
@@ -359,11 +358,13 @@ class _Run:
         """Save the last state, and give the best where the run may stop early."""
         if self.checkpoints is not None:
             with self.supervisor.spend("checkpoint", self.i):
-                # nothing where it is there already
-                self.checkpoints.save(self.state, history=self.history)
+                self.checkpoints.save(
+                    self.state, history=self.history
+                )  # nothing where it is there already
                 self.supervisor.ledger.at(self.i, saved=True)
-                # what was trained is not lost with it: `close` raises
-                self.checkpoints.wait(raises=False)
+                self.checkpoints.wait(
+                    raises=False
+                )  # what was trained is not lost with it: `close` raises
         if self.program.config.patience and not self.stop:
             self.state = self.with_statistics(early.best(self.state))
 
