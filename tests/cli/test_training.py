@@ -272,7 +272,7 @@ def test_a_replay_has_the_devices_of_the_run(devices, wanted, tmp_path, monkeypa
         (["--schedule", "linear"], "--schedule: 'linear' is not known; allowed: constant, "),
         (
             ["--gradient-accumulation-steps", 3],
-            "accumulate: 3 micro-batches do not divide a batch of 4 rows",
+            "gradient-accumulation-steps: 3 micro-batches do not divide a batch of 4 rows",
         ),
         (["--processes", 3], "batch: its rows do not divide over 3 processes of 1 devices"),
     ],
@@ -289,7 +289,7 @@ def test_a_run_of_another_config_is_refused(trained, folder, capsys):
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps({**config, "b2": 0.5}))
     code, _, err = run(capsys, "resume", changed, "--runs", folder / "runs")
-    assert code == 2 and "of another config: train.beta2 was 0.95, is 0.5" in err
+    assert code == 2 and "of another config: train.b2 was 0.95, is 0.5" in err
 
 
 def test_an_ended_run_goes_on_with_more_steps_and_another_rate(trained, folder, capsys):
