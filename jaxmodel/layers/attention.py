@@ -18,25 +18,27 @@ from jaxmodel.sharding import constrain
 
 
 class Attention(nn.Module):
-    """Leaves q `[H*h, D]`, k and v `[K*h, D]`, o `[D, H*h]`, biases if wanted, q_norm and k_norm
-    weights `[h]` if wanted.
+    """Self-attention with grouped heads.
+
+    Leaves: q `[H*h, D]`, k and v `[K*h, D]`, o `[D, H*h]`, optionally biases, and optionally q_norm
+    and k_norm weights `[h]`.
 
     Attributes:
-      heads: query heads H of new leaves; leaves that exist have their own number.
-      kv_heads: key heads K.
-      width: of a head, h.
+      heads: the number of query heads H of new leaves; existing leaves have their own.
+      kv_heads: the number of key heads K.
+      width: the width h of a head.
       bias: whether q, k and v have biases.
-      initializer: of q, k and v.
-      out_initializer: of o.
+      initializer: the initialiser of q, k and v.
+      out_initializer: the initialiser of o.
       policy: dtypes and placement.
-      out_bias: whether o has a bias; None for as the others.
+      out_bias: whether o has a bias; None for the same as `bias`.
       qk_norm: the RMS norm of each head's queries and keys (Henry et al., 2020), or None.
-      scale: of the scores; None for `1 / sqrt(h)`.
-      softcap: of the scores; see `ops.attention`.
-      wide_norm: whether `qk_norm` is over all heads together, its weights `[H*h]` and `[K*h]` (OLMo
-        2, 2024).
-      sinks: whether each head has a score that takes part in the softmax and has no value: leaf
-        sinks `[H]` (gpt-oss, 2025).
+      scale: the factor of the scores; None for `1 / sqrt(h)`.
+      softcap: the soft cap of the scores; see `ops.attention`.
+      wide_norm: whether `qk_norm` is over all heads together, with weights `[H*h]` and `[K*h]`
+        (OLMo 2, 2024).
+      sinks: whether each head has an extra score that takes part in the softmax but has no value:
+        the leaf sinks `[H]` (gpt-oss, 2025).
     """
 
     heads: int
@@ -62,14 +64,14 @@ class Attention(nn.Module):
         layer: jax.Array | int,
         window: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the mixed activations and the cache with this layer written.
+        """Return the mixed activations, and the cache with this layer written.
 
         Args:
-          x: normed activations.
-          context: what a step computes once: `seen` where there is no cache, `rope` tables and a
-            `bias` `[#B, H, T, S]` of the scores where the model has them.
+          x: the normalised activations.
+          context: values that are computed once for all layers: `seen` if there is no cache, and,
+            if the model has them, `rope` tables and a `bias` `[#B, H, T, S]` of the scores.
           cache: see `ops.KVCache`, or None.
-          layer: where in the cache to write.
+          layer: the index of the layer in the cache.
           window: see `ops.Seen`.
         """
         outputs = {

@@ -11,24 +11,26 @@ from jaxmodel import ops, tree
 from jaxmodel.errors import InputError
 from jaxmodel.layers.leaf import leaf
 
-BATCH_NORM = {"weight", "bias", "mean", "variance"}  # its leaves
+BATCH_NORM = {"weight", "bias", "mean", "variance"}  # the leaves of a batch norm
 
 
 class BatchNorm(nn.Module):
-    """Batch norm (Ioffe & Szegedy, 2015) with a weight and a bias `[D]`, and its statistics, mean
-    and variance `[D]`.
+    """Batch norm (Ioffe & Szegedy, 2015) with leaves weight, bias, mean and variance, each `[D]`.
 
-    In training it normalises by the moments of the batch, and nothing is kept: new statistics are
-    zero and one until `jaxmodel.train.set_batch_statistics` sets them. They have no gradient.
+    In training it normalises by the moments of the batch and keeps nothing. The statistics mean and
+    variance start at zero and one, have no gradient, and are set by
+    `jaxmodel.train.set_batch_statistics`.
 
     Attributes:
       eps: added to the variance.
-      train: whether to normalise by the batch.
+      train: whether to normalise by the moments of the batch.
 
     >>> x, norm = jnp.array([[1.0], [5.0]]), BatchNorm(eps=0.0)
     >>> params = norm.init(jax.random.key(0), x)["params"]
-    >>> norm.apply({"params": params}, x).tolist(), BatchNorm(0.0, train=True).apply({"params": params}, x).tolist()
-    ([[1.0], [5.0]], [[-1.0], [1.0]])
+    >>> norm.apply({"params": params}, x).tolist()
+    [[1.0], [5.0]]
+    >>> BatchNorm(0.0, train=True).apply({"params": params}, x).tolist()
+    [[-1.0], [1.0]]
     """
 
     eps: float
@@ -36,6 +38,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *space D"]) -> Float[Array, "B *space D"]:
+        """Normalise each channel."""
         width = x.shape[-1:]
         weight = leaf(self, "weight", nn.initializers.ones, width)
         bias = leaf(self, "bias", nn.initializers.zeros, width)
@@ -48,7 +51,7 @@ class GroupNorm(nn.Module):
     """Group norm (Wu & He, 2018) with a weight and a bias `[D]`.
 
     Attributes:
-      groups: of channels; they divide D.
+      groups: the number of groups of channels, a divisor of D.
       eps: added to the variance.
     """
 
@@ -57,29 +60,31 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *space D"]) -> Float[Array, "B *space D"]:
+        """Normalise each group of channels of each row."""
         weight = leaf(self, "weight", nn.initializers.ones, x.shape[-1:])
         bias = leaf(self, "bias", nn.initializers.zeros, x.shape[-1:])
         return ops.group_norm(x, weight, bias, self.groups, self.eps)
 
 
 def fold_batch_norm(params: tree.Params, eps: float) -> tree.Params:
-    """Every batch norm put into the convolution in front of it, for inference: the same function
-    without those norms.
+    """Fold every batch norm into the convolution before it, for inference.
 
-    `w' = w * s` and `b' = bias - mean * s` with `s = weight / sqrt(variance + eps)`: the leaves
-    `conv` and `conv_norm/*` become `conv` and `conv_bias`, which the same model runs. As `fuse`, it
-    is for running: what is stored or trained has its norms. Norms that do not stand behind a
-    convolution (half of a DenseNet's, which stand in front of an activation) stay as they are.
+    The function stays the same: `w' = w * s` and `b' = bias - mean * s` with
+    `s = weight / sqrt(variance + eps)`. The leaves `conv` and `conv_norm/*` become `conv` and
+    `conv_bias`, which the same model runs. Like `fuse`, this is for running only: store and train
+    the tree with its norms. Norms that do not follow a convolution (half of a DenseNet's, which
+    precede an activation) are left alone.
 
     Args:
-      params: a tree in which a norm `X_norm` stands beside the weight `X` of its convolution;
-        weights are plain arrays.
-      eps: `norm_eps` of the model's config.
+      params: a tree in which a norm `X_norm` is next to the weight `X` of its convolution; weights
+        are plain arrays.
+      eps: the `norm_eps` of the model's config.
 
     Raises:
-      InputError: no batch norm behind a convolution is there, or one behind a compressed weight.
+      InputError: no batch norm follows a convolution, or one follows a compressed weight.
 
-    >>> norm = {"weight": jnp.full(3, 2.0), "bias": jnp.ones(3), "mean": jnp.full(3, 5.0), "variance": jnp.full(3, 4.0)}
+    >>> norm = {"weight": jnp.full(3, 2.0), "bias": jnp.ones(3)}
+    >>> norm |= {"mean": jnp.full(3, 5.0), "variance": jnp.full(3, 4.0)}
     >>> folded = fold_batch_norm({"conv": jnp.ones((3, 2)), "conv_norm": norm}, eps=0.0)
     >>> float(folded["conv"][0, 0]), float(folded["conv_bias"][0])
     (1.0, -4.0)

@@ -1,5 +1,6 @@
-"""What auto-encoders do with their code: sample it, keep its largest entries, and say how far it is
-from what it should be.
+"""Functions of an auto-encoder's code.
+
+They sample it, keep its largest entries, and measure its distance from a prior.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from jaxmodel.errors import InputError
 def sample_normal(
     mean: Float[Array, "B Z"], log_variance: Float[Array, "B Z"], rng: Key[Array, ""] | None
 ) -> Float[Array, "B Z"]:
-    """`mean + exp(log_variance / 2) * noise`, with gradients for both (Kingma & Welling, 2014); the
-    mean without an rng.
+    """Sample `mean + exp(log_variance / 2) * noise` (Kingma & Welling, 2014).
+
+    Without an rng it returns the mean.
 
     >>> mean, log_variance = jnp.ones((1, 2)), jnp.full((1, 2), -100.0)
-    >>> sample_normal(mean, log_variance, jax.random.key(0)).tolist()  # a variance of nearly nothing
+    >>> sample_normal(mean, log_variance, jax.random.key(0)).tolist()  # almost no variance
     [[1.0, 1.0]]
     """
     if rng is None:
@@ -29,8 +31,9 @@ def sample_normal(
 def kl_to_normal(
     mean: Float[Array, "B Z"], log_variance: Float[Array, "B Z"]
 ) -> Float[Array, " B"]:
-    """`KL(N(mean, variance) || N(0, 1)) = sum (mean^2 + variance - 1 - log variance) / 2` of each
-    row, in nats.
+    """Compute `KL(N(mean, variance) || N(0, 1))` of each row, in nats.
+
+    It is `sum (mean^2 + variance - 1 - log variance) / 2`.
 
     >>> kl_to_normal(jnp.array([[0.0, 2.0]]), jnp.zeros((1, 2))).tolist()
     [2.0]
@@ -41,11 +44,13 @@ def kl_to_normal(
 
 
 def kl_of_rates(code: Float[Array, "B Z"], rate: float) -> Float[Array, ""]:
-    """`sum_j KL(rate || mean over the batch of code_j)` of Bernoulli variables (Ng, 2011), in nats.
+    """Compute `sum_j KL(rate || mean over the batch of code_j)` of Bernoulli variables, in nats.
+
+    Source: Ng, 2011.
 
     Args:
-      code: in (0, 1).
-      rate: how active each entry should be on average.
+      code: the activations, in (0, 1).
+      rate: the desired mean activation of each entry.
 
     >>> float(kl_of_rates(jnp.full((3, 4), 0.25), 0.25))
     0.0
@@ -55,13 +60,13 @@ def kl_of_rates(code: Float[Array, "B Z"], rate: float) -> Float[Array, ""]:
 
 
 def keep_top(code: Float[Array, "B Z"], k: int) -> Float[Array, "B Z"]:
-    """The `k` largest entries of each row, if they are positive, and zero for the others (Gao et
-    al., 2024).
+    """Keep the `k` largest entries of each row if they are positive; the others are zero.
 
-    Never more than `k`: of equal ones, which in bfloat16 are many, the first.
+    Never more than `k` are kept: of equal entries, which are frequent in bfloat16, the first ones
+    (Gao et al., 2024).
 
     Raises:
-      InputError: k that is not 1 to Z.
+      InputError: k is not between 1 and Z.
 
     >>> keep_top(jnp.array([[3.0, -1.0, 2.0, 5.0]]), 2).tolist()
     [[3.0, 0.0, 0.0, 5.0]]

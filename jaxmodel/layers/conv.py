@@ -1,4 +1,4 @@
-"""Convolutions and dense layers of images, with their biases or norms."""
+"""Convolutions and dense layers for images, with their biases or norms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxmodel.sharding import constrain
 he_normal = nn.initializers.variance_scaling(
     2.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2
 )
-"""Of weights `[out, in]` in front of a ReLU (He et al., 2015)."""
+"""Initialiser of weights `[out, in]` before a ReLU (He et al., 2015)."""
 
 _OF_JAX = (
     *(
@@ -43,11 +43,13 @@ _OF_JAX = (
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """An elementwise function by its name: those of `ACTIVATIONS`, "identity", and those of
-    `jax.nn` that need nothing else.
+    """Return an elementwise function by name.
+
+    Known are the names in `ACTIVATIONS`, "identity", and the functions of `jax.nn` without
+    settings.
 
     Raises:
-      InputError: an unknown name.
+      InputError: the name is unknown.
 
     >>> float(activation("relu")(jnp.float32(-1)))
     0.0
@@ -70,16 +72,15 @@ def dense(
     policy: ops.Policy,
     stream: str | None = None,
 ) -> Float[Array, "B O"]:
-    """`x @ w.T + b` with the module's leaves `name` `[O, I]` and `name_bias`; a leaf that exists
-    has its own width.
+    """Compute `x @ w.T + b` with the module's leaves `name` `[O, I]` and `name_bias`.
 
     Args:
       module: the Linen module that owns the leaves.
       x: the input.
-      name: of the weight.
-      width: O of a new leaf.
+      name: the name of the weight.
+      width: O of a new leaf; an existing leaf has its own.
       policy: dtypes and placement.
-      stream: dtype of the result; None for the policy's.
+      stream: the dtype of the result; None for the policy's.
     """
     policy = dataclasses.replace(policy, stream=stream or policy.stream)
     (y,) = linear(module, x[:, None], {name: width}, he_normal, True, policy)
@@ -98,24 +99,25 @@ def conv(
     pad: int = 0,
     norm: Callable[..., Any] | None = None,
 ) -> Float[Array, "B P Q O"]:
-    """Convolve, then add a bias or run a norm: leaves `name` `[O, I * kernel^2]`, and `name_bias`
-    or `name_norm`.
+    """Convolve, then add a bias or run a norm.
+
+    The leaves are `name` `[O, I * kernel^2]`, and `name_bias` or `name_norm`.
 
     Args:
       module: the Linen module that owns the leaves.
       x: images.
-      name: of the weight.
-      channels: O of a new leaf; a leaf that exists has its own.
+      name: the name of the weight.
+      channels: O of a new leaf; an existing leaf has its own.
       kernel: the side of the kernel.
       policy: dtypes and placement.
-      stride: between two places of the kernel.
+      stride: the distance between two positions of the kernel.
       pad: rows and columns of zeros on each side.
-      norm: makes the norm from its name; None for a bias. A bias that exists stands for both: see
-        `fold_batch_norm`.
+      norm: a function that makes the norm from its name; None for a bias. An existing bias replaces
+        the norm; see `fold_batch_norm`.
     """
     w = leaf(module, name, he_normal, (channels, x.shape[-1] * kernel**2))
     same = stride == 1 and kernel == 2 * pad + 1
-    # under a stride "SAME" may pad one side only, where published weights expect both
+    # with a stride, "SAME" may pad only one side, but published weights expect both
     if pad and not same:
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     y = ops.conv(

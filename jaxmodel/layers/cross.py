@@ -1,4 +1,4 @@
-"""Attention to a memory: what an encoder made of a source."""
+"""Attention to a memory: the encoded source."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from jaxmodel.sharding import constrain
 
 
 class CrossAttention(nn.Module):
-    """Leaves q `[H*h, D]`, memory_k and memory_v `[H*h, M]`, o `[D, H*h]`, and biases of each if
-    `bias`.
+    """Attention from a target to a memory.
 
-    Keys and values have names of their own because they read another input than q, so the three
-    must never be fused.
+    Leaves: q `[H*h, D]`, memory_k and memory_v `[H*h, M]`, o `[D, H*h]`, and a bias of each if
+    `bias`. Keys and values have other names than in self-attention because their input is not that
+    of q, so the three must never be fused.
 
     Attributes:
-      heads: H of new leaves; leaves that exist have their own number.
-      width: of a head, h.
+      heads: the number of heads H of new leaves; existing leaves have their own.
+      width: the width h of a head.
       bias: whether the maps have biases.
-      initializer: of q, memory_k and memory_v.
-      out_initializer: of o.
+      initializer: the initialiser of q, memory_k and memory_v.
+      out_initializer: the initialiser of o.
       policy: dtypes and placement.
-      scale: of the scores; None for `1 / sqrt(h)`.
+      scale: the factor of the scores; None for `1 / sqrt(h)`.
     """
 
     heads: int
@@ -44,14 +44,14 @@ class CrossAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: dict[str, Any], cache: Any, layer: jax.Array | int
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the mixed activations and the cache.
+        """Return the mixed activations and the cache.
 
         Args:
-          x: normed activations.
+          x: the normalised activations.
           context: `memory` `[B, S, M]` and `memory_mask` `[B, S]` in a call that reads the source;
-            without them the keys and values are those of the cache.
+            without them, keys and values come from the cache.
           cache: see `ops.memory.MemoryCache`, or None.
-          layer: its number.
+          layer: the index of the layer.
         """
         size = self.heads * self.width
         (q,) = self._heads(linear(self, x, {"q": size}, self.initializer, self.bias, self.policy))

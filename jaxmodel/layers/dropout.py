@@ -10,14 +10,15 @@ from jaxtyping import Array, Float, Key
 def dropout(
     x: Float[Array, "..."], rate: float, rng: Key[Array, ""] | None, site: int = 0
 ) -> Float[Array, "..."]:
-    """Each element as zero with the probability `rate`, else divided by `1 - rate` (Srivastava et
-    al., 2014).
+    """Set each element to zero with probability `rate`, and divide the others by `1 - rate`.
+
+    Source: Srivastava et al., 2014.
 
     Args:
       x: activations.
-      rate: 0 to below 1; 0 does nothing.
-      rng: the key of a layer in a step; None, as outside of training, does nothing.
-      site: tells apart the places of one layer that use its key.
+      rate: from 0 to below 1; 0 does nothing.
+      rng: the key of a layer in a step; None (outside of training) does nothing.
+      site: a number that differs between the places in one layer that use its key.
 
     >>> x = jnp.ones((2, 100))
     >>> dropped = dropout(x, 0.5, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""What the encoders share: a block without a cache, and a head for one vector of each row."""
+"""Parts that the encoders share: a block without a cache, and heads for one vector per row."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-"""By name:
+"""Activation functions by name.
 
-GELU (Hendrycks & Gimpel, 2016), its two approximations by tanh and by a sigmoid, ReLU, and SiLU
-(Swish).
+They are GELU (Hendrycks & Gimpel, 2016), its approximations by tanh and by a sigmoid, ReLU, and
+SiLU (Swish).
 """
 
 BLOCK_AXES = (
@@ -50,30 +50,27 @@ BLOCK_AXES = (
     (tree.optional("(.*/)?blocks/.*/mlp/down_bias"), "D"),
     (".*norm/(weight|bias)", "D"),
 )
-"""The axes (see `jaxmodel.axes`) of a block of attention and a feed-forward part, and of all norms
-over its width.
-"""
+"""The axes (see `jaxmodel.axes`) of attention, a feed-forward part, and norms over the width."""
 
 
 class EncoderBlock(nn.Module):
-    """Attention, then a feed-forward part, each with a residual and a layer norm; leaves attn, mlp,
-    attn_norm, mlp_norm.
+    """Attention, then a feed-forward part, each with a residual connection and a layer norm.
 
-    The norm stands in front of each part, or behind each sum (`post_norm`: Vaswani et al., 2017;
-    BERT).
+    Leaves: attn, mlp, attn_norm, mlp_norm. The norm comes before each part, or after each sum
+    (`post_norm`: Vaswani et al., 2017; BERT).
 
     Attributes:
       heads: H of new leaves, which divide D.
       mlp_width: F of new leaves.
       activation: a name of `ACTIVATIONS`.
-      norm_eps: of the layer norms.
-      post_norm: where the norms stand.
+      norm_eps: added to the variance by the layer norms.
+      post_norm: whether the norms come after each sum.
       init_scale: standard deviation of new weights.
-      out_scale: of those whose results are summed up.
+      out_scale: standard deviation of new weights that write to the residual stream.
       policy: dtypes and placement.
       qkv_bias: whether q, k and v have biases.
-      layer_scale: whether the result of each part has a factor for each component: leaves
-        attn_scale and mlp_scale `[D]`.
+      layer_scale: whether the result of each part is multiplied by the leaves attn_scale and
+        mlp_scale `[D]`.
     """
 
     heads: int
@@ -89,11 +86,11 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: dict[str, Any]) -> Float[Array, "B T D"]:
-        """The next activations.
+        """Return the activations after the block.
 
         Args:
           x: activations.
-          context: with `seen`: which positions see which.
+          context: has `seen`, which positions see which.
         """
         normal = nn.initializers.normal(self.init_scale)
         out = nn.initializers.normal(self.out_scale)
@@ -140,16 +137,15 @@ class EncoderBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One vector of all positions: what a learnt query finds in them, and a feed-forward part
-    behind it (Lee et al., 2019).
+    """One vector for all positions: attention of a learnt query, then a feed-forward part.
 
-    Leaves query `[D]`, attn (as `CrossAttention` has them), norm, mlp.
+    Leaves: query `[D]`, attn (as `CrossAttention` has them), norm, mlp (Lee et al., 2019).
 
     Attributes:
       heads: H of new leaves, which divide D.
       mlp_width: F of new leaves.
       activation: a name of `ACTIVATIONS`.
-      norm_eps: of the layer norm.
+      norm_eps: added to the variance by the layer norm.
       init_scale: standard deviation of new weights.
       policy: dtypes and placement.
     """
@@ -163,6 +159,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """Return one vector for each row."""
         normal = nn.initializers.normal(self.init_scale)
         width = x.shape[-1]
         policy = self.policy
@@ -186,17 +183,17 @@ class AttentionPool(nn.Module):
 
 
 class PooledHead(nn.Module):
-    """From one vector of each row to float32 logits: a dense layer with tanh if `pool`, then
-    classes if there are any.
+    """A head from one vector of each row to float32 logits.
 
-    Leaves pool `[D, D]` and pool_bias, classes `[C, D]` and classes_bias.
+    It is a dense layer with an activation (if `pool`), then a linear map to classes (if there are
+    any). Leaves: pool `[D, D]` and pool_bias, classes `[C, D]` and classes_bias.
 
     Attributes:
       pool: whether there is a dense layer.
-      classes: C of new leaves; 0 for the vector itself.
+      classes: C of new leaves; 0 to return the vector itself.
       init_scale: standard deviation of new weights.
       policy: dtypes and placement.
-      activation: behind the dense layer.
+      activation: the activation after the dense layer.
     """
 
     pool: bool
@@ -207,6 +204,7 @@ class PooledHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        """Return the logits, or the vector if there are no classes."""
         wide = dataclasses.replace(self.policy, stream="float32")
         normal = nn.initializers.normal(self.init_scale)
         y = x[:, None].astype(jnp.float32)

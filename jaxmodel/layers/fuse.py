@@ -1,9 +1,9 @@
-"""Fuse the linear maps of one input into one leaf for inference, and part them again.
+"""Fusing of the linear maps of one input into one leaf for inference, and the inverse.
 
-A small contraction costs its start on a CPU however small it is, so `q`, `k`, `v` and `gate`, `up`
-run faster as one. The fused leaf's key tells how it divides, in proportions: `3q+k+v` is one weight
-whose first three fifths are `q`. This is the only exception to stable paths, and it is for running
-only: what is stored, compressed or trained is the tree with separate leaves.
+Starting a small contraction takes time on a CPU however small it is, so `q`, `k`, `v` and `gate`,
+`up` run faster as one. The key of a fused leaf tells the proportions of its parts: `3q+k+v` is one
+weight whose first three fifths are `q`. This is the only exception to stable paths, and it is for
+running only: store, compress and train the tree with separate leaves.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ GROUPS = (("q", "k", "v"), ("gate", "up"))
 
 
 def fuse(params: tree.Params) -> tree.Params:
-    """`params` with each group of maps joined where their leaves can be: plain arrays of one dtype,
-    or `QTensor`s of the same static fields with a scale for every row. Others stay apart, and so do
-    those of which one has an adapter.
+    """Join each group of maps where their leaves allow it.
+
+    They must be plain arrays of one dtype, or `QTensor`s with the same static fields and a scale
+    for every row. Other leaves stay separate, and so does a group in which one leaf has an adapter.
     """
     out = {key: child if tree.is_leaf(child) else fuse(child) for key, child in params.items()}
     for group in GROUPS:
@@ -49,7 +50,7 @@ def fuse(params: tree.Params) -> tree.Params:
 
 
 def unfuse(params: tree.Params) -> tree.Params:
-    """The inverse of `fuse`."""
+    """Separate the leaves that `fuse` joined."""
     out: dict[str, Any] = {}
     for key, child in params.items():
         parts = divide(key.removesuffix("_bias"))
@@ -65,7 +66,7 @@ def unfuse(params: tree.Params) -> tree.Params:
 
 
 def divide(key: str) -> dict[str, tuple[float, float]] | None:
-    """Where the members of a fused key stand, as fractions of the leaf; None for any other key.
+    """Return the ranges of a fused key's members, as fractions of the leaf; None for other keys.
 
     >>> divide("3q+k")
     {'q': (0.0, 0.75), 'k': (0.75, 1.0)}
@@ -86,13 +87,13 @@ def divide(key: str) -> dict[str, tuple[float, float]] | None:
 
 
 def fused_key(keys: Iterable[str], group: Iterable[str]) -> str | None:
-    """The key among `keys` that holds this group fused."""
+    """Return the key among `keys` that holds this group fused, or None."""
     wanted = list(group)
     return next((key for key in keys if list(divide(key) or ()) == wanted), None)
 
 
 def cut(y: jax.Array, key: str) -> list[jax.Array]:
-    """The members' parts of a fused result, along its last axis."""
+    """Cut a fused result along its last axis into the parts of its members."""
     parts: Mapping[str, tuple[float, float]] = divide(key) or {}
     return [_cut(y, start, stop, -1) for start, stop in parts.values()]
 

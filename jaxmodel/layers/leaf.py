@@ -1,4 +1,4 @@
-"""How a Linen module reads a leaf that may be compressed."""
+"""Reading a leaf, which may be compressed, in a Linen module."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 def leaf(
     module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
 ) -> Any:
-    """The leaf of this name, as it stands; created as a float32 array by the initialiser if there
-    is none yet.
+    """Return the leaf of this name; create it as a float32 array if it does not exist.
 
     `self.param` would insist on the initialiser's shape, but a leaf may be compressed, narrower
     after shrinking, or a `Probe`.

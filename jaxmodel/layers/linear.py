@@ -1,4 +1,4 @@
-"""Several linear maps of one input, which may stand fused in one leaf."""
+"""Several linear maps of one input, which may be fused in one leaf."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def linear(
     bias: bool,
     policy: ops.Policy,
 ) -> list[Float[Array, "B T O"]]:
-    """`x @ w.T + b` for every named weight `[O, I]`, with biases named `{name}_bias`.
+    """Compute `x @ w.T + b` for every named weight `[O, I]`, with biases named `{name}_bias`.
 
     Args:
       module: the Linen module that owns the leaves.
       x: the input.
-      outputs: name -> width O of a new leaf; a leaf that exists has its own.
-      initializer: of the weights; biases start at zero.
-      bias: whether each map has one.
+      outputs: name -> width O of a new leaf; an existing leaf has its own.
+      initializer: the initialiser of the weights; biases start at zero.
+      bias: whether each map has a bias.
       policy: dtypes and placement.
     """
 
     def one(name: str, width: int) -> Array:
-        # F, because all of these are cut by their outputs: a letter that no mesh axis has would be
-        # gathered, and the weights too
+        # F, because all of these are split by output: with a letter that no mesh axis has, results
+        # and weights would be gathered
         y = ops.einsum(
             "BTI,FI->BTF", x, leaf(module, name, initializer, (width, x.shape[-1])), policy
         )

@@ -15,17 +15,17 @@ from jaxmodel.sharding import constrain
 
 
 class MLP(nn.Module):
-    """`down(act(up x))`, or gated `down(act(gate x) * up x)` (Shazeer, 2020).
+    """The feed-forward part `down(act(up x))`, or gated `down(act(gate x) * up x)` (Shazeer, 2020).
 
     Leaves up (and gate) `[F, D]`, down `[D, F]`, and biases of each if `bias`.
 
     Attributes:
-      width: F of new leaves; leaves that exist have their own.
-      activation: elementwise.
+      width: F of new leaves; existing leaves have their own.
+      activation: an elementwise function.
       gated: whether there is a gate.
       bias: whether the maps have biases.
-      initializer: of up and gate.
-      out_initializer: of down.
+      initializer: the initialiser of up and gate.
+      out_initializer: the initialiser of down.
       policy: dtypes and placement.
     """
 
@@ -39,6 +39,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return the output of the feed-forward part."""
         names = ("gate", "up") if self.gated else ("up",)
         parts = linear(
             self, x, dict.fromkeys(names, self.width), self.initializer, self.bias, self.policy

@@ -22,23 +22,25 @@ from jaxmodel.sharding import auto_axes, axes_of
 
 
 class MoE(nn.Module):
-    """`sum_k p_k down_k(act(gate_k x) * up_k x)` over the experts k that a router chooses for each
-    token (Shazeer et al., 2017; Mixtral: Jiang et al., 2024). No token is dropped: the rows of all
-    tokens are sorted by expert, however many each has.
+    """A mixture of experts `sum_k p_k down_k(act(gate_k x) * up_k x)`.
 
-    Leaves router `[E, D]`, gate and up `[E, F, D]`, down `[E, D, F]`.
+    The sum is over the experts k that a router chooses for each token.
+
+    A router chooses the experts (Shazeer et al., 2017; Mixtral: Jiang et al., 2024). No token is
+    dropped: the rows of all tokens are sorted by expert, however many each expert gets. Leaves:
+    router `[E, D]`, gate and up `[E, F, D]`, down `[E, D, F]`.
 
     Attributes:
-      experts: E of new leaves; leaves that exist have their own.
-      chosen: experts of each token; their probabilities are those of a softmax over the chosen, or
-        over all (`normed`).
-      width: F of new leaves; leaves that exist have their own.
-      activation: of the gate.
-      initializer: of router, up and gate.
-      out_initializer: of down.
-      policy: dtypes; the router is float32 whatever it says.
-      normed: whether the probabilities of the chosen sum to one.
-      gated: what is made of gate and up, in place of `activation(gate) * up`.
+      experts: E of new leaves; existing leaves have their own.
+      chosen: the number of experts of each token.
+      width: F of new leaves; existing leaves have their own.
+      activation: the activation of the gate.
+      initializer: the initialiser of router, up and gate.
+      out_initializer: the initialiser of down.
+      policy: dtypes; the router is always float32.
+      normed: whether the softmax is over the chosen experts, so that their probabilities sum to
+        one, rather than over all.
+      gated: a function of gate and up that replaces `activation(gate) * up`.
       bias: whether all maps have biases, the router too: router_bias `[E]`, gate_bias and up_bias
         `[E, F]`, down_bias `[E, D]`.
     """
@@ -58,12 +60,12 @@ class MoE(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
-        """Returns the mixed outputs, and `load_balance`, the loss of `load_balance` below.
+        """Return the mixed outputs, and the loss `load_balance` (see the function below).
 
         Args:
-          x: normed activations.
-          real: true for tokens; padding is sent to no expert and gives zeros. None where all are
-            tokens.
+          x: the normalised activations.
+          real: True for tokens; padding is sent to no expert and its output is zero. None if all
+            are tokens.
         """
         router = leaf(self, "router", self.initializer, (self.experts, x.shape[-1]))
         wide = dataclasses.replace(self.policy, compute="float32", stream="float32")
@@ -82,8 +84,9 @@ class MoE(nn.Module):
     def _choose(
         self, scores: Float[Array, "B T E"], real: Bool[Array, "B T"]
     ) -> tuple[Int[Array, "B T n"], Float[Array, "B T n"]]:
-        """The experts of each token and their weights; padding is sent behind all others, where
-        rows are of no group.
+        """Return the experts of each token and their weights.
+
+        Padding is sent to the index after the last expert, which is no group.
         """
         best, expert = jax.lax.top_k(scores, self.chosen)
         whole = best if self.normed else scores
@@ -99,12 +102,13 @@ class MoE(nn.Module):
         weights: Float[Array, "B T n"],
         leaves: dict[str, Any],
     ) -> Float[Array, "B T D"]:
-        """What those experts whose leaves are given say, in float32; what is sent to others is
-        zero.
+        """Return the mixed outputs of the experts whose leaves are given, in float32.
+
+        Tokens that are sent to other experts contribute zero.
         """
         width = x.shape[-1]
         flat = expert.reshape(-1)
-        # stable, so that a token's place does not depend on later ones of its expert
+        # stable, so that a token's position does not depend on later tokens of its expert
         order = jnp.argsort(flat)
         sizes = jnp.bincount(flat, length=leaves["down"].shape[0])
         rows = x.reshape(-1, width)[order // self.chosen]
@@ -114,7 +118,7 @@ class MoE(nn.Module):
         )
 
     def _leaves(self, width: int) -> dict[str, Any]:
-        """Those of the feed-forward parts, by name."""
+        """Return the leaves of the feed-forward parts, by name."""
         fused = fused_key(self.variables.get("params", {}), ("gate", "up"))
         names = ("gate", "up") if fused is None else (fused,)
         leaves = {
@@ -132,7 +136,7 @@ class MoE(nn.Module):
     def _expert(
         self, rows: Float[Array, "N D"], sizes: Int[Array, " E"], leaves: dict[str, Any]
     ) -> Float[Array, "N D"]:
-        """The feed-forward part of each row's expert."""
+        """Run the feed-forward part of each row's expert."""
         group = jnp.searchsorted(
             jnp.cumsum(sizes), jnp.arange(rows.shape[0], dtype=sizes.dtype), side="right"
         )
@@ -164,32 +168,31 @@ def expert_parallel(
     leaves: dict[str, Any],
     policy: ops.Policy,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T n"]]:
-    """`mixed(x, *choose(scores, real), leaves)`, each device with its own tokens and, on a mesh
-    with `expert`, its own experts.
+    """Run `mixed(x, *choose(scores, real), leaves)` on the tokens and experts of each device.
 
-    Tokens lie along `expert` too. The devices of such a group gather theirs, each runs its own
-    experts on all of them, and the sums are scattered back to where the tokens came from: exact,
-    whatever the router chooses, with shapes that are known. (Sending each token to its experts only
-    is less where they are few and used alike, but then either tokens are dropped or every device
-    must have room for all of them.) Along other axes nothing is sent: each device sorts its own
-    tokens.
+    Tokens are split along the mesh axis `expert` too. The devices of such a group gather their
+    tokens, each runs its own experts on all of them, and the sums are scattered back to the devices
+    that the tokens came from. This is exact, whatever the router chooses, and has static shapes.
+    (Sending each token only to its experts moves less if they are few and used equally, but then
+    either tokens are dropped or every device must have room for all of them.) Along other axes
+    nothing is sent: each device sorts its own tokens.
 
-    Bytes on each device, of the N tokens of a group: forward an all-gather of `N D` in
+    Bytes on each device, for the N tokens of a group: forward an all-gather of `N D` in
     `policy.stream` with `8 N n` for the choice and its weights, and a reduce-scatter of `4 N D`;
-    backward the reverse of both, and `4 N n` for the weights' gradient.
+    backward the reverse of both, and `4 N n` for the gradient of the weights.
 
     Args:
-      choose: of scores and what is real, the experts of each token (E for none) and their weights,
-        float32.
-      mixed: of tokens, their experts and weights, and the leaves of some experts, in float32.
-      x: tokens.
-      scores: of the router.
-      real: true for tokens.
-      leaves: `[E, ., .]` each.
-      policy: `axes` says how tokens lie on the mesh.
+      choose: a function (scores, real) -> the experts of each token (E for none) and their
+        weights, float32.
+      mixed: a function (tokens, experts, weights, leaves of some experts) -> outputs, float32.
+      x: the activations of the tokens.
+      scores: the scores of the router.
+      real: True for tokens, False for padding.
+      leaves: the leaves of the experts, `[E, ., .]` each.
+      policy: `axes` says how tokens are placed on the mesh.
 
     Returns:
-      The result, in `policy.stream`, and the experts of each token.
+      The outputs, in `policy.stream`, and the experts of each token.
     """
     sizes = auto_axes()
     rows = axes_of("B", policy.axes)
@@ -243,14 +246,15 @@ def expert_parallel(
 def load_balance(
     scores: Float[Array, "*N E"], sizes: Int[Array, " E"], real: Bool[Array, "*N"] | None = None
 ) -> Float[Array, ""]:
-    """`E sum_e f_e p_e` (Switch: Fedus et al., 2022): f_e the rows that expert e was given for each
-    token, p_e its mean probability. It is the number of chosen experts where all are used alike,
-    and more the less they are.
+    """Compute the load-balancing loss `E sum_e f_e p_e` (Switch: Fedus et al., 2022).
+
+    f_e is the number of rows of expert e per token, p_e its mean probability. The loss equals the
+    number of chosen experts if all are used equally, and is larger otherwise.
 
     Args:
-      scores: of the router.
-      sizes: rows of each expert; no gradient comes from here.
-      real: true for tokens; None where all are.
+      scores: the scores of the router.
+      sizes: the number of rows of each expert; it has no gradient.
+      real: True for tokens, False for padding; None if all are tokens.
     """
     ones = jnp.ones(scores.shape[:-1], jnp.float32) if real is None else real.astype(jnp.float32)
     tokens = jnp.maximum(jnp.sum(ones), 1.0)
@@ -262,6 +266,6 @@ def load_balance(
 
 
 def real_tokens(inputs: Mapping[str, Array]) -> Bool[Array, "B T"] | None:
-    """True for what is not padding, by `mask` and `segments`; None where there are neither."""
+    """Return what is not padding, by `mask` and `segments`; None if there are neither."""
     found = [inputs[name].astype(jnp.bool_) for name in ("mask", "segments") if name in inputs]
     return functools.reduce(jnp.logical_and, found) if found else None

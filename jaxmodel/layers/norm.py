@@ -11,8 +11,9 @@ from jaxmodel.layers.leaf import leaf
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm with a weight `[D]`, to which `offset` is added (Gemma stores weights
-    around zero).
+    """Root mean square norm with a weight `[D]`.
+
+    `offset` is added to the weight (Gemma stores weights around zero).
     """
 
     eps: float
@@ -20,6 +21,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
         weight = leaf(self, "weight", nn.initializers.constant(1 - self.offset), x.shape[-1:])
         return ops.rms_norm(x, weight + self.offset if self.offset else weight, self.eps)
 
@@ -32,6 +34,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
         weight = leaf(self, "weight", nn.initializers.ones, x.shape[-1:])
         bias = (
             leaf(self, "bias", nn.initializers.zeros, x.shape[-1:])

@@ -1,4 +1,4 @@
-"""Images as rows of tokens."""
+"""Images as sequences of patches."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from jaxmodel.sharding import constrain
 
 
 class Patches(nn.Module):
-    """Each patch of an image by a linear map, a class token in front of them, and learnt positions
-    (Dosovitskiy et al., 2020).
+    """A linear map of each patch of an image, a class token, and learnt positions.
 
-    Leaves patch `[D, C * patch * patch]`, patch_bias `[D]`, class `[D]`, positions
-    `[grid * grid (+ 1), D]`. An image of another size gets positions between the learnt ones,
-    bicubic; what is left of it beyond whole patches is not read.
+    Leaves: patch `[D, C * patch * patch]`, patch_bias `[D]`, class `[D]`, positions
+    `[grid * grid (+ 1), D]`. For an image of another size the positions are interpolated (bicubic);
+    rows and columns that fill no patch are ignored (Dosovitskiy et al., 2020).
 
     Attributes:
       width: D of new leaves.
       patch: the side of a patch in pixels.
-      grid: patches along each side of the images for which positions are learnt.
-      class_token: whether there is one.
-      bias: whether the map has one.
+      grid: the number of patches along each side of the images that positions are learnt for.
+      class_token: whether there is a class token, in front of the patches.
+      bias: whether the map has a bias.
       init_scale: standard deviation of new weights.
       policy: dtypes and placement.
     """
@@ -44,6 +43,7 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B T D"]:
+        """Return the tokens of each image."""
         normal = nn.initializers.normal(self.init_scale)
         side = (self.patch, self.patch)
         batch = pixels.shape[0]
@@ -77,7 +77,7 @@ class Patches(nn.Module):
 
 
 def _between(table: Float[Array, "N D"], grid: int, size: tuple[int, int]) -> Float[Array, "M D"]:
-    """Positions of a square grid at the middles of another one's patches."""
+    """Interpolate the positions of a square grid at the patch centres of another grid."""
     square = table.astype(jnp.float32).reshape(grid, grid, -1)
     down, across = (jnp.asarray(_weights(grid, n)) for n in size)
     return jnp.einsum(
@@ -87,11 +87,10 @@ def _between(table: Float[Array, "N D"], grid: int, size: tuple[int, int]) -> Fl
 
 @functools.cache
 def _weights(before: int, after: int, a: float = -0.75) -> np.ndarray:
-    """`[after, before]`: how much each old place counts for each new one, by cubic convolution
-    (Keys, 1981).
+    """Return `[after, before]`, the weight of each old position for each new one.
 
-    The ends go on outwards, and a smaller grid is not averaged first, as torch's `interpolate` has
-    it.
+    It is cubic convolution (Keys, 1981). Beyond the ends the last value is repeated, and there is
+    no anti-aliasing when the grid shrinks, as in torch's `interpolate`.
     """
     at = (np.arange(after) + 0.5) * before / after - 0.5
     weights = np.zeros((after, before), np.float32)

@@ -1,25 +1,24 @@
-"""Pipeline parallelism: the layers are cut into stages along the mesh's axis `pipeline`, and parts
-of a batch follow each other.
+"""Pipeline parallelism: stages of layers on the mesh axis `pipeline`, and micro-batches.
 
-Outside of the layers `pipeline` is one more axis of the batch (see `sharding.BATCH_AXES`), so that
-embedding, head and loss are shared out like all else and never computed twice. At the first stage
-the rows are gathered, at the last they are scattered.
+Outside of the layers, `pipeline` is one more batch axis (see `sharding.BATCH_AXES`), so embedding,
+head and loss are split over it and never computed twice. The rows are gathered before the first
+stage and scattered after the last.
 
 GPipe (Huang et al., 2019): with S stages and M micro-batches, stage s runs micro-batch m in tick
-  `m + s`; the backward pass is
-that of autodiff, the same the other way round. A stage has nothing to do in S - 1 of the M + S - 1
-ticks.
+`m + s`. The backward pass is derived by autodiff and runs the same way in reverse. A stage is idle
+in S - 1 of the M + S - 1 ticks.
 
-The axis `data` is cut by hand too, so that the gradients of a stage's layers are added up over the
-micro-batches where they are and summed over `data` once. What lies along `fsdp` is gathered for
-every micro-batch: less memory, more traffic.
+The axis `data` is handled manually too, so that the gradients of a stage's layers are accumulated
+locally over the micro-batches and summed over `data` once. Arrays that are split along `fsdp` are
+gathered for every micro-batch: less memory, more traffic.
 
-Bytes that a device sends on average, `act` those of the activations of a whole batch `B T D` in
-`policy.stream`: from stage to stage `(S - 1)/S act` forward and as much backward, and nothing in
-ticks where there is nothing to send; an all-gather of `act` (and of what else has rows: rotary
-tables, segments) in front, a reduce-scatter of `act` behind, and the reverse of each backward. With
-`data`, `act` is that of a device's part, and the gradients of its layers are summed. For this the
-first and the last S - 2 ticks are written out one by one; all between them are one scan.
+Bytes that a device sends on average, where `act` is the size of the activations of a whole batch,
+`B T D` in `policy.stream`: from stage to stage `(S - 1)/S act` forward and as much backward
+(nothing in ticks without data); an all-gather of `act` (and of other arrays with rows: rotary
+tables, segments) before the stages, a reduce-scatter of `act` after them, and the reverse of each
+backward. With `data`, `act` is a device's own part, and the gradients of its layers are summed. So
+that nothing is sent needlessly, the first and the last S - 2 ticks are unrolled; those between
+them are one scan.
 """
 
 from __future__ import annotations
@@ -40,9 +39,7 @@ P = jax.P
 AXIS = "pipeline"
 
 type Stage = Callable[[Any, Array, Any, Any, Any], tuple[Array, dict[str, Array]]]
-"""`stage(layers, x, context, place, key) -> (x, aux)`: the layers of one stage, its place among the
-stages.
-"""
+"""`stage(layers, x, context, place, key) -> (x, aux)`; `place` is the index of the stage."""
 
 
 def gpipe(
@@ -53,15 +50,15 @@ def gpipe(
     rng: Array | None = None,
     microbatches: int = 0,
 ) -> tuple[Float[Array, "B ..."], dict[str, Array]]:
-    """All layers, each stage's on its own devices.
+    """Run all layers, those of each stage on its own devices.
 
     Args:
-      stage: what one stage computes.
+      stage: the function of one stage.
       layers: leaves `[L, ...]`.
       x: activations.
-      context: arrays `[B, ...]`, which are cut into micro-batches too, or any others, which each
-        micro-batch has whole.
-      rng: each micro-batch gets a key of its own, and so do the devices along `data`.
+      context: arrays `[B, ...]`, which are cut into micro-batches too, and others, which every
+        micro-batch gets whole.
+      rng: a key, from which each micro-batch and each device along `data` gets its own.
       microbatches: see `ops.Policy`.
 
     Returns:
@@ -69,7 +66,7 @@ def gpipe(
       summed over the stages.
 
     Raises:
-      InputError: layers, rows or micro-batches that do not divide.
+      InputError: layers, rows or micro-batches cannot be divided evenly.
     """
     axes = auto_axes()
     stages = axes[AXIS]
@@ -121,18 +118,18 @@ def gpipe(
 
 
 def micro_batches(layers: int, rows: int, stages: int, wanted: int, data: int = 1) -> int:
-    """How many micro-batches there are.
+    """Return the number of micro-batches.
 
     Args:
-      layers: of the model.
-      rows: of the batch.
-      stages: of the pipeline.
+      layers: the number of layers of the model.
+      rows: the number of rows of the batch.
+      stages: the number of stages.
       wanted: see `ops.Policy.microbatches`.
-      data: devices along `data`, which share the rows of each micro-batch.
+      data: the number of devices along `data`, which share the rows of each micro-batch.
 
     Raises:
-      InputError: stages do not divide the layers, or micro-batches the rows, or stages the
-        micro-batches.
+      InputError: the stages do not divide the layers, the micro-batches do not divide the rows, or
+        the stages do not divide the micro-batches.
     """
     count = wanted or stages
     if layers % stages:
@@ -154,13 +151,17 @@ type Hops = list[tuple[int, int]]
 
 
 def gathered(rows: Array) -> Array:
-    """`[B/S, ...]` of each device -> `[S, B/S, ...]` on all; the second axis stays cut as it was."""
+    """Gather `[B/S, ...]` of each device to `[S, B/S, ...]` on all.
+
+    The second axis stays split as it was.
+    """
     return by_rows(jax.lax.all_gather(by_rows(rows), AXIS), 1)
 
 
 def micro(blocks: Array, count: int) -> Array:
-    """`[S, B/S, ...]` -> `[M, B/M, ...]`: every (M/S)th row of a block, so that rows stay on the
-    devices that have them.
+    """Reshape `[S, B/S, ...]` to `[M, B/M, ...]`.
+
+    A micro-batch takes every (M/S)th row of a block, so that rows stay on their devices.
     """
     stages, rows, *rest = blocks.shape
     each = count // stages
@@ -169,8 +170,9 @@ def micro(blocks: Array, count: int) -> Array:
 
 
 def by_rows(x: Array, axis: int = 0) -> Array:
-    """Rows cut as all rows are; left to itself XLA may cut what passes between stages as it cuts
-    weights, or gather it.
+    """Constrain an axis of rows to the usual sharding of rows.
+
+    Otherwise XLA may shard what passes between stages like weights, or gather it.
     """
     axes = {name: n for name, n in auto_axes().items() if name in BATCH_AXES}
     if not axes or x.shape[axis] % math.prod(axes.values()):
@@ -181,7 +183,7 @@ def by_rows(x: Array, axis: int = 0) -> Array:
 
 
 def key_of(rng: Array | None, m: Any, data: tuple[str, ...]) -> Array | None:
-    """The key of a micro-batch on the devices of one place along `data`."""
+    """Return the key of a micro-batch for the devices at one index along `data`."""
     if rng is None:
         return None
     rng = jax.random.fold_in(rng, m)
@@ -189,7 +191,7 @@ def key_of(rng: Array | None, m: Any, data: tuple[str, ...]) -> Array | None:
 
 
 def joined(parts: Array, stages: int) -> Array:
-    """The inverse of `micro`."""
+    """Join micro-batches again: the inverse of `micro`."""
     count, rows, *rest = parts.shape
     each = count // stages
     blocks = jnp.moveaxis(by_rows(parts, 1).reshape(stages, each, rows, *rest), 1, 2)
@@ -197,8 +199,9 @@ def joined(parts: Array, stages: int) -> Array:
 
 
 def parted(tree: Any, is_cut: Any, count: int) -> Callable[[Any], Any]:
-    """A function from the number of a micro-batch to its part of a tree, of which some leaves are
-    cut by rows.
+    """Return a function from the index of a micro-batch to its part of a tree.
+
+    Leaves that are not marked in `is_cut` are passed whole.
     """
     ready = jax.tree.map(lambda a, cut: micro(gathered(a), count) if cut else a, tree, is_cut)
     return lambda m: jax.tree.map(lambda a, cut: a[m] if cut else a, ready, is_cut)
@@ -207,11 +210,12 @@ def parted(tree: Any, is_cut: Any, count: int) -> Callable[[Any], Any]:
 def in_ticks(
     tick: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, hops: list[Any]
 ) -> tuple[Any, Any]:
-    """`tick(carry, t, hops[t])` for each t; neighbours with the same hops, which a program must
-    know, share one scan.
+    """Run `tick(carry, t, hops[t])` for each t.
+
+    Neighbouring ticks with the same hops, which must be static, share one scan.
 
     Returns:
-      The carry, and what the ticks gave, stacked.
+      The carry, and the outputs of the ticks, stacked.
     """
     found: list[Any] = []
     for same, run in itertools.groupby(enumerate(hops), key=lambda each: each[1]):
@@ -228,5 +232,5 @@ def in_ticks(
 
 
 def _hops(t: int, stages: int, count: int) -> Hops:
-    """Who has something to send behind a tick."""
+    """Return which stages send data to the next one after a tick."""
     return [(s, s + 1) for s in range(stages - 1) if 0 <= t - s < count]

@@ -1,4 +1,4 @@
-"""Recurrent layers, and the attention with which recurrent decoders read a memory."""
+"""Recurrent layers, and the attention by which recurrent decoders read a memory."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.recurrent import GATES
 
 type Read = Callable[[Array], Array]
-"""What is shown before a step, `[B, H]` -> what is read of a memory for it, `[B, M]`."""
+"""A function from the hidden state before a step, `[B, H]`, to what it reads, `[B, M]`."""
 
 
 class Recurrent(nn.Module):
-    """A layer of LSTM or GRU, run over each row by one scan.
+    """A layer of LSTM or GRU cells, run over each row by one scan.
 
-    Leaves input `[G, I]`, state `[G, H]`, input_bias `[G]`, of a GRU state_bias `[G]` (an LSTM adds
-    both sums, so one bias will do), and context `[G, M]` where a memory is read; G is 4H or 3H, see
-    `ops.recurrent_step`.
+    Leaves: input `[G, I]`, state `[G, H]`, input_bias `[G]`, for a GRU state_bias `[G]` (an LSTM
+    adds both sums, so one bias is enough), and context `[G, M]` if a memory is read. G is 4H or 3H;
+    see `ops.recurrent_step`.
 
     Attributes:
       kind: "lstm" or "gru".
       width: H of new leaves.
-      initializer: of the matrices.
+      initializer: the initialiser of the matrices.
       policy: dtypes and placement.
-      backward: whether it runs from the end of a row to its beginning.
+      backward: whether the layer runs from the end of a row to its beginning.
     """
 
     kind: str
@@ -49,13 +49,13 @@ class Recurrent(nn.Module):
         mask: Bool[Array, "B T"] | None = None,
         read: Read | None = None,
     ) -> tuple[Float[Array, "B T H"], Float[Array, "B n H"], Float[Array, "B T M"] | None]:
-        """Returns what each step shows, the state after the last one, and what each step has read.
+        """Return each step's hidden state, the state after the last step, and what each step read.
 
         Args:
-          x: the inputs; their share of the gates is one contraction for the whole row.
+          x: the inputs; their contribution to the gates is one contraction for the whole row.
           start: the state before the first step, float32.
-          mask: where it is false a step changes nothing, so padding may stand on either side.
-          read: what each step has besides its input (see `Additive`), or None.
+          mask: False where a step changes nothing, so padding may be on either side.
+          read: a function that reads a memory for each step (see `Additive`), or None.
         """
         size = GATES[self.kind] * self.width
         stream = self.policy.stream
@@ -92,7 +92,10 @@ class Recurrent(nn.Module):
 
 
 def _remembering(kind: str) -> Initializer:
-    """Zeros, but ones for the forget gate of an LSTM (Jozefowicz et al., 2015)."""
+    """Return an initialiser of zeros, with ones for an LSTM's forget gate.
+
+    Source: Jozefowicz et al., 2015.
+    """
 
     def bias(key: Any, shape: Any, dtype: Any = jnp.float32, *_: Any) -> jax.Array:
         zeros = jnp.zeros(shape, dtype)
@@ -102,14 +105,13 @@ def _remembering(kind: str) -> Initializer:
 
 
 class Additive(nn.Module):
-    """Attention by `score . tanh(query s + memory_k m)`, with s of the step before (Bahdanau et
-    al., 2014).
+    """Additive attention `score . tanh(query s + memory_k m)` (Bahdanau et al., 2014).
 
-    Leaves memory_k `[A, M]`, query `[A, H]`, score `[A]`.
+    s is the state of the step before. Leaves: memory_k `[A, M]`, query `[A, H]`, score `[A]`.
 
     Attributes:
       width: A of new leaves.
-      initializer: of the leaves.
+      initializer: the initialiser of the leaves.
       policy: dtypes and placement.
     """
 
@@ -125,13 +127,14 @@ class Additive(nn.Module):
         keys: Float[Array, "B S A"] | None,
         wide: int,
     ) -> tuple[Read, Float[Array, "B S A"]]:
-        """Returns what reads the memory at a step, and the memory's share of the sums, to be given
-        to later calls.
+        """Return a function that reads the memory at a step, and the keys.
+
+        The keys are the memory's contribution to the sums; pass them to later calls.
 
         Args:
-          memory: what is read.
-          valid: false for padding.
-          keys: what an earlier call with this memory returned, or None.
+          memory: the encoded source.
+          valid: False for padding.
+          keys: the keys that an earlier call with this memory returned, or None.
           wide: H of a new query.
         """
         keys = _keys(self, memory) if keys is None else keys
@@ -154,14 +157,13 @@ class Additive(nn.Module):
 
 
 class Multiplicative(nn.Module):
-    """Attention by `s . memory_k m`, with s of the same step (Luong et al., 2015; their score
-    "general").
+    """Multiplicative attention `s . memory_k m` (Luong et al., 2015; their score "general").
 
-    Leaf memory_k `[H, M]`.
+    s is the state of the same step. Leaf: memory_k `[H, M]`.
 
     Attributes:
       width: H of a new leaf.
-      initializer: of the leaf.
+      initializer: the initialiser of the leaf.
       policy: dtypes and placement.
     """
 
@@ -177,8 +179,9 @@ class Multiplicative(nn.Module):
         valid: Bool[Array, "B S"],
         keys: Float[Array, "B S A"] | None,
     ) -> tuple[Float[Array, "B T M"], Float[Array, "B S A"]]:
-        """Returns what each step reads, and the keys, to be given to later calls; the arguments are
-        those of `Additive`.
+        """Return what each step reads, and the keys, to be passed to later calls.
+
+        The arguments are those of `Additive`.
         """
         keys = _keys(self, memory) if keys is None else keys
         seen = ops.Seen(valid=valid, causal=False)

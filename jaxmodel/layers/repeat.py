@@ -1,4 +1,4 @@
-"""Depth: run a block over segments of stacked layers, and initialise them."""
+"""Depth: running a block over segments of stacked layers, and initialising them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxmodel.ops.product import WITHOUT_BATCH
 from jaxmodel.sharding import auto_axes
 
 type Block = Callable[..., tuple[jax.Array, Any, dict[str, jax.Array]]]
-"""`block(params, x, context, cache, layer, rng, train) -> (x, cache, aux)`, params of one layer."""
+"""`block(params, x, context, cache, layer, rng, train) -> (x, cache, aux)` for one layer."""
 
 _REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -38,28 +38,30 @@ def repeat(
     microbatches: int = 0,
     unroll: int = 1,
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-    """Run all layers: each segment of several by one scan, a single layer as it is; in stages where
-    the mesh has `pipeline`.
+    """Run all layers.
+
+    Each segment of several layers is one scan; a single layer runs as it is. If the mesh has
+    `pipeline`, the layers run in stages.
 
     Args:
-      block: one layer.
+      block: the function of one layer.
       params: segment -> leaves (see `jaxmodel.tree`); segments may differ in everything.
-      x: `[B, T, D]`.
-      context: what a step computes once and each layer reads: arrays `[B, ...]` or `[1, ...]`, and
-        scalars.
-      cache: for all layers, or None; carried, so that XLA can write it in place.
-      rng: layer `i` gets `fold_in(rng, i)`.
+      x: activations `[B, T, D]`.
+      context: values that are computed once and read by each layer: arrays `[B, ...]` or
+        `[1, ...]`, and scalars.
+      cache: the cache of all layers, or None; carried, so that XLA can update it in place.
+      rng: a key; layer `i` gets `fold_in(rng, i)`.
       train: passed to the block.
       remat: see `ops.Policy`.
-      microbatches: see `ops.Policy`; of the stages, which are not used with a cache.
+      microbatches: see `ops.Policy`; for stages, which are not used with a cache.
       unroll: see `ops.Policy`.
 
     Returns:
-      x, the cache, and the sum of each aux value over the layers (with stages, of its mean over the
-      micro-batches).
+      x, the cache, and the sum of each aux value over the layers (with stages, the sum of its means
+      over the micro-batches).
 
     Raises:
-      InputError: stages for layers that differ, or a number of them that does not divide.
+      InputError: there are stages, and the layers differ or cannot be divided evenly.
     """
     if auto_axes().get(AXIS, 1) > 1 and cache is None:
         x, total = gpipe(
@@ -88,7 +90,7 @@ def repeat(
 
 
 def one_segment(params: tree.Params) -> Any:
-    """The leaves of layers that are all equal, as stages need them.
+    """Return the leaves of layers that are all equal, as stages need them.
 
     Raises:
       InputError: there are several segments.
@@ -103,7 +105,7 @@ def one_segment(params: tree.Params) -> Any:
 
 
 def stage_of(block: Block, train: bool, remat: str, unroll: int = 1) -> Stage:
-    """What one stage of a pipeline computes: its part of the layers, by one scan."""
+    """Return the function of one stage of a pipeline: its part of the layers, as one scan."""
 
     def stage(
         layers: Any, x: jax.Array, context: Any, place: Any, key: Any
@@ -148,8 +150,9 @@ def _scan(
 def init_layers(
     init: Callable[[jax.Array], tree.Params], key: jax.Array, depth: int, first: int = 0
 ) -> tree.Params:
-    """`depth` equal layers in one segment, numbered from `first`, each initialised with a key of
-    its own.
+    """Initialise `depth` equal layers as one segment, numbered from `first`.
+
+    Each layer has its own key.
     """
     keys = jax.random.split(key, depth)
     if depth == 1:

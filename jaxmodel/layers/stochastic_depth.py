@@ -14,17 +14,17 @@ def stochastic_depth(
     rng: Key[Array, ""] | None,
     site: int = 0,
 ) -> Float[Array, "B ..."]:
-    """`x + keep / (1 - rate) (y - x)`, keep being 0 for a row with the probability `rate`, else 1
-    (Huang et al., 2016).
+    """Skip a block for a row with probability `rate`: `x + keep / (1 - rate) (y - x)`.
 
-    The mean over many draws is y, what stands without training.
+    keep is 0 with probability `rate`, else 1 (Huang et al., 2016). The mean over many draws is y,
+    which is also the result outside of training.
 
     Args:
-      x: what a block read.
-      y: what it made of it, of the same shape.
-      rate: 0 to below 1; may be traced, as it is under a scan over layers.
-      rng: the key of a layer in a step; None, as outside of training, gives y.
-      site: tells apart the places of one layer that use its key.
+      x: the input of a block.
+      y: its output, of the same shape.
+      rate: from 0 to below 1; it may be traced, as it is in a scan over layers.
+      rng: the key of a layer in a step; None (outside of training) returns y.
+      site: a number that differs between the places in one layer that use its key.
 
     >>> x, y = jnp.zeros((200, 3)), jnp.ones((200, 3))
     >>> out = stochastic_depth(x, y, 0.5, jax.random.key(0))

@@ -1,19 +1,22 @@
-"""Connection patterns: which inputs meet which outputs, and in what order.
+"""Connection patterns: which inputs are connected to which outputs, and in what order.
 
-Each is a Linen module whose method `edges(params, ...)` gives the same connections as a list for
-`ops.edges.edge_sum`. Inputs of several branches are dicts, branch -> `[B, N]`, and so are results
-of several groups. Where they stand behind each other, in a list of edges as in `merged`, they do in
-the order of their names, whatever the order of the dict: `jax.jit` would sort it anyway.
+Each is a Linen module whose method `edges(params, ...)` returns the same connections as a list for
+`ops.edges.edge_sum`. Inputs of several branches are dicts, branch -> `[B, N]`, and so are outputs
+of several groups. Where they are concatenated (in a list of edges, and by `merged`), the order is
+that of their names, whatever the order of the dict: `jax.jit` would sort it anyway.
 
 | wanted | layer |
 |---|---|
-| all inputs meet all outputs | `Full` |
-| products of two inputs | `Bilinear`; of low rank and for any number of branches `Factorised` |
-| each branch meets a group of outputs of its own before they are merged | `Groups` with one edge for each branch |
-| a given pattern between groups of inputs and of outputs, which may interact by products | `Groups`, `combine="product"` |
-| edges that share a weight by a rule; a factor of each edge that is learnt and reported | `Groups`, `share`, `importance` |
+| all inputs to all outputs | `Full` |
+| products of two inputs | `Bilinear` |
+| products of low rank, for any number of branches | `Factorised` |
+| each branch to its own group of outputs, before they are merged | `Groups`, an edge per branch |
+| a given pattern between groups of inputs and of outputs | `Groups` |
+| the same, where the inputs of a group interact by products | `Groups`, `combine="product"` |
+| edges that share a weight by a rule | `Groups`, `share` |
+| a learnt and reported factor of each edge | `Groups`, `importance` |
 | one extractor for several inputs, merged for one head | `Shared`, `merged` |
-| some blocks only, fixed or learnt | `BlockLinear` |
+| only some blocks, fixed or learnt | `BlockLinear` |
 """
 
 from jaxmodel import moved

@@ -1,4 +1,4 @@
-"""Every input meets every output."""
+"""The full connection: every input to every output."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from jaxmodel.ops.norms import on_last
 fan_in: Initializer = nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2
 )
-"""Of weights `[out, in]` whose results should be as large as their inputs (LeCun et al., 1998)."""
+"""Initialiser of weights `[out, in]` that keeps the scale of the inputs (LeCun et al., 1998)."""
 
 
 class Full(nn.Module):
-    """`W x + b`; leaves weight `[D, N]` and weight_bias `[D]`.
+    """A linear map `W x + b`, with leaves weight `[D, N]` and weight_bias `[D]`.
 
     Attributes:
       width: D of new leaves.
       policy: dtypes and placement.
-      bias: whether there is one.
-      initializer: of the weight.
+      bias: whether there is a bias.
+      initializer: the initialiser of the weight.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxmodel.ops.edges import edge_sum
@@ -48,6 +48,7 @@ class Full(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N"]) -> Float[Array, "B D"]:
+        """Compute `W x + b`."""
         y = ops.einsum(
             "BN,DN->BD",
             x,
@@ -57,7 +58,7 @@ class Full(nn.Module):
         return add_bias(self, y) if self.bias else y
 
     def edges(self, params: tree.Params) -> Edges:
-        """The same connections as a list."""
+        """Return the same connections as a list."""
         weight = decode(params["weight"])
         bias = [EdgeBlock(params["weight_bias"])] if "weight_bias" in params else []
         return edges_of([EdgeBlock(weight, (0,)), *bias], weight.shape[1], weight.shape[0])
@@ -66,17 +67,17 @@ class Full(nn.Module):
 def add_bias(
     module: nn.Module, y: Float[Array, "B D"], name: str = "weight_bias"
 ) -> Float[Array, "B D"]:
-    """`y` plus the module's leaf of this name, which starts at zero."""
+    """Add the module's leaf of this name, which starts at zero, to `y`."""
     return y + on_last(
         leaf(module, name, nn.initializers.zeros, y.shape[-1:]).astype(y.dtype), y.ndim
     )
 
 
 def by_name(branches: Any) -> dict[str, Array]:
-    """Several inputs in the order in which they stand behind each other.
+    """Return several inputs in the order in which they are concatenated, sorted by name.
 
     Raises:
-      InputError: what is no dict of at least one, or a name with a slash.
+      InputError: `branches` is not a dict with at least one entry, or a name has a slash.
     """
     if not isinstance(branches, Mapping) or not branches:
         given = "none" if isinstance(branches, Mapping) else type(branches).__name__
@@ -90,7 +91,7 @@ def by_name(branches: Any) -> dict[str, Array]:
 
 
 def starts(widths: Iterable[int]) -> list[int]:
-    """Where each of some runs of features begins, and at last how many there are in all.
+    """Return the start of each of several ranges of features, and the total length.
 
     >>> starts([3, 2])
     [0, 3, 5]

@@ -1,4 +1,4 @@
-"""Named groups of inputs meet named groups of outputs along the edges of a given bipartite pattern."""
+"""Named groups of inputs connected to named groups of outputs by a bipartite pattern."""
 
 from __future__ import annotations
 
@@ -18,36 +18,35 @@ from jaxmodel.leaves import decode
 from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 
 type Pattern = tuple[tuple[str, str], ...]
-"""Edges, (group of inputs, group of outputs)."""
+"""The edges: pairs (group of inputs, group of outputs)."""
 
 COMBINE = ("sum", "product")
 
 
 class Groups(nn.Module):
-    """`y_t = b_t + sum (or product) over edges s -> t of importance_st * W_st x_s` for each group
-    of outputs t.
+    """A bipartite connection of groups of inputs s and groups of outputs t.
 
-    With one edge for each branch of the input it is the form where every branch meets a fixed group
-    of outputs before they are merged; branches that meet in a group of products interact there.
-    With all edges it is a full connection.
+    It computes `y_t = b_t + sum (or product) over edges s -> t of importance_st * W_st x_s`. With
+    one edge for each branch of the input, every branch has its own group of outputs before they
+    are merged. Branches that are combined by a product interact. With all edges it is a full
+    connection.
 
     Leaves: for each edge, or each name that edges share, a weight `[D_t, N_s]` under that name;
-      GROUP_bias `[D_t]`; and
-    importance `[E]` in the order of the edges, if wanted. Edges that share a weight are one leaf,
-    so they stay equal and count once.
+    GROUP_bias `[D_t]`; and optionally importance `[E]`, in the order of the edges. Edges that share
+    a weight are one leaf, so they stay equal and count once.
 
     Attributes:
       pattern: the edges.
-      widths: (group of outputs, its width D_t), all that the edges name.
+      widths: pairs (group of outputs, its width D_t) for all groups that the edges name.
       policy: dtypes and placement.
       combine: "sum" or "product".
-      share: rules, name of an edge -> name of its weight; the others have weights of their own.
-      importance: whether each edge has a factor of its own that is learnt, and reported by
-        `importances`.
+      share: rules, name of an edge -> name of its weight; other edges have their own weights.
+      importance: whether each edge has its own learnt factor, which `importances` reports.
 
     >>> import jax
     >>> xs = {"left": jnp.ones((2, 3)), "right": jnp.ones((2, 5))}
-    >>> apart = Groups((("left", "x"), ("right", "y")), (("x", 4), ("y", 2)), ops.Policy())  # a group for each branch
+    >>> pattern = (("left", "x"), ("right", "y"))  # a group for each branch
+    >>> apart = Groups(pattern, (("x", 4), ("y", 2)), ops.Policy())
     >>> y, variables = jax.jit(apart.init_with_output)(jax.random.key(0), xs)
     >>> {group: a.shape for group, a in y.items()}
     {'x': (2, 4), 'y': (2, 2)}
@@ -64,6 +63,7 @@ class Groups(nn.Module):
 
     @nn.compact
     def __call__(self, xs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs of each group, `[B, D_t]` by name."""
         xs = by_name(xs)
         check_pattern(self.pattern, xs, dict(self.widths), self.combine)
         weights = weight_names(self.pattern, self.share)
@@ -90,8 +90,9 @@ class Groups(nn.Module):
         return {target: add_bias(self, out[target], f"{target}_bias") for target, _ in self.widths}
 
     def edges(self, params: tree.Params) -> Edges:
-        """The same connections as a list, from the features of all groups of inputs to those of all
-        groups of outputs.
+        """Return the same connections as a list.
+
+        They go from the features of all groups of inputs to those of all groups of outputs.
         """
         weights = self._weights(params)
         factors = params.get("importance")
@@ -119,18 +120,20 @@ class Groups(nn.Module):
         return edges_of(blocks, sum(width.values()), begins[-1])
 
     def importances(self, params: tree.Params) -> dict[str, float]:
-        """How much each edge counts, as a share of all: `|importance| * norm(W)`, summing to 1.
+        """Return the share of each edge in the total importance `|importance| * norm(W)`.
 
-        A factor alone says nothing, because the weight may grow where it shrinks; their product
-        does not change then. Of edges that are multiplied only the product does not, so each counts
-        as their geometric mean. What it leaves out is the size of the inputs: groups should be of
-        one scale (normed, or standardised).
+        The shares sum to 1.
+
+        A factor alone means nothing, because the weight may grow where the factor shrinks; their
+        product does not change then. Of edges that are multiplied with each other only the total
+        product is determined, so each counts as their geometric mean. The size of the inputs is not
+        included: groups should have the same scale (normalised or standardised).
 
         Args:
-          params: those of this layer; without a leaf `importance` all factors are one.
+          params: the parameters of this layer; without a leaf `importance` all factors are one.
 
         Returns:
-          Name of an edge -> its share.
+          A dict, name of an edge -> its share.
         """
         factors = np.abs(
             np.asarray(params.get("importance", np.ones(len(self.pattern))), np.float64)
@@ -152,13 +155,13 @@ class Groups(nn.Module):
         }
 
     def _weights(self, params: tree.Params) -> dict[tuple[str, str], Array]:
-        """The weight of each edge."""
+        """Return the weight of each edge."""
         names = weight_names(self.pattern, self.share)
         return {edge: decode(params[names[edge_name(*edge)]]) for edge in self.pattern}
 
 
 def edge_name(source: str, target: str) -> str:
-    """What rules and reports call an edge.
+    """Return the name of an edge in rules and reports.
 
     >>> edge_name("left", "middle")
     'left->middle'
@@ -167,15 +170,16 @@ def edge_name(source: str, target: str) -> str:
 
 
 def weight_names(pattern: Pattern, share: tree.Rules = ()) -> dict[str, str]:
-    """The name of the weight of each edge: that which the first matching rule gives it, or its own.
+    """Return the name of the weight of each edge.
+
+    It is the name that the first matching rule gives, or else that of the edge.
 
     Args:
       pattern: the edges.
       share: rules, name of an edge -> name of a weight.
 
     Raises:
-      InputError: a rule that decides nothing, as everywhere, or a name that another leaf of the
-        layer has.
+      InputError: a rule matches no edge, or a name belongs to another leaf of the layer.
 
     >>> weight_names((("a", "x"), ("b", "x"), ("c", "x")), (("[ab]->x", "both"),))
     {'a->x': 'both', 'b->x': 'both', 'c->x': 'c->x'}
@@ -194,11 +198,10 @@ def weight_names(pattern: Pattern, share: tree.Rules = ()) -> dict[str, str]:
 def check_pattern(
     pattern: Pattern, sources: Iterable[str], targets: Iterable[str], combine: str = "sum"
 ) -> None:
-    """Refuse a pattern that names an unknown group, has an edge twice, or leaves a group without
-    any.
+    """Refuse a pattern with an unknown group, a repeated edge, or a group without edges.
 
     Raises:
-      InputError: which one.
+      InputError: the pattern is wrong; the message says where.
     """
     sources = list(sources)
     targets = list(targets)
@@ -224,5 +227,5 @@ def check_pattern(
 
 
 def _outer(left: Float[Array, "D ..."], right: Float[Array, "D J"]) -> Float[Array, "D ... J"]:
-    """`[D, ..., J]`: the products of each output's weights."""
+    """Return `[D, ..., J]`, the products of each output's weights."""
     return left[..., None] * right.reshape(right.shape[0], *[1] * (left.ndim - 1), right.shape[1])

@@ -1,4 +1,4 @@
-"""Second order: products of two inputs."""
+"""Connections of second order: products of two inputs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 
 
 class Bilinear(nn.Module):
-    """`y_d = sum_ij W_dij x_i z_j`: every pair of one input of each of two branches meets every
-    output.
+    """A bilinear map `y_d = sum_ij W_dij x_i z_j`.
 
-    One leaf, pairs `[D * I, J]`, the outputs in front.
+    Every pair of inputs, one of each of two branches, is connected to every output. Its one leaf is
+    pairs `[D * I, J]`, with the outputs first.
 
     Attributes:
-      width: D.
+      width: D, the number of outputs.
       policy: dtypes and placement.
 
     >>> import jax
     >>> x, z, module = jnp.array([[1.0, 2.0]]), jnp.array([[3.0]]), Bilinear(1, ops.Policy())
-    >>> float(module.apply({"params": {"pairs": jnp.array([[10.0], [100.0]])}}, x, z)[0, 0])  # 10 * 1 * 3 + 100 * 2 * 3
+    >>> params = {"pairs": jnp.array([[10.0], [100.0]])}
+    >>> float(module.apply({"params": params}, x, z)[0, 0])  # 10 * 1 * 3 + 100 * 2 * 3
     630.0
     """
 
@@ -38,6 +39,7 @@ class Bilinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B I"], z: Float[Array, "B J"]) -> Float[Array, "B D"]:
+        """Compute the bilinear map."""
         n = x.shape[-1]
         pairs = leaf(
             self,
@@ -51,19 +53,19 @@ class Bilinear(nn.Module):
         )
 
     def edges(self, params: tree.Params) -> Edges:
-        """The same connections as a list, of the features of x and behind them those of z."""
+        """Return the same connections as a list, of the features of x followed by those of z."""
         pairs = decode(params["pairs"]).reshape(self.width, -1, params["pairs"].shape[-1])
         n = pairs.shape[1]
         return edges_of([EdgeBlock(pairs, (0, n))], n + pairs.shape[2], self.width)
 
 
 class Factorised(nn.Module):
-    """`y = P (sum over pairs of branches b < c of U_b x_b * U_c x_c)`: a bilinear form of low rank
-    for each pair.
+    """A bilinear form of low rank for each pair of branches.
 
-    Factorisation machines (Rendle, 2010) with branches as fields; for two branches the low-rank
-    bilinear pooling of Kim et al. (2017). Leaves factor_BRANCH `[R, N]` and out `[D, R]`. The sum
-    over pairs takes one product for each branch.
+    It computes `y = P (sum over pairs of branches b < c of U_b x_b * U_c x_c)`: factorisation
+    machines (Rendle, 2010) with branches as fields; for two branches the low-rank bilinear pooling
+    of Kim et al. (2017). Leaves: factor_BRANCH `[R, N]` and out `[D, R]`. The sum over pairs needs
+    only one product for each branch.
 
     Attributes:
       width: D of new leaves.
@@ -83,6 +85,7 @@ class Factorised(nn.Module):
 
     @nn.compact
     def __call__(self, xs: Mapping[str, Array]) -> Float[Array, "B D"]:
+        """Compute the sum of the products of all pairs of branches."""
         if len(xs) < 2:
             raise InputError(
                 f"branches: {list(xs)} given; at least two are needed, whose products are taken"
@@ -100,8 +103,9 @@ class Factorised(nn.Module):
         )
 
     def edges(self, params: tree.Params) -> Edges:
-        """The same connections as a list: an edge for each pair of features of two branches and
-        each output.
+        """Return the same connections as a list.
+
+        There is an edge for each pair of features of two branches and each output.
         """
         factors = {name: decode(leaf) for name, leaf in sorted(params.items()) if name != "out"}
         first = dict(zip(factors, starts(f.shape[1] for f in factors.values()), strict=False))

@@ -1,4 +1,4 @@
-"""One extractor of features for several inputs."""
+"""One feature extractor for several inputs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ MERGES = ("concat", "sum", "mean", "max")
 
 
 class Shared(nn.Module):
-    """The same extractor for each of several inputs (Bromley et al., 1993); `merged` puts its
-    results together for one head.
+    """The same extractor for each of several inputs (Bromley et al., 1993).
+
+    `merged` combines its outputs for one head.
 
     Attributes:
       extractor: any module `[B, N] -> [B, D]`, made with `parent=None` inside of another module;
-        its leaves are there once, under `extractor`.
+        its leaves exist once, under `extractor`.
 
     >>> import jax
     >>> from jaxmodel import ops
-    >>> two, module = {"left": jnp.ones((2, 3)), "right": jnp.zeros((2, 3))}, Shared(Full(4, ops.Policy()))
+    >>> two = {"left": jnp.ones((2, 3)), "right": jnp.zeros((2, 3))}
+    >>> module = Shared(Full(4, ops.Policy()))
     >>> features, variables = jax.jit(module.init_with_output)(jax.random.key(0), two)
     >>> tree.count(variables["params"]), merged(features, "max").shape
     (16, (2, 4))
@@ -37,6 +39,7 @@ class Shared(nn.Module):
     extractor: nn.Module
 
     def __call__(self, xs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the features of each input, by name."""
         xs = by_name(xs)
         if len({x.shape[-1] for x in xs.values()}) > 1:
             sizes = ", ".join(f"{name} {x.shape[-1]}" for name, x in xs.items())
@@ -46,10 +49,10 @@ class Shared(nn.Module):
         return {name: self.extractor(x) for name, x in xs.items()}
 
     def edges(self, params: tree.Params, count: int) -> Edges:
-        """The connections of `count` inputs through a `Full` extractor as a list: those of one,
-        repeated with their weights.
+        """Return the connections of `count` inputs through a `Full` extractor as a list.
 
-        Their results stand behind each other, as `merged` by "concat" has them.
+        They are those of one input, repeated with their weights. The outputs are concatenated, as
+        by `merged` with "concat".
         """
         if not isinstance(self.extractor, Full):
             raise InputError(
@@ -73,11 +76,12 @@ class Shared(nn.Module):
 
 
 def merged(xs: Mapping[str, Array], how: str = "concat") -> Float[Array, "B M"]:
-    """The results of several branches as one input of a head: "concat", in the order of their
-    names, or "sum", "mean", "max".
+    """Merge several branches into one input of a head.
+
+    "concat" concatenates them in the order of their names; the others are "sum", "mean" and "max".
 
     Raises:
-      InputError: an unknown way, or branches of several widths that are not put behind each other.
+      InputError: `how` is unknown, or branches of different widths are not concatenated.
 
     >>> merged({"b": jnp.array([[1.0]]), "a": jnp.array([[2.0]])}).tolist()
     [[2.0, 1.0]]

@@ -1,4 +1,4 @@
-"""A linear map of which only some blocks are there: a fixed choice of them, or one that is learnt."""
+"""A linear map with only some of its blocks, which are fixed or learnt."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ from jaxmodel.ops.edges import EdgeBlock, Edges, edges_of
 
 
 class BlockLinear(nn.Module):
-    """`(W * mask) x + b`, where the mask keeps as many blocks in every row of blocks.
+    """A linear map `(W * mask) x + b` that keeps the same number of blocks in every block row.
 
-    - Fixed: leaf kept `[rows, height, n * width]`, the blocks that are there.
-    - Learnt: leaves all `[D, N]` and scores `[rows * N / width]`. The blocks of largest score are
-      used, and each score has the gradient of its block's use (Ramanujan et al., 2020). While it is
-      learnt it costs as much as a dense map.
-    - Settled (see `settle_blocks`): leaf weight `[D, N]`, a `BlockSparse`, or any other leaf.
+    - Fixed: the leaf kept `[rows, height, n * width]` holds the kept blocks.
+    - Learnt: leaves all `[D, N]` and scores `[rows * N / width]`. The blocks with the largest
+      scores are used, and each score has the gradient of its block's use (Ramanujan et al., 2020).
+      While the mask is learnt, the map costs as much as a dense one.
+    - Settled (see `settle_blocks`): the leaf weight `[D, N]` is a `BlockSparse`, or any other leaf.
 
-    Fixed and settled, it costs in proportion to the blocks that are there.
-
-    Each has weight_bias `[D]`.
+    A fixed or settled map costs in proportion to the kept blocks. Each has weight_bias `[D]`.
 
     Attributes:
-      width: D.
+      width: D, the number of outputs.
       block: height and width of a block, which divide D and N.
-      kept: n, blocks in each row of blocks.
+      kept: n, the number of blocks kept in each block row.
       policy: dtypes and placement.
       learnt: whether new leaves learn the mask.
-      seed: of the fixed mask.
+      seed: the seed of the fixed mask.
 
     >>> x, module = jnp.ones((2, 16)), BlockLinear(8, (4, 4), 1, ops.Policy())
     >>> params = jax.jit(module.init)(jax.random.key(0), x)["params"]
@@ -56,9 +54,11 @@ class BlockLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N"], layer: Any = 0) -> Float[Array, "B D"]:
-        """Args:
-        x: the activation.
-        layer: its number, which may be traced; a fixed mask differs by layer.
+        """Compute the map.
+
+        Args:
+          x: the activation.
+          layer: the index of the layer, which may be traced; a fixed mask differs by layer.
         """
         if self.has_variable("params", "weight"):
             return add_bias(
@@ -80,19 +80,18 @@ class BlockLinear(nn.Module):
             return add_bias(self, ops.einsum("BN,DN->BD", x, _used(weight, use), self.policy))
         places = jnp.asarray(block_columns(rows, columns, self.kept, self.seed))
         kept = leaf(self, "kept", normal, (rows, height, self.kept * width))
-        # shifted by the layer, so that blocks of several layers meet other inputs and yet their
-        # layers can be scanned
+        # shifted by the layer, so that layers see different inputs and can still be scanned
         return add_bias(
             self, ops.blocks(x, kept, (places + jnp.int32(layer)) % columns, self.policy)
         )
 
     def edges(self, params: tree.Params, layer: int = 0, features: int | None = None) -> Edges:
-        """The connections that are there as a list.
+        """Return the connections as a list.
 
         Args:
-          params: those of this layer, fixed, learnt or settled.
-          layer: its number.
-          features: N, where the leaf does not tell it: of a fixed mask.
+          params: the parameters of this layer, fixed, learnt or settled.
+          layer: the index of the layer.
+          features: N, needed for a fixed mask, whose leaf does not tell it.
         """
         weight, keep = dense_form(self, params, layer, features)
         height, width = self.block
@@ -105,11 +104,10 @@ class BlockLinear(nn.Module):
 
 
 def check_blocks(out: int, n: int, block: tuple[int, int], kept: int) -> None:
-    """Refuse blocks that do not divide a weight `[out, n]`, or more of them in a row of blocks than
-    there are.
+    """Refuse blocks that do not divide a weight `[out, n]`, or too many of them.
 
     Raises:
-      InputError: which.
+      InputError: the blocks do not divide the weight, or a block row has fewer than `kept`.
     """
     height, width = block
     if min(block) < 1 or out % height or n % width or not 0 < kept <= n // width:
@@ -122,8 +120,9 @@ def check_blocks(out: int, n: int, block: tuple[int, int], kept: int) -> None:
 
 
 def block_columns(rows: int, columns: int, kept: int, seed: int) -> Int[np.ndarray, "rows kept"]:
-    """Which blocks a fixed mask keeps in each row of blocks: random, each column as often as the
-    others or once more.
+    """Choose the blocks that a fixed mask keeps in each block row.
+
+    They are random, but every column is used equally often, or once more.
 
     >>> block_columns(2, 4, 2, seed=0).shape
     (2, 2)
@@ -132,24 +131,24 @@ def block_columns(rows: int, columns: int, kept: int, seed: int) -> Int[np.ndarr
     used = np.zeros(columns, int)
     out = np.zeros((rows, kept), np.int32)
     for row in range(rows):
-        # the least used, of equal ones any
+        # the least used columns; ties are broken at random
         out[row] = np.sort(np.lexsort((words.random_raw(columns), used))[:kept])
         used[out[row]] += 1
     return out
 
 
 def chosen(scores: Float[Array, "... rows columns"], kept: int) -> Bool[Array, "... rows columns"]:
-    """The blocks of largest score in each row of blocks."""
+    """Select the blocks with the largest scores in each block row."""
     return largest(jax.lax.stop_gradient(scores), kept)
 
 
 def dense_form(
     module: BlockLinear, params: tree.Params, layer: int = 0, features: int | None = None
 ) -> tuple[Float[Array, "D N"], Bool[Array, "rows columns"] | Bool[np.ndarray, "rows columns"]]:
-    """The weight of a `BlockLinear` with its zeros in place, and which blocks are there.
+    """Return the weight of a `BlockLinear` with its zeros in place, and which blocks are kept.
 
     Raises:
-      InputError: a fixed mask without `features`.
+      InputError: the mask is fixed and `features` is missing.
     """
     height, width = module.block
     if "weight" in params:
@@ -181,7 +180,10 @@ def dense_form(
 
 
 def _used(w: Any, use: Float[Array, "rows columns"]) -> Any:
-    """A leaf `[D, N]` with each block times its use. What is measured is the whole input."""
+    """Multiply each block of a leaf `[D, N]` with its use.
+
+    A probe still measures the whole input.
+    """
     if isinstance(w, ops.Probe):
         return dataclasses.replace(w, weight=_used(w.weight, use))
     weight = decode(w)
@@ -192,13 +194,14 @@ def _used(w: Any, use: Float[Array, "rows columns"]) -> Any:
 def settle_blocks(
     module: BlockLinear, params: tree.Params, layer: int = 0, features: int | None = None
 ) -> tree.Params:
-    """The params of a `BlockLinear` with its blocks in one `BlockSparse` leaf: the same function,
-    for storing and running.
+    """Store the blocks of a `BlockLinear` in one `BlockSparse` leaf, for storing and running.
+
+    The function stays the same.
 
     Args:
       module: the layer.
-      params: those of one layer, fixed or learnt.
-      layer: its number.
+      params: the parameters of one layer, fixed or learnt.
+      layer: the index of the layer.
       features: N, for a fixed mask.
     """
     weight, keep = dense_form(module, params, layer, features)
