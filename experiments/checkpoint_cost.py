@@ -44,7 +44,7 @@ def turns(seconds: float, seed: int) -> tuple[list[float], list[float], float]:
     """Steps a second without and with a checkpoint in each turn, and the seconds for which saves
     held up the loop.
     """
-    model = gpt2.model(CONFIG, ops.Policy(compute="bfloat16"))
+    model = gpt2.model(CONFIG, ops.Policy(compute_dtype="bfloat16"))
     rows = (
         np.random.default_rng(seed)
         .integers(0, CONFIG.vocab, (256, CONFIG.context + 1))

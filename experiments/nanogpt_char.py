@@ -43,7 +43,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     heldout = data.Stream(data.windows(ids[cut:], BLOCK + 1, stride=BLOCK), 128, 0)
     steps = 300 if quick else STEPS
     model = gpt2.model(
-        gpt2.Config(len(letters), 128, 4, 4, BLOCK), Policy(compute="bfloat16", unroll=4)
+        gpt2.Config(len(letters), 128, 4, 4, BLOCK), Policy(compute_dtype="bfloat16", unroll=4)
     )
     entries: list[tuple] = []
     for rate in RATES:

@@ -38,7 +38,7 @@ RATE = 1e-3
 CODES: tree.Rules = ((".*(norm/.*|_bias)", None), (".*", 8))
 ALL: tree.Rules = ((".*", True),)
 PLAIN = ops.Policy()
-LEAST = ops.Policy(compute="bfloat16", stream="bfloat16", remat="full")
+LEAST = ops.Policy(compute_dtype="bfloat16", activation_dtype="bfloat16", remat="full")
 
 
 class Case:

@@ -56,7 +56,7 @@ def hidden_states(bundle: hub.Bundle, windows: np.ndarray) -> np.ndarray:
     single = tree.unstack(bundle.params)
     first = {key: layer for key, layer in single["blocks"].items() if int(key) < LAYERS}
     params = tree.cast(tree.stack({**single, "blocks": first}), jnp.bfloat16)
-    model = bundle.model.with_policy(ops.Policy(compute="bfloat16"))
+    model = bundle.model.with_policy(ops.Policy(compute_dtype="bfloat16"))
     run = jax.jit(lambda params, tokens: model.hidden(params, tokens).hidden)
     parts = [
         run(params, jnp.asarray(part))
@@ -69,7 +69,7 @@ class Trainer:
     """A model, its optimiser, the rows it learns from, and the compiled functions of one run."""
 
     def __init__(self, config: autoencoder.Config, rows: jax.Array, steps: int, seed: int):
-        self.model = autoencoder.model(config, ops.Policy(compute="bfloat16"))
+        self.model = autoencoder.model(config, ops.Policy(compute_dtype="bfloat16"))
         self.rows = rows
         self.seed = seed
         rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, steps // 20, steps, 1e-4)

@@ -157,14 +157,17 @@ CONFIG = {
 }
 """Old names of fields of `TrainConfig`, which are options of `jaxmodel train` too."""
 
+POLICY = {"cache": "cache_dtype", "compute": "compute_dtype", "stream": "activation_dtype"}
+"""... and of `Policy`."""
 
-def current(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the fields of a stored `TrainConfig` the names that they have now.
+
+def current(record: Mapping[str, Any], now: Mapping[str, str] = CONFIG) -> dict[str, Any]:
+    """Give the fields of a stored `TrainConfig`, or policy, the names that they have now.
 
     >>> current({"steps": 3, "clip": 1.0})
     {'steps': 3, 'max_grad_norm': 1.0}
     """
-    return {CONFIG.get(name, name): value for name, value in record.items()}
+    return {now.get(name, name): value for name, value in record.items()}
 
 
 def keywords[F: Callable[..., Any]](**now: str) -> Callable[[F], F]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
+import jax
 import pytest
 
-from jaxmodel import moved, train
+from jaxmodel import hub, moved, ops, train
 from jaxmodel.cli.words import checked
+from jaxmodel.models import llama
 
 OLD = [
     (pkg, home, name)
@@ -40,6 +42,17 @@ def test_old_fields_of_a_config_still_work():
     with pytest.warns(DeprecationWarning, match="warmup is warmup_steps now"):
         assert dataclasses.replace(config, warmup=3).warmup_steps == 3
     assert checked(["train", "--drop-every", "3"]) == ["train", "--step-size=3"]
+
+
+def test_old_fields_of_a_policy_still_work(tmp_path):
+    with pytest.warns(DeprecationWarning, match="Policy: compute is compute_dtype now"):
+        policy = ops.Policy(compute_dtype="bfloat16")
+    assert policy == ops.Policy(compute_dtype="bfloat16")
+    model = llama.model(llama.SIZES["tiny"], policy)
+    hub.Bundle(model, model.init(jax.random.key(0))).save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "jaxmodel.json"
+    path.write_text(path.read_text().replace("compute_dtype", "compute"))  # as it was written once
+    assert hub.from_pretrained(tmp_path / "old").model.policy == policy
 
 
 def test_what_was_never_there_is_not_found():

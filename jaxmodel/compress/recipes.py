@@ -61,13 +61,13 @@ class Recipe:
             raise InputError(f"recipe: {self.rules!r} is given; allowed: {_RULES}")
         object.__setattr__(self, "rules", tuple(map(_rule, self.rules)))
         if self.compute is not None:
-            ops.Policy(compute=self.compute)  # refuses what is no dtype
+            ops.Policy(compute_dtype=self.compute)  # refuses what is no dtype
 
     def adapt(self, model: Model) -> Model:
         """Return the model with the recipe's compute dtype; a foreign module stays unchanged."""
         if self.compute is None or isinstance(model.config, Foreign):
             return model
-        return model.with_policy(dataclasses.replace(model.policy, compute=self.compute))
+        return model.with_policy(dataclasses.replace(model.policy, compute_dtype=self.compute))
 
     def texts(self) -> list[list[str]]:
         """Return the rules as patterns and texts of chains, for JSON."""

@@ -44,7 +44,7 @@ def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
             # a new object, so that what it caches for running is freed with it
             return dataclasses.replace(bundle)
         model = bundle.model.with_policy(
-            dataclasses.replace(bundle.model.policy, compute="bfloat16")
+            dataclasses.replace(bundle.model.policy, compute_dtype="bfloat16")
         )
         return dataclasses.replace(bundle, model=model, params=tree.cast(bundle.params, "bfloat16"))
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxmodel import axes, layers, schema, tree
+from jaxmodel import axes, layers, moved, schema, tree
 from jaxmodel.adapt.adapters import split_adapters
 from jaxmodel.errors import InputError, require
 from jaxmodel.hub import (
@@ -251,7 +251,7 @@ def load(
     )
     stored = ours["policy"] if ours else Policy()
     how: Policy = policy or (
-        stored if dtype is None else dataclasses.replace(stored, compute=dtype)
+        stored if dtype is None else dataclasses.replace(stored, compute_dtype=dtype)
     )
     processor = (
         tokenizers.from_folder(folder)
@@ -382,7 +382,8 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
             f"{path}: the static fields of the leaves are not those that were written "
             f"(leaves_sha256)"
         )
-    return {**ours, "policy": schema.make(ours["policy"], Policy, str(path), "policy")}
+    policy = moved.current(ours["policy"], moved.POLICY)
+    return {**ours, "policy": schema.make(policy, Policy, str(path), "policy")}
 
 
 def _special_ids(processor: Any, card: Mapping[str, Any]) -> dict[str, Any]:

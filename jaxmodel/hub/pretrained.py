@@ -132,7 +132,7 @@ def _plain(
 ) -> Bundle:
     """The model without adapters that are elsewhere."""
     if dtype is not None:
-        Policy(compute=dtype)  # names what is allowed
+        Policy(compute_dtype=dtype)  # names what is allowed
     name = str(source)
     if not Path(source).exists() and name not in KNOWN and (published := where(name)) is not None:
         name = published
@@ -228,7 +228,7 @@ def _from_gguf(
         config = check_fields(family.config_from_gguf(file), path.name)
     except InputError as error:
         raise InputError(f"{path.name}: {str(error).removeprefix(f'{path.name}: ')}") from None
-    model = family.model(config, policy or Policy(compute=dtype or "float32"))
+    model = family.model(config, policy or Policy(compute_dtype=dtype or "float32"))
     processor = gguf_tokenizer.from_gguf(file.metadata)
     check_vocabulary(config, processor, path.name)
     blocks = Blocks(file, packed)

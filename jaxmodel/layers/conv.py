@@ -82,7 +82,7 @@ def dense(
       policy: dtypes and placement.
       stream: the dtype of the result; None for the policy's.
     """
-    policy = dataclasses.replace(policy, stream=stream or policy.stream)
+    policy = dataclasses.replace(policy, activation_dtype=stream or policy.activation_dtype)
     (y,) = linear(module, x[:, None], {name: width}, he_normal, True, policy)
     return constrain(y[:, 0], "BF", policy.axes)
 

@@ -205,7 +205,7 @@ class PooledHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B C"]:
         """Return the logits, or the vector if there are no classes."""
-        wide = dataclasses.replace(self.policy, stream="float32")
+        wide = dataclasses.replace(self.policy, activation_dtype="float32")
         normal = nn.initializers.normal(self.init_scale)
         y = x[:, None].astype(jnp.float32)
         if self.pool:

@@ -68,7 +68,7 @@ class MoE(nn.Module):
             are tokens.
         """
         router = leaf(self, "router", self.initializer, (self.experts, x.shape[-1]))
-        wide = dataclasses.replace(self.policy, compute="float32", stream="float32")
+        wide = dataclasses.replace(self.policy, compute_dtype="float32", activation_dtype="float32")
         scores = ops.einsum("BTD,ED->BTE", x, router, wide)
         if self.bias:
             of_router = leaf(self, "router_bias", nn.initializers.zeros, (self.experts,))
@@ -178,7 +178,7 @@ def expert_parallel(
     nothing is sent: each device sorts its own tokens.
 
     Bytes on each device, for the N tokens of a group: forward an all-gather of `N D` in
-    `policy.stream` with `8 N n` for the choice and its weights, and a reduce-scatter of `4 N D`;
+    `policy.activation_dtype` with `8 N n` for the choice and its weights, and a reduce-scatter of `4 N D`;
     backward the reverse of both, and `4 N n` for the gradient of the weights.
 
     Args:
@@ -192,7 +192,7 @@ def expert_parallel(
       policy: `axes` says how tokens are placed on the mesh.
 
     Returns:
-      The outputs, in `policy.stream`, and the experts of each token.
+      The outputs, in `policy.activation_dtype`, and the experts of each token.
     """
     sizes = auto_axes()
     rows = axes_of("B", policy.axes)
@@ -203,7 +203,7 @@ def expert_parallel(
 
     def own(x: Array, scores: Array, real: Array, leaves: dict[str, Any]) -> tuple[Array, Array]:
         expert, weights = choose(scores, real)
-        return mixed(x, expert, weights, leaves).astype(policy.stream), expert
+        return mixed(x, expert, weights, leaves).astype(policy.activation_dtype), expert
 
     def of_group(
         x: Array, scores: Array, real: Array, leaves: dict[str, Any]
@@ -217,7 +217,7 @@ def expert_parallel(
         is_here = (place >= 0) & (place < here)
         part = mixed(x, jnp.where(is_here, place, here), jnp.where(is_here, weights, 0.0), leaves)
         return jax.lax.psum_scatter(part, "expert", scatter_dimension=0, tiled=True).astype(
-            policy.stream
+            policy.activation_dtype
         ), chosen
 
     fits = (

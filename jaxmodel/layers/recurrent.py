@@ -58,7 +58,7 @@ class Recurrent(nn.Module):
           read: a function that reads a memory for each step (see `Additive`), or None.
         """
         size = GATES[self.kind] * self.width
-        stream = self.policy.stream
+        stream = self.policy.activation_dtype
         matrix = lambda name, wide: leaf(self, name, self.initializer, (size, wide))
         from_input = ops.einsum("BTI,GI->BTG", x, matrix("input", x.shape[-1]), self.policy)
         given = leaf(self, "input_bias", _remembering(self.kind), (size,))
@@ -151,7 +151,7 @@ class Additive(nn.Module):
             found = jnp.einsum(
                 "bs,bsm->bm", weights, memory.astype(jnp.float32), precision="highest"
             )
-            return found.astype(self.policy.stream)
+            return found.astype(self.policy.activation_dtype)
 
         return read, keys
 

@@ -154,7 +154,9 @@ class _Decoder(nn.Module):
         c = self.config
         for i, width in enumerate(reversed(c.hidden)):
             z = activation(c.activation)(Full(width, self.policy, name=f"hidden_{i}")(z))
-        return Full(c.features, dataclasses.replace(self.policy, stream="float32"), name="out")(z)
+        return Full(
+            c.features, dataclasses.replace(self.policy, activation_dtype="float32"), name="out"
+        )(z)
 
 
 def _code(
@@ -208,7 +210,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             "topk",
         ):
             x = x - on_last(params["decoder"]["out"]["weight_bias"].astype(x.dtype), x.ndim)
-        pre, spread = encoder.apply({"params": params["encoder"]}, x.astype(policy.stream))
+        pre, spread = encoder.apply(
+            {"params": params["encoder"]}, x.astype(policy.activation_dtype)
+        )
         code, aux = _code(config, pre, spread, rng)
         return code, {"aux": aux}
 
@@ -217,10 +221,12 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         encoder_key, decoder_key = jax.random.split(key)
-        own: Any = encoder.init(encoder_key, jnp.zeros((1, config.features), policy.stream))[
+        own: Any = encoder.init(
+            encoder_key, jnp.zeros((1, config.features), policy.activation_dtype)
+        )["params"]
+        top: Any = decoder.init(decoder_key, jnp.zeros((1, config.code), policy.activation_dtype))[
             "params"
         ]
-        top: Any = decoder.init(decoder_key, jnp.zeros((1, config.code), policy.stream))["params"]
         # columns of length one, and their transpose in the encoder
         if config.kind in ("l1", "topk") and not config.hidden:
             rows = own["code"]["weight"]

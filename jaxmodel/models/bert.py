@@ -165,7 +165,7 @@ class _MaskedHead(nn.Module):
         )[0]
         y = LayerNorm(c.norm_eps, name="norm")(ACTIVATIONS[c.activation](y))
         logits = ops.einsum(
-            "BTD,VD->BTV", y, table, dataclasses.replace(self.policy, stream="float32")
+            "BTD,VD->BTV", y, table, dataclasses.replace(self.policy, activation_dtype="float32")
         )
         bias = leaf(self, "bias", nn.initializers.zeros, (c.vocab,))
         return logits + on_last(bias.astype(jnp.float32), logits.ndim)
@@ -257,7 +257,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             for (name, count), k in zip(rows.items(), keys[:3], strict=True)
             if count
         }
-        x = jnp.zeros((1, 1, c.width), policy.stream)
+        x = jnp.zeros((1, 1, c.width), policy.activation_dtype)
         params = {**tables, "embed_norm": norm_module.init(keys[3], x)["params"]}
         context = embed(params, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
         params["blocks"] = init_layers(

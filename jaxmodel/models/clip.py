@@ -199,7 +199,7 @@ class Towers(NamedTuple):
 @functools.cache
 def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
     """The towers of one config; equal arguments give the same functions."""
-    wide = dataclasses.replace(policy, compute="float32", stream="float32")
+    wide = dataclasses.replace(policy, compute_dtype="float32", activation_dtype="float32")
     image_model = vit.model(config.image, policy)
     norm_module = LayerNorm(config.text.norm_eps)
     block_module = _text_block(config.text, policy)
@@ -304,7 +304,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init(key: jax.Array) -> tree.Params:
         c = config.text
         keys = jax.random.split(key, 7)
-        x = jnp.zeros((1, 1, c.width), policy.stream)
+        x = jnp.zeros((1, 1, c.width), policy.activation_dtype)
         context = {"seen": ops.Seen()}
         shared = config.shared
         normal = lambda key, *shape: c.init_scale * jax.random.normal(key, shape)

@@ -292,7 +292,10 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def embed(
         params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
     ) -> Any:
-        xs = {name: read(inputs, name, "BN").astype(policy.stream) for name, _ in config.branches}
+        xs = {
+            name: read(inputs, name, "BN").astype(policy.activation_dtype)
+            for name, _ in config.branches
+        }
         return branches.apply({"params": params}, xs), {}
 
     def block(
@@ -311,7 +314,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         first_key, head_key, *keys = jax.random.split(key, config.depth + 2)
-        zeros = {n: jnp.zeros(a.shape, policy.stream) for n, a in inputs(1, 1).items()}
+        zeros = {n: jnp.zeros(a.shape, policy.activation_dtype) for n, a in inputs(1, 1).items()}
         x, own = branches.init_with_output(first_key, zeros)
         blocks = {}
         for i in range(config.depth):

@@ -126,7 +126,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     """
     block_module = _Block(config, policy)
     norm_module = LayerNorm(config.norm_eps)
-    wide = dataclasses.replace(policy, stream="float32")
+    wide = dataclasses.replace(policy, activation_dtype="float32")
 
     def embed(
         params: tree.Params,
@@ -160,7 +160,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, position_key, blocks_key, head_key = jax.random.split(key, 4)
-        x = jnp.zeros((1, 1, config.width), policy.stream)
+        x = jnp.zeros((1, 1, config.width), policy.activation_dtype)
         tokens = {"tokens": jnp.zeros((1, 1), jnp.int32)}
         params: tree.Params = {
             "embed": config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width)),

@@ -63,7 +63,7 @@ def read_pixels(inputs: Mapping[str, jax.Array], policy: ops.Policy) -> Float[Ar
         raise InputError(
             f"pixels: {pixels.dtype} given; floating numbers are needed, scaled as in training"
         )
-    return pixels.astype(policy.stream)
+    return pixels.astype(policy.activation_dtype)
 
 
 def two_parts(
@@ -96,7 +96,7 @@ def two_parts(
 
     def init(key: jax.Array) -> tree.Params:
         body_key, head_key = jax.random.split(key)
-        pixels = jnp.zeros(inputs(1, 1)["pixels"].shape, policy.stream)
+        pixels = jnp.zeros(inputs(1, 1)["pixels"].shape, policy.activation_dtype)
         x, own = body.init_with_output(body_key, pixels, None)
         return {**own["params"], **top.init(head_key, x)["params"]}
 

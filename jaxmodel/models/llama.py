@@ -451,7 +451,7 @@ class _Head(nn.Module):
         if table is None:
             table = leaf(self, "head", nn.initializers.normal(c.init_scale), (c.vocab, x.shape[-1]))
         logits = ops.einsum(
-            "BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32")
+            "BTD,VD->BTV", x, table, dataclasses.replace(self.policy, activation_dtype="float32")
         )
         logits = logits if c.logit_divisor == 1 else logits / c.logit_divisor
         return (
@@ -511,7 +511,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
-        x = jnp.zeros((1, 1, config.width), policy.stream)
+        x = jnp.zeros((1, 1, config.width), policy.activation_dtype)
         table = config.init_scale * jax.random.normal(embed_key, (config.vocab, config.width))
         context = embed({"embed": table}, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
         blocks: tree.Params = {}

@@ -92,7 +92,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
     ) -> Any:
         x = read(inputs, "features")
-        return x.reshape(x.shape[0], -1).astype(policy.stream), {}
+        return x.reshape(x.shape[0], -1).astype(policy.activation_dtype), {}
 
     def block(
         params: Any,
@@ -110,7 +110,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         *keys, head_key = jax.random.split(key, len(config.widths) + 1)
-        x = jnp.zeros((1, config.features), policy.stream)
+        x = jnp.zeros((1, config.features), policy.activation_dtype)
         blocks = {}
         for i, width in enumerate(config.widths):
             x, own = layer_module.init_with_output(keys[i], x, None, width)

@@ -198,7 +198,7 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, table: Any = None) -> jax.Array:
         c = self.config
-        wide = dataclasses.replace(self.policy, stream="float32")
+        wide = dataclasses.replace(self.policy, activation_dtype="float32")
         normal = nn.initializers.normal(c.init_scale)
         y = ACTIVATIONS[c.head_activation](
             linear(self, x, {"dense": x.shape[-1]}, normal, False, self.policy)[0]
@@ -290,7 +290,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init(key: jax.Array) -> tree.Params:
         keys = jax.random.split(key, 4)
         table = c.init_scale * jax.random.normal(keys[0], (c.vocab, c.width))
-        x = jnp.zeros((1, 1, c.width), policy.stream)
+        x = jnp.zeros((1, 1, c.width), policy.activation_dtype)
         norm = lambda: {"weight": jnp.ones(c.width)}
         params: tree.Params = {"embed": table, "embed_norm": norm(), "norm": norm()}
         context = embed(params, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]

@@ -232,7 +232,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init(key: jax.Array) -> tree.Params:
         stem_key, head_key, *keys = jax.random.split(key, len(config.blocks) + 2)
         x, own = stem.init_with_output(
-            stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.stream)
+            stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.activation_dtype)
         )
         blocks = {}
         for i, (width, stride) in enumerate(config.blocks):

@@ -197,7 +197,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     encoder_module = _Encoder(config, policy)
     plain = _Block(config, policy, False)
     top = _Block(config, policy, True)
-    wide = dataclasses.replace(policy, stream="float32")
+    wide = dataclasses.replace(policy, activation_dtype="float32")
 
     def encode_layer(params: Any, x: jax.Array, mask: jax.Array) -> Any:
         return encoder_module.apply({"params": params}, x, mask)
@@ -261,7 +261,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init(key: jax.Array) -> tree.Params:
         keys = jax.random.split(key, 6)
         d = config.depth
-        x = jnp.zeros((1, 1, config.width), policy.stream)
+        x = jnp.zeros((1, 1, config.width), policy.activation_dtype)
         mask = jnp.ones((1, 1), jnp.bool_)
         start = jnp.zeros((d, 1, STATES[config.cell], config.width), jnp.float32)
         context = {"memory": x, "memory_mask": mask, "start": start}
@@ -280,7 +280,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         }
 
     def init_cache(batch: int, capacity: int) -> StateCache:
-        return StateCache.zeros(config.cell, config.depth, batch, config.width, policy.stream)
+        return StateCache.zeros(
+            config.cell, config.depth, batch, config.width, policy.activation_dtype
+        )
 
     return Model(
         config, policy, init, Parts(embed, block, head), source_inputs, init_cache, axes(config)

@@ -199,7 +199,7 @@ class _Head(nn.Module):
             )
         x = x if c.scale == 1 else x * jnp.asarray(c.scale, x.dtype)
         return ops.einsum(
-            "BTD,VD->BTV", x, table, dataclasses.replace(self.policy, stream="float32")
+            "BTD,VD->BTV", x, table, dataclasses.replace(self.policy, activation_dtype="float32")
         )
 
 
@@ -319,7 +319,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         keys = jax.random.split(key, 6)
-        x = jnp.zeros((1, 1, config.width), policy.stream)
+        x = jnp.zeros((1, 1, config.width), policy.activation_dtype)
         mask = jnp.ones((1, 1), jnp.bool_)
         context = {"seen": ops.Seen(), "memory": x, "memory_mask": mask}
         table = config.init_scale * jax.random.normal(keys[0], (config.vocab, config.width))

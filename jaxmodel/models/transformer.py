@@ -148,7 +148,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     encoder_module = _Block(config, policy, False)
     block_module = _Block(config, policy, True)
     norm_module = LayerNorm(config.norm_eps)
-    wide = dataclasses.replace(policy, stream="float32")
+    wide = dataclasses.replace(policy, activation_dtype="float32")
 
     def run(module: nn.Module) -> Any:
         def block(
@@ -181,7 +181,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         x = ops.take(params["embed"], tokens, wide) * config.width**0.5 + sinusoids(
             positions, config.width
         )
-        return dropout(x.astype(policy.stream), config.dropout, rng, site)
+        return dropout(x.astype(policy.activation_dtype), config.dropout, rng, site)
 
     def embed(
         params: tree.Params,
@@ -210,7 +210,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
-        x = jnp.zeros((1, 1, config.width), policy.stream)
+        x = jnp.zeros((1, 1, config.width), policy.activation_dtype)
         context = {"seen": ops.Seen(), "memory": x, "memory_mask": jnp.ones((1, 1), jnp.bool_)}
         blocks = lambda module, k, n: init_layers(
             lambda k: dict(module.init(k, x, context, None, 0)["params"]), k, n

@@ -271,7 +271,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
-        x = jnp.zeros((1, 1, c.width), policy.stream)
+        x = jnp.zeros((1, 1, c.width), policy.activation_dtype)
         first = embed_module.init(embed_key, jnp.zeros((1, c.image, c.image, c.channels)))["params"]
         blocks = init_layers(
             lambda k: dict(block_module.init(k, x, context)["params"]), blocks_key, c.depth

@@ -108,7 +108,7 @@ def _plain(
 ) -> Array:
     b, t, heads, width = q.shape
     groups = heads // k.shape[1]
-    compute = jnp.dtype(policy.compute)
+    compute = jnp.dtype(policy.compute_dtype)
     # the query heads of one key head, at all positions, are the rows of one product
     q = heads_grouped(q, k.shape[1]).reshape(b, k.shape[1], groups * t, width)
     scores = product("bknh,bksh->bkns", q, k, compute) * scale
@@ -129,5 +129,7 @@ def _plain(
     weights = (weights if sinks is None else weights[..., :-1]).reshape(
         b, k.shape[1], groups * t, -1
     )
-    out = product("bkns,bksh->bknh", weights, v, compute, policy.stream)
-    return heads_joined(out.reshape(b, k.shape[1], groups, t, width)).astype(policy.stream)
+    out = product("bkns,bksh->bknh", weights, v, compute, policy.activation_dtype)
+    return heads_joined(out.reshape(b, k.shape[1], groups, t, width)).astype(
+        policy.activation_dtype
+    )

@@ -36,7 +36,7 @@ def blockwise(
     b = q.shape[0]
     t = q.shape[1]
     s = k.shape[2]
-    compute = jnp.dtype(policy.compute)
+    compute = jnp.dtype(policy.compute_dtype)
     grouped = heads_grouped(q, k.shape[1])
     # Pad to whole blocks. Padded keys are hidden from all queries; results of padded queries are
     # dropped.
@@ -50,7 +50,7 @@ def blockwise(
     out = _blockwise(
         grouped.astype(compute), k.astype(compute), v.astype(compute), seen, sinks, scale, softcap
     )
-    return heads_joined(out[:, :, :, :t]).astype(policy.stream)
+    return heads_joined(out[:, :, :, :t]).astype(policy.activation_dtype)
 
 
 def heads_grouped(q: Float[Array, "B T H h"], k_heads: int) -> Float[Array, "B K G T h"]:

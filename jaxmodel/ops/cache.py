@@ -41,8 +41,8 @@ class KVCache:
         """Make an empty cache."""
         shape = (layers, batch, heads, capacity, width)
         return cls(
-            jnp.zeros(shape, policy.cache_dtype),
-            jnp.zeros(shape, policy.cache_dtype),
+            jnp.zeros(shape, policy.dtype_of_cache),
+            jnp.zeros(shape, policy.dtype_of_cache),
             jnp.zeros(batch, jnp.int32),
         )
 

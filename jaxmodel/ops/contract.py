@@ -55,7 +55,7 @@ def einsum(
         output letters).
 
     Returns:
-      y, in `policy.stream`; sums are float32.
+      y, in `policy.activation_dtype`; sums are float32.
 
     Raises:
       InputError: the equation has another form, or the shapes do not fit.
@@ -81,7 +81,7 @@ def einsum(
         run = jax.vmap(run)
     y = run(flat, w)
     y = y.reshape(*y.shape[:-1], *_out_shape(equation, plan.w_out, y.shape[-1], known))
-    return constrain(y.astype(policy.stream), "".join(plan.result), policy.axes)
+    return constrain(y.astype(policy.activation_dtype), "".join(plan.result), policy.axes)
 
 
 def take(
@@ -111,8 +111,8 @@ def take(
     inside = (ids >= 0) & (ids < table.shape[-2])
     rows = jnp.where(
         inside[..., None],
-        _rows(table, ids).astype(policy.stream),
-        jnp.asarray(jnp.nan, policy.stream),
+        _rows(table, ids).astype(policy.activation_dtype),
+        jnp.asarray(jnp.nan, policy.activation_dtype),
     )
     return constrain(rows, "BTD", policy.axes)
 
@@ -143,11 +143,11 @@ def conv(
         )
     if isinstance(w, Adapted) and w.key is not None:  # the adapter has another input than the base
         settings = {"kernel": kernel, "stride": stride, "padding": padding}
-        wide = dataclasses.replace(policy, stream="float32")
+        wide = dataclasses.replace(policy, activation_dtype="float32")
         alone = dataclasses.replace(w, base=jnp.zeros(w.shape, jnp.float32), dropout=None, key=None)
         y = conv(x, w.base, wide, **settings) + conv(w.dropped(x), alone, wide, **settings)
-        return y.astype(policy.stream)
-    compute = jnp.dtype(policy.compute)
+        return y.astype(policy.activation_dtype)
+    compute = jnp.dtype(policy.compute_dtype)
     weight = decode(w, compute)
     y = jax.lax.conv_general_dilated(
         x.astype(compute),
@@ -158,7 +158,7 @@ def conv(
         precision=precision(compute),
         preferred_element_type=jnp.float32,
     )
-    return y.astype(policy.stream)
+    return y.astype(policy.activation_dtype)
 
 
 def blocks(
@@ -173,7 +173,7 @@ def blocks(
       policy: dtypes and placement.
 
     Returns:
-      y, with `rows * height` features, in `policy.stream`.
+      y, with `rows * height` features, in `policy.activation_dtype`.
 
     Raises:
       InputError: the shapes do not fit.
@@ -193,9 +193,9 @@ def blocks(
     if isinstance(w, Compressed | Probe):
         y = block_product(x, w, columns, width, lambda x, row: _matmul(x.T, row, policy).T)
     else:
-        compute = jnp.dtype(policy.compute)
+        compute = jnp.dtype(policy.compute_dtype)
         y = block_product(x.astype(compute), w.astype(compute), columns, width, _turned_dot)
-    return y.astype(policy.stream)
+    return y.astype(policy.activation_dtype)
 
 
 # ----------------------------------------------------------------------------- dispatch on the leaf
@@ -204,7 +204,7 @@ def blocks(
 def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "... out"]:
     """Compute `x @ w.T` for a leaf `[out, in]`.
 
-    The result is float32, or `policy.stream` if nothing else is done with it.
+    The result is float32, or `policy.activation_dtype` if nothing else is done with it.
     """
     if isinstance(w, Probe):
         y = _matmul(x, w.weight, policy)
@@ -212,10 +212,10 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
     if isinstance(w, Sparse | QTensor):
         return _of_codes(x, w, policy)
     if isinstance(w, Adapted):
-        wide = dataclasses.replace(policy, stream="float32")
+        wide = dataclasses.replace(policy, activation_dtype="float32")
         y = _matmul(_matmul(w.dropped(x), w.down, wide), w.up, wide)
         return _matmul(x, w.base, wide) + on_last(w.scale.astype(jnp.float32)[None], y.ndim) * y
-    compute = jnp.dtype(policy.compute)
+    compute = jnp.dtype(policy.compute_dtype)
     if isinstance(w, BlockSparse):
         return block_product(
             x.astype(compute),
@@ -225,7 +225,9 @@ def _matmul(x: Float[Array, "... in"], w: Any, policy: Policy) -> Float[Array, "
             _turned_dot,
         )
     # a plain leaf is not cast, so that its gradient is not rounded
-    return _dot(x, decode(w, compute) if isinstance(w, Compressed) else w, compute, policy.stream)
+    return _dot(
+        x, decode(w, compute) if isinstance(w, Compressed) else w, compute, policy.activation_dtype
+    )
 
 
 @functools.partial(
@@ -239,7 +241,7 @@ def _of_codes(
         return _matmul(
             x if isinstance(dense, QTensor) or not _dynamic(w) else _rounded(x), dense, policy
         )
-    compute = jnp.dtype(policy.compute)
+    compute = jnp.dtype(policy.compute_dtype)
     plain_codes = w.groups == 1 and w.minimum is None
     if w.activations == "int8":
         if plain_codes:

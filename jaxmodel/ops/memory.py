@@ -41,7 +41,7 @@ class MemoryCache:
     ) -> MemoryCache:
         """Make an empty cache for `capacity` tokens of the target and a source of any length."""
         target = KVCache.zeros(layers, batch, heads, capacity, width, policy)
-        source = jnp.zeros((layers, batch, heads, 0, width), policy.cache_dtype)
+        source = jnp.zeros((layers, batch, heads, 0, width), policy.dtype_of_cache)
         return cls(target, source, source, jnp.zeros((batch, 0), jnp.bool_))
 
     def reading(self, valid: Bool[Array, "B S"], memory: Float[Array, "B S D"]) -> MemoryCache:

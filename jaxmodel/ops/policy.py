@@ -9,6 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from jaxmodel import moved
 from jaxmodel.errors import at_least, unknown
 from jaxmodel.sharding import BATCH_AXES
 
@@ -17,15 +18,16 @@ _REMAT = ("none", "full", "dots")
 _ATTENTION = ("auto", "plain", "blockwise")
 
 
+@moved.keywords(**moved.POLICY)
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """How a model computes; frozen and hashable, so that equal policies share compiled functions.
 
     Attributes:
-      compute: dtype of the operands of every contraction; sums, norms and softmax are always
+      compute_dtype: dtype of the operands of every contraction; sums, norms and softmax are always
         float32.
-      stream: dtype of the activations between operations.
-      cache: dtype of keys and values in the cache; None for `compute`.
+      activation_dtype: dtype of the activations between operations.
+      cache_dtype: dtype of keys and values in the cache; None for `compute_dtype`.
       remat: what the backward pass computes again: "none", "full" (each block), "dots" (everything
         but the contractions).
       attention: how attention runs: "plain" (all scores at once), "blockwise" (memory linear in
@@ -40,9 +42,9 @@ class Policy:
         loop keeps what the backward pass needs in one array of all layers.
     """
 
-    compute: str = "float32"
-    stream: str = "float32"
-    cache: str | None = None
+    compute_dtype: str = "float32"
+    activation_dtype: str = "float32"
+    cache_dtype: str | None = None
     remat: str = "none"
     attention: str = "auto"
     axes: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
@@ -50,9 +52,9 @@ class Policy:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("compute", "stream", "cache"):
+        for name in ("compute_dtype", "activation_dtype", "cache_dtype"):
             value = getattr(self, name)
-            if value not in _DTYPES and not (name == "cache" and value is None):
+            if value not in _DTYPES and not (name == "cache_dtype" and value is None):
                 raise unknown(f"policy.{name}", value, _DTYPES)
         if self.remat not in _REMAT:
             raise unknown("policy.remat", self.remat, _REMAT)
@@ -62,9 +64,9 @@ class Policy:
         at_least("policy.unroll", self.unroll)
 
     @property
-    def cache_dtype(self) -> jnp.dtype:
-        """The dtype of the cache."""
-        return jnp.dtype(self.cache or self.compute)
+    def dtype_of_cache(self) -> jnp.dtype:
+        """The dtype of the cache: `cache_dtype`, else that of the contractions."""
+        return jnp.dtype(self.cache_dtype or self.compute_dtype)
 
 
 MESH_AXES = (

@@ -46,7 +46,7 @@ def ragged(
       policy: the dtypes.
 
     Returns:
-      y, in `policy.stream`; sums are float32.
+      y, in `policy.activation_dtype`; sums are float32.
 
     Raises:
       InputError: the shapes do not fit.
@@ -56,7 +56,7 @@ def ragged(
             f"ragged: x {x.shape}, w {w.shape}, sizes {sizes.shape} given; [N, in], [E, out, in], "
             f"[E] are needed"
         )
-    return _of_leaf(x, w, sizes, policy).astype(policy.stream)
+    return _of_leaf(x, w, sizes, policy).astype(policy.activation_dtype)
 
 
 def _of_leaf(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
@@ -68,7 +68,7 @@ def _of_leaf(x: Array, w: Any, sizes: Array, policy: Policy) -> Array:
             sizes,
             {name: zero for name, zero in w.zeros.items() if name not in OF_TAKE},
         )
-    y = _product(x, w, sizes, dataclasses.replace(policy, stream="float32", axes=()))
+    y = _product(x, w, sizes, dataclasses.replace(policy, activation_dtype="float32", axes=()))
     row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     return jnp.where(row < jnp.sum(sizes, dtype=jnp.int32), y, jnp.float32(0))
 
@@ -125,7 +125,7 @@ def _dot(
 
     b is `[E, ., .]`, or it is cut like a, for a result `[E, ., .]`.
     """
-    compute = jnp.dtype(policy.compute)
+    compute = jnp.dtype(policy.compute_dtype)
     dims = jax.lax.RaggedDotDimensionNumbers(
         (contracted, ((), ())), [0], [0] if b.ndim == 3 else []
     )

@@ -11,7 +11,7 @@ causal ring still takes as long as its last device, which sees all keys. While a
 keys, these are already on their way to the next device, and so are the gradients of the keys
 before.
 
-Bytes that each device sends, where `k` and `v` are its own part `B K S/n h` in `policy.compute`:
+Bytes that each device sends, where `k` and `v` are its own part `B K S/n h` in `policy.compute_dtype`:
 forward `(n - 1) (k + v)`; backward `(n - 1) (k + v)`, one less where XLA sees that the first step
 repeats the forward pass, and as many elements in float32 for the gradients. Segments (4 bytes) and
 validity (1 byte) of the keys go along both times, `(n - 1) B S/n` of each.
@@ -65,11 +65,11 @@ def ring(
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H h"]:
     """Compute attention where T and S are split along the mesh axis `axis`; see `ops.attention`."""
-    compute = jnp.dtype(policy.compute)
+    compute = jnp.dtype(policy.compute_dtype)
     sinks = None if sinks is None else blockwise.sinks_grouped(sinks, k.shape[1])
     grouped = blockwise.heads_grouped(q, k.shape[1]).astype(compute)
     out = _ring(grouped, k.astype(compute), v.astype(compute), seen, sinks, scale, softcap, axis)
-    return blockwise.heads_joined(out).astype(policy.stream)
+    return blockwise.heads_joined(out).astype(policy.activation_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

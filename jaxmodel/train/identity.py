@@ -50,8 +50,8 @@ def run_identity(model: Model, config: TrainConfig, **functions: Any) -> dict[st
         "train": described(train),
         "family": type(model.config).__module__,
         "model": described(model.config),
-        "compute": str(policy.compute),
-        "stream": str(policy.stream),
+        "compute": str(policy.compute_dtype),
+        "stream": str(policy.activation_dtype),
         **{name: short(value) for name, value in functions.items() if value is not None},
     }
 

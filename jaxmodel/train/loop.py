@@ -139,7 +139,7 @@ def fit(
     _check_judging(config, stream, heldout, checkpoints is not None)
     supervisor = supervisor or Supervisor()
     placed = Placed(stream, mesh)
-    most = flops.peak(model.policy.compute)  # measured on one device, so in front of the mesh
+    most = flops.peak(model.policy.compute_dtype)  # measured on one device, so in front of the mesh
     with contextlib.ExitStack() as opened, program.on_mesh():
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
             checkpoints = Checkpoints(checkpoints)

@@ -289,7 +289,7 @@ class Program:
     def _jitted(self, state: TrainState) -> Any:
         places = jax.tree.map(lambda a: a.sharding, state)
         here = self.mesh is None or self.mesh.devices.flat[0].platform == jax.default_backend()
-        kernels = compiler_options(self.model.policy.compute) if here else None
+        kernels = compiler_options(self.model.policy.compute_dtype) if here else None
         return jax.jit(
             self.update, donate_argnums=0, out_shardings=(places, None), compiler_options=kernels
         )

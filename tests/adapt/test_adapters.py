@@ -149,7 +149,7 @@ def test_rules_may_tell_layers_apart_and_the_stack_does_not_matter(params):
 def test_the_wrapped_model_is_one_object_with_rules_for_adapters(params):
     model, start = lora(MODEL, params, RULES, jax.random.key(1))
     assert lora(MODEL, params, RULES, jax.random.key(2))[0] is model
-    half = model.with_policy(ops.Policy(compute="bfloat16"))
+    half = model.with_policy(ops.Policy(compute_dtype="bfloat16"))
     for one in (model, half):
         assert tree.assign(one.rules, start)["blocks/0/attn/q_lora/down"] == jax.P()
         assert one.apply(stirred(start), TOKENS).logits.shape == (2, 8, 256)

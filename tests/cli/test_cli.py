@@ -212,7 +212,7 @@ def test_the_config_of_a_run_is_what_its_options_came_to(capsys, folder):
     got = resolved("compress", folder / "tiny", "--recipe", "int8", "--out", folder / "resolved")
     assert (
         got["recipe"] == compress.NAMED["int8"].texts()
-        and got["model"]["policy"]["compute"] == "bfloat16"
+        and got["model"]["policy"]["compute_dtype"] == "bfloat16"
     )
 
 
@@ -527,9 +527,9 @@ def test_import_is_light():
 
 
 def test_policy_travels_with_the_bundle(folder):
-    bundle = hub.from_pretrained(folder / "tiny", policy=ops.Policy(compute="bfloat16"))
+    bundle = hub.from_pretrained(folder / "tiny", policy=ops.Policy(compute_dtype="bfloat16"))
     bundle.save_pretrained(folder / "half")
-    assert hub.from_pretrained(folder / "half").model.policy.compute == "bfloat16"
+    assert hub.from_pretrained(folder / "half").model.policy.compute_dtype == "bfloat16"
 
 
 def test_a_chat_with_a_system_message_tools_and_documents(capsys, folder, tmp_path):

@@ -54,7 +54,7 @@ def test_a_bundle_is_what_its_recipe_says(name, bundle):
     smaller, report = compress.compress_bundle(bundle, recipe)
     params, alone = compress.apply(recipe, bundle.params)
     assert tree.fingerprint(smaller.params) == tree.fingerprint(params) and report == alone
-    assert smaller.model.policy.compute == (recipe.compute or "float32")
+    assert smaller.model.policy.compute_dtype == (recipe.compute or "float32")
     assert smaller.model is recipe.adapt(bundle.model)
     assert smaller.card == {
         "name": "tiny",
@@ -67,20 +67,20 @@ def test_the_dtype_does_not_hang_on_a_name(bundle):
     """The same rules under another name, or none, compute as they say and not as a name does."""
     rules = compress.NAMED["int8"].rules
     mine, _ = compress.compress_bundle(bundle, Recipe(rules, compute="float16", name="int8"))
-    assert (mine.model.policy.compute, mine.card["recipe"]) == (
+    assert (mine.model.policy.compute_dtype, mine.card["recipe"]) == (
         "float16",
         {"base": "int8", "compute": "float16"},
     )
     bare, _ = compress.compress_bundle(bundle, rules)
     assert bare.model is bundle.model
     called, _ = compress.compress_bundle(bundle, rules, "mine")
-    assert (called.model.policy.compute, called.card["recipe"]["name"]) == ("float32", "mine")
+    assert (called.model.policy.compute_dtype, called.card["recipe"]["name"]) == ("float32", "mine")
 
 
 def test_adapt_changes_nothing_else_of_the_policy(bundle):
-    policy = dataclasses.replace(MODEL.policy, remat="full", stream="bfloat16")
+    policy = dataclasses.replace(MODEL.policy, remat="full", activation_dtype="bfloat16")
     adapted = compress.NAMED["int8"].adapt(MODEL.with_policy(policy))
-    assert adapted.policy == dataclasses.replace(policy, compute="bfloat16")
+    assert adapted.policy == dataclasses.replace(policy, compute_dtype="bfloat16")
 
 
 def test_without_a_name_the_card_says_the_rules(bundle):
@@ -187,7 +187,7 @@ def test_what_is_no_chain_is_refused_in_one_line(recipe, says, bundle):
 
 def test_a_dtype_that_there_is_not():
     with pytest.raises(
-        InputError, match="compute: 'int8' is not known; allowed: bfloat16, float16, float32"
+        InputError, match="compute_dtype: 'int8' is not known; allowed: bfloat16, float16, float32"
     ):
         Recipe((), compute="int8")
 

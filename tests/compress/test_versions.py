@@ -28,7 +28,7 @@ def test_each_is_what_its_name_says(bundle):
     )
     assert made["f32"].params is bundle.params and made["f32"] is not bundle
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made["bf16"].params)} == {"bfloat16"}
-    assert made["bf16"].model.policy.compute == "bfloat16"
+    assert made["bf16"].model.policy.compute_dtype == "bfloat16"
     for name in compress.NAMED:
         whole = compress.compress_bundle(bundle, compress.NAMED[name])[0]
         assert (

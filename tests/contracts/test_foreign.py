@@ -460,7 +460,7 @@ def test_what_it_cannot_do_is_refused_in_one_line():
     case = CASES["linen"]
     assert case.model.with_policy(ops.Policy()) is case.model
     refused(
-        lambda: case.model.with_policy(ops.Policy(compute="bfloat16")),
+        lambda: case.model.with_policy(ops.Policy(compute_dtype="bfloat16")),
         "given; a foreign module computes as it is written, allowed",
     )
     refused(

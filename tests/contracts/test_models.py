@@ -44,7 +44,7 @@ def test_config_is_frozen_and_equal_arguments_give_the_same_model(case):
     assert again is not config
     assert make(again) is case.model
     assert make(again, ops.Policy()) is make(again, ops.Policy())
-    assert make(config, ops.Policy(compute="bfloat16")) is not case.model
+    assert make(config, ops.Policy(compute_dtype="bfloat16")) is not case.model
     assert case.model.policy == ops.Policy()
 
 
@@ -182,7 +182,8 @@ def test_the_second_call_traces_nothing(case):
 
 
 @pytest.mark.parametrize(
-    "policy", [{"compute": "bfloat16"}, {"compute": "bfloat16", "stream": "bfloat16"}]
+    "policy",
+    [{"compute_dtype": "bfloat16"}, {"compute_dtype": "bfloat16", "activation_dtype": "bfloat16"}],
 )
 def test_bfloat16_is_close_and_logits_stay_float32(kind, policy):
     model = kind.model.with_policy(ops.Policy(**policy))
@@ -322,8 +323,8 @@ def test_a_wrapped_model_is_wrapped_everywhere(kind):
         )
 
     wrapped = wrap(kind.model, quieter)
-    other = wrapped.with_policy(ops.Policy(compute="bfloat16"))
-    assert other.policy.compute == "bfloat16"
+    other = wrapped.with_policy(ops.Policy(compute_dtype="bfloat16"))
+    assert other.policy.compute_dtype == "bfloat16"
 
     @jax.jit
     def run(params, inputs):

@@ -211,8 +211,8 @@ def test_a_projection_reads_what_the_body_gives(body, width):
     mean = hidden.reshape(2, -1, hidden.shape[-1]).mean(axis=1)
     logits = jax.jit(model.apply)(params, pixels).logits
     np.testing.assert_allclose(logits, head.apply(params["projection"], mean).logits, atol=1e-5)
-    half = model.with_policy(Policy(compute="bfloat16"))
-    assert half.policy.compute == "bfloat16" and jax.eval_shape(
+    half = model.with_policy(Policy(compute_dtype="bfloat16"))
+    assert half.policy.compute_dtype == "bfloat16" and jax.eval_shape(
         half.apply, params, pixels
     ).logits.shape == (2, 3)
 

@@ -246,7 +246,7 @@ def test_nothing_is_compiled_on_the_second_call(model, params, sampling):
 
 def test_a_bfloat16_cache(model, params):
     small = families()[type(model.config).__module__.split(".")[-1]].model(
-        model.config, ops.Policy(cache="bfloat16")
+        model.config, ops.Policy(cache_dtype="bfloat16")
     )
     logits, cache = decode.prefill(small, params, ROWS, 4)
     assert cache.k.dtype == jnp.bfloat16 and cache.capacity >= 21

@@ -491,5 +491,5 @@ def test_a_mesh_of_one_holds_them():
         GOLDENS / "llama-untied", mesh=mesh, adapters=GOLDENS / "adapters" / "llama"
     )
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(bundle.params)} == {mesh}
-    half = bundle.model.with_policy(ops.Policy(compute="bfloat16"))
+    half = bundle.model.with_policy(ops.Policy(compute_dtype="bfloat16"))
     assert jax.eval_shape(half.apply, bundle.params, TOKENS % 40).logits.dtype == jnp.float32

@@ -230,7 +230,11 @@ Q, UP = (f"model.layers.0.{name}_proj.weight" for name in ("self_attn.q", "mlp.u
             _ours(lambda j: j["policy"].update(dtype="f4")),
             ["policy: 'dtype'", "compute"],
         ),
-        ("llama-int4", _ours(lambda j: j["policy"].update(compute="f4")), ["policy.compute: 'f4'"]),
+        (
+            "llama-int4",
+            _ours(lambda j: j["policy"].update(compute_dtype="f4")),
+            ["policy.compute_dtype: 'f4'"],
+        ),
         (
             "llama-int4",
             _ours(_field(bits=2)),

@@ -111,7 +111,11 @@ def test_saving_what_transformers_wrote_changes_no_tensor(tmp_path: Path) -> Non
 
 def test_policy_and_dtype(tmp_path: Path) -> None:
     policy = Policy(
-        compute="bfloat16", stream="bfloat16", cache="float16", remat="dots", axes=(("B", "data"),)
+        compute_dtype="bfloat16",
+        activation_dtype="bfloat16",
+        cache_dtype="float16",
+        remat="dots",
+        axes=(("B", "data"),),
     )
     bundle = plain("llama")
     model = families()["llama"].model(bundle.model.config, policy)
@@ -121,7 +125,7 @@ def test_policy_and_dtype(tmp_path: Path) -> None:
     )  # axes belong to a mesh
     assert from_pretrained(folder, policy=Policy()).model.policy == Policy()
     half = from_pretrained(folder, dtype="float16")
-    assert half.model.policy == dataclasses.replace(policy, axes=(), compute="float16")
+    assert half.model.policy == dataclasses.replace(policy, axes=(), compute_dtype="float16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"float16"}
     compressed = from_pretrained(
         variant("llama", "int4").save_pretrained(tmp_path / "int4"), dtype="bfloat16"

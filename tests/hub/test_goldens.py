@@ -499,7 +499,7 @@ def test_dtype_of_a_foreign_folder() -> None:
     bundle = from_pretrained(GOLDENS / "gpt2-a", dtype="bfloat16")
     want = read("gpt2-a")
     assert {leaf.dtype for leaf in jax.tree.leaves(bundle.params)} == {jnp.dtype("bfloat16")}
-    assert bundle.model.policy.compute == "bfloat16"
+    assert bundle.model.policy.compute_dtype == "bfloat16"
     near(logits_of(bundle, tokens=want["tokens"][:1]), want["logits"][:1], 0.1)
 
 

@@ -138,7 +138,7 @@ def test_the_router_is_float32_whatever_the_policy():
     """Two experts whose scores bfloat16 cannot tell apart."""
     close = {**params(), "router": jnp.zeros((E, D)).at[1, 0].set(1.0).at[2, 0].set(1.0001)}
     x = jnp.ones((1, 1, D))
-    got, _ = run(1, close, x, policy=ops.Policy(compute="bfloat16"))
+    got, _ = run(1, close, x, policy=ops.Policy(compute_dtype="bfloat16"))
     np.testing.assert_allclose(got, token_by_token(1, close, x)[0], rtol=0.05, atol=0.02)
     wrong = {**close, "router": close["router"].at[2, 0].set(0.9999)}
     assert np.abs(got - token_by_token(1, wrong, x)[0]).max() > 0.1

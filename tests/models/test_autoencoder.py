@@ -211,7 +211,7 @@ def test_a_new_dictionary_reads_what_it_writes():
     for kind in ("l1", "topk"):
         model = autoencoder.model(
             autoencoder.Config(16, 64, kind=kind, k=4),
-            ops.Policy(compute="bfloat16", stream="bfloat16"),
+            ops.Policy(compute_dtype="bfloat16", activation_dtype="bfloat16"),
         )
         params = jax.jit(model.init)(jax.random.key(0))
         writes = params["decoder"]["out"]["weight"]

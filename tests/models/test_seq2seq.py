@@ -138,7 +138,7 @@ def test_decoding_in_bfloat16_with_layers_in_segments(case):
     """Beside the whole text in the same arithmetic: how far bfloat16 is from float32 is a matter of
     the weights.
     """
-    small = case.model.with_policy(Policy(compute="bfloat16", stream="bfloat16"))
+    small = case.model.with_policy(Policy(compute_dtype="bfloat16", activation_dtype="bfloat16"))
     first = {**case.inputs, "tokens": case.inputs["tokens"][:, :5]}
     run = jax.jit(small.apply)
     params = jax.jit(lambda p: tree.cast(p, jnp.bfloat16))(case.params)

@@ -62,7 +62,9 @@ def test_attention_in_bfloat16():
     k = normal(2, 2, 5, 8, seed=1)
     v = normal(2, 2, 5, 8, seed=2)
     mask = np.broadcast_to(ops.Seen().square(5, 5), (2, 5, 5))
-    got = ops.attention(q, k, v, ops.Seen(), ops.Policy(compute="bfloat16", stream="bfloat16"))
+    got = ops.attention(
+        q, k, v, ops.Seen(), ops.Policy(compute_dtype="bfloat16", activation_dtype="bfloat16")
+    )
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), naive(q, k, v, mask), atol=0.05)
 
@@ -137,7 +139,7 @@ def test_a_layer_with_fewer_heads_uses_the_first_of_the_cache():
 
 @pytest.mark.parametrize(
     ("policy", "dtype"),
-    [({"cache": "bfloat16"}, "bfloat16"), ({"compute": "bfloat16"}, "bfloat16")],
+    [({"cache_dtype": "bfloat16"}, "bfloat16"), ({"compute_dtype": "bfloat16"}, "bfloat16")],
 )
 def test_dtype_of_the_cache(policy, dtype):
     cache = ops.KVCache.zeros(1, 1, 1, 2, 4, ops.Policy(**policy))

@@ -45,7 +45,7 @@ def test_einsum_equals_that_of_the_masked_dense_weight(leaf, lead):
 @pytest.mark.parametrize("rows", [1, 4])
 def test_bfloat16_operands(leaf, rows):
     x = normal(rows, IN, seed=1)
-    got = ops.einsum("BD,FD->BF", x, leaf, ops.Policy(compute="bfloat16"))
+    got = ops.einsum("BD,FD->BF", x, leaf, ops.Policy(compute_dtype="bfloat16"))
     want = jnp.dot(
         x.astype(jnp.bfloat16), leaf.decode(jnp.bfloat16).T, preferred_element_type=jnp.float32
     )

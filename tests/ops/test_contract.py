@@ -182,7 +182,7 @@ def test_einsum_of_a_compressed_leaf_is_that_of_its_decoded_weight(name):
     )
     got = jax.jit(lambda x, w: ops.einsum("BTD,FD->BTF", x, w))(x, leaf)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    bf16 = ops.einsum("BTD,FD->BTF", x, leaf, ops.Policy(compute="bfloat16"))
+    bf16 = ops.einsum("BTD,FD->BTF", x, leaf, ops.Policy(compute_dtype="bfloat16"))
     assert bf16.dtype == jnp.float32
     np.testing.assert_allclose(bf16, want, atol=0.02 * np.abs(want).max())
 
@@ -235,7 +235,7 @@ def test_round_rows():
 @pytest.mark.parametrize("name", ["array", "int8", "int4 groups", "sparse", "dynamic"])
 def test_a_row_alone_equals_the_row_among_others(name, compute):
     leaf = MAKE[name](normal(OUT, IN))
-    policy = ops.Policy(compute=compute)
+    policy = ops.Policy(compute_dtype=compute)
     x = normal(5, IN, seed=3)
     many = ops.einsum("BD,FD->BF", x, leaf, policy)
     one = jnp.concatenate([ops.einsum("BD,FD->BF", x[i : i + 1], leaf, policy) for i in range(2)])
@@ -248,7 +248,7 @@ def test_a_row_alone_equals_the_row_among_others(name, compute):
 @pytest.mark.parametrize(("dtype", "policy"), [("bf16", "bfloat16"), ("s8", "float32")])
 def test_one_row_in_a_narrow_dtype_is_computed_as_two(dtype, policy):
     leaf = MAKE["dynamic" if dtype == "s8" else "array"](normal(OUT, IN))
-    run = jax.jit(lambda x, w: ops.einsum("BD,FD->BF", x, w, ops.Policy(compute=policy)))
+    run = jax.jit(lambda x, w: ops.einsum("BD,FD->BF", x, w, ops.Policy(compute_dtype=policy)))
     text = str(jax.make_jaxpr(run)(normal(1, IN), leaf))
     assert "[2,32]" in text
     assert "[2,32]" not in str(jax.make_jaxpr(run)(normal(4, IN), leaf))
@@ -274,7 +274,7 @@ def test_grouped_letters_of_a_compressed_leaf():
 def test_policy_chooses_the_dtypes():
     x = normal(4, IN)
     w = normal(OUT, IN, seed=1)
-    policy = ops.Policy(compute="bfloat16", stream="bfloat16")
+    policy = ops.Policy(compute_dtype="bfloat16", activation_dtype="bfloat16")
     y = ops.einsum("BD,FD->BF", x, w, policy)
     assert y.dtype == jnp.bfloat16
     rounded = [np.asarray(a.astype(jnp.bfloat16).astype(jnp.float32), np.float64) for a in (x, w)]
@@ -284,7 +284,7 @@ def test_policy_chooses_the_dtypes():
     # operands are rounded, the sum is not: 512 ones and a small one would lose the small one in
     # bfloat16
     ones = jnp.ones((2, 513)).at[:, 512].set(0.125)
-    kept = ops.einsum("BD,FD->BF", ones, jnp.ones((1, 513)), ops.Policy(compute="bfloat16"))
+    kept = ops.einsum("BD,FD->BF", ones, jnp.ones((1, 513)), ops.Policy(compute_dtype="bfloat16"))
     np.testing.assert_array_equal(kept, 512.125)
     assert ops.take(w, jnp.zeros((1, 1), jnp.int32), policy).dtype == jnp.bfloat16
     for make in DYNAMIC.values():  # a bfloat16 stream into int8 rounding
@@ -293,7 +293,7 @@ def test_policy_chooses_the_dtypes():
         )
 
 
-@pytest.mark.parametrize("field", ["compute", "stream", "cache", "remat"])
+@pytest.mark.parametrize("field", ["compute_dtype", "activation_dtype", "cache_dtype", "remat"])
 def test_policy_refuses_unknown_names(field):
     with pytest.raises(InputError, match=rf"policy.{field}: 'fulll' is not known; allowed"):
         ops.Policy(**{field: "fulll"})

@@ -95,7 +95,7 @@ def each(x: jax.Array, w, own: jax.Array, policy: ops.Policy) -> jax.Array:
     """All rows with each matrix, of which only the group's `own` are kept, so that sizes of groups
     are no shapes.
     """
-    total = jnp.zeros((x.shape[0], w.shape[1]), policy.stream)
+    total = jnp.zeros((x.shape[0], w.shape[1]), policy.activation_dtype)
     for e in range(len(own)):
         y = ops.einsum("ND,FD->NF", x, jax.tree.map(lambda a, e=e: a[e], w), policy)
         total += jnp.where(own[e][:, None], y, jnp.zeros_like(y))
@@ -139,7 +139,7 @@ def test_policy():
     x = normal(N, IN)
     w = normal(E, OUT, IN, seed=1)
     sizes = SIZES[0]
-    policy = ops.Policy(compute="bfloat16", stream="bfloat16")
+    policy = ops.Policy(compute_dtype="bfloat16", activation_dtype="bfloat16")
     got = RUN(x, w, array(sizes), policy)
     want = one_by_one(x, w, sizes, policy)
     assert got.dtype == jnp.bfloat16

@@ -312,7 +312,9 @@ def test_without_the_axis_nothing_is_changed():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(InputError, match="gradient_compression: 'int4' is not known; allowed: int8, top_k"):
+    with pytest.raises(
+        InputError, match="gradient_compression: 'int4' is not known; allowed: int8, top_k"
+    ):
         Exchange("int4")
     with pytest.raises(InputError, match="share: 0.0 given; allowed: above 0 and at most 1"):
         dataclasses.replace(Exchange(), share=0.0)
