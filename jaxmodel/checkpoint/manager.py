@@ -32,6 +32,7 @@ import numpy as np
 from jaxmodel import moved, schema
 from jaxmodel.checkpoint import places
 from jaxmodel.checkpoint.records import (
+    LATER,
     copied,
     differences,
     digest_of,
@@ -138,7 +139,7 @@ class Checkpoints:
         another environment warns that bits may differ.
       allow_changes: names of what may differ from the run that saved, to continue it with other
         settings: fields of its `TrainConfig` such as "steps" or "learning_rate", "batch_size" (the
-        data is then not compared), "loss", "data".
+        next row stays the next), "loss", "data".
       read_only: save nothing and change nothing in the folder.
       at_most: restore only steps up to this one.
 
@@ -178,6 +179,7 @@ class Checkpoints:
         self.identity = None
         self.data = None
         self.environment = None
+        self._resized = None
         self.state_run(identity, data, environment)
         self._allowed = (allow_changes,) if isinstance(allow_changes, str) else tuple(allow_changes)
         self._read_only = read_only
@@ -222,11 +224,21 @@ class Checkpoints:
         identity: Mapping[str, Any] | None,
         data: str | None,
         environment: Mapping[str, Any] | None,
+        resized: Callable[[int], Collection[str]] | None = None,
     ) -> None:
         """Tell which run the checkpoints belong to; `fit` calls this.
 
-        It does not replace what the constructor was given. For the arguments see the class.
+        It does not replace what the constructor was given.
+
+        Args:
+          identity: configs, see the class.
+          data: the digest of the data.
+          environment: what the bits of a result depend on.
+          resized: batch size -> what the digest of the data would be with batches of that size, so
+            that the data are compared when a run continues with another size; nothing where that
+            cannot be known.
         """
+        self._resized = resized
         if self.identity is None and identity is not None:
             self.identity = to_plain(dict(identity))
         if self.data is None:
@@ -511,12 +523,13 @@ class Checkpoints:
                 f"step {number} was made by another number of devices: what the exchange of "
                 f"gradients had yet to send is lost"
             )
-        self._check(record, like, of_others)
+        made = {*of_others, *(name for name in LATER if name not in record["arrays"])}
+        self._check(record, like, made)
         with shown_step(f"restoring step {number}"):
-            kept = {name: a for name, a in wanted.items() if name not in of_others}
+            kept = {name: a for name, a in wanted.items() if name not in made}
             found = {
                 **self._arrays.restore(self._place(number) / "arrays", kept),
-                **zeros(wanted, of_others),
+                **zeros(wanted, made),
             }
         self._last = number
         differ = (
@@ -546,12 +559,14 @@ class Checkpoints:
             )
         if changed:
             _say(f"step {number} goes on in another way: {'; '.join(changed)}")
-        compared = (
-            record["data"] is not None
-            and self.data is not None
-            and not {"data", "batch_size"} & {*self._allowed}
-        )
-        if compared and record["data"] != self.data:
+        compared = record["data"] is not None and self.data is not None
+        then = (record["identity"] or {}).get("batch_size")
+        same = {self.data}
+        now = (self.identity or {}).get("batch_size")
+        if known and "batch_size" in self._allowed and then != now:
+            same = {*self._resized(then)} if self._resized is not None and then else set()
+            compared = compared and bool(same)
+        if compared and "data" not in self._allowed and record["data"] not in same:
             then, now = (str(value)[:12] for value in (record["data"], self.data))
             raise InputError(
                 f"data: its fingerprint was {then} when step {number} in {str(self.folder)!r} was "

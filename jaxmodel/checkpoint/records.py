@@ -15,6 +15,9 @@ from jaxmodel.leaves import Compressed
 from jaxmodel.leaves.leaf import to_tensors
 from jaxmodel.report.json_out import to_plain
 
+LATER = ("extra.batch_size", "extra.first_row")
+"""Counters of a state that earlier versions did not save; they are 0 there."""
+
 
 def flat(state: Any) -> dict[str, Any]:
     """Return the arrays of a state by name, in the order of its leaves.

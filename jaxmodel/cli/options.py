@@ -443,9 +443,7 @@ class Resume(Common):
     weight_decay: Annotated[float | None, _AS_BEFORE] = None
     """Strength of the decay of weights towards zero."""
     batch: Annotated[int | None, _AS_BEFORE] = None
-    """Rows of the text in a batch; the next row is the next, so it must divide the rows that were
-    read.
-    """
+    """Rows in a batch; the next row stays the next, whatever the size was before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def trained_by(folder: str) -> Train:
     return options
 
 
-CHANGES = {"steps": ("steps", "eval_every"), "batch": ("batch_size",)}
+CHANGES = {"steps": ("steps", "eval_every"), "batch": ("batch_size", "heldout")}
 """Options of `resume` -> what differs in the identity of the run; of the others, the field of the
 same name.
 """

@@ -28,7 +28,7 @@ from jaxmodel.data.paired import Paired
 from jaxmodel.data.shards import Shards, tokenize
 from jaxmodel.data.sources import documents
 from jaxmodel.data.splits import kfold, split, take
-from jaxmodel.data.stream import Batches, Rows, Stream, prefetch
+from jaxmodel.data.stream import Batches, Rows, Shifted, Stream, prefetch
 from jaxmodel.data.synthetic import Pairs
 from jaxmodel.data.text import load_text, split_documents
 
@@ -41,6 +41,7 @@ __all__ = [
     "Pairs",
     "Rows",
     "Shards",
+    "Shifted",
     "Stream",
     "answers",
     "documents",

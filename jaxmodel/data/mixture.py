@@ -13,7 +13,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from jaxmodel.brief import briefly
-from jaxmodel.data.stream import Batch, Batches, global_rows
+from jaxmodel.data.stream import Batch, Batches, consecutive, global_rows
 from jaxmodel.errors import InputError, at_least
 
 PERIOD = 2**16
@@ -99,7 +99,7 @@ class Mixture:
         for k, (stream, _) in enumerate(self.components):
             mine = owners == k
             begin = self.place(k, first)
-            for name, array in _consecutive(stream, begin, begin + int(mine.sum())).items():
+            for name, array in consecutive(stream, begin, begin + int(mine.sum())).items():
                 batch.setdefault(name, np.empty((len(mine), *array.shape[1:]), array.dtype))[
                     mine
                 ] = array
@@ -160,20 +160,8 @@ def _assign(parts: Sequence[int]) -> np.ndarray:
     return pattern
 
 
-def _consecutive(stream: Batches, begin: int, end: int) -> Batch:
-    """Rows begin ... end - 1 of a stream, counted from its step 0; with none of them, its fields."""
-    size = stream.batch_size
-    parts = []
-    for step in range(begin // size, max(-(-end // size), begin // size + 1)):
-        first = step * size
-        parts.append(
-            stream.batch(step, slice(max(begin, first) - first, min(end, first + size) - first))
-        )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
 def _shapes(stream: Batches) -> dict[str, str]:
-    fields = _consecutive(stream, 0, 0)
+    fields = consecutive(stream, 0, 0)
     return {
         name: f"{array.dtype} [{', '.join(['B', *map(str, array.shape[1:])])}]"
         for name, array in fields.items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
@@ -296,6 +296,114 @@ def global_rows(step: SupportsIndex, rows: slice, batch_size: int) -> tuple[int,
             f"rows: {rows} given; allowed: a slice within 0 and {batch_size}, without stride"
         )
     return operator.index(step) * batch_size + start, operator.index(step) * batch_size + stop
+
+
+def consecutive(stream: Batches, begin: int, end: int) -> Batch:
+    """Return rows begin ... end - 1 of a stream, counted from its step 0; with none of them, its
+    fields.
+    """
+    size = stream.batch_size
+    parts = []
+    for step in range(begin // size, max(-(-end // size), begin // size + 1)):
+        first = step * size
+        parts.append(
+            stream.batch(step, slice(max(begin, first) - first, min(end, first + size) - first))
+        )
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@briefly
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """The batches of a stream from one of its rows on, which need not begin a batch.
+
+    A run that goes on with another batch size reads them: none of the rows is left out and none
+    comes twice.
+
+    Attributes:
+      stream: batches by step.
+      first_row: where the batch of step 0 begins, counted in rows from the stream's step 0.
+
+    Raises:
+      InputError: a row below 0.
+
+    >>> stream = Stream({"x": np.arange(10)}, batch_size=4)
+    >>> rows = [stream.rows(step) for step in range(3)]
+    >>> np.array_equal(Shifted(stream, 3).rows(1), [rows[1][3], *rows[2][:3]])
+    True
+    """
+
+    stream: Batches
+    first_row: int
+
+    def __post_init__(self) -> None:
+        at_least("first_row", self.first_row, 0)
+
+    @property
+    def batch_size(self) -> int:
+        """Return the rows in a batch, B."""
+        return self.stream.batch_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the digest of the stream and of where its batches begin."""
+        return f"{self.stream.fingerprint} from row {self.first_row}"
+
+    def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
+        """Return the batch of `step`, or its rows `rows`.
+
+        Raises:
+          InputError: a negative step, or rows outside of the batch.
+        """
+        first, stop = global_rows(step, rows, self.batch_size)
+        return consecutive(self.stream, self.first_row + first, self.first_row + stop)
+
+    def rows(self, step: SupportsIndex) -> np.ndarray:
+        """Return the numbers int64 [B] of the rows in the batch of `step`, of a stream that has
+        them.
+        """
+        known: Any = self.stream
+        first = self.first_row + operator.index(step) * self.batch_size
+        place = first % self.batch_size
+        step = first // self.batch_size
+        return np.concatenate([known.rows(step), known.rows(step + 1)])[
+            place : place + self.batch_size
+        ]
+
+
+def fingerprints(stream: Batches, batch_size: int) -> set[str]:
+    """Return what the digest of a stream would be, were its rows cut into batches of another size.
+
+    Of a mixture the components may have had that size too, or one of their own.
+
+    Returns:
+      The digests that are possible; none where the size is part of what the data are.
+
+    >>> rows = {"x": np.arange(10)}
+    >>> fingerprints(Stream(rows, 4), 3) == {Stream(rows, 3).fingerprint}
+    True
+    """
+    if isinstance(stream, Stream):
+        return {replace(stream, batch_size=batch_size).fingerprint}
+    components: Any = getattr(stream, "components", None)
+    if components is None:
+        return set()
+    mixture: Any = stream
+    alike = tuple(
+        (
+            replace(one, batch_size=batch_size)
+            if isinstance(one, Stream) and one.batch_size == stream.batch_size
+            else one,
+            weight,
+        )
+        for one, weight in components
+    )
+    return {
+        replace(mixture, batch_size=batch_size, components=some).fingerprint
+        for some in (components, alike)
+    }
 
 
 def prefetch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from jaxmodel.checkpoint.records import flat
 from jaxmodel.data import Batches, prefetch
 from jaxmodel.data.given import Passed, as_batches, listed
 from jaxmodel.data.image_folder import same_classes
+from jaxmodel.data.stream import fingerprints
 from jaxmodel.distributed.supervise import Supervisor
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
@@ -28,7 +30,7 @@ from jaxmodel.losses.chosen import checked_loss
 from jaxmodel.models import Model, check_params
 from jaxmodel.progress import bar
 from jaxmodel.report.training import History
-from jaxmodel.train import early, flops, memory, statistics
+from jaxmodel.train import early, flops, memory, position, statistics
 from jaxmodel.train.config import TrainConfig, rate_of, schedule_of
 from jaxmodel.train.evaluation import Scorer
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
@@ -146,7 +148,8 @@ def fit(
             opened.callback(checkpoints.close, raises=False)  # it has said what it could not save
         if checkpoints is not None:
             identity = _identity(program, stream, heldout, params)
-            checkpoints.state_run(identity, stream.fingerprint, program.environment)
+            resized = functools.partial(fingerprints, stream)
+            checkpoints.state_run(identity, stream.fingerprint, program.environment, resized)
         run = _Run(program, placed, heldout, callbacks, checkpoints, supervisor, most)
         run.begin(params, state)
         with bar(config.steps, "train", done=run.i, unit="step", first="compiling") as shown:
@@ -218,7 +221,7 @@ class _Run:
             found = _going_on(state, self.like, lambda params: program.start(key, params).extra)
         else:
             found = program.init(params=params)
-        self.state = _at_row(found, self.stream.batch_size)
+        self.state = position.at_row(found, self.stream.batch_size)
         self.i = int(self.state.step)
         if not jax.tree.leaves(tree.partition(self.state.params, program.trainable)[0]):
             raise InputError("trainable: nothing trains")
@@ -234,6 +237,7 @@ class _Run:
         self.with_statistics = statistics.of_run(model, loss, self.stream, mesh, self.state.params)
         self.meter = Meter(model, self.state.params, self.most, program.trainable)
         self.bad_steps = BadSteps(config.on_bad_step)
+        self.placed = Placed(position.from_here(self.stream, self.state), mesh)
         self.feed = _feed(self.placed, self.state, config)
         self.rate = schedule_of(config) if program.optimizer is None else None
         self.over = bool(config.patience) and early.over(self.state, config.patience)
@@ -436,29 +440,6 @@ def _going_on(
     return jax.tree.map(
         jnp.copy, jax.device_put(dataclasses.replace(state, params=params, extra=whole), where)
     )
-
-
-def _at_row(state: TrainState, batch_size: int) -> TrainState:
-    """The state at the batch that begins with its next row, where batches had another size until
-    now.
-    """
-    then = int(state.extra["batch_size"]) or batch_size  # 0 where no loop has begun yet
-    rows = int(state.data_step) * then
-    if int(state.extra["batch_size"]) == batch_size:
-        return state
-    if rows % batch_size:
-        near = [n for n in range(1, 4 * max(then, batch_size)) if rows % n == 0]
-        near = sorted(sorted(near, key=lambda n: abs(n - batch_size))[:4])
-        raise InputError(
-            f"batch_size: {batch_size} given to go on behind {rows} rows in batches of {then}, "
-            f"where some rows would come again "
-            f"or be left out; allowed: a divisor of {rows}, such as {', '.join(map(str, near))}"
-        )
-    now = {"data_step": rows // batch_size, "batch_size": batch_size}
-    old = {"data_step": state.data_step, "batch_size": state.extra["batch_size"]}
-    new = {name: jax.device_put(jnp.int32(now[name]), a.sharding) for name, a in old.items()}
-    extra = {**state.extra, "batch_size": new["batch_size"]}
-    return dataclasses.replace(state, data_step=new["data_step"], extra=extra)
 
 
 def _given(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodel import tree
-from jaxmodel.data import Batches
+from jaxmodel.data import Batches, Shifted
 from jaxmodel.errors import InputError
 from jaxmodel.losses.contract import IGNORED
 from jaxmodel.models import Model
@@ -159,6 +159,8 @@ def explain(model: Model, stream: Batches, step: int, what: str = "data") -> Non
         if wrong.any():
             row = int(np.argwhere(wrong)[0][0])
             known = getattr(getattr(stream, "stream", stream), "rows", None)
+            if known is not None and isinstance(stream, Shifted):
+                known = stream.rows
             where = f"row {row} of batch {step}" if known is None else f"row {known(step)[row]}"
             allowed = f"0 to {limit - 1}" + (
                 "" if name == "tokens" else f", or {IGNORED} for what does not count"

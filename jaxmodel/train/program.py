@@ -33,6 +33,7 @@ from jaxmodel.train import early, placing
 from jaxmodel.train.config import TrainConfig, make_optimizer, split_by
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
 from jaxmodel.train.identity import run_identity
+from jaxmodel.train.position import BATCH_SIZE, FIRST_ROW
 from jaxmodel.train.state import TrainState, init_state, state_shardings
 from jaxmodel.train.step import Augment, Step, check_optimizer, make_step
 
@@ -90,7 +91,7 @@ class Program:
             "exchange": c.made_exchange(),
         }
         state = init_state(params, self._optimizer, self.trainable, **memories)
-        state.extra["batch_size"] = jnp.int32(0)
+        state.extra.update({name: jnp.int32(0) for name in (BATCH_SIZE, FIRST_ROW)})
         return early.init(state, self.trainable) if c.patience else state
 
     @functools.cached_property

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxmodel.checkpoint.manager import Checkpoints
 from jaxmodel.errors import InputError, unknown
+from jaxmodel.train import position
 from jaxmodel.train.state import TrainState
 
 POLICIES = ("skip", "rewind", "stop")
@@ -73,9 +74,12 @@ class BadSteps:
     def rewind(
         self, current: TrainState, i: int, back: int, restored: TrainState | None
     ) -> TrainState:
-        """The restored state, with its data moved past the bad batch."""
+        """Return the restored state, with its data moved past the bad batch.
+
+        The position is counted in batches as they are now; those of the checkpoint may have had
+        another size.
+        """
         assert restored is not None and int(restored.step) == back
         past = int(current.data_step) - (i - self._first) + 1
-        return dataclasses.replace(
-            restored, data_step=jax.device_put(jnp.int32(past), restored.data_step.sharding)
-        )
+        moved = jax.device_put(jnp.int32(past), restored.data_step.sharding)
+        return dataclasses.replace(position.counted_as(restored, current), data_step=moved)

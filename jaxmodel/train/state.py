@@ -28,7 +28,10 @@ class TrainState:
 
     Attributes:
       step: int32, updates made.
-      data_step: int32, the next batch; apart from `step`, so that a run can move past bad data.
+      data_step: int32, the number of the next batch; apart from `step`, so that a run can move past
+        bad data. Its rows begin with row `data_step * batch_size + first_row` of the stream, by two
+        int32 of `extra` that `fit` keeps: `batch_size`, and `first_row`, which is 0 unless the
+        batch size was changed on the way (see `data.Shifted`).
       params: the whole tree, what trains and what is frozen.
       opt_state: the optimiser's, of the part that trains.
       extra: named pytrees that ride along (averages, the best so far).

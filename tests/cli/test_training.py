@@ -308,9 +308,11 @@ def test_an_ended_run_goes_on_with_more_steps_and_another_rate(trained, folder, 
     code, ended, said = run(capsys, "resume", longer)  # as it is now
     assert code == 0 and "has ended" in said and ended["fingerprint"] == again["fingerprint"]
     before = (longer / "config.json").read_bytes()
-    code, _, err = run(capsys, "resume", longer, "--batch", 6)
+    code, _, err = run(capsys, "resume", longer, "--batch", 7)  # the run has 2 micro-batches
     assert (longer / "config.json").read_bytes() == before  # as if it had not been tried
-    assert code == 2 and "6 given to go on behind 56 rows in batches of 4" in err
+    assert code == 2 and "2 micro-batches do not divide a batch of 7 rows" in err
+    code, more, _ = run(capsys, "resume", longer, "--batch", 6, "--steps", 15)
+    assert code == 0 and more["steps"] == 15  # behind 56 rows, which 6 does not divide
     code, _, err = run(capsys, "resume", longer, "--steps", 0)
     assert code == 2 and "--steps: 0 given; allowed: a whole number of at least 1" in err
 

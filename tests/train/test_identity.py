@@ -91,34 +91,6 @@ def test_a_change_that_is_allowed_is_said(tmp_path, capsys):
     assert fit(tmp_path, more)[1] == history  # what it is now
 
 
-def seen_by(history, stream, first):
-    return np.concatenate(
-        [stream.rows(row["data_step"]) for row in history if row["step"] > first]
-    ).tolist()
-
-
-@pytest.mark.parametrize("how", ["state", "checkpoints"])
-def test_with_another_batch_size_the_next_row_is_the_next(how, tmp_path):
-    """Counted by hand: three batches of 8 are rows 0 to 23 of the order of the epoch, so batches of
-    4 go on with the sixth.
-    """
-    state, _ = fit(tmp_path)
-    small = data.Stream(ROWS, 4)
-    large = data.Stream(ROWS, 16)
-    more = dataclasses.replace(CONFIG, steps=7)
-    go = {"state": state, "place": None}
-    if how == "checkpoints":
-        go = {"place": checkpoint.Checkpoints(tmp_path, allow_changes=["steps", "batch_size"])}
-    with pytest.raises(
-        InputError, match=r"16 given to go on behind 24 rows .* divisor of 24, such as .*12"
-    ):
-        fit(config=more, stream=large, **go)
-    after, history = fit(config=more, stream=small, **go)
-    whole = np.concatenate([STREAM.rows(i) for i in range(8)])
-    assert seen_by(history, small, 3) == whole[24:40].tolist()
-    assert int(after.data_step) == 10
-
-
 def test_what_a_function_holds_is_told_and_is_the_same_in_another_process():
     program = (
         "import optax; from jaxmodel.train.identity import short; from jaxmodel.losses import "
