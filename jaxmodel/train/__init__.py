@@ -1,7 +1,7 @@
 """Training: a program that is built once, a pure step, and the loop around it.
 
-What `__init__.pyi` lists is imported when it is first used: the command line shows `TrainOptions`
-and must answer at once.
+The names in `__init__.pyi` are imported when they are first used, because the command line shows
+`TrainOptions` and must answer at once.
 """
 
 import lazy_loader

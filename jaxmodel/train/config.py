@@ -41,7 +41,7 @@ OTHER_NAMES = {
     "save_steps": "save_every",
     "random_seed": "seed",
 }
-"""What other frameworks call the fields: the name that is not taken -> the field, or what to do."""
+"""Names of other frameworks that are not accepted -> our field, or what to do instead."""
 
 
 @moved.keywords(**moved.CONFIG)
@@ -49,18 +49,18 @@ OTHER_NAMES = {
 @named_fields(OTHER_NAMES)
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(TrainOptions):
-    """How to train.
+    """The settings of a training run.
 
     Attributes:
-      decay: rules, path -> whether weights decay; None for matrices, tables and heads, as the axes
-        say.
+      decay: rules, path -> whether the weights decay; None for matrices, tables and heads, by the
+        model's axes.
       trainable: rules, path -> whether the leaf trains; None for every plain floating leaf but
         statistics (see `tree.partition`).
-      eval_rows: held-out rows that are judged, the first of their stream; 0 for all of them, each
-        once.
+      eval_rows: the number of held-out rows to evaluate, from the start of their stream; 0 for all
+        of them, each once.
 
     Raises:
-      InputError: a number out of range, or an unknown name.
+      InputError: a number is out of range, or a name is unknown.
     """
 
     decay: tree.Rules | None = None
@@ -73,14 +73,14 @@ class TrainConfig(TrainOptions):
 
     @property
     def evaluations(self) -> int:
-        """How many held-out losses there are in a run."""
+        """The number of held-out evaluations in a run."""
         return -(-self.steps // self.eval_every) if self.eval_every else 1
 
     def check_patience(self) -> None:
-        """Refuse a patience that no run of so many steps could lose.
+        """Refuse a patience that is too large ever to stop a run of this length.
 
         Raises:
-          InputError: there are too few held-out losses.
+          InputError: there are too few held-out evaluations.
         """
         if self.patience and self.patience >= self.evaluations:
             raise InputError(
@@ -91,18 +91,20 @@ class TrainConfig(TrainOptions):
             )
 
     def guard(self) -> Guard:
-        """Which steps are bad."""
+        """Return the guard that detects bad steps."""
         return Guard(self.spike)
 
     def made_exchange(self) -> Exchange | None:
-        """How gradients are summed over the data axis; None leaves it to XLA."""
+        """Return how gradients are summed over the data axis; None leaves it to XLA."""
         if self.gradient_compression == "exact":
             return None
         return Exchange(self.gradient_compression, self.top_k_fraction)
 
     def due(self, i: int) -> set[str]:
-        """What is to be done after update `i`: a "row" of the history, a "heldout" loss, to "save"
-        the state.
+        """Return what is due after update `i`.
+
+        The set may hold "row" (of the history), "heldout" (an evaluation) and "save" (a
+        checkpoint).
         """
         last = i == self.steps
         heldout = last or bool(self.eval_every and i % self.eval_every == 0)
@@ -113,13 +115,13 @@ class TrainConfig(TrainOptions):
         }
 
 
-if TrainConfig.__doc__ and TrainOptions.__doc__:  # neither is there under python -OO
+if TrainConfig.__doc__ and TrainOptions.__doc__:  # both are None under python -OO
     values = TrainOptions.__doc__.partition("Attributes:\n")[2].partition("\n\n")[0]
     TrainConfig.__doc__ = TrainConfig.__doc__.replace("Attributes:\n", f"Attributes:\n{values}\n")
 
 
 def schedule_of(config: TrainConfig) -> optax.Schedule:
-    """The learning rate of each update; of a plateau, before it is lowered."""
+    """Return the learning-rate schedule; for a plateau, the rate before it is lowered."""
     return schedule(
         config.schedule,
         config.learning_rate,
@@ -133,8 +135,10 @@ def schedule_of(config: TrainConfig) -> optax.Schedule:
 
 
 def rate_of(rate: optax.Schedule, opt_state: Any, bad: bool) -> float:
-    """The rate of the update that led to a state of `make_optimizer`, as its own count has it,
-    which steps that are left out do not move; of a bad step, the one that it would have had.
+    """Return the learning rate of the update that led to a state of `make_optimizer`.
+
+    It follows the optimiser's own count, which skipped steps do not advance. For a bad step it is
+    the rate that the step would have had.
     """
     kinds: Any = optax.ScaleByScheduleState, optax.contrib.ReduceLROnPlateauState
     known: list[Any] = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
@@ -145,13 +149,14 @@ def rate_of(rate: optax.Schedule, opt_state: Any, bad: bool) -> float:
 
 
 def make_optimizer(config: TrainConfig, axes: Axes = UNDECLARED) -> optax.GradientTransformation:
-    """The optimiser that a config describes: clipping, then the optimiser of that name with its
-    schedule and decay by rules.
+    """Make the optimiser that a config describes.
+
+    It is gradient clipping, then the optimiser of that name with its schedule, and decay by rules.
 
     Args:
       config: see `TrainConfig`.
-      axes: of the model, which say what is a matrix; as it stands, that is guessed from names and
-        shapes.
+      axes: the model's axes, which say what is a matrix; without them that is guessed from names
+        and shapes.
     """
     chain = [
         optax.clip_by_global_norm(config.max_grad_norm)
@@ -169,8 +174,8 @@ def make_optimizer(config: TrainConfig, axes: Axes = UNDECLARED) -> optax.Gradie
     ]
     if config.schedule == "plateau":
         patience = config.step_size or max(1, config.steps // 20)
-        # of the losses of single batches, so over so many that their mean is steadier than what is
-        # waited for
+        # The losses are of single batches, so they are averaged over enough of them for a steady
+        # mean.
         chain.append(
             reduce_on_plateau(config.gamma, 1, window=patience, least=config.final_lr_fraction)
         )
@@ -178,7 +183,7 @@ def make_optimizer(config: TrainConfig, axes: Axes = UNDECLARED) -> optax.Gradie
 
 
 def _decays(rules: tree.Rules, params: tree.Params) -> tree.Params:
-    """Which leaves decay."""
+    """Return which leaves decay."""
     values = tree.assign(rules, params)
 
     def value(path: str, _: Any) -> bool:
@@ -194,7 +199,7 @@ def _decays(rules: tree.Rules, params: tree.Params) -> tree.Params:
 
 
 def split_by(config: TrainConfig, params: tree.Params) -> tree.Params:
-    """`params` with segments split where a rule of the config tells their layers apart."""
+    """Split the segments of `params` whose layers a rule of the config treats differently."""
     for rules in (config.decay, config.trainable):
         if rules is not None:
             params, _ = tree.match(

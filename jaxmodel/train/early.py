@@ -1,5 +1,6 @@
-"""Early stopping (Prechelt, 1998): the best parameters so far ride along in `state.extra["best"]`,
-through restarts too.
+"""Early stopping (Prechelt, 1998).
+
+The best parameters so far are kept in `state.extra["best"]`, also over restarts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from jaxmodel.train.state import TrainState, replaced
 
 
 def init(state: TrainState, trainable: tree.Trains = None) -> TrainState:
-    """The state with a memory of the best: its held-out loss, its parameters that train, and how
-    many evaluations ago it was.
+    """Return the state with a record of the best evaluation.
+
+    It holds the held-out loss, the parameters that train, and the number of evaluations since.
     """
     trains = (
         state.extra["average"]
@@ -35,7 +37,7 @@ def init(state: TrainState, trainable: tree.Trains = None) -> TrainState:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def update(state: TrainState, loss: Any) -> TrainState:
-    """The state after an evaluation. A loss that is not finite is no better than any."""
+    """Return the state after an evaluation; a loss that is not finite is never better."""
     memory = state.extra["best"]
     loss = jnp.asarray(loss, jnp.float32)
     better = loss < memory["loss"]
@@ -50,12 +52,12 @@ def update(state: TrainState, loss: Any) -> TrainState:
 
 
 def over(state: TrainState, patience: int) -> bool:
-    """Whether so many evaluations in a row were no better."""
+    """Return whether the last `patience` evaluations were no better."""
     return int(state.extra["best"]["since"]) >= patience
 
 
 def best(state: TrainState) -> TrainState:
-    """The state with its best parameters, where it has seen an evaluation."""
+    """Return the state with its best parameters, if there was an evaluation."""
     memory = state.extra["best"]
     if not jnp.isfinite(memory["loss"]):
         return state

@@ -1,4 +1,4 @@
-"""Held-out losses and metrics while a model trains."""
+"""Held-out losses and metrics during training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from jaxmodel.train.placing import Placed, check_rows, explain
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Once:
-    """The first rows of a stream as batches of its size; rows that only fill up the last one have
-    weight 0.
+    """The first rows of a stream, as batches of its size.
+
+    Rows that only fill up the last batch have weight 0.
 
     Attributes:
       stream: batches by step.
-      count: rows.
-      weighted: whether batches have `weights` in any case, so that all are of one shape.
+      count: the number of rows.
+      weighted: whether every batch has `weights`, so that all have the same structure.
     """
 
     stream: Batches
@@ -35,21 +36,21 @@ class Once:
 
     @property
     def batch_size(self) -> int:
-        """Of the stream."""
+        """The number of rows in a batch of the stream."""
         return self.stream.batch_size
 
     @property
     def fingerprint(self) -> str:
-        """Of the stream, and how many rows."""
+        """The fingerprint of the stream, and the number of rows."""
         return f"{self.stream.fingerprint} {self.count}"
 
     @property
     def steps(self) -> int:
-        """How many batches there are."""
+        """The number of batches."""
         return -(-self.count // self.batch_size)
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The stream's batch, with `weights`."""
+        """Return the stream's batch, with `weights`."""
         batch = self.stream.batch(step, rows)
         if self.count % self.batch_size == 0 and not self.weighted:
             return batch
@@ -64,23 +65,22 @@ class Once:
 
 
 class Scorer:
-    """`scorer(params) -> {"heldout_loss": ..., "heldout_accuracy": ...}`: the loss, not in
-    training, and its metrics.
+    """Evaluation of parameters: `scorer(params) -> {"heldout_loss": ..., "heldout_accuracy": ...}`.
 
-    Of a stream with a `count` each row is judged once, whatever the size of its batches: those that
-    fill up the last one have weight 0 (or are not there, where the loss does not read weights).
-    Which rows, and in which order, does not change.
+    The loss is run with `train=False`; its metrics are included. For a stream with a `count` each
+    row is evaluated once, whatever the batch size: rows that fill up the last batch have weight 0
+    (or are left out, if the loss does not read weights). The rows and their order never change.
 
     Args:
-      model: what is judged.
+      model: the model to evaluate.
       loss: see `jaxmodel.losses`.
       stream: held-out batches.
       mesh: None for one device.
-      batches: how many are used of a stream without a `count`.
-      rows: judge so many rows, the first of the stream; 0 for all.
+      batches: the number of batches to use of a stream without a `count`.
+      rows: the number of rows to evaluate, from the start of the stream; 0 for all.
 
     Raises:
-      InputError: no batch; when called, a label or a token that the model has not.
+      InputError: there is no batch; when called, a label or a token is not in the model's range.
     """
 
     def __init__(
@@ -106,18 +106,19 @@ class Scorer:
         self._reads_weights: bool | None = None
 
     def __call__(self, params: tree.Params) -> dict[str, float]:
-        """Each value is the mean over the rows, weighted by what each is a mean over; NaN where no
-        row of them has weight.
+        """Evaluate parameters.
+
+        Each value is the weighted mean over the rows, a Python float; NaN if no row has weight.
         """
         rows: list[dict[str, Any]] = []
         for j in range(self._once.steps):
             value, metrics = self._score(params, self._batch(params, j))
             if not np.isfinite(float(value)):
-                explain(self._model, self._once, j, "heldout")  # a label that is no class
+                explain(self._model, self._once, j, "heldout")  # says if a label is no class
             rows.append({"loss": value, "weight": np.float32(1), **metrics})
         weights = np.array([float(row["weight"]) for row in rows])
         total = weights.sum()
-        # a mean over nothing must not be the best of all
+        # NaN, since a mean over nothing must not count as the best
         share = weights / total if total else np.full(len(weights), np.nan)
         names = [name for name in rows[0] if name not in ("weight", "tokens")]
         return {

@@ -1,25 +1,24 @@
-"""Gradients between the devices of the data axis in fewer bytes: as int8, or the largest few with
-the rest remembered.
+"""Gradient compression over the data axis: as int8, or the largest values with error feedback.
 
     step = make_step(model, loss, optimizer, exchange=Exchange("int8"))
     state = init_state(params, optimizer, exchange=Exchange("int8"))
 
-Each device takes the gradient of its own rows (of all its micro-batches, one after the other) and
-then they exchange once a step, in a `shard_map` over the data axis; the other axes of the mesh stay
-as they are, so what is cut over `fsdp` or `tensor` is exchanged in its parts. Bytes of a step among
-n devices, by the table of `jaxmodel.plan.collectives`, where a plain all-reduce of G values has 8
-G:
+Each device computes the gradient of its own rows (of all its micro-batches, one after the other).
+The devices exchange gradients once per step, in a `shard_map` over the data axis. The other axes of
+the mesh are not affected: what is split over `fsdp` or `tensor` is exchanged shard by shard. Bytes
+of a step among n devices, by the table of `jaxmodel.plan.collectives`, where a plain all-reduce of
+G values takes 8 G:
 
-- "int8": `2 G (1 + 4 / block)`, about 0.26 of it. Each device sends every other its part in int8,
-  with a scale for each block of a row; sums what it got in float32; and sends the sums to all, in
-  int8 again. Both roundings are at random with an exact mean, so the gradient is right on average
-  and nothing needs to be remembered.
-- "top_k": `6 n share G` (8 from rows of 65,536 on). Each device sends the largest values of each
-  row and adds what it did not send to its next gradient (error feedback: Stich et al., 2018), which
-  lies in `state.extra["residual"]`, 4 bytes a weight and device.
+- "int8": `2 G (1 + 4 / block)`, about 0.26 of 8 G. Each device sends every other device its part in
+  int8, with a scale for each block of a row; sums what it received in float32; and sends the sums
+  to all, in int8 again. Both roundings are stochastic with an exact mean, so the gradient is right
+  on average and no error needs to be remembered.
+- "top_k": `6 n share G` (8 for rows of 65,536 or more). Each device sends the largest values of
+  each row and adds what it did not send to its next gradient (error feedback: Stich et al., 2018).
+  That residual is in `state.extra["residual"]`, 4 bytes for each weight and device.
 
-Leaves of less than `smallest` values and vectors are summed in float32. As in every data-parallel
-run, what is not a sum over rows (a load balance) and all randomness is that of each device's own
+Vectors and leaves of fewer than `smallest` values are summed in float32. As in every data-parallel
+run, what is not a sum over rows (a load balance) and all randomness are those of each device's own
 rows.
 """
 
@@ -42,22 +41,22 @@ from jaxmodel.train.gradients import GradientFn
 
 P = jax.P
 KINDS = ("int8", "top_k")
-# what the rounding folds into the step's key; see `models.model` for the other numbers
+# the number that the rounding folds into the step's key; see `models.model` for the others
 _KEY = 2**32 - 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """How the gradients of the data axis are summed.
+    """How gradients are summed over the data axis.
 
     Attributes:
-      kind: of `KINDS`: "int8" or "top_k".
-      share: of "top_k": of the values of a row, at least one.
-      smallest: leaves with fewer values a layer are summed as they are.
-      axis: of the mesh. Where the mesh has it not, nothing is changed.
+      kind: "int8" or "top_k".
+      share: the share of the values of a row that "top_k" sends, at least one value.
+      smallest: leaves with fewer values per layer are summed in float32.
+      axis: the mesh axis. If the mesh lacks it, nothing changes.
 
     Raises:
-      InputError: an unknown kind, or a share that is not above 0 and at most 1.
+      InputError: the kind is unknown, or the share is not above 0 and at most 1.
     """
 
     kind: str = "int8"
@@ -73,8 +72,10 @@ class Exchange:
         at_least("smallest", self.smallest)
 
     def residual(self, trains: tree.Params) -> tree.Params | None:
-        """What a state remembers at the start: for each large leaf float32 zeros with an axis of
-        devices in front; None if nothing.
+        """Return the initial residual of a state.
+
+        It is float32 zeros for each large leaf, with a leading axis of devices; None if none is
+        needed.
         """
         devices = auto_axes().get(self.axis, 1)
         if self.kind == "int8" or devices == 1:
@@ -87,16 +88,17 @@ class Exchange:
         )
 
     def __call__(self, run: GradientFn, rules: tree.Rules) -> Callable[..., Any]:
-        """The gradient function with its sums taken so: `(trains, batch, rng, residual) ->
-        (((value, metrics), grads), residual)`.
+        """Return a gradient function with compressed sums.
+
+        Its signature is `(trains, batch, rng, residual) -> (((value, metrics), grads), residual)`.
 
         Args:
-          run: a gradient function whose metrics have `weight`, what its value is a mean over.
-          rules: the model's, path -> `PartitionSpec`; gradients lie as the parameters do while they
-            are exchanged.
+          run: a gradient function whose value is a mean over the `weight` in its metrics.
+          rules: the model's rules, path -> `PartitionSpec`; gradients are placed like the
+            parameters during the exchange.
 
         Raises:
-          InputError: when called, "top_k" without a residual.
+          InputError: when called, the kind is "top_k" and there is no residual.
         """
 
         def whole(trains: Any, batch: Mapping[str, Any], rng: Any, residual: Any = None) -> Any:
@@ -140,7 +142,7 @@ class Exchange:
         rng: Any,
         residual: Any,
     ) -> Any:
-        """On one device of the axis."""
+        """Run on one device of the axis."""
         place = jax.lax.axis_index(self.axis)
         rng = jax.random.fold_in(rng, place)
         (value, metrics), grads = run(trains, batch, rng)
@@ -163,8 +165,8 @@ class Exchange:
             before = jnp.zeros(())
             sums = {}
             for i, (path, g) in enumerate(grads.items()):
-                # one after the other: simulated devices that run independent collectives in another
-                # order each wait for ever
+                # one after the other: simulated devices deadlock if they run independent
+                # collectives in different orders
                 g, _ = jax.lax.optimization_barrier((g, before))
                 if path not in large:
                     g = jax.lax.psum(g, self.axis)
@@ -177,7 +179,7 @@ class Exchange:
                 sums[path] = before = g
             return sums, memory
 
-        if places:  # the partitioner would gather what is cut over the other axes
+        if places:  # else the partitioner would gather what is split over the other axes
             specs = {path: places[path] for path in shares}, {path: places[path] for path in memory}
             rest = {name for spec in places.values() for entry in spec for name in _names(entry)}
             summed = jax.shard_map(
@@ -196,7 +198,7 @@ class Exchange:
 def residual_shardings(
     residual: tree.Params, placed: tree.Params, mesh: Any, axis: str = "data"
 ) -> tree.Params:
-    """Where a residual lies: its first axis along `axis`, the others as the parameter lies."""
+    """Return the sharding of a residual: devices along `axis`, the other axes as the parameter."""
     where = tree.flatten(placed)
 
     def one(path: str, _: Any) -> jax.sharding.NamedSharding:
@@ -207,13 +209,14 @@ def residual_shardings(
 
 
 def _places(trains: tree.Params, rules: tree.Rules, manual: str) -> dict[str, Any]:
-    """The spec of each leaf on the axes of the mesh that no `shard_map` cuts; nothing where none
-    cuts any.
+    """Return the spec of each leaf on the mesh axes that no `shard_map` handles.
+
+    The result is empty if no leaf is split over them.
     """
     axes = {name for name, length in auto_axes().items() if length > 1 and name != manual}
     if not axes:
         return {}
-    # what gradients have
+    # the shapes of the gradients
     shapes = tree.map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trains)
     found = tree.flatten(parts(rules, shapes, axes))
     return found if any(entry for spec in found.values() for entry in spec) else {}
@@ -229,18 +232,18 @@ def _names(entry: Any) -> tuple[str, ...]:
 def sum_int8(
     x: Float[Array, "..."], axis: str, devices: int, key: jax.Array
 ) -> Float[Array, "..."]:
-    """The sum over an axis of a `shard_map`, sent as int8, on average exact.
+    """Sum over an axis of a `shard_map` in int8; the sum is exact on average.
 
     Args:
-      x: a matrix or several behind each other.
-      axis: manual.
-      devices: its length.
-      key: of this device and array.
+      x: a matrix, or a stack of matrices.
+      axis: the axis, which must be manual.
+      devices: the length of the axis.
+      key: the random key of this device and array.
     """
     at, length = _axis_to_cut(x.shape, devices)
     padded = jnp.pad(x, [(0, -length % devices if i == at else 0) for i in range(x.ndim)])
-    # piece i has every devices-th entry from i on, so that an axis that is cut over the rest of the
-    # mesh stays cut
+    # piece i takes every devices-th entry from i on, so an axis that is split over other mesh axes
+    # stays split
     parts = padded.reshape(*x.shape[:at], -1, devices, *x.shape[at + 1 :])
     codes, scale = _codes(jnp.moveaxis(parts, at + 1, 0), jax.random.fold_in(key, 0))
     codes, scale = (jax.lax.all_to_all(a, axis, 0, 0, tiled=True) for a in (codes, scale))
@@ -253,12 +256,15 @@ def sum_int8(
 def sum_top_k(
     x: Float[Array, "... n"], axis: str, k: int
 ) -> tuple[Float[Array, "... n"], Float[Array, "... n"]]:
-    """The sum over an axis of the k largest values of each row, and what this device did not send.
+    """Sum the k largest values of each row over an axis.
+
+    Returns:
+      The sum, and what this device did not send.
 
     Args:
-      x: rows.
-      axis: manual.
-      k: at most n.
+      x: the rows.
+      axis: the axis, which must be manual.
+      k: the number of values to send, at most n.
     """
     _, place = jax.lax.top_k(jnp.abs(x), k)
     values = jnp.take_along_axis(x, place, axis=-1)
@@ -276,8 +282,9 @@ def sum_top_k(
 
 
 def _axis_to_cut(shape: tuple[int, ...], devices: int) -> tuple[int, int]:
-    """The first axis before the last that the devices divide, or else the longest of these, and its
-    length.
+    """Return an axis before the last, and its length.
+
+    It is the first one that the devices divide, or else the longest.
     """
     axes = range(len(shape) - 1)
     at = next((i for i in axes if shape[i] % devices == 0), max(axes, key=lambda i: shape[i]))
@@ -287,7 +294,7 @@ def _axis_to_cut(shape: tuple[int, ...], devices: int) -> tuple[int, int]:
 def _codes(
     x: Float[Array, "... n"], key: jax.Array
 ) -> tuple[Int8[Array, "... g b"], Float[Array, "... g"]]:
-    """int8 codes of blocks of the last axis, rounded at random, and their scales."""
+    """Return int8 codes of blocks of the last axis, stochastically rounded, and their scales."""
     block = group_of(x.shape[-1], (256, 128, 64, 32)) or x.shape[-1]
     blocks = x.reshape(*x.shape[:-1], -1, block)
     scale = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1) / 127, jnp.finfo(jnp.float32).tiny)

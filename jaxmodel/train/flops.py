@@ -1,5 +1,6 @@
-"""How many operations a token costs, and how many the devices could do: model FLOP utilisation
-(PaLM: Chowdhery et al., 2022).
+"""Model FLOP utilisation (PaLM: Chowdhery et al., 2022).
+
+It is computed from the operations of a token and the peak speed of the devices.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from jaxmodel import tree
 
-_PEAK = {  # bfloat16 operations in a second of one chip, as its maker states it
+_PEAK = {  # peak bfloat16 operations per second of one chip, as its maker states them
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
@@ -44,26 +45,27 @@ def per_token(
     *,
     trains: tree.Params | None = None,
 ) -> float:
-    """Operations of forward and backward pass for one token: `6 N + 6 L T D`, N the weights in
-    products of matrices.
+    """Return the operations of the forward and backward pass for one token: `6 N + 6 L T D`.
 
-    Of the 6, 2 are the forward pass of every weight, 2 its own gradient, where it trains, and 2
-    that of what it reads, where something in front of it trains: so frozen weights behind adapters
-    cost 4, those in front of the first layer that trains 2, and their attention a third. Tables
-    that are only looked up cost nothing; one that is the head too counts as that. Causal attention
-    sees half of the T positions. What is computed again to save memory does not count.
+    N is the number of weights in matrix products. Of the 6 operations, 2 are the forward pass of
+    every weight, 2 the gradient of the weight, if it trains, and 2 the gradient of its input, if
+    something before it trains. So frozen weights after adapters cost 4, those before the first
+    trained layer cost 2, and their attention a third. Tables that are only looked up cost nothing;
+    one that is also the head counts as the head. Causal attention sees half of the T positions.
+    Operations that are repeated to save memory do not count.
 
     Args:
       params: all weights, or their shapes.
-      length: T.
-      width: D; 0 leaves attention out.
-      depth: L.
-      experts: the share of a layer's experts that a token meets.
-      trains: those of them that train; None for all, or the adapters alone where there are some.
+      length: the sequence length T.
+      width: the model width D; 0 leaves attention out.
+      depth: the number of layers L.
+      experts: the share of a layer's experts that a token uses.
+      trains: the weights that train; None for all, or for the adapters alone if there are some.
 
     >>> layers = {"blocks": {"0": {"mlp": {"up": np.zeros((16, 8))}}}}
     >>> shapes = {"embed": np.zeros((100, 8)), **layers, "head": np.zeros((100, 8))}
-    >>> per_token(shapes, 1) / (16 * 8 + 100 * 8), per_token(shapes, 1, trains=layers) / (16 * 8 + 100 * 8)
+    >>> weights = 16 * 8 + 100 * 8
+    >>> per_token(shapes, 1) / weights, per_token(shapes, 1, trains=layers) / weights
     (6.0, 4.0)
     """
     leaves = tree.flatten(params)
@@ -89,7 +91,7 @@ def per_token(
 
 
 def _place(layer: str) -> tuple[float, float]:
-    """Where a layer's leaf stands in the forward pass: the number of its layer, and where in that."""
+    """Return a leaf's position in the forward pass: its layer's number, and the place within."""
     keys = layer.split("/")
     if tree.BLOCKS not in keys:
         return (
@@ -113,8 +115,9 @@ def _place(layer: str) -> tuple[float, float]:
 
 
 def _is_table(path: str, leaves: Mapping[str, Any]) -> bool:
-    """Whether a matrix is only looked up: an embedding, unless it is the head too, as it is where
-    that has no rows of its own.
+    """Return whether a matrix is only looked up.
+
+    That is an embedding, unless it is the head too, as in a model without a separate head.
     """
     if path.split("/")[-1] not in TABLES:
         return False
@@ -126,10 +129,10 @@ def _is_table(path: str, leaves: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def peak(dtype: str) -> float | None:
-    """Operations in a second that all devices of the run could do; of a CPU what a product of two
-    matrices reaches on this machine here and now.
+    """Return the operations per second that all devices of the run can do.
 
-    None for an accelerator that the table does not know.
+    For a CPU this is what a matrix product reaches on this machine at this moment. None for an
+    accelerator that the table does not list.
     """
     device = jax.devices()[0]
     if device.platform != "cpu":

@@ -1,8 +1,8 @@
-"""How a step gets its gradients: at once, or from micro-batches one after the other.
+"""The gradients of a step, from the whole batch or accumulated over micro-batches.
 
-A *gradient function* is `run(trains, batch, rng) -> ((value, metrics),
-grads)`, what `jax.value_and_grad` makes of a loss of the part that trains. Whoever wants gradients
-of another kind (at a perturbed point, from a pipeline) makes one of these from the loss.
+A *gradient function* is `run(trains, batch, rng) -> ((value, metrics), grads)`, as
+`jax.value_and_grad` makes it from a loss of the trained part. For another kind of gradient (at a
+perturbed point, from a pipeline), make such a function from the loss.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ type Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 type GradientFn = Callable[..., tuple[tuple[jax.Array, dict[str, jax.Array]], Any]]
 """`run(trains, batch, rng) -> ((value, metrics), grads)`."""
 
-# what the micro-batches fold into the step's key; see `models.model` for the other numbers
+# the number that micro-batches fold into the step's key; see `models.model` for the others
 _MICRO_BATCH = 2**32 - 4
 
 
 def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientFn:
-    """The plain gradient function of an objective.
+    """Return the plain gradient function of an objective.
 
-    A compressed leaf that trains has the gradient of the array that it stands for, taken by a probe
-    (see `ops.Probe`), so that this array is never there whole.
+    The gradient of a compressed leaf that trains is that of the array it stands for. It is taken by
+    a probe (see `ops.Probe`), so that this array never exists as a whole.
 
     Args:
       objective: see `Objective`.
-      dtype: of the gradient of compressed leaves; others have their own.
+      dtype: the dtype of the gradients of compressed leaves; those of other leaves keep theirs.
     """
 
     def run(trains: tree.Params, *args: Any) -> Any:
@@ -68,19 +68,19 @@ def value_and_grad(objective: Objective, dtype: Any = jnp.bfloat16) -> GradientF
 
 
 def accumulated(run: GradientFn, parts: int) -> GradientFn:
-    """The same gradient from `parts` micro-batches in a scan: the memory of one of them, and of a
-    second set of gradients.
+    """Accumulate the gradient over `parts` micro-batches in a scan.
 
-    `g = sum_i w_i g_i / sum_i w_i`, w_i the `weight` of micro-batch i: what the whole batch gives,
-    for every loss that is a mean over its weight. Micro-batch i has the rows i, i + parts, i + 2
-    parts, ..., so that on a mesh each device keeps its own.
+    `g = sum_i w_i g_i / sum_i w_i`, where w_i is the `weight` of micro-batch i. This equals the
+    gradient of the whole batch for every loss that is a mean over its weight. It needs the memory
+    of one micro-batch and of a second set of gradients. Micro-batch i has the rows i, i + parts, i
+    + 2 parts, ..., so that on a mesh each device keeps its own rows.
 
     Args:
       run: a gradient function whose metrics have `weight`.
-      parts: micro-batches; 1 changes nothing.
+      parts: the number of micro-batches; 1 changes nothing.
 
     Raises:
-      InputError: a number below 1, or, when called, a batch that it does not divide.
+      InputError: `parts` is below 1 or, when called, does not divide the batch.
     """
     at_least("accumulate", parts)
     if parts == 1:

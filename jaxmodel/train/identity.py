@@ -1,6 +1,6 @@
-"""What a run is: the plain values that tell it from another.
+"""The identity of a run: the plain values that distinguish it from others.
 
-`fit` gives them to its checkpoints, which refuse others.
+`fit` passes it to its checkpoints, which refuse a different run.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from jaxmodel.models import Model
 from jaxmodel.train.config import TrainConfig
 
 FREE = ("log_every", "save_every", "save_seconds")
-"""Fields of a `TrainConfig` that change nothing but what is written down, and when."""
+"""Fields of a `TrainConfig` that only change what is recorded, and when."""
 JUDGING = ("eval_every", "eval_batches", "eval_rows")
-"""... and those that change only when a run stops, where it may stop early."""
+"""Fields that only change when a run may stop early."""
 
 
 def run_identity(model: Model, config: TrainConfig, **functions: Any) -> dict[str, Any]:
-    """The plain values that a run is a function of, besides its data.
+    """Return the plain values that determine a run, besides its data.
 
     Args:
-      model: its config, and the dtypes that it computes in.
-      config: without what only says what is written down.
-      functions: name -> loss, optimiser, augmentation and the like, as `described`; None for none.
+      model: the model, of which the config and the dtypes count.
+      config: the training config; fields that only change what is recorded do not count.
+      functions: name -> loss, optimiser, augmentation and so on, as `described`; None for none.
 
     >>> from jaxmodel.models import mlp
     >>> known = run_identity(mlp.model(mlp.Config(4, (8,), 2)), TrainConfig(), loss=sum)
@@ -57,11 +57,10 @@ def run_identity(model: Model, config: TrainConfig, **functions: Any) -> dict[st
 
 
 def described(value: Any) -> Any:
-    """A value as JSON knows it, the same in every process: settings of functions too, which they
-    hold in closures.
+    """Describe a value in JSON types, the same in every process.
 
-    Arrays are told by their digest, functions by their name and what is bound to them (not by their
-    code), other objects by their class.
+    Arrays are described by a digest, functions by their name and what is bound to them, including
+    the settings in closures (but not their code), other objects by their class.
 
     >>> described(functools.partial(max, default=1.0))
     {'call': 'builtins.max', 'bound': [{'default': 1.0}]}
@@ -70,7 +69,7 @@ def described(value: Any) -> Any:
 
 
 def short(function: Any) -> str:
-    """A function in a line: its name, and a digest of what is bound to it."""
+    """Describe a function in one line: its name, and a digest of what is bound to it."""
     known = described(function)
     if isinstance(known, str):
         return known
@@ -84,7 +83,7 @@ def _described(value: Any, inside: tuple[int, ...]) -> Any:
         return value
     if isinstance(value, float):
         return value if np.isfinite(value) else str(value)
-    if id(value) in inside:  # a function that calls itself
+    if id(value) in inside:  # a recursive function
         return "..."
     go = functools.partial(_described, inside=(*inside, id(value)))
     if isinstance(value, type):
@@ -113,7 +112,7 @@ def _described(value: Any, inside: tuple[int, ...]) -> Any:
         )
     if isinstance(value, types.MethodType):
         return _call(_name(value), [go(value.__self__)])
-    # under jit
+    # a traced array under jit
     if (
         callable(value)
         and not isinstance(value, types.FunctionType)
@@ -123,7 +122,7 @@ def _described(value: Any, inside: tuple[int, ...]) -> Any:
     if isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         bound = {name: go(_content(cell)) for name, cell in cells}
-        # of a lambda or a function in another one defaults are settings, too
+        # the defaults of a lambda or a nested function are settings too
         inner = "<" in value.__qualname__
         defaults = (
             [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()] if inner else []
@@ -145,5 +144,5 @@ def _name(function: Any) -> str:
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:  # the cell is still empty
         return None

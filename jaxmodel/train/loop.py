@@ -1,4 +1,4 @@
-"""`fit`: the loop around a step. Short, to be copied and changed where it does not serve."""
+"""`fit`: the loop around a step. It is short, to be copied and changed where it does not fit."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ from jaxmodel.train.state import TrainState, averaged
 from jaxmodel.train.step import Augment, check_optimizer
 
 AHEAD = 2
-"""Steps that may wait on the devices: more would only hold batches, fewer would let the devices
-wait for the host.
+"""The number of steps that may be queued on the devices.
+
+More would only hold batches in memory; fewer would let the devices wait for the host.
 """
 
 type Row = dict[str, Any]
@@ -70,51 +71,62 @@ def fit(
     """Train a model on data.
 
     Args:
-      model: what is trained; its `rules` place it on the mesh. Of a bundle its model, from its
-        parameters on.
+      model: the model to train; its `rules` place it on the mesh. For a bundle, its model is
+        trained from its parameters on.
       data: batches by step, such as a `data.Stream`; or a dict of arrays `[N, ...]`, a pair
-        `(x, y)` of them, rows such as a `data.ImageFolder`, a list of batches, an iterable of them
-        such as a DataLoader (which cannot be wound to where a run was broken, so it takes no
+        `(x, y)` of them, rows such as a `data.ImageFolder`, a list of batches, or an iterable of
+        batches such as a DataLoader (which cannot be moved to where a run stopped, so it allows no
         checkpoints); see `data.given.as_batches`.
       config: see `TrainConfig`.
       callbacks: each is called with every row of the history.
-      params: to start from; default fresh ones from the seed.
-      state: to go on from, up to `config.steps` steps in all; it stays usable. The result is that
-        of a run without a stop.
-      heldout: the data of the held-out loss, likewise. Of data with a `count`, such as a `Stream`,
-        each row is judged once, or the first `config.eval_rows`; of data without an end the first
-        `config.eval_batches` batches.
-      batch_size: rows in a batch of arrays; None for 32. A stream has its own.
+      params: parameters to start from; None for fresh ones from the seed.
+      state: a state to continue from, up to `config.steps` steps in all; it stays usable. The
+        result is that of an uninterrupted run.
+      heldout: the data of the held-out loss, in the same forms. For data with a `count`, such as a
+        `Stream`, each row (or each of the first `config.eval_rows`) is evaluated once; for data
+        without an end, the first `config.eval_batches` batches are.
+      batch_size: the number of rows in a batch of arrays; None for 32. A stream has its own.
       mesh: None for one device.
-      loss: see `jaxmodel.losses`; a function of yours may return the mean over the rows alone. None
-        for what the batch holds: `classification` of `labels`, `next_token` of `targets` that are
-        whole numbers, `regression()` of others.
-      optimizer: default `make_optimizer(config)`.
-      augment: changes batches in training, see `jaxmodel.data.augment`.
+      loss: see `jaxmodel.losses`; your own function may return only the mean over the rows. None
+        chooses by what the batch holds: `classification` for `labels`, `next_token` for integer
+        `targets`, `regression()` for others.
+      optimizer: an optax transformation; None for `make_optimizer(config)`.
+      augment: a function that changes batches in training; see `jaxmodel.data.augment`.
       gradients: see `make_step`.
-      checkpoints: where states are saved, as the config says, and from where a run that was broken
-        goes on: a folder, a place such as gs:// or s3://, or `Checkpoints` with settings. They are
-        of this run alone: its config, loss, optimiser and data and the params that were given are
-        written down with them, and another run that is started there is refused, with what differs.
-      supervisor: see `Supervisor`; where it stops the run, the state is saved and returned as it
-        is.
+      checkpoints: where states are saved, as the config says, and from where an interrupted run
+        continues: a folder, a remote place such as gs:// or s3://, or `Checkpoints` with settings.
+        They belong to this run: its config, loss, optimiser, data and given params are stored with
+        them, and another run that is started there is refused, with what differs.
+      supervisor: see `Supervisor`; if it stops the run, the state is saved and returned as it is.
 
     Returns:
-      The last state (with early stopping: with its best parameters) and the history of the whole
-      run, also of the part before a restart from checkpoints: rows with step, data_step (the number
-      of its batch), loss, grad_norm, learning_rate, the other metrics of the loss,
-      tokens_per_second and mfu (rows_per_second where batches have no tokens), data_wait (the share
-      of time spent waiting for data), bad (steps left out since the row before), seconds, and where
-      they were taken heldout_loss and the held-out metrics. The statistics of batch norms, those of
-      a Flax module too, are measured on the first 1,024 rows of the stream before each held-out
-      loss and at the end, at the cost of their forward pass (see `set_batch_statistics`); where
-      there is a moving average they are those of its weights.
+      The last state (with early stopping, that of the best parameters), and the history of the
+      whole run, including the part before a restart from checkpoints. The history is a list of
+      rows, dicts of Python ints and floats:
+
+      - step (int): the number of updates made.
+      - data_step (int): the index of the batch, from 0.
+      - loss (float): the training loss of that batch, in the unit of the loss (nats for a cross
+        entropy); its other metrics (float) stand beside it.
+      - grad_norm (float): the global L2 norm of the gradient before clipping.
+      - learning_rate (float): the rate of the update; absent if the optimiser was given.
+      - tokens_per_second (float), or rows_per_second if batches have no tokens: the speed since
+        the row before, of all devices together.
+      - mfu (float): model FLOP utilisation, 0 to 1; absent if the peak is not known.
+      - data_wait (float): the share of the time that was spent waiting for data, 0 to 1.
+      - bad (int): the number of skipped steps since the row before.
+      - seconds (float): the wall time since this call began to train.
+      - heldout_loss (float) and other held-out metrics: in rows with an evaluation.
+
+      The statistics of batch norms, also those of a Flax module, are measured on the first 1,024
+      rows of the stream before each evaluation and at the end, which costs a forward pass (see
+      `set_batch_statistics`); with a moving average, they are those of the averaged weights.
 
     Raises:
-      InputError: a batch or parameters that the mesh does not divide; tokens, targets or labels
-        that the model has not, in whatever batch; held-out images of other classes; data or a loss
-        that are no such; a state or a checkpoint of another config, a checkpoint of other data; bad
-        steps, as `config.on_bad_step` says.
+      InputError: the mesh does not divide a batch or the parameters; tokens, targets or labels, in
+        any batch, are not in the model's range; held-out images have other classes; `data` or
+        `loss` has a wrong form; a state or a checkpoint belongs to another config, or a checkpoint
+        to other data; there are bad steps and `config.on_bad_step` says so.
     """
     if isinstance(model, Bundle):
         model, params = model.model, model.params if params is None else params
@@ -141,11 +153,11 @@ def fit(
     _check_judging(config, stream, heldout, checkpoints is not None)
     supervisor = supervisor or Supervisor()
     placed = Placed(stream, mesh)
-    most = flops.peak(model.policy.compute_dtype)  # measured on one device, so in front of the mesh
+    most = flops.peak(model.policy.compute_dtype)  # measured before the mesh is set
     with contextlib.ExitStack() as opened, program.on_mesh():
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
             checkpoints = Checkpoints(checkpoints)
-            opened.callback(checkpoints.close, raises=False)  # it has said what it could not save
+            opened.callback(checkpoints.close, raises=False)  # errors of saving were already raised
         if checkpoints is not None:
             identity = _identity(program, stream, heldout, params)
             resized = functools.partial(fingerprints, stream)
@@ -174,7 +186,7 @@ def fit(
 
 @dataclasses.dataclass
 class _Run:
-    """Where a run is: its state, its history, and what was begun and not looked at yet."""
+    """The progress of a run: its state, its history, and steps whose metrics were not read yet."""
 
     program: Program
     placed: Placed
@@ -182,7 +194,7 @@ class _Run:
     callbacks: Sequence[Callable[[Row], None]]
     checkpoints: Checkpoints | None
     supervisor: Supervisor
-    most: float | None  # operations in a second that the devices could do
+    most: float | None  # operations per second that the devices can do
     history: list[Row] = dataclasses.field(default_factory=list)
     unread: collections.deque[tuple[int, Any]] = dataclasses.field(
         default_factory=collections.deque
@@ -203,11 +215,11 @@ class _Run:
 
     @property
     def stream(self) -> Batches:
-        """The batches, before they are placed."""
+        """The batches, before they are placed on devices."""
         return self.placed.stream
 
     def begin(self, params: tree.Params | None, state: TrainState | None) -> None:
-        """Start anew, or go on from a state or from what the checkpoints hold."""
+        """Start anew, or continue from a state or from a checkpoint."""
         program = self.program
         config = self.program.config
         self.like = program.shapes(params)
@@ -251,11 +263,11 @@ class _Run:
             )
 
     def is_over(self) -> bool:
-        """Whether all steps were made, or somebody stopped it."""
+        """Whether all steps were made, or the run was stopped."""
         return self.i >= self.program.config.steps or self.stop or self.over
 
     def next_batch(self) -> dict[str, Any] | None:
-        """The batch of the next step; None where the data has ended, which is said."""
+        """Return the batch of the next step; None (and a message) if the data has ended."""
         with self.supervisor.spend("data", self.i), self.meter.waits():
             batch = next(self.feed, None)
         if batch is None:
@@ -270,7 +282,7 @@ class _Run:
         return batch
 
     def step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Begin a step. Its metrics may not be there yet."""
+        """Start a step; its metrics may not be available yet."""
         config = self.program.config
         model = self.program.model
         rows = self.stream.batch_size // self.placed.parts
@@ -287,7 +299,7 @@ class _Run:
         return metrics
 
     def went_back(self) -> bool:
-        """Answer the bad steps that were seen, and say whether the run is at an earlier step now."""
+        """Handle the bad steps found, and return whether the run is at an earlier step now."""
         self.meter.bad(len(self.bad))
         for number in self.bad:
             explain(self.program.model, self.stream, int(self.state.data_step) - (self.i - number))
@@ -307,12 +319,12 @@ class _Run:
         return True
 
     def measure_statistics(self) -> None:
-        """Set the statistics of batch norms, where the model has some."""
+        """Set the statistics of batch norms, if the model has some."""
         with self.supervisor.spend("evaluate", self.i):
             self.state = self.with_statistics(self.state)
 
     def row(self, metrics: dict[str, Any]) -> tuple[Row, float | None]:
-        """A row of the history, with the held-out loss where it is due, which is given beside it."""
+        """Return a row of the history, and the held-out loss if it is due."""
         config = self.program.config
         score = None
         used = (
@@ -332,7 +344,9 @@ class _Run:
                 if config.patience:
                     self.state = early.update(self.state, score)
                     self.over = early.over(self.state, config.patience)
-        if not self.history and row["grad_norm"] == 0:  # adapters that the model does not know?
+        if (
+            not self.history and row["grad_norm"] == 0
+        ):  # perhaps adapters that the model does not read
             print(
                 "jaxmodel: the gradient is zero: what trains has no part in the loss",
                 file=sys.stderr,
@@ -344,7 +358,7 @@ class _Run:
         return row, score
 
     def save(self, score: float | None = None) -> None:
-        """Save the state where that is due."""
+        """Save the state if that is due."""
         config = self.program.config
         checkpoints = self.checkpoints
         if checkpoints is None:
@@ -359,7 +373,7 @@ class _Run:
                 self.supervisor.ledger.at(self.i, saved=True)
 
     def finish(self) -> None:
-        """Save the last state, and give the best where the run may stop early."""
+        """Save the last state, and take the best parameters if the run may stop early."""
         if self.checkpoints is not None:
             with self.supervisor.spend("checkpoint", self.i):
                 self.checkpoints.save(
@@ -373,7 +387,7 @@ class _Run:
             self.state = self.with_statistics(early.best(self.state))
 
     def _compiled_with(self, batch: dict[str, Any]) -> Callable[[int, str], Any]:
-        """The step compiled with other micro-batches or another `remat`, to see what would fit."""
+        """Return a function that compiles the step with other micro-batches or `remat`."""
         program = self.program
         params = jax.eval_shape(lambda params: params, self.like.params)
 
@@ -391,8 +405,10 @@ class _Run:
 def _identity(
     program: Program, stream: Batches, heldout: Batches | None, params: tree.Params | None
 ) -> dict[str, Any]:
-    """What checkpoints are of: the program, the rows of a batch, the parameters that were given,
-    and what may end the run.
+    """Return what a checkpoint belongs to.
+
+    It is the program, the rows of a batch, the parameters that were given, and what may end the
+    run.
     """
     found = {**program.identity, "batch_size": stream.batch_size}
     if heldout is not None and program.config.patience:
@@ -407,9 +423,7 @@ def _identity(
 def _check_judging(
     config: TrainConfig, stream: Batches, heldout: Batches | None, saves: bool
 ) -> None:
-    """Refuse what could never stop a run, or could not go back, and held-out images of other
-    classes.
-    """
+    """Refuse a patience or rewinding that cannot work, and held-out images of other classes."""
     if config.patience and heldout is None:
         raise InputError(
             f"patience: {config.patience} given without held-out batches to be judged by"
@@ -423,8 +437,9 @@ def _check_judging(
 def _going_on(
     state: TrainState, like: TrainState, extra: Callable[[tree.Params], dict[str, Any]]
 ) -> TrainState:
-    """A copy of the state, since steps donate theirs, in the places of `like`, with what it has not
-    yet of `extra`.
+    """Return a copy of the state, placed like `like`, with the missing entries of `extra`.
+
+    It is a copy because steps donate their state.
     """
     given = dataclasses.replace(state, extra={**like.extra, **state.extra})
     if jax.tree.structure(given) != jax.tree.structure(like):
@@ -445,7 +460,7 @@ def _going_on(
 def _given(
     model: Model, data: Any, heldout: Any, config: TrainConfig, batch_size: int | None
 ) -> tuple[Batches, Batches | None]:
-    """What was given as batches, training and held out."""
+    """Return the training and held-out data as batches."""
     name = next(iter(model.inputs(1, 1)))
     stream = as_batches(data, input_name=name, batch_size=batch_size, seed=config.seed)
     if heldout is None:
@@ -456,7 +471,7 @@ def _given(
 
 
 def _check_passed(stream: Passed, saves: bool, state: TrainState | None) -> None:
-    """Refuse what an iterable cannot do: be wound to a batch, or give a process its own rows."""
+    """Refuse what an iterable cannot do: start at a batch, or give a process its own rows."""
     allowed = "a data.Stream, arrays, or a list of batches"
     if saves:
         raise InputError(
@@ -476,7 +491,7 @@ def _check_passed(stream: Passed, saves: bool, state: TrainState | None) -> None
 
 
 def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Iterator[Any]:
-    """The batches from a state on."""
+    """Return the batches from a state on."""
     first = int(state.data_step)
     if isinstance(placed.stream, Passed):
         return map(placed.batch, range(first, first + config.steps - int(state.step)))
@@ -484,9 +499,7 @@ def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Iterator[An
 
 
 def _read(unread: collections.deque[tuple[int, Any]], ahead: int) -> list[int]:
-    """Wait until all but `ahead` of the steps that were begun are through; those of them that were
-    bad.
-    """
+    """Wait until all but `ahead` of the queued steps are done, and return the bad ones."""
     bad = []
     while len(unread) > ahead:
         number, metrics = unread.popleft()

@@ -1,6 +1,4 @@
-"""What a step needs of a device's memory, and what would need less: the answer to running out of
-it.
-"""
+"""The device memory of a step, and which settings would need less when it runs out."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ type Compile = Callable[[int, str], Any]
 
 
 def needed(compiled: Any) -> int:
-    """Bytes of one device that a compiled program holds: arguments, results that do not take their
-    place, work space.
+    """Return the bytes on one device of a compiled program: arguments, results and work space.
+
+    Results that reuse the memory of an argument are not counted twice.
     """
     found = compiled.memory_analysis()
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -29,7 +28,7 @@ def needed(compiled: Any) -> int:
 
 
 def limit() -> int:
-    """Bytes that a device of this process has; of a CPU those of the machine."""
+    """Return the bytes of memory of a device of this process; for a CPU, of the machine."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -37,8 +36,9 @@ def limit() -> int:
 
 
 def candidates(accumulate: int, rows: int, remat: str) -> Iterator[tuple[int, str]]:
-    """Ways to need less, the cheapest in time first: more micro-batches, then blocks that are
-    computed again.
+    """Yield settings that need less memory, the cheapest in time first.
+
+    First come more micro-batches, then recomputing the blocks.
 
     >>> list(candidates(1, 4, "none"))
     [(2, 'none'), (4, 'none'), (1, 'full'), (2, 'full'), (4, 'full')]
@@ -51,7 +51,7 @@ def candidates(accumulate: int, rows: int, remat: str) -> Iterator[tuple[int, st
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What fits: `accumulate` micro-batches and the `remat` policy need `bytes` of a device."""
+    """Settings that fit: `accumulate` micro-batches and the policy `remat` need these `bytes`."""
 
     accumulate: int
     remat: str
@@ -61,14 +61,16 @@ class Fit:
 def what_fits(
     compile_with: Compile, accumulate: int, rows: int, remat: str, most: int
 ) -> Fit | None:
-    """The first of the candidates that fits, by what XLA says of the compiled step; nothing is run.
+    """Return the first candidate that fits.
+
+    XLA's analysis of the compiled step decides; nothing is run.
 
     Args:
-      compile_with: compiles the step.
-      accumulate: what was tried.
-      rows: of a batch on one device.
-      remat: what was tried.
-      most: bytes of a device.
+      compile_with: a function that compiles the step.
+      accumulate: the number of micro-batches that was tried.
+      rows: the number of rows of a batch on one device.
+      remat: the policy that was tried.
+      most: the bytes of a device.
     """
     for parts, policy in candidates(accumulate, rows, remat):
         if (bytes_ := needed(compile_with(parts, policy))) <= most:
@@ -78,13 +80,13 @@ def what_fits(
 
 @contextlib.contextmanager
 def explained(compile_with: Compile, accumulate: int, rows: int, remat: str) -> Iterator[None]:
-    """Turns running out of memory inside into an error for a person, with a way that fits.
+    """Turn running out of memory in the block into an error that names settings that fit.
 
     Args:
-      compile_with: compiles the step.
-      accumulate: micro-batches of the step that runs.
-      rows: of a batch on one device.
-      remat: policy of the step that runs.
+      compile_with: a function that compiles the step.
+      accumulate: the number of micro-batches of the step that runs.
+      rows: the number of rows of a batch on one device.
+      remat: the policy of the step that runs.
 
     Raises:
       InputError: the memory ran out.

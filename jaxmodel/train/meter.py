@@ -1,5 +1,6 @@
-"""What a row of the history says of speed: tokens a second, utilisation, the share of time that was
-spent waiting for data.
+"""The speed of a run in the rows of its history.
+
+It is tokens per second, utilisation, and the share of time spent waiting for data.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from jaxmodel.train import flops
 
 
 class Meter:
-    """Counts between two rows.
+    """Counters between two rows of the history.
 
     Args:
-      model: whose sizes give the operations of a token.
-      params: all of them.
-      most: operations in a second that the devices could do, see `flops.peak`; None leaves the
+      model: the model, whose sizes give the operations of a token.
+      params: all parameters.
+      most: the operations per second that the devices can do, see `flops.peak`; None leaves the
         utilisation out.
       trainable: which leaves train, see `tree.partition`.
     """
@@ -48,25 +49,26 @@ class Meter:
 
     @contextlib.contextmanager
     def waits(self) -> Iterator[None]:
-        """The time inside is a wait for data."""
+        """Count the time in the block as waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     def count(self, batch: dict[str, Any]) -> None:
-        """A step with this batch was begun."""
+        """Count a step that was started with this batch."""
         self.steps += 1
         self._unit = "tokens" if "tokens" in batch else "rows"
         self._length = batch["tokens"].shape[1] if "tokens" in batch else 0
         self._seen += batch["tokens"].size if "tokens" in batch else len(next(iter(batch.values())))
 
     def bad(self, steps: int) -> None:
-        """So many steps were left out."""
+        """Count skipped steps."""
         self._bad += steps
 
     def row(self, metrics: dict[str, Any], rate: float | None = None) -> dict[str, Any]:
-        """The metrics of the last step, its learning rate if known, and what was counted since the
-        row before.
+        """Return the metrics of the last step, its learning rate if known, and the counts.
+
+        The counts are those since the row before.
         """
         values = {
             name: float(value) for name, value in metrics.items() if name not in ("weight", "bad")
@@ -95,7 +97,7 @@ class Meter:
         return found
 
     def shown(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What of a row stands beside the bar."""
+        """Return what of a row is shown beside the progress bar."""
         kept = {"loss": row["loss"], f"{self._unit}/s": round(row[f"{self._unit}_per_second"])}
         if "mfu" in row:
             kept["mfu"] = f"{100 * row['mfu']:.1f}%"

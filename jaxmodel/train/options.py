@@ -1,5 +1,6 @@
-"""`TrainOptions`: the plain values of a `TrainConfig`; the command line shows them, so nothing
-heavy is imported here.
+"""`TrainOptions`: the plain values of a `TrainConfig`.
+
+The command line shows them, so this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -24,27 +25,26 @@ RANGES: dict[str, int | Range] = {
     **dict.fromkeys(("gamma", "top_k_fraction"), FACTOR),
     **dict.fromkeys(("b2", "ema_decay"), DECAY),
 }
-"""What each number of `TrainOptions` may be: the least whole number, or a range.
+"""The allowed values of the numbers of `TrainOptions`: the least integer, or a range.
 
-Names stand with their fields.
+The allowed names are given by the types of the fields.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """The part of `TrainConfig` that is plain values, and so at the same time options of
-    `jaxmodel train`.
+    """The plain values of `TrainConfig`, which are also options of `jaxmodel train`.
 
     Attributes:
-      steps: Updates of the weights. Epochs are steps times the rows of a batch, over the rows that
-        there are.
+      steps: Updates of the weights. The number of epochs is steps times the rows of a batch,
+        divided by the rows of the data.
       optimizer: One of adamw, adamw8 (its moments take 8 bits), sgd, lion, adafactor, muon.
       learning_rate: The rate at the peak of the schedule.
       warmup_steps: Updates over which the learning rate rises (at most half of them).
       schedule: Course of the learning rate after that: constant, step, cosine, wsd (stays, then
         falls), one_cycle, plateau (falls when the loss does not).
-      final_lr_fraction: The last rate as a share of the peak, for cosine, wsd and one_cycle; for plateau the
-        least.
+      final_lr_fraction: The last rate as a share of the peak, for cosine, wsd and one_cycle; the
+        least rate for plateau.
       stable_fraction: The share of the updates that wsd stays at the peak.
       step_size: Updates between two drops of step, 0 for a third of all; for plateau, those
         without a better loss until one.
@@ -53,19 +53,19 @@ class TrainOptions:
         and biases do not decay.
       max_grad_norm: Largest global norm of the gradient; 0 for no limit.
       b2: Decay of the mean of squared gradients, for the optimisers that keep one.
-      gradient_accumulation_steps: Micro-batches that each batch is cut into: the same gradient, with the memory of
-        one of them.
+      gradient_accumulation_steps: Micro-batches that each batch is cut into: the same gradient,
+        with the memory of one of them.
       pipeline: The order in which the stages of a mesh with `pipeline` work: gpipe (all forward
         passes first) or 1f1b (each backward pass as soon as it can).
-      gradient_compression: The sum of gradients over the data axis of a mesh: exact, int8, or top_k (only the
-        largest, with error feedback).
+      gradient_compression: The sum of gradients over the data axis of a mesh: exact, int8, or top_k
+        (only the largest, with error feedback).
       top_k_fraction: The share of the gradients that top_k exchanges in a step.
       ema_decay: Decay of a moving average of the weights, such as 0.999, which is then judged and
         kept; 0 for none.
       patience: Stop after so many held-out losses without a better one, and take the best weights;
         0 for never.
-      on_bad_step: The answer to a step whose loss or gradient is not finite or a spike: skip leaves it out,
-        rewind goes back to a checkpoint and past its batch, stop ends the run.
+      on_bad_step: The answer to a step whose loss or gradient is not finite or a spike: skip leaves
+        it out, rewind goes back to a checkpoint and past its batch, stop ends the run.
       spike: Standard deviations above the mean of the last 128 losses (or gradient norms) that make
         a spike; 0 for no check.
       seed: Seed of the initial weights and of each step's randomness.
@@ -77,7 +77,7 @@ class TrainOptions:
         end has one in any case.
 
     Raises:
-      InputError: a number out of range, or an unknown name.
+      InputError: a number is out of range, or a name is unknown.
     """
 
     steps: int = 200
@@ -110,7 +110,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():
             within(name, getattr(self, name), allowed)
-        if self.seed >= 2**32:  # JAX would cut it to 32 bits
+        if self.seed >= 2**32:  # JAX would truncate it to 32 bits
             raise InputError(f"seed: {self.seed!r} given; allowed: 0 to {2**32 - 1}")
         for name, names in _names().items():
             if getattr(self, name) not in names:
@@ -119,7 +119,7 @@ class TrainOptions:
 
 @functools.cache
 def _names() -> dict[str, tuple[str, ...]]:
-    """The names that each field allows which is one."""
+    """Return the allowed names of each field that takes one."""
     return {
         name: get_args(kind)
         for name, kind in get_type_hints(TrainOptions).items()

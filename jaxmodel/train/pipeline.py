@@ -1,16 +1,17 @@
-"""One forward, one backward (Narayanan et al., 2019): a pipeline that keeps no more than S
-micro-batches.
+"""One forward, one backward (Narayanan et al., 2019): a pipeline that keeps few micro-batches.
 
-GPipe (`layers.pipeline`, which a model runs by itself where the mesh has `pipeline`) ends all
-forward passes before the first backward pass begins, and so keeps something of all M micro-batches.
-Here the loss of a micro-batch is taken at the last stage as soon as it arrives there, and its
-gradient follows it back. Stage s runs micro-batch m forward in slot `2 m + s` and backward in slot
-`2 m + 2 S - 1 - s`; in every slot it does one or the other. Between the two it keeps what the stage
-was given, of at most S - s micro-batches, and computes the rest again.
+It keeps at most S of them, for S stages.
+
+GPipe (`layers.pipeline`, which a model runs by itself if the mesh has `pipeline`) finishes all
+forward passes before the first backward pass begins, so it keeps activations of all M
+micro-batches. Here the loss of a micro-batch is computed at the last stage as soon as it arrives,
+and its gradient travels back at once. Stage s runs micro-batch m forward in slot `2 m + s` and
+backward in slot `2 m + 2 S - 1 - s`; in every slot it does one or the other. In between it keeps
+the inputs of the stage, for at most S - s micro-batches, and computes the rest again.
 
 Bytes that a device sends on average are those of GPipe from stage to stage, `(S - 1)/S act` each
-way, where `act` has the few numbers of `aux` too. Only the batch itself is gathered, whose rows
-each stage has (integers, mostly); instead the gradients of what is outside of the layers
+way, where `act` includes the few numbers of `aux`. Only the batch itself, mostly integers, is
+gathered, so that each stage has its rows. The gradients of the parameters outside of the layers
 (embedding, head) are summed over the stages: `2 G_outside`. Over `data` all gradients are summed
 once, those of the layers as `2 G_layers / S`.
 """
@@ -40,35 +41,33 @@ AXIS = stages_of.AXIS
 
 type Payload = tuple[
     jax.Array, dict[str, jax.Array]
-]  # what goes from stage to stage: activations, and aux values so far
+]  # what passes from stage to stage: activations, and the aux values so far
 
 
 class _Begun(Exception):
-    """Stops a loss where it runs the model, with what it runs it on."""
+    """Raised to stop a loss where it runs the model; it holds the arguments."""
 
 
 def one_forward_one_backward(
     model: Model, loss: Loss, frozen: tree.Params | None = None
 ) -> GradientFn:
-    """The gradient function of a loss by this schedule, on a mesh with `pipeline`:
-    `run(trains, batch, rng)`.
+    """Return the gradient function of a loss by this schedule, on a mesh with `pipeline`.
 
-    The loss must be a mean over the `weight` in its metrics and run the model once. Losses and
-    gradients are then those of the whole batch; but a value that is no sum over rows (a load
-    balance) is that of each micro-batch, and so is all randomness.
+    It is `run(trains, batch, rng)`. The loss must be a mean over the `weight` in its metrics and
+    run the model once. Losses and gradients are then those of the whole batch, except that values
+    which are no sum over rows (a load balance) and all randomness are those of each micro-batch.
 
     Args:
-      model: what is trained: embedding, one segment of equal layers, head.
-      loss: see `jaxmodel.losses`. It may read the parameters outside of the layers only: no
-        penalties.
+      model: the model to train: embedding, one segment of equal layers, head.
+      loss: see `jaxmodel.losses`. It may only read parameters outside of the layers: no penalties.
       frozen: the parameters that do not train.
 
     Raises:
-      InputError: when called: no such mesh or model, sizes that do not divide, a loss that runs the
-        model twice or reads layers.
+      InputError: when called: the mesh or the model is not suitable, sizes cannot be divided
+        evenly, or the loss runs the model twice or reads layers.
 
     Returns:
-      What `jax.value_and_grad(..., has_aux=True)` of the loss gives.
+      What `jax.value_and_grad(..., has_aux=True)` of the loss returns.
     """
 
     def run(
@@ -139,8 +138,9 @@ def one_forward_one_backward(
 
 
 class _Elsewhere:
-    """What stands for the layers where the loss is taken: they are on all stages, so it must not
-    read them there.
+    """A placeholder for the parameters of the layers where the loss is computed.
+
+    They are spread over all stages, so the loss must not read them.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -164,8 +164,7 @@ def _check(model: Model, params: tree.Params, axes: Mapping[str, int]) -> None:
     if axes.get("tensor", 1) > 1 and (
         rows := [name for name in ("fsdp", "expert") if axes.get(name, 1) > 1]
     ):
-        # the embedding's and the loss's gathers, from what is cut over `tensor`, by ids cut over
-        # another axis
+        # the gathers of embedding and loss: tables split over `tensor`, ids split over another axis
         raise InputError(
             f"mesh: beside 'tensor', {rows[0]!r} ends in a failed assertion of XLA inside of this "
             f"schedule; use 'data', or GPipe"
@@ -185,7 +184,7 @@ def _check(model: Model, params: tree.Params, axes: Mapping[str, int]) -> None:
 
 @dataclasses.dataclass
 class _Schedule:
-    """What one stage does, inside of the `shard_map`."""
+    """The work of one stage, inside of the `shard_map`."""
 
     model: Model
     loss: Loss
@@ -194,7 +193,7 @@ class _Schedule:
     count: int
     data: tuple[str, ...]
     rng: Any
-    part: Any  # number of a micro-batch -> its batch
+    part: Any  # index of a micro-batch -> its batch
 
     def __post_init__(self) -> None:
         self.place = jax.lax.axis_index(AXIS).astype(jnp.int32)
@@ -208,8 +207,9 @@ class _Schedule:
     def begun(
         self, params: tree.Params, m: Any
     ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array], Any, bool]:
-        """What the loss runs the model on: the embedded inputs, context, aux, key, and whether it
-        trains.
+        """Return the arguments with which the loss runs the model.
+
+        They are the embedded inputs, context, aux, key, and whether it trains.
         """
 
         def hidden(
@@ -251,7 +251,7 @@ class _Schedule:
     def judged(
         self, trains: tree.Params, found: Payload, m: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss times its weight, which has the gradient, and all that is to be summed."""
+        """Return the loss times its weight, which has the gradient, and all values to be summed."""
         calls = []
 
         def hidden(*args: Any, **options: Any) -> Output:
@@ -298,9 +298,7 @@ class _Schedule:
     # ---------------------------------------------------------------------------------- all of them
 
     def run(self, trains: tree.Params) -> tuple[tree.Params, dict[str, jax.Array]]:
-        """The sums over the micro-batches of gradients times weight, and of all that the loss gives
-        times weight.
-        """
+        """Return the sums over micro-batches of weighted gradients and values of the loss."""
         nothing = self._payload(trains)
         shapes = jax.eval_shape(lambda: self.backward(trains, nothing, nothing, 0))
         kept = jax.tree.map(lambda a: jnp.zeros((self.stages, *a.shape), a.dtype), nothing)
@@ -354,7 +352,7 @@ class _Schedule:
             d_trains, d_given, sums = self.backward(trains, given, came_back, m)
             return kept, jax.tree.map(jnp.add, totals, (d_trains, sums)), nothing, d_given
 
-        # of all stages: what none does in this slot needs no program
+        # over all stages: what no stage does in this slot is left out of the program
         some_ahead, some_back = self._busy(slot)
         run = lambda kept, totals: (
             jax.lax.cond(is_back, backward, idle, kept, totals) if some_back else idle(kept, totals)
@@ -364,8 +362,9 @@ class _Schedule:
         )
 
     def _busy(self, slot: Any) -> tuple[bool, bool]:
-        """Whether any stage runs forward in a slot, and whether any runs backward; both, where its
-        number is traced.
+        """Return whether any stage runs forward in a slot, and whether any runs backward.
+
+        Both are true if the index of the slot is traced.
         """
         if not isinstance(slot, int):
             return True, True
@@ -376,14 +375,14 @@ class _Schedule:
         )
 
     def _hops(self, slot: int) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-        """Who has something to send ahead behind a slot, and who back."""
+        """Return which stages send ahead after a slot, and which send back."""
         busy = lambda twice: twice % 2 == 0 and 0 <= twice < 2 * self.count
         places = range(self.stages)
         ahead = tuple((s, s + 1) for s in places[:-1] if busy(slot - s))
         return ahead, tuple((s, s - 1) for s in places[1:] if busy(slot + s - 2 * self.stages + 1))
 
     def _payload(self, trains: tree.Params) -> Payload:
-        """Zeros of what goes from stage to stage."""
+        """Return zeros in the shape of what passes from stage to stage."""
         x = jax.eval_shape(lambda: self.begun(tree.combine(trains, self.frozen), 0)[0])
         zeros = jnp.zeros(x.shape, x.dtype)
         aux = jax.eval_shape(lambda: self.forward(trains, (zeros, {}), 0)[1])

@@ -1,4 +1,4 @@
-"""Where batches lie: rows over the batch axes of the mesh, each process with its own."""
+"""Placement of batches: rows over the batch axes of the mesh, each process with its own rows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from jaxmodel.sharding import BATCH_AXES
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placed:
-    """A stream whose batches lie on the devices of a mesh; of several processes each makes only its
-    own rows.
+    """A stream whose batches are placed on the devices of a mesh.
+
+    With several processes, each makes only its own rows.
 
     Attributes:
       stream: batches by step.
@@ -41,25 +42,25 @@ class Placed:
 
     @property
     def parts(self) -> int:
-        """Into how many parts the rows are cut."""
+        """The number of parts into which the rows are cut."""
         return _parts(self.mesh)
 
     @property
     def batch_size(self) -> int:
-        """Rows of the whole batch."""
+        """The number of rows of the whole batch."""
         return self.stream.batch_size
 
     @property
     def fingerprint(self) -> str:
-        """Of the stream."""
+        """The fingerprint of the stream."""
         return self.stream.fingerprint
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> dict[str, Any]:
-        """The batch of a step: on the devices of the mesh, without one in the host's memory.
+        """Return the batch of a step, on the devices of the mesh or, without one, in host memory.
 
-        One device gets it with the call that uses it, which takes a tenth of the host's time for
-        `device_put` and is as early, because steps are called ahead of their turn. With `rows` only
-        these, where there is one process.
+        A single device gets the batch with the call that uses it. That takes a tenth of the host
+        time of `device_put` and is just as early, because steps are queued ahead. With `rows` only
+        these rows are made, which works with one process.
         """
         if self.mesh is None:
             return dict(self.stream.batch(step, rows))
@@ -77,7 +78,7 @@ class Placed:
 
 
 def rows_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    """Where a batch's rows lie on a mesh: over all of its batch axes."""
+    """Return the sharding of a batch's rows on a mesh: over all of its batch axes."""
     return jax.sharding.NamedSharding(mesh, jax.P(_axes(mesh)))
 
 
@@ -85,7 +86,7 @@ def check_rows(rows: int, mesh: jax.sharding.Mesh | None) -> None:
     """Refuse rows that do not divide over the batch axes of a mesh.
 
     Raises:
-      InputError: says what would.
+      InputError: the rows cannot be divided; the message names numbers that can.
     """
     devices = _parts(mesh)
     if rows % devices:
@@ -106,11 +107,12 @@ def _parts(mesh: jax.sharding.Mesh | None) -> int:
 
 
 def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> None:
-    """Refuse what would only make every loss NaN: tokens that the vocabulary has not, and more than
-    there are positions; and what is no array of numbers.
+    """Refuse a batch that would make every loss NaN, or that is not numeric.
+
+    Checked are tokens outside of the vocabulary and rows longer than the positions.
 
     Raises:
-      InputError: names them.
+      InputError: the batch is not usable; the message says why.
     """
     for name, a in batch.items():
         if np.dtype(a.dtype).kind in "OSUMm":
@@ -134,17 +136,18 @@ def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> 
 
 
 def explain(model: Model, stream: Batches, step: int, what: str = "data") -> None:
-    """Refuse the batch of a step whose loss is not finite, if that is its fault: a label, a target
-    or a token that the model has not. Asked of such batches alone, so that good ones cost nothing.
+    """Refuse a batch whose loss is not finite, if a label, target or token is out of range.
+
+    It is called only for such batches, so good ones cost nothing.
 
     Args:
-      model: its vocabulary, or the width of its logits, says what is allowed.
+      model: the model, whose vocabulary or logits determine the allowed range.
       stream: batches by step.
-      step: of the batch.
-      what: the argument that the batch came by.
+      step: the step of the batch.
+      what: the name of the argument that held the batch.
 
     Raises:
-      InputError: names the row, the value and what is allowed.
+      InputError: a value is out of range; the message names row, value and what is allowed.
     """
     batch = stream.batch(step)
     for name in ("tokens", "targets", "labels"):
@@ -169,7 +172,7 @@ def explain(model: Model, stream: Batches, step: int, what: str = "data") -> Non
 
 
 def _limit(model: Model, name: str) -> int | None:
-    """How many different values a model knows."""
+    """Return the number of different values that a model knows."""
     if name != "labels":
         return getattr(model.config, "vocab", None)
 
@@ -181,7 +184,7 @@ def _limit(model: Model, name: str) -> int | None:
 
 
 def _local(a: Any) -> list[np.ndarray]:
-    """What of an array is here."""
+    """Return the parts of an array that are on this process."""
     return (
         [np.asarray(part.data) for part in a.addressable_shards]
         if isinstance(a, jax.Array)
@@ -190,13 +193,13 @@ def _local(a: Any) -> list[np.ndarray]:
 
 
 def gather(params: tree.Params) -> tree.Params:
-    """Parameters with all of their arrays whole on the first device of every process."""
+    """Return parameters with all arrays whole on the first device of every process."""
     tree.check(params)
     return whole(params)
 
 
 def whole(arrays: Any) -> Any:
-    """The same of any pytree of arrays."""
+    """Gather the arrays of any pytree, as `gather` does."""
 
     def one(a: jax.Array) -> jax.Array:
         if not a.is_fully_addressable and not a.is_fully_replicated:
@@ -212,8 +215,9 @@ def whole(arrays: Any) -> Any:
 
 
 def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
-    """What the bits of a run depend on besides its config: mesh, processes, devices, processors,
-    jaxlib.
+    """Return what the bits of a run depend on besides its config.
+
+    That is the mesh, processes, devices, processors and jaxlib.
     """
     known = versions()
     return {
@@ -225,9 +229,9 @@ def environment(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
 
 
 def local_rows(where: jax.sharding.Sharding, rows: int) -> list[tuple[int, int]]:
-    """The rows of a batch that the devices of this process hold: first and behind the last of each
-    part. On a TPU slice, where a mesh follows the wires, those of a host need not be next to each
-    other.
+    """Return the rows of a batch that the devices of this process hold, as ranges (start, stop).
+
+    On a TPU slice, where a mesh follows the interconnect, they need not be adjacent.
     """
     indices = where.addressable_devices_indices_map((rows,)).values()
     return sorted({index[0].indices(rows)[:2] for index in indices if index is not None})

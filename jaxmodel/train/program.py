@@ -1,13 +1,13 @@
-"""`Program`: what a training run computes, made once and used by whoever trains.
+"""`Program`: what a training run computes, built once and used by every caller.
 
     program = Program(model, TrainConfig(steps=100), loss=next_token)
     state = program.init()
     for i in range(100):
         state, metrics = program.step(state, program.place(stream.batch(i)))
 
-A guard, a moving average or an exchange of gradients has a part in the state and a part in the
-step. Both come from one record here, so neither can lack what the other has. `fit`, `find_lr` and a
-plan of what a step costs are callers of it like any other.
+A guard, a moving average or gradient compression has a part in the state and a part in the step.
+Both are made from one record here, so neither can lack what the other has. `fit`, `find_lr` and the
+planning of a step are callers like any other.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class Program:
     """A model, and how it is trained.
 
     Attributes:
-      model: what is trained.
+      model: the model to train.
       config: see `TrainConfig`.
       loss: see `jaxmodel.losses`.
       optimizer: an optax transformation over what trains; None for the one that the config
         describes.
       mesh: None for one device.
       augment: `(key, batch) -> batch`, in training; see `jaxmodel.data.augment`.
-      gradients: makes the gradient function of the objective.
+      gradients: a function that makes the gradient function of the objective.
 
     Raises:
-      InputError: a model, a loss or an optimiser that is none.
+      InputError: the model, the loss or the optimiser has the wrong type.
     """
 
     model: Model
@@ -76,12 +76,13 @@ class Program:
     # ------------------------------------------------------------------------------- pure functions
 
     def start(self, key: jax.Array, params: tree.Params | None = None) -> TrainState:
-        """Make the state before the first step: pure, to be mapped over keys or traced for its
-        shapes.
+        """Make the state before the first step.
+
+        It is pure, so it can be mapped over keys or traced for its shapes.
 
         Args:
-          key: of fresh parameters.
-          params: to start from instead.
+          key: the random key of fresh parameters.
+          params: parameters to start from instead.
         """
         c = self.config
         params = split_by(c, self.model.init(key) if params is None else params)
@@ -96,7 +97,7 @@ class Program:
 
     @functools.cached_property
     def update(self) -> Step:
-        """`(state, batch) -> (state, metrics)`: one step, pure."""
+        """The pure step `(state, batch) -> (state, metrics)`."""
         c = self.config
         options: dict[str, Any] = {
             "seed": c.seed,
@@ -117,8 +118,8 @@ class Program:
         """Make the state before the first step, on the mesh.
 
         Args:
-          key: of fresh parameters; None for that of `config.seed`.
-          params: to start from, which stay usable.
+          key: the random key of fresh parameters; None for that of `config.seed`.
+          params: parameters to start from, which stay usable.
         """
         if params is not None:
             check_params(self.model, params)
@@ -132,18 +133,19 @@ class Program:
     def step(
         self, state: TrainState, batch: Mapping[str, Any]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Make one step. The state that is given is used up.
+        """Make one step; the given state is donated and cannot be used again.
 
         Returns:
-          The next state, and the metrics of the loss with `loss`, `grad_norm` and `bad` (1 for a
-          step that was left out), float32 scalars.
+          The next state, and float32 scalars: the metrics of the loss, `loss`, `grad_norm` and
+          `bad` (1 for a skipped step).
         """
         with self.on_mesh():
             return self._compiled_for(state)(state, batch)
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Put a batch on the mesh, rows over its batch axes. Of several processes each takes its
-        rows of the whole batch.
+        """Place a batch on the mesh, rows over its batch axes.
+
+        With several processes, each takes its rows of the whole batch.
 
         Raises:
           InputError: rows that do not divide over the mesh.
@@ -183,8 +185,7 @@ class Program:
             return self._jitted(state).lower(state, given).compile()
 
     def rehearse(self, batch: Mapping[str, Any], params: tree.Params | None = None) -> None:
-        """Trace a step on shapes alone, so that what does not fit is known before anything is read,
-        made or compiled.
+        """Trace a step on shapes alone, to find misfits before anything is read, made or compiled.
 
         Args:
           batch: of a whole batch the arrays, or their shapes and dtypes.
@@ -197,7 +198,8 @@ class Program:
 
         >>> from jaxmodel.models import gpt2
         >>> from jaxmodel.losses import next_token
-        >>> program = Program(gpt2.model(gpt2.SIZES["tiny"]), TrainConfig(gradient_accumulation_steps=3), loss=next_token)
+        >>> config = TrainConfig(gradient_accumulation_steps=3)
+        >>> program = Program(gpt2.model(gpt2.SIZES["tiny"]), config, loss=next_token)
         >>> tokens = jax.ShapeDtypeStruct((4, 8), "int32")
         >>> try:
         ...     program.rehearse({"tokens": tokens, "targets": tokens})
@@ -212,8 +214,8 @@ class Program:
             jax.eval_shape(self.update, state, given)
 
     def shapes(self, params: tree.Params | None = None) -> TrainState:
-        """The state as `jax.ShapeDtypeStruct`s, each with its place."""
-        key = jax.random.key(0)  # made on a device that is here
+        """Return the state as `jax.ShapeDtypeStruct`s with their shardings."""
+        key = jax.random.key(0)  # made on a local device
         with self.on_mesh():
             shapes = jax.eval_shape(self._start, key, params)
         if self.mesh is None:
@@ -226,14 +228,14 @@ class Program:
         )
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which the mesh is the one in use."""
+        """Return a context in which the program's mesh is in use."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     # ----------------------------------------------------------------------------------- what it is
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """The plain values that a run is a function of, besides its data and where it begins."""
+        """The plain values that determine a run, besides its data and its start."""
         named: dict[str, Any] = {
             "loss": self.loss,
             "optimizer": self.optimizer,
@@ -244,7 +246,7 @@ class Program:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What the bits of a run depend on besides: mesh, processes, devices, processors, jaxlib."""
+        """What else the bits of a run depend on: mesh, processes, devices, processors, jaxlib."""
         return placing.environment(self.mesh)
 
     @functools.cached_property
@@ -257,8 +259,9 @@ class Program:
 
     @functools.cached_property
     def _start(self) -> Callable[..., TrainState]:
-        """`start`, one object for all calls: of a method that is taken anew each time JAX would
-        forget what it has traced.
+        """The method `start` as one object for all calls.
+
+        A method that is looked up anew each time would be traced anew by JAX.
         """
         return self.start
 
@@ -279,8 +282,9 @@ class Program:
         return {}
 
     def _compiled_for(self, state: TrainState) -> Any:
-        """The jitted step of states of this structure, whose places are those of the state that
-        came first.
+        """Return the jitted step for states of this structure.
+
+        Its shardings are those of the first state with the structure.
         """
         structure = jax.tree.structure(state)
         if structure not in self._steps:

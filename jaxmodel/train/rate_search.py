@@ -1,4 +1,4 @@
-"""Which learning rate to train with: a short run whose rate grows until the loss does."""
+"""The learning-rate range test: a short run whose rate grows until the loss does."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from jaxmodel.train.program import Program
 @briefly
 @dataclasses.dataclass(frozen=True, eq=False)
 class RateSearch:
-    """What `find_lr` finds.
+    """The result of `find_lr`.
 
     Attributes:
-      rates: `[N]`, of the updates made, growing; N is smaller than asked where the loss diverged.
-      losses: `[N]`, of the batch before each update.
-      smoothed: `[N]`, their average with weights `smoothing^|i - j|`, which goes to both sides, so
-        that it does not lag behind.
+      rates: `[N]`, the growing rates of the updates; N is smaller than asked if the loss diverged.
+      losses: `[N]`, the loss of the batch before each update.
+      smoothed: `[N]`, the losses averaged in both directions with weights `smoothing^|i - j|`, so
+        that the average does not lag behind.
       suggestion: the rate at which `smoothed` falls most steeply over the logarithm of the rate;
-        None where it never falls.
+        None if it never falls.
     """
 
     rates: Float[np.ndarray, " N"]
@@ -48,16 +48,16 @@ class RateSearch:
     suggestion: float | None
 
     def _repr_svg_(self) -> str | None:
-        with contextlib.suppress(InputError):  # the package that draws is missing
+        with contextlib.suppress(InputError):  # matplotlib is missing
             return self.plot()._repr_svg_()
         return None
 
     def plot(self, fmt: str = "svg") -> plot.Picture:
-        """The losses over the rates, with the suggestion; `fmt` is svg or png.
+        """Plot the losses over the rates, with the suggestion; `fmt` is svg or png.
 
-        Where they explode the axis ends.
+        The axis ends where the losses explode.
         """
-        # beyond it nothing is to be seen but that it diverges
+        # beyond this the plot would only show that the loss diverges
         most = 1.5 * max(self.losses[0], self.smoothed[0])
         series = {
             name: (self.rates, np.where(loss <= most, loss, np.nan))
@@ -88,41 +88,42 @@ def find_lr(
     trainable: tree.Rules | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RateSearch:
-    """Train for some steps at `low (high / low)^(i / (steps - 1))` and see where the loss falls
-    most steeply (Smith, 2017).
+    """Train with a growing rate and find where the loss falls most steeply (Smith, 2017).
 
-    One step is compiled and run on the batches 0, 1, 2, ... of the stream. Params that are given
-    stay as they are.
+    The rate of step i is `low (high / low)^(i / (steps - 1))`. One step is compiled and run on the
+    batches 0, 1, 2, ... of the stream. Given params are not changed.
 
     Args:
-      model: what is to be trained.
-      data: batches by step, or arrays and the like, as `fit` takes them.
-      loss: see `jaxmodel.losses`; None for what the batch holds, as in `fit`.
-      params: to start from; None for fresh ones from the seed.
-      optimizer: rate -> optimiser; the rate that is good for one is not for another.
+      model: the model to be trained.
+      data: batches by step, arrays, or other forms that `fit` takes.
+      loss: see `jaxmodel.losses`; None chooses by what the batch holds, as in `fit`.
+      params: parameters to start from; None for fresh ones from the seed.
+      optimizer: a function rate -> optimiser; each optimiser needs its own rate.
       low: the first rate.
       high: the last rate.
-      steps: at most so many updates, at least 8.
-      smoothing: of the averages, from 0 to below 1.
-      diverged: the search ends where the moving average of the losses is above so many times its
-        least, or a loss not finite.
-      seed: of the params and of each step's randomness.
+      steps: the largest number of updates, at least 8.
+      smoothing: the factor of the averages, from 0 to below 1.
+      diverged: the search ends when the moving average of the losses exceeds its minimum by this
+        factor, or a loss is not finite.
+      seed: the seed of the params and of each step's randomness.
       trainable: rules, path -> bool; see `tree.partition`.
       mesh: None for one device.
 
     Returns:
-      See `RateSearch`. The suggestion is that of a steep place, so it is on the safe side of the
-      largest good rate.
+      See `RateSearch`. The suggestion is where the loss is steepest, so it is on the safe side of
+      the largest good rate.
 
     Raises:
-      InputError: rates that do not grow, a setting out of range, or a batch that the mesh does not
-        divide.
+      InputError: the rates do not grow, a setting is out of range, or the mesh does not divide a
+        batch.
 
     >>> from jaxmodel import data
     >>> from jaxmodel.models import mlp
     >>> from jaxmodel.losses import classification
-    >>> stream = data.Stream({"features": np.eye(4, dtype=np.float32), "labels": np.arange(4)}, batch_size=4)
-    >>> found = find_lr(mlp.model(mlp.Config(4, (8,), 4)), stream, classification, steps=20, low=1e-4, high=0.3)
+    >>> arrays = {"features": np.eye(4, dtype=np.float32), "labels": np.arange(4)}
+    >>> stream = data.Stream(arrays, batch_size=4)
+    >>> model = mlp.model(mlp.Config(4, (8,), 4))
+    >>> found = find_lr(model, stream, classification, steps=20, low=1e-4, high=0.3)
     >>> bool(found.losses[-1] < found.losses[0]), found.suggestion in found.rates
     (True, True)
     """
@@ -152,7 +153,7 @@ def find_lr(
         average = smoothing * average + (1 - smoothing) * value
         now = average / (1 - smoothing ** (i + 1))
         least = min(least, now)
-        if i and not now <= diverged * abs(least):  # not a number is not below either
+        if i and not now <= diverged * abs(least):  # written so that NaN ends the search too
             break
         losses.append(value)
     rates = np.geomspace(low, high, steps)[: len(losses)]
@@ -162,8 +163,9 @@ def find_lr(
 
 
 def steepest(rates: Float[np.ndarray, " N"], losses: Float[np.ndarray, " N"]) -> float | None:
-    """The rate at which losses fall most steeply over the logarithm of the rate, not behind their
-    least; None where they do not.
+    """Return the rate at which losses fall most steeply over the logarithm of the rate.
+
+    Rates after the minimum are not considered. None if the losses do not fall.
 
     >>> steepest(np.array([1e-3, 1e-2, 1e-1, 1.0]), np.array([4.0, 3.9, 2.0, 9.0]))
     0.01

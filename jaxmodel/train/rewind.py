@@ -1,5 +1,6 @@
-"""What the loop does about bad steps, which the step itself has left out: nothing more, an error,
-or back to a checkpoint.
+"""The loop's answer to bad steps, which the step itself has skipped.
+
+It is to go on, to raise an error, or to go back to a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,16 +19,14 @@ from jaxmodel.train.state import TrainState
 
 POLICIES = ("skip", "rewind", "stop")
 MOST_BAD = 50
-"""Steps in a row that may be bad before a run that skips them gives up, and times that one may go
-back to the same step.
-"""
+"""The limit of bad steps in a row before a run gives up, and of returns to the same step."""
 
 
 class BadSteps:
-    """What bad steps lead to, by `config.on_bad_step`: "skip", "stop" or "rewind".
+    """The consequences of bad steps, by `config.on_bad_step`: "skip", "stop" or "rewind".
 
     Raises:
-      InputError: another policy.
+      InputError: the policy is unknown.
     """
 
     def __init__(self, policy: str) -> None:
@@ -40,10 +39,10 @@ class BadSteps:
         self._first = 0
 
     def rewind_to(self, bad: Iterable[int], i: int, checkpoints: Checkpoints | None) -> int | None:
-        """The step to go back to, or None to go on.
+        """Return the step to go back to, or None to go on.
 
         Raises:
-          InputError: the policy is to stop, or there is no end of bad steps.
+          InputError: the policy is to stop, or there are too many bad steps.
         """
         for number in bad:
             self._row = self._row + 1 if number == self._last + 1 else 1
@@ -51,8 +50,8 @@ class BadSteps:
             what = f"the loss or the gradient of step {number + 1} is not finite or a spike"
             if self._policy == "stop":
                 raise InputError(
-                    f"{what}; allowed: --on-bad-step skip or --on-bad-step rewind to go on, or a smaller learning "
-                    f"rate"
+                    f"{what}; allowed: --on-bad-step skip or --on-bad-step rewind to go on, or a "
+                    f"smaller learning rate"
                 )
             if self._row >= MOST_BAD:
                 raise InputError(

@@ -24,17 +24,17 @@ from jaxmodel.train.exchange import Exchange, residual_shardings
 
 @register
 class TrainState:
-    """A pytree; with the seed and the data it determines the rest of the run.
+    """The state of a training run, a pytree; with the seed and the data it determines the rest.
 
     Attributes:
-      step: int32, updates made.
-      data_step: int32, the number of the next batch; apart from `step`, so that a run can move past
-        bad data. Its rows begin with row `data_step * batch_size + first_row` of the stream, by two
-        int32 of `extra` that `fit` keeps: `batch_size`, and `first_row`, which is 0 unless the
-        batch size was changed on the way (see `data.Shifted`).
-      params: the whole tree, what trains and what is frozen.
-      opt_state: the optimiser's, of the part that trains.
-      extra: named pytrees that ride along (averages, the best so far).
+      step: int32, the number of updates made.
+      data_step: int32, the index of the next batch; it is separate from `step`, so that a run can
+        skip bad data. The batch begins with row `data_step * batch_size + first_row` of the stream,
+        by two int32 of `extra` that `fit` keeps: `batch_size`, and `first_row`, which is 0 unless
+        the batch size was changed during the run (see `data.Shifted`).
+      params: the whole tree, trained and frozen.
+      opt_state: the state of the optimiser, for the part that trains.
+      extra: further named pytrees (averages, the best so far).
     """
 
     step: Any
@@ -52,7 +52,7 @@ class TrainState:
         return card("TrainState", self._facts())
 
     def _facts(self) -> dict[str, Any]:
-        """From shapes alone; of the counters the number where it is there already."""
+        """Return facts from shapes alone; for counters, their value if it is available."""
         leaves = tree.flatten(self.params) if isinstance(self.params, dict) else {}
         known = [leaf for leaf in leaves.values() if hasattr(leaf, "shape")]
         facts: dict[str, Any] = {
@@ -69,7 +69,7 @@ class TrainState:
 
 
 def _number(counter: Any) -> Any:
-    """A counter, unless it would have to be waited for."""
+    """Return a counter, unless its value would have to be waited for."""
     if (
         isinstance(counter, jax.Array)
         and not isinstance(counter, Tracer)
@@ -90,17 +90,20 @@ def init_state(
     guard: Guard | None = None,
     exchange: Exchange | None = None,
 ) -> TrainState:
-    """The state before the first step.
+    """Make the state before the first step.
 
     Args:
-      params: the tree; split by `trainable` where its rules tell layers of a segment apart.
-      optimizer: any optax transformation; of weights in 16 bits it keeps float32 copies, see
+      params: the parameters; segments are split if rules of `trainable` treat their layers
+        differently.
+      optimizer: any optax transformation; for weights in 16 bits it keeps float32 copies, see
         `optim.masters`.
-      trainable: see `tree.partition`; None for all but what a foreign module keeps. Of a model with
-        other statistics: `axes.trainable(model.axes)`.
-      average: whether a moving average of what trains rides along, for `make_step(average=...)`.
-      guard: whose memory rides along, for `make_step(guard=...)`, which must be given the same.
-      exchange: whose memory rides along, for `make_step(exchange=...)`; made for the mesh in use.
+      trainable: see `tree.partition`; None for all but the state of a foreign module. For a model
+        with other statistics use `axes.trainable(model.axes)`.
+      average: whether the state holds a moving average of what trains, for
+        `make_step(average=...)`.
+      guard: the guard whose memory the state holds; `make_step(guard=...)` must be given the same.
+      exchange: the gradient compression whose residual the state holds, for
+        `make_step(exchange=...)`; it is made for the mesh in use.
     """
     tree.check(params)
     among = axes.trainable(axes.UNDECLARED) if trainable is None else trainable
@@ -108,8 +111,8 @@ def init_state(
     zero = jnp.zeros((), jnp.int32)
     extra: dict[str, Any] = {}
     if average:
-        # in float32, since a small step of it is none in bfloat16; buffers of their own, since a
-        # step donates both
+        # in float32, since bfloat16 would lose small steps; in separate buffers, since a step
+        # donates both
         extra["average"] = jax.tree.map(lambda a: jnp.array(a, jnp.float32), dense(trains))
     if guard is not None:
         extra["guard"] = guard.init()
@@ -121,8 +124,9 @@ def init_state(
 
 
 def averaged(state: TrainState) -> tree.Params:
-    """The parameters to judge and to keep: the moving average where the state has one, with what is
-    frozen, else `params`.
+    """Return the parameters to evaluate and to keep.
+
+    They are the moving average (and the frozen parameters) if the state has one, else `params`.
     """
     if "average" not in state.extra:
         return state.params
@@ -130,7 +134,7 @@ def averaged(state: TrainState) -> tree.Params:
 
 
 def replaced(params: tree.Params, new: tree.Params) -> tree.Params:
-    """The parameters with some of their leaves anew, arrays in the dtype of the old ones."""
+    """Replace some leaves of the parameters; new arrays get the dtypes of the old ones."""
     found = tree.flatten(new)
 
     def one(path: str, old: tree.Leaf) -> tree.Leaf:
@@ -141,8 +145,9 @@ def replaced(params: tree.Params, new: tree.Params) -> tree.Params:
 
 
 def state_shardings(state: TrainState, rules: tree.Rules, mesh: jax.sharding.Mesh) -> TrainState:
-    """Where each part of a state (of arrays or shape structs) lies: parameters by rules, the
-    optimiser's state beside them.
+    """Return the sharding of each part of a state (of arrays or shape structs).
+
+    Parameters are placed by rules, the optimiser's state like its parameters.
     """
     _, placed = sharding.shardings(rules, state.params, mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())

@@ -1,6 +1,4 @@
-"""`set_batch_statistics`: what batch norms normalise by in inference, measured on data; and the
-same of a run, for `fit`.
-"""
+"""`set_batch_statistics`: the statistics of batch norms for inference, measured on data."""
 
 from __future__ import annotations
 
@@ -29,11 +27,11 @@ from jaxmodel.train.state import TrainState, averaged
 type Batches = Iterable[Inputs | np.ndarray | Mapping[str, np.ndarray]]
 type Sums = dict[
     str, dict[str, Any]
-]  # path of a mean -> count, sum, square; of what a module keeps -> count, kept
+]  # path of a mean -> count, sum, square; path of a module's state -> count, kept
 
 ROWS = 1024
-"""Rows that `fit` measures statistics on."""
-_STATE = "state/"  # what a foreign module keeps stands there
+"""The number of rows that `fit` measures statistics on."""
+_STATE = "state/"  # the state of a foreign module is there
 
 
 def set_batch_statistics(
@@ -44,44 +42,47 @@ def set_batch_statistics(
     passes: int = 1,
     loss: Loss | None = None,
 ) -> tree.Params:
-    """`params` with the mean and the variance of every batch norm's input over all the data.
+    """Set the mean and variance of every batch norm to those of its input over all the data.
 
-    They are those of all rows together, whatever batches these come in: not an average that moves
-    while the weights do, and no state of the model (Wu & Johnson, 2021). Rows of `weights` 0 do not
-    count. Nothing is dropped meanwhile. What reaches a norm depends on how those in front of it
+    They are the statistics of all rows together, however these are batched: not an average that
+    moves while the weights do, and not a state of the model (Wu & Johnson, 2021). Rows with
+    `weights` 0 do not count. Dropout is off. What reaches a norm depends on how the norms before it
     normalise: in the first pass by each batch itself, as in training; in every further pass by the
-    statistics found so far. So one batch of all the data is exact at once, and with smaller ones
-    each pass makes another norm exact, from the first on.
+    statistics found so far. So one batch of all the data is exact at once; with smaller batches
+    each pass makes one more norm exact, beginning with the first.
 
-    A foreign module (`models.from_linen`, `models.from_nnx`) is run as in training, dropout and
-    all. Whatever of its state is a running average, `new = m old + (1 - m) batch`, becomes what the
-    average comes to: the mean over the batches, of a variance that of all rows together. Its own
-    norms tell which that is and their m, so no module needs to be known. Other state stays.
+    A foreign module (`models.from_linen`, `models.from_nnx`) is run as in training, with dropout.
+    Every running average in its state, `new = m old + (1 - m) batch`, is set to its limit: the mean
+    over the batches, or for a variance that of all rows together. Which leaves are averages, and
+    their m, is found by running the module, so no kind of module needs to be known. Other state
+    stays.
 
     Args:
-      model: with batch norms: leaves `X/mean` and `X/variance` that its axes call measured, or a
-        foreign module with state.
+      model: a model with batch norms (leaves `X/mean` and `X/variance` that its axes declare as
+        statistics), or a foreign module with state.
       params: its parameters.
       batches: inputs of `model.apply`, of one shape if possible (each shape compiles once); a list
         if there are several passes. Labels among them are not read, so a training stream serves:
         `(stream.batch(i) for i in range(20))`.
-      passes: over the batches; of a foreign module 1.
-      loss: shows the batches to the model, as it is held out; None for `model.apply`.
+      passes: the number of passes over the batches; 1 for a foreign module.
+      loss: a loss that runs the model on the batches, with `train=False`; None for `model.apply`.
 
     Returns:
-      The tree with other `mean` and `variance` leaves, where they lay.
+      The tree with new `mean` and `variance` leaves, with the same shardings.
 
     Raises:
-      InputError: no batch norm in the tree, no batches (or an iterator that is empty in the second
-        pass), a norm that is not used, or several passes of a foreign module.
+      InputError: there is no batch norm in the tree, there are no batches (or an iterator is empty
+        in the second pass), a norm is not used, or several passes are asked of a foreign module.
 
     >>> from jaxmodel.models import resnet
     >>> model = resnet.model(resnet.Config((1,), 2, classes=2, size=4, small=True))
     >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> pixels = jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
     >>> final = set_batch_statistics(model, params, [pixels])
-    >>> logits = jax.jit(lambda params, train: model.apply(params, pixels, train=train).logits, static_argnums=1)
-    >>> bool(jnp.allclose(logits(final, False), logits(params, True), atol=1e-4))  # as in training, of a batch of all data
+    >>> run = lambda params, train: model.apply(params, pixels, train=train).logits
+    >>> logits = jax.jit(run, static_argnums=1)
+    >>> # one batch of all data: the same as in training
+    >>> bool(jnp.allclose(logits(final, False), logits(params, True), atol=1e-4))
     True
     """
     at_least("passes", passes)
@@ -117,21 +118,20 @@ def set_batch_statistics(
 def of_run(
     model: Model, loss: Loss, stream: Stream, mesh: jax.sharding.Mesh | None, params: tree.Params
 ) -> Callable[[TrainState], TrainState]:
-    """`state -> state` with the statistics of its weights (of the moving average where it has one),
-    for `fit`.
+    """Return `state -> state` that sets the statistics of the state's weights, for `fit`.
 
-    They are measured on the same rows at every step, those of the first `ROWS` of the stream (or of
-    all, where it has fewer), as the loss shows them when it is held out: a pure function of the
-    weights and the stream, so that a run that is resumed or replayed has the same bits. It costs
-    their forward pass. Steps do not read statistics, so when they are set changes nothing else.
+    The weights are those of the moving average if the state has one. The statistics are measured on
+    the same rows at every step, the first `ROWS` of the stream (or all, if it has fewer), with the
+    loss as in evaluation: a pure function of weights and stream, so a run that is resumed or
+    replayed has the same bits. It costs a forward pass. Steps do not read statistics, so setting
+    them changes nothing else.
 
     Args:
-      model: what is trained.
-      loss: of the run.
-      stream: what it trains on.
-      mesh: where.
-      params: its parameters, or their shapes. Where nothing in them is measured, states stay as
-        they are.
+      model: the model.
+      loss: the loss of the run.
+      stream: the training data.
+      mesh: the mesh of the run.
+      params: the parameters, or their shapes. If they have no statistics, states are not changed.
     """
     norms = _norms(model, params)
     state = _state(params)
@@ -163,7 +163,7 @@ def of_run(
 
 
 def _norms(model: Model, params: tree.Params) -> tuple[str, ...]:
-    """The paths of the batch norms, as `layers.BatchNorm` names its statistics."""
+    """Return the paths of the batch norms, as `layers.BatchNorm` names its statistics."""
     trains = axes.trainable(model.axes)
     return tuple(
         path.removesuffix("/variance")
@@ -175,7 +175,7 @@ def _norms(model: Model, params: tree.Params) -> tuple[str, ...]:
 
 
 def _state(params: tree.Params) -> tuple[str, ...]:
-    """What of a foreign module's state may be an average."""
+    """Return the paths of a foreign module's state that may be averages."""
     leaves = tree.flatten(params).items()
     return tuple(
         path
@@ -185,7 +185,7 @@ def _state(params: tree.Params) -> tuple[str, ...]:
 
 
 def _shown(model: Model, loss: Loss | None, params: tree.Params, batch: Any) -> jax.Array:
-    """Something that depends on all that the model gives of a batch."""
+    """Return a value that depends on all outputs of the model for a batch."""
     if loss is not None:
         return loss(model, params, batch, None, train=False)[0]
     if isinstance(batch, Mapping) and jnp.ndim(batch.get("weights", 0)) == 1:
@@ -200,8 +200,9 @@ def _shown(model: Model, loss: Loss | None, params: tree.Params, batch: Any) -> 
 def _measure(
     model: Model, loss: Loss | None, norms: tuple[str, ...], own: bool
 ) -> Callable[[tree.Params, Any], Sums]:
-    """The sums of one batch, by the path of each norm: the gradient of zeros, as `compress.observe`
-    takes it.
+    """Return a function for the sums of one batch, by the path of each norm.
+
+    They are the gradient of zeros, as in `compress.observe`.
     """
 
     @jax.jit
@@ -232,12 +233,13 @@ def _of_norms(
     fresh: bool,
     number: int = 1,
 ) -> tree.Params:
-    """The params with the statistics of one pass; `fresh` where those that stand there are not
-    nearly right.
+    """Return the params with the statistics of one pass.
+
+    `fresh` says that the present statistics are not nearly right.
     """
     total = None
     for batch in batches:
-        # a first mean to take the sums around: see `ops.norms.Measured`
+        # a first mean, around which the sums are taken; see `ops.norms.Measured`
         if total is None and fresh:
             zeroed = _zeroed(params, norms)
             params = _with(params, _float64(measure(zeroed, batch)), zeroed)
@@ -251,9 +253,7 @@ def _of_norms(
 
 
 def _zeroed(params: tree.Params, norms: Iterable[str]) -> tree.Params:
-    """With means of zero, so that what is found does not depend, in its last bits, on what was
-    found before.
-    """
+    """Set the means to zero, so that no bit of the result depends on the old statistics."""
     means = {f"{norm}/mean" for norm in norms}
     return tree.map_leaves(
         lambda path, leaf: jnp.zeros_like(leaf) if path in means else leaf, params
@@ -283,7 +283,7 @@ def _with(
 def _keep(
     model: Model, loss: Loss | None, state: tuple[str, ...]
 ) -> Callable[[tree.Params, Any], Sums]:
-    """What the module keeps after a batch in training, times its rows."""
+    """Return a function for the module's state after a batch in training, times its rows."""
 
     @jax.jit
     def keep(params: tree.Params, batch: Any) -> Sums:
@@ -305,7 +305,7 @@ def _keep(
 def _of_module(
     keep: Callable[..., Sums], params: tree.Params, batches: Iterable[Any]
 ) -> tree.Params:
-    """The params with each running average as what it comes to."""
+    """Return the params with each running average set to its limit."""
     total: dict[str, Any] = {}
     factors: dict[str, float] = {}
     rows = 0.0
@@ -339,7 +339,7 @@ def _of_module(
 def _momenta(
     kept: Callable[[tree.Params], dict[str, Any]], params: tree.Params
 ) -> dict[str, float]:
-    """m of each running average: what it keeps of an old value, the same in all of its elements."""
+    """Return m of each running average: the share of the old value that it keeps everywhere."""
     paths = _state(params)
     before = kept(params)
     after = kept(_moved(params, paths))
@@ -354,7 +354,7 @@ def _momenta(
         for path, slope in slopes.items()
         if even(slope) and np.ptp(slope) < 1e-3 * (1 + np.abs(before[path]).max())
     }
-    # exact, whatever stood there
+    # exact, whatever the old values were
     low, high = (
         kept(_filled(params, sure, 0.0)),
         kept(_filled(params, sure, 1.0)),
@@ -377,16 +377,16 @@ def _filled(params: tree.Params, paths: Iterable[str], value: float) -> tree.Par
 
 
 def _mean_of(path: str) -> str:
-    """The mean beside a variance:
+    """Return the path of the mean that belongs to a variance.
 
-    `.../running_mean` of `.../running_var`; of other leaves nothing.
+    `.../running_mean` belongs to `.../running_var`; for other leaves it is empty.
     """
     parent, _, name = path.rpartition("/")
     return f"{parent}/{re.sub('variance|var', 'mean', name)}" if "var" in name else ""
 
 
 def _counting(batch: Any) -> Any:
-    """Without the rows of weight 0: the norms of a foreign module would count them."""
+    """Leave out the rows of weight 0, which the norms of a foreign module would count."""
     weights = batch.get("weights") if isinstance(batch, Mapping) else None
     if (
         weights is None
@@ -402,12 +402,12 @@ def _counting(batch: Any) -> Any:
 
 
 def _float64(sums: Sums) -> Mapping[str, Mapping[str, Any]]:
-    """On the host, where sums over many batches lose nothing."""
+    """Move sums to the host as float64, where sums over many batches lose nothing."""
     return jax.tree.map(lambda a: np.asarray(a, np.float64), whole(sums))
 
 
 def _put(leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values in the dtypes and places of these leaves."""
+    """Return the values with the dtypes and shardings of these leaves."""
     return {
         path: jax.device_put(
             np.asarray(value).astype(leaves[path].dtype), getattr(leaves[path], "sharding", None)

@@ -1,4 +1,4 @@
-"""The pure function under `fit`: one step of training."""
+"""The pure function in `fit`: one training step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ type Augment = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
 """`augment(key, batch) -> batch`, pure; see `jaxmodel.data.augment`."""
 
 PIPELINES = ("gpipe", "1f1b")
-# what they fold into the step's key; see `models.model` for the other numbers
+# the numbers that these fold into the step's key; see `models.model` for the others
 _AUGMENT, _ROUND = (
     2**32 - 3,
     2**32 - 5,
@@ -50,38 +50,38 @@ def make_step(
     exchange: Exchange | None = None,
     pipeline: str = "gpipe",
 ) -> Step:
-    """`step(state, batch) -> (state, metrics)`: pure, to be jitted with the state donated.
+    """Make the pure function `step(state, batch) -> (state, metrics)`, to be jitted with donation.
 
-    All randomness of a step is folded from `(seed, data_step)`: a batch that is left out takes its
-    randomness with it.
+    All randomness of a step is folded from `(seed, data_step)`, so skipping a batch skips its
+    randomness too.
 
     Args:
-      model: what is trained.
-      loss: see `jaxmodel.losses`. One with a keyword `state` is given the state before the step
-        too: its number, the moving average (see `mean_teacher`); no gradient flows into it.
-      optimizer: any optax transformation, over the part that trains. Its `update` is given `value`,
-        the loss.
-      seed: of all randomness of the steps.
+      model: the model to train.
+      loss: see `jaxmodel.losses`. A loss with a keyword `state` also gets the state before the step
+        (with the step number and the moving average; see `mean_teacher`), which has no gradient.
+      optimizer: any optax transformation, for the part that trains. Its `update` also gets
+        `value`, the loss.
+      seed: the seed of all randomness of the steps.
       trainable: see `tree.partition`; None for all but the model's statistics.
-      accumulate: micro-batches that a batch is cut into, see `gradients.accumulated`.
-      augment: changes the batch before it is used.
+      accumulate: the number of micro-batches of a batch; see `gradients.accumulated`.
+      augment: a function that changes the batch before it is used.
       average: decay d of a moving average of the parameters, `a <- d a + (1 - d) p` with
         `d <- min(d, (1 + i) / (10 + i))` at step i, kept in `state.extra["average"]`
         (`init_state(average=True)`); 0 for none.
-      guard: which steps are left out; the state has to be made with the same,
-        `init_state(guard=...)`. None for none.
-      gradients: makes the gradient function of the objective.
-      exchange: sums the gradients over the data axis in fewer bytes, once a step; one with a memory
-        needs a state made for it, `init_state(exchange=...)`.
-      pipeline: on a mesh with stages, "gpipe" (the model's own) or "1f1b" (see `train.pipeline`; it
-        takes the place of `gradients`).
+      guard: which steps are skipped; the state must be made with the same, `init_state(guard=...)`.
+        None to skip none.
+      gradients: a function that makes the gradient function of the objective.
+      exchange: gradient compression over the data axis, once per step; with error feedback it needs
+        a state made for it, `init_state(exchange=...)`.
+      pipeline: the schedule on a mesh with stages, "gpipe" (the model's own) or "1f1b" (see
+        `train.pipeline`; it replaces `gradients`).
 
     Returns:
-      The step. Its metrics are those of the loss, with `loss`, `grad_norm` and, under a guard,
-      `bad` (1 for a step left out).
+      The step. Its metrics, float32 scalars, are those of the loss, `loss`, `grad_norm` and, with a
+      guard, `bad` (1 for a skipped step).
 
     Raises:
-      InputError: an unknown pipeline; when called, a state that was made with other parts than
+      InputError: the pipeline is unknown; when called, the state was made with other parts than
         these (see `init_state`).
     """
     if pipeline not in PIPELINES:
@@ -131,13 +131,13 @@ def make_step(
             extra |= {} if residual is None else {"residual": residual}
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         updates, opt_state = update(grads, state.opt_state, quantized.dense(trains), value=value)
-        # Of their own, leaf by leaf, so that adding them rounds alike whatever stands behind it: a
-        # good step under a guard is, bit for bit, one without.
+        # A barrier for each leaf, so that adding updates rounds the same whatever follows: a good
+        # step with a guard equals one without, bit for bit.
         updates = jax.tree.map(jax.lax.optimization_barrier, updates)
         trained: Any = quantized.apply_updates(trains, updates, jax.random.fold_in(rng, _ROUND))
         metrics = {**metrics, "loss": value, "grad_norm": norm}
         if "average" in extra:
-            # steps that were left out do not count
+            # skipped steps do not count
             taken = extra["guard"]["good"] if "guard" in extra else state.step
             extra["average"] = moving_average(
                 extra["average"], quantized.dense(trained), average, taken
@@ -158,10 +158,10 @@ def make_step(
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse what is no transformation of optax; None is the default of `fit`.
+    """Refuse an optimiser that is no transformation of optax; None is the default of `fit`.
 
     Raises:
-      InputError: says how one is given by name.
+      InputError: it is none; the message says how to choose one by name.
     """
     if optimizer is not None and not hasattr(optimizer, "update"):
         allowed = "a transformation of optax; one by its name is TrainConfig(optimizer=...)"
@@ -171,7 +171,7 @@ def check_optimizer(optimizer: Any) -> None:
 def _check_halves(
     state: TrainState, average: float, guard: Guard | None, exchange: Exchange | None
 ) -> None:
-    """A part that only the step or only the state knows would do nothing, or something else."""
+    """Refuse a part that only the step or only the state knows, which would do nothing or harm."""
     made = {"average": average > 0, "guard": guard is not None}
     for name, wanted in made.items():
         if wanted != (name in state.extra):
@@ -197,8 +197,9 @@ def _check_halves(
 
 
 def moving_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
-    """`d a + (1 - d) p` for every leaf, `d = min(decay, (1 + step) / (10 + step))`: the first steps
-    are soon forgotten.
+    """Return `d a + (1 - d) p` for every leaf, with `d = min(decay, (1 + step) / (10 + step))`.
+
+    So the first steps are soon forgotten.
     """
     i = step.astype(jnp.float32)
     d = jnp.minimum(jnp.float32(decay), (1 + i) / (10 + i))
