@@ -1,6 +1,4 @@
-"""One file for each architecture: a frozen `Config`, named `SIZES`, `axes(config)`,
-`model(config, policy) -> Model`.
-"""
+"""Architectures, one file each: `Config`, named `SIZES`, `axes(config)` and `model(config)`."""
 
 from __future__ import annotations
 
@@ -52,8 +50,9 @@ def sizes() -> dict[str, tuple[Family, Any]]:
 
 
 def families() -> dict[str, Family]:
-    """Return every architecture by its name: those of this folder, and those that were declared
-    elsewhere (`family`).
+    """Return every architecture by name.
+
+    They are those of this folder, and those that were declared elsewhere (`family`).
     """
     for info in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{info.name}")

@@ -1,6 +1,6 @@
-"""Auto-encoders: plain, denoising, variational and sparse. The code is `hidden`, the reconstruction
-is `logits`.
+"""Auto-encoders: plain, denoising, variational and sparse.
 
+The code is `hidden`, the reconstruction is `logits`.
 - plain (Hinton & Salakhutdinov, 2006), and denoising: some inputs are zero in training (Vincent et
   al., 2008);
 - variational (Kingma & Welling, 2014): the code is sampled in training, `aux["kl"]` is its distance
@@ -44,22 +44,22 @@ RECONSTRUCTIONS = ("squared", "bernoulli")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes and the kind that tell the members of the family apart.
+    """The kind and the sizes of a member of the family.
 
     Attributes:
-      features: N of an input.
-      code: its width Z; for a dictionary of features more than N.
-      hidden: widths of the layers between input and code, and in reverse between code and
+      features: the number N of features of an input.
+      code: the width Z of the code; more than N for an overcomplete dictionary.
+      hidden: the widths of the layers between input and code, and in reverse between code and
         reconstruction.
       kind: "plain", "denoising", "variational", or sparse: "l1", "kl", "topk".
-      reconstruction: what the loss takes the output for: "squared" (means of normals of variance 1)
-        or "bernoulli" (logits).
-      penalty: factor of `kl` or `sparsity` in the loss.
-      noise: share of the inputs that are zero in training, of a denoising one.
-      rate: mean activity that each entry of the code should have, of kind "kl".
-      k: entries of the code that are kept, of kind "topk".
-      activation: of the hidden layers, and of the code of a plain or denoising one; see
-        `layers.activation`.
+      reconstruction: how the loss interprets the output: "squared" (means of normal variables with
+        variance 1) or "bernoulli" (logits).
+      penalty: the factor of `kl` or `sparsity` in the loss.
+      noise: the share of the inputs that are set to zero in training, for "denoising".
+      rate: the desired mean activation of each entry of the code, for "kl".
+      k: the number of entries of the code that are kept, for "topk".
+      activation: the activation of the hidden layers, and of the code of a plain or denoising
+        auto-encoder; see `layers.activation`.
     """
 
     features: int
@@ -105,9 +105,9 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are:
+    """Return the axes of the leaves.
 
-    `F0` the units behind the input, and so on to the reconstruction.
+    `F0` are the units after the input, and so on to the reconstruction.
     """
     names = [f"hidden_{i}" for i in range(len(config.hidden))]
     paths = [
@@ -129,7 +129,7 @@ def axes(config: Config) -> Axes:
 
 
 class _Encoder(nn.Module):
-    """Leaves hidden_I, code, and spread (the logarithm of the variance) of a variational one."""
+    """The encoder, with leaves hidden_I, code, and spread (the log variance, if variational)."""
 
     config: Config
     policy: ops.Policy
@@ -144,7 +144,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Leaves hidden_I and out."""
+    """The decoder, with leaves hidden_I and out."""
 
     config: Config
     policy: ops.Policy
@@ -162,7 +162,7 @@ class _Decoder(nn.Module):
 def _code(
     config: Config, pre: jax.Array, spread: Any, rng: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The code and its aux values from what the encoder gives."""
+    """Return the code and its aux values from the output of the encoder."""
     if config.kind == "variational":
         return codes.sample_normal(pre, spread, rng), {
             "kl": jnp.mean(codes.kl_to_normal(pre, spread))
@@ -183,14 +183,15 @@ def _code(
 
 
 def _active(code: jax.Array) -> jax.Array:
-    """How many entries of a code are not zero, on average over the batch."""
+    """Return how many entries of a code are not zero, averaged over the batch."""
     return jnp.mean(jnp.sum(code > 0, axis=-1, dtype=jnp.float32))
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     encoder = _Encoder(config, policy)
     decoder = _Decoder(config, policy)
@@ -204,7 +205,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             x = jnp.where(
                 jax.random.bernoulli(rng, config.noise, x.shape), jnp.zeros((), x.dtype), x
             )
-        # the decoder's bias is the centre of the data; codes are of what differs from it
+        # the decoder's bias is the centre of the data; the code describes the difference from it
         if config.kind in (
             "l1",
             "topk",
@@ -227,7 +228,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         top: Any = decoder.init(decoder_key, jnp.zeros((1, config.code), policy.activation_dtype))[
             "params"
         ]
-        # columns of length one, and their transpose in the encoder
+        # unit columns in the decoder, and their transpose in the encoder
         if config.kind in ("l1", "topk") and not config.hidden:
             rows = own["code"]["weight"]
             rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)

@@ -1,9 +1,8 @@
-"""BERT (Devlin et al., 2018): an encoder of text with a head for masked tokens, for classes, or for
-sentence embeddings.
+"""BERT (Devlin et al., 2018): a text encoder with a head for masked tokens, classes or embeddings.
 
-A norm behind each part, learnt positions and token types, biases, exact GELU. RoBERTa (Liu et al.,
-2019) and XLM-R (Conneau et al., 2020) count positions from 2; DistilBERT (Sanh et al., 2019) has no
-token types and classifies behind a ReLU.
+It has a norm after each part, learnt positions and token types, biases, and exact GELU. RoBERTa
+(Liu et al., 2019) and XLM-R (Conneau et al., 2020) count positions from 2; DistilBERT (Sanh et al.,
+2019) has no token types, and its classifier has a ReLU.
 
 >>> bert = model(SIZES["tiny"])
 >>> params = bert.init(jax.random.key(0))
@@ -37,28 +36,30 @@ POOL_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      vocab: tokens V.
-      width: D.
-      depth: layers L.
-      heads: H, which divide D.
-      mlp_width: F.
-      context: the longest sequence: learnt positions.
-      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits
-        `[B, C]` from the first token; "embed", one vector `[B, D]` of the last activations.
-      labels: names of the classes, for the head "classify".
-      types: token types: 0 in a first text, 1 in a second; or none.
+      vocab: the size V of the vocabulary.
+      width: the model width D.
+      depth: the number of layers L.
+      heads: the number of heads H, a divisor of D.
+      mlp_width: the feed-forward width F.
+      context: the longest sequence, which is the number of learnt positions.
+      head: what `apply` returns: "mlm", logits `[B, T, V]` of every token; "classify", logits
+        `[B, C]` from the first token; "embed", one vector `[B, D]` pooled from the last
+        activations.
+      labels: the names of the classes, for the head "classify".
+      types: the number of token types (0 in a first text, 1 in a second); 0 for none.
       activation: a name of `layers.ACTIVATIONS`.
-      norm_eps: of the layer norms.
-      init_scale: standard deviation of new weights.
-      first_position: rows of the table of positions in front of that of a text's first token.
-      pool_activation: behind the dense layer of the head "classify", "tanh" or "relu".
-      problem: what the logits of the head "classify" mean, as `problem_type` of HF says it; see
+      norm_eps: added to the variance by the layer norms.
+      init_scale: the standard deviation of new weights.
+      first_position: the row of the table of positions for a text's first token.
+      pool_activation: the activation after the dense layer of the head "classify", "tanh" or
+        "relu".
+      problem: the meaning of the logits of the head "classify", named as HF's `problem_type`; see
         `predict_fn`.
-      pooling: how the head "embed" makes one vector of a text: names of `sentences.POOLINGS`; of
-        several, one behind the other.
+      pooling: how the head "embed" pools a text: names of `sentences.POOLINGS`, whose results are
+        concatenated.
     """
 
     vocab: int
@@ -131,7 +132,7 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are."""
+    """Return the axes of the leaves."""
     return Axes(
         (
             ("embed", "VD table"),
@@ -152,7 +153,7 @@ def axes(config: Config) -> Axes:
 
 
 class _MaskedHead(nn.Module):
-    """Logits of the tokens by the embedding, behind a dense layer and a norm."""
+    """A dense layer and a norm, then logits of the tokens by the embedding."""
 
     config: Config
     policy: ops.Policy
@@ -173,8 +174,9 @@ class _MaskedHead(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
 
     Inputs are `tokens` `[B, T]` and, if wanted, `types` (token types, 0 where they are left out),
     `mask`, `positions`; with the head "mlm" also `segments`.
@@ -232,7 +234,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     ):
         x = block_module.apply({"params": params}, x, context)
         mask = context["seen"].valid
-        # rows of zeros: by them the head, which sees only x, knows the padding
+        # rows of zeros, by which the head, which sees only x, recognises padding
         if c.head == "embed" and mask is not None:
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         return x, cache, {}

@@ -1,4 +1,4 @@
-"""Whether parameters are a model's, before JAX sees them."""
+"""Checks of parameters and inputs before JAX sees them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxmodel.layers import unfuse
 
 
 def check_params(model: Any, params: Any) -> None:
-    """Refuse parameters that are not this model's, as far as it shows without running it.
+    """Refuse parameters that are not this model's, as far as that shows without running it.
 
     Raises:
       InputError: as `tree.check`; or a part that the model needs is missing, or a leaf outside of
@@ -50,16 +50,16 @@ def check_params(model: Any, params: Any) -> None:
 
 @contextlib.contextmanager
 def runs_on(model: Any, params: Any, layers: bool = True) -> Iterator[None]:
-    """Around what runs a part of a model: the door of everything that computes with parameters, in
-    jit too.
+    """Guard code that runs a part of a model with parameters, also in jit.
 
-    What no part would notice is refused at once. Parts that are missing or of other shapes are
-    looked for where it fails, since what a model needs takes a trace of its `init`.
+    Parameters that no part would complain about are refused at once. Missing parts and other shapes
+    are looked for only after a failure, because the shapes that a model needs take a trace of its
+    `init`.
 
     Args:
-      model: whose part it is.
+      model: the model.
       params: its parameters.
-      layers: whether it reads the layers, which are not looked at where they are elsewhere.
+      layers: whether the layers are checked; False where they are on other devices.
 
     Raises:
       InputError: as `check_params`.
@@ -79,7 +79,7 @@ def runs_on(model: Any, params: Any, layers: bool = True) -> Iterator[None]:
 
 
 def _check_layers(model: Any, params: tree.Params) -> None:
-    """Refuse parameters of which a layer lacks a leaf; where its maps are fused they are not it."""
+    """Refuse parameters in which a layer lacks a leaf; layers with fused maps are not checked."""
     given, needed = (
         [layer for path in tree.flatten(one) for layer in tree.layer_paths(path)]
         for one in (unfuse(params), _shapes(model)[0])
@@ -92,7 +92,7 @@ def _check_layers(model: Any, params: tree.Params) -> None:
 
 
 def check_ids(name: str, ids: Any, vocab: int) -> None:
-    """Refuse token ids that a vocabulary has not; ids that are traced are not looked at.
+    """Refuse token ids outside of a vocabulary; traced ids are not checked.
 
     Raises:
       InputError: names the id.
@@ -110,8 +110,9 @@ def check_ids(name: str, ids: Any, vocab: int) -> None:
 
 
 def check_inputs(inputs: Mapping[str, Any], cache: Any = None) -> None:
-    """Refuse pixels that are not finite, as far as they are not traced, and a cache of another
-    batch size than the tokens.
+    """Refuse pixels that are not finite, and a cache for another batch size.
+
+    Traced pixels are not checked.
 
     Raises:
       InputError: says what was given.
@@ -136,9 +137,10 @@ def check_inputs(inputs: Mapping[str, Any], cache: Any = None) -> None:
 
 @functools.cache
 def _shapes(model: Any) -> tuple[tree.Params, list[set[str]]]:
-    """The shapes of the model's own parameters; and of each group of units, which may be fewer than
-    the config says, the paths of the leaves outside of the layers that have them in their last
-    axis.
+    """Return the shapes of the model's parameters, and the leaves that share units.
+
+    For each group of units, of which there may be fewer than the config says, the second result
+    holds the paths of the leaves outside of the layers that have these units in their last axis.
     """
     whole = jax.eval_shape(model.init, jax.random.key(0))
     last = {

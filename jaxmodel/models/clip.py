@@ -1,14 +1,14 @@
-"""CLIP (Radford et al., 2021): an image tower and a text tower that agree on what belongs together.
+"""CLIP (Radford et al., 2021): an image tower and a text tower with a shared space.
 
-The image tower is a vision transformer with a norm behind its positions, the text tower a causal
-transformer that is read at the token that ends the text. Each has a linear map to a shared space;
-logits are scaled cosines of images with texts.
+The image tower is a vision transformer with a norm after its positions. The text tower is a causal
+transformer that is read at the token that ends the text. Each has a linear map to the shared space;
+logits are scaled cosine similarities of images and texts.
 
-In SigLIP (Zhai et al., 2023) each pair is a yes or no by itself: logits have a bias, and a sigmoid
-makes probabilities of them. Its text tower sees both ways and is read at the last position: fill
-texts up to the whole context with the tokenizer's padding token, and give no mask (for a SigLIP 2
-in lower case, which its files' tokenizer leaves to you). Its image tower pools by attention, into
-the shared space without a map.
+In SigLIP (Zhai et al., 2023) each pair is a yes-or-no decision: logits have a bias, and a sigmoid
+turns them into probabilities. Its text tower is bidirectional and is read at the last position: pad
+texts to the whole context with the tokenizer's padding token, and give no mask (for SigLIP 2 lower
+the case yourself; its tokenizer files do not). Its image tower pools by attention, into the shared
+space without a map.
 
 >>> clip = model(SIZES["tiny"])
 >>> params = clip.init(jax.random.key(0))
@@ -45,17 +45,17 @@ class Text:
     """The text tower.
 
     Attributes:
-      vocab: tokens V.
-      width: D.
-      depth: layers L.
-      heads: H, which divide D.
-      mlp_width: F.
-      context: the longest sequence: learnt positions.
-      end: the token at whose first place a text is read; None for its highest one (the first CLIP's
-        files, and SigLIP, which reads the last position).
+      vocab: the size V of the vocabulary.
+      width: the model width D.
+      depth: the number of layers L.
+      heads: the number of heads H, a divisor of D.
+      mlp_width: the feed-forward width F.
+      context: the longest sequence, which is the number of learnt positions.
+      end: the token at whose first occurrence a text is read; None for the largest token id (the
+        first CLIP's files, and SigLIP, which reads the last position).
       activation: a name of `layers.ACTIVATIONS`.
-      norm_eps: of the layer norms.
-      init_scale: standard deviation of new weights.
+      norm_eps: added to the variance by the layer norms.
+      init_scale: the standard deviation of new weights.
     """
 
     vocab: int
@@ -86,10 +86,10 @@ class Config:
     Attributes:
       text: the text tower.
       image: the image tower, without classes.
-      shared: width E of the space of both.
-      scale: logarithm of what new cosines are multiplied with.
-      sigmoid: whether it is a SigLIP.
-      bias: that of new logits of a SigLIP.
+      shared: the width E of the shared space.
+      scale: the initial logarithm of the factor of the cosines.
+      sigmoid: whether the model is a SigLIP.
+      bias: the initial bias of the logits of a SigLIP.
     """
 
     text: Text
@@ -114,7 +114,7 @@ class Config:
 
     @property
     def vocab(self) -> int:
-        """Tokens of the text tower."""
+        """The vocabulary size of the text tower."""
         return self.text.vocab
 
 
@@ -133,7 +133,7 @@ _PAIRS: dict[str, Any] = {"scale": SIGLIP_SCALE, "sigmoid": True}
 def _siglip(
     width: int, depth: int, heads: int, mlp: int, image: int, patch: int, vocab: int = 32000
 ) -> Config:
-    """Both towers of a SigLIP of the same sizes."""
+    """Return a SigLIP with two towers of the same size."""
     tower = vit.Config(image, patch, width, depth, heads, mlp, pool="attention", **_SIGLIP)
     return Config(Text(vocab, width, depth, heads, mlp, 64, **_SIGLIP), tower, width, **_PAIRS)
 
@@ -163,9 +163,9 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are:
+    """Return the axes of the leaves.
 
-    `D0` is the width of the text tower, `D1` that of the other (and of a SigLIP's space).
+    `D0` is the width of the text tower, `D1` that of the image tower (and of a SigLIP's space).
     """
     tables = (("embed", "VD table"), ("positions", "tD table"))
     text = Axes((*tables, *BLOCK_AXES), (("h", config.text.width // config.text.heads),)).under(
@@ -184,11 +184,12 @@ def axes(config: Config) -> Axes:
 
 
 class Towers(NamedTuple):
-    """The parts of a model for themselves: to compare many texts with many images, or to classify
-    by what classes are called.
+    """The parts of a model as separate functions.
 
-    image(params, pixels) -> `[N, E]` and text(params, {"tokens": [M, T], "mask"}) -> `[M, E]`:
-    float32 rows of length one. logits(params, image, text) -> `[N, M]`: their scaled products.
+    They compare many texts with many images, or classify images by the names of classes.
+    image(params, pixels) -> `[N, E]` and text(params, {"tokens": [M, T], "mask"}) -> `[M, E]`
+    return float32 rows of length one; logits(params, image, text) -> `[N, M]` are their scaled
+    products.
     """
 
     image: Any
@@ -198,7 +199,7 @@ class Towers(NamedTuple):
 
 @functools.cache
 def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
-    """The towers of one config; equal arguments give the same functions."""
+    """Return the towers of one config; equal arguments give the same functions."""
     wide = dataclasses.replace(policy, compute_dtype="float32", activation_dtype="float32")
     image_model = vit.model(config.image, policy)
     norm_module = LayerNorm(config.text.norm_eps)
@@ -274,19 +275,20 @@ def _unit(x: Float[Array, "N E"]) -> Float[Array, "N E"]:
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
 
     Inputs are `tokens` `[B, T]` (and `mask`) and `pixels` `[B, Y, X, C]`. `hidden` is `[B, 2, E]`,
-    an image's vector and its text's; logits are `[B, B]`, a row for each image. `towers` has the
-    functions for texts and images of unequal number.
+    the vectors of an image and its text; logits are `[B, B]`, a row for each image. For unequal
+    numbers of texts and images use `towers`.
     """
     own = towers(config, policy)
     image_model = vit.model(config.image, policy)
     block_module = _text_block(config.text, policy)
     norm_module = LayerNorm(config.text.norm_eps)
 
-    # both stacks run in `embed`: a part `block` is for one
+    # both stacks run in `embed`, because the part `block` is for one stack
     def embed(
         params: tree.Params,
         inputs: dict[str, jax.Array],

@@ -1,7 +1,7 @@
-"""The network of two convolutions that Keras's example of MNIST made known: 34,826 parameters.
+"""The network with two convolutions of Keras's MNIST example: 34,826 parameters.
 
-Convolution of 32 channels, pooling, of 64 channels, pooling, dropout, a dense layer; kernels 3 x 3
-without padding.
+It has a convolution with 32 channels, pooling, a convolution with 64 channels, pooling, dropout and
+a dense layer. The kernels are 3 x 3, without padding.
 
 >>> import jax.numpy as jnp
 >>> cnn = model(SIZES["tiny"])
@@ -29,15 +29,15 @@ from jaxmodel.models.model import Model
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      convolutions: channels of the convolutions, each with pooling behind it.
-      size: Y and X of an image.
-      classes: C.
-      channels: colours of an image.
+      convolutions: the channels of the convolutions, each followed by pooling.
+      size: the height and width of an image in pixels.
+      classes: the number of classes C.
+      channels: the number of colour channels of an image.
       kernel: the side of the kernels.
-      dropout: share of the last features that is dropped in training (Srivastava et al., 2014).
+      dropout: the dropout rate of the last features (Srivastava et al., 2014).
     """
 
     convolutions: tuple[int, ...] = (32, 64)
@@ -63,7 +63,10 @@ SIZES = {"tiny": Config((32, 32), 12, 4, dropout=0.2), "mnist": Config()}
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: `C1` the channels of the first convolution, and so on."""
+    """Return the axes of the leaves.
+
+    `C1` are the channels of the first convolution, and so on.
+    """
     rules = []
     last = len(config.convolutions)
     for i in range(1, last + 1):
@@ -80,15 +83,16 @@ class _Body(nn.Module):
         c = self.config
         for i, channels in enumerate(c.convolutions, start=1):
             y = conv(self, x, f"conv{i}", channels, c.kernel, self.policy)
-            # the same as pooling last, with a quarter of the work for the ReLU
+            # equal to pooling after the ReLU, with a quarter of the work for the ReLU
             x = nn.relu(ops.max_pool(y, (2, 2)))
         return dropout(x.reshape(x.shape[0], -1), c.dropout, rng)
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     return two_parts(
         config, policy, _Body(config, policy), Head(config.classes, policy), axes(config)

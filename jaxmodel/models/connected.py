@@ -1,8 +1,7 @@
-"""A network of named branches whose config picks how they are connected: extractors, a merge of the
-branches, a body, a head.
+"""A network of named branches, connected in a pattern that the config chooses.
 
-Each pattern is a layer of `jaxmodel.layers.connect`; "concat" is the dense connectivity of Huang et
-al. (2017) on features.
+It consists of extractors, a merge of the branches, a body and a head. Each pattern is a layer of
+`jaxmodel.layers.connect`; "concat" is the dense connectivity of Huang et al. (2017) on features.
 
 >>> connected = model(SIZES["tiny"])
 >>> params = jax.jit(connected.init)(jax.random.key(0))
@@ -38,30 +37,30 @@ BODY = ("full", "sparse", "learnt", "concat")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes and the patterns that tell the members of the family apart.
+    """The sizes and connection patterns of a member of the family.
 
     Attributes:
       branches: (name, features N) of each input.
-      classes: C.
-      width: D, what the branches are merged to.
-      depth: layers L of the body.
-      extract: what runs on each branch first: "none", a map of its "own", or one "shared" by all.
-      features: of an extractor's result.
+      classes: the number of classes C.
+      width: the width D that the branches are merged to.
+      depth: the number of layers L of the body.
+      extract: the extractor of each branch: "none", its "own" map, or one "shared" by all.
+      features: the number of features that an extractor returns.
       merge: "full", the branches in the order of their names; "bilinear" (two branches);
         "factorised"; or "groups", along `edges`.
-      rank: of a factorised merge.
-      edges: (branch, group of outputs); all groups are of one width. One edge for each branch is a
-        fixed group for each.
-      combine: how edges meet in a group, "sum" or "product".
+      rank: the rank of a factorised merge.
+      edges: pairs (branch, group of outputs); all groups have the same width. With one edge for
+        each branch, each has its own group.
+      combine: how the edges of a group are combined, "sum" or "product".
       share: rules, name of an edge -> name of its weight; see `connect.Groups`.
       importance: whether each edge has a factor that is learnt; see `importances`.
-      body: "full", "sparse" (a fixed choice of blocks), "learnt" (a choice that is learnt), each
-        with a residual; or "concat", where each layer reads what all before it gave.
+      body: "full", "sparse" (a fixed choice of blocks) or "learnt" (a learnt choice), each with a
+        residual connection; or "concat", where each layer reads the outputs of all before it.
       block: height and width of the blocks of a sparse body.
-      kept: blocks in each row of blocks of a sparse body.
-      growth: features that a layer of "concat" adds.
+      kept: the number of blocks in each block row of a sparse body.
+      growth: the number of features that a layer of "concat" adds.
       activation: see `layers.activation`.
-      norm_eps: of the layer norms.
+      norm_eps: added to the variance by the layer norms.
     """
 
     branches: tuple[tuple[str, int], ...]
@@ -129,7 +128,7 @@ class Config:
 
     @property
     def groups(self) -> tuple[tuple[str, int], ...]:
-        """The groups of outputs that the edges name, each with its width."""
+        """The groups of outputs that the edges name, with their widths."""
         names = list(dict.fromkeys(group for _, group in self.edges))
         return tuple((name, self.width // len(names)) for name in names)
 
@@ -202,7 +201,7 @@ class _Branches(nn.Module):
             y = connect.merged(_groups(c, self.policy, name="merge")(xs))
         else:
             y = connect.Full(c.width, self.policy, name="merge")(connect.merged(xs))
-        # products are of another scale than their factors
+        # products have another scale than their factors
         return LayerNorm(c.norm_eps, name="merge_norm")(y)
 
 
@@ -249,11 +248,12 @@ def _map(config: Config, policy: ops.Policy = ops.Policy(), **kwargs: Any) -> co
 
 
 def settle(config: Config, params: tree.Params) -> tree.Params:
-    """Params of a "sparse" or "learnt" body with each choice of blocks in a `BlockSparse` leaf: the
-    same function, which stores and runs the blocks that are there.
+    """Store each choice of blocks of a "sparse" or "learnt" body in a `BlockSparse` leaf.
+
+    The function stays the same, and only the kept blocks are stored and run.
 
     Raises:
-      InputError: a body without blocks.
+      InputError: the body has no blocks.
     """
     if config.body not in ("sparse", "learnt"):
         raise InputError(
@@ -267,7 +267,7 @@ def settle(config: Config, params: tree.Params) -> tree.Params:
 
 
 def importances(config: Config, params: tree.Params) -> dict[str, float]:
-    """How much each edge of a merge by groups counts: see `connect.Groups.importances`.
+    """Return the importance of each edge of a merge by groups; see `connect.Groups.importances`.
 
     >>> params = jax.jit(model(SIZES["tiny-groups"]).init)(jax.random.key(0))
     >>> list(importances(SIZES["tiny-groups"], params))
@@ -282,8 +282,9 @@ def importances(config: Config, params: tree.Params) -> dict[str, float]:
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     branches, block_module, head_module = (
         module(config, policy) for module in (_Branches, _Block, _Head)

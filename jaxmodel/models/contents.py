@@ -1,4 +1,4 @@
-"""What a model consists of: its leaves by path, with shapes, bytes and where a mesh would cut them."""
+"""The contents of a model: its leaves by path, with shapes, bytes and sharding."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from jaxmodel.report.table import count, size
 
 
 def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, Any]]:
-    """A row for each leaf; the layers of a segment share one.
+    """Return a row for each leaf; the layers of a segment share one.
 
     Args:
-      model: any.
-      params: its weights, compressed or not, or their shapes; None for those that `init` would
-        give, which are not made.
+      model: any model.
+      params: its weights, compressed or not, or their shapes; None for the shapes of `init`.
 
     Returns:
-      Rows `{"path", "layers", "shape", "kind", "parameters", "bytes", "sharding"}`: the shape is
-      that of one layer, parameters and bytes are those of all of them. `sharding` has the mesh axes
-      of each axis of the shape (None for whole); it is None where the model's rules do not know the
-      leaf (fused ones).
+      Rows `{"path", "layers", "shape", "kind", "parameters", "bytes", "sharding"}`. The shape is
+      that of one layer; parameters and bytes are those of all layers. `sharding` has the mesh axes
+      of each axis of the shape (None if it is not split); it is None if the model's rules do not
+      cover the leaf (a fused one).
 
     >>> from jaxmodel.models import gpt2
-    >>> row = next(row for row in summary(gpt2.model(gpt2.SIZES["tiny"])) if row["path"] == "blocks/0-2/mlp/up")
+    >>> rows = summary(gpt2.model(gpt2.SIZES["tiny"]))
+    >>> row = next(row for row in rows if row["path"] == "blocks/0-2/mlp/up")
     >>> row["shape"], row["layers"], row["parameters"], row["bytes"], row["sharding"]
     ([128, 32], 3, 12288, 49152, ['tensor', 'fsdp'])
     """
@@ -46,7 +46,7 @@ def summary(model: Model, params: tree.Params | None = None) -> list[dict[str, A
 
 
 def columns() -> list[report.Column]:
-    """Of a table of these rows."""
+    """Return the columns of a table of these rows."""
     return [
         report.Column("path"),
         report.Column("layers"),
@@ -59,7 +59,7 @@ def columns() -> list[report.Column]:
 
 
 def outline(model: Model, params: tree.Params) -> dict[str, Any]:
-    """The tree with a line of text in place of each leaf: what a notebook shows of it.
+    """Return the tree with a line of text in place of each leaf, for a notebook.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
@@ -77,15 +77,19 @@ def outline(model: Model, params: tree.Params) -> dict[str, Any]:
 
 
 def shape_text(shape: list[int]) -> str:
-    """`[4, 3]` as `4 x 3`."""
+    """Format `[4, 3]` as `4 x 3`."""
     return " x ".join(map(str, shape)) or "scalar"
 
 
 def sharding_text(sharding: list[Any] | None) -> str:
-    """The mesh axes of a row of `summary`: one word for each axis of the shape, `-` for whole.
+    """Format the sharding of a row of `summary`.
 
-    >>> sharding_text(["tensor", None, ["data", "fsdp"]]), sharding_text([None]), sharding_text(None)
-    ('tensor - data+fsdp', 'everywhere', 'no rule')
+    There is one word for each axis of the shape, `-` if it is not split.
+
+    >>> sharding_text(["tensor", None, ["data", "fsdp"]])
+    'tensor - data+fsdp'
+    >>> sharding_text([None]), sharding_text(None)
+    ('everywhere', 'no rule')
     """
     if sharding is None:
         return "no rule"
@@ -98,7 +102,7 @@ def _row(path: str, leaf: Any, specs: dict[str, Any]) -> dict[str, Any]:
     layers = tree.layer_paths(path)
     shape = tree.layer_shape(path, leaf)
     found = {specs.get(layer) for layer in layers}
-    # rules that part a segment would split it before they place it
+    # rules that differ within a segment would split it before they place it
     spec = found.pop() if len(found) == 1 else None
     return {
         "path": path,
@@ -117,8 +121,9 @@ def _axes(spec: PartitionSpec, ndim: int) -> list[Any]:
 
 
 def _kind(leaf: Any) -> str:
-    """The dtype of an array; the class of a compressed leaf with the static fields that are not as
-    usual, or its bits.
+    """Return the dtype of an array, or the class of a compressed leaf.
+
+    The class comes with the static fields that differ from the default, or the bits.
     """
     if not dataclasses.is_dataclass(leaf):
         return str(leaf.dtype)

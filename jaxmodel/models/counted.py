@@ -1,6 +1,4 @@
-"""Rows that only fill a batch up, kept out of the moments of Flax's own batch norms, inside of
-somebody else's module.
-"""
+"""Masking of padding rows in the moments of Flax's own batch norms, in a foreign module."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from jaxmodel.errors import InputError
 
 
 def linen_counting(counts: jax.Array | None) -> contextlib.AbstractContextManager[Any]:
-    """In this context every `nn.BatchNorm` takes its moments of the rows that count.
+    """Make every `nn.BatchNorm` in this context take its moments of the rows that count.
 
     Args:
       counts: bool `[B]`; None changes nothing.
@@ -36,7 +34,7 @@ def linen_counting(counts: jax.Array | None) -> contextlib.AbstractContextManage
 
 
 def nnx_counting(module: Any, counts: jax.Array | None) -> None:
-    """The same of every `nnx.BatchNorm` of a module, which is changed."""
+    """Make every `nnx.BatchNorm` of a module take its moments of the rows that count, in place."""
     if counts is None:
         return
     from flax import nnx
@@ -57,7 +55,7 @@ def _counting_kind(kind: Any, name: str, counts: jax.Array) -> Any:
 def _masked(
     method: Callable[..., Any], name: str | None, counts: jax.Array, args: Any, kwargs: Any
 ) -> Any:
-    """The keywords with the mask of `x`, where the method takes one and none was given."""
+    """Return the keywords with a mask for `x`, if the method takes one and none was given."""
     if kwargs.get("mask") is not None or "mask" not in inspect.signature(method).parameters:
         return kwargs
     x = kwargs["x"] if "x" in kwargs else args[0]
@@ -67,7 +65,7 @@ def _masked(
             f"{counts.shape[0]}, and cannot tell which of "
             "them count; allowed: rows first in what it reads, or no weights of rows"
         )
-    known = counts | ~jnp.any(counts)  # moments of nothing would be NaN
-    # where rows and places are one axis, rows come first
+    known = counts | ~jnp.any(counts)  # the moments of no rows would be NaN
+    # if rows and positions are one axis, rows come first
     mask = jnp.repeat(known, x.shape[0] // counts.shape[0])
     return {**kwargs, "mask": mask.reshape(-1, *[1] * (x.ndim - 1))}

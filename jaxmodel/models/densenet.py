@@ -1,9 +1,8 @@
-"""DenseNet (Huang et al., 2017): each layer reads what all layers before it in its stage gave, put
-behind each other.
+"""DenseNet (Huang et al., 2017): each layer reads the outputs of all layers before it in its stage.
 
-Norm and activation stand in front of each convolution; a bottleneck of 1 x 1 in front of one of 3 x
-3. Between two stages a transition of 1 x 1 halves the channels, and pooling the sides; here it is
-the beginning of the next stage's first layer.
+The outputs are concatenated. Norm and activation precede each convolution; a bottleneck of 1 x 1
+precedes one of 3 x 3. Between two stages a 1 x 1 transition halves the channels, and pooling halves
+the sides; here it is the start of the next stage's first layer.
 
 >>> densenet = model(SIZES["tiny"])
 >>> params = jax.jit(densenet.init)(jax.random.key(0))
@@ -35,17 +34,17 @@ from jaxmodel.models.model import Model, Parts
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      stages: layers of each stage.
-      growth: channels that a layer adds.
-      classes: C.
-      size: Y and X of an image.
-      channels: colours of an image.
-      width: channels of the stem; 0 for twice the growth.
-      bottleneck: channels of a layer's first convolution, in units of the growth.
-      norm_eps: of the norms.
+      stages: the number of layers of each stage.
+      growth: the number of channels that a layer adds.
+      classes: the number of classes C.
+      size: the height and width of an image in pixels.
+      channels: the number of colour channels of an image.
+      width: the channels of the stem; 0 for twice the growth.
+      bottleneck: the channels of a layer's first convolution, in units of the growth.
+      norm_eps: added to the variance by the norms.
       small: for small images: a stem of 3 x 3 at stride 1, not 7 x 7 at stride 2 with pooling.
     """
 
@@ -69,7 +68,7 @@ class Config:
 
     @property
     def starts(self) -> tuple[bool, ...]:
-        """Of every layer, whether a transition stands in front of it."""
+        """Return, for every layer, whether it begins with a transition."""
         return tuple(stage > 0 and i == 0 for stage, n in enumerate(self.stages) for i in range(n))
 
 
@@ -83,8 +82,9 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: each convolution's channels stand behind those of all before
-    it in the stage.
+    """Return the axes of the leaves.
+
+    The channels of each convolution are concatenated to those of all before it in the stage.
     """
     rules = [("stem", "C0p"), *_norm_axes("stem_norm", "C0")]
     parts = ["C0"]
@@ -112,7 +112,7 @@ def _joined(parts: list[str]) -> str:
 
 
 def _norm_axes(path: str, letters: str) -> list[tuple[str, str]]:
-    """Of a norm that may have been folded into a convolution, which then has a bias."""
+    """Return the axes of a norm, which may have been folded into a convolution as its bias."""
     return [
         (tree.optional(f"{path}/(weight|bias)"), letters),
         (tree.optional(f"{path}/(mean|variance)"), f"{letters} measured"),
@@ -121,8 +121,9 @@ def _norm_axes(path: str, letters: str) -> list[tuple[str, str]]:
 
 
 def _bare(name: str) -> Callable[[jax.Array], jax.Array]:
-    """In a norm's place: a convolution without bias and norm, since the next one's norm reads what
-    is put together.
+    """Replace the norm of a convolution by nothing.
+
+    The convolution has no bias either, since the next norm reads what is concatenated.
     """
     return lambda y: y
 
@@ -156,7 +157,7 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, starts: bool = False) -> jax.Array:
-        """`starts` says whether new leaves have a transition; those that exist say it themselves."""
+        """Run one layer; `starts` says whether new leaves have a transition."""
         c = self.config
         norm = functools.partial(BatchNorm, c.norm_eps, train)
         if starts or self.has_variable("params", "transition"):
@@ -190,8 +191,9 @@ class _Head(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     stem, layer_module, head_module = (module(config, policy) for module in (_Stem, _Layer, _Head))
     inputs = pixel_inputs(config.size, config.channels)

@@ -1,5 +1,6 @@
-"""`family`: what makes an architecture of a config and a function; the package's own files and a
-user's are declared alike.
+"""`family`: a decorator that declares an architecture from a config and a function.
+
+The package's own files and a user's use it alike.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from jaxmodel.models.model import Model
 
 @runtime_checkable
 class Build(Protocol):
-    """The function that a family's models are made by."""
+    """The function that makes the models of a family."""
 
     def __call__(self, config: Any, policy: ops.Policy = ...) -> Model:
-        """Return the model of one config; equal arguments give the same functions, so nothing is
-        traced twice.
+        """Return the model of one config.
+
+        Equal arguments give the same functions, so nothing is traced twice.
         """
         ...
 
@@ -30,11 +32,11 @@ class Family:
     """An architecture.
 
     Attributes:
-      name: as `Model.family` says it.
+      name: the name that `Model.family` holds.
       Config: the frozen dataclass of its sizes.
       SIZES: configs by name.
-      model: config, policy -> Model.
-      module: dotted, where it is declared.
+      model: the function (config, policy) -> Model.
+      module: the dotted name of the module that declares it.
     """
 
     name: str
@@ -45,31 +47,33 @@ class Family:
 
 
 KNOWN: dict[str, Family] = {}
-"""Those that were declared so far; `models.families()` imports the package's own first."""
+"""The families declared so far; `models.families()` imports the package's own first."""
 
 
 def family(
     config: type[Any], sizes: Mapping[str, Any] | None = None, *, name: str = ""
 ) -> Callable[[Callable[[Any, ops.Policy], Model]], Build]:
-    """Declare a family: a decorator for `model(config, policy) -> Model`.
+    """Declare a family by decorating its function `model(config, policy) -> Model`.
 
-    Models of equal configs and policies are one object, know their family, and have `with_policy`.
-    So a bundle of them can be saved and loaded, its head be replaced, its widths be compared, in a
-    process where this declaration was run.
+    Models with equal configs and policies are one object, know their family, and have
+    `with_policy`. So, in a process that has run the declaration, their bundles can be saved and
+    loaded, their heads replaced, and their widths compared.
 
     Args:
       config: the frozen dataclass that `model` takes first; its fields are plain values, tuples or
         such dataclasses.
       sizes: configs by name, `tiny` first.
-      name: of the family; "" for that of the file.
+      name: the name of the family; "" for that of the file.
 
     Raises:
-      InputError: a config that is no frozen dataclass, or a name that another file has taken.
+      InputError: the config is no frozen dataclass, or another file has taken the name.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
-    >>> model.family, model is gpt2.model(gpt2.SIZES["tiny"], model.policy), KNOWN["gpt2"].Config is gpt2.Config
-    ('gpt2', True, True)
+    >>> model.family, KNOWN["gpt2"].Config is gpt2.Config
+    ('gpt2', True)
+    >>> model is gpt2.model(gpt2.SIZES["tiny"], model.policy)
+    True
     """
     if not dataclasses.is_dataclass(config) or not config.__dataclass_params__.frozen:  # pyright: ignore
         raise InputError(f"config: {config!r} given; allowed: a frozen dataclass")
@@ -103,8 +107,9 @@ def family(
 
 
 def build_of(model: Model) -> Build | None:
-    """Return the function that made a model, for another of its family; None for one of no family,
-    or one that was wrapped.
+    """Return the function that made a model, for making another of its family.
+
+    It is None for a model of no family, or one that was wrapped.
     """
     known = KNOWN.get(model.family)
     return (

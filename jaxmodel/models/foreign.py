@@ -1,23 +1,22 @@
-"""Somebody else's Flax module as a `Model`: `from_linen`, `from_nnx`.
+"""Foreign Flax modules as a `Model`: `from_linen`, `from_nnx`.
 
-Its weights are a plain nested dict as everywhere: rules, freezing, optimisers, checkpoints and
-meshes work on them, and whatever asks for a `predict` alone (evaluation, explanation, trust) takes
-the model. Its matrix products are not ours, so this it does without: a dtype policy, probes and so
-calibration, parts smaller than the whole (`embed` is the module, the head gives its output on), a
-cache. Compressed leaves are decoded before the module sees them, so a recipe saves bytes, not time.
-Kernels lie `[in, out]`: a row of a `QTensor`, which has its own scale, is what one input gives to
-all outputs; in our own models it is what one output reads. A bundle is saved with the module's
-import path, and loaded with the module handed over, as in
-`hub.from_pretrained(folder, module=Net(3))`.
+The weights are a plain nested dict, so rules, freezing, optimisers, checkpoints and meshes work on
+them, and everything that needs only a `predict` (evaluation, explanation, trust) takes the model.
+Its matrix products are not ours, so there is no dtype policy, no probes and therefore no
+calibration, no parts (`embed` is the whole module, the head passes its output on), and no cache.
+Compressed leaves are decoded before the module sees them, so a recipe saves bytes, not time.
+Kernels are `[in, out]`: a row of a `QTensor`, which has its own scale, belongs to one input; in our
+own models it belongs to one output. A bundle is saved with the module's import path, and loaded
+with the module given, as in `hub.from_pretrained(folder, module=Net(3))`.
 
-What a module keeps that is not a parameter (running statistics) stands in the branch `state` of the
-tree. It has no gradient, it does not train (see `tree.partition`), and `set_state` is the pure
-function that moves it on. Rows that only fill a batch up (`weights` 0) do not count in the moments
-of `nn.BatchNorm` and `nnx.BatchNorm`; what else takes means over rows, sees them.
+What a module keeps besides parameters (running statistics) is in the branch `state` of the tree. It
+has no gradient and does not train (see `tree.partition`); the pure function `set_state` updates it.
+Rows that only fill up a batch (`weights` 0) do not count in the moments of `nn.BatchNorm` and
+`nnx.BatchNorm`; other means over rows include them.
 
-The contracts that every module here keeps: its tree is a plain nested dict, covered by rules;
-`apply` gives what the module gives, under `jit` too, traced once; the key alone decides what is
-drawn, and a missing one is an error in training; nothing is changed in place; the loss falls; the
+The contracts that every such model keeps: its tree is a plain nested dict, covered by rules;
+`apply` returns what the module returns, also under `jit`, traced once; only the key decides what is
+drawn, and a missing key is an error in training; nothing is changed in place; the loss falls; the
 state stays; it runs on a mesh, with compressed leaves, and as a `predict`.
 
 >>> import flax.linen as nn
@@ -53,7 +52,7 @@ from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
 from jaxmodel.ops.norms import Measured
 
 STATE = "state"
-"""The branch of the tree with what is not a parameter."""
+"""The branch of the tree with everything that is not a parameter."""
 
 _FLAGS = {
     "train": False,
@@ -73,15 +72,15 @@ type Example = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Foreign:
-    """The config of a model that was not written here.
+    """The config of a foreign model.
 
     Attributes:
-      module: whose it is: a Linen module, or an nnx one (of shapes) or what makes one.
-      run: (params, inputs, rng, train, counts) -> (output, the state afterwards); counts names the
+      module: a Linen module, an nnx module (of shapes), or a function that makes one.
+      run: (params, inputs, rng, train, counts) -> (output, the state afterwards); counts marks the
         rows that count, or is None.
-      inputs: (name, shape, dtype) of each, or the function that gives their shapes.
-      rngs: names of a Linen module's random streams.
-      own_call: whether it is called otherwise than with its inputs in their order.
+      inputs: (name, shape, dtype) of each input, or a function that returns their shapes.
+      rngs: the names of a Linen module's random streams.
+      own_call: whether the module is not simply called with its inputs in order.
     """
 
     module: Any
@@ -92,7 +91,7 @@ class Foreign:
 
 
 def is_linen(module: Any) -> bool:
-    """Whether it is a Linen module or a class of such."""
+    """Return whether an object is a Linen module or a class of such."""
     return isinstance(module, nn.Module) or (
         inspect.isclass(module) and issubclass(module, nn.Module)
     )
@@ -106,29 +105,31 @@ def from_linen(
     rngs: tuple[str, ...] = ("dropout",),
     axes: Axes = UNDECLARED,
 ) -> Model:
-    """A Linen module as a model. Equal arguments, a module that can be hashed among them, give the
-    same functions, so nothing is traced twice (`nn.Sequential` can with a tuple, not with a list).
+    """Make a `Model` of a Linen module.
+
+    Equal arguments, including a hashable module, give the same functions, so nothing is traced
+    twice (`nn.Sequential` is hashable with a tuple, not with a list).
 
     Args:
       module: a Linen module as its author wrote it. Collections besides `params` become the tree's
         branch `state`.
-      inputs: what it reads: an array or shape with the batch in front, a dict of such, or
-        `(batch, length) -> shapes`. The order of this dict is that of the module's arguments;
-        batches go by name, in any order.
-      call: `(module, inputs, train) -> logits`, where the module is not simply called with its
-        inputs in that order. As it stands, an argument of the module named train, training,
-        is_training or deterministic is told which it is.
-      rngs: names of the random streams that it draws from, besides `params`.
-      axes: of its leaves, where something is to follow from them: `Axes((("Dense_0/kernel", "DF"),
-        (".*", "...")))`.
+      inputs: the inputs of the module: an array or shape with the batch in front, a dict of such,
+        or a function `(batch, length) -> shapes`. The order of the dict is that of the module's
+        arguments; batches are matched by name.
+      call: `(module, inputs, train) -> logits`, if the module is not simply called with its inputs
+        in that order. By default an argument of the module named train, training, is_training or
+        deterministic is set accordingly.
+      rngs: the names of the random streams that it draws from, besides `params`.
+      axes: the axes of its leaves, if something is to be derived from them:
+        `Axes((("Dense_0/kernel", "DF"), (".*", "...")))`.
 
     Returns:
       The model; weights that exist already are `{**variables["params"], "state": other
       collections}`, see `linen_params`.
 
     Raises:
-      InputError: what is no Linen module, or inputs of another kind; when it is run, an output that
-        is no array, or no `rng` where one is drawn from.
+      InputError: `module` is no Linen module, or `inputs` has another form; when the model is run,
+        the output is no array, or an `rng` is needed and missing.
     """
     if not isinstance(module, nn.Module):
         raise InputError(
@@ -139,7 +140,7 @@ def from_linen(
     arguments = (module, shapes, call, rngs, axes)
     try:
         hash(arguments)
-    except TypeError:  # a module with an attribute that has no hash
+    except TypeError:  # the module has an attribute that cannot be hashed
         return _linen.__wrapped__(*arguments)
     return _linen(*arguments)
 
@@ -147,29 +148,31 @@ def from_linen(
 def from_nnx(
     module: Any, inputs: Example, *, call: Call | None = None, axes: Axes = UNDECLARED
 ) -> Model:
-    """An nnx module as a model: split into weights and a description, merged in every call, so that
-    nothing is changed in place.
+    """Make a `Model` of an nnx module.
 
-    Keep the model: called again this gives other functions, which are traced anew.
+    The module is split into weights and a description and merged in every call, so that nothing is
+    changed in place. Keep the model: another call of `from_nnx` gives other functions, which are
+    traced anew.
 
     Args:
-      module: what makes one from its random streams, `functools.partial(Net, 4, 3)` for
-        `Net(4, 3, rngs=rngs)`; or one that is made. The latter's `init` gives the weights that it
-        had, whatever the key.
+      module: a function that makes a module from its random streams, `functools.partial(Net, 4, 3)`
+        for `Net(4, 3, rngs=rngs)`; or a module, whose weights `init` then returns, whatever the
+        key.
       inputs: see `from_linen`.
-      call: `(module, inputs, train) -> logits`, where the module is not simply called with its
-        inputs in their order. It has been set to `module.train()` or `module.eval()` before.
+      call: `(module, inputs, train) -> logits`, if the module is not simply called with its inputs
+        in order. `module.train()` or `module.eval()` is called before.
       axes: see `from_linen`.
 
     Returns:
       The model; weights of a module that exists already are `nnx_params(module)`.
 
     Raises:
-      InputError: what is no module and makes none, inputs of another kind, or a module with a cache
-        of its own; when it is run, see `from_linen`.
+      InputError: `module` is no module and makes none, `inputs` has another form, or the module has
+        a cache; when it is run, see `from_linen`.
 
     >>> from flax import nnx
-    >>> model = from_nnx(functools.partial(nnx.Linear, 4, 3), jax.ShapeDtypeStruct((1, 4), jnp.float32))
+    >>> x = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+    >>> model = from_nnx(functools.partial(nnx.Linear, 4, 3), x)
     >>> params = model.init(jax.random.key(0))
     >>> {path: leaf.shape for path, leaf in tree.flatten(params).items()}
     {'bias': (3,), 'kernel': (4, 3)}
@@ -188,7 +191,7 @@ def from_nnx(
         graph, values = nnx.split(module)
         make: Any = lambda rngs: nnx.merge(graph, values)
     shell = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-    # path -> what stands there, without values
+    # path -> variable, without values
     kinds = dict(nnx.to_flat_state(nnx.split(shell)[1]))
     for path, kind in kinds.items():
         if isinstance(kind, nnx.Cache):
@@ -236,7 +239,7 @@ def from_nnx(
 
 
 def linen_params(variables: Mapping[str, Any]) -> tree.Params:
-    """The tree of variables that a Linen module was trained to.
+    """Return the tree of the variables of a trained Linen module.
 
     Raises:
       InputError: a parameter named `state`, or a name with a slash.
@@ -249,7 +252,7 @@ def linen_params(variables: Mapping[str, Any]) -> tree.Params:
 
 
 def nnx_params(module: Any) -> tree.Params:
-    """The tree of an nnx module's weights, without its random streams.
+    """Return the tree of an nnx module's weights, without its random streams.
 
     Raises:
       InputError: a parameter named `state`, or a name with a slash.
@@ -268,17 +271,18 @@ def nnx_params(module: Any) -> tree.Params:
 def set_state(
     model: Model, params: tree.Params, inputs: Inputs, rng: jax.Array | None = None
 ) -> tree.Params:
-    """The params with the state that the module keeps after a batch in training (running statistics
-    moved by its momentum).
+    """Return the params with the state that the module has after a batch in training.
+
+    Running statistics are updated with the module's own momentum.
 
     Args:
-      model: of `from_linen` or `from_nnx`.
+      model: a model of `from_linen` or `from_nnx`.
       params: its weights.
       inputs: a batch.
-      rng: for its random streams.
+      rng: the key for its random streams.
 
     Raises:
-      InputError: another kind of model.
+      InputError: the model is of another kind.
     """
     if not isinstance(model.config, Foreign):
         raise InputError(
@@ -313,7 +317,7 @@ def _linen(module: nn.Module, shapes: Any, call: Call, rngs: tuple[str, ...], ax
         variables = {"params": plain, **state}
         try:
             with linen_counting(counts if train else None):
-                if train and state:  # it would keep what it sees; that is given back instead
+                if train and state:  # the module would store its state; it is returned instead
                     out, kept = module.apply(
                         variables, rngs=keys, method=method, mutable=list(state)
                     )
@@ -396,8 +400,9 @@ def _model(
 
 @jax.custom_vjp
 def _kept(out: jax.Array, kept: dict[str, jax.Array], zeros: dict[str, jax.Array]) -> jax.Array:
-    """The output; the gradient of the zeros is what the module keeps, in training, times the rows
-    that it is of.
+    """Return the output, with a gradient of the zeros that is the module's state.
+
+    It is the state in training, times the number of rows that it was measured on.
     """
     return out
 
@@ -414,7 +419,7 @@ _kept.defvjp(lambda out, kept, zeros: (out, kept), _kept_backward)
 
 
 def _shapes(inputs: Example) -> Any:
-    """What can be hashed: the function, or (name, shape, dtype) of each input."""
+    """Return a hashable form: the function, or (name, shape, dtype) of each input."""
     if callable(inputs):
         return inputs
     named = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
@@ -437,17 +442,17 @@ def _names(shapes: Any) -> tuple[str, ...]:
 
 
 def _flag(function: Callable[..., Any]) -> tuple[str | None, bool]:
-    """The argument that tells a module whether it trains, and whether it means the opposite."""
+    """Return the argument by which a module knows whether it trains, and whether it is inverted."""
     found = [name for name in inspect.signature(function).parameters if name in _FLAGS]
     return (found[0], _FLAGS[found[0]]) if found else (None, False)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A module called with its inputs in the order of their names here; a dataclass, so that equal
-    ones are equal.
+    """A call of a module with its inputs in the order of these names.
 
-    Not in the order of the batch: JAX sorts the keys of a dict that goes through `jit`.
+    It is a dataclass, so that equal calls are equal. The order is not that of the batch, because
+    JAX sorts the keys of a dict that passes through `jit`.
     """
 
     names: tuple[str, ...]
@@ -460,7 +465,7 @@ class _Call:
 
 
 def _plain(params: tree.Params) -> tree.Params:
-    """A tree as the module knows it: a layer each, arrays."""
+    """Return a tree as the module knows it: separate layers, plain arrays."""
 
     def plain(path: str, leaf: Any) -> jax.Array:
         if isinstance(leaf, ops.Probe):
@@ -490,12 +495,12 @@ def _array(out: Any) -> jax.Array:
 
 
 def _joined(path: tuple[Any, ...]) -> str:
-    """The path of an nnx leaf as one of ours."""
+    """Return the path of an nnx leaf as one of ours."""
     return "/".join(map(_slashless, map(str, path)))
 
 
 def _stream(kind: Any, key: jax.Array, i: int) -> jax.Array:
-    """A key of our own for the i-th random stream; an array of them where the module has split it."""
+    """Return a key for the i-th random stream; an array of keys if the module has split it."""
     one = jax.random.fold_in(key, i)
     shape = kind.get_value().shape
     return jax.random.split(one, shape) if shape else one

@@ -1,5 +1,6 @@
-"""GPT-2 (Radford et al., 2019) and the sizes of GPT-3: layer norm in front of each part, learnt
-positions, biases, a tied head.
+"""GPT-2 (Radford et al., 2019) and the sizes of GPT-3.
+
+Layer norm precedes each part; positions are learnt, there are biases, and the head is tied.
 
 >>> gpt2 = model(SIZES["tiny"])
 >>> params = gpt2.init(jax.random.key(0))
@@ -26,17 +27,17 @@ from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, to
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      vocab: tokens V.
-      width: D.
-      depth: layers L.
-      heads: H, which divide D.
-      context: the longest sequence: learnt positions.
-      norm_eps: of the layer norms.
-      init_scale: standard deviation of new weights.
-      activation: of the feed-forward part, a name of `layers.ACTIVATIONS`.
+      vocab: the size V of the vocabulary.
+      width: the model width D.
+      depth: the number of layers L.
+      heads: the number of heads H, a divisor of D.
+      context: the longest sequence, which is the number of learnt positions.
+      norm_eps: added to the variance by the layer norms.
+      init_scale: the standard deviation of new weights.
+      activation: the activation of the feed-forward part, a name of `layers.ACTIVATIONS`.
       mlp_width: F; 0 for four times the width.
     """
 
@@ -71,8 +72,8 @@ SIZES = {
     "gpt2-medium": Config(50257, 1024, 24, 16, 1024),
     "gpt2-large": Config(50257, 1280, 36, 20, 1024),
     "gpt2-xl": Config(50257, 1600, 48, 25, 1024),
-    # GPT-3 (Brown et al., 2020), with full attention in every layer; where the paper's table has a
-    # width that its heads do not divide (XL, 13B), the width or the heads that do.
+    # GPT-3 (Brown et al., 2020), with full attention in every layer. Where the paper's table has a
+    # width that its heads do not divide (XL, 13B), the width or the heads are adjusted.
     "gpt3-small": Config(50257, 768, 12, 12, 2048),
     "gpt3-medium": Config(50257, 1024, 24, 16, 2048),
     "gpt3-large": Config(50257, 1536, 24, 16, 2048),
@@ -85,7 +86,7 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are."""
+    """Return the axes of the leaves."""
     tables = (("embed", "VD table"), ("positions", "tD table"))
     return Axes((*tables, *BLOCK_AXES), (("h", config.width // config.heads),))
 
@@ -121,8 +122,9 @@ class _Block(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     block_module = _Block(config, policy)
     norm_module = LayerNorm(config.norm_eps)

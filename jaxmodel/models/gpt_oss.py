@@ -1,8 +1,9 @@
-"""gpt-oss (OpenAI, 2025): a decoder with experts in every layer, attention sinks and windows in
-every other layer.
+"""gpt-oss (OpenAI, 2025): a mixture of experts with attention sinks and windows.
 
-RMS norms, rotary positions stretched by YaRN, grouped heads, biases everywhere. An expert's gate
-and up are clamped, and the gate multiplies `up + 1`.
+The windows are in every other layer.
+
+It has RMS norms, rotary positions scaled by YaRN, grouped heads and biases everywhere. An expert's
+gate and up are clamped, and the gate multiplies `up + 1`.
 
 >>> gpt_oss = model(SIZES["tiny"])
 >>> params = gpt_oss.init(jax.random.key(0))
@@ -31,28 +32,27 @@ from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, to
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      vocab: tokens V.
-      width: D.
-      depth: layers L.
-      heads: query heads H.
-      kv_heads: key heads K, which divide H.
-      head_width: h.
-      mlp_width: F of an expert.
+      vocab: the size V of the vocabulary.
+      width: the model width D.
+      depth: the number of layers L.
+      heads: the number of query heads H.
+      kv_heads: the number of key heads K, a divisor of H.
+      head_width: the width h of a head.
+      mlp_width: the width F of an expert.
       context: the longest sequence that the model was made for.
-      experts: E of each layer.
-      experts_per_token: how many the router chooses.
-      windows: of attention, taken by the layers in turn; 0 for all positions.
-      rope_base: of the rotary frequencies.
-      rope_scaling: for contexts longer than that of the training.
-      norm_eps: of the RMS norms.
-      limit: the gate is at most this, up between minus this and this.
-      steepness: of the gate, `x sigmoid(steepness x)`.
-      balance: in training, what the loss adds of the experts' load balance (its mean over the
-        layers).
-      init_scale: standard deviation of new weights.
+      experts: the number of experts E of each layer.
+      experts_per_token: the number of experts that the router chooses for a token.
+      windows: the attention windows, used by the layers in turn; 0 for all positions.
+      rope_base: the base of the rotary frequencies.
+      rope_scaling: the scaling for contexts longer than that of the training.
+      norm_eps: added to the variance by the RMS norms.
+      limit: the upper limit of the gate, and of the absolute value of up.
+      steepness: the steepness of the gate, `x sigmoid(steepness x)`.
+      balance: the factor of the load-balancing loss (its mean over the layers) in training.
+      init_scale: the standard deviation of new weights.
     """
 
     vocab: int
@@ -109,14 +109,14 @@ class Config:
             )
 
     def window_of_layers(self) -> tuple[int, ...]:
-        """The window of every layer; 0 for none."""
+        """Return the window of every layer; 0 for none."""
         return tuple(
             self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
         )
 
     @property
     def expert_layers(self) -> int:
-        """How many layers have experts."""
+        """The number of layers with experts."""
         return self.depth
 
 
@@ -134,7 +134,7 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are."""
+    """Return the axes of the leaves."""
     return Axes(
         (
             ("embed", "VD table"),
@@ -206,8 +206,9 @@ class _Head(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     block_module = _Block(config, policy)
     head_module = _Head(config, policy)

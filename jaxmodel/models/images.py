@@ -1,4 +1,4 @@
-"""What models that put an image into a class share. Not an architecture: it has no `Config`."""
+"""Parts that image classifiers share. This is no architecture: it has no `Config`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from jaxmodel.models.model import Model, Parts, check_sizes, read
 
 
 def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = ()) -> None:
-    """Refuse a config whose sizes are not positive whole numbers, or tuples of them, or whose
-    activation or dropout is unknown.
+    """Refuse a config with sizes that are not positive integers, or an unknown activation.
+
+    A dropout outside of [0, 1) is refused too.
 
     Args:
-      config: what is checked.
-      sizes: names of its fields that are numbers.
-      widths: names of its fields that are tuples of numbers.
+      config: the config to check.
+      sizes: the names of its fields that are numbers.
+      widths: the names of its fields that are tuples of numbers.
 
     Raises:
-      InputError: which one.
+      InputError: a field is wrong; the message names it.
     """
     check_sizes(config, sizes)
     for name in widths:
@@ -42,9 +43,9 @@ def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = 
 
 
 def pixel_inputs(size: int, channels: int) -> Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]:
-    """The inputs of a model of square images:
+    """Return the inputs of a model of square images: `pixels` `[B, Y, X, C]`.
 
-    `pixels` `[B, Y, X, C]`; their sides are the config's, whatever the length.
+    Their sides are those of the config, whatever the length.
     """
     return lambda batch, length: {
         "pixels": jax.ShapeDtypeStruct((batch, size, size, channels), jnp.float32)
@@ -52,11 +53,11 @@ def pixel_inputs(size: int, channels: int) -> Callable[[int, int], dict[str, jax
 
 
 def read_pixels(inputs: Mapping[str, jax.Array], policy: ops.Policy) -> Float[Array, "B Y X C"]:
-    """The pixels of some inputs, in the policy's dtype.
+    """Return the pixels of some inputs, in the policy's dtype.
 
     Raises:
-      InputError: none, other axes, or whole numbers: 0 to 255 must not look like the scaled ones
-        that a model was trained on.
+      InputError: there are no pixels, they have other axes, or they are integers, since 0 to 255
+        must not pass for the scaled values that a model was trained on.
     """
     pixels = read(inputs, "pixels", "BYXC")
     if not jnp.issubdtype(pixels.dtype, jnp.floating):
@@ -73,14 +74,14 @@ def two_parts(
     top: nn.Module,
     axes: Axes,
 ) -> Model:
-    """A model without layers that repeat.
+    """Make a model without layers that repeat.
 
     Args:
-      config: with `size`, the side of an image, and `channels`, its colours.
+      config: a config with `size`, the side of an image, and `channels`, its colours.
       policy: dtypes and placement.
-      body: `(pixels, rng) -> [B, D]`, the rng None outside of training.
-      top: `[B, D] -> logits`.
-      axes: of the leaves.
+      body: a module `(pixels, rng) -> [B, D]`; the rng is None outside of training.
+      top: a module `[B, D] -> logits`.
+      axes: the axes of the leaves.
     """
     inputs = pixel_inputs(config.size, config.channels)
 
@@ -104,7 +105,9 @@ def two_parts(
 
 
 class Head(nn.Module):
-    """Float32 logits of classes: leaves head `[C, D]` and head_bias.
+    """A linear head with float32 logits of classes.
+
+    Leaves: head `[C, D]` and head_bias.
 
     Attributes:
       classes: C of new leaves.
@@ -116,4 +119,5 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the logits."""
         return layers.dense(self, x, "head", self.classes, self.policy, stream="float32")

@@ -1,9 +1,9 @@
-"""LeNet-300-100 and LeNet-5 (LeCun et al., 1998), the nets of handwritten digits.
+"""LeNet-300-100 and LeNet-5 (LeCun et al., 1998), networks for handwritten digits.
 
-`lenet-5` is the form that is usual today, of 61,706 parameters: every map of the second convolution
-sees all maps of the first (the paper leaves some out), pooling has no weights of its own, and a
-dense layer with softmax takes the place of the radial basis functions. `lenet-5-wide` is the one of
-Caffe, of 431,080, on which most papers on pruning report.
+`lenet-5` is today's usual form, with 61,706 parameters: every map of the second convolution sees
+all maps of the first (the paper leaves some out), pooling has no weights, and a dense layer with
+softmax replaces the radial basis functions. `lenet-5-wide` is Caffe's, with 431,080 parameters,
+which most papers on pruning use.
 
 >>> import jax.numpy as jnp
 >>> lenet = model(SIZES["tiny"])
@@ -35,15 +35,15 @@ KERNEL = 5  # the side of every convolution's kernel; windows of pooling are 2 x
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      convolutions: channels of the convolutions, each with pooling behind it; () for none.
-      widths: of the hidden dense layers.
-      size: Y and X of an image.
-      classes: C.
-      channels: colours of an image.
-      pad: zeros around the first convolution's input, in pixels.
+      convolutions: the channels of the convolutions, each followed by pooling; () for none.
+      widths: the widths of the hidden dense layers.
+      size: the height and width of an image in pixels.
+      classes: the number of classes C.
+      channels: the number of colour channels of an image.
+      pad: the padding of the first convolution's input, in pixels.
       pool: "max" or "mean".
       activation: see `layers.activation`.
     """
@@ -82,9 +82,9 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are:
+    """Return the axes of the leaves.
 
-    `C1` the channels of the first convolution, `F1` the first dense layer's units.
+    `C1` are the channels of the first convolution, `F1` the units of the first dense layer.
     """
     rules = []
     before = "n"
@@ -119,8 +119,9 @@ class _Body(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     return two_parts(
         config, policy, _Body(config, policy), Head(config.classes, policy), axes(config)

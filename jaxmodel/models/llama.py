@@ -1,12 +1,14 @@
-"""Llama (Touvron et al., 2023) and what its config makes of it: Mistral, Mixtral, Qwen 2 and 3,
-Gemma 2 and 3, SmolLM 2 and 3, OLMo 2 and 3, Granite 3, Phi 3 and 4.
+"""Llama (Touvron et al., 2023) and decoders that its config covers.
 
-RMS norm, rotary positions, grouped heads, a gated feed-forward part. Mistral (Jiang et al., 2023)
-adds a window of attention, Mixtral (2024) experts, Qwen 2 (2024) biases of q, k and v, Qwen 3
-(2025) norms of queries and keys, Gemma (2024, 2025) norms behind each part, soft caps and windows
-in most layers only. OLMo 2 (2024) norms the results of the parts alone, and all queries of a token
-together; SmolLM3 (2025) does not turn them in every fourth layer; Granite (2024) scales residuals
-and logits.
+These are Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3, SmolLM 2 and 3, OLMo 2 and 3, Granite 3,
+Phi 3 and 4.
+
+Llama has RMS norm, rotary positions, grouped heads and a gated feed-forward part. Mistral (Jiang et
+al., 2023) adds a window of attention, Mixtral (2024) experts, Qwen 2 (2024) biases of q, k and v,
+Qwen 3 (2025) norms of queries and keys, Gemma (2024, 2025) norms after each part, soft caps, and
+windows in most layers. OLMo 2 (2024) normalises only the results of the parts, and all queries of a
+token together; SmolLM3 (2025) does not rotate queries and keys in every fourth layer; Granite
+(2024) scales residuals and logits.
 
 >>> config = SIZES["tiny"]
 >>> llama = model(config)
@@ -38,52 +40,51 @@ from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, to
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      vocab: tokens V.
-      width: D.
-      depth: layers L.
-      heads: query heads H.
-      kv_heads: key heads K, which divide H.
-      head_width: h.
-      mlp_width: F.
+      vocab: the size V of the vocabulary.
+      width: the model width D.
+      depth: the number of layers L.
+      heads: the number of query heads H.
+      kv_heads: the number of key heads K, a divisor of H.
+      head_width: the width h of a head.
+      mlp_width: the feed-forward width F.
       context: the longest sequence that the model was made for.
-      rope_base: of the rotary frequencies.
-      norm_eps: of the RMS norms.
+      rope_base: the base of the rotary frequencies.
+      norm_eps: added to the variance by the RMS norms.
       tied: whether the head reads the embedding.
-      init_scale: standard deviation of new weights.
-      rope_scaling: for contexts longer than that of the training.
-      windows: of attention, taken by the layers in turn; 0 for all positions, () for all in every
-        layer.
-      local_rope_base: of the rotary frequencies in layers with a window; None for `rope_base`, and
-        with the scaling.
+      init_scale: the standard deviation of new weights.
+      rope_scaling: the scaling for contexts longer than that of the training.
+      windows: the attention windows, used by the layers in turn; 0 for all positions, () for all
+        positions in every layer.
+      local_rope_base: the base of the rotary frequencies in layers with a window; None for
+        `rope_base` with its scaling.
       qkv_bias: whether q, k and v have biases.
-      o_bias: whether o has one.
+      o_bias: whether o has a bias.
       mlp_bias: whether gate, up and down have biases.
-      qk_norm: whether each head's queries and keys are normed.
-      activation: of the gate, a name of `layers.ACTIVATIONS`.
+      qk_norm: whether each head's queries and keys are normalised.
+      activation: the activation of the gate, a name of `layers.ACTIVATIONS`.
       norm_offset: added to the weight of every norm.
-      post_norms: whether the result of each part is normed too.
-      embed_scale: factor of the embedding.
-      query_scale: of the scores; None for `head_width ** -0.5`.
-      attn_softcap: of the scores, or None.
-      logit_softcap: of the logits, or None.
-      experts: feed-forward parts E of each layer, between which a router chooses; 0 for one without
-        a router.
-      experts_per_token: how many it chooses.
-      balance: in training, what the loss adds of the experts' load balance (its mean over the
-        layers).
-      expert_width: F of an expert; 0 for `mlp_width`.
-      norm_topk: whether the weights of the chosen experts sum to one; else they are those of a
-        softmax over all.
-      dense_layers: layers with one feed-forward part of `mlp_width` in a model of experts.
-      rotary_width: components of a head that are turned; 0 for all.
-      still: layers, taken in turn as `windows`, whose queries and keys are not turned; () for none.
-      pre_norms: whether the input of each part is normed.
+      post_norms: whether the result of each part is normalised too.
+      embed_scale: a factor of the embedding.
+      query_scale: the factor of the scores; None for `head_width ** -0.5`.
+      attn_softcap: the soft cap of the scores, or None.
+      logit_softcap: the soft cap of the logits, or None.
+      experts: the number of experts E of each layer; 0 for one feed-forward part without a router.
+      experts_per_token: the number of experts that the router chooses for a token.
+      balance: the factor of the load-balancing loss (its mean over the layers) in training.
+      expert_width: the width F of an expert; 0 for `mlp_width`.
+      norm_topk: whether the weights of the chosen experts sum to one; else they are those of
+        the softmax over all.
+      dense_layers: in a mixture of experts, the layers with a single feed-forward part of
+        `mlp_width`.
+      rotary_width: the number of components of a head that are rotated; 0 for all.
+      still: whether layers, in turn as for `windows`, do not rotate queries and keys; () for none.
+      pre_norms: whether the input of each part is normalised.
       wide_qk_norm: whether `qk_norm` is over all heads of a token together.
-      residual_scale: factor of the result of each part.
-      logit_divisor: of the logits.
+      residual_scale: a factor of the result of each part.
+      logit_divisor: a divisor of the logits.
     """
 
     vocab: int
@@ -168,19 +169,19 @@ class Config:
             raise InputError(f"balance: {self.balance} given; allowed: at least 0")
 
     def window_of_layers(self) -> tuple[int, ...]:
-        """The window of every layer; 0 for none."""
+        """Return the window of every layer; 0 for none."""
         return tuple(
             self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
         )
 
     @property
     def expert_layers(self) -> int:
-        """How many layers have experts."""
+        """The number of layers with experts."""
         return len(set(range(self.depth)) - set(self.dense_layers)) if self.experts else 0
 
 
 def _gemma(*sizes: Any, **more: Any) -> Config:
-    """A size of Gemma, whose embedding is scaled by the root of the width."""
+    """Return a size of Gemma, whose embedding is scaled by the root of the width."""
     given: dict[str, Any] = {"tied": True, "norm_eps": 1e-6, "query_scale": 256**-0.5} | more
     same: dict[str, Any] = {
         "activation": "gelu_tanh",
@@ -338,7 +339,7 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are."""
+    """Return the axes of the leaves."""
     queries, keys = ("(KGh)", "(Kh)") if config.wide_qk_norm else ("h", "h")
     return Axes(
         (
@@ -419,7 +420,7 @@ class _Block(nn.Module):
 
 
 def _of_layer(config: Config, context: dict[str, Any], layer: Any) -> tuple[dict[str, Any], Any]:
-    """The context and the window of one layer, whose number is traced where layers are scanned."""
+    """Return the context and the window of one layer, whose index is traced in a scan."""
     windows = config.window_of_layers()
     window = None
     rope = context["rope"]
@@ -463,8 +464,9 @@ class _Head(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     block_modules = {sparse: _Block(config, policy, sparse) for sparse in (False, True)}
     head_module = _Head(config, policy)

@@ -28,14 +28,14 @@ from jaxmodel.models.model import Model, Parts, read
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      features: numbers N of an input; the pixels of an image are features too.
-      widths: of the hidden layers.
-      classes: C.
+      features: the number N of features of an input; the pixels of an image are features too.
+      widths: the widths of the hidden layers.
+      classes: the number of classes C.
       activation: see `layers.activation`.
-      dropout: share of each hidden layer that is dropped in training (Srivastava et al., 2014).
+      dropout: the dropout rate of each hidden layer (Srivastava et al., 2014).
     """
 
     features: int
@@ -57,9 +57,9 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are:
+    """Return the axes of the leaves.
 
-    `F1` the units of the first layer, which the second reads, and so on.
+    `F1` are the units of the first layer, which the second reads, and so on.
     """
     rules = []
     for i, before in enumerate(["n", *(f"F{i + 1}" for i in range(len(config.widths) - 1))]):
@@ -76,14 +76,15 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rng: Any = None, width: int = 0) -> jax.Array:
-        y = dense(self, x, "dense", width, self.policy)  # a leaf that exists has its own width
+        y = dense(self, x, "dense", width, self.policy)  # an existing leaf has its own width
         return dropout(activation(self.config.activation)(y), self.config.dropout, rng)
 
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     layer_module = _Layer(config, policy)
     head_module = Head(config.classes, policy)

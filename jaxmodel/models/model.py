@@ -21,13 +21,13 @@ type Inputs = jax.Array | Mapping[str, jax.Array]
 
 @register
 class Output:
-    """What `apply` returns: a pytree.
+    """The result of `apply`, a pytree.
 
     Attributes:
       logits: `[B, T, V]` (or `[B, C]`), float32.
-      hidden: `[B, T, D]`, what the head reads.
+      hidden: `[B, T, D]`, the input of the head.
       cache: the cache after these tokens, or None.
-      aux: named scalars summed over the layers (a load-balance loss).
+      aux: named scalars, summed over the layers (a load-balancing loss).
     """
 
     logits: Any = None
@@ -37,15 +37,20 @@ class Output:
 
 
 class Parts(NamedTuple):
-    """The functions that `apply` is the composition of.
+    """The three functions that `apply` is composed of.
 
     Attributes:
-      embed: (params, inputs, cache, rng, train) -> (x, context): activations, and what a step
-        computes once for all layers. The context may name `aux`, scalars of its own, and `cache`,
-        one to be used instead of the one given.
-      block: (layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux): one layer of
-        `params["blocks"]`; None for a model without layers that repeat.
-      head: (params, x, rng, train) -> logits.
+      embed: (params, inputs, cache, rng, train) -> (x, context). x are the activations,
+        `[B, T, D]` for tokens (T positions), `[B, D]` or `[B, Y, X, D]` for other models, in the
+        policy's activation dtype. The context is a dict of values that are computed once for all
+        layers: arrays `[B, ...]` or `[1, ...]`, and scalars. It may have `aux`, named float32
+        scalars, and `cache`, which then replaces the given one.
+      block: (layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux). One layer of
+        `params["blocks"]`; x keeps its shape in layers that share a segment. `layer` is the int32
+        index of the layer, traced in a scan; aux is a dict of float32 scalars, which are summed
+        over the layers. None for a model without layers that repeat.
+      head: (params, x, rng, train) -> logits, float32: `[B, T, V]` for tokens, `[B, C]` for
+        classes, or a vector `[B, D]`.
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -64,22 +69,22 @@ def _no_family(policy: ops.Policy) -> Model:
 class Model:
     """A model is its config and pure functions over a parameter tree.
 
-    `apply` and `hidden` are compositions of `parts` and cannot be replaced by themselves: who
-    changes a part changes what the losses, the prefill and the evaluation run too (see `wrap`).
+    `apply` and `hidden` are composed of `parts` and cannot be replaced alone: changing a part also
+    changes what the losses, the prefill and the evaluation run (see `wrap`).
 
     Attributes:
       config: the family's frozen `Config`.
       policy: how it computes.
       init: key -> params.
       parts: see `Parts`.
-      inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` cannot do without,
-        by name.
+      inputs: (batch, length) -> the shapes and dtypes of the inputs that `apply` requires, by name.
+        `length` is the number of tokens in a row; models of images and features ignore it, since
+        their config fixes the sizes.
       init_cache: (batch, capacity) -> cache; None for a model that does not decode.
-      axes: what the axes of the leaves are. Rules path -> PartitionSpec alone are taken too; they
-        say where leaves lie.
-      with_policy: policy -> the same model computing by it; of a family it is given by
-        `models.family`.
-      family: the name of its family, which `models.families()` knows; "" for none.
+      axes: the axes of the leaves. Rules path -> PartitionSpec, which only place the leaves, are
+        accepted too.
+      with_policy: policy -> the same model with that policy; `models.family` provides it.
+      family: the name of its family in `models.families()`; "" for none.
       apply: (params, inputs, cache=None, rng=None, train=False) -> Output. Inputs are a dict of
         `tokens` `[B, T]` and, if wanted, `positions`, `segments` (packed documents, 0 for padding)
         and `mask` (true for tokens; padding stands on the right). An array alone is taken as the
@@ -135,7 +140,7 @@ class Model:
             rng: Any = None,
             train: bool = False,
         ) -> Output:
-            with runs_on(self, params, layers=False):  # `hidden` looks at these
+            with runs_on(self, params, layers=False):  # `hidden` checks the layers
                 params, inputs = _counted(self.axes, params, _by_name(inputs, names))
                 out = self.hidden(params, inputs, cache, rng, train)
                 return dataclasses.replace(
@@ -147,23 +152,24 @@ class Model:
 
     @property
     def rules(self) -> tree.Rules:
-        """Path -> PartitionSpec of the axes of one layer, as `axes` says."""
+        """Path -> PartitionSpec of the axes of one layer, derived from `axes`."""
         return axes.specs(self.axes)
 
     @property
     def continues(self) -> bool:
-        """Whether it reads one text, its `tokens`, and continues it: a decoder without an encoder."""
+        """Whether it continues a text, its only input `tokens`: a decoder without an encoder."""
         return self.init_cache is not None and list(self.inputs(1, 1)) == ["tokens"]
 
 
 def wrap(model: Model, change: Callable[[Parts], Parts]) -> Model:
-    """The model with other parts, which stay with it under another policy too.
+    """Return the model with other parts, which it keeps under another policy too.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
     >>> cooler = wrap(model, lambda parts: parts._replace(head=lambda *args: parts.head(*args) / 2))
     >>> params, tokens = model.init(jax.random.key(0)), jnp.zeros((1, 4), jnp.int32)
-    >>> bool(jnp.allclose(cooler.apply(params, tokens).logits, model.apply(params, tokens).logits / 2))
+    >>> halved = model.apply(params, tokens).logits / 2
+    >>> bool(jnp.allclose(cooler.apply(params, tokens).logits, halved))
     True
     """
     return dataclasses.replace(
@@ -174,8 +180,9 @@ def wrap(model: Model, change: Callable[[Parts], Parts]) -> Model:
 
 
 def with_hidden(model: Model, hidden: Callable[..., Output]) -> Model:
-    """The model whose `hidden` is another function, for who runs the layers elsewhere than where
-    the loss is taken.
+    """Return the model with another function `hidden`.
+
+    A pipeline uses it, where the layers do not run at the place where the loss is computed.
     """
     changed = dataclasses.replace(model)
     object.__setattr__(changed, "hidden", hidden)
@@ -185,8 +192,10 @@ def with_hidden(model: Model, hidden: Callable[..., Output]) -> Model:
 def begin(
     model: Model, params: tree.Params, inputs: Inputs, rng: Any = None, train: bool = False
 ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
-    """What `hidden` does in front of the layers, without a cache: activations, context and aux
-    values.
+    """Run what `hidden` does before the layers, without a cache.
+
+    Returns:
+      The activations, the context, and the aux values.
     """
     given = unpadded(_by_name(inputs, tuple(model.inputs(1, 1))))
     x, context = model.parts.embed(params, given, None, _key(rng, _EMBED), train)
@@ -194,7 +203,7 @@ def begin(
 
 
 def check_sizes(config: Any, names: Iterable[str]) -> None:
-    """Raise InputError where one of these sizes of a config is not a positive whole number."""
+    """Raise InputError if one of these sizes of a config is not a positive integer."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
@@ -202,15 +211,15 @@ def check_sizes(config: Any, names: Iterable[str]) -> None:
 
 
 def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Array:
-    """One of a model's inputs.
+    """Return one of a model's inputs.
 
     Args:
-      inputs: by name.
-      name: which.
-      axes: its axes, a letter each, of which there must be as many; "" for any.
+      inputs: the inputs by name.
+      name: the name of the input.
+      axes: its expected axes, one letter each; "" for any.
 
     Raises:
-      InputError: it is not there, or has another number of axes.
+      InputError: the input is missing, or has another number of axes.
     """
     if name not in inputs:
         raise InputError(f"inputs: {', '.join(inputs) or 'none'} given; {name!r} is needed")
@@ -222,9 +231,9 @@ def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Arra
 
 
 _PADDED = {"tokens": "mask", "positions": "mask", "types": "mask", "source": "source_mask"}
-"""Inputs of token ids and places, and the mask of each."""
+"""The inputs of token ids and positions, and the mask of each."""
 
-# what embed and head fold into the step's key; layer i folds in i
+# the numbers that embed and head fold into the step's key; layer i folds in i
 _EMBED, _HEAD = (
     2**32 - 1,
     2**32 - 2,
@@ -246,9 +255,10 @@ def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
 def unpadded(
     inputs: dict[str, jax.Array], names: Mapping[str, str] = _PADDED
 ) -> dict[str, jax.Array]:
-    """The inputs with zeros where a mask says padding: what stands there may lie outside of a
-    table, whose rows are NaN then, and a weight of zero in attention times NaN is NaN, so no mask
-    would keep it from the tokens.
+    """Set the inputs to zero where a mask marks padding.
+
+    An id in the padding may be outside of a table, whose row is then NaN; and since a weight of
+    zero times NaN is NaN, no attention mask would keep it from the tokens.
 
     >>> tokens, mask = jnp.array([[7, -1]]), jnp.array([[True, False]])
     >>> unpadded({"tokens": tokens, "mask": mask})["tokens"].tolist()
@@ -265,18 +275,20 @@ def unpadded(
 
 
 COUNTS = "counts"
-"""The input that names the rows which do not only fill the batch up."""
+"""The input that marks the rows that count; the others only fill up the batch."""
 
 
 def _counted(
     of: axes.Axes, params: tree.Params, inputs: dict[str, jax.Array]
 ) -> tuple[tree.Params, dict[str, jax.Array]]:
-    """Which rows count, told to the batch norms (the means that the axes call measured): they stand
-    in parts of a model that no input reaches.
+    """Tell the batch norms which rows count.
+
+    The norms are in parts of a model that no input reaches, so the rows replace the means that the
+    axes declare as statistics.
     """
     if (counts := inputs.pop(COUNTS, None)) is None:
         return params, inputs
-    if isinstance(params.get("state"), dict):  # of a foreign module, which reads it as an input
+    if isinstance(params.get("state"), dict):  # a foreign module, which reads it as an input
         inputs[COUNTS] = counts
         return params, inputs
     trains = axes.trainable(of)
@@ -321,13 +333,15 @@ def _hidden(
 
 
 def token_inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The inputs of a model of one text: `tokens` `[B, T]`."""
+    """Return the inputs of a model of one text: `tokens` `[B, T]`."""
     return {"tokens": jax.ShapeDtypeStruct((batch, length), jnp.int32)}
 
 
 def positions_of(inputs: Mapping[str, jax.Array], places: jax.Array | None = None) -> jax.Array:
-    """Positions `[B, T]` of the tokens: those that are given, else `places`, else 0, 1, 2, ...;
-    padding is at 0, so that it may reach beyond the context.
+    """Return the positions `[B, T]` of the tokens.
+
+    They are the given ones, else `places`, else 0, 1, 2, ... Padding has position 0, so that it may
+    extend beyond the context.
     """
     if "positions" in inputs:
         return inputs["positions"]
@@ -340,11 +354,12 @@ def positions_of(inputs: Mapping[str, jax.Array], places: jax.Array | None = Non
 def decoder_context(
     inputs: Mapping[str, jax.Array], cache: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Positions `[B, T]` and the context of a causal decoder: what each token sees, where there is
-    no cache to say it.
+    """Return the positions `[B, T]` and the context of a causal decoder.
+
+    The context says what each token sees, if there is no cache to say it.
 
     Raises:
-      InputError: segments and a cache, whose tokens are one document.
+      InputError: segments are given with a cache, in which a row is one document.
     """
     segments = inputs.get("segments")
     if cache is not None:

@@ -1,9 +1,9 @@
-"""ModernBERT (Warner et al., 2024): an encoder of long texts, with a head for masked tokens, for
-classes, or for embeddings.
+"""ModernBERT (Warner et al., 2024): an encoder of long texts.
 
-Rotary positions, attention to a neighbourhood in most layers (with another base of the rotation), a
-gated feed-forward part, norms in front of each part (the first layer's attention has the
-embedding's), no biases but those of the last map.
+It has a head for masked tokens, for classes, or for embeddings; rotary positions, local attention
+in most layers (with another base of the rotation), a gated feed-forward part, norms before each
+part (for the first layer's attention it is the embedding's norm), and no biases except those of the
+last map.
 
 >>> modernbert = model(SIZES["tiny"])
 >>> params = modernbert.init(jax.random.key(0))
@@ -46,29 +46,29 @@ _POOLINGS = {"class": "cls", "mean": "mean"}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      vocab: tokens V.
-      width: D.
-      depth: layers L.
-      heads: H, which divide D.
-      mlp_width: F.
+      vocab: the size V of the vocabulary.
+      width: the model width D.
+      depth: the number of layers L.
+      heads: the number of heads H, a divisor of D.
+      mlp_width: the feed-forward width F.
       context: the longest sequence that the model was made for.
-      head: what `apply` gives: "mlm", logits `[B, T, V]` of every token; "classify", logits
-        `[B, C]`; "embed", one vector `[B, D]` of the last activations.
-      labels: names of the classes, for the head "classify".
+      head: what `apply` returns: "mlm", logits `[B, T, V]` of every token; "classify", logits
+        `[B, C]`; "embed", one vector `[B, D]` pooled from the last activations.
+      labels: the names of the classes, for the head "classify".
       pool: what the head "classify" reads: "class", the first token, or "mean" of all.
-      windows: how near a token must be to be seen (at less than this distance), taken by the layers
-        in turn; 0 for all tokens.
-      rope_base: of the rotary frequencies in layers that see all tokens.
-      local_rope_base: of those in other layers.
-      activation: of the gate, a name of `layers.ACTIVATIONS`.
-      head_activation: of the heads.
-      norm_eps: of the layer norms.
-      init_scale: standard deviation of new weights.
-      pooling: how the head "embed" makes one vector of a text: names of `sentences.POOLINGS`; of
-        several, one behind the other.
+      windows: the attention windows, used by the layers in turn: a token is seen at a smaller
+        distance than this; 0 for all tokens.
+      rope_base: the base of the rotary frequencies in layers that see all tokens.
+      local_rope_base: the base in other layers.
+      activation: the activation of the gate, a name of `layers.ACTIVATIONS`.
+      head_activation: the activation of the heads.
+      norm_eps: added to the variance by the layer norms.
+      init_scale: the standard deviation of new weights.
+      pooling: how the head "embed" pools a text: names of `sentences.POOLINGS`, whose results are
+        concatenated.
     """
 
     vocab: int
@@ -115,7 +115,7 @@ class Config:
             )
 
     def window_of_layers(self) -> tuple[int, ...]:
-        """The window of every layer; 0 for none."""
+        """Return the window of every layer; 0 for none."""
         return tuple(
             self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
         )
@@ -133,7 +133,7 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are."""
+    """Return the axes of the leaves."""
     heads = {
         "mlm": (
             ("head/dense", "DD", P("tensor", "fsdp")),
@@ -188,8 +188,9 @@ class _Block(nn.Module):
 
 
 class _Head(nn.Module):
-    """A dense layer, its activation and a norm, then the logits of tokens by the embedding, or of
-    classes.
+    """A dense layer, an activation and a norm, then logits.
+
+    The logits are those of tokens, by the embedding, or of classes.
     """
 
     config: Config
@@ -216,8 +217,9 @@ class _Head(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
 
     Inputs are `tokens` `[B, T]` and, if wanted, `mask`, `positions`; with the head "mlm" also
     `segments`.
@@ -269,7 +271,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     ):
         x = block_modules["attn_norm" not in params].apply({"params": params}, x, context, layer)
         mask = context["seen"].valid
-        # rows of zeros: by them the head, which sees only x, knows the padding
+        # rows of zeros, by which the head, which sees only x, recognises padding
         if c.head != "mlm" and mask is not None:
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         return x, cache, {}

@@ -1,5 +1,6 @@
-"""`predict_fn`: a model as one function of weights and a batch, which is all that evaluation,
-explanation and trust ask for.
+"""`predict_fn`: a model as one function of weights and a batch.
+
+This is all that evaluation, explanation and trust ask for.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ _EACH = {**GIVES, "probabilities": jax.nn.sigmoid, "log_probabilities": jax.nn.l
 
 
 def says(config: Any) -> str:
-    """What the logits of a classifier say, by its `problem` and labels as in HF: one class "of
-    all", "each", or a "number".
+    """Return what the logits of a classifier mean, by its `problem` and labels as in HF.
+
+    It is one class "of all", "each" class by itself, or a "number".
 
     >>> from jaxmodel.models import bert
-    >>> [says(bert.Config(9, 4, 1, 1, 8, 8, "classify", names)) for names in (("no", "yes"), ("toxic",))]
-    ['of all', 'each']
+    >>> config = lambda labels: bert.Config(9, 4, 1, 1, 8, 8, "classify", labels)
+    >>> says(config(("no", "yes"))), says(config(("toxic",)))
+    ('of all', 'each')
     """
     problem = getattr(config, "problem", "")
     if problem == "regression":
@@ -41,20 +44,20 @@ def says(config: Any) -> str:
 def predict_fn(
     model: Model, gives: str = "probabilities"
 ) -> Callable[[tree.Params, Inputs], jax.Array]:
-    """`predict(params, x)`: what a model says about a batch, as it does after training.
+    """Return `predict(params, x)`: the outputs of a model for a batch, as in inference.
 
-    Pure, and not jitted: it is for the caller to jit, vmap, differentiate or cut into chunks. Equal
-    arguments give the same function, so nothing is traced twice. Whoever has no `Model` (a forest,
-    a server, an ensemble) writes such a function.
+    The function is pure and not jitted: the caller may jit, vmap, differentiate or chunk it. Equal
+    arguments give the same function, so nothing is traced twice. Without a `Model` (for a forest, a
+    server, an ensemble) write such a function yourself.
 
     Args:
-      model: any.
-      gives: "probabilities" (over the last axis, or of each class by itself: `says`),
-        "log_probabilities", or "logits", which are also the numbers of a regression and the vector
+      model: any model.
+      gives: "probabilities" (over the last axis, or for each class by itself; see `says`),
+        "log_probabilities", or "logits", which are also the values of a regression and the vector
         of a model without classes.
 
     Returns:
-      (params, x) -> float32 `[B, C]`, or `[B, T, V]` of a model that gives logits for every
+      A function (params, x) -> float32 `[B, C]`, or `[B, T, V]` for a model with logits for every
       position. `x` is what `model.apply` takes: an array `[B, ...]`, or a dict.
 
     Raises:

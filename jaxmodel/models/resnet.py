@@ -1,9 +1,9 @@
 """ResNet (He et al., 2015) with batch norm or group norm (Wu & He, 2018).
 
-Residual blocks of two convolutions, or of three with a narrow one between (bottleneck). A block
-that halves the image has a leaf `halve`, a 1 x 1 convolution for the sum to fit; one that only
-widens has `widen`. As in torchvision, whose weights most people have, a bottleneck's stride is that
-of its 3 x 3 convolution.
+Residual blocks have two convolutions, or three with a narrow one in the middle (bottleneck). A
+block that halves the image has a leaf `halve`, a 1 x 1 convolution that makes the shapes of the sum
+equal; one that only widens has `widen`. As in torchvision, whose weights most people have, a
+bottleneck's stride is that of its 3 x 3 convolution.
 
 >>> resnet = model(SIZES["tiny"])
 >>> params = jax.jit(resnet.init)(jax.random.key(0))
@@ -36,19 +36,19 @@ NORMS = ("batch", "group")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      stages: blocks of each stage. A stage halves the sides of its input, but for the first, and
-        doubles the width.
-      width: channels of the first stage.
-      bottleneck: whether a block has three convolutions; its result is four times as wide.
-      classes: C.
-      size: Y and X of an image.
-      channels: colours of an image.
+      stages: the number of blocks of each stage. Each stage but the first halves the sides of its
+        input and doubles the width.
+      width: the number of channels of the first stage.
+      bottleneck: whether a block has three convolutions; its output is four times as wide.
+      classes: the number of classes C.
+      size: the height and width of an image in pixels.
+      channels: the number of colour channels of an image.
       norm: "batch" or "group".
-      groups: of a group norm.
-      norm_eps: of the norms.
+      groups: the number of groups of a group norm.
+      norm_eps: added to the variance by the norms.
       small: for small images: a stem of 3 x 3 at stride 1, not 7 x 7 at stride 2 with pooling.
     """
 
@@ -96,8 +96,9 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: each stage has its channels, `C0` and so on; `F` and `H`
-    stand inside of a block.
+    """Return the axes of the leaves.
+
+    Each stage has its channels, `C0` and so on; `F` and `H` are inside of a block.
     """
     rules = _conv_axes("stem", "C0", "p")
     stream = "C0"
@@ -125,7 +126,7 @@ def _conv_axes(path: str, out: str, before: str) -> list[tuple[str, str]]:
         (path, out + before),
         (tree.optional(f"{path}_norm/(weight|bias)"), out),
         (tree.optional(f"{path}_norm/(mean|variance)"), f"{out} measured"),
-        (tree.optional(f"{path}_bias"), out),  # of a convolution that its norm was folded into
+        (tree.optional(f"{path}_bias"), out),  # a convolution into which its norm was folded
     ]
 
 
@@ -165,7 +166,7 @@ class _Block(nn.Module):
     def __call__(
         self, x: jax.Array, stride: int = 1, train: bool = False, width: int = 0
     ) -> jax.Array:
-        """`width` is that of new leaves; those that exist have their own."""
+        """Run one block; `width` is that of new leaves, existing ones have their own."""
         c = self.config
 
         def step(x: jax.Array, name: str, width: int, side: int, stride: int = 1) -> jax.Array:
@@ -195,8 +196,9 @@ class _Block(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     stem = _Stem(config, policy)
     block_module = _Block(config, policy)
@@ -217,8 +219,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         rng: Any = None,
         train: bool = False,
     ) -> Any:
-        # What a block does follows from its leaves, not from its number, which is traced where
-        # layers are scanned.
+        # What a block does follows from its leaves, not from its index, which is traced in a scan.
         return (
             block_module.apply({"params": params}, x, 2 if "halve" in params else 1, train),
             cache,

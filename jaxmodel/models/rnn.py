@@ -1,9 +1,9 @@
-"""Recurrent encoder and decoder (Sutskever et al., 2014), with attention (Bahdanau et al., 2014;
-Luong et al., 2015).
+"""Recurrent encoder and decoder (Sutskever et al., 2014) with attention.
 
-The encoder reads the source in both directions; its last states begin the decoder's. The last layer
-of the decoder reads what the encoder showed: at each step before its cell does (additive), or after
-all cells (multiplicative), or not at all.
+The attention is that of Bahdanau et al. (2014) or Luong et al. (2015). The encoder reads the source
+in both directions; its last states are the decoder's first. The decoder's last layer reads the
+encoder's outputs: at each step before its cell (additive), after all cells (multiplicative), or not
+at all.
 
 >>> rnn = model(SIZES["tiny"])
 >>> params = rnn.init(jax.random.key(0))
@@ -38,17 +38,17 @@ ATTENTION = ("none", "additive", "multiplicative")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      vocab: tokens V of source and target, which have tables of their own.
-      width: D of embeddings, states and memory; even, because each direction of the encoder has
-        half of it.
-      depth: layers of the encoder and of the decoder; a layer's last state in one begins it in the
-        other.
+      vocab: the size V of the vocabulary of source and target, which have separate tables.
+      width: the width D of embeddings, states and memory; even, because each direction of the
+        encoder has half of it.
+      depth: the number of layers of the encoder, and of the decoder; the last state of an encoder
+        layer is the first of the same decoder layer.
       cell: "lstm" or "gru".
       attention: one of `ATTENTION`.
-      dropout: share of the input of each layer that is dropped in training (Zaremba et al., 2014).
+      dropout: the dropout rate of the input of each layer (Zaremba et al., 2014).
       start: the token that a target begins with.
       context: the longest source or target that the model was made for.
     """
@@ -78,17 +78,18 @@ SIZES = {
     "bahdanau-2014": Config(30000, 1000, 1, "gru", "additive"),
     "luong-2015": Config(50000, 1000, 4, "lstm", "multiplicative", 0.2),
 }
-"""The papers' cells, depths and widths; their sources are read in both directions here, and their
-vocabularies are one.
+"""The papers' cells, depths and widths.
+
+Here, sources are read in both directions, and source and target have the same vocabulary.
 """
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are.
+    """Return the axes of the leaves.
 
-    A layer of the encoder has units of its own in each direction, `C0` and `C1` in the first. Both
-    together are what the next layer reads, and in their order the units of the decoder's layer,
-    which starts with their state.
+    Each direction of an encoder layer has its own units, `C0` and `C1` in the first. Concatenated,
+    they are the input of the next layer, and the units of the decoder layer that starts with their
+    state.
     """
     gates = GATES[config.cell]
     both = [f"C{2 * i}+C{2 * i + 1}" for i in range(config.depth)]
@@ -143,7 +144,7 @@ class _Encoder(nn.Module):
 class _Block(nn.Module):
     config: Config
     policy: ops.Policy
-    reads: bool  # the memory: the last layer, where there is attention
+    reads: bool  # whether it reads the memory: the last layer, if there is attention
 
     @nn.compact
     def __call__(
@@ -183,7 +184,7 @@ class _Block(nn.Module):
 
 
 def _memory(context: dict[str, Any], cache: Any) -> tuple[Any, Any, Any]:
-    """What is read, where it is no padding, and the keys, if an earlier call has made them."""
+    """Return the memory, where it is no padding, and the keys if an earlier call has made them."""
     if "memory" in context:
         return context["memory"], context["memory_mask"], None
     return cache.memory, cache.valid, cache.keys
@@ -191,8 +192,9 @@ def _memory(context: dict[str, Any], cache: Any) -> tuple[Any, Any, Any]:
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     encoder_module = _Encoder(config, policy)
     plain = _Block(config, policy, False)

@@ -1,6 +1,6 @@
-"""Vectors of texts: how the encoders with the head "embed" make them.
+"""Vectors of texts, as encoders with the head "embed" make them.
 
-Not an architecture: it has no `Config`.
+This is no architecture: it has no `Config`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.models.model import Model
 
-SHORTEST = (
-    16  # batches of sentences are of this or a doubled length, so that few programs are compiled
-)
+# batches of sentences have this length times a power of two, so that few programs are compiled
+SHORTEST = 16
 
 
 def _weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -49,13 +48,14 @@ POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     ),
     "lasttoken": _last,
 }
-"""Ways of making one vector of a text's, as sentence-transformers names them: of activations
-`[B, T, D]`, zeros where padded.
+"""Pooling functions by the names of sentence-transformers.
+
+They take activations `[B, T, D]`, which are zero at padding.
 """
 
 
 def check_pooling(ways: Sequence[str]) -> None:
-    """Refuse what is not among `POOLINGS`, and none at all."""
+    """Refuse names that are not in `POOLINGS`, and an empty list."""
     for way in ways or ("",):
         if way not in POOLINGS:
             raise unknown("pooling", way, POOLINGS)
@@ -64,12 +64,12 @@ def check_pooling(ways: Sequence[str]) -> None:
 def pool(
     x: Float[Array, "B T D"], valid: Bool[Array, "B T"], ways: Sequence[str]
 ) -> Float[Array, "B E"]:
-    """One vector of each row, float32.
+    """Pool the activations of each row to one float32 vector.
 
     Args:
       x: activations.
-      valid: false for padding, whose activations do not count.
-      ways: names of `POOLINGS`; the results of several stand one behind the other.
+      valid: False for padding, whose activations do not count.
+      ways: names of `POOLINGS`, whose results are concatenated.
     """
     x = jnp.where(valid[..., None], x.astype(jnp.float32), 0.0)
     return jnp.concatenate([POOLINGS[way](x, valid) for way in ways], axis=-1)
@@ -78,25 +78,25 @@ def pool(
 def embed_texts(
     bundle: Any, texts: Sequence[str], *, batch_size: int = 32, max_tokens: int | None = None
 ) -> np.ndarray:
-    """Sentence embeddings: the last activations, pooled as `config.pooling` says, of length one
-    (Reimers & Gurevych, 2019).
+    """Compute sentence embeddings of length one (Reimers & Gurevych, 2019).
 
-    Texts of similar length share a batch, so that little is padding; the order of the results is
-    that of the texts.
+    They are the last activations, pooled as `config.pooling` says. Texts of similar length share a
+    batch, so that there is little padding; the results are in the order of the texts.
 
     Args:
       bundle: a `hub.Bundle` of a model with the head "embed" (of bert, modernbert) and its
         tokenizer.
       texts: N texts.
-      batch_size: texts that are computed at once.
-      max_tokens: longer texts are cut, the tokenizer's last token kept; None for what the bundle's
-        card says (`max_tokens`), else for the model's context.
+      batch_size: the number of texts that are computed at once.
+      max_tokens: longer texts are truncated, keeping the tokenizer's last token; None for the
+        `max_tokens` of the bundle's card, or else the model's context.
 
     Returns:
-      float32 `[N, D]`; the product of two rows is the cosine of their angle.
+      float32 `[N, D]`; the product of two rows is their cosine similarity.
 
     Raises:
-      InputError: another kind of model, no tokenizer, a single string, or sizes out of range.
+      InputError: the model is of another kind, there is no tokenizer, `texts` is a single string,
+        or a size is out of range.
     """
     config = bundle.model.config
     if getattr(config, "head", "") != "embed":
@@ -156,7 +156,7 @@ def embed_texts(
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest one that is not below `n`."""
+    """Return the smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
 
 

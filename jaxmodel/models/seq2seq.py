@@ -1,5 +1,6 @@
-"""What models that read a source and write a target share: their inputs, and what their decoder
-needs of the source.
+"""Parts that models with a source and a target share.
+
+They are the inputs, and what the decoder needs of the source.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from jaxmodel.models.model import decoder_context
 
 
 def source_inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The inputs of an encoder and its decoder:
+    """Return the inputs of an encoder and its decoder.
 
-    `source` and `tokens` `[B, T]`; `source_mask` and `mask` are optional.
+    `source` and `tokens` are `[B, T]`; `source_mask` and `mask` are optional.
     """
     return {name: jax.ShapeDtypeStruct((batch, length), jnp.int32) for name in ("source", "tokens")}
 
@@ -27,18 +28,18 @@ def source_context(
     cache: Any,
     encode: Callable[[jax.Array, jax.Array], dict[str, jax.Array]],
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Positions `[B, T]` of the target and the decoder's context.
+    """Return the positions `[B, T]` of the target, and the decoder's context.
 
-    Where there is a source, the context has what the encoder made of it, `memory` `[B, S, D]` with
-    `memory_mask`, and the cache with room for it. Else the cache has read one.
+    If there is a source, the context has the encoder's output, `memory` `[B, S, D]` with
+    `memory_mask`, and the cache with room for it. Otherwise the cache has read a source already.
 
     Args:
-      inputs: of the model.
-      cache: one with a method `reading` (see `ops.memory.MemoryCache`), or None.
-      encode: (source, its mask) -> `memory`, and what else `reading` takes.
+      inputs: the inputs of the model.
+      cache: a cache with a method `reading` (see `ops.memory.MemoryCache`), or None.
+      encode: (source, its mask) -> `memory`, and the other arguments of `reading`.
 
     Raises:
-      InputError: no source, neither here nor in the cache, or packed documents.
+      InputError: there is no source, neither here nor in the cache, or documents are packed.
     """
     if "segments" in inputs:
         raise InputError(

@@ -1,6 +1,4 @@
-"""Stochastic depth of any model: whole blocks are left out of a training step, the later ones more
-often.
-"""
+"""Stochastic depth for any model: blocks are skipped in training, the later ones more often."""
 
 from __future__ import annotations
 
@@ -13,22 +11,22 @@ from jaxmodel.errors import InputError
 from jaxmodel.layers.stochastic_depth import stochastic_depth as of_rows
 from jaxmodel.models.model import Model, Parts, wrap
 
-_SITE = 2**32 - 1  # tells its draws apart from the dropout within a block
+_SITE = 2**32 - 1  # separates its draws from the dropout in a block
 
 
 def stochastic_depth(model: Model, rate: float) -> Model:
-    """The model whose layer l of L a row skips with the probability `rate (l + 1) / L` in training
-    (Huang et al., 2016).
+    """Return the model with stochastic depth (Huang et al., 2016).
 
-    What a block adds to its input is 0, or divided by the probability to stay. Blocks that change
-    the shape always run. Of a model with an encoder these are the layers of the decoder.
+    In training, a row skips layer l of L with probability `rate (l + 1) / L`: what a block adds to
+    its input is 0, or divided by the probability to stay. Blocks that change the shape always run.
+    In a model with an encoder, the layers are those of the decoder.
 
     Args:
-      model: with blocks.
-      rate: of the last layer, from 0 to below 1.
+      model: a model with blocks.
+      rate: the rate of the last layer, from 0 to below 1.
 
     Raises:
-      InputError: a model without blocks, or a rate outside of [0, 1).
+      InputError: the model has no blocks, or the rate is outside of [0, 1).
 
     >>> from jaxmodel.models import mlp
     >>> model = mlp.model(mlp.Config(4, (4, 4), 2))

@@ -1,9 +1,8 @@
-"""T5 (Raffel et al., 2019): an encoder and a decoder with RMS norms and a bias of relative
-positions that all layers share.
+"""T5 (Raffel et al., 2019): an encoder and a decoder with RMS norms and relative positions.
 
-The first form has a plain ReLU and a head tied to the embedding, which it scales; version 1.1 and
-Flan-T5 (Chung et al., 2022) have gated GELU and a head of their own. Scores are not scaled: the
-initial queries are smaller instead.
+The bias of relative positions is shared by all layers. The first version has a plain ReLU and a
+head tied to the embedding, which it scales; version 1.1 and Flan-T5 (Chung et al., 2022) have gated
+GELU and a separate head. Scores are not scaled: the initial queries are smaller instead.
 
 >>> t5 = model(SIZES["tiny"])
 >>> params = t5.init(jax.random.key(0))
@@ -37,32 +36,32 @@ from jaxmodel.models.seq2seq import source_context, source_inputs
 from jaxmodel.ops.memory import MemoryCache
 
 FORMS = {"relu": (nn.relu, False), "gated-gelu": (nn.gelu, True), "gated-silu": (nn.silu, True)}
-"""Feed-forward parts: their activation, and whether it gates."""
+"""Feed-forward parts: the activation, and whether there is a gate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      vocab: tokens V of source and target.
-      width: D.
-      encoder_depth: layers of the encoder.
-      depth: layers L of the decoder.
-      heads: H.
+      vocab: the size V of the vocabulary of source and target.
+      width: the model width D.
+      encoder_depth: the number of layers of the encoder.
+      depth: the number of layers L of the decoder.
+      heads: the number of heads H.
       head_width: h; H * h may differ from D.
-      mlp_width: F.
+      mlp_width: the feed-forward width F.
       mlp: the feed-forward part, one of `FORMS`.
       tied: whether the head reads the embedding.
-      buckets: of relative positions; half of them for single distances.
-      distance: from which on all distances share the last bucket.
-      norm_eps: of the RMS norms.
-      dropout: share of what each part adds that is dropped in training.
-      init_scale: factor of the standard deviations of new weights.
+      buckets: the number of buckets of relative positions; half of them are for single distances.
+      distance: the distance from which on all share the last bucket.
+      norm_eps: added to the variance by the RMS norms.
+      dropout: the dropout rate of what each part adds.
+      init_scale: a factor of the standard deviations of new weights.
       start: the token that a target begins with.
-      context: the longest source that the model was trained on; positions are relative, so that
-        longer ones are read too.
-      head_scale: of what the head reads; None for `width ** -0.5` where it is tied, else 1.
+      context: the longest source that the model was trained on; since positions are relative,
+        longer ones can be read too.
+      head_scale: the factor of the head's input; None for `width ** -0.5` if it is tied, else 1.
     """
 
     any_length: ClassVar = True  # of sources: positions are relative
@@ -109,7 +108,7 @@ class Config:
 
     @property
     def scale(self) -> float:
-        """The factor of what the head reads."""
+        """The factor of the head's input."""
         return (
             self.head_scale
             if self.head_scale is not None
@@ -130,8 +129,9 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are: all layers of a stack share the table of positions, and so
-    their heads `K0` or `K1`.
+    """Return the axes of the leaves.
+
+    All layers of a stack share the table of positions, and so their heads `K0` or `K1`.
     """
     return Axes(
         (
@@ -156,7 +156,7 @@ def axes(config: Config) -> Axes:
 class _Block(nn.Module):
     config: Config
     policy: ops.Policy
-    reads: bool  # a memory: a layer of the decoder
+    reads: bool  # whether it reads a memory: a layer of the decoder
 
     @nn.compact
     def __call__(
@@ -205,11 +205,11 @@ class _Head(nn.Module):
 
 @functools.cache
 def bucket_table(buckets: int, distance: int) -> np.ndarray:
-    """The bucket of each distance from 0 to `distance`: the first half as they are, the others by
-    their logarithm.
+    """Return the bucket of each distance from 0 to `distance`.
 
-    A table made on the host: on the edge between two buckets the logarithms of two devices would
-    disagree.
+    The first half of the buckets are single distances, the others are logarithmic. The table is
+    made on the host, since the logarithms of two devices would disagree at the edge between two
+    buckets.
 
     >>> bucket_table(8, 16).tolist()
     [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7]
@@ -226,15 +226,15 @@ def bucket_table(buckets: int, distance: int) -> np.ndarray:
 def position_bias(
     table: Any, query: Int[Array, "#B T"], key: Int[Array, "#B S"], both: bool, config: Config
 ) -> Float[Array, "#B H T S"]:
-    """The bias of the scores by the distance from query to key.
+    """Return the bias of the scores by the distance from query to key.
 
     Args:
       table: the leaf `[buckets, H]`.
-      query: places of the queries.
-      key: places of the keys.
-      both: whether keys behind the query have buckets of their own (half of all); else they count
+      query: the positions of the queries.
+      key: the positions of the keys.
+      both: whether keys after the query have their own buckets (half of all); otherwise they count
         as distance 0.
-      config: buckets and distance.
+      config: the config, for buckets and distance.
     """
     gap = key[:, None, :] - query[:, :, None]
     buckets = config.buckets // 2 if both else config.buckets
@@ -248,8 +248,9 @@ def position_bias(
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     encoder_module = _Block(config, policy, False)
     block_module = _Block(config, policy, True)
@@ -342,7 +343,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             "blocks": blocks(block_module, keys[5], config.depth),
         }
         params = {"embed": table, "encoder": encoder, **decoder, **top}
-        # what others do to the scores
+        # the factor that other models apply to the scores
         scale = lambda path, a: a * config.head_width**-0.5 if path.endswith("/q") else a
         return tree.map_leaves(scale, params)
 

@@ -1,8 +1,7 @@
-"""The Transformer (Vaswani et al., 2017): an encoder and a decoder, sinusoidal positions, one
-embedding for all three tables.
+"""The Transformer (Vaswani et al., 2017): an encoder and a decoder with sinusoidal positions.
 
-As in the paper a norm follows each sum; `pre_norm` puts it in front of each part (Xiong et al.,
-2020), and one behind each stack.
+One embedding serves all three tables. As in the paper, a norm follows each sum; `pre_norm` puts it
+before each part (Xiong et al., 2020), and one after each stack.
 
 >>> transformer = model(SIZES["tiny"])
 >>> params = transformer.init(jax.random.key(0))
@@ -36,20 +35,19 @@ from jaxmodel.ops.norms import on_last
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
-      vocab: tokens V of source and target, which share the embedding.
-      width: D, even.
-      encoder_depth: layers of the encoder.
-      depth: layers L of the decoder.
-      heads: H, which divide D.
-      mlp_width: F.
-      pre_norm: whether norms stand in front of the parts.
-      attn_bias: whether the maps of attention have biases (the paper's have none, most programs'
-        do).
-      dropout: share of what each part adds, and of the embeddings, that is dropped in training.
-      norm_eps: of the layer norms.
+      vocab: the size V of the vocabulary of source and target, which share the embedding.
+      width: the model width D, an even number.
+      encoder_depth: the number of layers of the encoder.
+      depth: the number of layers L of the decoder.
+      heads: the number of heads H, a divisor of D.
+      mlp_width: the feed-forward width F.
+      pre_norm: whether norms come before the parts.
+      attn_bias: whether the maps of attention have biases (not in the paper, but in most programs).
+      dropout: the dropout rate of what each part adds, and of the embeddings.
+      norm_eps: added to the variance by the layer norms.
       start: the token that a target begins with.
       context: the longest source or target that the model was made for.
     """
@@ -87,9 +85,9 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are:
+    """Return the axes of the leaves.
 
-    `H` heads read the source; `D` is ordered, since the positions are fixed waves.
+    `H` are the heads that read the source; `D` is ordered, since the positions are fixed waves.
     """
     cross = (
         ("blocks/.*/cross/(q|memory_k|memory_v)", "(Hh)D"),
@@ -104,7 +102,7 @@ def axes(config: Config) -> Axes:
 class _Block(nn.Module):
     config: Config
     policy: ops.Policy
-    reads: bool  # a memory: a layer of the decoder
+    reads: bool  # whether it reads a memory: a layer of the decoder
 
     @nn.compact
     def __call__(
@@ -133,7 +131,7 @@ class _Block(nn.Module):
 
 
 def sinusoids(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
-    """`sin(p / 10000^(2i/D))` at the channels 2i, the cosine at 2i + 1."""
+    """Compute `sin(p / 10000^(2i/D))` at the channels 2i, and the cosine at 2i + 1."""
     steps = jnp.arange(0, width, 2, dtype=jnp.float32)
     rates = jnp.exp(steps * (-math.log(10000.0) / width))
     angles = positions[..., None].astype(jnp.float32) * on_last(rates, 3)
@@ -142,8 +140,9 @@ def sinusoids(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
     """
     encoder_module = _Block(config, policy, False)
     block_module = _Block(config, policy, True)
@@ -168,7 +167,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         return block
 
     def normed(params: tree.Params, x: jax.Array) -> jax.Array:
-        """After a stack of layers that do not end in a norm."""
+        """Normalise the output of a stack of layers that do not end in a norm."""
         if not config.pre_norm:
             return x
         y = norm_module.apply({"params": params["norm"]}, x)

@@ -1,8 +1,7 @@
-"""Vision transformer (Dosovitskiy et al., 2020): patches of an image as tokens, a norm in front of
-each part.
+"""Vision transformer (Dosovitskiy et al., 2020): the patches of an image are tokens.
 
-DINOv2 (Oquab et al., 2023) scales what each part adds, classifies by the class token beside the
-mean of the patches, and reads images of any size.
+A norm precedes each part. DINOv2 (Oquab et al., 2023) scales what each part adds, classifies by the
+class token and the mean of the patches, and reads images of any size.
 
 >>> vit = model(SIZES["tiny"])
 >>> params = vit.init(jax.random.key(0))
@@ -34,31 +33,32 @@ POOLS = ("class", "mean", "both", "attention")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes that tell the members of the family apart.
+    """The sizes of a member of the family.
 
     Attributes:
       image: the side of the (square) images in pixels.
-      patch: the side of a patch; what is left of an image beyond whole ones is not read.
-      width: D.
-      depth: layers L.
-      heads: H, which divide D.
-      mlp_width: F.
-      labels: names of the classes; () for a model whose `apply` gives the pooled vector `[B, D]`.
-      channels: of the images.
-      pool: what stands for the image: "class", a token of its own, "mean" of the patches' (Zhai et
-        al., 2021), "both", one behind the other, or "attention" of a learnt query to the patches
-        and a feed-forward part (Lee et al., 2019; SigLIP).
+      patch: the side of a patch; the rest of an image that fills no patch is not read.
+      width: the model width D.
+      depth: the number of layers L.
+      heads: the number of heads H, a divisor of D.
+      mlp_width: the feed-forward width F.
+      labels: the names of the classes; () for a model whose `apply` returns the pooled vector
+        `[B, D]`.
+      channels: the number of channels of the images.
+      pool: what represents the image: "class", a separate token; "mean" of the patches (Zhai et
+        al., 2021); "both", concatenated; or "attention" of a learnt query to the patches and a
+        feed-forward part (Lee et al., 2019; SigLIP).
       pool_dense: whether a dense layer with tanh follows.
       activation: a name of `layers.ACTIVATIONS`.
       qkv_bias: whether q, k and v have biases.
-      patch_bias: whether the map of the patches has one.
+      patch_bias: whether the map of the patches has a bias.
       embed_norm: whether a norm follows the positions (CLIP).
-      norm_eps: of the layer norms.
-      init_scale: standard deviation of new weights.
-      problem: what the logits mean, as `problem_type` of HF says it; see `predict_fn`.
-      layer_scale: whether the result of each part has a factor for each component (Touvron et al.,
+      norm_eps: added to the variance by the layer norms.
+      init_scale: the standard deviation of new weights.
+      problem: the meaning of the logits, named as HF's `problem_type`; see `predict_fn`.
+      layer_scale: whether each component of a part's result has a learnt factor (Touvron et al.,
         2021).
-      any_size: whether images of other sizes are read, at positions between the learnt ones.
+      any_size: whether images of other sizes are read, with interpolated positions.
     """
 
     image: int
@@ -98,7 +98,7 @@ class Config:
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """Labels of classes whose names are not known.
+    """Return labels for classes without names.
 
     >>> numbered(2)
     ('LABEL_0', 'LABEL_1')
@@ -136,7 +136,7 @@ SIZES = {
 
 
 def axes(config: Config) -> Axes:
-    """What the axes of the leaves are."""
+    """Return the axes of the leaves."""
     pooled = "[D+D]" if config.pool == "both" else "D"
     last = "F0" if config.pool_dense else pooled
     return Axes(
@@ -209,8 +209,9 @@ class _Embed(nn.Module):
 
 @family(Config, SIZES)
 def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
-    """The pure functions of one config; equal arguments give the same functions, so nothing is
-    traced twice.
+    """Return the model of one config.
+
+    Equal arguments give the same functions, so nothing is traced twice.
 
     The input is `pixels` `[B, Y, X, C]`, float32, normalised as the model's images were.
     """
@@ -285,16 +286,17 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
 
 
 def features(model: Model, params: tree.Params, pixels: jax.Array) -> jax.Array:
-    """Return what the last layer makes of each token, normed: the patch features of DINOv2 (Oquab
-    et al., 2023).
+    """Return the normalised activations of the last layer for each token.
+
+    They are the patch features of DINOv2 (Oquab et al., 2023).
 
     Args:
-      model: of this family.
+      model: a model of this family.
       params: its parameters.
       pixels: float32 `[B, Y, X, C]`, normalised as the model's images were.
 
     Returns:
-      `[B, T, D]`: first the class token, where the config has one, then the patches row by row.
+      `[B, T, D]`: first the class token, if the config has one, then the patches row by row.
 
     >>> small = model(SIZES["tiny"])
     >>> params = jax.jit(small.init)(jax.random.key(0))
