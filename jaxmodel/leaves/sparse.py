@@ -63,11 +63,8 @@ class Sparse(Compressed):
         if pattern is not None:
             n = weight.shape[-1] // pattern[1] * pattern[0]
         else:
-            n = max(1, int(jnp.max(jnp.sum(keep, axis=-1)))) if keep.size else 1
-        bits, pad = pad_last(keep, 8)
-        leaf = cls(
-            pack(bits.astype(jnp.uint8), 1), _gather(weight, keep, n), pattern=pattern, pad=pad
-        )
+            n = max(1, int(_most(keep))) if keep.size else 1
+        leaf = cls(*_store(weight, keep, n), pattern=pattern, pad=-weight.shape[-1] % 8)
         leaf.check()
         if pattern is not None and not isinstance(keep, Tracer):
             leaf.check_values()  # a group with more than N would lose weights silently
@@ -188,7 +185,20 @@ class Sparse(Compressed):
         )
 
 
+@jax.jit
+def _most(keep: Bool[Array, "... out in"]) -> jax.Array:
+    """The largest number of elements that a row keeps."""
+    return jnp.max(jnp.sum(keep, axis=-1))
+
+
 @functools.partial(jax.jit, static_argnums=2)
+def _store(
+    weight: jax.Array, keep: Bool[Array, "... out in"], n: int
+) -> tuple[jax.Array, jax.Array]:
+    """The bitmask and the values, by one program."""
+    return pack(pad_last(keep, 8)[0].astype(jnp.uint8), 1), _gather(weight, keep, n)
+
+
 def _gather(weight: jax.Array, keep: Bool[Array, "... out in"], n: int) -> jax.Array:
     """Move the kept elements of each row to its start, zeros behind: the inverse of `_scatter`."""
     width = weight.shape[-1]
