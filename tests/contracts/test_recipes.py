@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 
 from jaxmodel import compress, hub, tree
-from jaxmodel.models import families, from_linen, from_nnx
+from jaxmodel.models import families, from_linen, from_nnx, sizes
+from tests.contracts.conftest import KINDS
 
 
 def _inputs(model):
@@ -38,8 +39,34 @@ def test_named_recipes_differ_in_their_chains_alone():
     assert len({tuple(pattern for pattern, _ in compress.named(name).rules) for name in NAMES}) == 1
 
 
+BY_LEAVES = ("gpt_oss/tiny", "llama/tiny-sparse", "resnet/tiny-group")
+"""Kinds that between them have leaves of every number of axes, which is all that a method sees."""
+
+
+def axes_of_leaves(params):
+    """What a method may tell apart: the axes of a layer's leaf, and whether layers are stacked."""
+    return {
+        (len(tree.layer_shape(path, leaf)), len(tree.layer_paths(path)) > 1)
+        for path, leaf in tree.flatten(params).items()
+        if len(tree.layer_shape(path, leaf)) >= 2
+    }
+
+
+def test_some_kinds_have_leaves_of_every_number_of_axes():
+    def of(names):
+        return set().union(
+            *(
+                axes_of_leaves(jax.eval_shape(module.model(config).init, jax.random.key(0)))
+                for module, config in map(sizes().__getitem__, names)
+            )
+        )
+
+    assert of(BY_LEAVES) == of(KINDS)
+
+
 def test_named_recipes_take_every_kind(kind):
-    """All matrices but routers.
+    """All matrices but routers, which the rules decide: one recipe for each kind (the rules of all
+    are the same, see above), and every chain for every number of axes of a leaf.
 
     What comes out is traced, and that of one is run; test_models.py runs each kind of leaf.
     """
@@ -49,7 +76,8 @@ def test_named_recipes_take_every_kind(kind):
         if len(tree.layer_shape(p, leaf)) >= 2
     }
     before = np.asarray(kind.apply(kind.params, kind.inputs))
-    for name in ("int8-weight", "int4", "sparse50-int8"):
+    others = ("int4", "sparse50-int8") if kind.name in BY_LEAVES else ()
+    for name in ("int8-weight", *others):
         recipe = compress.named(name)
         smaller, report = compress.apply(recipe, kind.params)
         treated = {row["path"] for row in report.leaves if row["method"]}
@@ -136,7 +164,7 @@ def test_named_recipes_take_modules_of_others(name, tmp_path):
 
 def test_rules_in_front_are_exceptions():
     module = families()["gpt2"]
-    params = module.model(module.SIZES["tiny"]).init(jax.random.key(0))
+    params = jax.jit(module.model(module.SIZES["tiny"]).init)(jax.random.key(0))
     recipe = compress.named("int4")
     mine = dataclasses.replace(
         recipe, rules=(("blocks/0/.*/up", "rtn(bits=8)"), ("embed", ""), *recipe.rules)
