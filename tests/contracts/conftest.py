@@ -49,6 +49,12 @@ kind than that one's.
 """
 
 
+FORMS = ("clip/tiny", "llama/tiny", "llama/tiny-sparse", "resnet/tiny", "rnn/tiny", "t5/tiny")
+"""For laws about code that is one for all models: two towers, stacked blocks, experts, convolutions,
+recurrence, and a text that is read and another that is written.
+"""
+
+
 def is_decoder(name: str) -> bool:
     """Whether a member reads one text and continues it."""
     module, config = sizes()[name]
@@ -78,6 +84,7 @@ class Case:
     name: str
     module: Any
     model: Model
+    shapes: tree.Params  # of what `init` gives
     params: tree.Params
     inputs: dict[str, jax.Array]
     traces: list[Model] = dataclasses.field(default_factory=list)  # what `run` was traced for
@@ -177,7 +184,7 @@ def make_case(name: str) -> Case:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     arrays = jax.tree.map(lambda a: (rng.normal(size=a.shape) * 0.2).astype(a.dtype), shapes)
     params = jax.tree.map(jnp.asarray, tree.map_leaves(meaningful, arrays))
-    return Case(name, module, model, params, example(model, B, T))
+    return Case(name, module, model, shapes, params, example(model, B, T))
 
 
 def meaningful(path: str, leaf: np.ndarray) -> np.ndarray:
@@ -207,18 +214,24 @@ def kind(member) -> Case:
 
 
 @pytest.fixture
+def form(member) -> Case:
+    """One of each form: for laws about code that is one for all."""
+    return member
+
+
+@pytest.fixture
 def decoder(member) -> Case:
     """A member that reads one text and continues it."""
     return member
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All three are one fixture of the session, so that pytest runs the tests of a member, of all
+    """All four are one fixture of the session, so that pytest runs the tests of a member, of all
     files, one after the other.
     """
     if "member" in metafunc.fixturenames:
         decoders = [name for name in TINY if is_decoder(name)]
-        lists = {"kind": KINDS, "decoder": decoders}
+        lists = {"kind": KINDS, "form": FORMS, "decoder": decoders}
         names = next(
             (names for fixture, names in lists.items() if fixture in metafunc.fixturenames), TINY
         )
