@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,44 @@ def test_the_goldens_between_them_have_every_part() -> None:
     )
 
 
-def test_logits(golden: Golden) -> None:
-    bundle, want = golden
+@pytest.fixture(scope="module")
+def program(golden: Golden) -> Callable[[dict[str, np.ndarray]], Any]:
+    """Inputs -> loss of the next tokens, logits, gradients: one program for three tests.
+
+    The loss is spelled out here; `next_token` has a test of its own below.
+    """
+    bundle, _ = golden
+
+    def loss(params: tree.Params, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = bundle.model.apply(params, inputs).logits
+        targets = inputs["tokens"][:, 1:, None]
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), targets, axis=-1)[..., 0]
+        weights = inputs["mask"][:, 1:].astype(jnp.float32)
+        return jnp.sum(nll * weights) / jnp.sum(weights), logits
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return lambda inputs: run(bundle.params, jax.tree.map(jnp.asarray, inputs))
+
+
+@pytest.fixture(scope="module")
+def computed(golden: Golden, program: Callable[[dict[str, np.ndarray]], Any]) -> Any:
+    """(loss, logits), gradients of the golden's own inputs."""
+    _, want = golden
+    mask = want["mask"]
+    positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
+    return program({"tokens": want["tokens"], "mask": mask, "positions": positions})
+
+
+def test_logits(golden: Golden, computed: Any) -> None:
+    _, want = golden
     mask = want["mask"]
     assert mask[0].all() and not mask[1].all()
-    positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
-    logits = logits_of(bundle, tokens=want["tokens"], mask=mask, positions=positions)
-    near(logits[mask], want["logits"][mask], 2e-5)
+    near(np.asarray(computed[0][1])[mask], want["logits"][mask], 2e-5)
 
 
-def test_positions_with_gaps_up_to_the_last(golden: Golden) -> None:
+def test_positions_with_gaps_up_to_the_last(
+    golden: Golden, program: Callable[[dict[str, np.ndarray]], Any]
+) -> None:
     """In two equal rows with padding, so that one program does for this and the test before."""
     bundle, want = golden
     assert want["positions"][0, -1] == bundle.model.config.context - 1
@@ -134,22 +163,13 @@ def test_positions_with_gaps_up_to_the_last(golden: Golden) -> None:
     padded = {
         name: np.pad(a.repeat(rows, 0), ((0, 0), (0, length - count))) for name, a in given.items()
     }
-    near(logits_of(bundle, **padded)[:, :count], want["apart_logits"].repeat(rows, 0), 1e-4)
+    logits = np.asarray(program(padded)[0][1])
+    near(logits[:, :count], want["apart_logits"].repeat(rows, 0), 1e-4)
 
 
-def test_gradients(golden: Golden) -> None:
+def test_gradients(golden: Golden, computed: Any) -> None:
     bundle, want = golden
-    mask = want["mask"]
-    batch = {
-        "tokens": want["tokens"][:, :-1],
-        "targets": want["tokens"][:, 1:],
-        "weights": mask[:, 1:].astype(np.float32),
-    }
-    batch = jax.tree.map(jnp.asarray, batch)
-    loss = lambda params: next_token(bundle.model, params, batch, train=False)[
-        0
-    ]  # without the balance of experts
-    value, grads = jax.jit(jax.value_and_grad(loss))(bundle.params)
+    (value, _), grads = computed
     near(value, want["loss"], 1e-5)
     family, _ = family_of(bundle.model)
     names = tuple(family.names(bundle.model.config))
@@ -167,6 +187,22 @@ def test_gradients(golden: Golden) -> None:
             )
             near(leaf / size, stored / size, 1e-4)
     assert seen == {key for key in want if key.startswith("grad:")} and len(seen) >= 3
+
+
+@pytest.mark.parametrize("name", ["gpt2-a", "gemma2-a", "gpt_oss-a", "llama-tied"])
+def test_next_token_is_their_loss(name: str) -> None:
+    """One golden of each way to the logits: tied or not, capped, of a mixture; its gradient is
+    tested in tests/train and tests/losses.
+    """
+    bundle = from_pretrained(GOLDENS / name)
+    want = read(name)
+    batch = {
+        "tokens": want["tokens"][:, :-1],
+        "targets": want["tokens"][:, 1:],
+        "weights": want["mask"][:, 1:].astype(np.float32),
+    }
+    loss = jax.jit(lambda params, batch: next_token(bundle.model, params, batch, train=False)[0])
+    near(loss(bundle.params, jax.tree.map(jnp.asarray, batch)), want["loss"], 1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "mixtral" in name or "moe" in name])
@@ -190,13 +226,26 @@ def test_load_balance(name: str) -> None:
     )
 
 
-def test_decoding_with_a_cache(golden: Golden) -> None:
+def first_of_each_scaling() -> list[str]:
+    """The first golden of each kind with each form of rotary positions."""
+    found: dict[tuple[str, Any], str] = {}
+    for name in NAMES:
+        scaling = getattr(read_config(GOLDENS / name)[1], "rope_scaling", None)
+        found.setdefault((name.split("-")[0], scaling and scaling.kind), name)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", first_of_each_scaling())
+def test_decoding_with_a_cache(name: str) -> None:
     """Rows of unequal length are prefilled together, and the rest of the longer one is fed a token
     at a time.
 
-    In the running form, as texts are generated.
+    In the running form, as texts are generated. That a cache changes nothing is tested of every
+    tiny size (contracts/test_decoders.py); here each kind of file, and each scaling of positions,
+    which may depend on the length.
     """
-    bundle, want = golden
+    bundle = from_pretrained(GOLDENS / name)
+    want = read(name)
     tokens = want["tokens"]
     mask = want["mask"]
     params = bundle.running()
