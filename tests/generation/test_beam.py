@@ -97,7 +97,8 @@ def texts_of(found, row):
 
 @pytest.mark.parametrize(
     ("name", "penalty"),
-    [*((name, 2.0) for name in FAMILIES), ("llama/tiny", 0.0), ("t5/tiny-gated", 0.0)],
+    # the penalty is the search's; a GRU's cache is put in order as an LSTM's
+    [*((name, 2.0) for name in FAMILIES if name != "rnn/tiny-gru"), ("llama/tiny", 0.0)],
 )
 def test_the_best_of_all_texts(name, penalty):
     """Every text of at most 4 tokens out of 4, of which one ends it; no beam has to be given up."""
@@ -150,9 +151,14 @@ def searched(model, params, row, *, beams, max_new_tokens, eos_ids, length_penal
     return done
 
 
-@pytest.mark.parametrize("name", ["llama/tiny", "t5/tiny-gated"])
 @pytest.mark.parametrize(
-    ("penalty", "patient", "ends"), [(0.0, False, (3, 7)), (0.9, True, (3,)), (1.5, False, ())]
+    ("name", "penalty", "patient", "ends"),
+    [
+        ("llama/tiny", 0.0, False, (3, 7)),
+        ("llama/tiny", 0.9, True, (3,)),
+        ("llama/tiny", 1.5, False, ()),
+        ("t5/tiny-gated", 0.9, True, (3,)),  # the options are the search's; a source is the model's
+    ],
 )
 def test_few_beams_equal_a_search_with_lists(name, penalty, patient, ends):
     model, params = made(name, 12)
@@ -172,7 +178,7 @@ def test_few_beams_equal_a_search_with_lists(name, penalty, patient, ends):
 
 @pytest.mark.parametrize(
     ("name", "patient"),
-    [*((name, False) for name in FAMILIES), ("llama/tiny", True), ("t5/tiny-gated", True)],
+    [*((name, False) for name in FAMILIES), ("llama/tiny", True)],
 )
 def test_one_beam_is_greedy(name, patient):
     model, params = made(name, 64)
