@@ -76,7 +76,8 @@ jaxtyping.install_import_hook("jaxmodel", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Nearly all of the time is compilation of programs that run once. Not in the environment: the
-# command line and notebooks, in processes of their own, are compiled as users have them.
+# command line in processes of its own, the README and the first notebook are compiled as users have
+# them; the other pages and notebooks ask for this too.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # The same examples in every run; no deadline, since the first example of a shape compiles.
