@@ -186,7 +186,9 @@ def test_the_second_call_traces_nothing(case):
 
 
 def in_bfloat16_is_close(case, activations: str) -> None:
-    model = case.model.with_policy(ops.Policy(compute_dtype="bfloat16", activation_dtype=activations))
+    model = case.model.with_policy(
+        ops.Policy(compute_dtype="bfloat16", activation_dtype=activations)
+    )
     run = jax.jit(
         lambda params, inputs: model.apply(tree.cast(params, jnp.bfloat16), inputs).logits
     )
