@@ -1,13 +1,13 @@
-"""Augmentation: `augment(key, batch) -> batch`, pure, jitted, on the mesh.
+"""Augmentations, pure functions `augment(key, batch) -> batch` that run jitted and on a mesh.
 
-An augmentation is a frozen record of settings. It changes what it knows of a batch (`pixels`
-`[B, Y, X, C]` from 0 to 1 and `labels`, or `tokens` and what belongs to them) and hands on the
-rest. Row i draws from `fold_in(key, i)`, so the result is the same however a mesh cuts the rows,
-and nothing but mixing moves data between devices.
+An augmentation is a frozen record of settings. It changes the fields that it knows (`pixels`
+`[B, Y, X, C]` from 0 to 1 and `labels`, or `tokens` and their fields) and passes on the others. Row
+i draws from `fold_in(key, i)`, so the result does not depend on how a mesh splits the rows. Only
+mixing moves data between devices.
 
 >>> import jax, jax.numpy as jnp
 >>> from jaxmodel.data.augment.geometric import HorizontalFlip
->>> augment = RandomCrop(4) | HorizontalFlip() | Cutout(8)  # the same as chain(...), and as parse(str(augment))
+>>> augment = RandomCrop(4) | HorizontalFlip() | Cutout(8)  # or chain(...), parse(str(augment))
 >>> batch = {"pixels": jnp.ones((2, 28, 28, 1)), "labels": jnp.array([3, 8])}
 >>> jax.jit(augment)(jax.random.key(0), batch)["pixels"].shape
 (2, 28, 28, 1)

@@ -1,4 +1,4 @@
-"""Images seen through affine maps, a map for each row, by bilinear sampling."""
+"""Affine maps of images, one map for each row, with bilinear sampling."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ def linear_map(
     shear_y: Float[Array, "B"],
     shear_x: Float[Array, "B"],
 ) -> Float[Array, "B 2 2"]:
-    """The maps of (y, x) from a place in the result to the place in the image that it shows:
-    `A = R(degrees) S / scale`.
+    """Return the maps of (y, x) from the result to the image: `A = R(degrees) S / scale`.
 
     Args:
-      degrees: counter-clockwise as one sees it.
+      degrees: angle of the rotation, counter-clockwise as displayed.
       scale: above 1 enlarges.
       shear_y: pixels along Y for each pixel along X.
       shear_x: pixels along X for each pixel along Y.
@@ -30,7 +29,7 @@ def linear_map(
     one = jnp.ones_like(angle)
     turn = jnp.stack([jnp.stack([cos, sin], -1), jnp.stack([-sin, cos], -1)], -2)
     shear = jnp.stack([jnp.stack([one, shear_y], -1), jnp.stack([shear_x, one], -1)], -2)
-    # not `matmul`: on an accelerator that would round the coordinates to bfloat16
+    # not `matmul`, which on an accelerator would round the coordinates to bfloat16
     return jnp.sum(turn[:, :, :, None] * shear[:, None, :, :], axis=2) / scale[:, None, None]
 
 
@@ -40,14 +39,15 @@ def affine(
     shift: Float[Array, "B 2"],
     fill: float | None = 0.0,
 ) -> Float[Array, "B Y X C"]:
-    """Each pixel o of the result, counted from the centre, is the image at `matrix o + shift`,
-    counted from the centre.
+    """Sample images: pixel o of the result is the image at `matrix o + shift`.
+
+    Both positions are counted from the centre of the image.
 
     Args:
       pixels: the images.
-      matrix: of (y, x).
+      matrix: the linear part, for (y, x).
       shift: (y, x), in pixels.
-      fill: what lies around an image; None for its nearest pixel.
+      fill: the value outside of the image; None for that of the nearest pixel.
     """
     rows, columns = pixels.shape[1:3]
     middle_y = (rows - 1) / 2
@@ -70,7 +70,7 @@ def _sample(
     if fill is None:
         y = jnp.clip(y, 0, rows - 1)
         x = jnp.clip(x, 0, columns - 1)
-    # A frame of one pixel holds what lies around, so that no tap needs a mask.
+    # A frame of one pixel holds the value outside, so that no tap needs a mask.
     padded = computed_once(
         jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=fill or 0.0)
     )

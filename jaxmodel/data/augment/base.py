@@ -1,7 +1,7 @@
-"""What an augmentation is: frozen settings that are a pure function `(key, batch) -> batch`;
-chains, and their text form.
+"""Base of the augmentations, chains of them and their text form.
 
-The text form is what a run's config records and what a person writes:
+An augmentation is a frozen record of settings and a pure function `(key, batch) -> batch`. Its text
+form is what people write and what the config of a run records:
 
 >>> augment = parse("random_crop(4) | horizontal_flip() | cutout(8)")
 >>> str(augment)
@@ -27,9 +27,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.text_form import read_chain, write
 
 IGNORED = -100
-"""The label, or target, of a row or position that does not count, as torch and transformers have
-it.
-"""
+"""The label or target of a row or position that does not count, as in torch and transformers."""
 
 type AnyKey = Key[Array, ""] | UInt32[Array, "2"]
 type Keys = Key[Array, "B"] | UInt32[Array, "B 2"]
@@ -41,17 +39,17 @@ type Augment = Callable[[AnyKey, Mapping[str, Any]], dict[str, Any]]
 
 
 def number(low: float, high: float) -> dict[str, Any]:
-    """The metadata of a setting that is a number from `low` to `high`."""
+    """Return the metadata of a setting that is a number from `low` to `high`."""
     return {"low": low, "high": high, "kind": numbers.Real}
 
 
 def whole(low: int, high: int = 2**31 - 1) -> dict[str, Any]:
-    """The metadata of a setting that is a whole number from `low` to `high`."""
+    """Return the metadata of a setting that is a whole number from `low` to `high`."""
     return {"low": low, "high": high, "kind": numbers.Integral}
 
 
 def interval(low: float, high: float) -> dict[str, Any]:
-    """The metadata of a setting that is two numbers from `low` to `high`, the smaller first."""
+    """Return the metadata of a setting of two numbers from `low` to `high`, the smaller first."""
     return {"low": low, "high": high, "kind": tuple}
 
 
@@ -59,8 +57,8 @@ def interval(low: float, high: float) -> dict[str, Any]:
 class Augmentation(abc.ABC):
     """Base of the augmentations: a frozen dataclass of settings with one function.
 
-    A new one is a subclass anywhere; text finds it by its class name in snake case. Numbers in its
-    settings are checked by what `number`, `whole` and `interval` say of them.
+    To add one, write a subclass anywhere; text finds it by its class name in snake case. The
+    metadata from `number`, `whole` and `interval` say how its settings are checked.
     """
 
     def __post_init__(self) -> None:
@@ -95,14 +93,14 @@ class Augmentation(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch, augmented; entries that do not concern it are handed on.
+        """Return the augmented batch; other entries are passed on.
 
         Args:
-          key: the randomness; row i uses `fold_in(key, i)`, so the rows may lie on any devices.
+          key: a random key; row i uses `fold_in(key, i)`, so the rows may lie on any devices.
           batch: arrays `[B, ...]` by name.
 
         Raises:
-          InputError: the batch lacks what it needs.
+          InputError: the batch lacks a field that is needed.
         """
 
     def __or__(self, other: Augment) -> Chain:
@@ -114,19 +112,20 @@ class Augmentation(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ImageAugmentation(Augmentation):
-    """Base of what changes the pixels of each row by itself.
+    """Base of augmentations that change the pixels of each row by itself.
 
     Attributes:
-      probability: with which each row is changed.
+      probability: probability that a row is changed.
     """
 
     probability: Number = dataclasses.field(default=1.0, metadata=number(0.0, 1.0), kw_only=True)
 
     @abc.abstractmethod
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
-        """The images, all of them changed, in float32; a key for each row."""
+        """Return all images changed, in float32; `keys` has a key for each row."""
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Change each row with the given probability; keep the dtype."""
         given = images(batch)
         pixels = given.astype(jnp.float32)
         keys = jax.vmap(jax.random.split)(row_keys(key, len(pixels)))
@@ -141,16 +140,17 @@ class ImageAugmentation(Augmentation):
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Augmentation):
-    """Augmentations one after the other; link i gets `fold_in(key, i)`.
+    """A sequence of augmentations; link i gets `fold_in(key, i)`.
 
     Attributes:
-      links: the augmentations; any function `(key, batch) -> batch` may be one, but text cannot be
-        read back then.
+      links: the augmentations. Any function `(key, batch) -> batch` may be one, but then the text
+        form cannot be read back.
     """
 
     links: tuple[Augment, ...] = ()
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Apply the augmentations in order."""
         for i, link in enumerate(self.links):
             batch = link(jax.random.fold_in(key, i), batch)
         return dict(batch)
@@ -164,7 +164,7 @@ class Chain(Augmentation):
 
 
 def chain(*augmentations: Augment) -> Chain:
-    """Augmentations one after the other, as `a | b` does; chains among them are taken apart.
+    """Chain augmentations, as `a | b` does; chains among them are flattened.
 
     >>> str(chain(parse("invert()"), parse("noise(0.1) | blur(1)")))
     'invert(probability=1.0) | noise(deviation=0.1) | blur(sigma=1.0)'
@@ -176,10 +176,10 @@ def chain(*augmentations: Augment) -> Chain:
 
 
 def members() -> dict[str, type[Augmentation]]:
-    """Every augmentation by the name of its text form."""
+    """Return every augmentation by the name of its text form."""
     found: dict[str, type[Augmentation]] = {}
     classes: list[type[Augmentation]] = [Augmentation]
-    for cls in classes:  # grows meanwhile
+    for cls in classes:  # the list grows meanwhile
         classes += cls.__subclasses__()
         if not cls.__abstractmethods__ and cls is not Chain:
             found[_name(cls)] = cls
@@ -187,11 +187,12 @@ def members() -> dict[str, type[Augmentation]]:
 
 
 def parse(text: str) -> Chain:
-    """A chain from its text: augmentations joined by `|`, each a call with literal arguments; empty
-    text changes nothing.
+    """Parse the text of a chain: augmentations joined by `|`, each a call with literal arguments.
+
+    Empty text is a chain that changes nothing.
 
     Raises:
-      InputError: not of that form, an unknown augmentation, or settings that it does not take.
+      InputError: text of another form, an unknown augmentation, or settings that it does not take.
     """
     return chain(*read_chain("augment", text, members(), "random_crop(4) | horizontal_flip()"))
 
@@ -204,20 +205,19 @@ def _name(cls: type[Augmentation]) -> str:
 
 
 def row_keys(key: AnyKey, rows: int) -> Keys:
-    """`fold_in(key, i)` for each row i, so that a row's randomness is the same wherever the row
-    lies.
-    """
+    """Return `fold_in(key, i)` for each row i, wherever the row lies."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows, dtype=jnp.uint32))
 
 
 def uniforms(keys: Keys, *shape: int) -> Float[Array, "B ..."]:
-    """Numbers from 0 (within) to 1 (not within), `[B, *shape]`, those of a row by its key."""
+    """Draw numbers in [0, 1), `[B, *shape]`, each row from its key."""
     return jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
 
 
 def row_weights(batch: Mapping[str, Any], rows: int) -> Float[Array, "B"]:
-    """What each row counts: its `weights`; of `[B, T]`, 1 where any of them is above 0; 1 for all
-    where there are none.
+    """Return the weight of each row: its `weights`, or 1 for all if there are none.
+
+    Of weights `[B, T]`, a row has 1 if any is above 0.
     """
     weights = jnp.asarray(batch.get("weights", jnp.ones(rows)), jnp.float32)
     return (
@@ -228,21 +228,21 @@ def row_weights(batch: Mapping[str, Any], rows: int) -> Float[Array, "B"]:
 
 
 def per_row(values: Array) -> Array:
-    """`[B]` -> `[B, 1, 1, 1]`, to meet images."""
+    """Reshape `[B]` to `[B, 1, 1, 1]`, to broadcast with images."""
     return values[:, None, None, None]
 
 
 def computed_once(pixels: Array) -> Array:
-    """The same.
+    """Return the pixels unchanged, behind a barrier for XLA's fusion.
 
-    What reads each pixel often would have XLA's fusion compute it again for each read (measured: 4
-    times slower).
+    Without it, code that reads each pixel several times would compute it again for each read
+    (measured: 4 times slower).
     """
     return jax.lax.optimization_barrier(pixels)
 
 
 def images(batch: Mapping[str, Any]) -> Float[Array, "B Y X C"]:
-    """The batch's images.
+    """Return the images of a batch.
 
     Raises:
       InputError: there are none, or they are not floating-point numbers `[B, Y, X, C]`.

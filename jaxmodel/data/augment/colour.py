@@ -1,6 +1,6 @@
-"""Augmentations of colour:
+"""Augmentations of colour: the functions of `pixels.py` with settings drawn for each row.
 
-`pixels.py` with settings drawn for each row. One channel has no hue and no saturation to change.
+Images of one channel have no hue and no saturation to change.
 """
 
 from __future__ import annotations
@@ -16,55 +16,60 @@ from jaxmodel.data.augment.base import ImageAugmentation, Keys, Number, number, 
 
 @dataclass(frozen=True)
 class Brightness(ImageAugmentation):
-    """Times a factor drawn from 1 - strength to 1 + strength."""
+    """Multiplication by a factor drawn from 1 - strength to 1 + strength."""
 
     strength: Number = field(default=0.4, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.brightness(pixels, _factor(self.strength, uniforms(keys)))
 
 
 @dataclass(frozen=True)
 class Contrast(ImageAugmentation):
-    """The distance from the mean grey times a factor drawn from 1 - strength to 1 + strength."""
+    """Scaling of the distance from the mean grey by a factor from 1 - strength to 1 + strength."""
 
     strength: Number = field(default=0.4, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.contrast(pixels, _factor(self.strength, uniforms(keys)))
 
 
 @dataclass(frozen=True)
 class Saturation(ImageAugmentation):
-    """The distance from grey times a factor drawn from 1 - strength to 1 + strength."""
+    """Scaling of the distance from grey by a factor drawn from 1 - strength to 1 + strength."""
 
     strength: Number = field(default=0.4, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.saturation(pixels, _factor(self.strength, uniforms(keys)))
 
 
 @dataclass(frozen=True)
 class Hue(ImageAugmentation):
-    """The hue moved by -turn to turn of the circle."""
+    """Rotation of the hue by an amount drawn from -turn to turn, as a share of the circle."""
 
     turn: Number = field(default=0.1, metadata=number(0.0, 0.5))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.hue(pixels, self.turn * (2 * uniforms(keys) - 1))
 
 
 @dataclass(frozen=True)
 class ColourJitter(ImageAugmentation):
-    """Brightness, contrast, saturation and hue, in this order, each by a draw of its own (Chen et
-    al., 2020).
+    """Brightness, contrast, saturation and hue in this order, each drawn by itself.
+
+    Source: Chen et al., 2020.
 
     Attributes:
       brightness: see `Brightness`.
       contrast: see `Contrast`.
       saturation: see `Saturation`.
       hue: see `Hue`.
-      probability: with which each row is changed.
+      probability: probability that a row is changed.
     """
 
     brightness: Number = field(default=0.4, metadata=number(0.0, 1.0))
@@ -73,6 +78,7 @@ class ColourJitter(ImageAugmentation):
     hue: Number = field(default=0.1, metadata=number(0.0, 0.5))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         drawn = uniforms(keys, 4)
         pixels = values.brightness(pixels, _factor(self.brightness, drawn[:, 0]))
         pixels = values.contrast(pixels, _factor(self.contrast, drawn[:, 1]))
@@ -82,71 +88,78 @@ class ColourJitter(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Greyscale(ImageAugmentation):
-    """Every channel the luma of all."""
+    """Replacement of every channel by the luma."""
 
     probability: Number = field(default=0.2, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return jnp.broadcast_to(values.grey(pixels), pixels.shape)
 
 
 @dataclass(frozen=True)
 class Sharpness(ImageAugmentation):
-    """The distance from the smoothed image times a factor drawn from 1 - strength to 1 + strength."""
+    """Scaling of the difference from the smoothed image by a factor 1 - strength to 1 + strength."""
 
     strength: Number = field(default=0.9, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.sharpness(pixels, _factor(self.strength, uniforms(keys)))
 
 
 @dataclass(frozen=True)
 class Posterize(ImageAugmentation):
-    """As many of the eight bits of a value as `bits` says."""
+    """Reduction of each value to its highest `bits` of eight bits."""
 
     bits: int = field(default=4, metadata=whole(1, 8))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.posterize(pixels, jnp.full(len(pixels), self.bits, jnp.float32))
 
 
 @dataclass(frozen=True)
 class Solarize(ImageAugmentation):
-    """Values that reach the threshold are inverted; above 1, none is."""
+    """Inversion of values that reach the threshold; above 1, of none."""
 
     threshold: Number = field(default=0.5, metadata=number(0.0, 2.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.solarize(pixels, jnp.full(len(pixels), self.threshold, jnp.float32))
 
 
 @dataclass(frozen=True)
 class Equalize(ImageAugmentation):
-    """The histogram of each channel made flat."""
+    """Equalisation of the histogram of each channel."""
 
     probability: Number = field(default=1.0, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.equalize(pixels)
 
 
 @dataclass(frozen=True)
 class Autocontrast(ImageAugmentation):
-    """Each channel stretched to reach 0 and 1."""
+    """Stretching of each channel to reach 0 and 1."""
 
     probability: Number = field(default=1.0, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.autocontrast(pixels)
 
 
 @dataclass(frozen=True)
 class Invert(ImageAugmentation):
-    """Negatives."""
+    """Inversion of all values, a negative."""
 
     probability: Number = field(default=1.0, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.invert(pixels)
 
 

@@ -1,4 +1,4 @@
-"""Augmentations that take something away: noise, blur, a missing square."""
+"""Augmentations that remove information: noise, blur, a missing square."""
 
 from __future__ import annotations
 
@@ -15,60 +15,61 @@ from jaxmodel.data.augment.base import ImageAugmentation, Keys, Number, number, 
 
 @dataclass(frozen=True)
 class Noise(ImageAugmentation):
-    """Normal noise, another for each value; what leaves 0 to 1 is cut.
+    """Normal noise, drawn for each value; the result is clipped to 0 to 1.
 
     Attributes:
       deviation: standard deviation of the noise.
-      probability: with which each row is changed.
+      probability: probability that a row is changed.
     """
 
     deviation: Number = field(default=0.1, metadata=number(0.0, 10.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         noise = jax.vmap(lambda key: jax.random.normal(key, pixels.shape[1:]))(keys)
         return jnp.clip(pixels + self.deviation * noise, 0, 1)
 
 
 @dataclass(frozen=True)
 class Blur(ImageAugmentation):
-    """A Gaussian whose standard deviation is drawn evenly up to `sigma` pixels.
+    """A Gaussian blur whose standard deviation is drawn uniformly up to `sigma` pixels.
 
     Attributes:
       sigma: the greatest standard deviation, in pixels.
-      probability: with which each row is changed.
+      probability: probability that a row is changed.
     """
 
     sigma: Number = field(default=1.0, metadata=number(0.0, 100.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return values.blur(pixels, self.sigma * uniforms(keys), radius=math.ceil(3 * self.sigma))
 
 
 @dataclass(frozen=True)
 class Cutout(ImageAugmentation):
-    """A square of one value around a pixel drawn evenly; part of it may lie outside (DeVries &
-    Taylor, 2017).
+    """A square of one value around a uniformly drawn pixel (DeVries & Taylor, 2017).
+
+    Part of the square may lie outside of the image.
 
     Attributes:
       size: side of the square, in pixels.
       fill: the value.
-      probability: with which each row is changed.
+      probability: probability that a row is changed.
     """
 
     size: int = field(default=8, metadata=whole(0))
     fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
         start = jnp.floor(uniforms(keys, 2) * sides).astype(jnp.int32) - self.size // 2
         return jnp.where(inside(pixels, start, start + self.size), self.fill, pixels)
 
 
 def inside(pixels: Float[Array, "B Y X C"], start: Array, stop: Array) -> Array:
-    """Where pixels lie in boxes:
-
-    `[B, Y, X, 1]`, of boxes `[B, 2]` (y, x) from `start` to before `stop`.
-    """
+    """Mark the pixels `[B, Y, X, 1]` in boxes `[B, 2]` (y, x) from `start` to before `stop`."""
 
     def along(axis: int) -> Array:
         place = jnp.arange(pixels.shape[1 + axis], dtype=jnp.int32)[None]

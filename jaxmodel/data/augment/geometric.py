@@ -1,6 +1,6 @@
-"""Flips, maps and crops of images.
+"""Flips, affine maps and crops of images.
 
-Lengths are shares of the image's sides, so that settings serve every resolution.
+Lengths are shares of the image's sides, so that settings fit every resolution.
 """
 
 from __future__ import annotations
@@ -27,53 +27,58 @@ from jaxmodel.data.augment.base import (
 
 @dataclass(frozen=True)
 class HorizontalFlip(ImageAugmentation):
-    """Left and right exchanged."""
+    """A flip of left and right."""
 
     probability: Number = field(default=0.5, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return pixels[:, :, ::-1]
 
 
 @dataclass(frozen=True)
 class VerticalFlip(ImageAugmentation):
-    """Top and bottom exchanged."""
+    """A flip of top and bottom."""
 
     probability: Number = field(default=0.5, metadata=number(0.0, 1.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         return pixels[:, ::-1]
 
 
 @dataclass(frozen=True)
 class _Mapped(ImageAugmentation):
-    """Base of those that sample each image once through an affine map; numbers are drawn evenly
-    from -1 to 1.
+    """Base of augmentations that sample each image once through an affine map.
+
+    The numbers for the maps are drawn uniformly from -1 to 1.
     """
 
     fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
 
     @abc.abstractmethod
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
-        """The matrices and shifts that `affine` takes."""
+        """Return the matrices and shifts that `affine` takes."""
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
         return affine(pixels, *self.maps(2 * uniforms(keys, 6) - 1, sides), self.fill)
 
 
 @dataclass(frozen=True)
 class Affine(_Mapped):
-    """All of rotation, scale, shear and translation in one sampling, which blurs less and costs
-    less than one after the other.
+    """Rotation, scale, shear and translation in one sampling.
+
+    It blurs less and costs less than one after the other.
 
     Attributes:
       degrees: the angle is drawn from -degrees to degrees.
       scale: the factor is drawn from 1 / (1 + scale) to 1 + scale, evenly in its logarithm.
       shear: pixels along one side for each along the other, drawn from -shear to shear for both.
-      translate: the way is drawn from -translate to translate of each side.
-      fill: the value of what comes in from outside.
-      probability: with which each row is changed.
+      translate: the shift is drawn from -translate to translate of each side.
+      fill: the value outside of the image.
+      probability: probability that a row is changed.
     """
 
     degrees: Number = field(default=0.0, metadata=number(0.0, 180.0))
@@ -82,6 +87,7 @@ class Affine(_Mapped):
     translate: Number = field(default=0.0, metadata=number(0.0, 1.0))
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        """Return the matrices and shifts; see the class."""
         scale = jnp.exp(math.log1p(self.scale) * drawn[:, 1])
         matrix = linear_map(
             self.degrees * drawn[:, 0], scale, self.shear * drawn[:, 2], self.shear * drawn[:, 3]
@@ -96,57 +102,61 @@ class Rotate(_Mapped):
     degrees: Number = field(default=15.0, metadata=number(0.0, 180.0))
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        """Return the matrices and shifts; see the class."""
         return Affine(degrees=self.degrees).maps(drawn, sides)
 
 
 @dataclass(frozen=True)
 class Scale(_Mapped):
-    """Larger or smaller about the centre by a factor drawn from 1 / (1 + amount) to 1 + amount; see
-    `Affine`.
-    """
+    """Scaling about the centre by a factor from 1 / (1 + amount) to 1 + amount; see `Affine`."""
 
     amount: Number = field(default=0.2, metadata=number(0.0, 9.0))
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        """Return the matrices and shifts; see the class."""
         return Affine(scale=self.amount).maps(drawn, sides)
 
 
 @dataclass(frozen=True)
 class Shear(_Mapped):
-    """Both sides slanted by an amount drawn from -amount to amount, in pixels for each pixel of the
-    other side; see `Affine`.
+    """Shear along both sides by amounts drawn from -amount to amount; see `Affine`.
+
+    The unit is pixels for each pixel of the other side.
     """
 
     amount: Number = field(default=0.2, metadata=number(0.0, 0.9))
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        """Return the matrices and shifts; see the class."""
         return Affine(shear=self.amount).maps(drawn, sides)
 
 
 @dataclass(frozen=True)
 class Translate(_Mapped):
-    """Moved by up to `share` of each side; see `Affine`."""
+    """Translation by up to `share` of each side; see `Affine`."""
 
     share: Number = field(default=0.1, metadata=number(0.0, 1.0))
 
     def maps(self, drawn: Float[Array, "B 6"], sides: Float[Array, "1 2"]) -> tuple[Array, Array]:
+        """Return the matrices and shifts; see the class."""
         return Affine(translate=self.share).maps(drawn, sides)
 
 
 @dataclass(frozen=True)
 class RandomCrop(ImageAugmentation):
-    """A window of the image's own size out of the image with a frame around it (He et al., 2016).
+    """A crop of the image's own size from the image with a frame around it (He et al., 2016).
 
     Attributes:
       padding: width of the frame, in pixels.
       fill: value of the frame.
-      probability: with which each row is changed.
+      probability: probability that a row is changed.
     """
 
     padding: int = field(default=4, metadata=whole(0))
     fill: Number = field(default=0.0, metadata=number(0.0, 1.0), kw_only=True)
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         pad = self.padding
         padded = jnp.pad(
             pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=self.fill
@@ -160,19 +170,20 @@ class RandomCrop(ImageAugmentation):
 
 @dataclass(frozen=True)
 class RandomResizedCrop(ImageAugmentation):
-    """A part of the image, enlarged to the image's size (Szegedy et al., 2015).
+    """A crop of the image, resized to the image's size (Szegedy et al., 2015).
 
     Attributes:
-      area: the part's share of the image, drawn evenly.
-      aspect: width by height of the part, relative to the image, drawn evenly in its logarithm; the
-        part is cut where it would be larger than the image.
-      probability: with which each row is changed.
+      area: the crop's share of the image, drawn uniformly.
+      aspect: width over height of the crop, relative to the image, drawn uniformly in its
+        logarithm; the crop is cut if it would be larger than the image.
+      probability: probability that a row is changed.
     """
 
     area: tuple[Number, Number] = field(default=(0.08, 1.0), metadata=interval(0.001, 1.0))
     aspect: tuple[Number, Number] = field(default=(3 / 4, 4 / 3), metadata=interval(0.01, 100.0))
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         drawn = uniforms(keys, 4)
         between = lambda low, high, u: low + (high - low) * u
         area = between(self.area[0], self.area[1], drawn[:, 0])

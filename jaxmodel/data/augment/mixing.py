@@ -1,10 +1,10 @@
-"""Augmentations that mix each row with its neighbour, labels as well.
+"""Augmentations that mix each row and its labels with those of its neighbour.
 
 Row i is mixed with row i - 1 (the first with the last). The stream has shuffled the rows, so this
-partner is as good as a drawn one, and on a mesh only the rows at the edges of the devices' parts
-travel. Labels become distributions `[B, C]`. Where the batch has `weights` the partner is the last
-row before with weight, and rows without stay as they are; a row labelled -100 has none. With labels
-as whole numbers the batch has `weights` afterwards.
+partner is as good as a random one, and on a mesh only the rows at the edges of each device's part
+move. Labels become distributions `[B, C]`. If the batch has `weights`, the partner is the last
+earlier row with a weight above 0; rows without one stay as they are, and a row labelled -100 has
+none. If the labels were whole numbers, the batch has `weights` afterwards.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from jaxmodel.errors import InputError
 
 type Images = Float[Array, "B Y X C"]
 
-_TRIES = 8  # of which each succeeds with at least 0.95
+_TRIES = 8  # each succeeds with a probability of at least 0.95
 
 
 @dataclass(frozen=True)
 class _Mixing(Augmentation):
-    """Base of the two.
+    """Base of the augmentations that mix rows.
 
     Attributes:
       classes: number of classes, C.
-      alpha: the share that the neighbour gives is drawn from Beta(alpha, alpha); 0 gives nothing.
-      probability: with which each row is mixed.
+      alpha: the neighbour's share is drawn from Beta(alpha, alpha); 0 for no mixing.
+      probability: probability that a row is mixed.
     """
 
     classes: int = field(metadata=whole(1))
@@ -58,11 +58,17 @@ class _Mixing(Augmentation):
     def mix(
         self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]
     ) -> tuple[Array, Array]:
-        """The images, and the shares `[B]` that their partners gave in the end, from the shares
-        drawn.
+        """Return the mixed images, and the shares `[B]` that came from the partners.
+
+        Args:
+          keys: a key for each row.
+          pixels: the images.
+          partner: the partner of each image.
+          given: the shares that were drawn.
         """
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Mix rows with their neighbours."""
         unmixed, (labels, weights) = images(batch), distributions(batch, self.classes)
         pixels = unmixed.astype(jnp.float32)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(row_keys(key, len(pixels)))
@@ -90,12 +96,14 @@ class _Mixing(Augmentation):
 
 @dataclass(frozen=True)
 class Mixup(_Mixing):
-    """`(1 - s) x_i + s x_(i-1)`, labels alike, with s from Beta(alpha, alpha) (Zhang et al., 2018).
+    """Mixup: `(1 - s) x_i + s x_(i-1)` for images and labels (Zhang et al., 2018).
+
+    The share s is drawn from Beta(alpha, alpha).
 
     Attributes:
       classes: number of classes, C.
       alpha: 0 changes nothing, 1 draws s evenly.
-      probability: with which each row is mixed.
+      probability: probability that a row is mixed.
     """
 
     alpha: Number = field(default=0.2, metadata=number(0.0, 1e4))
@@ -103,26 +111,27 @@ class Mixup(_Mixing):
     def mix(
         self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]
     ) -> tuple[Array, Array]:
+        """Mix the images; see the class."""
         return pixels + per_row(given) * (partner - pixels), given
 
 
 @dataclass(frozen=True)
 class CutMix(_Mixing):
-    """A box of the neighbour in place of one's own; labels by the pixels that come from each (Yun
-    et al., 2019).
+    """CutMix: a box is replaced by that of the neighbour (Yun et al., 2019).
 
-    The box has `sqrt(s)` of each side, with s from Beta(alpha, alpha), lies around a pixel drawn
-    evenly, and is cut where it leaves the image.
+    Labels are mixed by the share of pixels from each. The box has `sqrt(s)` of each side, with s
+    from Beta(alpha, alpha), lies around a uniformly drawn pixel and is cut at the image's border.
 
     Attributes:
       classes: number of classes, C.
       alpha: 0 changes nothing, 1 draws s evenly.
-      probability: with which each row is mixed.
+      probability: probability that a row is mixed.
     """
 
     def mix(
         self, keys: Keys, pixels: Images, partner: Images, given: Float[Array, "B"]
     ) -> tuple[Array, Array]:
+        """Mix the images; see the class."""
         sides = jnp.array(pixels.shape[1:3], jnp.float32)[None]
         whole_sides = sides.astype(jnp.int32)
         size = jnp.floor(jnp.sqrt(given)[:, None] * sides).astype(jnp.int32)
@@ -134,13 +143,14 @@ class CutMix(_Mixing):
 
 
 def neighbour(rows: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Row i - 1 at place i, the last at place 0."""
+    """Shift rows by one: row i - 1 at place i, the last at place 0."""
     return jnp.roll(rows, 1, axis=0)
 
 
 def neighbour_of(counts: Bool[Array, "B"]) -> Int[Array, "B"]:
-    """The number of the last row before each that counts; before the first of them, of the last of
-    all.
+    """Return for each row the index of the last earlier row that counts.
+
+    For the first that counts and the rows before it, this is the last of all.
 
     >>> neighbour_of(jnp.array([True, False, True, True, False])).tolist()
     [3, 0, 0, 2, 3]
@@ -153,8 +163,9 @@ def neighbour_of(counts: Bool[Array, "B"]) -> Int[Array, "B"]:
 def distributions(
     batch: Mapping[str, Any], classes: int
 ) -> tuple[Float[Array, "B C"], Float[Array, "B"]]:
-    """The labels as distributions over the classes, NaN where one is no class and 0 where a row
-    does not count, and the weights of the rows.
+    """Return the labels as distributions over the classes, and the weights of the rows.
+
+    A distribution is NaN if its label is no class, and 0 if its row does not count.
 
     Raises:
       InputError: no labels, or neither classes `[B]` nor distributions `[B, C]`.
@@ -183,11 +194,11 @@ def distributions(
 
 
 def beta(keys: Keys, alpha: float) -> Float[Array, "B"]:
-    """Draws from Beta(alpha, alpha), one for each key; an alpha of 0 gives 0.
+    """Draw from Beta(alpha, alpha), once for each key; an alpha of 0 gives 0.
 
     `jax.random.beta` loops until every row has its draw, which on a mesh is a reduction over all
-    devices each time. Here are two gamma variates of a fixed number of tries (Marsaglia & Tsang,
-    2000), in logarithms so that a small alpha does not underflow.
+    devices each time. This draws two gamma variates with a fixed number of tries (Marsaglia &
+    Tsang, 2000), in logarithms so that a small alpha does not underflow.
     """
     if alpha == 0:
         return jnp.zeros(len(keys), jnp.float32)

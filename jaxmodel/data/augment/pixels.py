@@ -1,8 +1,8 @@
-"""What can be done to the values of images: arrays in, arrays out, a setting `[B]` for each row.
+"""Functions of pixel values: arrays in, arrays out, with a setting `[B]` for each row.
 
 Images are `[B, Y, X, C]` from 0 to 1 with one channel or three (red, green, blue), and stay in that
-range. Definitions are those of Pillow, so that published settings keep their meaning; where those
-need bytes, values are rounded to 256 levels.
+range. The definitions are Pillow's, so that published settings keep their meaning. If a definition
+needs bytes, values are rounded to 256 levels.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ type Setting = Float[Array, "B"]
 
 
 def brightness(pixels: Pixels, factor: Setting) -> Pixels:
-    """`factor x`; 1 changes nothing."""
+    """Compute `factor x`; 1 changes nothing."""
     return _blend(jnp.zeros_like(pixels), pixels, factor)
 
 
 def contrast(pixels: Pixels, factor: Setting) -> Pixels:
-    """`m + factor (x - m)` with m the mean of the image in grey; 1 changes nothing."""
+    """Compute `m + factor (x - m)` with m the mean of the grey image; 1 changes nothing."""
     return _blend(grey(jnp.mean(pixels, axis=(1, 2), keepdims=True)), pixels, factor)
 
 
 def saturation(pixels: Pixels, factor: Setting) -> Pixels:
-    """`g + factor (x - g)` with g the image in grey; 1 changes nothing, nor does any factor if
-    there is one channel.
+    """Compute `g + factor (x - g)` with g the grey image; 1 changes nothing.
+
+    Images of one channel do not change.
     """
     return _blend(grey(pixels), pixels, factor)
 
 
 def sharpness(pixels: Pixels, factor: Setting) -> Pixels:
-    """`s + factor (x - s)` with s the image smoothed over 3 x 3 pixels but for its border; 1
-    changes nothing.
+    """Compute `s + factor (x - s)` with s the smoothed image; 1 changes nothing.
+
+    Smoothing is over 3 x 3 pixels and leaves out the border.
     """
     rows, columns = pixels.shape[1:3]
     pixels = computed_once(pixels)
@@ -53,8 +55,9 @@ def sharpness(pixels: Pixels, factor: Setting) -> Pixels:
 
 
 def hue(pixels: Pixels, turn: Setting) -> Pixels:
-    """The hue moved by `turn` of the whole circle, brightness and saturation of HSV kept; one
-    channel has none.
+    """Rotate the hue by `turn` of the circle, and keep saturation and brightness (HSV).
+
+    Images of one channel do not change.
     """
     if _channels(pixels) == 1:
         return pixels
@@ -74,12 +77,14 @@ def hue(pixels: Pixels, turn: Setting) -> Pixels:
     for n in (5, 3, 1):
         k = jnp.mod(n + sixth, 6)
         made.append(value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1))
-    # what is not turned stays as it is, to the bit
+    # images that are not turned stay bit for bit as they are
     return jnp.where(per_row(turn) == 0, pixels, jnp.clip(jnp.stack(made, axis=-1), 0, 1))
 
 
 def grey(pixels: Pixels) -> Float[Array, "B Y X 1"]:
-    """The luma of ITU-R 601: `0.299 red + 0.587 green + 0.114 blue`; of one channel, that channel.
+    """Compute the luma of ITU-R 601: `0.299 red + 0.587 green + 0.114 blue`.
+
+    Images of one channel do not change.
 
     Raises:
       InputError: neither one channel nor three.
@@ -90,23 +95,23 @@ def grey(pixels: Pixels) -> Float[Array, "B Y X 1"]:
 
 
 def invert(pixels: Pixels) -> Pixels:
-    """`1 - x`."""
+    """Compute `1 - x`."""
     return 1 - pixels
 
 
 def solarize(pixels: Pixels, threshold: Setting) -> Pixels:
-    """`1 - x` where x reaches the threshold; above 1 changes nothing."""
+    """Compute `1 - x` where x reaches the threshold; a threshold above 1 changes nothing."""
     return jnp.where(pixels < per_row(threshold), pixels, 1 - pixels)
 
 
 def posterize(pixels: Pixels, bits: Setting) -> Pixels:
-    """The highest `bits` of the eight bits of a value; 8 and more change nothing."""
+    """Keep the highest `bits` of the eight bits of a value; 8 and more change nothing."""
     step = per_row(jnp.exp2(8 - bits))
     return jnp.where(step > 1, jnp.floor(jnp.round(pixels * 255) / step) * step / 255, pixels)
 
 
 def autocontrast(pixels: Pixels) -> Pixels:
-    """`(x - min) / (max - min)` of each channel; a channel of one value stays."""
+    """Compute `(x - min) / (max - min)` of each channel; a constant channel does not change."""
     low = jnp.min(pixels, axis=(1, 2), keepdims=True)
     high = jnp.max(pixels, axis=(1, 2), keepdims=True)
     span = high - low
@@ -114,11 +119,10 @@ def autocontrast(pixels: Pixels) -> Pixels:
 
 
 def equalize(pixels: Pixels) -> Pixels:
-    """Each level of a channel moved to the share of pixels below it, so that all levels are used
-    about alike.
+    """Map each level of a channel to the share of pixels below it, which flattens the histogram.
 
-    `level i -> (s // 2 + #(pixels below i)) // s` of 255 with
-    `s = #(pixels below the highest level) // 255`; where s is 0 the channel stays.
+    `level i -> (s // 2 + #(pixels below i)) // s` of 255 with `s = #(pixels below the highest
+    level) // 255`. If s is 0, the channel does not change.
     """
     levels = jnp.round(pixels * 255).astype(jnp.int32).reshape(len(pixels), -1, pixels.shape[-1])
     channel = jnp.broadcast_to(jnp.arange(pixels.shape[-1])[None], levels.shape[1:])
@@ -140,10 +144,9 @@ def equalize(pixels: Pixels) -> Pixels:
 
 
 def blur(pixels: Pixels, sigma: Setting, radius: int) -> Pixels:
-    """A Gaussian of standard deviation `sigma` pixels, cut off at `radius`; images are mirrored at
-    their borders.
+    """Blur with a Gaussian of standard deviation `sigma` pixels, cut off at `radius`.
 
-    A sigma of 0 changes nothing.
+    Images are mirrored at their borders. A sigma of 0 changes nothing.
     """
     taps = jnp.arange(-radius, radius + 1, dtype=jnp.float32)[None, :]
     width = sigma[:, None]
@@ -165,7 +168,7 @@ def blur(pixels: Pixels, sigma: Setting, radius: int) -> Pixels:
 
 
 def _blend(other: Array, pixels: Pixels, factor: Setting) -> Pixels:
-    """`other + factor (x - other)`, written so that a factor of 1 is exact."""
+    """Compute `other + factor (x - other)`, written so that a factor of 1 is exact."""
     return jnp.clip(pixels + (1 - per_row(factor)) * (other - pixels), 0, 1)
 
 

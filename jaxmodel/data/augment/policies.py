@@ -1,11 +1,11 @@
 """Policies that choose among simple operations for each row: RandAugment, AugMix.
 
-A choice for each row would, by `lax.switch` under `vmap`, compute every operation and keep one.
-Here each operation has a neutral setting, so a layer gives all rows through all operations once,
-those not chosen neutrally: the five geometric ones together are one bilinear sampling, the rest is
-arithmetic that fuses, but for the histogram of `equalize`. On two cores RandAugment(2, 9) takes 3
-ms for 128 x 28 x 28 x 1 and 30 ms for 32 x 96 x 96 x 3, half of it `equalize`; AugMix(), with nine
-layers, 20 and 130.
+`lax.switch` under `vmap` would compute every operation for each row and keep one. Instead each
+operation has a neutral setting, and a layer passes all rows through all operations once, with the
+neutral setting for those that were not chosen. The five geometric operations together are one
+bilinear sampling. The others are arithmetic that XLA fuses, except the histogram of `equalize`. On
+two cores RandAugment(2, 9) takes 3 ms for 128 x 28 x 28 x 1 and 30 ms for 32 x 96 x 96 x 3, half of
+it in `equalize`; AugMix() with its nine layers takes 20 ms and 130 ms.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OPERATIONS = (
     ),
     *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
-"""The fourteen of RandAugment."""
+"""The fourteen operations of RandAugment."""
 MIXED = (
     "autocontrast",
     "equalize",
@@ -56,25 +56,25 @@ MIXED = (
     "translate_x",
     "translate_y",
 )
-"""The nine of AugMix, which leaves out those that its benchmark of corruptions has."""
+"""The nine operations of AugMix, without those that its benchmark of corruptions contains."""
 
 
 @dataclass(frozen=True)
 class RandAugment(ImageAugmentation):
-    """`count` operations one after the other, drawn evenly for each row, all of one magnitude
-    (Cubuk et al., 2020).
+    """RandAugment: `count` random operations of one magnitude (Cubuk et al., 2020).
 
-    At magnitude 10: rotation by 30 degrees, shear by 0.3, translation by `translate` of a side,
-    factors of brightness, contrast, saturation and sharpness of 0.1 or 1.9, four bits, everything
-    solarized. At 0 these change nothing. The sign is drawn.
+    Operations are drawn uniformly for each row, and their signs too. Magnitude 10 means rotation by
+    30 degrees, shear by 0.3, translation by `translate` of a side, factors of brightness, contrast,
+    saturation and sharpness of 0.1 or 1.9, four bits, and everything solarized. Magnitude 0 changes
+    nothing.
 
     Attributes:
-      count: operations on each image.
+      count: number of operations on each image.
       magnitude: 0 to 10.
-      operations: of `OPERATIONS`; images of one channel leave out saturation.
+      operations: names from `OPERATIONS`; images of one channel skip saturation.
       translate: share of a side at magnitude 10.
-      fill: value of what comes in from outside.
-      probability: with which each row is changed.
+      fill: the value outside of the image.
+      probability: probability that a row is changed.
     """
 
     count: int = field(default=2, metadata=whole(0))
@@ -88,6 +88,7 @@ class RandAugment(ImageAugmentation):
         _check(self)
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         names = _fitting(self.operations, pixels)
         drawn = uniforms(keys, self.count, 2)
         level = jnp.full(len(pixels), self.magnitude / 10, jnp.float32)
@@ -100,20 +101,20 @@ class RandAugment(ImageAugmentation):
 
 @dataclass(frozen=True)
 class AugMix(ImageAugmentation):
-    """`x + (1 - m) sum_i w_i (chain_i(x) - x)`: a mixture of chains of one to `depth` operations
-    (Hendrycks et al., 2020).
+    """AugMix: a mixture of chains of one to `depth` operations (Hendrycks et al., 2020).
 
-    m is drawn evenly from 0 to 1, w from Dirichlet(1, ..., 1), the magnitude of each operation
-    evenly from 0.1 to `severity` (see `RandAugment`; translation by a third of a side at 10). The
-    views that its Jensen-Shannon loss compares are calls with different keys.
+    The result is `x + (1 - m) sum_i w_i (chain_i(x) - x)`. m is drawn uniformly from 0 to 1, w from
+    Dirichlet(1, ..., 1), and the magnitude of each operation uniformly from 0.1 to `severity` (see
+    `RandAugment`; translation by a third of a side at 10). For the views of its Jensen-Shannon loss
+    call it with different keys.
 
     Attributes:
-      severity: greatest magnitude, 0 to 10.
+      severity: largest magnitude, 0 to 10.
       width: number of chains.
-      depth: greatest length of a chain.
-      operations: of `OPERATIONS`; images of one channel leave out saturation.
-      fill: value of what comes in from outside.
-      probability: with which each row is changed.
+      depth: largest length of a chain.
+      operations: names from `OPERATIONS`; images of one channel skip saturation.
+      fill: the value outside of the image.
+      probability: probability that a row is changed.
     """
 
     severity: Number = field(default=3.0, metadata=number(0.0, 10.0))
@@ -127,6 +128,7 @@ class AugMix(ImageAugmentation):
         _check(self)
 
     def change(self, keys: Keys, pixels: Float[Array, "B Y X C"]) -> Float[Array, "B Y X C"]:
+        """Change all images; see the class."""
         names = _fitting(self.operations, pixels)
         drawn = uniforms(keys, self.width, self.depth, 3)
         other = uniforms(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), 2 * self.width + 1)
@@ -158,16 +160,16 @@ def layer(
     translate: float,
     fill: float,
 ) -> Float[Array, "B Y X C"]:
-    """One operation on each image.
+    """Apply one operation to each image.
 
     Args:
       pixels: the images.
       names: the operations to choose from.
-      chosen: the place of the operation in `names`.
-      sign: 1 or -1, where an operation has two directions.
+      chosen: the index of the operation in `names`.
+      sign: 1 or -1, for operations with two directions.
       level: strength, 0 to 1.
-      translate: share of a side that level 1 moves an image by.
-      fill: value of what comes in from outside.
+      translate: share of a side by which level 1 moves an image.
+      fill: the value outside of the image.
     """
 
     def setting(name: str, value: Array, neutral: Number = 0.0) -> Array:
@@ -203,13 +205,13 @@ def layer(
 
 
 def _choice(drawn: Float[Array, "B 2"], count: int) -> tuple[Array, Array]:
-    """A place below `count`, and a sign."""
+    """Turn two uniform draws into an index below `count` and a sign."""
     place = jnp.minimum(jnp.floor(drawn[:, 0] * count).astype(jnp.int32), count - 1)
     return place, jnp.where(drawn[:, 1] < 0.5, jnp.float32(-1), jnp.float32(1))
 
 
 def _fitting(operations: tuple[str, ...], pixels: Float[Array, "B Y X C"]) -> tuple[str, ...]:
-    """The operations without those that images of one channel have no use for."""
+    """Return the operations that fit the images: without saturation for those of one channel."""
     return tuple(name for name in operations if name != "saturation" or pixels.shape[-1] > 1) or (
         "identity",
     )

@@ -1,9 +1,8 @@
-"""Augmentations of texts: tokens hidden, spans masked or taken out, order disturbed. Nothing
-crosses from one segment to another.
+"""Augmentations of texts: tokens dropped, spans masked or removed, order shuffled.
 
-A text is `tokens` `[B, T]`; `segments` `[B, T]` tell the texts of a row apart and are 0 on padding
-(see `Stream`); without them, `mask` `[B, T]` is true where there is text; without both, all is one
-text.
+Nothing moves from one segment to another. A text is `tokens` `[B, T]`. `segments` `[B, T]` separate
+the texts of a row and are 0 on padding (see `Stream`). Without them, `mask` `[B, T]` is true where
+there is text; without both, each row is one text.
 """
 
 from __future__ import annotations
@@ -32,17 +31,18 @@ from jaxmodel.errors import InputError
 
 @dataclass(frozen=True)
 class TokenDropout(Augmentation):
-    """Each token replaced by `token` with probability `rate`; targets stay.
+    """Replacement of each token by `token` with probability `rate`; targets do not change.
 
     Attributes:
-      token: the id that stands for what is unknown.
-      rate: 0 to 1.
+      token: the id of the unknown token.
+      rate: probability, 0 to 1.
     """
 
     token: int = field(metadata=whole(0))
     rate: Number = field(default=0.1, metadata=number(0.0, 1.0))
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace tokens of the batch."""
         tokens, segments = texts(batch)
         drop = (uniforms(row_keys(key, len(tokens)), tokens.shape[1]) < self.rate) & (segments > 0)
         return {**batch, "tokens": jnp.where(drop, jnp.asarray(self.token, tokens.dtype), tokens)}
@@ -50,22 +50,21 @@ class TokenDropout(Augmentation):
 
 @dataclass(frozen=True)
 class SpanMasking(Augmentation):
-    """Masked modelling: a share `rate` of the tokens is to be predicted, in spans of mean length
-    `span`.
+    """Masked language modelling: a share `rate` of the tokens, in spans, is to be predicted.
 
-    Of these tokens 80 % become `token`, 10 % another drawn evenly from the vocabulary, 10 % stay
-    (Devlin et al., 2019; spans: Joshi et al., 2020). Lengths are geometric: a span goes on with
-    probability `1 - 1 / span`, and begins with `rate / (span (1 - rate))`, so that `rate` holds at
-    every place. `targets` becomes the token itself where it is to be predicted, else 0, and
-    `weights` that of the row there, else 0 (see `row_weights`).
+    Of these tokens 80 % become `token`, 10 % a token drawn uniformly from the vocabulary, and 10 %
+    stay (Devlin et al., 2019; spans: Joshi et al., 2020). The lengths of spans are geometric: a
+    span continues with probability `1 - 1 / span` and begins with `rate / (span (1 - rate))`, so
+    that `rate` holds at every position. Where a token is to be predicted, `targets` becomes the
+    token and `weights` the weight of the row (see `row_weights`); elsewhere both are 0.
 
     Attributes:
       token: the id of the mask.
-      vocab: ids drawn from are below it.
+      vocab: drawn ids are below this one.
       rate: share of the tokens, below 1.
-      span: mean length; 0 stands for `1 / (1 - rate)`, with which each token is drawn by itself; no
-        less is possible.
-      lowest: ids drawn from begin here, behind special ones.
+      span: mean length of a span; 0 for the smallest possible, `1 / (1 - rate)`, with which tokens
+        are drawn independently.
+      lowest: the lowest id to draw, above special ones.
     """
 
     token: int = field(metadata=whole(0))
@@ -82,6 +81,7 @@ class SpanMasking(Augmentation):
             self._refuse("span", f"0, or at least 1 / (1 - rate) = {1 / (1 - self.rate):.4g}")
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Mask tokens of the batch, and set its targets and weights."""
         tokens, segments = texts(batch)
         drawn = uniforms(row_keys(key, len(tokens)), 3, tokens.shape[1])
         masked = self.spans(drawn[:, 0], segments)
@@ -102,11 +102,11 @@ class SpanMasking(Augmentation):
         }
 
     def spans(self, drawn: Float[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-        """Which tokens are masked, by a Markov chain along each segment.
+        """Return which tokens are masked, by a Markov chain along each segment.
 
-        One number u moves both states: below `begin` the next is masked, from `go_on` it is not,
-        between them it stays as it is. So the last place that decided counts, which is a running
-        maximum rather than a loop.
+        One number u moves both states: below `begin` the next token is masked, from `go_on` on it
+        is not, and between them the state stays. So the last position that decided counts, which is
+        a running maximum and needs no loop.
         """
         length = self.span or 1 / (1 - self.rate)
         go_on = 1 - 1 / length
@@ -121,24 +121,24 @@ class SpanMasking(Augmentation):
 
 @dataclass(frozen=True)
 class SpanCorruption(Augmentation):
-    """Spans taken out of a text, to be written by a decoder (Raffel et al., 2020).
+    """Span corruption: a decoder writes the spans that were removed from a text.
 
-    Of n tokens `round(rate n)` go, in `round(rate n / span)` spans (at least one of each, if there
-    are two tokens). All lengths of spans are as likely, and so are all places that leave a token
-    between two. `source` has one id in place of each span, `first`, `first - 1`, ...; `targets` has
-    each of these ids followed by its span; both close with `end`. A row is one text here: segments
-    tell only where padding is.
+    Source: Raffel et al., 2020. Of n tokens `round(rate n)` are removed, in `round(rate n / span)` spans (at least one of each,
+    if there are two tokens). All lengths of spans are equally likely, and so are all positions that
+    leave a token between two spans. `source` has one id in place of each span: `first`,
+    `first - 1`, ... `targets` has each of these ids followed by its span. Both end with `end`. A
+    row is one text here: segments only mark padding.
 
-    Adds to the batch `source`, `source_mask` `[B, S]`, and replaces `tokens` (the targets moved
-    right behind `start`), `targets`, `weights` `[B, U]`, with S and U what a row without padding
-    needs; `segments`, `positions`, `mask` are left out.
+    It adds `source` and `source_mask` `[B, S]` to the batch, and replaces `tokens` (`start`, then
+    the targets), `targets` and `weights` `[B, U]`. S and U are the lengths that a row without
+    padding needs. `segments`, `positions` and `mask` are dropped.
 
     Attributes:
-      first: the id that stands for the first span; lower ones follow.
+      first: the id for the first span; the next ones are lower.
       rate: share of the tokens, above 0 and below 1.
-      span: mean length.
-      end: the id that closes.
-      start: the id that the decoder begins with, also padding.
+      span: mean length of a span.
+      end: the id at the end of source and targets.
+      start: the id with which the decoder begins, also used for padding.
     """
 
     first: int = field(metadata=whole(1))
@@ -148,6 +148,7 @@ class SpanCorruption(Augmentation):
     start: int = field(default=0, metadata=whole(0))
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Make source and targets from the tokens of the batch."""
         tokens, segments = texts(batch)
         count, taken, spans = self._lengths(tokens.shape[1])
         pieces = int(np.max(spans))
@@ -163,8 +164,8 @@ class SpanCorruption(Augmentation):
         n = jnp.sum(real, axis=1, dtype=jnp.int32)
         drawn = uniforms(row_keys(key, len(tokens)), 2, tokens.shape[1] + 2)
         taken, spans = (jnp.asarray(a, jnp.int32)[n] for a in (taken, spans))
-        # the places before, between and behind the tokens that stay, of which each span takes
-        # another, are cuts too
+        # Each span takes one of the gaps before, between and behind the remaining tokens, so the
+        # gaps are drawn as pieces too.
         kept_before = jnp.cumsum(_pieces(drawn[:, 0], n - taken + 2, spans + 1, pieces), axis=1) - 1
         span_sizes = _pieces(drawn[:, 1], taken, spans, pieces)
         starts = kept_before + jnp.cumsum(span_sizes, axis=1) - span_sizes
@@ -204,9 +205,7 @@ class SpanCorruption(Augmentation):
         }
 
     def _lengths(self, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Texts of 0, 1, ..., `longest` tokens, how many tokens go from each, and in how many
-        spans.
-        """
+        """Return texts of 0 to `longest` tokens with the numbers of removed tokens and of spans."""
         count = np.arange(longest + 1)
         taken = np.where(
             count > 1, np.clip(np.round(count * self.rate), 1, np.maximum(count - 1, 1)), 0
@@ -224,8 +223,9 @@ class SpanCorruption(Augmentation):
         stop: Int[Array, "B"],
         *more: tuple,
     ) -> Int[Array, "B length"]:
-        """A row of `length`: of each (which, places, values) the values at their places, then `end`
-        at `stop`.
+        """Write rows of `length`: the values of each (which, places, values) at their places.
+
+        `end` is written at `stop`.
         """
         rows = jnp.full((len(n), length), self.start, entries[2].dtype)
         write = jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))
@@ -240,19 +240,19 @@ class SpanCorruption(Augmentation):
 
 @dataclass(frozen=True)
 class LocalShuffle(Augmentation):
-    """Tokens in a disturbed order, none more than `window` places from its own (Lample et al.,
-    2018).
+    """A shuffle that moves no token by more than `window` positions (Lample et al., 2018).
 
-    Place i is sorted by `i + u` with u from 0 to `window + 1`, within its segment. Targets, weights
-    and positions stay where they are, as a denoiser needs.
+    Position i is sorted by `i + u` with u from 0 to `window + 1`, within its segment. Targets,
+    weights and positions do not move, as a denoiser needs.
 
     Attributes:
-      window: 0 changes nothing.
+      window: the largest distance; 0 changes nothing.
     """
 
     window: int = field(default=3, metadata=whole(0))
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Shuffle the tokens of the batch."""
         tokens, segments = texts(batch)
         place = jnp.arange(tokens.shape[1], dtype=jnp.float32)[None]
         way = jnp.where(
@@ -265,16 +265,18 @@ class LocalShuffle(Augmentation):
 
 @dataclass(frozen=True)
 class SentenceShuffle(Augmentation):
-    """The sentences of each segment in another order (Lewis et al., 2020). Targets, weights and
-    positions stay where they are.
+    """A shuffle of the sentences of each segment (Lewis et al., 2020).
+
+    Targets, weights and positions do not move.
 
     Attributes:
-      stop: the id that closes a sentence; what follows the last one is a sentence too.
+      stop: the id that ends a sentence; the rest behind the last one is a sentence too.
     """
 
     stop: int = field(metadata=whole(0))
 
     def __call__(self, key: AnyKey, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Shuffle the sentences of the batch."""
         tokens, segments = texts(batch)
         behind = jnp.pad(tokens == self.stop, ((0, 0), (1, 0)))[:, :-1]
         sentence = (
@@ -286,7 +288,7 @@ class SentenceShuffle(Augmentation):
 
 
 def texts(batch: Mapping[str, Any]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """The batch's tokens and segments, 0 on padding.
+    """Return the tokens and segments of a batch; segments are 0 on padding.
 
     Raises:
       InputError: there are no tokens, they are not integers `[B, T]`, or segments or mask have
@@ -314,25 +316,26 @@ def texts(batch: Mapping[str, Any]) -> tuple[Int[Array, "B T"], Int[Array, "B T"
 
 
 def _first(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Where a segment begins."""
+    """Mark the positions at which a segment begins."""
     return jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
 def _runs(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The number of each segment along its row, padding being one."""
+    """Return the index of each segment in its row; padding counts as one."""
     return jnp.cumsum(_first(segments), axis=1, dtype=jnp.int32)
 
 
 def _sorted(tokens: Int[Array, "B T"], *order: Array) -> Int[Array, "B T"]:
-    """The tokens of each row by what `order` says first, then by what it says next."""
+    """Sort the tokens of each row by the keys in `order`, the first one first."""
     return jax.lax.sort((*order, tokens), dimension=1, is_stable=True, num_keys=len(order))[-1]
 
 
 def _pieces(
     drawn: Float[Array, "B T"], items: Int[Array, "B"], pieces: Int[Array, "B"], most: int
 ) -> Int[Array, "B most"]:
-    """Sizes of `pieces` pieces, none empty, that `items` fall into, every way being as likely; the
-    first `most`, then 0.
+    """Divide `items` into `pieces` non-empty pieces, all ways equally likely, and return their sizes.
+
+    The result has the first `most` sizes, then 0.
     """
     place = jnp.arange(drawn.shape[1], dtype=jnp.int32)[None]
     free = (place > 0) & (place < items[:, None])
