@@ -1,12 +1,12 @@
-"""Rows to learn answers or classes from: chats, prompts with their completions, texts with their
-labels.
+"""Rows for learning answers or classes: chats, prompts with completions, texts with labels.
 
-| a record has                        | it is read as                                                                        |
-|-------------------------------------|--------------------------------------------------------------------------------------|
-| `messages` (or `conversations`)     | a chat `[{"role": "user", "content": "..."}, ...]`, written by the chat template; also |
-|                                     | `tools` where it has some. Learnt is what the assistant says                          |
-| `prompt` and `completion`           | two texts, or the two parts of a chat. Learnt is the completion                       |
-| `text` and `label`                  | a text and the name of its class (see `labelled`)                                     |
+| a record has                    | meaning                                                        |
+|---------------------------------|----------------------------------------------------------------|
+| `messages` (or `conversations`) | a chat, `[{"role": "user", "content": "..."}, ...]`, written   |
+|                                 | by the chat template, also `tools` if there are some; the      |
+|                                 | assistant's messages are learnt                                |
+| `prompt` and `completion`       | two texts, or the two parts of a chat; the completion is learnt|
+| `text` and `label`              | a text and the name of its class (see `labelled`)              |
 
 Files are those of `sources` that hold records: JSON lines, JSON, CSV, TSV, Parquet, ...
 """
@@ -45,10 +45,12 @@ _ROLES = {
 
 
 def kind_of(record: Mapping[str, Any]) -> str | None:
-    """What a record is: a key of `KINDS`, "label", or None for something else.
+    """Return what a record is: a key of `KINDS`, "label", or None for anything else.
 
-    >>> kind_of({"prompt": "2+2=", "completion": "4"}), kind_of({"text": "a", "label": "b"}), kind_of({"text": "a"})
-    ('completion', 'label', None)
+    >>> kind_of({"prompt": "2+2=", "completion": "4"}), kind_of({"text": "a", "label": "b"})
+    ('completion', 'label')
+    >>> kind_of({"text": "a"}) is None
+    True
     """
     found = next(
         (kind for kind, fields in KINDS.items() if all(field in record for field in fields)), None
@@ -57,8 +59,9 @@ def kind_of(record: Mapping[str, Any]) -> str | None:
 
 
 def kind_of_source(source: Source) -> str | None:
-    """What the first record of a source is (see `kind_of`); None for plain texts, and where there
-    is no record.
+    """Return what the first record of a source is (see `kind_of`).
+
+    None for plain texts, and for sources without records.
     """
     first = next(iter(documents(source).parts))
     if first in NAMES or (record_kind(first) is None and not first.startswith("hf:")):
@@ -70,18 +73,17 @@ def kind_of_source(source: Source) -> str | None:
 @briefly
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Texts of which parts are to be learnt, as rows of one width: what `Stream` takes for `data`.
-    Made by `answers`.
+    """Texts with parts to learn, as rows of one width for the `data` of a `Stream`.
 
-    A batch has `tokens`, `targets`, `segments`, `positions` `[B, T]` int32 as one of packed
-    documents, and `weights` `[B, T]`, 1 where the target is to be learnt. Texts that share a row do
-    not see each other.
+    `answers` makes them. A batch has `tokens`, `targets`, `segments`, `positions` `[B, T]` int32
+    like one of packed documents, and `weights` `[B, T]` float32, 1 where the target is to be
+    learnt. Texts in one row do not see each other.
 
     Attributes:
-      ids: of all texts, one after the other, int32.
-      learnt: for each of them whether it is to be learnt.
-      begins: where each text begins, in the order of the rows, and the end of the last.
-      firsts: the first text of each row, and one more than the last.
+      ids: token ids of all texts, one after the other, int32.
+      learnt: for each id, whether it is to be learnt.
+      begins: the start of each text in `ids`, in the order of the rows, and the end of the last.
+      firsts: the index of the first text of each row, and the number of texts.
       length: tokens of a row, T.
     """
 
@@ -93,7 +95,7 @@ class Answers:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all of it."""
+        """Return the SHA-256 of all fields."""
         return self._fingerprint
 
     @cached_property
@@ -109,16 +111,16 @@ class Answers:
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
         return len(self.firsts) - 1
 
     @property
     def tokens(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
         return len(self.ids)
 
     def only(self, rows: np.ndarray) -> Answers:
-        """These rows alone, in this order."""
+        """Return these rows alone, in this order."""
         texts = [text for row in rows for text in range(self.firsts[row], self.firsts[row + 1])]
         places = np.concatenate([np.arange(*self.begins[text : text + 2]) for text in texts])
         begins = np.concatenate(
@@ -130,7 +132,7 @@ class Answers:
         return Answers(self.ids[places], self.learnt[places], begins, firsts, self.length)
 
     def take(self, indices: np.ndarray) -> Batch:
-        """The rows of these numbers."""
+        """Return the rows with these indices."""
         shape = len(indices), self.length
         out: Batch = {
             name: np.zeros(shape, np.int32)
@@ -154,20 +156,20 @@ class Answers:
 def answers(
     source: Source, tokenizer: Any, length: int, *, pack: bool = False, split: str = "train"
 ) -> Answers:
-    """Rows to learn answers from: of chats, or of prompts with completions (see the table above).
+    """Make rows for learning answers, from chats or from prompts with completions.
 
-    A text that is longer than a row is cut at its end; one of which nothing to learn is left, left
-    out. Both are said.
+    The module describes the records. A text that is longer than a row is cut at its end, and left
+    out if nothing to learn remains. Messages report both.
 
     Args:
-      source: as of `data.documents`.
-      tokenizer: `hub.Tokenizer` of the model; for chats with a chat template.
+      source: a source for `data.documents`.
+      tokenizer: `hub.Tokenizer` of the model; chats need its chat template.
       length: tokens of a row, T.
-      pack: several texts in a row, in segments; else one each.
+      pack: put several texts into a row, in segments; else one each.
       split: the part of a data set.
 
     Raises:
-      InputError: a record that is none of these, named by its file and line.
+      InputError: a record of another kind, named by its file and line.
 
     >>> import json, os, tempfile
     >>> from jaxmodel import hub
@@ -220,23 +222,23 @@ def labelled(
     names: Sequence[str] | None = None,
     split: str = "train",
 ) -> tuple[Batch, tuple[str, ...]]:
-    """Arrays to learn classes from: of records with `text` and `label`.
+    """Make arrays for learning classes, from records with `text` and `label`.
 
     Args:
-      source: as of `data.documents`.
+      source: a source for `data.documents`.
       tokenizer: `hub.Tokenizer` of the model.
-      length: tokens of a row, T; longer texts are cut, which is said.
-      names: of the classes, those of the training part for a held-out one; None for the labels that
-        there are, in their order.
+      length: tokens of a row, T; longer texts are cut, and a message says so.
+      names: names of the classes; for held-out data give those of the training data. None for the
+        labels that occur, in sorted order.
       split: the part of a data set.
 
     Returns:
-      `tokens` `[N, T]`, `mask` `[N, T]` (whether a token is there) and `labels` `[N]`, for a
+      `tokens` `[N, T]`, `mask` `[N, T]` (True where there is a token) and `labels` `[N]`, for a
       `Stream`; and the names.
 
     Raises:
-      InputError: a record without them, or with a label that is not among the names, named by its
-        file and line.
+      InputError: a record without these fields, or with a label that is not among the names; it is
+        named by its file and line.
     """
     _check(tokenizer, length)
     texts: list[str] = []
@@ -300,7 +302,7 @@ def _check(tokenizer: Any, length: int) -> None:
 def _read(
     place: str, record: Mapping[str, Any], tokenizer: Any
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """What a record has to learn from."""
+    """Yield the ids of a record, each text with the flags of what is to be learnt."""
     from jaxmodel.hub import answers  # late, as it imports the library of tokenizers
 
     kind = kind_of(record)
@@ -335,7 +337,7 @@ def _read(
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:
-    """A message as templates read it, also of the form `{"from": "human", "value": "..."}`."""
+    """Return a message as templates read it, also one like `{"from": "human", "value": "..."}`."""
     if not isinstance(message, Mapping):
         raise InputError(
             f"message {number} is {type(message).__name__}; allowed: {{'role': ..., 'content': "
@@ -374,8 +376,9 @@ def _text(place: str, name: str, value: Any) -> str:
 
 
 def _within(tokenizer: Any, text: str, ids: list[int], length: int) -> tuple[list[int], bool]:
-    """The ids of a whole text within a row, with what the tokenizer puts around it; and whether it
-    was cut.
+    """Fit the ids of a whole text into a row, with the tokenizer's special tokens.
+
+    Return them and whether the text was cut.
     """
     if len(ids) <= length:
         return ids, False

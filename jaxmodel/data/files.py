@@ -1,8 +1,7 @@
-"""Files by path or by URL (`https://`, `gs://`, `s3://`, `hf://`), and arrays in them, read in
-ranges.
+"""Files by path or URL (`https://`, `gs://`, `s3://`, `hf://`), and arrays in them.
 
-Of local files only regular ones are read, and no other kinds of URL are opened: fsspec knows some
-that lead to other local files, to archives in archives, or to any server of the network.
+Only regular local files are read, and no other kinds of URL are opened: some that fsspec knows lead
+to other local files, to nested archives, or to any server of the network.
 """
 
 from __future__ import annotations
@@ -27,29 +26,30 @@ from jaxmodel.errors import InputError, require
 from jaxmodel.files import open_regular, replacing_file
 
 type Where = str | Path
-"""A path, or a URL, which is a str."""
+"""A path, or a URL as a str."""
 
 PROTOCOLS = ("https", "gs", "s3", "hf")
 LONGEST = 2**27
-"""Bytes of a line, and of a local file that is read as a whole into a text."""
+"""Largest number of bytes of a line, and of a local file that is read into memory as a text."""
 _BLOCK = 2**20  # bytes
 # bytes of a local file that are hashed rather than believed to be those of its time of change
 _CONTENT_UP_TO = 2**26
 
 
 def is_remote(path: Where) -> bool:
-    """Whether fsspec reads it: a URL, `gs://bucket/a.txt`."""
+    """Return whether fsspec reads the path, a URL such as `gs://bucket/a.txt`."""
     return isinstance(path, str) and "://" in path
 
 
 def check_protocol(url: str, argument: str = "data", allowed: Sequence[str] | None = None) -> None:
-    """Refuse URLs of other protocols than these, and chains of them, but for a `filecache::` or
-    `simplecache::` in front.
+    """Refuse URLs of other protocols, and chained URLs.
+
+    A `filecache::` or `simplecache::` in front is allowed.
 
     Args:
       url: the URL.
       argument: its name in the message.
-      allowed: default `PROTOCOLS`.
+      allowed: the allowed protocols; default: `PROTOCOLS`.
 
     Raises:
       InputError: another protocol.
@@ -62,13 +62,13 @@ def check_protocol(url: str, argument: str = "data", allowed: Sequence[str] | No
 
 
 def join(folder: Where, name: str) -> str:
-    """The path of a file in a folder."""
+    """Return the path of a file in a folder."""
     return f"{str(folder).rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
 @contextmanager
 def naming(path: Where) -> Iterator[None]:
-    """Turn what fails while `path` is read or written into an `InputError` that names it."""
+    """Turn errors of reading or writing `path` into an `InputError` that names it."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -82,7 +82,7 @@ def naming(path: Where) -> Iterator[None]:
 
 @contextmanager
 def reading(path: str, unpack: bool = True) -> Iterator[Any]:
-    """Open a file of bytes to be streamed; one that ends in `.gz` is unpacked on the way."""
+    """Open a file to stream its bytes; a file that ends in `.gz` is decompressed."""
     with naming(path), ExitStack() as stack:
         if is_remote(path):
             fs, inside = _remote(path)
@@ -95,15 +95,15 @@ def reading(path: str, unpack: bool = True) -> Iterator[Any]:
 
 
 def lines(path: str, most: int | None = None) -> Iterator[bytes]:
-    """The lines of a file with their ends, unpacked on the way.
+    """Yield the lines of a file with their line ends, decompressed.
 
     Args:
-      path: of the file.
-      most: bytes of all lines; None for any number.
+      path: the path of the file.
+      most: largest number of bytes of all lines; None for any number.
 
     Raises:
-      InputError: there are more, a line is longer than `LONGEST`, or it goes on with more white
-        space than a text holds.
+      InputError: more bytes, a line longer than `LONGEST`, or more white space in a row than a text
+        holds.
     """
     with reading(path) as file:
         blank = 0
@@ -127,7 +127,7 @@ def lines(path: str, most: int | None = None) -> Iterator[bytes]:
 
 @contextmanager
 def writing(path: str) -> Iterator[IO[bytes]]:
-    """Open a file to be written; a local one, in a folder that is made, is whole or not there."""
+    """Open a file for writing, in a folder that is made; a local one appears only when complete."""
     with naming(path):
         if is_remote(path):
             fs, inside = _remote(path)
@@ -142,13 +142,13 @@ def writing(path: str) -> Iterator[IO[bytes]]:
 
 
 def copy(path: str, target: str) -> None:
-    """Copy a file, as it is stored, piece by piece."""
+    """Copy a file as it is stored, piece by piece."""
     with reading(path, unpack=False) as source, writing(target) as file:
         shutil.copyfileobj(source, file, _BLOCK)
 
 
 def remove(path: str) -> None:
-    """Delete a file, if it is there and may be deleted."""
+    """Delete a file if it exists and may be deleted."""
     with suppress(OSError):
         if is_remote(path):
             fs, inside = _remote(path)
@@ -158,7 +158,7 @@ def remove(path: str) -> None:
 
 
 def sizes(folder: Where) -> dict[str, int]:
-    """Bytes of each file in a folder, by name; nothing where there is no such folder."""
+    """Return the bytes of each file in a folder, by name; nothing if there is no such folder."""
     with naming(folder):
         try:
             if is_remote(folder):
@@ -176,13 +176,14 @@ def sizes(folder: Where) -> dict[str, int]:
 
 
 def _size(entry: os.DirEntry[str]) -> int | None:
-    with suppress(FileNotFoundError):  # what another process was writing has its own name by now
+    with suppress(FileNotFoundError):  # another process has renamed its temporary file meanwhile
         return entry.stat().st_size if entry.is_file() else None
 
 
 def find(pattern: str) -> list[str]:
-    """The file of this name, if there is one, else those that it names by `*`, `?`, `[...]` and
-    `**`, sorted.
+    """Return the file of this name if it exists, else the files that match it as a pattern, sorted.
+
+    Patterns may have `*`, `?`, `[...]` and `**`.
     """
     with naming(pattern):
         if not is_remote(pattern):
@@ -196,9 +197,7 @@ def find(pattern: str) -> list[str]:
 
 
 def below(folder: Where) -> list[str]:
-    """All files in a folder and in those below it, but hidden ones: paths from there with `/`,
-    sorted.
-    """
+    """List all files in a folder and below, except hidden ones: relative paths with `/`, sorted."""
     with naming(folder):
         if is_remote(folder):
             fs, inside = _remote(str(folder))
@@ -220,8 +219,9 @@ def below(folder: Where) -> list[str]:
 
 
 def stamp(path: str) -> str:
-    """What changes when the file does: the sha256 of a small local one, else its size and time, or
-    the checksum of its store.
+    """Return a text that changes when the file does.
+
+    It is the SHA-256 of a small local file, else its size and time, or the checksum of its store.
     """
     with naming(path):
         if is_remote(path):
@@ -234,7 +234,7 @@ def stamp(path: str) -> str:
 
 
 def sha256(path: str) -> str:
-    """sha256 of a file's bytes as they are stored, hexadecimal."""
+    """Return the SHA-256 of a file's bytes as they are stored, in hexadecimal."""
     digest = hashlib.sha256()
     with reading(path, unpack=False) as file:
         while block := file.read(_BLOCK):
@@ -244,14 +244,14 @@ def sha256(path: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """An array in a file of nothing but its items, little-endian: mapped into memory, or read by
-    byte ranges where remote.
+    """An array in a file that holds only its items, little-endian.
+
+    A local file is mapped into memory; a remote one is read by byte ranges.
 
     Attributes:
-      path: of the file.
-      dtype: of the items.
-      digest: sha256 of the file, which is compared before the first read of a local one; None for
-        not.
+      path: the path of the file.
+      dtype: the dtype of the items.
+      digest: SHA-256 of the file, compared before the first read of a local one; None for no check.
     """
 
     path: str
@@ -262,7 +262,7 @@ class Column:
     def _mapped(self) -> np.ndarray:
         with naming(self.path):
             if not os.path.getsize(self.path):
-                return np.empty(0, self.dtype)  # what is empty cannot be mapped
+                return np.empty(0, self.dtype)  # an empty file cannot be mapped
             if self.digest is not None and sha256(self.path) != self.digest:
                 raise InputError(
                     f"data: {self.path!r} is not what was written (another sha256): restore it, "
@@ -272,11 +272,11 @@ class Column:
                 return np.memmap(file, self.dtype, mode="r").view(np.ndarray)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Items start ... stop - 1."""
+        """Return the items start ... stop - 1."""
         return self.take(np.array([start]), np.array([stop - start]))
 
     def take(self, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The items of several ranges, one after the other; a copy."""
+        """Return the items of several ranges, one after the other, as a copy."""
         if not is_remote(self.path):
             if len(starts) == 1:
                 return self._mapped[starts[0] : starts[0] + counts[0]].copy()
@@ -291,7 +291,7 @@ class Column:
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The whole numbers of several ranges, one after the other.
+    """Return the whole numbers of several ranges, one after the other.
 
     >>> ranges(np.array([5, 0]), np.array([2, 3]))
     array([5, 6, 0, 1, 2])
@@ -301,7 +301,7 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _remote(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
+    """Return the file system of a URL and the path in it."""
     check_protocol(url)
     try:
         return require("fsspec.core", "remote").url_to_fs(url)

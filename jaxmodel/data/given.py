@@ -1,6 +1,4 @@
-"""What people hand to `fit` as data, as `Batches`: arrays, pairs of them, rows, lists and iterables
-of batches.
-"""
+"""Data as people pass it to `fit`: arrays, pairs, rows, lists or iterables of batches."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ from jaxmodel.errors import InputError
 DEFAULT_ROWS = 32
 KEPT_FIRST = 1024
 KEPT_LAST = 8
-"""Of an iterable stay in memory the batches of the first rows, on which batch statistics are
-measured, and the last batches.
+"""How much of an iterable is kept: the batches of the first rows, and the last batches.
+
+Batch statistics are measured on the first rows.
 """
 
 FORMS = (
@@ -38,25 +37,24 @@ def as_batches(
     seed: int = 0,
     argument: str = "data",
 ) -> Batches:
-    """The batches of what was given.
+    """Make `Batches` of data in any accepted form.
 
-    A dict of arrays, a pair and rows are shuffled by the seed, `batch_size` rows at a time, without
-    an end. A list of batches is gone through again and again, in its order. An iterable of batches
-    (a generator, a DataLoader) is read once, in the order in which batches are asked for, and begun
-    again where that is possible; `Passed` says what it cannot do.
+    A dict of arrays, a pair and rows are shuffled by the seed into an endless stream. A list of
+    batches is repeated in its order. An iterable of batches (a generator, a DataLoader) is read in
+    order, and started again at its end if possible; `Passed` describes its limits.
 
     Args:
-      given: `Batches` as they are; a dict of arrays `[N, ...]`; a pair `(x, y)` of them; `Rows`;
-        token ids `[N, T + 1]`; a list of batches; an iterable of batches. A batch is a dict of
-        arrays or a pair; tensors of other libraries will do.
-      input_name: what x is called: the one input of the model. y is called `labels` where it is
+      given: `Batches` (returned as they are); a dict of arrays `[N, ...]`; a pair `(x, y)` of
+        arrays; `Rows`; token ids `[N, T + 1]`; a list of batches; or an iterable of batches. A
+        batch is a dict of arrays or a pair; tensors of other libraries are accepted.
+      input_name: the name for x, that of the model's only input. y is named `labels` if it has
         whole numbers, else `targets`.
-      batch_size: rows in a batch of arrays; None for 32 (or all, where there are fewer).
-      seed: of the order of arrays.
-      argument: its name, for errors.
+      batch_size: rows in a batch of arrays; None for 32 (or all, if there are fewer).
+      seed: the seed of the order of arrays.
+      argument: the name of `given` in errors.
 
     Raises:
-      InputError: something else, or a batch size for what has one.
+      InputError: data of another form, or a batch size for data that has its own.
 
     >>> stream = as_batches((np.zeros((100, 4)), np.arange(100) % 3), input_name="features")
     >>> {name: (a.shape, str(a.dtype)) for name, a in stream.batch(0).items()}
@@ -98,8 +96,7 @@ def as_batches(
 
 
 class Listed:
-    """A list of batches, again and again; a shorter one, such as the last, is filled up with rows
-    of weight 0.
+    """A list of batches, repeated; a shorter batch is filled up with rows of weight 0.
 
     Args:
       batches: dicts of arrays `[B, ...]`.
@@ -126,12 +123,12 @@ class Listed:
 
     @property
     def count(self) -> int:
-        """Rows of all batches."""
+        """Return the number of rows of all batches."""
         return len(self._batches) * self.batch_size
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the arrays."""
+        """Return the SHA-256 of the arrays."""
         return self._fingerprint
 
     @cached_property
@@ -144,7 +141,7 @@ class Listed:
         return digest.hexdigest()
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The batch of a step, or its rows."""
+        """Return the batch of a step, or some of its rows."""
         global_rows(step, rows, self.batch_size)
         return {
             name: a[rows]
@@ -153,20 +150,20 @@ class Listed:
 
 
 class Passed:
-    """An iterable of batches, read once in order. It cannot be wound to where a run was broken: to
-    resume needs a `Stream`.
+    """An iterable of batches, read in order.
 
-    One that can be iterated again (a DataLoader) begins anew at its end; a generator has an end,
-    behind which `batch` raises `StopIteration`. A shorter batch is filled up with rows of weight 0.
-    The batches of the first 1,024 rows and the last ones stay in memory.
+    It cannot go back to an earlier step, so a run that is to be resumed needs a `Stream`. An
+    iterable that can be iterated again (a DataLoader) starts again at its end. A generator ends,
+    and `batch` then raises `StopIteration`. A shorter batch is filled up with rows of weight 0. The
+    batches of the first 1,024 rows and the last ones are kept in memory.
 
     Args:
       given: the iterable.
       input_name: see `as_batches`.
-      argument: its name, for errors.
+      argument: the name of `given` in errors.
 
     Raises:
-      InputError: its first item is no batch, or there is none.
+      InputError: the first item is no batch, or there is none.
     """
 
     fingerprint = "an iterable"
@@ -186,10 +183,10 @@ class Passed:
         self._next = 1
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The batch of a step: the next one, or one of those that are kept.
+        """Return the batch of a step, which must be the next one or one that is kept.
 
         Raises:
-          InputError: another one, or one with more rows than the first.
+          InputError: another step, or a batch with more rows than the first.
           StopIteration: the iterable is at its end.
         """
         number = operator.index(step)
@@ -229,7 +226,7 @@ class Passed:
 
 
 def listed(given: Passed, most: int) -> Listed:
-    """The first batches of an iterable, to be read again and again."""
+    """Collect the first batches of an iterable into a list that repeats."""
 
     def some() -> Iterator[Batch]:
         for step in range(most):
@@ -242,7 +239,7 @@ def listed(given: Passed, most: int) -> Listed:
 
 
 def fill(batch: Batch, size: int) -> Batch:
-    """A batch with as many rows as `size`: those that are added repeat its first and have weight 0.
+    """Fill a batch up to `size` rows with copies of its first row that have weight 0.
 
     >>> fill({"x": np.array([3, 4])}, 3)
     {'x': array([3, 4, 3]), 'weights': array([1., 1., 0.], dtype=float32)}
@@ -265,7 +262,7 @@ def fill(batch: Batch, size: int) -> Batch:
 
 
 def _dataset(given: Any, input_name: str) -> Any:
-    """The arrays of a whole data set, or None for something else."""
+    """Return the arrays of a whole data set, or None for data of another form."""
     if isinstance(given, Mapping):
         return _batch(given, input_name, "data")
     if isinstance(given, tuple) and len(given) == 2 and all(map(_is_array, given)):
@@ -286,7 +283,7 @@ def _is_batch(value: Any) -> bool:
 
 
 def _batch(given: Any, input_name: str, argument: str) -> Batch:
-    """A dict of arrays from a dict or a pair."""
+    """Make a dict of arrays of a dict or a pair."""
     if isinstance(given, Mapping):
         named = dict(given)
     elif _is_batch(given):
@@ -312,8 +309,8 @@ def _batch(given: Any, input_name: str, argument: str) -> Batch:
 
 
 def _array(value: Any) -> np.ndarray:
-    """An array of NumPy, in the 32 bits that JAX has."""
-    if hasattr(value, "detach"):  # a tensor of torch, perhaps of a graph or on another device
+    """Return an array of NumPy in 32 bits, as JAX has them."""
+    if hasattr(value, "detach"):  # a torch tensor, perhaps part of a graph or on another device
         value = value.detach().cpu()
     array = np.asarray(value)
     narrow = {

@@ -1,4 +1,4 @@
-"""Images in a folder with a sub-folder for each class, read and decoded when they are needed."""
+"""Images in a folder with one sub-folder per class, read and decoded on demand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from jaxmodel.progress import bar
 from jaxmodel.report import html
 from jaxmodel.report.shown import card
 
-# which lie in folders of images without anybody having put them there
+# files that operating systems leave in folders of images
 _OF_SYSTEMS = (
     "thumbs.db",
     "desktop.ini",
@@ -37,26 +37,25 @@ _OF_SYSTEMS = (
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """The images in `folder/CLASS/` and below it, in the order of their names; what `Stream` takes
-    for `data`.
+    """The images in and below `folder/CLASS/`, sorted by name, for the `data` of a `Stream`.
 
-    A label is the place of its class in `names`. Images are decoded as `hub.decode` does it
-    (upright, white behind what is transparent), scaled so that they cover `resize`, and what stands
-    over is cut off at both ends. `processor` does the same, and belongs into the bundle of a model
-    that was trained on them, as `Bundle(model, params, folder.processor, {"labels": names})`. What
-    is no image is left out, and one line says how many. Hidden files and folders are not looked at.
+    A label is the index of its class in `names`. Images are decoded by `hub.decode` (upright, with
+    white behind transparent parts), scaled to cover `resize` and cropped at the centre. `processor`
+    does the same and belongs into the bundle of a model trained on them, as
+    `Bundle(model, params, folder.processor, {"labels": names})`. Files that are no images are left
+    out, and one line says how many. Hidden files and folders are ignored.
 
     Attributes:
       folder: a path or a URL.
       resize: rows and columns (Y, X) of all images.
       channels: 3 for colour, 1 for grey.
-      classes: the classes in the order of their labels, of which some may have no image here, such
-        as `names` of the training data for the held-out ones; None for the sub-folders, empty ones
-        too, with 2 before 10.
+      classes: the classes in the order of their labels; some may have no image here. For held-out
+        data give `names` of the training data. None for the sub-folders, empty ones too, in natural
+        order (2 before 10).
 
     Raises:
-      InputError: a folder without images in sub-folders, or with those of another class; a size out
-        of range; when read, a file that is no image.
+      InputError: a folder without images in sub-folders, or with images of another class; a size
+        out of range; when read, a file that is no image.
     """
 
     folder: files.Where
@@ -115,12 +114,12 @@ class ImageFolder:
 
     @cached_property
     def paths(self) -> list[str]:
-        """The files, from the folder: CLASS/NAME or CLASS/FOLDER/NAME, sorted."""
+        """Return the files relative to the folder: CLASS/NAME or CLASS/FOLDER/NAME, sorted."""
         return [path for path in self._below if "/" in path and path.lower().endswith(ENDINGS)]
 
     @cached_property
     def names(self) -> list[str]:
-        """The classes in the order of their labels."""
+        """Return the classes in the order of their labels."""
         if self.classes is not None:
             return list(self.classes)
         found = {path.split("/")[0] for path in self._below if "/" in path}
@@ -134,17 +133,15 @@ class ImageFolder:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """The class int32 [N] of each image."""
+        """Return the class of each image, int32 [N]."""
         places = {name: i for i, name in enumerate(self.names)}
         return np.array([places[path.split("/")[0]] for path in self.paths], np.int32)
 
     @cached_property
     def processor(self) -> ImageProcessor:
-        """What makes the same pixels of an image as `take` does, for the bundle of a model that was
-        trained on them.
-        """
+        """Return the processor that makes the same pixels of an image as `take`, for a bundle."""
         rows, columns = self.resize
-        # the shorter side of a square is what other programs read, too
+        # for a square give the shorter side, which other programs read too
         size = rows if rows == columns else "cover"
         return ImageProcessor(
             size=size, crop=self.resize, mean=(0.0,) * self.channels, std=(1.0,) * self.channels
@@ -152,7 +149,7 @@ class ImageFolder:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of sizes, classes, names and the digests of all files, which are read for it."""
+        """Return the SHA-256 of sizes, classes, names and digests of all files, which it reads."""
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
@@ -167,12 +164,14 @@ class ImageFolder:
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        """The number of images N."""
+        """Return the number of images N."""
         return len(self.paths)
 
     def take(self, indices: np.ndarray) -> Batch:
-        """`pixels` float32 [n, Y, X, C] from 0 to 1 and `labels` int32 [n] of the images of these
-        numbers.
+        """Return the images with these indices.
+
+        Returns:
+          `pixels` float32 [n, Y, X, C] from 0 to 1 and `labels` int32 [n].
         """
         pixels = np.empty((len(indices), *self.resize, self.channels), np.float32)
         for i, index in enumerate(indices):
@@ -182,7 +181,7 @@ class ImageFolder:
         return {"pixels": pixels, "labels": self.labels[indices]}
 
     def _left_out(self) -> str:
-        """What there is besides images in the folders of classes, in a line."""
+        """Describe in a line the files in the folders of classes that are no images."""
         kinds: collections.Counter[str] = collections.Counter()
         taken = set(self.paths)
         for path in self._below:
@@ -210,7 +209,7 @@ class ImageFolder:
 
 
 def same_classes(stream: Any, heldout: Any) -> None:
-    """Refuse streams of image folders in which a label does not mean the same class.
+    """Refuse image folders of two streams whose labels mean different classes.
 
     Raises:
       InputError: the names of their classes differ.
@@ -227,9 +226,9 @@ def same_classes(stream: Any, heldout: Any) -> None:
 
 
 def _names(batches: Any) -> list[list[str]]:
-    """The classes of each image folder behind a stream, a mixture, or what else is made of streams."""
+    """Return the classes of each image folder behind a stream, a mixture or a pair of streams."""
     inner = [stream for stream, _ in getattr(batches, "components", ())]
-    # the other's labels do not count
+    # the labels of the unlabelled stream do not count
     inner += [batches.stream] if isinstance(batches, Paired) else []
     folder = getattr(batches, "data", None)
     return (
@@ -244,6 +243,6 @@ def _short(names: Sequence[str]) -> str:
 
 
 def _natural(name: str) -> tuple[Any, ...]:
-    """So that `2` stands before `10`, and `a2` before `a10`."""
+    """Return a sort key by which `2` comes before `10`, and `a2` before `a10`."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], name

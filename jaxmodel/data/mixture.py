@@ -23,20 +23,21 @@ PERIOD = 2**16
 @briefly
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """An endless stream whose rows come from several, in proportion to weights at every moment.
+    """An endless stream of rows from several streams, in proportion to weights at every moment.
 
-    Of the first g rows, whatever g, component k with share w_k has given n_k(g), and |n_k(g) - w_k
-    g| < 1. Row g is the component's next row, of its own place n_k(g), so that each component goes
-    through its own epochs. The pattern repeats after P rows, P the common denominator of the
-    shares, and a table of one period finds any row: n_k(g) = (g div P) n_k(P) + n_k(g mod P).
-    Shares with a larger denominator than 2^16 are rounded to 2^16ths; `shares` says what they are.
+    For every g, component k with share w_k has given n_k(g) of the first g rows, where
+    |n_k(g) - w_k g| < 1. If row g is of component k, it is that component's row n_k(g), so each
+    component goes through its own epochs. The pattern repeats after P rows, where P is the common
+    denominator of the shares, and a table of one period finds any row:
+    n_k(g) = (g div P) n_k(P) + n_k(g mod P). Shares with a denominator above 2^16 are rounded to
+    multiples of 2^-16; `shares` holds the result.
 
     Attributes:
-      components: streams with their weights, of any sum. A component's batch size may be another.
+      components: streams with their weights, of any sum. Their batch sizes may differ.
       batch_size: rows in a batch, B.
 
     Raises:
-      InputError: no component, a weight that is not above 0, components whose batches differ in
+      InputError: no component, a weight that is not above 0, or components whose batches differ in
         fields, dtypes or shapes.
 
     The order within a period: Tijdeman, The chairman assignment problem, 1980.
@@ -68,12 +69,13 @@ class Mixture:
                     f"{_show(shapes[0], differ)}"
                 )
                 raise InputError(f"components: {given}; equal fields, dtypes and widths are needed")
-        _ = self._counts  # now, so that no step waits for it
+        _ = self._counts  # compute it now, so that no step waits for it
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the components' fingerprints, shares and batch size: equal fingerprints mean
-        equal batches at every step.
+        """Return the SHA-256 of the components' fingerprints, shares and batch size.
+
+        Equal fingerprints mean equal batches at every step.
         """
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
@@ -86,8 +88,7 @@ class Mixture:
         return hashlib.sha256(f"mixture 1 {self.batch_size} {parts}".encode()).hexdigest()
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The batch of `step`, a pure function of (components, weights, batch size, step), or its
-        rows `rows` at their cost.
+        """Return the batch of `step` or its rows `rows`, a pure function of settings and step.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.
@@ -106,20 +107,20 @@ class Mixture:
         return batch
 
     def place(self, component: int, rows: int) -> int:
-        """How many of the first `rows` rows of the mixture are of a component."""
+        """Return how many of the first `rows` rows of the mixture are of a component."""
         whole, rest = divmod(rows, len(self._pattern))
         counts = self._counts[component]
         return whole * int(counts[-1]) + int(counts[rest])
 
     @cached_property
     def _pattern(self) -> np.ndarray:
-        """The component [P] of each row of a period."""
+        """Return the component of each row of a period, [P]."""
         period = math.lcm(*(share.denominator for share in self.shares))
         return _assign([int(share * period) for share in self.shares])
 
     @cached_property
     def _counts(self) -> np.ndarray:
-        """Rows of each component before each row of a period, and in all of it: [K, P + 1]."""
+        """Return the rows of each component before each row of a period and in all: [K, P + 1]."""
         mine = self._pattern == np.arange(len(self.shares))[:, None]
         return np.cumsum(np.pad(mine, ((0, 0), (1, 0))), axis=1)
 
@@ -130,7 +131,7 @@ def _shares(weights: Sequence[int | float]) -> tuple[Fraction, ...]:
     if math.lcm(*(share.denominator for share in shares)) <= PERIOD:
         return tuple(shares)
     parts = [max(1, math.floor(share * PERIOD)) for share in shares]
-    # What rounding down has left over goes to those that lost most.
+    # The remainder of rounding down goes to the shares that lost most.
     for _ in range(PERIOD - sum(parts)):
         lost = [share * PERIOD - part for share, part in zip(shares, parts, strict=True)]
         parts[lost.index(max(lost))] += 1
@@ -138,12 +139,12 @@ def _shares(weights: Sequence[int | float]) -> tuple[Fraction, ...]:
 
 
 def _assign(parts: Sequence[int]) -> np.ndarray:
-    """Tijdeman's rule for one period: of the components that have waited for long enough, the one
-    whose turn ends first.
+    """Assign the rows of one period by Tijdeman's rule.
 
-    With s_k the share and n_k the rows so far of component k, those with s_k t - n_k >= 1 / (2 K -
-    2) may have row t, and the one with the least (1 - 1 / (2 K - 2) - (s_k t - n_k)) / s_k gets it.
-    In whole numbers: everything times 2 (K - 1) P.
+    Of the components that have waited long enough, the one with the earliest deadline is next. With
+    s_k the share and n_k the rows so far of component k, those with s_k t - n_k >= 1 / (2 K - 2)
+    may have row t, and the one with the least (1 - 1 / (2 K - 2) - (s_k t - n_k)) / s_k gets it. To
+    stay in whole numbers, everything is multiplied by 2 (K - 1) P.
     """
     period = sum(parts)
     scale = 2 * (len(parts) - 1)

@@ -1,4 +1,4 @@
-"""Token ids to arrays of one width: consecutive windows of a text, or documents packed into bins."""
+"""Token ids as arrays of one width: windows of a text, or documents packed into bins."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ _LARGEST = np.iinfo(np.int32).max
 @briefly
 @dataclass(frozen=True, eq=False)
 class Bins:
-    """Rows of one width that hold several documents each; three int32 arrays [N, length].
+    """Rows of one width with several documents each, as three int32 arrays [N, length].
 
     Attributes:
-      tokens: token ids, 0 where there is padding.
-      segments: 1, 2, ... in the order in which pieces of documents follow each other in the row; 0
-        is padding.
+      tokens: token ids, 0 in padding.
+      segments: 1, 2, ... for the pieces of documents in the order of the row; 0 in padding.
       positions: 0, 1, ... from the start of each segment; 0 in padding.
     """
 
@@ -34,7 +33,7 @@ class Bins:
 
     @property
     def fill(self) -> float:
-        """The share of positions that hold a token."""
+        """Return the share of positions that hold a token."""
         return float(np.count_nonzero(self.segments) / self.segments.size)
 
 
@@ -53,11 +52,11 @@ def windows(
     Args:
       ids: token ids [n].
       length: tokens in a window.
-      stride: tokens between the starts of two windows; when left out as many as each has of the
-        text, so that none overlap.
-      limit: at most this many windows, the first ones.
-      begin: what every window begins with, of its length (`tokenizer.begins`: the begin-of-text
-        token of models that need one).
+      stride: tokens between the starts of two windows; by default the number of text tokens in a
+        window, so that windows do not overlap.
+      limit: the largest number of windows; the first ones are taken.
+      begin: ids that every window begins with, part of its length (`tokenizer.begins`: the
+        begin-of-text token of models that need one).
 
     Returns:
       int32 [N, length].
@@ -90,8 +89,9 @@ def windows(
 
 
 def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bins:
-    """Pack documents into bins: each token stands in exactly one place, and no order depends on a
-    seed or on hosts.
+    """Pack documents into bins, each token in exactly one place.
+
+    The result depends neither on a seed nor on the hosts.
 
     A document longer than a bin is cut into pieces of `length` (the last is shorter); each piece is
     its own segment. In the order given, every piece goes into the first bin that has room for it
@@ -137,8 +137,7 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
 
 
 def cut(totals: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Start and size of the pieces that documents are cut into, where the documents follow each
-    other without a gap.
+    """Return start and size of the pieces that consecutive documents are cut into.
 
     >>> cut(np.array([3, 5]), length=4)
     (array([0, 3, 7]), array([3, 4, 1]))
@@ -150,10 +149,9 @@ def cut(totals: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_fit(pieces: list[int], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Row, offset and segment number of each piece, and the number of rows; see `pack`."""
-    # First fit leaves at most one bin half empty or worse, which bounds the bins. Bins not yet
-    # begun are leaves of the tree with all their room, so that "the first with room" is one
-    # descent.
+    """Return row, offset and segment number of each piece and the number of rows; see `pack`."""
+    # First fit leaves at most one bin half empty or worse, which limits the number of bins. Unused
+    # bins are leaves of the tree with all their room, so one descent finds the first with room.
     leaves = 1 << min(len(pieces), 2 * sum(pieces) // length + 1).bit_length()
     room = [length] * (2 * leaves)
     held = [0] * leaves

@@ -1,13 +1,12 @@
-"""Rows of shards: bins packed by a plan that is made once and kept, or windows of the run of all
-tokens.
+"""Rows of shards: bins packed by a plan that is made once and stored, or windows of all tokens.
 
-The plan takes 2^16 documents at a time, so that memory is bounded however many there are, cuts them
-into pieces as `pack` does, and gives every piece, the longest first, to the first bin that has room
-for it (first fit decreasing, with all bins open; small pieces, coming last, fill what the others
-left). It depends on the lengths of documents only: not on a seed, not on hosts. It keeps, beside
-the shards, the pieces in the order of their bins (`pack-*.starts`: int64, where each begins in the
-run of all tokens; `pack-*.sizes`: int32) and the number of pieces before each bin (`pack-*.firsts`:
-int64, one more than bins).
+The plan takes 2^16 documents at a time, so that memory is bounded. It cuts them into pieces as
+`pack` does and puts every piece, the longest first, into the first bin that has room for it (first
+fit decreasing with all bins open; small pieces come last and fill the gaps). It depends only on the
+lengths of the documents, neither on a seed nor on the hosts. Beside the shards it stores the pieces
+in the order of their bins (`pack-*.starts`: int64, the start of each in the sequence of all tokens;
+`pack-*.sizes`: int32) and the number of pieces before each bin (`pack-*.firsts`: int64, one more
+than bins).
 """
 
 from __future__ import annotations
@@ -31,14 +30,15 @@ from jaxmodel.errors import InputError, at_least
 from jaxmodel.progress import bar
 
 WINDOW = 2**16
-"""Documents that are packed together."""
+"""Number of documents that are packed together."""
 _ARRAYS = {"starts": np.dtype("<i8"), "sizes": np.dtype("<i4"), "firsts": np.dtype("<i8")}
 
 
 @dataclass(frozen=True, eq=False)
 class PackedShards:
-    """Documents of shards packed into bins; what `Stream` takes for `data`. The plan is made when
-    there is none yet.
+    """Documents of shards packed into bins, for the `data` of a `Stream`.
+
+    The plan is made if there is none yet.
 
     Each token stands in exactly one place, each piece in a segment of its own. Batches of width T
     need `length=T + 1`.
@@ -46,10 +46,10 @@ class PackedShards:
     Attributes:
       shards: the documents.
       length: tokens in a bin, at least 2.
-      folder: where the plan is kept, a path or a URL; beside the shards when left out.
+      folder: a path or URL for the plan; default: beside the shards.
 
     Raises:
-      InputError: a length below 2, a folder that cannot be written.
+      InputError: a length below 2, or a folder that cannot be written.
     """
 
     shards: Shards
@@ -63,12 +63,12 @@ class PackedShards:
 
     @property
     def fill(self) -> float:
-        """The share of positions that hold a token."""
+        """Return the share of positions that hold a token."""
         return self.shards.tokens / (len(self) * self.length)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the shards' digests and the length; costs nothing."""
+        """Return the SHA-256 of the shards' digests and the length; it costs nothing."""
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
@@ -78,12 +78,13 @@ class PackedShards:
         ).hexdigest()
 
     def __len__(self) -> int:
-        """The number of bins."""
+        """Return the number of bins."""
         return self._bins
 
     def verify(self) -> None:
-        """Compare the digests of the plan's arrays with those that it had; `shards.verify()` is for
-        the tokens.
+        """Compare the digests of the plan's arrays with those stored.
+
+        `shards.verify()` checks the tokens.
 
         Raises:
           InputError: a file that is not what was written.
@@ -99,7 +100,7 @@ class PackedShards:
                 )
 
     def take(self, indices: np.ndarray) -> Bins:
-        """The bins of these numbers; reads nothing else."""
+        """Return the bins with these indices; nothing else is read."""
         starts, sizes, firsts = self._columns
         edges = firsts.take(indices, np.full(len(indices), 2)).reshape(-1, 2)
         pieces = edges[:, 1] - edges[:, 0]
@@ -113,8 +114,7 @@ class PackedShards:
         def place(values: np.ndarray) -> np.ndarray:
             out = np.zeros(held.shape, np.int32)
             out[held] = (
-                # rows are filled from the left, so pieces follow each other here as they do in
-                # `values`
+                # rows are filled from the left, so the pieces have the same order as in `values`
                 values
             )
             return out
@@ -127,7 +127,7 @@ class PackedShards:
 
     @property
     def _path(self) -> str:
-        """Of the plan, without an ending."""
+        """Return the path of the plan without an ending."""
         return files.join(
             self.folder or self.shards.folder, f"pack-{self.length}-{self.fingerprint[:16]}"
         )
@@ -151,8 +151,7 @@ class PackedShards:
 
 @dataclass(frozen=True, eq=False)
 class ShardWindows:
-    """Windows of the run of all tokens of shards, as `windows` cuts them from a text; what `Stream`
-    takes for `data`.
+    """Windows of all tokens of shards, cut as by `windows`, for the `data` of a `Stream`.
 
     Attributes:
       shards: the documents, one after the other.
@@ -181,17 +180,17 @@ class ShardWindows:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the shards' digests and the sizes; costs nothing."""
+        """Return the SHA-256 of the shards' digests and the sizes; it costs nothing."""
         return hashlib.sha256(
             f"windows 1 {self.length} {self._step} {self.shards.fingerprint}".encode()
         ).hexdigest()
 
     def __len__(self) -> int:
-        """The number of windows; a remainder shorter than one is dropped."""
+        """Return the number of windows; a remainder shorter than one is dropped."""
         return (self.shards.tokens - self.length) // self._step + 1
 
     def take(self, indices: np.ndarray) -> Bins:
-        """The windows of these numbers, as bins with one segment."""
+        """Return the windows with these indices, as bins with one segment."""
         tokens = self.shards.read(indices * self._step, np.full(len(indices), self.length)).reshape(
             len(indices), self.length
         )
@@ -216,7 +215,7 @@ def _head(raw: bytes) -> Any:
 
 
 def _is_whole(path: str, fingerprint: str) -> bool:
-    """Whether a plan is there that was finished, with its arrays as long as they were."""
+    """Return whether there is a finished plan whose arrays have the recorded lengths."""
     found = files.sizes(os.path.dirname(path))
     name = Path(path).name
     if f"{name}.json" not in found:

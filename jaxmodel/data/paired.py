@@ -1,4 +1,4 @@
-"""Two streams side by side: labelled rows, and with each of them some that have no labels."""
+"""Two streams side by side: labelled rows, each with some unlabelled ones."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from jaxmodel.data.stream import Batch, Batches, global_rows
 from jaxmodel.errors import InputError
 
 UNLABELLED = "unlabelled_"
-"""What the names of the other stream's fields begin with."""
+"""Prefix of the names of the other stream's fields."""
 
 
 @briefly
 @dataclass(frozen=True, eq=False)
 class Paired:
-    """Each row of a stream with `each` rows of another, which have names of their own:
-    `unlabelled_pixels` `[B, each, Y, X, C]`.
+    """A stream of rows that each carry `each` rows of another stream.
 
-    So a batch still has B rows, whatever a mesh, several hosts or micro-batches make of them. Both
-    streams shuffle for themselves and go through their own epochs; how large their batches are says
-    how many rows come together.
+    The fields of the other stream get a prefix: `unlabelled_pixels` `[B, each, Y, X, C]`. So a
+    batch still has B rows, however a mesh, several hosts or micro-batches divide it. Both streams
+    shuffle by themselves and have their own epochs. The ratio of their batch sizes gives `each`.
 
     Attributes:
-      stream: B rows a batch, such as labelled ones.
-      other: `each * B` rows a batch.
+      stream: a stream with B rows in a batch, such as labelled ones.
+      other: a stream with `each * B` rows in a batch.
 
     Raises:
-      InputError: batches of the other stream whose rows are no multiple of the stream's, or a field
-        with such a name.
+      InputError: a batch size of the other stream that is no multiple of the first, or a field that
+        already has the prefix.
 
     >>> import numpy as np
     >>> from jaxmodel.data import Stream
@@ -63,19 +62,17 @@ class Paired:
 
     @property
     def each(self) -> int:
-        """How many rows of the other stream come with each row."""
+        """Return how many rows of the other stream come with each row."""
         return self.other.batch_size // self.stream.batch_size
 
     @property
     def batch_size(self) -> int:
-        """Rows of the stream in a batch, B."""
+        """Return the rows of the first stream in a batch, B."""
         return self.stream.batch_size
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of both streams' fingerprints: equal fingerprints mean equal batches at every
-        step.
-        """
+        """Return the SHA-256 of both fingerprints; if equal, batches are equal at every step."""
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
@@ -85,8 +82,7 @@ class Paired:
         ).hexdigest()
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The stream's batch of `step`, or its rows `rows`, and beside them the other's,
-        `[B, each, ...]`.
+        """Return the batch of `step` (or its rows) with the other stream's rows `[B, each, ...]`.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.

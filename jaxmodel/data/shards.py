@@ -1,10 +1,9 @@
-"""Texts tokenised once: their ids in files of fixed width that are mapped into memory, or read by
-byte ranges from a store.
+"""Texts tokenised once, with their ids in files that are mapped into memory or read by byte ranges.
 
-A folder holds for each shard the ids of its documents, one after the other (`tokens-*.bin`: uint16
-where the vocabulary allows it, else uint32), and where each begins and the last ends
+For each shard a folder holds the ids of its documents, one after the other (`tokens-*.bin`: uint16
+if the vocabulary allows it, else uint32), and the start of each and the end of the last
 (`offsets-*.bin`: int64), little-endian. `index.json`, written last, has their sizes and digests. No
-document is in two shards.
+document is split between shards.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _OURS = re.compile(
     r"(tokens|offsets)-[0-9a-f]{8}-\d{5,}\.bin|pack-\d+-[0-9a-f]{16}\.(json|starts|sizes|firsts)"
 )
 _ANEW = f"delete {INDEX} and tokenise anew"
-# at most so many are encoded in one call, unless a single text is longer
+# most texts and characters that are encoded in one call, unless a single text is longer
 _TEXTS, _CHARACTERS = (
     1024,
     2**20,
@@ -72,38 +71,39 @@ class _Index(TypedDict):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What `tokenize` asks of a tokenizer:
+    """The part of a tokenizer that `tokenize` needs, such as a `hub.Tokenizer`.
 
-    `hub.Tokenizer` has it, and a property `fingerprint` may stand for its `backend`.
+    A property `fingerprint` may take the place of its `backend`.
     """
 
     @property
     def vocab_size(self) -> int:
-        """Every id is smaller."""
+        """Return the number of ids; every id is smaller."""
         ...
 
     @property
     def eos_ids(self) -> Sequence[int]:
-        """The ids that end a text, the principal one first."""
+        """Return the ids that end a text, the principal one first."""
         ...
 
     def encode_batch(self, texts: Iterable[str], /) -> list[list[int]]:
-        """The ids of several texts."""
+        """Return the ids of several texts."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Documents as token ids, in a folder that `tokenize` wrote. Opening reads the index and
-    compares sizes; a local file's digest is compared before it is first read.
+    """Documents as token ids, in a folder that `tokenize` wrote.
+
+    Opening reads the index and compares sizes. The digest of a local file is compared before it is
+    first read.
 
     Attributes:
-      folder: a path or a URL. Each range of a URL is a request; `filecache::s3://...` keeps files
-        that it reads on a disk.
+      folder: a path or a URL. Each range read from a URL is one request; `filecache::s3://...`
+        caches files on a disk.
 
     Raises:
-      InputError: a folder without an index, or a shard that is missing or has another size than it
-        had.
+      InputError: a folder without an index, or a shard that is missing or has another size.
     """
 
     folder: files.Where
@@ -127,7 +127,7 @@ class Shards:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """What index.json says."""
+        """Return the content of index.json."""
         found = _read_index(self.folder)
         if found is None:
             where = files.join(self.folder, INDEX)
@@ -138,17 +138,17 @@ class Shards:
 
     @property
     def dtype(self) -> np.dtype:
-        """How ids are stored."""
+        """Return the dtype in which ids are stored."""
         return np.dtype(self.index["dtype"])
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in all documents."""
+        """Return the number of tokens in all documents."""
         return self.index["tokens"]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the digests of all files, the tokenizer and the filter's name; costs nothing."""
+        """Return the SHA-256 of all digests, the tokenizer and the filter's name; it is cheap."""
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
@@ -156,17 +156,18 @@ class Shards:
         digests = [
             [shard["tokens_sha256"], shard["offsets_sha256"]] for shard in self.index["shards"]
         ]
-        # its code reads differently in each version of Python
+        # without the filter's code, which differs between versions of Python
         keep = self.index["keep"] and self.index["keep"][0]
         return _digest([_FORMAT, self.index["dtype"], self.index["tokenizer"], keep, digests])
 
     def __len__(self) -> int:
-        """The number of documents."""
+        """Return the number of documents."""
         return self.index["documents"]
 
     def offsets(self, start: int, stop: int) -> np.ndarray:
-        """Where documents start ... stop - 1 begin in the run of all tokens, and the last ends:
-        int64 [stop - start + 1].
+        """Return the starts of documents start ... stop - 1 and the end of the last.
+
+        They are positions in the sequence of all tokens, int64 [stop - start + 1].
         """
         begins = self._documents
         first = bisect.bisect_right(begins, start) - 1
@@ -179,7 +180,7 @@ class Shards:
         return np.concatenate(parts)
 
     def doc(self, i: SupportsIndex) -> np.ndarray:
-        """The ids int32 [n] of document i.
+        """Return the ids of document i, int32 [n].
 
         Raises:
           InputError: there is no such document.
@@ -191,11 +192,9 @@ class Shards:
         return self.read(np.array([start]), np.array([stop - start]))
 
     def read(self, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The ids int32 [sum of counts] of several ranges in the run of all tokens, one after the
-        other.
-        """
+        """Return the ids of several ranges of all tokens in a row, int32 [sum of counts]."""
         owner = np.searchsorted(self._starts, starts, side="right") - 1
-        # a range that reaches into the next shard is cut there
+        # split a range that reaches into the next shard
         if np.any(starts + counts > self._starts[owner + 1]):
             inner = self._starts[1:-1]
             cuts = [
@@ -219,7 +218,7 @@ class Shards:
         return out
 
     def verify(self) -> None:
-        """Compare the digest of every file with the index, which reads all of them.
+        """Compare the digest of every file with the index; this reads all of them.
 
         Raises:
           InputError: a file that is not what was written.
@@ -250,12 +249,12 @@ class Shards:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Where each shard begins in the run of all tokens, and where the last ends."""
+        """Return the start of each shard in the sequence of all tokens, and the end of the last."""
         return np.cumsum([0, *(shard["tokens"] for shard in self.index["shards"])])
 
     @cached_property
     def _documents(self) -> list[int]:
-        """The number of documents before each shard, and in all."""
+        """Return the number of documents before each shard, and in all."""
         return list(accumulate((shard["documents"] for shard in self.index["shards"]), initial=0))
 
 
@@ -268,23 +267,22 @@ def tokenize(
     eos: bool = True,
     keep: Callable[[str], bool] | None = None,
 ) -> Shards:
-    """Tokenise documents once: the second call with the same documents, tokenizer and options opens
-    what the first one wrote.
+    """Tokenise documents once: a second call with equal arguments opens what the first one wrote.
 
-    Shards of a changed source are written beside the old ones, which are deleted when the new index
-    stands; an interrupted call leaves the old state, or none. Documents without a token are left
-    out.
+    Shards of a changed source are written beside the old ones, which are deleted once the new index
+    is complete. An interrupted call leaves the old state, or none. Documents without tokens are
+    left out.
 
     Args:
       texts: `documents(...)` or a source for it, or a list of texts, or anything else that can be
         iterated twice.
       tokenizer: `hub.Tokenizer`, or anything else with `vocab_size`, `eos_ids`, `encode_batch` and
         `fingerprint`.
-      folder: where to write, a path or a URL.
-      shard_tokens: a shard is closed when it has at least so many tokens.
+      folder: the path or URL to write to.
+      shard_tokens: a shard is closed once it has at least so many tokens.
       eos: end each document with the tokenizer's principal end-of-text id.
-      keep: which documents to keep, a pure function of the text. Its name is part of the
-        fingerprint; when its code has changed, the documents are tokenised anew.
+      keep: tells which documents to keep, a pure function of the text. Its name is part of the
+        fingerprint. If its code changes, the documents are tokenised again.
 
     Returns:
       The shards.
@@ -373,7 +371,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _write_shard(
     folder: files.Where, name: str, rows: Iterable[np.ndarray], limit: int
 ) -> dict[str, Any]:
-    """Write documents until there are `limit` tokens; what the index says of them."""
+    """Write documents until there are `limit` tokens; return their entry in the index."""
     paths = {"tokens_file": f"tokens-{name}.bin", "offsets_file": f"offsets-{name}.bin"}
     first, second = (files.join(folder, path) for path in paths.values())
     sums = hashlib.sha256(), hashlib.sha256()
@@ -401,7 +399,7 @@ def _write_shard(
 
 
 def _read_index(folder: files.Where) -> dict[str, Any] | None:
-    """The index, or None where there is none that is whole."""
+    """Return the index, or None if there is none that is complete."""
     if INDEX not in files.sizes(folder):
         return None
     with files.reading(files.join(folder, INDEX)) as file:
@@ -451,7 +449,7 @@ def _texts_digest(texts: Iterable[str]) -> str:
 
 
 def _function_digest(function: Callable[[str], bool]) -> list[Any]:
-    """Name and code of a function; what else it could depend on must be plain constants."""
+    """Return the name and code of a function; all else that it uses must be plain constants."""
     allowed = (
         "a plain function of the text; what it closes over and its defaults may be numbers "
         "and texts"
@@ -472,7 +470,7 @@ def _function_digest(function: Callable[[str], bool]) -> list[Any]:
 
 
 def _code(code: CodeType) -> list[Any]:
-    """What a function does, without where it stands."""
+    """Return what a function does, without its position in a file."""
     return [
         code.co_code.hex(),
         code.co_names,

@@ -1,4 +1,4 @@
-"""A keyed order of N rows, any place of which is found without the others."""
+"""A keyed order of N rows in which any position is found without the others."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from functools import lru_cache
 import numpy as np
 
 SORTED_UP_TO = 2**16
-"""Up to so many rows, an order is drawn by sorting; beyond, place by place."""
+"""Orders of up to so many rows are drawn by sorting, longer ones position by position."""
 _ROUNDS = 8
 
 
 def permute(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """The rows that stand at `places` of the order of (seed, epoch): a permutation of 0 ... count -
-    1.
+    """Return the rows at `places` of the order of (seed, epoch), a permutation of 0 ... count - 1.
 
-    Small orders are sorted random words, kept for the next call. Of a large one nothing is kept:
-    with a = ceil(sqrt(N)) and b = ceil(N / a) a place is a pair (x mod a, x div a), to one half of
-    which each round adds a keyed hash of the other, mod a or b (a Feistel network). The pairs
-    beyond N, fewer than a, are sent through again until they fall below N (cycle walking). So every
-    place costs the same at every step, in memory of its own size. It is no cipher.
+    Small orders are made by sorting random words, and cached. Nothing is stored for a large one:
+    with a = ceil(sqrt(N)) and b = ceil(N / a), a position x is the pair (x mod a, x div a). Each
+    round adds a keyed hash of one half to the other, mod a or b (a Feistel network). Results beyond
+    N, fewer than a, pass through again until they fall below N (cycle walking). So every position
+    costs the same, and no memory but its own. It is no cipher.
 
     Args:
-      places: int64 [n], each from 0 to count - 1.
+      places: positions, int64 [n], each from 0 to count - 1.
       count: rows N, at most 2^62.
       seed: 0 to 2^64 - 1.
       epoch: 0 to 2^64 - 1.
@@ -33,7 +32,8 @@ def permute(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray
 
     Black & Rogaway, Ciphers with arbitrary finite domains, 2002.
 
-    >>> sorted(permute(np.arange(100_000), 100_000, seed=0, epoch=3).tolist()) == list(range(100_000))
+    >>> rows = permute(np.arange(100_000), 100_000, seed=0, epoch=3)
+    >>> sorted(rows.tolist()) == list(range(100_000))
     True
     """
     if count <= SORTED_UP_TO:
@@ -45,7 +45,7 @@ def permute(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray
 def _sorted(seed: int, epoch: int, count: int) -> np.ndarray:
     words = _words(seed, epoch, count)
     order = np.argsort(words)
-    # only then does the order depend on how it is sorted
+    # equal words: only then does the order depend on the sorting algorithm
     if np.any(words[order[1:]] == words[order[:-1]]):
         order = np.argsort(words, kind="stable")
     order.flags.writeable = False  # the cache hands out the same array again
@@ -53,7 +53,7 @@ def _sorted(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def _words(seed: int, epoch: int, count: int) -> np.ndarray:
-    # Not `Generator.permutation`: across its versions NumPy promises the same raw words only.
+    # Not `Generator.permutation`: only the raw words are the same in all versions of NumPy.
     return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
 
 
@@ -79,8 +79,9 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.
 
 
 def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """32 bits, to be added without overflow: the upper half of the 64 that MurmurHash3 ends with
-    (Appleby, 2011).
+    """Return 32 bits that can be added without overflow.
+
+    They are the upper half of the 64 bits that MurmurHash3 ends with (Appleby, 2011).
     """
     x = x ^ key
     for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)):

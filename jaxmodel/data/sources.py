@@ -1,20 +1,20 @@
 """Documents of a source, whatever its format, one after the other and never the whole of a file.
 
-| source                              | documents                                                                          |
-|-------------------------------------|------------------------------------------------------------------------------------|
-| a name of `text.NAMES`              | its articles or paragraphs                                                          |
-| `*.jsonl`, `*.ndjson`               | a JSON object a line; the text is in `field`                                        |
-| `*.json`                            | a list of JSON objects; or as `.jsonl`, which is often called so                    |
-| `*.csv`, `*.tsv`                    | a row each, in column `field`; the first line names the columns                     |
-| `*.parquet`                         | a row each, in column `field`                                                       |
-| `*.arrayrecord`, `*.array_record`   | a record each: text in UTF-8, or a JSON object with `field`; read from local files, |
-|                                     | so one behind a URL is first copied to a temporary file                             |
-| a folder that `datasets` saved      | a row each, in column `field`; of the part `split` where it has parts               |
-| `hf:NAME`, `hf:NAME:CONFIG`         | the same of a data set at the hub, streamed                                         |
-| any other file                      | UTF-8, split as `split_documents` does                                              |
+| source                            | documents                                                    |
+|-----------------------------------|--------------------------------------------------------------|
+| a name of `text.NAMES`            | its articles or paragraphs                                   |
+| `*.jsonl`, `*.ndjson`             | a JSON object per line; the text is in `field`               |
+| `*.json`                          | a list of JSON objects, or the same as `.jsonl`              |
+| `*.csv`, `*.tsv`                  | one per row, in column `field`; the first line is the header |
+| `*.parquet`                       | one per row, in column `field`                               |
+| `*.arrayrecord`, `*.array_record` | one per record: UTF-8 text, or a JSON object with `field`    |
+| a folder that `datasets` saved    | one per row, in column `field`; of the part `split`          |
+| `hf:NAME`, `hf:NAME:CONFIG`       | the same of a data set at the hub, streamed                  |
+| any other file                    | UTF-8, split by `split_documents`                            |
 
-Files may be packed (`.gz`), named by patterns (`texts/*.jsonl`, `**`), and stand behind a URL of
-`files.PROTOCOLS`.
+ArrayRecord files are read locally, so one behind a URL is first copied to a temporary file.
+Files may be compressed (`.gz`), given by patterns (`texts/*.jsonl`, `**`), and remote, behind a URL
+of `files.PROTOCOLS`.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ _CELL = 2**26  # characters that a cell of a table may have
 @briefly
 @dataclass(frozen=True)
 class Documents:
-    """Texts that are read anew in each iteration, in the same order; made by `documents`.
+    """Texts that each iteration reads again, in the same order; made by `documents`.
 
     Attributes:
-      parts: names and paths, patterns resolved.
-      field: where the text of a record is; None for whole records.
+      parts: names and paths, with patterns resolved.
+      field: the field of a record that holds the text; None for whole records.
       split: the part of a data set.
     """
 
@@ -104,29 +104,27 @@ class Documents:
                 raise _bad(part, "holds no text; some text is needed")
 
     def digest(self) -> str:
-        """sha256 that changes with what is read: content of small local files, else their sizes and
-        times (see `files.stamp`).
+        """Return a SHA-256 that changes with the documents.
 
-        Of a data set at the hub it is that of its name: what is published there under the same name
-        is taken for the same.
+        It covers the content of small local files, and sizes and times of others (see
+        `files.stamp`). For a data set at the hub it covers only the name: what is published there
+        is assumed not to change.
         """
         stamps = [[_kind(part), *_stamps(part)] for part in self.parts]
         return hashlib.sha256(json.dumps([stamps, self.field, self.split]).encode()).hexdigest()
 
     def check(self) -> None:
-        """Refuse what needs a package that is not installed, before anything is read.
+        """Check that all needed packages are installed, before anything is read.
 
         Raises:
-          InputError: names the package.
+          InputError: a package is missing; it is named.
         """
         for kind in {_kind(part) for part in self.parts}:
             for module in _PACKAGES.get(kind, ()):
                 require(module, "data")
 
     def entries(self, part: str) -> Iterator[tuple[str, Any]]:
-        """The fields of a part as they are, each with the place where it stands; without a field's
-        name whole records.
-        """
+        """Yield the field of each record of a part with its position; without a field, whole records."""
         kind = _kind(part)
         if kind == "name":
             yield from _numbered("document", split_documents(load_text(part).text))
@@ -147,19 +145,18 @@ class Documents:
 
 
 def documents(source: Source, field: str = "text", split: str = "train") -> Documents:
-    """The documents of a source, of several, or of all files that a pattern names; see the table
-    above.
+    """Return the documents of one or more sources; see the table above.
 
     Args:
       source: a name, path, URL or pattern, or several.
-      field: where the text of a record is.
+      field: the field of a record that holds the text.
       split: the part of a data set.
 
     Returns:
-      An iterable; each iteration reads anew.
+      An iterable; each iteration reads the documents again.
 
     Raises:
-      InputError: a source that is not there; in iterations one that is empty, not UTF-8, or not in
+      InputError: a missing source; during iteration a source that is empty, not UTF-8, or not in
         its format.
 
     >>> next(iter(documents("pydoc"))).splitlines()[0]
@@ -174,15 +171,14 @@ def documents(source: Source, field: str = "text", split: str = "train") -> Docu
 
 
 def records(source: Source, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a source, with all their fields, each with the place where it stands
-    (`'chats.jsonl' line 3`).
+    """Yield the whole records of a source, each with its position (`'chats.jsonl' line 3`).
 
     Args:
-      source: as of `documents`, but no plain text.
+      source: a source for `documents`, but no plain text.
       split: the part of a data set.
 
     Raises:
-      InputError: see `documents`; or a plain text.
+      InputError: as for `documents`, or a plain text.
     """
     for part in documents(source, split=split).parts:
         if _kind(part) in ("name", "text"):
@@ -252,7 +248,7 @@ def _stamps(part: str) -> list[str]:
 
 def _lines(part: str) -> Iterator[str]:
     offset = 0
-    # no character of UTF-8 has a line feed among its bytes, so that lines decode one by one
+    # no other character of UTF-8 contains the byte of a line feed, so each line can be decoded
     for line in files.lines(part):
         try:
             yield line.decode("utf-8")
@@ -266,8 +262,9 @@ def _numbered(kind: str, texts: Iterable[Any], first: int = 1) -> Iterator[tuple
 
 
 def _json(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
-    """An object a line; of a `.json` the first character tells whether it is a list of objects
-    instead.
+    """Yield the objects of a file, one per line.
+
+    The first character of a `.json` tells whether it is a list of objects instead.
     """
     first = b""
     if part.lower().removesuffix(".gz").endswith(".json"):
@@ -288,9 +285,7 @@ def _json(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _table(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
-    """The column of a table of text, the first line of which names the columns; or its rows as
-    records.
-    """
+    """Yield the column of a text table, or its rows as records; the first line names the columns."""
     csv.field_size_limit(max(csv.field_size_limit(), _CELL))
     separator = "\t" if ".tsv" in Path(part).name.lower() else ","
     lines = (line if i else line.removeprefix("\ufeff") for i, line in enumerate(_lines(part)))
@@ -327,7 +322,7 @@ def _loads(part: str, where: str, raw: bytes, needed: str) -> Any:
 
 
 def _field(part: str, where: str, record: Any, field: str | None) -> Any:
-    """A field of a record; without a name the record."""
+    """Return a field of a record; without a field name, the record."""
     if not isinstance(record, dict):
         raise _bad(part, f"{where} is a JSON {type(record).__name__}; {_objects(field)} is needed")
     if field is None:
@@ -365,15 +360,16 @@ def _array_record(part: str, field: str | None) -> Iterator[Any]:
             for start in range(0, count, _RECORDS):
                 for i, raw in enumerate(reader.read(start, min(start + _RECORDS, count)), start):
                     yield _from_record(part, f"record {i}", raw, field)
-            reader.close()  # tells what was wrong with a file in which it saw no records
+            reader.close()  # raises the error of a file in which no records were found
 
 
 _tried: set[tuple[Any, ...]] = set()
 
 
 def _try(kind: str, path: str, what: str, **more: Any) -> None:
-    """Read a local file in another process, once; some damaged ones would end this one, or take all
-    of its memory.
+    """Read a local file in another process, once.
+
+    Some damaged files would end this process or take all of its memory.
     """
     if files.is_remote(path):
         return
@@ -416,7 +412,7 @@ def _hub(part: str, field: str | None, split: str) -> Iterator[Any]:
         OSError,
         ValueError,
     ) as error:
-        # the errors of datasets and of the hub derive from these
+        # the base classes of the errors of datasets and the hub
         if isinstance(error, InputError):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,5 +1,4 @@
-"""Rows in parts: train, validation and test, or folds; keyed, in proportion for each class, whole
-groups together.
+"""Splits of rows: training, validation and test parts, or folds; by seed, class and group.
 
 >>> labels = np.array([0] * 10 + [1] * 5)
 >>> train, held = split(15, (0.8, 0.2), labels=labels)
@@ -17,7 +16,7 @@ from jaxtyping import Int, Shaped
 
 from jaxmodel.errors import InputError, at_least
 
-# where a stream has its epoch in the key, so that no order of rows is drawn from the same words
+# in the place of a stream's epoch in the key, so that no stream draws its order from these words
 _KEY = 2**64 - 1
 
 
@@ -29,14 +28,14 @@ def split(
     labels: Int[np.ndarray, " N"] | None = None,
     groups: Shaped[np.ndarray, " N"] | None = None,
 ) -> tuple[Int[np.ndarray, " _"], ...]:
-    """The rows of each part: every row in exactly one, drawn by the seed.
+    """Split rows into parts at random, each row into exactly one.
 
-    With labels, a part has of each class its share of the rows, rounded up or down. With groups,
-    rows of a group are in one part; then the shares, also those of the classes, are as near as
-    taking the largest group first gets.
+    With labels, each part gets its share of every class, rounded up or down. With groups, all rows
+    of a group are in one part; the shares, also those of the classes, are then approximate: groups
+    are placed greedily, the largest first.
 
     Args:
-      count: rows N.
+      count: number of rows N.
       parts: shares above 0 that sum to 1.
       seed: 0 to 2^64 - 1.
       labels: `[N]`, to stratify by.
@@ -46,8 +45,8 @@ def split(
       Indices of rows, ascending, for each part.
 
     Raises:
-      InputError: shares that do not sum to 1, labels or groups of another length, a part that no
-        row is left for.
+      InputError: shares that do not sum to 1, labels or groups of another length, or a part without
+        rows.
     """
     shares = np.asarray(parts, np.float64)
     if shares.ndim != 1 or not shares.size or shares.min() <= 0 or abs(shares.sum() - 1) > 1e-6:
@@ -70,18 +69,19 @@ def kfold(
     labels: Int[np.ndarray, " N"] | None = None,
     groups: Shaped[np.ndarray, " N"] | None = None,
 ) -> list[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]]:
-    """For each fold the rows outside of it, to train on, and those in it, to be held out; every row
-    is held out once.
+    """Return for each fold the rows outside of it, for training, and those in it, held out.
+
+    Every row is held out once.
 
     Args:
-      count: rows N.
-      folds: at least 2, at most as many as rows (or groups).
-      seed: as of `split`.
-      labels: as of `split`.
-      groups: as of `split`.
+      count: number of rows N.
+      folds: number of folds, from 2 to the number of rows (or groups).
+      seed: see `split`.
+      labels: see `split`.
+      groups: see `split`.
 
     Raises:
-      InputError: as `split`, or a number of folds out of range.
+      InputError: as for `split`, or a number of folds out of range.
 
     >>> [(train.tolist(), held.tolist()) for train, held in kfold(4, 2)]
     [([1, 3], [0, 2]), ([0, 2], [1, 3])]
@@ -98,7 +98,7 @@ def kfold(
 
 
 def take(arrays: Mapping[str, np.ndarray], rows: Int[np.ndarray, " _"]) -> dict[str, np.ndarray]:
-    """These rows of each array, as `Stream` reads them.
+    """Select these rows of each array, as a dict for `Stream`.
 
     >>> take({"x": np.arange(4) * 10, "labels": np.arange(4)}, np.array([3, 1]))
     {'x': array([30, 10]), 'labels': array([3, 1])}
@@ -109,7 +109,7 @@ def take(arrays: Mapping[str, np.ndarray], rows: Int[np.ndarray, " _"]) -> dict[
 def _parts(
     count: int, shares: np.ndarray, seed: int, labels: np.ndarray | None, groups: np.ndarray | None
 ) -> np.ndarray:
-    """The part of each row."""
+    """Return the part of each row."""
     at_least("count", count)
     if not 0 <= seed < 2**64:
         raise InputError(f"seed: {seed} given; 0 to 2^64 - 1 is allowed")
@@ -122,12 +122,12 @@ def _parts(
     classes = (
         np.zeros(count, np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
     )
-    # Raw words, because across its versions NumPy promises nothing else.
+    # Raw words, since only these are the same in all versions of NumPy.
     words = np.random.Philox(key=np.array([seed, _KEY], np.uint64)).random_raw(count)
     if groups is not None:
         return _by_group(shares, classes, np.unique(groups, return_inverse=True)[1], words)
     where = np.empty(count, np.int64)
-    # rows that each part should have had of the classes so far, but has not
+    # rows of the classes so far that each part lacks
     behind = np.zeros(len(shares))
     for label in range(classes.max() + 1):
         rows = np.flatnonzero(classes == label)
@@ -147,7 +147,7 @@ def _parts(
 def _by_group(
     shares: np.ndarray, classes: np.ndarray, groups: np.ndarray, words: np.ndarray
 ) -> np.ndarray:
-    """Each group, the largest first, goes where it brings the classes nearest to their shares."""
+    """Put each group, the largest first, where it brings the classes nearest to their shares."""
     table = np.zeros((groups.max() + 1, classes.max() + 1))
     np.add.at(table, (groups, classes), 1)
     missing = shares[:, None] * table.sum(axis=0)  # [parts, classes]

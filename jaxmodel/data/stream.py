@@ -1,6 +1,4 @@
-"""The batch of a step as a pure function of (seed, step), so that resuming, replaying and skipping
-are exact.
-"""
+"""Streams, whose batch is a pure function of (seed, step): they resume, replay and skip exactly."""
 
 from __future__ import annotations
 
@@ -22,33 +20,30 @@ type Batch = dict[str, np.ndarray]
 
 TOGETHER = 8
 SMALL = 2**20
-"""Batches that a thread computes at once, if none has more bytes than the latter: handing one over
-to the loop costs as much time as computing a small one.
+"""Number of batches that a thread computes at once, if each has at most `SMALL` bytes.
+
+Handing a batch over to the loop costs as much time as computing a small one.
 """
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """What training reads: the batch of a step.
-
-    `Stream`, `Mixture` and `synthetic.Pairs` are such.
-    """
+    """A source of batches for training, such as `Stream`, `Mixture` or `synthetic.Pairs`."""
 
     @property
     def batch_size(self) -> int:
-        """Rows in a whole batch, B, whatever the number of hosts."""
+        """Return the rows in a whole batch, B, whatever the number of hosts."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """sha256, hexadecimal: equal fingerprints mean equal batches at every step."""
+        """Return a SHA-256 in hexadecimal; if equal, batches are equal at every step."""
         ...
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """Named arrays `[B, ...]`, a pure function of the step and of what the source was made
-        from.
+        """Return named arrays `[B, ...]`, a pure function of the step and the source's settings.
 
-        With `rows`, a slice without stride within 0 and B, only these rows of them: each host makes
+        With `rows`, a slice without stride within 0 and B, return only these rows; each host makes
         its own.
         """
         ...
@@ -56,23 +51,21 @@ class Batches(Protocol):
 
 @runtime_checkable
 class Rows(Protocol):
-    """What a `Stream` shuffles:
-
-    N rows that are read by their numbers, from wherever they are stored.
-    """
+    """The rows that a `Stream` shuffles, read by their indices from wherever they are stored."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256, hexadecimal: equal fingerprints mean equal rows."""
+        """Return a SHA-256 in hexadecimal; if equal, the rows are equal."""
         ...
 
     def __len__(self) -> int:
-        """The number of rows N."""
+        """Return the number of rows N."""
         ...
 
     def take(self, indices: np.ndarray) -> Bins | Batch:
-        """The rows of these numbers, int64 [n]: bins of tokens, or named arrays [n, ...], that
-        belong to the receiver.
+        """Return the rows with these indices, int64 [n]: bins of tokens or named arrays [n, ...].
+
+        The caller may change the arrays.
         """
         ...
 
@@ -80,21 +73,19 @@ class Rows(Protocol):
 @briefly
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """An endless stream of batches over packed bins, plain windows, rows of named arrays, or rows
-    that are stored somewhere.
+    """An endless stream of batches of bins, windows, rows of named arrays, or stored rows.
 
     Place i of batch s has the global index g = s * batch_size + i. Its epoch is g // N, and within
-    an epoch the N rows come in an order drawn from (seed, epoch): each row exactly once, none
-    dropped. A batch may therefore end one epoch and begin the next (or span several when it is
-    larger than N).
+    an epoch the N rows come in an order drawn from (seed, epoch), each exactly once. A batch may
+    therefore end one epoch and begin the next (or span several if it is larger than N).
 
-    Rows of length T + 1 give batches of width T, the last column being a target only. This serves
-    both kinds of data: a row of windows [N, T + 1] is a bin with one segment. Of named arrays [N,
-    ...], such as images and their labels, a batch has the rows as they are.
+    Rows of token ids of length T + 1 give batches of width T; the last column is only a target. A
+    row of windows [N, T + 1] is treated as a bin with one segment. Named arrays [N, ...], such as
+    images and labels, give batches of their rows, unchanged and in their own dtypes.
 
     Attributes:
-      data: `Bins`, or windows, an integer array [N, T + 1], or a dict of arrays [N, ...], or `Rows`
-        such as `PackedShards`.
+      data: `Bins`; windows, an integer array [N, T + 1]; a dict of arrays [N, ...]; or `Rows` such
+        as `PackedShards`.
       batch_size: rows in a batch, B.
       seed: 0 to 2^64 - 1.
 
@@ -160,14 +151,14 @@ class Stream:
 
     @property
     def count(self) -> int:
-        """The number of rows N."""
+        """Return the number of rows N."""
         if isinstance(self.data, Mapping):
             return len(next(iter(self.data.values())))
         return len(self.bins.tokens if isinstance(self.data, Bins | np.ndarray) else self.data)
 
     @cached_property
     def bins(self) -> Bins:
-        """Texts as bins; windows become rows with one segment (views, without memory of their own)."""
+        """Return texts as bins; windows become rows with one segment (views, without a copy)."""
         if isinstance(self.data, Bins):
             return self.data
         assert isinstance(self.data, np.ndarray)
@@ -177,14 +168,15 @@ class Stream:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of rows, sizes, batch size and seed: equal fingerprints mean equal batches at
-        every step.
+        """Return the SHA-256 of rows, sizes, batch size and seed.
+
+        Equal fingerprints mean equal batches at every step.
         """
         return self._fingerprint  # pyright takes no cached property for that of a protocol
 
     @cached_property
     def _fingerprint(self) -> str:
-        version = 1 if self.count <= SORTED_UP_TO else 2  # once, orders of any size were sorted
+        version = 1 if self.count <= SORTED_UP_TO else 2  # version 1 sorted orders of any size
         if isinstance(self.data, Mapping):
             digest = hashlib.sha256(
                 f"stream of arrays {version} {self.batch_size} {self.seed}\n".encode()
@@ -206,8 +198,7 @@ class Stream:
         return digest.hexdigest()
 
     def rows(self, step: SupportsIndex, rows: slice = slice(None)) -> np.ndarray:
-        """The numbers int64 [B] of the rows in the batch of `step`, or of those at its places
-        `rows`.
+        """Return the indices int64 [B] of the rows in the batch of `step`, or of its rows `rows`.
 
         >>> stream = Stream(np.zeros((3, 2), np.int32), batch_size=2)
         >>> sorted(np.concatenate([stream.rows(0), stream.rows(1), stream.rows(2)]).tolist())
@@ -223,15 +214,17 @@ class Stream:
         return np.concatenate(parts)
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The batch of `step`, a pure function of (data, batch size, seed, step), or its rows
-        `rows`, at their cost alone.
+        """Return the batch of `step`, a pure function of (data, batch size, seed, step).
+
+        With `rows` only these rows of it are computed.
 
         Returns:
+          For token ids of any integer dtype (bins, windows, shards):
           tokens, targets, segments, positions: int32 [B, T]; a target is the next token of the same
             segment, else 0.
           weights: float32 [B, T], 1 where there is a target, 0 on the last token of a segment and
             on padding.
-          Of named arrays: their rows [B, ...], by name.
+          For named arrays: their rows [B, ...] by name, in the dtypes of the arrays.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.
@@ -253,7 +246,7 @@ class Stream:
 
 
 def _check_arrays(fields: Mapping[str, Any]) -> None:
-    """Refuse what has no rows of numbers, such as a list."""
+    """Refuse fields that are no arrays with rows of numbers, such as lists."""
     for name, a in fields.items():
         if not hasattr(a, "shape") or not hasattr(a, "dtype") or a.dtype == object:
             given = f"an array of {a.dtype}" if hasattr(a, "dtype") else type(a).__name__
@@ -264,7 +257,7 @@ def _check_arrays(fields: Mapping[str, Any]) -> None:
 
 
 def _predict(bins: Bins) -> Batch:
-    """What a language model reads and should predict of bins [B, T + 1]; see `Stream.batch`."""
+    """Make the batch of a language model from bins [B, T + 1]; see `Stream.batch`."""
     tokens, segments, positions = (
         a.astype(np.int32, copy=False) for a in (bins.tokens, bins.segments, bins.positions)
     )
@@ -279,8 +272,7 @@ def _predict(bins: Bins) -> Batch:
 
 
 def global_rows(step: SupportsIndex, rows: slice, batch_size: int) -> tuple[int, int]:
-    """The first and the end of the global indices g = step * batch_size + place of places `rows` of
-    a batch.
+    """Return the first global index g = step * batch_size + place of `rows`, and the end.
 
     Raises:
       InputError: a negative step, a slice with a stride, or one that reaches beyond the batch.
@@ -409,12 +401,11 @@ def fingerprints(stream: Batches, batch_size: int) -> set[str]:
 def prefetch(
     stream: Batches, start: int, stop: int, workers: int = 2, rows: slice = slice(None)
 ) -> Iterator[Batch]:
-    """The batches of steps start, start + 1, ..., stop - 1, or their rows `rows`, computed ahead of
-    their use in threads.
+    """Yield the batches of steps start ... stop - 1 (or their rows), computed ahead in threads.
 
-    Grain only prefetches: the batches are those of `stream.batch`, bit for bit and in order. It
-    uses threads, so a script needs no `if __name__ == "__main__"`. About twice as many batches as
-    workers wait in memory, of small ones more.
+    Grain only prefetches: the batches are those of `stream.batch`, bit for bit and in order. Since
+    it uses threads, a script needs no `if __name__ == "__main__"`. About twice as many batches as
+    workers wait in memory; small ones more.
 
     Raises:
       InputError: start below 0 or beyond stop, fewer than one worker, or rows outside of the batch.

@@ -1,5 +1,4 @@
-"""Pairs of texts that are made, not found: a source and the target that a model should write for
-it.
+"""Synthetic pairs of texts: a source, and the target that a model should write for it.
 
     copy      =qwerty               qwerty
     reverse   <qwerty               ytrewq
@@ -32,19 +31,19 @@ from jaxmodel.errors import InputError, at_least, unknown
 
 START = 0
 END = 1
-"""What a target begins with (and padding), and what ends it."""
+"""The ids that begin a target (also padding) and end it."""
 ALPHABET = " ,-./<=@0123456789abcdefghijklmnopqrstuvwxyz"
 VOCAB = 2 + len(ALPHABET)
-"""Token ids: two special ones, and a character each."""
+"""Number of token ids: two special ones, and one for each character."""
 LONGEST = 10
-"""Letters of a text to copy or to reverse; 4 are the fewest."""
+"""Largest number of letters of a text to copy or to reverse; the smallest is 4."""
 PARTS = ("train", "test")
 
 type Draw = Callable[[int], int]
 
 
 def encode(text: str) -> list[int]:
-    """The ids of a text's characters.
+    """Return the ids of a text's characters.
 
     >>> decode(encode("1987-03-12"))
     '1987-03-12'
@@ -53,7 +52,7 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Iterable[Any]) -> str:
-    """The text of ids, up to the end or padding."""
+    """Return the text of ids, up to the end or padding."""
     text = ""
     for i in map(int, ids):
         if i < 2:
@@ -96,7 +95,7 @@ TASKS: dict[str, Callable[[Draw], tuple[str, str]]] = {
     "reverse": _reverse,
     "date": _date,
 }
-"""A task makes a pair by drawing whole numbers below the ones that it names."""
+"""Tasks by name; each makes a pair with a function that draws a whole number below its argument."""
 SOURCE = 1 + len("september 30, 1987")
 TARGET = 1 + max(LONGEST, len("1987-03-12"))
 """The longest source and target in tokens, the target with its end."""
@@ -108,10 +107,10 @@ class Pairs:
     """An endless stream of batches of pairs.
 
     Attributes:
-      tasks: of `TASKS`; each pair is of one of them, drawn evenly.
+      tasks: names from `TASKS`; each pair is of one of them, drawn uniformly.
       batch_size: pairs in a batch, B.
       seed: 0 to 2^64 - 1.
-      part: "train" or "test"; a tenth of all targets belongs to the second.
+      part: "train" or "test"; a tenth of all targets belongs to the test part.
 
     Raises:
       InputError: an unknown task or part, a batch size below 1, a seed out of range.
@@ -136,15 +135,13 @@ class Pairs:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that the pairs depend on: equal fingerprints mean equal batches at every
-        step.
-        """
+        """Return the SHA-256 of all settings; if equal, batches are equal at every step."""
         return hashlib.sha256(
             f"pairs 1 {self.tasks} {self.batch_size} {self.seed} {self.part}".encode()
         ).hexdigest()
 
     def texts(self, step: SupportsIndex, rows: slice = slice(None)) -> list[tuple[str, str]]:
-        """The pairs in the batch of `step`, or those at its places `rows`.
+        """Return the pairs in the batch of `step`, or those at its places `rows`.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.
@@ -153,7 +150,7 @@ class Pairs:
             g - operator.index(step) * self.batch_size
             for g in global_rows(step, rows, self.batch_size)
         )
-        # not a `Generator`: across its versions NumPy promises the same raw words only
+        # not a `Generator`: only the raw words are the same in all versions of NumPy
         words = np.random.Philox(key=np.array([self.seed, operator.index(step)], np.uint64))
         draw = lambda below: int(words.random_raw()) % below
         found: list[tuple[str, str]] = []
@@ -165,14 +162,13 @@ class Pairs:
         return found[first:]
 
     def batch(self, step: SupportsIndex, rows: slice = slice(None)) -> Batch:
-        """The batch of `step`, a pure function of (tasks, batch size, seed, part, step), or its
-        rows `rows`.
+        """Return the batch of `step` or its rows `rows`, a pure function of settings and step.
 
         Returns:
           `source` and `source_mask`, int32 and bool [B, S], padded on the right to `SOURCE`;
-          `tokens`, `targets` and `weights`, [B, T], T is `TARGET`: what the decoder reads (it
-          begins with `START`), what it should predict (it closes with `END`), and 1.0 where there
-          is something to predict.
+          `tokens` and `targets`, int32, and `weights`, float32, [B, T] with T = `TARGET`: what the
+          decoder reads (beginning with `START`), what it should predict (ending with `END`), and 1
+          where there is something to predict.
 
         Raises:
           InputError: a negative step, or rows outside of the batch.

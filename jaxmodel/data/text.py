@@ -1,26 +1,26 @@
 """Text sources by name or path, and the rule that splits a text into documents.
 
-A name means the same text everywhere. Those of pydoc come with Python. Files of the others are
-looked up in the folder that the environment variable `JAXMODEL_DATA` names, then at the hub;
-`Text.origin` says which it was.
+A name means the same text everywhere. The texts of pydoc come with Python. The files of the others
+are looked up in the folder that the environment variable `JAXMODEL_DATA` names, then at the hub;
+`Text.origin` says where a text was found.
 
-| name              | text                                             | `$JAXMODEL_DATA`      | else     |
-|-------------------|--------------------------------------------------|-----------------------|----------|
-| `english`         | held-out part of pydoc, see below                | -                     | pydoc    |
-| `english_train`   | the part of pydoc to train on                    | -                     | pydoc    |
-| `pydoc`           | Python's language reference, all topics          | -                     | pydoc    |
-| `wikitext2-test`  | WikiText-2, test part                            | `wikitext2-test.txt`  | wikitext |
-| `wikitext2-valid` | WikiText-2, validation part                      | `wikitext2-valid.txt` | wikitext |
-| `tinyshakespeare` | 1.1 MB of Shakespeare                            | `tinyshakespeare.txt` | -        |
+| name              | text                                    | `$JAXMODEL_DATA`      | else     |
+|-------------------|-----------------------------------------|-----------------------|----------|
+| `english`         | held-out part of pydoc, see below       | -                     | pydoc    |
+| `english_train`   | training part of pydoc                  | -                     | pydoc    |
+| `pydoc`           | Python's language reference, all topics | -                     | pydoc    |
+| `wikitext2-test`  | WikiText-2, test part                   | `wikitext2-test.txt`  | wikitext |
+| `wikitext2-valid` | WikiText-2, validation part             | `wikitext2-valid.txt` | wikitext |
+| `tinyshakespeare` | 1.1 MB of Shakespeare                   | `tinyshakespeare.txt` | -        |
 
 (pydoc: the module pydoc_data.topics of every CPython, a little different in each version; wikitext:
 the data set Salesforce/wikitext at the hub.)
 
 The topics of pydoc repeat each other (the one on compound statements contains those on `if`, `for`,
-...). So for `english` and `english_train` a topic is left out when at least half of it stands in
-larger ones. Of the others, in order of name, those that begin in the first 60 % of the characters
-are to train on and the later ones are held out; the former lose every paragraph that also occurs in
-the latter, so that the two share none.
+...). So for `english` and `english_train` a topic is left out if larger ones contain at least half of it.
+The others are sorted by name. Those that begin in the first 60 % of the characters are for training
+and the later ones are held out. Paragraphs that also occur in the held-out part are removed from
+the training part.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ RECORDS = {
 """Endings of files that hold records, and their formats."""
 _PACKAGE = "pydoc_data.topics"
 _PYDOC = ("english", "english_train", "pydoc")
-# Part of WikiText-2 -> (its file in Salesforce/wikitext, sha256 of the text that all figures refer
-# to).
+# Part of WikiText-2 -> (its file in Salesforce/wikitext, sha256 of the text that our figures use).
 _HUB = {
     "wikitext2-test": (
         "wikitext-2-v1/test-00000-of-00001.parquet",
@@ -71,7 +70,7 @@ _HUB = {
         "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     ),
 }
-# Lines, each with its end. A title has one blank line at least on both sides, or stars below it;
+# Lines with their line ends. A title has at least one blank line on both sides, or stars below it;
 # see `split_documents`.
 _BLANK = re.compile(r"[ \t\r]*\n")
 _TITLE = re.compile(r" ?= [^=\n]+ = ?\r?\n")
@@ -86,9 +85,9 @@ class Text:
     Attributes:
       text: the characters, exactly as in the file (line ends are not translated).
       name: the name or path that was asked for.
-      origin: the place used: `$JAXMODEL_DATA/wikitext2-test.txt`, `package pydoc_data.topics`,
+      origin: where it was found: `$JAXMODEL_DATA/wikitext2-test.txt`, `package pydoc_data.topics`,
         `hub ...`, or the path.
-      sha256: of the text in UTF-8, hexadecimal.
+      sha256: SHA-256 of the text in UTF-8, hexadecimal.
     """
 
     text: str
@@ -104,8 +103,9 @@ class Text:
 
 
 def load_text(source: str | Path) -> Text:
-    """The text of a known name (see the table above) or of a UTF-8 file; a name wins over a file of
-    the same name.
+    """Load the text of a known name (see the table above) or of a UTF-8 file.
+
+    A name takes precedence over a file of the same name.
 
     Args:
       source: one of `NAMES`, a path, or a URL (`gs://...`).
@@ -148,8 +148,7 @@ def load_text(source: str | Path) -> Text:
 
 
 def record_kind(path: str) -> str | None:
-    """The format of a file that holds records, with the text in one of their fields; None for plain
-    text.
+    """Return the format of a file of records with a text field, or None for plain text.
 
     >>> record_kind("a/tweets.JSONL.gz"), record_kind("b.csv"), record_kind("c.txt")
     ('json', 'table', None)
@@ -158,22 +157,22 @@ def record_kind(path: str) -> str | None:
 
 
 def split_documents(text: str) -> list[str]:
-    """Split a text into documents: articles where it has titles, else paragraphs.
+    r"""Split a text into documents: articles if it has titles, else paragraphs.
 
     A title follows a blank line and is either a WikiText one (` = Title = `, a blank line after it)
-    or underlined by stars, as in pydoc. Paragraphs end with blank lines. Nothing is lost: the
-    documents joined give the text back.
+    or underlined by stars, as in pydoc. Paragraphs end with blank lines. The documents joined are
+    the whole text.
 
-    >>> split_documents("First Citizen:\\nSpeak.\\n\\nAll:\\nResolved.\\n")
-    ['First Citizen:\\nSpeak.\\n\\n', 'All:\\nResolved.\\n']
+    >>> split_documents("First Citizen:\nSpeak.\n\nAll:\nResolved.\n")
+    ['First Citizen:\nSpeak.\n\n', 'All:\nResolved.\n']
     """
     return list(split_lines(lambda: io.StringIO(text, newline="\n")))
 
 
 def split_lines(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
-    """`split_documents` for a text that is too large to hold:
+    """Split a text that is too large for memory, as `split_documents` does.
 
-    `lines()` gives its lines, and is called twice.
+    `lines()` yields its lines, and is called twice.
     """
     before = True  # as if a blank line stood above the first
     titled = False
@@ -182,7 +181,7 @@ def split_lines(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
             titled = True
             break
         before = bool(_BLANK.fullmatch(line))
-    # white space before the first text and after the last is part of these documents
+    # white space at the start and end of the text is part of the first and last document
     held, spaces = (
         "",
         [],
@@ -253,9 +252,7 @@ def _read(given: str, path: Path) -> str:
 
 
 def not_utf8(given: str, error: UnicodeDecodeError, before: int = 0) -> InputError:
-    """The error for a file that does not decode, `before` bytes of which did (to be raised by the
-    caller).
-    """
+    """Make the error for a file that is not UTF-8 behind `before` decoded bytes; callers raise it."""
     where = (
         f"byte 0x{error.object[error.start]:02x} at offset {before + error.start} ({error.reason})"
     )
@@ -276,7 +273,7 @@ def _decode(given: str, raw: bytes) -> str:
 
 
 def no_file(given: str, path: Path) -> InputError:
-    """The error for a source that is neither a file nor a name (to be raised by the caller)."""
+    """Make the error for a source that is neither a file nor a name; callers raise it."""
     if path.is_dir():
         return InputError(f"data source: {given!r} is a folder; a UTF-8 text file is needed")
     beside = (
@@ -295,7 +292,7 @@ def no_file(given: str, path: Path) -> InputError:
 
 
 def _shown(given: str, path: Path) -> str:
-    # Paths of one machine should not enter reports that another machine repeats.
+    # Keep the paths of this machine out of reports that another machine repeats.
     folder = os.environ.get("JAXMODEL_DATA")
     if folder and path.resolve().is_relative_to(Path(folder).resolve()):
         return f"$JAXMODEL_DATA/{path.resolve().relative_to(Path(folder).resolve()).as_posix()}"
@@ -314,7 +311,7 @@ def _topics() -> dict[str, str]:
 
 
 def _split_topics(topics: dict[str, str]) -> tuple[list[str], list[str]]:
-    """The training and the held-out documents; the module's docstring has the rule."""
+    """Return the training and the held-out documents by the rule in the module's docstring."""
     seen: set[str] = set()
     kept = set()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
@@ -340,7 +337,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _plain(paragraph: str) -> str:
-    # the same paragraph is indented differently in different topics
+    # the indentation of a paragraph differs between topics
     return " ".join(paragraph.split())
 
 
@@ -354,7 +351,7 @@ def _from_hub(name: str) -> tuple[str, str]:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"Salesforce/wikitext:{file} could not be fetched ({reason})") from None
     rows = parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    # one row a line; the data set stores the line " \n" as ""
+    # one row per line; the data set stores the line " \n" as ""
     text = "".join(row or " \n" for row in rows)
     if _sha256(text) != digest:
         raise InputError(

@@ -99,7 +99,7 @@ class Greyscale(ImageAugmentation):
 
 @dataclass(frozen=True)
 class Sharpness(ImageAugmentation):
-    """Scaling of the difference from the smoothed image by a factor 1 - strength to 1 + strength."""
+    """Scaling of the distance from the smoothed image by a factor 1 - strength to 1 + strength."""
 
     strength: Number = field(default=0.9, metadata=number(0.0, 1.0))
 

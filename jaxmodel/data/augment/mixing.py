@@ -197,15 +197,15 @@ def beta(keys: Keys, alpha: float) -> Float[Array, "B"]:
     """Draw from Beta(alpha, alpha), once for each key; an alpha of 0 gives 0.
 
     `jax.random.beta` loops until every row has its draw, which on a mesh is a reduction over all
-    devices each time. This draws two gamma variates with a fixed number of tries (Marsaglia &
+    devices in each round. This draws two gamma variates with a fixed number of tries (Marsaglia &
     Tsang, 2000), in logarithms so that a small alpha does not underflow.
     """
     if alpha == 0:
         return jnp.zeros(len(keys), jnp.float32)
     d = (
         alpha + 1 - 1 / 3
-        # of alpha + 1, which is at least 1, as the method needs; a power of one uniform leads back to
-        # alpha
+        # The method needs a shape of at least 1, so it draws for alpha + 1; a power of one uniform
+        # number leads back to alpha.
     )
     c = 1 / (9 * d) ** 0.5
 

@@ -123,7 +123,9 @@ class SpanMasking(Augmentation):
 class SpanCorruption(Augmentation):
     """Span corruption: a decoder writes the spans that were removed from a text.
 
-    Source: Raffel et al., 2020. Of n tokens `round(rate n)` are removed, in `round(rate n / span)` spans (at least one of each,
+    Source: Raffel et al., 2020.
+
+    Of n tokens `round(rate n)` are removed, in `round(rate n / span)` spans (at least one of each,
     if there are two tokens). All lengths of spans are equally likely, and so are all positions that
     leave a token between two spans. `source` has one id in place of each span: `first`,
     `first - 1`, ... `targets` has each of these ids followed by its span. Both end with `end`. A
@@ -333,9 +335,9 @@ def _sorted(tokens: Int[Array, "B T"], *order: Array) -> Int[Array, "B T"]:
 def _pieces(
     drawn: Float[Array, "B T"], items: Int[Array, "B"], pieces: Int[Array, "B"], most: int
 ) -> Int[Array, "B most"]:
-    """Divide `items` into `pieces` non-empty pieces, all ways equally likely, and return their sizes.
+    """Divide `items` into `pieces` non-empty pieces, all ways equally likely.
 
-    The result has the first `most` sizes, then 0.
+    Return the sizes of the first `most`, then 0.
     """
     place = jnp.arange(drawn.shape[1], dtype=jnp.int32)[None]
     free = (place > 0) & (place < items[:, None])
