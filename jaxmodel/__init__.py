@@ -1,4 +1,4 @@
-"""jaxmodel: a functional JAX framework for the whole life of a big model.
+"""A functional JAX framework for the whole life of a big model.
 
 Five ideas. *Params* are a plain nested dict whose leaves are arrays or compressed leaves. A *Model*
 is a frozen record of pure functions. *Rules* `[(path regex, value), ...]` say everything that

@@ -1,10 +1,12 @@
-"""Short texts of values, for the `repr` of what holds arrays.
+"""Short texts of values, for the `repr` of objects that hold arrays.
 
-Of an array they say dtype and shape, never a number, so that nothing is computed, copied or waited
-for; and they never raise.
+They show the dtype and shape of an array and never its numbers, so that nothing is computed, copied
+or waited for. They never raise.
 
->>> brief({"pixels": range(10)}), brief("a long text " * 20), brief([1, 2.5]), brief(list(range(1000)))
-("{'pixels'}", "'a long text a long text a long text a long ...'", '[1, 2.5]', '1,000 x int')
+>>> brief({"pixels": range(10)}), brief([1, 2.5]), brief(list(range(1000)))
+("{'pixels'}", '[1, 2.5]', '1,000 x int')
+>>> brief("a long text " * 20)
+"'a long text a long text a long text a long ...'"
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ _FEW = 6  # entries
 
 
 def brief(value: Any) -> str:
-    """A few words about any value; see the module's docstring."""
+    """Describe any value in a few words; see the module's docstring."""
     try:
         return _said(value)
-    except Exception:  # whatever a foreign object's own repr does; one's own must not fail
+    except Exception:  # the repr of a foreign object may raise anything; this one must not fail
         return f"<{type(value).__name__}>"
 
 
 def briefly[T: type](cls: T) -> T:
-    """Class decorator, above `dataclass`: the repr names the fields that are not as by default,
-    each in a few words.
+    """Decorate a dataclass so that its repr names the fields with other values than the default.
+
+    Put it above `dataclass`. Each value is described in a few words.
 
     >>> @briefly
     ... @dataclasses.dataclass

@@ -1,7 +1,6 @@
-"""Processes of ours in which somebody else's programs and files are tried, with limits of time and
-memory.
+"""Child processes that try programs and files of others, with limits of time and memory.
 
-What stalls or kills such a process is an answer, and the process that asked goes on.
+If such a process hangs or dies, that is an answer, and the process that asked goes on.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ _living: list[Child] = []
 
 
 class Child:
-    """A process that is asked one thing at a time, a line of JSON each; started by the first
-    question, and anew after its end.
+    """A process that answers one question at a time, each a line of JSON.
+
+    The first question starts it, and after its end the next question starts it again.
     """
 
     def __init__(self, script: Path):
@@ -34,12 +34,12 @@ class Child:
         _living.append(self)
 
     def ask(self, what: Any, seconds: float, memory: int) -> Any | None:
-        """What the process answers; None where it took longer, wanted more memory, or died.
+        """Ask the process; return its answer, or None if it was too slow or large, or died.
 
         Args:
-          what: plain data.
-          seconds: that the answer may take.
-          memory: bytes of the process, Python included; of one that runs already they are those of
+          what: the question, plain data.
+          seconds: the longest time for the answer.
+          memory: limit of the process in bytes, Python included; a running process keeps that of
             its first question.
 
         Raises:
@@ -60,11 +60,12 @@ class Child:
                     stderr=subprocess.DEVNULL,
                     text=True,
                     encoding="utf-8",
+                    # threads reserve memory
                     env={
                         **os.environ,
                         "TOKENIZERS_PARALLELISM": "false",
                         "MALLOC_ARENA_MAX": "2",
-                    },  # threads reserve memory
+                    },
                 )
             process = self._process
             late = threading.Timer(seconds, process.kill)
@@ -99,20 +100,20 @@ def _end() -> None:
 
 
 READER = Child(Path(__file__).with_name("child_reader.py"))
-"""In which files are read for the first time that a library could stumble over; see `tried`."""
+"""The process that first reads files which could crash a library; see `tried`."""
 
 
 def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
-    """Read a file in a process of its own first, so that it cannot stop this one.
+    """Read a file in a child process first, so that it cannot stop this one.
 
     Args:
-      kind: a function of child_reader.py.
-      path: of the file.
-      what: how the message begins: "data: 'a.arrayrecord' is no whole ArrayRecord file".
-      **more: what else that function takes.
+      kind: the name of a function in child_reader.py.
+      path: the path of the file.
+      what: the beginning of the message: "data: 'a.arrayrecord' is no whole ArrayRecord file".
+      **more: further arguments of that function.
 
     Raises:
-      InputError: it could not be read there, or took more than `limits` say.
+      InputError: the file could not be read there, or took more than `limits` allow.
     """
     seconds = limits().file_seconds * max(os.path.getsize(path) / 2**28, 1)
     memory = int(limits().file_memory)

@@ -1,8 +1,7 @@
-"""The process in which files are read that could crash a library, or keep it busy without end;
-started by `jaxmodel.child`.
+"""The child process that reads files which could crash a library or keep it busy for ever.
 
-Each function reads a file as the project does. It imports nothing of the project, so that it is
-there at once.
+`jaxmodel.child` starts it. Each function reads a file as the project does. It imports nothing of
+the project, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 
 def tokenizer(path: str, texts: Sequence[str]) -> None:
-    """A tokenizer.json, and what it makes of some texts."""
+    """Read a tokenizer.json, and encode some texts with it."""
     import tokenizers
 
     made = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
@@ -23,14 +22,13 @@ def tokenizer(path: str, texts: Sequence[str]) -> None:
     try:
         rows = [row.ids for row in made.encode_batch_fast(list(texts), add_special_tokens=True)]
         made.decode_batch([row[:1000] for row in rows])
-    except (
-        Exception
-    ):  # a text that it does not take is none of the file's faults; a panic is no Exception
+    except Exception:
+        # a refused text is no fault of the file; a panic of Rust is no Exception
         return
 
 
 def records(path: str) -> None:
-    """All records of an ArrayRecord file, and how many there are in two ways of reading it."""
+    """Read all records of an ArrayRecord file, and compare two ways of counting them."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(path)
@@ -41,7 +39,7 @@ def records(path: str) -> None:
 
 
 def table(path: str, field: str | None) -> None:
-    """A column of a Parquet file."""
+    """Read a column of a Parquet file."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(path)
@@ -50,8 +48,9 @@ def table(path: str, field: str | None) -> None:
 
 
 def serve(memory: int) -> None:
-    """Until there are no more; the answer is what is wrong, an empty text for nothing, or None for
-    want of memory.
+    """Answer questions until there are no more.
+
+    An answer says what is wrong: an empty text for nothing, None for lack of memory.
     """
     try:
         import resource

@@ -1,6 +1,4 @@
-"""What a person gets for bad input: one line that names the argument, the value given, what is
-allowed.
-"""
+"""Errors for bad input: one line with the argument, the given value and what is allowed."""
 
 from __future__ import annotations
 
@@ -27,11 +25,11 @@ class InputError(ValueError):
 
 
 class MissingPackage(InputError):
-    """An optional package is not installed; the message has the install line."""
+    """An error for an optional package that is not installed, with the command to install it."""
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
-    """The `count` names of `allowed` closest in spelling to `name`.
+    """Return the `count` names of `allowed` that are closest in spelling to `name`.
 
     >>> nearest("smolm2", ["gpt2", "smollm2-135m", "smollm2-135m"])
     ['smollm2-135m']
@@ -40,7 +38,7 @@ def nearest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
 
 
 def unknown(argument: str, given: object, allowed: Iterable[str]) -> InputError:
-    """The error for a name that is not one of `allowed` (to be raised by the caller).
+    """Make the error for a name that is not one of `allowed`; callers raise it.
 
     >>> str(unknown("recipe", "int5", ["int4", "int8"]))
     "recipe: 'int5' is not known; allowed: int4, int8 (nearest: int8, int4)"
@@ -53,9 +51,9 @@ def unknown(argument: str, given: object, allowed: Iterable[str]) -> InputError:
 
 
 def printable(text: str) -> str:
-    r"""The text with its control characters as codes, so that a name or a model's text cannot move
-    the cursor of a terminal, and without marks that turn the direction of writing. Ends of lines
-    and tabs stay.
+    r"""Replace control characters and marks of writing direction in a text by their codes.
+
+    So a name or a model's text cannot move the cursor of a terminal. Line ends and tabs stay.
 
     >>> printable("a\x1b[2Jb\u202ec")
     'a\\x1b[2Jb\\u202ec'
@@ -65,14 +63,15 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def border(what: str) -> Iterator[None]:
-    """Turn whatever a library raises about somebody else's data into one line: each has errors of
-    its own, and those of Rust (`PanicException`) are no `Exception`.
+    """Turn any error that a library raises about given data into an `InputError` of one line.
+
+    Libraries have errors of their own, and those of Rust (`PanicException`) are no `Exception`.
 
     Args:
-      what: the argument or file, and what it is not: "a.json: no tokenizer".
+      what: the argument or file and what is wrong: "a.json: no tokenizer".
 
     Raises:
-      InputError: in place of the library's error; one of ours stays as it is.
+      InputError: in place of the library's error; an `InputError` passes unchanged.
 
     >>> with border("data: no number"):
     ...     int("a")
@@ -93,7 +92,7 @@ def border(what: str) -> Iterator[None]:
 
 
 type Range = tuple[Callable[[float], bool], str]
-"""Whether a number is within, and what is allowed, in words."""
+"""A test whether a number is allowed, and the allowed numbers in words."""
 
 FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
 SHARE: Range = (lambda x: 0 <= x <= 1, "0 to 1")
@@ -101,10 +100,10 @@ FACTOR: Range = (lambda x: 0 < x <= 1, "above 0 and at most 1")
 
 
 def at_least(argument: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Refuse a value that is no whole number of at least `least`.
 
     Raises:
-      InputError: it is smaller, or something else (True is no number).
+      InputError: the value is smaller, or no whole number (True is none).
 
     >>> at_least("steps", 0)
     Traceback (most recent call last):
@@ -118,10 +117,10 @@ def at_least(argument: str, value: object, least: int = 1) -> None:
 
 
 def within(name: str, value: object, allowed: int | Range) -> None:
-    """Refuse what is no number of a range.
+    """Refuse a value that is no number of a range.
 
     Raises:
-      InputError: it is out of range, not finite, or something else.
+      InputError: the value is out of range, not finite, or no number.
 
     >>> within("rate", -1.0, FROM_ZERO)
     Traceback (most recent call last):
@@ -139,11 +138,10 @@ def within(name: str, value: object, allowed: int | Range) -> None:
 
 
 def named_fields[T](meant: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
-    """Decorate a dataclass: a keyword that is no field of it is answered with the field that was
-    perhaps meant.
+    """Decorate a dataclass so that the error for an unknown keyword names the field that was meant.
 
     Args:
-      meant: other people's names -> the field, or where it is said instead.
+      meant: names in other libraries -> the field, or a hint where to set it.
 
     >>> import dataclasses
     >>> @named_fields({"lr": "learning_rate"})
@@ -181,7 +179,7 @@ def named_fields[T](meant: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it.
+    """Import an optional dependency, or raise an error that says which extra contains it.
 
     Raises:
       MissingPackage: the module is not installed; the message carries the install line.

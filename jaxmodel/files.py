@@ -1,5 +1,6 @@
-"""Local files: only regular ones are read, up to a limit; no link is written on; what is written is
-whole or not there.
+"""Local files: read only if regular and within a limit, written completely or not at all.
+
+Nothing is written through a link.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ from typing import IO, TextIO
 
 from jaxmodel.errors import InputError
 
+# files there claim to be regular, but are memory of the system
 _NO_FILES = (
     "/proc/",
     "/sys/",
-)  # what lies there says that it is a regular file, and is the system's memory
+)
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file to be read as bytes; a pipe, which could be waited for without end, a device or a
-    folder is refused.
+    """Open a regular file for reading bytes.
+
+    Devices, folders and pipes, which could block for ever, are refused.
 
     Args:
-      path: of the file; a link is followed.
+      path: the path of the file; a link is followed.
 
     Raises:
-      InputError: it is something else than a regular file.
-      OSError: as `open`.
+      InputError: it is no regular file.
+      OSError: as for `open`.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode) or os.path.realpath(path).startswith(_NO_FILES):
@@ -44,21 +47,20 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def read_bytes(path: str | Path, limit: int | float) -> bytes:
-    """All of a regular file.
+    """Read all of a regular file.
 
     Args:
-      path: of the file.
-      limit: bytes that it may have.
+      path: the path of the file.
+      limit: the largest size in bytes.
 
     Raises:
-      InputError: it has more, or is no regular file.
-      OSError: as `open`.
+      InputError: the file is larger, or no regular file.
+      OSError: as for `open`.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        found = (
-            file.read(size + 1) if size <= limit else b""
-        )  # what `read` is asked for it makes room for
+        # `read` allocates as many bytes as it is asked for
+        found = file.read(size + 1) if size <= limit else b""
     if max(size, len(found)) > limit:
         raise InputError(
             f"{os.fspath(path)}: larger than {limit:,.0f} bytes, which is the most that is read "
@@ -68,11 +70,10 @@ def read_bytes(path: str | Path, limit: int | float) -> bytes:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Refuse a folder in which nothing could be made, of one that is not there yet the next above:
-    to be asked before the work.
+    """Check before the work that a folder can be written; for a missing one, the next above.
 
     Raises:
-      OSError: as making a folder there.
+      OSError: as when a folder is made there.
     """
     place = Path(os.path.abspath(folder))
     os.rmdir(
@@ -83,13 +84,14 @@ def check_writable(folder: str | Path) -> None:
 
 
 def open_own(path: str | Path) -> TextIO:
-    """Open a file of ours in somebody's folder to be read and appended to (a log, a lock); it is
-    made where there is none.
+    """Open a file of ours in a user's folder for reading and appending (a log, a lock).
+
+    It is made if it is missing.
 
     Raises:
-      InputError: what has this name is a link, which could lead to a file of another, or no regular
+      InputError: the path is a link, which could lead to a file of somebody else, or no regular
         file.
-      OSError: as `open`.
+      OSError: as for `open`.
     """
     flags = (
         os.O_RDWR
@@ -113,8 +115,9 @@ def open_own(path: str | Path) -> TextIO:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
-    """Write a file so that a crash or a full disk leaves the old one whole: write beside it, fsync,
-    rename.
+    """Write a file so that a crash or a full disk leaves the old one complete.
+
+    The data is written beside it, synced, and renamed.
 
     Args:
       path: a file in an existing folder. A device or a pipe (`/dev/null`) is written to, never
@@ -125,7 +128,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
       `path`.
 
     Raises:
-      InputError: the file cannot be written; what was there before still is.
+      InputError: the file cannot be written; the old one is unchanged.
     """
     raw = data.encode() if isinstance(data, str) else data
     try:
@@ -153,31 +156,27 @@ def _is_special(path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a new file that takes the place of `path`, or comes to be there, when the block ends
-    well; else nothing changes.
+    """Open a new file that replaces `path` if the block succeeds; else nothing changes.
 
     Raises:
-      OSError: as `open`.
+      OSError: as for `open`.
     """
     target = Path(path)
-    beside = (
-        target.parent / f".{secrets.token_hex(8)}.tmp"
-    )  # the target's own name may be as long as allowed
+    # a name of its own, since the target's name may already have the largest length
+    beside = target.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         with open(beside, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # who may read the old file, and nobody else, may read the new one
+        with contextlib.suppress(FileNotFoundError):
+            # the new file has the permissions of the old one
             beside.chmod(stat.S_IMODE(target.stat().st_mode))
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
-    with contextlib.suppress(
-        OSError
-    ):  # the new file is in place; some file systems cannot sync a folder
+    with contextlib.suppress(OSError):
+        # the new file is in place; some file systems cannot sync a folder
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -1,12 +1,11 @@
-"""What files and programs of other people may take: the one home of these limits, and the one way
-to raise them.
+"""Limits of time and memory for files and programs of other people.
 
-A file can claim any size, a tokenizer can multiply a text, a chat template can loop. What goes
-beyond a limit is refused in one line, which names it. To raise one, call `allow` in Python, or set
-the environment variable `JAXMODEL_LIMITS`:
+A file can claim any size, a tokenizer can multiply a text, a chat template can loop. If a limit is
+exceeded, a line of error names it. To raise one, call `allow` in Python, or set the environment
+variable `JAXMODEL_LIMITS`:
 
-    JAXMODEL_LIMITS=pixels=2e8,template_seconds=60 jaxmodel generate my-model --chat --prompt
-    "Hello"
+    export JAXMODEL_LIMITS=pixels=2e8,template_seconds=60
+    jaxmodel generate my-model --chat --prompt "Hello"
 """
 
 from __future__ import annotations
@@ -22,21 +21,20 @@ VARIABLE = "JAXMODEL_LIMITS"
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The limits.
+    """The limits, each the largest allowed value.
 
     Attributes:
-      json_bytes: of a JSON file, a vocabulary or another text that is read whole.
-      file_seconds: that a process of its own may take to try a file which a library could stumble
-        over, for every 256 MiB.
-      file_memory: bytes that this process may take.
-      pixels: of an image.
-      tokenizer_seconds: for every 100,000 characters or ids of a call, and at least once. What is
-        late is refused; the library cannot be stopped, and ends its work in a thread of its own.
-      tokenizer_growth: the factor by which a tokenizer's steps may make a text longer.
-      tokenizer_characters: that the tokens of a text to be decoded may have.
-      template_seconds: for one chat.
+      json_bytes: bytes of a JSON file, a vocabulary or another text that is read into memory.
+      file_seconds: seconds for each 256 MiB of a file that a child process tries to read first.
+      file_memory: bytes of memory of that process.
+      pixels: pixels of an image.
+      tokenizer_seconds: seconds for each 100,000 characters or ids of a call (at least once). A
+        late result is refused; the library cannot be stopped and ends its work in a thread.
+      tokenizer_growth: factor by which the steps of a tokenizer may lengthen a text.
+      tokenizer_characters: characters of the tokens of a text to decode.
+      template_seconds: seconds for one chat.
       template_memory: bytes of the process in which templates run, Python included.
-      template_characters: that a template may write.
+      template_characters: characters that a template may write.
     """
 
     json_bytes: int | float = 2**26
@@ -52,13 +50,13 @@ class Limits:
 
 
 def allow(**more: int | float) -> Limits:
-    """Set limits of this process, by their names; the others stay.
+    """Set some limits of this process by name.
 
     Returns:
-      All limits, as they are now.
+      All limits, with the changes.
 
     Raises:
-      InputError: a name that is none, or no number above 0.
+      InputError: an unknown name, or a value that is no number above 0.
 
     >>> before = limits()
     >>> allow(pixels=2e8).pixels
@@ -71,9 +69,7 @@ def allow(**more: int | float) -> Limits:
 
 
 def limits() -> Limits:
-    """Return the limits of this process: the usual ones, those of the environment, and what `allow`
-    set.
-    """
+    """Return the limits of this process: defaults, those of the environment, and of `allow`."""
     global _now
     if _now is None:
         parts = [part for part in os.environ.get(VARIABLE, "").split(",") if part.strip()]
@@ -86,7 +82,7 @@ def limits() -> Limits:
 
 
 def way(*names: str) -> str:
-    """Return how a limit is raised, for an error that one of these limits makes."""
+    """Return how to raise a limit, for the error that it causes."""
     several = " or ".join(f"{name}=..." for name in names)
     return f"jaxmodel.limits.allow({several}) or {VARIABLE} raises it"
 

@@ -1,12 +1,10 @@
-"""Progress: a live bar on a terminal and in a notebook, a few plain lines on standard error
-anywhere else.
+"""Progress: a live bar on a terminal and in a notebook, else a few plain lines on standard error.
 
-Nothing that ends within `SHOW_AFTER` seconds shows itself, so library code may report freely; only
-an outermost `step` announces itself at once where no terminal is, to name the work that hangs or
-dies. There a line of progress comes every `LINE_EVERY` seconds at most. Steps and bars nest.
-
-The speed is that of the last `RECENT` seconds, and never counts what came before the first item was
-done: that is where programs compile and files are opened, and so the time left can be believed.
+Work that ends within `SHOW_AFTER` seconds shows nothing, so library code may report freely. Without
+a terminal, an outermost `step` announces itself at once, to name work that hangs or dies, and lines
+of progress come at most every `LINE_EVERY` seconds. Steps and bars nest. The speed is that of the
+last `RECENT` seconds. It leaves out the time until the first item is done, in which programs
+compile and files are opened, so that the remaining time is realistic.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ _quiet = False
 
 
 class Job:
-    """Something that takes time: what `bar` and `step` hand out."""
+    """A piece of work in progress, as `bar` and `step` yield it."""
 
     def __init__(
         self,
@@ -67,18 +65,15 @@ class Job:
         if n < 0:  # the work went back
             marks.clear()
         if n:
-            if (
-                len(marks) > _FEW and now - marks[-2][0] < RECENT / 100
-            ):  # a thousand items a second need no thousand marks
+            # a thousand items a second need no thousand marks
+            if len(marks) > _FEW and now - marks[-2][0] < RECENT / 100:
                 marks.pop()
             marks.append((now, self.done))
             while len(marks) > _FEW and now - marks[0][0] > RECENT:
                 marks.popleft()
 
     def status(self, width: int | None = None) -> str:
-        """How far it is, how fast, how long still; of the fields those that `width` characters have
-        room for.
-        """
+        """Return how far it is, how fast, and how long it will take, with fields up to `width`."""
         now = time.monotonic()
         parts = []
         if self.done or self.total:
@@ -98,7 +93,7 @@ class Job:
         return "  ".join(parts)
 
     def _speed(self) -> float:
-        """Items a second of late; 0 where it is not known yet."""
+        """Return the recent speed in items per second; 0 if unknown."""
         if len(self._marks) < 2:
             return 0.0
         (began, before), (now, done) = self._marks[0], self._marks[-1]
@@ -115,14 +110,14 @@ def set_quiet(quiet: bool = True) -> None:
 def bar(
     total: float | int | None, label: str, done: float | int = 0, unit: str = "", first: str = ""
 ) -> Iterator[Job]:
-    """A bar over work of a known amount; call `.advance(n, **fields)` on what it gives.
+    """Show a bar over work of a known amount; call `advance(n, **fields)` of the yielded job.
 
     Args:
-      total: the amount; None where it is not known.
-      label: what the work is.
-      done: how much of it was done before.
-      unit: what is counted, for its speed: `step` makes it `3 steps/s` or `54 s/step`.
-      first: what happens until the first is done, such as `compiling`.
+      total: the amount; None if unknown.
+      label: the name of the work.
+      done: the amount done before.
+      unit: the unit of the amount, for the speed: `step` gives `3 steps/s` or `54 s/step`.
+      first: what happens until the first item is done, such as `compiling`.
 
     >>> with bar(3, "training", unit="step") as job:
     ...     job.advance(2, loss=1.5)
@@ -133,14 +128,13 @@ def bar(
 
 @contextmanager
 def step(label: str) -> Iterator[Job]:
-    """A step of unknown length: `with step("loading smollm2"):`."""
+    """Show work of unknown length: `with step("loading smollm2"):`."""
     with _running(label, None, now=True) as job:
         yield job
 
 
 def progress[T](iterable: Iterable[T], label: str, total: float | int | None = None) -> Iterator[T]:
-    """Pass the items of `iterable` through and show how many came; `total` defaults to its length
-    where it has one.
+    """Yield the items of `iterable` and show how many came; `total` defaults to its length.
 
     >>> sum(progress([1, 2, 3], "adding"))
     6
@@ -161,9 +155,8 @@ def _running(label: str, total: float | int | None, now: bool, **more: Any) -> I
         _jobs.append(job)
         if now and job.depth == 0 and not _on_terminal() and not _in_notebook():
             _announce(job)
-        if (
-            _ticker is None or not _ticker.is_alive()
-        ):  # a forked child has the variable, not the thread
+        # a forked child has the variable, not the thread
+        if _ticker is None or not _ticker.is_alive():
             _ticker = threading.Thread(target=_tick, name="jaxmodel-progress", daemon=True)
             _ticker.start()
     outcome = ""
@@ -206,9 +199,8 @@ def _tick() -> None:
                 return
             late = [job for job in _jobs if time.monotonic() - job.start >= SHOW_AFTER]
             if late and not _quiet:
-                with suppress(
-                    OSError, ValueError
-                ):  # a terminal that went away must not stop the work
+                with suppress(OSError, ValueError):
+                    # a terminal that went away must not stop the work
                     if _in_notebook():
                         for job in late:
                             _show_in_notebook(job, job.status())
@@ -273,7 +265,7 @@ def _bar_width(width: int) -> int:
 
 
 def _show_in_notebook(job: Job, status: str, over: bool = False) -> None:
-    """A bar of the browser's own in the cell's output, which is replaced as the work goes on."""
+    """Return a progress bar of the browser for the cell's output, replaced as the work goes on."""
     from IPython.display import display
 
     share = f' value="{job.done}" max="{job.total}"' if job.total else ""

@@ -168,9 +168,8 @@ def make(value: Any, kind: Any, where: str, key: str = "") -> Any:
     if kind is Any:
         return value
     if origin is Annotated:
-        ranges = [
-            one for one in args[1:] if isinstance(one, Range)
-        ]  # other annotations are other people's
+        # other annotations are other people's
+        ranges = [one for one in args[1:] if isinstance(one, Range)]
         if ranges and type(value) not in (int, float):
             raise refused
         made = make(value, args[0], where, key)

@@ -215,9 +215,8 @@ def _segments_at(keys: tuple[str, ...], node: Params) -> list[str]:
     where = "/".join(keys)
     for key in node:
         layers = span(key)
-        if (
-            not layers or segment_key(layers) != key
-        ):  # no segment at all, an empty one (1-0), or of another form (3-3, 01)
+        # no segment at all, an empty one (1-0), or of another form (3-3, 01)
+        if not layers or segment_key(layers) != key:
             raise InputError(
                 f"{where}: the key {key!r} is no segment of layers as others there are; allowed: "
                 f"such as '7', '3-5'"
@@ -338,9 +337,8 @@ def stack(params: Params) -> Params:
             for run in runs
         }
 
-    flatten(
-        params
-    )  # looks inside of the segments too, where nothing else here does, so the law is kept there
+    # looks inside of the segments too, where nothing else here does, so the law is kept there
+    flatten(params)
     return join(params, ())
 
 

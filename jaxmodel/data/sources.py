@@ -124,7 +124,7 @@ class Documents:
                 require(module, "data")
 
     def entries(self, part: str) -> Iterator[tuple[str, Any]]:
-        """Yield the field of each record of a part with its position; without a field, whole records."""
+        """Yield each record of a part with its position: one field, or all without a field name."""
         kind = _kind(part)
         if kind == "name":
             yield from _numbered("document", split_documents(load_text(part).text))
@@ -285,7 +285,7 @@ def _json(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _table(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
-    """Yield the column of a text table, or its rows as records; the first line names the columns."""
+    """Yield the column of a text table, or its rows as records; its first line is the header."""
     csv.field_size_limit(max(csv.field_size_limit(), _CELL))
     separator = "\t" if ".tsv" in Path(part).name.lower() else ","
     lines = (line if i else line.removeprefix("\ufeff") for i, line in enumerate(_lines(part)))

@@ -291,9 +291,7 @@ def global_rows(step: SupportsIndex, rows: slice, batch_size: int) -> tuple[int,
 
 
 def consecutive(stream: Batches, begin: int, end: int) -> Batch:
-    """Return rows begin ... end - 1 of a stream, counted from its step 0; with none of them, its
-    fields.
-    """
+    """Return rows begin ... end - 1 of a stream, counted from step 0; if empty, its fields."""
     size = stream.batch_size
     parts = []
     for step in range(begin // size, max(-(-end // size), begin // size + 1)):
@@ -353,9 +351,7 @@ class Shifted:
         return consecutive(self.stream, self.first_row + first, self.first_row + stop)
 
     def rows(self, step: SupportsIndex) -> np.ndarray:
-        """Return the numbers int64 [B] of the rows in the batch of `step`, of a stream that has
-        them.
-        """
+        """Return the indices int64 [B] of the rows in the batch of `step`, if there are any."""
         known: Any = self.stream
         first = self.first_row + operator.index(step) * self.batch_size
         place = first % self.batch_size

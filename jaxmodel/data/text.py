@@ -17,10 +17,10 @@ are looked up in the folder that the environment variable `JAXMODEL_DATA` names,
 the data set Salesforce/wikitext at the hub.)
 
 The topics of pydoc repeat each other (the one on compound statements contains those on `if`, `for`,
-...). So for `english` and `english_train` a topic is left out if larger ones contain at least half of it.
-The others are sorted by name. Those that begin in the first 60 % of the characters are for training
-and the later ones are held out. Paragraphs that also occur in the held-out part are removed from
-the training part.
+...). So for `english` and `english_train` a topic is left out if larger ones contain at least half
+of it. The others are sorted by name. Those that begin in the first 60 % of the characters are for
+training and the later ones are held out. Paragraphs that also occur in the held-out part are
+removed from the training part.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _read(given: str, path: Path) -> str:
 
 
 def not_utf8(given: str, error: UnicodeDecodeError, before: int = 0) -> InputError:
-    """Make the error for a file that is not UTF-8 behind `before` decoded bytes; callers raise it."""
+    """Make the error for a file that is not UTF-8 after `before` good bytes; callers raise it."""
     where = (
         f"byte 0x{error.object[error.start]:02x} at offset {before + error.start} ({error.reason})"
     )

@@ -1,6 +1,4 @@
-"""Text from a model: sampling, the decode loop, `generate` and `stream`, beam search, and how fast
-it runs.
-"""
+"""Text generation: sampling, the decode loop, `generate` and `stream`, beam search, and speed."""
 
 from jaxmodel import moved
 from jaxmodel.generation.beam import beam_search

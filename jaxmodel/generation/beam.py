@@ -1,10 +1,10 @@
-"""Beam search: the most probable texts, for any model with a cache.
+"""Beam search for the most probable texts, for any model with a cache.
 
-A beam is a text that goes on. At each step all tokens after all beams of a row are candidates.
-Those among the best `beams` that end are hypotheses (they end by an end token, or by being as long
-as allowed); the best of the others are the next beams. A row is done when it has as many hypotheses
-as beams (Kasai et al., 2022, call that "first come, first served"), or, with `patient`, when no
-beam can become better than the worst of its hypotheses.
+A beam is an unfinished text. At each step, all tokens after all beams of a row are candidates.
+Those among the best `beams` that end (with an end token, or at the largest length) become
+hypotheses, and the best of the others are the next beams. A row is done when it has as many
+hypotheses as beams ("first come, first served" in Kasai et al., 2022), or, with `patient`, when no
+beam can still beat the worst of its hypotheses.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Beams(NamedTuple):
     """The hypotheses of each row, the best first.
 
     Attributes:
-      tokens: int32 `[B, K, N]`, without the prompt; an end token is part of the text, what stands
-        behind it is not.
-      scores: `[B, K]`, the log probability over the length penalty; -inf where there is no
+      tokens: int32 `[B, K, N]`, without the prompt. An end token is part of the text; ignore what
+        is behind it.
+      scores: `[B, K]`, the log probability divided by the length penalty; -inf for a missing
         hypothesis.
-      lengths: int32 `[B, K]`, tokens of each text with its end token.
+      lengths: int32 `[B, K]`, the number of tokens of each text, with its end token.
     """
 
     tokens: Int[Array, "B K N"]
@@ -71,34 +71,35 @@ def beam_search(
     length_penalty: float | int = 0.0,
     patient: bool = False,
 ) -> Beams:
-    """The texts of the highest score `log p(text) / ((5 + length) / 6)^length_penalty` that the
-    beams find.
+    """Search for the texts with the highest scores.
 
-    One compiled program for a model, these options and the shapes of the inputs.
+    The score is `log p(text) / ((5 + length) / 6)^length_penalty`. One program is compiled for each
+    model, set of options and shape of the inputs.
 
     Args:
       model: a decoder, or an encoder with a decoder.
-      params: best in the form of `Bundle.running`.
-      inputs: what `model.apply` takes: `tokens` `[B, T]` (prompts, or what the targets begin with;
-        with a source alone that is `config.start`), `mask` where they differ in length (padding on
-        the right), and `source` with `source_mask`.
-      beams: K; 1 is greedy.
-      max_new_tokens: N, the longest text.
-      eos_ids: a text ends with one of these.
-      length_penalty: 0 prefers short texts, more does so less (Wu et al., 2016); finite and at
-        least 0.
-      patient: goes on until no beam can win, instead of until there are K hypotheses.
+      params: its parameters, best in the form of `Bundle.running`.
+      inputs: inputs of `model.apply`: `tokens` `[B, T]` (prompts, or the start of the targets; with
+        only a source it is `config.start`), `mask` if lengths differ (padding on the right), and
+        `source` with `source_mask`.
+      beams: number of beams K; 1 is greedy.
+      max_new_tokens: largest length N of a text.
+      eos_ids: ids that end a text.
+      length_penalty: finite and at least 0; 0 prefers short texts, larger values do so less (Wu et
+        al., 2016).
+      patient: continue until no beam can win, instead of until there are K hypotheses.
 
     Returns:
       See `Beams`.
 
     Raises:
       InputError: a model without a cache, a value out of its range, a text beyond the context, ids
-        that the vocabulary has not, logits that are no numbers.
+        outside of the vocabulary, or logits that are NaN or infinite.
 
     >>> from jaxmodel.models import gpt2
     >>> model = gpt2.model(gpt2.SIZES["tiny"])
-    >>> found = beam_search(model, model.init(jax.random.key(0)), jnp.zeros((2, 3), jnp.int32), beams=3, max_new_tokens=5)
+    >>> params, tokens = model.init(jax.random.key(0)), jnp.zeros((2, 3), jnp.int32)
+    >>> found = beam_search(model, params, tokens, beams=3, max_new_tokens=5)
     >>> found.tokens.shape, bool(jnp.all(found.scores[:, 0] >= found.scores[:, 2]))
     ((2, 3, 5), True)
     """
@@ -194,13 +195,12 @@ def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
         return end.done._replace(scores=jnp.where(end.sound[:, None], end.done.scores, jnp.nan))
 
     def choose(state: _State, logits: Float[Array, "R V"]) -> _State:
-        """The state with a token more."""
+        """Return the state with one more token."""
         batch = state.over.shape[0]
         vocab = logits.shape[-1]
         steps = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1).reshape(batch, k, vocab)
         total = (state.live.scores[:, :, None] + steps).reshape(batch, k * vocab)
-        # each beam has one candidate for each end token; besides these, as many as there are beams
-        # must be left
+        # Take enough candidates: one per beam and end token may end, and K others must be left.
         scores, place = jax.lax.top_k(total, min(k * (1 + len(plan.ends)), k * vocab))
         parent = place // vocab
         token = place % vocab
@@ -223,8 +223,8 @@ def _search(model: models.Model, plan: _Plan) -> Callable[..., Beams]:
         full = jnp.isfinite(done.scores[:, -1])
         if (
             plan.patient and k > 1
-            # with a penalty a longer text of the same probability is better: the longest bounds them
-            # all
+            # With a penalty a longer text of equal probability scores better, so the score at the
+            # largest length is an upper bound.
         ):
             full = full & (
                 done.scores[:, -1] >= live.scores[:, 0] / _penalty(plan, jnp.asarray(n, jnp.int32))
@@ -249,24 +249,24 @@ def _joined(one: Beams, other: Beams) -> Beams:
 
 
 def _best(found: Beams, k: int) -> Beams:
-    """The k best; of equal ones those that stand first."""
+    """Return the k best hypotheses; of equal ones the first."""
     scores, order = jax.lax.top_k(found.scores, k)
     tokens = jnp.take_along_axis(found.tokens, order[:, :, None], axis=1)
     return Beams(tokens, scores, jnp.take_along_axis(found.lengths, order, axis=1))
 
 
 class _Place(NamedTuple):
-    """Where in an array of a cache the rows stand."""
+    """The axis of the rows in an array of a cache."""
 
     axis: int | None  # None where there is no such axis
-    # whether all beams of a row have the same: what an empty cache holds nothing of is of the
-    # source
+    # True if all beams of a row share the array: those of the source, which an empty cache lacks
     shared: bool
 
 
 def _places(model: models.Model) -> list[_Place]:
-    """The place of each array of the cache: the axis in which caches for two and for three rows
-    differ.
+    """Find the axis of rows in each array of the cache.
+
+    It is the axis in which caches for two and for three rows differ.
     """
     two, three = (
         jax.eval_shape(lambda n=n: jax.tree.leaves(new_cache(model, n, 8))) for n in (2, 3)
@@ -286,8 +286,9 @@ def _map_rows(
     places: Sequence[_Place],
     shared: bool,
 ) -> Any:
-    """The cache with `change(array, axis of the rows)` in place of each array; of shared ones only
-    if `shared`.
+    """Apply `change(array, axis of the rows)` to each array of the cache.
+
+    Shared arrays are changed only if `shared`.
     """
     arrays, structure = jax.tree.flatten(cache)
     pairs = zip(arrays, places, strict=True)

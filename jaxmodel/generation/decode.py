@@ -1,7 +1,7 @@
 """The device side of generation: prefill, then several decode steps in one compiled loop.
 
-Everything here has static shapes: lengths are rounded up to few sizes (`round_up`), and what is
-compiled for a model, a `Sampling` and a shape is used again by every later call.
+Everything here has static shapes: lengths are rounded up to few sizes (`round_up`), and later calls
+with the same model, `Sampling` and shapes use the compiled program again.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from jaxmodel.errors import InputError
 from jaxmodel.generation.sampling import Sampling, is_sound, sample
 
 STEPS = 16
-"""Decode steps in one call of the device."""
+"""Number of decode steps in one call of the device."""
 UNSOUND = -1
-"""In place of a token where the logits are no numbers."""
+"""The id in place of a token if the logits are NaN or infinite."""
 PIECE = 512
-"""The most tokens of a prompt that are run at once: attention's scores grow with this times the
-capacity.
+"""Largest number of prompt tokens that are run at once.
+
+The memory of attention scores is proportional to it, times the capacity.
 """
 
 
 class State(NamedTuple):
-    """What a decode step needs and gives.
+    """The input and output of a decode step.
 
     Attributes:
-      cache: of the model; holds all tokens but the last.
+      cache: the model's cache, with all tokens but the last.
       token: the last token of each row.
-      position: where it stands.
-      keys: one for each row; the token at position p is drawn with `fold_in(key, p)`.
-      seen: `[B, V]`, tokens of the prompt and the text, where there is a repetition penalty.
+      position: the position of that token.
+      keys: a key for each row; the token at position p is drawn with `fold_in(key, p)`.
+      seen: `[B, V]`, the tokens in prompt and text, if there is a repetition penalty; else None.
     """
 
     cache: Any
@@ -48,7 +49,7 @@ class State(NamedTuple):
 
 
 def round_up(n: int, floor: int = 16) -> int:
-    """The next of few sizes: powers of two and the middles between them, `floor` at least.
+    """Round up to one of few sizes: powers of two and the midpoints between them, from `floor` on.
 
     >>> [round_up(n) for n in (5, 17, 30, 48, 49, 512, 513)]
     [16, 24, 32, 48, 64, 512, 768]
@@ -75,26 +76,26 @@ def run(
     """Generate for all rows at once.
 
     Args:
-      model: its pure functions.
-      params: best in the form of `Bundle.running`.
-      rows: token ids of the prompts, none empty; lengths may differ. Of a model that reads a source
-        they are the sources.
-      done: bool `[B]`; the caller sets it where a row has ended, and generation ends when all have.
-      sampling: how tokens are chosen.
-      max_new_tokens: at least 1.
-      eos_ids: a row that has drawn one of these is left alone until the end of the call that drew
-        it.
-      seed: of all randomness.
-      first_row: the number of the first row; row r draws with `fold_in(key(seed), r)`.
+      model: the model.
+      params: its parameters, best in the form of `Bundle.running`.
+      rows: token ids of the prompts, none empty; lengths may differ. For a model with a source they
+        are the sources.
+      done: bool `[B]`; the caller sets it for rows that have ended, and generation ends when all
+        have.
+      sampling: the sampling settings.
+      max_new_tokens: largest number of new tokens, at least 1.
+      eos_ids: a row that has drawn one of these does not change until the end of that call.
+      seed: the seed of all draws.
+      first_row: the index of the first row; row r draws with `fold_in(key(seed), r)`.
       steps: decode steps in a call, at most STEPS.
 
     Raises:
-      InputError: logits that are no numbers; the message names the weight or the precision behind
-        it.
+      InputError: logits that are NaN or infinite; the message names the weight or the precision
+        that causes them.
 
     Yields:
-      The next tokens `[B, n]`: the first of each row, then up to `steps` at a time. What follows an
-      end is arbitrary.
+      The next tokens `[B, n]`: the first of each row, then up to `steps` at a time. Tokens behind
+      an end are arbitrary.
     """
     sources = None
     if reads_source(model):
@@ -138,10 +139,10 @@ def _check(tokens: np.ndarray, params: tree.Params) -> None:
 
 
 def unsound(params: tree.Params) -> InputError:
-    """The error for logits that are no numbers, with the cause (to be raised by the caller).
+    """Make the error for logits that are NaN or infinite, with its cause; callers raise it.
 
     Args:
-      params: the weights that gave them; looked through for a number that is not finite.
+      params: the weights of the model, which are searched for numbers that are not finite.
     """
     for path, leaf in tree.flatten(params).items():
         for part in jax.tree.leaves(leaf):
@@ -161,12 +162,12 @@ def unsound(params: tree.Params) -> InputError:
 
 
 def reads_source(model: models.Model) -> bool:
-    """Whether a model reads a source and writes a target that begins with `config.start`."""
+    """Return whether a model reads a source and writes a target that begins with `config.start`."""
     return "source" in model.inputs(1, 1)
 
 
 def padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows padded on the right, int32 `[B, length]`, and where they hold a token."""
+    """Pad rows on the right to int32 `[B, length]`; also return where they hold a token."""
     tokens = np.zeros((len(rows), length), np.int32)
     lengths = np.array([len(row) for row in rows], np.int32)
     for line, row in zip(tokens, rows, strict=True):
@@ -181,8 +182,7 @@ def prefill(
     max_new_tokens: int,
     sources: Sequence[Sequence[int]] | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Run the prompts, padded on the right to one length; with the first of their tokens the
-    sources, where there are any.
+    """Run the prompts, padded on the right to one length, and the sources if there are any.
 
     Returns:
       The logits `[B, V]` of the token after each prompt, and the cache, with room for
@@ -216,7 +216,7 @@ def prefill(
 
 
 def new_cache(model: models.Model, batch: int, capacity: int) -> Any:
-    """An empty cache.
+    """Return an empty cache.
 
     Raises:
       InputError: the model has none, so it does not write text.
@@ -231,7 +231,7 @@ def new_cache(model: models.Model, batch: int, capacity: int) -> Any:
 
 @functools.cache
 def _piece(model: models.Model) -> Callable[..., tuple[jax.Array, Any]]:
-    """The jitted prefill of one piece: the head runs only on the last token of each row."""
+    """Return the jitted prefill of a piece; its head runs only on the last token of each row."""
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def piece(
@@ -251,9 +251,7 @@ def _piece(model: models.Model) -> Callable[..., tuple[jax.Array, Any]]:
 
 @functools.cache
 def _grow(model: models.Model) -> Callable[[Any, int, int], Any]:
-    """The jitted `(cache, batch, capacity) -> cache`: each array becomes the beginning of a larger
-    empty one.
-    """
+    """Return the jitted `(cache, batch, capacity) -> cache`, which makes a cache larger."""
 
     def begin(whole: jax.Array, part: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
@@ -272,10 +270,10 @@ def _first(sampling: Sampling) -> Callable[[State, jax.Array], State]:
 
 @functools.lru_cache(maxsize=64)
 def decoder(model: models.Model, sampling: Sampling) -> Callable[..., tuple[State, jax.Array]]:
-    """The jitted `(params, state, done, count, eos) -> (state, tokens [B,
-    STEPS])`, which takes up to `count` steps.
+    """Return the jitted `(params, state, done, count, eos) -> (state, tokens [B, STEPS])`.
 
-    `state` is donated. Rows that are `done` keep still; when all are, the loop ends early.
+    It takes up to `count` steps. `state` is donated. Rows that are `done` do not change, and the
+    loop ends early when all are.
     """
 
     @functools.partial(jax.jit, donate_argnames="state")
@@ -308,7 +306,7 @@ def decoder(model: models.Model, sampling: Sampling) -> Callable[..., tuple[Stat
 
 
 def _choose(sampling: Sampling, state: State, logits: jax.Array) -> State:
-    """The state with the next token."""
+    """Return the state with the next token."""
     position = state.position + 1
     keys = None if sampling.greedy else jax.vmap(jax.random.fold_in)(state.keys, position)
     token = jnp.where(is_sound(logits), sample(logits, keys, sampling, state.seen), UNSOUND)

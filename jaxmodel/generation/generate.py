@@ -1,7 +1,4 @@
-"""Text from prompts:
-
-`generate`, `stream`, and `generate_ids` for all that is known about each text.
-"""
+"""Text from prompts: `generate`, `stream`, and `generate_ids` with all details of each text."""
 
 from __future__ import annotations
 
@@ -28,15 +25,15 @@ type Source = Bundle | str | Path
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for besides the prompts.
+    """The settings of a generation, besides the prompts.
 
     Attributes:
-      sampling: how tokens are chosen; greedy unless another is given.
-      max_new_tokens: the most tokens to add.
-      stop: a text ends before the first of these strings; a single one may be given as it is.
+      sampling: the sampling settings; greedy by default.
+      max_new_tokens: the largest number of tokens to add.
+      stop: a text ends before the first of these strings; also a single string.
       seed: 0 to 2^32 - 1; same seed, same text.
-      special: whether a prompt gets what the tokenizer puts around a text (a begin-of-text id).
-        False for what a chat template made, which has it already.
+      special: add the tokenizer's special tokens (a begin-of-text id) to a prompt. False for
+        prompts from a chat template, which have them already.
 
     Raises:
       InputError: a value out of its range.
@@ -70,13 +67,13 @@ class Completion:
     """One generated text.
 
     Attributes:
-      text: what follows the prompt, with the space between them, up to the stop string.
-      ids: its tokens: without the one that ends a text, with those of the stop string.
+      text: the text behind the prompt, with the space between them, up to the stop string.
+      ids: its tokens, without the end token and with those of the stop string.
       finish_reason: "eos" (the model ended it), "stop" (a stop string came) or "length"
         (max_new_tokens).
-      tokens_per_second: of this row after its first token; 0 where there is only one.
-      prefill_seconds: from the prompts of its batch to their first tokens; the first call of a
-        shape compiles in it.
+      tokens_per_second: speed of this row after its first token; 0 if there is only one.
+      prefill_seconds: time from the prompts of its batch to their first tokens; for a new shape it
+        includes compilation.
     """
 
     text: str
@@ -104,21 +101,20 @@ def generate[T: (str, list[str])](
     """Continue a prompt, or each of several.
 
     Args:
-      source: a bundle, or what `from_pretrained` takes (then it is loaded at each call).
+      source: a bundle, or a source for `from_pretrained`, which is then loaded in each call.
       prompts: one text or several, of any lengths.
-      max_new_tokens: the most tokens to add.
+      max_new_tokens: the largest number of tokens to add.
       temperature: 0, the default, is greedy; see `Sampling` for this and the next four.
       top_k: sample from the k best tokens.
       top_p: sample from the best tokens that together have this probability.
       min_p: sample from tokens of at least this share of the best one's probability.
-      repetition_penalty: above 1 makes tokens that were there less likely, greedy or not.
+      repetition_penalty: values above 1 make earlier tokens less likely, also if greedy.
       stop: a text ends before the first of these strings.
       seed: same seed, same text. Row r of `prompts` draws the token at position p with
         `fold_in(fold_in(key(seed), r), p)`, whatever the other rows are.
-      special: False for prompts that a chat template made: they begin with the begin-of-text id
-        already.
-      chunk: rows that run together; it bounds the memory of the cache and does not change the
-        draws.
+      special: False for prompts from a chat template, which have their special tokens already.
+      chunk: number of rows that run together; it limits the memory of the cache and does not change
+        the draws.
 
     Returns:
       The new text, or a list of them.
@@ -142,11 +138,10 @@ def generate_ids(
     chunk: int = 16,
     show: Callable[[str], None] | None = None,
 ) -> list[Completion]:
-    """`generate` with ids, the reason for each end, and speed; for `source` and `chunk`, draws and
-    errors see there.
+    """Generate as `generate` does, and return ids, the reason for each end, and speed.
 
-    With `show`, it is called with each piece of the text of a single prompt as the tokens come, in
-    place of a progress bar.
+    For `source`, `chunk`, draws and errors see `generate`. `show`, for a single prompt, is called
+    with each piece of text as its tokens come, in place of a progress bar.
     """
     if show is not None and len(prompts) != 1:
         raise InputError(f"show: given with {len(prompts)} prompts; allowed: one")
@@ -196,11 +191,11 @@ def generate_ids(
 
 
 def stream(source: Source, prompt: str, request: Request = Request()) -> Iterator[str]:
-    """`generate_ids` for one prompt, piece by piece as the tokens come.
+    """Yield the text for one prompt piece by piece, as its tokens come.
 
-    A piece is never half a character or a part of a stop string. Together they are the text of
-    `generate_ids` with the same request, whose errors are raised here at once. The iterator may be
-    left at any time.
+    A piece is never half a character or part of a stop string. Together they are the text of
+    `generate_ids` for the same request. Its errors are raised here at once. You may stop iterating
+    at any time.
     """
     rows, run, new_writer = _begin(source, [prompt], request)
     writer = new_writer(rows[0])
@@ -217,16 +212,14 @@ def stream(source: Source, prompt: str, request: Request = Request()) -> Iterato
 
 
 def running_only(bundle: Bundle) -> Bundle:
-    """The bundle with its params in the form that runs and without the stored ones: all that a
-    server holds of it.
-    """
+    """Return the bundle with only the form of its params that runs, all that a server holds."""
     return dataclasses.replace(bundle, params=bundle.running())
 
 
 def _begin(
     source: Source, prompts: Sequence[str], request: Request
 ) -> tuple[list[list[int]], Callable[..., Iterator[np.ndarray]], Callable[[list[int]], Writer]]:
-    """The ids of the prompts, `decode.run` without its rows, and what makes the writer of a row.
+    """Return the ids of the prompts, `decode.run` without its rows, and a maker of row writers.
 
     Raises:
       InputError: see `generate`.
@@ -244,7 +237,7 @@ def _begin(
         eos_ids=tokenizer.eos_ids,
         seed=request.seed,
     )
-    apart = decode.reads_source(bundle.model)  # then a text of its own, not the prompt's next words
+    apart = decode.reads_source(bundle.model)  # then the text does not continue the prompt
     new_writer = lambda row: Writer(
         tokenizer, request.max_new_tokens, request.stop, () if apart else row
     )
@@ -252,7 +245,7 @@ def _begin(
 
 
 def encode(bundle: Bundle, prompts: Sequence[str], request: Request) -> list[list[int]]:
-    """The ids of the prompts, if there are any and the model has room for them and the new ones.
+    """Return the ids of the prompts, after checking that they fit the model with the new tokens.
 
     Raises:
       InputError: see `generate`.
@@ -260,7 +253,7 @@ def encode(bundle: Bundle, prompts: Sequence[str], request: Request) -> list[lis
     _check_texts(prompts)
     tokenizer = need_processor(bundle)
     config = bundle.model.config
-    apart = decode.reads_source(bundle.model)  # the new ones stand in a row of their own
+    apart = decode.reads_source(bundle.model)  # then new tokens are in a row of their own
     bare = tokenizer.encode_batch(prompts)
     rows = tokenizer.encode_batch(prompts, special=True) if request.special else bare
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Texts by beam search, from a bundle."""
+"""Texts from a bundle by beam search."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Hypothesis:
     """One text that a beam search found.
 
     Attributes:
-      text: what follows the prompt, with the space between them.
-      ids: its tokens, without the one that ends it.
+      text: the text behind the prompt, with the space between them.
+      ids: its tokens, without the end token.
       score: see `beam_search`.
       finish_reason: "eos" (the model ended it) or "length" (max_new_tokens).
     """
@@ -49,24 +49,24 @@ def beam_texts(
     special: bool = True,
     chunk: int = 4,
 ) -> list[list[Hypothesis]]:
-    """The most probable texts after each prompt, or for each source where the model reads one.
+    """Search for the most probable texts after each prompt, or for each source of such a model.
 
     Args:
-      source: a bundle, or what `from_pretrained` takes (then it is loaded at each call).
+      source: a bundle, or a source for `from_pretrained`, which is then loaded in each call.
       prompts: texts, of any lengths.
       beams: see `beam_search`, also for the next three.
-      max_new_tokens: the longest text.
-      length_penalty: of the scores.
-      patient: whether the search goes on until no beam can win.
-      special: whether a prompt gets what the tokenizer puts around a text.
-      chunk: prompts that run together; it bounds the memory of the cache and does not change the
-        texts.
+      max_new_tokens: the largest length of a text.
+      length_penalty: exponent of the length in the scores.
+      patient: continue until no beam can win.
+      special: add the tokenizer's special tokens to a prompt.
+      chunk: number of prompts that run together; it limits the memory of the cache and does not
+        change the texts.
 
     Returns:
       At most `beams` texts for each prompt, the best first.
 
     Raises:
-      InputError: as `generate`, and as `beam_search`.
+      InputError: as for `generate` and `beam_search`.
     """
     if isinstance(prompts, str):
         raise InputError(

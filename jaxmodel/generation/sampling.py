@@ -1,7 +1,7 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+"""Sampling of the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
 
-Nothing is sorted over the whole vocabulary: a sort of 49,152 logits takes 9 ms a row on a CPU, half
-a decode step.
+Nothing sorts the whole vocabulary: on a CPU a sort of 49,152 logits takes 9 ms per row, half of a
+decode step.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def _check(name: str, value: float | int, ok: Callable[[float], bool], allowed: 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; each stage keeps at least one token. In the order in which they
-    apply:
+    """The settings for choosing the next token, in the order in which they apply.
+
+    Each stage keeps at least one token.
 
     Attributes:
       repetition_penalty: the logit of a token that is in the prompt or the text so far is divided
         by it if positive and multiplied by it if negative (Keskar et al., CTRL, 2019); above 0, 1
         is off.
-      temperature: logits are divided by it; 0 (anything below 1e-6) is greedy: the best token, of
-        equal ones the one with the lowest id.
+      temperature: divisor of the logits; 0 (anything below 1e-6) is greedy: the best token, or the
+        one with the lowest id among equals.
       top_k: keep the k best tokens (Fan et al., 2018), and those equal to the k-th; 0 is off.
       top_p: keep the smallest set of best tokens whose probabilities sum to at least this (Holtzman
         et al., 2020), and those equal to its last; above 0 and at most 1, 1 is off.
@@ -66,7 +67,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Return whether the choice is greedy, without random draws."""
         return self.temperature < _COLDEST
 
 
@@ -82,10 +83,9 @@ def sample(
     """Choose one token of each row; pure, in float32.
 
     Args:
-      logits: of the next token; one that is no number is never chosen, see `is_sound`.
-      keys: one for each row, so that a row's choice does not depend on the others; None will do for
-        greedy.
-      sampling: how.
+      logits: logits of the next token; a NaN is never chosen, see `is_sound`.
+      keys: a key for each row, so that rows are independent; None if greedy.
+      sampling: the settings.
       seen: the tokens in the prompt and the text so far, for the repetition penalty.
 
     Returns:
@@ -104,19 +104,20 @@ def sample(
 
 
 def is_sound(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
-    """Which rows a token can be chosen from: no logit is NaN, and the best is finite.
+    """Return the rows that a token can be chosen from: no logit is NaN and the largest is finite.
 
     >>> print(is_sound(jnp.array([[0.0, -jnp.inf], [0.0, jnp.nan]])))
     [ True False]
     """
-    return jnp.isfinite(jnp.max(logits, axis=-1))  # which is NaN where one is
+    return jnp.isfinite(jnp.max(logits, axis=-1))  # the maximum is NaN if any logit is
 
 
 def filter_logits(
     logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
-    """The logits whose softmax `sample` draws from (up to a constant of each row): -inf for a token
-    filtered out.
+    """Return the logits whose softmax `sample` draws from, up to a constant of each row.
+
+    They are -inf for tokens that are filtered out.
     """
     x = logits.astype(jnp.float32)
     x = _keep(x, ~jnp.isnan(x))
@@ -141,10 +142,10 @@ def _keep(x: Float[Array, "B V"], keep: Bool[Array, "B V"]) -> Float[Array, "B V
 
 
 def _nucleus(x: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
-    """Which tokens top-p keeps: those for which all better ones together have less than `p`.
+    """Return the tokens that top-p keeps: those whose better ones together have less than `p`.
 
-    That threshold is found by bisection over the bits of a float (32 passes over the row; a sort
-    takes 24 times that).
+    The threshold is found by bisection over the bits of a float, in 32 passes over the row; a sort
+    takes 24 times as long.
     """
     probabilities = jax.nn.softmax(x, axis=-1)
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # no -0.0
@@ -165,7 +166,7 @@ def _nucleus(x: Float[Array, "B V"], p: float) -> Bool[Array, "B V"]:
 
 
 def _argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """`jnp.argmax` as two plain reductions, which XLA vectorises on a CPU: 8 times faster."""
+    """Compute `jnp.argmax` by two reductions, which XLA vectorises on a CPU: 8 times faster."""
     ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     best = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), ids, x.shape[-1] - 1)
     return jnp.min(best, axis=-1)

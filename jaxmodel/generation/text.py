@@ -1,4 +1,4 @@
-"""From ids to text while it is generated: whole characters only, cut at the first stop string."""
+"""Conversion of ids to text during generation: whole characters, cut at the first stop string."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Writer:
     """The text of one row, token by token.
 
     Attributes:
-      ids: the tokens so far: not the one that ends a text, but with those of a stop string.
-      text: what they say behind the prompt, up to the stop string. Special tokens are no part of
-        it, but stop strings see them.
-      finish_reason: "eos", "stop" or "length"; None while it goes on.
+      ids: the tokens so far, without the end token and with those of a stop string.
+      text: their text, up to the stop string. It has no special tokens, but stop strings can match
+        these.
+      finish_reason: "eos", "stop" or "length"; None while the text is unfinished.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Writer:
         self._places: list[int] = []  # of each character of it, where it stands in the text
 
     def write(self, ids: Iterable[int]) -> None:
-        """Take the next ids; those after the end are ignored."""
+        """Add the next ids; those after the end are ignored."""
         for token in map(int, ids):
             if self.finish_reason:
                 return
@@ -50,7 +50,7 @@ class Writer:
                 self._finish("length")
 
     def read(self) -> str:
-        """The text since the last call that no stop string can still claim."""
+        """Return the text since the last call that cannot be part of a stop string."""
         end = len(self.text)
         if not self.finish_reason:
             held = max((_overlap(self._whole, stop) for stop in self._stop), default=0)
@@ -84,9 +84,9 @@ class Writer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`.
+    r"""Return how many characters at the end of `text` may be the beginning of `stop`.
 
-    >>> _overlap("so\\n", "\\n\\n")
+    >>> _overlap("so\n", "\n\n")
     1
     """
     return next(

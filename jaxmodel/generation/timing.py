@@ -1,4 +1,4 @@
-"""How fast a bundle reads and writes."""
+"""Measurement of the speed of a bundle."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def measure_speed(
     cache: int = 256,
     repeats: int = 3,
 ) -> dict[str, float]:
-    """Tokens per second of prefill and of greedy decoding, each the best of several runs, none of
-    which compiles.
+    """Measure prefill and greedy decoding in tokens per second.
+
+    Each is the best of several runs, without compilation.
 
     Args:
       bundle: model and weights; no tokenizer is needed.
-      streams: for each, rows that are decoded at once.
-      prompt: tokens of the one prompt that is read (at most the model's context); only its last
+      streams: numbers of rows that are decoded at once; each is measured.
+      prompt: length in tokens of the one prompt (at most the model's context); only its last
         position goes through the head.
-      new: tokens that each row writes in a run.
-      cache: positions that each of them attends to (at most the model's context).
-      repeats: timed runs; the best one counts, for a shared machine only ever makes a run slower.
+      new: number of tokens that each row writes in a run.
+      cache: number of positions that each token attends to (at most the model's context).
+      repeats: number of timed runs. The best one counts, as other load can only slow a run down.
 
     Returns:
       `prefill_tps`, and `decode_tps_N` (over all rows) for each N of `streams`.
@@ -66,7 +67,7 @@ def measure_speed(
 def _writer(
     model: Model, params: tree.Params, rows: int, capacity: int
 ) -> Callable[[int], jax.Array]:
-    """A function that decodes so many tokens more of each row."""
+    """Return a function that decodes a number of further tokens in each row."""
     advance = decode.decoder(model, GREEDY)
     eos = jnp.array([-1], jnp.int32)
     keys = jax.random.split(jax.random.key(0), rows)
@@ -74,8 +75,8 @@ def _writer(
     state = decode.State(decode.new_cache(model, rows, capacity), token, position, keys, None)
 
     def write(new: int) -> jax.Array:
-        # goes on where it was: an empty cache takes time to make, and attention always reads all of
-        # it
+        # Continue with the old state: a new cache takes time to make, and attention reads all of a
+        # cache in any case.
         nonlocal state
         tokens = done
         for start in range(0, max(new, 1), decode.STEPS):
@@ -86,7 +87,7 @@ def _writer(
 
 
 def _best(work: Callable[[], jax.Array], repeats: int) -> float:
-    """Seconds of the fastest of several runs."""
+    """Return the seconds of the fastest of several runs."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
