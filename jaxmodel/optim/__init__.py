@@ -1,6 +1,4 @@
-"""Optimisers by name, schedules, and what a step keeps an eye on: weights of few bits, bounds of
-norms, bad steps.
-"""
+"""Optimisers by name, schedules, quantised training, bounds of norms, detection of bad steps."""
 
 from jaxmodel.optim.guard import Guard
 from jaxmodel.optim.optimizers import optimizer

@@ -1,9 +1,8 @@
-"""Bad steps: a loss or gradient that is not finite, or far above the last ones, found in the graph
-and left out there.
+"""Bad steps: detecting a loss or gradient that is not finite or a spike, and skipping the step.
 
-A step that is left out changes neither parameters nor the optimiser's state nor averages; its batch
-is as if it had never come, because all randomness is folded from `data_step`. So the run is, bit
-for bit, the one of a stream without that batch.
+Both happen inside the compiled step. A skipped step changes neither parameters nor the optimiser's
+state nor averages. All randomness is folded from `data_step`, so the run equals, bit for bit, one
+on a stream without that batch.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from jaxmodel.errors import InputError, at_least
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """When a step counts as bad.
+    """The criterion for bad steps.
 
     Attributes:
-      sigmas: a loss or a gradient norm more than so many standard deviations above the mean of the
-        last good ones is a spike; 0 for no such check (a loss or norm that is not finite is always
-        bad).
-      window: how many good steps the mean and deviation are over; until there are so many, nothing
-        is a spike.
+      sigmas: a loss or gradient norm is a spike if it exceeds the mean of the last good ones by
+        this many standard deviations; 0 for no such check (a loss or norm that is not finite is
+        always bad).
+      window: the number of good steps for mean and deviation; before there are so many, nothing is
+        a spike.
 
     Raises:
-      InputError: fewer than 0 sigmas, a window below 2.
+      InputError: sigmas is below 0, or the window below 2.
     """
 
     sigmas: float = 0.0
@@ -44,8 +43,10 @@ class Guard:
         at_least("window", self.window, 2)
 
     def init(self) -> dict[str, jax.Array]:
-        """What a state carries: the last good losses and norms `[window, 2]` and how many good and
-        bad steps there were.
+        """Return the initial memory of a state.
+
+        It holds the last good losses and norms, `[window, 2]` (if `sigmas` is above 0), and the
+        numbers of good and bad steps.
         """
         seen = {} if self.sigmas == 0 else {"seen": jnp.zeros((self.window, 2), jnp.float32)}
         return {**seen, "good": jnp.zeros((), jnp.int32), "bad": jnp.zeros((), jnp.int32)}
@@ -53,7 +54,7 @@ class Guard:
     def judge(
         self, memory: dict[str, jax.Array], loss: jax.Array, norm: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Whether a step is good, and what is remembered after it.
+        """Return whether a step is good, and the memory after it.
 
         >>> guard = Guard(sigmas=6.0, window=4)
         >>> memory = guard.init()
@@ -72,7 +73,7 @@ class Guard:
         good = memory["good"]
         if self.sigmas:
             seen = memory["seen"]
-            # a floor under the deviation, so that a loss that hardly moves is not one long row of
+            # a lower limit of the deviation, so that a nearly constant loss does not give only
             # spikes
             spread = jnp.maximum(jnp.std(seen, axis=0), 1e-3 * jnp.abs(jnp.mean(seen, axis=0)))
             ok &= (good < self.window) | jnp.all(
@@ -87,5 +88,5 @@ class Guard:
 
 
 def choose(ok: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where the step is good, else `old`, for every leaf of two equal trees."""
+    """Return `new` if the step is good, else `old`, for every leaf of two equal trees."""
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -1,10 +1,9 @@
-"""Weights stored in 16 bits train by float32 copies of them, their masters (Micikevicius et al.,
-2018), in the optimiser's state.
+"""Float32 master copies of 16-bit weights, in the optimiser's state (Micikevicius et al., 2018).
 
-A weight in bfloat16 has 8 bits: a step of less than a 512th of it is rounded away, and with a usual
-rate nearly all are. So the optimiser sees masters and gradients in float32, and a weight is its
-master, rounded. This costs 4 bytes a weight, and moments in float32 (8 bytes for Adam). With
-weights in float32, or compressed ones, nothing is added.
+A weight in bfloat16 has 8 bits of precision: an update of less than a 512th of it is rounded away,
+and at usual learning rates nearly all are. So the optimiser sees masters and gradients in float32,
+and a weight is its rounded master. This costs 4 bytes per weight, and moments in float32 (8 bytes
+for Adam). For weights in float32, or compressed ones, nothing is added.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class Masters(NamedTuple):
     """The state of an optimiser with masters.
 
     Attributes:
-      inner: the optimiser's own.
-      params: of the leaves in 16 bits, the float32 ones.
+      inner: the state of the optimiser itself.
+      params: the float32 masters of the leaves in 16 bits.
     """
 
     inner: Any
@@ -32,16 +31,18 @@ class Masters(NamedTuple):
 
 
 def with_masters(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimiser with masters for what is stored in 16 bits; as it is where nothing is.
+    """Return the optimiser with masters for leaves in 16 bits.
 
-    Updates are then float32, and such that parameters and updates add up, rounded, to the masters,
-    rounded. A weight that somebody has changed since the last update is its own master again.
+    If there are none, it is unchanged. Otherwise updates are float32, such that the rounded sum of
+    parameters and updates is the rounded master. A weight that was changed since the last update
+    becomes its own master again.
 
     >>> sgd = with_masters(optax.sgd(1.0))
     >>> params = {"w": jnp.ones(1, jnp.bfloat16)}
     >>> state = sgd.init(params)
-    >>> for _ in range(8):  # of which each is too small for bfloat16
-    ...     updates, state = sgd.update({"w": jnp.full(1, -(2.0**-10), jnp.bfloat16)}, state, params)
+    >>> for _ in range(8):  # each is too small for bfloat16
+    ...     grads = {"w": jnp.full(1, -(2.0**-10), jnp.bfloat16)}
+    ...     updates, state = sgd.update(grads, state, params)
     ...     params = {"w": (params["w"].astype(jnp.float32) + updates["w"]).astype(jnp.bfloat16)}
     >>> float(params["w"][0])
     1.0078125

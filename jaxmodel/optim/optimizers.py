@@ -1,7 +1,7 @@
-"""Optimisers by name, from optax, and Adam with moments of 8 bits.
+"""Optimisers by name, from optax, and Adam with 8-bit moments.
 
-`optimizer(name, rate)` is an optax transformation as any other: chain what you like in front of it
-or behind. A new one is a function in `_MAKERS`.
+`optimizer(name, rate)` is an optax transformation like any other, to be chained with others. To add
+one, write a function in `_MAKERS`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from jaxmodel.optim.quantized import by_layer, flat
 from jaxmodel.optim.rounding import curved, group_of, straight
 
 SMALLEST = 4096
-"""Leaves with fewer elements keep moments in float32: norms and biases, of which a step is cheap
-and an error dear.
+"""Leaves with fewer elements keep float32 moments.
+
+These are norms and biases, which take little memory and are sensitive to rounding.
 """
 
 type Rate = float | optax.Schedule
@@ -44,35 +45,36 @@ def optimizer(
     roles: Roles = guessed,
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    """An optimiser by name, with decoupled decay `w <- w - rate (u + weight_decay w)`.
+    """Make an optimiser by name, with decoupled weight decay `w <- w - rate (u + weight_decay w)`.
 
-    - "adamw" (Loshchilov & Hutter, 2019); "adamw8", the same with moments of 8 bits;
-    - "sgd" with momentum b1, not dampened (b1 = 0 for none);
-    - "lion" (Chen et al., 2023): a third to a tenth of Adam's rate, and as much more decay;
+    - "adamw" (Loshchilov & Hutter, 2019); "adamw8" is the same with 8-bit moments;
+    - "sgd" with momentum b1, without dampening (b1 = 0 for no momentum);
+    - "lion" (Chen et al., 2023): use a third to a tenth of Adam's rate, and as much more decay;
     - "adafactor" (Shazeer & Stern, 2018): second moments by rows and columns, steps relative to the
       size of the weights;
-    - "muon" (Jordan et al., 2024): each layer's matrix of momentum (0.95) made orthogonal and
-      scaled to the size of Adam's steps (Liu et al., 2025); tables, heads and what is no matrix by
-      AdamW, as its authors do.
+    - "muon" (Jordan et al., 2024): each layer's momentum matrix (0.95) is made orthogonal and
+      scaled to the size of Adam's steps (Liu et al., 2025); tables, heads and leaves that are no
+      matrices use AdamW, as in the authors' code.
 
     Args:
-      name: one of them.
+      name: one of these names.
       rate: the learning rate, or a schedule of it.
-      b1: decay of the mean of gradients.
-      b2: decay of the mean of squared gradients; of lion, of its momentum.
-      eps: what is added to the root of the second moment.
-      weight_decay: its factor.
+      b1: the decay of the mean of gradients.
+      b2: the decay of the mean of squared gradients; for lion, of its momentum.
+      eps: added to the root of the second moment.
+      weight_decay: the factor of the weight decay.
       mask: tree -> tree of bool, which leaves decay; None for matrices, tables and heads.
-      roles: what each leaf is, `axes.role_of(model.axes)`; as it stands, guessed from its name and
-        shape.
-      seed: of the rounding of "adamw8".
+      roles: the role of each leaf, `axes.role_of(model.axes)`; by default guessed from its name
+        and shape.
+      seed: the seed of the rounding of "adamw8".
 
     Raises:
-      InputError: an unknown name.
+      InputError: the name is unknown.
 
     >>> params = {"w": jnp.array([[1.0, -2.0]]), "bias": jnp.ones(1)}
     >>> sgd = optimizer("sgd", 0.1, weight_decay=0.5)
-    >>> updates, _ = sgd.update({"w": jnp.array([[1.0, 0.0]]), "bias": jnp.zeros(1)}, sgd.init(params), params)
+    >>> grads = {"w": jnp.array([[1.0, 0.0]]), "bias": jnp.zeros(1)}
+    >>> updates, _ = sgd.update(grads, sgd.init(params), params)
     >>> updates["w"].tolist(), updates["bias"].tolist()  # -0.1 (g + 0.5 w); a bias does not decay
     ([[-0.15000000596046448, 0.10000000149011612]], [-0.0])
     """
@@ -85,16 +87,20 @@ def optimizer(
 
 
 def names() -> list[str]:
-    """The names that `optimizer` knows."""
+    """Return the names that `optimizer` knows."""
     return list(_MAKERS)
 
 
 def decaying(roles: Roles, params: Any) -> Any:
-    """Which leaves decay by default: matrices, tables and heads, however the layers are stacked.
+    """Return which leaves decay by default: matrices, tables and heads.
+
+    It does not depend on how layers are stacked.
 
     >>> leaves = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3), "cls": jnp.ones((1, 1, 3))}
-    >>> decaying(guessed, {"Dense_0": leaves, "blocks": {"0-1": {"attn_norm": {"weight": jnp.ones((2, 3))}}}})
-    {'Dense_0': {'bias': False, 'cls': False, 'kernel': True}, 'blocks': {'0-1': {'attn_norm': {'weight': False}}}}
+    >>> decaying(guessed, {"Dense_0": leaves})
+    {'Dense_0': {'bias': False, 'cls': False, 'kernel': True}}
+    >>> decaying(guessed, {"blocks": {"0-1": {"attn_norm": {"weight": jnp.ones((2, 3))}}}})
+    {'blocks': {'0-1': {'attn_norm': {'weight': False}}}}
     """
 
     def one(path: Any, leaf: Any) -> bool:
@@ -110,19 +116,18 @@ def decaying(roles: Roles, params: Any) -> Any:
 def each_layer(
     direction: optax.GradientTransformation, roles: Roles = guessed
 ) -> optax.GradientTransformation:
-    """A transformation that takes norms or means over leaves, taken over each layer, and each
-    expert, by itself.
+    """Apply a transformation that looks at whole leaves to each layer, and each expert, separately.
 
-    How layers are stacked is storage: a leaf `[layers, out, in]` is as many matrices. Adam,
-    momentum, signs and the norm of all gradients do not mind; what looks at a leaf as a whole does
-    (Adafactor, LAMB, LARS, clipping by blocks), and is right so.
+    How layers are stacked is a matter of storage: a leaf `[layers, out, in]` is several matrices.
+    Adam, momentum, signs and the global norm do not depend on it. Transformations that look at a
+    leaf as a whole (Adafactor, LAMB, LARS, clipping by blocks) are correct only with this wrapper.
 
     Args:
-      direction: of one array; without extra arguments.
-      roles: see `optimizer`; they tell which leaves are a matrix for each expert.
+      direction: the transformation, without extra arguments.
+      roles: see `optimizer`; they tell which leaves have a matrix for each expert.
 
     >>> params = {"blocks": {"0-1": {"up": jnp.array([[[3.0, 4.0]], [[0.0, 1.0]]])}}}
-    >>> unit = each_layer(optax.scale_by_trust_ratio())  # of LARS: |w| / |u|
+    >>> unit = each_layer(optax.scale_by_trust_ratio())  # as in LARS: |w| / |u|
     >>> grads = {"blocks": {"0-1": {"up": jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]])}}}
     >>> unit.update(grads, unit.init(params), params)[0]["blocks"]["0-1"]["up"].tolist()
     [[[5.0, 0.0]], [[1.0, 0.0]]]
@@ -162,7 +167,7 @@ def each_layer(
 
 
 class Adam8State(NamedTuple):
-    """Of `scale_by_adam8`; a moment is a `QTensor`, of a small leaf an array."""
+    """The state of `scale_by_adam8`; a moment is a `QTensor`, or an array for a small leaf."""
 
     count: Any
     mu: Any
@@ -178,29 +183,30 @@ def scale_by_adam8(
     smallest: int = SMALLEST,
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba, 2015) whose moments take a byte each, with a scale for each block
-    (Dettmers et al., 2022).
+    """Scale updates by Adam (Kingma & Ba, 2015) with 8-bit moments (Dettmers et al., 2022).
 
-    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `u = m' / (sqrt(v') + eps)` with the
-    moments corrected for their start at zero. The first is stored by its square root, the second by
-    its fourth root, so that small values keep apart from zero, and both are rounded at random with
-    an exact mean: the second moves by `1 - b2` of itself in a step, less than any 8-bit grid has.
-    No update is larger than gradients could have made it without rounding, by the inequality of
-    Cauchy and Schwarz.
+    There is a scale for each block of a moment.
+
+    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `u = m' / (sqrt(v') + eps)`, with moments
+    corrected for their start at zero. m is stored by its square root and v by its fourth root, so
+    that small values are distinguished from zero. Both are stochastically rounded with an exact
+    mean, because v moves by `1 - b2` of itself in a step, less than any 8-bit grid resolves. No
+    update is larger than the gradients could have made it without rounding, by the Cauchy-Schwarz
+    inequality.
 
     Args:
-      b1: decay of the first moment.
-      b2: decay of the second.
-      eps: what is added to the root.
-      group: length of a block along the last axis; None for 128, 64 or 32, the longest that divides
-        it.
-      smallest: leaves of fewer elements a layer, vectors, and those whose last axis no block
-        divides have moments in float32.
-      seed: of the rounding.
+      b1: the decay of the first moment.
+      b2: the decay of the second moment.
+      eps: added to the root of the second moment.
+      group: the length of a block along the last axis; None for the longest of 128, 64 and 32 that
+        divides it.
+      smallest: leaves with fewer elements per layer have float32 moments, as have vectors, and
+        leaves whose last axis no block divides.
+      seed: the seed of the rounding.
 
     >>> params = {"w": jnp.ones((64, 128)), "bias": jnp.ones(64)}
     >>> state = scale_by_adam8().init(params)
-    >>> state.mu["w"].bits_per_weight, state.mu["bias"].dtype  # 8 of codes, 32 / 128 of scales
+    >>> state.mu["w"].bits_per_weight, state.mu["bias"].dtype  # 8 bits of codes, 32 / 128 of scales
     (8.25, dtype('float32'))
     """
     groups = (group,) if group is not None else ()
@@ -274,9 +280,9 @@ def scale_by_adam8(
 
 
 def _largest_update(b1: float, b2: float) -> float:
-    """The largest |m| / sqrt(v) that any gradients lead to:
+    """Return the largest |m| / sqrt(v) that any gradients lead to.
 
-    `(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))`, at least 1.
+    It is `(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))`, and at least 1.
     """
     if not b1 * b1 < b2 < 1:
         return math.inf
@@ -289,19 +295,20 @@ def _largest_update(b1: float, b2: float) -> float:
 def _decoupled(
     direction: optax.GradientTransformation, rate: Rate, weight_decay: float, mask: Mask | None
 ) -> Any:
-    """`-rate (u + weight_decay w)`."""
+    """Return the update `-rate (u + weight_decay w)`."""
     decay = (decayed(weight_decay, mask),) if weight_decay else ()
     return optax.chain(direction, *decay, optax.scale_by_learning_rate(rate))
 
 
 def decayed(weight_decay: float, mask: Mask | None = None) -> optax.GradientTransformation:
-    """`u + weight_decay w` in the dtype of u; `optax.add_decayed_weights` would make bfloat16
-    updates float32.
+    """Add weight decay: `u + weight_decay w`, in the dtype of u.
+
+    `optax.add_decayed_weights` would turn bfloat16 updates into float32.
     """
 
     def init(params: Any) -> Any:
         if mask is not None:
-            mask(params)  # rules that do not fit are refused now, not at the first update
+            mask(params)  # refuse rules that do not fit now, not at the first update
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -379,10 +386,10 @@ def _muon(
 
 
 def _matrices(roles: Roles, params: Any) -> Any:
-    """Which axes of a leaf are a layer's matrix `[out, in]`, None for what Adam takes."""
+    """Return the axes of a layer's matrix `[out, in]` for each leaf, None for leaves that use Adam."""
 
     def axes(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, optax.MaskedNode):  # Adam has it
+        if isinstance(leaf, optax.MaskedNode):  # the leaf uses Adam
             return leaf
         shape = tree.layer_shape(path, leaf)
         role = roles(tree.layer_paths(path)[0], shape)

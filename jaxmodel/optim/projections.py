@@ -1,4 +1,4 @@
-"""Norms of rows held in bounds after every update, by rules: max-norm and max-min-norm."""
+"""Bounds of the norms of rows after every update, by rules: max-norm and max-min-norm."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from jaxmodel.losses.penalties import parsed, plain
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Base of the bounds: a frozen dataclass that says from where to where the norm of a row may
-    go; see `bounds`.
+    """Base class of the bounds: a frozen dataclass with the range of a row's norm.
+
+    See `bounds`.
     """
 
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest norm."""
+        """Return the least and the largest norm."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
@@ -36,41 +37,45 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class MaxNorm(Bound):
-    """Rows of norm `high` at most (Srebro et al., 2005)."""
+    """Rows with a norm of at most `high` (Srebro et al., 2005)."""
 
     high: int | float
 
     def bounds(self) -> tuple[float, float]:
+        """Return 0 and `high`."""
         return 0.0, float(self.high)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaxMinNorm(Bound):
-    """Rows of a norm from `low` to `high`. A row of zeros, which has no direction, stays."""
+    """Rows with a norm from `low` to `high`; a row of zeros, which has no direction, stays."""
 
     low: int | float
     high: int | float
 
     def bounds(self) -> tuple[float, float]:
+        """Return `low` and `high`."""
         return float(self.low), float(self.high)
 
 
 def project(rules: tree.Rules) -> optax.GradientTransformation:
-    """The last link of a chain: changes updates so that after `p + u` the norm of each row is in
-    bounds, to a rounding.
+    """Change updates so that after `p + u` the norm of each row is in bounds, up to rounding.
 
-    A row is what stands along the last axis: the weights `[out, in]` of one output, a vector as a
-    whole. A row whose norm is in bounds gets its update bit for bit.
+    It is the last transformation of a chain. A row is a vector along the last axis: the weights
+    `[out, in]` of one output, or a whole vector. A row whose norm is within the bounds gets its
+    update bit for bit.
 
     Args:
-      rules: path -> `Bound`, its text ("maxnorm(3)", "maxminnorm(0.5, 2)"), or None; of the leaves
+      rules: path -> `Bound`, its text ("maxnorm(3)", "maxminnorm(0.5, 2)"), or None, for the leaves
         that train. Layers of a segment may differ.
 
     Raises:
-      InputError: a text that is no bound; when used, a bound of a compressed leaf, or no params.
+      InputError: a text is no bound; when used, a bound is given for a compressed leaf, or there
+        are no params.
 
     >>> optimizer = optax.chain(optax.sgd(1.0), project([("w", "maxnorm(5)"), (".*", None)]))
-    >>> params, grads = {"w": jnp.array([[1.0, 0.0]]), "b": jnp.zeros(1)}, {"w": jnp.array([[-5.0, -8.0]]), "b": jnp.ones(1)}
+    >>> params = {"w": jnp.array([[1.0, 0.0]]), "b": jnp.zeros(1)}
+    >>> grads = {"w": jnp.array([[-5.0, -8.0]]), "b": jnp.ones(1)}
     >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
     >>> optax.apply_updates(params, updates)["w"].tolist()  # (6, 8) has a norm of 10
     [[3.0, 4.0]]
@@ -78,7 +83,7 @@ def project(rules: tree.Rules) -> optax.GradientTransformation:
     values = [(pattern, parsed(value, Bound)) for pattern, value in rules]
 
     def init(params: Any) -> optax.EmptyState:
-        tree.assign(values, params)  # says at once what is wrong with the rules
+        tree.assign(values, params)  # refuses wrong rules at once
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

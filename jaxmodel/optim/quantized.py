@@ -1,15 +1,15 @@
-"""Training whose weights are `QTensor` leaves, without a float copy of them.
+"""Training of weights that are `QTensor` leaves, without a float copy of them.
 
-The parts are those of any run. The gradient of a compressed leaf comes from a probe, in bfloat16
-(`gradients.value_and_grad`); the optimiser is shown what the leaf stands for (`dense`), so that any
-will do; its update is added a layer at a time and rounded to codes at random, with an exact mean
-(`apply_updates`). All that a run has to say is that such leaves train:
+It uses the parts of any run. The gradient of a compressed leaf comes from a probe, in bfloat16
+(`gradients.value_and_grad`). The optimiser sees the array that the leaf stands for (`dense`), so
+any optimiser works. Its update is added a layer at a time and stochastically rounded to codes, with
+an exact mean (`apply_updates`). A run only has to declare that such leaves train:
 
     params = quantize_weights(params, [(".*(norm/.*|_bias)|positions", None), (".*", 8)])
     state = init_state(params, optimizer("adamw8", 1e-3), trainable=[(".*", True)])
 
-A weight then takes 1 byte of codes, 2 of 8-bit moments, a tenth of scales, and while a step runs 2
-of its gradient: 5 where float32 Adam takes 16.
+A weight then takes 1 byte of codes, 2 bytes of 8-bit moments, a tenth of a byte of scales and,
+during a step, 2 bytes of gradient: 5 bytes, where float32 Adam takes 16.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from jaxmodel.sharding import auto_axes
 def quantize_weights(
     params: tree.Params, rules: tree.Rules, group: int | None = None
 ) -> tree.Params:
-    """The tree with leaves as codes to train on, each weight rounded to the nearest.
+    """Quantise leaves to train on, with each weight rounded to the nearest code.
 
     Args:
-      params: of plain arrays.
-      rules: path -> bits, 2 to 8, or None for leaves that stay as they are.
-      group: weights of a row that share a scale; None for 128, 64 or 32 where they divide a row,
-        else one scale a row.
+      params: a tree of plain arrays.
+      rules: path -> bits, 2 to 8, or None for leaves that are not quantised.
+      group: the number of weights of a row that share a scale; None for the longest of 128, 64 and
+        32 that divides a row, else one scale per row.
 
     Raises:
-      InputError: bits that are not allowed, or a leaf that is no plain matrix.
+      InputError: the bits are not allowed, or a leaf is no plain matrix.
 
     >>> import jax.numpy as jnp
-    >>> params = quantize_weights({"up": jnp.ones((256, 64)), "up_bias": jnp.zeros(256)}, [(".*_bias", None), (".*", 8)])
+    >>> params = {"up": jnp.ones((256, 64)), "up_bias": jnp.zeros(256)}
+    >>> params = quantize_weights(params, [(".*_bias", None), (".*", 8)])
     >>> params["up"].shape, params["up"].packed.dtype, params["up"].scale.shape
     ((256, 64), dtype('int8'), (256, 1))
     """
@@ -67,23 +68,25 @@ def quantize_weights(
 
 
 def dense(params: Any) -> Any:
-    """A tree with the arrays that its compressed leaves stand for, as an optimiser wants to see it.
-    Under jit what is not used is not made.
+    """Return a tree with the arrays that its compressed leaves stand for, for an optimiser.
+
+    Under jit, arrays that are not used are not made.
     """
     return jax.tree.map(decode, params, is_leaf=_is_compressed)
 
 
 def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Params:
-    """`p + u` of every leaf, in its dtype; the new codes of compressed leaves are rounded at
-    random.
+    """Compute `p + u` of every leaf, in its dtype.
+
+    The new codes of compressed leaves are stochastically rounded.
 
     Args:
-      params: what trains.
-      updates: arrays of the leaves' shapes.
-      key: of this step.
+      params: the parameters that train.
+      updates: arrays with the shapes of the leaves.
+      key: the random key of this step.
 
     Raises:
-      InputError: a compressed leaf that cannot be trained.
+      InputError: a compressed leaf cannot be trained.
     """
     paths, leaves, places = flat(params)
     new = []
@@ -101,7 +104,7 @@ def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Par
 
 
 def flat(params: Any) -> tuple[list[str], list[Any], Any]:
-    """Paths, leaves (compressed ones whole) and structure of any pytree."""
+    """Return paths, leaves (compressed ones whole) and structure of any pytree."""
     found, places = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_compressed)
     return (
         [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found],
@@ -113,12 +116,11 @@ def flat(params: Any) -> tuple[list[str], list[Any], Any]:
 def by_layer[T: tuple[Any, ...]](
     path: str, function: Callable[..., T], key: jax.Array, arrays: T, *others: Any
 ) -> T:
-    """`function(*arrays, *others, key)`, which gives the arrays anew, layer by layer where the leaf
-    of this path is a stack of matrices.
+    """Run `function(*arrays, *others, key)`, layer by layer if the leaf of this path is a stack.
 
-    They are then written in place, where a step may: what is needed beside them is that of one
-    layer. Not where a mesh cuts the layers into stages. Each layer's key is folded from its path,
-    so it is the same however layers are stacked.
+    The function returns new arrays. They are written in place where possible, so the extra memory
+    is that of one layer. This is not done where a mesh splits the layers into stages. Each layer's
+    key is folded from its path, so it is the same however layers are stacked.
     """
     if not tree.is_stacked(path) or len(arrays[0].shape) < 3 or auto_axes().get("pipeline", 1) > 1:
         return function(*arrays, *others, jax.random.fold_in(key, zlib.crc32(path.encode())))

@@ -1,5 +1,6 @@
-"""Rounding to few bits with nothing lost on average: a cheap dither, codes of a curved grid,
-weights whose scales move slowly.
+"""Stochastic rounding to few bits, exact on average.
+
+It has a cheap dither, codes on a curved grid, and weights whose scales change slowly.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from jaxmodel.leaves import QTensor
 from jaxmodel.leaves.packing import pad_last
 
 HEADROOM = 1.25
-"""What a new scale leaves free above the largest weight of its group, so that the next updates need
-no other one.
+"""The headroom of a new scale above the largest weight of its group.
+
+With it, the next updates need no other scale.
 """
 SHRINK = 0.4
-"""A scale is made smaller when the largest weight of its group uses less than this share of it."""
+"""A scale is reduced if the largest weight of its group uses less than this share of it."""
 GROUPS = (128, 64, 32)
-"""Lengths of a block of values that share a scale, the first that divides a row."""
+"""Lengths of a block of values that share a scale; the first that divides a row is used."""
 
 
 def dither(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Uniform numbers in [0, 1), one for each element.
+    """Return uniform random numbers in [0, 1), one for each element.
 
-    The key is used once, and the elements' places are hashed with it (two rounds of a 32-bit mixer,
-    Wellons, 2018): thirty times cheaper than `jax.random.uniform` on a CPU, the same however the
-    array is sharded, and good enough to round with.
+    The key is used once, and the index of each element is hashed with it (two rounds of a 32-bit
+    mixer, Wellons, 2018). This is thirty times cheaper than `jax.random.uniform` on a CPU, the same
+    however the array is sharded, and good enough for rounding.
 
     >>> u = dither(jax.random.key(0), (1000, 1000))
     >>> bool(jnp.abs(u.mean() - 0.5) < 1e-3), bool(u.min() >= 0), bool(u.max() < 1)
@@ -52,7 +54,7 @@ def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 def group_of(length: int, groups: tuple[int, ...] = GROUPS) -> int | None:
-    """The longest of these blocks that divides a row, or None.
+    """Return the longest of these block lengths that divides a row, or None.
 
     >>> group_of(768), group_of(96), group_of(65)
     (128, 32, None)
@@ -64,13 +66,14 @@ def group_of(length: int, groups: tuple[int, ...] = GROUPS) -> int | None:
 
 
 def rounded(weight: Float[Array, "... out in"], group: int | None = None, bits: int = 8) -> QTensor:
-    """A weight as codes, each to the nearest: `scale = 1.25 max |w| / (2^(bits-1) - 1)` of its
-    group, to begin training with.
+    """Quantise a weight to the nearest codes, to begin training with.
+
+    The scale of a group is `1.25 max |w| / (2^(bits-1) - 1)`.
 
     Args:
-      weight: a matrix, or several behind each other.
-      group: weights of a row that share a scale; None for the longest of `GROUPS` that divides a
-        row, or one scale a row.
+      weight: a matrix, or a stack of matrices.
+      group: the number of weights of a row that share a scale; None for the longest of `GROUPS`
+        that divides a row, or one scale per row.
       bits: 2 to 8.
     """
     weight = weight.astype(jnp.float32)
@@ -86,20 +89,18 @@ def rounded(weight: Float[Array, "... out in"], group: int | None = None, bits: 
 
 
 def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor:
-    """`w + u`, rounded to codes at random so that its mean is exact:
-    `E[decode(moved(w, u))] = decode(w) + u`.
+    """Add an update with stochastic rounding: `E[decode(moved(w, u))] = decode(w) + u`.
 
-    A group keeps its scale while its largest weight fits and uses it, since with another scale
-    every weight of the group would lie between two codes and be rounded, and not those alone that
-    move.
+    A group keeps its scale while its largest weight fits and uses it, because with another scale
+    every weight of the group would lie between two codes and be rounded, not only those that move.
 
     Args:
-      leaf: symmetric, of 2 to 8 bits.
-      update: of the leaf's shape.
-      key: of this leaf and step.
+      leaf: a symmetric leaf of 2 to 8 bits.
+      update: an array of the leaf's shape.
+      key: the random key of this leaf and step.
 
     Raises:
-      InputError: a leaf of another kind.
+      InputError: the leaf is of another kind.
     """
     if leaf.minimum is not None or leaf.bits < 2:
         kind = "an affine QTensor" if leaf.minimum is not None else "a QTensor of 1 bit"
@@ -126,7 +127,7 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
     new = jnp.maximum(peak * jnp.float32(HEADROOM / top), jnp.finfo(leaf.scale.dtype).tiny)
     new = jnp.where(fits, leaf.scale, new.astype(leaf.scale.dtype))
     wide = new.astype(jnp.float32)
-    # the codes themselves where the scale stays
+    # equal to the codes if the scale stays
     place = codes * (scale / wide)[..., None] + step / wide[..., None]
     place = jnp.clip(jnp.floor(place + dither(key, place.shape)), -top, top)
     place = place.reshape(*place.shape[:-2], groups * width)[..., :n].astype(jnp.int32)
@@ -138,20 +139,19 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
 
 
 def curved(x: Float[Array, "..."], group: int, power: int, signed: bool, key: jax.Array) -> QTensor:
-    """Values as 8-bit codes of a grid that is finer near zero: `|x| = r^power` with r on an even
-    grid, a scale for each block.
+    """Quantise values to 8-bit codes on a grid that is finer near zero.
 
-    Between its two neighbours on the grid a value is rounded at random so that its mean is exact: a
-    running mean that moves by less than a step of the grid still moves. (Block-wise 8-bit states:
-    Dettmers et al., 2022.)
+    `|x| = r^power` with r on an even grid, and a scale for each block. A value is rounded to one of
+    its two neighbours at random so that its mean is exact; so a running mean that moves by less
+    than a grid step still moves. (Block-wise 8-bit states: Dettmers et al., 2022.)
 
     Args:
-      x: any shape of two axes or more.
-      group: length of a block of the last axis, which it divides.
-      power: 2 or 4; 2 spans a range of 1 to 127^2 below the largest value of a block, 4 one of 1 to
-        255^4.
+      x: an array with two or more axes.
+      group: the length of a block of the last axis, which it divides.
+      power: 2 or 4; 2 spans a range of 1 to 127^2 below the largest value of a block, 4 a range of
+        1 to 255^4.
       signed: False for values of at least 0, whose grid then begins at the smallest of the block.
-      key: of this array and step.
+      key: the random key of this array and step.
     """
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
     size = jnp.abs(blocks)
@@ -168,6 +168,6 @@ def curved(x: Float[Array, "..."], group: int, power: int, signed: bool, key: ja
 
 
 def straight(leaf: QTensor, power: int) -> Float[Array, "..."]:
-    """The values behind `curved`."""
+    """Return the values of codes that `curved` made."""
     root = leaf.decode(jnp.float32)
     return jnp.sign(root) * jnp.abs(root) ** power

@@ -14,19 +14,21 @@ from jaxmodel.leaves import Compressed
 
 
 def sam(run: Callable[..., Any], radius: float = 0.05) -> Callable[..., Any]:
-    """Sharpness-aware minimisation: the gradient at `p + radius g / |g|`, where the loss nearby is
-    worst (Foret et al., 2021).
+    """Return a gradient function for sharpness-aware minimisation (Foret et al., 2021).
 
-    Twice the work of a step. Where a step takes its batch in parts, each part has a worst point of
-    its own, which the authors found to be better yet.
+    It takes the gradient at `p + radius g / |g|`.
+
+    That is the point nearby where the loss is worst. A step costs twice as much. If a step takes
+    its batch in parts, each part has its own worst point, which the authors found to work even
+    better.
 
     Args:
       run: `run(params, ...) -> ((value, metrics), grads)`, as
         `jax.value_and_grad(..., has_aux=True)` makes it.
-      radius: length of the step uphill, over all leaves together, above 0.
+      radius: the length of the step uphill, over all leaves together, above 0.
 
     Returns:
-      The same kind of function. Value and metrics are those at `params`.
+      A function of the same kind. Value and metrics are those at `params`.
 
     >>> run = jax.value_and_grad(lambda p: (jnp.sum(p["w"] ** 2), {}), has_aux=True)
     >>> (value, _), grads = sam(run, radius=0.5)({"w": jnp.array([3.0, 4.0])})

@@ -1,5 +1,6 @@
-"""Learning rates as pure functions of the step; and the plateau, which follows a value and
-therefore has a state.
+"""Learning-rate schedules as pure functions of the step, and reduction on a plateau.
+
+The latter follows a value and therefore has a state.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def schedule(
 ) -> Schedule:
     """Make a learning-rate schedule by name.
 
-    All but "one_cycle" rise from 0 to the peak in a line over the warm-up; then
+    All but "one_cycle" rise linearly from 0 to the peak during the warm-up; then
 
     - "constant" stays there;
     - "step" is multiplied by `gamma` after each `step_size` steps;
@@ -42,23 +43,26 @@ def schedule(
       2017);
     - "wsd" (warm-up, stable, decay) stays for `stable_fraction` of the steps, and falls to
       `final_lr_fraction` times the peak in a line (Hu et al., 2024);
-    - "one_cycle" has risen from 1/25 of the peak along half a cosine, and falls as "cosine" (Smith
-      & Topin, 2018);
-    - "plateau" stays; `reduce_on_plateau` behind the optimiser lowers it.
+    - "one_cycle" rises from 1/25 of the peak along half a cosine, and falls like "cosine" (Smith &
+      Topin, 2018);
+    - "plateau" stays; `reduce_on_plateau` after the optimiser lowers it.
 
     Args:
-      name: one of them.
+      name: one of these names.
       rate: the peak, at least 0.
-      steps: of the whole run. Behind its end the rate stays, but for "step".
-      warmup_steps: steps of the rise, fewer than all. Smith and Topin take 30 to 45 % of the steps.
-      final_lr_fraction: of "cosine", "wsd" and "one_cycle": the last rate as a share of the peak.
-      stable_fraction: of "wsd": share of the steps behind the warm-up, 0 to 1; with 0 the fall is a
-        line from the peak on.
-      step_size: of "step": steps between two drops; None for a third of those behind the warm-up.
-      gamma: of "step": a drop's factor, above 0.
+      steps: the number of steps of the run. After the last, the rate stays constant, except for
+        "step".
+      warmup_steps: the number of steps of the rise, less than `steps`. For "one_cycle", Smith and
+        Topin use 30 to 45 % of the steps.
+      final_lr_fraction: for "cosine", "wsd" and "one_cycle", the last rate as a share of the peak.
+      stable_fraction: for "wsd", the share of the steps after the warm-up that stay at the peak, 0
+        to 1; with 0 the rate falls linearly from the peak.
+      step_size: for "step", the number of steps between two drops; None for a third of those after
+        the warm-up.
+      gamma: for "step", the factor of a drop, above 0.
 
     Raises:
-      InputError: an unknown name, or a value out of range.
+      InputError: the name is unknown, or a value is out of range.
 
     >>> rate = schedule(
     ...     "wsd", 1.0, steps=100, warmup_steps=10, stable_fraction=0.5, final_lr_fraction=0.0
@@ -108,21 +112,20 @@ def reduce_on_plateau(
     least: float = 0.01,
     rtol: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates times a scale that falls by `factor` where a value has stopped falling; to be chained
-    behind an optimiser.
+    """Scale updates by a factor that drops when a value has stopped falling.
 
-    The value comes with each update: `optimizer.update(grads, state, params, value=loss)`. What it
-    remembers (the scale, the best value) lies in the optimiser's state, so a run that goes on from
-    a checkpoint goes on with it.
+    Chain it after an optimiser. The value comes with each update:
+    `optimizer.update(grads, state, params, value=loss)`. The scale and the best value are in the
+    optimiser's state, so a run that continues from a checkpoint keeps them.
 
     Args:
-      factor: of a drop, between 0 and 1.
-      patience: windows without a new best value before a drop.
-      window: updates whose values are averaged before they are compared. A training loss is noisy:
-        take an epoch, or about 100.
-      cooldown: windows after a drop that do not count.
+      factor: the factor of a drop, between 0 and 1.
+      patience: the number of windows without a new best value before a drop.
+      window: the number of updates whose values are averaged before they are compared. A training
+        loss is noisy: take an epoch, or about 100.
+      cooldown: the number of windows after a drop that do not count.
       least: the smallest scale.
-      rtol: by how much of itself the value must fall to be better.
+      rtol: the relative decrease by which a value counts as better.
 
     Raises:
       InputError: a value out of range.
@@ -150,5 +153,8 @@ def reduce_on_plateau(
 
 
 def _in_float32(of_step: Callable[..., ArrayLike]) -> Schedule:
-    """Optax's schedules mix whole and real numbers; as a real number a step is exact up to 2^24."""
+    """Return a schedule that computes in float32, where a step is exact up to 2^24.
+
+    Optax's schedules mix integers and floating-point numbers.
+    """
     return lambda step: jnp.asarray(of_step(jnp.asarray(step, jnp.float32)), jnp.float32)
