@@ -128,7 +128,7 @@ def bar(
 
 @contextmanager
 def step(label: str) -> Iterator[Job]:
-    """Show work of unknown length: `with step("loading smollm2"):`."""
+    """Show work of unknown length while the context is open, such as "loading smollm2"."""
     with _running(label, None, now=True) as job:
         yield job
 
@@ -309,7 +309,7 @@ def _on_terminal() -> bool:
 
 
 def _clock(seconds: float) -> str:
-    """A length of time: seconds, minutes, hours.
+    """Format a length of time in seconds, minutes or hours.
 
     >>> _clock(12.34), _clock(754.0), _clock(12_300.0)
     ('12.3 s', '12:34 min', '3:25 h')

@@ -1,5 +1,4 @@
-"""JSON that came from elsewhere, read with limits and checked against a type: a schema is a type
-annotation.
+"""JSON from outside, read within limits and checked against a type annotation, its schema.
 
 Kinds are `int`, `float`, `bool`, `str`, `None`, `Literal[...]`, `list[...]`, `tuple[...]`,
 `dict[str, ...]`, unions of them, `Annotated[int, Range(1, 10)]`, a TypedDict (other keys pass), a
@@ -25,13 +24,13 @@ from jaxmodel.files import read_bytes
 from jaxmodel.limits import limits
 
 DEEPEST = 100
-MOST_OBJECTS = 2**23  # each takes 20 times the memory that it takes in the file
+MOST_OBJECTS = 2**23  # each takes 20 times as much memory as in the file
 _LONE = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps a half of a pair of surrogates
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What a number may be: `least` to `most`, both included, and more than `above`."""
+    """The allowed range of a number: `least` to `most`, both included, and more than `above`."""
 
     least: int | float = -math.inf
     most: int | float = math.inf
@@ -49,24 +48,23 @@ class Range:
 
 
 type Count = Annotated[int, Range(1, 2**31 - 1)]
-"""How many there are of something."""
+"""A number of items, at least 1."""
 type Index = Annotated[int, Range(0, 2**31 - 1)]
-"""Which one of several, or a count that may be zero."""
+"""An index, or a count that may be zero."""
 type Positive = Annotated[float, Range(above=0)]
 type Share = Annotated[float, Range(0, 1)]
 
 
 def read(path: Path, kind: Any = dict[str, Any], missing: bool = False) -> Any:
-    """What is in a file, as `make` makes it.
+    """Read a JSON file and check it with `make`.
 
     Args:
-      path: of the file.
-      kind: what must be in it.
-      missing: whether there may be no file, which then holds an empty object.
+      path: the path of the file.
+      kind: the type of its content.
+      missing: True if the file may be missing; it then counts as an empty object.
 
     Raises:
-      InputError: there is no file, it is no regular one or too large, it is not JSON, or it holds
-        something else.
+      InputError: the file is missing, not regular, too large, not JSON, or of another type.
     """
     if missing and not path.exists():
         return make({}, kind, str(path))
@@ -80,14 +78,14 @@ def read(path: Path, kind: Any = dict[str, Any], missing: bool = False) -> Any:
 
 
 def parse(raw: bytes, where: str) -> Any:
-    """JSON from UTF-8, with or without a byte order mark.
+    """Parse JSON in UTF-8, with or without a byte order mark.
 
     Args:
       raw: the bytes.
-      where: they stood, for errors.
+      where: their source, for errors.
 
     Raises:
-      InputError: that is not JSON, or more deeply nested than `DEEPEST`, or a name in it has two
+      InputError: the bytes are not JSON, are nested more deeply than `DEEPEST`, or give a name two
         values.
 
     >>> parse(b'{"a": [1, 2]}', "a.json")
@@ -106,7 +104,7 @@ def parse(raw: bytes, where: str) -> Any:
         raise InputError(
             f"{where}: a text in it is no valid Unicode; allowed: any without lone surrogates"
         ) from None
-    except ValueError as error:  # of JSON and of UTF-8
+    except ValueError as error:  # from JSON or UTF-8
         raise InputError(f"{where}: not JSON: {error}") from None
     level = [value]
     depth = 0
@@ -119,10 +117,10 @@ def parse(raw: bytes, where: str) -> Any:
 
 
 def check_count(raw: bytes) -> None:
-    """Refuse JSON of more lists and objects than `MOST_OBJECTS`.
+    """Refuse JSON with more than `MOST_OBJECTS` lists and objects.
 
     Raises:
-      ValueError: there are more brackets that open one.
+      ValueError: there are more opening brackets.
     """
     if raw.count(b"[") + raw.count(b"{") > MOST_OBJECTS:
         raise ValueError(f"more than {MOST_OBJECTS:,} lists and objects")
@@ -142,16 +140,16 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def make(value: Any, kind: Any, where: str, key: str = "") -> Any:
-    """The value as its kind has it: tuples for lists, instances for the objects of dataclasses.
+    """Check a value and convert it to a type: lists to tuples, objects to dataclass instances.
 
     Args:
-      value: from JSON.
+      value: a value from JSON.
       kind: a type, see the module's docstring.
-      where: it stood, for errors.
-      key: its path there.
+      where: the source of the value, for errors.
+      key: the path of the value there.
 
     Raises:
-      InputError: it is of another kind; the line names file, key, value and what is allowed.
+      InputError: the value has another type; the line names file, key, value and what is allowed.
 
     >>> make({"heads": 2.5}, dict[str, Count], "config.json")
     Traceback (most recent call last):
@@ -168,7 +166,7 @@ def make(value: Any, kind: Any, where: str, key: str = "") -> Any:
     if kind is Any:
         return value
     if origin is Annotated:
-        # other annotations are other people's
+        # ignore annotations of other libraries
         ranges = [one for one in args[1:] if isinstance(one, Range)]
         if ranges and type(value) not in (int, float):
             raise refused
@@ -224,7 +222,7 @@ def _one_of(value: Any, kinds: tuple[Any, ...], where: str, key: str, refused: I
             return make(value, kind, where, key)
         except InputError as error:
             told.append(error)
-    # what is wrong inside of the one object that it may be says more than that it is none of all
+    # if only one of the types is an object, its own error says more than "none of these"
     objects = [error for kind, error in zip(kinds, told, strict=True) if _is_object(kind)]
     raise objects[0] if isinstance(value, dict) and len(objects) == 1 else refused
 
@@ -291,7 +289,7 @@ def _shown(value: Any) -> str:
 
 
 def words(kind: Any) -> str:
-    """What a kind allows, in words.
+    """Describe in words what a type allows.
 
     >>> words(tuple[int, ...] | None)
     'null or a list, each a whole number'

@@ -29,24 +29,25 @@ type AxisTable = Sequence[tuple[str, str | tuple[str, ...]]]  # letter of an axi
 type AnyMesh = Mesh | AbstractMesh  # the latter for lowering without the devices
 
 BATCH_AXES = ("pipeline", "data", "fsdp", "expert")
-"""A batch's rows lie along these axes of the mesh, where it has them: `expert` cuts the experts,
-`pipeline` the layers, and what is outside of those would be computed by all of its devices alike if
-it were not one more axis of the batch there. `pipeline` comes first because a `shard_map` over it
-alone takes its part from the outside.
+"""The mesh axes along which the rows of a batch are split, if the mesh has them.
+
+`expert` splits the experts and `pipeline` the layers. Outside of these, all devices of such an axis
+would compute the same if it did not split the batch too. `pipeline` comes first, since a
+`shard_map` over it alone splits the outermost axis.
 """
 
 ACTIVATION_AXES = ("data", "fsdp", "sequence")
-"""The axes that cut activations, so that a mesh may have them though no rule names them. An axis
-that cuts parameters (`tensor`, `expert`, `pipeline`) does not belong here: where no rule names it,
-the model at hand does not know it.
+"""The axes that split activations, which a mesh may have even if no rule names them.
+
+Axes that split parameters (`tensor`, `expert`, `pipeline`) are not among them: if no rule names
+one, the model cannot use it.
 """
 
 
 def simulation(count: int) -> dict[str, str]:
-    """The environment of a process that has `count` CPU devices."""
-    # With its default schedule XLA runs independent collectives of one program in another order on
-    # each device, and they wait for each other for ever: seen with data=2,fsdp=2 in half of the
-    # runs.
+    """Return the environment variables of a process that has `count` CPU devices."""
+    # By default XLA may run independent collectives of a program in a different order on each
+    # device, and they wait for each other for ever: seen with data=2,fsdp=2 in half of the runs.
     flags = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     )
@@ -54,8 +55,7 @@ def simulation(count: int) -> dict[str, str]:
 
 
 def simulate_devices(count: int) -> None:
-    """Let this process have `count` CPU devices, for trying a mesh; to be called before the first
-    computation.
+    """Give this process `count` CPU devices to try a mesh; call it before the first computation.
 
     Raises:
       InputError: a count below 1.
@@ -68,12 +68,12 @@ def simulate_devices(count: int) -> None:
 
 
 def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with Auto axes, to be entered with `jax.set_mesh`. Of several processes, all make it.
+    """Make a mesh with Auto axes, to enter with `jax.set_mesh`; all processes of a run make it.
 
     Args:
-      shape: `{"fsdp": 4, "tensor": 2}` or its text form `"fsdp=4,tensor=2"`; one length of the text
-        may be `*`, what the devices leave for it.
-      devices: the devices; default the first of `jax.devices()` that the shape needs.
+      shape: `{"fsdp": 4, "tensor": 2}` or its text form `"fsdp=4,tensor=2"`. One length of the text
+        may be `*`, for all remaining devices.
+      devices: the devices; default: as many of `jax.devices()` as the shape needs.
 
     Raises:
       InputError: the shape is not readable or needs more devices than there are.
@@ -106,7 +106,7 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
     try:
         mesh = jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=devices[:need])
-    except NotImplementedError:  # an axis of the mesh that is a part of one of the wires
+    except NotImplementedError:  # a mesh axis that is only a part of a physical axis (ICI)
         grid = mesh_utils.create_device_mesh(sizes, devices[:need], allow_split_physical_axes=True)
         mesh = Mesh(grid, tuple(shape), axis_types=auto)
     except ValueError as error:
@@ -124,8 +124,9 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
 
 
 def _meet(mesh: Mesh) -> None:
-    """A first sum over every group of devices that can exchange: XLA opens MPI's communicators on
-    the main thread alone.
+    """Sum once over every group of devices that can communicate.
+
+    XLA opens MPI's communicators only on the main thread.
 
     Raises:
       InputError: a sum is wrong, as it is where each process is alone for MPI.
@@ -149,7 +150,7 @@ def _meet(mesh: Mesh) -> None:
 def shardings(
     rules: tree.Rules, params: tree.Params, mesh: AnyMesh
 ) -> tuple[tree.Params, tree.Params]:
-    """The tree (split where rules tell layers apart) and a tree of `NamedSharding` beside it.
+    """Return the tree (split where rules differ by layer) and a tree of `NamedSharding` like it.
 
     A compressed leaf's place holds a leaf of the same class whose buffers are shardings, so the
     result serves as `in_shardings`, for `jax.device_put` and for a restore.
@@ -169,13 +170,12 @@ def shardings(
 
 
 def parts(rules: tree.Rules, params: tree.Params, axes: Collection[str]) -> tree.Params:
-    """The spec of each leaf, on the mesh in use, of which only some axes count: for a `shard_map`
-    over those.
+    """Return the spec of each leaf for a `shard_map` over some axes of the mesh in use.
 
     Args:
-      rules: of the model; some may have no leaf here.
-      params: parameters or some of them.
-      axes: of the mesh.
+      rules: the rules of the model; some may match no leaf here.
+      params: all parameters or some of them.
+      axes: the mesh axes that count.
     """
     mesh = jax.sharding.get_abstract_mesh()
     by_layer = tree.assign([(tree.optional(pattern), spec) for pattern, spec in rules], params)
@@ -194,13 +194,15 @@ def place(rules: tree.Rules, params: tree.Params, mesh: Mesh) -> tree.Params:
 
 
 def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
-    """Shardings for an optimiser state: a leaf whose path ends in a parameter's path lies as that
-    parameter does if it can (a factored moment has another shape), any other is on every device. A
-    compressed leaf (a moment in 8 bits) derives the places of its buffers from the parameter's, as
-    parameters do, if it can be cut so.
+    """Return shardings for an optimiser state.
+
+    A leaf whose path ends in a parameter's path is sharded like that parameter if possible (a
+    factored moment has another shape). Any other leaf is replicated. A compressed leaf (a moment in
+    8 bits) derives the shardings of its buffers from the parameter's, as parameters do, if it can
+    be split so.
 
     Args:
-      state: any pytree, of arrays or shape structs.
+      state: any pytree of arrays or shape structs.
       placed: the parameters' shardings, as `shardings` gives them.
       mesh: the mesh.
     """
@@ -219,14 +221,14 @@ def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
             return everywhere if beside is None else fitting(beside.spec, leaf)
         if (
             beside is None
-            # its parameter, if it has one, is compressed too: a buffer lies as that of the same name
+            # a compressed parameter: a buffer is sharded like the parameter's of the same name
         ):
             return jax.tree_util.tree_map_with_path(
                 lambda inner, buffer: find((*path, *inner), buffer), leaf
             )
         try:
             specs = leaf.specs(fitting(beside.spec, leaf).spec, mesh.shape)
-        except InputError:  # it would split a group or a byte
+        except InputError:  # the sharding would split a group or a byte
             specs = leaf.specs(PartitionSpec(), mesh.shape)
         return jax.tree.map(
             fitting, specs, leaf, is_leaf=lambda spec: isinstance(spec, PartitionSpec)
@@ -238,8 +240,7 @@ def inherit(state: Any, placed: tree.Params, mesh: AnyMesh) -> Any:
 
 
 def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
-    """Constrain the sharding of an activation: each letter of `"B T D"` lies on the mesh axes that
-    `table` gives it.
+    """Constrain the sharding of an activation: `table` gives mesh axes for letters of `"B T D"`.
 
     Without a mesh, without a table, or where the mesh axes do not divide the dimension, nothing is
     constrained. Inside of a `shard_map` its axes are cut already and do not count.
@@ -254,24 +255,27 @@ def constrain(x: jax.Array, letters: str, table: AxisTable) -> jax.Array:
 
 
 def auto_axes() -> dict[str, int]:
-    """The axes of the mesh in use that no `shard_map` around has cut yet, with their lengths; none
-    without a mesh.
+    """Return the axes of the mesh in use, outside of any `shard_map`, with their lengths.
+
+    Without a mesh there are none.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
 
 
 def axes_of(letter: str, table: AxisTable, length: int | None = None) -> tuple[str, ...]:
-    """Those of `auto_axes` that a letter of an activation lies on by a table; none where they do
-    not divide its length.
+    """Return the `auto_axes` that a letter of an activation lies on by a table.
+
+    There are none if they do not divide its length.
     """
     names = _present(dict(table).get(letter), sizes := auto_axes())
     return names if length is None or length % _product(names, sizes) == 0 else ()
 
 
 def _check_axes(specs: Iterable[PartitionSpec], mesh: AnyMesh) -> None:
-    """Refuse a mesh with an axis of several devices that nothing uses; rules that match no leaf do
-    not count.
+    """Refuse a mesh with an axis of several devices that nothing uses.
+
+    Rules that match no leaf do not count.
     """
     named = {name for spec in specs for entry in spec for name in _names(entry)}
     known = sorted({*named, *ACTIVATION_AXES})
@@ -309,8 +313,9 @@ def _leaf_sharding(path: str, leaf: tree.Leaf, spec: PartitionSpec, mesh: AnyMes
 
 
 def _layers(path: str, leaf: tree.Leaf, mesh: AnyMesh) -> list[str | None]:
-    """The entry of a stacked leaf's axis of layers, which `pipeline` cuts into stages; nothing for
-    any other leaf.
+    """Return the spec entry of a stacked leaf's axis of layers, which `pipeline` may split.
+
+    The list is empty for any other leaf.
     """
     stages = mesh.shape.get("pipeline", 1)
     if not tree.is_stacked(path):
@@ -327,7 +332,7 @@ def _layers(path: str, leaf: tree.Leaf, mesh: AnyMesh) -> list[str | None]:
 
 
 def _divides(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> bool:
-    """Whether an array of this shape can lie as the spec says."""
+    """Return whether an array of this shape can be sharded by the spec."""
     parts = [_product(_present(entry, sizes), sizes) for entry in spec]
     return len(parts) <= len(shape) and all(
         n % part == 0 for n, part in zip(shape, parts, strict=False)
@@ -335,12 +340,12 @@ def _divides(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
 
 
 def _present(entry: Any, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes of one spec entry that the mesh has."""
+    """Return the mesh axes of one spec entry that the mesh has."""
     return tuple(name for name in _names(entry) if name in sizes)
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one spec entry."""
+    """Return the mesh axes of one spec entry."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 

@@ -1,8 +1,7 @@
-"""The text form of chains of settings, `"magnitude(0.5) | rtn(bits=8)"`: compression methods,
-augmentations, penalties, bounds.
+"""The text form of chains of settings, such as `"magnitude(0.5) | rtn(bits=8)"`.
 
-A member is a frozen dataclass; its text is its name, called with literal arguments. Nothing but
-literals is evaluated.
+Compression methods, augmentations, penalties and bounds have one. A member of a chain is a frozen
+dataclass; its text is its name, called with literal arguments. Only literals are evaluated.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from jaxmodel.errors import InputError, unknown
 
 
 def read_chain(argument: str, text: str, known: Mapping[str, Any], example: str) -> tuple[Any, ...]:
-    """The members that a text names, in order; empty text is the empty chain.
+    """Read the members that a text names, in order; empty text is the empty chain.
 
     Args:
       argument: what the text is, for errors.
@@ -25,7 +24,7 @@ def read_chain(argument: str, text: str, known: Mapping[str, Any], example: str)
       example: a text that is right, for errors.
 
     Raises:
-      InputError: not of that form, an unknown name, or settings that a member does not take.
+      InputError: text of another form, an unknown name, or settings that a member does not take.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Half:
@@ -43,7 +42,7 @@ def read_chain(argument: str, text: str, known: Mapping[str, Any], example: str)
 
 
 def write(name: str, member: Any) -> str:
-    """The text of a member; settings at their default are left out, but for the first."""
+    """Write a member as text; settings with default values are omitted, except the first."""
     found = [(f.name, getattr(member, f.name), f.default) for f in settings(type(member))]
     shown = [
         f"{key}={value!r}"
@@ -54,7 +53,7 @@ def write(name: str, member: Any) -> str:
 
 
 def settings(cls: Any) -> list[dataclasses.Field[Any]]:
-    """The settings of a member, those by name only behind the others."""
+    """Return the settings of a member, with keyword-only ones at the end."""
     return sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))
 
 

@@ -1,5 +1,4 @@
-"""Parameter trees: paths, rules with first match, segments of equal layers, partition, sizes,
-fingerprints.
+"""Parameter trees: paths, rules, segments of equal layers, partition, sizes, fingerprints.
 
 Params are a plain nested `dict`. Whatever is not a dict is a leaf: a `jax.Array` or a compressed
 leaf (any pytree that has `shape` and `dtype`, see `jaxmodel.leaves`). A leaf's path joins the keys
@@ -8,15 +7,15 @@ with `/`.
 Segments. Where layers repeat, the dict under the key `blocks` maps a *segment* of equal layers to
 their stacked leaves: in `{"blocks": {"0-28": ..., "29": ...}}` every leaf under `0-28` has a
 leading axis of 29 layers and the leaves under `29` have none. Rules never see segments: they see
-the path of one layer (`blocks/7/attn/q`). Where rules give the layers of a segment different values
+the path of one layer (`blocks/7/attn/q`). If rules give the layers of a segment different values,
 the segment is split, and `stack` joins equal neighbours again.
 
 The law of segments. Only the key `blocks` makes them, at any depth: `encoder/blocks/0-5/q` and
 `decoder/blocks/0-2/q` are two stacks of one tree, and `experts/0/up` is a plain path whose key
 happens to be a number. Under `blocks` either all keys are segments (`7`, `3-5`) that share no
-layer, or none is. Blocks inside of a segment are an error: a leaf has one axis of layers at most.
-All functions here therefore take trees from their root, not what stands under `blocks`; but for
-`segments` and `depth`, which take that.
+layer, or none is. Blocks inside of a segment are an error: a leaf has at most one axis of layers.
+So all functions here take whole trees and not the dict under `blocks`, except `segments` and
+`depth`.
 
 Rules. An ordered list `[(pattern, value), ...]`. A pattern is a regular expression that must match
 the whole path; the first match wins. A leaf that no rule covers is an error, and so is a rule that
@@ -67,24 +66,25 @@ class optional(str):
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether a node of a parameter tree is a leaf: everything but a dict is."""
+    """Return whether a node of a parameter tree is a leaf: everything but a dict is."""
     return not isinstance(node, dict)
 
 
 def flatten(params: Any) -> dict[str, Leaf]:
-    """All leaves by path; segments in the order of depth, other keys as they stand. `unflatten` is
-    its inverse.
+    """Return all leaves by path, segments in the order of depth and other keys in that of the dict.
+
+    `unflatten` is its inverse.
 
     Raises:
-      InputError: what stands under a key `blocks` breaks the law of segments (see above), or the
-        tree has a list, a tuple or None, a key that is no text or holds a `/`, an empty dict, or
+      InputError: a dict under a key `blocks` breaks the law of segments (see above), or the tree
+        contains a list, a tuple, None, a key that is no text or has a `/`, an empty dict, or
         itself.
     """
     return dict(_walk(params, ()))
 
 
 def unflatten(leaves: Mapping[str, Leaf]) -> Params:
-    """The nested dict whose `flatten` is `leaves`."""
+    """Return the nested dict whose `flatten` is `leaves`."""
     root: Params = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
@@ -105,12 +105,13 @@ def unflatten(leaves: Mapping[str, Leaf]) -> Params:
 
 
 def check(params: Any) -> None:
-    """Refuse what is no tree of weights before anything runs on it: JAX ends the process at a dict
-    that holds itself.
+    """Refuse anything that is no tree of weights, before it is used.
+
+    JAX would end the process at a dict that contains itself.
 
     Raises:
-      InputError: as `flatten`; or a leaf that is no array of real numbers, such as one of complex
-        numbers, whose imaginary part would be lost, or of texts.
+      InputError: as for `flatten`, or a leaf that is no array of real numbers, such as complex ones
+        (the imaginary part would be lost) or texts.
 
     >>> check({"w": jnp.ones(3, jnp.complex64)})
     Traceback (most recent call last):
@@ -131,7 +132,7 @@ def check(params: Any) -> None:
 
 
 def map_leaves(fn: Callable[[str, Leaf], Leaf], params: Params) -> Params:
-    """`params` with every leaf replaced by `fn(path, leaf)`."""
+    """Replace every leaf of `params` by `fn(path, leaf)`."""
     return unflatten({path: fn(path, leaf) for path, leaf in flatten(params).items()})
 
 
@@ -167,9 +168,9 @@ def _walk(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
 
 
 def span(key: str) -> range | None:
-    """The layers of a segment's key:
+    """Return the layers of a segment's key, or None for any other key.
 
-    `"3-5"` is `range(3, 6)`, `"7"` is `range(7, 8)`, any other key is None.
+    `"3-5"` is `range(3, 6)`, `"7"` is `range(7, 8)`.
     """
     found = _SEGMENT.fullmatch(key)
     if not found:
@@ -179,18 +180,18 @@ def span(key: str) -> range | None:
 
 
 def segment_key(layers: range) -> str:
-    """The key of a segment: the inverse of `span`."""
+    """Return the key of a segment, the inverse of `span`."""
     return f"{layers.start}" if len(layers) == 1 else f"{layers.start}-{layers.stop - 1}"
 
 
 def is_stacked(path: str) -> bool:
-    """Whether the leaf at this path carries a leading axis of layers."""
+    """Return whether the leaf at this path has a leading axis of layers."""
     keys = path.split("/")
     return (at := _segment_place(keys)) is not None and len(_span(keys[at])) > 1
 
 
 def segments(node: Params) -> list[str]:
-    """The segments of what stands under a key `blocks`, in the order of depth.
+    """Return the segments in the dict under a key `blocks`, in the order of depth.
 
     Raises:
       InputError: a key is no segment, or they do not cover 0, 1, 2, ... without gap or overlap.
@@ -205,10 +206,10 @@ def segments(node: Params) -> list[str]:
 
 
 def _segments_at(keys: tuple[str, ...], node: Params) -> list[str]:
-    """The segments of the dict at a path by depth, none if it is a plain dict. This and
-    `_segment_place` are the law.
+    """Return the segments of the dict at a path by depth, none if it is a plain dict.
 
-    A part of a tree (see `partition`) may lack some segments, which `segments` does not allow.
+    This and `_segment_place` are the law of segments. A part of a tree (see `partition`) may lack
+    some segments, which `segments` does not allow.
     """
     if keys[-1:] != (BLOCKS,) or all(span(key) is None for key in node):
         return []
@@ -232,7 +233,7 @@ def _segments_at(keys: tuple[str, ...], node: Params) -> list[str]:
 
 
 def _segment_place(keys: Sequence[str]) -> int | None:
-    """Which of a path's keys is the segment."""
+    """Return which of a path's keys is the segment."""
     found = [i for i in range(1, len(keys)) if keys[i - 1] == BLOCKS and span(keys[i]) is not None]
     if len(found) > 1:
         raise InputError(
@@ -242,12 +243,12 @@ def _segment_place(keys: Sequence[str]) -> int | None:
 
 
 def depth(node: Params) -> int:
-    """The number of layers of what stands under a key `blocks`."""
+    """Return the number of layers in the dict under a key `blocks`."""
     return _span(segments(node)[-1]).stop
 
 
 def layer_paths(path: str) -> list[str]:
-    """The path of each layer behind a leaf's path.
+    """Return the path of each layer that a leaf's path stands for.
 
     >>> layer_paths("blocks/0-2/attn/q")
     ['blocks/0/attn/q', 'blocks/1/attn/q', 'blocks/2/attn/q']
@@ -259,7 +260,7 @@ def layer_paths(path: str) -> list[str]:
 
 
 def layer_shape(path: str, leaf: Leaf) -> tuple[int, ...]:
-    """The shape of one layer's leaf: without the leading axis of a stacked segment."""
+    """Return the shape of one layer's leaf, without the leading axis of a stacked segment."""
     if not hasattr(leaf, "shape"):
         raise InputError(
             f"params: {path!r} is a {type(leaf).__name__}; allowed: arrays and compressed leaves"
@@ -268,7 +269,7 @@ def layer_shape(path: str, leaf: Leaf) -> tuple[int, ...]:
 
 
 def layer_slice(node: Any, layers: range, part: range) -> Any:
-    """The layers `part` of a segment that holds `layers`; one layer alone has no leading axis."""
+    """Return the layers `part` of a segment with `layers`; a single layer has no leading axis."""
     start = part.start - layers.start
     stop = part.stop - layers.start
     if len(layers) == 1:
@@ -315,8 +316,9 @@ def unstack(params: Params) -> Params:
 
 
 def stack(params: Params) -> Params:
-    """Join neighbouring segments whose layers are equal in structure, static fields, shapes and
-    dtypes.
+    """Join neighbouring segments whose layers are equal.
+
+    Structure, static fields, shapes and dtypes must agree.
     """
 
     def join(node: Any, keys: tuple[str, ...]) -> Any:
@@ -337,7 +339,7 @@ def stack(params: Params) -> Params:
             for run in runs
         }
 
-    # looks inside of the segments too, where nothing else here does, so the law is kept there
+    # This checks inside of the segments too, which nothing else here does.
     flatten(params)
     return join(params, ())
 
@@ -359,7 +361,7 @@ def _joins(run: list[str], key: str, node: Params) -> bool:
 
 
 def _signature(key: str, node: Params) -> tuple[Any, ...]:
-    """What must be equal for two layers to share a stack."""
+    """Return what must be equal for two layers to share a stack."""
     leaves, structure = jax.tree.flatten(node[key])
     lead = int(len(_span(key)) > 1)
     return structure, [(a.shape[lead:], a.dtype) for a in leaves]
@@ -379,7 +381,7 @@ def _all_layer_paths(params: Params) -> list[str]:
 
 
 def assign(rules: Rules, params: Params) -> dict[str, Any]:
-    """The value that the first matching rule gives to each layer path.
+    """Return the value that the first matching rule gives to each layer path.
 
     Raises:
       InputError: a leaf that no rule covers, or a rule that decides nothing and is neither
@@ -423,7 +425,7 @@ def match(rules: Rules, params: Params) -> tuple[Params, dict[str, Any]]:
     """Split the segments by the rules; return the tree and the value of each of its leaves by path.
 
     Raises:
-      InputError: as `assign`.
+      InputError: as for `assign`.
     """
     by_layer = assign(rules, params)
     params = split(params, by_layer)
@@ -431,16 +433,16 @@ def match(rules: Rules, params: Params) -> tuple[Params, dict[str, Any]]:
 
 
 def partition(params: Params, rules: Trains = None) -> tuple[Params, Params]:
-    """Part a tree in two: what trains and what is frozen. `combine` puts them together again.
+    """Split a tree into what trains and what is frozen; `combine` is the inverse.
 
     Args:
       params: the tree.
       rules: path -> bool (whether the leaf trains). Without rules every plain floating-point array
-        trains, of which a function of layer paths, such as `axes.trainable(model.axes)`, may leave
-        some out; compressed or integer leaves do not.
+        trains, and no compressed or integer leaf. A function of layer paths, such as
+        `axes.trainable(model.axes)`, can exclude some of these arrays.
 
     Returns:
-      Two trees with disjoint paths. A segment is split where its layers part ways.
+      Two trees with disjoint paths. A segment is split between layers that differ.
     """
     if rules is None or callable(rules):
         among = rules or (lambda path: True)
@@ -457,7 +459,7 @@ def partition(params: Params, rules: Trains = None) -> tuple[Params, Params]:
 
 
 def combine(*parts: Params) -> Params:
-    """The union of trees with disjoint paths: the inverse of `partition`."""
+    """Unite trees with disjoint paths, the inverse of `partition`."""
     out: dict[str, Leaf] = {}
     for part in parts:
         for path, leaf in flatten(part).items():
@@ -475,25 +477,24 @@ def _is_float_array(leaf: Leaf) -> bool:
 
 
 def nbytes(params: Any) -> int:
-    """Bytes of all buffers of a tree or leaf, as they stand (packed codes, scales and masks
-    counted).
-    """
+    """Return the bytes of all buffers of a tree or leaf, with packed codes, scales and masks."""
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
 
 
 def count(params: Params) -> int:
-    """The number of weights that the leaves stand for, compressed or not."""
+    """Return the number of weights that the leaves represent, compressed or not."""
     return sum(math.prod(leaf.shape) for leaf in flatten(params).values())
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Plain floating-point leaves in another dtype; integer and compressed leaves stay as they are."""
+    """Cast plain floating-point leaves to a dtype; integer and compressed leaves do not change."""
     return map_leaves(lambda _, leaf: leaf.astype(dtype) if _is_float_array(leaf) else leaf, params)
 
 
 def fingerprint(params: Params) -> str:
-    """SHA-256 of paths, static fields, dtypes, shapes and bytes; the same however the layers are
-    stacked.
+    """Return the SHA-256 of paths, static fields, dtypes, shapes and bytes of a tree.
+
+    It does not depend on how layers are stacked.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(unstack(jax.device_get(params))).items()):
