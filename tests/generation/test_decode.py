@@ -31,6 +31,10 @@ def params(model):
     return jax.jit(model.init)(jax.random.key(0))
 
 
+# Drawing and stopping are the same code for all models, which hands them logits and a cache.
+ONE_MODEL = pytest.mark.parametrize("model", ["llama"], indirect=True, scope="module")
+
+
 def generated(model, params, rows, n, sampling=GREEDY, **options):
     done = np.zeros(len(rows), bool)
     pieces = list(
@@ -129,6 +133,7 @@ def test_long_prompts_in_pieces(model, params, monkeypatch):
     assert generated(model, params, rows, 8) == texts
 
 
+@ONE_MODEL
 @pytest.mark.parametrize("n", [1, 2, 16, 17, 18, 35])
 def test_length_and_beginning_do_not_depend_on_the_steps(model, params, n):
     longest = generated(model, params, ROWS, 35, Sampling(0.8), seed=3)
@@ -140,6 +145,7 @@ def test_length_and_beginning_do_not_depend_on_the_steps(model, params, n):
     ]
 
 
+@ONE_MODEL
 def test_a_text_does_not_depend_on_its_batch(model, params):
     sampling = Sampling(0.9, top_k=40, top_p=0.95, repetition_penalty=1.2)
     together = generated(model, params, ROWS, 12, sampling, seed=5)
@@ -151,6 +157,7 @@ def test_a_text_does_not_depend_on_its_batch(model, params):
     assert twins[0] == together[0] != twins[1]
 
 
+@ONE_MODEL
 def test_a_text_can_be_continued(model, params):
     """What is drawn depends on the position, so a prompt with half of the text gives the other
     half.
@@ -162,6 +169,7 @@ def test_a_text_can_be_continued(model, params):
     ]
 
 
+@ONE_MODEL
 def test_repetition_penalty_sees_prompt_and_text(model, params):
     sampling = Sampling(temperature=0.0, repetition_penalty=1.7)
     got = generated(model, params, ROWS, 9, sampling)
@@ -174,6 +182,7 @@ def test_repetition_penalty_sees_prompt_and_text(model, params):
     assert got != generated(model, params, ROWS, 9)
 
 
+@ONE_MODEL
 def test_generation_ends_when_all_rows_have(model, params):
     [text] = generated(model, params, [ROWS[0]], 35)
     eos = text[20]
@@ -191,6 +200,7 @@ def test_generation_ends_when_all_rows_have(model, params):
     assert len(got) <= 1 + 16 * -(-(end - 1) // 16)  # the call that drew it is the last
 
 
+@ONE_MODEL
 def test_a_row_that_has_ended_keeps_still(model, params):
     logits, cache = decode.prefill(model, params, ROWS, 16)
     b = len(ROWS)
