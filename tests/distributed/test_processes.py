@@ -236,7 +236,7 @@ def test_a_cluster_of_one_hears_a_signal_before_it_listens(tmp_path):
 def test_a_rank_that_is_gone_or_stuck_is_named_and_the_others_stop(how, tmp_path):
     """Without a launcher, as on a cluster."""
     (tmp_path / "one").mkdir()
-    more = ("--steps", 100000, "--log-every", 100, *(("--watchdog", 8) if how == "stuck" else ()))
+    more = ("--steps", 100000, "--log-every", 20, *(("--watchdog", 8) if how == "stuck" else ()))
     port = 20000 + os.getpid() % 20000
     world = []
     logs = [(tmp_path / f"{rank}.log").open("wb") for rank in (0, 1)]
