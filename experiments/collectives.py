@@ -8,11 +8,16 @@ gradients, P of the parameters (here equal), act of the activations of a batch `
 devices:
 
   data       2G
-  fsdp       on the TPU G scattered and 2P gathered; on a CPU, where XLA has no reduce-scatter, 2G + 2P
-  tensor     2 act (4L + 2): two sums a layer forward and two backward, the embedding's and the head's; on the TPU
-  sequence   L (n - 1) 6 kv + 2G, with kv a device's keys (or values): k, v forward, k, v and their gradients backward
-  expert     L (16 + 20 k / D) act + 2 (G without the experts), k experts a token; the tokens' way to the experts and back
-  pipeline   2 act (n - 1) / n between the stages, 4 act and the rotary tables at their ends, 2 (G without the layers): GPipe
+  fsdp       on the TPU G scattered and 2P gathered; on a CPU, where XLA has no reduce-scatter, 2G +
+             2P
+  tensor     2 act (4L + 2): two sums a layer forward and two backward, the embedding's and the
+             head's; on the TPU
+  sequence   L (n - 1) 6 kv + 2G, with kv a device's keys (or values): k, v forward, k, v and their
+             gradients backward
+  expert     L (16 + 20 k / D) act + 2 (G without the experts), k experts a token; the tokens' way
+             to the experts and back
+  pipeline   2 act (n - 1) / n between the stages, 4 act and the rotary tables at their ends, 2 (G
+             without the layers): GPipe
   1f1b       2 act (n - 1) / n between the stages, 2 (G without the layers), the batch
 
 Command:  python experiments/collectives.py [--quick] [--seed N] --json -

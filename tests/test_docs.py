@@ -146,7 +146,9 @@ def test_program_takes_python_blocks_and_keeps_line_numbers():
 
 
 def test_what_the_map_shows_can_be_reached():
-    """Every part of README's map is an attribute of the package, and `dir` and completion know it."""
+    """Every part of README's map is an attribute of the package, and `dir` and completion
+    know it.
+    """
     named = re.findall(
         r"`(?:jaxmodel/)?(\w+)(?:/|\.py)`", (REPO / "README.md").read_text().partition("## Map")[2]
     )

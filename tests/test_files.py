@@ -94,7 +94,9 @@ def test_logs_grow(tmp_path: Path) -> None:
 
 
 def test_files_of_the_current_folder_are_no_programs(tmp_path: Path) -> None:
-    """Neither the command nor the processes that it starts import what lies where they are started."""
+    """Neither the command nor the processes that it starts import what lies where they are
+    started.
+    """
     for name in ("tyro", "numpy", "rich", "optax", "json"):
         (tmp_path / f"{name}.py").write_text(
             f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n"

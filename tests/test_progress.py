@@ -20,7 +20,9 @@ from jaxmodel.progress import bar, progress, set_quiet, step
 
 BEGIN = """
 import importlib, sys, time
-p = importlib.import_module("jaxmodel.progress")  # the package's own name `progress` is the function
+
+# the package's own name `progress` is the function
+p = importlib.import_module("jaxmodel.progress")
 p.SHOW_AFTER, p.LINE_EVERY, p._REFRESH = 0.3, 0.4, 0.02
 """
 
@@ -224,7 +226,11 @@ def test_a_bar_is_one_line_of_the_terminal(columns):
         with p.bar(200, "train", unit="step") as job:
             for i in range(20):
                 time.sleep(0.04)
-                job.advance(1, loss=2.3456, **{"tokens/s": 20270, "mfu": "29.7%", "heldout": 2.4567, "data": "0.0%"})
+                job.advance(
+                    1,
+                    loss=2.3456,
+                    **{"tokens/s": 20270, "mfu": "29.7%", "heldout": 2.4567, "data": "0.0%"},
+                )
     """,
         columns,
     )

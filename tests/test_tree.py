@@ -294,8 +294,12 @@ def test_all_functions_agree_on_what_a_segment_is(chosen, data):
     assert tree.fingerprint(params) == tree.fingerprint(single)
 
     values = {path: data.draw(st.booleans()) if path.endswith("norm") else False for path in paths}
-    want = {where: sorted({*cuts[where], *changes([values[f"{where}/{i}/norm"] for i in range(len(layers))])})
-            for where, layers in stacks.items()}  # fmt: skip
+    want = {
+        where: sorted(
+            {*cuts[where], *changes([values[f"{where}/{i}/norm"] for i in range(len(layers))])}
+        )
+        for where, layers in stacks.items()
+    }
     assert same(tree.split(params, values), grown(stacks, want))
     rules = [(tree.optional(re.escape(path)), True) for path, value in values.items() if value] + [
         (".*", False)
@@ -308,8 +312,13 @@ def test_all_functions_agree_on_what_a_segment_is(chosen, data):
 
 
 def test_rules_reach_one_stack_of_two():
-    params = grown({f"{side}/blocks": [layer("plain", i) for i in range(3)] for side in ("encoder", "decoder")},
-                   {"encoder/blocks": [], "decoder/blocks": []})  # fmt: skip
+    params = grown(
+        {
+            f"{side}/blocks": [layer("plain", i) for i in range(3)]
+            for side in ("encoder", "decoder")
+        },
+        {"encoder/blocks": [], "decoder/blocks": []},
+    )
     split, values = tree.match(
         [("encoder/blocks/1/norm", 4), (r".*/experts/10/up", 2), (".*", 8)], params
     )

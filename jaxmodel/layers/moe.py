@@ -178,7 +178,8 @@ def expert_parallel(
     nothing is sent: each device sorts its own tokens.
 
     Bytes on each device, for the N tokens of a group: forward an all-gather of `N D` in
-    `policy.activation_dtype` with `8 N n` for the choice and its weights, and a reduce-scatter of `4 N D`;
+    `policy.activation_dtype` with `8 N n` for the choice and its weights, and a reduce-scatter of
+    `4 N D`;
     backward the reverse of both, and `4 N n` for the gradient of the weights.
 
     Args:

@@ -13,12 +13,12 @@ locally over the micro-batches and summed over `data` once. Arrays that are spli
 gathered for every micro-batch: less memory, more traffic.
 
 Bytes that a device sends on average, where `act` is the size of the activations of a whole batch,
-`B T D` in `policy.activation_dtype`: from stage to stage `(S - 1)/S act` forward and as much backward
-(nothing in ticks without data); an all-gather of `act` (and of other arrays with rows: rotary
-tables, segments) before the stages, a reduce-scatter of `act` after them, and the reverse of each
-backward. With `data`, `act` is a device's own part, and the gradients of its layers are summed. So
-that nothing is sent needlessly, the first and the last S - 2 ticks are unrolled; those between
-them are one scan.
+`B T D` in `policy.activation_dtype`: from stage to stage `(S - 1)/S act` forward and as much
+backward (nothing in ticks without data); an all-gather of `act` (and of other arrays with rows:
+rotary tables, segments) before the stages, a reduce-scatter of `act` after them, and the reverse of
+each backward. With `data`, `act` is a device's own part, and the gradients of its layers are
+summed. So that nothing is sent needlessly, the first and the last S - 2 ticks are unrolled; those
+between them are one scan.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ causal ring still takes as long as its last device, which sees all keys. While a
 keys, these are already on their way to the next device, and so are the gradients of the keys
 before.
 
-Bytes that each device sends, where `k` and `v` are its own part `B K S/n h` in `policy.compute_dtype`:
+Bytes that each device sends, where `k` and `v` are its part `B K S/n h` in `policy.compute_dtype`:
 forward `(n - 1) (k + v)`; backward `(n - 1) (k + v)`, one less where XLA sees that the first step
 repeats the forward pass, and as many elements in float32 for the gradients. Segments (4 bytes) and
 validity (1 byte) of the keys go along both times, `(n - 1) B S/n` of each.

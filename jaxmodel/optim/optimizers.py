@@ -386,7 +386,7 @@ def _muon(
 
 
 def _matrices(roles: Roles, params: Any) -> Any:
-    """Return the axes of a layer's matrix `[out, in]` for each leaf, None for leaves that use Adam."""
+    """Return the axes of a layer's matrix `[out, in]` for each leaf, None if it uses Adam."""
 
     def axes(path: str, leaf: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):  # the leaf uses Adam

@@ -98,7 +98,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def equal(got: tree.Params, want: tree.Params) -> None:
-    """In static fields, shapes, dtypes and bits; and a leaf that broke its invariants would say so."""
+    """In static fields, shapes, dtypes and bits; and a leaf that broke its invariants would
+    say so.
+    """
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(want), strict=True)
     for leaf in tree.flatten(got).values():
         if isinstance(leaf, QTensor | Sparse):

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: what it prints, what it leaves, and one line for bad input."""
+"""The command line as a user meets it: what it prints, what it leaves, and one line for bad
+input.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What `jaxmodel train` refuses before a text is tokenised or a model is loaded, each in one line."""
+"""What `jaxmodel train` refuses before a text is tokenised or a model is loaded, each in
+one line.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ from jaxmodel.distributed import stop_signals
 
 @pytest.fixture(autouse=True)
 def heard():
-    """Ctrl-C as in a terminal: a shell starts what runs in its background with the signal ignored."""
+    """Ctrl-C as in a terminal: a shell starts what runs in its background with the signal
+    ignored.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -58,7 +60,9 @@ def test_a_verb_that_is_told_to_end_leaves_one_line(
 
 
 def dropped(number):
-    """The signal falls into a callback of the garbage collector, from which Python raises nothing."""
+    """The signal falls into a callback of the garbage collector, from which Python raises
+    nothing.
+    """
 
     def callback(phase, _):
         if phase == "start":

@@ -154,7 +154,8 @@ def test_replay_computes_a_step_again(trained, folder, capsys):
 
 
 def test_a_step_that_the_run_made_of_another_batch_is_refused(trained, folder, capsys):
-    """As after `--on-bad-step rewind`, where the checkpoint before the step is of the time before the run
+    """As after `--on-bad-step rewind`, where the checkpoint before the step is of the time before
+    the run
     went back.
     """
     place, result = trained

@@ -121,7 +121,17 @@ MISTAKES = """
     import jax.numpy as jnp
     from jaxmodel.compress import Recipe, Rtn, apply
     from jaxmodel.errors import InputError
-    for recipe in ("int8", {"w": (Rtn(8),)}, None, Rtn(8), ["w"], [("w", (), 3)], [(3, ())], [["w", "rtn(4)"]]):
+
+    for recipe in (
+        "int8",
+        {"w": (Rtn(8),)},
+        None,
+        Rtn(8),
+        ["w"],
+        [("w", (), 3)],
+        [(3, ())],
+        [["w", "rtn(4)"]],
+    ):
         for use in (Recipe, lambda recipe: apply(recipe, {"w": jnp.ones((2, 8))})):
             try:
                 use(recipe)

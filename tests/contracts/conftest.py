@@ -50,7 +50,7 @@ kind than that one's.
 
 
 FORMS = ("clip/tiny", "llama/tiny", "llama/tiny-sparse", "resnet/tiny", "rnn/tiny", "t5/tiny")
-"""For laws about code that is one for all models: two towers, stacked blocks, experts, convolutions,
+"""For laws about code that all models share: two towers, stacked blocks, experts, convolutions,
 recurrence, and a text that is read and another that is written.
 """
 

@@ -38,7 +38,9 @@ LOGITS = lambda vocab: (B // 4, T, vocab // 2)  # of a decoder, on one device
 
 @functools.cache
 def build(family: str):
-    """The model on one device, the one whose policy places activations, large parameters, inputs."""
+    """The model on one device, the one whose policy places activations, large parameters,
+    inputs.
+    """
     module = families()[family]
     config = module.SIZES["tiny"]
     alone = module.model(config)

@@ -525,7 +525,9 @@ def test_what_it_cannot_do_is_refused_in_one_line():
 
 
 def test_boxed_linen_parameters_are_unboxed():
-    """Names of axes, which others hang on their leaves, are dropped: placement goes by rules here."""
+    """Names of axes, which others hang on their leaves, are dropped: placement goes by
+    rules here.
+    """
     module = nn.Dense(
         3, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
     )

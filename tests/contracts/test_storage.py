@@ -77,7 +77,9 @@ def test_an_optimiser_of_stacked_layers_is_that_of_each(name):
 
 @pytest.mark.parametrize("name", optimizers.names())
 def test_an_expert_is_a_matrix_of_its_own(name):
-    """Beside one whose gradients are a thousand times as large an expert moves as it would alone."""
+    """Beside one whose gradients are a thousand times as large an expert moves as it would
+    alone.
+    """
     if name == "adamw8":
         pytest.skip("rounded at random: an expert's dither is that of its place in the leaf")
     small = leaf(1, 140, 150)[0]

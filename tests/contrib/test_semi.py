@@ -299,14 +299,29 @@ from jaxmodel import contrib, data, train
 from jaxmodel.models import mlp
 
 random = np.random.default_rng(0)
-few = {"features": random.normal(size=(16, 6)).astype(np.float32), "labels": np.arange(16, dtype=np.int32) % 3}
-pairs = data.Paired(data.Stream(few, 8), data.Stream({"features": random.normal(size=(64, 6)).astype(np.float32)}, 16))
-jitter = lambda key, rows: {"features": rows["features"] + 0.1 * jax.random.normal(key, rows["features"].shape)}
+few = {
+    "features": random.normal(size=(16, 6)).astype(np.float32),
+    "labels": np.arange(16, dtype=np.int32) % 3,
+}
+pairs = data.Paired(
+    data.Stream(few, 8),
+    data.Stream({"features": random.normal(size=(64, 6)).astype(np.float32)}, 16),
+)
+jitter = lambda key, rows: {
+    "features": rows["features"] + 0.1 * jax.random.normal(key, rows["features"].shape)
+}
 config = train.TrainConfig(steps=3, log_every=1, average=0.5)
 model = mlp.model(mlp.Config(6, (8,), 3))
 losses = []
 for mesh in (None, jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-    losses.append([row["loss"] for row in train.fit(model, pairs, config, loss=contrib.mean_teacher(jitter), mesh=mesh)[1]])
+    losses.append(
+        [
+            row["loss"]
+            for row in train.fit(
+                model, pairs, config, loss=contrib.mean_teacher(jitter), mesh=mesh
+            )[1]
+        ]
+    )
 np.testing.assert_allclose(*losses, rtol=1e-5)
 print("same")
 """

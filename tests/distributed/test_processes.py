@@ -63,8 +63,19 @@ def test_collectives_of_two_processes_are_right(tmp_path):
     program = """
         mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         where = jax.sharding.NamedSharding(mesh, jax.P("data"))
+
+
         def run(f):
-            return jax.jit(jax.shard_map(lambda a: f(a[0])[None], mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")))
+            return jax.jit(
+                jax.shard_map(
+                    lambda a: f(a[0])[None],
+                    mesh=mesh,
+                    in_specs=jax.P("data"),
+                    out_specs=jax.P("data"),
+                )
+            )
+
+
         scatter = run(lambda a: jax.lax.psum_scatter(a, "data", tiled=True))
         gather = run(lambda a: jax.lax.all_gather(a, "data", tiled=True))
         total = run(lambda a: jax.lax.psum(a, "data"))
@@ -75,9 +86,17 @@ def test_collectives_of_two_processes_are_right(tmp_path):
             x = jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
             for k in range(3):
                 mine = lambda f: np.asarray(f(x).addressable_data(0))[0]
-                wanted = {"scatter": whole.sum(0)[i * n : (i + 1) * n], "gather": whole.reshape(-1), "total": whole.sum(0)}
+                wanted = {
+                    "scatter": whole.sum(0)[i * n : (i + 1) * n],
+                    "gather": whole.reshape(-1),
+                    "total": whole.sum(0),
+                }
                 found = {"scatter": mine(scatter), "gather": mine(gather), "total": mine(total)}
-                wrong += [f"{name}, {mib} MiB" for name in wanted if not np.array_equal(found[name], wanted[name])]
+                wrong += [
+                    f"{name}, {mib} MiB"
+                    for name in wanted
+                    if not np.array_equal(found[name], wanted[name])
+                ]
         write(wrong)
     """
     launch.launch([script(tmp_path, program)], processes=2, logs=tmp_path)

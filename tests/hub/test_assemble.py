@@ -93,8 +93,14 @@ import sys, threading, time
 import jax, jax.numpy as jnp, numpy as np
 from jaxmodel import hub, sharding, tree
 
+
 def anonymous():
-    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return next(
+        int(line.split()[1]) / 1e3
+        for line in open("/proc/self/status")
+        if line.startswith("RssAnon")
+    )
+
 
 for folder in sys.argv[1:]:
     whole = hub.from_pretrained(folder)
@@ -103,8 +109,13 @@ for folder in sys.argv[1:]:
         mesh = sharding.make_mesh(shape)
         placed = hub.from_pretrained(folder, mesh=mesh)
         print(tree.fingerprint(placed.params))
-        got, want = jax.tree.leaves(placed.params), jax.tree.leaves(sharding.place(placed.model.rules, whole.params, mesh))
-        assert all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in zip(got, want, strict=True))
+        got, want = (
+            jax.tree.leaves(placed.params),
+            jax.tree.leaves(sharding.place(placed.model.rules, whole.params, mesh)),
+        )
+        assert all(
+            a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in zip(got, want, strict=True)
+        )
         assert any(not a.is_fully_replicated for a in want)
 """
 
@@ -138,12 +149,20 @@ import os, sys, threading
 import jax
 from jaxmodel import hub, sharding, tree
 
+
 def anonymous():
-    return next(int(line.split()[1]) * 1e3 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return next(
+        int(line.split()[1]) * 1e3
+        for line in open("/proc/self/status")
+        if line.startswith("RssAnon")
+    )
+
 
 mesh, kept = sharding.make_mesh("fsdp=8"), []
 for folder in sys.argv[1:]:
-    hub.from_pretrained(f"{folder}-small", mesh=mesh)  # what is loaded once: libraries, compiled programs
+    hub.from_pretrained(
+        f"{folder}-small", mesh=mesh
+    )  # what is loaded once: libraries, compiled programs
     peak, done = [0.0], threading.Event()
 
     def watch():

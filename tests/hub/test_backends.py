@@ -145,7 +145,9 @@ def test_texts_of_long_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_trial_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that tries a file has a limit of time and of memory, and another takes its place."""
+    """The process that tries a file has a limit of time and of memory, and another takes
+    its place.
+    """
     monkeypatch.setattr(limits, "_now", limits.Limits(file_seconds=0.5))
     with pytest.raises(
         InputError, match="reading it crashes, or takes more than 0.5 seconds and 2 GiB"

@@ -78,7 +78,9 @@ def test_bad_gguf(options: dict[str, Any], parts: list[str], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("part", [1, 2])
 def test_a_model_in_several_gguf_files(part: int, tmp_path: Path) -> None:
-    """As gguf-split leaves it: all from any of its parts; a part that is missing or moved is named."""
+    """As gguf-split leaves it: all from any of its parts; a part that is missing or moved
+    is named.
+    """
     whole = write_gguf(tmp_path / "whole.gguf")
     held = gguf_files.read_gguf(whole)
     names = list(held.tensors)

@@ -1,4 +1,6 @@
-"""Layers with fewer units than the config says: saved, loaded, trained and placed like any others."""
+"""Layers with fewer units than the config says: saved, loaded, trained and placed like any
+others.
+"""
 
 from __future__ import annotations
 

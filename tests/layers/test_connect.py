@@ -35,7 +35,9 @@ def branches(**widths: int) -> dict[str, jax.Array]:
 
 
 def fill(module, *args, seed=1):
-    """Parameters of a module that are not zero anywhere, of the size that keeps results near one."""
+    """Parameters of a module that are not zero anywhere, of the size that keeps results
+    near one.
+    """
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
     fresh = lambda leaf: jnp.asarray(

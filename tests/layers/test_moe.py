@@ -249,31 +249,47 @@ PROGRAM = """
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 6)), jnp.int32)
     mask = jnp.arange(6)[None] < jnp.asarray([6, 5, 6, 3, 6, 6, 2, 6])[:, None]
 
+
     def loss(model):
         def run(params, tokens, mask):
             out = model.apply(params, {"tokens": tokens, "mask": mask})
-            return jnp.sum(jnp.where(mask[..., None], jnp.sin(out.logits), 0.0)) + out.aux["load_balance"], out.logits
+            return jnp.sum(jnp.where(mask[..., None], jnp.sin(out.logits), 0.0)) + out.aux[
+                "load_balance"
+            ], out.logits
+
         return jax.jit(jax.value_and_grad(run, has_aux=True))
+
 
     def close(a, b):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
+
     (value, logits), grads = loss(alone)(params, tokens, mask)
     real = np.asarray(mask)
-    meshes = {"fsdp=2,expert=2,tensor=2": (2, 32, 16), "expert=4,sequence=2": (1, 64, 32), "data=4,fsdp=2": (4, 64, 16)}
+    meshes = {
+        "fsdp=2,expert=2,tensor=2": (2, 32, 16),
+        "expert=4,sequence=2": (1, 64, 32),
+        "data=4,fsdp=2": (4, 64, 16),
+    }
     for shape, part in meshes.items():
         mesh = sharding.make_mesh(shape)
         on_mesh = sharding.place(alone.rules, params, mesh)
         gate = on_mesh["blocks"]["0"]["moe"]["gate"]
         assert gate.sharding.shard_shape(gate.shape) == part, gate.sharding
-        rows = NamedSharding(mesh, P(tuple(name for name in sharding.BATCH_AXES if name in mesh.shape)))
+        rows = NamedSharding(
+            mesh, P(tuple(name for name in sharding.BATCH_AXES if name in mesh.shape))
+        )
         with jax.set_mesh(mesh):
-            (got_value, got), got_grads = loss(placed)(on_mesh, jax.device_put(tokens, rows), jax.device_put(mask, rows))
+            (got_value, got), got_grads = loss(placed)(
+                on_mesh, jax.device_put(tokens, rows), jax.device_put(mask, rows)
+            )
         np.testing.assert_allclose(got_value, value, rtol=1e-5)
         close(np.asarray(got)[real], np.asarray(logits)[real])
         jax.tree.map(close, jax.device_get(got_grads), jax.device_get(grads))
 
-    smaller, _ = compress.apply([("blocks/.*/moe/(gate|up|down)", "rtn(bits=8)"), (".*", ())], params)
+    smaller, _ = compress.apply(
+        [("blocks/.*/moe/(gate|up|down)", "rtn(bits=8)"), (".*", ())], params
+    )
     want = jax.jit(alone.apply)(smaller, tokens).logits
     mesh = sharding.make_mesh("data=2,expert=4")
     with jax.set_mesh(mesh):
@@ -288,12 +304,20 @@ PROGRAM = """
     x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6, D)), jnp.float32)
     with jax.set_mesh(mesh):
         put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
-        leaves = {name: put(a, *(["expert"] if name != "router" else [])) for name, a in leaves.items()}
+        leaves = {
+            name: put(a, *(["expert"] if name != "router" else [])) for name, a in leaves.items()
+        }
         score = lambda p, x: jnp.sum(jnp.sin(layer.apply({"params": p}, x)[0]))
-        text = jax.jit(jax.grad(score, argnums=1)).lower(leaves, put(x, "expert")).compile().as_text()
+        text = (
+            jax.jit(jax.grad(score, argnums=1)).lower(leaves, put(x, "expert")).compile().as_text()
+        )
     found = plan.moved(plan.collectives(text))
     gathered, scattered = N * (4 * D + 8 * n) + N * 4 * D, N * 4 * D + N * (4 * D + 4 * n)
-    assert found == {"all-gather": gathered, "reduce-scatter": scattered}, (found, gathered, scattered)
+    assert found == {"all-gather": gathered, "reduce-scatter": scattered}, (
+        found,
+        gathered,
+        scattered,
+    )
     print("equal")
 """
 

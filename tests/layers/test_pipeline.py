@@ -161,7 +161,9 @@ def check_what_does_not_divide_is_refused() -> None:
 
 
 def check_places() -> None:
-    """Rules place the layers of a segment on the stages; a number that does not divide is refused."""
+    """Rules place the layers of a segment on the stages; a number that does not divide is
+    refused.
+    """
     params = {"blocks": PARAMS}
     rules = [(".*/w", P("tensor", None)), (".*", P())]
     on = sharding.place(rules, params, sharding.make_mesh("pipeline=4,tensor=2"))["blocks"]["0-3"]

@@ -1,4 +1,6 @@
-"""`QTensor` against the formula in plain numpy, bytes counted by hand, and broken leaves refused."""
+"""`QTensor` against the formula in plain numpy, bytes counted by hand, and broken leaves
+refused.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def test_parameters(name):
 
 
 class Theirs(nn.Module):
-    """Huang et al. (2017), sections 3 and 4, in Flax's own layers; names of layers are our paths."""
+    """Huang et al. (2017), sections 3 and 4, in Flax's own layers; names of layers are our
+    paths.
+    """
 
     config: densenet.Config
 

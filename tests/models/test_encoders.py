@@ -210,7 +210,9 @@ def sentences() -> Bundle:
 
 
 def test_embeddings_of_texts(sentences: Bundle) -> None:
-    """Of unit length, in the order of the texts, the same in any company, and as computed by hand."""
+    """Of unit length, in the order of the texts, the same in any company, and as computed
+    by hand.
+    """
     texts = [
         "a few",
         "words",

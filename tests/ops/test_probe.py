@@ -343,46 +343,74 @@ PROGRAM = """
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 8), (3, 8, 8)))
     scale = jnp.max(jnp.abs(w), axis=-1, keepdims=True) / 127
-    codes = QTensor.from_codes(jnp.round(w / scale).astype(jnp.int32), scale, bits=8, activations="int8")
+    codes = QTensor.from_codes(
+        jnp.round(w / scale).astype(jnp.int32), scale, bits=8, activations="int8"
+    )
     zeros = zeros_for(w.shape, ["square", "gram", "histogram"])
+
 
     def statistics(zeros, w, x, policy=ops.Policy()):
         def loss(zeros):
             body = lambda x, leaf: (jnp.tanh(ops.einsum("BD,FD->BF", x, leaf, policy)), None)
             return jnp.sum(jax.lax.scan(body, x, ops.Probe(w, zeros))[0])
+
         return jax.grad(loss)(zeros)
 
-    alone = {kind: jax.jit(statistics)(zeros, leaf, x) for kind, leaf in (("array", w), ("int8", codes))}
+
+    alone = {
+        kind: jax.jit(statistics)(zeros, leaf, x) for kind, leaf in (("array", w), ("int8", codes))
+    }
     gram = np.asarray(x).T @ np.asarray(x)
     np.testing.assert_allclose(alone["array"]["gram"][0], gram, rtol=1e-5, atol=1e-5)
 
+
     def compare(name, got, want):
         for key in want:
-            np.testing.assert_allclose(got[key], want[key], rtol=1e-4, atol=1e-4, err_msg=f"{name} {key}")
+            np.testing.assert_allclose(
+                got[key], want[key], rtol=1e-4, atol=1e-4, err_msg=f"{name} {key}"
+            )
         print("equal", name)
 
+
     mesh = make_mesh("fsdp=4,tensor=2")
-    experts = jnp.asarray(rng.normal(size=(4, 16, 8)), jnp.float32)  # E N D, one matrix for each of the four
+    experts = jnp.asarray(
+        rng.normal(size=(4, 16, 8)), jnp.float32
+    )  # E N D, one matrix for each of the four
+
 
     def of_experts(zeros, w, x):
         return jax.grad(lambda z: jnp.sum(ops.einsum("END,EFD->ENF", x, ops.Probe(w, z))))(zeros)
 
+
     matrices = jnp.stack([w[0], w[1], w[2], w[0]])
     each = {name: jnp.zeros((4, *zero.shape[1:])) for name, zero in zeros.items()}
     want = of_experts(each, matrices, experts)
-    np.testing.assert_allclose(want["gram"], np.einsum("eni,enj->eij", experts, experts), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        want["gram"], np.einsum("eni,enj->eij", experts, experts), rtol=1e-4, atol=1e-4
+    )
     with jax.set_mesh(mesh):
-        cut = (jax.device_put(a, NamedSharding(mesh, P(*s))) for a, s in ((matrices, ("tensor",)), (experts, ("tensor", "fsdp"))))
+        cut = (
+            jax.device_put(a, NamedSharding(mesh, P(*s)))
+            for a, s in ((matrices, ("tensor",)), (experts, ("tensor", "fsdp")))
+        )
         compare("experts", jax.jit(of_experts)(each, *cut), want)
         on_mesh = jax.jit(lambda z, w, x: statistics(z, w, x, ops.Policy(axes=ops.MESH_AXES)))
         put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
-        compare("jit array", on_mesh(zeros, put(w, None, "tensor", "fsdp"), put(x, "fsdp")), alone["array"])
+        compare(
+            "jit array",
+            on_mesh(zeros, put(w, None, "tensor", "fsdp"), put(x, "fsdp")),
+            alone["array"],
+        )
         specs = codes.specs(P(None, "tensor", "fsdp"), dict(mesh.shape))
-        placed = jax.tree.map(lambda s, a: put(a, *s), specs, codes, is_leaf=lambda s: isinstance(s, P))
+        placed = jax.tree.map(
+            lambda s, a: put(a, *s), specs, codes, is_leaf=lambda s: isinstance(s, P)
+        )
         compare("jit int8", on_mesh(zeros, placed, put(x, "fsdp")), alone["int8"])
         for name, leaf in (("array", w), ("int8", codes)):
             for axes in ("fsdp", ("fsdp", "tensor")):
-                manual = jax.shard_map(statistics, mesh=mesh, in_specs=(P(), P(), P(axes)), out_specs=P())
+                manual = jax.shard_map(
+                    statistics, mesh=mesh, in_specs=(P(), P(), P(axes)), out_specs=P()
+                )
                 compare(f"shard_map {name} {axes}", jax.jit(manual)(zeros, leaf, x), alone[name])
 """
 

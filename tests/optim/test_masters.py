@@ -93,9 +93,14 @@ def test_a_step_that_is_left_out_leaves_them(tmp_path):
 def test_they_are_restored(tmp_path):
     config = train.TrainConfig(steps=8, save_every=3, learning_rate=1e-4, warmup_steps=0)
     run = lambda place, stop=None: train.fit(
-        MODEL, STREAM, config, params=tree.cast(FIRST, jnp.bfloat16), loss=losses.classification, checkpoints=tmp_path / place,
+        MODEL,
+        STREAM,
+        config,
+        params=tree.cast(FIRST, jnp.bfloat16),
+        loss=losses.classification,
+        checkpoints=tmp_path / place,
         supervisor=distributed.Supervisor(stop=lambda i: i == stop),
-    )  # fmt: skip
+    )
     whole, _ = run("a")
     run("b", 4)
     assert checkpoint.fingerprint(run("b")[0]) == checkpoint.fingerprint(whole)

@@ -129,7 +129,8 @@ HloModule step, is_scheduled=true, num_partitions=8
   %gather.1 = f32[4,16]{1,0:T(8,128)S(1)} all-gather(%x), channel_id=7, \
 replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={1}
   %n = u32[]{:S(2)} constant(1)
-  ROOT %out = (f32[4,2]{1,0:T(8,128)}, f32[4,16]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) tuple(%x, %gather.1, %n)
+  ROOT %out = (f32[4,2]{1,0:T(8,128)}, f32[4,16]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) tuple(%x, \
+%gather.1, %n)
 }
 
 %second_half (x: f32[4,2]) -> f32[4,16] {
@@ -150,7 +151,8 @@ replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
 %body (t: (s32[], f32[4,2], f32[16,4])) -> (s32[], f32[4,2], f32[16,4]) {
   %t = (s32[]{:T(128)}, f32[4,2]{1,0:T(8,128)}, f32[16,4]{1,0:T(8,128)}) parameter(0)
   %x = f32[4,2]{1,0:T(8,128)} get-tuple-element(%t), index=1
-  %start = (f32[4,2]{1,0:T(8,128)}, f32[4,16]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%first_half
+  %start = (f32[4,2]{1,0:T(8,128)}, f32[4,16]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) fusion(%x), \
+kind=kCustom, calls=%first_half
   %done = f32[4,16]{1,0:T(8,128)S(1)} fusion(%x), kind=kCustom, calls=%second_half
   %w = f32[16,4]{1,0:T(8,128)} get-tuple-element(%t), index=2
   %scattered = (f32[2,4]{1,0}, f32[1]{0}) fusion(%w, %w), kind=kCustom, calls=%all-reduce-scatter.3
@@ -167,13 +169,17 @@ replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
 ENTRY %main (t: (s32[], f32[4,2], f32[16,4])) -> (s32[], f32[4,2], f32[16,4]) {
   %t = (s32[]{:T(128)}, f32[4,2]{1,0:T(8,128)}, f32[16,4]{1,0:T(8,128)}) parameter(0)
   %y = bf16[4,2]{1,0} get-tuple-element(%t), index=1
-  %sent = (bf16[4,2]{1,0}, bf16[4,2]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y), \
+  %sent = (bf16[4,2]{1,0}, bf16[4,2]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%y), \
 channel_id=3, source_target_pairs={{0,1},{1,0},{2,2},{3,4}}
   %got = bf16[4,2]{1,0} collective-permute-done(%sent)
-  %began = (bf16[4,2]{1,0}, bf16[4,16]{1,0}) all-gather-start(%y), channel_id=4, replica_groups=[1,8]<=[8], dimensions={1}
+  %began = (bf16[4,2]{1,0}, bf16[4,16]{1,0}) all-gather-start(%y), channel_id=4, \
+replica_groups=[1,8]<=[8], dimensions={1}
   %ended = bf16[4,16]{1,0} all-gather-done(%began)
-  %alone = f32[4,2]{1,0} all-reduce(%y), channel_id=5, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
-  ROOT %loop = (s32[]{:T(128)}, f32[4,2]{1,0}, f32[16,4]{1,0}) while(%t), condition=%condition, body=%body
+  %alone = f32[4,2]{1,0} all-reduce(%y), channel_id=5, \
+replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
+  ROOT %loop = (s32[]{:T(128)}, f32[4,2]{1,0}, f32[16,4]{1,0}) while(%t), condition=%condition, \
+body=%body
 }
 """
 

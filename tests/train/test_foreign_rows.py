@@ -58,7 +58,9 @@ def made(name: str) -> models.Model:
 
 
 def filled(x=X, labels=LABELS, places=PLACES, size=8) -> dict[str, jax.Array]:
-    """The rows at some places of a larger batch, with numbers elsewhere that would change any mean."""
+    """The rows at some places of a larger batch, with numbers elsewhere that would change
+    any mean.
+    """
     out = {
         "pixels": np.full((size, *x.shape[1:]), 1e3, np.float32),
         "labels": np.full(size, 2, np.int32),

@@ -33,7 +33,8 @@ def test_what_would_fit_is_said(full, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda: 5_000_000)
     with pytest.raises(
         InputError,
-        match=r"memory: a step needs 0.0\d+ GiB, a device has 0.00466 GiB; gradient_accumulation_steps=\d+ with",
+        match=r"memory: a step needs 0.0\d+ GiB, a device has 0.00466 GiB; "
+        r"gradient_accumulation_steps=\d+ with",
     ):
         train.fit(MODEL, STREAM, train.TrainConfig(steps=2))
 

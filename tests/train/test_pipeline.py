@@ -28,7 +28,9 @@ MOE = dataclasses.replace(llama.SIZES["tiny-moe"], depth=4, init_scale=0.1, bala
 
 
 def build(module, config, shape: str, count: int = 0, rows: int = B, **policy):
-    """The model alone and placed, parameters alone and placed, a batch alone and placed, the mesh."""
+    """The model alone and placed, parameters alone and placed, a batch alone and placed,
+    the mesh.
+    """
     mesh = sharding.make_mesh(shape)
     alone = module.model(config)
     placed = module.model(config, ops.Policy(axes=ops.MESH_AXES, microbatches=count, **policy))
@@ -154,7 +156,9 @@ def check_memory_does_not_grow_with_the_micro_batches() -> None:
 
 
 def check_what_it_keeps() -> None:
-    """The buffer of activations has one place for each stage, however many micro-batches there are."""
+    """The buffer of activations has one place for each stage, however many micro-batches
+    there are.
+    """
     _, placed, _, on_mesh, _, on_rows, mesh = build(gpt2, GPT2, "pipeline=4", 16, 32)
     with jax.set_mesh(mesh):
         text = str(

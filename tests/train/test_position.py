@@ -1,4 +1,6 @@
-"""A run goes on with another batch size: the next row is the next, none is left out or comes twice."""
+"""A run goes on with another batch size: the next row is the next, none is left out or
+comes twice.
+"""
 
 from __future__ import annotations
 

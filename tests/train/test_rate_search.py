@@ -82,11 +82,18 @@ def test_a_mesh_changes_nothing(devices8):
         import numpy as np
         from jaxmodel import data, losses, sharding, train
         from jaxmodel.models import mlp
+
         rng = np.random.default_rng(0)
-        stream = data.Stream({"features": rng.normal(size=(32, 8)).astype(np.float32), "labels": np.arange(32) % 4}, 8)
+        stream = data.Stream(
+            {"features": rng.normal(size=(32, 8)).astype(np.float32), "labels": np.arange(32) % 4},
+            8,
+        )
         model = mlp.model(mlp.Config(8, (16,), 4))
         mesh = sharding.make_mesh("data=2,fsdp=4")
-        one, more = (train.find_lr(model, stream, losses.classification, steps=8, low=1e-3, mesh=m) for m in (None, mesh))
+        one, more = (
+            train.find_lr(model, stream, losses.classification, steps=8, low=1e-3, mesh=m)
+            for m in (None, mesh)
+        )
         np.testing.assert_allclose(one.losses, more.losses, rtol=1e-5)
         print(len(one.losses))
     """

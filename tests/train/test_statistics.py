@@ -149,6 +149,7 @@ def test_on_a_mesh(devices8):
         import jax, numpy as np
         from jaxmodel import ops, sharding, train
         from jaxmodel.models import resnet
+
         config = resnet.Config((2,), 8, classes=4, size=8, small=True)
         alone, placed = resnet.model(config), resnet.model(config, ops.Policy(axes=ops.MESH_AXES))
         params = jax.jit(alone.init)(jax.random.key(0))
@@ -158,7 +159,9 @@ def test_on_a_mesh(devices8):
         on_mesh = sharding.place(alone.rules, params, mesh)
         lie = jax.NamedSharding(mesh, jax.P("fsdp"))
         with jax.set_mesh(mesh):
-            got = train.set_batch_statistics(placed, on_mesh, [jax.device_put(x, lie) for x in (rows[:8], rows[8:])], passes=2)
+            got = train.set_batch_statistics(
+                placed, on_mesh, [jax.device_put(x, lie) for x in (rows[:8], rows[8:])], passes=2
+            )
         for a, b, old in zip(*map(jax.tree.leaves, (got, want, on_mesh)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
             assert a.sharding == old.sharding

@@ -26,7 +26,9 @@ CLASSES = MODEL.config.classes
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Batches of a tiny classifier; those of the steps in `broken` hold a value that is not finite."""
+    """Batches of a tiny classifier; those of the steps in `broken` hold a value that is not
+    finite.
+    """
 
     batch_size: int = 12
     broken: tuple[int, ...] = ()

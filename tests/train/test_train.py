@@ -218,6 +218,7 @@ def test_eight_devices_train_as_one(devices8):
         import jax, numpy as np
         from jaxmodel import data, errors, ops, sharding, train
         from jaxmodel.models import gpt2
+
         try:
             train.fit(
                 gpt2.model(gpt2.SIZES["tiny"]),
@@ -230,7 +231,11 @@ def test_eight_devices_train_as_one(devices8):
         rows = data.windows(np.random.default_rng(0).integers(0, 256, 4000), 17, stride=16)
         config = train.TrainConfig(steps=4, log_every=1)
         out = []
-        for mesh in (None, sharding.make_mesh("fsdp=4,tensor=2"), sharding.make_mesh("data=2,fsdp=2")):
+        for mesh in (
+            None,
+            sharding.make_mesh("fsdp=4,tensor=2"),
+            sharding.make_mesh("data=2,fsdp=2"),
+        ):
             state, history = train.fit(model, data.Stream(rows, 8, 1), config, mesh=mesh)
             out.append([row["loss"] for row in history])
             if mesh is not None:

@@ -95,8 +95,14 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("loss", [losses.classification, losses.supervised(smoothing=0.1), losses.regularized(
-    losses.classification, [("head", "l2(1e-3)"), (".*", None)])])  # fmt: skip
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.classification,
+        losses.supervised(smoothing=0.1),
+        losses.regularized(losses.classification, [("head", "l2(1e-3)"), (".*", None)]),
+    ],
+)
 @pytest.mark.parametrize("wrong", [3, -1, 255])
 def test_a_label_that_is_none_is_named(loss, wrong):
     labels = ROWS["labels"].copy()

@@ -2,8 +2,10 @@
 `tests/hub/test_adapters.py`: run by hand.
 
     .peers/bin/python -m pip install peft
-    .peers/bin/python tests/hub/goldens/make_adapters.py            # adapters/NAME: PEFT's folder, and logits.npz beside it
-    .peers/bin/python tests/hub/goldens/make_adapters.py --check    # PEFT reads what our save_adapters writes
+    # adapters/NAME: PEFT's folder, and logits.npz beside it
+    .peers/bin/python tests/hub/goldens/make_adapters.py
+    # PEFT reads what our save_adapters writes
+    .peers/bin/python tests/hub/goldens/make_adapters.py --check
 
 `--ours` names the Python that has jaxmodel (default .venv/bin/python).
 
@@ -73,11 +75,16 @@ KINDS = {
 OURS = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jaxmodel import adapt, hub, train, tree
+
 where, rules, out = sys.argv[1], sys.argv[2], sys.argv[3]
 bundle = hub.from_pretrained(where)
-model, params = adapt.lora(bundle.model, bundle.params, [(rules, adapt.LoRA(3, 5.0)), (".*", None)], jax.random.key(0))
+model, params = adapt.lora(
+    bundle.model, bundle.params, [(rules, adapt.LoRA(3, 5.0)), (".*", None)], jax.random.key(0)
+)
 rng = np.random.default_rng(0)
-some = lambda p, a: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype) if p.endswith("_lora/up") else a
+some = lambda p, a: (
+    jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype) if p.endswith("_lora/up") else a
+)
 params = tree.map_leaves(some, params)
 bundle = hub.Bundle(model, params, bundle.processor)
 hub.save_adapters(bundle, out, base=where)

@@ -1,7 +1,8 @@
 """Write `jaxmodel/hub/defaults.json`: what each key of config.json is where it is left out, of
 every kind that is read.
 
-python tests/hub/goldens/make_defaults.py        needs transformers; the newest is asked for, and each entry names it
+python tests/hub/goldens/make_defaults.py        needs transformers; the newest is asked for, and
+                                                 each entry names it
 """
 
 from __future__ import annotations

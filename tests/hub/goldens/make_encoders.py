@@ -1,10 +1,12 @@
 """What transformers computes with encoders, stored for `tests/hub/test_encoder_goldens.py`: run by
 hand, never by the tests.
 
-    make peers                                                     # .peers/: torch, transformers 5.23.0
+    make peers  # .peers/: torch, transformers 5.23.0
     .peers/bin/python -m pip install pillow                        # for the image processors only
-    .peers/bin/python tests/hub/goldens/make_encoders.py           # writes the folders and .npz beside this file
-    .peers/bin/python tests/hub/goldens/make_encoders.py --check   # transformers reads what our save_pretrained writes
+    # writes the folders and .npz beside this file
+    .peers/bin/python tests/hub/goldens/make_encoders.py
+    # transformers reads what our save_pretrained writes
+    .peers/bin/python tests/hub/goldens/make_encoders.py --check
 
 Both take about half a minute on two cores. `--ours` names the Python that has jaxmodel and
 all-MiniLM-L6-v2.
@@ -12,7 +14,8 @@ all-MiniLM-L6-v2.
 Each tiny model (random weights, biases and norms too) is a folder as transformers writes it and a
 `.npz`:
 
-    in:NAME          inputs of our `apply`: tokens, types, mask (a full row, a padded one), pixels `[B, Y, X, C]`
+    in:NAME          inputs of our `apply`: tokens, types, mask (a full row, a padded one), pixels
+                     `[B, Y, X, C]`
     logits           what `apply` gives: of tokens, of classes, pooled vectors, images by texts
     targets, weights of a cross entropy over the last axis of the logits
     loss, grad:NAME  that, and its gradients by the tensors of the file
@@ -478,7 +481,9 @@ def images() -> None:
 
 
 def embeddings(folder: Path) -> tuple[np.ndarray, list[list[int]]]:
-    """Of `TEXTS`, as sentence-transformers computes them, each text by itself; and the token ids."""
+    """Of `TEXTS`, as sentence-transformers computes them, each text by itself; and the
+    token ids.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     rows = []
@@ -518,10 +523,19 @@ from jaxmodel.hub import from_pretrained
 goldens, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 for name in sys.argv[3:]:
     bundle = from_pretrained(goldens / name)
-    params = tree.map_leaves(lambda path, a: a * 1.1, bundle.params)  # other weights than those of the stored folder
+    params = tree.map_leaves(
+        lambda path, a: a * 1.1, bundle.params
+    )  # other weights than those of the stored folder
     type(bundle)(bundle.model, params, bundle.processor).save_pretrained(out / name)
-    inputs = {key[3:]: value for key, value in np.load(goldens / f"{name}.npz").items() if key.startswith("in:")}
-    np.savez(out / f"{name}.npz", logits=bundle.model.apply(params, jax.tree.map(jax.numpy.asarray, inputs)).logits)
+    inputs = {
+        key[3:]: value
+        for key, value in np.load(goldens / f"{name}.npz").items()
+        if key.startswith("in:")
+    }
+    np.savez(
+        out / f"{name}.npz",
+        logits=bundle.model.apply(params, jax.tree.map(jax.numpy.asarray, inputs)).logits,
+    )
 from_pretrained("all-minilm-l6-v2").save_pretrained(out / "minilm")
 """
 

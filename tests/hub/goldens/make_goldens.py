@@ -1,11 +1,14 @@
 """What transformers computes, stored for `tests/hub/test_goldens.py`: run by hand, never by the
 tests.
 
-    make peers                                             # .peers/: torch, transformers 5.23.0, gguf
-    .peers/bin/python -m pip install accelerate            # which transformers wants for reading GGUF
-    .peers/bin/python tests/hub/goldens/make_goldens.py            # GPT-2 and SmolLM2: the folders and .npz beside this file
-    .peers/bin/python tests/hub/goldens/make_llama.py              # the Llama family, and those that its config makes
-    .peers/bin/python tests/hub/goldens/make_llama.py --check      # transformers reads what our save_pretrained writes
+    make peers  # .peers/: torch, transformers 5.23.0, gguf
+    .peers/bin/python -m pip install accelerate  # which transformers wants for reading GGUF
+    # GPT-2 and SmolLM2: the folders and .npz beside this file
+    .peers/bin/python tests/hub/goldens/make_goldens.py
+    # the Llama family, and those that its config makes
+    .peers/bin/python tests/hub/goldens/make_llama.py
+    # transformers reads what our save_pretrained writes
+    .peers/bin/python tests/hub/goldens/make_llama.py --check
 
 Each takes about half a minute on two cores; `make_goldens.py --check` does the same for GPT-2.
 Names of models behind the command write those alone. `--ours` names the Python that has jaxmodel
@@ -15,10 +18,14 @@ and the golden NLL read.
 Each tiny model (random weights, biases and norms too) is a folder as transformers writes it and a
 `.npz`:
 
-    tokens, mask, logits              [2, T]: a full row (of the whole context where short), one padded on the right
-    positions, apart, apart_logits    one row of tokens `apart` at positions with gaps, up to the last of the context
-    loss, grad:NAME                   mean cross entropy of the next token over what is not padding; its gradients
-    load_balance                      where there are experts: transformers' loss of each layer by itself, summed
+    tokens, mask, logits              [2, T]: a full row (of the whole context where short), one
+                                      padded on the right
+    positions, apart, apart_logits    one row of tokens `apart` at positions with gaps, up to the
+                                      last of the context
+    loss, grad:NAME                   mean cross entropy of the next token over what is not padding;
+                                      its gradients
+    load_balance                      where there are experts: transformers' loss of each layer by
+                                      itself, summed
 
 `smollm2.npz` has the tokens of text.txt in windows and the negative log-likelihood of each by
 SmolLM2 in float32.
@@ -326,9 +333,13 @@ tokens = np.array([processor.encode(text)[:60], processor.encode(text)[60:120]],
 for name, (family, size, change) in json.loads(sys.argv[3]).items():
     module = families()[family]
     if "rope_scaling" in change:
-        scaling = {key: tuple(v) if isinstance(v, list) else v for key, v in change["rope_scaling"].items()}
+        scaling = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in change["rope_scaling"].items()
+        }
         change["rope_scaling"] = ops.RopeScaling(**scaling)
-    change = {key: tuple(value) if isinstance(value, list) else value for key, value in change.items()}
+    change = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in change.items()
+    }
     change = {"vocab": processor.vocab_size, "init_scale": 0.2, **change}
     model = module.model(dataclasses.replace(module.SIZES[size], **change))
     params = model.init(jax.random.key(1))

@@ -2,19 +2,23 @@
 `tests/hub/test_t5_goldens.py` and `tests/models`.
 
     make peers                                          # .peers/: torch, transformers 5.23.0
-    .peers/bin/python tests/hub/goldens/make_t5.py              # writes the folders and .npz of goldens/seq2seq
-    .peers/bin/python tests/hub/goldens/make_t5.py --check      # transformers reads what our save_pretrained writes
+    .peers/bin/python tests/hub/goldens/make_t5.py  # writes the folders and .npz of goldens/seq2seq
+    # transformers reads what our save_pretrained writes
+    .peers/bin/python tests/hub/goldens/make_t5.py --check
 
 Both take some seconds. `--ours` names the Python that has jaxmodel (default .venv/bin/python),
 which `--check` runs.
 
 Each tiny T5 (random weights, norms too) is a folder as transformers writes it and a `.npz`:
 
-    source, source_mask     [2, S]: a full row, longer than the largest bucket, and one padded on the right
+    source, source_mask     [2, S]: a full row, longer than the largest bucket, and one padded on
+                            the right
     tokens, mask, logits    [2, T]: the targets, the second padded on the right
-    loss, grad:NAME         mean cross entropy of the next token over what is not padding; its gradients
+    loss, grad:NAME         mean cross entropy of the next token over what is not padding; its
+                            gradients
     greedy                  [2, N]: `generate` without beams, of which the second row ends early
-    beams, beam_scores      [2, 3, N], [2, 3]: `generate` with three, a length penalty of 0, and the sums of log probabilities
+    beams, beam_scores      [2, 3, N], [2, 3]: `generate` with three, a length penalty of 0, and the
+                            sums of log probabilities
 
 `heads.npz` has a head of its own for the first, and its logits with it and without, by what
 config.json says. `buckets.npz` has the bucket of each distance for several tables; `recurrent.npz`
@@ -298,7 +302,11 @@ from jaxmodel.models import t5
 
 out = pathlib.Path(sys.argv[1])
 rng = np.random.default_rng(0)
-for name, change in {"tiny": {}, "tiny-gated": {"start": 3}, "tiny-bf16": {"buckets": 32, "distance": 9999}}.items():
+for name, change in {
+    "tiny": {},
+    "tiny-gated": {"start": 3},
+    "tiny-bf16": {"buckets": 32, "distance": 9999},
+}.items():
     size = t5.SIZES[name.removesuffix("-bf16")]
     model = t5.model(dataclasses.replace(size, vocab=77, head_scale=None, dropout=0.1, **change))
     noise = lambda path, a: a + 0.1 * jax.random.normal(jax.random.key(len(path)), a.shape)

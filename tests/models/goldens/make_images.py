@@ -1,7 +1,8 @@
 """What torch computes for the vision models, stored for `tests/models/test_images.py`: run by hand.
 
     make peers                                             # .peers/: torch
-    .peers/bin/python tests/models/goldens/make_images.py  # writes images.npz beside this file, in some seconds
+    # writes images.npz beside this file, in some seconds
+    .peers/bin/python tests/models/goldens/make_images.py
 
 The networks are written here by hand, with `torch.nn` alone, from their papers; a file for each
 would repeat the weights. Weights are random everywhere, norms and statistics too, and are stored
@@ -11,7 +12,8 @@ under the paths of our trees. For each name of a network:
     NAME/params/PATH      kernels as [O, I * ky * kx], one leaf for each layer
     NAME/logits           in inference
     NAME/train            in training: by the moments of the batch
-    NAME/moments/PATH     the mean and variance (not corrected) of each batch norm's input in training
+    NAME/moments/PATH     the mean and variance (not corrected) of each batch norm's input in
+                          training
     NAME/grad/PATH        of the mean cross entropy of classes 0, 1, 2, ..., in training
 """
 
