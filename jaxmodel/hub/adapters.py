@@ -42,9 +42,8 @@ CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
 STEM = "base_model.model."
 
-_TABLES = re.compile(
-    r"(.*/)?(embed|positions|types)"
-)  # what transformers looks up, and PEFT names otherwise
+# what transformers looks up, and PEFT names otherwise
+_TABLES = re.compile(r"(.*/)?(embed|positions|types)")
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB])(\.[^.]+)??(\.weight)?")
 
 # What adapter_config.json may say of these keys; of a key that is not here only what is empty or
@@ -52,13 +51,14 @@ _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB])(\.[^.]+)??
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    # others change the weights of the base
     "init_lora_weights": (
         True,
         False,
         "gaussian",
         "orthogonal",
         "eva",
-    ),  # others change the weights of the base
+    ),
 }
 _ANY = {
     *(
@@ -137,8 +137,9 @@ def add_adapters[B: Any](
     weight: float | int = 1.0,
     mesh: jax.sharding.Mesh | None = None,
 ) -> B:
-    """The bundle with the adapters of a folder. Where there are some already, both count: the sum
-    is what is computed.
+    """Return the bundle with the adapters of a folder.
+
+    Where there are some already, both count: the sum is what is computed.
 
     Args:
       bundle: a `Bundle` of the model that they belong to; its weights may be compressed.
@@ -188,9 +189,8 @@ def add_adapters[B: Any](
             f"{file}: {module}", entries, pair, (ours or {}).get(module), rank, dtype
         ).items():
             adapters[path] = {**one, "scale": np.asarray(scale * weight, np.float32)}
-            if rate := config.get(
-                "lora_dropout"
-            ):  # it goes on where the adapters are trained further
+            # it goes on where the adapters are trained further
+            if rate := config.get("lora_dropout"):
                 adapters[path]["dropout"] = np.asarray(rate, np.float32)
     params = _beside(_replaced(bundle.params, whole, layout, file), adapters, mesh)
     return dataclasses.replace(bundle, model=with_adapters(bundle.model), params=params)
@@ -258,7 +258,7 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
 
 
 def _layers(params: tree.Params) -> dict[str, Adapter]:
-    """The adapter of each layer's leaf, by the path of the leaf."""
+    """Return the adapter of each layer's leaf, by the path of the leaf."""
     out: dict[str, Adapter] = {}
     for path, leaf in tree.flatten(params).items():
         for i, layer in enumerate(tree.layer_paths(path) if is_adapter(path) else ()):
@@ -307,7 +307,7 @@ def _rows(name: Name, count: int) -> tuple[slice, int]:
 
 
 def _whole(bundle: Any, names: tuple[Name, ...], also: str | None) -> dict[str, np.ndarray]:
-    """The tensors of the leaves that go whole."""
+    """Return the tensors of the leaves that are saved whole."""
     if also is None:
         return {}
     if not _compiles(also):
@@ -417,7 +417,7 @@ def _compiles(pattern: str) -> bool:
 
 
 def _scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """The rank of a module and what its product is multiplied with."""
+    """Return the rank of a module and what its product is multiplied with."""
 
     def of(pattern: str, default: str) -> Any:
         for key, value in config[pattern].items():
@@ -476,13 +476,13 @@ class _Layout:
         raise InputError(f"{where}: {name!r} has no place in this model; there is {close}")
 
     def tied(self, path: str) -> bool:
-        """Whether the head is this table too."""
+        """Return whether the head is this table too."""
         return any(
             path == of and tensor not in self.tensors for tensor, of in self.family.copies.items()
         )
 
     def adapted(self, path: str) -> tuple[Name, str]:
-        """The entry of a leaf with an adapter, and the name of its module."""
+        """Return the entry of a leaf with an adapter, and the name of its module."""
         name, layer = find(self.names, path)
         return name, name.at(layer).removesuffix(".weight")
 
@@ -529,7 +529,7 @@ def _parts(
 def _replaced(
     params: tree.Params, whole: Mapping[str, np.ndarray], layout: _Layout, where: Path
 ) -> tree.Params:
-    """The parameters with the leaves that the folder holds whole in place of theirs."""
+    """Replace the leaves that the folder holds whole, and return the parameters."""
     leaves = tree.flatten(params)
     places = {layer: (path, i) for path in leaves for i, layer in enumerate(tree.layer_paths(path))}
     for tensor, array in whole.items():

@@ -117,7 +117,7 @@ def of_chat(
 
 
 def _in_common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     return sum(
         1
         for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
@@ -127,7 +127,7 @@ def _in_common(one: str, other: str) -> int:
 def _learnt(
     tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[bool]]:
-    """The ids of a text, and whether each has a character of the spans."""
+    """Return the ids of a text, and whether each has a character of the spans."""
     ids, offsets = backends.encode_offsets(tokenizer.backend, text)
     return ids, [
         any(start < last and end > first for first, last in spans) for start, end in offsets

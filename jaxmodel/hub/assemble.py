@@ -40,7 +40,7 @@ def assemble(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tree.Params:
-    """The parameters of a model.
+    """Return the parameters of a model.
 
     Args:
       model: whose leaves are looked for.
@@ -181,7 +181,7 @@ def _packed(
     place: Callable[[str], str | None],
     need: Callable[[str], str],
 ) -> tuple[Any, list[Read]]:
-    """A compressed leaf with the shapes of its buffers, and a reader for each."""
+    """Return a compressed leaf with the shapes of its buffers, and a reader for each."""
     try:
         present = [suffix for suffix in tensor_names(fields) if place(f"{base}_{suffix}")]
         stored = {suffix: need(f"{base}_{suffix}") for suffix in present}
@@ -210,7 +210,7 @@ def _packed(
 def _make(
     buffer: jax.ShapeDtypeStruct, where: jax.sharding.Sharding, readers: list[Read], stacked: bool
 ) -> jax.Array:
-    """One array, on each of this host's devices only its own slice."""
+    """Return one array, on each of this host's devices only its own slice."""
     done: dict[Any, np.ndarray] = {}  # a slice that several devices hold is read once
     shards = []
     for device, index in where.addressable_devices_indices_map(buffer.shape).items():

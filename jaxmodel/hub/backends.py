@@ -33,7 +33,7 @@ _PROBES = [
 
 
 def load(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json.
+    """Return the tokenizer of a tokenizer.json.
 
     Raises:
       InputError: it is none, or can take more than `limits` say.
@@ -127,7 +127,7 @@ def _longest(charsmap: bytes) -> int:
 
 
 def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool) -> list[list[int]]:
-    """The ids of texts.
+    """Return the ids of texts.
 
     Raises:
       InputError: one is not a string of valid Unicode, the tokenizer fails on one, or takes longer
@@ -163,7 +163,7 @@ def encode_offsets(
 
 
 def decode(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool) -> str:
-    """The text of ids.
+    """Return the text of ids.
 
     Raises:
       InputError: it would be longer than `limits` say, the tokenizer fails, or takes longer.

@@ -48,16 +48,17 @@ class Layout:
 
 
 def _one(at: int) -> Bytes:
-    """A 16-bit 1.0 (0x3C00, little-endian) at a byte."""
+    """Return whether there is a 16-bit 1.0 (0x3C00, little-endian) at a byte."""
     return (at, at + 1, 0x00), (at + 1, at + 2, 0x3C)
 
 
+# Q4_K and Q5_K: eight scales and minima of 6 bits, interleaved
 _SIX_BITS = (
     *_one(0),
     (4, 8, 1),
     (8, 12, 0),
     (12, 16, 1),
-)  # Q4_K and Q5_K: eight scales and minima of 6 bits, interleaved
+)
 LAYOUTS = {
     "Q8_0": Layout(8, 32, ((2, 34, 0x01),), _one(0)),
     "Q4_0": Layout(4, 32, ((2, 18, 0x99),), _one(0)),
@@ -171,7 +172,7 @@ def unpack_blocks(data: np.ndarray, kind: str) -> QTensor:
 
 
 def _shapes(shape: tuple[int, ...], layout: Layout) -> QTensor:
-    """The leaf of a matrix, with shapes for arrays."""
+    """Return the leaf of a matrix, with shapes for arrays."""
     kind = jnp.float16 if layout.half else jnp.float32
     codes = jax.ShapeDtypeStruct(shape, jnp.uint8 if layout.minima else jnp.int8)
     scale = jax.ShapeDtypeStruct((shape[0], shape[1] // layout.group), kind)

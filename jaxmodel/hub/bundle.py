@@ -141,13 +141,12 @@ class Bundle:
         }
         with warnings.catch_warnings():  # it looks through all that numpy has, deprecated names too
             warnings.simplefilter("ignore", DeprecationWarning)
-            return treescope.render_to_html(
-                shown, compressed=False
-            )  # text, which can be searched and compared
+            # text, which can be searched and compared
+            return treescope.render_to_html(shown, compressed=False)
 
 
 def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
-    """The bundle's tokenizer.
+    """Return the bundle's tokenizer.
 
     Raises:
       InputError: it has none.
@@ -311,7 +310,7 @@ def _foreign(folder: Path, module: Any) -> Model | None:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A config for JSON; that of a foreign module is all in config.json."""
+    """Return a config for JSON; that of a foreign module is all in config.json."""
     return {} if isinstance(config, Foreign) else dataclasses.asdict(config)
 
 
@@ -375,9 +374,8 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
             raise InputError(
                 f"{path}: {key} is {value!r}, but config.json says {theirs.get(key)!r}"
             )
-    if (
-        digest(ours["leaves"]) != ours["leaves_sha256"]
-    ):  # some wrong fields fit the arrays and give other weights
+    # some wrong fields fit the arrays and give other weights
+    if digest(ours["leaves"]) != ours["leaves_sha256"]:
         raise InputError(
             f"{path}: the static fields of the leaves are not those that were written "
             f"(leaves_sha256)"
@@ -536,9 +534,8 @@ def _save_weights(
     for name, array in tensors:
         if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
             write()
-        held[name] = np.asarray(
-            array, order="C"
-        )  # which leaves a scalar one, as np.ascontiguousarray does not
+        # which leaves a scalar one, as np.ascontiguousarray does not
+        held[name] = np.asarray(array, order="C")
         total += array.nbytes
     write()
     if len(shards) == 1:

@@ -16,15 +16,16 @@ from jaxmodel.limits import limits, way
 type Template = str | Mapping[str, str]
 """One template, or several by name."""
 
+# names of a message's reasoning; templates read the first two
 _THOUGHTS = (
     "reasoning_content",
     "thinking",
     "reasoning",
-)  # names of a message's reasoning; templates read the first two
+)
 
 
 def choose(template: Template | None, name: str | None = None, tools: bool = False) -> str:
-    """The template that a chat is written with.
+    """Return the template that a chat is written with.
 
     Args:
       template: of the tokenizer.
@@ -59,7 +60,7 @@ def choose(template: Template | None, name: str | None = None, tools: bool = Fal
 def render(
     template: str, special: Mapping[str, str], messages: Sequence[Mapping[str, Any]], **given: Any
 ) -> str:
-    """A conversation as the template writes it.
+    """Return a conversation as the template writes it.
 
     Args:
       template: in Jinja.

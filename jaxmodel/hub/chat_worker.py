@@ -20,15 +20,16 @@ MARK = "generation mark"
 
 
 def environment() -> Any:
-    """The language that HF templates are written in."""
+    """Return the language that HF templates are written in."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`: what the assistant says, for training. The text is that of its body,
-        between marks where they are asked for.
+        """`{% generation %}`: what the assistant says, for training.
+
+        The text is that of its body, between marks where they are asked for.
         """
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own form)

@@ -27,6 +27,7 @@ ENDINGS = (
     ".ppm",
     ".pgm",
 )
+# of Pillow; others start programs (EPS), or are rare
 FORMATS = (
     "PNG",
     "JPEG",
@@ -35,7 +36,7 @@ FORMATS = (
     "WEBP",
     "TIFF",
     "PPM",
-)  # of Pillow; others start programs (EPS), or are rare
+)
 
 _MODES = {1: "L", 3: "RGB"}
 _said: set[str] = set()
@@ -43,7 +44,7 @@ _lock = threading.Lock()
 
 
 def decode(file: Any, channels: int, called: str) -> np.ndarray:
-    """The pixels of an image file, turned upright as its camera says.
+    """Return the pixels of an image file, upright by its orientation tag.
 
     Transparent parts show white, as on paper. Of an animation the first frame is taken. Grey of 16
     bits keeps them; of floating numbers 0 is black and 1 is white.
@@ -65,15 +66,13 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
     try:
         opened = _open(pillow, file)
         allowed = int(limits().pixels)  # a small file can claim any number
-        if (
-            math.prod(opened.size) > allowed or max(opened.size) > allowed // 2**9
-        ):  # a line takes memory, too
+        # a line takes memory, too
+        if math.prod(opened.size) > allowed or max(opened.size) > allowed // 2**9:
             size = " x ".join(f"{side:,}" for side in opened.size)
             most = f"{allowed:,}, {allowed // 2**9:,} in a direction ({way('pixels')})"
             raise InputError(f"{called} has {size} pixels; allowed: {most}")
-        if (
-            opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1
-        ):  # in a JPEG others are previews
+        # in a JPEG others are previews
+        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
             _say(
                 "frames",
                 f"{called} has {opened.n_frames} frames; of this and others the first is taken",
@@ -108,7 +107,7 @@ def _open(pillow: Any, file: Any) -> Any:
 
 
 def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:
-    """The pixels of a grey image with more than 256 levels; None for others."""
+    """Return the pixels of a grey image with more than 256 levels; None for others."""
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         return np.asarray(image).astype(np.uint16)
     if image.mode == "I":

@@ -148,7 +148,7 @@ def check_depth(config: Any, where: str, tensors: Callable[[], int]) -> None:
 
 
 def count_tensors(folder: Path) -> int:
-    """How many tensors the files of a folder have.
+    """Return how many tensors the files of a folder have.
 
     Raises:
       InputError: as `open_folder`.
@@ -157,10 +157,11 @@ def count_tensors(folder: Path) -> int:
         return len(tensors.names())
 
 
+# of which a folder of weights, or of adapters alone, has the first
 BUNDLE, ADAPTERS = (
     "config.json",
     "adapter_config.json",
-)  # of which a folder of weights, or of adapters alone, has the first
+)
 
 
 def _instead(folder: Path) -> str:

@@ -34,7 +34,7 @@ KIND = "jaxmodel-foreign"
 
 
 def layout(model: Model) -> Family:
-    """The file names of a foreign module's leaves: their paths."""
+    """Return the file names of a foreign module's leaves: their paths."""
 
     def names(config: Any) -> list[Name]:
         paths = list(tree.flatten(layer_shapes(model)))
@@ -76,7 +76,7 @@ def config_of(model: Model) -> dict[str, Any]:
 
 
 def model_of(folder: Path, hf: Mapping[str, Any], module: Any) -> Model:
-    """The model of a folder, of the module that was handed over.
+    """Return the model of a folder for the given module.
 
     Raises:
       InputError: none was, or one of other fields than the folder states.
@@ -168,7 +168,7 @@ def _given(module: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON holds it and gives it back."""
+    """Return whether a value is unchanged by writing and reading JSON."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, Mapping):

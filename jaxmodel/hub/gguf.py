@@ -46,7 +46,7 @@ class GGUFFile:
     _raw: dict[str, np.ndarray] = field(repr=False)
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
-        """The tensor `name`, or a part of it, dequantised.
+        """Return the tensor `name`, or a part of it, dequantised.
 
         Args:
           name: of the tensor.
@@ -70,7 +70,7 @@ class GGUFFile:
         return np.array(values[index], np.float32, copy=entry.type == "F32" or None)
 
     def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor's blocks, `[..., bytes]`: a view of the file."""
+        """Return the bytes of a tensor's blocks, `[..., bytes]`: a view of the file."""
         self.entry(name)
         return self._raw[name]
 
@@ -146,9 +146,8 @@ def _read_one(path: Path) -> GGUFFile:
     if magic != b"GGUF":
         found = f"its first bytes are {magic!r}, not b'GGUF'" if magic else "it is empty"
         raise InputError(f"path: {str(path)!r} is not a GGUF file: {found}")
-    reader_class = (
-        _reader_class()
-    )  # outside of what follows: that its package is missing is no fault of the file
+    # outside of what follows: that its package is missing is no fault of the file
+    reader_class = _reader_class()
     try:
         reader = reader_class(path)
         metadata = {
@@ -223,9 +222,8 @@ def _reader_class() -> type:
 
         @data.setter
         def data(self, value: np.ndarray) -> None:
-            self._bytes = np.asarray(
-                value
-            )  # a slice of np.memmap costs 10 times one of a plain array
+            # a slice of np.memmap costs 10 times one of a plain array
+            self._bytes = np.asarray(value)
 
         def _need(self, end: int) -> None:
             if end > len(self._bytes):

@@ -77,9 +77,8 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         for key in ("bos", "eos", "eot", "eom", "padding")
     }
     if get("model") == "llama":
-        ids = {"bos": 1, "eos": 2} | {
-            key: i for key, i in ids.items() if i is not None
-        }  # what the kind has by itself
+        # what the kind has by itself
+        ids = {"bos": 1, "eos": 2} | {key: i for key, i in ids.items() if i is not None}
         unk = metadata.get("tokenizer.ggml.unknown_token_id", 0)
         prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
         settings = {"unk": unk, "prefix": bool(prefix)}
@@ -109,9 +108,8 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     vocabularies.around(backend, head, tail)
     vocabulary = backend.get_vocab()
     there = [token for token in _TURN_ENDS if token in vocabulary]
-    if {"<|return|>", "<|call|>", "<|end|>"} <= set(
-        there
-    ):  # in that kind of chat <|end|> ends a part of an answer
+    # in that kind of chat <|end|> ends a part of an answer
+    if {"<|return|>", "<|call|>", "<|end|>"} <= set(there):
         there.remove("<|end|>")
     backend.add_special_tokens(
         [token for token in there if vocabulary[token] not in backend.get_added_tokens_decoder()]
@@ -174,10 +172,11 @@ def _gguf_templates(metadata: Mapping[str, Any]) -> chat.Template | None:
 
 _ADD_BOS = "tokenizer.ggml.add_bos_token"
 _ADD_EOS = "tokenizer.ggml.add_eos_token"
+# values of tokenizer.ggml.token_type
 _CONTROL, _USER_DEFINED = (
     vocabularies.CONTROL,
     vocabularies.USER_DEFINED,
-)  # values of tokenizer.ggml.token_type
+)
 
 
 _LETTERS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"

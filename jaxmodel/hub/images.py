@@ -184,7 +184,7 @@ class ImageProcessor:
 
 
 def from_folder(folder: str | Path) -> ImageProcessor | None:
-    """The image processor of a folder in HF layout; None where it has none.
+    """Return the image processor of a folder in HF layout; None where it has none.
 
     Raises:
       InputError: the file cannot be read as what it should be.
@@ -303,9 +303,8 @@ def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -
             ):
                 mixed = np.tensordot(weights, moved[:, i : i + lines].astype(np.float64), 1)
                 if image.dtype == np.uint8:
-                    mixed = np.floor(
-                        mixed + 0.5
-                    )  # half a level up, as whole numbers are rounded there
+                    # half a level up, as whole numbers are rounded there
+                    mixed = np.floor(mixed + 0.5)
                 made[:, i : i + lines] = np.clip(mixed, 0, 255)
             image = np.moveaxis(made, 0, axis)
     return image

@@ -66,7 +66,7 @@ class Keys(dict[str, Any]):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, which counts as asked for, there or not."""
+        """Return the value of a key, which counts as asked for, there or not."""
         self.asked.add(key)
         return super().get(key, default)
 

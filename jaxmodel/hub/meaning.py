@@ -29,7 +29,7 @@ PROBLEMS = ("single_label_classification", "multi_label_classification", "regres
 
 
 def with_meaning(config: Any, hf: Mapping[str, Any], folder: Path) -> Any:
-    """A config with what its numbers mean.
+    """Return a config with what its numbers mean.
 
     Args:
       config: as its family reads it.

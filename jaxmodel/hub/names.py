@@ -66,7 +66,7 @@ class Name:
 
     @property
     def joined(self) -> int:
-        """The axis of the file along which parts are joined."""
+        """Return the axis of the file along which parts are joined."""
         return -1 if self.transposed or self.woven else 0
 
     @property
@@ -83,7 +83,7 @@ class Name:
         return (self.at(layer, expert) for expert in range(max(self.experts, 1)))
 
     def rows(self, count: int) -> np.ndarray:
-        """Where the rows of our leaf stand in a file whose rows are in rotary pairs."""
+        """Return where the rows of our leaf stand in a file whose rows are in rotary pairs."""
         return np.arange(count).reshape(self.pairs, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -109,11 +109,11 @@ class Tensors:
         raise NotImplementedError
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         raise NotImplementedError
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that `read` gives."""
+        """Return the dtype that `read` gives."""
         raise NotImplementedError
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
@@ -124,7 +124,7 @@ class Tensors:
 def read_leaf(
     tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], index: tuple[slice, ...]
 ) -> np.ndarray:
-    """A part of a layer's leaf of this shape, reading no more of the file than it needs.
+    """Return a part of a layer's leaf of this shape, reading no more of the file than it needs.
 
     Args:
       tensors: the file.
@@ -169,7 +169,7 @@ def _read(
 
 
 def to_file(name: Name, leaf: np.ndarray) -> np.ndarray:
-    """A plain leaf (of one expert) in the file's form, but for what it is a part of."""
+    """Return a plain leaf (of one expert) in the file's form, but for what it is a part of."""
     leaf = np.swapaxes(leaf, -1, -2) if name.transposed else leaf
     leaf = leaf.reshape(*leaf.shape[:-1], *name.trailing) if name.trailing else leaf
     return leaf.reshape((1,) * name.lead + leaf.shape)
@@ -262,7 +262,7 @@ class Family:
 
 
 def find(names: Iterable[Name], layer_path: str) -> tuple[Name, str]:
-    """The entry for a layer's leaf (`blocks/7/attn/q`) and the layer's number as text."""
+    """Return the entry for a layer's leaf (`blocks/7/attn/q`) and the layer's number as text."""
     layer = re.search(r"(?:^|/)(\d+)/", layer_path)
     template = layer_path if layer is None else layer_path.replace(f"/{layer[1]}/", "/{}/", 1)
     for name in names:
@@ -272,7 +272,7 @@ def find(names: Iterable[Name], layer_path: str) -> tuple[Name, str]:
 
 
 def check_fields(config: Any, where: str) -> Any:
-    """A config made from a file, whose fields must have the types that the class declares.
+    """Return a config made from a file, whose fields must have the types that the class declares.
 
     Raises:
       InputError: one has not, or is a size below 1.
@@ -306,7 +306,7 @@ def fixed(hf: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
 
 
 def layer_shapes(model: Model) -> tree.Params:
-    """The shapes of all leaves, a layer each.
+    """Return the shapes of all leaves, a layer each.
 
     Raises:
       InputError: no array has such a size.

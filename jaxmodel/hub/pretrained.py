@@ -130,7 +130,7 @@ def _plain(
     revision: str | None,
     options: dict[str, Any],
 ) -> Bundle:
-    """The model without adapters that are elsewhere."""
+    """Return the model without adapters that are elsewhere."""
     if dtype is not None:
         Policy(compute_dtype=dtype)  # names what is allowed
     name = str(source)
@@ -265,7 +265,7 @@ _TWICE = ["consolidated*", "original/*"]  # the same weights in the layout of th
 
 
 def _download(name: str, asked: str, **options: Any) -> Path:
-    """The folder of a hub id; `asked` is the size that it was asked for by, if it was."""
+    """Return the folder of a hub id; `asked` is the size that it was asked for by, if it was."""
     hub = require("huggingface_hub", "hub")
     try:
         return Path(

@@ -70,7 +70,7 @@ class Tokenizer:
 
     @property
     def named_tokens(self) -> dict[str, str]:
-        """The special tokens by their role in HF:
+        """Return the special tokens by their role in HF:
 
         `bos_token`, `eos_token`, `pad_token` and what else has a role.
         """
@@ -98,7 +98,7 @@ class Tokenizer:
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids that `decode` leaves out."""
+        """Return the ids that `decode` leaves out."""
         return frozenset(
             i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
         )
@@ -123,7 +123,7 @@ class Tokenizer:
         return (over[min(over)], min(over)) if over else None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """The ids of `text`. A special token written out in it becomes its one id.
+        """Return the ids of `text`. A special token written out in it becomes its one id.
 
         Args:
           text: any length; it is not truncated.
@@ -162,7 +162,7 @@ class Tokenizer:
         template: str | None = None,
         **more: Any,
     ) -> str:
-        """A conversation as the text that the model was trained on.
+        """Return a conversation as the text that the model was trained on.
 
         Args:
           messages: what was said, in order, as `{"role": "user", "content": "..."}`.
@@ -217,7 +217,7 @@ class Tokenizer:
 
 
 def is_there(folder: Path) -> bool:
-    """Whether a folder has a file that a tokenizer is read from."""
+    """Return whether a folder has a file that a tokenizer is read from."""
     return any((folder / name).is_file() for name in vocabularies.FILES)
 
 
@@ -256,10 +256,11 @@ def from_folder(folder: str | Path) -> Tokenizer:
         *_ends(folder / "config.json", Ends),
     ]
     rows = max(backend.get_vocab_size(), _rows(folder / "config.json"))
+    # SigLIP's files repeat CLIP's end, which they have no row for
     eos = [
         ids.get("eos_token"),
         *(i for i in ends if i < rows),
-    ]  # SigLIP's files repeat CLIP's end, which they have no row for
+    ]
     template = chat.read(folder, config.get("chat_template"))
     pictures = image_files.from_folder(folder)
     return Tokenizer(
@@ -337,14 +338,15 @@ def _ends(path: Path, kind: Any) -> list[int]:
 
 
 def _rows(path: Path) -> int:
-    """The rows of a model's table, 0 where config.json does not say."""
+    """Return the rows of a model's table, 0 where config.json does not say."""
     hf = schema.read(path, Ends, missing=True)
     return max(int(part.get("vocab_size") or 0) for part in (hf, hf.get("text_config") or {}))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer; every text round-trips. `<|endoftext|>` is id 0: begin, end
-    and padding.
+    """Train a byte-level BPE tokenizer; every text round-trips.
+
+    `<|endoftext|>` is id 0: begin, end and padding.
 
     Args:
       texts: the corpus; an iterator is consumed once.

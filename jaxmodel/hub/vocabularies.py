@@ -22,9 +22,8 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 FILES = ("tokenizer.json", *SENTENCEPIECE, "vocab.txt", "merges.txt")
 """What a tokenizer is read from, the first that there is."""
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(
-    1, 7
-)  # kinds of a piece, in SentencePiece and in GGUF
+# kinds of a piece, in SentencePiece and in GGUF
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _SPACE = "▁"
 
@@ -66,7 +65,7 @@ class Pieces(NamedTuple):
 
 
 def read_pieces(path: Path) -> Pieces:
-    """The pieces and settings of a SentencePiece model (`sentencepiece_model.proto`).
+    """Return the pieces and settings of a SentencePiece model (`sentencepiece_model.proto`).
 
     Raises:
       InputError: no such model, or one whose kind is not read.
@@ -111,7 +110,7 @@ def read_pieces(path: Path) -> Pieces:
 
 
 def of_pieces(pieces: Pieces) -> tokenizers.Tokenizer:
-    """The library's tokenizer that cuts texts as SentencePiece does.
+    """Return the library's tokenizer that cuts texts as SentencePiece does.
 
     Raises:
       InputError: the pieces do not fit together.

@@ -27,13 +27,13 @@ OWN = "jaxmodel-"
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """Every family whose files others write, by the name of its file."""
+    """Return every family whose files others write, by the name of its file."""
     names = [info.name for info in pkgutil.iter_modules(__path__)]
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
 
 
 def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
-    """The family that stores a model, and its config.json.
+    """Return the family that stores a model, and its config.json.
 
     Raises:
       InputError: the model is of no family (see `models.family`), nor a Flax module made one.

@@ -65,7 +65,7 @@ _HEAD = {
 def activation(
     hf: Mapping[str, Any], default: str, where: str = "config.json", key: str = "hidden_act"
 ) -> str:
-    """The activation that a key names, as transformers (5.24) knows it.
+    """Return the activation that a key names, as transformers (5.24) knows it.
 
     Raises:
       InputError: an unknown one.
@@ -77,7 +77,7 @@ def activation(
 
 
 def activation_to_hf(name: str) -> str:
-    """The `hidden_act` of an activation."""
+    """Return the `hidden_act` of an activation."""
     return {ours: theirs for theirs, ours in ACTIVATIONS.items()}[name]
 
 
@@ -97,7 +97,7 @@ def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def labels_to_hf(names: tuple[str, ...]) -> dict[str, Any]:
-    """The keys of config.json that name the classes."""
+    """Return the keys of config.json that name the classes."""
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
@@ -117,17 +117,17 @@ def architecture(hf: Mapping[str, Any], known: Collection[str], default: str) ->
 
 
 def linear_names(ours: str, theirs: str) -> list[Name]:
-    """The entries of a linear map and its bias."""
+    """Return the entries of a linear map and its bias."""
     return [Name(ours, f"{theirs}.weight"), Name(f"{ours}_bias", f"{theirs}.bias")]
 
 
 def norm_names(ours: str, theirs: str) -> list[Name]:
-    """The entries of a layer norm."""
+    """Return the entries of a layer norm."""
     return [Name(f"{ours}/{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
 
 
 def names(config: bert.Config) -> list[Name]:
-    """The entries of BERT's files."""
+    """Return the entries of BERT's files."""
     names = [Name(ours, f"bert.embeddings.{theirs}.weight") for ours, theirs in _TABLES.items()]
     for ours, theirs in _LAYER.items():
         names += linear_names(f"blocks/{{}}/{ours}", f"bert.encoder.layer.{{}}.{theirs}")
@@ -139,7 +139,7 @@ def names(config: bert.Config) -> list[Name]:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> bert.Config:
-    """The config that a config.json of BERT says."""
+    """Make a config from a config.json of BERT."""
     fixed(hf, _FIXED)
     head = _ARCHITECTURES[architecture(hf, _ARCHITECTURES, "BertForMaskedLM")]
     return bert.Config(
@@ -159,7 +159,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> bert.Config:
 
 
 def config_to_hf(c: bert.Config) -> dict[str, Any] | None:
-    """The config.json of BERT; None without token types, which each of its files has."""
+    """Return the config.json of BERT; None without token types, which each of its files has."""
     if not c.types:
         return None
     named = {ours: theirs for theirs, ours in _ARCHITECTURES.items()}[c.head]

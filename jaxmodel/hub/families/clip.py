@@ -40,7 +40,7 @@ def tower_names(stem: str, ours: str = "") -> list[Name]:
 
 
 def image_names(c: vit.Config, ours: str = "") -> list[Name]:
-    """The entries of what the image towers of CLIP and SigLIP have both."""
+    """Return the entries that the image towers of CLIP and SigLIP have in common."""
     stem = "vision_model.embeddings"
     kernel = (c.channels, c.patch, c.patch)
     return [
@@ -52,7 +52,7 @@ def image_names(c: vit.Config, ours: str = "") -> list[Name]:
 
 
 def text_names() -> list[Name]:
-    """The entries of what the text towers of CLIP and SigLIP have both."""
+    """Return the entries that the text towers of CLIP and SigLIP have in common."""
     return [
         *tower_names("text_model", "text/"),
         Name("text/embed", "text_model.embeddings.token_embedding.weight"),
@@ -76,9 +76,8 @@ def _names(config: clip.Config) -> list[Name]:
 def _part(hf: dict[str, Any], key: str) -> dict[str, Any]:
     """What config.json says of one tower."""
     own = hf.get(key) or {}
-    if (
-        newer := hf.get(f"{key}_dict")
-    ) is not None:  # of the first files: where it is there, it says all
+    # of the first files: where it is there, it says all
+    if (newer := hf.get(f"{key}_dict")) is not None:
         own = own | keys.defaults()["clip"][key] | newer
     return own
 
@@ -127,7 +126,7 @@ def _from_hf(hf: dict[str, Any]) -> clip.Config:
 
 
 def tower_to_hf(kind: str, c: clip.Text | vit.Config) -> dict[str, Any]:
-    """The part of config.json that `tower` reads."""
+    """Return the part of config.json that `tower` reads."""
     return {
         "model_type": kind,
         "hidden_size": c.width,

@@ -91,17 +91,18 @@ _TOP = {
 
 
 def names(config: llama.Config) -> list[Name]:
-    """The entries of these files."""
+    """Return the entries of these files."""
     layer = {ours: theirs for ours, (theirs, _) in _LAYER.items()} | (
         _POST_NORMS if config.post_norms else {}
     )
     entries = [
         Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}") for ours, theirs in layer.items()
     ]
+    # transformers joins gate, up and experts in memory, but not in files
     for ours, (
         theirs,
         _,
-    ) in _EXPERTS.items():  # transformers joins gate, up and experts in memory, but not in files
+    ) in _EXPERTS.items():
         entries.append(
             Name(f"blocks/{{}}/{ours}", f"model.layers.{{}}.{theirs}", experts=config.experts)
         )
@@ -109,7 +110,7 @@ def names(config: llama.Config) -> list[Name]:
 
 
 def config_from_hf(hf: dict[str, Any]) -> llama.Config:
-    """The config that a config.json of these kinds says."""
+    """Make a config from a config.json of these kinds."""
     kind = hf["model_type"]
     gemma = hf["model_type"] in _GEMMA
     causal(hf)
@@ -249,7 +250,7 @@ def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None
 
 
 def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
-    """The windows of the layers, as the shortest pattern that repeats."""
+    """Return the windows of the layers, as the shortest pattern that repeats."""
     window = hf.get("sliding_window")
     depth = hf["num_hidden_layers"]
     alike = {
@@ -266,9 +267,8 @@ def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
             f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', "
             f"'full_attention'"
         )
-    if (
-        kind in alike and types and window and set(types) != {alike[kind]}
-    ):  # transformers does not read it there
+    # transformers does not read it there
+    if kind in alike and types and window and set(types) != {alike[kind]}:
         raise InputError(
             f"config.json: layer_types is {types!r:.60}; allowed: {alike[kind]!r} alone, as "
             f"{kind!r} has it in every layer"
@@ -311,9 +311,8 @@ def _kind(c: llama.Config) -> str | None:
     if (c.norm_offset == 1.0) != c.post_norms:
         return None
     if c.post_norms:
-        scaled = (
-            c.query_scale is not None and round(c.query_scale**-2) ** -0.5 == c.query_scale
-        )  # files say a whole number
+        # files say a whole number
+        scaled = c.query_scale is not None and round(c.query_scale**-2) ** -0.5 == c.query_scale
         if (
             c.experts
             or c.qkv_bias
@@ -411,7 +410,7 @@ def config_to_hf(c: llama.Config) -> dict[str, Any] | None:
 
 
 def scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
-    """The object of config.json that says it."""
+    """Return the object of config.json that describes it."""
     hf: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
     if s.kind != "linear":
         hf["original_max_position_embeddings"] = s.context
@@ -466,9 +465,8 @@ def _from_gguf(file: GGUFFile) -> llama.Config:
         )
     head_width = get("attention.key_length", get("rope.dimension_count", width // heads))
     turned = get("rope.dimension_count", head_width)
-    if (
-        turned != head_width and kind == "llama"
-    ):  # whose rows stand in the order of a rotation of the whole
+    # whose rows stand in the order of a rotation of the whole
+    if turned != head_width and kind == "llama":
         raise InputError(
             f"rope.dimension_count is {turned}; allowed: {head_width}, the width of a head"
         )
@@ -510,9 +508,8 @@ def _scaling_of_divisors(divisors: np.ndarray, head_width: int, base: float) -> 
     if divisors.shape == (head_width // 2,) and factor > 1:
         scaling = RopeScaling("llama3", factor, context=8192)
         frequency = rope_frequencies(head_width, base)
-        if np.allclose(
-            divisors, frequency / scaling.apply(frequency, base), rtol=2e-5, atol=0
-        ):  # as float32 computes them
+        # as float32 computes them
+        if np.allclose(divisors, frequency / scaling.apply(frequency, base), rtol=2e-5, atol=0):
             return scaling
     raise InputError(
         f"the tensor {_DIVISORS!r} has shape {list(divisors.shape)} and values up to {factor:g}; "

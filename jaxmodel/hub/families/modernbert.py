@@ -29,12 +29,13 @@ _FIXED = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), (False,)),
     "decoder_bias": (True,),
     "tie_word_embeddings": (True,),
+    # which the first files say, and transformers does not read
     "position_embedding_type": (
         "rope",
         "absolute",
         "sans_pos",
         None,
-    ),  # which the first files say, and transformers does not read
+    ),
 }
 _POOLS = {"cls": "class", "mean": "mean"}
 _LAYER = {

@@ -34,9 +34,8 @@ def _names(config: llama.Config) -> list[Name]:
 
 
 def _from_hf(hf: dict[str, Any]) -> llama.Config:
-    fixed(
-        hf, {"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)}
-    )  # of Phi 4 mini
+    # of Phi 4 mini
+    fixed(hf, {"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)})
     rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))

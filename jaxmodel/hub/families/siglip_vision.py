@@ -15,7 +15,7 @@ from jaxmodel.models import vit
 
 
 def names(c: vit.Config, ours: str = "") -> list[Name]:
-    """The entries of the tower, in our tree under `ours`."""
+    """Return the entries of the tower, in our tree under `ours`."""
     pool = f"{ours}attention_pool"
     head = "vision_model.head"
     found = [
@@ -40,7 +40,7 @@ def names(c: vit.Config, ours: str = "") -> list[Name]:
 
 
 def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> vit.Config:
-    """The tower that config.json, or its part `vision_config`, says."""
+    """Make a config of the tower from config.json or its part `vision_config`."""
     fixed(hf, {"vision_use_head": (True,)})
     return vit.Config(
         image=hf.get("image_size", 224),

@@ -47,9 +47,8 @@ def _form(hf: Mapping[str, Any]) -> str:
       InputError: another.
     """
     said = hf.get("feed_forward_proj", "relu")
-    usual = (
-        "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")
-    )  # the exact GELU is not meant
+    # the exact GELU is not meant
+    usual = "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")
     act = activation(hf, usual, key="dense_act_fn")
     gated = hf.get("is_gated_act", said.startswith("gated-"))
     forms = {
@@ -76,9 +75,8 @@ def _tied(config: t5.Config, tied: bool) -> t5.Config:
 
 def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
     fixed(hf, _FIXED)
-    tied = hf.get(
-        "tie_word_embeddings", True
-    )  # true from transformers 5, whatever it is: the file tells (`_tied`)
+    # true from transformers 5, whatever it is: the file tells (`_tied`)
+    tied = hf.get("tie_word_embeddings", True)
     config = _untouched(hf, tied)
     scaled = hf.get("scale_decoder_outputs", tied)
     return (
@@ -89,7 +87,7 @@ def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
 
 
 def _untouched(hf: Mapping[str, Any], tied: bool) -> t5.Config:
-    """All but the scale of what the head reads."""
+    """Return all but the scale of what the head reads."""
     return t5.Config(
         vocab=hf["vocab_size"],
         width=hf["d_model"],
