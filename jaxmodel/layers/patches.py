@@ -27,7 +27,7 @@ class Patches(nn.Module):
       width: D of new leaves.
       patch: the side of a patch in pixels.
       grid: the number of patches along each side of the images that positions are learnt for.
-      class_token: whether there is a class token, in front of the patches.
+      class_token: whether there is a class token, before the patches.
       bias: whether the map has a bias.
       init_scale: standard deviation of new weights.
       policy: dtypes and placement.

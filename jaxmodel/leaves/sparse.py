@@ -187,7 +187,7 @@ class Sparse(Compressed):
 
 @jax.jit
 def _most(keep: Bool[Array, "... out in"]) -> jax.Array:
-    """The largest number of elements that a row keeps."""
+    """Return the largest number of elements that a row keeps."""
     return jnp.max(jnp.sum(keep, axis=-1))
 
 
@@ -195,7 +195,7 @@ def _most(keep: Bool[Array, "... out in"]) -> jax.Array:
 def _store(
     weight: jax.Array, keep: Bool[Array, "... out in"], n: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The bitmask and the values, by one program."""
+    """Return the bitmask and the values, computed by one program."""
     return pack(pad_last(keep, 8)[0].astype(jnp.uint8), 1), _gather(weight, keep, n)
 
 

@@ -1,4 +1,4 @@
-"""The output of a training run while it goes on.
+"""The output of a running training job.
 
 It is `metrics.jsonl`, optionally TensorBoard and MLflow, plots, and one HTML page.
 """

@@ -263,7 +263,7 @@ class _Run:
             )
 
     def is_over(self) -> bool:
-        """Whether all steps were made, or the run was stopped."""
+        """Return whether all steps were made, or the run was stopped."""
         return self.i >= self.program.config.steps or self.stop or self.over
 
     def next_batch(self) -> dict[str, Any] | None:
