@@ -3,11 +3,8 @@
 import sys
 
 if not sys.flags.safe_path:
-    del sys.path[
-        0
-        # the current folder, in which a file may have the name of a module that is imported from here
-        # on
-    ]
+    # Drop the current folder: its files may have the names of modules that are imported later.
+    del sys.path[0]
 
 from jaxmodel.cli import main
 

@@ -227,8 +227,10 @@ def attach(package: str) -> None:
     >>> with warnings.catch_warnings(record=True) as said:
     ...     warnings.simplefilter("always")
     ...     found = jaxmodel.train.classification
-    >>> found.__module__, str(said[0].message)
-    ('jaxmodel.losses.factory', 'jaxmodel.train.classification is jaxmodel.losses.classification now')
+    >>> found.__module__
+    'jaxmodel.losses.factory'
+    >>> str(said[0].message)
+    'jaxmodel.train.classification is jaxmodel.losses.classification now'
     """
     module = sys.modules[package]
     short = package.removeprefix("jaxmodel.")

@@ -186,7 +186,7 @@ def _beginning(text: Any) -> Iterator[str]:
 
 
 def _folder(source: str, tokenizer: hub.Tokenizer) -> Path:
-    """Where the ids of a text stay, so that the next run finds them:
+    """Return where the ids of a text stay, so that the next run finds them:
 
     `$JAXMODEL_CACHE`, or `~/.cache/jaxmodel`.
     """

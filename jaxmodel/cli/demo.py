@@ -29,7 +29,7 @@ MESH = "fsdp=4,tensor=2"
 
 
 def run(options: Demo, folder: report.Run) -> dict[str, Any]:
-    """The whole job; see the module's docstring."""
+    """Return the whole job; see the module's docstring."""
     began = time.perf_counter()
     require("matplotlib", "notebook")  # the plots come last; what they lack must be known first
     text = data.load_text(options.data)
@@ -170,7 +170,7 @@ def _explained(result: dict[str, Any]) -> str:
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
-    """A mesh as `--mesh` takes it: `fsdp=4,tensor=2`."""
+    """Return a mesh as `--mesh` takes it: `fsdp=4,tensor=2`."""
     return ",".join(f"{axis}={length}" for axis, length in mesh.items()) or "no mesh"
 
 

@@ -18,7 +18,7 @@ from jaxmodel.report.run import versions
 
 
 def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
-    """The folder.
+    """Return the folder.
 
     Of several processes the first has the run's own, the others `rank-<i>/` inside of it.
     """
@@ -59,7 +59,7 @@ def dropped_on_failure(folder: report.Run, resumed: str | None) -> Iterator[repo
 
 
 def _told(text: str) -> str:
-    """The text of process 0, in all of them."""
+    """Return the text of process 0, in all of them."""
     import numpy as np
     from jax.experimental import multihost_utils
 

@@ -18,7 +18,7 @@ from jaxmodel.progress import progress
 
 
 def models(options: Models, folder: Any) -> list[dict[str, Any]]:
-    """Every size with its parameters and what it needs."""
+    """Return every size with its parameters and what it needs."""
     from jaxmodel.models import sizes
 
     known = sizes()
@@ -49,7 +49,7 @@ is not there, or whose config has changed, is counted on the spot; a test counts
 
 
 def count_parameters(known: Mapping[str, tuple[Any, Any]]) -> dict[str, int]:
-    """The parameters of sizes, from shapes alone: no array is made."""
+    """Return the parameters of sizes, from shapes alone: no array is made."""
     import jax
 
     from jaxmodel import tree
@@ -102,7 +102,7 @@ def show_models(result: list[dict[str, Any]], console: Any) -> None:
 
 
 def summary(options: Summary, folder: Any) -> dict[str, Any]:
-    """The leaves of a bundle, or of a size without weights."""
+    """Return the leaves of a bundle, or of a size without weights."""
     from jaxmodel import models as house
     from jaxmodel.cli import resolved
 
@@ -124,7 +124,7 @@ def summary(options: Summary, folder: Any) -> dict[str, Any]:
 
 
 def _named(name: str) -> tuple[Any, Any, Any]:
-    """The model of a bundle or of a size; its weights and card, where it has them.
+    """Return the model of a bundle or of a size; its weights and card, where it has them.
 
     Raises:
       InputError: neither is known by that name, or several sizes are.
@@ -175,7 +175,7 @@ def show_summary(result: dict[str, Any], console: Any) -> None:
 
 
 def predict(options: Predict, folder: Any) -> dict[str, Any]:
-    """The likeliest labels of each file."""
+    """Return the likeliest labels of each file."""
     import jax
     import jax.numpy as jnp
     import numpy as np

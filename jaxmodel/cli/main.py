@@ -129,7 +129,7 @@ def _undropped() -> Iterator[None]:
 
 
 def read(args: Sequence[str]) -> Common:
-    """The options of a command line.
+    """Return the options of a command line.
 
     Raises:
       InputError: what tyro says in a box, as one line.

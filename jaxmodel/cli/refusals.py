@@ -120,7 +120,7 @@ def check(options: Train) -> None:
 
 
 def config(options: Train) -> Any:
-    """The `TrainConfig` that the options come to, all weights training.
+    """Return the `TrainConfig` that the options come to, all weights training.
 
     Raises:
       InputError: as the config, or a patience that never stops.

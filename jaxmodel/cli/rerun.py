@@ -31,12 +31,12 @@ losses.
 
 
 def name_of(options: Common) -> str:
-    """The verb that these are the options of."""
+    """Return the verb that these are the options of."""
     return next(name for name, cls in VERBS.items() if type(options) is cls)
 
 
 def options_of(folder: str, ended: bool = True) -> Common:
-    """The options of a run.
+    """Return the options of a run.
 
     Args:
       folder: of the run.
@@ -72,7 +72,7 @@ def options_of(folder: str, ended: bool = True) -> Common:
 
 
 def trained_by(folder: str) -> Train:
-    """The options of a run of train, whether it came to its end or not.
+    """Return the options of a run of train, whether it came to its end or not.
 
     Raises:
       InputError: as `options_of`, or the run is of another verb.
@@ -91,9 +91,10 @@ same name.
 
 @contextlib.contextmanager
 def resumed(options: Resume) -> Iterator[Train]:
-    """The options of a run that goes on. Those that are given anew are written into its folder,
-    where its other processes find them, with what may differ by them; if it cannot go on so, they
-    are taken out again.
+    """The options of a run that goes on.
+
+    Those that are given anew are written into its folder, where its other processes find them, with
+    what may differ by them; if it cannot go on so, they are taken out again.
 
     Raises:
       InputError: as `trained_by`, or a value out of range.
@@ -125,7 +126,7 @@ def resumed(options: Resume) -> Iterator[Train]:
 
 
 def redirect(options: Common, room: report.Run) -> Common:
-    """The same options with their outputs led into the folder of the repetition."""
+    """Return the same options with their outputs led into the folder of the repetition."""
     places: dict[str, Any] = {"json": None, "runs": str(room.path("again"))}
     if hasattr(options, "out"):
         places["out"] = str(room.path("out"))
@@ -135,7 +136,7 @@ def redirect(options: Common, room: report.Run) -> Common:
 
 
 def compare(folder: str, result: dict[str, Any], room: report.Run) -> dict[str, Any]:
-    """The repetition's result beside the recorded one."""
+    """Return the repetition's result beside the recorded one."""
     before = report.read_run(folder)
     old = dict(leaves(_report(before)))
     new = dict(leaves(to_plain(result)))

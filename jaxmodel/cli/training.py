@@ -357,7 +357,7 @@ class _Job:
 
     @property
     def shared(self) -> Path:
-        """The folder that all processes of the run share."""
+        """Return the folder that all processes of the run share."""
         import jax
 
         place = Path(self.folder.folder)
@@ -446,7 +446,7 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
 
 
 def _begun(options: Train, kind: str | None) -> Any:
-    """The bundle whose weights the training begins with.
+    """Return the bundle whose weights the training begins with.
 
     Raises:
       InputError: a model that does not continue texts, or, of rows with labels, reads none; or
@@ -517,7 +517,7 @@ def _say_without(params: Any) -> None:
 
 
 def _launches(options: Train) -> bool:
-    """Whether this process is to start those that train, and is not one of them."""
+    """Return whether this process is to start those that train, and is not one of them."""
     return options.processes > 1 and "JAX_COORDINATOR_ADDRESS" not in os.environ
 
 

@@ -33,7 +33,7 @@ class Verb(NamedTuple):
 
 
 def find(name: str) -> Verb:
-    """The functions of a verb; those of the large ones are imported only now."""
+    """Return the functions of a verb; those of the large ones are imported only now."""
     if name == "demo":
         from jaxmodel.cli import demo
 
@@ -147,7 +147,7 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
 
 
 def _talk(options: Generate) -> tuple[list[dict[str, Any]], Any, Any]:
-    """The messages of a chat, its tools and its documents.
+    """Return the messages of a chat, its tools and its documents.
 
     Raises:
       InputError: a file that cannot be read, or options of a chat without --chat.
@@ -225,7 +225,7 @@ def _compress(options: Compress, folder: Any) -> dict[str, Any]:
 
 
 def _recipe(options: Compress) -> Any:
-    """The recipe that is named or read, behind the exceptions from it.
+    """Return the recipe that is named or read, behind the exceptions from it.
 
     Raises:
       InputError: an exception that is not of the form PATTERN=CHAIN, or what is wrong with the

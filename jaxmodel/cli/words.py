@@ -212,7 +212,7 @@ def _is_option(word: str) -> bool:
 
 
 def _value(option: str, text: str, kinds: tuple[Any, ...]) -> str:
-    """The value as tyro takes it.
+    """Return the value as tyro takes it.
 
     Raises:
       InputError: a name that is not among those allowed, or no number where one is needed.

@@ -48,7 +48,7 @@ class Layout:
 
 
 def _one(at: int) -> Bytes:
-    """Return whether there is a 16-bit 1.0 (0x3C00, little-endian) at a byte."""
+    """Return the two bytes of a 16-bit 1.0 (0x3C00, little-endian) at an offset."""
     return (at, at + 1, 0x00), (at + 1, at + 2, 0x3C)
 
 
