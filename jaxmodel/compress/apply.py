@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from jaxmodel import report, tree
 from jaxmodel.adapt.adapters import split_adapters
+from jaxmodel.axes import Axes, roles as of_roles
 from jaxmodel.brief import briefly
 from jaxmodel.compress.method import Chain, text_of
 from jaxmodel.compress.observe import Stats
 from jaxmodel.compress.recipe_file import to_record
-from jaxmodel.compress.recipes import OnMatrices, Recipe, as_recipe
+from jaxmodel.compress.recipes import ByRole, Recipe, as_recipe
 from jaxmodel.compress.stats import names_of, places, stats_of
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
@@ -69,7 +70,10 @@ COLUMNS = (
 
 
 def apply(
-    recipe: Recipe | tree.Rules, params: tree.Params, stats: Stats | None = None
+    recipe: Recipe | tree.Rules,
+    params: tree.Params,
+    stats: Stats | None = None,
+    axes: Axes | None = None,
 ) -> tuple[tree.Params, Report]:
     """Compress each leaf by the chain of methods that the recipe's rules give it.
 
@@ -77,22 +81,32 @@ def apply(
       recipe: a `Recipe` or its rules alone. `Recipe.compute` concerns the model and not its params:
         `recipe.adapt(model)` and `compress_bundle` apply it.
       params: the tree. Segments are split where layers get different chains or have different
-        statistics, and equal neighbours are joined at the end. Adapters are left as they are.
-      stats: statistics by path of a leaf, from `observe`, for methods that need them; layers may be
-        stacked in any way.
+        statistics, and equal neighbours are joined at the end. Adapters stay as they are, beside
+        weights that get smaller.
+      stats: by path of a leaf, from `observe`, for methods that want them; layers may be stacked in
+        any way.
+      axes: of the model, which a named recipe needs to know what is a matrix and what a table.
 
     Returns:
       The compressed tree and the report.
 
     Raises:
-      InputError: a rule that matches no leaf, a leaf that no rule matches, a value that is no
-        chain, statistics of a leaf that is not there, or a method that does not take a leaf.
+      InputError: a rule or leaf without the other, a rule whose value is no chain, statistics of a
+        leaf that is not there, a method that does not take a leaf, or a named recipe without axes.
     """
     stats = stats or {}
     tree.check(params)
     before = tree.nbytes(params)
     base, adapters = split_adapters(params)
     chains = tree.assign(as_recipe(recipe).rules, base)
+    if any(isinstance(chain, ByRole) for chain in chains.values()):
+        if axes is None:
+            raise InputError("axes: None given; a recipe by the roles of leaves needs model.axes")
+        roles = of_roles(axes, base)
+        chains = {
+            layer: chain.of(roles[layer]) if isinstance(chain, ByRole) else chain
+            for layer, chain in chains.items()
+        }
     chains |= {layer: () for path in tree.flatten(adapters) for layer in tree.layer_paths(path)}
     where = places(stats, chains)
     split = tree.split(
@@ -103,9 +117,7 @@ def apply(
     for path, leaf in progress(tree.flatten(split).items(), "compress"):
         chain = chains[tree.layer_paths(path)[0]]
         shape = tree.layer_shape(path, leaf)
-        if len(shape) < 2 and isinstance(chain, OnMatrices):
-            chain = ()
-        if chain and len(shape) < 2:  # stacked vectors would look like a matrix
+        if chain and len(shape) < 2:  # stacked, it would pass for a matrix
             raise InputError(
                 f"recipe: {text_of(chain)!r} is given to {path!r} of shape {list(shape)}; methods "
                 f"take matrices"
@@ -134,7 +146,7 @@ def compress_bundle(
       InputError: as for `apply`.
     """
     recipe = as_recipe(recipe)
-    params, done = apply(recipe, bundle.params)
+    params, done = apply(recipe, bundle.params, axes=bundle.model.axes)
     said = to_record(dataclasses.replace(recipe, name=name or recipe.name))
     said = said["base"] if list(said) == ["base"] else said
     card = {**bundle.card, "recipe": said, "bits_per_weight": done.bits_per_weight}

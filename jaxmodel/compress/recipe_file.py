@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel import schema, tree
-from jaxmodel.compress.recipes import NAMED, Recipe, named
+from jaxmodel.compress.method import text_of
+from jaxmodel.compress.recipes import NAMED, ByRole, Recipe, named
 from jaxmodel.errors import InputError
 from jaxmodel.files import read_bytes
 
@@ -119,8 +120,9 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
     )
     own = recipe.rules if base is None else recipe.rules[: -len(base.rules)]
     rules: dict[str, str] = {}
-    for (pattern, _), (text, chain) in zip(own, recipe.texts(), strict=False):
-        rules.setdefault(f"?{text}" if isinstance(pattern, tree.optional) else text, chain)
+    for pattern, chain in own:
+        said = f"?{pattern}" if isinstance(pattern, tree.optional) else str(pattern)
+        rules.setdefault(said, text_of(chain))
     record: dict[str, Any] = {"base": base.name} if base is not None else {}
     if rules:
         record["rules"] = rules
@@ -132,8 +134,9 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
 
 
 def _bases(recipe: Recipe) -> list[Recipe]:
-    last = recipe.texts()[-1][1] if recipe.rules else ""
-    return [*NAMED.values(), *([named(last)] if last else [])]
+    last = recipe.rules[-1][1] if recipe.rules else None
+    own = [named(text_of(last.matrices))] if isinstance(last, ByRole) and last.matrices else []
+    return [*NAMED.values(), *own]
 
 
 def _yaml(raw: bytes, where: str) -> Any:

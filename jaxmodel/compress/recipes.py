@@ -15,19 +15,29 @@ from jaxmodel.errors import InputError, unknown
 from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign
 
-TABLES = tree.optional("(.*/)?(embed|embedding|positions|types)|head(/.*)?")
-# the choice of experts depends on small differences
-KEPT = tree.optional("(.*/)?(router|state/.*)")
-
 _CHAIN = "a tuple of methods, or text such as 'magnitude(0.5) | rtn(bits=8)'"
 _RULES = "a Recipe, or a list of pairs (pattern, chain); compress.named finds one by its name"
 
 
-class OnMatrices(tuple[Method, ...]):
-    """A chain that leaves a leaf that is no matrix as it is, where other chains are refused.
+@dataclasses.dataclass(frozen=True)
+class ByRole:
+    """What a named recipe does to a leaf: it follows from the leaf's role (see `jaxmodel.axes`).
 
-    The rules of named recipes use it, since they match all leaves.
+    Vectors and statistics stay as they are, and so do routers: which expert a token goes to hangs
+    on small differences.
+
+    Attributes:
+      matrices: the chain for matrices, those of experts too.
+      tables: the chain for tables and heads.
     """
+
+    matrices: Chain
+    tables: Chain
+
+    def of(self, role: str) -> Chain:
+        """The chain for a leaf of this role."""
+        kinds = dict.fromkeys(("matrix", "experts"), self.matrices)
+        return {**kinds, "table": self.tables, "head": self.tables}.get(role, ())
 
 
 @briefly
@@ -38,11 +48,11 @@ class Recipe:
     Functions that take a recipe also take its rules alone.
 
     Attributes:
-      rules: path -> chain of methods, as a tuple or as text (see `parse`); stored as a tuple. `()`
-        and `""` leave a leaf as it is.
-      compute: the dtype that the model computes in afterwards (`Policy.compute`): attention and its
-        cache, and contractions that are not int8; None for no change.
-      name: its name on the card of a bundle.
+      rules: path -> chain of methods: a tuple, or its text (see `parse`), kept as a tuple. `()` and
+        `""` leave a leaf as it is. A named recipe is one rule for all leaves, by their roles.
+      compute: what the model computes in afterwards (`Policy.compute`): attention and its cache,
+        and contractions that are not int8; None for as before.
+      name: what a bundle's card calls it.
 
     Raises:
       InputError: rules that are no list of pairs, a pattern that is no regular expression, a value
@@ -70,8 +80,16 @@ class Recipe:
         return model.with_policy(dataclasses.replace(model.policy, compute_dtype=self.compute))
 
     def texts(self) -> list[list[str]]:
-        """Return the rules as patterns and texts of chains, for JSON."""
-        return [[str(pattern), text_of(chain)] for pattern, chain in self.rules]
+        """The rules as patterns and texts of chains, for JSON."""
+        return [
+            [str(pattern), text]
+            for pattern, chain in self.rules
+            for text in (
+                [f"tables: {text_of(chain.tables)}", text_of(chain.matrices)]
+                if isinstance(chain, ByRole)
+                else [text_of(chain)]
+            )
+        ]
 
 
 def as_recipe(recipe: Recipe | tree.Rules) -> Recipe:
@@ -83,7 +101,7 @@ def as_recipe(recipe: Recipe | tree.Rules) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else Recipe(recipe)
 
 
-def _rule(rule: Any) -> tuple[str, Chain]:
+def _rule(rule: Any) -> tuple[str, Chain | ByRole]:
     if not (isinstance(rule, list | tuple) and len(rule) == 2 and isinstance(rule[0], str)):
         raise InputError(f"recipe: {rule!r} is not a pair (pattern, chain); allowed: {_RULES}")
     pattern, value = rule
@@ -97,6 +115,8 @@ def _rule(rule: Any) -> tuple[str, Chain]:
             return pattern, parse(value)
         except InputError as error:
             raise InputError(f"{at}: {error}") from None
+    if isinstance(value, ByRole):
+        return pattern, value
     if isinstance(value, Method):
         raise InputError(f"{at} gives the method {text_of((value,))} alone; allowed: {_CHAIN}")
     if not isinstance(value, list | tuple):
@@ -106,15 +126,13 @@ def _rule(rule: Any) -> tuple[str, Chain]:
             raise InputError(
                 f"{at} gives a chain with {method!r}, which is no method; allowed: {_CHAIN}"
             )
-    return pattern, value if isinstance(value, OnMatrices) else tuple(value)
+    return pattern, tuple(value)
 
 
 def _recipe(
     name: str, blocks: Chain, tables: Chain = (Rtn(8),), compute: str | None = None
 ) -> Recipe:
-    return Recipe(
-        ((TABLES, OnMatrices(tables)), (KEPT, ()), (".*", OnMatrices(blocks))), compute, name
-    )
+    return Recipe(((".*", ByRole(blocks, tables)),), compute, name)
 
 
 _W8A8 = (Rtn(8, activations="int8"),)
@@ -136,9 +154,8 @@ of 64 with float16 scales.
 
 
 def named(name: str) -> Recipe:
-    """Return the recipe of this name, or make one from the text of a chain.
-
-    The chain is for all matrices; tables (embeddings, positions, heads) get 8 bits.
+    """The recipe of this name, or one from text: a chain for all matrices, with tables (embeddings,
+    positions) and heads in 8 bits.
 
     Raises:
       InputError: neither the name of a recipe nor a chain of methods.

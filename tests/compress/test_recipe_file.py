@@ -55,7 +55,9 @@ def test_a_file_says_what_python_says(name, bundle, tmp_path):
     )
     recipe = compress.read_recipe(write(tmp_path, name, text))
     assert recipe == IN_PYTHON
-    mine, wanted = (compress.apply(one, bundle.params)[0] for one in (recipe, IN_PYTHON))
+    mine, wanted = (
+        compress.apply(one, bundle.params, axes=bundle.model.axes)[0] for one in (recipe, IN_PYTHON)
+    )
     assert tree.fingerprint(mine) == tree.fingerprint(wanted)
 
 

@@ -32,7 +32,11 @@ def test_named_takes_names_and_chains():
     assert compress.named("int4") is compress.NAMED["int4"]
     assert all(recipe.name == name for name, recipe in compress.NAMED.items())
     text = compress.named("rtn(bits=3)")
-    assert text.rules[-1][1] == (Rtn(3),) and text.compute is None and text.name == "rtn(bits=3)"
+    assert (
+        text.rules[-1][1].matrices == (Rtn(3),)
+        and text.compute is None
+        and text.name == "rtn(bits=3)"
+    )
     with pytest.raises(
         InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4"
     ):
@@ -52,7 +56,7 @@ def test_where_all_contractions_are_int8_the_rest_is_bfloat16():
 def test_a_bundle_is_what_its_recipe_says(name, bundle):
     recipe = compress.named(name)
     smaller, report = compress.compress_bundle(bundle, recipe)
-    params, alone = compress.apply(recipe, bundle.params)
+    params, alone = compress.apply(recipe, bundle.params, axes=bundle.model.axes)
     assert tree.fingerprint(smaller.params) == tree.fingerprint(params) and report == alone
     assert smaller.model.policy.compute_dtype == (recipe.compute or "float32")
     assert smaller.model is recipe.adapt(bundle.model)
@@ -208,6 +212,6 @@ def test_encoders_and_cross_attention_get_smaller_too():
     """
     model = t5.model(t5.SIZES["tiny"])
     params = jax.jit(model.init)(jax.random.key(0))
-    smaller, _ = compress.apply(compress.named("int8-weight"), params)
+    smaller, _ = compress.apply(compress.named("int8-weight"), params, axes=model.axes)
     for path, leaf in tree.flatten(smaller).items():
         assert isinstance(leaf, QTensor) == (leaf.ndim - tree.is_stacked(path) == 2), path

@@ -526,7 +526,7 @@ def test_compressed_experts_are_one_leaf_on_disk(tmp_path: Path) -> None:
         ("blocks/1/moe/up", "magnitude(0.5) | rtn(bits=8)"),
         (".*", ()),
     ]
-    params, _ = compress.apply(recipe, bundle.params)
+    params, _ = compress.apply(recipe, bundle.params, axes=bundle.model.axes)
     folder = dataclasses.replace(bundle, params=params).save_pretrained(tmp_path / "out")
     back = from_pretrained(folder)
     assert tree.fingerprint(back.params) == tree.fingerprint(params) and back.model is bundle.model
