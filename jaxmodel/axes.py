@@ -266,14 +266,21 @@ def heads(axes: Axes, params: tree.Params) -> set[str]:
     """
     role = role_of(axes)
     shapes = _shapes(params)
+    outside = re.compile(
+        "|".join(
+            f"(?:{pattern})"
+            for pattern, text, *_ in axes.rules
+            if (found := read(text)).role == "vector" and set(found.axes) & set(_OUTSIDE)
+        )
+        or "(?!)"
+    )
     out = {
         path
-        for path, letters in assign(axes, params).items()
-        if role(path, shapes[path]) == "head"
-        or (letters.role == "vector" and any(axis in _OUTSIDE for axis in letters.axes))
+        for path, shape in shapes.items()
+        if role(path, shape) == "head" or outside.fullmatch(path)
     }
-    folders = {path.rpartition("/")[0] for path in out} - {""}
-    return {path for path in shapes if path in out or path.rpartition("/")[0] in folders}
+    folders = tuple(f"{path.rpartition('/')[0]}/" for path in out if "/" in path)
+    return {path for path in shapes if path in out or path.startswith(folders)}
 
 
 def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:

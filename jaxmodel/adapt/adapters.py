@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.axes import Axes, read, written
+from jaxmodel.axes import Axes, read, roles, written
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Adapted, Compressed
@@ -82,7 +82,7 @@ class LoRA:
 
 
 def lora(
-    model: Model, params: tree.Params, rules: tree.Rules, key: jax.Array
+    model: Model, params: tree.Params, rules: tree.Rules | LoRA, key: jax.Array
 ) -> tuple[Model, tree.Params]:
     """Add adapters to a model and its parameters, without changing its outputs.
 
@@ -92,7 +92,7 @@ def lora(
       model: a model of any family.
       params: arrays or compressed leaves. A segment is split where the rules treat its layers
         differently.
-      rules: path of a weight -> `LoRA` or None.
+      rules: path of a weight -> `LoRA` or None; or one `LoRA` for every matrix of the layers.
       key: for `down`. The key of each layer is folded from its path, so it does not depend on how
         layers are stacked.
 
@@ -111,7 +111,8 @@ def lora(
     {'down': (3, 4, 32), 'up': (3, 32, 4), 'scale': (3,)}
     """
     tree.check(params)
-    values = tree.assign(rules, split_adapters(params)[0])
+    base, _ = split_adapters(params)
+    values = _matrices(model, base, rules) if isinstance(rules, LoRA) else tree.assign(rules, base)
     there = [
         layer
         for path in tree.flatten(params)
@@ -139,6 +140,18 @@ def lora(
             f"{path}{SUFFIX}/{name}": a for name, a in _adapter(path, leaf, one, key).items()
         }
     return with_adapters(model), tree.unflatten(leaves)
+
+
+def _matrices(model: Model, params: tree.Params, one: LoRA) -> dict[str, LoRA | None]:
+    """Return the adapter for each layer path: for the matrices of layers, or where there are no
+    layers for all, but not for heads.
+    """
+    found = {path for path, role in roles(model.axes, params).items() if role == "matrix"}
+    inside = {path for path in found if tree.BLOCKS in path.split("/")}
+    if not found:
+        raise InputError(f"rules: {one!r} given for a model without matrices; allowed: rules")
+    paths = (layer for path in tree.flatten(params) for layer in tree.layer_paths(path))
+    return {path: one if path in (inside or found) else None for path in paths}
 
 
 def is_adapter(path: str) -> bool:
@@ -181,7 +194,7 @@ def _axes(axes: Axes) -> tuple[Any, ...]:
         if len(letters) not in (0, 2):
             continue
         out, into = map(written, letters) if letters else "__"
-        for name, own in (("down", f"_{into}"), ("up", f"{out}_"), ("scale", "")):
+        for name, own in (("down", f"_{into}"), ("up", f"{out}_"), ("scale", ""), ("dropout", "")):
             rules.append((tree.optional(f"(?:{pattern}){SUFFIX}/{name}"), own, jax.P()))
     return tuple(rules)
 

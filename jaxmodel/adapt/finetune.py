@@ -7,12 +7,12 @@
 >>> model, params = replace_head(old, jax.jit(old.init)(jax.random.key(0)), 3, jax.random.key(1))
 >>> params["head"]["classes"].shape
 (3, 32)
->>> rules = last_layers(params, 1)  # TrainConfig(trainable=rules): the head, the last of 3 layers
+>>> rules = last_layers(model, params, 1)  # for TrainConfig(trainable=rules): of three layers one
 >>> trains = tree.assign(rules, params)
 >>> [trains[path] for path in ("head/classes", "blocks/2/attn/q", "blocks/1/attn/q")]
 [True, True, False]
->>> optimizer = optax.chain(optax.adamw(1e-3), scale_updates(layer_rates(params, 0.5)))
->>> tree.assign(layer_rates(params, 0.5), params)["blocks/1/attn/q"]
+>>> optimizer = optax.chain(optax.adamw(1e-3), scale_updates(layer_rates(model, params, 0.5)))
+>>> tree.assign(layer_rates(model, params, 0.5), params)["blocks/1/attn/q"]
 0.25
 """
 
@@ -27,13 +27,12 @@ import jax
 from jaxtyping import Array
 
 from jaxmodel import tree
+from jaxmodel.axes import heads, role_of, trainable
 from jaxmodel.errors import InputError
 from jaxmodel.models import Model
 from jaxmodel.models.family import build_of
+from jaxmodel.models.reads import reads
 
-HEAD = re.compile(r"head(_bias|/.*)?")
-"""The leaves of a head, in every family that has one of its own."""
-_FIRST = r"(.*/)?(embed|positions|types|stem)(_[^/]*)?(/.*)?"  # what stands in front of the layers
 _LAYER = re.compile(r"((?:.*/)?)blocks/(\d+)/.*")
 
 
@@ -79,31 +78,37 @@ def replace_head(
             config, labels=names, **({"head": "classify"} if "head" in fields else {})
         )
     new = build(changed, model.policy)
-    # make only the head, since the rest may be large
-    fresh: Any = jax.jit(lambda key: _heads(new.init(key), True))(key)
     tree.check(params)
-    body = _heads(params, False)
+    body = _without_head(model, params)
     needed: Any = jax.eval_shape(new.init, key)
+    head = heads(new.axes, needed)
+
+    def init_head(key: Array) -> dict[str, Array]:
+        whole = tree.flatten(new.init(key))
+        return {path: whole[path] for path in head}
+
+    fresh = jax.jit(init_head)(key)  # of a large model, only the head is made
     have, need = (
         {layer for path in tree.flatten(t) for layer in tree.layer_paths(path)}
-        for t in (body, _heads(needed, False))
+        for t in (body, _without_head(new, needed))
     )
     if unlike := sorted(have ^ need):
         kind = "too many" if unlike[0] in have else "missing"
         raise InputError(
             f"params: the leaf {unlike[0]!r} is {kind}; needed is the body of the model"
         )
-    return new, tree.combine(body, fresh)
+    return new, tree.combine(body, tree.unflatten(fresh))
 
 
-def last_layers(params: tree.Params, count: int) -> tree.Rules:
-    """Return rules that train the head, the last `count` layers and the norm behind them.
+def last_layers(model: Model, params: tree.Params, count: int) -> tree.Rules:
+    """Return rules that train the head, the last `count` layers and what stands behind them.
 
     They are for `TrainConfig.trainable`. With 0 only the head learns, a *linear probe*. To unfreeze
     gradually (Howard & Ruder, 2018), train in stages with a growing count, each from the parameters
     of the one before.
 
     Args:
+      model: its axes say which leaves are the head, its trace which stand behind the layers.
       params: parameters with layers under `blocks`, unless the count is 0.
       count: from 0 to the number of layers.
 
@@ -115,13 +120,17 @@ def last_layers(params: tree.Params, count: int) -> tree.Rules:
     most = min(deepest.values(), default=0)
     if not 0 <= count <= most:
         raise InputError(f"count: {count} given; allowed: 0 to {most}, the number of layers")
-    rules: list[tuple[str, bool]] = [(tree.optional(tree.MEASURED), False), (HEAD.pattern, True)]
+    trains = trainable(model.axes)
+    paths = {layer for path in tree.flatten(params) for layer in tree.layer_paths(path)}
+    top = heads(model.axes, params) | (_behind(model) & paths if count else set())
+    rules = [(re.escape(path), False) for path in sorted(paths) if not trains(path)]
+    rules += [(re.escape(path), True) for path in sorted(top) if trains(path)]
     for at, depth in deepest.items():
         rules += [(rf"{re.escape(at)}blocks/{i}/.*", True) for i in range(depth - count, depth)]
-    return (*rules, (tree.optional(r"(?!.*blocks/)(.*/)?norm/.*"), count > 0), (".*", False))
+    return (*rules, (".*", False))
 
 
-def layer_rates(params: tree.Params, decay: float) -> tree.Rules:
+def layer_rates(model: Model, params: tree.Params, decay: float) -> tree.Rules:
     """Return rules path -> factor of the learning rate, smaller for the layers near the input.
 
     The factor is `decay^(L - l)` for layer l of L (l counts from 0), 1 for the leaves behind the
@@ -130,6 +139,7 @@ def layer_rates(params: tree.Params, decay: float) -> tree.Rules:
     form Clark et al., 2020).
 
     Args:
+      model: its trace says what stands in front of the layers.
       params: parameters with layers under `blocks`.
       decay: above 0, at most 1; 0.65 to 0.9 are usual.
 
@@ -150,7 +160,23 @@ def layer_rates(params: tree.Params, decay: float) -> tree.Rules:
             (tree.optional(rf"{re.escape(at)}blocks/{i}/.*"), decay ** (depth - i))
             for i in range(depth)
         ]
-    return (*rules, (tree.optional(_FIRST), decay ** (max(deepest.values()) + 1)), (".*", 1.0))
+    paths = {layer for path in tree.flatten(params) for layer in tree.layer_paths(path)}
+    outside = {path for path in paths if not _LAYER.fullmatch(path)}
+    first = decay ** (max(deepest.values()) + 1)
+    rules += [(re.escape(path), first) for path in sorted(outside - _behind(model))]
+    return (*rules, (".*", 1.0))
+
+
+def _behind(model: Model) -> set[str]:
+    """Return the leaves behind some layers; a table is looked up, which is in front of them."""
+    role = role_of(model.axes)
+    return {
+        path
+        for path, read in reads(model).items()
+        if not _LAYER.fullmatch(path)
+        and role(path, (1, 1)) != "table"
+        and any(map(_LAYER.fullmatch, read.always))
+    }
 
 
 def _depths(params: tree.Params) -> dict[str, int]:
@@ -163,14 +189,10 @@ def _depths(params: tree.Params) -> dict[str, int]:
     return found
 
 
-def _heads(params: tree.Params, wanted: bool) -> tree.Params:
-    """Return the leaves of the head if `wanted`, else all others."""
+def _without_head(model: Model, params: tree.Params) -> tree.Params:
+    head = heads(model.axes, params)
     return tree.unflatten(
-        {
-            path: leaf
-            for path, leaf in tree.flatten(params).items()
-            if bool(HEAD.fullmatch(path)) == wanted
-        }
+        {path: leaf for path, leaf in tree.flatten(params).items() if path not in head}
     )
 
 

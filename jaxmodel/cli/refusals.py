@@ -15,7 +15,6 @@ from jaxmodel.cli.options import Train
 from jaxmodel.errors import InputError, require, unknown
 from jaxmodel.files import check_writable
 
-_TARGETS = "q|k|v|o|gate|up|down"
 _OF_NEW = ("vocab", "width", "depth", "heads")
 
 
@@ -168,30 +167,34 @@ def lora(options: Train) -> Any:
                 f"--lora: {part.strip()!r} given; allowed: such as "
                 f"r=8,alpha=16,dropout=0.05,targets=q|v"
             ) from None
-    targets = found.pop("targets", _TARGETS)
-    if not re.fullmatch(r"\w+(\|\w+)*", targets):
+    targets = found.pop("targets", None)
+    if targets is not None and not re.fullmatch(r"\w+(\|\w+)*", targets):
         raise InputError(
             f"--lora: targets={targets!r} given; allowed: names of matrices, such as q|v"
         )
     from jaxmodel import adapt
 
     one = adapt.LoRA(found.pop("r", 8), **found)
-    return ((f"(.*/)?blocks/.*/(attn|mlp)/({targets})", one), (".*", None))
+    return one if targets is None else ((f"(.*/)?blocks/.*/({targets})", one), (".*", None))
 
 
-def targets(options: Train, params: Any) -> None:
+def targets(options: Train, model: Any) -> None:
     """Refuse a name among the targets of --lora that no matrix of the model has.
 
     Raises:
       InputError: says which, and those that there are.
     """
-    from jaxmodel import tree
+    import jax
+
+    from jaxmodel import axes
 
     asked = re.search(r"targets=([\w|]+)", options.lora or "")
-    found = (
-        re.fullmatch(r"(?:.*/)?blocks/.*/(?:attn|mlp)/(\w+)", path) for path in tree.flatten(params)
-    )
-    there = {one[1] for one in found if one}
+    roles = axes.roles(model.axes, jax.eval_shape(model.init, jax.random.key(0)))
+    there = {
+        path.rpartition("/")[2]
+        for path, role in roles.items()
+        if role == "matrix" and "blocks" in path.split("/")
+    }
     for name in asked[1].split("|") if asked else ():
         if name not in there:
             raise unknown("--lora: targets", name, there)

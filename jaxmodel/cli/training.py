@@ -469,7 +469,6 @@ def _begun(options: Train, kind: str | None) -> Any:
 
 
 def _check_begun(options: Train, kind: str | None, model: Any) -> None:
-    import jax
 
     from jaxmodel.cli import refusals
 
@@ -490,7 +489,7 @@ def _check_begun(options: Train, kind: str | None, model: Any) -> None:
             "allowed: without"
         )
     if options.lora is not None:
-        refusals.targets(options, jax.eval_shape(model.init, jax.random.key(0)))
+        refusals.targets(options, model)
 
 
 def _say_without(params: Any) -> None:

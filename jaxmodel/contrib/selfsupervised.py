@@ -44,8 +44,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
-from jaxmodel.adapt.finetune import HEAD
-from jaxmodel.axes import Axes
+from jaxmodel.axes import Axes, heads
 from jaxmodel.data.augment.base import images, row_keys, row_weights, uniforms
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import Loss
@@ -270,11 +269,9 @@ def _projected(model: Model, head: Model, tokens: int) -> Model:
 
     def init(key: Array) -> tree.Params:
         own, other = jax.random.split(key)
-        body = {
-            path: leaf
-            for path, leaf in tree.flatten(model.init(own)).items()
-            if not HEAD.fullmatch(path)
-        }
+        whole = model.init(own)
+        head_leaves = heads(model.axes, whole)
+        body = {path: leaf for path, leaf in tree.flatten(whole).items() if path not in head_leaves}
         return {**tree.unflatten(body), PROJECTION: head.init(other)}
 
     of_head = head.axes.under(PROJECTION, model.axes.highest + 1)

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 
 from jaxmodel import schema, tree
 from jaxmodel.adapt.adapters import is_adapter, split_adapters, with_adapters
+from jaxmodel.axes import role_of
 from jaxmodel.errors import InputError, nearest
 from jaxmodel.files import open_regular
 from jaxmodel.hub import schemas
@@ -42,8 +43,6 @@ CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
 STEM = "base_model.model."
 
-# what transformers looks up, and PEFT names otherwise
-_TABLES = re.compile(r"(.*/)?(embed|positions|types)")
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB])(\.[^.]+)??(\.weight)?")
 
 # What adapter_config.json may say of these keys; of a key that is not here only what is empty or
@@ -202,6 +201,7 @@ def add_adapters[B: Any](
 def write(bundle: Any, folder: Path, base: str | None = None, also: str | None = None) -> None:
     """The two files of a bundle's adapters, into a folder that is being written."""
     layout = _Layout(bundle.model)
+    role = role_of(bundle.model.axes)
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, list[tuple[Name, str, Adapter]]] = {}
     for path, leaf in _layers(bundle.params).items():
@@ -214,7 +214,7 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
         down, up, scale, where = _joined(adapters)
         ranks[module], alphas[module] = len(down), float(scale) * len(down)
         parts |= {module: where} if where else {}
-        if _TABLES.fullmatch(adapters[0][1]):
+        if role(adapters[0][1], (1, 1)) == "table":  # looked up, which PEFT names otherwise
             tensors |= {
                 f"{STEM}{module}.lora_embedding_A": up.T,
                 f"{STEM}{module}.lora_embedding_B": down.T,

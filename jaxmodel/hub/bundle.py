@@ -122,7 +122,7 @@ class Bundle:
     @functools.cached_property
     def _running(self) -> tree.Params:
         tree.check(self.params)
-        return layers.fuse(expand(self.params))
+        return layers.fuse(expand(self.params), self.model.axes.fused)
 
     def _repr_html_(self) -> str | None:
         """What a notebook shows: card, config, and the tree by path as `jaxmodel summary` has it,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +20,24 @@ from jaxmodel import tree
 from jaxmodel.leaves import Compressed, QTensor
 from jaxmodel.leaves.adapted import SUFFIX
 
+type Groups = Sequence[tuple[str, ...]]
+
 GROUPS = (("q", "k", "v"), ("gate", "up"))
+"""The names of leaves that `Attention`, `MLP` and the experts read as one where they are one. A model
+of these layers says so: `Axes(..., fused=GROUPS)`.
+"""
 
 
-def fuse(params: tree.Params) -> tree.Params:
+def fuse(params: tree.Params, groups: Groups = GROUPS) -> tree.Params:
     """Join each group of maps where their leaves allow it.
 
     They must be plain arrays of one dtype, or `QTensor`s with the same static fields and a scale
     for every row. Other leaves stay separate, and so does a group in which one leaf has an adapter.
     """
-    out = {key: child if tree.is_leaf(child) else fuse(child) for key, child in params.items()}
-    for group in GROUPS:
+    out = {
+        key: child if tree.is_leaf(child) else fuse(child, groups) for key, child in params.items()
+    }
+    for group in groups:
         members: list[Any] = [out.get(name) for name in group]
         biases: list[Any] = [out.get(f"{name}_bias") for name in group]
         none = [bias is None for bias in biases]

@@ -25,6 +25,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, leaf, linear
 from jaxmodel.layers.encoder import EncoderBlock, PooledHead
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
@@ -149,6 +150,7 @@ def axes(config: Config) -> Axes:
         ),
         sizes=(("h", config.width // config.heads),),
         ordered=("V", "D") if config.head == "embed" else ("V",),
+        fused=GROUPS,
     )
 
 

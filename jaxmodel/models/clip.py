@@ -34,6 +34,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, repeat
 from jaxmodel.layers.encoder import EncoderBlock
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models import vit
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
@@ -180,7 +181,7 @@ def axes(config: Config) -> Axes:
         )
     else:
         own = (("text_map", "PD0"), ("image_map", "PD1"), ("scale", ""))
-    return Axes((*text.rules, *image.rules, *own), (*text.sizes, *image.sizes))
+    return Axes((*text.rules, *image.rules, *own), (*text.sizes, *image.sizes), fused=GROUPS)
 
 
 class Towers(NamedTuple):

@@ -163,6 +163,7 @@ SIZES = {
 
 AXES = Axes(
     (
+        ("head_bias", "c"),
         (tree.optional(".*(norm/(weight|bias)|_bias|importance|scores)"), "_", P()),
         (tree.optional("extract.*/weight"), "__", P("tensor", "fsdp")),
         ("merge/.*", "__", P("tensor", "fsdp")),

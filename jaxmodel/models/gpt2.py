@@ -21,6 +21,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
 
@@ -88,7 +89,7 @@ SIZES = {
 def axes(config: Config) -> Axes:
     """Return the axes of the leaves."""
     tables = (("embed", "VD table"), ("positions", "tD table"))
-    return Axes((*tables, *BLOCK_AXES), (("h", config.width // config.heads),))
+    return Axes((*tables, *BLOCK_AXES), (("h", config.width // config.heads),), fused=GROUPS)
 
 
 class _Block(nn.Module):

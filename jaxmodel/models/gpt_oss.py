@@ -25,6 +25,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import Attention, MoE, RMSNorm, init_layers, leaf
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
@@ -155,6 +156,7 @@ def axes(config: Config) -> Axes:
             (".*norm/weight", "D"),
         ),
         sizes=(("h", config.head_width),),
+        fused=GROUPS,
     )
 
 

@@ -33,6 +33,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, MLP, Attention, MoE, RMSNorm, init_layers, leaf
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
@@ -363,6 +364,7 @@ def axes(config: Config) -> Axes:
             (".*norm/weight", "D"),
         ),
         sizes=(("h", config.head_width),),
+        fused=GROUPS,
     )
 
 

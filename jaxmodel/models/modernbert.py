@@ -34,6 +34,7 @@ from jaxmodel.layers import (
     leaf,
     linear,
 )
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
 from jaxmodel.models.sentences import check_pooling, pool
@@ -152,6 +153,7 @@ def axes(config: Config) -> Axes:
         (("embed", "VD table"), *heads[config.head], *BLOCK_AXES),
         sizes=(("h", config.width // config.heads),),
         ordered=("V", "D") if config.head == "embed" else ("V",),
+        fused=GROUPS,
     )
 
 

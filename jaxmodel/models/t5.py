@@ -30,6 +30,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import MLP, Attention, RMSNorm, dropout, init_layers, leaf, repeat
 from jaxmodel.layers.cross import CrossAttention
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
@@ -150,6 +151,7 @@ def axes(config: Config) -> Axes:
             (".*norm/weight", "D"),
         ),
         sizes=(("h", config.head_width),),
+        fused=GROUPS,
     )
 
 

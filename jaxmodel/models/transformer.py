@@ -26,6 +26,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import BLOCK_AXES, MLP, Attention, LayerNorm, dropout, init_layers, repeat
 from jaxmodel.layers.cross import CrossAttention
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
@@ -96,7 +97,8 @@ def axes(config: Config) -> Axes:
         (tree.optional("blocks/.*/cross/o_bias"), "D"),
     )
     rules = (("embed", "VD table"), *BLOCK_AXES, *cross)
-    return Axes(rules, (("h", config.width // config.heads),), ordered=("V", "D"))
+    sizes = (("h", config.width // config.heads),)
+    return Axes(rules, sizes, ordered=("V", "D"), fused=GROUPS)
 
 
 class _Block(nn.Module):

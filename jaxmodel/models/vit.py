@@ -24,6 +24,7 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers
 from jaxmodel.layers.encoder import AttentionPool, EncoderBlock, PooledHead
+from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.patches import Patches
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
@@ -161,6 +162,7 @@ def axes(config: Config) -> Axes:
         ),
         sizes=(("h", config.width // config.heads),),
         ordered=("V",) if config.labels else ("V", "F0" if config.pool_dense else "D"),
+        fused=GROUPS,
     )
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmodel import tree
+from jaxmodel.axes import assign, role_of
+from jaxmodel.models import Model
+from jaxmodel.models.reads import reads
 
 _PEAK = {  # peak bfloat16 operations per second of one chip, as its maker states them
     "TPU v4": 275e12,
@@ -32,99 +33,69 @@ _PEAK = {  # peak bfloat16 operations per second of one chip, as its maker state
 }
 
 
-TABLES = ("embed", "positions", "types", "embedding")
-"""The last name of leaves that are looked up."""
+_PRODUCTS = ("matrix", "experts", "router", "head")
 
 
 def per_token(
+    model: Model,
     params: tree.Params,
     length: int,
-    width: int = 0,
-    depth: int = 0,
     experts: float = 1.0,
     *,
     trains: tree.Params | None = None,
 ) -> float:
-    """Return the operations of the forward and backward pass for one token: `6 N + 6 L T D`.
+    """Count the operations of forward and backward pass for one token: `6 N + 6 L T D`, N the
+    weights in products of matrices.
 
-    N is the number of weights in matrix products. Of the 6 operations, 2 are the forward pass of
-    every weight, 2 the gradient of the weight, if it trains, and 2 the gradient of its input, if
-    something before it trains. So frozen weights after adapters cost 4, those before the first
-    trained layer cost 2, and their attention a third. Tables that are only looked up cost nothing;
-    one that is also the head counts as the head. Causal attention sees half of the T positions.
-    Operations that are repeated to save memory do not count.
+    Of the 6, 2 are the forward pass of every weight, 2 its own gradient, where it trains, and 2
+    that of what it reads, where something in front of it trains: so frozen weights behind adapters
+    cost 4, those in front of the first leaf that trains 2, and their attention a third. Tables that
+    are only looked up cost nothing; one that is the head too counts as that. Causal attention sees
+    half of the T positions. What is computed again to save memory does not count.
 
     Args:
+      model: its axes say which leaves are matrices, its trace what stands in front of them.
       params: all weights, or their shapes.
-      length: the sequence length T.
-      width: the model width D; 0 leaves attention out.
-      depth: the number of layers L.
-      experts: the share of a layer's experts that a token uses.
-      trains: the weights that train; None for all, or for the adapters alone if there are some.
+      length: T; 0 leaves attention out.
+      experts: the share of a layer's experts that a token meets.
+      trains: those of them that train; None for all.
 
-    >>> layers = {"blocks": {"0": {"mlp": {"up": np.zeros((16, 8))}}}}
-    >>> shapes = {"embed": np.zeros((100, 8)), **layers, "head": np.zeros((100, 8))}
-    >>> weights = 16 * 8 + 100 * 8
-    >>> per_token(shapes, 1) / weights, per_token(shapes, 1, trains=layers) / weights
-    (6.0, 4.0)
+    >>> from jaxmodel.models import llama
+    >>> model = llama.model(llama.Config(100, 8, 1, 2, 2, 4, 16, 32))
+    >>> shapes = jax.eval_shape(model.init, jax.random.key(0))
+    >>> layer, head = 4 * 8 * 8 + 3 * 16 * 8, 100 * 8
+    >>> per_token(model, shapes, 0) / (layer + head)
+    6.0
+    >>> part = {"head": shapes["head"]}
+    >>> per_token(model, shapes, 0, trains=part) == 2 * layer + 4 * head
+    True
     """
-    leaves = tree.flatten(params)
-    adapters = [
-        path for path in leaves if path.split("/")[-2:-1] and path.split("/")[-2].endswith("_lora")
-    ]
-    learns = list(tree.flatten(trains)) if trains is not None else adapters or list(leaves)
-    places = [_place(layer) for path in learns for layer in tree.layer_paths(path)]
-    first = min(places, default=(math.inf, 0.0))
-    learnt = set(learns)
+    shapes = {
+        layer: tree.layer_shape(path, leaf)
+        for path, leaf in tree.flatten(params).items()
+        for layer in tree.layer_paths(path)
+    }
+    learns = tree.flatten(params if trains is None else trains)
+    learnt = {layer for path in learns for layer in tree.layer_paths(path)}
+    role = role_of(model.axes)
+    letters = assign(model.axes, params)
     cost = 0.0
-    for path, leaf in leaves.items():
-        shape = tree.layer_shape(path, leaf)
-        if len(shape) < 2 or _is_table(path, leaves):
-            continue
-        share = experts if len(shape) > 2 and "moe" in path.split("/") else 1.0
-        place = _place if path != "embed" else lambda _: (math.inf, 1.0)  # as the head
-        passed = [first < place(layer) for layer in tree.layer_paths(path)]
-        factors = sum(2 + 2 * (path in learnt) + 2 * through for through in passed)
-        cost += share * factors * math.prod(shape)
-    behind = depth - min(max(first[0], 0), depth)
-    return cost + 2.0 * length * width * (depth + 2 * behind)
-
-
-def _place(layer: str) -> tuple[float, float]:
-    """Return a leaf's position in the forward pass: its layer's number, and the place within."""
-    keys = layer.split("/")
-    if tree.BLOCKS not in keys:
-        return (
-            (-1.0, 0.0)
-            if keys[-1] in TABLES or "embed" in keys or "encoder" in keys
-            else (math.inf, float(keys[0] == "head"))
-        )
-    at = keys.index(tree.BLOCKS) + 1
-    number = float(keys[at]) if "encoder" not in keys else -1.0
-    rest = keys[at + 1 :]
-    within = (
-        0.0
-        if rest[0].startswith("attn_norm")
-        else 1.0
-        if rest[0] == "attn" and rest[-1] != "o"
-        else 2.0
-    )
-    return number, within + 0.5 * (
-        rest[-1] == "up" and len(rest) > 1 and rest[-2].endswith("_lora")
-    )
-
-
-def _is_table(path: str, leaves: Mapping[str, Any]) -> bool:
-    """Return whether a matrix is only looked up.
-
-    That is an embedding, unless it is the head too, as in a model without a separate head.
-    """
-    if path.split("/")[-1] not in TABLES:
-        return False
-    heads = [leaf for other, leaf in leaves.items() if other == "head" or other.startswith("head/")]
-    own = [len(leaf.shape) for leaf in heads if leaf.shape[:1] == leaves[path].shape[:1]]
-    tied = path == "embed" and (not heads or (bool(own) and max(own) < 2))
-    return not tied
+    width = 0
+    layers: dict[str, bool] = {}  # whether anything trains in them or in front of them
+    for path, read in reads(model, params).items():
+        passed = bool(learnt & read.ever)
+        axes = letters[path].axes
+        if path.startswith(f"{tree.BLOCKS}/"):
+            layer = path.split("/")[1]
+            layers[layer] = layers.get(layer, False) or passed or path in learnt
+            if axes and any("h" in product for product in axes[0]):
+                width = max(width, shapes[path][0])
+        kind = role(path, shapes[path])
+        in_head = axes and axes[0][0][0][0] == "V" and any("blocks/" in one for one in read.ever)
+        if kind in _PRODUCTS or (kind == "table" and in_head):
+            share = experts if kind == "experts" else 1.0
+            cost += share * (2 + 2 * (path in learnt) + 2 * passed) * math.prod(shapes[path])
+    return cost + 2.0 * length * width * (len(layers) + 2 * sum(layers.values()))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ It is tokens per second, utilisation, and the share of time spent waiting for da
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,7 @@ class Meter:
         self._shapes = jax.eval_shape(lambda p: p, params)
         self._trainable = trainable
         self._most = most
+        self._cost = functools.cache(self._operations)  # of a token, by the length of its row
         self._began = self._since = time.perf_counter()
         self._seen = 0
         self._waited = 0.0
@@ -46,6 +48,12 @@ class Meter:
         self._length = 0
         self._bad = 0
         self.steps = 0
+
+    def _operations(self, length: int) -> float:
+        config = self._model.config
+        experts = getattr(config, "experts", 0) and config.experts_per_token / config.experts
+        trains = tree.partition(self._shapes, self._trainable)[0]
+        return flops.per_token(self._model, self._shapes, length, experts or 1.0, trains=trains)
 
     @contextlib.contextmanager
     def waits(self) -> Iterator[None]:
@@ -83,12 +91,7 @@ class Meter:
         if rate is not None:
             found["learning_rate"] = rate
         if self._unit == "tokens" and self._most is not None:
-            config = self._model.config
-            sizes = self._length, getattr(config, "width", 0), getattr(config, "depth", 0)
-            experts = getattr(config, "experts", 0) and config.experts_per_token / config.experts
-            trains = tree.partition(self._shapes, self._trainable)[0]
-            cost = flops.per_token(self._shapes, *sizes, experts or 1.0, trains=trains)
-            found["mfu"] = speed * cost / self._most
+            found["mfu"] = speed * self._cost(self._length) / self._most
         found |= {"bad": self._bad, "seconds": now - self._began}
         self._since = time.perf_counter()
         self._seen = 0

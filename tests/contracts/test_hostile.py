@@ -294,8 +294,8 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
     ),
     "train.gather": (TEXT, train.gather),
     "train.init_state": (TEXT, lambda params: init_state(params, optax.adam(1e-3)).params),
-    "adapt.last_layers": (TEXT, lambda params: adapt.last_layers(params, 1)),
-    "adapt.layer_rates": (TEXT, lambda params: adapt.layer_rates(params, 0.5)),
+    "adapt.last_layers": (TEXT, lambda params: adapt.last_layers(MODEL, params, 1)),
+    "adapt.layer_rates": (TEXT, lambda params: adapt.layer_rates(MODEL, params, 0.5)),
     "adapt.lora": (
         TEXT,
         lambda params: adapt.lora(MODEL, params, some(".*/up", adapt.LoRA(2)), jax.random.key(0))[

@@ -243,7 +243,7 @@ def test_int8_activations_are_close_to_those_that_are_not_rounded(form):
 def test_fused_equals_unfused(kind):
     @jax.jit
     def run(params, inputs):
-        fused = fuse(params)
+        fused = fuse(params, kind.model.axes.fused)
         return kind.model.apply(fused, inputs).logits, unfuse(fused)
 
     logits, again = run(kind.params, kind.inputs)
@@ -253,9 +253,9 @@ def test_fused_equals_unfused(kind):
 
 def test_fused_equals_unfused_with_leaves_of_several_kinds(form):
     """What `fuse` joins it decides by the leaves, under the same names in all models."""
-    logits = jax.jit(lambda params, inputs: form.model.apply(fuse(params), inputs).logits)(
-        form.mixed, form.inputs
-    )
+    logits = jax.jit(
+        lambda params, inputs: form.model.apply(fuse(params, form.model.axes.fused), inputs).logits
+    )(form.mixed, form.inputs)
     close(logits, form.of_mixed, 1e-5)
 
 

@@ -179,7 +179,7 @@ def test_two_views_teach_what_a_linear_head_reads():
     learnt, params = finetune.replace_head(
         body, alone.without_projection(state.params), 2, jax.random.key(9)
     )
-    rules = finetune.last_layers(params, 0)
+    rules = finetune.last_layers(learnt, params, 0)
     config = train.TrainConfig(
         steps=40, learning_rate=3e-2, warmup_steps=5, trainable=rules, weight_decay=0.0
     )

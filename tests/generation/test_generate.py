@@ -126,7 +126,7 @@ def test_a_stream_can_be_left(bundle):
 def test_running_params_are_made_once_and_go_with_the_bundle(bundle, monkeypatch):
     made = []
     fuse = layers.fuse
-    monkeypatch.setattr(layers, "fuse", lambda params: made.append(None) or fuse(params))
+    monkeypatch.setattr(layers, "fuse", lambda *args: made.append(None) or fuse(*args))
     own = dataclasses.replace(bundle)
     generate(own, PROMPTS[0], max_new_tokens=2)
     measure_speed(own, (1,), prompt=8, new=2, cache=16, repeats=1)

@@ -107,7 +107,7 @@ def test_operations_are_those_that_xla_counts(tied, rules):
             model, params, [(".*/attn/(q|v)", adapt.LoRA(4)), (".*", None)], jax.random.key(1)
         )
     trains, frozen = tree.partition(params, rules)
-    got = flops.per_token(jax.eval_shape(lambda p: p, params), 32, config.width, 1, trains=trains)
+    got = flops.per_token(model, jax.eval_shape(lambda p: p, params), 32, trains=trains)
     assert got == pytest.approx(counted(model, trains, frozen), rel=0.08)
 
 
@@ -116,11 +116,13 @@ def test_frozen_layers_in_front_cost_their_forward_pass():
     params = jax.jit(model.init)(jax.random.key(0))
     layer = 12 * 32 * 32
     head = 64 * 32
-    assert flops.per_token(params, 0) == 6 * (4 * layer + head)
+    assert flops.per_token(model, params, 0) == 6 * (4 * layer + head)
     rules = [("blocks/[23]/.*", True), (".*", False)]
     part, _ = tree.match(rules, params)
     trains = tree.partition(part, rules)[0]
-    assert flops.per_token(part, 0, trains=trains) == 2 * 2 * layer + 6 * 2 * layer + 4 * head
+    assert (
+        flops.per_token(model, part, 0, trains=trains) == 2 * 2 * layer + 6 * 2 * layer + 4 * head
+    )
 
 
 # ----------------------------------------------------------------------------------- each step once

@@ -1,0 +1,94 @@
+"""`reads`: what stands in front of what in a model, told by tracing it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import Jaxpr, Literal
+
+from jaxmodel import tree
+from jaxmodel.models.model import Model
+
+_LOOPS = ("scan", "while", "cond")  # their bodies are not looked into
+
+
+class Read(NamedTuple):
+    """The leaves, by layer path, that stand in front of one: on which the activations depend that
+    it meets.
+
+    Attributes:
+      always: wherever it is read.
+      ever: where it is read most deeply. Of a table that is the head too, these are all layers.
+    """
+
+    always: frozenset[str]
+    ever: frozenset[str]
+
+
+def reads(model: Model, params: tree.Params | None = None) -> dict[str, Read]:
+    """Tell by layer path what stands in front of each leaf that the model reads.
+
+    Args:
+      model: any; its `apply` is traced once, with each layer by itself.
+      params: or their shapes; None for those of `model.init`.
+
+    >>> from jaxmodel.models import gpt2
+    >>> found = reads(gpt2.model(gpt2.SIZES["tiny"]))
+    >>> "blocks/0/attn/q" in found["blocks/0/attn/o"].ever, "blocks/0/attn/o" in found["blocks/0/attn/q"].ever
+    (True, False)
+    >>> "norm/weight" in found["embed"].ever, "norm/weight" in found["embed"].always  # a tied head
+    (True, False)
+    """
+    given = jax.eval_shape(model.init, jax.random.key(0)) if params is None else params
+    leaves = dict(sorted(tree.flatten(jax.eval_shape(tree.unstack, given)).items()))
+
+    def run(leaves: dict[str, Any], inputs: Any) -> list[Any]:
+        return jax.tree.leaves(model.apply(tree.unflatten(leaves), inputs))
+
+    traced = jax.make_jaxpr(run)(leaves, model.inputs(1, 1)).jaxpr
+    bits = {path: 2 << i for i, path in enumerate(leaves)}  # 1 is for the inputs
+    seeds = [bits[path] for path, leaf in leaves.items() for _ in jax.tree.leaves(leaf)]
+    seeds += [1] * (len(traced.invars) - len(seeds))
+    met: dict[int, list[int]] = {}
+    _follow(traced, seeds, met)
+
+    def paths(mask: int) -> frozenset[str]:
+        return frozenset(path for path, bit in bits.items() if mask & bit)
+
+    found = {}
+    for path, bit in bits.items():
+        if uses := met.get(bit):
+            always = ever = uses[0]
+            for use in uses:
+                always &= use
+                ever |= use
+            found[path] = Read(paths(always), paths(ever))
+    return found
+
+
+def _follow(traced: Jaxpr, given: list[int], met: dict[int, list[int]]) -> list[int]:
+    """What the results depend on, a bit for each leaf; `met` collects for a leaf's bit what it
+    meets.
+    """
+    known: dict[Any, int] = dict(zip(traced.invars, given, strict=True))
+    of = lambda a: 0 if isinstance(a, Literal) else known.get(a, 0)
+    for step in traced.eqns:
+        into = [of(a) for a in step.invars]
+        inner = [getattr(one, "jaxpr", one) for one in step.params.values()]
+        inner = [one for one in inner if isinstance(one, Jaxpr)]
+        body = inner[0] if len(inner) == 1 else None
+        if body is not None and len(body.invars) == len(into) and step.primitive.name not in _LOOPS:
+            out = _follow(body, into, met)
+        else:
+            whole = 0
+            for mask in into:
+                whole |= mask
+            # what depends on no input is made of leaves alone; here it meets activations
+            for mask in {mask for mask in into if whole & 1 and not mask & 1}:
+                for i in range(mask.bit_length()):
+                    if mask >> i & 1:
+                        met.setdefault(1 << i, []).append(whole & ~mask)
+            out = [whole] * len(step.outvars)
+        known |= dict(zip(step.outvars, out, strict=True))
+    return [of(a) for a in traced.outvars]
