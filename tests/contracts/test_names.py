@@ -14,6 +14,7 @@ import pytest
 from jaxmodel import adapt, axes, compress, hub, losses, models, ops, optim, train, tree
 from jaxmodel.axes import Axes
 from jaxmodel.leaves import QTensor
+from jaxmodel.models.family import KNOWN
 from jaxmodel.models.model import token_inputs
 from jaxmodel.optim.optimizers import _matrices
 from jaxmodel.train import flops, statistics
@@ -47,7 +48,7 @@ MATRICES = {"mixer/q", "mixer/k", "mixer/v", "mixer/embed", "norm/head", "norm/p
 @models.family(Config, {"tiny": Config()}, name="misnamed")
 def misnamed(config: Config, policy: ops.Policy = ops.Policy()) -> models.Model:
     c = config
-    wide = dataclasses.replace(policy, stream="float32")
+    wide = dataclasses.replace(policy, activation_dtype="float32")
 
     def embed(params, inputs, cache=None, rng=None, train=False):
         return ops.take(params["lookup"], inputs["tokens"], policy), {}
@@ -86,6 +87,14 @@ def misnamed(config: Config, policy: ops.Policy = ops.Policy()) -> models.Model:
 
 
 MODEL = misnamed(Config())
+FAMILY = KNOWN.pop("misnamed")  # known in this file only: other tests go through all families
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.setitem(KNOWN, "misnamed", FAMILY)
+
+
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 6)), jnp.int32)
 
 

@@ -14,6 +14,8 @@ import pytest
 from flax import nnx
 
 from jaxmodel import compress, hub, tree
+from jaxmodel.axes import ROLES
+from jaxmodel.errors import InputError
 from jaxmodel.models import families, from_linen, from_nnx, sizes
 from tests.contracts.conftest import KINDS
 
@@ -34,9 +36,18 @@ def _inputs(model):
 NAMES = ("int8", "int8-weight", "int4", "sparse50-int8", "rtn(bits=3)")
 
 
-def test_named_recipes_differ_in_their_chains_alone():
+def test_named_recipes_are_one_rule_by_role():
     """So what one of them takes, the others take: below three speak for all."""
-    assert len({tuple(pattern for pattern, _ in compress.named(name).rules) for name in NAMES}) == 1
+    for name in NAMES:
+        ((pattern, chains),) = compress.named(name).rules
+        assert pattern == ".*" and {role for role in ROLES if chains.of(role)} == {
+            *("matrix", "experts", "table", "head"),
+        }
+
+
+def test_without_axes_nobody_guesses():
+    with pytest.raises(InputError, match="axes: None given; a recipe by the roles of leaves needs"):
+        compress.apply(compress.named("int4"), {"up": jnp.ones((8, 8))})
 
 
 BY_LEAVES = ("gpt_oss/tiny", "llama/tiny-sparse", "resnet/tiny-group")
@@ -65,7 +76,7 @@ def test_some_kinds_have_leaves_of_every_number_of_axes():
 
 
 def test_named_recipes_take_every_kind(kind):
-    """All matrices but routers, which the rules decide: one recipe for each kind (the rules of all
+    """All matrices but routers, and no vectors (of which experts have one each), which the rules decide: one recipe for each kind (the rules of all
     are the same, see above), and every chain for every number of axes of a leaf.
 
     What comes out is traced, and that of one is run; test_models.py runs each kind of leaf.
@@ -79,10 +90,13 @@ def test_named_recipes_take_every_kind(kind):
     others = ("int4", "sparse50-int8") if kind.name in BY_LEAVES else ()
     for name in ("int8-weight", *others):
         recipe = compress.named(name)
-        smaller, report = compress.apply(recipe, kind.params)
+        smaller, report = compress.apply(recipe, kind.params, axes=kind.model.axes)
         treated = {row["path"] for row in report.leaves if row["method"]}
         assert {layer for p in treated for layer in tree.layer_paths(p)} == {
-            layer for p in matrices for layer in tree.layer_paths(p) if not layer.endswith("router")
+            layer
+            for p in matrices
+            for layer in tree.layer_paths(p)
+            if not layer.endswith(("router", "_bias"))
         }
         assert report.bytes_after < report.bytes_before
         assert all(
@@ -164,12 +178,14 @@ def test_named_recipes_take_modules_of_others(name, tmp_path):
 
 def test_rules_in_front_are_exceptions():
     module = families()["gpt2"]
-    params = jax.jit(module.model(module.SIZES["tiny"]).init)(jax.random.key(0))
+    model = module.model(module.SIZES["tiny"])
+    params = jax.jit(model.init)(jax.random.key(0))
     recipe = compress.named("int4")
     mine = dataclasses.replace(
         recipe, rules=(("blocks/0/.*/up", "rtn(bits=8)"), ("embed", ""), *recipe.rules)
     )
-    rows = {row["path"]: row["method"] for row in compress.apply(mine, params)[1].leaves}
+    _, report = compress.apply(mine, params, axes=model.axes)
+    rows = {row["path"]: row["method"] for row in report.leaves}
     assert (rows["blocks/0/mlp/up"], rows["blocks/1-2/mlp/up"], rows["embed"]) == (
         "rtn(bits=8)",
         "rtn(bits=4, group=64)",
