@@ -5,6 +5,8 @@ windows or of packed documents.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -16,8 +18,9 @@ import jax
 import numpy as np
 
 from jaxmodel import data, hub
+from jaxmodel.cli import tasks
 from jaxmodel.cli.options import Train
-from jaxmodel.data import examples
+from jaxmodel.data import examples, sources, text_pairs
 from jaxmodel.data.packed import ShardWindows
 from jaxmodel.errors import InputError
 from jaxmodel.progress import step
@@ -35,7 +38,7 @@ LEARN_FROM = 2**24
 class Corpus(NamedTuple):
     """What a run reads."""
 
-    tokenizer: hub.Tokenizer
+    tokenizer: Any
     stream: data.Batches
     heldout: data.Batches | None
     described: list[dict[str, Any]]
@@ -46,7 +49,7 @@ class Corpus(NamedTuple):
     """What the sample at the end of the run goes on from, if nobody says another."""
 
 
-def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
+def load(options: Train, tokenizer: hub.Tokenizer | None = None, task: str = "language") -> Corpus:
     """Learn the tokenizer, tokenise once, and open the streams; of several processes the first does
     the work.
 
@@ -61,10 +64,9 @@ def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
     texts = [data.documents(source, options.field) for source in (*options.data, heldout)]
     with step("tokenise"), _in_turn():
         if tokenizer is None:
-            tokenizer = hub.train_bpe(
-                itertools.chain.from_iterable(_beginning(text) for text in texts[:-1]),
-                options.vocab,
-            )
+            learnt_from = itertools.chain.from_iterable(_beginning(text) for text in texts[:-1])
+            tokenizer = tasks.learnt(learnt_from, options, task)
+        assert tokenizer is not None
         shards = [
             data.tokenize(text, tokenizer, _folder(source, tokenizer))
             for text, source in _beside(texts, options)
@@ -97,12 +99,14 @@ def load(options: Train, tokenizer: hub.Tokenizer | None = None) -> Corpus:
 
 
 def kind(options: Train) -> str | None:
-    """What the rows are to be learnt for: "answers" (chats, prompts with completions), "label"
-    (classes), None for plain texts.
+    """Return what the rows are: "images" (folders of classes), "answers" (chats, prompts with
+    completions), "label" (texts with classes), "pair" (two texts), None for plain texts.
 
     Raises:
       InputError: sources of several kinds.
     """
+    if all(tasks.images(source) for source in options.data):
+        return "images"
     kinds = (
         {examples.kind_of_source(source) for source in options.data}
         if options.field == "text"
@@ -111,10 +115,96 @@ def kind(options: Train) -> str | None:
     found = {"answers" if one in examples.KINDS else one for one in kinds}
     if len(found) > 1:
         raise InputError(
-            f"--data: {', '.join(options.data)} are of several kinds; allowed: texts, answers, or "
-            f"rows with labels"
+            f"--data: {', '.join(options.data)} are of several kinds; allowed: texts, answers, "
+            f"pairs, or rows with labels"
         )
     return found.pop()
+
+
+def read(options: Train, task: str, kind: str | None, model: Any, begun: Any) -> Corpus:
+    """Read what a task learns from.
+
+    Args:
+      options: of the run.
+      task: see `tasks.TASKS`.
+      kind: of the data.
+      model: what is trained; of a new one its vocabulary and classes are not known yet.
+      begun: the bundle that the training begins with; None for a new model.
+
+    Raises:
+      InputError: data that cannot be read, or are too few.
+    """
+    if kind == "images":
+        return load_images(options, model.config, None if begun is None else begun.processor)
+    tokenizer = None if begun is None else hub.need_processor(begun)
+    if task in ("language", "masked") and kind != "answers":
+        return load(options, tokenizer, task)
+    if tokenizer is None:
+        with step("tokenise"):
+            tokenizer = tasks.learnt(_all_texts(options), options, task)
+    if task == "classify":
+        return load_labelled(options, tokenizer)
+    if task == "seq2seq":
+        end = next(iter(tokenizer.eos_ids), None)
+        start = model.config.start if begun is not None else (end or 0)
+        make = functools.partial(text_pairs.translations, start=start, end=end)
+        return load_pairs(options, tokenizer, make)
+    if task == "embed":
+        return load_pairs(options, tokenizer, text_pairs.alike)
+    return load_answers(options, tokenizer)
+
+
+def _all_texts(options: Train) -> Iterator[str]:
+    """Yield the texts of records, whatever they are called."""
+    for _, record in sources.records(options.data, "train"):
+        yield from (value for value in record.values() if isinstance(value, str))
+
+
+def load_pairs(options: Train, tokenizer: hub.Tokenizer, make: Any) -> Corpus:
+    """Read pairs of texts; held out is as of `load_answers`."""
+    with step("tokenise"):
+        rows = make(options.data, tokenizer, options.context)
+        judged = None
+        if options.heldout is not None:
+            judged = make(options.heldout, tokenizer, options.context)
+    count = len(next(iter(rows.values())))
+    if judged is None and count >= LEAST_TO_SPLIT:
+        rows, judged = (data.take(rows, part) for part in data.split(count, (0.9, 0.1)))
+    masks = [a for name, a in rows.items() if name.endswith("mask") or name == "weights"]
+    return _opened(options, tokenizer, rows, judged, int(sum(a.sum() for a in masks)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of others, as `Stream` takes them."""
+
+    whole: Any
+    numbers: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the digest of the whole and of which rows they are."""
+        digest = hashlib.sha256(self.numbers.astype("<i8").tobytes()).hexdigest()
+        return f"{self.whole.fingerprint} {digest}"
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.numbers)
+
+    def take(self, indices: np.ndarray) -> Any:
+        """Return rows by their numbers among these."""
+        return self.whole.take(self.numbers[indices])
+
+
+def load_images(options: Train, config: Any, processor: Any) -> Corpus:
+    """Read folders of images; held out is as of `load_labelled`."""
+    folder, judged = tasks.image_folders(options, config, processor, ())
+    rows: Any = folder
+    if judged is None and len(folder) >= LEAST_TO_SPLIT:
+        parts = data.split(len(folder), (0.9, 0.1), labels=folder.labels)
+        rows, judged = (Part(folder, part) for part in parts)
+    opened = _opened(options, folder.processor, rows, judged, len(rows))
+    return opened._replace(labels=tuple(folder.names))
 
 
 def load_answers(options: Train, tokenizer: hub.Tokenizer) -> Corpus:
@@ -156,9 +246,7 @@ def _question(tokenizer: hub.Tokenizer, rows: Any) -> str:
     return tokenizer.decode(first["tokens"][0, :end].tolist(), skip_special=False)
 
 
-def _opened(
-    options: Train, tokenizer: hub.Tokenizer, rows: Any, judged: Any, tokens: int
-) -> Corpus:
+def _opened(options: Train, tokenizer: Any, rows: Any, judged: Any, tokens: int) -> Corpus:
     stream = data.Stream(rows, options.batch, options.seed)
     heldout = None if judged is None else data.Stream(judged, options.batch)
     described = {

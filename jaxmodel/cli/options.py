@@ -7,10 +7,13 @@ Nothing heavy is imported here, so that `--help` and a wrong option answer at on
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
+import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
@@ -38,7 +41,7 @@ _TEXTS = (
     "'hf:NAME', a pattern with *; a path, or a URL such as gs:// or s3://."
 )
 _TO_TRAIN_ON = (
-    f"The texts to train on, each {_TEXTS} For --model also records to learn answers from, with "
+    f"The texts to train on, each {_TEXTS} Also records to learn answers from, with "
     f"'messages' (a chat) or 'prompt' "
     "and 'completion', where only the answers count in the loss; or classes, with 'text' and "
     "'label', for an encoder."
@@ -217,8 +220,9 @@ class Merge(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(Common, TrainOptions):
-    """Train a small GPT from scratch on a text with AdamW, or fine-tune a model (--model), all of
-    it or adapters (--lora), on one device or on a mesh, and save it as a bundle.
+    """Train a model and save it as a bundle: a small GPT on a text if nothing else is said, a new
+    model of any architecture (--model), or weights that are there already (--init), all of them,
+    some (--trainable) or adapters beside them (--lora); on one device or on a mesh.
     """
 
     LEAST: ClassVar = {
@@ -238,23 +242,43 @@ class Train(Common, TrainOptions):
     }
 
     model: Annotated[
-        str | None, arg(metavar="MODEL", help_behavior_hint="(default: a new GPT)")
+        str | None, arg(metavar="FAMILY/SIZE", help_behavior_hint="(default: a new GPT)")
     ] = None
-    """Fine-tune these weights, with their own tokenizer, instead of training a new model; as MODEL
-    of the other verbs. --vocab, --width, --depth and --heads are of a new model only.
+    """Train a new model of this architecture and size from random weights; `jaxmodel models` lists
+    them. A bundle, known name or hub id here means --init.
+    """
+    init: Annotated[
+        str | None, arg(metavar="BUNDLE", help_behavior_hint="(default: random weights)")
+    ] = None
+    """Fine-tune these weights, with their own tokenizer, instead of training a new model: a folder,
+    a known name or a hub id, as MODEL of the other verbs.
+    """
+    task: Annotated[
+        Literal["language", "masked", "classify", "embed", "seq2seq"] | None,
+        arg(help_behavior_hint="(default: what fits the model and the data)"),
+    ] = None
+    """What is learnt: the next token, hidden tokens, classes of texts or images, vectors of texts
+    that mean the same, or texts written from others.
+    """
+    trainable: Annotated[
+        tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="(default: all)")
+    ] = ()
+    """Train only the parameters whose whole path matches one of these regular expressions, such as
+    'head.*' or 'blocks/(2|3)/.*'; the others stay as they are. `jaxmodel summary` lists the paths.
     """
     lora: Annotated[
-        str | None, arg(metavar="SETTINGS", help_behavior_hint="(default: all weights train)")
+        str | None, arg(metavar="RANK", help_behavior_hint="(default: all weights train)")
     ] = None
-    """Train adapters beside the weights of --model, such as 'r=8,alpha=16,dropout=0.05,targets=q|v'
-    (default targets: all matrices of the layers but experts). What is saved are the adapters alone,
-    for --adapter of the other verbs and for PEFT.
+    """Train low-rank adapters (LoRA) of this rank beside the weights of --init, which stay as they
+    are: a number, or settings such as 'r=8,alpha=16,dropout=0.05,targets=q|v' (default targets: all
+    matrices of the layers but experts). Only the adapters are saved, for --adapter of the other
+    verbs and for PEFT.
     """
     learning_rate: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]  # a number from `__post_init__` on
         float | None,
         arg(
             help_behavior_hint="(default: 3e-3 for a new model, 2e-4 for adapters, 2e-5 for all "
-            "weights of --model)"
+            "weights of --init)"
         ),
     ] = None
     """Learning rate at the peak of the schedule."""
@@ -387,8 +411,11 @@ class Train(Common, TrainOptions):
     """
 
     def __post_init__(self) -> None:
+        if self.model is not None and self.init is None and not _is_size(self.model):
+            object.__setattr__(self, "init", self.model)
+            object.__setattr__(self, "model", None)
         if self.learning_rate is None:
-            usual = 3e-3 if self.model is None else 2e-5 if self.lora is None else 2e-4
+            usual = 3e-3 if self.init is None else 2e-5 if self.lora is None else 2e-4
             object.__setattr__(self, "learning_rate", usual)
         super().__post_init__()
         places: dict[str, Any] = {"data": tuple(map(_text_from_anywhere, self.data))}
@@ -396,8 +423,8 @@ class Train(Common, TrainOptions):
         places |= {
             name: _place_from_anywhere(getattr(self, name)) for name in ("out", "checkpoints")
         }
-        if self.model is not None and os.path.exists(self.model):
-            places["model"] = os.path.abspath(self.model)
+        if self.init is not None and os.path.exists(self.init):
+            places["init"] = os.path.abspath(self.init)
         for name, place in places.items():  # a run is resumed from any folder
             object.__setattr__(self, name, place)
 
@@ -517,68 +544,6 @@ VERBS: dict[str, type[Common]] = {
 }
 
 
-GROUPS: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "steps",
-            "optimizer",
-            "learning_rate",
-            "warmup_steps",
-            "schedule",
-            "final_lr_fraction",
-            "stable_fraction",
-        ),
-        "optimiser options",
-    ),
-    **dict.fromkeys(
-        (
-            "step_size",
-            "gamma",
-            "weight_decay",
-            "max_grad_norm",
-            "b2",
-            "gradient_accumulation_steps",
-            "ema_decay",
-        ),
-        "optimiser options",
-    ),
-    **dict.fromkeys(
-        ("data", "weights", "heldout", "field", "pack", "augment", "batch", "context", "vocab"),
-        "data options",
-    ),
-    **dict.fromkeys(
-        (
-            "model",
-            "lora",
-            "adapter",
-            "width",
-            "depth",
-            "heads",
-            "dtype",
-            "stream",
-            "remat",
-            "unroll",
-        ),
-        "model options",
-    ),
-    **dict.fromkeys(
-        ("mesh", "devices", "processes", "devices_per_process", "microbatches", "pipeline"),
-        "device options",
-    ),
-    **dict.fromkeys(("gradient_compression", "top_k_fraction"), "device options"),
-    **dict.fromkeys(
-        ("on_bad_step", "spike", "save_every", "save_seconds", "checkpoints", "elastic", "regrow"),
-        "fault options",
-    ),
-    **dict.fromkeys(("watchdog", "notices"), "fault options"),
-    **dict.fromkeys(
-        ("json", "runs", "out", "profile", "tensorboard", "sample", "log_every"), "output options"
-    ),
-    **dict.fromkeys(("eval_every", "eval_batches", "patience"), "evaluation options"),
-}
-"""Option -> the box of the help where it stands; those of the work itself stand in `options`."""
-
-
 def check(options: Common) -> None:
     """Refuse numbers that no work could use, by the name of the option that was given.
 
@@ -605,6 +570,20 @@ def defaults(options: Common) -> dict[str, Any]:
         for field in dataclasses.fields(options)
         if field.default is not dataclasses.MISSING
     }
+
+
+@functools.cache
+def _families() -> frozenset[str]:
+    """Return the names of the architectures, without importing them."""
+    names = json.loads(Path(__file__).with_name("parameters.json").read_text("utf-8"))
+    return frozenset(name.partition("/")[0] for name in names)
+
+
+def _is_size(name: str) -> bool:
+    """Say whether a model is FAMILY/SIZE, and not a folder or a hub id."""
+    return (
+        name.count("/") == 1 and name.partition("/")[0] in _families() and not os.path.exists(name)
+    )
 
 
 def _place_from_anywhere(place: str | None) -> str | None:

@@ -26,18 +26,30 @@ def check(options: Train) -> None:
       InputError: says which option it is.
     """
     from jaxmodel import data, sharding
+    from jaxmodel.cli import tasks
     from jaxmodel.hub.bundle import check_target
 
     default = {field.name: field.default for field in dataclasses.fields(Train)}
     given = {name for name, value in default.items() if getattr(options, name) != value}
-    if options.model is not None and (
-        own := next((name for name in _OF_NEW if name in given), None)
-    ):
+    if options.model is not None and options.init is not None:
         raise InputError(
-            f"--{own}: {getattr(options, own)} given with --model, which has its own; allowed: "
-            f"without it"
+            f"--init: {options.init!r} given with --model {options.model!r}; allowed: one of the "
+            f"two: --model for a new model, --init for weights that are there"
         )
-    if options.model is None and options.width % options.heads:
+    if options.model is not None:
+        tasks.size(options)
+    begins = "--init" if options.init is not None else "--model"
+    for own in _OF_NEW:
+        if own in given and (options.init is not None or (options.model and own != "vocab")):
+            raise InputError(
+                f"--{own}: {getattr(options, own)} given with {begins}, which has its own; "
+                f"allowed: without it"
+            )
+    if options.trainable and options.lora is not None:
+        raise InputError(
+            "--trainable: given with --lora, where the adapters alone train; allowed: one of both"
+        )
+    if options.init is options.model is None and options.width % options.heads:
         near = [n for n in range(1, options.width + 1) if options.width % n == 0]
         near = sorted(sorted(near, key=lambda n: abs(n - options.heads))[:4])
         raise InputError(
@@ -100,6 +112,8 @@ def check(options: Train) -> None:
     if os.environ.get("MLFLOW_TRACKING_URI"):
         require("mlflow", "lifecycle")
     for text in (*options.data, options.heldout or "english"):
+        if tasks.images(text):
+            continue
         data.documents(text, options.field).check()
     if options.out is not None:
         check_target(options.out, "config.json" if options.lora is None else "adapter_config.json")
@@ -145,8 +159,8 @@ def lora(options: Train) -> Any:
     """
     if options.lora is None:
         return None
-    if not options.model:
-        raise InputError("--lora: given without --model, the one whose weights stay as they are")
+    if not options.init:
+        raise InputError("--lora: given without --init, the model whose weights stay as they are")
     yes = {"true": True, "false": False}
     known = {
         "r": int,
@@ -158,6 +172,8 @@ def lora(options: Train) -> Any:
     found: dict[str, Any] = {}
     for part in options.lora.split(","):
         name, _, text = part.strip().partition("=")
+        if re.fullmatch(r"[0-9]+", part.strip()):  # the rank alone
+            name, text = "r", part.strip()
         if name not in known:
             raise unknown("--lora", name, known)
         try:
@@ -198,3 +214,9 @@ def targets(options: Train, model: Any) -> None:
     for name in asked[1].split("|") if asked else ():
         if name not in there:
             raise unknown("--lora: targets", name, there)
+    if not there:
+        leaves = sorted({path.rpartition("/")[2] for path in roles})
+        raise InputError(
+            f"--lora: {options.init!r} has no matrices in layers for adapters to stand beside; its "
+            f"leaves are {', '.join(leaves[:12])}"
+        )

@@ -17,6 +17,7 @@ CLOCK = (
     "seconds",
     "ledger",
     "tokens_per_second",
+    "rows_per_second",
     "prefill_seconds",
     "prefill_tps",
     "decode_tps_1",

@@ -105,16 +105,14 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         "problem": problem,
     }
     rows = writer.rows() if writer is not None else history
-    steady = [row for row in rows if "tokens_per_second" in row][
-        1:
-    ] or rows  # the first row holds the compilation
+    unit = "tokens" if any("tokens_per_second" in row for row in rows) else "rows"
+    speeds = [row[f"{unit}_per_second"] for row in rows if f"{unit}_per_second" in row]
+    steady = speeds[1:] or speeds  # the first row holds the compilation
     judged = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
     result |= {
         "loss": rows[-1]["loss"] if rows else None,
         "heldout_loss": judged[-1] if judged else None,
-        "tokens_per_second": sum(row["tokens_per_second"] for row in steady) / len(steady)
-        if steady
-        else None,
+        f"{unit}_per_second": sum(steady) / len(steady) if steady else None,
         "history": rows,
     }
     params = train.gather(train.averaged(state))
@@ -129,8 +127,8 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
             if job.lora is None:
                 bundle.save_pretrained(out)
             else:
-                hub.save_adapters(bundle, out, base=options.model)
-        if jax.process_count() == 1 and job.labels is None:
+                hub.save_adapters(bundle, out, base=options.init)
+        if jax.process_count() == 1 and job.writes:
             room = options.context - len(job.corpus.tokenizer.encode(job.prompt))
             result["sample"] = job.prompt + generate(
                 bundle, job.prompt, max_new_tokens=min(64, room), temperature=0.8, seed=options.seed
@@ -159,7 +157,8 @@ def show(result: dict[str, Any], console: Any) -> None:
         judged = any("heldout_loss" in row for row in result["history"])
         heldout = f", held-out {_shown(result['heldout_loss'])}" if judged else ""
         goodput = f"goodput {100 * result['ledger']['goodput']:.0f} %"
-        speed = f"{result['tokens_per_second']:.0f} tokens/s on {result['processor']}"
+        unit = "tokens" if result.get("tokens_per_second") is not None else "rows"
+        speed = f"{result[f'{unit}_per_second'] or 0:.0f} {unit}/s on {result['processor']}"
         done = f"loss {_shown(result['loss'])}{heldout}, {speed}, {goodput}"
     mesh = "".join(f", {axis}={length}" for axis, length in result["mesh"].items())
     console.print(
@@ -269,8 +268,8 @@ class _Job:
     def __init__(self, options: Train, folder: Any):
         import jax
 
-        from jaxmodel import adapt, hub, tree
-        from jaxmodel.cli import corpus, refusals, resolved
+        from jaxmodel import adapt, tree
+        from jaxmodel.cli import corpus, refusals, resolved, tasks
         from jaxmodel.hub.bundle import check_target
         from jaxmodel.ops import MESH_AXES
         from jaxmodel.train.placing import check_rows
@@ -285,56 +284,66 @@ class _Job:
         self.augment = _augment(options)
         self.settings = refusals.config(options)
         begun = None
-        model = _new(options, options.vocab)
         self.params = None
         kind = corpus.kind(options)
         key = jax.random.key(options.seed)
-        if options.model is None:
-            if kind == "answers":
+        if options.init is None:
+            model = _new(options)
+            task = tasks.chosen(options, model, kind)
+            model = _new(options, task)
+            if kind == "answers" and task == "language":
                 raise InputError(
                     "--data: chats, or prompts with completions, given for a new model; allowed: "
-                    "with --model"
+                    "with --init"
                 )
-            kind = None
-            _rehearse(options, model, None)
         else:
             check_rows(options.batch, self.mesh)
-            begun = _begun(options, kind)
-            kind = (
-                None if kind == "label" and begun.model.continues else kind
-            )  # a decoder learns the texts
+            begun, task = _begun(options, kind)
             model = begun.model.with_policy(_policy(options))
             self.params = begun.params
             self.card = {**begun.card}
-            self.base = {"model": options.model, "weights": tree.fingerprint(begun.params)}
+            self.base = {"model": options.init, "weights": tree.fingerprint(begun.params)}
+            if task != "classify":
+                model, self.params = tasks.with_head(model, self.params, task, key)
             if self.lora is not None:
-                model, self.params = adapt.lora(model, begun.params, self.lora, key)
+                model, self.params = adapt.lora(model, self.params, self.lora, key)
                 self.settings = dataclasses.replace(self.settings, trainable=adapt.ADAPTERS)
                 if jax.process_index() == 0 and "targets" not in (options.lora or ""):
                     _say_without(self.params)
-            if kind != "label":
-                _rehearse(options, model, self.params, self.settings.trainable)
-        read: Any = {
-            None: corpus.load,
-            "answers": corpus.load_answers,
-            "label": corpus.load_labelled,
-        }[kind]
-        self.corpus = read(options, None if begun is None else hub.need_processor(begun))
+        self.task = task
+        if task == "language":
+            _rehearse(options, model, self.params, self.settings.trainable)
+        self.corpus = corpus.read(options, task, kind, model, begun)
+        processor = self.corpus.tokenizer
         self.labels = self.corpus.labels
-        if self.labels is not None and begun is not None:
+        if begun is None:
+            made: dict[str, Any] = {}
+            if task != "classify" or kind != "images":
+                made["vocab"] = processor.vocab_size
+            if task == "seq2seq":
+                made["start"] = next(iter(processor.eos_ids), 0)
+            if self.labels is not None:
+                made |= {"labels": self.labels, "classes": len(self.labels)}
+            model = _new(options, task, **made)
+            self.card = {"name": options.model or "gpt2-small-from-scratch"}
+            self.base = None
+        elif self.labels is not None and self.labels != tuple(_classes(begun)):
             model, self.params = adapt.replace_head(begun.model, begun.params, self.labels, key)
             model = model.with_policy(_policy(options))
+        if self.labels is not None and not hasattr(model.config, "labels"):
+            self.card = {**self.card, "labels": list(self.labels)}
+        if options.trainable:
+            shapes = jax.eval_shape(model.init, key) if self.params is None else self.params
+            rules = tasks.trainable(options.trainable, shapes)
+            self.settings = dataclasses.replace(self.settings, trainable=rules)
+        self.loss = tasks.loss_of(task, model, processor)
         self.prompt = self.corpus.prompt if options.sample is None else options.sample
-        prompt = self.corpus.tokenizer.encode(self.prompt)
-        if self.labels is None and not 1 <= len(prompt) < options.context:
+        self.writes = task == "language"
+        if self.writes and not 1 <= len(processor.encode(self.prompt)) < options.context:
             raise InputError(
                 f"--sample: {self.prompt!r} given; allowed: at least one token and fewer than the "
                 f"context of {options.context}"
             )
-        if begun is None:
-            model = _new(options, self.corpus.tokenizer.vocab_size)
-            self.card = {"name": "gpt2-small-from-scratch"}
-            self.base = None
         self.single = model
         self.model = model.with_policy(dataclasses.replace(_policy(options), axes=MESH_AXES))
         folder.resolve(
@@ -367,7 +376,7 @@ class _Job:
         self, callbacks: list[Any], checkpoints: Any, supervisor: Any
     ) -> tuple[Any, list[dict[str, Any]]]:
         """Train."""
-        from jaxmodel import losses, train
+        from jaxmodel import train
 
         return train.fit(
             self.model,
@@ -376,7 +385,7 @@ class _Job:
             callbacks,
             params=self.params,
             heldout=self.corpus.heldout,
-            loss=None if self.labels is None else losses.classification,
+            loss=self.loss,
             mesh=self.mesh,
             augment=self.augment,
             checkpoints=checkpoints,
@@ -408,13 +417,13 @@ def _policy(options: Train) -> Any:
     return Policy(options.dtype, options.stream, **more)
 
 
-def _new(options: Train, vocab: int) -> Any:
+def _new(options: Train, task: str | None = None, **more: Any) -> Any:
+    """Return the model that is made new, with the vocabulary and the classes of its data."""
+    from jaxmodel.cli import tasks
     from jaxmodel.models import gpt2
 
-    return gpt2.model(
-        gpt2.Config(vocab, options.width, options.depth, options.heads, options.context),
-        _policy(options),
-    )
+    make = gpt2.model if options.model is None else tasks.size(options)[0].model
+    return make(tasks.new_config(options, task, **more), _policy(options))
 
 
 def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) -> None:
@@ -445,51 +454,51 @@ def _rehearse(options: Train, model: Any, params: Any, trainable: Any = None) ->
     ).rehearse(batch, params)
 
 
-def _begun(options: Train, kind: str | None) -> Any:
-    """Return the bundle whose weights the training begins with.
+def _classes(bundle: Any) -> tuple[str, ...]:
+    """Return the names of the classes that a bundle knows."""
+    config = bundle.model.config
+    return tuple(map(str, bundle.card.get("labels", ()) or getattr(config, "labels", ())))
+
+
+def _begun(options: Train, kind: str | None) -> tuple[Any, str]:
+    """Return the bundle whose weights the training begins with, and what is learnt.
 
     Raises:
-      InputError: a model that does not continue texts, or, of rows with labels, reads none; or
-        whose context is shorter than the rows.
+      InputError: a model that does not fit the data or the task, or whose context is shorter than
+        the rows.
     """
     from jaxmodel import hub, ops, schema
     from jaxmodel.hub import foreign
     from jaxmodel.hub.bundle import read_config
 
-    assert options.model is not None
-    told = Path(options.model, "config.json")
+    assert options.init is not None
+    told = Path(options.init, "config.json")
     if (
         told.is_file() and schema.read(told).get("model_type") != foreign.KIND
     ):  # before the weights are read
         family, config, _ = read_config(told.parent)
         _check_begun(options, kind, family.model(config, ops.Policy()))
-    bundle = hub.from_pretrained(options.model)
-    _check_begun(options, kind, bundle.model)
-    return bundle
+    bundle = hub.from_pretrained(options.init)
+    return bundle, _check_begun(options, kind, bundle.model)
 
 
-def _check_begun(options: Train, kind: str | None, model: Any) -> None:
+def _check_begun(options: Train, kind: str | None, model: Any) -> str:
+    from jaxmodel.cli import refusals, tasks
 
-    from jaxmodel.cli import refusals
-
-    reads = list(model.inputs(1, 1)) == ["tokens"]
-    if not model.continues and not (kind == "label" and reads):
-        rows = ", or rows with 'text' and 'label' as --data" if reads else ""
+    task = tasks.chosen(options, model, kind)
+    most = getattr(model.config, "context", options.context)
+    if options.context > most and kind != "images":
         raise InputError(
-            f"--model: {options.model!r} does not continue texts; allowed: a decoder, such as "
-            f"smollm2-135m{rows}"
+            f"--context: {options.context} given; allowed: at most the {most} of {options.init!r}"
         )
-    if options.context > (most := model.config.context):
-        raise InputError(
-            f"--context: {options.context} given; allowed: at most the {most} of {options.model!r}"
-        )
-    if options.lora is not None and not model.continues:
+    if options.lora is not None and task == "classify":
         raise InputError(
             "--lora: given for rows with labels, whose new head would not be among the adapters; "
             "allowed: without"
         )
     if options.lora is not None:
         refusals.targets(options, model)
+    return task
 
 
 def _say_without(params: Any) -> None:
@@ -528,8 +537,8 @@ def _launched(options: Train, folder: Any) -> dict[str, Any]:
         raise InputError(
             f"--processes: {options.processes} given; with MPI, start them by mpirun or srun"
         )
-    if options.model is None:
-        _rehearse(options, _new(options, options.vocab), None)
+    if options.init is None and options.model is None:
+        _rehearse(options, _new(options), None)
     launch.launch(
         ["-m", "jaxmodel", "resume", str(folder.folder)],
         processes=options.processes,

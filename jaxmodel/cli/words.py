@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 from tyro.conf import Positional, UseAppendAction
 
 from jaxmodel import moved
-from jaxmodel.cli.options import GROUPS, VERBS, Generate, Predict
+from jaxmodel.cli.groups import GROUPS
+from jaxmodel.cli.options import VERBS, Generate, Predict
 from jaxmodel.errors import InputError, nearest, unknown
 
 _OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)

@@ -28,6 +28,7 @@ from jaxmodel.data.pack import first_fit
 from jaxmodel.data.sources import Source, documents, records
 from jaxmodel.data.stream import Batch
 from jaxmodel.data.text import NAMES, record_kind
+from jaxmodel.data.text_pairs import ALIKE, WRITTEN
 from jaxmodel.errors import InputError, at_least
 
 KINDS = {
@@ -45,7 +46,7 @@ _ROLES = {
 
 
 def kind_of(record: Mapping[str, Any]) -> str | None:
-    """Return what a record is: a key of `KINDS`, "label", or None for anything else.
+    """Return what a record is: a key of `KINDS`, "pair", "label", or None for something else.
 
     >>> kind_of({"prompt": "2+2=", "completion": "4"}), kind_of({"text": "a", "label": "b"})
     ('completion', 'label')
@@ -55,6 +56,8 @@ def kind_of(record: Mapping[str, Any]) -> str | None:
     found = next(
         (kind for kind, fields in KINDS.items() if all(field in record for field in fields)), None
     )
+    if found is None and any(all(name in record for name in pair) for pair in (*WRITTEN, *ALIKE)):
+        return "pair"
     return found or ("label" if "text" in record and "label" in record else None)
 
 

@@ -52,6 +52,8 @@ class ImageFolder:
       classes: the classes in the order of their labels; some may have no image here. For held-out
         data give `names` of the training data. None for the sub-folders, empty ones too, in natural
         order (2 before 10).
+      reads: the processor that makes pixels of an image, such as that of a bundle; None for values
+        from 0 to 1.
 
     Raises:
       InputError: a folder without images in sub-folders, or with images of another class; a size
@@ -62,6 +64,7 @@ class ImageFolder:
     resize: tuple[int, int]
     channels: int = 3
     classes: Sequence[str] | None = None
+    reads: ImageProcessor | None = None
 
     def __post_init__(self) -> None:
         for side in self.resize:
@@ -140,6 +143,8 @@ class ImageFolder:
     @cached_property
     def processor(self) -> ImageProcessor:
         """Return the processor that makes the same pixels of an image as `take`, for a bundle."""
+        if self.reads is not None:
+            return self.reads
         rows, columns = self.resize
         # for a square give the shorter side, which other programs read too
         size = rows if rows == columns else "cover"
@@ -157,6 +162,8 @@ class ImageFolder:
         digest = hashlib.sha256(
             f"image folder 2 {self.resize} {self.channels} {self.names}\n".encode()
         )
+        if self.reads is not None:
+            digest.update(f"{self.reads}\n".encode())
         with bar(len(self), "digest images") as job:
             for path in self.paths:
                 digest.update(f"{path} {files.sha256(files.join(self.folder, path))}\n".encode())

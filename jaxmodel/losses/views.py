@@ -79,7 +79,7 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
     """Make a contrastive loss of pairs of views.
 
     The batch has `views` `[B, 2, ...]`, two versions of the model's only input, and optionally
-    `weights` `[B]`. The model reads all 2B views as one batch, and its outputs `[2B, D]` are
+    `views_mask` `[B, 2, T]`, true for the tokens of texts, and `weights` `[B]`. The model reads all 2B views as one batch, and its outputs `[2B, D]` are
     compared. Rows are compared with each other, so the loss of a batch taken in parts differs: each
     part has fewer rows to tell apart.
 
@@ -117,6 +117,8 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
             )
         weights = row_weights(batch, views.shape[:1])
         inputs = {names[0]: views.reshape(-1, *views.shape[2:])}
+        if "views_mask" in batch:
+            inputs["mask"] = batch["views_mask"].reshape(inputs[names[0]].shape)
         if "weights" in batch:
             inputs["counts"] = jnp.repeat(weights > 0, 2)
         out = model.apply(params, inputs, rng=rng, train=train).logits

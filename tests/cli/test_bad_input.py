@@ -137,7 +137,7 @@ BAD = [
         ["train", "--notices", "file:///etc/hostname"],
         "--notices: 'file:///etc/hostname' given; allowed: a URL that begins with",
     ),
-    (["train", "--max-grad-norm", "-1"], "jaxmodel: clip: -1.0 given"),
+    (["train", "--max-grad-norm", "-1"], "jaxmodel: max_grad_norm: -1.0 given"),
     (["train", "--steps", "0", "--data", "{text}", "--heldout", "{text}"], "steps: 0 given"),
     (
         ["train", "--heads", "0", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"],

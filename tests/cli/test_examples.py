@@ -102,7 +102,7 @@ def test_wrong_rows_are_named(room, capsys):
         (train(room, "decoder", "wrong", "--steps", 1), "wrong.jsonl' line 2: 'messages' is str"),
         (
             train(room, "encoder", "chats", "--steps", 1),
-            "does not continue texts; allowed: a decoder",
+            "does not fit data that are chats or prompts with completions; allowed: a decoder",
         ),
         (
             train(room, "encoder", "labels", "--steps", 1, "--lora", "r=2"),
@@ -111,7 +111,7 @@ def test_wrong_rows_are_named(room, capsys):
         (train(room, "decoder", "tools", "--steps", 1), "'text' is not known; allowed: name"),
         (
             ["train", "--data", room / "chats.jsonl", "--runs", room / "runs"],
-            "given for a new model; allowed: with --model",
+            "given for a new model; allowed: with --init",
         ),
         (
             [

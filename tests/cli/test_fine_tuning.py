@@ -174,10 +174,10 @@ def test_wrong_settings_are_refused(room, capsys):
             "holds 'config.json', which is no file of adapters alone",
         ),
         (train(room, "--context", 65), "--context: 65 given; allowed: at most the 64 of "),
-        (["train", "--lora", "r=2", "--runs", room / "runs"], "--lora: given without --model"),
+        (["train", "--lora", "r=2", "--runs", room / "runs"], "--lora: given without --init"),
         (
-            ["train", "--model", room / "encoder", "--runs", room / "runs"],
-            "does not continue texts; allowed: a decoder",
+            ["train", "--init", room / "encoder", "--task", "language", "--runs", room / "runs"],
+            "encoder'; allowed: a decoder",
         ),
         (
             ["merge", room / "base", "--adapter", room / "full", "--out", room / "x"],

@@ -70,13 +70,13 @@ WRONG = [
     ("--out /proc/none", "out: '/proc/none' cannot be made"),
     ("--json /proc/none", "--json: '/proc/none' cannot be written"),
     ("--tensorboard", "needs the package 'tensorboardX', which is not installed"),
-    ("--model nowhere --width 256", "--width: 256 given with --model, which has its own"),
+    ("--model nowhere --width 256", "--width: 256 given with --init, which has its own"),
     ("--model nowhere --lora r=0", "rank: 0 given; allowed: a whole number of at least 1"),
     (
         "--model nowhere --lora rank=8",
         "--lora: 'rank' is not known; allowed: alpha, dropout, r, rslora, targets",
     ),
-    ("--lora r=8", "--lora: given without --model"),
+    ("--lora r=8", "--lora: given without --init"),
     ("--b2 1", "b2: 1.0 given; allowed: at least 0 and below 1"),
 ]
 
