@@ -257,8 +257,8 @@ class Train(Common, TrainOptions):
         Literal["language", "masked", "classify", "embed", "seq2seq"] | None,
         arg(help_behavior_hint="(default: what fits the model and the data)"),
     ] = None
-    """What is learnt: the next token, hidden tokens, classes of texts or images, vectors of texts
-    that mean the same, or texts written from others.
+    """Goal of the training: predict the next token, predict hidden tokens, classify texts or
+    images, give texts that mean the same near vectors, or write texts from others.
     """
     trainable: Annotated[
         tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="(default: all)")
