@@ -46,7 +46,7 @@ def test_old_fields_of_a_config_still_work():
 
 def test_old_fields_of_a_policy_still_work(tmp_path):
     with pytest.warns(DeprecationWarning, match="Policy: compute is compute_dtype now"):
-        policy = ops.Policy(compute_dtype="bfloat16")
+        policy = ops.Policy(compute="bfloat16")
     assert policy == ops.Policy(compute_dtype="bfloat16")
     model = llama.model(llama.SIZES["tiny"], policy)
     hub.Bundle(model, model.init(jax.random.key(0))).save_pretrained(tmp_path / "old")

@@ -241,7 +241,7 @@ def _factors(
             f"base: {path!r} has the shape {list(narrow)}, here it has {list(shape)}; allowed: as "
             f"many axes"
         )
-    if shape[-1:] == narrow[-1:] or role not in ("matrix", "head"):
+    if shape[-1:] == narrow[-1:] or role not in ("matrix", "head", "experts", "router"):
         return None, 1.0
     times = shape[-1] / narrow[-1]
     hidden = shape[-2] != narrow[-2]

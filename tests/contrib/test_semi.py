@@ -239,7 +239,7 @@ def step_of(loss, params, **options):
 def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, params, batch):
     ends = []
     for parts in (1, 2):
-        step, state = step_of(loss, params, gradient_accumulation_steps=parts, average=0.5)
+        step, state = step_of(loss, params, accumulate=parts, average=0.5)
         for _ in range(2):
             state, metrics = step(state, batch)
         ends.append((state.params, metrics))
@@ -310,7 +310,7 @@ pairs = data.Paired(
 jitter = lambda key, rows: {
     "features": rows["features"] + 0.1 * jax.random.normal(key, rows["features"].shape)
 }
-config = train.TrainConfig(steps=3, log_every=1, average=0.5)
+config = train.TrainConfig(steps=3, log_every=1, ema_decay=0.5)
 model = mlp.model(mlp.Config(6, (8,), 3))
 losses = []
 for mesh in (None, jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
