@@ -49,7 +49,7 @@ def parts(
     apart = order[:KEPT_APART]
     order = order[KEPT_APART:]
     few = np.concatenate([order[images["labels"][order] == c][:LABELS] for c in range(10)])
-    return data.take(images, few), data.take(images, apart)
+    return data.subset(images, few), data.subset(images, apart)
 
 
 def learn(rows: Any, steps: int, seed: int, changed: Any, smoothing: float) -> Any:

@@ -1,7 +1,7 @@
 """A linear map of which nine blocks in ten are zero, against the dense map in XLA on this device,
 forward and backward.
 
-A `BlockSparse` leaf in `ops.einsum`; `ops.blocks`, whose places are known apart (the fixed masks of
+A `BlockSparse` leaf in `ops.einsum`; `ops.block_sparse_matmul`, whose places are known apart (the fixed masks of
 `connect.BlockLinear`); the masked dense weight, which is what a mask costs without kernels; the
 plain dense one; and an unstructured `Sparse` leaf with as many weights, which is expanded in every
 call. All in float32, taking turns in one run; the shortest of the repeats counts. CPU seconds, of
@@ -85,7 +85,7 @@ def case(rows: int, block: int, seed: int, repeats: int) -> tuple[Times, Times, 
             leaf.values,
             leaf,
         ),
-        "blocks at known places": (ops.blocks, kept, columns),
+        "blocks at known places": (ops.block_sparse_matmul, kept, columns),
         "Sparse leaf": (
             lambda x, v, leaf: ops.einsum("BD,FD->BF", x, dataclasses.replace(leaf, values=v)),
             sparse.values,

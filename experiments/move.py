@@ -49,7 +49,7 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
     import jax
 
     from jaxmodel import data, ops, sharding, train
-    from jaxmodel.distributed import Supervisor, startup
+    from jaxmodel.distributed import RunMonitor, startup
     from jaxmodel.models import gpt2
     from jaxmodel.train import placing
 
@@ -78,7 +78,7 @@ def leg(folder: Path, mesh: str, until: int, seed: int) -> dict[str, Any]:
             return found
 
     with Watched(folder / "checkpoints") as checkpoints:
-        supervisor = Supervisor(stop=lambda step: step >= until)
+        supervisor = RunMonitor(stop=lambda step: step >= until)
         state, history = train.fit(
             model,
             stream,

@@ -74,7 +74,7 @@ def sizes(family: str, width: int, standard: bool, seeds: list[int]) -> dict[str
     if not standard:
         wide = adapt.mup(model, base)
         model = wide.model
-        optimizer = optax.chain(optimizer, adapt.scale_updates(wide.rates))
+        optimizer = optax.chain(optimizer, adapt.scale_by_path(wide.rates))
         # the paper starts readouts and queries at zero; a head tied to the embedding cannot, and
         # gpt2 keeps all of its own
         zeros = [("head", "zeros"), ("blocks/.*/q", "zeros")] if family == "llama" else []
@@ -92,7 +92,7 @@ def sizes(family: str, width: int, standard: bool, seeds: list[int]) -> dict[str
         def step(carry: Any, _: Any) -> Any:
             params, state = carry
             value, grads = jax.value_and_grad(loss)(params)
-            seen = {**adapt.coordinates(model, params, tokens), "loss": value}
+            seen = {**adapt.coord_check(model, params, tokens), "loss": value}
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), seen
 

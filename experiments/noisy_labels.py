@@ -64,11 +64,11 @@ def parts(
     order = np.argsort(
         np.random.Philox(key=[seed, 1]).random_raw(len(images["labels"])), kind="stable"
     )[: count + KEPT_APART]
-    rows = data.take(images, order)
+    rows = data.subset(images, order)
     noisy = {**rows, "labels": flip(rows["labels"], seed)}
     first = np.arange(count)
     rest = np.arange(count, count + KEPT_APART)
-    return data.take(noisy, first), data.take(noisy, rest), rows["labels"][rest]
+    return data.subset(noisy, first), data.subset(noisy, rest), rows["labels"][rest]
 
 
 def learn(

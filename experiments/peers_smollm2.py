@@ -69,7 +69,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
             if name in theirs:
                 speeds[name] = peer(*map(str, theirs[name]))
             else:
-                version = generation.running_only(compress.versions(bundle, [name])[name]())
+                version = generation.for_inference(compress.variants(bundle, [name])[name]())
                 speeds[name] = generation.measure_speed(version)
     entries: list[tuple] = []
     for kind in KINDS:

@@ -72,13 +72,13 @@ def run(folder: Path, seed: int, steps: int = STEPS, book: Path | None = None) -
         seed=seed,
     )
     batches = stream(seed)
-    keep = checkpoint.Keep(last=3)
+    keep = checkpoint.RetentionPolicy(last=3)
     with checkpoint.Checkpoints(
         folder, identity={"seed": seed}, data=batches.fingerprint, keep=keep
     ) as checkpoints:
         drops = augment.parse("token_dropout(0, rate=0.1)")
-        supervisor = distributed.Supervisor(
-            distributed.Ledger(book, began=distributed.process_began())
+        supervisor = distributed.RunMonitor(
+            distributed.GoodputRecorder(book, began=distributed.process_began())
         )
         state, _ = train.fit(
             model(), batches, config, augment=drops, checkpoints=checkpoints, supervisor=supervisor

@@ -59,7 +59,7 @@ def parts(images: Mapping[str, np.ndarray], seed: int) -> tuple[dict[str, np.nda
     order = order[KEPT_APART:]
     few = np.concatenate([order[images["labels"][order] == c][:LABELS] for c in range(10)])
     rest = np.setdiff1d(order, few)
-    return data.take(images, few), {"pixels": images["pixels"][rest]}, data.take(images, apart)
+    return data.subset(images, few), {"pixels": images["pixels"][rest]}, data.subset(images, apart)
 
 
 def losses(steps: int) -> dict[str, Loss]:
@@ -94,7 +94,10 @@ def learn(
         state, _ = train.fit(MODEL, stream, config, loss=classification, augment=seen)
     else:
         state, _ = train.fit(
-            MODEL, data.Paired(stream, data.Stream(many, BATCH * EACH, seed)), config, loss=loss
+            MODEL,
+            data.WithUnlabelled(stream, data.Stream(many, BATCH * EACH, seed)),
+            config,
+            loss=loss,
         )
     return train.averaged(state)
 

@@ -1,7 +1,7 @@
 """Encoders with decoders, from the start, on made pairs: copy a text, reverse it, write a date as
 year, month and day.
 
-Four models learn all three tasks at once from characters (`data.Pairs`); the first character of a
+Four models learn all three tasks at once from characters (`data.SyntheticSeq2Seq`); the first character of a
 source says which task it is. They are judged by whole targets, of which no character may be wrong,
 on pairs whose targets are not in the training stream (they are parted by a hash), written greedily
 and by beam search. Updates and learning rates were chosen on fresh pairs of the training part,
@@ -80,7 +80,9 @@ def learn(case: Case, updates: int, seed: int) -> tree.Params:
         seed=seed,
         log_every=200,
     )
-    return train.fit(case.model, data.Pairs(batch_size=BATCH, seed=seed), config)[0].params
+    return train.fit(case.model, data.SyntheticSeq2Seq(batch_size=BATCH, seed=seed), config)[
+        0
+    ].params
 
 
 def greedily(model: Model, params: tree.Params, sources: list[list[int]]) -> list[str]:
@@ -107,7 +109,7 @@ def by_beams(model: Model, params: tree.Params, batch: dict[str, np.ndarray]) ->
     return [synthetic.decode(row) for row in np.asarray(found.tokens[:, 0])]
 
 
-def exact(model: Model, params: tree.Params, pairs: data.Pairs) -> dict[str, float]:
+def exact(model: Model, params: tree.Params, pairs: data.SyntheticSeq2Seq) -> dict[str, float]:
     """Percent of the pairs of one batch whose target is written as it is, by each way of
     writing.
     """
@@ -126,7 +128,7 @@ def exact(model: Model, params: tree.Params, pairs: data.Pairs) -> dict[str, flo
 def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     """Train each model, then judge it, once."""
     count, goal = (300, ">= 95") if quick else (1000, ">= 99")
-    held = {task: data.Pairs((task,), count, seed, "test") for task in synthetic.TASKS}
+    held = {task: data.SyntheticSeq2Seq((task,), count, seed, "test") for task in synthetic.TASKS}
     updates = {name: case.quick if quick else case.updates for name, case in CASES.items()}
     entries: list[tuple] = []
     for name in progress([name for name, n in updates.items() if n], "models"):
@@ -146,7 +148,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
             (f"{name}, training", seconds, "s"),
             (f"{name}, training, processor time", processor, "s"),
         ]
-    stream = data.Pairs(batch_size=BATCH, seed=seed)
+    stream = data.SyntheticSeq2Seq(batch_size=BATCH, seed=seed)
     seen = {target for step in range(max(updates.values())) for _, target in stream.texts(step)}
     again = sum(target in seen for pairs in held.values() for _, target in pairs.texts(0))
     entries.append(("held-out targets that are in the training stream", again, "", "== 0"))

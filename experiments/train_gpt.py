@@ -60,7 +60,7 @@ def run(quick: bool, seed: int) -> tuple[list[tuple], dict[str, Any]]:
     ids = hub.need_processor(bundle).encode(data.load_text(TEXTS[1]).text)
     windows = data.windows(ids, bundle.model.config.context, limit=32)
     _, int8, int4 = evaluate.compare(
-        compress.versions(bundle, ("f32", "int8", "int4")), windows, seed=seed
+        compress.variants(bundle, ("f32", "int8", "int4")), windows, seed=seed
     )
     goal = math.log(VOCAB) - (1 if quick else 2)
     entries: list[tuple] = [

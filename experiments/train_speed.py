@@ -118,7 +118,7 @@ def compilations(seed: int) -> list[int]:
                 lines.clear()
                 with jax.log_compiles(), checkpoint.Checkpoints(folder) as checkpoints:
                     config = train.TrainConfig(steps=12, save_every=3, log_every=1, eval_every=3)
-                    supervisor = distributed.Supervisor(stop=lambda i, steps=steps: i >= steps)
+                    supervisor = distributed.RunMonitor(stop=lambda i, steps=steps: i >= steps)
                     train.fit(
                         model,
                         stream,

@@ -11,7 +11,7 @@ of a run. A *Transform* is `params -> params`.
     bundle = jaxmodel.from_pretrained("smollm2-135m")
     print(jaxmodel.generate(bundle, "The capital of France is", max_new_tokens=8))
 
-    smaller, report = compress.compress_bundle(bundle, compress.named("int8"))
+    smaller, report = compress.compress_bundle(bundle, compress.get_recipe("int8"))
     print(report.bits_per_weight)
 
 Start with `jaxmodel/models/llama.py` (a model), `jaxmodel/compress/rtn.py` (a method),

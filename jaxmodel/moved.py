@@ -10,17 +10,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _MOVED = {
+    "adapt": {
+        "adapt": "coordinates=coord_check scale_updates=scale_by_path transplant=load_matching"
+    },
+    "checkpoint": {"checkpoint": "Keep=RetentionPolicy"},
+    "distributed": {"distributed": "Ledger=GoodputRecorder Supervisor=RunMonitor"},
     "compress": {
         "compress.apply": "COLUMNS",
         "compress.method": "text_of",
         "compress.recipe_file": "SUFFIXES",
-        "compress.versions": "VERSIONS",
+        "compress.recipes": "NAMED=RECIPES named=get_recipe",
+        "compress.variants": "VERSIONS",
+        "compress": "versions=variants",
     },
     "data": {
         "data.examples": "Answers",
         "data.given": "as_batches",
         "data.images": "Images",
-        "data.pack": "Bins",
+        "data": "Paired=WithUnlabelled Pairs=SyntheticSeq2Seq take=subset",
+        "data.pack": "Bins=PackedRows",
         "data.packed": "ShardWindows",
         "data.sources": "Documents records",
         "data.text": "NAMES Text",
@@ -43,7 +51,8 @@ _MOVED = {
     },
     "generation": {
         "generation.beam": "Beams",
-        "generation.generate": "Completion",
+        "generation": "Request=GenerationRequest Sampling=SamplingParams running_only=for_inference",
+        "generation.generate": "Completion=GenerationResult",
         "generation.hypotheses": "Hypothesis",
         "generation.sampling": "filter_logits sample",
     },
@@ -57,7 +66,7 @@ _MOVED = {
         "layers.encoder": "AttentionPool EncoderBlock PooledHead",
         "layers.moe": "load_balance real_tokens",
         "layers.patches": "Patches",
-        "layers.recurrent": "Additive Multiplicative Recurrent",
+        "layers.recurrent": "Additive=BahdanauAttention Multiplicative=LuongAttention Recurrent",
     },
     "layers.connect": {
         "layers.connect.groups": "edge_name weight_names",
@@ -72,21 +81,22 @@ _MOVED = {
     "losses": {
         "losses.chosen": "checked_loss",
         "losses.contract": "IGNORED counting model_inputs",
-        "losses.factory": "Each",
-        "losses.labels": "class_means class_sums distribution",
+        "losses.factory": "Each=PerExampleLoss",
+        "losses.labels": "class_means=online_label_smoothing class_sums distribution",
         "losses.views": "info_nce",
     },
     "models": {
-        "adapt": "coordinates initialize mup scale_updates",
+        "adapt": "coordinates=coord_check initialize mup scale_updates=scale_by_path",
         "adapt.maximal_update": "Mup",
         "models.foreign": "set_state",
         "models.model": "Inputs",
     },
     "ops": {
-        "ops.contract": "round_rows",
+        "ops": "Seen=AttentionMask blocks=block_sparse_matmul take=embed",
+        "ops.contract": "round_rows=quantize_rows",
         "ops.edges": "EdgeBlock Edges edge_sum edges_of",
-        "ops.memory": "MemoryCache",
-        "ops.norms": "Measured on_last",
+        "ops.memory": "MemoryCache=CrossAttentionCache",
+        "ops.norms": "Measured=BatchStatsProbe on_last",
         "ops.probe": "GRADIENT histogram tap zeros_for",
         "ops.product": "compiler_options",
         "ops.recurrent": "StateCache",
@@ -102,17 +112,17 @@ _MOVED = {
     },
     "train": {
         "adapt": (
-            "ADAPTERS LoRA last_layers layer_rates lora merge_adapters replace_head transplant "
+            "ADAPTERS LoRA last_layers layer_rates lora merge_adapters replace_head transplant=load_matching "
             "with_adapters"
         ),
-        "checkpoint": "Checkpoints Keep fingerprint",
+        "checkpoint": "Checkpoints Keep=RetentionPolicy fingerprint",
         "contrib": (
             "confident_learning count_active fixmatch masked_patches mean_teacher pretext "
             "pseudo_label revive sigmoid_ramp unit_dictionary with_projection without_projection"
         ),
         "contrib.selfsupervised": "patch_error restored two_views",
         "contrib.semi": "linear_ramp pseudo_labels",
-        "distributed": "Ledger Supervisor Watchdog process_began stop_signals",
+        "distributed": "Ledger=GoodputRecorder Supervisor=RunMonitor Watchdog process_began stop_signals",
         "losses": (
             "Loss autoencoder classification contrastive cross_entropy next_token regression "
             "regularized supervised"
@@ -120,6 +130,7 @@ _MOVED = {
         "optim": "Guard optimizer project quantize_weights sam schedule",
         "optim.optimizers": "each_layer scale_by_adam8",
         "optim.schedules": "reduce_on_plateau",
+        "train": "set_batch_statistics=recalibrate_batch_norm",
         "train.gradients": "accumulated value_and_grad",
         "train.pipeline": "one_forward_one_backward",
         "train.state": "init_state state_shardings",
@@ -235,19 +246,21 @@ def attach(package: str) -> None:
     module = sys.modules[package]
     short = package.removeprefix("jaxmodel.")
     own = vars(module).get("__getattr__")
-    homes = {
-        name: f"jaxmodel.{home}"
+    homes: dict[str, tuple[str, str]] = {
+        old: (f"jaxmodel.{home}", new or old)
         for home, names in _MOVED.get(short, {}).items()
-        for name in names.split()
+        for old, _, new in (name.partition("=") for name in names.split())
     }
     modules = {name: f"jaxmodel.{home}" for name, home in _MODULES.get(short, {}).items()}
 
     def find(name: str) -> Any:
-        if where := modules.get(name) or homes.get(name):
-            now = where if name in modules else f"{where}.{name}"
-            _say(f"{package}.{name} is {now} now", 3)
-            home = importlib.import_module(where)
-            return home if name in modules else getattr(home, name)
+        if name in modules:
+            _say(f"{package}.{name} is {modules[name]} now", 3)
+            return importlib.import_module(modules[name])
+        if name in homes:
+            home, now = homes[name]
+            _say(f"{package}.{name} is {home}.{now} now", 3)
+            return getattr(importlib.import_module(home), now)
         if own is not None:
             return own(name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -251,7 +251,7 @@ print(
 # %%
 versions = {"float32": state.params, "the recipe above": smaller}
 for name in ("rtn(bits=4, group=32)", "rtn(bits=2, group=32)"):
-    versions[name], _ = compress.apply(compress.named(name), state.params, axes=model.axes)
+    versions[name], _ = compress.apply(compress.get_recipe(name), state.params, axes=model.axes)
 rows = []
 base = None
 for name, version in versions.items():

@@ -163,7 +163,7 @@ table(rows, Column("", align="left"), *(Column(str(i), format="{:.2f}".format) f
 # know.
 
 # %%
-smaller, done = compress.compress_bundle(minilm, compress.named("int8-weight"))
+smaller, done = compress.compress_bundle(minilm, compress.get_recipe("int8-weight"))
 cosines = np.sum(jaxmodel.embed_texts(smaller, sentences) * vectors, axis=-1)
 print(
     f"{done.bytes_before / 1e6:.0f} MB -> {done.bytes_after / 1e6:.0f} MB; cosine with the "
@@ -178,7 +178,7 @@ assert cosines.min() > 0.99
 # any model that decodes.
 
 # %%
-pairs = data.Pairs(("reverse",), batch_size=64, seed=0)
+pairs = data.SyntheticSeq2Seq(("reverse",), batch_size=64, seed=0)
 model = rnn.model(rnn.Config(synthetic.VOCAB, width=64, depth=1, cell="gru", attention="additive"))
 settings = train.TrainConfig(steps=300, learning_rate=5e-3, log_every=10)
 state, history = train.fit(model, pairs, settings)
@@ -191,7 +191,7 @@ picture(
 )
 
 # %%
-unseen = data.Pairs(("reverse",), batch_size=4, seed=1, part="test")
+unseen = data.SyntheticSeq2Seq(("reverse",), batch_size=4, seed=1, part="test")
 batch = unseen.batch(0)
 given = {name: jnp.asarray(batch[name]) for name in ("source", "source_mask")}
 found = generation.beam_search(

@@ -126,7 +126,7 @@ picture(search.plot("svg"))
 
 # %%
 folder = ROOM / "checkpoints"
-stop = distributed.Supervisor(stop=lambda step: step == 47)
+stop = distributed.RunMonitor(stop=lambda step: step == 47)
 stopped, _ = train.fit(model, stream, config, checkpoints=folder, supervisor=stop)
 print("saved steps:", checkpoint.Checkpoints(folder, read_only=True).steps())
 with contextlib.redirect_stderr(sys.stdout):
@@ -182,7 +182,7 @@ features = random.normal(size=(4000, 16)).astype(np.float32)
 labels = (features @ random.normal(size=(16, 4))).argmax(-1).astype(np.int32)
 noisy = np.where(random.random(4000) < 0.4, random.integers(0, 4, 4000), labels).astype(np.int32)
 fitting, testing = data.split(4000, (0.7, 0.3), seed=0, labels=labels)
-rows = data.Stream(data.take({"features": features, "labels": noisy}, fitting), 100)
+rows = data.Stream(data.subset({"features": features, "labels": noisy}, fitting), 100)
 judge = mlp.model(mlp.Config(16, (128,), 4))
 
 

@@ -151,7 +151,7 @@ for mesh, until in (("data=8", 2), ("fsdp=4,tensor=2", 4)):
             settings,
             mesh=sharding.make_mesh(mesh),
             checkpoints=checkpoints,
-            supervisor=distributed.Supervisor(stop=lambda step, until=until: step == until),
+            supervisor=distributed.RunMonitor(stop=lambda step, until=until: step == until),
         )
         print("step", int(state.step), "on", mesh, checkpoint.fingerprint(state)[:16])
 

@@ -12,7 +12,7 @@ import pytest
 
 from jaxmodel import report
 from jaxmodel.checkpoint import Checkpoints
-from jaxmodel.distributed import Ledger, launch
+from jaxmodel.distributed import GoodputRecorder, launch
 from jaxmodel.errors import InputError
 from jaxmodel.files import open_own, open_regular, read_bytes
 
@@ -48,7 +48,7 @@ def _report(folder: Path) -> Any:
 
 
 def _ledger(folder: Path) -> Any:
-    return Ledger(folder / "ledger.jsonl").close()
+    return GoodputRecorder(folder / "ledger.jsonl").close()
 
 
 def _rank(folder: Path) -> Any:

@@ -13,21 +13,20 @@ from jaxmodel.cli.words import checked
 from jaxmodel.models import llama
 
 OLD = [
-    (pkg, home, name)
-    for pkg, homes in moved._MOVED.items()
+    (package, home, old, new or old)
+    for package, homes in moved._MOVED.items()
     for home, names in homes.items()
-    for name in names.split()
+    for old, _, new in (name.partition("=") for name in names.split())
 ]
 
 
 def test_every_old_name_is_the_new_one():
     assert len(OLD) > 100
-    for package, home, name in OLD:
-        with pytest.warns(
-            DeprecationWarning, match=rf"{package}\.{name} is jaxmodel\.{home}\.{name} now"
-        ):
+    for package, home, name, now in OLD:
+        says = rf"{package}\.{name} is jaxmodel\.{home}\.{now} now"
+        with pytest.warns(DeprecationWarning, match=says):
             old = getattr(importlib.import_module(f"jaxmodel.{package}"), name)
-        assert old is getattr(importlib.import_module(f"jaxmodel.{home}"), name)
+        assert old is getattr(importlib.import_module(f"jaxmodel.{home}"), now)
         assert name not in importlib.import_module(f"jaxmodel.{package}").__all__
 
 

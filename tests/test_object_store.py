@@ -68,7 +68,7 @@ def folder(bucket, request):
 
 def test_the_last_ones_stay_and_are_restored_bit_for_bit(folder, state, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=2)) as checkpoints:
+    with checkpoint.Checkpoints(folder, keep=checkpoint.RetentionPolicy(last=2)) as checkpoints:
         digests = {}
         for step in (1, 2, 3):
             now = at(state, step, 1.0 + step)
@@ -85,7 +85,7 @@ def test_the_last_ones_stay_and_are_restored_bit_for_bit(folder, state, tmp_path
 def test_a_save_that_did_not_end_does_not_count_and_a_cut_off_one_is_set_aside(
     folder, state, capsys
 ):
-    with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=3)) as checkpoints:
+    with checkpoint.Checkpoints(folder, keep=checkpoint.RetentionPolicy(last=3)) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(at(state, step, 1.0 + step))
     store, place = fsspec.url_to_fs(folder, skip_instance_cache=True)

@@ -1,7 +1,7 @@
 """Fine-tuning: a new head on a trained body, and rules for what trains and how fast.
 
 >>> import optax
->>> from jaxmodel.adapt import scale_updates
+>>> from jaxmodel.adapt import scale_by_path
 >>> from jaxmodel.models import vit
 >>> old = vit.model(vit.SIZES["tiny"])
 >>> model, params = replace_head(old, jax.jit(old.init)(jax.random.key(0)), 3, jax.random.key(1))
@@ -11,7 +11,7 @@
 >>> trains = tree.assign(rules, params)
 >>> [trains[path] for path in ("head/classes", "blocks/2/attn/q", "blocks/1/attn/q")]
 [True, True, False]
->>> optimizer = optax.chain(optax.adamw(1e-3), scale_updates(layer_rates(model, params, 0.5)))
+>>> optimizer = optax.chain(optax.adamw(1e-3), scale_by_path(layer_rates(model, params, 0.5)))
 >>> tree.assign(layer_rates(model, params, 0.5), params)["blocks/1/attn/q"]
 0.25
 """
@@ -135,7 +135,7 @@ def layer_rates(model: Model, params: tree.Params, decay: float) -> tree.Rules:
 
     The factor is `decay^(L - l)` for layer l of L (l counts from 0), 1 for the leaves behind the
     layers and `decay^(L + 1)` for those in front of them (embeddings). If a model has two stacks,
-    each counts by itself. Use the rules with `adapt.scale_updates` (Howard & Ruder, 2018; in this
+    each counts by itself. Use the rules with `adapt.scale_by_path` (Howard & Ruder, 2018; in this
     form Clark et al., 2020).
 
     Args:
@@ -152,7 +152,7 @@ def layer_rates(model: Model, params: tree.Params, decay: float) -> tree.Rules:
     deepest = _depths(params)
     if not deepest:
         raise InputError(
-            "params: no layers under 'blocks'; give adapt.scale_updates rules of your own"
+            "params: no layers under 'blocks'; give adapt.scale_by_path rules of your own"
         )
     rules: list[tuple[str, float]] = []
     for at, depth in deepest.items():
@@ -196,7 +196,7 @@ def _without_head(model: Model, params: tree.Params) -> tree.Params:
     )
 
 
-def transplant(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params, list[str]]:
+def load_matching(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params, list[str]]:
     """Copy every trained leaf that fits into fresh parameters.
 
     A leaf fits if both trees have its path with the same shape. This puts a new head (of other
@@ -215,7 +215,7 @@ def transplant(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params, l
 
     >>> import jax.numpy as jnp
     >>> fresh = {"body": jnp.zeros((2, 2)), "head": jnp.zeros((3, 2))}
-    >>> params, left = transplant(fresh, {"body": jnp.ones((2, 2)), "head": jnp.ones((10, 2))})
+    >>> params, left = load_matching(fresh, {"body": jnp.ones((2, 2)), "head": jnp.ones((10, 2))})
     >>> left, float(params["body"].sum())
     (['head'], 4.0)
     """

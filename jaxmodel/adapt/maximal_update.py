@@ -20,7 +20,7 @@ config still describes the model, and a saved bundle needs no information about 
 >>> config = dataclasses.replace(gpt2.SIZES["tiny"], width=128, heads=16)
 >>> wide = mup(gpt2.model(config), 32)
 >>> params = jax.jit(lambda key: initialize(wide.model, key, wide.init))(jax.random.key(0))
->>> optimizer = optax.chain(optax.adam(1e-3), scale_updates(wide.rates))
+>>> optimizer = optax.chain(optax.adam(1e-3), scale_by_path(wide.rates))
 >>> tree.assign(wide.rates, params)["blocks/0/mlp/up"]
 0.25
 """
@@ -61,7 +61,7 @@ class Mup(NamedTuple):
     Attributes:
       model: the model, with the scale of its attention scores set.
       init: rules for `initialize`.
-      rates: rules, path -> factor of the learning rate, for `scale_updates`.
+      rates: rules, path -> factor of the learning rate, for `scale_by_path`.
     """
 
     model: Model
@@ -142,7 +142,7 @@ def mup(model: Model, base: int | Any) -> Mup:
     return Mup(build(wide, model.policy), (*init, (".*", None)), (*rates, (".*", 1.0)))
 
 
-def scale_updates(rules: tree.Rules) -> optax.GradientTransformation:
+def scale_by_path(rules: tree.Rules) -> optax.GradientTransformation:
     """Multiply the updates of each leaf by a factor.
 
     Chain it behind an optimiser; it scales the optimiser's weight decay too.
@@ -165,7 +165,7 @@ def scale_updates(rules: tree.Rules) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def coordinates(model: Model, params: tree.Params, inputs: Inputs) -> dict[str, jax.Array]:
+def coord_check(model: Model, params: tree.Params, inputs: Inputs) -> dict[str, jax.Array]:
     """Measure the mean size of the activations at each place, for a coordinate check.
 
     Plot them over widths: if a parametrisation is right, none grows or shrinks with the width after

@@ -1,10 +1,13 @@
 """Checkpoints of a run: save all of its state, and go on where it stopped (`Checkpoints`)."""
 
-from jaxmodel.checkpoint.manager import Checkpoints, Keep
+from jaxmodel import moved
+from jaxmodel.checkpoint.manager import Checkpoints, RetentionPolicy
 from jaxmodel.checkpoint.records import fingerprint
 
 __all__ = [
     "Checkpoints",
-    "Keep",
+    "RetentionPolicy",
     "fingerprint",
 ]
+
+moved.attach(__name__)

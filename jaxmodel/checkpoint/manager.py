@@ -70,7 +70,7 @@ class Stepped(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """A rule for which checkpoints are kept; the last good one always is.
 
     Attributes:
@@ -95,9 +95,9 @@ class Keep:
           scores: every step that there is, with its score or None.
 
         >>> scores = {100: 3.0, 150: 1.0, 200: 2.0, 250: None}
-        >>> sorted(Keep(last=1, best=1).chosen(scores))
+        >>> sorted(RetentionPolicy(last=1, best=1).chosen(scores))
         [150, 250]
-        >>> sorted(Keep(last=2, best=1, every=100).chosen({**scores, 300: 2.5}))
+        >>> sorted(RetentionPolicy(last=2, best=1, every=100).chosen({**scores, 300: 2.5}))
         [100, 150, 200, 250, 300]
         """
         steps = sorted(scores)
@@ -130,7 +130,7 @@ class Checkpoints:
 
     Args:
       folder: a local folder, made if it is missing, or one in a bucket (`gs://...`, `s3://...`).
-      keep: see `Keep`.
+      keep: see `RetentionPolicy`.
       identity: plain data (configs) that must be equal when a checkpoint is restored; differences
         are named. None for what `fit` tells about its run (see `state_run`). In a loop of your own,
         None means that nothing is compared.
@@ -160,7 +160,7 @@ class Checkpoints:
         self,
         folder: str | os.PathLike[str],
         *,
-        keep: Keep = Keep(),
+        keep: RetentionPolicy = RetentionPolicy(),
         identity: Mapping[str, Any] | None = None,
         data: str | None = None,
         environment: Mapping[str, Any] | None = None,

@@ -169,7 +169,7 @@ def load_pairs(options: Train, tokenizer: hub.Tokenizer, make: Any) -> Corpus:
             judged = make(options.heldout, tokenizer, options.context)
     count = len(next(iter(rows.values())))
     if judged is None and count >= LEAST_TO_SPLIT:
-        rows, judged = (data.take(rows, part) for part in data.split(count, (0.9, 0.1)))
+        rows, judged = (data.subset(rows, part) for part in data.split(count, (0.9, 0.1)))
     masks = [a for name, a in rows.items() if name.endswith("mask") or name == "weights"]
     return _opened(options, tokenizer, rows, judged, int(sum(a.sum() for a in masks)))
 

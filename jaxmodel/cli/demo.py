@@ -35,7 +35,7 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
     text = data.load_text(options.data)
     with step(f"load {options.model}"):
         bundle = hub.from_pretrained(options.model, dtype="float32")
-        versions = compress.versions(bundle)
+        versions = compress.variants(bundle)
         windows, tokens = resolved.windows(
             text,
             hub.need_processor(bundle),
@@ -43,7 +43,7 @@ def run(options: Demo, folder: report.Run) -> dict[str, Any]:
             options="--data, --window",
             limit=options.windows,
         )
-    recipes = {name: recipe.texts() for name, recipe in compress.NAMED.items()}
+    recipes = {name: recipe.texts() for name, recipe in compress.RECIPES.items()}
     folder.resolve(
         model=resolved.of_model(bundle.model), data=resolved.of_text(text), recipes=recipes
     )
@@ -118,7 +118,7 @@ def _train(options: Demo, folder: report.Run) -> dict[str, Any]:
     ids = hub.need_processor(bundle).encode(data.load_text("english").text)
     windows = data.windows(ids, bundle.model.config.context, limit=32)
     rows = evaluate.compare(
-        compress.versions(bundle, ("f32", "int8", "int4")), windows, seed=options.seed
+        compress.variants(bundle, ("f32", "int8", "int4")), windows, seed=options.seed
     )
     return {**result, "out": "gpt/bundle", "compressed": {row["name"]: row for row in rows}}
 

@@ -189,7 +189,7 @@ def predict(options: Predict, folder: Any) -> dict[str, Any]:
     contents = [
         read_bytes(name, MOST_BYTES) for name in options.input
     ]  # what cannot be read is known before the model is loaded
-    bundle = generation.running_only(hub.from_pretrained(options.model, dtype=options.dtype))
+    bundle = generation.for_inference(hub.from_pretrained(options.model, dtype=options.dtype))
     labels = bundle.labels
     if not labels:
         raise InputError(

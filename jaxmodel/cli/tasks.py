@@ -159,7 +159,7 @@ def with_head(model: Any, params: Any, task: str, key: Any) -> tuple[Any, Any]:
     build = build_of(model)
     assert build is not None
     other = build(dataclasses.replace(config, head=HEADS[task], labels=()), model.policy)
-    whole, _ = adapt.transplant(jax.jit(other.init)(key), params)
+    whole, _ = adapt.load_matching(jax.jit(other.init)(key), params)
     return other, whole
 
 

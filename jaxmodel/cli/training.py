@@ -81,8 +81,10 @@ def run(options: Train, folder: Any) -> dict[str, Any]:
         start = checkpoints.latest() or 0  # asked by all processes, answered by the first
         if writer is not None:
             writer.rewind(start)
-        ledger = distributed.Ledger(folder.path("ledger.jsonl"), began=distributed.process_began())
-        supervisor = distributed.Supervisor(
+        ledger = distributed.GoodputRecorder(
+            folder.path("ledger.jsonl"), began=distributed.process_began()
+        )
+        supervisor = distributed.RunMonitor(
             ledger, watchdog, stop, folder.path("profile") if options.profile else None
         )
         state, history = job.fit([writer] if writer is not None else [], checkpoints, supervisor)
@@ -195,7 +197,7 @@ def replay(options: Replay, folder: Any) -> dict[str, Any]:
     if again.processes > 1:  # here they are devices of one
         again = dataclasses.replace(again, mesh=again.mesh or "data=*")
     job = _Job(again, folder)
-    supervisor = distributed.Supervisor(stop=lambda step: step >= options.step)
+    supervisor = distributed.RunMonitor(stop=lambda step: step >= options.step)
     with job.checkpoints(before.folder, read_only=True, at_most=options.step - 1) as checkpoints:
         start = checkpoints.latest() or 0
         state, history = job.fit([lambda row: folder.log(**row)], checkpoints, supervisor)
@@ -361,7 +363,7 @@ class _Job:
 
         place = self.place or (run or self.shared) / CHECKPOINTS
         changed = report.read_run(self.shared).config.get("changed", ())  # by `resume` with options
-        keep = checkpoint.Keep(last=3)
+        keep = checkpoint.RetentionPolicy(last=3)
         return checkpoint.Checkpoints(place, keep=keep, allow_changes=changed, **options)
 
     @property

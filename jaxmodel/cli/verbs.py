@@ -66,7 +66,7 @@ def _eval(options: Eval, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     text = data.load_text(options.data)
-    bundle = generation.running_only(
+    bundle = generation.for_inference(
         hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter)
     )
     if not bundle.model.continues:
@@ -113,8 +113,8 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
     from jaxmodel.cli import resolved
 
     messages, tools, documents = _talk(options)
-    request = generation.Request(  # refuses values out of range before anything is loaded
-        generation.Sampling(
+    request = generation.GenerationRequest(  # refuses values out of range before anything is loaded
+        generation.SamplingParams(
             options.temperature,
             options.top_k,
             options.top_p,
@@ -126,7 +126,7 @@ def _generate(options: Generate, folder: Any) -> dict[str, Any]:
         options.seed,
         special=not options.chat,  # a chat template writes what begins a text itself
     )
-    bundle = generation.running_only(
+    bundle = generation.for_inference(
         hub.from_pretrained(options.model, dtype=options.dtype, adapters=options.adapter)
     )
     prompt = options.prompt
@@ -242,8 +242,8 @@ def _recipe(options: Compress) -> Any:
     )
     recipe = (
         compress.read_recipe(given)
-        if given not in compress.NAMED and in_file
-        else compress.named(given)
+        if given not in compress.RECIPES and in_file
+        else compress.get_recipe(given)
     )
     try:
         exceptions = [_exception(rule) for rule in options.rule]

@@ -6,12 +6,12 @@ from jaxmodel.compress.magnitude import Magnitude
 from jaxmodel.compress.method import Method, methods, parse
 from jaxmodel.compress.observe import observe
 from jaxmodel.compress.recipe_file import read_recipe
-from jaxmodel.compress.recipes import NAMED, Recipe, named
+from jaxmodel.compress.recipes import RECIPES, Recipe, get_recipe
 from jaxmodel.compress.rtn import Rtn
-from jaxmodel.compress.versions import versions
+from jaxmodel.compress.variants import variants
 
 __all__ = [
-    "NAMED",
+    "RECIPES",
     "Magnitude",
     "Method",
     "Recipe",
@@ -19,12 +19,12 @@ __all__ = [
     "Rtn",
     "apply",
     "compress_bundle",
+    "get_recipe",
     "methods",
-    "named",
     "observe",
     "parse",
     "read_recipe",
-    "versions",
+    "variants",
 ]
 
 moved.attach(__name__)

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxmodel import schema, tree
 from jaxmodel.compress.method import text_of
-from jaxmodel.compress.recipes import NAMED, ByRole, Recipe, named
+from jaxmodel.compress.recipes import RECIPES, ByRole, Recipe, get_recipe
 from jaxmodel.errors import InputError
 from jaxmodel.files import read_bytes
 
@@ -65,7 +65,7 @@ def read_recipe(place: str | Path) -> Recipe:
                 f"`compress` made, or a file"
             )
         if isinstance(said, str):
-            return named(said)
+            return get_recipe(said)
         return from_record(said, where)
     if path.suffix.lower() == ".json":
         return from_record(schema.read(path, Any), str(path))
@@ -95,7 +95,7 @@ def from_record(record: Any, where: str = "recipe") -> Recipe:
     if said.base is None and not said.rules:
         raise InputError(f"{where}: neither base nor rules is there; allowed: one of them or both")
     try:
-        base = Recipe(()) if said.base is None else named(said.base)
+        base = Recipe(()) if said.base is None else get_recipe(said.base)
         rules = [
             (tree.optional(p[1:]) if p.startswith("?") else p, chain)
             for p, chain in said.rules.items()
@@ -112,7 +112,7 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
 
     Rules that equal those of a named recipe, or of a chain alone, become its `base`.
 
-    >>> to_record(Recipe([("head", "rtn(4)"), *named("int8").rules]))
+    >>> to_record(Recipe([("head", "rtn(4)"), *get_recipe("int8").rules]))
     {'base': 'int8', 'rules': {'head': 'rtn(bits=4)'}, 'compute': None}
     """
     base = next(
@@ -135,8 +135,8 @@ def to_record(recipe: Recipe) -> dict[str, Any]:
 
 def _bases(recipe: Recipe) -> list[Recipe]:
     last = recipe.rules[-1][1] if recipe.rules else None
-    own = [named(text_of(last.matrices))] if isinstance(last, ByRole) and last.matrices else []
-    return [*NAMED.values(), *own]
+    own = [get_recipe(text_of(last.matrices))] if isinstance(last, ByRole) and last.matrices else []
+    return [*RECIPES.values(), *own]
 
 
 def _yaml(raw: bytes, where: str) -> Any:

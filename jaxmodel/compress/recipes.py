@@ -16,7 +16,7 @@ from jaxmodel.models import Model
 from jaxmodel.models.foreign import Foreign
 
 _CHAIN = "a tuple of methods, or text such as 'magnitude(0.5) | rtn(bits=8)'"
-_RULES = "a Recipe, or a list of pairs (pattern, chain); compress.named finds one by its name"
+_RULES = "a Recipe, or a list of pairs (pattern, chain); compress.get_recipe finds one by its name"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ _ALL = (
     _recipe("int4", (Rtn(4, group=64),)),
     _recipe("sparse50-int8", (Magnitude(0.5), *_W8A8), _W8A8, "bfloat16"),
 )
-NAMED: dict[str, Recipe] = {str(recipe.name): recipe for recipe in _ALL}
+RECIPES: dict[str, Recipe] = {str(recipe.name): recipe for recipe in _ALL}
 """Recipes by name.
 
 `int8` also rounds the activations, at run time; `int8-weight` does not. `int4` has symmetric groups
@@ -153,15 +153,15 @@ of 64 with float16 scales.
 """
 
 
-def named(name: str) -> Recipe:
+def get_recipe(name: str) -> Recipe:
     """The recipe of this name, or one from text: a chain for all matrices, with tables (embeddings,
     positions) and heads in 8 bits.
 
     Raises:
       InputError: neither the name of a recipe nor a chain of methods.
     """
-    if name in NAMED:
-        return NAMED[name]
+    if name in RECIPES:
+        return RECIPES[name]
     if "(" not in name:
-        raise unknown("recipe", name, NAMED)
+        raise unknown("recipe", name, RECIPES)
     return _recipe(name, parse(name))

@@ -1,4 +1,4 @@
-"""Semi-supervised learning: losses for `fit` over batches of `data.Paired`.
+"""Semi-supervised learning: losses for `fit` over batches of `data.WithUnlabelled`.
 
 The unlabelled rows are the fields `unlabelled_NAME` `[B, each, ...]` of the batch, where NAME is an
 input of the model. The loss is
@@ -30,7 +30,7 @@ from jaxmodel.data.paired import UNLABELLED
 from jaxmodel.errors import InputError
 from jaxmodel.losses import Loss, softmax_cross_entropy, supervised
 from jaxmodel.losses.contract import counting, row_weights, weighted_mean
-from jaxmodel.losses.factory import Each
+from jaxmodel.losses.factory import PerExampleLoss
 from jaxmodel.losses.labels import distribution
 from jaxmodel.models import Model
 from jaxmodel.train.state import TrainState, averaged
@@ -58,7 +58,7 @@ def fixmatch(
     weight: float = 1.0,
     ramp: Ramp | None = None,
     align: bool = False,
-    each: Each = softmax_cross_entropy,
+    each: PerExampleLoss = softmax_cross_entropy,
 ) -> Loss:
     """Make the FixMatch loss, which labels a strong view by a confident prediction on a weak view.
 
@@ -93,7 +93,7 @@ def pseudo_label(
     threshold: float = 0.0,
     weight: float = 3.0,
     ramp: Ramp | None = None,
-    each: Each = softmax_cross_entropy,
+    each: PerExampleLoss = softmax_cross_entropy,
 ) -> Loss:
     """Make a loss that takes the model's prediction for a row as its label (Lee, 2013).
 
@@ -117,7 +117,7 @@ def mean_teacher(
     *,
     weight: float = 100.0,
     ramp: Ramp | None = None,
-    each: Each = softmax_cross_entropy,
+    each: PerExampleLoss = softmax_cross_entropy,
 ) -> Loss:
     """Make the mean teacher loss, by which a student agrees with the moving average of itself.
 
@@ -216,7 +216,11 @@ type _Term = tuple[_Inputs, Callable[[Array], tuple[Array, dict[str, Array]]]]
 
 
 def _own_labels(
-    first: Augment | None, second: Augment | None, threshold: float, each: Each, align: bool
+    first: Augment | None,
+    second: Augment | None,
+    threshold: float,
+    each: PerExampleLoss,
+    align: bool,
 ) -> Callable[..., _Term]:
     """Make a term that labels the second view by a confident prediction on the first."""
     _check_threshold(threshold)
@@ -243,7 +247,7 @@ def _own_labels(
 def _semi(
     term: Callable[..., _Term],
     augment: Augment | None,
-    each: Each,
+    each: PerExampleLoss,
     weight: float,
     ramp: Ramp | None,
 ) -> Loss:

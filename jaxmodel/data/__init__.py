@@ -1,11 +1,11 @@
 """Batches of training data as pure functions of (seed, step), from texts, images or arrays.
 
 Text: load it, cut it into windows or pack its documents into bins, and make a `Stream`. Images:
-load them with their labels and stream their rows. `Pairs` makes pairs of texts. Larger than memory:
+load them with their labels and stream their rows. `SyntheticSeq2Seq` makes pairs of texts. Larger than memory:
 `documents` reads any format from anywhere, `tokenize` writes `Shards` once, `PackedShards` and
 `ShardWindows` read rows of them, and `ImageFolder` reads rows of files. `answers` makes rows of
 chats and of prompts with completions, `labelled` of texts with labels. `Mixture` mixes streams, and
-`Paired` puts unlabelled rows beside labelled ones.
+`WithUnlabelled` puts unlabelled rows beside labelled ones.
 
 >>> import numpy as np
 >>> stream = Stream(windows(range(100), length=9, stride=8), batch_size=4, seed=0)
@@ -26,12 +26,12 @@ from jaxmodel.data.images import load_images
 from jaxmodel.data.mixture import Mixture
 from jaxmodel.data.pack import pack, windows
 from jaxmodel.data.packed import PackedShards
-from jaxmodel.data.paired import Paired
+from jaxmodel.data.paired import WithUnlabelled
 from jaxmodel.data.shards import Shards, tokenize
 from jaxmodel.data.sources import documents
-from jaxmodel.data.splits import kfold, split, take
+from jaxmodel.data.splits import kfold, split, subset
 from jaxmodel.data.stream import Batches, Rows, Shifted, Stream, prefetch
-from jaxmodel.data.synthetic import Pairs
+from jaxmodel.data.synthetic import SyntheticSeq2Seq
 from jaxmodel.data.text import load_text, split_documents
 
 __all__ = [
@@ -39,12 +39,12 @@ __all__ = [
     "ImageFolder",
     "Mixture",
     "PackedShards",
-    "Paired",
-    "Pairs",
     "Rows",
     "Shards",
     "Shifted",
     "Stream",
+    "SyntheticSeq2Seq",
+    "WithUnlabelled",
     "answers",
     "documents",
     "kfold",
@@ -55,7 +55,7 @@ __all__ = [
     "prefetch",
     "split",
     "split_documents",
-    "take",
+    "subset",
     "tokenize",
     "windows",
 ]

@@ -19,7 +19,7 @@ import numpy as np
 from jaxmodel import report
 from jaxmodel.data import files
 from jaxmodel.data.images import strip
-from jaxmodel.data.paired import Paired
+from jaxmodel.data.paired import WithUnlabelled
 from jaxmodel.data.stream import Batch
 from jaxmodel.errors import InputError, at_least, unknown
 from jaxmodel.hub.decode import ENDINGS, decode
@@ -236,7 +236,7 @@ def _names(batches: Any) -> list[list[str]]:
     """Return the classes of each image folder behind a stream, a mixture or a pair of streams."""
     inner = [stream for stream, _ in getattr(batches, "components", ())]
     # the labels of the unlabelled stream do not count
-    inner += [batches.stream] if isinstance(batches, Paired) else []
+    inner += [batches.stream] if isinstance(batches, WithUnlabelled) else []
     folder = getattr(batches, "data", None)
     return (
         [folder.names]

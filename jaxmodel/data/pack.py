@@ -18,7 +18,7 @@ _LARGEST = np.iinfo(np.int32).max
 
 @briefly
 @dataclass(frozen=True, eq=False)
-class Bins:
+class PackedRows:
     """Rows of one width with several documents each, as three int32 arrays [N, length].
 
     Attributes:
@@ -88,7 +88,7 @@ def windows(
     return np.concatenate([np.broadcast_to(head, (len(views), head.size)), views], axis=1)
 
 
-def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bins:
+def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> PackedRows:
     """Pack documents into bins, each token in exactly one place.
 
     The result depends neither on a seed nor on the hosts.
@@ -104,7 +104,7 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
       eos_id: appended to every document, before it is cut.
 
     Returns:
-      Bins of [N, length].
+      PackedRows of [N, length].
 
     Raises:
       InputError: no document has a token, or a size below 1.
@@ -133,7 +133,7 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Bi
         out[places] = values
         return out.reshape(bins, length)
 
-    return Bins(scatter(flat), scatter(np.repeat(segments, pieces)), scatter(within))
+    return PackedRows(scatter(flat), scatter(np.repeat(segments, pieces)), scatter(within))
 
 
 def cut(totals: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxmodel import schema
 from jaxmodel.data import files
-from jaxmodel.data.pack import Bins, cut, first_fit
+from jaxmodel.data.pack import PackedRows, cut, first_fit
 from jaxmodel.data.shards import Shards
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.progress import bar
@@ -99,7 +99,7 @@ class PackedShards:
                     f"is made anew"
                 )
 
-    def take(self, indices: np.ndarray) -> Bins:
+    def take(self, indices: np.ndarray) -> PackedRows:
         """Return the bins with these indices; nothing else is read."""
         starts, sizes, firsts = self._columns
         edges = firsts.take(indices, np.full(len(indices), 2)).reshape(-1, 2)
@@ -119,7 +119,7 @@ class PackedShards:
             )
             return out
 
-        return Bins(
+        return PackedRows(
             place(tokens),
             place(np.repeat(segments, counts)),
             place(files.ranges(np.zeros_like(counts), counts)),
@@ -189,13 +189,13 @@ class ShardWindows:
         """Return the number of windows; a remainder shorter than one is dropped."""
         return (self.shards.tokens - self.length) // self._step + 1
 
-    def take(self, indices: np.ndarray) -> Bins:
+    def take(self, indices: np.ndarray) -> PackedRows:
         """Return the windows with these indices, as bins with one segment."""
         tokens = self.shards.read(indices * self._step, np.full(len(indices), self.length)).reshape(
             len(indices), self.length
         )
         places = np.arange(self.length, dtype=np.int32)
-        return Bins(tokens, np.ones_like(tokens), np.broadcast_to(places, tokens.shape))
+        return PackedRows(tokens, np.ones_like(tokens), np.broadcast_to(places, tokens.shape))
 
 
 class _Digests(TypedDict):

@@ -17,7 +17,7 @@ UNLABELLED = "unlabelled_"
 
 @briefly
 @dataclass(frozen=True, eq=False)
-class Paired:
+class WithUnlabelled:
     """A stream of rows that each carry `each` rows of another stream.
 
     The fields of the other stream get a prefix: `unlabelled_pixels` `[B, each, Y, X, C]`. So a
@@ -35,7 +35,7 @@ class Paired:
     >>> import numpy as np
     >>> from jaxmodel.data import Stream
     >>> few, many = {"x": np.arange(4), "labels": np.arange(4)}, {"x": np.arange(100, 200)}
-    >>> batch = Paired(Stream(few, 2), Stream(many, 6)).batch(0)
+    >>> batch = WithUnlabelled(Stream(few, 2), Stream(many, 6)).batch(0)
     >>> {name: array.shape for name, array in batch.items()}
     {'x': (2,), 'labels': (2,), 'unlabelled_x': (2, 3)}
     """

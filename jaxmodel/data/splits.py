@@ -97,7 +97,7 @@ def kfold(
     return [(np.flatnonzero(where != fold), np.flatnonzero(where == fold)) for fold in range(folds)]
 
 
-def take(arrays: Mapping[str, np.ndarray], rows: Int[np.ndarray, " _"]) -> dict[str, np.ndarray]:
+def subset(arrays: Mapping[str, np.ndarray], rows: Int[np.ndarray, " _"]) -> dict[str, np.ndarray]:
     """Select these rows of each array, as a dict for `Stream`.
 
     >>> take({"x": np.arange(4) * 10, "labels": np.arange(4)}, np.array([3, 1]))

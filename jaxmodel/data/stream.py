@@ -12,7 +12,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 
 from jaxmodel.brief import briefly
-from jaxmodel.data.pack import Bins
+from jaxmodel.data.pack import PackedRows
 from jaxmodel.data.shuffle import SORTED_UP_TO, permute
 from jaxmodel.errors import InputError, at_least
 
@@ -28,7 +28,7 @@ Handing a batch over to the loop costs as much time as computing a small one.
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of batches for training, such as `Stream`, `Mixture` or `synthetic.Pairs`."""
+    """A source of batches for training, such as `Stream`, `Mixture` or `synthetic.SyntheticSeq2Seq`."""
 
     @property
     def batch_size(self) -> int:
@@ -62,7 +62,7 @@ class Rows(Protocol):
         """Return the number of rows N."""
         ...
 
-    def take(self, indices: np.ndarray) -> Bins | Batch:
+    def take(self, indices: np.ndarray) -> PackedRows | Batch:
         """Return the rows with these indices, int64 [n]: bins of tokens or named arrays [n, ...].
 
         The caller may change the arrays.
@@ -84,7 +84,7 @@ class Stream:
     images and labels, give batches of their rows, unchanged and in their own dtypes.
 
     Attributes:
-      data: `Bins`; windows, an integer array [N, T + 1]; a dict of arrays [N, ...]; or `Rows` such
+      data: `PackedRows`; windows, an integer array [N, T + 1]; a dict of arrays [N, ...]; or `Rows` such
         as `PackedShards`.
       batch_size: rows in a batch, B.
       seed: 0 to 2^64 - 1.
@@ -94,7 +94,7 @@ class Stream:
         of unequal lengths, a batch size below 1, a seed out of range.
     """
 
-    data: Bins | np.ndarray | Mapping[str, np.ndarray] | Rows
+    data: PackedRows | np.ndarray | Mapping[str, np.ndarray] | Rows
     batch_size: int
     seed: int = 0
 
@@ -115,7 +115,7 @@ class Stream:
                     f"data: arrays of shapes {shapes} given; the same number of rows in each, at "
                     f"least 1, is needed"
                 )
-        elif isinstance(self.data, Bins | np.ndarray):
+        elif isinstance(self.data, PackedRows | np.ndarray):
             _check_arrays(
                 {name: getattr(self.bins, name) for name in ("tokens", "segments", "positions")}
             )
@@ -139,7 +139,9 @@ class Stream:
                     f"are needed"
                 )
         elif not isinstance(self.data, Rows):
-            allowed = "Bins, windows, a dict of arrays, PackedShards, ShardWindows, ImageFolder"
+            allowed = (
+                "PackedRows, windows, a dict of arrays, PackedShards, ShardWindows, ImageFolder"
+            )
             hint = (
                 " (windows and pack make rows of token ids)"
                 if isinstance(self.data, list | tuple)
@@ -154,17 +156,21 @@ class Stream:
         """Return the number of rows N."""
         if isinstance(self.data, Mapping):
             return len(next(iter(self.data.values())))
-        return len(self.bins.tokens if isinstance(self.data, Bins | np.ndarray) else self.data)
+        return len(
+            self.bins.tokens if isinstance(self.data, PackedRows | np.ndarray) else self.data
+        )
 
     @cached_property
-    def bins(self) -> Bins:
+    def bins(self) -> PackedRows:
         """Return texts as bins; windows become rows with one segment (views, without a copy)."""
-        if isinstance(self.data, Bins):
+        if isinstance(self.data, PackedRows):
             return self.data
         assert isinstance(self.data, np.ndarray)
         shape = self.data.shape
         places = np.arange(shape[-1], dtype=np.int32)
-        return Bins(self.data, np.broadcast_to(np.int32(1), shape), np.broadcast_to(places, shape))
+        return PackedRows(
+            self.data, np.broadcast_to(np.int32(1), shape), np.broadcast_to(places, shape)
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -185,7 +191,7 @@ class Stream:
                 digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
                 digest.update(np.ascontiguousarray(array).data)
             return digest.hexdigest()
-        if not isinstance(self.data, Bins | np.ndarray):
+        if not isinstance(self.data, PackedRows | np.ndarray):
             return hashlib.sha256(
                 f"stream of rows 1 {self.data.fingerprint} {self.batch_size} {self.seed}".encode()
             ).hexdigest()
@@ -232,9 +238,9 @@ class Stream:
         indices = self.rows(step, rows)
         if isinstance(self.data, Mapping):
             return {name: array[indices] for name, array in self.data.items()}
-        if isinstance(self.data, Bins | np.ndarray):
+        if isinstance(self.data, PackedRows | np.ndarray):
             return _predict(
-                Bins(
+                PackedRows(
                     *(
                         a[indices]
                         for a in (self.bins.tokens, self.bins.segments, self.bins.positions)
@@ -242,7 +248,7 @@ class Stream:
                 )
             )
         found = self.data.take(indices)
-        return _predict(found) if isinstance(found, Bins) else found
+        return _predict(found) if isinstance(found, PackedRows) else found
 
 
 def _check_arrays(fields: Mapping[str, Any]) -> None:
@@ -256,7 +262,7 @@ def _check_arrays(fields: Mapping[str, Any]) -> None:
             )
 
 
-def _predict(bins: Bins) -> Batch:
+def _predict(bins: PackedRows) -> Batch:
     """Make the batch of a language model from bins [B, T + 1]; see `Stream.batch`."""
     tokens, segments, positions = (
         a.astype(np.int32, copy=False) for a in (bins.tokens, bins.segments, bins.positions)

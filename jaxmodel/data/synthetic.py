@@ -6,7 +6,7 @@
 
 A batch is a function of (seed, step), and no target is in both parts, "train" and "test".
 
->>> pairs = Pairs(("date",), batch_size=2, seed=1)
+>>> pairs = SyntheticSeq2Seq(("date",), batch_size=2, seed=1)
 >>> source, target = pairs.texts(step=0)[0]
 >>> batch = pairs.batch(step=0)
 >>> decode(batch["source"][0]) == source, decode(batch["targets"][0]) == target
@@ -103,7 +103,7 @@ TARGET = 1 + max(LONGEST, len("1987-03-12"))
 
 @briefly
 @dataclass(frozen=True)
-class Pairs:
+class SyntheticSeq2Seq:
     """An endless stream of batches of pairs.
 
     Attributes:

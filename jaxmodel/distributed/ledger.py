@@ -54,7 +54,7 @@ class _Spent(_Line, total=False):
     restored: int
 
 
-class Ledger:
+class GoodputRecorder:
     """A record of seconds by category; without a file, of this process only.
 
     Args:
@@ -64,7 +64,7 @@ class Ledger:
         now.
 
     >>> now = iter([0.0, 0.0, 2.0, 5.0, 5.5, 5.5])
-    >>> ledger = Ledger(clock=lambda: next(now))
+    >>> ledger = GoodputRecorder(clock=lambda: next(now))
     >>> with ledger.spend("data"):  # from 2.0 to 5.0
     ...     pass
     >>> ledger.summary()
@@ -182,7 +182,7 @@ def process_began() -> float:
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Compute the result of `Ledger.summary` from the lines of its file."""
+    """Compute the result of `GoodputRecorder.summary` from the lines of its file."""
     total: dict[str, float] = collections.defaultdict(float)
     lives = sorted({line["life"] for line in lines if "spent" in line})
     of_life = {life: [line for line in lines if line["life"] == life] for life in lives}

@@ -9,14 +9,14 @@ from pathlib import Path
 import jax
 
 from jaxmodel.distributed.faults import Watchdog
-from jaxmodel.distributed.ledger import Ledger
+from jaxmodel.distributed.ledger import GoodputRecorder
 
 PROFILE_AFTER = 5
 PROFILED = 3
 """Number of steps before a trace, since the first ones are not typical, and number in a trace."""
 
 
-class Supervisor:
+class RunMonitor:
     """A monitor that `fit` tells where it is.
 
     Args:
@@ -25,7 +25,7 @@ class Supervisor:
       stop: step -> whether to save and stop there; see `faults.stop_signals`.
       profile: folder for an XProf trace of three steps, some steps after the first; None for none.
 
-    >>> supervisor = Supervisor(stop=lambda step: step >= 100)
+    >>> supervisor = RunMonitor(stop=lambda step: step >= 100)
     >>> with supervisor.spend("compute", step=7):
     ...     pass
     >>> sorted(supervisor.ledger.summary())
@@ -34,12 +34,12 @@ class Supervisor:
 
     def __init__(
         self,
-        ledger: Ledger | None = None,
+        ledger: GoodputRecorder | None = None,
         watchdog: Watchdog | None = None,
         stop: Callable[[int], bool] = lambda step: False,
         profile: str | Path | None = None,
     ):
-        self.ledger = ledger or Ledger()
+        self.ledger = ledger or GoodputRecorder()
         self.watchdog = watchdog
         self.stop = stop
         self._profile = profile

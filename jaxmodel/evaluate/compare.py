@@ -51,7 +51,7 @@ def compare(
     """Measure variants of a model one at a time; each is made for its turn and then dropped.
 
     Args:
-      versions: name -> a function that makes the bundle (see `compress.versions`). All are compared
+      versions: name -> a function that makes the bundle (see `compress.variants`). All are compared
         with the first.
       windows: tokens to score; see `perplexity`.
       keep: name -> a folder to save the variant in. The bundle is then loaded back, and its logits
@@ -82,8 +82,8 @@ def compare(
             # From here on only what a server would hold counts, without the stored form and without
             # the plain bundle from which other variants are made. A leaf that both forms share is
             # counted once.
-            bundle = generation.running_only(bundle)
-            row["resident_bytes"] = resident_bytes(bundle.params, bundle.running())
+            bundle = generation.for_inference(bundle)
+            row["resident_bytes"] = resident_bytes(bundle.params, bundle.for_inference())
             nll = token_nll(bundle.model, bundle.params, windows)
             first = nll if first is None else first
             row |= _quality(nll, nll - first, seed)

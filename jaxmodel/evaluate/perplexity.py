@@ -56,7 +56,7 @@ def perplexity(
 
     Args:
       model: a decoder.
-      params: its parameters; the form for inference (`bundle.running()`) is fastest.
+      params: its parameters; the form for inference (`bundle.for_inference()`) is fastest.
       windows: tokens; the first of each window is only context.
       chunk: number of positions whose logits exist at once.
       seed: seed of the bootstrap.

@@ -2,21 +2,27 @@
 
 from jaxmodel import moved
 from jaxmodel.generation.beam import beam_search
-from jaxmodel.generation.generate import Request, generate, generate_ids, running_only, stream
+from jaxmodel.generation.generate import (
+    GenerationRequest,
+    for_inference,
+    generate,
+    generate_ids,
+    stream,
+)
 from jaxmodel.generation.hypotheses import beam_texts
-from jaxmodel.generation.sampling import GREEDY, Sampling
+from jaxmodel.generation.sampling import GREEDY, SamplingParams
 from jaxmodel.generation.timing import measure_speed
 
 __all__ = [
     "GREEDY",
-    "Request",
-    "Sampling",
+    "GenerationRequest",
+    "SamplingParams",
     "beam_search",
     "beam_texts",
+    "for_inference",
     "generate",
     "generate_ids",
     "measure_speed",
-    "running_only",
     "stream",
 ]
 

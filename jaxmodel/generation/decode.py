@@ -1,7 +1,7 @@
 """The device side of generation: prefill, then several decode steps in one compiled loop.
 
 Everything here has static shapes: lengths are rounded up to few sizes (`round_up`), and later calls
-with the same model, `Sampling` and shapes use the compiled program again.
+with the same model, `SamplingParams` and shapes use the compiled program again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmodel import models, tree
 from jaxmodel.errors import InputError
-from jaxmodel.generation.sampling import Sampling, is_sound, sample
+from jaxmodel.generation.sampling import SamplingParams, is_sound, sample
 
 STEPS = 16
 """Number of decode steps in one call of the device."""
@@ -66,7 +66,7 @@ def run(
     rows: Sequence[Sequence[int]],
     done: np.ndarray,
     *,
-    sampling: Sampling,
+    sampling: SamplingParams,
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
     seed: int = 0,
@@ -264,12 +264,14 @@ def _grow(model: models.Model) -> Callable[[Any, int, int], Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _first(sampling: Sampling) -> Callable[[State, jax.Array], State]:
+def _first(sampling: SamplingParams) -> Callable[[State, jax.Array], State]:
     return jax.jit(functools.partial(_choose, sampling))
 
 
 @functools.lru_cache(maxsize=64)
-def decoder(model: models.Model, sampling: Sampling) -> Callable[..., tuple[State, jax.Array]]:
+def decoder(
+    model: models.Model, sampling: SamplingParams
+) -> Callable[..., tuple[State, jax.Array]]:
     """Return the jitted `(params, state, done, count, eos) -> (state, tokens [B, STEPS])`.
 
     It takes up to `count` steps. `state` is donated. Rows that are `done` do not change, and the
@@ -305,7 +307,7 @@ def decoder(model: models.Model, sampling: Sampling) -> Callable[..., tuple[Stat
     return advance
 
 
-def _choose(sampling: Sampling, state: State, logits: jax.Array) -> State:
+def _choose(sampling: SamplingParams, state: State, logits: jax.Array) -> State:
     """Return the state with the next token."""
     position = state.position + 1
     keys = None if sampling.greedy else jax.vmap(jax.random.fold_in)(state.keys, position)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation import decode
-from jaxmodel.generation.sampling import GREEDY, Sampling
+from jaxmodel.generation.sampling import GREEDY, SamplingParams
 from jaxmodel.generation.text import Writer
 from jaxmodel.hub.bundle import Bundle, need_processor
 from jaxmodel.hub.pretrained import from_pretrained
@@ -24,7 +24,7 @@ type Source = Bundle | str | Path
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """The settings of a generation, besides the prompts.
 
     Attributes:
@@ -39,7 +39,7 @@ class Request:
       InputError: a value out of its range.
     """
 
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = GREEDY
     max_new_tokens: int = 64
     stop: str | Sequence[str] = ()
     seed: int = 0
@@ -63,7 +63,7 @@ class Request:
 
 @briefly
 @dataclasses.dataclass(frozen=True)
-class Completion:
+class GenerationResult:
     """One generated text.
 
     Attributes:
@@ -104,7 +104,7 @@ def generate[T: (str, list[str])](
       source: a bundle, or a source for `from_pretrained`, which is then loaded in each call.
       prompts: one text or several, of any lengths.
       max_new_tokens: the largest number of tokens to add.
-      temperature: 0, the default, is greedy; see `Sampling` for this and the next four.
+      temperature: 0, the default, is greedy; see `SamplingParams` for this and the next four.
       top_k: sample from the k best tokens.
       top_p: sample from the best tokens that together have this probability.
       min_p: sample from tokens of at least this share of the best one's probability.
@@ -123,8 +123,8 @@ def generate[T: (str, list[str])](
       InputError: an empty prompt, one too long for the model's context, a bundle without a
         tokenizer, a value out of range.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    request = Request(sampling, max_new_tokens, stop, seed, special)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
+    request = GenerationRequest(sampling, max_new_tokens, stop, seed, special)
     if isinstance(prompts, str):
         return generate_ids(source, [prompts], request, chunk=chunk)[0].text
     return [completion.text for completion in generate_ids(source, prompts, request, chunk=chunk)]
@@ -133,11 +133,11 @@ def generate[T: (str, list[str])](
 def generate_ids(
     source: Source,
     prompts: Sequence[str],
-    request: Request = Request(),
+    request: GenerationRequest = GenerationRequest(),
     *,
     chunk: int = 16,
     show: Callable[[str], None] | None = None,
-) -> list[Completion]:
+) -> list[GenerationResult]:
     """Generate as `generate` does, and return ids, the reason for each end, and speed.
 
     For `source`, `chunk`, draws and errors see `generate`. `show`, for a single prompt, is called
@@ -185,12 +185,14 @@ def generate_ids(
                 speed = drawn / spent if drawn > 0 else 0.0
                 reason = writer.finish_reason or "length"
                 completions.append(
-                    Completion(writer.text, writer.ids, reason, speed, prefill or 0.0)
+                    GenerationResult(writer.text, writer.ids, reason, speed, prefill or 0.0)
                 )
     return completions
 
 
-def stream(source: Source, prompt: str, request: Request = Request()) -> Iterator[str]:
+def stream(
+    source: Source, prompt: str, request: GenerationRequest = GenerationRequest()
+) -> Iterator[str]:
     """Yield the text for one prompt piece by piece, as its tokens come.
 
     A piece is never half a character or part of a stop string. Together they are the text of
@@ -211,13 +213,13 @@ def stream(source: Source, prompt: str, request: Request = Request()) -> Iterato
     return pieces()
 
 
-def running_only(bundle: Bundle) -> Bundle:
+def for_inference(bundle: Bundle) -> Bundle:
     """Return the bundle with only the form of its params that runs, all that a server holds."""
-    return dataclasses.replace(bundle, params=bundle.running())
+    return dataclasses.replace(bundle, params=bundle.for_inference())
 
 
 def _begin(
-    source: Source, prompts: Sequence[str], request: Request
+    source: Source, prompts: Sequence[str], request: GenerationRequest
 ) -> tuple[list[list[int]], Callable[..., Iterator[np.ndarray]], Callable[[list[int]], Writer]]:
     """Return the ids of the prompts, `decode.run` without its rows, and a maker of row writers.
 
@@ -225,13 +227,13 @@ def _begin(
       InputError: see `generate`.
     """
     _check_texts(prompts)
-    bundle = source if isinstance(source, Bundle) else running_only(from_pretrained(source))
+    bundle = source if isinstance(source, Bundle) else for_inference(from_pretrained(source))
     tokenizer = need_processor(bundle)
     rows = encode(bundle, prompts, request)
     run = functools.partial(
         decode.run,
         bundle.model,
-        bundle.running(),
+        bundle.for_inference(),
         sampling=request.sampling,
         max_new_tokens=request.max_new_tokens,
         eos_ids=tokenizer.eos_ids,
@@ -244,7 +246,7 @@ def _begin(
     return rows, run, new_writer
 
 
-def encode(bundle: Bundle, prompts: Sequence[str], request: Request) -> list[list[int]]:
+def encode(bundle: Bundle, prompts: Sequence[str], request: GenerationRequest) -> list[list[int]]:
     """Return the ids of the prompts, after checking that they fit the model with the new tokens.
 
     Raises:

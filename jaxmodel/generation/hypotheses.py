@@ -13,7 +13,7 @@ from jaxmodel.brief import briefly
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.generation.beam import beam_search
 from jaxmodel.generation.decode import padded, reads_source, round_up
-from jaxmodel.generation.generate import Request, encode, running_only
+from jaxmodel.generation.generate import GenerationRequest, encode, for_inference
 from jaxmodel.hub.bundle import Bundle, need_processor
 from jaxmodel.hub.pretrained import from_pretrained
 from jaxmodel.hub.tokenizer import stream_decoder
@@ -73,10 +73,12 @@ def beam_texts(
             f"prompts: a single string was given ({prompts!r:.40}); give a list of strings"
         )
     at_least("chunk", chunk)
-    bundle = source if isinstance(source, Bundle) else running_only(from_pretrained(source))
+    bundle = source if isinstance(source, Bundle) else for_inference(from_pretrained(source))
     tokenizer = need_processor(bundle)
     apart = reads_source(bundle.model)
-    rows = encode(bundle, prompts, Request(max_new_tokens=max_new_tokens, special=special))
+    rows = encode(
+        bundle, prompts, GenerationRequest(max_new_tokens=max_new_tokens, special=special)
+    )
     ends = set(tokenizer.eos_ids)
     out = []
     names = ("source", "source_mask") if apart else ("tokens", "mask")
@@ -85,7 +87,7 @@ def beam_texts(
         given = map(jnp.asarray, padded(part, round_up(max(len(row) for row in part))))
         found = beam_search(
             bundle.model,
-            bundle.running(),
+            bundle.for_inference(),
             dict(zip(names, given, strict=True)),
             beams=beams,
             max_new_tokens=max_new_tokens,

@@ -1,4 +1,4 @@
-"""Sampling of the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+"""SamplingParams of the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
 
 Nothing sorts the whole vocabulary: on a CPU a sort of 49,152 logits takes 9 ms per row, half of a
 decode step.
@@ -26,7 +26,7 @@ def _check(name: str, value: float | int, ok: Callable[[float], bool], allowed: 
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """The settings for choosing the next token, in the order in which they apply.
 
     Each stage keeps at least one token.
@@ -71,13 +71,13 @@ class Sampling:
         return self.temperature < _COLDEST
 
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 def sample(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"] | None,
-    sampling: Sampling,
+    sampling: SamplingParams,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
     """Choose one token of each row; pure, in float32.
@@ -113,7 +113,7 @@ def is_sound(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
 
 
 def filter_logits(
-    logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None = None
+    logits: Float[Array, "B V"], sampling: SamplingParams, seen: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
     """Return the logits whose softmax `sample` draws from, up to a constant of each row.
 

@@ -45,7 +45,7 @@ def measure_speed(
       InputError: `prompt` or `cache` below 1.
     """
     model = bundle.model
-    params = bundle.running()
+    params = bundle.for_inference()
     for name, tokens in (("prompt", prompt), ("cache", cache)):
         at_least(name, tokens)
     prompt = min(prompt, model.config.context)

@@ -109,13 +109,13 @@ class Bundle:
         """
         return save(self, folder)
 
-    def running(self) -> tree.Params:
+    def for_inference(self) -> tree.Params:
         """The params in the form that runs fastest: sparse leaves expanded, maps of one input
         fused.
 
         They are made once for each bundle and live as long as it does, beside `params`. Of params
         that are in this form already nothing is copied, so `dataclasses.replace(bundle,
-        params=bundle.running())` is a bundle that holds no more than what runs.
+        params=bundle.for_inference())` is a bundle that holds no more than what runs.
         """
         return self._running
 

@@ -72,7 +72,7 @@ class Attention(nn.Module):
             if the model has them, `rope` tables and a `bias` `[#B, H, T, S]` of the scores.
           cache: see `ops.KVCache`, or None.
           layer: the index of the layer in the cache.
-          window: see `ops.Seen`.
+          window: see `ops.AttentionMask`.
         """
         outputs = {
             "q": self.heads * self.width,

@@ -19,7 +19,7 @@ class BatchNorm(nn.Module):
 
     In training it normalises by the moments of the batch and keeps nothing. The statistics mean and
     variance start at zero and one, have no gradient, and are set by
-    `jaxmodel.train.set_batch_statistics`.
+    `jaxmodel.train.recalibrate_batch_norm`.
 
     Attributes:
       eps: added to the variance.

@@ -50,7 +50,7 @@ class CrossAttention(nn.Module):
           x: the normalised activations.
           context: `memory` `[B, S, M]` and `memory_mask` `[B, S]` in a call that reads the source;
             without them, keys and values come from the cache.
-          cache: see `ops.memory.MemoryCache`, or None.
+          cache: see `ops.memory.CrossAttentionCache`, or None.
           layer: the index of the layer.
         """
         size = self.heads * self.width
@@ -59,7 +59,7 @@ class CrossAttention(nn.Module):
             maps = {"memory_k": size, "memory_v": size}
             flat = linear(self, context["memory"], maps, self.initializer, self.bias, self.policy)
             k, v = (y.transpose(0, 2, 1, 3) for y in self._heads(flat))
-            seen = ops.Seen(valid=context["memory_mask"], causal=False)
+            seen = ops.AttentionMask(valid=context["memory_mask"], causal=False)
             cache = None if cache is None else cache.remember(layer, k, v)
         else:
             k, v, seen = cache.recall(layer, q.shape[2])

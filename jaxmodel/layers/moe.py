@@ -146,7 +146,7 @@ class MoE(nn.Module):
             y = ops.ragged(x, leaves[name], sizes, self.policy)
             if not self.bias:
                 return y
-            return y + ops.take(
+            return y + ops.embed(
                 leaves[f"{name}_bias"], group, dataclasses.replace(self.policy, axes=())
             )[0].astype(y.dtype)
 

@@ -66,7 +66,7 @@ class Patches(nn.Module):
         places = jnp.broadcast_to(
             jnp.arange(learnt, dtype=jnp.int32), (batch if alike else 1, learnt)
         )
-        positions = ops.take(table, places, self.policy, "SD")
+        positions = ops.embed(table, places, self.policy, "SD")
         if not alike:
             split = int(self.class_token)
             between = _between(positions[0, split:], self.grid, (rows, columns)).astype(y.dtype)[

@@ -55,7 +55,7 @@ class Recurrent(nn.Module):
           x: the inputs; their contribution to the gates is one contraction for the whole row.
           start: the state before the first step, float32.
           mask: False where a step changes nothing, so padding may be on either side.
-          read: a function that reads a memory for each step (see `Additive`), or None.
+          read: a function that reads a memory for each step (see `BahdanauAttention`), or None.
         """
         size = GATES[self.kind] * self.width
         stream = self.policy.activation_dtype
@@ -104,7 +104,7 @@ def _remembering(kind: str) -> Initializer:
     return bias
 
 
-class Additive(nn.Module):
+class BahdanauAttention(nn.Module):
     """Additive attention `score . tanh(query s + memory_k m)` (Bahdanau et al., 2014).
 
     s is the state of the step before. Leaves: memory_k `[A, M]`, query `[A, H]`, score `[A]`.
@@ -156,7 +156,7 @@ class Additive(nn.Module):
         return read, keys
 
 
-class Multiplicative(nn.Module):
+class LuongAttention(nn.Module):
     """Multiplicative attention `s . memory_k m` (Luong et al., 2015; their score "general").
 
     s is the state of the same step. Leaf: memory_k `[H, M]`.
@@ -181,16 +181,16 @@ class Multiplicative(nn.Module):
     ) -> tuple[Float[Array, "B T M"], Float[Array, "B S A"]]:
         """Return what each step reads, and the keys, to be passed to later calls.
 
-        The arguments are those of `Additive`.
+        The arguments are those of `BahdanauAttention`.
         """
         keys = _keys(self, memory) if keys is None else keys
-        seen = ops.Seen(valid=valid, causal=False)
+        seen = ops.AttentionMask(valid=valid, causal=False)
         found = ops.attention(
             shown[:, :, None], keys[:, None], memory[:, None], seen, self.policy, scale=1.0
         )
         return found[:, :, 0], keys
 
 
-def _keys(module: Additive | Multiplicative, memory: Array) -> Array:
+def _keys(module: BahdanauAttention | LuongAttention, memory: Array) -> Array:
     w = leaf(module, "memory_k", module.initializer, (module.width, memory.shape[-1]))
     return ops.einsum("BSM,AM->BSA", memory, w, module.policy)

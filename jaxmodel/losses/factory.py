@@ -17,12 +17,12 @@ from jaxmodel.losses.labels import distribution, smooth
 from jaxmodel.losses.values import squared_error
 from jaxmodel.models import Model
 
-type Each = Callable[[Array, Array], Array]
+type PerExampleLoss = Callable[[Array, Array], Array]
 """`each(logits, labels) -> values`, with one value for each row."""
 
 
 def supervised(
-    each: Each = softmax_cross_entropy,
+    each: PerExampleLoss = softmax_cross_entropy,
     *,
     smoothing: float = 0.0,
     means: Float[Array, "_ _"] | None = None,
@@ -41,7 +41,7 @@ def supervised(
         with `functools.partial`.
       smoothing: the share of each label that is spread over other classes, in training only; see
         `smooth`.
-      means: the distribution `[C, C]` to spread towards for each class, see `class_means`; None for
+      means: the distribution `[C, C]` to spread towards for each class, see `online_label_smoothing`; None for
         the uniform one.
       class_weights: the weight of each class; see `balanced_weights` and `effective_weights`.
 
@@ -111,7 +111,7 @@ def classification(
     return supervised(smoothing=smoothing)(model, params, batch, rng, train=train)
 
 
-def regression(each: Each = squared_error, *, target: str = "targets") -> Loss:
+def regression(each: PerExampleLoss = squared_error, *, target: str = "targets") -> Loss:
     """Make a regression loss: the weighted mean over rows of `each(outputs, batch[target])`.
 
     The weights are the batch's `weights` `[B]`, or ones.

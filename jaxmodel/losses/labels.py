@@ -53,7 +53,7 @@ def smooth(
     Args:
       labels: distributions t.
       share: the share s, from 0 to 1.
-      means: a distribution for each class, as `class_means` returns it, for online label smoothing
+      means: a distribution for each class, as `online_label_smoothing` returns it, for online label smoothing
         (Zhang et al., 2020), where the hard label has the weight 1 - s. None for the uniform one.
 
     Raises:
@@ -104,7 +104,7 @@ def class_sums(logits: Float[Array, "N C"], labels: Int[Array, " N"]) -> Float[A
     )
 
 
-def class_means(sums: Float[Array, "C C"]) -> Float[Array, "C C"]:
+def online_label_smoothing(sums: Float[Array, "C C"]) -> Float[Array, "C C"]:
     """Compute the mean predicted distribution of each class, for `smooth`.
 
     It is a row of `class_sums` divided by its sum. A class without a correct prediction gets the
@@ -113,7 +113,7 @@ def class_means(sums: Float[Array, "C C"]) -> Float[Array, "C C"]:
     Args:
       sums: `class_sums` of an epoch.
 
-    >>> class_means(jnp.array([[1.5, 0.5], [0.0, 0.0]])).tolist()
+    >>> online_label_smoothing(jnp.array([[1.5, 0.5], [0.0, 0.0]])).tolist()
     [[0.75, 0.25], [0.5, 0.5]]
     """
     counted = jnp.sum(sums, axis=-1, keepdims=True)

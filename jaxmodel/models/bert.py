@@ -210,16 +210,16 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             )
         positions = positions_of(inputs)
         positions = positions + c.first_position
-        x = ops.take(params["embed"], tokens, policy) + ops.take(
+        x = ops.embed(params["embed"], tokens, policy) + ops.embed(
             params["positions"], positions, policy, "SD"
         )
         if c.types:
-            x = x + ops.take(
+            x = x + ops.embed(
                 params["types"], inputs.get("types", jnp.zeros_like(tokens)), policy, "SD"
             )
         elif "types" in inputs:
             raise InputError("types: given to a model without token types; leave them out")
-        seen = ops.Seen(
+        seen = ops.AttentionMask(
             segments=None if segments is None else (segments, segments), valid=mask, causal=False
         )
         normed: Any = norm_module.apply({"params": params["embed_norm"]}, x)

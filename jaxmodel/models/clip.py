@@ -227,10 +227,10 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
                 f"{config.text.context}, the context"
             )
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x = ops.take(own["embed"], tokens, policy) + ops.take(
+        x = ops.embed(own["embed"], tokens, policy) + ops.embed(
             own["positions"], positions, policy, "SD"
         )
-        context = {"seen": ops.Seen(valid=inputs.get("mask"), causal=not config.sigmoid)}
+        context = {"seen": ops.AttentionMask(valid=inputs.get("mask"), causal=not config.sigmoid)}
         how = policy.remat, policy.microbatches, policy.unroll
         x = repeat(block, own["blocks"], x, context, None, None, False, *how)[0]
         normed: Any = norm_module.apply({"params": own["norm"]}, x)
@@ -308,7 +308,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         c = config.text
         keys = jax.random.split(key, 7)
         x = jnp.zeros((1, 1, c.width), policy.activation_dtype)
-        context = {"seen": ops.Seen()}
+        context = {"seen": ops.AttentionMask()}
         shared = config.shared
         normal = lambda key, *shape: c.init_scale * jax.random.normal(key, shape)
         text = {

@@ -49,7 +49,7 @@ from jaxmodel.leaves.adapted import read_adapters
 from jaxmodel.models.checks import runs_on
 from jaxmodel.models.counted import linen_counting, nnx_counting
 from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
-from jaxmodel.ops.norms import Measured
+from jaxmodel.ops.norms import BatchStatsProbe
 
 STATE = "state"
 """The branch of the tree with everything that is not a parameter."""
@@ -360,7 +360,7 @@ def _model(
         counts = inputs.get(COUNTS)
         inputs = {name: a for name, a in inputs.items() if name != COUNTS}
         if watched := {
-            path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, Measured)
+            path: leaf.zeros for path, leaf in state.items() if isinstance(leaf, BatchStatsProbe)
         }:
             plain = {path: leaf.mean if path in watched else leaf for path, leaf in state.items()}
             key = jax.random.key(0) if rng is None else rng

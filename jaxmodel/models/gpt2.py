@@ -139,7 +139,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         positions, context = decoder_context(inputs, cache)
-        x = ops.take(params["embed"], inputs["tokens"], policy) + ops.take(
+        x = ops.embed(params["embed"], inputs["tokens"], policy) + ops.embed(
             params["positions"], positions, policy, "SD"
         )
         return x, context

@@ -227,7 +227,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             positions, config.head_width, config.rope_base, config.rope_scaling
         )
         context["real"] = real_tokens(inputs)
-        return ops.take(params["embed"], inputs["tokens"], policy), context
+        return ops.embed(params["embed"], inputs["tokens"], policy), context
 
     def block(
         params: Any,

@@ -487,7 +487,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             context["local_rope"] = ops.rope_tables(positions, turned, config.local_rope_base)
         if config.experts:
             context["real"] = real_tokens(inputs)
-        x = ops.take(params["embed"], inputs["tokens"], policy)
+        x = ops.embed(params["embed"], inputs["tokens"], policy)
         return x if config.embed_scale == 1 else x * jnp.asarray(
             config.embed_scale, x.dtype
         ), context

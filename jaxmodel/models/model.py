@@ -14,7 +14,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.layers.repeat import Block
 from jaxmodel.leaves.leaf import register
 from jaxmodel.models.checks import check_inputs, runs_on
-from jaxmodel.ops.norms import Measured
+from jaxmodel.ops.norms import BatchStatsProbe
 
 type Inputs = jax.Array | Mapping[str, jax.Array]
 
@@ -296,7 +296,7 @@ def _counted(
     def told(path: str, leaf: Any) -> Any:
         if not path.endswith("/mean") or trains(tree.layer_paths(path)[0]):
             return leaf
-        measured = leaf if isinstance(leaf, Measured) else Measured(leaf, own=False)
+        measured = leaf if isinstance(leaf, BatchStatsProbe) else BatchStatsProbe(leaf, own=False)
         return dataclasses.replace(
             measured, counts=jnp.broadcast_to(counts, (*leaf.shape[:-1], *counts.shape))
         )
@@ -369,7 +369,7 @@ def decoder_context(
             )
         return positions_of(inputs, cache.positions(inputs["tokens"].shape[1])), {}
     positions = positions_of(inputs)
-    seen = ops.Seen(
+    seen = ops.AttentionMask(
         segments=None if segments is None else (segments, segments), valid=inputs.get("mask")
     )
     return positions, {"seen": seen}

@@ -246,7 +246,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
                 f"them out"
             )
         positions = positions_of(inputs)
-        seen = ops.Seen(
+        seen = ops.AttentionMask(
             segments=None if segments is None else (segments, segments),
             valid=inputs.get("mask"),
             causal=False,
@@ -258,7 +258,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             "local_rope": ops.rope_tables(positions, turned, c.local_rope_base),
         }
         x: Any = norm_module.apply(
-            {"params": params["embed_norm"]}, ops.take(params["embed"], tokens, policy)
+            {"params": params["embed_norm"]}, ops.embed(params["embed"], tokens, policy)
         )
         return x, context
 

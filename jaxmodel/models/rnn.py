@@ -26,7 +26,7 @@ from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.layers import dropout, init_layers, leaf, repeat
-from jaxmodel.layers.recurrent import Additive, Multiplicative, Recurrent
+from jaxmodel.layers.recurrent import BahdanauAttention, LuongAttention, Recurrent
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
@@ -161,13 +161,13 @@ class _Block(nn.Module):
         else:
             memory, valid, keys = _memory(context, cache)
             if c.attention == "additive":
-                read, keys = Additive(c.width, _INIT, self.policy, name="attn")(
+                read, keys = BahdanauAttention(c.width, _INIT, self.policy, name="attn")(
                     memory, valid, keys, c.width
                 )
                 y, last, found = run(x, start, mask, read)
             else:
                 y, last, _ = run(x, start, mask)
-                found, keys = Multiplicative(c.width, _INIT, self.policy, name="attn")(
+                found, keys = LuongAttention(c.width, _INIT, self.policy, name="attn")(
                     y, memory, valid, keys
                 )
             assert found is not None
@@ -228,7 +228,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             states = jnp.zeros(
                 (config.depth, source.shape[0], STATES[config.cell], config.width), jnp.float32
             )
-            x = ops.take(params["encoder"]["embed"], source, policy)
+            x = ops.embed(params["encoder"]["embed"], source, policy)
             blocks = params["encoder"]["blocks"]
             how = {"remat": policy.remat, "unroll": policy.unroll}
             x, states, _ = repeat(
@@ -239,7 +239,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         _, context = source_context(inputs, cache, encode)
         if "mask" in inputs:
             context["mask"] = inputs["mask"].astype(jnp.bool_)
-        return ops.take(params["embed"], inputs["tokens"], policy), context
+        return ops.embed(params["embed"], inputs["tokens"], policy), context
 
     def block(
         params: Any,

@@ -131,7 +131,7 @@ def embed_texts(
         for ids in bundle.processor.encode_batch(read, True)
     ]
     out = np.zeros((len(rows), config.width * len(config.pooling)), np.float32)
-    params = bundle.running()
+    params = bundle.for_inference()
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         by_length.setdefault(

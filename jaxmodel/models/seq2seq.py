@@ -35,7 +35,7 @@ def source_context(
 
     Args:
       inputs: the inputs of the model.
-      cache: a cache with a method `reading` (see `ops.memory.MemoryCache`), or None.
+      cache: a cache with a method `reading` (see `ops.memory.CrossAttentionCache`), or None.
       encode: (source, its mask) -> `memory`, and the other arguments of `reading`.
 
     Raises:

@@ -34,7 +34,7 @@ from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
-from jaxmodel.ops.memory import MemoryCache
+from jaxmodel.ops.memory import CrossAttentionCache
 
 FORMS = {"relu": (nn.relu, False), "gated-gelu": (nn.gelu, True), "gated-silu": (nn.silu, True)}
 """Feed-forward parts: the activation, and whether there is a gate."""
@@ -244,7 +244,7 @@ def position_bias(
     found = jnp.asarray(bucket_table(buckets, config.distance))[steps]
     if both:
         found = found + jnp.where(gap > 0, jnp.int32(buckets), jnp.int32(0))
-    rows = ops.take(table, found.reshape(found.shape[0], -1))
+    rows = ops.embed(table, found.reshape(found.shape[0], -1))
     return rows.reshape(*found.shape, -1).transpose(0, 3, 1, 2)
 
 
@@ -292,8 +292,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             places = row(source.shape[1])
             encoder = params["encoder"]
             bias = position_bias(encoder["positions"], places, places, True, config)
-            context = {"seen": ops.Seen(valid=mask, causal=False), "bias": bias}
-            x = dropout(ops.take(params["embed"], source, policy), config.dropout, drop, 2**31)
+            context = {"seen": ops.AttentionMask(valid=mask, causal=False), "bias": bias}
+            x = dropout(ops.embed(params["embed"], source, policy), config.dropout, drop, 2**31)
             how = policy.remat, policy.microbatches, policy.unroll
             x, _, _ = repeat(
                 run(encoder_module), encoder["blocks"], x, context, None, rng, train, *how
@@ -309,7 +309,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             query = key = positions if "positions" in inputs else row(positions.shape[1])
         context["bias"] = position_bias(params["positions"], query, key, False, config)
         return dropout(
-            ops.take(params["embed"], inputs["tokens"], policy), config.dropout, drop, 2**31 + 2
+            ops.embed(params["embed"], inputs["tokens"], policy), config.dropout, drop, 2**31 + 2
         ), context
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
@@ -324,7 +324,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         keys = jax.random.split(key, 6)
         x = jnp.zeros((1, 1, config.width), policy.activation_dtype)
         mask = jnp.ones((1, 1), jnp.bool_)
-        context = {"seen": ops.Seen(), "memory": x, "memory_mask": mask}
+        context = {"seen": ops.AttentionMask(), "memory": x, "memory_mask": mask}
         table = config.init_scale * jax.random.normal(keys[0], (config.vocab, config.width))
         near = lambda k: (
             config.init_scale
@@ -349,8 +349,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         scale = lambda path, a: a * config.head_width**-0.5 if path.endswith("/q") else a
         return tree.map_leaves(scale, params)
 
-    def init_cache(batch: int, capacity: int) -> MemoryCache:
-        return MemoryCache.zeros(
+    def init_cache(batch: int, capacity: int) -> CrossAttentionCache:
+        return CrossAttentionCache.zeros(
             config.depth, batch, config.heads, capacity, config.head_width, policy
         )
 

@@ -30,7 +30,7 @@ from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
 from jaxmodel.models.model import Model, Parts, check_sizes
 from jaxmodel.models.seq2seq import source_context, source_inputs
-from jaxmodel.ops.memory import MemoryCache
+from jaxmodel.ops.memory import CrossAttentionCache
 from jaxmodel.ops.norms import on_last
 
 
@@ -179,7 +179,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def placed(
         params: tree.Params, tokens: jax.Array, positions: jax.Array, rng: Any, site: int
     ) -> jax.Array:
-        x = ops.take(params["embed"], tokens, wide) * config.width**0.5 + sinusoids(
+        x = ops.embed(params["embed"], tokens, wide) * config.width**0.5 + sinusoids(
             positions, config.width
         )
         return dropout(x.astype(policy.activation_dtype), config.dropout, rng, site)
@@ -194,7 +194,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         drop = rng if train else None
 
         def encode(source: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-            context = {"seen": ops.Seen(valid=mask, causal=False)}
+            context = {"seen": ops.AttentionMask(valid=mask, causal=False)}
             x = placed(
                 params, source, jnp.arange(source.shape[1], dtype=jnp.int32)[None], drop, 2**31
             )
@@ -212,7 +212,11 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def init(key: jax.Array) -> tree.Params:
         embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
         x = jnp.zeros((1, 1, config.width), policy.activation_dtype)
-        context = {"seen": ops.Seen(), "memory": x, "memory_mask": jnp.ones((1, 1), jnp.bool_)}
+        context = {
+            "seen": ops.AttentionMask(),
+            "memory": x,
+            "memory_mask": jnp.ones((1, 1), jnp.bool_),
+        }
         blocks = lambda module, k, n: init_layers(
             lambda k: dict(module.init(k, x, context, None, 0)["params"]), k, n
         )
@@ -228,8 +232,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             **norm,
         }
 
-    def init_cache(batch: int, capacity: int) -> MemoryCache:
-        return MemoryCache.zeros(
+    def init_cache(batch: int, capacity: int) -> CrossAttentionCache:
+        return CrossAttentionCache.zeros(
             config.depth, batch, config.heads, capacity, config.width // config.heads, policy
         )
 

@@ -234,7 +234,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         qkv_bias=c.qkv_bias,
         layer_scale=c.layer_scale,
     )
-    context = {"seen": ops.Seen(causal=False)}
+    context = {"seen": ops.AttentionMask(causal=False)}
 
     def embed(
         params: tree.Params,

@@ -7,7 +7,7 @@ here.
 from jaxmodel import moved
 from jaxmodel.ops.attention import attention
 from jaxmodel.ops.cache import KVCache
-from jaxmodel.ops.contract import blocks, conv, einsum, take
+from jaxmodel.ops.contract import block_sparse_matmul, conv, einsum, embed
 from jaxmodel.ops.norms import batch_norm, group_norm, layer_norm, rms_norm
 from jaxmodel.ops.policy import MESH_AXES, Policy
 from jaxmodel.ops.pool import avg_pool, max_pool
@@ -16,22 +16,23 @@ from jaxmodel.ops.product import product
 from jaxmodel.ops.ragged import ragged
 from jaxmodel.ops.recurrent import recurrent_step
 from jaxmodel.ops.rope import RopeScaling, rope_tables, rotate
-from jaxmodel.ops.seen import Seen
+from jaxmodel.ops.seen import AttentionMask
 
 __all__ = [
     "MESH_AXES",
     "STATISTICS",
+    "AttentionMask",
     "KVCache",
     "Policy",
     "Probe",
     "RopeScaling",
-    "Seen",
     "attention",
     "avg_pool",
     "batch_norm",
-    "blocks",
+    "block_sparse_matmul",
     "conv",
     "einsum",
+    "embed",
     "group_norm",
     "layer_norm",
     "max_pool",
@@ -41,7 +42,6 @@ __all__ = [
     "rms_norm",
     "rope_tables",
     "rotate",
-    "take",
 ]
 
 moved.attach(__name__)

@@ -1,4 +1,4 @@
-"""Attention: softmax in float32, heads in groups, and visibility described by `Seen`."""
+"""Attention: softmax in float32, heads in groups, and visibility described by `AttentionMask`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxmodel.ops.blockwise import blockwise, heads_grouped, heads_joined
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.product import product
 from jaxmodel.ops.ring import ring, ring_axis
-from jaxmodel.ops.seen import Seen, masked
+from jaxmodel.ops.seen import AttentionMask, masked
 
 # Causal attention runs its queries in up to this many parts, each with only the keys it can see ...
 CAUSAL_PARTS = 8
@@ -23,7 +23,7 @@ def attention(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B K S h"],
     v: Float[Array, "B K S h"],
-    seen: Seen,
+    seen: AttentionMask,
     policy: Policy,
     *,
     scale: float | None = None,

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxmodel.ops.policy import Policy
 from jaxmodel.ops.product import product
-from jaxmodel.ops.seen import HIDDEN, Seen, masked
+from jaxmodel.ops.seen import HIDDEN, AttentionMask, masked
 
 QUERIES, KEYS = 256, 512  # lengths of a block
 
@@ -26,7 +26,7 @@ def blockwise(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B K S h"],
     v: Float[Array, "B K S h"],
-    seen: Seen,
+    seen: AttentionMask,
     policy: Policy,
     scale: float,
     softcap: float | None = None,
@@ -80,7 +80,7 @@ def longer(a: Array, extra: int, axis: int) -> Array:
     return jnp.pad(a, [(0, extra if i == axis else 0) for i in range(a.ndim)])
 
 
-def padded(seen: Seen, b: int, t: int, s: int) -> Seen:
+def padded(seen: AttentionMask, b: int, t: int, s: int) -> AttentionMask:
     """Pad the conditions to whole blocks; no query sees the padded keys."""
     extra, extra_keys = missing(t, s)
     valid = jnp.ones((b, s), jnp.bool_) if seen.valid is None else seen.valid
@@ -89,7 +89,9 @@ def padded(seen: Seen, b: int, t: int, s: int) -> Seen:
         segments = (longer(segments[0], extra, 1), longer(segments[1], extra_keys, 1))
     query = None if seen.query is None else longer(seen.query, extra, 1)
     mask = None if seen.mask is None else longer(longer(seen.mask, extra, 1), extra_keys, 2)
-    return Seen(query, segments, longer(valid, extra_keys, 1), seen.window, mask, seen.causal)
+    return AttentionMask(
+        query, segments, longer(valid, extra_keys, 1), seen.window, mask, seen.causal
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -97,7 +99,7 @@ def _blockwise(
     q: Array,
     k: Array,
     v: Array,
-    seen: Seen,
+    seen: AttentionMask,
     sinks: Array | None,
     scale: float,
     softcap: float | None,
@@ -109,7 +111,7 @@ def forward(
     q: Float[Array, "B K G T h"],
     k: Float[Array, "B K S h"],
     v: Float[Array, "B K S h"],
-    seen: Seen,
+    seen: AttentionMask,
     scale: float,
     softcap: float | None,
 ) -> tuple[Float[Array, "B K G T h"], Float[Array, "B K G T"]]:
@@ -152,7 +154,7 @@ def backward(
     q: Float[Array, "B K G T h"],
     k: Float[Array, "B K S h"],
     v: Float[Array, "B K S h"],
-    seen: Seen,
+    seen: AttentionMask,
     out: Float[Array, "B K G T h"],
     log_total: Float[Array, "B K G T"],
     g: Float[Array, "B K G T h"],
@@ -228,7 +230,7 @@ def _save(
     q: Array,
     k: Array,
     v: Array,
-    seen: Seen,
+    seen: AttentionMask,
     sinks: Array | None,
     scale: float,
     softcap: float | None,
@@ -255,7 +257,7 @@ _blockwise.defvjp(_save, _pull)
 def _scores(
     q: Array,
     k: Array,
-    seen: Seen,
+    seen: AttentionMask,
     first: Array,
     first_key: Array,
     scale: float,
@@ -271,7 +273,7 @@ def _scores(
     return masked(scores, seen.square(q.shape[3], k.shape[2], first, first_key)), slope
 
 
-def _reach(seen: Seen, i: Array, bq: int, bk: int, s: int) -> tuple[Any, Any]:
+def _reach(seen: AttentionMask, i: Array, bq: int, bk: int, s: int) -> tuple[Any, Any]:
     """Return the range of key blocks that the queries of block `i` can see.
 
     At least the first block is included, so that a row that sees no key is finite, as in plain

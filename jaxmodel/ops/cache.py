@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxmodel.errors import InputError
 from jaxmodel.leaves.leaf import register
 from jaxmodel.ops.policy import Policy
-from jaxmodel.ops.seen import Seen
+from jaxmodel.ops.seen import AttentionMask
 
 UNROLLED = 16
 """Up to this many rows are written by unrolled code; more are written in a loop, which XLA compiles
@@ -65,7 +65,7 @@ class KVCache:
 
     def update(
         self, layer: jax.Array | int, k: Float[Array, "B T K h"], v: Float[Array, "B T K h"]
-    ) -> tuple[Array, Array, Seen, KVCache]:
+    ) -> tuple[Array, Array, AttentionMask, KVCache]:
         """Write the keys and values of the next tokens into one layer.
 
         Returns:
@@ -77,7 +77,7 @@ class KVCache:
             raise InputError(f"cache: made for {self.k.shape[1]} rows; {k.shape[0]} given")
         keys, values = (self._write(store, layer, new) for store, new in ((self.k, k), (self.v, v)))
         heads = k.shape[2]
-        seen = Seen(query=self.positions(k.shape[1]))
+        seen = AttentionMask(query=self.positions(k.shape[1]))
         return (
             keys[layer][:, :heads],
             values[layer][:, :heads],

@@ -84,7 +84,7 @@ def einsum(
     return constrain(y.astype(policy.activation_dtype), "".join(plan.result), policy.axes)
 
 
-def take(
+def embed(
     table: Any, ids: Int[Array, "B T"], policy: Policy = DEFAULT, letters: str = "VD"
 ) -> Float[Array, "B T D"]:
     """Look up rows of a table `[V, D]`: an embedding.
@@ -100,7 +100,7 @@ def take(
         is gathered, as every weight is, and not the activations.
     """
     if isinstance(table, Probe):
-        rows = take(table.weight, ids, policy, letters)
+        rows = embed(table.weight, ids, policy, letters)
         return tap(
             rows,
             ids,
@@ -161,7 +161,7 @@ def conv(
     return y.astype(policy.activation_dtype)
 
 
-def blocks(
+def block_sparse_matmul(
     x: Float[Array, "... in"], w: Any, columns: Int[Array, "rows n"], policy: Policy = DEFAULT
 ) -> Float[Array, "... out"]:
     """Contract with a block-sparse weight whose block positions are given separately.
@@ -284,7 +284,7 @@ def _turned_dot(x: Float[Array, "n B"], w: Float[Array, "m n"]) -> Float[Array, 
     return _dot(x.T, w, x.dtype).T if x.shape[1] == 1 else product("mn,nb->mb", w, x, x.dtype)
 
 
-def round_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Array, "... 1"]]:
+def quantize_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Array, "... 1"]]:
     """Round each row to int8 in [-127, 127] with its own scale: `x ~ q * scale`."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-12) / 127
@@ -293,7 +293,7 @@ def round_rows(x: Float[Array, "... n"]) -> tuple[Int[Array, "... n"], Float[Arr
 
 def _rounded(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
     """Round the input to its int8 codes and back; its gradient is that of the identity."""
-    q, scale = round_rows(x)
+    q, scale = quantize_rows(x)
     x = x.astype(jnp.float32)
     return x + jax.lax.stop_gradient(q.astype(jnp.float32) * scale - x)
 
@@ -301,7 +301,7 @@ def _rounded(x: Float[Array, "... n"]) -> Float[Array, "... n"]:
 @jax.custom_jvp
 def _int8_matmul(x: Float[Array, "... in"], w: QTensor) -> Float[Array, "... out"]:
     """Compute int8 x int8 -> int32, and scale the result back."""
-    q, scale = round_rows(x)
+    q, scale = quantize_rows(x)
     return _dot(q, w.codes(), jnp.int8).astype(jnp.float32) * scale * _row_scale(w, x.ndim)
 
 

@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmodel.leaves.leaf import register
 from jaxmodel.ops.cache import KVCache
 from jaxmodel.ops.policy import Policy
-from jaxmodel.ops.seen import Seen
+from jaxmodel.ops.seen import AttentionMask
 
 
 @register
-class MemoryCache:
+class CrossAttentionCache:
     """A `KVCache` of the target, and the keys and values of the source.
 
     The source is written by the first call and read by all. Until then S is 0.
@@ -38,24 +38,26 @@ class MemoryCache:
     @classmethod
     def zeros(
         cls, layers: int, batch: int, heads: int, capacity: int, width: int, policy: Policy
-    ) -> MemoryCache:
+    ) -> CrossAttentionCache:
         """Make an empty cache for `capacity` tokens of the target and a source of any length."""
         target = KVCache.zeros(layers, batch, heads, capacity, width, policy)
         source = jnp.zeros((layers, batch, heads, 0, width), policy.dtype_of_cache)
         return cls(target, source, source, jnp.zeros((batch, 0), jnp.bool_))
 
-    def reading(self, valid: Bool[Array, "B S"], memory: Float[Array, "B S D"]) -> MemoryCache:
+    def reading(
+        self, valid: Bool[Array, "B S"], memory: Float[Array, "B S D"]
+    ) -> CrossAttentionCache:
         """Return the cache with room for the keys and values of a source.
 
         `remember` writes those of each layer.
         """
         layers, batch, heads, _, width = self.k.shape
         room = jnp.zeros((layers, batch, heads, valid.shape[1], width), self.k.dtype)
-        return MemoryCache(self.target, room, room, valid)
+        return CrossAttentionCache(self.target, room, room, valid)
 
     def remember(
         self, layer: jax.Array | int, k: Float[Array, "B K S h"], v: Float[Array, "B K S h"]
-    ) -> MemoryCache:
+    ) -> CrossAttentionCache:
         """Write the source's keys and values in one layer."""
 
         def write(store: Array, new: Array) -> Array:
@@ -67,7 +69,7 @@ class MemoryCache:
 
     def recall(
         self, layer: jax.Array | int, heads: int
-    ) -> tuple[Float[Array, "B K S h"], Float[Array, "B K S h"], Seen]:
+    ) -> tuple[Float[Array, "B K S h"], Float[Array, "B K S h"], AttentionMask]:
         """Return the source's keys and values in one layer, and what every query sees of them.
 
         Args:
@@ -77,7 +79,7 @@ class MemoryCache:
         return (
             self.k[layer][:, :heads],
             self.v[layer][:, :heads],
-            Seen(valid=self.valid, causal=False),
+            AttentionMask(valid=self.valid, causal=False),
         )
 
     @property
@@ -100,11 +102,11 @@ class MemoryCache:
 
     def update(
         self, layer: jax.Array | int, k: Float[Array, "B T K h"], v: Float[Array, "B T K h"]
-    ) -> tuple[Array, Array, Seen, MemoryCache]:
+    ) -> tuple[Array, Array, AttentionMask, CrossAttentionCache]:
         """Write the target's next keys and values into one layer; see `KVCache`."""
         keys, values, seen, target = self.target.update(layer, k, v)
         return keys, values, seen, dataclasses.replace(self, target=target)
 
-    def advance(self, count: Int[Array, " B"] | int) -> MemoryCache:
+    def advance(self, count: Int[Array, " B"] | int) -> CrossAttentionCache:
         """Return the cache with `count` more target tokens in each row; see `KVCache`."""
         return dataclasses.replace(self, target=self.target.advance(count))

@@ -81,14 +81,14 @@ def batch_norm(
       weight: the factor of the normalised values.
       bias: what is added to them.
       mean: the running mean `[D]`, by which inference normalises. It is set, not trained, so it has
-        no gradient; see `jaxmodel.train.set_batch_statistics`. Or a `Measured`, which also measures
+        no gradient; see `jaxmodel.train.recalibrate_batch_norm`. Or a `BatchStatsProbe`, which also measures
         x.
       variance: the running variance, likewise.
       eps: added to the variance.
       train: normalise by the moments of x itself, over all axes but the last, for the rows that
-        count (see `Measured`).
+        count (see `BatchStatsProbe`).
     """
-    measured = mean if isinstance(mean, Measured) else None
+    measured = mean if isinstance(mean, BatchStatsProbe) else None
     counts = None if measured is None else measured.counts
     wide = x.astype(jnp.float32)
     if train or (measured is not None and measured.own):
@@ -117,7 +117,7 @@ def _mean(wide: Float[Array, "B *space D"], counts: Array | None) -> Float[Array
 
 
 @register
-class Measured:
+class BatchStatsProbe:
     """What takes the place of a batch norm's `mean` to do more than normalise.
 
     `counts` marks the rows of the batch whose moments are taken; rows that only fill up a batch do

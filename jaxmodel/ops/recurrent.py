@@ -65,7 +65,7 @@ def recurrent_step(
 class StateCache:
     """The cache of a recurrent decoder: its states, and the memory that it reads.
 
-    It holds a text of any length. Until there is a source, S is 0, as in `MemoryCache`.
+    It holds a text of any length. Until there is a source, S is 0, as in `CrossAttentionCache`.
 
     Attributes:
       state: `[L, B, n, H]`, float32, the state of each layer.

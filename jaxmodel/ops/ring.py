@@ -29,13 +29,13 @@ from jaxtyping import Array, Float
 
 from jaxmodel.ops import blockwise
 from jaxmodel.ops.policy import Policy
-from jaxmodel.ops.seen import Seen
+from jaxmodel.ops.seen import AttentionMask
 from jaxmodel.sharding import auto_axes, axes_of
 
 P = jax.P
 
 
-def ring_axis(t: int, s: int, seen: Seen, policy: Policy) -> str | None:
+def ring_axis(t: int, s: int, seen: AttentionMask, policy: Policy) -> str | None:
     """Return the mesh axis around which attention runs.
 
     It is None if positions are not split, or not in a way that the ring supports.
@@ -57,7 +57,7 @@ def ring(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B K S h"],
     v: Float[Array, "B K S h"],
-    seen: Seen,
+    seen: AttentionMask,
     policy: Policy,
     scale: float,
     softcap: float | None,
@@ -77,7 +77,7 @@ def _ring(
     q: Array,
     k: Array,
     v: Array,
-    seen: Seen,
+    seen: AttentionMask,
     sinks: Array | None,
     scale: float,
     softcap: float | None,
@@ -90,7 +90,7 @@ def _save(
     q: Array,
     k: Array,
     v: Array,
-    seen: Seen,
+    seen: AttentionMask,
     sinks: Array | None,
     scale: float,
     softcap: float | None,
@@ -125,12 +125,12 @@ def _on(axis: str, run: Callable[..., Any], given: Any, returned: Any) -> Callab
     )
 
 
-def _places(seen: Seen, axis: str) -> Seen:
+def _places(seen: AttentionMask, axis: str) -> AttentionMask:
     """Return how the arrays of `seen` are split."""
     row = lambda a: None if a is None else P(None, axis)
     segments = None if seen.segments is None else (P(None, axis), P(None, axis))
     window = None if seen.window is None else P()
-    return Seen(row(seen.query), segments, row(seen.valid), window, None, seen.causal)
+    return AttentionMask(row(seen.query), segments, row(seen.valid), window, None, seen.causal)
 
 
 # ----------------------------------------------------------------------------------- on each device
@@ -139,7 +139,7 @@ def _places(seen: Seen, axis: str) -> Seen:
 class _Own:
     """A device's own queries, and what they see of the keys that visit the device."""
 
-    def __init__(self, q: Array, k: Array, v: Array, seen: Seen, axis: str) -> None:
+    def __init__(self, q: Array, k: Array, v: Array, seen: AttentionMask, axis: str) -> None:
         self.axis = axis
         self.n = jax.lax.axis_size(axis)
         self.place = jax.lax.axis_index(axis)
@@ -150,7 +150,9 @@ class _Own:
         self.query = here if seen.query is None else seen.query
         extra, extra_keys = blockwise.missing(self.t, self.s)
         if extra or extra_keys:
-            filled = Seen(self.query, seen.segments, seen.valid, seen.window, None, seen.causal)
+            filled = AttentionMask(
+                self.query, seen.segments, seen.valid, seen.window, None, seen.causal
+            )
             seen = blockwise.padded(filled, q.shape[0], self.t, self.s)
         self.seen = seen
         keys, values = (blockwise.longer(a, extra_keys, 2) for a in (k, v))
@@ -169,16 +171,16 @@ class _Own:
             tree,
         )
 
-    def of(self, visitor: Any, steps: Any) -> Seen:
+    def of(self, visitor: Any, steps: Any) -> AttentionMask:
         """Return which keys the queries see, of keys that come from `steps` devices back."""
         first = (self.place - steps) % self.n * self.s
         query = blockwise.longer(
             self.query, blockwise.missing(self.t, self.s)[0], 1
         ) - first.astype(jnp.int32)
         segments = None if self.seen.segments is None else (self.seen.segments[0], visitor[2])
-        return Seen(query, segments, visitor[3], self.seen.window, None, self.seen.causal)
+        return AttentionMask(query, segments, visitor[3], self.seen.window, None, self.seen.causal)
 
-    def sees(self, seen: Seen) -> Array:
+    def sees(self, seen: AttentionMask) -> Array:
         """Return whether any query can see any of these keys, by their distance."""
         query = seen.query[:, : self.t]
         low = jnp.min(query)
@@ -192,12 +194,18 @@ class _Own:
 
 
 def _forward(
-    q: Array, k: Array, v: Array, seen: Seen, scale: float, softcap: float | None, axis: str
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: AttentionMask,
+    scale: float,
+    softcap: float | None,
+    axis: str,
 ) -> tuple[Array, Array]:
     own = _Own(q, k, v, seen, axis)
     queries = own.rows(q)
 
-    def part(visitor: Any, seen: Seen) -> tuple[Array, Array]:
+    def part(visitor: Any, seen: AttentionMask) -> tuple[Array, Array]:
         return blockwise.forward(queries, visitor[0], visitor[1], seen, scale, softcap)
 
     def with_these(found: tuple[Array, Array], visitor: Any, steps: Any) -> tuple[Array, Array]:
@@ -243,7 +251,7 @@ def _backward(
     own = _Own(q, k, v, seen, axis)
     queries, out, log_total, g = (own.rows(a) for a in (q, out, log_total, g))
 
-    def part(visitor: Any, seen: Seen) -> tuple[Array, Array, Array]:
+    def part(visitor: Any, seen: AttentionMask) -> tuple[Array, Array, Array]:
         return blockwise.backward(
             queries, visitor[0], visitor[1], seen, out, log_total, g, scale, softcap
         )

@@ -1,4 +1,4 @@
-"""`Seen`: which keys each query may see, as rules that are expanded only where needed."""
+"""`AttentionMask`: which keys each query may see, as rules that are expanded only where needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxmodel.leaves.leaf import register, static
 
 
 @register
-class Seen:
+class AttentionMask:
     """The conditions under which a query sees a key; all must hold.
 
     A pytree in which nothing but `mask` grows with T times S.

@@ -16,7 +16,7 @@ from jaxmodel.errors import InputError, at_least, named_fields
 from jaxmodel.optim.guard import Guard
 from jaxmodel.optim.optimizers import optimizer
 from jaxmodel.optim.schedules import reduce_on_plateau, schedule
-from jaxmodel.train.exchange import Exchange
+from jaxmodel.train.exchange import GradientCompression
 from jaxmodel.train.options import TrainOptions
 
 OTHER_NAMES = {
@@ -94,11 +94,11 @@ class TrainConfig(TrainOptions):
         """Return the guard that detects bad steps."""
         return Guard(self.spike)
 
-    def made_exchange(self) -> Exchange | None:
+    def made_exchange(self) -> GradientCompression | None:
         """Return how gradients are summed over the data axis; None leaves it to XLA."""
         if self.gradient_compression == "exact":
             return None
-        return Exchange(self.gradient_compression, self.top_k_fraction)
+        return GradientCompression(self.gradient_compression, self.top_k_fraction)
 
     def due(self, i: int) -> set[str]:
         """Return what is due after update `i`.

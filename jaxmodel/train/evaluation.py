@@ -15,7 +15,7 @@ from jaxmodel.errors import at_least
 from jaxmodel.losses import Loss
 from jaxmodel.losses.chosen import checked_loss
 from jaxmodel.models import Model
-from jaxmodel.train.placing import Placed, check_rows, explain
+from jaxmodel.train.placing import ShardedLoader, check_rows, explain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Once:
         }
 
 
-class Scorer:
+class Evaluator:
     """Evaluation of parameters: `scorer(params) -> {"heldout_loss": ..., "heldout_accuracy": ...}`.
 
     The loss is run with `train=False`; its metrics are included. For a stream with a `count` each
@@ -100,7 +100,7 @@ class Scorer:
         self._model = model
         self._mesh = mesh
         self._once = Once(stream, count)
-        self._placed = Placed(self._once, mesh)
+        self._placed = ShardedLoader(self._once, mesh)
         loss = checked_loss(loss)
         self._score = jax.jit(lambda params, batch: loss(model, params, batch, None, train=False))
         self._reads_weights: bool | None = None
@@ -132,7 +132,9 @@ class Scorer:
             return self._placed.batch(j)
         if self._reads_weights is None:
             count = self._once.steps * self._once.batch_size
-            full = Placed(dataclasses.replace(self._once, count=count, weighted=True), self._mesh)
+            full = ShardedLoader(
+                dataclasses.replace(self._once, count=count, weighted=True), self._mesh
+            )
             weighed = [
                 float(self._score(params, part.batch(j))[1].get("weight", 0))
                 for part in (full, self._placed)

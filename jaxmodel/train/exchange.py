@@ -46,7 +46,7 @@ _KEY = 2**32 - 6
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class GradientCompression:
     """How gradients are summed over the data axis.
 
     Attributes:

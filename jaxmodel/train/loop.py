@@ -22,7 +22,7 @@ from jaxmodel.data import Batches, prefetch
 from jaxmodel.data.given import Passed, as_batches, listed
 from jaxmodel.data.image_folder import same_classes
 from jaxmodel.data.stream import fingerprints
-from jaxmodel.distributed.supervise import Supervisor
+from jaxmodel.distributed.supervise import RunMonitor
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.losses import Loss, default_loss
@@ -32,10 +32,10 @@ from jaxmodel.progress import bar
 from jaxmodel.report.training import History
 from jaxmodel.train import early, flops, memory, position, statistics
 from jaxmodel.train.config import TrainConfig, rate_of, schedule_of
-from jaxmodel.train.evaluation import Scorer
+from jaxmodel.train.evaluation import Evaluator
 from jaxmodel.train.gradients import GradientFn, Objective, value_and_grad
-from jaxmodel.train.meter import Meter
-from jaxmodel.train.placing import Placed, check_batch, explain
+from jaxmodel.train.meter import ThroughputMeter
+from jaxmodel.train.placing import ShardedLoader, check_batch, explain
 from jaxmodel.train.program import Program
 from jaxmodel.train.rewind import BadSteps
 from jaxmodel.train.state import TrainState, averaged
@@ -66,7 +66,7 @@ def fit(
     augment: Augment | None = None,
     gradients: Callable[[Objective], GradientFn] = value_and_grad,
     checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
-    supervisor: Supervisor | None = None,
+    supervisor: RunMonitor | None = None,
 ) -> tuple[TrainState, list[Row]]:
     """Train a model on data.
 
@@ -97,7 +97,7 @@ def fit(
         continues: a folder, a remote place such as gs:// or s3://, or `Checkpoints` with settings.
         They belong to this run: its config, loss, optimiser, data and given params are stored with
         them, and another run that is started there is refused, with what differs.
-      supervisor: see `Supervisor`; if it stops the run, the state is saved and returned as it is.
+      supervisor: see `RunMonitor`; if it stops the run, the state is saved and returned as it is.
 
     Returns:
       The last state (with early stopping, that of the best parameters), and the history of the
@@ -120,7 +120,7 @@ def fit(
 
       The statistics of batch norms, also those of a Flax module, are measured on the first 1,024
       rows of the stream before each evaluation and at the end, which costs a forward pass (see
-      `set_batch_statistics`); with a moving average, they are those of the averaged weights.
+      `recalibrate_batch_norm`); with a moving average, they are those of the averaged weights.
 
     Raises:
       InputError: the mesh does not divide a batch or the parameters; tokens, targets or labels, in
@@ -151,8 +151,8 @@ def fit(
     }
     program = Program(model, config, loss=loss, **how)
     _check_judging(config, stream, heldout, checkpoints is not None)
-    supervisor = supervisor or Supervisor()
-    placed = Placed(stream, mesh)
+    supervisor = supervisor or RunMonitor()
+    placed = ShardedLoader(stream, mesh)
     most = flops.peak(model.policy.compute_dtype)  # measured before the mesh is set
     with contextlib.ExitStack() as opened, program.on_mesh():
         if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
@@ -189,11 +189,11 @@ class _Run:
     """The progress of a run: its state, its history, and steps whose metrics were not read yet."""
 
     program: Program
-    placed: Placed
+    placed: ShardedLoader
     heldout: Batches | None
     callbacks: Sequence[Callable[[Row], None]]
     checkpoints: Checkpoints | None
-    supervisor: Supervisor
+    supervisor: RunMonitor
     most: float | None  # operations per second that the devices can do
     history: list[Row] = dataclasses.field(default_factory=list)
     unread: collections.deque[tuple[int, Any]] = dataclasses.field(
@@ -206,9 +206,9 @@ class _Run:
     bad: list[int] = dataclasses.field(default_factory=list)
     state: TrainState = dataclasses.field(init=False)
     like: TrainState = dataclasses.field(init=False)  # its shapes and places
-    scorer: Scorer | None = dataclasses.field(init=False)
+    scorer: Evaluator | None = dataclasses.field(init=False)
     with_statistics: Callable[[TrainState], TrainState] = dataclasses.field(init=False)
-    meter: Meter = dataclasses.field(init=False)
+    meter: ThroughputMeter = dataclasses.field(init=False)
     bad_steps: BadSteps = dataclasses.field(init=False)
     feed: Iterator[Any] = dataclasses.field(init=False)
     rate: optax.Schedule | None = dataclasses.field(init=False)
@@ -244,12 +244,12 @@ class _Run:
         mesh = program.mesh
         loss = program.loss
         self.scorer = (
-            None if self.heldout is None else Scorer(model, loss, self.heldout, mesh, *judge)
+            None if self.heldout is None else Evaluator(model, loss, self.heldout, mesh, *judge)
         )
         self.with_statistics = statistics.of_run(model, loss, self.stream, mesh, self.state.params)
-        self.meter = Meter(model, self.state.params, self.most, program.trainable)
+        self.meter = ThroughputMeter(model, self.state.params, self.most, program.trainable)
         self.bad_steps = BadSteps(config.on_bad_step)
-        self.placed = Placed(position.from_here(self.stream, self.state), mesh)
+        self.placed = ShardedLoader(position.from_here(self.stream, self.state), mesh)
         self.feed = _feed(self.placed, self.state, config)
         self.rate = schedule_of(config) if program.optimizer is None else None
         self.over = bool(config.patience) and early.over(self.state, config.patience)
@@ -490,7 +490,7 @@ def _check_passed(stream: Passed, saves: bool, state: TrainState | None) -> None
         )
 
 
-def _feed(placed: Placed, state: TrainState, config: TrainConfig) -> Iterator[Any]:
+def _feed(placed: ShardedLoader, state: TrainState, config: TrainConfig) -> Iterator[Any]:
     """Return the batches from a state on."""
     first = int(state.data_step)
     if isinstance(placed.stream, Passed):

@@ -18,7 +18,7 @@ from jaxmodel.models import Model
 from jaxmodel.train import flops
 
 
-class Meter:
+class ThroughputMeter:
     """Counters between two rows of the history.
 
     Args:

@@ -21,7 +21,7 @@ from jaxmodel.sharding import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Placed:
+class ShardedLoader:
     """A stream whose batches are placed on the devices of a mesh.
 
     With several processes, each makes only its own rows.

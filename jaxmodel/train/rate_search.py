@@ -24,7 +24,7 @@ from jaxmodel.optim.schedules import Schedule
 from jaxmodel.progress import progress
 from jaxmodel.report import plot
 from jaxmodel.train.config import TrainConfig
-from jaxmodel.train.placing import Placed
+from jaxmodel.train.placing import ShardedLoader
 from jaxmodel.train.program import Program
 
 
@@ -146,7 +146,7 @@ def find_lr(
     average = 0.0
     least = math.inf
     state = program.init(params=params)
-    placed = Placed(stream, mesh)
+    placed = ShardedLoader(stream, mesh)
     for i in progress(range(steps), "learning rates"):
         state, metrics = program.step(state, placed.batch(i))
         value = float(metrics["loss"])

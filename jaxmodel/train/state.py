@@ -19,7 +19,7 @@ from jaxmodel.optim.masters import with_masters
 from jaxmodel.optim.quantized import dense
 from jaxmodel.report.shown import card
 from jaxmodel.report.table import size
-from jaxmodel.train.exchange import Exchange, residual_shardings
+from jaxmodel.train.exchange import GradientCompression, residual_shardings
 
 
 @register
@@ -88,7 +88,7 @@ def init_state(
     *,
     average: bool = False,
     guard: Guard | None = None,
-    exchange: Exchange | None = None,
+    exchange: GradientCompression | None = None,
 ) -> TrainState:
     """Make the state before the first step.
 

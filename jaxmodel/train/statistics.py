@@ -1,4 +1,4 @@
-"""`set_batch_statistics`: the statistics of batch norms for inference, measured on data."""
+"""`recalibrate_batch_norm`: the statistics of batch norms for inference, measured on data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import Loss
 from jaxmodel.models import Model
 from jaxmodel.models.model import Inputs
-from jaxmodel.ops.norms import Measured
+from jaxmodel.ops.norms import BatchStatsProbe
 from jaxmodel.progress import progress
 from jaxmodel.train.evaluation import Once
-from jaxmodel.train.placing import Placed, whole
+from jaxmodel.train.placing import ShardedLoader, whole
 from jaxmodel.train.state import TrainState, averaged
 
 type Batches = Iterable[Inputs | np.ndarray | Mapping[str, np.ndarray]]
@@ -34,7 +34,7 @@ ROWS = 1024
 _STATE = "state/"  # the state of a foreign module is there
 
 
-def set_batch_statistics(
+def recalibrate_batch_norm(
     model: Model,
     params: tree.Params,
     batches: Batches,
@@ -78,7 +78,7 @@ def set_batch_statistics(
     >>> model = resnet.model(resnet.Config((1,), 2, classes=2, size=4, small=True))
     >>> params = jax.jit(model.init)(jax.random.key(0))
     >>> pixels = jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
-    >>> final = set_batch_statistics(model, params, [pixels])
+    >>> final = recalibrate_batch_norm(model, params, [pixels])
     >>> run = lambda params, train: model.apply(params, pixels, train=train).logits
     >>> logits = jax.jit(run, static_argnums=1)
     >>> # one batch of all data: the same as in training
@@ -140,7 +140,7 @@ def of_run(
     size = stream.batch_size
     rows = min(ROWS, getattr(stream, "count", ROWS))
     rows = max(rows - rows % size, min(rows, size))
-    placed = Placed(Once(stream, rows), mesh)
+    placed = ShardedLoader(Once(stream, rows), mesh)
     trains = axes.trainable(model.axes)
     measure = _measure(model, loss, norms, True) if norms else None
     keep = _keep(model, loss, state) if state else None
@@ -211,7 +211,7 @@ def _measure(
 
         def shown(zeros: Sums) -> jax.Array:
             probed = {
-                f"{norm}/mean": Measured(leaves[f"{norm}/mean"], zeros[norm], own=own)
+                f"{norm}/mean": BatchStatsProbe(leaves[f"{norm}/mean"], zeros[norm], own=own)
                 for norm in norms
             }
             return _shown(model, loss, tree.unflatten({**leaves, **probed}), batch)
@@ -239,7 +239,7 @@ def _of_norms(
     """
     total = None
     for batch in batches:
-        # a first mean, around which the sums are taken; see `ops.norms.Measured`
+        # a first mean, around which the sums are taken; see `ops.norms.BatchStatsProbe`
         if total is None and fresh:
             zeroed = _zeroed(params, norms)
             params = _with(params, _float64(measure(zeroed, batch)), zeroed)
@@ -290,7 +290,7 @@ def _keep(
         leaves = tree.flatten(params)
 
         def shown(zeros: Sums) -> jax.Array:
-            probed = {path: Measured(leaves[path], zeros[path]) for path in state}
+            probed = {path: BatchStatsProbe(leaves[path], zeros[path]) for path in state}
             return _shown(model, loss, tree.unflatten({**leaves, **probed}), batch)
 
         like = lambda path: {

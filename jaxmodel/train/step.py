@@ -18,7 +18,7 @@ from jaxmodel.models import Model
 from jaxmodel.optim import quantized
 from jaxmodel.optim.guard import Guard, choose
 from jaxmodel.optim.masters import with_masters
-from jaxmodel.train.exchange import Exchange
+from jaxmodel.train.exchange import GradientCompression
 from jaxmodel.train.gradients import GradientFn, Objective, accumulated, value_and_grad
 from jaxmodel.train.pipeline import one_forward_one_backward
 from jaxmodel.train.state import TrainState
@@ -47,7 +47,7 @@ def make_step(
     average: float = 0.0,
     guard: Guard | None = None,
     gradients: Callable[[Objective], GradientFn] = value_and_grad,
-    exchange: Exchange | None = None,
+    exchange: GradientCompression | None = None,
     pipeline: str = "gpipe",
 ) -> Step:
     """Make the pure function `step(state, batch) -> (state, metrics)`, to be jitted with donation.
@@ -169,7 +169,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def _check_halves(
-    state: TrainState, average: float, guard: Guard | None, exchange: Exchange | None
+    state: TrainState, average: float, guard: Guard | None, exchange: GradientCompression | None
 ) -> None:
     """Refuse a part that only the step or only the state knows, which would do nothing or harm."""
     made = {"average": average > 0, "guard": guard is not None}

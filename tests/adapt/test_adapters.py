@@ -163,7 +163,7 @@ def test_an_embedding_may_have_an_adapter():
     leaf = Adapted(table, down, up, jnp.float32(0.5))
     ids = jnp.asarray([[1, 8, 3]], jnp.int32)
     np.testing.assert_allclose(
-        ops.take(leaf, ids), ops.take(leaf.decode(), ids), rtol=1e-5, atol=1e-6
+        ops.embed(leaf, ids), ops.embed(leaf.decode(), ids), rtol=1e-5, atol=1e-6
     )
 
 
@@ -269,7 +269,7 @@ def test_a_run_with_dropout_repeats_and_goes_on(tmp_path):
         steps=6, save_every=3, learning_rate=1e-2, trainable=ADAPTERS, gradient_accumulation_steps=2
     )
     whole, _ = train.fit(model, STREAM, config, params=start)
-    stop = distributed.Supervisor(stop=lambda i: i == 3)
+    stop = distributed.RunMonitor(stop=lambda i: i == 3)
     train.fit(model, STREAM, config, params=start, checkpoints=tmp_path, supervisor=stop)
     again, _ = train.fit(model, STREAM, config, params=start, checkpoints=tmp_path)
     assert checkpoint.fingerprint(again) == checkpoint.fingerprint(whole)

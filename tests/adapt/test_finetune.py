@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxmodel import data, losses, train, tree
-from jaxmodel.adapt import finetune, scale_updates
+from jaxmodel.adapt import finetune, scale_by_path
 from jaxmodel.errors import InputError
 from jaxmodel.models import bert, families, gpt2, mlp, sizes, stochastic_depth, vit
 from jaxmodel.train.state import init_state
@@ -161,7 +161,7 @@ def test_rates_scale_the_steps_of_each_layer():
         ("plain", optax.sgd(1.0)),
         (
             "decayed",
-            optax.chain(optax.sgd(1.0), scale_updates(finetune.layer_rates(model, params, 0.5))),
+            optax.chain(optax.sgd(1.0), scale_by_path(finetune.layer_rates(model, params, 0.5))),
         ),
     ):
         step = make_step(model, losses.classification, optimizer)
@@ -187,7 +187,7 @@ def test_a_stage_of_fine_tuning_runs():
         steps=3, trainable=finetune.last_layers(model, params, 1), decay=((".*", False),)
     )
     optimizer = optax.chain(
-        train.make_optimizer(config), scale_updates(finetune.layer_rates(model, params, 0.5))
+        train.make_optimizer(config), scale_by_path(finetune.layer_rates(model, params, 0.5))
     )
     rows = {"features": np.ones((4, 4), np.float32), "labels": np.arange(4, dtype=np.int32) % 2}
     state, _ = train.fit(
@@ -242,7 +242,7 @@ def test_a_new_head_on_a_trained_body_trains_alone():
     config = dataclasses.replace(vit.SIZES["tiny"], labels=("cat", "dog"))
     trained = jax.jit(vit.model(config).init)(jax.random.key(0))
     other = vit.model(dataclasses.replace(config, labels=("oak", "fir", "elm")))
-    params, left = finetune.transplant(jax.jit(other.init)(jax.random.key(1)), trained)
+    params, left = finetune.load_matching(jax.jit(other.init)(jax.random.key(1)), trained)
     assert left == ["head/classes", "head/classes_bias"]
     flat = tree.flatten(params)
     for path, leaf in tree.flatten(trained).items():
@@ -251,4 +251,4 @@ def test_a_new_head_on_a_trained_body_trains_alone():
     trains, frozen = tree.partition(params, [*((path, True) for path in left), (".*", False)])
     assert set(tree.flatten(trains)) == set(left) and set(tree.flatten(frozen)).isdisjoint(left)
     with pytest.raises(InputError, match="none of its leaves has the path and shape"):
-        finetune.transplant(params, {"other": jnp.zeros(3)})
+        finetune.load_matching(params, {"other": jnp.zeros(3)})

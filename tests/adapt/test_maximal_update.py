@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from jaxmodel import tree
-from jaxmodel.adapt import coordinates, initialize, initializers, mup, scale_updates
+from jaxmodel.adapt import coord_check, initialize, initializers, mup, scale_by_path
 from jaxmodel.models import bert, gpt2, llama, mlp, vit, wrap
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 8)), jnp.int32)
@@ -149,7 +149,7 @@ def test_a_tied_head_learns_as_with_the_multiplier_of_the_paper(offset):
     plain = {**params, "norm": {"weight": np.full(128, 1 - offset, np.float32)}}
     rates = tuple((p, 1.0 if p.startswith("norm") else value) for p, value in wide.rates)
     adam = lambda rules: optax.chain(
-        optax.scale_by_adam(eps=1e-20), optax.scale(-1e-2), scale_updates(rules)
+        optax.scale_by_adam(eps=1e-20), optax.scale(-1e-2), scale_by_path(rules)
     )
     got = trained(wide.model, params, adam(wide.rates))
     want = trained(explicit, plain, adam(rates))
@@ -176,7 +176,7 @@ def sizes(family: str, width: int, standard: bool) -> dict[str, float]:
     if not standard:
         wide = mup(model, config(32))
         model = wide.model
-        optimizer = optax.chain(optimizer, scale_updates(wide.rates))
+        optimizer = optax.chain(optimizer, scale_by_path(wide.rates))
         init = wide.init
 
     def loss(params):
@@ -193,7 +193,7 @@ def sizes(family: str, width: int, standard: bool) -> dict[str, float]:
     def run(key):
         params = initialize(model, key, init)
         (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, 3)
-        return coordinates(model, params, inputs)
+        return coord_check(model, params, inputs)
 
     return {place: float(size) for place, size in run(jax.random.key(0)).items()}
 
@@ -223,7 +223,7 @@ def test_coordinates_are_the_sizes_of_the_parts():
     model = gpt2.model(gpt2.SIZES["tiny"])
     params = start(model, [(".*", None)])
     found, out = jax.jit(
-        lambda p: (coordinates(model, p, {"tokens": TOKENS}), model.apply(p, TOKENS))
+        lambda p: (coord_check(model, p, {"tokens": TOKENS}), model.apply(p, TOKENS))
     )(params)
     assert set(found) == {
         "embed",
@@ -237,7 +237,7 @@ def test_coordinates_are_the_sizes_of_the_parts():
 def test_updates_are_scaled_by_layer():
     params = {"a": jnp.ones(2), "blocks": {"0-2": {"w": jnp.ones((3, 2, 2))}}}
     rules = [("a", 3.0), ("blocks/1/w", 0.5), ("blocks/.*", 2.0)]
-    optimizer = optax.chain(optax.sgd(1.0), scale_updates(rules))
+    optimizer = optax.chain(optax.sgd(1.0), scale_by_path(rules))
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     want = {
         "a": jnp.full(2, -3.0),
@@ -246,7 +246,7 @@ def test_updates_are_scaled_by_layer():
         },
     }
     chex.assert_trees_all_equal(updates, want)
-    one = scale_updates([(".*", 2.0)]).update(params, optax.EmptyState())[0]
+    one = scale_by_path([(".*", 2.0)]).update(params, optax.EmptyState())[0]
     chex.assert_trees_all_equal(one, jax.tree.map(lambda a: 2 * a, params))
 
 

@@ -50,7 +50,7 @@ def state():
 def once(tmp_path_factory, state):
     folder = tmp_path_factory.mktemp("saved") / "c"
     digests = {}
-    with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=3)) as checkpoints:
+    with checkpoint.Checkpoints(folder, keep=checkpoint.RetentionPolicy(last=3)) as checkpoints:
         for step in (1, 2, 3):
             now = at(state, step, 1.0 + step)
             digests[step] = checkpoint.fingerprint(now)
@@ -147,7 +147,7 @@ def test_donating_the_state_after_a_save_does_not_tear_it(tmp_path, state):
 
 def test_retention_keeps_the_last_the_best_and_the_regular(tmp_path, state):
     with checkpoint.Checkpoints(
-        tmp_path, keep=checkpoint.Keep(last=2, best=1, every=4)
+        tmp_path, keep=checkpoint.RetentionPolicy(last=2, best=1, every=4)
     ) as checkpoints:
         for step, score in ((1, 5.0), (2, 1.0), (3, 3.0), (4, 4.0), (5, None), (6, 2.0)):
             checkpoints.save(at(state, step), score=score)
@@ -184,7 +184,7 @@ def damage(kind, folder):
 def test_a_bad_checkpoint_is_said_and_the_one_before_is_taken(kind, saved, state, capsys):
     folder, digests = saved
     damage(kind, folder)
-    with checkpoint.Checkpoints(folder, keep=checkpoint.Keep(last=3)) as checkpoints:
+    with checkpoint.Checkpoints(folder, keep=checkpoint.RetentionPolicy(last=3)) as checkpoints:
         found = checkpoints.restore(like(state))
         assert int(found.step) == 2 and checkpoint.fingerprint(found) == digests[2]
         said = capsys.readouterr().err
@@ -245,7 +245,7 @@ def test_other_arrays_are_refused(tmp_path, state):
 
 
 def test_compressed_leaves_and_their_static_fields(tmp_path, state):
-    params, _ = compress.apply(compress.named("int4"), state.params, axes=MODEL.axes)
+    params, _ = compress.apply(compress.get_recipe("int4"), state.params, axes=MODEL.axes)
     now = train.TrainState(jnp.int32(1), jnp.int32(1), params, (), {})
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(now)

@@ -213,7 +213,7 @@ def test_the_config_of_a_run_is_what_its_options_came_to(capsys, folder):
     )
     got = resolved("compress", folder / "tiny", "--recipe", "int8", "--out", folder / "resolved")
     assert (
-        got["recipe"] == compress.NAMED["int8"].texts()
+        got["recipe"] == compress.RECIPES["int8"].texts()
         and got["model"]["policy"]["compute_dtype"] == "bfloat16"
     )
 
@@ -385,7 +385,7 @@ def test_demo_on_a_small_bundle_and_its_rerun(capsys, folder, sound_page):
     }
     assert hub.from_pretrained(run / "int8").params
     resolved = json.loads((run / "config.json").read_text())["resolved"]
-    assert set(resolved["recipes"]) == set(compress.NAMED) and "model.config.width" in page
+    assert set(resolved["recipes"]) == set(compress.RECIPES) and "model.config.width" in page
     assert as_json(capsys, folder, "rerun", run)["differ"] == {}
 
 

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
             llama, llama.Config(vocab, 64, 3, 4, 2, 16, 128, 128, tied=True), tokenizer, "plain"
         ),
     }
-    made["small"], _ = compress.compress_bundle(made["plain"], compress.named("int8"))
+    made["small"], _ = compress.compress_bundle(made["plain"], compress.get_recipe("int8"))
     made["grey"] = dataclasses.replace(made["grey"], card={"name": "grey", "labels": LABELS})
     made["colours"] = dataclasses.replace(made["grey"], processor=ImageProcessor((8, 8)))
     made["unequal"] = dataclasses.replace(
@@ -209,7 +209,7 @@ def test_a_notebook_shows_the_same(folder, monkeypatch):
     )
     shown, _ = DisplayFormatter().format(bundle)
     assert shown["text/html"] == page or "0-2" in shown["text/html"]
-    fused = hub.Bundle(bundle.model, bundle.running())
+    fused = hub.Bundle(bundle.model, bundle.for_inference())
     assert "no rule" in (
         fused._repr_html_() or ""
     )  # fused leaves too, for which there are no sharding rules

@@ -32,7 +32,7 @@ def ended(monkeypatch, tmp_path, capsys, raised):
     """Exit code and standard error of a `generate` in the middle of which something happens."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "from_pretrained", lambda *_, **__: raised())
-    monkeypatch.setattr(generation, "running_only", lambda bundle: bundle)
+    monkeypatch.setattr(generation, "for_inference", lambda bundle: bundle)
     with pytest.raises(SystemExit) as end:
         main(["generate", "m", "hi"])
     assert not list(tmp_path.iterdir())

@@ -22,10 +22,12 @@ def params():
     return {name: jax.jit(model.init)(jax.random.key(0)) for name, model in MODELS.items()}
 
 
-@pytest.mark.parametrize("recipe", compress.NAMED)
+@pytest.mark.parametrize("recipe", compress.RECIPES)
 @pytest.mark.parametrize("family", MODELS)
 def test_named_recipes(family, recipe, params):
-    small, report = compress.apply(compress.NAMED[recipe], params[family], axes=MODELS[family].axes)
+    small, report = compress.apply(
+        compress.RECIPES[recipe], params[family], axes=MODELS[family].axes
+    )
     assert list(tree.flatten(small)) == list(tree.flatten(params[family]))  # same paths
     assert report.bytes_before == tree.nbytes(params[family]) and report.bytes_after == tree.nbytes(
         small
@@ -70,7 +72,7 @@ def test_observe_equals_hand_computed_statistics(recipe, params):
     model = MODELS["llama"]
     tree_ = params["llama"]
     if recipe:
-        tree_ = compress.apply(compress.NAMED[recipe], tree_, axes=model.axes)[0]
+        tree_ = compress.apply(compress.RECIPES[recipe], tree_, axes=model.axes)[0]
     stats = compress.observe(
         model, tree_, [TOKENS, TOKENS[:, ::-1]], statistics=("gram", "square", "histogram")
     )
@@ -116,7 +118,7 @@ def test_recipes_give_the_same_codes_on_a_mesh(devices8):
         model = llama.model(llama.SIZES["tiny"])
         params = jax.jit(model.init)(jax.random.key(0))
         for name in ("int8", "int4", "sparse50-int8"):  # the codes of int8-weight are those of int8
-            recipe = compress.named(name)
+            recipe = compress.get_recipe(name)
             want = tree.fingerprint(compress.apply(recipe, params, axes=model.axes)[0])
             for shape in ("fsdp=2", "fsdp=4,tensor=2"):
                 placed = sharding.place(model.rules, params, sharding.make_mesh(shape))

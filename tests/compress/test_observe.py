@@ -64,7 +64,7 @@ def block(p, x, context, cache=None, layer=0, rng=None, train=False):
 
 
 PARTS = Parts(
-    embed=lambda params, inputs, *_: (ops.take(params["embed"], inputs["tokens"]), {}),
+    embed=lambda params, inputs, *_: (ops.embed(params["embed"], inputs["tokens"]), {}),
     block=block,
     head=lambda params, x, *_: ops.einsum("BTD,VD->BTV", x, params["head"]),
 )

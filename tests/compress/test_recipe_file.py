@@ -32,7 +32,7 @@ RULES = [
     (tree.optional("nowhere"), "rtn(bits=2)"),
 ]
 RULES += [("blocks/.*/up", "rtn(bits=6)"), ("embed", "")]
-IN_PYTHON = Recipe((*RULES, *compress.NAMED["int4"].rules), "float16", "mixed")
+IN_PYTHON = Recipe((*RULES, *compress.RECIPES["int4"].rules), "float16", "mixed")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def test_a_file_says_what_python_says(name, bundle, tmp_path):
     "recipe",
     [
         IN_PYTHON,
-        *compress.NAMED.values(),
-        compress.named("magnitude(0.5) | rtn(bits=4, group=8)"),
+        *compress.RECIPES.values(),
+        compress.get_recipe("magnitude(0.5) | rtn(bits=4, group=8)"),
         Recipe([("embed", "rtn(bits=4)"), (".*", "")]),
-        Recipe(compress.NAMED["int8"].rules),  # computes as before, which the name would not say
-        Recipe((("head", "rtn(bits=3)"), *compress.named("rtn(bits=5)").rules), name="mine"),
+        Recipe(compress.RECIPES["int8"].rules),  # computes as before, which the name would not say
+        Recipe((("head", "rtn(bits=3)"), *compress.get_recipe("rtn(bits=5)").rules), name="mine"),
     ],
     ids=lambda recipe: recipe.name or "no name",
 )
@@ -91,11 +91,11 @@ def test_a_bundle_is_a_recipe(bundle, tmp_path):
         tree.fingerprint(again.params) == tree.fingerprint(smaller.params)
         and again.card == smaller.card
     )
-    named, _ = compress.compress_bundle(bundle, compress.named("int4"))
+    named, _ = compress.compress_bundle(bundle, compress.get_recipe("int4"))
     named.save_pretrained(tmp_path / "named")
     assert (
         named.card["recipe"] == "int4"
-        and compress.read_recipe(tmp_path / "named") == compress.NAMED["int4"]
+        and compress.read_recipe(tmp_path / "named") == compress.RECIPES["int4"]
     )
     bundle.save_pretrained(tmp_path / "plain")
     with pytest.raises(

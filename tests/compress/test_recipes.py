@@ -29,9 +29,9 @@ def bundle() -> Bundle:
 
 
 def test_named_takes_names_and_chains():
-    assert compress.named("int4") is compress.NAMED["int4"]
-    assert all(recipe.name == name for name, recipe in compress.NAMED.items())
-    text = compress.named("rtn(bits=3)")
+    assert compress.get_recipe("int4") is compress.RECIPES["int4"]
+    assert all(recipe.name == name for name, recipe in compress.RECIPES.items())
+    text = compress.get_recipe("rtn(bits=3)")
     assert (
         text.rules[-1][1].matrices == (Rtn(3),)
         and text.compute is None
@@ -40,21 +40,21 @@ def test_named_takes_names_and_chains():
     with pytest.raises(
         InputError, match=r"recipe: 'int5' is not known; allowed: .*nearest: int8, int4"
     ):
-        compress.named("int5")
+        compress.get_recipe("int5")
 
 
 def test_where_all_contractions_are_int8_the_rest_is_bfloat16():
-    for recipe in compress.NAMED.values():
+    for recipe in compress.RECIPES.values():
         assert (recipe.compute == "bfloat16") == ("activations='int8'" in recipe.texts()[0][1])
-    assert [name for name, recipe in compress.NAMED.items() if recipe.compute] == [
+    assert [name for name, recipe in compress.RECIPES.items() if recipe.compute] == [
         "int8",
         "sparse50-int8",
     ]
 
 
-@pytest.mark.parametrize("name", compress.NAMED)
+@pytest.mark.parametrize("name", compress.RECIPES)
 def test_a_bundle_is_what_its_recipe_says(name, bundle):
-    recipe = compress.named(name)
+    recipe = compress.get_recipe(name)
     smaller, report = compress.compress_bundle(bundle, recipe)
     params, alone = compress.apply(recipe, bundle.params, axes=bundle.model.axes)
     assert tree.fingerprint(smaller.params) == tree.fingerprint(params) and report == alone
@@ -69,7 +69,7 @@ def test_a_bundle_is_what_its_recipe_says(name, bundle):
 
 def test_the_dtype_does_not_hang_on_a_name(bundle):
     """The same rules under another name, or none, compute as they say and not as a name does."""
-    rules = compress.NAMED["int8"].rules
+    rules = compress.RECIPES["int8"].rules
     mine, _ = compress.compress_bundle(bundle, Recipe(rules, compute="float16", name="int8"))
     assert (mine.model.policy.compute_dtype, mine.card["recipe"]) == (
         "float16",
@@ -83,7 +83,7 @@ def test_the_dtype_does_not_hang_on_a_name(bundle):
 
 def test_adapt_changes_nothing_else_of_the_policy(bundle):
     policy = dataclasses.replace(MODEL.policy, remat="full", activation_dtype="bfloat16")
-    adapted = compress.NAMED["int8"].adapt(MODEL.with_policy(policy))
+    adapted = compress.RECIPES["int8"].adapt(MODEL.with_policy(policy))
     assert adapted.policy == dataclasses.replace(policy, compute_dtype="bfloat16")
 
 
@@ -147,7 +147,7 @@ MISTAKES = """
 
 def test_what_is_no_list_of_rules_is_refused_in_one_line(devices8):
     allowed = (
-        "allowed: a Recipe, or a list of pairs (pattern, chain); compress.named finds one "
+        "allowed: a Recipe, or a list of pairs (pattern, chain); compress.get_recipe finds one "
         "by its name"
     )
     method = "Rtn(bits=8, group=None, symmetric=True, activations=None, scale_dtype=None)"
@@ -212,6 +212,6 @@ def test_encoders_and_cross_attention_get_smaller_too():
     """
     model = t5.model(t5.SIZES["tiny"])
     params = jax.jit(model.init)(jax.random.key(0))
-    smaller, _ = compress.apply(compress.named("int8-weight"), params, axes=model.axes)
+    smaller, _ = compress.apply(compress.get_recipe("int8-weight"), params, axes=model.axes)
     for path, leaf in tree.flatten(smaller).items():
         assert isinstance(leaf, QTensor) == (leaf.ndim - tree.is_stacked(path) == 2), path

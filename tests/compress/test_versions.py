@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxmodel import compress, leaves, tree
-from jaxmodel.compress.versions import VERSIONS
+from jaxmodel.compress.variants import VERSIONS
 from jaxmodel.errors import InputError
 from jaxmodel.hub import Bundle
 from jaxmodel.models import gpt2
@@ -22,15 +22,15 @@ def bundle():
 
 
 def test_each_is_what_its_name_says(bundle):
-    made = {name: make() for name, make in compress.versions(bundle).items()}
+    made = {name: make() for name, make in compress.variants(bundle).items()}
     assert (
         tuple(made) == VERSIONS == ("f32", "bf16", "int8", "int8-weight", "int4", "sparse50-int8")
     )
     assert made["f32"].params is bundle.params and made["f32"] is not bundle
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made["bf16"].params)} == {"bfloat16"}
     assert made["bf16"].model.policy.compute_dtype == "bfloat16"
-    for name in compress.NAMED:
-        whole = compress.compress_bundle(bundle, compress.NAMED[name])[0]
+    for name in compress.RECIPES:
+        whole = compress.compress_bundle(bundle, compress.RECIPES[name])[0]
         assert (
             tree.fingerprint(made[name].params) == tree.fingerprint(whole.params)
             and made[name].card == whole.card
@@ -41,16 +41,16 @@ def test_each_is_what_its_name_says(bundle):
 
 
 def test_nothing_is_made_before_it_is_asked_for(bundle, monkeypatch):
-    module = importlib.import_module("jaxmodel.compress.versions")
+    module = importlib.import_module("jaxmodel.compress.variants")
     monkeypatch.setattr(module, "compress_bundle", lambda *_: pytest.fail("made too early"))
-    assert list(compress.versions(bundle, ("int8", "f32"))) == ["int8", "f32"]
+    assert list(compress.variants(bundle, ("int8", "f32"))) == ["int8", "f32"]
 
 
 def test_what_cannot_be_compared(bundle):
     with pytest.raises(InputError, match="names: 'int5' is not known; allowed: bf16, f32"):
-        compress.versions(bundle, ("int5",))
-    small = compress.versions(bundle)["int8"]()
+        compress.variants(bundle, ("int5",))
+    small = compress.variants(bundle)["int8"]()
     with pytest.raises(
         InputError, match="model: 'tiny' is compressed already; plain weights are needed"
     ):
-        compress.versions(small)
+        compress.variants(small)

@@ -279,7 +279,7 @@ def check_each_leaf_on_rows_and_columns() -> None:
         "sparse": sparse(w),
     }
     ids = jnp.asarray(rng.integers(0, 16, (2, 5)), jnp.int32)
-    both = jax.jit(lambda leaf, x: (ops.einsum("BD,FD->BF", x, leaf), ops.take(leaf, ids)))
+    both = jax.jit(lambda leaf, x: (ops.einsum("BD,FD->BF", x, leaf), ops.embed(leaf, ids)))
     rows = P(("fsdp", "tensor"))
     columns = P("fsdp", "tensor")
     cases = [(leaf, spec) for leaf in anywhere.values() for spec in (rows, P("tensor", "fsdp"))]

@@ -209,15 +209,17 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
     ),
     "compress.compress_bundle": (
         TEXT,
-        lambda params: compress.compress_bundle(bundle(params), compress.named("int8"))[0].params,
+        lambda params: (
+            compress.compress_bundle(bundle(params), compress.get_recipe("int8"))[0].params
+        ),
     ),
     "compress.observe": (
         TEXT,
         lambda params: compress.observe(MODEL, params, [jnp.asarray(TOKENS)]),
     ),
-    "compress.versions": (
+    "compress.variants": (
         TEXT,
-        lambda params: compress.versions(bundle(params), ["bf16"])["bf16"]().params,
+        lambda params: compress.variants(bundle(params), ["bf16"])["bf16"]().params,
     ),
     "evaluate.accuracy": (
         PERCEPTRON,
@@ -243,9 +245,9 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
             bundle(params), streams=(1,), prompt=4, new=1, cache=4, repeats=1
         ),
     ),
-    "generation.running_only": (
+    "generation.for_inference": (
         TEXT,
-        lambda params: generation.running_only(bundle(params)).params,
+        lambda params: generation.for_inference(bundle(params)).params,
     ),
     "hub.add_adapters": (TEXT, lambda params: hub.add_adapters(bundle(params), folder()).params),
     "hub.save_adapters": (LORA, lambda params: written(bundle(params))),
@@ -253,9 +255,9 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
     "leaves.expand": (TEXT, expand),
     "leaves.static_fields": (TEXT, static_fields),
     "models.check_params": (TEXT, lambda params: models.check_params(MODEL, params)),
-    "adapt.coordinates": (
+    "adapt.coord_check": (
         TEXT,
-        lambda params: adapt.coordinates(MODEL, params, jnp.asarray(TOKENS)),
+        lambda params: adapt.coord_check(MODEL, params, jnp.asarray(TOKENS)),
     ),
     "models.set_state": (
         FOREIGN,
@@ -317,9 +319,9 @@ CALLS: dict[str, tuple[Given, Callable[[Any], Any]]] = {
         PERCEPTRON,
         lambda params: adapt.replace_head(PERCEPTRON.model, params, 3, jax.random.key(0))[1],
     ),
-    "train.set_batch_statistics": (
+    "train.recalibrate_batch_norm": (
         NORMED,
-        lambda params: train.set_batch_statistics(NORMED.model, params, [PIXELS]),
+        lambda params: train.recalibrate_batch_norm(NORMED.model, params, [PIXELS]),
     ),
     "contrib.unit_dictionary": (CODE, contrib.unit_dictionary),
     "contrib.without_projection": (TEXT, contrib.without_projection),

@@ -51,7 +51,7 @@ def misnamed(config: Config, policy: ops.Policy = ops.Policy()) -> models.Model:
     wide = dataclasses.replace(policy, activation_dtype="float32")
 
     def embed(params, inputs, cache=None, rng=None, train=False):
-        return ops.take(params["lookup"], inputs["tokens"], policy), {}
+        return ops.embed(params["lookup"], inputs["tokens"], policy), {}
 
     def block(params, x, context, cache=None, layer=0, rng=None, train=False):
         mixer, inner = params["mixer"], params["norm"]
@@ -130,7 +130,7 @@ def test_muon_takes_the_matrices_of_layers(params):
 
 
 def test_recipes(params):
-    small, report = compress.compress_bundle(hub.Bundle(MODEL, params), compress.named("int4"))
+    small, report = compress.compress_bundle(hub.Bundle(MODEL, params), compress.get_recipe("int4"))
     bits = {
         path: leaf.bits if isinstance(leaf, QTensor) else None
         for path, leaf in tree.flatten(small.params).items()
@@ -181,7 +181,7 @@ def test_another_head(params):
 
 
 def test_what_runs_is_not_fused_where_the_code_knows_of_none(params):
-    running = hub.Bundle(MODEL, params).running()
+    running = hub.Bundle(MODEL, params).for_inference()
     assert tree.flatten(running).keys() == tree.flatten(params).keys()
 
 

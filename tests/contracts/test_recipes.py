@@ -39,7 +39,7 @@ NAMES = ("int8", "int8-weight", "int4", "sparse50-int8", "rtn(bits=3)")
 def test_named_recipes_are_one_rule_by_role():
     """So what one of them takes, the others take: below three speak for all."""
     for name in NAMES:
-        ((pattern, chains),) = compress.named(name).rules
+        ((pattern, chains),) = compress.get_recipe(name).rules
         assert pattern == ".*" and {role for role in ROLES if chains.of(role)} == {
             *("matrix", "experts", "table", "head"),
         }
@@ -47,7 +47,7 @@ def test_named_recipes_are_one_rule_by_role():
 
 def test_without_axes_nobody_guesses():
     with pytest.raises(InputError, match="axes: None given; a recipe by the roles of leaves needs"):
-        compress.apply(compress.named("int4"), {"up": jnp.ones((8, 8))})
+        compress.apply(compress.get_recipe("int4"), {"up": jnp.ones((8, 8))})
 
 
 BY_LEAVES = ("gpt_oss/tiny", "llama/tiny-sparse", "resnet/tiny-group")
@@ -89,7 +89,7 @@ def test_named_recipes_take_every_kind(kind):
     before = np.asarray(kind.apply(kind.params, kind.inputs))
     others = ("int4", "sparse50-int8") if kind.name in BY_LEAVES else ()
     for name in ("int8-weight", *others):
-        recipe = compress.named(name)
+        recipe = compress.get_recipe(name)
         smaller, report = compress.apply(recipe, kind.params, axes=kind.model.axes)
         treated = {row["path"] for row in report.leaves if row["method"]}
         assert {layer for p in treated for layer in tree.layer_paths(p)} == {
@@ -154,7 +154,9 @@ def test_named_recipes_take_modules_of_others(name, tmp_path):
     before = jax.jit(model.apply)(params, inputs).logits
     kernels = {path for path, leaf in tree.flatten(params).items() if path.endswith("kernel")}
     for recipe in NAMES:
-        bundle, report = compress.compress_bundle(hub.Bundle(model, params), compress.named(recipe))
+        bundle, report = compress.compress_bundle(
+            hub.Bundle(model, params), compress.get_recipe(recipe)
+        )
         treated = {
             layer
             for row in report.leaves
@@ -180,7 +182,7 @@ def test_rules_in_front_are_exceptions():
     module = families()["gpt2"]
     model = module.model(module.SIZES["tiny"])
     params = jax.jit(model.init)(jax.random.key(0))
-    recipe = compress.named("int4")
+    recipe = compress.get_recipe("int4")
     mine = dataclasses.replace(
         recipe, rules=(("blocks/0/.*/up", "rtn(bits=8)"), ("embed", ""), *recipe.rules)
     )

@@ -27,7 +27,7 @@ from jaxmodel.data.examples import Answers
 from jaxmodel.data.images import Images
 from jaxmodel.data.text import Text
 from jaxmodel.evaluate.perplexity import summarize
-from jaxmodel.generation.generate import Completion
+from jaxmodel.generation.generate import GenerationResult
 from jaxmodel.models import gpt2
 from jaxmodel.report.json_out import to_plain
 from jaxmodel.report.training import History
@@ -78,7 +78,7 @@ LESS = {
     "Documents",
     "Shards",
     "Batches",
-    "Supervisor",
+    "RunMonitor",
 }
 """Without arrays of their own, or what has them only behind another object that is tested."""
 
@@ -109,7 +109,7 @@ def found() -> dict[str, type]:
 def examples(folder) -> dict[str, object]:
     model = gpt2.model(gpt2.SIZES["tiny"])
     params = model.init(jax.random.key(0))
-    smaller, done = compress.apply(compress.named("int4"), params, axes=model.axes)
+    smaller, done = compress.apply(compress.get_recipe("int4"), params, axes=model.axes)
     tokenizer = hub.train_bpe([EVIL * 3, "a text of words " * 9], 260)
     state = init_state(params, optax.adam(1e-3))
     arrays = {
@@ -125,8 +125,8 @@ def examples(folder) -> dict[str, object]:
 
     for i in range(3):
         Image.new("RGB", (9, 9), (i, 9, 9)).save(folder / "cat" / f"{i}.png")
-    fields = {field.name: 9.87654321 for field in dataclasses.fields(Completion)}
-    completion = Completion(
+    fields = {field.name: 9.87654321 for field in dataclasses.fields(GenerationResult)}
+    completion = GenerationResult(
         **{**fields, "text": "words " * 400, "ids": list(range(400)), "finish_reason": "length"}
     )
     return {
@@ -138,7 +138,7 @@ def examples(folder) -> dict[str, object]:
             np.array([0, 1]),
             400,
         ),
-        "Bins": data.pack([list(range(99))] * 40, length=128),
+        "PackedRows": data.pack([list(range(99))] * 40, length=128),
         "Bundle": hub.Bundle(model, params, tokenizer, {"name": EVIL}),
         "Collective": plan.Collective("all-reduce", 256, 4, 1),
         "Completion": completion,

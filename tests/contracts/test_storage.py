@@ -16,7 +16,7 @@ from jaxmodel.axes import Axes, role_of
 from jaxmodel.losses import penalties as regularize
 from jaxmodel.optim import optimizers
 from jaxmodel.optim.optimizers import each_layer
-from jaxmodel.train.exchange import Exchange
+from jaxmodel.train.exchange import GradientCompression
 from jaxmodel.train.state import init_state
 
 L = 3
@@ -114,7 +114,7 @@ def test_penalties_and_bounds():
 
 
 def test_what_is_sent_in_fewer_bytes_is_chosen_by_layer():
-    exchange = Exchange("int8", smallest=3000)
+    exchange = GradientCompression("int8", smallest=3000)
     for path, a in tree.flatten(stacked()).items():
         ones = [
             exchange._large(layer, jax.ShapeDtypeStruct(tree.layer_shape(path, a), a.dtype))

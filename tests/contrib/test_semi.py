@@ -46,8 +46,8 @@ def shifted(by: float):
 
 MANY = blobs(400, 0)
 TEST = blobs(400, 1)
-FEW = data.take(MANY, np.arange(4))
-PAIRS = data.Paired(
+FEW = data.subset(MANY, np.arange(4))
+PAIRS = data.WithUnlabelled(
     data.Stream(FEW, LABELLED), data.Stream({"features": MANY["features"]}, LABELLED * EACH)
 )
 RNG = jax.random.key(3)
@@ -303,7 +303,7 @@ few = {
     "features": random.normal(size=(16, 6)).astype(np.float32),
     "labels": np.arange(16, dtype=np.int32) % 3,
 }
-pairs = data.Paired(
+pairs = data.WithUnlabelled(
     data.Stream(few, 8),
     data.Stream({"features": random.normal(size=(64, 6)).astype(np.float32)}, 16),
 )

@@ -86,7 +86,7 @@ def make(shards_of: Callable[..., Shards], tmp_path_factory: pytest.TempPathFact
                 [(build("filtered and mixed", seed), 2), (build("windows", seed), 1)], BATCH
             )
         if name == "pairs":
-            return data.Pairs(batch_size=BATCH, seed=seed)
+            return data.SyntheticSeq2Seq(batch_size=BATCH, seed=seed)
         if name == "images":
             return Stream(data.ImageFolder(str(folder), (4, 4)), BATCH, seed)
         return Stream(Numbers(), BATCH, seed)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jaxmodel.data import Batches, Mixture, Stream, mixture as module
-from jaxmodel.data.synthetic import Pairs
+from jaxmodel.data.synthetic import SyntheticSeq2Seq
 from jaxmodel.errors import InputError
 
 WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=7)
@@ -88,10 +88,12 @@ def test_mixtures_and_other_streams_are_components() -> None:
     assert isinstance(inner, Batches)
     outer = Mixture([(inner, 3), (component(9, 4), 1)], batch_size=4)
     assert np.count_nonzero(np.concatenate([outer.batch(step)["k"] for step in range(8)]) == 9) == 8
-    copies = Mixture([(Pairs(("copy",), 3), 1), (Pairs(("date",), 5), 1)], batch_size=6)
+    copies = Mixture(
+        [(SyntheticSeq2Seq(("copy",), 3), 1), (SyntheticSeq2Seq(("date",), 5), 1)], batch_size=6
+    )
     wanted = [
-        *Pairs(("copy",), 3).batch(2)["source"].tolist(),
-        *Pairs(("date",), 5).batch(1)["source"][1:4].tolist(),
+        *SyntheticSeq2Seq(("copy",), 3).batch(2)["source"].tolist(),
+        *SyntheticSeq2Seq(("date",), 5).batch(1)["source"][1:4].tolist(),
     ]
     assert sorted(copies.batch(2)["source"].tolist()) == sorted(wanted)
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxmodel.data import pack, windows
-from jaxmodel.data.pack import Bins
+from jaxmodel.data.pack import PackedRows
 from jaxmodel.errors import InputError
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 99), max_size=25), min_size=1, max_size=30).filter(any)
 
 
-def unpack(bins: Bins) -> list[tuple[int, int, list[int]]]:
+def unpack(bins: PackedRows) -> list[tuple[int, int, list[int]]]:
     """(row, segment, tokens) of every segment; checks the invariants of the record on the way."""
     found = []
     for row, (tokens, segments, positions) in enumerate(

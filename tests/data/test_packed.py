@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jaxmodel.data import PackedShards, Rows, Shards, Stream, pack, packed, tokenize, windows
-from jaxmodel.data.pack import Bins
+from jaxmodel.data.pack import PackedRows
 from jaxmodel.data.packed import ShardWindows
 from jaxmodel.errors import InputError
 
@@ -22,26 +22,26 @@ TEXTS = ["".join(chr(97 + (i * 7 + j * j) % 26) for j in range(1 + i * 31 % 40))
 type Make = Callable[..., Shards]
 
 
-def equal(left: Bins, right: Bins) -> bool:
+def equal(left: PackedRows, right: PackedRows) -> bool:
     names = ("tokens", "segments", "positions")
     pairs = [(getattr(left, name), getattr(right, name)) for name in names]
     return all(a.dtype == b.dtype == np.int32 and np.array_equal(a, b) for a, b in pairs)
 
 
-def everything(rows: PackedShards | ShardWindows) -> Bins:
+def everything(rows: PackedShards | ShardWindows) -> PackedRows:
     found = rows.take(np.arange(len(rows)))
-    assert isinstance(found, Bins)
+    assert isinstance(found, PackedRows)
     return found
 
 
-def by_pack(shards: Shards, length: int, window: int) -> Bins:
+def by_pack(shards: Shards, length: int, window: int) -> PackedRows:
     """The same bins by `pack`: documents of a window, cut, the longest pieces first."""
     parts = []
     for start in range(0, len(shards), window):
         rows = [shards.doc(i) for i in range(start, min(start + window, len(shards)))]
         pieces = [row[i : i + length] for row in rows for i in range(0, len(row), length)]
         parts.append(pack(sorted(pieces, key=len, reverse=True), length))
-    return Bins(
+    return PackedRows(
         *(
             np.concatenate([getattr(part, name) for part in parts])
             for name in ("tokens", "segments", "positions")
@@ -65,7 +65,9 @@ def test_bins_are_those_of_pack(
         assert equal(everything(rows), by_pack(shards, length, window))
         assert rows.fill == pytest.approx(everything(rows).fill)
         order = np.array([len(rows) - 1, 0, len(rows) - 1])
-        assert equal(rows.take(order), Bins(*(a[order] for a in vars(everything(rows)).values())))
+        assert equal(
+            rows.take(order), PackedRows(*(a[order] for a in vars(everything(rows)).values()))
+        )
 
 
 def test_every_token_exactly_once(shards_of: Make) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmodel import data
-from jaxmodel.data import Paired
+from jaxmodel.data import WithUnlabelled
 from jaxmodel.data.stream import Batches
 from jaxmodel.errors import InputError
 
@@ -15,7 +15,7 @@ MANY = data.Stream({"x": np.arange(100.0, 130.0).reshape(10, 3)}, 12, seed=2)
 
 
 def test_the_rows_are_those_of_both_streams():
-    pairs = Paired(FEW, MANY)
+    pairs = WithUnlabelled(FEW, MANY)
     assert isinstance(pairs, Batches) and (pairs.batch_size, pairs.each) == (4, 3)
     for step in (0, 1, 7):
         batch = pairs.batch(step)
@@ -25,7 +25,7 @@ def test_the_rows_are_those_of_both_streams():
 
 
 def test_parts_of_a_batch_join_to_it():
-    pairs = Paired(FEW, MANY)
+    pairs = WithUnlabelled(FEW, MANY)
     whole = pairs.batch(3)
     parts = [pairs.batch(3, slice(i, i + 2)) for i in (0, 2)]
     for name, array in whole.items():
@@ -36,10 +36,10 @@ def test_parts_of_a_batch_join_to_it():
 def test_fingerprints_tell_both_streams_apart():
     other = data.Stream(MANY.data, 12, seed=3)
     prints = {
-        Paired(a, b).fingerprint
+        WithUnlabelled(a, b).fingerprint
         for a, b in [(FEW, MANY), (FEW, other), (data.Stream(FEW.data, 4, seed=2), MANY)]
     }
-    assert len(prints) == 3 and Paired(FEW, MANY).fingerprint in prints
+    assert len(prints) == 3 and WithUnlabelled(FEW, MANY).fingerprint in prints
 
 
 def test_what_does_not_fit_is_refused():
@@ -47,8 +47,8 @@ def test_what_does_not_fit_is_refused():
         InputError,
         match="other: batches of 10 rows given; allowed: a multiple of the stream's 4, such as 8",
     ):
-        Paired(FEW, data.Stream(MANY.data, 10))
+        WithUnlabelled(FEW, data.Stream(MANY.data, 10))
     with pytest.raises(InputError, match="stream: the field 'unlabelled_x' given"):
-        Paired(Paired(FEW, MANY), MANY)
+        WithUnlabelled(WithUnlabelled(FEW, MANY), MANY)
     with pytest.raises(InputError, match="rows"):
-        Paired(FEW, MANY).batch(0, slice(0, 5))
+        WithUnlabelled(FEW, MANY).batch(0, slice(0, 5))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxmodel.data import Stream
-from jaxmodel.data.splits import kfold, split, take
+from jaxmodel.data.splits import kfold, split, subset
 from jaxmodel.errors import InputError
 
 SHARES = st.lists(st.integers(1, 20), min_size=2, max_size=5).map(
@@ -80,11 +80,11 @@ def test_a_seed_decides_and_never_changes():
 def test_rows_taken_from_a_split_make_a_stream():
     arrays = {"x": np.arange(20) * 10, "labels": np.arange(20) % 2}
     rows, held = split(20, (0.75, 0.25), labels=arrays["labels"])
-    stream = Stream(take(arrays, rows), batch_size=15)
+    stream = Stream(subset(arrays, rows), batch_size=15)
     batch = stream.batch(0)
     assert sorted(batch["x"].tolist()) == (rows * 10).tolist()
     assert np.all(batch["x"] // 10 % 2 == batch["labels"])
-    assert not set(take(arrays, held)["x"].tolist()) & set(batch["x"].tolist())
+    assert not set(subset(arrays, held)["x"].tolist()) & set(batch["x"].tolist())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import jaxmodel
 from jaxmodel.data import Stream, pack, prefetch, shuffle, windows
-from jaxmodel.data.pack import Bins
+from jaxmodel.data.pack import PackedRows
 from jaxmodel.errors import InputError
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 15), st.integers(0, 2**64 - 1))
@@ -129,7 +129,7 @@ def test_fingerprint() -> None:
     assert Stream(tokens.astype(np.int32), 4, 0).fingerprint == stream.fingerprint
     tokens[9, 2] += 1
     others = [Stream(tokens, 4, 0), numbered(10, 4, 1), numbered(10, 5, 0), numbered(9, 4, 0)]
-    shifted = Bins(stream.bins.tokens, stream.bins.segments, stream.bins.positions + 1)
+    shifted = PackedRows(stream.bins.tokens, stream.bins.segments, stream.bins.positions + 1)
     assert len({s.fingerprint for s in [stream, Stream(shifted, 4, 0), *others]}) == 6
 
 
@@ -171,7 +171,7 @@ class NoRows:
     def __len__(self) -> int:
         return 0
 
-    def take(self, indices: np.ndarray) -> Bins:
+    def take(self, indices: np.ndarray) -> PackedRows:
         raise AssertionError
 
 
@@ -188,7 +188,10 @@ def test_bad_input_is_one_clear_line() -> None:
         (lambda: Stream(good[:, :1], 1), r"data: int32 of shape \(2, 1\) given"),
         (lambda: Stream(good[0], 1), r"data: int32 of shape \(3,\) given"),
         (lambda: Stream(good * 0.5, 1), "data: float64 of shape"),
-        (lambda: Stream(Bins(good, good, good[:1]), 1), r"\(1, 3\) given; equal shapes are needed"),
+        (
+            lambda: Stream(PackedRows(good, good, good[:1]), 1),
+            r"\(1, 3\) given; equal shapes are needed",
+        ),
         (
             lambda: Stream(good, 1).batch(-1),
             "step: -1 given; allowed: a whole number of at least 0",
@@ -217,7 +220,7 @@ def test_bad_input_is_one_clear_line() -> None:
 WRONG = [
     (
         "Stream([[1, 2], [3, 4]], 1)",
-        "data: list given; allowed: Bins, windows, a dict of arrays, PackedShards, ShardWindows, ",
+        "data: list given; allowed: PackedRows, windows, a dict of arrays, PackedShards, ShardWindows, ",
     ),
     (
         'Stream({"x": [1, 2]}, 1)',
@@ -229,7 +232,7 @@ WRONG = [
         "data: an array of object given for 'x'; allowed: an array",
     ),
     (
-        "Stream(Bins([[1, 2]], [[1, 1]], [[0, 1]]), 1)",
+        "Stream(PackedRows([[1, 2]], [[1, 1]], [[0, 1]]), 1)",
         "data: list given for 'tokens'; allowed: an array",
     ),
     ("Stream(good, 1, 0.5)", "seed: 0.5 given; allowed: a whole number of at least 0"),
@@ -248,7 +251,7 @@ def test_what_is_no_array_is_one_clear_line() -> None:
     """In a process of its own: here, the types of all arguments are checked."""
     program = (
         "import numpy as np\nfrom jaxmodel.data import Stream, pack\nfrom "
-        "jaxmodel.data.pack import Bins\n"
+        "jaxmodel.data.pack import PackedRows\n"
     )
     program += "from jaxmodel.errors import InputError\n"
     program += "good = np.zeros((2, 3), np.int32)\n"

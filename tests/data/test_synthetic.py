@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 
 from jaxmodel.data import synthetic
-from jaxmodel.data.synthetic import END, SOURCE, START, TARGET, TASKS, VOCAB, Pairs, decode, encode
+from jaxmodel.data.synthetic import (
+    END,
+    SOURCE,
+    START,
+    TARGET,
+    TASKS,
+    VOCAB,
+    SyntheticSeq2Seq,
+    decode,
+    encode,
+)
 from jaxmodel.errors import InputError
 
 
 def texts(task: str, part: str = "train") -> list[tuple[str, str]]:
-    pairs = Pairs((task,), batch_size=300, seed=3, part=part)
+    pairs = SyntheticSeq2Seq((task,), batch_size=300, seed=3, part=part)
     return [pair for step in range(4) for pair in pairs.texts(step)]
 
 
@@ -48,19 +58,24 @@ def test_the_parts_share_no_target_and_hold_nine_and_one_tenth():
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    one = Pairs(batch_size=32, seed=5)
-    other = Pairs(batch_size=32, seed=6)
+    one = SyntheticSeq2Seq(batch_size=32, seed=5)
+    other = SyntheticSeq2Seq(batch_size=32, seed=6)
     for step in (0, 7, np.int64(7)):
         for name, array in one.batch(step).items():
-            np.testing.assert_array_equal(array, Pairs(batch_size=32, seed=5).batch(step)[name])
+            np.testing.assert_array_equal(
+                array, SyntheticSeq2Seq(batch_size=32, seed=5).batch(step)[name]
+            )
     assert one.texts(7) != one.texts(8) and one.texts(7) != other.texts(7)
     starts = [source[0] for step in range(9) for source, _ in one.texts(step)]
     assert all(starts.count(mark) > 60 for mark in "=<@")  # tasks are drawn evenly
-    assert Pairs(batch_size=2, seed=5).texts(1) == [("=ztceat", "ztceat"), ("=dhqeu", "dhqeu")]
+    assert SyntheticSeq2Seq(batch_size=2, seed=5).texts(1) == [
+        ("=ztceat", "ztceat"),
+        ("=dhqeu", "dhqeu"),
+    ]
 
 
 def test_what_a_batch_holds():
-    pairs = Pairs(batch_size=200, seed=1)
+    pairs = SyntheticSeq2Seq(batch_size=200, seed=1)
     batch = pairs.batch(3)
     shapes = {name: (array.dtype.name, array.shape[1]) for name, array in batch.items()}
     assert shapes == {
@@ -95,9 +110,9 @@ def test_what_a_batch_holds():
 )
 def test_values_out_of_range(arguments, message):
     with pytest.raises(InputError, match=message):
-        Pairs(**arguments)
+        SyntheticSeq2Seq(**arguments)
 
 
 def test_a_negative_step():
     with pytest.raises(InputError, match="step: -1 given"):
-        Pairs().batch(-1)
+        SyntheticSeq2Seq().batch(-1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodel.distributed.ledger import CATEGORIES, Ledger
+from jaxmodel.distributed.ledger import CATEGORIES, GoodputRecorder
 from jaxmodel.errors import InputError
 
 
@@ -47,7 +47,7 @@ def test_the_categories_sum_to_the_wall_clock_over_five_restarts(tmp_path):
     step = 0
     began = 1000.0
     for life in range(6):
-        ledger = Ledger(file, clock)
+        ledger = GoodputRecorder(file, clock)
         clock.pass_(2.0)
         if life:
             ledger.restored(step)
@@ -67,10 +67,10 @@ def test_the_categories_sum_to_the_wall_clock_over_five_restarts(tmp_path):
 def test_steps_behind_the_checkpoint_are_lost(tmp_path):
     clock = Clock()
     file = tmp_path / "ledger.jsonl"
-    ledger = Ledger(file, clock)
+    ledger = GoodputRecorder(file, clock)
     steps(ledger, clock, 0, 14)  # saved at 10: four steps, each of 1.1 s, in vain
     ledger.close()
-    again = Ledger(file, clock)
+    again = GoodputRecorder(file, clock)
     again.restored(10)
     steps(again, clock, 10, 20)
     found = again.summary()
@@ -82,10 +82,10 @@ def test_steps_behind_the_checkpoint_are_lost(tmp_path):
 def test_without_a_checkpoint_all_is_lost(tmp_path):
     clock = Clock()
     file = tmp_path / "ledger.jsonl"
-    ledger = Ledger(file, clock)
+    ledger = GoodputRecorder(file, clock)
     steps(ledger, clock, 0, 8)
     ledger.close()
-    again = Ledger(file, clock)
+    again = GoodputRecorder(file, clock)
     assert "lost" not in again.summary()  # it may still find one
     steps(again, clock, 0, 8)
     found = again.summary()
@@ -95,16 +95,16 @@ def test_without_a_checkpoint_all_is_lost(tmp_path):
 def test_a_line_that_was_cut_off_is_none(tmp_path):
     clock = Clock()
     file = tmp_path / "ledger.jsonl"
-    ledger = Ledger(file, clock)
+    ledger = GoodputRecorder(file, clock)
     steps(ledger, clock, 0, 3)
     ledger.close()
     file.write_text(file.read_text() + '{"life": 0, "ti')
-    assert Ledger(file, clock).summary()["compute"] == pytest.approx(2.0)
+    assert GoodputRecorder(file, clock).summary()["compute"] == pytest.approx(2.0)
 
 
 def test_nested_categories_interrupt_each_other():
     clock = Clock()
-    ledger = Ledger(clock=clock)
+    ledger = GoodputRecorder(clock=clock)
     with ledger.spend("compute"):
         clock.pass_(1.0)
         with ledger.spend("data"):
@@ -118,7 +118,7 @@ def test_an_unknown_category():
     with pytest.raises(
         InputError, match="category: 'computing' is not known; allowed: .*nearest: compute"
     ):
-        Ledger().enter("computing")
+        GoodputRecorder().enter("computing")
 
 
 def test_a_process_began_before_it_says_so():
@@ -136,7 +136,7 @@ print(first, process_began())
     first, began = map(float, told.split())
     assert before - 0.05 <= began <= first + 0.05 or not Path("/proc/self/stat").exists()
     now = time.time()
-    assert Ledger(began=now - 7.0).summary()["start"] == pytest.approx(7.0, abs=0.5)
+    assert GoodputRecorder(began=now - 7.0).summary()["start"] == pytest.approx(7.0, abs=0.5)
 
 
 def test_a_process_that_resumes_its_own_run_counts_no_time_twice(tmp_path):
@@ -145,7 +145,9 @@ def test_a_process_that_resumes_its_own_run_counts_no_time_twice(tmp_path):
     began = clock()
     for step in (0, 10):
         clock.pass_(2.0)
-        ledger = Ledger(file, clock, began=began)  # both times it says when the process began
+        ledger = GoodputRecorder(
+            file, clock, began=began
+        )  # both times it says when the process began
         steps(ledger, clock, step, step + 10)
         ledger.close()
         clock.pass_(3.0)

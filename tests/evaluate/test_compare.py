@@ -31,7 +31,7 @@ def bundle():
 
 def test_every_figure_is_what_its_name_says(bundle, tmp_path):
     seen = []
-    versions = compress.versions(bundle, ("f32", "int8", "sparse50-int8"))
+    versions = compress.variants(bundle, ("f32", "int8", "sparse50-int8"))
     rows = evaluate.compare(
         versions,
         WINDOWS,
@@ -83,7 +83,7 @@ def test_resident_bytes_are_those_that_stay_alive(bundle, name, monkeypatch):
     monkeypatch.setattr(
         module, "token_nll", lambda *args: scored.append(alive()) or evaluate.token_nll(*args)
     )
-    versions = compress.versions(bundle, (name,))
+    versions = compress.variants(bundle, (name,))
     before = alive()
     (row,) = evaluate.compare(versions, WINDOWS)
     # the norms are left as they are, so they were alive before
@@ -104,8 +104,8 @@ def test_shared_buffers_count_once(bundle):
     assert (
         resident_bytes(bundle.params) == resident_bytes(bundle.params, dict(bundle.params)) == one
     )
-    fused = [leaf for path, leaf in tree.flatten(bundle.running()).items() if "+" in path]
-    assert resident_bytes(bundle.params, bundle.running()) == one + sum(
+    fused = [leaf for path, leaf in tree.flatten(bundle.for_inference()).items() if "+" in path]
+    assert resident_bytes(bundle.params, bundle.for_inference()) == one + sum(
         leaf.nbytes for leaf in fused
     )
 
@@ -114,7 +114,7 @@ def test_speed_where_asked_for(bundle, monkeypatch):
     monkeypatch.setattr(
         generation,
         "measure_speed",
-        lambda given: {"prefill_tps": float(given.running() is given.running())},
+        lambda given: {"prefill_tps": float(given.for_inference() is given.for_inference())},
     )
-    (row,) = evaluate.compare(compress.versions(bundle, ("f32",)), WINDOWS, speed=True)
+    (row,) = evaluate.compare(compress.variants(bundle, ("f32",)), WINDOWS, speed=True)
     assert row["prefill_tps"] == 1.0

@@ -18,7 +18,7 @@ from jaxmodel import tree
 from jaxmodel.errors import InputError
 from jaxmodel.generation import (
     GREEDY,
-    Request,
+    GenerationRequest,
     beam_search,
     beam_texts,
     decode,
@@ -312,7 +312,7 @@ def test_texts(which, request):
 
 def test_texts_of_a_source_may_be_as_long_as_wanted(translator):
     """The prompt stands in another row, so only it has to fit."""
-    [completion] = generate_ids(translator, ["the cat sat"], Request(max_new_tokens=40))
+    [completion] = generate_ids(translator, ["the cat sat"], GenerationRequest(max_new_tokens=40))
     assert len(completion.ids) == 40
     with pytest.raises(InputError, match="fewer than the model's context of 24"):
         beam_texts(translator, ["the cat sat on the mat " * 9])

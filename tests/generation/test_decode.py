@@ -14,7 +14,7 @@ import pytest
 from jaxmodel import ops
 from jaxmodel.errors import InputError
 from jaxmodel.generation import beam_search, decode
-from jaxmodel.generation.sampling import GREEDY, Sampling, is_sound, sample
+from jaxmodel.generation.sampling import GREEDY, SamplingParams, is_sound, sample
 from jaxmodel.models import families, llama
 
 ROWS = [[5, 9, 2, 7, 7], [3], list(range(40, 57)), [250, 1, 4]]  # 17: over the smallest size
@@ -136,18 +136,18 @@ def test_long_prompts_in_pieces(model, params, monkeypatch):
 @ONE_MODEL
 @pytest.mark.parametrize("n", [1, 2, 16, 17, 18, 35])
 def test_length_and_beginning_do_not_depend_on_the_steps(model, params, n):
-    longest = generated(model, params, ROWS, 35, Sampling(0.8), seed=3)
-    assert generated(model, params, ROWS, n, Sampling(0.8), seed=3) == [
+    longest = generated(model, params, ROWS, 35, SamplingParams(0.8), seed=3)
+    assert generated(model, params, ROWS, n, SamplingParams(0.8), seed=3) == [
         text[:n] for text in longest
     ]
-    assert generated(model, params, ROWS, n, Sampling(0.8), seed=3, steps=1) == [
+    assert generated(model, params, ROWS, n, SamplingParams(0.8), seed=3, steps=1) == [
         text[:n] for text in longest
     ]
 
 
 @ONE_MODEL
 def test_a_text_does_not_depend_on_its_batch(model, params):
-    sampling = Sampling(0.9, top_k=40, top_p=0.95, repetition_penalty=1.2)
+    sampling = SamplingParams(0.9, top_k=40, top_p=0.95, repetition_penalty=1.2)
     together = generated(model, params, ROWS, 12, sampling, seed=5)
     for i, row in enumerate(ROWS):
         assert generated(model, params, [row], 12, sampling, seed=5, first_row=i) == [together[i]]
@@ -162,16 +162,16 @@ def test_a_text_can_be_continued(model, params):
     """What is drawn depends on the position, so a prompt with half of the text gives the other
     half.
     """
-    whole = generated(model, params, ROWS, 12, Sampling(0.9), seed=1)
+    whole = generated(model, params, ROWS, 12, SamplingParams(0.9), seed=1)
     longer = [row + text[:5] for row, text in zip(ROWS, whole, strict=True)]
-    assert generated(model, params, longer, 7, Sampling(0.9), seed=1) == [
+    assert generated(model, params, longer, 7, SamplingParams(0.9), seed=1) == [
         text[5:] for text in whole
     ]
 
 
 @ONE_MODEL
 def test_repetition_penalty_sees_prompt_and_text(model, params):
-    sampling = Sampling(temperature=0.0, repetition_penalty=1.7)
+    sampling = SamplingParams(temperature=0.0, repetition_penalty=1.7)
     got = generated(model, params, ROWS, 9, sampling)
     for row, text in zip(ROWS, got, strict=True):
         for i, token in enumerate(text):
@@ -238,7 +238,7 @@ def compilations():
 
 
 @pytest.mark.parametrize(
-    "sampling", [GREEDY, Sampling(0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)]
+    "sampling", [GREEDY, SamplingParams(0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)]
 )
 def test_nothing_is_compiled_on_the_second_call(model, params, sampling):
     with compilations() as first:
@@ -272,7 +272,7 @@ def test_few_sizes():
 # ----------------------------------------------------------------------- logits that are no numbers
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_k=5, top_p=0.9)])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(0.8, top_k=5, top_p=0.9)])
 @pytest.mark.parametrize("how", ["damaged", "overflow"])
 def test_logits_that_are_no_numbers_are_an_error_with_its_cause(sampling, how):
     model = llama.model(llama.SIZES["tiny"])
@@ -297,7 +297,7 @@ def test_a_logit_that_is_no_number_is_never_chosen():
     logits = jnp.asarray([[0.0, jnp.nan, 9.0, 1.0]])
     keys = jax.random.split(jax.random.key(0), 1)
     assert sample(logits, None, GREEDY).tolist() == [2]
-    assert sample(logits, keys, Sampling(0.01, top_p=0.9)).tolist() == [2]
+    assert sample(logits, keys, SamplingParams(0.01, top_p=0.9)).tolist() == [2]
     assert is_sound(jnp.asarray([[0.0, -jnp.inf], [-jnp.inf] * 2, [jnp.inf, 0.0]])).tolist() == [
         True,
         False,

@@ -12,13 +12,13 @@ import pytest
 from jaxmodel import layers, tree
 from jaxmodel.errors import InputError
 from jaxmodel.generation import (
-    Request,
-    Sampling,
+    GenerationRequest,
+    SamplingParams,
     decode,
+    for_inference,
     generate,
     generate_ids,
     measure_speed,
-    running_only,
     stream,
 )
 from jaxmodel.hub.pretrained import from_pretrained
@@ -35,8 +35,10 @@ ODD = {
 
 
 def request(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, **options):
-    """The keyword arguments of `generate` as a `Request`."""
-    return Request(Sampling(temperature, top_k, top_p, min_p, repetition_penalty), **options)
+    """The keyword arguments of `generate` as a `GenerationRequest`."""
+    return GenerationRequest(
+        SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty), **options
+    )
 
 
 def with_eos(bundle, *ids):
@@ -68,7 +70,9 @@ def test_chunks_do_not_change_the_draws(bundle, chunk):
 
 def test_what_is_known_about_a_text(bundle):
     tokenizer = bundle.processor
-    [plain, other] = generate_ids(bundle, PROMPTS[:2], Request(Sampling(0.0), max_new_tokens=20))
+    [plain, other] = generate_ids(
+        bundle, PROMPTS[:2], GenerationRequest(SamplingParams(0.0), max_new_tokens=20)
+    )
     assert (
         plain.finish_reason == other.finish_reason == "length"
         and len(plain.ids) == len(other.ids) == 20
@@ -77,10 +81,12 @@ def test_what_is_known_about_a_text(bundle):
     assert plain.tokens_per_second > 0 and plain.prefill_seconds == other.prefill_seconds > 0
 
     eos = plain.ids[9]
-    [ended, _] = generate_ids(with_eos(bundle, eos, 319), PROMPTS[:2], Request(max_new_tokens=20))
+    [ended, _] = generate_ids(
+        with_eos(bundle, eos, 319), PROMPTS[:2], GenerationRequest(max_new_tokens=20)
+    )
     assert ended.finish_reason == "eos" and ended.ids == plain.ids[: plain.ids.index(eos)]
     [at_once] = generate_ids(
-        with_eos(bundle, plain.ids[0]), PROMPTS[:1], Request(max_new_tokens=20)
+        with_eos(bundle, plain.ids[0]), PROMPTS[:1], GenerationRequest(max_new_tokens=20)
     )
     assert (at_once.text, at_once.ids, at_once.finish_reason, at_once.tokens_per_second) == (
         "",
@@ -91,7 +97,7 @@ def test_what_is_known_about_a_text(bundle):
 
     stop = plain.text[6:9]
     [stopped] = generate_ids(
-        bundle, PROMPTS[:1], Request(max_new_tokens=20, stop=[stop, "no such text"])
+        bundle, PROMPTS[:1], GenerationRequest(max_new_tokens=20, stop=[stop, "no such text"])
     )
     assert stopped.finish_reason == "stop" and stopped.text == plain.text[: plain.text.index(stop)]
     assert stopped.ids == plain.ids[: len(stopped.ids)] and stop in tokenizer.decode(stopped.ids)
@@ -117,7 +123,7 @@ def test_streaming_equals_generating(bundle, options, n):
 
 
 def test_a_stream_can_be_left(bundle):
-    pieces = stream(bundle, PROMPTS[0], Request(max_new_tokens=50))
+    pieces = stream(bundle, PROMPTS[0], GenerationRequest(max_new_tokens=50))
     first = next(pieces)
     pieces.close()
     assert generate(bundle, PROMPTS[0], max_new_tokens=50).startswith(first)
@@ -130,9 +136,13 @@ def test_running_params_are_made_once_and_go_with_the_bundle(bundle, monkeypatch
     own = dataclasses.replace(bundle)
     generate(own, PROMPTS[0], max_new_tokens=2)
     measure_speed(own, (1,), prompt=8, new=2, cache=16, repeats=1)
-    assert own.running() is own.running() and len(made) == 1
+    assert own.for_inference() is own.for_inference() and len(made) == 1
     fused = weakref.ref(
-        next(leaf for path, leaf in tree.flatten(own.running()).items() if path.endswith("2q+k+v"))
+        next(
+            leaf
+            for path, leaf in tree.flatten(own.for_inference()).items()
+            if path.endswith("2q+k+v")
+        )
     )
     del own
     gc.collect()
@@ -140,8 +150,11 @@ def test_running_params_are_made_once_and_go_with_the_bundle(bundle, monkeypatch
 
 
 def test_a_bundle_of_what_runs_only(bundle):
-    lean = running_only(bundle)
-    leaves = [jax.tree.leaves(params) for params in (lean.params, lean.running(), bundle.running())]
+    lean = for_inference(bundle)
+    leaves = [
+        jax.tree.leaves(params)
+        for params in (lean.params, lean.for_inference(), bundle.for_inference())
+    ]
     assert all(a is b is c for a, b, c in zip(*leaves, strict=True))  # nothing is copied again
     assert generate(lean, PROMPTS, max_new_tokens=12) == generate(
         bundle, PROMPTS, max_new_tokens=12
@@ -265,7 +278,7 @@ def test_bundles_that_cannot_are_named(bundle):
 def test_the_longest_text_that_fits(bundle):
     prompt = "a " * 30
     room = bundle.model.config.context - len(bundle.processor.encode(prompt))
-    [full] = generate_ids(bundle, [prompt], Request(max_new_tokens=room))
+    [full] = generate_ids(bundle, [prompt], GenerationRequest(max_new_tokens=room))
     assert len(full.ids) == room
 
 
@@ -291,6 +304,6 @@ def test_smollm2_says_what_transformers_says():
     float32.
     """
     bundle = from_pretrained("smollm2-135m")
-    [got] = generate_ids(bundle, ["The capital of France is"], Request(max_new_tokens=16))
+    [got] = generate_ids(bundle, ["The capital of France is"], GenerationRequest(max_new_tokens=16))
     assert got.text == " Paris.\n\nThe answer is: 2018-01"
     assert got.ids[:8] == [7042, 30, 198, 198, 504, 2988, 314, 42]

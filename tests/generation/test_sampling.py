@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from jaxmodel.errors import InputError
-from jaxmodel.generation.sampling import GREEDY, Sampling, filter_logits, sample
+from jaxmodel.generation.sampling import GREEDY, SamplingParams, filter_logits, sample
 
 
 def reference(logits, sampling, seen):
@@ -41,7 +41,7 @@ def softmax(x):
 
 
 SAMPLINGS = [
-    Sampling(temperature, top_k, top_p, min_p, penalty)
+    SamplingParams(temperature, top_k, top_p, min_p, penalty)
     for temperature, top_k, top_p, min_p, penalty in [
         (1.0, 0, 1.0, 0.0, 1.0),
         (0.7, 0, 1.0, 0.0, 1.3),
@@ -86,7 +86,7 @@ def test_greedy_is_argmax_and_ties_go_to_the_lowest_id():
 
 def test_greedy_heeds_the_repetition_penalty():
     seen = jnp.array([[True, True, False]])
-    sampling = Sampling(temperature=0.0, repetition_penalty=2.0)
+    sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     assert sample(jnp.array([[4.0, 1.0, 2.5]]), None, sampling, seen).tolist() == [2]
     assert sample(jnp.array([[-1.0, -1.1, -1.9]]), None, sampling, seen).tolist() == [2]
 
@@ -96,13 +96,18 @@ def test_draws_follow_the_softmax(temperature):
     n = 20_000
     logits = np.array([2.0, 0.0, 1.0, -1.0, 0.5], np.float32)
     keys = jax.random.split(jax.random.key(7), n)
-    ids = sample(jnp.broadcast_to(jnp.asarray(logits), (n, 5)), keys, Sampling(temperature))
+    ids = sample(jnp.broadcast_to(jnp.asarray(logits), (n, 5)), keys, SamplingParams(temperature))
     share = np.bincount(np.asarray(ids), minlength=5) / n
     assert np.abs(share - softmax(logits / temperature)).sum() < 0.02
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(0.9), Sampling(0.9, top_k=20), Sampling(2.0, top_p=0.7, min_p=0.01)]
+    "sampling",
+    [
+        SamplingParams(0.9),
+        SamplingParams(0.9, top_k=20),
+        SamplingParams(2.0, top_p=0.7, min_p=0.01),
+    ],
 )
 def test_a_row_does_not_see_the_others(sampling):
     logits = 2 * jax.random.normal(jax.random.key(0), (6, 500))
@@ -120,7 +125,7 @@ def test_a_row_does_not_see_the_others(sampling):
 def test_extreme_logits_give_a_token_that_is_allowed(logits):
     x = jnp.array([logits] * 4)
     keys = jax.random.split(jax.random.key(0), 4)
-    ids = sample(x, keys, Sampling(1e-5, top_k=2, top_p=1e-9, min_p=1.0))
+    ids = sample(x, keys, SamplingParams(1e-5, top_k=2, top_p=1e-9, min_p=1.0))
     assert all(logits[i] == max(logits) for i in ids.tolist())
 
 
@@ -140,7 +145,7 @@ def test_extreme_logits_give_a_token_that_is_allowed(logits):
 )
 def test_refuses_bad_values(name, value, allowed):
     with pytest.raises(InputError) as error:
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})
     assert (
         name in str(error.value) and repr(value) in str(error.value) and allowed in str(error.value)
     )

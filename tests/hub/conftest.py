@@ -45,7 +45,7 @@ MIXED = (
     ("embed", (Rtn(6, activations="int8"),)),
     (".*", ()),
 )
-VARIANTS = ("plain", "bf16", "mixed", *compress.NAMED)
+VARIANTS = ("plain", "bf16", "mixed", *compress.RECIPES)
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def variant(kind: str, name: str) -> Bundle:
         return bundle
     if name == "bf16":
         return dataclasses.replace(bundle, params=tree.cast(bundle.params, "bfloat16"))
-    return compress.compress_bundle(bundle, MIXED if name == "mixed" else compress.NAMED[name])[0]
+    return compress.compress_bundle(bundle, MIXED if name == "mixed" else compress.RECIPES[name])[0]
 
 
 @pytest.fixture(scope="module")

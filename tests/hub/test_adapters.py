@@ -319,8 +319,8 @@ def test_a_quantised_base_with_adapters_is_saved_whole(tmp_path):
 
 def test_named_recipes_leave_adapters_as_they_are(tmp_path):
     bundle = adapted()
-    for name in compress.NAMED:
-        small, _ = compress.compress_bundle(bundle, compress.named(name))
+    for name in compress.RECIPES:
+        small, _ = compress.compress_bundle(bundle, compress.get_recipe(name))
         kinds = {
             type(leaf).__name__
             for path, leaf in tree.flatten(small.params).items()
@@ -438,11 +438,15 @@ def test_generation_and_perplexity_are_those_of_the_model_and_of_the_merged_one(
                 )
             )
         )
-    (got,) = generation.generate_ids(bundle, ["hello"], generation.Request(max_new_tokens=6))
+    (got,) = generation.generate_ids(
+        bundle, ["hello"], generation.GenerationRequest(max_new_tokens=6)
+    )
     assert got.ids == ids[begun:]
     merged = dataclasses.replace(bundle, params=adapt.merge_adapters(bundle.params)[0])
     assert (
-        generation.generate_ids(merged, ["hello"], generation.Request(max_new_tokens=6))[0].ids
+        generation.generate_ids(merged, ["hello"], generation.GenerationRequest(max_new_tokens=6))[
+            0
+        ].ids
         == got.ids
     )
     text = [tokenizer.encode("hello world hello worl")]
@@ -457,7 +461,7 @@ def test_generation_and_perplexity_are_those_of_the_model_and_of_the_merged_one(
 def test_only_maps_without_adapters_are_joined_for_running():
     running = hub.Bundle(
         *[getattr(adapted(rules=".*/q"), name) for name in ("model", "params")]
-    ).running()
+    ).for_inference()
     attention = running["blocks"]["0-2"]["attn"]
     feed = running["blocks"]["0-2"]["mlp"]
     assert {"q", "k", "v", "q_lora"} <= set(attention) and "gate+up" in feed

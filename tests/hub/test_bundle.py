@@ -160,7 +160,7 @@ def test_file_size_is_that_of_the_buffers(recipe: str, tmp_path: Path) -> None:
     bundle = plain(
         "llama", width=256, heads=8, kv_heads=4, head_width=32, mlp_width=1024, vocab=2048
     )
-    params, _ = compress.apply(compress.NAMED[recipe], bundle.params, axes=bundle.model.axes)
+    params, _ = compress.apply(compress.RECIPES[recipe], bundle.params, axes=bundle.model.axes)
     folder = dataclasses.replace(bundle, params=params).save_pretrained(tmp_path / "out")
     size = (folder / "model.safetensors").stat().st_size
     assert tree.nbytes(params) < size < 1.01 * tree.nbytes(params)

@@ -116,7 +116,7 @@ def test_logits_in_the_running_form_without_padding(name: str) -> None:
     want = read(name)
     inputs = inputs_of(want)
     if "mask" not in inputs:
-        near(apply(bundle, bundle.running(), inputs), want["logits"], 2e-5)
+        near(apply(bundle, bundle.for_inference(), inputs), want["logits"], 2e-5)
         return
     # what stands behind the text does not matter, nor that it stands there
     short = int(inputs["mask"][1].sum())
@@ -126,7 +126,7 @@ def test_logits_in_the_running_form_without_padding(name: str) -> None:
         for key, a in inputs.items()
         if key != "mask"
     }
-    last = apply(bundle, bundle.running(), cut)[0]
+    last = apply(bundle, bundle.for_inference(), cut)[0]
     of_last = want["logits"][1, :short] if want["logits"].ndim == 3 else want["logits"][1]
     near(last, of_last[1:] if "pixels" in inputs else of_last, 2e-5)
 

@@ -248,7 +248,7 @@ def test_decoding_with_a_cache(name: str) -> None:
     want = read(name)
     tokens = want["tokens"]
     mask = want["mask"]
-    params = bundle.running()
+    params = bundle.for_inference()
     start = int(mask[1].sum())
     apply = jax.jit(bundle.model.apply)
     head = mask[:, :start] & np.array(
@@ -589,7 +589,7 @@ def test_smollm2_nll(smollm2: Golden) -> None:
     nll = token_nll(bundle.model, bundle.params, want["windows"])
     near(nll, want["token_nll"], 2e-4)
     assert abs(nll.mean(dtype=np.float64) - want["nll"]) < 2e-5
-    score = perplexity(bundle.model, bundle.running(), want["windows"][:1])
+    score = perplexity(bundle.model, bundle.for_inference(), want["windows"][:1])
     assert score.nll == pytest.approx(want["token_nll"][0].mean(dtype=np.float64), abs=5e-4)
     assert (
         score.predictions == want["token_nll"].shape[1]

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
-from jaxmodel.generation import GREEDY, Request, beam_search, decode, generate_ids
+from jaxmodel.generation import GREEDY, GenerationRequest, beam_search, decode, generate_ids
 from jaxmodel.hub import Bundle, from_pretrained, train_bpe
 from jaxmodel.hub.families import families, family_of
 from jaxmodel.hub.keys import defaults
@@ -69,7 +69,7 @@ def test_logits(golden: Golden) -> None:
     inputs = inputs_of(want, "source", "source_mask", "tokens", "mask")
     logits = run(bundle.params, inputs).logits
     near(logits, want["logits"], LIMIT)
-    near(run(bundle.running(), inputs).logits, want["logits"], LIMIT)
+    near(run(bundle.for_inference(), inputs).logits, want["logits"], LIMIT)
     short = want["source_mask"][1].sum()
     length = want["mask"][1].sum()
     alone = {"source": want["source"][1:, :short], "tokens": want["tokens"][1:, :length]}
@@ -356,8 +356,8 @@ def test_sources_longer_than_the_positions_of_the_training() -> None:
         model = t5.model(dataclasses.replace(config, context=context))
         made = Bundle(model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
         texts.append(
-            generate_ids(made, ["once upon a time there was a river"], Request(max_new_tokens=4))[
-                0
-            ].ids
+            generate_ids(
+                made, ["once upon a time there was a river"], GenerationRequest(max_new_tokens=4)
+            )[0].ids
         )
     assert texts[0] == texts[1]

@@ -16,7 +16,7 @@ from scipy import special, stats
 from jaxmodel import losses
 from jaxmodel.errors import InputError
 from jaxmodel.losses import views as contrasts
-from jaxmodel.losses.labels import class_means, class_sums, distribution
+from jaxmodel.losses.labels import class_sums, distribution, online_label_smoothing
 from jaxmodel.models import mlp, transformer
 from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step
@@ -182,7 +182,7 @@ def test_means_of_classes_are_those_of_rows_predicted_right_and_batches_add_up()
     wanted = np.stack([p[right & (labels == c)].mean(0) for c in range(3)] + [np.full(4, 0.25)])
     sums = jax.jit(class_sums)
     parts = [np.asarray(sums(z[s], labels[s])) for s in (slice(0, 15), slice(15, 40))]
-    close(class_means(jnp.asarray(parts[0] + parts[1])), wanted, rtol=1e-4)
+    close(online_label_smoothing(jnp.asarray(parts[0] + parts[1])), wanted, rtol=1e-4)
 
 
 def test_class_weights_by_hand():

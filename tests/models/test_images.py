@@ -140,7 +140,7 @@ def test_logits_and_gradients_of_torch(name):
 def test_statistics_are_the_moments_of_torch(name):
     model, params, pixels = load(name)
     found = tree.flatten(
-        tree.unstack(train.set_batch_statistics(model, params, [{"pixels": pixels}]))
+        tree.unstack(train.recalibrate_batch_norm(model, params, [{"pixels": pixels}]))
     )
     want = golden(name, "moments")
     close({path: found[path] for path in want}, want)

@@ -41,7 +41,7 @@ def test_attention_is_softmax_written_out(heads, kv_heads):
     mask = np.random.default_rng(3).random((2, 5, 7)) < 0.6
     mask[:, :, 0] = True
     got = jax.jit(ops.attention, static_argnums=4)(
-        q, k, v, ops.Seen(mask=jnp.asarray(mask), causal=False), ops.Policy()
+        q, k, v, ops.AttentionMask(mask=jnp.asarray(mask), causal=False), ops.Policy()
     )
     np.testing.assert_allclose(got, naive(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
@@ -50,7 +50,7 @@ def test_what_is_masked_has_no_influence():
     q = normal(1, 3, 2, 8)
     k = normal(1, 2, 3, 8, seed=1)
     v = normal(1, 2, 3, 8, seed=2)
-    seen = ops.Seen()
+    seen = ops.AttentionMask()
     before = ops.attention(q, k, v, seen, ops.Policy())
     after = ops.attention(q, k.at[:, :, 2].set(1e4), v.at[:, :, 2].set(-1e4), seen, ops.Policy())
     np.testing.assert_array_equal(before[:, :2], after[:, :2])
@@ -61,16 +61,20 @@ def test_attention_in_bfloat16():
     q = normal(2, 5, 4, 8)
     k = normal(2, 2, 5, 8, seed=1)
     v = normal(2, 2, 5, 8, seed=2)
-    mask = np.broadcast_to(ops.Seen().square(5, 5), (2, 5, 5))
+    mask = np.broadcast_to(ops.AttentionMask().square(5, 5), (2, 5, 5))
     got = ops.attention(
-        q, k, v, ops.Seen(), ops.Policy(compute_dtype="bfloat16", activation_dtype="bfloat16")
+        q,
+        k,
+        v,
+        ops.AttentionMask(),
+        ops.Policy(compute_dtype="bfloat16", activation_dtype="bfloat16"),
     )
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), naive(q, k, v, mask), atol=0.05)
 
 
 def test_a_query_that_sees_nothing_is_finite():
-    seen = ops.Seen(mask=jnp.zeros((1, 1, 2), bool))
+    seen = ops.AttentionMask(mask=jnp.zeros((1, 1, 2), bool))
     for how in ("plain", "blockwise"):
         got = ops.attention(
             normal(1, 1, 1, 4),
@@ -86,16 +90,16 @@ def test_what_is_seen():
     segments = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 2, 2]])
     valid = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1]], bool)
     pair = jnp.asarray(segments), jnp.asarray(segments)
-    plain = ops.Seen().square(5, 5)
-    both = ops.Seen(segments=pair, valid=jnp.asarray(valid)).square(5, 5)
+    plain = ops.AttentionMask().square(5, 5)
+    both = ops.AttentionMask(segments=pair, valid=jnp.asarray(valid)).square(5, 5)
     assert plain.shape == (1, 5, 5)
     for b, t, s in np.ndindex(2, 5, 5):
         assert bool(plain[0, t, s]) == (s <= t)
         assert bool(both[b, t, s]) == (s <= t and segments[b, t] == segments[b, s] and valid[b, s])
     query = jnp.asarray([[3, 4], [0, 1]], jnp.int32)
-    moved = ops.Seen(query=query, window=jnp.int32(3)).square(2, 5)
-    near = ops.Seen(window=2, causal=False).square(5, 5)
-    part = ops.Seen(segments=pair, window=3).square(2, 3, jnp.int32(3), 1)
+    moved = ops.AttentionMask(query=query, window=jnp.int32(3)).square(2, 5)
+    near = ops.AttentionMask(window=2, causal=False).square(5, 5)
+    part = ops.AttentionMask(segments=pair, window=3).square(2, 3, jnp.int32(3), 1)
     for b, t, s in np.ndindex(2, 2, 5):
         assert bool(moved[b, t, s]) == (0 <= int(query[b, t]) - s < 3)
     for t, s in np.ndindex(5, 5):
@@ -154,7 +158,7 @@ def test_a_causal_square_in_parts_is_the_whole(heads):
     k = normal(2, heads, 256, 8, seed=1)
     v = normal(2, heads, 256, 8, seed=2)
     segments = jnp.asarray(np.repeat([[1, 2], [1, 1]], 128, axis=1), jnp.int32)
-    seen = ops.Seen(segments=(segments, segments))
+    seen = ops.AttentionMask(segments=(segments, segments))
     square = dataclasses.replace(
         seen, mask=seen.square(256, 256), causal=False
     )  # not known to be causal: no parts
@@ -166,20 +170,20 @@ def test_a_causal_square_in_parts_is_the_whole(heads):
 # ---------------------------------------------------------------------------------------- blockwise
 
 SEEN = {
-    "causal": lambda b, t: ops.Seen(),
-    "both ways": lambda b, t: ops.Seen(causal=False),
-    "window": lambda b, t: ops.Seen(window=jnp.int32(300)),
-    "window both ways": lambda b, t: ops.Seen(window=jnp.int32(100), causal=False),
-    "segments": lambda b, t: ops.Seen(
+    "causal": lambda b, t: ops.AttentionMask(),
+    "both ways": lambda b, t: ops.AttentionMask(causal=False),
+    "window": lambda b, t: ops.AttentionMask(window=jnp.int32(300)),
+    "window both ways": lambda b, t: ops.AttentionMask(window=jnp.int32(100), causal=False),
+    "segments": lambda b, t: ops.AttentionMask(
         segments=(jnp.sort(jnp.arange(b * t).reshape(b, t) % 5),) * 2
     ),
-    "padding": lambda b, t: ops.Seen(
+    "padding": lambda b, t: ops.AttentionMask(
         valid=jnp.arange(t)[None] < jnp.asarray([t, t // 3])[:, None], causal=False
     ),
-    "places": lambda b, t: ops.Seen(
+    "places": lambda b, t: ops.AttentionMask(
         query=jnp.asarray([[0], [37]], jnp.int32) + jnp.arange(t, dtype=jnp.int32)[None] // 2
     ),
-    "a mask": lambda b, t: ops.Seen(
+    "a mask": lambda b, t: ops.AttentionMask(
         mask=jnp.asarray((np.random.default_rng(5).random((1, t, t)) < 0.5) | np.eye(t, dtype=bool))
     ),
 }
@@ -193,7 +197,7 @@ def with_gradients(
     k: jax.Array,
     v: jax.Array,
     weight: jax.Array,
-    seen: ops.Seen,
+    seen: ops.AttentionMask,
 ):
     def total(q, k, v):
         out = ops.attention(q, k, v, seen, ops.Policy(attention=how), scale=0.5, softcap=softcap)
@@ -214,7 +218,7 @@ def test_blockwise_equals_plain_with_its_gradients(name, t):
     ]
     seen = SEEN[name](2, t)
     softcap = 2.0 if name == "window" else None
-    square = ops.Seen(
+    square = ops.AttentionMask(
         mask=jnp.asarray(np.broadcast_to(jax.jit(lambda: seen.square(t, t))(), (2, t, t))),
         causal=False,
     )
@@ -269,7 +273,7 @@ def test_sinks_take_of_every_weight(name):
 
 
 def test_a_query_that_sees_its_sink_alone_gets_nothing():
-    seen = ops.Seen(mask=jnp.zeros((1, 1, 2), bool))
+    seen = ops.AttentionMask(mask=jnp.zeros((1, 1, 2), bool))
     for how in ("plain", "blockwise"):
         arrays = normal(1, 1, 1, 4), normal(1, 1, 2, 4), normal(1, 1, 2, 4)
         got = ops.attention(*arrays, seen, ops.Policy(attention=how), sinks=jnp.zeros(1))
@@ -287,7 +291,7 @@ def test_blockwise_holds_no_square():
     )
 
     def loss(how, q, k, v):
-        return jnp.sum(ops.attention(q, k, v, ops.Seen(), ops.Policy(attention=how)))
+        return jnp.sum(ops.attention(q, k, v, ops.AttentionMask(), ops.Policy(attention=how)))
 
     def needs(how):
         memory = (
@@ -309,7 +313,7 @@ def test_scale_softcap_and_bias():
     v = normal(1, 2, 5, 8, seed=2)
     bias = normal(1, 4, 3, 5, seed=3)
     got = ops.attention(
-        q, k, v, ops.Seen(causal=False), ops.Policy(), scale=0.7, softcap=1.5, bias=bias
+        q, k, v, ops.AttentionMask(causal=False), ops.Policy(), scale=0.7, softcap=1.5, bias=bias
     )
     scores = np.einsum("bthd,bhsd->bhts", np.asarray(q), np.repeat(k, 2, axis=1)) * 0.7
     scores = 1.5 * np.tanh(scores / 1.5) + np.asarray(bias)
@@ -317,4 +321,6 @@ def test_scale_softcap_and_bias():
     want = np.einsum("bhts,bhsd->bthd", weights, np.repeat(v, 2, axis=1))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="takes no bias"):
-        ops.attention(q, k, v, ops.Seen(causal=False), ops.Policy(attention="blockwise"), bias=bias)
+        ops.attention(
+            q, k, v, ops.AttentionMask(causal=False), ops.Policy(attention="blockwise"), bias=bias
+        )

@@ -85,7 +85,7 @@ def test_stacked_leaves_run_by_scan_and_by_batch_letters(leaf):
 
 def test_take_decodes_the_rows(leaf):
     ids = jnp.asarray([[0, 23], [9, 30]])
-    got = np.asarray(ops.take(leaf, ids))
+    got = np.asarray(ops.embed(leaf, ids))
     np.testing.assert_array_equal(got[0], np.asarray(leaf.decode())[[0, 23]])
     assert np.isnan(got[1, 1]).all() and np.isfinite(got[1, 0]).all()
 
@@ -125,7 +125,7 @@ def test_blocks_of_any_leaf(kind):
     w = kept_weight(kind)
     x = normal(5, IN, seed=1)
     columns = jnp.asarray([[0, 2], [3, 1], [1, 1]])
-    got = jax.jit(ops.blocks)(x, w, columns)
+    got = jax.jit(ops.block_sparse_matmul)(x, w, columns)
     tiles = np.asarray(x).reshape(5, 4, 16)
     want = [
         np.concatenate([tiles[:, c] for c in row], axis=-1) @ np.asarray(decode(w)[i]).T
@@ -138,7 +138,7 @@ def test_blocks_are_measured_too():
     w = kept_weight("array")
     x = normal(5, IN, seed=1)
     columns = jnp.asarray([[0, 2], [3, 1], [1, 1]])
-    probe = lambda zeros: jnp.sum(ops.blocks(x, ops.Probe(w, zeros), columns))
+    probe = lambda zeros: jnp.sum(ops.block_sparse_matmul(x, ops.Probe(w, zeros), columns))
     found = jax.grad(probe)(zeros_for(w.shape, ("square",)))
     tiles = np.asarray(x).reshape(5, 4, 16)
     want = [np.concatenate([np.square(tiles[:, c]).sum(0) for c in row]) for row in columns]
@@ -148,6 +148,6 @@ def test_blocks_are_measured_too():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="blocks: x .* do not fit each other"):
-        ops.blocks(normal(2, 60), kept_weight("array"), jnp.zeros((3, 2), jnp.int32))
+        ops.block_sparse_matmul(normal(2, 60), kept_weight("array"), jnp.zeros((3, 2), jnp.int32))
     with pytest.raises(InputError, match="do not fit each other"):
-        ops.blocks(normal(2, IN), kept_weight("array"), jnp.zeros((2, 2), jnp.int32))
+        ops.block_sparse_matmul(normal(2, IN), kept_weight("array"), jnp.zeros((2, 2), jnp.int32))

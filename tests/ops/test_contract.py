@@ -14,7 +14,7 @@ import pytest
 from jaxmodel import ops
 from jaxmodel.errors import InputError
 from jaxmodel.leaves import QTensor, Sparse, decode
-from jaxmodel.ops.contract import round_rows
+from jaxmodel.ops.contract import quantize_rows
 from jaxmodel.ops.probe import zeros_for
 
 OUT = 6
@@ -225,7 +225,7 @@ def test_int8_codes_and_products_are_exact():
 
 def test_round_rows():
     x = jnp.asarray([[0.0, 0, 0], [1, -2, 0.5], [127, 1, -127]])
-    q, scale = round_rows(x)
+    q, scale = quantize_rows(x)
     assert q.dtype == jnp.int8
     np.testing.assert_array_equal(q, [[0, 0, 0], [64, -127, 32], [127, 1, -127]])
     np.testing.assert_allclose(scale[1:], [[2 / 127], [1]], rtol=1e-6)
@@ -286,7 +286,7 @@ def test_policy_chooses_the_dtypes():
     ones = jnp.ones((2, 513)).at[:, 512].set(0.125)
     kept = ops.einsum("BD,FD->BF", ones, jnp.ones((1, 513)), ops.Policy(compute_dtype="bfloat16"))
     np.testing.assert_array_equal(kept, 512.125)
-    assert ops.take(w, jnp.zeros((1, 1), jnp.int32), policy).dtype == jnp.bfloat16
+    assert ops.embed(w, jnp.zeros((1, 1), jnp.int32), policy).dtype == jnp.bfloat16
     for make in DYNAMIC.values():  # a bfloat16 stream into int8 rounding
         assert (
             ops.einsum("BD,FD->BF", x.astype(jnp.bfloat16), make(w), policy).dtype == jnp.bfloat16
@@ -338,7 +338,7 @@ def test_gradients_of_arrays():
 def test_take_is_rows_of_the_decoded_table(name):
     table = MAKE[name](normal(7, IN))
     ids = jnp.asarray([[0, 6, 3], [3, 3, 1]])
-    run = jax.jit(lambda table, ids: ops.take(table, ids))
+    run = jax.jit(lambda table, ids: ops.embed(table, ids))
     got = run(table, ids)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(
@@ -350,7 +350,7 @@ def test_take_is_rows_of_the_decoded_table(name):
 
 def test_take_decodes_the_taken_rows_only():
     table = quantise(normal(1000, IN), 4, group=8)
-    text = str(jax.make_jaxpr(lambda t, i: ops.take(t, i))(table, jnp.zeros((1, 2), jnp.int32)))
+    text = str(jax.make_jaxpr(lambda t, i: ops.embed(t, i))(table, jnp.zeros((1, 2), jnp.int32)))
     assert f"f32[1000,{IN}]" not in text
     assert "u8[1000,16]" in text
 

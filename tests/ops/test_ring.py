@@ -34,15 +34,15 @@ def heads(t: int = T, s: int = T) -> tuple[jax.Array, jax.Array, jax.Array]:
 SEGMENTS = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], T // 4, axis=1), jnp.int32)
 LENGTHS = jnp.arange(T)[None] < jnp.asarray([[T - 5], [T // 2]])
 CASES = {
-    "causal": (ops.Seen(), {}),
-    "all": (ops.Seen(causal=False), {}),
-    "segments": (ops.Seen(segments=(SEGMENTS, SEGMENTS)), {}),
-    "padding": (ops.Seen(valid=LENGTHS, causal=False), {}),
-    "padding and segments": (ops.Seen(segments=(SEGMENTS, SEGMENTS), valid=LENGTHS), {}),
-    "window": (ops.Seen(window=jnp.int32(6)), {}),
-    "window on both sides": (ops.Seen(window=jnp.int32(6), causal=False), {}),
-    "soft cap": (ops.Seen(), {"softcap": 2.0, "scale": 0.7}),
-    "places": (ops.Seen(query=jnp.arange(T, dtype=jnp.int32)[::-1][None]), {}),
+    "causal": (ops.AttentionMask(), {}),
+    "all": (ops.AttentionMask(causal=False), {}),
+    "segments": (ops.AttentionMask(segments=(SEGMENTS, SEGMENTS)), {}),
+    "padding": (ops.AttentionMask(valid=LENGTHS, causal=False), {}),
+    "padding and segments": (ops.AttentionMask(segments=(SEGMENTS, SEGMENTS), valid=LENGTHS), {}),
+    "window": (ops.AttentionMask(window=jnp.int32(6)), {}),
+    "window on both sides": (ops.AttentionMask(window=jnp.int32(6), causal=False), {}),
+    "soft cap": (ops.AttentionMask(), {"softcap": 2.0, "scale": 0.7}),
+    "places": (ops.AttentionMask(query=jnp.arange(T, dtype=jnp.int32)[::-1][None]), {}),
 }
 
 
@@ -67,7 +67,7 @@ def close(got, want, tolerance: float = 2e-6) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max()))
 
 
-def counted(seen: ops.Seen, t: int = T) -> jax.Array:
+def counted(seen: ops.AttentionMask, t: int = T) -> jax.Array:
     return jnp.broadcast_to(jnp.any(seen.square(t, t), axis=2), (B, t)).astype(jnp.float32)
 
 
@@ -88,7 +88,9 @@ def check_parts_that_are_no_whole_blocks() -> None:
     up.
     """
     t = 1200
-    seen = ops.Seen(segments=(jnp.arange(t, dtype=jnp.int32)[None].repeat(B, 0) // 500,) * 2)
+    seen = ops.AttentionMask(
+        segments=(jnp.arange(t, dtype=jnp.int32)[None].repeat(B, 0) // 500,) * 2
+    )
     args = *heads(t, t), seen, jnp.ones((B, t))
     want = of_case(ops.Policy(attention="plain"), {})(*args)
     with jax.set_mesh(sharding.make_mesh("sequence=4")):
@@ -96,7 +98,7 @@ def check_parts_that_are_no_whole_blocks() -> None:
 
 
 def check_a_memory_of_another_length() -> None:
-    seen = ops.Seen(valid=jnp.arange(16)[None] < jnp.asarray([[9], [16]]), causal=False)
+    seen = ops.AttentionMask(valid=jnp.arange(16)[None] < jnp.asarray([[9], [16]]), causal=False)
     args = *heads(T, 16), seen, jnp.ones((B, T))
     want = of_case(ops.Policy(attention="plain"), {})(*args)
     with jax.set_mesh(sharding.make_mesh("sequence=4")):
@@ -129,9 +131,9 @@ def check_what_is_no_ring_is_gathered() -> None:
     """A bias, a mask, or positions that the devices do not divide: as on one device."""
     mask = jnp.asarray(np.random.default_rng(0).random((B, T, T)) < 0.7)
     for t, seen, options in (
-        (T, ops.Seen(), {"bias": random(1, H, T, T)}),
-        (T, ops.Seen(mask=mask, causal=False), {}),
-        (30, ops.Seen(), {}),
+        (T, ops.AttentionMask(), {"bias": random(1, H, T, T)}),
+        (T, ops.AttentionMask(mask=mask, causal=False), {}),
+        (30, ops.AttentionMask(), {}),
     ):
         args = *heads(t, t), seen, counted(seen, t)
         want = of_case(ops.Policy(attention="plain"), options)(*args)

@@ -99,7 +99,7 @@ def test_they_are_restored(tmp_path):
         params=tree.cast(FIRST, jnp.bfloat16),
         loss=losses.classification,
         checkpoints=tmp_path / place,
-        supervisor=distributed.Supervisor(stop=lambda i: i == stop),
+        supervisor=distributed.RunMonitor(stop=lambda i: i == stop),
     )
     whole, _ = run("a")
     run("b", 4)

@@ -24,7 +24,7 @@ from jaxmodel.models import gpt2
 from jaxmodel.optim.optimizers import optimizer
 from jaxmodel.optim.quantized import quantize_weights
 from jaxmodel.plan import collectives, moved
-from jaxmodel.train.exchange import Exchange, sum_int8, sum_top_k
+from jaxmodel.train.exchange import GradientCompression, sum_int8, sum_top_k
 from jaxmodel.train.state import init_state, state_shardings
 from jaxmodel.train.step import make_step
 
@@ -33,8 +33,8 @@ MODEL = gpt2.model(gpt2.Config(256, 128, 2, 4, 16), ops.Policy(axes=ops.MESH_AXE
 STREAM = data.Stream(
     data.windows(np.random.default_rng(0).integers(0, 16, 3000), 17, stride=16), 16, seed=1
 )
-EXACT = Exchange(smallest=10**9)  # sums all as they are
-TOP = Exchange("top_k", 0.05)
+EXACT = GradientCompression(smallest=10**9)  # sums all as they are
+TOP = GradientCompression("top_k", 0.05)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -96,7 +96,9 @@ def check_top_k_sums() -> dict:
 
 
 @functools.cache
-def compiled(mesh_shape: str, exchange: Exchange | None, accumulate: int = 1, codes: bool = False):
+def compiled(
+    mesh_shape: str, exchange: GradientCompression | None, accumulate: int = 1, codes: bool = False
+):
     """The mesh, the first state and the compiled step."""
     mesh = sharding.make_mesh(mesh_shape)
     trainable = [(".*", True)] if codes else None
@@ -161,7 +163,7 @@ def check_bytes() -> dict:
     for name, *case in (
         ("plain", None),
         ("exact in parts", EXACT, 2),
-        ("int8", Exchange()),
+        ("int8", GradientCompression()),
         ("top_k", TOP),
     ):
         found = collectives(compiled("data=8", *case)[2].as_text())
@@ -175,7 +177,7 @@ def check_planned() -> dict:
     mesh = sharding.make_mesh("data=8")
     out = {}
     shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in batch(mesh, 0).items()}
-    for name, exchange in (("int8", Exchange()), ("top_k", TOP)):
+    for name, exchange in (("int8", GradientCompression()), ("top_k", TOP)):
         config = train.TrainConfig(
             gradient_compression=exchange.kind, top_k_fraction=exchange.share
         )
@@ -189,7 +191,7 @@ def check_planned() -> dict:
 
 
 def check_losses() -> dict:
-    runs = {"plain": None, "int8": Exchange(), "top_k": TOP}
+    runs = {"plain": None, "int8": GradientCompression(), "top_k": TOP}
     out = {
         name: float(np.mean(trained(20, "data=8", exchange)[2][-5:]))
         for name, exchange in runs.items()
@@ -219,9 +221,9 @@ def check_residual() -> dict:
 
 def check_other_axes() -> dict:
     _, want, _ = trained(1, "data=8", None)
-    _, got, _ = trained(1, "data=4,tensor=2", Exchange())
-    found = moved(collectives(compiled("data=4,tensor=2", Exchange())[2].as_text()))
-    alone = moved(collectives(compiled("data=8", Exchange())[2].as_text()))
+    _, got, _ = trained(1, "data=4,tensor=2", GradientCompression())
+    found = moved(collectives(compiled("data=4,tensor=2", GradientCompression())[2].as_text()))
+    alone = moved(collectives(compiled("data=8", GradientCompression())[2].as_text()))
     return {
         "norm": got["grad_norm"] / want["grad_norm"],
         "share": found["all-to-all"] / alone["all-to-all"],
@@ -229,7 +231,7 @@ def check_other_axes() -> dict:
 
 
 def check_codes() -> dict:
-    state, _, losses = trained(10, "data=8", Exchange(), codes=True)
+    state, _, losses = trained(10, "data=8", GradientCompression(), codes=True)
     return {"leaf": type(state.params["embed"]).__name__, "losses": [losses[0], losses[-1]]}
 
 
@@ -307,17 +309,20 @@ def test_weights_that_are_codes_may_exchange_gradients_too(found):
 def test_without_the_axis_nothing_is_changed():
     params = {"w": jnp.ones((64, 128))}
     run = lambda trains, batch, rng: (("value", {}), trains)
-    assert Exchange("top_k").residual(params) is None
-    assert Exchange("top_k")(run, [])(params, {}, None) == ((("value", {}), params), None)
+    assert GradientCompression("top_k").residual(params) is None
+    assert GradientCompression("top_k")(run, [])(params, {}, None) == (
+        (("value", {}), params),
+        None,
+    )
 
 
 def test_bad_settings_are_refused():
     with pytest.raises(
         InputError, match="gradient_compression: 'int4' is not known; allowed: int8, top_k"
     ):
-        Exchange("int4")
+        GradientCompression("int4")
     with pytest.raises(InputError, match="share: 0.0 given; allowed: above 0 and at most 1"):
-        dataclasses.replace(Exchange(), share=0.0)
+        dataclasses.replace(GradientCompression(), share=0.0)
 
 
 if __name__ == "__main__":

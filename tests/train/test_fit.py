@@ -50,7 +50,7 @@ class Rows:
 
 
 def fit(config, folder=None, stream=Rows(), stop=None, **more):
-    supervisor = distributed.Supervisor(stop=lambda i: i == stop)
+    supervisor = distributed.RunMonitor(stop=lambda i: i == stop)
     if folder is None:
         return train.fit(
             MODEL, stream, config, loss=losses.classification, supervisor=supervisor, **more
@@ -144,7 +144,7 @@ def test_early_stopping_takes_the_best_weights(tmp_path):
     assert int(state.step) == best + 30 < 400  # three evaluations without a better one
     again, _ = train.fit(
         MODEL, stream, dataclasses.replace(config, patience=0), loss=losses.classification,
-        supervisor=distributed.Supervisor(stop=lambda i: i == best),
+        supervisor=distributed.RunMonitor(stop=lambda i: i == best),
     )  # fmt: skip
     assert tree.fingerprint(again.params) == tree.fingerprint(state.params)
     broken, _ = fit(config, tmp_path, stream, stop=best + 15, heldout=heldout)

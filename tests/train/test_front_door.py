@@ -146,7 +146,7 @@ def test_what_an_iterable_cannot_do_is_said(tmp_path):
 
 def test_a_list_resumes_to_the_same_bits(tmp_path):
     whole, _ = train.fit(MODEL, PAIRS, CONFIG)
-    stop = distributed.Supervisor(stop=lambda step: step == 3)
+    stop = distributed.RunMonitor(stop=lambda step: step == 3)
     train.fit(MODEL, PAIRS, CONFIG, checkpoints=tmp_path, supervisor=stop)
     state, _ = train.fit(MODEL, PAIRS, CONFIG, checkpoints=tmp_path)
     assert checkpoint.fingerprint(state) == checkpoint.fingerprint(whole)

@@ -125,16 +125,16 @@ def test_batches_of_unequal_size_and_rows_without_weight():
         "weights": np.repeat([1, 0], [N - 50, 4]),
     }
     found = tree.flatten(
-        train.set_batch_statistics(model, params, [{"features": FEATURES[:50]}, filled])
+        train.recalibrate_batch_norm(model, params, [{"features": FEATURES[:50]}, filled])
     )
     np.testing.assert_allclose(found[mean], FEATURES.mean(0), rtol=1e-4)
     np.testing.assert_allclose(found[var], FEATURES.var(0), rtol=1e-4)
     with pytest.raises(
         InputError, match="passes: 2 given; a foreign module normalises by each batch, allowed: 1"
     ):
-        train.set_batch_statistics(model, params, [filled], passes=2)
+        train.recalibrate_batch_norm(model, params, [filled], passes=2)
     with pytest.raises(InputError, match="batches: there is none in pass 1"):
-        train.set_batch_statistics(model, params, [])
+        train.recalibrate_batch_norm(model, params, [])
 
 
 PIXELS = RANDOM.normal(2.0, 1.5, (N, 6, 6, 1)).astype(np.float32)
@@ -144,7 +144,7 @@ CONFIG = train.TrainConfig(steps=6, eval_every=2, save_every=3, log_every=1, lea
 
 
 def fit(config=CONFIG, rows=IMAGES, batch=24, stop=None, **more):
-    supervisor = distributed.Supervisor(stop=lambda i: i == stop)
+    supervisor = distributed.RunMonitor(stop=lambda i: i == stop)
     heldout = data.Stream(IMAGES, 40)
     more = {"heldout": heldout, "loss": losses.classification, **more}
     return train.fit(MODEL, data.Stream(rows, batch), config, supervisor=supervisor, **more)
@@ -153,7 +153,7 @@ def fit(config=CONFIG, rows=IMAGES, batch=24, stop=None, **more):
 def by_hand(params, rows=IMAGES, batch=24):
     """Of all rows, in the batches of the first epoch."""
     stream = data.Stream(rows, batch)
-    return train.set_batch_statistics(MODEL, params, [stream.batch(i) for i in range(N // batch)])
+    return train.recalibrate_batch_norm(MODEL, params, [stream.batch(i) for i in range(N // batch)])
 
 
 def close(got, want):
@@ -203,7 +203,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path):
 def test_fewer_rows_than_a_batch_count_once():
     few = {name: a[:10] for name, a in IMAGES.items()}
     state, _ = fit(dataclasses.replace(CONFIG, steps=1), rows=few, batch=24)
-    close(state.params, train.set_batch_statistics(MODEL, state.params, [few]))
+    close(state.params, train.recalibrate_batch_norm(MODEL, state.params, [few]))
 
 
 def test_models_without_norms_cost_nothing():

@@ -25,7 +25,7 @@ from jaxmodel import data, losses, optim, train
 from jaxmodel.errors import InputError, within
 from jaxmodel.models import gpt2, mlp
 from jaxmodel.optim import optimizers
-from jaxmodel.train.evaluation import Scorer
+from jaxmodel.train.evaluation import Evaluator
 from jaxmodel.train.options import RANGES
 from jaxmodel.train.rewind import BadSteps
 
@@ -171,7 +171,7 @@ def scores(weights: list[float], batches: int = 2) -> dict[str, float]:
         "labels": np.zeros(4, np.int32),
         "weights": np.array(weights, np.float32),
     }
-    scorer = Scorer(MODEL, losses.classification, data.Stream(rows, 2), None, batches)
+    scorer = Evaluator(MODEL, losses.classification, data.Stream(rows, 2), None, batches)
     return scorer(jax.jit(MODEL.init)(jax.random.key(0)))
 
 

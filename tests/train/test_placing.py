@@ -35,7 +35,7 @@ def check_rows_on_a_mesh_that_follows_the_wires() -> None:
     """The rows of one host are not next to each other then."""
     order = [0, 4, 2, 6, 1, 5, 3, 7]
     mesh = sharding.make_mesh("data=2,fsdp=4", [jax.devices()[i] for i in order])
-    placed = placing.Placed(stream(), mesh)
+    placed = placing.ShardedLoader(stream(), mesh)
     want = stream().batch(3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: 2)
@@ -68,7 +68,7 @@ def check_a_memory_of_the_exchange_elsewhere(folder: str) -> None:
 
     def run(shape, steps):
         more = {"mesh": sharding.make_mesh(shape)} if shape else {}
-        stop = distributed.Supervisor(stop=lambda step: step == steps)
+        stop = distributed.RunMonitor(stop=lambda step: step == steps)
         return train.fit(wide, stream(), config, checkpoints=folder, supervisor=stop, **more)[0]
 
     assert run("data=4", 2).extra["residual"]["embed"].shape[0] == 4

@@ -151,7 +151,7 @@ def test_rows_of_a_mixture_are_compared_whatever_the_size():
     assert make(4, 4).fingerprint in fingerprints(make(6, 6), 4)
     assert make(4, 9).fingerprint in fingerprints(make(6, 9), 4)
     assert make(4, 4).fingerprint not in fingerprints(make(6, 6), 5)
-    assert fingerprints(data.Pairs(batch_size=4), 8) == set()
+    assert fingerprints(data.SyntheticSeq2Seq(batch_size=4), 8) == set()
 
 
 def test_a_shifted_stream_is_the_stream_from_a_row_on():

@@ -18,7 +18,7 @@ from jaxmodel.errors import InputError
 from jaxmodel.models import gpt2, llama, mlp
 from jaxmodel.report import training as page
 from jaxmodel.train import flops
-from jaxmodel.train.exchange import Exchange
+from jaxmodel.train.exchange import GradientCompression
 from jaxmodel.train.state import init_state
 from jaxmodel.train.step import make_step
 
@@ -224,6 +224,6 @@ def test_guards_and_exchanges_of_another_kind():
             step(init_state(params, SGD, guard=other), batch)
     state = init_state(params, SGD)
     state.extra["residual"] = {}
-    for exchange in (None, Exchange("int8")):
+    for exchange in (None, GradientCompression("int8")):
         with pytest.raises(InputError, match="exchange: the state has a residual"):
             make_step(MODEL, losses.classification, SGD, exchange=exchange)(state, batch)

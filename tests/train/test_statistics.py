@@ -58,7 +58,7 @@ def stem_moments(params, pixels) -> tuple[np.ndarray, np.ndarray]:
 
 def test_one_batch_makes_inference_equal_to_training(params, pixels):
     before = jax.tree.map(np.array, params)
-    found = train.set_batch_statistics(MODEL, params, [pixels])
+    found = train.recalibrate_batch_norm(MODEL, params, [pixels])
     close(logits(found, pixels), logits(params, pixels, train=True))
     chex.assert_trees_all_equal(params, before)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
@@ -71,7 +71,7 @@ def test_one_batch_makes_inference_equal_to_training(params, pixels):
 
 @pytest.mark.parametrize("sizes", [(12,), (5, 4, 3), (1,) * 12])
 def test_batches_of_any_sizes_merge_exactly(sizes, params, pixels):
-    found = train.set_batch_statistics(MODEL, params, iter(parts(pixels, *sizes)))
+    found = train.recalibrate_batch_norm(MODEL, params, iter(parts(pixels, *sizes)))
     mean, variance = stem_moments(params, pixels)
     close((found["stem_norm"]["mean"], found["stem_norm"]["variance"]), (mean, variance), 1e-6)
 
@@ -92,7 +92,7 @@ def test_the_variance_does_not_drown_in_a_large_mean(params, pixels):
     )
     letters = (("norm/(weight|bias)", "D"), ("norm/(mean|variance)", "D measured"))
     model = dataclasses.replace(model, axes=axes.Axes(letters))
-    found = train.set_batch_statistics(
+    found = train.recalibrate_batch_norm(
         model, {"norm": norm}, [{"pixels": rows} for rows in parts(x, 10, 20, 30)]
     )["norm"]
     np.testing.assert_allclose(found["variance"], x.astype(np.float64).var(0), rtol=1e-5)
@@ -107,7 +107,7 @@ def test_each_further_pass_makes_another_norm_exact(params, pixels):
         pixels * np.linspace(0.2, 3, 12, dtype=np.float32)[:, None, None, None], 5, 4, 3
     )
     first, exact = (
-        train.set_batch_statistics(MODEL, params, batches, passes=n) for n in (1, BEFORE + 1)
+        train.recalibrate_batch_norm(MODEL, params, batches, passes=n) for n in (1, BEFORE + 1)
     )
 
     def read(params):
@@ -131,16 +131,16 @@ def test_each_further_pass_makes_another_norm_exact(params, pixels):
 
 
 def test_stacked_and_single_layers_have_the_same_statistics(params, pixels):
-    stacked = train.set_batch_statistics(MODEL, params, parts(pixels, 7, 5))
-    single = train.set_batch_statistics(MODEL, tree.unstack(params), parts(pixels, 7, 5))
+    stacked = train.recalibrate_batch_norm(MODEL, params, parts(pixels, 7, 5))
+    single = train.recalibrate_batch_norm(MODEL, tree.unstack(params), parts(pixels, 7, 5))
     close(tree.unstack(stacked), single)
     again = MODEL.with_policy(ops.Policy(remat="full"))
-    close(train.set_batch_statistics(again, params, parts(pixels, 7, 5)), stacked)
+    close(train.recalibrate_batch_norm(again, params, parts(pixels, 7, 5)), stacked)
 
 
 def test_statistics_of_bfloat16_parameters_keep_their_dtype(params, pixels):
     narrow = tree.cast(params, jnp.bfloat16)
-    found = train.set_batch_statistics(MODEL, narrow, [pixels])
+    found = train.recalibrate_batch_norm(MODEL, narrow, [pixels])
     chex.assert_trees_all_equal_shapes_and_dtypes(found, narrow)
 
 
@@ -154,12 +154,12 @@ def test_on_a_mesh(devices8):
         alone, placed = resnet.model(config), resnet.model(config, ops.Policy(axes=ops.MESH_AXES))
         params = jax.jit(alone.init)(jax.random.key(0))
         rows = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
-        want = train.set_batch_statistics(alone, params, [rows[:8], rows[8:]], passes=2)
+        want = train.recalibrate_batch_norm(alone, params, [rows[:8], rows[8:]], passes=2)
         mesh = sharding.make_mesh("fsdp=4,tensor=2")
         on_mesh = sharding.place(alone.rules, params, mesh)
         lie = jax.NamedSharding(mesh, jax.P("fsdp"))
         with jax.set_mesh(mesh):
-            got = train.set_batch_statistics(
+            got = train.recalibrate_batch_norm(
                 placed, on_mesh, [jax.device_put(x, lie) for x in (rows[:8], rows[8:])], passes=2
             )
         for a, b, old in zip(*map(jax.tree.leaves, (got, want, on_mesh)), strict=True):
@@ -213,7 +213,7 @@ def test_training_leaves_them_and_folding_takes_them(params, pixels):
         for path, _ in jax.tree.leaves_with_path(state.opt_state)
     )
     assert judged(state.params)[1] < 1  # nobody set the statistics yet
-    final = train.set_batch_statistics(MODEL, state.params, [batch])
+    final = train.recalibrate_batch_norm(MODEL, state.params, [batch])
     want, accuracy = judged(final)
     assert accuracy == 1
     close(judged(fold_batch_norm(final, CONFIG.norm_eps))[0], want)
@@ -232,20 +232,20 @@ def test_a_rule_may_train_them(params):
 
 def test_what_cannot_be_measured_is_refused(params, pixels):
     with pytest.raises(InputError, match="batches: there is none in pass 1"):
-        train.set_batch_statistics(MODEL, params, [])
+        train.recalibrate_batch_norm(MODEL, params, [])
     with pytest.raises(
         InputError, match="batches: there is none in pass 2; a list of at least one is needed"
     ):
-        train.set_batch_statistics(MODEL, params, iter([pixels]), passes=2)
+        train.recalibrate_batch_norm(MODEL, params, iter([pixels]), passes=2)
     with pytest.raises(InputError, match="passes: 0 given"):
-        train.set_batch_statistics(MODEL, params, [pixels], passes=0)
+        train.recalibrate_batch_norm(MODEL, params, [pixels], passes=0)
     other = cnn.model(cnn.SIZES["tiny"])
     with pytest.raises(InputError, match="params: no batch norm is there"):
-        train.set_batch_statistics(other, jax.eval_shape(other.init, jax.random.key(0)), [pixels])
+        train.recalibrate_batch_norm(other, jax.eval_shape(other.init, jax.random.key(0)), [pixels])
     lost = {**params, "lost_norm": params["stem_norm"]}
     rules = (*MODEL.axes.rules, ("lost_norm/.*", "C0 measured"))
     declared = dataclasses.replace(MODEL, axes=axes.Axes(rules))
     with pytest.raises(
         InputError, match="params: the norm 'lost_norm' was never reached; is it used"
     ):
-        train.set_batch_statistics(declared, lost, [pixels])
+        train.recalibrate_batch_norm(declared, lost, [pixels])

@@ -212,7 +212,7 @@ def whole(family):
         params,
         run,
         run(params, {"pixels": PIXELS, "labels": LABELS}),
-        train.set_batch_statistics(model, params, [PIXELS]),
+        train.recalibrate_batch_norm(model, params, [PIXELS]),
     )
 
 
@@ -227,7 +227,7 @@ def test_batch_norms_do_not_see_rows_without_weight(family, places):
     weights = np.isin(np.arange(8), keep).astype(np.float32)
     got = run(params, {"pixels": pixels, "labels": labels, "weights": weights})
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5), got, want)
-    found = train.set_batch_statistics(
+    found = train.recalibrate_batch_norm(
         FAMILIES[family], params, [{"pixels": pixels, "weights": weights}]
     )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found, alone)

@@ -82,7 +82,8 @@ class BlockLinear(nn.Module):
         kept = leaf(self, "kept", normal, (rows, height, self.kept * width))
         # shifted by the layer, so that layers see different inputs and can still be scanned
         return add_bias(
-            self, ops.blocks(x, kept, (places + jnp.int32(layer)) % columns, self.policy)
+            self,
+            ops.block_sparse_matmul(x, kept, (places + jnp.int32(layer)) % columns, self.policy),
         )
 
     def edges(self, params: tree.Params, layer: int = 0, features: int | None = None) -> Edges:

@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 
 from jaxmodel import leaves, tree
 from jaxmodel.compress.apply import compress_bundle
-from jaxmodel.compress.recipes import NAMED
+from jaxmodel.compress.recipes import RECIPES
 from jaxmodel.errors import InputError, unknown
 from jaxmodel.hub import Bundle
 
-VERSIONS = ("f32", "bf16", *NAMED)
+VERSIONS = ("f32", "bf16", *RECIPES)
 
 
-def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Callable[[], Bundle]]:
+def variants(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Callable[[], Bundle]]:
     """Return functions that make the named variants of a bundle, for `evaluate.compare`.
 
     Nothing is made before they are called.
 
     Args:
       bundle: a bundle with plain float32 weights.
-      names: `f32`, `bf16` or names of recipes in `NAMED`.
+      names: `f32`, `bf16` or names of recipes in `RECIPES`.
 
     Raises:
       InputError: a name that is not known, or a bundle that is compressed already.
@@ -38,8 +38,8 @@ def versions(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
         )
 
     def make(name: str) -> Bundle:
-        if name in NAMED:
-            return compress_bundle(bundle, NAMED[name])[0]
+        if name in RECIPES:
+            return compress_bundle(bundle, RECIPES[name])[0]
         if name == "f32":
             # a new object, so that what it caches for running is freed with it
             return dataclasses.replace(bundle)
