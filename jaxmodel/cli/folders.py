@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxmodel import report
-from jaxmodel.cli.options import Common
+from jaxmodel.cli import config_file
+from jaxmodel.cli.options import Common, Train
 from jaxmodel.errors import InputError
 from jaxmodel.report.json_out import to_plain
 from jaxmodel.report.run import versions
@@ -32,6 +33,9 @@ def of_run(name: str, options: Common, resumed: str | None) -> report.Run:
         return report.Run(own, to_plain(config), versions())
     if resumed is None:
         folder = report.start_run(name, config, options.runs)
+        if isinstance(options, Train):
+            text = config_file.dumped(options, places=False)
+            (folder.folder / "config.yaml").write_text(text, encoding="utf-8")
     else:  # the versions of now; the file keeps those of then
         folder = dataclasses.replace(report.read_run(resumed), versions=versions())
     if jax.process_count() > 1:
@@ -50,6 +54,7 @@ def dropped_on_failure(folder: report.Run, resumed: str | None) -> Iterator[repo
         place = folder.folder
         if resumed is None and {path.name for path in place.iterdir()} <= {
             "config.json",
+            "config.yaml",
             "versions.json",
         }:
             shutil.rmtree(place, ignore_errors=True)

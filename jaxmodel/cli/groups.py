@@ -62,6 +62,7 @@ GROUPS: dict[str, str] = {
     **dict.fromkeys(
         ("json", "runs", "out", "profile", "tensorboard", "sample", "log_every"), "output options"
     ),
+    **dict.fromkeys(("config", "print_config"), "output options"),
     **dict.fromkeys(("eval_every", "eval_batches", "patience"), "evaluation options"),
 }
 """Option -> the box of the help where it stands; those of the work itself stand in `options`."""

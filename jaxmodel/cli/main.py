@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, check
+from jaxmodel.cli import config_file
+from jaxmodel.cli.options import VERBS, Common, Rerun, Resume, Train, check
 from jaxmodel.cli.words import checked, grouped
 from jaxmodel.errors import InputError, printable
 from jaxmodel.report.json_out import check_target, clean_stdout, emit
@@ -135,7 +136,7 @@ def read(args: Sequence[str]) -> Common:
       InputError: what tyro says in a box, as one line.
       SystemExit: after printing help.
     """
-    words = checked(args)
+    words = checked(config_file.expanded(args))
     kinds: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in VERBS.items()]
     union = kinds[0]
     for kind in kinds[1:]:
@@ -150,7 +151,11 @@ def read(args: Sequence[str]) -> Common:
             contextlib.redirect_stderr(said),
             contextlib.redirect_stdout(shown) if helps else contextlib.nullcontext(),
         ):
-            return tyro.cli(union, prog="jaxmodel", description=ABOUT, args=words)  # pyright: ignore
+            options: Any = tyro.cli(union, prog="jaxmodel", description=ABOUT, args=words)
+            if isinstance(options, Train) and options.print_config:
+                sys.stdout.write(config_file.dumped(options))
+                raise SystemExit(0)
+            return options
     except SystemExit as end:
         if end.code != 2:
             if helps:

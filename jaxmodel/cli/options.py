@@ -399,6 +399,14 @@ class Train(Common, TrainOptions):
         ),
     ] = None
     """Address where notices of maintenance stand; at one, the run saves and stops."""
+    config: Annotated[
+        str | None, arg(metavar="FILE", help_behavior_hint="(default: options alone)")
+    ] = None
+    """Take options from a YAML or TOML file with the sections model, data, optim, train and run;
+    those on the command line override it. Each run leaves such a file in its folder.
+    """
+    print_config: bool = False
+    """Print all options as such a file, and do nothing else."""
     profile: bool = False
     """Write an XProf trace of three steps into the run's folder."""
     tensorboard: bool = False

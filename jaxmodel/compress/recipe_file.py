@@ -78,7 +78,7 @@ def read_recipe(place: str | Path) -> Recipe:
         ) from None
     except OSError as error:
         raise InputError(f"recipe: {str(place)!r} cannot be read: {error.strerror}") from None
-    return from_record(_yaml(raw, str(path)), str(path))
+    return from_record(parse_yaml(raw, str(path)), str(path))
 
 
 def from_record(record: Any, where: str = "recipe") -> Recipe:
@@ -139,7 +139,7 @@ def _bases(recipe: Recipe) -> list[Recipe]:
     return [*RECIPES.values(), *own]
 
 
-def _yaml(raw: bytes, where: str) -> Any:
+def parse_yaml(raw: bytes, where: str) -> Any:
     """Parse YAML as plain data.
 
     Anchors are refused, since a small text could expand to a lot of data; so are duplicate keys and

@@ -100,7 +100,7 @@ def kfold(
 def subset(arrays: Mapping[str, np.ndarray], rows: Int[np.ndarray, " _"]) -> dict[str, np.ndarray]:
     """Select these rows of each array, as a dict for `Stream`.
 
-    >>> take({"x": np.arange(4) * 10, "labels": np.arange(4)}, np.array([3, 1]))
+    >>> subset({"x": np.arange(4) * 10, "labels": np.arange(4)}, np.array([3, 1]))
     {'x': array([30, 10]), 'labels': array([3, 1])}
     """
     return {name: array[rows] for name, array in arrays.items()}

@@ -46,7 +46,9 @@ def reads(model: Model, params: tree.Params | None = None) -> dict[str, Read]:
     def run(leaves: dict[str, Any], inputs: Any) -> list[Any]:
         return jax.tree.leaves(model.apply(tree.unflatten(leaves), inputs))
 
-    traced = jax.make_jaxpr(run)(leaves, model.inputs(1, 1)).jaxpr
+    nowhere = jax.sharding.AbstractMesh((), ())  # on a mesh with stages layers cannot be apart
+    with jax.sharding.use_abstract_mesh(nowhere):
+        traced = jax.make_jaxpr(run)(leaves, model.inputs(1, 1)).jaxpr
     bits = {path: 2 << i for i, path in enumerate(leaves)}  # 1 is for the inputs
     seeds = [bits[path] for path, leaf in leaves.items() for _ in jax.tree.leaves(leaf)]
     seeds += [1] * (len(traced.invars) - len(seeds))

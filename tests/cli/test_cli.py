@@ -146,7 +146,7 @@ def test_exceptions_from_a_recipe_by_rules_and_by_a_file(capsys, folder):
         == got
     )
     assert (
-        methods_of(capsys, folder, "--recipe", folder / "ruled", "--out", folder / "again") == got
+        methods_of(capsys, folder, "--recipe", folder / "ruled", "--out", folder / "repeated") == got
     )
     weights = [
         tree.fingerprint(hub.from_pretrained(folder / name).params)
@@ -307,6 +307,10 @@ def test_train_on_eight_devices_and_rerun(folder, monkeypatch):
     assert resolved["train"]["decay"] is None and resolved["mesh"] == {"fsdp": 4, "tensor": 2}
     assert resolved["model"]["family"] == "gpt2" and resolved["model"]["config"]["width"] == 32
     assert resolved["model"]["policy"]["axes"] and len(resolved["data"][0]["stream"]) == 64
+    again = read(["train", "--config", str(run / "config.yaml")])
+    assert dataclasses.replace(again, checkpoints=str(folder / "saved")) == read(
+        list(map(str, args))
+    )
     bundle = hub.from_pretrained(run / "bundle")
     assert sum(a.size for a in jax.tree.leaves(bundle.params)) == got["parameters"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == len(got["history"])

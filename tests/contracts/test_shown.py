@@ -141,7 +141,7 @@ def examples(folder) -> dict[str, object]:
         "PackedRows": data.pack([list(range(99))] * 40, length=128),
         "Bundle": hub.Bundle(model, params, tokenizer, {"name": EVIL}),
         "Collective": plan.Collective("all-reduce", 256, 4, 1),
-        "Completion": completion,
+        "GenerationResult": completion,
         "History": History(rows),
         "ImageFolder": data.ImageFolder(folder, (8, 8)),
         "Images": Images(arrays, arrays, EVIL, EVIL, "0" * 64),
