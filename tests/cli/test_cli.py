@@ -150,7 +150,7 @@ def test_exceptions_from_a_recipe_by_rules_and_by_a_file(capsys, folder):
     )
     weights = [
         tree.fingerprint(hub.from_pretrained(folder / name).params)
-        for name in ("ruled", "filed", "again")
+        for name in ("ruled", "filed", "repeated")
     ]
     assert len(set(weights)) == 1
 
