@@ -1,13 +1,13 @@
 """A linear map of which nine blocks in ten are zero, against the dense map in XLA on this device,
 forward and backward.
 
-A `BlockSparse` leaf in `ops.einsum`; `ops.block_sparse_matmul`, whose places are known apart (the fixed masks of
-`connect.BlockLinear`); the masked dense weight, which is what a mask costs without kernels; the
-plain dense one; and an unstructured `Sparse` leaf with as many weights, which is expanded in every
-call. All in float32, taking turns in one run; the shortest of the repeats counts. CPU seconds, of
-all threads, stand beside those of the clock, because on a busy machine the longer function is
-interrupted more often and the clock flatters the shorter: with 9.4 % of the products, more than
-10.7x is not from fewer products alone.
+A `BlockSparse` leaf in `ops.einsum`; `ops.block_sparse_matmul`, whose places are known apart (the
+fixed masks of `connect.BlockLinear`); the masked dense weight, which is what a mask costs without
+kernels; the plain dense one; and an unstructured `Sparse` leaf with as many weights, which is
+expanded in every call. All in float32, taking turns in one run; the shortest of the repeats counts.
+CPU seconds, of all threads, stand beside those of the clock, because on a busy machine the longer
+function is interrupted more often and the clock flatters the shorter: with 9.4 % of the products,
+more than 10.7x is not from fewer products alone.
 
 Command:  python experiments/block_sparse.py [--quick] [--seed N] --json -
 Cost:     about 1 minute on two cores; --quick about half of that.

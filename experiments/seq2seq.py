@@ -1,11 +1,11 @@
 """Encoders with decoders, from the start, on made pairs: copy a text, reverse it, write a date as
 year, month and day.
 
-Four models learn all three tasks at once from characters (`data.SyntheticSeq2Seq`); the first character of a
-source says which task it is. They are judged by whole targets, of which no character may be wrong,
-on pairs whose targets are not in the training stream (they are parted by a hash), written greedily
-and by beam search. Updates and learning rates were chosen on fresh pairs of the training part,
-before the held-out ones were looked at.
+Four models learn all three tasks at once from characters (`data.SyntheticSeq2Seq`); the first
+character of a source says which task it is. They are judged by whole targets, of which no character
+may be wrong, on pairs whose targets are not in the training stream (they are parted by a hash),
+written greedily and by beam search. Updates and learning rates were chosen on fresh pairs of the
+training part, before the held-out ones were looked at.
 
 Command:  python experiments/seq2seq.py [--quick] [--seed N] --json -
 Cost:     about 6 minutes of training on two quiet cores (10 on a busy machine); --quick about 2.

@@ -59,8 +59,8 @@ The first entry counts whose mesh axis no earlier axis of the leaf took.
 
 ROLES = ("matrix", "experts", "router", "table", "head", "vector", "measured")
 """What a leaf of one layer is: a matrix, a matrix for each expert (`E` in front), the matrix that
-chooses experts, a table whose rows are looked up, a matrix whose outputs are those of the model (`V`
-or `c` in front), a vector or scalar, a statistic.
+chooses experts, a table whose rows are looked up, a matrix whose outputs are those of the model
+(`V` or `c` in front), a vector or scalar, a statistic.
 """
 
 type Roles = Callable[[str, tuple[int, ...]], str]  # path and shape of one layer's leaf -> its role

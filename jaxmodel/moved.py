@@ -51,7 +51,8 @@ _MOVED = {
     },
     "generation": {
         "generation.beam": "Beams",
-        "generation": "Request=GenerationRequest Sampling=SamplingParams running_only=for_inference",
+        "generation": "Request=GenerationRequest Sampling=SamplingParams "
+        "running_only=for_inference",
         "generation.generate": "Completion=GenerationResult",
         "generation.hypotheses": "Hypothesis",
         "generation.sampling": "filter_logits sample",
@@ -112,7 +113,8 @@ _MOVED = {
     },
     "train": {
         "adapt": (
-            "ADAPTERS LoRA last_layers layer_rates lora merge_adapters replace_head transplant=load_matching "
+            "ADAPTERS LoRA last_layers layer_rates lora merge_adapters replace_head "
+            "transplant=load_matching "
             "with_adapters"
         ),
         "checkpoint": "Checkpoints Keep=RetentionPolicy fingerprint",
@@ -122,7 +124,8 @@ _MOVED = {
         ),
         "contrib.selfsupervised": "patch_error restored two_views",
         "contrib.semi": "linear_ramp pseudo_labels",
-        "distributed": "Ledger=GoodputRecorder Supervisor=RunMonitor Watchdog process_began stop_signals",
+        "distributed": "Ledger=GoodputRecorder Supervisor=RunMonitor Watchdog process_began "
+        "stop_signals",
         "losses": (
             "Loss autoencoder classification contrastive cross_entropy next_token regression "
             "regularized supervised"

@@ -6,11 +6,13 @@ import dataclasses
 import importlib
 
 import jax
+import numpy as np
 import pytest
 
 from jaxmodel import hub, moved, ops, train
 from jaxmodel.cli.words import checked
 from jaxmodel.models import llama
+from jaxmodel.train import flops
 
 OLD = [
     (package, home, old, new or old)
@@ -58,3 +60,9 @@ def test_what_was_never_there_is_not_found():
     for package in moved._MOVED:
         with pytest.raises(AttributeError, match="nowhere"):
             importlib.import_module(f"jaxmodel.{package}").nowhere  # noqa: B018
+
+
+def test_operations_from_shapes_alone():
+    params = {"up": {"kernel": np.ones((4, 8), np.float32)}, "norm": np.ones(4, np.float32)}
+    with pytest.warns(DeprecationWarning, match="takes the model first"):
+        assert flops.per_token(params, 16, 0) == 6 * 32

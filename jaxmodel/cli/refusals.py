@@ -67,7 +67,8 @@ def check(options: Train) -> None:
             )
     if options.batch % options.gradient_accumulation_steps:
         raise InputError(
-            f"--gradient-accumulation-steps: {options.gradient_accumulation_steps} micro-batches do not divide a batch of "
+            f"--gradient-accumulation-steps: {options.gradient_accumulation_steps} micro-batches "
+            f"do not divide a batch of "
             f"{options.batch} rows"
         )
     if options.processes > 1 and options.batch % (options.processes * options.devices_per_process):
@@ -100,7 +101,8 @@ def check(options: Train) -> None:
             and "JAX_NUM_PROCESSES" not in os.environ
         ):
             raise InputError(
-                f"--{name.replace('_', '-')}: {getattr(options, name)} given without an axis {axis} in --mesh, so "
+                f"--{name.replace('_', '-')}: {getattr(options, name)} given without an axis "
+                f"{axis} in --mesh, so "
                 f"it does nothing"
             )
     if options.sample is not None and not options.sample:

@@ -1,11 +1,11 @@
 """Batches of training data as pure functions of (seed, step), from texts, images or arrays.
 
 Text: load it, cut it into windows or pack its documents into bins, and make a `Stream`. Images:
-load them with their labels and stream their rows. `SyntheticSeq2Seq` makes pairs of texts. Larger than memory:
-`documents` reads any format from anywhere, `tokenize` writes `Shards` once, `PackedShards` and
-`ShardWindows` read rows of them, and `ImageFolder` reads rows of files. `answers` makes rows of
-chats and of prompts with completions, `labelled` of texts with labels. `Mixture` mixes streams, and
-`WithUnlabelled` puts unlabelled rows beside labelled ones.
+load them with their labels and stream their rows. `SyntheticSeq2Seq` makes pairs of texts. Larger
+than memory: `documents` reads any format from anywhere, `tokenize` writes `Shards` once,
+`PackedShards` and `ShardWindows` read rows of them, and `ImageFolder` reads rows of files.
+`answers` makes rows of chats and of prompts with completions, `labelled` of texts with labels.
+`Mixture` mixes streams, and `WithUnlabelled` puts unlabelled rows beside labelled ones.
 
 >>> import numpy as np
 >>> stream = Stream(windows(range(100), length=9, stride=8), batch_size=4, seed=0)

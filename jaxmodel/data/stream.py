@@ -28,7 +28,9 @@ Handing a batch over to the loop costs as much time as computing a small one.
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of batches for training, such as `Stream`, `Mixture` or `synthetic.SyntheticSeq2Seq`."""
+    """A source of batches for training, such as `Stream`, `Mixture` or
+    `synthetic.SyntheticSeq2Seq`.
+    """
 
     @property
     def batch_size(self) -> int:
@@ -84,8 +86,8 @@ class Stream:
     images and labels, give batches of their rows, unchanged and in their own dtypes.
 
     Attributes:
-      data: `PackedRows`; windows, an integer array [N, T + 1]; a dict of arrays [N, ...]; or `Rows` such
-        as `PackedShards`.
+      data: `PackedRows`; windows, an integer array [N, T + 1]; a dict of arrays [N, ...]; or `Rows`
+        such as `PackedShards`.
       batch_size: rows in a batch, B.
       seed: 0 to 2^64 - 1.
 

@@ -23,8 +23,8 @@ from jaxmodel.leaves.adapted import SUFFIX
 type Groups = Sequence[tuple[str, ...]]
 
 GROUPS = (("q", "k", "v"), ("gate", "up"))
-"""The names of leaves that `Attention`, `MLP` and the experts read as one where they are one. A model
-of these layers says so: `Axes(..., fused=GROUPS)`.
+"""The names of leaves that `Attention`, `MLP` and the experts read as one where they are one. A
+model of these layers says so: `Axes(..., fused=GROUPS)`.
 """
 
 

@@ -41,8 +41,8 @@ def supervised(
         with `functools.partial`.
       smoothing: the share of each label that is spread over other classes, in training only; see
         `smooth`.
-      means: the distribution `[C, C]` to spread towards for each class, see `online_label_smoothing`; None for
-        the uniform one.
+      means: the distribution `[C, C]` to spread towards for each class, see
+        `online_label_smoothing`; None for the uniform one.
       class_weights: the weight of each class; see `balanced_weights` and `effective_weights`.
 
     Returns:

@@ -53,8 +53,9 @@ def smooth(
     Args:
       labels: distributions t.
       share: the share s, from 0 to 1.
-      means: a distribution for each class, as `online_label_smoothing` returns it, for online label smoothing
-        (Zhang et al., 2020), where the hard label has the weight 1 - s. None for the uniform one.
+      means: a distribution for each class, as `online_label_smoothing` returns it, for online label
+        smoothing (Zhang et al., 2020), where the hard label has the weight 1 - s. None for the
+        uniform one.
 
     Raises:
       InputError: the share is outside of 0 to 1, or `means` has another number of classes.

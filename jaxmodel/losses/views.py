@@ -79,9 +79,9 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
     """Make a contrastive loss of pairs of views.
 
     The batch has `views` `[B, 2, ...]`, two versions of the model's only input, and optionally
-    `views_mask` `[B, 2, T]`, true for the tokens of texts, and `weights` `[B]`. The model reads all 2B views as one batch, and its outputs `[2B, D]` are
-    compared. Rows are compared with each other, so the loss of a batch taken in parts differs: each
-    part has fewer rows to tell apart.
+    `views_mask` `[B, 2, T]`, true for the tokens of texts, and `weights` `[B]`. The model reads all
+    2B views as one batch, and its outputs `[2B, D]` are compared. Rows are compared with each
+    other, so the loss of a batch taken in parts differs: each part has fewer rows to tell apart.
 
     Args:
       each: `info_nce`, `nt_xent` or your own; bind the temperature with `functools.partial`.

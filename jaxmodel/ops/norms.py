@@ -81,8 +81,8 @@ def batch_norm(
       weight: the factor of the normalised values.
       bias: what is added to them.
       mean: the running mean `[D]`, by which inference normalises. It is set, not trained, so it has
-        no gradient; see `jaxmodel.train.recalibrate_batch_norm`. Or a `BatchStatsProbe`, which also measures
-        x.
+        no gradient; see `jaxmodel.train.recalibrate_batch_norm`. Or a `BatchStatsProbe`, which also
+        measures x.
       variance: the running variance, likewise.
       eps: added to the variance.
       train: normalise by the moments of x itself, over all axes but the last, for the rows that

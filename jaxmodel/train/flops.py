@@ -8,13 +8,16 @@ from __future__ import annotations
 import functools
 import math
 import time
+import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmodel import tree
-from jaxmodel.axes import assign, role_of
+from jaxmodel.axes import UNDECLARED, assign, role_of
+from jaxmodel.leaves.adapted import SUFFIX
 from jaxmodel.models import Model
 from jaxmodel.models.reads import reads
 
@@ -37,8 +40,8 @@ _PRODUCTS = ("matrix", "experts", "router", "head")
 
 
 def per_token(
-    model: Model,
-    params: tree.Params,
+    model: Any,
+    params: Any,
     length: int,
     experts: float = 1.0,
     *,
@@ -70,6 +73,8 @@ def per_token(
     >>> per_token(model, shapes, 0, trains=part) == 2 * layer + 4 * head
     True
     """
+    if not isinstance(model, Model):
+        return _by_shapes(model, params, length, int(experts))
     shapes = {
         layer: tree.layer_shape(path, leaf)
         for path, leaf in tree.flatten(params).items()
@@ -96,6 +101,21 @@ def per_token(
             share = experts if kind == "experts" else 1.0
             cost += share * (2 + 2 * (path in learnt) + 2 * passed) * math.prod(shapes[path])
     return cost + 2.0 * length * width * (len(layers) + 2 * sum(layers.values()))
+
+
+def _by_shapes(params: tree.Params, length: int, width: int, depth: int = 1) -> float:
+    """Count as `per_token(params, length, width, depth)` did, from shapes and guessed roles.
+
+    Where there are adapters, they alone train.
+    """
+    warnings.warn("flops.per_token takes the model first now", DeprecationWarning, stacklevel=3)
+    leaves = tree.flatten(params)
+    role = role_of(UNDECLARED)
+    kinds = {path: role(path, leaf.shape) for path, leaf in leaves.items()}
+    products = (*_PRODUCTS, *(() if "head" in kinds.values() else ("table",)))
+    each = 4 if any(f"{SUFFIX}/" in path for path in leaves) else 6
+    sizes = [math.prod(leaves[path].shape) for path, kind in kinds.items() if kind in products]
+    return float(each * (sum(sizes) + depth * length * width))
 
 
 @functools.cache

@@ -229,6 +229,7 @@ class _Run:
             self.supervisor.ledger.restored(int(restored.step))
             found = restored
         elif state is not None:
+            position.check_size(state, self.stream.batch_size)
             key = jax.random.key(config.seed)
             found = _going_on(state, self.like, lambda params: program.start(key, params).extra)
         else:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel.data import Batches, Shifted
+from jaxmodel.errors import InputError
 from jaxmodel.train.state import TrainState
 
 BATCH_SIZE, FIRST_ROW = "batch_size", "first_row"
@@ -38,6 +39,21 @@ def at_row(state: TrainState, batch_size: int) -> TrainState:
         extra[name] = jax.device_put(jnp.int32(value), extra[name].sharding)
     step = jax.device_put(jnp.int32(data_step), state.data_step.sharding)
     return dataclasses.replace(state, data_step=step, extra=extra)
+
+
+def check_size(state: TrainState, batch_size: int) -> None:
+    """Refuse a batch size at which `data_step` alone no longer says where a state stands.
+
+    Raises:
+      InputError: the rows that were taken are no whole number of such batches.
+    """
+    then = int(state.extra.get(BATCH_SIZE, 0))
+    if then and then != batch_size and (row := next_row(state)) % batch_size:
+        raise InputError(
+            f"batch_size: {batch_size} given for a state that has taken {row} rows in batches of "
+            f"{then}; allowed: a divisor of {row}; or a state from "
+            f"train.position.at_row(state, {batch_size}), whose batches begin in between"
+        )
 
 
 def counted_as(state: TrainState, other: TrainState) -> TrainState:

@@ -146,7 +146,8 @@ def test_exceptions_from_a_recipe_by_rules_and_by_a_file(capsys, folder):
         == got
     )
     assert (
-        methods_of(capsys, folder, "--recipe", folder / "ruled", "--out", folder / "repeated") == got
+        methods_of(capsys, folder, "--recipe", folder / "ruled", "--out", folder / "repeated")
+        == got
     )
     weights = [
         tree.fingerprint(hub.from_pretrained(folder / name).params)

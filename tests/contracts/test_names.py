@@ -1,5 +1,5 @@
-"""No name of a leaf means anything: a family whose leaves are called otherwise, and misleadingly, is
-treated as its axes say.
+"""No name of a leaf means anything: a family whose leaves are called otherwise, and misleadingly,
+is treated as its axes say.
 """
 
 from __future__ import annotations

@@ -76,8 +76,9 @@ def test_some_kinds_have_leaves_of_every_number_of_axes():
 
 
 def test_named_recipes_take_every_kind(kind):
-    """All matrices but routers, and no vectors (of which experts have one each), which the rules decide: one recipe for each kind (the rules of all
-    are the same, see above), and every chain for every number of axes of a leaf.
+    """All matrices but routers, and no vectors (of which experts have one each), which the rules
+    decide: one recipe for each kind (the rules of all are the same, see above), and every chain for
+    every number of axes of a leaf.
 
     What comes out is traced, and that of one is run; test_models.py runs each kind of leaf.
     """

@@ -220,7 +220,8 @@ def test_bad_input_is_one_clear_line() -> None:
 WRONG = [
     (
         "Stream([[1, 2], [3, 4]], 1)",
-        "data: list given; allowed: PackedRows, windows, a dict of arrays, PackedShards, ShardWindows, ",
+        "data: list given; allowed: PackedRows, windows, a dict of arrays, PackedShards, "
+        "ShardWindows, ",
     ),
     (
         'Stream({"x": [1, 2]}, 1)',

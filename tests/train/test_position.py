@@ -56,6 +56,7 @@ def test_every_row_comes_once_whatever_the_sizes(sizes):
     for part, size in enumerate(sizes, 1):
         watched = Watched(data.Stream(ROWS, size, seed=5))
         config = dataclasses.replace(CONFIG, steps=3 * part)
+        state = None if state is None else position.at_row(state, size)
         state, history = fit(watched, config, state=state)
         taken = watched.seen[-3 * size :]
         seen += taken
@@ -90,7 +91,7 @@ def test_a_size_that_stays_ends_in_the_same_bits(tmp_path):
     """Behind a change too: broken at a step after it and gone on with."""
     stream = data.Stream(ROWS, 7)
     first, _ = fit(data.Stream(ROWS, 8), CONFIG)
-    whole, _ = fit(stream, dataclasses.replace(CONFIG, steps=6), state=first)
+    whole, _ = fit(stream, dataclasses.replace(CONFIG, steps=6), state=position.at_row(first, 7))
     config = dataclasses.replace(CONFIG, steps=6, save_every=1)
 
     class Stop(Exception):
@@ -101,7 +102,7 @@ def test_a_size_that_stays_ends_in_the_same_bits(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        fit(stream, config, [end], state=first, checkpoints=tmp_path)
+        fit(stream, config, [end], state=position.at_row(first, 7), checkpoints=tmp_path)
     again, _ = fit(stream, config, checkpoints=tmp_path)
     assert checkpoint.fingerprint(again) == checkpoint.fingerprint(whole)
 
@@ -168,3 +169,11 @@ def test_a_shifted_stream_is_the_stream_from_a_row_on():
     with pytest.raises(InputError, match="first_row: -1 given"):
         data.Shifted(stream, -1)
     assert jax.tree.structure(stream.batch(0)) == jax.tree.structure(shifted.batch(0))
+
+
+def test_a_size_between_whose_batches_a_state_stands_is_refused():
+    state, _ = fit(data.Stream(ROWS, 8), CONFIG)
+    with pytest.raises(InputError, match="16 given for a state that has taken 24 rows in batches"):
+        fit(data.Stream(ROWS, 16), dataclasses.replace(CONFIG, steps=4), state=state)
+    go_on = position.at_row(state, 16)
+    fit(data.Stream(ROWS, 16), dataclasses.replace(CONFIG, steps=4), state=go_on)
