@@ -126,8 +126,6 @@ def new_config(options: Train, task: str | None = None, **more: Any) -> Any:
     changed: dict[str, Any] = {name: value for name, value in given.items() if name in fields}
     if "head" in fields and task in HEADS:
         changed |= {"head": HEADS[task], **({} if task == "classify" else {"labels": ()})}
-    if task == "seq2seq" and "start" in fields and "start" not in more:
-        changed.pop("start", None)
     return dataclasses.replace(config, **changed)
 
 

@@ -1,4 +1,4 @@
-"""SamplingParams of the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+"""Sampling of the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
 
 Nothing sorts the whole vocabulary: on a CPU a sort of 49,152 logits takes 9 ms per row, half of a
 decode step.

@@ -81,7 +81,8 @@ def fit(
       callbacks: each is called with every row of the history.
       params: parameters to start from; None for fresh ones from the seed.
       state: a state to continue from, up to `config.steps` steps in all; it stays usable. The
-        result is that of an uninterrupted run.
+        result is that of an uninterrupted run. If it stands between two batches of the size given
+        now, give `train.position.at_row(state, batch_size)`.
       heldout: the data of the held-out loss, in the same forms. For data with a `count`, such as a
         `Stream`, each row (or each of the first `config.eval_rows`) is evaluated once; for data
         without an end, the first `config.eval_batches` batches are.
