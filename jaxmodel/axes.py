@@ -1,29 +1,31 @@
-"""Axes: what a model declares about its leaves, once.
+"""Axes: a model's single declaration of what the axes of its parameters mean.
 
-A model's `Axes` gives each leaf of one layer its axes in the letters that `ops.einsum` reads:
+A model's `Axes` names the axes of each leaf of one layer, in the letters that `ops.einsum` reads:
 `("blocks/.*/attn/q", "(KGh)D")` for a weight `[K * G * h, D]`. A letter stands for a set of units:
 hidden units `F`, groups of heads `K`, experts `E`, channels `C`, the residual stream `D`, the
-vocabulary `V`. From the declaration follow where leaves lie on a mesh (`specs`), which leaves are
-matrices, tables or vectors (`roles`), and which axes of which leaves belong together (`groups`):
-what prunes, merges, permutes or scales a unit has to treat all of them alike.
+vocabulary `V`. Three things follow from the declaration: how each leaf is placed on a mesh
+(`specs`), whether a leaf is a matrix, a table or a vector (`roles`), and which axes of which leaves
+belong together (`groups`). Code that prunes, merges, permutes or scales a unit must treat all axes
+of its group alike.
 
-How a leaf's axes are written. One letter is one axis. Letters in parentheses share an axis, the
-first of them slowest, so `(KGh)` is heads one after the other. Names in brackets stand one behind
-the other along an axis: `[C0+C1]` is a concatenation. A letter may carry a number (`C0`, `C12`). A
-capital letter is a set of units in no order: if they change places in all leaves of their group,
-the model computes the same. A small letter (`h` of a head, which rotary positions order; `x` of a
-kernel, `c` of classes) and those that `Axes.ordered` lists (`V`) have an order that something
-outside of the weights knows; `_` is an axis that nothing is said about. A word may follow: `table`
-for rows that are looked up, `router` for a matrix whose outputs choose experts, `measured` for
-statistics that no optimiser trains. `...` alone says nothing about any axis, however many there
-are; what such a leaf is, is guessed from its name and shape.
+Syntax. One letter is one axis. Letters in parentheses share an axis, slowest first: `(KGh)` is one
+head after another. Brackets denote a concatenation along an axis: `[C0+C1]`. A letter may carry a
+number (`C0`, `C12`). A capital letter is a set of unordered units: if they are permuted in all
+leaves of their group, the model computes the same. A small letter (`h` of a head, which rotary
+positions order; `x` of a kernel; `c` of classes) and the letters listed in `Axes.ordered` (`V`)
+have an order that is fixed by something other than the weights. `_` is an axis about which nothing
+is declared. A word may follow: `table` for rows that are looked up, `router` for a matrix whose
+outputs choose experts, `measured` for statistics that no optimiser trains. `...` alone declares
+nothing about any axis, however many there are; the role of such a leaf is guessed from its name and
+shape.
 
-Which letters are the same units. A letter belongs to its layer, and outside of layers to its
-folder: `F` of `blocks/3` and of `blocks/4` are two sets. Those that `Axes.shared` lists (by default
-`D` and `V`) and all with a number are one set in the whole tree.
+Scope. A letter belongs to its layer, and outside of layers to its folder: `F` of `blocks/3` and `F`
+of `blocks/4` are two sets. The letters listed in `Axes.shared` (by default `D` and `V`) and all
+letters with a number are one set in the whole tree.
 
 >>> mlp = Axes((("blocks/.*/up", "FD"), ("blocks/.*/down", "DF"), ("norm", "D")))
->>> params = {"norm": jnp.ones(2), "blocks": {"0-1": {"up": jnp.ones((2, 3, 2)), "down": jnp.ones((2, 2, 3))}}}
+>>> layers = {"up": jnp.ones((2, 3, 2)), "down": jnp.ones((2, 2, 3))}
+>>> params = {"norm": jnp.ones(2), "blocks": {"0-1": layers}}
 >>> {name: (group.size, len(group.members)) for name, group in groups(mlp, params).items()}
 {'D': (2, 5), 'blocks/0/F': (3, 2), 'blocks/1/F': (3, 2)}
 >>> smaller = select(mlp, params, {"blocks/1/F": jnp.array([0, 2])})
@@ -54,26 +56,26 @@ PLACEMENT = (
 )
 """Letter of a parameter's axis -> axis of the mesh.
 
-The first entry counts whose mesh axis no earlier axis of the leaf took.
+The first entry whose mesh axis is still free in the leaf counts.
 """
 
 ROLES = ("matrix", "experts", "router", "table", "head", "vector", "measured")
-"""What a leaf of one layer is: a matrix, a matrix for each expert (`E` in front), the matrix that
-chooses experts, a table whose rows are looked up, a matrix whose outputs are those of the model
-(`V` or `c` in front), a vector or scalar, a statistic.
+"""Roles of a layer's leaf: a matrix, a stack of matrices with one for each expert (`E` first), the
+matrix that chooses experts, a table whose rows are looked up, a matrix whose outputs are those of
+the model (`V` or `c` first), a vector or scalar, a statistic.
 """
 
 type Roles = Callable[[str, tuple[int, ...]], str]  # path and shape of one layer's leaf -> its role
 
 type Product = tuple[str, ...]
-type Axis = tuple[Product, ...]  # the parts of a concatenation; most axes have one
+type Axis = tuple[Product, ...]  # the parts of a concatenation; most axes have only one
 
-_OUTSIDE = ((("V",),), (("c",),))  # what comes out of a head
+_OUTSIDE = ((("V",),), (("c",),))  # the outputs of a head
 _VECTORS = re.compile(r"(?i)(.*/)?([^/]*norm[^/]*/[^/]*|[^/]*bias|scale|[^/]*token|cls|class)")
 _TABLES = re.compile(r"(.*/)?[^/]*(embed|positions|tokens)[^/]*")
 _HEADS = re.compile(r"(.*/)?[^/]*head[^/]*")
 _EXPERTS = (("E",),)
-_STATE = "state/"  # what a foreign module keeps stands there
+_STATE = "state/"  # where the state of a foreign module is kept
 _ANY = "..."
 _AXIS = re.compile(r"_|[A-Za-z]\d*|\(([A-Za-z]\d*)+\)|\[[^\[\]]*\]")
 _UNITS = re.compile(r"_|[A-Za-z]\d*")
@@ -81,7 +83,7 @@ _UNKNOWN: Axis = (("_",),)
 
 
 class Letters(NamedTuple):
-    """The axes of one leaf, read from their text."""
+    """The axes of one leaf, parsed from their text."""
 
     axes: tuple[Axis, ...]
     role: str
@@ -92,23 +94,23 @@ class Letters(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The declaration of a model.
+    """The axes that a model declares for its leaves.
 
     Attributes:
       rules: (pattern of layer paths, letters), or with a third entry, the `PartitionSpec` of leaves
-        that lie in another way than their letters say. The patterns are those of `tree`: the first
-        match wins, `tree.optional` may match nothing.
-      sizes: (letter, size) of letters that the shapes do not tell, such as `h` where heads share an
-        axis.
+        that are not placed by their letters. The patterns are those of `tree`: the first match
+        wins, and `tree.optional` may match nothing.
+      sizes: (letter, size) of letters whose size the shapes do not determine, such as `h` where
+        heads share an axis.
       shared: letters without a number that are one set in the whole tree.
-      ordered: capital letters whose order something outside of the weights knows: the vocabulary,
-        always; `D` where the model returns activations or adds fixed positions, channels that group
-        norms take by groups.
-      fused: names of leaves of one folder that read one input, and that the model's layers also
-        read where they are one leaf; see `layers.fuse`.
+      ordered: capital letters whose order is fixed by something other than the weights: always the
+        vocabulary; `D` where the model returns activations or adds fixed positions; channels that a
+        group norm divides into groups.
+      fused: names of leaves in one folder that read the same input and that the model's layers also
+        accept as one leaf; see `layers.fuse`.
 
     Raises:
-      InputError: letters that cannot be read.
+      InputError: letters that cannot be parsed.
     """
 
     rules: tuple[tuple[str, str] | tuple[str, str, PartitionSpec], ...]
@@ -123,19 +125,18 @@ class Axes:
 
     @property
     def highest(self) -> int:
-        """The highest number of a letter, -1 if none has one."""
+        """The highest number that a letter carries, or -1 if none carries one."""
         return max(
             (int(n) for _, text, *_ in self.rules for n in re.findall(r"\d+", text)), default=-1
         )
 
     def under(self, prefix: str, number: int) -> Axes:
-        """The declaration of the same leaves below a prefix, for a model that holds several.
+        """Return the declaration of the same leaves under a prefix, for a model that has several.
 
         Args:
-          prefix: of the paths, without its slash.
+          prefix: of the paths, without the trailing slash.
           number: of the letters that are one set in the whole tree: `D` becomes `D1`, so that each
-            model keeps a `D` of its own. A letter that has a number gets one that is higher by
-            `number + 1`.
+            model keeps its own `D`. A letter that already has a number is raised by `number + 1`.
 
         >>> Axes((("up", "FD"), ("norm", "D"))).under("image", 1).rules
         (('image/(?:up)', 'FD1'), ('image/(?:norm)', 'D1'))
@@ -158,9 +159,9 @@ class Axes:
 
 
 class Member(NamedTuple):
-    """One axis of one layer's leaf, or a part of it, in which a group's units stand:
+    """One axis of a layer's leaf, or a part of it, that holds the units of a group.
 
-    `[before, size, after]` from `start` on.
+    The units are at `[before, size, after]`, beginning at `start`.
     """
 
     path: str
@@ -171,9 +172,9 @@ class Member(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A set of units and all places where they stand.
+    """A set of units and every place that holds them.
 
-    `ordered` says that the units cannot change places without changing what the model computes.
+    `ordered` means that permuting the units changes what the model computes.
     """
 
     letter: str
@@ -184,13 +185,13 @@ class Group(NamedTuple):
 
 @functools.cache
 def read(text: str) -> Letters:
-    """Read the axes of a leaf, as the head of this file says how they are written.
+    """Parse the axes of a leaf; the head of this file describes the syntax.
 
     >>> read("(Kh)D").axes
     ((('K', 'h'),), (('D',),))
 
     Raises:
-      InputError: the text is something else.
+      InputError: the text is not of this form.
     """
     letters, *words = text.split(" ") if text else [""]
     role = words[0] if words else ""
@@ -213,13 +214,15 @@ def read(text: str) -> Letters:
 
 
 def guessed(path: str, shape: tuple[int, ...]) -> str:
-    """The role of a leaf that nobody declared, from its name and shape: of another's module, or of
-    an optimiser used by itself.
+    """Guess the role of an undeclared leaf from its name and shape.
 
-    A leaf of three axes or more that is longer than one along one of them only is a vector.
+    Such leaves belong to foreign modules, or to an optimiser that is used by itself. A leaf with
+    three or more axes of which only one is longer than 1 is a vector.
 
-    >>> guessed("Dense_0/kernel", (4, 3)), guessed("LayerNorm_0/scale", (3,)), guessed("cls", (1, 1, 3)), guessed("embed", (9, 3))
-    ('matrix', 'vector', 'vector', 'table')
+    >>> guessed("Dense_0/kernel", (4, 3)), guessed("embed", (9, 3))
+    ('matrix', 'table')
+    >>> guessed("LayerNorm_0/scale", (3,)), guessed("cls", (1, 1, 3))
+    ('vector', 'vector')
     """
     if path.startswith(_STATE):
         return "measured"
@@ -230,7 +233,7 @@ def guessed(path: str, shape: tuple[int, ...]) -> str:
 
 
 def role_of(axes: Axes) -> Roles:
-    """Tell the role of single leaves, which may be some of a model's."""
+    """Return a function that gives the role of a leaf; the leaves need not be a whole model."""
     known = [(re.compile(pattern), read(text).role) for pattern, text, *_ in axes.rules]
 
     @functools.cache
@@ -242,12 +245,13 @@ def role_of(axes: Axes) -> Roles:
 
 
 UNDECLARED = Axes(((".*", _ANY),))
-"""The axes of a model of which nothing is known; every device has all of it."""
+"""The axes of a model about which nothing is declared; every device holds all of it."""
 
 
 def trainable(axes: Axes) -> Callable[[str], bool]:
-    """Tell which leaves train where nobody says: all but statistics, which have no gradient, yet
-    an optimiser's decay would move them.
+    """Return the default test of which leaves train: all but statistics.
+
+    Statistics have no gradient, but the weight decay of an optimiser would change them.
 
     Returns:
       layer path -> bool, for `tree.partition`.
@@ -257,11 +261,14 @@ def trainable(axes: Axes) -> Callable[[str], bool]:
 
 
 def heads(axes: Axes, params: tree.Params) -> set[str]:
-    """The layer paths of the model's head: the leaves whose outputs are those of the model (`V` or
-    `c` among their axes) and that are no tables, and what stands in one folder with them.
+    """Return the layer paths of the model's head.
+
+    These are the leaves whose outputs are those of the model (`V` or `c` among their axes) and that
+    are not tables, and all leaves in the same folder.
 
     >>> head = {"classes": jnp.ones((3, 2)), "pool": jnp.ones((2, 4))}
-    >>> sorted(heads(Axes((("head/classes", "cF"), ("head/pool", "FD"), ("norm", "D"))), {"head": head, "norm": jnp.ones(4)}))
+    >>> axes = Axes((("head/classes", "cF"), ("head/pool", "FD"), ("norm", "D")))
+    >>> sorted(heads(axes, {"head": head, "norm": jnp.ones(4)}))
     ['head/classes', 'head/pool']
     """
     role = role_of(axes)
@@ -284,11 +291,11 @@ def heads(axes: Axes, params: tree.Params) -> set[str]:
 
 
 def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
-    """The letters of each layer path.
+    """Return the letters of each layer path.
 
     Raises:
-      InputError: a leaf without letters, with more or fewer than it has axes, or a rule that
-        decides nothing.
+      InputError: a leaf without letters, or with a number of letters other than its number of axes,
+        or a rule that decides nothing.
     """
     texts = tree.assign([(pattern, text) for pattern, text, *_ in axes.rules], params)
     found = {}
@@ -305,7 +312,7 @@ def assign(axes: Axes, params: tree.Params) -> dict[str, Letters]:
 
 
 def roles(axes: Axes, params: tree.Params) -> dict[str, str]:
-    """The role of each layer path: one of `ROLES`.
+    """Return the role of each layer path: one of `ROLES`.
 
     Raises:
       InputError: see `assign`.
@@ -317,7 +324,7 @@ def roles(axes: Axes, params: tree.Params) -> dict[str, str]:
 
 @functools.cache
 def specs(axes: Axes, placement: tuple[tuple[str, str], ...] = PLACEMENT) -> tree.Rules:
-    """Rules path -> `PartitionSpec`, for `sharding.shardings`.
+    """Return the rules path -> `PartitionSpec` for `sharding.shardings`.
 
     Args:
       axes: of a model.
@@ -330,15 +337,16 @@ def specs(axes: Axes, placement: tuple[tuple[str, str], ...] = PLACEMENT) -> tre
 
 
 def groups(axes: Axes, params: tree.Params) -> dict[str, Group]:
-    """All sets of units by name: `D` where the whole tree shares it, `blocks/7/F` where it belongs
-    to a layer.
+    """Return all sets of units by name.
+
+    The name is `D` for a set of the whole tree, and `blocks/7/F` for a set of one layer.
 
     Args:
       axes: of the model.
       params: arrays, compressed leaves or shapes.
 
     Raises:
-      InputError: see `assign`; sizes that contradict each other or that nothing tells.
+      InputError: see `assign`; also sizes that are contradictory or undetermined.
     """
     by_path = assign(axes, params)
     shapes = _shapes(params)
@@ -366,8 +374,9 @@ def groups(axes: Axes, params: tree.Params) -> dict[str, Group]:
 
 
 def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> tree.Params:
-    """Keep some units of groups, in the order given, in every leaf that has them; a permutation
-    keeps all.
+    """Keep the given units of groups, in the given order, in every leaf that contains them.
+
+    A permutation keeps all units.
 
     Args:
       axes: of the model.
@@ -375,7 +384,7 @@ def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> t
       units: name of a group -> indices, int `[n]`.
 
     Raises:
-      InputError: a name that is no group's.
+      InputError: the name of no group.
     """
     known = groups(axes, params)
     params = tree.unstack(params)
@@ -385,7 +394,7 @@ def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> t
     for name, index in units.items():
         group = groups(axes, params)[name]
         leaves = tree.flatten(params)
-        # The last part of a concatenation first, so that what stands before it has not moved yet.
+        # Start with the last part of a concatenation: it must not move the parts before it.
         for member in sorted(group.members, key=lambda member: member.start, reverse=True):
             leaves[member.path] = _take(leaves[member.path], member, index, group.size)
         params = tree.unflatten(leaves)
@@ -393,17 +402,15 @@ def select(axes: Axes, params: tree.Params, units: Mapping[str, jax.Array]) -> t
 
 
 def narrower(axes: Axes, whole: tree.Params, params: tree.Params) -> dict[str, int]:
-    """The groups of units of which parameters have fewer than a model's config says, with how many
-    they have.
+    """Return the groups with fewer units than the config says, and their sizes.
 
     Args:
       axes: of the model.
-      whole: the shapes of its config.
-      params: what is there.
+      whole: the shapes that follow from its config.
+      params: the actual parameters.
 
     Raises:
-      InputError: leaves that differ in anything else, such as one that is missing or narrower than
-        its group.
+      InputError: any other difference, such as a leaf that is missing or narrower than its group.
     """
     wanted = groups(axes, whole)
     there = groups(axes, params)
@@ -422,11 +429,15 @@ def narrower(axes: Axes, whole: tree.Params, params: tree.Params) -> dict[str, i
 
 
 def shapes(axes: Axes, whole: tree.Params, fewer: Mapping[str, int]) -> tree.Params:
-    """The shapes of parameters with fewer units in some groups (see `narrower`), a layer each.
+    """Return the shapes of parameters with fewer units in some groups, one layer at a time.
+
+    Args:
+      axes: of the model.
+      whole: the shapes that follow from its config.
+      fewer: name of a group -> number of its units; see `narrower`.
 
     Raises:
-      InputError: a name that is no group's, or one of units in an order, or more of them than the
-        config says.
+      InputError: the name of no group or of an ordered one, or more units than the config says.
     """
     known = groups(axes, whole)
     for name, size in fewer.items():
@@ -465,7 +476,7 @@ def _spec(letters: Letters, placement: Sequence[tuple[str, str]]) -> PartitionSp
             if own == letter and place not in taken
         )
         taken.append(next(free, None))
-    if len(taken) == 1 and taken[0] == "fsdp":  # a vector is too small to be gathered for every use
+    if len(taken) == 1 and taken[0] == "fsdp":  # a vector is too small to gather it for every use
         taken = []
     while taken and taken[-1] is None:
         taken.pop()
@@ -485,9 +496,7 @@ def _shapes(params: tree.Params) -> dict[str, tuple[int, ...]]:
 
 
 def _scoped(axes: Axes, path: str, letter: str) -> str:
-    """The name of a letter's set of units: its layer's or folder's path in front, unless the whole
-    tree shares it.
-    """
+    """Return the name of a letter's set: after its layer or folder, unless the tree shares it."""
     if len(letter) > 1 or letter in axes.shared:
         return letter
     keys = path.split("/")
@@ -501,8 +510,9 @@ def _scoped(axes: Axes, path: str, letter: str) -> str:
 def _sizes(
     axes: Axes, by_path: Mapping[str, Letters], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, int]:
-    """The size of each set of units: axes of one unknown letter tell it, until no axis tells
-    anything new.
+    """Solve for the size of each set of units.
+
+    Axes with one unknown letter determine it; this is repeated until nothing new is found.
     """
     given = dict(axes.sizes)
     known = {}
@@ -540,15 +550,15 @@ def _sizes(
             unknown = sorted(name for name in _flat(parts) if size(name) is None)
             names = ", ".join(unknown)
             raise InputError(
-                f"axes: no leaf tells how the {length} of {path!r} part into {names}; give them "
-                f"as sizes"
+                f"axes: no leaf determines how {length} of {path!r} is split into {names}; give "
+                f"their sizes"
             )
         waiting = left
     return known
 
 
 def _solve(parts, length, name, size) -> int:
-    """The size of the one unknown letter of an axis."""
+    """Return the size of the one unknown letter of an axis."""
     rest = sum(math.prod(size(other) for other in names) for names in parts if name not in names)
     with_it = sum(
         math.prod(size(other) for other in names if other != name)
@@ -563,7 +573,7 @@ def _flat(parts: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def written(axis: Axis) -> str:
-    """The text of an axis."""
+    """Return the text of an axis."""
     products = ["".join(product) for product in axis]
     if len(products) > 1:
         return f"[{'+'.join(products)}]"

@@ -153,7 +153,7 @@ def test_a_leaf_of_which_nothing_is_said_has_its_role_by_its_shape():
             lambda: axes.groups(
                 Axes((("a", "(Kh)D"), ("b", "D"))), {"a": jnp.ones((6, 3)), "b": jnp.ones(3)}
             ),
-            "no leaf tells how the 6 of 'a' part into K, h; give them as sizes",
+            "no leaf determines how 6 of 'a' is split into K, h; give their sizes",
         ),
         (
             lambda: axes.groups(Axes((("a", "(Kh)"),), (("h", 4),)), {"a": jnp.ones(6)}),

@@ -1,7 +1,6 @@
-"""Weights that other people trained, and our own on disk: HF folders, GGUF files, tokenizers, names
-per family.
+"""Trained weights: HF folders, GGUF files, tokenizers and the names that each family uses.
 
-What `__init__.pyi` lists is imported when it is first used: `jaxmodel.data` asks for the images
+The names listed in `__init__.pyi` are imported on first use: `jaxmodel.data` imports the image code
 alone, without JAX.
 """
 

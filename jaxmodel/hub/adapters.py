@@ -1,13 +1,13 @@
-"""Adapters (LoRA) on disk, in PEFT's layout: a folder of a few MB beside the model that they belong
-to.
+"""Adapters (LoRA) on disk, in PEFT's layout: a folder of a few MB beside the base model.
 
-    adapter_config.json         rank, alpha, which modules
-    adapter_model.safetensors   `base_model.model.<module>.lora_A.weight` [r, in] and `...lora_B.weight` [out, r], under HF names
+    adapter_config.json         rank, alpha, target modules
+    adapter_model.safetensors   `base_model.model.<module>.lora_A.weight` [r, in] and
+                                `...lora_B.weight` [out, r], under HF names
 
-`save_adapters` writes it, `add_adapters` and `from_pretrained(model, adapters=folder)` read it,
-theirs and ours. A bundle with adapters is saved whole: the folder of its weights with these two
-files in it. Where a file joins several of our weights (GPT-2's q, k and v), the adapters of the
-parts are joined too: `lora_B` is zero where a part does not read a rank.
+`save_adapters` writes such a folder; `add_adapters` and `from_pretrained(model, adapters=folder)`
+read one, whether we or PEFT wrote it. A bundle with adapters is saved as one folder: its weights
+and these two files. Where a file joins several of our weights (GPT-2's q, k and v), their adapters
+are joined too: `lora_B` is zero where a part does not use a rank.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ STEM = "base_model.model."
 
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>(embedding_)?[AB])(\.[^.]+)??(\.weight)?")
 
-# What adapter_config.json may say of these keys; of a key that is not here only what is empty or
-# off.
+# The allowed values of these keys of adapter_config.json; any other key must be empty or off.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    # others change the weights of the base
+    # other methods change the base weights
     "init_lora_weights": (
         True,
         False,
@@ -95,8 +94,8 @@ _ANY = {
         "qalora_group_size",
     ),
 }
-type Adapter = dict[str, np.ndarray]  # of a layer: down [r, in], up [out, r], scale
-type Entry = tuple[Name, str, tuple[int, ...]]  # of a leaf, its path, its shape
+type Adapter = dict[str, np.ndarray]  # of one layer: down [r, in], up [out, r], scale
+type Entry = tuple[Name, str, tuple[int, ...]]  # the leaf's name, path and shape
 
 _TASKS = {"CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
 _TASKS |= {"ConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -105,19 +104,18 @@ _TASKS |= {"ConditionalGeneration": "SEQ_2_SEQ_LM"}
 def save_adapters(
     bundle: Any, folder: str | Path, *, base: str | None = None, also: str | None = None
 ) -> Path:
-    """Write the adapters of a bundle alone, atomically, as PEFT reads them.
+    """Write only the adapters of a bundle, atomically, in the layout that PEFT reads.
 
     Args:
       bundle: a `Bundle` with adapters (see `adapt.lora`).
-      folder: a new or empty one, or one of adapters, which is replaced.
-      base: how the model is called that they belong to, a hub id or a folder; None for the name on
-        the bundle's card.
-      also: pattern of whole leaves that were trained too and go with them (PEFT's
+      folder: a new or empty folder, or a folder of adapters, which is replaced.
+      base: name of the base model: a hub id or a folder; None for the name on the bundle's card.
+      also: pattern of whole leaves that were trained too and are saved with the adapters (PEFT's
         `modules_to_save`), such as `head|norm/.*`.
 
     Raises:
-      InputError: no adapters; one for which PEFT's layout has no place; a folder that holds
-        something else.
+      InputError: no adapters; an adapter that PEFT's layout cannot hold; a folder with other
+        content.
     """
     tree.check(bundle.params)
     _, adapters = split_adapters(bundle.params)
@@ -138,17 +136,17 @@ def add_adapters[B: Any](
 ) -> B:
     """Return the bundle with the adapters of a folder.
 
-    Where there are some already, both count: the sum is what is computed.
+    If the bundle has adapters already, the new ones are added to them.
 
     Args:
-      bundle: a `Bundle` of the model that they belong to; its weights may be compressed.
+      bundle: a `Bundle` of the base model; its weights may be compressed.
       folder: in PEFT's layout.
-      weight: what they are multiplied with.
-      mesh: on which the bundle's parameters lie.
+      weight: factor by which the adapters are multiplied.
+      mesh: on which the bundle's parameters are placed.
 
     Raises:
-      InputError: a file is missing or damaged; a kind of adapter other than LoRA, or a setting of
-        it that is not read; a module that the model does not have.
+      InputError: a missing or damaged file; an adapter other than LoRA, or an unsupported setting;
+        a module that the model does not have.
     """
     folder = Path(folder)
     tree.check(bundle.params)
@@ -170,7 +168,7 @@ def add_adapters[B: Any](
             found.setdefault(match["module"], {})[match["kind"]] = array
         else:
             whole[key.removeprefix(STEM).replace(".base_layer.", ".")] = (
-                array  # PEFT adds tables that have adapters
+                array  # PEFT also saves the tables that have adapters
             )
     if not found:
         raise InputError(f"{file}: it holds no adapters")
@@ -188,7 +186,7 @@ def add_adapters[B: Any](
             f"{file}: {module}", entries, pair, (ours or {}).get(module), rank, dtype
         ).items():
             adapters[path] = {**one, "scale": np.asarray(scale * weight, np.float32)}
-            # it goes on where the adapters are trained further
+            # kept for further training of the adapters
             if rate := config.get("lora_dropout"):
                 adapters[path]["dropout"] = np.asarray(rate, np.float32)
     params = _beside(_replaced(bundle.params, whole, layout, file), adapters, mesh)
@@ -199,7 +197,7 @@ def add_adapters[B: Any](
 
 
 def write(bundle: Any, folder: Path, base: str | None = None, also: str | None = None) -> None:
-    """The two files of a bundle's adapters, into a folder that is being written."""
+    """Write the two files of a bundle's adapters into a folder that is being saved."""
     layout = _Layout(bundle.model)
     role = role_of(bundle.model.axes)
     tensors: dict[str, np.ndarray] = {}
@@ -214,7 +212,9 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
         down, up, scale, where = _joined(adapters)
         ranks[module], alphas[module] = len(down), float(scale) * len(down)
         parts |= {module: where} if where else {}
-        if role(adapters[0][1], (1, 1)) == "table":  # looked up, which PEFT names otherwise
+        if (
+            role(adapters[0][1], (1, 1)) == "table"
+        ):  # PEFT has other names for tables that are looked up
             tensors |= {
                 f"{STEM}{module}.lora_embedding_A": up.T,
                 f"{STEM}{module}.lora_embedding_B": down.T,
@@ -258,7 +258,7 @@ def write(bundle: Any, folder: Path, base: str | None = None, also: str | None =
 
 
 def _layers(params: tree.Params) -> dict[str, Adapter]:
-    """Return the adapter of each layer's leaf, by the path of the leaf."""
+    """Return the adapter of each layer's leaf, by the leaf's path."""
     out: dict[str, Adapter] = {}
     for path, leaf in tree.flatten(params).items():
         for i, layer in enumerate(tree.layer_paths(path) if is_adapter(path) else ()):
@@ -272,8 +272,9 @@ def _layers(params: tree.Params) -> dict[str, Adapter]:
 def _joined(
     adapters: Sequence[tuple[Name, str, Adapter]],
 ) -> tuple[Any, Any, Any, dict[str, list[int]]]:
-    """The adapter of a module: of its one leaf, or of those that the file joins; and which ranks
-    each of these has.
+    """Return the adapter of one module, and the ranks that each of its leaves uses.
+
+    The module is a single leaf, or the leaves that the file joins.
     """
     name, _, first = adapters[0]
     if name.part is None:
@@ -298,16 +299,14 @@ def _joined(
 
 
 def _rows(name: Name, count: int) -> tuple[slice, int]:
-    """Where the `count` rows of a leaf stand among those of its module, and how many the module
-    has.
-    """
+    """Return the slice of a leaf's `count` rows in its module, and the module's row count."""
     i, sizes = name.part or (0, (1,))
     unit = count // sizes[i]
     return slice(unit * sum(sizes[:i]), unit * sum(sizes[: i + 1])), unit * sum(sizes)
 
 
 def _whole(bundle: Any, names: tuple[Name, ...], also: str | None) -> dict[str, np.ndarray]:
-    """Return the tensors of the leaves that are saved whole."""
+    """Return the tensors of the leaves that are saved in full."""
     if also is None:
         return {}
     if not _compiles(also):
@@ -335,8 +334,9 @@ def _whole(bundle: Any, names: tuple[Name, ...], also: str | None) -> dict[str, 
 
 
 def _targets(modules: set[str], known: Iterable[str]) -> list[str]:
-    """The names of the modules: the last parts alone, where every module of that name has an
-    adapter.
+    """Return the names of the modules.
+
+    The last part alone names a module if every module with that last part has an adapter.
     """
     last = lambda module: module.rpartition(".")[2]
     ends = set(map(last, modules))
@@ -351,7 +351,7 @@ def _check_places(bundle: Any) -> None:
     layout = _Layout(bundle.model)
     for path in _layers(bundle.params):
         name, _ = layout.adapted(path)
-        if layout.tied(path):  # there it would be of the lookup alone
+        if layout.tied(path):  # PEFT would apply it to the lookup alone
             raise InputError(
                 f"bundle: the adapter of {path!r} is one of the head too, as both are one table; "
                 f"PEFT has no such"
@@ -367,7 +367,7 @@ def _check_places(bundle: Any) -> None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, in which nothing is said that is not read."""
+    """Read adapter_config.json and refuse any setting that is not supported."""
     config = schema.read(folder / CONFIG, schemas.Adapter)
     given = {"r": 8, "lora_alpha": 8, **config}
     config = {**given, **{key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}}
@@ -394,7 +394,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not all([config["lora_alpha"], *config["alpha_pattern"].values()]):
         raise InputError(f"{folder / CONFIG}: an alpha is 0; allowed: any other number")
     for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
-        # of no more than a few steps at each letter, as it is somebody else's
+        # A foreign pattern may take no more than a few steps per character.
         simple = (
             re.fullmatch(r"[\w.\\^$|()*-]+", pattern)
             and pattern.count("*") <= 3
@@ -417,7 +417,7 @@ def _compiles(pattern: str) -> bool:
 
 
 def _scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """Return the rank of a module and what its product is multiplied with."""
+    """Return the rank of a module and the factor of its product."""
 
     def of(pattern: str, default: str) -> Any:
         for key, value in config[pattern].items():
@@ -431,7 +431,7 @@ def _scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """The arrays; and where we wrote the file, which ranks the parts of joined modules have."""
+    """Read the arrays and, in a file that we wrote, the ranks of the parts of joined modules."""
     try:
         open_regular(file).close()
         with safe_open(file, framework="numpy") as opened:
@@ -451,7 +451,7 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
 
 
 class _Layout:
-    """Where the modules and tensors of the HF model stand in ours."""
+    """The correspondence between the modules and tensors of the HF model and ours."""
 
     def __init__(self, model: Model):
         self.family, self.hf = family_of(model)
@@ -468,7 +468,7 @@ class _Layout:
                     )
 
     def find[T](self, known: Mapping[str, T], name: str, where: Path) -> T:
-        """What is known by a name, which may lack the prefix that some files leave out."""
+        """Look up a name, which may lack the prefix that some files omit."""
         for full in (name, self.family.prefix + name):
             if full in known:
                 return known[full]
@@ -476,7 +476,7 @@ class _Layout:
         raise InputError(f"{where}: {name!r} has no place in this model; there is {close}")
 
     def tied(self, path: str) -> bool:
-        """Return whether the head is this table too."""
+        """Return whether the head shares this table."""
         return any(
             path == of and tensor not in self.tensors for tensor, of in self.family.copies.items()
         )
@@ -495,7 +495,7 @@ def _parts(
     rank: int,
     dtype: Any,
 ) -> dict[str, Adapter]:
-    """`down` and `up` of each leaf behind a module."""
+    """Return `down` and `up` of each leaf of a module."""
     table = "embedding_A" in arrays
     if set(arrays) != ({"embedding_A", "embedding_B"} if table else {"A", "B"}):
         raise InputError(
@@ -529,7 +529,7 @@ def _parts(
 def _replaced(
     params: tree.Params, whole: Mapping[str, np.ndarray], layout: _Layout, where: Path
 ) -> tree.Params:
-    """Replace the leaves that the folder holds whole, and return the parameters."""
+    """Return the parameters with the leaves that the folder holds in full."""
     leaves = tree.flatten(params)
     places = {layer: (path, i) for path in leaves for i, layer in enumerate(tree.layer_paths(path))}
     for tensor, array in whole.items():
@@ -560,8 +560,9 @@ def _replaced(
 def _beside(
     params: tree.Params, new: Mapping[str, Adapter], mesh: jax.sharding.Mesh | None
 ) -> tree.Params:
-    """The parameters with adapters of layers; segments are split where the adapters of their layers
-    differ in shape.
+    """Return the parameters with the adapters of layers.
+
+    Segments are split where the adapters of their layers differ in shape.
     """
     base, _ = split_adapters(params)
     adapters = dict(_layers(params))
@@ -592,7 +593,7 @@ def _beside(
 
 
 def _sum(one: Adapter, other: Adapter) -> Adapter:
-    """An adapter that computes the sum of two; of two rates of dropout the higher is left."""
+    """Return an adapter that computes the sum of two, with the higher of the two dropout rates."""
     ratio = (other["scale"] / one["scale"]).astype(np.float32)
     up = np.concatenate([one["up"], (other["up"] * ratio).astype(one["up"].dtype)], axis=1)
     rates = [a["dropout"] for a in (one, other) if "dropout" in a]

@@ -1,4 +1,4 @@
-"""Texts to learn answers from: token ids, and which of them the model is to learn to say."""
+"""Texts for training on answers: token ids, and a mask of those that the model learns."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ type Messages = Sequence[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A text with the parts of it that are to be learnt.
+    """A text and the parts of it that are learned.
 
     Attributes:
       ids: of its tokens.
-      learnt: for each whether it counts in the loss as a target.
+      learnt: for each token, whether it is a target of the loss.
     """
 
     ids: list[int]
@@ -28,7 +28,7 @@ class Answer:
 
 
 def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Answer:
-    """A completion behind its prompt, of which the completion and the end of the text are learnt.
+    """Return a prompt with its completion; the completion and the end of the text are learned.
 
     >>> from jaxmodel.hub import train_bpe
     >>> tokenizer = train_bpe([], 257)
@@ -54,29 +54,29 @@ def of_chat(
     template: str | None = None,
     **more: Any,
 ) -> list[Answer]:
-    """A conversation as the chat template writes it, of which what the assistant says is learnt.
+    """Return a conversation as the chat template writes it; only the assistant's words are learned.
 
-    That is what stands in the template's `{% generation %}`, as of transformers'
-    `return_assistant_tokens_mask`. Of a template without, it is what a message of the assistant
-    adds to the messages in front and the opening of its answer; so the end of the turn is learnt
-    too.
+    These are the parts inside the template's `{% generation %}`, as in transformers'
+    `return_assistant_tokens_mask`. With a template that has none, they are what a message of the
+    assistant adds to the preceding messages and the opening of its answer; so the end of the turn
+    is learned too.
 
     Args:
       tokenizer: with a chat template.
-      messages: as of `Tokenizer.apply_chat`.
-      first: number of the first message that may be learnt.
-      tools: see `Tokenizer.apply_chat`; so are the rest.
-      documents: what answers rest on.
-      template: name of one of several.
-      **more: what else the template reads.
+      messages: see `Tokenizer.apply_chat`.
+      first: index of the first message that may be learned.
+      tools: see `Tokenizer.apply_chat`.
+      documents: that the answers rest on.
+      template: name of one of several templates.
+      **more: other variables of the template.
 
     Returns:
-      The one conversation; or one for each answer, with what stands in front of it, where the
-      template writes an answer otherwise when more messages follow (as those do that leave old
-      reasoning out).
+      One `Answer` for the conversation; or one for each of the assistant's answers, with what
+      precedes it, where the template writes an answer differently when more messages follow
+      (templates that drop old reasoning do).
 
     Raises:
-      InputError: no message of the assistant, or see `Tokenizer.apply_chat`.
+      InputError: no message of the assistant; see also `Tokenizer.apply_chat`.
     """
     chosen = chat.choose(tokenizer.chat_template, template, tools is not None)
     special = tokenizer.named_tokens
@@ -127,7 +127,7 @@ def _in_common(one: str, other: str) -> int:
 def _learnt(
     tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[bool]]:
-    """Return the ids of a text, and whether each has a character of the spans."""
+    """Return the ids of a text, and whether each has a character within the spans."""
     ids, offsets = backends.encode_offsets(tokenizer.backend, text)
     return ids, [
         any(start < last and end > first for first, last in spans) for start, end in offsets

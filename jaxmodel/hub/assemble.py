@@ -1,9 +1,8 @@
-"""From the tensors of a file to a parameter tree: checked first, then read a leaf at a time into
-the place where it stays.
+"""Parameter trees from the tensors of a file.
 
-On a mesh each device's slice is read by itself. On a CPU a slice is read into the very buffer that
-the device uses, so loading takes the memory of the weights and of the one tensor that is being
-converted.
+All tensors are checked first. Then each leaf is read directly into its final place. On a mesh, each
+device's slice is read by itself. On a CPU, a slice is read into the buffer that the device uses, so
+loading takes the memory of the weights plus that of the one tensor being converted.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from jaxmodel.leaves.leaf import from_tensors, tensor_names
 from jaxmodel.models import Model
 from jaxmodel.progress import progress
 
-ALIGNED = 64  # bytes; a buffer that starts on such an address is taken by a CPU device as it is
+ALIGNED = 64  # bytes; a CPU device uses a buffer with this alignment without copying it
 type Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 
@@ -43,19 +42,18 @@ def assemble(
     """Return the parameters of a model.
 
     Args:
-      model: whose leaves are looked for.
-      family: what its files may leave out or hold besides.
+      model: whose leaves are read.
+      family: which tensors its files may omit or have in addition.
       names: the file's entry of each leaf.
       tensors: the file.
       fields: the static fields of compressed leaves by their packed name.
-      narrow: the groups of units of which there are fewer than the config says, see
-        `axes.narrower`.
-      dtype: of plain floating leaves; None for as they are stored.
-      mesh: to place them on by the model's rules; None for the default device.
+      narrow: the groups with fewer units than the config says, see `axes.narrower`.
+      dtype: of plain floating leaves; None for the stored dtype.
+      mesh: on which they are placed by the model's rules; None for the default device.
 
     Raises:
-      InputError: a tensor is missing, does not fit, or has no place. Nothing is read before all is
-        checked.
+      InputError: a tensor is missing, has the wrong shape, or has no place. Everything is checked
+        before any tensor is read.
     """
     names = tuple(names)
     fields = fields or {}
@@ -83,7 +81,7 @@ def assemble(
             )
 
     readers: dict[str, list[Read]] = {}  # layer path -> a reader for each buffer of its leaf
-    leaves: dict[str, Any] = {}  # and the leaf, with the shapes of its buffers
+    leaves: dict[str, Any] = {}  # layer path -> the leaf, with the shapes of its buffers
     for path, want in shapes.items():
         name, layer = find(names, path)
         name = dataclasses.replace(name, experts=want.shape[0]) if name.experts else name
@@ -141,10 +139,12 @@ def assemble(
 
 
 def settle(config: Any, family: Family, tensors: Tensors) -> Any:
-    """The config that a file means whose head tells whether it is tied, as transformers 5 reads it.
+    """Return the config that a file means; its head tensor decides whether it is tied.
+
+    transformers 5 reads it in the same way.
 
     Args:
-      config: as config.json says it.
+      config: as config.json states it.
       family: of the file.
       tensors: the file.
     """
@@ -166,7 +166,7 @@ def settle(config: Any, family: Family, tensors: Tensors) -> Any:
 def _reader(
     tensors: Tensors, family: Family, name: Name, layer: str, shape: tuple[int, ...]
 ) -> Read:
-    """What reads a part of a plain leaf, whose tensors the file may spell in another way."""
+    """Return a function that reads part of a plain leaf; its tensors may have other spellings."""
     spelt = [dataclasses.replace(name, tensor=tensor) for tensor in family.spelt(name.tensor)]
     entry = next(entry for entry in spelt if entry.at(layer) in tensors.names())
     return lambda index: read_leaf(tensors, entry, layer, shape, index)
@@ -210,8 +210,8 @@ def _packed(
 def _make(
     buffer: jax.ShapeDtypeStruct, where: jax.sharding.Sharding, readers: list[Read], stacked: bool
 ) -> jax.Array:
-    """Return one array, on each of this host's devices only its own slice."""
-    done: dict[Any, np.ndarray] = {}  # a slice that several devices hold is read once
+    """Return one array; each device of this host gets only its own slice."""
+    done: dict[Any, np.ndarray] = {}  # a slice that several devices hold is read only once
     shards = []
     for device, index in where.addressable_devices_indices_map(buffer.shape).items():
         full = tuple(
@@ -244,7 +244,10 @@ def _check_rest(
     place: Callable[[str], str | None],
     names: tuple[Name, ...],
 ) -> None:
-    """What the model did not take: masks and tables, copies of tied leaves, and nothing else."""
+    """Check the tensors that the model did not use.
+
+    Only masks, tables and copies of tied leaves are allowed.
+    """
     ignored = re.compile(f"({re.escape(family.prefix)})?({family.ignored})")
     for tensor, path in family.copies.items():
         name = place(tensor)
@@ -259,7 +262,7 @@ def _check_rest(
                 f"ties it"
             )
     extra = [name for name in tensors.names() if name not in used and not ignored.fullmatch(name)]
-    if extra:  # a bias or a table of rotary factors left out would be another model
+    if extra:  # without a bias or a table of rotary factors this would be another model
         raise InputError(
             f"{tensors.where}: {len(extra)} tensors have no place in the model, the first is "
             f"{min(extra)!r}"

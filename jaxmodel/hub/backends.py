@@ -1,9 +1,9 @@
-"""The library's tokenizers at their border: somebody else's tokenizer.json is a program, so it has
-limits and errors of one line.
+"""The border to the `tokenizers` library.
 
-A file is loaded in another process first (`child.tried`), which also cuts runs of every character,
-since some crash the library and some patterns never end. What its steps can make of a text is
-computed from them (`growth`).
+A tokenizer.json is someone else's program, so it gets limits and one-line errors. A file is first
+loaded in another process (`child.tried`), which also splits long runs of every character, because
+some files crash the library and some patterns never finish. The length of what its steps can make
+of a text is computed from them (`growth`).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def load(path: Path) -> tokenizers.Tokenizer:
     """Return the tokenizer of a tokenizer.json.
 
     Raises:
-      InputError: it is none, or can take more than `limits` say.
+      InputError: not a tokenizer, or one that can exceed `limits`.
     """
     what = f"folder: {str(path)!r} is not a tokenizer"
     with border(what):
         text = read_bytes(path, limits().json_bytes).decode("utf-8")
         child.tried("tokenizer", path, what, texts=_PROBES)
         made = tokenizers.Tokenizer.from_str(text)
-        # Some folders carry the padding and truncation of their training run; neither belongs to
-        # the vocabulary.
+        # Some folders keep the padding and truncation of their training run, which are not part
+        # of the vocabulary.
         made.no_padding()
         made.no_truncation()
     check(made, str(path))
@@ -52,7 +52,7 @@ def load(path: Path) -> tokenizers.Tokenizer:
 
 
 def check(backend: tokenizers.Tokenizer, where: str) -> None:
-    """Refuse a tokenizer whose steps could make a text too long.
+    """Refuse a tokenizer with a step that can make a text too long.
 
     Raises:
       InputError: such a step.
@@ -82,8 +82,9 @@ def check(backend: tokenizers.Tokenizer, where: str) -> None:
 
 
 def growth(step: Any) -> float:
-    """By how much a step, as JSON has it, can make a text longer, at most; steps of the library
-    that multiply nothing count as 1.
+    """Return an upper bound of the factor by which a step, given as JSON, lengthens a text.
+
+    Steps of the library that do not multiply text count as 1.
 
     >>> growth({"type": "Replace", "pattern": {"String": "ab"}, "content": "abcdef"})
     3.0
@@ -104,9 +105,9 @@ def growth(step: Any) -> float:
     elif kind == "Precompiled":
         own = float(_longest(base64.b64decode(step["precompiled_charsmap"])))
     elif kind == "BertNormalizer":
-        own = 3.0  # spaces around characters of Chinese
+        own = 3.0  # spaces around Chinese characters
     elif kind == "ByteLevel":
-        own = 2.0  # bytes beyond ASCII become characters of two
+        own = 2.0  # a byte beyond ASCII becomes a character of two bytes
     elif kind == "TemplateProcessing":
         tokens = {name: len(token["ids"]) for name, token in step["special_tokens"].items()}
         count = lambda piece: 1 if "Sequence" in piece else tokens[piece["SpecialToken"]["id"]]
@@ -115,7 +116,7 @@ def growth(step: Any) -> float:
 
 
 def _longest(charsmap: bytes) -> int:
-    """Characters of the longest text that a compiled normalisation puts in the place of one."""
+    """Return the length of the longest replacement of one character in a compiled normalisation."""
     (size,) = struct.unpack_from("<I", charsmap)
     return (
         max(
@@ -130,8 +131,8 @@ def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool) -
     """Return the ids of texts.
 
     Raises:
-      InputError: one is not a string of valid Unicode, the tokenizer fails on one, or takes longer
-        than `limits` say.
+      InputError: a text is not a string of valid Unicode, the tokenizer fails on it, or it exceeds
+        the time that `limits` allows.
     """
     size = sum(map(len, texts))
     work = lambda: [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=special)]
@@ -146,8 +147,9 @@ def encode(backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool) -
 def encode_offsets(
     backend: tokenizers.Tokenizer, text: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a text, and for each the first and the end of its characters; what stands around
-    texts is not added.
+    """Return the ids of a text, and for each id the start and end of its characters.
+
+    Special tokens around texts are not added.
 
     Raises:
       InputError: see `encode`.
@@ -166,13 +168,14 @@ def decode(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool
     """Return the text of ids.
 
     Raises:
-      InputError: it would be longer than `limits` say, the tokenizer fails, or takes longer.
+      InputError: the text would be longer than `limits` allows, the tokenizer fails, or it takes
+        too long.
     """
     lengths = {i: len(backend.id_to_token(i) or "") for i in set(ids)}
     if sum(lengths[i] for i in ids) > limits().tokenizer_characters:
         most = f"{limits().tokenizer_characters:,.0f} characters ({way('tokenizer_characters')})"
         raise InputError(f"ids: their text has more than {most}")
-    # not `decode`, which lets no other thread of Python run
+    # `decode` would block all other Python threads
     work = lambda: backend.decode_batch([list(ids)], skip_special_tokens=skip_special)[0]
     return _in_time(work, len(ids), "the tokenizer cannot write them")
 
@@ -183,7 +186,7 @@ def _in_time[T](work: Callable[[], T], size: int, failed: str) -> T:
     def run() -> None:
         try:
             said.append((True, work()))
-        except BaseException as error:  # a panic of Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             said.append((False, error))
 
     what = "text" if failed.endswith("it") else "ids"

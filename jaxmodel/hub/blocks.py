@@ -1,9 +1,8 @@
-"""The tensors of a GGUF file: as floats, or as the codes and scales that stand in it (`QTensor`,
-bit for bit the same weights).
+"""The tensors of a GGUF file: as floats, or as the stored codes and scales (`QTensor`).
 
-How each type lays out its bits is known to the `gguf` package alone. It is asked for codes and
-scales by blocks that are changed: with all scales one, what it decodes are the codes; with all
-codes one, the scales; with all codes zero, the minima.
+Both forms are the same weights, bit for bit. Only the `gguf` package knows the bit layout of each
+block type. It is asked for codes and scales by decoding modified blocks: with all scales one, the
+result is the codes; with all codes one, the scales; with all codes zero, the minima.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ type Bytes = tuple[tuple[int, int, int], ...]  # (first, last + 1, value) of a b
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One block type: what a leaf needs to know, and which bytes of a block say what.
+    """A block type: what a leaf needs to know, and which bytes of a block hold what.
 
     Attributes:
       bits: of a code.
-      group: codes that share a scale.
-      ones: what makes every code one.
-      unit: what makes every scale one.
-      minima: what makes every minimum zero; empty where there are none. With minima, codes begin at
-        zero.
+      group: number of codes that share a scale.
+      ones: the bytes that set every code to one.
+      unit: the bytes that set every scale to one.
+      minima: the bytes that set every minimum to zero; empty where there are no minima. With
+        minima, codes begin at zero.
       half: whether a 16-bit float holds the scales and minima exactly.
     """
 
@@ -86,7 +85,7 @@ LAYOUTS = {
 class Blocks(Tensors):
     """The tensors of a GGUF file.
 
-    With `packed`, a matrix of a type in `LAYOUTS` is given as the tensors of a `QTensor`
+    With `packed`, a matrix of a type in `LAYOUTS` is presented as the tensors of a `QTensor`
     (`NAME_packed`, `NAME_scale`, `NAME_minimum`), whose static fields are in `fields`.
     """
 
@@ -106,27 +105,31 @@ class Blocks(Tensors):
                 }
 
     def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
         return [*(name for name in self._file.tensors if name not in self.fields), *self._virtual]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         return (
             self._virtual[name][1].shape if name in self._virtual else self._file.entry(name).shape
         )
 
     def dtype(self, name: str) -> np.dtype:
+        """Return the dtype that `read` gives."""
         if name in self._virtual:
             return np.dtype(self._virtual[name][1].dtype)
         self._file.entry(name)
         return np.dtype(np.float32)
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
+        """Return a tensor, or the part of it that `index` selects."""
         if name not in self._virtual:
             return self._file.read(name, index)
         base = self._virtual[name][0]
         suffix = name.rsplit("_", 1)[1]
         rows = index[0] if index else slice(None)
         key = base, str(rows) if isinstance(rows, slice) else rows.tobytes()
-        if self._last[0] != key:  # the parts of a leaf are asked for one after the other
+        if self._last[0] != key:  # the parts of a leaf are requested one after another
             leaf = unpack_blocks(self._file.raw(base)[rows], self._file.entry(base).type)
             self._last = (
                 key,
@@ -136,8 +139,9 @@ class Blocks(Tensors):
 
 
 def unpack_blocks(data: np.ndarray, kind: str) -> QTensor:
-    """Rows of blocks as a `QTensor` that decodes to what the file's own dequantisation gives, bit
-    for bit.
+    """Return rows of blocks as a `QTensor`.
+
+    It decodes to the same values as the file's own dequantisation, bit for bit.
 
     Args:
       data: uint8 `[rows, bytes]`.
@@ -172,7 +176,7 @@ def unpack_blocks(data: np.ndarray, kind: str) -> QTensor:
 
 
 def _shapes(shape: tuple[int, ...], layout: Layout) -> QTensor:
-    """Return the leaf of a matrix, with shapes for arrays."""
+    """Return the leaf of a matrix, with shapes in place of arrays."""
     kind = jnp.float16 if layout.half else jnp.float32
     codes = jax.ShapeDtypeStruct(shape, jnp.uint8 if layout.minima else jnp.int8)
     scale = jax.ShapeDtypeStruct((shape[0], shape[1] // layout.group), kind)

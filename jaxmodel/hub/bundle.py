@@ -1,15 +1,15 @@
-"""`Bundle`: a model with its weights, processor and card; and its form on disk, a folder in HF
-layout.
+"""`Bundle`: a model with its weights, processor and card; on disk, a folder in HF layout.
 
     config.json         the config under HF names
-    model.safetensors   a tensor a layer and leaf under HF names; a compressed leaf is several (weight_scale, ...)
-    jaxmodel.json       versioned: family, config, policy, card, and the static fields of the compressed leaves
+    model.safetensors   one tensor per layer and leaf under HF names; several per compressed leaf
+                        (weight_scale, ...)
+    jaxmodel.json       versioned: family, config, policy, card, and the static fields of the
+                        compressed leaves
     tokenizer.json, preprocessor_config.json ...  the processor
-    adapter_config.json, adapter_model.safetensors  adapters, where there are some (see `adapters`)
+    adapter_config.json, adapter_model.safetensors  adapters, if any (see `adapters`)
 
-A folder with plain leaves is one that transformers loads. Saving is atomic: the new folder is
-written beside the old one, synced, and takes its place at the end, so a full disk or a kill leaves
-the old bundle whole.
+transformers can load a folder with plain leaves. Saving is atomic: the new folder is written beside
+the old one, synced, and finally takes its place, so the old bundle survives a full disk or a kill.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ __all__ = ["Bundle", "check_target", "load", "need_processor", "save"]
 
 FORMAT = 1
 OURS = "jaxmodel.json"
-DECODED = "mxfp4", "gpt_oss"  # the one method, of the one kind, whose weights are read as floats
-SHARD_BYTES = 5_000_000_000  # of one file of weights
+DECODED = "mxfp4", "gpt_oss"  # the only method, and its only kind, that is decoded to floats
+SHARD_BYTES = 5_000_000_000  # maximum size of one file of weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
-    """What `from_pretrained` returns and every verb takes.
+    """A model with its weights, as `from_pretrained` returns it and every command takes it.
 
     Attributes:
       model: pure functions.
       params: the stored form: separate leaves, packed.
-      processor: the tokenizer (which has the image processor of a model of both), the image
-        processor, or None.
-      card: what is known about it: name, source, training data, compression report; names of
-        classes that its config has not; `special_ids` of a folder without a tokenizer.
+      processor: the tokenizer (which includes the image processor of a model of text and images),
+        the image processor, or None.
+      card: metadata: name, source, training data, compression report; names of classes that are not
+        in the config; `special_ids` of a folder without a tokenizer.
     """
 
     model: Model
@@ -86,36 +86,38 @@ class Bundle:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the classes in the order of the logits: of the config, else of the card
-        (`labels`); () for none.
+        """The names of the classes in the order of the logits, or () if they have none.
+
+        They come from the config, else from `labels` on the card.
 
         Raises:
-          InputError: the card names more or fewer classes than the config has.
+          InputError: the number of names on the card is not the config's number of classes.
         """
         config = self.model.config
         if hasattr(config, "labels"):
             return tuple(config.labels)
         named = tuple(map(str, self.card.get("labels", ())))
         classes = getattr(config, "classes", 0)
-        if isinstance(config, Foreign):  # which does not say how many it has
+        if isinstance(config, Foreign):  # its config does not state the number of classes
             return named
         if named and len(named) != classes:
             raise InputError(f"card: labels names {len(named)} classes; the model has {classes}")
         return named
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the bundle to a folder, atomically; `from_pretrained(folder)` reads it back bit for
-        bit.
+        """Write the bundle to a folder, atomically.
+
+        `from_pretrained(folder)` reads it back bit for bit.
         """
         return save(self, folder)
 
     def for_inference(self) -> tree.Params:
-        """The params in the form that runs fastest: sparse leaves expanded, maps of one input
-        fused.
+        """Return the params in the form that runs fastest.
 
-        They are made once for each bundle and live as long as it does, beside `params`. Of params
-        that are in this form already nothing is copied, so `dataclasses.replace(bundle,
-        params=bundle.for_inference())` is a bundle that holds no more than what runs.
+        Sparse leaves are expanded, and maps of the same input are fused. The result is made once
+        for each bundle and kept as long as the bundle, beside `params`. Params that are in this
+        form already are not copied, so `dataclasses.replace(bundle, params=bundle.for_inference())`
+        is a bundle that holds only what runs.
         """
         return self._running
 
@@ -125,10 +127,9 @@ class Bundle:
         return layers.fuse(expand(self.params), self.model.axes.fused)
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows: card, config, and the tree by path as `jaxmodel summary` has it,
-        to be folded out.
+        """Return a foldable view for notebooks: card, config, and the tree by path.
 
-        None, so that the plain text is shown, where treescope is not installed.
+        None, which makes the notebook show plain text, where treescope is not installed.
         """
         try:
             treescope = require("treescope", "notebook")
@@ -139,9 +140,9 @@ class Bundle:
             "config": self.model.config,
             "params": outline(self.model, self.params),
         }
-        with warnings.catch_warnings():  # it looks through all that numpy has, deprecated names too
+        with warnings.catch_warnings():  # treescope touches deprecated names of numpy
             warnings.simplefilter("ignore", DeprecationWarning)
-            # text, which can be searched and compared
+            # plain text can be searched and compared
             return treescope.render_to_html(shown, compressed=False)
 
 
@@ -149,7 +150,7 @@ def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
     """Return the bundle's tokenizer.
 
     Raises:
-      InputError: it has none.
+      InputError: the bundle has none.
     """
     if not isinstance(bundle.processor, tokenizers.Tokenizer):
         raise InputError(
@@ -163,8 +164,8 @@ def need_processor(bundle: Bundle) -> tokenizers.Tokenizer:
 def check_vocabulary(config: Any, processor: Any, where: str) -> None:
     """Refuse a tokenizer with tokens for which the embedding has no row.
 
-    A special token without a role may lie behind the last row, as Gemma's token of images does in
-    its models of text alone; a text that has it is refused when it is read.
+    A special token without a role may lie behind the last row, like the image token in Gemma's
+    models for text alone; a text that contains it is refused when it is read.
 
     Raises:
       InputError: such a token.
@@ -181,17 +182,17 @@ def check_vocabulary(config: Any, processor: Any, where: str) -> None:
 
 
 def save(bundle: Bundle, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write a bundle; the files are those of the module's docstring.
+    """Write a bundle; the module's docstring lists the files.
 
     Args:
-      bundle: what is saved.
+      bundle: to be saved.
       folder: where.
-      shard_bytes: weights beyond this size go to several files with an index; one file's tensors
-        are in memory at a time.
+      shard_bytes: weights beyond this size are split into several files with an index; the tensors
+        of only one file are in memory at a time.
 
     Raises:
-      InputError: params that are not those of the config, or a folder that cannot be written; its
-        content is untouched.
+      InputError: params that do not fit the config, or a folder that cannot be written; the
+        folder's content is untouched.
     """
     family, config = family_of(bundle.model)
     given, (params, added) = bundle, split_adapters(bundle.params)
@@ -235,11 +236,11 @@ def load(
     module: Any = None,
     ignore: Collection[str] = (),
 ) -> Bundle:
-    """Read a bundle, ours or HF's; see `from_pretrained`.
+    """Read a bundle, whether we or HF wrote it; see `from_pretrained`.
 
     Raises:
-      InputError: a file, tensor or key is missing, of an unknown family, or does not fit; nothing
-        is half loaded.
+      InputError: a file, tensor or key is missing, does not fit, or belongs to an unknown family;
+        nothing is loaded in part.
     """
     made = _foreign(folder, module)
     family, config, card = (
@@ -271,7 +272,7 @@ def load(
         }
         params = assemble(model, family, family.names(config), tensors, **how_stored, mesh=mesh)
     if made is not None:
-        params = tree.unstack(params)  # a layer each, as the module itself has them
+        params = tree.unstack(params)  # one layer at a time, as the module itself has them
     if (
         not ours
         and not isinstance(processor, tokenizers.Tokenizer)
@@ -294,9 +295,7 @@ def load(
 
 
 def _foreign(folder: Path, module: Any) -> Model | None:
-    """The model of a foreign module's folder, of the module that was handed over; None for other
-    folders.
-    """
+    """Return a foreign folder's model, made from the given module; None for other folders."""
     where = f"{folder}/config.json"
     hf = schema.read(folder / "config.json")
     if hf.get("model_type") == foreign.KIND:
@@ -310,20 +309,20 @@ def _foreign(folder: Path, module: Any) -> Model | None:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Return a config for JSON; that of a foreign module is all in config.json."""
+    """Return a config for JSON; the config of a foreign module is entirely in config.json."""
     return {} if isinstance(config, Foreign) else dataclasses.asdict(config)
 
 
 def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any, dict[str, Any]]:
-    """The family and config that config.json says, and what it says besides that a card should.
+    """Read config.json: its family, its config, and what the card should record besides.
 
     Args:
-      folder: where it is.
-      ignore: keys of it that are taken as not there.
+      folder: that contains the file.
+      ignore: keys that are treated as absent.
 
     Raises:
-      InputError: it is missing, or has a key of another kind than it should be, or one that is not
-        read and may change what is computed, or says what no family has.
+      InputError: the file is missing; a key has the wrong type; a key that is not read may change
+        what is computed; or no family has such a config.
     """
     where = f"{folder}/config.json"
     hf = keys.Keys(
@@ -349,7 +348,7 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
         config = family.config_from_hf(hf)
         if not family.kinds[0].startswith(OWN):
             config = meaning.with_meaning(config, hf, folder)
-            family.card(hf)  # which asks for more keys
+            family.card(hf)  # this reads more keys
             keys.check_asked(hf, hf["model_type"], family.unread)
     except InputError as error:
         raise InputError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
@@ -363,7 +362,7 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
 
 
 def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
-    """jaxmodel.json, which must agree with itself and with config.json."""
+    """Read jaxmodel.json, which must be consistent with itself and with config.json."""
     ours = schema.read(path)
     if ours.get("format") != FORMAT:
         raise InputError(f"{path}: format {ours.get('format')!r} is not read; allowed: {FORMAT}")
@@ -374,7 +373,7 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
             raise InputError(
                 f"{path}: {key} is {value!r}, but config.json says {theirs.get(key)!r}"
             )
-    # some wrong fields fit the arrays and give other weights
+    # some wrong fields fit the arrays but decode to other weights
     if digest(ours["leaves"]) != ours["leaves_sha256"]:
         raise InputError(
             f"{path}: the static fields of the leaves are not those that were written "
@@ -385,10 +384,10 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
 
 
 def _special_ids(processor: Any, card: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a text begins and ends: what transformers would otherwise take from GPT-2's or Llama's
-    own vocabulary.
+    """Return the ids that begin, end and pad a text.
 
-    Without a tokenizer these are the ids of the folder that was read, which the card keeps.
+    Without them transformers would take the ids of GPT-2's or Llama's own vocabulary. Without a
+    tokenizer these are the ids of the folder that was read, which the card keeps.
     """
     if not isinstance(processor, tokenizers.Tokenizer):
         return {"bos_token_id": None, "eos_token_id": None} | dict(card.get("special_ids", {}))
@@ -401,9 +400,7 @@ def _special_ids(processor: Any, card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_params(bundle: Bundle) -> dict[str, int]:
-    """Refuse what is not the model of the config, but for layers with fewer units; the groups that
-    have fewer, and how many.
-    """
+    """Return the groups with fewer units than the config says; refuse other differences."""
     leaves = tree.flatten(bundle.params)
     whole = layer_shapes(bundle.model)
     there = {
@@ -449,8 +446,9 @@ def _static_fields(bundle: Bundle, names: tuple[Name, ...]) -> dict[str, Any]:
 
 
 def _tensors(bundle: Bundle, names: tuple[Name, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the file, brought to the host one after the other; parts of a tensor wait for
-    each other.
+    """Yield every tensor of the file, brought to the host one at a time.
+
+    The parts of a joined tensor are held until all have arrived.
     """
     parts: dict[str, dict[int, tuple[Name, str, np.ndarray]]] = {}
     waiting = _parts_of_tensors(bundle, names)
@@ -480,7 +478,7 @@ def _tensors(bundle: Bundle, names: tuple[Name, ...]) -> Iterator[tuple[str, np.
 
 
 def _parts_of_tensors(bundle: Bundle, names: tuple[Name, ...]) -> dict[str, int]:
-    """How many plain leaves are parts of each tensor; compressed ones are tensors of their own."""
+    """Count the plain leaves in each tensor; compressed leaves have their own tensors."""
     count: dict[str, int] = {}
     for path, leaf in tree.flatten(bundle.params).items():
         for layer_path in tree.layer_paths(path) if to_tensors(leaf)[1] is None else ():
@@ -494,8 +492,9 @@ def _parts_of_tensors(bundle: Bundle, names: tuple[Name, ...]) -> dict[str, int]
 def _join(
     tensor: str, found: list[tuple[Name, str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Plain leaves in the file's form: parts of a tensor joined, or apart where they differ or some
-    are compressed.
+    """Yield plain leaves in the file's form.
+
+    Parts of a tensor are joined, or kept separate where they differ or some are compressed.
     """
     whole = found[0][0].part
     alike = len({array.dtype for _, _, array in found}) == 1
@@ -510,7 +509,7 @@ def _join(
 
 
 def _in_proportion(arrays: list[np.ndarray], name: Name) -> bool:
-    """Whether parts are to each other as the file's are, which is how they are told apart again."""
+    """Return whether the parts have the file's proportions, by which they are separated again."""
     assert name.part is not None
     lengths = [array.shape[name.joined] for array in arrays]
     return all(
@@ -534,7 +533,7 @@ def _save_weights(
     for name, array in tensors:
         if held and sum(a.nbytes for a in held.values()) + array.nbytes > shard_bytes:
             write()
-        # which leaves a scalar one, as np.ascontiguousarray does not
+        # unlike np.ascontiguousarray, this keeps a scalar a scalar
         held[name] = np.asarray(array, order="C")
         total += array.nbytes
     write()

@@ -1,4 +1,4 @@
-"""Chats as text: the Jinja templates of HF, with all that transformers gives them."""
+"""Chats as text: HF's Jinja templates, with everything that transformers gives them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxmodel.limits import limits, way
 type Template = str | Mapping[str, str]
 """One template, or several by name."""
 
-# names of a message's reasoning; templates read the first two
+# keys of a message's reasoning; templates read the first two
 _THOUGHTS = (
     "reasoning_content",
     "thinking",
@@ -25,16 +25,16 @@ _THOUGHTS = (
 
 
 def choose(template: Template | None, name: str | None = None, tools: bool = False) -> str:
-    """Return the template that a chat is written with.
+    """Return the template that is used to write a chat.
 
     Args:
       template: of the tokenizer.
-      name: which of several; None for "tool_use" where there are tools and one of that name, else
-        "default".
+      name: which of several; None for "tool_use" if there are tools and a template of that name,
+        else "default".
       tools: whether the chat has tools.
 
     Raises:
-      InputError: there is none, or none of that name.
+      InputError: there is no template, or none of that name.
     """
     if template is None:
         raise InputError("chat_template: this tokenizer has none; give the prompt as plain text")
@@ -65,8 +65,8 @@ def render(
     Args:
       template: in Jinja.
       special: special tokens by their role (`bos_token`); the others are undefined.
-      messages: what was said; keys whose value is None are left out.
-      **given: what else the template sees.
+      messages: the conversation; keys whose value is None are left out.
+      **given: other variables of the template.
 
     Raises:
       InputError: a message has no role, or the template refuses the messages.
@@ -77,8 +77,9 @@ def render(
 def render_spans(
     template: str, special: Mapping[str, str], messages: Sequence[Mapping[str, Any]], **given: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """`render`, and where the assistant speaks in it: first and behind the last character of each
-    `{% generation %}`; none of a template that has no such.
+    """Return the text of `render` and the spans in which the assistant speaks.
+
+    A span is the start and end of a `{% generation %}`; a template without any gives no spans.
     """
     said = _render(template, special, messages, given, True)
     return said["text"], [(first, last) for first, last in said["spans"]]
@@ -102,8 +103,9 @@ def _render(
 
 
 def read(folder: Path, entry: Any) -> Template | None:
-    """The templates of a folder: of its .jinja files, else of chat_template.json, else of
-    tokenizer_config.json.
+    """Return the templates of a folder.
+
+    They come from its .jinja files, else chat_template.json, else tokenizer_config.json.
 
     Args:
       folder: in HF layout.
@@ -111,7 +113,7 @@ def read(folder: Path, entry: Any) -> Template | None:
         or name -> template.
 
     Raises:
-      InputError: a file that is no such thing.
+      InputError: a file without a valid template.
     """
     path = folder / "chat_template.jinja"
     more = folder / "additional_chat_templates"
@@ -135,7 +137,7 @@ def _text(path: Path) -> str:
 
 
 def to_config(template: Template | None) -> Any:
-    """`chat_template` of tokenizer_config.json."""
+    """Return the value of `chat_template` in tokenizer_config.json."""
     if template is None or isinstance(template, str):
         return template
     return [{"name": name, "template": text} for name, text in template.items()]
@@ -154,7 +156,7 @@ _CHILD = Child(Path(__file__).with_name("chat_worker.py"))
 
 
 def _ask(template: str, variables: Mapping[str, Any], spans: bool) -> dict[str, Any]:
-    """What the process in which templates run makes of one."""
+    """Return the result of rendering a template in the process where templates run."""
     limit = limits()
     try:
         asked = [template, dict(variables), int(limit.template_characters), spans]

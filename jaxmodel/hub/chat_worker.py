@@ -1,9 +1,9 @@
-"""The process in which chat templates run: somebody else's programs, in Jinja's sandbox and with a
-limit of memory.
+"""The process in which chat templates run.
 
-It is the `Child` of `jaxmodel.hub.chat`, which ends it when a template takes too long. It reads a
-line of JSON for each chat, and imports nothing of the project, so that it is there in a tenth of a
-second.
+Templates are someone else's programs, so they run in Jinja's sandbox and under a memory limit. The
+process is the `Child` of `jaxmodel.hub.chat`, which ends it when a template takes too long. It
+reads one line of JSON for each chat, and imports nothing from the project, so that it starts in a
+tenth of a second.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import sys
 from typing import Any
 
 MARK = "generation mark"
-"""No name that a template could read."""
+"""Not a name that a template could read."""
 
 
 def environment() -> Any:
-    """Return the language that HF templates are written in."""
+    """Return the Jinja environment that HF templates are written for."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`: what the assistant says, for training.
+        """The tag `{% generation %}`, which encloses what the assistant says, for training.
 
-        The text is that of its body, between marks where they are asked for.
+        It renders its body, between marks if they are requested.
         """
 
         tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
 
         def parse(self, parser: Any) -> Any:
+            """Parse the tag and its body."""
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
@@ -70,8 +71,9 @@ def environment() -> Any:
 def answer(
     made: Any, template: str, variables: dict[str, Any], most: int, spans: bool
 ) -> dict[str, Any]:
-    """`{"text"}`, with `{"spans"}` where asked for: first and behind the last character of what the
-    assistant says; or `{"error"}`, with `{"limit"}` where it is one.
+    """Return `{"text"}`, with `{"spans"}` if requested; or `{"error"}`, with `{"limit"}` if any.
+
+    A span is the start and end of what the assistant says.
     """
     pieces = []
     length = 0
@@ -86,7 +88,7 @@ def answer(
                 }
     except MemoryError:
         return {"error": "it takes more memory than it may have", "limit": "template_memory"}
-    except Exception as error:  # a template can raise whatever Python can
+    except Exception as error:  # a template can raise any Python exception
         return {"error": str(error) or type(error).__name__}
     text = "".join(pieces)
     if not spans:
@@ -100,7 +102,7 @@ def answer(
 
 
 def serve(memory: int) -> None:
-    """Until there are no more."""
+    """Answer requests until the input ends."""
     try:
         import resource
 

@@ -1,6 +1,4 @@
-"""An image file as pixels: the one decoder, of training and of prediction, so that both see the
-same of a file.
-"""
+"""The one image decoder, so that training and prediction see the same pixels of a file."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ ENDINGS = (
     ".ppm",
     ".pgm",
 )
-# of Pillow; others start programs (EPS), or are rare
+# Pillow's names; other formats start programs (EPS) or are rare
 FORMATS = (
     "PNG",
     "JPEG",
@@ -44,34 +42,34 @@ _lock = threading.Lock()
 
 
 def decode(file: Any, channels: int, called: str) -> np.ndarray:
-    """Return the pixels of an image file, upright by its orientation tag.
+    """Return the pixels of an image file, turned upright by its orientation tag.
 
-    Transparent parts show white, as on paper. Of an animation the first frame is taken. Grey of 16
-    bits keeps them; of floating numbers 0 is black and 1 is white.
+    Transparent parts become white, as on paper. Of an animation the first frame is used. Grey
+    images of 16 bits keep them; in grey images of floats 0 is black and 1 is white.
 
     Args:
       file: opened for reading bytes.
       channels: 3 for colour, 1 for grey.
-      called: what messages call it.
+      called: the file's name in messages.
 
     Returns:
-      `[Y, X]` or `[Y, X, channels]`: uint8, or uint16 where the file has more levels than 256.
+      `[Y, X]` or `[Y, X, channels]`: uint8, or uint16 if the file has more than 256 levels.
 
     Raises:
-      InputError: it is no image of a kind that is read, is damaged, has more pixels than `limits`
-        say, or has numbers whose black and white nobody says.
+      InputError: not an image of a supported format; damaged; more pixels than `limits` allows; or
+        numbers whose black and white are undefined.
     """
     pillow = require("PIL.Image", "data")
     ops = require("PIL.ImageOps", "data")
     try:
         opened = _open(pillow, file)
         allowed = int(limits().pixels)  # a small file can claim any number
-        # a line takes memory, too
+        # one line takes memory, too
         if math.prod(opened.size) > allowed or max(opened.size) > allowed // 2**9:
             size = " x ".join(f"{side:,}" for side in opened.size)
             most = f"{allowed:,}, {allowed // 2**9:,} in a direction ({way('pixels')})"
             raise InputError(f"{called} has {size} pixels; allowed: {most}")
-        # in a JPEG others are previews
+        # the further frames of a JPEG are previews
         if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
             _say(
                 "frames",
@@ -86,7 +84,7 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
         return np.asarray(image.convert(_MODES[channels]))
     except InputError:
         raise
-    except Exception as error:  # each of Pillow's readers raises what it comes upon
+    except Exception as error:  # Pillow's readers raise many kinds of exceptions
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
             f"{called} cannot be decoded: {reason}; allowed: {', '.join(FORMATS)}"
@@ -94,8 +92,9 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
 
 
 def _open(pillow: Any, file: Any) -> Any:
-    """The image, of which no more than the head is read; Pillow's own limit, here a warning and
-    there an error, is off.
+    """Open an image, reading no more than its header.
+
+    Pillow's own limit, which is sometimes a warning and sometimes an error, is off.
     """
     with _lock:
         usual = pillow.MAX_IMAGE_PIXELS
@@ -107,7 +106,7 @@ def _open(pillow: Any, file: Any) -> Any:
 
 
 def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:
-    """Return the pixels of a grey image with more than 256 levels; None for others."""
+    """Return the pixels of a grey image with more than 256 levels; None for other images."""
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         return np.asarray(image).astype(np.uint16)
     if image.mode == "I":
@@ -128,7 +127,7 @@ def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:
 
 
 def _say(kind: str, text: str) -> None:
-    """A line that is said once in a process."""
+    """Print a line once per process."""
     if kind not in _said:
         _said.add(kind)
         print(f"jaxmodel: {text}", file=sys.stderr, flush=True)

