@@ -1,4 +1,4 @@
-"""Read the tokenizer inside of a GGUF file."""
+"""Tokenizers inside GGUF files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jaxmodel.errors import InputError, border, unknown
 from jaxmodel.hub import chat, vocabularies
 from jaxmodel.hub.tokenizer import WORDS, Tokenizer, distinct, pre_tokenizer
 
-# tokens that end a turn of a chat, by the names that models give them; a GGUF file may say no more
-# of them (as in llama.cpp)
+# tokens that end a turn of a chat, known by name as in llama.cpp; a GGUF file may say no more about
+# them
 _TURN_ENDS = (
     *(
         "<|eot_id|>",
@@ -40,15 +40,14 @@ _TURN_ENDS = (
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer inside a GGUF file: byte-level BPE (`tokenizer.ggml.model` = "gpt2"), or
-    SentencePiece's ("llama").
+    """Return the tokenizer of a GGUF file.
 
-    A text ends with the tokens that the file says end a text, a turn or a message, and with those
-    that are known by name to do so (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, ...), as in
-    llama.cpp.
-
-    Bytes that the file's vocabulary lacks are dropped from a text, as the original tokenizer does
-    (SmolLM2 lacks six control characters and two leading bytes of unassigned planes).
+    Two kinds are read: byte-level BPE (`tokenizer.ggml.model` = "gpt2") and SentencePiece's
+    ("llama"). A text ends with the tokens that the file marks as ending a text, a turn or a
+    message, and with those that are known by name to do so (`<|im_end|>`, `<|eot_id|>`,
+    `<end_of_turn>`, ...), as in llama.cpp. Bytes that the file's vocabulary lacks are dropped from
+    a text, as in the original tokenizer (SmolLM2 lacks six control characters and two leading bytes
+    of unassigned planes).
 
     Args:
       metadata: `GGUFFile.metadata`.
@@ -57,7 +56,6 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
       InputError: another kind of tokenizer, an unknown pre-tokenizer, or missing or inconsistent
         entries.
     """
-
     with border("metadata: the GGUF file's tokenizer cannot be read"):
         return _from_gguf(metadata)
 
@@ -77,7 +75,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         for key in ("bos", "eos", "eot", "eom", "padding")
     }
     if get("model") == "llama":
-        # what the kind has by itself
+        # the defaults of this kind
         ids = {"bos": 1, "eos": 2} | {key: i for key, i in ids.items() if i is not None}
         unk = metadata.get("tokenizer.ggml.unknown_token_id", 0)
         prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -108,7 +106,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     vocabularies.around(backend, head, tail)
     vocabulary = backend.get_vocab()
     there = [token for token in _TURN_ENDS if token in vocabulary]
-    # in that kind of chat <|end|> ends a part of an answer
+    # in this kind of chat <|end|> ends a part of an answer only
     if {"<|return|>", "<|call|>", "<|end|>"} <= set(there):
         there.remove("<|end|>")
     backend.add_special_tokens(
@@ -122,11 +120,12 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 def _byte_level(
     tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], name: str
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """The byte-level tokenizer of a GGUF file, and whether its texts begin with a token unless the
-    file says otherwise.
+    """Return the byte-level tokenizer of a GGUF file, and whether its texts begin with a token.
+
+    The file may override the latter.
 
     Raises:
-      InputError: an unknown pre-tokenizer, or lists that do not fit together.
+      InputError: an unknown pre-tokenizer, or inconsistent lists.
     """
     if name not in _SPLITS:
         raise unknown("tokenizer.ggml.pre", name, _SPLITS)
@@ -134,8 +133,7 @@ def _byte_level(
     with border("metadata: tokenizer.ggml.tokens and merges do not fit together"):
         vocabulary = {token: i for i, token in enumerate(tokens)}
         pairs = [_pair(merge) for merge in merges]
-        # what a merge would make but no token has falls apart again, in llama.cpp as without that
-        # merge
+        # A merge whose result is no token is undone in llama.cpp, so it is left out here.
         pairs = [
             (a, b)
             for a, b in pairs
@@ -157,9 +155,7 @@ def _byte_level(
 
 
 def _gguf_templates(metadata: Mapping[str, Any]) -> chat.Template | None:
-    """The chat template, or all where the file has further ones by name
-    (`tokenizer.chat_template.tool_use`).
-    """
+    """Return the chat template, or all if the file has more (`tokenizer.chat_template.NAME`)."""
     key = "tokenizer.chat_template"
     one = metadata.get(key)
     more = {
@@ -181,9 +177,9 @@ _CONTROL, _USER_DEFINED = (
 
 _LETTERS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Where a text may be cut before merging, by the name that GGUF gives it (tokenizer.ggml.pre): each
-# pattern cuts the pieces left by the one before. The names and patterns are the file format's, as
-# llama.cpp defines it.
+# Patterns that split a text before merging, by GGUF's name (tokenizer.ggml.pre). Each one splits
+# the pieces left by the one before. Names and patterns are part of the file format, which llama.cpp
+# defines.
 _SPLITS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
     "gpt-2": (WORDS,),

@@ -1,6 +1,4 @@
-"""Images to the pixels that a model reads: preprocessor_config.json of a HF folder as a pure
-function.
-"""
+"""Images to a model's input pixels: preprocessor_config.json of an HF folder as a pure function."""
 
 from __future__ import annotations
 
@@ -21,17 +19,17 @@ from jaxmodel.hub.schemas import Images, Processor
 from jaxmodel.limits import limits, way
 
 FILE = "preprocessor_config.json"
-_AT_ONCE = 2**22  # numbers of 64 bits that a piece of an image becomes while it is resized
-_FILTERS = {2: "bilinear", 3: "bicubic"}  # of `resample`, the numbers of Pillow
+_AT_ONCE = 2**22  # 64-bit numbers of the piece of an image that is resized at a time
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # values of `resample`, from Pillow
 
 
 class _Kind(NamedTuple):
-    """What a kind of image processor does where its file is silent.
+    """The defaults of a kind of image processor.
 
     Attributes:
       resample: the filter.
-      crop: whether there is one.
-      short: whether a number alone is the length of the shorter side.
+      crop: whether images are cropped.
+      short: whether a single number is the length of the shorter side.
       mean: of each channel.
       std: of each channel.
     """
@@ -47,27 +45,27 @@ _OF_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577
 _KINDS = {
     "ViT": _Kind(2, False, False),
     "CLIP": _Kind(3, True, True, *_OF_CLIP),
-    "Bit": _Kind(3, True, True, *_OF_CLIP),  # that of DINOv2
+    "Bit": _Kind(3, True, True, *_OF_CLIP),  # DINOv2's
     "Siglip": _Kind(3, False, True),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Resize, crop, scale, and `(x - mean) / std`, in this order; each is left out where there is
-    nothing to do.
+    """Resize, crop, scale, and `(x - mean) / std`, in this order; each step may be off.
 
-    As many channels as `mean` has are what the model reads: `mean=(0.5,)` makes grey images. What a
-    model was trained on is what it must see: `data.ImageFolder(...).processor` is the one of a
-    folder of images.
+    The model reads as many channels as `mean` has: `mean=(0.5,)` makes grey images. A model must be
+    given images like those it was trained on: `data.ImageFolder(...).processor` is the processor of
+    a folder of images.
 
     Attributes:
       size: (height, width) of the resized image; or the length of its shorter side; or "cover" for
-        the least size, in the image's own proportions, that has the crop in it; None for as it is.
-      crop: (height, width) of the middle that is kept; None for all.
-      filter: of the resizing, "bilinear" or "bicubic"; smaller images are averaged over what a new
-        pixel covers.
-      scale: what pixels of 0 to 255 are multiplied with.
+        the smallest size, with the image's proportions, that contains the crop; None for no
+        resizing.
+      crop: (height, width) of the central part that is kept; None for no crop.
+      filter: of the resizing, "bilinear" or "bicubic"; a reduction averages over the area that a
+        new pixel covers.
+      scale: factor of pixels of 0 to 255.
       mean: of each channel.
       std: of each channel.
     """
@@ -93,15 +91,14 @@ class ImageProcessor:
             )
 
     def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """The pixels `[B, Y, X, C]`, float32, of images `[Y, X]` or `[Y, X, C]` of any size: uint8,
-        or uint16, of which 65535 is white and counts as 255.
+        """Return the pixels `[B, Y, X, C]`, float32, of images `[Y, X]` or `[Y, X, C]` of any size.
 
-        A grey image stands for one of three equal channels, and a fourth channel (alpha) is
-        dropped.
+        Images are uint8, or uint16, where 65535 is white and counts as 255. A grey image becomes
+        three equal channels, and a fourth channel (alpha) is dropped.
 
         Raises:
-          InputError: an image of another shape or dtype, smaller than the crop, or images of
-            unequal size that stay so.
+          InputError: an image of another shape or dtype or smaller than the crop, or images of
+            different sizes without resizing.
         """
         out = [self._one(np.asarray(image)) for image in images]
         if len({image.shape for image in out}) > 1:
@@ -149,7 +146,7 @@ class ImageProcessor:
         return (image.astype(np.float32) * np.float32(self.scale) - mean) / std
 
     def save(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, which transformers and `from_folder` read."""
+        """Write preprocessor_config.json, as transformers and `from_folder` read it."""
         size = (
             dict(zip(("height", "width"), self.size, strict=True))
             if isinstance(self.size, tuple)
@@ -184,15 +181,15 @@ class ImageProcessor:
 
 
 def from_folder(folder: str | Path) -> ImageProcessor | None:
-    """Return the image processor of a folder in HF layout; None where it has none.
+    """Return the image processor of a folder in HF layout; None if it has none.
 
     Raises:
-      InputError: the file cannot be read as what it should be.
+      InputError: the file is invalid.
     """
     path = Path(folder) / FILE
     if path.exists():
         hf = schema.read(path, Images)
-    else:  # transformers 5 keeps it with what else reads the inputs of a model
+    else:  # transformers 5 keeps it together with the model's other processors
         path = Path(folder) / "processor_config.json"
         hf = schema.read(path, Processor, missing=True).get("image_processor")
     if hf is None:
@@ -203,7 +200,7 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
     found = re.fullmatch(
         rf"({'|'.join(_KINDS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)", named
     )
-    if found is None:  # others crop, pad and scale in ways of their own
+    if found is None:  # other kinds crop, pad and scale differently
         raise InputError(
             f"{path}: the image processor {named!r} is not read; allowed: those of "
             f"{', '.join(_KINDS)}"
@@ -235,10 +232,13 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
 
 
 def _size(size: Any, short: bool) -> tuple[int, int] | int | Literal["cover"]:
-    """`size` of the file; a number alone is the shorter side where a crop follows, and a square
-    elsewhere (older files).
+    """Return `size` of the file.
+
+    A single number is the shorter side where a crop follows, and otherwise a square (older files).
     """
-    if isinstance(size, Mapping) and size.get("cover"):  # of ours: other programs have no such
+    if isinstance(size, Mapping) and size.get(
+        "cover"
+    ):  # ours only: other programs have no such size
         return "cover"
     if isinstance(size, Mapping) and "shortest_edge" in size:
         return int(size["shortest_edge"])
@@ -271,17 +271,15 @@ def _target(
 
 
 def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -> np.ndarray:
-    """An image `[Y, X, C]` in another size, as Pillow resizes it: columns first, then rows; of
-    uint8 each is rounded.
+    """Resize an image `[Y, X, C]` as Pillow does: columns, then rows; uint8 is rounded each time.
 
     Args:
-      image: what is resized.
+      image: to be resized.
       size: (height, width).
       filter: "bilinear" or "bicubic".
 
     Raises:
-      InputError: it would have more pixels than `limits` say, or so many more or fewer a line that
-        the work does.
+      InputError: more pixels than `limits` allows, or a change of size that takes too much work.
     """
     if (
         max(math.prod(size), *(old * new for old, new in zip(image.shape, size, strict=False)))
@@ -303,7 +301,7 @@ def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -
             ):
                 mixed = np.tensordot(weights, moved[:, i : i + lines].astype(np.float64), 1)
                 if image.dtype == np.uint8:
-                    # half a level up, as whole numbers are rounded there
+                    # round to the nearest level, half up, as Pillow does
                     mixed = np.floor(mixed + 0.5)
                 made[:, i : i + lines] = np.clip(mixed, 0, 255)
             image = np.moveaxis(made, 0, axis)
@@ -312,9 +310,9 @@ def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -
 
 @functools.lru_cache(16)
 def _weights(before: int, after: int, filter: str) -> np.ndarray:
-    """`[after, before]`: how much each old pixel counts for each new one; rows sum to one."""
+    """Return `[after, before]`: the weight of each old pixel in each new one; rows sum to one."""
     ratio = before / after
-    stretch = max(ratio, 1.0)  # a filter for smaller images covers all that a new pixel stands for
+    stretch = max(ratio, 1.0)  # a reducing filter covers the whole area of a new pixel
     reach = stretch * (1.0 if filter == "bilinear" else 2.0)
     weights = np.zeros((after, before))
     for i in range(after):
@@ -332,7 +330,7 @@ def _linear(x: np.ndarray) -> np.ndarray:
 
 
 def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
-    """Cubic convolution (Keys, 1981)."""
+    """Compute the cubic convolution (Keys, 1981)."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = a * (((x - 5) * x + 8) * x - 4)
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))

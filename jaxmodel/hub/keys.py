@@ -1,9 +1,9 @@
-"""Which keys of a config.json were read: one that would change what is computed is never passed
-over in silence.
+"""A record of which keys of a config.json were read, so that none is ignored silently.
 
-A key that no reader asked for must say what transformers takes where it is left out
-(`defaults.json`, made from transformers by `tests/hub/goldens/make_defaults.py`), or nothing (null,
-false, 0, empty), or be one that concerns training, generation or bookkeeping alone (`HARMLESS`).
+A key that no reader asked for must have the value that transformers takes if the key is missing
+(`defaults.json`, made from transformers by `tests/hub/goldens/make_defaults.py`), or be empty
+(null, false, 0, ...), or concern only training, generation or bookkeeping (`HARMLESS`). Any other
+key might change what is computed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jaxmodel.hub.schemas import Rope
 HARMLESS = re.compile(
     "|".join(
         (
-            # who wrote it, of what, for which classes
+            # who wrote the file, from what, for which classes
             r"_name_or_path|name_or_path|_commit_hash|_num_labels|architectures|model_type|auto_map|custom_pipelines|license\w*",
             r"(transformers|peft|unsloth|diffusers)?_?version|transformers[._]\w+|tokenizer_class|processor_class|unsloth\w*",
             r"finetuning_task|task_specific_params|language|author|name|model_name|description|tags|created_at|base_model\w*",
-            # how it is computed, kept and returned, not what
+            # how the result is computed, stored and returned, not what it is
             r"(torch_)?dtype|use_cache|use_bfloat16|torchscript|return_dict|output_(attentions|hidden_states|past|router_logits)",
             r"_?attn_implementation\w*|_?(use_)?flash_(attn|attention)\w*|deterministic_flash_attn|reference_compile",
             r"max_seq_len\w*|max_sequence_length|model_max_length|use_sdpa|pretraining_tp|chunk_size_feed_forward|reorder_and_upcast_attn|cache_implementation|tf_legacy_loss",
@@ -47,8 +47,9 @@ _TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_di
 
 
 class Keys(dict[str, Any]):
-    """An object of config.json that knows which of its keys were asked for; so does what `|` makes
-    of it, but no other copy.
+    """An object of config.json that records which of its keys were read.
+
+    The result of `|` records them too; other copies do not.
 
     >>> hf = Keys({"hidden_size": 8, "odd": 1})
     >>> (hf | {"model_type": "llama"})["hidden_size"], hf.asked
@@ -66,12 +67,12 @@ class Keys(dict[str, Any]):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, which counts as asked for, there or not."""
+        """Return the value of a key, and record the key as read, whether it exists or not."""
         self.asked.add(key)
         return super().get(key, default)
 
     def __or__(self, other: Mapping[str, Any]) -> Keys:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if isinstance(other, Keys):  # what is read of the result is read of both
+        if isinstance(other, Keys):  # a key read from the result counts as read from both
             self.asked |= other.asked
             other.asked = self.asked
         return Keys({**self, **other}, self.asked)
@@ -81,13 +82,12 @@ class Keys(dict[str, Any]):
 
 
 def check_asked(hf: Keys, kind: str, unread: str = r"(?!)") -> None:
-    """Refuse a config.json with a key that nobody asked for, and that is not known to change
-    nothing.
+    """Refuse a config.json with a key that was not read and is not known to be harmless.
 
     Args:
       hf: config.json, after it was read.
       kind: its `model_type`.
-      unread: regular expression of more keys that change nothing, of this family alone.
+      unread: regular expression of further harmless keys of this family.
 
     Raises:
       InputError: such a key; the line names it, its value and what to do.
@@ -96,7 +96,7 @@ def check_asked(hf: Keys, kind: str, unread: str = r"(?!)") -> None:
 
 
 def without(hf: Mapping[str, Any], ignored: Collection[str], stem: str = "") -> dict[str, Any]:
-    """config.json without some of its keys; `text_config.rope_theta` is one of an object in it.
+    """Return config.json without some of its keys; `text_config.rope_theta` is a nested key.
 
     >>> without({"a": 1, "b": {"c": 2, "d": 3}}, ["a", "b.d"])
     {'b': {'c': 2}}
@@ -147,5 +147,5 @@ def _refused(key: str, value: Any, known: Collection[str], usual: Any) -> InputE
 
 @functools.cache
 def defaults() -> dict[str, dict[str, Any]]:
-    """What transformers takes for each key of config.json that is left out, by `model_type`."""
+    """Return transformers' default for each key of config.json, by `model_type`."""
     return json.loads((Path(__file__).parent / "defaults.json").read_text(encoding="utf-8"))

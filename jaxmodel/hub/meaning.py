@@ -1,6 +1,6 @@
-"""What the numbers of a model mean, where others' files say it beside the sizes.
+"""The meaning of a model's outputs, which other people's files state apart from the sizes.
 
-That is `problem_type` of classifiers, and the files of sentence-transformers: modules.json,
+These are `problem_type` of classifiers, and the files of sentence-transformers: modules.json,
 1_Pooling/config.json, sentence_bert_config.json and config_sentence_transformers.json.
 """
 
@@ -29,15 +29,15 @@ PROBLEMS = ("single_label_classification", "multi_label_classification", "regres
 
 
 def with_meaning(config: Any, hf: Mapping[str, Any], folder: Path) -> Any:
-    """Return a config with what its numbers mean.
+    """Return a config that includes the meaning of its outputs.
 
     Args:
       config: as its family reads it.
       hf: config.json.
-      folder: where the other files are.
+      folder: that holds the other files.
 
     Raises:
-      InputError: they say what is not read; the message names it.
+      InputError: a setting that is not supported; the message names it.
     """
     more: dict[str, Any] = {}
     if hasattr(config, "problem") and (problem := hf.get("problem_type")) is not None:
@@ -50,8 +50,9 @@ def with_meaning(config: Any, hf: Mapping[str, Any], folder: Path) -> Any:
 
 
 def without_meaning(config: Any) -> tuple[Any, dict[str, Any]]:
-    """The config that its family writes, and the keys of config.json that say the rest; files say
-    the pooling (`save`).
+    """Return the config that its family writes, and the keys of config.json that state the rest.
+
+    The pooling is stated by files of its own (`save`).
     """
     usual = {
         f.name: f.default for f in dataclasses.fields(config) if f.name in ("problem", "pooling")
@@ -61,8 +62,9 @@ def without_meaning(config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def special_ids(folder: Path) -> dict[str, Any]:
-    """The ids that begin, end and pad a text, by their key: of generation_config.json, else of
-    config.json; {} for none.
+    """Return the ids that begin, end and pad a text, by their key.
+
+    They come from generation_config.json, else from config.json; {} if there are none.
     """
     hf = schema.read(folder / "config.json", Config)
     said = schema.read(folder / "generation_config.json", Generation, missing=True)
@@ -73,10 +75,10 @@ def special_ids(folder: Path) -> dict[str, Any]:
 
 
 def _pooling(folder: Path) -> tuple[str, ...] | None:
-    """How sentence-transformers makes one vector of a text's; None where no file says it.
+    """Return how sentence-transformers pools the vectors of a text; None if no file says it.
 
     Raises:
-      InputError: a module, or a way of pooling, that is not read.
+      InputError: a module, or a way of pooling, that is not supported.
     """
     path = folder / "modules.json"
     where = "1_Pooling"
@@ -111,11 +113,10 @@ def _pooling(folder: Path) -> tuple[str, ...] | None:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What sentence-transformers does to a text before it is read: `max_tokens`, `lower_case`,
-    `prompt`, where they are said.
+    """Return how sentence-transformers treats a text: `max_tokens`, `lower_case`, `prompt`.
 
     Raises:
-      InputError: the prompt that every text gets is not among the prompts.
+      InputError: the default prompt is not among the prompts.
     """
     said = schema.read(folder / "sentence_bert_config.json", Sentences, missing=True)
     card: dict[str, Any] = {}
@@ -134,7 +135,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def save(config: Any, card: Mapping[str, Any], folder: Path) -> None:
-    """Write the files of sentence-transformers, where the model makes vectors of texts."""
+    """Write the files of sentence-transformers, if the model embeds texts."""
     if getattr(config, "head", "") != "embed":
         return
     kinds = (
@@ -151,7 +152,7 @@ def save(config: Any, card: Mapping[str, Any], folder: Path) -> None:
         "word_embedding_dimension": config.width,
         **{key: mode in modes for key, mode in _OLD.items()},
     }
-    if len(modes) > 1:  # whose order the new form alone can say
+    if len(modes) > 1:  # only the new form states their order
         pooling = {"embedding_dimension": config.width, "pooling_mode": list(modes)}
     read = {
         "max_seq_length": card.get("max_tokens", config.context),

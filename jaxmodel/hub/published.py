@@ -1,4 +1,4 @@
-"""Where trained weights of the known sizes can be had."""
+"""Sources of trained weights for the known sizes."""
 
 from __future__ import annotations
 
@@ -62,13 +62,11 @@ WEIGHTS = {
     "vit/vit-base-16": "google/vit-base-patch16-224",
     "vit/vit-large-16": "google/vit-large-patch16-224",
 }
-"""Size -> an id of the hub, `org/name`, or the name of a model that an installed package carries.
-"""
+"""Size -> a hub id, `org/name`, or the name of a model in an installed package."""
 
 
 def where(name: str) -> str | None:
-    """Where the trained weights of a size are to be had; None for no size, or one whose weights
-    nobody has published.
+    """Return where the trained weights of a size are published; None for an unknown size or none.
 
     Args:
       name: `family/size`, or the size alone where one family has it.

@@ -1,8 +1,7 @@
-"""What the JSON files of a model's folder may hold: the kind of each key that is read; see
-`jaxmodel.schema`.
+"""Schemas of the JSON files of a model's folder: the type of each key that is read.
 
-`Config` serves all families, since a name of config.json means the same kind of value in each. A
-key that a family reads stands here: a test sees to it.
+See `jaxmodel.schema`. `Config` serves all families, since a key of config.json has the same type in
+each. Every key that a family reads is listed here; a test checks it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ type Template = str | list[NamedTemplate] | dict[str, str] | None
 
 
 class Rope(TypedDict, total=False):
-    """`rope_scaling` or `rope_parameters`; by kind of layer there are two of them."""
+    """`rope_scaling` or `rope_parameters`; models with two kinds of layers have one for each."""
 
     rope_type: str
     type: str
@@ -40,7 +39,7 @@ class Rope(TypedDict, total=False):
 
 
 class Config(TypedDict, total=False):
-    """config.json, and the objects of it that say the same of one tower."""
+    """config.json, and the objects in it that describe one tower."""
 
     model_type: str
     architectures: list[str] | None
@@ -189,21 +188,21 @@ class _Ours(TypedDict):
 
 
 class Ours(_Ours, total=False):
-    """jaxmodel.json."""
+    """The contents of jaxmodel.json."""
 
     adapters: bool
-    narrow: dict[str, Index]  # groups of units of which there are fewer than the config says
+    narrow: dict[str, Index]  # groups with fewer units than the config says
 
 
 class Shape(TypedDict):
-    """Of an input of a foreign module, with the batch in front."""
+    """An input of a foreign module, with the batch first."""
 
     shape: list[Index]
     dtype: str
 
 
 class Foreign(TypedDict):
-    """config.json of a foreign Flax module."""
+    """The config.json of a foreign Flax module."""
 
     flax: Literal["linen", "nnx"]
     module: str
@@ -215,7 +214,7 @@ class Foreign(TypedDict):
 
 
 class ShardIndex(TypedDict):
-    """model.safetensors.index.json."""
+    """The contents of model.safetensors.index.json."""
 
     weight_map: dict[str, str]
 
@@ -228,7 +227,7 @@ class NamedTemplate(TypedDict):
 
 
 class Tokens(TypedDict, total=False):
-    """tokenizer_config.json and special_tokens_map.json."""
+    """The contents of tokenizer_config.json and special_tokens_map.json."""
 
     bos_token: Token
     eos_token: Token
@@ -253,7 +252,7 @@ class Tokens(TypedDict, total=False):
 
 
 class Generation(TypedDict, total=False):
-    """generation_config.json."""
+    """The contents of generation_config.json."""
 
     bos_token_id: Ids
     eos_token_id: Ids
@@ -261,13 +260,13 @@ class Generation(TypedDict, total=False):
 
 
 class TextEnds(Generation, total=False):
-    """Of the text's part of config.json, what ends a text."""
+    """The keys in the text part of config.json that say what ends a text."""
 
     vocab_size: Count
 
 
 class Ends(TypedDict, total=False):
-    """Of config.json, what ends a text."""
+    """The keys of config.json that say what ends a text."""
 
     eos_token_id: Ids
     vocab_size: Count
@@ -285,7 +284,7 @@ class Side(TypedDict, total=False):
 
 
 class Images(TypedDict, total=False):
-    """preprocessor_config.json."""
+    """The contents of preprocessor_config.json."""
 
     image_processor_type: str
     feature_extractor_type: str
@@ -302,14 +301,14 @@ class Images(TypedDict, total=False):
 
 
 class Processor(TypedDict, total=False):
-    """processor_config.json."""
+    """The contents of processor_config.json."""
 
     image_processor: Images | None
     feature_extractor: dict[str, Any] | None
 
 
 class Content(TypedDict):
-    """What a token says."""
+    """The text of a token."""
 
     content: str
 
@@ -325,13 +324,13 @@ class AddedToken(Content, total=False):
 
 
 class Templates(TypedDict, total=False):
-    """chat_template.json."""
+    """The contents of chat_template.json."""
 
     chat_template: Template
 
 
 class Sentences(TypedDict, total=False):
-    """sentence_bert_config.json."""
+    """The contents of sentence_bert_config.json."""
 
     max_seq_length: Count | None
     do_lower_case: bool | None
@@ -348,8 +347,9 @@ type Modules = list[Module]
 
 
 class Pooling(TypedDict, total=False):
-    """1_Pooling/config.json, in its old form (a flag for each way) and its new one
-    (`pooling_mode`).
+    """The contents of 1_Pooling/config.json.
+
+    The old form has a flag for each way, the new form has `pooling_mode`.
     """
 
     word_embedding_dimension: Count
@@ -365,14 +365,14 @@ class Pooling(TypedDict, total=False):
 
 
 class Prompts(TypedDict, total=False):
-    """config_sentence_transformers.json."""
+    """The contents of config_sentence_transformers.json."""
 
     prompts: dict[str, str] | None
     default_prompt_name: str | None
 
 
 class Adapter(TypedDict, total=False):
-    """adapter_config.json, as PEFT writes it."""
+    """The contents of adapter_config.json, as PEFT writes it."""
 
     peft_type: str
     base_model_name_or_path: str | None

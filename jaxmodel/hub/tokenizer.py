@@ -1,6 +1,4 @@
-"""Text to token ids and back: from a HF folder, from the metadata of a GGUF file, or trained on the
-spot.
-"""
+"""Text to token ids and back: tokenizers from an HF folder or a GGUF file, or newly trained."""
 
 from __future__ import annotations
 
@@ -26,17 +24,17 @@ ROLES = tuple(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "cls", "s
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A `tokenizers.Tokenizer`, with where a text begins and ends and how a chat is written.
+    """A `tokenizers.Tokenizer` that also knows the ends of a text and how to write a chat.
 
     Attributes:
-      backend: the library's tokenizer; `encode` and `decode` are its, unchanged.
-      eos_ids: the ids that end a text, the principal one first; empty where there is none.
+      backend: the library's tokenizer, which `encode` and `decode` use unchanged.
+      eos_ids: the ids that end a text, the main one first; empty if there is none.
       bos_id: the id that begins a text, or None.
-      pad_id: the id that fills rows, or None.
-      chat_template: a Jinja template in the manner of HF, or several by name, or None.
-      special: the special tokens by their role in HF (those of `ROLES` that there are), as
-        templates see them; None for those of the ids above.
-      images: what reads the images of a model of both, or None.
+      pad_id: the id that pads rows, or None.
+      chat_template: an HF template in Jinja, or several by name, or None.
+      special: the special tokens by their role in HF (those of `ROLES` that exist), as templates
+        see them; None for the tokens of the ids above.
+      images: the image processor of a model of text and images, or None.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -65,15 +63,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included."""
+        """The number of tokens, including special ones."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def named_tokens(self) -> dict[str, str]:
-        """Return the special tokens by their role in HF:
-
-        `bos_token`, `eos_token`, `pad_token` and what else has a role.
-        """
+        """The special tokens by role in HF: `bos_token`, `eos_token`, `pad_token` and others."""
         said = dict(self.special or {})
         ids = {
             "bos_token": self.bos_id,
@@ -90,7 +85,7 @@ class Tokenizer:
 
     @functools.cached_property
     def begins(self) -> tuple[int, ...]:
-        """The ids that the tokenizer puts in front of a text (begin-of-text); () for none."""
+        """The ids that the tokenizer puts before a text (begin-of-text); () if none."""
         bare = self.encode("a")
         whole = self.encode("a", special=True)
         where = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
@@ -98,17 +93,16 @@ class Tokenizer:
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """Return the ids that `decode` leaves out."""
+        """The ids that `decode` leaves out."""
         return frozenset(
             i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
         )
 
     def beyond(self, rows: int) -> tuple[str, int] | None:
-        """The first token, and its id, behind the last row of a table; None where all that a text
-        needs are within.
+        """Return the first token, and its id, that a table of `rows` rows lacks; None if none.
 
-        A special token that has no role here does not count, nor does that of padding, for rows are
-        padded by masks: only a text in which it is written out would have it.
+        A special token that has no role does not count, nor does the padding token, since rows are
+        padded by masks: only a text that spells it out would contain it.
         """
         roles = {token for role, token in self.named_tokens.items() if role != "pad_token"}
         added = self.backend.get_added_tokens_decoder()
@@ -123,27 +117,32 @@ class Tokenizer:
         return (over[min(over)], min(over)) if over else None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Return the ids of `text`. A special token written out in it becomes its one id.
+        """Return the ids of `text`; a special token spelled out in it becomes its single id.
 
         Args:
-          text: any length; it is not truncated.
-          special: add what the tokenizer puts around a text (for instance a begin-of-text id).
+          text: of any length; it is not truncated.
+          special: whether to add the tokens that the tokenizer puts around a text (such as
+            begin-of-text).
 
         Raises:
-          InputError: not a string of valid Unicode, or work beyond what `limits` say.
+          InputError: not a string of valid Unicode, or more work than `limits` allows.
         """
         return self.encode_batch([text], special)[0]
 
     def encode_batch(self, texts: Iterable[str], special: bool = False) -> list[list[int]]:
-        """`encode` for several texts at once, on all cores; rows keep their own lengths."""
+        """Return the ids of several texts, encoded on all cores; rows keep their own lengths.
+
+        See `encode`.
+        """
         return backends.encode(self.backend, list(_several(texts)), special)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no whole character become U+FFFD, ids beyond the
-        vocabulary nothing.
+        """Return the text of `ids`.
+
+        Bytes that are not a whole character become U+FFFD; unknown ids are skipped.
 
         Raises:
-          InputError: a negative id, or a text beyond what `limits` say.
+          InputError: a negative id, or a text longer than `limits` allows.
         """
         ids = [int(i) for i in ids]
         if min(ids, default=0) < 0:
@@ -162,16 +161,16 @@ class Tokenizer:
         template: str | None = None,
         **more: Any,
     ) -> str:
-        """Return a conversation as the text that the model was trained on.
+        """Return a conversation as text in the form that the model was trained on.
 
         Args:
-          messages: what was said, in order, as `{"role": "user", "content": "..."}`.
-          add_generation_prompt: end with the opening of the assistant's answer.
-          tools: what the model may call: JSON schemas of functions, as HF templates take them.
-          documents: what the answer may rest on, as `{"title": "...", "text": "..."}`.
+          messages: the conversation, in order, as `{"role": "user", "content": "..."}`.
+          add_generation_prompt: whether to end with the opening of the assistant's answer.
+          tools: functions that the model may call: JSON schemas, as HF templates take them.
+          documents: that the answer may rest on, as `{"title": "...", "text": "..."}`.
           template: the name of one of several templates; None for "tool_use" with tools, else
             "default".
-          **more: what else the template reads (`enable_thinking=False`).
+          **more: other variables of the template (`enable_thinking=False`).
 
         Raises:
           InputError: there is no chat template, a message has no role, or the template refuses the
@@ -187,10 +186,9 @@ class Tokenizer:
         return chat.render(chosen, self.named_tokens, messages, **given)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers and `from_folder`
-        read.
+        """Write tokenizer.json and tokenizer_config.json for transformers and `from_folder`.
 
-        More than one end-of-text id goes to generation_config.json, where HF keeps them.
+        If more than one id ends a text, they go to generation_config.json, where HF keeps them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,8 +201,7 @@ class Tokenizer:
         _write_json(
             folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None}
         )
-        # Not backend.save: that turns a full disk into a bare Exception, and callers wait for
-        # OSError.
+        # backend.save would turn a full disk into a bare Exception, and callers expect OSError.
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         if self.images is not None:
             self.images.save(folder)
@@ -217,18 +214,18 @@ class Tokenizer:
 
 
 def is_there(folder: Path) -> bool:
-    """Return whether a folder has a file that a tokenizer is read from."""
+    """Return whether a folder has a file from which a tokenizer can be read."""
     return any((folder / name).is_file() for name in vocabularies.FILES)
 
 
 def from_folder(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder in HF layout: tokenizer.json, else a vocabulary alone; with its
-    companions where present.
+    """Return the tokenizer of a folder in HF layout: tokenizer.json, else a vocabulary alone.
 
-    A text ends with the `eos_token` and with the ids of generation_config.json and config.json.
+    Accompanying files are used if present. A text ends with the `eos_token` and with the ids of
+    generation_config.json and config.json.
 
     Raises:
-      InputError: there is none, or a file cannot be read as what it should be.
+      InputError: there is no tokenizer, or a file is invalid.
     """
     folder = Path(folder)
     names = ("special_tokens_map.json", "tokenizer_config.json")
@@ -256,7 +253,7 @@ def from_folder(folder: str | Path) -> Tokenizer:
         *_ends(folder / "config.json", Ends),
     ]
     rows = max(backend.get_vocab_size(), _rows(folder / "config.json"))
-    # SigLIP's files repeat CLIP's end, which they have no row for
+    # SigLIP's files repeat CLIP's end token, for which they have no row
     eos = [
         ids.get("eos_token"),
         *(i for i in ends if i < rows),
@@ -277,11 +274,10 @@ def from_folder(folder: str | Path) -> Tokenizer:
 def _add_tokens(
     backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], named: set[str]
 ) -> None:
-    """The tokens that only `added_tokens_decoder` of tokenizer_config.json, or added_tokens.json,
-    knows.
+    """Add the tokens that only `added_tokens_decoder` or added_tokens.json lists.
 
     Raises:
-      InputError: one that is no token, or whose id is not the next.
+      InputError: an invalid token, or one whose id is not the next.
     """
     found: dict[int, AddedToken] = {}
     listed = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -324,11 +320,10 @@ def _add_tokens(
 
 
 def _ends(path: Path, kind: Any) -> list[int]:
-    """The `eos_token_id` of a file, a number or a list; also that of the text's part, in models of
-    several kinds of input.
+    """Return the `eos_token_id` of a file, a number or a list, and that of its text part, if any.
 
     Raises:
-      InputError: it is something else.
+      InputError: a value of another type.
     """
     hf = schema.read(path, kind, missing=True)
     several = [part.get("eos_token_id") for part in (hf, hf.get("text_config") or {})]
@@ -338,7 +333,7 @@ def _ends(path: Path, kind: Any) -> list[int]:
 
 
 def _rows(path: Path) -> int:
-    """Return the rows of a model's table, 0 where config.json does not say."""
+    """Return the number of rows of a model's table, or 0 if config.json does not state it."""
     hf = schema.read(path, Ends, missing=True)
     return max(int(part.get("vocab_size") or 0) for part in (hf, hf.get("text_config") or {}))
 
@@ -350,14 +345,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
       texts: the corpus; an iterator is consumed once.
-      vocab_size: tokens wanted, at least 257 (256 bytes and the special one); a small corpus may
+      vocab_size: number of tokens, at least 257 (256 bytes and the special one); a small corpus may
         give fewer.
 
     Returns:
-      The same tokenizer for the same texts and size, always.
+      A tokenizer that is always the same for the same texts and size.
 
     Raises:
-      InputError: `vocab_size` below 257, or `texts` a single string.
+      InputError: `vocab_size` is below 257, or `texts` is a single string.
 
     Source: Sennrich et al., Neural Machine Translation of Rare Words with Subword Units, 2016;
       bytes as in GPT-2, 2019.
@@ -392,17 +387,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def stream_decoder(
     tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()
 ) -> Callable[[int | None], str]:
-    """A function from the next id to the text that it completes, for showing a text while it is
-    generated.
+    """Return a function from the next id to the text that it completes, for streaming.
 
-    The pieces together are what `decode(after + ids)` has more than `decode(after)`; none ends
-    within a UTF-8 character. At the end of the ids, calling it with None gives what was held back
-    (U+FFFD, where the ids stop within a character).
+    Together the pieces are the text that `decode(after + ids)` adds to `decode(after)`; none ends
+    within a UTF-8 character. After the last id, a call with None returns the text that was held
+    back (U+FFFD, if the ids stop within a character).
 
     Args:
-      tokenizer: whose ids.
+      tokenizer: of the ids.
       skip_special: whether special tokens are left out, as by `decode`.
-      after: the ids in front (a prompt): a decoder that drops the space of the first word must not
+      after: the preceding ids (a prompt): a decoder that drops the space of the first word must not
         do so within a text.
 
     >>> tokenizer = train_bpe([], vocab_size=257)
@@ -414,8 +408,9 @@ def stream_decoder(
     in_bytes: dict[int, bool] = {}
 
     def is_byte(token: int) -> bool:
-        """Whether it is a byte of a longer character, `<0xE6>`: what a run of them says is known at
-        its end only.
+        """Return whether a token is one byte of a longer character, such as `<0xE6>`.
+
+        The meaning of a run of them is known only at its end.
         """
         if token not in in_bytes:
             said = tokenizer.backend.id_to_token(token) or ""
@@ -423,7 +418,7 @@ def stream_decoder(
         return in_bytes[token]
 
     def tail(ids: list[int]) -> list[int]:
-        """As few of the last ids as the text of what follows depends on."""
+        """Return the shortest end of `ids` that determines the text of what follows."""
         shown = 0
         for start in range(len(ids) - 1, -1, -1):
             shown += ids[start] not in skipped
@@ -440,11 +435,10 @@ def stream_decoder(
         nonlocal sent, ids, in_run
         if token is not None:
             ids.append(int(token))
-            if int(token) not in skipped:  # which leaves a run as it is
+            if int(token) not in skipped:  # a skipped token does not end a run
                 in_run = is_byte(int(token))
         text = tokenizer.decode(ids, skip_special)
-        # A trailing U+FFFD may be half a character, or a real one: hold it until the next id
-        # decides.
+        # A trailing U+FFFD may be half a character or a real one: hold it until the next id.
         held = token is not None and in_run
         ready = (
             sent if held else max(sent, len(text) if token is None else len(text.rstrip("\ufffd")))
@@ -463,7 +457,7 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 
 def pre_tokenizer(patterns: Sequence[str]) -> pre_tokenizers.PreTokenizer:
-    """Make the byte-level pre-tokenizer that cuts by these patterns, one after the other."""
+    """Return the byte-level pre-tokenizer that splits by these patterns, one after another."""
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
     return pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -479,7 +473,7 @@ def _several(texts: Iterable[str]) -> Iterable[str]:
 
 
 def distinct(ids: Iterable[int | None]) -> tuple[int, ...]:
-    """Leave out repeated ids and None; the order stays."""
+    """Return the ids in their order, without None and repetitions."""
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 

@@ -1,5 +1,7 @@
-"""Tokenizers from a vocabulary alone: tokenizer.model of SentencePiece, vocab.txt of BERT,
-vocab.json and merges.txt of GPT-2.
+"""Tokenizers from a vocabulary alone.
+
+The files are tokenizer.model of SentencePiece, vocab.txt of BERT, vocab.json and merges.txt of
+GPT-2.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from jaxmodel.limits import limits
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 FILES = ("tokenizer.json", *SENTENCEPIECE, "vocab.txt", "merges.txt")
-"""What a tokenizer is read from, the first that there is."""
+"""The files from which a tokenizer is read; the first that exists is used."""
 
 # kinds of a piece, in SentencePiece and in GGUF
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _SPACE = "▁"
 
-# `tokenizer_class` without Tokenizer and Fast, or `model_type` -> what a text begins and ends with
+# `tokenizer_class` without Tokenizer and Fast, or `model_type` -> first and last token of a text
 _AROUND = {
     **dict.fromkeys(
         ("llama", "codellama", "gemma", "mistral", "mixtral", "phi3"), ("bos_token", None)
@@ -37,19 +39,19 @@ _AROUND = {
 
 
 class Pieces(NamedTuple):
-    """What a SentencePiece model says.
+    """The contents of a SentencePiece model.
 
     Attributes:
       tokens: by id.
-      scores: of each.
-      kinds: NORMAL to BYTE of each.
-      bpe: merges by scores; else the likeliest segmentation (unigram).
+      scores: of each token.
+      kinds: of each token, NORMAL to BYTE.
+      bpe: whether merges go by scores; else the likeliest segmentation is taken (unigram).
       unk: id of the unknown token.
       bos: id, or -1.
       eos: id, or -1.
-      prefix: whether a text gets a space in front.
-      shrinks: whether spaces at the ends and repeated ones are dropped.
-      charsmap: the compiled normalisation; empty for none.
+      prefix: whether a space is put before a text.
+      shrinks: whether spaces at the ends and repeated spaces are dropped.
+      charsmap: the compiled normalisation; empty if there is none.
     """
 
     tokens: list[str]
@@ -68,7 +70,7 @@ def read_pieces(path: Path) -> Pieces:
     """Return the pieces and settings of a SentencePiece model (`sentencepiece_model.proto`).
 
     Raises:
-      InputError: no such model, or one whose kind is not read.
+      InputError: not such a model, or one of an unsupported kind.
     """
     tokens = []
     scores = []
@@ -110,10 +112,10 @@ def read_pieces(path: Path) -> Pieces:
 
 
 def of_pieces(pieces: Pieces) -> tokenizers.Tokenizer:
-    """Return the library's tokenizer that cuts texts as SentencePiece does.
+    """Return the `tokenizers` equivalent of a SentencePiece model.
 
     Raises:
-      InputError: the pieces do not fit together.
+      InputError: inconsistent pieces.
     """
     tokens = pieces.tokens
     kinds = pieces.kinds
@@ -147,7 +149,7 @@ def of_pieces(pieces: Pieces) -> tokenizers.Tokenizer:
         ]
     steps += [normalizers.Prepend(_SPACE)] if pieces.prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    if not pieces.bpe:  # as SentencePiece cuts, and quicker
+    if not pieces.bpe:  # the same segmentation as SentencePiece's, and faster
         backend.pre_tokenizer = pre_tokenizers.Split(_SPACE, "merged_with_next")
     strip = [decoders.Strip(" ", 1, 0)] if pieces.prefix else []
     backend.decoder = decoders.Sequence(
@@ -166,15 +168,14 @@ def of_pieces(pieces: Pieces) -> tokenizers.Tokenizer:
 def from_vocabulary(
     folder: Path, config: Mapping[str, Any]
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """The tokenizer of a folder without tokenizer.json, and the special tokens that its kind has by
-    itself.
+    """Return the tokenizer of a folder without tokenizer.json, and its default special tokens.
 
     Args:
       folder: in HF layout.
       config: tokenizer_config.json.
 
     Raises:
-      InputError: no file that is read, or a kind of tokenizer that needs a tokenizer.json.
+      InputError: no supported file, or a kind of tokenizer that needs a tokenizer.json.
     """
     file = next((name for name in FILES[1:] if (folder / name).is_file()), None)
     named = (
@@ -199,7 +200,7 @@ def from_vocabulary(
             f"folder: {str(folder / file)!r} alone is not read for the tokenizer of", kind, _AROUND
         )
     pieces = read_pieces(folder / file)
-    if kind == "t5":  # T5 has no begin of its own, and further tokens behind the pieces
+    if kind == "t5":  # T5 has no begin-of-text token, and more tokens after the pieces
         pieces = pieces._replace(bos=-1)
     backend = of_pieces(pieces)
     ids = {"unk_token": pieces.unk, "bos_token": pieces.bos, "eos_token": pieces.eos}
@@ -224,21 +225,19 @@ def from_vocabulary(
 
 
 def _plain_words(lower: bool) -> list[Any]:
-    """What SigLIP's texts went through before they were cut: no capitals, no punctuation of ASCII,
-    single spaces.
-    """
+    """Return SigLIP's preparation of texts: no capitals, no ASCII punctuation, single spaces."""
     marks = "".join(f"\\{mark}" for mark in string.punctuation)
     return [
         normalizers.Replace(_SPACE, " "),
         *([normalizers.Lowercase()] if lower else []),
         normalizers.Replace(Regex(f"[{marks}]"), ""),
-        normalizers.Replace(Regex(r"[\s\x1c-\x1f]+"), " "),  # what Python takes for spaces
+        normalizers.Replace(Regex(r"[\s\x1c-\x1f]+"), " "),  # whitespace as Python defines it
         normalizers.Strip(),
     ]
 
 
 def around(backend: tokenizers.Tokenizer, head: str | None, tail: str | None) -> None:
-    """Let a tokenizer put a token before and one after each text."""
+    """Make a tokenizer put a token before and one after each text."""
     tokens = [
         (token, backend.token_to_id(token))
         for token in dict.fromkeys([head, tail])
@@ -325,9 +324,7 @@ def _byte_level(
 
 
 def _merges(pieces: Pieces) -> list[tuple[str, str]]:
-    """Which pairs SentencePiece joins, the best first: those that make a piece, in the order of its
-    score.
-    """
+    """Return the pairs that SentencePiece joins to a piece, by the score of the piece."""
     kinds = enumerate(pieces.kinds)
     parts = {pieces.tokens[i]: i for i, kind in kinds if kind in (NORMAL, USER_DEFINED, UNUSED)}
     found = []
@@ -344,9 +341,7 @@ def _merges(pieces: Pieces) -> list[tuple[str, str]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message: numbers (of variable length), bytes, and those of four or eight
-    bytes as they are.
-    """
+    """Yield the fields of a message: varints as numbers, the others as bytes."""
     at = 0
     while at < len(data):
         key, at = _number(data, at)
@@ -382,10 +377,10 @@ def _signed(value: int) -> int:
 def piece_list(
     tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], **settings: Any
 ) -> Pieces:
-    """`Pieces` of a file that keeps them in lists (GGUF).
+    """Return the `Pieces` of a file that stores them as lists (GGUF).
 
     Raises:
-      InputError: lists of unequal length.
+      InputError: lists of different lengths.
     """
     if not len(tokens) == len(scores) == len(kinds):
         raise InputError(

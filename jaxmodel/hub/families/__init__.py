@@ -1,8 +1,7 @@
-"""One file for each layout of files by others: a `FAMILY` with the names and configs of HF folders
-and GGUF.
+"""File layouts of other projects, one module each, with names and configs for HF and GGUF.
 
-Several may be of one architecture, as RoBERTa's and BERT's. Any other architecture, and any config
-that no HF family has, is stored under its own names (`own`).
+Several may belong to one architecture, such as BERT's and RoBERTa's. Any other architecture, and
+any config that no HF family has, is stored under its own names (`own`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ OWN = "jaxmodel-"
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """Return every family whose files others write, by the name of its file."""
+    """Return every family whose files other projects write, by the name of its module."""
     names = [info.name for info in pkgutil.iter_modules(__path__)]
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
 
@@ -36,7 +35,7 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
     """Return the family that stores a model, and its config.json.
 
     Raises:
-      InputError: the model is of no family (see `models.family`), nor a Flax module made one.
+      InputError: the model belongs to no family (see `models.family`) and is not a Flax module.
     """
     if isinstance(model.config, Foreign):
         return foreign.layout(model), foreign.config_of(model)
@@ -54,7 +53,9 @@ def family_of(model: models.Model) -> tuple[Family, dict[str, Any]]:
         key=lambda f: name not in f.kinds,
     ):
         theirs = family.config_to_hf(bare)
-        if theirs is not None and _means(family, theirs, bare):  # else a part of it would be lost
+        if theirs is not None and _means(
+            family, theirs, bare
+        ):  # otherwise a part of the config would be lost
             return family, {**theirs, **more}
     family = own(models.families()[name])
     return family, family.config_to_hf(model.config) or {}
@@ -68,15 +69,15 @@ def _means(family: Family, theirs: dict[str, Any], config: Any) -> bool:
 
 
 def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
-    """The family that reads a `model_type` of config.json, or a `general.architecture` of GGUF.
+    """Return the family that reads a `model_type` (HF) or a `general.architecture` (GGUF).
 
     Args:
       kind: the value.
       argument: its name in the message.
-      gguf: which of the two.
+      gguf: whether it is from a GGUF file.
 
     Raises:
-      InputError: none reads it.
+      InputError: no family reads it.
     """
     known = {
         k: family
@@ -92,8 +93,10 @@ def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
 
 @functools.cache
 def own(architecture: models.Family) -> Family:
-    """The layout of an architecture under its own names: the paths of the leaves with dots, the
-    fields of the config.
+    """Return the layout of an architecture under its own names.
+
+    Tensors are named by the paths of the leaves with dots, and config.json has the fields of the
+    config.
     """
     kind = OWN + architecture.name
 

@@ -1,4 +1,4 @@
-"""Files of BERT:
+"""Files of BERT.
 
 HF folders of BertForMaskedLM, BertForSequenceClassification and BertModel (sentence embeddings).
 """
@@ -24,8 +24,7 @@ _FIXED = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-# of `hidden_act` -> of `layers.ACTIVATIONS`; where several mean the same to transformers, the last
-# is what we write
+# `hidden_act` -> name in `layers.ACTIVATIONS`; of several synonyms in HF the last is written
 ACTIVATIONS = {
     **dict.fromkeys(("gelu_python", "gelu"), "gelu"),
     **dict.fromkeys(
@@ -65,7 +64,7 @@ _HEAD = {
 def activation(
     hf: Mapping[str, Any], default: str, where: str = "config.json", key: str = "hidden_act"
 ) -> str:
-    """Return the activation that a key names, as transformers (5.24) knows it.
+    """Return the activation that a key names, as transformers (5.24) defines it.
 
     Raises:
       InputError: an unknown one.
@@ -82,9 +81,7 @@ def activation_to_hf(name: str) -> str:
 
 
 def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes, in their order; two without a name where config.json says nothing,
-    as in HF.
-    """
+    """Return the names of the classes in order; by default two unnamed ones, as in HF."""
     named = hf.get("id2label")
     if named is None:
         return numbered(int(hf.get("num_labels", 2)))
@@ -105,7 +102,7 @@ def labels_to_hf(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def architecture(hf: Mapping[str, Any], known: Collection[str], default: str) -> str:
-    """The class that config.json says the file was saved from: it decides which head there is.
+    """Return the class from which config.json was saved; it determines the head.
 
     Raises:
       InputError: a class that is not among `known`.
@@ -159,7 +156,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> bert.Config:
 
 
 def config_to_hf(c: bert.Config) -> dict[str, Any] | None:
-    """Return the config.json of BERT; None without token types, which each of its files has."""
+    """Return the config.json of BERT; None without token types, since all BERT files have them."""
     if not c.types:
         return None
     named = {ours: theirs for theirs, ours in _ARCHITECTURES.items()}[c.head]
@@ -188,10 +185,10 @@ FAMILY = Family(
     names=names,
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    # every BertModel has a pooler, which masked tokens and means do not read; the first files keep
-    # the next-sentence head
+    # every BertModel has a pooler, which masked language models and mean pooling do not use; the
+    # earliest files also have the next-sentence head
     ignored=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
     prefix="bert.",
-    unread=r"directionality|pooler_\w+",  # of TensorFlow's files: the next-sentence head
+    unread=r"directionality|pooler_\w+",  # the next-sentence head, in TensorFlow's files
     copies={"cls.predictions.decoder.weight": "embed", "cls.predictions.decoder.bias": "head/bias"},
 )

@@ -24,12 +24,13 @@ _LAYER = {
     "mlp/up": "mlp.fc1",
     "mlp/down": "mlp.fc2",
 }
-_OLD_END = 2  # the first CLIP's files give this id for the end of a text, and mean the highest one
+_OLD_END = 2  # the end-of-text id in files of the first CLIP, which stands for the highest id
 
 
 def tower_names(stem: str, ours: str = "") -> list[Name]:
-    """The entries of the layers of a tower of CLIP or SigLIP, in files under `stem`, and in our
-    tree under `ours`.
+    """Return the entries of the layers of a CLIP or SigLIP tower.
+
+    They are under `stem` in the files, and under `ours` in our tree.
     """
     layer = f"{stem}.encoder.layers.{{}}"
     names = []
@@ -66,7 +67,7 @@ def _names(config: clip.Config) -> list[Name]:
         *image_names(config.image, "image/"),
         *text_names(),
         Name("image/embed/class", "vision_model.embeddings.class_embedding"),
-        *norm_names("image/embed_norm", "vision_model.pre_layrnorm"),  # so it is spelt there
+        *norm_names("image/embed_norm", "vision_model.pre_layrnorm"),  # (sic)
         Name("image_map", "visual_projection.weight"),
         Name("text_map", "text_projection.weight"),
         Name("scale", "logit_scale"),
@@ -74,9 +75,9 @@ def _names(config: clip.Config) -> list[Name]:
 
 
 def _part(hf: dict[str, Any], key: str) -> dict[str, Any]:
-    """What config.json says of one tower."""
+    """Return the part of config.json that describes one tower."""
     own = hf.get(key) or {}
-    # of the first files: where it is there, it says all
+    # from the earliest files; if present, it is complete
     if (newer := hf.get(f"{key}_dict")) is not None:
         own = own | keys.defaults()["clip"][key] | newer
     return own
@@ -85,9 +86,7 @@ def _part(hf: dict[str, Any], key: str) -> dict[str, Any]:
 def tower(
     own: Mapping[str, Any], width: int, heads: int, act: str, eps: float, where: str
 ) -> dict[str, Any]:
-    """What both towers have, as their part of config.json says it, or as it is meant where that is
-    silent.
-    """
+    """Return the settings that both towers have, from their part of config.json or its defaults."""
     return {
         "width": own.get("hidden_size", width),
         "depth": own.get("num_hidden_layers", 12),

@@ -42,7 +42,7 @@ def _names(c: vit.Config) -> list[Name]:
 
 def _from_hf(hf: Mapping[str, Any]) -> vit.Config:
     classifies = architecture(hf, _CLASSES, "Dinov2Model") == "Dinov2ForImageClassification"
-    fixed(hf, {"use_swiglu_ffn": (False,)})  # that of the giant one: a gated feed-forward part
+    fixed(hf, {"use_swiglu_ffn": (False,)})  # only the giant model has this gated feed-forward part
     width = hf.get("hidden_size", 768)
     return vit.Config(
         image=hf.get("image_size", 224),
@@ -64,7 +64,7 @@ def _from_hf(hf: Mapping[str, Any]) -> vit.Config:
 
 
 def _to_hf(c: vit.Config) -> dict[str, Any] | None:
-    if c.mlp_width % c.width:  # transformers has whole ratios alone
+    if c.mlp_width % c.width:  # transformers has only integer ratios
         return None
     return {
         "architectures": [_CLASSES[0 if c.labels else 1]],
@@ -72,7 +72,7 @@ def _to_hf(c: vit.Config) -> dict[str, Any] | None:
         **sizes_to_hf(c),
         "mlp_ratio": c.mlp_width // c.width,
         "use_swiglu_ffn": False,
-        # which stands for hidden patches in their pre-training, and is not kept
+        # stands for hidden patches in pre-training; not kept
         "use_mask_token": False,
     }
 
@@ -85,6 +85,6 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r"embeddings\.mask_token",
     prefix="dinov2.",
-    # what a backbone gives, and the first values of scales that the file has
+    # the outputs of a backbone, and initial values of scales that the file has
     unread="out_features|out_indices|stage_names|apply_layernorm|reshape_hidden_states|layerscale_value",
 )

@@ -1,4 +1,4 @@
-"""Files of DistilBERT:
+"""Files of DistilBERT.
 
 HF folders of DistilBertForMaskedLM, DistilBertForSequenceClassification and DistilBertModel.
 """
@@ -102,6 +102,6 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r"embeddings\.position_ids",
     prefix="distilbert.",
-    unread="sinusoidal_pos_embds",  # the first weights of a table that the file has
+    unread="sinusoidal_pos_embds",  # initial values of a table that the file has
     copies={"vocab_projector.weight": "embed"},
 )

@@ -1,8 +1,7 @@
 """The text part of Gemma 3's multimodal files: HF folders of Gemma3ForConditionalGeneration.
 
-The image tower and what joins it to the text are left out, as the bundle's card says; a text with
-the token of an image is refused. What is saved is a `gemma3_text`, which has the same text part
-alone.
+The image tower and the layer that connects it are left out, as the bundle's card says; a text with
+an image token is refused. The model is saved as `gemma3_text`, which has the same text part alone.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from jaxmodel.hub.families import llama as of_llama
 from jaxmodel.hub.names import Family
 from jaxmodel.models import llama
 
-_HAS = {  # what its text_config means that leaves a key out
+_HAS = {  # defaults of text_config
     "vocab_size": 262208,
     "hidden_size": 2304,
     "intermediate_size": 9216,

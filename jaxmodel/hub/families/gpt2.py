@@ -98,7 +98,7 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r".*\.attn\.(masked_)?bias",
     prefix="transformer.",
-    # of the second head of GPT2DoubleHeadsModel
+    # the second head of GPT2DoubleHeadsModel
     unread=r"n_ctx|n_special|predict_special_tokens|summary_\w+",
     copies={"lm_head.weight": "embed"},
 )

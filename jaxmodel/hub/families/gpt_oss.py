@@ -1,7 +1,6 @@
-"""Files of gpt-oss:
+"""Files of gpt-oss: HF folders of GptOssForCausalLM.
 
-HF folders of GptOssForCausalLM, whose experts are plain or in MXFP4, which is decoded when it is
-read.
+The experts are plain or in MXFP4, which is decoded when it is read.
 """
 
 from __future__ import annotations
@@ -122,9 +121,11 @@ _VALUES = np.concatenate([_FP4, -_FP4])  # by code: a sign, two bits of exponent
 
 
 class Decoded(Tensors):
-    """Tensors in MXFP4 (OCP, 2023) as plain ones: `NAME_blocks` `[E, out, groups, 16]` has two
-    codes a byte, the lower half first, `NAME_scales` `[E, out, groups]` the exponent of each group
-    of 32; together they are NAME, `[E, in, out]`.
+    """Tensors in MXFP4 (OCP, 2023), presented as plain tensors.
+
+    `NAME_blocks` `[E, out, groups, 16]` has two codes per byte, the lower half first, and
+    `NAME_scales` `[E, out, groups]` has the exponent of each group of 32; together they are NAME,
+    `[E, in, out]`.
     """
 
     def __init__(self, tensors: Tensors):
@@ -135,10 +136,12 @@ class Decoded(Tensors):
         self._packed = {stem for stem in stems if f"{stem}_scales" in names}
 
     def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
         parts = {f"{stem}_{part}" for stem in self._packed for part in ("blocks", "scales")}
         return [*(name for name in self._tensors.names() if name not in parts), *self._packed]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         if name not in self._packed:
             return self._tensors.shape(name)
         blocks = self._tensors.shape(f"{name}_blocks")
@@ -151,9 +154,11 @@ class Decoded(Tensors):
         return blocks[0], blocks[2] * 32, blocks[1]
 
     def dtype(self, name: str) -> np.dtype:
+        """Return the dtype that `read` gives."""
         return np.dtype(np.float32) if name in self._packed else self._tensors.dtype(name)
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
+        """Return a tensor, or the part of it that `index` selects."""
         if name not in self._packed:
             return self._tensors.read(name, index)
         experts, inner, out = (*index, *(slice(0, n) for n in self.shape(name)[len(index) :]))
@@ -177,7 +182,7 @@ FAMILY = Family(
     config_from_hf=_from_hf,
     config_to_hf=_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
-    # of the first code, beside what transformers reads
+    # keys of the original code, in addition to those that transformers reads
     unread="experts_per_token|initial_context_length",
     view=Decoded,
 )

@@ -19,7 +19,7 @@ from jaxmodel.ops.rope import rope_frequencies
 
 _GEMMA = ("gemma2", "gemma3_text")
 
-# What a key means that config.json leaves out, where it is not what the key's first use below says.
+# Defaults of missing keys, where they differ from the default at the key's first use below.
 _LONG = {"max_position_embeddings": 131072}
 _GROUPED = {"num_key_value_heads": 8}
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
@@ -122,7 +122,7 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
         if gemma
         else activation(hf, "silu")
     )
-    if kind == "gemma3_text":  # transformers reads the key and does not use it
+    if kind == "gemma3_text":  # transformers reads the key but does not use it
         fixed(hf, {"attn_logit_softcapping": (None,)})
     fixed(
         hf,
@@ -134,8 +134,8 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
     )
     heads = hf["num_attention_heads"]
     local = None
-    # Where both are there rope_scaling counts (people add it to what transformers 5 saved), and its
-    # context stands beside it.
+    # If both are present, rope_scaling counts, with the context beside it: people add it to files
+    # that transformers 5 saved.
     rope = hf.get("rope_parameters") or {}
     extended = hf.get("rope_scaling") or {}
     if "full_attention" in rope and "full_attention" not in extended:
@@ -146,7 +146,7 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
         trained := hf.get("original_max_position_embeddings")
     ) is not None and "full_attention" not in rope:
         rope = {**rope, "original_max_position_embeddings": trained}
-    if "full_attention" in rope:  # transformers 5: by kind of layer
+    if "full_attention" in rope:  # transformers 5: one entry for each kind of layer
         local = rope.get("sliding_attention", {})
         rope = rope["full_attention"]
     elif kind == "gemma3_text":
@@ -192,7 +192,7 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
 
 
 def causal(hf: Mapping[str, Any]) -> None:
-    """Refuse a class with another head than that of the next token.
+    """Refuse a class whose head does not predict the next token.
 
     Raises:
       InputError: such a class.
@@ -206,17 +206,17 @@ def causal(hf: Mapping[str, Any]) -> None:
 
 
 def plain(hf: dict[str, Any], **defaults: Any) -> llama.Config:
-    """What of a config.json means the same to Llama; other families begin with it.
+    """Return the config of the keys that mean the same in Llama; other families start from it.
 
     Args:
       hf: config.json.
-      defaults: what a key means that it leaves out.
+      defaults: values of missing keys.
     """
     return config_from_hf(defaults | hf | {"model_type": "llama"})
 
 
 def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
-    """The scaling that `rope_scaling` or `rope_parameters` says, of a model for `context` tokens."""
+    """Return the scaling in `rope_scaling` or `rope_parameters`, for `context` tokens."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {"partial_rotary_factor": 1.0} | (
         {} if kind == "default" else {"mscale": None, "mscale_all_dim": None}
@@ -267,7 +267,7 @@ def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
             f"config.json: layer_types has {min(unknown)!r}; allowed: 'sliding_attention', "
             f"'full_attention'"
         )
-    # transformers does not read it there
+    # transformers ignores the key there
     if kind in alike and types and window and set(types) != {alike[kind]}:
         raise InputError(
             f"config.json: layer_types is {types!r:.60}; allowed: {alike[kind]!r} alone, as "
@@ -292,7 +292,7 @@ def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
 
 
 def pattern(layers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the layers take in turn, as the shortest that repeats; () where none has anything.
+    """Return the values of the layers as the shortest pattern that repeats; () if all are empty.
 
     >>> pattern((5, 5, 0, 5, 5, 0, 5)), pattern((False, False))
     ((5, 5, 0), ())
@@ -304,14 +304,14 @@ def pattern(layers: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _kind(c: llama.Config) -> str | None:
-    """The `model_type` whose models have exactly what this config has; None where there is none."""
-    if c.o_bias or c.mlp_bias:  # of these kinds only Llama has them
+    """Return the `model_type` whose models have exactly this config; None if there is none."""
+    if c.o_bias or c.mlp_bias:  # only Llama has these biases
         same = dataclasses.replace(c, qkv_bias=False, o_bias=False, mlp_bias=False)
         return "llama" if c.qkv_bias == c.o_bias and _kind(same) == "llama" else None
     if (c.norm_offset == 1.0) != c.post_norms:
         return None
     if c.post_norms:
-        # files say a whole number
+        # files store an integer
         scaled = c.query_scale is not None and round(c.query_scale**-2) ** -0.5 == c.query_scale
         if (
             c.experts
@@ -355,7 +355,7 @@ _CLASSES = {
 
 
 def common_to_hf(c: llama.Config, kind: str, architecture: str) -> dict[str, Any]:
-    """What config.json has of every kind."""
+    """Return the keys of config.json that every kind has."""
     hf: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": kind,
@@ -380,7 +380,7 @@ def common_to_hf(c: llama.Config, kind: str, architecture: str) -> dict[str, Any
 
 
 def config_to_hf(c: llama.Config) -> dict[str, Any] | None:
-    """The config.json of the kind that has what this config has; None where there is none."""
+    """Return the config.json of the kind that fits this config; None if there is none."""
     kind = _kind(c)
     if kind is None:
         return None
@@ -410,7 +410,7 @@ def config_to_hf(c: llama.Config) -> dict[str, Any] | None:
 
 
 def scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
-    """Return the object of config.json that describes it."""
+    """Return the object of config.json that describes a scaling."""
     hf: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
     if s.kind != "linear":
         hf["original_max_position_embeddings"] = s.context
@@ -430,8 +430,8 @@ def scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
 
 
 def _gguf_names(config: llama.Config) -> list[Name]:
-    # llama.cpp turns the pairs of q and k for its own rotation, in files of the architecture
-    # "llama" only
+    # For its own rotation, llama.cpp reorders the rotary pairs of q and k, but only in files of the
+    # architecture "llama"
     paired = not (config.qkv_bias or config.qk_norm)
     heads = {"attn/q": config.heads, "attn/k": config.kv_heads} if paired else {}
     layer = {ours: theirs for ours, (_, theirs) in (_LAYER | _EXPERTS).items()}
@@ -465,7 +465,7 @@ def _from_gguf(file: GGUFFile) -> llama.Config:
         )
     head_width = get("attention.key_length", get("rope.dimension_count", width // heads))
     turned = get("rope.dimension_count", head_width)
-    # whose rows stand in the order of a rotation of the whole
+    # its rows are ordered for the rotation of whole heads
     if turned != head_width and kind == "llama":
         raise InputError(
             f"rope.dimension_count is {turned}; allowed: {head_width}, the width of a head"
@@ -499,16 +499,16 @@ _DIVISORS = "rope_freqs.weight"
 
 
 def _scaling_of_divisors(divisors: np.ndarray, head_width: int, base: float) -> RopeScaling:
-    """The scaling of Llama 3, of which llama.cpp's files keep what it divides each frequency by.
+    """Return the scaling of Llama 3 from the frequency divisors that llama.cpp's files keep.
 
     Raises:
-      InputError: they are not those of the constants that all Llamas of 3.1 and later have.
+      InputError: the divisors do not follow from the constants of Llama 3.1 and later.
     """
     factor = float(divisors.max(initial=0))
     if divisors.shape == (head_width // 2,) and factor > 1:
         scaling = RopeScaling("llama3", factor, context=8192)
         frequency = rope_frequencies(head_width, base)
-        # as float32 computes them
+        # the accuracy of float32
         if np.allclose(divisors, frequency / scaling.apply(frequency, base), rtol=2e-5, atol=0):
             return scaling
     raise InputError(
@@ -525,7 +525,7 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
-    # Gemmas' are said elsewhere
+    # Gemma states these elsewhere
     unread="is_llama_config|hidden_act|sliding_window_size|_sliding_window_pattern",
     copies={"lm_head.weight": "embed"},
     gguf_kinds=("llama", "qwen2", "qwen3"),

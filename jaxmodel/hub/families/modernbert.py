@@ -1,4 +1,4 @@
-"""Files of ModernBERT:
+"""Files of ModernBERT.
 
 HF folders of ModernBertForMaskedLM, ModernBertForSequenceClassification and ModernBertModel.
 """
@@ -29,7 +29,7 @@ _FIXED = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), (False,)),
     "decoder_bias": (True,),
     "tie_word_embeddings": (True,),
-    # which the first files say, and transformers does not read
+    # in the earliest files; transformers does not read it
     "position_embedding_type": (
         "rope",
         "absolute",
@@ -154,7 +154,7 @@ def _to_hf(c: modernbert.Config) -> dict[str, Any] | None:
         "norm_eps": c.norm_eps,
         "initializer_range": c.init_scale,
         "tie_word_embeddings": True,
-        # else transformers takes that of its own vocabulary; a tokenizer's comes over it
+        # otherwise transformers takes the id of its own vocabulary; a tokenizer's id overrides it
         "pad_token_id": None,
         **(labels_to_hf(c.labels) if c.labels else {}),
     }
@@ -168,6 +168,6 @@ FAMILY = Family(
     config_to_hf=_to_hf,
     ignored=r".*rotary_emb\.inv_freq",
     prefix="model.",
-    unread=r"layer_norm_eps|unpad\w*",  # which transformers does not read; norm_eps is the one
+    unread=r"layer_norm_eps|unpad\w*",  # transformers reads norm_eps instead of layer_norm_eps
     copies={"decoder.weight": "embed"},
 )

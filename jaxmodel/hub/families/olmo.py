@@ -17,7 +17,7 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
     third = hf["model_type"] == "olmo3"
     theta = hf.get("rope_theta", _THETA if third else 10000.0)
     parts = dict(hf.get("rope_parameters") or {})
-    if third:  # only layers that see everything are stretched
+    if third:  # only layers with full attention are scaled
         nested = "full_attention" in parts or "sliding_attention" in parts
         far, near = (
             (parts.get("full_attention") or {}, parts.get("sliding_attention") or {})

@@ -1,6 +1,6 @@
-"""Files of Phi 3 and 4:
+"""Files of Phi 3 and 4: HF folders of Phi3ForCausalLM.
 
-HF folders of Phi3ForCausalLM, where q, k, v and gate, up are one tensor each.
+There, q, k and v are one tensor, and so are gate and up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
 from jaxmodel.ops import RopeScaling
 
-_LONG = ("longrope", "su", "yarn")  # which Phi's first files call it
+_LONG = ("longrope", "su", "yarn")  # Phi's names of one scaling; early files have the latter two
 
 
 def _names(config: llama.Config) -> list[Name]:
@@ -34,7 +34,7 @@ def _names(config: llama.Config) -> list[Name]:
 
 
 def _from_hf(hf: dict[str, Any]) -> llama.Config:
-    # of Phi 4 mini
+    # keys of Phi 4 mini
     fixed(hf, {"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)})
     rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))

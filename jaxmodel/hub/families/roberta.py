@@ -1,8 +1,7 @@
-"""Files of RoBERTa and XLM-RoBERTa: HF folders of their ...ForMaskedLM,
-...ForSequenceClassification and ...Model.
+"""Files of RoBERTa and XLM-RoBERTa.
 
-These are BERTs whose positions begin behind the padding id. What is saved says `roberta`, which is
-the same model.
+HF folders of their ...ForMaskedLM, ...ForSequenceClassification and ...Model. These are BERTs whose
+positions begin after the padding id. They are saved as `roberta`, which is the same model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from jaxmodel.models import bert
 
 _HEADS = {"ForMaskedLM": "mlm", "ForSequenceClassification": "classify", "Model": "embed"}
 _STEMS = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
-_RENAMED = {  # of BERT's files -> of these; the first that fits
+_RENAMED = {  # name in BERT's files -> name in these; the first match counts
     "bert.pooler.dense": "classifier.dense",
     "bert.": "roberta.",
     "cls.predictions.transform.LayerNorm": "lm_head.layer_norm",
@@ -41,7 +40,7 @@ def _from_hf(hf: dict[str, Any]) -> bert.Config:
     stem = _STEMS[hf["model_type"]]
     known = {f"{stem}{rest}": head for rest, head in _HEADS.items()}
     head = known[of_bert.architecture(hf, known, f"{stem}ForMaskedLM")]
-    if head == "mlm":  # the layer in front of the logits has GELU whatever the others have
+    if head == "mlm":  # the layer before the logits always uses GELU
         fixed(hf, {"hidden_act": ("gelu",)})
     padding = hf.get("pad_token_id", 1)
     rows = hf.get("max_position_embeddings", 512)

@@ -1,4 +1,4 @@
-"""Files of SigLIP, and of SigLIP 2 where it reads images of one size: HF folders of SiglipModel."""
+"""Files of SigLIP, and of SigLIP 2 for images of one size: HF folders of SiglipModel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Files of SigLIP's image tower:
-
-HF folders of SiglipVisionModel, and its part of those of SiglipModel.
-"""
+"""Files of SigLIP's image tower: HF folders of SiglipVisionModel, and that part of SiglipModel."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from jaxmodel.models import vit
 
 
 def names(c: vit.Config, ours: str = "") -> list[Name]:
-    """Return the entries of the tower, in our tree under `ours`."""
+    """Return the entries of the tower, which is under `ours` in our tree."""
     pool = f"{ours}attention_pool"
     head = "vision_model.head"
     found = [
@@ -52,7 +49,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> vit.Con
 
 
 def config_to_hf(c: vit.Config) -> dict[str, Any]:
-    """What `config_from_hf` reads."""
+    """Return the keys that `config_from_hf` reads."""
     sizes = {"image_size": c.image, "patch_size": c.patch, "num_channels": c.channels}
     return {**tower_to_hf("siglip_vision_model", c), **sizes, "vision_use_head": True}
 

@@ -1,4 +1,4 @@
-"""Files of T5: HF folders of the first form, of version 1.1 and of Flan-T5."""
+"""Files of T5: HF folders of the original form, of version 1.1 and of Flan-T5."""
 
 from __future__ import annotations
 
@@ -40,14 +40,13 @@ def _names(config: t5.Config) -> list[Name]:
 
 
 def _form(hf: Mapping[str, Any]) -> str:
-    """The feed-forward part, of `t5.FORMS`; where config.json has what transformers made of its
-    name, that counts.
+    """Return the feed-forward form, one of `t5.FORMS`; keys derived from its name take precedence.
 
     Raises:
-      InputError: another.
+      InputError: another form.
     """
     said = hf.get("feed_forward_proj", "relu")
-    # the exact GELU is not meant
+    # the tanh form of GELU is meant, not the exact one
     usual = "gelu_new" if said == "gated-gelu" else said.removeprefix("gated-")
     act = activation(hf, usual, key="dense_act_fn")
     gated = hf.get("is_gated_act", said.startswith("gated-"))
@@ -64,7 +63,7 @@ def _form(hf: Mapping[str, Any]) -> str:
 
 
 def _tied(config: t5.Config, tied: bool) -> t5.Config:
-    """The config with a head of its own or without, and the same scale of what the head reads."""
+    """Return the config with or without its own head, with the same scale of the head's input."""
     plain = dataclasses.replace(config, tied=tied, head_scale=None)
     return (
         plain
@@ -75,7 +74,7 @@ def _tied(config: t5.Config, tied: bool) -> t5.Config:
 
 def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
     fixed(hf, _FIXED)
-    # true from transformers 5, whatever it is: the file tells (`_tied`)
+    # transformers 5 always writes true; the tensors of the file decide (`_tied`)
     tied = hf.get("tie_word_embeddings", True)
     config = _untouched(hf, tied)
     scaled = hf.get("scale_decoder_outputs", tied)
@@ -87,7 +86,7 @@ def _from_hf(hf: Mapping[str, Any]) -> t5.Config:
 
 
 def _untouched(hf: Mapping[str, Any], tied: bool) -> t5.Config:
-    """Return all but the scale of what the head reads."""
+    """Return the config without the scale of the head's input."""
     return t5.Config(
         vocab=hf["vocab_size"],
         width=hf["d_model"],
@@ -148,9 +147,9 @@ FAMILY = Family(
         ("shared.weight", "encoder.embed_tokens.weight"),
         ("shared.weight", "decoder.embed_tokens.weight"),
     ),
-    # older files have a table in the first layer that reads the encoder; no T5 uses it
+    # older files have a table in the first cross-attention layer, which no T5 uses
     ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-    settle=lambda config, own: _tied(config, not own),  # it always ties what has no head
+    settle=lambda config, own: _tied(config, not own),  # a model without a head is always tied
     copies={
         "encoder.embed_tokens.weight": "embed",
         "decoder.embed_tokens.weight": "embed",

@@ -78,13 +78,13 @@ def _to_hf(c: vit.Config) -> dict[str, Any] | None:
         "model_type": "vit",
         "intermediate_size": c.mlp_width,
     }
-    # a ViTModel's config.json does not say whether there is a pooler; the key is ours, and theirs
-    # is an argument of the class
+    # A ViTModel's config.json does not say whether there is a pooler: in transformers this is an
+    # argument of the class. The key is ours.
     return hf | sizes_to_hf(c) | ({} if c.labels else {"add_pooling_layer": c.pool_dense})
 
 
 def sizes_to_hf(c: vit.Config) -> dict[str, Any]:
-    """What the config.json of every vision transformer says alike."""
+    """Return the keys that the config.json of every vision transformer has."""
     return {
         "image_size": c.image,
         "patch_size": c.patch,
