@@ -143,8 +143,9 @@ def lora(
 
 
 def _matrices(model: Model, params: tree.Params, one: LoRA) -> dict[str, LoRA | None]:
-    """Return the adapter for each layer path: for the matrices of layers, or where there are no
-    layers for all, but not for heads.
+    """Return the adapter for each layer path.
+
+    Those of matrices in layers get one; in a model without layers, all matrices except heads.
     """
     found = {path for path, role in roles(model.axes, params).items() if role == "matrix"}
     inside = {path for path in found if tree.BLOCKS in path.split("/")}

@@ -21,13 +21,13 @@ _RULES = "a Recipe, or a list of pairs (pattern, chain); compress.get_recipe fin
 
 @dataclasses.dataclass(frozen=True)
 class ByRole:
-    """What a named recipe does to a leaf: it follows from the leaf's role (see `jaxmodel.axes`).
+    """The chains that a named recipe applies to a leaf, by the leaf's role (see `jaxmodel.axes`).
 
-    Vectors and statistics stay as they are, and so do routers: which expert a token goes to hangs
-    on small differences.
+    Vectors, statistics and routers stay unchanged: small differences decide which expert a token is
+    sent to.
 
     Attributes:
-      matrices: the chain for matrices, those of experts too.
+      matrices: the chain for matrices, including those of experts.
       tables: the chain for tables and heads.
     """
 
@@ -35,7 +35,7 @@ class ByRole:
     tables: Chain
 
     def of(self, role: str) -> Chain:
-        """The chain for a leaf of this role."""
+        """Return the chain for a leaf of this role."""
         kinds = dict.fromkeys(("matrix", "experts"), self.matrices)
         return {**kinds, "table": self.tables, "head": self.tables}.get(role, ())
 
@@ -43,20 +43,20 @@ class ByRole:
 @briefly
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that compression does to a model, in one value.
+    """The complete compression of a model, as one value.
 
-    Functions that take a recipe also take its rules alone.
+    Functions that take a recipe also take a bare list of rules.
 
     Attributes:
-      rules: path -> chain of methods: a tuple, or its text (see `parse`), kept as a tuple. `()` and
-        `""` leave a leaf as it is. A named recipe is one rule for all leaves, by their roles.
-      compute: what the model computes in afterwards (`Policy.compute`): attention and its cache,
-        and contractions that are not int8; None for as before.
-      name: what a bundle's card calls it.
+      rules: path -> chain of methods: a tuple, or its text (see `parse`), stored as a tuple. `()`
+        and `""` leave a leaf unchanged. A named recipe is one rule for all leaves, by their roles.
+      compute: dtype in which the compressed model computes (`Policy.compute_dtype`): attention and
+        its cache, and contractions other than int8; None for no change.
+      name: on a bundle's card.
 
     Raises:
-      InputError: rules that are no list of pairs, a pattern that is no regular expression, a value
-        that is no chain, or no dtype.
+      InputError: rules that are not a list of pairs, an invalid regular expression, a value that is
+        not a chain, or an invalid dtype.
 
     >>> Recipe([(".*/up", "rtn(4)"), (".*", ())]).texts()
     [['.*/up', 'rtn(bits=4)'], ['.*', '']]
@@ -71,7 +71,7 @@ class Recipe:
             raise InputError(f"recipe: {self.rules!r} is given; allowed: {_RULES}")
         object.__setattr__(self, "rules", tuple(map(_rule, self.rules)))
         if self.compute is not None:
-            ops.Policy(compute_dtype=self.compute)  # refuses what is no dtype
+            ops.Policy(compute_dtype=self.compute)  # refuses an invalid dtype
 
     def adapt(self, model: Model) -> Model:
         """Return the model with the recipe's compute dtype; a foreign module stays unchanged."""
@@ -80,7 +80,7 @@ class Recipe:
         return model.with_policy(dataclasses.replace(model.policy, compute_dtype=self.compute))
 
     def texts(self) -> list[list[str]]:
-        """The rules as patterns and texts of chains, for JSON."""
+        """Return the rules as pairs of pattern and text of the chain, for JSON."""
         return [
             [str(pattern), text]
             for pattern, chain in self.rules
@@ -154,8 +154,9 @@ of 64 with float16 scales.
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of this name, or one from text: a chain for all matrices, with tables (embeddings,
-    positions) and heads in 8 bits.
+    """Return the recipe with this name, or make one from text.
+
+    Text is a chain for all matrices; tables (embeddings, positions) and heads are stored in 8 bits.
 
     Raises:
       InputError: neither the name of a recipe nor a chain of methods.

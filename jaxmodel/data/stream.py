@@ -28,8 +28,9 @@ Handing a batch over to the loop costs as much time as computing a small one.
 
 @runtime_checkable
 class Batches(Protocol):
-    """A source of batches for training, such as `Stream`, `Mixture` or
-    `synthetic.SyntheticSeq2Seq`.
+    """A source of batches for training.
+
+    Examples are `Stream`, `Mixture` and `synthetic.SyntheticSeq2Seq`.
     """
 
     @property
@@ -180,7 +181,9 @@ class Stream:
 
         Equal fingerprints mean equal batches at every step.
         """
-        return self._fingerprint  # pyright takes no cached property for that of a protocol
+        return (
+            self._fingerprint
+        )  # pyright rejects a cached property where a protocol has a property
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -432,7 +435,7 @@ def _ahead(stream: Batches, start: int, stop: int, workers: int, rows: slice) ->
         begin = start + together * operator.index(group)
         return [stream.batch(step, rows) for step in range(begin, min(begin + together, stop))]
 
-    import grain  # late: it takes a second that only training should pay
+    import grain  # here, since it takes a second, which only training should cost
 
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
     for group in (

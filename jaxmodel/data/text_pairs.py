@@ -1,5 +1,6 @@
-"""Pairs of texts from files of records: a source and what a model writes for it, or two texts that
-mean the same.
+"""Pairs of texts from files of records.
+
+A pair is a source and the text that a model writes for it, or two texts with the same meaning.
 
 | fields of a record          | for                                              |
 |-----------------------------|--------------------------------------------------|

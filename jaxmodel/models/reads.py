@@ -10,16 +10,17 @@ from jax.extend.core import Jaxpr, Literal
 from jaxmodel import tree
 from jaxmodel.models.model import Model
 
-_LOOPS = ("scan", "while", "cond")  # their bodies are not looked into
+_LOOPS = ("scan", "while", "cond")  # their bodies are not traced
 
 
 class Read(NamedTuple):
-    """The leaves, by layer path, that stand in front of one: on which the activations depend that
-    it meets.
+    """The upstream leaves of a leaf, by layer path.
+
+    The activations that it meets depend on them.
 
     Attributes:
-      always: wherever it is read.
-      ever: where it is read most deeply. Of a table that is the head too, these are all layers.
+      always: at every use of the leaf.
+      ever: at its deepest use. For a table that is also the head, these are all layers.
     """
 
     always: frozenset[str]
@@ -27,15 +28,16 @@ class Read(NamedTuple):
 
 
 def reads(model: Model, params: tree.Params | None = None) -> dict[str, Read]:
-    """Tell by layer path what stands in front of each leaf that the model reads.
+    """Return the upstream leaves of each leaf that the model reads, by layer path.
 
     Args:
-      model: any; its `apply` is traced once, with each layer by itself.
+      model: any; its `apply` is traced once, each layer separately.
       params: or their shapes; None for those of `model.init`.
 
     >>> from jaxmodel.models import gpt2
     >>> found = reads(gpt2.model(gpt2.SIZES["tiny"]))
-    >>> "blocks/0/attn/q" in found["blocks/0/attn/o"].ever, "blocks/0/attn/o" in found["blocks/0/attn/q"].ever
+    >>> q, o = "blocks/0/attn/q", "blocks/0/attn/o"
+    >>> q in found[o].ever, o in found[q].ever
     (True, False)
     >>> "norm/weight" in found["embed"].ever, "norm/weight" in found["embed"].always  # a tied head
     (True, False)
@@ -46,10 +48,10 @@ def reads(model: Model, params: tree.Params | None = None) -> dict[str, Read]:
     def run(leaves: dict[str, Any], inputs: Any) -> list[Any]:
         return jax.tree.leaves(model.apply(tree.unflatten(leaves), inputs))
 
-    nowhere = jax.sharding.AbstractMesh((), ())  # on a mesh with stages layers cannot be apart
+    nowhere = jax.sharding.AbstractMesh((), ())  # on a mesh with stages layers cannot be separate
     with jax.sharding.use_abstract_mesh(nowhere):
         traced = jax.make_jaxpr(run)(leaves, model.inputs(1, 1)).jaxpr
-    bits = {path: 2 << i for i, path in enumerate(leaves)}  # 1 is for the inputs
+    bits = {path: 2 << i for i, path in enumerate(leaves)}  # 1 stands for the inputs
     seeds = [bits[path] for path, leaf in leaves.items() for _ in jax.tree.leaves(leaf)]
     seeds += [1] * (len(traced.invars) - len(seeds))
     met: dict[int, list[int]] = {}
@@ -70,8 +72,9 @@ def reads(model: Model, params: tree.Params | None = None) -> dict[str, Read]:
 
 
 def _follow(traced: Jaxpr, given: list[int], met: dict[int, list[int]]) -> list[int]:
-    """What the results depend on, a bit for each leaf; `met` collects for a leaf's bit what it
-    meets.
+    """Return the dependencies of each result, with one bit for each leaf.
+
+    `met` collects, for the bit of a leaf, the dependencies of the activations that it meets.
     """
     known: dict[Any, int] = dict(zip(traced.invars, given, strict=True))
     of = lambda a: 0 if isinstance(a, Literal) else known.get(a, 0)
@@ -86,7 +89,7 @@ def _follow(traced: Jaxpr, given: list[int], met: dict[int, list[int]]) -> list[
             whole = 0
             for mask in into:
                 whole |= mask
-            # what depends on no input is made of leaves alone; here it meets activations
+            # operands that do not depend on inputs consist of leaves; here they meet activations
             for mask in {mask for mask in into if whole & 1 and not mask & 1}:
                 for i in range(mask.bit_length()):
                     if mask >> i & 1:

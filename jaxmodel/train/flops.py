@@ -47,21 +47,21 @@ def per_token(
     *,
     trains: tree.Params | None = None,
 ) -> float:
-    """Count the operations of forward and backward pass for one token: `6 N + 6 L T D`, N the
-    weights in products of matrices.
+    """Count the operations of the forward and backward pass for one token.
 
-    Of the 6, 2 are the forward pass of every weight, 2 its own gradient, where it trains, and 2
-    that of what it reads, where something in front of it trains: so frozen weights behind adapters
-    cost 4, those in front of the first leaf that trains 2, and their attention a third. Tables that
-    are only looked up cost nothing; one that is the head too counts as that. Causal attention sees
-    half of the T positions. What is computed again to save memory does not count.
+    The count is `6 N + 6 L T D`, where N is the number of weights in matrix products. Of the 6, 2
+    are the forward pass of every weight, 2 its own gradient if it trains, and 2 the gradient of its
+    input if an upstream leaf trains. So frozen weights behind adapters cost 4; those upstream of
+    the first leaf that trains cost 2, and their attention a third. Tables that are only looked up
+    cost nothing; a table that is also the head counts as the head. Causal attention sees half of
+    the T positions. Recomputation to save memory is not counted.
 
     Args:
-      model: its axes say which leaves are matrices, its trace what stands in front of them.
+      model: its axes say which leaves are matrices, its trace which leaves are upstream of them.
       params: all weights, or their shapes.
-      length: T; 0 leaves attention out.
-      experts: the share of a layer's experts that a token meets.
-      trains: those of them that train; None for all.
+      length: T; 0 omits attention.
+      experts: fraction of a layer's experts that a token uses.
+      trains: the weights that train; None for all.
 
     >>> from jaxmodel.models import llama
     >>> model = llama.model(llama.Config(100, 8, 1, 2, 2, 4, 16, 32))
@@ -86,7 +86,7 @@ def per_token(
     letters = assign(model.axes, params)
     cost = 0.0
     width = 0
-    layers: dict[str, bool] = {}  # whether anything trains in them or in front of them
+    layers: dict[str, bool] = {}  # whether anything in them or upstream trains
     for path, read in reads(model, params).items():
         passed = bool(learnt & read.ever)
         axes = letters[path].axes
@@ -104,9 +104,9 @@ def per_token(
 
 
 def _by_shapes(params: tree.Params, length: int, width: int, depth: int = 1) -> float:
-    """Count as `per_token(params, length, width, depth)` did, from shapes and guessed roles.
+    """Count as `per_token` of before did: from shapes and guessed roles.
 
-    Where there are adapters, they alone train.
+    If there are adapters, only they train.
     """
     warnings.warn("flops.per_token takes the model first now", DeprecationWarning, stacklevel=3)
     leaves = tree.flatten(params)
@@ -120,9 +120,9 @@ def _by_shapes(params: tree.Params, length: int, width: int, depth: int = 1) -> 
 
 @functools.cache
 def peak(dtype: str) -> float | None:
-    """Return the operations per second that all devices of the run can do.
+    """Return the peak operations per second of all devices of the run.
 
-    For a CPU this is what a matrix product reaches on this machine at this moment. None for an
+    For a CPU this is measured: what a matrix product reaches on this machine now. None for an
     accelerator that the table does not list.
     """
     device = jax.devices()[0]
