@@ -26,13 +26,15 @@ from pathlib import Path
 import numpy as np
 
 from jaxmodel.brief import brief, briefly
-from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.errors import InputError, border, require, unknown
+from jaxmodel.files import open_regular
 from jaxmodel.report import html
 from jaxmodel.report.shown import card
 
 NAMES = ("digits", "mnist")
 
 _PARTS = {"train": 60000, "test": 10000}  # of MNIST
+_MOST = 2**13  # bytes of an image of MNIST and its label in an archive, whatever their dtype
 _DIGITS_TRAIN = 1437
 
 
@@ -133,28 +135,31 @@ def _mnist() -> Images:
 
 def _read(origin: str, path: Path) -> dict[str, np.ndarray]:
     names = [f"{axis}_{part}" for part in _PARTS for axis in "xy"]
-    try:
-        with np.load(path) as file:
-            return {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"images: {origin} cannot be read ({reason}); arrays {', '.join(names)} are needed"
-        ) from None
+    most = sum(_PARTS.values()) * _MOST
+    with (
+        border(f"images: {origin} cannot be read; arrays {', '.join(names)} are needed"),
+        open_regular(path) as raw,
+        zipfile.ZipFile(raw) as members,
+    ):
+        # a small archive can unpack to any size
+        if (size := sum(member.file_size for member in members.infolist())) > most:
+            raise ValueError(f"it unpacks to {size:,} bytes, and {most:,} are the most")
+        with np.load(raw, allow_pickle=False) as file:
+            found = {name: file[name] for name in names}
+        # NumPy gives the bytes of what is no array
+        if other := [name for name, value in found.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{other[0]} is no array")
+        return found
 
 
 def _read_csv(origin: str, folder: Path) -> dict[str, np.ndarray]:
     """Read one row per image, below a header: its label, then its pixels."""
     arrays = {}
     for part in _PARTS:
-        try:
+        with border(f"images: {origin} cannot be read; install it again"):
             rows = np.loadtxt(
                 folder / f"mnist_{part}.csv", np.uint8, delimiter=",", skiprows=1, ndmin=2
             )
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"images: {origin} cannot be read ({error}); install it again"
-            ) from None
         arrays |= {f"x_{part}": rows[:, 1:].reshape(len(rows), 28, -1), f"y_{part}": rows[:, 0]}
     return arrays
 

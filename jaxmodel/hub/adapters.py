@@ -23,17 +23,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmodel import schema, tree
 from jaxmodel.adapt.adapters import is_adapter, split_adapters, with_adapters
 from jaxmodel.axes import role_of
-from jaxmodel.errors import InputError, nearest
-from jaxmodel.files import open_regular
+from jaxmodel.errors import InputError, border, nearest
 from jaxmodel.hub import schemas
 from jaxmodel.hub.families import family_of
-from jaxmodel.hub.files import replacing
+from jaxmodel.hub.files import open_files, replacing
 from jaxmodel.hub.names import Name, find, layer_shapes, to_file
 from jaxmodel.leaves import Compressed
 from jaxmodel.leaves.adapted import SUFFIX
@@ -432,22 +430,16 @@ def _scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
     """Read the arrays and, in a file that we wrote, the ranks of the parts of joined modules."""
-    try:
-        open_regular(file).close()
-        with safe_open(file, framework="numpy") as opened:
-            arrays = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            text = (opened.metadata() or {}).get("jaxmodel")
-        parts = (
-            None
-            if text is None
-            else {
-                m: {k: (int(a), int(b)) for k, (a, b) in p.items()}
-                for m, p in json.loads(text).items()
-            }
-        )
-        return arrays, parts
-    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: not a whole safetensors file: {error}") from None
+    with open_files(str(file), [file]) as opened:
+        arrays = {key: opened.read(key) for key in opened.names()}
+        text = opened.metadata.get("jaxmodel")
+    if text is None:
+        return arrays, None
+    with border(f"{file}: its ranks of joined modules (jaxmodel) cannot be read"):
+        return arrays, {
+            module: {part: (int(a), int(b)) for part, (a, b) in parts.items()}
+            for module, parts in json.loads(text).items()
+        }
 
 
 class _Layout:

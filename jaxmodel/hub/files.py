@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, border
 from jaxmodel.files import check_writable, open_regular
 from jaxmodel.hub.names import Tensors
 from jaxmodel.hub.schemas import ShardIndex
@@ -46,10 +46,15 @@ _DTYPES = {
 
 
 class Folder(Tensors):
-    """The tensors of a folder of safetensors: one file, or all shards of an index."""
+    """The tensors of some files of safetensors: one, or all shards of an index.
 
-    def __init__(self, where: str, files: dict[str, Any]):
+    Attributes:
+      metadata: the texts that the files have beside their tensors.
+    """
+
+    def __init__(self, where: str, files: dict[str, Any], metadata: dict[str, str] | None = None):
         self.where = where
+        self.metadata = metadata or {}
         self._files = files
         self._slices: dict[str, Any] = {}
 
@@ -73,9 +78,11 @@ class Folder(Tensors):
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
         """Return a tensor, or the part of it that `index` selects."""
-        part = self._slice(name)
-        whole = all(i == slice(0, n) for i, n in zip(index, self.shape(name), strict=False))
-        return self._files[name].get_tensor(name) if whole else part[index]
+        self.dtype(name)
+        shape = self.shape(name)
+        whole = all(i == slice(0, n) for i, n in zip(index, shape, strict=False))
+        with border(f"{self.where}: the tensor {name!r} of shape {list(shape)} cannot be read"):
+            return self._files[name].get_tensor(name) if whole else self._slice(name)[index]
 
     def _slice(self, name: str) -> Any:
         if name not in self._slices:
@@ -92,29 +99,57 @@ def open_folder(folder: Path) -> Iterator[Folder]:
     """
     index = folder / f"{WEIGHTS}.index.json"
     shards = [WEIGHTS]
+    places: dict[str, str] = {}
     if index.exists() and not (folder / WEIGHTS).exists():
-        shards = sorted(set(schema.read(index, ShardIndex)["weight_map"].values()))
+        places = schema.read(index, ShardIndex)["weight_map"]
+        shards = sorted(set(places.values()))
         for shard in shards:
             if Path(shard).name != shard:
                 raise InputError(
                     f"{index}: weight_map has {shard!r}; allowed: names of files in this folder"
                 )
-    files: dict[str, Any] = {}
     if not (folder / WEIGHTS).exists() and not index.exists():
         raise InputError(f"{folder}: the file {WEIGHTS!r} is missing{_instead(folder)}")
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise InputError(f"{folder}: the file {shard!r} is missing")
+    with open_files(str(folder), [folder / shard for shard in shards], places) as tensors:
+        yield tensors
+
+
+@contextlib.contextmanager
+def open_files(
+    where: str, paths: Collection[Path], places: Mapping[str, str] | None = None
+) -> Iterator[Folder]:
+    """The tensors of files of safetensors, while they are open.
+
+    Args:
+      where: they are, for messages.
+      paths: of the files.
+      places: tensor -> name of the file that it is read from, for a tensor that several have.
+
+    Raises:
+      InputError: a file is damaged, or a tensor is in several files and `places` says of none.
+    """
+    files: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        for shard in shards:
-            if not (folder / shard).exists():
-                raise InputError(f"{folder}: the file {shard!r} is missing")
-            try:
-                open_regular(folder / shard).close()
-                file = stack.enter_context(safe_open(folder / shard, framework="numpy"))
-            except SafetensorError as error:
-                raise InputError(
-                    f"{folder / shard}: not a whole safetensors file: {error}"
-                ) from None
-            files |= dict.fromkeys(file.keys(), file)
-        yield Folder(str(folder), files)
+        for path in paths:
+            with border(f"{path}: not a whole safetensors file"):
+                open_regular(path).close()
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+                metadata |= file.metadata() or {}
+                names = list(file.keys())
+            for name in names:
+                place = (places or {}).get(name)
+                if name in files and place is None:
+                    raise InputError(
+                        f"{where}: several files have the tensor {name!r}, and the index does not "
+                        f"say which of them counts"
+                    )
+                if name not in files or place == path.name:
+                    files[name] = file
+        yield Folder(where, files, metadata)
 
 
 _DEPTH = re.compile(

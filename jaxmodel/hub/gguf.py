@@ -10,13 +10,14 @@ import importlib.util
 import math
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.errors import InputError, border, require, unknown
 from jaxmodel.files import open_regular
 
 PLAIN_TYPES = ("F32", "F16", "BF16")
@@ -64,7 +65,9 @@ class GGUFFile:
         if len(entry.shape) > 1 and index:
             data = data[index[0]]
             index = (slice(None), *index[1:])
-        values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[entry.type])
+        what = f"tensor: {name!r} of shape {list(entry.shape)} in {str(self.path)!r}"
+        with border(f"{what} cannot be read"):
+            values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[entry.type])
         # Only F32 is returned as a view of the (read-only) memory map.
         return np.array(values[index], np.float32, copy=entry.type == "F32" or None)
 
@@ -147,42 +150,43 @@ def _read_one(path: Path) -> GGUFFile:
         raise InputError(f"path: {str(path)!r} is not a GGUF file: {found}")
     # outside of the block below: a missing package is not a fault of the file
     reader_class = _reader_class()
-    try:
-        reader = reader_class(path)
+    with border(f"path: {str(path)!r} is a damaged or unknown kind of GGUF file"):
+        try:
+            reader = reader_class(path)
+        except EOFError as error:
+            raise InputError(f"path: {str(path)!r} is truncated: {error}") from None
         metadata = {
             key: value.contents()
             for key, value in reader.fields.items()
             if not key.startswith("GGUF.")
         }
-        tensors = {
-            t.name: TensorEntry(tuple(t.shape.tolist()[::-1]), t.tensor_type.name)
-            for t in reader.tensors
-        }
-        raw = {t.name: t.data for t in reader.tensors}
-        # The package multiplies dimensions modulo 2^64.
-        odd = [
-            t
-            for t in reader.tensors
-            if not t.n_elements or math.prod(t.shape.tolist()) != t.n_elements
-        ]
-        if odd:
-            raise ValueError(
-                f"tensor {odd[0].name!r} has the impossible shape {tensors[odd[0].name].shape}"
-            )
-    except EOFError as error:
-        raise InputError(f"path: {str(path)!r} is truncated: {error}") from None
-    # The exceptions that the package raises on invalid bytes.
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"path: {str(path)!r} is a damaged or unknown kind of GGUF file: {reason}"
-        ) from None
+        _check_places(reader.tensors)
+    tensors = {
+        t.name: TensorEntry(tuple(t.shape.tolist()[::-1]), t.tensor_type.name)
+        for t in reader.tensors
+    }
+    raw = {t.name: t.data for t in reader.tensors}
     if reader.byte_order != "I":
         raise InputError(
             f"path: {str(path)!r} has the other byte order; GGUF files in this machine's order "
             f"are read"
         )
     return GGUFFile(path, metadata, tensors, raw)
+
+
+def _check_places(found: Sequence[Any]) -> None:
+    """Refuse tensors of impossible shapes, and those that lie over each other."""
+    end = 0
+    before = ""
+    for one in sorted(found, key=lambda one: one.data_offset):
+        shape = one.shape.tolist()[::-1]
+        # the package multiplies dimensions modulo 2^64
+        if not one.n_elements or math.prod(shape) != one.n_elements:
+            raise ValueError(f"tensor {one.name!r} has the impossible shape {shape}")
+        if one.data_offset < end:
+            raise ValueError(f"tensor {one.name!r} begins inside of {before!r}")
+        end = int(one.data_offset) + int(one.n_bytes)
+        before = one.name
 
 
 def find_smollm2() -> Path:

