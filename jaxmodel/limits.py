@@ -27,6 +27,8 @@ class Limits:
       json_bytes: bytes of a JSON file, a vocabulary or another text that is read into memory.
       file_seconds: seconds for each 256 MiB of a file that a child process tries to read first.
       file_memory: bytes of memory of that process.
+      download_bytes: bytes of a remote file that is copied to this machine to be read (Parquet,
+        ArrayRecord), in the folder for temporary files.
       pixels: pixels of an image.
       tokenizer_seconds: seconds for each 100,000 characters or ids of a call (at least once). A
         late result is refused; the library cannot be stopped and ends its work in a thread.
@@ -40,6 +42,7 @@ class Limits:
     json_bytes: int | float = 2**26
     file_seconds: int | float = 20.0
     file_memory: int | float = 2 * 2**30
+    download_bytes: int | float = 2**34
     pixels: int | float = 2**26
     tokenizer_seconds: int | float = 10.0
     tokenizer_growth: int | float = 100.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -15,9 +16,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodel import checkpoint, data
+from jaxmodel import checkpoint, child, data, limits
 from jaxmodel.checkpoint import stored
 from jaxmodel.data.packed import ShardWindows
+from jaxmodel.data.sources import documents
 from jaxmodel.errors import InputError
 from jaxmodel.train.state import init_state
 from tests.checkpoint.test_checkpoint import at, like
@@ -144,6 +146,45 @@ def test_after_a_save_that_failed_the_next_one_counts(folder, state, monkeypatch
         checkpoints.save(at(state, 2))
         checkpoints.wait()
         assert checkpoints.steps() == [2] and int(checkpoints.restore(like(state)).step) == 2
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
+def test_files_of_records_are_read_as_local_ones_are(folder, kind, tmp_path, monkeypatch):
+    """Tried in another process, by a copy that is bounded and does not stay."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    records = pytest.importorskip("array_record.python.array_record_module")
+    texts = [f"text {i} of many" for i in range(300)]
+    near = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts, "other": texts[::-1]}), near)
+    else:
+        writer = records.ArrayRecordWriter(str(near), "group_size:10")
+        for text in texts:
+            writer.write(text.encode())
+        writer.close()
+    asked = []
+    tried = child.tried
+    monkeypatch.setattr(
+        child, "tried", lambda *args, **more: (asked.append(args), tried(*args, **more))
+    )
+    rooms = tmp_path / "rooms"
+    rooms.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(rooms))
+    store, place = fsspec.url_to_fs(f"{folder}-{kind}", skip_instance_cache=True)
+    far = f"{folder}-{kind}/a.{kind}"
+    store.pipe_file(f"{place}/a.{kind}", near.read_bytes())
+    assert list(documents(far)) == list(documents(near)) == texts
+    assert [Path(args[1]).parent.parent == rooms for args in asked] == [True, False]
+    content = near.read_bytes()
+    store.pipe_file(f"{place}/b.{kind}", content[: len(content) // 2])
+    with pytest.raises(InputError, match=rf"/b.{kind}' is no whole") as error:
+        list(documents(far.replace("/a.", "/b.")))
+    assert str(rooms) not in str(error.value).partition(": ")[0]
+    monkeypatch.setattr(limits, "_now", limits.Limits(download_bytes=1000))
+    with pytest.raises(InputError, match=r"/a.* is larger than 1,000 bytes.*download_bytes=..."):
+        list(documents(far))
+    assert not [*rooms.iterdir()]
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)

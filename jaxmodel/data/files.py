@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import os
 import re
-import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxmodel.errors import InputError, require
 from jaxmodel.files import open_regular, replacing_file
+from jaxmodel.limits import limits, way
 
 type Where = str | Path
 """A path, or a URL as a str."""
@@ -141,10 +142,33 @@ def writing(path: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def copy(path: str, target: str) -> None:
-    """Copy a file as it is stored, piece by piece."""
-    with reading(path, unpack=False) as source, writing(target) as file:
-        shutil.copyfileobj(source, file, _BLOCK)
+@contextmanager
+def local(path: str) -> Iterator[str]:
+    """Yield the path of a local file with the bytes of `path`.
+
+    It is `path` itself, or for a remote file a copy, which is deleted when the block ends.
+
+    Raises:
+      InputError: the file is remote and larger than the limit `download_bytes`.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    most = limits().download_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        copied = os.path.join(folder, "file")
+        size = 0
+        with reading(path, unpack=False) as source, open(copied, "xb") as target:
+            # its length is counted, since a server can claim any
+            while block := source.read(_BLOCK):
+                size += len(block)
+                if size > most:
+                    raise InputError(
+                        f"data: {path!r} is larger than {most:,.0f} bytes, the most that is "
+                        f"fetched of a file ({way('download_bytes')})"
+                    )
+                target.write(block)
+        yield copied
 
 
 def remove(path: str) -> None:

@@ -26,7 +26,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,8 +334,8 @@ def _field(part: str, where: str, record: Any, field: str | None) -> Any:
 def _parquet(part: str, field: str | None) -> Iterator[Any]:
     parquet = require("pyarrow.parquet", "data")
     what = f"data source: {part!r} is no whole Parquet file"
-    _try("table", part, what, field=field)
-    with files.reading(part) as raw, border(what):
+    with files.local(part) as path, files.reading(path, unpack=False) as raw, border(what):
+        _try("table", path, what, field=field)
         file = parquet.ParquetFile(raw)
         if field is not None and field not in file.schema_arrow.names:
             raise unknown(f"field in {part!r}", field, file.schema_arrow.names)
@@ -348,19 +347,15 @@ def _parquet(part: str, field: str | None) -> Iterator[Any]:
 
 def _array_record(part: str, field: str | None) -> Iterator[Any]:
     records = require("array_record.python.array_record_module", "data")
-    with tempfile.TemporaryDirectory() as folder:  # the library reads local files only
-        path = os.path.join(folder, "records") if files.is_remote(part) else part
-        if path != part:
-            files.copy(part, path)
-        what = f"data source: {part!r} is no whole ArrayRecord file"
+    what = f"data source: {part!r} is no whole ArrayRecord file"
+    with files.local(part) as path, border(what):
         _try("records", path, what)
-        with border(what):
-            reader = records.ArrayRecordReader(path)
-            count = reader.num_records()
-            for start in range(0, count, _RECORDS):
-                for i, raw in enumerate(reader.read(start, min(start + _RECORDS, count)), start):
-                    yield _from_record(part, f"record {i}", raw, field)
-            reader.close()  # raises the error of a file in which no records were found
+        reader = records.ArrayRecordReader(path)
+        count = reader.num_records()
+        for start in range(0, count, _RECORDS):
+            for i, raw in enumerate(reader.read(start, min(start + _RECORDS, count)), start):
+                yield _from_record(part, f"record {i}", raw, field)
+        reader.close()  # raises the error of a file in which no records were found
 
 
 _tried: set[tuple[Any, ...]] = set()
@@ -371,8 +366,6 @@ def _try(kind: str, path: str, what: str, **more: Any) -> None:
 
     Some damaged files would end this process or take all of its memory.
     """
-    if files.is_remote(path):
-        return
     with files.naming(path):
         info = os.stat(path)
         key = (kind, os.path.realpath(path), info.st_size, info.st_mtime_ns, *more.values())

@@ -121,12 +121,12 @@ def open_folder(folder: Path) -> Iterator[Folder]:
 def open_files(
     where: str, paths: Collection[Path], places: Mapping[str, str] | None = None
 ) -> Iterator[Folder]:
-    """The tensors of files of safetensors, while they are open.
+    """Open files of safetensors as the tensors of all of them.
 
     Args:
-      where: they are, for messages.
-      paths: of the files.
-      places: tensor -> name of the file that it is read from, for a tensor that several have.
+      where: what names the files in messages.
+      paths: the paths of the files.
+      places: tensor -> name of the file that it is read from, if several files have it.
 
     Raises:
       InputError: a file is damaged, or a tensor is in several files and `places` says of none.

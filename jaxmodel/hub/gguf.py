@@ -175,7 +175,7 @@ def _read_one(path: Path) -> GGUFFile:
 
 
 def _check_places(found: Sequence[Any]) -> None:
-    """Refuse tensors of impossible shapes, and those that lie over each other."""
+    """Refuse tensors of impossible shapes and tensors that overlap in the file."""
     end = 0
     before = ""
     for one in sorted(found, key=lambda one: one.data_offset):
