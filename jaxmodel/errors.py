@@ -10,7 +10,7 @@ import importlib
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +48,21 @@ def unknown(argument: str, given: object, allowed: Iterable[str]) -> InputError:
     hint = f" (nearest: {', '.join(close)})" if close else ""
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return InputError(f"{argument}: {given!r} is not known; allowed: {shown}{hint}")
+
+
+def one_of(argument: str, given: object, allowed: Collection[Any]) -> None:
+    """Refuse a name that is not one of `allowed`.
+
+    Raises:
+      InputError: it is another; the message names the nearest.
+
+    >>> one_of("pool", "median", ["max", "mean"])
+    Traceback (most recent call last):
+      ...
+    jaxmodel.errors.InputError: pool: 'median' is not known; allowed: max, mean (nearest: mean, max)
+    """
+    if given not in allowed:
+        raise unknown(argument, given, allowed)
 
 
 def printable(text: str) -> str:
@@ -97,6 +112,8 @@ type Range = tuple[Callable[[float], bool], str]
 FROM_ZERO: Range = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
 SHARE: Range = (lambda x: 0 <= x <= 1, "0 to 1")
 FACTOR: Range = (lambda x: 0 < x <= 1, "above 0 and at most 1")
+ABOVE_ZERO: Range = (lambda x: 0 < x < math.inf, "a finite number above 0")
+BELOW_ONE: Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def at_least(argument: str, value: object, least: int = 1) -> None:
@@ -129,10 +146,9 @@ def within(name: str, value: object, allowed: int | Range) -> None:
     """
     if isinstance(allowed, int):
         at_least(name, value, allowed)
-    elif (
-        not isinstance(value, numbers.Real)
-        or isinstance(value, bool)
-        or not allowed[0](float(value))
+    elif isinstance(value, bool) or not (
+        (isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0)
+        and allowed[0](float(value))  # pyright: ignore[reportArgumentType]
     ):
         raise InputError(f"{name}: {value!r} given; allowed: {allowed[1]}")
 

@@ -14,7 +14,7 @@ import dataclasses
 import os
 from typing import Any
 
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 
 VARIABLE = "JAXMODEL_LIMITS"
 
@@ -97,8 +97,7 @@ def _changed(old: Limits, more: dict[str, Any], where: str) -> Limits:
     names = [field.name for field in dataclasses.fields(Limits)]
     made: dict[str, float] = {}
     for name, value in more.items():
-        if name not in names:
-            raise unknown(where, name, names)
+        one_of(where, name, names)
         try:
             made[name] = float(value)
         except (TypeError, ValueError):

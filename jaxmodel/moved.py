@@ -90,7 +90,7 @@ _MOVED = {
         "adapt": "coordinates=coord_check initialize mup scale_updates=scale_by_path",
         "adapt.maximal_update": "Mup",
         "models.foreign": "set_state",
-        "models.model": "Inputs",
+        "models.parts": "Inputs",
     },
     "ops": {
         "ops": "Seen=AttentionMask blocks=block_sparse_matmul take=embed",

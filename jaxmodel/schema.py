@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.files import read_bytes
 from jaxmodel.limits import limits
 
@@ -254,8 +254,7 @@ def _dataclass(value: dict[str, Any], kind: Any, where: str, key: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = _hints(kind)
     for name in value:
-        if name not in fields:
-            raise unknown(f"{where}: {key or 'a key'}", name, fields)
+        one_of(f"{where}: {key or 'a key'}", name, fields)
     for name, field in fields.items():
         if (
             name not in value

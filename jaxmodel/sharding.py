@@ -23,7 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, nearest
+from jaxmodel.errors import InputError, at_least, nearest
 
 type AxisTable = Sequence[tuple[str, str | tuple[str, ...]]]  # letter of an axis -> mesh axes
 type AnyMesh = Mesh | AbstractMesh  # the latter for lowering without the devices
@@ -60,8 +60,7 @@ def simulate_devices(count: int) -> None:
     Raises:
       InputError: a count below 1.
     """
-    if count < 1:
-        raise InputError(f"devices: {count} given; at least 1 is needed")
+    at_least("devices", count)
     os.environ["XLA_FLAGS"] = simulation(count)["XLA_FLAGS"]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
@@ -182,7 +181,7 @@ def parts(rules: tree.Rules, params: tree.Params, axes: Collection[str]) -> tree
 
     def own(path: str, leaf: tree.Leaf) -> Any:
         places = _leaf_sharding(path, leaf, by_layer[tree.layer_paths(path)[0]], mesh)
-        chosen = lambda entry: tuple(name for name in _names(entry) if name in axes) or None
+        chosen = lambda entry: tuple(name for name in names_of(entry) if name in axes) or None
         return jax.tree.map(lambda place: PartitionSpec(*map(chosen, place.spec)), places)
 
     return tree.map_leaves(own, params)
@@ -277,7 +276,7 @@ def _check_axes(specs: Iterable[PartitionSpec], mesh: AnyMesh) -> None:
 
     Rules that match no leaf do not count.
     """
-    named = {name for spec in specs for entry in spec for name in _names(entry)}
+    named = {name for spec in specs for entry in spec for name in names_of(entry)}
     known = sorted({*named, *ACTIVATION_AXES})
     for name, length in mesh.shape.items():
         if length > 1 and name not in known:
@@ -341,10 +340,10 @@ def _divides(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
 
 def _present(entry: Any, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Return the mesh axes of one spec entry that the mesh has."""
-    return tuple(name for name in _names(entry) if name in sizes)
+    return tuple(name for name in names_of(entry) if name in sizes)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def names_of(entry: Any) -> tuple[str, ...]:
     """Return the mesh axes of one spec entry."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxmodel import tree
 from jaxmodel.axes import Axes, read, roles, written
 from jaxmodel.brief import briefly
-from jaxmodel.errors import InputError, at_least
+from jaxmodel.errors import BELOW_ONE, InputError, at_least, within
 from jaxmodel.leaves import Adapted, Compressed
 from jaxmodel.leaves.adapted import PARTS, SUFFIX, read_adapters
 from jaxmodel.models.model import Model, Parts, wrap
@@ -70,8 +70,7 @@ class LoRA:
             isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf
         ):
             raise InputError(f"alpha: {self.alpha!r} given; allowed: a number above 0, or None")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout: {self.dropout!r} given; allowed: at least 0 and below 1")
+        within("dropout", self.dropout, BELOW_ONE)
 
     @property
     def scale(self) -> float:

@@ -28,7 +28,7 @@ from jaxtyping import Array
 
 from jaxmodel import tree
 from jaxmodel.axes import heads, role_of, trainable
-from jaxmodel.errors import InputError
+from jaxmodel.errors import FACTOR, InputError, within
 from jaxmodel.models import Model
 from jaxmodel.models.family import build_of
 from jaxmodel.models.reads import reads
@@ -146,8 +146,7 @@ def layer_rates(model: Model, params: tree.Params, decay: float) -> tree.Rules:
     Raises:
       InputError: a decay out of range, or no layers.
     """
-    if not 0 < decay <= 1:
-        raise InputError(f"decay: {decay} given; allowed: above 0 and at most 1")
+    within("decay", decay, FACTOR)
     tree.check(params)
     deepest = _depths(params)
     if not deepest:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of, unknown
 from jaxmodel.models.model import Model
 
 DISTRIBUTIONS = ("normal", "truncated", "uniform")
@@ -171,8 +171,7 @@ class _Scaled(Initializer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distribution not in DISTRIBUTIONS:
-            raise unknown(f"{_name(type(self))}: distribution", self.distribution, DISTRIBUTIONS)
+        one_of(f"{_name(type(self))}: distribution", self.distribution, DISTRIBUTIONS)
         _at_least_zero(_name(type(self)), "gain", self.gain)
 
     def variance(self, fan_in: int, fan_out: int) -> float:

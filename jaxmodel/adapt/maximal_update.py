@@ -177,8 +177,8 @@ def coord_check(model: Model, params: tree.Params, inputs: Inputs) -> dict[str, 
     """
     check_params(model, params)
     embed, block, head = model.parts
-    inputs = inputs if isinstance(inputs, Mapping) else {next(iter(model.inputs(1, 1))): inputs}
-    x, context = embed(params, inputs, None, None, False)
+    given = inputs if isinstance(inputs, Mapping) else {next(iter(model.inputs(1, 1))): inputs}
+    x, context = embed(params, dict(given), None, None, False)
     context.pop("aux", None)
     found = {"embed": _size(x)}
     for layer, leaves in tree.unstack(params)["blocks"].items() if block is not None else ():

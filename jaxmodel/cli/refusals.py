@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel.cli.options import Train
-from jaxmodel.errors import InputError, require, unknown
+from jaxmodel.errors import InputError, one_of, require, unknown
 from jaxmodel.files import check_writable
 
 _OF_NEW = ("vocab", "width", "depth", "heads")
@@ -176,8 +176,7 @@ def lora(options: Train) -> Any:
         name, _, text = part.strip().partition("=")
         if re.fullmatch(r"[0-9]+", part.strip()):  # the rank alone
             name, text = "r", part.strip()
-        if name not in known:
-            raise unknown("--lora", name, known)
+        one_of("--lora", name, known)
         try:
             found[name] = known[name](text)
         except (ValueError, KeyError):
@@ -214,8 +213,7 @@ def targets(options: Train, model: Any) -> None:
         if role == "matrix" and "blocks" in path.split("/")
     }
     for name in asked[1].split("|") if asked else ():
-        if name not in there:
-            raise unknown("--lora: targets", name, there)
+        one_of("--lora: targets", name, there)
     if not there:
         leaves = sorted({path.rpartition("/")[2] for path in roles})
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmodel import moved, report, schema
 from jaxmodel.cli.options import VERBS, Common, Resume, Train, check
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.report.json_out import to_plain
 
 CLOCK = (
@@ -53,8 +53,7 @@ def options_of(folder: str, ended: bool = True) -> Common:
     config.pop("resolved", None)  # what the options come to is found again
     config.pop("changed", None)  # see `resumed`
     known = [v for v in VERBS if v not in ("rerun", "resume")]
-    if verb not in known:
-        raise unknown(f"{folder}/config.json: verb", verb, known)
+    one_of(f"{folder}/config.json: verb", verb, known)
     if ended and not (before.folder / "report.json").exists():
         raise InputError(f"folder: {folder!r} has no report.json; the run did not end")
     found = _report(before) if ended else None

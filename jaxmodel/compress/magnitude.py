@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxmodel.compress.method import Method
-from jaxmodel.errors import InputError
+from jaxmodel.errors import BELOW_ONE, InputError, within
 from jaxmodel.leaves import Compressed, Sparse
 from jaxmodel.leaves.leaf import check_weights
 
@@ -35,10 +35,7 @@ class Magnitude(Method):
     pattern: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise InputError(
-                f"magnitude: fraction is {self.fraction!r}; allowed: from 0 to below 1"
-            )
+        within("magnitude: fraction", self.fraction, BELOW_ONE)
         if self.scope not in ("row", "leaf"):
             raise InputError(f"magnitude: scope is {self.scope!r}; allowed: 'row', 'leaf'")
         pattern = self.pattern

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel.compress.method import Method
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Compressed, QTensor, Sparse
 from jaxmodel.leaves.leaf import check_weights
 from jaxmodel.leaves.packing import codes_per_unit
@@ -43,8 +43,7 @@ class Rtn(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in range(1, 9):
             raise InputError(f"rtn: bits is {self.bits!r}; allowed: 1 to 8")
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
-            raise InputError(f"rtn: group is {self.group!r}; allowed: a positive length or None")
+        at_least("rtn: group", 1 if self.group is None else self.group)
         if self.group is not None and self.group % codes_per_unit(self.bits):
             unit = codes_per_unit(self.bits)
             raise InputError(

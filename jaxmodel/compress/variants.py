@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from jaxmodel import leaves, tree
 from jaxmodel.compress.apply import compress_bundle
 from jaxmodel.compress.recipes import RECIPES
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.hub import Bundle
 
 VERSIONS = ("f32", "bf16", *RECIPES)
@@ -27,8 +27,7 @@ def variants(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
       InputError: a name that is not known, or a bundle that is compressed already.
     """
     for name in names:
-        if name not in VERSIONS:
-            raise unknown("names", name, VERSIONS)
+        one_of("names", name, VERSIONS)
     tree.check(bundle.params)
     if any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values()):
         called = bundle.card.get("name", "the bundle")

@@ -44,7 +44,7 @@ from jaxmodel.data.text import (
     split_documents,
     split_lines,
 )
-from jaxmodel.errors import InputError, border, require, unknown
+from jaxmodel.errors import InputError, border, one_of, require, unknown
 
 type Source = str | Path | Sequence[str | Path]
 
@@ -326,8 +326,7 @@ def _field(part: str, where: str, record: Any, field: str | None) -> Any:
         raise _bad(part, f"{where} is a JSON {type(record).__name__}; {_objects(field)} is needed")
     if field is None:
         return record
-    if field not in record:
-        raise unknown(f"field in {part!r}, {where}", field, record)
+    one_of(f"field in {part!r}, {where}", field, record)
     return record[field]
 
 
@@ -388,8 +387,7 @@ def _saved(part: str, field: str | None, split: str) -> Iterator[Any]:
     datasets = require("datasets", "data")
     found = datasets.load_from_disk(part)
     if isinstance(found, dict):
-        if split not in found:
-            raise unknown(f"split of {part!r}", split, found)
+        one_of(f"split of {part!r}", split, found)
         found = found[split]
     yield from _column(part, found, field)
 
@@ -417,8 +415,7 @@ def _column(part: str, rows: Any, field: str | None) -> Iterator[Any]:
         if field is None:
             yield dict(row)
             continue
-        if field not in row:
-            raise unknown(f"field in {part!r}", field, row)
+        one_of(f"field in {part!r}", field, row)
         yield row[field]
 
 

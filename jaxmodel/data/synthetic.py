@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxmodel.brief import briefly
 from jaxmodel.data.stream import Batch, global_rows
-from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.errors import InputError, at_least, one_of
 
 START = 0
 END = 1
@@ -126,10 +126,8 @@ class SyntheticSeq2Seq:
         if not self.tasks:
             raise InputError(f"tasks: none given; allowed: one or more of {', '.join(TASKS)}")
         for task in self.tasks:
-            if task not in TASKS:
-                raise unknown("tasks", task, TASKS)
-        if self.part not in PARTS:
-            raise unknown("part", self.part, PARTS)
+            one_of("tasks", task, TASKS)
+        one_of("part", self.part, PARTS)
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed: {self.seed} given; 0 to 2^64 - 1 is allowed")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.files import open_own, read_bytes
 from jaxmodel.limits import limits
 
@@ -104,8 +104,7 @@ class GoodputRecorder:
         Raises:
           InputError: the category is not in `CATEGORIES`.
         """
-        if category not in CATEGORIES:
-            raise unknown("category", category, CATEGORIES)
+        one_of("category", category, CATEGORIES)
         now = self._clock()
         before = self._category
         self._spent[before] = self._spent.get(before, 0.0) + now - self._since

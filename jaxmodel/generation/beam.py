@@ -10,7 +10,6 @@ beam can still beat the worst of its hypotheses.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodel import models, tree
-from jaxmodel.errors import InputError, at_least
+from jaxmodel.errors import FROM_ZERO, InputError, at_least, within
 from jaxmodel.generation.decode import new_cache, unsound
 from jaxmodel.generation.sampling import is_sound
 from jaxmodel.models.checks import check_ids
@@ -105,10 +104,7 @@ def beam_search(
     """
     at_least("beams", beams)
     at_least("max_new_tokens", max_new_tokens)
-    if not math.isfinite(length_penalty) or length_penalty < 0:
-        raise InputError(
-            f"length_penalty: {length_penalty!r}; allowed: a finite number of at least 0"
-        )
+    within("length_penalty", length_penalty, FROM_ZERO)
     if model.init_cache is None:
         new_cache(model, 1, 1)  # says why not
     models.check_params(model, params)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxmodel import schema
 from jaxmodel.child import Child
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.files import read_bytes
 from jaxmodel.hub.schemas import Templates
 from jaxmodel.limits import limits, way
@@ -52,8 +52,7 @@ def choose(template: Template | None, name: str | None = None, tools: bool = Fal
                 f"chat_template: there are multiple templates and no default; choose one of them: "
                 f"{names}"
             )
-    if name not in template:
-        raise unknown("template", name, template)
+    one_of("template", name, template)
     return template[name]
 
 

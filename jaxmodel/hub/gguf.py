@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodel.errors import InputError, border, require, unknown
+from jaxmodel.errors import InputError, border, one_of, require
 from jaxmodel.files import open_regular
 
 PLAIN_TYPES = ("F32", "F16", "BF16")
@@ -82,8 +82,7 @@ class GGUFFile:
         Raises:
           InputError: see `read`.
         """
-        if name not in self.tensors:
-            raise unknown("tensor", name, self.tensors)
+        one_of("tensor", name, self.tensors)
         entry = self.tensors[name]
         if entry.type not in READ_TYPES:
             allowed = ", ".join(READ_TYPES)

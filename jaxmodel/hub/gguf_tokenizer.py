@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from jaxmodel.errors import InputError, border, unknown
+from jaxmodel.errors import InputError, border, one_of, unknown
 from jaxmodel.hub import chat, vocabularies
 from jaxmodel.hub.tokenizer import WORDS, Tokenizer, distinct, pre_tokenizer
 
@@ -127,8 +127,7 @@ def _byte_level(
     Raises:
       InputError: an unknown pre-tokenizer, or inconsistent lists.
     """
-    if name not in _SPLITS:
-        raise unknown("tokenizer.ggml.pre", name, _SPLITS)
+    one_of("tokenizer.ggml.pre", name, _SPLITS)
     like_llama3 = name == "llama-bpe"
     with border("metadata: tokenizer.ggml.tokens and merges do not fit together"):
         vocabulary = {token: i for i, token in enumerate(tokens)}

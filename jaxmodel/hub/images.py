@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.hub.schemas import Images, Processor
 from jaxmodel.limits import limits, way
 
@@ -82,8 +82,7 @@ class ImageProcessor:
             raise InputError(
                 f"size: {self.size!r} given; allowed: lengths, None, or 'cover' with a crop"
             )
-        if self.filter not in _FILTERS.values():
-            raise unknown("filter", self.filter, _FILTERS.values())
+        one_of("filter", self.filter, _FILTERS.values())
         if len(self.mean) != len(self.std) or not self.mean or 0 in self.std:
             raise InputError(
                 f"std: {self.std} given for a mean of {self.mean}; allowed: a number for each "

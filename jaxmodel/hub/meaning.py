@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of, unknown
 from jaxmodel.hub.schemas import Config, Generation, Modules, Pooling, Prompts, Sentences
 from jaxmodel.models.sentences import POOLINGS
 
@@ -41,8 +41,7 @@ def with_meaning(config: Any, hf: Mapping[str, Any], folder: Path) -> Any:
     """
     more: dict[str, Any] = {}
     if hasattr(config, "problem") and (problem := hf.get("problem_type")) is not None:
-        if problem not in PROBLEMS:
-            raise unknown(f"{folder}/config.json: problem_type", problem, PROBLEMS)
+        one_of(f"{folder}/config.json: problem_type", problem, PROBLEMS)
         more["problem"] = problem
     if getattr(config, "head", "") == "embed" and (pooling := _pooling(folder)) is not None:
         more["pooling"] = pooling
@@ -107,8 +106,7 @@ def _pooling(folder: Path) -> tuple[str, ...] | None:
     modes = said.get("pooling_mode") or [_OLD[key] for key in _OLD if said.get(key)] or ["mean"]
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     for mode in modes:
-        if mode not in POOLINGS:
-            raise unknown(f"{path}: pooling_mode", mode, POOLINGS)
+        one_of(f"{path}: pooling_mode", mode, POOLINGS)
     return modes
 
 
@@ -128,8 +126,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     told = schema.read(path, Prompts, missing=True)
     if (name := told.get("default_prompt_name")) is not None:
         prompts = told.get("prompts") or {}
-        if name not in prompts:
-            raise unknown(f"{path}: default_prompt_name", name, prompts)
+        one_of(f"{path}: default_prompt_name", name, prompts)
         card["prompt"] = prompts[name]
     return card
 

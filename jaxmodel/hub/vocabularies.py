@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxmodel import schema
-from jaxmodel.errors import InputError, border, unknown
+from jaxmodel.errors import InputError, border, one_of, unknown
 from jaxmodel.files import read_bytes
 from jaxmodel.limits import limits
 
@@ -195,10 +195,7 @@ def from_vocabulary(
         }
     if file == "merges.txt":
         return _byte_level(folder, kind, config)
-    if kind not in _AROUND:
-        raise unknown(
-            f"folder: {str(folder / file)!r} alone is not read for the tokenizer of", kind, _AROUND
-        )
+    one_of(f"folder: {str(folder / file)!r} alone is not read for the tokenizer of", kind, _AROUND)
     pieces = read_pieces(folder / file)
     if kind == "t5":  # T5 has no begin-of-text token, and more tokens after the pieces
         pieces = pieces._replace(bos=-1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmodel import ops
-from jaxmodel.errors import unknown
+from jaxmodel.errors import one_of
 from jaxmodel.layers.encoder import ACTIVATIONS
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.layers.linear import linear
@@ -59,8 +59,7 @@ def activation(name: str) -> Callable[[Array], Array]:
         "identity": jax.nn.identity,
         **{one: getattr(jax.nn, one) for one in _OF_JAX},
     }
-    if name not in known:
-        raise unknown("activation", name, known)
+    one_of("activation", name, known)
     return known[name]
 
 
@@ -97,7 +96,7 @@ def conv(
     *,
     stride: int = 1,
     pad: int = 0,
-    norm: Callable[..., Any] | None = None,
+    norm: Callable[..., Callable[[Array], Any]] | None = None,
 ) -> Float[Array, "B P Q O"]:
     """Convolve, then add a bias or run a norm.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxmodel import tree
 from jaxmodel.errors import InputError
@@ -14,8 +15,39 @@ from jaxmodel.layers.pipeline import AXIS, Stage, gpipe
 from jaxmodel.ops.product import WITHOUT_BATCH
 from jaxmodel.sharding import auto_axes
 
-type Block = Callable[..., tuple[jax.Array, Any, dict[str, jax.Array]]]
-"""`block(params, x, context, cache, layer, rng, train) -> (x, cache, aux)` for one layer."""
+
+@runtime_checkable
+class Block(Protocol):
+    """One layer of a model."""
+
+    def __call__(
+        self,
+        params: tree.Params,
+        x: Float[Array, "B *axes D"],
+        context: dict[str, Any],
+        cache: Any = None,
+        layer: int | Int[Array, ""] = 0,
+        rng: Array | None = None,
+        train: bool = False,
+        /,
+    ) -> tuple[Float[Array, "B *axes D"], Any, dict[str, Float[Array, ""]]]:
+        """Run the layer.
+
+        Args:
+          params: the parameters of the layer alone, without a leading axis.
+          x: the activations.
+          context: what the embedding computed once for all layers.
+          cache: the cache of all layers, or None.
+          layer: its index, from 0; traced in a scan.
+          rng: a key of this layer, or None for no randomness.
+          train: whether this is a step of training.
+
+        Returns:
+          The activations, of the same shape in layers that share a segment; the cache; and named
+          float32 scalars, which are summed over the layers.
+        """
+        ...
+
 
 _REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from jaxmodel import tree
 from jaxmodel.brief import briefly
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 
 type AxisSizes = Mapping[str, int]
 
@@ -238,6 +238,5 @@ def from_tensors(arrays: Mapping[str, Any], fields: Mapping[str, Any] | None) ->
 
 def _class(fields: Mapping[str, Any]) -> type[Compressed]:
     classes = {cls.__name__: cls for cls in Compressed.__subclasses__()}
-    if fields.get("type") not in classes:
-        raise unknown("leaf type", fields.get("type"), classes)
+    one_of("leaf type", fields.get("type"), classes)
     return classes[fields["type"]]

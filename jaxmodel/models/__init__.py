@@ -11,7 +11,8 @@ from jaxmodel.models.checks import check_params
 from jaxmodel.models.contents import summary
 from jaxmodel.models.family import KNOWN, Family, family
 from jaxmodel.models.foreign import from_linen, from_nnx, linen_params, nnx_params
-from jaxmodel.models.model import Model, Output, Parts, wrap
+from jaxmodel.models.model import Model, Output, wrap
+from jaxmodel.models.parts import Parts
 from jaxmodel.models.predict import predict_fn
 from jaxmodel.models.stochastic_depth import stochastic_depth
 

@@ -30,11 +30,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.errors import FROM_ZERO, InputError, at_least, one_of, within
 from jaxmodel.layers import activation, codes
 from jaxmodel.layers.connect import Full
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes, read
+from jaxmodel.models.model import Model, check_sizes, read
+from jaxmodel.models.parts import Parts, feature_inputs
 from jaxmodel.ops.norms import on_last
 
 KINDS = ("plain", "denoising", "variational", "l1", "kl", "topk")
@@ -77,18 +78,15 @@ class Config:
         check_sizes(self, ("features", "code", "k"))
         for n in self.hidden:
             at_least("hidden", n)
-        if self.kind not in KINDS:
-            raise unknown("kind", self.kind, KINDS)
-        if self.reconstruction not in RECONSTRUCTIONS:
-            raise unknown("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        one_of("kind", self.kind, KINDS)
+        one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
         activation(self.activation)
         if not 0 <= self.noise < 1 or not 0 < self.rate < 1:
             raise InputError(
                 f"noise, rate: {self.noise}, {self.rate} given; allowed: from 0, for a rate above "
                 f"0, to below 1"
             )
-        if not self.penalty >= 0:
-            raise InputError(f"penalty: {self.penalty} given; allowed: at least 0")
+        within("penalty", self.penalty, FROM_ZERO)
         if self.kind == "topk" and self.k > self.code:
             raise InputError(
                 f"k: {self.k} given; at most the width of the code, {self.code}, is allowed"
@@ -236,7 +234,5 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             top = {"out": {**top["out"], "weight": rows.T}}
         return {"encoder": own, "decoder": top}
 
-    def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
-
+    inputs = feature_inputs(config.features)
     return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes(config))

@@ -22,12 +22,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.errors import InputError, at_least, one_of
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, leaf, linear
 from jaxmodel.layers.encoder import EncoderBlock, PooledHead
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
+from jaxmodel.models.model import Model, check_sizes, encoder_sees, positions_of, token_inputs
+from jaxmodel.models.parts import Parts, encoder_layer
 from jaxmodel.models.sentences import check_pooling, pool
 from jaxmodel.ops.norms import on_last
 
@@ -88,12 +89,9 @@ class Config:
             raise InputError(
                 f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
             )
-        if self.head not in HEADS:
-            raise unknown("head", self.head, HEADS)
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
-        if self.pool_activation not in POOL_ACTIVATIONS:
-            raise unknown("pool_activation", self.pool_activation, POOL_ACTIVATIONS)
+        one_of("head", self.head, HEADS)
+        one_of("activation", self.activation, ACTIVATIONS)
+        one_of("pool_activation", self.pool_activation, POOL_ACTIVATIONS)
         check_pooling(self.pooling)
         if bool(self.labels) != (self.head == "classify"):
             raise InputError(
@@ -201,13 +199,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         tokens = inputs["tokens"]
-        mask = inputs.get("mask")
-        segments = inputs.get("segments")
-        if segments is not None and c.head != "mlm":
-            raise InputError(
-                f"segments: given to the head {c.head!r}, which takes a row for one text; leave "
-                f"them out"
-            )
+        seen = encoder_sees(inputs, c.head)
         positions = positions_of(inputs)
         positions = positions + c.first_position
         x = ops.embed(params["embed"], tokens, policy) + ops.embed(
@@ -219,27 +211,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             )
         elif "types" in inputs:
             raise InputError("types: given to a model without token types; leave them out")
-        seen = ops.AttentionMask(
-            segments=None if segments is None else (segments, segments), valid=mask, causal=False
-        )
         normed: Any = norm_module.apply({"params": params["embed_norm"]}, x)
         return normed, {"seen": seen}
-
-    def block(
-        params: Any,
-        x: Any,
-        context: Any,
-        cache: Any = None,
-        layer: Any = 0,
-        rng: Any = None,
-        train: bool = False,
-    ):
-        x = block_module.apply({"params": params}, x, context)
-        mask = context["seen"].valid
-        # rows of zeros, by which the head, which sees only x, recognises padding
-        if c.head == "embed" and mask is not None:
-            x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
-        return x, cache, {}
 
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         if c.head == "embed":
@@ -273,4 +246,5 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             params["head"] = dict(masked_head.init(keys[5], x, params["embed"])["params"])
         return params
 
-    return Model(config, policy, init, Parts(embed, block, head), token_inputs, None, axes(config))
+    layer = encoder_layer(block_module, zero_padding=c.head == "embed")
+    return Model(config, policy, init, Parts(embed, layer, head), token_inputs, None, axes(config))

@@ -31,13 +31,14 @@ from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers, repeat
 from jaxmodel.layers.encoder import EncoderBlock
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models import vit
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.models.model import Model, check_sizes
+from jaxmodel.models.parts import Parts, encoder_layer
 from jaxmodel.ops.norms import on_last
 
 
@@ -76,8 +77,7 @@ class Text:
             raise InputError(
                 f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
             )
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
+        one_of("activation", self.activation, ACTIVATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,10 +214,6 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
             else ops.einsum("ND,ED->NE", pooled, params["image_map"], policy)
         )
 
-    def block(params: Any, x: Any, context: Any, cache: Any, layer: Any, rng: Any, train: bool):
-        x = block_module.apply({"params": params}, x, context)
-        return x, cache, {}
-
     def text(params: tree.Params, inputs: dict[str, jax.Array]) -> Float[Array, "M E"]:
         tokens = inputs["tokens"]
         own = params["text"]
@@ -232,7 +228,9 @@ def towers(config: Config, policy: ops.Policy = ops.Policy()) -> Towers:
         )
         context = {"seen": ops.AttentionMask(valid=inputs.get("mask"), causal=not config.sigmoid)}
         how = policy.remat, policy.microbatches, policy.unroll
-        x = repeat(block, own["blocks"], x, context, None, None, False, *how)[0]
+        x = repeat(encoder_layer(block_module), own["blocks"], x, context, None, None, False, *how)[
+            0
+        ]
         normed: Any = norm_module.apply({"params": own["norm"]}, x)
         if config.sigmoid:
             mapped = ops.einsum("ND,ED->NE", normed[:, -1], params["text_map"], policy)

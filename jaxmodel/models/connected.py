@@ -23,12 +23,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.errors import InputError, at_least, one_of
 from jaxmodel.layers import LayerNorm, activation, connect, dense
 from jaxmodel.layers.connect.groups import check_pattern, weight_names
 from jaxmodel.layers.connect.sparse import check_blocks
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes, read
+from jaxmodel.models.model import Model, check_sizes, read
+from jaxmodel.models.parts import Parts, head_of, init_in_turn
 
 EXTRACT = ("none", "own", "shared")
 MERGE = ("full", "bilinear", "factorised", "groups")
@@ -85,8 +86,7 @@ class Config:
     def __post_init__(self) -> None:
         check_sizes(self, ("classes", "width", "depth", "features", "rank", "kept", "growth"))
         for name, allowed in (("extract", EXTRACT), ("merge", MERGE), ("body", BODY)):
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
+            one_of(name, getattr(self, name), allowed)
         activation(self.activation)
         for name in ("branches", "edges", "share", "block"):
             if not isinstance(getattr(self, name), tuple):
@@ -311,17 +311,11 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     ) -> Any:
         return block_module.apply({"params": params}, x, layer), cache, {}
 
-    def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
-        return head_module.apply({"params": params}, x)
-
     def init(key: jax.Array) -> tree.Params:
         first_key, head_key, *keys = jax.random.split(key, config.depth + 2)
         zeros = {n: jnp.zeros(a.shape, policy.activation_dtype) for n, a in inputs(1, 1).items()}
         x, own = branches.init_with_output(first_key, zeros)
-        blocks = {}
-        for i in range(config.depth):
-            x, params = block_module.init_with_output(keys[i], x, i)
-            blocks[str(i)] = params["params"]
+        x, blocks = init_in_turn(block_module, keys, x, ((i,) for i in range(config.depth)))
         return tree.stack(
             {**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]}
         )
@@ -329,4 +323,5 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((batch, n), jnp.float32) for name, n in config.branches}
 
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, AXES)
+    parts = Parts(embed, block, head_of(head_module))
+    return Model(config, policy, init, parts, inputs, None, AXES)

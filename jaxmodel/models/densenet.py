@@ -28,8 +28,9 @@ from jaxmodel.axes import Axes
 from jaxmodel.errors import InputError
 from jaxmodel.layers import BatchNorm, conv, dense
 from jaxmodel.models.family import family
-from jaxmodel.models.images import check_classifier, pixel_inputs, read_pixels
-from jaxmodel.models.model import Model, Parts
+from jaxmodel.models.images import check_classifier, pixel_inputs, stem_of
+from jaxmodel.models.model import Model
+from jaxmodel.models.parts import Parts, init_in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +199,6 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     stem, layer_module, head_module = (module(config, policy) for module in (_Stem, _Layer, _Head))
     inputs = pixel_inputs(config.size, config.channels)
 
-    def embed(
-        params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
-    ) -> Any:
-        return stem.apply({"params": params}, read_pixels(inputs, policy), train), {}
-
     def block(
         params: Any,
         x: Any,
@@ -222,12 +218,11 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         x, own = stem.init_with_output(
             stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.activation_dtype)
         )
-        blocks = {}
-        for i, starts in enumerate(config.starts):
-            x, params = layer_module.init_with_output(keys[i], x, False, starts)
-            blocks[str(i)] = params["params"]
+        x, blocks = init_in_turn(layer_module, keys, x, ((False, one) for one in config.starts))
         return tree.stack(
             {**own["params"], "blocks": blocks, **head_module.init(head_key, x)["params"]}
         )
 
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config))
+    return Model(
+        config, policy, init, Parts(stem_of(stem, policy), block, head), inputs, None, axes(config)
+    )

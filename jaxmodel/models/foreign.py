@@ -48,7 +48,8 @@ from jaxmodel.errors import InputError
 from jaxmodel.leaves.adapted import read_adapters
 from jaxmodel.models.checks import runs_on
 from jaxmodel.models.counted import linen_counting, nnx_counting
-from jaxmodel.models.model import COUNTS, Inputs, Model, Parts, read
+from jaxmodel.models.model import COUNTS, Inputs, Model, read
+from jaxmodel.models.parts import Parts
 from jaxmodel.ops.norms import BatchStatsProbe
 
 STATE = "state"

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, at_least, one_of
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, MLP, Attention, LayerNorm, init_layers
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
+from jaxmodel.models.model import Model, check_sizes, decoder_context, token_inputs
+from jaxmodel.models.parts import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +59,8 @@ class Config:
             raise InputError(
                 f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
             )
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
-        if self.mlp_width < 0:
-            raise InputError(
-                f"mlp_width: {self.mlp_width} given; allowed: at least 1, or 0 for four times the "
-                f"width"
-            )
+        one_of("activation", self.activation, ACTIVATIONS)
+        at_least("mlp_width", self.mlp_width, 0)
 
 
 SIZES = {

@@ -28,11 +28,12 @@ from jaxmodel.layers import Attention, MoE, RMSNorm, init_layers, leaf
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
+from jaxmodel.models.model import Model, check_sizes, decoder_context, token_inputs
+from jaxmodel.models.parts import Parts, Windowed
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Windowed):
     """The sizes of a member of the family.
 
     Attributes:
@@ -95,10 +96,7 @@ class Config:
             raise InputError(
                 f"{given}; a divisor of {self.heads} heads and an even width are needed"
             )
-        if any(not isinstance(w, int) or w < 0 for w in self.windows):
-            raise InputError(
-                f"windows: {self.windows} given; whole numbers of at least 0 are needed"
-            )
+        self.check_windows()
         if not 1 <= self.experts_per_token <= self.experts:
             raise InputError(
                 f"experts_per_token: {self.experts_per_token} given; allowed: 1 to "
@@ -108,12 +106,6 @@ class Config:
             raise InputError(
                 f"limit, balance: {self.limit}, {self.balance} given; allowed: above 0, at least 0"
             )
-
-    def window_of_layers(self) -> tuple[int, ...]:
-        """Return the window of every layer; 0 for none."""
-        return tuple(
-            self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
-        )
 
     @property
     def expert_layers(self) -> int:

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 
 from jaxmodel import layers, ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError
-from jaxmodel.models.model import Model, Parts, check_sizes, read
+from jaxmodel.errors import BELOW_ONE, InputError, within
+from jaxmodel.models.model import Model, check_sizes, read
+from jaxmodel.models.parts import Embed, Parts, head_of
 
 
 def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = ()) -> None:
@@ -38,8 +39,7 @@ def check_classifier(config: Any, sizes: Iterable[str], widths: Iterable[str] = 
             )
     if hasattr(config, "activation"):
         layers.activation(config.activation)
-    if not 0 <= getattr(config, "dropout", 0) < 1:
-        raise InputError(f"dropout: {config.dropout} given; allowed: at least 0 and below 1")
+    within("dropout", getattr(config, "dropout", 0), BELOW_ONE)
 
 
 def pixel_inputs(size: int, channels: int) -> Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]:
@@ -92,16 +92,29 @@ def two_parts(
             {"params": params}, read_pixels(inputs, policy), rng if train else None
         ), {}
 
-    def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> Any:
-        return top.apply({"params": params}, x)
-
     def init(key: jax.Array) -> tree.Params:
         body_key, head_key = jax.random.split(key)
         pixels = jnp.zeros(inputs(1, 1)["pixels"].shape, policy.activation_dtype)
         x, own = body.init_with_output(body_key, pixels, None)
         return {**own["params"], **top.init(head_key, x)["params"]}
 
-    return Model(config, policy, init, Parts(embed, None, head), inputs, None, axes)
+    return Model(config, policy, init, Parts(embed, None, head_of(top)), inputs, None, axes)
+
+
+def stem_of(module: nn.Module, policy: ops.Policy) -> Embed:
+    """Return the first part of a model of images that runs a module `(pixels, train) -> x`."""
+
+    def embed(
+        params: tree.Params,
+        inputs: dict[str, jax.Array],
+        cache: Any = None,
+        rng: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        x: Any = module.apply({"params": params}, read_pixels(inputs, policy), train)
+        return x, {}
+
+    return embed
 
 
 class Head(nn.Module):

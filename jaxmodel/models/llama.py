@@ -31,16 +31,17 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import FROM_ZERO, InputError, one_of, within
 from jaxmodel.layers import ACTIVATIONS, MLP, Attention, MoE, RMSNorm, init_layers, leaf
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.moe import real_tokens
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes, decoder_context, token_inputs
+from jaxmodel.models.model import Model, check_sizes, decoder_context, token_inputs
+from jaxmodel.models.parts import Parts, Windowed
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Windowed):
     """The sizes of a member of the family.
 
     Attributes:
@@ -137,12 +138,8 @@ class Config:
             raise InputError(
                 f"{given}; a divisor of {self.heads} heads and an even width are needed"
             )
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
-        if any(not isinstance(w, int) or w < 0 for w in self.windows):
-            raise InputError(
-                f"windows: {self.windows} given; whole numbers of at least 0 are needed"
-            )
+        one_of("activation", self.activation, ACTIVATIONS)
+        self.check_windows()
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise InputError(
                 f"experts_per_token: {self.experts_per_token} given; allowed: 1 to "
@@ -166,14 +163,7 @@ class Config:
             )
         if self.mlp_bias and self.experts:
             raise InputError("mlp_bias: True given for a model of experts, which have none")
-        if self.balance < 0:
-            raise InputError(f"balance: {self.balance} given; allowed: at least 0")
-
-    def window_of_layers(self) -> tuple[int, ...]:
-        """Return the window of every layer; 0 for none."""
-        return tuple(
-            self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
-        )
+        within("balance", self.balance, FROM_ZERO)
 
     @property
     def expert_layers(self) -> int:

@@ -23,7 +23,8 @@ from jaxmodel.errors import InputError
 from jaxmodel.layers import activation, dense, dropout
 from jaxmodel.models.family import family
 from jaxmodel.models.images import Head, check_classifier
-from jaxmodel.models.model import Model, Parts, read
+from jaxmodel.models.model import Model, read
+from jaxmodel.models.parts import Parts, feature_inputs, head_of, init_in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +107,11 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     ) -> Any:
         return layer_module.apply({"params": params}, x, rng if train else None), cache, {}
 
-    def head(params: Any, x: Any, rng: Any = None, train: bool = False) -> Any:
-        return head_module.apply({"params": params}, x)
-
     def init(key: jax.Array) -> tree.Params:
         *keys, head_key = jax.random.split(key, len(config.widths) + 1)
         x = jnp.zeros((1, config.features), policy.activation_dtype)
-        blocks = {}
-        for i, width in enumerate(config.widths):
-            x, own = layer_module.init_with_output(keys[i], x, None, width)
-            blocks[str(i)] = own["params"]
+        x, blocks = init_in_turn(layer_module, keys, x, ((None, width) for width in config.widths))
         return tree.stack({"blocks": blocks, **head_module.init(head_key, x)["params"]})
 
-    def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"features": jax.ShapeDtypeStruct((batch, config.features), jnp.float32)}
-
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config))
+    parts = Parts(embed, block, head_of(head_module))
+    return Model(config, policy, init, parts, feature_inputs(config.features), None, axes(config))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from jaxmodel import axes, layers, ops, tree
-from jaxmodel.errors import InputError
-from jaxmodel.layers.repeat import Block
+from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves.leaf import register
 from jaxmodel.models.checks import check_inputs, runs_on
+from jaxmodel.models.parts import Inputs, Parts
 from jaxmodel.ops.norms import BatchStatsProbe
-
-type Inputs = jax.Array | Mapping[str, jax.Array]
 
 
 @register
@@ -36,26 +34,20 @@ class Output:
     aux: Any = dataclasses.field(default_factory=dict)
 
 
-class Parts(NamedTuple):
-    """The three functions that `apply` is composed of.
+@runtime_checkable
+class Apply(Protocol):
+    """The type of `Model.apply` and `Model.hidden`."""
 
-    Attributes:
-      embed: (params, inputs, cache, rng, train) -> (x, context). x are the activations,
-        `[B, T, D]` for tokens (T positions), `[B, D]` or `[B, Y, X, D]` for other models, in the
-        policy's activation dtype. The context is a dict of values that are computed once for all
-        layers: arrays `[B, ...]` or `[1, ...]`, and scalars. It may have `aux`, named float32
-        scalars, and `cache`, which then replaces the given one.
-      block: (layer_params, x, context, cache, layer, rng, train) -> (x, cache, aux). One layer of
-        `params["blocks"]`; x keeps its shape in layers that share a segment. `layer` is the int32
-        index of the layer, traced in a scan; aux is a dict of float32 scalars, which are summed
-        over the layers. None for a model without layers that repeat.
-      head: (params, x, rng, train) -> logits, float32: `[B, T, V]` for tokens, `[B, C]` for
-        classes, or a vector `[B, D]`.
-    """
-
-    embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
-    block: Block | None
-    head: Callable[..., jax.Array]
+    def __call__(
+        self,
+        params: tree.Params,
+        inputs: Inputs,
+        cache: Any = None,
+        rng: jax.Array | None = None,
+        train: bool = False,
+    ) -> Output:
+        """Run the model; see `Model`."""
+        ...
 
 
 def _no_family(policy: ops.Policy) -> Model:
@@ -103,8 +95,8 @@ class Model:
     axes: axes.Axes = dataclasses.field(repr=False)
     with_policy: Callable[[ops.Policy], Model] = dataclasses.field(default=_no_family, repr=False)
     family: str = ""
-    apply: Callable[..., Output] = dataclasses.field(init=False, repr=False)
-    hidden: Callable[..., Output] = dataclasses.field(init=False, repr=False)
+    apply: Apply = dataclasses.field(init=False, repr=False)
+    hidden: Apply = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         given: Any = self.axes
@@ -179,7 +171,7 @@ def wrap(model: Model, change: Callable[[Parts], Parts]) -> Model:
     )
 
 
-def with_hidden(model: Model, hidden: Callable[..., Output]) -> Model:
+def with_hidden(model: Model, hidden: Apply) -> Model:
     """Return the model with another function `hidden`.
 
     A pipeline uses it, where the layers do not run at the place where the loss is computed.
@@ -205,9 +197,7 @@ def begin(
 def check_sizes(config: Any, names: Iterable[str]) -> None:
     """Raise InputError if one of these sizes of a config is not a positive integer."""
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} is {value!r}; allowed: a whole number of at least 1")
+        at_least(name, getattr(config, name))
 
 
 def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Array:
@@ -349,6 +339,25 @@ def positions_of(inputs: Mapping[str, jax.Array], places: jax.Array | None = Non
     if places is None:
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return unpadded({**inputs, "positions": places})["positions"]
+
+
+def encoder_sees(inputs: Mapping[str, jax.Array], head: str) -> ops.AttentionMask:
+    """Return what the tokens of an encoder see: all tokens of their text.
+
+    Args:
+      inputs: the inputs by name.
+      head: the head of the model; only "mlm", which has a result for each token, takes packed texts.
+
+    Raises:
+      InputError: segments are given to another head.
+    """
+    segments = inputs.get("segments")
+    if segments is not None and head != "mlm":
+        raise InputError(
+            f"segments: given to the head {head!r}, which takes a row for one text; leave them out"
+        )
+    pair = None if segments is None else (segments, segments)
+    return ops.AttentionMask(segments=pair, valid=inputs.get("mask"), causal=False)
 
 
 def decoder_context(

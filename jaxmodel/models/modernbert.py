@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import (
     ACTIVATIONS,
     BLOCK_AXES,
@@ -36,7 +36,8 @@ from jaxmodel.layers import (
 )
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes, positions_of, token_inputs
+from jaxmodel.models.model import Model, check_sizes, encoder_sees, positions_of, token_inputs
+from jaxmodel.models.parts import Parts, Windowed
 from jaxmodel.models.sentences import check_pooling, pool
 from jaxmodel.ops.norms import on_last
 
@@ -46,7 +47,7 @@ _POOLINGS = {"class": "cls", "mean": "mean"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Windowed):
     """The sizes of a member of the family.
 
     Attributes:
@@ -97,29 +98,19 @@ class Config:
             raise InputError(
                 f"heads: {self.heads} given; a divisor of half the width {self.width} is needed"
             )
-        if any(not isinstance(w, int) or w < 0 for w in self.windows):
-            raise InputError(
-                f"windows: {self.windows} given; whole numbers of at least 0 are needed"
-            )
+        self.check_windows()
         for name, allowed in {
             "head": HEADS,
             "pool": POOLS,
             "activation": ACTIVATIONS,
             "head_activation": ACTIVATIONS,
         }.items():
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
+            one_of(name, getattr(self, name), allowed)
         if bool(self.labels) != (self.head == "classify"):
             needed = "at least one" if self.head == "classify" else "none"
             raise InputError(
                 f"labels: {len(self.labels)} given; the head {self.head!r} needs {needed}"
             )
-
-    def window_of_layers(self) -> tuple[int, ...]:
-        """Return the window of every layer; 0 for none."""
-        return tuple(
-            self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.depth)
-        )
 
 
 SIZES = {
@@ -239,21 +230,10 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         tokens = inputs["tokens"]
-        segments = inputs.get("segments")
-        if segments is not None and c.head != "mlm":
-            raise InputError(
-                f"segments: given to the head {c.head!r}, which takes a row for one text; leave "
-                f"them out"
-            )
         positions = positions_of(inputs)
-        seen = ops.AttentionMask(
-            segments=None if segments is None else (segments, segments),
-            valid=inputs.get("mask"),
-            causal=False,
-        )
         turned = c.width // c.heads
         context = {
-            "seen": seen,
+            "seen": encoder_sees(inputs, c.head),
             "rope": ops.rope_tables(positions, turned, c.rope_base),
             "local_rope": ops.rope_tables(positions, turned, c.local_rope_base),
         }

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.models.model import Inputs, Model
 
 GIVES = {
@@ -70,8 +70,7 @@ def predict_fn(
     >>> said.shape, bool(jnp.allclose(said.sum(axis=-1), 1))
     ((2, 3, 256), True)
     """
-    if gives not in GIVES:
-        raise unknown("gives", gives, GIVES)
+    one_of("gives", gives, GIVES)
     if gives != "logits" and says(model.config) == "number":
         raise InputError(
             f"gives: {gives!r}; a regression has none; allowed: logits, which are its numbers"

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import BatchNorm, GroupNorm, conv
 from jaxmodel.models.family import family
-from jaxmodel.models.images import Head, check_classifier, pixel_inputs, read_pixels
-from jaxmodel.models.model import Model, Parts
+from jaxmodel.models.images import Head, check_classifier, pixel_inputs, stem_of
+from jaxmodel.models.model import Model
+from jaxmodel.models.parts import Parts, init_in_turn
 
 NORMS = ("batch", "group")
 
@@ -67,8 +68,7 @@ class Config:
         check_classifier(self, ("width", "classes", "size", "channels", "groups"), ("stages",))
         if not self.stages:
             raise InputError("stages: () given; at least one is needed")
-        if self.norm not in NORMS:
-            raise unknown("norm", self.norm, NORMS)
+        one_of("norm", self.norm, NORMS)
         if self.norm == "group" and self.width % self.groups:
             raise InputError(
                 f"groups: {self.groups} given; a divisor of the width {self.width} is needed"
@@ -205,11 +205,6 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     head_module = Head(config.classes, policy)
     inputs = pixel_inputs(config.size, config.channels)
 
-    def embed(
-        params: Any, inputs: Any, cache: Any = None, rng: Any = None, train: bool = False
-    ) -> Any:
-        return stem.apply({"params": params}, read_pixels(inputs, policy), train), {}
-
     def block(
         params: Any,
         x: Any,
@@ -235,11 +230,11 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         x, own = stem.init_with_output(
             stem_key, jnp.zeros(inputs(1, 1)["pixels"].shape, policy.activation_dtype)
         )
-        blocks = {}
-        for i, (width, stride) in enumerate(config.blocks):
-            x, params = block_module.init_with_output(keys[i], x, stride, False, width)
-            blocks[str(i)] = params["params"]
+        settings = ((stride, False, width) for width, stride in config.blocks)
+        x, blocks = init_in_turn(block_module, keys, x, settings)
         top = head_module.init(head_key, jnp.mean(x, axis=(1, 2)))["params"]
         return tree.stack({**own["params"], "blocks": blocks, **top})
 
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config))
+    return Model(
+        config, policy, init, Parts(stem_of(stem, policy), block, head), inputs, None, axes(config)
+    )

@@ -24,11 +24,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import dropout, init_layers, leaf, repeat
 from jaxmodel.layers.recurrent import BahdanauAttention, LuongAttention, Recurrent
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.models.model import Model, check_sizes
+from jaxmodel.models.parts import Parts
 from jaxmodel.models.seq2seq import source_context, source_inputs
 from jaxmodel.ops.norms import on_last
 from jaxmodel.ops.recurrent import GATES, STATES, StateCache, check_cell
@@ -65,8 +66,7 @@ class Config:
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "context"))
         check_cell("cell", self.cell)
-        if self.attention not in ATTENTION:
-            raise unknown("attention", self.attention, ATTENTION)
+        one_of("attention", self.attention, ATTENTION)
         if self.width % 2:
             raise InputError(f"width: {self.width} given; allowed: an even number")
 
@@ -208,8 +208,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         params: Any,
         x: Any,
         context: Any,
-        cache: Any,
-        layer: Any,
+        cache: Any = None,
+        layer: Any = 0,
         rng: Any = None,
         train: bool = False,
     ):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.errors import InputError, at_least, one_of
 from jaxmodel.models.model import Model
 
 # batches of sentences have this length times a power of two, so that few programs are compiled
@@ -57,8 +57,7 @@ They take activations `[B, T, D]`, which are zero at padding.
 def check_pooling(ways: Sequence[str]) -> None:
     """Refuse names that are not in `POOLINGS`, and an empty list."""
     for way in ways or ("",):
-        if way not in POOLINGS:
-            raise unknown("pooling", way, POOLINGS)
+        one_of("pooling", way, POOLINGS)
 
 
 def pool(

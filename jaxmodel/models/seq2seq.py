@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmodel import tree
 from jaxmodel.errors import InputError
+from jaxmodel.layers.repeat import Block
 from jaxmodel.models.model import decoder_context
 
 
@@ -62,3 +65,22 @@ def source_context(
     if cache is not None:
         context["cache"] = cache.reading(mask, **made)
     return positions, context
+
+
+def block_of(module: nn.Module) -> Block:
+    """Return a layer that runs a module `(x, context, cache, layer, rng) -> (x, cache)`."""
+
+    def block(
+        params: tree.Params,
+        x: jax.Array,
+        context: dict[str, Any],
+        cache: Any = None,
+        layer: int | jax.Array = 0,
+        rng: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+        drop = rng if train else None
+        out: Any = module.apply({"params": params}, x, context, cache, layer, drop)
+        return *out, {}
+
+    return block

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import BELOW_ONE, InputError, within
 from jaxmodel.layers.stochastic_depth import stochastic_depth as of_rows
-from jaxmodel.models.model import Model, Parts, wrap
+from jaxmodel.models.model import Model, wrap
+from jaxmodel.models.parts import Parts
 
 _SITE = 2**32 - 1  # separates its draws from the dropout in a block
 
@@ -37,8 +38,7 @@ def stochastic_depth(model: Model, rate: float) -> Model:
     >>> bool((drawn == whole).all()), bool((shallower.apply(params, x).logits == whole).all())
     (False, True)
     """
-    if not 0 <= rate < 1:
-        raise InputError(f"rate: {rate!r} given; allowed: from 0 to below 1")
+    within("rate", rate, BELOW_ONE)
     if model.parts.block is None:
         raise InputError(
             "model: one without blocks given; stochastic depth needs layers that repeat"

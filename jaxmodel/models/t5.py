@@ -27,13 +27,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import MLP, Attention, RMSNorm, dropout, init_layers, leaf, repeat
 from jaxmodel.layers.cross import CrossAttention
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes
-from jaxmodel.models.seq2seq import source_context, source_inputs
+from jaxmodel.models.model import Model, check_sizes
+from jaxmodel.models.parts import Parts
+from jaxmodel.models.seq2seq import block_of, source_context, source_inputs
 from jaxmodel.ops.memory import CrossAttentionCache
 
 FORMS = {"relu": (nn.relu, False), "gated-gelu": (nn.gelu, True), "gated-silu": (nn.silu, True)}
@@ -99,8 +100,7 @@ class Config:
             "context",
         )
         check_sizes(self, sizes)
-        if self.mlp not in FORMS:
-            raise unknown("mlp", self.mlp, FORMS)
+        one_of("mlp", self.mlp, FORMS)
         if self.buckets < 4 or self.distance <= self.buckets // 2:
             raise InputError(
                 f"buckets, distance: {self.buckets}, {self.distance} given; allowed: at least 4, "
@@ -259,23 +259,6 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     norm_module = RMSNorm(config.norm_eps)
     head_module = _Head(config, policy)
 
-    def run(module: nn.Module) -> Any:
-        def block(
-            params: Any,
-            x: Any,
-            context: Any,
-            cache: Any = None,
-            layer: Any = 0,
-            rng: Any = None,
-            train: bool = False,
-        ):
-            x, cache = module.apply(
-                {"params": params}, x, context, cache, layer, rng if train else None
-            )  # pyright: ignore
-            return x, cache, {}
-
-        return block
-
     def row(length: int) -> jax.Array:
         return jnp.arange(length, dtype=jnp.int32)[None]
 
@@ -296,7 +279,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             x = dropout(ops.embed(params["embed"], source, policy), config.dropout, drop, 2**31)
             how = policy.remat, policy.microbatches, policy.unroll
             x, _, _ = repeat(
-                run(encoder_module), encoder["blocks"], x, context, None, rng, train, *how
+                block_of(encoder_module), encoder["blocks"], x, context, None, rng, train, *how
             )
             x = norm_module.apply({"params": encoder["norm"]}, x)
             return {"memory": dropout(x, config.dropout, drop, 2**31 + 1)}  # pyright: ignore[reportArgumentType]
@@ -358,7 +341,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         config,
         policy,
         init,
-        Parts(embed, run(block_module), head),
+        Parts(embed, block_of(block_module), head),
         source_inputs,
         init_cache,
         axes(config),

@@ -28,8 +28,9 @@ from jaxmodel.layers import BLOCK_AXES, MLP, Attention, LayerNorm, dropout, init
 from jaxmodel.layers.cross import CrossAttention
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes
-from jaxmodel.models.seq2seq import source_context, source_inputs
+from jaxmodel.models.model import Model, check_sizes
+from jaxmodel.models.parts import Parts
+from jaxmodel.models.seq2seq import block_of, source_context, source_inputs
 from jaxmodel.ops.memory import CrossAttentionCache
 from jaxmodel.ops.norms import on_last
 
@@ -151,23 +152,6 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     norm_module = LayerNorm(config.norm_eps)
     wide = dataclasses.replace(policy, activation_dtype="float32")
 
-    def run(module: nn.Module) -> Any:
-        def block(
-            params: Any,
-            x: Any,
-            context: Any,
-            cache: Any = None,
-            layer: Any = 0,
-            rng: Any = None,
-            train: bool = False,
-        ):
-            x, cache = module.apply(
-                {"params": params}, x, context, cache, layer, rng if train else None
-            )  # pyright: ignore
-            return x, cache, {}
-
-        return block
-
     def normed(params: tree.Params, x: jax.Array) -> jax.Array:
         """Normalise the output of a stack of layers that do not end in a norm."""
         if not config.pre_norm:
@@ -200,7 +184,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             )
             blocks = params["encoder"]["blocks"]
             how = policy.remat, policy.microbatches, policy.unroll
-            x, _, _ = repeat(run(encoder_module), blocks, x, context, None, rng, train, *how)
+            x, _, _ = repeat(block_of(encoder_module), blocks, x, context, None, rng, train, *how)
             return {"memory": normed(params["encoder"], x)}
 
         positions, context = source_context(inputs, cache, encode)
@@ -241,7 +225,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         config,
         policy,
         init,
-        Parts(embed, run(block_module), head),
+        Parts(embed, block_of(block_module), head),
         source_inputs,
         init_cache,
         axes(config),

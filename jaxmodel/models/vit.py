@@ -21,13 +21,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmodel import ops, tree
 from jaxmodel.axes import Axes
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers import ACTIVATIONS, BLOCK_AXES, LayerNorm, init_layers
 from jaxmodel.layers.encoder import AttentionPool, EncoderBlock, PooledHead
 from jaxmodel.layers.fuse import GROUPS
 from jaxmodel.layers.patches import Patches
 from jaxmodel.models.family import family
-from jaxmodel.models.model import Model, Parts, check_sizes
+from jaxmodel.models.model import Model, check_sizes
+from jaxmodel.models.parts import Parts, encoder_layer
 
 POOLS = ("class", "mean", "both", "attention")
 
@@ -92,10 +93,8 @@ class Config:
             raise InputError(
                 f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
             )
-        if self.pool not in POOLS:
-            raise unknown("pool", self.pool, POOLS)
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
+        one_of("pool", self.pool, POOLS)
+        one_of("activation", self.activation, ACTIVATIONS)
 
 
 def numbered(count: int) -> tuple[str, ...]:
@@ -255,18 +254,6 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         x: Any = embed_module.apply({"params": own}, pixels)
         return x, dict(context)
 
-    def block(
-        params: Any,
-        x: Any,
-        context: Any,
-        cache: Any = None,
-        layer: Any = 0,
-        rng: Any = None,
-        train: bool = False,
-    ):
-        x = block_module.apply({"params": params}, x, context)
-        return x, cache, {}
-
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         own = {name: params[name] for name in ("norm", "attention_pool", "head") if name in params}
         logits: Any = head_module.apply({"params": own}, x)
@@ -284,7 +271,15 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def inputs(batch: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"pixels": jax.ShapeDtypeStruct((batch, c.image, c.image, c.channels), jnp.float32)}
 
-    return Model(config, policy, init, Parts(embed, block, head), inputs, None, axes(config))
+    return Model(
+        config,
+        policy,
+        init,
+        Parts(embed, encoder_layer(block_module), head),
+        inputs,
+        None,
+        axes(config),
+    )
 
 
 def features(model: Model, params: tree.Params, pixels: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxmodel import moved
-from jaxmodel.errors import at_least, unknown
+from jaxmodel.errors import at_least, one_of, unknown
 from jaxmodel.sharding import BATCH_AXES
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -56,10 +56,8 @@ class Policy:
             value = getattr(self, name)
             if value not in _DTYPES and not (name == "cache_dtype" and value is None):
                 raise unknown(f"policy.{name}", value, _DTYPES)
-        if self.remat not in _REMAT:
-            raise unknown("policy.remat", self.remat, _REMAT)
-        if self.attention not in _ATTENTION:
-            raise unknown("policy.attention", self.attention, _ATTENTION)
+        one_of("policy.remat", self.remat, _REMAT)
+        one_of("policy.attention", self.attention, _ATTENTION)
         at_least("policy.microbatches", self.microbatches, 0)
         at_least("policy.unroll", self.unroll)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmodel.errors import unknown
+from jaxmodel.errors import one_of
 from jaxmodel.leaves.leaf import register
 
 GATES = {"lstm": 4, "gru": 3}
@@ -24,8 +24,7 @@ STATES = {"lstm": 2, "gru": 1}
 
 def check_cell(argument: str, kind: str) -> None:
     """Raise InputError if the kind of cell is not in `GATES`."""
-    if kind not in GATES:
-        raise unknown(argument, kind, GATES)
+    one_of(argument, kind, GATES)
 
 
 def recurrent_step(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 
 KINDS = ("linear", "llama3", "yarn", "longrope")
 
@@ -50,8 +50,7 @@ class RopeScaling:
     far: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown("rope scaling", self.kind, KINDS)
+        one_of("rope scaling", self.kind, KINDS)
         if self.factor < 1 or (self.kind != "linear" and self.context < 1):
             raise InputError(
                 f"rope scaling: factor {self.factor}, context {self.context}; at least 1 is "

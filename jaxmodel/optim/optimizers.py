@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxmodel import tree
 from jaxmodel.axes import Roles, guessed
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import at_least, one_of
 from jaxmodel.leaves import Compressed, QTensor
 from jaxmodel.optim.quantized import by_layer, flat
 from jaxmodel.optim.rounding import curved, group_of, straight
@@ -78,8 +78,7 @@ def optimizer(
     >>> updates["w"].tolist(), updates["bias"].tolist()  # -0.1 (g + 0.5 w); a bias does not decay
     ([[-0.15000000596046448, 0.10000000149011612]], [-0.0])
     """
-    if name not in _MAKERS:
-        raise unknown("optimizer", name, _MAKERS)
+    one_of("optimizer", name, _MAKERS)
     mask = functools.partial(decaying, roles) if mask is None else mask
     return _MAKERS[name](
         rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, roles=roles, seed=seed
@@ -210,8 +209,7 @@ def scale_by_adam8(
     (8.25, dtype('float32'))
     """
     groups = (group,) if group is not None else ()
-    if group is not None and group < 1:
-        raise InputError(f"group: {group} given; allowed: at least 1")
+    at_least("group", 1 if group is None else group)
     limit = _largest_update(b1, b2)
 
     def block(path: str, leaf: Any) -> int | None:

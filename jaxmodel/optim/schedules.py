@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxmodel import moved
-from jaxmodel.errors import FACTOR, FROM_ZERO, SHARE, InputError, at_least, unknown, within
+from jaxmodel.errors import FACTOR, FROM_ZERO, SHARE, InputError, at_least, one_of, within
 
 type Schedule = Callable[[ArrayLike], Float[Array, ""]]
 """`rate(step)`, step counted from 0."""
@@ -92,8 +92,7 @@ def schedule(
         "one_cycle": optax.cosine_decay_schedule(rate, rest, alpha=final_lr_fraction),
         "plateau": lambda step: rate,
     }
-    if name not in falls:
-        raise unknown("schedule", name, falls)
+    one_of("schedule", name, falls)
     if not warmup_steps:
         return _in_float32(falls[name])
     rises = optax.linear_schedule(0.0, rate, warmup_steps)

@@ -34,9 +34,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Integer
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, at_least, unknown
+from jaxmodel.errors import FACTOR, InputError, at_least, one_of, within
 from jaxmodel.optim.rounding import dither, group_of
-from jaxmodel.sharding import auto_axes, parts
+from jaxmodel.sharding import auto_axes, names_of, parts
 from jaxmodel.train.gradients import GradientFn
 
 P = jax.P
@@ -65,10 +65,8 @@ class GradientCompression:
     axis: str = "data"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown("gradient_compression", self.kind, KINDS)
-        if not 0 < self.share <= 1:
-            raise InputError(f"share: {self.share} given; allowed: above 0 and at most 1")
+        one_of("gradient_compression", self.kind, KINDS)
+        within("share", self.share, FACTOR)
         at_least("smallest", self.smallest)
 
     def residual(self, trains: tree.Params) -> tree.Params | None:
@@ -181,7 +179,7 @@ class GradientCompression:
 
         if places:  # else the partitioner would gather what is split over the other axes
             specs = {path: places[path] for path in shares}, {path: places[path] for path in memory}
-            rest = {name for spec in places.values() for entry in spec for name in _names(entry)}
+            rest = {name for spec in places.values() for entry in spec for name in names_of(entry)}
             summed = jax.shard_map(
                 summed, in_specs=(*specs, P()), out_specs=specs, axis_names=rest, check_vma=False
             )
@@ -220,10 +218,6 @@ def _places(trains: tree.Params, rules: tree.Rules, manual: str) -> dict[str, An
     shapes = tree.map_leaves(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trains)
     found = tree.flatten(parts(rules, shapes, axes))
     return found if any(entry for spec in found.values() for entry in spec) else {}
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 # ----------------------------------------------------------------------------------------- the sums

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from jaxmodel.errors import FACTOR, FROM_ZERO, SHARE, InputError, Range, unknown, within
+from jaxmodel.errors import FACTOR, FROM_ZERO, SHARE, InputError, Range, one_of, within
 
 DECAY: Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
@@ -113,8 +113,7 @@ class TrainOptions:
         if self.seed >= 2**32:  # JAX would truncate it to 32 bits
             raise InputError(f"seed: {self.seed!r} given; allowed: 0 to {2**32 - 1}")
         for name, names in _names().items():
-            if getattr(self, name) not in names:
-                raise unknown(name, getattr(self, name), names)
+            one_of(name, getattr(self, name), names)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodel.checkpoint.manager import Checkpoints
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.train import position
 from jaxmodel.train.state import TrainState
 
@@ -30,8 +30,7 @@ class BadSteps:
     """
 
     def __init__(self, policy: str) -> None:
-        if policy not in POLICIES:
-            raise unknown("on_bad_step", policy, POLICIES)
+        one_of("on_bad_step", policy, POLICIES)
         self._policy = policy
         self._row = 0
         self._last = -2

@@ -251,7 +251,10 @@ def test_fewer_texts_than_beams():
     [
         ({"beams": 0}, "beams: 0 given; allowed: a whole number of at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0 given"),
-        ({"length_penalty": -1}, "length_penalty: -1; allowed: a finite number of at least 0"),
+        (
+            {"length_penalty": -1},
+            "length_penalty: -1 given; allowed: a finite number of at least 0",
+        ),
         ({"length_penalty": math.nan}, "length_penalty: nan"),
     ],
 )

@@ -231,8 +231,8 @@ def test_a_new_dictionary_reads_what_it_writes():
         ({"noise": 1.0}, "noise, rate: 1.0, 0.05 given"),
         ({"rate": 0.0}, "noise, rate: 0.3, 0.0 given"),
         ({"hidden": (4, 0)}, "hidden: 0 given"),
-        ({"code": 0}, "code is 0"),
-        ({"penalty": -1.0}, "penalty: -1.0 given; allowed: at least 0"),
+        ({"code": 0}, "code: 0 given; allowed: a whole number of at least 1"),
+        ({"penalty": -1.0}, "penalty: -1.0 given; allowed: a finite number of at least 0"),
     ],
 )
 def test_configs_that_are_refused(change, message):

@@ -152,7 +152,7 @@ def test_layers_of_concatenation_read_all_before_them():
             r"keeps 1 to 4",
         ),
         ({"body": "learnt", "width": 18}, "a block must divide 18 x 18"),
-        ({"depth": 0}, "depth is 0"),
+        ({"depth": 0}, "depth: 0 given"),
     ],
 )
 def test_configs_that_are_refused(change, message):

@@ -389,7 +389,7 @@ def test_images_of_any_size_and_what_stands_for_them() -> None:
         ({"heads": 5}, "heads: 5 given"),
         ({"pool": "max"}, "pool: 'max' is not known; allowed: attention, both, class, mean"),
         ({"activation": "swish"}, "activation: 'swish' is not known"),
-        ({"channels": 0}, "channels is 0"),
+        ({"channels": 0}, "channels: 0 given"),
     ],
 )
 def test_bad_configs_of_vit(change: dict[str, Any], message: str) -> None:
@@ -460,7 +460,7 @@ def test_a_text_is_read_at_its_end(pair: SimpleNamespace) -> None:
 def test_bad_configs_of_clip(pair: SimpleNamespace) -> None:
     with pytest.raises(InputError, match="image.labels: 10 given; the image tower has no classes"):
         dataclasses.replace(pair.config, image=vit.SIZES["tiny"])
-    with pytest.raises(InputError, match="shared is 0"):
+    with pytest.raises(InputError, match="shared: 0 given"):
         dataclasses.replace(pair.config, shared=0)
     with pytest.raises(InputError, match="heads: 5 given"):
         dataclasses.replace(pair.config.text, heads=5)

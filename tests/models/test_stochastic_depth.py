@@ -86,7 +86,7 @@ def test_gradients_flow_through_what_stays(params):
 
 
 def test_bad_input():
-    with pytest.raises(InputError, match=r"rate: 1.0 given; allowed: from 0 to below 1"):
+    with pytest.raises(InputError, match=r"rate: 1.0 given; allowed: at least 0 and below 1"):
         models.stochastic_depth(MODEL, 1.0)
     flat = next(m for m in (cnn.model(c) for c in cnn.SIZES.values()) if m.parts.block is None)
     with pytest.raises(InputError, match="model: one without blocks given"):

@@ -81,7 +81,7 @@ def test_the_head_is_scaled_where_it_is_tied():
             "buckets, distance: 3, 6 given; allowed: at least 4, more than half of it",
         ),
         ({"distance": 4}, "buckets, distance: 8, 4 given"),
-        ({"encoder_depth": 0}, "encoder_depth is 0"),
+        ({"encoder_depth": 0}, "encoder_depth: 0 given"),
     ],
 )
 def test_wrong_configs(change, message):

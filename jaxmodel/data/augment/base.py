@@ -241,17 +241,30 @@ def computed_once(pixels: Array) -> Array:
     return jax.lax.optimization_barrier(pixels)
 
 
+def field_of(batch: Mapping[str, Any], name: str, axes: str = "") -> Array:
+    """Return a field of a batch.
+
+    Args:
+      batch: the batch.
+      name: the name of the field.
+      axes: its axes, for the message.
+
+    Raises:
+      InputError: the batch has none of that name.
+    """
+    if name not in batch:
+        given = ", ".join(sorted(batch)) or "nothing"
+        raise InputError(f"batch: {given} given; {name!r}{f' {axes}' if axes else ''} is needed")
+    return jnp.asarray(batch[name])
+
+
 def images(batch: Mapping[str, Any]) -> Float[Array, "B Y X C"]:
     """Return the images of a batch.
 
     Raises:
       InputError: there are none, or they are not floating-point numbers `[B, Y, X, C]`.
     """
-    if "pixels" not in batch:
-        raise InputError(
-            f"batch: {', '.join(sorted(batch)) or 'nothing'} given; 'pixels' [B, Y, X, C] is needed"
-        )
-    pixels = jnp.asarray(batch["pixels"])
+    pixels = field_of(batch, "pixels", "[B, Y, X, C]")
     if pixels.ndim != 4 or not jnp.issubdtype(pixels.dtype, jnp.floating):
         raise InputError(
             f"batch: pixels are {pixels.dtype} {pixels.shape}; floating-point [B, Y, X, C] from 0 "

@@ -28,7 +28,7 @@ from jaxmodel.data.augment.base import (
     uniforms,
     whole,
 )
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 
 OPERATIONS = (
     *(
@@ -224,6 +224,5 @@ def _check(policy: RandAugment | AugMix) -> None:
             f"{', '.join(OPERATIONS)}"
         )
     for name in policy.operations:
-        if name not in OPERATIONS:
-            raise unknown("operations", name, OPERATIONS)
+        one_of("operations", name, OPERATIONS)
     object.__setattr__(policy, "operations", tuple(policy.operations))

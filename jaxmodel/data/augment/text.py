@@ -20,6 +20,7 @@ from jaxmodel.data.augment.base import (
     AnyKey,
     Augmentation,
     Number,
+    field_of,
     number,
     row_keys,
     row_weights,
@@ -296,11 +297,7 @@ def texts(batch: Mapping[str, Any]) -> tuple[Int[Array, "B T"], Int[Array, "B T"
       InputError: there are no tokens, they are not integers `[B, T]`, or segments or mask have
         another shape.
     """
-    if "tokens" not in batch:
-        raise InputError(
-            f"batch: {', '.join(sorted(batch)) or 'nothing'} given; 'tokens' [B, T] is needed"
-        )
-    tokens = jnp.asarray(batch["tokens"])
+    tokens = field_of(batch, "tokens", "[B, T]")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise InputError(
             f"batch: tokens are {tokens.dtype} {tokens.shape}; integers [B, T] are needed"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel import models, schema, tree
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.hub import foreign
 from jaxmodel.hub.meaning import without_meaning
 from jaxmodel.hub.names import Family, Name, layer_shapes
@@ -86,8 +86,7 @@ def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
     }
     if not gguf and kind.removeprefix(OWN) in models.families() and kind.startswith(OWN):
         return own(models.families()[kind.removeprefix(OWN)])
-    if kind not in known:
-        raise unknown(argument, kind, known)
+    one_of(argument, kind, known)
     return known[kind]
 
 

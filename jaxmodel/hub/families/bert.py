@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import bert
 from jaxmodel.models.vit import numbered
@@ -70,8 +70,7 @@ def activation(
       InputError: an unknown one.
     """
     name = hf.get(key, default)
-    if name not in ACTIVATIONS:
-        raise unknown(f"{where}: {key}", name, ACTIVATIONS)
+    one_of(f"{where}: {key}", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 
@@ -108,8 +107,7 @@ def architecture(hf: Mapping[str, Any], known: Collection[str], default: str) ->
       InputError: a class that is not among `known`.
     """
     named = (hf.get("architectures") or [default])[0]
-    if named not in known:
-        raise unknown("config.json: architectures", named, known)
+    one_of("config.json: architectures", named, known)
     return named
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmodel import ops, tree
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers.connect.full import add_bias, by_name, fan_in, starts
 from jaxmodel.layers.leaf import leaf
 from jaxmodel.leaves import decode
@@ -206,10 +206,8 @@ def check_pattern(
     sources = list(sources)
     targets = list(targets)
     for source, target in pattern:
-        if source not in sources:
-            raise unknown("edges: group of inputs", source, sources)
-        if target not in targets:
-            raise unknown("edges: group of outputs", target, targets)
+        one_of("edges: group of inputs", source, sources)
+        one_of("edges: group of outputs", target, targets)
     if len(set(pattern)) != len(pattern):
         raise InputError(f"edges: {pattern} given; each edge once is allowed")
     if slashed := [name for edge in pattern for name in edge if "/" in name]:
@@ -222,8 +220,7 @@ def check_pattern(
         *(t for t in targets if t not in {t for _, t in pattern}),
     ]:
         raise InputError(f"edges: the group {group!r} has none; each group needs at least one")
-    if combine not in COMBINE:
-        raise unknown("combine", combine, COMBINE)
+    one_of("combine", combine, COMBINE)
 
 
 def _outer(left: Float[Array, "D ..."], right: Float[Array, "D J"]) -> Float[Array, "D ... J"]:

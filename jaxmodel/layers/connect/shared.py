@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.layers.connect.full import Full, by_name
 from jaxmodel.ops.edges import Edges
 
@@ -86,8 +86,7 @@ def merged(xs: Mapping[str, Array], how: str = "concat") -> Float[Array, "B M"]:
     >>> merged({"b": jnp.array([[1.0]]), "a": jnp.array([[2.0]])}).tolist()
     [[2.0, 1.0]]
     """
-    if how not in MERGES:
-        raise unknown("merge", how, MERGES)
+    one_of("merge", how, MERGES)
     xs = by_name(xs)
     if how == "concat":
         return jnp.concatenate(list(xs.values()), axis=-1)
