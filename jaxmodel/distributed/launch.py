@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxmodel.distributed.faults import LAUNCHER, STUCK
@@ -65,68 +67,95 @@ def launch(
             f"batch: its rows do not divide over {processes} processes of {devices} devices"
         )
     events: list[dict[str, object]] = []
-    told = False
-
-    def hear(number: int, frame: object) -> None:
-        nonlocal told
-        told = True
-
-    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     now = processes
     attempts = 0
-    try:
+
+    def note(event: str, **more: object) -> None:
+        events.append({"time": time.time(), "event": event, "processes": now, **more})
+
+    def regrows() -> None:
+        note("regrow")
+        _say(f"back to {processes} processes: the {now} save and stop")
+
+    with _signals() as told:
         while True:
-            events.append({"time": time.time(), "event": "start", "processes": now})
+            note("start")
             world = _start(command, now, devices, logs)
-            began = time.monotonic()
-            asked = False
-            while True:
-                time.sleep(POLL)
-                codes = [one.poll() for one in world]
-                if told and not asked:
-                    asked = True
-                    _tell(world, signal.SIGTERM)
-                if now < processes and not asked and time.monotonic() - began > regrow:
-                    asked = True
-                    events.append({"time": time.time(), "event": "regrow", "processes": now})
-                    _say(f"back to {processes} processes: the {now} save and stop")
-                    _tell(world, signal.SIGTERM)
-                if all(code is not None for code in codes) or any(codes):
-                    break
-            dead = [(rank, code) for rank, code in enumerate(codes) if code]
-            if asked and all(code == -signal.SIGTERM for _, code in dead):
-                dead = []  # the signal came before it was handled: there was nothing to save yet
-                _end(world)
+            until = time.monotonic() + regrow if now < processes else math.inf
+            asked, dead = _wait(world, told, until, regrows)
+            if not dead and asked and now < processes and not told.is_set() and not finished():
+                now = processes
+                continue
             if not dead:
-                if now < processes and asked and not told and not finished():
-                    now = processes
-                    continue
-                events.append({"time": time.time(), "event": "end", "processes": now})
+                note("end")
                 return events
             rank, code = dead[0]
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-            events.append(
-                {"time": time.time(), "event": "died", "processes": now, "rank": rank, "how": how}
-            )
+            note("died", rank=rank, how=how)
             _end(world)
             what = f"rank {rank} of {now} ended {how}"
             shown = _tail(logs / f"rank-{rank}.log") if rank else ""
-            if code == 2 or not elastic or told:  # 2: bad input, which a restart does not mend
+            # 2: bad input, which a restart does not mend
+            if code == 2 or not elastic or told.is_set():
                 raise InputError(f"train: {what}; the others were stopped{shown}")
             attempts += 1
-            smaller = (
-                now if code == STUCK else next((n for n in range(now - 1, 0, -1) if fits(n)), 0)
-            )
-            if not smaller or attempts > restarts:
+            fewer = next((n for n in range(now - 1, 0, -1) if fits(n)), 0)
+            now = now if code == STUCK else fewer
+            if not now or attempts > restarts:
                 raise InputError(
                     f"train: {what}, and there is no smaller number of processes that the batch "
                     f"divides over"
                 )
-            _say(f"{what}: going on with {smaller}{shown}")
-            now = smaller
+            _say(f"{what}: going on with {now}{shown}")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM or SIGINT sets while the context is open."""
+    told = threading.Event()
+    hear = lambda number, frame: told.set()
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _wait(
+    world: list[subprocess.Popen[bytes]],
+    told: threading.Event,
+    until: float,
+    regrows: Callable[[], None],
+) -> tuple[bool, list[tuple[int, int]]]:
+    """Wait until all processes have ended, or one has failed.
+
+    Args:
+      world: the processes.
+      told: when it is set, the processes are asked to save and stop.
+      until: the time at which they are asked too.
+      regrows: called before they are asked because of the time.
+
+    Returns:
+      Whether they were asked, and the ranks and exit codes of those that failed.
+    """
+    asked = False
+    while True:
+        time.sleep(POLL)
+        codes = [one.poll() for one in world]
+        if not asked and (told.is_set() or time.monotonic() > until):
+            asked = True
+            if not told.is_set():
+                regrows()
+            _tell(world, signal.SIGTERM)
+        if any(codes) or None not in codes:
+            break
+    dead = [(rank, code) for rank, code in enumerate(codes) if code]
+    if asked and all(code == -signal.SIGTERM for _, code in dead):
+        # the signal came before it was handled: there was nothing to save yet
+        _end(world)
+        dead = []
+    return asked, dead
 
 
 def _start(
