@@ -36,21 +36,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
 from jaxmodel.axes import Axes, heads
-from jaxmodel.data.augment.base import images, row_keys, row_weights, uniforms
+from jaxmodel.data.augment.base import Augment, field_of, images, row_keys, row_weights, uniforms
 from jaxmodel.errors import InputError, at_least
 from jaxmodel.losses import Loss
 from jaxmodel.models import Model, Parts
-
-type Augment = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 
 PROJECTION = "projection"
 """The subtree with the leaves of the head that `with_projection` adds."""
@@ -102,7 +101,8 @@ def two_views(augment: Augment, name: str = "pixels") -> Augment:
 
     def task(key: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         views = [
-            augment(jax.random.fold_in(key, i), {name: _field(batch, name)})[name] for i in range(2)
+            augment(jax.random.fold_in(key, i), {name: field_of(batch, name)})[name]
+            for i in range(2)
         ]
         return {**batch, "views": jnp.stack(views, axis=1)}
 
@@ -125,7 +125,7 @@ def restored(corrupt: Augment, name: str = "pixels", *, flat: bool = False) -> A
     """
 
     def task(key: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-        clean = _field(batch, name)
+        clean = field_of(batch, name)
         made = corrupt(key, batch)
         if not flat:
             return {**made, "targets": clean}
@@ -198,15 +198,8 @@ def patch_error(
     >>> patch_error(jnp.zeros((1, 2, 3)), jnp.full((1, 2, 3), 2.0)).tolist()
     [[4.0, 4.0]]
     """
-    return jnp.mean((outputs.astype(jnp.float32) - targets.astype(jnp.float32)) ** 2, axis=-1)
-
-
-def _field(batch: Mapping[str, Any], name: str) -> Array:
-    if name not in batch:
-        raise InputError(
-            f"batch: {', '.join(sorted(batch)) or 'nothing'} given; {name!r} is needed"
-        )
-    return jnp.asarray(batch[name])
+    x, y = outputs.astype(jnp.float32), targets.astype(jnp.float32)
+    return jnp.mean(optax.losses.squared_error(x, y), axis=-1)
 
 
 # ----------------------------------------------------------------------------------------- the head

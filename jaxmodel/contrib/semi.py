@@ -18,7 +18,6 @@ one batch, so that batch norm sees both. In evaluation only the labelled rows co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmodel import tree
+from jaxmodel.data.augment.base import Augment
 from jaxmodel.data.paired import UNLABELLED
-from jaxmodel.errors import InputError
+from jaxmodel.errors import FROM_ZERO, SHARE, InputError, at_least, within
 from jaxmodel.losses import Loss, softmax_cross_entropy, supervised
 from jaxmodel.losses.contract import counting, row_weights, weighted_mean
 from jaxmodel.losses.factory import PerExampleLoss
@@ -35,7 +35,6 @@ from jaxmodel.losses.labels import distribution
 from jaxmodel.models import Model
 from jaxmodel.train.state import TrainState, averaged
 
-type Augment = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 type Ramp = Callable[[Array], Array]
 """`ramp(step) -> factor` of the unlabelled rows.
 
@@ -204,8 +203,7 @@ def sigmoid_ramp(step: Int[Array, ""], steps: int) -> Float[Array, ""]:
     >>> [round(float(sigmoid_ramp(jnp.int32(step), 10)), 4) for step in (0, 5, 10, 30)]
     [0.0067, 0.2865, 1.0, 1.0]
     """
-    if steps < 1:
-        raise InputError(f"steps: {steps} given; allowed: at least 1")
+    at_least("steps", steps)
     return jnp.exp(-5 * (1 - jnp.minimum(step.astype(jnp.float32) / steps, 1)) ** 2)
 
 
@@ -213,6 +211,7 @@ def sigmoid_ramp(step: Int[Array, ""], steps: int) -> Float[Array, ""]:
 
 type _Term = tuple[_Inputs, Callable[[Array], tuple[Array, dict[str, Array]]]]
 """The student's views, and a function from its logits to the loss and metrics of each view."""
+type _MakeTerm = Callable[[Model, tree.Params, _Inputs, Array, TrainState | None], _Term]
 
 
 def _own_labels(
@@ -221,7 +220,7 @@ def _own_labels(
     threshold: float,
     each: PerExampleLoss,
     align: bool,
-) -> Callable[..., _Term]:
+) -> _MakeTerm:
     """Make a term that labels the second view by a confident prediction on the first."""
     _check_threshold(threshold)
 
@@ -245,15 +244,14 @@ def _own_labels(
 
 
 def _semi(
-    term: Callable[..., _Term],
+    term: _MakeTerm,
     augment: Augment | None,
     each: PerExampleLoss,
     weight: float,
     ramp: Ramp | None,
 ) -> Loss:
     """Make the loss of the labelled rows, augmented by `augment`, and of `term` for the others."""
-    if not weight >= 0:
-        raise InputError(f"weight: {weight} given; allowed: at least 0")
+    within("weight", weight, FROM_ZERO)
     heldout = supervised(each)
 
     def loss(
@@ -332,8 +330,7 @@ def _seen(augment: Augment | None, key: Array, rows: _Inputs) -> _Inputs:
 
 
 def _check_threshold(threshold: float) -> None:
-    if not 0 <= threshold <= 1:
-        raise InputError(f"threshold: {threshold} given; allowed: 0 to 1")
+    within("threshold", threshold, SHARE)
 
 
 def _said(model: Model, params: tree.Params, rows: _Inputs) -> Float[Array, "N C"]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
-from jaxmodel.errors import InputError
+from jaxmodel.errors import ABOVE_ZERO, FROM_ZERO, SHARE, InputError, within
 from jaxmodel.losses.labels import distribution
 
 
@@ -24,8 +25,7 @@ def softmax_cross_entropy(
     >>> float(softmax_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]) == float(jnp.log(4.0))
     True
     """
-    log_p, t = _compared(logits, labels)
-    return -jnp.sum(t * log_p, axis=-1)
+    return optax.losses.softmax_cross_entropy(*_compared(logits, labels))
 
 
 def focal(
@@ -49,11 +49,11 @@ def focal(
     >>> round(float((focal(logits, labels) / softmax_cross_entropy(logits, labels))[0]), 4)
     0.01
     """
-    if gamma < 0:
-        raise InputError(f"gamma: {gamma} given; allowed: at least 0")
-    log_p, t = _compared(logits, labels)
+    within("gamma", gamma, FROM_ZERO)
     if gamma == 0:
-        return -jnp.sum(t * log_p, axis=-1)
+        return softmax_cross_entropy(logits, labels)
+    z, t = _compared(logits, labels)
+    log_p = jax.nn.log_softmax(z)
     wrong = jnp.maximum(-jnp.expm1(log_p), 1e-7)  # a power below 1 has no gradient at 0
     return -jnp.sum(t * wrong**gamma * log_p, axis=-1)
 
@@ -78,10 +78,11 @@ def generalized_cross_entropy(
     >>> float(generalized_cross_entropy(logits, jnp.array([0]), q=1.0)[0])
     0.75
     """
-    if not 0 <= q <= 1:
-        raise InputError(f"q: {q} given; allowed: 0 to 1")
-    log_p, t = _compared(logits, labels)
-    return -jnp.sum(t * (jnp.expm1(q * log_p) / q if q else log_p), axis=-1)
+    within("q", q, SHARE)
+    if q == 0:
+        return softmax_cross_entropy(logits, labels)
+    z, t = _compared(logits, labels)
+    return -jnp.sum(t * jnp.expm1(q * jax.nn.log_softmax(z)), axis=-1) / q
 
 
 def symmetric_cross_entropy(
@@ -114,9 +115,10 @@ def symmetric_cross_entropy(
         raise InputError(
             f"alpha, beta, log_zero: {given} given; allowed: at least 0, at least 0, below 0"
         )
-    log_p, t = _compared(logits, labels)
+    z, t = _compared(logits, labels)
     log_t = jnp.log(jnp.maximum(t, jnp.exp(jnp.float32(log_zero))))
-    return -alpha * jnp.sum(t * log_p, axis=-1) - beta * jnp.sum(jnp.exp(log_p) * log_t, axis=-1)
+    reverse = -jnp.sum(jax.nn.softmax(z) * log_t, axis=-1)
+    return alpha * optax.losses.softmax_cross_entropy(z, t) + beta * reverse
 
 
 def kl_divergence(
@@ -139,19 +141,19 @@ def kl_divergence(
     >>> float(kl_divergence(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]]))[0])
     0.0
     """
-    if temperature <= 0:
-        raise InputError(f"temperature: {temperature} given; allowed: above 0")
-    log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
-    log_p = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature, axis=-1)
-    return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    within("temperature", temperature, ABOVE_ZERO)
+    log_q, log_p = (
+        jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (logits, teacher)
+    )
+    return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_q, log_p)
 
 
 def _compared(logits: Array, labels: Array) -> tuple[Float[Array, "... C"], Float[Array, "... C"]]:
-    """Return `log p` and the distributions t."""
+    """Return the logits z in float32, and the distributions t."""
     t = distribution(labels, logits.shape[-1])
     if t.shape != logits.shape:
         raise InputError(
             f"labels: the shape {list(labels.shape)} given with logits {list(logits.shape)}; "
             f"needed is one a row"
         )
-    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), t
+    return logits.astype(jnp.float32), t

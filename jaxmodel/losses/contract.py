@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmodel import tree
 from jaxmodel.data.augment.base import IGNORED
+from jaxmodel.models import Model
 
-type Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-"""`loss(model, params, batch, rng, *, train=True) -> (mean, metrics)`; see `jaxmodel.losses`."""
+
+@runtime_checkable
+class Loss(Protocol):
+    """The type of a loss; see `jaxmodel.losses`."""
+
+    def __call__(
+        self,
+        model: Model,
+        params: tree.Params,
+        batch: Mapping[str, Array],
+        rng: Array | None = None,
+        *,
+        train: bool = True,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Return the mean over the rows or tokens of a batch, and metrics.
+
+        Args:
+          model: the model.
+          params: its parameters.
+          batch: the arrays of a batch by name, each `[B, ...]`.
+          rng: the key of this step, or None for no randomness.
+          train: False for evaluation.
+
+        Returns:
+          The mean, a float32 scalar, and named scalars. `weight` among them is what the mean is
+          over: the number of rows or tokens, or the sum of their weights.
+        """
+        ...
 
 
 def row_weights(batch: Mapping[str, Array], shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
+from jaxmodel.data.augment.base import field_of
 from jaxmodel.errors import InputError
 from jaxmodel.losses.classes import softmax_cross_entropy
 from jaxmodel.losses.contract import Loss, counting, model_inputs, only, row_weights, weighted_mean
@@ -163,8 +164,7 @@ def _outputs(
     train: bool,
     target: str,
 ) -> Array:
-    if target not in batch:
-        raise InputError(f"batch: {', '.join(batch) or 'nothing'} given; {target!r} is needed")
+    field_of(batch, target)
     return model.apply(params, model_inputs(batch, target), rng=rng, train=train).logits
 
 

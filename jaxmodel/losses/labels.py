@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 
-from jaxmodel.errors import InputError
+from jaxmodel.errors import BELOW_ONE, SHARE, InputError, within
 
 
 def distribution(labels: Array, classes: int) -> Float[Array, "... C"]:
@@ -64,10 +65,9 @@ def smooth(
     [0.625, 0.125, 0.125, 0.125]
     """
     classes = labels.shape[-1]
-    if not 0 <= share <= 1:
-        raise InputError(f"smoothing: {share} given; allowed: 0 to 1")
+    within("smoothing", share, SHARE)
     if means is None:
-        return (1 - share) * labels + share / classes
+        return optax.losses.smooth_labels(labels, share)
     if means.shape != (classes, classes):
         raise InputError(
             f"means: the shape {list(means.shape)} given; needed is {[classes, classes]}"
@@ -156,8 +156,7 @@ def effective_weights(
     >>> effective_weights(np.array([10, 10_000])).round(2).tolist()
     [1.9800000190734863, 0.019999999552965164]
     """
-    if not 0 <= beta < 1:
-        raise InputError(f"beta: {beta} given; allowed: from 0 to below 1")
+    within("beta", beta, BELOW_ONE)
     counts = _counts(counts)
     raw = (1 - beta) / -np.expm1(counts * np.log(beta)) if beta else np.ones(len(counts))
     return (raw * len(raw) / raw.sum()).astype(np.float32)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from jaxmodel import tree
@@ -43,9 +43,9 @@ def autoencoder(
     counts = {"counts": batch["weights"] > 0} if "weights" in batch else {}
     out = model.apply(params, {"features": x, **counts}, rng=rng, train=train)
     if model.config.reconstruction == "bernoulli":
-        each = jax.nn.softplus(out.logits) - x * out.logits
+        each = optax.losses.sigmoid_binary_cross_entropy(out.logits, x)
     else:
-        each = 0.5 * (x - out.logits) ** 2
+        each = optax.losses.l2_loss(out.logits, x)
     weights = row_weights(batch, each.shape[:1])
     reconstruction = weighted_mean(jnp.sum(each, axis=-1), weights)
     penalty = sum(

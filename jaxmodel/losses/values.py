@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
-from jaxmodel.errors import InputError
+from jaxmodel.errors import ABOVE_ZERO, InputError, within
 
 
 def squared_error(
@@ -22,7 +23,7 @@ def squared_error(
     >>> squared_error(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])).tolist()
     [2.5]
     """
-    return _rows(_missed(outputs, targets) ** 2)
+    return _rows(optax.losses.squared_error(*_pair(outputs, targets)))
 
 
 def absolute_error(
@@ -33,7 +34,8 @@ def absolute_error(
     >>> absolute_error(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]])).tolist()
     [1.5]
     """
-    return _rows(jnp.abs(_missed(outputs, targets)))
+    x, y = _pair(outputs, targets)
+    return _rows(jnp.abs(x - y))
 
 
 def huber(
@@ -46,20 +48,17 @@ def huber(
     >>> huber(jnp.array([[0.5, 3.0]]), jnp.array([[0.0, 0.0]])).tolist()
     [1.3125]
     """
-    if delta <= 0:
-        raise InputError(f"delta: {delta} given; allowed: above 0")
-    r = jnp.abs(_missed(outputs, targets))
-    inside = jnp.minimum(r, delta)
-    return _rows(inside * (r - inside / 2))
+    within("delta", delta, ABOVE_ZERO)
+    return _rows(optax.losses.huber_loss(*_pair(outputs, targets), delta=delta))
 
 
-def _missed(outputs: Array, targets: Array) -> Array:
+def _pair(outputs: Array, targets: Array) -> tuple[Array, Array]:
     if outputs.shape != targets.shape:  # `[B, 1]` less `[B]` would be `[B, B]`
         raise InputError(
             f"targets: the shape {list(targets.shape)} given with outputs {list(outputs.shape)}; "
             f"needed is the same"
         )
-    return outputs.astype(jnp.float32) - targets.astype(jnp.float32)
+    return outputs.astype(jnp.float32), targets.astype(jnp.float32)
 
 
 def _rows(values: Array) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxmodel import tree
-from jaxmodel.errors import InputError
+from jaxmodel.errors import ABOVE_ZERO, InputError, within
 from jaxmodel.losses.contract import Loss, row_weights, weighted_mean
 from jaxmodel.models import Model
 
@@ -131,8 +131,7 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
 
 def _cosines(first: Array, second: Array, temperature: float) -> Float[Array, "N M"]:
     """Compute the cosine similarities of all pairs, divided by the temperature."""
-    if temperature <= 0:
-        raise InputError(f"temperature: {temperature} given; allowed: above 0")
+    within("temperature", temperature, ABOVE_ZERO)
     a, b = (
         x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
         for x in map(_wide, (first, second))

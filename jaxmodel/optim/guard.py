@@ -8,7 +8,6 @@ on a stream without that batch.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +84,3 @@ class Guard:
             memory["bad"] + (~ok).astype(jnp.int32),
         )
         return ok, new
-
-
-def choose(ok: jax.Array, new: Any, old: Any) -> Any:
-    """Return `new` if the step is good, else `old`, for every leaf of two equal trees."""
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodel.errors import InputError
+from jaxmodel.errors import ABOVE_ZERO, InputError, within
 from jaxmodel.leaves import Compressed
 
 
@@ -35,8 +35,7 @@ def sam(run: Callable[..., Any], radius: float = 0.05) -> Callable[..., Any]:
     >>> float(value), [round(float(g), 4) for g in grads["w"]]  # 2 (w + 0.5 w / 5)
     (25.0, [6.6, 8.8])
     """
-    if not radius > 0:
-        raise InputError(f"radius: {radius!r} given; allowed: above 0")
+    within("radius", radius, ABOVE_ZERO)
 
     def worst(params: Any, *args: Any) -> Any:
         is_compressed = lambda node: isinstance(node, Compressed)
@@ -45,7 +44,7 @@ def sam(run: Callable[..., Any], radius: float = 0.05) -> Callable[..., Any]:
                 "trainable: compressed leaves have no place a little uphill; SAM is for arrays"
             )
         (value, metrics), grads = run(params, *args)
-        wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        wide = optax.tree.cast(grads, jnp.float32)
         scale = radius / jnp.maximum(optax.tree.norm(wide), 1e-12)
         near = jax.tree.map(
             lambda p, g: (p.astype(jnp.float32) + scale * g).astype(p.dtype), params, wide

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxmodel import tree
-from jaxmodel.optim.guard import choose
 from jaxmodel.train.state import TrainState, replaced
 
 
@@ -42,7 +42,9 @@ def update(state: TrainState, loss: Any) -> TrainState:
     loss = jnp.asarray(loss, jnp.float32)
     better = loss < memory["loss"]
     now = tree.flatten(state.extra.get("average", state.params))
-    params = tree.map_leaves(lambda path, old: choose(better, now[path], old), memory["params"])
+    params = tree.map_leaves(
+        lambda path, old: optax.tree.where(better, now[path], old), memory["params"]
+    )
     best = {
         "loss": jnp.where(better, loss, memory["loss"]),
         "since": jnp.where(better, jnp.int32(0), memory["since"] + jnp.int32(1)),

@@ -19,9 +19,11 @@ from jaxmodel.errors import InputError, at_least
 from jaxmodel.leaves import Compressed
 from jaxmodel.ops.probe import GRADIENT
 
-type Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+type Found = tuple[jax.Array, dict[str, jax.Array]]
+"""The value of a loss, a scalar, and its metrics."""
+type Objective = Callable[[tree.Params, Mapping[str, Any], jax.Array], Found]
 """`objective(trains, batch, rng) -> (value, metrics)`."""
-type GradientFn = Callable[..., tuple[tuple[jax.Array, dict[str, jax.Array]], Any]]
+type GradientFn = Callable[[tree.Params, Mapping[str, Any], jax.Array], tuple[Found, tree.Params]]
 """`run(trains, batch, rng) -> ((value, metrics), grads)`."""
 
 # the number that micro-batches fold into the step's key; see `models.model` for the others

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodel import axes, tree
-from jaxmodel.errors import InputError, unknown
+from jaxmodel.data.augment.base import Augment
+from jaxmodel.errors import InputError, one_of
 from jaxmodel.losses import Loss
 from jaxmodel.losses.chosen import checked_loss
 from jaxmodel.models import Model
 from jaxmodel.optim import quantized
-from jaxmodel.optim.guard import Guard, choose
+from jaxmodel.optim.guard import Guard
 from jaxmodel.optim.masters import with_masters
 from jaxmodel.train.exchange import GradientCompression
 from jaxmodel.train.gradients import GradientFn, Objective, accumulated, value_and_grad
@@ -24,8 +25,6 @@ from jaxmodel.train.pipeline import one_forward_one_backward
 from jaxmodel.train.state import TrainState
 
 type Step = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]
-type Augment = Callable[[jax.Array, dict[str, Any]], dict[str, Any]]
-"""`augment(key, batch) -> batch`, pure; see `jaxmodel.data.augment`."""
 
 PIPELINES = ("gpipe", "1f1b")
 # the numbers that these fold into the step's key; see `models.model` for the others
@@ -84,8 +83,7 @@ def make_step(
       InputError: the pipeline is unknown; when called, the state was made with other parts than
         these (see `init_state`).
     """
-    if pipeline not in PIPELINES:
-        raise unknown("pipeline", pipeline, PIPELINES)
+    one_of("pipeline", pipeline, PIPELINES)
     check_optimizer(optimizer)
     update = with_masters(optimizer).update
     loss = checked_loss(loss)
@@ -107,13 +105,8 @@ def make_step(
         def objective(
             trains: tree.Params, batch: Mapping[str, Any], rng: jax.Array
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss(
-                model,
-                tree.combine(trains, frozen),
-                batch,
-                rng,
-                **({"state": state} if needs_state else {}),
-            )
+            more: Any = {"state": state} if needs_state else {}
+            return loss(model, tree.combine(trains, frozen), batch, rng, **more)
 
         plain = (
             gradients(objective)
@@ -129,7 +122,7 @@ def make_step(
                 trains, batch, rng, extra.get("residual")
             )
             extra |= {} if residual is None else {"residual": residual}
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        norm = optax.tree.norm(optax.tree.cast(grads, jnp.float32))
         updates, opt_state = update(grads, state.opt_state, quantized.dense(trains), value=value)
         # A barrier for each leaf, so that adding updates rounds the same whatever follows: a good
         # step with a guard equals one without, bit for bit.
@@ -146,7 +139,7 @@ def make_step(
             ok, extra["guard"] = guard.judge(extra["guard"], value, norm)
             kept = {name: extra[name] for name in extra if name != "guard"}
             old = (trains, state.opt_state, {name: state.extra[name] for name in kept})
-            trained, opt_state, kept = choose(ok, (trained, opt_state, kept), old)
+            trained, opt_state, kept = optax.tree.where(ok, (trained, opt_state, kept), old)
             extra |= kept
             metrics["bad"] = 1 - ok.astype(jnp.float32)
         one = jnp.int32(1)

@@ -331,7 +331,9 @@ print("same")
 def test_bad_input_is_refused(params, batch):
     with pytest.raises(InputError, match="threshold: 1.5 given; allowed: 0 to 1"):
         semi.fixmatch(None, None, threshold=1.5)
-    with pytest.raises(InputError, match="weight: -1.0 given; allowed: at least 0"):
+    with pytest.raises(
+        InputError, match="weight: -1.0 given; allowed: a finite number of at least 0"
+    ):
         semi.mean_teacher(weight=-1.0)
     with pytest.raises(InputError, match="average: 0 given; the teacher is the moving average"):
         semi.mean_teacher()(MODEL, params, batch, RNG, state=state_of(params))

@@ -90,5 +90,7 @@ def test_a_dense_model_has_no_balance():
     assert set(
         jax.eval_shape(lambda params: losses.next_token(dense, params, BATCH), shapes)[1]
     ) == {"weight"}
-    with pytest.raises(InputError, match="balance: -0.1 given; allowed: at least 0"):
+    with pytest.raises(
+        InputError, match="balance: -0.1 given; allowed: a finite number of at least 0"
+    ):
         dataclasses.replace(CONFIG, balance=-0.1)

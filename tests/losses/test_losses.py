@@ -387,16 +387,22 @@ def test_contrastive_reads_both_views(params):
 
 Z = jnp.asarray(LOGITS)
 BAD = {
-    "gamma: -1.0 given; allowed: at least 0": lambda: losses.focal(Z, jnp.asarray(LABELS), -1.0),
+    "gamma: -1.0 given; allowed: a finite number of at least 0": lambda: losses.focal(
+        Z, jnp.asarray(LABELS), -1.0
+    ),
     "q: 2.0 given; allowed: 0 to 1": lambda: losses.generalized_cross_entropy(
         Z, jnp.asarray(LABELS), 2.0
     ),
     "alpha, beta, log_zero: 1.0, 1.0, 0.0 given": lambda: losses.symmetric_cross_entropy(
         Z, jnp.asarray(LABELS), 1.0, 1.0, 0.0
     ),
-    "temperature: 0.0 given; allowed: above 0": lambda: losses.kl_divergence(Z, Z, 0.0),
-    "temperature: -1.0 given; allowed: above 0": lambda: contrasts.info_nce(Z, Z, -1.0),
-    "delta: 0.0 given; allowed: above 0": lambda: losses.huber(Z, Z, 0.0),
+    "temperature: 0.0 given; allowed: a finite number above 0": lambda: losses.kl_divergence(
+        Z, Z, 0.0
+    ),
+    "temperature: -1.0 given; allowed: a finite number above 0": lambda: contrasts.info_nce(
+        Z, Z, -1.0
+    ),
+    "delta: 0.0 given; allowed: a finite number above 0": lambda: losses.huber(Z, Z, 0.0),
     "targets: the shape [7] given with outputs [7, 1]": lambda: losses.squared_error(
         Z[:, :1], Z[:, 0]
     ),
@@ -409,7 +415,7 @@ BAD = {
     "counts: [2.0, 0.0] given; allowed: at least one row": lambda: losses.balanced_weights(
         np.array([2, 0])
     ),
-    "beta: 1.0 given; allowed: from 0 to below 1": lambda: losses.effective_weights(
+    "beta: 1.0 given; allowed: at least 0 and below 1": lambda: losses.effective_weights(
         np.array([2, 1]), 1.0
     ),
     "batch: features, labels given; 'targets' is needed": lambda: losses.regression()(

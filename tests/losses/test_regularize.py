@@ -222,7 +222,7 @@ def test_sam_where_the_gradient_is_zero_and_in_half_precision():
     assert not np.any(np.asarray(sam(run)(jnp.zeros(3))[1]))
     (_, _), grads = sam(run, 0.5)(jnp.ones(4, jnp.bfloat16))
     assert grads.dtype == jnp.bfloat16 and np.allclose(np.asarray(grads, np.float32), 2.5)
-    with pytest.raises(InputError, match=r"radius: 0.0 given; allowed: above 0"):
+    with pytest.raises(InputError, match=r"radius: 0.0 given; allowed: a finite number above 0"):
         sam(run, 0.0)
 
 
