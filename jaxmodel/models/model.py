@@ -346,7 +346,8 @@ def encoder_sees(inputs: Mapping[str, jax.Array], head: str) -> ops.AttentionMas
 
     Args:
       inputs: the inputs by name.
-      head: the head of the model; only "mlm", which has a result for each token, takes packed texts.
+      head: the head of the model; only "mlm", which has a result for each token, takes packed
+        texts.
 
     Raises:
       InputError: segments are given to another head.
