@@ -148,15 +148,15 @@ def settle(config: Any, family: Family, tensors: Tensors) -> Any:
       family: of the file.
       tensors: the file.
     """
-    if not hasattr(config, "tied") or "lm_head.weight" not in family.copies:
+    if not hasattr(config, "tied") or family.head not in family.copies:
         return config
     table = next(
-        name.tensor for name in family.names(config) if name.path == family.copies["lm_head.weight"]
+        name.tensor for name in family.names(config) if name.path == family.copies[family.head]
     )
     there = tensors.names()
     head, table = (
         next((name for name in family.spelt(one) if name in there), None)
-        for one in ("lm_head.weight", table)
+        for one in (family.head, table)
     )
     if head is None or table is None:
         return family.settle(config, None if head is None else not config.tied)

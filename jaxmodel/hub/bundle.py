@@ -342,7 +342,8 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
             f"it was made from, or a "
             "GGUF file, and compress that here"
         )
-    family = family_of_kind(str(hf.get("model_type")), f"{where}: model_type")
+    classes = hf.get("architectures") or ()
+    family = family_of_kind(str(hf.get("model_type")), f"{where}: model_type", classes=classes)
     check_depth(hf, where, lambda: count_tensors(folder))
     try:
         config = family.config_from_hf(hf)

@@ -200,6 +200,7 @@ class Family:
     Attributes:
       architecture: its name, as `models.families()` and `Model.family` have it.
       kinds: values of `model_type` in config.json that it reads.
+      classes: values of `architectures` there that it reads whatever the `model_type` is.
       names: config -> entries for HF folders.
       config_from_hf: config.json -> Config.
       config_to_hf: Config -> config.json, with the `model_type` that fits it; None if no HF family
@@ -217,6 +218,7 @@ class Family:
       config_from_gguf: an open GGUF file -> Config.
       gguf_ignored: like `ignored`, for GGUF: the tensors that `config_from_gguf` reads.
       copies: tensor -> the leaf that it must equal, where a file may hold a copy of a tied leaf.
+      head: the one of `copies` that is the head of a model whose head is not tied.
       settle: a config and whether the file has its own head (None for no head at all) -> the config
         that the file means.
     """
@@ -226,6 +228,7 @@ class Family:
     names: Callable[[Any], Iterable[Name]]
     config_from_hf: Callable[[dict[str, Any]], Any]
     config_to_hf: Callable[[Any], dict[str, Any] | None]
+    classes: tuple[str, ...] = ()
     ignored: str = r"(?!)"
     prefix: str = ""
     gguf_kinds: tuple[str, ...] = ()
@@ -233,6 +236,7 @@ class Family:
     config_from_gguf: Callable[[GGUFFile], Any] | None = None
     gguf_ignored: str = r"(?!)"
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    head: str = "lm_head.weight"
     spellings: tuple[tuple[str, str], ...] = ()
     card: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
     unread: str = r"(?!)"

@@ -234,12 +234,20 @@ def _plain_words(lower: bool) -> list[Any]:
 
 
 def around(backend: tokenizers.Tokenizer, head: str | None, tail: str | None) -> None:
-    """Make a tokenizer put a token before and one after each text."""
+    """Let a tokenizer put a token before and one after each text.
+
+    Raises:
+      InputError: one that is not in its vocabulary.
+    """
     tokens = [
         (token, backend.token_to_id(token))
         for token in dict.fromkeys([head, tail])
         if token is not None
     ]
+    if lost := [token for token, i in tokens if i is None]:
+        raise InputError(
+            f"tokenizer: {lost[0]!r} stands before or after each text, but is not in its vocabulary"
+        )
     if tokens:
         single = [*([head] if head else []), "$A", *([tail] if tail else [])]
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)

@@ -46,7 +46,7 @@ BLOCK_AXES = (
     (tree.optional("(.*/)?blocks/.*/attn/o_bias"), "D"),
     ("(.*/)?blocks/.*/mlp/(gate|up)", "FD"),
     ("(.*/)?blocks/.*/mlp/down", "DF"),
-    (tree.optional("(.*/)?blocks/.*/mlp/up_bias"), "F"),
+    (tree.optional("(.*/)?blocks/.*/mlp/(gate|up)_bias"), "F"),
     (tree.optional("(.*/)?blocks/.*/mlp/down_bias"), "D"),
     (".*norm/(weight|bias)", "D"),
 )
@@ -71,6 +71,7 @@ class EncoderBlock(nn.Module):
       qkv_bias: whether q, k and v have biases.
       layer_scale: whether the result of each part is multiplied by the leaves attn_scale and
         mlp_scale `[D]`.
+      gated: whether the feed-forward part has a gate.
     """
 
     heads: int
@@ -83,6 +84,7 @@ class EncoderBlock(nn.Module):
     policy: ops.Policy
     qkv_bias: bool = True
     layer_scale: bool = False
+    gated: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: dict[str, Any]) -> Float[Array, "B T D"]:
@@ -110,7 +112,7 @@ class EncoderBlock(nn.Module):
         mlp = MLP(
             self.mlp_width,
             ACTIVATIONS[self.activation],
-            False,
+            self.gated,
             True,
             normal,
             out,

@@ -62,6 +62,7 @@ class Config:
         `predict_fn`.
       pooling: how the head "embed" pools a text: names of `sentences.POOLINGS`, whose results are
         concatenated.
+      tied: whether the logits of the head "mlm" are by the embedding; else by a table of its own.
     """
 
     vocab: int
@@ -80,6 +81,7 @@ class Config:
     pool_activation: str = "tanh"
     problem: str = ""
     pooling: tuple[str, ...] = ("mean",)
+    tied: bool = True
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
@@ -140,6 +142,7 @@ def axes(config: Config) -> Axes:
             *BLOCK_AXES,
             (tree.optional("head/dense"), "DD", P("tensor", "fsdp")),
             (tree.optional("head/dense_bias"), "D"),
+            (tree.optional("head/words"), "VD"),
             (tree.optional("head/bias"), "V"),
             (tree.optional("head/pool"), "F0D"),
             (tree.optional("head/pool_bias"), "F0"),
@@ -153,7 +156,7 @@ def axes(config: Config) -> Axes:
 
 
 class _MaskedHead(nn.Module):
-    """A dense layer and a norm, then logits of the tokens by the embedding."""
+    """A dense layer and a norm, then logits of the tokens by the embedding or a table `words`."""
 
     config: Config
     policy: ops.Policy
@@ -165,6 +168,9 @@ class _MaskedHead(nn.Module):
             self, x, {"dense": x.shape[-1]}, nn.initializers.normal(c.init_scale), True, self.policy
         )[0]
         y = LayerNorm(c.norm_eps, name="norm")(ACTIVATIONS[c.activation](y))
+        if not c.tied:
+            normal = nn.initializers.normal(c.init_scale)
+            table = leaf(self, "words", normal, (c.vocab, x.shape[-1]))
         logits = ops.einsum(
             "BTD,VD->BTV", y, table, dataclasses.replace(self.policy, activation_dtype="float32")
         )

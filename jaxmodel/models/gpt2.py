@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al., 2019) and the sizes of GPT-3.
 
-Layer norm precedes each part; positions are learnt, there are biases, and the head is tied.
+Layer norm precedes each part; positions are learnt, there are biases, and the head is tied unless the config says otherwise.
 
 >>> gpt2 = model(SIZES["tiny"])
 >>> params = gpt2.init(jax.random.key(0))
@@ -41,6 +41,7 @@ class Config:
       init_scale: the standard deviation of new weights.
       activation: the activation of the feed-forward part, a name of `layers.ACTIVATIONS`.
       mlp_width: F; 0 for four times the width.
+      tied: whether the head reads the embedding.
     """
 
     vocab: int
@@ -52,6 +53,7 @@ class Config:
     init_scale: float = 0.02
     activation: str = "gelu_tanh"
     mlp_width: int = 0
+    tied: bool = True
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "context"))
@@ -85,7 +87,8 @@ SIZES = {
 def axes(config: Config) -> Axes:
     """Return the axes of the leaves."""
     tables = (("embed", "VD table"), ("positions", "tD table"))
-    return Axes((*tables, *BLOCK_AXES), (("h", config.width // config.heads),), fused=GROUPS)
+    head = (tree.optional("head"), "VD")
+    return Axes((*tables, head, *BLOCK_AXES), (("h", config.width // config.heads),), fused=GROUPS)
 
 
 class _Block(nn.Module):
@@ -155,7 +158,8 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     def head(params: tree.Params, x: jax.Array, rng: Any = None, train: bool = False) -> jax.Array:
         normed = norm_module.apply({"params": params["norm"]}, x)
         assert isinstance(normed, jax.Array)
-        return ops.einsum("BTD,VD->BTV", normed, params["embed"], wide)
+        table = params["head"] if "head" in params else params["embed"]
+        return ops.einsum("BTD,VD->BTV", normed, table, wide)
 
     def init(key: jax.Array) -> tree.Params:
         embed_key, position_key, blocks_key, head_key = jax.random.split(key, 4)
@@ -168,6 +172,9 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
             * jax.random.normal(position_key, (config.context, config.width)),
             "norm": norm_module.init(head_key, x)["params"],
         }
+        if not config.tied:
+            shape = config.vocab, config.width
+            params["head"] = config.init_scale * jax.random.normal(head_key, shape)
         context = embed(params, tokens)[1]
         blocks = init_layers(
             lambda k: dict(block_module.init(k, x, context, None, 0)["params"]),

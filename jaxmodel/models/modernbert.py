@@ -2,8 +2,8 @@
 
 It has a head for masked tokens, for classes, or for embeddings; rotary positions, local attention
 in most layers (with another base of the rotation), a gated feed-forward part, norms before each
-part (for the first layer's attention it is the embedding's norm), and no biases except those of the
-last map.
+part (for the first layer's attention it is the embedding's norm), and, unless the config says
+otherwise, no biases except those of the last map.
 
 >>> modernbert = model(SIZES["tiny"])
 >>> params = modernbert.init(jax.random.key(0))
@@ -71,6 +71,12 @@ class Config(Windowed):
       init_scale: the standard deviation of new weights.
       pooling: how the head "embed" pools a text: names of `sentences.POOLINGS`, whose results are
         concatenated.
+      attention_bias: whether q, k, v and o have biases.
+      mlp_bias: whether gate, up and down have biases.
+      norm_bias: whether the norms have biases.
+      head_bias: whether the dense layer of the heads has a bias.
+      vocab_bias: whether the logits of tokens have a bias.
+      tied: whether the logits of the head "mlm" are by the embedding; else by a table of its own.
     """
 
     vocab: int
@@ -90,6 +96,12 @@ class Config(Windowed):
     norm_eps: float = 1e-5
     init_scale: float = 0.02
     pooling: tuple[str, ...] = ("mean",)
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    head_bias: bool = False
+    vocab_bias: bool = True
+    tied: bool = True
 
     def __post_init__(self) -> None:
         check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
@@ -116,7 +128,8 @@ class Config(Windowed):
 SIZES = {
     "tiny": Config(256, 32, 3, 4, 64, 128, windows=(0, 3)),
     "tiny-classify": Config(
-        256, 48, 3, 4, 64, 128, "classify", ("no", "yes", "maybe", "never"), "mean", (0, 3)
+        *(256, 48, 3, 4, 64, 128, "classify", ("no", "yes", "maybe", "never"), "mean", (0, 3)),
+        **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "head_bias"), True),
     ),
     "tiny-embed": Config(256, 32, 3, 4, 64, 128, "embed", windows=(0, 3)),
     "modernbert-base": Config(50368, 768, 22, 12, 1152, 8192),
@@ -129,12 +142,15 @@ def axes(config: Config) -> Axes:
     heads = {
         "mlm": (
             ("head/dense", "DD", P("tensor", "fsdp")),
-            ("head/norm/weight", "D"),
-            ("head/bias", "V"),
+            (tree.optional("head/dense_bias"), "D"),
+            ("head/norm/(weight|bias)", "D"),
+            (tree.optional("head/words"), "VD"),
+            (tree.optional("head/bias"), "V"),
         ),
         "classify": (
             ("head/dense", "F0D"),
-            ("head/norm/weight", "F0"),
+            (tree.optional("head/dense_bias"), "F0"),
+            ("head/norm/(weight|bias)", "F0"),
             ("head/classes", "cF0"),
             ("head/classes_bias", "c"),
         ),
@@ -163,21 +179,22 @@ class _Block(nn.Module):
         near = lambda local, far: jnp.where(window < everything, local, far)
         context = {**context, "rope": jax.tree.map(near, context["local_rope"], context["rope"])}
         mix = Attention(
-            *(c.heads, c.heads, c.width // c.heads, False, normal, out, self.policy), name="attn"
+            *(c.heads, c.heads, c.width // c.heads, c.attention_bias, normal, out, self.policy),
+            name="attn",
         )
-        y = x if self.first else LayerNorm(c.norm_eps, bias=False, name="attn_norm")(x)
+        y = x if self.first else LayerNorm(c.norm_eps, c.norm_bias, name="attn_norm")(x)
         x = x + mix(y, context, None, 0, window)[0]
         mlp = MLP(
             c.mlp_width,
             ACTIVATIONS[c.activation],
             True,
-            False,
+            c.mlp_bias,
             normal,
             out,
             self.policy,
             name="mlp",
         )
-        return x + mlp(LayerNorm(c.norm_eps, bias=False, name="mlp_norm")(x))
+        return x + mlp(LayerNorm(c.norm_eps, c.norm_bias, name="mlp_norm")(x))
 
 
 class _Head(nn.Module):
@@ -195,14 +212,17 @@ class _Head(nn.Module):
         wide = dataclasses.replace(self.policy, activation_dtype="float32")
         normal = nn.initializers.normal(c.init_scale)
         y = ACTIVATIONS[c.head_activation](
-            linear(self, x, {"dense": x.shape[-1]}, normal, False, self.policy)[0]
+            linear(self, x, {"dense": x.shape[-1]}, normal, c.head_bias, self.policy)[0]
         )
-        y = LayerNorm(c.norm_eps, bias=False, name="norm")(y)
+        y = LayerNorm(c.norm_eps, c.norm_bias, name="norm")(y)
         if c.head == "classify":
             return linear(
                 self, y.astype(jnp.float32), {"classes": len(c.labels)}, normal, True, wide
             )[0]
+        table = table if c.tied else leaf(self, "words", normal, (c.vocab, x.shape[-1]))
         logits = ops.einsum("BTD,VD->BTV", y, table, wide)
+        if not c.vocab_bias:
+            return logits
         return logits + on_last(
             leaf(self, "bias", nn.initializers.zeros, (c.vocab,)).astype(jnp.float32), logits.ndim
         )
@@ -218,7 +238,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
     `segments`.
     """
     c = config
-    norm_module = LayerNorm(config.norm_eps, bias=False)
+    norm_module = LayerNorm(c.norm_eps, c.norm_bias)
     head_module = _Head(config, policy)
     block_modules = {first: _Block(c, policy, first) for first in (False, True)}
 
@@ -275,7 +295,10 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         keys = jax.random.split(key, 4)
         table = c.init_scale * jax.random.normal(keys[0], (c.vocab, c.width))
         x = jnp.zeros((1, 1, c.width), policy.activation_dtype)
-        norm = lambda: {"weight": jnp.ones(c.width)}
+        norm = lambda: {
+            "weight": jnp.ones(c.width),
+            **({"bias": jnp.zeros(c.width)} if c.norm_bias else {}),
+        }
         params: tree.Params = {"embed": table, "embed_norm": norm(), "norm": norm()}
         context = embed(params, {"tokens": jnp.zeros((1, 1), jnp.int32)})[1]
         one = lambda first: lambda k: dict(block_modules[first].init(k, x, context, 0)["params"])

@@ -61,6 +61,7 @@ class Config:
       layer_scale: whether each component of a part's result has a learnt factor (Touvron et al.,
         2021).
       any_size: whether images of other sizes are read, with interpolated positions.
+      gated: whether the feed-forward part has a gate (DINOv2's giant one).
     """
 
     image: int
@@ -82,6 +83,7 @@ class Config:
     problem: str = ""
     layer_scale: bool = False
     any_size: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(self, ("image", "patch", "width", "depth", "heads", "mlp_width", "channels"))
@@ -124,7 +126,7 @@ SIZES = {
         patch_bias=False,
         embed_norm=True,
     ),
-    "tiny-dino": Config(16, 4, 32, 3, 4, 64, numbered(10), pool="both", **_DINO),
+    "tiny-dino": Config(16, 4, 32, 3, 4, 64, numbered(10), pool="both", gated=True, **_DINO),
     "tiny-features": Config(16, 8, 48, 3, 4, 64, pool_dense=True),
     "tiny-attention": Config(16, 8, 48, 3, 4, 64, pool="attention"),
     "vit-base-16": Config(224, 16, 768, 12, 12, 3072, numbered(1000)),
@@ -132,6 +134,7 @@ SIZES = {
     "dinov2-small": Config(518, 14, 384, 12, 6, 1536, **_DINO),
     "dinov2-base": Config(518, 14, 768, 12, 12, 3072, **_DINO),
     "dinov2-large": Config(518, 14, 1024, 24, 16, 4096, **_DINO),
+    "dinov2-giant": Config(518, 14, 1536, 40, 24, 4096, activation="silu", gated=True, **_DINO),
 }
 
 
@@ -232,6 +235,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         ),
         qkv_bias=c.qkv_bias,
         layer_scale=c.layer_scale,
+        gated=c.gated,
     )
     context = {"seen": ops.AttentionMask(causal=False)}
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodel.errors import InputError, one_of
 
-KINDS = ("linear", "llama3", "yarn", "longrope")
+KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,8 @@ class RopeScaling:
     """How the frequencies of a model are scaled for a longer context than it was trained with.
 
     Attributes:
-      kind: "linear" (Chen et al., 2023): all are divided by `factor`; "llama3" (Llama 3.1, 2024):
+      kind: "linear" (Chen et al., 2023): all are divided by `factor`; "dynamic" (bloc97 and emozilla,
+        2023): the base grows with rows that are longer than the context; "llama3" (Llama 3.1, 2024):
         only those whose wavelength exceeds the context, with a smooth transition; "yarn" (Peng et
         al., 2023): by the number of rotations in the context, with sharpened scores; "longrope"
         (Ding et al., 2024): each by its own divisor, from one of two lists, with sharpened scores.
@@ -34,7 +35,7 @@ class RopeScaling:
       truncate: yarn: whether the limits of the transition are rounded to whole dimensions.
       near: longrope: the divisors for rows that fit the context of the training.
       far: longrope: the divisors for longer rows. (So the content of a cache changes its meaning
-        when a row grows beyond the context of the training.)
+        when a row grows beyond the context of the training; with "dynamic" too.)
     """
 
     kind: str
@@ -70,8 +71,11 @@ class RopeScaling:
     def apply(self, frequency: np.ndarray, base: float) -> np.ndarray:
         """Return the scaled frequencies.
 
-        For "longrope" they are `[2, f]`, near and far.
+        For "longrope" they are `[2, f]`, near and far; for "dynamic" those of rows that fit the
+        context.
         """
+        if self.kind == "dynamic":
+            return frequency
         if self.kind == "longrope":
             if len(self.near) != len(frequency):
                 raise InputError(
@@ -141,6 +145,12 @@ def rope_tables(
     if scaling is not None and scaling.kind == "longrope":
         beyond = jnp.max(positions, axis=1, keepdims=True) >= scaling.context
         waves = jnp.where(beyond[..., None], waves[None, None, 1], waves[None, None, 0])
+    elif scaling is not None and scaling.kind == "dynamic":
+        length = jnp.max(positions, axis=1, keepdims=True).astype(jnp.float32) + 1.0
+        beyond = jnp.maximum(length / scaling.context, 1.0) - 1.0
+        # a base that is c^(d / (d - 2)) times as large, as powers of the frequencies
+        powers = -np.arange(0, width, 2, dtype=np.float32)[None, None] / max(width - 2, 1)
+        waves = waves[None, None] * (scaling.factor * beyond + 1.0)[..., None] ** powers
     else:
         waves = waves[None, None]
     angle = positions[..., None].astype(jnp.float32) * waves

@@ -73,9 +73,9 @@ def _refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ),
         (
             "llama-untied",
-            _config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-            "config.json: rope scaling: 'dynamic' is not known; allowed: linear, llama3, "
-            "longrope, yarn",
+            _config(rope_parameters={"rope_type": "axial", "rope_theta": 1e4, "factor": 2.0}),
+            "config.json: the rope type: 'axial' is not known; allowed: default, dynamic, linear, "
+            "llama3, longrope, yarn",
         ),
         ("llama-untied", _tokens, "has id 97, but the embedding's are 0 to 96"),
     ],

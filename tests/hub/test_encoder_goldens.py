@@ -5,6 +5,7 @@ from the same files.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from jaxmodel import tree
@@ -89,14 +91,14 @@ def apply(bundle: Bundle, params: tree.Params, inputs: dict[str, jax.Array]) -> 
 def test_there_are_several_of_each_kind() -> None:
     kinds = [name.rsplit("-", 1)[0] for name in NAMES]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        **{"bert": 3, "vit": 3, "clip": 2},
-        **{"roberta": 2, "xlm-roberta": 1, "distilbert": 3, "modernbert": 4, "dinov2": 3},
-        **{"siglip": 2, "siglip_vision_model": 1},
+        **{"bert": 4, "vit": 3, "clip": 2},
+        **{"roberta": 3, "xlm-roberta": 1, "distilbert": 3, "modernbert": 5, "dinov2": 3},
+        **{"siglip": 3, "siglip_vision_model": 1},
     }
     files = [
         path for name in NAMES for path in (*(GOLDENS / name).iterdir(), GOLDENS / f"{name}.npz")
     ]
-    assert sum(path.stat().st_size for path in files) < 1_000_000
+    assert sum(path.stat().st_size for path in files) < 1_100_000
 
 
 def test_logits(golden: Golden, computed: tuple[jax.Array, jax.Array, tree.Params]) -> None:
@@ -244,6 +246,10 @@ def put(
     return lambda tensors: tensors.update({name: change(tensors[like])})
 
 
+def remove(name: str) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
 TABLE = "bert.embeddings.word_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"
 
@@ -266,10 +272,37 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("source", ["bert-a", "roberta-a", "modernbert-a"])
+def test_a_head_that_is_no_copy_of_the_embedding(source: str, tmp_path: Path) -> None:
+    """It is kept though the config ties it, as transformers 5 does; logits by hand."""
+    table, decoder = {
+        "bert-a": (TABLE, DECODER),
+        "roberta-a": ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+        "modernbert-a": ("model.embeddings.tok_embeddings.weight", "decoder.weight"),
+    }[source]
+    bundle = from_pretrained(edited(source, tmp_path / "a", put(decoder, table, lambda a: 2 * a)))
+    assert not bundle.model.config.tied
+    want = read(source)
+    params = bundle.params
+    bias = np.asarray(params["head"]["bias"])
+    mask = want["in:mask"].astype(bool)
+    found = np.asarray(apply(bundle, params, inputs_of(want)))
+    near(found[mask], (2 * (want["logits"] - bias) + bias)[mask], 1e-4)
+    back = from_pretrained(bundle.save_pretrained(tmp_path / "b"))
+    assert back.model is bundle.model and tree.fingerprint(back.params) == tree.fingerprint(params)
+    assert tree.match(bundle.model.rules, params)[1]["head/words"] == P("tensor", "fsdp")
+
+
 @pytest.mark.parametrize(
     ("source", "tensors", "config", "message"),
     [
-        ("bert-a", put(DECODER, TABLE, lambda a: a + 1), {}, f"'{DECODER}' is not '{TABLE}'"),
+        (
+            "bert-a",
+            put("cls.predictions.decoder.bias", "cls.predictions.bias", lambda a: a + 1),
+            {},
+            "'cls.predictions.decoder.bias' is not 'cls.predictions.bias'",
+        ),
+        ("bert-d", remove(DECODER), {}, f"'{DECODER}' is missing"),
         (
             "bert-a",
             put("classifier.weight", "cls.predictions.bias"),
@@ -306,16 +339,6 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
         ("roberta-a", None, {"pad_token_id": 17}, "pad_token_id is 17; allowed: 0 to 16"),
         ("roberta-a", None, {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         (
-            "roberta-a",
-            put(
-                "lm_head.decoder.weight",
-                "roberta.embeddings.word_embeddings.weight",
-                lambda a: a + 1,
-            ),
-            {},
-            "is not",
-        ),
-        (
             "xlm-roberta-a",
             None,
             {"architectures": ["RobertaModel"]},
@@ -328,7 +351,12 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
             {"architectures": ["DistilBertForMaskedLM"]},
             "'vocab_projector.bias' is missing",
         ),
-        ("modernbert-a", None, {"attention_bias": True}, "attention_bias is True"),
+        (
+            "modernbert-a",
+            None,
+            {"attention_bias": True},
+            "'model.layers.*attn.W.*bias' is missing",
+        ),
         (
             "modernbert-b",
             None,
@@ -365,7 +393,7 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
             "dinov2-a",
             None,
             {"use_swiglu_ffn": True},
-            "use_swiglu_ffn is True; this family has False",
+            r"'dinov2.encoder.layer.0.mlp.weights_.*' is missing",
         ),
         (
             "dinov2-a",
@@ -390,7 +418,7 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
             "siglip-a",
             None,
             {"architectures": ["SiglipForImageClassification"]},
-            "'SiglipForImageClassification' is not known",
+            "'classifier.*' is missing",
         ),
         (
             "siglip-a",
@@ -444,6 +472,10 @@ def test_saving_what_transformers_wrote_changes_no_tensor(source: str, tmp_path:
         key if f"{prefix}{key}" not in ours else f"{prefix}{key}": value
         for key, value in theirs.items()
     }
+    if source == "siglip-c":  # the head of another class, which its own does not read
+        theirs = {key: value for key, value in theirs.items() if "_model.head." not in key}
+    if source in ("bert-d", "roberta-c"):  # beside the bias of a head of its own
+        theirs = {key: v for key, v in theirs.items() if not re.search(r"(ns|head)\.bias$", key)}
     bare = source in ("bert-c", "xlm-roberta-a")
     left_out = {"pooler.dense.weight", "pooler.dense.bias"} if bare else set()
     if source.startswith("dinov2"):
@@ -468,6 +500,9 @@ def test_saving_what_transformers_wrote_changes_no_tensor(source: str, tmp_path:
         "use_mask_token",
     }
     ours_alone |= {"initializer_range"} if source.startswith("siglip") else set()
+    ours_alone |= {"siglip-c": {"vision_use_head"}, "modernbert-e": {"local_attention"}}.get(
+        source, set()
+    )
     assert changed(config, given) <= ours_alone | old | same_model
     back = from_pretrained(folder)
     assert back.model is bundle.model and tree.fingerprint(back.params) == tree.fingerprint(

@@ -185,6 +185,12 @@ def test_siglip_drops_capitals_and_punctuation(lower: bool | None, tmp_path: Pat
     assert from_folder(tmp_path / "saved").pad_id == 1
 
 
+def test_a_begin_that_the_pieces_do_not_have(tmp_path: Path) -> None:
+    write(tmp_path, "llama.model", tokenizer_class="LlamaTokenizer", bos_token="<begin>")
+    with pytest.raises(InputError, match="'<begin>' stands before or after each text, but is not"):
+        from_folder(tmp_path)
+
+
 def test_a_kind_that_needs_more_than_its_pieces(tmp_path: Path) -> None:
     write(tmp_path, "llama.model", tokenizer_class="XLMRobertaTokenizer")
     with pytest.raises(

@@ -125,6 +125,21 @@ def test_linear_scaling_puts_positions_closer():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_dynamic_scaling_goes_by_the_length_of_each_row():
+    """By the definition: with length n beyond the context c the base is that many times as large.
+
+    A row that fits is turned as without a scaling, whatever stands beside it.
+    """
+    scaling = ops.RopeScaling("dynamic", 3.0, context=CONTEXT)
+    positions = jnp.asarray([[0, 7, CONTEXT - 1], [0, 7, 2 * CONTEXT - 1]])
+    sin, cos = ops.rope_tables(positions, WIDTH, BASE, scaling)
+    base = BASE * (3.0 * 2 - (3.0 - 1)) ** (WIDTH / (WIDTH - 2))
+    for row, b in enumerate((BASE, base)):
+        angle = np.outer(positions[row], [b ** (-2 * i / WIDTH) for i in range(WIDTH // 2)])
+        np.testing.assert_allclose(sin[row], np.sin(angle), atol=1e-4)
+        np.testing.assert_allclose(cos[row], np.cos(angle), atol=1e-4)
+
+
 def test_llama3_scaling_wave_by_wave():
     def wave(frequency: float) -> float:
         turns = CONTEXT * frequency / (2 * math.pi)

@@ -11,7 +11,7 @@ import functools
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxmodel import models, schema, tree
@@ -68,13 +68,16 @@ def _means(family: Family, theirs: dict[str, Any], config: Any) -> bool:
         return False
 
 
-def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
+def family_of_kind(
+    kind: str, argument: str, gguf: bool = False, classes: Collection[str] = ()
+) -> Family:
     """Return the family that reads a `model_type` (HF) or a `general.architecture` (GGUF).
 
     Args:
       kind: the value.
       argument: its name in the message.
       gguf: whether it is from a GGUF file.
+      classes: the `architectures` of config.json; a family may claim a class by its name.
 
     Raises:
       InputError: no family reads it.
@@ -86,6 +89,9 @@ def family_of_kind(kind: str, argument: str, gguf: bool = False) -> Family:
     }
     if not gguf and kind.removeprefix(OWN) in models.families() and kind.startswith(OWN):
         return own(models.families()[kind.removeprefix(OWN)])
+    for family in families().values():
+        if set(classes) & set(family.classes):
+            return family
     one_of(argument, kind, known)
     return known[kind]
 

@@ -22,7 +22,6 @@ _FIXED = {
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
 }
 # `hidden_act` -> name in `layers.ACTIVATIONS`; of several synonyms in HF the last is written
 ACTIVATIONS = {
@@ -130,7 +129,9 @@ def names(config: bert.Config) -> list[Name]:
         names += norm_names(ours, theirs)
     for ours, theirs in _HEAD.items():
         names += linear_names(f"head/{ours}", theirs)
-    return [*names, Name("head/bias", "cls.predictions.bias")]
+    # transformers 5 reads the bias of a head of its own beside its table
+    bias = "cls.predictions.bias" if config.tied else "cls.predictions.decoder.bias"
+    return [*names, Name("head/words", "cls.predictions.decoder.weight"), Name("head/bias", bias)]
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> bert.Config:
@@ -150,6 +151,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> bert.Config:
         activation=activation(hf, "gelu"),
         norm_eps=hf.get("layer_norm_eps", 1e-12),
         init_scale=hf.get("initializer_range", 0.02),
+        tied=hf.get("tie_word_embeddings", True) or head != "mlm",
     )
 
 
@@ -172,7 +174,7 @@ def config_to_hf(c: bert.Config) -> dict[str, Any] | None:
         "layer_norm_eps": c.norm_eps,
         "initializer_range": c.init_scale,
         "position_embedding_type": "absolute",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": c.tied,
         **(labels_to_hf(c.labels) if c.labels else {}),
     }
 
@@ -185,7 +187,10 @@ FAMILY = Family(
     config_to_hf=config_to_hf,
     # every BertModel has a pooler, which masked language models and mean pooling do not use; the
     # earliest files also have the next-sentence head
-    ignored=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)",
+    ignored=r"embeddings\.position_ids|pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)"
+    r"|cls\.predictions\.bias",  # next to the bias of an untied head
+    spellings=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
+    head="cls.predictions.decoder.weight",
     prefix="bert.",
     unread=r"directionality|pooler_\w+",  # the next-sentence head, in TensorFlow's files
     copies={"cls.predictions.decoder.weight": "embed", "cls.predictions.decoder.bias": "head/bias"},

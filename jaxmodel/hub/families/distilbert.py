@@ -45,6 +45,7 @@ def _names(config: bert.Config) -> list[Name]:
         *norm_names("blocks/{}/mlp_norm", f"{stem}.output_layer_norm"),
         *linear_names("head/dense", "vocab_transform"),
         *norm_names("head/norm", "vocab_layer_norm"),
+        Name("head/words", "vocab_projector.weight"),
         Name("head/bias", "vocab_projector.bias"),
         *linear_names("head/pool", "pre_classifier"),
         *linear_names("head/classes", "classifier"),
@@ -57,7 +58,7 @@ def _names(config: bert.Config) -> list[Name]:
 
 
 def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
-    fixed(hf, {"tie_word_embeddings": (True,), "tie_weights_": (True,)})
+    fixed(hf, {"tie_weights_": (True,)})
     head = _ARCHITECTURES[architecture(hf, _ARCHITECTURES, "DistilBertForMaskedLM")]
     return bert.Config(
         vocab=hf.get("vocab_size", 30522),
@@ -72,6 +73,7 @@ def _from_hf(hf: Mapping[str, Any]) -> bert.Config:
         activation=activation(hf, "gelu", key="activation"),
         init_scale=hf.get("initializer_range", 0.02),
         pool_activation="relu" if head == "classify" else "tanh",
+        tied=hf.get("tie_word_embeddings", True) or head != "mlm",
     )
 
 
@@ -89,7 +91,7 @@ def _to_hf(c: bert.Config) -> dict[str, Any] | None:
         "max_position_embeddings": c.context,
         "activation": activation_to_hf(c.activation),
         "initializer_range": c.init_scale,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": c.tied,
         **(labels_to_hf(c.labels) if c.labels else {}),
     }
 
@@ -104,4 +106,5 @@ FAMILY = Family(
     prefix="distilbert.",
     unread="sinusoidal_pos_embds",  # initial values of a table that the file has
     copies={"vocab_projector.weight": "embed"},
+    head="vocab_projector.weight",
 )

@@ -11,7 +11,6 @@ from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import gpt2
 
 _FIXED = {
-    "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
@@ -21,6 +20,7 @@ _FIXED = {
 def _names(config: gpt2.Config) -> list[Name]:
     names = [
         Name("embed", "transformer.wte.weight"),
+        Name("head", "lm_head.weight"),
         Name("positions", "transformer.wpe.weight"),
         Name("norm/weight", "transformer.ln_f.weight"),
         Name("norm/bias", "transformer.ln_f.bias"),
@@ -67,6 +67,7 @@ def _from_hf(hf: Mapping[str, Any]) -> gpt2.Config:
         init_scale=hf.get("initializer_range", 0.02),
         activation=activation(hf, "gelu_new", key="activation_function"),
         mlp_width=0 if inner in (None, 4 * hf["n_embd"]) else inner,
+        tied=hf.get("tie_word_embeddings", True),
     )
 
 
@@ -86,7 +87,7 @@ def _to_hf(config: gpt2.Config) -> dict[str, Any]:
         if config.activation == "gelu_tanh"
         else activation_to_hf(config.activation),
         "n_inner": config.mlp_width or None,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tied,
     }
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxmodel.errors import InputError
+from jaxmodel.errors import InputError, unknown
 from jaxmodel.hub.families.bert import activation, activation_to_hf
 from jaxmodel.hub.gguf import GGUFFile
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
 from jaxmodel.ops import RopeScaling
-from jaxmodel.ops.rope import rope_frequencies
+from jaxmodel.ops.rope import KINDS as ROPES, rope_frequencies
 
 _GEMMA = ("gemma2", "gemma3_text")
+_BIASED = ("llama", "qwen3", *_GEMMA)  # which can have biases of q, k, v and o
 
 # Defaults of missing keys, where they differ from the default at the key's first use below.
 _LONG = {"max_position_embeddings": 131072}
@@ -50,6 +53,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_GEMMA_HAS, **_LONG, "rope_theta": 1e6},
 }
 KINDS = tuple(_DEFAULTS)
+
+# what a scaling of the rotation is made of -> the key of config.json
+_OPTIONS = {
+    "llama3": {"low": "low_freq_factor", "high": "high_freq_factor"},
+    "yarn": {"fast": "beta_fast", "slow": "beta_slow", "sharpen": "attention_factor"},
+    "longrope": {"sharpen": "attention_factor"},
+}
 
 # leaf -> HF, GGUF
 _LAYER = {
@@ -115,8 +125,9 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
     gemma = hf["model_type"] in _GEMMA
     causal(hf)
     hf = _DEFAULTS[kind] | hf
-    biased = bool(hf.get("attention_bias")) and kind == "llama"
-    without = {} if kind == "llama" else {"attention_bias": (False,), "mlp_bias": (False,)}
+    biased = bool(hf.get("attention_bias")) and kind in _BIASED
+    without = {} if kind in _BIASED else {"attention_bias": (False,)}
+    without |= {} if kind == "llama" else {"mlp_bias": (False,)}
     act = (
         activation(hf, "gelu_pytorch_tanh", key="hidden_activation")
         if gemma
@@ -155,6 +166,7 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
         raise InputError(
             f"config.json: the rope type {local['rope_type']!r} in layers with a window is not read"
         )
+    scaling = scaling_from_hf(rope, hf.get("max_position_embeddings", 2048))
     caps = {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
     softcaps: dict[str, Any] = {ours: hf.get(theirs) for ours, theirs in caps.items() if gemma}
     return llama.Config(
@@ -165,12 +177,12 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
         kv_heads=hf.get("num_key_value_heads") or heads,
         head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
         mlp_width=hf["intermediate_size"],
-        context=hf.get("max_position_embeddings", 2048),
+        context=context_of(scaling, hf.get("max_position_embeddings", 2048)),
         rope_base=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tied=hf.get("tie_word_embeddings", False),
         init_scale=hf.get("initializer_range", 0.02),
-        rope_scaling=scaling_from_hf(rope, hf.get("max_position_embeddings", 2048)),
+        rope_scaling=scaling,
         windows=windows_of(hf),
         local_rope_base=None if local is None else float(local["rope_theta"]),
         qkv_bias=kind == "qwen2" or biased,
@@ -218,35 +230,54 @@ def plain(hf: dict[str, Any], **defaults: Any) -> llama.Config:
 def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
     """Return the scaling in `rope_scaling` or `rope_parameters`, for `context` tokens."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    refused = {"partial_rotary_factor": 1.0} | (
-        {} if kind == "default" else {"mscale": None, "mscale_all_dim": None}
-    )
-    for key, usual in refused.items():
-        if rope.get(key, usual) not in (usual, None):
-            raise InputError(
-                f"config.json: {key} of the rope scaling is {rope[key]!r}; allowed: {usual!r}"
-            )
+    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise InputError(
+            f"config.json: partial_rotary_factor of the rope scaling is "
+            f"{rope['partial_rotary_factor']!r}; allowed: 1.0"
+        )
     if kind == "default":
         return None
-    wanted = {
-        "low": "low_freq_factor",
-        "high": "high_freq_factor",
-        "fast": "beta_fast",
-        "slow": "beta_slow",
+    if kind not in ROPES:
+        raise unknown("config.json: the rope type", kind, ("default", *ROPES))
+    options = {
+        ours: float(rope[theirs])
+        for ours, theirs in _OPTIONS.get(kind, {}).items()
+        if rope.get(theirs) is not None
     }
-    options: dict[str, Any] = {
-        ours: float(rope[theirs]) for ours, theirs in wanted.items() if rope.get(theirs) is not None
-    }
-    if kind == "yarn" and rope.get("attention_factor") is not None:
-        options["sharpen"] = float(rope["attention_factor"])
+    trained = int(rope.get("original_max_position_embeddings") or context)
+    if kind == "longrope":
+        # of which only the gain is made: 1 for a context that did not grow
+        factor = context / trained if rope.get("factor") is None else float(rope["factor"])
+        near, far = (_divisors(rope, key) for key in ("short_factor", "long_factor"))
+        return RopeScaling(kind, max(factor, 1.0), trained, **options, near=near, far=far)
+    if rope.get("factor") is None:
+        raise InputError(f"config.json: the rope scaling {kind!r} has no factor")
+    factor = float(rope["factor"])
+    trained = {"linear": 0, "dynamic": context}.get(kind, trained)
     if kind == "yarn" and rope.get("truncate") is False:
         options["truncate"] = False
-    trained = (
-        0 if kind == "linear" else int(rope.get("original_max_position_embeddings") or context)
-    )
-    if "factor" not in rope:
-        raise InputError(f"config.json: the rope scaling {kind!r} has no factor")
-    return RopeScaling(kind, float(rope["factor"]), trained, **options)
+    if kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim"):
+        gains = (0.1 * rope[key] * math.log(factor) + 1 for key in ("mscale", "mscale_all_dim"))
+        options.setdefault("sharpen", operator.truediv(*gains))
+    return RopeScaling(kind, factor, trained, **options)
+
+
+def _divisors(rope: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    if not isinstance(rope.get(key), list):
+        raise InputError(
+            f"config.json: {key} of the rope scaling is {rope.get(key)!r}; allowed: a list of "
+            f"numbers"
+        )
+    return tuple(map(float, rope[key]))
+
+
+def context_of(scaling: RopeScaling | None, said: int) -> int:
+    """The longest sequence of a model whose config.json says `said` positions.
+
+    Of a "dynamic" scaling these are the positions of the training, beyond which it begins.
+    """
+    dynamic = scaling is not None and scaling.kind == "dynamic"
+    return int(said * scaling.factor) if dynamic else said
 
 
 def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
@@ -305,9 +336,10 @@ def pattern(layers: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _kind(c: llama.Config) -> str | None:
     """Return the `model_type` whose models have exactly this config; None if there is none."""
-    if c.o_bias or c.mlp_bias:  # only Llama has these biases
-        same = dataclasses.replace(c, qkv_bias=False, o_bias=False, mlp_bias=False)
-        return "llama" if c.qkv_bias == c.o_bias and _kind(same) == "llama" else None
+    if c.o_bias or c.mlp_bias:
+        kind = _kind(dataclasses.replace(c, qkv_bias=False, o_bias=False, mlp_bias=False))
+        has = kind in _BIASED and c.qkv_bias == c.o_bias and (kind == "llama" or not c.mlp_bias)
+        return kind if has else None
     if (c.norm_offset == 1.0) != c.post_norms:
         return None
     if c.post_norms:
@@ -318,14 +350,14 @@ def _kind(c: llama.Config) -> str | None:
             or c.qkv_bias
             or c.embed_scale != c.width**0.5
             or not scaled
-            or len(set(c.windows) - {0}) != 1
+            or len(set(c.windows) - {0}) > 1
         ):
             return None
         if c.qk_norm:
             return (
                 "gemma3_text" if c.local_rope_base is not None and c.attn_softcap is None else None
             )
-        return "gemma2" if c.local_rope_base is None and c.rope_scaling is None else None
+        return "gemma2" if c.local_rope_base is None else None
     plain = (
         c.embed_scale == 1
         and c.query_scale is None
@@ -376,6 +408,8 @@ def common_to_hf(c: llama.Config, kind: str, architecture: str) -> dict[str, Any
     hf["hidden_activation" if kind in _GEMMA else "hidden_act"] = activation_to_hf(c.activation)
     if c.rope_scaling is not None:
         hf["rope_scaling"] = scaling_to_hf(c.rope_scaling)
+        if c.rope_scaling.kind == "dynamic":
+            hf["max_position_embeddings"] = c.rope_scaling.context
     return hf
 
 
@@ -412,17 +446,13 @@ def config_to_hf(c: llama.Config) -> dict[str, Any] | None:
 def scaling_to_hf(s: RopeScaling) -> dict[str, Any]:
     """Return the object of config.json that describes a scaling."""
     hf: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
-    if s.kind != "linear":
+    if s.kind not in ("linear", "dynamic"):
         hf["original_max_position_embeddings"] = s.context
-    if s.kind == "llama3":
-        hf |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
+    hf |= {theirs: getattr(s, ours) for ours, theirs in _OPTIONS.get(s.kind, {}).items()}
     if s.kind == "yarn":
-        hf |= {
-            "beta_fast": s.fast,
-            "beta_slow": s.slow,
-            "attention_factor": s.sharpen,
-            "truncate": s.truncate,
-        }
+        hf["truncate"] = s.truncate
+    if s.kind == "longrope":
+        hf |= {"short_factor": list(s.near), "long_factor": list(s.far)}
     return hf
 
 

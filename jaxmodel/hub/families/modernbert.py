@@ -5,6 +5,7 @@ HF folders of ModernBertForMaskedLM, ModernBertForSequenceClassification and Mod
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxmodel.hub.families.bert import (
     architecture,
     labels,
     labels_to_hf,
+    linear_names,
+    norm_names,
 )
 from jaxmodel.hub.families.llama import pattern
 from jaxmodel.hub.names import Family, Name, fixed
@@ -26,9 +29,6 @@ _ARCHITECTURES = {
     "ModernBertModel": "embed",
 }
 _FIXED = {
-    **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), (False,)),
-    "decoder_bias": (True,),
-    "tie_word_embeddings": (True,),
     # in the earliest files; transformers does not read it
     "position_embedding_type": (
         "rope",
@@ -38,38 +38,40 @@ _FIXED = {
     ),
 }
 _POOLS = {"cls": "class", "mean": "mean"}
-_LAYER = {
-    "attn_norm/weight": "attn_norm.weight",
-    "attn/o": "attn.Wo.weight",
-    "mlp_norm/weight": "mlp_norm.weight",
-    "mlp/down": "mlp.Wo.weight",
-}
+_LAYER = {"attn/o": "attn.Wo", "mlp/down": "mlp.Wo"}
+_JOINED = {"attn.Wqkv": ("attn/q", "attn/k", "attn/v"), "mlp.Wi": ("mlp/gate", "mlp/up")}
 _KINDS = {True: "sliding_attention", False: "full_attention"}
+_BIASES = {
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "norm_bias": "norm_bias",
+    "head_bias": "classifier_bias",
+    "vocab_bias": "decoder_bias",
+}
 
 
 def _names(config: modernbert.Config) -> list[Name]:
     stem = "model.layers.{}"
     names = [
         Name("embed", "model.embeddings.tok_embeddings.weight"),
-        Name("embed_norm/weight", "model.embeddings.norm.weight"),
-        Name("norm/weight", "model.final_norm.weight"),
-        Name("head/dense", "head.dense.weight"),
-        Name("head/norm/weight", "head.norm.weight"),
+        *norm_names("embed_norm", "model.embeddings.norm"),
+        *norm_names("norm", "model.final_norm"),
+        *linear_names("head/dense", "head.dense"),
+        *norm_names("head/norm", "head.norm"),
+        Name("head/words", "decoder.weight"),
         Name("head/bias", "decoder.bias"),
-        Name("head/classes", "classifier.weight"),
-        Name("head/classes_bias", "classifier.bias"),
+        *linear_names("head/classes", "classifier"),
     ]
-    names += [
-        Name(f"blocks/{{}}/attn/{x}", f"{stem}.attn.Wqkv.weight", part=(i, (1, 1, 1)))
-        for i, x in enumerate("qkv")
-    ]
-    names += [
-        Name(f"blocks/{{}}/mlp/{x}", f"{stem}.mlp.Wi.weight", part=(i, (1, 1)))
-        for i, x in enumerate(("gate", "up"))
-    ]
-    return names + [
-        Name(f"blocks/{{}}/{ours}", f"{stem}.{theirs}") for ours, theirs in _LAYER.items()
-    ]
+    for theirs, leaves in _JOINED.items():
+        for i, ours in enumerate(leaves):
+            part = (i, (1,) * len(leaves))
+            for name in linear_names(f"blocks/{{}}/{ours}", f"{stem}.{theirs}"):
+                names.append(dataclasses.replace(name, part=part))
+    for part in ("attn_norm", "mlp_norm"):
+        names += norm_names(f"blocks/{{}}/{part}", f"{stem}.{part}")
+    for ours, theirs in _LAYER.items():
+        names += linear_names(f"blocks/{{}}/{ours}", f"{stem}.{theirs}")
+    return names
 
 
 def _activation(hf: Mapping[str, Any], key: str) -> str:
@@ -126,6 +128,8 @@ def _from_hf(hf: Mapping[str, Any]) -> modernbert.Config:
         head_activation=_activation(hf, "classifier_activation"),
         norm_eps=hf.get("norm_eps", 1e-5),
         init_scale=hf.get("initializer_range", 0.02),
+        tied=hf.get("tie_word_embeddings", True) or head != "mlm",
+        **{ours: hf.get(theirs, ours == "vocab_bias") for ours, theirs in _BIASES.items()},
     )
 
 
@@ -153,7 +157,8 @@ def _to_hf(c: modernbert.Config) -> dict[str, Any] | None:
         "classifier_pooling": {ours: theirs for theirs, ours in _POOLS.items()}[c.pool],
         "norm_eps": c.norm_eps,
         "initializer_range": c.init_scale,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": c.tied,
+        **{theirs: getattr(c, ours) for ours, theirs in _BIASES.items()},
         # otherwise transformers takes the id of its own vocabulary; a tokenizer's id overrides it
         "pad_token_id": None,
         **(labels_to_hf(c.labels) if c.labels else {}),
@@ -170,4 +175,5 @@ FAMILY = Family(
     prefix="model.",
     unread=r"layer_norm_eps|unpad\w*",  # transformers reads norm_eps instead of layer_norm_eps
     copies={"decoder.weight": "embed"},
+    head="decoder.weight",
 )

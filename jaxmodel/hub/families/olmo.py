@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxmodel.errors import InputError
 from jaxmodel.hub.families import llama as of_llama
-from jaxmodel.hub.names import Family
+from jaxmodel.hub.names import Family, fixed
 from jaxmodel.models import llama
 
 _THETA = 500000.0
 
 
 def _from_hf(hf: dict[str, Any]) -> llama.Config:
+    fixed(hf, {"mlp_bias": (False,)})
     third = hf["model_type"] == "olmo3"
     theta = hf.get("rope_theta", _THETA if third else 10000.0)
     parts = dict(hf.get("rope_parameters") or {})
@@ -48,13 +48,14 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
                 "layer_types": types,
             }
         )
-        if not any(windows):
-            raise InputError(
-                "config.json: layer_types has no sliding_attention; an OLMo 3 has some such "
-                "layers, with a window"
-            )
     return dataclasses.replace(
-        config, windows=windows, qk_norm=True, wide_qk_norm=True, pre_norms=False, post_norms=True
+        config,
+        windows=windows,
+        local_rope_base=config.local_rope_base if any(windows) else None,
+        qk_norm=True,
+        wide_qk_norm=True,
+        pre_norms=False,
+        post_norms=True,
     )
 
 

@@ -6,14 +6,12 @@ There, q, k and v are one tensor, and so are gate and up.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from jaxmodel.errors import InputError
 from jaxmodel.hub.families import llama as of_llama
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import llama
-from jaxmodel.ops import RopeScaling
 
 _LONG = ("longrope", "su", "yarn")  # Phi's names of one scaling; early files have the latter two
 
@@ -36,6 +34,7 @@ def _names(config: llama.Config) -> list[Name]:
 def _from_hf(hf: dict[str, Any]) -> llama.Config:
     # keys of Phi 4 mini
     fixed(hf, {"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)})
+    fixed(hf, {"attention_bias": (False,), "mlp_bias": (False,)})
     rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
@@ -51,36 +50,17 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
             f"config.json: the rope type {kind!r} is not read; allowed: 'default', 'longrope'"
         )
     turned = int(c.head_width * share)
+    trained = rope.get("original_max_position_embeddings") or hf.get(
+        "original_max_position_embeddings"
+    )
+    long = {"rope_type": "longrope", "original_max_position_embeddings": trained or 4096}
     return dataclasses.replace(
         c,
         windows=(window,) if window else (),
         rotary_width=0 if turned == c.head_width else turned,
-        rope_scaling=None if kind == "default" else _scaling(hf, rope, c.context),
-    )
-
-
-def _scaling(hf: Mapping[str, Any], rope: Mapping[str, Any], context: int) -> RopeScaling:
-    trained = (
-        rope.get("original_max_position_embeddings")
-        or hf.get("original_max_position_embeddings")
-        or 4096
-    )
-    factor = rope.get("factor")
-    sharpen = rope.get("attention_factor")
-    lists = []
-    for key in ("short_factor", "long_factor"):
-        if not isinstance(rope.get(key), list):
-            raise InputError(
-                f"config.json: {key} of the rope scaling is {rope.get(key)!r}; allowed: a list of "
-                f"numbers"
-            )
-        lists.append(tuple(map(float, rope[key])))
-    factor = float(context / trained if factor is None else factor)
-    return RopeScaling(
-        *("longrope", factor, trained),
-        sharpen=None if sharpen is None else float(sharpen),
-        near=lists[0],
-        far=lists[1],
+        rope_scaling=None
+        if kind == "default"
+        else of_llama.scaling_from_hf(rope | long | {"partial_rotary_factor": None}, c.context),
     )
 
 
@@ -98,16 +78,12 @@ def _to_hf(c: llama.Config) -> dict[str, Any] | None:
         "pad_token_id": None,
     }
     if (s := c.rope_scaling) is not None:
-        sharpen = {} if s.sharpen is None else {"attention_factor": s.sharpen}
-        hf["original_max_position_embeddings"] = s.context
-        hf["rope_scaling"] = {
-            "type": "longrope",
-            "short_factor": list(s.near),
-            "long_factor": list(s.far),
-            **sharpen,
-        }
-        if s.factor != c.context / s.context:
-            hf["rope_scaling"]["factor"] = s.factor
+        said = of_llama.scaling_to_hf(s)
+        hf["original_max_position_embeddings"] = said.pop("original_max_position_embeddings")
+        if s.factor == c.context / s.context:
+            del said["factor"]
+        said["type"] = said.pop("rope_type")
+        hf["rope_scaling"] = {key: value for key, value in said.items() if value is not None}
     return hf
 
 

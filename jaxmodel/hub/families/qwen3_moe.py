@@ -28,7 +28,9 @@ def _names(config: llama.Config) -> list[Name]:
 
 
 def _from_hf(hf: dict[str, Any]) -> llama.Config:
-    fixed(hf, {"use_qk_norm": (True,), "shared_expert_intermediate_size": (0,)})
+    fixed(
+        hf, {"use_qk_norm": (True,), "shared_expert_intermediate_size": (0,), "mlp_bias": (False,)}
+    )
     step = hf.get("decoder_sparse_step", 1)
     depth = hf["num_hidden_layers"]
     window = hf.get("sliding_window", 4096)

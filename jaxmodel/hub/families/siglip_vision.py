@@ -1,14 +1,26 @@
-"""Files of SigLIP's image tower: HF folders of SiglipVisionModel, and that part of SiglipModel."""
+"""Files of SigLIP's image tower.
+
+HF folders of SiglipVisionModel and SiglipForImageClassification, and that part of SiglipModel.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmodel.hub.families.bert import architecture, linear_names, norm_names
+from jaxmodel.hub.families.bert import (
+    architecture,
+    labels,
+    labels_to_hf,
+    linear_names,
+    norm_names,
+)
 from jaxmodel.hub.families.clip import image_names, tower, tower_to_hf
 from jaxmodel.hub.names import Family, Name, fixed
 from jaxmodel.models import vit
+
+_CLASSIFIER = "SiglipForImageClassification"
 
 
 def names(c: vit.Config, ours: str = "") -> list[Name]:
@@ -23,6 +35,7 @@ def names(c: vit.Config, ours: str = "") -> list[Name]:
         *linear_names(f"{pool}/attn/o", f"{head}.attention.out_proj"),
         *linear_names(f"{pool}/mlp/up", f"{head}.mlp.fc1"),
         *linear_names(f"{pool}/mlp/down", f"{head}.mlp.fc2"),
+        *linear_names(f"{ours}head/classes", "classifier"),
     ]
     for i, leaf in enumerate(("q", "memory_k", "memory_v")):
         for end, kind in (("", "weight"), ("_bias", "bias")):
@@ -55,16 +68,26 @@ def config_to_hf(c: vit.Config) -> dict[str, Any]:
 
 
 def _from_hf(hf: Mapping[str, Any]) -> vit.Config:
-    architecture(hf, ("SiglipVisionModel",), "SiglipVisionModel")
-    return config_from_hf(hf)
+    classes = ("SiglipVisionModel", _CLASSIFIER)
+    if architecture(hf, classes, "SiglipVisionModel") != _CLASSIFIER:
+        return config_from_hf(hf)
+    # which reads the mean of the patches, whether the tower has the head of the others or not
+    tower = (hf.get("vision_config") or {}) | {"vision_use_head": True}
+    config = config_from_hf(tower, "config.json: vision_config")
+    return dataclasses.replace(config, pool="mean", labels=labels(hf))
 
 
 def _to_hf(c: vit.Config) -> dict[str, Any] | None:
-    return (
-        {"architectures": ["SiglipVisionModel"], **config_to_hf(c)}
-        if c.pool == "attention"
-        else None
-    )
+    if c.pool == "attention" and not c.labels:
+        return {"architectures": ["SiglipVisionModel"], **config_to_hf(c)}
+    if c.pool != "mean" or not c.labels:
+        return None
+    return {
+        "architectures": [_CLASSIFIER],
+        "model_type": "siglip",
+        "vision_config": {**config_to_hf(c), "vision_use_head": False},
+        **labels_to_hf(c.labels),
+    }
 
 
 FAMILY = Family(
@@ -73,6 +96,8 @@ FAMILY = Family(
     names=names,
     config_from_hf=_from_hf,
     config_to_hf=_to_hf,
-    ignored=r"embeddings\.position_ids",
+    classes=(_CLASSIFIER,),
+    ignored=r"embeddings\.position_ids|head\.(probe|layernorm|attention|mlp).*",
     prefix="vision_model.",
+    unread="text_config",
 )

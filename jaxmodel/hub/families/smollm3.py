@@ -29,9 +29,11 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
             f"of {depth} layers"
         )
     still = tuple(not turns for turns in turned[:depth])
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    types = hf.get("layer_types") or [("sliding" if s else "full") + "_attention" for s in still]
-    windows = of_llama.windows_of(hf | {"layer_types": types, "sliding_window": window})
+    # where layer_types is given, it alone says which layers have windows
+    some = bool(hf.get("use_sliding_window") and hf.get("sliding_window"))
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    types = hf.get("layer_types") or [kinds[some and s] for s in still]
+    windows = of_llama.windows_of(hf | {"layer_types": types})
     return dataclasses.replace(
         of_llama.plain(hf | {"layer_types": None}, **_HAS),
         still=of_llama.pattern(still),

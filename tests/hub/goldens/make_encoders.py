@@ -238,7 +238,9 @@ LATER = {
         "XLMRobertaModel", XLMRobertaConfig(**_ROBERTA), 9, r".*\.(query|key)\..*|.*position.*"
     ),
     "distilbert-a": Tiny(
-        "DistilBertForMaskedLM", DistilBertConfig(**_DISTILBERT), 11, r".*embeddings\..*|vocab_.*"
+        "DistilBertForMaskedLM",
+        DistilBertConfig(**_DISTILBERT, tie_word_embeddings=False),
+        *(11, r".*embeddings\..*|vocab_.*"),
     ),
     "distilbert-b": Tiny(
         "DistilBertForSequenceClassification",
@@ -291,14 +293,16 @@ LATER = {
     ),
     "dinov2-c": Tiny(
         "Dinov2Model",
-        Dinov2Config(image_size=12, patch_size=4, qkv_bias=False, hidden_act="gelu_new", **_DINO),
-        gradients=r".*(position|lambda).*",
+        Dinov2Config(image_size=12, patch_size=4, qkv_bias=False, use_swiglu_ffn=True, **_DINO),
+        gradients=r".*(position|lambda|layer\.1\.mlp).*",
         sides=(21, 8),
     ),
     "modernbert-d": Tiny(
         "ModernBertForSequenceClassification",
         ModernBertConfig(
-            **_MODERN | {"classifier_pooling": "cls", "num_hidden_layers": 3}, **labels("no", "yes")
+            **_MODERN | {"classifier_pooling": "cls", "num_hidden_layers": 3},
+            **labels("no", "yes"),
+            **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True),
         ),
         *(7, r".*layers\.2\..*|head.*|classifier.*"),
     ),
@@ -337,6 +341,35 @@ LATER = {
         SiglipVisionConfig(image_size=8, patch_size=4, **sizes(12, 2, 3, 20)),
         gradients=r".*(head|embeddings).*",
     ),
+    "siglip-c": Tiny(
+        "SiglipForImageClassification",
+        SiglipConfig(
+            vision_config=sizes(12, 2, 2, 20, image_size=8, patch_size=4), **labels(*"xyz")
+        ),
+        gradients=r".*(classifier|post_layernorm|embeddings).*",
+    ),
+    "bert-d": Tiny(
+        "BertForMaskedLM",
+        BertConfig(
+            vocab_size=61,
+            max_position_embeddings=20,
+            tie_word_embeddings=False,
+            **sizes(12, 1, 2, 20),
+        ),
+        *(13, r".*word_embeddings.*|cls(?!\.predictions\.bias).*"),
+    ),
+    "modernbert-e": Tiny(
+        "ModernBertForMaskedLM",
+        ModernBertConfig(
+            **_MODERN | {"num_hidden_layers": 1}, tie_word_embeddings=False, decoder_bias=False
+        ),
+        *(7, r".*embeddings\..*|head.*|decoder.*"),
+    ),
+    "roberta-c": Tiny(
+        "RobertaForMaskedLM",
+        RobertaConfig(**_ROBERTA | {"num_hidden_layers": 1}, tie_word_embeddings=False),
+        *(11, r".*word_embeddings.*|lm_head(?!\.bias).*"),
+    ),
 }
 SEEDS = {name: i for i, name in enumerate([*sorted(MODELS), *LATER])}
 MODELS |= LATER
@@ -348,7 +381,7 @@ def inputs_of(tiny: Tiny, draw: torch.Generator) -> dict[str, torch.Tensor]:
     config = tiny.config
     found = {}
     text = getattr(config, "text_config", config)
-    if config.model_type == "siglip":  # which reads the last position, so nothing is padding
+    if tiny.kind == "SiglipModel":  # which reads the last position, so nothing is padding
         length = tiny.short or text.max_position_embeddings
         found["tokens"] = torch.randint(text.vocab_size, (2, length), generator=draw)
     elif tiny.short:

@@ -110,9 +110,10 @@ MODELS = {
             n_head=1,
             n_positions=32,
             layer_norm_epsilon=1e-2,
+            tie_word_embeddings=False,
             **_GPT2,
         ),
-        *(32, 9, _KEPT, "float32"),
+        *(32, 9, _KEPT + r"|lm_head\.weight", "float32"),
     ),
     "gpt2-c": Tiny(
         29,
@@ -162,6 +163,9 @@ def tiny(name: str, spec: Tiny) -> None:
         text.max_position_embeddings,
         text.vocab_size - (3 if kind == "gemma3" else 0),
     )  # without those of images
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":  # which begins behind it
+        context = int(context * rope["factor"])
     tokens = torch.randint(vocab, (2, spec.length), generator=draw)
     mask = torch.ones_like(tokens)
     tokens[1, spec.short :], mask[1, spec.short :] = 0, 0

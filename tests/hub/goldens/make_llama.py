@@ -55,7 +55,12 @@ _BIASES = r"model\.layers\.1\..*bias"
 _FIRST = r"model\.layers\.0\..*"
 _SECOND = r"model\.(norm|layers\.1)\..*"
 _SCALED = r"model\.(embed_tokens|norm|layers\.1)\..*"
-_GEMMA = {"head_dim": 6, "attention_bias": False}
+_GEMMA = {"head_dim": 6, "attention_bias": True}
+_DIVISORS = {
+    "short_factor": [1.0, 1.2],
+    "long_factor": [1.5, 5.0],
+    "original_max_position_embeddings": 32,
+}
 _TINY_IMAGE = {
     **{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
     **{"image_size": 4, "patch_size": 4, "vision_use_head": False},
@@ -109,6 +114,13 @@ MODELS = {
         11,
         _SECOND,
     ),
+    "llama-dynamic": Tiny(
+        31,
+        LlamaConfig(**sizes(53, head_dim=6, **rope("dynamic", 100.0, factor=3.0))),
+        18,
+        9,
+        _SECOND,
+    ),
     "llama-biased": Tiny(
         13,
         LlamaConfig(**sizes(53, attention_bias=True, mlp_bias=True, **rope("default"))),
@@ -142,6 +154,7 @@ MODELS = {
                 sliding_window=4,
                 max_window_layers=1,
                 tie_word_embeddings=True,
+                **rope("longrope", **_DIVISORS),
             )
         ),
         *(17, 13, _SECOND),
@@ -159,6 +172,7 @@ MODELS = {
                 use_sliding_window=True,
                 sliding_window=6,
                 max_window_layers=1,
+                attention_bias=True,
             ),
             **rope("yarn", 1000.0, factor=4.0, attention_factor=1.3),
         ),
@@ -213,6 +227,7 @@ MODELS = {
             **sizes(
                 59,
                 kv_heads=4,
+                attention_bias=True,
                 **_QWEN_MOE,
                 decoder_sparse_step=2,
                 use_sliding_window=True,
@@ -225,7 +240,7 @@ MODELS = {
         19,
         Gemma3Config(
             text_config={
-                **sizes(61, 3, kv_heads=1, sliding_window=3, **_GEMMA),
+                **sizes(61, 3, kv_heads=1, sliding_window=3, head_dim=6, attention_bias=False),
                 **{
                     "query_pre_attn_scalar": 10,
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -247,7 +262,9 @@ MODELS = {
         ),
         *(17, 12, r"model\.(norm|layers\.2)\..*"),
     ),
-    "olmo2-a": Tiny(20, Olmo2Config(**sizes(53, kv_heads=2, **rope("default"))), 18, 9, _SECOND),
+    "olmo2-a": Tiny(
+        20, Olmo2Config(**sizes(53, attention_bias=True, **rope("default"))), 18, 9, _SECOND
+    ),
     "olmo3-a": Tiny(
         21,
         Olmo3Config(
@@ -280,9 +297,12 @@ MODELS = {
                 3,
                 head_dim=6,
                 tie_word_embeddings=False,
-                use_sliding_window=True,
+                attention_bias=True,
+                mlp_bias=True,
+                use_sliding_window=False,  # layer_types alone counts
                 sliding_window=4,
             ),
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
             no_rope_layers=[0, 1, 0],
         ),
         *(17, 12, _SECOND),
@@ -290,7 +310,13 @@ MODELS = {
     "granite-a": Tiny(
         25,
         GraniteConfig(
-            **sizes(53, tie_word_embeddings=True, **rope("default")),
+            **sizes(
+                53,
+                tie_word_embeddings=True,
+                attention_bias=True,
+                mlp_bias=True,
+                **rope("default"),
+            ),
             **{
                 "embedding_multiplier": 3.0,
                 "residual_multiplier": 0.4,
@@ -346,6 +372,7 @@ _PLAIN_GEMMA = {"qkv_bias": False, "query_scale": 20**-0.5}
 _OLMO = {"qk_norm": True, "wide_qk_norm": True, "pre_norms": False, "post_norms": True}
 _YARN = {"kind": "yarn", "factor": 4.0, "context": 32, "sharpen": 1.2}
 _LONG = {"kind": "longrope", "factor": 2.0, "context": 64, "near": [1.0, 1.5], "far": [1.0, 4.0]}
+_LONG8 = {**_LONG, "near": [1.0] * 4, "far": [3.0] * 4}
 WRITTEN = {
     "llama": ("llama", "tiny", {}),
     "llama-tied": ("llama", "tiny", _TIED),
@@ -362,6 +389,12 @@ WRITTEN = {
         "tiny",
         {"rope_scaling": {"kind": "yarn", "factor": 4.0, "context": 16, "sharpen": 1.2}},
     ),
+    "llama-dynamic": (
+        "llama",
+        "tiny",
+        {"rope_scaling": {"kind": "dynamic", "factor": 2.0, "context": 64}},
+    ),
+    "llama-longrope": ("llama", "tiny", {"rope_scaling": _LONG8}),
     "llama-yarn-plain": (
         "llama",
         "tiny",
@@ -371,6 +404,7 @@ WRITTEN = {
     "qwen2": ("llama", "tiny", {"qkv_bias": True}),
     "qwen2-window": ("llama", "tiny", {"qkv_bias": True, "windows": [0, 7], "tied": True}),
     "qwen3": ("llama", "tiny", {"qk_norm": True}),
+    "qwen3-biased": ("llama", "tiny", {"qk_norm": True, "qkv_bias": True, "o_bias": True}),
     "qwen3-window": ("llama", "tiny", {"qk_norm": True, "windows": [0, 0, 7], "tied": True}),
     "gemma2": ("llama", "tiny-gemma", {**_PLAIN_GEMMA, "qk_norm": False, "local_rope_base": None}),
     "gemma3_text": (
