@@ -57,6 +57,7 @@ WEIGHTS = {
     "t5/t5-small": "google-t5/t5-small",
     "t5/t5-v1.1-small": "google/t5-v1_1-small",
     "vit/dinov2-base": "facebook/dinov2-base",
+    "vit/dinov2-giant": "facebook/dinov2-giant",
     "vit/dinov2-large": "facebook/dinov2-large",
     "vit/dinov2-small": "facebook/dinov2-small",
     "vit/vit-base-16": "google/vit-base-patch16-224",
