@@ -234,10 +234,10 @@ def _plain_words(lower: bool) -> list[Any]:
 
 
 def around(backend: tokenizers.Tokenizer, head: str | None, tail: str | None) -> None:
-    """Let a tokenizer put a token before and one after each text.
+    """Make a tokenizer put a token before and one after each text.
 
     Raises:
-      InputError: one that is not in its vocabulary.
+      InputError: one of them is not in its vocabulary.
     """
     tokens = [
         (token, backend.token_to_id(token))

@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al., 2019) and the sizes of GPT-3.
 
-Layer norm precedes each part; positions are learnt, there are biases, and the head is tied unless the config says otherwise.
+Layer norm precedes each part; positions are learnt, there are biases, and the head
+is tied unless the config says otherwise.
 
 >>> gpt2 = model(SIZES["tiny"])
 >>> params = gpt2.init(jax.random.key(0))

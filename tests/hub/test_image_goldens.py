@@ -1,4 +1,4 @@
-"""Images as they are read for a model, against transformers (goldens/make_encoders.py) and by hand."""
+"""How images are read for a model: against transformers (goldens/make_encoders.py), by hand."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ def scaling_from_hf(rope: Mapping[str, Any], context: int) -> RopeScaling | None
         return None
     if kind not in ROPES:
         raise unknown("config.json: the rope type", kind, ("default", *ROPES))
-    options = {
+    options: dict[str, Any] = {
         ours: float(rope[theirs])
         for ours, theirs in _OPTIONS.get(kind, {}).items()
         if rope.get(theirs) is not None
@@ -272,12 +272,13 @@ def _divisors(rope: Mapping[str, Any], key: str) -> tuple[float, ...]:
 
 
 def context_of(scaling: RopeScaling | None, said: int) -> int:
-    """The longest sequence of a model whose config.json says `said` positions.
+    """Return the longest sequence of a model whose config.json says `said` positions.
 
     Of a "dynamic" scaling these are the positions of the training, beyond which it begins.
     """
-    dynamic = scaling is not None and scaling.kind == "dynamic"
-    return int(said * scaling.factor) if dynamic else said
+    if scaling is None or scaling.kind != "dynamic":
+        return said
+    return int(said * scaling.factor)
 
 
 def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
