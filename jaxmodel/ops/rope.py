@@ -23,7 +23,8 @@ class RopeScaling:
         and emozilla, 2023): the base grows with rows longer than the context; "llama3" (Llama 3.1,
         2024): only those whose wavelength exceeds the context, with a smooth transition; "yarn"
         (Peng et al., 2023): by the number of rotations in the context, with sharpened scores;
-        "longrope" (Ding et al., 2024): each by its own divisor, from one of two lists, with sharpened scores.
+        "longrope" (Ding et al., 2024): each by its own divisor, from one of two lists, with
+        sharpened scores.
       factor: the ratio of the new context length to that of the training.
       context: the context length of the training, in tokens; all kinds but "linear" need it.
       low: llama3: a wave that fits the context fewer times than this is scaled fully.
