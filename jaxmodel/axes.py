@@ -445,7 +445,7 @@ def shapes(axes: Axes, whole: tree.Params, fewer: Mapping[str, int]) -> tree.Par
             most = (
                 f"1 to {known[name].size}"
                 if name in known and not known[name].ordered
-                else "sets of units in no order"
+                else "unordered sets of units"
             )
             raise InputError(f"narrow: {name!r}: {size} given; allowed: {most}")
     units = {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name, size in fewer.items()}

@@ -48,7 +48,7 @@ class Child:
         try:
             line = json.dumps(what) + "\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"not plain data, as JSON has it: {error}") from None
+            raise InputError(f"not plain JSON data: {error}") from None
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 command = [sys.executable, "-P", str(self._script), str(memory)]
@@ -109,7 +109,7 @@ def tried(kind: str, path: str | Path, what: str, **more: Any) -> None:
     Args:
       kind: the name of a function in child_reader.py.
       path: the path of the file.
-      what: the beginning of the message: "data: 'a.arrayrecord' is no whole ArrayRecord file".
+      what: the beginning of the message: "data: 'a.parquet' is not a complete Parquet file".
       **more: further arguments of that function.
 
     Raises:

@@ -99,7 +99,7 @@ def border(what: str) -> Iterator[None]:
     except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except MemoryError:
-        raise InputError(f"{what}: it asks for more memory than there is") from None
+        raise InputError(f"{what}: it needs more memory than there is") from None
     except BaseException as error:
         raise InputError(
             f"{what}: {' '.join(str(error).split())[:500] or type(error).__name__}"
@@ -117,7 +117,7 @@ BELOW_ONE: Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def at_least(argument: str, value: object, least: int = 1) -> None:
-    """Refuse a value that is no whole number of at least `least`.
+    """Refuse a value that is not a whole number of at least `least`.
 
     Raises:
       InputError: the value is smaller, or no whole number (True is none).

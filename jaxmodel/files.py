@@ -34,15 +34,13 @@ def open_regular(path: str | Path) -> BufferedReader:
       path: the path of the file; a link is followed.
 
     Raises:
-      InputError: it is no regular file.
+      InputError: it is not a regular file.
       OSError: as for `open`.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode) or os.path.realpath(path).startswith(_NO_FILES):
         os.close(handle)
-        raise InputError(
-            f"{os.fspath(path)}: no regular file; allowed: a file with its bytes on a disk"
-        )
+        raise InputError(f"{os.fspath(path)}: not a regular file; allowed: a regular file")
     return open(handle, "rb")
 
 
@@ -54,7 +52,7 @@ def read_bytes(path: str | Path, limit: int | float) -> bytes:
       limit: the largest size in bytes.
 
     Raises:
-      InputError: the file is larger, or no regular file.
+      InputError: the file is larger, or not a regular file.
       OSError: as for `open`.
     """
     with open_regular(path) as file:
@@ -63,8 +61,8 @@ def read_bytes(path: str | Path, limit: int | float) -> bytes:
         found = file.read(size + 1) if size <= limit else b""
     if max(size, len(found)) > limit:
         raise InputError(
-            f"{os.fspath(path)}: larger than {limit:,.0f} bytes, which is the most that is read "
-            f"of such a file"
+            f"{os.fspath(path)}: larger than {limit:,.0f} bytes, the largest size that is read of "
+            "such a file"
         )
     return found
 
@@ -105,12 +103,14 @@ def open_own(path: str | Path) -> TextIO:
     except OSError as error:
         if os.path.islink(path) or error.errno == errno.ENXIO:  # a pipe that nobody reads
             raise InputError(
-                f"{os.fspath(path)}: no regular file; nothing is written there: remove it"
+                f"{os.fspath(path)}: not a regular file, so nothing is written; remove it first"
             ) from None
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise InputError(f"{os.fspath(path)}: no regular file; nothing is written there: remove it")
+        raise InputError(
+            f"{os.fspath(path)}: not a regular file, so nothing is written; remove it first"
+        )
     return open(handle, "a+", encoding="utf-8")
 
 

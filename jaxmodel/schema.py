@@ -102,7 +102,7 @@ def parse(raw: bytes, where: str) -> Any:
         raise InputError(f"{where}: nested too deeply; allowed: {DEEPEST} levels") from None
     except UnicodeEncodeError:
         raise InputError(
-            f"{where}: a text in it is no valid Unicode; allowed: any without lone surrogates"
+            f"{where}: a string in it is not valid Unicode; allowed: any without lone surrogates"
         ) from None
     except ValueError as error:  # from JSON or UTF-8
         raise InputError(f"{where}: not JSON: {error}") from None
@@ -131,7 +131,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         for key, value in pairs:
             if value != made[key]:
-                raise InputError(f"not JSON: {key!r:.80} stands there twice, with different values")
+                raise InputError(f"not JSON: {key!r:.80} is repeated with different values")
     return made
 
 

@@ -94,12 +94,14 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
         except ValueError:
             axes = {}
         if not axes or not all(axes) or len(axes) != len(shape.split(",")):
-            raise InputError(f"mesh: {shape!r} is not readable; write it as 'fsdp=4,tensor=2'")
+            raise InputError(f"mesh: {shape!r} cannot be read; write it as 'fsdp=4,tensor=2'")
         shape = axes
     sizes = tuple(shape.values())
     need = math.prod(sizes)
     if not sizes or min(sizes) < 1:
-        raise InputError(f"mesh: {dict(shape)} is no mesh; each axis needs a length of 1 or more")
+        raise InputError(
+            f"mesh: {dict(shape)} is not a mesh; allowed: a length of at least 1 for each axis"
+        )
     if need > len(devices):
         raise InputError(f"mesh: {dict(shape)} needs {need} devices; there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
@@ -110,7 +112,7 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[Any] | None = No
         mesh = Mesh(grid, tuple(shape), axis_types=auto)
     except ValueError as error:
         raise InputError(
-            f"mesh: {dict(shape)} cannot be made of these devices: "
+            f"mesh: {dict(shape)} cannot be made from these devices: "
             f"{str(error).splitlines()[0][:200]}"
         ) from None
     if (
@@ -141,8 +143,8 @@ def _meet(mesh: Mesh) -> None:
             want = math.prod(mesh.shape[name] for name in group)
             if found != want:
                 raise InputError(
-                    f"mesh: {want} devices along {group} meet {found:.0f}; with MPI, start by "
-                    f"mpirun or srun"
+                    f"mesh: {found:.0f} of {want} devices along {group} found each other; with "
+                    "MPI, start by mpirun or srun"
                 )
 
 

@@ -37,7 +37,7 @@ def read_chain(argument: str, text: str, known: Mapping[str, Any], example: str)
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise InputError(f"{argument}: {text!r} is not readable; write it as {example!r}") from None
+        raise InputError(f"{argument}: {text!r} cannot be read; write it as {example!r}") from None
     return tuple(_member(argument, part, text, known) for part in _parts(node))
 
 

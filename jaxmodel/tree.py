@@ -148,12 +148,12 @@ def _walk(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Leaf]]:
     for key in node:
         if not isinstance(key, str) or "/" in key:
             raise InputError(
-                f"params: {'/'.join(keys) or 'the whole'} has the key {key!r}; allowed: texts "
-                f"without '/'"
+                f"params: {'/'.join(keys) or 'the whole'} has the key {key!r}; allowed: strings "
+                "without '/'"
             )
     if len(keys) > _DEEPEST or (keys and not node):
         what = (
-            f"is nested deeper than {_DEEPEST} levels, or holds itself"
+            f"is nested deeper than {_DEEPEST} levels, or contains itself"
             if node
             else "is an empty dict"
         )
@@ -219,8 +219,8 @@ def _segments_at(keys: tuple[str, ...], node: Params) -> list[str]:
         # no segment at all, an empty one (1-0), or of another form (3-3, 01)
         if not layers or segment_key(layers) != key:
             raise InputError(
-                f"{where}: the key {key!r} is no segment of layers as others there are; allowed: "
-                f"such as '7', '3-5'"
+                f"{where}: the key {key!r} is not a segment of layers, as its neighbours are; "
+                "allowed: such as '7', '3-5'"
             )
     found = sorted(node, key=lambda key: _span(key).start)
     for one, following in itertools.pairwise(found):

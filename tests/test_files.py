@@ -31,7 +31,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         read_bytes(file, 10)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero", "/proc/self/environ", tmp_path):
-        with pytest.raises(InputError, match="no regular file"):
+        with pytest.raises(InputError, match="not a regular file"):
             open_regular(path)
 
 

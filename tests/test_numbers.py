@@ -45,7 +45,7 @@ def test_trees_that_are_none() -> None:
         ({"a": {0: ones}}, "a has the key 0"),
         ({"a/b": ones}, "the whole has the key 'a/b'"),
         ({"a": {}}, "'a' is an empty dict"),
-        (circle, "or holds itself"),
+        (circle, "or contains itself"),
     ):
         with pytest.raises(InputError, match=says):
             tree.flatten(params)

@@ -108,9 +108,7 @@ def test_a_save_that_did_not_end_does_not_count_and_a_cut_off_one_is_set_aside(
 
 def test_without_the_bucket_it_says_so(bucket):
     nowhere = bucket.replace("weights", "nowhere") + "/run"
-    with pytest.raises(
-        InputError, match=f"folder '{nowhere}' cannot be used .there is no such bucket"
-    ):
+    with pytest.raises(InputError, match=f"folder '{nowhere}' cannot be used .no such bucket"):
         checkpoint.Checkpoints(nowhere)
 
 
@@ -178,7 +176,7 @@ def test_files_of_records_are_read_as_local_ones_are(folder, kind, tmp_path, mon
     assert [Path(args[1]).parent.parent == rooms for args in asked] == [True, False]
     content = near.read_bytes()
     store.pipe_file(f"{place}/b.{kind}", content[: len(content) // 2])
-    with pytest.raises(InputError, match=rf"/b.{kind}' is no whole") as error:
+    with pytest.raises(InputError, match=rf"/b.{kind}' is not a complete") as error:
         list(documents(far.replace("/a.", "/b.")))
     assert str(rooms) not in str(error.value).partition(": ")[0]
     monkeypatch.setattr(limits, "_now", limits.Limits(download_bytes=1000))

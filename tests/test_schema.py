@@ -51,9 +51,9 @@ def read(raw: bytes, kind: Any = dict[str, Any]) -> Any:
         (b"", dict, "not JSON: Expecting value"),
         (b"{'a': 1}", dict, "not JSON: "),
         (b'{"a": "\xff"}', dict, "not JSON: "),
-        (b'{"a": "\\ud800"}', dict, "a text in it is no valid Unicode"),
+        (b'{"a": "\\ud800"}', dict, "a string in it is not valid Unicode"),
         (b"[1]", dict, "its content is [1]; allowed: an object"),
-        (b'{"a": 1, "a": 2}', dict, "'a' stands there twice"),
+        (b'{"a": 1, "a": 2}', dict, "'a' is repeated"),
         (b"[" * 100_000, dict, "nested too deeply; allowed: 100 levels"),
         (b'{"a":' * 3000 + b"1" + b"}" * 3000, dict, "nested too deeply; allowed: 100 levels"),
         (b'{"size": ' + b"9" * 5000 + b"}", dict, "not JSON: "),
@@ -158,7 +158,7 @@ def test_only_regular_files_of_a_limited_size(
     assert schema.read(tmp_path / "link.json") == {"a": 1}
     os.mkfifo(pipe)
     for special in (pipe, Path("/dev/zero"), Path("/proc/self/environ"), tmp_path):
-        with pytest.raises(InputError, match="no regular file"):
+        with pytest.raises(InputError, match="not a regular file"):
             schema.read(special)
     monkeypatch.setattr(limits, "_now", limits.Limits(json_bytes=7))
     with pytest.raises(InputError, match="larger than 7 bytes"):

@@ -164,8 +164,8 @@ def test_other_keys_are_no_segments(key):
     assert list(tree.flatten({"blocks": {key: 1}})) == [f"blocks/{key}"]
     with pytest.raises(
         InputError,
-        match=rf"^a/blocks: the key {re.escape(repr(key))} is no segment .* allowed: such as '7', "
-        rf"'3-5'$",
+        match=rf"^a/blocks: the key {re.escape(repr(key))} is not a segment .* allowed: "
+        rf"such as '7', '3-5'$",
     ):
         tree.flatten({"a": {"blocks": {key: 1, "0": 1}}})
 
@@ -179,9 +179,9 @@ def test_other_keys_are_no_segments(key):
         ([], r"\[\] must cover the layers from 0 on without gap or overlap"),
         (["2-3", "0-2"], "the segments '0-2' and '2-3' overlap"),
         (["0-4", "2"], "the segments '0-4' and '2' overlap"),
-        (["0", "1-0"], "the key '1-0' is no segment"),
-        (["0", "1-1"], "the key '1-1' is no segment"),
-        (["0", "01"], "the key '01' is no segment"),
+        (["0", "1-0"], "the key '1-0' is not a segment"),
+        (["0", "1-1"], "the key '1-1' is not a segment"),
+        (["0", "01"], "the key '01' is not a segment"),
     ],
 )
 def test_segments_must_cover_the_layers_once(keys, message):

@@ -149,7 +149,9 @@ def _matrices(model: Model, params: tree.Params, one: LoRA) -> dict[str, LoRA | 
     found = {path for path, role in roles(model.axes, params).items() if role == "matrix"}
     inside = {path for path in found if tree.BLOCKS in path.split("/")}
     if not found:
-        raise InputError(f"rules: {one!r} given for a model without matrices; allowed: rules")
+        raise InputError(
+            f"rules: {one!r} given, but the model has no matrices; give rules for its leaves"
+        )
     paths = (layer for path in tree.flatten(params) for layer in tree.layer_paths(path))
     return {path: one if path in (inside or found) else None for path in paths}
 

@@ -58,13 +58,14 @@ def replace_head(
     fields = set(getattr(config, "__dataclass_fields__", ()))
     if not fields & {"classes", "labels"} or not model.family:
         raise InputError(
-            f"model: a config of {type(config).__module__} given; allowed: one with classes or "
-            f"labels"
+            f"model: a config of {type(config).__module__} given; allowed: a config with classes "
+            "or labels"
         )
     build = build_of(model)
     if build is None:
         raise InputError(
-            "model: it is wrapped; allowed: one as its file makes it (wrap the result instead)"
+            "model: a wrapped model given; allowed: a model as its family makes it (wrap the "
+            "result instead)"
         )
     names = (
         tuple(f"LABEL_{i}" for i in range(classes)) if isinstance(classes, int) else tuple(classes)
@@ -95,7 +96,7 @@ def replace_head(
     if unlike := sorted(have ^ need):
         kind = "too many" if unlike[0] in have else "missing"
         raise InputError(
-            f"params: the leaf {unlike[0]!r} is {kind}; needed is the body of the model"
+            f"params: the leaf {unlike[0]!r} is {kind}; allowed: the parameters of the model's body"
         )
     return new, tree.combine(body, tree.unflatten(fresh))
 
@@ -225,8 +226,8 @@ def load_matching(fresh: tree.Params, trained: tree.Params) -> tuple[tree.Params
     ]
     if not fits:
         raise InputError(
-            "trained: none of its leaves has the path and shape of a fresh one; allowed: those of "
-            "the same family"
+            "trained: no leaf has the path and shape of a leaf of the new model; allowed: "
+            "parameters of the same family"
         )
     whole = tree.stack(
         tree.unflatten(

@@ -46,7 +46,7 @@ class Initializer:
             value = getattr(self, field.name)
             if str(field.type).startswith("float") and not isinstance(value, float | int | None):
                 # as for any argument of a wrong type
-                raise TypeError(f"{field.name} is {value!r}; a number is needed")
+                raise TypeError(f"{field.name} is {value!r}; allowed: a number")
 
     def __call__(
         self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -284,8 +284,8 @@ def initialize(model: Model, key: jax.Array, rules: tree.Rules) -> tree.Params:
             return leaf
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise InputError(
-                f"rules: the leaf {layers[0]!r} is {leaf.dtype}; allowed: None, which leaves it "
-                f"to the model"
+                f"rules: the leaf {layers[0]!r} is {leaf.dtype}; allowed: None, for the model's "
+                "own initial value"
             )
         if not tree.is_stacked(path):
             return _draw(makers[0], key, path, leaf)
@@ -320,8 +320,8 @@ def initializer(value: Any) -> Initializer | Callable[..., jax.Array] | None:
         return value  # pyright: ignore[reportReturnType]
     names = ", ".join(sorted(known))
     raise InputError(
-        f"rules: {value!r} is no initialiser; allowed: {names}, one that is made (`He()`), a "
-        f"callable or None"
+        f"rules: {value!r} is not an initialiser; allowed: {names}, an instance (`He()`), a "
+        "callable or None"
     )
 
 
@@ -340,7 +340,7 @@ def _parse(text: str) -> Initializer:
         node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
         raise InputError(
-            f"initializer: {text!r} is not readable; write it as 'he' or 'normal(0.02)'"
+            f"initializer: {text!r} cannot be read; write it as 'he' or 'normal(0.02)'"
         ) from None
     name = node.func if isinstance(node, ast.Call) else node
     known = initializers()

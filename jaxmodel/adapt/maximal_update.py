@@ -94,7 +94,8 @@ def mup(model: Model, base: int | Any) -> Mup:
     build = build_of(model)
     if build is None:
         raise InputError(
-            "model: it is wrapped; allowed: one as its file makes it (wrap the result instead)"
+            "model: a wrapped model given; allowed: a model as its family makes it (wrap the "
+            "result instead)"
         )
     base = _narrower(config, base) if isinstance(base, int) else base
     if type(base) is not type(config):
@@ -203,8 +204,8 @@ def _narrower(config: Any, width: int) -> Any:
     if width < 1 or any(size * width % config.width for size in sizes.values()):
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(
-            f"base: the width {width} given; allowed: one that shrinks {told} to whole numbers, "
-            f"or a config"
+            f"base: the width {width} given; allowed: a width that scales {told} to whole numbers, "
+            "or a config"
         )
     return dataclasses.replace(
         config, **{name: size * width // config.width for name, size in sizes.items()}
@@ -225,9 +226,8 @@ def _scored(config: Any, base: Any) -> Any:
         changed["query_scale"] = config.query_scale if wide == narrow else own * narrow / wide
     elif wide != narrow:
         raise InputError(
-            f"base: heads of width {narrow}, those of the model have {wide}; allowed: the same, "
-            f"as this family's config has no "
-            "scale of the scores"
+            f"base: heads of width {narrow} given, but the model's have {wide}; allowed: the same, "
+            "because this family's config cannot scale attention scores"
         )
     return dataclasses.replace(config, **changed)
 
@@ -238,8 +238,8 @@ def _factors(
     """Return how a leaf starts (None: unchanged) and the factor of its learning rate."""
     if len(shape) != len(narrow):
         raise InputError(
-            f"base: {path!r} has the shape {list(narrow)}, here it has {list(shape)}; allowed: as "
-            f"many axes"
+            f"base: {path!r} has the shape {list(narrow)}, but the model's has {list(shape)}; "
+            "allowed: the same number of axes"
         )
     if shape[-1:] == narrow[-1:] or role not in ("matrix", "head", "experts", "router"):
         return None, 1.0

@@ -198,13 +198,12 @@ class Checkpoints:
                     self._held.enter_context(places.held(Path(folder)))
                 elif not epath.Path("/".join(str(folder).split("/")[:3])).exists():
                     raise OSError(
-                        "there is no such bucket, or it cannot be seen from here: address, keys, "
-                        "permission"
+                        "no such bucket, or no access to it: check address, keys and permissions"
                     )
             except (OSError, ImportError) as error:
                 reason = getattr(error, "strerror", None) or _one_line(error)
                 hint = (
-                    "; 'jaxmodel[remote]' brings gs:// and s3://"
+                    "; gs:// and s3:// need 'jaxmodel[remote]'"
                     if isinstance(error, ImportError)
                     else ""
                 )
@@ -366,8 +365,8 @@ class Checkpoints:
     def _failed(self, number: int, error: Exception) -> None:
         self._problem = error
         _say(
-            f"checkpoint of step {number} failed ({_one_line(error)}); training goes on, what was "
-            f"saved before stays"
+            f"checkpoint of step {number} failed ({_one_line(error)}); training continues, and "
+            "earlier checkpoints are kept"
         )
 
     def _record(self, state: Stepped, number: int, score: float | None) -> dict[str, Any]:
@@ -434,7 +433,7 @@ class Checkpoints:
             )
         if record.pop("sha256", None) != digest_of(record):
             raise InputError(
-                f"checkpoints: the manifest of step {number} has other bytes than were written"
+                f"checkpoints: the manifest of step {number} differs from what was written"
             )
         schema.make(record, Manifest, str(file))
         return record
@@ -457,7 +456,7 @@ class Checkpoints:
                 if sizes[name] != size:
                     return f"has {sizes[name]} bytes of {size}"
                 return (
-                    "has other bytes than were written"
+                    "differs from what was written"
                     if digest is not None and places.digest(place / name) != digest
                     else ""
                 )
@@ -490,13 +489,13 @@ class Checkpoints:
                         self._verified = number
                 except InputError as error:
                     if self._read_only:
-                        _say(f"{error}; the step before is taken")
+                        _say(f"{error}; the previous step is used")
                         continue
                     aside = self.folder / f"{self._place(number).name}.bad"
                     if aside.exists():
                         aside.rmtree()
                     places.move(self._place(number), aside, first=MANIFEST)
-                    _say(f"{error}; it is set aside as {aside.name}, and the step before is taken")
+                    _say(f"{error}; it is set aside as {aside.name}, and the previous step is used")
                     continue
                 found = number
                 break
@@ -520,8 +519,8 @@ class Checkpoints:
         wanted = flat(like)
         if of_others := of_other_devices(record, wanted):
             _say(
-                f"step {number} was made by another number of devices: what the exchange of "
-                f"gradients had yet to send is lost"
+                f"step {number} was saved with another number of devices: the residual of the "
+                "gradient compression is lost"
             )
         made = {*of_others, *(name for name in LATER if name not in record["arrays"])}
         self._check(record, like, made)
@@ -539,8 +538,8 @@ class Checkpoints:
         )
         if differ:
             _say(
-                f"step {number} was made elsewhere, so bits may differ from those of an unbroken "
-                f"run: {'; '.join(differ)}"
+                f"step {number} was saved in another environment, so the result may differ "
+                f"slightly from that of an uninterrupted run: {'; '.join(differ)}"
             )
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
@@ -551,14 +550,13 @@ class Checkpoints:
         changed = [line for line in differ if any(is_about(name, line) for name in self._allowed)]
         if others := [line for line in differ if line not in changed]:
             raise InputError(
-                f"checkpoints: step {number} in {str(self.folder)!r} is of another config: "
-                f"{'; '.join(others[:8])}; to go on "
-                f"in this way use Checkpoints(..., "
-                f"allow_changes={[field_of(line) for line in others[:8]]}) or options of "
-                "`jaxmodel resume`, else another folder"
+                f"checkpoints: step {number} in {str(self.folder)!r} was saved with another "
+                f"config: {'; '.join(others[:8])}; to continue with these changes use "
+                f"Checkpoints(..., allow_changes={[field_of(line) for line in others[:8]]}) or "
+                "options of `jaxmodel resume`, else use another folder"
             )
         if changed:
-            _say(f"step {number} goes on in another way: {'; '.join(changed)}")
+            _say(f"step {number} continues with changes: {'; '.join(changed)}")
         compared = record["data"] is not None and self.data is not None
         then = (record["identity"] or {}).get("batch_size")
         same = {self.data}
@@ -570,19 +568,19 @@ class Checkpoints:
             then, now = (str(value)[:12] for value in (record["data"], self.data))
             raise InputError(
                 f"data: its fingerprint was {then} when step {number} in {str(self.folder)!r} was "
-                f"saved and is {now}; a run "
-                "goes on with the data that it began with"
+                f"saved and is {now}; a run must continue with the data that it began with"
             )
         wanted = {name: [list(a.shape), str(a.dtype)] for name, a in flat(like).items()}
         differ = [
-            f"{name} is {shown(record['arrays'].get(name))} there, {shown(wanted.get(name))} here"
+            f"{name} is {shown(record['arrays'].get(name))} in the checkpoint, "
+            f"{shown(wanted.get(name))} now"
             for name in sorted({*wanted, *record["arrays"]} - {*but})
             if wanted.get(name) != record["arrays"].get(name)
         ] + differences(record["fields"], to_plain(fields(like)))
         if differ:
             more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
             raise InputError(
-                f"checkpoints: step {number} in {str(self.folder)!r} has other arrays: "
+                f"checkpoints: step {number} in {str(self.folder)!r} has different arrays: "
                 f"{'; '.join(differ[:4])}{more}"
             )
 

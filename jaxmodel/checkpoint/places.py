@@ -58,7 +58,8 @@ def held(folder: Path) -> Iterator[None]:
             file.seek(0)
             who = file.read().strip() or "another process"
             raise InputError(
-                f"checkpoints: {who} saves in {str(folder)!r}; stop it first, or use another folder"
+                f"checkpoints: {who} is saving to {str(folder)!r}; stop it first, or use another "
+                "folder"
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -101,7 +101,7 @@ def apply(
     chains = tree.assign(as_recipe(recipe).rules, base)
     if any(isinstance(chain, ByRole) for chain in chains.values()):
         if axes is None:
-            raise InputError("axes: None given; a recipe by the roles of leaves needs model.axes")
+            raise InputError("axes: None given; a recipe by role needs model.axes")
         roles = of_roles(axes, base)
         chains = {
             layer: chain.of(roles[layer]) if isinstance(chain, ByRole) else chain
@@ -119,8 +119,8 @@ def apply(
         shape = tree.layer_shape(path, leaf)
         if chain and len(shape) < 2:  # stacked, it would pass for a matrix
             raise InputError(
-                f"recipe: {text_of(chain)!r} is given to {path!r} of shape {list(shape)}; methods "
-                f"take matrices"
+                f"recipe: {text_of(chain)!r} given for {path!r} of shape {list(shape)}; allowed: "
+                "matrices"
             )
         if chain:
             check_weights(leaf, f"recipe: {text_of(chain)!r} is given to {path!r}")

@@ -85,16 +85,16 @@ def observe(
         found = measure(zeros, params, inputs)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
-        raise InputError("batches: there is none")
+        raise InputError("batches: none given; allowed: at least one")
     for path, found in total.items():
         if not np.all(np.asarray(found["count"] + found["taken"]) > 0):
             raise InputError(
-                f"observe: the leaf {path!r} was never reached (count 0); is it used, and not "
-                f"behind an argmax?"
+                f"observe: the leaf {path!r} was never used (count 0); the output must depend on "
+                "it, and not through an argmax alone"
             )
         if not all(np.isfinite(np.asarray(value)).all() for value in found.values()):
             raise InputError(
-                f"observe: what was measured at {path!r} is not finite; a weight or a batch has "
-                f"NaN or infinity"
+                f"observe: the statistics of {path!r} are not finite; a weight or a batch contains "
+                "NaN or infinity"
             )
     return total

@@ -61,8 +61,8 @@ def read_recipe(place: str | Path) -> Recipe:
         )
         if (said := card.get("recipe")) is None:
             raise InputError(
-                f"recipe: the bundle {str(place)!r} was made by none; allowed: one that "
-                f"`compress` made, or a file"
+                f"recipe: the bundle {str(place)!r} was not made by a recipe; allowed: a bundle "
+                "that `compress` made, or a file"
             )
         if isinstance(said, str):
             return get_recipe(said)
@@ -93,7 +93,7 @@ def from_record(record: Any, where: str = "recipe") -> Recipe:
     """
     said = schema.make(record, _File, where)
     if said.base is None and not said.rules:
-        raise InputError(f"{where}: neither base nor rules is there; allowed: one of them or both")
+        raise InputError(f"{where}: neither base nor rules given; allowed: one of them or both")
     try:
         base = Recipe(()) if said.base is None else get_recipe(said.base)
         rules = [
@@ -177,13 +177,13 @@ def parse_yaml(raw: bytes, where: str) -> Any:
                 if not isinstance(self.construct_object(key, deep=True), str):
                     said = key.value if isinstance(key.value, str) else "a list or a mapping"
                     raise InputError(
-                        f"{where}: line {key.start_mark.line + 1}: the key {said} is no text; "
-                        f"quote it"
+                        f"{where}: line {key.start_mark.line + 1}: the key {said} is not a string; "
+                        "quote it"
                     )
                 if key.value in seen:
                     raise InputError(
-                        f"{where}: line {key.start_mark.line + 1}: the key {key.value!r} stands "
-                        f"there twice"
+                        f"{where}: line {key.start_mark.line + 1}: the key {key.value!r} is "
+                        "repeated"
                     )
                 seen.add(key.value)
             return super().construct_mapping(node, deep)

@@ -120,11 +120,11 @@ def _rule(rule: Any) -> tuple[str, Chain | ByRole]:
     if isinstance(value, Method):
         raise InputError(f"{at} gives the method {text_of((value,))} alone; allowed: {_CHAIN}")
     if not isinstance(value, list | tuple):
-        raise InputError(f"{at} gives {value!r}, which is no chain; allowed: {_CHAIN}")
+        raise InputError(f"{at} gives {value!r}, which is not a chain; allowed: {_CHAIN}")
     for method in value:
         if not isinstance(method, Method):
             raise InputError(
-                f"{at} gives a chain with {method!r}, which is no method; allowed: {_CHAIN}"
+                f"{at} gives a chain with {method!r}, which is not a method; allowed: {_CHAIN}"
             )
     return pattern, tuple(value)
 

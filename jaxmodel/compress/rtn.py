@@ -63,8 +63,8 @@ class Rtn(Method):
         if isinstance(leaf, Sparse):
             if isinstance(leaf.values, Compressed) or not self.symmetric:
                 raise InputError(
-                    "rtn: the values of a sparse leaf are rounded once, symmetrically, so that "
-                    "zeros stay zero"
+                    "rtn: a sparse leaf takes one symmetric rounding, so that zeros stay zero; "
+                    "prune the plain weights again"
                 )
             return dataclasses.replace(leaf, values=self(leaf.values))
         if isinstance(leaf, Compressed):

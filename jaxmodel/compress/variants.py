@@ -32,8 +32,8 @@ def variants(bundle: Bundle, names: Sequence[str] = VERSIONS) -> dict[str, Calla
     if any(isinstance(leaf, leaves.Compressed) for leaf in tree.flatten(bundle.params).values()):
         called = bundle.card.get("name", "the bundle")
         raise InputError(
-            f"model: {called!r} is compressed already; plain weights are needed to compare "
-            f"versions of them"
+            f"model: {called!r} is already compressed; allowed: plain weights, to compare variants "
+            "of them"
         )
 
     def make(name: str) -> Bundle:

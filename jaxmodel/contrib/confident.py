@@ -71,14 +71,14 @@ def confident_learning(
     ):
         given = f"{list(p.shape)}, {labels.dtype} {list(labels.shape)}"
         raise InputError(
-            f"probabilities, labels: the shapes {given} given; needed are [N, C] and whole "
-            f"numbers [N]"
+            f"probabilities, labels: the shapes {given} given; allowed: [N, C] and whole numbers "
+            "[N]"
         )
     rows, classes = p.shape
     if not (p >= 0).all() or not np.allclose(p.sum(axis=1), 1, atol=1e-3):
         raise InputError(
-            "probabilities: rows that are no distributions given; needed are numbers from 0 on "
-            "that sum to 1"
+            "probabilities: rows are not distributions; allowed: numbers of at least 0 that sum "
+            "to 1"
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise InputError(

@@ -122,8 +122,8 @@ def _plain(params: tree.Params) -> tree.Params:
     hidden = [name for name in leaves if "hidden_" in name]
     if missing or hidden:
         raise InputError(
-            f"params: {[*missing, *hidden][0]} is in the way; plain weights of an encoder and a "
-            f"decoder are needed"
+            f"params: {[*missing, *hidden][0]} is missing, compressed or superfluous; allowed: the "
+            "plain weights of an encoder and a decoder"
         )
     return params
 

@@ -225,8 +225,8 @@ def with_projection(model: Model, head: Model, *, tokens: int = 0) -> Model:
     """
     if len(head.inputs(1, 1)) != 1:
         raise InputError(
-            f"head: it reads {', '.join(head.inputs(1, 1))}; needed is a model of one input, such "
-            f"as an mlp"
+            f"head: it reads {', '.join(head.inputs(1, 1))}; allowed: a model of one input, such "
+            "as an mlp"
         )
     at_least("tokens", tokens, 0)
     return _projected(model, head, tokens)
@@ -246,8 +246,7 @@ def _projected(model: Model, head: Model, tokens: int) -> Model:
     def top(params: tree.Params, x: Array, rng: Any = None, train: bool = False) -> Array:
         if x.shape[-1] != width:
             raise InputError(
-                f"head: it reads {width} numbers; needed are the {x.shape[-1]} of what the "
-                f"model's own head reads"
+                f"head: it reads {width} numbers; allowed: {x.shape[-1]}, as the model's own head"
             )
         if tokens and (x.ndim != 3 or x.shape[1] < tokens):
             raise InputError(f"tokens: {tokens} given; the model's body gives {list(x.shape)}")

@@ -144,8 +144,8 @@ def mean_teacher(
     ) -> _Term:
         if state is None or "average" not in state.extra:
             raise InputError(
-                "average: 0 given; the teacher is the moving average, so one is needed, such as "
-                "0.99"
+                "average: 0 given; allowed: a decay such as 0.99, because the teacher is the "
+                "moving average"
             )
         taught = _said(model, averaged(state), _seen(noise, jax.random.fold_in(key, 0), rows))
 
@@ -191,9 +191,7 @@ def linear_ramp(step: Int[Array, ""], begin: int, end: int) -> Float[Array, ""]:
     [0.0, 0.0, 0.5, 1.0]
     """
     if not 0 <= begin < end:
-        raise InputError(
-            f"begin, end: {begin}, {end} given; allowed: from 0, the end behind the beginning"
-        )
+        raise InputError(f"begin, end: {begin}, {end} given; allowed: 0 <= begin < end")
     return jnp.clip((step.astype(jnp.float32) - begin) / (end - begin), 0, 1)
 
 
@@ -267,11 +265,13 @@ def _semi(
             labelled = {name: a for name, a in batch.items() if not name.startswith(UNLABELLED)}
             return heldout(model, params, labelled, rng, train=False)
         if rng is None:
-            raise InputError("rng: None given; views of the rows are drawn from it in training")
+            raise InputError(
+                "rng: None given; allowed in training: a key, to draw views of the rows"
+            )
         if ramp is not None and state is None:
             raise InputError(
-                "ramp: it needs the state's step; allowed: in make_step and fit, which hand over "
-                "the state"
+                "ramp: it needs the step of the training state; allowed: in make_step and fit, "
+                "which pass the state"
             )
         inputs, rows, count = _parted(batch)
         key = jax.random.fold_in(rng, _VIEWS)

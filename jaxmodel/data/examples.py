@@ -197,10 +197,10 @@ def answers(
             f"were cut at their end"
         )
     if lost:
-        _say(f"of {lost:,} of {len(texts):,} texts nothing to learn is left, so they were left out")
+        _say(f"{lost:,} of {len(texts):,} texts have nothing left to learn and were left out")
     if not kept:
         raise InputError(
-            f"data source: {_named(source)}: no text has something to learn within {length} tokens"
+            f"data source: {_named(source)}: no text has anything to learn within {length} tokens"
         )
     sizes = [len(ids) - 1 for ids, _ in kept]
     rows = first_fit(sizes, length)[0] if pack else np.arange(len(kept))
@@ -256,13 +256,13 @@ def labelled(
             )
         if names is not None and str(label) not in names:
             raise InputError(
-                f"data source: {place}: the label {str(label)!r} is no class; allowed: "
+                f"data source: {place}: the label {str(label)!r} is not a class; allowed: "
                 f"{', '.join(names)}"
             )
         texts.append(_text(place, "text", record["text"]))
         found.append(str(label))
     if not texts:
-        raise InputError(f"data source: {_named(source)}: there are no records")
+        raise InputError(f"data source: {_named(source)}: it has no records")
     numbers = all(label.removeprefix("-").isdecimal() for label in found)
     known = (
         tuple(sorted(set(found), key=int if numbers else str)) if names is None else tuple(names)

@@ -115,13 +115,13 @@ def lines(path: str, most: int | None = None) -> Iterator[bytes]:
                 what = (
                     f"a line is longer than {LONGEST:,} bytes"
                     if blank == 0
-                    else "it goes on with white space"
+                    else "it ends in too much white space"
                 )
                 raise InputError(f"data: {path!r} cannot be read: {what}")
             if most is not None and (total := total + len(line)) > most:
                 raise InputError(
-                    f"data: {path!r} cannot be read: it has more than the {most:,} bytes that are "
-                    f"held at once"
+                    f"data: {path!r} cannot be read: it is larger than the {most:,} bytes that are "
+                    "held at once"
                 )
             yield line
 
@@ -289,8 +289,8 @@ class Column:
                 return np.empty(0, self.dtype)  # an empty file cannot be mapped
             if self.digest is not None and sha256(self.path) != self.digest:
                 raise InputError(
-                    f"data: {self.path!r} is not what was written (another sha256): restore it, "
-                    f"or make it anew"
+                    f"data: {self.path!r} has changed since it was written (another sha256): "
+                    "restore it, or make it again"
                 )
             with open_regular(self.path) as file:
                 return np.memmap(file, self.dtype, mode="r").view(np.ndarray)
@@ -337,5 +337,5 @@ def _remote(url: str) -> tuple[Any, str]:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"data: {url!r} cannot be opened: {error}; 'jaxmodel[remote]' brings gs:// and s3://"
+            f"data: {url!r} cannot be opened: {error}; gs:// and s3:// need 'jaxmodel[remote]'"
         ) from None

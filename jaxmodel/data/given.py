@@ -63,8 +63,8 @@ def as_batches(
     if isinstance(given, Batches):
         if batch_size is not None:
             raise InputError(
-                f"batch_size: {batch_size} given; {argument} has batches of {given.batch_size} "
-                f"rows already"
+                f"batch_size: {batch_size} given; {argument} already has batches of "
+                f"{given.batch_size} rows"
             )
         return given
     if isinstance(given, Rows):
@@ -213,8 +213,8 @@ class Passed:
         batch = _batch(item, self._name, self._argument)
         if _rows(batch) > self.batch_size:
             raise InputError(
-                f"{self._argument}: a batch of {_rows(batch)} rows behind one of "
-                f"{self.batch_size}; allowed: no larger"
+                f"{self._argument}: a batch of {_rows(batch)} rows after one of {self.batch_size}; "
+                "allowed: no more rows"
             )
         self._kept[self._next] = (
             batch if _rows(batch) == self.batch_size else fill(batch, self.batch_size)
@@ -302,8 +302,7 @@ def _batch(given: Any, input_name: str, argument: str) -> Batch:
     if any(a.ndim == 0 for a in batch.values()) or len({len(a) for a in batch.values()}) != 1:
         shapes = {name: a.shape for name, a in batch.items()}
         raise InputError(
-            f"{argument}: arrays of shapes {shapes} given; the same number of rows in each is "
-            f"needed"
+            f"{argument}: arrays of shapes {shapes} given; allowed: the same number of rows in each"
         )
     return batch
 
@@ -320,7 +319,7 @@ def _array(value: Any) -> np.ndarray:
     }
     if array.dtype.kind in "OUSMm":
         raise InputError(
-            f"data: an array of {array.dtype} given; allowed: numbers, equally many in each row"
+            f"data: an array of {array.dtype} given; allowed: numbers, the same count in each row"
         )
     return array.astype(narrow[array.dtype]) if array.dtype in narrow else array
 

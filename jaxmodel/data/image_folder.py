@@ -79,8 +79,8 @@ class ImageFolder:
             )
         if not self.paths:
             raise InputError(
-                f"images: {str(self.folder)!r} has no images; CLASS/NAME{', '.join(ENDINGS)} "
-                f"below it are needed"
+                f"images: {str(self.folder)!r} has no images; allowed: "
+                f"CLASS/NAME{', '.join(ENDINGS)} below it"
             )
         places = set(self.names)
         for path in self.paths:

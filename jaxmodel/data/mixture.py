@@ -55,7 +55,7 @@ class Mixture:
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size)
         if not self.components:
-            raise InputError("components: none given; at least one is needed")
+            raise InputError("components: none given; allowed: at least one")
         weights = [weight for _, weight in self.components]
         if not all(math.isfinite(weight) and weight > 0 for weight in weights):
             raise InputError(f"weights: {weights} given; each must be above 0")
@@ -68,7 +68,7 @@ class Mixture:
                     f"component {i} has {_show(other, differ)}, component 0 "
                     f"{_show(shapes[0], differ)}"
                 )
-                raise InputError(f"components: {given}; equal fields, dtypes and widths are needed")
+                raise InputError(f"components: {given}; allowed: equal fields, dtypes and widths")
         _ = self._counts  # compute it now, so that no step waits for it
 
     @property

@@ -120,7 +120,7 @@ def pack(documents: Sequence[Ids], length: int, eos_id: int | None = None) -> Pa
     ]
     if not arrays:
         raise InputError(
-            f"documents: none of the {len(documents)} holds a token; at least one must"
+            f"documents: none of the {len(documents)} has a token; allowed: at least one that has"
         )
     flat = np.concatenate([part for array in arrays for part in (array, end)])
     _, pieces = cut(np.array([array.size for array in arrays]) + end.size, length)
@@ -181,17 +181,17 @@ def _int32(argument: str, ids: Ids) -> np.ndarray:
         array: np.ndarray[Any, Any] = np.asarray(ids)
     except ValueError:  # lists of unequal lengths
         raise InputError(
-            f"{argument}: lists in a list given; a flat list of integers is needed"
+            f"{argument}: nested lists given; allowed: a flat list of integers"
         ) from None
     if array.ndim == 1 and array.size == 0:
         return np.empty(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InputError(
-            f"{argument}: {array.dtype} of shape {array.shape} given; a flat list of integers is "
-            f"needed"
+            f"{argument}: {array.dtype} of shape {array.shape} given; allowed: a flat list of "
+            "integers"
         )
     if array.min() < 0 or array.max() > _LARGEST:
         raise InputError(
-            f"{argument}: ids from {array.min()} to {array.max()} given; 0 to {_LARGEST} is allowed"
+            f"{argument}: ids from {array.min()} to {array.max()} given; allowed: 0 to {_LARGEST}"
         )
     return array.astype(np.int32, copy=False)

@@ -95,8 +95,8 @@ class PackedShards:
             path = f"{self._path}.{name}"
             if files.sha256(path) != digests[name]:
                 raise InputError(
-                    f"plan: {path!r} is not what was written (another sha256): delete it, and it "
-                    f"is made anew"
+                    f"plan: {path!r} has changed since it was written (another sha256): delete it, "
+                    "and it is made again"
                 )
 
     def take(self, indices: np.ndarray) -> PackedRows:

@@ -36,7 +36,7 @@ _FILES = ("tokens_file", "offsets_file")
 _OURS = re.compile(
     r"(tokens|offsets)-[0-9a-f]{8}-\d{5,}\.bin|pack-\d+-[0-9a-f]{16}\.(json|starts|sizes|firsts)"
 )
-_ANEW = f"delete {INDEX} and tokenise anew"
+_ANEW = f"delete {INDEX} and tokenise again"
 # most texts and characters that are encoded in one call, unless a single text is longer
 _TEXTS, _CHARACTERS = (
     1024,
@@ -121,8 +121,7 @@ class Shards:
                     given = f"has {found[name]:,} bytes" if name in found else "is missing"
                     path = files.join(self.folder, name)
                     raise InputError(
-                        f"shards: {path!r} {given}; {size:,} bytes are needed: restore it, or "
-                        f"{_ANEW}"
+                        f"shards: {path!r} {given}; it had {size:,} bytes: restore it, or {_ANEW}"
                     )
 
     @cached_property
@@ -132,7 +131,8 @@ class Shards:
         if found is None:
             where = files.join(self.folder, INDEX)
             raise InputError(
-                f"shards: there is no whole {where!r}; a folder that `tokenize` finished is needed"
+                f"shards: {where!r} is missing or incomplete; allowed: a folder that `tokenize` "
+                "finished"
             )
         return found
 
@@ -229,8 +229,8 @@ class Shards:
                     path = files.join(self.folder, shard[kind])
                     if files.sha256(path) != shard[kind.replace("file", "sha256")]:
                         raise InputError(
-                            f"shards: {path!r} is not what was written (another sha256): restore "
-                            f"it, or {_ANEW}"
+                            f"shards: {path!r} has changed since it was written (another sha256): "
+                            f"restore it, or {_ANEW}"
                         )
                 job.advance(shard["tokens"])
 
@@ -296,8 +296,8 @@ def tokenize(
         texts = documents(texts)
     if isinstance(texts, Iterator):
         raise InputError(
-            "texts: an iterator given, which is read only once; allowed: documents(...), a list "
-            "of texts"
+            "texts: an iterator given, which can be read only once; allowed: documents(...), a "
+            "list of texts"
         )
     if eos and not tokenizer.eos_ids:
         raise InputError("eos: the tokenizer has no end-of-text id; allowed: eos=False")
@@ -326,7 +326,7 @@ def tokenize(
                 )
             )
     if not shards:
-        raise InputError("texts: no document has a token; at least one must")
+        raise InputError("texts: no document has a token; allowed: at least one that has")
     totals = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
     with files.writing(files.join(folder, INDEX)) as file:
         file.write(json.dumps({**head, "key": key, **totals, "shards": shards}, indent=1).encode())
@@ -347,8 +347,8 @@ def _encoded(
                 if min(ids) < 0 or max(ids) >= tokenizer.vocab_size:
                     given = f"ids from {min(ids)} to {max(ids)}"
                     raise InputError(
-                        f"tokenizer: gave {given}; 0 to {tokenizer.vocab_size - 1} is what its "
-                        f"vocab_size allows"
+                        f"tokenizer: it returned {given}; allowed: 0 to "
+                        f"{tokenizer.vocab_size - 1}, by its vocab_size"
                     )
                 yield [*ids, *end]
         job.advance(len(chunk))
@@ -433,8 +433,8 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     if hasattr(backend, "to_str"):
         return _digest(backend.to_str())
     raise InputError(
-        f"tokenizer: {type(tokenizer).__name__} given; a hub.Tokenizer, or a property "
-        f"`fingerprint`, is needed"
+        f"tokenizer: {type(tokenizer).__name__} given; allowed: a hub.Tokenizer, or an object with "
+        "a property `fingerprint`"
     )
 
 
@@ -450,10 +450,7 @@ def _texts_digest(texts: Iterable[str]) -> str:
 
 def _function_digest(function: Callable[[str], bool]) -> list[Any]:
     """Return the name and code of a function; all else that it uses must be plain constants."""
-    allowed = (
-        "a plain function of the text; what it closes over and its defaults may be numbers "
-        "and texts"
-    )
+    allowed = "a plain function of the text, with numbers and strings as closure and defaults"
     if not isinstance(function, FunctionType):
         raise InputError(f"keep: {function!r} given; allowed: {allowed}")
     held = [cell.cell_contents for cell in function.__closure__ or ()]

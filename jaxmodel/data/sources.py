@@ -87,8 +87,7 @@ class Documents:
                 if not isinstance(text, str):
                     raise _bad(
                         part,
-                        f"{where}: field {self.field!r} holds {type(text).__name__}; text is "
-                        f"needed",
+                        f"{where}: field {self.field!r} holds {type(text).__name__}; allowed: text",
                     )
                 # JSON can say it, and no tokenizer can read it
                 if (odd := _LONE.search(text)) is not None:
@@ -96,11 +95,11 @@ class Documents:
                         f"half of a surrogate pair (\\u{ord(odd[0]):04x}) at character "
                         f"{odd.start()}"
                     )
-                    raise _bad(part, f"{where} has {half}; Unicode text is needed")
+                    raise _bad(part, f"{where} has {half}; allowed: Unicode text")
                 empty = empty and not text.strip()
                 yield text
             if empty:
-                raise _bad(part, "holds no text; some text is needed")
+                raise _bad(part, "holds no text; allowed: a file with text")
 
     def digest(self) -> str:
         """Return a SHA-256 that changes with the documents.
@@ -165,7 +164,7 @@ def documents(source: Source, field: str = "text", split: str = "train") -> Docu
     for given in [source] if isinstance(source, str | Path) else source:
         parts += _resolve(given)
     if not parts:
-        raise InputError("data source: none given; at least one is needed")
+        raise InputError("data source: none given; allowed: at least one")
     return Documents(tuple(parts), field, split)
 
 
@@ -208,9 +207,7 @@ def _resolve(given: str | Path) -> list[str]:
         raise no_file(name, Path(path))
     if not found:
         kind = (
-            "no file has such a name"
-            if glob.has_magic(path) or files.is_remote(path)
-            else "a folder"
+            "no file has this name" if glob.has_magic(path) or files.is_remote(path) else "a folder"
         )
         allowed = "a file, a pattern such as 'folder/*.jsonl', or a folder that `datasets` saved"
         raise InputError(f"data source: {name!r} given: {kind}; allowed: {allowed}")
@@ -292,7 +289,9 @@ def _table(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
     try:
         names = next(reader, [])
         if field is not None and field not in names:
-            said = "the first line names the columns, and --field or `field` the one of the texts"
+            said = (
+                "the first line names the columns, and --field or `field` names that of the texts"
+            )
             raise InputError(f"{unknown(f'column in {part!r}', field, names)}; {said}")
         column = None if field is None else names.index(field)
         for row in reader:
@@ -300,12 +299,12 @@ def _table(part: str, field: str | None) -> Iterator[tuple[str, Any]]:
             if row and len(row) != len(names):
                 raise _bad(
                     part,
-                    f"{where} has {len(row)} cells; {len(names)} are needed, as the first line has",
+                    f"{where} has {len(row)} cells; allowed: {len(names)}, as in the first line",
                 )
             if row:
                 yield where, dict(zip(names, row, strict=True)) if column is None else row[column]
     except csv.Error as error:
-        raise _bad(part, f"line {reader.line_num} is no row of a table ({error})") from None
+        raise _bad(part, f"line {reader.line_num} is not a row of a table ({error})") from None
 
 
 def _from_json(part: str, where: str, raw: bytes, field: str | None) -> Any:
@@ -317,13 +316,13 @@ def _loads(part: str, where: str, raw: bytes, needed: str) -> Any:
         schema.check_count(raw)
         return json.loads(raw)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too much
-        raise _bad(part, f"{where} is not JSON ({error}); {needed} is needed") from None
+        raise _bad(part, f"{where} is not JSON ({error}); allowed: {needed}") from None
 
 
 def _field(part: str, where: str, record: Any, field: str | None) -> Any:
     """Return a field of a record; without a field name, the record."""
     if not isinstance(record, dict):
-        raise _bad(part, f"{where} is a JSON {type(record).__name__}; {_objects(field)} is needed")
+        raise _bad(part, f"{where} is a JSON {type(record).__name__}; allowed: {_objects(field)}")
     if field is None:
         return record
     one_of(f"field in {part!r}, {where}", field, record)
@@ -332,7 +331,7 @@ def _field(part: str, where: str, record: Any, field: str | None) -> Any:
 
 def _parquet(part: str, field: str | None) -> Iterator[Any]:
     parquet = require("pyarrow.parquet", "data")
-    what = f"data source: {part!r} is no whole Parquet file"
+    what = f"data source: {part!r} is not a complete Parquet file"
     with files.local(part) as path, files.reading(path, unpack=False) as raw, border(what):
         _try("table", path, what, field=field)
         file = parquet.ParquetFile(raw)
@@ -346,7 +345,7 @@ def _parquet(part: str, field: str | None) -> Iterator[Any]:
 
 def _array_record(part: str, field: str | None) -> Iterator[Any]:
     records = require("array_record.python.array_record_module", "data")
-    what = f"data source: {part!r} is no whole ArrayRecord file"
+    what = f"data source: {part!r} is not a complete ArrayRecord file"
     with files.local(part) as path, border(what):
         _try("records", path, what)
         reader = records.ArrayRecordReader(path)

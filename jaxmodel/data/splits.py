@@ -55,8 +55,8 @@ def split(
     found = tuple(np.flatnonzero(where == part) for part in range(len(shares)))
     if empty := [share for share, rows in zip(parts, found, strict=True) if not rows.size]:
         raise InputError(
-            f"parts: a share of {empty[0]} gets none of {count} rows; needed are more rows, "
-            f"groups or larger shares"
+            f"parts: a share of {empty[0]} gets none of {count} rows; give more rows or groups, or "
+            "larger shares"
         )
     return found
 
@@ -112,12 +112,12 @@ def _parts(
     """Return the part of each row."""
     at_least("count", count)
     if not 0 <= seed < 2**64:
-        raise InputError(f"seed: {seed} given; 0 to 2^64 - 1 is allowed")
+        raise InputError(f"seed: {seed} given; allowed: 0 to 2^64 - 1")
     for name, given in (("labels", labels), ("groups", groups)):
         if given is not None and given.shape != (count,):
             raise InputError(
-                f"{name}: the shape {list(given.shape)} given for {count} rows; needed is one for "
-                f"each"
+                f"{name}: the shape {list(given.shape)} given for {count} rows; allowed: one for "
+                "each row"
             )
     classes = (
         np.zeros(count, np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]

@@ -105,7 +105,7 @@ class Stream:
         at_least("batch_size", self.batch_size)
         at_least("seed", self.seed, 0)
         if self.seed >= 2**64:
-            raise InputError(f"seed: {self.seed} given; 0 to 2^64 - 1 is allowed")
+            raise InputError(f"seed: {self.seed} given; allowed: 0 to 2^64 - 1")
         if isinstance(self.data, Mapping):
             _check_arrays(self.data)
             shapes = {name: a.shape for name, a in self.data.items()}
@@ -115,8 +115,8 @@ class Stream:
                 or not self.count
             ):
                 raise InputError(
-                    f"data: arrays of shapes {shapes} given; the same number of rows in each, at "
-                    f"least 1, is needed"
+                    f"data: arrays of shapes {shapes} given; allowed: the same number of rows in "
+                    "each, at least 1"
                 )
         elif isinstance(self.data, PackedRows | np.ndarray):
             _check_arrays(
@@ -133,13 +133,13 @@ class Stream:
             ):
                 given = f"{tokens.dtype} of shape {tokens.shape}"
                 raise InputError(
-                    f"data: {given} given; integers [N, T + 1] with N and T at least 1 are needed"
+                    f"data: {given} given; allowed: integers [N, T + 1] with N and T at least 1"
                 )
             if not tokens.shape == segments.shape == positions.shape:
                 shapes = f"{tokens.shape}, {segments.shape}, {positions.shape}"
                 raise InputError(
-                    f"data: tokens, segments, positions of shapes {shapes} given; equal shapes "
-                    f"are needed"
+                    f"data: tokens, segments, positions of shapes {shapes} given; allowed: equal "
+                    "shapes"
                 )
         elif not isinstance(self.data, Rows):
             allowed = (
@@ -152,7 +152,7 @@ class Stream:
             )
             raise InputError(f"data: {type(self.data).__name__} given; allowed: {allowed}{hint}")
         elif not self.count:
-            raise InputError("data: no rows given; at least 1 is needed")
+            raise InputError("data: no rows given; allowed: at least 1")
 
     @property
     def count(self) -> int:
@@ -262,8 +262,8 @@ def _check_arrays(fields: Mapping[str, Any]) -> None:
         if not hasattr(a, "shape") or not hasattr(a, "dtype") or a.dtype == object:
             given = f"an array of {a.dtype}" if hasattr(a, "dtype") else type(a).__name__
             raise InputError(
-                f"data: {given} given for {name!r}; allowed: an array, as np.asarray makes of "
-                f"equally long rows"
+                f"data: {given} given for {name!r}; allowed: an array, such as np.asarray makes "
+                "from rows of equal length"
             )
 
 
@@ -418,7 +418,7 @@ def prefetch(
       InputError: start below 0 or beyond stop, fewer than one worker, or rows outside of the batch.
     """
     if not 0 <= start <= stop:
-        raise InputError(f"start, stop: {start}, {stop} given; 0 <= start <= stop is needed")
+        raise InputError(f"start, stop: {start}, {stop} given; allowed: 0 <= start <= stop")
     at_least("workers", workers)
     global_rows(start, rows, stream.batch_size)
     return _ahead(stream, start, stop, workers, rows)

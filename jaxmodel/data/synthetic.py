@@ -129,7 +129,7 @@ class SyntheticSeq2Seq:
             one_of("tasks", task, TASKS)
         one_of("part", self.part, PARTS)
         if not 0 <= self.seed < 2**64:
-            raise InputError(f"seed: {self.seed} given; 0 to 2^64 - 1 is allowed")
+            raise InputError(f"seed: {self.seed} given; allowed: 0 to 2^64 - 1")
 
     @property
     def fingerprint(self) -> str:

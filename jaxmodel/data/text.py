@@ -125,18 +125,19 @@ def load_text(source: str | Path) -> Text:
         text, origin = _named(source)
     elif record_kind(name) is not None:
         allowed = (
-            f"one UTF-8 text, or {', '.join(NAMES)}; `data.documents`, and so train, reads records"
+            f"one UTF-8 text, or {', '.join(NAMES)}; "
+            "records are read by `data.documents` and `jaxmodel train`"
         )
         raise InputError(
-            f"data source: {name!r} is by its name a file of records; allowed: {allowed}"
+            f"data source: {name!r} has the name of a file of records; allowed: {allowed}"
         )
     elif files.is_remote(name):
         with files.reading(name, unpack=False) as file:
             raw = file.read(files.LONGEST + 1)
             if len(raw) > files.LONGEST:
                 raise InputError(
-                    f"data source: {name!r} is larger than {files.LONGEST:,} bytes, which is the "
-                    f"most that is held"
+                    f"data source: {name!r} is larger than {files.LONGEST:,} bytes, the largest "
+                    "size that is held"
                 )
             text = _decode(name, raw)
             origin = name
@@ -227,19 +228,16 @@ def _named(name: str) -> tuple[str, str]:
     file = f"{name}.txt"
     if folder and (path := Path(folder, file)).is_file():
         return _read(name, path), f"$JAXMODEL_DATA/{file}"
-    missing = (
-        f"data source: {name!r} is not in $JAXMODEL_DATA ({folder or 'not set'}), where "
-        f"{file} is looked for"
-    )
+    missing = f"data source: {name!r} is not in $JAXMODEL_DATA ({folder or 'not set'}) as {file}"
     if name not in _HUB:
         raise InputError(
-            f"{missing}; put it into a folder, and name that by the environment variable "
-            f"JAXMODEL_DATA"
+            f"{missing}; put it into a folder and set the environment variable JAXMODEL_DATA to "
+            "that"
         )
     try:
         return _from_hub(name)
     except InputError as error:
-        raise InputError(f"{missing}, nor at the hub: {error}") from None
+        raise InputError(f"{missing}, and not at the hub: {error}") from None
 
 
 def _read(given: str, path: Path) -> str:
@@ -256,7 +254,7 @@ def not_utf8(given: str, error: UnicodeDecodeError, before: int = 0) -> InputErr
     where = (
         f"byte 0x{error.object[error.start]:02x} at offset {before + error.start} ({error.reason})"
     )
-    return InputError(f"data source: {given!r} is not UTF-8: {where}; a UTF-8 text file is needed")
+    return InputError(f"data source: {given!r} is not UTF-8: {where}; allowed: a UTF-8 text file")
 
 
 def _decode(given: str, raw: bytes) -> str:
@@ -266,8 +264,8 @@ def _decode(given: str, raw: bytes) -> str:
         raise not_utf8(given, error) from None
     if not text.strip():
         raise InputError(
-            f"data source: {given!r} holds no text ({len(text)} white-space characters); some "
-            f"text is needed"
+            f"data source: {given!r} holds no text ({len(text)} white-space characters); allowed: "
+            "a file with text"
         )
     return text
 
@@ -275,7 +273,7 @@ def _decode(given: str, raw: bytes) -> str:
 def no_file(given: str, path: Path) -> InputError:
     """Make the error for a source that is neither a file nor a name; callers raise it."""
     if path.is_dir():
-        return InputError(f"data source: {given!r} is a folder; a UTF-8 text file is needed")
+        return InputError(f"data source: {given!r} is a folder; allowed: a UTF-8 text file")
     beside = (
         sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
         if path.parent.is_dir()

@@ -44,7 +44,7 @@ def texts(source: Source, fields: tuple[tuple[str, str], ...]) -> Iterator[tuple
         count += 1
         yield record[names[0]], record[names[1]]
     if not count:
-        raise InputError(f"data source: {source!r}: there are no records")
+        raise InputError(f"data source: {source!r}: it has no records")
 
 
 def translations(

@@ -73,7 +73,7 @@ def stop_signals(notices: str | None = None) -> Iterator[Callable[[int], bool]]:
                     "",
                     NO_NOTICE,
                 ):
-                    return tell(f"notice of maintenance ({text})")
+                    return tell(f"maintenance notice ({text})")
 
     def stop(step: int) -> bool:
         if told.is_set() and not many:
@@ -174,7 +174,7 @@ class Watchdog:
                     " ", 2
                 )
             except Exception:
-                found.append((False, 0.0, f"rank {rank} told nothing yet"))
+                found.append((False, 0.0, f"rank {rank} has reported nothing yet"))
                 continue
             silent = time.time() - float(when)
             state = (

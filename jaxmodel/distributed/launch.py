@@ -64,7 +64,7 @@ def launch(
     at_least("devices_per_process", devices)
     if not fits(processes):
         raise InputError(
-            f"batch: its rows do not divide over {processes} processes of {devices} devices"
+            f"batch: its rows cannot be divided among {processes} processes of {devices} devices"
         )
     events: list[dict[str, object]] = []
     now = processes
@@ -103,8 +103,7 @@ def launch(
             now = now if code == STUCK else fewer
             if not now or attempts > restarts:
                 raise InputError(
-                    f"train: {what}, and there is no smaller number of processes that the batch "
-                    f"divides over"
+                    f"train: {what}, and the batch cannot be divided among fewer processes"
                 )
             _say(f"{what}: going on with {now}{shown}")
 

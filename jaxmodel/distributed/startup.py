@@ -227,4 +227,4 @@ def _number(text: str | None) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise InputError(f"distributed: {text!r} is no whole number") from None
+        raise InputError(f"distributed: {text!r} is not a whole number") from None

@@ -67,8 +67,8 @@ def accuracy(
     at_least("batch", batch)
     if len(x) < 1 or labels.shape != (len(x),):
         raise InputError(
-            f"labels: shape {labels.shape} given for {len(x)} rows; one label for each row, at "
-            f"least one, is needed"
+            f"labels: shape {labels.shape} given for {len(x)} rows; allowed: one label for each "
+            "row, and at least one row"
         )
     tree.check(params)
     right = 0
@@ -83,8 +83,8 @@ def accuracy(
         scores = np.asarray(predict(params, filled))[: len(rows)]
         if wanted.min() < 0 or wanted.max() >= scores.shape[-1]:
             raise InputError(
-                f"labels: {wanted.min()} to {wanted.max()} given; 0 to {scores.shape[-1] - 1} is "
-                f"allowed"
+                f"labels: {wanted.min()} to {wanted.max()} given; allowed: 0 to "
+                f"{scores.shape[-1] - 1}"
             )
         mine = np.take_along_axis(scores, wanted[:, None].astype(np.int64), axis=-1)
         # An equal score of another class counts against the label, and so does NaN: equal scores

@@ -79,8 +79,8 @@ def token_nll(
     n, t = windows.shape
     if n < 1 or t < 2:
         raise InputError(
-            f"windows: shape {windows.shape} has nothing to predict; at least one window of 2 "
-            f"tokens is needed"
+            f"windows: shape {windows.shape} has nothing to predict; allowed: at least one window "
+            "of 2 tokens"
         )
     if t > model.config.context:
         raise InputError(

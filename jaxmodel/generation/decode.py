@@ -150,9 +150,9 @@ def unsound(params: tree.Params) -> InputError:
                 bad := int(jnp.sum(~jnp.isfinite(part)))
             ):
                 return InputError(
-                    f"params: {path!r} has {bad} numbers that are NaN or infinite, so the logits "
-                    f"are no numbers; a damaged "
-                    "file, or one converted to a dtype that is too small"
+                    f"params: {path!r} has {bad} values that are NaN or infinite, so the logits "
+                    "are not finite; the file is damaged, or was converted to a dtype that is too "
+                    "small"
                 )
     return InputError(
         "model: the logits are NaN or infinite though all weights are finite: the activations "
@@ -223,8 +223,7 @@ def new_cache(model: models.Model, batch: int, capacity: int) -> Any:
     """
     if model.init_cache is None:
         raise InputError(
-            f"model: a model of the family {model.family!r} does not decode; one with a cache is "
-            f"needed"
+            f"model: the family {model.family!r} cannot decode; allowed: a model with a cache"
         )
     return model.init_cache(batch, capacity)
 

@@ -277,8 +277,8 @@ def encode(bundle: Bundle, prompts: Sequence[str], request: GenerationRequest) -
             )
         if images := set(bundle.card.get("image_tokens", ())).intersection(row):
             raise InputError(
-                f"{name}: the token of an image (id {min(images)}), of which this model has the "
-                f"text part alone"
+                f"{name}: contains the image token (id {min(images)}), but this model has the text "
+                "part alone"
             )
         if max(row) >= config.vocab:
             raise InputError(

@@ -118,7 +118,9 @@ def save_adapters(
     tree.check(bundle.params)
     _, adapters = split_adapters(bundle.params)
     if not adapters:
-        raise InputError("bundle: it has no adapters; allowed: one with them, see adapt.lora")
+        raise InputError(
+            "bundle: it has no adapters; allowed: a bundle with adapters, see adapt.lora"
+        )
     _check_places(bundle)
     with replacing(Path(folder), CONFIG) as beside:
         write(bundle, beside, base, also)
@@ -159,7 +161,7 @@ def add_adapters[B: Any](
     for key, array in arrays.items():
         if not key.startswith(STEM):
             raise InputError(
-                f"{file}: the tensor {key!r} is not of PEFT's layout; allowed: names that begin "
+                f"{file}: the tensor {key!r} is not in PEFT's layout; allowed: names that begin "
                 f"with {STEM!r}"
             )
         if match := _LORA.fullmatch(key.removeprefix(STEM)):
@@ -169,14 +171,14 @@ def add_adapters[B: Any](
                 array  # PEFT also saves the tables that have adapters
             )
     if not found:
-        raise InputError(f"{file}: it holds no adapters")
+        raise InputError(f"{file}: it contains no adapters")
     adapters: dict[str, Adapter] = {}
     for module, pair in found.items():
         entries = layout.find(layout.modules, module, file)
         if ours is None and layout.tied(entries[0][1]):
             raise InputError(
-                f"{file}: {module!r} has an adapter of the lookup alone, but is the head too, and "
-                f"so it is not read"
+                f"{file}: {module!r} has an adapter for the lookup alone, but the head shares this "
+                "table; merge it with PEFT"
             )
         rank, scale = _scale(module, config)
         dtype = np.float32 if ours is None else None
@@ -319,7 +321,7 @@ def _whole(bundle: Any, names: tuple[Name, ...], also: str | None) -> dict[str, 
             if isinstance(leaf, Compressed) or name.part or name.experts:
                 raise InputError(
                     f"also: {layer!r} is compressed or a part of a tensor; allowed: plain leaves "
-                    f"that are one tensor"
+                    "that are a whole tensor"
                 )
             array = np.asarray(leaf[i] if tree.is_stacked(path) else leaf)
             out[name.at(number)] = np.array(to_file(name, array), order="C")
@@ -351,8 +353,8 @@ def _check_places(bundle: Any) -> None:
         name, _ = layout.adapted(path)
         if layout.tied(path):  # PEFT would apply it to the lookup alone
             raise InputError(
-                f"bundle: the adapter of {path!r} is one of the head too, as both are one table; "
-                f"PEFT has no such"
+                f"bundle: the adapter of {path!r} also applies to the head, which shares the "
+                "table; PEFT cannot store that"
             )
         if name.experts or name.lead:
             raise InputError(
@@ -387,7 +389,11 @@ def _config(folder: Path) -> dict[str, Any]:
             else key in _ANY
         )
         if not known and (allowed is not None or value not in (None, False, 0, "", [], {})):
-            what = f"allowed: {' or '.join(map(repr, allowed))}" if allowed else "which is not read"
+            what = (
+                f"allowed: {' or '.join(map(repr, allowed))}"
+                if allowed
+                else "this is not supported"
+            )
             raise InputError(f"{folder / CONFIG}: {key} is {value!r}; {what}; {merge}")
     if not all([config["lora_alpha"], *config["alpha_pattern"].values()]):
         raise InputError(f"{folder / CONFIG}: an alpha is 0; allowed: any other number")
@@ -400,7 +406,7 @@ def _config(folder: Path) -> dict[str, Any]:
         )
         if not simple or not _compiles(pattern):
             raise InputError(
-                f"{folder / CONFIG}: the pattern {pattern!r} is not read; allowed: names of "
+                f"{folder / CONFIG}: the pattern {pattern!r} is not supported; allowed: names of "
                 f"modules, with * and |"
             )
     return config
@@ -464,8 +470,8 @@ class _Layout:
         for full in (name, self.family.prefix + name):
             if full in known:
                 return known[full]
-        close = ", ".join(nearest(name, known)) or "nothing like it"
-        raise InputError(f"{where}: {name!r} has no place in this model; there is {close}")
+        close = ", ".join(nearest(name, known)) or "none"
+        raise InputError(f"{where}: {name!r} has no place in this model; nearest: {close}")
 
     def tied(self, path: str) -> bool:
         """Return whether the head shares this table."""
@@ -491,15 +497,15 @@ def _parts(
     table = "embedding_A" in arrays
     if set(arrays) != ({"embedding_A", "embedding_B"} if table else {"A", "B"}):
         raise InputError(
-            f"{where} has {', '.join(f'lora_{kind}' for kind in sorted(arrays))}; a pair lora_A, "
-            f"lora_B is needed"
+            f"{where} has {', '.join(f'lora_{kind}' for kind in sorted(arrays))}; allowed: a pair "
+            "lora_A, lora_B"
         )
     down, up = (
         (arrays["embedding_B"].T, arrays["embedding_A"].T) if table else (arrays["A"], arrays["B"])
     )
     name, _, shape = entries[0]
     if len(shape) != 2 or name.experts or name.lead:
-        raise InputError(f"{where} is no matrix; allowed: adapters of matrices")
+        raise InputError(f"{where} is not a matrix; allowed: adapters of matrices")
     rows = _rows(name, shape[0])[1]
     wanted = (rank, *(name.trailing or shape[1:])), (rows, rank, *(1,) * (len(name.trailing) - 1))
     if (down.shape, up.shape) != wanted:
@@ -507,7 +513,7 @@ def _parts(
             " and ".join(str(list(shape)) for shape in shapes)
             for shapes in ((down.shape, up.shape), wanted)
         )
-        raise InputError(f"{where} has shapes {found}; needed are {needed}")
+        raise InputError(f"{where} has shapes {found}; allowed: {needed}")
     down, up = (a.astype(dtype or a.dtype).reshape(len(a), -1) for a in (down, up))
     out: dict[str, Adapter] = {}
     for name, path, shape in entries:
@@ -529,18 +535,18 @@ def _replaced(
         if name.part or name.experts or array.shape != name.file_shape(shape):
             needed = list(name.file_shape(shape))
             raise InputError(
-                f"{where}: {tensor!r} of shape {list(array.shape)} does not fit; needed is {needed}"
+                f"{where}: {tensor!r} of shape {list(array.shape)} does not fit; allowed: {needed}"
             )
         if layout.tied(layer):
             raise InputError(
-                f"{where}: {tensor!r} would be one of the head too, as both are one table; merge "
-                f"it with PEFT"
+                f"{where}: {tensor!r} would also replace the head, which shares the table; merge "
+                "it with PEFT"
             )
         path, i = places[layer]
         if isinstance(leaves[path], Compressed):
             raise InputError(
-                f"{where}: {tensor!r} takes the place of a leaf that is compressed; add it before "
-                f"compressing"
+                f"{where}: {tensor!r} replaces a compressed leaf; add the adapters before "
+                "compressing"
             )
         new = jnp.asarray(
             (array.T if name.transposed else array).reshape(shape), leaves[path].dtype

@@ -95,7 +95,8 @@ def of_chat(
     ]
     if not spoken:
         raise InputError(
-            "messages: none is the assistant's, so there is nothing to learn; allowed: at least one"
+            "messages: none is from the assistant, so there is nothing to learn; allowed: at "
+            "least one"
         )
     if spans:
         begin = _in_common(write(first), whole) if first else 0
@@ -107,8 +108,8 @@ def of_chat(
         start = _in_common(write(i, opening=True), text)
         if start < len(before) or start >= len(text):
             raise InputError(
-                f"chat_template: message {i} changes how those in front are written, so it cannot "
-                f"be told apart"
+                f"chat_template: message {i} changes how the messages before it are written, so it "
+                "cannot be separated from them"
             )
         turns.append((text, (start, len(text))))
     if all(whole.startswith(text) for text, _ in turns):

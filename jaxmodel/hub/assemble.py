@@ -68,8 +68,8 @@ def assemble(
     def need(tensor: str) -> str:
         name = place(tensor)
         if name is None:
-            close = ", ".join(nearest(tensor, there)) or "nothing like it"
-            raise InputError(f"{tensors.where}: the tensor {tensor!r} is missing; there is {close}")
+            close = ", ".join(nearest(tensor, there)) or "none"
+            raise InputError(f"{tensors.where}: the tensor {tensor!r} is missing; nearest: {close}")
         used.add(name)
         return name
 
@@ -98,8 +98,8 @@ def assemble(
             stored = need(tensor)
             if not jnp.issubdtype(tensors.dtype(stored), jnp.floating):
                 raise InputError(
-                    f"{tensors.where}: the tensor {tensor!r} is {tensors.dtype(stored)}; "
-                    f"floating-point numbers are needed"
+                    f"{tensors.where}: the tensor {tensor!r} is {tensors.dtype(stored)}; allowed: "
+                    "floating-point numbers"
                 )
             fits(tensor, tensors.shape(stored), name.file_shape(want.shape))
             found.add(tensors.dtype(stored))
@@ -258,8 +258,8 @@ def _check_rest(
         original = place(entry.at(layer))
         if original is not None and not _equal(tensors, name, original):
             raise InputError(
-                f"{tensors.where}: the tensor {name!r} is not {original!r}, to which this config "
-                f"ties it"
+                f"{tensors.where}: the tensor {name!r} differs from {original!r}, to which this "
+                "config ties it"
             )
     extra = [name for name in tensors.names() if name not in used and not ignored.fullmatch(name)]
     if extra:  # without a bias or a table of rotary factors this would be another model

@@ -61,7 +61,7 @@ def check(backend: tokenizers.Tokenizer, where: str) -> None:
         kind: getattr(backend, kind)
         for kind in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     }
-    with border(f"{where}: no tokenizer of the library's own parts"):
+    with border(f"{where}: not a tokenizer of the library's own parts"):
         said = {
             kind: json.loads(part.__getstate__())
             for kind, part in parts.items()

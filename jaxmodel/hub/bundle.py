@@ -176,8 +176,8 @@ def check_vocabulary(config: Any, processor: Any, where: str) -> None:
     if (found := processor.beyond(rows)) is not None:
         token, i = found
         raise InputError(
-            f"{where}: the tokenizer's token {token!r} has id {i}, but the embedding's are 0 to "
-            f"{rows - 1}"
+            f"{where}: the tokenizer's token {token!r} has id {i}, but the embedding has the ids 0 "
+            f"to {rows - 1}"
         )
 
 
@@ -283,8 +283,8 @@ def load(
     bundle = Bundle(model, params, processor, ours.get("card", card))
     if (folder / adapters.FILE).exists() and not (folder / adapters.CONFIG).exists():
         raise InputError(
-            f"{folder}: {adapters.CONFIG!r} is missing, which says what {adapters.FILE!r} means; "
-            f"add it or remove that"
+            f"{folder}: {adapters.CONFIG!r} is missing, which describes {adapters.FILE!r}; add the "
+            "former or remove the latter"
         )
     if ours.get("adapters") or (folder / adapters.CONFIG).exists():
         return adapters.add_adapters(bundle, folder, mesh=mesh)
@@ -302,8 +302,8 @@ def _foreign(folder: Path, module: Any) -> Model | None:
         return foreign.model_of(folder, schema.make(hf, schemas.Foreign, where), module)
     if module is not None:
         raise InputError(
-            f"module: given for {folder}, which is of {hf.get('model_type')!r}; allowed: None, as "
-            f"it brings its own"
+            f"module: given for {folder}, whose model_type is {hf.get('model_type')!r}; allowed: "
+            "None"
         )
     return None
 
@@ -334,13 +334,12 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
     how = (
         None
         if packed is None
-        else packed.get("quant_method") or packed.get("quant_algo") or "a method that is not named"
+        else packed.get("quant_method") or packed.get("quant_algo") or "an unnamed method"
     )
     if how is not None and (how, hf.get("model_type")) != DECODED:
         raise InputError(
-            f"{where}: the weights are quantised by {how}, which is not read; give the model that "
-            f"it was made from, or a "
-            "GGUF file, and compress that here"
+            f"{where}: the weights are quantised by {how}, which is not supported; load the "
+            "original model or a GGUF file, and compress it here"
         )
     classes = hf.get("architectures") or ()
     family = family_of_kind(str(hf.get("model_type")), f"{where}: model_type", classes=classes)
@@ -357,7 +356,7 @@ def read_config(folder: Path, ignore: Collection[str] = ()) -> tuple[Family, Any
         raise InputError(f"{where}: the key {error} is missing") from None
     except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(
-            f"{where}: a value is of the wrong kind: {' '.join(str(error).split())}"
+            f"{where}: a value has the wrong type: {' '.join(str(error).split())}"
         ) from None
     return family, check_fields(config, where), family.card(hf)
 
@@ -366,7 +365,9 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     """Read jaxmodel.json, which must be consistent with itself and with config.json."""
     ours = schema.read(path)
     if ours.get("format") != FORMAT:
-        raise InputError(f"{path}: format {ours.get('format')!r} is not read; allowed: {FORMAT}")
+        raise InputError(
+            f"{path}: format {ours.get('format')!r} is not supported; allowed: {FORMAT}"
+        )
     ours = schema.make(ours, schemas.Ours, str(path))
     theirs = {"family": family, **json.loads(json.dumps(_plain(config)))}
     for key, value in {"family": ours["family"], **ours["config"]}.items():
@@ -377,8 +378,8 @@ def _read_ours(path: Path, family: str, config: Any) -> dict[str, Any]:
     # some wrong fields fit the arrays but decode to other weights
     if digest(ours["leaves"]) != ours["leaves_sha256"]:
         raise InputError(
-            f"{path}: the static fields of the leaves are not those that were written "
-            f"(leaves_sha256)"
+            f"{path}: the static fields of the leaves have changed since they were written "
+            "(leaves_sha256)"
         )
     policy = moved.current(ours["policy"], moved.POLICY)
     return {**ours, "policy": schema.make(policy, Policy, str(path), "policy")}

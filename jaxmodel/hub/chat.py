@@ -163,6 +163,6 @@ def _ask(template: str, variables: Mapping[str, Any], spans: bool) -> dict[str, 
     except InputError as error:
         raise InputError(f"messages: {error}") from None
     if not said:
-        most = f"{limit.template_seconds:g} seconds, or more memory than it may have"
+        most = f"{limit.template_seconds:g} seconds, or more memory than allowed"
         return {"error": f"it took more than {most} ({way('template_seconds', 'template_memory')})"}
     return {**said, "error": f"{said['error']} ({way(said['limit'])})"} if "limit" in said else said

@@ -87,7 +87,7 @@ def answer(
                     "limit": "template_characters",
                 }
     except MemoryError:
-        return {"error": "it takes more memory than it may have", "limit": "template_memory"}
+        return {"error": "it takes more memory than allowed", "limit": "template_memory"}
     except Exception as error:  # a template can raise any Python exception
         return {"error": str(error) or type(error).__name__}
     text = "".join(pieces)

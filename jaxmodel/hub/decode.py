@@ -73,7 +73,8 @@ def decode(file: Any, channels: int, called: str) -> np.ndarray:
         if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
             _say(
                 "frames",
-                f"{called} has {opened.n_frames} frames; of this and others the first is taken",
+                f"{called} has {opened.n_frames} frames; of all animations only the first frame is "
+                "used",
             )
         image = ops.exif_transpose(opened)
         if (levels := _levels(image, opened.format, called)) is not None:
@@ -111,8 +112,7 @@ def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:
         return np.asarray(image).astype(np.uint16)
     if image.mode == "I":
         raise InputError(
-            f"{called} has whole numbers of 32 bits, of which nobody says what is white; allowed: "
-            f"8 or 16 bits"
+            f"{called} has 32-bit integers, whose white level is unknown; allowed: 8 or 16 bits"
         )
     if image.mode != "F":
         return None
@@ -120,8 +120,8 @@ def _levels(image: Any, kind: str, called: str) -> np.ndarray | None:
     low, high = (float(edge(pixels)) for edge in (np.min, np.max))
     if not 0 <= low <= high <= 1:
         raise InputError(
-            f"{called} has floating numbers from {low:.6g} to {high:.6g}; allowed: 0 (black) to 1 "
-            f"(white)"
+            f"{called} has floating-point values from {low:.6g} to {high:.6g}; allowed: 0 (black) "
+            "to 1 (white)"
         )
     return np.round(pixels * np.float32(65535)).astype(np.uint16)
 

@@ -71,7 +71,7 @@ class Folder(Tensors):
         kind = self._slice(name).get_dtype()
         if kind not in _DTYPES:
             raise InputError(
-                f"{self.where}: the tensor {name!r} is {kind}, which is not read; allowed: "
+                f"{self.where}: the tensor {name!r} is {kind}, which is not supported; allowed: "
                 f"{', '.join(_DTYPES)}"
             )
         return np.dtype(_DTYPES[kind])
@@ -135,7 +135,7 @@ def open_files(
     metadata: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         for path in paths:
-            with border(f"{path}: not a whole safetensors file"):
+            with border(f"{path}: not a complete safetensors file"):
                 open_regular(path).close()
                 file = stack.enter_context(safe_open(path, framework="numpy"))
                 metadata |= file.metadata() or {}
@@ -214,14 +214,13 @@ def _instead(folder: Path) -> str:
         None,
     ):
         return (
-            f"; {found!r} is not read (files of pickles can run code, others have no "
-            f"safetensors): load it where it was made and "
-            "save it with safe_serialization=True"
+            f"; {found!r} is not supported (only safetensors are; pickled files can run code): "
+            "load it with the program that made it and save it with safe_serialization=True"
         )
     if found := next((name for name in there if name.endswith(".gguf")), None):
         return f"; give the file itself: {folder / found}"
     if found := next((name for name in there if name.endswith(".safetensors")), None):
-        return f"; {found!r} has another layout than that of HF"
+        return f"; {found!r} is not in HF's layout"
     return ""
 
 
@@ -238,7 +237,7 @@ def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:
     """
     target = Path(os.path.realpath(folder))  # a link stays one
     if target.exists() and not target.is_dir():
-        raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
+        raise InputError(f"out: {str(folder)!r} is a file; allowed: a folder")
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     other = [name for name in there if not _REPLACED.fullmatch(name)]
     if kind == ADAPTERS and BUNDLE in there:
@@ -246,7 +245,7 @@ def check_target(folder: str | Path, kind: str = BUNDLE) -> Path:
     if other or (there and kind not in there):
         what = "a bundle" if kind == BUNDLE else "adapters alone"
         what = (
-            f"{other[0]!r}, which is no file of {what}"
+            f"{other[0]!r}, which is not a file of {what}"
             if other
             else f"no {kind}, so no {what.removeprefix('a ')}"
         )
@@ -286,7 +285,7 @@ def replacing(folder: Path, kind: str = BUNDLE) -> Iterator[Path]:
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"out: {str(folder)!r} cannot be written: {error}; what stood there is unchanged"
+            f"out: {str(folder)!r} cannot be written: {error}; its content is unchanged"
         ) from error
     finally:
         if beside is not None and beside.exists():

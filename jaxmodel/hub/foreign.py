@@ -43,13 +43,14 @@ def layout(model: Model) -> Family:
         for path in paths:
             if "{" in path or "}" in path:
                 raise InputError(
-                    f"module: the name {path!r} has a brace; allowed for saving: names without"
+                    f"module: the name {path!r} has a brace; allowed for saving: names without "
+                    "braces"
                 )
         numbered = [re.sub(r"(^|/)\d+/", r"\1{}/", path, count=1) for path in paths]
         return [Name(path, path) for path in dict.fromkeys(numbered)]
 
     def never(_: Any) -> Any:
-        raise AssertionError("a foreign module is handed over, not made from a config")
+        raise AssertionError("a foreign module is passed in, not made from a config")
 
     return Family("foreign", (KIND,), names, never, never)
 
@@ -90,9 +91,9 @@ def model_of(folder: Path, hf: Mapping[str, Any], module: Any) -> Model:
         )
         short = str(hf["module"]).rpartition(":")[2]
         raise InputError(
-            f"{called}, which is code that is not imported for you; hand it over: "
-            f"from_pretrained(folder, module={short}({fields})), or its class, or a model made by "
-            f"models.from_linen or from_nnx"
+            f"{called}, whose code is not imported for you; pass it: from_pretrained(folder, "
+            f"module={short}({fields})), or its class, or a model made by models.from_linen or "
+            "from_nnx"
         )
     if isinstance(module, Model):
         if not isinstance(module.config, Foreign):
@@ -102,10 +103,10 @@ def model_of(folder: Path, hf: Mapping[str, Any], module: Any) -> Model:
             )
         return module
     if hf["own_call"] or hf["inputs"] is None:
-        why = "was called in a way of its own" if hf["own_call"] else "had inputs of a function"
+        why = "needs its own `call`" if hf["own_call"] else "needs its own inputs"
         raise InputError(
-            f"{called} that {why}; hand over a model, as models.from_linen(module, inputs, "
-            f"call=...) makes it"
+            f"{called} that {why}; pass a model, such as models.from_linen(module, inputs, "
+            "call=...) makes"
         )
     shapes = {
         name: jax.ShapeDtypeStruct(tuple(s["shape"]), jnp.dtype(s["dtype"]))
@@ -114,8 +115,8 @@ def model_of(folder: Path, hf: Mapping[str, Any], module: Any) -> Model:
     if inspect.isclass(module):
         if hf["stated"]:
             raise InputError(
-                f"{called} with {', '.join(hf['stated'])}, which JSON does not hold; hand over "
-                f"the module itself"
+                f"{called} with {', '.join(hf['stated'])}, which JSON cannot store; pass the "
+                "module itself"
             )
         positional = hf["fields"].get("", [])
         named = {k: _tuples(v) for k, v in hf["fields"].items() if k}
@@ -124,7 +125,7 @@ def model_of(folder: Path, hf: Mapping[str, Any], module: Any) -> Model:
             return _model_of(made() if is_linen(module) else made, shapes, hf)
         except TypeError as error:
             raise InputError(
-                f"module: {module.__qualname__} cannot be made of the fields in {folder}: {error}"
+                f"module: {module.__qualname__} cannot be made from the fields in {folder}: {error}"
             ) from None
     now = {name: value for name, value in _given(module).items() if _is_plain(value)}
     for name, value in hf["fields"].items():
@@ -132,7 +133,7 @@ def model_of(folder: Path, hf: Mapping[str, Any], module: Any) -> Model:
             raise InputError(
                 f"module: its {name or 'arguments'} is {now[name]!r}, but {folder} states "
                 f"{value!r}; allowed: the same, or a "
-                "model (models.from_linen(...)), which is taken as it is"
+                "model (models.from_linen(...)), which is used as it is"
             )
     return _model_of(module, shapes, hf)
 

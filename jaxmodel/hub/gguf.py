@@ -87,8 +87,7 @@ class GGUFFile:
         if entry.type not in READ_TYPES:
             allowed = ", ".join(READ_TYPES)
             raise InputError(
-                f"tensor: {name!r} in {str(self.path)!r} has type {entry.type}; types read: "
-                f"{allowed}"
+                f"tensor: {name!r} in {str(self.path)!r} has type {entry.type}; allowed: {allowed}"
             )
         return entry
 
@@ -125,15 +124,15 @@ def read_gguf(path: str | Path) -> GGUFFile:
     for i, (place, part) in enumerate(zip(places, parts, strict=True)):
         if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (i, count):
             raise InputError(
-                f"path: {str(place)!r} says that it is another part (split.no, split.count)"
+                f"path: {str(place)!r} states that it is another part (split.no, split.count)"
             )
     tensors = {name: entry for part in parts for name, entry in part.tensors.items()}
     raw = {name: data for part in parts for name, data in part._raw.items()}
     wanted = parts[0].metadata.get("split.tensors.count", len(tensors))
     if not len(tensors) == sum(len(part.tensors) for part in parts) == wanted:
         raise InputError(
-            f"path: the {count} parts of {str(path)!r} have {len(tensors)} tensors; {wanted} are "
-            f"needed, each once"
+            f"path: the {count} parts of {str(path)!r} have {len(tensors)} tensors; allowed: "
+            f"{wanted}, each once"
         )
     return GGUFFile(places[0], parts[0].metadata, tensors, raw)
 
@@ -166,10 +165,7 @@ def _read_one(path: Path) -> GGUFFile:
     }
     raw = {t.name: t.data for t in reader.tensors}
     if reader.byte_order != "I":
-        raise InputError(
-            f"path: {str(path)!r} has the other byte order; GGUF files in this machine's order "
-            f"are read"
-        )
+        raise InputError(f"path: {str(path)!r} has the other byte order; allowed: this machine's")
     return GGUFFile(path, metadata, tensors, raw)
 
 
@@ -230,8 +226,7 @@ def _reader_class() -> type:
         def _need(self, end: int) -> None:
             if end > len(self._bytes):
                 raise EOFError(
-                    f"it has {len(self._bytes):,} bytes, and its own header asks for at least "
-                    f"{end:,}"
+                    f"it has {len(self._bytes):,} bytes, but its header needs at least {end:,}"
                 )
 
         def _get(

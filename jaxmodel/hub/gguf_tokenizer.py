@@ -129,7 +129,7 @@ def _byte_level(
     """
     one_of("tokenizer.ggml.pre", name, _SPLITS)
     like_llama3 = name == "llama-bpe"
-    with border("metadata: tokenizer.ggml.tokens and merges do not fit together"):
+    with border("metadata: tokenizer.ggml.tokens and merges are inconsistent"):
         vocabulary = {token: i for i, token in enumerate(tokens)}
         pairs = [_pair(merge) for merge in merges]
         # A merge whose result is no token is undone in llama.cpp, so it is left out here.

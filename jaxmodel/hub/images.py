@@ -85,8 +85,8 @@ class ImageProcessor:
         one_of("filter", self.filter, _FILTERS.values())
         if len(self.mean) != len(self.std) or not self.mean or 0 in self.std:
             raise InputError(
-                f"std: {self.std} given for a mean of {self.mean}; allowed: a number for each "
-                f"channel, not 0"
+                f"std: {self.std} given for a mean of {self.mean}; allowed: one number for each "
+                "channel, not 0"
             )
 
     def __call__(self, images: Iterable[np.ndarray]) -> np.ndarray:
@@ -102,8 +102,8 @@ class ImageProcessor:
         out = [self._one(np.asarray(image)) for image in images]
         if len({image.shape for image in out}) > 1:
             raise InputError(
-                f"images: sizes {sorted({image.shape[:2] for image in out})}; one size is needed, "
-                f"or a resize"
+                f"images: sizes {sorted({image.shape[:2] for image in out})}; allowed: one size "
+                "for all, or an ImageProcessor with a size"
             )
         return np.stack(out) if out else np.zeros((0, 0, 0, len(self.mean)), np.float32)
 
@@ -201,7 +201,7 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
     )
     if found is None:  # other kinds crop, pad and scale differently
         raise InputError(
-            f"{path}: the image processor {named!r} is not read; allowed: those of "
+            f"{path}: the image processor {named!r} is not supported; allowed: those of "
             f"{', '.join(_KINDS)}"
         )
     kind = _KINDS[found[1]]
@@ -226,7 +226,7 @@ def from_folder(folder: str | Path) -> ImageProcessor | None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: a value is missing or of the wrong kind: {' '.join(str(error).split())}"
+            f"{path}: a value is missing or has the wrong type: {' '.join(str(error).split())}"
         ) from None
 
 
@@ -286,9 +286,8 @@ def resize(image: np.ndarray, size: tuple[int, int], filter: str = "bilinear") -
     ):
         old, new = (" x ".join(f"{side:,}" for side in sides[:2]) for sides in (image.shape, size))
         raise InputError(
-            f"images: {old} pixels would become {new}; allowed: {limits().pixels:,.0f}, for old "
-            f"times new in a direction too "
-            f"({way('pixels')})"
+            f"images: {old} pixels would become {new}; allowed: {limits().pixels:,.0f}, also for "
+            f"old times new in one direction ({way('pixels')})"
         )
     for axis, length in ((1, size[1]), (0, size[0])):
         if image.shape[axis] != length:

@@ -139,9 +139,9 @@ def _refused(key: str, value: Any, known: Collection[str], usual: Any) -> InputE
         else ""
     )
     return InputError(
-        f"config.json: {key} is {json.dumps(value):.60}{hint}, which is not read here and may "
-        f"change what the model computes; "
-        f"where it does not, take it out of the file or give from_pretrained(ignore=[{key!r}])"
+        f"config.json: {key} is {json.dumps(value):.60}{hint}, which is not supported and may "
+        f"change what the model computes; if it does not, remove it from the file or use "
+        f"from_pretrained(ignore=[{key!r}])"
     )
 
 

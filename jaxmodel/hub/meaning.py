@@ -85,9 +85,8 @@ def _pooling(folder: Path) -> tuple[str, ...] | None:
         kind = module["type"].rsplit(".", 1)[-1]
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise InputError(
-                f"{path}: the module {kind!r} is not read, and without it the vectors would be "
-                f"others; allowed: Transformer, "
-                "Pooling, Normalize"
+                f"{path}: the module {kind!r} is not supported, and without it the vectors would "
+                "differ; allowed: Transformer, Pooling, Normalize"
             )
         where = module["path"] if kind == "Pooling" else where
     path = folder / where / "config.json"
@@ -98,7 +97,8 @@ def _pooling(folder: Path) -> tuple[str, ...] | None:
     said = schema.read(path, Pooling)
     if said.get("include_prompt") is False and read_card(folder).get("prompt"):
         raise InputError(
-            f"{path}: include_prompt is false, with a prompt before every text; that is not read"
+            f"{path}: include_prompt is false, with a prompt before every text; that is not "
+            "supported"
         )
     for key in said:
         if key.startswith("pooling_mode_") and said[key] and key not in _OLD:

@@ -307,8 +307,7 @@ def fixed(hf: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
     for key, allowed in values.items():
         if hf.get(key, allowed[0]) not in allowed:
             raise InputError(
-                f"config.json: {key} is {hf[key]!r}; this family has "
-                f"{' or '.join(map(repr, allowed))}"
+                f"config.json: {key} is {hf[key]!r}; allowed: {' or '.join(map(repr, allowed))}"
             )
 
 

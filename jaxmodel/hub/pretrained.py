@@ -142,8 +142,8 @@ def _plain(
     is_gguf = path.suffix == ".gguf" or path.is_file()
     if packed and not is_gguf:
         raise InputError(
-            f"packed: {name!r} is no GGUF file, and only its blocks can stay packed; leave packed "
-            f"out"
+            f"packed: {name!r} is not a GGUF file; only GGUF blocks can stay packed, so leave "
+            "packed out"
         )
     if revision is not None and (is_gguf or path.is_dir()):
         raise InputError(f"revision: {revision!r} given for {name!r}; only a hub id has revisions")
@@ -151,8 +151,7 @@ def _plain(
         return _from_folder(path, policy, dtype, mesh, module, ignore, name)
     if module is not None:
         raise InputError(
-            f"module: given for {name!r}; allowed: None but for the folder of a foreign module's "
-            f"bundle"
+            f"module: given for {name!r}; allowed: only for the folder of a foreign module's bundle"
         )
     if ignore and (is_gguf or name in sizes()):
         raise InputError(
@@ -170,7 +169,8 @@ def _plain(
         org, _, wanted = name.partition("@")
         if wanted and revision not in (None, wanted):
             raise InputError(
-                f"revision: {revision!r} given, and {wanted!r} in {name!r}; one of both is enough"
+                f"revision: {revision!r} given, but {name!r} asks for {wanted!r}; give only one of "
+                "them"
             )
         asked = "" if name == str(source) else f"{source!s}"
         path = _download(org, asked, revision=revision or wanted or None, **options)
@@ -198,7 +198,7 @@ def _from_folder(
             or "the model they were made for"
         )
         raise InputError(
-            f"{path}: it holds adapters alone (adapter_config.json), no model; give "
+            f"{path}: it has adapters alone (adapter_config.json), no model; use "
             f"from_pretrained({base!r}, "
             f"adapters={str(path)!r})"
         )
@@ -276,6 +276,6 @@ def _download(name: str, asked: str, **options: Any) -> Path:
         given = (
             f"{asked!r} is {name!r} at the hub, which"
             if asked
-            else f"{name!r} is no folder here and"
+            else f"{name!r} is not a folder here and"
         )
-        raise InputError(f"model: {given} cannot be had from the hub: {first}") from error
+        raise InputError(f"model: {given} cannot be loaded from the hub: {first}") from error

@@ -240,7 +240,7 @@ def from_folder(folder: str | Path) -> Tokenizer:
     if path.is_file():
         backend = backends.load(path)
     else:
-        with border(f"folder: {str(folder)!r} has no whole vocabulary"):
+        with border(f"folder: {str(folder)!r} has no complete vocabulary"):
             backend, own = vocabularies.from_vocabulary(folder, config)
         backends.check(backend, str(folder))
     contents = own | {
@@ -309,12 +309,14 @@ def _add_tokens(
         if token.content in there:
             continue
         known = backend.token_to_id(token.content) is not None
-        with border(f"{folder}: the added token {token.content!r:.80} is not taken"):
+        with border(
+            f"{folder}: the added token {token.content!r:.80} is rejected by the tokenizer"
+        ):
             backend.add_tokens([token])
         if not known and backend.token_to_id(token.content) != i:
             given = backend.token_to_id(token.content)
             raise InputError(
-                f"{folder}: the added token {token.content!r} has id {i}, but the next of "
+                f"{folder}: the added token {token.content!r} has id {i}, but the next id of "
                 f"tokenizer.json is {given}"
             )
 

@@ -90,17 +90,17 @@ def read_pieces(path: Path) -> Pieces:
                 shape = dict(_fields(value))
     except (IndexError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
         raise InputError(
-            f"{path}: no SentencePiece model: {' '.join(str(error).split())}"
+            f"{path}: not a SentencePiece model: {' '.join(str(error).split())}"
         ) from None
     model = spec.get(3, _UNIGRAM)
     if not tokens or model not in (_UNIGRAM, _BPE):
         raise InputError(
-            f"{path}: no SentencePiece model of kind BPE or unigram; give the folder a "
+            f"{path}: not a SentencePiece model of kind BPE or unigram; give the folder a "
             f"tokenizer.json"
         )
     if shape.get(5, 1) != 1 or spec.get(24, 0):
         raise InputError(
-            f"{path}: its treatment of spaces is not read; give the folder a tokenizer.json"
+            f"{path}: its treatment of spaces is not supported; give the folder a tokenizer.json"
         )
     unk, bos, eos = (
         _signed(spec.get(field, usual)) for field, usual in ((40, 0), (41, 1), (42, 2))
@@ -261,7 +261,7 @@ def _bert(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     try:
         words = read_bytes(path, limits().json_bytes).decode().split("\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: no UTF-8 text: {error}") from None
+        raise InputError(f"{path}: not UTF-8 text: {error}") from None
     vocabulary = {word.rstrip("\r"): i for i, word in enumerate(words if words[-1] else words[:-1])}
     special = [
         _content(config.get(f"{k}_token") or f"[{k.upper()}]")
@@ -269,7 +269,7 @@ def _bert(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     ]
     if missing := [token for token in special[1:4] if token not in vocabulary]:
         raise InputError(
-            f"{path}: the token {missing[0]!r} is missing; a vocabulary of BERT has it"
+            f"{path}: the token {missing[0]!r} is missing; BERT's vocabularies have it"
         )
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=special[1]))
     backend.normalizer = normalizers.BertNormalizer(
@@ -289,11 +289,11 @@ def _byte_level(
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     if kind not in ("gpt2", "roberta"):
         raise unknown(
-            f"folder: {str(folder)!r}: merges.txt without tokenizer.json is not read for",
+            f"folder: {str(folder)!r}: merges.txt without tokenizer.json is not enough for",
             kind,
             ["gpt2", "roberta"],
         )
-    with border(f"folder: {str(folder)!r}: vocab.json and merges.txt are no tokenizer"):
+    with border(f"folder: {str(folder)!r}: vocab.json and merges.txt are not a tokenizer"):
         vocabulary = schema.read(folder / "vocab.json", dict[str, schema.Index])
         lines = read_bytes(folder / "merges.txt", limits().json_bytes).decode().split("\n")
         merges = [
@@ -303,7 +303,7 @@ def _byte_level(
         ]
         if odd := next((pair for pair in merges if len(pair) != 2), None):
             raise InputError(
-                f"{folder / 'merges.txt'}: the line {' '.join(odd)!r:.80} is no pair of tokens"
+                f"{folder / 'merges.txt'}: the line {' '.join(odd)!r:.80} is not a pair of tokens"
             )
         model = models.BPE(vocabulary, [(left, right) for left, right in merges])
     backend = tokenizers.Tokenizer(model)
@@ -389,8 +389,8 @@ def piece_list(
     """
     if not len(tokens) == len(scores) == len(kinds):
         raise InputError(
-            f"tokenizer: {len(tokens)} tokens, {len(scores)} scores, {len(kinds)} types; as many "
-            f"of each are needed"
+            f"tokenizer: {len(tokens)} tokens, {len(scores)} scores, {len(kinds)} types; allowed: "
+            "the same number of each"
         )
     return Pieces(
         list(tokens), [float(score) for score in scores], [int(kind) for kind in kinds], **settings

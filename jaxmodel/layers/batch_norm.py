@@ -92,8 +92,8 @@ def fold_batch_norm(params: tree.Params, eps: float) -> tree.Params:
     folded = _fold(params, eps, ())
     if tree.flatten(folded).keys() == tree.flatten(params).keys():
         raise InputError(
-            "params: no batch norm is there to be folded; a weight .../X and a leaf "
-            ".../X_norm/variance are needed"
+            "params: there is no batch norm to fold; allowed: a weight .../X with a leaf "
+            ".../X_norm/variance"
         )
     return folded
 
@@ -111,8 +111,8 @@ def _fold(node: tree.Params, eps: float, keys: tuple[str, ...]) -> tree.Params:
         where = "/".join((*keys, key))
         if not isinstance(w, jax.Array):
             raise InputError(
-                f"params: the weight in front of the norm {where!r} is {type(w).__name__}; a "
-                f"plain array is needed"
+                f"params: the weight before the norm {where!r} is {type(w).__name__}; allowed: a "
+                "plain array"
             )
         wide = {part: leaf.astype(jnp.float32) for part, leaf in child.items()}
         scale = wide["weight"] * jax.lax.rsqrt(wide["variance"] + eps)

@@ -72,7 +72,7 @@ def keep_top(code: Float[Array, "B Z"], k: int) -> Float[Array, "B Z"]:
     [[3.0, 0.0, 0.0, 5.0]]
     """
     if not 0 < k <= code.shape[-1]:
-        raise InputError(f"k: {k} given; 1 to {code.shape[-1]}, the width of the code, is allowed")
+        raise InputError(f"k: {k} given; allowed: 1 to {code.shape[-1]}, the width of the code")
     values, places = jax.lax.top_k(code, k)
     rows = jnp.arange(code.shape[0])[:, None]
     return jnp.zeros_like(code).at[rows, places].set(jax.nn.relu(values), unique_indices=True)

@@ -139,7 +139,7 @@ def micro_batches(layers: int, rows: int, stages: int, wanted: int, data: int = 
     if count % stages or rows % (count * data):
         allowed = [n for n in range(stages, rows + 1, stages) if rows % (n * data) == 0]
         places = f"{stages} stages" + (f" and {data} places along 'data'" if data > 1 else "")
-        none = f"no number serves: a multiple of {stages * data} rows would"
+        none = f"no number is possible; give a multiple of {stages * data} rows"
         shown = f"allowed: {', '.join(map(str, allowed))}" if allowed else none
         raise InputError(f"policy.microbatches: {count} given for {rows} rows in {places}; {shown}")
     return count

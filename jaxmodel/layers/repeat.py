@@ -130,7 +130,7 @@ def one_segment(params: tree.Params) -> Any:
     keys = tree.segments(params)
     if len(keys) > 1 or len(tree.span(keys[0]) or ()) == 1:
         raise InputError(
-            f"mesh: stages of a pipeline need one segment of equal layers; here are "
+            "mesh: pipeline stages need one segment of identical layers; there are "
             f"{', '.join(keys)}"
         )
     return params[keys[0]]

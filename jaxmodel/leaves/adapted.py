@@ -111,19 +111,19 @@ class Adapted(Compressed):
         expect(
             fits,
             self,
-            f"down {d.shape} and up {u.shape} do not fit a weight {b}; [..., rank, in] and [..., "
-            f"out, rank] do",
+            f"down {d.shape} and up {u.shape} do not fit a weight {b}; allowed: [..., rank, in] "
+            "and [..., out, rank]",
         )
         expect(
             s.shape == b[: s.ndim] and s.ndim <= len(b) - 2,
             self,
-            f"scale has shape {s.shape}; one number a layer is needed",
+            f"scale has shape {s.shape}; allowed: one number for each layer",
         )
         for name, a in (("down", d), ("up", u), ("scale", s)):
             expect(
                 jnp.issubdtype(a.dtype, jnp.floating),
                 self,
-                f"{name} has dtype {a.dtype}; a floating one is needed",
+                f"{name} has dtype {a.dtype}; allowed: a floating-point dtype",
             )
         if isinstance(self.base, Compressed):
             self.base.check()

@@ -62,13 +62,12 @@ class BlockSparse(Compressed):
         keep = jnp.any(tiles != 0, axis=(-2, -1)) if keep is None else keep
         if isinstance(keep, Tracer):
             raise InputError(
-                "keep: a traced mask was given; how many blocks are kept must be known before "
+                "keep: a traced mask was given; the number of kept blocks must be known before "
                 "compilation"
             )
         if keep.shape != tiles.shape[:-2]:
             raise InputError(
-                f"keep: shape {keep.shape} given; {tiles.shape[:-2]} is needed, a bit for each "
-                f"block"
+                f"keep: shape {keep.shape} given; allowed: {tiles.shape[:-2]}, a bit for each block"
             )
         n = max(1, int(jnp.max(jnp.sum(keep, axis=-1), initial=0)))
         bits, pad = pad_last(keep, 8)
@@ -119,7 +118,7 @@ class BlockSparse(Compressed):
         """Decode only the rows `ids` of a leaf without leading axes: `[*ids.shape, in]`."""
         if self.ndim != 2:
             raise InputError(
-                f"BlockSparse.rows: a leaf of shape {self.shape} was given; [out, in] is needed"
+                f"BlockSparse.rows: a leaf of shape {self.shape} given; allowed: [out, in]"
             )
         height = self.block[0]
         at = lambda a, i: jnp.take(a, i, axis=0, mode="clip")
@@ -137,7 +136,8 @@ class BlockSparse(Compressed):
         expect(
             shards(last, sizes) == 1,
             self,
-            f"a spec {spec} cuts the last axis, whose blocks stand anywhere; shard another",
+            f"a spec {spec} cuts the last axis, whose blocks have no fixed places; shard another "
+            "axis",
         )
         expect(
             rows % parts == 0,
@@ -153,13 +153,13 @@ class BlockSparse(Compressed):
         expect(
             m.dtype == jnp.uint8 and m.ndim >= 2,
             self,
-            f"mask is {m.dtype} {m.shape}; uint8 [..., rows, bytes] is needed",
+            f"mask is {m.dtype} {m.shape}; allowed: uint8 [..., rows, bytes]",
         )
         expect(
             v.ndim == m.ndim + 2 and v.shape[:-3] == m.shape[:-1],
             self,
-            f"values has shape {v.shape}; [..., rows, n, height, width] of mask {m.shape} is "
-            f"needed",
+            f"values has shape {v.shape}; [..., rows, n, height, width] for the mask {m.shape} is "
+            "needed",
         )
         expect(0 <= self.pad < 8, self, f"pad is {self.pad}; allowed: 0 to 7")
         columns = m.shape[-1] * 8 - self.pad
@@ -185,7 +185,7 @@ class BlockSparse(Compressed):
         filled = jnp.any(
             jnp.where(behind[..., None, None], self.values, jnp.zeros((), self.dtype)) != 0
         )
-        expect(not bool(filled), self, "a value stands behind the last kept block")
+        expect(not bool(filled), self, "there is a value after the last kept block")
 
 
 def cut(weight: jax.Array, block: tuple[int, int]) -> Float[Array, "... rows columns height width"]:
@@ -197,7 +197,7 @@ def cut(weight: jax.Array, block: tuple[int, int]) -> Float[Array, "... rows col
     (height, width), (*lead, out, n) = block, weight.shape
     if height < 1 or width < 1 or out % height or n % width:
         raise InputError(
-            f"block: {block} given; divisors of the weight's {out} rows and {n} columns are needed"
+            f"block: {block} given; allowed: divisors of the weight's {out} rows and {n} columns"
         )
     return jnp.swapaxes(weight.reshape(*lead, out // height, height, n // width, width), -3, -2)
 
@@ -215,7 +215,7 @@ def largest_blocks(
     """
     size = jnp.sum(jnp.square(cut(weight, block).astype(jnp.float32)), axis=(-2, -1))
     if not 0 < kept <= size.shape[-1]:
-        raise InputError(f"kept: {kept} given; 1 to {size.shape[-1]} blocks of a row are allowed")
+        raise InputError(f"kept: {kept} given; allowed: 1 to {size.shape[-1]} blocks of a row")
     return largest(size, kept)
 
 

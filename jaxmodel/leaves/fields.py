@@ -47,19 +47,21 @@ def check_fields(params: tree.Params, stored: Mapping[str, Any]) -> None:
       InputError: `stored` has another format, was changed since, or belongs to other leaves.
     """
     if stored.get("format") != FORMAT:
-        raise InputError(f"fields: format {stored.get('format')!r} is not read; allowed: {FORMAT}")
+        raise InputError(
+            f"fields: format {stored.get('format')!r} is not supported; allowed: {FORMAT}"
+        )
     saved = stored.get("leaves")
     if not isinstance(saved, dict) or digest(saved) != stored.get("leaves_sha256"):
         raise InputError(
-            "fields: the static fields of the leaves are not those that were written "
+            "fields: the static fields of the leaves have changed since they were written "
             "(leaves_sha256)"
         )
     here = _fields(params)
     for path in [*here, *saved]:
         if path not in here:
-            close = ", ".join(nearest(path, here)) or "nothing like it"
+            close = ", ".join(nearest(path, here)) or "none"
             raise InputError(
-                f"fields: the compressed leaf {path!r} was stored, which the tree lacks; it has "
+                f"fields: the compressed leaf {path!r} was stored, but the tree lacks it; nearest: "
                 f"{close}"
             )
         if saved.get(path) != here[path]:

@@ -78,8 +78,8 @@ class QTensor(Compressed):
         expect(
             group is None or leaf.groups * group == leaf._padded,
             leaf,
-            f"{leaf.groups} scales a row do not fit groups of {group} in rows of {leaf.shape[-1]} "
-            f"codes and whole bytes",
+            f"{leaf.groups} scales per row do not fit groups of {group} in rows of "
+            f"{leaf.shape[-1]} codes and whole bytes",
         )
         return leaf
 
@@ -146,8 +146,8 @@ class QTensor(Compressed):
             self,
             f"a spec {spec} cuts the last axis of {self._in} codes into {parts} parts, which "
             f"splits a "
-            f"{'group' if self.groups > 1 else 'byte'} of {unit}; use an axis that leaves whole "
-            f"ones, or another axis",
+            f"{'group' if self.groups > 1 else 'byte'} of {unit}; use a mesh axis that keeps them "
+            "whole, or shard another axis",
         )
         scale = PartitionSpec(
             *lead,
@@ -175,7 +175,7 @@ class QTensor(Compressed):
             self,
             f"packed has dtype {p.dtype}; {jnp.dtype(want)} is needed at {self.bits} bits",
         )
-        expect(p.ndim >= 2, self, f"packed has shape {p.shape}; at least [out, in] is needed")
+        expect(p.ndim >= 2, self, f"packed has shape {p.shape}; allowed: at least [out, in]")
         unit = codes_per_unit(self.bits)
         expect(
             signed or self._padded % unit == 0,
@@ -185,7 +185,7 @@ class QTensor(Compressed):
         expect(
             jnp.issubdtype(s.dtype, jnp.floating),
             self,
-            f"scale has dtype {s.dtype}; a floating one is needed",
+            f"scale has dtype {s.dtype}; allowed: a floating-point dtype",
         )
         expect(
             s.ndim == p.ndim and s.shape[:-2] == p.shape[:-2] and s.shape[-2] in (1, p.shape[-2]),
@@ -207,7 +207,7 @@ class QTensor(Compressed):
         expect(
             0 <= self.pad < limit,
             self,
-            f"pad is {self.pad}; a whole group or more stands for nothing",
+            f"pad is {self.pad}; it must be less than a group",
         )
         if self.minimum is not None:
             same = self.minimum.shape == s.shape and self.minimum.dtype == s.dtype

@@ -129,12 +129,12 @@ class Sparse(Compressed):
         expect(
             m.dtype == jnp.uint8 and m.ndim >= 2,
             self,
-            f"mask is {m.dtype} {m.shape}; uint8 [..., out, bytes] is needed",
+            f"mask is {m.dtype} {m.shape}; allowed: uint8 [..., out, bytes]",
         )
         expect(
             len(v.shape) == m.ndim and v.shape[:-1] == m.shape[:-1],
             self,
-            f"values has shape {v.shape}; [..., out, kept] of mask {m.shape} is needed",
+            f"values has shape {v.shape}; [..., out, kept] for the mask {m.shape} is needed",
         )
         expect(0 <= self.pad < 8, self, f"pad is {self.pad}; allowed: 0 to 7")
         if isinstance(v, Compressed):
@@ -181,7 +181,7 @@ class Sparse(Compressed):
         expect(
             not bool(jnp.any(jnp.where(behind, decode(self.values), 0) != 0)),
             self,
-            "a value stands behind the last kept",
+            "there is a value after the last kept one",
         )
 
 

@@ -57,7 +57,7 @@ def default_loss(model: Model, batch: Mapping[str, Any]) -> Loss:
     raise InputError(
         f"loss: none given, and the batch holds {', '.join(batch) or 'nothing'}; allowed: a batch "
         f"with labels (classification) "
-        f"or targets (next_token, regression), or a loss of losses or your own{hint}"
+        f"or targets (next_token, regression), or a loss from jaxmodel.losses or your own{hint}"
     )
 
 

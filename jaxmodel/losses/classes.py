@@ -154,6 +154,6 @@ def _compared(logits: Array, labels: Array) -> tuple[Float[Array, "... C"], Floa
     if t.shape != logits.shape:
         raise InputError(
             f"labels: the shape {list(labels.shape)} given with logits {list(logits.shape)}; "
-            f"needed is one a row"
+            "allowed: one for each row"
         )
     return logits.astype(jnp.float32), t

@@ -171,7 +171,7 @@ def _outputs(
 def _of_classes(t: Float[Array, "... C"], class_weights: Any) -> Float[Array, "..."]:
     if np.shape(class_weights) != t.shape[-1:]:
         raise InputError(
-            f"class_weights: the shape {list(np.shape(class_weights))} given; needed is "
+            f"class_weights: the shape {list(np.shape(class_weights))} given; allowed: "
             f"{list(t.shape[-1:])}"
         )
     return jnp.einsum(

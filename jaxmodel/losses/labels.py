@@ -29,14 +29,14 @@ def distribution(labels: Array, classes: int) -> Float[Array, "... C"]:
     if jnp.issubdtype(labels.dtype, jnp.floating):
         if labels.shape[-1:] != (classes,):
             raise InputError(
-                f"labels: distributions of shape {list(labels.shape)} given; needed are {classes} "
-                f"classes at last"
+                f"labels: distributions of shape {list(labels.shape)} given; allowed: {classes} "
+                "classes on the last axis"
             )
         return labels.astype(jnp.float32)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise InputError(
-            f"labels: {labels.dtype} given; allowed: whole numbers from 0, as .astype(np.int32) "
-            f"makes of True and False"
+            f"labels: {labels.dtype} given; allowed: whole numbers from 0, such as "
+            ".astype(np.int32) makes from True and False"
         )
     known = (labels >= 0) & (labels < classes)
     return jnp.where(
@@ -70,7 +70,7 @@ def smooth(
         return optax.losses.smooth_labels(labels, share)
     if means.shape != (classes, classes):
         raise InputError(
-            f"means: the shape {list(means.shape)} given; needed is {[classes, classes]}"
+            f"means: the shape {list(means.shape)} given; allowed: {[classes, classes]}"
         )
     towards = jnp.einsum("...c,cd->...d", labels, means.astype(jnp.float32), precision="highest")
     return (1 - share) * labels + share * towards

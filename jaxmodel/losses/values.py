@@ -56,7 +56,7 @@ def _pair(outputs: Array, targets: Array) -> tuple[Array, Array]:
     if outputs.shape != targets.shape:  # `[B, 1]` less `[B]` would be `[B, B]`
         raise InputError(
             f"targets: the shape {list(targets.shape)} given with outputs {list(outputs.shape)}; "
-            f"needed is the same"
+            "allowed: the same shape"
         )
     return outputs.astype(jnp.float32), targets.astype(jnp.float32)
 

@@ -108,12 +108,12 @@ def contrastive(each: Callable[..., Array] = nt_xent) -> Loss:
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         views = batch["views"]
         if views.ndim < 2 or views.shape[1] != 2:
-            raise InputError(f"views: the shape {list(views.shape)} given; needed is [B, 2, ...]")
+            raise InputError(f"views: the shape {list(views.shape)} given; allowed: [B, 2, ...]")
         names = list(model.inputs(1, 1))
         if len(names) != 1:
             raise InputError(
-                f"model: one that reads {', '.join(names)} given; a contrastive loss needs a "
-                f"model of one input"
+                f"model: a model that reads {', '.join(names)} given; allowed for a contrastive "
+                "loss: a model of one input"
             )
         weights = row_weights(batch, views.shape[:1])
         inputs = {names[0]: views.reshape(-1, *views.shape[2:])}

@@ -83,13 +83,13 @@ class Config:
         activation(self.activation)
         if not 0 <= self.noise < 1 or not 0 < self.rate < 1:
             raise InputError(
-                f"noise, rate: {self.noise}, {self.rate} given; allowed: from 0, for a rate above "
-                f"0, to below 1"
+                f"noise, rate: {self.noise}, {self.rate} given; allowed: 0 <= noise < 1, 0 < rate "
+                "< 1"
             )
         within("penalty", self.penalty, FROM_ZERO)
         if self.kind == "topk" and self.k > self.code:
             raise InputError(
-                f"k: {self.k} given; at most the width of the code, {self.code}, is allowed"
+                f"k: {self.k} given; allowed: at most {self.code}, the width of the code"
             )
 
 

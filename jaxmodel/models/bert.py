@@ -89,7 +89,7 @@ class Config:
         at_least("first_position", self.first_position, 0)
         if self.width % self.heads:
             raise InputError(
-                f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
+                f"heads: {self.heads} given; allowed: a divisor of the width {self.width}"
             )
         one_of("head", self.head, HEADS)
         one_of("activation", self.activation, ACTIVATIONS)

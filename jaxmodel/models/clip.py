@@ -75,7 +75,7 @@ class Text:
         check_sizes(self, ("vocab", "width", "depth", "heads", "mlp_width", "context"))
         if self.width % self.heads:
             raise InputError(
-                f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
+                f"heads: {self.heads} given; allowed: a divisor of the width {self.width}"
             )
         one_of("activation", self.activation, ACTIVATIONS)
 

@@ -103,19 +103,20 @@ class Config:
             or (self.merge == "bilinear" and len(names) != 2)
         ):
             raise InputError(
-                f"branches: {names} given; different names, for a bilinear merge two, are needed"
+                f"branches: {names} given; allowed: different names, and two of them for a "
+                "bilinear merge"
             )
         if self.extract == "shared" and len({n for _, n in self.branches}) > 1:
             raise InputError(
-                f"branches: {dict(self.branches)} given; a shared extractor needs as many "
-                f"features in each"
+                f"branches: {dict(self.branches)} given; allowed for a shared extractor: the same "
+                "number of features in each"
             )
         if self.merge == "groups":
             check_pattern(self.edges, names, [group for group, _ in self.groups], self.combine)
             if self.width % max(len(self.groups), 1):
                 raise InputError(
-                    f"edges: {len(self.groups)} groups given; a divisor of the width {self.width} "
-                    f"is needed"
+                    f"edges: {len(self.groups)} groups given; allowed: a divisor of the width "
+                    f"{self.width}"
                 )
             weight_names(self.edges, self.share)
         elif self.edges or self.share or self.importance:

@@ -62,8 +62,8 @@ def _masked(
     if x.shape[0] % counts.shape[0]:
         raise InputError(
             f"weights: the batch norm {name!r} reads {x.shape[0]} rows of a batch of "
-            f"{counts.shape[0]}, and cannot tell which of "
-            "them count; allowed: rows first in what it reads, or no weights of rows"
+            f"{counts.shape[0]}, so it cannot tell which of them count; allowed: inputs with the "
+            "rows first, or no row weights"
         )
     known = counts | ~jnp.any(counts)  # the moments of no rows would be NaN
     # if rows and positions are one axis, rows come first

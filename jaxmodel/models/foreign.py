@@ -134,7 +134,7 @@ def from_linen(
     """
     if not isinstance(module, nn.Module):
         raise InputError(
-            f"module: {module!r} given; allowed: a Linen module that is made, such as nn.Dense(3)"
+            f"module: {module!r} given; allowed: an instance of a Linen module, such as nn.Dense(3)"
         )
     shapes = _shapes(inputs)
     call = call or _Call(_names(shapes), *_flag(type(module).__call__))
@@ -186,7 +186,8 @@ def from_nnx(
     make = module
     if not made and not callable(module):
         raise InputError(
-            f"module: {module!r} given; allowed: an nnx module, or what makes one from `rngs`"
+            f"module: {module!r} given; allowed: an nnx module, or a function that makes one from "
+            "`rngs`"
         )
     if made:
         graph, values = nnx.split(module)
@@ -356,7 +357,7 @@ def _model(
         train: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         if cache is not None:
-            raise InputError("cache: given to a foreign module; allowed: None, it has none of ours")
+            raise InputError("cache: given to a foreign module, which has none; allowed: None")
         state = tree.flatten(params.get(STATE, {}))
         counts = inputs.get(COUNTS)
         inputs = {name: a for name, a in inputs.items() if name != COUNTS}
@@ -380,8 +381,8 @@ def _model(
     def with_policy(policy: ops.Policy) -> Model:
         if policy != model.policy:
             raise InputError(
-                f"policy: {policy} given; a foreign module computes as it is written, allowed: "
-                f"{model.policy}"
+                f"policy: {policy} given; allowed: {model.policy}, because a foreign module sets "
+                "its own dtypes"
             )
         return model
 
@@ -471,13 +472,13 @@ def _plain(params: tree.Params) -> tree.Params:
     def plain(path: str, leaf: Any) -> jax.Array:
         if isinstance(leaf, ops.Probe):
             raise InputError(
-                f"params: {path!r} is a probe; a foreign module has none of our products, which "
-                f"are what it measures"
+                f"params: {path!r} is a probe, which a foreign module cannot measure; allowed: "
+                "models of the package"
             )
         if isinstance(leaf, leaves.Adapted) and leaf.key is not None:
             raise InputError(
-                "dropout: given for adapters of a foreign module, which is run whole; allowed: "
-                "LoRA(dropout=0)"
+                "dropout: given for adapters of a foreign module; allowed: LoRA(dropout=0), "
+                "because the module runs as a whole"
             )
         return leaves.decode(leaf)
 
@@ -490,7 +491,8 @@ def _array(out: Any) -> jax.Array:
             f"{out.dtype}{list(out.shape)}" if isinstance(out, jax.Array) else type(out).__name__
         )
         raise InputError(
-            f"module: it returns {given}; allowed: one floating array [B, ...]; pick it with `call`"
+            f"module: it returns {given}; allowed: one floating-point array [B, ...]; select it "
+            "with `call`"
         )
     return out
 
@@ -519,8 +521,8 @@ def _checked(params: tree.Params, state: tree.Params) -> tree.Params:
 def _slashless(name: str) -> str:
     if "/" in name:
         raise InputError(
-            f"module: the name {name!r} has a slash, which parts the keys of a path; allowed: "
-            f"names without"
+            f"module: the name {name!r} has a slash, which separates the keys of a path; allowed: "
+            "names without slashes"
         )
     return name
 
@@ -535,13 +537,13 @@ def _keys(node: Any) -> list[str]:
 
 def _taken() -> InputError:
     return InputError(
-        f"module: a part of it is named {STATE!r}; allowed: any other name, as that branch is for "
-        f"what is no parameter"
+        f"module: a part of it is named {STATE!r}; allowed: any other name, because that branch "
+        "holds what is not a parameter"
     )
 
 
 def _no_rng(what: str) -> InputError:
     return InputError(
-        f"rng: None given in training; allowed: a key, as the module draws from "
+        f"rng: None given in training; allowed: a key, because the module draws from "
         f"{' '.join(what.split())}"
     )

@@ -60,7 +60,7 @@ class Config:
         check_sizes(self, ("vocab", "width", "depth", "heads", "context"))
         if self.width % self.heads:
             raise InputError(
-                f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
+                f"heads: {self.heads} given; allowed: a divisor of the width {self.width}"
             )
         one_of("activation", self.activation, ACTIVATIONS)
         at_least("mlp_width", self.mlp_width, 0)

@@ -94,7 +94,7 @@ class Config(Windowed):
         if self.heads % self.kv_heads or self.head_width % 2:
             given = f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given"
             raise InputError(
-                f"{given}; a divisor of {self.heads} heads and an even width are needed"
+                f"{given}; allowed: a divisor of {self.heads} heads, and an even width"
             )
         self.check_windows()
         if not 1 <= self.experts_per_token <= self.experts:

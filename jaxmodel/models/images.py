@@ -62,7 +62,7 @@ def read_pixels(inputs: Mapping[str, jax.Array], policy: ops.Policy) -> Float[Ar
     pixels = read(inputs, "pixels", "BYXC")
     if not jnp.issubdtype(pixels.dtype, jnp.floating):
         raise InputError(
-            f"pixels: {pixels.dtype} given; floating numbers are needed, scaled as in training"
+            f"pixels: {pixels.dtype} given; allowed: floating-point numbers, scaled as in training"
         )
     return pixels.astype(policy.activation_dtype)
 

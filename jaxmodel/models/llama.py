@@ -136,7 +136,7 @@ class Config(Windowed):
         if self.heads % self.kv_heads or self.head_width % 2:
             given = f"kv_heads, head_width: {self.kv_heads}, {self.head_width} given"
             raise InputError(
-                f"{given}; a divisor of {self.heads} heads and an even width are needed"
+                f"{given}; allowed: a divisor of {self.heads} heads, and an even width"
             )
         one_of("activation", self.activation, ACTIVATIONS)
         self.check_windows()
@@ -149,8 +149,8 @@ class Config(Windowed):
             self.dense_layers and not self.experts
         ):
             raise InputError(
-                f"dense_layers: {self.dense_layers} given; allowed: numbers of layers of a model "
-                f"of experts"
+                f"dense_layers: {self.dense_layers} given; allowed: indices of layers, in a model "
+                "with experts"
             )
         if self.rotary_width % 2 or not 0 <= self.rotary_width <= self.head_width:
             raise InputError(
@@ -159,7 +159,8 @@ class Config(Windowed):
             )
         if not self.pre_norms and not self.post_norms:
             raise InputError(
-                "pre_norms: False given without post_norms; a part has a norm in front or behind"
+                "pre_norms: False given without post_norms; each part needs a norm before or "
+                "after it"
             )
         if self.mlp_bias and self.experts:
             raise InputError("mlp_bias: True given for a model of experts, which have none")

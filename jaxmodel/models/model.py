@@ -52,8 +52,8 @@ class Apply(Protocol):
 
 def _no_family(policy: ops.Policy) -> Model:
     raise InputError(
-        "policy: this model was made by hand; allowed: one of a family (see models.family), or "
-        "give with_policy"
+        "policy: this model was made by hand; allowed: a model of a family (see models.family), "
+        "or one with with_policy"
     )
 
 
@@ -215,7 +215,7 @@ def read(inputs: Mapping[str, jax.Array], name: str, axes: str = "") -> jax.Arra
         raise InputError(f"inputs: {', '.join(inputs) or 'none'} given; {name!r} is needed")
     if axes and inputs[name].ndim != len(axes):
         raise InputError(
-            f"{name}: the shape {list(inputs[name].shape)} given; needed is [{', '.join(axes)}]"
+            f"{name}: the shape {list(inputs[name].shape)} given; allowed: [{', '.join(axes)}]"
         )
     return inputs[name]
 
@@ -238,7 +238,7 @@ def _by_name(inputs: Inputs, names: tuple[str, ...]) -> dict[str, jax.Array]:
     if isinstance(inputs, Mapping):
         return dict(inputs)
     if len(names) != 1:
-        raise InputError(f"inputs: an array was given; a dict of {', '.join(names)} is needed")
+        raise InputError(f"inputs: an array given; allowed: a dict of {', '.join(names)}")
     return {names[0]: inputs}
 
 

@@ -108,7 +108,7 @@ class Config(Windowed):
         check_pooling(self.pooling)
         if self.width % (2 * self.heads):
             raise InputError(
-                f"heads: {self.heads} given; a divisor of half the width {self.width} is needed"
+                f"heads: {self.heads} given; allowed: a divisor of half the width {self.width}"
             )
         self.check_windows()
         for name, allowed in {

@@ -73,7 +73,7 @@ def predict_fn(
     one_of("gives", gives, GIVES)
     if gives != "logits" and says(model.config) == "number":
         raise InputError(
-            f"gives: {gives!r}; a regression has none; allowed: logits, which are its numbers"
+            f"gives: {gives!r} given for a regression; allowed: logits, which are its predictions"
         )
     return _predict_fn(model, gives)
 

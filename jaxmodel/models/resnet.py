@@ -71,7 +71,7 @@ class Config:
         one_of("norm", self.norm, NORMS)
         if self.norm == "group" and self.width % self.groups:
             raise InputError(
-                f"groups: {self.groups} given; a divisor of the width {self.width} is needed"
+                f"groups: {self.groups} given; allowed: a divisor of the width {self.width}"
             )
 
     @property

@@ -101,8 +101,7 @@ def embed_texts(
     if getattr(config, "head", "") != "embed":
         found = f"{bundle.model.family} {getattr(config, 'head', '')}".strip()
         raise InputError(
-            f"bundle: a model of bert or modernbert with the head 'embed' is needed; this is "
-            f"{found}"
+            f"bundle: {found} given; allowed: a bert or modernbert with the head 'embed'"
         )
     if bundle.processor is None:
         raise InputError(

@@ -54,8 +54,8 @@ def source_context(
     if source is None:
         if cache is None or cache.valid.shape[1] == 0:
             raise InputError(
-                "source: none given; allowed: token ids [B, S], and none only with a cache that "
-                "has read one"
+                "source: none given; allowed: token ids [B, S], or none with a cache that has "
+                "read a source"
             )
         return positions, context
     mask = inputs.get("source_mask")

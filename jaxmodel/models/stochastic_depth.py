@@ -41,7 +41,7 @@ def stochastic_depth(model: Model, rate: float) -> Model:
     within("rate", rate, BELOW_ONE)
     if model.parts.block is None:
         raise InputError(
-            "model: one without blocks given; stochastic depth needs layers that repeat"
+            "model: no blocks; allowed: a model with repeated layers, which stochastic depth skips"
         )
     depth = tree.depth(jax.eval_shape(model.init, jax.random.key(0))[tree.BLOCKS])
 

@@ -103,8 +103,8 @@ class Config:
         one_of("mlp", self.mlp, FORMS)
         if self.buckets < 4 or self.distance <= self.buckets // 2:
             raise InputError(
-                f"buckets, distance: {self.buckets}, {self.distance} given; allowed: at least 4, "
-                f"more than half of it"
+                f"buckets, distance: {self.buckets}, {self.distance} given; allowed: at least 4 "
+                "buckets, and a distance of more than half of them"
             )
 
     @property

@@ -93,7 +93,7 @@ class Config:
             )
         if self.width % self.heads:
             raise InputError(
-                f"heads: {self.heads} given; a divisor of the width {self.width} is needed"
+                f"heads: {self.heads} given; allowed: a divisor of the width {self.width}"
             )
         one_of("pool", self.pool, POOLS)
         one_of("activation", self.activation, ACTIVATIONS)
@@ -252,7 +252,7 @@ def model(config: Config, policy: ops.Policy = ops.Policy()) -> Model:
         if not right or (min(sides) < c.patch if c.any_size else sides != (c.image, c.image)):
             sides = f"Y, X of at least {c.patch}" if c.any_size else f"{c.image}, {c.image}"
             raise InputError(
-                f"pixels: the shape {pixels.shape} given; needed is [B, {sides}, {c.channels}]"
+                f"pixels: the shape {pixels.shape} given; allowed: [B, {sides}, {c.channels}]"
             )
         own = {name: params[name] for name in ("embed", "embed_norm") if name in params}
         x: Any = embed_module.apply({"params": own}, pixels)

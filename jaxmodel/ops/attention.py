@@ -65,7 +65,7 @@ def attention(
     if policy.attention == "blockwise" or long:
         if bias is not None:
             raise InputError(
-                "policy.attention: 'blockwise' takes no bias of relative positions; allowed: "
+                "policy.attention: 'blockwise' does not support relative position biases; allowed: "
                 "'plain', 'auto'"
             )
         return blockwise(q, k, v, seen, policy, factor, softcap, sinks)

@@ -138,7 +138,7 @@ def conv(
         return einsum("BYXI,OI->BYXO", patches, w, policy)
     if len(w.shape) != 2 or w.shape[1] != x.shape[-1] * kernel[0] * kernel[1]:
         raise InputError(
-            f"conv: the weight {w.shape} does not take {x.shape[-1]} channels by a kernel of "
+            f"conv: the weight {w.shape} does not fit {x.shape[-1]} channels and a kernel of "
             f"{kernel}"
         )
     if isinstance(w, Adapted) and w.key is not None:  # the adapter has another input than the base
@@ -396,7 +396,7 @@ def _out_shape(
         or (-1 not in shape and product != length)
     ):
         raise InputError(
-            f"einsum {equation!r}: cannot part an axis of {length} into "
+            f"einsum {equation!r}: cannot split an axis of {length} into "
             f"{dict(zip(letters, shape, strict=True))}"
         )
     return shape

@@ -112,7 +112,7 @@ def edge_sum(x: Float[Array, "B N"], edges: Edges) -> Float[Array, "B M"]:
     """
     if x.shape[1] != edges.features:
         raise InputError(
-            f"edge_sum: x {x.shape} has {x.shape[1]} features; the edges are of {edges.features}"
+            f"edge_sum: x {x.shape} has {x.shape[1]} features; the edges have {edges.features}"
         )
     known = jnp.concatenate([x, jnp.ones((x.shape[0], 1), x.dtype)], axis=1)
     carried = on_last(edges.weights, 2)

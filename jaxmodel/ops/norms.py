@@ -54,7 +54,7 @@ def group_norm(
     """
     if groups < 1 or x.shape[-1] % groups:
         raise InputError(
-            f"groups: {groups} given; a divisor of the {x.shape[-1]} channels is needed"
+            f"groups: {groups} given; allowed: a divisor of the {x.shape[-1]} channels"
         )
     wide = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     wide = wide - jnp.mean(wide, axis=(1, 3), keepdims=True)

@@ -53,8 +53,8 @@ def ragged(
     """
     if len(w.shape) != 3 or sizes.shape != w.shape[:1] or x.shape[1] != w.shape[2]:
         raise InputError(
-            f"ragged: x {x.shape}, w {w.shape}, sizes {sizes.shape} given; [N, in], [E, out, in], "
-            f"[E] are needed"
+            f"ragged: x {x.shape}, w {w.shape}, sizes {sizes.shape} given; allowed: [N, in], [E, "
+            "out, in], [E]"
         )
     return _of_leaf(x, w, sizes, policy).astype(policy.activation_dtype)
 

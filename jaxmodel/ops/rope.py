@@ -55,8 +55,8 @@ class RopeScaling:
         one_of("rope scaling", self.kind, KINDS)
         if self.factor < 1 or (self.kind != "linear" and self.context < 1):
             raise InputError(
-                f"rope scaling: factor {self.factor}, context {self.context}; at least 1 is "
-                f"needed of each"
+                f"rope scaling: factor {self.factor}, context {self.context}; allowed: at least 1 "
+                "for each"
             )
         if self.kind == "llama3" and not self.low < self.high:
             raise InputError(f"rope scaling: low {self.low} must be below high {self.high}")
@@ -65,8 +65,8 @@ class RopeScaling:
             min(self.near + self.far, default=0) <= 0 or len(self.near) != len(self.far)
         ):
             raise InputError(
-                f"rope scaling: {len(self.near)} near and {len(self.far)} far divisors; as many "
-                f"above 0 are needed"
+                f"rope scaling: {len(self.near)} near and {len(self.far)} far divisors; allowed: "
+                "the same number of each, all above 0"
             )
 
     def apply(self, frequency: np.ndarray, base: float) -> np.ndarray:
@@ -80,8 +80,8 @@ class RopeScaling:
         if self.kind == "longrope":
             if len(self.near) != len(frequency):
                 raise InputError(
-                    f"rope scaling: {len(self.near)} divisors; {len(frequency)} are needed, one "
-                    f"for each frequency"
+                    f"rope scaling: {len(self.near)} divisors; allowed: {len(frequency)}, one for "
+                    "each frequency"
                 )
             return frequency / np.array([self.near, self.far])
         slower = frequency / self.factor

@@ -59,7 +59,8 @@ def quantize_weights(
             raise InputError(f"bits: {bits[path]!r} given for {path!r}; allowed: 2 to 8, or None")
         if isinstance(leaf, Compressed) or len(tree.layer_shape(path, leaf)) < 2:
             raise InputError(
-                f"rules: the leaf {path!r} of shape {leaf.shape} is no plain matrix; give it None"
+                f"rules: the leaf {path!r} of shape {leaf.shape} is not a plain matrix; give it "
+                "None"
             )
         check_weights(leaf, f"rules: the leaf {path!r}")
         return jax.jit(rounded, static_argnums=(1, 2))(leaf, group, bits[path])
@@ -96,8 +97,8 @@ def apply_updates(params: tree.Params, updates: Any, key: jax.Array) -> tree.Par
             continue
         if not isinstance(leaf, QTensor):
             raise InputError(
-                f"trainable: a {type(leaf).__name__} leaf has no rounding to train with; allowed: "
-                f"arrays, QTensor"
+                f"trainable: a {type(leaf).__name__} leaf cannot be trained with rounding; "
+                "allowed: arrays, QTensor"
             )
         new += by_layer(path, lambda *args: (moved(*args),), key, (leaf,), update)
     return jax.tree.unflatten(places, new)

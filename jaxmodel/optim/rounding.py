@@ -105,8 +105,8 @@ def moved(leaf: QTensor, update: Float[Array, "..."], key: jax.Array) -> QTensor
     if leaf.minimum is not None or leaf.bits < 2:
         kind = "an affine QTensor" if leaf.minimum is not None else "a QTensor of 1 bit"
         raise InputError(
-            f"trainable: {kind} cannot be rounded at random around zero; allowed: symmetric ones "
-            f"of 2 to 8 bits"
+            f"trainable: {kind} cannot be rounded stochastically; allowed: symmetric QTensors of 2 "
+            "to 8 bits"
         )
     top = 2 ** (leaf.bits - 1) - 1
     n = leaf.shape[-1]

@@ -41,7 +41,7 @@ def sam(run: Callable[..., Any], radius: float = 0.05) -> Callable[..., Any]:
         is_compressed = lambda node: isinstance(node, Compressed)
         if any(map(is_compressed, jax.tree.leaves(params, is_leaf=is_compressed))):
             raise InputError(
-                "trainable: compressed leaves have no place a little uphill; SAM is for arrays"
+                "trainable: compressed leaves given, which SAM cannot perturb; allowed: arrays"
             )
         (value, metrics), grads = run(params, *args)
         wide = optax.tree.cast(grads, jnp.float32)

@@ -151,7 +151,7 @@ def _parse(text: str) -> tuple[_Module, str]:
             current[found[1]] = _Instruction(kind, opcode.strip(), after)
     if not entry:
         raise InputError(
-            "collectives: this text is no module of XLA; needed is that of `compiled.as_text()`"
+            "collectives: this text is not an XLA module; allowed: that of `compiled.as_text()`"
         )
     return module, entry
 
@@ -212,8 +212,8 @@ def _rounds(module: _Module, loop: _Instruction, name: str) -> int:
                 if constant is not None and constant.opcode == "constant":
                     return int(constant.text.split(")")[0])
     raise InputError(
-        f"collectives: the module does not say how often its loop {name!r} runs, and there are "
-        f"collectives in it"
+        f"collectives: the module does not state how often its loop {name!r} runs, which contains "
+        "collectives"
     )
 
 

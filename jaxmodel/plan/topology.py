@@ -43,5 +43,6 @@ def topology(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:
         raise InputError(
-            f"topology: {name!r} is no slice for libtpu ({error}); allowed: such as 'v5e:2x4'"
+            f"topology: {name!r} is not a slice that libtpu knows ({error}); allowed: such as "
+            "'v5e:2x4'"
         ) from None

@@ -112,7 +112,7 @@ def fragment(sections: Sequence[Section]) -> str:
 def heading(words: str, level: int = 2) -> Section:
     """Make a heading of level 2 (under the title) or 3."""
     if level not in (2, 3):
-        raise InputError(f"level: {level!r} is no heading inside a page; allowed: 2, 3")
+        raise InputError(f"level: {level!r} is not a heading inside a page; allowed: 2, 3")
     return Section(f"<h{level}>{escape(words)}</h{level}>")
 
 
@@ -190,11 +190,11 @@ def options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Section:
     parts = [
         table(rows, [Column("option"), Column("value"), Column("default")])
         if rows
-        else text("All options as by default.")
+        else text("All options have their defaults.")
     ]
     rest = {name: value for name, value in asked.items() if name not in changed}
     folded = {
-        "The other options, all as by default": rest,
+        "The other options, all with their defaults": rest,
         "What all of them came to": config.get("resolved", {}),
     }
     parts += [details(title, [key_value(pairs)]) for title, pairs in folded.items() if pairs]

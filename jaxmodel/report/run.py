@@ -122,7 +122,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """Read the run in `folder`, as `start_run` returned it.
 
     Raises:
-      InputError: `folder` is no run folder, or its records cannot be read.
+      InputError: `folder` is not a run folder, or its records cannot be read.
     """
     records = []
     for file in ("config.json", "versions.json"):
@@ -130,7 +130,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
             records.append(schema.read(Path(folder) / file))
         except InputError as error:
             why = (
-                f"is no run folder ({file} is missing or unreadable: {error}); allowed: "
+                f"is not a run folder ({file} is missing or unreadable: {error}); allowed: "
                 f"runs/<time>-<name>"
             )
             raise InputError(f"folder: {str(folder)!r} {why}") from None

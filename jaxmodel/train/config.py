@@ -85,9 +85,8 @@ class TrainConfig(TrainOptions):
         if self.patience and self.patience >= self.evaluations:
             raise InputError(
                 f"patience: {self.patience} given for {self.steps} steps with {self.evaluations} "
-                f"held-out loss(es), so it "
-                f"never stops them; allowed: fewer than these, or a smaller eval_every than "
-                f"{self.eval_every or self.steps}"
+                "held-out loss(es), so it would never stop the run; allowed: fewer, or a smaller "
+                f"eval_every than {self.eval_every or self.steps}"
             )
 
     def guard(self) -> Guard:

@@ -105,13 +105,13 @@ class GradientCompression:
                 return run(trains, batch, rng), residual
             if auto_axes().get("pipeline", 1) > 1:
                 raise InputError(
-                    "mesh: with stages of a pipeline gradients cannot be exchanged so; leave out "
-                    "one of both"
+                    "mesh: gradient compression cannot be combined with pipeline stages; leave "
+                    "out one of the two"
                 )
             if self.kind == "top_k" and residual is None:
                 raise InputError(
-                    "exchange: the state has no residual; make it by init_state(exchange=...), on "
-                    "the mesh in use"
+                    "exchange: the state has no residual; make the state with "
+                    "init_state(exchange=...), on the mesh in use"
                 )
             places = _places(trains, rules, self.axis)
             rows = jax.tree.map(lambda a: P(self.axis) if a.ndim else P(), dict(batch))

@@ -134,7 +134,7 @@ def fit(
     if not isinstance(model, Model):
         raise InputError(
             f"model: {type(model).__name__} given; allowed: a Model, a Bundle; models.from_linen "
-            f"makes one of a Flax module"
+            "makes a Model from a Flax module"
         )
     if params is not None:
         check_params(model, params)
@@ -240,7 +240,7 @@ class _Run:
         if not jax.tree.leaves(tree.partition(self.state.params, program.trainable)[0]):
             raise InputError("trainable: nothing trains")
         if config.steps < self.i:
-            raise InputError(f"steps: {config.steps} given; {self.i} were made already")
+            raise InputError(f"steps: {config.steps} given; {self.i} have already been taken")
         judge = config.eval_batches, config.eval_rows
         model = program.model
         mesh = program.mesh
@@ -256,7 +256,7 @@ class _Run:
         self.rate = schedule_of(config) if program.optimizer is None else None
         self.over = bool(config.patience) and early.over(self.state, config.patience)
         if restored is not None and jax.process_index() == 0:
-            ended = "the run has ended there; nothing is left to train"
+            ended = "the run is complete; nothing is left to train"
             then = ended if self.over or self.i == config.steps else "going on"
             print(
                 f"jaxmodel: step {self.i} of {config.steps} is restored; {then}",
@@ -350,7 +350,7 @@ class _Run:
             not self.history and row["grad_norm"] == 0
         ):  # perhaps adapters that the model does not read
             print(
-                "jaxmodel: the gradient is zero: what trains has no part in the loss",
+                "jaxmodel: the gradient is zero: the loss does not depend on what trains",
                 file=sys.stderr,
                 flush=True,
             )
@@ -427,13 +427,11 @@ def _check_judging(
 ) -> None:
     """Refuse a patience or rewinding that cannot work, and held-out images of other classes."""
     if config.patience and heldout is None:
-        raise InputError(
-            f"patience: {config.patience} given without held-out batches to be judged by"
-        )
+        raise InputError(f"patience: {config.patience} given without held-out batches")
     config.check_patience()
     same_classes(stream, heldout)
     if config.on_bad_step == "rewind" and not saves:
-        raise InputError("bad: 'rewind' given without checkpoints to go back to")
+        raise InputError("on_bad_step: 'rewind' given without checkpoints to go back to")
 
 
 def _going_on(
@@ -449,7 +447,8 @@ def _going_on(
             ", ".join(sorted(flat(given).keys() ^ flat(like).keys())[:4]) or "the kind of some leaf"
         )
         raise InputError(
-            f"state: it is of another model, optimizer or config; only one of both has {differ}"
+            "state: it belongs to another model, optimizer or config; only one of the two has "
+            f"{differ}"
         )
     where = jax.tree.map(lambda a: a.sharding, like)
     params = jax.device_put(state.params, where.params)
@@ -477,8 +476,8 @@ def _check_passed(stream: Passed, saves: bool, state: TrainState | None) -> None
     allowed = "a data.Stream, arrays, or a list of batches"
     if saves:
         raise InputError(
-            f"checkpoints: given with an iterable of batches, which cannot be wound to where a "
-            f"run was broken; allowed: {allowed}"
+            "checkpoints: given with an iterable of batches, which cannot continue where a run "
+            f"stopped; allowed: {allowed}"
         )
     if state is not None and (number := int(state.data_step)):
         raise InputError(

@@ -100,7 +100,7 @@ def explained(compile_with: Compile, accumulate: int, rows: int, remat: str) -> 
         gib = 2.0**30
         found = what_fits(compile_with, accumulate, rows, remat, most)
         advice = (
-            "no number of micro-batches helps: cut the model over more devices (a longer "
+            "no number of micro-batches is enough: shard the model over more devices (a longer "
             "fsdp or tensor axis)"
         )
         if found is not None:

@@ -145,8 +145,8 @@ class _Elsewhere:
 
     def __getattr__(self, name: str) -> Any:
         raise InputError(
-            "loss: it reads the parameters of the layers (a penalty?), which no stage of a "
-            "pipeline has all of"
+            "loss: it reads the parameters of all layers (a penalty?), but a pipeline stage has "
+            "only its own"
         )
 
 
@@ -175,7 +175,7 @@ def _check(model: Model, params: tree.Params, axes: Mapping[str, int]) -> None:
         if tree.is_stacked(path) and not path.startswith("blocks/")
     ]
     if model.parts.block is None or elsewhere:
-        what = f"{elsewhere[0]!r} is of another" if elsewhere else "it has none"
+        what = f"{elsewhere[0]!r} belongs to another stack" if elsewhere else "it has none"
         raise InputError(
             f"model: one forward, one backward needs one stack of layers, 'blocks'; {what}"
         )

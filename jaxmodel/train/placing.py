@@ -92,7 +92,7 @@ def check_rows(rows: int, mesh: jax.sharding.Mesh | None) -> None:
     if rows % devices:
         near = [n for n in (rows - rows % devices, rows + devices - rows % devices) if n]
         raise InputError(
-            f"batch: {rows} rows do not divide over the {devices} devices of "
+            f"batch: {rows} rows cannot be divided among the {devices} devices of "
             f"{' x '.join(_axes(mesh))} in the mesh; "
             f"allowed: a multiple, such as {' or '.join(map(str, near))}"
         )
@@ -128,8 +128,8 @@ def check_batch(model: Model, params: tree.Params, batch: Mapping[str, Any]) -> 
         largest = max(int(np.max(part)) for part in _local(batch.get(name, 0)))
         if largest >= vocab:
             raise InputError(
-                f"data: {name} up to {largest} for a model with a vocabulary of {vocab}; is the "
-                f"tokenizer its own?"
+                f"data: {name} up to {largest} for a model with a vocabulary of {vocab}; does the "
+                "tokenizer belong to the model?"
             )
     if table is not None and (length := batch["tokens"].shape[1]) > table.shape[0]:
         raise InputError(
@@ -168,7 +168,7 @@ def explain(model: Model, stream: Batches, step: int, what: str = "data") -> Non
                 known = stream.rows
             where = f"row {row} of batch {step}" if known is None else f"row {known(step)[row]}"
             allowed = f"0 to {limit - 1}" + (
-                "" if name == "tokens" else f", or {IGNORED} for what does not count"
+                "" if name == "tokens" else f", or {IGNORED} for positions that do not count"
             )
             raise InputError(f"{what}: {name} hold {a[wrong][0]} in {where}; allowed: {allowed}")
 

@@ -52,7 +52,7 @@ def check_size(state: TrainState, batch_size: int) -> None:
         raise InputError(
             f"batch_size: {batch_size} given for a state that has taken {row} rows in batches of "
             f"{then}; allowed: a divisor of {row}; or a state from "
-            f"train.position.at_row(state, {batch_size}), whose batches begin in between"
+            f"train.position.at_row(state, {batch_size}), which counts from that row on"
         )
 
 

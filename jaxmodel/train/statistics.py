@@ -91,12 +91,12 @@ def recalibrate_batch_norm(
     state = _state(params)
     if not norms and not state:
         raise InputError(
-            "params: no batch norm is there; a leaf .../variance that the axes call measured, or "
-            "the state of a foreign module, is needed"
+            "params: there is no batch norm; allowed: a leaf .../variance that the axes declare "
+            "measured, or the state of a foreign module"
         )
     if state and passes > 1:
         raise InputError(
-            f"passes: {passes} given; a foreign module normalises by each batch, allowed: 1"
+            f"passes: {passes} given; allowed: 1, because a foreign module normalises by each batch"
         )
     for number in range(passes if norms else 0):
         shown = progress(batches, "batch statistics")
@@ -246,9 +246,7 @@ def _of_norms(
         sums = _float64(measure(params, batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
-        raise InputError(
-            f"batches: there is none in pass {number}; a list of at least one is needed"
-        )
+        raise InputError(f"batches: none in pass {number}; allowed: a list of at least one")
     return _with(params, total, params)
 
 
@@ -328,7 +326,7 @@ def _of_module(
             about = values.get(_mean_of(path), np.float64(0)) ** 2
             total[path] = total.get(path, 0.0) + size * (value + about)
     if not rows:
-        raise InputError("batches: there is none in pass 1; a list of at least one is needed")
+        raise InputError("batches: none in pass 1; allowed: a list of at least one")
     found = {path: one / rows for path, one in total.items()}
     for path in [path for path in found if _mean_of(path) in found]:
         found[path] = np.maximum(found[path] - found[_mean_of(path)] ** 2, 0)

@@ -157,7 +157,7 @@ def check_optimizer(optimizer: Any) -> None:
       InputError: it is none; the message says how to choose one by name.
     """
     if optimizer is not None and not hasattr(optimizer, "update"):
-        allowed = "a transformation of optax; one by its name is TrainConfig(optimizer=...)"
+        allowed = "an optax transformation; to choose one by name, use TrainConfig(optimizer=...)"
         raise InputError(f"optimizer: {optimizer!r:.60} given; allowed: {allowed}")
 
 
@@ -171,8 +171,8 @@ def _check_halves(
             told = f"make_step({name}=...)", f"init_state({name}=...)"
             has, lacks = told if wanted else reversed(told)
             raise InputError(
-                f"{name}: given to {has.partition('(')[0]} alone; allowed: both {has} and "
-                f"{lacks}, or neither"
+                f"{name}: given to {has.partition('(')[0]} only; allowed: both {has} and {lacks}, "
+                "or neither"
             )
     if guard is not None:
         kept = jax.eval_shape(guard.init)

@@ -213,17 +213,18 @@ def test_bad_input_is_refused():
     key = jax.random.key(0)
     with pytest.raises(
         InputError,
-        match="model: a config of jaxmodel.models.gpt2 given; allowed: one with classes or labels",
+        match="model: a config of jaxmodel.models.gpt2 given; allowed: a config with classes",
     ):
         finetune.replace_head(model, params, 2, key)
     small = vit.model(vit.SIZES["tiny"])
     mine = jax.eval_shape(small.init, key)
-    with pytest.raises(InputError, match="model: it is wrapped"):
+    with pytest.raises(InputError, match="model: a wrapped model given"):
         finetune.replace_head(stochastic_depth(small, 0.1), mine, 2, key)
     with pytest.raises(InputError, match="classes: 0 given; allowed: at least one"):
         finetune.replace_head(small, mine, 0, key)
     with pytest.raises(
-        InputError, match="params: the leaf 'norm/bias' is missing; needed is the body of the model"
+        InputError,
+        match="params: the leaf 'norm/bias' is missing; allowed: the parameters of the model's",
     ):
         finetune.replace_head(
             small, {name: node for name, node in mine.items() if name != "norm"}, 2, key
@@ -250,5 +251,5 @@ def test_a_new_head_on_a_trained_body_trains_alone():
             np.testing.assert_array_equal(flat[path], leaf)
     trains, frozen = tree.partition(params, [*((path, True) for path in left), (".*", False)])
     assert set(tree.flatten(trains)) == set(left) and set(tree.flatten(frozen)).isdisjoint(left)
-    with pytest.raises(InputError, match="none of its leaves has the path and shape"):
+    with pytest.raises(InputError, match="no leaf has the path and shape"):
         finetune.load_matching(params, {"other": jnp.zeros(3)})

@@ -267,7 +267,7 @@ def test_a_callable_gets_the_shape_of_one_layer():
             [("embed", "kaiming")],
             "initializer: 'kaiming' is not known; allowed: constant, he, lecun",
         ),
-        ([("embed", "he(")], "is not readable; write it as 'he' or 'normal(0.02)'"),
+        ([("embed", "he(")], "cannot be read; write it as 'he' or 'normal(0.02)'"),
         ([("embed", "he(std=1)")], "the settings of he are: distribution, gain"),
         ([("embed", "zeros(1)")], "the settings of zeros are: none"),
         ([("embed", "normal('a')")], "the settings of normal are: std"),
@@ -278,8 +278,11 @@ def test_a_callable_gets_the_shape_of_one_layer():
         ),
         ([("embed", "uniform(0.1, 0.2)")], "allowed: a low below the high"),
         ([("embed", "truncated(1, cut=0)")], "truncated: cut is 0.0; allowed: above 0"),
-        ([("embed", 3)], "rules: 3 is no initialiser; allowed: constant"),
-        ([("embed", initializers.He)], "initializers.He'> is no initialiser; allowed: constant"),
+        ([("embed", 3)], "rules: 3 is not an initialiser; allowed: constant"),
+        (
+            [("embed", initializers.He)],
+            "initializers.He'> is not an initialiser; allowed: constant",
+        ),
         ([("embed", "orthogonal('a')")], "the settings of orthogonal are: gain"),
         (
             [("blocks/0/norm/weight", "he")],

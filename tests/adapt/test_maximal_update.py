@@ -269,8 +269,8 @@ def test_own_rules_stand_in_front():
         (
             llama.model(UNTIED),
             48,
-            "base: the width 48 given; allowed: one that shrinks width 128, mlp_width 256, heads "
-            "4, kv_heads 2",
+            "base: the width 48 given; allowed: a width that scales width 128, mlp_width 256, "
+            "heads 4, kv_heads 2",
         ),
         (llama.model(UNTIED), 0, "base: the width 0 given"),
         (
@@ -286,9 +286,13 @@ def test_own_rules_stand_in_front():
         (
             gpt2.model(gpt2.Config(16, 64, 1, 4, 8)),
             gpt2.Config(16, 32, 1, 4, 8),
-            "base: heads of width 8, those of the model have 16",
+            "base: heads of width 8 given, but the model's have 16",
         ),
-        (wrap(llama.model(UNTIED), lambda parts: parts), 32, "model: it is wrapped; allowed"),
+        (
+            wrap(llama.model(UNTIED), lambda parts: parts),
+            32,
+            "model: a wrapped model given; allowed",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_one_line(model, base, says):

@@ -95,7 +95,7 @@ input()
         assert other.stdout.readline() == "in\n"
         with pytest.raises(
             InputError,
-            match=f"checkpoints: process {other.pid} on .* saves in {str(tmp_path)!r}; stop it "
+            match=f"checkpoints: process {other.pid} on .* is saving to {str(tmp_path)!r}; stop it "
             f"first",
         ):
             checkpoint.Checkpoints(tmp_path)
@@ -204,7 +204,7 @@ def test_reading_only_changes_nothing(saved, state, capsys):
         checkpoints.save(at(state, 9))
     assert (
         sorted(folder.rglob("*")) == before
-        and "the step before is taken" in capsys.readouterr().err
+        and "the previous step is used" in capsys.readouterr().err
     )
 
 
@@ -267,7 +267,7 @@ def test_a_restore_elsewhere_says_that_bits_may_differ(tmp_path, state, capsys):
     ) as checkpoints:
         checkpoints.restore(like(state))
     assert (
-        "bits may differ from those of an unbroken run: cpu.count was 2, is 64"
+        "differ slightly from that of an uninterrupted run: cpu.count was 2, is 64"
         in capsys.readouterr().err
     )
 

@@ -167,7 +167,7 @@ def test_wrong_static_fields_are_refused_which_orbax_takes(path, fields, folder,
     # and the other way round: the right tree, and a file in which somebody changed the field
     stored = json.loads((folder / "fields.json").read_text())
     stored["leaves"][layer] |= fields
-    with pytest.raises(InputError, match="not those that were written"):
+    with pytest.raises(InputError, match="have changed since they were written"):
         check_fields(alone(params), stored)
 
 

@@ -113,7 +113,7 @@ BAD = [
     ),
     (
         ["compress", "{tiny}", "--recipe", "int8", "--rule", ".*=rtn(8)", "--out", "{new}"],
-        "methods take matrices",
+        "allowed: matrices",
     ),
     (
         ["compress", "nowhere", "--recipe", "no.yaml", "--out", "{new}"],
@@ -121,11 +121,11 @@ BAD = [
     ),
     (
         ["compress", "{tiny}", "--recipe", "int8", "--out", "{text}"],
-        "is a file; a folder is needed",
+        "is a file; allowed: a folder",
     ),
     (["compress", "{renamed}", "--recipe", "int8", "--out", "{new}"], "not a GGUF file"),
     (["train", "--mesh", "fsdp=3", "--data", "{text}"], "needs 3 devices; there are 1"),
-    (["train", "--mesh", "fsdp", "--data", "{text}"], "mesh: 'fsdp' is not readable"),
+    (["train", "--mesh", "fsdp", "--data", "{text}"], "mesh: 'fsdp' cannot be read"),
     (["train", "--devices", "0"], "devices: 0 given"),
     (["train", "--unroll", "0"], "--unroll: 0 given; allowed: a whole number of at least 1"),
     (
@@ -151,14 +151,14 @@ BAD = [
         ["train", "--sample", "", "--data", "{text}", "--heldout", "{text}", "--vocab", "300"],
         "sample: ''",
     ),
-    (["train", "--out", "{text}"], "is a file; a folder is needed"),
+    (["train", "--out", "{text}"], "is a file; allowed: a folder"),
     (["eval", "{tiny}", "--seed", "-1"], "seed: -1 given"),
     (
         ["compress", "{tiny}", "--recipe", "rtn(scale_dtype='int8')", "--out", "{new}"],
         "scale_dtype is 'int8'",
     ),
     (["eval", "x" * 300], "cannot be used: File name too long"),
-    (["rerun", "{missing}"], "is no run folder"),
+    (["rerun", "{missing}"], "is not a run folder"),
     (["demo", "--windows", "0"], "windows: 0"),
 ]
 

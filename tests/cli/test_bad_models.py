@@ -77,7 +77,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
             "config.json: the rope type: 'axial' is not known; allowed: default, dynamic, linear, "
             "llama3, longrope, yarn",
         ),
-        ("llama-untied", _tokens, "has id 97, but the embedding's are 0 to 96"),
+        ("llama-untied", _tokens, "has id 97, but the embedding has the ids 0 to 96"),
     ],
     ids=["family", "shape", "shard", "rope", "vocabulary"],
 )

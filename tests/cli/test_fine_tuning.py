@@ -171,7 +171,7 @@ def test_wrong_settings_are_refused(room, capsys):
         ),
         (
             train(room, "--lora", "r=2", "--out", room / "base"),
-            "holds 'config.json', which is no file of adapters alone",
+            "holds 'config.json', which is not a file of adapters alone",
         ),
         (train(room, "--context", 65), "--context: 65 given; allowed: at most the 64 of "),
         (["train", "--lora", "r=2", "--runs", room / "runs"], "--lora: given without --init"),

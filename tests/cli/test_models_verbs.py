@@ -332,7 +332,7 @@ BAD = [
         "has no labels; allowed: a bundle of a classifier",
     ),
     (["predict", "{texts}", "--input", "{nowhere}"], "nowhere' cannot be used: No such file"),
-    (["predict", "{texts}", "--input", "{texts}"], "no regular file"),
+    (["predict", "{texts}", "--input", "{texts}"], "not a regular file"),
     (
         ["predict", "{texts}", "--input", "{0.txt}", "{empty.txt}"],
         "empty.txt' is empty; allowed: a file with text",

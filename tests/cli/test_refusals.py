@@ -26,7 +26,7 @@ WRONG = [
     ("--recipe int8", "--recipe is unknown to train; it is an option of compress"),
     ("--mesh fdsp=2", r"--mesh: 'fdsp' is not known; allowed: .*nearest: fsdp"),
     ("--mesh fsdp=3", "needs 3 devices; there are 1"),
-    ("--mesh fsdp", "mesh: 'fsdp' is not readable"),
+    ("--mesh fsdp", "mesh: 'fsdp' cannot be read"),
     (
         "--gradient-accumulation-steps 3 --batch 4",
         "--gradient-accumulation-steps: 3 micro-batches do not divide a batch of 4 rows",
@@ -58,7 +58,7 @@ WRONG = [
     ("--augment rotate(5)", "'pixels' .* is needed"),
     ("--data nowhere.txt", "'nowhere.txt' is neither a file nor a known text"),
     ("--heldout nowhere.txt", "'nowhere.txt' is neither a file nor a known text"),
-    ("--data {room}/*.nothing", "no file has such a name"),
+    ("--data {room}/*.nothing", "no file has this name"),
     ("--data ftp://a/b.txt", "allowed: local files, and URLs of"),
     (
         "--checkpoints ftp://a/b",
@@ -66,7 +66,7 @@ WRONG = [
     ),
     ("--checkpoints {room}/file", "is a file; a folder is needed"),
     ("--checkpoints /proc/none", "--checkpoints: '/proc/none' cannot be used"),
-    ("--out {room}/file", "is a file; a folder is needed"),
+    ("--out {room}/file", "is a file; allowed: a folder"),
     ("--out /proc/none", "out: '/proc/none' cannot be made"),
     ("--json /proc/none", "--json: '/proc/none' cannot be written"),
     ("--tensorboard", "needs the package 'tensorboardX', which is not installed"),
@@ -123,7 +123,10 @@ ON_MESHES = """
     print(json.dumps(found))
 """
 MESHES = [
-    ("--mesh fsdp=4,tensor=2 --batch 6", "batch: 6 rows do not divide over the 4 devices of fsdp"),
+    (
+        "--mesh fsdp=4,tensor=2 --batch 6",
+        "batch: 6 rows cannot be divided among the 4 devices of fsdp",
+    ),
     ("--mesh tensor=3", "'tensor': 3} does not divide the leaf"),
     ("--mesh expert=2", "the axis 'expert' would hold 2 copies of everything"),
     ("--mesh fsdp=16", "needs 16 devices; there are 8"),

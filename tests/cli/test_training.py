@@ -269,7 +269,7 @@ def test_a_replay_has_the_devices_of_the_run(devices, wanted, tmp_path, monkeypa
             ["--augment", "token_drop(0)"],
             "'token_drop' is not known; allowed: .*nearest: token_dropout",
         ),
-        (["--mesh", "data=*,tensor=*"], "mesh: 'data=\\*,tensor=\\*' is not readable"),
+        (["--mesh", "data=*,tensor=*"], "mesh: 'data=\\*,tensor=\\*' cannot be read"),
         (["--schedule", "linear"], "--schedule: 'linear' is not known; allowed: constant, "),
         (
             ["--gradient-accumulation-steps", 3],
@@ -362,7 +362,7 @@ def test_data_that_changed_is_refused(trained, folder, capsys):
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps({**config, "weights": [1.0, 1.0]}))
     code, _, err = run(capsys, "resume", changed, "--runs", folder / "runs")
-    assert code == 2 and "a run goes on with the data that it began with" in err
+    assert code == 2 and "a run must continue with the data that it began with" in err
 
 
 @pytest.mark.parametrize("verb", ["resume", "replay"])
@@ -375,7 +375,7 @@ def test_no_run_folder(verb, tmp_path, capsys):
         "--runs",
         tmp_path / "runs",
     )
-    assert code == 2 and "is no run folder" in err
+    assert code == 2 and "is not a run folder" in err
 
 
 def test_a_page_without_the_package_that_draws(trained, tmp_path, monkeypatch, sound_page):

@@ -152,7 +152,7 @@ def test_zeros_survive_rounding():
         ("magnitude(pattern=(4, 2))", r"pattern is \(4, 2\)"),
         ("rtn() | magnitude()", "prune before you quantise"),
         ("rtn() | rtn()", "takes a plain or sparse leaf, not QTensor"),
-        ("magnitude() | rtn(symmetric=False)", "symmetrically"),
+        ("magnitude() | rtn(symmetric=False)", "one symmetric rounding"),
         ("magnitude(pattern=(2, 5))", "does not divide rows of 24"),
     ],
 )

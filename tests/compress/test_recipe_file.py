@@ -99,7 +99,7 @@ def test_a_bundle_is_a_recipe(bundle, tmp_path):
     )
     bundle.save_pretrained(tmp_path / "plain")
     with pytest.raises(
-        InputError, match="was made by none; allowed: one that `compress` made, or a file"
+        InputError, match="was not made by a recipe; allowed: a bundle that `compress` made"
     ):
         compress.read_recipe(tmp_path / "plain")
 
@@ -110,20 +110,20 @@ def test_a_bundle_is_a_recipe(bundle, tmp_path):
         ("base: int5", "recipe: 'int5' is not known; allowed: int4, int8, .*nearest: int8, int4"),
         ("rules: {a: rtm(4)}", "the rule 'a': method: 'rtm' is not known; allowed: .*nearest: rtn"),
         ("rules: {a: rtn(bitz=4)}", r"'rtn\(bitz=4\)': rtn takes the settings bits, group, "),
-        ("rules: {a: rtn(4}", r"'rtn\(4' is not readable; write it as"),
+        ("rules: {a: rtn(4}", r"'rtn\(4' cannot be read; write it as"),
         ("rules: {a: 4}", "rules.a is 4; allowed: a text"),
-        ("rules: {4: rtn(4)}", "line 1: the key 4 is no text; quote it"),
+        ("rules: {4: rtn(4)}", "line 1: the key 4 is not a string; quote it"),
         ("rules: [a]", r'rules is \["a"\]; allowed: an object'),
         ("rules: {'(a': rtn(4)}", r"the rule '\(a' is not a regular expression"),
-        ("rules:\n  a: rtn(4)\n  a: rtn(5)", "line 3: the key 'a' stands there twice"),
+        ("rules:\n  a: rtn(4)\n  a: rtn(5)", "line 3: the key 'a' is repeated"),
         (
             "rule: {a: rtn(4)}",
             "'rule' is not known; allowed: base, compute, name, rules .nearest: rules",
         ),
         ("base: int4\ncompute: int7", "'int7' given|int7"),
         ("", "its content is null; allowed: an object"),
-        ("{}", "neither base nor rules is there"),
-        ("name: x", "neither base nor rules is there"),
+        ("{}", "neither base nor rules given"),
+        ("name: x", "neither base nor rules given"),
         ("int4", 'its content is "int4"; allowed: an object'),
         ("rules: {a: rtn(4)", "not YAML: .* in line"),
         ("base: int4\n\tname: x", "not YAML: .* in line 2"),

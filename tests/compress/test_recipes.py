@@ -166,24 +166,27 @@ ALLOWED = r"allowed: a tuple of methods, or text such as 'magnitude\(0.5\) \| rt
     ("recipe", "says"),
     [
         ([("w", Rtn(8))], rf"recipe: the rule 'w' gives the method rtn\(bits=8\) alone; {ALLOWED}"),
-        ([("w", Rtn)], rf"recipe: the rule 'w' gives <class .*Rtn'>, which is no chain; {ALLOWED}"),
-        ([("w", None)], rf"recipe: the rule 'w' gives None, which is no chain; {ALLOWED}"),
-        ([("w", 8)], rf"recipe: the rule 'w' gives 8, which is no chain; {ALLOWED}"),
+        (
+            [("w", Rtn)],
+            rf"recipe: the rule 'w' gives <class .*Rtn'>, which is not a chain; {ALLOWED}",
+        ),
+        ([("w", None)], rf"recipe: the rule 'w' gives None, which is not a chain; {ALLOWED}"),
+        ([("w", 8)], rf"recipe: the rule 'w' gives 8, which is not a chain; {ALLOWED}"),
         (
             [("w", (Rtn(8), "rtn()"))],
-            rf"recipe: the rule 'w' gives a chain with 'rtn\(\)', which is no method; {ALLOWED}",
+            rf"recipe: the rule 'w' gives a chain with 'rtn\(\)', which is not a method; {ALLOWED}",
         ),
         (
             [("w", (Magnitude,))],
-            rf"recipe: the rule 'w' gives a chain with <class .*Magnitude'>, which is no method; "
-            rf"{ALLOWED}",
+            rf"recipe: the rule 'w' gives a chain with <class .*Magnitude'>, which is not a "
+            rf"method; {ALLOWED}",
         ),
-        ([("w", ((Rtn(8),),))], r"gives a chain with \(Rtn\(.*\),\), which is no method"),
+        ([("w", ((Rtn(8),),))], r"gives a chain with \(Rtn\(.*\),\), which is not a method"),
         (
             [("w", "rtm(4)")],
             r"recipe: the rule 'w': method: 'rtm' is not known; allowed: .*nearest: rtn",
         ),
-        ([("w", "rtn(4")], r"recipe: the rule 'w': method: 'rtn\(4' is not readable"),
+        ([("w", "rtn(4")], r"recipe: the rule 'w': method: 'rtn\(4' cannot be read"),
         ([("w", "rtn(bits=9)")], r"recipe: the rule 'w': rtn: bits is 9; allowed: 1 to 8"),
         ([("x", Rtn(8)), ("w", ())], r"the rule 'x' gives the method"),
     ],

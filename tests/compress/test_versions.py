@@ -51,6 +51,6 @@ def test_what_cannot_be_compared(bundle):
         compress.variants(bundle, ("int5",))
     small = compress.variants(bundle)["int8"]()
     with pytest.raises(
-        InputError, match="model: 'tiny' is compressed already; plain weights are needed"
+        InputError, match="model: 'tiny' is already compressed; allowed: plain weights"
     ):
         compress.variants(small)

@@ -253,7 +253,7 @@ def test_nothing_is_changed_in_place(case):
     if case.draws:
         with pytest.raises(
             ValueError,
-            match="rng: None given in training; allowed: a key, as the module draws from",
+            match="rng: None given in training; allowed: a key, because the module draws from",
         ):
             case.model.apply(case.params, case.inputs, train=True)
 
@@ -461,14 +461,14 @@ def test_what_it_cannot_do_is_refused_in_one_line():
     assert case.model.with_policy(ops.Policy()) is case.model
     refused(
         lambda: case.model.with_policy(ops.Policy(compute_dtype="bfloat16")),
-        "given; a foreign module computes as it is written, allowed",
+        ", because a foreign module sets its own",
     )
     refused(
         lambda: case.model.apply(case.params, case.inputs, cache=1),
         "cache: given to a foreign module",
     )
     observe = lambda: compress.observe(case.model, case.params, [case.inputs], paths=".*kernel")
-    refused(observe, "kernel' is a probe; a foreign module has none of our products")
+    refused(observe, "kernel' is a probe, which a foreign module cannot measure")
     refused(
         lambda: case.model.apply(case.params, numbers(4, 6)),
         "inputs: inputs [4, 6] given; they do not fit the module: For parameter",
@@ -479,19 +479,19 @@ def test_what_it_cannot_do_is_refused_in_one_line():
     adapted.apply(params, case.inputs)
     refused(
         lambda: adapted.apply(params, case.inputs, rng=KEY, train=True),
-        "dropout: given for adapters of a foreign module, which is run whole; allowed: "
-        "LoRA(dropout=0)",
+        "dropout: given for adapters of a foreign module; allowed: LoRA(dropout=0), because the "
+        "module runs as a whole",
     )
     refused(
         lambda: set_state(_gpt2(), {}, jnp.zeros((1, 1))), "allowed: one of from_linen or from_nnx"
     )
     refused(
         lambda: from_linen(nn.Dense, numbers(1, 2)),
-        "given; allowed: a Linen module that is made, such as nn.Dense(3)",
+        "given; allowed: an instance of a Linen module, such as nn.Dense(3)",
     )
     refused(
         lambda: from_nnx(5, numbers(1, 2)),
-        "module: 5 given; allowed: an nnx module, or what makes one from `rngs`",
+        "module: 5 given; allowed: an nnx module, or a function that makes one from `rngs`",
     )
     refused(
         lambda: from_linen(nn.Dense(3), {"x": 5}),

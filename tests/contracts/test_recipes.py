@@ -46,7 +46,7 @@ def test_named_recipes_are_one_rule_by_role():
 
 
 def test_without_axes_nobody_guesses():
-    with pytest.raises(InputError, match="axes: None given; a recipe by the roles of leaves needs"):
+    with pytest.raises(InputError, match="axes: None given; a recipe by role needs"):
         compress.apply(compress.get_recipe("int4"), {"up": jnp.ones((8, 8))})
 
 

@@ -66,7 +66,7 @@ def test_a_prediction_that_is_equal_for_all_accuses_nobody():
     ("p", "labels", "message"),
     [
         (np.ones((0, 2)), np.zeros(0, int), "the shapes [0, 2], int64 [0] given"),
-        (np.ones((3, 2)), np.zeros(3, int), "rows that are no distributions"),
+        (np.ones((3, 2)), np.zeros(3, int), "rows are not distributions"),
         (np.ones((3, 2)) / 2, np.array([0, 1, 2]), "labels: from 0 to 2 given; allowed: 0 to 1"),
     ],
 )

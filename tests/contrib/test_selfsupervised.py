@@ -228,11 +228,11 @@ def test_bad_input_is_refused():
         alone.masked_patches(3)(KEY, {"pixels": jnp.zeros((1, 8, 8, 1))})
     with pytest.raises(InputError, match="batch: labels given; 'pixels' is needed"):
         alone.two_views(augment.Noise())(KEY, {"labels": jnp.zeros(2)})
-    with pytest.raises(InputError, match="head: it reads 5 numbers; needed are the 16"):
+    with pytest.raises(InputError, match="head: it reads 5 numbers; allowed: 16"):
         narrow = alone.with_projection(VIT, mlp.model(mlp.Config(5, (8,), 3)))
         jax.eval_shape(narrow.apply, shapes, pixels)
     with pytest.raises(
-        InputError, match="head: it reads source, tokens; needed is a model of one input"
+        InputError, match="head: it reads source, tokens; allowed: a model of one input"
     ):
         alone.with_projection(VIT, t5.model(t5.SIZES["tiny"]))
     with pytest.raises(InputError, match="tokens: 99 given; the model's body gives"):

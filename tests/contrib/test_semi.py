@@ -335,9 +335,9 @@ def test_bad_input_is_refused(params, batch):
         InputError, match="weight: -1.0 given; allowed: a finite number of at least 0"
     ):
         semi.mean_teacher(weight=-1.0)
-    with pytest.raises(InputError, match="average: 0 given; the teacher is the moving average"):
+    with pytest.raises(InputError, match="average: 0 given; allowed: a decay such as 0.99"):
         semi.mean_teacher()(MODEL, params, batch, RNG, state=state_of(params))
-    with pytest.raises(InputError, match="ramp: it needs the state's step"):
+    with pytest.raises(InputError, match="ramp: it needs the step of the training state"):
         semi.pseudo_label(ramp=functools.partial(semi.linear_ramp, begin=0, end=9))(
             MODEL, params, batch, RNG
         )

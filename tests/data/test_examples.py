@@ -134,9 +134,9 @@ def test_what_is_cut_is_said(tmp_path, capsys):
     said = capsys.readouterr().err
     assert (
         "2 of 2 texts are longer than a row of 8 tokens and were cut" in said
-        and "of 1 of 2 texts nothing to learn is left" in said
+        and "1 of 2 texts have nothing left to learn" in said
     )
-    with pytest.raises(InputError, match="no text has something to learn within 2 tokens"):
+    with pytest.raises(InputError, match="no text has anything to learn within 2 tokens"):
         data.answers(path, BYTES, 2)
 
 
@@ -149,7 +149,7 @@ WRONG = [
         "message 0 has 'role'; allowed: 'role', a text, and 'content'",
     ),
     ({"messages": [{"content": "a"}]}, "message 0 has 'content'"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "none is the assistant's"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "none is from the assistant"),
     ({"prompt": "a", "completion": None}, "'completion' is NoneType; allowed: a text"),
     ({"prompt": "a", "completion": "\ud83d"}, "half of a surrogate pair"),
     ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, "not a string of valid Unicode"),
@@ -207,7 +207,7 @@ def test_texts_with_labels(tmp_path, kind):
     held, again = data.labelled(table(tmp_path / "b.csv", [("x", "pos")]), BYTES, 12, names=names)
     assert again == names and held["labels"].tolist() == [1]
     with pytest.raises(
-        InputError, match="c.csv' line 3: the label 'odd' is no class; allowed: neg, pos"
+        InputError, match="c.csv' line 3: the label 'odd' is not a class; allowed: neg, pos"
     ):
         data.labelled(
             table(tmp_path / "c.csv", [("x", "pos"), ("y", "odd")]), BYTES, 12, names=names

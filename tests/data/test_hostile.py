@@ -86,7 +86,7 @@ def test_a_text_without_end(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / name
     for piece, says in (
         (b"x" * 2**16, "a line is longer than 1,048,576 bytes"),
-        (b"\n" * 2**16, "it goes on with white space"),
+        (b"\n" * 2**16, "it ends in too much white space"),
     ):
         file.write_bytes(packed(piece, 64))
         with pytest.raises(InputError, match=says):
@@ -108,7 +108,7 @@ def test_flipped_bytes_in_a_shard(shards_of: Any) -> None:
         raw = bytearray(path.read_bytes())
         raw[3] ^= 1
         path.write_bytes(raw)
-        with pytest.raises(InputError, match="is not what was written .another sha256"):
+        with pytest.raises(InputError, match="has changed since it was written .another sha256"):
             Shards(shards.folder).doc(0)
 
 
@@ -139,7 +139,7 @@ def test_an_index_that_was_changed(change: dict[str, Any], shards_of: Any) -> No
     shards = shards_of(["one text", "another"])
     file = Path(shards.folder, "index.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(InputError, match="there is no whole"):
+    with pytest.raises(InputError, match="is missing or incomplete"):
         Shards(shards.folder).doc(0)
 
 
@@ -180,7 +180,7 @@ def test_a_table_that_unpacks_to_more_than_there_is(
     monkeypatch.setattr(limits, "_now", limits.Limits(file_memory=2**30))
     with pytest.raises(
         InputError,
-        match=r"a.parquet' is no whole Parquet file: .* 20 seconds and 1 GiB .*file_seconds",
+        match=r"a.parquet' is not a complete Parquet file: .* 20 seconds and 1 GiB .*file_seconds",
     ):
         list(documents(tmp_path / "a.parquet"))
     child.READER.end()

@@ -129,7 +129,7 @@ def test_bad_input(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> No
     for call, message in [
         (
             lambda: ImageFolder(str(empty), (4, 4)),
-            "images: .*' has no images; CLASS/NAME.png, .jpg, .* below it",
+            "images: .*' has no images; allowed: CLASS/NAME.png, .jpg, .* below it",
         ),
         (lambda: ImageFolder(str(empty / "none"), (4, 4)), "none' has no images"),
         (lambda: ImageFolder(str(folder), (0, 4)), "resize: 0 given"),
@@ -174,11 +174,11 @@ def test_floating_numbers_are_read_where_black_and_white_are_known(tmp_path: Pat
     for i, wrong in enumerate((levels * 255, levels - 0.5, np.full((8, 8), np.nan, np.float32))):
         save(Image.fromarray(wrong), tmp_path / str(i) / "a" / "1.tiff")
         with pytest.raises(
-            InputError, match="1.tiff' has floating numbers from .*; allowed: 0 .black. to 1"
+            InputError, match="1.tiff' has floating-point values from .*; allowed: 0 .black. to 1"
         ):
             one(tmp_path / str(i))
     save(Image.fromarray(np.full((8, 8), 70000, np.int32)), tmp_path / "long" / "a" / "1.tif")
-    with pytest.raises(InputError, match="whole numbers of 32 bits"):
+    with pytest.raises(InputError, match="32-bit integers"):
         one(tmp_path / "long")
 
 
@@ -230,7 +230,7 @@ def test_of_an_animation_the_first_frame_is_taken_and_that_is_said(
     for ending in ("gif", "png"):
         np.testing.assert_allclose(one(tmp_path / ending, channels=1) * 255, 10)
     said = capsys.readouterr().err
-    assert said.count("has 2 frames; of this and others the first is taken") == 1
+    assert said.count("has 2 frames; of all animations only the first frame is used") == 1
 
 
 def test_what_is_left_out_is_said_in_one_line(

@@ -130,12 +130,12 @@ def test_bad_input_is_one_clear_line() -> None:
         (lambda: windows([], 2), "ids: 0 tokens are fewer than one window of 2"),
         (
             lambda: windows(np.array([0.5]), 1),
-            r"ids: float64 of shape \(1,\) given; a flat list of integers is needed",
+            r"ids: float64 of shape \(1,\) given; allowed: a flat list of integers",
         ),
         (lambda: windows(np.array([[1, 2]]), 1), r"ids: int64 of shape \(1, 2\)"),
-        (lambda: windows([-1, 5], 1), "ids: ids from -1 to 5 given; 0 to 2147483647 is allowed"),
+        (lambda: windows([-1, 5], 1), "ids: ids from -1 to 5 given; allowed: 0 to 2147483647"),
         (lambda: pack([[1], [2**31]], 4), r"documents\[1\]: ids from 2147483648"),
-        (lambda: pack([[], []], 4), "documents: none of the 2 holds a token"),
+        (lambda: pack([[], []], 4), "documents: none of the 2 has a token"),
         (lambda: pack([[1]], 0), "length: 0 given"),
         (lambda: pack([[1]], 4, eos_id=-1), "eos_id: ids from -1"),
     ]:

@@ -129,7 +129,7 @@ def test_a_flipped_byte_of_a_plan_is_named(shards_of: Make) -> None:
     (path,) = Path(rows.shards.folder).glob("pack-*.starts")
     raw = path.read_bytes()
     path.write_bytes(raw[:8] + bytes([raw[8] ^ 1]) + raw[9:])
-    with pytest.raises(InputError, match=f"plan: .*{path.name}' is not what was written"):
+    with pytest.raises(InputError, match=f"plan: .*{path.name}' has changed since it was written"):
         rows.verify()
 
 

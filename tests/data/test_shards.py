@@ -256,8 +256,7 @@ def test_an_interrupted_call_is_never_taken_for_a_whole_one(
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
     with pytest.raises(
         InputError,
-        match="shards: there is no whole .*index.json'; a folder that `tokenize` finished is "
-        "needed",
+        match="shards: .*index.json' is missing or incomplete; allowed: a folder that `tokenize`",
     ):
         Shards(str(tmp_path))
     for path in tmp_path.iterdir():  # as a machine that lost power may leave it
@@ -270,7 +269,7 @@ def test_an_interrupted_call_is_never_taken_for_a_whole_one(
     kept.verify()
     assert kept.fingerprint == whole.fingerprint and kept.doc(29).tolist() == ids(TEXTS[29])
     (tmp_path / "index.json").write_bytes((tmp_path / "index.json").read_bytes()[:-5])
-    with pytest.raises(InputError, match="there is no whole"):
+    with pytest.raises(InputError, match="is missing or incomplete"):
         Shards(str(tmp_path))
     tokenize(TEXTS[1:], byte_tokenizer(), tmp_path).verify()
     assert len(names(tmp_path)) == 3  # what was left of other calls is gone
@@ -294,7 +293,7 @@ def test_damage_is_named(shards_of: Callable[..., Shards]) -> None:
         raw = path.read_bytes()
         path.write_bytes(raw[:-1])
         wrong = (
-            f"{path.name}' has {len(raw) - 1:,} bytes; {len(raw):,} bytes are needed: restore "
+            f"{path.name}' has {len(raw) - 1:,} bytes; it had {len(raw):,} bytes: restore "
             f"it, or delete index.json and"
         )
         with pytest.raises(InputError, match=wrong):
@@ -304,7 +303,7 @@ def test_damage_is_named(shards_of: Callable[..., Shards]) -> None:
             Shards(shards.folder)
         path.write_bytes(raw[:5] + bytes([raw[5] ^ 1]) + raw[6:])
         with pytest.raises(
-            InputError, match=f"{path.name}' is not what was written .another sha256"
+            InputError, match=f"{path.name}' has changed since it was written .another sha256"
         ):
             Shards(shards.folder).verify()
         path.write_bytes(raw)
@@ -337,7 +336,7 @@ def test_bad_input(shards_of: Callable[..., Shards], byte_tokenizer: Any, tmp_pa
         (lambda: shards_of(TEXTS, shard_tokens=0), "shard_tokens: 0 given"),
         (
             lambda: shards_of(iter(TEXTS)),
-            "texts: an iterator given, which is read only once; allowed: documents",
+            "texts: an iterator given, which can be read only once; allowed: documents",
         ),
         (lambda: shards_of(["", ""]), "texts: no document has a token"),
         (lambda: shards_of(TEXTS, keep=lambda text: False), "texts: no document has a token"),
@@ -347,11 +346,11 @@ def test_bad_input(shards_of: Callable[..., Shards], byte_tokenizer: Any, tmp_pa
         ),
         (
             lambda: tokenize(TEXTS, Nameless(), tmp_path),
-            "tokenizer: Nameless given; a hub.Tokenizer, or a property `fing",
+            "tokenizer: Nameless given; allowed: a hub.Tokenizer, or an object with",
         ),
         (
             lambda: tokenize(TEXTS, byte_tokenizer(vocab_size=100), tmp_path),
-            "tokenizer: gave ids from 32 to 120; 0 to 99 is",
+            "tokenizer: it returned ids from 32 to 120; allowed: 0 to 99",
         ),
         (
             lambda: tokenize(TEXTS, byte_tokenizer(), tmp_path / "file" / "x"),
@@ -362,7 +361,10 @@ def test_bad_input(shards_of: Callable[..., Shards], byte_tokenizer: Any, tmp_pa
             "none.txt' is neither a file nor a known text",
         ),
         (lambda: shards_of(TEXTS).doc(30), "document: 30 given; allowed: 0 to 29"),
-        (lambda: Shards(str(tmp_path / "nowhere")), "there is no whole .*nowhere/index.json"),
+        (
+            lambda: Shards(str(tmp_path / "nowhere")),
+            "shards: .*nowhere/index.json' is missing or incomplete",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             call()

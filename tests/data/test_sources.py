@@ -280,7 +280,7 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         ),
         (
             lambda: whole(file("b.jsonl", b"[1]")),
-            "b.jsonl' line 1 is a JSON list; an object with 'text' is needed",
+            "b.jsonl' line 1 is a JSON list; allowed: an object with 'text'",
         ),
         (
             lambda: whole(file("c.jsonl", b'{"texts": "x"}')),
@@ -288,13 +288,13 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         ),
         (
             lambda: whole(file("d.jsonl", b'{"text": 3}')),
-            "d.jsonl' line 1: field 'text' holds int; text is needed",
+            "d.jsonl' line 1: field 'text' holds int; allowed: text",
         ),
         (lambda: whole(file("e.jsonl", b'{"text": "\xff"}')), "e.jsonl' line 1 is not JSON"),
-        (lambda: whole(file("x.parquet", b"rubbish")), "x.parquet' is no whole Parquet file"),
+        (lambda: whole(file("x.parquet", b"rubbish")), "x.parquet' is not a complete Parquet file"),
         (
             lambda: whole(file("y.parquet", (tmp_path / "whole.parquet").read_bytes()[:-9])),
-            "y.parquet' is no whole Parquet file",
+            "y.parquet' is not a complete Parquet file",
         ),
         (
             lambda: whole(tmp_path / "whole.parquet", field="body"),
@@ -310,20 +310,20 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         ),
         (
             lambda: whole(file("a.arrayrecord", b"rubbish")),
-            "a.arrayrecord' is no whole ArrayRecord file: ArrayRecord file sh",
+            "a.arrayrecord' is not a complete ArrayRecord file: ArrayRecord file sh",
         ),
         (
             lambda: whole(file("b.arrayrecord", records[:120] + bytes(8) + records[128:])),
-            "b.arrayrecord' is no whole",
+            "b.arrayrecord' is not a complete",
         ),
-        (lambda: whole(file("c.arrayrecord", records[:-1000])), "c.arrayrecord' is no whole"),
+        (lambda: whole(file("c.arrayrecord", records[:-1000])), "c.arrayrecord' is not a complete"),
         (
             lambda: documents(tmp_path / "wohle.parquet"),
             "wohle.parquet' is neither a file nor.*nearest: whole.parquet",
         ),
         (
             lambda: whole(file("f.json", b'[{"text": "x"}, 3]')),
-            "f.json' entry 2 is a JSON int; an object with 'text' is needed",
+            "f.json' entry 2 is a JSON int; allowed: an object with 'text'",
         ),
         (lambda: whole(file("g.json", b'[{"text": "x"}')), "g.json' the file is not JSON"),
         (
@@ -336,7 +336,7 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         ),
         (
             lambda: whole(file("j.tsv", b'text\tlabel\n"a" b\t1\n')),
-            "j.tsv' line 2 is no row of a table",
+            "j.tsv' line 2 is not a row of a table",
         ),
         (
             lambda: whole(file("k.csv", b"text\ngr\xfcn\n")),
@@ -344,7 +344,7 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         ),
         (
             lambda: load_text(file("l.csv", b"text\na\n")),
-            "l.csv' is by its name a file of records; allowed: one UTF-8 text",
+            "l.csv' has the name of a file of records; allowed: one UTF-8 text",
         ),
         (
             lambda: whole(
@@ -358,13 +358,13 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         ),
         (
             lambda: documents(tmp_path / "*.csx"),
-            "csx' given: no file has such a name; allowed: a file, a pattern such as",
+            "csx' given: no file has this name; allowed: a file, a pattern such as",
         ),
         (
             lambda: documents(tmp_path / "folder"),
             "folder' given: a folder; allowed: a file, a pattern",
         ),
-        (lambda: documents(f"{memory}/a.txt"), "/a.txt' given: no file has such a name"),
+        (lambda: documents(f"{memory}/a.txt"), "/a.txt' given: no file has this name"),
         (
             lambda: documents("nope://a.txt"),
             "data: 'nope://a.txt' given; allowed: local files, and URLs of https://, gs://, s3:",

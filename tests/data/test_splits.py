@@ -97,7 +97,7 @@ def test_rows_taken_from_a_split_make_a_stream():
         ),
         (lambda: split(9, (1.1, -0.1)), "parts: [1.1, -0.1] given"),
         (lambda: split(3), "parts: a share of 0.1 gets none of 3 rows"),
-        (lambda: split(4, (0.5, 0.5), seed=-1), "seed: -1 given; 0 to 2^64 - 1 is allowed"),
+        (lambda: split(4, (0.5, 0.5), seed=-1), "seed: -1 given; allowed: 0 to 2^64 - 1"),
         (
             lambda: split(4, (0.5, 0.5), labels=np.arange(3)),
             "labels: the shape [3] given for 4 rows",

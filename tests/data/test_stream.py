@@ -182,7 +182,7 @@ def test_bad_input_is_one_clear_line() -> None:
         (lambda: Stream(good, 1, -1), "seed: -1 given"),
         (
             lambda: Stream(good, 1, 2**64),
-            r"seed: 18446744073709551616 given; 0 to 2\^64 - 1 is allowed",
+            r"seed: 18446744073709551616 given; allowed: 0 to 2\^64 - 1",
         ),
         (lambda: Stream(good[:0], 1), r"data: int32 of shape \(0, 3\) given"),
         (lambda: Stream(good[:, :1], 1), r"data: int32 of shape \(2, 1\) given"),
@@ -190,7 +190,7 @@ def test_bad_input_is_one_clear_line() -> None:
         (lambda: Stream(good * 0.5, 1), "data: float64 of shape"),
         (
             lambda: Stream(PackedRows(good, good, good[:1]), 1),
-            r"\(1, 3\) given; equal shapes are needed",
+            r"\(1, 3\) given; allowed: equal shapes",
         ),
         (
             lambda: Stream(good, 1).batch(-1),
@@ -209,7 +209,7 @@ def test_bad_input_is_one_clear_line() -> None:
             lambda: prefetch(Stream(good, 1), 0, 2, rows=slice(0, 2)),
             r"rows: slice\(0, 2, None\) given",
         ),
-        (lambda: Stream(NoRows(), 1), "data: no rows given; at least 1 is needed"),
+        (lambda: Stream(NoRows(), 1), "data: no rows given; allowed: at least 1"),
         (lambda: prefetch(Stream(good, 1), 3, 2), "start, stop: 3, 2 given"),
         (lambda: prefetch(Stream(good, 1), 0, 2, workers=0), "workers: 0 given"),
     ]:
@@ -225,7 +225,8 @@ WRONG = [
     ),
     (
         'Stream({"x": [1, 2]}, 1)',
-        "data: list given for 'x'; allowed: an array, as np.asarray makes of equally long rows",
+        "data: list given for 'x'; allowed: an array, such as np.asarray makes from rows of equal "
+        "length",
     ),
     ('Stream({"x": good, "y": (1, 2)}, 1)', "data: tuple given for 'y'; allowed: an array"),
     (
@@ -239,11 +240,11 @@ WRONG = [
     ("Stream(good, 1, 0.5)", "seed: 0.5 given; allowed: a whole number of at least 0"),
     (
         "pack([1, 2, 3], 4)",
-        "documents[0]: int64 of shape () given; a flat list of integers is needed",
+        "documents[0]: int64 of shape () given; allowed: a flat list of integers",
     ),
     (
         "pack([[1, [2, 3]]], 4)",
-        "documents[0]: lists in a list given; a flat list of integers is needed",
+        "documents[0]: nested lists given; allowed: a flat list of integers",
     ),
 ]
 

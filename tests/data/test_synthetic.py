@@ -105,7 +105,7 @@ def test_what_a_batch_holds():
         ({"tasks": ()}, "tasks: none given"),
         ({"part": "dev"}, "part: 'dev' is not known; allowed: test, train"),
         ({"batch_size": 0}, "batch_size: 0 given"),
-        ({"seed": -1}, "seed: -1 given; 0 to 2.64 - 1 is allowed"),
+        ({"seed": -1}, "seed: -1 given; allowed: 0 to 2.64 - 1"),
     ],
 )
 def test_values_out_of_range(arguments, message):

@@ -183,7 +183,7 @@ def test_unknown_name_names_the_nearest(
     message = error("tinyshakespeare")
     assert (
         "is not in $JAXMODEL_DATA (not set)" in message
-        and "name that by the environment variable JAXMODEL_DATA" in message
+        and "set the environment variable JAXMODEL_DATA" in message
     )
 
 

@@ -66,7 +66,7 @@ def test_a_notice_of_maintenance_stops_the_run(metadata, monkeypatch, capsys):
         assert not stop(1)
         said[0] = "TERMINATE_ON_HOST_MAINTENANCE"
         assert until(lambda: stop(2))
-    assert "notice of maintenance (TERMINATE_ON_HOST_MAINTENANCE)" in capsys.readouterr().err
+    assert "maintenance notice (TERMINATE_ON_HOST_MAINTENANCE)" in capsys.readouterr().err
 
 
 def test_without_a_server_nobody_is_asked(monkeypatch):

@@ -370,7 +370,7 @@ def test_what_mpi_needs():
 
 def test_processes_that_do_not_divide_the_batch():
     with pytest.raises(
-        InputError, match="batch: its rows do not divide over 5 processes of 2 devices"
+        InputError, match="batch: its rows cannot be divided among 5 processes of 2 devices"
     ):
         launch.launch([], processes=5, devices=2, logs=Path("."), fits=lambda n: 12 % (2 * n) == 0)
     assert threading.active_count() >= 1

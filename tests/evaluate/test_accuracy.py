@@ -55,7 +55,7 @@ def test_equal_scores_and_nan_are_wrong():
     ("labels", "options", "message"),
     [
         (LABELS[:-1], {}, r"labels: shape \(102,\) given for 103 rows"),
-        (LABELS + 1, {}, "labels: 1 to 5 given; 0 to 4 is allowed"),
+        (LABELS + 1, {}, "labels: 1 to 5 given; allowed: 0 to 4"),
         (LABELS, {"top": 0}, "top: 0 given"),
         (LABELS, {"batch": 0}, "batch: 0 given"),
     ],

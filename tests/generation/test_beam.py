@@ -266,7 +266,7 @@ def test_values_out_of_range(options, message):
 
 def test_a_model_that_does_not_decode():
     model, params = made("llama/tiny", 5)
-    with pytest.raises(InputError, match="'llama' does not decode; one with a cache is needed"):
+    with pytest.raises(InputError, match="'llama' cannot decode; allowed: a model with a cache"):
         beam_search(
             dataclasses.replace(model, init_cache=None), params, jnp.zeros((1, 1), jnp.int32)
         )

@@ -208,7 +208,7 @@ def test_a_chat_template_that_writes_the_first_token(bundle, monkeypatch):
 
 
 def test_a_model_that_does_not_decode_is_named(bundle):
-    with pytest.raises(InputError, match="model: a model of the family 'llama' does not decode"):
+    with pytest.raises(InputError, match="model: the family 'llama' cannot decode"):
         generate(
             dataclasses.replace(bundle, model=dataclasses.replace(bundle.model, init_cache=None)),
             "a",

@@ -97,13 +97,13 @@ def test_a_completion_and_the_end_of_the_text():
 
 def test_what_cannot_be_learnt_is_refused():
     with pytest.raises(
-        InputError, match="messages: none is the assistant's, so there is nothing to learn"
+        InputError, match="messages: none is from the assistant, so there is nothing to learn"
     ):
         answers.of_chat(tokenizer(PLAIN), CHAT[:2])
     with pytest.raises(InputError, match="chat_template: this tokenizer has none"):
         answers.of_chat(tokenizer(None), CHAT)
     backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     with pytest.raises(
-        InputError, match="chat_template: message 2 changes how those in front are written"
+        InputError, match="chat_template: message 2 changes how the messages before it are written"
     ):
         answers.of_chat(tokenizer(backwards), CHAT)

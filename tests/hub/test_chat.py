@@ -155,9 +155,9 @@ def test_a_template_cannot_leave_the_sandbox(tmp_path: Path) -> None:
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
             "it took more than 0.5 seconds",
         ),
-        ("{{ messages | tojson(indent=10**9) }}", "it takes more memory than it may have"),
-        ("{{ 'a' * 10**11 }}", "it takes more memory than it may have"),
-        ("{{ 'a'.ljust(10**10) }}", "it takes more memory than it may have"),
+        ("{{ messages | tojson(indent=10**9) }}", "it takes more memory than allowed"),
+        ("{{ 'a' * 10**11 }}", "it takes more memory than allowed"),
+        ("{{ 'a'.ljust(10**10) }}", "it takes more memory than allowed"),
         (
             "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% "
             "endfor %}",
@@ -188,5 +188,5 @@ def test_a_template_may_take_so_much(
 
 
 def test_messages_are_plain_data() -> None:
-    with pytest.raises(InputError, match="messages: not plain data"):
+    with pytest.raises(InputError, match="messages: not plain JSON data"):
         chat.render("{{ messages }}", {}, [{"role": "user", "content": object()}])

@@ -151,7 +151,7 @@ def test_safetensors_cut_anywhere(tmp_path: Path) -> None:
     content = file.read_bytes()
     for size in np.linspace(0, len(content) - 1, 40).astype(int).tolist():
         file.write_bytes(content[:size])
-        line(lambda: hub.from_pretrained(folder), "not a whole safetensors file")
+        line(lambda: hub.from_pretrained(folder), "not a complete safetensors file")
 
 
 def test_names_of_tensors_with_line_ends(tmp_path: Path) -> None:
@@ -256,4 +256,4 @@ def test_gguf_weights_of_other_dtypes(kind: str, tmp_path: Path) -> None:
     dtype = {"I8": np.int8, "I32": np.int32, "F64": np.float64}[kind]
     path = write_gguf(tmp_path / "model.gguf", tensors={"output_norm.weight": np.ones(16, dtype)})
     assert kind in gguf.GGMLQuantizationType.__members__
-    line(lambda: hub.from_pretrained(path), "output_norm.weight", kind, "types read")
+    line(lambda: hub.from_pretrained(path), "output_norm.weight", kind, "allowed:")

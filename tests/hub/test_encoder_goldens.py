@@ -435,7 +435,7 @@ def test_a_head_that_is_no_copy_of_the_embedding(source: str, tmp_path: Path) ->
             "siglip_vision_model-a",
             None,
             {"vision_use_head": False},
-            "vision_use_head is False; this family has True",
+            "vision_use_head is False; allowed: True",
         ),
     ],
 )

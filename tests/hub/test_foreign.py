@@ -94,7 +94,7 @@ def test_a_module_that_is_made_may_be_handed_over(tmp_path):
     again = hub.from_pretrained(tmp_path / "net", module=Small(5, 3, nnx.Rngs(7)))
     chex.assert_trees_all_equal(again.params["one"]["kernel"], made.one.kernel[...])
     with pytest.raises(
-        InputError, match="Small cannot be made of the fields"
+        InputError, match="Small cannot be made from the fields"
     ):  # nobody knows with which arguments
         hub.from_pretrained(tmp_path / "net", module=Small)
 
@@ -102,7 +102,7 @@ def test_a_module_that_is_made_may_be_handed_over(tmp_path):
 def test_without_the_module_one_line_says_how(tmp_path):
     saved(from_linen(Net((5,), 0.2), PIXELS), tmp_path / "net")
     with pytest.raises(
-        InputError, match=r"module '.*:Net', which is code .* module=Net\(widths=\[5\], rate=0.2"
+        InputError, match=r"module '.*:Net', whose code .* module=Net\(widths=\[5\], rate=0.2"
     ) as error:
         hub.from_pretrained(tmp_path / "net")
     assert "\n" not in str(error.value)
@@ -143,7 +143,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         hub.from_pretrained(tmp_path / "net", module=other, dtype="bfloat16")
     ours = mlp.model(mlp.Config(4, (8,), 2))
     saved(ours, tmp_path / "ours")
-    with pytest.raises(InputError, match="module: given for .*, which is of 'jaxmodel-mlp'"):
+    with pytest.raises(
+        InputError, match="module: given for .*, whose model_type is 'jaxmodel-mlp'"
+    ):
         hub.from_pretrained(tmp_path / "ours", module=Net())
 
 
@@ -152,7 +154,7 @@ def test_what_json_does_not_hold_is_stated_and_handed_over(tmp_path):
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     assert "tanh" in config["stated"]["activation"]
     with pytest.raises(
-        InputError, match="with activation, which JSON does not hold; hand over the module itself"
+        InputError, match="with activation, which JSON cannot store; pass the module itself"
     ):
         hub.from_pretrained(tmp_path / "net", module=Net)
     hub.from_pretrained(tmp_path / "net", module=Net(activation=nn.tanh))
@@ -160,5 +162,5 @@ def test_what_json_does_not_hold_is_stated_and_handed_over(tmp_path):
         nn.Dense(3), PIXELS, call=lambda module, inputs, train: module(inputs["pixels"])
     )
     saved(model, tmp_path / "called")
-    with pytest.raises(InputError, match="called in a way of its own; hand over a model"):
+    with pytest.raises(InputError, match="needs its own `call`; pass a model"):
         hub.from_pretrained(tmp_path / "called", module=nn.Dense(3))

@@ -221,7 +221,7 @@ def test_not_a_gguf_file(tmp_path: Path, content: bytes, reason: str) -> None:
 
 def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
     assert "No such file" in error(tmp_path / "missing.gguf")
-    assert "no regular file" in error(tmp_path)
+    assert "not a regular file" in error(tmp_path)
 
 
 def test_other_byte_order(tmp_path: Path) -> None:
@@ -347,5 +347,5 @@ def test_smollm2_stays_packed() -> None:
 
 
 def test_only_gguf_can_stay_packed(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="packed: .* is no GGUF file"):
+    with pytest.raises(InputError, match="packed: .* is not a GGUF file"):
         from_pretrained(tmp_path, packed=True)

@@ -68,7 +68,10 @@ K = "blk.1.attn_k.weight"
         ({"tokenizer.ggml.model": "bert"}, ["tokenizer.ggml.model: 'bert'"]),
         (
             {"llama.vocab_size": 96},
-            ["a.gguf: the tokenizer's token '</s>' has id 96, but the embedding's are 0 to 95"],
+            [
+                "a.gguf: the tokenizer's token '</s>' has id 96, but the embedding has "
+                "the ids 0 to 95"
+            ],
         ),
     ],
 )

@@ -356,12 +356,12 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind: s
         (
             "mistral",
             {"layer_types": ["full_attention", "sliding_attention"] * 16},
-            "allowed: 'sliding_attention' alone, as 'mistral'",
+            "allowed: 'sliding_attention' alone, because 'mistral'",
         ),
         (
             "llama",
             {"layer_types": ["sliding_attention"] * 32, "sliding_window": 9},
-            "allowed: 'full_attention' alone, as 'llama'",
+            "allowed: 'full_attention' alone, because 'llama'",
         ),
         (
             "olmo2",
@@ -371,7 +371,7 @@ def test_what_config_json_leaves_out_means_what_it_means_to_transformers(kind: s
         (
             "phi3",
             {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
-            "rope type 'llama3' is not read",
+            "rope type 'llama3' is not supported",
         ),
         (
             "phi3",

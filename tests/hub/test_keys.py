@@ -87,7 +87,7 @@ def test_an_unknown_key_is_refused_unless_it_says_nothing(kind: str, read: Any) 
     for value in (True, 2, 0.5, "yes", [1], {"a": 1}):
         with pytest.raises(
             InputError,
-            match=r"attention_sharpness is .*, which is not read "
+            match=r"attention_sharpness is .*, which is not supported "
             r".*ignore=\['attention_sharpness'\]",
         ):
             read(hf | {"attention_sharpness": value})

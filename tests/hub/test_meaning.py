@@ -145,7 +145,8 @@ def test_modules_say_where_the_pooling_is_and_what_else_there_is(tmp_path: Path)
         modules=[*modules, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}],
     )
     with pytest.raises(
-        InputError, match=r"modules.json: the module 'Dense' is not read, .*Transformer, Pooling"
+        InputError,
+        match=r"modules.json: the module 'Dense' is not supported, .*Transformer, Pooling",
     ):
         from_pretrained(folder)
     say(folder, modules=[{"path": "../x", "type": "Pooling"}])
@@ -257,7 +258,7 @@ def test_scores_are_what_the_problem_says(
     logits = np.asarray(predict_fn(back.model, "logits")(back.params, x))
     if rule is None:
         with pytest.raises(
-            InputError, match="gives: 'probabilities'; a regression has none; allowed: logits"
+            InputError, match="gives: 'probabilities' given for a regression; allowed: logits"
         ):
             predict_fn(back.model)
         return

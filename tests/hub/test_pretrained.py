@@ -80,7 +80,7 @@ def test_a_hub_id(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, stored: Path)
     assert given.items() <= asked[-1][1].items()
     from_pretrained("org/name@v2")
     assert asked[-1][0] == "org/name" and asked[-1][1]["revision"] == "v2"
-    refused("org/name@v2", "revision: 'v1' given, and 'v2'", revision="v1")
+    refused("org/name@v2", "revision: 'v1' given, but 'org/name@v2' asks for 'v2'", revision="v1")
     refused(stored, "only a hub id has revisions", revision="v1")
     for size in ("gpt2", "gpt2/gpt2"):  # a size whose weights are at the hub
         assert (
@@ -88,7 +88,8 @@ def test_a_hub_id(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, stored: Path)
         )
     refused(
         "gpt2-xl",
-        "'gpt2-xl' is 'openai-community/gpt2-xl' at the hub, which cannot be had from the hub: 404",
+        "'gpt2-xl' is 'openai-community/gpt2-xl' at the hub, which cannot be loaded from the hub: "
+        "404",
     )
 
 
@@ -114,4 +115,4 @@ def test_a_hub_id_from_the_hubs_own_cache_without_a_network(
     assert done.stdout.strip() == tree.fingerprint(bundle.params), done.stderr
     absent = run([sys.executable, "-m", "jaxmodel", "eval", "org/other"])
     assert absent.returncode == 2 and absent.stderr.count("\n") == 1, absent.stderr
-    assert "'org/other' is no folder here and cannot be had from the hub" in absent.stderr
+    assert "'org/other' is not a folder here and cannot be loaded from the hub" in absent.stderr

@@ -58,7 +58,7 @@ def test_takes_the_place_of_a_whole_bundle(tmp_path: Path, stored: Path) -> None
 
 def test_where_a_bundle_cannot_go(tmp_path: Path, stored: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    save_refused(plain("gpt2"), tmp_path / "file", "out: ", "file' is a file; a folder is needed")
+    save_refused(plain("gpt2"), tmp_path / "file", "out: ", "file' is a file; allowed: a folder")
     with pytest.raises(InputError, match="below' cannot be made .*; choose a place"):
         plain("gpt2").save_pretrained(tmp_path / "file" / "below")
     (tmp_path / "photos").mkdir()

@@ -77,4 +77,4 @@ def test_a_value_of_another_kind(kind: str, tmp_path: Path) -> None:
                     wrong,
                     str(error),
                 )
-                assert "wrong kind" not in str(error), (key, wrong, str(error))
+                assert "wrong type" not in str(error), (key, wrong, str(error))

@@ -121,7 +121,7 @@ def test_a_refusal_names_who_quantised(method: str, tmp_path: Path) -> None:
     )
     with pytest.raises(
         InputError,
-        match=f"the weights are quantised by {method}, which is not read; give the model",
+        match=f"the weights are quantised by {method}, which is not supported; load the",
     ):
         from_pretrained(tmp_path / "a")
 
@@ -129,9 +129,9 @@ def test_a_refusal_names_who_quantised(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ("pytorch_model.bin", "'pytorch_model.bin' is not read .*safe_serialization=True"),
+        ("pytorch_model.bin", "'pytorch_model.bin' is not supported .*safe_serialization=True"),
         ("model.gguf", "give the file itself: .*model.gguf"),
-        ("consolidated.safetensors", "'consolidated.safetensors' has another layout"),
+        ("consolidated.safetensors", "'consolidated.safetensors' is not in HF's layout"),
     ],
 )
 def test_a_folder_without_weights_that_are_read(file: str, says: str, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_adapters_alone(tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(said)
         with pytest.raises(
             InputError,
-            match=f"it holds adapters alone .*from_pretrained.'{base}', adapters='{tmp_path}'",
+            match=f"it has adapters alone .*from_pretrained.'{base}', adapters='{tmp_path}'",
         ):
             from_pretrained(tmp_path)
 
@@ -159,7 +159,7 @@ def test_adapters_without_what_they_mean(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "a" / "model.safetensors", tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(
         InputError,
-        match="'adapter_config.json' is missing, which says what 'adapter_model.safetensors' means",
+        match="'adapter_config.json' is missing, which describes 'adapter_model.safetensors'",
     ):
         from_pretrained(tmp_path / "a")
 

@@ -93,7 +93,7 @@ def test_ends_of_a_turn_by_their_names() -> None:
 
 @pytest.mark.parametrize("lists", [{"scores": [0.0]}, {"token_type": [1, 1]}])
 def test_lists_of_unequal_length(lists: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="tokens, .* scores, .* types; as many of each"):
+    with pytest.raises(InputError, match="tokens, .* scores, .* types; allowed: the same number"):
         from_gguf(gguf(read_pieces(GOLDENS / "llama.model"), **lists))
 
 
@@ -194,7 +194,7 @@ def test_a_begin_that_the_pieces_do_not_have(tmp_path: Path) -> None:
 def test_a_kind_that_needs_more_than_its_pieces(tmp_path: Path) -> None:
     write(tmp_path, "llama.model", tokenizer_class="XLMRobertaTokenizer")
     with pytest.raises(
-        InputError, match=r"tokenizer.model' alone is not read for the tokenizer of: 'xlmroberta'"
+        InputError, match=r"tokenizer.model' alone is not enough for the tokenizer of: 'xlmroberta'"
     ):
         from_folder(tmp_path)
 
@@ -206,7 +206,7 @@ CUT = (GOLDENS / "llama.model").read_bytes()[:400]
 def test_no_such_model(data: bytes, tmp_path: Path) -> None:
     write(tmp_path, "llama.model")
     (tmp_path / "tokenizer.model").write_bytes(data)
-    with pytest.raises(InputError, match=r"tokenizer.model: no SentencePiece model"):
+    with pytest.raises(InputError, match=r"tokenizer.model: not a SentencePiece model"):
         from_folder(tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_the_bytes_of_gpt2_alone(tmp_path: Path) -> None:
     assert tokenizer.encode(text) == trained.encode(text) and tokenizer.eos_ids == (0,)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(
-        InputError, match="merges.txt without tokenizer.json is not read for: 'qwen2'"
+        InputError, match="merges.txt without tokenizer.json is not enough for: 'qwen2'"
     ):
         from_folder(tmp_path)
 
@@ -269,7 +269,8 @@ def test_an_added_token_that_leaves_a_gap(tmp_path: Path) -> None:
     train_bpe([], vocab_size=257).save(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<|a|>": 300}')
     with pytest.raises(
-        InputError, match=r"added token '<\|a\|>' has id 300, but the next of tokenizer.json is 257"
+        InputError,
+        match=r"added token '<\|a\|>' has id 300, but the next id of tokenizer.json is 257",
     ):
         from_folder(tmp_path)
 

@@ -178,7 +178,7 @@ def test_edges_outside_are_refused():
         edges_of([EdgeBlock(jnp.ones((1, 3)), (2,))], 3, 1)
     with pytest.raises(InputError, match="targets: 1 to 2 given; allowed: 0 to 1"):
         edges_of([EdgeBlock(jnp.ones((2, 3)), (0,), 1)], 3, 2)
-    with pytest.raises(InputError, match="has 4 features; the edges are of 3"):
+    with pytest.raises(InputError, match="has 4 features; the edges have 3"):
         edge_sum(jnp.ones((1, 4)), edges_of([EdgeBlock(jnp.ones((1, 3)), (0,))], 3, 1))
 
 
@@ -254,7 +254,7 @@ def test_shared_edges_count_once_and_stay_equal_in_training():
 def test_edges_of_different_shapes_cannot_share():
     with pytest.raises(
         InputError,
-        match=r"share: the edge c->y needs a weight \[2, 5\]; the one that it shares is \[2, 6\]",
+        match=r"share: the edge c->y needs a weight \[2, 5\]; the shared one is \[2, 6\]",
     ):
         groups(share=(("[bc]->y", "pair"),)).init(jax.random.key(0), THREE)
     with pytest.raises(InputError, match="'q->.*' matches no leaf"):
@@ -262,7 +262,7 @@ def test_edges_of_different_shapes_cannot_share():
     for name in ("importance", "x_bias", "a/b"):
         with pytest.raises(
             InputError,
-            match=f"share: '{name}' given; allowed: a name without '/' that is not importance",
+            match=f"share: '{name}' given; allowed: a name without '/' other than importance",
         ):
             weight_names(PATTERN, (("a->x", name),))
 
@@ -359,7 +359,7 @@ def test_patterns_that_are_refused(pattern, message):
 def test_what_is_no_dict_of_branches_is_refused():
     module = connect.Groups((("a", "x"),), (("x", 2),), POLICY)
     for given, message in (
-        (THREE["a"], "branches: .* given; a dict is needed"),
+        (THREE["a"], "branches: .* given; allowed: a dict"),
         ({}, "branches: none given"),
         ({"a/b": THREE["a"]}, "branches: 'a/b' has a slash"),
     ):

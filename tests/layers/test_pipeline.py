@@ -148,13 +148,11 @@ def check_what_does_not_divide_is_refused() -> None:
         microbatches=8,
     )
     small = {**CONTEXT, "row": CONTEXT["row"][:3]}
-    few = (
-        "microbatches: 2 given for 3 rows in 2 stages; no number serves: a multiple of 2 rows would"
-    )
+    few = "microbatches: 2 given for 3 rows in 2 stages; no number is possible; give a multiple"
     refused(few, "pipeline=2", x=X[:3], context=small)
     apart = tree.unstack({"blocks": PARAMS})["blocks"]
     refused(
-        "stages of a pipeline need one segment of equal layers; here are 0, 1, 2, 3",
+        "pipeline stages need one segment of identical layers; there are 0, 1, 2, 3",
         "pipeline=2",
         params=apart,
     )

@@ -92,7 +92,7 @@ def test_the_largest_blocks_of_each_row_are_kept():
         2,
         4,
     )
-    with pytest.raises(InputError, match="kept: 4 given; 1 to 3"):
+    with pytest.raises(InputError, match="kept: 4 given; allowed: 1 to 3"):
         largest_blocks(jnp.asarray(weight), (2, 4), 4)
 
 
@@ -110,10 +110,11 @@ def test_what_is_refused():
     weight = jnp.ones((4, 6))
     leaf = BlockSparse.from_dense(jnp.ones((4, 6)), block=(2, 2))
     with pytest.raises(
-        InputError, match=r"block: \(3, 2\) given; divisors of the weight's 4 rows and 6 columns"
+        InputError,
+        match=r"block: \(3, 2\) given; allowed: divisors of the weight's 4 rows and 6 columns",
     ):
         cut(weight, (3, 2))
-    with pytest.raises(InputError, match=r"keep: shape \(2, 2\) given; \(2, 3\) is needed"):
+    with pytest.raises(InputError, match=r"keep: shape \(2, 2\) given; allowed: \(2, 3\)"):
         BlockSparse.from_dense(weight, jnp.ones((2, 2), bool), block=(2, 2))
     with pytest.raises(InputError, match="keep: a traced mask"):
         jax.jit(lambda w: BlockSparse.from_dense(w, block=(2, 2)))(weight)
@@ -125,5 +126,5 @@ def test_what_is_refused():
         dataclasses.replace(leaf, values=leaf.values[:, :2]).check_values()
     with pytest.raises(InputError, match="a block of the padding"):
         dataclasses.replace(leaf, mask=leaf.mask | jnp.uint8(128)).check_values()
-    with pytest.raises(InputError, match="a value stands behind"):
+    with pytest.raises(InputError, match="there is a value after"):
         dataclasses.replace(leaf, mask=leaf.mask & jnp.uint8(3)).check_values()

@@ -80,7 +80,7 @@ def test_a_changed_field_is_refused(stored):
             changed["leaves"][path][name] = 2
             with pytest.raises(
                 InputError,
-                match=r"^fields: the static fields .* not those that were written "
+                match=r"^fields: the static fields .* have changed since they were written "
                 r"\(leaves_sha256\)$",
             ):
                 check_fields(PARAMS, changed)
@@ -103,11 +103,11 @@ def test_a_changed_field_is_refused(stored):
         ({**PARAMS, "head": codes(8)}, "'head' was stored as a plain array; the tree has {"),
         (
             {"blocks": PARAMS["blocks"], "embd": jnp.ones(2)},
-            "the compressed leaf 'embed' was stored, which the tree lacks; .*embd",
+            "the compressed leaf 'embed' was stored, but the tree lacks it; .*embd",
         ),
         (
             {},
-            "the compressed leaf 'embed' was stored, which the tree lacks; it has nothing like it",
+            "the compressed leaf 'embed' was stored, but the tree lacks it; nearest: none",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_another_tree_is_refused(params, message, stored):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2 is not read; allowed: 1"),
+        ({"format": 2}, "format 2 is not supported; allowed: 1"),
         ({"leaves": None}, "leaves_sha256"),
         ({"leaves_sha256": None}, "sha256"),
     ],
@@ -127,5 +127,5 @@ def test_another_tree_is_refused(params, message, stored):
 def test_what_is_no_such_file_is_refused(change, message, stored):
     with pytest.raises(InputError, match=message):
         check_fields(PARAMS, {**stored, **change})
-    with pytest.raises(InputError, match="format None is not read"):
+    with pytest.raises(InputError, match="format None is not supported"):
         check_fields(PARAMS, {})

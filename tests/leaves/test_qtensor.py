@@ -192,7 +192,7 @@ def test_check_refuses_a_broken_leaf(leaf, change, message):
 def test_from_codes_refuses_scales_that_do_not_fit_the_groups():
     codes = jnp.zeros((2, 64), jnp.int32)
     for groups in (1, 2, 8):
-        with pytest.raises(InputError, match=f"{groups} scales a row do not fit groups of 16"):
+        with pytest.raises(InputError, match=f"{groups} scales per row do not fit groups of 16"):
             QTensor.from_codes(codes, jnp.ones((2, groups)), bits=4, group=16)
     with pytest.raises(
         InputError, match="whole bytes"

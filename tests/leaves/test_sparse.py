@@ -191,7 +191,7 @@ def test_check_refuses_a_broken_leaf(leaf, change, message):
             {"mask": GOOD.mask.at[:, 1].set(GOOD.mask[:, 1] | 16)},
             "element of the padding|elements but has",
         ),
-        (GOOD, {"mask": GOOD.mask & 0}, "stands behind the last kept"),
+        (GOOD, {"mask": GOOD.mask & 0}, "there is a value after the last kept"),
         (PATTERN, {"mask": (PATTERN.mask & 0) | 15}, "a group does not keep 2"),
     ],
 )

@@ -406,12 +406,12 @@ BAD = {
     "targets: the shape [7] given with outputs [7, 1]": lambda: losses.squared_error(
         Z[:, :1], Z[:, 0]
     ),
-    "labels: distributions of shape [7, 4] given; needed are 5": lambda: distribution(Z[:, :4], 5),
+    "labels: distributions of shape [7, 4] given; allowed: 5": lambda: distribution(Z[:, :4], 5),
     "labels: the shape [7, 1] given with logits [7, 5]": lambda: losses.focal(
         Z, jnp.asarray(LABELS)[:, None]
     ),
     "smoothing: 1.5 given; allowed: 0 to 1": lambda: losses.smooth(Z, 1.5),
-    "means: the shape [4, 4] given; needed is [5, 5]": lambda: losses.smooth(Z, 0.5, jnp.eye(4)),
+    "means: the shape [4, 4] given; allowed: [5, 5]": lambda: losses.smooth(Z, 0.5, jnp.eye(4)),
     "counts: [2.0, 0.0] given; allowed: at least one row": lambda: losses.balanced_weights(
         np.array([2, 0])
     ),
@@ -421,10 +421,10 @@ BAD = {
     "batch: features, labels given; 'targets' is needed": lambda: losses.regression()(
         MODEL, {}, batch()
     ),
-    "model: one that reads source, tokens given": lambda: losses.contrastive()(
+    "model: a model that reads source, tokens given": lambda: losses.contrastive()(
         PAIRS, {}, {"views": jnp.ones((2, 2, 3))}
     ),
-    "views: the shape [2, 3] given; needed is [B, 2, ...]": lambda: losses.contrastive()(
+    "views: the shape [2, 3] given; allowed: [B, 2, ...]": lambda: losses.contrastive()(
         MODEL, {}, {"views": jnp.ones((2, 3))}
     ),
 }
@@ -438,5 +438,5 @@ def test_bad_input(message):
 
 
 def test_class_weights_of_another_number(params):
-    with pytest.raises(InputError, match=r"class_weights: the shape \[3\] given; needed is \[5\]"):
+    with pytest.raises(InputError, match=r"class_weights: the shape \[3\] given; allowed: \[5\]"):
         losses.supervised(class_weights=np.ones(3, np.float32))(MODEL, params, batch())

@@ -48,7 +48,7 @@ def test_text_forms():
     [
         ("l3(1)", "penalty: 'l3' is not known; allowed: elastic, l1, l2"),
         ("l1", "penalty: 'l1' in 'l1': l1 takes the settings l1"),
-        ("l1(", "penalty: 'l1(' is not readable"),
+        ("l1(", "penalty: 'l1(' cannot be read"),
         ("l1(1, 2)", "penalty: 'l1(1, 2)' in 'l1(1, 2)': l1 takes the settings l1"),
         ("l1(x)", "penalty: 'l1(x)' in 'l1(x)': l1 takes the settings l1"),
         ("l2(-1)", "l2: l2 is -1; allowed: a number of at least 0"),

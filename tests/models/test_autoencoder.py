@@ -83,7 +83,7 @@ def test_the_largest_entries_are_kept_if_they_are_positive():
         np.testing.assert_array_equal(kept, want)
     grad = jax.jit(jax.grad(lambda c: jnp.sum(codes.keep_top(c, 3) ** 2)))(code)
     np.testing.assert_allclose(grad, 2 * got)
-    with pytest.raises(InputError, match="k: 10 given; 1 to 9"):
+    with pytest.raises(InputError, match="k: 10 given; allowed: 1 to 9"):
         codes.keep_top(code, 10)
 
 
@@ -227,7 +227,7 @@ def test_a_new_dictionary_reads_what_it_writes():
     [
         ({"kind": "sparse"}, "kind: 'sparse' is not known"),
         ({"reconstruction": "l2"}, "reconstruction: 'l2' is not known"),
-        ({"kind": "topk", "k": 9}, "k: 9 given; at most the width of the code, 8"),
+        ({"kind": "topk", "k": 9}, "k: 9 given; allowed: at most 8, the width of the code"),
         ({"noise": 1.0}, "noise, rate: 1.0, 0.05 given"),
         ({"rate": 0.0}, "noise, rate: 0.3, 0.0 given"),
         ({"hidden": (4, 0)}, "hidden: 0 given"),
@@ -244,7 +244,7 @@ def test_inputs_that_are_refused():
     model = autoencoder.model(autoencoder.Config(16, 8))
     params = jax.eval_shape(model.init, jax.random.key(0))
     with pytest.raises(
-        InputError, match=r"features: the shape \[2, 4, 4\] given; needed is \[B, N\]"
+        InputError, match=r"features: the shape \[2, 4, 4\] given; allowed: \[B, N\]"
     ):
         jax.eval_shape(model.apply, params, jnp.ones((2, 4, 4)))
     with pytest.raises(InputError, match="inputs: pixels given; 'features' is needed"):

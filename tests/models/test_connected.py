@@ -126,11 +126,11 @@ def test_layers_of_concatenation_read_all_before_them():
         ({"extract": "all"}, "extract: 'all' is not known"),
         ({"branches": (("a", 2), ("a", 2))}, "different names"),
         ({"branches": (("a", 2), ("b", 0))}, "branches: b: 0 given"),
-        ({"branches": (("a", 2),), "merge": "bilinear"}, "for a bilinear merge two"),
+        ({"branches": (("a", 2),), "merge": "bilinear"}, "two of them for a bilinear merge"),
         ({"merge": "groups", "edges": (("left", "x"),)}, "the group 'right' has none"),
         (
             {"merge": "groups", "edges": tuple((b, g) for b in ("left", "right") for g in "xyz")},
-            "3 groups given; a divisor",
+            "3 groups given; allowed: a divisor",
         ),
         ({"merge": "groups", "edges": GROUPS, "combine": "max"}, "combine: 'max' is not known"),
         (
@@ -144,7 +144,7 @@ def test_layers_of_concatenation_read_all_before_them():
         ({"importance": True}, "edges, share, importance: given with the merge 'full'"),
         (
             {"branches": (("a", 2), ("b", 3)), "extract": "shared"},
-            "a shared extractor needs as many features in each",
+            "for a shared extractor: the same number of features in each",
         ),
         (
             {"body": "sparse", "kept": 5},
@@ -179,7 +179,7 @@ def test_inputs_go_by_name():
     )
     with pytest.raises(InputError, match="inputs: left, rihgt given; 'right' is needed"):
         model.apply(params, {"left": xs["left"], "rihgt": xs["right"]})
-    with pytest.raises(InputError, match=r"left: the shape \[8\] given; needed is \[B, N\]"):
+    with pytest.raises(InputError, match=r"left: the shape \[8\] given; allowed: \[B, N\]"):
         model.apply(params, {"left": xs["left"][0], "right": xs["right"]})
 
 

@@ -187,7 +187,7 @@ def test_packed_segments(text: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"heads": 5}, "heads: 5 given; a divisor of the width 32"),
+        ({"heads": 5}, "heads: 5 given; allowed: a divisor of the width 32"),
         ({"head": "nsp"}, "head: 'nsp' is not known; allowed: classify, embed, mlm"),
         ({"activation": "swish"}, "activation: 'swish' is not known"),
         ({"labels": ("a",)}, "labels: 1 given; the head 'mlm' needs none"),
@@ -255,7 +255,7 @@ def test_what_cannot_be_embedded(sentences: Bundle) -> None:
             dataclasses.replace(sentences, model=masked),
             ["a"],
             {},
-            "or modernbert with the head 'embed' is needed",
+            "or modernbert with the head 'embed'",
         ),
         (dataclasses.replace(sentences, processor=None), ["a"], {}, "'words' has no tokenizer"),
         (sentences, "a text", {}, "texts: a single string was given"),
@@ -343,7 +343,7 @@ def test_other_images_are_refused() -> None:
     params = jax.eval_shape(model.init, jax.random.key(0))
     for shape in ((2, 16, 16, 1), (2, 3, 16, 16), (2, 32, 32, 3), (16, 16, 3)):
         with pytest.raises(
-            InputError, match=r"pixels: the shape .* given; needed is \[B, 16, 16, 3\]"
+            InputError, match=r"pixels: the shape .* given; allowed: \[B, 16, 16, 3\]"
         ):
             jax.eval_shape(model.apply, params, jnp.zeros(shape))
 
@@ -377,7 +377,7 @@ def test_images_of_any_size_and_what_stands_for_them() -> None:
         both = np.concatenate([normed[:, 0], normed[:, 1:].mean(axis=1)], axis=-1)
         close(out.logits, both @ p["head"]["classes"].T + p["head"]["classes_bias"], 1e-3)
     with pytest.raises(
-        InputError, match=r"pixels: .* given; needed is \[B, Y, X of at least 4, 3\]"
+        InputError, match=r"pixels: .* given; allowed: \[B, Y, X of at least 4, 3\]"
     ):
         jax.eval_shape(model.apply, params, jnp.zeros((2, 3, 16, 3)))
 

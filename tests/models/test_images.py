@@ -183,14 +183,14 @@ def test_what_cannot_be_folded_is_refused():
     packed = Sparse.from_dense(jnp.ones((3, 8)))
     with pytest.raises(
         InputError,
-        match="the weight in front of the norm 'a/conv_norm' is Sparse; a plain array is needed",
+        match="the weight before the norm 'a/conv_norm' is Sparse; allowed: a plain array",
     ):
         fold_batch_norm({"a": {"conv": packed, "conv_norm": norm}}, 1e-5)
     for lonely in ({"a": {"conv_norm": norm}}, {"conv": jnp.ones((3, 2)), "norm": norm}):
-        with pytest.raises(InputError, match="no batch norm is there to be folded"):
+        with pytest.raises(InputError, match="there is no batch norm to fold"):
             fold_batch_norm(lonely, 1e-5)
     module, config = models.sizes()["resnet/tiny-group"]
-    with pytest.raises(InputError, match="no batch norm is there to be folded"):
+    with pytest.raises(InputError, match="there is no batch norm to fold"):
         fold_batch_norm(jax.eval_shape(module.model(config).init, jax.random.key(0)), 1e-5)
 
 
@@ -318,7 +318,7 @@ WRONG = [
     ),
     (
         lambda: resnet.Config((1,), 48, norm="group"),
-        "groups: 32 given; a divisor of the width 48 is needed",
+        "groups: 32 given; allowed: a divisor of the width 48",
     ),
 ]
 
@@ -336,17 +336,17 @@ def test_configs_that_are_refused(make, message):
         (
             "resnet/tiny",
             jnp.zeros((2, 16, 16, 1)),
-            r"does not take 1 channels by a kernel of \(7, 7\)",
+            r"does not fit 1 channels and a kernel of \(7, 7\)",
         ),
         (
             "lenet/tiny",
             jnp.zeros((2, 16, 16)),
-            r"pixels: the shape \[2, 16, 16\] given; needed is \[B, Y, X, C\]",
+            r"pixels: the shape \[2, 16, 16\] given; allowed: \[B, Y, X, C\]",
         ),
         (
             "resnet/tiny",
             jnp.zeros((2, 16, 16, 3), jnp.uint8),
-            "pixels: uint8 given; floating numbers are needed, scaled as in",
+            "pixels: uint8 given; allowed: floating-point numbers, scaled as in",
         ),
         (
             "densenet/tiny",

@@ -89,6 +89,6 @@ def test_bad_input():
     with pytest.raises(InputError, match=r"rate: 1.0 given; allowed: at least 0 and below 1"):
         models.stochastic_depth(MODEL, 1.0)
     flat = next(m for m in (cnn.model(c) for c in cnn.SIZES.values()) if m.parts.block is None)
-    with pytest.raises(InputError, match="model: one without blocks given"):
+    with pytest.raises(InputError, match="model: no blocks"):
         models.stochastic_depth(flat, 0.5)
     assert models.stochastic_depth(bert.model(bert.SIZES["tiny"]), 0.1).config == bert.SIZES["tiny"]

@@ -78,7 +78,8 @@ def test_the_head_is_scaled_where_it_is_tied():
         ({"mlp": "gelu"}, "mlp: 'gelu' is not known; allowed: gated-gelu, gated-silu, relu"),
         (
             {"buckets": 3},
-            "buckets, distance: 3, 6 given; allowed: at least 4, more than half of it",
+            "buckets, distance: 3, 6 given; allowed: at least 4 buckets, and a distance of more "
+            "than half of them",
         ),
         ({"distance": 4}, "buckets, distance: 8, 4 given"),
         ({"encoder_depth": 0}, "encoder_depth: 0 given"),

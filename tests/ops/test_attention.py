@@ -320,7 +320,7 @@ def test_scale_softcap_and_bias():
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     want = np.einsum("bhts,bhsd->bthd", weights, np.repeat(v, 2, axis=1))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(InputError, match="takes no bias"):
+    with pytest.raises(InputError, match="does not support relative position biases"):
         ops.attention(
             q, k, v, ops.AttentionMask(causal=False), ops.Policy(attention="blockwise"), bias=bias
         )

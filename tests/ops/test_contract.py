@@ -160,9 +160,9 @@ def test_an_equation_of_another_form_is_an_error(equation):
         ("BTD,FD->BTF", (2, 8), (5, 8), {}, "do not have these axes"),
         ("BTD,FD->BTF", (2, 3, 8), (4, 5, 8), {}, "do not have these axes"),
         ("ETD,EFD->ETF", (2, 3, 8), (4, 5, 8), {}, "do not have these axes"),
-        ("BTD,(Hh)D->BTHh", (2, 3, 8), (6, 8), {}, "cannot part an axis of 6"),
-        ("BTD,(Hh)D->BTHh", (2, 3, 8), (6, 8), {"h": 4}, "cannot part an axis of 6"),
-        ("BTD,(Hh)D->BTHh", (2, 3, 8), (6, 8), {"h": 3, "H": 1}, "cannot part an axis of 6"),
+        ("BTD,(Hh)D->BTHh", (2, 3, 8), (6, 8), {}, "cannot split an axis of 6"),
+        ("BTD,(Hh)D->BTHh", (2, 3, 8), (6, 8), {"h": 4}, "cannot split an axis of 6"),
+        ("BTD,(Hh)D->BTHh", (2, 3, 8), (6, 8), {"h": 3, "H": 1}, "cannot split an axis of 6"),
     ],
 )
 def test_shapes_that_do_not_fit_are_an_error(equation, x, w, sizes, message):
@@ -405,6 +405,6 @@ def test_conv_of_a_compressed_leaf(name):
 def test_conv_of_shapes_that_do_not_fit():
     with pytest.raises(
         InputError,
-        match=r"conv: the weight \(6, 32\) does not take 3 channels by a kernel of \(3, 3\)",
+        match=r"conv: the weight \(6, 32\) does not fit 3 channels and a kernel of \(3, 3\)",
     ):
         ops.conv(normal(1, 4, 4, 3), normal(OUT, IN), kernel=(3, 3))

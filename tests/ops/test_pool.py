@@ -66,7 +66,7 @@ def test_what_is_refused():
         match=r"kernel: \(9, 9\) given for images of \(9, 8\); a window must fit into an image",
     ):
         ops.max_pool(X, (9, 9))
-    with pytest.raises(InputError, match="groups: 2 given; a divisor of the 3 channels is needed"):
+    with pytest.raises(InputError, match="groups: 2 given; allowed: a divisor of the 3 channels"):
         ops.group_norm(X, jnp.ones(3), jnp.ones(3), 2, 1e-5)
 
 

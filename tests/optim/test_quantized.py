@@ -306,19 +306,21 @@ def test_what_cannot_be_trained_is_refused(params):
     update = jnp.zeros((4, 32))
     key = jax.random.key(0)
     with pytest.raises(
-        InputError, match="trainable: an affine QTensor cannot be rounded at random"
+        InputError, match="trainable: an affine QTensor cannot be rounded stochastically"
     ):
         moved(Rtn(bits=4, group=32, symmetric=False)(random(4, 32)), update, key)
     with pytest.raises(
-        InputError, match="trainable: a QTensor of 1 bit cannot be rounded at random"
+        InputError, match="trainable: a QTensor of 1 bit cannot be rounded stochastically"
     ):
         moved(Rtn(bits=1)(random(4, 32)), update, key)
     with pytest.raises(
         InputError,
-        match="trainable: a Sparse leaf has no rounding to train with; allowed: arrays, QTensor",
+        match="trainable: a Sparse leaf cannot be trained with rounding; allowed: arrays, QTensor",
     ):
         apply_updates({"w": Sparse.from_dense(random(4, 32))}, {"w": update}, key)
     with pytest.raises(InputError, match="bits: 9 given for 'embed'; allowed: 2 to 8, or None"):
         quantize_weights(dense(params), [("embed", 9), (".*", None)])
-    with pytest.raises(InputError, match="the leaf 'norm/bias' of shape .64,. is no plain matrix"):
+    with pytest.raises(
+        InputError, match="the leaf 'norm/bias' of shape .64,. is not a plain matrix"
+    ):
         quantize_weights(dense(params), [("norm/bias", 8), (".*", None)])

@@ -203,9 +203,9 @@ def test_forms_of_a_tpu():
 
 
 def test_what_cannot_be_read_is_an_error():
-    with pytest.raises(InputError, match="this text is no module of XLA"):
+    with pytest.raises(InputError, match="this text is not an XLA module"):
         plan.collectives("nothing")
-    with pytest.raises(InputError, match="does not say how often its loop 'loop' runs"):
+    with pytest.raises(InputError, match="does not state how often its loop 'loop' runs"):
         plan.collectives(TPU.replace("direction=LT", "direction=NE"))
 
 

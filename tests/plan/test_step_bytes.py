@@ -186,9 +186,9 @@ def test_tensor_on_tpu(on_tpu):
 
 def test_a_slice_that_is_none(on_tpu):
     error = on_tpu["v9:2x2"]["error"]
-    assert error.startswith("topology: 'v9:2x2' is no slice for libtpu") and error.endswith(
-        "allowed: such as 'v5e:2x4'"
-    )
+    assert error.startswith(
+        "topology: 'v9:2x2' is not a slice that libtpu knows"
+    ) and error.endswith("allowed: such as 'v5e:2x4'")
     assert "\n" not in error
 
 

@@ -139,6 +139,6 @@ def test_what_is_no_run_folder(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(
-        InputError, match=r"is no run folder \(config.json .*; allowed: runs/<time>-<name>"
+        InputError, match=r"is not a run folder \(config.json .*; allowed: runs/<time>-<name>"
     ):
         read_run(tmp_path)

@@ -207,7 +207,7 @@ def check_residual() -> dict:
     with (
         jax.set_mesh(mesh),
         pytest.raises(
-            InputError, match="exchange: the state has no residual; make it by init_state"
+            InputError, match="exchange: the state has no residual; make the state with init_state"
         ),
     ):
         TOP(lambda *args: args, [])({}, {}, None)

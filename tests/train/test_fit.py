@@ -98,7 +98,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, never_stopped, tm
         third, same = fit(CONFIG, tmp_path)  # it was through
         assert checkpoint.fingerprint(third) == checkpoint.fingerprint(whole) and same == after
         assert (
-            "step 12 of 12 is restored; the run has ended there; nothing is left to train"
+            "step 12 of 12 is restored; the run is complete; nothing is left to train"
             in capsys.readouterr().err
         )
 
@@ -260,10 +260,14 @@ REFUSED = {
     "patience: 2 given without held-out batches": {
         "config": train.TrainConfig(patience=2, eval_every=20)
     },
-    "bad: 'rewind' given without checkpoints": {"config": train.TrainConfig(on_bad_step="rewind")},
+    "on_bad_step: 'rewind' given without checkpoints": {
+        "config": train.TrainConfig(on_bad_step="rewind")
+    },
     "trainable: nothing trains": {"config": train.TrainConfig(trainable=[(".*", False)])},
-    "steps: 2 given; 3 were made already": {"state": dataclasses.replace(STATE, step=jnp.int32(3))},
-    "state: it is of another model, optimizer or config; only one of both has opt_state": {
+    "steps: 2 given; 3 have already been taken": {
+        "state": dataclasses.replace(STATE, step=jnp.int32(3))
+    },
+    "state: it belongs to another model, optimizer or config; only one of the two has opt_state": {
         "state": STATE
     },
 }
@@ -281,7 +285,9 @@ def test_what_has_no_part_in_the_loss_is_said(capsys):
     """As adapters have not in a model that was not made for them."""
     params = {**jax.jit(MODEL.init)(jax.random.key(0)), "adapter": jnp.ones(3)}
     fit(train.TrainConfig(steps=1, trainable=[("adapter", True), (".*", False)]), params=params)
-    assert "the gradient is zero: what trains has no part in the loss" in capsys.readouterr().err
+    assert (
+        "the gradient is zero: the loss does not depend on what trains" in capsys.readouterr().err
+    )
 
 
 def test_heldout_metrics_are_reported_as_it_goes():

@@ -173,7 +173,7 @@ def test_what_is_no_data_is_refused_in_one_line(given, said):
 
 
 def test_a_stream_has_its_own_batch_size():
-    with pytest.raises(InputError, match="batch_size: 4 given; data has batches of 8 rows already"):
+    with pytest.raises(InputError, match="batch_size: 4 given; data already has batches of 8 rows"):
         train.fit(MODEL, STREAM, CONFIG, batch_size=4)
 
 

@@ -130,10 +130,11 @@ def test_batches_of_unequal_size_and_rows_without_weight():
     np.testing.assert_allclose(found[mean], FEATURES.mean(0), rtol=1e-4)
     np.testing.assert_allclose(found[var], FEATURES.var(0), rtol=1e-4)
     with pytest.raises(
-        InputError, match="passes: 2 given; a foreign module normalises by each batch, allowed: 1"
+        InputError,
+        match="passes: 2 given; allowed: 1, because a foreign module normalises by each batch",
     ):
         train.recalibrate_batch_norm(model, params, [filled], passes=2)
-    with pytest.raises(InputError, match="batches: there is none in pass 1"):
+    with pytest.raises(InputError, match="batches: none in pass 1"):
         train.recalibrate_batch_norm(model, params, [])
 
 

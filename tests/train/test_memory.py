@@ -43,7 +43,7 @@ def test_where_nothing_fits_more_devices_are_named(full, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda: 1000)
     monkeypatch.setattr(memory, "candidates", lambda *args: iter([(16, "full")]))
     with pytest.raises(
-        InputError, match="no number of micro-batches helps: cut the model over more devices"
+        InputError, match="no number of micro-batches is enough: shard the model over more devices"
     ):
         train.fit(MODEL, STREAM, train.TrainConfig(steps=2))
 

@@ -194,7 +194,7 @@ def test_a_compiled_step_refuses_rows_that_the_mesh_does_not_divide():
     batch = {name: jax.ShapeDtypeStruct((6, 8), jnp.int32) for name in ("tokens", "targets")}
     with pytest.raises(
         InputError,
-        match="batch: 6 rows do not divide over the 4 devices of data x fsdp in the mesh; allowed",
+        match="batch: 6 rows cannot be divided among the 4 devices of data x fsdp in the mesh",
     ):
         train.Program(gpt2.model(gpt2.SIZES["tiny"]), loss=losses.next_token, mesh=mesh).compile(
             batch

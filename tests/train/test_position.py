@@ -76,7 +76,10 @@ def test_checkpoints_go_on_with_a_size_that_divides_nothing(tmp_path):
     )
     with pytest.raises(InputError, match="batch_size was 8, is 7; .*allow_changes"):
         fit(data.Stream(ROWS, 7), more, checkpoints=checkpoint.Checkpoints(tmp_path))
-    with allow() as place, pytest.raises(InputError, match="goes on with the data that it began"):
+    with (
+        allow() as place,
+        pytest.raises(InputError, match="must continue with the data that it began"),
+    ):
         fit(data.Stream(OTHERS, 7), more, checkpoints=place)
     with allow() as place:
         state, history = fit(data.Stream(ROWS, 7), more, checkpoints=place)

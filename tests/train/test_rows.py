@@ -205,11 +205,11 @@ def test_halves_that_do_not_agree_are_refused(name):
     make()(start(), batch)
     with pytest.raises(
         InputError,
-        match=f"{name}: given to make_step alone; allowed: both make_step.* and init_state.*or "
+        match=f"{name}: given to make_step only; allowed: both make_step.* and init_state.*or "
         f"neither",
     ):
         make(**in_step)(start(), batch)
-    with pytest.raises(InputError, match=f"{name}: given to init_state alone"):
+    with pytest.raises(InputError, match=f"{name}: given to init_state only"):
         make()(start(**in_state), batch)
 
 

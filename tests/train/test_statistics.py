@@ -231,16 +231,16 @@ def test_a_rule_may_train_them(params):
 
 
 def test_what_cannot_be_measured_is_refused(params, pixels):
-    with pytest.raises(InputError, match="batches: there is none in pass 1"):
+    with pytest.raises(InputError, match="batches: none in pass 1"):
         train.recalibrate_batch_norm(MODEL, params, [])
     with pytest.raises(
-        InputError, match="batches: there is none in pass 2; a list of at least one is needed"
+        InputError, match="batches: none in pass 2; allowed: a list of at least one"
     ):
         train.recalibrate_batch_norm(MODEL, params, iter([pixels]), passes=2)
     with pytest.raises(InputError, match="passes: 0 given"):
         train.recalibrate_batch_norm(MODEL, params, [pixels], passes=0)
     other = cnn.model(cnn.SIZES["tiny"])
-    with pytest.raises(InputError, match="params: no batch norm is there"):
+    with pytest.raises(InputError, match="params: there is no batch norm"):
         train.recalibrate_batch_norm(other, jax.eval_shape(other.init, jax.random.key(0)), [pixels])
     lost = {**params, "lost_norm": params["stem_norm"]}
     rules = (*MODEL.axes.rules, ("lost_norm/.*", "C0 measured"))

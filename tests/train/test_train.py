@@ -248,7 +248,9 @@ def test_eight_devices_train_as_one(devices8):
         print("same")
     """
     said = devices8(program)
-    assert "batch: 6 rows do not divide over the 4 devices" in said and said.split()[-1] == "same"
+    assert (
+        "batch: 6 rows cannot be divided among the 4 devices" in said and said.split()[-1] == "same"
+    )
 
 
 def test_remat_policies_give_the_same_gradients(params):

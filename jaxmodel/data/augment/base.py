@@ -267,7 +267,7 @@ def images(batch: Mapping[str, Any]) -> Float[Array, "B Y X C"]:
     pixels = field_of(batch, "pixels", "[B, Y, X, C]")
     if pixels.ndim != 4 or not jnp.issubdtype(pixels.dtype, jnp.floating):
         raise InputError(
-            f"batch: pixels are {pixels.dtype} {pixels.shape}; floating-point [B, Y, X, C] from 0 "
-            f"to 1 is needed"
+            f"batch: pixels are {pixels.dtype} {pixels.shape}; allowed: floating-point [B, Y, X, "
+            "C] from 0 to 1"
         )
     return pixels

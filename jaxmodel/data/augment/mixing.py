@@ -184,7 +184,7 @@ def distributions(
     if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
         given = f"{labels.dtype} {labels.shape}"
         raise InputError(
-            f"batch: labels are {given}; integers [B] or distributions [B, {classes}] are needed"
+            f"batch: labels are {given}; allowed: integers [B] or distributions [B, {classes}]"
         )
     weights = jnp.where(labels == IGNORED, 0.0, weights)
     labels = jnp.where(weights > 0, labels, 0)

@@ -300,7 +300,7 @@ def texts(batch: Mapping[str, Any]) -> tuple[Int[Array, "B T"], Int[Array, "B T"
     tokens = field_of(batch, "tokens", "[B, T]")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise InputError(
-            f"batch: tokens are {tokens.dtype} {tokens.shape}; integers [B, T] are needed"
+            f"batch: tokens are {tokens.dtype} {tokens.shape}; allowed: integers [B, T]"
         )
     name = next((name for name in ("segments", "mask") if name in batch), None)
     if name is None:
@@ -308,8 +308,7 @@ def texts(batch: Mapping[str, Any]) -> tuple[Int[Array, "B T"], Int[Array, "B T"
     segments = jnp.asarray(batch[name])
     if segments.shape != tokens.shape:
         raise InputError(
-            f"batch: {name} are {segments.shape}; the shape of the tokens, {tokens.shape}, is "
-            f"needed"
+            f"batch: {name} are {segments.shape}; allowed: {tokens.shape}, the shape of the tokens"
         )
     return tokens, segments.astype(jnp.int32)
 

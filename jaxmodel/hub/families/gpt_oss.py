@@ -149,7 +149,7 @@ class Decoded(Tensors):
         if len(blocks) != 4 or blocks[3] != 16 or blocks[:3] != scales:
             given = f"blocks {list(blocks)} and scales {list(scales)}"
             raise InputError(
-                f"{self.where}: {name!r} has {given}; needed are [E, O, G, 16] and [E, O, G]"
+                f"{self.where}: {name!r} has {given}; allowed: [E, O, G, 16] and [E, O, G]"
             )
         return blocks[0], blocks[2] * 32, blocks[1]
 

@@ -164,7 +164,8 @@ def config_from_hf(hf: dict[str, Any]) -> llama.Config:
         local = {"rope_theta": hf.get("rope_local_base_freq", 10000.0)}
     if local is not None and local.get("rope_type", "default") != "default":
         raise InputError(
-            f"config.json: the rope type {local['rope_type']!r} in layers with a window is not read"
+            f"config.json: the rope type {local['rope_type']!r} in layers with a window is not "
+            "supported"
         )
     scaling = scaling_from_hf(rope, hf.get("max_position_embeddings", 2048))
     caps = {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
@@ -212,8 +213,8 @@ def causal(hf: Mapping[str, Any]) -> None:
     for named in hf.get("architectures") or ():
         if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", named):
             raise InputError(
-                f"config.json: architectures has {named!r}; of this family the head of the next "
-                f"token alone is read"
+                f"config.json: architectures has {named!r}; allowed: of this family, the "
+                "next-token head alone"
             )
 
 
@@ -302,7 +303,7 @@ def windows_of(hf: dict[str, Any]) -> tuple[int, ...]:
     # transformers ignores the key there
     if kind in alike and types and window and set(types) != {alike[kind]}:
         raise InputError(
-            f"config.json: layer_types is {types!r:.60}; allowed: {alike[kind]!r} alone, as "
+            f"config.json: layer_types is {types!r:.60}; allowed: {alike[kind]!r} alone, because "
             f"{kind!r} has it in every layer"
         )
     if (
@@ -486,13 +487,13 @@ def _from_gguf(file: GGUFFile) -> llama.Config:
 
     scaling = get("rope.scaling.type", "none")
     if scaling != "none":
-        raise InputError(f"the rope scaling {scaling!r} is not read; allowed: 'none'")
+        raise InputError(f"the rope scaling {scaling!r} is not supported; allowed: 'none'")
     heads = get("attention.head_count")
     width = get("embedding_length")
     if not isinstance(heads, int) or heads < 1 or not isinstance(width, int):
         raise InputError(
-            f"attention.head_count, embedding_length: {heads!r}, {width!r}; whole numbers of at "
-            f"least 1 are needed"
+            f"attention.head_count, embedding_length: {heads!r}, {width!r}; allowed: whole numbers "
+            "of at least 1"
         )
     head_width = get("attention.key_length", get("rope.dimension_count", width // heads))
     turned = get("rope.dimension_count", head_width)

@@ -102,12 +102,13 @@ def _from_hf(hf: Mapping[str, Any]) -> modernbert.Config:
         theta[kind] = rope.get("rope_theta", theta[kind])
         if rope.get("rope_type", "default") != "default":
             raise InputError(
-                f"config.json: the rope type {rope['rope_type']!r} is not read; allowed: 'default'"
+                f"config.json: the rope type {rope['rope_type']!r} is not supported; allowed: "
+                "'default'"
             )
     if hf.get("rope_scaling"):
         raise InputError(
-            "config.json: rope_scaling is given; allowed: none, this family has no stretched "
-            "rotation"
+            "config.json: rope_scaling is given; allowed: none, because this family does not "
+            "scale rotary frequencies"
         )
     if hf.get("classifier_pooling", "cls") not in _POOLS:
         raise unknown("config.json: classifier_pooling", hf["classifier_pooling"], _POOLS)

@@ -47,7 +47,7 @@ def _from_hf(hf: dict[str, Any]) -> llama.Config:
     window = hf.get("sliding_window")
     if kind not in ("default", *_LONG):
         raise InputError(
-            f"config.json: the rope type {kind!r} is not read; allowed: 'default', 'longrope'"
+            f"config.json: the rope type {kind!r} is not supported; allowed: 'default', 'longrope'"
         )
     turned = int(c.head_width * share)
     trained = rope.get("original_max_position_embeddings") or hf.get(

@@ -46,8 +46,8 @@ def _from_hf(hf: dict[str, Any]) -> bert.Config:
     rows = hf.get("max_position_embeddings", 512)
     if not isinstance(padding, int) or not 0 <= padding < rows - 1:
         raise InputError(
-            f"config.json: pad_token_id is {padding!r}; allowed: 0 to {rows - 2}, as positions "
-            f"begin behind it"
+            f"config.json: pad_token_id is {padding!r}; allowed: 0 to {rows - 2}, because "
+            "positions begin after it"
         )
     config = of_bert.config_from_hf(
         hf | {"architectures": [f"Bert{next(r for r, h in _HEADS.items() if h == head)}"]}

@@ -81,11 +81,11 @@ def by_name(branches: Any) -> dict[str, Array]:
     """
     if not isinstance(branches, Mapping) or not branches:
         given = "none" if isinstance(branches, Mapping) else type(branches).__name__
-        raise InputError(f"branches: {given} given; a dict is needed, name of a branch -> [B, N]")
+        raise InputError(f"branches: {given} given; allowed: a dict, name of a branch -> [B, N]")
     if slashed := [name for name in branches if "/" in name]:
         raise InputError(
-            f"branches: {slashed[0]!r} has a slash, which parts the keys of a path; allowed: "
-            f"names without"
+            f"branches: {slashed[0]!r} has a slash, which separates the keys of a path; allowed: "
+            "names without slashes"
         )
     return dict(sorted(branches.items()))
 

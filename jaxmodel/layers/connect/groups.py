@@ -79,8 +79,7 @@ class Groups(nn.Module):
             if tuple(weight.shape) != shape:
                 raise InputError(
                     f"share: the edge {edge_name(source, target)} needs a weight {list(shape)}; "
-                    f"the one that it shares is "
-                    f"{list(weight.shape)}"
+                    f"the shared one is {list(weight.shape)}"
                 )
             y = ops.einsum("BN,DN->BD", xs[source], weight, self.policy)
             y = y if factors is None else y * factors[i].astype(y.dtype)
@@ -188,8 +187,8 @@ def weight_names(pattern: Pattern, share: tree.Rules = ()) -> dict[str, str]:
     for _, name in share:
         if name == "importance" or name.endswith("_bias") or "/" in name:
             raise InputError(
-                f"share: {name!r} given; allowed: a name without '/' that is not importance and "
-                f"not ..._bias"
+                f"share: {name!r} given; allowed: a name without '/' other than importance and "
+                "..._bias"
             )
     given = tree.assign([*share, (tree.optional(".*"), None)], dict.fromkeys(names, 0))
     return {name: given[name] or name for name in names}
@@ -209,11 +208,11 @@ def check_pattern(
         one_of("edges: group of inputs", source, sources)
         one_of("edges: group of outputs", target, targets)
     if len(set(pattern)) != len(pattern):
-        raise InputError(f"edges: {pattern} given; each edge once is allowed")
+        raise InputError(f"edges: {pattern} given; allowed: each edge once")
     if slashed := [name for edge in pattern for name in edge if "/" in name]:
         raise InputError(
-            f"edges: {slashed[0]!r} has a slash, which parts the keys of a path; allowed: names "
-            f"without"
+            f"edges: {slashed[0]!r} has a slash, which separates the keys of a path; allowed: "
+            "names without slashes"
         )
     for group in [
         *(s for s in sources if s not in dict(pattern)),

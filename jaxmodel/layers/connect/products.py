@@ -87,9 +87,7 @@ class Factorised(nn.Module):
     def __call__(self, xs: Mapping[str, Array]) -> Float[Array, "B D"]:
         """Compute the sum of the products of all pairs of branches."""
         if len(xs) < 2:
-            raise InputError(
-                f"branches: {list(xs)} given; at least two are needed, whose products are taken"
-            )
+            raise InputError(f"branches: {list(xs)} given; allowed: at least two, to be multiplied")
         met = seen = None
         for name, x in by_name(xs).items():
             factor = leaf(self, f"factor_{name}", fan_in, (self.rank, x.shape[-1]))

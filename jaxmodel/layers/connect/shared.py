@@ -44,7 +44,8 @@ class Shared(nn.Module):
         if len({x.shape[-1] for x in xs.values()}) > 1:
             sizes = ", ".join(f"{name} {x.shape[-1]}" for name, x in xs.items())
             raise InputError(
-                f"branches: {sizes} features given; a shared extractor needs as many in each"
+                f"branches: {sizes} features given; allowed for a shared extractor: the same "
+                "number in each"
             )
         return {name: self.extractor(x) for name, x in xs.items()}
 
@@ -56,8 +57,8 @@ class Shared(nn.Module):
         """
         if not isinstance(self.extractor, Full):
             raise InputError(
-                f"extractor: {type(self.extractor).__name__} given; the list of edges of a Full "
-                f"one is known"
+                f"extractor: {type(self.extractor).__name__} given; allowed: a Full one, whose "
+                "edges are known"
             )
         one = self.extractor.edges(params["extractor"])
         total = count * one.features

@@ -164,8 +164,8 @@ def dense_form(
         return _used(weight, keep.astype(weight.dtype)), keep
     if features is None:
         raise InputError(
-            "features: None given; how many inputs the map has is needed, which the kept blocks "
-            "do not tell"
+            "features: None given; allowed: the number of inputs, which the kept blocks do not "
+            "determine"
         )
     kept = decode(params["kept"])
     columns = features // width
