@@ -75,7 +75,7 @@ def launch(
 
     def regrows() -> None:
         note("regrow")
-        _say(f"back to {processes} processes: the {now} save and stop")
+        _say(f"returning to {processes} processes: the present {now} save and stop")
 
     with _signals() as told:
         while True:

@@ -195,7 +195,9 @@ def from_vocabulary(
         }
     if file == "merges.txt":
         return _byte_level(folder, kind, config)
-    one_of(f"folder: {str(folder / file)!r} alone is not read for the tokenizer of", kind, _AROUND)
+    one_of(
+        f"folder: {str(folder / file)!r} alone is not enough for the tokenizer of", kind, _AROUND
+    )
     pieces = read_pieces(folder / file)
     if kind == "t5":  # T5 has no begin-of-text token, and more tokens after the pieces
         pieces = pieces._replace(bos=-1)

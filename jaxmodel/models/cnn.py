@@ -74,7 +74,7 @@ def check(config: Any) -> None:
         side = (side - config.kernel + 1) // 2
     if side < 1:
         raise InputError(
-            f"size: {config.size} given, with pad {config.pad}; an image must outlast "
+            f"size: {config.size} given, with pad {config.pad}; an image must be large enough for "
             f"{len(config.convolutions)} convolutions of {config.kernel} x {config.kernel}, each "
             f"with pooling"
         )

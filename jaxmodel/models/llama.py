@@ -163,7 +163,7 @@ class Config(Windowed):
                 "after it"
             )
         if self.mlp_bias and self.experts:
-            raise InputError("mlp_bias: True given for a model of experts, which have none")
+            raise InputError("mlp_bias: True given for a model with experts, which have no biases")
         within("balance", self.balance, FROM_ZERO)
 
     @property

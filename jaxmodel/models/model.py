@@ -355,7 +355,7 @@ def encoder_sees(inputs: Mapping[str, jax.Array], head: str) -> ops.AttentionMas
     segments = inputs.get("segments")
     if segments is not None and head != "mlm":
         raise InputError(
-            f"segments: given to the head {head!r}, which takes a row for one text; leave them out"
+            f"segments: given to the head {head!r}, for which each row is one text; leave them out"
         )
     pair = None if segments is None else (segments, segments)
     return ops.AttentionMask(segments=pair, valid=inputs.get("mask"), causal=False)

@@ -111,7 +111,7 @@ class Windowed:
         )
 
     def check_windows(self) -> None:
-        """Raise InputError if a window is no whole number of at least 0."""
+        """Raise InputError if a window is not a whole number of at least 0."""
         for window in self.windows:
             at_least("windows", window, 0)
 

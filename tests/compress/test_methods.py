@@ -144,7 +144,7 @@ def test_zeros_survive_rounding():
         ("rtm(4)", r"method: 'rtm' is not known; allowed: magnitude, rtn \(nearest: rtn\)"),
         ("rtn(bits=9)", "bits is 9; allowed: 1 to 8"),
         ("rtn(bit=4)", "rtn takes the settings bits, group, symmetric"),
-        ("rtn(4", "not readable"),
+        ("rtn(4", "cannot be read"),
         ("rtn(group=0)", "group: 0 given"),
         ("rtn(bits=3, group=5)", "at 3 bits a multiple of 8"),
         ("magnitude(1.5)", "fraction: 1.5 given; allowed: at least 0 and below 1"),

@@ -332,7 +332,7 @@ def test_bad_files_are_named(tmp_path: Path, memory: str) -> None:
         ),
         (
             lambda: whole(file("i.csv", b'text,label\na,1\n"b\n\nc",1\nd\n')),
-            "i.csv' line 6 has 1 cells; 2 are needed",
+            "i.csv' line 6 has 1 cells; allowed: 2",
         ),
         (
             lambda: whole(file("j.tsv", b'text\tlabel\n"a" b\t1\n')),

@@ -73,7 +73,7 @@ def test_kinds_of_images_and_of_files(tmp_path: Path) -> None:
             processor([wrong])
     with pytest.raises(InputError, match=r"\[9, 7\] pixels, from which \[8, 8\] cannot be cropped"):
         ImageProcessor(None, (8, 8))([grey])
-    with pytest.raises(InputError, match="one size is needed"):
+    with pytest.raises(InputError, match="allowed: one size for all"):
         ImageProcessor(None)([grey, grey.T])
     file = tmp_path / "preprocessor_config.json"
     assert from_folder(tmp_path) is None
@@ -88,11 +88,11 @@ def test_kinds_of_images_and_of_files(tmp_path: Path) -> None:
     )
     for change, message in (
         ({"resample": 1}, "resample is 1; allowed: 2 .bilinear., 3 .bicubic."),
-        ({"size": {"longest_edge": 3}}, "missing or of the wrong kind"),
+        ({"size": {"longest_edge": 3}}, "missing or has the wrong type"),
         ({"image_mean": None}, "image_mean is null; allowed: a list, each a number"),
         (
             {"image_processor_type": "ConvNextImageProcessor"},
-            "'ConvNextImageProcessor' is not read",
+            "'ConvNextImageProcessor' is not supported",
         ),
     ):
         file.write_text(json.dumps(old | change))

@@ -304,13 +304,13 @@ WRONG = [
     ),
     (
         lambda: lenet.Config((6, 16), (10,), size=12),
-        "size: 12 given, with pad 0; an image must outlast 2 convolutions of 5 x 5",
+        "size: 12 given, with pad 0; an image must be large enough for 2 convolutions of 5 x 5",
     ),
     (
         lambda: lenet.Config((), (10,), pool="median"),
         "pool: 'median' is not known; allowed: max, mean",
     ),
-    (lambda: cnn.Config(size=9), "size: 9 given, with pad 0; .* outlast 2 convolutions of 3 x 3"),
+    (lambda: cnn.Config(size=9), "size: 9 given, with pad 0; .*enough for 2 convolutions of 3 x 3"),
     (lambda: resnet.Config(()), r"stages: \(\) given; at least one is needed"),
     (
         lambda: resnet.Config((1,), norm="layer"),
