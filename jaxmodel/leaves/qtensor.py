@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -64,15 +65,11 @@ class QTensor(Compressed):
           group: length of a group along the last axis; None for one scale per row or tensor.
           activations: None or "int8".
         """
-        if minimum is None and bits == 8:
-            stored, pad = pad_last(codes.astype(jnp.int8), group or 1)
-        else:
-            if minimum is None:
-                codes = (codes + 1) // 2 if bits == 1 else codes + 2 ** (bits - 1)
-            stored, pad = pad_last(
-                codes.astype(jnp.uint8), math.lcm(group or 1, codes_per_unit(bits))
-            )
-            stored = pack(stored, bits)
+        unit = group or 1
+        if minimum is not None or bits < 8:
+            unit = math.lcm(unit, codes_per_unit(bits))
+        pad = -codes.shape[-1] % unit
+        stored = _store(codes, bits, unit, minimum is None)
         leaf = cls(stored, scale, minimum, bits=bits, pad=pad, activations=activations)
         leaf.check()
         expect(
@@ -109,8 +106,7 @@ class QTensor(Compressed):
 
     def codes(self) -> Integer[Array, "... out in"]:
         """Return the codes without padding: int8 q of a symmetric leaf, uint8 of an affine one."""
-        codes = self._padded_codes()
-        return codes[..., : self._in] if self.pad else codes
+        return _codes(self)
 
     def _padded_codes(self) -> Integer[Array, "... out n"]:
         if self.packed.dtype == jnp.int8:
@@ -123,16 +119,7 @@ class QTensor(Compressed):
 
     def decode(self, dtype: Any = None) -> jax.Array:
         """Return the weight as a plain array."""
-        dtype = self.dtype if dtype is None else dtype
-        codes = self._padded_codes()
-        *lead, n = codes.shape
-        # always in float32, so that a scale is not rounded before its weights are
-        grouped = codes.reshape(*lead, self.groups, n // self.groups).astype(jnp.float32)
-        weight = grouped * self.scale[..., None].astype(jnp.float32)
-        if self.minimum is not None:
-            weight = weight + self.minimum[..., None].astype(jnp.float32)
-        weight = weight.astype(dtype)
-        return weight.reshape(*lead, n)[..., : self._in]
+        return _decode(self, self.dtype if dtype is None else jnp.dtype(dtype))
 
     def specs(self, spec: PartitionSpec, sizes: AxisSizes) -> QTensor:
         """Return the leaf with a `PartitionSpec` in place of each array."""
@@ -217,3 +204,34 @@ class QTensor(Compressed):
             self,
             f"activations is {self.activations!r}; allowed: None, 'int8'",
         )
+
+
+# Called outside of jit, each of these is one program in place of one for every operation.
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _store(codes: jax.Array, bits: int, unit: int, symmetric: bool) -> jax.Array:
+    """Return the packed codes of rows filled up to a multiple of `unit`."""
+    if symmetric and bits == 8:
+        return pad_last(codes.astype(jnp.int8), unit)[0]
+    if symmetric:
+        codes = (codes + 1) // 2 if bits == 1 else codes + 2 ** (bits - 1)
+    return pack(pad_last(codes.astype(jnp.uint8), unit)[0], bits)
+
+
+@functools.partial(jax.jit, inline=True)
+def _codes(leaf: QTensor) -> jax.Array:
+    codes = leaf._padded_codes()
+    return codes[..., : leaf._in] if leaf.pad else codes
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _decode(leaf: QTensor, dtype: jnp.dtype) -> jax.Array:
+    codes = leaf._padded_codes()
+    *lead, n = codes.shape
+    # always in float32, so that a scale is not rounded before its weights are
+    grouped = codes.reshape(*lead, leaf.groups, n // leaf.groups).astype(jnp.float32)
+    weight = grouped * leaf.scale[..., None].astype(jnp.float32)
+    if leaf.minimum is not None:
+        weight = weight + leaf.minimum[..., None].astype(jnp.float32)
+    return weight.astype(dtype).reshape(*lead, n)[..., : leaf._in]

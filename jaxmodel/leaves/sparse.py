@@ -82,11 +82,11 @@ class Sparse(Compressed):
 
     def keep(self) -> Bool[Array, "... out in"]:
         """Return which elements are kept."""
-        return unpack(self.mask, 1)[..., : self.shape[-1]].astype(jnp.bool_)
+        return _keep(self)
 
     def decode(self, dtype: Any = None) -> jax.Array:
         """Return the dense weight."""
-        return _scatter(self.keep(), decode(self.values, dtype))
+        return _decode(self, None if dtype is None else jnp.dtype(dtype))
 
     def expand(self) -> jax.Array | QTensor:
         """Return the weight with its zeros in place.
@@ -159,30 +159,15 @@ class Sparse(Compressed):
 
         Not for use under jit.
         """
-        kept = jnp.sum(self.keep(), axis=-1, dtype=jnp.int32)
+        found, *right = _checks(self)
+        most = int(found)
+        whole, clean, ended = map(bool, right)
         n = self.values.shape[-1]
-        expect(
-            int(jnp.max(kept, initial=0)) <= n,
-            self,
-            f"a row keeps {int(jnp.max(kept))} elements but has {n} values",
-        )
+        expect(most <= n, self, f"a row keeps {most} elements but has {n} values")
         if self.pattern is not None:
-            groups = self.keep().reshape(*self.shape[:-1], -1, self.pattern[1]).sum(-1)
-            expect(
-                bool(jnp.all(groups == self.pattern[0])),
-                self,
-                f"a group does not keep {self.pattern[0]} elements",
-            )
-        padding = unpack(self.mask, 1)[..., self.shape[-1] :]
-        expect(not bool(jnp.any(padding != 0)), self, "the mask keeps an element of the padding")
-        if isinstance(self.values, QTensor) and self.values.bits == 1:
-            return
-        behind = jnp.expand_dims(jnp.arange(n), range(kept.ndim)) >= kept[..., None]
-        expect(
-            not bool(jnp.any(jnp.where(behind, decode(self.values), 0) != 0)),
-            self,
-            "there is a value after the last kept one",
-        )
+            expect(whole, self, f"a group does not keep {self.pattern[0]} elements")
+        expect(clean, self, "the mask keeps an element of the padding")
+        expect(ended, self, "there is a value after the last kept one")
 
 
 @jax.jit
@@ -213,6 +198,38 @@ def _scatter(keep: Bool[Array, "... out in"], values: jax.Array) -> jax.Array:
     place = jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1
     spread = jnp.take_along_axis(values, jnp.clip(place, 0, values.shape[-1] - 1), axis=-1)
     return jnp.where(keep, spread, jnp.zeros((), values.dtype))
+
+
+@functools.partial(jax.jit, inline=True)
+def _keep(leaf: Sparse) -> jax.Array:
+    return unpack(leaf.mask, 1)[..., : leaf.shape[-1]].astype(jnp.bool_)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _decode(leaf: Sparse, dtype: jnp.dtype | None) -> jax.Array:
+    return _scatter(leaf.keep(), decode(leaf.values, dtype))
+
+
+@jax.jit
+def _checks(leaf: Sparse) -> tuple[jax.Array, ...]:
+    """Return what `check_values` looks at.
+
+    The largest number of elements that a row keeps, and three numbers that are not 0 where all is
+    right: each group keeps as many as the pattern says, the mask's padding is zero, and so is what
+    stands behind the last kept value.
+    """
+    keep = leaf.keep()
+    kept = jnp.sum(keep, axis=-1, dtype=jnp.int32)
+    whole = ended = jnp.ones((), jnp.bool_)
+    if leaf.pattern is not None:
+        groups = keep.reshape(*leaf.shape[:-1], -1, leaf.pattern[1]).sum(-1)
+        whole = jnp.all(groups == leaf.pattern[0])
+    clean = jnp.all(unpack(leaf.mask, 1)[..., leaf.shape[-1] :] == 0)
+    if not (isinstance(leaf.values, QTensor) and leaf.values.bits == 1):
+        n = leaf.values.shape[-1]
+        behind = jnp.expand_dims(jnp.arange(n), range(kept.ndim)) >= kept[..., None]
+        ended = ~jnp.any(jnp.where(behind, decode(leaf.values), 0) != 0)
+    return jnp.max(kept, initial=0), whole, clean, ended
 
 
 def expand(params: tree.Params) -> tree.Params:
